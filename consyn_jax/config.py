@@ -1,0 +1,424 @@
+"""A run is one frozen tree of values: the flags' names, defaults, help, presets and checks, all in one place.
+
+Only the standard library is imported here, so that `consyn-train --help` is instant. Values come from four origins, weakest
+first: the default, the preset of `--model`, a `--config` file, a flag. `resolve` merges them and remembers which one won.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args, get_origin
+
+
+class UserError(ValueError):
+    """A mistake of the user's. The message is one or two sentences: what is wrong, where, what to do. Commands exit with 2."""
+
+
+class Diverged(RuntimeError):
+    """Loss or gradients stopped being finite. `consyn-train` exits with 3."""
+
+
+class Interrupted(RuntimeError):
+    """A signal ended the run after its state was saved. `consyn-train` exits with 75; the same command goes on."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- architecture
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder's architecture, every number known. Sizes are in elements, `context` in tokens.
+
+    The family is pre-norm, RMSNorm, RoPE, SwiGLU and grouped-query attention: Hugging Face's `llama` layout, or `qwen3` when
+    `qk_norm` puts an RMSNorm on each head's queries and keys.
+    """
+
+    vocab_size: int
+    hidden_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    context: int
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    qk_norm: bool = True
+    tie_embeddings: bool = True
+    sliding_window: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "context"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"--num_heads {self.num_heads} is not a multiple of --num_kv_heads {self.num_kv_heads}. "
+                f"Use one of {_divisors(self.num_heads)} key-value heads."
+            )
+        if self.head_dim % 2:
+            raise UserError(f"--head_dim {self.head_dim} is odd; rotary embeddings turn pairs, so make it even.")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise UserError(f"--sliding_window must be at least 1, not {self.sliding_window}.")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: the vocabulary rounded up to a multiple of 128, which every mesh in use divides."""
+        return -(-self.vocab_size // 128) * 128
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One of the four sizes and the recipe that goes with it. Tokens per batch and rates: see docs/design/presets.md."""
+
+    hidden_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    context: int
+    qk_norm: bool
+    tie_embeddings: bool
+    rope_theta: float
+    max_tokens: int
+    lr: float
+    weight_decay: float
+    beta2: float
+
+
+PRESETS = {
+    "haiku": Preset(128, 4, 4, 4, 32, 384, 2048, True, True, 1e4, 256, 3e-3, 0.1, 0.99),
+    "verse": Preset(768, 12, 12, 12, 64, 2048, 2048, True, True, 1e4, 2048, 6e-4, 0.1, 0.95),
+    "stanza": Preset(2048, 24, 16, 8, 128, 5632, 4096, True, False, 1e4, 4096, 2e-4, 0.1, 0.95),
+    "epic": Preset(5120, 40, 40, 8, 128, 16384, 4096, True, False, 1e4, 4096, 1e-4, 0.1, 0.95),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------- flags
+
+
+def flag(default: Any, help: str, *, choices: tuple[str, ...] = (), aliases: tuple[str, ...] = (), const: str | None = None, math: bool = False) -> Any:
+    """A dataclass field that is also a command-line flag.
+
+    Args:
+        const: the value of the bare flag, for a flag whose value may be left out.
+        math: the value changes what is computed, so a resumed run must not change it.
+    """
+    metadata = {"help": help, "choices": choices, "aliases": aliases, "const": const, "math": math}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    model: str = flag("verse", "haiku, verse, stanza, epic, or a directory or file with a config.json")
+    checkpoint: str | None = flag(None, "directory with a model whose weights the run starts from (best/ or final/ of a run, or any Hugging Face llama or qwen3)", math=True)
+    hidden_dim: int | None = flag(None, "width of the residual stream (by model)", math=True)
+    num_layers: int | None = flag(None, "decoder blocks (by model)", math=True)
+    num_heads: int | None = flag(None, "query heads (by model)", math=True)
+    num_kv_heads: int | None = flag(None, "key-value heads (by model)", math=True)
+    head_dim: int | None = flag(None, "width of one head (by model; hidden_dim / num_heads where that changes)", math=True)
+    mlp_dim: int | None = flag(None, "width of the feed-forward layer (by model)", math=True)
+    context: int | None = flag(None, "longest sequence the model is made for, in tokens (by model)", math=True)
+    qk_norm: bool | None = flag(None, "RMSNorm on each head's queries and keys (by model)", math=True)
+    tie_embeddings: bool | None = flag(None, "one matrix for input and output embedding (by model)", math=True)
+    rope_theta: float | None = flag(None, "base of the rotary embedding (by model)", math=True)
+    sliding_window: int | None = flag(None, "attend to at most this many tokens back, itself included (none)", math=True)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    data: tuple[str, ...] = flag(("sample",), "files, directories, globs, or 'sample' (text that comes with Python)")
+    validation: tuple[str, ...] = flag((), "files to validate on, instead of a fraction of --data")
+    validation_fraction: float = flag(0.01, "share of the documents that is held out (of one long text: its last part)")
+    dataset_type: str = flag("auto", "how --data is read", choices=("auto", "text", "jsonl", "sharded"))
+    text_key: str = flag("text", "JSON field that holds the text; a.b reaches into objects")
+    on_bad_rows: str = flag("error", "what a broken JSON row does: stop, or be skipped and counted", choices=("error", "skip"))
+    tokenizer: str = flag("default", "default (49,152 tokens), bytes, train:SIZE (trained on the data), or a path")
+    max_tokens: int | None = flag(None, "length of a training sequence in tokens (by model)", math=True)
+
+
+@dataclass(frozen=True)
+class BudgetOptions:
+    epochs: float | None = flag(None, "passes over the data; the smallest budget given wins (3)", math=True)
+    max_steps: int | None = flag(None, "optimizer steps", math=True)
+    total_tokens: int | None = flag(None, "tokens to train on", math=True)
+    batch_size: int = flag(8, "sequences in one micro-batch over all devices")
+    gradient_accumulation_steps: int = flag(1, "micro-batches in one optimizer step")
+    seed: int = flag(42, "fixes initial weights, data order and everything drawn", math=True)
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    optimizer: str = flag("adamw", "update rule", choices=("adamw",), math=True)
+    lr: float | None = flag(None, "peak learning rate (by model)", aliases=("learning_rate",), math=True)
+    weight_decay: float | None = flag(None, "decoupled decay of the matrices; norms have none (by model)", math=True)
+    beta1: float = flag(0.9, "decay of the first moment", math=True)
+    beta2: float | None = flag(None, "decay of the second moment (by model)", math=True)
+    max_grad_norm: float = flag(1.0, "gradients are scaled down to this global norm; 0 leaves them", math=True)
+    scheduler: str = flag("cosine", "shape of the learning rate", choices=("cosine", "linear", "constant", "constant_with_warmup", "wsd"), math=True)
+    warmup_ratio: float = flag(0.02, "share of the steps in which the rate rises", math=True)
+    warmup_steps: int | None = flag(None, "the same in steps; wins over --warmup_ratio", math=True)
+    min_lr_ratio: float = flag(0.1, "final rate as a share of the peak (cosine, linear, wsd)", math=True)
+
+
+@dataclass(frozen=True)
+class HardwareOptions:
+    mixed_precision: str = flag("auto", "bf16: compute in bfloat16 over float32 weights; auto: bf16 on GPUs", choices=("auto", "no", "bf16"), math=True)
+    gradient_checkpointing: str = flag(
+        "none", "activations that are recomputed instead of kept; the bare flag means full", choices=("none", "attention", "full"), const="full"
+    )
+    mesh: str = flag("auto", "devices along each axis, as in data=2,fsdp=4,context=1,tensor=1; auto: fsdp over all")
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    eval_steps: int | None = flag(None, "steps between evaluations (a tenth of the run)")
+
+
+@dataclass(frozen=True)
+class SavingOptions:
+    output: str = flag("./output", "run directory", aliases=("output_dir",))
+    save_steps: int | None = flag(None, "steps between checkpoints (a tenth of the run)")
+    keep_last: int = flag(3, "newest checkpoints to keep")
+    keep_every: int | None = flag(None, "keep every checkpoint whose step is a multiple of this, too")
+    resume: str = flag("auto", "auto goes on from the newest checkpoint; never; or a step")
+    overwrite: bool = flag(False, "delete the run that --output holds and start anew")
+
+
+@dataclass(frozen=True)
+class LoggingOptions:
+    logging_steps: int = flag(10, "steps between lines of metrics")
+    logging_backend: str = flag("tensorboard", "trackers beside metrics.jsonl", choices=("tensorboard", "wandb", "both", "none"))
+    wandb_project: str = flag("consyn", "Weights & Biases project")
+    wandb_run_name: str | None = flag(None, "Weights & Biases run name (theirs)")
+    quiet: bool = flag(False, "no progress bar")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that one `consyn-train` run is told. After `resolve`, the values that depend on the model are filled in."""
+
+    model: ModelOptions = ModelOptions()
+    data: DataOptions = DataOptions()
+    budget: BudgetOptions = BudgetOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    hardware: HardwareOptions = HardwareOptions()
+    evaluation: EvaluationOptions = EvaluationOptions()
+    saving: SavingOptions = SavingOptions()
+    logging: LoggingOptions = LoggingOptions()
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What the command line, config files and help need to know of one field of `RunConfig`."""
+
+    name: str
+    group: str
+    type: type
+    optional: bool
+    many: bool
+    default: Any
+    help: str
+    choices: tuple[str, ...]
+    aliases: tuple[str, ...]
+    const: str | None
+    math: bool
+
+
+def flags() -> dict[str, Flag]:
+    """All flags by name, in the order in which help shows them."""
+    found = {}
+    for group in dataclasses.fields(RunConfig):
+        options = type(group.default)
+        hints = typing.get_type_hints(options)
+        for f in dataclasses.fields(options):
+            hint = hints[f.name]
+            optional = get_origin(hint) is types.UnionType
+            if optional:
+                (hint,) = (t for t in get_args(hint) if t is not type(None))
+            many = get_origin(hint) is tuple
+            found[f.name] = Flag(f.name, group.name, get_args(hint)[0] if many else hint, optional, many, f.default, **f.metadata)
+    return found
+
+
+def convert(flag: Flag, value: Any, where: str) -> Any:
+    """`value` (a string of the command line, or what YAML made of a file) as the flag's type.
+
+    Raises:
+        UserError: the value is not of that type; `where` says what it was given to.
+    """
+    if flag.many:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_scalar(flag, item, where) for item in items)
+    if value is None and flag.optional:
+        return None
+    return _scalar(flag, value, where)
+
+
+def _scalar(flag: Flag, value: Any, where: str) -> Any:
+    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[flag.type]
+    try:
+        if flag.type is bool:
+            converted = {"true": True, "false": False}[str(value).lower()]
+        elif flag.type is int:
+            number = float(str(value).replace("_", ""))  # float: 1e9 is how people write budgets
+            converted = int(number)
+            if converted != number or isinstance(value, bool):
+                raise ValueError
+        elif flag.type is float:
+            converted = float(value)
+            if not math.isfinite(converted) or isinstance(value, bool):
+                raise ValueError
+        elif isinstance(value, (dict, list)):
+            raise ValueError
+        else:
+            converted = ("true" if value else "false") if isinstance(value, bool) else str(value)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise UserError(f"{where} wants {wanted}, not {value!r}.") from None
+    if flag.choices and converted not in flag.choices:
+        raise UserError(f"{where} {converted!r} is not known{nearest(converted, flag.choices)}. Known: {', '.join(flag.choices)}.")
+    return converted
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean X?`-clause for the known word nearest to `word`, or nothing.
+
+    >>> nearest("cosin", ["linear", "cosine"])
+    '; did you mean cosine?'
+    """
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+# -------------------------------------------------------------------------------------------------------------------- resolving
+
+
+def resolve(given: Mapping[str, Any], file: Mapping[str, Any] | None = None, *, file_name: str = "", given_as: str = "flag") -> tuple[RunConfig, dict[str, str]]:
+    """Merge defaults, preset, file and flags into one checked run.
+
+    Args:
+        given: values by flag name, strings or already of the right type; the strongest.
+        file: the content of a `--config` file, a flat mapping with the flags' names.
+        given_as: what `given` is called in `origins` and messages: "flag" or "keyword".
+
+    Returns:
+        The run, and the origin ("default", "preset haiku", "file x.yaml", "flag") of every value by flag name.
+
+    Raises:
+        UserError: an unknown name or a value that cannot be.
+    """
+    known = flags()
+    by_alias = {alias: name for name, f in known.items() for alias in f.aliases}
+    values = {name: f.default for name, f in known.items()}
+    origins = dict.fromkeys(known, "default")
+    for source, origin in ((file or {}, f"file {file_name}"), (given, given_as)):
+        for key, value in source.items():
+            name = str(key).lstrip("-").replace("-", "_")
+            name = by_alias.get(name, name)
+            where = f"--{key}" if origin == "flag" else f"{key} ({origin})" if origin != "keyword" else str(key)
+            if name not in known:
+                raise UserError(f"{where} is not a setting{nearest(name, [*known, *by_alias])}.")
+            values[name], origins[name] = convert(known[name], value, where), origin
+    preset = PRESETS.get(values["model"])
+    for name in (f.name for f in dataclasses.fields(Preset)):
+        recipe = PRESETS["haiku"] if preset is None else preset
+        if values[name] is None and (preset is not None or name in ("weight_decay", "beta2")):
+            values[name], origins[name] = getattr(recipe, name), f"preset {values['model']}" if preset else "default"
+    if preset is not None:
+        if origins["head_dim"].startswith("preset") and not (origins["hidden_dim"].startswith("preset") and origins["num_heads"].startswith("preset")):
+            if values["num_heads"] > 0 and values["hidden_dim"] % values["num_heads"]:
+                raise UserError(
+                    f"--hidden_dim {values['hidden_dim']} is not a multiple of --num_heads {values['num_heads']}. "
+                    f"Use {_nearest_multiples(values['hidden_dim'], values['num_heads'])}, or give --head_dim."
+                )
+            values["head_dim"], origins["head_dim"] = values["hidden_dim"] // max(values["num_heads"], 1), "hidden_dim / num_heads"
+        if origins["num_kv_heads"].startswith("preset") and not origins["num_heads"].startswith("preset") and values["num_heads"] % values["num_kv_heads"]:
+            values["num_kv_heads"], origins["num_kv_heads"] = values["num_heads"], "num_heads"
+    groups: dict[str, dict[str, Any]] = {}
+    for name, f in known.items():
+        groups.setdefault(f.group, {})[name] = values[name]
+    config = RunConfig(**{f.name: type(f.default)(**groups[f.name]) for f in dataclasses.fields(RunConfig)})
+    validate(config)
+    return config, origins
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Every value by flag name."""
+    return {name: getattr(getattr(config, f.group), name) for name, f in flags().items()}
+
+
+def architecture(options: ModelOptions, base: ModelConfig | None = None, **tokens: int | None) -> ModelConfig:
+    """The model that the options describe: a preset's, or `base` with what the options override.
+
+    Args:
+        base: the architecture found in the directory or file that `--model` or `--checkpoint` names; None for a preset.
+        tokens: vocab_size, bos_token_id, eos_token_id, pad_token_id, from the tokenizer.
+    """
+    names = {f.name for f in dataclasses.fields(ModelConfig)}
+    given = {k: v for k, v in dataclasses.asdict(options).items() if k in names and v is not None}
+    if base is not None:
+        return dataclasses.replace(base, **{**given, **tokens})
+    return ModelConfig(**{**given, **tokens})
+
+
+def preset_architecture(name: str, vocab_size: int = 49_152, **tokens: int | None) -> ModelConfig:
+    """The `ModelConfig` of a preset.
+
+    >>> preset_architecture("epic").num_kv_heads
+    8
+    """
+    if name not in PRESETS:
+        raise UserError(f"Model {name!r} is not a preset{nearest(name, PRESETS)}. Known: {', '.join(PRESETS)}.")
+    config, _ = resolve({"model": name})
+    return architecture(config.model, vocab_size=vocab_size, **tokens)
+
+
+def validate(config: RunConfig) -> None:
+    """Check what can be checked without reading a file or asking a device.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    values = flat(config)
+    positive = "max_tokens epochs max_steps total_tokens batch_size gradient_accumulation_steps lr eval_steps save_steps keep_last keep_every logging_steps".split()
+    for name in positive:
+        if values[name] is not None and values[name] <= 0:
+            raise UserError(f"--{name} must be greater than 0, not {values[name]}.")
+    for name in ("weight_decay", "max_grad_norm", "warmup_steps", "seed"):
+        if values[name] is not None and values[name] < 0:
+            raise UserError(f"--{name} must not be negative, and is {values[name]}.")
+    for name in ("beta1", "beta2", "warmup_ratio", "min_lr_ratio", "validation_fraction"):
+        if values[name] is not None and not 0 <= values[name] < 1:
+            raise UserError(f"--{name} must be at least 0 and below 1, not {values[name]}.")
+    if values["seed"] >= 2**32:
+        raise UserError(f"--seed must be below 2**32, not {values['seed']}.")
+    if values["warmup_steps"] is not None and values["max_steps"] is not None and values["warmup_steps"] > values["max_steps"]:
+        raise UserError(f"--warmup_steps {values['warmup_steps']} is longer than the run of --max_steps {values['max_steps']}.")
+    if values["max_tokens"] is not None and values["context"] is not None and values["max_tokens"] > values["context"]:
+        raise UserError(f"--max_tokens {values['max_tokens']} is above the context of {values['context']} tokens of this model. Lower it, or raise --context.")
+    if values["resume"] not in ("auto", "never") and not values["resume"].isdigit():
+        raise UserError(f"--resume wants auto, never or a step, not {values['resume']!r}.")
+    kind, _, size = values["tokenizer"].partition(":")
+    if kind == "train" and not (size.isdigit() and 260 <= int(size) <= 1_000_000):
+        raise UserError(f"--tokenizer train:SIZE wants a size from 260 to 1,000,000, not {size!r}.")
+    if config.model.model in PRESETS:
+        architecture(config.model, vocab_size=1)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _nearest_multiples(n: int, of: int) -> str:
+    below = n // of * of
+    return f"{below} or {below + of}" if below else str(of)
