@@ -1,0 +1,150 @@
+"""Learning byte-pair merges: count words, then merge the most frequent pair until the vocabulary is full.
+
+The trainer of `tokenizers` settles ties by the order of ids, which depends on how it got there. Here a tie goes to the pair whose
+bytes are lexicographically greater, so that the merges depend on nothing but the text.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from itertools import pairwise
+
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
+
+CHUNK_CHARS = 200_000
+LONGEST_WORD_BYTES = 1_000
+
+Pair = tuple[int, int]
+
+
+def count_words(texts: Iterable[str], pattern: str) -> Counter[bytes]:
+    """How often each word occurs, in UTF-8, where `pattern` cuts the text into words as it will when encoding.
+
+    A word of more than 1,000 bytes (a base64 blob, say) is counted in pieces, which keeps the learning linear in the text.
+    """
+    split = Split(Regex(pattern), "isolated")
+    words: Counter[str] = Counter()
+    for text in texts:
+        for chunk in _chunks(text):
+            words.update(word for word, _ in split.pre_tokenize_str(chunk))
+    counts: Counter[bytes] = Counter()
+    for word, count in words.items():
+        encoded = word.encode("utf-8")
+        for start in range(0, len(encoded), LONGEST_WORD_BYTES):
+            counts[encoded[start : start + LONGEST_WORD_BYTES]] += count
+    return counts
+
+
+def _chunks(text: str) -> Iterator[str]:
+    """Cuts a long text where no pattern sees across: after the one newline between two visible characters."""
+    start = 0
+    cut = re.compile(r"(?<=\S)\n(?=\S)")
+    while len(text) - start > CHUNK_CHARS and (found := cut.search(text, start + CHUNK_CHARS)):
+        yield text[start : found.end()]
+        start = found.end()
+    yield text[start:]
+
+
+def learn_merges(word_counts: Counter[bytes], num_new_tokens: int, reserved: Collection[bytes] = ()) -> list[tuple[bytes, bytes]]:
+    """The merges, in order, that add `num_new_tokens` tokens to the 256 bytes; fewer when the text has no more pairs.
+
+    A pair that would spell one of `reserved` (the special tokens) is never merged: ordinary text must not become a special token.
+    Two merges may spell one token; it counts once. Source: Sennrich et al. 2016, algorithm 1, with pair counts kept up to date.
+    """
+    return _Learner(word_counts, frozenset(reserved)).learn(num_new_tokens)
+
+
+class _Learner:
+    """Pair counts, the words each pair occurs in, and a heap of candidates whose stale entries are mended when they surface."""
+
+    def __init__(self, word_counts: Counter[bytes], reserved: frozenset[bytes]) -> None:
+        self.tokens = [bytes([value]) for value in range(256)]
+        self.ids = {token: index for index, token in enumerate(self.tokens)}
+        self.descending = [_descending_key(token) for token in self.tokens]
+        self.reserved = reserved
+        self.words = [list(word) for word in word_counts]
+        self.frequencies = list(word_counts.values())
+        self.counts: defaultdict[Pair, int] = defaultdict(int)
+        self.occurrences: defaultdict[Pair, set[int]] = defaultdict(set)
+        for index, (word, frequency) in enumerate(zip(self.words, self.frequencies, strict=True)):
+            for pair in pairwise(word):
+                self.counts[pair] += frequency
+                self.occurrences[pair].add(index)
+        self.heap = [self._entry(pair, count) for pair, count in self.counts.items()]
+        heapq.heapify(self.heap)
+
+    def learn(self, num_new_tokens: int) -> list[tuple[bytes, bytes]]:
+        merges: list[tuple[bytes, bytes]] = []
+        size = len(self.tokens) + num_new_tokens
+        while len(self.tokens) < size and (pair := self._pop_best()) is not None:
+            left, right = self.tokens[pair[0]], self.tokens[pair[1]]
+            if left + right in self.reserved:
+                del self.counts[pair]
+                continue
+            merges.append((left, right))
+            self._merge(pair, self._token_id(left + right))
+        return merges
+
+    def _entry(self, pair: Pair, count: int) -> tuple[int, str, str, Pair]:
+        return -count, self.descending[pair[0]], self.descending[pair[1]], pair
+
+    def _pop_best(self) -> Pair | None:
+        while self.heap:
+            entry = heapq.heappop(self.heap)
+            pair = entry[3]
+            count = self.counts.get(pair, 0)
+            if count == -entry[0] and count > 0:
+                return pair
+            # Counts that grew were pushed when they grew, so only one that fell has to go back in.
+            if 0 < count < -entry[0]:
+                heapq.heappush(self.heap, self._entry(pair, count))
+        return None
+
+    def _token_id(self, token: bytes) -> int:
+        if token not in self.ids:
+            self.ids[token] = len(self.tokens)
+            self.tokens.append(token)
+            self.descending.append(_descending_key(token))
+        return self.ids[token]
+
+    def _merge(self, pair: Pair, merged: int) -> None:
+        grown: set[Pair] = set()
+        for index in self.occurrences.pop(pair):
+            word, frequency = self.words[index], self.frequencies[index]
+            new_word = _merge_in_word(word, pair, merged)
+            if len(new_word) == len(word):
+                continue
+            for old in pairwise(word):
+                self.counts[old] -= frequency
+            for new in pairwise(new_word):
+                self.counts[new] += frequency
+                if merged in new:
+                    self.occurrences[new].add(index)
+                    grown.add(new)
+            self.words[index] = new_word
+        self.counts.pop(pair, None)
+        for new in grown:
+            heapq.heappush(self.heap, self._entry(new, self.counts[new]))
+
+
+def _merge_in_word(word: list[int], pair: Pair, merged: int) -> list[int]:
+    left, right = pair
+    result: list[int] = []
+    position, last = 0, len(word) - 1
+    while position <= last:
+        if position < last and word[position] == left and word[position + 1] == right:
+            result.append(merged)
+            position += 2
+        else:
+            result.append(word[position])
+            position += 1
+    return result
+
+
+def _descending_key(token: bytes) -> str:
+    """A string that sorts the other way round: the greater the bytes, the smaller it is, a prefix being the lesser of two."""
+    return "".join(chr(255 - value) for value in token) + chr(256)
