@@ -1,0 +1,121 @@
+"""Attention: which kernel, which mask, in one place.
+
+Both backends see the same mask: a query sees keys of its own document that do not lie after it, and inside the window if there is
+one. On a mesh with a `context` axis each device holds a part of the sequence: it gathers keys and values and keeps its queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from consyn_jax.distributed.mesh import partition_spec
+
+Backend = Literal["xla", "cudnn"]
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """The kernel that will run, and why."""
+
+    backend: Backend
+    reason: str
+
+
+def choose_attention(platform: str, dtype: jnp.dtype, head_dim: int, compute_capability: str = "") -> AttentionChoice:
+    """The fastest correct kernel for a device: cuDNN's fused attention on NVIDIA from Ampere on, XLA's operations elsewhere.
+
+    Args:
+        platform: "cpu", "gpu", "cuda", "rocm" as `jax.Device.platform` and `jax.default_backend` name it.
+        compute_capability: "9.0" for Hopper; empty on other platforms.
+    """
+    if platform not in ("gpu", "cuda"):
+        return AttentionChoice("xla", f"the {platform} has no fused kernel")
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return AttentionChoice("xla", f"cuDNN attention needs bf16, and the run computes in {jnp.dtype(dtype).name}: slower, and memory grows with the square of the sequence")
+    if compute_capability and float(compute_capability) < 8.0:
+        return AttentionChoice("xla", f"cuDNN attention needs compute capability 8.0, and this GPU has {compute_capability}: slower, and memory grows with the square of the sequence")
+    if head_dim > 128 or head_dim % 8:
+        return AttentionChoice("xla", f"cuDNN attention takes heads up to 128 wide in multiples of 8, not {head_dim}: slower, and memory grows with the square of the sequence")
+    return AttentionChoice("cudnn", "fused kernel of an NVIDIA GPU")
+
+
+def attention_mask(
+    query_positions: Int[Array, " T"],
+    key_positions: Int[Array, " S"],
+    query_segments: Int[Array, "B T"] | None = None,
+    key_segments: Int[Array, "B S"] | None = None,
+    sliding_window: int | None = None,
+) -> Bool[Array, "B 1 T S"]:
+    """True where a query may look: not at later positions, not into another document, not out of the window."""
+    distance_TS = query_positions[:, None] - key_positions[None, :]
+    mask = distance_TS >= 0
+    if sliding_window is not None:
+        mask &= distance_TS < sliding_window
+    mask = mask[None, None]
+    if query_segments is not None and key_segments is not None:
+        mask = mask & (query_segments[:, None, :, None] == key_segments[:, None, None, :])
+    return mask
+
+
+def attend(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask: Bool[Array, "#B 1 T S"],
+    backend: Backend,
+) -> Float[Array, "B T N H"]:
+    """Softmax attention, scaled by H**-0.5, grouped heads, under an explicit mask."""
+    if backend == "cudnn":
+        return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask, implementation="cudnn")
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * H**-0.5
+    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    scores_BKGTS = jnp.where(mask[:, :, None], scores_BKGTS, -1e30)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(B, T, N, H)
+
+
+def causal_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    segment_ids_BT: Int[Array, "B T"] | None,
+    *,
+    backend: Backend,
+    sliding_window: int | None = None,
+) -> Float[Array, "B T N H"]:
+    """Causal self-attention inside documents; on the mesh in context if there is one.
+
+    Args:
+        segment_ids_BT: number of the document that each token belongs to; None: each row is one document.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    local = partial(_local_attention, backend=backend, sliding_window=sliding_window, context=0 if mesh.empty else mesh.shape["context"])
+    if mesh.empty:
+        return local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    heads, kv_heads = partition_spec(("batch", "sequence", "heads", None)), partition_spec(("batch", "sequence", "kv_heads", None))
+    segments = partition_spec(("batch", "sequence"))
+    # check_vma off: cuDNN's custom call does not say over which axes its result varies
+    return jax.shard_map(local, in_specs=(heads, kv_heads, kv_heads, segments), out_specs=heads, check_vma=False)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
+def _local_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, *, backend: Backend, sliding_window: int | None, context: int):  # type: ignore[no-untyped-def]
+    T = q_BTNH.shape[1]
+    first, key_segments = 0, segment_ids_BT
+    if context > 1:
+        first = jax.lax.axis_index("context") * T
+        gather = partial(jax.lax.all_gather, axis_name="context", axis=1, tiled=True)
+        k_BTKH, v_BTKH = gather(k_BTKH), gather(v_BTKH)
+        key_segments = None if segment_ids_BT is None else gather(segment_ids_BT)
+    elif segment_ids_BT is None and backend == "cudnn":
+        window = None if sliding_window is None else (sliding_window - 1, 0)
+        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=window, implementation="cudnn")
+    mask = attention_mask(first + jnp.arange(T), jnp.arange(k_BTKH.shape[1]), segment_ids_BT, key_segments, sliding_window)
+    return attend(q_BTNH, k_BTKH, v_BTKH, mask, backend)

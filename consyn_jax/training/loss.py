@@ -1,0 +1,163 @@
+"""Next-token cross-entropy: a readable reference, and the fused form that training uses.
+
+Everything returns sums and counts; who divides, divides once. The fused form never holds the logits of all tokens: it goes through
+them in chunks, and while a chunk's logits are at hand it also computes their gradients, so the backward pass has nothing to
+recompute. Its backward pass only scales what the forward pass kept.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from consyn_jax.distributed.mesh import AXES, RULES, partition_spec
+
+CHUNK_ELEMENTS = 2**26  # logits held at once on one device: 256 MiB in float32
+
+
+class LossSums(NamedTuple):
+    """Sums over tokens, float32: negative log-likelihood in nats, tokens counted, tokens predicted right."""
+
+    nll: Float[Array, ""]
+    tokens: Float[Array, ""]
+    correct: Float[Array, ""]
+
+
+def cross_entropy(logits_BTV: Float[Array, "B T V"], labels_BT: Int[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> LossSums:
+    """The reference: sums over the tokens where the mask is true."""
+    log_probs_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32))
+    nll_BT = -jnp.take_along_axis(log_probs_BTV, labels_BT[..., None], axis=-1)[..., 0]
+    correct_BT = jnp.argmax(logits_BTV, axis=-1) == labels_BT
+    return LossSums(jnp.sum(nll_BT * mask_BT), jnp.sum(mask_BT, dtype=jnp.float32), jnp.sum(correct_BT & mask_BT, dtype=jnp.float32))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def head_loss(
+    x_BTD: Float[Array, "B T D"],
+    head_VD: Float[Array, "V D"],
+    labels_BT: Int[Array, "B T"],
+    mask_BT: Bool[Array, "B T"],
+    vocab_size: int,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> LossSums:
+    """Cross-entropy of `x @ head.T` over the first `vocab_size` rows of the head, differentiable in its `nll`.
+
+    The products run in the dtype of `x`, sums and the softmax in float32. Memory beyond the result: about 2.5 x 4 x
+    `chunk_elements` bytes a device, and one float32 head for its gradient.
+    """
+    return _run(x_BTD, head_VD, labels_BT, mask_BT, vocab_size, chunk_elements, with_gradients=False)[0]
+
+
+def _forward(x: Any, head: Any, labels: Any, mask: Any, vocab_size: int, chunk_elements: int) -> Any:
+    sums, dx, dhead = _run(x, head, labels, mask, vocab_size, chunk_elements, with_gradients=True)
+    return sums, (dx, dhead)
+
+
+def _backward(vocab_size: int, chunk_elements: int, kept: Any, cotangents: LossSums) -> Any:
+    dx, dhead = kept
+    return (dx * cotangents.nll).astype(dx.dtype), dhead * cotangents.nll, None, None
+
+
+head_loss.defvjp(_forward, _backward)
+
+
+def _run(x: Any, head: Any, labels: Any, mask: Any, vocab_size: int, chunk_elements: int, with_gradients: bool) -> Any:
+    """One device: the plain function. On a mesh: each device its own tokens and its part of the vocabulary, sums at the end."""
+    mesh = jax.sharding.get_abstract_mesh()
+    local = partial(_local, vocab_size=vocab_size, chunk_elements=chunk_elements, with_gradients=with_gradients)
+    if mesh.empty:
+        return local(x, head, labels, mask, mesh_shape=dict.fromkeys(AXES, 1))
+    tokens, hidden = partition_spec(("batch", "sequence")), partition_spec(("batch", "sequence", None))
+    weights = partition_spec(("vocab", "embed"))
+    scalars = LossSums(*(partition_spec(()),) * 3)
+    return jax.shard_map(
+        partial(local, mesh_shape=dict(mesh.shape)),
+        in_specs=(hidden, weights, tokens, tokens),
+        out_specs=(scalars, hidden, weights) if with_gradients else (scalars, None, None),
+        check_vma=False,
+    )(x, head, labels, mask)
+
+
+def _local(x, head, labels, mask, *, mesh_shape, vocab_size, chunk_elements, with_gradients):  # type: ignore[no-untyped-def]
+    def over(axes: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(axis for axis in axes if mesh_shape[axis] > 1)
+
+    token_axes, vocab_axes, embed_axes = over(RULES["batch"] + RULES["sequence"]), over(RULES["vocab"]), over(RULES["embed"])
+    weight = head.astype(x.dtype)
+    if embed_axes:
+        weight = jax.lax.all_gather(weight, embed_axes, axis=1, tiled=True)
+    first_row = jax.lax.axis_index(vocab_axes) * weight.shape[0] if vocab_axes else 0
+    rows = first_row + jnp.arange(weight.shape[0])
+    padded = weight.shape[0] * mesh_shape["tensor"] != vocab_size
+    chunk = partial(_chunk, rows=rows, vocab_size=vocab_size if padded else None, vocab_axes=vocab_axes, with_gradients=with_gradients)
+    sums, dx, dhead = _over_chunks(chunk, x, weight, labels, mask, chunk_elements)
+    if token_axes:
+        sums = jax.lax.psum(sums, token_axes)
+    if not with_gradients:
+        return sums, None, None
+    if vocab_axes:
+        dx = jax.lax.psum(dx, vocab_axes)
+    rest = tuple(axis for axis in token_axes if axis not in embed_axes)
+    if embed_axes:
+        dhead = jax.lax.psum_scatter(dhead, embed_axes, scatter_dimension=1, tiled=True)
+    if rest:
+        dhead = jax.lax.psum(dhead, rest)
+    return sums, dx.astype(x.dtype), dhead
+
+
+def _over_chunks(chunk, x_BTD, weight_VD, labels_BT, mask_BT, chunk_elements):  # type: ignore[no-untyped-def]
+    """Add up `chunk` over parts of the sequence small enough to hold their logits."""
+    B, T, D = x_BTD.shape
+    num_chunks = min(T, math.ceil(B * T * weight_VD.shape[0] / chunk_elements))
+    if num_chunks == 1:
+        return chunk(weight_VD, x_BTD, labels_BT, mask_BT)
+    length = math.ceil(T / num_chunks)
+    num_chunks = math.ceil(T / length)
+    pad = num_chunks * length - T
+
+    def split(a: jax.Array) -> jax.Array:
+        a = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
+        return jnp.moveaxis(a.reshape(B, num_chunks, length, *a.shape[2:]), 1, 0)
+
+    def body(total, parts):  # type: ignore[no-untyped-def]
+        sums, dx, dhead = chunk(weight_VD, *parts)
+        return jax.tree.map(jnp.add, total, (sums, dhead)), dx
+
+    parts = (split(x_BTD), split(labels_BT), split(mask_BT))
+    shapes = jax.eval_shape(lambda *p: chunk(weight_VD, *p), *(jax.tree.map(lambda a: a[0], parts)))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], shapes[2]))
+    (sums, dhead), dx = jax.lax.scan(body, zeros, parts)
+    if dx is not None:
+        dx = jnp.moveaxis(dx, 0, 1).reshape(B, num_chunks * length, D)[:, :T]
+    return sums, dx, dhead
+
+
+def _chunk(weight_VD, x_BTD, labels_BT, mask_BT, *, rows, vocab_size, vocab_axes, with_gradients):  # type: ignore[no-untyped-def]
+    """Sums of one chunk, and the gradients of its nll with respect to x and the head."""
+    logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, weight_VD, preferred_element_type=jnp.float32)
+    if vocab_size is not None:  # the embedding has rows that are no tokens
+        logits_BTV = jnp.where(rows < vocab_size, logits_BTV, -jnp.inf)
+    best_BT = top_BT = jax.lax.stop_gradient(jnp.max(logits_BTV, axis=-1))
+    if vocab_axes:
+        top_BT = jax.lax.pmax(best_BT, vocab_axes)
+    unnormalised_BTV = jnp.exp(logits_BTV - top_BT[..., None])
+    is_label_BTV = rows == labels_BT[..., None]
+    total_BT = jnp.sum(unnormalised_BTV, axis=-1)
+    label_logit_BT = jnp.sum(jnp.where(is_label_BTV, logits_BTV, 0.0), axis=-1)
+    if vocab_axes:
+        total_BT, label_logit_BT = jax.lax.psum((total_BT, label_logit_BT), vocab_axes)
+    nll_BT = jnp.log(total_BT) + top_BT - label_logit_BT
+    correct_BT = (label_logit_BT >= top_BT) & mask_BT
+    sums = LossSums(jnp.sum(jnp.where(mask_BT, nll_BT, 0.0)), jnp.sum(mask_BT, dtype=jnp.float32), jnp.sum(correct_BT, dtype=jnp.float32))
+    if not with_gradients:
+        return sums, None, None
+    dlogits_BTV = (unnormalised_BTV / total_BT[..., None] - is_label_BTV) * mask_BT[..., None]
+    dlogits_BTV = dlogits_BTV.astype(x_BTD.dtype)
+    dx_BTD = jnp.einsum("BTV,VD->BTD", dlogits_BTV, weight_VD, preferred_element_type=jnp.float32)
+    dhead_VD = jnp.einsum("BTV,BTD->VD", dlogits_BTV, x_BTD, preferred_element_type=jnp.float32)
+    return sums, dx_BTD, dhead_VD
