@@ -1,0 +1,179 @@
+"""Global batches from a dataset, a prefetching thread, and one pass for evaluation.
+
+A batch is a function of (seed, step): step s takes the global positions s * A * B .. (s + 1) * A * B, micro-batch a the positions
+a * B .. (a + 1) * B of those. A process reads only its rows of each micro-batch; together, however many there are, they read the
+same global batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Generic, Protocol, TypeVar, cast
+
+import numpy as np
+
+from consyn_jax.data.order import ids_at
+from consyn_jax.data.packing import Batch
+
+Rows = slice | np.ndarray
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+class Dataset(Protocol):
+    """What a loader needs: a length, and the rows at many indices at once, each array [n, ...]."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, indices: Any) -> Batch: ...
+
+
+class BatchLoader:
+    """The batches of a run from `start_step` on, without end; epochs follow one another within a batch.
+
+    Iterating gives (step, batch), each array of the batch [accumulation_steps, b, ...] where b is the number of `rows`.
+
+    Args:
+        batch_size: rows of one micro-batch over all processes.
+        rows: which rows of each global micro-batch this process holds.
+        shuffle: False takes the dataset in its own order.
+
+    Raises:
+        ValueError: the dataset has no samples.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        seed: int,
+        batch_size: int,
+        accumulation_steps: int = 1,
+        rows: Rows = slice(None),
+        shuffle: bool = True,
+        start_step: int = 0,
+    ) -> None:
+        if not len(dataset):
+            raise ValueError("The dataset has no samples.")
+        self.dataset, self.seed, self.shuffle, self.start_step = dataset, seed, shuffle, start_step
+        self.batch_size, self.accumulation_steps = batch_size, accumulation_steps
+        held = np.arange(batch_size)[rows]
+        self._held = (np.arange(accumulation_steps)[:, None] * batch_size + held).astype(np.int64)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of that step, whatever was read before."""
+        positions = step * self.accumulation_steps * self.batch_size + self._held
+        ids = ids_at(self.seed, positions.reshape(-1), len(self.dataset), self.shuffle)
+        rows = self.dataset.rows(ids)
+        return {name: values.reshape(*self._held.shape, *values.shape[1:]) for name, values in rows.items()}
+
+    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+        for step in itertools.count(self.start_step):
+            yield step, self.batch(step)
+
+
+def evaluation_batches(dataset: Dataset, batch_size: int, rows: Rows = slice(None)) -> Iterator[Batch]:
+    """The whole dataset once, in order, in batches [b, ...] of one shape; rows behind the end have no mask and segment 0.
+
+    Args:
+        batch_size: rows of a batch over all processes.
+        rows: which of them this process holds.
+    """
+    held = np.arange(batch_size)[rows]
+    for first in range(0, len(dataset), batch_size):
+        indices = first + held
+        beyond = indices >= len(dataset)
+        batch = dataset.rows(np.where(beyond, 0, indices))
+        for name in ("loss_mask", "segment_ids"):
+            batch[name][beyond] = 0
+        yield batch
+
+
+class _End:
+    """What the thread hands over last: the exception that stopped it, or None."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+
+class prefetch(Generic[Out]):
+    """Iterate with a background thread that keeps up to `depth` items ready.
+
+    An exception in the thread is raised in the consumer, in its place in the sequence. The thread ends with `close()`, at the end
+    of a `with` block, when this object is dropped, and at exit.
+
+    Args:
+        transform: applied to each item in the thread.
+
+    Attributes:
+        wait_s: seconds that the consumer has waited for items so far.
+    """
+
+    def __init__(self, iterable: Iterable[In], depth: int = 2, transform: Callable[[In], Out] | None = None) -> None:
+        self.wait_s = 0.0
+        self._ready: SimpleQueue[Any] = SimpleQueue()
+        self._free = threading.Semaphore(depth)
+        self._stop = threading.Event()
+        self._ended = False
+        # The thread must not know this object, or it would never be dropped.
+        arguments = (iter(iterable), transform, self._ready, self._free, self._stop)
+        thread = threading.Thread(target=_produce, args=arguments, name="prefetch", daemon=True)
+        self._finalizer = weakref.finalize(self, _end_thread, thread, self._free, self._stop)
+        thread.start()
+
+    def __iter__(self) -> Iterator[Out]:
+        return self
+
+    def __next__(self) -> Out:
+        if self._ended:
+            raise StopIteration
+        began = time.perf_counter()
+        item = self._ready.get()
+        self.wait_s += time.perf_counter() - began
+        if isinstance(item, _End):
+            self.close()
+            if item.error is not None:
+                raise item.error
+            raise StopIteration
+        self._free.release()
+        return cast(Out, item)
+
+    def close(self) -> None:
+        """End the thread, waiting for the item it is at. What is ready is dropped."""
+        self._ended = True
+        self._finalizer()
+
+    def __enter__(self) -> prefetch[Out]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _produce(items: Iterator[Any], transform: Callable[[Any], Any] | None, ready: SimpleQueue[Any], free: threading.Semaphore, stop: threading.Event) -> None:
+    error: BaseException | None = None
+    try:
+        while True:
+            free.acquire()
+            if stop.is_set():
+                return
+            try:
+                item = next(items)
+            except StopIteration:
+                break
+            ready.put(item if transform is None else transform(item))
+    except BaseException as caught:  # noqa: BLE001 (whatever it is, the consumer raises it)
+        error = caught
+    ready.put(_End(error))
+
+
+def _end_thread(thread: threading.Thread, free: threading.Semaphore, stop: threading.Event) -> None:
+    stop.set()
+    free.release()
+    if thread is not threading.current_thread():  # the garbage collector runs where it likes
+        thread.join()

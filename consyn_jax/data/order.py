@@ -1,0 +1,73 @@
+"""The order of samples as arithmetic: which sample stands at a position is a function of (seed, position) and nothing else.
+
+Each epoch is a keyed pseudo-random permutation of range(n): a Feistel network over the smallest power of two that holds n, walked
+along its cycle until it lands below n (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). No state, no table: a
+resume costs nothing, and any process can ask for any position.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Int64, UInt64
+
+ROUNDS = 12
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def sample_ids(seed: int, start: int, count: int, n: int, shuffle: bool = True) -> Int64[np.ndarray, " count"]:
+    """Dataset indices of the global positions start .. start + count in an endless row of epochs.
+
+    Args:
+        seed: chooses the permutations; every epoch has its own.
+        n: samples in an epoch.
+        shuffle: False gives 0 .. n - 1 in every epoch.
+
+    Raises:
+        ValueError: no samples to take from.
+    """
+    return ids_at(seed, np.arange(start, start + count, dtype=np.int64), n, shuffle)
+
+
+def ids_at(seed: int, positions: Int64[np.ndarray, " count"], n: int, shuffle: bool = True) -> Int64[np.ndarray, " count"]:
+    """Dataset indices at any global positions (not negative), as in `sample_ids`."""
+    if n < 1:
+        raise ValueError("There are no samples to put in order.")
+    epochs, offsets = np.divmod(positions, np.int64(n))
+    if not shuffle:
+        return offsets
+    # A one-element array and not a scalar: numpy warns when scalars wrap around, and arrays are meant to here.
+    keys = mix(epochs.astype(np.uint64) * _GOLDEN + mix(np.array([seed % 2**64], np.uint64)))
+    return permute(offsets, n, keys)
+
+
+def permute(values: Int64[np.ndarray, " count"], n: int, keys: UInt64[np.ndarray, " count"]) -> Int64[np.ndarray, " count"]:
+    """Each value in range(n) sent to its place under the permutation that its key names."""
+    bits = max((n - 1).bit_length(), 1)
+    walking = np.arange(len(values))
+    result = values.astype(np.uint64)
+    while len(walking):
+        result[walking] = _feistel(result[walking], keys[walking], bits)
+        walking = walking[result[walking] >= np.uint64(n)]
+    return result.astype(np.int64)
+
+
+def _feistel(values: UInt64[np.ndarray, " count"], keys: UInt64[np.ndarray, " count"], bits: int) -> UInt64[np.ndarray, " count"]:
+    """A bijection of range(2**bits): each half in turn is xor-ed with a hash of the other, which can be undone, so nothing collides."""
+    low_bits = np.uint64((bits + 1) // 2)
+    low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
+    high_mask = (np.uint64(1) << (np.uint64(bits) - low_bits)) - np.uint64(1)
+    low, high = values & low_mask, values >> low_bits
+    for step in range(ROUNDS):
+        round_keys = keys + np.array([step + 1], np.uint64) * _GOLDEN
+        if step % 2:
+            low = low ^ (mix(high + round_keys) & low_mask)
+        else:
+            high = high ^ (mix(low + round_keys) & high_mask)
+    return (high << low_bits) | low
+
+
+def mix(values: UInt64[np.ndarray, " count"]) -> UInt64[np.ndarray, " count"]:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): every input bit moves every output bit."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
