@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Int64, Integer
 
-from consyn_jax.data.store import StoreSplit
+from consyn_jax.data.store import MemoryShard, StoreSplit
 
 Batch = dict[str, np.ndarray]
 
@@ -95,3 +95,12 @@ class PackedDataset:
         column = starts[low[row] + nth] - first[row]
         begins[at[row], column] = 1
         inputs[at[row], column] = self.bos_id
+
+
+def memory_split(documents: Sequence[Int64[np.ndarray, " _"]], eos_id: int) -> StoreSplit:
+    """Documents in memory as a split; EOS is put behind each that lacks it, and the bytes of their text are not known.
+
+    Args:
+        documents: the ids of each, without BOS.
+    """
+    return StoreSplit([MemoryShard(documents, eos_id)])

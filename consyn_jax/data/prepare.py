@@ -124,6 +124,8 @@ def prepare(
     directory = cache_directory() / "stores" / _key(job)
     from_cache = directory.exists()
     store = TokenStore(directory) if from_cache else _build(job, directory)
+    if not store.split(TRAIN).num_tokens:
+        raise UserError("All documents fell on the validation side and none is left to train on. Lower --validation_fraction, or give more data.")
     report = ReadReport(**json.loads((directory / REPORT).read_text(encoding="utf-8")))
     return Prepared(store, (*corpus.sources, *held_out.sources), (*corpus.left_out, *held_out.left_out), report, from_cache)
 
@@ -195,6 +197,10 @@ def _content_hash(source: Source) -> str:
 
 def _build(job: _Job, directory: Path) -> TokenStore:
     tokenizer = job.tokenizer if isinstance(job.tokenizer, BPETokenizer) else _train_tokenizer(job, int(job.tokenizer.removeprefix("train:")))
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The cache {directory.parent} cannot be written: {error.strerror}. Set CONSYN_CACHE to a directory with room.") from error
     report = ReadReport()
     with TokenStoreWriter(directory, tokenizer) as writer:
         fill(writer, tokenizer, _watched(job, "tokenize", report))

@@ -114,9 +114,15 @@ def find_sources(data: Sequence[str], dataset_type: str = "auto") -> Corpus:
 
 def _expand(name: str) -> list[str]:
     """The paths behind one item of `--data`, as the shell would give them."""
+    if name == SAMPLE:
+        return [name]
     path = Path(name).expanduser()
-    if name == SAMPLE or path.exists():
-        return [name if name == SAMPLE else str(path)]
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise UserError(f"{name} in --data cannot be read: {error.strerror}. Check the path and its permissions.") from error
+    if exists:
+        return [str(path)]
     if glob.has_magic(name):
         found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (patterns may be absolute)
         if not found:
@@ -176,7 +182,7 @@ def look(path: Path, dataset_type: str = "auto") -> tuple[str, str]:
     if not head or fault:
         return "", fault or "is empty"
     kind, found = _kind(path.suffix.lower(), head)
-    if dataset_type == "jsonl" and kind == "text" and head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"["):
+    if dataset_type == "jsonl" and head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"["):
         kind = "jsonl"
     if kind and dataset_type not in ("auto", kind):
         return "", f"holds {NAMES[kind]}, not {NAMES[dataset_type]} as --dataset_type {dataset_type} wants"
@@ -192,15 +198,15 @@ def _kind(suffix: str, head: bytes) -> tuple[str, str]:
     if suffix == ".json" and body[:1] == b"[":
         return "jsonl", ""
     if body[:1] == b"{":
-        line, newline, _ = body.partition(b"\n")
+        line, _, rest = body.partition(b"\n")
         try:
-            rows = isinstance(json.loads(line), dict)
+            # One object alone is somebody's settings rather than a corpus of one row.
+            if isinstance(json.loads(line), dict) and rest.strip():
+                return "jsonl", ""
         except (ValueError, RecursionError):
-            rows = suffix == ".json" and not newline and len(head) == HEAD_BYTES  # a row longer than the head
-        if rows:
-            return "jsonl", ""
+            pass  # not JSON Lines; what it is instead is decided below
     if suffix == ".json":
-        return "", "is JSON but not rows (neither JSON Lines nor one array)"
+        return "", "is JSON but not rows (neither JSON Lines of two or more rows nor one array)"
     return "text", ""
 
 

@@ -24,7 +24,7 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from consyn_jax.tokenization import BPETokenizer, load_tokenizer
 FORMAT = "consyn token store"
 VERSION = 1
 SHARD_TOKENS = 1 << 26
+AGAIN = "Delete the directory and prepare the data again."
 _SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -76,9 +77,10 @@ class TokenStoreWriter:
         self._building = self.directory.with_name(f".{self.directory.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
         try:
             self._building.mkdir(parents=True)
-            tokenizer.save(str(self._building / "tokenizer"))
+            tokenizer.save(self._building / "tokenizer")
         except OSError as error:
-            raise UserError(f"The token store cannot be written to {self.directory}: {error.strerror}. Choose another place.") from error
+            self.abandon()
+            raise self._unwritable(error) from error
 
     def add(self, split: str, token_ids: Sequence[int], num_bytes: int) -> None:
         """Append one document: its ids without EOS, and the size of its text in UTF-8."""
@@ -238,7 +240,7 @@ class TokenStore:
         self.vocab_size: int = self.manifest["vocab_size"]
         self.dtype = token_dtype(self.vocab_size)
         self.splits = {
-            name: StoreSplit([Shard(self.directory, entry, self.dtype) for entry in split["shards"]]) for name, split in self.manifest["splits"].items()
+            name: StoreSplit([Shard(self.directory, entry, self.vocab_size) for entry in split["shards"]]) for name, split in self.manifest["splits"].items()
         }
 
     def split(self, name: str) -> StoreSplit:
@@ -250,7 +252,7 @@ class TokenStore:
         """The copy of the tokenizer that made the tokens."""
         tokenizer = load_tokenizer(str(self.directory / "tokenizer"))
         if tokenizer.sha256 != self.manifest["tokenizer_sha256"]:
-            raise UserError(f"The tokenizer in {self.directory} is not the one its manifest names. Prepare the data again.")
+            raise UserError(f"The tokenizer in {self.directory} is not the one its manifest names. {AGAIN}")
         return tokenizer
 
     @property
@@ -267,21 +269,21 @@ class TokenStore:
 class Shard:
     """One file of tokens with its index. Both are checked against their checksums when they are first read."""
 
-    def __init__(self, directory: Path, entry: dict[str, Any], dtype: np.dtype) -> None:
+    def __init__(self, directory: Path, entry: dict[str, Any], vocab_size: int) -> None:
         self.path = directory / entry["file"]
         self._index_path = directory / entry["index"]
         self._entry = entry
-        self._dtype = dtype
+        self._vocab_size = vocab_size
         self._lock = threading.Lock()
         self._mapped: tuple[np.ndarray, np.ndarray] | None = None
         self.num_tokens: int = entry["tokens"]
         self.num_documents: int = entry["documents"]
         self.num_bytes: int = entry["bytes"]
-        for path, size in ((self.path, self.num_tokens * dtype.itemsize), (self._index_path, self.num_documents * 8)):
+        for path, size in ((self.path, self.num_tokens * token_dtype(vocab_size).itemsize), (self._index_path, self.num_documents * 8)):
             found = path.stat().st_size if path.is_file() else None
             if found != size:
                 state = "is missing" if found is None else f"has {found:,} bytes where the manifest says {size:,}"
-                raise UserError(f"The token store is damaged: {path} {state}. Prepare the data again.")
+                raise UserError(f"The token store is damaged: {path} {state}. {AGAIN}")
 
     @property
     def tokens(self) -> np.ndarray:
@@ -297,30 +299,62 @@ class Shard:
         if self._mapped is None:
             with self._lock:
                 if self._mapped is None:
-                    _verify(self.path, self._entry["sha256"])
-                    _verify(self._index_path, self._entry["index_sha256"])
-                    tokens = np.memmap(self.path, self._dtype, "r", shape=(self.num_tokens,))
-                    # int64, not uint64: numpy would compare a uint64 with a signed number as floats.
-                    starts = np.memmap(self._index_path, "<i8", "r", shape=(self.num_documents,))
-                    self._mapped = tokens.view(np.ndarray), starts.view(np.ndarray)
+                    self._mapped = self._verified()
         return self._mapped
+
+    def _verified(self) -> tuple[np.ndarray, np.ndarray]:
+        for path, expected in ((self.path, self._entry["sha256"]), (self._index_path, self._entry["index_sha256"])):
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                    raise UserError(f"The token store is damaged: {path} does not match its checksum in {MANIFEST}. {AGAIN}")
+        tokens = np.memmap(self.path, token_dtype(self._vocab_size), "r", shape=(self.num_tokens,)).view(np.ndarray)
+        # int64, not uint64: numpy would compare a uint64 with a signed number as floats.
+        starts = np.memmap(self._index_path, "<i8", "r", shape=(self.num_documents,)).view(np.ndarray)
+        # A store may come from anywhere: an id beyond the vocabulary would silently read another embedding.
+        if tokens.max() >= self._vocab_size:
+            raise UserError(f"The token store is damaged: {self.path} has token id {tokens.max()} and a vocabulary of {self._vocab_size}. {AGAIN}")
+        if starts[0] != 0 or starts[-1] >= self.num_tokens or (starts[1:] <= starts[:-1]).any():
+            raise UserError(f"The token store is damaged: the document starts in {self._index_path} do not rise from 0. {AGAIN}")
+        return tokens, starts
+
+
+class TokenShard(Protocol):
+    """What a split is made of: whole documents, one behind the other, each ended by EOS. `num_bytes` may be unknown."""
+
+    @property
+    def tokens(self) -> np.ndarray: ...
+    @property
+    def starts(self) -> np.ndarray: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_documents(self) -> int: ...
+    @property
+    def num_bytes(self) -> int | None: ...
+
+
+class MemoryShard:
+    """Documents in memory. EOS is put behind each that lacks it; the bytes of their text are not known."""
+
+    num_bytes = None
+
+    def __init__(self, documents: Sequence[np.ndarray], eos_id: int) -> None:
+        ended = [ids if len(ids) and ids[-1] == eos_id else np.append(ids, eos_id) for ids in documents]
+        lengths = np.array([len(ids) for ids in ended], np.int64)
+        self.tokens, self.starts = np.concatenate(ended), np.cumsum(lengths) - lengths
+        self.num_tokens, self.num_documents = len(self.tokens), len(ended)
 
 
 class StoreSplit:
     """The shards of one split, seen as one stream of tokens: the documents in store order, each ended by EOS."""
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
+    def __init__(self, shards: Sequence[TokenShard]) -> None:
         self.shards = tuple(shards)
         self.offsets = np.concatenate([[0], np.cumsum([shard.num_tokens for shard in shards], dtype=np.int64)]).astype(np.int64)
         self.num_tokens = int(self.offsets[-1])
         self.num_documents = sum(shard.num_documents for shard in shards)
-        self.num_bytes = sum(shard.num_bytes for shard in shards)
-
-
-def _verify(path: Path, expected: str) -> None:
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-            raise UserError(f"The token store is damaged: {path} does not match its checksum in {MANIFEST}. Prepare the data again.")
+        sizes = [shard.num_bytes for shard in shards]
+        self.num_bytes = None if None in sizes else sum(size for size in sizes if size is not None)
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
@@ -332,14 +366,14 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON. Prepare the data again.") from error
+        raise UserError(f"{path} is not JSON. {AGAIN}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path} is not the manifest of a token store. Give a directory that consyn_jax wrote.")
     if manifest.get("version") != VERSION:
-        raise UserError(f"{path} has format version {manifest.get('version')!r}, and this consyn_jax reads {VERSION}. Prepare the data again.")
+        raise UserError(f"{path} has format version {manifest.get('version')!r}, and this consyn_jax reads {VERSION}. {AGAIN}")
     fault = _manifest_fault(manifest)
     if fault:
-        raise UserError(f"{path} is damaged: {fault}. Prepare the data again.")
+        raise UserError(f"{path} is damaged: {fault}. {AGAIN}")
     return manifest
 
 
@@ -356,10 +390,14 @@ def _manifest_fault(manifest: dict[str, Any]) -> str:
         shards = split.get("shards") if isinstance(split, dict) else None
         if not isinstance(shards, list):
             return f"split {name!r} has no list of shards"
+        if not _SPLIT_NAME.fullmatch(name):
+            return f"split {name!r} has no proper name"
         for number, shard in enumerate(shards):
             fault = _shard_fault(shard)
             if fault:
                 return f"shard {number} of split {name!r}: {fault}"
+        if any(split.get(key) != value for key, value in _totals(shards).items()):
+            return f"the counts of split {name!r} are not the sums of its shards"
     return ""
 
 

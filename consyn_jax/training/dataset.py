@@ -66,8 +66,8 @@ class ConsynDataset:
         return self.packed.num_documents
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of the split's text in UTF-8, for bits per byte."""
+    def num_bytes(self) -> int | None:
+        """Bytes of the split's text in UTF-8, for bits per byte; None where a store does not know."""
         return self.packed.num_bytes
 
 
@@ -100,9 +100,7 @@ def get_dataset(
     paths = [str(path) for path in ([data_path] if isinstance(data_path, str | Path) else data_path)]
     if block_size < 1:
         raise UserError(f"block_size must be at least 1, not {block_size}.")
-    prepared = prepare(
-        paths, tokenizer, dataset_type=dataset_type, text_key=text_key, validation_fraction=validation_fraction, on_bad_rows=on_bad_rows
-    )
+    prepared = prepare(paths, tokenizer, dataset_type=dataset_type, text_key=text_key, validation_fraction=validation_fraction, on_bad_rows=on_bad_rows)
     names = sorted({TRAIN, VALIDATION, *prepared.store.splits})
     if split not in names:
         raise UserError(f"There is no split {split!r} in the data. Known: {', '.join(names)}.")
