@@ -116,8 +116,8 @@ class Console:
         self._pace.note(step, self._clock())
         if self._quiet:
             return
-        status = f"loss {loss:.4f}  {_short(tokens_per_s)} tokens/s"
-        elapsed, left = _hours(self._pace.elapsed_s), _hours(self._pace.left_s(self._total))
+        status = f"loss {loss:.4f}  {compact(tokens_per_s)} tokens/s"
+        elapsed, left = duration(self._pace.elapsed_s), duration(self._pace.left_s(self._total))
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=step, count=f"{step:,}/{self._total:,}", status=status, clock=f"{elapsed}, {left} left")
         elif self._rich is None and (first or step % self._logging_steps == 0 or step == self._total):
@@ -271,10 +271,10 @@ def _visible(text: str) -> str:
     return "".join(shown)
 
 
-def _short(value: float | int) -> str:
+def compact(value: float | int) -> str:
     """Three digits and a unit.
 
-    >>> [_short(v) for v in (0.5, 999.4, 12345.0, 1.26e6, float("nan"))]
+    >>> [compact(v) for v in (0.5, 999.4, 12345.0, 1.26e6, float("nan"))]
     ['0.5', '999', '12.3k', '1.26M', 'nan']
     """
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -292,10 +292,10 @@ def _number(value: float | int) -> str:
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 10_000 else f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.3g}"
 
 
-def _hours(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
     """Hours, minutes, seconds.
 
-    >>> _hours(3725.4), _hours(200_000.0), _hours(None)
+    >>> duration(3725.4), duration(200_000.0), duration(None)
     ('1:02:05', '2 d 7:33:20', '-:--:--')
     """
     if seconds is None or not math.isfinite(seconds):

@@ -1,0 +1,439 @@
+"""What a run looks like when it is over: `loss.png`, and `report.html`, one file that needs no network and no script."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import io
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from consyn_jax.training.console import compact, duration
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Metrics = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Point:
+    step: int
+    tokens: int
+    value: float
+
+
+def curve(metrics: Metrics, key: str) -> list[Point]:
+    """The finite values of one key in order."""
+    lines = (line for line in metrics if isinstance(line.get(key), (int, float)) and math.isfinite(line[key]))
+    return [Point(line["step"], line["tokens"], float(line[key])) for line in lines]
+
+
+def smooth(points: Sequence[Point]) -> list[Point]:
+    """An exponential moving average without the pull of its beginning; half of the weight lies on the last 2 % of the points."""
+    keep = 0.5 ** (1 / max(1.0, len(points) / 50))
+    total = weight = 0.0
+    smoothed = []
+    for point in points:
+        total, weight = keep * total + point.value, keep * weight + 1
+        smoothed.append(dataclasses.replace(point, value=total / weight))
+    return smoothed
+
+
+def thin(points: Sequence[Point], buckets: int = 300) -> list[Point]:
+    """At most two points a bucket, its lowest and highest: a curve of a million points keeps its spikes and loses its weight."""
+    if len(points) <= 2 * buckets:
+        return list(points)
+    size = math.ceil(len(points) / buckets)
+    kept = []
+    for start in range(0, len(points), size):
+        bucket = range(start, min(start + size, len(points)))
+        kept += [points[i] for i in sorted({min(bucket, key=lambda i: points[i].value), max(bucket, key=lambda i: points[i].value)})]
+    return kept
+
+
+def best(points: Sequence[Point]) -> Point | None:
+    """The lowest; the first where several are."""
+    return min(points, key=lambda point: point.value, default=None)
+
+
+def _loss_limits(train: Sequence[Point], evaluation: Sequence[Point]) -> tuple[float, float]:
+    """The range of losses to show. The fall of the first hundredth of a long run would leave no room for the rest."""
+    shown = [point.value for point in [*train[len(train) // 100 :], *evaluation]]
+    if not shown:
+        return 0.0, 1.0
+    low, high = min(shown), max(shown)
+    margin = 0.05 * (high - low) or max(0.05 * abs(high), 1e-3)
+    return low - margin, high + margin
+
+
+# --------------------------------------------------------------------------------------------------------------------- loss.png
+
+_BLUE, _ORANGE, _GREEN, _GREY = "#3b6fb6", "#d9731a", "#2f8f5b", "#5f6772"
+
+
+def write_loss_plot(metrics: Metrics, path: Path) -> None:
+    """Draw training loss, evaluations and learning rate over tokens as a PNG.
+
+    Args:
+        metrics: lines of `metrics.jsonl`; any number, none too.
+
+    Raises:
+        OSError: `path` cannot be written.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    train, rate = curve(metrics, "train/loss"), curve(metrics, "train/learning_rate")
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the picture does not depend on the user's matplotlibrc
+        figure = Figure(figsize=(9, 5.6 if rate else 4.8), dpi=150, layout="constrained")
+        if rate:
+            upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [4, 1]})
+            lower.plot([p.tokens for p in rate], [p.value for p in rate], color=_GREY, linewidth=1.4)
+            lower.set_ylabel("learning rate", color=_GREY)
+            lower.set_ylim(bottom=0)
+            lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+        else:
+            upper = lower = figure.subplots()
+        _draw_losses(upper, train, curve(metrics, "eval/loss"))
+        _dress(upper, lower, train or rate)
+        image = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(image)
+    path.write_bytes(image.getvalue())
+
+
+def _draw_losses(axes: Axes, train: Sequence[Point], evaluation: Sequence[Point]) -> None:
+    if not train and not evaluation:
+        axes.text(0.5, 0.5, "no finite loss was logged", ha="center", va="center", transform=axes.transAxes, color=_GREY)
+        return
+    if train:
+        raw, line = thin(train, 1000), thin(smooth(train), 1000)
+        dots = "o" if len(train) < 20 else ""
+        axes.plot([p.tokens for p in raw], [p.value for p in raw], color=_BLUE, alpha=0.3, linewidth=0.9, marker=dots, markersize=3, label="train")
+        axes.plot([p.tokens for p in line], [p.value for p in line], color=_BLUE, linewidth=1.9, label="train, smoothed")
+    if evaluation:
+        axes.plot([p.tokens for p in evaluation], [p.value for p in evaluation], color=_ORANGE, linewidth=1.4, marker="o", markersize=4.5, label="eval")
+    lowest = best(evaluation)
+    if lowest is not None:
+        label = f"best: {lowest.value:.4f} at step {lowest.step:,}"
+        axes.plot(
+            [lowest.tokens],
+            [lowest.value],
+            linestyle="",
+            marker="*",
+            markersize=15,
+            color=_GREEN,
+            markeredgecolor="white",
+            markeredgewidth=0.8,
+            zorder=5,
+            label=label,
+        )
+    axes.set_ylim(*_loss_limits(train, evaluation))
+    axes.legend(loc="upper right", frameon=False)
+
+
+def _dress(upper: Axes, lower: Axes, scale: Sequence[Point]) -> None:
+    import numpy as np
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    for axes in {upper, lower}:
+        axes.grid(True, color="#e3e6ea", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#b8bec6")
+        axes.tick_params(colors=_GREY)
+        axes.margins(x=0.015)
+    upper.set_ylabel("loss (nats per token)")
+    lower.set_xlabel("tokens trained on")
+    lower.xaxis.set_major_formatter(EngFormatter(sep=""))
+    tokens_per_step = scale[-1].tokens / scale[-1].step if scale and scale[-1].step else 0
+    if tokens_per_step:  # tokens in a step vary little: the axis of steps is the axis of tokens, divided
+        steps = upper.secondary_xaxis("top", functions=(lambda x: np.divide(x, tokens_per_step), lambda x: np.multiply(x, tokens_per_step)))
+        steps.set_xlabel("steps", color=_GREY)
+        steps.xaxis.set_major_locator(MaxNLocator(integer=True))
+        steps.tick_params(colors=_GREY)
+        steps.spines["top"].set_visible(False)
+
+
+# ------------------------------------------------------------------------------------------------------------------ report.html
+
+
+def write_report(
+    directory: Path,
+    metrics: Metrics,
+    config: Mapping[str, object],
+    samples: Sequence[tuple[int, str]],
+    summary: Mapping[str, object],
+    origins: Mapping[str, str] | None = None,
+) -> Path:
+    """Write `report.html` into a run directory: result, curves, samples, throughput, events, configuration.
+
+    Args:
+        metrics: lines of `metrics.jsonl`; any number, none too.
+        config: values by flag name, from `config.flat`.
+        samples: step and text.
+        summary: what else is to stand with the result, by label.
+        origins: where each value of the configuration came from, from `config.resolve`.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+    sections = [
+        _tiles(metrics),
+        _table("Result", [(name, _cell(value)) for name, value in summary.items()]),
+        _charts(metrics),
+        "".join(["<section><h2>Samples</h2>", *(_sample(step, text) for step, text in samples), "</section>"]) if samples else "",
+        _table("Throughput", _throughput(metrics)),
+        _table("Events", list(_events(metrics)), ("step", "event", "after", "details")),
+        _table("Configuration", [(name, _cell(value), (origins or {}).get(name, "")) for name, value in config.items()], ("flag", "value", "origin")),
+    ]
+    title = f"Run {directory.resolve().name}"
+    page = _PAGE.replace("{{title}}", _escape(title)).replace("{{style}}", _STYLE).replace("{{body}}", "\n".join(filter(None, sections)))
+    path = directory / "report.html"
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(page.encode("utf-8", "replace"))
+    temporary.replace(path)
+    return path
+
+
+def _tiles(metrics: Metrics) -> str:
+    """The numbers that one looks for first."""
+    tiles: list[tuple[str, str, str]] = []
+    train, evaluation = curve(metrics, "train/loss"), curve(metrics, "eval/loss")
+    lowest = best(evaluation)
+    if lowest is not None:
+        tiles.append(("best eval loss", f"{lowest.value:.4f}", f"step {lowest.step:,}"))
+        at_best = next(line for line in metrics if line["step"] == lowest.step and line.get("eval/loss") == lowest.value)
+        for key, name in (("eval/perplexity", "perplexity"), ("eval/bits_per_byte", "bits per byte"), ("eval/accuracy", "accuracy")):
+            if isinstance(at_best.get(key), (int, float)):
+                tiles.append((name, f"{at_best[key]:.4g}", "at the best eval"))
+    if train:
+        tiles.append(("train loss", f"{smooth(train)[-1].value:.4f}", "smoothed, at the end"))
+    if metrics:
+        last = metrics[-1]
+        tiles.append(("trained on", compact(last["tokens"]), f"tokens, {last['step']:,} steps"))
+        tiles.append(("time", duration(float(last["time_s"])), "evaluations and saves included"))
+    speed = curve(metrics, "throughput/tokens_per_s")
+    if speed:
+        tiles.append(("speed", compact(statistics.median(p.value for p in speed)), "tokens/s, median"))
+    if not tiles:
+        return "<p>Nothing was logged.</p>"
+    cells = (f"<div><span>{_escape(name)}</span><b>{_escape(value)}</b><small>{_escape(note)}</small></div>" for name, value, note in tiles)
+    return f'<section class="tiles">{"".join(cells)}</section>'
+
+
+def _throughput(metrics: Metrics) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    names = {
+        "throughput/tokens_per_s": ("tokens/s", lambda value: f"{value:,.0f}"),
+        "throughput/step_time_s": ("seconds a step", lambda value: f"{value:.4g}"),
+        "throughput/mfu": ("model FLOP/s utilisation", lambda value: f"{value:.1%}"),
+        "throughput/data_wait_fraction": ("time waiting for data", lambda value: f"{value:.2%}"),
+        "memory/peak_bytes": ("peak memory of a device", lambda value: f"{value / 2**30:.2f} GiB"),
+    }
+    for key, (name, show) in names.items():
+        values = sorted(point.value for point in curve(metrics, key))
+        if values:
+            rows.append((name, show(statistics.median(values)), f"{show(values[0])} to {show(values[-1])}"))
+    return [("", "median", "range"), *rows] if rows else []
+
+
+def _events(metrics: Metrics) -> Iterable[tuple[str, ...]]:
+    for line in metrics:
+        if "event" in line:
+            details = ", ".join(f"{key} {_cell(value)}" for key, value in line.items() if key not in ("step", "tokens", "time_s", "event"))
+            yield f"{line['step']:,}", str(line["event"]), duration(float(line["time_s"])), details
+
+
+def _sample(step: int, text: str) -> str:
+    return f'<figure><figcaption>step {step:,}</figcaption><pre dir="auto">{_escape(text)}</pre></figure>'
+
+
+def _table(title: str, rows: Sequence[tuple[str, ...]], head: tuple[str, ...] = ()) -> str:
+    if not rows:
+        return ""
+    top = f"<tr>{''.join(f'<th>{_escape(cell)}</th>' for cell in head)}</tr>" if head else ""
+    body = "".join(f"<tr>{''.join(f'<td>{_escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<section><h2>{_escape(title)}</h2><div class='wide'><table>{top}{body}</table></div></section>"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+def _escape(text: str) -> str:
+    """Text for HTML; control characters, which HTML does not allow, become the replacement character."""
+    return html.escape("".join(c if c in "\n\t" or (ord(c) >= 0x20 and not 0x7F <= ord(c) < 0xA0) else "\ufffd" for c in text))
+
+
+# --------------------------------------------------------------------------------------------------------------- charts for HTML
+
+_WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 760, 64, 12, 12, 40
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Points to draw and the CSS class that says how."""
+
+    points: list[Point]
+    look: str
+    label: str = ""
+    dots: bool = False
+
+
+def _charts(metrics: Metrics) -> str:
+    train, evaluation = curve(metrics, "train/loss"), curve(metrics, "eval/loss")
+    lowest = best(evaluation)
+    lines = [
+        _Line(thin(train), "raw", "train", dots=len(train) == 1),
+        _Line(thin(smooth(train)) if len(train) > 1 else [], "train", "train, smoothed"),
+        _Line(evaluation, "eval", "eval", dots=len(evaluation) <= 100),
+        _Line([lowest] if lowest else [], "best", "best", dots=True),
+    ]
+    resumed = [Point(line["step"], line["tokens"], 0.0) for line in metrics if line.get("event") == "resume"]
+    drawn = [_chart("Loss, nats per token", lines, 300, _loss_limits(train, evaluation), resumed)]
+    others = {"train/learning_rate": "Learning rate", "train/grad_norm": "Gradient norm, before clipping", "throughput/tokens_per_s": "Tokens per second"}
+    for key, title in others.items():
+        points = curve(metrics, key)
+        if points:
+            drawn.append(
+                _chart(
+                    title, [_Line(thin(points), "train", dots=len(points) == 1)], 150, (min(0.0, *(p.value for p in points), 0.0), max(p.value for p in points))
+                )
+            )
+    return f"<section><h2>Curves</h2>{''.join(drawn)}</section>" if train or evaluation or len(drawn) > 1 else ""
+
+
+def _chart(title: str, lines: Sequence[_Line], height: int, limits: tuple[float, float], marks: Sequence[Point] = ()) -> str:
+    """An inline SVG over tokens, whose colours come from the page's style."""
+    lines = [line for line in lines if line.points]
+    right = max((point.tokens for line in lines for point in line.points), default=0) or 1
+    low, high = limits if limits[1] > limits[0] else (limits[0] - 0.5, limits[0] + 0.5)
+
+    def x(point: Point) -> float:
+        return round(_LEFT + (_WIDTH - _LEFT - _RIGHT) * point.tokens / right, 1)
+
+    def y(value: float) -> float:
+        return round(_TOP + (height - _TOP - _BOTTOM) * (high - min(max(value, low), high)) / (high - low), 1)
+
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img"><title>{_escape(title)}</title>']
+    for tick in _ticks(low, high, 6 if height > 200 else 3):
+        parts.append(
+            f'<path class="grid" d="M{_LEFT} {y(tick)}H{_WIDTH - _RIGHT}"/><text x="{_LEFT - 8}" y="{y(tick) + 4}" text-anchor="end">{_tick_text(tick)}</text>'
+        )
+    for tick in _ticks(0, right, 8):
+        at = x(Point(0, int(tick), 0))
+        parts.append(
+            f'<path class="grid" d="M{at} {_TOP}V{height - _BOTTOM}"/><text x="{at}" y="{height - _BOTTOM + 17}" text-anchor="middle">{compact(tick)}</text>'
+        )
+    parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{height - 5}" text-anchor="end">tokens</text>')
+    parts += [f'<path class="mark" d="M{x(mark)} {_TOP}V{height - _BOTTOM}"><title>resumed at step {mark.step:,}</title></path>' for mark in marks]
+    for line in lines:
+        path = "L".join(f"{x(point)} {y(point.value)}" for point in line.points)
+        parts.append(f'<path class="{line.look}" d="M{path}"/>')
+        parts += [_dot(point, line.look, x(point), y(point.value)) for point in line.points if line.dots]
+    legend = "".join(f'<span class="{line.look}">{_escape(line.label)}</span>' for line in lines if line.label)
+    return f"<h3>{_escape(title)}<span class='legend'>{legend}</span></h3>{''.join(parts)}</svg>"
+
+
+def _dot(point: Point, look: str, x: float, y: float) -> str:
+    size = 5 if look == "best" else 3
+    return f'<circle class="{look}" cx="{x}" cy="{y}" r="{size}"><title>step {point.step:,}: {point.value:.4f}</title></circle>'
+
+
+def _ticks(low: float, high: float, count: int) -> list[float]:
+    """Round numbers within a range.
+
+    >>> _ticks(0.0, 1.0, 5)
+    [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    """
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    gap = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    first = math.ceil(low / gap - 1e-9)
+    return [round(i * gap, 12) for i in itertools.takewhile(lambda i: i * gap <= high + gap * 1e-9, itertools.count(first))]
+
+
+def _tick_text(value: float) -> str:
+    return "0" if value == 0 else f"{value:.1e}" if abs(value) < 1e-3 else compact(value)
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{{title}}</title>
+<style>{{style}}</style>
+</head>
+<body>
+<main>
+<h1>{{title}}</h1>
+{{body}}
+<footer>Drawn from metrics.jsonl by consyn-jax.</footer>
+</main>
+</body>
+</html>
+"""
+
+_STYLE = """
+:root { color-scheme: light dark; --back: #fbfbfc; --card: #fff; --ink: #1d2430; --soft: #667080; --rule: #e2e5ea; }
+:root { --blue: #3b6fb6; --orange: #d9731a; --green: #2f8f5b; }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #14171c; --card: #1b1f26; --ink: #e4e7ec; --soft: #98a2b0; --rule: #2d333d; --blue: #7aa7e6; --orange: #f0a05a; --green: #63c58f; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 900px; margin: 0 auto; padding: 28px 16px 48px; }
+h1 { font-size: 26px; margin: 0 0 16px; overflow-wrap: anywhere; }
+h2 { font-size: 18px; margin: 32px 0 10px; }
+h3 { font-size: 14px; font-weight: 600; margin: 14px 0 4px; display: flex; flex-wrap: wrap; justify-content: space-between; gap: 4px 16px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px; }
+.tiles div { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 10px 14px; }
+.tiles span, .tiles small { display: block; color: var(--soft); font-size: 12.5px; }
+.tiles b { font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums; }
+svg { display: block; width: 100%; height: auto; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; }
+svg text { fill: var(--soft); font: 11.5px system-ui, sans-serif; }
+svg path { fill: none; stroke-linejoin: round; }
+path.grid { stroke: var(--rule); stroke-width: 1; }
+path.raw { stroke: var(--blue); stroke-width: 1; opacity: .38; }
+path.train { stroke: var(--blue); stroke-width: 2; }
+path.eval { stroke: var(--orange); stroke-width: 1.8; }
+path.mark { stroke: var(--soft); stroke-width: 1.2; stroke-dasharray: 4 4; }
+circle.raw, circle.train { fill: var(--blue); }
+circle.eval { fill: var(--orange); }
+circle.best { fill: var(--green); stroke: var(--card); stroke-width: 1.5; }
+.legend { display: flex; flex-wrap: wrap; gap: 14px; font-weight: 400; color: var(--soft); }
+.legend span::before { content: ""; display: inline-block; width: 14px; height: 3px; margin: 0 6px 3px 0; border-radius: 2px; background: var(--blue); }
+.legend .raw::before { opacity: .38; }
+.legend .eval::before { background: var(--orange); }
+.legend .best::before { background: var(--green); width: 9px; height: 9px; border-radius: 50%; margin-bottom: 0; }
+figure { margin: 0 0 12px; }
+figcaption { color: var(--soft); font-size: 12.5px; }
+pre { margin: 2px 0 0; padding: 12px 14px; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; max-height: 360px; overflow-y: auto; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+.wide { overflow-x: auto; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; }
+table { width: 100%; border-collapse: collapse; font-size: 13.5px; }
+th { text-align: left; font-weight: 600; color: var(--soft); }
+th, td { padding: 5px 14px; border-bottom: 1px solid var(--rule); vertical-align: top; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+tr:last-child td { border-bottom: 0; }
+td:first-child { white-space: nowrap; }
+footer { margin-top: 32px; color: var(--soft); font-size: 12.5px; }
+"""
