@@ -35,13 +35,17 @@ def curve(metrics: Metrics, key: str) -> list[Point]:
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """An exponential moving average without the pull of its beginning; half of the weight lies on the last 2 % of the points."""
-    keep = 0.5 ** (1 / max(1.0, len(points) / 50))
-    total = weight = 0.0
+    """The mean over a window around each point, at most a twentieth of the curve and narrow near its beginning.
+
+    A moving average of the past, the usual choice, shows the steep fall at the beginning much too late.
+    """
+    sums = [0.0, *itertools.accumulate(point.value for point in points)]
+    half = max(1, len(points) // 40)
     smoothed = []
-    for point in points:
-        total, weight = keep * total + point.value, keep * weight + 1
-        smoothed.append(dataclasses.replace(point, value=total / weight))
+    for i, point in enumerate(points):
+        reach = min(half, i // 2)
+        first, end = i - reach, min(i + reach + 1, len(points))
+        smoothed.append(dataclasses.replace(point, value=(sums[end] - sums[first]) / (end - first)))
     return smoothed
 
 
@@ -63,8 +67,8 @@ def best(points: Sequence[Point]) -> Point | None:
 
 
 def _loss_limits(train: Sequence[Point], evaluation: Sequence[Point]) -> tuple[float, float]:
-    """The range of losses to show. The fall of the first hundredth of a long run would leave no room for the rest."""
-    shown = [point.value for point in [*train[len(train) // 100 :], *evaluation]]
+    """The range of losses to show. The fall of the first fiftieth of a long run would leave no room for the rest."""
+    shown = [point.value for point in [*train[len(train) // 50 :], *evaluation]]
     if not shown:
         return 0.0, 1.0
     low, high = min(shown), max(shown)
@@ -96,14 +100,15 @@ def write_loss_plot(metrics: Metrics, path: Path) -> None:
         figure = Figure(figsize=(9, 5.6 if rate else 4.8), dpi=150, layout="constrained")
         if rate:
             upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [4, 1]})
-            lower.plot([p.tokens for p in rate], [p.value for p in rate], color=_GREY, linewidth=1.4)
+            lower.plot([p.tokens for p in rate], [p.value for p in rate], color=_GREY, linewidth=1.4, marker="" if len(rate) > 1 else "o", markersize=3)
             lower.set_ylabel("learning rate", color=_GREY)
             lower.set_ylim(bottom=0)
             lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
         else:
             upper = lower = figure.subplots()
         _draw_losses(upper, train, curve(metrics, "eval/loss"))
-        _dress(upper, lower, train or rate)
+        _dress(upper, lower, max([*train, *curve(metrics, "eval/loss"), *rate], key=lambda point: point.tokens, default=None))
+        figure.align_ylabels([upper, lower])
         image = io.BytesIO()
         FigureCanvasAgg(figure).print_png(image)
     path.write_bytes(image.getvalue())
@@ -136,10 +141,10 @@ def _draw_losses(axes: Axes, train: Sequence[Point], evaluation: Sequence[Point]
             label=label,
         )
     axes.set_ylim(*_loss_limits(train, evaluation))
-    axes.legend(loc="upper right", frameon=False)
+    axes.legend(loc="upper right", facecolor="white", edgecolor="none", framealpha=0.9)
 
 
-def _dress(upper: Axes, lower: Axes, scale: Sequence[Point]) -> None:
+def _dress(upper: Axes, lower: Axes, last: Point | None) -> None:
     import numpy as np
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -149,15 +154,20 @@ def _dress(upper: Axes, lower: Axes, scale: Sequence[Point]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color("#b8bec6")
         axes.tick_params(colors=_GREY)
-        axes.margins(x=0.015)
     upper.set_ylabel("loss (nats per token)")
     lower.set_xlabel("tokens trained on")
     lower.xaxis.set_major_formatter(EngFormatter(sep=""))
-    tokens_per_step = scale[-1].tokens / scale[-1].step if scale and scale[-1].step else 0
+    if last is None:
+        upper.set_xticks([])
+        upper.set_yticks([])
+        return
+    lower.set_xlim(0, 1.015 * last.tokens or 1)
+    tokens_per_step = last.tokens / max(last.step, 1)
     if tokens_per_step:  # tokens in a step vary little: the axis of steps is the axis of tokens, divided
         steps = upper.secondary_xaxis("top", functions=(lambda x: np.divide(x, tokens_per_step), lambda x: np.multiply(x, tokens_per_step)))
         steps.set_xlabel("steps", color=_GREY)
         steps.xaxis.set_major_locator(MaxNLocator(integer=True))
+        steps.xaxis.set_major_formatter("{x:,.0f}")
         steps.tick_params(colors=_GREY)
         steps.spines["top"].set_visible(False)
 
@@ -193,12 +203,12 @@ def write_report(
         _table("Result", [(name, _cell(value)) for name, value in summary.items()]),
         _charts(metrics),
         "".join(["<section><h2>Samples</h2>", *(_sample(step, text) for step, text in samples), "</section>"]) if samples else "",
-        _table("Throughput", _throughput(metrics)),
+        _table("Throughput", _throughput(metrics), ("", "median", "range")),
         _table("Events", list(_events(metrics)), ("step", "event", "after", "details")),
         _table("Configuration", [(name, _cell(value), (origins or {}).get(name, "")) for name, value in config.items()], ("flag", "value", "origin")),
     ]
     title = f"Run {directory.resolve().name}"
-    page = _PAGE.replace("{{title}}", _escape(title)).replace("{{style}}", _STYLE).replace("{{body}}", "\n".join(filter(None, sections)))
+    page = _PAGE.format(title=_escape(title), style=_STYLE, body="\n".join(filter(None, sections)))
     path = directory / "report.html"
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(page.encode("utf-8", "replace"))
@@ -222,7 +232,7 @@ def _tiles(metrics: Metrics) -> str:
     if metrics:
         last = metrics[-1]
         tiles.append(("trained on", compact(last["tokens"]), f"tokens, {last['step']:,} steps"))
-        tiles.append(("time", duration(float(last["time_s"])), "evaluations and saves included"))
+        tiles.append(("time", duration(float(last["time_s"])), "with evaluations and saves"))
     speed = curve(metrics, "throughput/tokens_per_s")
     if speed:
         tiles.append(("speed", compact(statistics.median(p.value for p in speed)), "tokens/s, median"))
@@ -245,7 +255,7 @@ def _throughput(metrics: Metrics) -> list[tuple[str, ...]]:
         values = sorted(point.value for point in curve(metrics, key))
         if values:
             rows.append((name, show(statistics.median(values)), f"{show(values[0])} to {show(values[-1])}"))
-    return [("", "median", "range"), *rows] if rows else []
+    return rows
 
 
 def _events(metrics: Metrics) -> Iterable[tuple[str, ...]]:
@@ -307,48 +317,47 @@ def _charts(metrics: Metrics) -> str:
         _Line([lowest] if lowest else [], "best", "best", dots=True),
     ]
     resumed = [Point(line["step"], line["tokens"], 0.0) for line in metrics if line.get("event") == "resume"]
-    drawn = [_chart("Loss, nats per token", lines, 300, _loss_limits(train, evaluation), resumed)]
+    drawn = [_chart("Loss, nats per token", lines, 300, _loss_limits(train, evaluation), resumed)] if train or evaluation else []
     others = {"train/learning_rate": "Learning rate", "train/grad_norm": "Gradient norm, before clipping", "throughput/tokens_per_s": "Tokens per second"}
     for key, title in others.items():
         points = curve(metrics, key)
-        if points:
-            drawn.append(
-                _chart(
-                    title, [_Line(thin(points), "train", dots=len(points) == 1)], 150, (min(0.0, *(p.value for p in points), 0.0), max(p.value for p in points))
-                )
-            )
-    return f"<section><h2>Curves</h2>{''.join(drawn)}</section>" if train or evaluation or len(drawn) > 1 else ""
+        if len(points) > 1:
+            values = [point.value for point in points]
+            drawn.append(_chart(title, [_Line(thin(points), "train")], 150, (min(0.0, *values, 0.0), 1.08 * max(values))))
+    return f"<section><h2>Curves</h2>{''.join(drawn)}</section>" if drawn else ""
 
 
 def _chart(title: str, lines: Sequence[_Line], height: int, limits: tuple[float, float], marks: Sequence[Point] = ()) -> str:
     """An inline SVG over tokens, whose colours come from the page's style."""
     lines = [line for line in lines if line.points]
-    right = max((point.tokens for line in lines for point in line.points), default=0) or 1
+    right = max((point.tokens for line in [*lines, _Line(list(marks), "mark")] for point in line.points), default=0) or 1
     low, high = limits if limits[1] > limits[0] else (limits[0] - 0.5, limits[0] + 0.5)
 
-    def x(point: Point) -> float:
-        return round(_LEFT + (_WIDTH - _LEFT - _RIGHT) * point.tokens / right, 1)
+    def x(tokens: int | float) -> float:
+        return round(_LEFT + (_WIDTH - _LEFT - _RIGHT) * tokens / right, 1)
 
     def y(value: float) -> float:
-        return round(_TOP + (height - _TOP - _BOTTOM) * (high - min(max(value, low), high)) / (high - low), 1)
+        return round(_TOP + (height - _TOP - _BOTTOM) * (high - value) / (high - low), 1)
 
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img"><title>{_escape(title)}</title>']
+    parts = [f'<svg class="chart" viewBox="0 0 {_WIDTH} {height}" role="img"><title>{_escape(title)}</title>']
     for tick in _ticks(low, high, 6 if height > 200 else 3):
         parts.append(
             f'<path class="grid" d="M{_LEFT} {y(tick)}H{_WIDTH - _RIGHT}"/><text x="{_LEFT - 8}" y="{y(tick) + 4}" text-anchor="end">{_tick_text(tick)}</text>'
         )
-    for tick in _ticks(0, right, 8):
-        at = x(Point(0, int(tick), 0))
+    for tick in _ticks(0.0, float(right), 8):
+        at = x(tick)
         parts.append(
             f'<path class="grid" d="M{at} {_TOP}V{height - _BOTTOM}"/><text x="{at}" y="{height - _BOTTOM + 17}" text-anchor="middle">{compact(tick)}</text>'
         )
     parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{height - 5}" text-anchor="end">tokens</text>')
-    parts += [f'<path class="mark" d="M{x(mark)} {_TOP}V{height - _BOTTOM}"><title>resumed at step {mark.step:,}</title></path>' for mark in marks]
-    for line in lines:
-        path = "L".join(f"{x(point)} {y(point.value)}" for point in line.points)
-        parts.append(f'<path class="{line.look}" d="M{path}"/>')
-        parts += [_dot(point, line.look, x(point), y(point.value)) for point in line.points if line.dots]
+    parts += [f'<path class="mark" d="M{x(mark.tokens)} {_TOP}V{height - _BOTTOM}"><title>resumed at step {mark.step:,}</title></path>' for mark in marks]
+    inside = f'x="{_LEFT}" y="{_TOP}" width="{_WIDTH - _LEFT - _RIGHT}" height="{height - _TOP - _BOTTOM}"'
+    window = f'viewBox="{_LEFT} {_TOP} {_WIDTH - _LEFT - _RIGHT} {height - _TOP - _BOTTOM}"'
+    paths = (f'<path class="{line.look}" d="M{"L".join(f"{x(point.tokens)} {y(point.value)}" for point in line.points)}"/>' for line in lines)
+    parts += [f"<svg {inside} {window}>", *paths, "</svg>"]  # an inner svg cuts off what lies outside of the limits
+    parts += [_dot(point, line.look, x(point.tokens), y(point.value)) for line in lines for point in line.points if line.dots and low <= point.value <= high]
     legend = "".join(f'<span class="{line.look}">{_escape(line.label)}</span>' for line in lines if line.label)
+    legend += '<span class="mark">resumed</span>' if marks else ""
     return f"<h3>{_escape(title)}<span class='legend'>{legend}</span></h3>{''.join(parts)}</svg>"
 
 
@@ -371,7 +380,10 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def _tick_text(value: float) -> str:
-    return "0" if value == 0 else f"{value:.1e}" if abs(value) < 1e-3 else compact(value)
+    if value == 0 or abs(value) >= 1e-3:
+        return compact(value)
+    digits, _, exponent = f"{value:.1e}".partition("e")
+    return f"{float(digits):g}e{int(exponent)}"
 
 
 _PAGE = """<!doctype html>
@@ -380,13 +392,13 @@ _PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{{title}}</title>
-<style>{{style}}</style>
+<title>{title}</title>
+<style>{style}</style>
 </head>
 <body>
 <main>
-<h1>{{title}}</h1>
-{{body}}
+<h1>{title}</h1>
+{body}
 <footer>Drawn from metrics.jsonl by consyn-jax.</footer>
 </main>
 </body>
@@ -405,11 +417,11 @@ main { max-width: 900px; margin: 0 auto; padding: 28px 16px 48px; }
 h1 { font-size: 26px; margin: 0 0 16px; overflow-wrap: anywhere; }
 h2 { font-size: 18px; margin: 32px 0 10px; }
 h3 { font-size: 14px; font-weight: 600; margin: 14px 0 4px; display: flex; flex-wrap: wrap; justify-content: space-between; gap: 4px 16px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 10px; }
 .tiles div { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 10px 14px; }
 .tiles span, .tiles small { display: block; color: var(--soft); font-size: 12.5px; }
 .tiles b { font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums; }
-svg { display: block; width: 100%; height: auto; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; }
+svg.chart { display: block; width: 100%; height: auto; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; }
 svg text { fill: var(--soft); font: 11.5px system-ui, sans-serif; }
 svg path { fill: none; stroke-linejoin: round; }
 path.grid { stroke: var(--rule); stroke-width: 1; }
@@ -424,16 +436,18 @@ circle.best { fill: var(--green); stroke: var(--card); stroke-width: 1.5; }
 .legend span::before { content: ""; display: inline-block; width: 14px; height: 3px; margin: 0 6px 3px 0; border-radius: 2px; background: var(--blue); }
 .legend .raw::before { opacity: .38; }
 .legend .eval::before { background: var(--orange); }
+.legend .mark::before { background: repeating-linear-gradient(90deg, var(--soft) 0 4px, transparent 4px 7px); }
 .legend .best::before { background: var(--green); width: 9px; height: 9px; border-radius: 50%; margin-bottom: 0; }
 figure { margin: 0 0 12px; }
 figcaption { color: var(--soft); font-size: 12.5px; }
 pre { margin: 2px 0 0; padding: 12px 14px; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; max-height: 360px; overflow-y: auto; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-.wide { overflow-x: auto; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; }
+.wide { overflow: auto; max-height: 480px; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; }
 table { width: 100%; border-collapse: collapse; font-size: 13.5px; }
 th { text-align: left; font-weight: 600; color: var(--soft); }
 th, td { padding: 5px 14px; border-bottom: 1px solid var(--rule); vertical-align: top; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 tr:last-child td { border-bottom: 0; }
 td:first-child { white-space: nowrap; }
+@media print { .wide, pre { max-height: none; } }
 footer { margin-top: 32px; color: var(--soft); font-size: 12.5px; }
 """
