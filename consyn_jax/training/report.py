@@ -29,8 +29,8 @@ class Point:
 
 
 def curve(metrics: Metrics, key: str) -> list[Point]:
-    """The finite values of one key in order."""
-    lines = (line for line in metrics if isinstance(line.get(key), (int, float)) and math.isfinite(line[key]))
+    """The finite values of one key in order. Events may repeat a value among their details; those are not points."""
+    lines = (line for line in metrics if "event" not in line and isinstance(line.get(key), (int, float)) and math.isfinite(line[key]))
     return [Point(line["step"], line["tokens"], float(line[key])) for line in lines]
 
 
@@ -119,9 +119,11 @@ def _draw_losses(axes: Axes, train: Sequence[Point], evaluation: Sequence[Point]
         axes.text(0.5, 0.5, "no finite loss was logged", ha="center", va="center", transform=axes.transAxes, color=_GREY)
         return
     if train:
-        raw, line = thin(train, 1000), thin(smooth(train), 1000)
+        raw = thin(train, 1000)
         dots = "o" if len(train) < 20 else ""
         axes.plot([p.tokens for p in raw], [p.value for p in raw], color=_BLUE, alpha=0.3, linewidth=0.9, marker=dots, markersize=3, label="train")
+    if len(train) > 1:
+        line = thin(smooth(train), 1000)
         axes.plot([p.tokens for p in line], [p.value for p in line], color=_BLUE, linewidth=1.9, label="train, smoothed")
     if evaluation:
         axes.plot([p.tokens for p in evaluation], [p.value for p in evaluation], color=_ORANGE, linewidth=1.4, marker="o", markersize=4.5, label="eval")
@@ -186,7 +188,6 @@ def write_report(
     """Write `report.html` into a run directory: result, curves, samples, throughput, events, configuration.
 
     Args:
-        metrics: lines of `metrics.jsonl`; any number, none too.
         config: values by flag name, from `config.flat`.
         samples: step and text.
         summary: what else is to stand with the result, by label.
@@ -207,8 +208,7 @@ def write_report(
         _table("Events", list(_events(metrics)), ("step", "event", "after", "details")),
         _table("Configuration", [(name, _cell(value), (origins or {}).get(name, "")) for name, value in config.items()], ("flag", "value", "origin")),
     ]
-    title = f"Run {directory.resolve().name}"
-    page = _PAGE.format(title=_escape(title), style=_STYLE, body="\n".join(filter(None, sections)))
+    page = _PAGE.format(title=_escape(f"Run {directory.resolve().name}"), style=_STYLE, body="\n".join(filter(None, sections)))
     path = directory / "report.html"
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(page.encode("utf-8", "replace"))
@@ -223,7 +223,7 @@ def _tiles(metrics: Metrics) -> str:
     lowest = best(evaluation)
     if lowest is not None:
         tiles.append(("best eval loss", f"{lowest.value:.4f}", f"step {lowest.step:,}"))
-        at_best = next(line for line in metrics if line["step"] == lowest.step and line.get("eval/loss") == lowest.value)
+        at_best = next(line for line in metrics if "event" not in line and line.get("eval/loss") == lowest.value)
         for key, name in (("eval/perplexity", "perplexity"), ("eval/bits_per_byte", "bits per byte"), ("eval/accuracy", "accuracy")):
             if isinstance(at_best.get(key), (int, float)):
                 tiles.append((name, f"{at_best[key]:.4g}", "at the best eval"))

@@ -21,7 +21,7 @@ def run(steps: int) -> list[dict[str, Any]]:
         lines.append(at | {"train/loss": loss, "train/learning_rate": 1e-3 / step, "train/grad_norm": 1.0} | speed)
         if step % 5 == 0:
             lines.append(at | {"eval/loss": loss + abs(step - 15) / 10, "eval/perplexity": 30.0, "eval/bits_per_byte": 1.5, "eval/accuracy": 0.4})
-    return [*lines, {"step": steps, "tokens": 512 * steps, "time_s": 0.5 * steps, "event": "resume", "why": HOSTILE}]
+    return [*lines, {"step": steps, "tokens": 512 * steps, "time_s": 0.5 * steps, "event": "resume", "why": HOSTILE, "eval/loss": 0.5}]
 
 
 NOT_FINITE = [{"step": 1, "tokens": 5, "time_s": 1.0, "train/loss": math.nan, "eval/loss": math.inf, "throughput/tokens_per_s": None}]
@@ -162,4 +162,5 @@ def test_thinning_keeps_spikes_and_order() -> None:
 def test_the_best_is_the_first_lowest_and_not_finite_values_are_no_points() -> None:
     assert best([]) is None
     assert best([Point(1, 1, 2.0), Point(2, 2, 1.0), Point(3, 3, 1.0)]) == Point(2, 2, 1.0)
+    assert len(curve(run(10), "eval/loss")) == 2  # and not three: an event's details are no points
     assert curve(NOT_FINITE, "train/loss") == curve(NOT_FINITE, "eval/loss") == []
