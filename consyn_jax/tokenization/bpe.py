@@ -6,10 +6,14 @@ never becomes the special id, so no document can forge the end of another.
 
 from __future__ import annotations
 
+import builtins
 import gzip
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -59,7 +63,7 @@ class BPETokenizer:
             UserError: not a BPE tokenizer, a named token is not in it, or it has no end-of-text token.
         """
         self._tokenizer = _parse(_bundled_json() if json_text is None else json_text)
-        # Neither is saved with a corpus in mind: cut or padded documents, and random merges, would change what is trained on.
+        # A published file may ask for these. Documents cut short or padded, or merged at random, are not what a run should train on.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.model.dropout = None
@@ -108,10 +112,17 @@ class BPETokenizer:
         Raises:
             UserError: the size leaves no room for the bytes and special tokens, or no special token can mark the end of a text.
         """
-        if vocab_size < 256 + len(special_tokens):
-            raise UserError(f"A vocabulary of {vocab_size} tokens has no room for 256 bytes and {len(special_tokens)} special tokens. Ask for more.")
+        _check_room(vocab_size, special_tokens)
+        return cls.train_from_counts(count_words(texts, pattern), vocab_size, pattern, special_tokens)
+
+    @classmethod
+    def train_from_counts(
+        cls, word_counts: Counter[builtins.bytes], vocab_size: int, pattern: str = SPLIT_PATTERN, special_tokens: Sequence[str] = SPECIAL_TOKENS
+    ) -> BPETokenizer:
+        """As `train_from_iterator`, from words counted by `merges.count_words` with the same pattern, which a caller may have weighted."""
+        _check_room(vocab_size, special_tokens)
         reserved = [token.encode("utf-8") for token in special_tokens]
-        merges = learn_merges(count_words(texts, pattern), vocab_size - 256 - len(special_tokens), reserved)
+        merges = learn_merges(word_counts, vocab_size - 256 - len(special_tokens), reserved)
         symbols = [(_symbols(left), _symbols(right)) for left, right in merges]
         tokens = [*special_tokens, *sorted(BYTE_SYMBOLS), *dict.fromkeys(left + right for left, right in symbols)]
         return cls(_build(tokens, symbols, special_tokens, pattern))
@@ -142,8 +153,9 @@ class BPETokenizer:
         """
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        except TypeError as error:
-            raise _why_no_text([text]) or error from error
+        except TypeError:
+            _check_surrogates([text])
+            raise
         return [self.bos_token_id] * add_bos + ids + [self.eos_token_id] * add_eos
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -154,8 +166,9 @@ class BPETokenizer:
         """
         try:
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        except TypeError as error:
-            raise _why_no_text(texts) or error from error
+        except TypeError:
+            _check_surrogates(texts)
+            raise
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -184,10 +197,12 @@ class BPETokenizer:
         """Id of the token that fills up a batch."""
         return self._ids["pad_token"]
 
-    @property
+    @cached_property
     def sha256(self) -> str:
-        """Hash of everything that affects ids and text, in a canonical form: equal tokenizers have equal hashes."""
-        content = {"tokenizer": json.loads(self.to_json()), "special": self._special}
+        """Hash of everything that affects ids and text here, in a canonical form: equal tokenizers have equal hashes."""
+        content = {**json.loads(self.to_json()), **self._special}
+        # Only other programs use it, and transformers writes an empty one where there is none.
+        del content["post_processor"]
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode("utf-8")).hexdigest()
 
     def to_json(self) -> str:
@@ -209,7 +224,6 @@ class BPETokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "split_special_tokens": True,
-            "model_max_length": int(1e30),
         }
         (directory / "tokenizer.json").write_text(self.to_json(), encoding="utf-8")
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -245,6 +259,11 @@ def _symbols(token: bytes) -> str:
     return "".join(BYTE_SYMBOLS[value] for value in token)
 
 
+def _check_room(vocab_size: int, special_tokens: Sequence[str]) -> None:
+    if vocab_size < 256 + len(special_tokens):
+        raise UserError(f"A vocabulary of {vocab_size} tokens has no room for 256 bytes and {len(special_tokens)} special tokens. Ask for more.")
+
+
 def _build(tokens: Sequence[str], merges: Sequence[tuple[str, str]], special_tokens: Sequence[str], pattern: str) -> str:
     """The tokenizer.json of a byte-level BPE: `tokens` in the order of their ids, a BOS in front when a caller asks for specials."""
     tokenizer = Tokenizer(BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=list(merges)))
@@ -274,14 +293,14 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path} cannot be read: {error.strerror}. Check the path.") from error
 
 
-def _why_no_text(texts: Sequence[str]) -> UserError | None:
-    """What is wrong with the first text that UTF-8 cannot hold. The Rust side says only that it wants a str."""
+def _check_surrogates(texts: Sequence[str]) -> None:
+    """Names the first text that UTF-8 cannot hold. The Rust side says only that it wants a str."""
+    surrogate = re.compile("[\ud800-\udfff]")
     for text in texts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            return UserError(f"A text has the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which is not a character. Remove it.")
-    return None
+        if isinstance(text, str) and (found := surrogate.search(text)):
+            raise UserError(
+                f"A text has the lone surrogate U+{ord(found.group()):04X} at character {found.start()}, which is not a character. Remove it from the data."
+            )
 
 
 def _parse(json_text: str) -> Tokenizer:
@@ -295,7 +314,10 @@ def _parse(json_text: str) -> Tokenizer:
         raise UserError("This is not a BPE tokenizer.json, which has a 'model' of type BPE with 'vocab' and 'merges'. Give one that is.")
     try:
         return Tokenizer.from_str(json_text)
-    except Exception as error:  # The Rust reader raises plain Exception.
+    except BaseException as error:
+        # The Rust reader raises plain Exception; where it panics, a PanicException, which is not one and cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise UserError(f"The tokenizer.json is damaged: {error}. Download or save it again.") from error
 
 
