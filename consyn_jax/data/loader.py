@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 
@@ -26,6 +26,7 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
+@runtime_checkable
 class Dataset(Protocol):
     """What a loader needs: a length, and the rows at many indices at once, each array [n, ...]."""
 

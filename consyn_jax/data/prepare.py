@@ -112,6 +112,7 @@ def prepare(
     held_out = find_sources(validation) if validation else Corpus((), ())
     if any(source.kind == "sharded" for source in held_out.sources):
         raise UserError("--validation is a token store and --data is not. Give text or JSON rows, or one token store with both splits as --data.")
+    corpus = _without(corpus, held_out)
     job = _Job(
         train=corpus.sources,
         validation=held_out.sources,
@@ -134,6 +135,20 @@ def cache_directory() -> Path:
     """Where token stores are kept: $CONSYN_CACHE, else consyn_jax in $XDG_CACHE_HOME or ~/.cache."""
     own = os.environ.get("CONSYN_CACHE")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "consyn_jax"
+
+
+def _without(corpus: Corpus, held_out: Corpus) -> Corpus:
+    """The corpus less the files that are validated on: `--data DIR --validation DIR/valid.txt` must not train on the latter."""
+
+    def place(source: Source) -> Path | str:
+        return SAMPLE if source.kind == SAMPLE else Path(source.name).resolve()
+
+    reserved = {place(source) for source in held_out.sources}
+    kept = tuple(source for source in corpus.sources if place(source) not in reserved)
+    if not kept:
+        raise UserError("--validation names all of --data, so nothing is left to train on. Give other files to one of them.")
+    moved = tuple((source.name, "is validation data") for source in corpus.sources if place(source) in reserved)
+    return Corpus(kept, (*corpus.left_out, *moved))
 
 
 def _given_store(corpus: Corpus, tokenizer: BPETokenizer | str | None, validation: Sequence[str]) -> Prepared:

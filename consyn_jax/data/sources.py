@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import codecs
 import glob
-import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +24,7 @@ TEXT_SUFFIXES = (".txt", ".md")
 ROW_SUFFIXES = (".jsonl", ".ndjson")
 NAMES = {"text": "text", "jsonl": "JSON rows", "sharded": "a token store"}
 HEAD_BYTES = 65_536
-CHUNK_CHARS = 1 << 20
+CHUNK_BYTES = 1 << 20
 SHOWN_BAD_ROWS = 5
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -99,7 +98,7 @@ def find_sources(data: Sequence[str], dataset_type: str = "auto") -> Corpus:
         for item in _expand(name):
             for source, reason in _look_into(item, dataset_type):
                 if source.name in used:
-                    left_out.append((source.name, "named twice"))
+                    left_out.append((source.name, "is named twice"))
                 elif reason:
                     left_out.append((source.name, reason))
                 else:
@@ -360,14 +359,15 @@ def _array_rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
 
     There is no way to find the next row behind broken JSON here, so `on_bad_rows` does not cover it.
     """
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    decoder, buffer, line, size, after = json.JSONDecoder(), "", 1, CHUNK_CHARS, "["
+    text = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder, buffer, line, size, after = json.JSONDecoder(), "", 1, CHUNK_BYTES, "["
     while True:
+        more = file.read(size)
         try:
-            more = text.read(size)
+            buffer += text.decode(more, final=not more)
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text near line {line} (byte 0x{error.object[error.start]:02x}). Convert the file to UTF-8.") from None
-        position, buffer, size = 0, buffer + more, size * 2  # doubling keeps a row of any length linear
+            raise UserError(f"{path} is not UTF-8 text behind line {line} (byte 0x{error.object[error.start]:02x}). Convert the file to UTF-8.") from None
+        position, size = 0, size * 2  # doubling keeps a row of any length linear
         while True:
             try:
                 start, row, end = _element(decoder, buffer, position, after)
@@ -380,7 +380,7 @@ def _array_rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
                 return
             yield line, row
             line += buffer.count("\n", start, end)
-            position, after, size = end, ",", CHUNK_CHARS
+            position, after, size = end, ",", CHUNK_BYTES
         buffer = buffer[position:]
 
 

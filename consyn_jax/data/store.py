@@ -24,7 +24,7 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -318,25 +318,10 @@ class Shard:
         return tokens, starts
 
 
-class TokenShard(Protocol):
-    """What a split is made of: whole documents, one behind the other, each ended by EOS. `num_bytes` may be unknown."""
-
-    @property
-    def tokens(self) -> np.ndarray: ...
-    @property
-    def starts(self) -> np.ndarray: ...
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def num_documents(self) -> int: ...
-    @property
-    def num_bytes(self) -> int | None: ...
-
-
 class MemoryShard:
     """Documents in memory. EOS is put behind each that lacks it; the bytes of their text are not known."""
 
-    num_bytes = None
+    num_bytes: int | None = None
 
     def __init__(self, documents: Sequence[np.ndarray], eos_id: int) -> None:
         ended = [ids if len(ids) and ids[-1] == eos_id else np.append(ids, eos_id) for ids in documents]
@@ -346,9 +331,13 @@ class MemoryShard:
 
 
 class StoreSplit:
-    """The shards of one split, seen as one stream of tokens: the documents in store order, each ended by EOS."""
+    """The shards of one split, seen as one stream of tokens: the documents in store order, each ended by EOS.
 
-    def __init__(self, shards: Sequence[TokenShard]) -> None:
+    Attributes:
+        num_bytes: size of the documents' text in UTF-8; None where a shard does not know it.
+    """
+
+    def __init__(self, shards: Sequence[Shard | MemoryShard]) -> None:
         self.shards = tuple(shards)
         self.offsets = np.concatenate([[0], np.cumsum([shard.num_tokens for shard in shards], dtype=np.int64)]).astype(np.int64)
         self.num_tokens = int(self.offsets[-1])

@@ -1,0 +1,162 @@
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consyn_jax.data.loader import BatchLoader, evaluation_batches, prefetch
+from consyn_jax.data.packing import Batch
+
+
+class Numbers:
+    """A dataset whose rows say which they are."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def rows(self, indices: np.ndarray) -> Batch:
+        ids = np.repeat(np.asarray(indices)[:, None], 3, axis=1)
+        return {"labels": ids, "segment_ids": np.ones_like(ids), "loss_mask": np.ones_like(ids, bool)}
+
+
+def seen(batch: Batch) -> list[int]:
+    return batch["labels"][..., 0].reshape(-1).tolist()
+
+
+def take(loader: BatchLoader, steps: int) -> list[tuple[int, Batch]]:
+    return list(itertools.islice(loader, steps))
+
+
+@given(n=st.integers(1, 100), seed=st.integers(0, 2**32 - 1), accumulation=st.integers(1, 4), start=st.integers(0, 10**9))
+def test_any_number_of_processes_reads_the_same_global_batch(n: int, seed: int, accumulation: int, start: int) -> None:
+    batch_size = 24
+    whole = BatchLoader(Numbers(n), seed, batch_size, accumulation, start_step=start).batch(start)["labels"]
+    for processes in (1, 2, 3, 4, 8):
+        share = batch_size // processes
+        parts = [BatchLoader(Numbers(n), seed, batch_size, accumulation, slice(p * share, (p + 1) * share)).batch(start)["labels"] for p in range(processes)]
+        np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+        strided = [BatchLoader(Numbers(n), seed, batch_size, accumulation, np.arange(p, batch_size, processes)).batch(start) for p in range(processes)]
+        np.testing.assert_array_equal(np.stack([part["labels"] for part in strided], axis=2).reshape(whole.shape), whole)
+
+
+@given(n=st.integers(1, 60), seed=st.integers(0, 2**32 - 1), split=st.sampled_from([(12, 1), (6, 2), (4, 3), (3, 4), (2, 6), (1, 12)]), stop=st.integers(0, 9))
+def test_the_samples_depend_on_the_product_alone_and_survive_a_stop_anywhere(n: int, seed: int, split: tuple[int, int], stop: int) -> None:
+    batch_size, accumulation = split
+    reference = [i for _, batch in take(BatchLoader(Numbers(n), seed, 12), 10) for i in seen(batch)]
+    before = take(BatchLoader(Numbers(n), seed, batch_size, accumulation), stop)
+    after = take(BatchLoader(Numbers(n), seed, batch_size, accumulation, start_step=stop), 10 - stop)
+    assert [step for step, _ in before + after] == list(range(10))
+    assert [i for _, batch in before + after for i in seen(batch)] == reference
+
+
+def test_shapes_and_epochs() -> None:
+    loader = BatchLoader(Numbers(10), 1, 4, 5)
+    step, batch = take(loader, 1)[0]
+    assert step == 0
+    assert batch["labels"].shape == (5, 4, 3)
+    assert sorted(seen(batch)) == sorted([*range(10), *range(10)])
+    assert sorted(seen(batch)[:10]) == list(range(10))
+    assert seen(batch)[:10] != seen(batch)[10:]
+    assert seen(BatchLoader(Numbers(10), 1, 4, 5, shuffle=False).batch(0)) == [*range(10), *range(10)]
+
+
+def test_a_dataset_without_samples_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no samples"):
+        BatchLoader(Numbers(0), 1, 4)
+
+
+@given(n=st.integers(0, 30), batch_size=st.sampled_from([2, 4, 6]), processes=st.sampled_from([1, 2]))
+def test_evaluation_sees_everything_once_in_batches_of_one_shape(n: int, batch_size: int, processes: int) -> None:
+    share = batch_size // processes
+    parts = [list(evaluation_batches(Numbers(n), batch_size, slice(p * share, (p + 1) * share))) for p in range(processes)]
+    assert {len(part) for part in parts} == {-(-n // batch_size)}
+    found = []
+    for batches in zip(*parts, strict=True):
+        for batch in batches:
+            assert batch["labels"].shape == (share, 3)
+            assert ((batch["segment_ids"] > 0) == batch["loss_mask"]).all()
+            found += batch["labels"][batch["loss_mask"][:, 0], 0].tolist()
+    assert found == list(range(n))
+
+
+# ----------------------------------------------------------------------------------------------------------------- prefetch
+
+
+def wait_until(condition: "object", seconds: float = 5.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():  # type: ignore[operator]
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def prefetch_threads() -> int:
+    return sum(thread.name == "prefetch" for thread in threading.enumerate())
+
+
+def test_items_come_in_order_through_the_transform() -> None:
+    assert list(prefetch(range(100), 3, lambda i: i * i)) == [i * i for i in range(100)]
+    assert list(prefetch([])) == []
+    assert wait_until(lambda: prefetch_threads() == 0)
+
+
+def test_it_reads_ahead_by_its_depth_and_no_further() -> None:
+    started: list[int] = []
+    items = prefetch(itertools.count(), 3, lambda i: started.append(i) or i)
+    assert wait_until(lambda: len(started) == 3)
+    time.sleep(0.05)
+    assert started == [0, 1, 2]
+    assert next(items) == 0
+    assert wait_until(lambda: len(started) == 4)
+    items.close()
+
+
+def test_an_exception_arrives_in_its_place() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise OSError("disk gone")
+
+    read = prefetch(items(), 4)
+    assert [next(read), next(read)] == [1, 2]
+    with pytest.raises(OSError, match="disk gone"):
+        next(read)
+    assert list(read) == []
+    with pytest.raises(ZeroDivisionError):
+        list(prefetch([1, 0], 2, lambda i: 1 // i))
+    assert wait_until(lambda: prefetch_threads() == 0)
+
+
+def test_no_thread_is_left_behind_by_an_early_end() -> None:
+    with prefetch(itertools.count(), 2) as items:
+        assert next(items) == 0
+    assert prefetch_threads() == 0
+    assert list(items) == []
+    for i in prefetch(itertools.count(), 2):
+        if i == 3:
+            break
+    assert wait_until(lambda: prefetch_threads() == 0)
+    dropped = prefetch(itertools.count(), 2)
+    gone = weakref.ref(dropped)
+    del dropped
+    assert wait_until(lambda: gone() is None and prefetch_threads() == 0)
+
+
+def test_waiting_is_measured() -> None:
+    slow = prefetch(range(4), 1, lambda i: time.sleep(0.05) or i)
+    assert list(slow) == [0, 1, 2, 3]
+    assert 0.15 < slow.wait_s < 2
+    ready = prefetch(range(4), 4)
+    assert wait_until(lambda: ready._ready.qsize() == 4)
+    next(ready)
+    assert ready.wait_s < 0.05
+    ready.close()

@@ -1,0 +1,249 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from consyn_jax.config import UserError
+from consyn_jax.data import prepare as module
+from consyn_jax.data.prepare import Prepared, cache_directory, prepare
+from consyn_jax.data.store import TokenStore, TokenStoreWriter
+from consyn_jax.tokenization import BPETokenizer
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CONSYN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def rows(path: Path, n: int, start: int = 0) -> Path:
+    path.write_text("".join(json.dumps({"text": f"row {i} " * (i % 5 + 1)}) + "\n" for i in range(start, start + n)))
+    return path
+
+
+def texts(store: TokenStore, split: str) -> list[str]:
+    return [store.tokenizer.decode(part.tolist()) for shard in store.split(split).shards for part in np.split(shard.tokens, shard.starts[1:])]
+
+
+def test_documents_come_back_whole_each_on_its_side(tmp_path: Path) -> None:
+    prepared = prepare(str(rows(tmp_path / "a.jsonl", 300)), "bytes", validation_fraction=0.2)
+    train, held_out = texts(prepared.store, "train"), texts(prepared.store, "validation")
+    assert len(held_out) > 30
+    assert sorted(train + held_out) == sorted(f"row {i} " * (i % 5 + 1) for i in range(300))
+    assert prepared.store.split("train").num_bytes == sum(len(text.encode()) for text in train)
+    assert (prepared.report.documents, prepared.from_cache, prepared.validation_is_empty) == (300, False, False)
+
+
+def test_batches_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = str(rows(tmp_path / "a.jsonl", 300))
+    first = prepare(file, "bytes", validation_fraction=0.2).store.fingerprint
+    monkeypatch.setattr(module, "BATCH_BYTES", 100)
+    monkeypatch.setenv("CONSYN_CACHE", str(tmp_path / "other"))
+    assert prepare(file, "bytes", validation_fraction=0.2).store.fingerprint == first
+
+
+def test_adding_documents_moves_none_of_the_old_ones(tmp_path: Path) -> None:
+    old = prepare(str(rows(tmp_path / "a.jsonl", 200)), "bytes", validation_fraction=0.2).store
+    rows(tmp_path / "b.jsonl", 100, start=200)
+    new = prepare([str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl")], "bytes", validation_fraction=0.2).store
+    for split in ("train", "validation"):
+        assert texts(new, split)[-len(texts(old, split)) :] == texts(old, split)
+
+
+def test_the_cache_knows_content_and_not_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = rows(tmp_path / "a.jsonl", 50)
+    first = prepare(str(file), "bytes")
+    (tmp_path / "moved").mkdir()
+    moved = file.rename(tmp_path / "moved" / "b.jsonl")
+    monkeypatch.setattr(BPETokenizer, "encode_batch", lambda *_: pytest.fail("tokenised again"))
+    again = prepare(str(moved), BPETokenizer.bytes())
+    assert again.from_cache
+    assert again.store.directory == first.store.directory
+    assert again.report == first.report
+
+
+@pytest.mark.parametrize("change", [{"validation_fraction": 0.3}, {"tokenizer": "train:300"}, {"text_key": "other"}, {"validation": ("b.jsonl",)}])
+def test_what_changes_the_tokens_changes_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text("".join(json.dumps({"text": f"text {i}", "other": f"other {i}"}) + "\n" for i in range(50)))
+    rows(Path("b.jsonl"), 5)
+    options: dict[str, object] = {"tokenizer": "bytes", "validation_fraction": 0.2}
+    first = prepare("a.jsonl", **options)  # type: ignore[arg-type]
+    other = prepare("a.jsonl", **{**options, **change})  # type: ignore[arg-type]
+    assert not other.from_cache
+    assert other.store.fingerprint != first.store.fingerprint
+
+
+def test_changed_content_is_noticed(tmp_path: Path) -> None:
+    first = prepare(str(rows(tmp_path / "a.jsonl", 50)), "bytes")
+    second = prepare(str(rows(tmp_path / "a.jsonl", 51)), "bytes")
+    assert not second.from_cache
+    assert second.store.split("train").num_documents > first.store.split("train").num_documents
+
+
+def test_validation_of_its_own(tmp_path: Path) -> None:
+    rows(tmp_path / "a.jsonl", 50)
+    (tmp_path / "v.txt").write_text("held out")
+    store = prepare(str(tmp_path / "a.jsonl"), "bytes", validation=[str(tmp_path / "v.txt")]).store
+    assert texts(store, "validation") == ["held out"]
+    assert len(texts(store, "train")) == 50
+
+
+def test_files_that_are_validated_on_are_not_trained_on(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt", "valid.txt"):
+        (tmp_path / name).write_text(name)
+    prepared = prepare(str(tmp_path), "bytes", validation=[str(tmp_path / "." / "valid.txt")])
+    assert texts(prepared.store, "train") == ["a.txt", "b.txt"]
+    assert texts(prepared.store, "validation") == ["valid.txt"]
+    assert prepared.left_out == ((str(tmp_path / "valid.txt"), "is validation data"),)
+    with pytest.raises(UserError, match="nothing is left to train on"):
+        prepare(str(tmp_path / "a.txt"), "bytes", validation=[str(tmp_path)])
+
+
+def test_a_learned_tokenizer_sees_the_training_side_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    learn = BPETokenizer.train_from_iterator
+
+    def spy(documents: object, vocab_size: int) -> BPETokenizer:
+        seen.extend(documents)  # type: ignore[call-overload]
+        return learn(seen, vocab_size)
+
+    monkeypatch.setattr(BPETokenizer, "train_from_iterator", spy)
+    store = prepare(str(rows(tmp_path / "a.jsonl", 100)), "train:300", validation_fraction=0.2).store
+    assert seen == texts(store, "train")
+    assert store.tokenizer.vocab_size <= 300
+    assert prepare(str(tmp_path / "a.jsonl"), "train:300", validation_fraction=0.2).from_cache
+
+
+def test_progress_goes_from_nothing_to_everything(tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    file = rows(tmp_path / "a.jsonl", 2000)
+    prepare(str(file), "train:270", progress=lambda *now: told.append(now))
+    size = file.stat().st_size
+    assert list(dict.fromkeys(stage for stage, _, _ in told)) == ["hash", "train tokenizer", "tokenize"]
+    for stage in ("hash", "train tokenizer", "tokenize"):
+        done = [d for s, d, _ in told if s == stage]
+        assert done == sorted(done)
+        assert done[-1] == size
+    assert {total for _, _, total in told} == {size}
+    assert len(told) < 250
+
+
+def test_skipped_rows_are_reported_from_the_cache_too(tmp_path: Path) -> None:
+    file = rows(tmp_path / "a.jsonl", 20)
+    file.write_text(file.read_text() + "broken\n")
+    with pytest.raises(UserError, match=r"a\.jsonl:21 is broken JSON"):
+        prepare(str(file), "bytes")
+    for _ in range(2):
+        report = prepare(str(file), "bytes", on_bad_rows="skip").report
+        assert report.bad_rows == 1
+        assert "a.jsonl:21" in report.bad_row_examples[0]
+
+
+def test_a_failed_preparation_leaves_nothing(tmp_path: Path, empty_cache: Path) -> None:
+    file = rows(tmp_path / "a.jsonl", 20)
+    file.write_text(file.read_text() + "broken\n")
+    with pytest.raises(UserError):
+        prepare(str(file), "bytes")
+    assert list((empty_cache / "stores").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ("  \n\n", {}, "There is no text in .*a.txt: nothing but white space"),
+        ("é", {"validation_fraction": 0.6}, "none is left to train on"),
+    ],
+)
+def test_data_with_nothing_to_train_on(tmp_path: Path, content: str, options: dict[str, float], message: str) -> None:
+    (tmp_path / "a.txt").write_text(content)
+    with pytest.raises(UserError, match=message):
+        prepare(str(tmp_path / "a.txt"), "bytes", **options)  # type: ignore[arg-type]
+
+
+def test_an_empty_validation_side_is_said(tmp_path: Path) -> None:
+    assert prepare(str(rows(tmp_path / "a.jsonl", 20)), "bytes", validation_fraction=0.0).validation_is_empty
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONSYN_CACHE", str(rows(tmp_path / "a.jsonl", 3)))
+    with pytest.raises(UserError, match=r"cannot be written: .* Set CONSYN_CACHE"):
+        prepare(str(tmp_path / "a.jsonl"), "bytes")
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert cache_directory() == tmp_path / "cache"
+    monkeypatch.delenv("CONSYN_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cache_directory() == Path("/somewhere/consyn_jax")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_directory() == Path.home() / ".cache" / "consyn_jax"
+
+
+def test_two_processes_at_once_end_with_one_store(tmp_path: Path, empty_cache: Path) -> None:
+    file = rows(tmp_path / "a.jsonl", 3000)
+    code = f"from consyn_jax.data.prepare import prepare; print(prepare({str(file)!r}, 'bytes').store.fingerprint)"
+    racing = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    outputs = [process.communicate(timeout=60) for process in racing]
+    assert [process.returncode for process in racing] == [0, 0, 0], outputs
+    assert len({out for out, _ in outputs}) == 1
+    assert len(list((empty_cache / "stores").iterdir())) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- given stores
+
+
+def test_a_token_store_is_used_as_it_is(tmp_path: Path) -> None:
+    tokenizer = BPETokenizer.bytes()
+    with TokenStoreWriter(tmp_path / "store", tokenizer) as writer:
+        writer.add("train", tokenizer.encode("hello"), 5)
+    for spec in (None, "bytes", tokenizer):
+        for kind in ("auto", "sharded"):
+            prepared = prepare(str(tmp_path / "store"), spec, dataset_type=kind)
+            assert prepared.store.directory == tmp_path / "store"
+            assert prepared.validation_is_empty
+    with pytest.raises(UserError, match="made with another tokenizer"):
+        prepare(str(tmp_path / "store"), BPETokenizer.train_from_iterator(["abab"], 260))
+    with pytest.raises(UserError, match="is tokenised already, so --tokenizer train:300 cannot be"):
+        prepare(str(tmp_path / "store"), "train:300")
+    with pytest.raises(UserError, match="has its own validation split"):
+        prepare(str(tmp_path / "store"), validation=["sample"])
+    with pytest.raises(UserError, match="--validation is a token store"):
+        prepare("sample", "bytes", validation=[str(tmp_path / "store")])
+
+
+# ---------------------------------------------------------------------------------------------------------------- real data
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "documents"),
+    [
+        ("tinyshakespeare/input.txt", {"validation_fraction": 0.1}, 2),
+        ("gutenberg/*-*.txt", {"validation": "gutenberg/carroll-alice.txt"}, 11),
+        ("jsonl/gsm8k_train.jsonl", {"text_key": "question"}, 7473),
+        ("jsonl/alpaca_en_demo.json", {"text_key": "output"}, 999),
+        ("jsonl/udhr.jsonl", {}, 266),
+    ],
+)
+def test_real_corpora_keep_every_byte(shared_data: Path, tmp_path: Path, name: str, options: dict[str, object], documents: int) -> None:
+    paths = [str(path) for path in sorted(shared_data.glob(name)) if path.name not in ("shakespeare-caesar.txt", "bible-kjv.txt")]
+    if "validation" in options:
+        options = {"validation": [str(shared_data / str(options["validation"]))]}
+    prepared: Prepared = prepare(paths, "bytes", **options)  # type: ignore[arg-type]
+    splits = [prepared.store.split(split) for split in ("train", "validation")]
+    assert sum(split.num_documents for split in splits) == documents
+    for split in splits:
+        assert split.num_tokens == split.num_bytes + split.num_documents  # one token a byte, one EOS a document
+
+
+def test_tiny_shakespeare_token_by_token(shared_data: Path) -> None:
+    data = (shared_data / "tinyshakespeare" / "input.txt").read_bytes()
+    store = prepare(str(shared_data / "tinyshakespeare" / "input.txt"), "bytes", validation_fraction=0.1).store
+    cut = int(len(data) * 0.9)
+    for split, part in (("train", data[:cut]), ("validation", data[cut:])):
+        tokens = store.split(split).shards[0].tokens
+        assert tokens[:-1].astype(np.uint8).tobytes() == part
+        assert tokens[-1] == store.tokenizer.eos_token_id
