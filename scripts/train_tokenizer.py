@@ -3,7 +3,8 @@
     python scripts/train_tokenizer.py --data ../shared/data --output consyn_jax/tokenization/default.json.gz
 
 The same data, Python and package versions give the same file, byte for byte. Held out from training, so that the table is honest:
-WikiText-2 valid and test, the last tenth of tiny Shakespeare, enwik8 from byte 90,000,000, and every tenth standard library file.
+WikiText-2 valid and test, the last tenth of tiny Shakespeare, enwik8 from byte 90,000,000, every tenth standard library file, and the
+language reference in pydoc_data.
 UDHR is in the training set and in the table: it is the only text here for most of its languages.
 """
 
@@ -18,6 +19,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 
 from consyn_jax.tokenization import SPLIT_PATTERN, BPETokenizer
 from consyn_jax.tokenization.merges import count_words
@@ -152,6 +154,7 @@ def held_out(data: Path) -> Iterator[tuple[str, list[str]]]:
     yield "tiny Shakespeare, last 10 %", [shakespeare[len(shakespeare) * 9 // 10 :]]
     yield "Python, held-out files", files[::10]
     yield "Python, all (90 % trained on)", files
+    yield "pydoc_data.topics (`--data sample`)", list(topics.values())
     yield "UDHR, non-Latin (trained on)", [text for text in rows if not is_latin(text)]
     yield "UDHR, Latin (trained on)", [text for text in rows if is_latin(text)]
     with gzip.open(data / "enwik8/enwik8.gz") as file:
