@@ -109,10 +109,7 @@ def prepare(
     corpus = find_sources([data] if isinstance(data, str) else data, dataset_type)
     if corpus.sources[0].kind == "sharded":
         return _given_store(corpus, tokenizer, validation)
-    held_out = find_sources(validation) if validation else Corpus((), ())
-    if any(source.kind == "sharded" for source in held_out.sources):
-        raise UserError("--validation is a token store and --data is not. Give text or JSON rows, or one token store with both splits as --data.")
-    corpus = _without(corpus, held_out)
+    corpus, held_out = _hold_out(corpus, validation)
     job = _Job(
         train=corpus.sources,
         validation=held_out.sources,
@@ -125,9 +122,9 @@ def prepare(
     directory = cache_directory() / "stores" / _key(job)
     from_cache = directory.exists()
     store = TokenStore(directory) if from_cache else _build(job, directory)
+    report = ReadReport(**json.loads((directory / REPORT).read_text(encoding="utf-8")))
     if not store.split(TRAIN).num_tokens:
         raise UserError("All documents fell on the validation side and none is left to train on. Lower --validation_fraction, or give more data.")
-    report = ReadReport(**json.loads((directory / REPORT).read_text(encoding="utf-8")))
     return Prepared(store, (*corpus.sources, *held_out.sources), (*corpus.left_out, *held_out.left_out), report, from_cache)
 
 
@@ -137,8 +134,11 @@ def cache_directory() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "consyn_jax"
 
 
-def _without(corpus: Corpus, held_out: Corpus) -> Corpus:
-    """The corpus less the files that are validated on: `--data DIR --validation DIR/valid.txt` must not train on the latter."""
+def _hold_out(corpus: Corpus, validation: Sequence[str]) -> tuple[Corpus, Corpus]:
+    """The corpus less the files of `validation`, and those: `--data DIR --validation DIR/valid.txt` must not train on the latter."""
+    held_out = find_sources(validation) if validation else Corpus((), ())
+    if any(source.kind == "sharded" for source in held_out.sources):
+        raise UserError("--validation is a token store and --data is not. Give text or JSON rows, or one token store with both splits as --data.")
 
     def place(source: Source) -> Path | str:
         return SAMPLE if source.kind == SAMPLE else Path(source.name).resolve()
@@ -148,7 +148,7 @@ def _without(corpus: Corpus, held_out: Corpus) -> Corpus:
     if not kept:
         raise UserError("--validation names all of --data, so nothing is left to train on. Give other files to one of them.")
     moved = tuple((source.name, "is validation data") for source in corpus.sources if place(source) in reserved)
-    return Corpus(kept, (*corpus.left_out, *moved))
+    return Corpus(kept, (*corpus.left_out, *moved)), held_out
 
 
 def _given_store(corpus: Corpus, tokenizer: BPETokenizer | str | None, validation: Sequence[str]) -> Prepared:

@@ -106,10 +106,14 @@ def get_dataset(
         raise UserError(f"There is no split {split!r} in the data. Known: {', '.join(names)}.")
     if not prepared.store.split(split).num_tokens:
         raise UserError(f"The split {split!r} of {', '.join(paths)} has no documents. Give more data, or another validation_fraction.")
-    for name, reason in prepared.left_out:
-        warnings.warn(f"{name} is left out: it {reason}.", stacklevel=2)
-    if prepared.report.bad_rows:
-        warnings.warn(f"{prepared.report.bad_rows} bad rows were left out, the first: {prepared.report.bad_row_examples[0]}", stacklevel=2)
+    _warn_of_what_is_left_out(prepared)
     made_by = prepared.store.tokenizer
     packed = PackedDataset(prepared.store.split(split), block_size, made_by.bos_token_id, made_by.pad_token_id)
     return ConsynDataset(prepared, packed, seed, shuffle=split == TRAIN)
+
+
+def _warn_of_what_is_left_out(prepared: Prepared) -> None:
+    for name, reason in prepared.left_out:
+        warnings.warn(f"{name} is left out: it {reason}.", stacklevel=3)
+    if prepared.report.bad_rows:
+        warnings.warn(f"{prepared.report.bad_rows} bad rows were left out, the first: {prepared.report.bad_row_examples[0]}", stacklevel=3)
