@@ -11,7 +11,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin
 
@@ -62,8 +62,7 @@ class ModelConfig:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}.")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
-                f"--num_heads {self.num_heads} is not a multiple of --num_kv_heads {self.num_kv_heads}. "
-                f"Use one of {_divisors(self.num_heads)} key-value heads."
+                f"--num_heads {self.num_heads} is not a multiple of --num_kv_heads {self.num_kv_heads}. Use one of {_divisors(self.num_heads)} key-value heads."
             )
         if self.head_dim % 2:
             raise UserError(f"--head_dim {self.head_dim} is odd; rotary embeddings turn pairs, so make it even.")
@@ -102,6 +101,7 @@ PRESETS = {
     "stanza": Preset(2048, 24, 16, 8, 128, 5632, 4096, True, False, 1e4, 4096, 2e-4, 0.1, 0.95),
     "epic": Preset(5120, 40, 40, 8, 128, 16384, 4096, True, False, 1e4, 4096, 1e-4, 0.1, 0.95),
 }
+OTHER_MODELS = {"lr": 3e-4, "weight_decay": 0.1, "beta2": 0.95}  # the recipe of an architecture that is no preset
 
 
 # ----------------------------------------------------------------------------------------------------------------------- flags
@@ -121,7 +121,9 @@ def flag(default: Any, help: str, *, choices: tuple[str, ...] = (), aliases: tup
 @dataclass(frozen=True)
 class ModelOptions:
     model: str = flag("verse", "haiku, verse, stanza, epic, or a directory or file with a config.json")
-    checkpoint: str | None = flag(None, "directory with a model whose weights the run starts from (best/ or final/ of a run, or any Hugging Face llama or qwen3)", math=True)
+    checkpoint: str | None = flag(
+        None, "directory with a model whose weights the run starts from (best/ or final/ of a run, or any Hugging Face llama or qwen3)", math=True
+    )
     hidden_dim: int | None = flag(None, "width of the residual stream (by model)", math=True)
     num_layers: int | None = flag(None, "decoder blocks (by model)", math=True)
     num_heads: int | None = flag(None, "query heads (by model)", math=True)
@@ -239,7 +241,7 @@ def flags() -> dict[str, Flag]:
     """All flags by name, in the order in which help shows them."""
     found = {}
     for group in dataclasses.fields(RunConfig):
-        options = type(group.default)
+        options: Any = type(group.default)
         hints = typing.get_type_hints(options)
         for f in dataclasses.fields(options):
             hint = hints[f.name]
@@ -268,21 +270,7 @@ def convert(flag: Flag, value: Any, where: str) -> Any:
 def _scalar(flag: Flag, value: Any, where: str) -> Any:
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[flag.type]
     try:
-        if flag.type is bool:
-            converted = {"true": True, "false": False}[str(value).lower()]
-        elif flag.type is int:
-            number = float(str(value).replace("_", ""))  # float: 1e9 is how people write budgets
-            converted = int(number)
-            if converted != number or isinstance(value, bool):
-                raise ValueError
-        elif flag.type is float:
-            converted = float(value)
-            if not math.isfinite(converted) or isinstance(value, bool):
-                raise ValueError
-        elif isinstance(value, (dict, list)):
-            raise ValueError
-        else:
-            converted = ("true" if value else "false") if isinstance(value, bool) else str(value)
+        converted = _PARSERS[flag.type](value)
     except (ValueError, KeyError, TypeError, OverflowError):
         raise UserError(f"{where} wants {wanted}, not {value!r}.") from None
     if flag.choices and converted not in flag.choices:
@@ -290,7 +278,33 @@ def _scalar(flag: Flag, value: Any, where: str) -> Any:
     return converted
 
 
-def nearest(word: str, known: typing.Iterable[str]) -> str:
+def _whole(value: Any) -> int:
+    number = _real(str(value).replace("_", "") if not isinstance(value, bool) else value)  # 1e9 is how people write budgets
+    if number != int(number):
+        raise ValueError(value)
+    return int(number)
+
+
+def _real(value: Any) -> float:
+    if isinstance(value, bool) or not math.isfinite(float(value)):
+        raise ValueError(value)
+    return float(value)
+
+
+def _truth(value: Any) -> bool:
+    return {"true": True, "false": False}[str(value).lower()]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict | list) or value is None:
+        raise ValueError(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)  # YAML reads no, yes, on and off as booleans
+
+
+_PARSERS: dict[type, Callable[[Any], Any]] = {int: _whole, float: _real, bool: _truth, str: _text}
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean X?`-clause for the known word nearest to `word`, or nothing.
 
     >>> nearest("cosin", ["linear", "cosine"])
@@ -303,7 +317,9 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
 # -------------------------------------------------------------------------------------------------------------------- resolving
 
 
-def resolve(given: Mapping[str, Any], file: Mapping[str, Any] | None = None, *, file_name: str = "", given_as: str = "flag") -> tuple[RunConfig, dict[str, str]]:
+def resolve(
+    given: Mapping[str, Any], file: Mapping[str, Any] | None = None, *, file_name: str = "", given_as: str = "flag"
+) -> tuple[RunConfig, dict[str, str]]:
     """Merge defaults, preset, file and flags into one checked run.
 
     Args:
@@ -329,11 +345,13 @@ def resolve(given: Mapping[str, Any], file: Mapping[str, Any] | None = None, *, 
             if name not in known:
                 raise UserError(f"{where} is not a setting{nearest(name, [*known, *by_alias])}.")
             values[name], origins[name] = convert(known[name], value, where), origin
+    if values["checkpoint"] is not None and origins["model"] == "default":
+        values["model"], origins["model"] = values["checkpoint"], "checkpoint"
     preset = PRESETS.get(values["model"])
-    for name in (f.name for f in dataclasses.fields(Preset)):
-        recipe = PRESETS["haiku"] if preset is None else preset
-        if values[name] is None and (preset is not None or name in ("weight_decay", "beta2")):
-            values[name], origins[name] = getattr(recipe, name), f"preset {values['model']}" if preset else "default"
+    recipe = dataclasses.asdict(preset) if preset else OTHER_MODELS
+    for name, value in recipe.items():
+        if values[name] is None:
+            values[name], origins[name] = value, f"preset {values['model']}" if preset else "default"
     if preset is not None:
         if origins["head_dim"].startswith("preset") and not (origins["hidden_dim"].startswith("preset") and origins["num_heads"].startswith("preset")):
             if values["num_heads"] > 0 and values["hidden_dim"] % values["num_heads"]:
@@ -347,7 +365,8 @@ def resolve(given: Mapping[str, Any], file: Mapping[str, Any] | None = None, *, 
     groups: dict[str, dict[str, Any]] = {}
     for name, f in known.items():
         groups.setdefault(f.group, {})[name] = values[name]
-    config = RunConfig(**{f.name: type(f.default)(**groups[f.name]) for f in dataclasses.fields(RunConfig)})
+    options: dict[str, Any] = {f.name: type(f.default) for f in dataclasses.fields(RunConfig)}
+    config = RunConfig(**{name: group(**groups[name]) for name, group in options.items()})
     validate(config)
     return config, origins
 
@@ -380,7 +399,7 @@ def preset_architecture(name: str, vocab_size: int = 49_152, **tokens: int | Non
     if name not in PRESETS:
         raise UserError(f"Model {name!r} is not a preset{nearest(name, PRESETS)}. Known: {', '.join(PRESETS)}.")
     config, _ = resolve({"model": name})
-    return architecture(config.model, vocab_size=vocab_size, **tokens)
+    return architecture(config.model, None, vocab_size=vocab_size, **tokens)
 
 
 def validate(config: RunConfig) -> None:
@@ -390,7 +409,20 @@ def validate(config: RunConfig) -> None:
         UserError: naming the flag.
     """
     values = flat(config)
-    positive = "max_tokens epochs max_steps total_tokens batch_size gradient_accumulation_steps lr eval_steps save_steps keep_last keep_every logging_steps".split()
+    positive = [
+        "max_tokens",
+        "epochs",
+        "max_steps",
+        "total_tokens",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "lr",
+        "eval_steps",
+        "save_steps",
+        "keep_last",
+        "keep_every",
+        "logging_steps",
+    ]
     for name in positive:
         if values[name] is not None and values[name] <= 0:
             raise UserError(f"--{name} must be greater than 0, not {values[name]}.")
@@ -404,8 +436,7 @@ def validate(config: RunConfig) -> None:
         raise UserError(f"--seed must be below 2**32, not {values['seed']}.")
     if values["warmup_steps"] is not None and values["max_steps"] is not None and values["warmup_steps"] > values["max_steps"]:
         raise UserError(f"--warmup_steps {values['warmup_steps']} is longer than the run of --max_steps {values['max_steps']}.")
-    if values["max_tokens"] is not None and values["context"] is not None and values["max_tokens"] > values["context"]:
-        raise UserError(f"--max_tokens {values['max_tokens']} is above the context of {values['context']} tokens of this model. Lower it, or raise --context.")
+    check_context(values["max_tokens"], values["context"])
     if values["resume"] not in ("auto", "never") and not values["resume"].isdigit():
         raise UserError(f"--resume wants auto, never or a step, not {values['resume']!r}.")
     kind, _, size = values["tokenizer"].partition(":")
@@ -413,6 +444,16 @@ def validate(config: RunConfig) -> None:
         raise UserError(f"--tokenizer train:SIZE wants a size from 260 to 1,000,000, not {size!r}.")
     if config.model.model in PRESETS:
         architecture(config.model, vocab_size=1)
+
+
+def check_context(max_tokens: int | None, context: int | None) -> None:
+    """Training sequences must not be longer than the model's context, where both are known.
+
+    Raises:
+        UserError: they are.
+    """
+    if max_tokens is not None and context is not None and max_tokens > context:
+        raise UserError(f"--max_tokens {max_tokens} is above the context of {context} tokens of this model. Lower it, or raise --context.")
 
 
 def _divisors(n: int) -> list[int]:

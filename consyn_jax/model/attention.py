@@ -37,12 +37,14 @@ def choose_attention(platform: str, dtype: jnp.dtype, head_dim: int, compute_cap
     if platform not in ("gpu", "cuda"):
         return AttentionChoice("xla", f"the {platform} has no fused kernel")
     if dtype not in (jnp.bfloat16, jnp.float16):
-        return AttentionChoice("xla", f"cuDNN attention needs bf16, and the run computes in {jnp.dtype(dtype).name}: slower, and memory grows with the square of the sequence")
-    if compute_capability and float(compute_capability) < 8.0:
-        return AttentionChoice("xla", f"cuDNN attention needs compute capability 8.0, and this GPU has {compute_capability}: slower, and memory grows with the square of the sequence")
-    if head_dim > 128 or head_dim % 8:
-        return AttentionChoice("xla", f"cuDNN attention takes heads up to 128 wide in multiples of 8, not {head_dim}: slower, and memory grows with the square of the sequence")
-    return AttentionChoice("cudnn", "fused kernel of an NVIDIA GPU")
+        obstacle = f"needs bf16, and the run computes in {jnp.dtype(dtype).name}"
+    elif compute_capability and float(compute_capability) < 8.0:
+        obstacle = f"needs compute capability 8.0, and this GPU has {compute_capability}"
+    elif head_dim > 128 or head_dim % 8:
+        obstacle = f"takes heads up to 128 wide in multiples of 8, not {head_dim}"
+    else:
+        return AttentionChoice("cudnn", "fused kernel of an NVIDIA GPU")
+    return AttentionChoice("xla", f"cuDNN attention {obstacle}; this is slower, and its memory grows with the square of the sequence")
 
 
 def attention_mask(
@@ -106,7 +108,7 @@ def causal_attention(
     return jax.shard_map(local, in_specs=(heads, kv_heads, kv_heads, segments), out_specs=heads, check_vma=False)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
-def _local_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, *, backend: Backend, sliding_window: int | None, context: int):  # type: ignore[no-untyped-def]
+def _local_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, *, backend: Backend, sliding_window: int | None, context: int):
     T = q_BTNH.shape[1]
     first, key_segments = 0, segment_ids_BT
     if context > 1:

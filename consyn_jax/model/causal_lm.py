@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 class ConsynLMHeadModel(Decoder):
     """A decoder language model. Build it with `from_config` or `from_pretrained`."""
 
-    def __call__(
-        self, input_ids: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None, compute: Compute | None = None
-    ) -> Float[Array, "B T V"]:
+    def __call__(self, input_ids: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None, compute: Compute | None = None) -> Float[Array, "B T V"]:
         """Logits of the next token, float32, over the vocabulary without its padding.
 
         Args:

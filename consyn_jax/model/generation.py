@@ -44,7 +44,7 @@ def extend(model: ConsynLMHeadModel, input_ids: Int[Array, "B T"], cache: Cache)
 
     def body(x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
         layer, k_BSKH, v_BSKH = xs
-        written = []
+        written: list[jax.Array] = []
 
         def attend_to_cache(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             at = (0, cache.length, 0, 0)
@@ -75,7 +75,9 @@ def choose(logits_BV: Float[Array, "B V"], key: jax.Array, temperature: float, t
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4, 5, 6, 7))
-def _decode(graphdef: Any, params: Any, prompt: jax.Array, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, eos: int, key: jax.Array):  # type: ignore[no-untyped-def]
+def _decode(
+    graphdef: Any, params: Any, prompt: jax.Array, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, eos: int, key: jax.Array
+):
     model = nnx.merge(graphdef, params)
     B, T = prompt.shape
     logits, cache = extend(model, prompt, empty_cache(model, B, T + max_new_tokens))
@@ -112,13 +114,18 @@ def generate(
     Raises:
         UserError: an empty prompt, or more positions than the model's context.
     """
-    B, T = input_ids.shape
+    T = input_ids.shape[1]
     if T < 1:
         raise UserError("The prompt is empty: start it with the BOS token.")
     if T + max_new_tokens > model.config.context:
-        raise UserError(f"A prompt of {T} and {max_new_tokens} new tokens are above the model's context of {model.config.context}. Ask for {max(model.config.context - T, 0)} at most.")
+        raise UserError(
+            f"A prompt of {T} and {max_new_tokens} new tokens are above the model's context of {model.config.context}. "
+            f"Ask for {max(model.config.context - T, 0)} at most."
+        )
     graphdef, state = nnx.split(model)
     eos = model.config.eos_token_id if stop_at_eos and model.config.eos_token_id is not None else -1
     top_k = None if top_k is None else min(top_k, model.config.vocab_size)
-    tokens, count = _decode(graphdef, nnx.to_pure_dict(state), jnp.asarray(input_ids, jnp.int32), max_new_tokens, temperature, top_k, top_p, eos, jax.random.key(seed))
+    tokens, count = _decode(
+        graphdef, nnx.to_pure_dict(state), jnp.asarray(input_ids, jnp.int32), max_new_tokens, temperature, top_k, top_p, eos, jax.random.key(seed)
+    )
     return jnp.concatenate([jnp.asarray(input_ids, jnp.int32), tokens[:, : int(count)]], axis=1)

@@ -122,7 +122,6 @@ def from_hf_config(hf: dict[str, Any], where: str) -> ModelConfig:
         raise UserError(f"{where} has a sliding window on some layers only, which is not supported.")
     try:
         heads, hidden = int(hf["num_attention_heads"]), int(hf["hidden_size"])
-        eos = hf.get("eos_token_id")
         return ModelConfig(
             vocab_size=int(hf["vocab_size"]),
             hidden_dim=hidden,
@@ -138,13 +137,18 @@ def from_hf_config(hf: dict[str, Any], where: str) -> ModelConfig:
             tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
             sliding_window=None if window is None else int(window),
             bos_token_id=hf.get("bos_token_id"),
-            eos_token_id=eos[0] if isinstance(eos, list) and eos else eos,
+            eos_token_id=_first(hf.get("eos_token_id")),
             pad_token_id=hf.get("pad_token_id"),
         )
     except KeyError as missing:
         raise UserError(f"{where} has no {missing.args[0]!r}.") from None
     except (TypeError, ValueError, ZeroDivisionError) as wrong:
         raise UserError(f"{where} has a value that cannot be: {wrong}.") from None
+
+
+def _first(ids: Any) -> int | None:
+    """Llama 3 and others list several ends of text; the first is the one they were trained with."""
+    return (ids[0] if ids else None) if isinstance(ids, list) else ids
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -181,14 +185,18 @@ def find_model(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).exists():
-        raise UserError(f"{name} is not a model: no such directory{nearest(name, PRESETS)}. Give a directory, a hub id as owner/name, or one of {', '.join(PRESETS)}.")
+        raise UserError(
+            f"{name} is not a model: no such directory{nearest(name, PRESETS)}. Give a directory, a hub id as owner/name, or one of {', '.join(PRESETS)}."
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{name} is neither a directory here nor a model that the hub gives ({type(error).__name__}). Check the name and the network.") from error
+        raise UserError(
+            f"{name} is neither a directory here nor a model that the hub gives ({type(error).__name__}). Check the name and the network."
+        ) from error
 
 
 def load_parameters(directory: Path, config: ModelConfig, mesh: Mesh | None = None) -> Params:
@@ -248,7 +256,9 @@ def _open_checkpoint(directory: Path) -> Callable[[str], np.ndarray]:
         where = None
     else:
         pickles = sorted(p.name for p in directory.glob("*.bin")) + sorted(p.name for p in directory.glob("*.pt*"))
-        raise UserError(f"{directory} has no model.safetensors" + (f", only {pickles[0]}, a pickle, which is never opened. Convert it to safetensors." if pickles else "."))
+        raise UserError(
+            f"{directory} has no model.safetensors" + (f", only {pickles[0]}, a pickle, which is never opened. Convert it to safetensors." if pickles else ".")
+        )
 
     def read(name: str) -> np.ndarray:
         file = single if where is None else directory / where.get(name, "")
@@ -302,7 +312,7 @@ def _assign_shards(tensors: list[Tensor]) -> dict[str, list[Tensor]]:
 def _to_host(params: Params, form: Layout, tensor: Tensor) -> np.ndarray:
     from jax.experimental import multihost_utils
 
-    value = params
+    value: Any = params
     for key in tensor.path:
         value = value[key]
     part = value if tensor.layer is None else value[tensor.layer]

@@ -35,9 +35,8 @@ class Compute:
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float | None) -> nnx.Param:
     """A float32 parameter with named axes: normal with deviation `std`, zeros for 0, ones for None."""
     if std is None:
-        value = jnp.ones(shape)
-    else:
-        value = std * jax.random.normal(rngs.params(), shape) if std else jnp.zeros(shape)
+        return nnx.Param(jnp.ones(shape), axes=axes)
+    value = std * jax.random.normal(rngs.params(), shape) if std else jnp.zeros(shape)
     return nnx.Param(value, axes=axes)
 
 

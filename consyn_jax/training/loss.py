@@ -74,7 +74,7 @@ def _run(x: Any, head: Any, labels: Any, mask: Any, vocab_size: int, chunk_eleme
         return local(x, head, labels, mask, mesh_shape=dict.fromkeys(AXES, 1))
     tokens, hidden = partition_spec(("batch", "sequence")), partition_spec(("batch", "sequence", None))
     weights = partition_spec(("vocab", "embed"))
-    scalars = LossSums(*(partition_spec(()),) * 3)
+    scalars = partition_spec(())
     return jax.shard_map(
         partial(local, mesh_shape=dict(mesh.shape)),
         in_specs=(hidden, weights, tokens, tokens),
@@ -83,7 +83,7 @@ def _run(x: Any, head: Any, labels: Any, mask: Any, vocab_size: int, chunk_eleme
     )(x, head, labels, mask)
 
 
-def _local(x, head, labels, mask, *, mesh_shape, vocab_size, chunk_elements, with_gradients):  # type: ignore[no-untyped-def]
+def _local(x, head, labels, mask, *, mesh_shape, vocab_size, chunk_elements, with_gradients):
     def over(axes: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(axis for axis in axes if mesh_shape[axis] > 1)
 
@@ -110,7 +110,7 @@ def _local(x, head, labels, mask, *, mesh_shape, vocab_size, chunk_elements, wit
     return sums, dx.astype(x.dtype), dhead
 
 
-def _over_chunks(chunk, x_BTD, weight_VD, labels_BT, mask_BT, chunk_elements):  # type: ignore[no-untyped-def]
+def _over_chunks(chunk, x_BTD, weight_VD, labels_BT, mask_BT, chunk_elements):
     """Add up `chunk` over parts of the sequence small enough to hold their logits."""
     B, T, D = x_BTD.shape
     num_chunks = min(T, math.ceil(B * T * weight_VD.shape[0] / chunk_elements))
@@ -124,7 +124,7 @@ def _over_chunks(chunk, x_BTD, weight_VD, labels_BT, mask_BT, chunk_elements):  
         a = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
         return jnp.moveaxis(a.reshape(B, num_chunks, length, *a.shape[2:]), 1, 0)
 
-    def body(total, parts):  # type: ignore[no-untyped-def]
+    def body(total, parts):
         sums, dx, dhead = chunk(weight_VD, *parts)
         return jax.tree.map(jnp.add, total, (sums, dhead)), dx
 
@@ -137,7 +137,7 @@ def _over_chunks(chunk, x_BTD, weight_VD, labels_BT, mask_BT, chunk_elements):  
     return sums, dx, dhead
 
 
-def _chunk(weight_VD, x_BTD, labels_BT, mask_BT, *, rows, vocab_size, vocab_axes, with_gradients):  # type: ignore[no-untyped-def]
+def _chunk(weight_VD, x_BTD, labels_BT, mask_BT, *, rows, vocab_size, vocab_axes, with_gradients):
     """Sums of one chunk, and the gradients of its nll with respect to x and the head."""
     logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, weight_VD, preferred_element_type=jnp.float32)
     if vocab_size is not None:  # the embedding has rows that are no tokens

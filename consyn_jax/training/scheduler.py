@@ -40,7 +40,7 @@ def build_schedule(name: str, peak: float, total_steps: int, warmup_steps: int, 
     if name == "wsd":
         decay_steps = min(decay_steps, max(1, round(WSD_DECAY_SHARE * total_steps)))
 
-    def rate(step):  # type: ignore[no-untyped-def]
+    def rate(step):
         step = jnp.asarray(step, jnp.float32)
         rise = jnp.minimum((step + 1) / (warmup_steps + 1), 1.0)
         done = jnp.clip((step - (total_steps - decay_steps)) / max(decay_steps, 1), 0.0, 1.0)

@@ -1,0 +1,179 @@
+"""Whatever is given as data, as the batches that the step takes: {"input_ids", "labels", "segment_ids", "loss_mask"}, [A, b, T]."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from consyn_jax.config import UserError
+from consyn_jax.data.loader import BatchLoader, evaluation_batches
+from consyn_jax.data.packing import PackedDataset, memory_split
+from consyn_jax.training.dataset import ConsynDataset
+
+HostBatch = dict[str, np.ndarray]
+IGNORED = -100  # torch's ignore_index: labels that are no targets
+
+
+class Source(Protocol):
+    """Training or evaluation data.
+
+    Attributes:
+        sequences: sequences in an epoch; None where nobody knows.
+        tokens: real tokens in an epoch; None likewise.
+        num_bytes: bytes of the text behind them, for bits per byte; None likewise.
+        fingerprint: equal for equal data.
+    """
+
+    sequences: int | None
+    tokens: int | None
+    num_bytes: int | None
+    fingerprint: str
+
+    def training(self, start_step: int, batch_size: int, accumulation: int, rows: np.ndarray) -> Iterator[HostBatch]:
+        """Batches from step `start_step` on."""
+
+    def evaluation(self, batch_size: int, rows: np.ndarray) -> Iterator[HostBatch]:
+        """Everything once, in batches [b, T]."""
+
+
+class IndexedSource:
+    """A dataset with a length and rows; its order is arithmetic, so any position is reached at once."""
+
+    def __init__(self, dataset: Any, seed: int, fingerprint: str) -> None:
+        self.dataset, self.seed, self.fingerprint = dataset, seed, fingerprint
+        self.sequences: int | None = len(dataset)
+        self.tokens: int | None = getattr(dataset, "num_tokens", None)
+        self.num_bytes: int | None = getattr(dataset, "num_bytes", None) or None
+
+    def training(self, start_step: int, batch_size: int, accumulation: int, rows: np.ndarray) -> Iterator[HostBatch]:
+        return (batch for _, batch in BatchLoader(self.dataset, self.seed, batch_size, accumulation, rows, start_step=start_step))
+
+    def evaluation(self, batch_size: int, rows: np.ndarray) -> Iterator[HostBatch]:
+        return evaluation_batches(self.dataset, batch_size, rows)
+
+
+class BatchSource:
+    """Any iterable of batches, such as a torch DataLoader. A resume skips what was read before, since it has no positions."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches, self.fingerprint = batches, "batches"
+        self.sequences: int | None = None
+        self.tokens: int | None = None
+        self.num_bytes: int | None = None
+
+    def training(self, start_step: int, batch_size: int, accumulation: int, rows: np.ndarray) -> Iterator[HostBatch]:
+        micro = itertools.islice(self._endless(), start_step * accumulation, None)
+        while len(group := list(itertools.islice(micro, accumulation))) == accumulation:
+            for batch in group:
+                _check_rows(batch, batch_size)
+            yield {name: np.stack([batch[name][rows] for batch in group]) for name in group[0]}
+
+    def evaluation(self, batch_size: int, rows: np.ndarray) -> Iterator[HostBatch]:
+        for raw in self.batches:
+            batch = complete(raw)
+            missing = batch_size - len(batch["labels"])
+            if missing < 0:
+                _check_rows(batch, batch_size)
+            yield {name: np.pad(values, ((0, missing), (0, 0)))[rows] for name, values in batch.items()}
+
+    def _endless(self) -> Iterator[HostBatch]:
+        """Pass after pass; what cannot begin again, such as a generator, ends."""
+        for _ in itertools.count():
+            empty = True
+            for batch in self.batches:
+                empty = False
+                yield complete(batch)
+            if empty:
+                return
+
+
+class ItemDataset:
+    """Items with a length, such as a torch or datasets Dataset, read row by row."""
+
+    def __init__(self, items: Any) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def rows(self, indices: Any) -> HostBatch:
+        items = [self.items[int(i)] for i in indices]
+        return complete({name: np.stack([np.asarray(item[name]) for item in items]) for name in items[0]})
+
+
+def as_source(data: Any, *, block_size: int, seed: int, bos_id: int | None, eos_id: int | None, pad_id: int | None) -> Source:
+    """Data of any accepted kind as a `Source`: a dataset of `get_dataset`, a list of token lists, a dataset of items, or batches.
+
+    Raises:
+        UserError: none of these, or token lists without the ids that delimit them.
+    """
+    if isinstance(data, ConsynDataset):
+        return IndexedSource(data.packed, data.seed, data.fingerprint)
+    if isinstance(data, PackedDataset):
+        return IndexedSource(data, seed, f"{data.num_tokens} tokens")
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+        raise UserError(
+            f"Training data of type {type(data).__name__} is not supported. Give a dataset of get_dataset, a list of token lists, or an iterable of batches."
+        )
+    if isinstance(data, Sequence):
+        if not data:
+            raise UserError("The training data is empty.")
+        if not isinstance(data[0], dict):
+            return _token_lists(data, block_size, seed, bos_id, eos_id, pad_id)
+    first = data[0] if hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data) else None
+    if isinstance(first, dict) and "input_ids" in first and np.asarray(first["input_ids"]).ndim == 1:
+        return IndexedSource(ItemDataset(data), seed, f"{len(data)} items")
+    return BatchSource(data)
+
+
+def _token_lists(data: Sequence[Any], block_size: int, seed: int, bos_id: int | None, eos_id: int | None, pad_id: int | None) -> Source:
+    if bos_id is None or eos_id is None:
+        raise UserError("A list of token lists needs to know BOS and EOS: pass tokenizer=, or a model whose configuration has them.")
+    documents = [np.asarray(ids, np.int64) for ids in data]
+    if not all(d.ndim == 1 for d in documents):
+        raise UserError("A list as training data must hold lists of token ids, one a document.")
+    digest = hashlib.blake2b(digest_size=16)
+    for document in documents:
+        digest.update(document.tobytes() + b"|")
+    packed = PackedDataset(memory_split(documents, eos_id), block_size, bos_id, pad_id if pad_id is not None else eos_id)
+    return IndexedSource(packed, seed, digest.hexdigest())
+
+
+def complete(raw: Any) -> HostBatch:
+    """A batch [b, T] with all four arrays, from what it has.
+
+    Without labels the sequence itself is shifted by one. Labels of -100 and a false loss_mask are no targets; without segment_ids a
+    row is one document, its padding by `attention_mask`.
+
+    Raises:
+        UserError: no input_ids, or labels that are not shifted.
+    """
+    if not isinstance(raw, dict) or "input_ids" not in raw:
+        raise UserError(f"A batch must be a dict with 'input_ids', and is {sorted(raw) if isinstance(raw, dict) else type(raw).__name__}.")
+    arrays = {name: np.asarray(value) for name, value in raw.items() if name in ("input_ids", "labels", "segment_ids", "loss_mask", "attention_mask")}
+    ids = arrays["input_ids"]
+    if ids.ndim != 2:
+        raise UserError(f"A batch's input_ids must be [sequences, tokens], and have shape {ids.shape}.")
+    segments = arrays.get("segment_ids", arrays.get("attention_mask", np.ones_like(ids)))
+    if "labels" not in arrays:
+        same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+        mask = arrays["loss_mask"][:, 1:].astype(bool) if "loss_mask" in arrays else same
+        arrays |= {"labels": ids[:, 1:], "loss_mask": mask & same}
+        ids, segments = ids[:, :-1], segments[:, :-1]
+    labels, targets = arrays["labels"], arrays["labels"] != IGNORED
+    if targets.sum() > 1 and np.array_equal(labels[targets], ids[targets]) and len(np.unique(ids[targets])) > 1:
+        raise UserError("The labels equal the input_ids, so nothing is predicted. Shift them (labels[t] follows input_ids[t]), or leave them out.")
+    mask = arrays["loss_mask"].astype(bool) & targets if "loss_mask" in arrays else targets & (segments > 0)
+    as_int = {"input_ids": ids, "labels": np.where(targets, labels, 0), "segment_ids": segments}
+    return {name: value.astype(np.int32) for name, value in as_int.items()} | {"loss_mask": mask}
+
+
+def _check_rows(batch: HostBatch, batch_size: int) -> None:
+    if len(batch["labels"]) != batch_size:
+        raise UserError(
+            f"A batch has {len(batch['labels'])} sequences, and batch_size is {batch_size}. Make them equal (drop_last=True leaves a short last batch out)."
+        )

@@ -1,0 +1,93 @@
+"""The programs of a run, tied to a mesh: shapes and places of the state, the train step and the evaluation step, ready to compile.
+
+Nothing here needs a device: on a mesh of a described topology the same programs compile for machines that are not there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from consyn_jax.config import ModelConfig
+from consyn_jax.distributed.mesh import sharding
+from consyn_jax.model.parameters import Layout, Params, layout
+from consyn_jax.model.transformer import Compute, Decoder
+from consyn_jax.training.loss import LossSums, head_loss
+from consyn_jax.training.step import Batch, TrainState, make_train_step
+
+BATCH_DTYPES = {"input_ids": jnp.int32, "labels": jnp.int32, "segment_ids": jnp.int32, "loss_mask": jnp.bool_}
+TRAIN_AXES = (None, "batch", "sequence")  # [A, B, T]
+EVAL_AXES = ("batch", "sequence")  # [B, T]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is trained, how, and where.
+
+    Args:
+        optimizer: with its schedule inside.
+        max_grad_norm: 0 for no clipping.
+    """
+
+    config: ModelConfig
+    compute: Compute
+    optimizer: optax.GradientTransformation
+    max_grad_norm: float
+    mesh: Mesh
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Shapes and logical axes of the parameters."""
+        return layout(self.config)
+
+    def loss(self, params: Params, batch: Batch) -> LossSums:
+        """Loss sums of one micro-batch [B, T]."""
+        model: Decoder = nnx.merge(self.layout.graphdef, params)
+        x_BTD = model.hidden(batch["input_ids"], batch["segment_ids"], self.compute)
+        return head_loss(x_BTD, model.head_VD, batch["labels"], batch["loss_mask"], self.config.vocab_size)
+
+    @cached_property
+    def state_like(self) -> Any:
+        """The training state as shapes, dtypes and shardings."""
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        place = partial(jax.tree.map, lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where))
+        shardings = self.layout.shardings(self.mesh)
+        opt_state = optax.tree_utils.tree_map_params(
+            self.optimizer,
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            jax.eval_shape(self.optimizer.init, self.layout.shapes),
+            shardings,
+            transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+        )
+        step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+        return TrainState(step, place(self.layout.shapes, shardings), opt_state)
+
+    def initial_state(self, params: Params) -> TrainState:
+        """Step 0 with these parameters, which the state takes over."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_like)
+        opt_state = jax.jit(self.optimizer.init, out_shardings=shardings.opt_state)(params)
+        return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state)
+
+    def lower_train_step(self, accumulation: int, batch_size: int, length: int) -> jax.stages.Lowered:
+        """`step(state, batch [A, B, T]) -> (state, metrics)`, the state donated."""
+        step = make_train_step(self.loss, self.optimizer, self.max_grad_norm)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_like)
+        batch = self._batch_like((accumulation, batch_size, length), TRAIN_AXES)
+        with jax.set_mesh(self.mesh):
+            return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(self.state_like, batch)
+
+    def lower_eval_step(self, batch_size: int, length: int) -> jax.stages.Lowered:
+        """`sums(params, batch [B, T]) -> LossSums`."""
+        with jax.set_mesh(self.mesh):
+            return jax.jit(self.loss).lower(self.state_like.params, self._batch_like((batch_size, length), EVAL_AXES))
+
+    def _batch_like(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> dict[str, Any]:
+        where = sharding(self.mesh, axes)
+        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in BATCH_DTYPES.items()}

@@ -1,0 +1,547 @@
+"""`ConsynTrainer`: the one loop with side effects."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from consyn_jax.config import Diverged, Interrupted, ModelConfig, RunConfig, UserError, flat, resolve
+from consyn_jax.data.loader import prefetch
+from consyn_jax.distributed.hardware import bf16_peak
+from consyn_jax.distributed.mesh import build_mesh, check_batch, check_model, local_rows, parse_mesh, sharding
+from consyn_jax.model import ConsynLMHeadModel
+from consyn_jax.model.arithmetic import train_flops_per_token
+from consyn_jax.model.attention import AttentionChoice, choose_attention
+from consyn_jax.model.parameters import Params, layout
+from consyn_jax.model.pretrained import save_parameters
+from consyn_jax.model.transformer import Compute
+from consyn_jax.tokenization import BPETokenizer
+from consyn_jax.training.checkpoint import Checkpoints
+from consyn_jax.training.console import Console
+from consyn_jax.training.evaluation import evaluate
+from consyn_jax.training.inputs import HostBatch, as_source
+from consyn_jax.training.metrics import MetricsLog, Trackers, build_trackers, read_metrics
+from consyn_jax.training.optimizer import build_optimizer, decay_mask
+from consyn_jax.training.program import EVAL_AXES, TRAIN_AXES, Program
+from consyn_jax.training.report import write_loss_plot, write_report
+from consyn_jax.training.run_directory import RunDirectory, open_run_directory
+from consyn_jax.training.scheduler import build_schedule, warmup_length
+from consyn_jax.training.step import TrainState
+
+SAMPLE_TOKENS = 200
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that does not exist yet: its architecture, and what makes its parameters on a mesh."""
+
+    config: ModelConfig
+    make: Callable[[Mesh], Params]
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds beside the state; everything else follows from the configuration."""
+
+    step: int = 0
+    tokens: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    tracker_id: str | None = None
+
+
+class Stopwatch:
+    """Steps, tokens and waiting since the last lap; pauses do not count."""
+
+    def __init__(self) -> None:
+        self.steps = self.tokens = 0
+        self._began, self._waited_s = time.perf_counter(), 0.0
+
+    def lap(self, waited_s: float) -> tuple[float, float, float]:
+        """(seconds a step, tokens a second, share of the time spent waiting for data) since the last lap."""
+        now = time.perf_counter()
+        elapsed = max(now - self._began, 1e-9)
+        result = elapsed / max(self.steps, 1), self.tokens / elapsed, min(1.0, (waited_s - self._waited_s) / elapsed)
+        self.steps = self.tokens = 0
+        self._began, self._waited_s = now, waited_s
+        return result
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens a second since the last lap."""
+        return self.tokens / max(time.perf_counter() - self._began, 1e-9)
+
+    def pause(self, seconds: float) -> None:
+        """Leave these seconds out."""
+        self._began += seconds
+
+
+class ConsynTrainer:
+    """Train a model. After `train()`, `model` is the trained model.
+
+    Args:
+        model: a `ConsynLMHeadModel`, or a `ModelSource`.
+        train_dataloader: a dataset of `get_dataset`, a list of token lists, a dataset of items, or any iterable of batches.
+        eval_dataloader: the same kinds; without it there is no evaluation.
+        tokenizer: saved beside the model, and used for the sample; a dataset of `get_dataset` brings its own.
+        run: a resolved run and its origins, as `consyn-train` makes it; the other settings are then not looked at.
+        notes: (name, value) lines for the header that is printed at the start.
+        settings: the flags of `consyn-train` by name.
+
+    Raises:
+        UserError: a setting or data that cannot be; `train` raises it for devices and directories.
+    """
+
+    def __init__(
+        self,
+        model: ConsynLMHeadModel | ModelSource,
+        train_dataloader: Any,
+        eval_dataloader: Any = None,
+        output_dir: str | os.PathLike[str] = "./output",
+        num_epochs: float | None = 3,
+        max_steps: int | None = None,
+        learning_rate: float = 5e-5,
+        *,
+        tokenizer: BPETokenizer | None = None,
+        run: tuple[RunConfig, dict[str, str]] | None = None,
+        notes: tuple[tuple[str, str], ...] = (),
+        **settings: Any,
+    ) -> None:
+        self.model, self.notes = model, notes
+        if run is None:
+            given = {"output": os.fspath(output_dir), "epochs": num_epochs, "max_steps": max_steps, "lr": learning_rate}
+            length = getattr(getattr(train_dataloader, "packed", train_dataloader), "block_size", model.config.context)
+            run = resolve({"model": "haiku", "max_tokens": length, "context": model.config.context, **given, **settings}, given_as="keyword")
+        self.run, self.origins = run
+        self.tokenizer = tokenizer if tokenizer is not None else getattr(train_dataloader, "tokenizer", None)
+        self._check_tokenizer()
+        ids: Any = self.tokenizer if self.tokenizer is not None else model.config
+        kinds = {
+            "block_size": self.run.data.max_tokens,
+            "seed": self.run.budget.seed,
+            "bos_id": ids.bos_token_id,
+            "eos_id": ids.eos_token_id,
+            "pad_id": ids.pad_token_id,
+        }
+        self.train_source = as_source(train_dataloader, **kinds)
+        self.eval_source = None if eval_dataloader is None else as_source(eval_dataloader, **kinds)
+        self.total_steps = self._count_steps()
+
+    # ------------------------------------------------------------------------------------------------------------ what will run
+
+    def _check_tokenizer(self) -> None:
+        if self.tokenizer is not None and self.tokenizer.vocab_size > self.model.config.vocab_size:
+            raise UserError(
+                f"The tokenizer has {self.tokenizer.vocab_size} tokens and the model's vocabulary {self.model.config.vocab_size}, so they do not fit. "
+                f"Use the tokenizer that the model was trained with."
+            )
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences in one optimizer step."""
+        return self.run.budget.batch_size * self.run.budget.gradient_accumulation_steps
+
+    def _count_steps(self) -> int:
+        budget, length = self.run.budget, self.run.data.max_tokens
+        assert length is not None
+        epochs = 3 if budget.epochs is None and budget.max_steps is None and budget.total_tokens is None else budget.epochs
+        limits = [] if budget.max_steps is None else [budget.max_steps]
+        if budget.total_tokens is not None:
+            limits.append(math.ceil(budget.total_tokens / (self.sequences_per_step * length)))
+        if epochs is not None and self.train_source.sequences is not None:
+            limits.append(max(1, math.ceil(epochs * self.train_source.sequences / self.sequences_per_step)))
+        if not limits:
+            raise UserError("Nobody knows how long an epoch of this iterable is: give max_steps or total_tokens.")
+        return min(limits)
+
+    def _every(self, steps: int | None) -> int:
+        return steps if steps is not None else max(1, self.total_steps // 10)
+
+    def _build(self) -> tuple[Program, AttentionChoice, Callable[[Any], Any]]:
+        """The program on the devices that are there."""
+        config, hardware, optimizer = self.model.config, self.run.hardware, self.run.optimizer
+        sizes = parse_mesh(hardware.mesh, jax.device_count())
+        assert self.run.data.max_tokens is not None
+        assert optimizer.lr is not None
+        check_batch(sizes, self.run.budget.batch_size, self.run.data.max_tokens)
+        check_model(sizes, {"hidden_dim": config.hidden_dim, "num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads, "mlp_dim": config.mlp_dim})
+        device = jax.devices()[0]
+        bf16 = hardware.mixed_precision == "bf16" or (hardware.mixed_precision == "auto" and device.platform == "gpu")
+        dtype = jnp.bfloat16 if bf16 else jnp.float32
+        attention = choose_attention(device.platform, dtype, config.head_dim, getattr(device, "compute_capability", ""))
+        warmup_steps = warmup_length(self.total_steps, optimizer.warmup_steps, optimizer.warmup_ratio)
+        schedule = build_schedule(optimizer.scheduler, optimizer.lr, self.total_steps, warmup_steps, optimizer.min_lr_ratio)
+        assert optimizer.beta2 is not None
+        assert optimizer.weight_decay is not None
+        mask = decay_mask(layout(config).logical_axes)
+        rule = build_optimizer(optimizer.optimizer, schedule, beta1=optimizer.beta1, beta2=optimizer.beta2, weight_decay=optimizer.weight_decay, mask=mask)
+        compute = Compute(dtype, attention.backend, hardware.gradient_checkpointing)
+        return Program(config, compute, rule, optimizer.max_grad_norm, build_mesh(sizes)), attention, schedule
+
+    def _derived(self) -> dict[str, Any]:
+        return {
+            "data": self.train_source.fingerprint,
+            "validation": None if self.eval_source is None else self.eval_source.fingerprint,
+            "tokenizer": None if self.tokenizer is None else self.tokenizer.sha256,
+            "sequences_per_step": self.sequences_per_step,
+            "total_steps": self.total_steps,
+            "vocab_size": self.model.config.vocab_size,
+        }
+
+    def _parameters(self, mesh: Mesh) -> Params:
+        if isinstance(self.model, ModelSource):
+            return self.model.make(mesh)
+        # a copy: the step consumes its state, and the caller's model must stay whole
+        return jax.tree.map(lambda p, where: jax.device_put(jnp.copy(p), where), self.model.parameters, layout(self.model.config).shardings(mesh))
+
+    # ------------------------------------------------------------------------------------------------------------------ running
+
+    def train(self) -> dict[str, float]:
+        """Run to the end of the budget, going on from the newest checkpoint of the run directory when there is one.
+
+        Returns:
+            The last training and evaluation metrics by their names in metrics.jsonl.
+
+        Raises:
+            UserError: devices or a directory that do not fit this run.
+            Diverged: the loss is no longer finite.
+            Interrupted: a signal came; the state is saved.
+        """
+        with ExitStack() as stack:
+            return _Training(self, stack).run()
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of the model as it is now over the evaluation data."""
+        if self.eval_source is None:
+            raise UserError("There is no evaluation data: pass eval_dataloader.")
+        program, _, _ = self._build()
+        params = self._parameters(program.mesh)
+        return self._evaluate(program, self._compile_eval(program), params)
+
+    def _compile_eval(self, program: Program) -> Callable[..., Any]:
+        assert self.run.data.max_tokens is not None
+        return program.lower_eval_step(self.run.budget.batch_size, self.run.data.max_tokens).compile()
+
+    def _evaluate(self, program: Program, step: Callable[..., Any], params: Params) -> dict[str, float]:
+        assert self.eval_source is not None
+        rows = local_rows(program.mesh, self.run.budget.batch_size)
+        batches = self.eval_source.evaluation(self.run.budget.batch_size, rows)
+        to_device = _placer(program.mesh, EVAL_AXES)
+        with prefetch(batches, transform=to_device) as ready:
+            return evaluate(lambda batch: step(params, batch), ready, self.eval_source.num_bytes)
+
+
+def _placer(mesh: Mesh, axes: tuple[str | None, ...]) -> Callable[[HostBatch], dict[str, jax.Array]]:
+    """Puts this process's rows of a batch where the program wants them."""
+    where = sharding(mesh, axes)
+    return lambda batch: {name: jax.make_array_from_process_local_data(where, values) for name, values in batch.items()}
+
+
+class _Training:
+    """One call of `train`: what is open while it runs."""
+
+    def __init__(self, trainer: ConsynTrainer, stack: ExitStack) -> None:
+        self.trainer, self.run_config = trainer, trainer.run
+        self.program, self.attention, self.schedule = trainer._build()
+        self.writes = jax.process_index() == 0
+        saving, logging = trainer.run.saving, trainer.run.logging
+        self.directory: RunDirectory = open_run_directory(trainer.run, trainer._derived(), write=self.writes)
+        self.console = stack.enter_context(Console(quiet=logging.quiet or not self.writes, logging_steps=logging.logging_steps))
+        self.checkpoints = Checkpoints(self.directory.checkpoints, saving.keep_last, saving.keep_every)
+        stack.callback(self.checkpoints.close)
+        self.progress = Progress()
+        self.watch = Stopwatch()
+        self.signal = stack.enter_context(_Signals())
+        self.stack = stack
+        self.last: dict[str, float] = {}
+
+    def run(self) -> dict[str, float]:
+        t = self.trainer
+        assert t.run.data.max_tokens is not None
+        self._header()
+        state = self._begin()
+        if self.progress.step >= t.total_steps and (self.directory.path / "final").is_dir():
+            self.console.finish([f"This run is complete: {t.total_steps} steps. Its model is in {self.directory.path / 'final'}."])
+            return self._summary()
+        self.console.start(t.total_steps, self.progress.step)
+        train_step = self.program.lower_train_step(t.run.budget.gradient_accumulation_steps, t.run.budget.batch_size, t.run.data.max_tokens).compile()
+        self.eval_step = t._compile_eval(self.program) if t.eval_source is not None else None
+        rows = local_rows(self.program.mesh, t.run.budget.batch_size)
+        batches = t.train_source.training(self.progress.step, t.run.budget.batch_size, t.run.budget.gradient_accumulation_steps, rows)
+        with prefetch(batches, transform=_placer(self.program.mesh, TRAIN_AXES)) as ready:
+            state = self._loop(state, train_step, ready)
+        return self._finish(state)
+
+    def _loop(self, state: TrainState, train_step: Callable[..., Any], ready: prefetch[Any]) -> TrainState:
+        t, done = self.trainer, self.progress.step
+        eval_every, save_every = t._every(t.run.evaluation.eval_steps), t._every(t.run.saving.save_steps)
+        pending: Any = None
+        self.watch = Stopwatch()
+        for batch in ready:
+            state, metrics = train_step(state, batch)
+            done += 1
+            if pending is not None:
+                self._record(pending, ready.wait_s)
+            pending = metrics
+            evaluates = self.eval_step is not None and (done % eval_every == 0 or done == t.total_steps)
+            saves = done % save_every == 0 or done == t.total_steps
+            if evaluates or saves or self.signal.received:
+                self._record(pending, ready.wait_s)
+                pending = None
+                began = time.perf_counter()
+                if evaluates:
+                    self._evaluate(state)
+                if saves or self.signal.received:
+                    self._save(state)
+                self.watch.pause(time.perf_counter() - began)
+            if self.signal.received:
+                self._interrupted()
+            if done == t.total_steps:
+                return state
+        if pending is not None:
+            self._record(pending, ready.wait_s)
+        self._event("end_of_data")
+        self.console.warn(f"The data ended after {done} of {t.total_steps} steps.")
+        return state
+
+    # ---------------------------------------------------------------------------------------------------------------- beginning
+
+    def _header(self) -> None:
+        t, mesh = self.trainer, self.program.mesh
+        config, budget, device = t.model.config, t.run.budget, jax.devices()[0]
+        split = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "no split"
+        source = t.train_source
+        epochs = f", {t.total_steps * t.sequences_per_step / source.sequences:.3g} epochs" if source.sequences else ""
+        rows = [
+            (
+                "model",
+                f"{t.run.model.model}: {self.program.layout.num_parameters:,} parameters, {config.num_layers} layers, "
+                f"{config.hidden_dim} wide, vocabulary {config.vocab_size:,}",
+            ),
+            ("devices", f"{jax.device_count()} x {device.device_kind} ({split})"),
+            ("attention", f"{self.attention.backend}: {self.attention.reason}"),
+            ("precision", f"{jnp.dtype(self.program.compute.dtype).name} over float32 weights"),
+            *t.notes,
+            ("budget", f"{t.total_steps:,} steps of {t.sequences_per_step} x {t.run.data.max_tokens} tokens{epochs}"),
+            ("output", str(self.directory.path)),
+        ]
+        self.console.header(rows)
+        if self.attention.backend == "xla" and device.platform == "gpu":
+            self.console.warn(f"Attention falls back to XLA: {self.attention.reason}.")
+        if budget.total_tokens is None and source.sequences is not None and budget.batch_size > source.sequences:
+            self.console.warn(f"One batch of {budget.batch_size} sequences is more than the {source.sequences} of the whole data.")
+
+    def _begin(self) -> TrainState:
+        """The state to start from: restored, or new."""
+        t, saving, path = self.trainer, self.run_config.saving, self.directory.path
+        steps = self.checkpoints.steps() if self.directory.holds_run else []
+        wanted = int(saving.resume) if saving.resume.isdigit() else steps[-1] if steps else None
+        if wanted is not None:
+            state, record = self.checkpoints.restore(wanted, self.program.state_like)
+            self.progress = Progress(**record)
+            self.checkpoints.delete_after(wanted)
+        else:
+            state = self.program.initial_state(t._parameters(self.program.mesh))
+        if self.writes:
+            self.directory.write_config(t.run, t.origins, t._derived())
+            if t.tokenizer is not None:
+                t.tokenizer.save(path / "tokenizer")
+        self.log = self.stack.enter_context(MetricsLog(path)) if self.writes else None
+        if self.log is not None:
+            self.log.truncate_from(-1 if wanted is None else wanted)
+        self.trackers: Trackers | None = None
+        if self.writes:
+            logging = t.run.logging
+            self.trackers = build_trackers(
+                logging.logging_backend,
+                directory=path,
+                project=logging.wandb_project,
+                run_name=logging.wandb_run_name,
+                config=flat(t.run),
+                resume_step=wanted,
+                run_id=self.progress.tracker_id,
+                warn=self.console.warn,
+            )
+            self.stack.callback(self.trackers.close)
+            self.progress.tracker_id = self.trackers.run_id
+        self._event("start" if wanted is None else "resume")
+        return state
+
+    # ---------------------------------------------------------------------------------------------------------- at a step's end
+
+    def _record(self, metrics: dict[str, jax.Array], waited_s: float) -> None:
+        """Read a step's metrics (this waits for the step), check them, and log them when it is time."""
+        t, progress, schedule = self.trainer, self.progress, self.schedule
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        progress.step += 1
+        progress.tokens += int(values["tokens"])
+        self.watch.steps += 1
+        self.watch.tokens += int(values["tokens"])
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            self._event("nonfinite", values)
+            raise Diverged(
+                f"Step {progress.step}: loss {values['loss']}, gradient norm {values['grad_norm']}; training has diverged. "
+                f"Lower --lr, lengthen --warmup_steps, or go on from an earlier checkpoint with --resume STEP."
+            )
+        if progress.step % t.run.logging.logging_steps and progress.step not in (1, t.total_steps):
+            self.console.step(progress.step, values["loss"], self.watch.tokens_per_s)
+            return
+        step_time_s, tokens_per_s, waiting = self.watch.lap(waited_s)
+        line = {
+            "train/loss": values["loss"],
+            "train/grad_norm": values["grad_norm"],
+            "train/learning_rate": float(schedule(progress.step - 1)),
+            "throughput/tokens_per_s": tokens_per_s,
+            "throughput/step_time_s": step_time_s,
+            "throughput/data_wait_fraction": waiting,
+        }
+        if t.train_source.sequences:
+            line["train/epoch"] = progress.step * t.sequences_per_step / t.train_source.sequences
+        device = jax.local_devices()[0]
+        peak = bf16_peak(device.device_kind)
+        if peak is not None and t.run.data.max_tokens is not None:
+            line["throughput/mfu"] = tokens_per_s * train_flops_per_token(t.model.config, t.run.data.max_tokens) / (peak * jax.device_count())
+        memory = device.memory_stats()
+        if memory and "peak_bytes_in_use" in memory:
+            line["memory/peak_bytes"] = memory["peak_bytes_in_use"]
+        self._log(line)
+        self.console.step(progress.step, values["loss"], tokens_per_s)
+
+    def _log(self, values: dict[str, float]) -> None:
+        self.last |= values
+        if self.log is not None and self.trackers is not None:
+            self.log.write(self.progress.step, self.progress.tokens, values)
+            self.trackers.log(self.progress.step, {**values, "tokens": self.progress.tokens})
+
+    def _event(self, event: str, details: dict[str, Any] | None = None) -> None:
+        if self.log is not None:
+            self.log.write(self.progress.step, self.progress.tokens, details, event=event)
+
+    def _evaluate(self, state: TrainState) -> None:
+        t, progress = self.trainer, self.progress
+        assert self.eval_step is not None
+        values = t._evaluate(self.program, self.eval_step, state.params)
+        self._log(values)
+        best = progress.best_loss is None or values["eval/loss"] < progress.best_loss
+        self.console.evaluation(values, best)
+        if best:
+            progress.best_loss, progress.best_step = values["eval/loss"], progress.step
+            self._export("best", state.params)
+            self._event("best", {"eval/loss": values["eval/loss"]})
+
+    def _save(self, state: TrainState) -> None:
+        self.checkpoints.save(self.progress.step, state, asdict(self.progress))
+        self._event("save")
+
+    def _interrupted(self) -> None:
+        self.checkpoints.wait()
+        self._event("signal", {"signal": self.signal.received})
+        raise Interrupted(
+            f"{self.signal.received} at step {self.progress.step}: the state is saved in {self.directory.path}. Run the same command again to go on."
+        )
+
+    def _export(self, name: str, params: Params) -> None:
+        """Write a model that others load, whole or not at all."""
+        t, target = self.trainer, self.directory.path / name
+        fresh, old = target.with_name(f".{name}.new"), target.with_name(f".{name}.old")
+        save_parameters(fresh, t.model.config, params)
+        if not self.writes:
+            return
+        if t.tokenizer is not None:
+            t.tokenizer.save(fresh)
+        ids = {"bos_token_id": t.model.config.bos_token_id, "eos_token_id": t.model.config.eos_token_id, "pad_token_id": t.model.config.pad_token_id}
+        (fresh / "generation_config.json").write_text(json.dumps({k: v for k, v in ids.items() if v is not None}, indent=2) + "\n")
+        _replace(fresh, target, old)
+
+    # ------------------------------------------------------------------------------------------------------------------- ending
+
+    def _finish(self, state: TrainState) -> dict[str, float]:
+        t, path, progress = self.trainer, self.directory.path, self.progress
+        self._export("final", state.params)
+        t.model = ConsynLMHeadModel.from_parameters(t.model.config, state.params)
+        text = self._sample(t.model)
+        self.checkpoints.wait()
+        self._event("finish", {"best_step": progress.best_step} if progress.best_step else None)
+        if self.writes and self.log is not None:
+            metrics = read_metrics(self.log.path)
+            try:
+                write_loss_plot(metrics, path / "loss.png")
+                write_report(path, metrics, flat(t.run), [(progress.step, text)] if text else [], self._summary(), t.origins)
+            except OSError as error:
+                self.console.warn(f"The report could not be written ({error.strerror}); the model and metrics.jsonl are whole.")
+        lines = [f"{progress.step:,} steps, {progress.tokens:,} tokens: loss {self.last.get('train/loss', math.nan):.4f}"]
+        if progress.best_loss is not None:
+            lines.append(f"best eval loss {progress.best_loss:.4f} at step {progress.best_step:,}: {path / 'best'}")
+        lines.append(f"Everything is in {path}: final/ (the model), report.html, loss.png, metrics.jsonl.")
+        if self.writes:
+            if text:
+                self.console.sample(text)
+            self.console.finish(lines)
+        return self._summary()
+
+    def _summary(self) -> dict[str, float]:
+        return {**self.last, "step": self.progress.step, "tokens": self.progress.tokens}
+
+    def _sample(self, model: ConsynLMHeadModel) -> str:
+        """What the model writes after the beginning of the validation data, or of nothing."""
+        t = self.trainer
+        if t.tokenizer is None:
+            return ""
+        prompt = [t.tokenizer.bos_token_id]
+        new = min(SAMPLE_TOKENS, model.config.context - len(prompt))
+        ids = model.generate(jnp.array([prompt], jnp.int32), new, temperature=0.8, top_k=50, seed=t.run.budget.seed)
+        text = t.tokenizer.decode([int(i) for i in np.asarray(ids)[0]])
+        if self.trackers is not None:
+            self.trackers.sample(self.progress.step, text)
+        return text
+
+
+def _replace(fresh: Path, target: Path, old: Path) -> None:
+    """Put `fresh` in the place of `target`; a kill in between leaves one of them whole."""
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    fresh.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class _Signals:
+    """Notes SIGINT and SIGTERM instead of dying; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def __enter__(self) -> _Signals:
+        self._before: dict[signal.Signals, Any] = {}
+        if _in_main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = signal.Signals(number).name
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
