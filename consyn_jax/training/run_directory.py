@@ -16,6 +16,8 @@ CHECKPOINTS = "checkpoints"
 ENTRIES = (CONFIG, "metrics.jsonl", "tokenizer", CHECKPOINTS, "best", "final", "logs", "profile", "report.html", "loss.png", "wandb")
 DERIVED = "derived"  # in config.yaml: what follows from the flags and the data; two runs that differ there are different runs
 
+DOCUMENT_END = "...\n"  # what YAML puts behind a lone scalar
+
 DERIVED_NAMES = {
     "data": "the training data",
     "validation": "the validation data",
@@ -115,7 +117,8 @@ def describe(config: RunConfig, origins: dict[str, str]) -> str:
             lines += ([""] if lines else []) + [f"# {f.group}"]
             group = f.group
         value = getattr(getattr(config, f.group), name)
-        text = yaml.safe_dump({name: list(value) if isinstance(value, tuple) else value}, default_flow_style=None, allow_unicode=True, width=10**6).rstrip()
+        shown = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True, allow_unicode=True, width=10**6)
+        text = f"{name}: {shown.removesuffix(DOCUMENT_END).rstrip()}"
         lines.append(f"{text:<40} # {origins[name]}")
     return "\n".join(lines) + "\n\n"
 
