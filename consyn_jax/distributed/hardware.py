@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 # Dense bf16 tensor-core peak in FLOP/s with float32 accumulation, without sparsity, from NVIDIA's data sheets; the longest name
 # that a device's kind contains counts.
 BF16_PEAK_FLOPS = {
@@ -25,6 +27,8 @@ def bf16_peak(device_kind: str) -> float | None:
 
     >>> bf16_peak("NVIDIA H100 80GB HBM3")
     989000000000000.0
+    >>> bf16_peak("NVIDIA A100-SXM4-80GB")
+    312000000000000.0
     """
-    known = [name for name in BF16_PEAK_FLOPS if f" {name} " in f" {device_kind} " or device_kind.endswith(name)]
+    known = [name for name in BF16_PEAK_FLOPS if re.search(rf"\b{name}\b", device_kind)]
     return BF16_PEAK_FLOPS[max(known, key=len)] if known else None
