@@ -123,7 +123,7 @@ class Decoder(nnx.Module):
         V, D = config.padded_vocab_size, config.hidden_dim
         self.config = config
         self.embedding = parameter(rngs, (V, D), ("vocab", "embed"), 0.02)
-        self.layers = nnx.vmap(lambda r: Block(config, r), in_axes=0, out_axes=0)(rngs.fork(split=config.num_layers))
+        self.layers = nnx.vmap(lambda r: Block(config, r), in_axes=0, out_axes=0)(rngs.split(config.num_layers))
         self.norm = parameter(rngs, (D,), ("norm",), None)
         # zero: the untrained model starts at the uniform distribution exactly
         self.output = None if config.tie_embeddings else parameter(rngs, (V, D), ("vocab", "embed"), 0.0)
