@@ -1,0 +1,21 @@
+import pytest
+
+from consyn_jax.distributed.hardware import bf16_peak
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("cpu", None),
+        ("Tesla V100-SXM2-16GB", None),
+    ],
+)
+def test_peak_of_a_device_by_its_name(kind: str, peak: float | None) -> None:
+    assert bf16_peak(kind) == peak
