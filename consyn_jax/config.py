@@ -274,7 +274,7 @@ def _scalar(flag: Flag, value: Any, where: str) -> Any:
     except (ValueError, KeyError, TypeError, OverflowError):
         raise UserError(f"{where} wants {wanted}, not {value!r}.") from None
     if flag.choices and converted not in flag.choices:
-        raise UserError(f"{where} {converted!r} is not known{nearest(converted, flag.choices)}. Known: {', '.join(flag.choices)}.")
+        raise UserError(f"{where} {converted!r} is not known{nearest(converted, flag.choices)} Known: {', '.join(flag.choices)}.")
     return converted
 
 
@@ -305,13 +305,13 @@ _PARSERS: dict[type, Callable[[Any], Any]] = {int: _whole, float: _real, bool: _
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?`-clause for the known word nearest to `word`, or nothing.
+    """The end of a sentence about an unknown `word`: a question for the known word nearest to it, or a full stop.
 
-    >>> nearest("cosin", ["linear", "cosine"])
-    '; did you mean cosine?'
+    >>> nearest("cosin", ["linear", "cosine"]), nearest("exponential", ["linear", "cosine"])
+    ('; did you mean cosine?', '.')
     """
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else "."
 
 
 # -------------------------------------------------------------------------------------------------------------------- resolving
@@ -343,7 +343,7 @@ def resolve(
             name = by_alias.get(name, name)
             where = f"--{key}" if origin == "flag" else f"{key} ({origin})" if origin != "keyword" else str(key)
             if name not in known:
-                raise UserError(f"{where} is not a setting{nearest(name, [*known, *by_alias])}.")
+                raise UserError(f"{where} is not a setting{nearest(name, [*known, *by_alias])}")
             values[name], origins[name] = convert(known[name], value, where), origin
     if values["checkpoint"] is not None and origins["model"] == "default":
         values["model"], origins["model"] = values["checkpoint"], "checkpoint"
@@ -397,7 +397,7 @@ def preset_architecture(name: str, vocab_size: int = 49_152, **tokens: int | Non
     8
     """
     if name not in PRESETS:
-        raise UserError(f"Model {name!r} is not a preset{nearest(name, PRESETS)}. Known: {', '.join(PRESETS)}.")
+        raise UserError(f"Model {name!r} is not a preset{nearest(name, PRESETS)} Known: {', '.join(PRESETS)}.")
     config, _ = resolve({"model": name})
     return architecture(config.model, None, vocab_size=vocab_size, **tokens)
 

@@ -43,7 +43,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any
             name, equals, value = word.partition("=")
             name = "--" + name[2:].replace("-", "_")
             if name not in known:
-                raise UserError(f"There is no flag {word.partition('=')[0]}{nearest(name, known)}. See {parser.prog} --help.")
+                raise UserError(f"There is no flag {word.partition('=')[0]}{nearest(name, known)} See {parser.prog} --help.")
             word = name + equals + value
         words.append(word)
     return vars(parser.parse_args(words))

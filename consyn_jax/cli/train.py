@@ -95,7 +95,7 @@ def _base_model(config: RunConfig) -> tuple[ModelConfig | None, Path | None]:
     if weights is not None and options.model == options.checkpoint:
         return read_config(weights), weights
     if not Path(options.model).exists():
-        raise UserError(f"--model {options.model} is neither a preset nor a path{nearest(options.model, PRESETS)}. Known: {', '.join(PRESETS)}.")
+        raise UserError(f"--model {options.model} is neither a preset nor a path{nearest(options.model, PRESETS)} Known: {', '.join(PRESETS)}.")
     return read_config(Path(options.model)), weights
 
 

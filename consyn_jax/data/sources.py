@@ -128,7 +128,7 @@ def _expand(name: str) -> list[str]:
             raise UserError(f"The pattern {name} in --data matches no file. Check it, or quote it if the shell should not expand it.")
         return found
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise UserError(f"{name} in --data does not exist{nearest(path.name, siblings)}. Give a file, a directory, a glob or 'sample'.")
+    raise UserError(f"{name} in --data does not exist{nearest(path.name, siblings)} Give a file, a directory, a glob or 'sample'.")
 
 
 def _look_into(name: str, dataset_type: str) -> Iterator[tuple[Source, str]]:

@@ -79,7 +79,7 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
         if axis not in AXES:
-            raise UserError(f"--mesh has no axis {axis!r}{nearest(axis, AXES)}. Write it as data=2,fsdp=4; the axes are {', '.join(AXES)}.")
+            raise UserError(f"--mesh has no axis {axis!r}{nearest(axis, AXES)} Write it as data=2,fsdp=4; the axes are {', '.join(AXES)}.")
         if not size.isdigit() or int(size) < 1:
             raise UserError(f"--mesh {axis} wants a whole number of devices, not {size!r}.")
         sizes[axis] = int(size)

@@ -186,7 +186,7 @@ def find_model(name: str) -> Path:
         return Path(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).exists():
         raise UserError(
-            f"{name} is not a model: no such directory{nearest(name, PRESETS)}. Give a directory, a hub id as owner/name, or one of {', '.join(PRESETS)}."
+            f"{name} is not a model: no such directory{nearest(name, PRESETS)} Give a directory, a hub id as owner/name, or one of {', '.join(PRESETS)}."
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

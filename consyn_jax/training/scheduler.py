@@ -31,7 +31,7 @@ def build_schedule(name: str, peak: float, total_steps: int, warmup_steps: int, 
     """
     names = ("cosine", "linear", "constant", "constant_with_warmup", "wsd")
     if name not in names:
-        raise UserError(f"--scheduler {name!r} is not known{nearest(name, names)}. Known: {', '.join(names)}.")
+        raise UserError(f"--scheduler {name!r} is not known{nearest(name, names)} Known: {', '.join(names)}.")
     if name == "constant":
         warmup_steps = 0
     if warmup_steps > total_steps:
