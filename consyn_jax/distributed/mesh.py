@@ -36,8 +36,8 @@ def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
     Raises:
         ValueError: two dimensions would be split over one mesh axis, or a name is not in `RULES`.
 
-    >>> partition_spec(("batch", "sequence", None))
-    PartitionSpec(('data', 'fsdp'), 'context', None)
+    >>> tuple(partition_spec(("batch", "sequence", None)))
+    (('data', 'fsdp'), 'context', None)
     """
     used: set[str] = set()
     entries: list[str | tuple[str, ...] | None] = []
