@@ -1,0 +1,132 @@
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from consyn_jax.distributed.mesh import AXES, build_mesh, sharding
+from consyn_jax.training.loss import LossSums, cross_entropy, head_loss
+
+B, T, D, V = 4, 18, 16, 128
+WHOLE = 2**26
+
+
+@pytest.fixture(scope="module")
+def inputs() -> tuple[jax.Array, ...]:
+    """Hidden states, head, labels below 60, and a mask with a different number of tokens in each row."""
+    rng = np.random.default_rng(0)
+    mask = np.arange(T) < np.array([[T], [7], [1], [0]])
+    x, head = rng.normal(size=(B, T, D)).astype(np.float32), rng.normal(size=(V, D)).astype(np.float32)
+    return tuple(map(jnp.asarray, (x, head, rng.integers(0, 60, (B, T)).astype(np.int32), mask)))
+
+
+def with_gradients(loss: Callable[..., LossSums]) -> Callable[..., tuple[LossSums, tuple[jax.Array, jax.Array]]]:
+    def nll(x: jax.Array, head: jax.Array, labels: jax.Array, mask: jax.Array) -> tuple[jax.Array, LossSums]:
+        sums = loss(x, head, labels, mask)
+        return sums.nll, sums
+
+    def run(*arguments: jax.Array) -> tuple[LossSums, tuple[jax.Array, jax.Array]]:
+        (_, sums), gradients = jax.value_and_grad(nll, argnums=(0, 1), has_aux=True)(*arguments)
+        return sums, gradients
+
+    return jax.jit(run)
+
+
+def reference(x: jax.Array, head: jax.Array, labels: jax.Array, mask: jax.Array, vocab_size: int) -> LossSums:
+    return cross_entropy(jnp.einsum("BTD,VD->BTV", x, head)[..., :vocab_size], labels, mask)
+
+
+def compare(got: Any, expected: Any, tolerance: float) -> None:
+    sums, gradients = got
+    np.testing.assert_allclose(sums.nll, expected[0].nll, rtol=tolerance)
+    assert (sums.tokens, sums.correct) == (expected[0].tokens, expected[0].correct)
+    for ours, theirs in zip(gradients, expected[1], strict=True):
+        assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("vocab_size", [V, 100])
+def test_reference_is_torchs_cross_entropy(inputs: tuple[jax.Array, ...], vocab_size: int) -> None:
+    x, head, labels, mask = inputs
+    sums, (dx, dhead) = with_gradients(partial(reference, vocab_size=vocab_size))(*inputs)
+    tx, thead = (torch.tensor(np.asarray(a, np.float64), requires_grad=True) for a in (x, head))
+    logits = (tx @ thead.T)[..., :vocab_size]
+    targets = torch.tensor(np.where(mask, labels, -100), dtype=torch.long)
+    loss = torch.nn.functional.cross_entropy(logits.reshape(-1, vocab_size), targets.reshape(-1), reduction="sum")
+    loss.backward()
+    assert float(sums.nll) == pytest.approx(loss.item(), rel=1e-6)
+    assert int(sums.tokens) == 26
+    assert int(sums.correct) == int((logits.argmax(-1) == targets).sum())
+    for ours, theirs in ((dx, tx.grad.numpy()), (dhead, thead.grad.numpy())):
+        assert np.linalg.norm(ours - theirs) <= 1e-6 * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize(("chunk_elements", "chunks"), [(WHOLE, 1), (B * T * V // 2, 2), (B * T * V // 4, 4), (1, T)])
+@pytest.mark.parametrize("vocab_size", [V, 100])
+def test_fused_equals_reference(inputs: tuple[jax.Array, ...], vocab_size: int, chunk_elements: int, chunks: int) -> None:
+    assert chunks != 4 or T % chunks, "one case does not divide the sequence"
+    fused = with_gradients(lambda *a: head_loss(*a, vocab_size, chunk_elements))
+    compare(fused(*inputs), with_gradients(partial(reference, vocab_size=vocab_size))(*inputs), 1e-6)
+
+
+MESHES: dict[str, tuple[dict[str, int], int]] = {
+    "fsdp": ({"fsdp": 4}, 100),
+    "context": ({"data": 2, "context": 2}, V),
+    "tensor": ({"tensor": 4}, 100),
+    "tensor with a part of nothing but padding": ({"tensor": 8}, 60),
+    "mixed": ({"fsdp": 2, "context": 2, "tensor": 2}, 100),
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_fused_equals_reference_on_a_mesh(inputs: tuple[jax.Array, ...], name: str) -> None:
+    axes, vocab_size = MESHES[name]
+    sizes = dict.fromkeys(AXES, 1) | axes
+    mesh = build_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+    logical = (("batch", "sequence", None), ("vocab", "embed"), ("batch", "sequence"), ("batch", "sequence"))
+    placed = [jax.device_put(value, sharding(mesh, names)) for value, names in zip(inputs, logical, strict=True)]
+    with jax.set_mesh(mesh):
+        got = with_gradients(lambda *a: head_loss(*a, vocab_size, 600))(*placed)
+    compare(got, with_gradients(partial(reference, vocab_size=vocab_size))(*inputs), 1e-6)
+
+
+def test_without_gradients_the_sums_are_the_same(inputs: tuple[jax.Array, ...]) -> None:
+    sums = jax.jit(lambda *a: head_loss(*a, 100, 1000))(*inputs)
+    expected = reference(*inputs, 100)
+    np.testing.assert_allclose(sums, expected, rtol=1e-6)
+
+
+def test_no_token_means_zero_and_no_gradient(inputs: tuple[jax.Array, ...]) -> None:
+    x, head, labels, mask = inputs
+    sums, (dx, dhead) = with_gradients(lambda *a: head_loss(*a, 100, 1000))(x, head, labels, jnp.zeros_like(mask))
+    assert sums == (0, 0, 0)
+    assert not dx.any()
+    assert not dhead.any()
+
+
+def test_gradients_scale_with_what_comes_after(inputs: tuple[jax.Array, ...]) -> None:
+    x, head, labels, mask = inputs
+    once, thrice = (jax.grad(lambda h, c=c: c * head_loss(x, h, labels, mask, V, 1000).nll)(head) for c in (1.0, 3.0))
+    np.testing.assert_allclose(thrice, 3 * once, rtol=1e-6)
+
+
+def test_bf16_keeps_the_loss_in_float32(inputs: tuple[jax.Array, ...]) -> None:
+    x, head, labels, mask = inputs
+    half = x.astype(jnp.bfloat16)
+    rounded = head.astype(jnp.bfloat16).astype(jnp.float32)
+    sums, (dx, dhead) = with_gradients(lambda *a: head_loss(*a, V, 1000))(half, head, labels, mask)
+    expected, (dx32, dhead32) = with_gradients(partial(reference, vocab_size=V))(half.astype(jnp.float32), rounded, labels, mask)
+    assert (sums.nll.dtype, dx.dtype, dhead.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    np.testing.assert_allclose(sums, expected, rtol=1e-5)
+    assert np.linalg.norm(dx.astype(jnp.float32) - dx32) <= 0.01 * np.linalg.norm(dx32)
+    assert np.linalg.norm(dhead - dhead32) <= 0.01 * np.linalg.norm(dhead32)
+
+
+def test_logits_of_any_size_give_a_finite_loss(inputs: tuple[jax.Array, ...]) -> None:
+    x, head, labels, mask = inputs
+    got = with_gradients(lambda *a: head_loss(*a, V, 1000))(x * 1e4, head, labels, mask)
+    compare(got, with_gradients(partial(reference, vocab_size=V))(x * 1e4, head, labels, mask), 1e-5)
+    assert np.isfinite(got[0].nll)
