@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ class AttentionChoice:
     reason: str
 
 
-def choose_attention(platform: str, dtype: jnp.dtype, head_dim: int, compute_capability: str = "") -> AttentionChoice:
+def choose_attention(platform: str, dtype: Any, head_dim: int, compute_capability: str = "") -> AttentionChoice:
     """The fastest correct kernel for a device: cuDNN's fused attention on NVIDIA from Ampere on, XLA's operations elsewhere.
 
     Args:
