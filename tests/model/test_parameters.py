@@ -26,7 +26,7 @@ def test_parameters_of_the_presets_are_counted_without_allocating(name: str, exa
     assert form.num_parameters == exact
     assert low <= exact <= high
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(form.shapes))
-    assert len(jax.live_arrays()) == before
+    assert len(jax.live_arrays()) <= before
 
 
 def test_every_parameter_has_a_logical_axis_for_each_dimension() -> None:

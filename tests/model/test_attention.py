@@ -1,0 +1,119 @@
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from consyn_jax.distributed.mesh import AXES, build_mesh
+from consyn_jax.model.attention import Backend, attend, attention_mask, causal_attention, choose_attention
+
+T = 16
+SEGMENTS = np.array([[1] * 5 + [2] * 1 + [3] * 10, [1] * 9 + [2] * 4 + [0] * 3], np.int32)
+
+
+def visible(segments: np.ndarray | None, window: int | None) -> np.ndarray:
+    """[B, T, S]: what a query may see, by the definition."""
+    seen = np.zeros((2, T, T), bool)
+    for b in range(2):
+        for t in range(T):
+            for s in range(t + 1):
+                same = segments is None or segments[b, s] == segments[b, t]
+                seen[b, t, s] = same and (window is None or t - s < window)
+    return seen
+
+
+def use_xla_for_cudnn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """JAX's own XLA attention in the place of the cuDNN kernel, and what the kernel was asked for, call by call."""
+    original, calls = jax.nn.dot_product_attention, []
+
+    def stand_in(q: jax.Array, k: jax.Array, v: jax.Array, **asked: object) -> jax.Array:
+        calls.append(asked)
+        return original(q, k, v, **{**asked, "implementation": "xla"})
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    return calls
+
+
+@pytest.mark.parametrize("context", [1, 2, 4])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("backend", ["xla", "cudnn"])
+def test_what_each_backend_is_allowed_to_see(backend: Backend, packed: bool, window: int | None, context: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal scores and one-hot values: the output at (t, s) is 1 / (number of visible keys) where s is visible to t, else 0."""
+    calls = use_xla_for_cudnn(monkeypatch)
+    q, k = jnp.zeros((2, T, 4, T)), jnp.zeros((2, T, 2, T))
+    v = jnp.broadcast_to(jnp.eye(T)[None, :, None, :], (2, T, 2, T))
+    segments = jnp.asarray(SEGMENTS) if packed else None
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return causal_attention(q, k, v, segments, backend=backend, sliding_window=window)
+
+    if context == 1:
+        out = run(q, k, v)
+    else:
+        mesh = build_mesh(dict.fromkeys(AXES, 1) | {"context": context, "tensor": 2}, jax.devices()[: 2 * context])
+        with jax.set_mesh(mesh):
+            out = jax.jit(run)(q, k, v)
+    expected = visible(SEGMENTS if packed else None, window)
+    for head in range(4):
+        np.testing.assert_array_equal(out[:, :, head] > 0, expected)
+    np.testing.assert_allclose(out[:, :, 0], expected / expected.sum(-1, keepdims=True), rtol=1e-6)
+    assert len(calls) == (1 if backend == "cudnn" else 0)
+
+
+@pytest.mark.parametrize(("window", "asked"), [(None, None), (4, (3, 0))])
+def test_whole_documents_take_cudnns_causal_kernel(window: int | None, asked: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = use_xla_for_cudnn(monkeypatch)
+    q, k = jnp.ones((1, T, 4, 8)), jnp.ones((1, T, 2, 8))
+    causal_attention(q, k, k, None, backend="cudnn", sliding_window=window)
+    assert calls == [{"is_causal": True, "local_window_size": asked, "implementation": "cudnn"}]
+
+
+def test_packed_documents_hand_cudnn_the_same_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = use_xla_for_cudnn(monkeypatch)
+    q, k, segments = jnp.ones((2, T, 4, 8)), jnp.ones((2, T, 2, 8)), jnp.asarray(SEGMENTS)
+    causal_attention(q, k, k, segments, backend="cudnn")
+    (asked,) = calls
+    assert asked["implementation"] == "cudnn"
+    np.testing.assert_array_equal(asked["mask"], attention_mask(jnp.arange(T), jnp.arange(T), segments, segments))
+    np.testing.assert_array_equal(asked["mask"], visible(SEGMENTS, None)[:, None])
+
+
+def test_grouped_attention_is_torchs() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, T, heads, 8)).astype(np.float32) for heads in (6, 2, 2))
+    mask = visible(SEGMENTS, 4)[:, None]
+    ours = attend(*map(jnp.asarray, (q, k, v, mask)), "xla")
+    heads_first = [torch.tensor(a).transpose(1, 2) for a in (q, k, v)]
+    theirs = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=torch.tensor(mask), enable_gqa=True)
+    np.testing.assert_allclose(ours, theirs.transpose(1, 2), atol=1e-6)
+
+
+def test_scores_are_scaled_by_the_root_of_the_head() -> None:
+    q = jnp.zeros((1, 2, 1, 16)).at[0, 1, 0, 0].set(8.0)
+    k = jnp.zeros((1, 2, 1, 16)).at[0, 1, 0, 0].set(1.0)
+    v = jnp.zeros((1, 2, 1, 16)).at[0, 1, 0, 0].set(1.0)
+    out = causal_attention(q, k, v, None, backend="xla")
+    assert float(out[0, 1, 0, 0]) == pytest.approx(1 / (1 + math.exp(-8 / 4)), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "head_dim", "capability", "backend", "words"),
+    [
+        ("cpu", jnp.bfloat16, 64, "", "xla", "the cpu has no fused kernel"),
+        ("tpu", jnp.bfloat16, 64, "", "xla", "the tpu has no fused kernel"),
+        ("gpu", jnp.bfloat16, 64, "9.0", "cudnn", "fused kernel"),
+        ("cuda", jnp.float16, 128, "8.0", "cudnn", "fused kernel"),
+        ("gpu", jnp.float32, 64, "9.0", "xla", "needs bf16, and the run computes in float32"),
+        ("gpu", jnp.bfloat16, 64, "7.5", "xla", "needs compute capability 8.0, and this GPU has 7.5"),
+        ("gpu", jnp.bfloat16, 256, "9.0", "xla", "up to 128 wide in multiples of 8, not 256"),
+        ("gpu", jnp.bfloat16, 20, "9.0", "xla", "not 20"),
+    ],
+)
+def test_the_kernel_is_chosen_with_a_reason(platform: str, dtype: Any, head_dim: int, capability: str, backend: str, words: str) -> None:
+    choice = choose_attention(platform, dtype, head_dim, capability)
+    assert choice.backend == backend
+    assert words in choice.reason

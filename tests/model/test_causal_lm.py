@@ -1,0 +1,35 @@
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from consyn_jax.config import ModelConfig, UserError
+from consyn_jax.model import ConsynLMHeadModel
+
+TINY = ModelConfig(vocab_size=100, hidden_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, context=64, tie_embeddings=False)
+
+
+def test_an_untrained_untied_model_is_uniform_over_the_vocabulary() -> None:
+    model = ConsynLMHeadModel.from_config(TINY)
+    ids = jnp.arange(8).reshape(2, 4)
+    logits = model(ids)
+    assert logits.shape == (2, 4, 100), "without the rows that pad the embedding"
+    assert logits.dtype == np.float32
+    np.testing.assert_array_equal(logits, np.zeros((2, 4, 100)))
+
+
+def test_a_preset_without_weights_warns_and_comes_initialised() -> None:
+    with pytest.warns(UserWarning, match="NO PRETRAINED WEIGHTS: 'haiku'"):
+        model = ConsynLMHeadModel.from_pretrained("haiku", seed=3)
+    assert (model.config.hidden_dim, model.config.num_layers, model.config.vocab_size) == (128, 4, 49_152)
+    same = ConsynLMHeadModel.from_config("haiku", seed=3)
+    jax.tree.map(np.testing.assert_array_equal, model.parameters, same.parameters)
+
+
+@pytest.mark.parametrize("name", ["haikuu", "no/such/place", "."])
+def test_what_is_no_model_is_refused_in_words(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is not a model"):
+        ConsynLMHeadModel.from_pretrained(name)
