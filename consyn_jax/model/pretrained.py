@@ -19,6 +19,7 @@ from consyn_jax.config import PRESETS, ModelConfig, UserError, nearest
 from consyn_jax.model.parameters import Layout, Params, layout
 
 MAX_SHARD_BYTES = 5 * 10**9  # where Hugging Face splits, too
+INDEX = "model.safetensors.index.json"
 
 LAYER_NAMES = {
     "attention_norm": "input_layernorm",
@@ -247,7 +248,7 @@ def _open_checkpoint(directory: Path) -> Callable[[str], np.ndarray]:
     """A function that reads one tensor by name from model.safetensors or the shards that its index lists."""
     from safetensors import SafetensorError, safe_open
 
-    index_file, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    index_file, single = directory / INDEX, directory / "model.safetensors"
     if index_file.is_file():
         where = _read_json(index_file).get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(f, str) and Path(f).name == f for f in where.values()):
@@ -272,9 +273,9 @@ def _open_checkpoint(directory: Path) -> Callable[[str], np.ndarray]:
 
 
 def save_parameters(directory: Path, config: ModelConfig, params: Params) -> None:
-    """Write config.json and model.safetensors (shards of 5 GB and an index when larger), float32.
+    """Write config.json, generation_config.json and model.safetensors (shards of 5 GB and an index when larger), float32.
 
-    All processes of a run call it; process 0 writes.
+    Weights that an earlier model left in the directory go. All processes of a run call it; process 0 writes.
     """
     from safetensors.numpy import save_file
 
@@ -283,7 +284,10 @@ def save_parameters(directory: Path, config: ModelConfig, params: Params) -> Non
     writes = jax.process_index() == 0
     if writes:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(json.dumps(to_hf_config(config), indent=2) + "\n")
+        _delete_weights(directory)
+        special = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+        _write_json(directory / "config.json", to_hf_config(config))
+        _write_json(directory / "generation_config.json", {name: token for name, token in special.items() if token is not None})
     for file, tensors in shards.items():
         values = {t.name: _to_host(params, form, t) for t in tensors}
         if writes:
@@ -291,7 +295,19 @@ def save_parameters(directory: Path, config: ModelConfig, params: Params) -> Non
     if writes and len(shards) > 1:
         total = sum(4 * int(np.prod(t.shape)) for tensors in shards.values() for t in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": {t.name: file for file, tensors in shards.items() for t in tensors}}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        _write_json(directory / INDEX, index)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _delete_weights(directory: Path) -> None:
+    """An index left behind would be read before the new model.safetensors."""
+    (directory / INDEX).unlink(missing_ok=True)
+    for file in directory.iterdir():
+        if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", file.name):
+            file.unlink()
 
 
 def _assign_shards(tensors: list[Tensor]) -> dict[str, list[Tensor]]:
