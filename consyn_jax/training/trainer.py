@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -465,8 +464,6 @@ class _Training:
             return
         if t.tokenizer is not None:
             t.tokenizer.save(fresh)
-        ids = {"bos_token_id": t.model.config.bos_token_id, "eos_token_id": t.model.config.eos_token_id, "pad_token_id": t.model.config.pad_token_id}
-        (fresh / "generation_config.json").write_text(json.dumps({k: v for k, v in ids.items() if v is not None}, indent=2) + "\n")
         _replace(fresh, target, old)
 
     # ------------------------------------------------------------------------------------------------------------------- ending
