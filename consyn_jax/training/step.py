@@ -67,7 +67,7 @@ def make_train_step(
         sums, gradients = accumulate(loss_fn, state.params, batch)
         tokens = jnp.maximum(sums.tokens, 1.0)
         gradients = jax.tree.map(lambda g: g / tokens, gradients)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(clip_by_norm(gradients, norm, max_grad_norm), state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), {"loss": sums.nll / tokens, "tokens": sums.tokens, "grad_norm": norm}
