@@ -1,0 +1,210 @@
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+from safetensors.numpy import load_file
+
+from consyn_jax.config import ModelConfig
+from consyn_jax.distributed.mesh import AXES, build_mesh, sharding
+from consyn_jax.model import ConsynLMHeadModel
+from consyn_jax.model.parameters import Params, initial_parameters, layout
+from consyn_jax.model.pretrained import load_parameters, read_config, save_parameters
+from consyn_jax.model.transformer import Compute
+from consyn_jax.training.optimizer import build_optimizer
+from consyn_jax.training.program import EVAL_AXES, TRAIN_AXES, Program
+
+TINY = ModelConfig(vocab_size=259, hidden_dim=32, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8, mlp_dim=64, context=64, tie_embeddings=False)
+
+
+def mesh_of(**axes: int) -> Mesh:
+    return build_mesh(dict.fromkeys(AXES, 1) | axes, jax.devices()[: math.prod(axes.values())])
+
+
+def adamw(rate: float, mask: Any = True) -> optax.GradientTransformation:
+    return build_optimizer("adamw", rate, beta1=0.9, beta2=0.95, weight_decay=0.1, mask=mask)
+
+
+def place(batch: dict[str, np.ndarray], mesh: Mesh, axes: tuple[str | None, ...]) -> dict[str, jax.Array]:
+    return {name: jax.device_put(values, sharding(mesh, axes)) for name, values in batch.items()}
+
+
+# -------------------------------------------------------------------------------------------------- parity with torch, stories260K
+
+
+@pytest.fixture(scope="module")
+def stories(shared_data: Path) -> Path:
+    return shared_data / "parity" / "stories260K"
+
+
+@pytest.fixture(scope="module")
+def golden(stories: Path) -> dict[str, np.ndarray]:
+    return dict(np.load(stories / "golden.npz"))
+
+
+@pytest.fixture(scope="module")
+def next_tokens(golden: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    ids = golden["input_ids"]
+    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "segment_ids": np.ones((4, 127), np.int32), "loss_mask": np.ones((4, 127), bool)}
+
+
+def in_torch_names(directory: Path, config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
+    save_parameters(directory, config, params)
+    return load_file(directory / "model.safetensors")
+
+
+def test_logits_and_losses_are_torchs(stories: Path, golden: dict[str, np.ndarray]) -> None:
+    logits = ConsynLMHeadModel.from_pretrained(stories / "hf")(jnp.asarray(golden["input_ids"]))
+    np.testing.assert_allclose(logits, golden["logits"], atol=1e-4, rtol=0)
+    log_probs = jax.nn.log_softmax(logits[:, :-1])
+    nll = -np.take_along_axis(np.asarray(log_probs), golden["input_ids"][:, 1:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(nll, golden["token_nll"], atol=1e-4)
+
+
+def test_every_gradient_is_torchs(stories: Path, next_tokens: dict[str, np.ndarray], tmp_path: Path) -> None:
+    config = read_config(stories / "hf")
+    program = Program(config, Compute(), adamw(1e-3), 1.0, mesh_of(data=1))
+
+    def mean_loss(params: Params) -> jax.Array:
+        sums = program.loss(params, jax.tree.map(jnp.asarray, next_tokens))
+        return sums.nll / sums.tokens
+
+    found = in_torch_names(tmp_path, config, jax.jit(jax.grad(mean_loss))(load_parameters(stories / "hf", config)))
+    expected = np.load(stories / "grads.npz")
+    assert set(found) == set(expected)
+    for name, gradient in found.items():
+        assert np.linalg.norm(gradient - expected[name]) <= 1e-4 * np.linalg.norm(expected[name]), name
+
+
+def test_twenty_steps_are_torchs(stories: Path, next_tokens: dict[str, np.ndarray], tmp_path: Path) -> None:
+    expected = json.loads((stories / "golden.json").read_text())["adamw"]
+    config, mesh = read_config(stories / "hf"), mesh_of(data=1)
+    program = Program(config, Compute(), adamw(1e-3), 1.0, mesh)
+    state = program.initial_state(load_parameters(stories / "hf", config, mesh))
+    step = program.lower_train_step(1, 4, 127).compile()
+    batch = place({name: values[None] for name, values in next_tokens.items()}, mesh, TRAIN_AXES)
+    losses, norms = [], []
+    for _ in range(20):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+        norms.append(float(metrics["grad_norm"]))
+    np.testing.assert_allclose(losses, expected["losses_before_step"], rtol=1e-4)
+    np.testing.assert_allclose(norms, expected["grad_norms_preclip"], rtol=1e-4)
+    after = {name: float(np.linalg.norm(value)) for name, value in in_torch_names(tmp_path, config, state.params).items()}
+    assert after == pytest.approx(expected["param_norms_after"], rel=1e-4)
+
+
+def test_greedy_text_is_torchs(stories: Path, golden: dict[str, np.ndarray]) -> None:
+    ids = golden["greedy_ids"]
+    out = ConsynLMHeadModel.from_pretrained(stories / "hf").generate(jnp.asarray(ids[None, :1]), len(ids) - 1, stop_at_eos=False)
+    np.testing.assert_array_equal(out[0], ids)
+
+
+# ----------------------------------------------------------------------------------------------------------- one device and eight
+
+
+@pytest.fixture(scope="module")
+def packed() -> dict[str, np.ndarray]:
+    """[2, 8, 16]: rows of up to three documents, 0 to 16 real tokens each."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 259, (2, 8, 17)).astype(np.int32)
+    at, real = np.arange(16), rng.integers(0, 17, (2, 8, 1))
+    cuts = np.sort(rng.integers(1, 16, (2, 8, 2, 1)), axis=2)
+    segments = 1 + (at >= cuts[:, :, 0]) + (at >= cuts[:, :, 1])
+    mask = at < real
+    return {"input_ids": ids[..., :-1], "labels": ids[..., 1:], "segment_ids": np.where(mask, segments, 0).astype(np.int32), "loss_mask": mask}
+
+
+def train(mesh: Mesh, packed: dict[str, np.ndarray]) -> tuple[Params, list[float], Params]:
+    """First parameters, 20 losses, last parameters."""
+    program = Program(TINY, Compute(), adamw(3e-3), 1.0, mesh)
+    state = program.initial_state(initial_parameters(TINY, 42, mesh))
+    first = jax.device_get(state.params)
+    step = program.lower_train_step(2, 8, 16).compile()
+    batch = place(packed, mesh, TRAIN_AXES)
+    losses = []
+    for _ in range(20):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(lambda leaf: leaf.sharding, program.state_like)
+    return first, losses, jax.device_get(state.params)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(packed: dict[str, np.ndarray]) -> tuple[Params, list[float], Params]:
+    return train(mesh_of(data=1), packed)
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [{"tensor": 2}, {"context": 2, "data": 2}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2}],
+    ids=lambda axes: " ".join(f"{axis}={size}" for axis, size in axes.items()),
+)
+def test_a_mesh_trains_as_one_device_does(axes: dict[str, int], packed: dict[str, np.ndarray], on_one_device: tuple[Params, list[float], Params]) -> None:
+    first, losses, last = train(mesh_of(**axes), packed)
+    jax.tree.map(np.testing.assert_array_equal, first, on_one_device[0])
+    np.testing.assert_allclose(losses, on_one_device[1], rtol=1e-5)
+    assert losses[-1] < 0.9 * losses[0], "it learns, so the losses say something"
+    for ours, theirs in zip(jax.tree.leaves(last), jax.tree.leaves(on_one_device[2]), strict=True):
+        assert np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(theirs)
+
+
+# ------------------------------------------------------------------------------------------------------------- properties of one
+
+
+def random_params() -> Params:
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), layout(TINY).shapes)
+
+
+def test_recomputing_changes_nothing(packed: dict[str, np.ndarray]) -> None:
+    def gradients(policy: str) -> tuple[jax.Array, Params]:
+        program = Program(TINY, Compute(remat=policy), adamw(1e-3), 1.0, mesh_of(data=1))
+        batch = {name: jnp.asarray(values[0]) for name, values in packed.items()}
+        return jax.jit(jax.value_and_grad(lambda p: program.loss(p, batch).nll))(random_params())
+
+    loss, kept = gradients("none")
+    for policy in ("attention", "full"):
+        again, recomputed = gradients(policy)
+        assert float(loss) == pytest.approx(float(again), rel=1e-6)
+        for ours, theirs in zip(jax.tree.leaves(recomputed), jax.tree.leaves(kept), strict=True):
+            assert np.linalg.norm(ours - theirs) <= 1e-6 * np.linalg.norm(theirs)
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """The programs that XLA compiled so far."""
+    seen: list[str] = []
+
+    def note(event: str, duration: float, **details: Any) -> None:
+        if "backend_compile" in event:
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+def test_steps_compile_once_and_consume_the_state(packed: dict[str, np.ndarray], compilations: list[str]) -> None:
+    mesh = mesh_of(fsdp=2)
+    program = Program(TINY, Compute(), adamw(3e-3), 1.0, mesh)
+    state = program.initial_state(jax.device_put(random_params(), program.layout.shardings(mesh)))
+    step, sums_of = program.lower_train_step(1, 8, 16).compile(), program.lower_eval_step(8, 16).compile()
+    assert compilations, "the listener hears"
+    counts = []
+    for _ in range(4):
+        before = state
+        state, metrics = step(state, place({name: values[:1] for name, values in packed.items()}, mesh, TRAIN_AXES))
+        sums = sums_of(state.params, place({name: values[0] for name, values in packed.items()}, mesh, EVAL_AXES))
+        jax.device_get((metrics, sums))
+        counts.append(len(compilations))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before)), "two copies of the state would halve the model that fits"
+    assert counts[1:] == counts[1:2] * 3
