@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -18,6 +18,7 @@ HostBatch = dict[str, np.ndarray]
 IGNORED = -100  # torch's ignore_index: labels that are no targets
 
 
+@runtime_checkable
 class Source(Protocol):
     """Training or evaluation data.
 
