@@ -1,0 +1,39 @@
+"""Every recipe in configs/ is a run that can be, headed by its command."""
+
+from pathlib import Path
+
+import pytest
+
+from consyn_jax.cli.train import read_arguments
+from consyn_jax.config import flags, resolve
+from consyn_jax.training.run_directory import read_config_file
+
+RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_resolves(path: Path) -> None:
+    values = read_config_file(path)
+    assert set(values) <= set(flags()), "a recipe's keys are the flags' names"
+    _, origins = resolve({}, values, file_name=path.name)
+    assert all(origins[name] == f"file {path.name}" for name in values)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_is_headed_by_its_command(path: Path) -> None:
+    program, *arguments = path.read_text().splitlines()[0].removeprefix("# ").split()
+    assert program == "consyn-train"
+    assert arguments[:2] == ["--config", f"configs/{path.name}"]
+    config, _, print_config = read_arguments(["--config", str(path), *arguments[2:]])
+    assert not print_config
+    assert config.budget.max_steps or config.budget.total_tokens or config.budget.epochs
+
+
+def test_the_large_recipes_take_gpt3s_tokens_a_step() -> None:
+    """Brown et al., 2020, table 2.1: 0.5 M, 1 M and 2 M tokens for 125 M, 1.3 B and 13 B parameters."""
+    tokens = {}
+    for path in RECIPES:
+        run, _ = resolve({}, read_config_file(path))
+        assert run.data.max_tokens is not None
+        tokens[path.stem] = run.budget.batch_size * run.budget.gradient_accumulation_steps * run.data.max_tokens
+    assert (tokens["verse-1xh200"], tokens["stanza-8xh200"], tokens["epic-64xh200"]) == (2**19, 2**20, 2**21)
