@@ -1,0 +1,150 @@
+"""Compiles the train step of a run for GPUs that are not there, and tells what the compiler made of it.
+
+The CUDA plugin compiles for a described machine without a driver, if it is told so before JAX starts. So the work is done in a
+process of its own, and whoever asks may be using JAX on whatever devices there are. It needs the packages of the `cuda13` extra.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from consyn_jax.config import ModelConfig, RunConfig, UserError, flat, resolve
+from consyn_jax.planning.compiled import Collective, array_shapes, collectives, instructions, kernels
+from consyn_jax.planning.topology import Topology, parse_topology
+
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",  # the default backend; the plugin for topologies loads all the same
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # the plugin asks the driver for its version otherwise
+    "CUDA_VISIBLE_DEVICES": "-1",
+    "XLA_FLAGS": "--xla_gpu_autotune_level=0",  # tuning runs kernels, and there is nothing to run them on
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+TOTAL_STEPS = 10_000  # of the schedule: a constant in the program, of no weight in what is read from it
+
+
+@dataclass(frozen=True)
+class CompiledProgram:
+    """A train step as XLA compiled it. Bytes are per GPU.
+
+    Attributes:
+        argument_bytes: the training state and one batch; the state's memory is used again for the new state.
+        temporary_bytes: everything else that is alive at once: activations, gradients, gathered weights.
+        kernels: custom-call target -> executions a step.
+        float32_shapes: dimensions of every float32 array in the program, as one GPU has them.
+    """
+
+    devices: int
+    argument_bytes: int
+    temporary_bytes: int
+    kernels: dict[str, int]
+    collectives: tuple[Collective, ...]
+    float32_shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """What one GPU must hold for the step to run."""
+        return self.argument_bytes + self.temporary_bytes
+
+
+def check_packages() -> None:
+    """Compiling for NVIDIA GPUs needs the packages of the `cuda13` extra, but no GPU and no driver.
+
+    Raises:
+        UserError: they are not installed.
+    """
+    if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        raise UserError("Compiling for NVIDIA GPUs needs the CUDA packages, on any machine. Install them with: pip install 'consyn_jax[cuda13]'.")
+
+
+def compile_train_step(model: ModelConfig, run: RunConfig, topology: str) -> CompiledProgram:
+    """Compile the train step of `run` for `topology` ("h200:1x8": hosts x GPUs) in a process of its own.
+
+    Args:
+        run: a resolved run, whose batch, precision, mesh, optimizer and gradient checkpointing count.
+
+    Raises:
+        UserError: the CUDA packages are missing, or the run does not fit the topology's devices.
+        RuntimeError: the compiler failed; the message ends with what it said.
+    """
+    parse_topology(topology)
+    check_packages()
+    request = json.dumps({"model": dataclasses.asdict(model), "run": flat(run), "topology": topology})
+    # the child must import this very package, whatever the working directory holds
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))}
+    command = [sys.executable, "-P", "-c", "from consyn_jax.planning.aot import _child; _child()"]
+    done = subprocess.run(command, input=request, env=os.environ | ENVIRONMENT | path, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"Compiling for {topology} failed:\n{done.stderr[-4000:]}")
+    answer = json.loads(done.stdout.splitlines()[-1])
+    if "mistake" in answer:
+        raise UserError(answer["mistake"])
+    exchanged = tuple(Collective(**c) for c in answer.pop("collectives"))
+    shapes = tuple(tuple(shape) for shape in answer.pop("float32_shapes"))
+    return CompiledProgram(**answer, collectives=exchanged, float32_shapes=shapes)
+
+
+def _child() -> None:
+    request = json.load(sys.stdin)
+    run, _ = resolve(request["run"])
+    try:
+        answer = dataclasses.asdict(_compile(ModelConfig(**request["model"]), run, parse_topology(request["topology"])))
+    except UserError as mistake:
+        answer = {"mistake": str(mistake)}
+    print(json.dumps(answer))
+
+
+def _compile(model: ModelConfig, run: RunConfig, topology: Topology) -> CompiledProgram:
+    from jax.experimental import topologies
+
+    # slices x hosts x GPUs per host
+    described = topologies.get_topology_desc(platform="cuda", target_config=topology.gpu.target_config, topology=f"1x{topology.hosts}x{topology.gpus_per_host}")
+    assert run.data.max_tokens is not None
+    budget = run.budget
+    lowered = _program(model, run, described.devices).lower_train_step(budget.gradient_accumulation_steps, budget.batch_size, run.data.max_tokens)
+    compiled = lowered.compile()
+    memory = compiled.memory_analysis()
+    program = instructions(compiled.as_text())
+    return CompiledProgram(
+        devices=topology.num_devices,
+        argument_bytes=memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        kernels=kernels(program),
+        collectives=tuple(collectives(program)),
+        float32_shapes=tuple(sorted(array_shapes(program, "f32"))),
+    )
+
+
+def _program(model: ModelConfig, run: RunConfig, devices: list[Any]) -> Any:
+    """The program that `consyn-train` would run on these devices."""
+    import jax.numpy as jnp
+
+    from consyn_jax.distributed.mesh import build_mesh, check_batch, parse_mesh
+    from consyn_jax.model.attention import choose_attention
+    from consyn_jax.model.parameters import layout
+    from consyn_jax.model.transformer import Compute
+    from consyn_jax.training.optimizer import build_optimizer, decay_mask
+    from consyn_jax.training.program import Program
+    from consyn_jax.training.scheduler import build_schedule, warmup_length
+
+    options = run.optimizer
+    assert options.lr is not None
+    assert options.beta2 is not None
+    assert options.weight_decay is not None
+    assert run.data.max_tokens is not None
+    sizes = parse_mesh(run.hardware.mesh, len(devices))
+    check_batch(sizes, run.budget.batch_size, run.data.max_tokens)
+    dtype = jnp.float32 if run.hardware.mixed_precision == "no" else jnp.bfloat16
+    attention = choose_attention(devices[0].platform, dtype, model.head_dim, devices[0].compute_capability)
+    warmup_steps = warmup_length(TOTAL_STEPS, options.warmup_steps, options.warmup_ratio)
+    schedule = build_schedule(options.scheduler, options.lr, TOTAL_STEPS, warmup_steps, options.min_lr_ratio)
+    mask = decay_mask(layout(model).logical_axes)
+    rule = build_optimizer(options.optimizer, schedule, beta1=options.beta1, beta2=options.beta2, weight_decay=options.weight_decay, mask=mask)
+    return Program(model, Compute(dtype, attention.backend, run.hardware.gradient_checkpointing), rule, options.max_grad_norm, build_mesh(sizes, devices))

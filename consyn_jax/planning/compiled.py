@@ -1,0 +1,165 @@
+"""Reads a compiled program's text: which kernels run, what the devices send each other, which arrays there are.
+
+What stands inside a loop counts as often as the loop runs; XLA writes the trip count of every loop that comes from `scan`.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?[\])}]) ([a-z][\w\-]*)\((.*)$")
+_ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\]")
+_CALLED = re.compile(r"\b(calls|to_apply|body|condition|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+Array = tuple[str, tuple[int, ...]]  # dtype, dimensions on one device
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of the program.
+
+    Attributes:
+        arrays: what it results in; of an asynchronous start, its operands before its results.
+        times: how often one run of the program executes it.
+    """
+
+    name: str
+    operation: str
+    arrays: tuple[Array, ...]
+    rest: str
+    times: int
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of exchange of one dtype.
+
+    Attributes:
+        kind: all-gather, reduce-scatter, all-reduce, all-to-all or collective-permute.
+        count: instructions executed in one run of the program.
+        payload_bytes: bytes of the whole arrays: gathered, or before they are reduced and scattered. A ring of n devices sends
+            (n - 1) / n of it from each, twice for an all-reduce.
+    """
+
+    kind: str
+    dtype: str
+    count: int
+    payload_bytes: int
+
+
+def instructions(program: str) -> list[Instruction]:
+    """All instructions of a compiled program's text (`jax.stages.Compiled.as_text`), with how often each runs."""
+    bodies, entry = _computations(program)
+    times = _executions(bodies, entry)
+    return [
+        Instruction(name, operation, tuple(_arrays(type_text)), rest, times[computation])
+        for computation, lines in bodies.items()
+        for name, type_text, operation, rest in lines
+    ]
+
+
+def kernels(program: list[Instruction]) -> dict[str, int]:
+    """Library kernels and hand-written ones by custom-call target, with how often each runs."""
+    found: collections.Counter[str] = collections.Counter()
+    for instruction in program:
+        target = re.search(r'custom_call_target="([^"]+)"', instruction.rest)
+        if target is not None:
+            found[target[1]] += instruction.times
+    return dict(found)
+
+
+def collectives(program: list[Instruction]) -> list[Collective]:
+    """What the devices exchange, by kind and dtype."""
+    count: collections.Counter[tuple[str, str]] = collections.Counter()
+    payload: collections.Counter[tuple[str, str]] = collections.Counter()
+    for instruction in program:
+        kind = instruction.operation.removesuffix("-start")
+        if kind not in _COLLECTIVES:
+            continue
+        whole = _whole_arrays(instruction, kind)
+        count[kind, whole[0][0]] += instruction.times
+        for dtype, dimensions in whole:
+            payload[kind, dtype] += instruction.times * BYTES[dtype] * math.prod(dimensions)
+    return [Collective(kind, dtype, count[kind, dtype], size) for (kind, dtype), size in sorted(payload.items())]
+
+
+def array_shapes(program: list[Instruction], dtype: str) -> set[tuple[int, ...]]:
+    """Dimensions of every array of `dtype` that the program names anywhere, fused or not, on one device."""
+    return {dimensions for instruction in program for kind, dimensions in instruction.arrays if kind == dtype}
+
+
+def _whole_arrays(instruction: Instruction, kind: str) -> tuple[Array, ...]:
+    """The arrays of a collective at their full size."""
+    arrays, half = instruction.arrays, len(instruction.arrays) // 2
+    asynchronous = instruction.operation.endswith("-start")
+    if asynchronous and kind in ("all-gather", "collective-permute"):
+        return arrays[half : 2 * half]  # a permute's start has contexts behind its results on some backends
+    if kind == "reduce-scatter":
+        assert asynchronous, "XLA starts every reduce-scatter of a GPU program asynchronously; one that does not is not counted right"
+        return arrays[:half]
+    return arrays
+
+
+def _computations(program: str) -> tuple[dict[str, list[tuple[str, str, str, str]]], str]:
+    bodies: dict[str, list[tuple[str, str, str, str]]] = {}
+    entry = current = ""
+    for line in program.splitlines():
+        header = _COMPUTATION.match(line)
+        if header is not None:
+            current = header[2]
+            bodies[current] = []
+            entry = current if header[1] else entry
+            continue
+        parsed = _INSTRUCTION.match(line)
+        if parsed is not None and current:
+            bodies[current].append((parsed[1], parsed[2], parsed[3], parsed[4]))
+    if not entry:
+        raise ValueError("This is not the text of a compiled program: it has no ENTRY.")
+    return bodies, entry
+
+
+def _executions(bodies: dict[str, list[tuple[str, str, str, str]]], entry: str) -> dict[str, int]:
+    """How often each computation runs, from the callers down."""
+    edges = {name: list(_calls(lines)) for name, lines in bodies.items()}
+    order: list[str] = []
+    seen: set[str] = set()
+
+    def visit(name: str) -> None:  # callees first; computations do not recurse, and nest a few deep
+        if name in seen:
+            return
+        seen.add(name)
+        for callee, _ in edges[name]:
+            visit(callee)
+        order.append(name)
+
+    visit(entry)
+    times = dict.fromkeys(bodies, 0)
+    times[entry] = 1
+    for name in reversed(order):
+        for callee, factor in edges[name]:
+            times[callee] += times[name] * factor
+    return times
+
+
+def _calls(lines: list[tuple[str, str, str, str]]) -> Iterator[tuple[str, int]]:
+    for _, _, operation, rest in lines:
+        trips = _TRIPS.search(rest)
+        for attribute, names in _CALLED.findall(rest):
+            factor = int(trips[1]) if trips and operation == "while" and attribute == "body" else 1
+            for name in names.split(", "):
+                if name:
+                    yield name.removeprefix("%"), factor
+
+
+def _arrays(type_text: str) -> Iterator[Array]:
+    for dtype, dimensions in _ARRAY.findall(type_text):
+        yield dtype, tuple(int(d) for d in dimensions.split(",") if d)
