@@ -5,10 +5,13 @@ This room computes and does not print: what a person should be told is in `Prepa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import secrets
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,9 +123,9 @@ def prepare(
         progress=progress or (lambda stage, done, total: None),
     )
     directory = cache_directory() / "stores" / _key(job)
-    from_cache = directory.exists()
-    store = TokenStore(directory) if from_cache else _build(job, directory)
-    report = ReadReport(**json.loads((directory / REPORT).read_text(encoding="utf-8")))
+    cached = _open_entry(directory)
+    from_cache = cached is not None
+    store, report = cached or _build(job, directory)
     if not store.split(TRAIN).num_tokens:
         raise UserError("All documents fell on the validation side and none is left to train on. Lower --validation_fraction, or give more data.")
     return Prepared(store, (*corpus.sources, *held_out.sources), (*corpus.left_out, *held_out.left_out), report, from_cache)
@@ -136,7 +139,7 @@ def cache_directory() -> Path:
 
 def _hold_out(corpus: Corpus, validation: Sequence[str]) -> tuple[Corpus, Corpus]:
     """The corpus less the files of `validation`, and those: `--data DIR --validation DIR/valid.txt` must not train on the latter."""
-    held_out = find_sources(validation) if validation else Corpus((), ())
+    held_out = find_sources(validation, flag="validation") if validation else Corpus((), ())
     if any(source.kind == "sharded" for source in held_out.sources):
         raise UserError("--validation is a token store and --data is not. Give text or JSON rows, or one token store with both splits as --data.")
 
@@ -210,7 +213,24 @@ def _content_hash(source: Source) -> str:
 # -------------------------------------------------------------------------------------------------------------------- the work
 
 
-def _build(job: _Job, directory: Path) -> TokenStore:
+def _open_entry(directory: Path) -> tuple[TokenStore, ReadReport] | None:
+    """The cache entry in `directory`; None where there is none. A damaged or outdated one is removed: it can be made again."""
+    if not directory.exists():
+        return None
+    try:
+        store = TokenStore(directory)
+        assert store.tokenizer  # reads it, and compares it with the manifest
+        return store, ReadReport(**json.loads((directory / REPORT).read_text(encoding="utf-8")))
+    except (UserError, OSError, ValueError, TypeError):
+        # Under another name first, so that a process that finds the entry at the same time does not see half of it.
+        doomed = directory.with_name(f".{directory.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+        with contextlib.suppress(FileNotFoundError):  # somebody else was faster
+            directory.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+        return None
+
+
+def _build(job: _Job, directory: Path) -> tuple[TokenStore, ReadReport]:
     tokenizer = job.tokenizer if isinstance(job.tokenizer, BPETokenizer) else _train_tokenizer(job, int(job.tokenizer.removeprefix("train:")))
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -222,9 +242,9 @@ def _build(job: _Job, directory: Path) -> TokenStore:
         if not report.documents:
             raise UserError(f"There is no text in {', '.join(source.name for source in job.train[:3])}: nothing but white space. Give other --data.")
         try:
-            return writer.finish({REPORT: json.dumps(dataclasses.asdict(report), indent=1) + "\n"})
+            return writer.finish({REPORT: json.dumps(dataclasses.asdict(report), indent=1) + "\n"}), report
         except FileExistsError:
-            return TokenStore(directory)  # another process made the same store meanwhile; equal keys, equal content
+            return TokenStore(directory), report  # another process made the same store meanwhile; equal keys, equal content
 
 
 def fill(writer: TokenStoreWriter, tokenizer: BPETokenizer, documents: Iterable[tuple[str, str]]) -> None:
