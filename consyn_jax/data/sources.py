@@ -82,12 +82,13 @@ class _BadRow(Exception):
 # --------------------------------------------------------------------------------------------------------------------- finding
 
 
-def find_sources(data: Sequence[str], dataset_type: str = "auto") -> Corpus:
+def find_sources(data: Sequence[str], dataset_type: str = "auto", flag: str = "data") -> Corpus:
     """The files behind `data`, each with its kind.
 
     Args:
         data: paths, directories, globs (`**` reaches into directories) or "sample" (`./sample` for a file of that name).
         dataset_type: "auto" looks; "text", "jsonl" or "sharded" must be what is there.
+        flag: what the user gave `data` to, for messages.
 
     Raises:
         UserError: nothing there, nothing usable, or not of the kind asked for.
@@ -95,7 +96,7 @@ def find_sources(data: Sequence[str], dataset_type: str = "auto") -> Corpus:
     used: dict[str, Source] = {}
     left_out: list[tuple[str, str]] = []
     for name in data:
-        for item in _expand(name):
+        for item in _expand(name, flag):
             for source, reason in _look_into(item, dataset_type):
                 if source.name in used:
                     left_out.append((source.name, "is named twice"))
@@ -104,31 +105,31 @@ def find_sources(data: Sequence[str], dataset_type: str = "auto") -> Corpus:
                 else:
                     used[source.name] = source
     if not used:
-        raise UserError("--data names nothing to read. Give a file, a directory, a glob or 'sample'.")
+        raise UserError(f"--{flag} names nothing to read. Give a file, a directory, a glob or 'sample'.")
     if len(used) > 1 and any(source.kind == "sharded" for source in used.values()):
         store = next(source.name for source in used.values() if source.kind == "sharded")
-        raise UserError(f"{store} is a token store, and a token store stands alone in --data. Give it without the other paths.")
+        raise UserError(f"{store} is a token store, and a token store stands alone in --{flag}. Give it without the other paths.")
     return Corpus(tuple(used.values()), tuple(left_out))
 
 
-def _expand(name: str) -> list[str]:
-    """The paths behind one item of `--data`, as the shell would give them."""
+def _expand(name: str, flag: str) -> list[str]:
+    """The paths behind one item of `--data` or `--validation`, as the shell would give them."""
     if name == SAMPLE:
         return [name]
     path = Path(name).expanduser()
     try:
         exists = path.exists()
     except OSError as error:
-        raise UserError(f"{name} in --data cannot be read: {error.strerror}. Check the path and its permissions.") from error
+        raise UserError(f"{name} in --{flag} cannot be read: {error.strerror}. Check the path and its permissions.") from error
     if exists:
         return [str(path)]
     if glob.has_magic(name):
         found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (patterns may be absolute)
         if not found:
-            raise UserError(f"The pattern {name} in --data matches no file. Check it, or quote it if the shell should not expand it.")
+            raise UserError(f"The pattern {name} in --{flag} matches no file. Check it, or quote it if the shell should not expand it.")
         return found
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise UserError(f"{name} in --data does not exist{nearest(path.name, siblings)} Give a file, a directory, a glob or 'sample'.")
+    raise UserError(f"{name} in --{flag} does not exist{nearest(path.name, siblings)} Give a file, a directory, a glob or 'sample'.")
 
 
 def _look_into(name: str, dataset_type: str) -> Iterator[tuple[Source, str]]:
@@ -340,7 +341,7 @@ def _rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
         if not body.strip():
             continue
         try:
-            row = json.loads(body)
+            row = json.loads(body.rstrip(b"\r\n"))  # else the newline is blamed for what lacks before it
         except UnicodeDecodeError as error:
             row = _BadRow(f"is not UTF-8 (byte {error.start} of the line).")
         except (ValueError, RecursionError) as error:
