@@ -62,10 +62,13 @@ class ModelConfig:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}.")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
-                f"--num_heads {self.num_heads} is not a multiple of --num_kv_heads {self.num_kv_heads}. Use one of {_divisors(self.num_heads)} key-value heads."
+                f"--num_heads {self.num_heads} is not a multiple of --num_kv_heads {self.num_kv_heads}. "
+                f"Key-value heads can be {', '.join(map(str, _divisors(self.num_heads)))}."
             )
         if self.head_dim % 2:
             raise UserError(f"--head_dim {self.head_dim} is odd; rotary embeddings turn pairs, so make it even.")
+        if self.rope_theta <= 0:
+            raise UserError(f"--rope_theta must be greater than 0, not {self.rope_theta}.")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise UserError(f"--sliding_window must be at least 1, not {self.sliding_window}.")
 
@@ -101,6 +104,7 @@ PRESETS = {
     "stanza": Preset(2048, 24, 16, 8, 128, 5632, 4096, True, False, 1e4, 4096, 2e-4, 0.1, 0.95),
     "epic": Preset(5120, 40, 40, 8, 128, 16384, 4096, True, False, 1e4, 4096, 1e-4, 0.1, 0.95),
 }
+DEFAULT_EPOCHS = 3.0  # of a run that was given no budget
 OTHER_MODELS = {"lr": 3e-4, "weight_decay": 0.1, "beta2": 0.95}  # the recipe of an architecture that is no preset
 
 
@@ -145,13 +149,15 @@ class DataOptions:
     dataset_type: str = flag("auto", "how --data is read", choices=("auto", "text", "jsonl", "sharded"))
     text_key: str = flag("text", "JSON field that holds the text; a.b reaches into objects")
     on_bad_rows: str = flag("error", "what a broken JSON row does: stop, or be skipped and counted", choices=("error", "skip"))
-    tokenizer: str = flag("default", "default (49,152 tokens), bytes, train:SIZE (trained on the data), or a path")
+    tokenizer: str | None = flag(
+        None, "default (49,152 tokens), bytes, train:SIZE (trained on the data), or a path (that of the checkpoint or token store, else default)"
+    )
     max_tokens: int | None = flag(None, "length of a training sequence in tokens (by model)", math=True)
 
 
 @dataclass(frozen=True)
 class BudgetOptions:
-    epochs: float | None = flag(None, "passes over the data; the smallest budget given wins (3)", math=True)
+    epochs: float | None = flag(None, "passes over the data; the smallest budget given wins (3 when none is)", math=True)
     max_steps: int | None = flag(None, "optimizer steps", math=True)
     total_tokens: int | None = flag(None, "tokens to train on", math=True)
     batch_size: int = flag(8, "sequences in one micro-batch over all devices")
@@ -333,18 +339,8 @@ def resolve(
     Raises:
         UserError: an unknown name or a value that cannot be.
     """
-    known = flags()
-    by_alias = {alias: name for name, f in known.items() for alias in f.aliases}
-    values = {name: f.default for name, f in known.items()}
-    origins = dict.fromkeys(known, "default")
-    for source, origin in ((file or {}, f"file {file_name}"), (given, given_as)):
-        for key, value in source.items():
-            name = str(key).lstrip("-").replace("-", "_")
-            name = by_alias.get(name, name)
-            where = f"--{key}" if origin == "flag" else f"{key} ({origin})" if origin != "keyword" else str(key)
-            if name not in known:
-                raise UserError(f"{where} is not a setting{nearest(name, [*known, *by_alias])}")
-            values[name], origins[name] = convert(known[name], value, where), origin
+    sources = ((file or {}, f"file {file_name}"), (given, given_as))
+    values, origins = _merge(sources)
     if values["checkpoint"] is not None and origins["model"] == "default":
         values["model"], origins["model"] = values["checkpoint"], "checkpoint"
     preset = PRESETS.get(values["model"])
@@ -353,22 +349,45 @@ def resolve(
         if values[name] is None:
             values[name], origins[name] = value, f"preset {values['model']}" if preset else "default"
     if preset is not None:
-        if origins["head_dim"].startswith("preset") and not (origins["hidden_dim"].startswith("preset") and origins["num_heads"].startswith("preset")):
-            if values["num_heads"] > 0 and values["hidden_dim"] % values["num_heads"]:
-                raise UserError(
-                    f"--hidden_dim {values['hidden_dim']} is not a multiple of --num_heads {values['num_heads']}. "
-                    f"Use {_nearest_multiples(values['hidden_dim'], values['num_heads'])}, or give --head_dim."
-                )
-            values["head_dim"], origins["head_dim"] = values["hidden_dim"] // max(values["num_heads"], 1), "hidden_dim / num_heads"
-        if origins["num_kv_heads"].startswith("preset") and not origins["num_heads"].startswith("preset") and values["num_heads"] % values["num_kv_heads"]:
-            values["num_kv_heads"], origins["num_kv_heads"] = values["num_heads"], "num_heads"
+        _fit_heads(values, origins)
+    if all(values[name] is None for name in ("epochs", "max_steps", "total_tokens")):
+        values["epochs"] = DEFAULT_EPOCHS
     groups: dict[str, dict[str, Any]] = {}
-    for name, f in known.items():
+    for name, f in flags().items():
         groups.setdefault(f.group, {})[name] = values[name]
     options: dict[str, Any] = {f.name: type(f.default) for f in dataclasses.fields(RunConfig)}
     config = RunConfig(**{name: group(**groups[name]) for name, group in options.items()})
     validate(config)
     return config, origins
+
+
+def _merge(sources: Iterable[tuple[Mapping[str, Any], str]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Defaults overridden by each of `sources` (values by flag name, and what they are called), and the origin of every value."""
+    known = flags()
+    by_alias = {alias: name for name, f in known.items() for alias in f.aliases}
+    values = {name: f.default for name, f in known.items()}
+    origins = dict.fromkeys(known, "default")
+    for source, origin in sources:
+        for key, value in source.items():
+            name = str(key).lstrip("-").replace("-", "_")
+            name = by_alias.get(name, name)
+            where = f"--{key}" if origin == "flag" else f"{key} ({origin})" if origin != "keyword" else str(key)
+            if name not in known:
+                raise UserError(f"{where} is not a setting{nearest(name, [*known, *by_alias])}")
+            values[name], origins[name] = convert(known[name], value, where), origin
+    return values, origins
+
+
+def _fit_heads(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Let what a preset says of heads follow the dimensions that were given instead of its own."""
+    own = {name for name, origin in origins.items() if origin.startswith("preset")}
+    heads, width = values["num_heads"], values["hidden_dim"]
+    if "head_dim" in own and not {"hidden_dim", "num_heads"} <= own:
+        if heads > 0 and width % heads:
+            raise UserError(f"--hidden_dim {width} is not a multiple of --num_heads {heads}. Use {_nearest_multiples(width, heads)}, or give --head_dim.")
+        values["head_dim"], origins["head_dim"] = width // max(heads, 1), "hidden_dim / num_heads"
+    if "num_kv_heads" in own and "num_heads" not in own and heads % values["num_kv_heads"]:
+        values["num_kv_heads"], origins["num_kv_heads"] = heads, "num_heads"
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
@@ -439,7 +458,9 @@ def validate(config: RunConfig) -> None:
     check_context(values["max_tokens"], values["context"])
     if values["resume"] not in ("auto", "never") and not values["resume"].isdigit():
         raise UserError(f"--resume wants auto, never or a step, not {values['resume']!r}.")
-    kind, _, size = values["tokenizer"].partition(":")
+    if values["overwrite"] and values["resume"].isdigit():
+        raise UserError(f"--overwrite deletes what --resume {values['resume']} would go on from. Leave one of them out.")
+    kind, _, size = (values["tokenizer"] or "").partition(":")
     if kind == "train" and not (size.isdigit() and 260 <= int(size) <= 1_000_000):
         raise UserError(f"--tokenizer train:SIZE wants a size from 260 to 1,000,000, not {size!r}.")
     if config.model.model in PRESETS:

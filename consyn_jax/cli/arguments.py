@@ -3,24 +3,59 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from consyn_jax import __version__
 from consyn_jax.config import Flag, UserError, flags, nearest
 
+_NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
+METAVARS = {
+    "model": "NAME|DIR|FILE",
+    "checkpoint": "DIR",
+    "data": "PATH",
+    "validation": "PATH",
+    "text_key": "KEY",
+    "tokenizer": "default|bytes|train:SIZE|PATH",
+    "mesh": "auto|AXIS=N,...",
+    "output": "DIR",
+    "resume": "auto|never|STEP",
+    "wandb_project": "NAME",
+    "wandb_run_name": "NAME",
+}
+
 
 class _Parser(argparse.ArgumentParser):
-    """Mistakes are `UserError`s, not a usage page."""
+    """Mistakes are `UserError`s of one sentence, not a usage page."""
 
     def error(self, message: str) -> NoReturn:
+        wants = re.match(r"argument ([^:]*): expected (.*)", message)
+        strays = re.match(r"unrecognized arguments: (.*)", message)
+        if wants:
+            name = wants[1].split("/")[0]
+            count = "at least one value" if "at least one" in wants[2] else "a value"
+            message = f"{name} wants {count}; one that begins with a dash is written {name}=VALUE"
+        elif strays and strays[1].startswith("-") and strays[1].strip("- "):
+            word = strays[1].split()[0]
+            raise UserError(f"There is no flag {word}{nearest(word, self._option_string_actions)} See {self.prog} --help.")
+        elif strays:
+            message = f"{strays[1]!r} belongs to no flag; files to train on go behind --data"
         raise UserError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
 
 
-def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
+def build_parser(prog: str, description: str, usage: str, epilog: str) -> argparse.ArgumentParser:
     """A parser whose namespace holds only what was given on the command line, as strings."""
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser = _Parser(
+        prog=prog,
+        usage=f"{prog} {usage}",
+        description=description,
+        epilog=epilog,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=_Formatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}", help="print the version and stop")
     groups: dict[str, Any] = {}
     for flag in flags().values():
         if flag.group not in groups:
@@ -30,35 +65,52 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """A column of its own for the flags, and examples that keep their lines."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """`--lr, --learning_rate X` instead of the value behind every name."""
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{', '.join(action.option_strings)} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
-    """What was given, by flag name; flags may be written with `_` or `-`.
+    """What was given, by flag name; flags may be written with `_` or `-`. Of a flag given twice the later value counts, but
+    `--data` and `--validation` add up.
 
     Raises:
         UserError: an unknown flag (with the nearest known one), or a flag without its value.
     """
     known = {option for action in parser._actions for option in action.option_strings}
-    words = []
+    words: list[str] = []
     for word in argv:
-        if word.startswith("--"):
+        if word.startswith("--") and word != "--":
             name, equals, value = word.partition("=")
             name = "--" + name[2:].replace("-", "_")
             if name not in known:
                 raise UserError(f"There is no flag {word.partition('=')[0]}{nearest(name, known)} See {parser.prog} --help.")
             word = name + equals + value
+        elif _NEGATIVE.match(word) and words and words[-1] in known:  # argparse takes -1e-3 for a flag
+            words[-1] += f"={word}"
+            continue
         words.append(word)
     return vars(parser.parse_args(words))
 
 
 def _arity(flag: Flag) -> dict[str, Any]:
     if flag.many:
-        return {"nargs": "+", "metavar": flag.name.upper()}
+        return {"nargs": "+", "action": "extend", "metavar": METAVARS[flag.name]}
     if flag.type is bool:
         return {"nargs": "?", "const": "true", "metavar": "true|false"}
-    metavar = "|".join(flag.choices) if flag.choices else {int: "N", float: "X", str: "TEXT"}[flag.type]
+    metavar = METAVARS.get(flag.name) or ("|".join(flag.choices) if flag.choices else {int: "N", float: "X", str: "TEXT"}[flag.type])
     return {"metavar": metavar} | ({"nargs": "?", "const": flag.const} if flag.const else {})
 
 
 def _help(flag: Flag) -> str:
     text = flag.help.replace("%", "%%")
-    default = " ".join(flag.default) if flag.many else flag.default
+    default = " ".join(flag.default) if flag.many else f"{flag.default:g}" if isinstance(flag.default, float) else flag.default
     return text if default in (None, "", False) else f"{text} ({default})"

@@ -2,22 +2,48 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from consyn_jax.config import Diverged, Interrupted, UserError
 
 EXIT_CODES = {UserError: 2, Diverged: 3, Interrupted: 75}
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM where there is nothing to save yet: unwound like Ctrl-C, so that half-made files are removed."""
+
+
 def exit_code(prog: str, work: Callable[[], None]) -> int:
-    """Do `work` and return the exit code: 0, 2 (the user's mistake), 3 (diverged), 75 (interrupted and saved), 130 (interrupted)."""
+    """Do `work` and return the exit code: 0, 2 (the user's mistake), 3 (diverged), 75 (interrupted and saved), or 130 and 143
+    (interrupted by SIGINT and SIGTERM with nothing to save)."""
     try:
-        work()
+        with _unwinding_on_sigterm():
+            work()
     except (UserError, Diverged, Interrupted) as known:
         print(f"{prog}: {known}", file=sys.stderr)
         return EXIT_CODES[type(known)]
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print(f"{prog}: interrupted before there was anything to save.", file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(stopped, _Terminated) else signal.SIGINT)
     return 0
+
+
+@contextmanager
+def _unwinding_on_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
+        yield
+        return
+
+    def unwind(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -15,9 +15,21 @@ from consyn_jax.config import PRESETS, RunConfig, UserError, architecture, check
 if TYPE_CHECKING:
     from consyn_jax.config import ModelConfig
     from consyn_jax.data.prepare import Prepared
+    from consyn_jax.tokenization import BPETokenizer
     from consyn_jax.training.trainer import ModelSource
 
-DESCRIPTION = "Train a decoder language model. Without flags: the 124 M parameter model on text that comes with Python."
+DESCRIPTION = """\
+Train a decoder language model: text in, a model that transformers loads out.
+Without flags: the 124 M parameter model on text that comes with Python."""
+USAGE = "[--config FILE] [--model NAME] [--data PATH ...] [FLAG ...]"
+EPILOG = """\
+examples:
+  consyn-train --model haiku --data sample --tokenizer train:4096 --max_steps 300
+  consyn-train --model verse --data corpus/ --batch_size 16 --output runs/verse
+  consyn-train --config runs/verse/config.yaml --lr 3e-4 --output runs/verse-3e-4
+
+Defaults are in brackets. The same command again goes on where a run was stopped.
+Exit codes: 0 done, 2 wrong input, 3 diverged, 75 interrupted and saved."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +54,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[RunConfig, dict[str, str], bool
     Raises:
         UserError: an unknown flag, a bad value, or a `--config` file that is none.
     """
-    parser = build_parser("consyn-train", DESCRIPTION)
+    parser = build_parser("consyn-train", DESCRIPTION, USAGE, EPILOG)
     parser.add_argument("--config", metavar="FILE", help="YAML recipe with the flags' names; flags override it")
     parser.add_argument("--print_config", action="store_true", help="print the resolved run with the origin of every value, and stop")
     given = parse(parser, argv)
@@ -58,12 +70,16 @@ def read_arguments(argv: Sequence[str]) -> tuple[RunConfig, dict[str, str], bool
 
 def train(config: RunConfig, origins: dict[str, str]) -> None:
     """Check what can be checked at once, prepare the data, describe the model, train."""
-    base, weights = _base_model(config)
+    from consyn_jax.training.run_directory import check_output
+
+    base, stored, weights = _models(config)
     if base is not None:
         limit = config.model.context or base.context
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_tokens=config.data.max_tokens or limit))
         check_context(config.data.max_tokens, limit)
-    tokenizer_spec = _tokenizer_spec(config, origins, weights)
+    check_output(config)
+    is_store = _check_data(config)
+    tokenizer_spec = _tokenizer_spec(config, stored, weights, is_store)
     _check_devices(config)
     prepared = _prepare(config, tokenizer_spec)
 
@@ -72,7 +88,7 @@ def train(config: RunConfig, origins: dict[str, str]) -> None:
     from consyn_jax.training.trainer import ConsynTrainer
 
     tokenizer = prepared.store.tokenizer
-    model = _model(config, base, weights, tokenizer)
+    model = _model(config, base, stored, weights, tokenizer)
 
     def split(name: str) -> ConsynDataset:
         assert config.data.max_tokens is not None
@@ -84,19 +100,47 @@ def train(config: RunConfig, origins: dict[str, str]) -> None:
     trainer.train()
 
 
-def _base_model(config: RunConfig) -> tuple[ModelConfig | None, Path | None]:
-    """The architecture that `--model` names when it is no preset, and the directory of `--checkpoint`."""
+def _models(config: RunConfig) -> tuple[ModelConfig | None, ModelConfig | None, Path | None]:
+    """The architecture that `--model` names when it is no preset; that of `--checkpoint`, and the directory with its weights."""
+    options = config.model
+    is_preset = options.model in PRESETS
+    if options.checkpoint is None and is_preset:
+        return None, None, None
+    if not is_preset and options.model != options.checkpoint and not Path(options.model).exists():
+        raise UserError(f"--model {options.model} is neither a preset nor a path{nearest(options.model, PRESETS)} Known: {', '.join(PRESETS)}.")
+    if options.checkpoint in PRESETS and not Path(options.checkpoint).exists():
+        raise UserError(f"--checkpoint {options.checkpoint} names a preset, which has no weights. Use --model {options.checkpoint}.")
+    for name, given in (("model", options.model), ("checkpoint", options.checkpoint or "")):
+        if given and not (Path(given) / "config.json").exists() and (Path(given) / "final" / "config.json").is_file():
+            raise UserError(f"--{name} {given} is a run, which holds several models. Use {Path(given) / 'final'} or {Path(given) / 'best'}.")
+
     from consyn_jax.model.pretrained import find_model, read_config
 
-    options = config.model
     weights = None if options.checkpoint is None else find_model(options.checkpoint)
-    if options.model in PRESETS:
-        return None, weights
-    if weights is not None and options.model == options.checkpoint:
-        return read_config(weights), weights
-    if not Path(options.model).exists():
-        raise UserError(f"--model {options.model} is neither a preset nor a path{nearest(options.model, PRESETS)} Known: {', '.join(PRESETS)}.")
-    return read_config(Path(options.model)), weights
+    stored = None if weights is None else read_config(weights)
+    base = None if is_preset else stored if options.model == options.checkpoint else read_config(Path(options.model))
+    if stored is not None:
+        _check_shape(config, base, stored)
+    return base, stored, weights
+
+
+def _check_shape(config: RunConfig, base: ModelConfig | None, stored: ModelConfig) -> None:
+    """Weights fit one architecture; the context, the rotary base and the sliding window can change without them."""
+    asked = architecture(config.model, base, vocab_size=stored.vocab_size)
+    sizes = ("hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "qk_norm", "tie_embeddings")
+    wrong = [f"{name} {getattr(stored, name)}, not {getattr(asked, name)}" for name in sizes if getattr(stored, name) != getattr(asked, name)]
+    if wrong:
+        raise UserError(f"--checkpoint {config.model.checkpoint} has {'; '.join(wrong)}. Leave --model and these flags out, or start without it.")
+
+
+def _check_data(config: RunConfig) -> bool:
+    """Find files that are missing, empty or binary before anything slow begins; says whether --data is a token store."""
+    from consyn_jax.data.sources import find_sources
+
+    corpus = find_sources(config.data.data, config.data.dataset_type)
+    if config.data.validation:
+        find_sources(config.data.validation, flag="validation")
+    return corpus.sources[0].kind == "sharded"
 
 
 def _check_devices(config: RunConfig) -> None:
@@ -105,28 +149,41 @@ def _check_devices(config: RunConfig) -> None:
 
     from consyn_jax.distributed.mesh import check_batch, parse_mesh
 
+    try:
+        num_devices = jax.device_count()
+    except RuntimeError as error:
+        raise UserError(f"JAX finds no device to train on ({' '.join(str(error).split())}). Check JAX_PLATFORMS and the driver.") from error
     assert config.data.max_tokens is not None
-    check_batch(parse_mesh(config.hardware.mesh, jax.device_count()), config.budget.batch_size, config.data.max_tokens)
+    check_batch(parse_mesh(config.hardware.mesh, num_devices), config.budget.batch_size, config.data.max_tokens)
 
 
-def _tokenizer_spec(config: RunConfig, origins: dict[str, str], weights: Path | None) -> str | None:
+def _tokenizer_spec(config: RunConfig, stored: ModelConfig | None, weights: Path | None, is_store: bool) -> str | None:
     """What `--tokenizer` comes to: that of the checkpoint, or of a token store, unless one was asked for."""
     from consyn_jax.tokenization import BPETokenizer, load_tokenizer
 
-    spec = config.data.tokenizer
+    spec, checkpoint = config.data.tokenizer, config.model.checkpoint
     own = weights if weights is not None and (weights / "tokenizer.json").is_file() else None
-    if origins["tokenizer"] == "default":
+    if spec is None:
+        if own is None and stored is not None and not is_store:
+            _check_vocabulary(load_tokenizer("default"), stored, config)
         return None if own is None else str(own)
     if spec.startswith("train:"):
         if own is not None:
-            raise UserError(f"--tokenizer {spec} does not fit --checkpoint {config.model.checkpoint}, which has its own. Leave --tokenizer out.")
+            raise UserError(f"--tokenizer {spec} does not fit --checkpoint {checkpoint}, which has its own. Leave --tokenizer out.")
         return spec
     chosen = load_tokenizer(spec)
     if own is not None and chosen.sha256 != BPETokenizer.from_file(own).sha256:
-        raise UserError(
-            f"--tokenizer {spec} does not fit --checkpoint {config.model.checkpoint}, which was trained with another. Leave --tokenizer out to use its own."
-        )
+        raise UserError(f"--tokenizer {spec} does not fit --checkpoint {checkpoint}, which was trained with another. Leave --tokenizer out to use its own.")
+    _check_vocabulary(chosen, stored, config)
     return spec
+
+
+def _check_vocabulary(tokenizer: BPETokenizer, stored: ModelConfig | None, config: RunConfig) -> None:
+    if stored is not None and tokenizer.vocab_size > stored.vocab_size:
+        raise UserError(
+            f"The tokenizer has {tokenizer.vocab_size:,} tokens, and --checkpoint {config.model.checkpoint} a vocabulary of {stored.vocab_size:,}. "
+            f"Give --tokenizer the one that it was trained with, or a smaller one such as bytes."
+        )
 
 
 def _prepare(config: RunConfig, tokenizer_spec: str | None) -> Prepared:
@@ -158,22 +215,17 @@ def _prepare(config: RunConfig, tokenizer_spec: str | None) -> Prepared:
         )
 
 
-def _model(config: RunConfig, base: ModelConfig | None, weights: Path | None, tokenizer: Any) -> ModelSource:
+def _model(config: RunConfig, base: ModelConfig | None, stored: ModelConfig | None, weights: Path | None, tokenizer: BPETokenizer) -> ModelSource:
     """What is trained: fresh weights, or those of `--checkpoint`."""
     from consyn_jax.model.parameters import initial_parameters
-    from consyn_jax.model.pretrained import load_parameters, read_config
+    from consyn_jax.model.pretrained import load_parameters
     from consyn_jax.training.trainer import ModelSource
 
     tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    if weights is None:
+    if weights is None or stored is None:
         shape = architecture(config.model, base, vocab_size=tokenizer.vocab_size, **tokens)
         return ModelSource(shape, lambda mesh: initial_parameters(shape, config.budget.seed, mesh))
-    stored = read_config(weights)
-    if tokenizer.vocab_size > stored.vocab_size:
-        raise UserError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens, and --checkpoint {config.model.checkpoint} a vocabulary of {stored.vocab_size}. "
-            f"Use the tokenizer that it was trained with."
-        )
+    _check_vocabulary(tokenizer, stored, config)  # that of a token store, or one that was learned, is known only now
     shape = architecture(config.model, base, vocab_size=stored.vocab_size, **tokens)
     return ModelSource(shape, lambda mesh: load_parameters(weights, shape, mesh))
 
@@ -182,7 +234,7 @@ def _notes(prepared: Prepared) -> tuple[tuple[str, str], ...]:
     """Lines about the data for the header."""
     store, report = prepared.store, prepared.report
     splits = {name: store.split(name) for name in ("train", "validation")}
-    notes = [("data", ", ".join(f"{name} {s.num_tokens:,} tokens of {s.num_documents:,} documents" for name, s in splits.items()))]
+    notes = [("data", ", ".join(f"{name} {s.num_tokens:,} tokens of {_documents(s.num_documents)}" for name, s in splits.items()))]
     if prepared.validation_is_empty:
         notes.append(("validation", "none: no document fell into it; give --validation PATH or a larger --validation_fraction"))
     if prepared.left_out:
@@ -191,6 +243,10 @@ def _notes(prepared: Prepared) -> tuple[tuple[str, str], ...]:
     if report.bad_rows:
         notes.append(("bad rows", f"{report.bad_rows} skipped, the first: {report.bad_row_examples[0]}"))
     return tuple(notes)
+
+
+def _documents(count: int) -> str:
+    return f"{count:,} document{'' if count == 1 else 's'}"
 
 
 if __name__ == "__main__":

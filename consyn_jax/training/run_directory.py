@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +33,7 @@ DERIVED_NAMES = {
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """A directory that this run may write to.
+    """A directory that this run, and no other process, may write to until it is closed.
 
     Attributes:
         holds_run: a run of the same mathematics is in it, begun earlier.
@@ -38,6 +41,7 @@ class RunDirectory:
 
     path: Path
     holds_run: bool
+    lock: int | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -46,7 +50,15 @@ class RunDirectory:
 
     def write_config(self, config: RunConfig, origins: dict[str, str], derived: dict[str, Any]) -> None:
         """Write config.yaml: every value with its origin; `consyn-train --config` reads it back."""
-        (self.path / CONFIG).write_text(describe(config, origins) + yaml.safe_dump({DERIVED: derived}, sort_keys=True), encoding="utf-8")
+        # --overwrite and --resume speak of one start of the command. A recipe that kept them would delete the run it came from.
+        lasting = dataclasses.replace(config, saving=dataclasses.replace(config.saving, overwrite=False, resume="auto"))
+        origins = origins | {"overwrite": "default", "resume": "default"}
+        (self.path / CONFIG).write_text(describe(lasting, origins) + yaml.safe_dump({DERIVED: derived}, sort_keys=True), encoding="utf-8")
+
+    def close(self) -> None:
+        """Let other processes write to it."""
+        if self.lock is not None:
+            os.close(self.lock)
 
 
 def open_run_directory(config: RunConfig, derived: dict[str, Any], *, write: bool = True) -> RunDirectory:
@@ -57,49 +69,123 @@ def open_run_directory(config: RunConfig, derived: dict[str, Any], *, write: boo
         write: this process may create and delete.
 
     Raises:
+        UserError: it holds another run, is in use, or cannot be written.
+    """
+    holds_run = check_output(config, derived)
+    path = Path(config.saving.output)
+    if not write:
+        return RunDirectory(path, holds_run)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path)
+        if config.saving.overwrite:
+            _delete_run(path)
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be used: {error.strerror}. Name a directory that can be written.") from error
+    return RunDirectory(path, holds_run, lock)
+
+
+def check_output(config: RunConfig, derived: dict[str, Any] | None = None) -> bool:
+    """Whether --output holds a run that this one goes on with.
+
+    Args:
+        derived: as for `open_run_directory`; before the data is there, None, and only the flags are compared.
+
+    Raises:
         UserError: it holds another run, or cannot be written.
     """
-    path = Path(config.saving.output)
-    try:
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--output {path} is a file. Name a directory.")
-        if config.saving.overwrite and write:
-            _delete_run(path)
-        if write:
-            path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {path} cannot be used: {error.strerror}.") from error
-    holds_run = (path / CONFIG).is_file()
-    if not holds_run and (path / "metrics.jsonl").exists():
+    saving, path = config.saving, Path(config.saving.output)
+    _check_writable(path)
+    file = path / CONFIG
+    if not file.is_file() and (path / "metrics.jsonl").exists():
         raise UserError(f"--output {path} holds a metrics.jsonl without a {CONFIG}, so it is not a run of ours. Name another directory.")
-    if holds_run:
-        if config.saving.resume == "never":
-            raise UserError(f"--output {path} already holds a run. Name another directory, go on with --resume auto, or delete it with --overwrite.")
-        differences = compare(path / CONFIG, config, derived)
-        if differences:
-            raise UserError(
-                f"--output {path} holds another run: {'; '.join(differences)}. "
-                f"Name another directory, take the old values back, or delete that run with --overwrite."
-            )
-    elif config.saving.resume.isdigit():
-        raise UserError(f"--resume {config.saving.resume}: {path} holds no run to go on from.")
-    return RunDirectory(path, holds_run)
+    old = _read_run(file) if file.is_file() else None
+    if saving.overwrite:
+        _check_overwrite(config, path)
+        return False
+    if saving.resume.isdigit() and int(saving.resume) not in (steps := _saved_steps(path)):
+        raise UserError(f"--resume {saving.resume}: {path / CHECKPOINTS} has no checkpoint of that step; there are: {', '.join(map(str, steps)) or 'none'}.")
+    # What was stopped before its first checkpoint has nothing to lose, so it need not be what is asked for now.
+    if old is None or not (_saved_steps(path) or (path / "best").exists() or (path / "final").exists()):
+        return False
+    if saving.resume == "never":
+        raise UserError(f"--output {path} already holds a run. Name another directory, go on with --resume auto, or delete it with --overwrite.")
+    differences = compare(old, config, derived)
+    if differences:
+        raise UserError(
+            f"--output {path} holds another run: {'; '.join(differences)}. "
+            f"Name another directory, take the old values back, or delete that run with --overwrite."
+        )
+    return True
 
 
-def compare(file: Path, config: RunConfig, derived: dict[str, Any]) -> list[str]:
-    """What differs, in words, between the run that `file` describes and this one; only what changes the mathematics counts."""
+def _check_writable(path: Path) -> None:
+    """Find out early, and without creating anything, what would go wrong when the directory is made."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output {path} is a file. Name a directory.")
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise UserError(f"--output {path} cannot be made: {there} is a file. Name another directory.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--output {path} cannot be written: no permission for {there}. Name another directory.")
+
+
+def _check_overwrite(config: RunConfig, path: Path) -> None:
+    """--overwrite must not delete what the new run is made from."""
+    model, data = config.model, config.data
+    named: dict[str, tuple[str | None, ...]] = {
+        "checkpoint": (model.checkpoint,),
+        "model": (model.model,),
+        "data": data.data,
+        "validation": data.validation,
+        "tokenizer": (data.tokenizer,),
+    }
+    doomed = [(path / entry).resolve() for entry in ENTRIES]
+    for flag, values in named.items():
+        for value in values:
+            if value is not None and any(Path(value).resolve().is_relative_to(entry) for entry in doomed):
+                raise UserError(f"--overwrite would delete --{flag} {value}, which lies in --output {path}. Name another directory for the new run.")
+
+
+def _saved_steps(path: Path) -> list[int]:
+    """Steps with a checkpoint; one that is still being written has another name."""
+    directory = path / CHECKPOINTS
+    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit()) if directory.is_dir() else []
+
+
+def _lock(path: Path) -> int | None:
+    """Hold the directory against other processes; the operating system lets go when this one ends, however it ends."""
+    lock = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(f"--output {path} is in use by another process. Wait for it, or name another directory.") from None
+    except OSError:  # a network file system without locks
+        os.close(lock)
+        return None
+    return lock
+
+
+def _read_run(file: Path) -> dict[str, Any]:
+    """The config.yaml of a run."""
     try:
         old = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}. Name another --output.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is damaged ({type(error).__name__}), so nobody can say what run this is. Name another --output.") from error
     if not isinstance(old, dict) or not isinstance(old.get(DERIVED), dict):
         raise UserError(f"{file} is not the configuration of a run. Name another --output.")
+    return old
+
+
+def compare(old: dict[str, Any], config: RunConfig, derived: dict[str, Any] | None) -> list[str]:
+    """What differs, in words, between the run of config.yaml `old` and this one; only what changes the mathematics counts."""
     new = flat(config)
-    differences = [
-        f"{'' if name == 'derived' else '--'}{name} was {old.get(name)} and is {new[name]}"
-        for name, f in flags().items()
-        if f.math and name in old and old[name] != new[name]
-    ]
+    differences = [f"--{name} was {old.get(name)} and is {new[name]}" for name, f in flags().items() if f.math and name in old and old[name] != new[name]]
+    if derived is None:
+        return differences
     for key, words in DERIVED_NAMES.items():
         before, now = old[DERIVED].get(key), derived.get(key)
         if before != now and not (key == "total_steps" and differences):
@@ -130,16 +216,25 @@ def read_config_file(path: Path) -> dict[str, Any]:
         UserError: no such file, not YAML, or no flat mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        node, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
     except OSError as error:
-        raise UserError(f"--config {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"--config {path} cannot be read: {error.strerror}. Give a YAML file with the names of the flags.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}. Give a YAML file.") from error
+    except (yaml.YAMLError, RecursionError) as error:
         at = getattr(error, "problem_mark", None)
-        raise UserError(f"--config {path}{f':{at.line + 1}' if at else ''} is not YAML: {getattr(error, 'problem', None) or type(error).__name__}.") from error
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or type(error).__name__
+        raise UserError(f"--config {path}{f':{at.line + 1}' if at else ''} is not YAML: {problem}. Write `setting: value` lines.") from error
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise UserError(f"--config {path} must be a list of `setting: value` lines, with the names of the flags.")
+        raise UserError(f"--config {path} must consist of `setting: value` lines, with the names of the flags.")
+    lines: dict[str, int] = {}
+    for key, _ in node.value if node is not None else ():
+        line = key.start_mark.line + 1
+        if lines.setdefault(key.value, line) != line:  # YAML would silently take the later one
+            raise UserError(f"--config {path} sets {key.value} twice, in lines {lines[key.value]} and {line}. Leave one out.")
     content.pop(DERIVED, None)
     return content
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import shutil
 import signal
 import threading
@@ -159,12 +160,11 @@ class ConsynTrainer:
     def _count_steps(self) -> int:
         budget, length = self.run.budget, self.run.data.max_tokens
         assert length is not None
-        epochs = 3 if budget.epochs is None and budget.max_steps is None and budget.total_tokens is None else budget.epochs
         limits = [] if budget.max_steps is None else [budget.max_steps]
         if budget.total_tokens is not None:
             limits.append(math.ceil(budget.total_tokens / (self.sequences_per_step * length)))
-        if epochs is not None and self.train_source.sequences is not None:
-            limits.append(max(1, math.ceil(epochs * self.train_source.sequences / self.sequences_per_step)))
+        if budget.epochs is not None and self.train_source.sequences is not None:
+            limits.append(max(1, math.ceil(budget.epochs * self.train_source.sequences / self.sequences_per_step)))
         if not limits:
             raise UserError("Nobody knows how long an epoch of this iterable is: give max_steps or total_tokens.")
         return min(limits)
@@ -261,6 +261,7 @@ class _Training:
         self.writes = jax.process_index() == 0
         saving, logging = trainer.run.saving, trainer.run.logging
         self.directory: RunDirectory = open_run_directory(trainer.run, trainer._derived(), write=self.writes)
+        stack.callback(self.directory.close)
         self.console = stack.enter_context(Console(quiet=logging.quiet or not self.writes, logging_steps=logging.logging_steps))
         self.checkpoints = Checkpoints(self.directory.checkpoints, saving.keep_last, saving.keep_every)
         stack.callback(self.checkpoints.close)
@@ -274,18 +275,23 @@ class _Training:
         t = self.trainer
         assert t.run.data.max_tokens is not None
         self._header()
+        if self._is_complete():
+            return self._already_complete()
         state = self._begin()
-        if self.progress.step >= t.total_steps and (self.directory.path / "final").is_dir():
-            self.console.finish([f"This run is complete: {t.total_steps} steps. Its model is in {self.directory.path / 'final'}."])
-            return self._summary()
+        if self.progress.step < t.total_steps:  # else the run was ended between its last checkpoint and its model
+            state = self._train(state)
+        return self._finish(state)
+
+    def _train(self, state: TrainState) -> TrainState:
+        t = self.trainer
+        assert t.run.data.max_tokens is not None
         self.console.start(t.total_steps, self.progress.step)
         train_step = self.program.lower_train_step(t.run.budget.gradient_accumulation_steps, t.run.budget.batch_size, t.run.data.max_tokens).compile()
         self.eval_step = t._compile_eval(self.program) if t.eval_source is not None else None
         rows = local_rows(self.program.mesh, t.run.budget.batch_size)
         batches = t.train_source.training(self.progress.step, t.run.budget.batch_size, t.run.budget.gradient_accumulation_steps, rows)
         with prefetch(batches, transform=_placer(self.program.mesh, TRAIN_AXES)) as ready:
-            state = self._loop(state, train_step, ready)
-        return self._finish(state)
+            return self._loop(state, train_step, ready)
 
     def _loop(self, state: TrainState, train_step: Callable[..., Any], ready: prefetch[Any]) -> TrainState:
         t, done = self.trainer, self.progress.step
@@ -309,10 +315,10 @@ class _Training:
                 if saves or self.signal.received:
                     self._save(state)
                 self.watch.pause(time.perf_counter() - began)
-            if self.signal.received:
-                self._interrupted()
             if done == t.total_steps:
                 return state
+            if self.signal.received:
+                self._interrupted()
         if pending is not None:
             self._record(pending, ready.wait_s)
         self._event("end_of_data")
@@ -335,22 +341,43 @@ class _Training:
             ),
             ("devices", f"{jax.device_count()} x {device.device_kind} ({split})"),
             ("attention", f"{self.attention.backend}: {self.attention.reason}"),
-            ("precision", f"{jnp.dtype(self.program.compute.dtype).name} over float32 weights"),
+            ("precision", "float32" if self.program.compute.dtype == jnp.float32 else f"{jnp.dtype(self.program.compute.dtype).name} over float32 weights"),
             *t.notes,
             ("budget", f"{t.total_steps:,} steps of {t.sequences_per_step} x {t.run.data.max_tokens} tokens{epochs}"),
             ("output", str(self.directory.path)),
         ]
+        if self._resume_step() is not None and not self._is_complete():
+            rows.append(("goes on", f"from step {self._resume_step():,} of {t.total_steps:,}"))
         self.console.header(rows)
         if self.attention.backend == "xla" and device.platform == "gpu":
             self.console.warn(f"Attention falls back to XLA: {self.attention.reason}.")
         if budget.total_tokens is None and source.sequences is not None and budget.batch_size > source.sequences:
             self.console.warn(f"One batch of {budget.batch_size} sequences is more than the {source.sequences} of the whole data.")
 
+    def _is_complete(self) -> bool:
+        """The last step is saved, and the model was exported behind it."""
+        return (self._resume_step() or 0) >= self.trainer.total_steps and (self.directory.path / "final" / "config.json").is_file()
+
+    def _resume_step(self) -> int | None:
+        """The step of the checkpoint to go on from; None for a new run."""
+        resume = self.run_config.saving.resume
+        if resume.isdigit():
+            return int(resume)
+        steps = self.checkpoints.steps() if self.directory.holds_run else []
+        return steps[-1] if steps else None
+
+    def _already_complete(self) -> dict[str, float]:
+        """Say so, and touch nothing."""
+        t, final = self.trainer, self.directory.path / "final"
+        self.console.finish([f"This run is complete: {t.total_steps:,} steps. Its model is in {final}."])
+        if isinstance(t.model, ConsynLMHeadModel):
+            t.model = ConsynLMHeadModel.from_pretrained(str(final))
+        lines = read_metrics(self.directory.path / "metrics.jsonl")
+        return {**_last_values(self.directory.path / "metrics.jsonl"), "step": lines[-1]["step"], "tokens": lines[-1]["tokens"]}
+
     def _begin(self) -> TrainState:
         """The state to start from: restored, or new."""
-        t, saving, path = self.trainer, self.run_config.saving, self.directory.path
-        steps = self.checkpoints.steps() if self.directory.holds_run else []
-        wanted = int(saving.resume) if saving.resume.isdigit() else steps[-1] if steps else None
+        t, path, wanted = self.trainer, self.directory.path, self._resume_step()
         if wanted is not None:
             state, record = self.checkpoints.restore(wanted, self.program.state_like)
             self.progress = Progress(**record)
@@ -364,6 +391,7 @@ class _Training:
         self.log = self.stack.enter_context(MetricsLog(path)) if self.writes else None
         if self.log is not None:
             self.log.truncate_from(-1 if wanted is None else wanted)
+            self.last = _last_values(self.log.path)
         self.trackers: Trackers | None = None
         if self.writes:
             logging = t.run.logging
@@ -373,7 +401,8 @@ class _Training:
                 project=logging.wandb_project,
                 run_name=logging.wandb_run_name,
                 config=flat(t.run),
-                resume_step=wanted,
+                # -1: curves of a run that was stopped before its first checkpoint are forgotten
+                resume_step=wanted if wanted is not None else -1 if (path / "logs").exists() else None,
                 run_id=self.progress.tracker_id,
                 warn=self.console.warn,
             )
@@ -393,7 +422,7 @@ class _Training:
         self.watch.steps += 1
         self.watch.tokens += int(values["tokens"])
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            self._event("nonfinite", values)
+            self._event("nonfinite", {"loss": values["loss"], "grad_norm": values["grad_norm"]})
             raise Diverged(
                 f"Step {progress.step}: loss {values['loss']}, gradient norm {values['grad_norm']}; training has diverged. "
                 f"Lower --lr, lengthen --warmup_steps, or go on from an earlier checkpoint with --resume STEP."
@@ -416,9 +445,7 @@ class _Training:
         peak = bf16_peak(device.device_kind)
         if peak is not None and t.run.data.max_tokens is not None:
             line["throughput/mfu"] = tokens_per_s * train_flops_per_token(t.model.config, t.run.data.max_tokens) / (peak * jax.device_count())
-        memory = device.memory_stats()
-        if memory and "peak_bytes_in_use" in memory:
-            line["memory/peak_bytes"] = memory["peak_bytes_in_use"]
+        line["memory/peak_bytes"] = _peak_bytes(device)
         self._log(line)
         self.console.step(progress.step, values["loss"], tokens_per_s)
 
@@ -509,6 +536,15 @@ class _Training:
         return text
 
 
+def _last_values(metrics: Path) -> dict[str, float]:
+    """The newest value of every metric in a `metrics.jsonl`."""
+    last: dict[str, float] = {}
+    for line in read_metrics(metrics):
+        if "event" not in line:
+            last |= {name: value for name, value in line.items() if "/" in name}
+    return last
+
+
 def _replace(fresh: Path, target: Path, old: Path) -> None:
     """Put `fresh` in the place of `target`; a kill in between leaves one of them whole."""
     shutil.rmtree(old, ignore_errors=True)
@@ -538,6 +574,14 @@ class _Signals:
         if self.received is not None:
             os._exit(128 + number)
         self.received = signal.Signals(number).name
+        # Not through the console, whose state is unknown here: a handler runs between any two instructions.
+        os.write(2, f"\n{self.received}: the run is saved after this step and ends; a second signal ends it at once, unsaved.\n".encode())
+
+
+def _peak_bytes(device: jax.Device) -> int:
+    """The most memory in use so far: the device's, or the process's where the device does not count."""
+    memory = device.memory_stats() or {}
+    return int(memory.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
 
 def _in_main_thread() -> bool:
