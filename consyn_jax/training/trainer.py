@@ -114,7 +114,7 @@ class ConsynTrainer:
         train_dataloader: Any,
         eval_dataloader: Any = None,
         output_dir: str | os.PathLike[str] = "./output",
-        num_epochs: float | None = 3,
+        num_epochs: int | float | None = 3,
         max_steps: int | None = None,
         learning_rate: float = 5e-5,
         *,
