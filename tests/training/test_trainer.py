@@ -1,0 +1,271 @@
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from consyn_jax.config import Diverged, Interrupted, ModelConfig, UserError
+from consyn_jax.model import ConsynLMHeadModel
+from consyn_jax.model.parameters import layout
+from consyn_jax.tokenization import BPETokenizer
+from consyn_jax.training import ConsynTrainer
+from consyn_jax.training.dataset import get_dataset
+from consyn_jax.training.metrics import MetricsLog, read_metrics
+from consyn_jax.training.scheduler import build_schedule
+
+TOKENIZER = BPETokenizer.bytes()
+CONFIG = ModelConfig(
+    vocab_size=TOKENIZER.vocab_size,
+    hidden_dim=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=64,
+    context=64,
+    bos_token_id=TOKENIZER.bos_token_id,
+    eos_token_id=TOKENIZER.eos_token_id,
+    pad_token_id=TOKENIZER.pad_token_id,
+)
+DOCUMENTS = [TOKENIZER.encode(f"{n} and {n} are {2 * n}, and {n} times {n} is {n * n}. ") for n in range(40)]
+STEPS = 12
+
+
+def model() -> ConsynLMHeadModel:
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jnp.asarray((leaf.ndim < 3) + 0.1 * rng.normal(size=leaf.shape), jnp.float32), layout(CONFIG).shapes)
+    return ConsynLMHeadModel.from_parameters(CONFIG, params)
+
+
+def trainer(output: Path, **changes: Any) -> ConsynTrainer:
+    """12 steps of 8 x 32 tokens over 42 sequences: an epoch ends inside step 6, and one inside step 11."""
+    settings = {
+        "model": model(),
+        "train_dataloader": DOCUMENTS[:32],
+        "eval_dataloader": DOCUMENTS[32:],
+        "output_dir": output,
+        "max_steps": STEPS,
+        "learning_rate": 3e-3,
+        "tokenizer": TOKENIZER,
+        "max_tokens": 32,
+        "mesh": "data=2,fsdp=2,tensor=2",
+        "warmup_steps": 2,
+        "eval_steps": 4,
+        "save_steps": 3,
+        "logging_steps": 1,
+        "logging_backend": "none",
+        "quiet": True,
+    }
+    return ConsynTrainer(**{**settings, **changes})
+
+
+class Finished(NamedTuple):
+    trainer: ConsynTrainer
+    result: dict[str, float]
+    compiled: dict[int, int]  # programs compiled by the time that a step's first line was written
+
+    @property
+    def path(self) -> Path:
+        return Path(self.trainer.run.saving.output)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    """A run that nobody stopped."""
+    count, compiled = 0, {}
+
+    def note(event: str, duration: float, **details: Any) -> None:
+        nonlocal count
+        count += "backend_compile" in event
+
+    original = MetricsLog.write
+
+    def write(self: MetricsLog, step: int, *rest: Any, **more: Any) -> Any:
+        compiled.setdefault(step, count)
+        return original(self, step, *rest, **more)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetricsLog, "write", write)
+        run = trainer(tmp_path_factory.mktemp("finished") / "run")
+        result = run.train()
+    jax.monitoring.unregister_event_duration_listener(note)
+    return Finished(run, result, compiled)
+
+
+def curve(path: Path) -> list[dict[str, Any]]:
+    """What the mathematics gave: every line of the log without events and times."""
+    lines = [line for line in read_metrics(path / "metrics.jsonl") if "event" not in line]
+    return [{k: v for k, v in line.items() if k != "time_s" and not k.startswith(("throughput/", "memory/"))} for line in lines]
+
+
+def test_a_run_learns_and_tells_all_of_it(finished: Finished) -> None:
+    lines = curve(finished.path)
+    training = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in training] == list(range(1, STEPS + 1))
+    assert training[-1]["train/loss"] < 0.8 * training[0]["train/loss"]
+    rate = build_schedule("cosine", 3e-3, STEPS, 2, 0.1)
+    assert [line["train/learning_rate"] for line in training] == pytest.approx([float(rate(s)) for s in range(STEPS)])
+    assert [line["step"] for line in lines if "eval/loss" in line] == [4, 8, 12]
+    assert finished.result["train/loss"] == training[-1]["train/loss"]
+    assert (finished.result["step"], finished.result["tokens"]) == (STEPS, training[-1]["tokens"])
+    events = [(line["event"], line["step"]) for line in read_metrics(finished.path / "metrics.jsonl") if "event" in line]
+    assert {("start", 0), ("save", 3), ("save", 12), ("best", 4), ("finish", 12)} <= set(events)
+    assert {path.name for path in finished.path.iterdir()} >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "tokenizer",
+        "checkpoints",
+        "best",
+        "final",
+        "report.html",
+        "loss.png",
+    }
+    assert sorted(int(path.name) for path in (finished.path / "checkpoints").iterdir()) == [6, 9, 12]
+
+
+@pytest.mark.parametrize("name", ["best", "final"])
+def test_others_load_the_model(name: str, finished: Finished) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(finished.path / name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(finished.path / name)
+    ids = tokenizer("12 and 12 are 24", return_tensors="np")["input_ids"]
+    assert ids[0].tolist()[-16:] == TOKENIZER.encode("12 and 12 are 24")
+    assert (tokenizer.eos_token_id, theirs.generation_config.eos_token_id) == (TOKENIZER.eos_token_id, TOKENIZER.eos_token_id)
+    ours = ConsynLMHeadModel.from_pretrained(finished.path / name)(jnp.asarray(ids, jnp.int32))
+    with torch.no_grad():
+        np.testing.assert_allclose(ours, theirs(torch.tensor(ids)).logits, atol=1e-4)
+
+
+def test_the_trained_model_is_at_hand_and_the_given_one_whole(finished: Finished) -> None:
+    saved = ConsynLMHeadModel.from_pretrained(finished.path / "final")
+    np.testing.assert_array_equal(finished.trainer.model.parameters["layers"]["q"], saved.parameters["layers"]["q"])
+    metrics = finished.trainer.evaluate()
+    logged = [line for line in curve(finished.path) if "eval/loss" in line][-1]
+    assert metrics == pytest.approx({name: value for name, value in logged.items() if name.startswith("eval/")}, rel=1e-6)
+    assert metrics["eval/tokens"] == sum(len(document) + 1 for document in DOCUMENTS[32:])
+
+
+def test_nothing_is_compiled_once_the_run_runs(finished: Finished) -> None:
+    """The first checkpoint, at step 3, and the first model, at step 4, have small programs of their own."""
+    assert finished.compiled[1] > 0
+    assert finished.compiled[2] == finished.compiled[3]
+    assert finished.compiled[5] == finished.compiled[STEPS]
+
+
+def stop_when_logged(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """SIGTERM once the line of `step` is written."""
+    original = MetricsLog.write
+
+    def write(self: MetricsLog, at: int, tokens: int, values: Any = None, **more: Any) -> Any:
+        line = original(self, at, tokens, values, **more)
+        if at == step and values and "train/loss" in values:
+            signal.raise_signal(signal.SIGTERM)
+        return line
+
+    monkeypatch.setattr(MetricsLog, "write", write)
+
+
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for stopped in (3, 6):  # inside the first epoch; inside the second, beyond the end of the first
+        with monkeypatch.context() as patch:
+            stop_when_logged(patch, stopped)
+            with pytest.raises(Interrupted, match=f"SIGTERM at step {stopped}: the state is saved"):
+                trainer(tmp_path, tokenizer=None).train()
+        last = read_metrics(tmp_path / "metrics.jsonl")[-1]
+        assert (last["event"], last["step"], last["signal"]) == ("signal", stopped, "SIGTERM")
+    result = trainer(tmp_path, tokenizer=None).train()
+    assert curve(tmp_path) == curve(finished.path)
+    for name in ("final", "best"):
+        assert (tmp_path / name / "model.safetensors").read_bytes() == (finished.path / name / "model.safetensors").read_bytes()
+    assert {k: result[k] for k in ("train/loss", "eval/loss", "tokens")} == {k: finished.result[k] for k in ("train/loss", "eval/loss", "tokens")}
+    events = [line["event"] for line in read_metrics(tmp_path / "metrics.jsonl") if "event" in line]
+    assert (events.count("start"), events.count("resume")) == (1, 2)
+
+
+def test_a_complete_run_is_not_run_again(finished: Finished) -> None:
+    before = (finished.path / "final" / "model.safetensors").stat().st_mtime_ns
+    assert trainer(finished.path).train()["step"] == STEPS
+    assert (finished.path / "final" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_another_run_is_kept_out_of_the_directory(finished: Finished) -> None:
+    with pytest.raises(UserError, match=r"holds another run: --lr was 0\.003 and is 0\.1\."):
+        trainer(finished.path, learning_rate=0.1).train()
+    with pytest.raises(UserError, match="the training data changed"):
+        trainer(finished.path, train_dataloader=DOCUMENTS[1:33]).train()
+    with pytest.raises(UserError, match="already holds a run"):
+        trainer(finished.path, resume="never").train()
+
+
+def test_divergence_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"training has diverged\. Lower --lr"):
+        trainer(tmp_path, learning_rate=1e30, warmup_steps=0, eval_dataloader=None, mesh="auto").train()
+    (event,) = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line.get("event") == "nonfinite"]
+    assert event["step"] <= 3
+    assert not (tmp_path / "final").exists()
+
+
+def test_data_that_ends_ends_the_run_in_order(tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(0, 250, (2, 8, 33))
+    batches = ({"input_ids": batch} for batch in ids)
+    run = trainer(tmp_path, train_dataloader=batches, eval_dataloader=None, tokenizer=None, mesh="auto")
+    assert run.train()["step"] == 2
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if line.get("event") == "end_of_data"] == [2]
+    assert json.loads((tmp_path / "final" / "config.json").read_text())["hidden_size"] == 32
+
+
+# ---------------------------------------------------------------------------------------------------------------- before it runs
+
+
+def test_the_guides_call(tmp_path: Path) -> None:
+    dataset = get_dataset(data_path="sample", tokenizer=TOKENIZER, block_size=32)
+    run = ConsynTrainer(model=model(), train_dataloader=dataset, output_dir=str(tmp_path), num_epochs=3, learning_rate=5e-5)
+    assert run.total_steps == -(-3 * len(dataset) // 8)
+    assert (run.run.data.max_tokens, run.run.optimizer.lr, run.tokenizer.sha256) == (32, 5e-5, TOKENIZER.sha256)
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"),
+    [
+        ({"max_steps": None}, 16),  # 3 epochs of 42 sequences
+        ({"max_steps": None, "num_epochs": 0.5}, 3),
+        ({"max_steps": 20}, 16),
+        ({"max_steps": 20, "num_epochs": None}, 20),
+        ({"max_steps": 7}, 7),
+        ({"max_steps": 7, "total_tokens": 1000}, 4),
+        ({"max_steps": None, "gradient_accumulation_steps": 2}, 8),
+    ],
+)
+def test_the_smallest_budget_wins(budget: dict[str, Any], steps: int, tmp_path: Path) -> None:
+    assert trainer(tmp_path, **budget).total_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"learning_rates": 1.0}, r"learning_rates is not a setting; did you mean learning_rate\?"),
+        ({"max_tokens": 65}, "--max_tokens 65 is above the context of 64"),
+        ({"train_dataloader": iter([]), "max_steps": None}, "give max_steps or total_tokens"),
+        ({"batch_size": 6}, r"--batch_size 6 does not divide over 4 devices.*Use 4 or 8\."),
+        ({"mesh": "tensor=8"}, "--mesh tensor=8 does not divide --num_heads 4"),
+        ({"tokenizer": BPETokenizer()}, r"The tokenizer has \d+ tokens and the model's vocabulary 259, so they do not fit"),
+        ({"resume": "3"}, "--resume 3"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        trainer(tmp_path / "run", **changes).train()
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_there_is_no_evaluation_without_data(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="pass eval_dataloader"):
+        trainer(tmp_path, eval_dataloader=None).evaluate()
