@@ -274,6 +274,9 @@ def convert(flag: Flag, value: Any, where: str) -> Any:
 
 
 def _scalar(flag: Flag, value: Any, where: str) -> Any:
+    if isinstance(value, bool) and flag.choices:  # YAML reads no, yes, on and off as booleans
+        words = (flag.const, "yes", "on") if value else ("no", "off", "none")
+        value = next((word for word in words if word in flag.choices), value)
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[flag.type]
     try:
         converted = _PARSERS[flag.type](value)
@@ -304,7 +307,7 @@ def _truth(value: Any) -> bool:
 def _text(value: Any) -> str:
     if isinstance(value, dict | list) or value is None:
         raise ValueError(value)
-    return str(value).lower() if isinstance(value, bool) else str(value)  # YAML reads no, yes, on and off as booleans
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 _PARSERS: dict[type, Callable[[Any], Any]] = {int: _whole, float: _real, bool: _truth, str: _text}

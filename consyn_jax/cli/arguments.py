@@ -79,8 +79,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
-    """What was given, by flag name; flags may be written with `_` or `-`. Of a flag given twice the later value counts, but
-    `--data` and `--validation` add up.
+    """What was given, by flag name; flags may be written with `_` or `-`, and of one that is given twice the last counts.
 
     Raises:
         UserError: an unknown flag (with the nearest known one), or a flag without its value.
@@ -103,7 +102,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any
 
 def _arity(flag: Flag) -> dict[str, Any]:
     if flag.many:
-        return {"nargs": "+", "action": "extend", "metavar": METAVARS[flag.name]}
+        return {"nargs": "+", "metavar": METAVARS[flag.name]}
     if flag.type is bool:
         return {"nargs": "?", "const": "true", "metavar": "true|false"}
     metavar = METAVARS.get(flag.name) or ("|".join(flag.choices) if flag.choices else {int: "N", float: "X", str: "TEXT"}[flag.type])

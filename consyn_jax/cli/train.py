@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Train a decoder language model: text in, a model that transformers loads out.
 Without flags: the 124 M parameter model on text that comes with Python."""
-USAGE = "[--config FILE] [--model NAME] [--data PATH ...] [FLAG ...]"
+USAGE = "[--config FILE] [--model NAME] [--data PATH] [FLAG ...]"
 EPILOG = """\
 examples:
-  consyn-train --model haiku --data sample --tokenizer train:4096 --max_steps 300
+  consyn-train --model haiku --tokenizer train:4096 --max_steps 300
   consyn-train --model verse --data corpus/ --batch_size 16 --output runs/verse
   consyn-train --config runs/verse/config.yaml --lr 3e-4 --output runs/verse-3e-4
 
-Defaults are in brackets. The same command again goes on where a run was stopped.
+Defaults are in brackets; of a flag that is given twice the last counts.
+The same command again goes on where a run was stopped.
 Exit codes: 0 done, 2 wrong input, 3 diverged, 75 interrupted and saved."""
 
 
@@ -114,13 +115,14 @@ def _models(config: RunConfig) -> tuple[ModelConfig | None, ModelConfig | None, 
         if given and not (Path(given) / "config.json").exists() and (Path(given) / "final" / "config.json").is_file():
             raise UserError(f"--{name} {given} is a run, which holds several models. Use {Path(given) / 'final'} or {Path(given) / 'best'}.")
 
-    from consyn_jax.model.pretrained import find_model, read_config
+    from consyn_jax.model.pretrained import check_checkpoint, find_model, read_config
 
     weights = None if options.checkpoint is None else find_model(options.checkpoint)
     stored = None if weights is None else read_config(weights)
     base = None if is_preset else stored if options.model == options.checkpoint else read_config(Path(options.model))
-    if stored is not None:
+    if stored is not None and weights is not None:
         _check_shape(config, base, stored)
+        check_checkpoint(weights)
     return base, stored, weights
 
 
@@ -234,15 +236,19 @@ def _notes(prepared: Prepared) -> tuple[tuple[str, str], ...]:
     """Lines about the data for the header."""
     store, report = prepared.store, prepared.report
     splits = {name: store.split(name) for name in ("train", "validation")}
-    notes = [("data", ", ".join(f"{name} {s.num_tokens:,} tokens of {_documents(s.num_documents)}" for name, s in splits.items()))]
+    sizes = ", ".join(f"{name} {s.num_tokens:,} tokens of {_documents(s.num_documents)}" for name, s in splits.items())
+    notes = [("data", f"{_shown([source.name for source in prepared.used])}: {sizes}")]
     if prepared.validation_is_empty:
         notes.append(("validation", "none: no document fell into it; give --validation PATH or a larger --validation_fraction"))
     if prepared.left_out:
-        shown = "; ".join(f"{name} ({reason})" for name, reason in prepared.left_out[:3])
-        notes.append(("left out", f"{len(prepared.left_out)} files: {shown}{' ...' if len(prepared.left_out) > 3 else ''}"))
+        notes.append(("left out", f"{len(prepared.left_out)} files: {_shown([f'{name} ({reason})' for name, reason in prepared.left_out])}"))
     if report.bad_rows:
         notes.append(("bad rows", f"{report.bad_rows} skipped, the first: {report.bad_row_examples[0]}"))
     return tuple(notes)
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 def _documents(count: int) -> str:

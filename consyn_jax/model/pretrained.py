@@ -224,6 +224,15 @@ def load_parameters(directory: Path, config: ModelConfig, mesh: Mesh | None = No
     return jax.tree_util.tree_map_with_path(load, form.shapes)
 
 
+def check_checkpoint(directory: Path) -> None:
+    """Read one small tensor, so that a directory without weights, or with damaged ones, is known before anything slow.
+
+    Raises:
+        UserError: as `load_parameters`.
+    """
+    _open_checkpoint(directory)(TOP_NAMES["norm"])
+
+
 def _reader(tensors: list[Tensor], shape: tuple[int, ...], open_tensor: Callable[[str], np.ndarray], where: Path) -> Callable[[Any], np.ndarray]:
     """A function from an index into the parameter to its values."""
 

@@ -1,0 +1,164 @@
+"""The command line: its flags are a reviewed contract, its mistakes are one sentence."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from consyn_jax import __version__
+from consyn_jax.cli.train import main, read_arguments
+from consyn_jax.config import UserError, flags
+
+SNAPSHOT = Path(__file__).with_name("flags.txt")
+
+
+def listed() -> str:
+    """Every flag with its aliases, default and choices, a line each."""
+    lines = []
+    for flag in flags().values():
+        names = " ".join(f"--{name}" for name in (flag.name, *flag.aliases))
+        lines.append(f"{flag.group}: {names} = {flag.default!r}" + (f" of {'|'.join(flag.choices)}" if flag.choices else ""))
+    return "\n".join(lines) + "\n"
+
+
+def test_the_flags_are_those_that_were_agreed_on() -> None:
+    """A change here is a change of the contract: rewrite flags.txt with `listed()` and say why."""
+    assert listed() == SNAPSHOT.read_text()
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_help_fits_the_terminal_and_names_every_flag(columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert max(map(len, text.splitlines())) <= int(columns)
+    for name, flag in flags().items():
+        assert re.search(rf"--{name}\b", text), name
+        assert not flag.choices or all(choice in text for choice in flag.choices)
+
+
+@pytest.mark.parametrize(
+    "command", [["--help"], ["--version"], ["--print_config"], ["--lrr", "3"], ["--scheduler", "x"], ["--data", "/no/such"], ["--model", "x"]]
+)
+def test_what_needs_no_jax_does_not_wait_for_it(command: list[str], tmp_path: Path) -> None:
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", LOADED, *command], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.stderr.splitlines()[-1] == "False False"
+    assert time.perf_counter() - began < 5  # 0.1 s on an idle machine; the bound that matters is the line above
+    assert "Traceback" not in done.stderr
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"consyn-train {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--batch_size", "4", "--learning_rate", "1e-4"],
+        ["--batch-size", "4", "--learning-rate", "1e-4"],
+        ["--batch_size=4", "--lr=1e-4"],
+        ["--batch-size=16", "--lr", "3", "--batch_size", "4", "--lr", "1e-4"],
+    ],
+)
+def test_ways_to_write_the_same(argv: list[str]) -> None:
+    config, origins, _ = read_arguments(argv)
+    assert (config.budget.batch_size, config.optimizer.lr, origins["lr"]) == (4, 1e-4, "flag")
+
+
+def test_bare_flags_have_a_value() -> None:
+    config, _, _ = read_arguments(["--quiet", "--overwrite", "false", "--gradient_checkpointing", "--data", "a", "b"])
+    assert (config.logging.quiet, config.saving.overwrite, config.hardware.gradient_checkpointing, config.data.data) == (True, False, "full", ("a", "b"))
+
+
+def test_values_may_begin_with_a_dash() -> None:
+    assert read_arguments(["--wandb_run_name=-x-"])[0].logging.wandb_run_name == "-x-"
+    with pytest.raises(UserError, match=r"^--lr must be greater than 0, not -0\.001\.$"):
+        read_arguments(["--lr", "-1e-3"])
+    with pytest.raises(UserError, match=r"^--min_lr_ratio must be at least 0 and below 1, not -0\.5\.$"):
+        read_arguments(["--min-lr-ratio", "-.5"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--learning_rat", "1"], "There is no flag --learning_rat; did you mean --learning_rate? See consyn-train --help."),
+        (["--zzz"], "There is no flag --zzz. See consyn-train --help."),
+        (["-lr", "3"], "There is no flag -lr; did you mean --lr? See consyn-train --help."),
+        (["--lr"], "--lr wants a value; one that begins with a dash is written --lr=VALUE. See consyn-train --help."),
+        (["--data"], "--data wants at least one value; one that begins with a dash is written --data=VALUE. See consyn-train --help."),
+        (["corpus.txt"], "'corpus.txt' belongs to no flag; files to train on go behind --data. See consyn-train --help."),
+        (["--lr", "1", "2"], "'2' belongs to no flag; files to train on go behind --data. See consyn-train --help."),
+        (["--quiet", "corpus.txt"], "--quiet wants true or false, not 'corpus.txt'."),
+    ],
+)
+def test_what_is_no_command_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    assert capsys.readouterr() == ("", f"consyn-train: {message}\n")
+
+
+def printed(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main([*argv, "--print_config"]) == 0
+    return capsys.readouterr().out
+
+
+def test_print_config_says_where_every_value_is_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: haiku\nmixed_precision: no\nlr: 3e-4\n")
+    text = printed(["--config", str(recipe), "--seed", "7"], capsys)
+    lines = dict(re.findall(r"^(\w+): +(.*)$", text, re.MULTILINE))
+    assert set(lines) == set(flags())
+    assert re.fullmatch(r"7 +# flag", lines["seed"])
+    assert re.fullmatch(rf"0.0003 +# file {re.escape(str(recipe))}", lines["lr"])
+    assert re.fullmatch(r"128 +# preset haiku", lines["hidden_dim"])
+    assert re.fullmatch(r"8 +# default", lines["batch_size"])
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--model", "epic", "--num_heads", "4", "--warmup_steps", "0", "--mixed_precision", "no"],
+        ["--checkpoint", "runs/a: b/final", "--data", "a b.txt", "#c", "--wandb_run_name", "null", "--text_key", "yes", "--lr", "1e-5"],
+    ],
+)
+def test_what_print_config_prints_is_a_recipe_for_the_same_run(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(printed(argv, capsys))
+    assert read_arguments(["--config", str(recipe)])[0] == read_arguments(argv)[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"recipe\.yaml cannot be read: No such file or directory\. Give a YAML file"),
+        (b"lr: [1", r"recipe\.yaml:\d is not YAML: expected"),
+        (b"\xff\x00", r"recipe\.yaml is not UTF-8 text: byte 0 is 0xff"),
+        (b"- lr\n", r"recipe\.yaml must consist of `setting: value` lines"),
+        (b"3: lr\n", r"recipe\.yaml must consist of `setting: value` lines"),
+        (b"lr: 1\nseed: 2\nlr: 2\n", r"recipe\.yaml sets lr twice, in lines 1 and 3"),
+        (b"lrr: 1\n", r"lrr \(file .*recipe\.yaml\) is not a setting; did you mean lr\?"),
+        (b"lr: fast\n", r"lr \(file .*recipe\.yaml\) wants a number, not 'fast'"),
+        (b"model: {hidden_dim: 3}\n", r"model \(file .*recipe\.yaml\) wants a text, not"),
+        (b"batch_size: null\n", r"batch_size \(file .*recipe\.yaml\) wants a whole number, not None"),
+        (b"lr: !!python/object/apply:os.getpid []\n", r"recipe\.yaml:1 is not YAML: could not determine a constructor"),
+    ],
+)
+def test_a_recipe_that_is_none(content: bytes | None, message: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    if content is not None:
+        recipe.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_arguments(["--config", str(recipe)])
+
+
+def test_an_empty_recipe_is_no_mistake(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("# nothing yet\n")
+    assert read_arguments(["--config", str(tmp_path / "empty.yaml")])[0] == read_arguments([])[0]
