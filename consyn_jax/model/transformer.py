@@ -19,17 +19,24 @@ from jaxtyping import Array, Float, Int
 from consyn_jax.config import ModelConfig
 from consyn_jax.distributed.mesh import constrain
 from consyn_jax.model.attention import Backend, causal_attention
+from consyn_jax.model.linear import linear
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @dataclass(frozen=True)
 class Compute:
-    """How the forward pass runs: its dtype, its attention kernel, what it recomputes in the backward pass (none, attention, full)."""
+    """How the forward pass runs.
+
+    Attributes:
+        remat: what the backward pass recomputes: none; attention: all but the attention's output; full: all of a block.
+        unroll: blocks one after the other instead of in a loop: faster on CPUs, and a program that grows with depth.
+    """
 
     dtype: Any = jnp.float32
     attention: Backend = "xla"
     remat: str = "none"
+    unroll: bool = False
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float | None) -> nnx.Param:
@@ -92,22 +99,24 @@ class Block(nnx.Module):
         return x_BTD + self._mlp(rms_norm(x_BTD, self.mlp_norm[...], self.eps))
 
     def _attention(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
-        dtype = x_BTD.dtype
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q[...].astype(dtype))
-        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k[...].astype(dtype))
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v[...].astype(dtype))
+        q_BTNH, k_BTKH, v_BTKH = (_heads(x_BTD, w[...]) for w in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.eps)
         out_BTNH = attend(apply_rope(q_BTNH, rope), apply_rope(k_BTKH, rope), v_BTKH)
         out_BTNH = checkpoint_name(out_BTNH, "attention")
-        return constrain(jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.o[...].astype(dtype)), "batch", "sequence", None)
+        out_BTD = linear(out_BTNH.reshape(*x_BTD.shape[:2], -1), self.o[...].reshape(-1, x_BTD.shape[-1]))
+        return constrain(out_BTD, "batch", "sequence", None)
 
     def _mlp(self, x_BTD: jax.Array) -> jax.Array:
-        dtype = x_BTD.dtype
-        hidden_BTF = jax.nn.silu(x_BTD @ self.gate[...].astype(dtype)) * (x_BTD @ self.up[...].astype(dtype))
-        hidden_BTF = constrain(hidden_BTF, "batch", "sequence", "mlp")
-        return constrain(hidden_BTF @ self.down[...].astype(dtype), "batch", "sequence", None)
+        hidden_BTF = jax.nn.silu(linear(x_BTD, self.gate[...])) * linear(x_BTD, self.up[...])
+        return constrain(linear(constrain(hidden_BTF, "batch", "sequence", "mlp"), self.down[...]), "batch", "sequence", None)
+
+
+def _heads(x_BTD: jax.Array, w_DNH: jax.Array) -> jax.Array:
+    """Project to heads [B, T, N, H]."""
+    D, N, H = w_DNH.shape
+    return linear(x_BTD, w_DNH.reshape(D, N * H)).reshape(*x_BTD.shape[:2], N, H)
 
 
 REMAT_POLICIES: dict[str, Any] = {
@@ -122,7 +131,8 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         V, D = config.padded_vocab_size, config.hidden_dim
         self.config = config
-        self.embedding = parameter(rngs, (V, D), ("vocab", "embed"), 0.02)
+        # a tied embedding must not make the first logits large; one of its own is as large as what the blocks add to it
+        self.embedding = parameter(rngs, (V, D), ("vocab", "embed"), 0.02 if config.tie_embeddings else 1.0)
         self.layers = nnx.vmap(lambda r: Block(config, r), in_axes=0, out_axes=0)(rngs.split(config.num_layers))
         self.norm = parameter(rngs, (D,), ("norm",), None)
         # zero: the untrained model starts at the uniform distribution exactly
@@ -154,5 +164,6 @@ class Decoder(nnx.Module):
 
         if compute.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[compute.remat], prevent_cse=False)
-        x_BTD, _ = jax.lax.scan(body, self.embed(input_ids, compute.dtype), stacked)
+        unroll = self.config.num_layers if compute.unroll else 1
+        x_BTD, _ = jax.lax.scan(body, self.embed(input_ids, compute.dtype), stacked, unroll=unroll)
         return rms_norm(x_BTD, self.norm[...], self.config.norm_eps)

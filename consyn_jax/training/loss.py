@@ -95,7 +95,8 @@ def _local(x, head, labels, mask, *, mesh_shape, vocab_size, chunk_elements, wit
     rows = first_row + jnp.arange(weight.shape[0])
     padded = weight.shape[0] * mesh_shape["tensor"] != vocab_size
     chunk = partial(_chunk, rows=rows, vocab_size=vocab_size if padded else None, vocab_axes=vocab_axes, with_gradients=with_gradients)
-    sums, dx, dhead = _over_chunks(chunk, x, weight, labels, mask, chunk_elements)
+    B, T, D = x.shape
+    sums, dx, dhead = _over_chunks(chunk, weight, x.reshape(B * T, D), labels.reshape(B * T), mask.reshape(B * T), chunk_elements)
     if token_axes:
         sums = jax.lax.psum(sums, token_axes)
     if not with_gradients:
@@ -107,57 +108,54 @@ def _local(x, head, labels, mask, *, mesh_shape, vocab_size, chunk_elements, wit
         dhead = jax.lax.psum_scatter(dhead, embed_axes, scatter_dimension=1, tiled=True)
     if rest:
         dhead = jax.lax.psum(dhead, rest)
-    return sums, dx.astype(x.dtype), dhead
+    return sums, dx.reshape(B, T, D).astype(x.dtype), dhead
 
 
-def _over_chunks(chunk, x_BTD, weight_VD, labels_BT, mask_BT, chunk_elements):
-    """Add up `chunk` over parts of the sequence small enough to hold their logits."""
-    B, T, D = x_BTD.shape
-    num_chunks = min(T, math.ceil(B * T * weight_VD.shape[0] / chunk_elements))
+def _over_chunks(chunk, weight_VD, x_nD, labels_n, mask_n, chunk_elements):
+    """Add up `chunk` over parts of the n tokens small enough to hold their logits."""
+    n, D = x_nD.shape
+    num_chunks = min(n, math.ceil(n * weight_VD.shape[0] / chunk_elements))
     if num_chunks == 1:
-        return chunk(weight_VD, x_BTD, labels_BT, mask_BT)
-    length = math.ceil(T / num_chunks)
-    num_chunks = math.ceil(T / length)
-    pad = num_chunks * length - T
+        return chunk(weight_VD, x_nD, labels_n, mask_n)
+    length = math.ceil(n / num_chunks)
+    num_chunks = math.ceil(n / length)
 
     def split(a: jax.Array) -> jax.Array:
-        a = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
-        return jnp.moveaxis(a.reshape(B, num_chunks, length, *a.shape[2:]), 1, 0)
+        padded = jnp.pad(a, ((0, num_chunks * length - n),) + ((0, 0),) * (a.ndim - 1))
+        return padded.reshape(num_chunks, length, *a.shape[1:])
 
     def body(total, parts):
         sums, dx, dhead = chunk(weight_VD, *parts)
         return jax.tree.map(jnp.add, total, (sums, dhead)), dx
 
-    parts = (split(x_BTD), split(labels_BT), split(mask_BT))
+    parts = (split(x_nD), split(labels_n), split(mask_n))
     shapes = jax.eval_shape(lambda *p: chunk(weight_VD, *p), *(jax.tree.map(lambda a: a[0], parts)))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], shapes[2]))
     (sums, dhead), dx = jax.lax.scan(body, zeros, parts)
-    if dx is not None:
-        dx = jnp.moveaxis(dx, 0, 1).reshape(B, num_chunks * length, D)[:, :T]
-    return sums, dx, dhead
+    return sums, None if dx is None else dx.reshape(num_chunks * length, D)[:n], dhead
 
 
-def _chunk(weight_VD, x_BTD, labels_BT, mask_BT, *, rows, vocab_size, vocab_axes, with_gradients):
+def _chunk(weight_VD, x_nD, labels_n, mask_n, *, rows, vocab_size, vocab_axes, with_gradients):
     """Sums of one chunk, and the gradients of its nll with respect to x and the head."""
-    logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, weight_VD, preferred_element_type=jnp.float32)
+    logits_nV = jnp.einsum("nD,VD->nV", x_nD, weight_VD, preferred_element_type=jnp.float32)
     if vocab_size is not None:  # the embedding has rows that are no tokens
-        logits_BTV = jnp.where(rows < vocab_size, logits_BTV, -jnp.inf)
-    best_BT = top_BT = jax.lax.stop_gradient(jnp.max(logits_BTV, axis=-1))
+        logits_nV = jnp.where(rows < vocab_size, logits_nV, -jnp.inf)
+    top_n = jnp.max(logits_nV, axis=-1)
     if vocab_axes:
-        top_BT = jax.lax.pmax(best_BT, vocab_axes)
-    unnormalised_BTV = jnp.exp(logits_BTV - top_BT[..., None])
-    is_label_BTV = rows == labels_BT[..., None]
-    total_BT = jnp.sum(unnormalised_BTV, axis=-1)
-    label_logit_BT = jnp.sum(jnp.where(is_label_BTV, logits_BTV, 0.0), axis=-1)
+        top_n = jax.lax.pmax(top_n, vocab_axes)
+    unnormalised_nV = jnp.exp(logits_nV - top_n[:, None])
+    is_label_nV = rows == labels_n[:, None]
+    total_n = jnp.sum(unnormalised_nV, axis=-1)
+    label_logit_n = jnp.sum(jnp.where(is_label_nV, logits_nV, 0.0), axis=-1)
     if vocab_axes:
-        total_BT, label_logit_BT = jax.lax.psum((total_BT, label_logit_BT), vocab_axes)
-    nll_BT = jnp.log(total_BT) + top_BT - label_logit_BT
-    correct_BT = (label_logit_BT >= top_BT) & mask_BT
-    sums = LossSums(jnp.sum(jnp.where(mask_BT, nll_BT, 0.0)), jnp.sum(mask_BT, dtype=jnp.float32), jnp.sum(correct_BT, dtype=jnp.float32))
+        total_n, label_logit_n = jax.lax.psum((total_n, label_logit_n), vocab_axes)
+    nll_n = jnp.log(total_n) + top_n - label_logit_n
+    correct_n = (label_logit_n >= top_n) & mask_n
+    sums = LossSums(jnp.sum(jnp.where(mask_n, nll_n, 0.0)), jnp.sum(mask_n, dtype=jnp.float32), jnp.sum(correct_n, dtype=jnp.float32))
     if not with_gradients:
         return sums, None, None
-    dlogits_BTV = (unnormalised_BTV / total_BT[..., None] - is_label_BTV) * mask_BT[..., None]
-    dlogits_BTV = dlogits_BTV.astype(x_BTD.dtype)
-    dx_BTD = jnp.einsum("BTV,VD->BTD", dlogits_BTV, weight_VD, preferred_element_type=jnp.float32)
-    dhead_VD = jnp.einsum("BTV,BTD->VD", dlogits_BTV, x_BTD, preferred_element_type=jnp.float32)
-    return sums, dx_BTD, dhead_VD
+    dlogits_nV = (unnormalised_nV / total_n[:, None] - is_label_nV) * mask_n[:, None]
+    dlogits_nV = dlogits_nV.astype(x_nD.dtype)
+    dx_nD = jnp.einsum("nV,VD->nD", dlogits_nV, weight_VD, preferred_element_type=jnp.float32)
+    dhead_VD = jnp.einsum("nV,nD->VD", dlogits_nV, x_nD, preferred_element_type=jnp.float32)
+    return sums, dx_nD, dhead_VD
