@@ -26,7 +26,7 @@ EPILOG = """\
 examples:
   consyn-train --model haiku --tokenizer train:4096 --max_steps 300
   consyn-train --model verse --data corpus/ --batch_size 16 --output runs/verse
-  consyn-train --config runs/verse/config.yaml --lr 3e-4 --output runs/verse-3e-4
+  consyn-train --config runs/verse/config.yaml --lr 3e-4 --output runs/other
 
 Defaults are in brackets; of a flag that is given twice the last counts.
 The same command again goes on where a run was stopped.

@@ -42,6 +42,16 @@ def test_help_fits_the_terminal_and_names_every_flag(columns: str, monkeypatch: 
         assert not flag.choices or all(choice in text for choice in flag.choices)
 
 
+LOADED = """
+import sys
+from consyn_jax.cli.train import main
+try:
+    main(sys.argv[1:])
+finally:
+    print("jax" in sys.modules, "numpy" in sys.modules, file=sys.stderr)
+"""
+
+
 @pytest.mark.parametrize(
     "command", [["--help"], ["--version"], ["--print_config"], ["--lrr", "3"], ["--scheduler", "x"], ["--data", "/no/such"], ["--model", "x"]]
 )
