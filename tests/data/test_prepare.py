@@ -247,3 +247,34 @@ def test_tiny_shakespeare_token_by_token(shared_data: Path) -> None:
         tokens = store.split(split).shards[0].tokens
         assert tokens[:-1].astype(np.uint8).tobytes() == part
         assert tokens[-1] == store.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("manifest.json", "{"),
+        ("manifest.json", None),
+        ("tokenizer/tokenizer.json", "{}"),
+        ("report.json", "[]"),
+        ("report.json", None),
+        ("train-00000.tokens", "x"),
+    ],
+)
+def test_a_damaged_entry_of_the_cache_is_made_again(tmp_path: Path, file: str, content: str | None) -> None:
+    data = str(rows(tmp_path / "a.jsonl", 50))
+    first = prepare(data, "bytes")
+    (first.store.directory / file).unlink()
+    if content is not None:
+        (first.store.directory / file).write_text(content)
+    again = prepare(data, "bytes")
+    assert (again.from_cache, again.store.fingerprint, again.report) == (False, first.store.fingerprint, first.report)
+    assert prepare(data, "bytes").from_cache
+    assert [entry.name for entry in first.store.directory.parent.iterdir()] == [first.store.directory.name]
+
+
+def test_an_entry_with_the_tokenizer_of_an_older_version_is_made_again(tmp_path: Path) -> None:
+    data = str(rows(tmp_path / "a.jsonl", 50))
+    directory = prepare(data, "bytes").store.directory
+    manifest = json.loads((directory / "manifest.json").read_text())
+    (directory / "manifest.json").write_text(json.dumps({**manifest, "tokenizer_sha256": "0" * 64}))
+    assert not prepare(data, "bytes").from_cache
