@@ -49,7 +49,7 @@ def test_first_values_have_their_scales_and_layers_differ(params: Params) -> Non
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     assert not params["output"].any(), "the untrained model is uniform"
     np.testing.assert_array_equal(layers["attention_norm"], np.ones((2, 32)))
-    assert float(jnp.std(params["embedding"])) == pytest.approx(0.02, rel=0.05)
+    assert float(jnp.std(params["embedding"])) == pytest.approx(1.0, rel=0.05), "0.02 where it is the output, too"
     assert float(jnp.std(layers["gate"])) == pytest.approx(32**-0.5, rel=0.05)
     assert float(jnp.std(layers["down"])) == pytest.approx((64 * 4) ** -0.5, rel=0.05)
     assert (layers["q"][0] != layers["q"][1]).any()
