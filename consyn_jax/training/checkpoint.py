@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +60,14 @@ class Checkpoints:
         if step not in self.steps():
             known = ", ".join(map(str, self.steps())) or "none"
             raise UserError(f"{self.directory} has no checkpoint of step {step}; there are: {known}.")
+        report = sys.unraisablehook
+        sys.unraisablehook = _without_abandoned_reads(report)
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like), run=ocp.args.JsonRestore()))
         except (ValueError, KeyError, FileNotFoundError, json.JSONDecodeError) as error:  # what Orbax raises for damage and for other shapes
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{self.directory / str(step)} cannot be restored: it is damaged or of another model. {reason}") from error
+        sys.unraisablehook = report
         return restored["state"], restored["run"]
 
     def delete_after(self, step: int) -> None:
@@ -77,3 +82,16 @@ class Checkpoints:
     def close(self) -> None:
         """Wait, and stop the background threads."""
         self._manager.close()
+
+
+def _without_abandoned_reads(report: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A `sys.unraisablehook` that is silent about the reads which Orbax had begun when one array turned out to be damaged.
+
+    They end at any later time, each with a traceback on stderr, so after a failure the hook stays.
+    """
+
+    def hook(unraisable: Any) -> None:
+        if "_read_array_index" not in repr(unraisable.object) and "Event loop is closed" not in str(unraisable.exc_value):
+            report(unraisable)
+
+    return hook
