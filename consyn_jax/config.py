@@ -424,6 +424,10 @@ def preset_architecture(name: str, vocab_size: int = 49_152, **tokens: int | Non
     return architecture(config.model, None, vocab_size=vocab_size, **tokens)
 
 
+POSITIVE: tuple[str, ...] = ("max_tokens", "epochs", "max_steps", "total_tokens", "batch_size", "gradient_accumulation_steps", "lr")
+POSITIVE += ("eval_steps", "save_steps", "keep_last", "keep_every", "logging_steps")
+
+
 def validate(config: RunConfig) -> None:
     """Check what can be checked without reading a file or asking a device.
 
@@ -431,21 +435,7 @@ def validate(config: RunConfig) -> None:
         UserError: naming the flag.
     """
     values = flat(config)
-    positive = [
-        "max_tokens",
-        "epochs",
-        "max_steps",
-        "total_tokens",
-        "batch_size",
-        "gradient_accumulation_steps",
-        "lr",
-        "eval_steps",
-        "save_steps",
-        "keep_last",
-        "keep_every",
-        "logging_steps",
-    ]
-    for name in positive:
+    for name in POSITIVE:
         if values[name] is not None and values[name] <= 0:
             raise UserError(f"--{name} must be greater than 0, not {values[name]}.")
     for name in ("weight_decay", "max_grad_norm", "warmup_steps", "seed"):

@@ -113,15 +113,8 @@ def prepare(
     if corpus.sources[0].kind == "sharded":
         return _given_store(corpus, tokenizer, validation)
     corpus, held_out = _hold_out(corpus, validation)
-    job = _Job(
-        train=corpus.sources,
-        validation=held_out.sources,
-        fraction=validation_fraction,
-        text_key=text_key,
-        on_bad_rows=on_bad_rows,
-        tokenizer=_resolve(tokenizer),
-        progress=progress or (lambda stage, done, total: None),
-    )
+    tell = progress or (lambda stage, done, total: None)
+    job = _Job(corpus.sources, held_out.sources, validation_fraction, text_key, on_bad_rows, _resolve(tokenizer), tell)
     directory = cache_directory() / "stores" / _key(job)
     cached = _open_entry(directory)
     from_cache = cached is not None

@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from consyn_jax.cli.train import main
 
-MODEL = ["--model", "haiku", "--hidden_dim", "32", "--num_heads", "2", "--num_layers", "2", "--tokenizer", "bytes"]
+MODEL = ["--model", "haiku", "--hidden_dim", "32", "--num_heads", "2", "--num_layers", "1", "--tokenizer", "bytes"]
 TINY = [*MODEL, "--max_steps", "6", "--max_tokens", "32", "--batch_size", "8", "--logging_steps", "1", "--eval_steps", "3", "--save_steps", "2"]
 TINY += ["--logging_backend", "none"]
 SETTINGS = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
