@@ -104,7 +104,6 @@ class Block(nnx.Module):
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.eps)
         out_BTNH = attend(apply_rope(q_BTNH, rope), apply_rope(k_BTKH, rope), v_BTKH)
-        out_BTNH = checkpoint_name(out_BTNH, "attention")
         out_BTD = linear(out_BTNH.reshape(*x_BTD.shape[:2], -1), self.o[...].reshape(-1, x_BTD.shape[-1]))
         return constrain(out_BTD, "batch", "sequence", None)
 
@@ -119,10 +118,12 @@ def _heads(x_BTD: jax.Array, w_DNH: jax.Array) -> jax.Array:
     return linear(x_BTD, w_DNH.reshape(D, N * H)).reshape(*x_BTD.shape[:2], N, H)
 
 
-REMAT_POLICIES: dict[str, Any] = {
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+def _keep_attention(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """Keep what attention gives: cuDNN's kernel with the sums that its backward pass needs, or the named output of the XLA path."""
+    return primitive.name == "dot_product_attention_fwd_wrapper" or (primitive.name == "name" and parameters["name"] == "xla attention")
+
+
+REMAT_POLICIES: dict[str, Any] = {"attention": _keep_attention, "full": jax.checkpoint_policies.nothing_saveable}
 
 
 class Decoder(nnx.Module):
@@ -155,7 +156,8 @@ class Decoder(nnx.Module):
         rope = rope_table(positions, self.config.head_dim, self.config.rope_theta)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return causal_attention(q, k, v, segment_ids, backend=compute.attention, sliding_window=self.config.sliding_window)
+            out = causal_attention(q, k, v, segment_ids, backend=compute.attention, sliding_window=self.config.sliding_window)
+            return checkpoint_name(out, f"{compute.attention} attention")
 
         graphdef, stacked = nnx.split(self.layers)
 

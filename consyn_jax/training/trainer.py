@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from consyn_jax.config import Diverged, Interrupted, ModelConfig, RunConfig, UserError, flat, resolve
 from consyn_jax.data.loader import prefetch
 from consyn_jax.distributed.hardware import bf16_peak
+from consyn_jax.distributed.host_memory import keep_freed_memory
 from consyn_jax.distributed.mesh import build_mesh, check_batch, check_model, local_rows, parse_mesh, sharding
 from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.model.arithmetic import train_flops_per_token
@@ -191,6 +192,8 @@ class ConsynTrainer:
         assert optimizer.weight_decay is not None
         mask = decay_mask(layout(config).logical_axes)
         rule = build_optimizer(optimizer.optimizer, schedule, beta1=optimizer.beta1, beta2=optimizer.beta2, weight_decay=optimizer.weight_decay, mask=mask)
+        if device.platform == "cpu":
+            keep_freed_memory()
         unroll = device.platform == "cpu" and config.num_layers <= UNROLLED_LAYERS
         compute = Compute(dtype, attention.backend, hardware.gradient_checkpointing, unroll)
         return Program(config, compute, rule, optimizer.max_grad_norm, build_mesh(sizes)), attention, schedule
