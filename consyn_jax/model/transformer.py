@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -47,10 +48,20 @@ def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ..
     return nnx.Param(value, axes=axes)
 
 
+@partial(jax.checkpoint, static_argnums=2)
 def rms_norm(x: Float[Array, "*B D"], scale_D: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 (Zhang and Sennrich, 2019)."""
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 (Zhang and Sennrich, 2019).
+
+    Its backward pass starts from `x` again: to keep the float32 values between costs more memory than all else in a block.
+    """
     x32 = x.astype(jnp.float32)
     return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps) * scale_D).astype(x.dtype)
+
+
+@jax.checkpoint
+def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """silu(gate) * up (Shazeer, 2020); its backward pass keeps nothing but the two."""
+    return jax.nn.silu(gate) * up
 
 
 def segment_positions(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -108,7 +119,7 @@ class Block(nnx.Module):
         return constrain(out_BTD, "batch", "sequence", None)
 
     def _mlp(self, x_BTD: jax.Array) -> jax.Array:
-        hidden_BTF = jax.nn.silu(linear(x_BTD, self.gate[...])) * linear(x_BTD, self.up[...])
+        hidden_BTF = swiglu(linear(x_BTD, self.gate[...]), linear(x_BTD, self.up[...]))
         return constrain(linear(constrain(hidden_BTF, "batch", "sequence", "mlp"), self.down[...]), "batch", "sequence", None)
 
 
