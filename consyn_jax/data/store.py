@@ -81,6 +81,9 @@ class TokenStoreWriter:
         except OSError as error:
             self.abandon()
             raise self._unwritable(error) from error
+        except KeyboardInterrupt:  # no `with` block has begun that would clean up
+            self.abandon()
+            raise
 
     def add(self, split: str, token_ids: Sequence[int], num_bytes: int) -> None:
         """Append one document: its ids without EOS, and the size of its text in UTF-8."""
