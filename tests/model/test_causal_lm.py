@@ -1,22 +1,25 @@
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from consyn_jax.config import ModelConfig, UserError
 from consyn_jax.model import ConsynLMHeadModel
+from consyn_jax.model.parameters import layout
 
 TINY = ModelConfig(vocab_size=100, hidden_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, context=64, tie_embeddings=False)
 
 
-def test_an_untrained_untied_model_is_uniform_over_the_vocabulary() -> None:
-    model = ConsynLMHeadModel.from_config(TINY)
+def test_logits_are_float32_over_the_vocabulary_without_its_padding() -> None:
+    params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.1), layout(TINY).shapes)
+    model = ConsynLMHeadModel.from_parameters(TINY, params | {"output": jnp.zeros((128, 32))})
     ids = jnp.arange(8).reshape(2, 4)
     logits = model(ids)
-    assert logits.shape == (2, 4, 100), "without the rows that pad the embedding"
+    assert logits.shape == (2, 4, 100)
     assert logits.dtype == np.float32
-    np.testing.assert_array_equal(logits, np.zeros((2, 4, 100)))
+    np.testing.assert_array_equal(logits, np.zeros((2, 4, 100)), "a head of zeros, as an untrained one, is uniform")
 
 
 def test_a_preset_without_weights_warns_and_comes_initialised() -> None:
