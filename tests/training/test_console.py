@@ -1,4 +1,5 @@
 import io
+import errno
 import os
 import pty
 import re
@@ -75,13 +76,15 @@ def on_a_terminal(monkeypatch: pytest.MonkeyPatch, use: Callable[[Console], None
         monkeypatch.setenv(name, value)
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w") as file:
-        try:
-            use(Console(file=file))
-        finally:
-            file.flush()
-            text = os.read(ours, 1 << 20).decode()
-            os.close(ours)
-    return text
+        use(Console(file=file))
+    parts = []
+    try:
+        while part := os.read(ours, 1 << 16):
+            parts.append(part)
+    except OSError as error:  # Linux's word for a terminal whose other side is closed
+        assert error.errno == errno.EIO
+    os.close(ours)
+    return b"".join(parts).decode()
 
 
 def test_on_a_terminal_there_is_a_bar_and_the_cursor_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
