@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Int64, Integer
 
-from consyn_jax.data.store import MemoryShard, StoreSplit
+from consyn_jax.data.shards import MemoryShard, StoreSplit
 
 Batch = dict[str, np.ndarray]
 

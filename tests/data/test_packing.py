@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consyn_jax.data.packing import Batch, PackedDataset, memory_split
-from consyn_jax.data.store import MemoryShard, StoreSplit, TokenStore, TokenStoreWriter
+from consyn_jax.data.shards import MemoryShard, StoreSplit
+from consyn_jax.data.store import TokenStore, TokenStoreWriter
 from consyn_jax.tokenization import BPETokenizer
 
 BOS, EOS, PAD = 257, 258, 256

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from consyn_jax.config import UserError
-from consyn_jax.data.store import TokenStore, TokenStoreWriter, token_dtype
+from consyn_jax.data.shards import token_dtype
+from consyn_jax.data.store import TokenStore, TokenStoreWriter
 from consyn_jax.tokenization import BPETokenizer
 
 TEXTS = [f"document {i} " * (i % 7) for i in range(40)]
