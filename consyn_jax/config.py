@@ -142,16 +142,37 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    data: tuple[str, ...] = flag(("sample",), "files, directories, globs, or 'sample' (text that comes with Python)")
-    validation: tuple[str, ...] = flag((), "files to validate on, instead of a fraction of --data")
+class CorpusOptions:
+    """From documents to tokens: what `consyn-prepare` and `consyn-train` have in common."""
+
+    data: tuple[str, ...] = flag(("sample",), "files, directories, globs, Hugging Face datasets (NAME[@REVISION][:CONFIG[:SPLIT]]), or 'sample'")
+    validation: tuple[str, ...] = flag((), "data to validate on, instead of a fraction of --data")
     validation_fraction: float = flag(0.01, "share of the documents that is held out (of one long text: its last part)")
-    dataset_type: str = flag("auto", "how --data is read", choices=("auto", "text", "jsonl", "sharded"))
-    text_key: str = flag("text", "JSON field that holds the text; a.b reaches into objects")
-    on_bad_rows: str = flag("error", "what a broken JSON row does: stop, or be skipped and counted", choices=("error", "skip"))
+    dataset_type: str = flag("auto", "how --data is read", choices=("auto", "text", "jsonl", "huggingface", "sharded"))
+    text_key: str = flag("text", "field of a row that holds the text; a.b reaches into objects")
+    prompt_key: str | None = flag(None, "field with what is read but not learned; several, joined by a blank line: a,b (prompt)")
+    completion_key: str | None = flag(None, "field with what is learned after the prompt (completion)")
+    messages_key: str = flag("messages", "field with a conversation, of which the assistant's turns are learned")
+    document_separator: str | None = flag(None, "what stands between the documents of a text file, with \\n for a newline (a file is one document)")
+    on_bad_rows: str = flag("error", "what a broken row does: stop, or be skipped and counted", choices=("error", "skip"))
+    invalid_utf8: str = flag("error", "what bytes that are not UTF-8 do: stop, or become U+FFFD and be counted", choices=("error", "replace"))
+    normalize: str = flag("nfc", "Unicode normal form of the text", choices=("nfc", "none"))
+    control_characters: str = flag("remove", "control characters other than tab and line ends", choices=("remove", "keep"))
+    min_chars: int = flag(1, "shorter documents are left out")
+    max_chars: int | None = flag(None, "longer documents are left out")
+    deduplicate: bool = flag(True, "of documents with the same text, keep the first")
+    near_duplicates: float | None = flag(None, "leave out documents this similar to an earlier one, by MinHash; bare: 0.8", const="0.8")
     tokenizer: str | None = flag(
         None, "default (49,152 tokens), bytes, train:SIZE (trained on the data), or a path (that of the checkpoint or token store, else default)"
     )
+    num_workers: int | None = flag(None, "processes that clean and tokenise (one a core)")
+
+
+@dataclass(frozen=True)
+class DataOptions(CorpusOptions):
+    data_weights: tuple[float, ...] = flag((), "share of the training sequences that each item of --data gives (all data once an epoch)", math=True)
+    streaming: bool = flag(False, "begin before all of --data is tokenised; needs --max_steps or --total_tokens", math=True)
+    packing: str = flag("cut", "sequences cut from the stream of documents, or made of whole documents", choices=("cut", "whole"), math=True)
     max_tokens: int | None = flag(None, "length of a training sequence in tokens (by model)", math=True)
 
 
@@ -441,7 +462,7 @@ def validate(config: RunConfig) -> None:
     for name in ("weight_decay", "max_grad_norm", "warmup_steps", "seed"):
         if values[name] is not None and values[name] < 0:
             raise UserError(f"--{name} must not be negative, and is {values[name]}.")
-    for name in ("beta1", "beta2", "warmup_ratio", "min_lr_ratio", "validation_fraction"):
+    for name in ("beta1", "beta2", "warmup_ratio", "min_lr_ratio"):
         if values[name] is not None and not 0 <= values[name] < 1:
             raise UserError(f"--{name} must be at least 0 and below 1, not {values[name]}.")
     if values["seed"] >= 2**32:
@@ -449,15 +470,55 @@ def validate(config: RunConfig) -> None:
     if values["warmup_steps"] is not None and values["max_steps"] is not None and values["warmup_steps"] > values["max_steps"]:
         raise UserError(f"--warmup_steps {values['warmup_steps']} is longer than the run of --max_steps {values['max_steps']}.")
     check_context(values["max_tokens"], values["context"])
+    validate_corpus(config.data)
+    _validate_mixing(config)
     if values["resume"] not in ("auto", "never") and not values["resume"].isdigit():
         raise UserError(f"--resume wants auto, never or a step, not {values['resume']!r}.")
     if values["overwrite"] and values["resume"].isdigit():
         raise UserError(f"--overwrite deletes what --resume {values['resume']} would go on from. Leave one of them out.")
-    kind, _, size = (values["tokenizer"] or "").partition(":")
-    if kind == "train" and not (size.isdigit() and 260 <= int(size) <= 1_000_000):
-        raise UserError(f"--tokenizer train:SIZE wants a size from 260 to 1,000,000, not {size!r}.")
     if config.model.model in PRESETS:
         architecture(config.model, vocab_size=1)
+
+
+def validate_corpus(options: CorpusOptions) -> None:
+    """As `validate`, of the options that `consyn-prepare` has, too.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    for name in ("min_chars", "max_chars", "num_workers"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, not {value}.")
+    if options.max_chars is not None and options.max_chars < options.min_chars:
+        raise UserError(f"--max_chars {options.max_chars} is below --min_chars {options.min_chars}, so no document would be left.")
+    if not 0 <= options.validation_fraction < 1:
+        raise UserError(f"--validation_fraction must be at least 0 and below 1, not {options.validation_fraction}.")
+    if options.near_duplicates is not None and not 0.5 <= options.near_duplicates <= 1:
+        raise UserError(f"--near_duplicates wants a similarity from 0.5 to 1, not {options.near_duplicates}.")
+    if options.document_separator == "":
+        raise UserError("--document_separator is empty. Give the text that stands between documents, or leave it out.")
+    kind, _, size = (options.tokenizer or "").partition(":")
+    if kind == "train" and not (size.isdigit() and 260 <= int(size) <= 1_000_000):
+        raise UserError(f"--tokenizer train:SIZE wants a size from 260 to 1,000,000, not {size!r}.")
+
+
+def _validate_mixing(config: RunConfig) -> None:
+    data, budget = config.data, config.budget
+    if data.data_weights:
+        if len(data.data_weights) != len(data.data):
+            raise UserError(f"--data_weights has {len(data.data_weights)} values for {len(data.data)} items of --data. Give one for each.")
+        if min(data.data_weights) <= 0:
+            raise UserError(f"--data_weights must be greater than 0, not {min(data.data_weights)}. Leave out data that shall not be used.")
+        if (data.tokenizer or "").startswith("train:"):
+            raise UserError(f"--tokenizer {data.tokenizer} cannot be learned from a mixture. Learn it with consyn-prepare, and give its path.")
+    if data.streaming:
+        if data.data_weights or data.packing != "cut":
+            raise UserError(f"--streaming does not go with {'--data_weights' if data.data_weights else '--packing whole'}. Leave one of them out.")
+        if (data.tokenizer or "").startswith("train:"):
+            raise UserError(f"--tokenizer {data.tokenizer} needs to read all data first, which --streaming does not. Leave one of them out.")
+        if budget.max_steps is None and budget.total_tokens is None:
+            raise UserError("--streaming begins before the length of an epoch is known. Give --max_steps or --total_tokens.")
 
 
 def check_context(max_tokens: int | None, context: int | None) -> None:
