@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 
 class UserError(ValueError):
@@ -248,8 +248,27 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class StoreOptions:
+    output: str = flag("./tokens", "directory of the token store", aliases=("output_dir",))
+    test_fraction: float = flag(0.0, "share of the documents that is kept for a test split")
+    overwrite: bool = flag(False, "delete the token store that --output holds and start anew")
+    quiet: bool = flag(False, "no progress, only where the store is")
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Everything that one `consyn-prepare` is told."""
+
+    data: CorpusOptions = CorpusOptions()
+    store: StoreOptions = StoreOptions()
+
+
+Config = TypeVar("Config", RunConfig, PrepareConfig)
+
+
+@dataclass(frozen=True)
 class Flag:
-    """What the command line, config files and help need to know of one field of `RunConfig`."""
+    """What the command line, config files and help need to know of one field of a tree of options."""
 
     name: str
     group: str
@@ -264,10 +283,14 @@ class Flag:
     math: bool
 
 
-def flags() -> dict[str, Flag]:
-    """All flags by name, in the order in which help shows them."""
+def flags(tree: type[RunConfig] | type[PrepareConfig] = RunConfig) -> dict[str, Flag]:
+    """All flags of a command by name, in the order in which help shows them.
+
+    Args:
+        tree: what the command is told: a dataclass of groups, whose fields are the flags.
+    """
     found = {}
-    for group in dataclasses.fields(RunConfig):
+    for group in dataclasses.fields(tree):
         options: Any = type(group.default)
         hints = typing.get_type_hints(options)
         for f in dataclasses.fields(options):
@@ -364,7 +387,7 @@ def resolve(
         UserError: an unknown name or a value that cannot be.
     """
     sources = ((file or {}, f"file {file_name}"), (given, given_as))
-    values, origins = _merge(sources)
+    values, origins = _merge(RunConfig, sources)
     if values["checkpoint"] is not None and origins["model"] == "default":
         values["model"], origins["model"] = values["checkpoint"], "checkpoint"
     preset = PRESETS.get(values["model"])
@@ -376,18 +399,40 @@ def resolve(
         _fit_heads(values, origins)
     if all(values[name] is None for name in ("epochs", "max_steps", "total_tokens")):
         values["epochs"] = DEFAULT_EPOCHS
-    groups: dict[str, dict[str, Any]] = {}
-    for name, f in flags().items():
-        groups.setdefault(f.group, {})[name] = values[name]
-    options: dict[str, Any] = {f.name: type(f.default) for f in dataclasses.fields(RunConfig)}
-    config = RunConfig(**{name: group(**groups[name]) for name, group in options.items()})
+    config = _grouped(RunConfig, values)
     validate(config)
     return config, origins
 
 
-def _merge(sources: Iterable[tuple[Mapping[str, Any], str]]) -> tuple[dict[str, Any], dict[str, str]]:
+def resolve_preparation(given: Mapping[str, Any], file: Mapping[str, Any] | None = None, *, file_name: str = "") -> tuple[PrepareConfig, dict[str, str]]:
+    """As `resolve`, of `consyn-prepare`.
+
+    Raises:
+        UserError: an unknown name or a value that cannot be.
+    """
+    values, origins = _merge(PrepareConfig, ((file or {}, f"file {file_name}"), (given, "flag")))
+    config = _grouped(PrepareConfig, values)
+    validate_corpus(config.data)
+    held_out, test = 0.0 if config.data.validation else config.data.validation_fraction, config.store.test_fraction
+    if not 0 <= test < 1:
+        raise UserError(f"--test_fraction must be at least 0 and below 1, not {test}.")
+    if held_out + test >= 1:
+        raise UserError(f"--validation_fraction {held_out} and --test_fraction {test} leave nothing to train on. Lower one of them.")
+    return config, origins
+
+
+def _grouped(tree: type[Config], values: Mapping[str, Any]) -> Config:
+    """The tree of options with `values` by flag name."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, f in flags(tree).items():
+        groups.setdefault(f.group, {})[name] = values[name]
+    options: dict[str, Any] = {f.name: type(f.default) for f in dataclasses.fields(tree)}
+    return tree(**{name: group(**groups[name]) for name, group in options.items()})
+
+
+def _merge(tree: type[RunConfig] | type[PrepareConfig], sources: Iterable[tuple[Mapping[str, Any], str]]) -> tuple[dict[str, Any], dict[str, str]]:
     """Defaults overridden by each of `sources` (values by flag name, and what they are called), and the origin of every value."""
-    known = flags()
+    known = flags(tree)
     by_alias = {alias: name for name, f in known.items() for alias in f.aliases}
     values = {name: f.default for name, f in known.items()}
     origins = dict.fromkeys(known, "default")
@@ -414,9 +459,9 @@ def _fit_heads(values: dict[str, Any], origins: dict[str, str]) -> None:
         values["num_kv_heads"], origins["num_kv_heads"] = heads, "num_heads"
 
 
-def flat(config: RunConfig) -> dict[str, Any]:
+def flat(config: RunConfig | PrepareConfig) -> dict[str, Any]:
     """Every value by flag name."""
-    return {name: getattr(getattr(config, f.group), name) for name, f in flags().items()}
+    return {name: getattr(getattr(config, f.group), name) for name, f in flags(type(config)).items()}
 
 
 def architecture(options: ModelOptions, base: ModelConfig | None = None, **tokens: int | None) -> ModelConfig:

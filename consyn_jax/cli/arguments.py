@@ -1,4 +1,4 @@
-"""argv to values by flag name: the parser is made from the fields of `RunConfig`, so help, defaults and types have one source."""
+"""argv to values by flag name: parsers are made from the fields of a tree of options, so help, defaults and types have one source."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from consyn_jax import __version__
-from consyn_jax.config import Flag, UserError, flags, nearest
+from consyn_jax.config import Flag, PrepareConfig, RunConfig, UserError, flags, nearest
 
-_NEGATIVE = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
+_NO_FLAG = re.compile(r"-(\d|\.\d|inf|nan)|--[^a-z]", re.IGNORECASE)  # a number, or a line of dashes that separates documents
 METAVARS = {
     "model": "NAME|DIR|FILE",
     "checkpoint": "DIR",
@@ -20,6 +20,7 @@ METAVARS = {
     "prompt_key": "KEY",
     "completion_key": "KEY",
     "messages_key": "KEY",
+    "document_separator": "TEXT",
     "near_duplicates": "SIMILARITY",
     "data_weights": "W",
     "tokenizer": "default|bytes|train:SIZE|PATH",
@@ -45,12 +46,14 @@ class _Parser(argparse.ArgumentParser):
             word = strays[1].split()[0]
             raise UserError(f"There is no flag {word}{nearest(word, self._option_string_actions)} See {self.prog} --help.")
         elif strays:
-            message = f"{strays[1]!r} belongs to no flag; files to train on go behind --data"
+            message = f"{strays[1]!r} belongs to no flag; files to read go behind --data"
         raise UserError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
 
 
-def build_parser(prog: str, description: str, usage: str, epilog: str) -> argparse.ArgumentParser:
-    """A parser whose namespace holds only what was given on the command line, as strings."""
+def build_parser(
+    prog: str, description: str, usage: str, epilog: str, tree: type[RunConfig] | type[PrepareConfig] = RunConfig
+) -> argparse.ArgumentParser:
+    """A parser of the flags of `tree`, whose namespace holds only what was given on the command line, as strings."""
     parser = _Parser(
         prog=prog,
         usage=f"{prog} {usage}",
@@ -62,7 +65,7 @@ def build_parser(prog: str, description: str, usage: str, epilog: str) -> argpar
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}", help="print the version and stop")
     groups: dict[str, Any] = {}
-    for flag in flags().values():
+    for flag in flags(tree).values():
         if flag.group not in groups:
             groups[flag.group] = parser.add_argument_group(flag.group)
         names = [f"--{name}" for name in (flag.name, *flag.aliases)]
@@ -92,15 +95,15 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any
     known = {option for action in parser._actions for option in action.option_strings}
     words: list[str] = []
     for word in argv:
+        if _NO_FLAG.match(word) and words and words[-1] in known:  # argparse takes -1e-3 for a flag
+            words[-1] += f"={word}"
+            continue
         if word.startswith("--") and word != "--":
             name, equals, value = word.partition("=")
             name = "--" + name[2:].replace("-", "_")
             if name not in known:
                 raise UserError(f"There is no flag {word.partition('=')[0]}{nearest(name, known)} See {parser.prog} --help.")
             word = name + equals + value
-        elif _NEGATIVE.match(word) and words and words[-1] in known:  # argparse takes -1e-3 for a flag
-            words[-1] += f"={word}"
-            continue
         words.append(word)
     return vars(parser.parse_args(words))
 

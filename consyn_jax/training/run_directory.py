@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from consyn_jax.config import RunConfig, UserError, flags, flat
+from consyn_jax.config import PrepareConfig, RunConfig, UserError, flags, flat
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -194,11 +194,11 @@ def compare(old: dict[str, Any], config: RunConfig, derived: dict[str, Any] | No
     return differences
 
 
-def describe(config: RunConfig, origins: dict[str, str]) -> str:
-    """The resolved run as YAML, grouped, each line with the origin of its value."""
+def describe(config: RunConfig | PrepareConfig, origins: dict[str, str]) -> str:
+    """What a command was told as YAML, grouped, each line with the origin of its value."""
     lines: list[str] = []
     group = ""
-    for name, f in flags().items():
+    for name, f in flags(type(config)).items():
         if f.group != group:
             lines += ([""] if lines else []) + [f"# {f.group}"]
             group = f.group
