@@ -50,9 +50,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
 
 
-def build_parser(
-    prog: str, description: str, usage: str, epilog: str, tree: type[RunConfig] | type[PrepareConfig] = RunConfig
-) -> argparse.ArgumentParser:
+def build_parser(prog: str, description: str, usage: str, epilog: str, tree: type[RunConfig] | type[PrepareConfig] = RunConfig) -> argparse.ArgumentParser:
     """A parser of the flags of `tree`, whose namespace holds only what was given on the command line, as strings."""
     parser = _Parser(
         prog=prog,
@@ -120,4 +118,5 @@ def _arity(flag: Flag) -> dict[str, Any]:
 def _help(flag: Flag) -> str:
     text = flag.help.replace("%", "%%")
     default = " ".join(flag.default) if flag.many else f"{flag.default:g}" if isinstance(flag.default, float) else flag.default
+    default = "true" if default is True else default
     return text if default in (None, "", False) else f"{text} ({default})"

@@ -34,7 +34,7 @@ def write_page(report: Report, path: Path, title: str, settings: Mapping[str, ob
     sections = [
         _tiles(report),
         _documents(report),
-        _table("Changed", ("what", "how often"), _changes(report), "Text that was kept, but not as it was found."),
+        _table("Changed", ("what", "how often"), _changes(report), "Text that was not taken as it was found."),
         _table("Splits", ("", "documents", "share", "tokens", "learned", "bytes", "bytes per token"), _splits(report), _SPLIT_NOTE),
         _lengths(report),
         _samples(report),
@@ -147,7 +147,7 @@ def _histogram(title: str, counts: Mapping[str, int]) -> str:
         name = f"{bound:,}" if bound < 2 else f"{bound:,} to {2 * bound - 1:,}"
         drawn = f'<i style="width:{100 * count / most:.2f}%"></i>' if count else ""
         rows.append(f"<tr><td>{name}</td><td>{drawn}</td><td>{count:,}</td></tr>")
-    return f'<h3>{_escape(title)}</h3><div class="wide"><table class="histogram">{"".join(rows)}</table></div>'
+    return f'<h3>{_escape(title)}</h3><div class="wide all"><table class="histogram">{"".join(rows)}</table></div>'
 
 
 def _samples(report: Report) -> str:
@@ -289,6 +289,7 @@ td:first-child { white-space: nowrap; }
 .histogram td { padding: 2px 14px; border: 0; vertical-align: middle; text-align: right; white-space: nowrap; }
 .histogram td:nth-child(2) { width: 100%; padding: 2px 0; text-align: left; }
 .histogram i { display: block; height: 12px; min-width: 1px; background: var(--blue); border-radius: 2px; }
+.all { max-height: none; }
 @media print { .wide, pre { max-height: none; } }
 footer { margin-top: 32px; color: var(--soft); font-size: 12.5px; }
 """

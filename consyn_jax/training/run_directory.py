@@ -95,7 +95,7 @@ def check_output(config: RunConfig, derived: dict[str, Any] | None = None) -> bo
         UserError: it holds another run, or cannot be written.
     """
     saving, path = config.saving, Path(config.saving.output)
-    _check_writable(path)
+    check_writable(path)
     file = path / CONFIG
     if not file.is_file() and (path / "metrics.jsonl").exists():
         raise UserError(f"--output {path} holds a metrics.jsonl without a {CONFIG}, so it is not a run of ours. Name another directory.")
@@ -119,8 +119,12 @@ def check_output(config: RunConfig, derived: dict[str, Any] | None = None) -> bo
     return True
 
 
-def _check_writable(path: Path) -> None:
-    """Find out early, and without creating anything, what would go wrong when the directory is made."""
+def check_writable(path: Path) -> None:
+    """Find out early, and without creating anything, what would go wrong when the directory --output is made.
+
+    Raises:
+        UserError: it is a file, lies below one, or may not be written.
+    """
     if path.exists() and not path.is_dir():
         raise UserError(f"--output {path} is a file. Name a directory.")
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())

@@ -1,0 +1,284 @@
+"""`consyn-prepare`: documents to a token store, cleaned, split, tokenised, with a report."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from consyn_jax.cli.arguments import build_parser, parse
+from consyn_jax.cli.run import exit_code
+from consyn_jax.config import Interrupted, PrepareConfig, UserError, flat, resolve_preparation
+
+if TYPE_CHECKING:
+    from consyn_jax.data.prepare import Prepared
+    from consyn_jax.data.report import Report
+
+DESCRIPTION = """\
+Make a token store of documents: clean them, leave duplicates out, split them
+into train, validation and test, tokenise them, and report on all of it."""
+USAGE = "[--data PATH ...] [--output DIR] [FLAG ...]"
+EPILOG = """\
+examples:
+  consyn-prepare --data corpus/ --output tokens
+  consyn-prepare --data pages.jsonl.gz --text_key body --near_duplicates --output tokens
+  consyn-prepare --data corpus/ --tokenizer train:32000 --test_fraction 0.01 --output tokens
+  consyn-train --data tokens
+
+Defaults are in brackets; of a flag that is given twice the last counts.
+Stopped at any moment, the same command again goes on where it was.
+Exit codes: 0 done, 2 wrong input, 75 interrupted."""
+
+REPORT_PAGE = "report.html"
+TITLE = "Token store"
+# What says where and how fast, and not what: equal stores have equal pages.
+NOT_CONTENT = ("num_workers", "output", "overwrite", "quiet")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return exit_code("consyn-prepare", lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> None:
+    """argv -> PrepareConfig -> token store -> report."""
+    config, origins, print_config = read_arguments(argv)
+    if print_config:
+        from consyn_jax.training.run_directory import describe
+
+        print(describe(config, origins), end="")
+        return
+    make(config)
+
+
+def read_arguments(argv: Sequence[str]) -> tuple[PrepareConfig, dict[str, str], bool]:
+    """What to prepare, the origins of the values, and whether it shall only be printed.
+
+    Raises:
+        UserError: an unknown flag, a bad value, or a `--config` file that is none.
+    """
+    parser = build_parser("consyn-prepare", DESCRIPTION, USAGE, EPILOG, PrepareConfig)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the flags' names; flags override it")
+    parser.add_argument("--print_config", action="store_true", help="print every value with its origin, and stop")
+    given = parse(parser, argv)
+    file_name, print_config = given.pop("config", None), given.pop("print_config", False)
+    file: dict[str, Any] = {}
+    if file_name is not None:
+        from consyn_jax.training.run_directory import read_config_file
+
+        file = read_config_file(Path(file_name))
+    config, origins = resolve_preparation(given, file, file_name=file_name or "")
+    return config, origins, print_config
+
+
+def make(config: PrepareConfig) -> None:
+    """Check --output, prepare, write the page, and say what came of it.
+
+    Raises:
+        Interrupted: by a signal; what was done is kept.
+        UserError: --output or the data cannot be used.
+    """
+    from consyn_jax.data.prepare import prepare
+    from consyn_jax.data.report_page import write_page
+    from consyn_jax.training.console import Console
+
+    output = Path(config.store.output)
+    _check_output(output)
+    if config.store.overwrite:
+        _delete_store(config, output)
+    began = time.monotonic()
+    with Console(quiet=config.store.quiet) as console, Bar(quiet=config.store.quiet) as bar:
+        console.header(_header(config), title="consyn-prepare")
+        try:
+            prepared = prepare(config.data, output=output, test_fraction=config.store.test_fraction, progress=bar)
+        except KeyboardInterrupt as stopped:
+            same = "the same command without --overwrite" if config.store.overwrite else "the same command"
+            raise Interrupted(f"interrupted; what was done so far is kept in {output}. Run {same} again to go on.") from stopped
+        page = output / REPORT_PAGE
+        if not (prepared.from_cache and page.exists()):
+            try:
+                write_page(prepared.report, page, TITLE, {name: value for name, value in flat(config).items() if name not in NOT_CONTENT})
+            except OSError as error:
+                raise UserError(f"{page} cannot be written: {error.strerror}. The token store itself is complete.") from error
+        bar.close()
+        console.finish([*summary(prepared, time.monotonic() - began), f"Train on it with: consyn-train --data {shlex.quote(str(output))}"])
+
+
+def _check_output(path: Path) -> None:
+    """--output must be new, empty, or ours; whether it is the store that is asked for, only the data can tell."""
+    from consyn_jax.training.run_directory import check_writable
+
+    check_writable(path)
+    others = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    if others and not _is_ours(path):
+        raise UserError(f"--output {path} holds {_shown(others)}, and no token store of ours. Name another directory.")
+
+
+def _is_ours(path: Path) -> bool:
+    """A token store, or a preparation that has begun to make one."""
+    from consyn_jax.data.shards import MANIFEST
+    from consyn_jax.data.sources import JOURNAL
+    from consyn_jax.data.store import FORMAT
+
+    try:
+        return (path / JOURNAL).is_file() or json.loads((path / MANIFEST).read_bytes()).get("format") == FORMAT
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return False
+
+
+def _delete_store(config: PrepareConfig, path: Path) -> None:
+    """For --overwrite: delete what --output holds, if that is ours and the new store is not made from it."""
+    from consyn_jax.data.sources import find_sources
+
+    data = config.data
+    # What cannot be made anew is not deleted, so all of it is looked for first.
+    used = [("data", source.name) for source in find_sources(data.data, data.dataset_type, invalid_utf8=data.invalid_utf8).sources]
+    used += [("validation", source.name) for source in (find_sources(data.validation, flag="validation").sources if data.validation else ())]
+    for name, value in [*used, ("tokenizer", data.tokenizer or "")]:
+        if value and Path(value).exists() and Path(value).resolve().is_relative_to(path.resolve()):
+            raise UserError(f"--overwrite would delete --{name} {value}, which lies in --output {path}. Name another directory for the new store.")
+    try:
+        for entry in path.iterdir() if path.is_dir() else ():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+    except OSError as error:
+        raise UserError(f"--overwrite cannot delete {error.filename}: {error.strerror}. Delete it, or name another --output.") from error
+
+
+def _header(config: PrepareConfig) -> list[tuple[str, str]]:
+    """What is about to be done."""
+    data, store = config.data, config.store
+    rules = [
+        *(["NFC"] if data.normalize == "nfc" else []),
+        *(["control characters removed"] if data.control_characters == "remove" else []),
+        *([f"{data.min_chars:,} characters or more"] if data.min_chars > 1 else []),
+        *([f"at most {data.max_chars:,} characters"] if data.max_chars else []),
+        *(["duplicates left out"] if data.deduplicate else []),
+        *([f"near duplicates from {data.near_duplicates:g} left out"] if data.near_duplicates else []),
+    ]
+    validation = _shown(data.validation) if data.validation else f"{data.validation_fraction:.3g} of the documents" if data.validation_fraction else "none"
+    rows = [("data", _shown(data.data)), ("cleaning", ", ".join(rules) or "none"), ("validation", validation)]
+    rows += [("test", f"{store.test_fraction:.3g} of the documents")] if store.test_fraction else []
+    return [*rows, ("tokenizer", data.tokenizer or "default"), ("output", store.output)]
+
+
+def summary(prepared: Prepared, seconds: float) -> list[str]:
+    """What came of it, in lines."""
+    from consyn_jax.data.report_page import bytes_per_token, size
+    from consyn_jax.training.console import duration
+
+    report, directory = prepared.report, prepared.store.directory
+    lines = [f"{directory} is complete already; nothing had to be done."] if prepared.from_cache else []
+    rows = [("documents", _documents(report)), *((name, text) for name, text in _changes(report))]
+    for name, counts in report.splits.items():
+        ratio = bytes_per_token(counts)
+        density = f", {ratio:.2f} bytes a token" if ratio else ""
+        rows.append((name, f"{_count(counts['documents'], 'document')}, {_count(counts['tokens'], 'token')}{density}"))
+    if not report.splits.get("validation", {}).get("documents"):
+        rows.append(("validation", "empty: no document fell into it; give --validation PATH or a larger --validation_fraction"))
+    if prepared.left_out:
+        rows.append(("left out", f"{_count(len(prepared.left_out), 'file')}: {_shown([f'{name} ({reason})' for name, reason in prepared.left_out])}"))
+    if not prepared.from_cache:
+        rows.append(("time", f"{duration(seconds)}, {size(report.file_bytes / max(seconds, 1e-3))}/s"))
+    rows.append(("store", str(directory)))
+    rows.append(("report", str(directory / REPORT_PAGE)))
+    width = max(len(name) for name, _ in rows)
+    return lines + [f"  {name:<{width}}  {text}" for name, text in rows]
+
+
+def _documents(report: Report) -> str:
+    dropped = ", ".join(f"{count:,} {rule}" for rule, count in report.dropped.items() if count)
+    return f"{report.documents:,} read, {report.kept:,} kept" + (f"; left out: {dropped}" if dropped else "")
+
+
+def _changes(report: Report) -> list[tuple[str, str]]:
+    from consyn_jax.data.report_page import CHANGES
+
+    words = [f"{count:,} {CHANGES[name][1]} {CHANGES[name][0]}" for name, count in report.changed.items() if count]
+    return [("changed", "; ".join(words))] if words else []
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+# --------------------------------------------------------------------------------------------------------------------- progress
+
+
+class Bar:
+    """Progress by stages on stderr: a bar on a terminal, elsewhere a line every `every_s` seconds. A context manager.
+
+    Calling it is a `Progress` of consyn_jax.data.prepare: (stage, bytes done, bytes to do; 0 where nobody knows).
+    """
+
+    def __init__(self, *, quiet: bool = False, every_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._quiet = quiet
+        self._every_s, self._clock = every_s, clock
+        self._stage = ""
+        self._first = (0.0, 0)  # when this stage began here, and the bytes that had been done before
+        self._told = 0.0
+        self._rich: Any = None
+        self._task: Any = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._quiet:
+            return
+        if stage != self._stage:
+            self._begin(stage, done, total)
+        if self._rich is not None:
+            self._rich.update(self._task, completed=done, total=total or None)
+        elif self._clock() - self._told >= self._every_s:
+            self._told = self._clock()
+            print(self._line(done, total), file=sys.stderr, flush=True)
+
+    def _begin(self, stage: str, done: int, total: int) -> None:
+        self._stage, self._told = stage, self._clock()
+        self._first = (self._told, done)
+        if not sys.stderr.isatty():
+            return
+        if self._rich is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            self._rich = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._rich.start()
+        # What an earlier start of the command did is where the bar begins, and no part of the speed.
+        self._task = self._rich.add_task(stage, completed=done, total=total or None)
+
+    def _line(self, done: int, total: int) -> str:
+        from consyn_jax.data.report_page import size
+        from consyn_jax.training.console import duration
+
+        began, before = self._first
+        rate = (done - before) / max(self._told - began, 1e-3)
+        end = f" of {size(total)}, {size(rate)}/s, {duration((total - done) / rate if rate > 0 else None)} left" if total else f", {size(rate)}/s"
+        return f"{self._stage}: {size(done)}{end}"
+
+    def close(self) -> None:
+        """Give the terminal back. Safe to call twice."""
+        if self._rich is not None:
+            self._rich.stop()
+            self._rich = None
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
