@@ -3,7 +3,7 @@
 The signature of a document holds, for each of 128 permutations of the 5-grams' hashes, the smallest one; the share of equal entries of
 two signatures estimates the Jaccard similarity s of the two sets (Broder 1997, "On the resemblance and containment of documents") with
 a standard deviation of sqrt(s (1 - s) / 128), 0.035 at 0.8. The permutations are multiplications of 32-bit hashes by odd numbers, all
-applied to some thousand hashes at a time. One-permutation hashing (Li, Owen and Zhang 2012) would save a seventh of the time, which goes
+applied to some thousand hashes at a time. One-permutation hashing (Li, Owen and Zhang 2012) would save a sixth of the time, most of which goes
 to finding and hashing words, and pay for it with a larger error in short documents and densification.
 
 A document is compared only with those that agree with it in all rows of one of the bands into which the signature is cut (Leskovec,
