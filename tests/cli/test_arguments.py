@@ -1,72 +1,95 @@
-"""The command line: its flags are a reviewed contract, its mistakes are one sentence."""
+"""The command lines: their flags are a reviewed contract, their mistakes are one sentence."""
 
+import importlib
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from consyn_jax import __version__
+from consyn_jax.cli import prepare
 from consyn_jax.cli.train import main, read_arguments
-from consyn_jax.config import UserError, flags
+from consyn_jax.config import PrepareConfig, RunConfig, UserError, flags
 
-SNAPSHOT = Path(__file__).with_name("flags.txt")
+Tree = type[RunConfig] | type[PrepareConfig]
+COMMANDS = {"train": RunConfig, "prepare": PrepareConfig}
 
 
-def listed() -> str:
+def command(name: str) -> Callable[[list[str]], int]:
+    """The entry point of `consyn-NAME`."""
+    main: Callable[[list[str]], int] = importlib.import_module(f"consyn_jax.cli.{name}").main
+    return main
+
+
+def listed(tree: Tree) -> str:
     """Every flag with its aliases, default and choices, a line each."""
     lines = []
-    for flag in flags().values():
+    for flag in flags(tree).values():
         names = " ".join(f"--{name}" for name in (flag.name, *flag.aliases))
         lines.append(f"{flag.group}: {names} = {flag.default!r}" + (f" of {'|'.join(flag.choices)}" if flag.choices else ""))
     return "\n".join(lines) + "\n"
 
 
-def test_the_flags_are_those_that_were_agreed_on() -> None:
-    """A change here is a change of the contract: rewrite flags.txt with `listed()` and say why."""
-    assert listed() == SNAPSHOT.read_text()
+@pytest.mark.parametrize(("name", "file"), [("train", "flags.txt"), ("prepare", "flags-prepare.txt")])
+def test_the_flags_are_those_that_were_agreed_on(name: str, file: str) -> None:
+    """A change here is a change of the contract: rewrite the file with `listed` and say why."""
+    assert listed(COMMANDS[name]) == Path(__file__).with_name(file).read_text()
 
 
+@pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("columns", ["80", "120"])
-def test_help_fits_the_terminal_and_names_every_flag(columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_fits_the_terminal_and_names_every_flag(name: str, columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     with pytest.raises(SystemExit) as ended:
-        main(["--help"])
+        command(name)(["--help"])
     text = capsys.readouterr().out
     assert ended.value.code == 0
     assert max(map(len, text.splitlines())) <= int(columns)
-    for name, flag in flags().items():
-        assert re.search(rf"--{name}\b", text), name
+    for flag_name, flag in flags(COMMANDS[name]).items():
+        assert re.search(rf"--{flag_name}\b", text), flag_name
         assert not flag.choices or all(choice in text for choice in flag.choices)
 
 
 LOADED = """
-import sys
-from consyn_jax.cli.train import main
+import importlib, sys
 try:
-    main(sys.argv[1:])
+    importlib.import_module("consyn_jax.cli." + sys.argv[1]).main(sys.argv[2:])
 finally:
     print("jax" in sys.modules, "numpy" in sys.modules, file=sys.stderr)
 """
 
 
 @pytest.mark.parametrize(
-    "command", [["--help"], ["--version"], ["--print_config"], ["--lrr", "3"], ["--scheduler", "x"], ["--data", "/no/such"], ["--model", "x"]]
+    "argv",
+    [
+        *(["train", *words] for words in (["--help"], ["--version"], ["--print_config"], ["--lrr", "3"], ["--scheduler", "x"], ["--model", "x"])),
+        *(["prepare", *words] for words in (["--help"], ["--version"], ["--print_config"], ["--outputs", "x"], ["--test_fraction", "1"])),
+    ],
 )
-def test_what_needs_no_jax_does_not_wait_for_it(command: list[str], tmp_path: Path) -> None:
+def test_what_needs_no_jax_does_not_wait_for_it(argv: list[str], tmp_path: Path) -> None:
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", LOADED, *command], capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run([sys.executable, "-c", LOADED, *argv], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.stderr.splitlines()[-1] == "False False"
     assert time.perf_counter() - began < 5  # 0.1 s on an idle machine; the bound that matters is the line above
     assert "Traceback" not in done.stderr
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", COMMANDS)
+def test_data_that_is_missing_is_told_without_jax(name: str, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", LOADED, name, "--data", "/no/such"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert "/no/such in --data does not exist" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("False ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_version(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["--version"])
-    assert capsys.readouterr().out == f"consyn-train {__version__}\n"
+        command(name)(["--version"])
+    assert capsys.readouterr().out == f"consyn-{name} {__version__}\n"
 
 
 @pytest.mark.parametrize(
@@ -94,6 +117,7 @@ def test_values_may_begin_with_a_dash() -> None:
         read_arguments(["--lr", "-1e-3"])
     with pytest.raises(UserError, match=r"^--min_lr_ratio must be at least 0 and below 1, not -0\.5\.$"):
         read_arguments(["--min-lr-ratio", "-.5"])
+    assert prepare.read_arguments(["--document_separator", "---", "--quiet"])[0].data.document_separator == "---"
 
 
 @pytest.mark.parametrize(
@@ -104,8 +128,8 @@ def test_values_may_begin_with_a_dash() -> None:
         (["-lr", "3"], "There is no flag -lr; did you mean --lr? See consyn-train --help."),
         (["--lr"], "--lr wants a value; one that begins with a dash is written --lr=VALUE. See consyn-train --help."),
         (["--data"], "--data wants at least one value; one that begins with a dash is written --data=VALUE. See consyn-train --help."),
-        (["corpus.txt"], "'corpus.txt' belongs to no flag; files to train on go behind --data. See consyn-train --help."),
-        (["--lr", "1", "2"], "'2' belongs to no flag; files to train on go behind --data. See consyn-train --help."),
+        (["corpus.txt"], "'corpus.txt' belongs to no flag; files to read go behind --data. See consyn-train --help."),
+        (["--lr", "1", "2"], "'2' belongs to no flag; files to read go behind --data. See consyn-train --help."),
         (["--quiet", "corpus.txt"], "--quiet wants true or false, not 'corpus.txt'."),
     ],
 )
@@ -114,8 +138,8 @@ def test_what_is_no_command_line(argv: list[str], message: str, capsys: pytest.C
     assert capsys.readouterr() == ("", f"consyn-train: {message}\n")
 
 
-def printed(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    assert main([*argv, "--print_config"]) == 0
+def printed(argv: list[str], capsys: pytest.CaptureFixture[str], name: str = "train") -> str:
+    assert command(name)([*argv, "--print_config"]) == 0
     return capsys.readouterr().out
 
 
@@ -143,6 +167,42 @@ def test_what_print_config_prints_is_a_recipe_for_the_same_run(argv: list[str], 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(printed(argv, capsys))
     assert read_arguments(["--config", str(recipe)])[0] == read_arguments(argv)[0]
+
+
+def test_the_same_of_a_preparation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--data", "a b", "c", "--near_duplicates", "--document_separator", "---\\n", "--deduplicate", "false", "--test_fraction", "0.1", "--output_dir=x"]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(printed(argv, capsys, "prepare"))
+    lines = dict(re.findall(r"^(\w+): +(.*)$", recipe.read_text(), re.MULTILINE))
+    assert set(lines) == set(flags(PrepareConfig))
+    assert re.fullmatch(r"0.8 +# flag", lines["near_duplicates"])
+    assert re.fullmatch(r"0.01 +# default", lines["validation_fraction"])
+    assert prepare.read_arguments(["--config", str(recipe)])[0] == prepare.read_arguments(argv)[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--warmup", "1"], "There is no flag --warmup. See consyn-prepare --help."),
+        (["--outptu", "x"], "There is no flag --outptu; did you mean --output? See consyn-prepare --help."),
+        (["corpus.txt"], "'corpus.txt' belongs to no flag; files to read go behind --data. See consyn-prepare --help."),
+        (["--test_fraction", "1.5"], "--test_fraction must be at least 0 and below 1, not 1.5."),
+        (["--test_fraction", "-1"], "--test_fraction must be at least 0 and below 1, not -1.0."),
+        (
+            ["--test_fraction", "0.5", "--validation_fraction", "0.5"],
+            "--validation_fraction 0.5 and --test_fraction 0.5 leave nothing to train on. Lower one of them.",
+        ),
+        (["--near_duplicates", "0.2"], "--near_duplicates wants a similarity from 0.5 to 1, not 0.2."),
+        (["--tokenizer", "train:10"], "--tokenizer train:SIZE wants a size from 260 to 1,000,000, not '10'."),
+    ],
+)
+def test_what_no_preparation_can_be_told(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare.main(argv) == 2
+    assert capsys.readouterr() == ("", f"consyn-prepare: {message}\n")
+
+
+def test_with_files_to_validate_on_the_fraction_does_not_count() -> None:
+    prepare.read_arguments(["--validation", "v.txt", "--validation_fraction", "0.5", "--test_fraction", "0.5"])
 
 
 @pytest.mark.parametrize(
