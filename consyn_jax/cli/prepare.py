@@ -27,8 +27,8 @@ USAGE = "[--data PATH ...] [--output DIR] [FLAG ...]"
 EPILOG = """\
 examples:
   consyn-prepare --data corpus/ --output tokens
-  consyn-prepare --data pages.jsonl.gz --text_key body --near_duplicates --output tokens
-  consyn-prepare --data corpus/ --tokenizer train:32000 --test_fraction 0.01 --output tokens
+  consyn-prepare --data pages.jsonl.gz --text_key body --near_duplicates
+  consyn-prepare --data corpus/ --tokenizer train:32000 --test_fraction 0.01
   consyn-train --data tokens
 
 Defaults are in brackets; of a flag that is given twice the last counts.
@@ -93,8 +93,7 @@ def make(config: PrepareConfig) -> None:
     if config.store.overwrite:
         _delete_store(config, output)
     began = time.monotonic()
-    with Console(quiet=config.store.quiet) as console, Bar(quiet=config.store.quiet) as bar:
-        console.header(_header(config), title="consyn-prepare")
+    with Console(quiet=config.store.quiet) as console, Bar(lambda: console.header(_header(config), "consyn-prepare"), quiet=config.store.quiet) as bar:
         try:
             prepared = prepare(config.data, output=output, test_fraction=config.store.test_fraction, progress=bar)
         except KeyboardInterrupt as stopped:
@@ -195,7 +194,9 @@ def summary(prepared: Prepared, seconds: float) -> list[str]:
 
 
 def _documents(report: Report) -> str:
-    dropped = ", ".join(f"{count:,} {rule}" for rule, count in report.dropped.items() if count)
+    from consyn_jax.data.report import RULES
+
+    dropped = ", ".join(f"{report.dropped[rule]:,} {rule}" for rule in RULES if report.dropped.get(rule))
     return f"{report.documents:,} read, {report.kept:,} kept" + (f"; left out: {dropped}" if dropped else "")
 
 
@@ -221,9 +222,14 @@ class Bar:
     """Progress by stages on stderr: a bar on a terminal, elsewhere a line every `every_s` seconds. A context manager.
 
     Calling it is a `Progress` of consyn_jax.data.prepare: (stage, bytes done, bytes to do; 0 where nobody knows).
+
+    Args:
+        introduce: called once, before anything is shown: when what could be wrong from the start was not.
+        clock: seconds, from any beginning.
     """
 
-    def __init__(self, *, quiet: bool = False, every_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, introduce: Callable[[], None], *, quiet: bool = False, every_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._introduce = introduce
         self._quiet = quiet
         self._every_s, self._clock = every_s, clock
         self._stage = ""
@@ -244,6 +250,8 @@ class Bar:
             print(self._line(done, total), file=sys.stderr, flush=True)
 
     def _begin(self, stage: str, done: int, total: int) -> None:
+        if not self._stage:
+            self._introduce()
         self._stage, self._told = stage, self._clock()
         self._first = (self._told, done)
         if not sys.stderr.isatty():

@@ -1,0 +1,272 @@
+"""`consyn-prepare` as a user meets it."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from consyn_jax.cli.prepare import Bar, main
+
+TINY = ["--tokenizer", "bytes", "--num_workers", "1", "--output", "tokens"]
+
+
+@pytest.fixture(autouse=True)
+def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files that the cases below name."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": f"Row {number} of a hundred, which is number {number * number}."} for number in range(100)]
+    rows[50] = rows[3]
+    rows[60]["text"] = "x"
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("corpus").mkdir()
+    Path("corpus/a.txt").write_text("one text " * 30)
+    Path("corpus/b.txt").write_text("another text " * 30)
+    Path("corpus/picture.png").write_bytes(b"\x89PNG\0")
+
+
+def prepared(*argv: str) -> None:
+    assert main([*TINY, *argv]) == 0
+
+
+def refused(capfd: pytest.CaptureFixture[str], *argv: str) -> str:
+    """What is said to `argv`, when that is one line and the exit code is 2."""
+    capfd.readouterr()
+    assert main([*TINY, *argv]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, err
+    return err.removeprefix("consyn-prepare: ").rstrip("\n")
+
+
+def files(directory: str = "tokens") -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(Path(directory).rglob("*")) if path.is_file()}
+
+
+class TestWhatIsSaid:
+    def test_header_summary_and_what_to_do_next(self, capfd: pytest.CaptureFixture[str]) -> None:
+        prepared("--data", "rows.jsonl", "--min_chars", "5", "--validation_fraction", "0.2", "--test_fraction", "0.2")
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert "5 characters or more" in err
+        assert re.search(r"documents +100 read, 98 kept; left out: 1 too short, 1 duplicate\n", err)
+        for split in ("train", "validation", "test"):
+            assert re.search(rf"{split} +\d+ documents, [\d,]+ tokens, 1\.00 bytes a token\n", err), split
+        assert "report     tokens/report.html\n" in err
+        assert err.endswith("Train on it with: consyn-train --data tokens\n")
+
+    def test_files_that_were_left_out(self, capfd: pytest.CaptureFixture[str]) -> None:
+        prepared("--data", "corpus", "--validation_fraction", "0")
+        err = capfd.readouterr().err
+        assert re.search(r"left out +1 file: corpus/picture\.png \(is binary", err)
+        assert re.search(r"validation +empty: ", err)
+
+    def test_quiet_is_one_line(self, capfd: pytest.CaptureFixture[str]) -> None:
+        prepared("--data", "rows.jsonl", "--quiet")
+        assert capfd.readouterr().err == "Train on it with: consyn-train --data tokens\n"
+
+    def test_a_name_for_the_shell(self, capfd: pytest.CaptureFixture[str]) -> None:
+        assert main(["--tokenizer", "bytes", "--data", "rows.jsonl", "--output", "my tokens", "--quiet"]) == 0
+        assert capfd.readouterr().err.endswith("--data 'my tokens'\n")
+
+
+class TestTheStore:
+    def test_it_is_one_with_its_report(self) -> None:
+        prepared("--data", "rows.jsonl")
+        report = json.loads(Path("tokens/report.json").read_text())
+        assert report["documents"] == 100
+        assert report["dropped"] == {"duplicate": 1}
+        page = Path("tokens/report.html").read_text()
+        assert "rows.jsonl" in page
+        assert "number 9." in page, "the sample of what was dropped"
+
+    def test_equal_input_gives_equal_bytes_wherever_and_by_however_many(self) -> None:
+        prepared("--data", "rows.jsonl")
+        prepared("--data", "rows.jsonl", "--output", "elsewhere", "--num_workers", "2")
+        assert files("tokens") == files("elsewhere")
+
+    def test_a_finished_one_is_left_as_it_is(self, capfd: pytest.CaptureFixture[str]) -> None:
+        prepared("--data", "rows.jsonl")
+        before = files()
+        prepared("--data", "rows.jsonl", "--num_workers", "2")
+        assert "tokens is complete already; nothing had to be done." in capfd.readouterr().err
+        assert files() == before
+
+    def test_a_page_that_is_missing_is_drawn_again(self) -> None:
+        prepared("--data", "rows.jsonl")
+        before = files()
+        Path("tokens/report.html").unlink()
+        prepared("--data", "rows.jsonl")
+        assert files() == before
+
+    def test_an_empty_directory_is_as_good_as_none(self) -> None:
+        Path("tokens").mkdir()
+        prepared("--data", "rows.jsonl")
+
+    def test_consyn_train_takes_it(self) -> None:
+        from consyn_jax.cli.train import main as train
+
+        prepared("--data", "rows.jsonl", "--validation_fraction", "0.2")
+        tiny = "--model haiku --hidden_dim 32 --num_heads 2 --num_layers 1 --max_tokens 32 --max_steps 1 --quiet"
+        assert train([*tiny.split(), "--data", "tokens", "--output", "run"]) == 0
+
+
+class TestWhatIsRefused:
+    @pytest.mark.parametrize(
+        ("argv", "message"),
+        [
+            ("--data god.txt", "god.txt in --data does not exist"),
+            ("--output rows.jsonl", "--output rows.jsonl is a file. Name a directory."),
+            ("--output rows.jsonl/x", "--output rows.jsonl/x cannot be made: rows.jsonl is a file. Name another directory."),
+            ("--output /proc/tokens", "--output /proc/tokens cannot be"),
+            ("--output corpus", "--output corpus holds a.txt, b.txt, picture.png, and no token store of ours. Name another directory."),
+            ("--output corpus --overwrite", "--output corpus holds a.txt, b.txt, picture.png, and no token store of ours. Name another directory."),
+            ("--tokenizer nope", "There is no tokenizer at nope."),
+        ],
+    )
+    def test_wrong_input(self, argv: str, message: str, capfd: pytest.CaptureFixture[str]) -> None:
+        before = files(".")
+        assert message in refused(capfd, "--data", "rows.jsonl", *argv.split())
+        assert files(".") == before
+        assert not Path("tokens").exists()
+
+    def test_another_store(self, capfd: pytest.CaptureFixture[str]) -> None:
+        prepared("--data", "rows.jsonl")
+        before = files()
+        message = refused(capfd, "--data", "corpus")
+        assert "tokens" in message
+        assert "--overwrite" in message
+        assert files() == before
+
+    def test_a_manifest_of_somebody_else(self, capfd: pytest.CaptureFixture[str]) -> None:
+        Path("tokens").mkdir()
+        Path("tokens/manifest.json").write_text('{"name": "my web page"}')
+        for flags in ((), ("--overwrite",)):
+            assert "--output tokens holds manifest.json, and no token store of ours." in refused(capfd, "--data", "rows.jsonl", *flags)
+        assert Path("tokens/manifest.json").read_text() == '{"name": "my web page"}'
+
+
+class TestOverwrite:
+    def test_the_old_store_goes_and_the_new_one_comes(self) -> None:
+        prepared("--data", "corpus")
+        prepared("--data", "rows.jsonl", "--overwrite")
+        new = files()
+        prepared("--data", "rows.jsonl", "--output", "fresh")
+        assert new == files("fresh")
+
+    def test_of_nothing(self) -> None:
+        prepared("--data", "rows.jsonl", "--overwrite")
+
+    def test_what_the_new_store_is_made_from_is_not_deleted(self, capfd: pytest.CaptureFixture[str]) -> None:
+        prepared("--data", "corpus")
+        Path("rows.jsonl").rename("tokens/rows.jsonl")
+        for data in ("tokens/rows.jsonl", "tokens/*.jsonl"):
+            message = refused(capfd, "--data", data, "--overwrite")
+            assert message.startswith("--overwrite would delete --data tokens/rows.jsonl, which lies in --output tokens.")
+        assert "--overwrite would delete --tokenizer tokens/tokenizer" in refused(capfd, "--data", "corpus", "--tokenizer", "tokens/tokenizer", "--overwrite")
+        assert Path("tokens/rows.jsonl").exists()
+
+    def test_data_that_is_missing_deletes_nothing(self, capfd: pytest.CaptureFixture[str]) -> None:
+        prepared("--data", "corpus")
+        before = files()
+        assert "god.txt in --data does not exist" in refused(capfd, "--data", "god.txt", "--overwrite")
+        assert files() == before
+
+
+class TestSignals:
+    @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+    def test_a_stop_says_how_to_go_on(self, flags: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        def stopped(*_: Any, **__: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+        monkeypatch.setattr("consyn_jax.data.prepare.prepare", stopped)
+        assert main([*TINY, "--data", "rows.jsonl", *flags]) == 75
+        same = "the same command without --overwrite" if flags else "the same command"
+        assert capfd.readouterr().err == f"consyn-prepare: interrupted; what was done so far is kept in tokens. Run {same} again to go on.\n"
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_a_real_one_goes_on_to_the_same_bytes(self, number: signal.Signals) -> None:
+        many = "".join(json.dumps({"text": f"{i} " * 400}) + "\n" for i in range(20_000))
+        Path("many.jsonl").write_text(many)
+        command = [sys.executable, "-m", "consyn_jax.cli.prepare", *TINY, "--data", "many.jsonl", "--output", "stopped"]
+        running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        while not Path("stopped").exists() and running.poll() is None:
+            time.sleep(0.02)
+        time.sleep(0.5)
+        running.send_signal(number)
+        _, err = running.communicate(timeout=60)
+        assert running.returncode == 75, err
+        assert err.endswith("Run the same command again to go on.\n")
+        assert "Traceback" not in err
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        prepared("--data", "many.jsonl", "--output", "straight")
+        assert files("stopped") == files("straight")
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class TestBar:
+    def make(self, clock: Callable[[], float], **options: Any) -> tuple[Bar, list[str]]:
+        introduced: list[str] = []
+        return Bar(lambda: introduced.append("header"), clock=clock, **options), introduced
+
+    def test_without_a_terminal_a_line_now_and_then(self, capsys: pytest.CaptureFixture[str]) -> None:
+        clock = Clock()
+        bar, introduced = self.make(clock)
+        for second in range(31):
+            clock.now = 100.0 + second
+            bar("tokenize", 50_000_000 + second * 1_000_000, 100_000_000)
+        assert introduced == ["header"]
+        assert capsys.readouterr().err.splitlines() == [
+            "tokenize: 60.0 MB of 100.0 MB, 1.0 MB/s, 0:00:40 left",  # what was done before is no part of the speed
+            "tokenize: 70.0 MB of 100.0 MB, 1.0 MB/s, 0:00:30 left",
+            "tokenize: 80.0 MB of 100.0 MB, 1.0 MB/s, 0:00:20 left",
+        ]
+
+    def test_without_a_total(self, capsys: pytest.CaptureFixture[str]) -> None:
+        clock = Clock()
+        bar, _ = self.make(clock)
+        bar("tokenize", 0, 0)
+        clock.now += 20
+        bar("tokenize", 40_000_000, 0)
+        assert capsys.readouterr().err == "tokenize: 40.0 MB, 2.0 MB/s\n"
+
+    def test_quiet(self, capsys: pytest.CaptureFixture[str]) -> None:
+        bar, introduced = self.make(Clock(), quiet=True, every_s=0.0)
+        bar("hash", 1, 2)
+        assert (introduced, capsys.readouterr().err) == ([], "")
+
+    def test_on_a_terminal_a_bar_that_is_gone_at_the_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Terminal(io.StringIO):
+            def isatty(self) -> bool:
+                return True
+
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setenv("TERM", "xterm")
+        bar, _ = self.make(time.monotonic)
+        with bar:
+            bar("hash", 5, 10)
+            bar("hash", 10, 10)
+            bar("tokenize", 0, 0)
+            bar("tokenize", 10, 20)
+        assert "tokenize" in terminal.getvalue()
+        assert terminal.getvalue().endswith("\x1b[2K")
+        bar.close()
