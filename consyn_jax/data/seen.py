@@ -23,7 +23,7 @@ CHUNK = 1 << 14
 class Seen:
     """The digests seen so far. One process owns the file at a time.
 
-    Memory is 16 bytes a digest, and twice that while the longest runs are merged. A call of 4,000 digests takes about 2 ms with 5 million stored.
+    Memory is 16 bytes a digest, and twice that while the longest runs are merged. A call of 4,000 digests takes about 3.5 ms with 5 million stored.
 
     Args:
         path: the file, made where there is none.
