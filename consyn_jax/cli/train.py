@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from consyn_jax.cli.arguments import build_parser, parse
 from consyn_jax.cli.run import exit_code
-from consyn_jax.config import PRESETS, RunConfig, UserError, architecture, check_context, nearest, resolve
+from consyn_jax.config import PRESETS, CorpusOptions, RunConfig, UserError, architecture, check_context, nearest, resolve
 
 if TYPE_CHECKING:
     from consyn_jax.config import ModelConfig
     from consyn_jax.data.prepare import Prepared
+    from consyn_jax.data.streaming import Growing
     from consyn_jax.tokenization import BPETokenizer
+    from consyn_jax.training.dataset import ConsynDataset
     from consyn_jax.training.trainer import ModelSource
 
 DESCRIPTION = """\
@@ -82,22 +85,30 @@ def train(config: RunConfig, origins: dict[str, str]) -> None:
     is_store = _check_data(config)
     tokenizer_spec = _tokenizer_spec(config, stored, weights, is_store)
     _check_devices(config)
-    prepared = _prepare(config, tokenizer_spec)
+    options = CorpusOptions(**{f.name: getattr(config.data, f.name) for f in dataclasses.fields(CorpusOptions)} | {"tokenizer": tokenizer_spec})
+    if config.data.streaming:
+        from consyn_jax.data.prepare import start
 
-    from consyn_jax.data.packing import PackedDataset
-    from consyn_jax.training.dataset import ConsynDataset
+        with closing(start(options)) as corpus:
+            _train(config, origins, (base, stored, weights), _streamed(config, corpus))
+    else:
+        _train(config, origins, (base, stored, weights), _prepared(config, options))
+
+
+class _Data(NamedTuple):
+    """What a run trains and validates on, as `ConsynTrainer` takes it, and lines about it for the header."""
+
+    training: Any
+    validation: Any
+    tokenizer: BPETokenizer
+    notes: list[tuple[str, str]]
+
+
+def _train(config: RunConfig, origins: dict[str, str], named: tuple[ModelConfig | None, ModelConfig | None, Path | None], data: _Data) -> None:
     from consyn_jax.training.trainer import ConsynTrainer
 
-    tokenizer = prepared.store.tokenizer
-    model = _model(config, base, stored, weights, tokenizer)
-
-    def split(name: str) -> ConsynDataset:
-        assert config.data.max_tokens is not None
-        packed = PackedDataset(prepared.store.split(name), config.data.max_tokens, tokenizer.bos_token_id, tokenizer.pad_token_id)
-        return ConsynDataset(prepared, packed, config.budget.seed, shuffle=name == "train")
-
-    validation = None if prepared.validation_is_empty else split("validation")
-    trainer = ConsynTrainer(model, split("train"), validation, tokenizer=tokenizer, run=(config, origins), notes=_notes(prepared))
+    model = _model(config, *named, data.tokenizer)
+    trainer = ConsynTrainer(model, data.training, data.validation, tokenizer=data.tokenizer, run=(config, origins), notes=tuple(data.notes))
     trainer.train()
 
 
@@ -139,10 +150,15 @@ def _check_data(config: RunConfig) -> bool:
     """Find files that are missing, empty or binary before anything slow begins; says whether --data is a token store."""
     from consyn_jax.data.sources import find_sources
 
-    corpus = find_sources(config.data.data, config.data.dataset_type)
-    if config.data.validation:
-        find_sources(config.data.validation, flag="validation")
-    return corpus.sources[0].kind == "sharded"
+    data = config.data
+    for item in data.data:
+        if data.data_weights and data.data.count(item) > 1:
+            raise UserError(f"--data names {item} twice, and a mixture has one weight for each source. Name it once.")
+    parts = [(item,) for item in data.data] if data.data_weights else [data.data]
+    corpora = [find_sources(part, data.dataset_type, invalid_utf8=data.invalid_utf8) for part in parts]
+    if data.validation:
+        find_sources(data.validation, flag="validation", invalid_utf8=data.invalid_utf8)
+    return all(corpus.sources[0].kind == "sharded" for corpus in corpora)
 
 
 def _check_devices(config: RunConfig) -> None:
@@ -188,15 +204,56 @@ def _check_vocabulary(tokenizer: BPETokenizer, stored: ModelConfig | None, confi
         )
 
 
-def _prepare(config: RunConfig, tokenizer_spec: str | None) -> Prepared:
-    """The token store, with a progress bar while it is made."""
+def _prepared(config: RunConfig, options: CorpusOptions) -> _Data:
+    """The data as token stores, one for all of `--data`, or with `--data_weights` one for each item of it."""
+    from consyn_jax.training.dataset import PACKINGS, ConsynDataset, MixedDataset
+
+    data, seed = config.data, config.budget.seed
+    parts = [(item,) for item in data.data] if data.data_weights else [data.data]
+    prepared = [_prepare(config, dataclasses.replace(options, data=part)) for part in parts]
+
+    def split(of: Prepared, name: str) -> ConsynDataset:
+        assert data.max_tokens is not None
+        tokenizer = of.store.tokenizer
+        packed = PACKINGS[data.packing](of.store.split(name), data.max_tokens, tokenizer.bos_token_id, tokenizer.pad_token_id)
+        return ConsynDataset(of, packed, seed, shuffle=name == "train")
+
+    notes = [note for one in prepared for note in _notes(one)]
+    if not data.data_weights:
+        training, validation = split(prepared[0], "train"), None if prepared[0].validation_is_empty else split(prepared[0], "validation")
+        return _Data(training, validation, training.tokenizer, [*notes, _packing(data.packing, [training])])
+    sources = {item: split(one, "train") for item, one in zip(data.data, prepared, strict=True)}
+    mixed = MixedDataset(sources, data.data_weights, seed)
+    held_out = {item: split(one, "validation") for item, one in zip(data.data, prepared, strict=True) if not one.validation_is_empty}
+    if data.validation:  # every store holds the same documents
+        held_out = dict(list(held_out.items())[:1])
+    weights = [weight for item, weight in zip(data.data, data.data_weights, strict=True) if item in held_out]
+    validation = MixedDataset(held_out, weights, seed) if held_out else None
+    return _Data(mixed, validation, mixed.tokenizer, [*notes, _packing(data.packing, list(sources.values()))])
+
+
+def _streamed(config: RunConfig, corpus: Growing) -> _Data:
+    """The data while it is being tokenised."""
+    from consyn_jax.data.streaming import BLOCK_WINDOWS, VALIDATION_WINDOWS, FirstWindows, Streamed
+
+    length = config.data.max_tokens
+    assert length is not None
+    notes = [
+        ("data", f"{_shown(config.data.data)}: tokenised while the run goes on, and in its first epoch shuffled in blocks of {BLOCK_WINDOWS:,} sequences"),
+        ("validation", f"the first {VALIDATION_WINDOWS:,} sequences of the validation split"),
+        _packing(config.data.packing, []),
+    ]
+    return _Data(Streamed(corpus, length, config.budget.seed), FirstWindows(corpus, length), corpus.tokenizer, notes)
+
+
+def _prepare(config: RunConfig, options: CorpusOptions) -> Prepared:
+    """A token store, with a progress bar while it is made."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from consyn_jax.data.prepare import prepare
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    data = config.data
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=config.logging.quiet or not sys.stderr.isatty()) as bar:
         tasks: dict[str, Any] = {}
 
@@ -205,16 +262,7 @@ def _prepare(config: RunConfig, tokenizer_spec: str | None) -> Prepared:
                 tasks[stage] = bar.add_task(stage, total=total)
             bar.update(tasks[stage], completed=done, total=total)
 
-        return prepare(
-            data.data,
-            tokenizer_spec,
-            dataset_type=data.dataset_type,
-            text_key=data.text_key,
-            validation=data.validation,
-            validation_fraction=data.validation_fraction,
-            on_bad_rows=data.on_bad_rows,
-            progress=progress,
-        )
+        return prepare(options, progress=progress)
 
 
 def _model(config: RunConfig, base: ModelConfig | None, stored: ModelConfig | None, weights: Path | None, tokenizer: BPETokenizer) -> ModelSource:
@@ -232,27 +280,37 @@ def _model(config: RunConfig, base: ModelConfig | None, stored: ModelConfig | No
     return ModelSource(shape, lambda mesh: load_parameters(weights, shape, mesh))
 
 
-def _notes(prepared: Prepared) -> tuple[tuple[str, str], ...]:
-    """Lines about the data for the header."""
+def _notes(prepared: Prepared) -> list[tuple[str, str]]:
+    """Lines about one token store for the header."""
     store, report = prepared.store, prepared.report
     splits = {name: store.split(name) for name in ("train", "validation")}
-    sizes = ", ".join(f"{name} {s.num_tokens:,} tokens of {_documents(s.num_documents)}" for name, s in splits.items())
+    sizes = ", ".join(f"{name} {s.num_tokens:,} tokens{_documents(s.num_documents)}" for name, s in splits.items())
     notes = [("data", f"{_shown([source.name for source in prepared.used])}: {sizes}")]
     if prepared.validation_is_empty:
         notes.append(("validation", "none: no document fell into it; give --validation PATH or a larger --validation_fraction"))
     if prepared.left_out:
         notes.append(("left out", f"{len(prepared.left_out)} files: {_shown([f'{name} ({reason})' for name, reason in prepared.left_out])}"))
-    if report.bad_rows:
-        notes.append(("bad rows", f"{report.bad_rows} skipped, the first: {report.bad_row_examples[0]}"))
-    return tuple(notes)
+    dropped = {rule: count for rule, count in report.dropped.items() if count}
+    if bad := dropped.pop("bad row", 0):
+        notes.append(("bad rows", f"{bad} skipped, the first: {report.examples['bad row'][0]}"))
+    if dropped:
+        notes.append(("cleaned", f"of {report.documents:,} documents left out: {', '.join(f'{count:,} {rule}' for rule, count in dropped.items())}"))
+    return notes
+
+
+def _packing(name: str, datasets: Sequence[ConsynDataset]) -> tuple[str, str]:
+    if name == "cut":
+        return "packing", "sequences are cut from the stream of documents"
+    padding = 1 - sum(d.num_tokens for d in datasets) / sum(len(d) * d.packed.block_size for d in datasets)
+    return "packing", f"sequences are made of whole documents, with {padding:.1%} padding"
 
 
 def _shown(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
-def _documents(count: int) -> str:
-    return f"{count:,} document{'' if count == 1 else 's'}"
+def _documents(count: int | None) -> str:
+    return "" if count is None else f" of {count:,} document{'' if count == 1 else 's'}"
 
 
 if __name__ == "__main__":

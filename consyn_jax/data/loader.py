@@ -1,4 +1,4 @@
-"""Global batches from a dataset, a prefetching thread, and one pass for evaluation.
+"""Global batches from an order of sequences, a prefetching thread, and one pass for evaluation.
 
 A batch is a function of (seed, step): step s takes the global positions s * A * B .. (s + 1) * A * B, micro-batch a the positions
 a * B .. (a + 1) * B of those. A process reads only its rows of each micro-batch; together, however many there are, they read the
@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int64
 
 from consyn_jax.data.order import ids_at
 from consyn_jax.data.packing import Batch
@@ -28,11 +29,46 @@ Out = TypeVar("Out")
 
 @runtime_checkable
 class Dataset(Protocol):
-    """What a loader needs: a length, and the rows at many indices at once, each array [n, ...]."""
+    """Sequences with a place each: a length, and the rows at many indices at once, each array [n, ...]."""
 
     def __len__(self) -> int: ...
 
     def rows(self, indices: Any) -> Batch: ...
+
+
+@runtime_checkable
+class Order(Protocol):
+    """Training sequences without end: what stands at a global position is a function of the position and nothing else."""
+
+    def at(self, positions: Int64[np.ndarray, " n"]) -> Batch:
+        """The sequences at any positions (not negative), each array [n, ...]."""
+
+    def passes(self, position: int) -> dict[str, int]:
+        """By source, how many whole passes over it lie in front of `position`. The only source is called ""."""
+
+
+class Shuffled:
+    """One dataset, epoch after epoch, each in an order of its own (`order.ids_at`).
+
+    Args:
+        shuffle: False takes the dataset in its own order.
+
+    Raises:
+        ValueError: the dataset has no samples.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, shuffle: bool = True) -> None:
+        if not len(dataset):
+            raise ValueError("The dataset has no samples.")
+        self.dataset, self.seed, self.shuffle = dataset, seed, shuffle
+
+    def at(self, positions: Int64[np.ndarray, " n"]) -> Batch:
+        """The sequences at any positions, each array [n, ...]."""
+        return self.dataset.rows(ids_at(self.seed, positions, len(self.dataset), self.shuffle))
+
+    def passes(self, position: int) -> dict[str, int]:
+        """Whole epochs in front of `position`, under the name ""."""
+        return {"": position // len(self.dataset)}
 
 
 class BatchLoader:
@@ -43,25 +79,10 @@ class BatchLoader:
     Args:
         batch_size: rows of one micro-batch over all processes.
         rows: which rows of each global micro-batch this process holds.
-        shuffle: False takes the dataset in its own order.
-
-    Raises:
-        ValueError: the dataset has no samples.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        seed: int,
-        batch_size: int,
-        accumulation_steps: int = 1,
-        rows: Rows = slice(None),
-        shuffle: bool = True,
-        start_step: int = 0,
-    ) -> None:
-        if not len(dataset):
-            raise ValueError("The dataset has no samples.")
-        self.dataset, self.seed, self.shuffle, self.start_step = dataset, seed, shuffle, start_step
+    def __init__(self, order: Order, batch_size: int, accumulation_steps: int = 1, rows: Rows = slice(None), start_step: int = 0) -> None:
+        self.order, self.start_step = order, start_step
         self.batch_size, self.accumulation_steps = batch_size, accumulation_steps
         held = np.arange(batch_size)[rows]
         self._held = (np.arange(accumulation_steps)[:, None] * batch_size + held).astype(np.int64)
@@ -69,8 +90,7 @@ class BatchLoader:
     def batch(self, step: int) -> Batch:
         """The batch of that step, whatever was read before."""
         positions = step * self.accumulation_steps * self.batch_size + self._held
-        ids = ids_at(self.seed, positions.reshape(-1), len(self.dataset), self.shuffle)
-        rows = self.dataset.rows(ids)
+        rows = self.order.at(positions.reshape(-1))
         return {name: values.reshape(*self._held.shape, *values.shape[1:]) for name, values in rows.items()}
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:

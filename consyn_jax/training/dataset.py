@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from consyn_jax.config import UserError
-from consyn_jax.data.order import ids_at
-from consyn_jax.data.packing import Batch, PackedDataset
+from consyn_jax.config import CorpusOptions, UserError, nearest, resolve_preparation
+from consyn_jax.data.loader import Shuffled
+from consyn_jax.data.mixture import Joined, Mixture
+from consyn_jax.data.packing import Batch, PackedDataset, PackedSequences, WholeDocuments
 from consyn_jax.data.prepare import Prepared, prepare
 from consyn_jax.data.split import TRAIN, VALIDATION
 from consyn_jax.tokenization import BPETokenizer
 
+PACKINGS: dict[str, type[PackedSequences]] = {"cut": PackedDataset, "whole": WholeDocuments}
+
 
 class ConsynDataset:
-    """Packed windows of a token store in a seeded order: item i is window `order.sample_ids(seed, i, 1, len)` of `packed`.
+    """Packed sequences of a token store in a seeded order: item i is sequence `order.sample_ids(seed, i, 1, len)` of `packed`.
 
     So item i depends on the data, `block_size` and (seed, i) alone, and a pass over all items has every token of the split as a
     label exactly once. The validation split keeps the store's order. `ConsynTrainer` takes `packed` and `seed`, and reshuffles
     every epoch; its first epoch has the order of the items here.
 
     Attributes:
-        packed: the windows in store order, with `num_tokens`, `num_documents` and `num_bytes`.
+        packed: the sequences in store order, with `num_tokens`, `num_documents` and `num_bytes`.
         prepared: the token store, and what was read and left out.
     """
 
-    def __init__(self, prepared: Prepared, packed: PackedDataset, seed: int, shuffle: bool) -> None:
+    def __init__(self, prepared: Prepared, packed: PackedSequences, seed: int, shuffle: bool) -> None:
         self.prepared, self.packed, self.seed, self.shuffle = prepared, packed, seed, shuffle
 
     def __len__(self) -> int:
@@ -43,7 +49,7 @@ class ConsynDataset:
 
     def rows(self, indices: Any) -> Batch:
         """The items `indices` (each in range(len)) at once, each array [n, block_size]."""
-        return self.packed.rows(ids_at(self.seed, np.asarray(indices, np.int64), len(self), self.shuffle))
+        return Shuffled(self.packed, self.seed, self.shuffle).at(np.asarray(indices, np.int64))
 
     @property
     def tokenizer(self) -> BPETokenizer:
@@ -61,14 +67,61 @@ class ConsynDataset:
         return self.packed.num_tokens
 
     @property
-    def num_documents(self) -> int:
-        """Documents of the split."""
+    def num_documents(self) -> int | None:
+        """Documents of the split; None where a store does not know."""
         return self.packed.num_documents
 
     @property
     def num_bytes(self) -> int | None:
         """Bytes of the split's text in UTF-8, for bits per byte; None where a store does not know."""
         return self.packed.num_bytes
+
+
+class MixedDataset:
+    """Several datasets as one: to train on by weight (`data.mixture.Mixture`), to evaluate on one after the other, every token once.
+
+    Args:
+        sources: datasets by the name that events and the header give them.
+        weights: share of the training sequences that each gives; only their ratios count.
+        seed: fixes the order; the seeds of the sources have no say.
+
+    Attributes:
+        order: what stands where when it is trained on.
+
+    Raises:
+        UserError: the sources were made with different tokenizers, or differ in length, or a weight cannot be.
+    """
+
+    def __init__(self, sources: Mapping[str, ConsynDataset], weights: Sequence[float | int], seed: int) -> None:
+        if not sources:
+            raise UserError("A mixture needs at least one dataset.")
+        self.sources = dict(sources)
+        (first, dataset), *others = self.sources.items()
+        for name, other in others:
+            if other.tokenizer.sha256 != dataset.tokenizer.sha256:
+                raise UserError(f"{first} and {name} were made with different tokenizers and cannot be mixed. Prepare both with the same --tokenizer.")
+            if other.packed.block_size != dataset.packed.block_size:
+                lengths = f"{dataset.packed.block_size} and {other.packed.block_size}"
+                raise UserError(f"{first} and {name} have sequences of {lengths} tokens and cannot be mixed. Give both the same block_size.")
+        packed = {name: source.packed for name, source in self.sources.items()}
+        try:
+            self.order = Mixture(packed, weights, seed)
+        except ValueError as error:
+            raise UserError(f"These datasets cannot be mixed: {error}") from error
+        self._joined = Joined(list(packed.values()))
+        self.block_size, self.tokenizer = dataset.packed.block_size, dataset.tokenizer
+        content = [[source.fingerprint for source in self.sources.values()], [float(weight) for weight in weights]]
+        self.fingerprint = "mixture:" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+        self.num_tokens = sum(source.num_tokens for source in self.sources.values())
+        sizes = [source.num_bytes for source in self.sources.values()]
+        self.num_bytes = None if None in sizes else sum(size for size in sizes if size is not None)
+
+    def __len__(self) -> int:
+        return len(self._joined)
+
+    def rows(self, indices: Any) -> Batch:
+        """The sequences of all sources, one source after the other, each array [n, block_size]."""
+        return self._joined.rows(indices)
 
 
 def get_dataset(
@@ -78,29 +131,42 @@ def get_dataset(
     dataset_type: str = "auto",
     split: str = TRAIN,
     seed: int = 42,
-    validation_fraction: float = 0.01,
-    text_key: str = "text",
-    on_bad_rows: str = "error",
+    *,
+    packing: str = "cut",
+    test_fraction: float = 0.0,
+    **options: Any,
 ) -> ConsynDataset:
-    """Raw text, JSON rows or a token store as a dataset of packed sequences; raw data is tokenised once and kept in a cache.
+    """Raw text, rows or a token store as a dataset of packed sequences; raw data is tokenised once and kept in a cache.
 
     Args:
-        data_path: a file, directory, glob, token store or "sample", or several.
+        data_path: a file, directory, glob, Hugging Face dataset, token store or "sample", or several.
         tokenizer: a tokenizer, or what `--tokenizer` takes; None is the default one, or a token store's own.
         block_size: tokens in a sequence.
-        split: "train" or "validation".
+        split: "train", "validation" or "test".
+        packing: "cut" or "whole", as `--packing`.
+        test_fraction: share of the documents in the split "test".
+        options: the other flags of `consyn-prepare` that say what is read and how, by name.
 
     Returns:
         Items {"input_ids", "labels", "segment_ids"}, int32 [block_size], and "loss_mask", bool [block_size]; `labels[t]` is the
         token that follows `input_ids[t]`.
 
     Raises:
-        UserError: as `data.prepare.prepare`, or the split is unknown or empty.
+        UserError: as `data.prepare.prepare`, or an option or the split is unknown, or the split is empty.
     """
     paths = [str(path) for path in ([data_path] if isinstance(data_path, str | Path) else data_path)]
     if block_size < 1:
         raise UserError(f"block_size must be at least 1, not {block_size}.")
-    prepared = prepare(paths, tokenizer, dataset_type=dataset_type, text_key=text_key, validation_fraction=validation_fraction, on_bad_rows=on_bad_rows)
+    if packing not in PACKINGS:
+        raise UserError(f"packing {packing!r} is not known{nearest(packing, PACKINGS)} Known: {', '.join(PACKINGS)}.")
+    known = [f.name for f in dataclasses.fields(CorpusOptions)]
+    for name in options:
+        if name not in known:
+            raise UserError(f"{name} is not an option of get_dataset{nearest(name, known)}")
+    given = {"data": paths, "dataset_type": dataset_type, "test_fraction": test_fraction, **options}
+    made = tokenizer if isinstance(tokenizer, BPETokenizer) else None
+    resolved, _ = resolve_preparation(given | {"tokenizer": None if made else tokenizer})
+    prepared = prepare(resolved.data, made, test_fraction=test_fraction)
     names = sorted({TRAIN, VALIDATION, *prepared.store.splits})
     if split not in names:
         raise UserError(f"There is no split {split!r} in the data. Known: {', '.join(names)}.")
@@ -108,12 +174,13 @@ def get_dataset(
         raise UserError(f"The split {split!r} of {', '.join(paths)} has no documents. Give more data, or another validation_fraction.")
     _warn_of_what_is_left_out(prepared)
     made_by = prepared.store.tokenizer
-    packed = PackedDataset(prepared.store.split(split), block_size, made_by.bos_token_id, made_by.pad_token_id)
+    packed = PACKINGS[packing](prepared.store.split(split), block_size, made_by.bos_token_id, made_by.pad_token_id)
     return ConsynDataset(prepared, packed, seed, shuffle=split == TRAIN)
 
 
 def _warn_of_what_is_left_out(prepared: Prepared) -> None:
     for name, reason in prepared.left_out:
         warnings.warn(f"{name} is left out: it {reason}.", stacklevel=3)
-    if prepared.report.bad_rows:
-        warnings.warn(f"{prepared.report.bad_rows} bad rows were left out, the first: {prepared.report.bad_row_examples[0]}", stacklevel=3)
+    bad = prepared.report.dropped.get("bad row", 0)
+    if bad:
+        warnings.warn(f"{bad} bad rows were left out, the first: {prepared.report.examples['bad row'][0]}", stacklevel=3)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from consyn_jax.config import UserError
-from consyn_jax.data.loader import BatchLoader, evaluation_batches
-from consyn_jax.data.packing import PackedDataset, memory_split
-from consyn_jax.training.dataset import ConsynDataset
+from consyn_jax.data.loader import BatchLoader, Dataset, Order, Shuffled, evaluation_batches
+from consyn_jax.data.packing import PackedDataset, PackedSequences, memory_split
+from consyn_jax.data.streaming import FirstWindows, Streamed
+from consyn_jax.training.dataset import ConsynDataset, MixedDataset
 
 HostBatch = dict[str, np.ndarray]
 IGNORED = -100  # torch's ignore_index: labels that are no targets
@@ -23,16 +24,24 @@ class Source(Protocol):
     """Training or evaluation data.
 
     Attributes:
-        sequences: sequences in an epoch; None where nobody knows.
-        tokens: real tokens in an epoch; None likewise.
-        num_bytes: bytes of the text behind them, for bits per byte; None likewise.
+        order: what stands where when it is trained on; None where there are no positions.
         fingerprint: equal for equal data.
     """
 
-    sequences: int | None
-    tokens: int | None
-    num_bytes: int | None
+    order: Order | None
     fingerprint: str
+
+    @property
+    def sequences(self) -> int | None:
+        """Sequences in an epoch; None where nobody knows."""
+
+    @property
+    def tokens(self) -> int | None:
+        """Real tokens in an epoch; None likewise."""
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Bytes of the text behind them, for bits per byte; None likewise."""
 
     def training(self, start_step: int, batch_size: int, accumulation: int, rows: np.ndarray) -> Iterator[HostBatch]:
         """Batches from step `start_step` on."""
@@ -40,20 +49,42 @@ class Source(Protocol):
     def evaluation(self, batch_size: int, rows: np.ndarray) -> Iterator[HostBatch]:
         """Everything once, in batches [b, T]."""
 
+    def close(self) -> None:
+        """Nothing more will be asked for. Whoever waits for data gets an exception."""
+
 
 class IndexedSource:
-    """A dataset with a length and rows; its order is arithmetic, so any position is reached at once."""
+    """Sequences in an order that is arithmetic, so that any position is reached at once.
 
-    def __init__(self, dataset: Any, seed: int, fingerprint: str) -> None:
-        self.dataset, self.seed, self.fingerprint = dataset, seed, fingerprint
-        self.sequences: int | None = len(dataset)
-        self.tokens: int | None = getattr(dataset, "num_tokens", None)
-        self.num_bytes: int | None = getattr(dataset, "num_bytes", None) or None
+    Args:
+        order: how they are trained on; None where they are only evaluated on.
+        dataset: what an evaluation, or an epoch, consists of; None where that is not known yet.
+        close: called when no more is wanted.
+    """
+
+    def __init__(self, order: Order | None, dataset: Dataset | None, fingerprint: str, close: Callable[[], None] = lambda: None) -> None:
+        self.order, self.dataset, self.fingerprint, self.close = order, dataset, fingerprint, close
+
+    @property
+    def sequences(self) -> int | None:
+        return None if self.dataset is None else len(self.dataset)
+
+    @property
+    def tokens(self) -> int | None:
+        return getattr(self.dataset, "num_tokens", None)
+
+    @property
+    def num_bytes(self) -> int | None:
+        return getattr(self.dataset, "num_bytes", None) or None
 
     def training(self, start_step: int, batch_size: int, accumulation: int, rows: np.ndarray) -> Iterator[HostBatch]:
-        return (batch for _, batch in BatchLoader(self.dataset, self.seed, batch_size, accumulation, rows, start_step=start_step))
+        if self.order is None:
+            raise UserError("The training data is empty, or there only to evaluate on.")
+        return (batch for _, batch in BatchLoader(self.order, batch_size, accumulation, rows, start_step))
 
     def evaluation(self, batch_size: int, rows: np.ndarray) -> Iterator[HostBatch]:
+        if self.dataset is None:
+            raise UserError("A corpus that is still being prepared cannot be evaluated on as a whole. Give its FirstWindows.")
         return evaluation_batches(self.dataset, batch_size, rows)
 
 
@@ -62,6 +93,7 @@ class BatchSource:
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self.batches, self.fingerprint = batches, "batches"
+        self.order: Order | None = None
         self.sequences: int | None = None
         self.tokens: int | None = None
         self.num_bytes: int | None = None
@@ -80,6 +112,9 @@ class BatchSource:
             if missing < 0:
                 _check_rows(batch, batch_size)
             yield {name: np.pad(values, ((0, missing), (0, 0)))[rows] for name, values in batch.items()}
+
+    def close(self) -> None:
+        """Whoever made the batches closes them."""
 
     def _endless(self) -> Iterator[HostBatch]:
         """Pass after pass; what cannot begin again, such as a generator, ends."""
@@ -107,15 +142,22 @@ class ItemDataset:
 
 
 def as_source(data: Any, *, block_size: int, seed: int, bos_id: int | None, eos_id: int | None, pad_id: int | None) -> Source:
-    """Data of any accepted kind as a `Source`: a dataset of `get_dataset`, a list of token lists, a dataset of items, or batches.
+    """Data of any accepted kind as a `Source`: a dataset of `get_dataset`, a mixture of them, a growing corpus, a list of token lists,
+    a dataset of items, or batches.
 
     Raises:
         UserError: none of these, or token lists without the ids that delimit them.
     """
     if isinstance(data, ConsynDataset):
-        return IndexedSource(data.packed, data.seed, data.fingerprint)
-    if isinstance(data, PackedDataset):
-        return IndexedSource(data, seed, f"{data.num_tokens} tokens")
+        return _indexed(data.packed, data.seed, data.fingerprint)
+    if isinstance(data, MixedDataset):
+        return IndexedSource(data.order, data, data.fingerprint)
+    if isinstance(data, Streamed):
+        return IndexedSource(data, None, f"stream:{data.corpus.key}", data.corpus.close)
+    if isinstance(data, FirstWindows):
+        return IndexedSource(None, data, f"stream:{data.corpus.key}")
+    if isinstance(data, PackedSequences):
+        return _indexed(data, seed, f"{data.num_tokens} tokens")
     if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
         raise UserError(
             f"Training data of type {type(data).__name__} is not supported. Give a dataset of get_dataset, a list of token lists, or an iterable of batches."
@@ -127,7 +169,7 @@ def as_source(data: Any, *, block_size: int, seed: int, bos_id: int | None, eos_
             return _token_lists(data, block_size, seed, bos_id, eos_id, pad_id)
     first = data[0] if hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data) else None
     if isinstance(first, dict) and "input_ids" in first and np.asarray(first["input_ids"]).ndim == 1:
-        return IndexedSource(ItemDataset(data), seed, f"{len(data)} items")
+        return _indexed(ItemDataset(data), seed, f"{len(data)} items")
     return BatchSource(data)
 
 
@@ -141,7 +183,11 @@ def _token_lists(data: Sequence[Any], block_size: int, seed: int, bos_id: int | 
     for document in documents:
         digest.update(document.tobytes() + b"|")
     packed = PackedDataset(memory_split(documents, eos_id), block_size, bos_id, pad_id if pad_id is not None else eos_id)
-    return IndexedSource(packed, seed, digest.hexdigest())
+    return _indexed(packed, seed, digest.hexdigest())
+
+
+def _indexed(dataset: Dataset, seed: int, fingerprint: str) -> IndexedSource:
+    return IndexedSource(Shuffled(dataset, seed) if len(dataset) else None, dataset, fingerprint)
 
 
 def complete(raw: Any) -> HostBatch:

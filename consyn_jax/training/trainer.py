@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from consyn_jax.config import Diverged, Interrupted, ModelConfig, RunConfig, UserError, flat, resolve
 from consyn_jax.data.loader import prefetch
+from consyn_jax.data.mixture import Mixture
 from consyn_jax.distributed.hardware import bf16_peak
 from consyn_jax.distributed.host_memory import keep_freed_memory
 from consyn_jax.distributed.mesh import build_mesh, check_batch, check_model, local_rows, parse_mesh, sharding
@@ -99,7 +100,8 @@ class ConsynTrainer:
 
     Args:
         model: a `ConsynLMHeadModel`, or a `ModelSource`.
-        train_dataloader: a dataset of `get_dataset`, a list of token lists, a dataset of items, or any iterable of batches.
+        train_dataloader: a dataset of `get_dataset`, a `MixedDataset` of them, a list of token lists, a dataset of items, or any iterable
+            of batches.
         eval_dataloader: the same kinds; without it there is no evaluation.
         tokenizer: saved beside the model, and used for the sample; a dataset of `get_dataset` brings its own.
         run: a resolved run and its origins, as `consyn-train` makes it; the other settings are then not looked at.
@@ -296,7 +298,10 @@ class _Training:
         rows = local_rows(self.program.mesh, t.run.budget.batch_size)
         batches = t.train_source.training(self.progress.step, t.run.budget.batch_size, t.run.budget.gradient_accumulation_steps, rows)
         with prefetch(batches, transform=_placer(self.program.mesh, TRAIN_AXES)) as ready:
-            return self._loop(state, train_step, ready)
+            try:
+                return self._loop(state, train_step, ready)
+            finally:  # before the thread is waited for, which may itself be waiting for data
+                t.train_source.close()
 
     def _loop(self, state: TrainState, train_step: Callable[..., Any], ready: prefetch[Any]) -> TrainState:
         t, done = self.trainer, self.progress.step
@@ -348,6 +353,7 @@ class _Training:
             ("attention", f"{self.attention.backend}: {self.attention.reason}"),
             ("precision", "float32" if self.program.compute.dtype == jnp.float32 else f"{jnp.dtype(self.program.compute.dtype).name} over float32 weights"),
             *t.notes,
+            *self._shares(),
             ("budget", f"{t.total_steps:,} steps of {t.sequences_per_step} x {t.run.data.max_tokens} tokens{epochs}"),
             ("output", str(self.directory.path)),
         ]
@@ -358,6 +364,15 @@ class _Training:
             self.console.warn(f"Attention falls back to XLA: {self.attention.reason}.")
         if budget.total_tokens is None and source.sequences is not None and budget.batch_size > source.sequences:
             self.console.warn(f"One batch of {budget.batch_size} sequences is more than the {source.sequences} of the whole data.")
+
+    def _shares(self) -> list[tuple[str, str]]:
+        """For a mixture, what the run takes from each source."""
+        t = self.trainer
+        order, total = t.train_source.order, t.total_steps * t.sequences_per_step
+        if not isinstance(order, Mixture):
+            return []
+        counts = order.counts(total)
+        return [("mixture", ", ".join(f"{name} {n / total:.1%} ({n / len(order.datasets[name]):.3g} epochs)" for name, n in counts.items()))]
 
     def _is_complete(self) -> bool:
         """The last step is saved, and the model was exported behind it."""
@@ -413,6 +428,8 @@ class _Training:
             )
             self.stack.callback(self.trackers.close)
             self.progress.tracker_id = self.trackers.run_id
+        if wanted is not None:
+            self._ended_passes(wanted, again=True)
         self._event("start" if wanted is None else "resume")
         return state
 
@@ -426,6 +443,7 @@ class _Training:
         progress.tokens += int(values["tokens"])
         self.watch.steps += 1
         self.watch.tokens += int(values["tokens"])
+        self._ended_passes(progress.step)
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             self._event("nonfinite", {"loss": values["loss"], "grad_norm": values["grad_norm"]})
             raise Diverged(
@@ -464,9 +482,35 @@ class _Training:
         if self.log is not None:
             self.log.write(self.progress.step, self.progress.tokens, details, event=event)
 
+    def _ended_passes(self, step: int, again: bool = False) -> None:
+        """An event for every pass over a source that ended within `step`, and a line on the screen for the last of each.
+
+        Args:
+            again: `step` is that of a checkpoint. The log behind it was cut off, these events with it, and they have been told.
+        """
+        order, size = self.trainer.train_source.order, self.trainer.sequences_per_step
+        if order is None or step == 0:
+            return
+        before, after = order.passes((step - 1) * size), order.passes(step * size)
+        for name, passes in after.items():
+            for epoch in range(before[name] + 1, passes + 1):
+                self._event("end_of_data", {"epoch": epoch, "source": name} if name else {"epoch": epoch})
+            if passes > before[name] and not again:
+                self.console.warn(f"End of {name or 'the data'}: epoch {passes} is over at step {step:,}.")
+
+    def _taken(self) -> dict[str, Any]:
+        """For events: the sequences taken from each source of a mixture so far; nothing where there is one source."""
+        order = self.trainer.train_source.order
+        return {"sources": order.counts(self.progress.step * self.trainer.sequences_per_step)} if isinstance(order, Mixture) else {}
+
     def _evaluate(self, state: TrainState) -> None:
         t, progress = self.trainer, self.progress
         assert self.eval_step is not None
+        assert t.eval_source is not None
+        if t.eval_source.sequences == 0:  # of a growing corpus it is known only now
+            self.console.warn("There is no evaluation: no document fell into the validation split. Give --validation or a larger --validation_fraction.")
+            self.eval_step = None
+            return
         values = t._evaluate(self.program, self.eval_step, state.params)
         self._log(values)
         best = progress.best_loss is None or values["eval/loss"] < progress.best_loss
@@ -478,11 +522,11 @@ class _Training:
 
     def _save(self, state: TrainState) -> None:
         self.checkpoints.save(self.progress.step, state, asdict(self.progress))
-        self._event("save")
+        self._event("save", self._taken())
 
     def _interrupted(self) -> None:
         self.checkpoints.wait()
-        self._event("signal", {"signal": self.signal.received})
+        self._event("signal", {"signal": self.signal.received, **self._taken()})
         raise Interrupted(
             f"{self.signal.received} at step {self.progress.step}: the state is saved in {self.directory.path}. Run the same command again to go on."
         )
@@ -506,7 +550,7 @@ class _Training:
         t.model = ConsynLMHeadModel.from_parameters(t.model.config, state.params)
         text = self._sample(t.model)
         self.checkpoints.wait()
-        self._event("finish", {"best_step": progress.best_step} if progress.best_step else None)
+        self._event("finish", ({"best_step": progress.best_step} if progress.best_step else {}) | self._taken())
         if self.writes and self.log is not None:
             metrics = read_metrics(self.log.path)
             try:
