@@ -15,7 +15,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ BATCH_ROWS = 256
 # Python objects take several times the bytes of the Arrow values that they are made from.
 BATCH_BYTES = 4 << 20
 READ_BYTES = 1 << 20
+ANSWER_S = 20.0
 SHOWN_NAMES = 20
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -139,16 +140,15 @@ def files(path: Path) -> tuple[Path, ...]:
 def identity(name: str) -> str:
     """The dataset of the Hub behind `name` with its commit: the same string whenever the rows are the same, and a name for them.
 
-    Where the Hub cannot be reached, the commit is the one of the copy in the cache of `datasets`.
+    Where the Hub cannot be reached, the commit is the one last seen, or that of the newest copy in the cache of `datasets`.
 
     Raises:
         UserError: no such dataset or revision, or no access to it; neither the Hub nor a copy of the dataset can be reached.
     """
-    hub = _hub(name)
-    commit = _commit(hub)
-    if commit is None:
-        commit = _cached(hub, None).name
-    return str(replace(hub, revision=commit))
+    hub, _ = _find(_hub(name))
+    if hub.revision is None or not _COMMIT.fullmatch(hub.revision):
+        hub = replace(hub, revision=_cached(hub).name)
+    return str(hub)
 
 
 def size(name: str) -> int:
@@ -157,8 +157,8 @@ def size(name: str) -> int:
         found = files(Path(name))
     else:
         hub = _hub(name)
-        copies = _copies(hub, hub.revision)
-        found = _cached_files(hub, copies[-1]) if len({copy.parent.parent for copy in copies}) == 1 else ()
+        copy = _newest(_copies(hub))
+        found = _cached_files(hub, copy) if copy else ()
     return sum(file.stat().st_size for file in found if file.is_file())
 
 
@@ -257,7 +257,7 @@ def _damage(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last for the names of columns
         if isinstance(error, FileNotFoundError | PermissionError):
             raise UserError(f"{path} cannot be read: {error.strerror or _line(error)}. Check the path and its permissions.") from error
         raise UserError(f"{path} is damaged or cut short: {_line(error)}. Fetch or write the file again.") from error
@@ -418,7 +418,7 @@ def _hub_errors(hub: HubName) -> Iterator[None]:
         except Exception as error:  # the two libraries let through whatever theirs raise
             chain = _causes(error)
             name, text = hub.repository, " ".join(map(_line, chain))
-            if any(isinstance(e, GatedRepoError) for e in chain):
+            if any(isinstance(e, GatedRepoError) for e in chain) or "is a gated dataset" in text:
                 raise UserError(
                     f"The dataset {name} is gated. Ask for access at https://huggingface.co/datasets/{name}, then log in with `hf auth login`."
                 ) from error
@@ -457,38 +457,37 @@ def _is_out_of_reach(error: Exception) -> bool:
     return transport or isinstance(error, ConnectionError | TimeoutError | LocalEntryNotFoundError)
 
 
-def _commit(hub: HubName) -> str | None:
-    """The commit that `hub` stands for now; as last seen where the Hub is out of reach, and None where it was never seen."""
-    if hub.revision and _COMMIT.fullmatch(hub.revision):
-        return hub.revision
+def _find(hub: HubName) -> tuple[HubName, bool]:
+    """`hub` with its full name and its commit, and whether the Hub could be asked; if not, the commit is the last one seen, where there is any."""
     try:
         with _hub_errors(hub):
             from huggingface_hub import dataset_info, hf_hub_download
-            from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+            from huggingface_hub.errors import EntryNotFoundError
 
-            try:
-                # Unlike `dataset_info`, this notes in the cache which commit the revision is, for when there is no network.
-                card = hf_hub_download(hub.repository, "README.md", repo_type="dataset", revision=hub.revision)
-                return Path(card).parent.name
-            except LocalEntryNotFoundError:
-                raise
-            except EntryNotFoundError:
-                return dataset_info(hub.repository, revision=hub.revision).sha
+            info = dataset_info(hub.repository, revision=hub.revision, timeout=ANSWER_S)
+            if hub.revision is None or not _COMMIT.fullmatch(hub.revision):
+                with suppress(EntryNotFoundError):  # this notes in the cache which commit the revision is, for when there is no network
+                    hf_hub_download(info.id, "README.md", repo_type="dataset", revision=hub.revision)
+            return replace(hub, repository=info.id, revision=info.sha), True
     except _OutOfReachError:
-        return None
+        pass
+    with suppress(_OutOfReachError), _hub_errors(hub):
+        card = hf_hub_download(hub.repository, "README.md", repo_type="dataset", revision=hub.revision, local_files_only=True)
+        return replace(hub, revision=Path(card).parent.name), False
+    return hub, False
 
 
-def _builder(hub: HubName, commit: str) -> Any:
-    """What `datasets` makes of the repository at `commit`."""
+def _builder(hub: HubName) -> Any:
+    """What `datasets` makes of the repository at a commit."""
     with _hub_errors(hub):
         import datasets
 
         # A directory of that name is not meant: had it been, it would have been found before.
         place = f"hf://datasets/{hub.repository}"
         try:
-            builder = datasets.load_dataset_builder(place, hub.config, revision=commit)
+            builder = datasets.load_dataset_builder(place, hub.config, revision=hub.revision)
         except ValueError as error:
-            configs = datasets.get_dataset_config_names(place, revision=commit)
+            configs = datasets.get_dataset_config_names(place, revision=hub.revision)
             form = f"{hub.repository}:CONFIG"
             if hub.config is not None:
                 _check_name("configuration", hub.config, configs, f"The dataset {hub.repository}", form)
@@ -496,59 +495,65 @@ def _builder(hub: HubName, commit: str) -> Any:
                 shown = ", ".join(configs[:SHOWN_NAMES]) + (", ..." if len(configs) > SHOWN_NAMES else "")
                 raise UserError(f"The dataset {hub.repository} has several configurations: {shown}. Choose one with {form}.") from error
             raise
-        if builder.hash != commit:
+        if builder.hash != hub.revision:
             raise _OutOfReachError("datasets offers another commit from its cache")
         return builder
 
 
 def _hub_files(hub: HubName) -> tuple[Path, ...]:
     """The Arrow files of a dataset of the Hub, which is downloaded if it is not in the cache."""
-    commit = _commit(hub)
-    if commit is not None:
-        try:
-            builder = _builder(hub, commit)
+    hub, reached = _find(hub)
+    with suppress(_OutOfReachError):
+        if reached:
+            builder = _builder(hub)
             with _hub_errors(hub):
                 builder.download_and_prepare()
             return _cached_files(hub, Path(builder.cache_dir))
-        except _OutOfReachError:
-            pass
-    return _cached_files(hub, _cached(hub, commit))
+    return _cached_files(hub, _cached(hub))
 
 
-def _copies(hub: HubName, commit: str | None) -> list[Path]:
-    """What is in the cache of `datasets` for `hub`, oldest first: directories NAME/CONFIG/VERSION/COMMIT."""
+def _copies(hub: HubName) -> list[Path]:
+    """What is in the cache of `datasets` for `hub`, oldest first: directories NAME/CONFIG/VERSION/COMMIT.
+
+    A tag or branch that was never seen on this machine fits none of them.
+    """
     import datasets
     from datasets.naming import camelcase_to_snakecase
 
     *owner, name = hub.repository.split("/")
     root = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "___".join([*owner, camelcase_to_snakecase(name)])
     found = [path.parent for path in root.glob("*/*/*/dataset_info.json") if not path.parent.name.endswith(".incomplete")]
-    fitting = [path for path in found if commit in (None, path.name) and hub.config in (None, path.parent.parent.name)]
+    fitting = [path for path in found if hub.revision in (None, path.name) and hub.config in (None, path.parent.parent.name)]
     return sorted(fitting, key=lambda path: (path.stat().st_mtime, path))
 
 
-def _cached(hub: HubName, commit: str | None) -> Path:
-    """The copy in the cache to read without the Hub: that of `commit`, else the one made last.
+def _cached(hub: HubName) -> Path:
+    """The copy in the cache to read without the Hub: that of the commit, else the one made last.
 
     Raises:
         UserError: there is none, or `hub` does not say which of several configurations.
     """
-    # A copy is called after its commit, so a tag or branch that was never seen here cannot be told from the others.
-    copies = _copies(hub, commit or hub.revision)
+    copies = _copies(hub)
     if not copies:
-        others = sorted({f"{hub.repository}@{path.name}:{path.parent.parent.name}" for path in _copies(replace(hub, config=None), None)})
+        others = sorted({f"{hub.repository}@{path.name}:{path.parent.parent.name}" for path in _copies(replace(hub, revision=None, config=None))})
         there = f"is in the cache only as {', '.join(others[:SHOWN_NAMES])}" if others else "is not in the cache"
         raise UserError(
             f"The dataset {hub} {there}, and the Hugging Face Hub cannot be reached. "
             "Check the network and HF_HUB_OFFLINE; without the Hub, only what is in the cache can be read."
         )
-    newest = copies[-1]
-    configs = sorted({path.parent.parent.name for path in copies if path.name == newest.name})
-    if len(configs) == 1:
-        return newest
-    if "default" not in configs:
-        raise UserError(f"The cache holds several configurations of the dataset {hub.repository}: {', '.join(configs)}. Choose one with NAME:CONFIG.")
-    return next(path for path in copies if (path.parent.parent.name, path.name) == ("default", newest.name))
+    newest = _newest(copies)
+    if newest is None:
+        configs = ", ".join(sorted({path.parent.parent.name for path in copies}))
+        raise UserError(f"The cache holds several configurations of the dataset {hub.repository}: {configs}. Choose one with {hub.repository}:CONFIG.")
+    return newest
+
+
+def _newest(copies: Sequence[Path]) -> Path | None:
+    """Of the copies of one dataset the one made last, in its only or its default configuration; None where that is not clear."""
+    last = [path for path in copies if path.name == copies[-1].name]
+    default = [path for path in last if path.parent.parent.name == "default"]
+    chosen = default or last
+    return chosen[-1] if len({path.parent.parent for path in chosen}) == 1 else None
 
 
 def _cached_files(hub: HubName, directory: Path) -> tuple[Path, ...]:
@@ -563,17 +568,15 @@ def _cached_files(hub: HubName, directory: Path) -> tuple[Path, ...]:
 
 def _stream(hub: HubName, start: int, columns: Sequence[str]) -> Iterator[tuple[Any, int, str]]:
     """As `_tables`, straight from the Hub."""
-    commit = _commit(hub)
+    hub, reached = _find(hub)
     splits = None
-    if commit is not None:
-        try:
-            builder = _builder(hub, commit)
+    with suppress(_OutOfReachError):
+        if reached:
+            builder = _builder(hub)
             with _hub_errors(hub):
                 splits = builder.as_streaming_dataset()
-        except _OutOfReachError:
-            pass
     if splits is None:
-        yield from _tables(_cached_files(hub, _cached(hub, commit)), start, columns)
+        yield from _tables(_cached_files(hub, _cached(hub)), start, columns)
         return
     _check_name("split", hub.split, list(splits), f"The dataset {hub.repository}", f"{hub.repository}:{hub.config or ''}:SPLIT")
     tables = iter(splits[hub.split].skip(start).with_format("arrow").iter(BATCH_ROWS))

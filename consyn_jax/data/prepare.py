@@ -1,36 +1,58 @@
-"""Raw data to a token store, once: documents -> split -> ids -> store, in a cache that knows the content it was made from.
+"""Raw data to a token store, once: sources -> blocks -> documents -> clean -> dedup -> split -> ids -> shards.
+
+Workers do what concerns one document; this process reads, drops duplicates and writes, all in the order of the documents, so that the
+store does not depend on how many workers there are. Every few seconds a journal says how far the store is good. A preparation that was
+killed cuts the store back to that, reads on from there, and ends with the same bytes.
 
 This room computes and does not print: what a person should be told is in `Prepared`, and `progress` is called along the way.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
-import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from consyn_jax.config import UserError
-from consyn_jax.data.loader import prefetch
-from consyn_jax.data.sources import SAMPLE, Corpus, ReadReport, Source, find_sources, read_documents, sample_texts
-from consyn_jax.data.split import SALT, TRAIN, VALIDATION, split_documents
-from consyn_jax.data.store import VERSION, TokenStore, TokenStoreWriter
+import numpy as np
+
+from consyn_jax.config import CorpusOptions, UserError
+from consyn_jax.data.digests import FileDigests, cache_directory
+from consyn_jax.data.near_duplicates import NearDuplicates
+from consyn_jax.data.parts import PART_BYTES
+from consyn_jax.data.raw_tokens import RawTokens
+from consyn_jax.data.reading import START, Block, Position, blocks
+from consyn_jax.data.report import EXAMPLE_CHARS, EXAMPLES, Report
+from consyn_jax.data.report_page import write_page
+from consyn_jax.data.seen import Seen
+from consyn_jax.data.shards import MANIFEST, StoreSplit
+from consyn_jax.data.sources import PREPARING, SAMPLE, Corpus, Source, find_sources, sample_texts
+from consyn_jax.data.split import DIGEST_BYTES, SALT, SPLITS, TRAIN, VALIDATION, joined_digest
+from consyn_jax.data.store import VERSION, JoinedStores, TokenStore, TokenStoreWriter, write_whole
+from consyn_jax.data.work import Kept, Result, Worker
+from consyn_jax.data.workers import Workers
 from consyn_jax.tokenization import BPETokenizer, load_tokenizer
 
 # Raised when the same input would give other documents, splits or ids than before: old cache entries are then not found.
-PIPELINE_VERSION = 1
-REPORT = "report.json"
-# Large enough that the tokenizer's threads have work, small enough that a few batches are no matter for memory.
-BATCH_BYTES = 4 << 20
+PIPELINE_VERSION = 2
+REPORT, PAGE, JOURNAL = "report.json", "report.html", "journal.json"
+JOURNAL_SECONDS = 2.0
+# Below, starting processes takes longer than the work.
+FEW_BYTES = 4 << 20
+# What makes no difference to the store, or is in its key by what it stands for.
+_NOT_IN_KEY = {"data", "validation", "dataset_type", "tokenizer", "num_workers"}
 
 Progress = Callable[[str, int, int], None]
-"""Called with the stage ("hash", "train tokenizer" or "tokenize"), and the bytes done and to do."""
+"""Called with the stage ("hash", "train tokenizer" or "tokenize"), and the bytes done and to do (0: not known)."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +61,15 @@ class Prepared:
 
     Attributes:
         store: the tokens; `store.tokenizer` made them.
-        used, left_out: files read, and files of directories that were not, with the reason.
-        report: counts of the reading, empty for a token store that was given as data.
+        used, left_out: what was read, and files of directories that were not, with the reason.
+        report: counts of the preparation, empty for tokens that were given as data.
         from_cache: nothing was tokenised, because it had been before.
     """
 
-    store: TokenStore
+    store: TokenStore | JoinedStores | RawTokens
     used: tuple[Source, ...]
     left_out: tuple[tuple[str, str], ...]
-    report: ReadReport
+    report: Report
     from_cache: bool
 
     @property
@@ -58,86 +80,176 @@ class Prepared:
 
 @dataclass(frozen=True)
 class _Job:
-    """What is to be prepared, resolved."""
+    """What is to be prepared, resolved. The sources of `validation` are the last ones."""
 
-    train: tuple[Source, ...]
-    validation: tuple[Source, ...]
-    fraction: float
-    text_key: str
-    on_bad_rows: str
+    sources: tuple[Source, ...]
+    num_validation: int
+    left_out: tuple[tuple[str, str], ...]
+    options: CorpusOptions
+    test_fraction: float
     tokenizer: BPETokenizer | str
-    progress: Progress
-
-    def documents(self, report: ReadReport) -> Iterator[tuple[str, str]]:
-        """(split, text) of all documents, those of `validation` last. Cleaning belongs here, between reading and splitting."""
-
-        def read(sources: tuple[Source, ...]) -> Iterator[str]:
-            return read_documents(sources, report, text_key=self.text_key, on_bad_rows=self.on_bad_rows)
-
-        if not self.validation:
-            yield from split_documents(read(self.train), self.fraction)
-            return
-        for side, sources in ((TRAIN, self.train), (VALIDATION, self.validation)):
-            for text in read(sources):
-                yield side, text
+    tell: Progress
 
     @property
     def num_bytes(self) -> int:
-        return sum(source.num_bytes for source in (*self.train, *self.validation))
+        return sum(source.num_bytes for source in self.sources)
+
+    @property
+    def is_one_text(self) -> bool:
+        """There is one document, which is cut by position."""
+        return len(self.sources) == 1 and self.sources[0].kind == "text" and self.options.document_separator is None
+
+    def blocks(self, index: int, position: Position, tokenizer: BPETokenizer, single: bool) -> Iterator[tuple[int, Block]]:
+        """The blocks behind a position of source number `index`, each with the number of its source."""
+        keys = [self.options.text_key, self.options.messages_key, self.options.prompt_key or "prompt", self.options.completion_key or "completion"]
+        columns = [part for key in keys for part in key.split(",")]
+        for number in range(index, len(self.sources)):
+            source = self.sources[number]
+            held_out = number >= len(self.sources) - self.num_validation
+            for block in blocks(source, position, self.options, tokenizer, single=single, columns=columns):
+                yield number, dataclasses.replace(block, side=VALIDATION) if held_out else block
+            position = START
+
+    @property
+    def num_workers(self) -> int:
+        if self.options.num_workers is not None:
+            return self.options.num_workers
+        total = self.num_bytes
+        return 0 if 0 < total < FEW_BYTES else len(os.sched_getaffinity(0))
 
 
 def prepare(
-    data: str | Sequence[str],
-    tokenizer: BPETokenizer | str | None = None,
+    options: CorpusOptions,
+    tokenizer: BPETokenizer | None = None,
     *,
-    dataset_type: str = "auto",
-    text_key: str = "text",
-    validation: Sequence[str] = (),
-    validation_fraction: float = 0.01,
-    on_bad_rows: str = "error",
+    output: Path | None = None,
+    test_fraction: float = 0.0,
     progress: Progress | None = None,
 ) -> Prepared:
-    """The token store of `data`: the one that was given, the one in the cache, or a new one.
+    """The token store of `options.data`: the one that was given, the one that is there, or a new one.
 
     Args:
-        data: paths, directories, globs or "sample"; or one token store.
-        tokenizer: a tokenizer, "default", "bytes", a path, or "train:SIZE" (learned from the train split). None: "default", or
-            a token store's own.
-        validation: data to validate on; all of `data` is then trained on.
-        validation_fraction: otherwise, the share of the documents that is held out.
+        tokenizer: instead of the one that the options name.
+        output: where the store shall be; in the cache, under a name that stands for its content, when None.
+        test_fraction: share of the documents that becomes the split "test".
 
     Raises:
-        UserError: data that is missing, unusable or without any text; a tokenizer that is not a given store's; an unwritable cache.
+        UserError: data that is missing, unusable or without any text; a tokenizer that is not a given store's; a place that cannot be
+            written, or holds something else.
     """
-    corpus = find_sources([data] if isinstance(data, str) else data, dataset_type)
+    corpus, held_out = _find(options)
     if corpus.sources[0].kind == "sharded":
-        return _given_store(corpus, tokenizer, validation)
-    corpus, held_out = _hold_out(corpus, validation)
-    tell = progress or (lambda stage, done, total: None)
-    job = _Job(corpus.sources, held_out.sources, validation_fraction, text_key, on_bad_rows, _resolve(tokenizer), tell)
-    directory = cache_directory() / "stores" / _key(job)
-    cached = _open_entry(directory)
-    from_cache = cached is not None
-    store, report = cached or _build(job, directory)
-    if not store.split(TRAIN).num_tokens:
-        raise UserError("All documents fell on the validation side and none is left to train on. Lower --validation_fraction, or give more data.")
-    return Prepared(store, (*corpus.sources, *held_out.sources), (*corpus.left_out, *held_out.left_out), report, from_cache)
+        if output is not None:
+            raise UserError(f"--data {corpus.sources[0].name} is tokenised already. Train on it as it is.")
+        return _given(corpus, held_out, options, tokenizer)
+    job = _job(corpus, held_out, options, tokenizer, test_fraction, progress)
+    key = _key(job)
+    directory = cache_directory() / "stores" / key if output is None else output
+    from_cache = _build(job, key, directory, in_cache=output is None)
+    return _prepared(job, directory, from_cache)
 
 
-def cache_directory() -> Path:
-    """Where token stores are kept: $CONSYN_CACHE, else consyn_jax in $XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("CONSYN_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "consyn_jax"
+class Growing:
+    """A preparation that goes on in a thread while its first tokens are read.
+
+    Attributes:
+        tokenizer: makes the tokens.
+        key: stands for the data, the rules and the tokenizer.
+        prepared: what `prepare` gives, once the preparation is complete.
+    """
+
+    def __init__(self, job: _Job, key: str, tokenizer: BPETokenizer, directory: Path) -> None:
+        self.tokenizer, self.key = tokenizer, key
+        self.prepared: Prepared | None = None
+        self._splits: dict[str, StoreSplit] = {}
+        self._error: BaseException | None = None
+        self._stopped = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, args=(job, directory), name="prepare", daemon=True)
+        self._thread.start()
+
+    def split(self, name: str, tokens: int | None) -> tuple[StoreSplit, bool]:
+        """The documents of a split so far, and whether these are all.
+
+        Args:
+            tokens: waits until there are so many, or the preparation is complete; None waits for that.
+
+        Raises:
+            UserError: the preparation has stopped; also another exception, where that is a defect.
+        """
+        with self._changed:
+            while True:
+                if self._error is not None:
+                    raise self._error
+                if self.prepared is not None:
+                    return self.prepared.store.split(name), True
+                found = self._splits.get(name)
+                if tokens is not None and found is not None and found.num_tokens >= tokens:
+                    return found, False
+                if self._stopped:
+                    raise RuntimeError("The preparation was closed.")
+                self._changed.wait()
+
+    def close(self) -> None:
+        """Stop; what is prepared stays, and the next time goes on with it."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _run(self, job: _Job, directory: Path) -> None:
+        try:
+            from_cache = _build(job, self.key, directory, in_cache=True, publish=self._publish)
+            prepared = _prepared(job, directory, from_cache)
+        except _Stopped:
+            return
+        except BaseException as error:  # noqa: BLE001 (whatever it is, whoever waits raises it)
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+        else:
+            with self._changed:
+                self.prepared = prepared
+                self._changed.notify_all()
+
+    def _publish(self, writer: TokenStoreWriter) -> bool:
+        splits = {name: writer.snapshot(name) for name in writer.totals}
+        with self._changed:
+            self._splits = splits
+            self._changed.notify_all()
+            return self._stopped
 
 
-def _hold_out(corpus: Corpus, validation: Sequence[str]) -> tuple[Corpus, Corpus]:
+def start(options: CorpusOptions, tokenizer: BPETokenizer | None = None, *, progress: Progress | None = None) -> Growing:
+    """As `prepare`, into the cache, without waiting.
+
+    Raises:
+        UserError: as `prepare`, of what is found before the first document is read.
+    """
+    corpus, held_out = _find(options)
+    if corpus.sources[0].kind == "sharded":
+        raise UserError(f"--data {corpus.sources[0].name} is tokenised already, so there is nothing to stream. Leave --streaming out.")
+    job = _job(corpus, held_out, options, tokenizer, 0.0, progress)
+    key = _key(job)
+    assert isinstance(job.tokenizer, BPETokenizer)
+    return Growing(job, key, job.tokenizer, cache_directory() / "stores" / key)
+
+
+# ---------------------------------------------------------------------------------------------------------- what is to be done
+
+
+def _find(options: CorpusOptions) -> tuple[Corpus, Corpus]:
     """The corpus less the files of `validation`, and those: `--data DIR --validation DIR/valid.txt` must not train on the latter."""
-    held_out = find_sources(validation, flag="validation") if validation else Corpus((), ())
-    if any(source.kind == "sharded" for source in held_out.sources):
-        raise UserError("--validation is a token store and --data is not. Give text or JSON rows, or one token store with both splits as --data.")
+    corpus = find_sources(options.data, options.dataset_type, invalid_utf8=options.invalid_utf8)
+    held_out = Corpus((), ())
+    if options.validation:
+        held_out = find_sources(options.validation, flag="validation", invalid_utf8=options.invalid_utf8)
+    sharded = {source.kind == "sharded" for source in (*corpus.sources, *held_out.sources)}
+    if len(sharded) > 1:
+        raise UserError("Of --data and --validation one is tokens and the other is not. Give both as text or rows, or both as files of tokens.")
 
-    def place(source: Source) -> Path | str:
-        return SAMPLE if source.kind == SAMPLE else Path(source.name).resolve()
+    def place(source: Source) -> str:
+        return SAMPLE if source.kind == SAMPLE else str(Path(source.name).resolve()) if Path(source.name).exists() else source.name
 
     reserved = {place(source) for source in held_out.sources}
     kept = tuple(source for source in corpus.sources if place(source) not in reserved)
@@ -147,139 +259,398 @@ def _hold_out(corpus: Corpus, validation: Sequence[str]) -> tuple[Corpus, Corpus
     return Corpus(kept, (*corpus.left_out, *moved)), held_out
 
 
-def _given_store(corpus: Corpus, tokenizer: BPETokenizer | str | None, validation: Sequence[str]) -> Prepared:
-    directory = corpus.sources[0].name
+def _job(
+    corpus: Corpus, held_out: Corpus, options: CorpusOptions, tokenizer: BPETokenizer | None, test_fraction: float, progress: Progress | None
+) -> _Job:
+    if held_out.sources:
+        options = dataclasses.replace(options, validation_fraction=0.0)
+    spec = tokenizer if tokenizer is not None else options.tokenizer or "default"
+    return _Job(
+        (*corpus.sources, *held_out.sources),
+        len(held_out.sources),
+        (*corpus.left_out, *held_out.left_out),
+        options,
+        test_fraction,
+        load_tokenizer(spec) if isinstance(spec, str) and not spec.startswith("train:") else spec,
+        progress or (lambda stage, done, total: None),
+    )
+
+
+def _given(corpus: Corpus, held_out: Corpus, options: CorpusOptions, tokenizer: BPETokenizer | None) -> Prepared:
+    """Tokens that were given as data."""
+    name, spec = corpus.sources[0].name, options.tokenizer
+    if spec is not None and spec.startswith("train:"):
+        raise UserError(f"--data {name} is tokenised already, so --tokenizer {spec} cannot be. Leave --tokenizer out.")
+    wanted = tokenizer if tokenizer is not None else None if spec is None else load_tokenizer(spec)
+    left_out = (*corpus.left_out, *held_out.left_out)
+    if not corpus.sources[0].is_store:
+        if wanted is None:
+            raise UserError(f"--data {name} holds tokens, and not the tokenizer that made them. Name it with --tokenizer PATH.")
+        paths = [[Path(source.name) for source in sources] for sources in (corpus.sources, held_out.sources)]
+        with FileDigests() as digest:
+            raw = RawTokens(paths[0], wanted, validation=paths[1], validation_fraction=options.validation_fraction, digest=digest)
+        return Prepared(raw, (*corpus.sources, *held_out.sources), left_out, Report(), from_cache=False)
+    stores = [TokenStore(source.name) for source in corpus.sources]
+    if held_out.sources:
+        raise UserError(f"--data {name} is a token store, which has its own validation split. Leave --validation out.")
+    if wanted is not None and wanted.sha256 != stores[0].manifest["tokenizer_sha256"]:
+        raise UserError(f"The token store {name} was made with another tokenizer than the one asked for. Leave --tokenizer out to use its own.")
+    return Prepared(stores[0] if len(stores) == 1 else JoinedStores(stores), corpus.sources, left_out, Report(), from_cache=False)
+
+
+def _prepared(job: _Job, directory: Path, from_cache: bool) -> Prepared:
     store = TokenStore(directory)
-    if validation:
-        raise UserError(f"--data {directory} is a token store, which has its own validation split. Leave --validation out.")
-    if isinstance(tokenizer, str) and tokenizer.startswith("train:"):
-        raise UserError(f"--data {directory} is tokenised already, so --tokenizer {tokenizer} cannot be. Leave --tokenizer out.")
-    if tokenizer is not None:
-        wanted = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        if wanted.sha256 != store.manifest["tokenizer_sha256"]:
-            raise UserError(f"The token store {directory} was made with another tokenizer than the one asked for. Leave --tokenizer out to use its own.")
-    return Prepared(store, corpus.sources, corpus.left_out, ReadReport(), from_cache=False)
-
-
-def _resolve(tokenizer: BPETokenizer | str | None) -> BPETokenizer | str:
-    """A tokenizer, or "train:SIZE" where it has to be learned first."""
-    if tokenizer is None:
-        return load_tokenizer("default")
-    if isinstance(tokenizer, str) and not tokenizer.startswith("train:"):
-        return load_tokenizer(tokenizer)
-    return tokenizer
-
-
-# --------------------------------------------------------------------------------------------------------------------- the key
+    if not store.split(TRAIN).num_tokens:
+        raise UserError("All documents fell on the validation side and none is left to train on. Lower --validation_fraction, or give more data.")
+    report = Report(**json.loads((directory / REPORT).read_text(encoding="utf-8")))
+    return Prepared(store, job.sources, job.left_out, report, from_cache)
 
 
 def _key(job: _Job) -> str:
     """A name for the store that `job` gives: by what is in the files, in which order, and not by where they lie."""
     done, total = 0, job.num_bytes
-    hashes: dict[str, list[list[str]]] = {TRAIN: [], VALIDATION: []}
-    for side, sources in ((TRAIN, job.train), (VALIDATION, job.validation)):
-        for source in sources:
-            hashes[side].append([source.kind, _content_hash(source)])
+    contents: list[list[Any]] = []
+    with FileDigests() as digest:
+        for source in job.sources:
+            if source.kind == SAMPLE:
+                digests = [hashlib.sha256("\0".join(sample_texts()).encode()).hexdigest()]
+            else:
+                digests = [digest(file) for file in source.files] or [source.name]
+            contents.append([source.kind, digests])
             done += source.num_bytes
-            job.progress("hash", done, total)
+            job.tell("hash", done, total)
+    recipe = {name: value for name, value in dataclasses.asdict(job.options).items() if name in _RECIPE}
     content = {
-        "versions": [PIPELINE_VERSION, VERSION, SALT.decode()],
-        "files": hashes,
-        "fraction": None if job.validation else job.fraction,
-        "text_key": job.text_key,
-        "on_bad_rows": job.on_bad_rows,
+        "versions": [PIPELINE_VERSION, VERSION, SALT.decode(), PART_BYTES],
+        "contents": contents,
+        "validation": job.num_validation,
+        "recipe": recipe | {"test_fraction": job.test_fraction},
         "tokenizer": job.tokenizer if isinstance(job.tokenizer, str) else job.tokenizer.sha256,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _content_hash(source: Source) -> str:
-    if source.kind == SAMPLE:
-        return hashlib.sha256("\0".join(sample_texts()).encode()).hexdigest()
-    try:
-        with Path(source.name).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{source.name} cannot be read: {error.strerror}. Check its permissions.") from error
+_RECIPE = {f.name for f in dataclasses.fields(CorpusOptions)} - _NOT_IN_KEY
 
 
 # -------------------------------------------------------------------------------------------------------------------- the work
 
 
-def _open_entry(directory: Path) -> tuple[TokenStore, ReadReport] | None:
-    """The cache entry in `directory`; None where there is none. A damaged or outdated one is removed: it can be made again."""
-    if not directory.exists():
-        return None
+class _Stopped(Exception):
+    """Whoever reads what is prepared has had enough."""
+
+
+def _build(job: _Job, key: str, directory: Path, *, in_cache: bool, publish: Callable[[TokenStoreWriter], bool] | None = None) -> bool:
+    """Make the store in `directory`, or go on making it. Says whether it was there already."""
+    work = directory / PREPARING
+    if _is_done(directory, key, in_cache):
+        return True
+    if not in_cache:
+        _check_output(directory)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        where = "Set CONSYN_CACHE to a directory with room." if in_cache else "Give another --output."
+        raise UserError(f"{directory} cannot be written: {error.strerror}. {where}") from error
+    with _locked(work, wait=in_cache):
+        if _is_done(directory, key, in_cache):
+            return True
+        journal = _read_journal(work / JOURNAL, key, in_cache)
+        single = job.is_one_text if journal is None else journal["single"]
+        preparation = _Preparation(job, key, directory, single, journal)
+        preparation.run(publish)
+        if preparation.is_one_row:
+            preparation = _Preparation(job, key, directory, True, None)
+            preparation.run(publish)
+        preparation.finish()
+    return False
+
+
+def _is_done(directory: Path, key: str, in_cache: bool) -> bool:
+    """Whether the store of `key` is in `directory`. A damaged or outdated entry of the cache is removed: it can be made again."""
+    if not (directory / MANIFEST).exists():
+        return False
     try:
         store = TokenStore(directory)
         assert store.tokenizer  # reads it, and compares it with the manifest
-        return store, ReadReport(**json.loads((directory / REPORT).read_text(encoding="utf-8")))
+        Report(**json.loads((directory / REPORT).read_text(encoding="utf-8")))
+        same = store.manifest.get("key") == key
     except (UserError, OSError, ValueError, TypeError):
-        # Under another name first, so that a process that finds the entry at the same time does not see half of it.
-        doomed = directory.with_name(f".{directory.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-        with contextlib.suppress(FileNotFoundError):  # somebody else was faster
-            directory.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-        return None
+        if not in_cache:
+            raise
+        same = False
+    if same:
+        shutil.rmtree(directory / PREPARING, ignore_errors=True)  # a kill may have come between the manifest and this
+        return True
+    if not in_cache:
+        raise UserError(f"{directory} holds a token store of other data or made by other rules. Give another --output, or delete it with --overwrite.")
+    (directory / MANIFEST).unlink(missing_ok=True)
+    return False
 
 
-def _build(job: _Job, directory: Path) -> tuple[TokenStore, ReadReport]:
-    tokenizer = job.tokenizer if isinstance(job.tokenizer, BPETokenizer) else _train_tokenizer(job, int(job.tokenizer.removeprefix("train:")))
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"The cache {directory.parent} cannot be written: {error.strerror}. Set CONSYN_CACHE to a directory with room.") from error
-    report = ReadReport()
-    with TokenStoreWriter(directory, tokenizer) as writer:
-        fill(writer, tokenizer, _watched(job, "tokenize", report))
-        if not report.documents:
-            raise UserError(f"There is no text in {', '.join(source.name for source in job.train[:3])}: nothing but white space. Give other --data.")
+def _check_output(directory: Path) -> None:
+    """Nobody's files may get lost."""
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"--output {directory} is a file. Give a directory.")
+    if directory.is_dir() and not (directory / PREPARING).is_dir() and any(directory.iterdir()):
+        raise UserError(f"--output {directory} is not empty, and holds no token store. Give a new directory.")
+
+
+@contextmanager
+def _locked(work: Path, wait: bool) -> Iterator[None]:
+    """Keeps other processes from preparing the same store. The kernel lets go of it however this process ends."""
+    while True:
+        lock = os.open(work / "lock", os.O_RDWR | os.O_CREAT)
         try:
-            return writer.finish({REPORT: json.dumps(dataclasses.asdict(report), indent=1) + "\n"}), report
-        except FileExistsError:
-            return TokenStore(directory), report  # another process made the same store meanwhile; equal keys, equal content
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(lock)
+            raise UserError(f"{work.parent} is being prepared by another process. Wait for it, or give another --output.") from None
+        with suppress(FileNotFoundError):
+            if os.fstat(lock).st_ino == (work / "lock").stat().st_ino:
+                break
+        os.close(lock)  # whoever held it has finished and removed it
+        work.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
-def fill(writer: TokenStoreWriter, tokenizer: BPETokenizer, documents: Iterable[tuple[str, str]]) -> None:
-    """Tokenise (split, text) pairs in order into `writer`; reading and tokenising run beside the writing."""
-
-    def encode(batch: list[tuple[str, str, int]]) -> tuple[list[tuple[str, str, int]], list[list[int]]]:
-        return batch, tokenizer.encode_batch([text for _, text, _ in batch])
-
-    with prefetch(_batches(documents), depth=1, transform=encode) as encoded:
-        for batch, ids in encoded:
-            for split in dict.fromkeys(side for side, _, _ in batch):
-                chosen = [i for i, (side, _, _) in enumerate(batch) if side == split]
-                writer.add_many(split, [ids[i] for i in chosen], [batch[i][2] for i in chosen])
-
-
-def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str, int]]]:
-    """(split, text, bytes of the text) in lists of about `BATCH_BYTES`."""
-    batch: list[tuple[str, str, int]] = []
-    size = 0
-    for side, text in documents:
-        num_bytes = len(text.encode())
-        batch.append((side, text, num_bytes))
-        size += num_bytes
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _read_journal(path: Path, key: str, in_cache: bool) -> dict[str, Any] | None:
+    try:
+        journal = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged. Delete {path.parent.parent} and prepare the data again.") from error
+    if journal["key"] == key:
+        return dict(journal)
+    if in_cache:
+        return None
+    raise UserError(f"{path.parent.parent} holds an unfinished preparation of other data or by other rules. Give another --output, or --overwrite.")
 
 
-def _train_tokenizer(job: _Job, vocab_size: int) -> BPETokenizer:
-    documents = _watched(job, "train tokenizer", ReadReport())
-    return BPETokenizer.train_from_iterator((text for side, text in documents if side == TRAIN), vocab_size)
+@dataclass
+class _Long:
+    """A document that comes in parts."""
+
+    split: str
+    place: str
+    beginning: str
+    digests: list[bytes] = dataclasses.field(default_factory=list)
+    signature: np.ndarray | None = None
+    num_bytes: int = 0
+    num_chars: int = 0
+    num_tokens: int = 0
 
 
-def _watched(job: _Job, stage: str, report: ReadReport) -> Iterator[tuple[str, str]]:
-    """The job's documents, with `progress` told of every further percent."""
-    total, told = job.num_bytes, -1
-    for item in job.documents(report):
-        yield item
-        percent = 100 * report.file_bytes // max(total, 1)
-        if percent > told:
-            told = percent
-            job.progress(stage, report.file_bytes, total)
-    job.progress(stage, total, total)
+class _Preparation:
+    """A store under way.
+
+    Args:
+        single: the corpus is one document, which is cut by position.
+        journal: what an earlier process wrote; None begins anew.
+    """
+
+    def __init__(self, job: _Job, key: str, directory: Path, single: bool, journal: dict[str, Any] | None) -> None:
+        self.job, self.key, self.directory, self.single = job, key, directory, single
+        self.work, options = directory / PREPARING, job.options
+        self.index, self.position = 0, START
+        sources = [{"name": source.name, "kind": source.kind, "documents": 0, "kept": 0} for source in job.sources]
+        self.report = Report(sources=sources, left_out=[list(item) for item in job.left_out])
+        state: dict[str, Any] = {"shards": {}, "open": {}}
+        seen = near = 0
+        if journal is not None:
+            self.index, self.position = journal["source"], tuple(journal["position"])
+            self.report, state, seen, near = Report(**journal["report"]), journal["writer"], journal["seen"], journal["near"]
+        if isinstance(job.tokenizer, str):
+            self.tokenizer = _learn(job, single) if journal is None else BPETokenizer.from_file(directory / "tokenizer")
+        else:
+            self.tokenizer = job.tokenizer
+        self.writer = TokenStoreWriter(directory, self.tokenizer, state=state)
+        self.seen = Seen(self.work / "digests", seen) if options.deduplicate else None
+        self.near = None if options.near_duplicates is None else NearDuplicates(self.work / "signatures", options.near_duplicates, near)
+        self.long: _Long | None = None
+        self.told = time.monotonic()
+
+    @property
+    def is_one_row(self) -> bool:
+        """There turned out to be one document, which is to be cut by position, and it has not been."""
+        read = self.report.documents - self.report.dropped.get("empty", 0)
+        return read == 1 and not self.single and not self.job.num_validation and self.job.options.validation_fraction > 0
+
+    def run(self, publish: Callable[[TokenStoreWriter], bool] | None) -> None:
+        """Read, work and write to the end."""
+        job = self.job
+        sizes = np.cumsum([0, *(source.num_bytes for source in job.sources)]).tolist()
+        try:
+            with Workers(job.num_workers, job.options, self.tokenizer, job.test_fraction, self.single) as workers:
+                for index, block, result in workers.results(job.blocks(self.index, self.position, self.tokenizer, self.single)):
+                    self._take(index, block, result)
+                    if result.fault:
+                        raise UserError(result.fault)
+                    self.report.file_bytes = sizes[index] + block.file_bytes
+                    job.tell("tokenize", self.report.file_bytes, sizes[-1])
+                    if block.end is None:
+                        continue
+                    self.index, self.position = index, block.end
+                    stop = publish is not None and publish(self.writer)
+                    if stop or time.monotonic() - self.told > JOURNAL_SECONDS:
+                        self._write_journal()
+                    if stop:
+                        raise _Stopped
+        except OSError as error:
+            raise self._unwritable(error) from error
+        finally:
+            self._close_indices()
+        self.report.file_bytes = sizes[-1]
+
+    def finish(self) -> None:
+        """Make it a store."""
+        report = self.report
+        if not report.kept:
+            left = ", ".join(f"{count:,} {rule}" for rule, count in report.dropped.items()) or "nothing but white space"
+            self.writer.abandon()
+            names = ", ".join(source.name for source in self.job.sources[:3])
+            raise UserError(f"There is no text left of {names}: {left}. Give other --data, or other rules.")
+        report.splits = {split: dict(sorted(counts.items())) for split, counts in self.writer.totals.items()}
+        for name in ("document_bytes", "document_tokens"):
+            setattr(report, name, dict(sorted(getattr(report, name).items(), key=lambda item: int(item[0]))))
+        try:
+            write_page(report, self.directory / PAGE, "Preparation", self._settings())
+        except OSError as error:
+            raise self._unwritable(error) from error
+        text = json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False) + "\n"
+        self.writer.finish({REPORT: text}, {"key": self.key})
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def _settings(self) -> dict[str, object]:
+        settings = {name: value for name, value in dataclasses.asdict(self.job.options).items() if name in _RECIPE}
+        return {**settings, "test_fraction": self.job.test_fraction, "tokenizer": f"{self.tokenizer.vocab_size:,} tokens, {self.tokenizer.sha256[:12]}"}
+
+    # ---------------------------------------------------------------------------------------------------------- one block
+
+    def _take(self, index: int, block: Block, result: Result) -> None:
+        report, kept = self.report, result.kept
+        for rule, place, text in result.dropped:
+            report.drop(rule, place, text)
+        report.change(result.changed)
+        if not (block.begins and block.last):
+            if not result.fault:
+                self._take_part(index, block, kept)
+            return
+        keep = np.ones(len(kept.numbers), bool)
+        if self.seen is not None:
+            keep = self.seen.first(kept.digests)
+            self._drop("duplicate", block, kept, ~keep)
+        if self.near is not None:
+            left = np.flatnonzero(keep)
+            similar = left[~self.near.first(kept.signatures[left])]
+            keep[similar] = False
+            self._drop("near duplicate", block, kept, np.isin(np.arange(len(keep)), similar))
+        for number in np.unique(kept.sides[keep]):
+            chosen = keep & (kept.sides == number)
+            tokens = np.repeat(chosen, kept.lengths)
+            targets = kept.targets[tokens] if len(kept.targets) else None
+            self.writer.append(SPLITS[number], kept.ids[tokens], kept.lengths[chosen], kept.num_bytes[chosen], targets)
+        report.documents += result.documents
+        report.keep(kept.num_bytes[keep], kept.lengths[keep])
+        report.sources[index]["documents"] += result.documents
+        report.sources[index]["kept"] += int(np.count_nonzero(keep))
+
+    def _drop(self, rule: str, block: Block, kept: Kept, dropped: np.ndarray) -> None:
+        ends = np.cumsum(kept.lengths)
+        for at in np.flatnonzero(dropped):
+            # A token has at least one byte of text, so these are enough for the beginning that is shown.
+            ids = kept.ids[ends[at] - kept.lengths[at] : ends[at]][:EXAMPLE_CHARS]
+            wanted = len(self.report.examples.get(rule, [])) < EXAMPLES
+            self.report.drop(rule, f"{block.name}:{kept.numbers[at]}", self.tokenizer.decode(ids.tolist()) if wanted else "")
+
+    def _take_part(self, index: int, block: Block, kept: Kept) -> None:
+        """A part of a long document. Whether the document is kept is known at its end."""
+        digest = kept.digests[0].tobytes()
+        if block.begins:
+            beginning = self.tokenizer.decode(kept.ids[:EXAMPLE_CHARS].tolist())
+            self.long = _Long(SPLITS[kept.sides[0]], f"{block.name}:{kept.numbers[0]}", beginning)
+        long = self.long
+        assert long is not None
+        long.digests.append(digest)
+        long.num_bytes += int(kept.num_bytes[0])
+        long.num_chars += int(kept.num_chars[0])
+        long.num_tokens += len(kept.ids)
+        if self.near is not None:
+            long.signature = kept.signatures[0] if long.signature is None else np.minimum(long.signature, kept.signatures[0])
+        self.writer.append_part(long.split, kept.ids)
+        if not block.last:
+            return
+        rule, self.long = self._rule(long), None
+        if rule:
+            self.report.drop(rule, long.place, long.beginning)
+            self.writer.drop_document(long.split)
+        else:
+            self.writer.end_document(long.split, long.num_bytes)
+            self.report.keep(np.array([long.num_bytes]), np.array([long.num_tokens]))
+        self.report.documents += 1
+        self.report.sources[index]["documents"] += 1
+        self.report.sources[index]["kept"] += not rule
+
+    def _rule(self, long: _Long) -> str:
+        most = self.job.options.max_chars
+        if most is not None and long.num_chars > most:
+            return "too long"
+        if self.seen is not None:
+            digest = np.frombuffer(joined_digest(long.digests), np.uint8).reshape(1, DIGEST_BYTES)
+            if not self.seen.first(digest)[0]:
+                return "duplicate"
+        if self.near is not None and long.signature is not None and not self.near.first(long.signature[None])[0]:
+            return "near duplicate"
+        return ""
+
+    # -------------------------------------------------------------------------------------------------------- the journal
+
+    def _write_journal(self) -> None:
+        for index in (self.seen, self.near):
+            if index is not None:
+                index.flush()
+        journal = {
+            "key": self.key,
+            "single": self.single,
+            "source": self.index,
+            "position": self.position,
+            "report": dataclasses.asdict(self.report),
+            "writer": self.writer.checkpoint(),
+            "seen": 0 if self.seen is None else self.seen.count,
+            "near": 0 if self.near is None else self.near.count,
+        }
+        write_whole(self.work / JOURNAL, json.dumps(journal))
+        self.told = time.monotonic()
+
+    def _close_indices(self) -> None:
+        for index in (self.seen, self.near):
+            if index is not None:
+                index.close()
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"{self.directory} cannot be written: {error.strerror or error}. Make room, and run the same command again; it goes on.")
+
+
+def _learn(job: _Job, single: bool) -> BPETokenizer:
+    """The tokenizer that "train:SIZE" asks for, from the train side of the data."""
+    assert isinstance(job.tokenizer, str)
+    size = int(job.tokenizer.removeprefix("train:"))
+    plain = BPETokenizer.bytes()  # long documents may be cut anywhere for this
+    worker = Worker(job.options, plain, job.test_fraction, single)
+
+    def texts() -> Iterator[str]:
+        told, before, total = -1, [0], job.num_bytes
+        for source in job.sources:
+            before.append(before[-1] + source.num_bytes)
+        for index, block in job.blocks(0, START, plain, single):
+            yield from (text for side, text in worker.texts(block) if side == TRAIN)
+            done = before[index] + block.file_bytes
+            if 100 * done // max(total, 1) > told:
+                told = 100 * done // max(total, 1)
+                job.tell("train tokenizer", done, total)
+
+    return BPETokenizer.train_from_iterator(texts(), size)

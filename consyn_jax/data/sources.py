@@ -1,8 +1,7 @@
-"""Paths, globs, directories and "sample" to documents: what is there, how it is read, and what was left out.
+"""Paths, globs, directories, Hub names and "sample" to sources: what is there, of which kind, and what was left out.
 
-A text file is one document; a row of JSON Lines, or of one JSON array, is one document. Kinds are found by looking at the files.
-Order is the order of the names given, and the sorted order within a directory or glob. JSON rows are streamed; a text file is
-read whole, because it is one document.
+Kinds are found by looking at the files, those that are compressed as they are inside. Order is the order of the names given, and the
+sorted order within a directory or glob.
 """
 
 from __future__ import annotations
@@ -10,43 +9,57 @@ from __future__ import annotations
 import codecs
 import glob
 import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from consyn_jax.config import UserError, nearest
+from consyn_jax.data import huggingface, raw_tokens
+from consyn_jax.data.byte_stream import ByteStream
+from consyn_jax.data.shards import MANIFEST
 
 SAMPLE = "sample"
-MANIFEST = "manifest.json"
+# In an unfinished token store: what is needed to go on with it.
+PREPARING = "preparing"
 TEXT_SUFFIXES = (".txt", ".md")
 ROW_SUFFIXES = (".jsonl", ".ndjson")
-NAMES = {"text": "text", "jsonl": "JSON rows", "sharded": "a token store"}
+COMPRESSED_SUFFIXES = (".gz", ".zst")
+NAMES = {"text": "text", "jsonl": "JSON rows", "huggingface": "a Hugging Face dataset", "sharded": "tokens"}
+USABLE = "text, JSON rows, a Hugging Face dataset or tokens"
 HEAD_BYTES = 65_536
-CHUNK_BYTES = 1 << 20
-SHOWN_BAD_ROWS = 5
-_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One input: a file, a token store, or the sample.
+    """One input: a file, a dataset, a token store, or the sample.
 
     Attributes:
-        name: the path, or "sample".
-        kind: "text", "jsonl", "sharded" or "sample".
+        name: the path; of a dataset of the Hub, its name with its commit; or "sample".
+        kind: "text", "jsonl", "huggingface", "sharded" or "sample".
     """
 
     name: str
     kind: str
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
-        """Size on disk, for progress; the sample counts its text."""
+        """Size on disk, for progress; the sample counts its text, and a dataset that is not there yet nothing."""
         if self.kind == SAMPLE:
             return sum(len(text.encode()) for text in sample_texts())
-        return Path(self.name).stat().st_size
+        return huggingface.size(self.name) if self.kind == "huggingface" else Path(self.name).stat().st_size
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files whose bytes decide what is read; none where the name decides."""
+        if self.kind == "huggingface":
+            return huggingface.files(Path(self.name)) if huggingface.look(Path(self.name)) else ()
+        return () if self.kind == SAMPLE else (Path(self.name),)
+
+    @property
+    def is_store(self) -> bool:
+        """A token store, and not a file of tokens."""
+        return self.kind == "sharded" and Path(self.name).is_dir()
 
 
 @dataclass(frozen=True)
@@ -57,38 +70,18 @@ class Corpus:
     left_out: tuple[tuple[str, str], ...]
 
 
-@dataclass
-class ReadReport:
-    """Counts of one pass over a corpus, updated while `read_documents` runs.
-
-    Attributes:
-        documents: documents given out.
-        empty: documents of nothing but white space, left out.
-        bad_rows: JSON rows left out under `on_bad_rows="skip"`; `bad_row_examples` holds the first few messages.
-        file_bytes: how far reading has come, in bytes of the files.
-    """
-
-    documents: int = 0
-    empty: int = 0
-    bad_rows: int = 0
-    bad_row_examples: list[str] = field(default_factory=list)
-    file_bytes: int = 0
-
-
-class _BadRow(Exception):
-    """What is wrong with one row; the reader adds the place and decides."""
-
-
 # --------------------------------------------------------------------------------------------------------------------- finding
 
 
-def find_sources(data: Sequence[str], dataset_type: str = "auto", flag: str = "data") -> Corpus:
-    """The files behind `data`, each with its kind.
+def find_sources(data: Sequence[str], dataset_type: str = "auto", flag: str = "data", invalid_utf8: str = "error") -> Corpus:
+    """The sources behind `data`, each with its kind.
 
     Args:
-        data: paths, directories, globs (`**` reaches into directories) or "sample" (`./sample` for a file of that name).
-        dataset_type: "auto" looks; "text", "jsonl" or "sharded" must be what is there.
+        data: paths, directories, globs (`**` reaches into directories), names of Hub datasets, or "sample" (`./sample` for a file of
+            that name).
+        dataset_type: "auto" looks; "text", "jsonl", "huggingface" or "sharded" must be what is there.
         flag: what the user gave `data` to, for messages.
+        invalid_utf8: "replace" takes text files that are not all UTF-8.
 
     Raises:
         UserError: nothing there, nothing usable, or not of the kind asked for.
@@ -96,8 +89,9 @@ def find_sources(data: Sequence[str], dataset_type: str = "auto", flag: str = "d
     used: dict[str, Source] = {}
     left_out: list[tuple[str, str]] = []
     for name in data:
-        for item in _expand(name, flag):
-            for source, reason in _look_into(item, dataset_type):
+        for item in _expand(name, dataset_type, flag):
+            found = [(item, "")] if isinstance(item, Source) else list(_look_into(item, dataset_type, invalid_utf8))
+            for source, reason in found:
                 if source.name in used:
                     left_out.append((source.name, "is named twice"))
                 elif reason:
@@ -106,14 +100,15 @@ def find_sources(data: Sequence[str], dataset_type: str = "auto", flag: str = "d
                     used[source.name] = source
     if not used:
         raise UserError(f"--{flag} names nothing to read. Give a file, a directory, a glob or 'sample'.")
-    if len(used) > 1 and any(source.kind == "sharded" for source in used.values()):
-        store = next(source.name for source in used.values() if source.kind == "sharded")
-        raise UserError(f"{store} is a token store, and a token store stands alone in --{flag}. Give it without the other paths.")
+    kinds = {("a token store" if source.is_store else "a file of tokens" if source.kind == "sharded" else "text"): source.name for source in used.values()}
+    if len(kinds) > 1:
+        place, what = next((name, kind) for kind, name in kinds.items() if kind != "text")
+        raise UserError(f"{place} in --{flag} is {what}, and the others are not. Give them apart, or mix them with --data_weights.")
     return Corpus(tuple(used.values()), tuple(left_out))
 
 
-def _expand(name: str, flag: str) -> list[str]:
-    """The paths behind one item of `--data` or `--validation`, as the shell would give them."""
+def _expand(name: str, dataset_type: str, flag: str) -> list[str | Source]:
+    """The paths behind one item of `--data` or `--validation`, as the shell would give them, or a dataset."""
     if name == SAMPLE:
         return [name]
     path = Path(name).expanduser()
@@ -123,70 +118,119 @@ def _expand(name: str, flag: str) -> list[str]:
         raise UserError(f"{name} in --{flag} cannot be read: {error.strerror}. Check the path and its permissions.") from error
     if exists:
         return [str(path)]
+    if dataset_type in ("auto", "huggingface") and huggingface.look(path):  # PATH:SPLIT
+        return [Source(str(path), "huggingface")]
     if glob.has_magic(name):
         found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (patterns may be absolute)
         if not found:
             raise UserError(f"The pattern {name} in --{flag} matches no file. Check it, or quote it if the shell should not expand it.")
-        return found
+        return list(found)
+    if _may_be_on_hub(name, dataset_type):
+        return [Source(huggingface.identity(name), "huggingface")]
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise UserError(f"{name} in --{flag} does not exist{nearest(path.name, siblings)} Give a file, a directory, a glob or 'sample'.")
+    raise UserError(f"{name} in --{flag} does not exist{nearest(path.name, siblings)} Give a file, a directory, a glob, owner/name of a dataset, or 'sample'.")
 
 
-def _look_into(name: str, dataset_type: str) -> Iterator[tuple[Source, str]]:
+def _may_be_on_hub(name: str, dataset_type: str) -> bool:
+    """A word alone, or a path into a directory that exists, is rather a slip of the pen, unless --dataset_type says otherwise."""
+    hub = huggingface.parse_hub_name(name)
+    if hub is None or dataset_type not in ("auto", "huggingface"):
+        return False
+    owner, slash, _ = hub.repository.partition("/")
+    return dataset_type == "huggingface" or bool(slash and not Path(owner).exists())
+
+
+def _look_into(name: str, dataset_type: str, invalid_utf8: str) -> Iterator[tuple[Source, str]]:
     """The sources of one existing path, each with the reason why it is left out, or "". A named file is never left out."""
     path = Path(name)
     if name == SAMPLE:
-        if dataset_type not in ("auto", "text"):
+        kind = SAMPLE if dataset_type in ("auto", "text") else ""
+        if not kind:
             raise UserError(f"--data sample is text, not {NAMES[dataset_type]} as --dataset_type {dataset_type} wants. Leave --dataset_type out.")
         yield Source(SAMPLE, SAMPLE), ""
-    elif path.is_dir() and (path / MANIFEST).is_file():
-        if dataset_type not in ("auto", "sharded"):
-            raise UserError(f"{name} is a token store, not {NAMES[dataset_type]} as --dataset_type {dataset_type} wants. Leave --dataset_type out.")
-        yield Source(name, "sharded"), ""
-    elif dataset_type == "sharded":
-        raise UserError(f"{name} is not a token store: there is no {MANIFEST} in it. Leave --dataset_type out to have it read as what it is.")
+    elif path.is_dir() and ((path / MANIFEST).is_file() or huggingface.look(path)):
+        kind = "sharded" if (path / MANIFEST).is_file() else "huggingface"
+        if dataset_type not in ("auto", kind):
+            found = "a token store" if kind == "sharded" else NAMES[kind]
+            raise UserError(f"{name} is {found}, not {NAMES[dataset_type]} as --dataset_type {dataset_type} wants. Leave --dataset_type out.")
+        yield Source(name, kind), ""
+    elif path.is_dir() and (path / PREPARING).is_dir():
+        raise UserError(f"{name} is a token store that is not finished. Run the consyn-prepare that began it again; it goes on where it was.")
     elif path.is_dir():
-        yield from _look_into_directory(path, dataset_type)
+        yield from _look_into_directory(path, dataset_type, invalid_utf8)
     else:
-        kind, found = look(path, dataset_type)
+        kind, found = look(path, dataset_type, invalid_utf8)
         if not kind:
-            raise UserError(f"{name} {found}. Give UTF-8 text or JSON rows, or the fitting --dataset_type.")
+            raise UserError(f"{name} {found}. Give {USABLE}, or the fitting --dataset_type.")
         yield Source(name, kind), ""
 
 
-def _look_into_directory(path: Path, dataset_type: str) -> Iterator[tuple[Source, str]]:
-    usable, reasons = 0, []
+def _look_into_directory(path: Path, dataset_type: str, invalid_utf8: str) -> Iterator[tuple[Source, str]]:
+    found = []
     for file in sorted(path.rglob("*")):
         if file.is_dir() or any(part.startswith(".") for part in file.relative_to(path).parts):
             continue
-        kind, found = look(file, dataset_type)
-        usable += bool(kind)
-        reasons.append(f"{file.relative_to(path)} {found}")
-        yield Source(str(file), kind), "" if kind else found
-    if not usable:
+        kind, reason = look(file, dataset_type, invalid_utf8)
+        found.append((Source(str(file), kind), reason))
+    kinds = {source.kind for source, reason in found if not reason}
+    if not kinds:
+        reasons = [f"{Path(source.name).relative_to(path)} {reason}" for source, reason in found]
         shown = "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "") if reasons else "it holds no files"
-        wanted = "UTF-8 text or JSON rows" if dataset_type == "auto" else NAMES[dataset_type]
+        wanted = USABLE if dataset_type == "auto" else NAMES[dataset_type]
         raise UserError(f"Nothing in the directory {path} can be used: {shown}. Give a directory with {wanted}.")
+    for source, reason in found:
+        if source.kind == "sharded" and kinds != {"sharded"}:
+            reason = "is a file of tokens among others; name it by itself"
+        yield source, reason
 
 
-def look(path: Path, dataset_type: str = "auto") -> tuple[str, str]:
+def look(path: Path, dataset_type: str = "auto", invalid_utf8: str = "error") -> tuple[str, str]:
     """The kind of a file and what was found: ("text", ""), ("jsonl", ""), or ("", "is empty") and the like.
 
     Only the beginning of the file is read; the name decides between text and rows where both would do.
     """
     if not path.is_file():
         return "", "is not a regular file"
-    with _open(path) as file:
-        head = file.read(HEAD_BYTES)
-    fault = binary_fault(head, complete=len(head) < HEAD_BYTES)
-    if not head or fault:
-        return "", fault or "is empty"
-    kind, found = _kind(path.suffix.lower(), head)
-    if dataset_type == "jsonl" and head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"["):
-        kind = "jsonl"
+    kind, found = _look_at_name(path)
+    if not kind and not found:
+        kind, found = _look_at_content(path, dataset_type, invalid_utf8)
     if kind and dataset_type not in ("auto", kind):
         return "", f"holds {NAMES[kind]}, not {NAMES[dataset_type]} as --dataset_type {dataset_type} wants"
     return kind, found
+
+
+def _look_at_name(path: Path) -> tuple[str, str]:
+    """The kind of a file that its suffix tells, checked by its head; ("", "") for any other."""
+    if huggingface.look(path):
+        return "huggingface", ""
+    if path.suffix.lower() in (*raw_tokens.TOKEN_SUFFIXES, *raw_tokens.PICKLES):
+        kind, found = raw_tokens.look(path)
+        return "sharded" if kind else "", found
+    return "", ""
+
+
+def _look_at_content(path: Path, dataset_type: str, invalid_utf8: str) -> tuple[str, str]:
+    try:
+        with ByteStream(path) as stream:
+            head = stream.read(HEAD_BYTES)
+    except UserError as fault:  # names the file, which what is found does not
+        return "", str(fault).removeprefix(f"{path} ").split(". ")[0].rstrip(".")
+    fault = binary_fault(head, complete=len(head) < HEAD_BYTES)
+    if not head or (fault and (invalid_utf8 != "replace" or b"\0" in head)):
+        return "", fault or "is empty"
+    suffix = Path(path.stem).suffix if path.suffix.lower() in COMPRESSED_SUFFIXES else path.suffix
+    if dataset_type == "jsonl" and head.lstrip()[:1] in (b"{", b"["):
+        return "jsonl", ""
+    return _kind(suffix.lower(), head)
+
+
+def is_array(path: Path) -> bool:
+    """Whether a file of JSON rows is one array, and not JSON Lines."""
+    suffix = Path(path.stem).suffix if path.suffix.lower() in COMPRESSED_SUFFIXES else path.suffix
+    if suffix.lower() in ROW_SUFFIXES:
+        return False
+    with ByteStream(path) as stream:
+        return stream.read(HEAD_BYTES).lstrip()[:1] == b"["
 
 
 def _kind(suffix: str, head: bytes) -> tuple[str, str]:
@@ -194,7 +238,7 @@ def _kind(suffix: str, head: bytes) -> tuple[str, str]:
         return "text", ""
     if suffix in ROW_SUFFIXES:
         return "jsonl", ""
-    body = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    body = head.lstrip()
     if suffix == ".json" and body[:1] == b"[":
         return "jsonl", ""
     if body[:1] == b"{":
@@ -227,13 +271,6 @@ def binary_fault(data: bytes, *, complete: bool) -> str:
     return ""
 
 
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
-
-
 # --------------------------------------------------------------------------------------------------------------------- reading
 
 
@@ -248,160 +285,3 @@ def sample_texts() -> list[str]:
     except ModuleNotFoundError as error:
         raise UserError("--data sample needs the module pydoc_data, which this Python lacks. Give --data a file.") from error
     return [topics[name] for name in sorted(topics)]
-
-
-def read_documents(sources: Iterable[Source], report: ReadReport, *, text_key: str = "text", on_bad_rows: str = "error") -> Iterator[str]:
-    """The texts of all sources in order, with `report` kept up to date.
-
-    Args:
-        text_key: the field of a JSON row that holds the text; `a.b` reaches into objects.
-        on_bad_rows: "error" stops at a row that cannot be used; "skip" counts it and goes on.
-
-    Raises:
-        UserError: naming file and line, or byte.
-    """
-    for source in sources:
-        before = report.file_bytes
-        if source.kind == SAMPLE:
-            texts: Iterable[str] = sample_texts()
-        elif source.kind == "text":
-            texts = [_read_text(Path(source.name))]
-        else:
-            texts = _row_texts(Path(source.name), report, text_key, on_bad_rows)
-        for text in texts:
-            if text.strip():
-                report.documents += 1
-                yield text
-            else:
-                report.empty += 1
-        report.file_bytes = before + source.num_bytes
-
-
-def _read_text(path: Path) -> str:
-    with _open(path) as file:
-        data = file.read()
-    fault = binary_fault(data, complete=True)
-    if fault:
-        raise UserError(f"{path} {fault}. Convert the file to UTF-8, or leave it out.")
-    return data.decode("utf-8-sig")
-
-
-def _row_texts(path: Path, report: ReadReport, text_key: str, on_bad_rows: str) -> Iterator[str]:
-    before = report.file_bytes
-    with _open(path) as file:
-        for line, row in _rows(path, file):
-            report.file_bytes = before + file.tell()
-            try:
-                text = _row_text(row, text_key)
-            except _BadRow as fault:
-                message = f"{path}:{line} {fault}"
-                if on_bad_rows != "skip":
-                    raise UserError(f"{message} Mend the row, or give --on_bad_rows skip.") from None
-                report.bad_rows += 1
-                if len(report.bad_row_examples) < SHOWN_BAD_ROWS:
-                    report.bad_row_examples.append(message)
-            else:
-                yield text
-
-
-def _row_text(row: Any, text_key: str) -> str:
-    if isinstance(row, _BadRow):
-        raise row
-    if not isinstance(row, dict):
-        raise _BadRow(f"holds {_json_type(row)}, not an object with the key {text_key!r}.")
-    value: Any = row
-    for key in [text_key] if text_key in row else text_key.split("."):
-        if not isinstance(value, dict) or key not in value:
-            present = ", ".join(sorted(map(repr, row)))
-            raise _BadRow(f"has no key {text_key!r}; its keys are {present or 'none'} (--text_key chooses).")
-        value = value[key]
-    if not isinstance(value, str):
-        raise _BadRow(f"holds {_json_type(value)} under the key {text_key!r}, not a string.")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise _BadRow(f"holds half of a surrogate pair under the key {text_key!r}, which is no text.") from None
-    return value
-
-
-def _json_type(value: Any) -> str:
-    names = {dict: "an object", list: "an array", str: "a string", bool: "true or false", int: "a number", float: "a number"}
-    return names.get(type(value), "null")
-
-
-def _rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
-    """(line number, row) of JSON Lines or of one array; a row that is not JSON is given as a `_BadRow`."""
-    head = file.read(HEAD_BYTES)
-    file.seek(0)
-    if path.suffix.lower() not in ROW_SUFFIXES and head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
-        yield from _array_rows(path, file)
-        return
-    for number, line in enumerate(file, 1):
-        body = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        if not body.strip():
-            continue
-        try:
-            row = json.loads(body.rstrip(b"\r\n"))  # else the newline is blamed for what lacks before it
-        except UnicodeDecodeError as error:
-            row = _BadRow(f"is not UTF-8 (byte {error.start} of the line).")
-        except (ValueError, RecursionError) as error:
-            row = _BadRow(f"is broken JSON ({_fault(error)}).")
-        yield number, row
-
-
-def _fault(error: ValueError | RecursionError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg}, column {error.colno}"
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
-
-
-def _array_rows(path: Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
-    """Elements of one JSON array with the line each begins at, decoded one at a time so that memory holds one chunk and one row.
-
-    There is no way to find the next row behind broken JSON here, so `on_bad_rows` does not cover it.
-    """
-    text = codecs.getincrementaldecoder("utf-8-sig")()
-    decoder, buffer, line, size, after = json.JSONDecoder(), "", 1, CHUNK_BYTES, "["
-    while True:
-        more = file.read(size)
-        try:
-            buffer += text.decode(more, final=not more)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text behind line {line} (byte 0x{error.object[error.start]:02x}). Convert the file to UTF-8.") from None
-        position, size = 0, size * 2  # doubling keeps a row of any length linear
-        while True:
-            try:
-                start, row, end = _element(decoder, buffer, position, after)
-            except (ValueError, RecursionError) as error:
-                if more and not isinstance(error, RecursionError):
-                    break
-                raise UserError(f"{path}:{line} is broken JSON ({error}). Mend the array; its rows cannot be skipped.") from None
-            line += buffer.count("\n", position, start)
-            if end < 0:
-                return
-            yield line, row
-            line += buffer.count("\n", start, end)
-            position, after, size = end, ",", CHUNK_BYTES
-        buffer = buffer[position:]
-
-
-def _element(decoder: json.JSONDecoder, buffer: str, position: int, after: str) -> tuple[int, Any, int]:
-    """(start, value, end) of the next element behind the mark `after`; end is -1 behind the last one. ValueError: not there (yet)."""
-
-    def skip(at: int) -> int:
-        match = _SPACE.match(buffer, at)
-        return match.end() if match else at
-
-    start = skip(position)
-    mark = buffer[start : start + 1]
-    if mark == "]" and after == ",":
-        return start, None, -1
-    if mark != after:
-        raise ValueError(f"{after!r} or ']' expected" if after == "," else "'[' expected")
-    start = skip(start + 1)
-    if after == "[" and buffer[start : start + 1] == "]":
-        return start, None, -1
-    value, end = decoder.raw_decode(buffer, start)
-    if not buffer[skip(end) : skip(end) + 1]:
-        raise ValueError("',' or ']' expected")  # a number could go on in the next chunk
-    return start, value, end

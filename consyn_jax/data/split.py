@@ -1,4 +1,4 @@
-"""Train or validation, decided by each document alone, so that no document changes sides when others are added.
+"""Train, validation or test, decided by each document alone, so that no document changes sides when others are added.
 
 Duplicates fall on the same side. A corpus of one document is cut by position instead: its last part is held out.
 """
@@ -6,56 +6,60 @@ Duplicates fall on the same side. A corpus of one document is cut by position in
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 
-TRAIN, VALIDATION = "train", "validation"
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+SPLITS = (TRAIN, VALIDATION, TEST)
 # Part of every store's content: another salt is another split.
 SALT = b"consyn_jax"
+DIGEST_BYTES = 16
 
 
-def side_of(text: str, fraction: float) -> str:
-    """The split that a document belongs to: a hash of its text, read as a number in [0, 1), against `fraction`.
+def digest(data: bytes) -> bytes:
+    """16 bytes that stand for a document's text: equal texts are duplicates, and it decides the side.
 
-    >>> side_of("a document", 0.0), side_of("a document", 1.0)
-    ('train', 'validation')
+    >>> digest(b"a document").hex()
+    'b269d408a40c463c0046790c79c99920'
     """
-    digest = hashlib.blake2b(text.encode(), digest_size=8, person=SALT).digest()
-    return VALIDATION if int.from_bytes(digest, "little") < fraction * 2**64 else TRAIN
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES, person=SALT).digest()
 
 
-def cut(text: str, fraction: float) -> tuple[str, str]:
-    """One document in two: the last `fraction` of its UTF-8 bytes, and what comes before. No character is torn.
+def joined_digest(parts: Sequence[bytes]) -> bytes:
+    """The digest of a document from those of its parts (see `parts.py`)."""
+    return parts[0] if len(parts) == 1 else digest(b"".join(parts))
 
-    >>> cut("0123456789", 0.1)
-    ('012345678', '9')
-    >>> cut("aaaé", 0.2)
-    ('aaa', 'é')
+
+def side_of(document: bytes, validation: float, test: float = 0.0) -> str:
+    """The split of a document: its digest (of a document in parts, that of the first) as a number in [0, 1) against the shares.
+
+    Validation is at the lower end and test at the upper, so that a larger share only moves documents out of train.
+
+    >>> side_of(digest(b"a document"), 0.0), side_of(digest(b"a document"), 1.0), side_of(digest(b"a document"), 0.0, 1.0)
+    ('train', 'validation', 'test')
     """
-    data = text.encode()
+    number = int.from_bytes(document[:8], "little")
+    if number < validation * 2**64:
+        return VALIDATION
+    return TEST if number >= (1 - test) * 2**64 else TRAIN
+
+
+def cut(data: bytes, fraction: float) -> int:
+    """Where the last `fraction` of one document in UTF-8 begins. No character is torn.
+
+    >>> cut(b"0123456789", 0.1), cut("aaa\u00e9".encode(), 0.2)
+    (9, 3)
+    """
     at = int((1 - fraction) * len(data))
-    while 0 < at < len(data) and data[at] & 0xC0 == 0x80:  # a continuation byte
-        at -= 1
-    return data[:at].decode(), data[at:].decode()
+    return at - torn(data[max(at - 3, 0) : at + 1]) if at < len(data) else at
 
 
-def split_documents(documents: Iterable[str], fraction: float) -> Iterator[tuple[str, str]]:
-    """(split, text) of every document, in order: by hash, or by position when there is exactly one document.
+def torn(data: bytes) -> int:
+    """How many bytes before the last one the character begins that the last byte of `data` belongs to.
 
-    Args:
-        fraction: share of the documents (of the bytes of one document) that goes to validation, in [0, 1).
+    >>> torn(b"ab"), torn("a\u20ac".encode())
+    (0, 2)
     """
-    remaining = iter(documents)
-    first = next(remaining, None)
-    if first is None:
-        return
-    second = next(remaining, None)
-    if second is None:
-        for side, part in zip((TRAIN, VALIDATION), cut(first, fraction), strict=True):
-            if part:
-                yield side, part
-        return
-    for text in (first, second):
-        yield side_of(text, fraction), text
-    del first, second
-    for text in remaining:
-        yield side_of(text, fraction), text
+    back = 0
+    while back < min(3, len(data) - 1) and data[-1 - back] & 0xC0 == 0x80:  # a continuation byte
+        back += 1
+    return back

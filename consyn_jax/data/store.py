@@ -1,4 +1,4 @@
-"""The token store: a directory of token shards with a manifest, written once and read by memory map.
+"""The token store: a directory of token shards with a manifest, written once and read where it lies.
 
 Layout (docs/design/data.md has the reasons):
 
@@ -6,8 +6,9 @@ Layout (docs/design/data.md has the reasons):
     tokenizer/             a copy of the tokenizer
     SPLIT-00000.tokens     little-endian uint16 (vocabulary up to 65,536) or uint32; every document ends with EOS
     SPLIT-00000.index      little-endian uint64: where in the shard each document starts
+    SPLIT-00000.targets    uint8, 1 where a token is a target of the loss; only of shards where not every token is one
 
-Documents are never torn between shards.
+Documents are never torn between shards. The manifest comes last: a directory without one is not a store yet.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -26,10 +27,10 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
+from jaxtyping import Int64, Integer, UInt8
 
 from consyn_jax.config import UserError
-from consyn_jax.data.shards import AGAIN, Shard, StoreSplit, token_dtype
-from consyn_jax.data.sources import MANIFEST
+from consyn_jax.data.shards import AGAIN, MANIFEST, NumberFile, Shard, StoreSplit, Tokens, token_dtype
 from consyn_jax.tokenization import BPETokenizer, load_tokenizer
 
 FORMAT = "consyn token store"
@@ -43,67 +44,171 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 class TokenStoreWriter:
-    """Writes a token store. The directory appears, whole, when `finish` returns (or the `with` block ends without an exception).
+    """Writes a token store. It is one, for those who read, when `finish` returns (or the `with` block ends without an exception).
 
     Args:
-        directory: where the store shall be; it must not exist yet.
+        directory: where the store shall be; it must not exist yet, unless `state` is given.
         tokenizer: the one that made the ids; its EOS is put after every document, and a copy goes into the store.
         shard_tokens: a shard is closed at the first document end at or behind this many tokens.
+        state: what `checkpoint` gave of an unfinished store in `directory`; writing goes on from there, and what came after it is
+            cut off.
 
     Raises:
         UserError: the directory exists, or cannot be written.
     """
 
-    def __init__(self, directory: Path | str, tokenizer: BPETokenizer, shard_tokens: int = SHARD_TOKENS) -> None:
+    def __init__(self, directory: Path | str, tokenizer: BPETokenizer, shard_tokens: int = SHARD_TOKENS, state: dict[str, Any] | None = None) -> None:
         self.directory = Path(directory)
-        if self.directory.exists():
+        if state is None and self.directory.exists():
             raise UserError(f"{self.directory} exists already. Give the token store a new directory, or delete that one.")
         self._tokenizer = tokenizer
         self._shard_tokens = shard_tokens
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._open_shards: dict[str, _ShardWriter] = {}
         self._shards: dict[str, list[dict[str, Any]]] = {}
-        # Beside the target, so that the rename stays within one file system.
-        self._building = self.directory.with_name(f".{self.directory.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+        self._closed: dict[str, list[Shard]] = {}
+        self._finished = False
         try:
-            self._building.mkdir(parents=True)
-            tokenizer.save(self._building / "tokenizer")
+            self.directory.mkdir(parents=True, exist_ok=True)
+            tokenizer.save(self.directory / "tokenizer")
+            if state is not None:
+                self._restore(state)
         except OSError as error:
-            self.abandon()
+            if state is None:
+                self.abandon()
             raise self._unwritable(error) from error
         except KeyboardInterrupt:  # no `with` block has begun that would clean up
-            self.abandon()
+            if state is None:
+                self.abandon()
             raise
+
+    # ----------------------------------------------------------------------------------------------------------- adding
 
     def add(self, split: str, token_ids: Sequence[int], num_bytes: int) -> None:
         """Append one document: its ids without EOS, and the size of its text in UTF-8."""
         self.add_many(split, [token_ids], [num_bytes])
 
     def add_many(self, split: str, documents: Sequence[Sequence[int]], num_bytes: Sequence[int]) -> None:
-        """Append documents in order; the fast way.
+        """Append documents in order.
 
         Raises:
             UserError: an id outside the vocabulary, or the disk is full.
         """
+        eos = [self._tokenizer.eos_token_id]
+        lengths = np.fromiter((len(document) + 1 for document in documents), np.int64, len(documents))
+        ids = np.fromiter(chain.from_iterable(chain(document, eos) for document in documents), np.int64, int(lengths.sum()))
+        if len(ids) and (ids.min() < 0 or ids.max() >= self._tokenizer.vocab_size):
+            wrong = int(ids.min() if ids.min() < 0 else ids.max())
+            raise UserError(f"Token id {wrong} is outside the tokenizer's vocabulary of {self._tokenizer.vocab_size}. Encode with the store's tokenizer.")
+        self.append(split, ids.astype(self._dtype), lengths, np.array(num_bytes, np.int64))
+
+    def append(
+        self,
+        split: str,
+        ids: Integer[np.ndarray, " tokens"],
+        lengths: Int64[np.ndarray, " documents"],
+        num_bytes: Int64[np.ndarray, " documents"],
+        targets: UInt8[np.ndarray, " tokens"] | None = None,
+    ) -> None:
+        """Append documents that lie behind each other in `ids`, each with its EOS; the fast way.
+
+        Args:
+            ids: valid ids, which are not checked again.
+            targets: 1 where a token is a target of the loss; None where all are.
+
+        Raises:
+            UserError: the disk is full.
+        """
         if not _SPLIT_NAME.fullmatch(split):
             raise UserError(f"A split is named by lower-case letters, digits and _, not {split!r}.")
-        start, pending = 0, self._pending(split)
-        for stop, document in enumerate(documents, 1):
-            pending += len(document) + 1
-            if pending >= self._shard_tokens or stop == len(documents):
-                self._write(split, documents[start:stop], num_bytes[start:stop])
-                if pending >= self._shard_tokens:
-                    self._close(split)
-                start, pending = stop, 0
+        ends = np.cumsum(lengths)
+        start = token = 0
+        while start < len(lengths):
+            shard = self._shard(split)
+            room = self._shard_tokens - shard.tokens
+            stop = min(int(np.searchsorted(ends, token + room)) + 1, len(lengths))
+            last = int(ends[stop - 1])
+            with self._writing():
+                part = None if targets is None else targets[token:last]
+                shard.append(ids[token:last], lengths[start:stop], int(num_bytes[start:stop].sum()), part)
+            self._close_if_full(split)
+            start, token = stop, last
 
-    def finish(self, extra_files: dict[str, str] | None = None) -> TokenStore:
-        """Close the shards, write the manifest last and move the store into place.
+    def append_part(self, split: str, ids: Integer[np.ndarray, " tokens"]) -> None:
+        """Append the beginning, or more, of a long document, which `end_document` or `drop_document` has to follow. Its EOS counts as part of it."""
+        with self._writing():
+            self._shard(split).append_part(ids)
+
+    def end_document(self, split: str, num_bytes: int) -> None:
+        """The parts since the last document are one."""
+        with self._writing():
+            self._shard(split).end_document(num_bytes)
+        self._close_if_full(split)
+
+    def drop_document(self, split: str) -> None:
+        """Forget the parts since the last document."""
+        with self._writing():
+            self._shard(split).drop_document()
+
+    def _shard(self, split: str) -> _ShardWriter:
+        if split not in self._open_shards:
+            name = f"{split}-{len(self._shards.get(split, [])):05d}"
+            with self._writing():
+                self._open_shards[split] = _ShardWriter(self.directory, name, self._dtype)
+        return self._open_shards[split]
+
+    def _close_if_full(self, split: str) -> None:
+        if self._open_shards[split].tokens >= self._shard_tokens:
+            self._close(split)
+
+    def _close(self, split: str) -> None:
+        with self._writing():
+            entry = self._open_shards[split].close()
+        del self._open_shards[split]
+        if entry is not None:
+            self._shards.setdefault(split, []).append(entry)
+
+    # ---------------------------------------------------------------------------------------------- state and completion
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Put everything on the disk, and give what `state` takes. Between documents only."""
+        with self._writing():
+            open_shards = {split: shard.state() for split, shard in self._open_shards.items()}
+        return {"shards": self._shards, "open": open_shards}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._shards = {split: list(entries) for split, entries in state["shards"].items()}
+        known = {entry[key] for entries in self._shards.values() for entry in entries for key in ("file", "index", "targets") if key in entry}
+        for split, shard in state["open"].items():
+            self._open_shards[split] = _ShardWriter(self.directory, shard["name"], self._dtype, shard)
+            known |= {path.name for path in self._open_shards[split].paths}
+        for path in self.directory.iterdir():
+            if path.suffix in (".tokens", ".index", ".targets") and path.name not in known:
+                path.unlink()
+
+    def snapshot(self, split: str) -> StoreSplit:
+        """The documents of a split that have been appended so far, to read while more are added."""
+        if split in self._open_shards:
+            with self._writing():
+                self._open_shards[split].flush()
+        closed, entries = self._closed.setdefault(split, []), self._shards.get(split, [])
+        closed += [Shard(self.directory, entry, self._tokenizer.vocab_size) for entry in entries[len(closed) :]]
+        shard = self._open_shards.get(split)
+        return StoreSplit([*closed, shard.written()] if shard is not None and shard.documents else closed)
+
+    @property
+    def totals(self) -> dict[str, dict[str, int]]:
+        """By split: tokens, documents, bytes and target_tokens so far."""
+        open_shards = {split: [shard.counts()] for split, shard in self._open_shards.items() if shard.documents}
+        names = sorted({*self._shards, *open_shards})
+        return {split: _totals([*self._shards.get(split, []), *open_shards.get(split, [])]) for split in names}
+
+    def finish(self, extra_files: dict[str, str] | None = None, extra: dict[str, Any] | None = None) -> TokenStore:
+        """Close the shards and write the manifest, which makes it a store.
 
         Args:
             extra_files: more text files to put into the store, by name.
-
-        Raises:
-            FileExistsError: somebody else put a store in this place in the meantime; what was written here is removed.
+            extra: more entries for the manifest.
         """
         for split in list(self._open_shards):
             self._close(split)
@@ -114,27 +219,25 @@ class TokenStoreWriter:
             "tokenizer_sha256": self._tokenizer.sha256,
             "vocab_size": self._tokenizer.vocab_size,
             "dtype": self._dtype.name,
+            **(extra or {}),
             "splits": splits,
         }
-        try:
+        with self._writing():
             for name, text in {**(extra_files or {}), MANIFEST: json.dumps(manifest, indent=1) + "\n"}.items():
-                (self._building / name).write_text(text, encoding="utf-8")
-            if self.directory.exists():
-                raise FileExistsError(self.directory)  # rename would replace an empty directory
-            self._building.rename(self.directory)
-        except OSError as error:
-            self.abandon()
-            if self.directory.exists():
-                raise FileExistsError(self.directory) from error
-            raise self._unwritable(error) from error
+                write_whole(self.directory / name, text)
+        self._finished = True
         return TokenStore(self.directory)
+
+    def close(self) -> None:
+        """Close the files, and leave what is written for somebody who goes on."""
+        for shard in self._open_shards.values():
+            shard.abandon()
+        self._open_shards.clear()
 
     def abandon(self) -> None:
         """Remove what was written so far."""
-        for shard in self._open_shards.values():
-            shard.file.close()
-        self._open_shards.clear()
-        shutil.rmtree(self._building, ignore_errors=True)
+        self.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def __enter__(self) -> TokenStoreWriter:
         return self
@@ -142,79 +245,174 @@ class TokenStoreWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is not None:
             self.abandon()
-        elif self._building.exists():
+        elif not self._finished:
             self.finish()
 
-    def _pending(self, split: str) -> int:
-        return self._open_shards[split].tokens if split in self._open_shards else 0
-
-    def _write(self, split: str, documents: Sequence[Sequence[int]], num_bytes: Sequence[int]) -> None:
-        lengths = np.fromiter((len(document) + 1 for document in documents), np.int64, len(documents))
-        eos = [self._tokenizer.eos_token_id]
-        ids = np.fromiter(chain.from_iterable(chain(document, eos) for document in documents), np.int64, int(lengths.sum()))
-        if len(ids) and (ids.min() < 0 or ids.max() >= self._tokenizer.vocab_size):
-            wrong = int(ids.min() if ids.min() < 0 else ids.max())
-            raise UserError(f"Token id {wrong} is outside the tokenizer's vocabulary of {self._tokenizer.vocab_size}. Encode with the store's tokenizer.")
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            if split not in self._open_shards:
-                name = f"{split}-{len(self._shards.get(split, [])):05d}"
-                self._open_shards[split] = _ShardWriter(self._building, name)
-            self._open_shards[split].append(ids.astype(self._dtype), lengths, sum(num_bytes))
+            yield
         except OSError as error:
             raise self._unwritable(error) from error
-
-    def _close(self, split: str) -> None:
-        if split in self._open_shards:
-            try:
-                entry = self._open_shards.pop(split).close()
-            except OSError as error:
-                raise self._unwritable(error) from error
-            self._shards.setdefault(split, []).append(entry)
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(f"The token store cannot be written to {self.directory}: {error.strerror or error}. Make room, or choose another place.")
 
 
 class _ShardWriter:
-    """One shard under way: tokens go to the file as they come, document starts are kept until it is closed."""
+    """One shard under way. Everything goes to the files as it comes; only whole documents count.
 
-    def __init__(self, directory: Path, name: str) -> None:
-        self.directory, self.name = directory, name
-        self.file: BinaryIO = (directory / f"{name}.tokens").open("wb")
-        self.hash = hashlib.sha256()
-        self.tokens = self.num_bytes = 0
-        self.starts: list[np.ndarray] = []
+    Args:
+        state: what `state` gave; the files are cut back to it.
+    """
 
-    def append(self, ids: np.ndarray, lengths: np.ndarray, num_bytes: int) -> None:
-        self.starts.append((self.tokens + np.cumsum(lengths) - lengths).astype("<u8"))
-        data = ids.tobytes()
-        self.file.write(data)
-        self.hash.update(data)
+    def __init__(self, directory: Path, name: str, dtype: np.dtype, state: dict[str, Any] | None = None) -> None:
+        state = state or {"tokens": 0, "documents": 0, "bytes": 0, "target_tokens": 0, "has_targets": False}
+        self.directory, self.name, self.dtype = directory, name, dtype
+        self.tokens, self.documents, self.num_bytes, self.targets = state["tokens"], state["documents"], state["bytes"], state["target_tokens"]
+        self.pending = 0  # tokens of a document whose end has not come yet
+        self._paths = {kind: directory / f"{name}.{kind}" for kind in ("tokens", "index", "targets")}
+        self._files = {"tokens": self._open("tokens", self.tokens * dtype.itemsize), "index": self._open("index", self.documents * 8)}
+        if state["has_targets"]:
+            self._files["targets"] = self._open("targets", self.tokens)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Its files."""
+        return [self._paths[kind] for kind in self._files]
+
+    def _open(self, kind: str, size: int) -> BinaryIO:
+        file = self._paths[kind].open("r+b" if size else "w+b")
+        file.truncate(size)
+        file.seek(size)
+        return file
+
+    def append(self, ids: np.ndarray, lengths: np.ndarray, num_bytes: int, targets: np.ndarray | None) -> None:
+        self._files["index"].write((self.tokens + np.cumsum(lengths) - lengths).astype("<u8").tobytes())
+        self._files["tokens"].write(np.ascontiguousarray(ids, self.dtype))
+        if targets is not None and not targets.all() and "targets" not in self._files:
+            self._files["targets"] = self._open("targets", 0)
+            for start in range(0, self.tokens, 1 << 20):
+                self._files["targets"].write(b"\1" * min(1 << 20, self.tokens - start))
+        if "targets" in self._files:
+            self._files["targets"].write(np.ones(len(ids), np.uint8) if targets is None else np.ascontiguousarray(targets))
         self.tokens += len(ids)
+        self.documents += len(lengths)
+        self.num_bytes += num_bytes
+        self.targets += len(ids) if targets is None else int(np.count_nonzero(targets))
+
+    def append_part(self, ids: np.ndarray) -> None:
+        self._files["tokens"].write(np.ascontiguousarray(ids, self.dtype))
+        self.pending += len(ids)
+
+    def end_document(self, num_bytes: int) -> None:
+        self._files["index"].write(np.array([self.tokens], "<u8").tobytes())
+        if "targets" in self._files:
+            for start in range(0, self.pending, 1 << 20):
+                self._files["targets"].write(b"\1" * min(1 << 20, self.pending - start))
+        self.tokens, self.targets, self.pending = self.tokens + self.pending, self.targets + self.pending, 0
+        self.documents += 1
         self.num_bytes += num_bytes
 
-    def close(self) -> dict[str, Any]:
-        """The shard's entry in the manifest."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        starts = np.concatenate(self.starts)
-        index = starts.tobytes()
-        (self.directory / f"{self.name}.index").write_bytes(index)
-        return {
-            "file": f"{self.name}.tokens",
-            "index": f"{self.name}.index",
-            "tokens": self.tokens,
-            "documents": len(starts),
-            "bytes": self.num_bytes,
-            "sha256": self.hash.hexdigest(),
-            "index_sha256": hashlib.sha256(index).hexdigest(),
-        }
+    def drop_document(self) -> None:
+        self._files["tokens"].truncate(self.tokens * self.dtype.itemsize)
+        self._files["tokens"].seek(self.tokens * self.dtype.itemsize)
+        self.pending = 0
+
+    def counts(self) -> dict[str, int]:
+        return {"tokens": self.tokens, "documents": self.documents, "bytes": self.num_bytes, "target_tokens": self.targets}
+
+    def state(self) -> dict[str, Any]:
+        self.flush(sync=True)
+        return {"name": self.name, **self.counts(), "has_targets": "targets" in self._files}
+
+    def flush(self, sync: bool = False) -> None:
+        for file in self._files.values():
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+
+    def written(self) -> Tokens:
+        """The whole documents so far, to read."""
+        return _OpenShard(self._paths, self.counts(), self.dtype, "targets" in self._files)
+
+    def close(self) -> dict[str, Any] | None:
+        """The shard's entry in the manifest; None, and no files, where it has no documents."""
+        self.flush(sync=True)
+        if not self.documents:
+            self.abandon()
+            for path in self.paths:
+                path.unlink()
+            return None
+        entry: dict[str, Any] = {"file": self._paths["tokens"].name, "index": self._paths["index"].name, **self.counts()}
+        names = {"tokens": "sha256", "index": "index_sha256", "targets": "targets_sha256"}
+        if "targets" in self._files:
+            entry["targets"] = self._paths["targets"].name
+        else:
+            del entry["target_tokens"]
+        for kind, file in self._files.items():
+            file.seek(0)
+            entry[names[kind]] = hashlib.file_digest(file, "sha256").hexdigest()
+            file.close()
+        return entry
+
+    def abandon(self) -> None:
+        for file in self._files.values():
+            with suppress(OSError):  # what cannot be flushed any more has not counted yet
+                file.close()
+
+
+class _OpenShard(Tokens):
+    """A shard that is still being written, as it was at one moment. What this process has just written needs no checking."""
+
+    def __init__(self, paths: dict[str, Path], counts: dict[str, int], dtype: np.dtype, has_targets: bool) -> None:
+        self.num_tokens, self.num_documents, self.num_bytes = counts["tokens"], counts["documents"], counts["bytes"]
+        self.num_targets, self.dtype = counts["target_tokens"], dtype
+        self._tokens = NumberFile(str(paths["tokens"]), dtype, self.num_tokens)
+        self._index = NumberFile(str(paths["index"]), np.dtype("<i8"), counts["documents"])
+        self._targets = NumberFile(str(paths["targets"]), np.dtype("u1"), self.num_tokens) if has_targets else None
+
+    @property
+    def tokens(self) -> Integer[np.ndarray, " num_tokens"]:
+        """All tokens, in a new memory map."""
+        return self._tokens.mapped()
+
+    @property
+    def starts(self) -> Int64[np.ndarray, " num_documents"]:
+        """Where each document starts, in a new memory map."""
+        return self._index.mapped()
+
+    @property
+    def targets(self) -> UInt8[np.ndarray, " num_tokens"] | None:
+        """1 where a token is a target of the loss; None where all are."""
+        return None if self._targets is None else self._targets.mapped()
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        """Fill `out` with the tokens from `start` on."""
+        self._tokens.read(start, out)
+
+    def read_targets(self, start: int, out: np.ndarray) -> None:
+        """Fill `out` with 1 for each token from `start` on that is a target of the loss, else 0."""
+        if self._targets is None:
+            out[:] = 1
+        else:
+            self._targets.read(start, out)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all, whatever happens meanwhile."""
+    fresh = path.with_name(f".{path.name}.new")
+    with fresh.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.rename(path)
 
 
 def _totals(shards: Iterable[dict[str, Any]]) -> dict[str, int]:
     shards = list(shards)
-    return {name: sum(shard[name] for shard in shards) for name in ("tokens", "documents", "bytes")}
+    totals = {name: sum(shard[name] for shard in shards) for name in ("tokens", "documents", "bytes")}
+    return totals | {"target_tokens": sum(shard.get("target_tokens", shard["tokens"]) for shard in shards)}
 
 
 # --------------------------------------------------------------------------------------------------------------------- reading
@@ -251,12 +449,44 @@ class TokenStore:
     @property
     def fingerprint(self) -> str:
         """A hash of all that determines the tokens and their order; equal for equal stores, wherever they lie."""
+        keys = ("tokens", "sha256", "index_sha256", "targets_sha256")
         content = {
             "tokenizer": self.manifest["tokenizer_sha256"],
             "dtype": self.manifest["dtype"],
-            "splits": {name: [[s["tokens"], s["sha256"], s["index_sha256"]] for s in split["shards"]] for name, split in self.manifest["splits"].items()},
+            "splits": {name: [[s.get(key) for key in keys] for s in split["shards"]] for name, split in self.manifest["splits"].items()},
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class JoinedStores:
+    """Token stores made with one tokenizer as one: the documents of the first, then those of the second, and so on.
+
+    Raises:
+        UserError: their tokenizers differ.
+    """
+
+    def __init__(self, stores: Sequence[TokenStore]) -> None:
+        self.stores = tuple(stores)
+        other = next((s for s in stores if s.manifest["tokenizer_sha256"] != stores[0].manifest["tokenizer_sha256"]), None)
+        if other is not None:
+            raise UserError(f"{stores[0].directory} and {other.directory} were made with different tokenizers. Prepare one of them again with the other's.")
+        names = sorted({name for store in stores for name in store.splits})
+        self.splits = {name: StoreSplit([shard for store in stores for shard in store.split(name).shards]) for name in names}
+        self.vocab_size = stores[0].vocab_size
+
+    def split(self, name: str) -> StoreSplit:
+        """The split of that name; one without documents where no store has it."""
+        return self.splits.get(name, StoreSplit([]))
+
+    @property
+    def tokenizer(self) -> BPETokenizer:
+        """The tokenizer of all."""
+        return self.stores[0].tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """As of a `TokenStore`."""
+        return hashlib.sha256(" ".join(store.fingerprint for store in self.stores).encode()).hexdigest()
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
@@ -306,14 +536,15 @@ def _manifest_fault(manifest: dict[str, Any]) -> str:
 def _shard_fault(shard: Any) -> str:
     if not isinstance(shard, dict):
         return "not an object"
-    for key in ("file", "index"):
+    targets = "targets" in shard
+    for key in ("file", "index", *["targets"] * targets):
         value = shard.get(key)
         if not isinstance(value, str) or not _FILE_NAME.fullmatch(value):
             return f"{key} is {value!r}, not a plain file name in the store"
-    for key in ("tokens", "documents", "bytes"):
-        if type(shard.get(key)) is not int or shard[key] < (0 if key == "bytes" else 1):
+    for key in ("tokens", "documents", "bytes", *["target_tokens"] * targets):
+        if type(shard.get(key)) is not int or shard[key] < (1 if key in ("tokens", "documents") else 0):
             return f"{key} is {shard.get(key)!r}"
-    for key in ("sha256", "index_sha256"):
+    for key in ("sha256", "index_sha256", *["targets_sha256"] * targets):
         if not isinstance(shard.get(key), str):
             return f"{key} is missing"
     return ""

@@ -1,0 +1,281 @@
+"""Files to blocks: runs of whole documents, or parts of a long one, each with the position behind it.
+
+The main process reads, decompresses and finds the ends of documents; what a document says is the workers' matter. Reading goes on at
+any position that a block gave, and holds a few megabytes whatever the input.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from consyn_jax.config import CorpusOptions, UserError
+from consyn_jax.data import huggingface
+from consyn_jax.data.byte_stream import CHUNK_BYTES, ByteStream
+from consyn_jax.data.parts import parts
+from consyn_jax.data.sources import SAMPLE, Source, is_array, sample_texts
+from consyn_jax.data.split import TRAIN, VALIDATION, torn
+from consyn_jax.tokenization import BPETokenizer
+
+BLOCK_BYTES = 1 << 20
+# A row is parsed in one piece. No corpus for a language model has one of this size; a file without line ends may.
+LONGEST_ROW = 64 << 20
+SPACE = re.compile(r"[ \t\r\n]*")
+
+Position = tuple[int, int]
+"""Bytes of the decompressed file (rows of a Hugging Face dataset), and documents or lines, before the place."""
+START: Position = (0, 0)
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one worker takes at a time.
+
+    Attributes:
+        kind: "text": documents between `separator`s; "part": a part of one document; "rows": JSON Lines.
+        name: the source, for messages.
+        first: number of the first document or line in the source, from 1.
+        offset: where `data` begins in the source, for messages about bytes.
+        end: where reading goes on behind the block; None within a document.
+        file_bytes: how far reading has come in the source's file.
+        begins, last: of a part, whether the document begins and ends with it.
+        side: the split that its documents belong to, where their text does not decide.
+        numbers: of rows that were not lines, the number of each.
+    """
+
+    kind: str
+    name: str
+    data: bytes
+    first: int
+    offset: int
+    end: Position | None
+    file_bytes: int
+    begins: bool = True
+    last: bool = True
+    side: str | None = None
+    numbers: tuple[int, ...] = ()
+
+
+def blocks(source: Source, start: Position, options: CorpusOptions, tokenizer: BPETokenizer, *, single: bool, columns: Sequence[str]) -> Iterator[Block]:
+    """The blocks of one source from `start` on.
+
+    Args:
+        single: the whole corpus is one document, which is cut by position: `validation_fraction` of its bytes are held out.
+        columns: what is read of a Hugging Face dataset.
+
+    Raises:
+        UserError: naming the file and what is wrong with it.
+    """
+    if source.kind == SAMPLE:
+        texts = sample_texts()[start[1] :]
+        lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+        yield Block("rows", source.name, lines, start[1] + 1, 0, (0, start[1] + len(texts)), source.num_bytes)
+    elif source.kind == "huggingface":
+        yield from _dataset(source, start, options, columns)
+    else:
+        with ByteStream(Path(source.name)) as stream:
+            if source.kind == "jsonl":
+                yield from _array(source.name, stream, start) if is_array(Path(source.name)) else _lines(source.name, stream, start)
+            elif options.document_separator is not None:
+                yield from _separated(source.name, stream, start, separator(options), tokenizer)
+            elif start == START:
+                yield from _whole(source.name, stream, options.validation_fraction if single else None, tokenizer)
+
+
+def separator(options: CorpusOptions) -> bytes:
+    r"""`--document_separator` as bytes, its \n and \t read as newline and tab."""
+    return (options.document_separator or "").replace("\\n", "\n").replace("\\t", "\t").encode()
+
+
+def _whole(name: str, stream: ByteStream, fraction: float | None, tokenizer: BPETokenizer) -> Iterator[Block]:
+    """A file that is one document; with a `fraction`, its last bytes are one of their own for validation."""
+    at = 0
+    spans: list[tuple[str | None, int]] = [(None, -1)]
+    if fraction is not None:
+        size = _size(stream.path)
+        cut = _cut(stream.path, int((1 - fraction) * size))
+        spans = [(side, length) for side, length in ((TRAIN, cut), (VALIDATION, size - cut)) if length]
+    for number, (side, length) in enumerate(spans, 1):
+        begins = True
+        for data, last in parts(_chunks(stream, length), tokenizer):
+            end = (at + len(data), 1) if last and number == len(spans) else None
+            yield Block("part", name, data, 1, at, end, stream.file_bytes, begins, last, side)
+            at, begins = at + len(data), False
+
+
+def _chunks(stream: ByteStream, length: int) -> Iterator[bytes]:
+    """The next `length` bytes (all when negative)."""
+    while length and (data := stream.read(CHUNK_BYTES if length < 0 else min(CHUNK_BYTES, length))):
+        length -= len(data) if length > 0 else 0
+        yield data
+
+
+def _size(path: Path) -> int:
+    with ByteStream(path) as stream:
+        return sum(len(chunk) for chunk in _chunks(stream, -1))
+
+
+def _cut(path: Path, at: int) -> int:
+    """`at`, or the beginning of the character that it would tear."""
+    with ByteStream(path) as stream:
+        stream.skip(max(at - 3, 0))
+        data = stream.read(min(at, 3) + 1)
+    return at - torn(data) if len(data) == min(at, 3) + 1 else at
+
+
+def _separated(name: str, stream: ByteStream, start: Position, separator: bytes, tokenizer: BPETokenizer) -> Iterator[Block]:
+    """Blocks of whole documents, each with its separator behind it; a document above a block's size in parts."""
+    stream.skip(start[0])
+    at, number = start
+    buffer = b""
+    while True:
+        more = stream.read(BLOCK_BYTES)
+        buffer += more
+        end = buffer.rfind(separator) + len(separator) if separator in buffer else 0
+        if not more:
+            end = len(buffer)
+        if end:
+            data, buffer = buffer[:end], buffer[end:]
+            count = data.count(separator) + (not data.endswith(separator))
+            if data:
+                yield Block("text", name, data, number + 1, at, (at + end, number + count), stream.file_bytes)
+            at, number = at + end, number + count
+        if not more:
+            return
+        if len(buffer) > BLOCK_BYTES:
+            document, begins = _Document(stream, buffer, separator), True
+            for data, last in parts(document, tokenizer):
+                end_position = (at + len(data) + document.separator_bytes, number + 1) if last else None
+                yield Block("part", name, data, number + 1, at, end_position, stream.file_bytes, begins, last)
+                at, begins = at + len(data), False
+            at, number, buffer = at + document.separator_bytes, number + 1, document.rest
+
+
+class _Document:
+    """The bytes up to the next separator; afterwards `rest` is what was read behind it."""
+
+    def __init__(self, stream: ByteStream, begun: bytes, separator: bytes) -> None:
+        self.stream, self.begun, self.separator = stream, begun, separator
+        self.rest, self.separator_bytes = b"", 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        buffer, keep = self.begun, len(self.separator) - 1
+        while True:
+            found = buffer.find(self.separator)
+            if found >= 0:
+                self.separator_bytes = len(self.separator)
+                self.rest = buffer[found + len(self.separator) :]
+                yield buffer[:found]
+                return
+            more = self.stream.read(BLOCK_BYTES)
+            if not more:
+                yield buffer
+                return
+            yield buffer[: len(buffer) - keep]
+            buffer = buffer[len(buffer) - keep :] + more
+
+
+def _lines(name: str, stream: ByteStream, start: Position) -> Iterator[Block]:
+    stream.skip(start[0])
+    at, number = start
+    buffer = b""
+    while True:
+        more = stream.read(BLOCK_BYTES)
+        buffer += more
+        end = buffer.rfind(b"\n") + 1 if more else len(buffer)
+        if end:
+            data, buffer = buffer[:end], buffer[end:]
+            count = data.count(b"\n") + (not data.endswith(b"\n"))
+            yield Block("rows", name, data, number + 1, at, (at + end, number + count), stream.file_bytes)
+            at, number = at + end, number + count
+        if not more:
+            return
+        if len(buffer) > LONGEST_ROW:
+            # What a row says of itself is not known yet, so it is no case for --on_bad_rows.
+            raise UserError(f"{name}:{number + 1} is a line of more than {LONGEST_ROW >> 20} MiB, which is no row. Mend the file, or read it as text.")
+
+
+def _array(name: str, stream: ByteStream, start: Position) -> Iterator[Block]:
+    """The elements of one JSON array as rows. There is no way to find the next row behind broken JSON, so `on_bad_rows` does not cover it."""
+    rows: list[bytes] = []
+    numbers: list[int] = []
+    size = 0
+    for line, row, end in _elements(name, stream, start):
+        rows.append(json.dumps(row).encode() + b"\n")
+        numbers.append(line)
+        size += len(rows[-1])
+        if size >= BLOCK_BYTES:
+            yield Block("rows", name, b"".join(rows), numbers[0], 0, end, stream.file_bytes, numbers=tuple(numbers))
+            rows, numbers, size = [], [], 0
+    if rows:
+        yield Block("rows", name, b"".join(rows), numbers[0], 0, end, stream.file_bytes, numbers=tuple(numbers))
+
+
+def _elements(name: str, stream: ByteStream, start: Position) -> Iterator[tuple[int, Any, Position]]:
+    """(line, element, position behind it): position counts bytes, and lines before it."""
+    stream.skip(start[0])
+    at, line = start[0], start[1] + 1
+    text = codecs.getincrementaldecoder("utf-8")()
+    decoder, buffer, size = json.JSONDecoder(), "", CHUNK_BYTES
+    after = "," if start[0] else "["
+    while True:
+        more = stream.read(size)
+        try:
+            buffer += text.decode(more, final=not more)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name} is not UTF-8 text behind line {line} (byte 0x{error.object[error.start]:02x}). Convert the file to UTF-8.") from None
+        position, size = 0, size * 2  # doubling keeps a row of any length linear
+        while True:
+            try:
+                begin, row, end = _element(decoder, buffer, position, after)
+            except (ValueError, RecursionError) as error:
+                if more and not isinstance(error, RecursionError) and len(buffer) - position <= LONGEST_ROW:
+                    break
+                raise UserError(f"{name}:{line} is broken JSON ({str(error)[:200]}). Mend the array; its rows cannot be skipped.") from None
+            line += buffer.count("\n", position, begin)
+            if end < 0:
+                return
+            first = line
+            line += buffer.count("\n", begin, end)
+            at += len(buffer[position:end].encode())
+            yield first, row, (at, line - 1)
+            position, after, size = end, ",", CHUNK_BYTES
+        buffer = buffer[position:]
+
+
+def _element(decoder: json.JSONDecoder, buffer: str, position: int, after: str) -> tuple[int, Any, int]:
+    """(start, value, end) of the next element behind the mark `after`; end is -1 behind the last one. ValueError: not there (yet)."""
+
+    def skip(at: int) -> int:
+        match = SPACE.match(buffer, at)
+        return match.end() if match else at
+
+    start = skip(position)
+    mark = buffer[start : start + 1]
+    if mark == "]" and after == ",":
+        return start, None, -1
+    if mark != after:
+        raise ValueError(f"{after!r} or ']' expected" if after == "," else "'[' expected")
+    start = skip(start + 1)
+    if after == "[" and buffer[start : start + 1] == "]":
+        return start, None, -1
+    value, end = decoder.raw_decode(buffer, start)
+    if not buffer[skip(end) : skip(end) + 1]:
+        raise ValueError("',' or ']' expected")  # a number could go on in the next chunk
+    return start, value, end
+
+
+def _dataset(source: Source, start: Position, options: CorpusOptions, columns: Sequence[str]) -> Iterator[Block]:
+    """Rows of a Hugging Face dataset, written as the JSON Lines that they would be."""
+    number = start[1]
+    streaming = getattr(options, "streaming", False)  # consyn-prepare has no such flag
+    for batch in huggingface.rows(source.name, start[0], columns, streaming=streaming):
+        lines = b"".join(json.dumps(row, default=str).encode() + b"\n" for row in batch.rows)
+        numbers = tuple(range(number + 1, number + len(batch.rows) + 1))
+        number += len(batch.rows)
+        yield Block("rows", source.name, lines, numbers[0], 0, (batch.position, number), batch.bytes_done, numbers=numbers)
