@@ -1,0 +1,251 @@
+"""How fast is preparation, against the tokenizer alone? enwik8, its pages as documents, on all cores of this machine.
+
+Three things take turns, a portion of the text each, so that noise of the machine meets all of them:
+
+    raw         `encode_batch` of Hugging Face tokenizers, with its own threads: texts in, encodings out, ids not even taken out
+    raw fast    the same with `encode_batch_fast`, which leaves out offsets
+    pipeline    our workers on the same text: read, cut, clean, digest, tokenise, ids as arrays in this process; nothing is written
+
+and in each round `consyn-prepare` runs as a user runs it, from the command to its end: hash, clean, leave duplicates out, split,
+tokenise, write, report. Then once more with four times the text. Memory is the proportional set size of the process and all its
+children, sampled from /proc.
+
+    python benchmarks/data_prepare.py --data ../shared/data/enwik8/enwik8.gz --out benchmarks/results/NAME.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ["TOKENIZERS_PARALLELISM"] = "true"
+
+import tokenizers
+
+from consyn_jax.config import CorpusOptions
+from consyn_jax.data.reading import START, blocks
+from consyn_jax.data.sources import Source
+from consyn_jax.data.workers import Workers
+from consyn_jax.tokenization import BPETokenizer
+
+SEPARATOR = "</page>"
+ENWIK8 = Path(__file__).parents[2] / "shared" / "data" / "enwik8" / "enwik8.gz"
+PORTIONS = 4  # in which the text takes turns
+BATCH_BYTES = 4 << 20  # of one call of encode_batch: enough for its threads, and 100 MB at once would take gigabytes
+# What must hold: the pipeline and the whole command against `encode_batch`, and the peak of memory.
+PIPELINE_RATIO, WHOLE_RATIO, PEAK_BYTES = 0.95, 0.6, 1.5e9
+# The peak of the larger input may lie above the other by what sampling and the allocator make of equal work.
+PEAK_NOISE = 1.05
+
+
+def read(path: Path, limit: int | None) -> list[str]:
+    """The pages of the text: what stands between the separators."""
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        data = file.read() if limit is None else file.read(limit)
+    return data.decode("utf-8", "ignore").split(SEPARATOR)  # a limit may cut a character
+
+
+def portions(pages: Sequence[str], count: int) -> list[list[str]]:
+    """The pages in `count` runs of about equal size."""
+    total, done = sum(map(len, pages)), 0
+    runs: list[list[str]] = [[] for _ in range(count)]
+    for page in pages:
+        runs[min(count * done // total, count - 1)].append(page)
+        done += len(page)
+    return runs
+
+
+def num_bytes(pages: Sequence[str]) -> int:
+    """Bytes of text, separators left out."""
+    return sum(len(page.encode()) for page in pages)
+
+
+def encode_raw(tokenizer: tokenizers.Tokenizer, pages: Sequence[str], name: str) -> float:
+    """Seconds that `name` ("encode_batch" or "encode_batch_fast") takes."""
+    encode, seconds = getattr(tokenizer, name), 0.0
+    for batch in batches(pages):
+        began = time.perf_counter()
+        encodings = encode(batch, add_special_tokens=False)
+        seconds += time.perf_counter() - began
+        del encodings
+    return seconds
+
+
+def batches(pages: Sequence[str]) -> list[list[str]]:
+    """The pages in lists of about `BATCH_BYTES`."""
+    return portions(pages, max(1, num_bytes(pages) // BATCH_BYTES))
+
+
+def run_pipeline(workers: Workers, options: CorpusOptions, tokenizer: BPETokenizer, file: Path) -> tuple[float, int]:
+    """Seconds and tokens of our worker processes on the documents of a file, nothing written."""
+    source = Source(str(file), "text")
+    began = time.perf_counter()
+    found = ((None, block) for block in blocks(source, START, options, tokenizer, single=False, columns=()))
+    tokens = sum(len(result.kept.ids) for _, _, result in workers.results(found))
+    return time.perf_counter() - began, tokens
+
+
+# ---------------------------------------------------------------------------------------------------------- the whole command
+
+
+def run_command(data: Path, output: Path, cache: Path) -> dict[str, Any]:
+    """Seconds, peak memory in bytes and the report of one `consyn-prepare`."""
+    command = [sys.executable, "-m", "consyn_jax.cli.prepare", "--data", str(data), "--document_separator", SEPARATOR, "--output", str(output), "--quiet"]
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "CONSYN_CACHE": str(cache)})
+    with Watch(process.pid) as watch:
+        _, errors = process.communicate()
+    seconds = time.perf_counter() - began
+    if process.returncode:
+        sys.exit(f"consyn-prepare ended with {process.returncode}: {errors}")
+    report = json.loads((output / "report.json").read_text())
+    return {"seconds": seconds, "peak_bytes": watch.peak, "samples": watch.samples, "splits": report["splits"], "dropped": report["dropped"]}
+
+
+class Watch:
+    """The peak memory of a process and its children, while the `with` block lasts, in bytes."""
+
+    def __init__(self, pid: int, every_s: float = 0.05) -> None:
+        self.pid, self.every_s = pid, every_s
+        self.peak = self.samples = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def _watch(self) -> None:
+        while not self._over.wait(self.every_s):
+            self.peak = max(self.peak, sum(resident(pid) for pid in family(self.pid)))
+            self.samples += 1
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that descend from it."""
+    found = [pid]
+    for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            for child in tasks.read_text().split():
+                found += family(int(child))
+        except OSError:  # a thread that has just ended
+            continue
+    return found
+
+
+def resident(pid: int) -> int:
+    """Proportional set size in bytes (what is shared counts once over all processes); 0 of a process that is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+
+
+# ------------------------------------------------------------------------------------------------------------------- the race
+
+
+def race(pages: list[str], rounds: int, directory: Path) -> dict[str, Any]:
+    """Rates in bytes of text a second, by contestant and round, and what the whole command took."""
+    tokenizer = BPETokenizer()
+    raw = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    options = CorpusOptions(document_separator=SEPARATOR)
+    runs = portions(pages, PORTIONS)
+    sizes = [num_bytes(run) for run in runs]
+    files = [directory / f"portion-{number}.txt" for number in range(PORTIONS)]
+    for file, run in zip(files, runs, strict=True):
+        file.write_text(SEPARATOR.join(run), encoding="utf-8", newline="")
+    text, one = directory / "text.txt", directory / "one.txt"
+    text.write_text(SEPARATOR.join(pages), encoding="utf-8", newline="")
+    one.write_text(SEPARATOR.join(pages[:20]), encoding="utf-8", newline="")
+
+    rates: dict[str, list[float]] = {"raw": [], "raw fast": [], "pipeline": [], "whole": []}
+    whole: list[dict[str, Any]] = []
+    startups = [run_command(one, directory / f"startup-{number}", directory / "cache")["seconds"] for number in range(3)]
+    with Workers(os.cpu_count() or 1, options, tokenizer, 0.0, False) as workers:
+        run_pipeline(workers, options, tokenizer, one)  # the processes are up
+        encode_raw(raw, pages[:20], "encode_batch")
+        for number in range(rounds):
+            seconds = dict.fromkeys(("raw", "raw fast", "pipeline"), 0.0)
+            for run, file in zip(runs, files, strict=True):
+                seconds["raw"] += encode_raw(raw, run, "encode_batch")
+                took, _ = run_pipeline(workers, options, tokenizer, file)
+                seconds["pipeline"] += took
+                seconds["raw fast"] += encode_raw(raw, run, "encode_batch_fast")
+            whole.append(run_command(text, directory / f"whole-{number}", directory / "cache"))
+            for name, took in {**seconds, "whole": whole[-1]["seconds"]}.items():
+                rates[name].append(sum(sizes) / took)
+            print(f"round {number + 1}: " + ", ".join(f"{name} {values[-1] / 1e6:.2f} MB/s" for name, values in rates.items()), flush=True)
+    with text.open("w", encoding="utf-8", newline="") as file:
+        for copy in range(4):  # with another first tag, so that none is a duplicate
+            file.writelines(page.replace("<page>", f'<page copy="{copy}">') + SEPARATOR for page in pages)
+    larger = run_command(text, directory / "larger", directory / "cache")
+    return {"bytes": sum(sizes), "rates": rates, "startup_s": startups, "whole": whole, "whole_4x": {**larger, "rate": text.stat().st_size / larger["seconds"]}}
+
+
+def judge(results: dict[str, Any]) -> dict[str, Any]:
+    """Medians, ratios, and whether they are what they must be."""
+    rates = {name: statistics.median(values) for name, values in results["rates"].items()}
+    # Ratios within a round, since what slows the machine then slows all of it.
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(results["rates"][name], results["rates"]["raw"], strict=True))
+        for name in ("raw fast", "pipeline", "whole")
+    }
+    startup = statistics.median(results["startup_s"])
+    peak, peak_4x = max(run["peak_bytes"] for run in results["whole"]), results["whole_4x"]["peak_bytes"]
+    return {
+        "MB_per_s": {name: rate / 1e6 for name, rate in rates.items()} | {"whole 4x": results["whole_4x"]["rate"] / 1e6},
+        "ratio_to_encode_batch": ratios,
+        "startup_s": startup,
+        "whole_without_startup_MB_per_s": results["bytes"] / (results["bytes"] / rates["whole"] - startup) / 1e6,
+        "peak_MB": {"1x": peak / 1e6, "4x": peak_4x / 1e6},
+        "holds": {
+            f"pipeline >= {PIPELINE_RATIO} x encode_batch": ratios["pipeline"] >= PIPELINE_RATIO,
+            f"whole >= {WHOLE_RATIO} x encode_batch": ratios["whole"] >= WHOLE_RATIO,
+            f"peak < {PEAK_BYTES / 1e9} GB": max(peak, peak_4x) < PEAK_BYTES,
+            "peak of 4x no higher": peak_4x <= PEAK_NOISE * peak,
+        },
+    }
+
+
+def main() -> None:
+    """Run, print the verdict, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ENWIK8, help="enwik8, plain or .gz (../shared/data/enwik8/enwik8.gz)")
+    parser.add_argument("--bytes", type=lambda text: int(float(text)), help="only the first so many, for a short run")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--work", type=Path, help="directory for temporary files, 1.2 GB for all of enwik8 (the system's)")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    arguments = parser.parse_args()
+    pages = read(arguments.data, arguments.bytes)
+    print(f"{num_bytes(pages):,} bytes, {len(pages):,} pages", flush=True)
+    with tempfile.TemporaryDirectory(dir=arguments.work) as directory:
+        results = race(pages, arguments.rounds, Path(directory))
+    summary = judge(results)
+    print(json.dumps(summary, indent=2))
+    if arguments.out:
+        machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load_1min": os.getloadavg()[0]}
+        versions = {"python": platform.python_version(), "tokenizers": tokenizers.__version__}
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+        record = {**machine, **versions, "commit": commit, "date": time.strftime("%Y-%m-%d"), "pages": len(pages), **summary, "runs": results}
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
