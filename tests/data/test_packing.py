@@ -1,18 +1,31 @@
+import itertools
+import random
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consyn_jax.data.packing import Batch, PackedDataset, memory_split
+from consyn_jax.config import ModelConfig
+from consyn_jax.data import packing
+from consyn_jax.data.packing import Batch, PackedDataset, PackedSequences, WholeDocuments, best_fit_decreasing, memory_split
 from consyn_jax.data.shards import MemoryShard, StoreSplit
 from consyn_jax.data.store import TokenStore, TokenStoreWriter
+from consyn_jax.model import ConsynLMHeadModel
+from consyn_jax.model.parameters import layout
 from consyn_jax.tokenization import BPETokenizer
+from consyn_jax.training.loss import LossSums, cross_entropy
 
 BOS, EOS, PAD = 257, 258, 256
+BOTH = pytest.mark.parametrize("kind", [PackedDataset, WholeDocuments])
 
 ids = st.lists(st.integers(0, 255), max_size=12)
+with_eos = st.lists(st.lists(st.lists(st.sampled_from([1, 2, EOS]), max_size=12), min_size=1, max_size=6), min_size=1, max_size=4)
 shards = st.lists(st.lists(ids, min_size=1, max_size=6), min_size=1, max_size=4)
 
 
@@ -34,13 +47,13 @@ def reference(documents: list[list[list[int]]], block_size: int) -> Batch:
     return {name: np.array(values) for name, values in rows.items()}
 
 
-@given(documents=shards, block_size=st.integers(1, 20), order=st.randoms(use_true_random=False))
-def test_windows_are_as_defined_in_any_order_over_any_shards(documents: list[list[list[int]]], block_size: int, order: "object") -> None:
+@given(documents=shards | with_eos, block_size=st.integers(1, 20), order=st.randoms(use_true_random=False))
+def test_windows_are_as_defined_in_any_order_over_any_shards(documents: list[list[list[int]]], block_size: int, order: random.Random) -> None:
     packed = PackedDataset(split_of(documents), block_size, BOS, PAD)
     expected = reference(documents, block_size)
     assert len(packed) == len(expected["labels"])
     indices = [*range(len(packed)), 0]
-    order.shuffle(indices)  # type: ignore[attr-defined]
+    order.shuffle(indices)
     rows = packed.rows(indices)
     for name, values in rows.items():
         np.testing.assert_array_equal(values, expected[name][indices], err_msg=name)
@@ -89,8 +102,8 @@ def test_token_lists_get_their_eos() -> None:
 
 def test_a_store_on_disk_gives_the_same_windows(tmp_path: Path) -> None:
     tokenizer = BPETokenizer.bytes()
-    random = np.random.default_rng(0)
-    documents = [random.integers(0, 256, n).tolist() for n in random.integers(0, 40, 100)]
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 256, n).tolist() for n in rng.integers(0, 40, 100)]
     with TokenStoreWriter(tmp_path / "store", tokenizer, shard_tokens=300) as writer:
         writer.add_many("train", documents, [len(d) for d in documents])
     split = TokenStore(tmp_path / "store").split("train")
@@ -100,3 +113,166 @@ def test_a_store_on_disk_gives_the_same_windows(tmp_path: Path) -> None:
     for name, values in reference([documents], 16).items():
         np.testing.assert_array_equal(rows[name], values, err_msg=name)
     assert (packed.num_documents, packed.num_bytes) == (100, sum(map(len, documents)))
+
+
+# -------------------------------------------------------------------------------------------------------------- whole documents
+
+
+def pieces(rows: Batch) -> list[tuple[int, list[int], list[int]]]:
+    """(first input, labels, the other inputs) of every segment."""
+    found = []
+    for i in range(len(rows["labels"])):
+        for segment in range(1, rows["segment_ids"][i].max() + 1):
+            at = np.flatnonzero(rows["segment_ids"][i] == segment)
+            assert (np.diff(at) == 1).all()
+            inputs = rows["input_ids"][i, at].tolist()
+            found.append((inputs[0], rows["labels"][i, at].tolist(), inputs[1:]))
+    return found
+
+
+@given(documents=shards | with_eos, block_size=st.integers(1, 20))
+def test_whole_documents_stay_whole_and_long_ones_are_cut_where_they_must(documents: list[list[list[int]]], block_size: int) -> None:
+    packed = WholeDocuments(split_of(documents), block_size, BOS, PAD)
+    rows = packed.rows(np.arange(len(packed)))
+    expected = []
+    for document in (np.array(list(shard_tokens)) for shard in split_of(documents).shards for shard_tokens in np.split(shard.tokens, shard.starts[1:])):
+        for start in range(0, len(document), block_size):
+            labels = document[start : start + block_size].tolist()
+            expected.append((int(document[start - 1]) if start else BOS, labels, labels[:-1]))
+    assert sorted(pieces(rows)) == sorted(expected)
+    assert rows["loss_mask"].sum() == packed.num_tokens == packed.num_targets
+    padding = rows["segment_ids"] == 0
+    assert (padding == ~rows["loss_mask"]).all()
+    assert (rows["labels"][padding] == PAD).all()
+    assert (rows["input_ids"][padding] == PAD).all()
+    assert packed.padding_fraction == pytest.approx(padding.mean())
+    for i in (0, -1):
+        for name, values in packed[i].items():
+            np.testing.assert_array_equal(values, rows[name][i])
+            assert values.dtype == (np.bool_ if name == "loss_mask" else np.int32)
+
+
+@BOTH
+@given(documents=shards | with_eos, block_size=st.integers(1, 20), seed=st.integers(0, 99))
+def test_every_target_is_counted_exactly_once_an_epoch(kind: type[PackedSequences], documents: list[list[list[int]]], block_size: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    marks = [[rng.integers(0, 2, len(ids) + 1) for ids in shard] for shard in documents]
+    split = StoreSplit(
+        [MemoryShard([np.array([*ids, EOS]) for ids in shard], EOS, marks) for shard, marks in zip(documents, marks, strict=True)]
+    )
+    packed = kind(split, block_size, BOS, PAD)
+    rows = packed.rows(np.arange(len(packed)))
+    stream = np.array([token for shard in documents for ids in shard for token in (*ids, EOS)])
+    chosen = np.concatenate([m for shard in marks for m in shard]).astype(bool)
+    assert Counter(rows["labels"][rows["loss_mask"]].tolist()) == Counter(stream[chosen].tolist())
+    assert Counter(rows["labels"][rows["segment_ids"] > 0].tolist()) == Counter(stream.tolist())
+    assert (packed.num_tokens, packed.num_targets) == (len(stream), chosen.sum())
+    if kind is PackedDataset:
+        assert rows["labels"][rows["loss_mask"]].tolist() == stream[chosen].tolist()
+
+
+def slow_best_fit_decreasing(lengths: list[int], size: int) -> list[int]:
+    """What each bin holds, by the definition."""
+    bins: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [i for i, held in enumerate(bins) if held + length <= size]
+        if fitting:
+            bins[max(fitting, key=lambda i: bins[i])] += length
+        else:
+            bins.append(length)
+    return bins
+
+
+@given(size=st.integers(1, 40), data=st.data())
+def test_best_fit_decreasing_is_as_defined(size: int, data: st.DataObject) -> None:
+    lengths = np.array(data.draw(st.lists(st.integers(1, size), min_size=1, max_size=60)), np.int64)
+    bins = best_fit_decreasing(lengths, size)
+    assert sorted(np.bincount(bins, weights=lengths)) == sorted(slow_best_fit_decreasing(lengths.tolist(), size))
+
+
+def test_groups_are_planned_alone_and_a_plan_is_always_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 256, n) for n in rng.integers(0, 50, 500)]
+    split = StoreSplit([MemoryShard(documents[at : at + 120], EOS) for at in range(0, 500, 120)])
+    monkeypatch.setattr(packing, "GROUP_DOCUMENTS", 50)
+    packed, again = WholeDocuments(split, 64, BOS, PAD), WholeDocuments(split, 64, BOS, PAD)
+    for name, values in packed.rows(range(len(packed))).items():
+        np.testing.assert_array_equal(values, again.rows(range(len(packed)))[name])
+    starts, ends = packed._starts, packed._pieces
+    ordered = np.concatenate(list(split.document_starts()))
+    group = [set((np.searchsorted(ordered, starts[a:b]) // 50).tolist()) for a, b in itertools.pairwise(ends)]
+    assert all(len(numbers) == 1 for numbers in group)
+    assert packed.padding_fraction < 0.1
+    assert len(packed.rows(range(len(packed)))["labels"]) == len(packed)
+
+
+def test_little_is_padded_when_documents_are_many() -> None:
+    rng = np.random.default_rng(1)
+    documents = [np.zeros(n, np.int64) for n in np.minimum(rng.lognormal(4, 1, 5000).astype(int), 3000)]
+    assert WholeDocuments(memory_split(documents, EOS), 512, BOS, PAD).padding_fraction < 0.002
+
+
+def test_nothing_packs_to_nothing() -> None:
+    for kind in (PackedDataset, WholeDocuments):
+        packed = kind(StoreSplit([]), 8, BOS, PAD)
+        assert (len(packed), packed.num_tokens, packed.padding_fraction) == (0, 0, 0.0)
+        with pytest.raises(ValueError, match="block_size must be at least 1, not 0"):
+            kind(StoreSplit([]), 0, BOS, PAD)
+
+
+def test_the_targets_of_a_list_must_be_as_many_as_its_tokens() -> None:
+    documents = [np.array([1, 2]), np.array([3])]
+    split = memory_split(documents, EOS, [np.array([0, 1]), np.array([0, 0])])
+    assert split.shards[0].targets is not None
+    assert split.shards[0].targets.tolist() == [0, 1, 1, 0, 0]
+    with pytest.raises(ValueError, match="as many targets"):
+        memory_split(documents, EOS, [np.array([0, 1]), np.array([0, 1, 1])])
+
+
+# ------------------------------------------------------------------------------------------------------------------------- loss
+
+MODEL = ModelConfig(vocab_size=259, hidden_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, context=64)
+
+
+@pytest.fixture(scope="module")
+def loss() -> "partial[LossSums]":
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), layout(MODEL).shapes)
+
+    @jax.jit
+    def sums(params: object, batch: dict[str, jax.Array]) -> LossSums:
+        return cross_entropy(ConsynLMHeadModel.from_parameters(MODEL, params)(batch["input_ids"], batch["segment_ids"]), batch["labels"], batch["loss_mask"])
+
+    return partial(sums, params)
+
+
+@BOTH
+@pytest.mark.parametrize("targeted", [False, True])
+def test_the_loss_of_packed_documents_is_that_of_each_alone(kind: type[PackedSequences], targeted: bool, loss: "partial[LossSums]") -> None:
+    """Documents of up to a sequence, so that `WholeDocuments` cuts none, and laid out so that windows cut none either."""
+    rng = np.random.default_rng(2)
+    lengths = [[9, 1, 22], [32], [5, 5, 5, 5, 12], [31, 1], [10, 20]]  # with EOS; windows of 32
+    documents = [rng.integers(0, 256, n - 1) for row in lengths for n in row]
+    marks = [np.append(rng.integers(0, 2, len(ids)), 1) for ids in documents] if targeted else None
+    packed = kind(memory_split(documents, EOS, marks), 32, BOS, PAD)
+    together = loss(packed.rows(range(len(packed))))
+    alone = []
+    for i, document in enumerate(documents):
+        one = PackedDataset(memory_split([document], EOS, marks and [marks[i]]), 32, BOS, PAD)
+        batch = one.rows(range(len(one)))
+        assert len(batch["labels"]) == 1
+        np.testing.assert_array_equal(batch["input_ids"][0, : len(document) + 1], [BOS, *document])
+        alone.append(loss({name: np.pad(values, ((0, len(packed) - 1), (0, 0))) for name, values in batch.items()}))  # one shape, compiled once
+    for name in ("nll", "tokens", "correct"):
+        assert float(getattr(together, name)) == pytest.approx(sum(float(getattr(sums, name)) for sums in alone), rel=1e-5), name
+    assert together.tokens == packed.num_targets
+
+
+@BOTH
+def test_what_is_no_target_is_still_read(kind: type[PackedSequences], loss: "partial[LossSums]") -> None:
+    """A prompt that the loss leaves out changes the loss of the completion."""
+    rows = [
+        loss(kind(memory_split([np.array([prompt, 7, 7, 7])], EOS, [np.array([0, 1, 1, 1])]), 32, BOS, PAD).rows([0] * 5)) for prompt in (3, 99)
+    ]
+    assert rows[0].tokens == rows[1].tokens == 20
+    assert abs(float(rows[0].nll - rows[1].nll)) > 1e-3
