@@ -410,6 +410,8 @@ class StoreSplit:
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Fill `out`, one-dimensional and contiguous, with the tokens from stream position `start` on."""
+        if not len(out):
+            return
         number = self._number(start)
         if start + len(out) <= self._offsets[number + 1]:
             self.shards[number].read(start - self._offsets[number], out)
