@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consyn_jax.data.loader import BatchLoader, evaluation_batches, prefetch
-from consyn_jax.data.packing import Batch
+from consyn_jax.data.loader import BatchLoader, Shuffled, evaluation_batches, prefetch
+from consyn_jax.data.packing import Batch, PackedDataset, PackedSequences, WholeDocuments
+from consyn_jax.data.shards import MemoryShard, StoreSplit
 
 
 class Numbers:
@@ -35,42 +36,75 @@ def take(loader: BatchLoader, steps: int) -> list[tuple[int, Batch]]:
     return list(itertools.islice(loader, steps))
 
 
-@given(n=st.integers(1, 100), seed=st.integers(0, 2**32 - 1), accumulation=st.integers(1, 4), start=st.integers(0, 10**9))
-def test_any_number_of_processes_reads_the_same_global_batch(n: int, seed: int, accumulation: int, start: int) -> None:
-    batch_size = 24
-    whole = BatchLoader(Numbers(n), seed, batch_size, accumulation, start_step=start).batch(start)["labels"]
-    for processes in (1, 2, 3, 4, 8):
-        share = batch_size // processes
-        parts = [BatchLoader(Numbers(n), seed, batch_size, accumulation, slice(p * share, (p + 1) * share)).batch(start)["labels"] for p in range(processes)]
+PROCESSES = (1, 2, 3, 4, 8)
+
+
+def shares(batch_size: int, processes: int) -> list[np.ndarray]:
+    """The rows of each process, as even as may be."""
+    return np.array_split(np.arange(batch_size), processes)
+
+
+@given(n=st.integers(1, 100), seed=st.integers(0, 2**32 - 1), accumulation=st.integers(1, 4), start=st.integers(0, 10**9), batch_size=st.integers(8, 24))
+def test_any_number_of_processes_reads_the_same_global_batch(n: int, seed: int, accumulation: int, start: int, batch_size: int) -> None:
+    order = Shuffled(Numbers(n), seed)
+    whole = BatchLoader(order, batch_size, accumulation).batch(start)["labels"]
+    for processes in PROCESSES:
+        parts = [BatchLoader(order, batch_size, accumulation, rows).batch(start)["labels"] for rows in shares(batch_size, processes)]
         np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
-        strided = [BatchLoader(Numbers(n), seed, batch_size, accumulation, np.arange(p, batch_size, processes)).batch(start) for p in range(processes)]
-        np.testing.assert_array_equal(np.stack([part["labels"] for part in strided], axis=2).reshape(whole.shape), whole)
+        for p in range(processes):
+            strided = BatchLoader(order, batch_size, accumulation, slice(p, None, processes)).batch(start)["labels"]
+            np.testing.assert_array_equal(strided, whole[:, p::processes])
+
+
+@settings(max_examples=30)
+@given(
+    documents=st.lists(st.lists(st.lists(st.integers(0, 255), max_size=12), min_size=1, max_size=6), min_size=1, max_size=4),
+    kind=st.sampled_from([PackedDataset, WholeDocuments]),
+    split=st.sampled_from([(24, 1), (12, 2), (8, 3)]),
+    seed=st.integers(0, 2**32 - 1),
+    stop=st.integers(0, 3),
+)
+def test_packed_documents_come_in_one_order_whoever_reads_them_and_wherever_they_stop(
+    documents: list[list[list[int]]], kind: type[PackedSequences], split: tuple[int, int], seed: int, stop: int
+) -> None:
+    batch_size, accumulation = split
+    store = StoreSplit([MemoryShard([np.array(ids, np.int64) for ids in shard], 258) for shard in documents])
+    order = Shuffled(kind(store, 8, 257, 256), seed)
+    expected = [batch for _, batch in take(BatchLoader(order, 24), 3)]
+    for processes in PROCESSES:
+        for rows in shares(batch_size, processes):
+            mine = [*take(BatchLoader(order, batch_size, accumulation, rows), stop), *take(BatchLoader(order, batch_size, accumulation, rows, stop), 3 - stop)]
+            for (_, batch), whole in zip(mine, expected, strict=True):
+                for name, values in batch.items():
+                    np.testing.assert_array_equal(values, whole[name].reshape(accumulation, batch_size, 8)[:, rows])
 
 
 @given(n=st.integers(1, 60), seed=st.integers(0, 2**32 - 1), split=st.sampled_from([(12, 1), (6, 2), (4, 3), (3, 4), (2, 6), (1, 12)]), stop=st.integers(0, 9))
 def test_the_samples_depend_on_the_product_alone_and_survive_a_stop_anywhere(n: int, seed: int, split: tuple[int, int], stop: int) -> None:
     batch_size, accumulation = split
-    reference = [i for _, batch in take(BatchLoader(Numbers(n), seed, 12), 10) for i in seen(batch)]
-    before = take(BatchLoader(Numbers(n), seed, batch_size, accumulation), stop)
-    after = take(BatchLoader(Numbers(n), seed, batch_size, accumulation, start_step=stop), 10 - stop)
+    order = Shuffled(Numbers(n), seed)
+    reference = [i for _, batch in take(BatchLoader(order, 12), 10) for i in seen(batch)]
+    before = take(BatchLoader(order, batch_size, accumulation), stop)
+    after = take(BatchLoader(order, batch_size, accumulation, start_step=stop), 10 - stop)
     assert [step for step, _ in before + after] == list(range(10))
     assert [i for _, batch in before + after for i in seen(batch)] == reference
 
 
 def test_shapes_and_epochs() -> None:
-    loader = BatchLoader(Numbers(10), 1, 4, 5)
-    step, batch = take(loader, 1)[0]
+    order = Shuffled(Numbers(10), 1)
+    step, batch = take(BatchLoader(order, 4, 5), 1)[0]
     assert step == 0
     assert batch["labels"].shape == (5, 4, 3)
     assert sorted(seen(batch)) == sorted([*range(10), *range(10)])
     assert sorted(seen(batch)[:10]) == list(range(10))
     assert seen(batch)[:10] != seen(batch)[10:]
-    assert seen(BatchLoader(Numbers(10), 1, 4, 5, shuffle=False).batch(0)) == [*range(10), *range(10)]
+    assert seen(BatchLoader(Shuffled(Numbers(10), 1, shuffle=False), 4, 5).batch(0)) == [*range(10), *range(10)]
+    assert [order.passes(position) for position in (0, 9, 10, 25)] == [{"": 0}, {"": 0}, {"": 1}, {"": 2}]
 
 
 def test_a_dataset_without_samples_is_an_error() -> None:
     with pytest.raises(ValueError, match="no samples"):
-        BatchLoader(Numbers(0), 1, 4)
+        Shuffled(Numbers(0), 1)
 
 
 @given(n=st.integers(0, 30), batch_size=st.sampled_from([2, 4, 6]), processes=st.sampled_from([1, 2]))
