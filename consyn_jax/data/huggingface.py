@@ -8,7 +8,6 @@ the disk and has to pass over the rows before a position. Nothing that came with
 The commit of a dataset of the Hub is found once, by `identity`, whose answer is itself a name: what was hashed is what is read.
 """
 
-# mypy: disable-error-code="import-untyped"
 from __future__ import annotations
 
 import json

@@ -49,7 +49,8 @@ JOURNAL_SECONDS = 2.0
 # Below, starting processes takes longer than the work.
 FEW_BYTES = 4 << 20
 # What makes no difference to the store, or is in its key by what it stands for.
-_NOT_IN_KEY = {"data", "validation", "dataset_type", "tokenizer", "num_workers"}
+# Whether bad rows stop it makes none either, as long as there are none; `_check_leniency` looks.
+_NOT_IN_KEY = {"data", "validation", "dataset_type", "tokenizer", "num_workers", "on_bad_rows", "invalid_utf8"}
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage ("hash", "train tokenizer" or "tokenize"), and the bytes done and to do (0: not known)."""
@@ -244,6 +245,8 @@ def _find(options: CorpusOptions) -> tuple[Corpus, Corpus]:
     held_out = Corpus((), ())
     if options.validation:
         held_out = find_sources(options.validation, flag="validation", invalid_utf8=options.invalid_utf8)
+    if held_out.sources and corpus.sources[0].is_store:
+        raise UserError(f"--data {corpus.sources[0].name} is a token store, which has its own validation split. Leave --validation out.")
     sharded = {source.kind == "sharded" for source in (*corpus.sources, *held_out.sources)}
     if len(sharded) > 1:
         raise UserError("Of --data and --validation one is tokens and the other is not. Give both as text or rows, or both as files of tokens.")
@@ -291,8 +294,6 @@ def _given(corpus: Corpus, held_out: Corpus, options: CorpusOptions, tokenizer: 
             raw = RawTokens(paths[0], wanted, validation=paths[1], validation_fraction=options.validation_fraction, digest=digest)
         return Prepared(raw, (*corpus.sources, *held_out.sources), left_out, Report(), from_cache=False)
     stores = [TokenStore(source.name) for source in corpus.sources]
-    if held_out.sources:
-        raise UserError(f"--data {name} is a token store, which has its own validation split. Leave --validation out.")
     if wanted is not None and wanted.sha256 != stores[0].manifest["tokenizer_sha256"]:
         raise UserError(f"The token store {name} was made with another tokenizer than the one asked for. Leave --tokenizer out to use its own.")
     return Prepared(stores[0] if len(stores) == 1 else JoinedStores(stores), corpus.sources, left_out, Report(), from_cache=False)
@@ -303,7 +304,16 @@ def _prepared(job: _Job, directory: Path, from_cache: bool) -> Prepared:
     if not store.split(TRAIN).num_tokens:
         raise UserError("All documents fell on the validation side and none is left to train on. Lower --validation_fraction, or give more data.")
     report = Report(**json.loads((directory / REPORT).read_text(encoding="utf-8")))
+    _check_leniency(report, job.options)
     return Prepared(store, job.sources, job.left_out, report, from_cache)
+
+
+def _check_leniency(report: Report, options: CorpusOptions) -> None:
+    """What was left out or replaced before, because it was asked for, is a mistake for those who did not ask."""
+    if options.on_bad_rows == "error" and report.dropped.get("bad row"):
+        raise UserError(f"{report.examples['bad row'][0]} Mend the row, or give --on_bad_rows skip.")
+    if options.invalid_utf8 == "error" and report.changed.get("invalid_utf8"):
+        raise UserError(f"{report.changed['invalid_utf8']:,} places in the data are not UTF-8. Convert the files, or give --invalid_utf8 replace.")
 
 
 def _key(job: _Job) -> str:
@@ -357,12 +367,17 @@ def _build(job: _Job, key: str, directory: Path, *, in_cache: bool, publish: Cal
             return True
         journal = _read_journal(work / JOURNAL, key, in_cache)
         single = job.is_one_text if journal is None else journal["single"]
-        preparation = _Preparation(job, key, directory, single, journal)
-        preparation.run(publish)
-        if preparation.is_one_row:
-            preparation = _Preparation(job, key, directory, True, None)
+        try:
+            preparation = _Preparation(job, key, directory, single, journal)
             preparation.run(publish)
-        preparation.finish()
+            if preparation.is_one_row:
+                preparation = _Preparation(job, key, directory, True, None)
+                preparation.run(publish)
+            preparation.finish()
+        except BaseException:
+            if not (work / JOURNAL).exists():  # nothing to go on from
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
     return False
 
 
@@ -488,22 +503,20 @@ class _Preparation:
             with Workers(job.num_workers, job.options, self.tokenizer, job.test_fraction, self.single) as workers:
                 for index, block, result in workers.results(job.blocks(self.index, self.position, self.tokenizer, self.single)):
                     self._take(index, block, result)
-                    if result.fault:
-                        raise UserError(result.fault)
                     self.report.file_bytes = sizes[index] + block.file_bytes
                     job.tell("tokenize", self.report.file_bytes, sizes[-1])
-                    if block.end is None:
-                        continue
-                    self.index, self.position = index, block.end
-                    stop = publish is not None and publish(self.writer)
-                    if stop or time.monotonic() - self.told > JOURNAL_SECONDS:
-                        self._write_journal()
-                    if stop:
-                        raise _Stopped
+                    if block.end is not None:
+                        self.index, self.position = index, block.end
+                        self._document_end(publish)
         except OSError as error:
             raise self._unwritable(error) from error
+        except BaseException:
+            self.writer.close()
+            raise
         finally:
-            self._close_indices()
+            for index in (self.seen, self.near):
+                if index is not None:
+                    index.close()
         self.report.file_bytes = sizes[-1]
 
     def finish(self) -> None:
@@ -531,14 +544,23 @@ class _Preparation:
 
     # ---------------------------------------------------------------------------------------------------------- one block
 
+    def _document_end(self, publish: Callable[[TokenStoreWriter], bool] | None) -> None:
+        """Show what there is, and make it last from time to time."""
+        stop = publish is not None and publish(self.writer)
+        if stop or time.monotonic() - self.told > JOURNAL_SECONDS:
+            self._write_journal()
+        if stop:
+            raise _Stopped
+
     def _take(self, index: int, block: Block, result: Result) -> None:
+        if result.fault:
+            raise UserError(result.fault)
         report, kept = self.report, result.kept
         for rule, place, text in result.dropped:
             report.drop(rule, place, text)
         report.change(result.changed)
         if not (block.begins and block.last):
-            if not result.fault:
-                self._take_part(index, block, kept)
+            self._take_part(index, block, kept)
             return
         keep = np.ones(len(kept.numbers), bool)
         if self.seen is not None:
@@ -625,11 +647,6 @@ class _Preparation:
         }
         write_whole(self.work / JOURNAL, json.dumps(journal))
         self.told = time.monotonic()
-
-    def _close_indices(self) -> None:
-        for index in (self.seen, self.near):
-            if index is not None:
-                index.close()
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(f"{self.directory} cannot be written: {error.strerror or error}. Make room, and run the same command again; it goes on.")

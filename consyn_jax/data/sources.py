@@ -213,8 +213,8 @@ def _look_at_content(path: Path, dataset_type: str, invalid_utf8: str) -> tuple[
     try:
         with ByteStream(path) as stream:
             head = stream.read(HEAD_BYTES)
-    except UserError as fault:  # names the file, which what is found does not
-        return "", str(fault).removeprefix(f"{path} ").split(". ")[0].rstrip(".")
+    except UserError as error:  # names the file, which what is found does not
+        return "", str(error).removeprefix(f"{path} ").split(". ")[0].rstrip(".")
     fault = binary_fault(head, complete=len(head) < HEAD_BYTES)
     if not head or (fault and (invalid_utf8 != "replace" or b"\0" in head)):
         return "", fault or "is empty"

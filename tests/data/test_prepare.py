@@ -2,13 +2,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from consyn_jax.config import UserError
+from consyn_jax.config import CorpusOptions, UserError
 from consyn_jax.data import prepare as module
-from consyn_jax.data.prepare import Prepared, cache_directory, prepare
+from consyn_jax.data import reading
+from consyn_jax.data.digests import cache_directory
+from consyn_jax.data.prepare import Prepared
 from consyn_jax.data.store import TokenStore, TokenStoreWriter
 from consyn_jax.tokenization import BPETokenizer
 
@@ -17,6 +20,16 @@ from consyn_jax.tokenization import BPETokenizer
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CONSYN_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def prepare(data: str | list[str], tokenizer: BPETokenizer | str | None = None, progress: module.Progress | None = None, **options: Any) -> Prepared:
+    """`prepare.prepare` with the options as keywords."""
+    given = CorpusOptions(
+        data=(data,) if isinstance(data, str) else tuple(data),
+        tokenizer=tokenizer if isinstance(tokenizer, str) else None,
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()},
+    )
+    return module.prepare(given, None if isinstance(tokenizer, str) else tokenizer, progress=progress)
 
 
 def rows(path: Path, n: int, start: int = 0) -> Path:
@@ -34,13 +47,13 @@ def test_documents_come_back_whole_each_on_its_side(tmp_path: Path) -> None:
     assert len(held_out) > 30
     assert sorted(train + held_out) == sorted(f"row {i} " * (i % 5 + 1) for i in range(300))
     assert prepared.store.split("train").num_bytes == sum(len(text.encode()) for text in train)
-    assert (prepared.report.documents, prepared.from_cache, prepared.validation_is_empty) == (300, False, False)
+    assert (prepared.report.kept, prepared.from_cache, prepared.validation_is_empty) == (300, False, False)
 
 
 def test_batches_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = str(rows(tmp_path / "a.jsonl", 300))
     first = prepare(file, "bytes", validation_fraction=0.2).store.fingerprint
-    monkeypatch.setattr(module, "BATCH_BYTES", 100)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 100)
     monkeypatch.setenv("CONSYN_CACHE", str(tmp_path / "other"))
     assert prepare(file, "bytes", validation_fraction=0.2).store.fingerprint == first
 
@@ -139,8 +152,10 @@ def test_skipped_rows_are_reported_from_the_cache_too(tmp_path: Path) -> None:
         prepare(str(file), "bytes")
     for _ in range(2):
         report = prepare(str(file), "bytes", on_bad_rows="skip").report
-        assert report.bad_rows == 1
-        assert "a.jsonl:21" in report.bad_row_examples[0]
+        assert report.dropped == {"bad row": 1}
+        assert "a.jsonl:21" in report.examples["bad row"][0]
+    with pytest.raises(UserError, match=r"a\.jsonl:21: is broken JSON"):  # the store is there, but it was not asked for
+        prepare(str(file), "bytes")
 
 
 def test_a_failed_preparation_leaves_nothing(tmp_path: Path, empty_cache: Path) -> None:
@@ -154,7 +169,7 @@ def test_a_failed_preparation_leaves_nothing(tmp_path: Path, empty_cache: Path) 
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
-        ("  \n\n", {}, "There is no text in .*a.txt: nothing but white space"),
+        ("  \n\n", {}, "There is no text left of .*a.txt: 2 empty"),
         ("é", {"validation_fraction": 0.6}, "none is left to train on"),
     ],
 )
@@ -185,7 +200,10 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 def test_two_processes_at_once_end_with_one_store(tmp_path: Path, empty_cache: Path) -> None:
     file = rows(tmp_path / "a.jsonl", 3000)
-    code = f"from consyn_jax.data.prepare import prepare; print(prepare({str(file)!r}, 'bytes').store.fingerprint)"
+    code = (
+        "from consyn_jax.config import CorpusOptions; from consyn_jax.data.prepare import prepare;"
+        f"print(prepare(CorpusOptions(data=({str(file)!r},), tokenizer='bytes')).store.fingerprint)"
+    )
     racing = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     outputs = [process.communicate(timeout=60) for process in racing]
     assert [process.returncode for process in racing] == [0, 0, 0], outputs
@@ -211,7 +229,7 @@ def test_a_token_store_is_used_as_it_is(tmp_path: Path) -> None:
         prepare(str(tmp_path / "store"), "train:300")
     with pytest.raises(UserError, match="has its own validation split"):
         prepare(str(tmp_path / "store"), validation=["sample"])
-    with pytest.raises(UserError, match="--validation is a token store"):
+    with pytest.raises(UserError, match="one is tokens and the other is not"):
         prepare("sample", "bytes", validation=[str(tmp_path / "store")])
 
 
@@ -232,7 +250,7 @@ def test_real_corpora_keep_every_byte(shared_data: Path, tmp_path: Path, name: s
     paths = [str(path) for path in sorted(shared_data.glob(name)) if path.name not in ("shakespeare-caesar.txt", "bible-kjv.txt")]
     if "validation" in options:
         options = {"validation": [str(shared_data / str(options["validation"]))]}
-    prepared: Prepared = prepare(paths, "bytes", **options)  # type: ignore[arg-type]
+    prepared: Prepared = prepare(paths, "bytes", deduplicate=False, normalize="none", **options)  # type: ignore[arg-type]
     splits = [prepared.store.split(split) for split in ("train", "validation")]
     assert sum(split.num_documents for split in splits) == documents
     for split in splits:

@@ -4,49 +4,44 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consyn_jax.data.split import TRAIN, VALIDATION, cut, side_of, split_documents
+from consyn_jax.data.split import TEST, TRAIN, VALIDATION, cut, digest, joined_digest, side_of
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 
 
-@given(documents=st.lists(texts, min_size=2, max_size=20), added=st.lists(texts, max_size=20), fraction=st.floats(0, 0.9))
-def test_no_document_changes_sides_when_others_are_added(documents: list[str], added: list[str], fraction: float) -> None:
-    before = {text: side for side, text in split_documents(documents, fraction)}
-    after = {text: side for side, text in split_documents([*added, *documents], fraction)}
-    assert all(after[text] == side for text, side in before.items())
-
-
-def test_every_document_comes_out_once_and_in_order() -> None:
-    documents = [f"document {i}" for i in range(1000)] * 2
-    assert [text for _, text in split_documents(documents, 0.3)] == documents
+def side(text: str, validation: float, test: float = 0.0) -> str:
+    return side_of(digest(text.encode()), validation, test)
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5])
 def test_the_share_is_the_fraction(fraction: float) -> None:
     n = 20_000
-    held_out = sum(side_of(f"document {i}", fraction) == VALIDATION for i in range(n))
-    assert abs(held_out - n * fraction) < 5 * (n * fraction * (1 - fraction)) ** 0.5  # five standard deviations
+    sides = [side(f"document {i}", fraction, fraction) for i in range(n)]
+    for split in (VALIDATION, TEST):
+        assert abs(sides.count(split) - n * fraction) < 5 * (n * fraction * (1 - fraction)) ** 0.5  # five standard deviations
 
 
-def test_a_larger_fraction_only_moves_documents_to_validation() -> None:
-    held_out = [{i for i in range(2000) if side_of(str(i), fraction) == VALIDATION} for fraction in (0.1, 0.2, 0.4)]
-    assert held_out[0] < held_out[1] < held_out[2]
+def test_larger_fractions_only_move_documents_out_of_train() -> None:
+    for split, shares in ((VALIDATION, [(0.1, 0.2), (0.2, 0.2), (0.4, 0.3)]), (TEST, [(0.1, 0.1), (0.2, 0.2), (0.2, 0.4)])):
+        held_out = [{i for i in range(2000) if side(str(i), *share) == split} for share in shares]
+        assert held_out[0] < held_out[1] < held_out[2]
+    assert side("x", 0.0) == TRAIN
 
 
 @given(text=texts, fraction=st.floats(0, 0.999))
 def test_a_cut_loses_nothing_and_tears_no_character(text: str, fraction: float) -> None:
-    front, back = cut(text, fraction)
-    assert front + back == text
-    assert abs(len(back.encode()) - fraction * len(text.encode())) <= 4
+    data = text.encode()
+    at = cut(data, fraction)
+    assert data[:at].decode() + data[at:].decode() == text
+    assert abs(len(data) - at - fraction * len(data)) <= 4
 
 
-def test_one_document_is_split_by_position_and_empty_parts_are_left_out() -> None:
-    assert list(split_documents(["0123456789"], 0.2)) == [(TRAIN, "01234567"), (VALIDATION, "89")]
-    assert list(split_documents(["0123456789"], 0.0)) == [(TRAIN, "0123456789")]
-    assert list(split_documents([], 0.2)) == []
+def test_a_document_in_parts_differs_from_each_of_them() -> None:
+    parts = [digest(b"a"), digest(b"b")]
+    assert joined_digest(parts[:1]) == parts[0]
+    assert joined_digest(parts) not in (*parts, digest(b"ab"))
 
 
 def test_tiny_shakespeare_is_split_as_nanogpt_does(shared_data: Path) -> None:
-    text = (shared_data / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")
-    n = len(text)
-    assert dict(split_documents([text], 0.1)) == {TRAIN: text[: int(n * 0.9)], VALIDATION: text[int(n * 0.9) :]}
+    data = (shared_data / "tinyshakespeare" / "input.txt").read_bytes()
+    assert cut(data, 0.1) == int(len(data) * 0.9)

@@ -106,15 +106,59 @@ def test_a_place_that_is_taken_or_cannot_be_written(tmp_path: Path, tokenizer: B
         TokenStoreWriter(tmp_path / "store" / "manifest.json" / "inner", tokenizer)
 
 
-def test_two_writers_of_one_store_leave_one_whole_store(tmp_path: Path, tokenizer: BPETokenizer) -> None:
-    first, second = (TokenStoreWriter(tmp_path / "store", tokenizer) for _ in range(2))
-    for writer in (first, second):
-        writer.add("train", [1, 2, 3], 3)
-    first.finish()
-    with pytest.raises(FileExistsError):
-        second.finish()
+def test_a_store_is_none_before_it_is_finished(tmp_path: Path, tokenizer: BPETokenizer) -> None:
+    writer = TokenStoreWriter(tmp_path / "store", tokenizer)
+    writer.add("train", [1, 2, 3], 3)
+    with pytest.raises(UserError, match="is not a token store"):
+        TokenStore(tmp_path / "store")
+    with pytest.raises(UserError, match="exists already"):
+        TokenStoreWriter(tmp_path / "store", tokenizer)
+    writer.finish()
     assert documents(TokenStore(tmp_path / "store"), "train") == [[1, 2, 3, tokenizer.eos_token_id]]
-    assert [p.name for p in tmp_path.iterdir()] == ["store"]
+
+
+def everything(directory: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(directory)): file.read_bytes() for file in sorted(directory.rglob("*")) if file.is_file()}
+
+
+@pytest.mark.parametrize("stop", range(0, 40, 3))
+def test_a_writer_goes_on_from_any_checkpoint_with_the_same_bytes(tmp_path: Path, tokenizer: BPETokenizer, stop: int) -> None:
+    encoded = tokenizer.encode_batch(TEXTS)
+
+    def add(writer: TokenStoreWriter, start: int, end: int) -> None:
+        for i in range(start, end):
+            ids = np.array([*encoded[i], tokenizer.eos_token_id], np.uint16)
+            if i % 5 == 0:  # in parts, of which some are taken back
+                writer.append_part("train", ids[:2])
+                if i % 10 == 0:
+                    writer.drop_document("train")
+                    continue
+                writer.append_part("train", ids[2:])
+                writer.end_document("train", len(TEXTS[i]))
+            else:
+                targets = (np.arange(len(ids)) % 2).astype(np.uint8) if i > 20 else None
+                writer.append("train", ids, np.array([len(ids)]), np.array([len(TEXTS[i])]), targets)
+
+    whole = TokenStoreWriter(tmp_path / "whole", tokenizer, 300)
+    add(whole, 0, len(TEXTS))
+    whole.finish()
+    first = TokenStoreWriter(tmp_path / "store", tokenizer, 300)
+    add(first, 0, stop)
+    state = json.loads(json.dumps(first.checkpoint()))
+    add(first, stop, min(stop + 7, len(TEXTS)))
+    first.close()
+    second = TokenStoreWriter(tmp_path / "store", tokenizer, 300, state)
+    add(second, stop, len(TEXTS))
+    assert second.snapshot("train").num_documents == len(TEXTS) - len(TEXTS) // 10
+    assert second.totals["train"]["tokens"] == second.snapshot("train").num_tokens
+    snapshot = second.snapshot("train")
+    second.finish()
+    assert everything(tmp_path / "store") == everything(tmp_path / "whole")
+    read = np.empty(snapshot.num_tokens, np.uint16)
+    TokenStore(tmp_path / "store").split("train").read(0, read)
+    again = np.empty(snapshot.num_tokens, np.uint16)
+    snapshot.read(0, again)
+    assert np.array_equal(read, again)
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -140,6 +184,8 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda m: m["splits"]["train"]["shards"][1].update(documents=0), "documents is 0"),
         (lambda m: m["splits"]["train"]["shards"][1].pop("sha256"), "sha256 is missing"),
         (lambda m: m["splits"]["train"]["shards"].append(3), "not an object"),
+        (lambda m: m["splits"]["train"]["shards"][1].update(targets="../t"), "targets is '../t', not a plain"),
+        (lambda m: m["splits"]["train"]["shards"][1].update(targets="t.targets"), "target_tokens is None"),
     ],
 )
 def test_a_manifest_that_cannot_be_trusted_is_refused(
