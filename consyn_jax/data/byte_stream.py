@@ -35,7 +35,11 @@ class ByteStream:
             import pyarrow
 
             self._bytes = cast(BinaryIO, pyarrow.CompressedInputStream(pyarrow.PythonFile(self.file, "r"), "zstd"))
-        self._ahead = self._read(3).removeprefix(codecs.BOM_UTF8)
+        try:
+            self._ahead = self._read(3).removeprefix(codecs.BOM_UTF8)
+        except UserError:
+            self.file.close()
+            raise
 
     def read(self, size: int) -> bytes:
         """The next bytes, fewer than `size` only in front of the end."""

@@ -25,6 +25,7 @@ PREPARING = "preparing"
 TEXT_SUFFIXES = (".txt", ".md")
 ROW_SUFFIXES = (".jsonl", ".ndjson")
 COMPRESSED_SUFFIXES = (".gz", ".zst")
+FILE_SUFFIXES = (*TEXT_SUFFIXES, *ROW_SUFFIXES, ".json", *COMPRESSED_SUFFIXES, *huggingface.SUFFIXES, *raw_tokens.TOKEN_SUFFIXES)
 NAMES = {"text": "text", "jsonl": "JSON rows", "huggingface": "a Hugging Face dataset", "sharded": "tokens"}
 USABLE = "text, JSON rows, a Hugging Face dataset or tokens"
 HEAD_BYTES = 65_536
@@ -132,12 +133,13 @@ def _expand(name: str, dataset_type: str, flag: str) -> list[str | Source]:
 
 
 def _may_be_on_hub(name: str, dataset_type: str) -> bool:
-    """A word alone, or a path into a directory that exists, is rather a slip of the pen, unless --dataset_type says otherwise."""
+    """A word alone, the name of a file, or a path into a directory that exists is rather a slip of the pen, unless --dataset_type says otherwise."""
     hub = huggingface.parse_hub_name(name)
     if hub is None or dataset_type not in ("auto", "huggingface"):
         return False
-    owner, slash, _ = hub.repository.partition("/")
-    return dataset_type == "huggingface" or bool(slash and not Path(owner).exists())
+    owner, slash, rest = hub.repository.partition("/")
+    is_file = Path(rest).suffix.lower() in FILE_SUFFIXES
+    return dataset_type == "huggingface" or bool(slash and not is_file and not Path(owner).exists())
 
 
 def _look_into(name: str, dataset_type: str, invalid_utf8: str) -> Iterator[tuple[Source, str]]:

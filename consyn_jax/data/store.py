@@ -25,7 +25,7 @@ from io import BufferedRandom
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, Integer, UInt8
@@ -283,7 +283,7 @@ class _ShardWriter:
         return [self._paths[kind] for kind in self._files]
 
     def _open(self, kind: str, size: int) -> BufferedRandom:
-        file = cast(BufferedRandom, self._paths[kind].open("r+b" if size else "w+b"))
+        file = self._paths[kind].open("r+b" if size else "w+b")
         file.truncate(size)
         file.seek(size)
         return file

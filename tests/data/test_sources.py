@@ -1,17 +1,12 @@
+import gzip
 import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from consyn_jax.config import UserError
-from consyn_jax.data import sources
-from consyn_jax.data.sources import ReadReport, Source, find_sources, read_documents
-
-
-def read(*names: object, dataset_type: str = "auto", **options: str) -> list[str]:
-    return list(read_documents(find_sources([str(n) for n in names], dataset_type).sources, ReadReport(), **options))
+from consyn_jax.data import huggingface
+from consyn_jax.data.sources import Corpus, find_sources, is_array, sample_texts
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -20,78 +15,84 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
+def find(*names: object, dataset_type: str = "auto", **options: str) -> Corpus:
+    return find_sources([str(name) for name in names], dataset_type, **options)
+
+
+def kinds(*names: object, dataset_type: str = "auto") -> dict[str, str]:
+    return {Path(source.name).name: source.kind for source in find(*names, dataset_type=dataset_type).sources}
+
+
 def test_sample_is_the_language_reference() -> None:
-    documents = read("sample")
-    assert len(documents) >= 79
-    assert any("lambda" in text for text in documents)
+    texts = sample_texts()
+    assert len(texts) >= 79
+    assert any("lambda" in text for text in texts)
+    (source,) = find("sample").sources
+    assert (source.kind, source.num_bytes) == ("sample", sum(len(text.encode()) for text in texts))
 
 
-def test_a_text_file_is_one_document_byte_for_byte(tmp_path: Path) -> None:
-    text = "first\r\nsecond\n\n é 日本 \u2028 end"
-    assert read(write(tmp_path / "a.txt", text)) == [text]
-    assert read(write(tmp_path / "Makefile", "all:\n\techo")) == ["all:\n\techo"]
-    assert read(write(tmp_path / "bom.txt", b"\xef\xbb\xbfhello")) == ["hello"]
+ROWS = '{"text": "one"}\n{"text": "two"}\n'
 
 
-def test_json_lines_in_order_with_blank_lines_and_nested_keys(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.jsonl", '{"a": {"b": "one"}}\n\n  {"a.b": "two", "a": {"b": "no"}}\r\n{"a": {"b": "three"}}')
-    assert read(file, text_key="a.b") == ["one", "two", "three"]
-
-
-def test_files_are_known_by_what_is_in_them(tmp_path: Path) -> None:
-    rows = '{"text": "one"}\n{"text": "two"}\n'
-    assert read(write(tmp_path / "rows.json", rows)) == ["one", "two"]
-    assert read(write(tmp_path / "rows", rows)) == ["one", "two"]
-    assert read(write(tmp_path / "array.json", '[{"text": "one"}]')) == ["one"]
-    assert read(write(tmp_path / "rows.txt", rows)) == [rows]
-    assert read(tmp_path / "rows.txt", dataset_type="jsonl") == ["one", "two"]
-
-
-texts = st.text(st.characters(exclude_categories=["Cs"]))
-
-
-@given(
-    rows=st.lists(st.dictionaries(texts, st.integers() | texts)),
-    indent=st.sampled_from([None, 0, 2]),
-    ascii_only=st.booleans(),
-    chunk=st.integers(1, 9),
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("a.txt", "text", "text"),
+        ("README.md", "# text", "text"),
+        ("Makefile", "all:\n\techo", "text"),
+        ("rows.txt", ROWS, "text"),
+        ("rows.json", ROWS, "jsonl"),
+        ("rows", ROWS, "jsonl"),
+        ("rows.jsonl", "broken", "jsonl"),
+        ("array.json", '[{"text": "one"}]', "jsonl"),
+        ("bom.json", b"\xef\xbb\xbf[{}]", "jsonl"),
+        ("a.txt.gz", gzip.compress(b"text"), "text"),
+        ("rows.jsonl.gz", gzip.compress(ROWS.encode()), "jsonl"),
+        ("rows.gz", gzip.compress(ROWS.encode()), "jsonl"),
+        ("array.json.gz", gzip.compress(b'[{"text": "one"}]'), "jsonl"),
+        ("misnamed.txt", gzip.compress(b"text"), "text"),
+    ],
 )
-def test_arrays_come_out_as_json_reads_them_whatever_the_chunk(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, object]], indent: int | None, ascii_only: bool, chunk: int
-) -> None:
-    file = write(tmp_path_factory.mktemp("array") / "a.json", json.dumps(rows, indent=indent, ensure_ascii=ascii_only))
-    with pytest.MonkeyPatch.context() as patch, file.open("rb") as handle:
-        patch.setattr(sources, "CHUNK_BYTES", chunk)
-        assert [row for _, row in sources._rows(file, handle)] == rows
+def test_files_are_known_by_what_is_in_them(tmp_path: Path, name: str, content: str | bytes, kind: str) -> None:
+    assert kinds(write(tmp_path / name, content)) == {name: kind}
 
 
-def test_array_rows_know_their_line(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.json", '[\n {"text": "one"},\n\n {"tekst":\n "two"}\n]')
-    with pytest.raises(UserError, match=r"a\.json:4 has no key 'text'; its keys are 'tekst'"):
-        read(file)
+def test_the_type_that_is_asked_for_wins_where_both_would_do(tmp_path: Path) -> None:
+    assert kinds(write(tmp_path / "rows.txt", ROWS), dataset_type="jsonl") == {"rows.txt": "jsonl"}
+    assert is_array(write(tmp_path / "a.json", "  [1]"))
+    assert not is_array(write(tmp_path / "a.jsonl", "[1]\n[2]"))
+
+
+def test_zstandard_is_known_as_well(tmp_path: Path) -> None:
+    import pyarrow
+
+    with pyarrow.CompressedOutputStream(str(tmp_path / "rows.jsonl.zst"), "zstd") as file:
+        file.write(ROWS.encode())
+    assert kinds(tmp_path / "rows.jsonl.zst") == {"rows.jsonl.zst": "jsonl"}
 
 
 def test_directories_are_sorted_and_say_what_they_leave_out(tmp_path: Path) -> None:
     used = {"b.txt": "b", "a/z.md": "z", "c.jsonl": '{"text": "c"}\n'}
-    not_used = {"settings.json": '{\n "x": 1\n}', ".hidden.txt": "h", "empty.txt": ""}
+    not_used = {"settings.json": '{\n "x": 1\n}', ".hidden.txt": "h", "empty.txt": "", "model.pt": "x", "picture.png": b"\x89PNG\x00\x00", "t.bin": b"\0\0"}
     for name, content in {**used, **not_used}.items():
         write(tmp_path / name, content)
-    write(tmp_path / "pixels.bin", b"\x89PNG\x00\x00")
-    corpus = find_sources([str(tmp_path)])
-    assert [Path(s.name).name for s in corpus.sources] == ["z.md", "b.txt", "c.jsonl"]
-    assert [(Path(name).name, reason) for name, reason in corpus.left_out] == [
-        ("empty.txt", "is empty"),
-        ("pixels.bin", "is binary: byte 4 is NUL"),
-        ("settings.json", "is JSON but not rows (neither JSON Lines of two or more rows nor one array)"),
-    ]
+    corpus = find(tmp_path)
+    assert [Path(source.name).name for source in corpus.sources] == ["z.md", "b.txt", "c.jsonl"]
+    reasons = {Path(name).name: reason for name, reason in corpus.left_out}
+    assert reasons.keys() == not_used.keys() - {".hidden.txt"}
+    assert reasons["empty.txt"] == "is empty"
+    assert reasons["picture.png"] == "is binary: byte 4 is NUL"
+    assert reasons["settings.json"] == "is JSON but not rows (neither JSON Lines of two or more rows nor one array)"
+    assert reasons["t.bin"] == "is a file of tokens among others; name it by itself"
+    assert "pickle" in reasons["model.pt"]
 
 
 def test_globs_are_sorted_and_a_file_named_twice_is_read_once(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "sub/c.txt"):
         write(tmp_path / name, name)
-    assert read(tmp_path / "*.txt", tmp_path / "a.txt") == ["a.txt", "b.txt"]
-    assert read(tmp_path / "**" / "*.txt") == ["a.txt", "b.txt", "sub/c.txt"]
-    assert find_sources([str(tmp_path / "*.txt"), str(tmp_path / "a.txt")]).left_out == ((str(tmp_path / "a.txt"), "is named twice"),)
+    assert list(kinds(tmp_path / "*.txt", tmp_path / "a.txt")) == ["a.txt", "b.txt"]
+    assert list(kinds(tmp_path / "**" / "*.txt")) == ["a.txt", "b.txt", "c.txt"]
+    assert find(tmp_path / "*.txt", tmp_path / "a.txt").left_out == ((str(tmp_path / "a.txt"), "is named twice"),)
 
 
 @pytest.mark.parametrize(
@@ -100,30 +101,24 @@ def test_globs_are_sorted_and_a_file_named_twice_is_read_once(tmp_path: Path) ->
         ("", "a.txt", {}, r"a\.txt is empty"),
         (b"ab\0cd", "a.txt", {}, r"a\.txt is binary: byte 2 is NUL"),
         (b"ab\ncd\xff", "a.txt", {}, r"a\.txt is not UTF-8 text: byte 5 \(line 2\) is 0xff"),
-        (b"x" * 100_000 + b"\xe9", "a.txt", {}, r"a\.txt is not UTF-8 text: byte 100000 \(line 1\) is 0xe9"),
+        (b"ab\0\xff", "a.txt", {"invalid_utf8": "replace"}, r"a\.txt is binary: byte 2 is NUL"),
+        (gzip.compress(b"text" * 100)[:-20], "a.gz", {}, r"a\.gz is cut off or damaged"),
         ("just text", "a.json", {}, r"a\.json is JSON but not rows"),
-        ('{"text": "ok"}\n{"text": ', "a.jsonl", {}, r"a\.jsonl:2 is broken JSON \(Expecting value, column 10\)"),
-        (b'{"text": "ok"}\n{"text": "' + b"x" * 70_000 + b'\xff"}', "a.jsonl", {}, r"a\.jsonl:2 is not UTF-8"),
-        ("[" * 100_000, "a.jsonl", {}, r"a\.jsonl:1 is broken JSON \(nested too deeply\)"),
-        ('{"text": "ok"}\n{"body": "x", "id": 1}', "a.jsonl", {}, r"a\.jsonl:2 has no key 'text'; its keys are 'body', 'id'"),
-        ('{"text": {"body": "x"}}\n', "a.jsonl", {"text_key": "text.title"}, r"a\.jsonl:1 has no key 'text\.title'"),
-        ('{"text": 3}\n', "a.jsonl", {}, r"a\.jsonl:1 holds a number under the key 'text', not a string"),
-        ('{"text": null}\n', "a.jsonl", {}, r"a\.jsonl:1 holds null under the key 'text'"),
-        ('"text"\n', "a.jsonl", {}, r"a\.jsonl:1 holds a string, not an object"),
-        ('{"text": "\\ud800"}\n', "a.jsonl", {}, r"a\.jsonl:1 holds half of a surrogate pair"),
-        ('[{"text": "ok"}, {"text" "x"}]', "a.json", {}, r"a\.json:1 is broken JSON"),
-        ('[{"text": "ok"}', "a.json", {}, r"a\.json:1 is broken JSON"),
-        (b'[{"text": "ok"}, {"text": "\xff"}]' + b" " * 70_000, "a.json", {}, r"a\.json is not UTF-8 text: byte 27"),
-        (b'[{"text": "ok"},\n{"text": "' + b"x" * 70_000 + b'\xff"}]', "a.json", {}, r"a\.json is not UTF-8 text behind line 1 \(byte 0xff\)"),
-        ("[" * 100_000, "a.json", {}, r"a\.json:1 is broken JSON"),
         ("text", "a.txt", {"dataset_type": "jsonl"}, r"a\.txt holds text, not JSON rows as --dataset_type jsonl wants"),
-        ('{"text": "x"}\n', "a.jsonl", {"dataset_type": "text"}, r"a\.jsonl holds JSON rows, not text as --dataset_type text wants"),
-        ("text", "a.txt", {"dataset_type": "sharded"}, r"a\.txt is not a token store"),
+        (ROWS, "a.jsonl", {"dataset_type": "text"}, r"a\.jsonl holds JSON rows, not text as --dataset_type text wants"),
+        ("text", "a.txt", {"dataset_type": "sharded"}, r"a\.txt holds text, not tokens as --dataset_type sharded wants"),
+        ("x", "a.pkl", {}, r"a\.pkl .*pickle"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_named_with_the_place(tmp_path: Path, content: str | bytes, name: str, options: dict[str, str], message: str) -> None:
+def test_a_file_that_cannot_be_used_is_named_with_the_reason(
+    tmp_path: Path, content: str | bytes, name: str, options: dict[str, str], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
-        read(write(tmp_path / name, content), **options)
+        find(write(tmp_path / name, content), **options)
+
+
+def test_text_with_invalid_bytes_is_text_where_they_are_replaced(tmp_path: Path) -> None:
+    assert find(write(tmp_path / "a.txt", b"caf\xe9"), invalid_utf8="replace").sources[0].kind == "text"
 
 
 @pytest.mark.parametrize(
@@ -132,39 +127,41 @@ def test_a_file_that_cannot_be_used_is_named_with_the_place(tmp_path: Path, cont
         (["corpsu"], r"corpsu in --data does not exist; did you mean corpus\?"),
         (["*.xyz"], r"\*\.xyz in --data matches no file"),
         (["hollow"], r"Nothing in the directory .*hollow can be used: it holds no files"),
-        (["binaries"], r"Nothing in the directory .*binaries can be used: x\.bin is binary"),
-        (["corpus", "store"], r"store is a token store, and a token store stands alone"),
+        (["binaries"], r"Nothing in the directory .*binaries can be used: x\.dat is binary"),
+        (["corpus", "store"], r"store in --data is a token store, and the others are not"),
+        (["unfinished"], r"unfinished is a token store that is not finished. Run the consyn-prepare that began it again"),
     ],
 )
 def test_paths_that_cannot_be_used(tmp_path: Path, names: list[str], message: str) -> None:
     write(tmp_path / "corpus" / "a.txt", "a")
-    write(tmp_path / "binaries" / "x.bin", b"\0")
+    write(tmp_path / "binaries" / "x.dat", b"\0")
     write(tmp_path / "store" / "manifest.json", "{}")
     (tmp_path / "hollow").mkdir()
+    (tmp_path / "unfinished" / "preparing").mkdir(parents=True)
     with pytest.raises(UserError, match=message):
-        find_sources([str(tmp_path / name) for name in names])
+        find(*[tmp_path / name for name in names])
 
 
-def test_bad_rows_can_be_skipped_and_are_counted(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.jsonl", '{"text": "one"}\nbroken\n{"other": 1}\n{"text": "  "}\n{"text": "two"}\n')
-    report = ReadReport()
-    assert list(read_documents(find_sources([str(file)]).sources, report, on_bad_rows="skip")) == ["one", "two"]
-    assert (report.documents, report.empty, report.bad_rows) == (2, 1, 2)
-    assert report.bad_row_examples[0] == f"{file}:2 is broken JSON (Expecting value, column 1)."
-    assert report.file_bytes == file.stat().st_size
+def test_what_may_be_the_name_of_a_dataset_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface, "identity", lambda name: f"{name}@{'0' * 40}::train")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert find("owner/name").sources[0].kind == "huggingface"
+    assert find("wikitext", dataset_type="huggingface").sources[0].name.startswith("wikitext@0")
+    for name in ("wikitext", "here/name", "owner/train.jsonl", "./owner/name"):
+        with pytest.raises(UserError, match="does not exist"):
+            find(name)
 
 
-def test_json_lines_are_streamed(tmp_path: Path) -> None:
-    """A row is given out before the next one is looked at: the broken end of the file does not matter at its beginning."""
-    file = write(tmp_path / "a.jsonl", '{"text": "one"}\n' * 100_000 + "broken")
-    documents = read_documents([Source(str(file), "jsonl")], ReadReport())
-    assert next(documents) == "one"
+def test_several_stores_may_stand_together(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write(tmp_path / name / "manifest.json", json.dumps({}))
+    assert [source.is_store for source in find(tmp_path / "one", tmp_path / "two").sources] == [True, True]
 
 
 def test_the_corpora_of_the_shared_data(shared_data: Path) -> None:
-    assert len(read(shared_data / "jsonl" / "gsm8k_train.jsonl", text_key="question")) == 7473
-    assert len(read(shared_data / "jsonl" / "alpaca_en_demo.json", text_key="output")) == 999
-    assert len(read(shared_data / "jsonl" / "udhr.jsonl")) == 266
-    corpus = find_sources([str(shared_data / "gutenberg")])
+    corpus = find(shared_data / "gutenberg")
     assert len(corpus.sources) + len(corpus.left_out) == 15
     assert all("UTF-8" in reason for _, reason in corpus.left_out)
+    assert kinds(shared_data / "enwik8") == {"enwik8.gz": "text"}
+    assert kinds(shared_data / "jsonl") == {"alpaca_en_demo.json": "jsonl", "gsm8k_train.jsonl": "jsonl", "udhr.jsonl": "jsonl"}
