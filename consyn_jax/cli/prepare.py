@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import re
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from consyn_jax.cli.arguments import build_parser, parse
 from consyn_jax.cli.run import exit_code
-from consyn_jax.config import Interrupted, PrepareConfig, UserError, flat, resolve_preparation
+from consyn_jax.config import Interrupted, PrepareConfig, UserError, resolve_preparation
 
 if TYPE_CHECKING:
     from consyn_jax.data.prepare import Prepared
@@ -35,10 +38,8 @@ Defaults are in brackets; of a flag that is given twice the last counts.
 Stopped at any moment, the same command again goes on where it was.
 Exit codes: 0 done, 2 wrong input, 75 interrupted."""
 
-REPORT_PAGE = "report.html"
-TITLE = "Token store"
-# What says where and how fast, and not what: equal stores have equal pages.
-NOT_CONTENT = ("num_workers", "output", "overwrite", "quiet")
+# The files of a token store, and of one under way; --overwrite deletes nothing else.
+STORE_FILE = re.compile(r"manifest\.json|report\.json|report\.html|tokenizer|preparing|[a-z][a-z0-9_]*-\d{5,}\.(tokens|index|targets)|.*\.tmp")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,14 +79,13 @@ def read_arguments(argv: Sequence[str]) -> tuple[PrepareConfig, dict[str, str], 
 
 
 def make(config: PrepareConfig) -> None:
-    """Check --output, prepare, write the page, and say what came of it.
+    """Check --output, prepare, and say what came of it.
 
     Raises:
         Interrupted: by a signal; what was done is kept.
         UserError: --output or the data cannot be used.
     """
     from consyn_jax.data.prepare import prepare
-    from consyn_jax.data.report_page import write_page
     from consyn_jax.training.console import Console
 
     output = Path(config.store.output)
@@ -97,16 +97,9 @@ def make(config: PrepareConfig) -> None:
         try:
             prepared = prepare(config.data, output=output, test_fraction=config.store.test_fraction, progress=bar)
         except KeyboardInterrupt as stopped:
-            same = "the same command without --overwrite" if config.store.overwrite else "the same command"
-            raise Interrupted(f"interrupted; what was done so far is kept in {output}. Run {same} again to go on.") from stopped
-        page = output / REPORT_PAGE
-        if not (prepared.from_cache and page.exists()):
-            try:
-                write_page(prepared.report, page, TITLE, {name: value for name, value in flat(config).items() if name not in NOT_CONTENT})
-            except OSError as error:
-                raise UserError(f"{page} cannot be written: {error.strerror}. The token store itself is complete.") from error
+            raise Interrupted(_interruption(config, output)) from stopped
         bar.close()
-        console.finish([*summary(prepared, time.monotonic() - began), f"Train on it with: consyn-train --data {shlex.quote(str(output))}"])
+        console.finish([*summary(prepared, output, time.monotonic() - began), f"Train on it with: consyn-train --data {shlex.quote(str(output))}"])
 
 
 def _check_output(path: Path) -> None:
@@ -122,34 +115,66 @@ def _check_output(path: Path) -> None:
 def _is_ours(path: Path) -> bool:
     """A token store, or a preparation that has begun to make one."""
     from consyn_jax.data.shards import MANIFEST
-    from consyn_jax.data.sources import JOURNAL
+    from consyn_jax.data.sources import PREPARING
     from consyn_jax.data.store import FORMAT
 
+    if (path / PREPARING).is_dir():
+        # Killed between its first two moments, it has no lock yet.
+        return (path / PREPARING / "lock").is_file() or not any((path / PREPARING).iterdir())
     try:
-        return (path / JOURNAL).is_file() or json.loads((path / MANIFEST).read_bytes()).get("format") == FORMAT
+        return bool(json.loads((path / MANIFEST).read_bytes()).get("format") == FORMAT)
     except (OSError, ValueError, RecursionError, AttributeError):
         return False
+
+
+def _interruption(config: PrepareConfig, output: Path) -> str:
+    if not output.exists():
+        return "interrupted before anything was written. Run the same command again."
+    same = "the same command without --overwrite" if config.store.overwrite else "the same command"
+    return f"interrupted; what was done so far is kept in {output}. Run {same} again to go on."
 
 
 def _delete_store(config: PrepareConfig, path: Path) -> None:
     """For --overwrite: delete what --output holds, if that is ours and the new store is not made from it."""
     from consyn_jax.data.sources import find_sources
+    from consyn_jax.tokenization import load_tokenizer
 
     data = config.data
     # What cannot be made anew is not deleted, so all of it is looked for first.
-    used = [("data", source.name) for source in find_sources(data.data, data.dataset_type, invalid_utf8=data.invalid_utf8).sources]
+    sources = find_sources(data.data, data.dataset_type, invalid_utf8=data.invalid_utf8).sources
+    if sources[0].kind == "sharded":
+        return  # tokens are not prepared, as `prepare` will say
+    used = [("data", source.name) for source in sources]
     used += [("validation", source.name) for source in (find_sources(data.validation, flag="validation").sources if data.validation else ())]
     for name, value in [*used, ("tokenizer", data.tokenizer or "")]:
         if value and Path(value).exists() and Path(value).resolve().is_relative_to(path.resolve()):
             raise UserError(f"--overwrite would delete --{name} {value}, which lies in --output {path}. Name another directory for the new store.")
+    if data.tokenizer and not data.tokenizer.startswith("train:"):
+        load_tokenizer(data.tokenizer)
+    entries = sorted(path.iterdir()) if path.is_dir() else []
+    strangers = [entry.name for entry in entries if not STORE_FILE.fullmatch(entry.name)]
+    if strangers:
+        raise UserError(f"--overwrite would delete {_shown(strangers)} in --output {path}, which is no part of a token store. Move it elsewhere.")
+    _check_unused(path)
     try:
-        for entry in path.iterdir() if path.is_dir() else ():
+        for entry in entries:
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
     except OSError as error:
         raise UserError(f"--overwrite cannot delete {error.filename}: {error.strerror}. Delete it, or name another --output.") from error
+
+
+def _check_unused(path: Path) -> None:
+    """No other process may be preparing there."""
+    from consyn_jax.data.sources import PREPARING
+
+    with suppress(OSError), (path / PREPARING / "lock").open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--output {path} is in use by another process. Wait for it, or name another directory.") from None
 
 
 def _header(config: PrepareConfig) -> list[tuple[str, str]]:
@@ -169,12 +194,13 @@ def _header(config: PrepareConfig) -> list[tuple[str, str]]:
     return [*rows, ("tokenizer", data.tokenizer or "default"), ("output", store.output)]
 
 
-def summary(prepared: Prepared, seconds: float) -> list[str]:
+def summary(prepared: Prepared, directory: Path, seconds: float) -> list[str]:
     """What came of it, in lines."""
+    from consyn_jax.data.prepare import PAGE
     from consyn_jax.data.report_page import bytes_per_token, size
     from consyn_jax.training.console import duration
 
-    report, directory = prepared.report, prepared.store.directory
+    report = prepared.report
     lines = [f"{directory} is complete already; nothing had to be done."] if prepared.from_cache else []
     rows = [("documents", _documents(report)), *((name, text) for name, text in _changes(report))]
     for name, counts in report.splits.items():
@@ -188,7 +214,7 @@ def summary(prepared: Prepared, seconds: float) -> list[str]:
     if not prepared.from_cache:
         rows.append(("time", f"{duration(seconds)}, {size(report.file_bytes / max(seconds, 1e-3))}/s"))
     rows.append(("store", str(directory)))
-    rows.append(("report", str(directory / REPORT_PAGE)))
+    rows.append(("report", str(directory / PAGE)))
     width = max(len(name) for name, _ in rows)
     return lines + [f"  {name:<{width}}  {text}" for name, text in rows]
 
@@ -224,12 +250,12 @@ class Bar:
     Calling it is a `Progress` of consyn_jax.data.prepare: (stage, bytes done, bytes to do; 0 where nobody knows).
 
     Args:
-        introduce: called once, before anything is shown: when what could be wrong from the start was not.
+        introduce: called once, when reading begins: until the data are hashed, a store that is another one or complete may turn up.
         clock: seconds, from any beginning.
     """
 
     def __init__(self, introduce: Callable[[], None], *, quiet: bool = False, every_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._introduce = introduce
+        self._introduce, self._introduced = introduce, False
         self._quiet = quiet
         self._every_s, self._clock = every_s, clock
         self._stage = ""
@@ -250,7 +276,9 @@ class Bar:
             print(self._line(done, total), file=sys.stderr, flush=True)
 
     def _begin(self, stage: str, done: int, total: int) -> None:
-        if not self._stage:
+        if stage != "hash" and not self._introduced:
+            self.close()  # two that draw on one terminal draw over each other
+            self._introduced = True
             self._introduce()
         self._stage, self._told = stage, self._clock()
         self._first = (self._told, done)

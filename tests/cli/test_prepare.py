@@ -1,5 +1,6 @@
 """`consyn-prepare` as a user meets it."""
 
+import fcntl
 import io
 import json
 import os
@@ -60,7 +61,7 @@ class TestWhatIsSaid:
         assert re.search(r"documents +100 read, 98 kept; left out: 1 too short, 1 duplicate\n", err)
         for split in ("train", "validation", "test"):
             assert re.search(rf"{split} +\d+ documents, [\d,]+ tokens, 1\.00 bytes a token\n", err), split
-        assert "report     tokens/report.html\n" in err
+        assert re.search(r"report +tokens/report\.html\n", err)
         assert err.endswith("Train on it with: consyn-train --data tokens\n")
 
     def test_files_that_were_left_out(self, capfd: pytest.CaptureFixture[str]) -> None:
@@ -100,13 +101,6 @@ class TestTheStore:
         assert "tokens is complete already; nothing had to be done." in capfd.readouterr().err
         assert files() == before
 
-    def test_a_page_that_is_missing_is_drawn_again(self) -> None:
-        prepared("--data", "rows.jsonl")
-        before = files()
-        Path("tokens/report.html").unlink()
-        prepared("--data", "rows.jsonl")
-        assert files() == before
-
     def test_an_empty_directory_is_as_good_as_none(self) -> None:
         Path("tokens").mkdir()
         prepared("--data", "rows.jsonl")
@@ -125,8 +119,8 @@ class TestWhatIsRefused:
         [
             ("--data god.txt", "god.txt in --data does not exist"),
             ("--output rows.jsonl", "--output rows.jsonl is a file. Name a directory."),
-            ("--output rows.jsonl/x", "--output rows.jsonl/x cannot be made: rows.jsonl is a file. Name another directory."),
-            ("--output /proc/tokens", "--output /proc/tokens cannot be"),
+            ("--output rows.jsonl/x", "rows.jsonl is a file. Name another directory."),
+            ("--output /proc/tokens", "/proc/tokens cannot be"),
             ("--output corpus", "--output corpus holds a.txt, b.txt, picture.png, and no token store of ours. Name another directory."),
             ("--output corpus --overwrite", "--output corpus holds a.txt, b.txt, picture.png, and no token store of ours. Name another directory."),
             ("--tokenizer nope", "There is no tokenizer at nope."),
@@ -174,6 +168,33 @@ class TestOverwrite:
         assert "--overwrite would delete --tokenizer tokens/tokenizer" in refused(capfd, "--data", "corpus", "--tokenizer", "tokens/tokenizer", "--overwrite")
         assert Path("tokens/rows.jsonl").exists()
 
+    def test_what_is_no_part_of_a_store_is_not_deleted(self, capfd: pytest.CaptureFixture[str]) -> None:
+        prepared("--data", "corpus")
+        Path("tokens/notes.md").write_text("mine")
+        message = refused(capfd, "--data", "rows.jsonl", "--overwrite")
+        assert message == "--overwrite would delete notes.md in --output tokens, which is no part of a token store. Move it elsewhere."
+        assert Path("tokens/notes.md").exists()
+
+    def test_a_store_as_data_deletes_nothing(self, capfd: pytest.CaptureFixture[str]) -> None:
+        prepared("--data", "corpus")
+        prepared("--data", "rows.jsonl", "--output", "other")
+        before = files()
+        assert "is tokenised already" in refused(capfd, "--data", "other", "--overwrite")
+        assert files() == before
+
+    def test_a_store_that_another_process_is_making(self, capfd: pytest.CaptureFixture[str]) -> None:
+        Path("tokens/preparing").mkdir(parents=True)
+        with Path("tokens/preparing/lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            assert "--output tokens is in use by another process." in refused(capfd, "--data", "rows.jsonl", "--overwrite")
+        prepared("--data", "rows.jsonl", "--overwrite")
+
+    def test_an_unfinished_preparation(self) -> None:
+        Path("tokens/preparing").mkdir(parents=True)
+        Path("tokens/preparing/lock").touch()
+        Path("tokens/preparing/journal.json").write_text('{"key": "of something else"}')
+        prepared("--data", "rows.jsonl", "--overwrite")
+
     def test_data_that_is_missing_deletes_nothing(self, capfd: pytest.CaptureFixture[str]) -> None:
         prepared("--data", "corpus")
         before = files()
@@ -185,6 +206,7 @@ class TestSignals:
     @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
     def test_a_stop_says_how_to_go_on(self, flags: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
         def stopped(*_: Any, **__: Any) -> None:
+            Path("tokens").mkdir()
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(10)
 
@@ -193,15 +215,22 @@ class TestSignals:
         same = "the same command without --overwrite" if flags else "the same command"
         assert capfd.readouterr().err == f"consyn-prepare: interrupted; what was done so far is kept in tokens. Run {same} again to go on.\n"
 
+    def test_a_stop_before_the_first_document(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        def stopped(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("consyn_jax.data.prepare.prepare", stopped)
+        assert main([*TINY, "--data", "rows.jsonl"]) == 75
+        assert capfd.readouterr().err == "consyn-prepare: interrupted before anything was written. Run the same command again.\n"
+
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_real_one_goes_on_to_the_same_bytes(self, number: signal.Signals) -> None:
-        many = "".join(json.dumps({"text": f"{i} " * 400}) + "\n" for i in range(20_000))
+        many = "".join(json.dumps({"text": f"{i} " * 500}) + "\n" for i in range(4_500))
         Path("many.jsonl").write_text(many)
         command = [sys.executable, "-m", "consyn_jax.cli.prepare", *TINY, "--data", "many.jsonl", "--output", "stopped"]
         running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        while not Path("stopped").exists() and running.poll() is None:
+        while not Path("stopped/preparing/journal.json").exists() and running.poll() is None:
             time.sleep(0.02)
-        time.sleep(0.5)
         running.send_signal(number)
         _, err = running.communicate(timeout=60)
         assert running.returncode == 75, err
@@ -250,7 +279,7 @@ class TestBar:
 
     def test_quiet(self, capsys: pytest.CaptureFixture[str]) -> None:
         bar, introduced = self.make(Clock(), quiet=True, every_s=0.0)
-        bar("hash", 1, 2)
+        bar("tokenize", 1, 2)
         assert (introduced, capsys.readouterr().err) == ([], "")
 
     def test_on_a_terminal_a_bar_that_is_gone_at_the_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,12 +290,14 @@ class TestBar:
         terminal = Terminal()
         monkeypatch.setattr(sys, "stderr", terminal)
         monkeypatch.setenv("TERM", "xterm")
-        bar, _ = self.make(time.monotonic)
+        bar, introduced = self.make(time.monotonic)
         with bar:
             bar("hash", 5, 10)
-            bar("hash", 10, 10)
+            assert introduced == []
             bar("tokenize", 0, 0)
             bar("tokenize", 10, 20)
+        assert introduced == ["header"]
+        assert "hash" in terminal.getvalue()
         assert "tokenize" in terminal.getvalue()
         assert terminal.getvalue().endswith("\x1b[2K")
         bar.close()
