@@ -128,13 +128,12 @@ class WholeDocuments(PackedSequences):
         piece = low[row] + nth
         starts, lengths, begins = self._starts[piece], self._lengths[piece].astype(np.int64), self._begins[piece]
         behind = np.cumsum(lengths)
-        used = np.zeros(len(which), np.int64)
-        np.add.at(used, row, lengths)
+        used = np.bincount(row, lengths, len(which)).astype(np.int64)
         column = behind - lengths - (np.cumsum(used) - used)[row]
-        starts_, stops_ = starts.tolist(), (starts + lengths).tolist()
-        self.split.verify(starts_, stops_)
+        positions = starts.tolist()
+        self.split.verify(positions, (starts + lengths).tolist())
         tokens = np.zeros((len(which), self.block_size), self.split.dtype)
-        places = list(zip(row.tolist(), column.tolist(), (column + lengths).tolist(), starts_, strict=True))
+        places = list(zip(row.tolist(), column.tolist(), (column + lengths).tolist(), positions, strict=True))
         for r, left, right, start in places:
             self.split.read(start, tokens[r, left:right])
         mask = np.arange(self.block_size) < used[:, None]
@@ -144,7 +143,7 @@ class WholeDocuments(PackedSequences):
         inputs[row, column] = self.bos_id
         before = np.empty(1, self.split.dtype)
         for i in np.flatnonzero(~begins):
-            self.split.read(starts_[i] - 1, before)
+            self.split.read(positions[i] - 1, before)
             inputs[row[i], column[i]] = before[0]
         inputs[~mask] = self.pad_id
         opens = np.zeros(mask.shape, np.int32)
