@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -38,6 +39,7 @@ Defaults are in brackets; of a flag that is given twice the last counts.
 Stopped at any moment, the same command again goes on where it was.
 Exit codes: 0 done, 2 wrong input, 75 interrupted."""
 
+KINDS = {"text": "text file", "jsonl": "file of JSON rows", "huggingface": "Hugging Face dataset"}
 # The files of a token store, and of one under way; --overwrite deletes nothing else.
 STORE_FILE = re.compile(r"manifest\.json|report\.json|report\.html|tokenizer|preparing|[a-z][a-z0-9_]*-\d{5,}\.(tokens|index|targets)|.*\.tmp")
 
@@ -99,7 +101,7 @@ def make(config: PrepareConfig) -> None:
         except KeyboardInterrupt as stopped:
             raise Interrupted(_interruption(config, output)) from stopped
         bar.close()
-        console.finish([*summary(prepared, output, time.monotonic() - began), f"Train on it with: consyn-train --data {shlex.quote(str(output))}"])
+        console.finish([*summary(config, prepared, time.monotonic() - began), f"Train on it with: consyn-train --data {shlex.quote(str(output))}"])
 
 
 def _check_output(path: Path) -> None:
@@ -194,20 +196,23 @@ def _header(config: PrepareConfig) -> list[tuple[str, str]]:
     return [*rows, ("tokenizer", data.tokenizer or "default"), ("output", store.output)]
 
 
-def summary(prepared: Prepared, directory: Path, seconds: float) -> list[str]:
+def summary(config: PrepareConfig, prepared: Prepared, seconds: float) -> list[str]:
     """What came of it, in lines."""
     from consyn_jax.data.prepare import PAGE
     from consyn_jax.data.report_page import bytes_per_token, size
     from consyn_jax.training.console import duration
 
-    report = prepared.report
+    report, directory = prepared.report, Path(config.store.output)
     lines = [f"{directory} is complete already; nothing had to be done."] if prepared.from_cache else []
-    rows = [("documents", _documents(report)), *((name, text) for name, text in _changes(report))]
+    kinds = Counter(KINDS.get(source.kind, source.kind) for source in prepared.used)
+    rows = [("read", ", ".join(_count(number, kind) for kind, number in kinds.items())), ("documents", _documents(report)), *_changes(report)]
     for name, counts in report.splits.items():
-        ratio = bytes_per_token(counts)
+        ratio, targets = bytes_per_token(counts), counts.get("target_tokens", counts["tokens"])
+        learned = f" ({targets:,} of them learned)" if targets != counts["tokens"] else ""
         density = f", {ratio:.2f} bytes a token" if ratio else ""
-        rows.append((name, f"{_count(counts['documents'], 'document')}, {_count(counts['tokens'], 'token')}{density}"))
-    if not report.splits.get("validation", {}).get("documents"):
+        rows.append((name, f"{_count(counts['documents'], 'document')}, {_count(counts['tokens'], 'token')}{learned}{density}"))
+    wanted = config.data.validation or config.data.validation_fraction
+    if wanted and not report.splits.get("validation", {}).get("documents"):
         rows.append(("validation", "empty: no document fell into it; give --validation PATH or a larger --validation_fraction"))
     if prepared.left_out:
         rows.append(("left out", f"{_count(len(prepared.left_out), 'file')}: {_shown([f'{name} ({reason})' for name, reason in prepared.left_out])}"))
@@ -229,7 +234,7 @@ def _documents(report: Report) -> str:
 def _changes(report: Report) -> list[tuple[str, str]]:
     from consyn_jax.data.report_page import CHANGES
 
-    words = [f"{count:,} {CHANGES[name][1]} {CHANGES[name][0]}" for name, count in report.changed.items() if count]
+    words = [f"{count:,} {CHANGES.get(name, name)}" for name, count in report.changed.items() if count]
     return [("changed", "; ".join(words))] if words else []
 
 
@@ -238,7 +243,9 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+    """A number of things, of which the first word is counted: 2 files of JSON rows."""
+    noun, *rest = what.split(" of ")
+    return " of ".join([f"{number:,} {noun}{'' if number == 1 else 's'}", *rest])
 
 
 # --------------------------------------------------------------------------------------------------------------------- progress

@@ -13,9 +13,9 @@ from consyn_jax.data.report import RULES, Report
 
 SHOWN = 200  # of sources, and of files left out: a data set of thousands of files still is a page
 CHANGES = {
-    "normalized": ("brought to the Unicode normal form", "documents"),
-    "control_characters": ("control characters removed", "characters"),
-    "invalid_utf8": ("not UTF-8, replaced by U+FFFD", "bytes"),
+    "normalized": "documents brought to the Unicode normal form",
+    "control_characters": "control characters removed",
+    "invalid_utf8": "bytes that were not UTF-8, replaced by U+FFFD",
 }
 
 Rows = Iterable[tuple[str, ...]]
@@ -34,7 +34,7 @@ def write_page(report: Report, path: Path, title: str, settings: Mapping[str, ob
     sections = [
         _tiles(report),
         _documents(report),
-        _table("Changed", ("what", "how often"), _changes(report), "Text that was not taken as it was found."),
+        _table("Changed", ("what", "how many"), _changes(report), "Text that was not taken as it was found."),
         _table("Splits", ("", "documents", "share", "tokens", "learned", "bytes", "bytes per token"), _splits(report), _SPLIT_NOTE),
         _lengths(report),
         _samples(report),
@@ -106,10 +106,7 @@ def _documents(report: Report) -> str:
 
 
 def _changes(report: Report) -> Rows:
-    for name, count in sorted(report.changed.items()):
-        if count:
-            words, unit = CHANGES.get(name, (name, ""))
-            yield words, f"{count:,} {unit}".strip()
+    return [(CHANGES.get(name, name), f"{count:,}") for name, count in sorted(report.changed.items()) if count]
 
 
 def _splits(report: Report) -> Rows:
@@ -228,7 +225,7 @@ def _cell(value: object) -> str:
 
 def _escape(text: str) -> str:
     """Text for HTML; control characters, which HTML does not allow, become the replacement character."""
-    return html.escape("".join(c if c in "\n\t" or (ord(c) >= 0x20 and not 0x7F <= ord(c) < 0xA0) else "\ufffd" for c in text))
+    return html.escape("".join(c if c in "\n\t" or (ord(c) >= 0x20 and not 0x7F <= ord(c) < 0xA0) else "\ufffd" for c in text.replace("\r\n", "\n")))
 
 
 _PAGE = """<!doctype html>

@@ -65,10 +65,19 @@ class TestWhatIsSaid:
         assert err.endswith("Train on it with: consyn-train --data tokens\n")
 
     def test_files_that_were_left_out(self, capfd: pytest.CaptureFixture[str]) -> None:
-        prepared("--data", "corpus", "--validation_fraction", "0")
+        prepared("--data", "corpus", "--validation_fraction", "1e-9")
         err = capfd.readouterr().err
+        assert re.search(r"read +2 text files\n", err)
         assert re.search(r"left out +1 file: corpus/picture\.png \(is binary", err)
         assert re.search(r"validation +empty: ", err)
+
+    def test_what_of_fine_tuning_rows_is_learned(self, capfd: pytest.CaptureFixture[str]) -> None:
+        Path("pairs.json").write_text(json.dumps([{"prompt": "One and one?", "completion": "Two."}, {"prompt": "Two and two?", "completion": "Four."}]))
+        prepared("--data", "pairs.json", "--validation_fraction", "0")
+        err = capfd.readouterr().err
+        assert re.search(r"train +2 documents, 35 tokens \(11 of them learned\), 1\.00 bytes a token\n", err)
+        assert "read       1 file of JSON rows\n" in err
+        assert "empty" not in err, "none was asked for"
 
     def test_quiet_is_one_line(self, capfd: pytest.CaptureFixture[str]) -> None:
         prepared("--data", "rows.jsonl", "--quiet")

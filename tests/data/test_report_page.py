@@ -17,7 +17,7 @@ SETTINGS = {"data": ("a.txt", "b.txt"), "near_duplicates": None, "deduplicate": 
 def report() -> Report:
     """Ten documents read, four left out."""
     made = Report(documents=10, file_bytes=54_321)
-    for rule, text in (("duplicate", "the same"), ("duplicate", "the same"), ("too short", "x"), ("empty", "")):
+    for rule, text in (("duplicate", "the\r\nsame"), ("duplicate", "the same"), ("too short", "x"), ("empty", "")):
         made.drop(rule, "a.txt:3", text)
     made.change({"normalized": 2, "invalid_utf8": 7})
     made.keep(np.array([1, 3, 4, 5, 1000, 1_000_000]), np.array([0, 1, 1, 2, 300, 250_000]))
@@ -89,13 +89,13 @@ def test_splits_lengths_changes_sources_and_settings(tmp_path: Path) -> None:
     assert ["4 to 7", "", "2"] in read.rows
     assert ["8 to 15", "", "0"] in read.rows, "what is empty between shows as empty"
     assert ["131,072 to 262,143", "", "1"] in read.rows  # tokens
-    assert ["brought to the Unicode normal form", "2 documents"] in read.rows
-    assert ["not UTF-8, replaced by U+FFFD", "7 bytes"] in read.rows
+    assert ["documents brought to the Unicode normal form", "2"] in read.rows
+    assert ["bytes that were not UTF-8, replaced by U+FFFD", "7"] in read.rows
     assert ["a.txt", "text", "9", "5"] in read.rows
     assert ["c.png", "is binary: byte 4 is NUL"] in read.rows
     assert read.rows[-4:] == [["data", "a.txt b.txt"], ["near_duplicates", "none"], ["deduplicate", "true"], ["max_chars", "12,000"]]
     assert "duplicate: 2" in read.text
-    assert "a.txt:3: the same" in read.text
+    assert "a.txt:3: the\nsame" in read.text
 
 
 @pytest.mark.parametrize("made", [Report(), report()], ids=["nothing", "something"])
