@@ -124,13 +124,14 @@ def race(directory: Path, file: Path, batch_size: int, length: int, rounds: int,
 
 
 def peak_bytes() -> int:
-    """The largest resident memory of this process so far. (getrusage would count that of the process which started it.)"""
+    """The largest resident memory of this process since its record was cleared."""
     return next(1024 * int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 
 
 def memory_growth(directory: Path) -> float:
     """In MB, from before a store is opened to after random reads all over it. Runs in a process of its own."""
     tokenizer = BPETokenizer()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on; see proc(5)
     before, done = peak_bytes(), 0
     packed = opened(directory, 2048, tokenizer)
     rng = np.random.default_rng(0)
