@@ -17,8 +17,15 @@ SEARCH_BYTES = 1 << 16
 LIMIT = PART_BYTES + SEARCH_BYTES
 WINDOW = 256
 TRIES = 16
-# A lone newline before a letter, then a space between letters: the places that the patterns of byte-level vocabularies keep apart.
-PLACES = (re.compile(rb"(?<=[^\s])\n(?=[A-Za-z])"), re.compile(rb"(?<=[a-z])(?= [A-Za-z])"), re.compile(rb"\n(?=[^\s\x80-\xbf])"))
+# A lone newline before a letter, then a space between letters, then any newline and any lone space in front of something visible: the
+# places that the patterns of byte-level vocabularies keep apart. Control characters (C2 begins some) and a byte order mark (EF begins
+# it) are not to come first in a part, since cleaning would take them for the first of the document.
+PLACES = (
+    re.compile(rb"(?<=[^\s])\n(?=[A-Za-z])"),
+    re.compile(rb"(?<=[a-z])(?= [A-Za-z])"),
+    re.compile(rb"\n(?=[^\x00-\x20\x7f-\xc2\xef])"),
+    re.compile(rb"(?<=[^\s])(?= [^\x00-\x20\x7f-\xc2\xef])"),
+)
 
 
 def parts(chunks: Iterable[bytes], tokenizer: BPETokenizer) -> Iterator[tuple[bytes, bool]]:

@@ -11,13 +11,13 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 from consyn_jax.config import CorpusOptions, UserError
 from consyn_jax.data import huggingface
 from consyn_jax.data.byte_stream import CHUNK_BYTES, ByteStream
-from consyn_jax.data.parts import parts
+from consyn_jax.data.parts import LIMIT, parts
 from consyn_jax.data.sources import SAMPLE, Source, is_array, sample_texts
 from consyn_jax.data.split import TRAIN, VALIDATION, torn
 from consyn_jax.tokenization import BPETokenizer
@@ -129,31 +129,32 @@ def _cut(path: Path, at: int) -> int:
 
 
 def _separated(name: str, stream: ByteStream, start: Position, separator: bytes, tokenizer: BPETokenizer) -> Iterator[Block]:
-    """Blocks of whole documents, each with its separator behind it; a document above a block's size in parts."""
+    """Blocks of whole documents, each with its separator behind it; a document above `LIMIT` in parts, as if it were a file of its own."""
     stream.skip(start[0])
     at, number = start
     buffer = b""
     while True:
         more = stream.read(BLOCK_BYTES)
         buffer += more
-        end = buffer.rfind(separator) + len(separator) if separator in buffer else 0
-        if not more:
-            end = len(buffer)
-        if end:
-            data, buffer = buffer[:end], buffer[end:]
-            count = data.count(separator) + (not data.endswith(separator))
-            if data:
-                yield Block("text", name, data, number + 1, at, (at + end, number + count), stream.file_bytes)
-            at, number = at + end, number + count
-        if not more:
-            return
-        if len(buffer) > BLOCK_BYTES:
+        # From the left: where separators overlap, as in three newlines, the first counts, and where blocks end must not change that.
+        documents = buffer.split(separator)
+        if more or not documents[-1]:
+            documents.pop()
+        short = list(takewhile(lambda document: len(document) <= LIMIT, documents))
+        if short:
+            data = b"".join(document + separator for document in short)[: len(buffer)]  # the last one of a file may lack it
+            buffer = buffer[len(data) :]
+            yield Block("text", name, data, number + 1, at, (at + len(data), number + len(short)), stream.file_bytes)
+            at, number = at + len(data), number + len(short)
+        if len(short) < len(documents) or len(buffer) > LIMIT:
             document, begins = _Document(stream, buffer, separator), True
             for data, last in parts(document, tokenizer):
-                end_position = (at + len(data) + document.separator_bytes, number + 1) if last else None
-                yield Block("part", name, data, number + 1, at, end_position, stream.file_bytes, begins, last)
+                end = (at + len(data) + document.separator_bytes, number + 1) if last else None
+                yield Block("part", name, data, number + 1, at, end, stream.file_bytes, begins, last)
                 at, begins = at + len(data), False
             at, number, buffer = at + document.separator_bytes, number + 1, document.rest
+        elif not more:
+            return
 
 
 class _Document:
@@ -206,7 +207,8 @@ def _array(name: str, stream: ByteStream, start: Position) -> Iterator[Block]:
     numbers: list[int] = []
     size = 0
     for line, row, end in _elements(name, stream, start):
-        rows.append(json.dumps(row).encode() + b"\n")
+        # A JSON string holds no newline as it is, so these are white space.
+        rows.append(row.replace("\n", " ").encode("utf-8", "surrogateescape") + b"\n")
         numbers.append(line)
         size += len(rows[-1])
         if size >= BLOCK_BYTES:
@@ -216,40 +218,51 @@ def _array(name: str, stream: ByteStream, start: Position) -> Iterator[Block]:
         yield Block("rows", name, b"".join(rows), numbers[0], 0, end, stream.file_bytes, numbers=tuple(numbers))
 
 
-def _elements(name: str, stream: ByteStream, start: Position) -> Iterator[tuple[int, Any, Position]]:
-    """(line, element, position behind it): position counts bytes, and lines before it."""
+def _elements(name: str, stream: ByteStream, start: Position) -> Iterator[tuple[int, str, Position]]:
+    """(line, element as it is written, position behind it): position counts bytes, and lines before it."""
     stream.skip(start[0])
     at, line = start[0], start[1] + 1
-    text = codecs.getincrementaldecoder("utf-8")()
+    # Bytes that are not UTF-8 stay as they are, for whoever reads the row to judge.
+    text = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     decoder, buffer, size = json.JSONDecoder(), "", CHUNK_BYTES
     after = "," if start[0] else "["
     while True:
         more = stream.read(size)
-        try:
-            buffer += text.decode(more, final=not more)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{name} is not UTF-8 text behind line {line} (byte 0x{error.object[error.start]:02x}). Convert the file to UTF-8.") from None
-        position, size = 0, size * 2  # doubling keeps a row of any length linear
+        buffer += text.decode(more, final=not more)
+        position, size = 0, max(min(size * 2, LONGEST_ROW - len(buffer)), CHUNK_BYTES)  # doubling keeps a row of any length linear
         while True:
             try:
-                begin, row, end = _element(decoder, buffer, position, after)
+                begin, end = _element(decoder, buffer, position, after)
             except (ValueError, RecursionError) as error:
-                if more and not isinstance(error, RecursionError) and len(buffer) - position <= LONGEST_ROW:
+                too_deep, too_long = isinstance(error, RecursionError), len(buffer) - position > LONGEST_ROW
+                if more and not (too_deep or too_long):
                     break
-                raise UserError(f"{name}:{line} is broken JSON ({str(error)[:200]}). Mend the array; its rows cannot be skipped.") from None
+                reason = "nested too deeply" if too_deep else f"no row ends within {LONGEST_ROW >> 20} MiB" if more else str(error)[:200]
+                raise UserError(f"{name}:{line} is broken JSON ({reason}). Mend the array; its rows cannot be skipped.") from None
             line += buffer.count("\n", position, begin)
             if end < 0:
+                _check_rest(name, line, stream, buffer[begin + 1 :])
                 return
             first = line
             line += buffer.count("\n", begin, end)
-            at += len(buffer[position:end].encode())
-            yield first, row, (at, line - 1)
+            at += len(buffer[position:end].encode("utf-8", "surrogateescape"))
+            yield first, buffer[begin:end], (at, line - 1)
             position, after, size = end, ",", CHUNK_BYTES
         buffer = buffer[position:]
 
 
-def _element(decoder: json.JSONDecoder, buffer: str, position: int, after: str) -> tuple[int, Any, int]:
-    """(start, value, end) of the next element behind the mark `after`; end is -1 behind the last one. ValueError: not there (yet)."""
+def _check_rest(name: str, line: int, stream: ByteStream, text: str) -> None:
+    """What follows the array must be nothing: what would be left out without a word may be half the data."""
+    rest = text.encode("utf-8", "surrogateescape")
+    while rest.isspace() or not rest:
+        rest = stream.read(CHUNK_BYTES)
+        if not rest:
+            return
+    raise UserError(f"{name}:{line} ends its array of rows, and more follows it. Give a file with one array, or JSON Lines.")
+
+
+def _element(decoder: json.JSONDecoder, buffer: str, position: int, after: str) -> tuple[int, int]:
+    """(start, end) of the next element behind the mark `after`; end is -1 behind the last one. ValueError: not there (yet)."""
 
     def skip(at: int) -> int:
         match = SPACE.match(buffer, at)
@@ -258,16 +271,16 @@ def _element(decoder: json.JSONDecoder, buffer: str, position: int, after: str) 
     start = skip(position)
     mark = buffer[start : start + 1]
     if mark == "]" and after == ",":
-        return start, None, -1
+        return start, -1
     if mark != after:
         raise ValueError(f"{after!r} or ']' expected" if after == "," else "'[' expected")
     start = skip(start + 1)
     if after == "[" and buffer[start : start + 1] == "]":
-        return start, None, -1
-    value, end = decoder.raw_decode(buffer, start)
+        return start, -1
+    end = decoder.raw_decode(buffer, start)[1]
     if not buffer[skip(end) : skip(end) + 1]:
         raise ValueError("',' or ']' expected")  # a number could go on in the next chunk
-    return start, value, end
+    return start, end
 
 
 def _dataset(source: Source, start: Position, options: CorpusOptions, columns: Sequence[str]) -> Iterator[Block]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from consyn_jax.config import CorpusOptions
+from consyn_jax.config import CorpusOptions, UserError
 from consyn_jax.data.byte_stream import CHUNK_BYTES, ByteStream
 from consyn_jax.data.cleaning import Cleaning, clean
 from consyn_jax.data.near_duplicates import PERMUTATIONS, signature
@@ -82,10 +82,27 @@ class Result:
 
 
 @dataclass
+class _Cleaned:
+    """A segment as it is tokenised: cleaned, in parts where it is long."""
+
+    texts: list[str]
+    trained: bool
+    ends: bool
+
+
+@dataclass
 class _Document:
     number: int
-    segments: tuple[Segment, ...]
+    segments: list[_Cleaned]
     side: str | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(text for segment in self.segments for text in segment.texts)
+
+
+_Found = tuple[int, tuple[Segment, ...], str | None]
+"""Number, segments as they were found, and the side where the text does not decide it."""
 
 
 class _Fault(Exception):
@@ -114,7 +131,7 @@ class Worker:
 
     def texts(self, block: Block) -> list[tuple[str, str]]:
         """(side, text) of the documents instead, for learning a tokenizer. A fault is raised when tokens are made."""
-        return [(self._side(block, d, self._digests(d)), "".join(s.text for s in d.segments)) for d in self._documents(block, Result(Kept(*[np.zeros(0)] * 9)))]
+        return [(self._side(block, d, self._digests(d)), d.text) for d in self._documents(block, Result(Kept(*[np.zeros(0)] * 9)))]
 
     # ------------------------------------------------------------------------------------------------------------ documents
 
@@ -122,15 +139,15 @@ class Worker:
         """Those of the block that the rules about one document keep, cleaned."""
         kept = []
         try:
-            for found in self._rows(block, result) if block.kind == "rows" else self._texts(block, result):
-                cleaned = _Document(found.number, tuple(self._clean(segment, result) for segment in found.segments), found.side)
-                text = "".join(segment.text for segment in cleaned.segments)
+            for number, segments, side in self._rows(block, result) if block.kind == "rows" else self._texts(block, result):
+                found = _Document(number, [self._clean(segment, result) for segment in segments], side)
+                text = found.text
                 rule = self._rule(text) if block.begins and block.last else ""
                 if rule:
-                    result.dropped.append((rule, f"{block.name}:{found.number}", text[:EXAMPLE_CHARS]))
+                    result.dropped.append((rule, f"{block.name}:{number}", text[:EXAMPLE_CHARS]))
                 else:
-                    kept.append(cleaned)
-        except _Fault as fault:
+                    kept.append(found)
+        except (_Fault, UserError) as fault:  # the latter of a file that is gone when its line is looked up
             result.fault = str(fault)
         return kept
 
@@ -141,18 +158,31 @@ class Worker:
             return "too short"
         return "too long" if self.options.max_chars is not None and len(text) > self.options.max_chars else ""
 
-    def _clean(self, segment: Segment, result: Result) -> Segment:
-        text, counts = clean(segment.text, self._cleaning)
-        for name, count in counts.items():
-            result.changed[name] = result.changed.get(name, 0) + count
-        return segment if text is segment.text else Segment(text, segment.trained, segment.ends)
+    def _clean(self, segment: Segment, result: Result) -> _Cleaned:
+        texts = self._parts(segment.text)
+        for at, text in enumerate(texts):
+            texts[at], counts = clean(text, self._cleaning)
+            for name, count in counts.items():
+                result.changed[name] = result.changed.get(name, 0) + count
+        return _Cleaned(texts, segment.trained, segment.ends)
 
-    def _texts(self, block: Block, result: Result) -> Iterator[_Document]:
+    def _parts(self, text: str) -> list[str]:
+        """A text as it was found, cut where a file with it would be: so equal documents have equal parts, whatever they come in."""
+        if len(text) <= LIMIT // 4:  # a character has at most four bytes
+            return [text]
+        data = text.encode()
+        return [part.decode() for part, _ in parts([data], self.tokenizer)] if len(data) > LIMIT else [text]
+
+    def _texts(self, block: Block, result: Result) -> Iterator[_Found]:
         ends = separator(self.options)
-        pieces = block.data.removesuffix(ends).split(ends) if block.kind == "text" else [block.data]
+        pieces = [block.data]
+        if block.kind == "text":
+            pieces = block.data.split(ends)
+            if not pieces[-1]:
+                pieces.pop()
         at = block.offset
         for number, data in enumerate(pieces, block.first):
-            yield _Document(number, (Segment(self._decode_text(block, data, at, result)),))
+            yield number, (Segment(self._decode_text(block, data, at, result)),), None
             at += len(data) + len(ends)
 
     def _decode_text(self, block: Block, data: bytes, at: int, result: Result) -> str:
@@ -167,7 +197,7 @@ class Worker:
                 f"Convert the file to UTF-8, leave it out, or give --invalid_utf8 replace."
             ) from None
 
-    def _rows(self, block: Block, result: Result) -> Iterator[_Document]:
+    def _rows(self, block: Block, result: Result) -> Iterator[_Found]:
         keys = RowKeys() if block.name == SAMPLE else self._keys
         for at, line in enumerate(block.data.split(b"\n")):
             if not line or line.isspace():
@@ -185,16 +215,16 @@ class Worker:
                 where = cut(data, self.options.validation_fraction)
                 for side, part in ((TRAIN, data[:where]), (VALIDATION, data[where:])):
                     if part:
-                        yield _Document(number, (Segment(part.decode()),), side)
+                        yield number, (Segment(part.decode()),), side
             else:
-                yield _Document(number, segments)
+                yield number, segments, None
 
     def _parse(self, line: bytes, result: Result) -> object:
         try:
             text = line.rstrip(b"\r").decode()
         except UnicodeDecodeError as error:
             if self.options.invalid_utf8 != "replace":
-                raise BadRow(f"is not UTF-8 (byte {error.start} of the line).") from None
+                raise BadRow(f"is not UTF-8 (byte {error.start} of the row; --invalid_utf8 replace would take it).") from None
             text = _replaced(line, result)
         try:
             return json.loads(text)
@@ -210,10 +240,8 @@ class Worker:
     def _digests(self, found: _Document) -> list[bytes]:
         """The digests of a document's parts. What is trained on belongs to what it says, so it is hashed where it is not all."""
         if len(found.segments) == 1:
-            data = found.segments[0].text.encode()
-        else:
-            data = json.dumps([[s.text, s.trained, s.ends] for s in found.segments], ensure_ascii=False).encode()
-        return [digest(part) for part, _ in parts([data], self.tokenizer)] if len(data) > LIMIT else [digest(data)]
+            return [digest(text.encode()) for text in found.segments[0].texts]
+        return [digest(json.dumps([["".join(s.texts), s.trained, s.ends] for s in found.segments], ensure_ascii=False).encode())]
 
     def _side(self, block: Block, found: _Document, digests: Sequence[bytes]) -> str:
         return found.side or block.side or side_of(digests[0], self.options.validation_fraction, self.test_fraction)
@@ -221,8 +249,8 @@ class Worker:
     def _tokenise(self, block: Block, kept: list[_Document]) -> Kept:
         ids, targets, lengths = self._encode(kept, block.last)
         # A part's digest is that of the part; only the main process has seen the whole document.
-        digests = [[digest("".join(s.text for s in d.segments).encode())] if block.kind == "part" else self._digests(d) for d in kept]
-        texts = ["".join(s.text for s in d.segments) for d in kept]
+        digests = [[digest(d.text.encode())] if block.kind == "part" else self._digests(d) for d in kept]
+        texts = [d.text for d in kept]
         near = self.options.near_duplicates is not None
         return Kept(
             numbers=np.array([d.number for d in kept], np.int64),
@@ -231,42 +259,51 @@ class Worker:
             num_chars=np.array([len(text) for text in texts], np.int64),
             digests=np.frombuffer(b"".join(joined_digest(of) for of in digests), np.uint8).reshape(-1, DIGEST_BYTES),
             sides=np.array([SPLITS.index(self._side(block, d, of)) for d, of in zip(kept, digests, strict=True)], np.uint8),
-            signatures=np.array([signature(text) for text in texts] if near else [], np.uint32).reshape(-1, PERMUTATIONS),
+            signatures=np.array([self._signature(d) for d in kept] if near else [], np.uint32).reshape(-1, PERMUTATIONS),
             ids=ids,
             targets=targets,
         )
+
+    def _signature(self, found: _Document) -> np.ndarray:
+        """Of a long document the least of its parts' signatures, as where it is a file and comes in parts."""
+        texts = found.segments[0].texts if len(found.segments) == 1 else [found.text]
+        return np.minimum.reduce([signature(text) for text in texts])
 
     def _encode(self, kept: list[_Document], ended: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ids, targets, lengths) of the documents, each behind the other."""
         texts: list[str] = []
         trained: list[bool] = []
-        first, stops = [], []
+        first: list[int] = []
+        stops: set[int] = set()
         for found in kept:
             first.append(len(texts))
             for number, segment in enumerate(found.segments, 1):
-                data = segment.text.encode() if len(segment.text) > LIMIT // 4 else b""
-                texts += [part.decode() for part, _ in parts([data], self.tokenizer)] if len(data) > LIMIT else [segment.text]
+                texts += segment.texts
                 if segment.ends or (number == len(found.segments) and ended):
-                    stops.append(len(texts))
+                    stops.add(len(texts))
                     texts.append("")
                 trained += [segment.trained] * (len(texts) - len(trained))
-        ids = self._encode_texts(texts)
-        for at in stops:
-            ids[at] = [self.tokenizer.eos_token_id]
-        sizes = np.fromiter(map(len, ids), np.int64, len(ids))
-        joined = np.fromiter(chain.from_iterable(ids), self._dtype, int(sizes.sum()))
+        sizes, arrays = np.zeros(len(texts), np.int64), [np.zeros(0, self._dtype)]
+        for start, stop in _batches(texts):
+            # Lists of numbers take five times the memory of the text, so no more of them are kept than a batch.
+            ids = self.tokenizer.encode_batch(texts[start:stop])
+            for at in range(start, stop):
+                if at in stops:
+                    ids[at - start] = [self.tokenizer.eos_token_id]
+            sizes[start:stop] = list(map(len, ids))
+            arrays.append(np.fromiter(chain.from_iterable(ids), self._dtype, int(sizes[start:stop].sum())))
         targets = np.zeros(0, np.uint8) if all(trained) else np.repeat(np.array(trained, np.uint8), sizes)
-        return joined, targets, np.add.reduceat(sizes, first) if first else np.zeros(0, np.int64)
+        return np.concatenate(arrays), targets, np.add.reduceat(sizes, first) if first else np.zeros(0, np.int64)
 
-    def _encode_texts(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = []
-        start = size = 0
-        for stop, text in enumerate(texts, 1):
-            size += len(text)
-            if size >= ENCODE_BYTES or stop == len(texts):
-                ids += self.tokenizer.encode_batch(texts[start:stop])
-                start, size = stop, 0
-        return ids
+
+def _batches(texts: list[str]) -> Iterator[tuple[int, int]]:
+    """Runs of about `ENCODE_BYTES` of text."""
+    start = size = 0
+    for stop, text in enumerate(texts, 1):
+        size += len(text)
+        if size >= ENCODE_BYTES or stop == len(texts):
+            yield start, stop
+            start, size = stop, 0
 
 
 def _replaced(data: bytes, result: Result) -> str:

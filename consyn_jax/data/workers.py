@@ -30,6 +30,7 @@ from consyn_jax.data.work import Kept, Result, Worker
 from consyn_jax.tokenization import BPETokenizer
 
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from consyn_jax.data.workers import main; main()"
+_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 class Workers:
@@ -43,7 +44,14 @@ class Workers:
         self._here = Worker(options, tokenizer, test_fraction, single) if count == 0 else None
         text, bos, eos, pad = tokenizer.__reduce__()[1]
         recipe = {"options": dataclasses.asdict(options), "tokenizer": [text, bos, eos, pad], "test_fraction": test_fraction, "single": single}
-        self._processes = [_Process(recipe) for _ in range(count)]
+        self._processes: list[_Process] = []
+        try:
+            for _ in range(count):
+                self._processes.append(_Process(recipe))
+        except OSError as error:
+            for process in self._processes:
+                process.close()
+            raise UserError(f"{count} processes cannot be started: {error.strerror}. Lower --num_workers.") from error
         self._idle: SimpleQueue[_Process] = SimpleQueue()
         for process in self._processes:
             self._idle.put(process)
@@ -91,7 +99,13 @@ class _Process:
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         # -P: a file json.py in the user's directory is none of ours
         command = [sys.executable, "-P", "-c", _BOOT, package]
-        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        # Ctrl-C and the like reach the whole group. Which blocks get done is for the main process to decide, and from the child's first
+        # moment on, so it is born with these signals blocked.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._recipe: dict[str, Any] | None = recipe
 
     def work(self, block: Block) -> Result:
@@ -121,7 +135,6 @@ class _Process:
 
 def main() -> None:
     """A worker: blocks in, results out, until the input ends. The first block brings what all are worked on with."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
     incoming, outgoing = sys.stdin.buffer, sys.stdout.buffer
     worker: Worker | None = None
     while True:
@@ -144,7 +157,7 @@ def main() -> None:
         try:
             _write(outgoing, answer, [np.ascontiguousarray(array).tobytes() for array in arrays])
         except BrokenPipeError:
-            return
+            os._exit(0)  # nobody is there to whom the rest in the buffer, or a complaint about it, could be of use
 
 
 def _options(values: dict[str, Any]) -> CorpusOptions:
