@@ -228,8 +228,8 @@ def _prepared(config: RunConfig, options: CorpusOptions) -> _Data:
     if data.validation:  # every store holds the same documents
         held_out = dict(list(held_out.items())[:1])
     weights = [weight for item, weight in zip(data.data, data.data_weights, strict=True) if item in held_out]
-    validation = MixedDataset(held_out, weights, seed) if held_out else None
-    return _Data(mixed, validation, mixed.tokenizer, [*notes, _packing(data.packing, list(sources.values()))])
+    mixed_validation = MixedDataset(held_out, weights, seed) if held_out else None
+    return _Data(mixed, mixed_validation, mixed.tokenizer, [*notes, _packing(data.packing, list(sources.values()))])
 
 
 def _streamed(config: RunConfig, corpus: Growing) -> _Data:

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar, cast, runtime_checkable
 
@@ -23,6 +23,7 @@ from consyn_jax.data.order import ids_at
 from consyn_jax.data.packing import Batch
 
 Rows = slice | np.ndarray
+POLL_S = 0.2  # between two looks at whether waiting still makes sense
 In = TypeVar("In")
 Out = TypeVar("Out")
 
@@ -130,13 +131,21 @@ class prefetch(Generic[Out]):
 
     Args:
         transform: applied to each item in the thread.
+        interrupted: asked while the consumer waits; true ends the iteration there, before an item that may be long in coming.
 
     Attributes:
         wait_s: seconds that the consumer has waited for items so far.
     """
 
-    def __init__(self, iterable: Iterable[In], depth: int = 2, transform: Callable[[In], Out] | None = None) -> None:
+    def __init__(
+        self,
+        iterable: Iterable[In],
+        depth: int = 2,
+        transform: Callable[[In], Out] | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.wait_s = 0.0
+        self._interrupted = interrupted
         self._ready: SimpleQueue[Any] = SimpleQueue()
         self._free = threading.Semaphore(depth)
         self._stop = threading.Event()
@@ -154,8 +163,10 @@ class prefetch(Generic[Out]):
         if self._ended:
             raise StopIteration
         began = time.perf_counter()
-        item = self._ready.get()
-        self.wait_s += time.perf_counter() - began
+        try:
+            item = self._next_item()
+        finally:
+            self.wait_s += time.perf_counter() - began
         if isinstance(item, _End):
             self.close()
             if item.error is not None:
@@ -163,6 +174,14 @@ class prefetch(Generic[Out]):
             raise StopIteration
         self._free.release()
         return cast(Out, item)
+
+    def _next_item(self) -> Any:
+        while True:
+            try:
+                return self._ready.get(timeout=POLL_S)
+            except Empty:
+                if self._interrupted():
+                    raise StopIteration from None
 
     def close(self) -> None:
         """End the thread, waiting for the item it is at. What is ready is dropped."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
@@ -19,8 +20,7 @@ HostBatch = dict[str, np.ndarray]
 IGNORED = -100  # torch's ignore_index: labels that are no targets
 
 
-@runtime_checkable
-class Source(Protocol):
+class Source(ABC):
     """Training or evaluation data.
 
     Attributes:
@@ -34,26 +34,32 @@ class Source(Protocol):
     @property
     def sequences(self) -> int | None:
         """Sequences in an epoch; None where nobody knows."""
+        return None
 
     @property
     def tokens(self) -> int | None:
         """Real tokens in an epoch; None likewise."""
+        return None
 
     @property
     def num_bytes(self) -> int | None:
         """Bytes of the text behind them, for bits per byte; None likewise."""
+        return None
 
+    @abstractmethod
     def training(self, start_step: int, batch_size: int, accumulation: int, rows: np.ndarray) -> Iterator[HostBatch]:
         """Batches from step `start_step` on."""
 
+    @abstractmethod
     def evaluation(self, batch_size: int, rows: np.ndarray) -> Iterator[HostBatch]:
         """Everything once, in batches [b, T]."""
 
+    @abstractmethod
     def close(self) -> None:
-        """Nothing more will be asked for. Whoever waits for data gets an exception."""
+        """Nothing more will be asked for. Whoever waits for data that is still to come gets an exception."""
 
 
-class IndexedSource:
+class IndexedSource(Source):
     """Sequences in an order that is arithmetic, so that any position is reached at once.
 
     Args:
@@ -63,7 +69,7 @@ class IndexedSource:
     """
 
     def __init__(self, order: Order | None, dataset: Dataset | None, fingerprint: str, close: Callable[[], None] = lambda: None) -> None:
-        self.order, self.dataset, self.fingerprint, self.close = order, dataset, fingerprint, close
+        self.order, self.dataset, self.fingerprint, self._close = order, dataset, fingerprint, close
 
     @property
     def sequences(self) -> int | None:
@@ -87,16 +93,15 @@ class IndexedSource:
             raise UserError("A corpus that is still being prepared cannot be evaluated on as a whole. Give its FirstWindows.")
         return evaluation_batches(self.dataset, batch_size, rows)
 
+    def close(self) -> None:
+        self._close()
 
-class BatchSource:
+
+class BatchSource(Source):
     """Any iterable of batches, such as a torch DataLoader. A resume skips what was read before, since it has no positions."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
-        self.batches, self.fingerprint = batches, "batches"
-        self.order: Order | None = None
-        self.sequences: int | None = None
-        self.tokens: int | None = None
-        self.num_bytes: int | None = None
+        self.batches, self.fingerprint, self.order = batches, "batches", None
 
     def training(self, start_step: int, batch_size: int, accumulation: int, rows: np.ndarray) -> Iterator[HostBatch]:
         micro = itertools.islice(self._endless(), start_step * accumulation, None)

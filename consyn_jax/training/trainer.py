@@ -297,7 +297,7 @@ class _Training:
         self.eval_step = t._compile_eval(self.program) if t.eval_source is not None else None
         rows = local_rows(self.program.mesh, t.run.budget.batch_size)
         batches = t.train_source.training(self.progress.step, t.run.budget.batch_size, t.run.budget.gradient_accumulation_steps, rows)
-        with prefetch(batches, transform=_placer(self.program.mesh, TRAIN_AXES)) as ready:
+        with prefetch(batches, transform=_placer(self.program.mesh, TRAIN_AXES), interrupted=lambda: self.signal.received is not None) as ready:
             try:
                 return self._loop(state, train_step, ready)
             finally:  # before the thread is waited for, which may itself be waiting for data
@@ -331,6 +331,11 @@ class _Training:
                 self._interrupted()
         if pending is not None:
             self._record(pending, ready.wait_s)
+        if self.signal.received:  # while the next batch was waited for
+            self.checkpoints.wait()
+            if done not in self.checkpoints.steps():
+                self._save(state)
+            self._interrupted()
         self._event("end_of_data")
         self.console.warn(f"The data ended after {done} of {t.total_steps} steps.")
         return state

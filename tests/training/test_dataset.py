@@ -7,8 +7,9 @@ import pytest
 
 from consyn_jax.config import UserError
 from consyn_jax.data.order import sample_ids
+from consyn_jax.data.packing import WholeDocuments
 from consyn_jax.tokenization import BPETokenizer
-from consyn_jax.training.dataset import ConsynDataset, get_dataset
+from consyn_jax.training.dataset import ConsynDataset, MixedDataset, get_dataset
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +57,74 @@ def test_the_fingerprint_is_of_the_data(tokenizer: BPETokenizer, tmp_path: Path)
 
 def test_what_is_left_out_is_warned_of(tokenizer: BPETokenizer, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text")
-    (tmp_path / "b.bin").write_bytes(b"\0")
-    with pytest.warns(UserWarning, match=r"b\.bin is left out: it is binary"):
+    (tmp_path / "b.png").write_bytes(b"\0")
+    with pytest.warns(UserWarning, match=r"b\.png is left out: it is binary"):
         get_dataset(tmp_path, tokenizer, 4)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "one"}\n{"body": "two"}\n')
+    with pytest.warns(UserWarning, match="1 bad rows were left out, the first: .*rows"):
+        assert get_dataset(rows, tokenizer, 4, on_bad_rows="skip", validation_fraction=0.0).num_documents == 1
+
+
+def test_the_test_split_and_the_options_of_preparation(tokenizer: BPETokenizer, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"a": {{"b": "text number {i}"}}}}\n' for i in range(200)) + '{"a": {"b": "text number 0"}}\n')
+    options = {"text_key": "a.b", "test_fraction": 0.3, "validation_fraction": 0.2, "block_size": 16}
+    splits = {name: get_dataset(rows, tokenizer, split=name, **options) for name in ("train", "validation", "test")}
+    counts = {name: dataset.num_documents or 0 for name, dataset in splits.items()}
+    assert sum(counts.values()) == 200
+    assert counts["train"] > counts["test"] > counts["validation"] > 0
+    assert len({dataset.fingerprint for dataset in splits.values()}) == 1
+    kept = [get_dataset(rows, tokenizer, 16, text_key="a.b", validation_fraction=0.0, deduplicate=value).num_documents for value in (True, False)]
+    assert kept == [200, 201]
+
+
+def test_whole_documents(tokenizer: BPETokenizer, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"text": "{"x" * (i % 13 + 1)}{i}"}}\n' for i in range(100)))
+    dataset = get_dataset(rows, tokenizer, 20, packing="whole", validation_fraction=0.0)
+    assert isinstance(dataset.packed, WholeDocuments)
+    assert sum(int(item["loss_mask"].sum()) for item in dataset) == dataset.num_tokens
+    assert all((item["input_ids"][item["segment_ids"] > 0][:1] == tokenizer.bos_token_id).all() for item in dataset)
+
+
+# ------------------------------------------------------------------------------------------------------------------- mixtures
+
+
+def texts(path: Path, word: str, count: int) -> Path:
+    path.write_text("".join(f'{{"text": "{word} {i}"}}\n' for i in range(count)))
+    return path
+
+
+def test_a_mixture_is_trained_on_by_weight_and_evaluated_on_as_a_whole(tokenizer: BPETokenizer, tmp_path: Path) -> None:
+    sources = {name: get_dataset(texts(tmp_path / f"{name}.jsonl", name, n), tokenizer, 16, validation_fraction=0.0) for name, n in (("a", 50), ("b", 300))}
+    mixed = MixedDataset(sources, [3, 1], seed=5)
+    assert len(mixed) == len(sources["a"]) + len(sources["b"])
+    assert (mixed.num_tokens, mixed.num_bytes) == tuple(sum(getattr(d, name) for d in sources.values()) for name in ("num_tokens", "num_bytes"))
+    taken = mixed.order.at(np.arange(1000))["labels"]
+    own = {name: {row.tobytes() for row in d.packed.rows(np.arange(len(d)))["labels"]} for name, d in sources.items()}
+    assert sum(row.tobytes() in own["a"] for row in taken) == mixed.order.counts(1000)["a"] == pytest.approx(750, abs=40)
+    both = mixed.rows(np.arange(len(mixed)))
+    assert both["loss_mask"].sum() == mixed.num_tokens
+    again = MixedDataset(sources, [3.0, 1.0], seed=6)
+    assert again.fingerprint == mixed.fingerprint != MixedDataset(sources, [1, 1], seed=5).fingerprint
+    assert mixed.fingerprint != MixedDataset({"a": sources["b"], "b": sources["a"]}, [3, 1], seed=5).fingerprint
+
+
+def test_what_cannot_be_mixed(tokenizer: BPETokenizer, tmp_path: Path) -> None:
+    files = [texts(tmp_path / f"{name}.jsonl", name, 50) for name in "ab"]
+    first = get_dataset(files[0], tokenizer, 16)
+    other = BPETokenizer.train_from_iterator(["other words"], 262)
+    for second, weights, words in (
+        (get_dataset(files[1], other, 16), [1, 1], r"^a and b were made with different tokenizers"),
+        (get_dataset(files[1], tokenizer, 8), [1, 1], "sequences of 16 and 8 tokens"),
+        (get_dataset(files[1], tokenizer, 16), [1, 0], "above 0"),
+        (get_dataset(files[1], tokenizer, 16), [1], "1 weights for 2 sources"),
+    ):
+        with pytest.raises(UserError, match=words):
+            MixedDataset({"a": first, "b": second}, weights, seed=1)
+    with pytest.raises(UserError, match="at least one dataset"):
+        MixedDataset({}, [], seed=1)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +134,10 @@ def test_what_is_left_out_is_warned_of(tokenizer: BPETokenizer, tmp_path: Path) 
         ({"split": "validation", "validation_fraction": 0.0}, "The split 'validation' of sample has no documents"),
         ({"block_size": 0}, "block_size must be at least 1"),
         ({"dataset_type": "jsonl"}, "--data sample is text, not JSON rows"),
+        ({"packing": "hole"}, r"packing 'hole' is not known; did you mean whole\?"),
+        ({"txt_key": "a"}, r"txt_key is not an option of get_dataset; did you mean text_key\?"),
+        ({"output": "a"}, r"output is not an option of get_dataset"),
+        ({"near_duplicates": 0.1}, "similarity from 0.5 to 1"),
     ],
 )
 def test_mistakes(tokenizer: BPETokenizer, options: dict[str, object], message: str) -> None:

@@ -8,8 +8,10 @@ from torch.utils.data import DataLoader
 
 from consyn_jax.config import UserError
 from consyn_jax.data.packing import PackedDataset, memory_split
+from consyn_jax.data.shards import StoreSplit
+from consyn_jax.data.streaming import FirstWindows, Streamed
 from consyn_jax.tokenization import BPETokenizer
-from consyn_jax.training.dataset import get_dataset
+from consyn_jax.training.dataset import MixedDataset, get_dataset
 from consyn_jax.training.inputs import Source, as_source, complete
 
 IDS = np.arange(20).reshape(2, 10) + 30
@@ -106,6 +108,46 @@ def test_a_dataset_brings_its_order_and_its_bytes() -> None:
     assert source.fingerprint == dataset.fingerprint
     first = next(source.training(0, 4, 1, ALL))
     np.testing.assert_array_equal(first["labels"][0], [dataset[i]["labels"] for i in range(4)])
+
+
+def test_a_mixture_is_trained_on_in_its_order_and_evaluated_on_as_a_whole() -> None:
+    dataset = get_dataset("sample", BPETokenizer.bytes(), block_size=64)
+    mixed = MixedDataset({"a": dataset, "b": dataset}, [1, 2], seed=3)
+    source = source_of(mixed)
+    assert (source.sequences, source.tokens, source.num_bytes) == (2 * len(dataset), 2 * dataset.num_tokens, 2 * dataset.num_bytes)
+    assert source.fingerprint == mixed.fingerprint
+    np.testing.assert_array_equal(next(source.training(2, 4, 3, ALL))["labels"].reshape(12, 64), mixed.order.at(np.arange(24, 36))["labels"])
+    assert sum(int(batch["loss_mask"].sum()) for batch in source.evaluation(4, ALL)) == mixed.num_tokens
+
+
+class Growing:
+    """A corpus that is complete."""
+
+    tokenizer, key, closed = BPETokenizer.bytes(), "content", False
+
+    def split(self, name: str, tokens: int | None) -> tuple[StoreSplit, bool]:
+        return memory_split([np.arange(3, 100)], 2) if name == "train" else StoreSplit([]), True
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_growing_corpus_has_an_order_and_no_length() -> None:
+    corpus = Growing()
+    source, held_out = source_of(Streamed(corpus, 8, seed=1)), source_of(FirstWindows(corpus, 8))
+    assert (source.sequences, source.tokens, source.num_bytes) == (None, None, None)
+    assert source.fingerprint == held_out.fingerprint == "stream:content"
+    assert next(source.training(1, 4, 2, ALL))["labels"].shape == (2, 4, 8)
+    assert held_out.sequences == 0
+    assert list(held_out.evaluation(4, ALL)) == []
+    with pytest.raises(UserError, match="Give its FirstWindows"):
+        source.evaluation(4, ALL)
+    with pytest.raises(UserError, match="there only to evaluate on"):
+        held_out.training(0, 4, 1, ALL)
+    held_out.close()
+    assert not corpus.closed
+    source.close()
+    assert corpus.closed
 
 
 def test_token_lists_are_documents() -> None:
