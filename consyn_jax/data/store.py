@@ -36,7 +36,7 @@ from consyn_jax.tokenization import BPETokenizer, load_tokenizer
 
 FORMAT = "consyn token store"
 VERSION = 1
-SHARD_TOKENS = 1 << 26
+SHARD_TOKENS = 1 << 24
 _SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
