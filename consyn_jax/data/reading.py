@@ -25,7 +25,7 @@ from consyn_jax.tokenization import BPETokenizer
 BLOCK_BYTES = 1 << 20
 # A row is parsed in one piece. No corpus for a language model has one of this size; a file without line ends may.
 LONGEST_ROW = 64 << 20
-SPACE = re.compile(r"[ \t\r\n]*")
+SPACE, BETWEEN = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n]*[,\[]?[ \t\r\n]*")
 
 Position = tuple[int, int]
 """Bytes of the decompressed file (rows of a Hugging Face dataset), and documents or lines, before the place."""
@@ -238,6 +238,7 @@ def _elements(name: str, stream: ByteStream, start: Position) -> Iterator[tuple[
                 if more and not (too_deep or too_long):
                     break
                 reason = "nested too deeply" if too_deep else f"no row ends within {LONGEST_ROW >> 20} MiB" if more else str(error)[:200]
+                line += buffer[position : BETWEEN.match(buffer, position).end()].count("\n")  # type: ignore[union-attr]
                 raise UserError(f"{name}:{line} is broken JSON ({reason}). Mend the array; its rows cannot be skipped.") from None
             line += buffer.count("\n", position, begin)
             if end < 0:
