@@ -186,7 +186,8 @@ def _read_run(file: Path) -> dict[str, Any]:
 
 def compare(old: dict[str, Any], config: RunConfig, derived: dict[str, Any] | None) -> list[str]:
     """What differs, in words, between the run of config.yaml `old` and this one; only what changes the mathematics counts."""
-    new = flat(config)
+    # YAML has no tuples
+    new = {name: list(value) if isinstance(value, tuple) else value for name, value in flat(config).items()}
     differences = [f"--{name} was {old.get(name)} and is {new[name]}" for name, f in flags().items() if f.math and name in old and old[name] != new[name]]
     if derived is None:
         return differences
