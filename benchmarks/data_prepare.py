@@ -235,14 +235,14 @@ def main() -> None:
     arguments = parser.parse_args()
     pages = read(arguments.data, arguments.bytes)
     print(f"{num_bytes(pages):,} bytes, {len(pages):,} pages", flush=True)
+    machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load_before": os.getloadavg()[0]}
+    versions = {"python": platform.python_version(), "tokenizers": tokenizers.__version__}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     with tempfile.TemporaryDirectory(dir=arguments.work) as directory:
         results = race(pages, arguments.rounds, Path(directory))
     summary = judge(results)
     print(json.dumps(summary, indent=2))
     if arguments.out:
-        machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load_1min": os.getloadavg()[0]}
-        versions = {"python": platform.python_version(), "tokenizers": tokenizers.__version__}
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
         record = {**machine, **versions, "commit": commit, "date": time.strftime("%Y-%m-%d"), "pages": len(pages), **summary, "runs": results}
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
