@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,4 +73,5 @@ class FileDigests:
             fresh.write_text(json.dumps(dict(list(entries.items())[-MOST:])))
             fresh.rename(self._place)
         except OSError:  # it is only there to save time
-            fresh.unlink(missing_ok=True)
+            with suppress(OSError):
+                fresh.unlink()

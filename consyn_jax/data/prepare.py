@@ -31,7 +31,7 @@ from consyn_jax.data.near_duplicates import NearDuplicates
 from consyn_jax.data.parts import PART_BYTES
 from consyn_jax.data.raw_tokens import RawTokens
 from consyn_jax.data.reading import START, Block, Position, blocks
-from consyn_jax.data.report import EXAMPLE_CHARS, EXAMPLES, Report
+from consyn_jax.data.report import CHANGES, EXAMPLE_CHARS, EXAMPLES, RULES, Report
 from consyn_jax.data.report_page import write_page
 from consyn_jax.data.seen import Seen
 from consyn_jax.data.shards import MANIFEST, StoreSplit
@@ -371,6 +371,7 @@ def _build(job: _Job, key: str, directory: Path, *, in_cache: bool, publish: Cal
             preparation = _Preparation(job, key, directory, single, journal)
             preparation.run(publish)
             if preparation.is_one_row:
+                (work / JOURNAL).unlink(missing_ok=True)  # it speaks of files that are now made anew
                 preparation = _Preparation(job, key, directory, True, None)
                 preparation.run(publish)
             preparation.finish()
@@ -399,7 +400,10 @@ def _is_done(directory: Path, key: str, in_cache: bool) -> bool:
         return True
     if not in_cache:
         raise UserError(f"{directory} holds a token store of other data or made by other rules. Give another --output, or delete it with --overwrite.")
-    (directory / MANIFEST).unlink(missing_ok=True)
+    try:
+        (directory / MANIFEST).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory} is damaged and cannot be written: {error.strerror}. Set CONSYN_CACHE to a directory with room.") from error
     return False
 
 
@@ -415,7 +419,13 @@ def _check_output(directory: Path) -> None:
 def _locked(work: Path, wait: bool) -> Iterator[None]:
     """Keeps other processes from preparing the same store. The kernel lets go of it however this process ends."""
     while True:
-        lock = os.open(work / "lock", os.O_RDWR | os.O_CREAT)
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            lock = os.open(work / "lock", os.O_RDWR | os.O_CREAT)
+        except FileNotFoundError:
+            continue  # whoever held it has finished and removed it just now
+        except OSError as error:
+            raise UserError(f"{work.parent} cannot be written: {error.strerror}. Make room, or choose another place.") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -424,8 +434,7 @@ def _locked(work: Path, wait: bool) -> Iterator[None]:
         with suppress(FileNotFoundError):
             if os.fstat(lock).st_ino == (work / "lock").stat().st_ino:
                 break
-        os.close(lock)  # whoever held it has finished and removed it
-        work.mkdir(parents=True, exist_ok=True)
+        os.close(lock)  # likewise
     try:
         yield
     finally:
@@ -435,11 +444,16 @@ def _locked(work: Path, wait: bool) -> Iterator[None]:
 def _read_journal(path: Path, key: str, in_cache: bool) -> dict[str, Any] | None:
     try:
         journal = json.loads(path.read_bytes())
+        found = journal["key"]
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        if in_cache:
+            return None
         raise UserError(f"{path} is damaged. Delete {path.parent.parent} and prepare the data again.") from error
-    if journal["key"] == key:
+    if found == key:
         return dict(journal)
     if in_cache:
         return None
@@ -455,6 +469,7 @@ class _Long:
     beginning: str
     digests: list[bytes] = dataclasses.field(default_factory=list)
     signature: np.ndarray | None = None
+    is_blank: bool = True
     num_bytes: int = 0
     num_chars: int = 0
     num_tokens: int = 0
@@ -484,8 +499,15 @@ class _Preparation:
         else:
             self.tokenizer = job.tokenizer
         self.writer = TokenStoreWriter(directory, self.tokenizer, state=state)
-        self.seen = Seen(self.work / "digests", seen) if options.deduplicate else None
-        self.near = None if options.near_duplicates is None else NearDuplicates(self.work / "signatures", options.near_duplicates, near)
+        try:
+            self.seen = Seen(self.work / "digests", seen) if options.deduplicate else None
+            self.near = None if options.near_duplicates is None else NearDuplicates(self.work / "signatures", options.near_duplicates, near)
+        except OSError as error:
+            self.writer.close()
+            raise self._unwritable(error) from error
+        except ValueError as error:
+            self.writer.close()
+            raise UserError(f"{self.work} is damaged. Delete {directory} and prepare the data again.") from error
         self.long: _Long | None = None
         self.told = time.monotonic()
 
@@ -508,15 +530,16 @@ class _Preparation:
                     if block.end is not None:
                         self.index, self.position = index, block.end
                         self._document_end(publish)
-        except OSError as error:
-            raise self._unwritable(error) from error
-        except BaseException:
+        except BaseException as error:
             self.writer.close()
+            if isinstance(error, OSError):
+                raise self._unwritable(error) from error
             raise
         finally:
             for index in (self.seen, self.near):
                 if index is not None:
-                    index.close()
+                    with suppress(OSError):  # what cannot be written any more has not counted yet
+                        index.close()
         self.report.file_bytes = sizes[-1]
 
     def finish(self) -> None:
@@ -527,7 +550,13 @@ class _Preparation:
             self.writer.abandon()
             names = ", ".join(source.name for source in self.job.sources[:3])
             raise UserError(f"There is no text left of {names}: {left}. Give other --data, or other rules.")
+        if _key(dataclasses.replace(self.job, tell=lambda stage, done, total: None)) != self.key:
+            self.writer.abandon()
+            raise UserError(f"The files of --data changed while {self.directory} was made of them. Leave them alone, and run the same command again.")
         report.splits = {split: dict(sorted(counts.items())) for split, counts in self.writer.totals.items()}
+        # In which order rules first applied depends on where blocks ended, which is another place after going on.
+        for name, order in (("dropped", RULES), ("examples", RULES), ("changed", CHANGES)):
+            setattr(report, name, dict(sorted(getattr(report, name).items(), key=lambda item: order.index(item[0]))))
         for name in ("document_bytes", "document_tokens"):
             setattr(report, name, dict(sorted(getattr(report, name).items(), key=lambda item: int(item[0]))))
         try:
@@ -535,6 +564,7 @@ class _Preparation:
         except OSError as error:
             raise self._unwritable(error) from error
         text = json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False) + "\n"
+        text = text.encode("utf-8", "backslashreplace").decode()  # names of files need not be UTF-8
         self.writer.finish({REPORT: text}, {"key": self.key})
         shutil.rmtree(self.work, ignore_errors=True)
 
@@ -560,7 +590,7 @@ class _Preparation:
             report.drop(rule, place, text)
         report.change(result.changed)
         if not (block.begins and block.last):
-            self._take_part(index, block, kept)
+            self._take_part(index, block, kept, result.is_blank)
             return
         keep = np.ones(len(kept.numbers), bool)
         if self.seen is not None:
@@ -589,7 +619,7 @@ class _Preparation:
             wanted = len(self.report.examples.get(rule, [])) < EXAMPLES
             self.report.drop(rule, f"{block.name}:{kept.numbers[at]}", self.tokenizer.decode(ids.tolist()) if wanted else "")
 
-    def _take_part(self, index: int, block: Block, kept: Kept) -> None:
+    def _take_part(self, index: int, block: Block, kept: Kept, is_blank: bool) -> None:
         """A part of a long document. Whether the document is kept is known at its end."""
         digest = kept.digests[0].tobytes()
         if block.begins:
@@ -598,6 +628,7 @@ class _Preparation:
         long = self.long
         assert long is not None
         long.digests.append(digest)
+        long.is_blank = long.is_blank and is_blank
         long.num_bytes += int(kept.num_bytes[0])
         long.num_chars += int(kept.num_chars[0])
         long.num_tokens += len(kept.ids)
@@ -618,7 +649,11 @@ class _Preparation:
         self.report.sources[index]["kept"] += not rule
 
     def _rule(self, long: _Long) -> str:
-        most = self.job.options.max_chars
+        least, most = self.job.options.min_chars, self.job.options.max_chars
+        if long.is_blank:
+            return "empty"
+        if long.num_chars < least:
+            return "too short"
         if most is not None and long.num_chars > most:
             return "too long"
         if self.seen is not None:
@@ -663,8 +698,12 @@ def _learn(job: _Job, single: bool) -> BPETokenizer:
         told, before, total = -1, [0], job.num_bytes
         for source in job.sources:
             before.append(before[-1] + source.num_bytes)
+        long = TRAIN
         for index, block in job.blocks(0, START, plain, single):
-            yield from (text for side, text in worker.texts(block) if side == TRAIN)
+            for side, text in worker.texts(block):
+                long = side if block.begins else long  # the first part of a document decides for all
+                if long == TRAIN:
+                    yield text
             done = before[index] + block.file_bytes
             if 100 * done // max(total, 1) > told:
                 told = 100 * done // max(total, 1)

@@ -48,7 +48,10 @@ class Source:
         """Size on disk, for progress; the sample counts its text, and a dataset that is not there yet nothing."""
         if self.kind == SAMPLE:
             return sum(len(text.encode()) for text in sample_texts())
-        return huggingface.size(self.name) if self.kind == "huggingface" else Path(self.name).stat().st_size
+        try:
+            return huggingface.size(self.name) if self.kind == "huggingface" else Path(self.name).stat().st_size
+        except OSError as error:
+            raise UserError(f"{self.name} cannot be read: {error.strerror}. Leave the data alone while it is prepared.") from error
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -218,12 +221,13 @@ def _look_at_content(path: Path, dataset_type: str, invalid_utf8: str) -> tuple[
     except UserError as error:  # names the file, which what is found does not
         return "", str(error).removeprefix(f"{path} ").split(". ")[0].rstrip(".")
     fault = binary_fault(head, complete=len(head) < HEAD_BYTES)
-    if not head or (fault and (invalid_utf8 != "replace" or b"\0" in head)):
-        return "", fault or "is empty"
     suffix = Path(path.stem).suffix if path.suffix.lower() in COMPRESSED_SUFFIXES else path.suffix
-    if dataset_type == "jsonl" and head.lstrip()[:1] in (b"{", b"["):
-        return "jsonl", ""
-    return _kind(suffix.lower(), head)
+    is_rows = dataset_type == "jsonl" and head.lstrip()[:1] in (b"{", b"[")
+    kind, found = ("jsonl", "") if is_rows else _kind(suffix.lower(), head)
+    # Of rows, those that are not UTF-8 can be left out one by one.
+    if not head or b"\0" in head or (fault and invalid_utf8 != "replace" and kind != "jsonl"):
+        return "", fault or "is empty"
+    return kind, found
 
 
 def is_array(path: Path) -> bool:

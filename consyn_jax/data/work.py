@@ -68,12 +68,14 @@ class Result:
         dropped: (rule, place, beginning of the text) of each document that was left out.
         changed: as in `Report`.
         fault: what stops the preparation, a message with the place; "" for nothing.
+        is_blank: there is nothing but white space.
     """
 
     kept: Kept
     dropped: list[tuple[str, str, str]] = field(default_factory=list)
     changed: dict[str, int] = field(default_factory=dict)
     fault: str = ""
+    is_blank: bool = False
 
     @property
     def documents(self) -> int:
@@ -127,6 +129,7 @@ class Worker:
         result = Result(Kept(*[np.zeros(0)] * 9))
         kept = self._documents(block, result)
         result.kept = self._tokenise(block, kept)
+        result.is_blank = all(not d.text or d.text.isspace() for d in kept)
         return result
 
     def texts(self, block: Block) -> list[tuple[str, str]]:

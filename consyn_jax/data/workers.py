@@ -122,7 +122,7 @@ class _Process:
                 f"A process that tokenises was killed by signal {-code}, as happens when memory runs out. Lower --num_workers, and run the command again."
             ) from error
         arrays = [np.frombuffer(data, kind).reshape(shape) for data, (kind, shape) in zip(buffers, head["arrays"], strict=True)]
-        return Result(Kept(*arrays), [(rule, place, text) for rule, place, text in head["dropped"]], head["changed"], head["fault"])
+        return Result(Kept(*arrays), [(rule, place, text) for rule, place, text in head["dropped"]], head["changed"], head["fault"], head["is_blank"])
 
     def close(self) -> None:
         self._child.kill()
@@ -153,6 +153,7 @@ def main() -> None:
             "dropped": result.dropped,
             "changed": result.changed,
             "fault": result.fault,
+            "is_blank": result.is_blank,
         }
         try:
             _write(outgoing, answer, [np.ascontiguousarray(array).tobytes() for array in arrays])
