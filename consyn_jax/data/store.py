@@ -283,7 +283,10 @@ class _ShardWriter:
         return [self._paths[kind] for kind in self._files]
 
     def _open(self, kind: str, size: int) -> BufferedRandom:
-        file = self._paths[kind].open("r+b" if size else "w+b")
+        path = self._paths[kind]
+        if size and (not path.is_file() or path.stat().st_size < size):  # it would be filled up with zeros
+            raise UserError(f"{path} is not what the preparation that was interrupted had made. {AGAIN}")
+        file = path.open("r+b" if size else "w+b")
         file.truncate(size)
         file.seek(size)
         return file

@@ -225,8 +225,10 @@ class BPETokenizer:
             "clean_up_tokenization_spaces": False,
             "split_special_tokens": True,
         }
-        (directory / "tokenizer.json").write_text(self.to_json(), encoding="utf-8")
-        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for name, text in (("tokenizer.json", self.to_json()), ("tokenizer_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")):
+            fresh = directory / f".{name}.new"  # a preparation may be killed here and go on with what it finds
+            fresh.write_text(text, encoding="utf-8")
+            fresh.replace(directory / name)
 
 
 def load_tokenizer(spec: str) -> BPETokenizer:
