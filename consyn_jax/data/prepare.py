@@ -546,10 +546,12 @@ class _Preparation:
         """Make it a store."""
         report = self.report
         if not report.kept:
-            left = ", ".join(f"{count:,} {rule}" for rule, count in report.dropped.items()) or "nothing but white space"
             self.writer.abandon()
             names = ", ".join(source.name for source in self.job.sources[:3])
-            raise UserError(f"There is no text left of {names}: {left}. Give other --data, or other rules.")
+            if not report.dropped.keys() - {"empty"}:
+                raise UserError(f"There is no text in {names}: nothing but white space. Give other --data.")
+            left = ", ".join(f"{count:,} {rule}" for rule, count in report.dropped.items())
+            raise UserError(f"Nothing is left of the {report.documents:,} documents in {names}: {left}. Give other --data, or other rules.")
         if _key(dataclasses.replace(self.job, tell=lambda stage, done, total: None)) != self.key:
             self.writer.abandon()
             raise UserError(f"The files of --data changed while {self.directory} was made of them. Leave them alone, and run the same command again.")

@@ -51,7 +51,8 @@ class Report:
         self.dropped[rule] = self.dropped.get(rule, 0) + 1
         shown = self.examples.setdefault(rule, [])
         if len(shown) < EXAMPLES:
-            shown.append(f"{place}: {text[:EXAMPLE_CHARS]}")
+            # what is said of a bad row goes on from its place; any other text is a quotation
+            shown.append(f"{place} {text}" if rule == "bad row" else f"{place}: {text[:EXAMPLE_CHARS]}")
 
     def change(self, counts: Mapping[str, int]) -> None:
         """Add to `changed`."""

@@ -166,7 +166,7 @@ def _look_into(name: str, dataset_type: str, invalid_utf8: str) -> Iterator[tupl
     else:
         kind, found = look(path, dataset_type, invalid_utf8)
         if not kind:
-            raise UserError(f"{name} {found}. Give {USABLE}, or the fitting --dataset_type.")
+            raise UserError(f"{name} {found}. Give {USABLE}.")
         yield Source(name, kind), ""
 
 

@@ -142,6 +142,11 @@ class Console:
         """A warning that stands out; shown with `quiet` too."""
         self._line(f"warning: {_visible(text)}", "bold yellow")
 
+    def note(self, text: str) -> None:
+        """Something that happened as it should."""
+        if not self._quiet:
+            self._line(_visible(text), "dim")
+
     def sample(self, text: str, title: str = "sample") -> None:
         """A text that the model wrote. Control characters are made visible: a model may have learned any."""
         if self._quiet:

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from consyn_jax.cli.train import main
-from consyn_jax.config import resolve
+from consyn_jax.config import CorpusOptions, resolve
 from consyn_jax.data.prepare import prepare
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.run_directory import open_run_directory
@@ -81,18 +81,18 @@ def refused(argv: list[str], capfd: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--data god.txt", "god.txt in --data does not exist; did you mean good.txt? Give a file, a directory, a glob or 'sample'."),
+        ("--data god.txt", "god.txt in --data does not exist; did you mean good.txt? Give a file, a directory, a glob, owner/name of a dataset, or 'sample'."),
         ("--data no/*.txt", "The pattern no/*.txt in --data matches no file."),
-        ("--data empty.txt", "empty.txt is empty. Give UTF-8 text"),
+        ("--data empty.txt", "empty.txt is empty. Give text, JSON rows, a Hugging Face dataset or tokens."),
         ("--data blank.txt", "There is no text in blank.txt: nothing but white space. Give other --data."),
         ("--data binary.txt", "binary.txt is binary: byte 3 is NUL."),
         ("--data latin1.txt", "latin1.txt is not UTF-8 text: byte 0 (line 1) is 0xe9."),
         ("--data nothing", "Nothing in the directory nothing can be used: it holds no files."),
         ("--data dir", "Nothing in the directory dir can be used: image.png is binary: byte 4 is NUL."),
         ("--data broken.jsonl", "broken.jsonl:2 is broken JSON (Expecting ',' delimiter, column 13). Mend the row, or give --on_bad_rows skip."),
-        ("--data other.jsonl", "other.jsonl:1 has no key 'text'; its keys are 'body', 'id' (--text_key chooses)."),
+        ("--data other.jsonl", "other.jsonl:1 has no key 'text'; its keys are 'body', 'id' (--text_key, --prompt_key, --completion_key or --messages_key chooses)."),
         ("--data good.txt --dataset_type jsonl", "good.txt holds text, not JSON rows as --dataset_type jsonl wants."),
-        ("--data good.txt --dataset_type sharded", "good.txt is not a token store: there is no manifest.json in it."),
+        ("--data good.txt --dataset_type sharded", "good.txt holds text, not tokens as --dataset_type sharded wants."),
         ("--data good.txt --validation valid.txt", "valid.txt in --validation does not exist"),
         ("--data good.txt --validation good.txt", "--validation names all of --data, so nothing is left to train on."),
         ("--batch_size 6", "--batch_size 6 does not divide over 8 devices (data x fsdp). Use 8."),
@@ -150,7 +150,7 @@ def test_a_checkpoint_that_does_not_fit(flags: str, message: str, capfd: pytest.
 
 
 def test_the_tokenizer_of_a_store_must_fit_the_checkpoint(capfd: pytest.CaptureFixture[str]) -> None:
-    made = prepare("good.txt", "default").store.directory
+    made = prepare(CorpusOptions(data=("good.txt",))).store.directory
     assert "The tokenizer has 49,152 tokens, and --checkpoint llama a vocabulary of 300." in refused(
         ["--checkpoint", "llama", "--max_tokens", "32", "--quiet", "--data", str(made)], capfd
     )

@@ -154,7 +154,7 @@ def test_skipped_rows_are_reported_from_the_cache_too(tmp_path: Path) -> None:
         report = prepare(str(file), "bytes", on_bad_rows="skip").report
         assert report.dropped == {"bad row": 1}
         assert "a.jsonl:21" in report.examples["bad row"][0]
-    with pytest.raises(UserError, match=r"a\.jsonl:21: is broken JSON"):  # the store is there, but it was not asked for
+    with pytest.raises(UserError, match=r"a\.jsonl:21 is broken JSON"):  # the store is there, but it was not asked for
         prepare(str(file), "bytes")
 
 
@@ -169,7 +169,7 @@ def test_a_failed_preparation_leaves_nothing(tmp_path: Path, empty_cache: Path) 
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
-        ("  \n\n", {}, "There is no text left of .*a.txt: 2 empty"),
+        ("  \n\n", {}, "There is no text in .*a.txt: nothing but white space"),
         ("é", {"validation_fraction": 0.6}, "none is left to train on"),
     ],
 )

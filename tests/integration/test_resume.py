@@ -128,7 +128,7 @@ def test_a_signal_while_data_is_prepared_leaves_nothing_half_made(home: Path, tm
     flags = ["--model", "haiku", "--data", tmp_path / "large.jsonl", "--tokenizer", "bytes", "--output", tmp_path / "run", "--max_tokens", "32"]
     with start(flags, **env) as running:
         deadline = time.monotonic() + 120
-        while running.poll() is None and time.monotonic() < deadline and not list(tmp_path.glob("cache/stores/.*.tmp/*.tokens")):
+        while running.poll() is None and time.monotonic() < deadline and not list(tmp_path.glob("cache/stores/*/*.tokens")):
             time.sleep(0.005)
         running.send_signal(signal.SIGTERM)
         _, said = running.communicate(timeout=120)
