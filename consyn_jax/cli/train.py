@@ -248,21 +248,11 @@ def _streamed(config: RunConfig, corpus: Growing) -> _Data:
 
 def _prepare(config: RunConfig, options: CorpusOptions) -> Prepared:
     """A token store, with a progress bar while it is made."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
+    from consyn_jax.cli.progress import Bar
     from consyn_jax.data.prepare import prepare
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=config.logging.quiet or not sys.stderr.isatty()) as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        return prepare(options, progress=progress)
+    with Bar(quiet=config.logging.quiet) as bar:
+        return prepare(options, progress=bar)
 
 
 def _model(config: RunConfig, base: ModelConfig | None, stored: ModelConfig | None, weights: Path | None, tokenizer: BPETokenizer) -> ModelSource:

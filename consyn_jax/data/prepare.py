@@ -90,6 +90,7 @@ class _Job:
     test_fraction: float
     tokenizer: BPETokenizer | str
     tell: Progress
+    streaming: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -107,7 +108,7 @@ class _Job:
         for number in range(index, len(self.sources)):
             source = self.sources[number]
             held_out = number >= len(self.sources) - self.num_validation
-            for block in blocks(source, position, self.options, tokenizer, single=single, columns=columns):
+            for block in blocks(source, position, self.options, tokenizer, single=single, columns=columns, streaming=self.streaming):
                 yield number, dataclasses.replace(block, side=VALIDATION) if held_out else block
             position = START
 
@@ -230,7 +231,7 @@ def start(options: CorpusOptions, tokenizer: BPETokenizer | None = None, *, prog
     corpus, held_out = _find(options)
     if corpus.sources[0].kind == "sharded":
         raise UserError(f"--data {corpus.sources[0].name} is tokenised already, so there is nothing to stream. Leave --streaming out.")
-    job = _job(corpus, held_out, options, tokenizer, 0.0, progress)
+    job = dataclasses.replace(_job(corpus, held_out, options, tokenizer, 0.0, progress), streaming=True)
     key = _key(job)
     assert isinstance(job.tokenizer, BPETokenizer)
     return Growing(job, key, job.tokenizer, cache_directory() / "stores" / key)

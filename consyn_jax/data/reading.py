@@ -61,12 +61,15 @@ class Block:
     numbers: tuple[int, ...] = ()
 
 
-def blocks(source: Source, start: Position, options: CorpusOptions, tokenizer: BPETokenizer, *, single: bool, columns: Sequence[str]) -> Iterator[Block]:
+def blocks(
+    source: Source, start: Position, options: CorpusOptions, tokenizer: BPETokenizer, *, single: bool, columns: Sequence[str], streaming: bool = False
+) -> Iterator[Block]:
     """The blocks of one source from `start` on.
 
     Args:
         single: the whole corpus is one document, which is cut by position: `validation_fraction` of its bytes are held out.
         columns: what is read of a Hugging Face dataset.
+        streaming: a dataset of the Hub is read over the network, and not downloaded first.
 
     Raises:
         UserError: naming the file and what is wrong with it.
@@ -76,7 +79,7 @@ def blocks(source: Source, start: Position, options: CorpusOptions, tokenizer: B
         lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
         yield Block("rows", source.name, lines, start[1] + 1, 0, (0, start[1] + len(texts)), source.num_bytes)
     elif source.kind == "huggingface":
-        yield from _dataset(source, start, options, columns)
+        yield from _dataset(source, start, columns, streaming)
     else:
         with ByteStream(Path(source.name)) as stream:
             if source.kind == "jsonl":
@@ -284,10 +287,9 @@ def _element(decoder: json.JSONDecoder, buffer: str, position: int, after: str) 
     return start, end
 
 
-def _dataset(source: Source, start: Position, options: CorpusOptions, columns: Sequence[str]) -> Iterator[Block]:
+def _dataset(source: Source, start: Position, columns: Sequence[str], streaming: bool) -> Iterator[Block]:
     """Rows of a Hugging Face dataset, written as the JSON Lines that they would be."""
     number = start[1]
-    streaming = getattr(options, "streaming", False)  # consyn-prepare has no such flag
     for batch in huggingface.rows(source.name, start[0], columns, streaming=streaming):
         lines = b"".join(json.dumps(row, default=str).encode() + b"\n" for row in batch.rows)
         numbers = tuple(range(number + 1, number + len(batch.rows) + 1))

@@ -130,7 +130,10 @@ def _expand(name: str, dataset_type: str, flag: str) -> list[str | Source]:
             raise UserError(f"The pattern {name} in --{flag} matches no file. Check it, or quote it if the shell should not expand it.")
         return list(found)
     if _may_be_on_hub(name, dataset_type):
-        return [Source(huggingface.identity(name), "huggingface")]
+        try:
+            return [Source(huggingface.identity(name), "huggingface")]
+        except UserError as error:
+            raise UserError(f"{name} in --{flag} is no path here. As a dataset of the Hugging Face Hub: {error}") from error
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     raise UserError(f"{name} in --{flag} does not exist{nearest(path.name, siblings)} Give a file, a directory, a glob, owner/name of a dataset, or 'sample'.")
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from consyn_jax.cli.prepare import Bar, main
+from consyn_jax.cli.prepare import main
+from consyn_jax.cli.progress import Bar
 
 TINY = ["--tokenizer", "bytes", "--num_workers", "1", "--output", "tokens"]
 
