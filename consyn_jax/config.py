@@ -186,18 +186,39 @@ class BudgetOptions:
     seed: int = flag(42, "fixes initial weights, data order and everything drawn", math=True)
 
 
+OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd", "schedule_free_adamw")
+SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "wsd", "cosine_with_restarts", "inverse_sqrt", "polynomial", "plateau")
+DECAY_SHAPES = ("linear", "cosine", "sqrt")
+MOMENTUM = {"sgd": 0.9, "muon": 0.95, "adafactor": 0.0}  # where --momentum is not given; the other rules have --beta1
+PARAMETER_GROUPS = ("embedding", "head", "attention", "mlp", "norms")
+
+
 @dataclass(frozen=True)
 class OptimizerOptions:
-    optimizer: str = flag("adamw", "update rule", choices=("adamw",), math=True)
-    lr: float | None = flag(None, "peak learning rate (by model)", aliases=("learning_rate",), math=True)
-    weight_decay: float | None = flag(None, "decoupled decay of the matrices; norms have none (by model)", math=True)
-    beta1: float = flag(0.9, "decay of the first moment", math=True)
-    beta2: float | None = flag(None, "decay of the second moment (by model)", math=True)
+    optimizer: str = flag("adamw", "update rule; muon is for the matrices inside the blocks, with adamw for the rest", choices=OPTIMIZERS, math=True)
+    lr: float | None = flag(None, "peak learning rate (by model; a fifth of that for lion)", aliases=("learning_rate",), math=True)
+    lr_multipliers: str | None = flag(
+        None, "rates of groups of parameters as multiples of --lr; the groups are embedding, head, attention, mlp and norms (1 for all)", math=True
+    )
+    weight_decay: float | None = flag(None, "decoupled decay of the matrices; norms have none (by model; five times that for lion)", math=True)
+    beta1: float = flag(0.9, "decay of the first moment (adamw, lion); share of the average in schedule_free_adamw", math=True)
+    beta2: float | None = flag(None, "decay of the second moment (by model; 0.99 for lion)", math=True)
+    eps: float = flag(1e-8, "added to the root of the second moment", math=True)
+    momentum: float | None = flag(None, "decay of the momentum of sgd, muon and adafactor (0.9, 0.95, none)", math=True)
+    moment_dtype: str = flag("float32", "moments and momentum are kept in this type", choices=("float32", "bfloat16"), math=True)
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this global norm; 0 leaves them", math=True)
-    scheduler: str = flag("cosine", "shape of the learning rate", choices=("cosine", "linear", "constant", "constant_with_warmup", "wsd"), math=True)
+    scheduler: str = flag("cosine", "shape of the learning rate (constant_with_warmup for schedule_free_adamw)", choices=SCHEDULERS, math=True)
     warmup_ratio: float = flag(0.02, "share of the steps in which the rate rises", math=True)
     warmup_steps: int | None = flag(None, "the same in steps; wins over --warmup_ratio", math=True)
-    min_lr_ratio: float = flag(0.1, "final rate as a share of the peak (cosine, linear, wsd)", math=True)
+    min_lr_ratio: float = flag(0.1, "final rate as a share of the peak (not of the constant ones and inverse_sqrt)", math=True)
+    num_cycles: int = flag(3, "times that cosine_with_restarts falls", math=True)
+    power: float = flag(2.0, "exponent of polynomial", math=True)
+    decay_ratio: float = flag(0.2, "share of the steps in which wsd falls, at the end", math=True)
+    decay_shape: str = flag("sqrt", "how wsd falls", choices=DECAY_SHAPES, math=True)
+    plateau_factor: float = flag(0.5, "what plateau multiplies the rate by when evaluations get no better", math=True)
+    plateau_patience: int = flag(2, "evaluations in a row without a better one that plateau bears", math=True)
+    plateau_cooldown: int = flag(0, "evaluations after a reduction that do not count against it", math=True)
+    plateau_threshold: float = flag(1e-4, "relative change that counts as better", math=True)
 
 
 @dataclass(frozen=True)
@@ -395,9 +416,10 @@ def resolve(
     for name, value in recipe.items():
         if values[name] is None:
             values[name], origins[name] = value, f"preset {values['model']}" if preset else "default"
+    _fit_optimizer(values, origins)
     if preset is not None:
         _fit_heads(values, origins)
-    if all(values[name] is None for name in ("epochs", "max_steps", "total_tokens")):
+    if not values["streaming"] and all(values[name] is None for name in ("epochs", "max_steps", "total_tokens")):
         values["epochs"] = DEFAULT_EPOCHS
     config = _grouped(RunConfig, values)
     validate(config)
@@ -447,6 +469,28 @@ def _merge(tree: type[RunConfig] | type[PrepareConfig], sources: Iterable[tuple[
     return values, origins
 
 
+# What --lr, --weight_decay and --beta2 of a recipe for AdamW are multiplied by, or set to, for Lion: its steps have the size of the rate
+# in every element, so the rate is 3 to 10 times lower and the decay as much higher (Chen et al., 2023, section 5).
+_LION_SCALE, _LION_BETA2 = 5.0, 0.99
+
+
+def _fit_optimizer(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Let what recipes say for AdamW follow the optimizer, where nothing else was given."""
+    optimizer, given = values["optimizer"], ("flag", "keyword", "file ")
+
+    def own(name: str) -> bool:
+        return not origins[name].startswith(given)
+
+    if optimizer == "lion":
+        fitted = {"lr": values["lr"] / _LION_SCALE, "weight_decay": values["weight_decay"] * _LION_SCALE, "beta2": _LION_BETA2}
+        for name in filter(own, fitted):
+            values[name], origins[name] = float(f"{fitted[name]:.6g}"), f"{origins[name]}, for lion"
+    if optimizer == "sgd" and own("lr"):
+        raise UserError("The rates of the models are made for adamw and its kin, and --optimizer sgd wants a much higher one. Give --lr (0.1 is a start).")
+    if optimizer == "schedule_free_adamw" and own("scheduler"):
+        values["scheduler"], origins["scheduler"] = "constant_with_warmup", "optimizer schedule_free_adamw"
+
+
 def _fit_heads(values: dict[str, Any], origins: dict[str, str]) -> None:
     """Let what a preset says of heads follow the dimensions that were given instead of its own."""
     own = {name for name, origin in origins.items() if origin.startswith("preset")}
@@ -491,7 +535,7 @@ def preset_architecture(name: str, vocab_size: int = 49_152, **tokens: int | Non
 
 
 POSITIVE: tuple[str, ...] = ("max_tokens", "epochs", "max_steps", "total_tokens", "batch_size", "gradient_accumulation_steps", "lr")
-POSITIVE += ("eval_steps", "save_steps", "keep_last", "keep_every", "logging_steps")
+POSITIVE += ("eps", "num_cycles", "power", "eval_steps", "save_steps", "keep_last", "keep_every", "logging_steps")
 
 
 def validate(config: RunConfig) -> None:
@@ -504,16 +548,17 @@ def validate(config: RunConfig) -> None:
     for name in POSITIVE:
         if values[name] is not None and values[name] <= 0:
             raise UserError(f"--{name} must be greater than 0, not {values[name]}.")
-    for name in ("weight_decay", "max_grad_norm", "warmup_steps", "seed"):
+    for name in ("weight_decay", "max_grad_norm", "warmup_steps", "plateau_patience", "plateau_cooldown", "seed"):
         if values[name] is not None and values[name] < 0:
             raise UserError(f"--{name} must not be negative, and is {values[name]}.")
-    for name in ("beta1", "beta2", "warmup_ratio", "min_lr_ratio"):
+    for name in ("beta1", "beta2", "momentum", "warmup_ratio", "min_lr_ratio", "plateau_threshold"):
         if values[name] is not None and not 0 <= values[name] < 1:
             raise UserError(f"--{name} must be at least 0 and below 1, not {values[name]}.")
     if values["seed"] >= 2**32:
         raise UserError(f"--seed must be below 2**32, not {values['seed']}.")
     if values["warmup_steps"] is not None and values["max_steps"] is not None and values["warmup_steps"] > values["max_steps"]:
         raise UserError(f"--warmup_steps {values['warmup_steps']} is longer than the run of --max_steps {values['max_steps']}.")
+    _validate_optimizer(config)
     check_context(values["max_tokens"], values["context"])
     validate_corpus(config.data)
     _validate_mixing(config)
@@ -548,6 +593,55 @@ def validate_corpus(options: CorpusOptions) -> None:
         raise UserError(f"--tokenizer train:SIZE wants a size from 260 to 1,000,000, not {size!r}.")
 
 
+def _validate_optimizer(config: RunConfig) -> None:
+    options, data = config.optimizer, config.data
+    parse_multipliers(options.lr_multipliers)
+    if options.momentum is not None and options.optimizer not in MOMENTUM:
+        raise UserError(f"--momentum belongs to {', '.join(MOMENTUM)}; --optimizer {options.optimizer} has --beta1.")
+    if not 0 < options.decay_ratio <= 1:
+        raise UserError(f"--decay_ratio must be above 0 and at most 1, not {options.decay_ratio}.")
+    if not 0 < options.plateau_factor < 1:
+        raise UserError(f"--plateau_factor must be above 0 and below 1, not {options.plateau_factor}.")
+    if options.scheduler == "plateau" and not data.validation and data.validation_fraction == 0 and data.dataset_type != "sharded":
+        raise UserError("--scheduler plateau follows the evaluations, and --validation_fraction 0 leaves no data for them. Give --validation or a fraction.")
+    if options.optimizer == "schedule_free_adamw":
+        if options.scheduler not in ("constant", "constant_with_warmup"):
+            raise UserError(
+                f"--optimizer schedule_free_adamw averages its weights in place of lowering the rate, so --scheduler {options.scheduler} does not go with it. "
+                f"Use constant_with_warmup or constant."
+            )
+        if options.beta1 == 0:
+            raise UserError("--beta1 0 leaves schedule_free_adamw without an average to train on. Use 0.9 or so.")
+
+
+def parse_multipliers(text: str | None) -> dict[str, float]:
+    """Learning-rate multipliers by group from `--lr_multipliers`; groups that are not named are not in it.
+
+    Raises:
+        UserError: an unknown group, one that is given twice, or a value that is no number or negative.
+
+    >>> parse_multipliers("embedding=2,head=0.5")
+    {'embedding': 2.0, 'head': 0.5}
+    """
+    found: dict[str, float] = {}
+    for part in [] if text is None else text.split(","):
+        group, _, value = (word.strip() for word in part.partition("="))
+        if group not in PARAMETER_GROUPS:
+            raise UserError(
+                f"--lr_multipliers has no group {group!r}{nearest(group, PARAMETER_GROUPS)} "
+                f"Write it as embedding=2,head=0.5; the groups are {', '.join(PARAMETER_GROUPS)}."
+            )
+        if group in found:
+            raise UserError(f"--lr_multipliers has {group} twice. Leave one of them out.")
+        try:
+            found[group] = _real(value)
+        except ValueError:
+            raise UserError(f"--lr_multipliers {group} wants a number, not {value!r}.") from None
+        if found[group] < 0:
+            raise UserError(f"--lr_multipliers {group} must not be negative, and is {value}. 0 leaves the group as it is.")
+    return found
+
+
 def _validate_mixing(config: RunConfig) -> None:
     data, budget = config.data, config.budget
     if data.data_weights:
@@ -562,8 +656,8 @@ def _validate_mixing(config: RunConfig) -> None:
             raise UserError(f"--streaming does not go with {'--data_weights' if data.data_weights else '--packing whole'}. Leave one of them out.")
         if (data.tokenizer or "").startswith("train:"):
             raise UserError(f"--tokenizer {data.tokenizer} needs to read all data first, which --streaming does not. Leave one of them out.")
-        if budget.max_steps is None and budget.total_tokens is None:
-            raise UserError("--streaming begins before the length of an epoch is known. Give --max_steps or --total_tokens.")
+        if budget.epochs is not None or (budget.max_steps is None and budget.total_tokens is None):
+            raise UserError("--streaming begins before the length of an epoch is known. Give --max_steps or --total_tokens, and no --epochs.")
 
 
 def check_context(max_tokens: int | None, context: int | None) -> None:

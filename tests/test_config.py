@@ -86,7 +86,7 @@ def test_values_of_yaml_and_of_the_command_line_come_to_the_same() -> None:
         ({"hidden_dim": "100"}, "--hidden_dim 100 is not a multiple of --num_heads 12. Use 96 or 108, or give --head_dim."),
         ({"num_kv_heads": "5"}, "--num_heads 12 is not a multiple of --num_kv_heads 5. Key-value heads can be 1, 2, 3, 4, 6, 12."),
         ({"max_tokens": "4096"}, "--max_tokens 4096 is above the context of 2048 tokens of this model. Lower it, or raise --context."),
-        ({"scheduler": "cosin"}, "--scheduler 'cosin' is not known; did you mean cosine? Known: cosine, linear, constant, constant_with_warmup, wsd."),
+        ({"moment_dtype": "bfloat"}, "--moment_dtype 'bfloat' is not known; did you mean bfloat16? Known: float32, bfloat16."),
         ({"tokenizer": "train:12"}, "--tokenizer train:SIZE wants a size from 260 to 1,000,000, not '12'."),
         ({"resume": "maybe"}, "--resume wants auto, never or a step, not 'maybe'."),
         ({"resume": "4", "overwrite": "true"}, "--overwrite deletes what --resume 4 would go on from. Leave one of them out."),

@@ -24,6 +24,9 @@ METAVARS = {
     "near_duplicates": "SIMILARITY",
     "data_weights": "W",
     "tokenizer": "default|bytes|train:SIZE|PATH",
+    "optimizer": "NAME",
+    "lr_multipliers": "GROUP=X,...",
+    "scheduler": "NAME",
     "mesh": "auto|AXIS=N,...",
     "output": "DIR",
     "resume": "auto|never|STEP",
@@ -117,6 +120,8 @@ def _arity(flag: Flag) -> dict[str, Any]:
 
 def _help(flag: Flag) -> str:
     text = flag.help.replace("%", "%%")
+    if flag.choices and flag.name in METAVARS:  # too many for the column of flags
+        text += f": {', '.join(flag.choices)}"
     default = " ".join(flag.default) if flag.many else f"{flag.default:g}" if isinstance(flag.default, float) else flag.default
     default = "true" if default is True else default
     return text if default in (None, "", False) else f"{text} ({default})"

@@ -130,21 +130,15 @@ def _program(model: ModelConfig, run: RunConfig, devices: list[Any]) -> Any:
     from consyn_jax.model.attention import choose_attention
     from consyn_jax.model.parameters import layout
     from consyn_jax.model.transformer import Compute
-    from consyn_jax.training.optimizer import build_optimizer, decay_mask
+    from consyn_jax.training.optimizer import configured_optimizer
     from consyn_jax.training.program import Program
-    from consyn_jax.training.scheduler import build_schedule, warmup_length
+    from consyn_jax.training.scheduler import configured_schedule
 
     options = run.optimizer
-    assert options.lr is not None
-    assert options.beta2 is not None
-    assert options.weight_decay is not None
     assert run.data.max_tokens is not None
     sizes = parse_mesh(run.hardware.mesh, len(devices))
     check_batch(sizes, run.budget.batch_size, run.data.max_tokens)
     dtype = jnp.float32 if run.hardware.mixed_precision == "no" else jnp.bfloat16
     attention = choose_attention(devices[0].platform, dtype, model.head_dim, devices[0].compute_capability)
-    warmup_steps = warmup_length(TOTAL_STEPS, options.warmup_steps, options.warmup_ratio)
-    schedule = build_schedule(options.scheduler, options.lr, TOTAL_STEPS, warmup_steps, options.min_lr_ratio)
-    mask = decay_mask(layout(model).logical_axes)
-    rule = build_optimizer(options.optimizer, schedule, beta1=options.beta1, beta2=options.beta2, weight_decay=options.weight_decay, mask=mask)
+    rule = configured_optimizer(options, configured_schedule(options, TOTAL_STEPS), layout(model).logical_axes)
     return Program(model, Compute(dtype, attention.backend, run.hardware.gradient_checkpointing), rule, options.max_grad_norm, build_mesh(sizes, devices))

@@ -20,6 +20,7 @@ from consyn_jax.distributed.mesh import sharding
 from consyn_jax.model.parameters import Layout, Params, layout
 from consyn_jax.model.transformer import Compute, Decoder
 from consyn_jax.training.loss import LossSums, head_loss
+from consyn_jax.training.optimizer import place_state
 from consyn_jax.training.step import Batch, TrainState, make_train_step
 
 BATCH_DTYPES = {"input_ids": jnp.int32, "labels": jnp.int32, "segment_ids": jnp.int32, "loss_mask": jnp.bool_}
@@ -59,13 +60,7 @@ class Program:
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         place = partial(jax.tree.map, lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where))
         shardings = self.layout.shardings(self.mesh)
-        opt_state = optax.tree_utils.tree_map_params(
-            self.optimizer,
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            jax.eval_shape(self.optimizer.init, self.layout.shapes),
-            shardings,
-            transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
-        )
+        opt_state = place_state(jax.eval_shape(self.optimizer.init, self.layout.shapes), self.layout.shapes, shardings, everywhere)
         step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
         return TrainState(step, place(self.layout.shapes, shardings), opt_state)
 

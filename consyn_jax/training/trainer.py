@@ -39,11 +39,11 @@ from consyn_jax.training.console import Console
 from consyn_jax.training.evaluation import evaluate
 from consyn_jax.training.inputs import HostBatch, as_source
 from consyn_jax.training.metrics import MetricsLog, Trackers, build_trackers, read_metrics
-from consyn_jax.training.optimizer import build_optimizer, decay_mask
+from consyn_jax.training.optimizer import configured_optimizer
 from consyn_jax.training.program import EVAL_AXES, TRAIN_AXES, Program
 from consyn_jax.training.report import write_loss_plot, write_report
 from consyn_jax.training.run_directory import RunDirectory, open_run_directory
-from consyn_jax.training.scheduler import build_schedule, warmup_length
+from consyn_jax.training.scheduler import configured_schedule
 from consyn_jax.training.step import TrainState
 
 SAMPLE_TOKENS = 200
@@ -181,19 +181,16 @@ class ConsynTrainer:
         config, hardware, optimizer = self.model.config, self.run.hardware, self.run.optimizer
         sizes = parse_mesh(hardware.mesh, jax.device_count())
         assert self.run.data.max_tokens is not None
-        assert optimizer.lr is not None
         check_batch(sizes, self.run.budget.batch_size, self.run.data.max_tokens)
         check_model(sizes, {"hidden_dim": config.hidden_dim, "num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads, "mlp_dim": config.mlp_dim})
         device = jax.devices()[0]
         bf16 = hardware.mixed_precision == "bf16" or (hardware.mixed_precision == "auto" and device.platform == "gpu")
         dtype = jnp.bfloat16 if bf16 else jnp.float32
         attention = choose_attention(device.platform, dtype, config.head_dim, getattr(device, "compute_capability", ""))
-        warmup_steps = warmup_length(self.total_steps, optimizer.warmup_steps, optimizer.warmup_ratio)
-        schedule = build_schedule(optimizer.scheduler, optimizer.lr, self.total_steps, warmup_steps, optimizer.min_lr_ratio)
-        assert optimizer.beta2 is not None
-        assert optimizer.weight_decay is not None
-        mask = decay_mask(layout(config).logical_axes)
-        rule = build_optimizer(optimizer.optimizer, schedule, beta1=optimizer.beta1, beta2=optimizer.beta2, weight_decay=optimizer.weight_decay, mask=mask)
+        if optimizer.scheduler == "plateau" and self.eval_source is None:
+            raise UserError("The scheduler plateau follows the evaluations, and there is no evaluation data. Give some, or another scheduler.")
+        schedule = configured_schedule(optimizer, self.total_steps)
+        rule = configured_optimizer(optimizer, schedule, layout(config).logical_axes)
         if device.platform == "cpu":
             keep_freed_memory()
         unroll = device.platform == "cpu" and config.num_layers <= UNROLLED_LAYERS
