@@ -368,6 +368,7 @@ def _build(job: _Job, key: str, directory: Path, *, in_cache: bool, publish: Cal
             return True
         journal = _read_journal(work / JOURNAL, key, in_cache)
         single = job.is_one_text if journal is None else journal["single"]
+        preparation = None
         try:
             preparation = _Preparation(job, key, directory, single, journal)
             preparation.run(publish)
@@ -377,6 +378,8 @@ def _build(job: _Job, key: str, directory: Path, *, in_cache: bool, publish: Cal
                 preparation.run(publish)
             preparation.finish()
         except BaseException:
+            if preparation is not None:
+                preparation.writer.close()
             if not (work / JOURNAL).exists():  # nothing to go on from
                 shutil.rmtree(directory, ignore_errors=True)
             raise

@@ -74,13 +74,13 @@ class TokenStoreWriter:
             tokenizer.save(self.directory / "tokenizer")
             if state is not None:
                 self._restore(state)
-        except OSError as error:
+        except BaseException as error:  # no `with` block has begun that would clean up
             if state is None:
                 self.abandon()
-            raise self._unwritable(error) from error
-        except KeyboardInterrupt:  # no `with` block has begun that would clean up
-            if state is None:
-                self.abandon()
+            else:
+                self.close()
+            if isinstance(error, OSError):
+                raise self._unwritable(error) from error
             raise
 
     # ----------------------------------------------------------------------------------------------------------- adding
@@ -273,9 +273,14 @@ class _ShardWriter:
         self.tokens, self.documents, self.num_bytes, self.targets = state["tokens"], state["documents"], state["bytes"], state["target_tokens"]
         self.pending = 0  # tokens of a document whose end has not come yet
         self._paths = {kind: directory / f"{name}.{kind}" for kind in ("tokens", "index", "targets")}
-        self._files = {"tokens": self._open("tokens", self.tokens * dtype.itemsize), "index": self._open("index", self.documents * 8)}
-        if state["has_targets"]:
-            self._files["targets"] = self._open("targets", self.tokens)
+        self._files: dict[str, BufferedRandom] = {}
+        sizes = {"tokens": self.tokens * dtype.itemsize, "index": self.documents * 8} | ({"targets": self.tokens} if state["has_targets"] else {})
+        try:
+            for kind, size in sizes.items():
+                self._files[kind] = self._open(kind, size)
+        except BaseException:
+            self.abandon()
+            raise
 
     @property
     def paths(self) -> list[Path]:
