@@ -65,12 +65,14 @@ def build_schedule(
     decay_steps = total_steps - warmup_steps
     if name == "wsd":
         decay_steps = min(decay_steps, max(1, round(decay_ratio * total_steps)))
+    length = max(decay_steps, 1)
     falls = decay_shape if name == "wsd" else name
     timescale = warmup_steps or TIMESCALE_WITHOUT_WARMUP
 
     def shape(step: jax.Array, done: jax.Array) -> jax.Array:
         if falls == "cosine_with_restarts":
-            cycle = jnp.where(done < 1, done * num_cycles % 1, 1.0)  # not a restart at the very end
+            # the product is whole, so that a restart is not missed by a rounding; and there is none at the very end
+            cycle = jnp.where(step < total_steps, jnp.maximum(step - warmup_steps, 0) * num_cycles % length / length, 1.0)
             return (1 + jnp.cos(jnp.pi * cycle)) / 2
         if falls == "inverse_sqrt":
             return jnp.sqrt(timescale / (timescale + jnp.maximum(step - warmup_steps, 0)))
@@ -80,7 +82,7 @@ def build_schedule(
     def rate(step):
         step = jnp.asarray(step, jnp.float32)
         rise = jnp.minimum((step + 1) / (warmup_steps + 1), 1.0)
-        done = jnp.clip((step - (total_steps - decay_steps)) / max(decay_steps, 1), 0.0, 1.0)
+        done = jnp.clip((step - (total_steps - decay_steps)) / length, 0.0, 1.0)
         least = 0.0 if name == "inverse_sqrt" else min_ratio
         return peak * rise * (least + (1 - least) * shape(step, done))
 
@@ -141,7 +143,7 @@ class Plateau:
     cooling: int = 0
 
     def update(self, metric: float) -> float:
-        """Take note of one evaluation's value; the scale from now on. A value that is not a number is no better than any."""
+        """Take note of one evaluation's value; the scale from now on. A value that is not finite is no better than any."""
         if self._is_better(metric):
             self.best, self.num_bad = metric, 0
         else:
@@ -155,8 +157,8 @@ class Plateau:
         return self.scale
 
     def _is_better(self, metric: float) -> bool:
-        if self.best is None:
-            return not math.isnan(metric)
+        if self.best is None or not math.isfinite(metric):
+            return math.isfinite(metric)
         return metric > self.best * (1 + self.threshold) if self.greater_is_better else metric < self.best * (1 - self.threshold)
 
     def as_json(self) -> dict[str, Any]:
@@ -183,9 +185,9 @@ def draw_schedule(schedule: optax.Schedule, total_steps: int, width: int = 64, h
     """The rates of a run as a chart of text, `height` lines and an axis, each at most `width` + 11 columns.
 
     >>> print(draw_schedule(build_schedule("linear", 1e-3, 100, 0, 0.0), 100, width=10, height=3))
-        0.001 ┤█▅▂
-              │███▇▅▂
-            0 ┤████████▆▃
+        0.001 ┤█▆▃▁
+              │████▆▄▂
+            0 ┤███████▇▅▃
               └──────────
                0      100
     """
