@@ -222,8 +222,17 @@ class OptimizerOptions:
 
 
 @dataclass(frozen=True)
+class RegularisationOptions:
+    dropout: float = flag(0.0, "share of the embedding, of attention weights and of both branches of a block that training zeroes", math=True)
+    label_smoothing: float = flag(0.0, "share of the target that is spread over the whole vocabulary", math=True)
+    z_loss: float = flag(0.0, "weight of log(Z)^2, which keeps the softmax's normaliser Z near 1 (1e-4 is usual)", math=True)
+
+
+@dataclass(frozen=True)
 class HardwareOptions:
-    mixed_precision: str = flag("auto", "bf16: compute in bfloat16 over float32 weights; auto: bf16 on GPUs", choices=("auto", "no", "bf16"), math=True)
+    mixed_precision: str = flag(
+        "auto", "type of activations and products, over float32 weights; auto: what the device does well", choices=("auto", "no", "bf16", "fp16"), math=True
+    )
     gradient_checkpointing: str = flag(
         "none", "activations that are recomputed instead of kept; the bare flag means full", choices=("none", "attention", "full"), const="full"
     )
@@ -262,6 +271,7 @@ class RunConfig:
     data: DataOptions = DataOptions()
     budget: BudgetOptions = BudgetOptions()
     optimizer: OptimizerOptions = OptimizerOptions()
+    regularisation: RegularisationOptions = RegularisationOptions()
     hardware: HardwareOptions = HardwareOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
     saving: SavingOptions = SavingOptions()
@@ -548,10 +558,10 @@ def validate(config: RunConfig) -> None:
     for name in POSITIVE:
         if values[name] is not None and values[name] <= 0:
             raise UserError(f"--{name} must be greater than 0, not {values[name]}.")
-    for name in ("weight_decay", "max_grad_norm", "warmup_steps", "plateau_patience", "plateau_cooldown", "seed"):
+    for name in ("weight_decay", "max_grad_norm", "warmup_steps", "plateau_patience", "plateau_cooldown", "z_loss", "seed"):
         if values[name] is not None and values[name] < 0:
             raise UserError(f"--{name} must not be negative, and is {values[name]}.")
-    for name in ("beta1", "beta2", "momentum", "warmup_ratio", "min_lr_ratio", "plateau_threshold"):
+    for name in ("beta1", "beta2", "momentum", "warmup_ratio", "min_lr_ratio", "plateau_threshold", "dropout", "label_smoothing"):
         if values[name] is not None and not 0 <= values[name] < 1:
             raise UserError(f"--{name} must be at least 0 and below 1, not {values[name]}.")
     if values["seed"] >= 2**32:

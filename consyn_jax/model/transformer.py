@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from consyn_jax.config import ModelConfig
 from consyn_jax.distributed.mesh import constrain
 from consyn_jax.model.attention import Backend, causal_attention
+from consyn_jax.model.dropout import ATTENTION, ATTENTION_BRANCH, EMBEDDING, MLP_BRANCH, Dropout, drop_out
 from consyn_jax.model.linear import linear
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -64,6 +65,24 @@ def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array,
     return jax.nn.silu(gate) * up
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rows(table_VD: Float[Array, "V D"], ids: Int[Array, "*B"], dtype: Any) -> Float[Array, "*B D"]:
+    """Rows of a float32 table in `dtype`, which is the type they travel in; their gradients are summed in float32."""
+    return _rows(table_VD.astype(dtype), ids)
+
+
+def _rows(table_VD: jax.Array, ids: jax.Array) -> jax.Array:
+    return constrain(table_VD, "vocab", None)[ids]
+
+
+def _rows_backward(dtype: Any, kept: Any, dx: jax.Array) -> tuple[jax.Array, None]:
+    ids, shape = kept
+    return *jax.linear_transpose(partial(_rows, ids=ids), shape)(dx.astype(jnp.float32)), None
+
+
+rows.defvjp(lambda table, ids, dtype: (rows(table, ids, dtype), (ids, jax.ShapeDtypeStruct(table.shape, jnp.float32))), _rows_backward)
+
+
 def segment_positions(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Position of each token inside its document: counting starts again wherever the segment id changes."""
     index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
@@ -104,10 +123,12 @@ class Block(nnx.Module):
         self.up = parameter(rngs, (D, F), ("embed", "mlp"), D**-0.5)
         self.down = parameter(rngs, (F, D), ("mlp", "embed"), F**-0.5 * residual)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], rope: tuple[jax.Array, jax.Array], attend: Attend) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], rope: tuple[jax.Array, jax.Array], attend: Attend, dropout: Dropout | None = None
+    ) -> Float[Array, "B T D"]:
         """The block's output; `attend(q, k, v)` is the attention of training or of decoding from a cache."""
-        x_BTD = x_BTD + self._attention(rms_norm(x_BTD, self.attention_norm[...], self.eps), rope, attend)
-        return x_BTD + self._mlp(rms_norm(x_BTD, self.mlp_norm[...], self.eps))
+        x_BTD = x_BTD + drop_out(self._attention(rms_norm(x_BTD, self.attention_norm[...], self.eps), rope, attend), dropout, ATTENTION_BRANCH)
+        return x_BTD + drop_out(self._mlp(rms_norm(x_BTD, self.mlp_norm[...], self.eps)), dropout, MLP_BRANCH)
 
     def _attention(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
         q_BTNH, k_BTKH, v_BTKH = (_heads(x_BTD, w[...]) for w in (self.q, self.k, self.v))
@@ -157,26 +178,37 @@ class Decoder(nnx.Module):
 
     def embed(self, input_ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
         """Rows of the embedding table."""
-        table_VD = constrain(self.embedding[...].astype(dtype), "vocab", None)
-        return constrain(table_VD[input_ids], "batch", "sequence", None)
+        return constrain(rows(self.embedding[...], input_ids, dtype), "batch", "sequence", None)
 
-    def hidden(self, input_ids: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None, compute: Compute) -> Float[Array, "B T D"]:
-        """Hidden states after the last norm, in the compute dtype."""
+    def hidden(
+        self, input_ids: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None, compute: Compute, dropout: Dropout | None = None
+    ) -> Float[Array, "B T D"]:
+        """Hidden states after the last norm, in the compute dtype.
+
+        Args:
+            dropout: of the embedding, the attention weights and the branches of each block, in training.
+        """
         B, T = input_ids.shape
         positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if segment_ids is None else segment_positions(segment_ids)
         rope = rope_table(positions, self.config.head_dim, self.config.rope_theta)
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            out = causal_attention(q, k, v, segment_ids, backend=compute.attention, sliding_window=self.config.sliding_window)
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, dropout: Dropout | None) -> jax.Array:
+            window = self.config.sliding_window
+            out = causal_attention(q, k, v, segment_ids, backend=compute.attention, sliding_window=window, dropout=dropout)
             return checkpoint_name(out, f"{compute.attention} attention")
 
         graphdef, stacked = nnx.split(self.layers)
+        numbers_L = None if dropout is None else jnp.arange(1, self.config.num_layers + 1)
 
-        def body(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, layer)(x_BTD, rope, attend), None
+        def body(x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, None]:
+            layer, number = xs
+            here = None if dropout is None else dropout.at(number)
+            weights = None if here is None else here.at(ATTENTION)
+            return nnx.merge(graphdef, layer)(x_BTD, rope, partial(attend, dropout=weights), here), None
 
         if compute.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[compute.remat], prevent_cse=False)
         unroll = self.config.num_layers if compute.unroll else 1
-        x_BTD, _ = jax.lax.scan(body, self.embed(input_ids, compute.dtype), stacked, unroll=unroll)
+        x_BTD = drop_out(self.embed(input_ids, compute.dtype), None if dropout is None else dropout.at(0), EMBEDDING)
+        x_BTD, _ = jax.lax.scan(body, x_BTD, (stacked, numbers_L), unroll=unroll)
         return rms_norm(x_BTD, self.norm[...], self.config.norm_eps)

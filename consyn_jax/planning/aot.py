@@ -124,13 +124,12 @@ def _compile(model: ModelConfig, run: RunConfig, topology: Topology) -> Compiled
 
 def _program(model: ModelConfig, run: RunConfig, devices: list[Any]) -> Any:
     """The program that `consyn-train` would run on these devices."""
-    import jax.numpy as jnp
-
     from consyn_jax.distributed.mesh import build_mesh, check_batch, parse_mesh
     from consyn_jax.model.attention import choose_attention
     from consyn_jax.model.parameters import layout
     from consyn_jax.model.transformer import Compute
     from consyn_jax.training.optimizer import configured_optimizer
+    from consyn_jax.training.precision import choose_precision
     from consyn_jax.training.program import Program
     from consyn_jax.training.scheduler import configured_schedule
 
@@ -138,7 +137,9 @@ def _program(model: ModelConfig, run: RunConfig, devices: list[Any]) -> Any:
     assert run.data.max_tokens is not None
     sizes = parse_mesh(run.hardware.mesh, len(devices))
     check_batch(sizes, run.budget.batch_size, run.data.max_tokens)
-    dtype = jnp.float32 if run.hardware.mixed_precision == "no" else jnp.bfloat16
-    attention = choose_attention(devices[0].platform, dtype, model.head_dim, devices[0].compute_capability)
+    gpu = devices[0]
+    dtype = choose_precision(run.hardware.mixed_precision, gpu.platform, gpu.compute_capability, gpu.device_kind).dtype
+    attention = choose_attention(gpu.platform, dtype, model.head_dim, gpu.compute_capability, run.regularisation.dropout)
     rule = configured_optimizer(options, configured_schedule(options, TOTAL_STEPS), layout(model).logical_axes)
-    return Program(model, Compute(dtype, attention.backend, run.hardware.gradient_checkpointing), rule, options.max_grad_norm, build_mesh(sizes, devices))
+    compute = Compute(dtype, attention.backend, run.hardware.gradient_checkpointing)
+    return Program(model, compute, rule, options.max_grad_norm, build_mesh(sizes, devices), run.regularisation, run.budget.seed)

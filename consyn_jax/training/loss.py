@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 from consyn_jax.distributed.mesh import AXES, RULES, partition_spec
 
 CHUNK_ELEMENTS = 2**26  # logits held at once on one device: 256 MiB in float32
+# Gradients of logits are below 1, and nearly all of them are shares of a large vocabulary; float16 ends at 6e-8 below and 65,504 above.
+FLOAT16_LIFT = 2.0**12
 
 
 class LossSums(NamedTuple):
@@ -28,6 +30,19 @@ class LossSums(NamedTuple):
     correct: Float[Array, ""]
 
 
+class Extras(NamedTuple):
+    """What training adds to the loss of a token; 0 adds nothing.
+
+    Attributes:
+        label_smoothing: share of the target that is spread over the whole vocabulary, label included (Szegedy et al., 2016), as
+            torch.nn.CrossEntropyLoss has it.
+        z_loss: weight of log(Z)^2, which keeps the softmax's normaliser Z near 1 (Chowdhery et al., 2022).
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
 def cross_entropy(logits_BTV: Float[Array, "B T V"], labels_BT: Int[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> LossSums:
     """The reference: sums over the tokens where the mask is true."""
     log_probs_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32))
@@ -36,7 +51,6 @@ def cross_entropy(logits_BTV: Float[Array, "B T V"], labels_BT: Int[Array, "B T"
     return LossSums(jnp.sum(nll_BT * mask_BT), jnp.sum(mask_BT, dtype=jnp.float32), jnp.sum(correct_BT & mask_BT, dtype=jnp.float32))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def head_loss(
     x_BTD: Float[Array, "B T D"],
     head_VD: Float[Array, "V D"],
@@ -50,26 +64,49 @@ def head_loss(
     The products run in the dtype of `x`, sums and the softmax in float32. Memory beyond the result: about 2.5 x 4 x
     `chunk_elements` bytes a device, and one float32 head for its gradient.
     """
-    return _run(x_BTD, head_VD, labels_BT, mask_BT, vocab_size, chunk_elements, with_gradients=False)[0]
+    nll, sums = head_objective(x_BTD, head_VD, labels_BT, mask_BT, vocab_size, Extras(), chunk_elements)
+    return sums._replace(nll=nll)
 
 
-def _forward(x: Any, head: Any, labels: Any, mask: Any, vocab_size: int, chunk_elements: int) -> Any:
-    sums, dx, dhead = _run(x, head, labels, mask, vocab_size, chunk_elements, with_gradients=True)
-    return sums, (dx, dhead)
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def head_objective(
+    x_BTD: Float[Array, "B T D"],
+    head_VD: Float[Array, "V D"],
+    labels_BT: Int[Array, "B T"],
+    mask_BT: Bool[Array, "B T"],
+    vocab_size: int,
+    extras: Extras,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> tuple[Float[Array, ""], LossSums]:
+    """What training minimises, summed over tokens and differentiable, and beside it the sums of the plain loss, which are not.
+
+    Memory as `head_loss`.
+    """
+    return _run(x_BTD, head_VD, labels_BT, mask_BT, vocab_size, extras, chunk_elements, with_gradients=False)[0]
 
 
-def _backward(vocab_size: int, chunk_elements: int, kept: Any, cotangents: LossSums) -> Any:
-    dx, dhead = kept
-    return (dx * cotangents.nll).astype(dx.dtype), dhead * cotangents.nll, None, None
+def _forward(x: Any, head: Any, labels: Any, mask: Any, vocab_size: int, extras: Extras, chunk_elements: int) -> Any:
+    found, dx, dhead = _run(x, head, labels, mask, vocab_size, extras, chunk_elements, with_gradients=True)
+    return found, (dx, dhead, jnp.zeros((), x.dtype))
 
 
-head_loss.defvjp(_forward, _backward)
+def _backward(vocab_size: int, extras: Extras, chunk_elements: int, kept: Any, cotangents: tuple[jax.Array, LossSums]) -> Any:
+    dx, dhead, like_x = kept
+    return (dx * cotangents[0]).astype(like_x.dtype), dhead * cotangents[0], None, None
 
 
-def _run(x: Any, head: Any, labels: Any, mask: Any, vocab_size: int, chunk_elements: int, with_gradients: bool) -> Any:
+head_objective.defvjp(_forward, _backward)
+
+
+def _run(x: Any, head: Any, labels: Any, mask: Any, vocab_size: int, extras: Extras, chunk_elements: int, with_gradients: bool) -> Any:
     """One device: the plain function. On a mesh: each device its own tokens and its part of the vocabulary, sums at the end."""
+    (sums, penalty), dx, dhead = _on_the_mesh(x, head, labels, mask, vocab_size, extras, chunk_elements, with_gradients)
+    return (sums.nll if penalty is None else sums.nll + penalty, sums), dx, dhead
+
+
+def _on_the_mesh(x: Any, head: Any, labels: Any, mask: Any, vocab_size: int, extras: Extras, chunk_elements: int, with_gradients: bool) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
-    local = partial(_local, vocab_size=vocab_size, chunk_elements=chunk_elements, with_gradients=with_gradients)
+    local = partial(_local, vocab_size=vocab_size, extras=extras, chunk_elements=chunk_elements, with_gradients=with_gradients)
     if mesh.empty:
         return local(x, head, labels, mask, mesh_shape=dict.fromkeys(AXES, 1))
     tokens, hidden = partition_spec(("batch", "sequence")), partition_spec(("batch", "sequence", None))
@@ -83,7 +120,7 @@ def _run(x: Any, head: Any, labels: Any, mask: Any, vocab_size: int, chunk_eleme
     )(x, head, labels, mask)
 
 
-def _local(x, head, labels, mask, *, mesh_shape, vocab_size, chunk_elements, with_gradients):
+def _local(x, head, labels, mask, *, mesh_shape, vocab_size, extras, chunk_elements, with_gradients):
     def over(axes: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(axis for axis in axes if mesh_shape[axis] > 1)
 
@@ -94,7 +131,7 @@ def _local(x, head, labels, mask, *, mesh_shape, vocab_size, chunk_elements, wit
     first_row = jax.lax.axis_index(vocab_axes) * weight.shape[0] if vocab_axes else 0
     rows = first_row + jnp.arange(weight.shape[0])
     padded = weight.shape[0] * mesh_shape["tensor"] != vocab_size
-    chunk = partial(_chunk, rows=rows, vocab_size=vocab_size if padded else None, vocab_axes=vocab_axes, with_gradients=with_gradients)
+    chunk = partial(_chunk, rows=rows, vocab_size=vocab_size, padded=padded, extras=extras, vocab_axes=vocab_axes, with_gradients=with_gradients)
     B, T, D = x.shape
     sums, dx, dhead = _over_chunks(chunk, weight, x.reshape(B * T, D), labels.reshape(B * T), mask.reshape(B * T), chunk_elements)
     if token_axes:
@@ -108,7 +145,8 @@ def _local(x, head, labels, mask, *, mesh_shape, vocab_size, chunk_elements, wit
         dhead = jax.lax.psum_scatter(dhead, embed_axes, scatter_dimension=1, tiled=True)
     if rest:
         dhead = jax.lax.psum(dhead, rest)
-    return sums, dx.reshape(B, T, D).astype(x.dtype), dhead
+    # float16 would lose the smallest to come; the scale of the loss meets them only in the backward pass
+    return sums, dx.reshape(B, T, D).astype(jnp.float32 if x.dtype == jnp.float16 else x.dtype), dhead
 
 
 def _over_chunks(chunk, weight_VD, x_nD, labels_n, mask_n, chunk_elements):
@@ -135,10 +173,10 @@ def _over_chunks(chunk, weight_VD, x_nD, labels_n, mask_n, chunk_elements):
     return sums, None if dx is None else dx.reshape(num_chunks * length, D)[:n], dhead
 
 
-def _chunk(weight_VD, x_nD, labels_n, mask_n, *, rows, vocab_size, vocab_axes, with_gradients):
-    """Sums of one chunk, and the gradients of its nll with respect to x and the head."""
+def _chunk(weight_VD, x_nD, labels_n, mask_n, *, rows, vocab_size, padded, extras, vocab_axes, with_gradients):
+    """Sums of one chunk (the loss, and what the extras add to it), and the gradients of what is minimised in x and the head."""
     logits_nV = jnp.einsum("nD,VD->nV", x_nD, weight_VD, preferred_element_type=jnp.float32)
-    if vocab_size is not None:  # the embedding has rows that are no tokens
+    if padded:  # the embedding has rows that are no tokens
         logits_nV = jnp.where(rows < vocab_size, logits_nV, -jnp.inf)
     top_n = jnp.max(logits_nV, axis=-1)
     if vocab_axes:
@@ -152,10 +190,26 @@ def _chunk(weight_VD, x_nD, labels_n, mask_n, *, rows, vocab_size, vocab_axes, w
     nll_n = jnp.log(total_n) + top_n - label_logit_n
     correct_n = (label_logit_n >= top_n) & mask_n
     sums = LossSums(jnp.sum(jnp.where(mask_n, nll_n, 0.0)), jnp.sum(mask_n, dtype=jnp.float32), jnp.sum(correct_n, dtype=jnp.float32))
+    penalty, share_nV, target_nV = None, unnormalised_nV / total_n[:, None], is_label_nV
+    if extras != Extras():
+        log_z_n = jnp.log(total_n) + top_n
+        real_V = rows < vocab_size
+        mean_logit_n = jnp.sum(jnp.where(real_V, logits_nV, 0.0), axis=-1) / vocab_size
+        if vocab_axes:
+            mean_logit_n = jax.lax.psum(mean_logit_n, vocab_axes)
+        penalty_n = extras.label_smoothing * (label_logit_n - mean_logit_n) + extras.z_loss * log_z_n**2
+        penalty = jnp.sum(jnp.where(mask_n, penalty_n, 0.0))
+        share_nV = share_nV * (1 + 2 * extras.z_loss * log_z_n)[:, None]
+        target_nV = (1 - extras.label_smoothing) * is_label_nV + extras.label_smoothing / vocab_size * real_V
     if not with_gradients:
-        return sums, None, None
-    dlogits_nV = (unnormalised_nV / total_n[:, None] - is_label_nV) * mask_n[:, None]
-    dlogits_nV = dlogits_nV.astype(x_nD.dtype)
+        return (sums, penalty), None, None
+    return (sums, penalty), *_products((share_nV - target_nV) * mask_n[:, None], x_nD, weight_VD)
+
+
+def _products(dlogits_nV, x_nD, weight_VD):
+    """The gradients of x and the head, summed in float32, from float32 gradients of the logits."""
+    half = x_nD.dtype == jnp.float16
+    dlogits_nV = (dlogits_nV * FLOAT16_LIFT if half else dlogits_nV).astype(x_nD.dtype)
     dx_nD = jnp.einsum("nV,VD->nD", dlogits_nV, weight_VD, preferred_element_type=jnp.float32)
     dhead_VD = jnp.einsum("nV,nD->VD", dlogits_nV, x_nD, preferred_element_type=jnp.float32)
-    return sums, dx_nD, dhead_VD
+    return (dx_nD / FLOAT16_LIFT, dhead_VD / FLOAT16_LIFT) if half else (dx_nD, dhead_VD)

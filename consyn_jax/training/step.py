@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,11 @@ from consyn_jax.training.loss import LossSums
 
 Params = Any
 Batch = dict[str, jax.Array]  # input_ids, labels, segment_ids, loss_mask, each [A, B, T]: A micro-batches of B sequences
-LossFn = Callable[[Params, Batch], LossSums]  # of one micro-batch [B, T]
+# Of one micro-batch [B, T]: what is minimised, summed over its tokens, and the sums that are reported.
+Objective = Callable[[Params, Batch], tuple[Float[Array, ""], LossSums]]
+
+
+_DROPOUT = 0x0D409  # sets these draws apart from others with the same seed
 
 
 class TrainState(NamedTuple):
@@ -25,6 +30,10 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
+Metrics = dict[str, jax.Array]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
 def clip_by_norm(gradients: Params, norm: Float[Array, ""], max_norm: float) -> Params:
     """Scale gradients of global norm `norm` down to `max_norm`; 0 leaves them as they are."""
     if not max_norm:
@@ -33,18 +42,14 @@ def clip_by_norm(gradients: Params, norm: Float[Array, ""], max_norm: float) -> 
     return jax.tree.map(lambda g: g * scale, gradients)
 
 
-def accumulate(loss_fn: LossFn, params: Params, batch: Batch) -> tuple[LossSums, Params]:
-    """Sums of loss and of its gradients over the micro-batches, one at a time.
+def accumulate(objective: Objective, params: Params, batch: Batch) -> tuple[LossSums, Params]:
+    """Sums of the loss and of the objective's gradients over the micro-batches, one at a time.
 
     Dividing both by the total token count weighs every real token alike, however the padding is spread over micro-batches.
     """
 
     def micro(part: Batch) -> tuple[LossSums, Params]:
-        def nll(p: Params) -> tuple[jax.Array, LossSums]:
-            sums = loss_fn(p, part)
-            return sums.nll, sums
-
-        (_, sums), gradients = jax.value_and_grad(nll, has_aux=True)(params)
+        (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(params, part)
         return sums, gradients
 
     first = jax.tree.map(lambda x: x[0], batch)
@@ -58,18 +63,32 @@ def accumulate(loss_fn: LossFn, params: Params, batch: Batch) -> tuple[LossSums,
     return jax.lax.scan(body, zeros, batch)[0]
 
 
-def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, max_grad_norm: float
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """`step(state, batch) -> (state, {"loss", "tokens", "grad_norm"})`: loss in nats a token, the norm before clipping."""
+def make_train_step(objective: Objective, optimizer: optax.GradientTransformation, max_grad_norm: float) -> Step:
+    """`step(state, batch) -> (state, {"loss", "tokens", "grad_norm", "clipped"})`.
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        sums, gradients = accumulate(loss_fn, state.params, batch)
+    The loss is in nats a token, the norm that before clipping, and `clipped` 1 for a step whose gradients were scaled down, else 0.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        sums, gradients = accumulate(objective, state.params, batch)
         tokens = jnp.maximum(sums.tokens, 1.0)
         gradients = jax.tree.map(lambda g: g / tokens, gradients)
         norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(clip_by_norm(gradients, norm, max_grad_norm), state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), {"loss": sums.nll / tokens, "tokens": sums.tokens, "grad_norm": norm}
+        clipped = (norm > (max_grad_norm or jnp.inf)).astype(jnp.float32)
+        metrics = {"loss": sums.nll / tokens, "tokens": sums.tokens, "grad_norm": norm, "clipped": clipped}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return train_step
+
+
+def with_dropout(step: Step, seed: int) -> Step:
+    """`step`, which finds in its batch a key for everything that each micro-batch draws: `dropout_key` [A]."""
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT), state.step)
+        keys_A = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch["labels"].shape[0]))
+        return step(state, {**batch, "dropout_key": keys_A})
 
     return train_step

@@ -40,6 +40,7 @@ from consyn_jax.training.evaluation import evaluate
 from consyn_jax.training.inputs import HostBatch, as_source
 from consyn_jax.training.metrics import MetricsLog, Trackers, build_trackers, read_metrics
 from consyn_jax.training.optimizer import configured_optimizer
+from consyn_jax.training.precision import choose_precision
 from consyn_jax.training.program import EVAL_AXES, TRAIN_AXES, Program
 from consyn_jax.training.report import write_loss_plot, write_report
 from consyn_jax.training.run_directory import RunDirectory, open_run_directory
@@ -184,9 +185,10 @@ class ConsynTrainer:
         check_batch(sizes, self.run.budget.batch_size, self.run.data.max_tokens)
         check_model(sizes, {"hidden_dim": config.hidden_dim, "num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads, "mlp_dim": config.mlp_dim})
         device = jax.devices()[0]
-        bf16 = hardware.mixed_precision == "bf16" or (hardware.mixed_precision == "auto" and device.platform == "gpu")
-        dtype = jnp.bfloat16 if bf16 else jnp.float32
-        attention = choose_attention(device.platform, dtype, config.head_dim, getattr(device, "compute_capability", ""))
+        capability = getattr(device, "compute_capability", "")
+        self.precision = choose_precision(hardware.mixed_precision, device.platform, capability, device.device_kind)
+        dtype, regularisation = self.precision.dtype, self.run.regularisation
+        attention = choose_attention(device.platform, dtype, config.head_dim, capability, regularisation.dropout)
         if optimizer.scheduler == "plateau" and self.eval_source is None:
             raise UserError("The scheduler plateau follows the evaluations, and there is no evaluation data. Give some, or another scheduler.")
         schedule = configured_schedule(optimizer, self.total_steps)
@@ -195,7 +197,8 @@ class ConsynTrainer:
             keep_freed_memory()
         unroll = device.platform == "cpu" and config.num_layers <= UNROLLED_LAYERS
         compute = Compute(dtype, attention.backend, hardware.gradient_checkpointing, unroll)
-        return Program(config, compute, rule, optimizer.max_grad_norm, build_mesh(sizes)), attention, schedule
+        program = Program(config, compute, rule, optimizer.max_grad_norm, build_mesh(sizes), regularisation, self.run.budget.seed)
+        return program, attention, schedule
 
     def _derived(self) -> dict[str, Any]:
         return {
@@ -353,7 +356,7 @@ class _Training:
             ),
             ("devices", f"{jax.device_count()} x {device.device_kind} ({split})"),
             ("attention", f"{self.attention.backend}: {self.attention.reason}"),
-            ("precision", "float32" if self.program.compute.dtype == jnp.float32 else f"{jnp.dtype(self.program.compute.dtype).name} over float32 weights"),
+            ("precision", t.precision.reason),
             *t.notes,
             *self._shares(),
             ("budget", f"{t.total_steps:,} steps of {t.sequences_per_step} x {t.run.data.max_tokens} tokens{epochs}"),

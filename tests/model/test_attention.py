@@ -107,7 +107,7 @@ def test_scores_are_scaled_by_the_root_of_the_head() -> None:
         ("tpu", jnp.bfloat16, 64, "", "xla", "the tpu has no fused kernel"),
         ("gpu", jnp.bfloat16, 64, "9.0", "cudnn", "fused kernel"),
         ("cuda", jnp.float16, 128, "8.0", "cudnn", "fused kernel"),
-        ("gpu", jnp.float32, 64, "9.0", "xla", "needs bf16, and the run computes in float32"),
+        ("gpu", jnp.float32, 64, "9.0", "xla", "needs bf16 or fp16, and the run computes in float32"),
         ("gpu", jnp.bfloat16, 64, "7.5", "xla", "needs compute capability 8.0, and this GPU has 7.5"),
         ("gpu", jnp.bfloat16, 256, "9.0", "xla", "up to 128 wide in multiples of 8, not 256"),
         ("gpu", jnp.bfloat16, 20, "9.0", "xla", "not 20"),
