@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import chain
+from functools import cached_property
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from consyn_jax.data.report import EXAMPLE_CHARS
 from consyn_jax.data.rows import BadRow, RowKeys, Segment, document
 from consyn_jax.data.shards import token_dtype
 from consyn_jax.data.sources import SAMPLE
-from consyn_jax.data.split import DIGEST_BYTES, SPLITS, TRAIN, VALIDATION, cut, digest, joined_digest, side_of
+from consyn_jax.data.split import DIGEST_BYTES, SPLITS, cut, digest, joined_digest, side_of
 from consyn_jax.tokenization import BPETokenizer
 
 # The tokenizer holds about a hundred bytes for each byte of a batch.
@@ -68,7 +69,7 @@ class Result:
         dropped: (rule, place, beginning of the text) of each document that was left out.
         changed: as in `Report`.
         fault: what stops the preparation, a message with the place; "" for nothing.
-        is_blank: there is nothing but white space.
+        is_blank: the part has nothing but white space.
     """
 
     kept: Kept
@@ -98,9 +99,9 @@ class _Document:
     segments: list[_Cleaned]
     side: str | None = None
 
-    @property
+    @cached_property
     def text(self) -> str:
-        return "".join(text for segment in self.segments for text in segment.texts)
+        return "".join([text for segment in self.segments for text in segment.texts])
 
 
 _Found = tuple[int, tuple[Segment, ...], str | None]
@@ -129,7 +130,7 @@ class Worker:
         result = Result(Kept(*[np.zeros(0)] * 9))
         kept = self._documents(block, result)
         result.kept = self._tokenise(block, kept)
-        result.is_blank = all(not d.text or d.text.isspace() for d in kept)
+        result.is_blank = block.kind == "part" and all(not d.text or d.text.isspace() for d in kept)
         return result
 
     def texts(self, block: Block) -> list[tuple[str, str]]:
@@ -213,12 +214,12 @@ class Worker:
                     raise _Fault(f"{block.name}:{number} {fault} Mend the row, or give --on_bad_rows skip.") from None
                 result.dropped.append(("bad row", f"{block.name}:{number}", str(fault)))
                 continue
-            if self.single and len(segments) == 1 and self.options.validation_fraction:
-                data = segments[0].text.encode()
-                where = cut(data, self.options.validation_fraction)
-                for side, part in ((TRAIN, data[:where]), (VALIDATION, data[where:])):
-                    if part:
-                        yield number, (Segment(part.decode()),), side
+            if self.single and len(segments) == 1:
+                data, test = segments[0].text.encode(), self.test_fraction
+                ends = [0, cut(data, self.options.validation_fraction + test), cut(data, test), len(data)]
+                for side, (start, stop) in zip(SPLITS, pairwise(ends), strict=True):
+                    if start < stop:
+                        yield number, (Segment(data[start:stop].decode()),), side
             else:
                 yield number, segments, None
 
