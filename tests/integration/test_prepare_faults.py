@@ -1,0 +1,487 @@
+"""Preparation that is killed, interrupted, out of room or without its workers: the store is that of an undisturbed one, or there is none."""
+
+import errno
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from consyn_jax.config import CorpusOptions, UserError
+from consyn_jax.data import prepare as prepare_module
+from consyn_jax.data.prepare import prepare
+
+# Everything small, so that there is much to come between: blocks, shards that close, entries of the journal.
+SMALL = """
+import functools, json, os, random, signal, sys, time
+from pathlib import Path
+from consyn_jax.config import CorpusOptions, UserError
+from consyn_jax.data import prepare as module, reading, shards
+from consyn_jax.data.prepare import prepare
+reading.BLOCK_BYTES = 60_000
+module.JOURNAL_SECONDS = 0.01
+module.TokenStoreWriter = functools.partial(module.TokenStoreWriter, shard_tokens=150_000)
+def options(corpus, **more):
+    rules = dict(tokenizer="bytes", near_duplicates=0.8, on_bad_rows="skip", invalid_utf8="replace", validation_fraction=0.1)
+    return CorpusOptions(data=(corpus,), **{**rules, **more})
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with sources of every kind."""
+    place, rng = tmp_path_factory.mktemp("corpus"), random.Random(1)
+    words = ["tokens", "lie", "in", "shards", "é", "日本", "and", "every", "document", "ends", "e\u0301", "with", "EOS", "\x07"]
+
+    def text(n: int) -> str:
+        return " ".join(rng.choice(words) + (str(rng.randrange(100)) if rng.random() < 0.2 else "") for _ in range(n))
+
+    (place / "a.txt").write_text(text(2000))
+    (place / "b.md").write_bytes(b"broken \xff bytes " + text(50).encode())
+    (place / "c.txt.gz").write_bytes(gzip.compress("\n\n\n".join(text(200) for _ in range(150)).encode(), mtime=0))
+    long = "\n".join(text(12) for _ in range(24_000))
+    (place / "d.txt").write_text(long)
+    (place / "e.txt").write_text(long)  # a duplicate in parts
+    rows = [text(rng.randrange(60)) for _ in range(1200)]
+    rows += rows[100:250] + [row + " nearly" for row in rows[:100]]
+    lines = [json.dumps({"text": row}) for row in rows]
+    for at in (5, 700, 701, 1300):
+        lines[at] = '{"text": 5}'
+    (place / "f.jsonl").write_text("\n".join(lines))
+    (place / "g.json").write_text(json.dumps([{"text": text(40)} for _ in range(600)], indent=1))
+    chats = [[{"role": "user", "content": text(9)}, {"role": "assistant", "content": text(30)}] for _ in range(800)]
+    (place / "h.jsonl.zst").write_bytes(pyarrow.compress("".join(json.dumps({"messages": chat}) + "\n" for chat in chats).encode(), "zstd", asbytes=True))
+    pairs = [{"prompt": text(9), "completion": text(9)} for _ in range(500)]
+    (place / "i.ndjson").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    pyarrow.parquet.write_table(pyarrow.table({"text": [text(30) for _ in range(800)]}), place / "j.parquet", row_group_size=150)
+    (place / "k.png").write_bytes(b"\x89PNG\0")
+    return place
+
+
+def options(corpus: Path, **more: Any) -> CorpusOptions:
+    rules: dict[str, Any] = {"tokenizer": "bytes", "near_duplicates": 0.8, "on_bad_rows": "skip", "invalid_utf8": "replace", "validation_fraction": 0.1}
+    return CorpusOptions(data=(str(corpus),), **{**rules, **more})
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def assert_same(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
+    assert sorted(found) == sorted(expected)
+    assert [name for name in found if found[name] != expected[name]] == []
+
+
+def python(code: str, *arguments: object, **more: Any) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", SMALL + code, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def marked(mark: str) -> list[int]:
+    """Processes that were started with the environment variable CONSYN_TEST_MARK=mark."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"CONSYN_TEST_MARK={mark}\0".encode() in path.read_bytes() and "Z (zombie)" not in (path.parent / "status").read_text():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def assert_all_end(mark: str, seconds: float = 20) -> None:
+    until = time.monotonic() + seconds
+    while marked(mark):
+        assert time.monotonic() < until, "a process outlives the main one"
+        time.sleep(0.02)
+
+
+UNDISTURBED = """
+corpus, output, separator, workers = sys.argv[1:]
+prepare(options(corpus, document_separator=separator or None, num_workers=int(workers)), output=Path(output), test_fraction=0.05)
+"""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, bytes]]:
+    """The files of a store by document separator, made in one go without other processes."""
+    made: dict[str, dict[str, bytes]] = {}
+
+    def files_of(separator: str) -> dict[str, bytes]:
+        if separator not in made:
+            output = tmp_path_factory.mktemp("undisturbed") / "store"
+            process = python(UNDISTURBED, corpus, output, separator, 0)
+            assert process.communicate(timeout=120) == ("", "")
+            made[separator] = files(output)
+        return made[separator]
+
+    return files_of
+
+
+# -------------------------------------------------------------------------------------------------------------------- workers
+
+
+def test_the_store_is_rich(undisturbed: Callable[[str], dict[str, bytes]]) -> None:
+    """What the tests below compare has everything in it."""
+    report = json.loads(undisturbed("\\n\\n\\n")["report.json"])
+    assert report["dropped"]["bad row"] == 4
+    assert {"empty", "duplicate", "near duplicate"} < set(report["dropped"])
+    assert set(report["changed"]) == {"invalid_utf8", "normalized", "control_characters"}
+    assert set(report["splits"]) == {"train", "validation", "test"}
+    names = undisturbed("\\n\\n\\n").keys()
+    assert sum(name.endswith(".tokens") for name in names) > 5
+    assert 0 < sum(name.endswith(".targets") for name in names) < sum(name.endswith(".tokens") for name in names)
+
+
+@pytest.mark.parametrize("separator", ["", "\\n\\n\\n"])
+def test_no_number_of_workers_shows(corpus: Path, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]], separator: str) -> None:
+    for workers in (1, 2, 4) if separator else (2,):
+        process = python(UNDISTURBED, corpus, tmp_path / str(workers), separator, workers)
+        assert process.communicate(timeout=120) == ("", "")
+        assert_same(files(tmp_path / str(workers)), undisturbed(separator))
+
+
+KILL_A_WORKER = """
+corpus, output = sys.argv[1:]
+children = lambda: [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+def progress(stage, done, total):
+    if stage == "tokenize" and done > total // 4 and children():
+        os.kill(children()[-1], signal.SIGKILL)
+try:
+    prepare(options(corpus, num_workers=2), output=Path(output), test_fraction=0.05, progress=progress)
+except UserError as fault:
+    print(fault)
+"""
+
+
+def test_a_worker_that_is_killed(corpus: Path, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]]) -> None:
+    output = tmp_path / "store"
+    process = python(KILL_A_WORKER, corpus, output, env={**os.environ, "CONSYN_TEST_MARK": str(tmp_path)})
+    said, complaint = process.communicate(timeout=60)
+    assert said.startswith("A process that tokenises was killed by signal 9, as happens when memory runs out. Lower --num_workers")
+    assert complaint == ""
+    assert_all_end(str(tmp_path))
+    again = python(UNDISTURBED, corpus, output, "", 1)
+    assert again.communicate(timeout=60) == ("", "")
+    assert_same(files(output), undisturbed(""))
+
+
+def test_workers_end_with_a_main_process_that_is_killed(corpus: Path, tmp_path: Path) -> None:
+    for moment in ("hash", "tokenize"):
+        code = f"""
+def progress(stage, done, total):
+    if stage == "{moment}" and done >= total // 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+prepare(options(sys.argv[1], num_workers=3), output=Path(sys.argv[2]), progress=progress)
+"""
+        process = python(code, corpus, tmp_path / moment, env={**os.environ, "CONSYN_TEST_MARK": str(tmp_path)})
+        _, complaint = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+        assert complaint == ""  # nor do the workers complain
+        assert_all_end(str(tmp_path))
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.3, 1.0])
+def test_ctrl_c_reaches_the_whole_group_and_nobody_complains(corpus: Path, tmp_path: Path, delay: float) -> None:
+    """From the moment on that the workers are being started, too."""
+    code = """
+def progress(stage, done, total):
+    if stage == "hash" and done == total:
+        print("now", flush=True)
+try:
+    prepare(options(sys.argv[1], num_workers=4), output=Path(sys.argv[2]), progress=progress)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    process = python(code, corpus, tmp_path / "store", env={**os.environ, "CONSYN_TEST_MARK": str(tmp_path)}, start_new_session=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "now\n"
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGINT)
+    said, complaint = process.communicate(timeout=60)
+    assert complaint == ""
+    assert said == "interrupted\n"
+    assert_all_end(str(tmp_path))
+
+
+# -------------------------------------------------------------------------------------------------------------------- kills
+
+# Attempts are forked from one process that has imported everything, so that the time goes into what is tested.
+KILLED_AGAIN_AND_AGAIN = """
+corpus, output, separator, workers, seed, wanted = sys.argv[1:]
+rng, kills, chains, expected_s = random.Random(int(seed)), 0, 0, float(os.environ["EXPECTED_S"])
+def attempt(store):
+    try:
+        prepare(options(corpus, document_separator=separator or None, num_workers=int(workers)), output=store, test_fraction=0.05)
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+while kills < int(wanted):
+    store, chains, tries = Path(output) / str(chains), chains + 1, 0
+    while True:
+        tries += 1
+        pid = os.fork()
+        if pid == 0:
+            attempt(store)
+        # Some at once, some after a while, and some late.
+        until = time.monotonic() + rng.choice([rng.uniform(0, 0.1), rng.uniform(0, 0.3 * expected_s), rng.uniform(0, expected_s)])
+        done = 0
+        while not done and (time.monotonic() < until or kills >= int(wanted)):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            time.sleep(0.002)
+        if done:
+            assert status == 0, status
+            break
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        kills += 1
+print(kills, chains)
+"""
+
+
+@pytest.mark.parametrize(("workers", "separator", "seed"), [(0, "\\n\\n\\n", 3), (1, "", 1), (2, "\\n\\n\\n", 2)])
+def test_killed_at_random_moments(
+    corpus: Path, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]], workers: int, separator: str, seed: int
+) -> None:
+    expected = undisturbed(separator)
+    environment = {**os.environ, "CONSYN_TEST_MARK": str(tmp_path), "EXPECTED_S": os.environ.get("CONSYN_TEST_EXPECTED_S", "1.5")}
+    process = python(KILLED_AGAIN_AND_AGAIN, corpus, tmp_path / "stores", separator, workers, seed, 20, env=environment)
+    said, complaint = process.communicate(timeout=200)
+    assert complaint == ""
+    kills, chains = map(int, said.split())
+    assert kills == 20
+    for chain in range(chains):
+        assert_same(files(tmp_path / "stores" / str(chain)), expected)
+    assert_all_end(str(tmp_path))
+
+
+# Every call that opens, makes, renames or removes something is a moment.
+KILLED_AT_AN_OPERATION = """
+corpus, output, separator, seed = sys.argv[1:]
+rng = random.Random(int(seed))
+Path(output).mkdir()
+counted = [0]
+def run(store, at):
+    def hook(event, arguments):
+        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate") and output in str(arguments[0]):
+            counted[0] += 1
+            if counted[0] == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+    prepare(options(corpus, document_separator=separator or None, num_workers=0), output=store, test_fraction=0.05)
+def forked(store, at):
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            run(store, at)
+            os.write(write, str(counted[0]).encode())
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    os.close(write)
+    said = os.read(read, 100)
+    os.close(read)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
+code, total = forked(Path(output) / "counted", 0)
+assert code == 0
+kills = 0
+for chain in range(2):
+    store = Path(output) / str(chain)
+    for at in sorted(rng.sample(range(1, 40), 8)) + [rng.randrange(1, int(total)) for _ in range(3)] + [int(total) - 5 * chain - 1]:
+        code, _ = forked(store, at)
+        kills += code == -9
+        assert code in (0, -9), code
+    assert forked(store, 0)[0] == 0
+print(kills, int(total))
+"""
+
+
+def test_killed_between_any_two_changes_on_the_disk(corpus: Path, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]]) -> None:
+    separator = "\\n\\n\\n"
+    process = python(KILLED_AT_AN_OPERATION, corpus, tmp_path / "stores", separator, 5)
+    said, complaint = process.communicate(timeout=200)
+    assert complaint == ""
+    kills, total = map(int, said.split())
+    assert total > 60
+    assert kills >= 12
+    for name in ("counted", "0", "1"):
+        assert_same(files(tmp_path / "stores" / name), undisturbed(separator))
+
+
+def test_one_row_that_is_cut_by_position_and_killed(tmp_path: Path) -> None:
+    """It is read a second time, which must not go on from what the first time left."""
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": " ".join(map(str, range(60_000)))}) + "\n" * 300_000)
+    code = """
+module.JOURNAL_SECONDS = 0
+told = [0]
+def progress(stage, done, total):
+    told[0] += stage == "tokenize"
+    if told[0] == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+prepare(options(sys.argv[1], num_workers=0), output=Path(sys.argv[2]), progress=progress)
+print(told[0])
+"""
+    said, complaint = python(code, tmp_path / "one.jsonl", tmp_path / "whole", -1).communicate(timeout=60)
+    assert complaint == ""
+    for at in range(1, int(said) + 1):
+        killed = python(code, tmp_path / "one.jsonl", tmp_path / "killed", at)
+        assert killed.communicate(timeout=60)[1] == ""
+        assert killed.returncode in (0, -signal.SIGKILL)
+    assert python(code, tmp_path / "one.jsonl", tmp_path / "killed", -1).communicate(timeout=60)[1] == ""
+    assert_same(files(tmp_path / "killed"), files(tmp_path / "whole"))
+    assert set(json.loads((tmp_path / "whole" / "report.json").read_text())["splits"]) == {"train", "validation"}
+
+
+# -------------------------------------------------------------------------------------------------------------------- no room
+
+LIMITED = """
+import resource
+corpus, output, limit = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))  # the kernel answers EFBIG wherever a file grows beyond it
+try:
+    prepare(options(corpus, num_workers=0), output=Path(output), test_fraction=0.05)
+except UserError as fault:
+    print(fault)
+"""
+
+
+@pytest.mark.parametrize("limit", [100, 9_000, 100_000])
+def test_files_that_may_not_grow(corpus: Path, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]], limit: int) -> None:
+    output = tmp_path / "store"
+    for _ in range(2):
+        said, complaint = python(LIMITED, corpus, output, limit).communicate(timeout=60)
+        assert complaint == ""
+        assert said.count("\n") == 1
+        assert "File too large" in said
+        assert str(output) in said
+        assert not (output / "manifest.json").exists()
+    assert python(UNDISTURBED, corpus, output, "", 0).communicate(timeout=60) == ("", "")
+    assert_same(files(output), undisturbed(""))
+
+
+def test_the_command_says_it_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {at} " * 20}) + "\n" for at in range(5000)))
+    flags = ["--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "store"), "--tokenizer", "bytes", "--quiet"]
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); "
+    limited += "from consyn_jax.cli.prepare import main; sys.exit(main())"
+    for limit in (0, 5000, 200_000):
+        done = subprocess.run([sys.executable, "-c", limited, str(limit), *flags], capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert "File too large" in done.stderr
+    done = subprocess.run([sys.executable, "-m", "consyn_jax.cli.prepare", *flags], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    whole = prepare(CorpusOptions(data=(flags[1],), tokenizer="bytes", num_workers=0), output=tmp_path / "whole")
+    assert_same(files(tmp_path / "store"), files(whole.store.directory))  # type: ignore[union-attr]
+
+
+class Full:
+    """Stands for the kernel: from call number `at` on, no file under `directory` can be made or written."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, directory: Path, at: int, code: int) -> None:
+        self.directory, self.at, self.code, self.calls = str(directory), at, code, 0
+        for owner, name in ((os, "fsync"), (os, "mkdir"), (os, "rename"), (os, "replace"), (os, "open"), (Path, "open")):
+            patch.setattr(owner, name, self.failing(getattr(owner, name)))
+
+    def failing(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def instead(what: Any, *arguments: Any, **more: Any) -> Any:
+            path = str(Path(f"/proc/self/fd/{what}").readlink()) if isinstance(what, int) else os.fspath(what)
+            mode = (arguments[0] if arguments else more.get("mode", "r")) if call.__qualname__ == "Path.open" else "w"
+            if path.startswith(self.directory) and (mode[0] in "wax" or "+" in mode):
+                self.calls += 1
+                if self.calls >= self.at:
+                    raise OSError(self.code, os.strerror(self.code), path)
+            return call(what, *arguments, **more)
+
+        return instead
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_every_call_that_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {at} " * 5}) + "\n" for at in range(60)))
+    monkeypatch.setattr(prepare_module, "JOURNAL_SECONDS", 0)
+    what = CorpusOptions(data=(str(tmp_path / "rows.jsonl"),), tokenizer="bytes", num_workers=0, near_duplicates=0.9, validation_fraction=0.2)
+    expected = files(prepare(what, output=tmp_path / "whole").store.directory)  # type: ignore[union-attr]
+    output, at, done = tmp_path / "store", 0, False
+    while True:
+        at += 1
+        with pytest.MonkeyPatch.context() as patch:
+            full = Full(patch, output, at, code)
+            try:
+                prepare(what, output=output)
+            except UserError as fault:
+                assert os.strerror(code) in str(fault), fault  # noqa: PT017
+                assert str(output) in str(fault)  # noqa: PT017
+            else:
+                done = full.calls < at
+        if (output / "manifest.json").exists():  # only what had to be removed is still there
+            prepare(what, output=output)
+            assert_same(files(output), expected)
+            if done:
+                break
+        if at % 3:  # or the next one meets what was left
+            prepare(what, output=output)
+            assert_same(files(output), expected)
+            shutil.rmtree(output)
+    assert at > 15
+
+
+def test_dev_full_in_place_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device answers ENOSPC to every byte, at the moment at which buffers are written."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {at} " * 5}) + "\n" for at in range(60)))
+    what = CorpusOptions(data=(str(tmp_path / "rows.jsonl"),), tokenizer="bytes", num_workers=0, near_duplicates=0.9)
+    monkeypatch.setattr(prepare_module, "JOURNAL_SECONDS", 0)
+    for name in (".tokenizer.json.new", ".journal.json.new", "report.html.tmp", ".report.json.new", ".manifest.json.new"):
+        output = tmp_path / "store"
+        with pytest.MonkeyPatch.context() as patch:
+
+            def opened(self: Path, mode: str = "r", *arguments: Any, name: str = name, real: Any = Path.open, **more: Any) -> Any:
+                return real(Path("/dev/full") if self.name == name and mode[0] in "wa" else self, mode, *arguments, **more)
+
+            patch.setattr(Path, "open", opened)
+            patch.setattr(os, "fsync", lambda _: None)  # /dev/full has none
+            with pytest.raises(UserError, match="No space left on device"):
+                prepare(what, output=output)
+        assert not (output / "manifest.json").exists()
+        prepare(what, output=output)
+        shutil.rmtree(output)
+
+
+def test_a_cache_on_a_disk_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("some text " * 200_000)
+    os.utime(tmp_path / "a.txt", (0, 0))
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing"), Path("/dev/null")):
+        monkeypatch.setenv("CONSYN_CACHE", str(place))
+        with pytest.raises(UserError, match=r"cannot be written: .* Set CONSYN_CACHE"):
+            prepare(CorpusOptions(data=(str(tmp_path / "a.txt"),), tokenizer="bytes", num_workers=0))
+
+
+@pytest.fixture(autouse=True)
+def no_processes_left() -> Iterator[None]:
+    """Of this test's own."""
+    yield
+    assert not [child for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split() if "data.workers" in _command(child)]
+
+
+def _command(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
