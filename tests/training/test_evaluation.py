@@ -7,15 +7,15 @@ import numpy as np
 import optax
 import pytest
 
-from consyn_jax.config import ModelConfig
+from consyn_jax.config import ModelConfig, RegularisationOptions
 from consyn_jax.data.loader import evaluation_batches
 from consyn_jax.data.packing import PackedDataset, memory_split
-from consyn_jax.distributed.mesh import AXES, build_mesh
+from consyn_jax.distributed.mesh import AXES, build_mesh, sharding
 from consyn_jax.model.parameters import layout
 from consyn_jax.model.transformer import Compute
 from consyn_jax.training.evaluation import evaluate
 from consyn_jax.training.loss import LossSums
-from consyn_jax.training.program import Program
+from consyn_jax.training.program import EVAL_AXES, Program
 
 CONFIG = ModelConfig(vocab_size=50, hidden_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, context=64)
 
@@ -67,20 +67,52 @@ def test_the_next_batch_is_dispatched_before_the_last_is_read() -> None:
     assert order.index("dispatch 2.0") < order.index("read 1.0")
 
 
-def test_batch_size_and_padding_do_not_count() -> None:
-    rng = np.random.default_rng(0)
-    documents = [rng.integers(0, 49, n) for n in (40, 3, 1, 77, 20)]
-    dataset = PackedDataset(memory_split(documents, 49), 16, bos_id=48, pad_id=0)
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), layout(CONFIG).shapes)
-    program = Program(CONFIG, Compute(), optax.sgd(1.0), 0.0, build_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1]))
-    step = jax.jit(program.loss)
+DOCUMENTS = [np.random.default_rng(0).integers(0, 49, n) for n in (40, 3, 1, 77, 20)]
+MESHES = [{"data": 2}, {"fsdp": 2}, {"tensor": 2}, {"context": 4}, {"data": 2, "fsdp": 2}, {"fsdp": 8}, {"fsdp": 2, "context": 2, "tensor": 2}]
 
-    def metrics(batch_size: int) -> dict[str, float]:
-        batches = evaluation_batches(dataset, batch_size)
-        return evaluate(lambda batch: step(params, jax.tree.map(jnp.asarray, batch)), batches, num_bytes=300)
 
-    alone = metrics(1)
-    assert alone["eval/tokens"] == dataset.num_tokens == 146
-    assert alone["eval/tokens"] % 16, "the last row is padded"
-    for batch_size in (7, 16):
-        assert metrics(batch_size) == pytest.approx(alone, rel=1e-6)
+def metrics(batch_size: int, padding: int = 0, axes: dict[str, int] | None = None, **regularisation: float) -> dict[str, float]:
+    """Of a fixed random model over the documents, in rows of 16 tokens and more columns of what is no text."""
+    dataset = PackedDataset(memory_split(DOCUMENTS, 49), 16, bos_id=48, pad_id=0)
+    sizes = dict.fromkeys(AXES, 1) | (axes or {})
+    mesh = build_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    program = Program(CONFIG, Compute(), optax.sgd(1.0), 0.0, mesh, RegularisationOptions(**regularisation))
+    rng = np.random.default_rng(1)
+    random = jax.tree.map(lambda leaf: np.asarray(0.3 * rng.normal(size=leaf.shape), np.float32), layout(CONFIG).shapes)
+    params = jax.tree.map(jax.device_put, random, layout(CONFIG).shardings(mesh))
+    step = program.lower_eval_step(batch_size, 16 + padding).compile()
+
+    def placed(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        more = {"input_ids": 7, "labels": 7, "segment_ids": 0, "loss_mask": False}
+        wide = {name: np.pad(values, ((0, 0), (0, padding)), constant_values=more[name]) for name, values in batch.items()}
+        return {name: jax.device_put(values, sharding(mesh, EVAL_AXES)) for name, values in wide.items()}
+
+    return evaluate(lambda batch: step(params, batch), map(placed, evaluation_batches(dataset, batch_size)), num_bytes=300)
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, float]:
+    found = metrics(1)
+    assert found["eval/tokens"] == 146
+    assert found["eval/tokens"] % 16, "the last row is padded"
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [*range(2, 17)])
+def test_the_batch_size_does_not_count(batch_size: int, alone: dict[str, float]) -> None:
+    assert metrics(batch_size) == pytest.approx(alone, rel=1e-6)
+
+
+@pytest.mark.parametrize("padding", [1, 8, 48])
+def test_padding_does_not_count(padding: int, alone: dict[str, float]) -> None:
+    assert metrics(4, padding) == pytest.approx(alone, rel=1e-6)
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_the_mesh_does_not_count(axes: dict[str, int], alone: dict[str, float]) -> None:
+    assert metrics(8, axes=axes) == pytest.approx(alone, rel=1e-6)
+    assert metrics(16, 16, axes) == pytest.approx(alone, rel=1e-6)
+
+
+def test_regularisation_is_of_training(alone: dict[str, float]) -> None:
+    assert metrics(1, dropout=0.5, label_smoothing=0.1, z_loss=0.1) == alone

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from consyn_jax.distributed.mesh import AXES, build_mesh, sharding
-from consyn_jax.training.loss import LossSums, cross_entropy, head_loss
+from consyn_jax.training.loss import Extras, LossSums, cross_entropy, head_loss, head_objective
 
 B, T, D, V = 4, 18, 16, 128
 WHOLE = 2**26
@@ -130,3 +130,83 @@ def test_logits_of_any_size_give_a_finite_loss(inputs: tuple[jax.Array, ...]) ->
     got = with_gradients(lambda *a: head_loss(*a, V, 1000))(x * 1e4, head, labels, mask)
     compare(got, with_gradients(partial(reference, vocab_size=V))(x * 1e4, head, labels, mask), 1e-5)
     assert np.isfinite(got[0].nll)
+
+
+# ------------------------------------------------------------------------------------------------ label smoothing and z-loss
+
+EXTRAS = [Extras(label_smoothing=0.1), Extras(z_loss=1e-2), Extras(0.2, 1e-3)]
+
+
+def minimised(extras: Extras, vocab_size: int, chunk_elements: int) -> Callable[..., Any]:
+    """(what is minimised, the plain sums) and the gradients of x and the head."""
+
+    def objective(x: jax.Array, head: jax.Array, labels: jax.Array, mask: jax.Array) -> tuple[jax.Array, LossSums]:
+        return head_objective(x, head, labels, mask, vocab_size, extras, chunk_elements)
+
+    return jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
+
+
+def torchs(inputs: tuple[jax.Array, ...], extras: Extras, vocab_size: int) -> tuple[float, list[np.ndarray]]:
+    x, head, labels, mask = map(np.asarray, inputs)
+    tx, thead = (torch.tensor(a.astype(np.float64), requires_grad=True) for a in (x, head))
+    logits = (tx @ thead.T)[..., :vocab_size].reshape(-1, vocab_size)
+    targets = torch.tensor(np.where(mask, labels, -100).reshape(-1), dtype=torch.long)
+    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=extras.label_smoothing)
+    loss = loss + extras.z_loss * (torch.logsumexp(logits, -1) ** 2)[targets >= 0].sum()
+    loss.backward()
+    return loss.item(), [t.grad.numpy() for t in (tx, thead)]
+
+
+@pytest.mark.parametrize("chunk_elements", [WHOLE, B * T * V // 4])
+@pytest.mark.parametrize("vocab_size", [V, 100])
+@pytest.mark.parametrize("extras", EXTRAS, ids=str)
+def test_extras_are_torchs(inputs: tuple[jax.Array, ...], extras: Extras, vocab_size: int, chunk_elements: int) -> None:
+    (objective, sums), gradients = minimised(extras, vocab_size, chunk_elements)(*inputs)
+    loss, expected = torchs(inputs, extras, vocab_size)
+    assert float(objective) == pytest.approx(loss, rel=1e-6)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert np.linalg.norm(ours - theirs) <= 1e-6 * np.linalg.norm(theirs)
+    np.testing.assert_array_equal(gradients[1][vocab_size:], 0, "rows that are no tokens are no targets either")
+    np.testing.assert_allclose(sums, reference(*inputs, vocab_size), rtol=1e-6, err_msg="what is reported is the plain loss")
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_extras_are_torchs_on_a_mesh(inputs: tuple[jax.Array, ...], name: str) -> None:
+    axes, vocab_size = MESHES[name]
+    sizes = dict.fromkeys(AXES, 1) | axes
+    mesh = build_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+    logical = (("batch", "sequence", None), ("vocab", "embed"), ("batch", "sequence"), ("batch", "sequence"))
+    placed = [jax.device_put(value, sharding(mesh, names)) for value, names in zip(inputs, logical, strict=True)]
+    with jax.set_mesh(mesh):
+        (objective, sums), gradients = minimised(EXTRAS[2], vocab_size, 600)(*placed)
+    loss, expected = torchs(inputs, EXTRAS[2], vocab_size)
+    assert float(objective) == pytest.approx(loss, rel=1e-6)
+    np.testing.assert_allclose(sums, reference(*inputs, vocab_size), rtol=1e-6)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert np.linalg.norm(ours - theirs) <= 1e-6 * np.linalg.norm(theirs)
+
+
+def test_without_extras_the_objective_is_the_loss(inputs: tuple[jax.Array, ...]) -> None:
+    (objective, sums), gradients = minimised(Extras(), 100, 1000)(*inputs)
+    expected, theirs = with_gradients(lambda *a: head_loss(*a, 100, 1000))(*inputs)
+    jax.tree.map(np.testing.assert_array_equal, (objective, sums, gradients), (expected.nll, expected, theirs))
+
+
+def test_float16_keeps_the_shares_of_a_large_vocabulary() -> None:
+    """Where the label is near certain, what is left is spread over 49,152 tokens: 1e-7 each, below float16's last place."""
+    rng = np.random.default_rng(0)
+    rows = 49_152
+    x = rng.normal(size=(1, 4, D)).astype(np.float16)
+    head = rng.normal(scale=0.02, size=(rows, D)).astype(np.float16).astype(np.float32)
+    labels = np.array([[5, 6, 7, 8]], np.int32)
+    for token, label in enumerate(labels[0]):
+        head[label] = (x[0, token].astype(np.float32) * 16 / np.square(x[0, token].astype(np.float32)).sum()).astype(np.float16)
+    mask = jnp.ones((1, 4), bool)
+    arguments = jnp.asarray(head), jnp.asarray(labels), mask
+    _, (dx, dhead) = with_gradients(lambda *a: head_loss(*a, rows, WHOLE))(jnp.asarray(x), *arguments)
+    _, (dx32, dhead32) = with_gradients(partial(reference, vocab_size=rows))(jnp.asarray(x, jnp.float32), *arguments)
+    assert (dx.dtype, dhead.dtype) == (jnp.float16, jnp.float32)
+    others = np.setdiff1d(np.arange(rows), labels)
+    assert 1e-9 < np.abs(dhead32[others]).mean() < 1e-6
+    assert np.linalg.norm((dhead - dhead32)[others]) <= 0.05 * np.linalg.norm(dhead32[others])
+    assert np.linalg.norm(dx.astype(jnp.float32) - dx32) <= 0.05 * np.linalg.norm(dx32)

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
-from consyn_jax.config import ModelConfig
+from consyn_jax.config import ModelConfig, RegularisationOptions
 from consyn_jax.distributed.mesh import AXES, build_mesh, sharding
 from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.model.parameters import Params, initial_parameters, layout
@@ -19,6 +19,7 @@ from consyn_jax.model.pretrained import load_parameters, read_config, save_param
 from consyn_jax.model.transformer import Compute
 from consyn_jax.training.optimizer import build_optimizer
 from consyn_jax.training.program import TRAIN_AXES, Program
+from consyn_jax.training.step import make_train_step, with_dropout
 
 TINY = ModelConfig(vocab_size=259, hidden_dim=32, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8, mlp_dim=64, context=64, tie_embeddings=False)
 
@@ -121,9 +122,9 @@ def packed() -> dict[str, np.ndarray]:
     return {"input_ids": ids[..., :-1], "labels": ids[..., 1:], "segment_ids": np.where(mask, segments, 0).astype(np.int32), "loss_mask": mask}
 
 
-def train(mesh: Mesh, packed: dict[str, np.ndarray]) -> tuple[Params, list[float], Params]:
+def train(mesh: Mesh, packed: dict[str, np.ndarray], remat: str = "none", seed: int = 0, **regularisation: float) -> tuple[Params, list[float], Params]:
     """First parameters, 20 losses, last parameters."""
-    program = Program(TINY, Compute(), adamw(3e-3), 1.0, mesh)
+    program = Program(TINY, Compute(remat=remat), adamw(3e-3), 1.0, mesh, RegularisationOptions(**regularisation), seed)
     state = program.initial_state(initial_parameters(TINY, 42, mesh))
     first = jax.device_get(state.params)
     step = program.lower_train_step(2, 8, 16).compile()
@@ -154,6 +155,42 @@ def test_a_mesh_trains_as_one_device_does(axes: dict[str, int], packed: dict[str
     assert losses[-1] < 0.9 * losses[0], "it learns, so the losses say something"
     for ours, theirs in zip(jax.tree.leaves(last), jax.tree.leaves(on_one_device[2]), strict=True):
         assert np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(theirs)
+
+
+REGULARISED = {"dropout": 0.2, "label_smoothing": 0.1, "z_loss": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def regularised(packed: dict[str, np.ndarray]) -> tuple[Params, list[float], Params]:
+    return train(mesh_of(data=1), packed, **REGULARISED)
+
+
+@pytest.mark.parametrize(
+    ("axes", "remat"),
+    [({"data": 2}, "none"), ({"fsdp": 4}, "full"), ({"tensor": 2, "context": 2}, "attention"), ({"fsdp": 2, "context": 2, "tensor": 2}, "none")],
+    ids=str,
+)
+def test_dropout_trains_the_same_model_on_every_mesh(
+    axes: dict[str, int], remat: str, packed: dict[str, np.ndarray], regularised: tuple[Params, list[float], Params]
+) -> None:
+    _, losses, last = train(mesh_of(**axes), packed, remat, **REGULARISED)
+    np.testing.assert_allclose(losses, regularised[1], rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(last), jax.tree.leaves(regularised[2]), strict=True):
+        assert np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(theirs)
+
+
+def test_every_step_micro_batch_and_seed_draws_its_own(packed: dict[str, np.ndarray]) -> None:
+    mesh, same = mesh_of(data=1), {name: np.stack([values[0], values[0]]) for name, values in packed.items()}
+    program = Program(TINY, Compute(), optax.sgd(0.0), 0.0, mesh, RegularisationOptions(dropout=0.5))
+    losses = set()
+    for seed in (0, 1):
+        for step in (0, 1):
+            for accumulation in (1, 2):
+                taken = {name: jnp.asarray(values[:accumulation]) for name, values in same.items()}
+                run = jax.jit(with_dropout(make_train_step(program.objective, program.rule, 0.0), seed))
+                state = program.initial_state(random_params())._replace(step=jnp.int32(step))
+                losses.add(float(run(state, taken)[1]["loss"]))
+    assert len(losses) == 8, "a micro-batch that drew as the first would leave the mean as it was"
 
 
 # ------------------------------------------------------------------------------------------------------------- properties of one
