@@ -165,7 +165,7 @@ class CorpusOptions:
     tokenizer: str | None = flag(
         None, "default (49,152 tokens), bytes, train:SIZE (trained on the data), or a path (that of the checkpoint or token store, else default)"
     )
-    num_workers: int | None = flag(None, "processes that clean and tokenise (one a core)")
+    num_workers: int | None = flag(None, "processes that clean and tokenise beside the main one (one a core)")
 
 
 @dataclass(frozen=True)
@@ -586,10 +586,10 @@ def validate_corpus(options: CorpusOptions) -> None:
     Raises:
         UserError: naming the flag.
     """
-    for name in ("min_chars", "max_chars", "num_workers"):
+    for name, least in (("min_chars", 1), ("max_chars", 1), ("num_workers", 0)):
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be at least 1, not {value}.")
+        if value is not None and value < least:
+            raise UserError(f"--{name} must be at least {least}, not {value}.")
     if options.max_chars is not None and options.max_chars < options.min_chars:
         raise UserError(f"--max_chars {options.max_chars} is below --min_chars {options.min_chars}, so no document would be left.")
     if not 0 <= options.validation_fraction < 1:

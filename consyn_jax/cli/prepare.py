@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-import re
 import shlex
-import shutil
 import sys
 import time
 from collections import Counter
@@ -40,8 +38,6 @@ Stopped at any moment, the same command again goes on where it was.
 Exit codes: 0 done, 2 wrong input, 75 interrupted."""
 
 KINDS = {"text": "text file", "jsonl": "file of JSON rows", "huggingface": "Hugging Face dataset"}
-# The files of a token store, and of one under way; --overwrite deletes nothing else.
-STORE_FILE = re.compile(r"manifest\.json|report\.json|report\.html|tokenizer|preparing|[a-z][a-z0-9_]*-\d{5,}\.(tokens|index|targets)|.*\.tmp")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,8 +113,7 @@ def _check_output(path: Path) -> None:
 def _is_ours(path: Path) -> bool:
     """A token store, or a preparation that has begun to make one."""
     from consyn_jax.data.shards import MANIFEST
-    from consyn_jax.data.sources import PREPARING
-    from consyn_jax.data.store import FORMAT
+    from consyn_jax.data.store import FORMAT, PREPARING
 
     if (path / PREPARING).is_dir():
         # Killed between its first two moments, it has no lock yet.
@@ -139,6 +134,7 @@ def _interruption(config: PrepareConfig, output: Path) -> str:
 def _delete_store(config: PrepareConfig, path: Path) -> None:
     """For --overwrite: delete what --output holds, if that is ours and the new store is not made from it."""
     from consyn_jax.data.sources import find_sources
+    from consyn_jax.data.store import STORE_FILE, delete_store
     from consyn_jax.tokenization import load_tokenizer
 
     data = config.data
@@ -159,18 +155,14 @@ def _delete_store(config: PrepareConfig, path: Path) -> None:
         raise UserError(f"--overwrite would delete {_shown(strangers)} in --output {path}, which is no part of a token store. Move it elsewhere.")
     _check_unused(path)
     try:
-        for entry in entries:
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+        delete_store(path)
     except OSError as error:
         raise UserError(f"--overwrite cannot delete {error.filename}: {error.strerror}. Delete it, or name another --output.") from error
 
 
 def _check_unused(path: Path) -> None:
     """No other process may be preparing there."""
-    from consyn_jax.data.sources import PREPARING
+    from consyn_jax.data.store import PREPARING
 
     with suppress(OSError), (path / PREPARING / "lock").open() as lock:
         try:

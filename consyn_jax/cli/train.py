@@ -14,7 +14,7 @@ from consyn_jax.cli.run import exit_code
 from consyn_jax.config import PRESETS, CorpusOptions, RunConfig, UserError, architecture, check_context, nearest, resolve
 
 if TYPE_CHECKING:
-    from consyn_jax.config import ModelConfig
+    from consyn_jax.config import DataOptions, ModelConfig
     from consyn_jax.data.prepare import Prepared
     from consyn_jax.data.streaming import Growing
     from consyn_jax.tokenization import BPETokenizer
@@ -25,6 +25,7 @@ DESCRIPTION = """\
 Train a decoder language model: text in, a model that transformers loads out.
 Without flags: the 124 M parameter model on text that comes with Python."""
 USAGE = "[--config FILE] [--model NAME] [--data PATH] [FLAG ...]"
+USED_WITH_TOKENS = {"data", "validation", "validation_fraction", "dataset_type", "tokenizer", "num_workers"}
 EPILOG = """\
 examples:
   consyn-train --model haiku --tokenizer train:4096 --max_steps 300
@@ -33,7 +34,8 @@ examples:
 
 Defaults are in brackets; of a flag that is given twice the last counts.
 The same command again goes on where a run was stopped.
-Exit codes: 0 done, 2 wrong input, 3 diverged, 75 interrupted and saved."""
+Exit codes: 0 done, 2 wrong input, 3 diverged, 75 interrupted and saved,
+130 and 143 interrupted with nothing to save."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -158,7 +160,17 @@ def _check_data(config: RunConfig) -> bool:
     corpora = [find_sources(part, data.dataset_type, invalid_utf8=data.invalid_utf8) for part in parts]
     if data.validation:
         find_sources(data.validation, flag="validation", invalid_utf8=data.invalid_utf8)
-    return all(corpus.sources[0].kind == "sharded" for corpus in corpora)
+    is_store = all(corpus.sources[0].kind == "sharded" for corpus in corpora)
+    if is_store:
+        _check_unused(data)
+    return is_store
+
+
+def _check_unused(data: DataOptions) -> None:
+    """What says how text is read and cleaned has nothing to do where there are tokens already."""
+    given = [f.name for f in dataclasses.fields(CorpusOptions) if f.name not in USED_WITH_TOKENS and getattr(data, f.name) != f.default]
+    if given:
+        raise UserError(f"--data {data.data[0]} is tokenised already, so --{given[0]} comes too late. Leave it out, or give it to consyn-prepare.")
 
 
 def _check_devices(config: RunConfig) -> None:
@@ -242,6 +254,7 @@ def _streamed(config: RunConfig, corpus: Growing) -> _Data:
         ("data", f"{_shown(config.data.data)}: tokenised while the run goes on, and in its first epoch shuffled in blocks of {BLOCK_WINDOWS:,} sequences"),
         ("validation", f"the first {VALIDATION_WINDOWS:,} sequences of the validation split"),
         _packing(config.data.packing, []),
+        *_left_out(corpus.left_out),
     ]
     return _Data(Streamed(corpus, length, config.budget.seed), FirstWindows(corpus, length), corpus.tokenizer, notes)
 
@@ -274,18 +287,24 @@ def _notes(prepared: Prepared) -> list[tuple[str, str]]:
     """Lines about one token store for the header."""
     store, report = prepared.store, prepared.report
     splits = {name: store.split(name) for name in ("train", "validation")}
-    sizes = ", ".join(f"{name} {s.num_tokens:,} tokens{_documents(s.num_documents)}" for name, s in splits.items())
+    learned = {name: "" if s.num_targets == s.num_tokens else f" ({s.num_targets:,} of them learned)" for name, s in splits.items()}
+    sizes = ", ".join(f"{name} {s.num_tokens:,} tokens{learned[name]}{_documents(s.num_documents)}" for name, s in splits.items())
     notes = [("data", f"{_shown([source.name for source in prepared.used])}: {sizes}")]
     if prepared.validation_is_empty:
         notes.append(("validation", "none: no document fell into it; give --validation PATH or a larger --validation_fraction"))
-    if prepared.left_out:
-        notes.append(("left out", f"{len(prepared.left_out)} files: {_shown([f'{name} ({reason})' for name, reason in prepared.left_out])}"))
+    notes += _left_out(prepared.left_out)
     dropped = {rule: count for rule, count in report.dropped.items() if count}
     if bad := dropped.pop("bad row", 0):
         notes.append(("bad rows", f"{bad} skipped, the first: {report.examples['bad row'][0]}"))
     if dropped:
         notes.append(("cleaned", f"of {report.documents:,} documents left out: {', '.join(f'{count:,} {rule}' for rule, count in dropped.items())}"))
     return notes
+
+
+def _left_out(files: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    if not files:
+        return []
+    return [("left out", f"{len(files)} file{'' if len(files) == 1 else 's'}: {_shown([f'{name} ({reason})' for name, reason in files])}")]
 
 
 def _packing(name: str, datasets: Sequence[ConsynDataset]) -> tuple[str, str]:

@@ -25,19 +25,19 @@ from typing import Any
 
 import numpy as np
 
-from consyn_jax.config import CorpusOptions, UserError
+from consyn_jax.config import CorpusOptions, UserError, validate_corpus
 from consyn_jax.data.digests import FileDigests, cache_directory
 from consyn_jax.data.near_duplicates import NearDuplicates
 from consyn_jax.data.parts import PART_BYTES
 from consyn_jax.data.raw_tokens import RawTokens
 from consyn_jax.data.reading import START, Block, Position, blocks
 from consyn_jax.data.report import CHANGES, EXAMPLE_CHARS, EXAMPLES, RULES, Report
-from consyn_jax.data.report_page import write_page
+from consyn_jax.data.report_page import page
 from consyn_jax.data.seen import Seen
 from consyn_jax.data.shards import MANIFEST, StoreSplit
-from consyn_jax.data.sources import PREPARING, SAMPLE, Corpus, Source, find_sources, sample_texts
+from consyn_jax.data.sources import SAMPLE, Corpus, Source, find_sources, is_array, sample_texts
 from consyn_jax.data.split import DIGEST_BYTES, SALT, SPLITS, TRAIN, VALIDATION, joined_digest
-from consyn_jax.data.store import VERSION, JoinedStores, TokenStore, TokenStoreWriter, write_whole
+from consyn_jax.data.store import PREPARING, VERSION, JoinedStores, TokenStore, TokenStoreWriter, delete_store, write_whole
 from consyn_jax.data.work import Kept, Result, Worker
 from consyn_jax.data.workers import Workers
 from consyn_jax.tokenization import BPETokenizer, load_tokenizer
@@ -46,12 +46,15 @@ from consyn_jax.tokenization import BPETokenizer, load_tokenizer
 PIPELINE_VERSION = 2
 REPORT, PAGE, JOURNAL = "report.json", "report.html", "journal.json"
 JOURNAL_SECONDS = 2.0
+LOCK_POLL_SECONDS = 0.2
 # Below, starting processes takes longer than the work.
 FEW_BYTES = 4 << 20
 # What makes no difference to the store, or is in its key by what it stands for.
 # Whether bad rows stop it makes none either, as long as there are none; `_check_leniency` looks.
 _NOT_IN_KEY = {"data", "validation", "dataset_type", "tokenizer", "num_workers", "on_bad_rows", "invalid_utf8"}
 
+Publish = Callable[["TokenStoreWriter | None"], bool]
+"""Called with what is written when it can be shown, else with None; says whether to stop."""
 Progress = Callable[[str, int, int], None]
 """Called with the stage ("hash", "train tokenizer" or "tokenize"), and the bytes done and to do (0: not known)."""
 
@@ -81,7 +84,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class _Job:
-    """What is to be prepared, resolved. The sources of `validation` are the last ones."""
+    """What is to be prepared, resolved. The sources of `validation` come first, so that of a document in both the copy there is kept."""
 
     sources: tuple[Source, ...]
     num_validation: int
@@ -107,8 +110,9 @@ class _Job:
         columns = [part for key in keys for part in key.split(",")]
         for number in range(index, len(self.sources)):
             source = self.sources[number]
-            held_out = number >= len(self.sources) - self.num_validation
-            for block in blocks(source, position, self.options, tokenizer, single=single, columns=columns, streaming=self.streaming):
+            held_out = number < self.num_validation
+            how: dict[str, Any] = {"single": single, "columns": columns, "test_fraction": self.test_fraction, "streaming": self.streaming}
+            for block in blocks(source, position, self.options, tokenizer, **how):
                 yield number, dataclasses.replace(block, side=VALIDATION) if held_out else block
             position = START
 
@@ -157,11 +161,13 @@ class Growing:
     Attributes:
         tokenizer: makes the tokens.
         key: stands for the data, the rules and the tokenizer.
+        left_out: files of directories that are not read, with the reason.
         prepared: what `prepare` gives, once the preparation is complete.
     """
 
     def __init__(self, job: _Job, key: str, tokenizer: BPETokenizer, directory: Path) -> None:
-        self.tokenizer, self.key = tokenizer, key
+        self.tokenizer, self.key, self.left_out = tokenizer, key, job.left_out
+        self._is_one_text = job.is_one_text  # which is no duplicate of anything, so what has begun will not be taken back
         self.prepared: Prepared | None = None
         self._splits: dict[str, StoreSplit] = {}
         self._error: BaseException | None = None
@@ -214,11 +220,13 @@ class Growing:
                 self.prepared = prepared
                 self._changed.notify_all()
 
-    def _publish(self, writer: TokenStoreWriter) -> bool:
-        splits = {name: writer.snapshot(name) for name in writer.totals}
+    def _publish(self, writer: TokenStoreWriter | None) -> bool:
+        if writer is not None:
+            splits = {name: writer.snapshot(name, begun=self._is_one_text) for name in SPLITS}
+            with self._changed:
+                self._splits = splits
+                self._changed.notify_all()
         with self._changed:
-            self._splits = splits
-            self._changed.notify_all()
             return self._stopped
 
 
@@ -232,8 +240,9 @@ def start(options: CorpusOptions, tokenizer: BPETokenizer | None = None, *, prog
     if corpus.sources[0].kind == "sharded":
         raise UserError(f"--data {corpus.sources[0].name} is tokenised already, so there is nothing to stream. Leave --streaming out.")
     job = dataclasses.replace(_job(corpus, held_out, options, tokenizer, 0.0, progress), streaming=True)
+    if not isinstance(job.tokenizer, BPETokenizer):
+        raise UserError(f"--tokenizer {job.tokenizer} needs to read all data first, which streaming does not. Learn it before, and give its path.")
     key = _key(job)
-    assert isinstance(job.tokenizer, BPETokenizer)
     return Growing(job, key, job.tokenizer, cache_directory() / "stores" / key)
 
 
@@ -242,6 +251,7 @@ def start(options: CorpusOptions, tokenizer: BPETokenizer | None = None, *, prog
 
 def _find(options: CorpusOptions) -> tuple[Corpus, Corpus]:
     """The corpus less the files of `validation`, and those: `--data DIR --validation DIR/valid.txt` must not train on the latter."""
+    validate_corpus(options)
     corpus = find_sources(options.data, options.dataset_type, invalid_utf8=options.invalid_utf8)
     held_out = Corpus((), ())
     if options.validation:
@@ -270,7 +280,7 @@ def _job(
         options = dataclasses.replace(options, validation_fraction=0.0)
     spec = tokenizer if tokenizer is not None else options.tokenizer or "default"
     return _Job(
-        (*corpus.sources, *held_out.sources),
+        (*held_out.sources, *corpus.sources),
         len(held_out.sources),
         (*corpus.left_out, *held_out.left_out),
         options,
@@ -327,7 +337,7 @@ def _key(job: _Job) -> str:
                 digests = [hashlib.sha256("\0".join(sample_texts()).encode()).hexdigest()]
             else:
                 digests = [digest(file) for file in source.files] or [source.name]
-            contents.append([source.kind, digests])
+            contents.append([source.kind, source.kind == "jsonl" and is_array(Path(source.name)), digests])
             done += source.num_bytes
             job.tell("hash", done, total)
     recipe = {name: value for name, value in dataclasses.asdict(job.options).items() if name in _RECIPE}
@@ -351,10 +361,10 @@ class _Stopped(Exception):
     """Whoever reads what is prepared has had enough."""
 
 
-def _build(job: _Job, key: str, directory: Path, *, in_cache: bool, publish: Callable[[TokenStoreWriter], bool] | None = None) -> bool:
+def _build(job: _Job, key: str, directory: Path, *, in_cache: bool, publish: Publish | None = None) -> bool:
     """Make the store in `directory`, or go on making it. Says whether it was there already."""
     work = directory / PREPARING
-    if _is_done(directory, key, in_cache):
+    if _is_done(directory, key, in_cache) and not work.exists():
         return True
     if not in_cache:
         _check_output(directory)
@@ -363,10 +373,17 @@ def _build(job: _Job, key: str, directory: Path, *, in_cache: bool, publish: Cal
     except OSError as error:
         where = "Set CONSYN_CACHE to a directory with room." if in_cache else "Give another --output."
         raise UserError(f"{directory} cannot be written: {error.strerror}. {where}") from error
-    with _locked(work, wait=in_cache):
+    with _locked(work, wait=in_cache, stop=(lambda: publish(None)) if publish is not None else None):
         if _is_done(directory, key, in_cache):
+            shutil.rmtree(work, ignore_errors=True)  # also where a kill came between the manifest and this
             return True
+        try:
+            (directory / MANIFEST).unlink(missing_ok=True)  # of an entry that is damaged or outdated: it is made again
+        except OSError as error:
+            raise UserError(f"{directory} is damaged and cannot be written: {error.strerror}. Set CONSYN_CACHE to a directory with room.") from error
         journal = _read_journal(work / JOURNAL, key, in_cache)
+        if journal is not None:
+            _check_leniency(Report(**journal["report"]), job.options)
         single = job.is_one_text if journal is None else journal["single"]
         preparation = None
         try:
@@ -380,34 +397,33 @@ def _build(job: _Job, key: str, directory: Path, *, in_cache: bool, publish: Cal
         except BaseException:
             if preparation is not None:
                 preparation.writer.close()
-            if not (work / JOURNAL).exists():  # nothing to go on from
-                shutil.rmtree(directory, ignore_errors=True)
+            if not (work / JOURNAL).exists() and not (directory / MANIFEST).exists():  # nothing to go on from
+                delete_store(directory)
             raise
+        shutil.rmtree(work, ignore_errors=True)
     return False
 
 
 def _is_done(directory: Path, key: str, in_cache: bool) -> bool:
-    """Whether the store of `key` is in `directory`. A damaged or outdated entry of the cache is removed: it can be made again."""
+    """Whether the store of `key` is in `directory`.
+
+    Raises:
+        UserError: another one is, or it is damaged; an entry of the cache is then no entry.
+    """
     if not (directory / MANIFEST).exists():
         return False
     try:
         store = TokenStore(directory)
         assert store.tokenizer  # reads it, and compares it with the manifest
-        Report(**json.loads((directory / REPORT).read_text(encoding="utf-8")))
-        same = store.manifest.get("key") == key
-    except (UserError, OSError, ValueError, TypeError):
+        if store.manifest.get("key") == key:
+            Report(**json.loads((directory / REPORT).read_text(encoding="utf-8")))
+            return True
+    except (UserError, OSError, ValueError, TypeError) as error:
         if not in_cache:
-            raise
-        same = False
-    if same:
-        shutil.rmtree(directory / PREPARING, ignore_errors=True)  # a kill may have come between the manifest and this
-        return True
+            raise UserError(f"The token store in {directory} is damaged. Delete it with --overwrite, or give another --output.") from error
+        return False
     if not in_cache:
         raise UserError(f"{directory} holds a token store of other data or made by other rules. Give another --output, or delete it with --overwrite.")
-    try:
-        (directory / MANIFEST).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{directory} is damaged and cannot be written: {error.strerror}. Set CONSYN_CACHE to a directory with room.") from error
     return False
 
 
@@ -415,30 +431,30 @@ def _check_output(directory: Path) -> None:
     """Nobody's files may get lost."""
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--output {directory} is a file. Give a directory.")
-    if directory.is_dir() and not (directory / PREPARING).is_dir() and any(directory.iterdir()):
+    begun = (directory / PREPARING).is_dir() or (directory / MANIFEST).is_file()
+    if directory.is_dir() and not begun and any(directory.iterdir()):
         raise UserError(f"--output {directory} is not empty, and holds no token store. Give a new directory.")
 
 
 @contextmanager
-def _locked(work: Path, wait: bool) -> Iterator[None]:
+def _locked(work: Path, wait: bool, stop: Callable[[], bool] | None) -> Iterator[None]:
     """Keeps other processes from preparing the same store. The kernel lets go of it however this process ends."""
     while True:
+        lock = os.open(work / "lock", os.O_RDWR | os.O_CREAT)
         try:
-            work.mkdir(parents=True, exist_ok=True)
-            lock = os.open(work / "lock", os.O_RDWR | os.O_CREAT)
-        except FileNotFoundError:
-            continue  # whoever held it has finished and removed it just now
-        except OSError as error:
-            raise UserError(f"{work.parent} cannot be written: {error.strerror}. Make room, or choose another place.") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.fstat(lock).st_ino == (work / "lock").stat().st_ino:
+                    break
         except BlockingIOError:
-            os.close(lock)
-            raise UserError(f"{work.parent} is being prepared by another process. Wait for it, or give another --output.") from None
-        with suppress(FileNotFoundError):
-            if os.fstat(lock).st_ino == (work / "lock").stat().st_ino:
-                break
-        os.close(lock)  # likewise
+            if not wait:
+                os.close(lock)
+                raise UserError(f"{work.parent} is being prepared by another process. Wait for it, or give another --output.") from None
+            time.sleep(LOCK_POLL_SECONDS)
+        os.close(lock)  # whoever holds it is at work, or has finished and removed it
+        if stop is not None and stop():
+            raise _Stopped
+        work.mkdir(parents=True, exist_ok=True)
     try:
         yield
     finally:
@@ -462,6 +478,15 @@ def _read_journal(path: Path, key: str, in_cache: bool) -> dict[str, Any] | None
     if in_cache:
         return None
     raise UserError(f"{path.parent.parent} holds an unfinished preparation of other data or by other rules. Give another --output, or --overwrite.")
+
+
+def _long(saved: dict[str, Any] | None) -> _Long | None:
+    """A document in parts, from the journal."""
+    if saved is None:
+        return None
+    found = _Long(**{**saved, "digests": [bytes.fromhex(digest) for digest in saved["digests"]]})
+    found.signature = None if saved["signature"] is None else np.array(saved["signature"], np.uint32)
+    return found
 
 
 @dataclass
@@ -512,16 +537,20 @@ class _Preparation:
         except ValueError as error:
             self.writer.close()
             raise UserError(f"{self.work} is damaged. Delete {directory} and prepare the data again.") from error
-        self.long: _Long | None = None
-        self.told = time.monotonic()
+        self.long = _long(None if journal is None else journal["long"])
+        self.told, self.interval = time.monotonic(), JOURNAL_SECONDS
+        if journal is None and isinstance(job.tokenizer, str):
+            self.write_journal()  # a tokenizer that was learned need not be learned again
 
     @property
     def is_one_row(self) -> bool:
         """There turned out to be one document, which is to be cut by position, and it has not been."""
         read = self.report.documents - self.report.dropped.get("empty", 0)
-        return read == 1 and not self.single and not self.job.num_validation and self.job.options.validation_fraction > 0
+        rows = [source["documents"] for source in self.report.sources if source["kind"] != "text"]
+        held_out = self.job.options.validation_fraction + self.job.test_fraction
+        return read == 1 and any(rows) and not self.single and not self.job.num_validation and held_out > 0
 
-    def run(self, publish: Callable[[TokenStoreWriter], bool] | None) -> None:
+    def run(self, publish: Publish | None) -> None:
         """Read, work and write to the end."""
         job = self.job
         sizes = np.cumsum([0, *(source.num_bytes for source in job.sources)]).tolist()
@@ -533,7 +562,7 @@ class _Preparation:
                     job.tell("tokenize", self.report.file_bytes, sizes[-1])
                     if block.end is not None:
                         self.index, self.position = index, block.end
-                        self._document_end(publish)
+                    self._block_end(publish, resumable=block.end is not None)
         except BaseException as error:
             self.writer.close()
             if isinstance(error, OSError):
@@ -544,7 +573,8 @@ class _Preparation:
                 if index is not None:
                     with suppress(OSError):  # what cannot be written any more has not counted yet
                         index.close()
-        self.report.file_bytes = sizes[-1]
+        # Of what is not here before it is downloaded, it depends on when one asks.
+        self.report.file_bytes = sum(source.num_bytes for source in job.sources if source.files or source.kind == SAMPLE)
 
     def finish(self) -> None:
         """Make it a store."""
@@ -565,14 +595,9 @@ class _Preparation:
             setattr(report, name, dict(sorted(getattr(report, name).items(), key=lambda item: order.index(item[0]))))
         for name in ("document_bytes", "document_tokens"):
             setattr(report, name, dict(sorted(getattr(report, name).items(), key=lambda item: int(item[0]))))
-        try:
-            write_page(report, self.directory / PAGE, "Preparation", self._settings())
-        except OSError as error:
-            raise self._unwritable(error) from error
         text = json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False) + "\n"
         text = text.encode("utf-8", "backslashreplace").decode()  # names of files need not be UTF-8
-        self.writer.finish({REPORT: text}, {"key": self.key})
-        shutil.rmtree(self.work, ignore_errors=True)
+        self.writer.finish({REPORT: text, PAGE: page(report, "Preparation", self._settings())}, {"key": self.key})
 
     def _settings(self) -> dict[str, object]:
         settings = {name: value for name, value in dataclasses.asdict(self.job.options).items() if name in _RECIPE}
@@ -580,11 +605,17 @@ class _Preparation:
 
     # ---------------------------------------------------------------------------------------------------------- one block
 
-    def _document_end(self, publish: Callable[[TokenStoreWriter], bool] | None) -> None:
-        """Show what there is, and make it last from time to time."""
-        stop = publish is not None and publish(self.writer)
-        if stop or time.monotonic() - self.told > JOURNAL_SECONDS:
-            self._write_journal()
+    def _block_end(self, publish: Publish | None, resumable: bool) -> None:
+        """Show what there is, and make it last from time to time.
+
+        Args:
+            resumable: reading can go on behind the block.
+        """
+        # A row that stands alone is cut by position once that is known, so it is not shown before.
+        shown = self.writer if resumable and (self.single or self.report.documents > 1) else None
+        stop = publish is not None and publish(shown)
+        if resumable and (stop or time.monotonic() - self.told > self.interval):
+            self.write_journal()
         if stop:
             raise _Stopped
 
@@ -672,7 +703,9 @@ class _Preparation:
 
     # -------------------------------------------------------------------------------------------------------- the journal
 
-    def _write_journal(self) -> None:
+    def write_journal(self) -> None:
+        """Say how far the store is good. What it says of files is on the disk before."""
+        began = time.monotonic()
         for index in (self.seen, self.near):
             if index is not None:
                 index.flush()
@@ -681,13 +714,19 @@ class _Preparation:
             "single": self.single,
             "source": self.index,
             "position": self.position,
-            "report": dataclasses.asdict(self.report),
+            "report": vars(self.report),
+            "long": self.long and {
+                **vars(self.long),
+                "digests": [digest.hex() for digest in self.long.digests],
+                "signature": None if self.long.signature is None else self.long.signature.tolist(),
+            },
             "writer": self.writer.checkpoint(),
             "seen": 0 if self.seen is None else self.seen.count,
             "near": 0 if self.near is None else self.near.count,
         }
         write_whole(self.work / JOURNAL, json.dumps(journal))
         self.told = time.monotonic()
+        self.interval = max(JOURNAL_SECONDS, 20 * (self.told - began))  # a long list of sources takes its time
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(f"{self.directory} cannot be written: {error.strerror or error}. Make room, and run the same command again; it goes on.")

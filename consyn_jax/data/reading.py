@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 from consyn_jax.config import CorpusOptions, UserError
@@ -19,7 +19,7 @@ from consyn_jax.data import huggingface
 from consyn_jax.data.byte_stream import CHUNK_BYTES, ByteStream
 from consyn_jax.data.parts import LIMIT, parts
 from consyn_jax.data.sources import SAMPLE, Source, is_array, sample_texts
-from consyn_jax.data.split import TRAIN, VALIDATION, torn
+from consyn_jax.data.split import SPLITS, torn
 from consyn_jax.tokenization import BPETokenizer
 
 BLOCK_BYTES = 1 << 20
@@ -41,7 +41,7 @@ class Block:
         name: the source, for messages.
         first: number of the first document or line in the source, from 1.
         offset: where `data` begins in the source, for messages about bytes.
-        end: where reading goes on behind the block; None within a document.
+        end: where reading goes on behind the block; None within a document that does not fill a file.
         file_bytes: how far reading has come in the source's file.
         begins, last: of a part, whether the document begins and ends with it.
         side: the split that its documents belong to, where their text does not decide.
@@ -62,12 +62,20 @@ class Block:
 
 
 def blocks(
-    source: Source, start: Position, options: CorpusOptions, tokenizer: BPETokenizer, *, single: bool, columns: Sequence[str], streaming: bool = False
+    source: Source,
+    start: Position,
+    options: CorpusOptions,
+    tokenizer: BPETokenizer,
+    *,
+    single: bool,
+    columns: Sequence[str],
+    test_fraction: float = 0.0,
+    streaming: bool = False,
 ) -> Iterator[Block]:
     """The blocks of one source from `start` on.
 
     Args:
-        single: the whole corpus is one document, which is cut by position: `validation_fraction` of its bytes are held out.
+        single: the whole corpus is one document, which is cut by position: shares of its bytes are held out for validation and test.
         columns: what is read of a Hugging Face dataset.
         streaming: a dataset of the Hub is read over the network, and not downloaded first.
 
@@ -86,8 +94,8 @@ def blocks(
                 yield from _array(source.name, stream, start) if is_array(Path(source.name)) else _lines(source.name, stream, start)
             elif options.document_separator is not None:
                 yield from _separated(source.name, stream, start, separator(options), tokenizer)
-            elif start == START:
-                yield from _whole(source.name, stream, options.validation_fraction if single else None, tokenizer)
+            else:
+                yield from _whole(source.name, stream, start, (options.validation_fraction, test_fraction) if single else None, tokenizer)
 
 
 def separator(options: CorpusOptions) -> bytes:
@@ -95,19 +103,28 @@ def separator(options: CorpusOptions) -> bytes:
     return (options.document_separator or "").replace("\\n", "\n").replace("\\t", "\t").encode()
 
 
-def _whole(name: str, stream: ByteStream, fraction: float | None, tokenizer: BPETokenizer) -> Iterator[Block]:
-    """A file that is one document; with a `fraction`, its last bytes are one of their own for validation."""
-    at = 0
-    spans: list[tuple[str | None, int]] = [(None, -1)]
-    if fraction is not None:
+def _whole(name: str, stream: ByteStream, start: Position, shares: tuple[float, float] | None, tokenizer: BPETokenizer) -> Iterator[Block]:
+    """A file that is one document; with `shares`, its last bytes are documents of their own for validation and test.
+
+    Reading may begin at any part: where one is cut depends on what comes behind the one before and on nothing else. A position within
+    the file counts no documents, and the one at its end counts one.
+    """
+    if start[1]:
+        return
+    spans: list[tuple[str | None, int, int]] = [(None, 0, -1)]
+    if shares is not None:
         size = _size(stream.path)
-        cut = _cut(stream.path, int((1 - fraction) * size))
-        spans = [(side, length) for side, length in ((TRAIN, cut), (VALIDATION, size - cut)) if length]
-    for number, (side, length) in enumerate(spans, 1):
-        begins = True
-        for data, last in parts(_chunks(stream, length), tokenizer):
-            end = (at + len(data), 1) if last and number == len(spans) else None
-            yield Block("part", name, data, 1, at, end, stream.file_bytes, begins, last, side)
+        ends = [0, _cut(stream.path, int((1 - sum(shares)) * size)), _cut(stream.path, int((1 - shares[1]) * size)), size]
+        spans = [(side, *span) for side, span in zip(SPLITS, pairwise(ends), strict=True) if span[0] < span[1]]
+    stream.skip(start[0])
+    at = start[0]
+    for side, first, stop in spans:
+        if 0 <= stop <= at:
+            continue
+        begins = at == first
+        for data, last in parts(_chunks(stream, stop - at if stop >= 0 else -1), tokenizer):
+            at_end = last and stop == spans[-1][2]
+            yield Block("part", name, data, 1, at, (at + len(data), int(at_end)), stream.file_bytes, begins, last, side)
             at, begins = at + len(data), False
 
 

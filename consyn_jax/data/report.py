@@ -22,7 +22,8 @@ class Report:
         documents: documents read; those of `dropped` are among them.
         file_bytes: bytes of the files read, before decompression.
         dropped: documents left out, by the names of `RULES`.
-        changed: bytes that were not UTF-8 ("invalid_utf8"), documents brought to NFC ("normalized"), and characters removed.
+        changed: places that were not UTF-8 ("invalid_utf8"), texts brought to NFC ("normalized"; a message of a chat and a part of a
+            long document count by themselves), and characters removed ("control_characters").
         examples: by rule, the first few as "place: beginning of the text".
         splits: by split: documents, tokens (each document's EOS among them), target_tokens, and bytes of text in UTF-8.
         document_bytes, document_tokens: of the documents kept; how many lie from a power of two (the key) to below the next.

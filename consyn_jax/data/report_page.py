@@ -7,29 +7,24 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from consyn_jax.data.report import RULES, Report
 
 SHOWN = 200  # of sources, and of files left out: a data set of thousands of files still is a page
 CHANGES = {
-    "normalized": "documents brought to the Unicode normal form",
+    "normalized": "texts brought to the Unicode normal form",
     "control_characters": "control characters removed",
-    "invalid_utf8": "bytes that were not UTF-8, replaced by U+FFFD",
+    "invalid_utf8": "places that were not UTF-8, replaced by U+FFFD",
 }
 
 Rows = Iterable[tuple[str, ...]]
 
 
-def write_page(report: Report, path: Path, title: str, settings: Mapping[str, object]) -> None:
-    """Write the page: counts in and out per rule, splits, lengths, samples of what was left out, sources and settings.
+def page(report: Report, title: str, settings: Mapping[str, object]) -> str:
+    """The page: counts in and out per rule, splits, lengths, samples of what was left out, sources and settings.
 
     Args:
-        path: the file. It appears whole or not at all.
         settings: values by flag name; only those that decide the content belong here, if equal stores shall have equal pages.
-
-    Raises:
-        OSError: the file cannot be written.
     """
     sections = [
         _tiles(report),
@@ -42,10 +37,8 @@ def write_page(report: Report, path: Path, title: str, settings: Mapping[str, ob
         _left_out(report),
         _table("Settings", ("flag", "value"), ((name, _cell(value)) for name, value in settings.items())),
     ]
-    page = _PAGE.format(title=_escape(title), style=_STYLE, body="\n".join(filter(None, sections)))
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(page.encode("utf-8", "replace"))
-    temporary.replace(path)
+    text = _PAGE.format(title=_escape(title), style=_STYLE, body="\n".join(filter(None, sections)))
+    return text.encode("utf-8", "backslashreplace").decode()  # names of files need not be UTF-8
 
 
 def bytes_per_token(counts: Mapping[str, int]) -> float | None:

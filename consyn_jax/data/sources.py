@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import glob
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,16 +19,16 @@ from consyn_jax.config import UserError, nearest
 from consyn_jax.data import huggingface, raw_tokens
 from consyn_jax.data.byte_stream import ByteStream
 from consyn_jax.data.shards import MANIFEST
+from consyn_jax.data.store import PREPARING
 
 SAMPLE = "sample"
-# In an unfinished token store: what is needed to go on with it.
-PREPARING = "preparing"
 TEXT_SUFFIXES = (".txt", ".md")
 ROW_SUFFIXES = (".jsonl", ".ndjson")
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 FILE_SUFFIXES = (*TEXT_SUFFIXES, *ROW_SUFFIXES, ".json", *COMPRESSED_SUFFIXES, *huggingface.SUFFIXES, *raw_tokens.TOKEN_SUFFIXES)
 NAMES = {"text": "text", "jsonl": "JSON rows", "huggingface": "a Hugging Face dataset", "sharded": "tokens"}
 USABLE = "text, JSON rows, a Hugging Face dataset or tokens"
+REMEDY = "Convert the file to UTF-8, leave it out, or give --invalid_utf8 replace."
 HEAD_BYTES = 65_536
 
 
@@ -169,16 +170,14 @@ def _look_into(name: str, dataset_type: str, invalid_utf8: str) -> Iterator[tupl
     else:
         kind, found = look(path, dataset_type, invalid_utf8)
         if not kind:
-            raise UserError(f"{name} {found}. Give {USABLE}.")
+            raise UserError(f"{name} {found}. {REMEDY if 'UTF-8' in found else f'Give {USABLE}.'}")
         yield Source(name, kind), ""
 
 
 def _look_into_directory(path: Path, dataset_type: str, invalid_utf8: str) -> Iterator[tuple[Source, str]]:
     found = []
-    for file in sorted(path.rglob("*")):
-        if file.is_dir() or any(part.startswith(".") for part in file.relative_to(path).parts):
-            continue
-        kind, reason = look(file, dataset_type, invalid_utf8)
+    for file in _files_in(path):
+        kind, reason = ("", _passed_over(file)) if file.is_dir() else look(file, dataset_type, invalid_utf8)
         found.append((Source(str(file), kind), reason))
     kinds = {source.kind for source, reason in found if not reason}
     if not kinds:
@@ -190,6 +189,26 @@ def _look_into_directory(path: Path, dataset_type: str, invalid_utf8: str) -> It
         if source.kind == "sharded" and kinds != {"sharded"}:
             reason = "is a file of tokens among others; name it by itself"
         yield source, reason
+
+
+def _files_in(directory: Path) -> list[Path]:
+    """The files of a directory, sorted, and of directories in it that are passed over their names. Hidden ones do not count."""
+    found: list[Path] = []
+    for place, directories, names in os.walk(directory):
+        inner = [Path(place) / name for name in directories if not name.startswith(".")]
+        ours = {path.name for path in inner if _passed_over(path)}
+        directories[:] = [path.name for path in inner if path.name not in ours]  # of which links are not followed
+        found += [Path(place) / name for name in (*ours, *names) if not name.startswith(".")]
+    return sorted(found)
+
+
+def _passed_over(directory: Path) -> str:
+    """Why a directory in another is not looked into, or "": one of our commands made it, or it lies elsewhere."""
+    if directory.is_symlink():
+        return "is a link to a directory; name it by itself"
+    if (directory / MANIFEST).is_file() or (directory / PREPARING).is_dir():
+        return "is a token store; name it by itself"
+    return "is a run of consyn-train" if (directory / "config.yaml").is_file() and (directory / "metrics.jsonl").is_file() else ""
 
 
 def look(path: Path, dataset_type: str = "auto", invalid_utf8: str = "error") -> tuple[str, str]:

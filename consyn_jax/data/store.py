@@ -37,6 +37,9 @@ from consyn_jax.tokenization import BPETokenizer, load_tokenizer
 FORMAT = "consyn token store"
 VERSION = 1
 SHARD_TOKENS = 1 << 24
+# In an unfinished token store: what is needed to go on with it.
+PREPARING = "preparing"
+STORE_FILE = re.compile(r"manifest\.json|report\.json|report\.html|tokenizer|preparing|[a-z][a-z0-9_]*-\d{5,}\.(tokens|index|targets)|\..*\.new")
 _SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -95,6 +98,8 @@ class TokenStoreWriter:
         Raises:
             UserError: an id outside the vocabulary, or the disk is full.
         """
+        if len(num_bytes) != len(documents):
+            raise ValueError(f"{len(documents)} documents came with {len(num_bytes)} sizes.")
         eos = [self._tokenizer.eos_token_id]
         lengths = np.fromiter((len(document) + 1 for document in documents), np.int64, len(documents))
         ids = np.fromiter(chain.from_iterable(chain(document, eos) for document in documents), np.int64, int(lengths.sum()))
@@ -120,8 +125,6 @@ class TokenStoreWriter:
         Raises:
             UserError: the disk is full.
         """
-        if not _SPLIT_NAME.fullmatch(split):
-            raise UserError(f"A split is named by lower-case letters, digits and _, not {split!r}.")
         ends = np.cumsum(lengths)
         start = token = 0
         while start < len(lengths):
@@ -153,6 +156,10 @@ class TokenStoreWriter:
 
     def _shard(self, split: str) -> _ShardWriter:
         if split not in self._open_shards:
+            if not _SPLIT_NAME.fullmatch(split):
+                raise UserError(f"A split is named by lower-case letters, digits and _, not {split!r}.")
+            if self._finished:
+                raise ValueError(f"The token store {self.directory} is finished; nothing can be added to it.")
             name = f"{split}-{len(self._shards.get(split, [])):05d}"
             with self._writing():
                 self._open_shards[split] = _ShardWriter(self.directory, name, self._dtype)
@@ -172,10 +179,10 @@ class TokenStoreWriter:
     # ---------------------------------------------------------------------------------------------- state and completion
 
     def checkpoint(self) -> dict[str, Any]:
-        """Put everything on the disk, and give what `state` takes. Between documents only."""
+        """Put everything on the disk, and give what `state` takes."""
         with self._writing():
             open_shards = {split: shard.state() for split, shard in self._open_shards.items()}
-        return {"shards": self._shards, "open": open_shards}
+        return {"shards": {split: list(entries) for split, entries in self._shards.items()}, "open": open_shards}
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._shards = {split: list(entries) for split, entries in state["shards"].items()}
@@ -187,15 +194,20 @@ class TokenStoreWriter:
             if path.suffix in (".tokens", ".index", ".targets") and path.name not in known:
                 path.unlink()
 
-    def snapshot(self, split: str) -> StoreSplit:
-        """The documents of a split that have been appended so far, to read while more are added."""
+    def snapshot(self, split: str, begun: bool = False) -> StoreSplit:
+        """The documents of a split that have been appended so far, to read while more are added.
+
+        Args:
+            begun: also the parts of a document whose end has not come, for those who know that it will not be dropped.
+        """
         if split in self._open_shards:
             with self._writing():
                 self._open_shards[split].flush()
         closed, entries = self._closed.setdefault(split, []), self._shards.get(split, [])
         closed += [Shard(self.directory, entry, self._tokenizer.vocab_size) for entry in entries[len(closed) :]]
         shard = self._open_shards.get(split)
-        return StoreSplit([*closed, shard.written()] if shard is not None and shard.documents else closed)
+        written = None if shard is None else shard.written(begun)
+        return StoreSplit([*closed, written] if written is not None and written.num_tokens else closed)
 
     @property
     def totals(self) -> dict[str, dict[str, int]]:
@@ -238,7 +250,7 @@ class TokenStoreWriter:
     def abandon(self) -> None:
         """Remove what was written so far."""
         self.close()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        delete_store(self.directory)
 
     def __enter__(self) -> TokenStoreWriter:
         return self
@@ -268,13 +280,14 @@ class _ShardWriter:
     """
 
     def __init__(self, directory: Path, name: str, dtype: np.dtype, state: dict[str, Any] | None = None) -> None:
-        state = state or {"tokens": 0, "documents": 0, "bytes": 0, "target_tokens": 0, "has_targets": False}
+        state = state or {"tokens": 0, "documents": 0, "bytes": 0, "target_tokens": 0, "pending": None, "has_targets": False}
         self.directory, self.name, self.dtype = directory, name, dtype
         self.tokens, self.documents, self.num_bytes, self.targets = state["tokens"], state["documents"], state["bytes"], state["target_tokens"]
-        self.pending = 0  # tokens of a document whose end has not come yet
+        self.pending: int | None = state["pending"]  # tokens of a document whose end has not come yet
         self._paths = {kind: directory / f"{name}.{kind}" for kind in ("tokens", "index", "targets")}
         self._files: dict[str, BufferedRandom] = {}
-        sizes = {"tokens": self.tokens * dtype.itemsize, "index": self.documents * 8} | ({"targets": self.tokens} if state["has_targets"] else {})
+        sizes = {"tokens": (self.tokens + (self.pending or 0)) * dtype.itemsize, "index": (self.documents + (self.pending is not None)) * 8}
+        sizes |= {"targets": self.tokens} if state["has_targets"] else {}
         try:
             for kind, size in sizes.items():
                 self._files[kind] = self._open(kind, size)
@@ -311,29 +324,33 @@ class _ShardWriter:
         self.targets += len(ids) if targets is None else int(np.count_nonzero(targets))
 
     def append_part(self, ids: np.ndarray) -> None:
+        if self.pending is None:
+            self._files["index"].write(np.array([self.tokens], "<u8").tobytes())
+            self.pending = 0
         self._files["tokens"].write(np.ascontiguousarray(ids, self.dtype).data)
         self.pending += len(ids)
 
     def end_document(self, num_bytes: int) -> None:
-        self._files["index"].write(np.array([self.tokens], "<u8").tobytes())
+        length = self.pending or 0
         if "targets" in self._files:
-            for start in range(0, self.pending, 1 << 20):
-                self._files["targets"].write(b"\1" * min(1 << 20, self.pending - start))
-        self.tokens, self.targets, self.pending = self.tokens + self.pending, self.targets + self.pending, 0
+            for start in range(0, length, 1 << 20):
+                self._files["targets"].write(b"\1" * min(1 << 20, length - start))
+        self.tokens, self.targets, self.pending = self.tokens + length, self.targets + length, None
         self.documents += 1
         self.num_bytes += num_bytes
 
     def drop_document(self) -> None:
-        self._files["tokens"].truncate(self.tokens * self.dtype.itemsize)
-        self._files["tokens"].seek(self.tokens * self.dtype.itemsize)
-        self.pending = 0
+        for kind, size in (("tokens", self.tokens * self.dtype.itemsize), ("index", self.documents * 8)):
+            self._files[kind].truncate(size)
+            self._files[kind].seek(size)
+        self.pending = None
 
     def counts(self) -> dict[str, int]:
         return {"tokens": self.tokens, "documents": self.documents, "bytes": self.num_bytes, "target_tokens": self.targets}
 
     def state(self) -> dict[str, Any]:
         self.flush(sync=True)
-        return {"name": self.name, **self.counts(), "has_targets": "targets" in self._files}
+        return {"name": self.name, **self.counts(), "pending": self.pending, "has_targets": "targets" in self._files}
 
     def flush(self, sync: bool = False) -> None:
         for file in self._files.values():
@@ -341,9 +358,12 @@ class _ShardWriter:
             if sync:
                 os.fsync(file.fileno())
 
-    def written(self) -> Tokens:
-        """The whole documents so far, to read."""
-        return _OpenShard(self._paths, self.counts(), self.dtype, "targets" in self._files)
+    def written(self, begun: bool) -> Tokens:
+        """The whole documents so far, to read, and with `begun` what there is of the one that has begun."""
+        counts = self.counts()
+        if begun and self.pending:
+            counts |= {"tokens": self.tokens + self.pending, "documents": self.documents + 1, "target_tokens": self.targets + self.pending}
+        return _OpenShard(self._paths, counts, self.dtype, "targets" in self._files)
 
     def close(self) -> dict[str, Any] | None:
         """The shard's entry in the manifest; None, and no files, where it has no documents."""
@@ -409,6 +429,21 @@ class _OpenShard(Tokens):
 
     def verify(self) -> None:
         """There is nothing to check it against."""
+
+
+def delete_store(directory: Path) -> None:
+    """Delete what makes up a token store or the beginning of one, and the directory unless there is something else in it.
+
+    What says that it is one goes last: a deletion that is interrupted can be gone on with.
+    """
+    entries = sorted(directory.iterdir(), key=lambda entry: entry.name in (MANIFEST, PREPARING)) if directory.is_dir() else []
+    for entry in entries:
+        if entry.is_dir() and not entry.is_symlink() and STORE_FILE.fullmatch(entry.name):
+            shutil.rmtree(entry)
+        elif STORE_FILE.fullmatch(entry.name):
+            entry.unlink(missing_ok=True)
+    with suppress(OSError):  # not empty, or never made
+        directory.rmdir()
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -513,7 +548,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON. {AGAIN}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path} is not the manifest of a token store. Give a directory that consyn_jax wrote.")
-    if manifest.get("version") != VERSION:
+    if type(manifest.get("version")) is not int or manifest["version"] != VERSION:
         raise UserError(f"{path} has format version {manifest.get('version')!r}, and this consyn_jax reads {VERSION}. {AGAIN}")
     fault = _manifest_fault(manifest)
     if fault:

@@ -23,7 +23,7 @@ from consyn_jax.data.reading import Block, separator
 from consyn_jax.data.report import EXAMPLE_CHARS
 from consyn_jax.data.rows import BadRow, RowKeys, Segment, document
 from consyn_jax.data.shards import token_dtype
-from consyn_jax.data.sources import SAMPLE
+from consyn_jax.data.sources import REMEDY, SAMPLE
 from consyn_jax.data.split import DIGEST_BYTES, SPLITS, cut, digest, joined_digest, side_of
 from consyn_jax.tokenization import BPETokenizer
 
@@ -198,7 +198,7 @@ class Worker:
             where = at + error.start
             raise _Fault(
                 f"{block.name} is not UTF-8 text: byte {where} (line {_line(Path(block.name), where)}) is 0x{data[error.start]:02x}. "
-                f"Convert the file to UTF-8, leave it out, or give --invalid_utf8 replace."
+                f"{REMEDY}"
             ) from None
 
     def _rows(self, block: Block, result: Result) -> Iterator[_Found]:

@@ -67,6 +67,11 @@ class ConsynDataset:
         return self.packed.num_tokens
 
     @property
+    def num_targets(self) -> int:
+        """Those of them that are learned."""
+        return self.packed.num_targets
+
+    @property
     def num_documents(self) -> int | None:
         """Documents of the split; None where a store does not know."""
         return self.packed.num_documents
@@ -113,6 +118,7 @@ class MixedDataset:
         content = [[source.fingerprint for source in self.sources.values()], [float(weight) for weight in weights]]
         self.fingerprint = "mixture:" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
         self.num_tokens = sum(source.num_tokens for source in self.sources.values())
+        self.num_targets = sum(source.num_targets for source in self.sources.values())
         sizes = [source.num_bytes for source in self.sources.values()]
         self.num_bytes = None if None in sizes else sum(size for size in sizes if size is not None)
 

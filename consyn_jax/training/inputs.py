@@ -81,6 +81,9 @@ class IndexedSource(Source):
 
     @property
     def num_bytes(self) -> int | None:
+        # Of a text of which a part is learned, nobody has counted the bytes of that part.
+        if getattr(self.dataset, "num_targets", self.tokens) != self.tokens:
+            return None
         return getattr(self.dataset, "num_bytes", None) or None
 
     def training(self, start_step: int, batch_size: int, accumulation: int, rows: np.ndarray) -> Iterator[HostBatch]:

@@ -90,7 +90,7 @@ def refused(argv: list[str], capfd: pytest.CaptureFixture[str]) -> str:
         ("--data nothing", "Nothing in the directory nothing can be used: it holds no files."),
         ("--data dir", "Nothing in the directory dir can be used: image.png is binary: byte 4 is NUL."),
         ("--data broken.jsonl", "broken.jsonl:2 is broken JSON (Expecting ',' delimiter, column 13). Mend the row, or give --on_bad_rows skip."),
-        ("--data other.jsonl", "other.jsonl:1 has no key 'text'; its keys are 'body', 'id' (--text_key, --prompt_key, --completion_key or --messages_key chooses)."),
+        ("--data other.jsonl", "other.jsonl:1 has no key 'text'; its keys are 'body', 'id' (--text_key, --prompt_key,"),
         ("--data good.txt --dataset_type jsonl", "good.txt holds text, not JSON rows as --dataset_type jsonl wants."),
         ("--data good.txt --dataset_type sharded", "good.txt holds text, not tokens as --dataset_type sharded wants."),
         ("--data good.txt --validation valid.txt", "valid.txt in --validation does not exist"),

@@ -80,8 +80,7 @@ def check(source: Source, options: CorpusOptions, expected: Sequence[tuple[int, 
     assert [(number, text) for number, text, _, _ in everything] == [(number, text) for number, text in expected if text.strip()]
     for at, block in enumerate(found):
         if block.end is not None:
-            rest = documents(read(source, options, block.end), options)
-            assert rest == everything[len(documents(found[: at + 1], options)) :]
+            assert documents([*found[: at + 1], *read(source, options, block.end)], options) == everything
     if found:
         assert found[-1].end is not None
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from consyn_jax.data import report_page
 from consyn_jax.data.report import Report
-from consyn_jax.data.report_page import SHOWN, write_page
+from consyn_jax.data.report_page import SHOWN
 
 HOSTILE = '</pre><script>alert(1)</script><img src=x onerror=alert(1)>\x00\x1b[2J\ud800 & "quotes" {body} {style}'
 SETTINGS = {"data": ("a.txt", "b.txt"), "near_duplicates": None, "deduplicate": True, "max_chars": 12_000}
@@ -62,7 +63,7 @@ class Reader(HTMLParser):
 
 def page(tmp_path: Path, made: Report, title: str = "Token store", settings: dict[str, object] | None = None) -> Reader:
     path = tmp_path / "report.html"
-    write_page(made, path, title, SETTINGS if settings is None else settings)
+    path.write_text(report_page.page(made, title, SETTINGS if settings is None else settings), encoding="utf-8")
     assert list(tmp_path.iterdir()) == [path]
     reader = Reader()
     reader.feed(path.read_text("utf-8"))
@@ -89,8 +90,8 @@ def test_splits_lengths_changes_sources_and_settings(tmp_path: Path) -> None:
     assert ["4 to 7", "", "2"] in read.rows
     assert ["8 to 15", "", "0"] in read.rows, "what is empty between shows as empty"
     assert ["131,072 to 262,143", "", "1"] in read.rows  # tokens
-    assert ["documents brought to the Unicode normal form", "2"] in read.rows
-    assert ["bytes that were not UTF-8, replaced by U+FFFD", "7"] in read.rows
+    assert ["texts brought to the Unicode normal form", "2"] in read.rows
+    assert ["places that were not UTF-8, replaced by U+FFFD", "7"] in read.rows
     assert ["a.txt", "text", "9", "5"] in read.rows
     assert ["c.png", "is binary: byte 4 is NUL"] in read.rows
     assert read.rows[-4:] == [["data", "a.txt b.txt"], ["near_duplicates", "none"], ["deduplicate", "true"], ["max_chars", "12,000"]]
