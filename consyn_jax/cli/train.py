@@ -15,8 +15,7 @@ from consyn_jax.config import PRESETS, CorpusOptions, RunConfig, UserError, arch
 
 if TYPE_CHECKING:
     from consyn_jax.config import DataOptions, ModelConfig
-    from consyn_jax.data.prepare import Prepared
-    from consyn_jax.data.streaming import Growing
+    from consyn_jax.data.prepare import Growing, Prepared
     from consyn_jax.tokenization import BPETokenizer
     from consyn_jax.training.dataset import ConsynDataset
     from consyn_jax.training.trainer import ModelSource

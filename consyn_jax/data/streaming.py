@@ -36,12 +36,10 @@ class Growing(Protocol):
     Attributes:
         tokenizer: makes the ids.
         key: equal for equal documents, rules and tokenizer, known before any of them is read to the end.
-        left_out: files that are not read, with the reason.
     """
 
     tokenizer: BPETokenizer
     key: str
-    left_out: tuple[tuple[str, str], ...]
 
     def split(self, name: str, tokens: int | None) -> tuple[StoreSplit, bool]:
         """What there is of a split, and whether that is all of it.

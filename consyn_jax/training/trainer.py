@@ -277,6 +277,7 @@ class _Training:
         self.signal = stack.enter_context(_Signals())
         self.stack = stack
         self.last: dict[str, float] = {}
+        self.warned_of_nothing = False
 
     def run(self) -> dict[str, float]:
         t = self.trainer
@@ -377,7 +378,8 @@ class _Training:
         if not isinstance(order, Mixture):
             return []
         counts = order.counts(total)
-        return [("mixture", ", ".join(f"{name} {n / total:.1%} ({n / len(order.datasets[name]):.3g} epochs)" for name, n in counts.items()))]
+        taken = [f"{name} {n:,} ({n / total:.1%}, {n / len(order.datasets[name]):.3g} epochs)" for name, n in counts.items()]
+        return [("mixture", f"sequences of {', '.join(taken)}")]
 
     def _is_complete(self) -> bool:
         """The last step is saved, and the model was exported behind it."""
@@ -449,6 +451,9 @@ class _Training:
         self.watch.steps += 1
         self.watch.tokens += int(values["tokens"])
         self._ended_passes(progress.step)
+        if not values["tokens"] and not self.warned_of_nothing:
+            self.warned_of_nothing = True
+            self.console.warn(f"Step {progress.step:,} had no token to learn from. Prompts may be longer than --max_tokens.")
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             self._event("nonfinite", {"loss": values["loss"], "grad_norm": values["grad_norm"]})
             raise Diverged(
