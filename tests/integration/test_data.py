@@ -96,7 +96,8 @@ def test_a_mixture_counts_what_it_takes_and_says_when_a_source_ends(files: dict[
     assert {event["source"] for event in ends(order)} == set(map(str, files.values())), "both sources came round"
     few, many = map(str, files.values())
     epochs = {name: f"{counts[name] / len(order.datasets[name]):.3g} epochs" for name in (few, many)}
-    assert f"{few} {counts[few] / 160:.1%} ({epochs[few]}), {many} {counts[many] / 160:.1%} ({epochs[many]})" in run.said
+    taken = [f"{name} {counts[name]} ({counts[name] / 160:.1%}, {epochs[name]})" for name in (few, many)]
+    assert ", ".join(taken) in run.said
     assert f"End of {few}: epoch 1 is over at step" in run.said
     held_out = sum(get_dataset(path, TOKENIZER, LENGTH, split="validation", validation_fraction=0.2).num_tokens for path in files.values())
     assert {line["eval/tokens"] for line in run.numbers if "eval/loss" in line} == {held_out}
@@ -147,6 +148,7 @@ class Slow:
 
     def __init__(self, prepared: Prepared, key: str) -> None:
         self.tokenizer, self.key, self.store = prepared.store.tokenizer, key, prepared.store
+        self.left_out = prepared.left_out
         self.documents = {name: self._documents(name) for name in ("train", "validation")}
         self.shown, self.closed, self.changed = 0, False, threading.Condition()
         self.thread = threading.Thread(target=self._grow, daemon=True)
