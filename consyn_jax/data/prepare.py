@@ -398,7 +398,8 @@ def _build(job: _Job, key: str, directory: Path, *, in_cache: bool, publish: Pub
             if preparation is not None:
                 preparation.writer.close()
             if not (work / JOURNAL).exists() and not (directory / MANIFEST).exists():  # nothing to go on from
-                delete_store(directory)
+                with suppress(OSError):  # where nothing can be written, nothing can be deleted
+                    delete_store(directory)
             raise
         shutil.rmtree(work, ignore_errors=True)
     return False
@@ -440,7 +441,13 @@ def _check_output(directory: Path) -> None:
 def _locked(work: Path, wait: bool, stop: Callable[[], bool] | None) -> Iterator[None]:
     """Keeps other processes from preparing the same store. The kernel lets go of it however this process ends."""
     while True:
-        lock = os.open(work / "lock", os.O_RDWR | os.O_CREAT)
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            lock = os.open(work / "lock", os.O_RDWR | os.O_CREAT)
+        except FileNotFoundError:
+            continue  # whoever held it has finished and removed it just now
+        except OSError as error:
+            raise UserError(f"{work.parent} cannot be written: {error.strerror}. Make room, or choose another place.") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with suppress(FileNotFoundError):
@@ -454,7 +461,6 @@ def _locked(work: Path, wait: bool, stop: Callable[[], bool] | None) -> Iterator
         os.close(lock)  # whoever holds it is at work, or has finished and removed it
         if stop is not None and stop():
             raise _Stopped
-        work.mkdir(parents=True, exist_ok=True)
     try:
         yield
     finally:

@@ -250,7 +250,8 @@ class TokenStoreWriter:
     def abandon(self) -> None:
         """Remove what was written so far."""
         self.close()
-        delete_store(self.directory)
+        with suppress(OSError):
+            delete_store(self.directory)
 
     def __enter__(self) -> TokenStoreWriter:
         return self

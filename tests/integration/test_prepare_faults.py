@@ -318,7 +318,7 @@ def test_killed_between_any_two_changes_on_the_disk(corpus: Path, tmp_path: Path
     said, complaint = process.communicate(timeout=200)
     assert complaint == ""
     kills, total = map(int, said.split())
-    assert total > 60
+    assert total > 40
     assert kills >= 12
     for name in ("counted", "0", "1"):
         assert_same(files(tmp_path / "stores" / name), undisturbed(separator))
@@ -447,7 +447,7 @@ def test_dev_full_in_place_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {at} " * 5}) + "\n" for at in range(60)))
     what = CorpusOptions(data=(str(tmp_path / "rows.jsonl"),), tokenizer="bytes", num_workers=0, near_duplicates=0.9)
     monkeypatch.setattr(prepare_module, "JOURNAL_SECONDS", 0)
-    for name in (".tokenizer.json.new", ".journal.json.new", "report.html.tmp", ".report.json.new", ".manifest.json.new"):
+    for name in (".tokenizer.json.new", ".journal.json.new", ".report.html.new", ".report.json.new", ".manifest.json.new"):
         output = tmp_path / "store"
         with pytest.MonkeyPatch.context() as patch:
 
