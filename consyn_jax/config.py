@@ -239,9 +239,18 @@ class HardwareOptions:
     mesh: str = flag("auto", "devices along each axis, as in data=2,fsdp=4,context=1,tensor=1; auto: fsdp over all")
 
 
+# What an evaluation logs, and whether more of it is better.
+EVALUATION_METRICS = {"eval/loss": False, "eval/perplexity": False, "eval/bits_per_byte": False, "eval/accuracy": True}
+
+
 @dataclass(frozen=True)
 class EvaluationOptions:
     eval_steps: int | None = flag(None, "steps between evaluations (a tenth of the run)")
+    metric_for_best_model: str = flag("eval/loss", "what the best model, early stopping and the scheduler plateau go by", math=True)
+    early_stopping_patience: int | None = flag(None, "end after so many evaluations in a row without a better one (never)")
+    early_stopping_min_delta: float = flag(0.0, "what an improvement must exceed to count, in units of the metric")
+    early_stopping_min_steps: int = flag(0, "do not end before this step")
+    load_best_model_at_end: bool = flag(False, "final/ is the best model instead of the last")
 
 
 @dataclass(frozen=True)
@@ -572,6 +581,7 @@ def validate(config: RunConfig) -> None:
     check_context(values["max_tokens"], values["context"])
     validate_corpus(config.data)
     _validate_mixing(config)
+    _validate_selection(config)
     if values["resume"] not in ("auto", "never") and not values["resume"].isdigit():
         raise UserError(f"--resume wants auto, never or a step, not {values['resume']!r}.")
     if values["overwrite"] and values["resume"].isdigit():
@@ -650,6 +660,22 @@ def parse_multipliers(text: str | None) -> dict[str, float]:
         if found[group] < 0:
             raise UserError(f"--lr_multipliers {group} must not be negative, and is {value}. 0 leaves the group as it is.")
     return found
+
+
+def _validate_selection(config: RunConfig) -> None:
+    evaluation = config.evaluation
+    metric, patience = evaluation.metric_for_best_model, evaluation.early_stopping_patience
+    if metric not in EVALUATION_METRICS:
+        raise UserError(f"--metric_for_best_model {metric} is never logged{nearest(metric, EVALUATION_METRICS)} Known: {', '.join(EVALUATION_METRICS)}.")
+    if patience is not None and patience < 1:
+        raise UserError(f"--early_stopping_patience must be at least 1, not {patience}.")
+    for name in ("early_stopping_min_delta", "early_stopping_min_steps"):
+        if getattr(evaluation, name) < 0:
+            raise UserError(f"--{name} must not be negative, and is {getattr(evaluation, name)}.")
+    if not config.data.validation and config.data.validation_fraction == 0:
+        needs = "--early_stopping_patience" if patience is not None else "--load_best_model_at_end" if evaluation.load_best_model_at_end else ""
+        if needs:
+            raise UserError(f"{needs} needs evaluations, and --validation_fraction 0 leaves nothing to evaluate on. Give --validation or a fraction.")
 
 
 def _validate_mixing(config: RunConfig) -> None:

@@ -70,6 +70,17 @@ class Checkpoints:
         sys.unraisablehook = report
         return restored["state"], restored["run"]
 
+    def record(self, step: int) -> dict[str, Any]:
+        """The run record of `step` without its state.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        try:
+            return dict(self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"])
+        except (ValueError, KeyError, FileNotFoundError, json.JSONDecodeError) as error:
+            raise UserError(f"{self.directory / str(step)} cannot be read: it is damaged.") from error
+
     def delete_after(self, step: int) -> None:
         """Remove the checkpoints later than `step`: a run that goes on from an earlier one takes another way."""
         for later in [s for s in self.steps() if s > step]:

@@ -5,20 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from consyn_jax.config import UserError, nearest
-
-# What an evaluation logs, and whether more of it is better.
-METRICS = {"eval/loss": False, "eval/perplexity": False, "eval/bits_per_byte": False, "eval/accuracy": True}
-
-
-def check_metric(name: str) -> None:
-    """`--metric_for_best_model` must be one that evaluations log.
-
-    Raises:
-        UserError: it is none; the known ones are listed.
-    """
-    if name not in METRICS:
-        raise UserError(f"--metric_for_best_model {name} is never logged{nearest(name, METRICS)} Known: {', '.join(METRICS)}.")
+from consyn_jax.config import EVALUATION_METRICS
 
 
 @dataclass
@@ -42,7 +29,7 @@ class Selection:
         Args:
             min_delta: what an improvement must exceed to count for early stopping, in units of the metric.
         """
-        sign = 1.0 if METRICS[metric] else -1.0
+        sign = 1.0 if EVALUATION_METRICS[metric] else -1.0
         improved = not math.isnan(value) and (self.reference is None or sign * (value - self.reference) > min_delta)
         if improved:
             self.reference, self.stale = value, 0

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from consyn_jax.config import Diverged, Interrupted, ModelConfig, RunConfig, UserError, flat, resolve
+from consyn_jax.config import EVALUATION_METRICS, Diverged, Interrupted, ModelConfig, RunConfig, UserError, flat, resolve
 from consyn_jax.data.loader import prefetch
 from consyn_jax.data.mixture import Mixture
 from consyn_jax.distributed.hardware import bf16_peak
@@ -31,7 +31,7 @@ from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.model.arithmetic import train_flops_per_token
 from consyn_jax.model.attention import AttentionChoice, choose_attention
 from consyn_jax.model.parameters import Params, layout
-from consyn_jax.model.pretrained import save_parameters
+from consyn_jax.model.pretrained import load_parameters, save_parameters
 from consyn_jax.model.transformer import Compute
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.checkpoint import Checkpoints
@@ -39,12 +39,13 @@ from consyn_jax.training.console import Console
 from consyn_jax.training.evaluation import evaluate
 from consyn_jax.training.inputs import HostBatch, as_source
 from consyn_jax.training.metrics import MetricsLog, Trackers, build_trackers, read_metrics
-from consyn_jax.training.optimizer import configured_optimizer
+from consyn_jax.training.optimizer import configured_optimizer, describe_groups, evaluation_params, lr_warning, with_rate_scale
 from consyn_jax.training.precision import choose_precision
 from consyn_jax.training.program import EVAL_AXES, TRAIN_AXES, Program
 from consyn_jax.training.report import write_loss_plot, write_report
 from consyn_jax.training.run_directory import RunDirectory, open_run_directory
-from consyn_jax.training.scheduler import configured_schedule
+from consyn_jax.training.scheduler import Plateau, configured_plateau, configured_schedule
+from consyn_jax.training.selection import Selection
 from consyn_jax.training.step import TrainState
 
 SAMPLE_TOKENS = 200
@@ -61,13 +62,25 @@ class ModelSource:
 
 @dataclass
 class Progress:
-    """What a checkpoint holds beside the state; everything else follows from the configuration."""
+    """What a checkpoint holds beside the state; everything else follows from the configuration.
+
+    Attributes:
+        clipped, unlogged: of the steps since the last line of metrics, those whose gradients were clipped, and all.
+    """
 
     step: int = 0
     tokens: int = 0
-    best_loss: float | None = None
-    best_step: int | None = None
+    clipped: int = 0
+    unlogged: int = 0
+    selection: Selection = field(default_factory=Selection)
+    plateau: Plateau | None = None
     tracker_id: str | None = None
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Progress:
+        """From what `dataclasses.asdict` gave."""
+        plateau = record["plateau"]
+        return cls(**{**record, "selection": Selection(**record["selection"]), "plateau": None if plateau is None else Plateau(**plateau)})
 
 
 class Stopwatch:
@@ -272,7 +285,8 @@ class _Training:
         self.console = stack.enter_context(Console(quiet=logging.quiet or not self.writes, logging_steps=logging.logging_steps))
         self.checkpoints = Checkpoints(self.directory.checkpoints, saving.keep_last, saving.keep_every)
         stack.callback(self.checkpoints.close)
-        self.progress = Progress()
+        self.progress = Progress(plateau=configured_plateau(trainer.run.optimizer, EVALUATION_METRICS[trainer.run.evaluation.metric_for_best_model]))
+        self.evaluated = jax.jit(evaluation_params, out_shardings=self.program.layout.shardings(self.program.mesh))
         self.watch = Stopwatch()
         self.signal = stack.enter_context(_Signals())
         self.stack = stack
@@ -286,7 +300,7 @@ class _Training:
         if self._is_complete():
             return self._already_complete()
         state = self._begin()
-        if self.progress.step < t.total_steps:  # else the run was ended between its last checkpoint and its model
+        if self.progress.step < t.total_steps and not self._stops_early(self.progress):  # else it was ended between its last checkpoint and its model
             state = self._train(state)
         return self._finish(state)
 
@@ -317,16 +331,22 @@ class _Training:
             pending = metrics
             evaluates = self.eval_step is not None and (done % eval_every == 0 or done == t.total_steps)
             saves = done % save_every == 0 or done == t.total_steps
+            stops = False
             if evaluates or saves or self.signal.received:
                 self._record(pending, ready.wait_s)
                 pending = None
                 began = time.perf_counter()
                 if evaluates:
-                    self._evaluate(state)
-                if saves or self.signal.received:
+                    state = self._evaluate(state)
+                    stops = self._stops_early(self.progress) and done < t.total_steps
+                if saves or stops or self.signal.received:
                     self._save(state)
                 self.watch.pause(time.perf_counter() - began)
-            if done == t.total_steps:
+            if stops:
+                selection = self.progress.selection
+                self._event("early_stop", {"best_step": selection.best_step, "stale": selection.stale})
+                self.console.note(f"Early stop at step {done:,}: {selection.stale} evaluations without improvement since step {selection.best_step:,}.")
+            if done == t.total_steps or stops:
                 return state
             if self.signal.received:
                 self._interrupted()
@@ -358,6 +378,7 @@ class _Training:
             ("devices", f"{jax.device_count()} x {device.device_kind} ({split})"),
             ("attention", f"{self.attention.backend}: {self.attention.reason}"),
             ("precision", t.precision.reason),
+            ("optimizer", describe_groups(t.run.optimizer, self.program.layout.shapes, self.program.layout.logical_axes)),
             *t.notes,
             *self._shares(),
             ("budget", f"{t.total_steps:,} steps of {t.sequences_per_step} x {t.run.data.max_tokens} tokens{epochs}"),
@@ -366,6 +387,8 @@ class _Training:
         if self._resume_step() is not None and not self._is_complete():
             rows.append(("goes on", f"from step {self._resume_step():,} of {t.total_steps:,}"))
         self.console.header(rows)
+        if warning := lr_warning(t.run.optimizer.lr or 0.0, t.run.optimizer.optimizer, t.run.model.checkpoint is not None):
+            self.console.warn(warning)
         if self.attention.backend == "xla" and device.platform == "gpu":
             self.console.warn(f"Attention falls back to XLA: {self.attention.reason}.")
         if budget.total_tokens is None and source.sequences is not None and budget.batch_size > source.sequences:
@@ -383,7 +406,14 @@ class _Training:
 
     def _is_complete(self) -> bool:
         """The last step is saved, and the model was exported behind it."""
-        return (self._resume_step() or 0) >= self.trainer.total_steps and (self.directory.path / "final" / "config.json").is_file()
+        step = self._resume_step()
+        if step is None or not (self.directory.path / "final" / "config.json").is_file():
+            return False
+        return step >= self.trainer.total_steps or self._stops_early(Progress.from_json(self.checkpoints.record(step)))
+
+    def _stops_early(self, progress: Progress) -> bool:
+        options = self.trainer.run.evaluation
+        return progress.selection.is_over(options.early_stopping_patience, progress.step, options.early_stopping_min_steps)
 
     def _resume_step(self) -> int | None:
         """The step of the checkpoint to go on from; None for a new run."""
@@ -407,7 +437,7 @@ class _Training:
         t, path, wanted = self.trainer, self.directory.path, self._resume_step()
         if wanted is not None:
             state, record = self.checkpoints.restore(wanted, self.program.state_like)
-            self.progress = Progress(**record)
+            self.progress = Progress.from_json(record)
             self.checkpoints.delete_after(wanted)
         else:
             state = self.program.initial_state(t._parameters(self.program.mesh))
@@ -444,7 +474,7 @@ class _Training:
 
     def _record(self, metrics: dict[str, jax.Array], waited_s: float) -> None:
         """Read a step's metrics (this waits for the step), check them, and log them when it is time."""
-        t, progress, schedule = self.trainer, self.progress, self.schedule
+        t, progress = self.trainer, self.progress
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         progress.step += 1
         progress.tokens += int(values["tokens"])
@@ -454,24 +484,25 @@ class _Training:
         if not values["tokens"] and not self.warned_of_nothing:
             self.warned_of_nothing = True
             self.console.warn(f"Step {progress.step:,} had no token to learn from. Prompts may be longer than --max_tokens.")
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            self._event("nonfinite", {"loss": values["loss"], "grad_norm": values["grad_norm"]})
-            raise Diverged(
-                f"Step {progress.step}: loss {values['loss']}, gradient norm {values['grad_norm']}; training has diverged. "
-                f"Lower --lr, lengthen --warmup_steps, or go on from an earlier checkpoint with --resume STEP."
-            )
+        progress.clipped, progress.unlogged = progress.clipped + int(values["clipped"]), progress.unlogged + 1
+        self._check_finite(values)
         if progress.step % t.run.logging.logging_steps and progress.step not in (1, t.total_steps):
             self.console.step(progress.step, values["loss"], self.watch.tokens_per_s)
             return
+        clipped, progress.clipped, progress.unlogged = progress.clipped / progress.unlogged, 0, 0
         step_time_s, tokens_per_s, waiting = self.watch.lap(waited_s)
         line = {
             "train/loss": values["loss"],
             "train/grad_norm": values["grad_norm"],
-            "train/learning_rate": float(schedule(progress.step - 1)),
+            "train/learning_rate": self._rate(values),
+            "train/clipped_fraction": clipped,
             "throughput/tokens_per_s": tokens_per_s,
             "throughput/step_time_s": step_time_s,
             "throughput/data_wait_fraction": waiting,
         }
+        if "skipped" in values:
+            line |= {"train/loss_scale": values["loss_scale"], "train/skipped_steps": values["skipped_steps"]}
+            line = {name: value for name, value in line.items() if math.isfinite(value)}
         if t.train_source.sequences:
             line["train/epoch"] = progress.step * t.sequences_per_step / t.train_source.sequences
         device = jax.local_devices()[0]
@@ -481,6 +512,23 @@ class _Training:
         line["memory/peak_bytes"] = _peak_bytes(device)
         self._log(line)
         self.console.step(progress.step, values["loss"], tokens_per_s)
+
+    def _rate(self, values: dict[str, float]) -> float:
+        """The learning rate of the step just recorded. A step that the loss scale skipped does not count for the schedule."""
+        taken = self.progress.step - 1 - int(values.get("skipped_steps", 0.0) - values.get("skipped", 0.0))
+        return float(self.schedule(taken)) * (1.0 if self.progress.plateau is None else self.progress.plateau.scale)
+
+    def _check_finite(self, values: dict[str, float]) -> None:
+        if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+            return
+        # An overflow that a smaller scale may mend; at the smallest it is none.
+        if values.get("skipped") and values["loss_scale"] > 1:
+            return
+        self._event("nonfinite", {"loss": values["loss"], "grad_norm": values["grad_norm"]})
+        raise Diverged(
+            f"Step {self.progress.step}: loss {values['loss']}, gradient norm {values['grad_norm']}; training has diverged. "
+            f"Lower --lr, lengthen --warmup_steps, or go on from an earlier checkpoint with --resume STEP."
+        )
 
     def _log(self, values: dict[str, float]) -> None:
         self.last |= values
@@ -513,22 +561,32 @@ class _Training:
         order = self.trainer.train_source.order
         return {"sources": order.counts(self.progress.step * self.trainer.sequences_per_step)} if isinstance(order, Mixture) else {}
 
-    def _evaluate(self, state: TrainState) -> None:
-        t, progress = self.trainer, self.progress
+    def _evaluate(self, state: TrainState) -> TrainState:
+        """Evaluate, and act on it; gives the state back, which a plateau changes."""
+        t, progress, options = self.trainer, self.progress, self.trainer.run.evaluation
         assert self.eval_step is not None
         assert t.eval_source is not None
         if t.eval_source.sequences == 0:  # of a growing corpus it is known only now
             self.console.warn("There is no evaluation: no document fell into the validation split. Give --validation or a larger --validation_fraction.")
             self.eval_step = None
-            return
-        values = t._evaluate(self.program, self.eval_step, state.params)
+            return state
+        params = self.evaluated(state.opt_state, state.params)
+        values = t._evaluate(self.program, self.eval_step, params)
+        metric = options.metric_for_best_model
+        if metric not in values:
+            raise UserError(f"--metric_for_best_model {metric} is not logged here: nobody has counted the bytes of this text. Take eval/loss.")
         self._log(values)
-        best = progress.best_loss is None or values["eval/loss"] < progress.best_loss
+        best = progress.selection.update(metric, values[metric], progress.step, options.early_stopping_min_delta)
         self.console.evaluation(values, best)
         if best:
-            progress.best_loss, progress.best_step = values["eval/loss"], progress.step
-            self._export("best", state.params)
-            self._event("best", {"eval/loss": values["eval/loss"]})
+            self._export("best", params)
+            self._event("best", {metric: values[metric]})
+        if progress.plateau is None:
+            return state
+        before = progress.plateau.scale
+        if progress.plateau.update(values[metric]) != before:
+            self.console.note(f"Plateau at step {progress.step:,}: the learning rate is {progress.plateau.scale:g} of the schedule's from here.")
+        return state._replace(opt_state=with_rate_scale(state.opt_state, progress.plateau.scale))
 
     def _save(self, state: TrainState) -> None:
         self.checkpoints.save(self.progress.step, state, asdict(self.progress))
@@ -556,11 +614,13 @@ class _Training:
 
     def _finish(self, state: TrainState) -> dict[str, float]:
         t, path, progress = self.trainer, self.directory.path, self.progress
-        self._export("final", state.params)
-        t.model = ConsynLMHeadModel.from_parameters(t.model.config, state.params)
+        params = self._final_params(state)
+        self._export("final", params)
+        t.model = ConsynLMHeadModel.from_parameters(t.model.config, params)
         text = self._sample(t.model)
         self.checkpoints.wait()
-        self._event("finish", ({"best_step": progress.best_step} if progress.best_step else {}) | self._taken())
+        selection = progress.selection
+        self._event("finish", ({"best_step": selection.best_step} if selection.best_step else {}) | self._taken())
         if self.writes and self.log is not None:
             metrics = read_metrics(self.log.path)
             try:
@@ -569,14 +629,22 @@ class _Training:
             except OSError as error:
                 self.console.warn(f"The report could not be written ({error.strerror}); the model and metrics.jsonl are whole.")
         lines = [f"{progress.step:,} steps, {progress.tokens:,} tokens: loss {self.last.get('train/loss', math.nan):.4f}"]
-        if progress.best_loss is not None:
-            lines.append(f"best eval loss {progress.best_loss:.4f} at step {progress.best_step:,}: {path / 'best'}")
+        if selection.best_value is not None:
+            name = t.run.evaluation.metric_for_best_model.replace("/", " ")
+            lines.append(f"best {name} {selection.best_value:.4f} at step {selection.best_step:,}: {path / 'best'}")
         lines.append(f"Everything is in {path}: final/ (the model), report.html, loss.png, metrics.jsonl.")
         if self.writes:
             if text:
                 self.console.sample(text)
             self.console.finish(lines)
         return self._summary()
+
+    def _final_params(self, state: TrainState) -> Params:
+        """What final/ holds: the last parameters, or the best where that was asked for."""
+        best = self.directory.path / "best"
+        if self.trainer.run.evaluation.load_best_model_at_end and (best / "config.json").is_file():
+            return load_parameters(best, self.trainer.model.config, self.program.mesh)
+        return self.evaluated(state.opt_state, state.params)
 
     def _summary(self) -> dict[str, float]:
         return {**self.last, "step": self.progress.step, "tokens": self.progress.tokens}

@@ -18,7 +18,7 @@ from consyn_jax.tokenization import BPETokenizer
 
 from .conftest import TINY, Run
 
-TRAIN_KEYS = {"train/loss", "train/grad_norm", "train/learning_rate", "train/epoch", "memory/peak_bytes"}
+TRAIN_KEYS = {"train/loss", "train/grad_norm", "train/learning_rate", "train/clipped_fraction", "train/epoch", "memory/peak_bytes"}
 TRAIN_KEYS |= {"throughput/tokens_per_s", "throughput/step_time_s", "throughput/data_wait_fraction"}
 EVAL_KEYS = {"eval/loss", "eval/perplexity", "eval/bits_per_byte", "eval/accuracy", "eval/tokens"}
 EVERY_LINE = {"step", "tokens", "time_s"}

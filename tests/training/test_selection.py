@@ -7,17 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consyn_jax.config import UserError
-from consyn_jax.training.selection import METRICS, Selection, check_metric
+from consyn_jax.config import EVALUATION_METRICS, UserError, resolve
+from consyn_jax.training.selection import Selection
 
 values = st.lists(st.one_of(st.floats(-5, 5), st.just(math.nan)), max_size=30)
 
 
-@given(history=values, metric=st.sampled_from(sorted(METRICS)))
+@given(history=values, metric=st.sampled_from(sorted(EVALUATION_METRICS)))
 def test_the_best_is_the_first_of_the_best(history: list[float], metric: str) -> None:
     selection = Selection()
     said = [step for step, value in enumerate(history) if selection.update(metric, value, step)]
-    sign = 1 if METRICS[metric] else -1
+    sign = 1 if EVALUATION_METRICS[metric] else -1
     numbers = [(sign * value, -step) for step, value in enumerate(history) if not math.isnan(value)]
     assert selection.best_step == (-max(numbers)[1] if numbers else None)
     assert (said[-1] if said else None) == selection.best_step
@@ -51,6 +51,20 @@ def test_patience_counts_evaluations_that_improve_too_little() -> None:
 
 
 def test_a_metric_that_is_never_logged() -> None:
-    check_metric("eval/accuracy")
+    resolve({"metric_for_best_model": "eval/accuracy"})
     with pytest.raises(UserError, match=r"eval/los is never logged; did you mean eval/loss\? Known: eval/loss, eval/perplexity"):
-        check_metric("eval/los")
+        resolve({"metric_for_best_model": "eval/los"})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"early_stopping_patience": 0}, "--early_stopping_patience must be at least 1, not 0"),
+        ({"early_stopping_min_delta": -1}, "--early_stopping_min_delta must not be negative"),
+        ({"early_stopping_patience": 2, "validation_fraction": 0}, "--early_stopping_patience needs evaluations"),
+        ({"load_best_model_at_end": True, "validation_fraction": 0}, "--load_best_model_at_end needs evaluations"),
+    ],
+)
+def test_what_cannot_be_selected_by(given: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        resolve(given)
