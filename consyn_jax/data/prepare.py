@@ -369,7 +369,8 @@ def _build(job: _Job, key: str, directory: Path, *, in_cache: bool, publish: Pub
     if not in_cache:
         _check_output(directory)
     try:
-        work.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # another process has just made or removed it; `_locked` looks again
+            work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         where = "Set CONSYN_CACHE to a directory with room." if in_cache else "Give another --output."
         raise UserError(f"{directory} cannot be written: {error.strerror}. {where}") from error
@@ -444,7 +445,9 @@ def _locked(work: Path, wait: bool, stop: Callable[[], bool] | None) -> Iterator
         try:
             work.mkdir(parents=True, exist_ok=True)
             lock = os.open(work / "lock", os.O_RDWR | os.O_CREAT)
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError) as error:
+            if work.exists() and not work.is_dir():
+                raise UserError(f"{work} is a file, and not ours. Delete it, or choose another place.") from error
             continue  # whoever held it has finished and removed it just now
         except OSError as error:
             raise UserError(f"{work.parent} cannot be written: {error.strerror}. Make room, or choose another place.") from error
