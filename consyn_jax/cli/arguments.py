@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from consyn_jax import __version__
-from consyn_jax.config import Flag, PrepareConfig, RunConfig, UserError, flags, nearest
+from consyn_jax.config import Config, Flag, PrepareConfig, RunConfig, UserError, flags, nearest
 
 _NO_FLAG = re.compile(r"-(\d|\.\d|inf|nan)|--[^a-z]", re.IGNORECASE)  # a number, or a line of dashes that separates documents
 METAVARS = {
@@ -85,6 +86,28 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         if not action.option_strings or action.nargs == 0:
             return super()._format_action_invocation(action)
         return f"{', '.join(action.option_strings)} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+
+
+def read(parser: argparse.ArgumentParser, argv: Sequence[str], resolve: Callable[..., tuple[Config, dict[str, str]]]) -> tuple[Config, dict[str, str], bool]:
+    """What a command is told, the origins of the values, and whether it shall only be printed.
+
+    Args:
+        resolve: merges flags and the content of a `--config` file, as `config.resolve` does.
+
+    Raises:
+        UserError: an unknown flag, a bad value, or a `--config` file that is none.
+    """
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the flags' names; flags override it")
+    parser.add_argument("--print_config", action="store_true", help="print every value with its origin, and stop")
+    given = parse(parser, argv)
+    file_name, print_config = given.pop("config", None), given.pop("print_config", False)
+    file: dict[str, Any] = {}
+    if file_name is not None:
+        from consyn_jax.training.run_directory import read_config_file
+
+        file = read_config_file(Path(file_name))
+    config, origins = resolve(given, file, file_name=file_name or "")
+    return config, origins, print_config
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:

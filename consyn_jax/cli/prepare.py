@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from consyn_jax.cli.arguments import build_parser, parse
+from consyn_jax.cli.arguments import build_parser, read
 from consyn_jax.cli.progress import Bar
 from consyn_jax.cli.run import exit_code
 from consyn_jax.config import Interrupted, PrepareConfig, UserError, resolve_preparation
@@ -62,18 +62,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[PrepareConfig, dict[str, str], 
     Raises:
         UserError: an unknown flag, a bad value, or a `--config` file that is none.
     """
-    parser = build_parser("consyn-prepare", DESCRIPTION, USAGE, EPILOG, PrepareConfig)
-    parser.add_argument("--config", metavar="FILE", help="YAML file with the flags' names; flags override it")
-    parser.add_argument("--print_config", action="store_true", help="print every value with its origin, and stop")
-    given = parse(parser, argv)
-    file_name, print_config = given.pop("config", None), given.pop("print_config", False)
-    file: dict[str, Any] = {}
-    if file_name is not None:
-        from consyn_jax.training.run_directory import read_config_file
-
-        file = read_config_file(Path(file_name))
-    config, origins = resolve_preparation(given, file, file_name=file_name or "")
-    return config, origins, print_config
+    return read(build_parser("consyn-prepare", DESCRIPTION, USAGE, EPILOG, PrepareConfig), argv, resolve_preparation)
 
 
 def make(config: PrepareConfig) -> None:

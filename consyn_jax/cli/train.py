@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from consyn_jax.cli.arguments import build_parser, parse
+from consyn_jax.cli.arguments import build_parser, read
 from consyn_jax.cli.run import exit_code
 from consyn_jax.config import PRESETS, CorpusOptions, RunConfig, UserError, architecture, check_context, nearest, resolve
 
@@ -59,18 +59,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[RunConfig, dict[str, str], bool
     Raises:
         UserError: an unknown flag, a bad value, or a `--config` file that is none.
     """
-    parser = build_parser("consyn-train", DESCRIPTION, USAGE, EPILOG)
-    parser.add_argument("--config", metavar="FILE", help="YAML recipe with the flags' names; flags override it")
-    parser.add_argument("--print_config", action="store_true", help="print the resolved run with the origin of every value, and stop")
-    given = parse(parser, argv)
-    file_name, print_config = given.pop("config", None), given.pop("print_config", False)
-    file: dict[str, Any] = {}
-    if file_name is not None:
-        from consyn_jax.training.run_directory import read_config_file
-
-        file = read_config_file(Path(file_name))
-    config, origins = resolve(given, file, file_name=file_name or "")
-    return config, origins, print_config
+    return read(build_parser("consyn-train", DESCRIPTION, USAGE, EPILOG), argv, resolve)
 
 
 def train(config: RunConfig, origins: dict[str, str]) -> None:

@@ -24,10 +24,9 @@ from jaxtyping import Int64, Integer
 
 from consyn_jax.config import UserError
 from consyn_jax.data.shards import NumberFile, StoreSplit, Tokens, token_dtype
-from consyn_jax.data.split import TRAIN, VALIDATION
+from consyn_jax.data.split import TEST, TRAIN, VALIDATION
 from consyn_jax.tokenization import BPETokenizer
 
-TEST = "test"
 PICKLES = (".npz", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 TOKEN_SUFFIXES = (".bin", ".npy")
 _NPY_TYPES = ("uint16", "uint32", "int32", "int64")

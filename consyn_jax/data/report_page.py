@@ -5,9 +5,9 @@ There are no times in it and no places of ours, so equal inputs give equal bytes
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Mapping, Sequence
 
+from consyn_jax.data.html_page import escape, html_page
 from consyn_jax.data.report import RULES, Report
 
 SHOWN = 200  # of sources, and of files left out: a data set of thousands of files still is a page
@@ -37,7 +37,7 @@ def page(report: Report, title: str, settings: Mapping[str, object]) -> str:
         _left_out(report),
         _table("Settings", ("flag", "value"), ((name, _cell(value)) for name, value in settings.items())),
     ]
-    text = _PAGE.format(title=_escape(title), style=_STYLE, body="\n".join(filter(None, sections)))
+    text = html_page(title, _STYLE, "\n".join(filter(None, sections)), "report.json")
     return text.encode("utf-8", "backslashreplace").decode()  # names of files need not be UTF-8
 
 
@@ -79,7 +79,7 @@ def _tiles(report: Report) -> str:
         ("text", size(totals["bytes"]), f"from files of {size(report.file_bytes)}"),
         ("bytes per token", "-" if ratio is None else f"{ratio:.3f}", "more is shorter"),
     ]
-    cells = (f"<div><span>{_escape(name)}</span><b>{_escape(value)}</b><small>{_escape(note)}</small></div>" for name, value, note in tiles)
+    cells = (f"<div><span>{escape(name)}</span><b>{escape(value)}</b><small>{escape(note)}</small></div>" for name, value, note in tiles)
     return f'<section class="tiles">{"".join(cells)}</section>'
 
 
@@ -92,8 +92,8 @@ def _documents(report: Report) -> str:
         left -= dropped
     counts = [("kept", report.kept, "kept"), *((rule, report.dropped.get(rule, 0), f"r{i % 6}") for i, rule in enumerate(_rules(report)))]
     present = [(name, count, look) for name, count, look in counts if count]
-    parts = (f'<div class="{look}" style="flex-grow:{count}" title="{_escape(f"{name}: {count:,}")}"></div>' for name, count, look in present)
-    legend = "".join(f'<span class="{look}">{_escape(name)} {_share(count, report.documents)}</span>' for name, count, look in present)
+    parts = (f'<div class="{look}" style="flex-grow:{count}" title="{escape(f"{name}: {count:,}")}"></div>' for name, count, look in present)
+    legend = "".join(f'<span class="{look}">{escape(name)} {_share(count, report.documents)}</span>' for name, count, look in present)
     bar = f'<div class="bar">{"".join(parts)}</div><div class="legend">{legend}</div>' if present else ""
     return f"<section><h2>Documents</h2>{bar}{_wide(('rule', 'in', 'left out', 'of all', 'remain'), rows)}</section>"
 
@@ -137,7 +137,7 @@ def _histogram(title: str, counts: Mapping[str, int]) -> str:
         name = f"{bound:,}" if bound < 2 else f"{bound:,} to {2 * bound - 1:,}"
         drawn = f'<i style="width:{100 * count / most:.2f}%"></i>' if count else ""
         rows.append(f"<tr><td>{name}</td><td>{drawn}</td><td>{count:,}</td></tr>")
-    return f'<h3>{_escape(title)}</h3><div class="wide all"><table class="histogram">{"".join(rows)}</table></div>'
+    return f'<h3>{escape(title)}</h3><div class="wide all"><table class="histogram">{"".join(rows)}</table></div>'
 
 
 def _samples(report: Report) -> str:
@@ -147,8 +147,8 @@ def _samples(report: Report) -> str:
         if examples:
             count = report.dropped.get(rule, len(examples))
             shown = f", the first {len(examples)}" if count > len(examples) else ""
-            texts = "".join(f'<pre dir="auto">{_escape(example)}</pre>' for example in examples)
-            figures.append(f"<figure><figcaption>{_escape(rule)}: {count:,}{shown}</figcaption>{texts}</figure>")
+            texts = "".join(f'<pre dir="auto">{escape(example)}</pre>' for example in examples)
+            figures.append(f"<figure><figcaption>{escape(rule)}: {count:,}{shown}</figcaption>{texts}</figure>")
     return f"<section><h2>Samples of what was left out</h2>{''.join(figures)}</section>" if figures else ""
 
 
@@ -185,12 +185,12 @@ def _table(title: str, head: Sequence[str], rows: Rows, note: str = "") -> str:
     rows = list(rows)
     if not rows:
         return ""
-    return f"<section><h2>{_escape(title)}</h2>{f'<p>{_escape(note)}</p>' if note else ''}{_wide(head, rows)}</section>"
+    return f"<section><h2>{escape(title)}</h2>{f'<p>{escape(note)}</p>' if note else ''}{_wide(head, rows)}</section>"
 
 
 def _wide(head: Sequence[str], rows: Rows) -> str:
-    top = f"<tr>{''.join(f'<th>{_escape(cell)}</th>' for cell in head)}</tr>"
-    body = "".join(f"<tr>{''.join(f'<td>{_escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    top = f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>"
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class="wide"><table>{top}{body}</table></div>'
 
 
@@ -216,48 +216,11 @@ def _cell(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def _escape(text: str) -> str:
-    """Text for HTML; control characters, which HTML does not allow, become the replacement character."""
-    return html.escape("".join(c if c in "\n\t" or (ord(c) >= 0x20 and not 0x7F <= ord(c) < 0xA0) else "\ufffd" for c in text.replace("\r\n", "\n")))
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-<h1>{title}</h1>
-{body}
-<footer>Drawn from report.json by consyn-jax.</footer>
-</main>
-</body>
-</html>
-"""
-
 _STYLE = """
-:root { color-scheme: light dark; --back: #fbfbfc; --card: #fff; --ink: #1d2430; --soft: #667080; --rule: #e2e5ea; --blue: #3b6fb6; }
 :root { --r0: #b3423f; --r1: #8a8f98; --r2: #d9a31a; --r3: #7d5ba6; --r4: #d9731a; --r5: #2f8f8b; }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #14171c; --card: #1b1f26; --ink: #e4e7ec; --soft: #98a2b0; --rule: #2d333d; --blue: #7aa7e6; }
-  :root { --r0: #e07b78; --r1: #7b828d; --r2: #e8c262; --r3: #b195d6; --r4: #f0a05a; --r5: #6cc5c1; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 900px; margin: 0 auto; padding: 28px 16px 48px; }
-h1 { font-size: 26px; margin: 0 0 16px; overflow-wrap: anywhere; }
-h2 { font-size: 18px; margin: 32px 0 10px; }
+@media (prefers-color-scheme: dark) { :root { --r0: #e07b78; --r1: #7b828d; --r2: #e8c262; --r3: #b195d6; --r4: #f0a05a; --r5: #6cc5c1; } }
 h3 { font-size: 14px; font-weight: 600; margin: 14px 0 4px; }
 p { margin: 0 0 8px; color: var(--soft); font-size: 13.5px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 10px; }
-.tiles div { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 10px 14px; }
-.tiles span, .tiles small { display: block; color: var(--soft); font-size: 12.5px; }
-.tiles b { font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums; }
 .bar { display: flex; height: 22px; border-radius: 6px; overflow: hidden; }
 .bar div { flex-basis: 0; min-width: 2px; }
 .kept { --look: var(--blue); }
@@ -267,19 +230,9 @@ p { margin: 0 0 8px; color: var(--soft); font-size: 13.5px; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 6px 0 12px; color: var(--soft); font-size: 13px; }
 .legend span::before { content: ""; display: inline-block; width: 10px; height: 10px; margin-right: 6px; border-radius: 2px; }
 figure { margin: 0 0 14px; }
-figcaption { color: var(--soft); font-size: 12.5px; }
 pre { margin: 4px 0 0; padding: 8px 14px; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; max-height: 200px; overflow-y: auto; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-.wide { overflow: auto; max-height: 480px; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; }
-table { width: 100%; border-collapse: collapse; font-size: 13.5px; }
-th { text-align: left; font-weight: 600; color: var(--soft); }
-th, td { padding: 5px 14px; border-bottom: 1px solid var(--rule); vertical-align: top; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-tr:last-child td { border-bottom: 0; }
-td:first-child { white-space: nowrap; }
 .histogram td { padding: 2px 14px; border: 0; vertical-align: middle; text-align: right; white-space: nowrap; }
 .histogram td:nth-child(2) { width: 100%; padding: 2px 0; text-align: left; }
 .histogram i { display: block; height: 12px; min-width: 1px; background: var(--blue); border-radius: 2px; }
 .all { max-height: none; }
-@media print { .wide, pre { max-height: none; } }
-footer { margin-top: 32px; color: var(--soft); font-size: 12.5px; }
 """

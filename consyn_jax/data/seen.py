@@ -144,8 +144,12 @@ class RecordFile:
         self.count = count
         self._path, self._size = path, size
         self._file = path.open("r+b" if path.exists() else "w+b")
-        self._file.truncate(count * size)
-        self._file.seek(count * size)
+        try:
+            self._file.truncate(count * size)
+            self._file.seek(count * size)
+        except OSError:
+            self._file.close()
+            raise
 
     def append(self, records: UInt8[np.ndarray, "n size"]) -> None:
         """Write records behind the last one."""

@@ -230,7 +230,7 @@ def _look_at_name(path: Path) -> tuple[str, str]:
     """The kind of a file that its suffix tells, checked by its head; ("", "") for any other."""
     if huggingface.look(path):
         return "huggingface", ""
-    if path.suffix.lower() in (*raw_tokens.TOKEN_SUFFIXES, *raw_tokens.PICKLES):
+    if raw_tokens.is_named_so(path):
         kind, found = raw_tokens.look(path)
         return "sharded" if kind else "", found
     return "", ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import io
 import itertools
 import math
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from consyn_jax.data.html_page import escape, html_page
 from consyn_jax.training.console import compact, duration
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def write_report(
         _table("Events", list(_events(metrics)), ("step", "event", "after", "details")),
         _table("Configuration", [(name, _cell(value), (origins or {}).get(name, "")) for name, value in config.items()], ("flag", "value", "origin")),
     ]
-    page = _PAGE.format(title=_escape(f"Run {directory.resolve().name}"), style=_STYLE, body="\n".join(filter(None, sections)))
+    page = html_page(f"Run {directory.resolve().name}", _STYLE, "\n".join(filter(None, sections)), "metrics.jsonl")
     path = directory / "report.html"
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(page.encode("utf-8", "replace"))
@@ -238,7 +238,7 @@ def _tiles(metrics: Metrics) -> str:
         tiles.append(("speed", compact(statistics.median(p.value for p in speed)), "tokens/s, median"))
     if not tiles:
         return "<p>Nothing was logged.</p>"
-    cells = (f"<div><span>{_escape(name)}</span><b>{_escape(value)}</b><small>{_escape(note)}</small></div>" for name, value, note in tiles)
+    cells = (f"<div><span>{escape(name)}</span><b>{escape(value)}</b><small>{escape(note)}</small></div>" for name, value, note in tiles)
     return f'<section class="tiles">{"".join(cells)}</section>'
 
 
@@ -266,15 +266,15 @@ def _events(metrics: Metrics) -> Iterable[tuple[str, ...]]:
 
 
 def _sample(step: int, text: str) -> str:
-    return f'<figure><figcaption>step {step:,}</figcaption><pre dir="auto">{_escape(text)}</pre></figure>'
+    return f'<figure><figcaption>step {step:,}</figcaption><pre dir="auto">{escape(text)}</pre></figure>'
 
 
 def _table(title: str, rows: Sequence[tuple[str, ...]], head: tuple[str, ...] = ()) -> str:
     if not rows:
         return ""
-    top = f"<tr>{''.join(f'<th>{_escape(cell)}</th>' for cell in head)}</tr>" if head else ""
-    body = "".join(f"<tr>{''.join(f'<td>{_escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<section><h2>{_escape(title)}</h2><div class='wide'><table>{top}{body}</table></div></section>"
+    top = f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>" if head else ""
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<section><h2>{escape(title)}</h2><div class='wide'><table>{top}{body}</table></div></section>"
 
 
 def _cell(value: object) -> str:
@@ -285,11 +285,6 @@ def _cell(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(map(str, value)) or "none"
     return "none" if value is None else str(value)
-
-
-def _escape(text: str) -> str:
-    """Text for HTML; control characters, which HTML does not allow, become the replacement character."""
-    return html.escape("".join(c if c in "\n\t" or (ord(c) >= 0x20 and not 0x7F <= ord(c) < 0xA0) else "\ufffd" for c in text))
 
 
 # --------------------------------------------------------------------------------------------------------------- charts for HTML
@@ -339,7 +334,7 @@ def _chart(title: str, lines: Sequence[_Line], height: int, limits: tuple[float,
     def y(value: float) -> float:
         return round(_TOP + (height - _TOP - _BOTTOM) * (high - value) / (high - low), 1)
 
-    parts = [f'<svg class="chart" viewBox="0 0 {_WIDTH} {height}" role="img"><title>{_escape(title)}</title>']
+    parts = [f'<svg class="chart" viewBox="0 0 {_WIDTH} {height}" role="img"><title>{escape(title)}</title>']
     for tick in _ticks(low, high, 6 if height > 200 else 3):
         parts.append(
             f'<path class="grid" d="M{_LEFT} {y(tick)}H{_WIDTH - _RIGHT}"/><text x="{_LEFT - 8}" y="{y(tick) + 4}" text-anchor="end">{_tick_text(tick)}</text>'
@@ -356,9 +351,9 @@ def _chart(title: str, lines: Sequence[_Line], height: int, limits: tuple[float,
     paths = (f'<path class="{line.look}" d="M{"L".join(f"{x(point.tokens)} {y(point.value)}" for point in line.points)}"/>' for line in lines)
     parts += [f"<svg {inside} {window}>", *paths, "</svg>"]  # an inner svg cuts off what lies outside of the limits
     parts += [_dot(point, line.look, x(point.tokens), y(point.value)) for line in lines for point in line.points if line.dots and low <= point.value <= high]
-    legend = "".join(f'<span class="{line.look}">{_escape(line.label)}</span>' for line in lines if line.label)
+    legend = "".join(f'<span class="{line.look}">{escape(line.label)}</span>' for line in lines if line.label)
     legend += '<span class="mark">resumed</span>' if marks else ""
-    return f"<h3>{_escape(title)}<span class='legend'>{legend}</span></h3>{''.join(parts)}</svg>"
+    return f"<h3>{escape(title)}<span class='legend'>{legend}</span></h3>{''.join(parts)}</svg>"
 
 
 def _dot(point: Point, look: str, x: float, y: float) -> str:
@@ -386,41 +381,8 @@ def _tick_text(value: float) -> str:
     return f"{float(digits):g}e{int(exponent)}"
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-<h1>{title}</h1>
-{body}
-<footer>Drawn from metrics.jsonl by consyn-jax.</footer>
-</main>
-</body>
-</html>
-"""
-
 _STYLE = """
-:root { color-scheme: light dark; --back: #fbfbfc; --card: #fff; --ink: #1d2430; --soft: #667080; --rule: #e2e5ea; }
-:root { --blue: #3b6fb6; --orange: #d9731a; --green: #2f8f5b; }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #14171c; --card: #1b1f26; --ink: #e4e7ec; --soft: #98a2b0; --rule: #2d333d; --blue: #7aa7e6; --orange: #f0a05a; --green: #63c58f; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 900px; margin: 0 auto; padding: 28px 16px 48px; }
-h1 { font-size: 26px; margin: 0 0 16px; overflow-wrap: anywhere; }
-h2 { font-size: 18px; margin: 32px 0 10px; }
 h3 { font-size: 14px; font-weight: 600; margin: 14px 0 4px; display: flex; flex-wrap: wrap; justify-content: space-between; gap: 4px 16px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 10px; }
-.tiles div { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 10px 14px; }
-.tiles span, .tiles small { display: block; color: var(--soft); font-size: 12.5px; }
-.tiles b { font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums; }
 svg.chart { display: block; width: 100%; height: auto; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; }
 svg text { fill: var(--soft); font: 11.5px system-ui, sans-serif; }
 svg path { fill: none; stroke-linejoin: round; }
@@ -439,15 +401,5 @@ circle.best { fill: var(--green); stroke: var(--card); stroke-width: 1.5; }
 .legend .mark::before { background: repeating-linear-gradient(90deg, var(--soft) 0 4px, transparent 4px 7px); }
 .legend .best::before { background: var(--green); width: 9px; height: 9px; border-radius: 50%; margin-bottom: 0; }
 figure { margin: 0 0 12px; }
-figcaption { color: var(--soft); font-size: 12.5px; }
 pre { margin: 2px 0 0; padding: 12px 14px; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; max-height: 360px; overflow-y: auto; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-.wide { overflow: auto; max-height: 480px; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; }
-table { width: 100%; border-collapse: collapse; font-size: 13.5px; }
-th { text-align: left; font-weight: 600; color: var(--soft); }
-th, td { padding: 5px 14px; border-bottom: 1px solid var(--rule); vertical-align: top; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-tr:last-child td { border-bottom: 0; }
-td:first-child { white-space: nowrap; }
-@media print { .wide, pre { max-height: none; } }
-footer { margin-top: 32px; color: var(--soft); font-size: 12.5px; }
 """
