@@ -44,7 +44,7 @@ def train(data: Path, precision: str, first_scale: float | None, seed: int, step
     length, fraction = config.data.max_tokens, config.data.validation_fraction
     splits = [get_dataset(data, tokenizer, length, split=name, validation_fraction=fraction, seed=seed) for name in ("train", "validation")]
     trainer = ConsynTrainer(source, *splits, run=run)
-    program, _, _ = trainer._build()
+    program = trainer.build().program
     state: Any = program.initial_state(source.make(program.mesh))
     if first_scale is not None:
         state = state._replace(opt_state=state.opt_state._replace(scale=jnp.float32(first_scale)))
@@ -55,7 +55,7 @@ def train(data: Path, precision: str, first_scale: float | None, seed: int, step
         state, metrics = step(state, jax.tree.map(jax.device_put, batch))
     found = {name: float(metrics[name]) for name in ("loss", "loss_scale", "skipped_steps") if name in metrics}
     seconds = time.perf_counter() - began
-    return {"eval_loss": trainer._evaluate(program, trainer._compile_eval(program), state.params)["eval/loss"], "train_s": seconds, **found}
+    return {"eval_loss": trainer.evaluation(program)(state.params)["eval/loss"], "train_s": seconds, **found}
 
 
 def main() -> None:

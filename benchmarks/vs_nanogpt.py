@@ -89,10 +89,10 @@ def ours(data: Path) -> tuple[Callable[[int], float], Callable[[], float], int]:
     length, fraction = config.data.max_tokens, config.data.validation_fraction
     splits = [get_dataset(data, tokenizer, length, split=name, validation_fraction=fraction) for name in ("train", "validation")]
     trainer = ConsynTrainer(source, *splits, run=run)
-    program, _, _ = trainer._build()
+    program = trainer.build().program
     state = program.initial_state(source.make(program.mesh))
     train_step = program.lower_train_step(1, config.budget.batch_size, length).compile()
-    eval_step = trainer._compile_eval(program)
+    evaluation = trainer.evaluation(program)
     rows = np.arange(config.budget.batch_size)
     batches = iter(prefetch(trainer.train_source.training(0, config.budget.batch_size, 1, rows), transform=_to_device))
 
@@ -101,7 +101,7 @@ def ours(data: Path) -> tuple[Callable[[int], float], Callable[[], float], int]:
         state, metrics = train_step(state, next(batches))
         return float(metrics["loss"])
 
-    return step, lambda: trainer._evaluate(program, eval_step, state.params)["eval/loss"], program.layout.num_parameters
+    return step, lambda: evaluation(state.params)["eval/loss"], program.layout.num_parameters
 
 
 def _to_device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -124,22 +124,7 @@ def _compile(model: ModelConfig, run: RunConfig, topology: Topology) -> Compiled
 
 def _program(model: ModelConfig, run: RunConfig, devices: list[Any]) -> Any:
     """The program that `consyn-train` would run on these devices."""
-    from consyn_jax.distributed.mesh import build_mesh, check_batch, parse_mesh
-    from consyn_jax.model.attention import choose_attention
-    from consyn_jax.model.parameters import layout
-    from consyn_jax.model.transformer import Compute
-    from consyn_jax.training.optimizer import configured_optimizer
-    from consyn_jax.training.precision import choose_precision
-    from consyn_jax.training.program import Program
+    from consyn_jax.training.program import build_program
     from consyn_jax.training.scheduler import configured_schedule
 
-    options = run.optimizer
-    assert run.data.max_tokens is not None
-    sizes = parse_mesh(run.hardware.mesh, len(devices))
-    check_batch(sizes, run.budget.batch_size, run.data.max_tokens)
-    gpu = devices[0]
-    dtype = choose_precision(run.hardware.mixed_precision, gpu.platform, gpu.compute_capability, gpu.device_kind).dtype
-    attention = choose_attention(gpu.platform, dtype, model.head_dim, gpu.compute_capability, run.regularisation.dropout)
-    rule = configured_optimizer(options, configured_schedule(options, TOTAL_STEPS), layout(model).logical_axes)
-    compute = Compute(dtype, attention.backend, run.hardware.gradient_checkpointing)
-    return Program(model, compute, rule, options.max_grad_norm, build_mesh(sizes, devices), run.regularisation, run.budget.seed)
+    return build_program(model, run, configured_schedule(run.optimizer, TOTAL_STEPS), devices).program

@@ -1,52 +1,210 @@
-"""Checkpoints of the whole training state: asynchronous, atomic, rotated, restored onto whatever mesh the run has now."""
+"""Checkpoints of the whole training state: asynchronous, atomic, verified, rotated, restored onto whatever mesh the run has now.
+
+Orbax writes and reads the arrays. What makes a directory of its files a checkpoint is here; docs/design/checkpoints.md has the reasons.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import itertools
 import json
 import logging
+import os
+import re
+import shutil
 import sys
-from collections.abc import Callable
+import threading
+import warnings
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
+import xxhash
+from etils import epath  # type: ignore[import-untyped]
 
 from consyn_jax.config import UserError
 from consyn_jax.training.step import TrainState
 
-logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every phase of every save
+CHECKSUMS, RECORD, STATE = "CHECKSUMS", "run.json", "state"  # what a checkpoint consists of
+UNFINISHED = ".orbax-checkpoint-tmp"  # behind the step: being written, or being removed
+DAMAGED = ".damaged"  # behind the step: set aside
+SPARE_BYTES = 1 << 20  # of a checkpoint, beside its arrays
+READ_BYTES = 1 << 20
+AGREE_MS = 6 * 3600 * 1000  # the slowest write that other processes wait for; of one that died, JAX tells them
+
+# Orbax logs what it does and each error that it raises, with a traceback; the errors are answered here.
+logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
 
 class Checkpoints:
-    """The checkpoints of one run, as `directory/STEP/`.
+    """The checkpoints of one run, as `directory/STEP/`. Every process of the run calls every method, in the same order.
+
+    What the operating system refuses while a checkpoint is written (no space, no permission, a broken disk) does not end the run: `warn` is
+    told in a sentence, once until one succeeds again, and `steps` does not have it. Any other error of the background thread is raised by
+    the next `save`, `wait` or `close`.
 
     Args:
         keep_last: how many of the newest stay.
         keep_every: checkpoints whose step is a multiple of it stay, too.
+        warn: is told, in the thread that calls a method, of checkpoints that could not be written or are damaged.
+
+    Raises:
+        UserError: the directory cannot be read.
     """
 
-    def __init__(self, directory: Path, keep_last: int = 3, keep_every: int | None = None) -> None:
+    def __init__(self, directory: Path, keep_last: int = 3, keep_every: int | None = None, warn: Callable[[str], None] = warnings.warn) -> None:
         self.directory = directory.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every, cleanup_tmp_directories=True)
-        handlers = {"state": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
-        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        registry.add("state", ocp.args.StandardSave, handlers["state"])
-        registry.add("state", ocp.args.StandardRestore, handlers["state"])
-        registry.add("run", ocp.args.JsonSave, handlers["run"])
-        registry.add("run", ocp.args.JsonRestore, handlers["run"])
-        self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=registry)
+        self.damaged: dict[int, str] = {}
+        """By step, what is wrong with those that `newest` passed over."""
+        self._keep_last, self._keep_every, self._warn = keep_last, keep_every, warn
+        self._whole: set[int] = set()  # of the steps there are, those whose files have been verified
+        self._failing = False
+        self._thread: threading.Thread | None = None
+        self._outcome: str | BaseException | None = None  # of the thread: what went wrong
+        self._agreements = _Agreements()
+        # Random numbers hardly compress: level 1 takes ten times the processor time for 7 % of the size.
+        self._handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, _without_abandoned_writes(sys.unraisablehook)
+        found: list[int] = []
+        if reason := self._first(lambda: found.extend(_steps(self.directory))):
+            raise UserError(f"{self.directory} cannot be read: {reason}.")
+        self._steps: list[int] = json.loads(self._agreements.all(json.dumps(found))[0])  # one view, whatever file systems cache
 
     def steps(self) -> list[int]:
-        """Steps of the whole checkpoints, ascending."""
-        return sorted(self._manager.all_steps())
+        """Steps of the checkpoints that are there, ascending; without one that is still being written."""
+        return list(self._steps)
 
-    def save(self, step: int, state: TrainState, run: dict[str, Any]) -> None:
+    # ------------------------------------------------------------------------------------------------------------------ writing
+
+    def save(self, step: int, state: TrainState, run: dict[str, Any]) -> bool:
         """Begin to save; returns once the state is copied and writing goes on in the background.
 
         Args:
             run: what else the run needs to go on, as JSON: tokens trained, selection, tracker ids.
+
+        Returns:
+            Whether it was begun. Not when there is too little space, or the directory cannot be written.
         """
-        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run)), force=True)
+        self.wait()
+        assert step not in self._steps, f"there is a checkpoint of step {step}"
+        target, size = self._unfinished(step), sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        if reason := self._first(lambda: _prepare(target, size + SPARE_BYTES)):
+            self._complain(self._not_written(step, reason))
+            return False
+        futures, error = [], None
+        try:
+            futures = _run(self._handler.async_save(epath.Path(target / STATE), args=ocp.args.PyTreeSave(state)))
+        except Exception as caught:  # noqa: BLE001 - told to the other processes, which have begun
+            error = caught
+        self._thread = threading.Thread(target=self._commit, args=(step, run, futures, error), name=f"checkpoint {step}")
+        self._thread.start()
+        return True
+
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Return when the checkpoint that was begun is on disk, or has failed."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread, outcome = None, self._outcome
+        if isinstance(outcome, BaseException):
+            raise outcome
+        self._complain(outcome)
+
+    def close(self) -> None:
+        """Wait, and let go of what Orbax holds."""
+        try:
+            self.wait()
+        finally:
+            self._handler.close()
+            sys.unraisablehook = self._unraisable
+
+    def _not_written(self, step: int, reason: str) -> str:
+        newest = f"The newest is that of step {self._steps[-1]}" if self._steps else "There is none yet"
+        return f"The checkpoint of step {step} could not be written to {self.directory}: {reason}. {newest}."
+
+    def _complain(self, sentence: str | None) -> None:
+        if sentence and not self._failing:
+            self._warn(sentence)
+        self._failing = sentence is not None
+
+    def _commit(self, step: int, run: dict[str, Any], futures: list[Any], error: Exception | None) -> None:
+        """The background thread: wait for the arrays, and make a checkpoint of them once every process has written its own."""
+        try:
+            self._outcome = self._commit_everywhere(step, run, futures, error)
+        except BaseException as defect:  # noqa: BLE001 - raised by `wait`
+            self._outcome = defect
+
+    def _commit_everywhere(self, step: int, run: dict[str, Any], futures: list[Any], error: Exception | None) -> str | None:
+        """What went wrong, in every process the same; None for nothing."""
+        target, own = self._unfinished(step), f"{STATE}/ocdbt.process_{jax.process_index()}/"
+        digests: dict[str, str] = {}
+        try:
+            for future in futures:
+                future.result()
+            if error is None:
+                digests = {name: _digest(target / name, flush=True) for name in _files(target) if name.startswith(own)}
+        except Exception as caught:  # noqa: BLE001 - told to the other processes, which wait for this one
+            error = caught
+        said = [json.loads(text) for text in self._agreements.all(json.dumps([_refusal(error), error and repr(error), digests]))]
+        if defects := [f"process {number}: {text}" for number, (refused, text, _) in enumerate(said) if text and not refused]:
+            raise error if error and not _refusal(error) else RuntimeError(f"the checkpoint of step {step} failed in {'; '.join(defects)}")
+        written = {name: digest for *_, part in said for name, digest in part.items()}
+        reason = next((refused for refused, *_ in said if refused), None) or self._first(lambda: self._finish(step, run, written))
+        if reason:
+            self._first(lambda: shutil.rmtree(target, ignore_errors=True))  # or what writes are still under way leave; then before the next
+            return self._not_written(step, reason)
+        steps = [*self._steps, step]
+        kept = _kept(steps, self._keep_last, self._keep_every)
+        reason = self._first(lambda: self._remove([old for old in steps if old not in kept]))
+        self._steps = steps if reason else kept
+        return reason and f"An older checkpoint than that of step {step} could not be removed from {self.directory}: {reason}."
+
+    def _finish(self, step: int, run: dict[str, Any], written: dict[str, str]) -> None:
+        """Merge what the processes wrote, and give it the checkpoint's name: from then on it is one."""
+        target = self._unfinished(step)
+        self._handler.finalize(epath.Path(target / STATE))
+        (target / RECORD).write_text(json.dumps(run))
+        digests = {name: written.get(name) or _digest(target / name, flush=True) for name in _files(target)}
+        (target / CHECKSUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))
+        _digest(target / CHECKSUMS, flush=True)
+        for directory in [*(path for path in target.rglob("*") if path.is_dir()), target]:
+            _flush(directory)
+        target.rename(self.directory / str(step))
+        _flush(self.directory)
+
+    # ------------------------------------------------------------------------------------------------------------------ reading
+
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint that is whole, or None when there is no checkpoint. Reads its files; changes nothing.
+
+        Each damaged one that is newer is named to `warn` and in `damaged`.
+
+        Raises:
+            UserError: all are damaged.
+        """
+        for step in reversed(self._steps):
+            if (reason := self._damage(step)) is None:
+                return step
+            if step not in self.damaged:
+                self.damaged[step] = reason
+                if step != self._steps[0]:
+                    self._warn(f"{self.directory / str(step)} is damaged and passed over: {reason}.")
+        if not self._steps:
+            return None
+        each = "; ".join(f"{step}: {reason}" for step, reason in sorted(self.damaged.items()))
+        raise UserError(
+            f"{self.directory} has no checkpoint that is whole ({each}). Nothing was changed. "
+            f"Bring a good copy back, or begin anew in another directory or with --overwrite."
+        )
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """State and run record of `step`.
@@ -57,52 +215,218 @@ class Checkpoints:
         Raises:
             UserError: no such checkpoint, damaged, or of another model.
         """
-        if step not in self.steps():
-            known = ", ".join(map(str, self.steps())) or "none"
+        if step not in self._steps:
+            known = ", ".join(map(str, self._steps)) or "none"
             raise UserError(f"{self.directory} has no checkpoint of step {step}; there are: {known}.")
-        report = sys.unraisablehook
-        sys.unraisablehook = _without_abandoned_reads(report)
+        place = self.directory / str(step)
+        if reason := self._damage(step):
+            raise UserError(f"{place} is damaged: {reason}. Go on from another one with --resume STEP.")
+        state = epath.Path(place / STATE)
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like), run=ocp.args.JsonRestore()))
-        except (ValueError, KeyError, FileNotFoundError, json.JSONDecodeError) as error:  # what Orbax raises for damage and for other shapes
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{self.directory / str(step)} cannot be restored: it is damaged or of another model. {reason}") from error
-        sys.unraisablehook = report
-        return restored["state"], restored["run"]
+            _check_model(place, self._handler.metadata(state).tree, like)
+            arguments = ocp.args.PyTreeRestore(item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
+            return self._handler.restore(state, args=arguments), self.record(step)
+        except Exception as error:
+            if reason := _refusal(error):  # its files were whole a moment ago
+                raise UserError(f"{place} cannot be read: {reason}.") from error
+            raise
 
     def record(self, step: int) -> dict[str, Any]:
-        """The run record of `step` without its state.
+        """The run record of `step` without its state, verified by itself.
 
         Raises:
             UserError: it is damaged.
         """
-        try:
-            return dict(self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"])
-        except (ValueError, KeyError, FileNotFoundError, json.JSONDecodeError) as error:
-            raise UserError(f"{self.directory / str(step)} cannot be read: it is damaged.") from error
+        place = self.directory / str(step)
+        if reason := _damage(place, only=RECORD):
+            raise UserError(f"{place} is damaged: {reason}. Go on from another one with --resume STEP.")
+        record: dict[str, Any] = json.loads((place / RECORD).read_text())
+        return record
 
     def delete_after(self, step: int) -> None:
-        """Remove the checkpoints later than `step`: a run that goes on from an earlier one takes another way."""
-        for later in [s for s in self.steps() if s > step]:
-            self._manager.delete(later)
+        """Remove the checkpoints later than `step`: a run that goes on from an earlier one takes another way. Damaged ones are set aside.
 
-    def wait(self) -> None:
-        """Return when everything begun is on disk."""
-        self._manager.wait_until_finished()
+        Raises:
+            UserError: they cannot be removed.
+        """
+        self.wait()
+        later = [other for other in self._steps if other > step]
+        if reason := self._first(lambda: self._remove(later)):
+            raise UserError(f"{self.directory}: checkpoints later than step {step} cannot be removed: {reason}.")
+        self._steps = [other for other in self._steps if other <= step]
 
-    def close(self) -> None:
-        """Wait, and stop the background threads."""
-        self._manager.close()
+    def _damage(self, step: int) -> str | None:
+        """What is wrong with a checkpoint, in every process the same. Each verifies a part of the files."""
+        if step in self._whole:
+            return None
+        found = _damage(self.directory / str(step), jax.process_index(), jax.process_count())
+        reason = next(filter(None, self._agreements.all(found or "")), None)
+        if reason is None:
+            self._whole.add(step)
+        return reason
+
+    # ------------------------------------------------------------------------------------------------------------ the directory
+
+    def _unfinished(self, step: int) -> Path:
+        return self.directory / f"{step}{UNFINISHED}"
+
+    def _remove(self, steps: list[int]) -> None:
+        """Take checkpoints away: damaged ones get another name. A kill in between leaves no half of one under a step's name."""
+        for step in steps:
+            place = self.directory / str(step)
+            if step in self.damaged:
+                number = next(n for n in itertools.count(1) if not place.with_name(f"{step}{DAMAGED}-{n}").exists())
+                place.rename(place.with_name(f"{step}{DAMAGED}-{number}"))
+            elif place.exists():
+                place.rename(self._unfinished(step))
+                shutil.rmtree(self._unfinished(step))
+
+    def _first(self, work: Callable[[], None]) -> str | None:
+        """Do `work` in the first process; what the operating system refused there, if anything, in every process."""
+        reason = None
+        if jax.process_index() == 0:
+            try:
+                work()
+            except Exception as error:
+                reason = _refusal(error)
+                if reason is None:
+                    raise
+        return self._agreements.all(reason or "")[0] or None
 
 
-def _without_abandoned_reads(report: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A `sys.unraisablehook` that is silent about the reads which Orbax had begun when one array turned out to be damaged.
+class _Agreements:
+    """What the processes of a run tell each other, through the service that started them: no device takes part, so any thread may ask."""
 
-    They end at any later time, each with a traceback on stderr, so after a failure the hook stays.
+    def __init__(self) -> None:
+        self._prefix, self._count = f"consyn_jax/checkpoints/{next(_OBJECTS)}", 0
+
+    def all(self, own: str) -> list[str]:
+        """What every process says, by process. All must ask, equally often."""
+        if jax.process_count() == 1:
+            return [own]
+        client, me = ocp.multihost.get_jax_distributed_client(), jax.process_index()
+        client.key_value_set(f"{self._prefix}/{self._count}/{me}", own)
+        said = [client.blocking_key_value_get(f"{self._prefix}/{self._count}/{number}", AGREE_MS) for number in range(jax.process_count())]
+        if self._count:  # every process has said this one, so every process has read the one before
+            client.key_value_delete(f"{self._prefix}/{self._count - 1}/{me}")
+        self._count += 1
+        return said
+
+
+_OBJECTS = itertools.count()
+
+
+def _steps(directory: Path) -> list[int]:
+    """Steps that have a directory, ascending."""
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir()) if directory.exists() else []
+
+
+def _kept(steps: list[int], last: int, every: int | None) -> list[int]:
+    """Of ascending steps, those that stay."""
+    return [step for step in steps if step in steps[-last:] or (every and step % every == 0)]
+
+
+def _prepare(target: Path, size: int) -> None:
+    """An empty directory to write to, on a disk with room for `size` bytes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f"*{UNFINISHED}"):  # by a save or a removal that was cut off
+        shutil.rmtree(left)
+    free = shutil.disk_usage(target.parent).free
+    if free < size:
+        raise OSError(errno.ENOSPC, f"it needs {size / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free")
+    (target / STATE).mkdir(parents=True)
+
+
+def _refusal(error: BaseException | None) -> str | None:
+    """What the operating system said when it refused something; None for an error that is a defect.
+
+    TensorStore raises ValueError and KeyError for all, with the number of the system's error in the text.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    code = re.search(r"\[os_error_code='(\d+)'\]", str(error))
+    return os.strerror(int(code[1])) if code else None
+
+
+def _files(directory: Path) -> list[str]:
+    """Names of the files of a checkpoint, without its checksums and what file managers and network file systems hide there."""
+    names = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file() and path.name[0] != ".")
+    return sorted(name for name in names if name != CHECKSUMS)
+
+
+def _digest(file: Path, flush: bool = False) -> str:
+    """XXH3-128 of a file; with `flush`, it is on the disk when this returns."""
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(READ_BYTES))
+    with file.open("rb", buffering=0) as opened:
+        while count := opened.readinto(buffer):
+            digest.update(buffer[:count])
+        if flush:
+            os.fsync(opened.fileno())
+    return digest.hexdigest()
+
+
+def _flush(directory: Path) -> None:
+    """Bring the names in a directory to the disk."""
+    opened = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _damage(directory: Path, part: int = 0, parts: int = 1, only: str | None = None) -> str | None:
+    """What is wrong with the files of a checkpoint, against its checksums; None if nothing.
+
+    Args:
+        part, parts: every `parts`-th file is read, from the `part`-th on.
+        only: read none but this file.
+    """
+    try:
+        lines = (directory / CHECKSUMS).read_text().splitlines()
+        expected = {match[2]: match[1] for line in lines if (match := re.fullmatch(r"([0-9a-f]{32})  (.+)", line))}
+        names = _files(directory)
+        if len(expected) != len(lines):
+            return f"{CHECKSUMS} is unreadable"
+        if missing := sorted(expected.keys() - set(names)):
+            return f"{missing[0]} is missing"
+        if unknown := sorted(set(names) - expected.keys()):
+            return f"{unknown[0]} is not in {CHECKSUMS}"
+        for name in [only] if only else names[part::parts]:
+            if _digest(directory / name) != expected[name]:
+                return f"{name} is not what was written"
+    except UnicodeDecodeError:
+        return f"{CHECKSUMS} is unreadable"
+    except OSError as error:
+        return f"{Path(error.filename or directory).name} cannot be read ({error.strerror})"
+    return None
+
+
+def _check_model(place: Path, there: Any, like: TrainState) -> None:
+    """Raise UserError where the arrays of a checkpoint are not those of `like`."""
+    old, new = (
+        {name: f"{leaf.dtype} {list(leaf.shape)}" for name, leaf in ocp.tree.to_flat_dict(ocp.tree.serialize_tree(tree), sep="/").items()}
+        for tree in (there, like)
+    )
+    names = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
+    if names:
+        first = "; ".join(f"{name} is {old.get(name, 'nothing')} there and {new.get(name, 'nothing')} here" for name in names[:3])
+        raise UserError(f"{place} is of another model: {first}{' and so on' if names[3:] else ''}.")
+
+
+def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """The result of a coroutine, whether or not the caller's thread has an event loop, as in a notebook."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
+
+
+def _without_abandoned_writes(report: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A `sys.unraisablehook` that is silent about the writes which Orbax had begun when one of them failed.
+
+    They end at any later time, each with a traceback on stderr, and the loop that would hear of them is closed by then.
     """
 
     def hook(unraisable: Any) -> None:
-        if "_read_array_index" not in repr(unraisable.object) and "Event loop is closed" not in str(unraisable.exc_value):
+        if str(unraisable.exc_value) != "Event loop is closed":
             report(unraisable)
 
     return hook

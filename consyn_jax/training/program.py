@@ -5,9 +5,10 @@ Nothing here needs a device: on a mesh of a described topology the same programs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +16,21 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from consyn_jax.config import ModelConfig, RegularisationOptions
-from consyn_jax.distributed.mesh import sharding
+from consyn_jax.config import ModelConfig, RegularisationOptions, RunConfig
+from consyn_jax.distributed.mesh import build_mesh, check_batch, check_model, parse_mesh, sharding
+from consyn_jax.model.attention import AttentionChoice, choose_attention
 from consyn_jax.model.dropout import Dropout
 from consyn_jax.model.parameters import Layout, Params, layout
 from consyn_jax.model.transformer import Compute, Decoder
 from consyn_jax.training.loss import Extras, LossSums, head_loss, head_objective
-from consyn_jax.training.optimizer import place_state
-from consyn_jax.training.precision import make_scaled_train_step, with_loss_scale
+from consyn_jax.training.optimizer import configured_optimizer, place_state
+from consyn_jax.training.precision import PrecisionChoice, choose_precision, make_scaled_train_step, with_loss_scale
 from consyn_jax.training.step import Batch, Step, TrainState, make_train_step, with_dropout
 
 BATCH_DTYPES = {"input_ids": jnp.int32, "labels": jnp.int32, "segment_ids": jnp.int32, "loss_mask": jnp.bool_}
 TRAIN_AXES = (None, "batch", "sequence")  # [A, B, T]
 EVAL_AXES = ("batch", "sequence")  # [B, T]
+UNROLLED_LAYERS = 12  # on CPUs a step without a loop over the layers is a fifth faster; beyond, compiling it takes too long
 
 
 @dataclass(frozen=True)
@@ -113,3 +116,37 @@ class Program:
     def _batch_like(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> dict[str, Any]:
         where = sharding(self.mesh, axes)
         return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in BATCH_DTYPES.items()}
+
+
+class Built(NamedTuple):
+    """The programs of a run, and what was chosen for them."""
+
+    program: Program
+    attention: AttentionChoice
+    precision: PrecisionChoice
+
+
+def build_program(model: ModelConfig, run: RunConfig, schedule: optax.Schedule, devices: Sequence[Any]) -> Built:
+    """The programs that `run` comes to on `devices`, which need not be there.
+
+    Args:
+        run: resolved; its batch, mesh, precision, optimizer, regularisation and gradient checkpointing count.
+        devices: of this machine, or of a described topology.
+
+    Raises:
+        UserError: a mesh, batch or precision that cannot be on these devices.
+    """
+    budget, hardware, optimizer, regularisation = run.budget, run.hardware, run.optimizer, run.regularisation
+    assert run.data.max_tokens is not None
+    sizes = parse_mesh(hardware.mesh, len(devices))
+    check_batch(sizes, budget.batch_size, run.data.max_tokens)
+    check_model(sizes, {"hidden_dim": model.hidden_dim, "num_heads": model.num_heads, "num_kv_heads": model.num_kv_heads, "mlp_dim": model.mlp_dim})
+    device = devices[0]
+    capability = getattr(device, "compute_capability", "")
+    precision = choose_precision(hardware.mixed_precision, device.platform, capability, device.device_kind)
+    attention = choose_attention(device.platform, precision.dtype, model.head_dim, capability, regularisation.dropout)
+    unroll = device.platform == "cpu" and model.num_layers <= UNROLLED_LAYERS
+    compute = Compute(precision.dtype, attention.backend, hardware.gradient_checkpointing, unroll)
+    rule = configured_optimizer(optimizer, schedule, layout(model).logical_axes)
+    program = Program(model, compute, rule, optimizer.max_grad_norm, build_mesh(sizes, devices), regularisation, budget.seed)
+    return Built(program, attention, precision)

@@ -5,20 +5,18 @@ from __future__ import annotations
 import math
 import os
 import resource
-import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from consyn_jax.config import EVALUATION_METRICS, Diverged, Interrupted, ModelConfig, RunConfig, UserError, flat, resolve
@@ -26,30 +24,28 @@ from consyn_jax.data.loader import prefetch
 from consyn_jax.data.mixture import Mixture
 from consyn_jax.distributed.hardware import bf16_peak
 from consyn_jax.distributed.host_memory import keep_freed_memory
-from consyn_jax.distributed.mesh import build_mesh, check_batch, check_model, local_rows, parse_mesh, sharding
+from consyn_jax.distributed.mesh import local_rows, sharding
 from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.model.arithmetic import train_flops_per_token
-from consyn_jax.model.attention import AttentionChoice, choose_attention
 from consyn_jax.model.parameters import Params, layout
-from consyn_jax.model.pretrained import load_parameters, save_parameters
-from consyn_jax.model.transformer import Compute
+from consyn_jax.model.pretrained import load_parameters
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.checkpoint import Checkpoints
 from consyn_jax.training.console import Console
 from consyn_jax.training.evaluation import evaluate
+from consyn_jax.training.export import export_model
 from consyn_jax.training.inputs import HostBatch, as_source
 from consyn_jax.training.metrics import MetricsLog, Trackers, build_trackers, read_metrics
-from consyn_jax.training.optimizer import configured_optimizer, describe_groups, evaluation_params, lr_warning, with_rate_scale
-from consyn_jax.training.precision import choose_precision
-from consyn_jax.training.program import EVAL_AXES, TRAIN_AXES, Program
+from consyn_jax.training.optimizer import describe_groups, evaluation_params, lr_warning, with_rate_scale
+from consyn_jax.training.program import EVAL_AXES, TRAIN_AXES, Built, Program, build_program
+from consyn_jax.training.progress import Progress, Stopwatch
 from consyn_jax.training.report import write_loss_plot, write_report
 from consyn_jax.training.run_directory import RunDirectory, open_run_directory
-from consyn_jax.training.scheduler import Plateau, configured_plateau, configured_schedule
-from consyn_jax.training.selection import Selection
+from consyn_jax.training.scheduler import configured_plateau, configured_schedule
+from consyn_jax.training.signals import Signals
 from consyn_jax.training.step import TrainState
 
 SAMPLE_TOKENS = 200
-UNROLLED_LAYERS = 12  # on CPUs a step without a loop over the layers is a fifth faster; beyond, compiling it takes too long
 
 
 @dataclass(frozen=True)
@@ -58,55 +54,6 @@ class ModelSource:
 
     config: ModelConfig
     make: Callable[[Mesh], Params]
-
-
-@dataclass
-class Progress:
-    """What a checkpoint holds beside the state; everything else follows from the configuration.
-
-    Attributes:
-        clipped, unlogged: of the steps since the last line of metrics, those whose gradients were clipped, and all.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    clipped: int = 0
-    unlogged: int = 0
-    selection: Selection = field(default_factory=Selection)
-    plateau: Plateau | None = None
-    tracker_id: str | None = None
-
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Progress:
-        """From what `dataclasses.asdict` gave."""
-        plateau = record["plateau"]
-        return cls(**{**record, "selection": Selection(**record["selection"]), "plateau": None if plateau is None else Plateau(**plateau)})
-
-
-class Stopwatch:
-    """Steps, tokens and waiting since the last lap; pauses do not count."""
-
-    def __init__(self) -> None:
-        self.steps = self.tokens = 0
-        self._began, self._waited_s = time.perf_counter(), 0.0
-
-    def lap(self, waited_s: float) -> tuple[float, float, float]:
-        """(seconds a step, tokens a second, share of the time spent waiting for data) since the last lap."""
-        now = time.perf_counter()
-        elapsed = max(now - self._began, 1e-9)
-        result = elapsed / max(self.steps, 1), self.tokens / elapsed, min(1.0, (waited_s - self._waited_s) / elapsed)
-        self.steps = self.tokens = 0
-        self._began, self._waited_s = now, waited_s
-        return result
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens a second since the last lap."""
-        return self.tokens / max(time.perf_counter() - self._began, 1e-9)
-
-    def pause(self, seconds: float) -> None:
-        """Leave these seconds out."""
-        self._began += seconds
 
 
 class ConsynTrainer:
@@ -190,28 +137,22 @@ class ConsynTrainer:
     def _every(self, steps: int | None) -> int:
         return steps if steps is not None else max(1, self.total_steps // 10)
 
-    def _build(self) -> tuple[Program, AttentionChoice, Callable[[Any], Any]]:
-        """The program on the devices that are there."""
-        config, hardware, optimizer = self.model.config, self.run.hardware, self.run.optimizer
-        sizes = parse_mesh(hardware.mesh, jax.device_count())
-        assert self.run.data.max_tokens is not None
-        check_batch(sizes, self.run.budget.batch_size, self.run.data.max_tokens)
-        check_model(sizes, {"hidden_dim": config.hidden_dim, "num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads, "mlp_dim": config.mlp_dim})
-        device = jax.devices()[0]
-        capability = getattr(device, "compute_capability", "")
-        self.precision = choose_precision(hardware.mixed_precision, device.platform, capability, device.device_kind)
-        dtype, regularisation = self.precision.dtype, self.run.regularisation
-        attention = choose_attention(device.platform, dtype, config.head_dim, capability, regularisation.dropout)
-        if optimizer.scheduler == "plateau" and self.eval_source is None:
+    def build(self, schedule: optax.Schedule | None = None) -> Built:
+        """The programs of this run on the devices that are there, not compiled yet.
+
+        Args:
+            schedule: of the learning rate; None for the run's own.
+        """
+        if self.run.optimizer.scheduler == "plateau" and self.eval_source is None:
             raise UserError("The scheduler plateau follows the evaluations, and there is no evaluation data. Give some, or another scheduler.")
-        schedule = configured_schedule(optimizer, self.total_steps)
-        rule = configured_optimizer(optimizer, schedule, layout(config).logical_axes)
-        if device.platform == "cpu":
+        if jax.default_backend() == "cpu":
             keep_freed_memory()
-        unroll = device.platform == "cpu" and config.num_layers <= UNROLLED_LAYERS
-        compute = Compute(dtype, attention.backend, hardware.gradient_checkpointing, unroll)
-        program = Program(config, compute, rule, optimizer.max_grad_norm, build_mesh(sizes), regularisation, self.run.budget.seed)
-        return program, attention, schedule
+        return build_program(self.model.config, self.run, schedule or self.schedule, jax.devices())
+
+    @property
+    def schedule(self) -> optax.Schedule:
+        """The learning rate at each step of the run."""
+        return configured_schedule(self.run.optimizer, self.total_steps)
 
     def _derived(self) -> dict[str, Any]:
         return {
@@ -249,13 +190,14 @@ class ConsynTrainer:
         """Metrics of the model as it is now over the evaluation data."""
         if self.eval_source is None:
             raise UserError("There is no evaluation data: pass eval_dataloader.")
-        program, _, _ = self._build()
-        params = self._parameters(program.mesh)
-        return self._evaluate(program, self._compile_eval(program), params)
+        program = self.build().program
+        return self.evaluation(program)(self._parameters(program.mesh))
 
-    def _compile_eval(self, program: Program) -> Callable[..., Any]:
+    def evaluation(self, program: Program) -> Callable[[Params], dict[str, float]]:
+        """Compiles `program` for evaluation: what gives the metrics of parameters over the evaluation data."""
         assert self.run.data.max_tokens is not None
-        return program.lower_eval_step(self.run.budget.batch_size, self.run.data.max_tokens).compile()
+        step = program.lower_eval_step(self.run.budget.batch_size, self.run.data.max_tokens).compile()
+        return partial(self._evaluate, program, step)
 
     def _evaluate(self, program: Program, step: Callable[..., Any], params: Params) -> dict[str, float]:
         assert self.eval_source is not None
@@ -277,7 +219,8 @@ class _Training:
 
     def __init__(self, trainer: ConsynTrainer, stack: ExitStack) -> None:
         self.trainer, self.run_config = trainer, trainer.run
-        self.program, self.attention, self.schedule = trainer._build()
+        self.built, self.schedule = trainer.build(), trainer.schedule
+        self.program = self.built.program
         self.writes = jax.process_index() == 0
         saving, logging = trainer.run.saving, trainer.run.logging
         self.directory: RunDirectory = open_run_directory(trainer.run, trainer._derived(), write=self.writes)
@@ -288,7 +231,7 @@ class _Training:
         self.progress = Progress(plateau=configured_plateau(trainer.run.optimizer, EVALUATION_METRICS[trainer.run.evaluation.metric_for_best_model]))
         self.evaluated = jax.jit(evaluation_params, out_shardings=self.program.layout.shardings(self.program.mesh))
         self.watch = Stopwatch()
-        self.signal = stack.enter_context(_Signals())
+        self.signal = stack.enter_context(Signals())
         self.stack = stack
         self.last: dict[str, float] = {}
         self.warned_of_nothing = False
@@ -309,7 +252,7 @@ class _Training:
         assert t.run.data.max_tokens is not None
         self.console.start(t.total_steps, self.progress.step)
         train_step = self.program.lower_train_step(t.run.budget.gradient_accumulation_steps, t.run.budget.batch_size, t.run.data.max_tokens).compile()
-        self.eval_step = t._compile_eval(self.program) if t.eval_source is not None else None
+        self.evaluation = t.evaluation(self.program) if t.eval_source is not None else None
         rows = local_rows(self.program.mesh, t.run.budget.batch_size)
         batches = t.train_source.training(self.progress.step, t.run.budget.batch_size, t.run.budget.gradient_accumulation_steps, rows)
         with prefetch(batches, transform=_placer(self.program.mesh, TRAIN_AXES), interrupted=lambda: self.signal.received is not None) as ready:
@@ -329,7 +272,7 @@ class _Training:
             if pending is not None:
                 self._record(pending, ready.wait_s)
             pending = metrics
-            evaluates = self.eval_step is not None and (done % eval_every == 0 or done == t.total_steps)
+            evaluates = self.evaluation is not None and (done % eval_every == 0 or done == t.total_steps)
             saves = done % save_every == 0 or done == t.total_steps
             stops = False
             if evaluates or saves or self.signal.received:
@@ -376,8 +319,8 @@ class _Training:
                 f"{config.hidden_dim} wide, vocabulary {config.vocab_size:,}",
             ),
             ("devices", f"{jax.device_count()} x {device.device_kind} ({split})"),
-            ("attention", f"{self.attention.backend}: {self.attention.reason}"),
-            ("precision", t.precision.reason),
+            ("attention", f"{self.built.attention.backend}: {self.built.attention.reason}"),
+            ("precision", self.built.precision.reason),
             ("optimizer", describe_groups(t.run.optimizer, self.program.layout.shapes, self.program.layout.logical_axes)),
             *t.notes,
             *self._shares(),
@@ -389,8 +332,8 @@ class _Training:
         self.console.header(rows)
         if warning := lr_warning(t.run.optimizer.lr or 0.0, t.run.optimizer.optimizer, t.run.model.checkpoint is not None):
             self.console.warn(warning)
-        if self.attention.backend == "xla" and device.platform == "gpu":
-            self.console.warn(f"Attention falls back to XLA: {self.attention.reason}.")
+        if self.built.attention.backend == "xla" and device.platform == "gpu":
+            self.console.warn(f"Attention falls back to XLA: {self.built.attention.reason}.")
         if budget.total_tokens is None and source.sequences is not None and budget.batch_size > source.sequences:
             self.console.warn(f"One batch of {budget.batch_size} sequences is more than the {source.sequences} of the whole data.")
 
@@ -564,14 +507,14 @@ class _Training:
     def _evaluate(self, state: TrainState) -> TrainState:
         """Evaluate, and act on it; gives the state back, which a plateau changes."""
         t, progress, options = self.trainer, self.progress, self.trainer.run.evaluation
-        assert self.eval_step is not None
+        assert self.evaluation is not None
         assert t.eval_source is not None
         if t.eval_source.sequences == 0:  # of a growing corpus it is known only now
             self.console.warn("There is no evaluation: no document fell into the validation split. Give --validation or a larger --validation_fraction.")
-            self.eval_step = None
+            self.evaluation = None
             return state
         params = self.evaluated(state.opt_state, state.params)
-        values = t._evaluate(self.program, self.eval_step, params)
+        values = self.evaluation(params)
         metric = options.metric_for_best_model
         if metric not in values:
             raise UserError(f"--metric_for_best_model {metric} is not logged here: nobody has counted the bytes of this text. Take eval/loss.")
@@ -579,7 +522,7 @@ class _Training:
         best = progress.selection.update(metric, values[metric], progress.step, options.early_stopping_min_delta)
         self.console.evaluation(values, best)
         if best:
-            self._export("best", params)
+            export_model(self.directory.path / "best", t.model.config, params, t.tokenizer)
             self._event("best", {metric: values[metric]})
         if progress.plateau is None:
             return state
@@ -599,23 +542,12 @@ class _Training:
             f"{self.signal.received} at step {self.progress.step}: the state is saved in {self.directory.path}. Run the same command again to go on."
         )
 
-    def _export(self, name: str, params: Params) -> None:
-        """Write a model that others load, whole or not at all."""
-        t, target = self.trainer, self.directory.path / name
-        fresh, old = target.with_name(f".{name}.new"), target.with_name(f".{name}.old")
-        save_parameters(fresh, t.model.config, params)
-        if not self.writes:
-            return
-        if t.tokenizer is not None:
-            t.tokenizer.save(fresh)
-        _replace(fresh, target, old)
-
     # ------------------------------------------------------------------------------------------------------------------- ending
 
     def _finish(self, state: TrainState) -> dict[str, float]:
         t, path, progress = self.trainer, self.directory.path, self.progress
         params = self._final_params(state)
-        self._export("final", params)
+        export_model(path / "final", t.model.config, params, t.tokenizer)
         t.model = ConsynLMHeadModel.from_parameters(t.model.config, params)
         text = self._sample(t.model)
         self.checkpoints.wait()
@@ -672,44 +604,8 @@ def _last_values(metrics: Path) -> dict[str, float]:
     return last
 
 
-def _replace(fresh: Path, target: Path, old: Path) -> None:
-    """Put `fresh` in the place of `target`; a kill in between leaves one of them whole."""
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    fresh.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-class _Signals:
-    """Notes SIGINT and SIGTERM instead of dying; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-
-    def __enter__(self) -> _Signals:
-        self._before: dict[signal.Signals, Any] = {}
-        if _in_main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            os._exit(128 + number)
-        self.received = signal.Signals(number).name
-        # Not through the console, whose state is unknown here: a handler runs between any two instructions.
-        os.write(2, f"\n{self.received}: the run is saved after this step and ends; a second signal ends it at once, unsaved.\n".encode())
-
-
 def _peak_bytes(device: jax.Device) -> int:
     """The most memory in use so far: the device's, or the process's where the device does not count."""
     memory = device.memory_stats() or {}
     return int(memory.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()

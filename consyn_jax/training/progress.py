@@ -1,0 +1,59 @@
+"""How far a run has come: what its checkpoints hold beside the state, and how fast it goes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from consyn_jax.training.scheduler import Plateau
+from consyn_jax.training.selection import Selection
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds beside the state; everything else follows from the configuration.
+
+    Attributes:
+        clipped, unlogged: of the steps since the last line of metrics, those whose gradients were clipped, and all.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    clipped: int = 0
+    unlogged: int = 0
+    selection: Selection = field(default_factory=Selection)
+    plateau: Plateau | None = None
+    tracker_id: str | None = None
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Progress:
+        """From what `dataclasses.asdict` gave."""
+        plateau = record["plateau"]
+        return cls(**{**record, "selection": Selection(**record["selection"]), "plateau": None if plateau is None else Plateau(**plateau)})
+
+
+class Stopwatch:
+    """Steps, tokens and waiting since the last lap; pauses do not count."""
+
+    def __init__(self) -> None:
+        self.steps = self.tokens = 0
+        self._began, self._waited_s = time.perf_counter(), 0.0
+
+    def lap(self, waited_s: float) -> tuple[float, float, float]:
+        """(seconds a step, tokens a second, share of the time spent waiting for data) since the last lap."""
+        now = time.perf_counter()
+        elapsed = max(now - self._began, 1e-9)
+        result = elapsed / max(self.steps, 1), self.tokens / elapsed, min(1.0, (waited_s - self._waited_s) / elapsed)
+        self.steps = self.tokens = 0
+        self._began, self._waited_s = now, waited_s
+        return result
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens a second since the last lap."""
+        return self.tokens / max(time.perf_counter() - self._began, 1e-9)
+
+    def pause(self, seconds: float) -> None:
+        """Leave these seconds out."""
+        self._began += seconds
