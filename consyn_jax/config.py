@@ -189,6 +189,7 @@ class BudgetOptions:
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd", "schedule_free_adamw")
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "wsd", "cosine_with_restarts", "inverse_sqrt", "polynomial", "plateau")
 DECAY_SHAPES = ("linear", "cosine", "sqrt")
+STABLE_SCHEDULERS = ("wsd", "constant_with_warmup", "constant")  # with a part at the peak, from which --decay_from can start
 MOMENTUM = {"sgd": 0.9, "muon": 0.95, "adafactor": 0.0}  # where --momentum is not given; the other rules have --beta1
 PARAMETER_GROUPS = ("embedding", "head", "attention", "mlp", "norms")
 
@@ -215,6 +216,9 @@ class OptimizerOptions:
     power: float = flag(2.0, "exponent of polynomial", math=True)
     decay_ratio: float = flag(0.2, "share of the steps in which wsd falls, at the end", math=True)
     decay_shape: str = flag("sqrt", "how wsd falls", choices=DECAY_SHAPES, math=True)
+    decay_from: int | None = flag(
+        None, "end a wsd or constant run from this checkpoint of --output, in OUTPUT-decay-STEP, where the rate falls for --decay_ratio of the steps", math=True
+    )
     plateau_factor: float = flag(0.5, "what plateau multiplies the rate by when evaluations get no better", math=True)
     plateau_patience: int = flag(2, "evaluations in a row without a better one that plateau bears", math=True)
     plateau_cooldown: int = flag(0, "evaluations after a reduction that do not count against it", math=True)
@@ -261,6 +265,7 @@ class SavingOptions:
     keep_every: int | None = flag(None, "keep every checkpoint whose step is a multiple of this, too")
     resume: str = flag("auto", "auto goes on from the newest checkpoint; never; or a step")
     overwrite: bool = flag(False, "delete the run that --output holds and start anew")
+    overwrite_schedule: bool = flag(False, "go on though the number of steps or the schedule is another than the run began with")
 
 
 @dataclass(frozen=True)
@@ -622,6 +627,15 @@ def _validate_optimizer(config: RunConfig) -> None:
         raise UserError(f"--decay_ratio must be above 0 and at most 1, not {options.decay_ratio}.")
     if not 0 < options.plateau_factor < 1:
         raise UserError(f"--plateau_factor must be above 0 and below 1, not {options.plateau_factor}.")
+    if options.decay_from is not None:
+        if options.decay_from < 1:
+            raise UserError(f"--decay_from wants the step of a checkpoint, not {options.decay_from}.")
+        if options.scheduler not in STABLE_SCHEDULERS:
+            raise UserError(f"--decay_from starts from a rate at its peak, where --scheduler {options.scheduler} has none. It goes with wsd and constant runs.")
+        if options.decay_ratio == 1:
+            raise UserError("--decay_ratio 1 leaves no steps before the decay that --decay_from starts. Use 0.2 or so.")
+        if config.saving.resume.isdigit():
+            raise UserError(f"--resume {config.saving.resume} and --decay_from {options.decay_from} both name where to go on. Leave one of them out.")
     if options.scheduler == "plateau" and not data.validation and data.validation_fraction == 0 and data.dataset_type != "sharded":
         raise UserError("--scheduler plateau follows the evaluations, and --validation_fraction 0 leaves no data for them. Give --validation or a fraction.")
     if options.optimizer == "schedule_free_adamw":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -88,26 +88,35 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return f"{', '.join(action.option_strings)} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
 
 
-def read(parser: argparse.ArgumentParser, argv: Sequence[str], resolve: Callable[..., tuple[Config, dict[str, str]]]) -> tuple[Config, dict[str, str], bool]:
-    """What a command is told, the origins of the values, and whether it shall only be printed.
+MODES = {"print_config": "print every value with its origin, and stop"}
+
+
+def read(
+    parser: argparse.ArgumentParser, argv: Sequence[str], resolve: Callable[..., tuple[Config, dict[str, str]]], modes: Mapping[str, str] = MODES
+) -> tuple[Config, dict[str, str], str]:
+    """What a command is told, the origins of the values, and what it shall do with that instead of its work: one of `modes`, or "".
 
     Args:
         resolve: merges flags and the content of a `--config` file, as `config.resolve` does.
+        modes: the help of flags without a value, each of which asks for something else than the command's work.
 
     Raises:
-        UserError: an unknown flag, a bad value, or a `--config` file that is none.
+        UserError: an unknown flag, a bad value, two modes, or a `--config` file that is none.
     """
     parser.add_argument("--config", metavar="FILE", help="YAML file with the flags' names; flags override it")
-    parser.add_argument("--print_config", action="store_true", help="print every value with its origin, and stop")
+    for name, text in modes.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     given = parse(parser, argv)
-    file_name, print_config = given.pop("config", None), given.pop("print_config", False)
+    file_name, asked = given.pop("config", None), [name for name in modes if given.pop(name, False)]
+    if len(asked) > 1:
+        raise UserError(f"--{asked[0]} and --{asked[1]} are two different things to do. Leave one of them out.")
     file: dict[str, Any] = {}
     if file_name is not None:
         from consyn_jax.training.run_directory import read_config_file
 
         file = read_config_file(Path(file_name))
     config, origins = resolve(given, file, file_name=file_name or "")
-    return config, origins, print_config
+    return config, origins, "".join(asked)
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def run(argv: Sequence[str]) -> None:
     make(config)
 
 
-def read_arguments(argv: Sequence[str]) -> tuple[PrepareConfig, dict[str, str], bool]:
+def read_arguments(argv: Sequence[str]) -> tuple[PrepareConfig, dict[str, str], str]:
     """What to prepare, the origins of the values, and whether it shall only be printed.
 
     Raises:

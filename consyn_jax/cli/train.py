@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from consyn_jax.cli import arguments
 from consyn_jax.cli.arguments import build_parser, read
 from consyn_jax.cli.run import exit_code
 from consyn_jax.config import PRESETS, CorpusOptions, RunConfig, UserError, architecture, check_context, nearest, resolve
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
     from consyn_jax.data.prepare import Growing, Prepared
     from consyn_jax.tokenization import BPETokenizer
     from consyn_jax.training.dataset import ConsynDataset
-    from consyn_jax.training.trainer import ModelSource
+    from consyn_jax.training.trainer import ConsynTrainer, ModelSource
 
 DESCRIPTION = """\
 Train a decoder language model: text in, a model that transformers loads out.
 Without flags: the 124 M parameter model on text that comes with Python."""
 USAGE = "[--config FILE] [--model NAME] [--data PATH] [FLAG ...]"
 USED_WITH_TOKENS = {"data", "validation", "validation_fraction", "dataset_type", "tokenizer", "num_workers"}
+MODES = arguments.MODES | {"dry_run": "print what would run, with its learning rates as a picture, and stop"}
 EPILOG = """\
 examples:
   consyn-train --model haiku --tokenizer train:4096 --max_steps 300
@@ -44,26 +46,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str]) -> None:
     """argv -> RunConfig -> data -> trainer."""
-    config, origins, print_config = read_arguments(argv)
-    if print_config:
+    config, origins, mode = read_arguments(argv)
+    if mode == "print_config":
         from consyn_jax.training.run_directory import describe
 
         print(describe(config, origins), end="")
         return
-    train(config, origins)
+    train(config, origins, ACTIONS[mode])
 
 
-def read_arguments(argv: Sequence[str]) -> tuple[RunConfig, dict[str, str], bool]:
-    """The resolved run, the origins of its values, and whether it shall only be printed.
+def read_arguments(argv: Sequence[str]) -> tuple[RunConfig, dict[str, str], str]:
+    """The resolved run, the origins of its values, and what is asked for instead of training: one of `MODES`, or "".
 
     Raises:
         UserError: an unknown flag, a bad value, or a `--config` file that is none.
     """
-    return read(build_parser("consyn-train", DESCRIPTION, USAGE, EPILOG), argv, resolve)
+    return read(build_parser("consyn-train", DESCRIPTION, USAGE, EPILOG), argv, resolve, MODES)
 
 
-def train(config: RunConfig, origins: dict[str, str]) -> None:
-    """Check what can be checked at once, prepare the data, describe the model, train."""
+def _run(trainer: ConsynTrainer) -> None:
+    trainer.train()
+
+
+def _dry_run(trainer: ConsynTrainer) -> None:
+    trainer.describe()
+
+
+ACTIONS: dict[str, Callable[[ConsynTrainer], None]] = {"": _run, "dry_run": _dry_run}
+
+
+def train(config: RunConfig, origins: dict[str, str], action: Callable[[ConsynTrainer], None] = _run) -> None:
+    """Check what can be checked at once, prepare the data, describe the model, and train or do what was asked for instead."""
     from consyn_jax.training.run_directory import check_output
 
     base, stored, weights = _models(config)
@@ -80,9 +93,9 @@ def train(config: RunConfig, origins: dict[str, str]) -> None:
         from consyn_jax.data.prepare import start
 
         with closing(start(options)) as corpus:
-            _train(config, origins, (base, stored, weights), _streamed(config, corpus))
+            action(_trainer(config, origins, (base, stored, weights), _streamed(config, corpus)))
     else:
-        _train(config, origins, (base, stored, weights), _prepared(config, options))
+        action(_trainer(config, origins, (base, stored, weights), _prepared(config, options)))
 
 
 class _Data(NamedTuple):
@@ -94,12 +107,11 @@ class _Data(NamedTuple):
     notes: list[tuple[str, str]]
 
 
-def _train(config: RunConfig, origins: dict[str, str], named: tuple[ModelConfig | None, ModelConfig | None, Path | None], data: _Data) -> None:
+def _trainer(config: RunConfig, origins: dict[str, str], named: tuple[ModelConfig | None, ModelConfig | None, Path | None], data: _Data) -> ConsynTrainer:
     from consyn_jax.training.trainer import ConsynTrainer
 
     model = _model(config, *named, data.tokenizer)
-    trainer = ConsynTrainer(model, data.training, data.validation, tokenizer=data.tokenizer, run=(config, origins), notes=tuple(data.notes))
-    trainer.train()
+    return ConsynTrainer(model, data.training, data.validation, tokenizer=data.tokenizer, run=(config, origins), notes=tuple(data.notes))
 
 
 def _models(config: RunConfig) -> tuple[ModelConfig | None, ModelConfig | None, Path | None]:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from consyn_jax.config import PrepareConfig, RunConfig, UserError, flags, flat
+from consyn_jax.config import PrepareConfig, RunConfig, UserError, flags, flat, resolve
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
-ENTRIES = (CONFIG, "metrics.jsonl", "tokenizer", CHECKPOINTS, "best", "final", "logs", "profile", "report.html", "loss.png", "wandb")
+ENTRIES = (CONFIG, "metrics.jsonl", "tokenizer", CHECKPOINTS, "best", "final", "logs", "profile", "report.html", "loss.png", "schedule.png", "wandb")
 DERIVED = "derived"  # in config.yaml: what follows from the flags and the data; two runs that differ there are different runs
+
+# What the rate at each step follows from; all of it beside the number of steps, which is derived.
+SCHEDULE = {"epochs", "max_steps", "total_tokens", "lr", "scheduler", "warmup_ratio", "warmup_steps", "min_lr_ratio", "num_cycles", "power"}
+SCHEDULE |= {"decay_ratio", "decay_shape"}
 
 DOCUMENT_END = "...\n"  # what YAML puts behind a lone scalar
 
@@ -26,7 +32,6 @@ DERIVED_NAMES = {
     "validation": "the validation data",
     "tokenizer": "the tokenizer",
     "sequences_per_step": "batch_size x gradient_accumulation_steps",
-    "total_steps": "the number of steps",
     "vocab_size": "the vocabulary",
 }
 
@@ -50,9 +55,9 @@ class RunDirectory:
 
     def write_config(self, config: RunConfig, origins: dict[str, str], derived: dict[str, Any]) -> None:
         """Write config.yaml: every value with its origin; `consyn-train --config` reads it back."""
-        # --overwrite and --resume speak of one start of the command. A recipe that kept them would delete the run it came from.
-        lasting = dataclasses.replace(config, saving=dataclasses.replace(config.saving, overwrite=False, resume="auto"))
-        origins = origins | {"overwrite": "default", "resume": "default"}
+        # These speak of one start of the command. A recipe that kept --overwrite would delete the run it came from.
+        lasting = dataclasses.replace(config, saving=dataclasses.replace(config.saving, overwrite=False, overwrite_schedule=False, resume="auto"))
+        origins = origins | dict.fromkeys(("overwrite", "overwrite_schedule", "resume"), "default")
         (self.path / CONFIG).write_text(describe(lasting, origins) + yaml.safe_dump({DERIVED: derived}, sort_keys=True), encoding="utf-8")
 
     def close(self) -> None:
@@ -72,7 +77,7 @@ def open_run_directory(config: RunConfig, derived: dict[str, Any], *, write: boo
         UserError: it holds another run, is in use, or cannot be written.
     """
     holds_run = check_output(config, derived)
-    path = Path(config.saving.output)
+    path = run_path(config)
     if not write:
         return RunDirectory(path, holds_run)
     try:
@@ -94,8 +99,10 @@ def check_output(config: RunConfig, derived: dict[str, Any] | None = None) -> bo
     Raises:
         UserError: it holds another run, or cannot be written.
     """
-    saving, path = config.saving, Path(config.saving.output)
+    saving, path = config.saving, run_path(config)
     check_writable(path)
+    if config.optimizer.decay_from is not None:
+        _check_origin(config, derived)
     file = path / CONFIG
     if not file.is_file() and (path / "metrics.jsonl").exists():
         raise UserError(f"--output {path} holds a metrics.jsonl without a {CONFIG}, so it is not a run of ours. Name another directory.")
@@ -103,10 +110,11 @@ def check_output(config: RunConfig, derived: dict[str, Any] | None = None) -> bo
     if saving.overwrite:
         _check_overwrite(config, path)
         return False
-    if saving.resume.isdigit() and int(saving.resume) not in (steps := _saved_steps(path)):
+    steps = _saved_steps(path)
+    if saving.resume.isdigit() and int(saving.resume) not in steps:
         raise UserError(f"--resume {saving.resume}: {path / CHECKPOINTS} has no checkpoint of that step; there are: {', '.join(map(str, steps)) or 'none'}.")
     # What was stopped before its first checkpoint has nothing to lose, so it need not be what is asked for now.
-    if old is None or not (_saved_steps(path) or (path / "best").exists() or (path / "final").exists()):
+    if old is None or not (steps or (path / "best").exists() or (path / "final").exists()):
         return False
     if saving.resume == "never":
         raise UserError(f"--output {path} already holds a run. Name another directory, go on with --resume auto, or delete it with --overwrite.")
@@ -116,7 +124,65 @@ def check_output(config: RunConfig, derived: dict[str, Any] | None = None) -> bo
             f"--output {path} holds another run: {'; '.join(differences)}. "
             f"Name another directory, take the old values back, or delete that run with --overwrite."
         )
+    if derived is not None and steps:
+        _check_schedule(old, config, derived, int(saving.resume) if saving.resume.isdigit() else steps[-1])
     return True
+
+
+def run_path(config: RunConfig) -> Path:
+    """The run directory: --output, or beside it that of a run with --decay_from."""
+    output, step = Path(config.saving.output), config.optimizer.decay_from
+    return output if step is None else output.with_name(f"{output.name}-decay-{step}")
+
+
+def _check_origin(config: RunConfig, derived: dict[str, Any] | None) -> None:
+    """--output must hold the run that --decay_from speaks of, with a checkpoint where its rate was at the peak."""
+    path, step = Path(config.saving.output), config.optimizer.decay_from
+    if not (path / CONFIG).is_file():
+        raise UserError(f"--decay_from {step} goes on from a run, and --output {path} holds none. Give the flags of that run, and its --output.")
+    old, steps = _read_run(path / CONFIG), _saved_steps(path)
+    if step not in steps:
+        raise UserError(f"--decay_from {step}: {path / CHECKPOINTS} has no checkpoint of that step; there are: {', '.join(map(str, steps)) or 'none'}.")
+    own = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, decay_from=None))
+    differences = compare(old, own, derived)
+    if differences:
+        raise UserError(f"--output {path} is another run than the one asked to decay: {'; '.join(differences)}. Give the flags that it was begun with.")
+    schedule, total = _schedule(old)
+    peak = max(float(schedule(s)) for s in range(0, total, max(1, total // 1000)))
+    if float(schedule(step)) < 0.999 * peak:
+        raise UserError(f"--decay_from {step} is not in the part of the run in {path} where its rate is at the peak of {peak:g}. Take another of {steps}.")
+
+
+def _check_schedule(old: dict[str, Any], config: RunConfig, derived: dict[str, Any], step: int) -> None:
+    """Going on with other rates than the run began with must be what was asked for.
+
+    Args:
+        step: to go on from.
+    """
+    from consyn_jax.training.scheduler import configured_schedule
+
+    (before, old_total), total = _schedule(old), derived["total_steps"]
+    after = configured_schedule(config.optimizer, total)
+    if total == old_total and all(math.isclose(before(s), after(s), rel_tol=1e-6) for s in range(0, total, max(1, total // 1000))):
+        return
+    if total < step:
+        raise UserError(f"The run in {run_path(config)} is at step {step:,} already, beyond the {total:,} steps asked for. Give more, or another --output.")
+    if config.saving.overwrite_schedule:
+        return
+    changed = [f"--{name} was {old[name]} and is {value}" for name, value in flat(config).items() if name in SCHEDULE and name in old and old[name] != value]
+    raise UserError(
+        f"--output {run_path(config)} holds a run with another schedule: {'; '.join(changed)}. At step {step:,} of {total:,} the rate would be "
+        f"{float(after(step)):.3g} instead of {float(before(step)):.3g}, and at the end {float(after(total - 1)):.3g} instead of "
+        f"{float(before(old_total - 1)):.3g}. Add --overwrite_schedule to go on so, name another directory, or take the old values back."
+    )
+
+
+def _schedule(old: dict[str, Any]) -> tuple[Callable[[Any], Any], int]:
+    """The learning rate by step, and the number of steps, of the run of a config.yaml."""
+    from consyn_jax.training.scheduler import configured_schedule
+
+    config, _ = resolve({}, {name: value for name, value in old.items() if name in flags()}, file_name=CONFIG)
+    return configured_schedule(config.optimizer, old[DERIVED]["total_steps"]), old[DERIVED]["total_steps"]
 
 
 def check_writable(path: Path) -> None:
@@ -185,15 +251,19 @@ def _read_run(file: Path) -> dict[str, Any]:
 
 
 def compare(old: dict[str, Any], config: RunConfig, derived: dict[str, Any] | None) -> list[str]:
-    """What differs, in words, between the run of config.yaml `old` and this one; only what changes the mathematics counts."""
+    """What differs, in words, between the run of config.yaml `old` and this one; only what changes the mathematics counts.
+
+    The number of steps and the schedule are not compared: see `_check_schedule`.
+    """
     # YAML has no tuples
     new = {name: list(value) if isinstance(value, tuple) else value for name, value in flat(config).items()}
-    differences = [f"--{name} was {old.get(name)} and is {new[name]}" for name, f in flags().items() if f.math and name in old and old[name] != new[name]]
+    compared = [name for name, f in flags().items() if f.math and name in old and name not in SCHEDULE]
+    differences = [f"--{name} was {old[name]} and is {new[name]}" for name in compared if old[name] != new[name]]
     if derived is None:
         return differences
     for key, words in DERIVED_NAMES.items():
         before, now = old[DERIVED].get(key), derived.get(key)
-        if before != now and not (key == "total_steps" and differences):
+        if before != now:
             short = isinstance(now, str) or isinstance(before, str)
             differences.append(f"{words} changed" if short else f"{words} was {before} and is {now}")
     return differences

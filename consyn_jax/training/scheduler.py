@@ -89,13 +89,27 @@ def build_schedule(
     return rate
 
 
+def decay_end(decay_from: int, decay_ratio: float) -> int:
+    """Steps of a run that decays from step `decay_from` on, for `decay_ratio` of all its steps.
+
+    >>> decay_end(800, 0.2)
+    1000
+    """
+    return max(decay_from + 1, round(decay_from / (1 - decay_ratio)))
+
+
 def configured_schedule(options: OptimizerOptions, total_steps: int) -> optax.Schedule:
     """The schedule that resolved options describe, for a run of `total_steps`.
+
+    With `--decay_from` it is that of the run which decays, and counts steps as the run that it comes from.
 
     Raises:
         UserError: warm-up longer than the run.
     """
     assert options.lr is not None
+    if options.decay_from is not None:
+        ratio = (total_steps - options.decay_from) / total_steps
+        return build_schedule("wsd", options.lr, total_steps, 0, options.min_lr_ratio, decay_ratio=ratio, decay_shape=options.decay_shape)
     return build_schedule(
         options.scheduler,
         options.lr,

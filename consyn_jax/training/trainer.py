@@ -7,8 +7,8 @@ import os
 import resource
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,15 @@ from consyn_jax.training.checkpoint import Checkpoints
 from consyn_jax.training.console import Console
 from consyn_jax.training.evaluation import evaluate
 from consyn_jax.training.export import export_model
+from consyn_jax.training.header import header, warnings
 from consyn_jax.training.inputs import HostBatch, as_source
 from consyn_jax.training.metrics import MetricsLog, Trackers, build_trackers, read_metrics
-from consyn_jax.training.optimizer import describe_groups, evaluation_params, lr_warning, with_rate_scale
+from consyn_jax.training.optimizer import evaluation_params, with_rate_scale
 from consyn_jax.training.program import EVAL_AXES, TRAIN_AXES, Built, Program, build_program
 from consyn_jax.training.progress import Progress, Stopwatch
 from consyn_jax.training.report import write_loss_plot, write_report
-from consyn_jax.training.run_directory import RunDirectory, open_run_directory
-from consyn_jax.training.scheduler import configured_plateau, configured_schedule
+from consyn_jax.training.run_directory import CHECKPOINTS, RunDirectory, check_output, open_run_directory, run_path
+from consyn_jax.training.scheduler import configured_plateau, configured_schedule, decay_end, draw_schedule, write_schedule_plot
 from consyn_jax.training.signals import Signals
 from consyn_jax.training.step import TrainState
 
@@ -125,6 +126,8 @@ class ConsynTrainer:
     def _count_steps(self) -> int:
         budget, length = self.run.budget, self.run.data.max_tokens
         assert length is not None
+        if self.run.optimizer.decay_from is not None:
+            return decay_end(self.run.optimizer.decay_from, self.run.optimizer.decay_ratio)
         limits = [] if budget.max_steps is None else [budget.max_steps]
         if budget.total_tokens is not None:
             limits.append(math.ceil(budget.total_tokens / (self.sequences_per_step * length)))
@@ -185,6 +188,26 @@ class ConsynTrainer:
         """
         with ExitStack() as stack:
             return _Training(self, stack).run()
+
+    def describe(self) -> None:
+        """Say what `train` would do, and draw its learning rates: as text, and as schedule.png in the run directory.
+
+        Raises:
+            UserError: as `train`, before it begins.
+        """
+        built, path = self.build(), run_path(self.run)
+        check_output(self.run, self._derived())
+        with Console(quiet=False) as console:
+            console.header(header(self, built))
+            for sentence in warnings(self, built):
+                console.warn(sentence)
+        print(draw_schedule(self.schedule, self.total_steps))
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            write_schedule_plot(self.schedule, self.total_steps, path / "schedule.png")
+        except OSError as error:
+            raise UserError(f"{path / 'schedule.png'} cannot be written: {error.strerror}. Name another --output.") from error
+        print(f"The learning rate by step; as a picture: {path / 'schedule.png'}.")
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of the model as it is now over the evaluation data."""
@@ -307,45 +330,11 @@ class _Training:
     # ---------------------------------------------------------------------------------------------------------------- beginning
 
     def _header(self) -> None:
-        t, mesh = self.trainer, self.program.mesh
-        config, budget, device = t.model.config, t.run.budget, jax.devices()[0]
-        split = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "no split"
-        source = t.train_source
-        epochs = f", {t.total_steps * t.sequences_per_step / source.sequences:.3g} epochs" if source.sequences else ""
-        rows = [
-            (
-                "model",
-                f"{t.run.model.model}: {self.program.layout.num_parameters:,} parameters, {config.num_layers} layers, "
-                f"{config.hidden_dim} wide, vocabulary {config.vocab_size:,}",
-            ),
-            ("devices", f"{jax.device_count()} x {device.device_kind} ({split})"),
-            ("attention", f"{self.built.attention.backend}: {self.built.attention.reason}"),
-            ("precision", self.built.precision.reason),
-            ("optimizer", describe_groups(t.run.optimizer, self.program.layout.shapes, self.program.layout.logical_axes)),
-            *t.notes,
-            *self._shares(),
-            ("budget", f"{t.total_steps:,} steps of {t.sequences_per_step} x {t.run.data.max_tokens} tokens{epochs}"),
-            ("output", str(self.directory.path)),
-        ]
-        if self._resume_step() is not None and not self._is_complete():
-            rows.append(("goes on", f"from step {self._resume_step():,} of {t.total_steps:,}"))
-        self.console.header(rows)
-        if warning := lr_warning(t.run.optimizer.lr or 0.0, t.run.optimizer.optimizer, t.run.model.checkpoint is not None):
-            self.console.warn(warning)
-        if self.built.attention.backend == "xla" and device.platform == "gpu":
-            self.console.warn(f"Attention falls back to XLA: {self.built.attention.reason}.")
-        if budget.total_tokens is None and source.sequences is not None and budget.batch_size > source.sequences:
-            self.console.warn(f"One batch of {budget.batch_size} sequences is more than the {source.sequences} of the whole data.")
-
-    def _shares(self) -> list[tuple[str, str]]:
-        """For a mixture, what the run takes from each source."""
-        t = self.trainer
-        order, total = t.train_source.order, t.total_steps * t.sequences_per_step
-        if not isinstance(order, Mixture):
-            return []
-        counts = order.counts(total)
-        taken = [f"{name} {n:,} ({n / total:.1%}, {n / len(order.datasets[name]):.3g} epochs)" for name, n in counts.items()]
-        return [("mixture", f"sequences of {', '.join(taken)}")]
+        t, step = self.trainer, self._resume_step()
+        goes_on = [] if step is None or self._is_complete() else [("goes on", f"from step {step:,} of {t.total_steps:,}")]
+        self.console.header([*header(t, self.built), *goes_on])
+        for sentence in warnings(t, self.built):
+            self.console.warn(sentence)
 
     def _is_complete(self) -> bool:
         """The last step is saved, and the model was exported behind it."""
@@ -382,6 +371,8 @@ class _Training:
             state, record = self.checkpoints.restore(wanted, self.program.state_like)
             self.progress = Progress.from_json(record)
             self.checkpoints.delete_after(wanted)
+        elif t.run.optimizer.decay_from is not None:
+            state = self._branch(Path(t.run.saving.output) / CHECKPOINTS, t.run.optimizer.decay_from)
         else:
             state = self.program.initial_state(t._parameters(self.program.mesh))
         if self.writes:
@@ -411,6 +402,13 @@ class _Training:
         if wanted is not None:
             self._ended_passes(wanted, again=True)
         self._event("start" if wanted is None else "resume")
+        return state
+
+    def _branch(self, checkpoints: Path, step: int) -> TrainState:
+        """The state of another run at `step`; what has been best there does not count here."""
+        with closing(Checkpoints(checkpoints)) as others:
+            state, record = others.restore(step, self.program.state_like)
+        self.progress = replace(self.progress, step=step, tokens=record["tokens"])
         return state
 
     # ---------------------------------------------------------------------------------------------------------- at a step's end

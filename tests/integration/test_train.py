@@ -115,7 +115,7 @@ def test_the_same_command_again_says_that_it_is_complete(finished: Run, here: Ca
 def test_another_learning_rate_is_another_run(finished: Run, here: Callable[..., Run], corpus: Path) -> None:
     other = here(finished.path, *TINY, "--data", corpus, "--validation_fraction", "0.2", "--lr", "1e-4")
     assert other.code == 2
-    assert f"--output {finished.path} holds another run: --lr was 0.003 and is 0.0001." in other.said
+    assert f"--output {finished.path} holds a run with another schedule: --lr was 0.003 and is 0.0001." in other.said
 
 
 def test_other_data_are_another_run(finished: Run, here: Callable[..., Run], corpus: Path) -> None:

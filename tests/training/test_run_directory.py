@@ -76,7 +76,7 @@ def test_what_does_not_change_the_mathematics_may_change(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("flags", "derived", "words"),
     [
-        ({"lr": 0.1, "beta1": 0.8}, {}, ["--lr was 0.003 and is 0.1", "--beta1 was 0.9 and is 0.8"]),
+        ({"lr": 0.1, "beta1": 0.8, "dropout": 0.1}, {}, ["--beta1 was 0.9 and is 0.8", "--dropout was 0.0 and is 0.1"]),
         ({"hidden_dim": 64}, {}, ["--hidden_dim was 128 and is 64", "--head_dim was 32 and is 16"]),
         ({}, {"data": "other"}, ["the training data changed"]),
         ({}, {"tokenizer": None}, ["the tokenizer changed"]),

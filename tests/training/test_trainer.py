@@ -197,7 +197,7 @@ def test_a_complete_run_is_not_run_again(finished: Finished) -> None:
 
 
 def test_another_run_is_kept_out_of_the_directory(finished: Finished) -> None:
-    with pytest.raises(UserError, match=r"holds another run: --lr was 0\.003 and is 0\.1\."):
+    with pytest.raises(UserError, match=r"holds a run with another schedule: --lr was 0\.003 and is 0\.1\."):
         trainer(finished.path, learning_rate=0.1).train()
     with pytest.raises(UserError, match="the training data changed"):
         trainer(finished.path, train_dataloader=DOCUMENTS[1:33]).train()
