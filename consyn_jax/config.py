@@ -240,6 +240,7 @@ class HardwareOptions:
     gradient_checkpointing: str = flag(
         "none", "activations that are recomputed instead of kept; the bare flag means full", choices=("none", "attention", "full"), const="full"
     )
+    auto_batch: bool = flag(False, "where a micro-batch does not fit the memory, halve --batch_size and double --gradient_accumulation_steps")
     mesh: str = flag("auto", "devices along each axis, as in data=2,fsdp=4,context=1,tensor=1; auto: fsdp over all")
 
 

@@ -36,6 +36,7 @@ from consyn_jax.training.evaluation import evaluate
 from consyn_jax.training.export import export_model
 from consyn_jax.training.header import header, warnings
 from consyn_jax.training.inputs import HostBatch, as_source
+from consyn_jax.training.memory import explaining_exhaustion, fitting
 from consyn_jax.training.metrics import MetricsLog, Trackers, build_trackers, read_metrics
 from consyn_jax.training.optimizer import evaluation_params, with_rate_scale
 from consyn_jax.training.program import EVAL_AXES, TRAIN_AXES, Built, Program, build_program
@@ -152,6 +153,12 @@ class ConsynTrainer:
             keep_freed_memory()
         return build_program(self.model.config, self.run, schedule or self.schedule, jax.devices())
 
+    def compile_train_step(self, run: RunConfig) -> jax.stages.Compiled:
+        """The train step of `run`, which is this trainer's or differs from it in batch, memory or precision."""
+        assert run.data.max_tokens is not None
+        program = build_program(self.model.config, run, self.schedule, jax.devices()).program
+        return program.lower_train_step(run.budget.gradient_accumulation_steps, run.budget.batch_size, run.data.max_tokens).compile()
+
     @property
     def schedule(self) -> optax.Schedule:
         """The learning rate at each step of the run."""
@@ -186,7 +193,7 @@ class ConsynTrainer:
             Diverged: the loss is no longer finite.
             Interrupted: a signal came; the state is saved.
         """
-        with ExitStack() as stack:
+        with explaining_exhaustion(), ExitStack() as stack:
             return _Training(self, stack).run()
 
     def describe(self) -> None:
@@ -274,7 +281,11 @@ class _Training:
         t = self.trainer
         assert t.run.data.max_tokens is not None
         self.console.start(t.total_steps, self.progress.step)
-        train_step = self.program.lower_train_step(t.run.budget.gradient_accumulation_steps, t.run.budget.batch_size, t.run.data.max_tokens).compile()
+        asked = t.run.budget.batch_size
+        t.run, train_step = fitting(t.run, t.compile_train_step)
+        if t.run.budget.batch_size != asked:
+            parts = f"{t.run.budget.gradient_accumulation_steps} micro-batches of {t.run.budget.batch_size}"
+            self.console.note(f"Micro-batches of {asked} do not fit the devices, so each step takes {parts} sequences; the result is the same.")
         self.evaluation = t.evaluation(self.program) if t.eval_source is not None else None
         rows = local_rows(self.program.mesh, t.run.budget.batch_size)
         batches = t.train_source.training(self.progress.step, t.run.budget.batch_size, t.run.budget.gradient_accumulation_steps, rows)

@@ -1,0 +1,89 @@
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from consyn_jax.config import ModelConfig, RunConfig, UserError, resolve
+from consyn_jax.model import ConsynLMHeadModel
+from consyn_jax.training import ConsynTrainer, memory
+from consyn_jax.training.memory import explaining_exhaustion, fitting, step_memory
+
+TINY = ModelConfig(vocab_size=256, hidden_dim=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=64, context=32, bos_token_id=0, eos_token_id=0)
+
+
+class Compiled:
+    """A program whose temporaries are 100 bytes a sequence, half of it with gradient checkpointing, and whose state is 1000."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.temporary = 100 * run.budget.batch_size // (2 if run.hardware.gradient_checkpointing == "full" else 1)
+        self.state = 700 if run.optimizer.moment_dtype == "bfloat16" else 1000
+
+    def memory_analysis(self) -> Any:
+        class Sizes:
+            argument_size_in_bytes = output_size_in_bytes = alias_size_in_bytes = self.state
+            temp_size_in_bytes = self.temporary
+
+        return Sizes()
+
+
+def fitted(limit: int, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> tuple[int, int]:
+    monkeypatch.setattr(memory, "device_bytes", lambda: limit)
+    run, _ = fitting(resolve({"model": "haiku", "batch_size": 12, "gradient_accumulation_steps": 2, **flags})[0], Compiled)
+    return run.budget.batch_size, run.budget.gradient_accumulation_steps
+
+
+def test_what_fits_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fitted(2200, monkeypatch) == fitted(2200, monkeypatch, auto_batch=True) == (12, 2)
+
+
+def test_halves_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fitted(2199, monkeypatch, auto_batch=True) == (6, 4)
+    assert fitted(1300, monkeypatch, auto_batch=True) == (3, 8)
+
+
+def test_what_does_not_fit_says_what_each_way_out_would_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_gib", str)
+    with pytest.raises(UserError) as caught:
+        fitted(1500, monkeypatch)
+    assert str(caught.value) == (
+        "The train step needs 2200 on each device (1000 of state, 1200 of activations and gradients), and there are 1500. "
+        "--batch_size 6 --gradient_accumulation_steps 4 (the same result; --auto_batch finds it) needs 1600; "
+        "--gradient_checkpointing (the same result, slower) needs 1600; --moment_dtype bfloat16 needs 1900."
+    )
+    with pytest.raises(UserError, match="needs 1300"):
+        fitted(1200, monkeypatch, auto_batch=True)
+
+
+def test_the_compilers_figures_are_those_of_the_arrays() -> None:
+    state = jnp.zeros((256, 256))
+    compiled = jax.jit(lambda x, y: (x + (y @ y.T) @ y, jnp.sum(y)), donate_argnums=0).lower(state, state).compile()
+    found = step_memory(compiled)
+    assert 2 * state.nbytes <= found.state <= 2 * state.nbytes + 64
+    assert state.nbytes <= found.temporary <= 2 * state.nbytes + 1024
+
+
+def test_a_run_in_halves_is_the_same_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    data = [list(map(int, np.random.default_rng(i).integers(1, 250, 33))) for i in range(32)]
+    model = ConsynLMHeadModel.from_config(TINY, seed=1)
+
+    def trained(name: str, **flags: Any) -> dict[str, float]:
+        settings = {"max_tokens": 32, "batch_size": 8, "logging_backend": "none", "mesh": "data=1,fsdp=2,context=2,tensor=2", "quiet": True, **flags}
+        return ConsynTrainer(model, data, output_dir=tmp_path / name, num_epochs=None, max_steps=2, **settings).train()
+
+    whole = trained("whole")
+    tries = iter([2, 0])
+    monkeypatch.setattr(memory, "device_bytes", lambda: 1)
+    monkeypatch.setattr(memory, "step_memory", lambda compiled: memory.Memory(0, next(tries)))
+    halves = trained("halves", auto_batch=True)
+    assert next(tries, None) is None
+    assert halves["train/loss"] == pytest.approx(whole["train/loss"], rel=1e-6)
+
+
+def test_a_device_that_runs_out_is_a_sentence_and_other_errors_stay() -> None:
+    with pytest.raises(UserError, match=r"A device ran out of its .* of memory \(RESOURCE_EXHAUSTED: Out of memory"), explaining_exhaustion():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes.")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), explaining_exhaustion():
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
