@@ -71,8 +71,8 @@ DOCUMENTS = [np.random.default_rng(0).integers(0, 49, n) for n in (40, 3, 1, 77,
 MESHES = [{"data": 2}, {"fsdp": 2}, {"tensor": 2}, {"context": 4}, {"data": 2, "fsdp": 2}, {"fsdp": 8}, {"fsdp": 2, "context": 2, "tensor": 2}]
 
 
-def metrics(batch_size: int, padding: int = 0, axes: dict[str, int] | None = None, **regularisation: float) -> dict[str, float]:
-    """Of a fixed random model over the documents, in rows of 16 tokens and more columns of what is no text."""
+def metrics(batch_size: int, padding: int = 0, axes: dict[str, int] | None = None, in_front: int = 0, **regularisation: float) -> dict[str, float]:
+    """Of a fixed random model over the documents, in rows of 16 tokens and more columns of what is no text, `in_front` of them first."""
     dataset = PackedDataset(memory_split(DOCUMENTS, 49), 16, bos_id=48, pad_id=0)
     sizes = dict.fromkeys(AXES, 1) | (axes or {})
     mesh = build_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
@@ -84,7 +84,7 @@ def metrics(batch_size: int, padding: int = 0, axes: dict[str, int] | None = Non
 
     def placed(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         more = {"input_ids": 7, "labels": 7, "segment_ids": 0, "loss_mask": False}
-        wide = {name: np.pad(values, ((0, 0), (0, padding)), constant_values=more[name]) for name, values in batch.items()}
+        wide = {name: np.pad(values, ((0, 0), (in_front, padding - in_front)), constant_values=more[name]) for name, values in batch.items()}
         return {name: jax.device_put(values, sharding(mesh, EVAL_AXES)) for name, values in wide.items()}
 
     return evaluate(lambda batch: step(params, batch), map(placed, evaluation_batches(dataset, batch_size)), num_bytes=300)
@@ -106,6 +106,17 @@ def test_the_batch_size_does_not_count(batch_size: int, alone: dict[str, float])
 @pytest.mark.parametrize("padding", [1, 8, 48])
 def test_padding_does_not_count(padding: int, alone: dict[str, float]) -> None:
     assert metrics(4, padding) == pytest.approx(alone, rel=1e-6)
+
+
+@pytest.mark.parametrize("in_front", [5, 48])
+def test_padding_in_front_does_not_count(in_front: int, alone: dict[str, float]) -> None:
+    assert metrics(4, 48, in_front=in_front) == pytest.approx(alone, rel=1e-6)
+
+
+@pytest.mark.parametrize("devices", [3, 5, 6, 7])
+def test_the_number_of_devices_does_not_count(devices: int, alone: dict[str, float]) -> None:
+    """The numbers that are powers of two are meshes below."""
+    assert metrics(devices, 4, {"data": devices}) == pytest.approx(alone, rel=1e-6)
 
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)

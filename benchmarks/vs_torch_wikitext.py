@@ -1,0 +1,188 @@
+"""Does this trainer reach what torch reaches? WikiText-2, the official test set, in bits per byte.
+
+Ours is configs/wikitext-2.yaml, run as `consyn-train` runs it. torch is transformers' own model, loaded from our exported initial
+weights, trained by torch.optim.AdamW with the same rates, decay and clipping for as many steps on the very same batches. Each is judged
+by itself over the whole of valid.txt and test.txt, in the same windows; a byte is a byte of the file. Interrupted, ours goes on from
+its last checkpoint in --output, and torch from the start.
+
+    python benchmarks/vs_torch_wikitext.py --data PATH/TO/wikitext-2 --output runs/wikitext-2 --out benchmarks/results/NAME.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on a shared machine torch's threads would spin away ten times the work
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+from consyn_jax.config import architecture, resolve
+from consyn_jax.model import ConsynLMHeadModel
+from consyn_jax.training import ConsynTrainer
+from consyn_jax.training.dataset import ConsynDataset, get_dataset
+from consyn_jax.training.metrics import read_metrics
+from consyn_jax.training.run_directory import read_config_file
+
+RECIPE = Path(__file__).parents[1] / "configs" / "wikitext-2.yaml"
+Batch = dict[str, np.ndarray]
+
+
+def datasets(data: Any) -> dict[str, ConsynDataset]:
+    """The official parts, each one document, by the tokenizer of the training text."""
+    as_it_is = {"normalize": data.normalize, "control_characters": data.control_characters}
+    both = {**as_it_is, "validation": data.validation}
+    found = {name: get_dataset(data.data, data.tokenizer, data.max_tokens, split=name, **both) for name in ("train", "validation")}
+    test = Path(data.data[0]).with_name("test.txt")
+    found["test"] = get_dataset(test, found["train"].tokenizer, data.max_tokens, validation_fraction=0.0, **as_it_is)
+    for name, file in (("train", Path(data.data[0])), ("validation", Path(data.validation[0])), ("test", test)):
+        assert found[name].num_bytes == file.stat().st_size, name
+    return found
+
+
+class Clock:
+    """Seconds on the wall and of this process's cores since it was made."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        return {"wall_s": time.perf_counter() - self._began[0], "cpu_s": time.process_time() - self._began[1]}
+
+
+def batches_of(trainer: ConsynTrainer) -> Iterator[Batch]:
+    """What ours trains on, step by step, each array [B, T]."""
+    size = trainer.run.budget.batch_size
+    for batch in trainer.train_source.training(0, size, 1, np.arange(size)):
+        yield {name: values[0] for name, values in batch.items()}
+
+
+def torch_nll(model: Any, batch: Batch) -> torch.Tensor:
+    """Sum over the tokens of a batch [B, T]. Every window lies within one document and is padded at its end, so causal is all it takes."""
+    assert np.array_equal(batch["segment_ids"], batch["loss_mask"])
+    logits = model(torch.from_numpy(batch["input_ids"]).long()).logits
+    labels = torch.from_numpy(np.where(batch["loss_mask"], batch["labels"], -100)).long()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+
+@torch.no_grad()
+def torch_bits_per_byte(model: Any, dataset: ConsynDataset, batch_size: int) -> float:
+    """Over all windows of a part."""
+    packed = dataset.packed
+    chunks = np.array_split(np.arange(len(packed)), math.ceil(len(packed) / batch_size))
+    nll = sum(torch_nll(model.eval(), packed.rows(rows)).item() for rows in chunks)
+    return nll / math.log(2) / (dataset.num_bytes or math.nan)
+
+
+def train_ours(trainer: ConsynTrainer, output: Path, test: ConsynDataset) -> dict[str, Any]:
+    """One run; its curves are read from its log."""
+    clock = Clock()
+    trainer.train()
+    seconds = clock.read()
+    lines = read_metrics(output / "metrics.jsonl")
+    valid = {line["step"]: line["eval/bits_per_byte"] for line in lines if "eval/bits_per_byte" in line}
+    tested = ConsynTrainer(trainer.model, test, test, run=(trainer.run, trainer.origins)).evaluate()["eval/bits_per_byte"]
+    losses = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+    return {"bits_per_byte": {"valid": valid[trainer.total_steps], "test": tested}, "tokens": lines[-1]["tokens"], **seconds, "loss": losses, "valid": valid}
+
+
+def train_theirs(model: Any, trainer: ConsynTrainer, parts: dict[str, ConsynDataset], logged: dict[int, float], valid: dict[int, float]) -> dict[str, Any]:
+    """The same steps in torch, looked at where ours was."""
+    options, batch_size = trainer.run.optimizer, trainer.run.budget.batch_size
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": options.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    assert options.beta2 is not None
+    optimizer = torch.optim.AdamW(groups, betas=(options.beta1, options.beta2), eps=options.eps, fused=True)
+    rates = np.asarray(trainer.schedule(np.arange(trainer.total_steps)))
+    found: dict[str, dict[int, float]] = {"loss": {}, "valid": {}}
+    clock, tokens = Clock(), 0
+    for number, batch in enumerate(islice(batches_of(trainer), trainer.total_steps), start=1):
+        for group in optimizer.param_groups:
+            group["lr"] = float(rates[number - 1])
+        loss = torch_nll(model.train(), batch) / batch["loss_mask"].sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        tokens += int(batch["loss_mask"].sum())
+        if number in logged:
+            found["loss"][number] = loss.item()
+        if number in valid:
+            found["valid"][number] = torch_bits_per_byte(model, parts["validation"], batch_size)
+            print(f"torch step {number:5}  {clock.read()}  valid {found['valid'][number]:.4f} bits a byte, ours {valid[number]:.4f}", flush=True)
+    seconds = clock.read()
+    bits = {"valid": found["valid"][trainer.total_steps], "test": torch_bits_per_byte(model, parts["test"], batch_size)}
+    return {"bits_per_byte": bits, "tokens": tokens, **seconds, **found}
+
+
+def main() -> None:
+    """Run, print the verdict, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="a directory with train.txt, valid.txt and test.txt")
+    parser.add_argument("--output", type=Path, required=True, help="run directory of ours")
+    parser.add_argument("--max_steps", type=int, help="fewer than the recipe's, to try this script")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    arguments = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    cores = len(os.sched_getaffinity(0))  # JAX looks at these itself
+    torch.set_num_threads(cores)
+
+    given = {"data": [str(arguments.data / "train.txt")], "validation": [str(arguments.data / "valid.txt")], "output": str(arguments.output)}
+    given |= {"max_steps": arguments.max_steps} if arguments.max_steps else {}
+    run = resolve(given, read_config_file(RECIPE), file_name=RECIPE.name)
+    parts = datasets(run[0].data)
+    ids = parts["train"].tokenizer
+    shape = architecture(run[0].model, vocab_size=ids.vocab_size, bos_token_id=ids.bos_token_id, eos_token_id=ids.eos_token_id, pad_token_id=ids.pad_token_id)
+    initial = ConsynLMHeadModel.from_config(shape, run[0].budget.seed)
+    with tempfile.TemporaryDirectory() as exported:
+        initial.save_pretrained(exported)
+        model = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    trainer = ConsynTrainer(initial, parts["train"], parts["validation"], run=run)
+
+    first = next(batches_of(trainer))
+    at_start = {"consyn_jax": ConsynTrainer(initial, parts["train"], [first], run=run).evaluate()["eval/loss"]}
+    with torch.no_grad():
+        at_start["torch"] = torch_nll(model, first).item() / int(first["loss_mask"].sum())
+    print("loss of the first batch before training:", at_start, flush=True)
+    assert abs(at_start["consyn_jax"] / at_start["torch"] - 1) < 1e-5
+
+    ours = train_ours(trainer, arguments.output, parts["test"])
+    theirs = train_theirs(model, trainer, parts, ours["loss"], ours["valid"])
+    assert ours["tokens"] == theirs["tokens"]
+    summary = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": trainer.total_steps,
+        "tokens": ours["tokens"],
+        "epochs": ours["tokens"] / parts["train"].num_tokens,
+        "bits_per_byte": {"consyn_jax": ours["bits_per_byte"], "torch": theirs["bits_per_byte"]},
+        "relative_difference": {part: ours["bits_per_byte"][part] / theirs["bits_per_byte"][part] - 1 for part in ("valid", "test")},
+        "loss_before_training": at_start,
+        "seconds": {name: {clock: one[clock] for clock in ("wall_s", "cpu_s")} for name, one in (("consyn_jax", ours), ("torch", theirs))},
+    }
+    print(json.dumps(summary, indent=2))
+    if arguments.out:
+        versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "cores_used": cores, **versions}
+        facts = {**machine, "commit": commit, "date": time.strftime("%Y-%m-%d"), "torch_model": type(model).__name__}
+        curves = {name: {curve: one[curve] for curve in ("loss", "valid")} for name, one in (("consyn_jax", ours), ("torch", theirs))}
+        arguments.out.write_text(json.dumps({**facts, **summary, "curves": curves}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
