@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+import typing
+from dataclasses import dataclass, field, is_dataclass
+from types import NoneType
 from typing import Any
 
+from consyn_jax.config import UserError
 from consyn_jax.training.scheduler import Plateau
 from consyn_jax.training.selection import Selection
 
@@ -28,9 +31,33 @@ class Progress:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Progress:
-        """From what `dataclasses.asdict` gave."""
-        plateau = record["plateau"]
-        return cls(**{**record, "selection": Selection(**record["selection"]), "plateau": None if plateau is None else Plateau(**plateau)})
+        """From what `dataclasses.asdict` gave, by way of JSON.
+
+        Raises:
+            UserError: it is something else.
+        """
+        try:
+            return _checked(cls, record)
+        except (TypeError, KeyError) as error:
+            raise UserError(f"The record of this checkpoint is damaged ({error}). Go on from another with --resume STEP.") from error
+
+
+def _checked(kind: Any, values: Any) -> Any:
+    """A dataclass from the dictionary of its fields, each of its type.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(values, dict):
+        raise TypeError(f"{kind.__name__} is {type(values).__name__}")
+    hints, made = typing.get_type_hints(kind), {}
+    for name, value in values.items():
+        choices = typing.get_args(hints[name]) or (hints[name],)
+        inner = next((choice for choice in choices if is_dataclass(choice)), None)
+        made[name] = value if inner is None or (value is None and NoneType in choices) else _checked(inner, value)
+        if not isinstance(made[name], (*choices, int) if float in choices else choices):
+            raise TypeError(f"{name} is {value!r:.50}")
+    return kind(**made)
 
 
 class Stopwatch:

@@ -1,0 +1,207 @@
+"""Everything that reads what others wrote, each as one function of bytes; and what such a function must never do.
+
+A target may return, or raise `UserError` of one or two lines. It must not raise anything else, unpickle, start a process, or open a file
+outside of its own directory, of Python's and of this project's, its cache (CONSYN_CACHE) included.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from consyn_jax.config import ModelConfig, UserError, resolve
+from consyn_jax.data.prepare import prepare
+from consyn_jax.data.sources import find_sources
+from consyn_jax.data.store import TokenStore
+from consyn_jax.model.pretrained import check_checkpoint, load_parameters, read_config, to_hf_config
+from consyn_jax.tokenization import BPETokenizer
+from consyn_jax.training.metrics import read_metrics
+from consyn_jax.training.progress import Progress
+from consyn_jax.training.run_directory import check_output, read_config_file
+
+MODEL = ModelConfig(vocab_size=32, hidden_dim=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=16, context=16)
+
+
+def recipe(data: bytes, here: Path) -> None:
+    """A file for `--config`."""
+    resolve({}, read_config_file(written(here / "recipe.yaml", data)), file_name="recipe.yaml")
+
+
+def run_config(data: bytes, here: Path) -> None:
+    """The config.yaml of a run that is to go on."""
+    written(here / "config.yaml", data)
+    (here / "checkpoints" / "5").mkdir(parents=True, exist_ok=True)
+    config, _ = resolve({"model": "haiku", "output": str(here), "max_steps": 10})
+    check_output(config, {"total_steps": 10, "data": "x", "validation": None, "tokenizer": "y", "sequences_per_step": 8, "vocab_size": 32})
+
+
+def metrics(data: bytes, here: Path) -> None:
+    """metrics.jsonl."""
+    read_metrics(written(here / "metrics.jsonl", data))
+
+
+def progress(data: bytes, here: Path) -> None:
+    """The record of a checkpoint."""
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError):
+        return
+    Progress.from_json(record)
+
+
+def manifest(data: bytes, here: Path) -> None:
+    """A token store whose manifest came with the data."""
+    directory = here / "store"
+    if not directory.exists():
+        a_store(directory)
+    written(directory / "manifest.json", data)
+    store = TokenStore(directory)
+    for name in ("train", "validation"):
+        split = store.split(name)
+        split.read(0, np.zeros(min(split.num_tokens, 100), np.int32))
+
+
+def model_config(data: bytes, here: Path) -> None:
+    """config.json of a model."""
+    written(here / "config.json", data)
+    read_config(here)
+
+
+def weights(data: bytes, here: Path) -> None:
+    """model.safetensors."""
+    written(here / "config.json", json.dumps(to_hf_config(MODEL)).encode())
+    written(here / "model.safetensors", data)
+    check_checkpoint(here)
+    load_parameters(here, MODEL)
+
+
+def weights_index(data: bytes, here: Path) -> None:
+    """model.safetensors.index.json."""
+    written(here / "config.json", json.dumps(to_hf_config(MODEL)).encode())
+    written(here / "model.safetensors.index.json", data)
+    check_checkpoint(here)
+    load_parameters(here, MODEL)
+
+
+def tokenizer(data: bytes, here: Path) -> None:
+    """tokenizer.json."""
+    loaded = BPETokenizer.from_file(written(here / "tokenizer.json", data))
+    loaded.decode(loaded.encode("some text"))
+
+
+def rows(data: bytes, here: Path) -> None:
+    """JSON Lines to train on."""
+    corpus(written(here / "rows.jsonl", data), here)
+
+
+def text(data: bytes, here: Path) -> None:
+    """Text to train on."""
+    corpus(written(here / "text.txt", data), here)
+
+
+def tokens(data: bytes, here: Path) -> None:
+    """A token file as NumPy writes it."""
+    find_sources([str(written(here / "train.npy", data))])
+
+
+def corpus(file: Path, here: Path) -> None:
+    """Look at a file of documents, and prepare it."""
+    config, _ = resolve({"model": "haiku", "data": [str(file)], "tokenizer": "bytes", "num_workers": 0, "validation_fraction": 0.0})
+    output = Path(tempfile.mkdtemp(dir=here))
+    try:
+        prepare(config.data, output=output / "tokens")
+    finally:
+        shutil.rmtree(output)
+
+
+def a_store(directory: Path) -> bytes:
+    """A token store of two documents; its manifest."""
+    rows = written(directory.with_name("seed.jsonl"), b'{"text": "one"}\n{"text": "two and a bit"}\n')
+    config, _ = resolve({"model": "haiku", "data": [str(rows)], "tokenizer": "bytes", "num_workers": 0, "validation_fraction": 0.0})
+    prepare(config.data, output=directory)
+    return (directory / "manifest.json").read_bytes()
+
+
+def written(file: Path, data: bytes) -> Path:
+    """`file`, which holds `data` now."""
+    file.write_bytes(data)
+    return file
+
+
+def seeds(here: Path) -> dict[str, list[bytes]]:
+    """Of each target what it should find, to begin from."""
+    array = np.lib.format.magic(1, 0) + b"\x76\x00{'descr': '<u2', 'fortran_order': False, 'shape': (3,), }" + b" " * 60 + b"\n" + bytes(6)
+    model = {"model.embed_tokens.weight": np.zeros((32, 8), np.float32), "model.norm.weight": np.ones(8, np.float32)}
+    return {
+        "recipe": [b"model: haiku\nlr: 1.0e-3\ndata: [a.txt, b]\n", b"epochs: 2\nbatch_size: 8 # eight\n"],
+        "run_config": [b"model: haiku\nlr: 0.003\nderived: {total_steps: 10, data: x, sequences_per_step: 8, vocab_size: 32}\n"],
+        "metrics": [b'{"step": 1, "tokens": 8, "time_s": 0.1, "train/loss": 2.5}\n{"step": 2, "tokens": 16, "time_s": 0.2, "event": "save"}\n'],
+        "progress": [json.dumps({"step": 3, "tokens": 96, "selection": {}, "plateau": None, "tracker_id": None}).encode()],
+        "manifest": [a_store(here / "seed")],
+        "model_config": [json.dumps(to_hf_config(MODEL)).encode()],
+        "weights": [save(model)],
+        "weights_index": [b'{"metadata": {}, "weight_map": {"model.embed_tokens.weight": "model-00001-of-00002.safetensors"}}'],
+        "tokenizer": [BPETokenizer.bytes().to_json().encode()],
+        "rows": [b'{"text": "one"}\n{"text": "two"}\n', b'{"prompt": "a", "completion": "b"}\n', b'{"messages": [{"role": "assistant", "content": "x"}]}\n'],
+        "text": [b"One line.\n\nAnother.\n"],
+        "tokens": [array],
+    }
+
+
+TARGETS: dict[str, Callable[[bytes, Path], None]] = {
+    f.__name__: f for f in (recipe, run_config, metrics, progress, manifest, model_config, weights, weights_index, tokenizer, rows, text, tokens)
+}
+
+# ------------------------------------------------------------------------------------------------------------------------ what must not happen
+
+FORBIDDEN = {"pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "ctypes.dlopen", "socket.connect"}
+_allowed: list[str] | None = None
+
+
+def _watch(event: str, args: tuple[Any, ...]) -> None:
+    if _allowed is None:
+        return
+    if event in FORBIDDEN:
+        raise AssertionError(f"{event} {args} because of what a file said")
+    if event == "open" and isinstance(args[0], str):
+        path = PurePath(os.path.normpath(args[0]))  # without asking the file system, which would be another event
+        if ".." in path.parts or (path.is_absolute() and not any(path.is_relative_to(place) for place in _allowed)):
+            raise AssertionError(f"opened {args[0]}, outside of {_allowed}")
+
+
+sys.addaudithook(_watch)
+
+
+@contextmanager
+def watched(here: Path) -> Iterator[None]:
+    """Nothing forbidden happens within, and no file is opened but below `here`, Python's own, and those of this project."""
+    global _allowed
+    _allowed = [str(here), sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]), "/proc/", "/sys/", "/dev/"]
+    _allowed.append(os.environ["CONSYN_CACHE"])
+    try:
+        yield
+    finally:
+        _allowed = None
+
+
+def attempt(name: str, data: bytes, here: Path) -> str | None:
+    """Run one target; what it answered, or None where it was content."""
+    with watched(here):
+        try:
+            TARGETS[name](data, here)
+        except UserError as answer:
+            said = str(answer)
+            assert 0 < len(said) < 2000, said
+            assert "Traceback" not in said
+            return said
+    return None

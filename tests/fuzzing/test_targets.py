@@ -1,0 +1,53 @@
+"""Whatever others wrote is read or answered. A longer search, led by coverage: `python tests/fuzzing/search.py --minutes 60`."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent))
+from targets import TARGETS, attempt, seeds
+
+SLOW = {"rows", "text", "weights", "weights_index"}
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[bytes]]:
+    return seeds(tmp_path_factory.mktemp("seeds"))
+
+
+def changed(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
+    """`data` with pieces of it replaced: (where, how much, by what)."""
+    for where, length, piece in changes:
+        at = where % (len(data) + 1)
+        data = data[:at] + piece + data[at + length :]
+    return data
+
+
+PIECES = st.one_of(
+    st.binary(max_size=6),
+    st.sampled_from([b"null", b"-1", b"1e999", b"99999999999999999999", b"[]", b"{}", b'""', b"../../etc/passwd", b"\x00", b"\xff\xfe", b"NaN", b"true"]),
+    st.sampled_from([b"[" * 3000, b"!!python/object/apply:os.system [true]", b"&a [*a]", b"\xef\xbb\xbf", "\ud7ff\u2028".encode(), b"\x80\x04", b"x" * 5000]),
+)
+CHANGES = st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 40), PIECES), max_size=4)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_was_written_well_is_taken(name: str, examples: dict[str, list[bytes]], tmp_path: Path) -> None:
+    for number, data in enumerate(examples[name]):
+        here = tmp_path / str(number)
+        here.mkdir()
+        said = attempt(name, data, here)
+        assert said is None or name in ("run_config", "weights", "weights_index"), said
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_whatever_was_written_is_taken_or_answered(name: str, examples: dict[str, list[bytes]], tmp_path: Path) -> None:
+    @settings(max_examples=15 if name in SLOW else 60, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.sampled_from(examples[name]), CHANGES, st.integers(0, 10_000))
+    def search(data: bytes, changes: list[tuple[int, int, bytes]], keep: int) -> None:
+        attempt(name, changed(data, changes)[: keep if keep < 3000 else None], tmp_path)
+
+    search()
