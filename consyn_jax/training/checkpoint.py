@@ -17,7 +17,8 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ UNFINISHED = ".orbax-checkpoint-tmp"  # behind the step: being written, or being
 DAMAGED = ".damaged"  # behind the step: set aside
 SPARE_BYTES = 1 << 20  # of a checkpoint, beside its arrays
 READ_BYTES = 1 << 20
+LARGEST_CHECKSUMS = 1 << 26  # bytes of them: those of half a million files
+LOW, LOOK_S = 15, 0.1  # priority of a thread, as `nice` counts: 1/28 of a normal one; and how often it is seen to
 AGREE_MS = 6 * 3600 * 1000  # the slowest write that other processes wait for; of one that died, JAX tells them
 
 # Orbax logs what it does and each error that it raises, with a traceback; the errors are answered here.
@@ -59,16 +62,16 @@ class Checkpoints:
     def __init__(self, directory: Path, keep_last: int = 3, keep_every: int | None = None, warn: Callable[[str], None] = warnings.warn) -> None:
         self.directory = directory.absolute()
         self.damaged: dict[int, str] = {}
-        """By step, what is wrong with those that `newest` passed over."""
+        """By step, what is wrong with those that `newest` passed over, until `delete_after` sets them aside."""
         self._keep_last, self._keep_every, self._warn = keep_last, keep_every, warn
         self._whole: set[int] = set()  # of the steps there are, those whose files have been verified
-        self._failing = False
+        self._failing = self._abandoned = False  # the last save failed; what Orbax had begun may still be under way
         self._thread: threading.Thread | None = None
         self._outcome: str | BaseException | None = None  # of the thread: what went wrong
         self._agreements = _Agreements()
         # Random numbers hardly compress: level 1 takes ten times the processor time for 7 % of the size.
         self._handler = ocp.PyTreeCheckpointHandler(use_compression=False)
-        self._unraisable, sys.unraisablehook = sys.unraisablehook, _without_abandoned_writes(sys.unraisablehook)
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, _without_abandoned_work(sys.unraisablehook)
         found: list[int] = []
         if reason := self._first(lambda: found.extend(_steps(self.directory))):
             raise UserError(f"{self.directory} cannot be read: {reason}.")
@@ -87,10 +90,12 @@ class Checkpoints:
             run: what else the run needs to go on, as JSON: tokens trained, selection, tracker ids.
 
         Returns:
-            Whether it was begun. Not when there is too little space, or the directory cannot be written.
+            Whether it was begun, or is there. Not when there is too little space, or the directory cannot be written.
         """
         self.wait()
-        assert step not in self._steps, f"there is a checkpoint of step {step}"
+        if step in self._steps:  # a signal came behind it
+            return True
+        assert step > max(self._steps, default=-1), f"there is a checkpoint of step {self._steps[-1]}"
         target, size = self._unfinished(step), sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         if reason := self._first(lambda: _prepare(target, size + SPARE_BYTES)):
             self._complain(self._not_written(step, reason))
@@ -125,7 +130,8 @@ class Checkpoints:
             self.wait()
         finally:
             self._handler.close()
-            sys.unraisablehook = self._unraisable
+            if not self._abandoned:
+                sys.unraisablehook = self._unraisable
 
     def _not_written(self, step: int, reason: str) -> str:
         newest = f"The newest is that of step {self._steps[-1]}" if self._steps else "There is none yet"
@@ -135,6 +141,7 @@ class Checkpoints:
         if sentence and not self._failing:
             self._warn(sentence)
         self._failing = sentence is not None
+        self._abandoned |= self._failing
 
     def _commit(self, step: int, run: dict[str, Any], futures: list[Any], error: Exception | None) -> None:
         """The background thread: wait for the arrays, and make a checkpoint of them once every process has written its own."""
@@ -148,8 +155,7 @@ class Checkpoints:
         target, own = self._unfinished(step), f"{STATE}/ocdbt.process_{jax.process_index()}/"
         digests: dict[str, str] = {}
         try:
-            for future in futures:
-                future.result()
+            _write_at_low_priority(futures)
             if error is None:
                 digests = {name: _digest(target / name, flush=True) for name in _files(target) if name.startswith(own)}
         except Exception as caught:  # noqa: BLE001 - told to the other processes, which wait for this one
@@ -174,7 +180,7 @@ class Checkpoints:
         self._handler.finalize(epath.Path(target / STATE))
         (target / RECORD).write_text(json.dumps(run))
         digests = {name: written.get(name) or _digest(target / name, flush=True) for name in _files(target)}
-        (target / CHECKSUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))
+        (target / CHECKSUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()), encoding="utf-8")
         _digest(target / CHECKSUMS, flush=True)
         for directory in [*(path for path in target.rglob("*") if path.is_dir()), target]:
             _flush(directory)
@@ -192,7 +198,7 @@ class Checkpoints:
             UserError: all are damaged.
         """
         for step in reversed(self._steps):
-            if (reason := self._damage(step)) is None:
+            if (reason := self.damaged.get(step) or self._damage(step)) is None:
                 return step
             if step not in self.damaged:
                 self.damaged[step] = reason
@@ -226,10 +232,13 @@ class Checkpoints:
             _check_model(place, self._handler.metadata(state).tree, like)
             arguments = ocp.args.PyTreeRestore(item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
             return self._handler.restore(state, args=arguments), self.record(step)
-        except Exception as error:
-            if reason := _refusal(error):  # its files were whole a moment ago
-                raise UserError(f"{place} cannot be read: {reason}.") from error
+        except UserError:
             raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            # Its files are as they were written. But whoever wrote them may have been another version of Orbax, or a stranger.
+            self._abandoned = True
+            reason = _refusal(error) or " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(f"{place} cannot be restored: {reason}.") from error
 
     def record(self, step: int) -> dict[str, Any]:
         """The run record of `step` without its state, verified by itself.
@@ -240,7 +249,12 @@ class Checkpoints:
         place = self.directory / str(step)
         if reason := _damage(place, only=RECORD):
             raise UserError(f"{place} is damaged: {reason}. Go on from another one with --resume STEP.")
-        record: dict[str, Any] = json.loads((place / RECORD).read_text())
+        try:
+            record = json.loads((place / RECORD).read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{place / RECORD} cannot be read: {type(error).__name__}. Go on from another one with --resume STEP.") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{place / RECORD} is no record of a run. Go on from another one with --resume STEP.")
         return record
 
     def delete_after(self, step: int) -> None:
@@ -254,6 +268,8 @@ class Checkpoints:
         if reason := self._first(lambda: self._remove(later)):
             raise UserError(f"{self.directory}: checkpoints later than step {step} cannot be removed: {reason}.")
         self._steps = [other for other in self._steps if other <= step]
+        self._whole -= set(later)  # there will be others of these steps
+        self.damaged = {other: reason for other, reason in self.damaged.items() if other <= step}
 
     def _damage(self, step: int) -> str | None:
         """What is wrong with a checkpoint, in every process the same. Each verifies a part of the files."""
@@ -382,7 +398,12 @@ def _damage(directory: Path, part: int = 0, parts: int = 1, only: str | None = N
         only: read none but this file.
     """
     try:
-        lines = (directory / CHECKSUMS).read_text().splitlines()
+        sums = directory / CHECKSUMS
+        if not sums.is_file():
+            return f"{CHECKSUMS} is missing"
+        if sums.stat().st_size > LARGEST_CHECKSUMS:
+            return f"{CHECKSUMS} is unreadable"
+        lines = sums.read_text(encoding="utf-8").splitlines()
         expected = {match[2]: match[1] for line in lines if (match := re.fullmatch(r"([0-9a-f]{32})  (.+)", line))}
         names = _files(directory)
         if len(expected) != len(lines):
@@ -404,13 +425,29 @@ def _damage(directory: Path, part: int = 0, parts: int = 1, only: str | None = N
 def _check_model(place: Path, there: Any, like: TrainState) -> None:
     """Raise UserError where the arrays of a checkpoint are not those of `like`."""
     old, new = (
-        {name: f"{leaf.dtype} {list(leaf.shape)}" for name, leaf in ocp.tree.to_flat_dict(ocp.tree.serialize_tree(tree), sep="/").items()}
-        for tree in (there, like)
+        {name: f"{leaf.dtype} {list(leaf.shape)}" for name, leaf in ocp.tree.to_flat_dict(tree, sep="/").items()}
+        for tree in (ocp.tree.serialize_tree(state, keep_empty_nodes=True) for state in (there, like))
     )
     names = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
     if names:
         first = "; ".join(f"{name} is {old.get(name, 'nothing')} there and {new.get(name, 'nothing')} here" for name in names[:3])
         raise UserError(f"{place} is of another model: {first}{' and so on' if names[3:] else ''}.")
+
+
+def _write_at_low_priority(futures: list[Any]) -> None:
+    """Wait for Orbax to write; its threads get what processor time training leaves, for on a CPU there is no other to take.
+
+    TensorStore makes and ends these threads as it needs them, and a priority once lowered stays, so theirs is looked at again and again.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        written = thread.submit(lambda: [future.result() for future in futures])
+        while not written.done():
+            for task in Path("/proc/self/task").glob("*"):  # elsewhere than on Linux there is none
+                with suppress(OSError):  # it has just ended
+                    if (task / "comm").read_text().startswith("ts_"):
+                        os.setpriority(os.PRIO_PROCESS, int(task.name), LOW)
+            wait([written], LOOK_S)
+        written.result()
 
 
 def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -419,14 +456,14 @@ def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
         return thread.submit(asyncio.run, coroutine).result()
 
 
-def _without_abandoned_writes(report: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A `sys.unraisablehook` that is silent about the writes which Orbax had begun when one of them failed.
+def _without_abandoned_work(report: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A `sys.unraisablehook` that is silent about the reads and writes which Orbax had begun when one of them failed.
 
     They end at any later time, each with a traceback on stderr, and the loop that would hear of them is closed by then.
     """
 
     def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        if str(unraisable.exc_value) != "Event loop is closed" and "_read_array_index" not in repr(unraisable.object):
             report(unraisable)
 
     return hook
