@@ -208,6 +208,8 @@ class OptimizerOptions:
     momentum: float | None = flag(None, "decay of the momentum of sgd, muon and adafactor (0.9, 0.95, none)", math=True)
     moment_dtype: str = flag("float32", "moments and momentum are kept in this type", choices=("float32", "bfloat16"), math=True)
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this global norm; 0 leaves them", math=True)
+    on_nonfinite: str = flag("halt", "what a loss or gradient that is not finite does: end the run, or lose its update", choices=("halt", "skip"))
+    max_nonfinite_steps: int = flag(10, "as many such steps in a row end the run all the same")
     scheduler: str = flag("cosine", "shape of the learning rate (constant_with_warmup for schedule_free_adamw)", choices=SCHEDULERS, math=True)
     warmup_ratio: float = flag(0.02, "share of the steps in which the rate rises", math=True)
     warmup_steps: int | None = flag(None, "the same in steps; wins over --warmup_ratio", math=True)
@@ -242,6 +244,11 @@ class HardwareOptions:
     )
     auto_batch: bool = flag(False, "where a micro-batch does not fit the memory, halve --batch_size and double --gradient_accumulation_steps")
     mesh: str = flag("auto", "devices along each axis, as in data=2,fsdp=4,context=1,tensor=1; auto: fsdp over all")
+    distributed: bool = flag(False, "this is one of several processes of one run; Slurm, Open MPI or Kubernetes say which, or the next three flags do")
+    coordinator_address: str | None = flag(None, "HOST:PORT of process 0, where this port is free; the same in all processes")
+    num_processes: int | None = flag(None, "processes in all")
+    process_id: int | None = flag(None, "number of this process, from 0")
+    watchdog_minutes: float = flag(10.0, "end where nothing moves for so long and 20 steps, with the stacks of all processes in stacks/; 0 never does")
 
 
 # What an evaluation logs, and whether more of it is better.
@@ -266,6 +273,7 @@ class SavingOptions:
     keep_every: int | None = flag(None, "keep every checkpoint whose step is a multiple of this, too")
     resume: str = flag("auto", "auto goes on from the newest checkpoint; never; or a step")
     overwrite: bool = flag(False, "delete the run that --output holds and start anew")
+    replay: str | None = flag(None, "repeat the step in this bundle, nonfinite/STEP of a run that diverged, and show where it began; no training")
     overwrite_schedule: bool = flag(False, "go on though the number of steps or the schedule is another than the run began with")
 
 
@@ -511,7 +519,10 @@ def _fit_optimizer(values: dict[str, Any], origins: dict[str, str]) -> None:
         for name in filter(own, fitted):
             values[name], origins[name] = float(f"{fitted[name]:.6g}"), f"{origins[name]}, for lion"
     if optimizer == "sgd" and own("lr"):
-        raise UserError("The rates of the models are made for adamw and its kin, and --optimizer sgd wants a much higher one. Give --lr (0.1 is a start).")
+        raise UserError(
+            "The rates of the models are made for adamw and its kin, and --optimizer sgd wants a much higher one. Give --lr (0.1 is a start; with it, "
+            "--lr_find suggests another)."
+        )
     if optimizer == "schedule_free_adamw" and own("scheduler"):
         values["scheduler"], origins["scheduler"] = "constant_with_warmup", "optimizer schedule_free_adamw"
 
@@ -560,7 +571,7 @@ def preset_architecture(name: str, vocab_size: int = 49_152, **tokens: int | Non
 
 
 POSITIVE: tuple[str, ...] = ("max_tokens", "epochs", "max_steps", "total_tokens", "batch_size", "gradient_accumulation_steps", "lr")
-POSITIVE += ("eps", "num_cycles", "power", "eval_steps", "save_steps", "keep_last", "keep_every", "logging_steps")
+POSITIVE += ("eps", "num_cycles", "power", "max_nonfinite_steps", "eval_steps", "save_steps", "keep_last", "keep_every", "logging_steps")
 
 
 def validate(config: RunConfig) -> None:
@@ -588,12 +599,33 @@ def validate(config: RunConfig) -> None:
     validate_corpus(config.data)
     _validate_mixing(config)
     _validate_selection(config)
+    _validate_processes(config.hardware)
     if values["resume"] not in ("auto", "never") and not values["resume"].isdigit():
         raise UserError(f"--resume wants auto, never or a step, not {values['resume']!r}.")
     if values["overwrite"] and values["resume"].isdigit():
         raise UserError(f"--overwrite deletes what --resume {values['resume']} would go on from. Leave one of them out.")
     if config.model.model in PRESETS:
         architecture(config.model, vocab_size=1)
+
+
+def _validate_processes(hardware: HardwareOptions) -> None:
+    given = {name: getattr(hardware, name) for name in ("coordinator_address", "num_processes", "process_id")}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if hardware.watchdog_minutes < 0:
+        raise UserError(f"--watchdog_minutes must not be negative, and is {hardware.watchdog_minutes}. 0 turns it off.")
+    if len(missing) == 3:
+        return
+    if not hardware.distributed:
+        raise UserError(f"--{next(name for name, value in given.items() if value is not None)} belongs to --distributed. Give that, too, or leave it out.")
+    if missing:
+        raise UserError(f"--distributed has no {' and no '.join(missing)}. Give all three, or none where Slurm, Open MPI or Kubernetes starts the processes.")
+    host, _, port = given["coordinator_address"].rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"--coordinator_address wants HOST:PORT, as in node1:1234, not {given['coordinator_address']!r}.")
+    if given["num_processes"] < 1:
+        raise UserError(f"--num_processes must be at least 1, not {given['num_processes']}.")
+    if not 0 <= given["process_id"] < given["num_processes"]:
+        raise UserError(f"--process_id {given['process_id']} is not one of {given['num_processes']} processes, which are numbered from 0. Correct one of them.")
 
 
 def validate_corpus(options: CorpusOptions) -> None:

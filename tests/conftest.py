@@ -1,12 +1,14 @@
 """Eight CPU devices for every test, and where the shared data is."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
+import jax
 import pytest
 from hypothesis import settings
 
@@ -31,3 +33,14 @@ def shared_data() -> Path:
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Token stores made by tests stay out of the user's cache."""
     monkeypatch.setenv("CONSYN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """With the mark `quick_compiler`, programs of the same operations are compiled in half the time, and run more slowly.
+
+    It is for what is compared with itself, on other meshes or later. Comparisons with other implementations keep the compiler that users
+    have, as the last bits are those of the machine code.
+    """
+    jax.config.update("jax_disable_most_optimizations", item.get_closest_marker("quick_compiler") is not None)
+    return (yield)

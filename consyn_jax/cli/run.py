@@ -15,7 +15,9 @@ EXIT_CODES = {UserError: 2, Diverged: 3, Interrupted: 75}
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM where there is nothing to save yet: unwound like Ctrl-C, so that half-made files are removed."""
+    """SIGTERM, or Slurm's warning SIGUSR1, where there is nothing to save yet: unwound like Ctrl-C, so that half-made files are removed."""
+
+    number = signal.SIGTERM
 
 
 def exit_code(prog: str, work: Callable[[], None]) -> int:
@@ -29,7 +31,7 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
         return EXIT_CODES[type(known)]
     except KeyboardInterrupt as stopped:
         print(f"{prog}: interrupted before there was anything to save.", file=sys.stderr)
-        return 128 + (signal.SIGTERM if isinstance(stopped, _Terminated) else signal.SIGINT)
+        return 128 + getattr(stopped, "number", signal.SIGINT)
     return 0
 
 
@@ -42,8 +44,9 @@ def _unwinding_on_sigterm() -> Iterator[None]:
     def unwind(number: int, frame: FrameType | None) -> None:
         raise _Terminated
 
-    before = signal.signal(signal.SIGTERM, unwind)
+    before = {number: signal.signal(number, unwind) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

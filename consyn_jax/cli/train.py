@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +26,10 @@ Train a decoder language model: text in, a model that transformers loads out.
 Without flags: the 124 M parameter model on text that comes with Python."""
 USAGE = "[--config FILE] [--model NAME] [--data PATH] [FLAG ...]"
 USED_WITH_TOKENS = {"data", "validation", "validation_fraction", "dataset_type", "tokenizer", "num_workers"}
-MODES = arguments.MODES | {"dry_run": "print what would run, with its learning rates as a picture, and stop"}
+MODES = arguments.MODES | {
+    "dry_run": "print what would run, with its learning rates as a picture, and stop",
+    "lr_find": "train for 200 steps at rising learning rates, print which suits, and stop",
+}
 EPILOG = """\
 examples:
   consyn-train --model haiku --tokenizer train:4096 --max_steps 300
@@ -52,7 +55,24 @@ def run(argv: Sequence[str]) -> None:
 
         print(describe(config, origins), end="")
         return
-    train(config, origins, ACTIONS[mode])
+    if config.saving.replay is not None:
+        from consyn_jax.cli.replay import replay
+
+        replay(config, origins)
+        return
+    with _runtime(config, mode):
+        train(config, origins, ACTIONS[mode])
+
+
+def _runtime(config: RunConfig, mode: str) -> AbstractContextManager[Any]:
+    """With --distributed, JAX over all processes of the run. They meet before anything slow begins."""
+    if not config.hardware.distributed or mode == "dry_run":
+        return nullcontext()
+    if mode:
+        raise UserError(f"--{mode} runs in one process. Leave --distributed out.")
+    from consyn_jax.distributed.launch import runtime
+
+    return runtime(config)
 
 
 def read_arguments(argv: Sequence[str]) -> tuple[RunConfig, dict[str, str], str]:
@@ -72,19 +92,27 @@ def _dry_run(trainer: ConsynTrainer) -> None:
     trainer.describe()
 
 
-ACTIONS: dict[str, Callable[[ConsynTrainer], None]] = {"": _run, "dry_run": _dry_run}
+def _find_rate(trainer: ConsynTrainer) -> None:
+    trainer.find_rate()
+
+
+ACTIONS: dict[str, Callable[[ConsynTrainer], None]] = {"": _run, "dry_run": _dry_run, "lr_find": _find_rate}
 
 
 def train(config: RunConfig, origins: dict[str, str], action: Callable[[ConsynTrainer], None] = _run) -> None:
     """Check what can be checked at once, prepare the data, describe the model, and train or do what was asked for instead."""
-    from consyn_jax.training.run_directory import check_output
+    from consyn_jax.distributed.peers import is_first
+    from consyn_jax.training.run_directory import check_output, run_path
+    from consyn_jax.training.run_lock import check_free
 
     base, stored, weights = _models(config)
     if base is not None:
         limit = config.model.context or base.context
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_tokens=config.data.max_tokens or limit))
         check_context(config.data.max_tokens, limit)
-    check_output(config)
+    if is_first():
+        check_output(config)
+        check_free(run_path(config))
     is_store = _check_data(config)
     tokenizer_spec = _tokenizer_spec(config, stored, weights, is_store)
     _check_devices(config)

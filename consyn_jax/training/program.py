@@ -22,9 +22,11 @@ from consyn_jax.model.attention import AttentionChoice, choose_attention
 from consyn_jax.model.dropout import Dropout
 from consyn_jax.model.parameters import Layout, Params, layout
 from consyn_jax.model.transformer import Compute, Decoder
+from consyn_jax.training.guard import guarded
 from consyn_jax.training.loss import Extras, LossSums, head_loss, head_objective
 from consyn_jax.training.optimizer import configured_optimizer, place_state
 from consyn_jax.training.precision import PrecisionChoice, choose_precision, make_scaled_train_step, with_loss_scale
+from consyn_jax.training.signals import SIGNALS, is_shared, signals_like, with_signals
 from consyn_jax.training.step import Batch, Step, TrainState, make_train_step, with_dropout
 
 BATCH_DTYPES = {"input_ids": jnp.int32, "labels": jnp.int32, "segment_ids": jnp.int32, "loss_mask": jnp.bool_}
@@ -42,6 +44,7 @@ class Program:
         max_grad_norm: 0 for no clipping.
         regularisation: of training; evaluation is without.
         seed: of what training draws.
+        max_nonfinite_steps: as many steps in a row that are not finite stop the state for good.
     """
 
     config: ModelConfig
@@ -51,6 +54,7 @@ class Program:
     mesh: Mesh
     regularisation: RegularisationOptions = field(default_factory=RegularisationOptions)
     seed: int = 0
+    max_nonfinite_steps: int = 1
 
     @cached_property
     def layout(self) -> Layout:
@@ -88,32 +92,41 @@ class Program:
         place = partial(jax.tree.map, lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where))
         shardings = self.layout.shardings(self.mesh)
         opt_state = place_state(jax.eval_shape(self.rule.init, self.layout.shapes), self.layout.shapes, shardings, everywhere)
-        step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-        return TrainState(step, place(self.layout.shapes, shardings), opt_state)
+        count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+        return TrainState(count, place(self.layout.shapes, shardings), opt_state, count)
 
     def initial_state(self, params: Params) -> TrainState:
         """Step 0 with these parameters, which the state takes over."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_like)
         opt_state = jax.jit(self.rule.init, out_shardings=shardings.opt_state)(params)
-        return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state)
+        return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state, jax.device_put(jnp.int32(0), shardings.nonfinite))
+
+    def step(self, rule: optax.GradientTransformation, max_grad_norm: float) -> Step:
+        """The train step with this update rule, its state's scale of the loss included."""
+        make = make_scaled_train_step if self.compute.dtype == jnp.float16 else make_train_step
+        return self.with_draws(make(self.objective, rule, max_grad_norm))
+
+    def with_draws(self, step: Step) -> Step:
+        """`step`, whose batch has the keys of what this run draws."""
+        return with_dropout(step, self.seed) if self.regularisation.dropout else step
 
     def lower_train_step(self, accumulation: int, batch_size: int, length: int) -> jax.stages.Lowered:
         """`step(state, batch [A, B, T]) -> (state, metrics)`, the state donated."""
-        make = make_scaled_train_step if self.compute.dtype == jnp.float16 else make_train_step
-        step: Step = make(self.objective, self.rule, self.max_grad_norm)
-        if self.regularisation.dropout:
-            step = with_dropout(step, self.seed)
+        step = guarded(self.step(self.rule, self.max_grad_norm), self.max_nonfinite_steps)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_like)
-        batch = self._batch_like((accumulation, batch_size, length), TRAIN_AXES)
+        batch = self.batch_like((accumulation, batch_size, length), TRAIN_AXES)
+        if is_shared(self.mesh):
+            step, batch = with_signals(step), batch | {SIGNALS: signals_like(self.mesh)}
         with jax.set_mesh(self.mesh), jax.threefry_partitionable(True):  # draws count by element, wherever it lies
             return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(self.state_like, batch)
 
     def lower_eval_step(self, batch_size: int, length: int) -> jax.stages.Lowered:
         """`sums(params, batch [B, T]) -> LossSums`."""
         with jax.set_mesh(self.mesh):
-            return jax.jit(self.loss).lower(self.state_like.params, self._batch_like((batch_size, length), EVAL_AXES))
+            return jax.jit(self.loss).lower(self.state_like.params, self.batch_like((batch_size, length), EVAL_AXES))
 
-    def _batch_like(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> dict[str, Any]:
+    def batch_like(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> dict[str, Any]:
+        """A batch as shapes, dtypes and shardings."""
         where = sharding(self.mesh, axes)
         return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in BATCH_DTYPES.items()}
 
@@ -148,5 +161,6 @@ def build_program(model: ModelConfig, run: RunConfig, schedule: optax.Schedule, 
     unroll = device.platform == "cpu" and model.num_layers <= UNROLLED_LAYERS
     compute = Compute(precision.dtype, attention.backend, hardware.gradient_checkpointing, unroll)
     rule = configured_optimizer(optimizer, schedule, layout(model).logical_axes)
-    program = Program(model, compute, rule, optimizer.max_grad_norm, build_mesh(sizes, devices), regularisation, budget.seed)
+    limit = 1 if optimizer.on_nonfinite == "halt" else optimizer.max_nonfinite_steps
+    program = Program(model, compute, rule, optimizer.max_grad_norm, build_mesh(sizes, devices), regularisation, budget.seed, limit)
     return Built(program, attention, precision)

@@ -11,6 +11,7 @@ from typing import Any
 from consyn_jax.config import UserError
 from consyn_jax.training.scheduler import Plateau
 from consyn_jax.training.selection import Selection
+from consyn_jax.training.spikes import RecentLosses
 
 
 @dataclass
@@ -19,12 +20,15 @@ class Progress:
 
     Attributes:
         clipped, unlogged: of the steps since the last line of metrics, those whose gradients were clipped, and all.
+        left_out: steps whose update was left out because the loss or a gradient was not finite.
     """
 
     step: int = 0
     tokens: int = 0
     clipped: int = 0
     unlogged: int = 0
+    left_out: int = 0
+    recent: RecentLosses = field(default_factory=RecentLosses)
     selection: Selection = field(default_factory=Selection)
     plateau: Plateau | None = None
     tracker_id: str | None = None
@@ -37,12 +41,12 @@ class Progress:
             UserError: it is something else.
         """
         try:
-            return _checked(cls, record)
+            return checked(cls, record)
         except (TypeError, KeyError) as error:
             raise UserError(f"The record of this checkpoint is damaged ({error}). Go on from another with --resume STEP.") from error
 
 
-def _checked(kind: Any, values: Any) -> Any:
+def checked(kind: Any, values: Any) -> Any:
     """A dataclass from the dictionary of its fields, each of its type.
 
     Raises:
@@ -53,9 +57,11 @@ def _checked(kind: Any, values: Any) -> Any:
     hints, made = typing.get_type_hints(kind), {}
     for name, value in values.items():
         choices = typing.get_args(hints[name]) or (hints[name],)
+        listed = typing.get_origin(hints[name]) is list
         inner = next((choice for choice in choices if is_dataclass(choice)), None)
-        made[name] = value if inner is None or (value is None and NoneType in choices) else _checked(inner, value)
-        if not isinstance(made[name], (*choices, int) if float in choices else choices):
+        made[name] = value if inner is None or (value is None and NoneType in choices) else checked(inner, value)
+        allowed = (*choices, int) if float in choices else choices
+        if isinstance(value, list) != listed or not all(isinstance(item, allowed) for item in (value if listed else [made[name]])):
             raise TypeError(f"{name} is {value!r:.50}")
     return kind(**made)
 

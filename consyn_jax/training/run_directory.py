@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
+import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,20 @@ from typing import Any
 import yaml
 
 from consyn_jax.config import PrepareConfig, RunConfig, UserError, flags, flat, resolve
+from consyn_jax.distributed.peers import Peers, current_peers
+from consyn_jax.training.run_lock import RunLock, read_holder
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
-ENTRIES = (CONFIG, "metrics.jsonl", "tokenizer", CHECKPOINTS, "best", "final", "logs", "profile", "report.html", "loss.png", "schedule.png", "wandb")
+ENTRIES = (CONFIG, "metrics.jsonl", "tokenizer", CHECKPOINTS, "best", "final", "logs", "profile", "report.html", "loss.png", "schedule.png", "wandb", "stacks")
 DERIVED = "derived"  # in config.yaml: what follows from the flags and the data; two runs that differ there are different runs
 
 # What the rate at each step follows from; all of it beside the number of steps, which is derived.
 SCHEDULE = {"epochs", "max_steps", "total_tokens", "lr", "scheduler", "warmup_ratio", "warmup_steps", "min_lr_ratio", "num_cycles", "power"}
 SCHEDULE |= {"decay_ratio", "decay_shape"}
+
+OF_ONE_START = ("overwrite", "overwrite_schedule", "resume", "distributed", "coordinator_address", "num_processes", "process_id")
+SHARED_S = 20.0  # until other hosts see a new file, at the latest
 
 DOCUMENT_END = "...\n"  # what YAML puts behind a lone scalar
 
@@ -46,7 +52,7 @@ class RunDirectory:
 
     path: Path
     holds_run: bool
-    lock: int | None = None
+    lock: RunLock | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -56,38 +62,71 @@ class RunDirectory:
     def write_config(self, config: RunConfig, origins: dict[str, str], derived: dict[str, Any]) -> None:
         """Write config.yaml: every value with its origin; `consyn-train --config` reads it back."""
         # These speak of one start of the command. A recipe that kept --overwrite would delete the run it came from.
-        lasting = dataclasses.replace(config, saving=dataclasses.replace(config.saving, overwrite=False, overwrite_schedule=False, resume="auto"))
-        origins = origins | dict.fromkeys(("overwrite", "overwrite_schedule", "resume"), "default")
+        saving = dataclasses.replace(config.saving, overwrite=False, overwrite_schedule=False, resume="auto")
+        hardware = dataclasses.replace(config.hardware, distributed=False, coordinator_address=None, num_processes=None, process_id=None)
+        lasting = dataclasses.replace(config, saving=saving, hardware=hardware)
+        origins = origins | dict.fromkeys(OF_ONE_START, "default")
         (self.path / CONFIG).write_text(describe(lasting, origins) + yaml.safe_dump({DERIVED: derived}, sort_keys=True), encoding="utf-8")
 
     def close(self) -> None:
         """Let other processes write to it."""
         if self.lock is not None:
-            os.close(self.lock)
+            self.lock.release()
+
+    def beat(self) -> None:
+        """This process is alive; to be said every few seconds."""
+        if self.lock is not None:
+            self.lock.beat()
 
 
 def open_run_directory(config: RunConfig, derived: dict[str, Any], *, write: bool = True) -> RunDirectory:
-    """The run directory of `config`, made if need be.
+    """The run directory of `config`, made if need be. Of several processes, the first says what it holds.
 
     Args:
         derived: what the flags and the data come to, see `DERIVED_NAMES`.
         write: this process may create and delete.
 
     Raises:
-        UserError: it holds another run, is in use, or cannot be written.
+        UserError: it holds another run, is in use, cannot be written, or is not the same in all processes.
     """
+    path, processes = run_path(config), current_peers()
+    if processes is not None and not write:
+        return _same_directory(path, processes)
     holds_run = check_output(config, derived)
-    path = run_path(config)
     if not write:
         return RunDirectory(path, holds_run)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = _lock(path)
+        lock = RunLock(path)
         if config.saving.overwrite:
             _delete_run(path)
     except OSError as error:
         raise UserError(f"--output {path} cannot be used: {error.strerror}. Name a directory that can be written.") from error
+    try:
+        holds_run = check_output(config, derived)  # again: another process may have used it since
+    except UserError:
+        lock.release()
+        raise
+    if processes is not None:
+        processes.gather(json.dumps([holds_run, lock.holder]))
     return RunDirectory(path, holds_run, lock)
+
+
+def _same_directory(path: Path, processes: Peers) -> RunDirectory:
+    """The directory that process 0 has opened."""
+    holds_run, holder = json.loads(processes.gather("")[0])
+    deadline = time.monotonic() + SHARED_S
+    while read_holder(path) != holder:
+        if time.monotonic() > deadline:
+            raise UserError(f"--output {path} is not the same directory here as in process 0. Name one on a file system that all hosts share.")
+        time.sleep(0.2)
+    return RunDirectory(path, holds_run)
+
+
+def in_words(derived: dict[str, Any]) -> dict[str, str]:
+    """What flags and data come to, for people; digests by their beginning."""
+    words = DERIVED_NAMES | {"total_steps": "the number of steps"}
+    return {words[key]: str(value)[:16] for key, value in derived.items() if key in words}
 
 
 def check_output(config: RunConfig, derived: dict[str, Any] | None = None) -> bool:
@@ -221,20 +260,6 @@ def _saved_steps(path: Path) -> list[int]:
     """Steps with a checkpoint; one that is still being written has another name."""
     directory = path / CHECKPOINTS
     return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit()) if directory.is_dir() else []
-
-
-def _lock(path: Path) -> int | None:
-    """Hold the directory against other processes; the operating system lets go when this one ends, however it ends."""
-    lock = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise UserError(f"--output {path} is in use by another process. Wait for it, or name another directory.") from None
-    except OSError:  # a network file system without locks
-        os.close(lock)
-        return None
-    return lock
 
 
 def _read_run(file: Path) -> dict[str, Any]:

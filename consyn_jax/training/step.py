@@ -23,11 +23,16 @@ _DROPOUT = 0x0D409  # sets these draws apart from others with the same seed
 
 
 class TrainState(NamedTuple):
-    """All that changes from step to step and is saved."""
+    """All that changes from step to step and is saved.
+
+    Attributes:
+        nonfinite: steps in a row, the last one included, whose loss or gradients were not finite (training/guard.py).
+    """
 
     step: Int[Array, ""]
     params: Params
     opt_state: optax.OptState
+    nonfinite: Int[Array, ""]
 
 
 Metrics = dict[str, jax.Array]
@@ -78,7 +83,7 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
         params = optax.apply_updates(state.params, updates)
         clipped = (norm > (max_grad_norm or jnp.inf)).astype(jnp.float32)
         metrics = {"loss": sums.nll / tokens, "tokens": sums.tokens, "grad_norm": norm, "clipped": clipped}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step
 
@@ -87,8 +92,12 @@ def with_dropout(step: Step, seed: int) -> Step:
     """`step`, which finds in its batch a key for everything that each micro-batch draws: `dropout_key` [A]."""
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT), state.step)
-        keys_A = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch["labels"].shape[0]))
-        return step(state, {**batch, "dropout_key": keys_A})
+        return step(state, {**batch, "dropout_key": dropout_keys(seed, state.step, batch["labels"].shape[0])})
 
     return train_step
+
+
+def dropout_keys(seed: int, step: int | Int[Array, ""], accumulation: int) -> jax.Array:
+    """Keys [A] of what each micro-batch draws in the step that follows `step` others."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT), step)
+    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(accumulation))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import resource
@@ -24,7 +25,9 @@ from consyn_jax.data.loader import prefetch
 from consyn_jax.data.mixture import Mixture
 from consyn_jax.distributed.hardware import bf16_peak
 from consyn_jax.distributed.host_memory import keep_freed_memory
+from consyn_jax.distributed.launch import refuse_differences
 from consyn_jax.distributed.mesh import local_rows, sharding
+from consyn_jax.distributed.peers import current_peers
 from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.model.arithmetic import train_flops_per_token
 from consyn_jax.model.parameters import Params, layout
@@ -36,16 +39,19 @@ from consyn_jax.training.evaluation import evaluate
 from consyn_jax.training.export import export_model
 from consyn_jax.training.header import header, warnings
 from consyn_jax.training.inputs import HostBatch, as_source
+from consyn_jax.training.lr_find import Suggestion, draw_curve, range_test, rising_rates, rising_schedule, suggest, write_results
 from consyn_jax.training.memory import explaining_exhaustion, fitting
 from consyn_jax.training.metrics import MetricsLog, Trackers, build_trackers, read_metrics
 from consyn_jax.training.optimizer import evaluation_params, with_rate_scale
 from consyn_jax.training.program import EVAL_AXES, TRAIN_AXES, Built, Program, build_program
 from consyn_jax.training.progress import Progress, Stopwatch
+from consyn_jax.training.replay import BUNDLES, Incident, leave_bundle, sample_names
 from consyn_jax.training.report import write_loss_plot, write_report
-from consyn_jax.training.run_directory import CHECKPOINTS, RunDirectory, check_output, open_run_directory, run_path
+from consyn_jax.training.run_directory import CHECKPOINTS, CONFIG, RunDirectory, check_output, in_words, open_run_directory, run_path
 from consyn_jax.training.scheduler import configured_plateau, configured_schedule, decay_end, draw_schedule, write_schedule_plot
-from consyn_jax.training.signals import Signals
-from consyn_jax.training.step import TrainState
+from consyn_jax.training.signals import Agreement, Signals
+from consyn_jax.training.step import Batch, Metrics, TrainState
+from consyn_jax.training.watchdog import COMPILING, EVALUATING, FINISHING, SAVING, STEPPING, WAITING, Watchdog
 
 SAMPLE_TOKENS = 200
 
@@ -153,10 +159,14 @@ class ConsynTrainer:
             keep_freed_memory()
         return build_program(self.model.config, self.run, schedule or self.schedule, jax.devices())
 
-    def compile_train_step(self, run: RunConfig) -> jax.stages.Compiled:
-        """The train step of `run`, which is this trainer's or differs from it in batch, memory or precision."""
+    def compile_train_step(self, run: RunConfig, schedule: optax.Schedule | None = None) -> jax.stages.Compiled:
+        """The train step of `run`, which is this trainer's or differs from it in batch, memory or precision.
+
+        Args:
+            schedule: as for `build`.
+        """
         assert run.data.max_tokens is not None
-        program = build_program(self.model.config, run, self.schedule, jax.devices()).program
+        program = build_program(self.model.config, run, schedule or self.schedule, jax.devices()).program
         return program.lower_train_step(run.budget.gradient_accumulation_steps, run.budget.batch_size, run.data.max_tokens).compile()
 
     @property
@@ -216,6 +226,43 @@ class ConsynTrainer:
             raise UserError(f"{path / 'schedule.png'} cannot be written: {error.strerror}. Name another --output.") from error
         print(f"The learning rate by step; as a picture: {path / 'schedule.png'}.")
 
+    def find_rate(self) -> Suggestion:
+        """A range test of the learning rate from the beginning of this run: printed, and written as lr_find.json and lr_find.png into the
+        run directory, which is not thereby a run.
+
+        Raises:
+            UserError: devices or a directory that do not fit, or a run that begins in the middle of another.
+        """
+        if self.run.optimizer.decay_from is not None:
+            raise UserError("--lr_find begins where a run begins, and --decay_from in the middle of one. Leave one of them out.")
+        rates, path, writes = rising_rates(self.run.optimizer.optimizer), run_path(self.run), jax.process_index() == 0
+        schedule = rising_schedule(rates)
+        built = self.build(schedule)
+        mesh = built.program.mesh
+        with explaining_exhaustion(), Console(quiet=self.run.logging.quiet or not writes, logging_steps=self.run.logging.logging_steps) as console:
+            console.header(header(self, built))
+            console.start(len(rates))
+            run, step = fitting(self.run, partial(self.compile_train_step, schedule=schedule))
+            state, budget = built.program.initial_state(self._parameters(mesh)), run.budget
+            batches = self.train_source.training(0, budget.batch_size, budget.gradient_accumulation_steps, local_rows(mesh, budget.batch_size))
+            tokens, began = self.sequences_per_step * (run.data.max_tokens or 0), time.perf_counter()
+            with prefetch(batches, transform=_placer(mesh, TRAIN_AXES)) as ready:
+                try:
+                    curve = range_test(
+                        step, state, ready, rates, lambda done, loss: console.step(done, loss, done * tokens / (time.perf_counter() - began))
+                    )
+                finally:
+                    self.train_source.close()
+        suggestion = suggest(curve)
+        if writes:
+            try:
+                write_results(path, curve, suggestion)
+            except OSError as error:
+                raise UserError(f"{path / 'lr_find.json'} cannot be written: {error.strerror}. Name another --output.") from error
+            print(draw_curve(curve, suggestion))
+            print(f"The curve is in {path}: lr_find.png, lr_find.json.")
+        return suggestion
+
     def evaluate(self) -> dict[str, float]:
         """Metrics of the model as it is now over the evaluation data."""
         if self.eval_source is None:
@@ -223,19 +270,28 @@ class ConsynTrainer:
         program = self.build().program
         return self.evaluation(program)(self._parameters(program.mesh))
 
-    def evaluation(self, program: Program) -> Callable[[Params], dict[str, float]]:
-        """Compiles `program` for evaluation: what gives the metrics of parameters over the evaluation data."""
+    def evaluation(self, program: Program, tick: Callable[[], None] = lambda: None) -> Callable[[Params], dict[str, float]]:
+        """Compiles `program` for evaluation: what gives the metrics of parameters over the evaluation data.
+
+        Args:
+            tick: called for every batch.
+        """
         assert self.run.data.max_tokens is not None
         step = program.lower_eval_step(self.run.budget.batch_size, self.run.data.max_tokens).compile()
-        return partial(self._evaluate, program, step)
+        return partial(self._evaluate, program, step, tick)
 
-    def _evaluate(self, program: Program, step: Callable[..., Any], params: Params) -> dict[str, float]:
+    def _evaluate(self, program: Program, step: Callable[..., Any], tick: Callable[[], None], params: Params) -> dict[str, float]:
         assert self.eval_source is not None
+
+        def sums_of(batch: Any) -> Any:
+            tick()
+            return step(params, batch)
+
         rows = local_rows(program.mesh, self.run.budget.batch_size)
         batches = self.eval_source.evaluation(self.run.budget.batch_size, rows)
         to_device = _placer(program.mesh, EVAL_AXES)
         with prefetch(batches, transform=to_device) as ready:
-            return evaluate(lambda batch: step(params, batch), ready, self.eval_source.num_bytes)
+            return evaluate(sums_of, ready, self.eval_source.num_bytes)
 
 
 def _placer(mesh: Mesh, axes: tuple[str | None, ...]) -> Callable[[HostBatch], dict[str, jax.Array]]:
@@ -253,15 +309,20 @@ class _Training:
         self.program = self.built.program
         self.writes = jax.process_index() == 0
         saving, logging = trainer.run.saving, trainer.run.logging
+        self.peers = current_peers()
+        if self.peers is not None:  # this waits for the slowest to prepare its data
+            refuse_differences([json.loads(text) for text in self.peers.gather(json.dumps(in_words(trainer._derived())))])
         self.directory: RunDirectory = open_run_directory(trainer.run, trainer._derived(), write=self.writes)
         stack.callback(self.directory.close)
+        minutes = trainer.run.hardware.watchdog_minutes
+        self.watchdog = stack.enter_context(Watchdog(self.directory.path, minutes, self.peers, self.directory.beat))
         self.console = stack.enter_context(Console(quiet=logging.quiet or not self.writes, logging_steps=logging.logging_steps))
         self.checkpoints = Checkpoints(self.directory.checkpoints, saving.keep_last, saving.keep_every)
         stack.callback(self.checkpoints.close)
         self.progress = Progress(plateau=configured_plateau(trainer.run.optimizer, EVALUATION_METRICS[trainer.run.evaluation.metric_for_best_model]))
         self.evaluated = jax.jit(evaluation_params, out_shardings=self.program.layout.shardings(self.program.mesh))
         self.watch = Stopwatch()
-        self.signal = stack.enter_context(Signals())
+        self.agreement = Agreement(stack.enter_context(Signals()), self.program.mesh)
         self.stack = stack
         self.last: dict[str, float] = {}
         self.warned_of_nothing = False
@@ -281,42 +342,52 @@ class _Training:
         t = self.trainer
         assert t.run.data.max_tokens is not None
         self.console.start(t.total_steps, self.progress.step)
+        self.watchdog.at(COMPILING, self.progress.step)
         asked = t.run.budget.batch_size
         t.run, train_step = fitting(t.run, t.compile_train_step)
         if t.run.budget.batch_size != asked:
             parts = f"{t.run.budget.gradient_accumulation_steps} micro-batches of {t.run.budget.batch_size}"
             self.console.note(f"Micro-batches of {asked} do not fit the devices, so each step takes {parts} sequences; the result is the same.")
-        self.evaluation = t.evaluation(self.program) if t.eval_source is not None else None
+        self.evaluation = t.evaluation(self.program, self.watchdog.moved) if t.eval_source is not None else None
+        if self.peers is not None:  # collectives wait for a latecomer for a short time only
+            self.peers.gather("compiled")
         rows = local_rows(self.program.mesh, t.run.budget.batch_size)
         batches = t.train_source.training(self.progress.step, t.run.budget.batch_size, t.run.budget.gradient_accumulation_steps, rows)
-        with prefetch(batches, transform=_placer(self.program.mesh, TRAIN_AXES), interrupted=lambda: self.signal.received is not None) as ready:
+        assert t.run.data.max_tokens is not None
+        like = self.program.batch_like((t.run.budget.gradient_accumulation_steps, t.run.budget.batch_size, t.run.data.max_tokens), TRAIN_AXES)
+        with prefetch(batches, transform=_placer(self.program.mesh, TRAIN_AXES), interrupted=self.agreement.waits_in_vain) as ready:
             try:
-                return self._loop(state, train_step, ready)
+                return self._loop(state, train_step, ready, like)
             finally:  # before the thread is waited for, which may itself be waiting for data
                 t.train_source.close()
 
-    def _loop(self, state: TrainState, train_step: Callable[..., Any], ready: prefetch[Any]) -> TrainState:
+    def _loop(self, state: TrainState, train_step: Callable[..., Any], ready: prefetch[Any], like: dict[str, Any]) -> TrainState:
         t, done = self.trainer, self.progress.step
         eval_every, save_every = t._every(t.run.evaluation.eval_steps), t._every(t.run.saving.save_steps)
-        pending: Any = None
+        pending: tuple[Metrics, Batch] | None = None
         self.watch = Stopwatch()
-        for batch in ready:
-            state, metrics = train_step(state, batch)
+        self.watchdog.at(WAITING, done + 1)
+        for batch in self.agreement.batches(ready, like):
+            self.watchdog.at(STEPPING, done + 1)
+            state, metrics = train_step(state, batch | self.agreement.said())
             done += 1
             if pending is not None:
-                self._record(pending, ready.wait_s)
-            pending = metrics
+                self._record(pending, state, ready.wait_s)
+            pending = metrics, batch
             evaluates = self.evaluation is not None and (done % eval_every == 0 or done == t.total_steps)
             saves = done % save_every == 0 or done == t.total_steps
             stops = False
-            if evaluates or saves or self.signal.received:
-                self._record(pending, ready.wait_s)
+            if evaluates or saves or self.agreement.stop:
+                self._record(pending, state, ready.wait_s)
                 pending = None
                 began = time.perf_counter()
+                if self.progress.step < done:  # an idle step: some process ends, and has no data
+                    done, evaluates, saves = self.progress.step, False, False
                 if evaluates:
+                    self.watchdog.at(EVALUATING, done)
                     state = self._evaluate(state)
                     stops = self._stops_early(self.progress) and done < t.total_steps
-                if saves or stops or self.signal.received:
+                if saves or stops or self.agreement.stop:
                     self._save(state)
                 self.watch.pause(time.perf_counter() - began)
             if stops:
@@ -325,14 +396,14 @@ class _Training:
                 self.console.note(f"Early stop at step {done:,}: {selection.stale} evaluations without improvement since step {selection.best_step:,}.")
             if done == t.total_steps or stops:
                 return state
-            if self.signal.received:
+            if self.agreement.stop:
                 self._interrupted()
+            self.watchdog.at(WAITING, done + 1)
         if pending is not None:
-            self._record(pending, ready.wait_s)
-        if self.signal.received:  # while the next batch was waited for
+            self._record(pending, state, ready.wait_s)
+        if self.agreement.stop:  # while the next batch was waited for
             self.checkpoints.wait()
-            if done not in self.checkpoints.steps():
-                self._save(state)
+            self._save(state)
             self._interrupted()
         self._event("end_of_data")
         self.console.warn(f"The data ended after {done} of {t.total_steps} steps.")
@@ -424,10 +495,17 @@ class _Training:
 
     # ---------------------------------------------------------------------------------------------------------- at a step's end
 
-    def _record(self, metrics: dict[str, jax.Array], waited_s: float) -> None:
-        """Read a step's metrics (this waits for the step), check them, and log them when it is time."""
-        t, progress = self.trainer, self.progress
+    def _record(self, step: tuple[Metrics, Batch], state: TrainState, waited_s: float) -> None:
+        """Read a step's metrics (this waits for the step), check them, and log them when it is time.
+
+        Args:
+            step: its metrics and its batch.
+            state: the newest.
+        """
+        t, progress, (metrics, batch) = self.trainer, self.progress, step
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not self.agreement.counts(values):
+            return
         progress.step += 1
         progress.tokens += int(values["tokens"])
         self.watch.steps += 1
@@ -437,7 +515,8 @@ class _Training:
             self.warned_of_nothing = True
             self.console.warn(f"Step {progress.step:,} had no token to learn from. Prompts may be longer than --max_tokens.")
         progress.clipped, progress.unlogged = progress.clipped + int(values["clipped"]), progress.unlogged + 1
-        self._check_finite(values)
+        self._check_finite(values, batch, state)
+        self._look_for_spike(values)
         if progress.step % t.run.logging.logging_steps and progress.step not in (1, t.total_steps):
             self.console.step(progress.step, values["loss"], self.watch.tokens_per_s)
             return
@@ -454,7 +533,7 @@ class _Training:
         }
         if "skipped" in values:
             line |= {"train/loss_scale": values["loss_scale"], "train/skipped_steps": values["skipped_steps"]}
-            line = {name: value for name, value in line.items() if math.isfinite(value)}
+        line = {name: value for name, value in line.items() if math.isfinite(value)}
         if t.train_source.sequences:
             line["train/epoch"] = progress.step * t.sequences_per_step / t.train_source.sequences
         device = jax.local_devices()[0]
@@ -466,21 +545,42 @@ class _Training:
         self.console.step(progress.step, values["loss"], tokens_per_s)
 
     def _rate(self, values: dict[str, float]) -> float:
-        """The learning rate of the step just recorded. A step that the loss scale skipped does not count for the schedule."""
-        taken = self.progress.step - 1 - int(values.get("skipped_steps", 0.0) - values.get("skipped", 0.0))
+        """The learning rate of the step just recorded. Steps that changed nothing do not count for the schedule."""
+        skipped = int(values.get("skipped_steps", 0.0) - values.get("skipped", 0.0))
+        taken = self.progress.step - 1 - skipped - self.progress.left_out + (values["nonfinite"] > 0)
         return float(self.schedule(taken)) * (1.0 if self.progress.plateau is None else self.progress.plateau.scale)
 
-    def _check_finite(self, values: dict[str, float]) -> None:
-        if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+    def _check_finite(self, values: dict[str, float], batch: Batch, state: TrainState) -> None:
+        """Tell of a step that was not finite. What becomes of its update, the device has decided (training/guard.py)."""
+        step, in_a_row, limit = self.progress.step, int(values["nonfinite"]), self.program.max_nonfinite_steps
+        if not in_a_row:
             return
-        # An overflow that a smaller scale may mend; at the smallest it is none.
-        if values.get("skipped") and values["loss_scale"] > 1:
+        details = {"loss": values["loss"], "grad_norm": values["grad_norm"], "in_a_row": in_a_row}
+        happened = f"Step {step:,}: loss {values['loss']:g}, gradient norm {values['grad_norm']:g}"
+        if in_a_row < limit:
+            self.progress.left_out += 1
+            self._event("nonfinite", {"action": "skip", **details})
+            self.console.warn(f"{happened}; its update is left out ({in_a_row} in a row, and {limit} end the run).")
             return
-        self._event("nonfinite", {"loss": values["loss"], "grad_norm": values["grad_norm"]})
-        raise Diverged(
-            f"Step {self.progress.step}: loss {values['loss']}, gradient norm {values['grad_norm']}; training has diverged. "
-            f"Lower --lr, lengthen --warmup_steps, or go on from an earlier checkpoint with --resume STEP."
-        )
+        self.watchdog.at(FINISHING, step)
+        try:
+            self._event("nonfinite", {"action": "halt", **details, "bundle": f"{BUNDLES}/{step}"})
+        except UserError as refused:  # a full disk must not hide what has happened
+            self.console.warn(str(refused))
+        A, B, _ = batch["labels"].shape
+        incident = Incident(step, values, self.trainer.total_steps, sample_names(self.trainer.train_source.order, step, A, B))
+        path = self.directory.path
+        said = leave_bundle(path / BUNDLES / str(step), self.program, state, batch, incident, path / CONFIG, self.console.warn)
+        skip = ", or leave such steps out with --on_nonfinite skip" if limit == 1 else ""
+        raise Diverged(f"{happened}; training has diverged. Lower --lr, lengthen --warmup_steps{skip}. {said}")
+
+    def _look_for_spike(self, values: dict[str, float]) -> None:
+        if not values["tokens"] or not math.isfinite(values["loss"]):
+            return
+        usual = self.progress.recent.update(values["loss"])
+        if usual is not None:
+            self._event("loss_spike", {"loss": values["loss"], "usual": usual})
+            self.console.note(f"Step {self.progress.step:,}: the loss is {values['loss']:.4f}, where {usual:.4f} is usual.")
 
     def _log(self, values: dict[str, float]) -> None:
         self.last |= values
@@ -541,20 +641,24 @@ class _Training:
         return state._replace(opt_state=with_rate_scale(state.opt_state, progress.plateau.scale))
 
     def _save(self, state: TrainState) -> None:
+        self.watchdog.at(SAVING, self.progress.step)
+        if self.progress.step in self.checkpoints.steps():  # a signal came behind it, and there was no step since
+            return
         self.checkpoints.save(self.progress.step, state, asdict(self.progress))
         self._event("save", self._taken())
 
     def _interrupted(self) -> None:
         self.checkpoints.wait()
-        self._event("signal", {"signal": self.signal.received, **self._taken()})
+        self._event("signal", {"signal": self.agreement.stop, **self._taken()})
         raise Interrupted(
-            f"{self.signal.received} at step {self.progress.step}: the state is saved in {self.directory.path}. Run the same command again to go on."
+            f"{self.agreement.stop} at step {self.progress.step}: the state is saved in {self.directory.path}. Run the same command again to go on."
         )
 
     # ------------------------------------------------------------------------------------------------------------------- ending
 
     def _finish(self, state: TrainState) -> dict[str, float]:
         t, path, progress = self.trainer, self.directory.path, self.progress
+        self.watchdog.at(FINISHING, progress.step)
         params = self._final_params(state)
         export_model(path / "final", t.model.config, params, t.tokenizer)
         t.model = ConsynLMHeadModel.from_parameters(t.model.config, params)
@@ -583,6 +687,8 @@ class _Training:
     def _final_params(self, state: TrainState) -> Params:
         """What final/ holds: the last parameters, or the best where that was asked for."""
         best = self.directory.path / "best"
+        if self.peers is not None:
+            self.peers.gather("written")  # by process 0
         if self.trainer.run.evaluation.load_best_model_at_end and (best / "config.json").is_file():
             return load_parameters(best, self.trainer.model.config, self.program.mesh)
         return self.evaluated(state.opt_state, state.params)

@@ -11,7 +11,9 @@ from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.training import ConsynTrainer, memory
 from consyn_jax.training.memory import explaining_exhaustion, fitting, step_memory
 
-TINY = ModelConfig(vocab_size=256, hidden_dim=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=64, context=32, bos_token_id=0, eos_token_id=0)
+TINY = ModelConfig(
+    vocab_size=256, hidden_dim=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=64, context=32, bos_token_id=0, eos_token_id=0
+)
 
 
 class Compiled:

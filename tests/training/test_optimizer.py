@@ -392,6 +392,15 @@ def batch(mesh: Mesh) -> dict[str, jax.Array]:
     return {name: jax.device_put(values, sharding(mesh, TRAIN_AXES)) for name, values in parts.items()}
 
 
+@pytest.fixture(scope="module")
+def first_values() -> Params:
+    return jax.device_get(initial_parameters(CONFIG, 42))
+
+
+def on(mesh: Mesh, params: Params) -> Params:
+    return jax.device_put(params, layout(CONFIG).shardings(mesh))
+
+
 def program_of(name: str, mesh: Mesh, **given: Any) -> Program:
     chosen = resolve({"model": "haiku", "optimizer": name, "lr": 1e-3, "lr_multipliers": "head=2", **given})[0].optimizer
     return Program(CONFIG, Compute(), configured_optimizer(chosen, 1e-3, layout(CONFIG).logical_axes), 1.0, mesh)
@@ -407,13 +416,14 @@ def assert_close(found: Any, expected: Any, tolerance: float) -> None:
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b), (jax.tree_util.keystr(path), np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
+@pytest.mark.quick_compiler
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_mesh_trains_as_one_device_does_and_its_checkpoint_goes_on_another(name: str, tmp_path: Path) -> None:
+def test_a_mesh_trains_as_one_device_does_and_its_checkpoint_goes_on_another(name: str, first_values: Params, tmp_path: Path) -> None:
     given = {"moment_dtype": "bfloat16"} if name in ("adamw", "muon") else {"momentum": 0.5} if name == "adafactor" else {}
     results = {}
     for mesh in (mesh_of(data=1), mesh_of(fsdp=2, tensor=2)):
         program = program_of(name, mesh, **given)
-        state = program.initial_state(initial_parameters(CONFIG, 42, mesh))
+        state = program.initial_state(on(mesh, first_values))
         step = program.lower_train_step(1, 8, 16).compile()
         for _ in range(2):
             state, metrics = step(state, batch(mesh))
@@ -460,18 +470,19 @@ def test_a_path_that_ends_alike_is_not_the_same_parameter() -> None:
     assert placed["mu/layers/norm"].sharding == places["layers"]["norm"]
 
 
-def test_a_scale_of_the_rate_is_state_and_needs_no_new_program() -> None:
+@pytest.mark.quick_compiler
+def test_a_scale_of_the_rate_is_state_and_needs_no_new_program(first_values: Params) -> None:
     mesh = mesh_of(fsdp=2)
     program = program_of("adamw", mesh, scheduler="plateau", weight_decay=0.0)
     assert isinstance(program.state_like.opt_state[-1], RateScale)
     step = program.lower_train_step(1, 8, 16).compile()
-    before, moved = jax.device_get(initial_parameters(CONFIG, 42)), {}
+    moved = {}
     for scale in (1.0, 0.25, 0.0):
-        state = program.initial_state(jax.device_put(before, layout(CONFIG).shardings(mesh)))
+        state = program.initial_state(on(mesh, first_values))
         state = state._replace(opt_state=with_rate_scale(state.opt_state, scale))
         state, _ = step(state, batch(mesh))
         assert float(state.opt_state[-1].scale) == scale
-        moved[scale] = distance(state.params, before)
+        moved[scale] = distance(state.params, first_values)
     assert moved[0.25] == pytest.approx(0.25 * moved[1.0], rel=1e-3)
     assert moved[0.0] == 0
     plain = program_of("adamw", mesh).state_like.opt_state

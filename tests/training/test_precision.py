@@ -74,7 +74,8 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 def traced(p: Program) -> Any:
     make = make_scaled_train_step if p.compute.dtype == jnp.float16 else make_train_step
     batch = {name: jax.ShapeDtypeStruct((A, B, T), dtype) for name, dtype in BATCH_DTYPES.items()}
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), p.layout.shapes, jax.eval_shape(p.rule.init, p.layout.shapes))  # type: ignore[arg-type]
+    count: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(count, p.layout.shapes, jax.eval_shape(p.rule.init, p.layout.shapes), count)
     return jax.make_jaxpr(make(p.objective, p.rule, 1.0))(state, batch)
 
 
@@ -167,8 +168,8 @@ def test_scaling_alone_changes_no_gradient() -> None:
 
     params, batch = {"x": jnp.float32(2.5)}, {"labels": jnp.array([[[1, 2, 3]], [[4, 5, 6]]]), "loss_mask": jnp.array([[[True, True, False]], [[True] * 3]])}
     rule = with_loss_scale(optax.sgd(0.1))
-    scaled, more = make_scaled_train_step(objective, rule, 1.5)(TrainState(jnp.int32(0), params, rule.init(params)), batch)
-    plain, metrics = make_train_step(objective, optax.sgd(0.1), 1.5)(TrainState(jnp.int32(0), params, optax.sgd(0.1).init(params)), batch)
+    scaled, more = make_scaled_train_step(objective, rule, 1.5)(TrainState(jnp.int32(0), params, rule.init(params), jnp.int32(0)), batch)
+    plain, metrics = make_train_step(objective, optax.sgd(0.1), 1.5)(TrainState(jnp.int32(0), params, optax.sgd(0.1).init(params), jnp.int32(0)), batch)
     assert float(scaled.params["x"]) == pytest.approx(float(plain.params["x"]), rel=1e-6)
     assert {name: float(more[name]) for name in metrics} == pytest.approx({name: float(value) for name, value in metrics.items()}, rel=1e-6)
     assert {name: float(more[name]) for name in ("loss_scale", "skipped", "skipped_steps")} == {"loss_scale": 2.0**16, "skipped": 0, "skipped_steps": 0}

@@ -86,7 +86,7 @@ def squares(params: Params, batch: Batch) -> tuple[jax.Array, LossSums]:
 def one_step(labels: list[int], mask: list[bool], max_grad_norm: float) -> tuple[TrainState, dict[str, jax.Array]]:
     optimizer = optax.sgd(0.1)
     params = {"x": jnp.float32(2.0)}
-    state = TrainState(jnp.int32(7), params, optimizer.init(params))
+    state = TrainState(jnp.int32(7), params, optimizer.init(params), jnp.int32(0))
     batch = {"labels": jnp.array(labels).reshape(2, 1, -1), "loss_mask": jnp.array(mask).reshape(2, 1, -1)}
     return make_train_step(squares, optimizer, max_grad_norm)(state, batch)
 

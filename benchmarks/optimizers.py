@@ -1,0 +1,168 @@
+"""Which optimizer learns most from the same steps? All of them, tuned under the same number of trials, on tiny Shakespeare.
+
+Each trains the model of configs/shakespeare-bytes.yaml on its batches under its schedule. Six trials of 300 steps find its settings (`tune`
+says how); then it trains 2,000 steps with the best. Judged on the WHOLE validation part. The recipe itself, as it is shipped, follows on
+three seeds. The results are written after every run, and what is in the file already is not run again.
+
+    python benchmarks/optimizers.py --data PATH/TO/input.txt --out benchmarks/results/NAME.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from consyn_jax.config import architecture, resolve
+from consyn_jax.model.parameters import initial_parameters
+from consyn_jax.tokenization import BPETokenizer
+from consyn_jax.training.dataset import get_dataset
+from consyn_jax.training.optimizer import evaluation_params
+from consyn_jax.training.run_directory import read_config_file
+from consyn_jax.training.trainer import ConsynTrainer, ModelSource
+
+RECIPE = Path(__file__).parents[1] / "configs" / "shakespeare-bytes.yaml"
+GOAL = 1.886  # nats: nanoGPT's final loss on the same split, 2,000 steps of 12 x 64 characters
+TRIAL_STEPS, STEPS, SEEDS = 300, 2000, (42, 1, 2)
+# What the recipe says of its own optimizer; the others do not have it.
+OPTIMIZERS_OWN = ("optimizer", "lr", "lr_multipliers", "weight_decay", "beta1", "beta2", "momentum", "max_grad_norm", "eps")
+EMBEDDING = {"lr_multipliers": "embedding=3"}
+# Of each optimizer: its first rate, its momentum's other value, and what it does not start without. AdamW's decay would shrink the weights
+# of sgd by 3 % and more a step, as its rates are so much higher; schedule-free training refuses rates that fall.
+SPACE: dict[str, tuple[float, dict[str, float], dict[str, Any]]] = {
+    "adamw": (4e-3, {"beta1": 0.8}, {}),
+    "adafactor": (4e-3, {"momentum": 0.9}, {}),
+    "lion": (8e-4, {"beta1": 0.95}, {}),
+    "muon": (4e-3, {"momentum": 0.9}, {}),
+    "sgd": (0.3, {"momentum": 0.95}, {"weight_decay": 1e-3}),
+    "schedule_free_adamw": (8e-3, {"beta1": 0.95}, {"scheduler": "constant_with_warmup"}),
+}
+
+
+def train(data: Path, settings: dict[str, Any], steps: int, seed: int, shipped: bool = False) -> dict[str, Any]:
+    """One run: validation loss in nats at the end and, of a long run, on the way to the goal, and processor time a step."""
+    recipe = read_config_file(RECIPE)
+    if not shipped:
+        recipe = {name: value for name, value in recipe.items() if name not in OPTIMIZERS_OWN}
+    given = {"data": [str(data)], "max_steps": steps, "seed": seed, **settings}
+    run = resolve(given, recipe, file_name=RECIPE.name)
+    config, tokenizer = run[0], BPETokenizer.bytes()
+    batch_size, length, fraction = config.budget.batch_size, config.data.max_tokens, config.data.validation_fraction
+    assert length is not None
+    shape = architecture(config.model, vocab_size=tokenizer.vocab_size)
+    source = ModelSource(shape, lambda mesh: initial_parameters(shape, seed, mesh))
+    splits = [get_dataset(data, tokenizer, length, split=name, validation_fraction=fraction, seed=seed) for name in ("train", "validation")]
+    trainer = ConsynTrainer(source, *splits, run=run)
+    program = trainer.build().program
+    state: Any = program.initial_state(source.make(program.mesh))
+    step = program.lower_train_step(1, batch_size, length).compile()
+    evaluate, evaluated = trainer.evaluation(program), jax.jit(evaluation_params)
+    curve: list[tuple[int, float]] = []
+    reached, cpu_s = None, 0.0
+    began = time.process_time()
+    for done, batch in zip(range(1, steps + 1), trainer.train_source.training(0, batch_size, 1, np.arange(batch_size)), strict=False):
+        state, metrics = step(state, jax.tree.map(jax.device_put, batch))
+        looks_for_goal = steps == STEPS and reached is None and done >= 300 and done % (50 if done <= 600 else 100) == 0
+        if done % 500 == 0 or done == steps or looks_for_goal:
+            jax.block_until_ready(metrics)
+            cpu_s += time.process_time() - began
+            curve.append((done, evaluate(evaluated(state.opt_state, state.params))["eval/loss"]))
+            reached = done if reached is None and curve[-1][1] <= GOAL else reached
+            began = time.process_time()
+    last = curve[-1][1]
+    found = {"loss": last if math.isfinite(last) else None, "reached_goal_at": reached, "cpu_ms_a_step": 1e3 * cpu_s / steps}
+    return {**found, "parameters": program.layout.num_parameters, "curve": [point for point in curve if math.isfinite(point[1])]}
+
+
+def tune(optimizer: str, loss_of: Callable[[dict[str, Any]], float]) -> dict[str, Any]:
+    """The best settings of six trials: three rates, a factor of 3 apart; a fourth beyond the best of them, or between it and the better of
+    its neighbours; and, each on top of the best so far, another momentum and a higher rate of the embedding."""
+    first, momentum, always = SPACE[optimizer]
+    losses: dict[float, float] = {}
+
+    def try_rate(rate: float) -> None:
+        rate = float(f"{rate:.2g}")
+        losses[rate] = loss_of({"lr": rate, **always})
+
+    for rate in (first / 3, first, first * 3):
+        try_rate(rate)
+    second, best = sorted(losses, key=lambda rate: losses[rate], reverse=True)[-2:]
+    try_rate((best * second) ** 0.5 if best == first else best**2 / first)
+    settings = {"lr": min(losses, key=lambda rate: losses[rate]), **always}
+    least = min(losses.values())
+    for other in (momentum, EMBEDDING):
+        loss = loss_of({**settings, **other})
+        if loss < least:
+            settings, least = {**settings, **other}, loss
+    return settings
+
+
+class Results:
+    """Runs by what was run, kept in a file from one start of the script to the next."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.runs: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path is not None and path.exists() else []
+
+    def get(self, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The run that `key` names, made if it is not there."""
+        found = next((run for run in self.runs if {name: run.get(name) for name in key} == key), None)
+        if found is None:
+            found = json.loads(json.dumps({**key, **make()}))
+            self.runs.append(found)
+            print({name: value for name, value in found.items() if name != "curve"}, flush=True)
+            self.write()
+        return found
+
+    def write(self) -> None:
+        """All of it, with the facts of the machine."""
+        if self.path is None:
+            return
+        machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "jax": jax.__version__}
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+        facts = {**machine, "commit": commit, "date": time.strftime("%Y-%m-%d"), "goal": GOAL, "trial_steps": TRIAL_STEPS, "steps": STEPS}
+        self.path.write_text(json.dumps({**facts, "runs": self.runs}, indent=1) + "\n")
+
+
+def main() -> None:
+    """Run what is missing, print the table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="tiny Shakespeare, input.txt")
+    parser.add_argument("--only", nargs="+", choices=[*SPACE, "recipe"], default=[*SPACE, "recipe"], help="contestants (all)")
+    parser.add_argument("--out", type=Path, help="JSON file for the result; runs that it has are not repeated")
+    arguments = parser.parse_args()
+    results = Results(arguments.out)
+
+    def run(kind: str, settings: dict[str, Any], steps: int, seed: int = SEEDS[0]) -> dict[str, Any]:
+        key = {"kind": kind, "settings": settings, "seed": seed}
+        return results.get(key, lambda: train(arguments.data, settings, steps, seed, shipped=kind == "recipe"))
+
+    def trial(settings: dict[str, Any]) -> float:
+        loss = run("trial", settings, TRIAL_STEPS)["loss"]
+        return math.inf if loss is None else loss
+
+    table = {}
+    for name in filter(SPACE.__contains__, arguments.only):
+        settings = tune(name, lambda settings, name=name: trial({"optimizer": name, **settings}))
+        table[name] = run("final", {"optimizer": name, **settings}, STEPS)
+    recipe = [run("recipe", {}, STEPS, seed) for seed in SEEDS if "recipe" in arguments.only]
+    print("| optimizer | settings | nats at 2,000 | steps to 1.886 | processor ms a step |\n|---|---|---:|---:|---:|")
+    for found in sorted(table.values(), key=lambda r: math.inf if r["loss"] is None else r["loss"]):
+        settings = ", ".join(f"{name} {value}" for name, value in found["settings"].items() if name != "optimizer")
+        print(f"| {found['settings']['optimizer']} | {settings} | {found['loss']:.3f} | {found['reached_goal_at']} | {found['cpu_ms_a_step']:.0f} |")
+    print("the recipe:", [(r["seed"], r["loss"], r["reached_goal_at"]) for r in recipe])
+    results.write()
+
+
+if __name__ == "__main__":
+    main()

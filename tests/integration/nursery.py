@@ -1,0 +1,175 @@
+"""Real processes of `consyn-train`, without the seconds that each would take to import JAX: one process imports it, and forks."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import pytest
+
+from .conftest import MODEL
+
+# One program for all: to compile it takes longer than to run it, and does once for each number of processes.
+FLAGS = [*MODEL, "--max_steps", "16", "--max_tokens", "32", "--batch_size", "8", "--validation_fraction", "0.2", "--quiet"]
+FLAGS += ["--logging_steps", "1", "--logging_backend", "none"]
+DEVICES = 4  # of all processes of a run
+
+# Python that a process runs first, so that there is time to do something to it.
+SLOW = """
+import time
+from consyn_jax.data import loader
+inner = loader.BatchLoader.batch
+def batch(self, step):
+    time.sleep(1 if step > 5 else 0)
+    return inner(self, step)
+loader.BatchLoader.batch = batch
+"""
+
+SOURCE = r"""
+import json, os, sys, types
+import jax
+import jax._src.compiler
+import consyn_jax.distributed.launch, consyn_jax.model.pretrained, consyn_jax.training.trainer, consyn_jax.training.watchdog
+import consyn_jax.data.prepare, safetensors.numpy, jax.experimental.multihost_utils
+from consyn_jax.cli.train import main
+
+# Of compiled programs, JAX writes only those of process 0 to its cache, and on CPUs those of other processes are others.
+jax._src.compiler.distributed = types.SimpleNamespace(global_state=types.SimpleNamespace(process_id=0, client=None))
+
+def child(order):
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    output = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1), os.dup2(output, 2)
+    jax.config.update("jax_num_cpu_devices", order["devices"])
+    jax.config.update("jax_disable_most_optimizations", True)  # half the time to compile
+    exec(order["before"], {})
+    sys.exit(main(order["argv"]))
+
+print("ready", flush=True)
+for line in sys.stdin:
+    order = json.loads(line)
+    if "poll" in order:
+        pid, status = os.waitpid(order["poll"], os.WNOHANG)
+        print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+    elif (pid := os.fork()) == 0:
+        child(order)
+    else:
+        print(pid, flush=True)
+"""
+
+
+@dataclass
+class Child:
+    """A process, and where its output goes."""
+
+    pid: int
+    output: Path
+    poll: Callable[[int], int | None]
+    code: int | None = None
+
+    @property
+    def said(self) -> str:
+        return self.output.read_text()
+
+    def wait(self, seconds: float = 120) -> int:
+        """The exit code; killed, and an error, where it takes longer."""
+        deadline = time.monotonic() + seconds
+        while self.code is None and (code := self.poll(self.pid)) is None:
+            if time.monotonic() > deadline:
+                self.signal(signal.SIGKILL)
+                raise TimeoutError(f"process {self.pid} has not ended in {seconds} s: {self.said}")
+            time.sleep(0.02)
+        if self.code is None:
+            self.code = code
+        assert self.code is not None
+        return self.code
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+
+class Nursery:
+    """Starts processes.
+
+    Args:
+        place: where their output goes.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self.place, self.children = place, list[Child]()
+        self._process = subprocess.Popen([sys.executable, "-c", SOURCE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        assert self._answer() == "ready"
+
+    def start(self, *flags: object, devices: int = DEVICES, before: str = "") -> Child:
+        """`consyn-train` with these flags.
+
+        Args:
+            before: Python code that runs first.
+        """
+        output = self.place / f"output-{len(self.children)}"
+        order = {"argv": [*map(str, flags)], "output": str(output), "devices": devices, "before": before}
+        self.children.append(Child(int(self._ask(order)), output, lambda pid: json.loads(self._ask({"poll": pid}))))
+        return self.children[-1]
+
+    def together(self, *flags: object, processes: int = 2, before: str = "") -> list[Child]:
+        """The processes of one run."""
+        run = [*flags, "--distributed", "--coordinator_address", f"localhost:{free_port()}", "--num_processes", processes]
+        return [self.start(*run, "--process_id", number, devices=DEVICES // processes, before=before) for number in range(processes)]
+
+    def __enter__(self) -> "Nursery":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for child in self.children:
+            if child.code is None and child.poll(child.pid) is None:
+                child.signal(signal.SIGKILL)
+                child.wait()
+        with self._process:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+
+    def _ask(self, order: dict[str, object]) -> str:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        return self._answer()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+
+_ONE: list[Nursery] = []
+
+
+@pytest.fixture(scope="session")
+def nursery(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """The same one for every module that imports this."""
+    if _ONE:
+        yield _ONE[0]
+        return
+    with Nursery(tmp_path_factory.mktemp("nursery")) as nursery:
+        _ONE.append(nursery)
+        yield nursery
+    _ONE.clear()
+
+
+def trained(path: Path, steps: int, child: Child) -> None:
+    """Wait until the run in `path`, which `child` writes, has logged so many steps."""
+    metrics, deadline = path / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.exists() or metrics.read_text().count('"train/loss"') < steps:
+        code = child.poll(child.pid)
+        assert code is None, f"ended with {code}: {child.said}"
+        assert time.monotonic() < deadline, child.said
+        time.sleep(0.01)
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return int(server.getsockname()[1])

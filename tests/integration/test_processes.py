@@ -1,0 +1,174 @@
+"""Several processes of `consyn-train` as one run, over gloo: what they do together, and what becomes of them when one does otherwise."""
+
+import json
+import re
+import signal
+import socket
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoModelForCausalLM
+
+from consyn_jax.distributed.peers import AGAIN, LOST
+
+from .conftest import Run
+from .nursery import FLAGS, SLOW, Child, Nursery, free_port, nursery, trained  # noqa: F401
+
+OFTEN = ["--eval_steps", "3", "--save_steps", "2"]
+EARLY = ["--early_stopping_patience", "1", "--early_stopping_min_delta", "0.2", "--early_stopping_min_steps", "6", "--load_best_model_at_end"]
+
+
+def who(number: int, child: Child) -> str:
+    return f"process {number} (pid {child.pid} on {socket.gethostname()})"
+
+
+def sentence(child: Child) -> str:
+    """What a process said, without the noise of gloo and of JAX's own report of a death."""
+    return "".join(line for line in child.said.splitlines(True) if line.startswith("consyn-train: "))
+
+
+def test_four_train_and_save_one_is_killed_and_two_go_on_and_stop_early_together(nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+    flags, path = [*FLAGS, *OFTEN, *EARLY, "--data", corpus], tmp_path / "run"
+    alone = nursery.start(*flags, "--output", tmp_path / "alone")
+    four = nursery.together(*flags, "--output", path, processes=4, before=SLOW)
+    trained(path, 6, four[0])  # step 4 is saved
+    four[2].signal(signal.SIGKILL)
+    for number in (0, 1, 3):
+        assert four[number].wait(60) == LOST, four[number].said
+        assert sentence(four[number]) == f"consyn-train: {who(2, four[2])} is gone, so the run ends. {AGAIN}\n"
+    two = nursery.together(*flags, "--output", path)
+    assert [child.wait() for child in two] == [0, 0], [child.said for child in two]
+    assert alone.wait() == 0, alone.said
+    whole, run = Run(tmp_path / "alone", 0, alone.said), Run(path, 0, two[0].said)
+
+    assert run.events.count("resume") == 1
+    assert run.events.count("early_stop") == whole.events.count("early_stop") == 1
+    assert [line["step"] for line in run.numbers] == [line["step"] for line in whole.numbers]
+    for name in ("train/loss", "train/grad_norm", "eval/loss"):
+        ours, theirs = ([line[name] for line in each.numbers if name in line] for each in (run, whole))
+        assert len(ours) >= 2
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(each.path / "final").state_dict() for each in (run, whole))
+    for name, weights in ours.items():
+        np.testing.assert_allclose(weights, theirs[name], rtol=1e-3, atol=1e-5)
+    assert [child.said.count("Everything is in") for child in two] == [1, 0]
+    assert all((path / name).is_file() for name in ("report.html", "loss.png"))
+    config = (path / "config.yaml").read_text()
+    assert re.search(r"^distributed: false +# default\ncoordinator_address: null +# default\n", config, re.MULTILINE), "it speaks of one start"
+    assert not (path / "lock").exists()
+
+
+def test_process_0_is_killed(nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+    first, second = nursery.together(*FLAGS, *OFTEN, "--data", corpus, "--output", tmp_path / "run", before=SLOW)
+    trained(tmp_path / "run", 3, first)
+    first.signal(signal.SIGKILL)
+    # JAX aborts where process 0 is gone. As a rule the sentence comes first.
+    assert second.wait(60) in (LOST, -signal.SIGABRT)
+    assert f"consyn-train: {who(0, first)} is gone, so the run ends. {AGAIN}\n" in second.said
+
+
+STUCK = """
+import time
+from consyn_jax.data import loader
+from consyn_jax.distributed import launch
+inner, meet = loader.BatchLoader.batch, launch.meet
+def one(address, count, number, *more):
+    def batch(self, step):
+        if number == 1 and step == 6: time.sleep(1000)
+        return inner(self, step)
+    loader.BatchLoader.batch = batch
+    return meet(address, count, number, *more)
+launch.meet = one
+"""
+
+
+def test_a_stuck_process_is_named_and_all_leave_their_stacks(nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+    path = tmp_path / "run"
+    children = nursery.together(*FLAGS, *OFTEN, "--watchdog_minutes", "0.1", "--data", corpus, "--output", path, before=STUCK)
+    assert [child.wait(120) for child in children] == [LOST, LOST], [child.said for child in children]
+    for child in children:
+        assert re.search(
+            rf"consyn-train: Nothing has moved for \d+ s, where a step takes [\d.e-]+ s\. "
+            rf"Behind is {re.escape(who(1, children[1]))}, waiting for data at step 7, and others are stepping at step [78]\. The stacks are in ",
+            child.said,
+        ), child.said
+    about = [json.loads((path / "stacks" / f"rank-{number}.json").read_text()) for number in (0, 1)]
+    assert [(each["phase"], each["pid"]) for each in about] == [("stepping", children[0].pid), ("waiting for data", children[1].pid)]
+    assert "in _loop" in (path / "stacks" / "rank-0.txt").read_text()
+    assert "in batch" in (path / "stacks" / "rank-1.txt").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------------------ wrong launches
+
+HURRY = "import consyn_jax.distributed.peers as peers\npeers.ARRIVE_S = 3.0\n"
+
+
+def test_wrong_launches_are_one_sentence_on_each_process(nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+    def launched(*flags: object, address: str = "", number: int, count: int = 2, before: str = HURRY) -> Child:
+        where = ["--distributed", "--coordinator_address", address, "--num_processes", count, "--process_id", number]
+        return nursery.start(*FLAGS, "--output", tmp_path / "run", *where, *flags, devices=1, before=before)
+
+    def refused(*children: Child) -> list[str]:
+        assert [child.wait(60) for child in children] == [2] * len(children), [child.said for child in children]
+        for child in children:
+            assert "Traceback" not in child.said
+        return [sentence(child) for child in children]
+
+    port = iter([free_port() for _ in range(8)])
+    data = ["--data", corpus]
+
+    address = f"localhost:{next(port)}"
+    missing = [launched(*data, address=address, number=number, count=3) for number in (0, 2)]
+    nobody = launched(*data, address=f"localhost:{next(port)}", number=1)
+    address = f"localhost:{next(port)}"
+    flags = [launched(*data, "--lr", 0.1 * (number + 1), address=address, number=number) for number in range(2)]
+    address = f"localhost:{next(port)}"
+    other = tmp_path / "other.jsonl"
+    other.write_text(corpus.read_text().replace("Document", "Paper"))
+    texts = [launched("--data", text, address=address, number=number) for number, text in enumerate((corpus, other))]
+    address = f"localhost:{next(port)}"
+    absent = [launched("--data", text, address=address, number=number) for number, text in enumerate((corpus, tmp_path / "absent.txt"))]
+    address = f"localhost:{next(port)}"
+    mesh = [launched(*data, "--mesh", "data=3", address=address, number=number) for number in range(2)]
+    address = f"localhost:{next(port)}"
+    versions = [
+        launched(*data, address=address, number=0),
+        launched(*data, address=address, number=1, before="import jax, importlib.metadata as m\nm.version = lambda name: '0.1' if name == 'jax' else '2'"),
+    ]
+
+    assert all(said.startswith("consyn-train: Of 3 processes, process 1 did not come to localhost:") for said in refused(*missing))
+    assert all("Process 0 does not answer at --coordinator_address localhost:" in said for said in refused(nobody))
+    assert set(refused(*flags)) == {
+        "consyn-train: The processes of this run differ in --lr: 0.1 in process 0, 0.2 in process 1. "
+        "Start all with the same command, packages and kind of machine.\n"
+    }
+    assert all("The processes of this run differ in the training data: " in said for said in refused(*texts))
+    first, second = refused(*absent)
+    assert second.startswith(f"consyn-train: {tmp_path / 'absent.txt'} in --data does not exist.")
+    assert first == second.replace("consyn-train: ", f"consyn-train: {who(1, absent[1])}: ")
+    assert all("--mesh data=3 is for 3 devices, and there are 2. Make the product of the axes 2." in said for said in refused(*mesh))
+    assert all("; jax: " in said or " in jax: " in said for said in refused(*versions))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------- one run, one writer
+
+
+def test_of_two_runs_in_one_directory_one_trains_and_a_dead_one_is_taken_over(nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+    flags = [*FLAGS, *OFTEN, "--data", corpus, "--output", tmp_path / "run"]
+    first = nursery.start(*flags, before=SLOW)
+    trained(tmp_path / "run", 1, first)
+    second = nursery.start(*flags)
+    assert second.wait() == 2
+    assert re.fullmatch(
+        rf"consyn-train: --output {re.escape(str(tmp_path / 'run'))} is in use by another process: pid {first.pid} on {re.escape(socket.gethostname())}, "
+        r"since 20[\d: +-]+\. Wait for it, or name another directory\.\n",
+        second.said,
+    ), second.said
+    assert first.poll(first.pid) is None
+    first.signal(signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    assert (tmp_path / "run" / "lock").exists()
+    third = nursery.start(*flags)
+    assert third.wait() == 0, third.said
+    assert not (tmp_path / "run" / "lock").exists()

@@ -1,0 +1,40 @@
+import json
+from dataclasses import asdict
+
+import numpy as np
+
+from consyn_jax.training.progress import Progress
+from consyn_jax.training.spikes import FEWEST, WINDOW, RecentLosses
+
+
+def falling(steps: int) -> list[float]:
+    """A loss that falls, with the noise of small batches."""
+    rng = np.random.default_rng(0)
+    return [float(3 + 4 * np.exp(-step / 50) + rng.normal(0, 0.1)) for step in range(steps)]
+
+
+def test_noise_is_no_spike_and_a_spike_is_told_once() -> None:
+    losses = falling(600)
+    losses[300:310] = [9.0, 12.0, 8.0, 7.0, 6.5, 6.0, 5.5, 5.0, 4.8, 4.5]
+    losses[450] = 4.6
+    recent = RecentLosses()
+    told = {step: usual for step, loss in enumerate(losses) if (usual := recent.update(loss)) is not None}
+    assert list(told) == [300, 450]
+    assert abs(told[450] - 3) < 0.1
+    assert len(recent.losses) == WINDOW
+
+
+def test_few_losses_say_nothing_and_a_constant_loss_bears_a_little() -> None:
+    recent = RecentLosses()
+    assert [recent.update(loss) for loss in [1.0] * (FEWEST - 1) + [50.0]] == [None] * FEWEST
+    flat = RecentLosses()
+    assert [flat.update(loss) for loss in [2.0] * FEWEST + [2.1, 2.3]][-2:] == [None, 2.0]
+
+
+def test_it_goes_on_from_the_record_of_a_checkpoint() -> None:
+    losses, cut = [*falling(60), 9.0, 9.5, 3.5, 9.0], 61
+    whole, first = RecentLosses(), Progress()
+    expected = [whole.update(loss) for loss in losses]
+    found = [first.recent.update(loss) for loss in losses[:cut]]
+    second = Progress.from_json(json.loads(json.dumps(asdict(first))))
+    assert found + [second.recent.update(loss) for loss in losses[cut:]] == expected
