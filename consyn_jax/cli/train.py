@@ -39,7 +39,8 @@ examples:
 Defaults are in brackets; of a flag that is given twice the last counts.
 The same command again goes on where a run was stopped.
 Exit codes: 0 done, 2 wrong input, 3 diverged, 75 interrupted and saved,
-130 and 143 interrupted with nothing to save."""
+76 another process died or nothing moved, 130 and 143 interrupted with
+nothing to save."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -122,7 +122,7 @@ class Peers:
         self._end_lock, self._ends = threading.Lock(), False
         self._closing = threading.Event()
         for line in lines.values():
-            line.connection.settimeout(PARTING_S)
+            line.connection.settimeout(LOST_S)
         self._thread = threading.Thread(target=self._listen, name="peers", daemon=True)
         self._thread.start()
 
@@ -208,6 +208,7 @@ class Peers:
         for line in lines:
             while not line.closed and time.monotonic() < deadline:
                 if threading.current_thread() is self._thread:
+                    line.connection.settimeout(PARTING_S)
                     line.closed = line.receive() is None
                 else:
                     time.sleep(0.01)

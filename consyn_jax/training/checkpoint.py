@@ -39,8 +39,12 @@ LARGEST_CHECKSUMS = 1 << 26  # bytes of them: those of half a million files
 LOW, LOOK_S = 15, 0.1  # priority of a thread, as `nice` counts: 1/28 of a normal one; and how often it is seen to
 AGREE_MS = 6 * 3600 * 1000  # the slowest write that other processes wait for; of one that died, JAX tells them
 
-# Orbax logs what it does and each error that it raises, with a traceback; the errors are answered here.
+SYSTEM_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")  # in what TensorStore says
+
+# Orbax logs what it does and each error that it raises, with a traceback; the errors are answered here. asyncio logs those of
+# the other writes that it had begun.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+logging.getLogger("asyncio").addFilter(lambda record: not (record.exc_info and SYSTEM_ERROR.search(str(record.exc_info[1]))))
 
 
 class Checkpoints:
@@ -360,7 +364,7 @@ def _refusal(error: BaseException | None) -> str | None:
     """
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    code = re.search(r"\[os_error_code='(\d+)'\]", str(error))
+    code = SYSTEM_ERROR.search(str(error))
     return os.strerror(int(code[1])) if code else None
 
 

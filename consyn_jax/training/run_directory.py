@@ -95,18 +95,19 @@ def open_run_directory(config: RunConfig, derived: dict[str, Any], *, write: boo
     holds_run = check_output(config, derived)
     if not write:
         return RunDirectory(path, holds_run)
+    lock = None
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = RunLock(path)
+        holds_run = check_output(config, derived)  # again: another process may have used it since
         if config.saving.overwrite:
             _delete_run(path)
-    except OSError as error:
+    except (OSError, UserError) as error:
+        if lock is not None:
+            lock.release()
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"--output {path} cannot be used: {error.strerror}. Name a directory that can be written.") from error
-    try:
-        holds_run = check_output(config, derived)  # again: another process may have used it since
-    except UserError:
-        lock.release()
-        raise
     if processes is not None:
         processes.gather(json.dumps([holds_run, lock.holder]))
     return RunDirectory(path, holds_run, lock)

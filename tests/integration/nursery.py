@@ -35,12 +35,16 @@ loader.BatchLoader.batch = batch
 SOURCE = r"""
 import json, os, sys, types
 import jax
-import jax._src.compiler
+import jax._src.cache_key, jax._src.compiler
 import consyn_jax.distributed.launch, consyn_jax.model.pretrained, consyn_jax.training.trainer, consyn_jax.training.watchdog
 import consyn_jax.data.prepare, safetensors.numpy, jax.experimental.multihost_utils
 from consyn_jax.cli.train import main
 
-# Of compiled programs, JAX writes only those of process 0 to its cache, and on CPUs those of other processes are others.
+# Compiled programs are shared between processes, and between different numbers of them: the program is the same, and what JAX adds to its
+# key on CPUs, and not on GPUs, are the devices. JAX writes to its cache in process 0 only.
+key, options = jax._src.cache_key, jax._src.cache_key._hash_serialized_compile_options
+key._hash_serialized_compile_options = lambda *args, **more: options(*args, **{**more, "strip_device_assignment": True})
+key._hash_accelerator_config = lambda *args: None
 jax._src.compiler.distributed = types.SimpleNamespace(global_state=types.SimpleNamespace(process_id=0, client=None))
 
 def child(order):
