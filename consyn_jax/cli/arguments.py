@@ -15,6 +15,7 @@ _NO_FLAG = re.compile(r"-(\d|\.\d|inf|nan)|--[^a-z]", re.IGNORECASE)  # a number
 METAVARS = {
     "model": "NAME|DIR|FILE",
     "checkpoint": "DIR",
+    "replay": "DIR",
     "data": "PATH",
     "validation": "PATH",
     "text_key": "KEY",

@@ -177,6 +177,7 @@ class Peers:
             self._end_here(LOST, f"Nothing moves, and {self.names[0]} does not answer. {AGAIN}", stuck=True)
         else:
             self._all_stuck()
+            self.await_end(LOST_S)  # another end was under way
 
     def await_end(self, seconds: float) -> None:
         """Give the thread the time to hear what another process died of, and to end this one."""

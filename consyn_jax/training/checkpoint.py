@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -31,7 +32,7 @@ from consyn_jax.config import UserError
 from consyn_jax.training.step import TrainState
 
 CHECKSUMS, RECORD, STATE = "CHECKSUMS", "run.json", "state"  # what a checkpoint consists of
-UNFINISHED = ".orbax-checkpoint-tmp"  # behind the step: being written, or being removed
+UNFINISHED = ".orbax-checkpoint-tmp"  # behind the step, and before the number of the attempt: being written, or being removed
 DAMAGED = ".damaged"  # behind the step: set aside
 SPARE_BYTES = 1 << 20  # of a checkpoint, beside its arrays
 READ_BYTES = 1 << 20
@@ -41,10 +42,17 @@ AGREE_MS = 6 * 3600 * 1000  # the slowest write that other processes wait for; o
 
 SYSTEM_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")  # in what TensorStore says
 
-# Orbax logs what it does and each error that it raises, with a traceback; the errors are answered here. asyncio logs those of
-# the other writes that it had begun.
-logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
-logging.getLogger("asyncio").addFilter(lambda record: not (record.exc_info and SYSTEM_ERROR.search(str(record.exc_info[1]))))
+ORBAX = f"{os.sep}orbax{os.sep}"
+
+
+def _is_of_others(record: logging.LogRecord) -> bool:
+    """False for what Orbax logs: all that it does, and errors with a traceback, which it raises, too, and which are answered here."""
+    frames = traceback.extract_tb(record.exc_info[2]) if record.exc_info else ()
+    return not any(ORBAX in name for name in (record.pathname, *(frame.filename for frame in frames)))
+
+
+for _name in ("absl", "asyncio"):  # the second has the errors of writes that Orbax had begun when another one failed
+    logging.getLogger(_name).addFilter(_is_of_others)
 
 
 class Checkpoints:
@@ -70,6 +78,7 @@ class Checkpoints:
         self._keep_last, self._keep_every, self._warn = keep_last, keep_every, warn
         self._whole: set[int] = set()  # of the steps there are, those whose files have been verified
         self._failing = self._abandoned = False  # the last save failed; what Orbax had begun may still be under way
+        self._attempts = 0
         self._thread: threading.Thread | None = None
         self._outcome: str | BaseException | None = None  # of the thread: what went wrong
         self._agreements = _Agreements()
@@ -100,7 +109,9 @@ class Checkpoints:
         if step in self._steps:  # a signal came behind it
             return True
         assert step > max(self._steps, default=-1), f"there is a checkpoint of step {self._steps[-1]}"
-        target, size = self._unfinished(step), sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        # Of an attempt that failed, writes may still be under way, so each has a place of its own.
+        self._attempts += 1
+        target, size = self.directory / f"{step}{UNFINISHED}-{self._attempts}", sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         if reason := self._first(lambda: _prepare(target, size + SPARE_BYTES)):
             self._complain(self._not_written(step, reason))
             return False
@@ -109,7 +120,7 @@ class Checkpoints:
             futures = _run(self._handler.async_save(epath.Path(target / STATE), args=ocp.args.PyTreeSave(state)))
         except Exception as caught:  # noqa: BLE001 - told to the other processes, which have begun
             error = caught
-        self._thread = threading.Thread(target=self._commit, args=(step, run, futures, error), name=f"checkpoint {step}")
+        self._thread = threading.Thread(target=self._commit, args=(step, target, run, futures, error), name=f"checkpoint {step}")
         self._thread.start()
         return True
 
@@ -147,16 +158,16 @@ class Checkpoints:
         self._failing = sentence is not None
         self._abandoned |= self._failing
 
-    def _commit(self, step: int, run: dict[str, Any], futures: list[Any], error: Exception | None) -> None:
+    def _commit(self, *about: Any) -> None:
         """The background thread: wait for the arrays, and make a checkpoint of them once every process has written its own."""
         try:
-            self._outcome = self._commit_everywhere(step, run, futures, error)
+            self._outcome = self._commit_everywhere(*about)
         except BaseException as defect:  # noqa: BLE001 - raised by `wait`
             self._outcome = defect
 
-    def _commit_everywhere(self, step: int, run: dict[str, Any], futures: list[Any], error: Exception | None) -> str | None:
+    def _commit_everywhere(self, step: int, target: Path, run: dict[str, Any], futures: list[Any], error: Exception | None) -> str | None:
         """What went wrong, in every process the same; None for nothing."""
-        target, own = self._unfinished(step), f"{STATE}/ocdbt.process_{jax.process_index()}/"
+        own = f"{STATE}/ocdbt.process_{jax.process_index()}/"
         digests: dict[str, str] = {}
         try:
             _write_at_low_priority(futures)
@@ -168,9 +179,9 @@ class Checkpoints:
         if defects := [f"process {number}: {text}" for number, (refused, text, _) in enumerate(said) if text and not refused]:
             raise error if error and not _refusal(error) else RuntimeError(f"the checkpoint of step {step} failed in {'; '.join(defects)}")
         written = {name: digest for *_, part in said for name, digest in part.items()}
-        reason = next((refused for refused, *_ in said if refused), None) or self._first(lambda: self._finish(step, run, written))
+        reason = next((refused for refused, *_ in said if refused), None) or self._first(lambda: self._finish(step, target, run, written))
         if reason:
-            self._first(lambda: shutil.rmtree(target, ignore_errors=True))  # or what writes are still under way leave; then before the next
+            self._first(lambda: shutil.rmtree(target, ignore_errors=True))  # what comes after, the next save removes
             return self._not_written(step, reason)
         steps = [*self._steps, step]
         kept = _kept(steps, self._keep_last, self._keep_every)
@@ -178,9 +189,8 @@ class Checkpoints:
         self._steps = steps if reason else kept
         return reason and f"An older checkpoint than that of step {step} could not be removed from {self.directory}: {reason}."
 
-    def _finish(self, step: int, run: dict[str, Any], written: dict[str, str]) -> None:
+    def _finish(self, step: int, target: Path, run: dict[str, Any], written: dict[str, str]) -> None:
         """Merge what the processes wrote, and give it the checkpoint's name: from then on it is one."""
-        target = self._unfinished(step)
         self._handler.finalize(epath.Path(target / STATE))
         (target / RECORD).write_text(json.dumps(run))
         digests = {name: written.get(name) or _digest(target / name, flush=True) for name in _files(target)}
@@ -287,9 +297,6 @@ class Checkpoints:
 
     # ------------------------------------------------------------------------------------------------------------ the directory
 
-    def _unfinished(self, step: int) -> Path:
-        return self.directory / f"{step}{UNFINISHED}"
-
     def _remove(self, steps: list[int]) -> None:
         """Take checkpoints away: damaged ones get another name. A kill in between leaves no half of one under a step's name."""
         for step in steps:
@@ -298,8 +305,7 @@ class Checkpoints:
                 number = next(n for n in itertools.count(1) if not place.with_name(f"{step}{DAMAGED}-{n}").exists())
                 place.rename(place.with_name(f"{step}{DAMAGED}-{number}"))
             elif place.exists():
-                place.rename(self._unfinished(step))
-                shutil.rmtree(self._unfinished(step))
+                shutil.rmtree(place.rename(place.with_name(f"{step}{UNFINISHED}")))
 
     def _first(self, work: Callable[[], None]) -> str | None:
         """Do `work` in the first process; what the operating system refused there, if anything, in every process."""
@@ -349,8 +355,8 @@ def _kept(steps: list[int], last: int, every: int | None) -> list[int]:
 def _prepare(target: Path, size: int) -> None:
     """An empty directory to write to, on a disk with room for `size` bytes."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f"*{UNFINISHED}"):  # by a save or a removal that was cut off
-        shutil.rmtree(left)
+    for left in target.parent.glob(f"*{UNFINISHED}*"):  # by a save or a removal that was cut off
+        shutil.rmtree(left, ignore_errors=True)
     free = shutil.disk_usage(target.parent).free
     if free < size:
         raise OSError(errno.ENOSPC, f"it needs {size / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free")

@@ -21,14 +21,15 @@ from consyn_jax.training.run_lock import RunLock, read_holder
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
-ENTRIES = (CONFIG, "metrics.jsonl", "tokenizer", CHECKPOINTS, "best", "final", "logs", "profile", "report.html", "loss.png", "schedule.png", "wandb", "stacks")
+ENTRIES: tuple[str, ...] = (CONFIG, "metrics.jsonl", "tokenizer", CHECKPOINTS, "best", "final", "logs", "profile", "report.html", "loss.png", "schedule.png")
+ENTRIES += ("stacks", "nonfinite", "wandb")
 DERIVED = "derived"  # in config.yaml: what follows from the flags and the data; two runs that differ there are different runs
 
 # What the rate at each step follows from; all of it beside the number of steps, which is derived.
 SCHEDULE = {"epochs", "max_steps", "total_tokens", "lr", "scheduler", "warmup_ratio", "warmup_steps", "min_lr_ratio", "num_cycles", "power"}
 SCHEDULE |= {"decay_ratio", "decay_shape"}
 
-OF_ONE_START = ("overwrite", "overwrite_schedule", "resume", "distributed", "coordinator_address", "num_processes", "process_id")
+OF_ONE_START = ("overwrite", "overwrite_schedule", "resume", "replay", "distributed", "coordinator_address", "num_processes", "process_id")
 SHARED_S = 20.0  # until other hosts see a new file, at the latest
 
 DOCUMENT_END = "...\n"  # what YAML puts behind a lone scalar
