@@ -29,6 +29,8 @@ from pathlib import Path
 from consyn_jax.config import CorpusOptions, UserError
 from consyn_jax.data import prepare as module, reading, shards
 from consyn_jax.data.prepare import prepare
+from consyn_jax.tokenization import BPETokenizer
+BPETokenizer.encode_batch = lambda self, texts: [list(text.encode()) for text in texts]  # those of "bytes", which workers ask the tokenizer for
 reading.BLOCK_BYTES = 60_000
 module.JOURNAL_SECONDS = 0.01
 module.TokenStoreWriter = functools.partial(module.TokenStoreWriter, shard_tokens=150_000)
@@ -146,7 +148,7 @@ def test_the_store_is_rich(undisturbed: Callable[[str], dict[str, bytes]]) -> No
 
 @pytest.mark.parametrize("separator", ["", "\\n\\n\\n"])
 def test_no_number_of_workers_shows(corpus: Path, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]], separator: str) -> None:
-    for workers in (1, 2, 4) if separator else (2,):
+    for workers in (1, 4) if separator else (2,):
         process = python(UNDISTURBED, corpus, tmp_path / str(workers), separator, workers)
         assert process.communicate(timeout=120) == ("", "")
         assert_same(files(tmp_path / str(workers)), undisturbed(separator))
@@ -200,7 +202,7 @@ def progress(stage, done, total):
     if stage == "hash" and done == total:
         print("now", flush=True)
 try:
-    prepare(options(sys.argv[1], num_workers=4), output=Path(sys.argv[2]), progress=progress)
+    prepare(options(sys.argv[1], num_workers=3), output=Path(sys.argv[2]), progress=progress)
 except KeyboardInterrupt:
     print("interrupted")
 """
@@ -257,7 +259,7 @@ def test_killed_at_random_moments(
     corpus: Path, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]], workers: int, separator: str, seed: int
 ) -> None:
     expected = undisturbed(separator)
-    environment = {**os.environ, "CONSYN_TEST_MARK": str(tmp_path), "EXPECTED_S": os.environ.get("CONSYN_TEST_EXPECTED_S", "1.5")}
+    environment = {**os.environ, "CONSYN_TEST_MARK": str(tmp_path), "EXPECTED_S": os.environ.get("CONSYN_TEST_EXPECTED_S", "1")}
     process = python(KILLED_AGAIN_AND_AGAIN, corpus, tmp_path / "stores", separator, workers, seed, 20, env=environment)
     said, complaint = process.communicate(timeout=200)
     assert complaint == ""

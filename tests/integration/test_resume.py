@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -25,6 +26,12 @@ def whole(process: Callable[..., Run], corpus: Path, tmp_path_factory: pytest.Te
     assert run.code == 0, run.said
     assert 2 < run.numbers[-1].get("train/epoch", 2.3) < 3 or run.numbers[-2]["train/epoch"] > 2
     return run
+
+
+@pytest.fixture
+def copied(whole: Run, tmp_path: Path) -> Run:
+    """The same in a directory of the test's own."""
+    return Run(shutil.copytree(whole.path, tmp_path / "run"), whole.code, whole.said)
 
 
 @pytest.fixture
@@ -89,34 +96,28 @@ def test_a_process_that_is_terminated(whole: Run, process: Callable[..., Run], c
     assert "goes on" in resumed.said
 
 
-def test_a_process_that_is_killed_goes_on_from_its_last_checkpoint(whole: Run, here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
+def test_a_process_that_is_killed_goes_on_from_its_last_checkpoint(whole: Run, copied: Run, here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
     """SIGKILL between the checkpoint of step 10 and that of step 15, as left on disk: no final/, metrics behind the checkpoint."""
-    flags = [*FLAGS, "--data", corpus]
-    first = here(tmp_path / "run", *flags)
     for left in ("15", "20"):
-        (first.path / "checkpoints" / left).rename(tmp_path / left)
-    (first.path / "final").rename(tmp_path / "final")
-    lines = [line for line in first.lines if line["step"] <= 12 and line.get("event") != "finish"]
-    (first.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 13, "tok')
-    resumed = here(first.path, *flags)
+        (copied.path / "checkpoints" / left).rename(tmp_path / left)
+    (copied.path / "final").rename(tmp_path / "final")
+    lines = [line for line in copied.lines if line["step"] <= 12 and line.get("event") != "finish"]
+    (copied.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 13, "tok')
+    resumed = here(copied.path, *FLAGS, "--data", corpus)
     assert (resumed.code, resumed.numbers, resumed.weights) == (0, whole.numbers, whole.weights)
     assert resumed.events.count("resume") == 1
 
 
-def test_an_end_between_the_last_checkpoint_and_the_model(whole: Run, here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
-    flags = [*FLAGS, "--data", corpus]
-    first = here(tmp_path / "run", *flags)
+def test_an_end_between_the_last_checkpoint_and_the_model(whole: Run, copied: Run, here: Callable[..., Run], corpus: Path) -> None:
     for entry in ("model.safetensors", "config.json"):
-        (first.path / "final" / entry).unlink()
-    resumed = here(first.path, *flags)
+        (copied.path / "final" / entry).unlink()
+    resumed = here(copied.path, *FLAGS, "--data", corpus)
     assert (resumed.code, resumed.numbers, resumed.weights) == (0, whole.numbers, whole.weights)
     assert f"20 steps, {whole.lines[-1]['tokens']:,} tokens: loss {whole.numbers[-2]['train/loss']:.4f}" in resumed.said
 
 
-def test_going_back_to_an_earlier_checkpoint(whole: Run, here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
-    flags = [*FLAGS, "--data", corpus]
-    here(tmp_path / "run", *flags)
-    resumed = here(tmp_path / "run", *flags, "--resume", "10")
+def test_going_back_to_an_earlier_checkpoint(whole: Run, copied: Run, here: Callable[..., Run], corpus: Path) -> None:
+    resumed = here(copied.path, *FLAGS, "--data", corpus, "--resume", "10")
     assert (resumed.code, resumed.numbers, resumed.weights) == (0, whole.numbers, whole.weights)
     assert "from step 10 of 20" in resumed.said
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -190,16 +191,31 @@ def learnable(rng: np.random.Generator, mesh: Mesh) -> dict[str, jax.Array]:
 STEPS = 200
 
 
+@cache
+def first_values(seed: int) -> Params:
+    return jax.device_get(initial_parameters(CONFIG, seed))
+
+
+def first_state(p: Program, seed: int) -> TrainState:
+    return p.initial_state(jax.device_put(first_values(seed), p.layout.shardings(p.mesh)))
+
+
+@cache
+def train_step(dtype: Any, mesh: Mesh) -> tuple[Program, Any]:
+    p = program(dtype, mesh)
+    return p, p.lower_train_step(A, B, T).compile()
+
+
 def train(
     dtype: Any, steps: int, seed: int, first_scale: float | None = None, mesh: Mesh | None = None, without: tuple[int, ...] = ()
 ) -> tuple[TrainState, list[dict[str, float]]]:
     """State and metrics after `steps` batches, less those that are left out."""
-    p = program(dtype, mesh)
-    state = p.initial_state(initial_parameters(CONFIG, seed, p.mesh))
+    p, step = train_step(dtype, mesh if mesh is not None else mesh_of(data=1))
+    state = first_state(p, seed)
     if first_scale is not None:
         where = state.opt_state.scale.sharding  # type: ignore[union-attr]
         state = state._replace(opt_state=state.opt_state._replace(scale=jax.device_put(jnp.float32(first_scale), where)))  # type: ignore[union-attr]
-    step, rng, history = p.lower_train_step(A, B, T).compile(), np.random.default_rng(seed), []
+    rng, history = np.random.default_rng(seed), []
     for number in range(steps):
         batch = learnable(rng, p.mesh)
         if number in without:
@@ -218,6 +234,7 @@ def end(history: list[dict[str, float]]) -> float:
     return float(np.mean([m["loss"] for m in history[-20:]]))
 
 
+@pytest.mark.quick_compiler
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_a_narrow_type_ends_where_float32_does(dtype: Any, in_float32: list[dict[str, float]]) -> None:
     history = train(dtype, STEPS, 0)[1]
@@ -228,6 +245,7 @@ def test_a_narrow_type_ends_where_float32_does(dtype: Any, in_float32: list[dict
         assert history[-1]["skipped_steps"] <= 2
 
 
+@pytest.mark.quick_compiler
 @pytest.mark.parametrize("axes", [{"data": 1}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str)
 def test_float16_recovers_from_an_overflow(axes: dict[str, int]) -> None:
     state, history = train(jnp.float16, STEPS, 0, first_scale=2.0**34, mesh=mesh_of(**axes))
@@ -252,10 +270,10 @@ def test_float16_recovers_from_an_overflow(axes: dict[str, int]) -> None:
     assert end(history) == pytest.approx(end(train(jnp.float32, STEPS, 0, without=without)[1]), rel=0.01)
 
 
+@pytest.mark.quick_compiler
 def test_a_skipped_step_leaves_every_bit() -> None:
-    p = program(jnp.float16)
-    state = p.initial_state(initial_parameters(CONFIG, 0, p.mesh))
-    step = p.lower_train_step(A, B, T).compile()
+    p, step = train_step(jnp.float16, mesh_of(data=1))
+    state = first_state(p, 0)
     state, _ = step(state, learnable(np.random.default_rng(0), p.mesh))
     state = state._replace(opt_state=state.opt_state._replace(scale=jax.device_put(jnp.float32(2.0**60), state.opt_state.scale.sharding)))
     before = jax.device_get(state)
@@ -265,6 +283,7 @@ def test_a_skipped_step_leaves_every_bit() -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.opt_state.optimizer), before.opt_state.optimizer)
 
 
+@pytest.mark.quick_compiler
 def test_a_checkpoint_has_the_scale(tmp_path: Path) -> None:
     mesh = mesh_of(fsdp=2)
     state, _ = train(jnp.float16, 6, 0, first_scale=2.0**40, mesh=mesh)
