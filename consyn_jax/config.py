@@ -269,6 +269,7 @@ class EvaluationOptions:
 class SavingOptions:
     output: str = flag("./output", "run directory", aliases=("output_dir",))
     save_steps: int | None = flag(None, "steps between checkpoints (a tenth of the run)")
+    save_minutes: float | None = flag(None, "minutes between checkpoints, at the most; those by steps are made, too")
     keep_last: int = flag(3, "newest checkpoints to keep")
     keep_every: int | None = flag(None, "keep every checkpoint whose step is a multiple of this, too")
     resume: str = flag("auto", "auto goes on from the newest checkpoint; never; or a step")
@@ -571,7 +572,7 @@ def preset_architecture(name: str, vocab_size: int = 49_152, **tokens: int | Non
 
 
 POSITIVE: tuple[str, ...] = ("max_tokens", "epochs", "max_steps", "total_tokens", "batch_size", "gradient_accumulation_steps", "lr")
-POSITIVE += ("eps", "num_cycles", "power", "max_nonfinite_steps", "eval_steps", "save_steps", "keep_last", "keep_every", "logging_steps")
+POSITIVE += ("eps", "num_cycles", "power", "max_nonfinite_steps", "eval_steps", "save_steps", "save_minutes", "keep_last", "keep_every", "logging_steps")
 
 
 def validate(config: RunConfig) -> None:

@@ -1,11 +1,13 @@
-"""Signals that end a run in good order, at the same step in all of its processes."""
+"""Signals that end a run in good order, and the clock that has it saved: at the same step in all of its processes."""
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
+from time import monotonic
 from types import FrameType
 from typing import Any
 
@@ -20,7 +22,7 @@ from consyn_jax.training.step import Batch, Metrics, Step, TrainState
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
 WARNING = signal.SIGUSR1  # Slurm's, some time ahead of the end: sbatch --signal=USR1@120
-SIGNALS = "signals"  # in a batch: what each process has to say of its signals, see `with_signals`
+SIGNALS = "signals"  # in a batch: what each process has to say, see `with_signals`
 
 
 class Signals:
@@ -60,44 +62,63 @@ def is_shared(mesh: Mesh) -> bool:
 
 
 def signals_like(mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """What the processes say in a batch: int32 [devices, 2], each device's row the same within a process."""
-    return jax.ShapeDtypeStruct((mesh.size, 2), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+    """What the processes say in a batch: int32 [devices, 3], each device's row the same within a process."""
+    return jax.ShapeDtypeStruct((mesh.size, 3), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
 
 
 def with_signals(step: Step) -> Step:
-    """`step`, whose batch has `signals` [devices, 2]: the number of the signal that came to a device's process, and 1 where it has no data.
+    """`step`, whose batch has `signals` [devices, 3]: the number of the signal that came to a device's process, 1 where it has no data, and 1
+    where its clock wants a checkpoint.
 
-    Both are told to all by the metrics `signalled` and `idle`, the largest of each. An idle step leaves the state as it is: a process that waits for
+    They are told to all by the metrics `signalled`, `idle` and `due`, the largest of each. An idle step leaves the state as it is: a process that waits for
     data while it shall end takes part in the step that the others have begun, and nothing comes of it.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        signalled, idle = jnp.max(batch[SIGNALS], axis=0)
+        signalled, idle, due = jnp.max(batch[SIGNALS], axis=0)
         after, metrics = step(state, {name: values for name, values in batch.items() if name != SIGNALS})
         kept = jax.tree.map(lambda new, old: jnp.where(idle > 0, old, new), after, state)
-        return kept, metrics | {"signalled": signalled, "idle": idle}
+        return kept, metrics | {"signalled": signalled, "idle": idle, "due": due}
 
     return train_step
 
 
 class Agreement:
-    """When to end for a signal, so that all processes of a run do at the same step.
+    """When to end for a signal, and when to save by the clock, so that all processes of a run do at the same step.
 
-    One process acts on its own signals. Several say in each step what came to them, and read what all said with the step's metrics: all read
-    the same, at the same place of the same loop.
+    One process acts on its own signals and clock. Several say in each step what came to them, and read what all said with the step's
+    metrics: all read the same, at the same place of the same loop. The clock is that of process 0.
+
+    Args:
+        save_minutes: between two checkpoints; None for no such clock.
     """
 
-    def __init__(self, signals: Signals, mesh: Mesh) -> None:
+    def __init__(self, signals: Signals, mesh: Mesh, save_minutes: float | None = None) -> None:
         self._signals, self._mesh = signals, mesh
+        self._save_s = math.inf if save_minutes is None else 60 * save_minutes
         self._shared, self._peers = is_shared(mesh), current_peers()
         self._agreed: str | None = None
         self._idle = False
-        self._arrays: dict[tuple[int, bool], jax.Array] = {}
+        self._arrays: dict[tuple[int, bool, bool], jax.Array] = {}
+        self.saved()
 
     @property
     def stop(self) -> str | None:
         """The signal for which all end now."""
         return self._agreed if self._shared else self._signals.received
+
+    @property
+    def saves(self) -> bool:
+        """Whether all save now, as the time has come."""
+        return self._agreed_to_save if self._shared else self._due
+
+    def saved(self) -> None:
+        """The time to the next checkpoint counts from here."""
+        self._saved_at, self._agreed_to_save = monotonic(), False
+
+    @property
+    def _due(self) -> bool:
+        return monotonic() - self._saved_at >= self._save_s
 
     def waits_in_vain(self) -> bool:
         """Asked while data is waited for: whether to give up. In all processes, as any of them may be the one that has none."""
@@ -123,6 +144,7 @@ class Agreement:
         """Read what all said in a step. False for one that was idle: it does not count."""
         if number := int(metrics.get("signalled", 0)):
             self._agreed = signal.Signals(number).name
+        self._agreed_to_save |= bool(metrics.get("due"))
         return not metrics.get("idle")
 
     def said(self) -> Batch:
@@ -131,7 +153,7 @@ class Agreement:
             return {}
         noted = self._peers.noted if self._peers is not None and self._idle else None
         received = self._signals.received or noted
-        said = signal.Signals[received].value if received else 0, self._idle
+        said = signal.Signals[received].value if received else 0, self._idle, jax.process_index() == 0 and self._due
         if said not in self._arrays:
             like = signals_like(self._mesh)
             row = np.array(said, np.int32)

@@ -322,7 +322,7 @@ class _Training:
         self.progress = Progress(plateau=configured_plateau(trainer.run.optimizer, EVALUATION_METRICS[trainer.run.evaluation.metric_for_best_model]))
         self.evaluated = jax.jit(evaluation_params, out_shardings=self.program.layout.shardings(self.program.mesh))
         self.watch = Stopwatch()
-        self.agreement = Agreement(stack.enter_context(Signals()), self.program.mesh)
+        self.agreement = Agreement(stack.enter_context(Signals()), self.program.mesh, saving.save_minutes)
         self.stack = stack
         self.last: dict[str, float] = {}
         self.warned_of_nothing = False
@@ -366,6 +366,7 @@ class _Training:
         eval_every, save_every = t._every(t.run.evaluation.eval_steps), t._every(t.run.saving.save_steps)
         pending: tuple[Metrics, Batch] | None = None
         self.watch = Stopwatch()
+        self.agreement.saved()
         self.watchdog.at(WAITING, done + 1)
         for batch in self.agreement.batches(ready, like):
             self.watchdog.at(STEPPING, done + 1)
@@ -375,7 +376,7 @@ class _Training:
                 self._record(pending, state, ready.wait_s)
             pending = metrics, batch
             evaluates = self.evaluation is not None and (done % eval_every == 0 or done == t.total_steps)
-            saves = done % save_every == 0 or done == t.total_steps
+            saves = done % save_every == 0 or done == t.total_steps or self.agreement.saves
             stops = False
             if evaluates or saves or self.agreement.stop:
                 self._record(pending, state, ready.wait_s)
@@ -642,6 +643,7 @@ class _Training:
 
     def _save(self, state: TrainState) -> None:
         self.watchdog.at(SAVING, self.progress.step)
+        self.agreement.saved()
         if self.progress.step in self.checkpoints.steps():  # a signal came behind it, and there was no step since
             return
         self.checkpoints.save(self.progress.step, state, asdict(self.progress))

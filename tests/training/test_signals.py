@@ -67,6 +67,8 @@ def test_handlers_are_put_back() -> None:
 
 # ----------------------------------------------------------------------------------------------------------------- in the step
 
+WORDS = ("signalled", "idle", "due")
+
 
 @pytest.fixture
 def mesh() -> jax.sharding.Mesh:
@@ -83,16 +85,18 @@ def state() -> TrainState:
     return TrainState(jnp.int32(4), jnp.float32(1.5), {"m": jnp.float32(2)}, jnp.int32(0))
 
 
-@pytest.mark.parametrize(("rows", "signalled", "idle"), [([[0, 0]], 0, 0), ([[0, 0], [15, 0]], 15, 0), ([[10, 0], [15, 1], [0, 0]], 15, 1)])
-def test_what_one_device_says_all_read(mesh: jax.sharding.Mesh, rows: list[list[int]], signalled: int, idle: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "all_read"), [([[0, 0, 0]], [0, 0, 0]), ([[0, 0, 0], [15, 0, 0]], [15, 0, 0]), ([[10, 0, 1], [15, 1, 0], [0, 0, 0]], [15, 1, 1])]
+)
+def test_what_one_device_says_all_read(mesh: jax.sharding.Mesh, rows: list[list[int]], all_read: list[int]) -> None:
     like = signals_like(mesh)
-    assert like.sharding.shard_shape(like.shape) == (1, 2)
-    said = jax.device_put(np.array(rows + [[0, 0]] * (8 - len(rows)), np.int32), like.sharding)
+    assert like.sharding.shard_shape(like.shape) == (1, 3)
+    said = jax.device_put(np.array(rows + [[0, 0, 0]] * (8 - len(rows)), np.int32), like.sharding)
     batch = {"labels": jnp.ones(3), SIGNALS: said}
     after, metrics = jax.jit(with_signals(count))(state(), batch)
-    assert {name: float(value) for name, value in metrics.items()} == {"loss": 3, "signalled": signalled, "idle": idle}
-    assert (int(after.step), float(after.params)) == ((4, 1.5) if idle else (5, 4.5))
-    assert all(metrics[name].is_fully_replicated for name in ("signalled", "idle"))
+    assert {name: float(value) for name, value in metrics.items()} == {"loss": 3, **dict(zip(WORDS, all_read, strict=True))}
+    assert (int(after.step), float(after.params)) == ((4, 1.5) if metrics["idle"] else (5, 4.5))
+    assert all(metrics[name].is_fully_replicated for name in WORDS)
 
 
 def test_a_mesh_of_one_process_is_not_shared(mesh: jax.sharding.Mesh) -> None:
@@ -117,7 +121,15 @@ def agreement(mesh: jax.sharding.Mesh, monkeypatch: pytest.MonkeyPatch) -> Agree
     """That of a process among others."""
     monkeypatch.setattr(module, "is_shared", lambda mesh: True)
     monkeypatch.setattr(module, "current_peers", FakePeers)
-    return Agreement(Signals(), mesh)
+    return Agreement(Signals(), mesh, save_minutes=2.0)
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """The time, which stands still."""
+    time = {"s": 1000.0}
+    monkeypatch.setattr(module, "monotonic", lambda: time["s"])
+    return time
 
 
 def said(agreement: Agreement) -> list[int]:
@@ -133,10 +145,10 @@ def test_a_signal_is_said_and_acted_on_when_all_know(agreement: Agreement, mesh:
     with prefetch({"labels": np.full((8, 2), n)} for n in range(5)) as ready:
         batches = agreement.batches(ready, like(mesh))
         next(batches)
-        assert said(agreement) == [0, 0]
+        assert said(agreement) == [0, 0, 0]
         agreement._signals.received = "SIGTERM"
         assert next(batches)["labels"][0, 0] == 1
-        assert said(agreement) == [signal.SIGTERM, 0]
+        assert said(agreement) == [signal.SIGTERM, 0, 0]
     assert agreement.stop is None
     assert agreement.counts({"signalled": 0.0, "idle": 0.0})
     assert agreement.stop is None
@@ -155,14 +167,14 @@ def test_who_waits_for_data_takes_part_in_steps_that_do_not_count(who: str, agre
     with prefetch(slow(), interrupted=agreement.waits_in_vain) as ready:
         batches = agreement.batches(ready, like(mesh))
         next(batches)
-        assert said(agreement) == [0, 0]
+        assert said(agreement) == [0, 0, 0]
         if who == "this process":
             agreement._signals.received = "SIGTERM"
         else:
             agreement._peers.noted = "SIGTERM"  # type: ignore[union-attr]
         for _ in range(2):
             assert not next(batches)["labels"].any()
-            assert said(agreement) == [signal.SIGTERM, 1]
+            assert said(agreement) == [signal.SIGTERM, 1, 0]
         come.set()
     assert agreement._peers.noted == "SIGTERM"  # type: ignore[union-attr]
     assert not agreement.counts({"signalled": 15.0, "idle": 1.0})
@@ -188,3 +200,33 @@ def test_one_process_acts_on_its_own_signal_and_its_batches_stay_as_they_are(mes
     assert agreement.stop == "SIGINT"
     assert agreement.waits_in_vain()
     assert agreement.counts({"loss": 1.0})
+
+
+def test_the_clock_of_process_0_has_all_save(agreement: Agreement, clock: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock["s"] += 119
+    assert said(agreement) == [0, 0, 0]
+    clock["s"] += 1
+    assert said(agreement) == [0, 0, 1]
+    assert not agreement.saves, "the others do not know yet"
+    assert agreement.counts({"signalled": 0.0, "idle": 0.0, "due": 1.0})
+    assert agreement.counts({"signalled": 0.0, "idle": 0.0, "due": 0.0})
+    assert agreement.saves
+    agreement.saved()
+    assert not agreement.saves
+    assert said(agreement) == [0, 0, 0]
+    clock["s"] += 1000
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert said(agreement) == [0, 0, 0]
+    assert agreement.counts({"signalled": 0.0, "idle": 0.0, "due": 1.0})
+    assert agreement.saves
+
+
+def test_one_process_saves_by_its_own_clock(mesh: jax.sharding.Mesh, clock: dict[str, float]) -> None:
+    by_minutes, by_steps = (Agreement(Signals(), mesh, save_minutes=minutes) for minutes in (0.5, None))
+    clock["s"] += 29
+    assert not by_minutes.saves
+    clock["s"] += 1
+    assert by_minutes.saves
+    assert not by_steps.saves
+    by_minutes.saved()
+    assert not by_minutes.saves

@@ -1,3 +1,4 @@
+import itertools
 import json
 import signal
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from consyn_jax.config import Diverged, Interrupted, ModelConfig, UserError
 from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.model.parameters import layout
 from consyn_jax.tokenization import BPETokenizer
-from consyn_jax.training import ConsynTrainer
+from consyn_jax.training import ConsynTrainer, signals
 from consyn_jax.training.dataset import get_dataset
 from consyn_jax.training.metrics import MetricsLog, read_metrics
 from consyn_jax.training.scheduler import build_schedule
@@ -181,8 +182,11 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(finished: Finished, tmp_pa
             trainer(tmp_path, tokenizer=None).train()
     last = read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert (last["event"], last["step"], last["signal"]) == ("signal", 6, "SIGTERM")
-    result = trainer(tmp_path, tokenizer=None).train()
+    ticks = itertools.count(0, 30)  # seconds: between two steps, as the time is looked at once in each
+    monkeypatch.setattr(signals, "monotonic", lambda: next(ticks))
+    result = trainer(tmp_path, tokenizer=None, save_minutes=1).train()
     assert curve(tmp_path) == curve(finished.path)
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if line.get("event") == "save"] == [3, 6, 8, 9, 11, 12]
     for name in ("final", "best"):
         assert (tmp_path / name / "model.safetensors").read_bytes() == (finished.path / name / "model.safetensors").read_bytes()
     assert {k: result[k] for k in ("train/loss", "eval/loss", "tokens")} == {k: finished.result[k] for k in ("train/loss", "eval/loss", "tokens")}
