@@ -488,10 +488,11 @@ class _Training:
         return state
 
     def _branch(self, checkpoints: Path, step: int) -> TrainState:
-        """The state of another run at `step`; what has been best there does not count here."""
+        """The state of another run at `step`, which may still be going on: it is only read. What has been best there does not count here."""
         with closing(Checkpoints(checkpoints)) as others:
             state, record = others.restore(step, self.program.state_like)
-        self.progress = replace(self.progress, step=step, tokens=record["tokens"])
+        there = Progress.from_json(record)
+        self.progress = replace(self.progress, step=step, tokens=there.tokens, left_out=there.left_out)
         return state
 
     # ---------------------------------------------------------------------------------------------------------- at a step's end

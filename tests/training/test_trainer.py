@@ -1,8 +1,12 @@
 import itertools
 import json
 import signal
+import threading
+import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +22,13 @@ from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.model.parameters import layout
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training import ConsynTrainer, signals
+from consyn_jax.training.checkpoint import Checkpoints
 from consyn_jax.training.dataset import get_dataset
 from consyn_jax.training.metrics import MetricsLog, read_metrics
+from consyn_jax.training.progress import Progress
 from consyn_jax.training.scheduler import build_schedule
+from consyn_jax.training.step import TrainState
+from consyn_jax.training.trainer import _Training
 
 TOKENIZER = BPETokenizer.bytes()
 CONFIG = ModelConfig(
@@ -224,6 +232,38 @@ def test_data_that_ends_ends_the_run_in_order(tmp_path: Path) -> None:
     assert run.train()["step"] == 2
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if line.get("event") == "end_of_data"] == [2]
     assert json.loads((tmp_path / "final" / "config.json").read_text())["hidden_size"] == 32
+
+
+def test_a_decay_only_reads_the_run_that_it_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That run is writing a checkpoint; one is damaged, and of one there are remains."""
+    state = TrainState(jnp.int32(2), {"w": jnp.arange(5.0)}, {}, jnp.int32(0))
+    of_run = Checkpoints(tmp_path)
+    for step in (2, 3):
+        of_run.save(step, state, asdict(Progress(step=step, tokens=50 * step, left_out=1)))
+        of_run.wait()
+    (tmp_path / "3" / "run.json").write_text("{}")
+    may_end = threading.Event()
+    finish = Checkpoints._finish
+    monkeypatch.setattr(Checkpoints, "_finish", lambda *about: (may_end.wait(60), finish(*about)))
+    of_run.save(4, state, {})
+    while not list(tmp_path.glob("4.*/state/*/d")):  # its arrays are written
+        time.sleep(0.01)
+    (tmp_path / "1.orbax-checkpoint-tmp-7").mkdir()
+
+    def there() -> dict[str, tuple[int, int]]:
+        return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in [tmp_path, *tmp_path.rglob("*")] if "4." not in str(path)}
+
+    before, like = there(), jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+    branch: Any = SimpleNamespace(program=SimpleNamespace(state_like=like), progress=Progress())
+    np.testing.assert_array_equal(_Training._branch(branch, tmp_path, 2).params["w"], state.params["w"])
+    assert (branch.progress.step, branch.progress.tokens, branch.progress.left_out) == (2, 100, 1)
+    with pytest.raises(UserError, match=r"3 is damaged: run\.json is not what was written\."):
+        _Training._branch(branch, tmp_path, 3)
+    assert there() == before
+    may_end.set()
+    of_run.wait()
+    assert of_run.steps() == [2, 3, 4]
+    of_run.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------- before it runs
