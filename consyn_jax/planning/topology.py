@@ -1,4 +1,7 @@
-"""Machines that need not be there: how many hosts, how many GPUs in each, and what the compiler must know of a GPU."""
+"""Machines that need not be there: how many hosts, how many GPUs in each, and what the compiler and the estimates must know of a GPU.
+
+Where each number is from: docs/design/planning.md.
+"""
 
 from __future__ import annotations
 
@@ -10,51 +13,144 @@ from consyn_jax.config import UserError, nearest
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU model.
+    """A GPU model, and the host that it usually stands in. Rates are per second and GPU.
 
     Attributes:
         kind: the name that the driver gives the device.
         memory_bytes: what the driver reports as the device's memory.
+        memory_bandwidth: bytes to and from the device's memory, as specified.
+        bf16_flops: of dense bf16 products summed in float32, as specified.
+        matmul_flops: the same, of the best matrix product that was measured.
+        link_bandwidth: bytes to other GPUs of the host, one way, as specified.
+        network_bandwidth: bytes to other hosts, one way, as specified; of several GPUs that share a port, its share.
         target_config: `stream_executor.GpuTargetConfigProto` as text, which XLA compiles for when no device is there.
     """
 
     kind: str
     memory_bytes: int
+    memory_bandwidth: float
+    bf16_flops: float
+    matmul_flops: float
+    link_bandwidth: float
+    network_bandwidth: float
     target_config: str
 
 
-_H200_MEMORY_BYTES = 150_754_820_096
+_TARGET = """
+    platform_name: "CUDA"
+    device_description_str: "{kind}"
+    runtime_version {{ major: 13 minor: 0 patch: 0 }}
+    dnn_version_info {{ major: 9 minor: 12 }}
+    gpu_device_info {{
+      cuda_compute_capability {{ {capability} }}
+      core_count: {cores}
+      fpus_per_core: {fpus_per_core}
+      clock_rate_ghz: {clock_rate_ghz}
+      device_memory_size: {memory_bytes}
+      memory_bandwidth: {memory_bandwidth}
+      l2_cache_size: {l2_bytes}
+      threads_per_warp: 32
+      threads_per_block_limit: 1024
+      threads_per_core_limit: {threads_per_core}
+      registers_per_block_limit: 65536
+      registers_per_core_limit: 65536
+      shared_memory_per_block: 49152
+      shared_memory_per_block_optin: {shared_memory_per_block}
+      shared_memory_per_core: {shared_memory_per_core}
+      block_dim_limit_x: 2147483647
+      block_dim_limit_y: 65535
+      block_dim_limit_z: 65535
+    }}
+"""
+
+
+def _target_config(kind: str, capability: str, memory_bytes: int, memory_bandwidth: float, cores: int, clock_rate_ghz: float, l2_bytes: int, **core: int) -> str:
+    """The text that XLA wants; without `core` it has the streaming multiprocessors of Hopper and Blackwell."""
+    defaults = {"fpus_per_core": 128, "threads_per_core": 2048, "shared_memory_per_block": 232448, "shared_memory_per_core": 233472}
+    return _TARGET.format(
+        kind=kind,
+        capability=capability,
+        cores=cores,
+        clock_rate_ghz=clock_rate_ghz,
+        memory_bytes=memory_bytes,
+        memory_bandwidth=int(memory_bandwidth),
+        l2_bytes=l2_bytes,
+        **(defaults | core),
+    )
+
 
 GPUS = {
+    "h100": Gpu(
+        "NVIDIA H100 80GB HBM3",
+        memory_bytes=84_942_979_072,
+        memory_bandwidth=3.35e12,
+        bf16_flops=989e12,
+        matmul_flops=794e12,
+        link_bandwidth=450e9,
+        network_bandwidth=50e9,
+        target_config=_target_config("NVIDIA H100 80GB HBM3", "major: 9", 84_942_979_072, 3_352_320_000_000, 132, 1.98, 52_428_800),
+    ),
     "h200": Gpu(
-        kind="NVIDIA H200",
-        memory_bytes=_H200_MEMORY_BYTES,
-        target_config=f"""
-            platform_name: "CUDA"
-            device_description_str: "NVIDIA H200"
-            runtime_version {{ major: 13 minor: 0 patch: 0 }}
-            dnn_version_info {{ major: 9 minor: 12 }}
-            gpu_device_info {{
-              cuda_compute_capability {{ major: 9 }}
-              core_count: 132
-              fpus_per_core: 128
-              clock_rate_ghz: 1.98
-              device_memory_size: {_H200_MEMORY_BYTES}
-              memory_bandwidth: 4800000000000
-              l2_cache_size: 62914560
-              threads_per_warp: 32
-              threads_per_block_limit: 1024
-              threads_per_core_limit: 2048
-              registers_per_block_limit: 65536
-              registers_per_core_limit: 65536
-              shared_memory_per_block: 49152
-              shared_memory_per_block_optin: 232448
-              shared_memory_per_core: 233472
-              block_dim_limit_x: 2147483647
-              block_dim_limit_y: 65535
-              block_dim_limit_z: 65535
-            }}
-        """,
+        "NVIDIA H200",
+        memory_bytes=150_754_820_096,
+        memory_bandwidth=4.8e12,
+        bf16_flops=989e12,
+        matmul_flops=794e12,
+        link_bandwidth=450e9,
+        network_bandwidth=50e9,
+        target_config=_target_config("NVIDIA H200", "major: 9", 150_754_820_096, 4.8e12, 132, 1.98, 62_914_560),
+    ),
+    "a100": Gpu(
+        "NVIDIA A100-SXM4-80GB",
+        memory_bytes=85_100_068_864,
+        memory_bandwidth=2.039e12,
+        bf16_flops=312e12,
+        matmul_flops=271e12,
+        link_bandwidth=300e9,
+        network_bandwidth=25e9,
+        target_config=_target_config(
+            "NVIDIA A100-SXM4-80GB",
+            "major: 8",
+            85_100_068_864,
+            2_039_040_000_000,
+            108,
+            1.41,
+            41_943_040,
+            fpus_per_core=64,
+            shared_memory_per_block=166_912,
+            shared_memory_per_core=167_936,
+        ),
+    ),
+    "b200": Gpu(
+        "NVIDIA B200",
+        memory_bytes=191_514_411_008,
+        memory_bandwidth=7.7e12,
+        bf16_flops=2250e12,
+        matmul_flops=1745e12,
+        link_bandwidth=900e9,
+        network_bandwidth=50e9,
+        target_config=_target_config("NVIDIA B200", "major: 10", 191_514_411_008, 7_672_320_000_000, 148, 1.965, 132_644_864),
+    ),
+    "rtx4090": Gpu(
+        "NVIDIA GeForce RTX 4090",
+        memory_bytes=25_393_692_672,
+        memory_bandwidth=1.008e12,
+        bf16_flops=165e12,
+        matmul_flops=143e12,
+        link_bandwidth=16e9,
+        network_bandwidth=1.5625e9,
+        target_config=_target_config(
+            "NVIDIA GeForce RTX 4090",
+            "major: 8 minor: 9",
+            25_393_692_672,
+            1.008e12,
+            128,
+            2.52,
+            75_497_472,
+            threads_per_core=1536,
+            shared_memory_per_block=101_376,
+            shared_memory_per_core=102_400,
+        ),
     ),
 }
 
