@@ -64,7 +64,9 @@ _TARGET = """
 """
 
 
-def _target_config(kind: str, capability: str, memory_bytes: int, memory_bandwidth: float, cores: int, clock_rate_ghz: float, l2_bytes: int, **core: int) -> str:
+def _target_config(
+    kind: str, capability: str, memory_bytes: int, memory_bandwidth: int, cores: int, clock_rate_ghz: float, l2_bytes: int, **core: int
+) -> str:
     """The text that XLA wants; without `core` it has the streaming multiprocessors of Hopper and Blackwell."""
     defaults = {"fpus_per_core": 128, "threads_per_core": 2048, "shared_memory_per_block": 232448, "shared_memory_per_core": 233472}
     return _TARGET.format(
@@ -73,7 +75,7 @@ def _target_config(kind: str, capability: str, memory_bytes: int, memory_bandwid
         cores=cores,
         clock_rate_ghz=clock_rate_ghz,
         memory_bytes=memory_bytes,
-        memory_bandwidth=int(memory_bandwidth),
+        memory_bandwidth=memory_bandwidth,
         l2_bytes=l2_bytes,
         **(defaults | core),
     )
@@ -98,7 +100,7 @@ GPUS = {
         matmul_flops=794e12,
         link_bandwidth=450e9,
         network_bandwidth=50e9,
-        target_config=_target_config("NVIDIA H200", "major: 9", 150_754_820_096, 4.8e12, 132, 1.98, 62_914_560),
+        target_config=_target_config("NVIDIA H200", "major: 9", 150_754_820_096, 4_800_000_000_000, 132, 1.98, 62_914_560),
     ),
     "a100": Gpu(
         "NVIDIA A100-SXM4-80GB",
@@ -143,7 +145,7 @@ GPUS = {
             "NVIDIA GeForce RTX 4090",
             "major: 8 minor: 9",
             25_393_692_672,
-            1.008e12,
+            1_008_000_000_000,
             128,
             2.52,
             75_497_472,
