@@ -40,19 +40,21 @@ LARGEST_CHECKSUMS = 1 << 26  # bytes of them: those of half a million files
 LOW, LOOK_S = 15, 0.1  # priority of a thread, as `nice` counts: 1/28 of a normal one; and how often it is seen to
 AGREE_MS = 6 * 3600 * 1000  # the slowest write that other processes wait for; of one that died, JAX tells them
 
-SYSTEM_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")  # in what TensorStore says
-
 ORBAX = f"{os.sep}orbax{os.sep}"
+SYSTEM_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")  # in what TensorStore says
 
 
 def _is_of_others(record: logging.LogRecord) -> bool:
     """False for what Orbax logs: all that it does, and errors with a traceback, which it raises, too, and which are answered here."""
-    frames = traceback.extract_tb(record.exc_info[2]) if record.exc_info else ()
-    return not any(ORBAX in name for name in (record.pathname, *(frame.filename for frame in frames)))
+    _, error, trace = record.exc_info or (None, None, None)
+    places = (record.pathname, *(frame.filename for frame in traceback.extract_tb(trace)))
+    return not (SYSTEM_ERROR.search(str(error)) or any(ORBAX in place for place in places))
 
 
-for _name in ("absl", "asyncio"):  # the second has the errors of writes that Orbax had begun when another one failed
+# When one write fails, Orbax leaves the others to themselves, and asyncio complains of what becomes of them.
+for _name in ("absl", "asyncio"):
     logging.getLogger(_name).addFilter(_is_of_others)
+warnings.filterwarnings("ignore", r"coroutine '_?async_serialize.*' was never awaited", RuntimeWarning)
 
 
 class Checkpoints:
@@ -185,7 +187,12 @@ class Checkpoints:
             return self._not_written(step, reason)
         steps = [*self._steps, step]
         kept = _kept(steps, self._keep_last, self._keep_every)
-        reason = self._first(lambda: self._remove([old for old in steps if old not in kept]))
+
+        def rotate() -> None:
+            _flush(self.directory)  # the new name is on the disk before an old one goes
+            self._remove([old for old in steps if old not in kept])
+
+        reason = self._first(rotate)
         self._steps = steps if reason else kept
         return reason and f"An older checkpoint than that of step {step} could not be removed from {self.directory}: {reason}."
 
@@ -199,7 +206,6 @@ class Checkpoints:
         for directory in [*(path for path in target.rglob("*") if path.is_dir()), target]:
             _flush(directory)
         target.rename(self.directory / str(step))
-        _flush(self.directory)
 
     # ------------------------------------------------------------------------------------------------------------------ reading
 

@@ -37,7 +37,9 @@ import json, os, sys, types
 import jax
 import jax._src.cache_key, jax._src.compiler
 import consyn_jax.distributed.launch, consyn_jax.model.pretrained, consyn_jax.training.trainer, consyn_jax.training.watchdog
-import consyn_jax.data.prepare, safetensors.numpy, jax.experimental.multihost_utils
+import consyn_jax.data.prepare, consyn_jax.model.causal_lm, safetensors.numpy, jax.experimental.multihost_utils
+import matplotlib.backends.backend_agg, matplotlib.figure, PIL.Image
+PIL.Image.init()
 from consyn_jax.cli.train import main
 
 # Compiled programs are shared between processes, and between different numbers of them: the program is the same, and what JAX adds to its

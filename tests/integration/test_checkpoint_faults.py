@@ -154,7 +154,7 @@ def test_killed_inside_a_save_at_random_moments(tmp_path: Path) -> None:
 CHOSEN_MOMENTS = """
 chain, some, kills = Chain(Path(sys.argv[1]) / "checkpoints"), int(sys.argv[2]), 0
 told, _ = chain.go(3)
-total = int(told[-1][1])
+total = int(told[-1][1]) - 2  # a save has a file more or less than another one
 moments = range(1, total + 1) if not some else sorted({total, total - 1, *random.Random(1).sample(range(1, total + 1), some)})
 for at in moments:
     kills += chain.go(3, at=at)[1]

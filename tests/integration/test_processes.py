@@ -169,6 +169,10 @@ def test_of_two_runs_in_one_directory_one_trains_and_a_dead_one_is_taken_over(nu
     first.signal(signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
     assert (tmp_path / "run" / "lock").exists()
-    third = nursery.start(*flags)
-    assert third.wait() == 0, third.said
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    third = nursery.start(*flags, before=SLOW)
+    trained(tmp_path / "run", 1, third)
+    assert json.loads((tmp_path / "run" / "lock").read_text())["pid"] == third.pid
+    third.signal(signal.SIGTERM)
+    assert third.wait() == 75, third.said
     assert not (tmp_path / "run" / "lock").exists()

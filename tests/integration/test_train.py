@@ -193,17 +193,3 @@ class TestStartingFromWeights:
         run = here(tmp_path / "run", *flags, "--tokenizer", "bytes")
         assert run.code == 0, run.said
         assert json.loads((run.path / "final" / "config.json").read_text())["vocab_size"] == 512
-
-
-def test_one_process_at_a_time(finished: Run, here: Callable[..., Run], corpus: Path) -> None:
-    import fcntl
-    import os
-
-    held = os.open(finished.path, os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)
-    try:
-        other = here(finished.path, *TINY, "--data", corpus, "--validation_fraction", "0.2")
-    finally:
-        os.close(held)
-    assert other.code == 2
-    assert other.said.endswith(f"--output {finished.path} is in use by another process. Wait for it, or name another directory.\n")
