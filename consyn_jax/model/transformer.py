@@ -24,6 +24,7 @@ from consyn_jax.model.dropout import ATTENTION, ATTENTION_BRANCH, EMBEDDING, MLP
 from consyn_jax.model.linear import linear
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+BLOCK_PARTS = ("attention", "MLP", "residual stream")
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,14 @@ class Block(nnx.Module):
         self, x_BTD: Float[Array, "B T D"], rope: tuple[jax.Array, jax.Array], attend: Attend, dropout: Dropout | None = None
     ) -> Float[Array, "B T D"]:
         """The block's output; `attend(q, k, v)` is the attention of training or of decoding from a cache."""
-        x_BTD = x_BTD + drop_out(self._attention(rms_norm(x_BTD, self.attention_norm[...], self.eps), rope, attend), dropout, ATTENTION_BRANCH)
-        return x_BTD + drop_out(self._mlp(rms_norm(x_BTD, self.mlp_norm[...], self.eps)), dropout, MLP_BRANCH)
+        return self.parts(x_BTD, rope, attend, dropout)[-1]
+
+    def parts(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, dropout: Dropout | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Both branches and the output, each [B, T, D]: `BLOCK_PARTS`."""
+        attention_BTD = drop_out(self._attention(rms_norm(x_BTD, self.attention_norm[...], self.eps), rope, attend), dropout, ATTENTION_BRANCH)
+        x_BTD = x_BTD + attention_BTD
+        mlp_BTD = drop_out(self._mlp(rms_norm(x_BTD, self.mlp_norm[...], self.eps)), dropout, MLP_BRANCH)
+        return attention_BTD, mlp_BTD, x_BTD + mlp_BTD
 
     def _attention(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
         q_BTNH, k_BTKH, v_BTKH = (_heads(x_BTD, w[...]) for w in (self.q, self.k, self.v))
@@ -188,6 +195,17 @@ class Decoder(nnx.Module):
         Args:
             dropout: of the embedding, the attention weights and the branches of each block, in training.
         """
+        return self.traced(input_ids, segment_ids, compute, dropout, lambda values: None)[0]
+
+    def traced(
+        self,
+        input_ids: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        compute: Compute,
+        dropout: Dropout | None,
+        look: Callable[[jax.Array], Any],
+    ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+        """`hidden`, and what `look` makes of the activations [B, T, D] on the way: of "embedding", and of `BLOCK_PARTS` stacked over the layers."""
         B, T = input_ids.shape
         positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if segment_ids is None else segment_positions(segment_ids)
         rope = rope_table(positions, self.config.head_dim, self.config.rope_theta)
@@ -200,15 +218,17 @@ class Decoder(nnx.Module):
         graphdef, stacked = nnx.split(self.layers)
         numbers_L = None if dropout is None else jnp.arange(1, self.config.num_layers + 1)
 
-        def body(x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, None]:
+        def body(x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, dict[str, Any]]:
             layer, number = xs
             here = None if dropout is None else dropout.at(number)
             weights = None if here is None else here.at(ATTENTION)
-            return nnx.merge(graphdef, layer)(x_BTD, rope, partial(attend, dropout=weights), here), None
+            parts = nnx.merge(graphdef, layer).parts(x_BTD, rope, partial(attend, dropout=weights), here)
+            return parts[-1], dict(zip(BLOCK_PARTS, map(look, parts), strict=True))
 
         if compute.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[compute.remat], prevent_cse=False)
         unroll = self.config.num_layers if compute.unroll else 1
         x_BTD = drop_out(self.embed(input_ids, compute.dtype), None if dropout is None else dropout.at(0), EMBEDDING)
-        x_BTD, _ = jax.lax.scan(body, x_BTD, (stacked, numbers_L), unroll=unroll)
-        return rms_norm(x_BTD, self.norm[...], self.config.norm_eps)
+        seen = {"embedding": look(x_BTD)}
+        x_BTD, blocks = jax.lax.scan(body, x_BTD, (stacked, numbers_L), unroll=unroll)
+        return rms_norm(x_BTD, self.norm[...], self.config.norm_eps), seen | blocks

@@ -16,10 +16,9 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from consyn_jax.model.attention import causal_attention
-from consyn_jax.model.dropout import ATTENTION, ATTENTION_BRANCH, EMBEDDING, MLP_BRANCH, Dropout, drop_out
+from consyn_jax.model.dropout import Dropout
 from consyn_jax.model.parameters import Layout
-from consyn_jax.model.transformer import Decoder, rms_norm, rope_table, segment_positions
+from consyn_jax.model.transformer import BLOCK_PARTS, Decoder
 from consyn_jax.training.loss import CHUNK_ELEMENTS
 from consyn_jax.training.precision import ScaledState
 from consyn_jax.training.program import TRAIN_AXES, Program
@@ -73,9 +72,6 @@ class Observed(NamedTuple):
     devices: Bool[Array, " devices"]
 
 
-BLOCK_PARTS = ("attention", "MLP", "residual stream")
-
-
 def lower_observation(program: Program, accumulation: int, batch_size: int, length: int) -> jax.stages.Lowered:
     """`observe(state, batch [A, B, T]) -> Observed`: the step's forward and backward pass once more, without an update.
 
@@ -118,30 +114,13 @@ def _finite_by_device(program: Program, params: Params) -> Bool[Array, " devices
 
 
 def _activations(program: Program, params: Params, batch: Batch) -> tuple[dict[str, Statistics], Bool[Array, " B"]]:
-    """The forward pass of one micro-batch [B, T], as `Decoder.hidden` has it: its parts, and which sequences are not finite at its end."""
-    compute, config, rate, segments = program.compute, program.config, program.regularisation.dropout, batch["segment_ids"]
-    dropout = Dropout(batch["dropout_key"], rate) if rate else None
+    """The forward pass of one micro-batch [B, T]: its parts, and which sequences are not finite at its end."""
+    rate = program.regularisation.dropout
     model: Decoder = nnx.merge(program.layout.graphdef, params)
-    rope = rope_table(segment_positions(segments), config.head_dim, config.rope_theta)
-    graphdef, stacked = nnx.split(model.layers)
-
-    def block(x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, dict[str, Statistics]]:
-        layer, number = nnx.merge(graphdef, xs[0]), xs[1]
-        here = None if dropout is None else dropout.at(number)
-        weights = None if here is None else here.at(ATTENTION)
-        attend = partial(causal_attention, segment_ids_BT=segments, backend=compute.attention, sliding_window=config.sliding_window, dropout=weights)
-        attention_BTD = drop_out(layer._attention(rms_norm(x_BTD, layer.attention_norm[...], layer.eps), rope, attend), here, ATTENTION_BRANCH)
-        x_BTD = x_BTD + attention_BTD
-        mlp_BTD = drop_out(layer._mlp(rms_norm(x_BTD, layer.mlp_norm[...], layer.eps)), here, MLP_BRANCH)
-        x_BTD = x_BTD + mlp_BTD
-        return x_BTD, dict(zip(BLOCK_PARTS, map(statistics, (attention_BTD, mlp_BTD, x_BTD)), strict=True))
-
-    x_BTD = drop_out(model.embed(batch["input_ids"], compute.dtype), None if dropout is None else dropout.at(0), EMBEDDING)
-    parts = {"embedding": statistics(x_BTD)}
-    x_BTD, blocks = jax.lax.scan(block, x_BTD, (stacked, jnp.arange(1, config.num_layers + 1)))
-    x_BTD = rms_norm(x_BTD, model.norm[...], config.norm_eps)
-    parts |= {"final norm": statistics(x_BTD), "head": _logits(x_BTD, model.head_VD, config.vocab_size)}
-    return parts | blocks, ~jnp.all(jnp.isfinite(x_BTD), axis=(1, 2))
+    dropout = Dropout(batch["dropout_key"], rate) if rate else None
+    x_BTD, parts = model.traced(batch["input_ids"], batch["segment_ids"], program.compute, dropout, statistics)
+    parts |= {"final norm": statistics(x_BTD), "head": _logits(x_BTD, model.head_VD, program.config.vocab_size)}
+    return parts, ~jnp.all(jnp.isfinite(x_BTD), axis=(1, 2))
 
 
 def _logits(x_BTD: Float[Array, "B T D"], head_VD: Float[Array, "V D"], vocab_size: int) -> Statistics:
