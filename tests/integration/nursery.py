@@ -32,6 +32,14 @@ def batch(self, step):
 loader.BatchLoader.batch = batch
 """
 
+ONE = """
+from consyn_jax.distributed import launch
+def and_then(address, count, number, *more, meet=launch.meet):
+    if number == {number}: exec({before!r}, {{}})
+    return meet(address, count, number, *more)
+launch.meet = and_then
+"""
+
 SOURCE = r"""
 import json, os, sys, types
 import jax
@@ -164,6 +172,11 @@ def nursery(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nu
         _ONE.append(nursery)
         yield nursery
     _ONE.clear()
+
+
+def of_process(number: int, before: str) -> str:
+    """`before` for one of several processes."""
+    return ONE.format(number=number, before=before)
 
 
 def trained(path: Path, steps: int, child: Child) -> None:

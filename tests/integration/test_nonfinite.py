@@ -17,7 +17,9 @@ from consyn_jax.model import transformer
 from consyn_jax.training.step import TrainState
 from consyn_jax.training.trainer import _Training
 
+from . import nursery as processes
 from .conftest import MODEL, Run
+from .nursery import Nursery, nursery, of_process  # noqa: F401
 
 # One recipe for all, as each program is compiled once a session.
 FLAGS = [*MODEL, "--num_layers", "2", "--tie_embeddings", "false", "--max_steps", "26", "--max_tokens", "32", "--batch_size", "8", "--lr", "1e-3"]
@@ -194,6 +196,65 @@ def test_one_copy_of_the_weights(
     table = replayed(path)
     assert re.search(r"^loss +nan; in the run nan$", table, re.MULTILINE)
     assert "It began in the forward pass: layer 0 MLP has" in table
+
+
+# A token whose embedding is broken, in all processes alike.
+BROKEN = f"""
+import jax
+from consyn_jax.training.trainer import ConsynTrainer
+made = ConsynTrainer._parameters
+def with_a_broken_row(self, mesh):
+    params = made(self, mesh)
+    table = params["embedding"]
+    params["embedding"] = jax.jit(lambda x: x.at[{RARE}].set(float("nan")), out_shardings=table.sharding)(table)
+    return params
+ConsynTrainer._parameters = with_a_broken_row
+"""
+# One process reads it, in the second of its sequences of step 10.
+READ = f"""
+from consyn_jax.data import loader
+inner = loader.BatchLoader.batch
+def batch(self, step):
+    rows = inner(self, step)
+    if step == 9: rows["input_ids"][0, 1, 7] = {RARE}
+    return rows
+loader.BatchLoader.batch = batch
+"""
+# For process 0, ten seconds go by between two steps.
+HURRIED = """
+import itertools
+from consyn_jax.training import signals
+ticks = itertools.count(0, 10)
+signals.monotonic = lambda: next(ticks)
+"""
+
+
+def test_data_of_one_of_two_processes(nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+    """They end together, and leave one bundle. The checkpoint of step 7 is made by the clock of process 0, by both."""
+    path = tmp_path / "run"
+    flags = [*processes.FLAGS, "--tie_embeddings", "false", "--validation_fraction", "0", "--save_steps", "16", "--save_minutes", "1"]
+    children = nursery.together(*flags, "--data", corpus, "--output", path, before=BROKEN + of_process(0, HURRIED) + of_process(1, READ))
+    assert [child.wait(60) for child in children] == [3, 3], [child.said for child in children]
+    sentence = re.search(r"^consyn-train: Step 10: loss nan, .*$", children[0].said, re.MULTILINE)
+    assert sentence is not None
+    assert sentence[0] in children[1].said
+    run = Run(path, 3, sentence[0] + "\n")
+    bundle, record = bundle_of(run, 10)
+    assert [line["step"] for line in run.lines if line.get("event") == "save"] == [7]
+    assert [entry.name for entry in (path / "nonfinite").iterdir()] == ["10"]
+    assert sorted(entry.name for entry in (path / "checkpoints").iterdir()) == ["7"]
+    ids = np.load(bundle / "batch.npz", allow_pickle=False)["input_ids"]
+    assert np.argwhere(ids == RARE).tolist() == [[0, 5, 7]]
+    named = "It began in the forward pass: embedding has 32 values that are not finite. The weight embedding came to this step with 32 values"
+    assert named in run.said
+    one_of_them = f"Of 8 sequences, 1 has it: {record['samples'][0][5]}."
+    assert one_of_them in run.said
+
+    replayed = nursery.start("--replay", bundle)  # one process, without what was done to the two
+    assert replayed.wait() == 0, replayed.said
+    assert re.search(r"^loss +nan; in the run nan$", replayed.said, re.MULTILINE)
+    assert named in replayed.said
+    assert one_of_them in replayed.said
 
 
 def test_a_disk_without_room_hides_no_divergence(here: Callable[..., Run], poison: Callable[[int, Poison], None], corpus: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from .conftest import Run
-from .nursery import FLAGS, Nursery, nursery  # noqa: F401
+from .nursery import FLAGS, Nursery, nursery, of_process  # noqa: F401
 
 OFTEN = ["--eval_steps", "6", "--save_steps", "9"]
 
@@ -80,18 +80,3 @@ def test_two_processes(whole: Run, nursery: Nursery, corpus: Path, tmp_path: Pat
         ours, theirs = ([line[name] for line in run.numbers if name in line] for run in (done, whole))
         assert len(ours) >= 3
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-
-
-ONE = """
-from consyn_jax.distributed import launch
-meet = launch.meet
-def and_then(address, count, number, *more):
-    if number == {number}: exec({before!r}, {{}})
-    return meet(address, count, number, *more)
-launch.meet = and_then
-"""
-
-
-def of_process(number: int, before: str) -> str:
-    """`before` for one of several processes."""
-    return ONE.format(number=number, before=before)
