@@ -8,8 +8,10 @@ from __future__ import annotations
 import collections
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 
@@ -18,6 +20,10 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?[\])}]) ([a-z][\w\-]
 _ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_LISTED_GROUP = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+_COUNTED_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
+_PAIR = re.compile(r"source_target_pairs=\{\{(\d+),(\d+)\}")
 _COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 Array = tuple[str, tuple[int, ...]]  # dtype, dimensions on one device
@@ -41,10 +47,11 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of exchange of one dtype.
+    """One kind of exchange of one dtype along the same axes.
 
     Attributes:
         kind: all-gather, reduce-scatter, all-reduce, all-to-all or collective-permute.
+        axes: of the mesh, along which the devices of a group lie; empty where the mesh was not given, or the text is not understood.
         count: instructions executed in one run of the program.
         payload_bytes: bytes of the whole arrays: gathered, or before they are reduced and scattered. A ring of n devices sends
             (n - 1) / n of it from each, twice for an all-reduce.
@@ -52,6 +59,7 @@ class Collective:
 
     kind: str
     dtype: str
+    axes: tuple[str, ...]
     count: int
     payload_bytes: int
 
@@ -77,19 +85,63 @@ def kernels(program: list[Instruction]) -> dict[str, int]:
     return dict(found)
 
 
-def collectives(program: list[Instruction]) -> list[Collective]:
-    """What the devices exchange, by kind and dtype."""
-    count: collections.Counter[tuple[str, str]] = collections.Counter()
-    payload: collections.Counter[tuple[str, str]] = collections.Counter()
+def collectives(program: list[Instruction], mesh: Mapping[str, int] | None = None) -> list[Collective]:
+    """What the devices exchange, by kind, dtype and axes.
+
+    Args:
+        mesh: the sizes of the mesh's axes, in the order in which the program's devices are numbered.
+    """
+    count: collections.Counter[tuple[str, str, tuple[str, ...]]] = collections.Counter()
+    payload: collections.Counter[tuple[str, str, tuple[str, ...]]] = collections.Counter()
     for instruction in program:
         kind = instruction.operation.removesuffix("-start")
         if kind not in _COLLECTIVES:
             continue
+        group = first_group(instruction.rest)
+        axes = () if mesh is None else _axes(group, mesh)
+        scattered = len(group) if instruction.operation == "reduce-scatter" else 1  # one that is not asynchronous results in parts
         whole = _whole_arrays(instruction, kind)
-        count[kind, whole[0][0]] += instruction.times
+        count[kind, whole[0][0], axes] += instruction.times
         for dtype, dimensions in whole:
-            payload[kind, dtype] += instruction.times * BYTES[dtype] * math.prod(dimensions)
-    return [Collective(kind, dtype, count[kind, dtype], size) for (kind, dtype), size in sorted(payload.items())]
+            payload[kind, dtype, axes] += instruction.times * BYTES[dtype] * math.prod(dimensions) * scattered
+    return [Collective(*key, count[key], size) for key, size in sorted(payload.items())]
+
+
+def first_group(rest: str) -> list[int]:
+    """The first of the groups of devices that exchange something, or the first pair of a permutation; empty if XLA wrote it in another way.
+
+    XLA writes groups as a list, as iota(...) cut into rows ("V2"), or as axes of a mesh of its own ("V3").
+
+    >>> first_group("replica_groups={{0,2},{1,3}}"), first_group("replica_groups=[2,2]<=[2,2]T(1,0)")
+    ([0, 2], [0, 2])
+    >>> first_group("replica_groups=mesh['a'=2,'b'=4] {'b'}"), first_group("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}")
+    ([0, 1, 2, 3], [0, 1])
+    """
+    if listed := _LISTED_GROUP.search(rest) or _PAIR.search(rest):
+        return [int(number) for text in listed.groups() for number in text.split(",")]
+    if counted := _COUNTED_GROUPS.search(rest):
+        return [int(i) for i in _iota(counted[3], counted[4]).reshape(int(counted[1]), int(counted[2]))[0]]
+    if on_mesh := _MESH_GROUPS.search(rest):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", on_mesh[1])}
+        named = re.findall(r"'([^']+)'(:?)", on_mesh[4])
+        if any(part for _, part in named):  # a part of an axis
+            return []
+        ids = _iota(on_mesh[2] or str(math.prod(sizes.values())), on_mesh[3]).reshape(tuple(sizes.values()))
+        axes = {name for name, _ in named}
+        return [int(i) for i in ids[tuple(slice(None) if name in axes else 0 for name in sizes)].ravel()]
+    return []
+
+
+def _iota(shape: str, permutation: str | None) -> np.ndarray:
+    dimensions = [int(d) for d in shape.split(",")]
+    ids = np.arange(math.prod(dimensions)).reshape(dimensions)
+    return ids.transpose([int(d) for d in permutation.split(",")]) if permutation else ids
+
+
+def _axes(group: list[int], mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """Along which axes the devices of a group differ."""
+    places = np.unravel_index(np.array(group, int), tuple(mesh.values()))
+    return tuple(axis for axis, place in zip(mesh, places, strict=True) if len(np.unique(place)) > 1)
 
 
 def array_shapes(program: list[Instruction], dtype: str) -> set[tuple[int, ...]]:
@@ -103,8 +155,7 @@ def _whole_arrays(instruction: Instruction, kind: str) -> tuple[Array, ...]:
     asynchronous = instruction.operation.endswith("-start")
     if asynchronous and kind in ("all-gather", "collective-permute"):
         return arrays[half : 2 * half]  # a permute's start has contexts behind its results on some backends
-    if kind == "reduce-scatter":
-        assert asynchronous, "XLA starts every reduce-scatter of a GPU program asynchronously; one that does not is not counted right"
+    if asynchronous and kind == "reduce-scatter":
         return arrays[:half]
     return arrays
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from consyn_jax.planning.compiled import Collective, array_shapes, collectives, instructions, kernels
+from consyn_jax.planning.compiled import Collective, array_shapes, collectives, first_group, instructions, kernels
 
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true
@@ -16,10 +16,10 @@ HloModule jit_step, is_scheduled=true
 %body (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
   %p = (s32[], bf16[8,4]{1,0}) parameter(0)
   %shard = bf16[2,4]{1,0} constant(0)
-  %gather = (bf16[2,4]{1,0}, bf16[8,4]{1,0}) all-gather-start(%shard), channel_id=1, dimensions={0}
+  %gather = (bf16[2,4]{1,0}, bf16[8,4]{1,0}) all-gather-start(%shard), channel_id=1, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
   %gathered = bf16[8,4]{1,0} all-gather-done(%gather)
   %attention = (bf16[8,4]{1,0}, u8[0]{0}) custom-call(%gathered), custom_call_target="__cudnn$fmhaSoftmax"
-  %scatter = ((f32[8,4]{1,0}, f32[4]{0}), (f32[2,4]{1,0}, f32[1]{0})) reduce-scatter-start(%a, %b), dimensions={0}, to_apply=%add
+  %scatter = ((f32[8,4]{1,0}, f32[4]{0}), (f32[2,4]{1,0}, f32[1]{0})) reduce-scatter-start(%a, %b), replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}
   ROOT %next = (s32[], bf16[8,4]{1,0}) tuple(%i, %out)
 }
 
@@ -31,7 +31,8 @@ HloModule jit_step, is_scheduled=true
 ENTRY %main (argument: bf16[8,4]) -> f32[] {
   %argument = bf16[8,4]{1,0} parameter(0)
   %loop = (s32[], bf16[8,4]{1,0}) while(%start), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
-  %norm = f32[3]{0} all-reduce-start(%local), to_apply=%add
+  %norm = f32[3]{0} all-reduce-start(%local), replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}, to_apply=%add
+  %now = f32[2]{0} reduce-scatter(%whole), replica_groups=[4,2]<=[8], dimensions={0}, to_apply=%add
   ROOT %result = f32[] constant(0)
 }
 """
@@ -41,17 +42,24 @@ def test_a_loop_counts_as_often_as_it_runs() -> None:
     assert kernels(instructions(PROGRAM)) == {"__cudnn$fmhaSoftmax": 5}
 
 
-def test_collectives_count_whole_arrays() -> None:
-    assert collectives(instructions(PROGRAM)) == [
-        Collective("all-gather", "bf16", 5, 5 * 8 * 4 * 2),
-        Collective("all-reduce", "f32", 1, 3 * 4),
-        Collective("reduce-scatter", "f32", 5, 5 * (8 * 4 + 4) * 4),
+def test_collectives_count_whole_arrays_along_axes_of_the_mesh() -> None:
+    expected = [
+        ("all-gather", "bf16", ("fsdp",), 5, 5 * 8 * 4 * 2),
+        ("all-reduce", "f32", ("tensor",), 1, 3 * 4),
+        ("reduce-scatter", "f32", ("fsdp",), 5, 5 * (8 * 4 + 4) * 4),
+        ("reduce-scatter", "f32", ("tensor",), 1, 2 * 2 * 4),
     ]
+    assert collectives(instructions(PROGRAM), {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}) == [Collective(*each) for each in expected]
+    assert {c.axes for c in collectives(instructions(PROGRAM), {"data": 4, "fsdp": 2})} == {("data",), ("fsdp",)}
+
+
+def test_groups_in_a_form_that_is_not_known_have_no_axes() -> None:
+    assert first_group("replica_groups=mesh['axis_0'=8] {'axis_0':(2)4}, to_apply=%add") == first_group("replica_groups={}") == []
 
 
 def test_shapes_by_dtype() -> None:
     program = instructions(PROGRAM)
-    assert array_shapes(program, "f32") == {(), (8, 4), (4,), (2, 4), (1,), (3,)}
+    assert array_shapes(program, "f32") == {(), (8, 4), (4,), (2, 4), (1,), (2,), (3,)}
     assert array_shapes(program, "bf16") == {(8, 4), (2, 4)}
 
 

@@ -1,0 +1,247 @@
+"""How long a train step takes, from arithmetic: products, memory traffic and network, each at a stated rate.
+
+A step is the time of its kernels one after the other, stretched by one factor for what no rate explains, plus the exchanges that do not
+hide behind them, plus the optimizer. Every rate that is not in the table of GPUs is a constant here; docs/design/planning.md has the
+sources, and docs/planning.md what the estimate gives for runs that others have published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from consyn_jax.config import ModelConfig, RunConfig
+from consyn_jax.model.arithmetic import train_flops_per_token
+from consyn_jax.planning.topology import Topology
+
+# Of the specified memory bandwidth, what streaming kernels reach (BabelStream on A100 and H100: 0.88 to 0.94).
+MEMORY_EFFICIENCY = 0.9
+# Of the specified bandwidth of a link, what NCCL reaches with large messages (nccl-tests all-gather on eight H100: 360 of 450 GB/s).
+LINK_EFFICIENCY = 0.8
+# Of `bf16_flops`, what fused causal attention reaches, forward and backward together, by width of a head (FlashAttention-3 on H100,
+# sequences of 2k to 8k, backward taking 5 of 7 products: about 0.45 for heads of 128, 0.33 for heads of 64).
+ATTENTION_EFFICIENCY = {64: 0.33, 128: 0.45}
+# Seconds that one hop of a ring adds to an exchange (NCCL, src/graph/tuning.cc: ring, protocol Simple): inside a host, to another.
+HOP_SECONDS = (3.4e-6, 14e-6)
+# Share of the kernels' time behind which exchanges of weights and gradients can hide; those of activations hide behind nothing.
+OVERLAP = 0.8
+# Share of an exchange's time by which the kernels that hide it are slowed: NCCL takes multiprocessors and memory bandwidth from them.
+CONTENTION = 0.3
+# Kernels together take so much longer than one by one at their rates: launches, gaps, tails of waves, and a clock that the power limit
+# lowers. The one number that is fitted, to the runs marked so in docs/planning.md.
+STRETCH = 1.35
+# Bytes that an optimizer step reads and writes for one parameter beside its moments: the gradient twice (its norm first), the weight both ways.
+UPDATE_BYTES = 16
+LOGIT_BYTES = 16  # of one logit: float32 written, read twice; its bfloat16 gradient written, read twice; rounded up
+
+BF16, FLOAT32 = 2, 4
+Number = int | float
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained in one step, and how it is split.
+
+    Args:
+        sizes: of the mesh's axes.
+        batch_size: sequences of one micro-batch over all GPUs.
+        accumulation: micro-batches in a step.
+        length: tokens of a sequence.
+        remat: what the backward pass recomputes, a name of `--gradient_checkpointing`.
+        moment_bytes: of all moments of a parameter together.
+        masked: attention is inside documents, for which cuDNN's kernel computes the whole square of each sequence.
+    """
+
+    model: ModelConfig
+    sizes: Mapping[str, int]
+    batch_size: int
+    accumulation: int
+    length: int
+    remat: str = "none"
+    moment_bytes: int = 8
+    masked: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Of a step, over all GPUs."""
+        return self.batch_size * self.accumulation * self.length
+
+    @property
+    def local_tokens(self) -> float:
+        """Of a micro-batch, on one GPU."""
+        return self.batch_size * self.length / (self.sizes["data"] * self.sizes["fsdp"] * self.sizes["context"])
+
+    @property
+    def flops(self) -> float:
+        """Of a step, over all GPUs, as they are counted for model FLOP utilisation: causal, nothing recomputed."""
+        return self.tokens * train_flops_per_token(self.model, self.length)
+
+
+MOMENTS = {"adamw": 2, "schedule_free_adamw": 2, "lion": 1, "muon": 1, "adafactor": 0, "sgd": 1}  # of a parameter; Muon's in the blocks
+
+
+def workload(model: ModelConfig, run: RunConfig, sizes: Mapping[str, int]) -> Workload:
+    """Of a resolved run."""
+    assert run.data.max_tokens is not None
+    moment_bytes = MOMENTS[run.optimizer.optimizer] * (BF16 if run.optimizer.moment_dtype == "bfloat16" else FLOAT32)
+    budget = run.budget
+    return Workload(
+        model, sizes, budget.batch_size, budget.gradient_accumulation_steps, run.data.max_tokens, run.hardware.gradient_checkpointing, moment_bytes
+    )
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step on every GPU.
+
+    Attributes:
+        products, attention, memory: matrix products, attention kernels and memory-bound kernels, stretched.
+        optimizer: the update, and adding up the gradients of micro-batches.
+        network: exchanges by mesh axis, if nothing hid them.
+        exposed: what of the network does not hide behind the kernels.
+    """
+
+    products: float
+    attention: float
+    memory: float
+    optimizer: float
+    network: dict[str, float]
+    exposed: float
+
+    @property
+    def total(self) -> float:
+        """The step."""
+        return self.products + self.attention + self.memory + self.optimizer + self.exposed
+
+
+def estimate_step(work: Workload, topology: Topology) -> StepTime:
+    """The roofline of a step on a topology."""
+    gpu, layers = topology.gpu, work.model.num_layers
+    bandwidth = gpu.memory_bandwidth * MEMORY_EFFICIENCY
+
+    def kernels(products: Iterator[tuple[Number, Number]]) -> Number:
+        return sum(max(flops / gpu.matmul_flops, size / bandwidth) for flops, size in products)
+
+    # forward, its recomputation, and backward with twice the work
+    passes = {"none": 3.0, "attention": 4.0, "full": 4.0}[work.remat]
+    attention_passes = {"none": 3.5, "attention": 3.5, "full": 4.5}[work.remat]  # backward: 5 products to forward's 2
+    products = work.accumulation * (passes * layers * kernels(_block(work)) + 3 * kernels(_head(work)))
+    efficiency = ATTENTION_EFFICIENCY[128 if work.model.head_dim >= 96 else 64]
+    attention = work.accumulation * attention_passes * layers * _attention_flops(work) / (gpu.bf16_flops * efficiency)
+    memory = work.accumulation * (passes * layers * _elementwise_bytes(work) + _head_bytes(work)) / bandwidth
+    network = _network(work, topology)
+    optimizer = _optimizer_bytes(work) / bandwidth
+    busy = STRETCH * (products + attention + memory)
+    hidden = min(network["data"] + network["fsdp"], OVERLAP * busy)
+    return StepTime(STRETCH * products, STRETCH * attention, STRETCH * memory, optimizer, network, sum(network.values()) - (1 - CONTENTION) * hidden)
+
+
+def _block(work: Workload) -> Iterator[tuple[Number, Number]]:
+    """FLOPs and bytes of the products of one block's forward pass on one GPU, for one micro-batch."""
+    c, tensor = work.model, work.sizes["tensor"]
+    q, kv, ff = c.num_heads * c.head_dim / tensor, c.num_kv_heads * c.head_dim / tensor, c.mlp_dim / tensor
+    for inputs, outputs in ((c.hidden_dim, q), (c.hidden_dim, kv), (c.hidden_dim, kv), (q, c.hidden_dim), *2 * [(c.hidden_dim, ff)], (ff, c.hidden_dim)):
+        yield _product(work.local_tokens, inputs, outputs)
+
+
+def _head(work: Workload) -> Iterator[tuple[Number, Number]]:
+    """The same of the logits."""
+    yield _product(work.local_tokens, work.model.hidden_dim, work.model.padded_vocab_size / work.sizes["tensor"])
+
+
+def _product(rows: Number, inputs: Number, outputs: Number) -> tuple[Number, Number]:
+    return 2 * rows * inputs * outputs, BF16 * (rows * inputs + inputs * outputs + rows * outputs)
+
+
+def _attention_flops(work: Workload) -> Number:
+    """Of one block's forward pass on one GPU: two products over what the kernel computes of each sequence's square."""
+    c = work.model
+    seen = work.length if c.sliding_window is None else min(work.length, c.sliding_window)
+    if not work.masked:
+        seen -= seen * seen / (2 * work.length)  # half of the square, or of a window all but its beginning
+    return 4 * work.local_tokens * (work.length if work.masked else seen) * c.num_heads * c.head_dim / work.sizes["tensor"]
+
+
+def _elementwise_bytes(work: Workload) -> Number:
+    """What a block's forward pass reads and writes outside its products: norms, residual sums, rotations, the gated unit."""
+    c, tensor = work.model, work.sizes["tensor"]
+    stream = 2 * 2 + 2 * 3  # two norms, each read and written; two sums, each two read and one written
+    heads = 4 * (c.num_heads + c.num_kv_heads) * c.head_dim / tensor  # normed and rotated, read and written each
+    return BF16 * work.local_tokens * (stream * c.hidden_dim + heads + 3 * c.mlp_dim / tensor)
+
+
+def _head_bytes(work: Workload) -> Number:
+    return LOGIT_BYTES * work.local_tokens * work.model.padded_vocab_size / work.sizes["tensor"]
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """As `layout` counts them, without tracing the model; of norms only those of the residual stream.
+
+    >>> from consyn_jax.config import preset_architecture
+    >>> num_parameters(preset_architecture("stanza"))
+    1333889024
+    """
+    c = model
+    block = 2 * c.hidden_dim * c.head_dim * (c.num_heads + c.num_kv_heads) + 3 * c.hidden_dim * c.mlp_dim + 2 * c.hidden_dim
+    return c.num_layers * block + c.padded_vocab_size * c.hidden_dim * (1 if c.tie_embeddings else 2) + c.hidden_dim
+
+
+def _optimizer_bytes(work: Workload) -> Number:
+    local = num_parameters(work.model) / (work.sizes["fsdp"] * work.sizes["tensor"])
+    added_up = 3 * FLOAT32 * work.accumulation if work.accumulation > 1 else 0
+    return local * (UPDATE_BYTES + 2 * work.moment_bytes + added_up)
+
+
+# --------------------------------------------------------------------------------------------------------------------- network
+
+
+def ring_seconds(payload: Number, axis: str, sizes: Mapping[str, int], topology: Topology) -> float:
+    """Of an all-gather or a reduce-scatter of `payload` bytes, whole, along an axis of the mesh; an all-reduce takes twice as long.
+
+    A ring of n GPUs moves (n - 1) / n of the payload through each. Where it goes over several hosts, all of its GPUs in a host share
+    the host's ports, and the slower of link and ports counts.
+    """
+    n = sizes[axis]
+    if n == 1:
+        return 0.0
+    per_host, hosts = _spread(axis, sizes, topology)
+    bandwidth = topology.gpu.link_bandwidth if per_host > 1 else float("inf")
+    if hosts > 1:
+        bandwidth = min(bandwidth, per_host * topology.gpu.network_bandwidth)
+    hops = hosts if hosts > 1 else 0
+    return (n - 1) / n * payload / (bandwidth * LINK_EFFICIENCY) + (n - 1 - hops) * HOP_SECONDS[0] + hops * HOP_SECONDS[1]
+
+
+def _spread(axis: str, sizes: Mapping[str, int], topology: Topology) -> tuple[int, int]:
+    """How many GPUs of a group along `axis` are in one host, and over how many hosts it goes; GPUs are numbered with the last axis fastest."""
+    names = list(sizes)
+    inner = 1
+    for name in names[names.index(axis) + 1 :]:
+        inner *= sizes[name]
+    per_host = min(sizes[axis], max(1, topology.gpus_per_host // inner))
+    return per_host, -(-sizes[axis] // per_host)
+
+
+def _network(work: Workload, topology: Topology) -> dict[str, float]:
+    """Seconds of a step's exchanges by axis, in the order in which this program makes them."""
+    c, sizes = work.model, work.sizes
+    parameters = num_parameters(c) / sizes["tensor"]
+    parts = 2 + c.num_layers  # the weights of each block and the two embeddings travel by themselves
+    passes = 2 if work.remat == "none" else 3
+    activations = BF16 * work.local_tokens * c.hidden_dim
+
+    def ring(payload: Number, axis: str, count: int) -> float:
+        return count * ring_seconds(payload / count, axis, sizes, topology)
+
+    gathered = min(passes, 2) * ring(BF16 * parameters, "fsdp", parts)
+    scattered = ring(FLOAT32 * parameters, "fsdp", parts)
+    summed = 2 * ring(FLOAT32 * parameters / sizes["fsdp"], "data", parts)
+    keys = 2 * BF16 * work.local_tokens * sizes["context"] * c.num_kv_heads * c.head_dim / sizes["tensor"]
+    return {
+        "data": work.accumulation * summed,
+        "fsdp": work.accumulation * (gathered + scattered),
+        # keys and values gathered, gathered again where they are recomputed, and their gradients scattered in the backward pass
+        "context": work.accumulation * c.num_layers * passes * ring_seconds(keys, "context", sizes, topology),
+        # two sums of the residual stream in each direction and recomputation
+        "tensor": work.accumulation * c.num_layers * 2 * passes * 2 * ring_seconds(activations, "tensor", sizes, topology),
+    }

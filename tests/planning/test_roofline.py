@@ -1,0 +1,69 @@
+"""The roofline against numbers that can be worked out by hand, and against runs that others have published."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from consyn_jax.config import preset_architecture, resolve
+from consyn_jax.model.parameters import layout
+from consyn_jax.planning.published import RUNS, Published, table
+from consyn_jax.planning.roofline import HOP_SECONDS, LINK_EFFICIENCY, Workload, estimate_step, num_parameters, ring_seconds, workload
+from consyn_jax.planning.topology import GPUS, Topology, parse_topology
+
+DOCS = Path(__file__).parents[2] / "docs"
+ONE = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
+
+
+def stanza(**changes: int) -> Workload:
+    return Workload(preset_architecture("stanza"), ONE | changes, 64, 1, 4096)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_published_runs_are_estimated_within_a_quarter(run: Published) -> None:
+    assert run.tokens_per_s / run.estimate() == pytest.approx(1, abs=0.25)
+
+
+def test_the_table_in_the_docs_is_what_the_code_gives() -> None:
+    assert table() in (DOCS / "planning.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["haiku", "verse", "stanza", "epic"])
+def test_parameters_are_counted_as_the_model_has_them(name: str) -> None:
+    assert num_parameters(preset_architecture(name)) == pytest.approx(layout(preset_architecture(name)).num_parameters, rel=3e-4)
+
+
+def test_a_ring_in_one_host_goes_over_its_links() -> None:
+    h200 = GPUS["h200"]
+    expected = 7 / 8 * 1e9 / (h200.link_bandwidth * LINK_EFFICIENCY) + 7 * HOP_SECONDS[0]
+    assert ring_seconds(1e9, "fsdp", ONE | {"fsdp": 8}, parse_topology("h200:1x8")) == pytest.approx(expected)
+
+
+def test_a_ring_over_hosts_shares_their_ports() -> None:
+    """All eight GPUs of a host in one ring have all eight ports; a ring with one GPU a host has one."""
+    hosts, h200 = parse_topology("h200:8x8"), GPUS["h200"]
+    wide = ring_seconds(1e12, "fsdp", ONE | {"fsdp": 64}, hosts)
+    assert wide == pytest.approx(63 / 64 * 1e12 / (8 * h200.network_bandwidth * LINK_EFFICIENCY), rel=1e-3)
+    narrow = ring_seconds(1e12, "data", ONE | {"data": 8, "fsdp": 8}, hosts)
+    assert narrow == pytest.approx(7 / 8 * 1e12 / (h200.network_bandwidth * LINK_EFFICIENCY), rel=1e-3)
+
+
+def test_work_split_over_gpus_takes_its_share_of_the_time_and_the_network_what_is_not_hidden() -> None:
+    alone = estimate_step(stanza(), Topology(GPUS["h200"], 1, 1))
+    shared = estimate_step(stanza(fsdp=8), Topology(GPUS["h200"], 1, 8))
+    assert alone.exposed == 0
+    assert 8 * shared.products == pytest.approx(alone.products)
+    assert 8 * shared.total == pytest.approx(alone.total + 8 * shared.exposed)
+    assert 0 < shared.exposed < shared.network["fsdp"]
+
+
+def test_recomputing_costs_a_third_of_the_products() -> None:
+    none, full = (estimate_step(replace(stanza(), remat=remat), Topology(GPUS["h200"], 1, 1)) for remat in ("none", "full"))
+    assert 1.25 < full.products / none.products < 4 / 3
+
+
+def test_a_run_says_what_its_work_is() -> None:
+    run, _ = resolve({"model": "stanza", "batch_size": 16, "gradient_accumulation_steps": 4, "moment_dtype": "bfloat16"})
+    work = workload(preset_architecture("stanza"), run, ONE)
+    assert (work.tokens, work.moment_bytes, work.remat) == (16 * 4 * 4096, 4, "none")
+    assert work.flops == pytest.approx(work.tokens * (6 * 1.233e9 + 6 * 24 * 4096 * 2048), rel=1e-3)
