@@ -89,19 +89,23 @@ class Child:
     code: int | None = None
 
     @property
+    def alive(self) -> bool:
+        if self.code is None:
+            self.code = self.poll(self.pid)
+        return self.code is None
+
+    @property
     def said(self) -> str:
         return self.output.read_text()
 
     def wait(self, seconds: float = 120) -> int:
         """The exit code; killed, and an error, where it takes longer."""
         deadline = time.monotonic() + seconds
-        while self.code is None and (code := self.poll(self.pid)) is None:
+        while self.alive:
             if time.monotonic() > deadline:
                 self.signal(signal.SIGKILL)
                 raise TimeoutError(f"process {self.pid} has not ended in {seconds} s: {self.said}")
             time.sleep(0.02)
-        if self.code is None:
-            self.code = code
         assert self.code is not None
         return self.code
 
@@ -142,7 +146,7 @@ class Nursery:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for child in self.children:
-            if child.code is None and child.poll(child.pid) is None:
+            if child.alive:
                 child.signal(signal.SIGKILL)
                 child.wait()
         with self._process:
@@ -183,8 +187,7 @@ def trained(path: Path, steps: int, child: Child) -> None:
     """Wait until the run in `path`, which `child` writes, has logged so many steps."""
     metrics, deadline = path / "metrics.jsonl", time.monotonic() + 120
     while not metrics.exists() or metrics.read_text().count('"train/loss"') < steps:
-        code = child.poll(child.pid)
-        assert code is None, f"ended with {code}: {child.said}"
+        assert child.alive, f"ended with {child.code}: {child.said}"
         assert time.monotonic() < deadline, child.said
         time.sleep(0.01)
 

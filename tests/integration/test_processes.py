@@ -177,7 +177,7 @@ def test_of_two_runs_in_one_directory_one_trains_and_a_dead_one_is_taken_over(nu
         r"since 20[\d: +-]+\. Wait for it, or name another directory\.\n",
         second.said,
     ), second.said
-    assert first.poll(first.pid) is None
+    assert first.alive
     first.signal(signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
     assert (tmp_path / "run" / "lock").exists()

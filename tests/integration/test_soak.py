@@ -1,94 +1,186 @@
-"""A run that is killed again and again ends as the run that nobody touched.
+"""A run that is killed again and again ends as the run that nobody touched: bit for bit on the same devices; on any others, and in two
+processes instead of one, from the same samples and with the same losses.
 
-Short here; the whole of it: `CONSYN_SOAK_KILLS=50 pytest tests/integration/test_soak.py`.
+Short here. The whole of it, with a record of what was found:
+
+    CONSYN_SOAK_KILLS=50 CONSYN_SOAK_RECORD=soak.json pytest tests/integration/test_soak.py
 """
 
+import datetime
+import itertools
 import json
 import os
+import platform
 import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import jax
 import pytest
 
-from .conftest import MODEL, Run, start
+from consyn_jax.distributed.peers import LOST
+
+from .conftest import MODEL, Run
+from .nursery import DEVICES, Child, Nursery, nursery  # noqa: F401
 
 KILLS = int(os.environ.get("CONSYN_SOAK_KILLS", "3"))
-STEPS = max(40, 8 * KILLS)
-START_S = 6.0  # about what a process takes to its first step
-FLAGS = [*MODEL, "--max_steps", str(STEPS), "--max_tokens", "32", "--batch_size", "8", "--validation_fraction", "0.2", "--dropout", "0.1"]
-FLAGS += ["--logging_steps", "3", "--eval_steps", "7", "--save_steps", "5", "--logging_backend", "none", "--quiet", "--optimizer", "muon"]
+RECORD = os.environ.get("CONSYN_SOAK_RECORD")
+STEPS, BATCH = max(40, 8 * KILLS), 8
+START_S, LATE_S = 3.0, 0.05  # about what a process takes to its first step, and a few steps
+FLAGS = [*MODEL, "--max_steps", STEPS, "--max_tokens", "32", "--batch_size", BATCH, "--validation_fraction", "0.2", "--dropout", "0.1"]
+FLAGS += ["--logging_steps", "3", "--eval_steps", "7", "--save_steps", "5", "--logging_backend", "none", "--quiet"]
+TWO = "two processes"
+
+pytestmark = pytest.mark.timeout(200 + 60 * KILLS)
+
+# Which sample stands at which position, by number and by content, as each process reads it.
+NOTING = """
+import json, os, zlib
+from consyn_jax.data import loader
+inner, file = loader.Shuffled.at, os.open({file!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def at(self, positions):
+    rows = inner(self, positions)
+    ids = loader.ids_at(self.seed, positions, len(self.dataset), self.shuffle).tolist()
+    texts = [zlib.crc32(row.tobytes()) for row in rows["input_ids"]]
+    os.write(file, json.dumps(list(zip(positions.tolist(), ids, texts))).encode() + b"\\n")
+    return rows
+loader.Shuffled.at = at
+"""
 
 
-def last_step(run: Path) -> int:
+@dataclass(frozen=True)
+class Survivor:
+    """A run, the samples that were read for it by position, and what became of it."""
+
+    run: Run
+    samples: dict[int, tuple[int, int]]
+    facts: dict[str, Any]
+
+
+def launched(nursery: Nursery, corpus: Path, path: Path, kind: str) -> list[Child]:  # noqa: F811
+    """The run in `path` goes on: on so many devices, or in two processes."""
+    flags, before = [*FLAGS, "--data", corpus, "--output", path], NOTING.format(file=str(path) + ".samples")
+    return nursery.together(*flags, before=before) if kind == TWO else [nursery.start(*flags, devices=int(kind), before=before)]
+
+
+def last_step(metrics: Path) -> int:
     """The newest step in metrics.jsonl, whose last line may be torn."""
-    lines = (run / "metrics.jsonl").read_bytes().splitlines() if (run / "metrics.jsonl").exists() else []
+    lines = metrics.read_bytes().splitlines() if metrics.exists() else []
     whole = (line for line in reversed(lines) if line.endswith(b"}"))
     return next((json.loads(line)["step"] for line in whole), 0)
 
 
-def moment(path: Path, running: "subprocess.Popen[str]", target: int, chance: random.Random) -> None:
-    """Wait for the time to die: while the process starts, or a little after it has come to step `target`."""
+def changed(metrics: Path) -> int:
+    return metrics.stat().st_mtime_ns if metrics.exists() else 0
+
+
+def await_moment(metrics: Path, before: int, children: list[Child], target: int, chance: random.Random) -> None:
+    """The time to die: while the process starts, or a little after it has itself come to step `target`.
+
+    Args:
+        before: when `metrics` had last been changed as the process was started.
+    """
     if chance.random() < 0.25:
         time.sleep(chance.uniform(0, START_S))
         return
-    deadline = time.monotonic() + 240
-    while running.poll() is None and last_step(path) < target and time.monotonic() < deadline:
+    deadline = time.monotonic() + 120
+    while all(child.alive for child in children) and (changed(metrics) == before or last_step(metrics) < target) and time.monotonic() < deadline:
         time.sleep(0.002)
-    time.sleep(chance.uniform(0, 0.1))
+    time.sleep(chance.uniform(0, LATE_S))
 
 
-def killed_over_and_over(path: Path, flags: Sequence[object], environments: Iterator[dict[str, str]], seed: int) -> tuple[Run, list[int]]:
-    """The run, and how far it had come at each kill."""
-    chance, died = random.Random(seed), []
+def killed_over_and_over(nursery: Nursery, corpus: Path, path: Path, kinds: Iterator[str], seed: int) -> Survivor:  # noqa: F811
+    """A run that is killed `KILLS` times, and goes on each time as the next of `kinds`. Of two processes, one is killed."""
+    chance, died, lived, began = random.Random(seed), [], [], time.monotonic()
+    metrics = path / "metrics.jsonl"
     for n in range(KILLS):
-        with start([*flags, "--output", path], **next(environments)) as running:
-            moment(path, running, chance.randint(1, STEPS * (n + 1) // (KILLS + 1) + 1), chance)
-            running.send_signal(signal.SIGKILL)
-            running.communicate(timeout=60)
-        died.append(last_step(path))
-    with start([*flags, "--output", path], **next(environments)) as running:
-        _, said = running.communicate(timeout=600)
-    return Run(path, running.returncode, said), died
+        lived.append(next(kinds))
+        before = changed(metrics)
+        children = launched(nursery, corpus, path, lived[-1])
+        await_moment(metrics, before, children, chance.randint(STEPS * n // (KILLS + 2) + 1, STEPS * (n + 1) // (KILLS + 2)), chance)
+        victim = chance.choice(children)
+        assert all(child.alive for child in children), [child.said for child in children]
+        victim.signal(signal.SIGKILL)
+        for child in children:
+            assert child.wait(60) in ((-signal.SIGKILL,) if child is victim else (LOST, -signal.SIGABRT)), child.said
+        died.append(last_step(metrics))
+    lived.append(next(kinds))
+    children = launched(nursery, corpus, path, lived[-1])
+    assert [child.wait(300) for child in children] == [0] * len(children), [child.said for child in children]
+    seconds = round(time.monotonic() - began, 1)
+    facts = {"kills": len(died), "restarts": len(lived) - 1, "steps": STEPS, "killed_at_steps": died, "devices": lived, "seconds": seconds}
+    return Survivor(Run(path, 0, children[0].said), samples(path), facts)
+
+
+def samples(path: Path) -> dict[int, tuple[int, int]]:
+    """(number, content) of the sample at each position that the run came to. However often one was read, it was the same."""
+    found: dict[int, tuple[int, int]] = {}
+    for line in Path(f"{path}.samples").read_text().splitlines():
+        for position, *sample in json.loads(line):
+            assert found.setdefault(position, tuple(sample)) == tuple(sample), position
+    return {position: sample for position, sample in found.items() if position < STEPS * BATCH}
+
+
+def largest_difference(run: Run, whole: Run) -> float:
+    """Of the losses of training and evaluation, relative."""
+    largest = 0.0
+    for name in ("train/loss", "eval/loss"):
+        ours, theirs = ({line["step"]: line[name] for line in each.numbers if name in line} for each in (run, whole))
+        assert ours.keys() == theirs.keys()
+        largest = max(largest, *(abs(ours[step] / theirs[step] - 1) for step in theirs))
+    return largest
+
+
+def note(name: str, survivor: Survivor, whole: Survivor) -> dict[str, Any]:
+    """What was found, and into the record."""
+    run = survivor.run
+    found = survivor.facts | {
+        "samples_identical": survivor.samples == whole.samples,
+        "largest_loss_difference": largest_difference(run, whole.run),
+        "bit_identical": (run.numbers, run.weights) == (whole.run.numbers, whole.run.weights),
+    }
+    print(name, found)
+    if RECORD:
+        file = Path(RECORD)
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout.strip()
+        machine = {"machine": platform.machine(), "cores": os.cpu_count(), "jax": jax.__version__, "commit": commit}
+        machine["date"] = str(datetime.datetime.now(datetime.UTC).date())
+        file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | machine | {name: found}, indent=1) + "\n")
+    return found
 
 
 @pytest.fixture(scope="module")
-def whole(process: Callable[..., Run], corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = process(tmp_path_factory.mktemp("soak") / "run", *FLAGS, "--data", corpus)
-    assert run.code == 0, run.said
-    return run
+def whole(nursery: Nursery, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Survivor:  # noqa: F811
+    """The run that nobody touched."""
+    path = tmp_path_factory.mktemp("soak") / "run"
+    (child,) = launched(nursery, corpus, path, str(DEVICES))
+    assert child.wait(300) == 0, child.said
+    assert len(samples(path)) == STEPS * BATCH
+    return Survivor(Run(path, 0, child.said), samples(path), {})
 
 
-@pytest.mark.timeout(120 + 60 * KILLS)
-def test_killed_at_random_moments(whole: Run, corpus: Path, tmp_path: Path) -> None:
-    def same() -> Iterator[dict[str, str]]:
+def test_killed_at_random_moments(whole: Survivor, nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+    survivor = killed_over_and_over(nursery, corpus, tmp_path / "run", itertools.repeat(str(DEVICES)), seed=1)
+    found = note("same devices", survivor, whole)
+    assert found["bit_identical"]
+    assert found["samples_identical"]
+    best = Path("best") / "model.safetensors"
+    assert (survivor.run.path / best).read_bytes() == (whole.run.path / best).read_bytes()
+    assert survivor.run.events.count("save") == whole.run.events.count("save")
+
+
+def test_killed_and_gone_on_with_other_devices(whole: Survivor, nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+    def others() -> Iterator[str]:
+        chance, kinds = random.Random(0), [TWO, "1", "8", "2", "4"]
         while True:
-            yield {}
+            yield from kinds
+            chance.shuffle(kinds)
 
-    run, died = killed_over_and_over(tmp_path / "run", [*FLAGS, "--data", corpus], same(), seed=1)
-    print("killed at steps", died)
-    assert run.code == 0, run.said
-    assert run.numbers == whole.numbers
-    assert run.weights == whole.weights
-    assert (run.path / "best" / "model.safetensors").read_bytes() == (whole.path / "best" / "model.safetensors").read_bytes()
-    assert run.events.count("save") == whole.events.count("save")
-
-
-@pytest.mark.timeout(120 + 60 * KILLS)
-def test_killed_and_gone_on_with_other_devices(whole: Run, corpus: Path, tmp_path: Path) -> None:
-    def other() -> Iterator[dict[str, str]]:
-        chance = random.Random(2)
-        while True:
-            yield {"JAX_NUM_CPU_DEVICES": chance.choice("1248")}
-
-    run, died = killed_over_and_over(tmp_path / "run", [*FLAGS, "--data", corpus], other(), seed=2)
-    print("killed at steps", died)
-    assert run.code == 0, run.said
-    for name in ("train/loss", "eval/loss", "tokens"):
-        found, expected = ({line["step"]: line[name] for line in r.numbers if name in line} for r in (run, whole))
-        assert found.keys() == expected.keys()
-        np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+    found = note("other devices", killed_over_and_over(nursery, corpus, tmp_path / "run", others(), seed=2), whole)
+    assert found["samples_identical"]
+    assert found["largest_loss_difference"] < 1e-5
