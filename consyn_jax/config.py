@@ -244,6 +244,8 @@ class HardwareOptions:
     )
     auto_batch: bool = flag(False, "where a micro-batch does not fit the memory, halve --batch_size and double --gradient_accumulation_steps")
     mesh: str = flag("auto", "devices along each axis, as in data=2,fsdp=4,context=1,tensor=1; auto: fsdp over all")
+    topology: str | None = flag(None, "with --dry_run: plan for these GPUs, which need not be here, as in h200:1x8 (this machine)")
+    fit: str | None = flag(None, "with --dry_run: find the fastest way to fit --topology, and write it to this file", const="recipe.yaml")
     distributed: bool = flag(False, "this is one of several processes of one run; Slurm, Open MPI or Kubernetes say which, or the next three flags do")
     coordinator_address: str | None = flag(None, "HOST:PORT of process 0, where this port is free; the same in all processes")
     num_processes: int | None = flag(None, "processes in all")

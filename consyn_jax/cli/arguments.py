@@ -30,6 +30,8 @@ METAVARS = {
     "lr_multipliers": "GROUP=X,...",
     "scheduler": "NAME",
     "mesh": "auto|AXIS=N,...",
+    "topology": "GPU:HOSTSxGPUS",
+    "fit": "FILE",
     "output": "DIR",
     "resume": "auto|never|STEP",
     "wandb_project": "NAME",

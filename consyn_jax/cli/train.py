@@ -27,7 +27,7 @@ Without flags: the 124 M parameter model on text that comes with Python."""
 USAGE = "[--config FILE] [--model NAME] [--data PATH] [FLAG ...]"
 USED_WITH_TOKENS = {"data", "validation", "validation_fraction", "dataset_type", "tokenizer", "num_workers"}
 MODES = arguments.MODES | {
-    "dry_run": "print what would run, with its learning rates as a picture, and stop",
+    "dry_run": "print what would run and what it needs, with its learning rates as a picture, and stop",
     "lr_find": "train for 200 steps at rising learning rates, print which suits, and stop",
 }
 EPILOG = """\
@@ -61,8 +61,20 @@ def run(argv: Sequence[str]) -> None:
 
         replay(config, origins)
         return
+    if config.hardware.topology is not None or config.hardware.fit is not None:
+        _plan(config, origins, mode)
+        return
     with _runtime(config, mode):
         train(config, origins, ACTIONS[mode])
+
+
+def _plan(config: RunConfig, origins: dict[str, str], mode: str) -> None:
+    if mode != "dry_run":
+        raise UserError(f"--{'topology' if config.hardware.topology else 'fit'} belongs to --dry_run. Add that, or leave it out.")
+    from consyn_jax.cli.plan import plan
+
+    base, stored, _ = _models(config)
+    plan(config, origins, base, stored)
 
 
 def _runtime(config: RunConfig, mode: str) -> AbstractContextManager[Any]:
@@ -90,7 +102,9 @@ def _run(trainer: ConsynTrainer) -> None:
 
 
 def _dry_run(trainer: ConsynTrainer) -> None:
-    trainer.describe()
+    from consyn_jax.cli.plan import describe
+
+    describe(trainer)
 
 
 def _find_rate(trainer: ConsynTrainer) -> None:

@@ -1,8 +1,15 @@
-"""How much a model computes, from its configuration alone."""
+"""How much a model computes, and how much memory its training takes, from its configuration alone."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from consyn_jax.config import ModelConfig
+
+BF16, FLOAT32 = 2, 4
+LOGITS_AT_ONCE = 2**26  # on one device, as the loss takes them (training/loss.py)
+BYTES_OF_A_LOGIT = 10  # while they are there: 2.5 float32 arrays of them
 
 
 def matmul_parameters(config: ModelConfig) -> int:
@@ -25,3 +32,75 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """
     length = sequence_length if config.sliding_window is None else min(sequence_length, 2 * config.sliding_window)
     return 6.0 * matmul_parameters(config) + 6.0 * config.num_layers * length * config.num_heads * config.head_dim
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """All parameters, vocabulary padding included.
+
+    >>> from consyn_jax.config import preset_architecture
+    >>> num_parameters(preset_architecture("stanza"))
+    1333895168
+    """
+    c = config
+    return c.num_layers * _block_parameters(c) + c.padded_vocab_size * c.hidden_dim * (1 if c.tie_embeddings else 2) + c.hidden_dim
+
+
+def _block_parameters(c: ModelConfig) -> int:
+    matrices = 2 * c.hidden_dim * c.head_dim * (c.num_heads + c.num_kv_heads) + 3 * c.hidden_dim * c.mlp_dim
+    return matrices + 2 * c.hidden_dim + (2 * c.head_dim if c.qk_norm else 0)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What one device holds during a train step in bfloat16, in bytes, by arithmetic.
+
+    Attributes:
+        parameters, moments: the state.
+        gradients: in float32, and again where micro-batches are added up.
+        activations: what the forward pass of all blocks keeps for the backward pass.
+        working: the largest of what comes and goes: one block's recomputation and gradients with its weights whole, or the logits.
+    """
+
+    parameters: int
+    moments: int
+    gradients: int
+    activations: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.moments + self.gradients + self.activations + self.working
+
+
+def estimate_memory(
+    config: ModelConfig, sizes: Mapping[str, int], batch_size: int, accumulation: int, length: int, remat: str, moment_bytes: int | float
+) -> MemoryEstimate:
+    """Of a train step on a mesh; within a tenth of the compiler's figure for the presets on GPUs (tests/planning).
+
+    Args:
+        sizes: of the mesh's axes.
+        batch_size: sequences of a micro-batch over all devices.
+        remat: what the backward pass recomputes, a name of `--gradient_checkpointing`.
+        moment_bytes: the optimizer's, for one parameter.
+    """
+    c, tensor, fsdp = config, sizes["tensor"], sizes["fsdp"]
+    tokens = batch_size * length / (sizes["data"] * fsdp * sizes["context"])
+    own = num_parameters(c) / (fsdp * tensor)
+    query, key, feed_forward = c.num_heads * c.head_dim / tensor, c.num_kv_heads * c.head_dim / tensor, c.mlp_dim / tensor
+    # two inputs and their norms; queries and keys raw, normed and rotated; values and attention's output; gate, up and their product
+    block = BF16 * (4 * c.hidden_dim + 3 * query + 3 * key + key + query + 3 * feed_forward)
+    kept = {"none": block, "attention": BF16 * (c.hidden_dim + query) + FLOAT32 * c.num_heads / tensor, "full": BF16 * c.hidden_dim}[remat]
+    head = c.padded_vocab_size * c.hidden_dim / tensor
+    whole = _block_parameters(c) / tensor * (FLOAT32 + BF16 * (2 if fsdp > 1 else 1))  # its gradient; its weights, and the next ones
+    of_block = tokens * ((0 if remat == "none" else block) + BF16 * 2 * (feed_forward + c.hidden_dim)) + whole
+    logits = min(LOGITS_AT_ONCE, tokens * c.padded_vocab_size / tensor)
+    of_head = BYTES_OF_A_LOGIT * logits + head * (BF16 + FLOAT32) + tokens * c.hidden_dim * FLOAT32
+    scattered_last = head * FLOAT32 if fsdp > 1 else 0  # the gradient of the input embedding
+    return MemoryEstimate(
+        int(own * FLOAT32),
+        int(own * moment_bytes),
+        int(own * FLOAT32 * (2 if accumulation > 1 else 1)),
+        int(tokens * c.num_layers * kept),
+        int(max(of_block, of_head) + scattered_last),
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -35,15 +36,23 @@ class CompiledProgram:
     """A train step as XLA compiled it. Bytes are per GPU.
 
     Attributes:
+        parameter_bytes, optimizer_bytes: the training state.
         argument_bytes: the training state and one batch; the state's memory is used again for the new state.
         temporary_bytes: everything else that is alive at once: activations, gradients, gathered weights.
+        state_bytes: of the whole training state, over all GPUs: what a checkpoint holds.
+        attention: the kernel that was chosen, and why.
         kernels: custom-call target -> executions a step.
         float32_shapes: dimensions of every float32 array in the program, as one GPU has them.
     """
 
     devices: int
+    parameter_bytes: int
+    optimizer_bytes: int
     argument_bytes: int
     temporary_bytes: int
+    state_bytes: int
+    num_parameters: int
+    attention: str
     kernels: dict[str, int]
     collectives: tuple[Collective, ...]
     float32_shapes: tuple[tuple[int, ...], ...]
@@ -54,13 +63,18 @@ class CompiledProgram:
         return self.argument_bytes + self.temporary_bytes
 
 
+def packages_are_there() -> bool:
+    """Whether the packages of the `cuda13` extra are installed."""
+    return importlib.util.find_spec("jax_plugins") is not None and importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
+
+
 def check_packages() -> None:
     """Compiling for NVIDIA GPUs needs the packages of the `cuda13` extra, but no GPU and no driver.
 
     Raises:
         UserError: they are not installed.
     """
-    if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    if not packages_are_there():
         raise UserError("Compiling for NVIDIA GPUs needs the CUDA packages, on any machine. Install them with: pip install 'consyn_jax[cuda13]'.")
 
 
@@ -86,7 +100,7 @@ def compile_train_step(model: ModelConfig, run: RunConfig, topology: str) -> Com
     answer = json.loads(done.stdout.splitlines()[-1])
     if "mistake" in answer:
         raise UserError(answer["mistake"])
-    exchanged = tuple(Collective(**c) for c in answer.pop("collectives"))
+    exchanged = tuple(Collective(**c | {"axes": tuple(c["axes"])}) for c in answer.pop("collectives"))
     shapes = tuple(tuple(shape) for shape in answer.pop("float32_shapes"))
     return CompiledProgram(**answer, collectives=exchanged, float32_shapes=shapes)
 
@@ -102,29 +116,44 @@ def _child() -> None:
 
 
 def _compile(model: ModelConfig, run: RunConfig, topology: Topology) -> CompiledProgram:
+    import jax
     from jax.experimental import topologies
 
     # slices x hosts x GPUs per host
     described = topologies.get_topology_desc(platform="cuda", target_config=topology.gpu.target_config, topology=f"1x{topology.hosts}x{topology.gpus_per_host}")
     assert run.data.max_tokens is not None
-    budget = run.budget
-    lowered = _program(model, run, described.devices).lower_train_step(budget.gradient_accumulation_steps, budget.batch_size, run.data.max_tokens)
+    budget, built = run.budget, _built(model, run, topology, described.devices)
+    lowered = built.program.lower_train_step(budget.gradient_accumulation_steps, budget.batch_size, run.data.max_tokens)
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
     program = instructions(compiled.as_text())
+    state = built.program.state_like
     return CompiledProgram(
         devices=topology.num_devices,
+        parameter_bytes=_local_bytes(state.params),
+        optimizer_bytes=_local_bytes(state.opt_state),
         argument_bytes=memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
+        state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+        num_parameters=built.program.layout.num_parameters,
+        attention=f"{built.attention.backend}: {built.attention.reason}",
         kernels=kernels(program),
-        collectives=tuple(collectives(program)),
+        collectives=tuple(collectives(program, built.mesh.sizes)),
         float32_shapes=tuple(sorted(array_shapes(program, "f32"))),
     )
 
 
-def _program(model: ModelConfig, run: RunConfig, devices: list[Any]) -> Any:
-    """The program that `consyn-train` would run on these devices."""
-    from consyn_jax.training.program import build_program
+def _local_bytes(tree: Any) -> int:
+    """Of arrays' shapes with their shardings, what lies on one device."""
+    import jax
+
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _built(model: ModelConfig, run: RunConfig, topology: Topology, devices: list[Any]) -> Any:
+    """The programs that `consyn-train` would run on these devices."""
+    from consyn_jax.training.program import Machine, build_program
     from consyn_jax.training.scheduler import configured_schedule
 
-    return build_program(model, run, configured_schedule(run.optimizer, TOTAL_STEPS), devices).program
+    machine = Machine(topology.hosts, topology.gpus_per_host, topology.gpu.memory_bytes)
+    return build_program(model, run, configured_schedule(run.optimizer, TOTAL_STEPS), devices, machine)

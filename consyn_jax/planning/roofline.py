@@ -7,12 +7,14 @@ sources, and docs/planning.md what the estimate gives for runs that others have 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from consyn_jax.config import ModelConfig, RunConfig
-from consyn_jax.model.arithmetic import train_flops_per_token
+from consyn_jax.model.arithmetic import BF16, FLOAT32, MemoryEstimate, estimate_memory, num_parameters, train_flops_per_token
 from consyn_jax.planning.topology import Topology
+from consyn_jax.training.optimizer import moment_bytes
 
 # Of the specified memory bandwidth, what streaming kernels reach (BabelStream on A100 and H100: 0.88 to 0.94).
 MEMORY_EFFICIENCY = 0.9
@@ -34,7 +36,6 @@ STRETCH = 1.35
 UPDATE_BYTES = 16
 LOGIT_BYTES = 16  # of one logit: float32 written, read twice; its bfloat16 gradient written, read twice; rounded up
 
-BF16, FLOAT32 = 2, 4
 Number = int | float
 
 
@@ -76,18 +77,17 @@ class Workload:
         """Of a step, over all GPUs, as they are counted for model FLOP utilisation: causal, nothing recomputed."""
         return self.tokens * train_flops_per_token(self.model, self.length)
 
-
-MOMENTS = {"adamw": 2, "schedule_free_adamw": 2, "lion": 1, "muon": 1, "adafactor": 0, "sgd": 1}  # of a parameter; Muon's in the blocks
+    @property
+    def memory(self) -> MemoryEstimate:
+        """Of one GPU, by arithmetic."""
+        return estimate_memory(self.model, self.sizes, self.batch_size, self.accumulation, self.length, self.remat, self.moment_bytes)
 
 
 def workload(model: ModelConfig, run: RunConfig, sizes: Mapping[str, int]) -> Workload:
     """Of a resolved run."""
     assert run.data.max_tokens is not None
-    moment_bytes = MOMENTS[run.optimizer.optimizer] * (BF16 if run.optimizer.moment_dtype == "bfloat16" else FLOAT32)
-    budget = run.budget
-    return Workload(
-        model, sizes, budget.batch_size, budget.gradient_accumulation_steps, run.data.max_tokens, run.hardware.gradient_checkpointing, moment_bytes
-    )
+    budget, remat = run.budget, run.hardware.gradient_checkpointing
+    return Workload(model, sizes, budget.batch_size, budget.gradient_accumulation_steps, run.data.max_tokens, remat, moment_bytes(run.optimizer))
 
 
 @dataclass(frozen=True)
@@ -156,10 +156,10 @@ def _product(rows: Number, inputs: Number, outputs: Number) -> tuple[Number, Num
 def _attention_flops(work: Workload) -> Number:
     """Of one block's forward pass on one GPU: two products over what the kernel computes of each sequence's square."""
     c = work.model
-    seen = work.length if c.sliding_window is None else min(work.length, c.sliding_window)
-    if not work.masked:
-        seen -= seen * seen / (2 * work.length)  # half of the square, or of a window all but its beginning
-    return 4 * work.local_tokens * (work.length if work.masked else seen) * c.num_heads * c.head_dim / work.sizes["tensor"]
+    window = work.length if c.sliding_window is None else min(work.length, c.sliding_window)
+    # unmasked: half of the square, or of a window all but its beginning
+    seen = work.length if work.masked else window - window * window / (2 * work.length)
+    return 4 * work.local_tokens * seen * c.num_heads * c.head_dim / work.sizes["tensor"]
 
 
 def _elementwise_bytes(work: Workload) -> Number:
@@ -174,18 +174,6 @@ def _head_bytes(work: Workload) -> Number:
     return LOGIT_BYTES * work.local_tokens * work.model.padded_vocab_size / work.sizes["tensor"]
 
 
-def num_parameters(model: ModelConfig) -> int:
-    """As `layout` counts them, without tracing the model; of norms only those of the residual stream.
-
-    >>> from consyn_jax.config import preset_architecture
-    >>> num_parameters(preset_architecture("stanza"))
-    1333889024
-    """
-    c = model
-    block = 2 * c.hidden_dim * c.head_dim * (c.num_heads + c.num_kv_heads) + 3 * c.hidden_dim * c.mlp_dim + 2 * c.hidden_dim
-    return c.num_layers * block + c.padded_vocab_size * c.hidden_dim * (1 if c.tie_embeddings else 2) + c.hidden_dim
-
-
 def _optimizer_bytes(work: Workload) -> Number:
     local = num_parameters(work.model) / (work.sizes["fsdp"] * work.sizes["tensor"])
     added_up = 3 * FLOAT32 * work.accumulation if work.accumulation > 1 else 0
@@ -196,20 +184,33 @@ def _optimizer_bytes(work: Workload) -> Number:
 
 
 def ring_seconds(payload: Number, axis: str, sizes: Mapping[str, int], topology: Topology) -> float:
-    """Of an all-gather or a reduce-scatter of `payload` bytes, whole, along an axis of the mesh; an all-reduce takes twice as long.
+    """Of an all-gather or a reduce-scatter of `payload` bytes, whole, along an axis of the mesh.
 
     A ring of n GPUs moves (n - 1) / n of the payload through each. Where it goes over several hosts, all of its GPUs in a host share
-    the host's ports, and the slower of link and ports counts.
+    the host's ports, and the slower of link and ports counts. Each GPU on the way adds its delay.
     """
-    n = sizes[axis]
-    if n == 1:
+    if sizes[axis] == 1:
+        return 0.0
+    hosts = _spread(axis, sizes, topology)[1]
+    between = hosts if hosts > 1 else 0
+    delay = (sizes[axis] - 1 - between) * HOP_SECONDS[0] + between * HOP_SECONDS[1]
+    return _transfer_seconds(payload, axis, sizes, topology) + delay
+
+
+def all_reduce_seconds(payload: Number, axis: str, sizes: Mapping[str, int], topology: Topology) -> float:
+    """Of a sum of `payload` bytes: twice what a ring moves, and over hosts the delay of a tree, which NCCL takes instead (since 2.4)."""
+    if sizes[axis] == 1:
         return 0.0
     per_host, hosts = _spread(axis, sizes, topology)
-    bandwidth = topology.gpu.link_bandwidth if per_host > 1 else float("inf")
-    if hosts > 1:
-        bandwidth = min(bandwidth, per_host * topology.gpu.network_bandwidth)
-    hops = hosts if hosts > 1 else 0
-    return (n - 1) / n * payload / (bandwidth * LINK_EFFICIENCY) + (n - 1 - hops) * HOP_SECONDS[0] + hops * HOP_SECONDS[1]
+    delay = 2 * ((per_host - 1) * HOP_SECONDS[0] + math.ceil(math.log2(hosts)) * HOP_SECONDS[1])
+    return 2 * _transfer_seconds(payload, axis, sizes, topology) + delay
+
+
+def _transfer_seconds(payload: Number, axis: str, sizes: Mapping[str, int], topology: Topology) -> float:
+    per_host, hosts = _spread(axis, sizes, topology)
+    link = topology.gpu.link_bandwidth if per_host > 1 else float("inf")
+    ports = per_host * topology.gpu.network_bandwidth if hosts > 1 else float("inf")
+    return (sizes[axis] - 1) / sizes[axis] * payload / (min(link, ports) * LINK_EFFICIENCY)
 
 
 def _spread(axis: str, sizes: Mapping[str, int], topology: Topology) -> tuple[int, int]:
@@ -230,12 +231,12 @@ def _network(work: Workload, topology: Topology) -> dict[str, float]:
     passes = 2 if work.remat == "none" else 3
     activations = BF16 * work.local_tokens * c.hidden_dim
 
-    def ring(payload: Number, axis: str, count: int) -> float:
-        return count * ring_seconds(payload / count, axis, sizes, topology)
+    def each(seconds: Callable[..., float], payload: Number, axis: str) -> float:
+        return parts * seconds(payload / parts, axis, sizes, topology)
 
-    gathered = min(passes, 2) * ring(BF16 * parameters, "fsdp", parts)
-    scattered = ring(FLOAT32 * parameters, "fsdp", parts)
-    summed = 2 * ring(FLOAT32 * parameters / sizes["fsdp"], "data", parts)
+    gathered = min(passes, 2) * each(ring_seconds, BF16 * parameters, "fsdp")
+    scattered = each(ring_seconds, FLOAT32 * parameters, "fsdp")
+    summed = each(all_reduce_seconds, FLOAT32 * parameters / sizes["fsdp"], "data")
     keys = 2 * BF16 * work.local_tokens * sizes["context"] * c.num_kv_heads * c.head_dim / sizes["tensor"]
     return {
         "data": work.accumulation * summed,
@@ -243,5 +244,5 @@ def _network(work: Workload, topology: Topology) -> dict[str, float]:
         # keys and values gathered, gathered again where they are recomputed, and their gradients scattered in the backward pass
         "context": work.accumulation * c.num_layers * passes * ring_seconds(keys, "context", sizes, topology),
         # two sums of the residual stream in each direction and recomputation
-        "tensor": work.accumulation * c.num_layers * 2 * passes * 2 * ring_seconds(activations, "tensor", sizes, topology),
+        "tensor": work.accumulation * c.num_layers * 2 * passes * all_reduce_seconds(activations, "tensor", sizes, topology),
     }

@@ -22,6 +22,8 @@ def header(trainer: ConsynTrainer, built: Built) -> list[Row]:
     """Names and values: model, devices, what was chosen for them and why, data and budget."""
     run, layout, config, source = trainer.run, built.program.layout, trainer.model.config, trainer.train_source
     split = ", ".join(f"{axis}={size}" for axis, size in built.program.mesh.shape.items() if size > 1) or "no split"
+    if len(built.program.mesh.devices.flat) > 1 and run.hardware.mesh == "auto":
+        split += f": {built.mesh.reason}"
     sizes = f"{layout.num_parameters:,} parameters, {config.num_layers} layers, {config.hidden_dim} wide, vocabulary {config.vocab_size:,}"
     epochs = f", {trainer.total_steps * trainer.sequences_per_step / source.sequences:.3g} epochs" if source.sequences else ""
     rows = [

@@ -279,6 +279,20 @@ def round_at_random(x: Float[Array, "*shape"], key: jax.Array) -> Float[Array, "
 
 # ----------------------------------------------------------------------------------------------------------- what a state holds
 
+_MOMENTS = {"adamw": 2, "schedule_free_adamw": 1, "lion": 1, "muon": 1, "adafactor": 0, "sgd": 0}  # of a parameter, beside momentum
+
+
+def moment_bytes(options: OptimizerOptions) -> int:
+    """Bytes that the optimizer keeps for one parameter. Muon's are those of the blocks, and factors count as nothing.
+
+    >>> moment_bytes(OptimizerOptions()), moment_bytes(OptimizerOptions(moment_dtype="bfloat16"))
+    (8, 4)
+    """
+    momentum = MOMENTUM.get(options.optimizer, 0.0) if options.momentum is None else options.momentum
+    number = _MOMENTS[options.optimizer] + (options.optimizer in ("sgd", "adafactor") and momentum > 0)
+    average = 4 if options.optimizer == "schedule_free_adamw" else 0  # always in float32
+    return number * jnp.dtype(options.moment_dtype).itemsize + average
+
 
 class RateScale(NamedTuple):
     """The state of `plateau`: what the updates are multiplied by."""

@@ -17,14 +17,17 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from consyn_jax.config import ModelConfig, RegularisationOptions, RunConfig
+from consyn_jax.distributed.auto_mesh import MeshChoice, choose_mesh
 from consyn_jax.distributed.mesh import build_mesh, check_batch, check_model, parse_mesh, sharding
+from consyn_jax.model.arithmetic import estimate_memory
 from consyn_jax.model.attention import AttentionChoice, choose_attention
 from consyn_jax.model.dropout import Dropout
 from consyn_jax.model.parameters import Layout, Params, layout
 from consyn_jax.model.transformer import Compute, Decoder
 from consyn_jax.training.guard import guarded
 from consyn_jax.training.loss import Extras, LossSums, head_loss, head_objective
-from consyn_jax.training.optimizer import configured_optimizer, place_state
+from consyn_jax.training.memory import device_bytes
+from consyn_jax.training.optimizer import configured_optimizer, moment_bytes, place_state
 from consyn_jax.training.precision import PrecisionChoice, choose_precision, make_scaled_train_step, with_loss_scale
 from consyn_jax.training.signals import SIGNALS, is_shared, signals_like, with_signals
 from consyn_jax.training.step import Batch, Step, TrainState, make_train_step, with_dropout
@@ -137,23 +140,60 @@ class Built(NamedTuple):
     program: Program
     attention: AttentionChoice
     precision: PrecisionChoice
+    mesh: MeshChoice
 
 
-def build_program(model: ModelConfig, run: RunConfig, schedule: optax.Schedule, devices: Sequence[Any]) -> Built:
+@dataclass(frozen=True)
+class Machine:
+    """What a mesh is chosen for: hosts, devices in each, and the bytes that one device may use."""
+
+    hosts: int
+    per_host: int
+    memory_bytes: int
+
+
+def this_machine() -> Machine:
+    """As JAX sees it. A host is what has fast links among its devices, and not a process."""
+    hosts = len({getattr(device, "slice_index", 0) for device in jax.devices()})
+    return Machine(hosts, jax.device_count() // hosts, device_bytes())
+
+
+def mesh_of(model: ModelConfig, run: RunConfig, machine: Machine) -> MeshChoice:
+    """The mesh that `run` asks for on `machine`, or with `--mesh auto` the one that suits it.
+
+    Raises:
+        UserError: a mesh or batch that cannot be there.
+    """
+    budget, text, length, devices = run.budget, run.hardware.mesh, run.data.max_tokens, machine.hosts * machine.per_host
+    assert length is not None
+    batch_size = devices if run.hardware.auto_batch else budget.batch_size  # the mesh must not change when the batch does
+
+    def needs(sizes: dict[str, int]) -> int:
+        accumulation, remat = budget.gradient_accumulation_steps, run.hardware.gradient_checkpointing
+        return estimate_memory(model, sizes, batch_size, accumulation, length, remat, moment_bytes(run.optimizer)).total
+
+    choice = MeshChoice(parse_mesh(text, devices), "as asked for")
+    if text == "auto":
+        choice = choose_mesh(machine.hosts, machine.per_host, model.hidden_dim, machine.memory_bytes, needs)
+    check_batch(choice.sizes, budget.batch_size, length)
+    dimensions = {name: getattr(model, name) for name in ("hidden_dim", "num_heads", "num_kv_heads", "mlp_dim")}
+    check_model(choice.sizes, dimensions)
+    return choice
+
+
+def build_program(model: ModelConfig, run: RunConfig, schedule: optax.Schedule, devices: Sequence[Any], machine: Machine | None = None) -> Built:
     """The programs that `run` comes to on `devices`, which need not be there.
 
     Args:
         run: resolved; its batch, mesh, precision, optimizer, regularisation and gradient checkpointing count.
         devices: of this machine, or of a described topology.
+        machine: that the devices are in; None for this one.
 
     Raises:
         UserError: a mesh, batch or precision that cannot be on these devices.
     """
     budget, hardware, optimizer, regularisation = run.budget, run.hardware, run.optimizer, run.regularisation
-    assert run.data.max_tokens is not None
-    sizes = parse_mesh(hardware.mesh, len(devices))
-    check_batch(sizes, budget.batch_size, run.data.max_tokens)
-    check_model(sizes, {"hidden_dim": model.hidden_dim, "num_heads": model.num_heads, "num_kv_heads": model.num_kv_heads, "mlp_dim": model.mlp_dim})
+    mesh = mesh_of(model, run, machine or this_machine())
     device = devices[0]
     capability = getattr(device, "compute_capability", "")
     precision = choose_precision(hardware.mixed_precision, device.platform, capability, device.device_kind)
@@ -162,5 +202,5 @@ def build_program(model: ModelConfig, run: RunConfig, schedule: optax.Schedule, 
     compute = Compute(precision.dtype, attention.backend, hardware.gradient_checkpointing, unroll)
     rule = configured_optimizer(optimizer, schedule, layout(model).logical_axes)
     limit = 1 if optimizer.on_nonfinite == "halt" else optimizer.max_nonfinite_steps
-    program = Program(model, compute, rule, optimizer.max_grad_norm, build_mesh(sizes, devices), regularisation, budget.seed, limit)
-    return Built(program, attention, precision)
+    program = Program(model, compute, rule, optimizer.max_grad_norm, build_mesh(mesh.sizes, devices), regularisation, budget.seed, limit)
+    return Built(program, attention, precision, mesh)

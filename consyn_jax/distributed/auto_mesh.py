@@ -1,0 +1,60 @@
+"""`--mesh auto`: which mesh, from the machine and what a device would have to hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+FITS = 0.9  # of a device's memory: the rest is the driver's, NCCL's and what fragmentation leaves unused
+GROUP_HOSTS = 8  # a wider ring gathers no faster, and its delay grows with it
+
+
+class MeshChoice(NamedTuple):
+    """Sizes of the four axes, and why these."""
+
+    sizes: dict[str, int]
+    reason: str
+
+
+def choose_mesh(hosts: int, per_host: int, hidden_dim: int, memory_bytes: int, needs: Callable[[dict[str, int]], int]) -> MeshChoice:
+    """Weights split over groups of hosts, and copied over the groups: data and fsdp.
+
+    What one device could hold alone is split inside each host: its gathers are small, and stay on the links there. What is larger is split
+    over up to 8 hosts, for the sum of its gradients over copies would take longer than gathers over the network. Then over as many as
+    the memory asks for.
+
+    Args:
+        hidden_dim: of the model, which fsdp must divide.
+        memory_bytes: of one device.
+        needs: bytes on one device by arithmetic, for sizes of the axes.
+
+    >>> choose_mesh(4, 8, 4096, 80, lambda sizes: 64 // sizes["fsdp"])
+    MeshChoice(sizes={'data': 4, 'fsdp': 8, 'context': 1, 'tensor': 1}, reason='weights split inside each of 4 hosts, and copied over them')
+    >>> choose_mesh(16, 8, 4096, 20, lambda sizes: 64 // sizes["fsdp"]).reason
+    'weights split over groups of 8 hosts, for one device could not hold them, and copied over 2 such groups'
+    """
+
+    def fits(sizes: dict[str, int]) -> bool:
+        return needs(sizes) <= FITS * memory_bytes
+
+    groups = [group for group in range(1, hosts + 1) if hosts % group == 0 and hidden_dim % (group * per_host) == 0] or [hosts]
+    alone = fits(_sizes(hosts * per_host, 1))
+    first = 0 if alone else max(i for i, group in enumerate(groups) if group <= GROUP_HOSTS or i == 0)
+    meshes = [_sizes(hosts // group, group * per_host) for group in groups[first:]]
+    sizes = next(filter(fits, meshes), meshes[-1])
+    return MeshChoice(sizes, _reason(hosts, per_host, sizes["data"], alone))
+
+
+def _reason(hosts: int, per_host: int, copies: int, alone: bool) -> str:
+    if hosts == 1:
+        return f"weights split over all {per_host} devices" if per_host > 1 else "one device"
+    if copies == hosts:
+        return f"weights split inside each of {hosts} hosts, and copied over them"
+    why = "which the memory asks for" if alone else "for one device could not hold them"
+    if copies == 1:
+        return f"weights split over all {hosts} hosts, {why}"
+    return f"weights split over groups of {hosts // copies} hosts, {why}, and copied over {copies} such groups"
+
+
+def _sizes(data: int, fsdp: int) -> dict[str, int]:
+    return {"data": data, "fsdp": fsdp, "context": 1, "tensor": 1}
