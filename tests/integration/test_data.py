@@ -84,6 +84,7 @@ def order(files: dict[str, Path]) -> Mixture:
     return Mixture(sets, [1, 3], seed=42)
 
 
+@pytest.mark.slow
 def test_a_mixture_counts_what_it_takes_and_says_when_a_source_ends(files: dict[str, Path], order: Mixture, here: Callable[..., Run], tmp_path: Path) -> None:
     run = here(tmp_path / "run", *mixed(files))
     assert run.code == 0, run.said
@@ -103,6 +104,7 @@ def test_a_mixture_counts_what_it_takes_and_says_when_a_source_ends(files: dict[
     assert {line["eval/tokens"] for line in run.numbers if "eval/loss" in line} == {held_out}
 
 
+@pytest.mark.slow
 def test_a_mixture_that_was_stopped(files: dict[str, Path], order: Mixture, here: Callable[..., Run], tmp_path: Path) -> None:
     whole = here(tmp_path / "whole", *mixed(files))
     for number, step in enumerate(sorted({end["step"] for end in ends(order)})[:2]):
@@ -202,6 +204,7 @@ def slowly() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_streaming_is_the_run_on_the_complete_store(files: dict[str, Path], here: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(streaming, "BLOCK_WINDOWS", 10)
     monkeypatch.setattr(streaming, "VALIDATION_WINDOWS", 3)
@@ -227,6 +230,7 @@ def test_streaming_is_the_run_on_the_complete_store(files: dict[str, Path], here
     assert max(waits) > 0.2, "waiting for the corpus is waiting for data"
 
 
+@pytest.mark.slow
 def test_streaming_while_it_is_really_being_prepared(here: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CONSYN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(streaming, "VALIDATION_WINDOWS", 3)
@@ -239,6 +243,7 @@ def test_streaming_while_it_is_really_being_prepared(here: Callable[..., Run], m
     assert "--streaming was True and is False" in third.said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("most", "save_steps", "at"), [(0, 5, 0), (40, 5, 5), (40, 3, 5)])
 def test_a_signal_while_the_corpus_is_waited_for(
     most: int, save_steps: int, at: int, files: dict[str, Path], here: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -105,6 +105,7 @@ def run_script(text: str, folder: Path, corpus: Path) -> Run:
     return Run(folder / "output", done.returncode, done.stderr)
 
 
+@pytest.mark.slow
 def test_its_script_runs(corpus: Path, tmp_path: Path, home: Path) -> None:
     run = run_script(SCRIPT.replace("from consyn.", "from consyn_jax.").replace("/path/to/data", str(corpus)), tmp_path, corpus)
     assert run.code == 0, run.said

@@ -19,6 +19,7 @@ def alone(process: Callable[..., Run], corpus: Path, tmp_path_factory: pytest.Te
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["fsdp=8", "data=4,tensor=2", "data=2,fsdp=2,context=2"])
 def test_the_same_losses_as_on_one_device(mesh: str, alone: Run, here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
     run = here(tmp_path / "run", *FLAGS, "--data", corpus, "--mesh", mesh)

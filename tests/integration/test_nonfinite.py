@@ -92,6 +92,7 @@ def replayed(capfd: pytest.CaptureFixture[str]) -> Callable[[Path], str]:
     return replay
 
 
+@pytest.mark.slow
 def test_data_that_no_finite_loss_comes_from(
     here: Callable[..., Run], replayed: Callable[..., str], poison: Callable[[int, Poison], None], rare: Path, tmp_path: Path
 ) -> None:
@@ -143,6 +144,7 @@ def fragile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformer, "swiglu", function)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fragile")
 def test_gradients_of_one_layer(
     here: Callable[..., Run], replayed: Callable[..., str], poison: Callable[[int, Poison], None], corpus: Path, tmp_path: Path
@@ -274,6 +276,7 @@ def test_replay_of_what_is_none(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert "is no replay bundle" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_loss_that_stands_out_is_an_event(
     here: Callable[..., Run], poison: Callable[[int, Poison], None], corpus: Path, tmp_path: Path
 ) -> None:

@@ -254,6 +254,7 @@ print(kills, chains)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "separator", "seed"), [(0, "\\n\\n\\n", 3), (1, "", 1), (2, "\\n\\n\\n", 2)])
 def test_killed_at_random_moments(
     corpus: Path, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]], workers: int, separator: str, seed: int

@@ -38,6 +38,7 @@ def sentence(child: Child) -> str:
     return "".join(line for line in child.said.splitlines(True) if line.startswith("consyn-train: "))
 
 
+@pytest.mark.slow
 def test_four_train_and_save_one_is_killed_and_two_go_on_and_stop_early_together(nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
     flags, path = [*FLAGS, *OFTEN, *EARLY, "--data", corpus], tmp_path / "run"
     alone = nursery.start(*flags, "--output", tmp_path / "alone")
@@ -94,6 +95,7 @@ launch.meet = one
 """
 
 
+@pytest.mark.slow
 def test_a_stuck_process_is_named_and_all_leave_their_stacks(nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
     path = tmp_path / "run"
     children = nursery.together(*FLAGS, *OFTEN, "--watchdog_minutes", "0.1", "--data", corpus, "--output", path, before=STUCK)

@@ -59,6 +59,7 @@ def test_a_decay_that_cannot_be(flags: list[str], words: str, here: Callable[...
     assert not home.with_name("stable-run-decay-10").exists()
 
 
+@pytest.mark.slow
 def test_another_number_of_steps_must_be_asked_for(here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
     first = [*FLAGS, "--data", corpus, "--max_steps", "10"]
     assert here(tmp_path / "run", *first).code == 0

@@ -19,6 +19,7 @@ FLAGS += ["--logging_steps", "3", "--eval_steps", "2", "--save_steps", "5", "--l
 STOPPING = ["--early_stopping_patience", "3", "--early_stopping_min_delta", "1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -51,6 +52,7 @@ def test_a_stop_changes_nothing(
     assert (resumed.numbers, resumed.weights) == (whole.numbers, whole.weights)
 
 
+@pytest.mark.slow
 def test_an_early_stop_ends_the_run_for_good_until_patience_is_raised(here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
     flags = [*FLAGS, "--data", corpus]
     run = here(tmp_path / "run", *flags, *STOPPING)

@@ -43,6 +43,7 @@ def whole(nursery: Nursery, corpus: Path, tmp_path_factory: pytest.TempPathFacto
     return Run(path, 0, child.said)
 
 
+@pytest.mark.slow
 def test_one_process(whole: Run, nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
     path = tmp_path / "run"
     flags = [*FLAGS, *OFTEN, "--data", corpus, "--output", path]
@@ -60,6 +61,7 @@ def test_one_process(whole: Run, nursery: Nursery, corpus: Path, tmp_path: Path)
     assert run.events.count("resume") == 4
 
 
+@pytest.mark.slow
 def test_two_processes(whole: Run, nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
     """The signal comes to one of them."""
     path = tmp_path / "run"

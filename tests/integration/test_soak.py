@@ -164,6 +164,7 @@ def whole(nursery: Nursery, corpus: Path, tmp_path_factory: pytest.TempPathFacto
     return Survivor(Run(path, 0, child.said), samples(path), {})
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(whole: Survivor, nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
     survivor = killed_over_and_over(nursery, corpus, tmp_path / "run", itertools.repeat(str(DEVICES)), seed=1)
     found = note("same devices", survivor, whole)
@@ -174,6 +175,7 @@ def test_killed_at_random_moments(whole: Survivor, nursery: Nursery, corpus: Pat
     assert survivor.run.events.count("save") == whole.run.events.count("save")
 
 
+@pytest.mark.slow
 def test_killed_and_gone_on_with_other_devices(whole: Survivor, nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
     def others() -> Iterator[str]:
         chance, kinds = random.Random(0), [TWO, "1", "8", "2", "4"]

@@ -185,6 +185,7 @@ class TestStartingFromWeights:
         assert made == json.loads((finished.path / "final" / "config.json").read_text())
         assert run.numbers[0]["train/loss"] == pytest.approx(finished.numbers[0]["train/loss"], abs=0.2)
 
+    @pytest.mark.slow
     def test_a_hugging_face_model_without_a_tokenizer(self, here: Callable[..., Run], shared_data: Path, corpus: Path, tmp_path: Path) -> None:
         flags = ["--checkpoint", shared_data / "parity" / "stories260K" / "hf", "--data", corpus, "--max_steps", "1", "--max_tokens", "32"]
         refused = here(tmp_path / "run", *flags)

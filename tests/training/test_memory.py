@@ -67,6 +67,7 @@ def test_the_compilers_figures_are_those_of_the_arrays() -> None:
     assert state.nbytes <= found.temporary <= 2 * state.nbytes + 1024
 
 
+@pytest.mark.slow
 def test_a_run_in_halves_is_the_same_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     data = [list(map(int, np.random.default_rng(i).integers(1, 250, 33))) for i in range(32)]
     model = ConsynLMHeadModel.from_config(TINY, seed=1)

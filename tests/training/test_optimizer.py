@@ -416,6 +416,7 @@ def assert_close(found: Any, expected: Any, tolerance: float) -> None:
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b), (jax.tree_util.keystr(path), np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
+@pytest.mark.slow
 @pytest.mark.quick_compiler
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_mesh_trains_as_one_device_does_and_its_checkpoint_goes_on_another(name: str, first_values: Params, tmp_path: Path) -> None:

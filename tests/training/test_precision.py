@@ -234,6 +234,7 @@ def end(history: list[dict[str, float]]) -> float:
     return float(np.mean([m["loss"] for m in history[-20:]]))
 
 
+@pytest.mark.slow
 @pytest.mark.quick_compiler
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_a_narrow_type_ends_where_float32_does(dtype: Any, in_float32: list[dict[str, float]]) -> None:
@@ -245,6 +246,7 @@ def test_a_narrow_type_ends_where_float32_does(dtype: Any, in_float32: list[dict
         assert history[-1]["skipped_steps"] <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.quick_compiler
 @pytest.mark.parametrize("axes", [{"data": 1}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str)
 def test_float16_recovers_from_an_overflow(axes: dict[str, int]) -> None:

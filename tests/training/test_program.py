@@ -146,6 +146,7 @@ def on_one_device(packed: dict[str, np.ndarray]) -> tuple[Params, list[float], P
     return train(mesh_of(data=1), packed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "axes",
     [{"tensor": 2}, {"data": 2, "fsdp": 2}, {"fsdp": 8}, {"fsdp": 2, "context": 2, "tensor": 2}],
@@ -183,6 +184,7 @@ def test_dropout_trains_the_same_model_on_every_mesh(
         assert np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.quick_compiler
 def test_every_step_micro_batch_and_seed_draws_its_own(packed: dict[str, np.ndarray]) -> None:
     mesh, same = mesh_of(data=1), {name: np.stack([values[0], values[0]]) for name, values in packed.items()}
@@ -205,6 +207,7 @@ def random_params() -> Params:
     return jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), layout(TINY).shapes)
 
 
+@pytest.mark.slow
 def test_recomputing_and_unrolling_change_nothing(packed: dict[str, np.ndarray]) -> None:
     batch = {name: jnp.asarray(values[0]) for name, values in packed.items()}
 

@@ -90,6 +90,7 @@ def test_statistics_are_numpys_over_what_is_finite(values: list[float]) -> None:
     assert float(found.rms) == pytest.approx(np.sqrt(np.mean(finite**2)) if len(finite) else 0, rel=1e-5, abs=1e-37)
 
 
+@pytest.mark.slow
 def test_what_is_seen_is_what_the_step_computes(batch: dict[str, np.ndarray]) -> None:
     """With everything that is composed around a step: dropout, the scale of the loss, micro-batches."""
     p = program(jnp.float16, 0.3, data=2)
@@ -209,6 +210,7 @@ def bundle(seen_once: Program, batch: dict[str, np.ndarray], tmp_path_factory: p
     return path / "nonfinite" / "7"
 
 
+@pytest.mark.slow
 def test_a_bundle_stands_alone_and_replays_on_another_mesh(bundle: Path, batch: dict[str, np.ndarray], tmp_path: Path) -> None:
     bundle = shutil.copytree(bundle, tmp_path / "moved")
     read = read_bundle(bundle)
