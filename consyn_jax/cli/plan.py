@@ -70,8 +70,10 @@ def _vocabulary(config: RunConfig) -> int:
 
 
 def describe(trainer: ConsynTrainer) -> None:
-    """Print what the run is and what its train step, compiled, needs of this machine."""
-    from consyn_jax.planning.page import local_page
+    """Print what the run is, and the page for this machine; of devices that are not in the table of GPUs, only what a step needs of them."""
+    from consyn_jax.planning.page import memory_here, page
+    from consyn_jax.planning.plan import plan_here
 
     trainer.describe()
-    print(local_page(trainer))
+    here = plan_here(trainer)
+    print(memory_here(trainer) if here is None else page(here))

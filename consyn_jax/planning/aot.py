@@ -15,11 +15,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from consyn_jax.config import ModelConfig, RunConfig, UserError, flat, resolve
 from consyn_jax.planning.compiled import Collective, array_shapes, collectives, instructions, kernels
 from consyn_jax.planning.topology import Topology, parse_topology
+
+if TYPE_CHECKING:
+    from consyn_jax.training.program import Built
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # the default backend; the plugin for topologies loads all the same
@@ -116,7 +119,6 @@ def _child() -> None:
 
 
 def _compile(model: ModelConfig, run: RunConfig, topology: Topology) -> CompiledProgram:
-    import jax
     from jax.experimental import topologies
 
     # slices x hosts x GPUs per host
@@ -124,12 +126,20 @@ def _compile(model: ModelConfig, run: RunConfig, topology: Topology) -> Compiled
     assert run.data.max_tokens is not None
     budget, built = run.budget, _built(model, run, topology, described.devices)
     lowered = built.program.lower_train_step(budget.gradient_accumulation_steps, budget.batch_size, run.data.max_tokens)
-    compiled = lowered.compile()
-    memory = compiled.memory_analysis()
-    program = instructions(compiled.as_text())
-    state = built.program.state_like
+    return summary(built, lowered.compile())
+
+
+def summary(built: Built, compiled: Any) -> CompiledProgram:
+    """What a train step came to.
+
+    Args:
+        compiled: the train step, a `jax.stages.Compiled`.
+    """
+    import jax
+
+    memory, program, state = compiled.memory_analysis(), instructions(compiled.as_text()), built.program.state_like
     return CompiledProgram(
-        devices=topology.num_devices,
+        devices=built.program.mesh.size,
         parameter_bytes=_local_bytes(state.params),
         optimizer_bytes=_local_bytes(state.opt_state),
         argument_bytes=memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -150,7 +160,7 @@ def _local_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _built(model: ModelConfig, run: RunConfig, topology: Topology, devices: list[Any]) -> Any:
+def _built(model: ModelConfig, run: RunConfig, topology: Topology, devices: list[Any]) -> Built:
     """The programs that `consyn-train` would run on these devices."""
     from consyn_jax.training.program import Machine, build_program
     from consyn_jax.training.scheduler import configured_schedule

@@ -12,6 +12,7 @@ from consyn_jax.distributed.auto_mesh import FITS
 from consyn_jax.model.arithmetic import num_parameters, train_flops_per_token
 from consyn_jax.planning import roofline
 from consyn_jax.planning.plan import Alternative, Plan, alternatives
+from consyn_jax.planning.topology import Gpu
 from consyn_jax.training.memory import device_bytes, step_memory
 from consyn_jax.training.trainer import ConsynTrainer
 
@@ -33,7 +34,7 @@ def page(plan: Plan) -> str:
     return start + "\n\n".join("\n".join(section) for section in sections)
 
 
-def local_page(trainer: ConsynTrainer) -> str:
+def memory_here(trainer: ConsynTrainer) -> str:
     """What the train step of a run needs of one device here, as compiled for it."""
     needs, limit = step_memory(trainer.compile_train_step(trainer.run)), device_bytes()
     assert trainer.run.data.max_tokens is not None
@@ -108,14 +109,14 @@ def _time(plan: Plan) -> Iterator[str]:
     yield f"step time, estimated: {_seconds(time.total)} for {flops / plan.topology.num_devices / 1e12:,.1f} TFLOP a GPU, {plan.peak_share:.0%} of its peak"
     for name in ("products", "attention", "memory", "optimizer"):
         yield f"  {name:<12} {_seconds(getattr(time, name)):>10}"
-    network = ", ".join(f"{axis} {_seconds(seconds)}" for axis, seconds in time.network.items() if seconds)
+    network = ", ".join(f"{' x '.join(axes)} {_seconds(seconds)}" for axes, seconds in time.network.items())
     if network:
         yield f"  {'network':<12} {_seconds(time.exposed):>10}   not hidden; in all {network}"
-    yield "assumed    " + "\n           ".join(_assumptions(gpu))
+    yield "assumed    " + "\n           ".join(_assumptions(gpu, plan.run.hardware.mixed_precision == "no"))
 
 
-def _assumptions(gpu: Any) -> Iterator[str]:
-    yield "bfloat16, and attention in a fused kernel"
+def _assumptions(gpu: Gpu, in_float32: bool) -> Iterator[str]:
+    yield "bfloat16, and attention in a fused kernel" + ("; THIS RUN is in float32, and several times slower" if in_float32 else "")
     yield f"products {gpu.matmul_flops / 1e12:.0f} TFLOP/s or {gpu.memory_bandwidth * roofline.MEMORY_EFFICIENCY / 1e12:.2f} TB/s, whichever is slower"
     attention = ", ".join(f"{share:.0%} of peak for heads of {width}" for width, share in roofline.ATTENTION_EFFICIENCY.items())
     yield f"attention {attention}; the whole square of a sequence, for documents are masked"

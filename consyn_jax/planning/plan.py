@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import jax
+
 from consyn_jax.config import ModelConfig, RunConfig, UserError, flags
 from consyn_jax.distributed.auto_mesh import FITS, MeshChoice
-from consyn_jax.planning.aot import CompiledProgram, compile_train_step
+from consyn_jax.planning.aot import CompiledProgram, compile_train_step, summary
 from consyn_jax.planning.roofline import StepTime, Workload, estimate_step, workload
-from consyn_jax.planning.topology import Topology
-from consyn_jax.training.program import Machine, mesh_of
+from consyn_jax.planning.topology import Topology, known_gpu
+from consyn_jax.training.program import Machine, mesh_of, this_machine
+from consyn_jax.training.trainer import ConsynTrainer
 
 MAX_COMPILED = 4  # candidates of one search
 
@@ -71,7 +74,7 @@ def estimate(model: ModelConfig, run: RunConfig, topology: Topology) -> Plan:
 
 
 def compiled(plan: Plan, topology: str) -> Plan:
-    """The same with the compiler's figures.
+    """The same with the compiler's memory and exchanges.
 
     Args:
         topology: of the plan, as text.
@@ -79,7 +82,20 @@ def compiled(plan: Plan, topology: str) -> Plan:
     Raises:
         UserError: the CUDA packages are missing.
     """
-    return dataclasses.replace(plan, compiled=compile_train_step(plan.model, plan.run, topology))
+    program = compile_train_step(plan.model, plan.run, topology)
+    return dataclasses.replace(plan, compiled=program, time=estimate_step(plan.work, plan.topology, program.collectives))
+
+
+def plan_here(trainer: ConsynTrainer) -> Plan | None:
+    """Of a run on the GPUs of this machine, its train step compiled for them; None for devices that are not in the table of GPUs."""
+    device, machine = jax.devices()[0], this_machine()
+    gpu = known_gpu(device.device_kind)
+    if gpu is None:
+        return None
+    plan = estimate(trainer.model.config, trainer.run, Topology(gpu, machine.hosts, machine.per_host))
+    program = summary(trainer.build(), trainer.compile_train_step(trainer.run))
+    time = estimate_step(plan.work, plan.topology, program.collectives)
+    return dataclasses.replace(plan, compiled=program, time=time, steps=trainer.total_steps)
 
 
 # -------------------------------------------------------------------------------------------------------------- what would fit

@@ -8,11 +8,15 @@ sources, and docs/planning.md what the estimate gives for runs that others have 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
 
 from consyn_jax.config import ModelConfig, RunConfig
 from consyn_jax.model.arithmetic import BF16, FLOAT32, MemoryEstimate, estimate_memory, num_parameters, train_flops_per_token
+from consyn_jax.planning.compiled import Collective
 from consyn_jax.planning.topology import Topology
 from consyn_jax.training.optimizer import moment_bytes
 
@@ -37,6 +41,7 @@ UPDATE_BYTES = 16
 LOGIT_BYTES = 16  # of one logit: float32 written, read twice; its bfloat16 gradient written, read twice; rounded up
 
 Number = int | float
+Axes = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class StepTime:
     Attributes:
         products, attention, memory: matrix products, attention kernels and memory-bound kernels, stretched.
         optimizer: the update, and adding up the gradients of micro-batches.
-        network: exchanges by mesh axis, if nothing hid them.
+        network: exchanges by axes of the mesh, if nothing hid them.
         exposed: what of the network does not hide behind the kernels.
     """
 
@@ -105,7 +110,7 @@ class StepTime:
     attention: float
     memory: float
     optimizer: float
-    network: dict[str, float]
+    network: dict[Axes, float]
     exposed: float
 
     @property
@@ -114,8 +119,12 @@ class StepTime:
         return self.products + self.attention + self.memory + self.optimizer + self.exposed
 
 
-def estimate_step(work: Workload, topology: Topology) -> StepTime:
-    """The roofline of a step on a topology."""
+def estimate_step(work: Workload, topology: Topology, exchanged: Iterable[Collective] | None = None) -> StepTime:
+    """The roofline of a step on a topology.
+
+    Args:
+        exchanged: by the compiled step; None for arithmetic.
+    """
     gpu, layers = topology.gpu, work.model.num_layers
     bandwidth = gpu.memory_bandwidth * MEMORY_EFFICIENCY
 
@@ -129,10 +138,11 @@ def estimate_step(work: Workload, topology: Topology) -> StepTime:
     efficiency = ATTENTION_EFFICIENCY[128 if work.model.head_dim >= 96 else 64]
     attention = work.accumulation * attention_passes * layers * _attention_flops(work) / (gpu.bf16_flops * efficiency)
     memory = work.accumulation * (passes * layers * _elementwise_bytes(work) + _head_bytes(work)) / bandwidth
-    network = _network(work, topology)
+    network = _network(work, topology) if exchanged is None else network_of(exchanged, work.sizes, topology)
     optimizer = _optimizer_bytes(work) / bandwidth
     busy = STRETCH * (products + attention + memory)
-    hidden = min(network["data"] + network["fsdp"], OVERLAP * busy)
+    of_weights = sum(seconds for axes, seconds in network.items() if set(axes) <= {"data", "fsdp"})
+    hidden = min(of_weights, OVERLAP * busy)
     return StepTime(STRETCH * products, STRETCH * attention, STRETCH * memory, optimizer, network, sum(network.values()) - (1 - CONTENTION) * hidden)
 
 
@@ -183,48 +193,51 @@ def _optimizer_bytes(work: Workload) -> Number:
 # --------------------------------------------------------------------------------------------------------------------- network
 
 
-def ring_seconds(payload: Number, axis: str, sizes: Mapping[str, int], topology: Topology) -> float:
-    """Of an all-gather or a reduce-scatter of `payload` bytes, whole, along an axis of the mesh.
+def ring_seconds(payload: Number, axes: Axes, sizes: Mapping[str, int], topology: Topology) -> float:
+    """Of an all-gather or a reduce-scatter of `payload` bytes, whole, along axes of the mesh.
 
     A ring of n GPUs moves (n - 1) / n of the payload through each. Where it goes over several hosts, all of its GPUs in a host share
     the host's ports, and the slower of link and ports counts. Each GPU on the way adds its delay.
     """
-    if sizes[axis] == 1:
-        return 0.0
-    hosts = _spread(axis, sizes, topology)[1]
+    size, hosts = _group(axes, tuple(sizes.items()), topology.gpus_per_host)
     between = hosts if hosts > 1 else 0
-    delay = (sizes[axis] - 1 - between) * HOP_SECONDS[0] + between * HOP_SECONDS[1]
-    return _transfer_seconds(payload, axis, sizes, topology) + delay
+    delay = (size - 1 - between) * HOP_SECONDS[0] + between * HOP_SECONDS[1]
+    return _transfer_seconds(payload, size, hosts, topology) + delay
 
 
-def all_reduce_seconds(payload: Number, axis: str, sizes: Mapping[str, int], topology: Topology) -> float:
+def all_reduce_seconds(payload: Number, axes: Axes, sizes: Mapping[str, int], topology: Topology) -> float:
     """Of a sum of `payload` bytes: twice what a ring moves, and over hosts the delay of a tree, which NCCL takes instead (since 2.4)."""
-    if sizes[axis] == 1:
-        return 0.0
-    per_host, hosts = _spread(axis, sizes, topology)
-    delay = 2 * ((per_host - 1) * HOP_SECONDS[0] + math.ceil(math.log2(hosts)) * HOP_SECONDS[1])
-    return 2 * _transfer_seconds(payload, axis, sizes, topology) + delay
+    size, hosts = _group(axes, tuple(sizes.items()), topology.gpus_per_host)
+    delay = 2 * ((size // hosts - 1) * HOP_SECONDS[0] + math.ceil(math.log2(hosts)) * HOP_SECONDS[1])
+    return 2 * _transfer_seconds(payload, size, hosts, topology) + delay
 
 
-def _transfer_seconds(payload: Number, axis: str, sizes: Mapping[str, int], topology: Topology) -> float:
-    per_host, hosts = _spread(axis, sizes, topology)
-    link = topology.gpu.link_bandwidth if per_host > 1 else float("inf")
-    ports = per_host * topology.gpu.network_bandwidth if hosts > 1 else float("inf")
-    return (sizes[axis] - 1) / sizes[axis] * payload / (min(link, ports) * LINK_EFFICIENCY)
+def _transfer_seconds(payload: Number, size: int, hosts: int, topology: Topology) -> float:
+    link = topology.gpu.link_bandwidth if size > hosts else float("inf")
+    ports = size / hosts * topology.gpu.network_bandwidth if hosts > 1 else float("inf")
+    return (size - 1) / size * payload / (min(link, ports) * LINK_EFFICIENCY) if size > 1 else 0.0
 
 
-def _spread(axis: str, sizes: Mapping[str, int], topology: Topology) -> tuple[int, int]:
-    """How many GPUs of a group along `axis` are in one host, and over how many hosts it goes; GPUs are numbered with the last axis fastest."""
-    names = list(sizes)
-    inner = 1
-    for name in names[names.index(axis) + 1 :]:
-        inner *= sizes[name]
-    per_host = min(sizes[axis], max(1, topology.gpus_per_host // inner))
-    return per_host, -(-sizes[axis] // per_host)
+@cache
+def _group(axes: Axes, sizes: tuple[tuple[str, int], ...], gpus_per_host: int) -> tuple[int, int]:
+    """GPUs in a group along `axes`, and the hosts that they are in; GPUs are numbered with the last axis fastest."""
+    ids = np.arange(math.prod(size for _, size in sizes)).reshape([size for _, size in sizes])
+    group = ids[tuple(slice(None) if axis in axes else 0 for axis, _ in sizes)]
+    return group.size, len(np.unique(group // gpus_per_host))
 
 
-def _network(work: Workload, topology: Topology) -> dict[str, float]:
-    """Seconds of a step's exchanges by axis, in the order in which this program makes them."""
+def network_of(exchanged: Iterable[Collective], sizes: Mapping[str, int], topology: Topology) -> dict[Axes, float]:
+    """Seconds of a compiled step's exchanges by axes; those whose axes are not known go over all."""
+    network: dict[Axes, float] = {}
+    for found in exchanged:
+        axes = found.axes or tuple(axis for axis, size in sizes.items() if size > 1)
+        seconds = all_reduce_seconds if found.kind == "all-reduce" else ring_seconds
+        network[axes] = network.get(axes, 0.0) + found.count * seconds(found.payload_bytes / found.count, axes, sizes, topology)
+    return network
+
+
+def _network(work: Workload, topology: Topology) -> dict[Axes, float]:
+    """The same by arithmetic, as this program makes them."""
     c, sizes = work.model, work.sizes
     parameters = num_parameters(c) / sizes["tensor"]
     parts = 2 + c.num_layers  # the weights of each block and the two embeddings travel by themselves
@@ -232,17 +245,18 @@ def _network(work: Workload, topology: Topology) -> dict[str, float]:
     activations = BF16 * work.local_tokens * c.hidden_dim
 
     def each(seconds: Callable[..., float], payload: Number, axis: str) -> float:
-        return parts * seconds(payload / parts, axis, sizes, topology)
+        return parts * seconds(payload / parts, (axis,), sizes, topology)
 
     gathered = min(passes, 2) * each(ring_seconds, BF16 * parameters, "fsdp")
     scattered = each(ring_seconds, FLOAT32 * parameters, "fsdp")
     summed = each(all_reduce_seconds, FLOAT32 * parameters / sizes["fsdp"], "data")
     keys = 2 * BF16 * work.local_tokens * sizes["context"] * c.num_kv_heads * c.head_dim / sizes["tensor"]
-    return {
-        "data": work.accumulation * summed,
-        "fsdp": work.accumulation * (gathered + scattered),
+    found = {
+        "data": summed,
+        "fsdp": gathered + scattered,
         # keys and values gathered, gathered again where they are recomputed, and their gradients scattered in the backward pass
-        "context": work.accumulation * c.num_layers * passes * ring_seconds(keys, "context", sizes, topology),
+        "context": c.num_layers * passes * ring_seconds(keys, ("context",), sizes, topology),
         # two sums of the residual stream in each direction and recomputation
-        "tensor": work.accumulation * c.num_layers * 2 * passes * all_reduce_seconds(activations, "tensor", sizes, topology),
+        "tensor": c.num_layers * 2 * passes * all_reduce_seconds(activations, ("tensor",), sizes, topology),
     }
+    return {(axis,): work.accumulation * seconds for axis, seconds in found.items() if sizes[axis] > 1}

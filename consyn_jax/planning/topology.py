@@ -157,6 +157,15 @@ GPUS = {
 }
 
 
+def known_gpu(kind: str) -> Gpu | None:
+    """The GPU whose driver calls it so; None for one that is not in the table.
+
+    >>> known_gpu("NVIDIA H100 80GB HBM3") is GPUS["h100"]
+    True
+    """
+    return next((gpu for gpu in GPUS.values() if gpu.kind == kind), None)
+
+
 @dataclass(frozen=True)
 class Topology:
     """`hosts` machines with `gpus_per_host` GPUs of one model each."""

@@ -37,15 +37,15 @@ def test_parameters_are_counted_as_the_model_has_them(name: str) -> None:
 def test_a_ring_in_one_host_goes_over_its_links() -> None:
     h200 = GPUS["h200"]
     expected = 7 / 8 * 1e9 / (h200.link_bandwidth * LINK_EFFICIENCY) + 7 * HOP_SECONDS[0]
-    assert ring_seconds(1e9, "fsdp", ONE | {"fsdp": 8}, parse_topology("h200:1x8")) == pytest.approx(expected)
+    assert ring_seconds(1e9, ("fsdp",), ONE | {"fsdp": 8}, parse_topology("h200:1x8")) == pytest.approx(expected)
 
 
 def test_a_ring_over_hosts_shares_their_ports() -> None:
     """All eight GPUs of a host in one ring have all eight ports; a ring with one GPU a host has one."""
     hosts, h200 = parse_topology("h200:8x8"), GPUS["h200"]
-    wide = ring_seconds(1e12, "fsdp", ONE | {"fsdp": 64}, hosts)
+    wide = ring_seconds(1e12, ("fsdp",), ONE | {"fsdp": 64}, hosts)
     assert wide == pytest.approx(63 / 64 * 1e12 / (8 * h200.network_bandwidth * LINK_EFFICIENCY), rel=1e-3)
-    narrow = ring_seconds(1e12, "data", ONE | {"data": 8, "fsdp": 8}, hosts)
+    narrow = ring_seconds(1e12, ("data",), ONE | {"data": 8, "fsdp": 8}, hosts)
     assert narrow == pytest.approx(7 / 8 * 1e12 / (h200.network_bandwidth * LINK_EFFICIENCY), rel=1e-3)
 
 
@@ -55,7 +55,7 @@ def test_work_split_over_gpus_takes_its_share_of_the_time_and_the_network_what_i
     assert alone.exposed == 0
     assert 8 * shared.products == pytest.approx(alone.products)
     assert 8 * shared.total == pytest.approx(alone.total + 8 * shared.exposed)
-    assert 0 < shared.exposed < shared.network["fsdp"]
+    assert 0 < shared.exposed < shared.network["fsdp",]
 
 
 def test_recomputing_costs_a_third_of_the_products() -> None:
