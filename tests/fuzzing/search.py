@@ -1,4 +1,4 @@
-"""A search for inputs that break a reader, led by coverage (atheris): `pip install atheris`, then
+"""A search for inputs that break a reader, led by coverage: `pip install 'atheris>=3'` (2.3 miscompiles loops on Python 3.11), then
 
     python tests/fuzzing/search.py --minutes 60
 
@@ -58,12 +58,12 @@ def main() -> int:
                 (corpus / str(number)).write_bytes(data)
             began, seconds = time.monotonic(), round(60 * arguments.minutes / len(names))
             words = ["--target", name, "--seconds", str(seconds), "--corpus", str(corpus), "--findings", str(arguments.findings)]
-            done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
-            runs = next((line.split()[-1] for line in done.stderr.splitlines() if "number_of_executed_units" in line), "?")
+            done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+            runs = next((line.split()[-1] for line in done.stdout.splitlines() if "number_of_executed_units" in line), "?")
             print(f"{name:15} {runs:>9} inputs in {time.monotonic() - began:.0f} s: {'BROKEN' if done.returncode else 'held'}", flush=True)
             if done.returncode:
                 broken.append(name)
-                print(done.stderr[-3000:], flush=True)
+                print(done.stdout[-5000:], flush=True)
     return len(broken)
 
 

@@ -6,6 +6,8 @@ outside of its own directory, of Python's and of this project's, its cache (CONS
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import os
 import shutil
@@ -16,7 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import xxhash
 from safetensors.numpy import save
 
 from consyn_jax.config import ModelConfig, UserError, resolve
@@ -25,11 +30,19 @@ from consyn_jax.data.sources import find_sources
 from consyn_jax.data.store import TokenStore
 from consyn_jax.model.pretrained import check_checkpoint, load_parameters, read_config, to_hf_config
 from consyn_jax.tokenization import BPETokenizer
+from consyn_jax.training.checkpoint import CHECKSUMS, STATE, Checkpoints
 from consyn_jax.training.metrics import read_metrics
+from consyn_jax.training.program import BATCH_DTYPES
 from consyn_jax.training.progress import Progress
+from consyn_jax.training.replay import BATCH, RECORD, read_bundle
 from consyn_jax.training.run_directory import check_output, read_config_file
+from consyn_jax.training.step import TrainState
 
+STATE_LIKE = TrainState(jnp.int32(1), {"w": jnp.arange(6.0).reshape(2, 3)}, {}, jnp.int32(0))
+TREE = "_METADATA"  # Orbax's name for it
+BUNDLE: dict[str, Any] = {"format": 1, "step": 3, "shape": [1, 2, 4], "samples": None, "metrics": {"loss": "nan"}, "total_steps": 9, "mesh": {"data": 1}}
 MODEL = ModelConfig(vocab_size=32, hidden_dim=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=16, context=16)
+BUNDLE["model"] = dataclasses.asdict(MODEL)
 
 
 def recipe(data: bytes, here: Path) -> None:
@@ -57,6 +70,49 @@ def progress(data: bytes, here: Path) -> None:
     except (ValueError, RecursionError):
         return
     Progress.from_json(record)
+
+
+def checksums(data: bytes, here: Path) -> None:
+    """CHECKSUMS of a checkpoint."""
+    directory = here / "checkpoints"
+    if not directory.exists():
+        a_checkpoint(directory)
+    written(directory / "1" / CHECKSUMS, data)
+    checkpoints = Checkpoints(directory)
+    try:
+        checkpoints.newest()
+    finally:
+        checkpoints.close()
+
+
+def tree(data: bytes, here: Path) -> None:
+    """What a checkpoint says of its arrays, with the checksum that goes with it."""
+    directory = here / "checkpoints"
+    if not directory.exists():
+        a_checkpoint(directory)
+    sums, file = directory / "1" / CHECKSUMS, directory / "1" / STATE / TREE
+    others = [line for line in sums.read_text().splitlines() if not line.endswith(TREE)]
+    sums.write_text("\n".join([*others, f"{xxhash.xxh3_128_hexdigest(data)}  {STATE}/{TREE}\n"]))
+    written(file, data)
+    checkpoints = Checkpoints(directory)
+    try:
+        checkpoints.restore(1, jax.eval_shape(lambda: STATE_LIKE))
+    finally:
+        checkpoints.close()
+
+
+def bundle(data: bytes, here: Path) -> None:
+    """replay.json of a bundle."""
+    written(here / BATCH, npz())
+    written(here / RECORD, data)
+    read_bundle(here)
+
+
+def bundle_batch(data: bytes, here: Path) -> None:
+    """batch.npz of a bundle."""
+    written(here / RECORD, json.dumps(BUNDLE).encode())
+    written(here / BATCH, data)
+    read_bundle(here)
 
 
 def manifest(data: bytes, here: Path) -> None:
@@ -132,6 +188,21 @@ def a_store(directory: Path) -> bytes:
     return (directory / "manifest.json").read_bytes()
 
 
+def a_checkpoint(directory: Path) -> Path:
+    """A checkpoint of step 1."""
+    checkpoints = Checkpoints(directory)
+    checkpoints.save(1, STATE_LIKE, {"step": 1})
+    checkpoints.close()
+    return directory / "1"
+
+
+def npz() -> bytes:
+    """The batch of a bundle."""
+    file = io.BytesIO()
+    np.savez(file, **{name: np.zeros(BUNDLE["shape"], dtype) for name, dtype in BATCH_DTYPES.items()})
+    return file.getvalue()
+
+
 def written(file: Path, data: bytes) -> Path:
     """`file`, which holds `data` now."""
     file.write_bytes(data)
@@ -141,12 +212,17 @@ def written(file: Path, data: bytes) -> Path:
 def seeds(here: Path) -> dict[str, list[bytes]]:
     """Of each target what it should find, to begin from."""
     array = np.lib.format.magic(1, 0) + b"\x76\x00{'descr': '<u2', 'fortran_order': False, 'shape': (3,), }" + b" " * 60 + b"\n" + bytes(6)
+    checkpoint = a_checkpoint(here / "checkpoints")
     model = {"model.embed_tokens.weight": np.zeros((32, 8), np.float32), "model.norm.weight": np.ones(8, np.float32)}
     return {
         "recipe": [b"model: haiku\nlr: 1.0e-3\ndata: [a.txt, b]\n", b"epochs: 2\nbatch_size: 8 # eight\n"],
         "run_config": [b"model: haiku\nlr: 0.003\nderived: {total_steps: 10, data: x, sequences_per_step: 8, vocab_size: 32}\n"],
         "metrics": [b'{"step": 1, "tokens": 8, "time_s": 0.1, "train/loss": 2.5}\n{"step": 2, "tokens": 16, "time_s": 0.2, "event": "save"}\n'],
         "progress": [json.dumps({"step": 3, "tokens": 96, "selection": {}, "plateau": None, "tracker_id": None}).encode()],
+        "checksums": [(checkpoint / CHECKSUMS).read_bytes()],
+        "tree": [(checkpoint / STATE / TREE).read_bytes()],
+        "bundle": [json.dumps(BUNDLE).encode()],
+        "bundle_batch": [npz()],
         "manifest": [a_store(here / "seed")],
         "model_config": [json.dumps(to_hf_config(MODEL)).encode()],
         "weights": [save(model)],
@@ -158,9 +234,8 @@ def seeds(here: Path) -> dict[str, list[bytes]]:
     }
 
 
-TARGETS: dict[str, Callable[[bytes, Path], None]] = {
-    f.__name__: f for f in (recipe, run_config, metrics, progress, manifest, model_config, weights, weights_index, tokenizer, rows, text, tokens)
-}
+READERS = (recipe, run_config, metrics, progress, checksums, tree, bundle, bundle_batch, manifest, model_config, weights, weights_index)
+TARGETS: dict[str, Callable[[bytes, Path], None]] = {f.__name__: f for f in (*READERS, tokenizer, rows, text, tokens)}
 
 # ------------------------------------------------------------------------------------------------------------------------ what must not happen
 
