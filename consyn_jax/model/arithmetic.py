@@ -56,9 +56,10 @@ class MemoryEstimate:
 
     Attributes:
         parameters, moments: the state.
-        gradients: in float32, and again where micro-batches are added up.
+        gradients: in float32: of this micro-batch, and of those that were added up before it.
         activations: what the forward pass of all blocks keeps for the backward pass.
-        working: the largest of what comes and goes: one block's recomputation and gradients with its weights whole, or the logits.
+        working: what comes and goes when most is held: with one block's weights and its backward pass, or with the logits, when
+            this micro-batch has no gradients yet.
     """
 
     parameters: int
@@ -96,11 +97,9 @@ def estimate_memory(
     of_block = tokens * ((0 if remat == "none" else block) + BF16 * 2 * (feed_forward + c.hidden_dim)) + whole
     logits = min(LOGITS_AT_ONCE, tokens * c.padded_vocab_size / tensor)
     of_head = BYTES_OF_A_LOGIT * logits + head * (BF16 + FLOAT32) + tokens * c.hidden_dim * FLOAT32
-    scattered_last = head * FLOAT32 if fsdp > 1 else 0  # the gradient of the input embedding
-    return MemoryEstimate(
-        int(own * FLOAT32),
-        int(own * moment_bytes),
-        int(own * FLOAT32 * (2 if accumulation > 1 else 1)),
-        int(tokens * c.num_layers * kept),
-        int(max(of_block, of_head) + scattered_last),
-    )
+    added_up = own * FLOAT32 if accumulation > 1 else 0
+    if fsdp > 1:  # the gradient of the input embedding is whole until the end
+        of_block += head * FLOAT32
+    # the logits come before there are gradients
+    gradients, working = (added_up, of_head) if of_head > own * FLOAT32 + of_block else (added_up + own * FLOAT32, of_block)
+    return MemoryEstimate(int(own * FLOAT32), int(own * moment_bytes), int(gradients), int(tokens * c.num_layers * kept), int(working))

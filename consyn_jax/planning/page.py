@@ -149,7 +149,8 @@ def _ways_out(plan: Plan) -> Iterator[str]:
         return
     yield "what would fit, the cheapest first, by arithmetic (--fit compiles and writes a recipe)"
     for way in _plainest(ways):
-        yield f"  {way.plan.total_bytes / GIB:6.1f} GiB, {_seconds(way.plan.time.total)} a step: {in_flags(way.changes)}"
+        other = "   (rounded moments: another result)" if "moment_dtype" in way.changes else ""
+        yield f"  {way.plan.total_bytes / GIB:6.1f} GiB, {_seconds(way.plan.time.total)} a step: {in_flags(way.changes)}{other}"
 
 
 def _plainest(ways: list[Alternative]) -> list[Alternative]:

@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 
 from consyn_jax.config import ModelConfig, RunConfig, UserError, architecture, resolve
+from consyn_jax.distributed.auto_mesh import FITS
 from consyn_jax.distributed.mesh import parse_mesh
 from consyn_jax.model.parameters import layout
 from consyn_jax.planning import aot
 from consyn_jax.planning.aot import CompiledProgram, compile_train_step
+from consyn_jax.planning.page import page
+from consyn_jax.planning.plan import compiled as compiled_plan
+from consyn_jax.planning.plan import estimate, fit
 from consyn_jax.planning.topology import GPUS, parse_topology
 from consyn_jax.training.run_directory import read_config_file
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-FITS = 0.9  # of the GPU's memory: the rest is the driver's, NCCL's and what fragmentation leaves unused
 
 # recipe, topology, what differs from the recipe. On one host epic takes the same tokens a step in eight micro-batches.
 CASES = [
@@ -87,6 +90,17 @@ def test_the_step_fits(name: str, topology: str, changes: dict[str, Any]) -> Non
     assert memory_share(compiled(name, topology, changes)) <= FITS
 
 
+@pytest.mark.parametrize(("name", "topology", "changes"), CASES)
+def test_the_arithmetic_says_what_the_compiler_says(name: str, topology: str, changes: dict[str, Any]) -> None:
+    """Of memory: in all, and of the state."""
+    program, plan = compiled(name, topology, changes), estimate(*recipe(name, changes), parse_topology(topology))
+    assert plan.work.memory.total == pytest.approx(program.total_bytes, rel=0.1)
+    state = plan.work.memory.parameters + plan.work.memory.moments
+    # norms are copied to all devices, and the arithmetic splits them
+    assert state == pytest.approx(program.parameter_bytes + program.optimizer_bytes, rel=5e-3)
+    assert program.state_bytes == pytest.approx(12 * program.num_parameters, rel=1e-6)
+
+
 def test_epic_does_not_fit_one_gpu_yet() -> None:
     """Float32 weights and both moments take 12 bytes a parameter, 157 GB of 151. When this fails, the README has to change."""
     program = compiled(*EPIC_ON_ONE)
@@ -99,6 +113,7 @@ def test_weights_travel_in_bfloat16_and_gradients_are_scattered(name: str, topol
     """A micro-batch gathers every weight twice at most, in two bytes, and scatters every gradient once, in four at most."""
     program, (model, run) = compiled(name, topology, changes), recipe(name, changes)
     payload = {(c.kind, c.dtype): c.payload_bytes for c in program.collectives}
+    assert {c.axes for c in program.collectives} == {("fsdp",)}
     tied = model.padded_vocab_size * model.hidden_dim if model.tie_embeddings else 0  # as table and as head, a journey each
     weights = (layout(model).num_parameters + tied) * run.budget.gradient_accumulation_steps
     assert {dtype for kind, dtype in payload if kind == "all-gather"} == {"bf16"}
@@ -112,3 +127,25 @@ def test_weights_travel_in_bfloat16_and_gradients_are_scattered(name: str, topol
 def test_a_batch_that_the_mesh_does_not_divide_is_the_users_mistake() -> None:
     with pytest.raises(UserError, match="--batch_size 9"):
         compile_train_step(*recipe("verse-1xh200", {"batch_size": 9}), "h200:1x8")
+
+
+@pytest.mark.parametrize("gpu", sorted(set(GPUS) - {"h200"}))
+def test_every_gpu_of_the_table_can_be_compiled_for(gpu: str) -> None:
+    """Two hosts, so that there are exchanges along two axes, which the page tells apart."""
+    run, _ = resolve({"model": "haiku", "max_tokens": 128, "batch_size": 4})
+    model = architecture(run.model, vocab_size=512)
+    text = page(compiled_plan(estimate(model, run, parse_topology(f"{gpu}:2x2")), f"{gpu}:2x2"))
+    assert "cudnn: fused kernel of an NVIDIA GPU; 4 calls forward and 4 backward in a step" in text
+    assert "data=2, fsdp=2" in text
+    assert "all-gather         bf16  over fsdp" in text
+    assert "all-reduce         f32   over data" in text
+
+
+def test_a_recipe_that_fit_finds_fits_as_compiled() -> None:
+    """Stanza trains on one card of 24 GB with its moments in bfloat16."""
+    changes = {"batch_size": 4, "gradient_accumulation_steps": 1}
+    plan = estimate(*recipe("stanza-8xh200", changes), parse_topology("rtx4090:1x1"))
+    best = fit(plan, "rtx4090:1x1", compile=True)
+    assert best.plan.compiled is not None
+    assert best.plan.compiled.total_bytes <= FITS * GPUS["rtx4090"].memory_bytes
+    assert best.changes["moment_dtype"] == "bfloat16"
