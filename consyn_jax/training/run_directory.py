@@ -61,13 +61,23 @@ class RunDirectory:
         return self.path / CHECKPOINTS
 
     def write_config(self, config: RunConfig, origins: dict[str, str], derived: dict[str, Any]) -> None:
-        """Write config.yaml: every value with its origin; `consyn-train --config` reads it back."""
+        """Write config.yaml, whole or not at all: every value with its origin; `consyn-train --config` reads it back.
+
+        Raises:
+            UserError: the disk refuses it.
+        """
         # These speak of one start of the command. A recipe that kept --overwrite would delete the run it came from.
         saving = dataclasses.replace(config.saving, overwrite=False, overwrite_schedule=False, resume="auto")
         hardware = dataclasses.replace(config.hardware, distributed=False, coordinator_address=None, num_processes=None, process_id=None)
         lasting = dataclasses.replace(config, saving=saving, hardware=hardware)
         origins = origins | dict.fromkeys(OF_ONE_START, "default")
-        (self.path / CONFIG).write_text(describe(lasting, origins) + yaml.safe_dump({DERIVED: derived}, sort_keys=True), encoding="utf-8")
+        text, fresh = describe(lasting, origins) + yaml.safe_dump({DERIVED: derived}, sort_keys=True), self.path / f".{CONFIG}.new"
+        try:
+            fresh.write_text(text, encoding="utf-8")
+            fresh.replace(self.path / CONFIG)
+        except OSError as error:
+            fresh.unlink(missing_ok=True)
+            raise UserError(f"{self.path / CONFIG} cannot be written: {error.strerror}. Make room, or name another --output.") from error
 
     def close(self) -> None:
         """Let other processes write to it."""

@@ -317,7 +317,7 @@ class _Training:
         minutes = trainer.run.hardware.watchdog_minutes
         self.watchdog = stack.enter_context(Watchdog(self.directory.path, minutes, self.peers, self.directory.beat))
         self.console = stack.enter_context(Console(quiet=logging.quiet or not self.writes, logging_steps=logging.logging_steps))
-        self.checkpoints = Checkpoints(self.directory.checkpoints, saving.keep_last, saving.keep_every)
+        self.checkpoints = Checkpoints(self.directory.checkpoints, saving.keep_last, saving.keep_every, self.console.warn)
         stack.callback(self.checkpoints.close)
         self.progress = Progress(plateau=configured_plateau(trainer.run.optimizer, EVALUATION_METRICS[trainer.run.evaluation.metric_for_best_model]))
         self.evaluated = jax.jit(evaluation_params, out_shardings=self.program.layout.shardings(self.program.mesh))
@@ -431,12 +431,11 @@ class _Training:
         return progress.selection.is_over(options.early_stopping_patience, progress.step, options.early_stopping_min_steps)
 
     def _resume_step(self) -> int | None:
-        """The step of the checkpoint to go on from; None for a new run."""
+        """The step of the checkpoint to go on from, the newest that is whole; None for a new run."""
         resume = self.run_config.saving.resume
         if resume.isdigit():
             return int(resume)
-        steps = self.checkpoints.steps() if self.directory.holds_run else []
-        return steps[-1] if steps else None
+        return self.checkpoints.newest() if self.directory.holds_run else None
 
     def _already_complete(self) -> dict[str, float]:
         """Say so, and touch nothing."""
@@ -461,7 +460,10 @@ class _Training:
         if self.writes:
             self.directory.write_config(t.run, t.origins, t._derived())
             if t.tokenizer is not None:
-                t.tokenizer.save(path / "tokenizer")
+                try:
+                    t.tokenizer.save(path / "tokenizer")
+                except OSError as error:
+                    raise UserError(f"{path / 'tokenizer'} cannot be written: {error.strerror}. Make room, or name another --output.") from error
         self.log = self.stack.enter_context(MetricsLog(path)) if self.writes else None
         if self.log is not None:
             self.log.truncate_from(-1 if wanted is None else wanted)
@@ -647,15 +649,16 @@ class _Training:
         self.agreement.saved()
         if self.progress.step in self.checkpoints.steps():  # a signal came behind it, and there was no step since
             return
-        self.checkpoints.save(self.progress.step, state, asdict(self.progress))
-        self._event("save", self._taken())
+        if self.checkpoints.save(self.progress.step, state, asdict(self.progress)):
+            self._event("save", self._taken())
 
     def _interrupted(self) -> None:
         self.checkpoints.wait()
         self._event("signal", {"signal": self.agreement.stop, **self._taken()})
-        raise Interrupted(
-            f"{self.agreement.stop} at step {self.progress.step}: the state is saved in {self.directory.path}. Run the same command again to go on."
-        )
+        happened, steps = f"{self.agreement.stop} at step {self.progress.step}", self.checkpoints.steps()
+        if self.progress.step not in steps:
+            raise Interrupted(f"{happened}: the state could not be saved. The same command goes on from {f'step {steps[-1]}' if steps else 'the beginning'}.")
+        raise Interrupted(f"{happened}: the state is saved in {self.directory.path}. Run the same command again to go on.")
 
     # ------------------------------------------------------------------------------------------------------------------- ending
 
@@ -674,8 +677,9 @@ class _Training:
             try:
                 write_loss_plot(metrics, path / "loss.png")
                 write_report(path, metrics, flat(t.run), [(progress.step, text)] if text else [], self._summary(), t.origins)
-            except OSError as error:
-                self.console.warn(f"The report could not be written ({error.strerror}); the model and metrics.jsonl are whole.")
+            except Exception as error:  # noqa: BLE001 - drawn from what is whole by now; no picture is worth an exit code
+                reason = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
+                self.console.warn(f"The report could not be written ({reason}); the model and metrics.jsonl are whole.")
         lines = [f"{progress.step:,} steps, {progress.tokens:,} tokens: loss {self.last.get('train/loss', math.nan):.4f}"]
         if selection.best_value is not None:
             name = t.run.evaluation.metric_for_best_model.replace("/", " ")

@@ -122,6 +122,27 @@ def test_going_back_to_an_earlier_checkpoint(whole: Run, copied: Run, here: Call
     assert "from step 10 of 20" in resumed.said
 
 
+def test_damaged_checkpoints_are_named_and_passed_over(whole: Run, copied: Run, here: Callable[..., Run], corpus: Path) -> None:
+    there, arrays = copied.path / "checkpoints", {}
+    for step in ("10", "15", "20"):
+        arrays[step] = max((there / step / "state").rglob("*"), key=lambda path: path.stat().st_size)
+        arrays[step].write_bytes(bytes([arrays[step].read_bytes()[0] ^ 1]) + arrays[step].read_bytes()[1:])
+    before = {path: path.stat().st_mtime_ns for path in copied.path.rglob("*")}
+    refused = here(copied.path, *FLAGS, "--data", corpus)
+    assert refused.code == 2
+    assert f"consyn-train: {there} has no checkpoint that is whole (10: state/" in refused.said
+    assert {path: path.stat().st_mtime_ns for path in copied.path.rglob("*")} == before
+
+    arrays["10"].write_bytes(bytes([arrays["10"].read_bytes()[0] ^ 1]) + arrays["10"].read_bytes()[1:])
+    resumed = here(copied.path, *FLAGS, "--data", corpus)
+    assert (resumed.code, resumed.numbers, resumed.weights) == (0, whole.numbers, whole.weights)
+    for step in ("15", "20"):
+        said = f"warning: {there / step} is damaged and passed over: {arrays[step].relative_to(there / step)} is not what was written.\n"
+        assert resumed.said.count(said) == 1
+    assert sorted(path.name for path in there.iterdir()) == ["10", "15", "15.damaged-1", "20", "20.damaged-1"]
+    assert "from step 10 of 20" in resumed.said
+
+
 def test_a_signal_while_data_is_prepared_leaves_nothing_half_made(home: Path, tmp_path: Path) -> None:
     rows = [json.dumps({"text": f"word {i} and {i * 7919 % 10007} " * 40}) for i in range(1000)]
     (tmp_path / "large.jsonl").write_text("\n".join(rows * 60))

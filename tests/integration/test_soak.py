@@ -3,7 +3,7 @@ processes instead of one, from the same samples and with the same losses.
 
 Short here. The whole of it, with a record of what was found:
 
-    CONSYN_SOAK_KILLS=50 CONSYN_SOAK_RECORD=soak.json pytest tests/integration/test_soak.py
+    CONSYN_SOAK_KILLS=50 CONSYN_SOAK_RECORD=soak.json pytest -m slow tests/integration/test_soak.py
 """
 
 import datetime
