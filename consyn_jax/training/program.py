@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from consyn_jax.config import ModelConfig, RegularisationOptions, RunConfig
 from consyn_jax.distributed.auto_mesh import MeshChoice, choose_mesh
 from consyn_jax.distributed.mesh import build_mesh, check_batch, check_model, parse_mesh, sharding
+from consyn_jax.distributed.peers import current_peers
 from consyn_jax.model.arithmetic import estimate_memory
 from consyn_jax.model.attention import AttentionChoice, choose_attention
 from consyn_jax.model.dropout import Dropout
@@ -153,9 +154,14 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """As JAX sees it. A host is what has fast links among its devices, and not a process."""
+    """As JAX sees it. A host is what has fast links among its devices, and not a process; all processes see the same machine."""
     hosts = len({getattr(device, "slice_index", 0) for device in jax.devices()})
-    return Machine(hosts, jax.device_count() // hosts, device_bytes())
+    if jax.device_count() % hosts:  # hosts that are not alike
+        hosts = 1
+    memory_bytes, peers = device_bytes(), current_peers()
+    if hosts > 1 and peers is not None:  # drivers leave a little more or less free, and all must choose the same mesh
+        memory_bytes = min(map(int, peers.gather(str(memory_bytes))))
+    return Machine(hosts, jax.device_count() // hosts, memory_bytes)
 
 
 def mesh_of(model: ModelConfig, run: RunConfig, machine: Machine) -> MeshChoice:
@@ -166,10 +172,11 @@ def mesh_of(model: ModelConfig, run: RunConfig, machine: Machine) -> MeshChoice:
     """
     budget, text, length, devices = run.budget, run.hardware.mesh, run.data.max_tokens, machine.hosts * machine.per_host
     assert length is not None
-    batch_size = devices if run.hardware.auto_batch else budget.batch_size  # the mesh must not change when the batch does
+    remat, batch_size, accumulation = run.hardware.gradient_checkpointing, budget.batch_size, budget.gradient_accumulation_steps
+    if run.hardware.auto_batch:  # the mesh must not change when the batch does
+        batch_size, accumulation = devices, 2
 
     def needs(sizes: dict[str, int]) -> int:
-        accumulation, remat = budget.gradient_accumulation_steps, run.hardware.gradient_checkpointing
         return estimate_memory(model, sizes, batch_size, accumulation, length, remat, moment_bytes(run.optimizer)).total
 
     choice = MeshChoice(parse_mesh(text, devices), "as asked for")

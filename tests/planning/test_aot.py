@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -139,6 +140,19 @@ def test_every_gpu_of_the_table_can_be_compiled_for(gpu: str) -> None:
     assert "data=2, fsdp=2" in text
     assert "all-gather         bf16  over fsdp" in text
     assert "all-reduce         f32   over data" in text
+
+
+def test_a_thousand_gpus_are_planned_for_within_a_minute() -> None:
+    """Epic on 128 hosts: weights split over eight hosts; copies exchange one part in 64 of the gradients in float32, and norms."""
+    began = time.monotonic()
+    model, run = recipe("epic-64xh200", {"batch_size": 1024})
+    plan = compiled_plan(estimate(model, run, parse_topology("h200:128x8")), "h200:128x8")
+    assert time.monotonic() - began < 60
+    assert plan.fits
+    assert (plan.mesh.sizes["data"], plan.mesh.sizes["fsdp"]) == (16, 64)
+    assert plan.compiled is not None
+    over_copies = sum(c.payload_bytes for c in plan.compiled.collectives if c.axes == ("data",))
+    assert over_copies == pytest.approx(4 * plan.compiled.num_parameters / 64, rel=0.01)
 
 
 def test_a_recipe_that_fit_finds_fits_as_compiled() -> None:

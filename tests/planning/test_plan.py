@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from consyn_jax.cli.train import main
-from consyn_jax.config import OPTIMIZERS, RunConfig, UserError, architecture, preset_architecture, resolve
+from consyn_jax.config import OPTIMIZERS, RunConfig, UserError, architecture, flags, preset_architecture, resolve
 from consyn_jax.distributed.auto_mesh import FITS
 from consyn_jax.distributed.mesh import AXES, check_batch, check_model
 from consyn_jax.model.arithmetic import LOGITS_AT_ONCE
@@ -23,10 +23,11 @@ from consyn_jax.planning.roofline import all_reduce_seconds, estimate_step, netw
 from consyn_jax.planning.topology import parse_topology
 from consyn_jax.training.loss import CHUNK_ELEMENTS
 from consyn_jax.training.optimizer import configured_optimizer, moment_bytes
+from consyn_jax.training.program import Machine, mesh_of, this_machine
 
 
-def planned(model: str, topology: str, **flags: Any) -> Plan:
-    run, _ = resolve({"model": model, **flags})
+def planned(model: str, topology: str, **changes: Any) -> Plan:
+    run, _ = resolve({"model": model, **changes})
     return estimate(architecture(run.model, vocab_size=49_152), run, parse_topology(topology))
 
 
@@ -65,11 +66,11 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("model", "topology", "each", "flags"), PAIRS)
-def test_the_mesh_that_is_chosen_is_within_a_twentieth_of_the_best(model: str, topology: str, each: int, flags: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("model", "topology", "each", "changes"), PAIRS)
+def test_the_mesh_that_is_chosen_is_within_a_twentieth_of_the_best(model: str, topology: str, each: int, changes: dict[str, Any]) -> None:
     """Of all meshes that the model and the batch allow and that fit, by the estimator."""
     devices = parse_topology(topology).num_devices
-    plan = planned(model, topology, batch_size=each * devices, **flags)
+    plan = planned(model, topology, batch_size=each * devices, **changes)
     dimensions = {name: getattr(plan.model, name) for name in ("hidden_dim", "num_heads", "num_kv_heads", "mlp_dim")}
 
     def seconds(sizes: dict[str, int]) -> float:
@@ -179,18 +180,18 @@ def test_the_command_prints_the_page_and_writes_a_recipe_that_it_reads_again(
     monkeypatch.setattr(aot, "packages_are_there", lambda: False)
     recipe = tmp_path / "recipe.yaml"
     asked = ["--dry_run", "--topology", "rtx4090:1x8"]
-    flags = [*asked, "--model", "stanza", "--batch_size", "64", "--data", str(tmp_path / "not there"), "--output", str(tmp_path / "run")]
-    assert main([*flags, "--fit", str(recipe)]) == 0
+    given = [*asked, "--model", "stanza", "--batch_size", "64", "--data", str(tmp_path / "not there"), "--output", str(tmp_path / "run")]
+    assert main([*given, "--fit", str(recipe)]) == 0
     assert "DOES NOT FIT" in capsys.readouterr().out
     assert main(["--config", str(recipe), *asked]) == 0
     assert "; fits" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-    assert main([*flags, "--fit", str(recipe)]) == 2
+    assert main([*given, "--fit", str(recipe)]) == 2
     assert "--fit would overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("given", "sentence"),
     [
         (["--topology", "h200:1x8"], "--topology belongs to --dry_run"),
         (["--dry_run", "--fit"], "--fit wants the GPUs to fit"),
@@ -199,13 +200,38 @@ def test_the_command_prints_the_page_and_writes_a_recipe_that_it_reads_again(
         (["--dry_run", "--topology", "h200:1x8", "--mesh", "fsdp=4"], "--mesh fsdp=4 is for 4 devices, and there are 8"),
     ],
 )
-def test_mistakes_are_a_sentence(flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_a_sentence(given: list[str], sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(aot, "packages_are_there", lambda: False)
-    assert main(flags) == 2
+    assert main(given) == 2
     assert sentence in capsys.readouterr().err
 
 
 def test_flags_change_the_run_that_they_name() -> None:
     run: RunConfig = with_flags(resolve({"model": "haiku"})[0], {"batch_size": 2, "moment_dtype": "bfloat16"})
     assert (run.budget.batch_size, run.optimizer.moment_dtype) == (2, "bfloat16")
+
+
+def test_the_mesh_of_auto_batch_stays_while_the_batch_shrinks() -> None:
+    """Large micro-batches would ask for another mesh, and the state lies on the mesh that was chosen first."""
+    machine = Machine(16, 8, 60 * 2**30)
+    meshes_of = []
+    for batch, number in ((4096, 1), (2048, 2), (1024, 4)):
+        run, _ = resolve({"model": "stanza", "batch_size": batch, "gradient_accumulation_steps": number, "auto_batch": True})
+        meshes_of.append(mesh_of(preset_architecture("stanza"), run, machine).sizes)
+    assert meshes_of == [meshes_of[0]] * 3
+    run, _ = resolve({"model": "stanza", "batch_size": 4096})
+    assert mesh_of(preset_architecture("stanza"), run, machine).sizes != meshes_of[0]
+
+
+@pytest.mark.parametrize("policy", flags()["gradient_checkpointing"].choices)
+def test_every_policy_has_its_arithmetic(policy: str) -> None:
+    kept, recomputed = planned("stanza", "h200:1x8", batch_size=32), planned("stanza", "h200:1x8", batch_size=32, gradient_checkpointing=policy)
+    assert recomputed.work.memory.total <= kept.work.memory.total
+    assert recomputed.time.total >= kept.time.total
+
+
+def test_this_machine_is_one_host_with_all_its_devices() -> None:
+    here = this_machine()
+    assert (here.hosts, here.per_host) == (1, jax.device_count())
+    assert here.memory_bytes > 2**28
