@@ -42,6 +42,7 @@ LOGIT_BYTES = 16  # of one logit: float32 written, read twice; its bfloat16 grad
 
 Number = int | float
 Axes = tuple[str, ...]
+HOST: Axes = ("host",)  # in place of axes: the host's memory
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class StepTime:
     Attributes:
         products, attention, memory: matrix products, attention kernels and memory-bound kernels, stretched.
         optimizer: the update, and adding up the gradients of micro-batches.
-        network: exchanges by axes of the mesh, if nothing hid them.
+        network: exchanges by axes of the mesh, and those with the host's memory, if nothing hid them.
         exposed: what of the network does not hide behind the kernels.
     """
 
@@ -131,17 +132,20 @@ def estimate_step(work: Workload, topology: Topology, exchanged: Iterable[Collec
     def kernels(products: Iterator[tuple[Number, Number]]) -> Number:
         return sum(max(flops / gpu.matmul_flops, size / bandwidth) for flops, size in products)
 
-    # forward, its recomputation, and backward with twice the work
-    passes = {"none": 3.0, "attention": 4.0, "full": 4.0}[work.remat]
-    attention_passes = {"none": 3.5, "attention": 3.5, "full": 4.5}[work.remat]  # backward: 5 products to forward's 2
+    # forward, its recomputation, and backward with twice the work; minimal recomputes only what is no product
+    passes = 3.0 if work.remat in ("none", "minimal") else 4.0
+    memory_passes = 3.0 if work.remat == "none" else 4.0
+    attention_passes = 4.5 if work.remat == "full" else 3.5  # backward: 5 products to forward's 2
     products = work.accumulation * (passes * layers * kernels(_block(work)) + 3 * kernels(_head(work)))
     efficiency = ATTENTION_EFFICIENCY[128 if work.model.head_dim >= 96 else 64]
     attention = work.accumulation * attention_passes * layers * _attention_flops(work) / (gpu.bf16_flops * efficiency)
-    memory = work.accumulation * (passes * layers * _elementwise_bytes(work) + _head_bytes(work)) / bandwidth
+    memory = work.accumulation * (memory_passes * layers * _elementwise_bytes(work) + _head_bytes(work)) / bandwidth
     network = _network(work, topology) if exchanged is None else network_of(exchanged, work.sizes, topology)
     optimizer = _optimizer_bytes(work) / bandwidth
+    if work.remat == "offload":
+        network = network | {HOST: work.accumulation * layers * 2 * _offloaded_bytes(work) / (gpu.host_bandwidth * LINK_EFFICIENCY)}
     busy = STRETCH * (products + attention + memory)
-    of_weights = sum(seconds for axes, seconds in network.items() if set(axes) <= {"data", "fsdp"})
+    of_weights = sum(seconds for axes, seconds in network.items() if set(axes) <= {"data", "fsdp", *HOST})
     hidden = min(of_weights, OVERLAP * busy)
     return StepTime(STRETCH * products, STRETCH * attention, STRETCH * memory, optimizer, network, sum(network.values()) - (1 - CONTENTION) * hidden)
 
@@ -178,6 +182,12 @@ def _elementwise_bytes(work: Workload) -> Number:
     stream = 2 * 2 + 2 * 3  # two norms, each read and written; two sums, each two read and one written
     heads = 4 * (c.num_heads + c.num_kv_heads) * c.head_dim / tensor  # normed and rotated, read and written each
     return BF16 * work.local_tokens * (stream * c.hidden_dim + heads + 3 * c.mlp_dim / tensor)
+
+
+def _offloaded_bytes(work: Workload) -> Number:
+    """What one block keeps in the host's memory: its input and attention's output, with the sums that its backward pass needs."""
+    c, tensor = work.model, work.sizes["tensor"]
+    return work.local_tokens * (BF16 * (c.hidden_dim + c.num_heads * c.head_dim / tensor) + FLOAT32 * c.num_heads / tensor)
 
 
 def _head_bytes(work: Workload) -> Number:

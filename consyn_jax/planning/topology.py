@@ -23,6 +23,7 @@ class Gpu:
         matmul_flops: the same, of the best matrix product that was measured.
         link_bandwidth: bytes to other GPUs of the host, one way, as specified.
         network_bandwidth: bytes to other hosts, one way, as specified; of several GPUs that share a port, its share.
+        host_bandwidth: bytes to or from the host's memory, as specified.
         target_config: `stream_executor.GpuTargetConfigProto` as text, which XLA compiles for when no device is there.
     """
 
@@ -33,6 +34,7 @@ class Gpu:
     matmul_flops: float
     link_bandwidth: float
     network_bandwidth: float
+    host_bandwidth: float
     target_config: str
 
 
@@ -90,6 +92,7 @@ GPUS = {
         matmul_flops=794e12,
         link_bandwidth=450e9,
         network_bandwidth=50e9,
+        host_bandwidth=64e9,
         target_config=_target_config("NVIDIA H100 80GB HBM3", "major: 9", 84_942_979_072, 3_352_320_000_000, 132, 1.98, 52_428_800),
     ),
     "h200": Gpu(
@@ -100,6 +103,7 @@ GPUS = {
         matmul_flops=794e12,
         link_bandwidth=450e9,
         network_bandwidth=50e9,
+        host_bandwidth=64e9,
         target_config=_target_config("NVIDIA H200", "major: 9", 150_754_820_096, 4_800_000_000_000, 132, 1.98, 62_914_560),
     ),
     "a100": Gpu(
@@ -110,6 +114,7 @@ GPUS = {
         matmul_flops=271e12,
         link_bandwidth=300e9,
         network_bandwidth=25e9,
+        host_bandwidth=32e9,
         target_config=_target_config(
             "NVIDIA A100-SXM4-80GB",
             "major: 8",
@@ -131,6 +136,7 @@ GPUS = {
         matmul_flops=1745e12,
         link_bandwidth=900e9,
         network_bandwidth=50e9,
+        host_bandwidth=64e9,
         target_config=_target_config("NVIDIA B200", "major: 10", 191_514_411_008, 7_672_320_000_000, 148, 1.965, 132_644_864),
     ),
     "rtx4090": Gpu(
@@ -141,6 +147,7 @@ GPUS = {
         matmul_flops=143e12,
         link_bandwidth=16e9,
         network_bandwidth=1.5625e9,
+        host_bandwidth=32e9,
         target_config=_target_config(
             "NVIDIA GeForce RTX 4090",
             "major: 8 minor: 9",
