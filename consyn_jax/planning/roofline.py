@@ -32,9 +32,10 @@ HOP_SECONDS = (3.4e-6, 14e-6)
 # Share of the kernels' time behind which exchanges of weights and gradients can hide; those of activations hide behind nothing.
 OVERLAP = 0.8
 # Share of an exchange's time by which the kernels that hide it are slowed: NCCL takes multiprocessors and memory bandwidth from them.
+# Judged, with the runs of docs/planning.md in view.
 CONTENTION = 0.3
 # Kernels together take so much longer than one by one at their rates: launches, gaps, tails of waves, and a clock that the power limit
-# lowers. The one number that is fitted, to the runs marked so in docs/planning.md.
+# lowers. Fitted to the runs marked so in docs/planning.md.
 STRETCH = 1.35
 # Bytes that an optimizer step reads and writes for one parameter beside its moments: the gradient twice (its norm first), the weight both ways.
 UPDATE_BYTES = 16
