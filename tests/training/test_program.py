@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 from pathlib import Path
@@ -21,7 +22,7 @@ from consyn_jax.training.optimizer import build_optimizer
 from consyn_jax.training.program import TRAIN_AXES, Program
 from consyn_jax.training.step import make_train_step, with_dropout
 
-TINY = ModelConfig(vocab_size=259, hidden_dim=32, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8, mlp_dim=64, context=64, tie_embeddings=False)
+TINY = ModelConfig(vocab_size=259, hidden_dim=32, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=4, mlp_dim=64, context=64, tie_embeddings=False)
 
 
 def mesh_of(**axes: int) -> Mesh:
@@ -146,19 +147,36 @@ def on_one_device(packed: dict[str, np.ndarray]) -> tuple[Params, list[float], P
     return train(mesh_of(data=1), packed)
 
 
+OF_EIGHT = [dict(zip(AXES, sizes, strict=True)) for sizes in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(sizes) == 8]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "axes",
-    [{"tensor": 2}, {"data": 2, "fsdp": 2}, {"fsdp": 8}, {"fsdp": 2, "context": 2, "tensor": 2}],
-    ids=lambda axes: " ".join(f"{axis}={size}" for axis, size in axes.items()),
-)
-def test_a_mesh_trains_as_one_device_does(axes: dict[str, int], packed: dict[str, np.ndarray], on_one_device: tuple[Params, list[float], Params]) -> None:
-    first, losses, last = train(mesh_of(**axes), packed)
-    jax.tree.map(np.testing.assert_array_equal, first, on_one_device[0])
+@pytest.mark.quick_compiler
+@pytest.mark.parametrize("axes", OF_EIGHT, ids=lambda axes: " ".join(f"{axis}={size}" for axis, size in axes.items() if size > 1))
+def test_every_mesh_of_eight_trains_as_one_device_does(
+    axes: dict[str, int], packed: dict[str, np.ndarray], on_one_device: tuple[Params, list[float], Params]
+) -> None:
+    _, losses, last = train(mesh_of(**axes), packed, on_one_device[0])
     np.testing.assert_allclose(losses, on_one_device[1], rtol=1e-5)
     assert losses[-1] < 0.9 * losses[0], "it learns, so the losses say something"
     for ours, theirs in zip(jax.tree.leaves(last), jax.tree.leaves(on_one_device[2]), strict=True):
         assert np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.quick_compiler
+def test_a_mesh_has_the_first_values_and_the_gradients_of_one_device(packed: dict[str, np.ndarray]) -> None:
+    def first_and_gradient(mesh: Mesh) -> tuple[Params, Params]:
+        program = Program(TINY, Compute(), optax.sgd(1.0), 0.0, mesh)
+        state = program.initial_state(initial_parameters(TINY, 42, mesh))
+        first = jax.device_get(state.params)
+        after, _ = program.lower_train_step(2, 8, 16).compile()(state, place(packed, mesh, TRAIN_AXES))
+        return first, jax.tree.map(np.subtract, first, jax.device_get(after.params))
+
+    (first, gradient), (expected, one) = first_and_gradient(mesh_of(fsdp=2, context=2, tensor=2)), first_and_gradient(mesh_of(data=1))
+    jax.tree.map(np.testing.assert_array_equal, first, expected)
+    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(one), strict=True):
+        assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
 
 
 REGULARISED = {"dropout": 0.2, "label_smoothing": 0.1, "z_loss": 1e-3}
