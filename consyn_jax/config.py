@@ -234,13 +234,19 @@ class RegularisationOptions:
     z_loss: float = flag(0.0, "weight of log(Z)^2, which keeps the softmax's normaliser Z near 1 (1e-4 is usual)", math=True)
 
 
+REMAT_POLICIES = ("none", "minimal", "attention", "full", "offload")
+
+
 @dataclass(frozen=True)
 class HardwareOptions:
     mixed_precision: str = flag(
         "auto", "type of activations and products, over float32 weights; auto: what the device does well", choices=("auto", "no", "bf16", "fp16"), math=True
     )
     gradient_checkpointing: str = flag(
-        "none", "activations that are recomputed instead of kept; the bare flag means full", choices=("none", "attention", "full"), const="full"
+        "none", "activations that are recomputed instead of kept; the bare flag means full", choices=REMAT_POLICIES, const="full"
+    )
+    optimizer_memory: str = flag(
+        "device", "where moments and momentum lie; host: in the host's memory, and each step takes them through the device", choices=("device", "host")
     )
     auto_batch: bool = flag(False, "where a micro-batch does not fit the memory, halve --batch_size and double --gradient_accumulation_steps")
     mesh: str = flag("auto", "devices along each axis, as in data=2,fsdp=4,context=1,tensor=1; auto: fsdp over all")

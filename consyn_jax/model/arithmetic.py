@@ -56,7 +56,7 @@ class MemoryEstimate:
 
     Attributes:
         parameters, moments: the state.
-        gradients: in float32: of this micro-batch, and of those that were added up before it.
+        gradients: in float32, all micro-batches added up.
         activations: what the forward pass of all blocks keeps for the backward pass.
         working: what comes and goes when most is held: with one block's weights and its backward pass, or with the logits, when
             this micro-batch has no gradients yet.
@@ -91,15 +91,26 @@ def estimate_memory(
     query, key, feed_forward = c.num_heads * c.head_dim / tensor, c.num_kv_heads * c.head_dim / tensor, c.mlp_dim / tensor
     # two inputs and their norms; queries and keys raw, normed and rotated; values and attention's output; gate, up and their product
     block = BF16 * (4 * c.hidden_dim + 3 * query + 3 * key + key + query + 3 * feed_forward)
-    kept = {"none": block, "attention": BF16 * (c.hidden_dim + query) + FLOAT32 * c.num_heads / tensor, "full": BF16 * c.hidden_dim}[remat]
+    attended = BF16 * query + FLOAT32 * c.num_heads / tensor
+    kept = {
+        "none": block,
+        "minimal": BF16 * (2 * c.hidden_dim + query + 2 * key + 2 * feed_forward) + attended,
+        "attention": BF16 * c.hidden_dim + attended,
+        "full": BF16 * c.hidden_dim,
+        "offload": 0,
+    }[remat]
     head = c.padded_vocab_size * c.hidden_dim / tensor
     whole = _block_parameters(c) / tensor * (FLOAT32 + BF16 * (2 if fsdp > 1 else 1))  # its gradient; its weights, and the next ones
     of_block = tokens * ((0 if remat == "none" else block) + BF16 * 2 * (feed_forward + c.hidden_dim)) + whole
     logits = min(LOGITS_AT_ONCE, tokens * c.padded_vocab_size / tensor)
     of_head = BYTES_OF_A_LOGIT * logits + head * (BF16 + FLOAT32) + tokens * c.hidden_dim * FLOAT32
-    added_up = own * FLOAT32 if accumulation > 1 else 0
     if fsdp > 1:  # the gradient of the input embedding is whole until the end
         of_block += head * FLOAT32
-    # the logits come before there are gradients
-    gradients, working = (added_up, of_head) if of_head > own * FLOAT32 + of_block else (added_up + own * FLOAT32, of_block)
-    return MemoryEstimate(int(own * FLOAT32), int(own * moment_bytes), int(gradients), int(tokens * c.num_layers * kept), int(working))
+    if accumulation > 1:  # added up where the totals lie, but for the embeddings
+        of_head += own * FLOAT32
+        of_block += head * FLOAT32 / fsdp
+    of_block += own * FLOAT32
+    # the logits come before there are gradients of this micro-batch
+    gradients = int(own * FLOAT32) if accumulation > 1 or of_block >= of_head else 0
+    working = max(of_head, of_block) - gradients
+    return MemoryEstimate(int(own * FLOAT32), int(own * moment_bytes), gradients, int(tokens * c.num_layers * kept), int(working))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,26 +10,35 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-@jax.custom_vjp
-def linear(x: Float[Array, "*B D"], w: Float[Array, "D F"]) -> Float[Array, "*B F"]:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(x: Float[Array, "*B D"], w: Float[Array, "..."], recast: bool = False) -> Float[Array, "*B F"]:
     """`x @ w` in the dtype of `x`; the gradient of `w` is summed and returned in float32, whatever that dtype is.
 
     Left to differentiate itself, the product gives the gradient of `w` transposed, which XLA on CPUs computes at a third of the
     speed, and rounds it to the dtype of `x`.
+
+    Args:
+        w: [D, F], or D or F as several axes, as heads have them.
+        recast: the backward pass casts `w` again, and no copy of it is kept, as of all layers it would be half as large as the weights.
+            Not for a backward pass that repeats the forward pass: it has the cast, and would gather sharded weights once more.
     """
-    return x @ w.astype(x.dtype)
+    return x @ _matrix(x, w)
 
 
-def _forward(x: jax.Array, w: jax.Array) -> Any:
-    w = w.astype(x.dtype)  # kept as it is used: cast again in the backward pass, sharded weights would be gathered again
-    return x @ w, (x, w)
+def _matrix(x: jax.Array, w: jax.Array) -> jax.Array:
+    return w.reshape(x.shape[-1], -1).astype(x.dtype)
 
 
-def _backward(kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, w = kept
+def _forward(x: jax.Array, w: jax.Array, recast: bool) -> Any:
+    matrix = _matrix(x, w)
+    return x @ matrix, (x, w if recast else matrix, jax.ShapeDtypeStruct(w.shape, w.dtype))
+
+
+def _backward(recast: bool, kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w, like = kept
     rows = tuple(range(x.ndim - 1))
     dw = jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
-    return jnp.einsum("...f,df->...d", dy, w), dw
+    return jnp.einsum("...f,df->...d", dy, _matrix(x, w)), dw.reshape(like.shape)
 
 
 linear.defvjp(_forward, _backward)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
+from jax.ad_checkpoint import Offloadable, Recompute, checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from consyn_jax.config import ModelConfig
@@ -24,7 +24,9 @@ from consyn_jax.model.dropout import ATTENTION, ATTENTION_BRANCH, EMBEDDING, MLP
 from consyn_jax.model.linear import linear
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Product = Callable[[jax.Array, jax.Array], jax.Array]
 BLOCK_PARTS = ("attention", "MLP", "residual stream")
+BLOCK_INPUT = "block input"
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Compute:
     """How the forward pass runs.
 
     Attributes:
-        remat: what the backward pass recomputes: none; attention: all but the attention's output; full: all of a block.
+        remat: what the backward pass recomputes of a block: none: nothing; minimal: all but products and attention; attention: all but the
+            attention's output; full: all; offload: as attention, and what is kept lies in the host's memory.
         unroll: blocks one after the other instead of in a loop: faster on CPUs, and a program that grows with depth.
     """
 
@@ -130,39 +133,62 @@ class Block(nnx.Module):
         """The block's output; `attend(q, k, v)` is the attention of training or of decoding from a cache."""
         return self.parts(x_BTD, rope, attend, dropout)[-1]
 
-    def parts(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, dropout: Dropout | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Both branches and the output, each [B, T, D]: `BLOCK_PARTS`."""
-        attention_BTD = drop_out(self._attention(rms_norm(x_BTD, self.attention_norm[...], self.eps), rope, attend), dropout, ATTENTION_BRANCH)
+    def parts(
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, dropout: Dropout | None, recast: bool = False
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Both branches and the output, each [B, T, D]: `BLOCK_PARTS`.
+
+        Args:
+            recast: as `linear` has it.
+        """
+        product = partial(linear, recast=recast)
+        attention_BTD = self._attention(rms_norm(x_BTD, self.attention_norm[...], self.eps), rope, attend, product)
+        attention_BTD = drop_out(attention_BTD, dropout, ATTENTION_BRANCH)
         x_BTD = x_BTD + attention_BTD
-        mlp_BTD = drop_out(self._mlp(rms_norm(x_BTD, self.mlp_norm[...], self.eps)), dropout, MLP_BRANCH)
+        mlp_BTD = drop_out(self._mlp(rms_norm(x_BTD, self.mlp_norm[...], self.eps), product), dropout, MLP_BRANCH)
         return attention_BTD, mlp_BTD, x_BTD + mlp_BTD
 
-    def _attention(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> jax.Array:
-        q_BTNH, k_BTKH, v_BTKH = (_heads(x_BTD, w[...]) for w in (self.q, self.k, self.v))
+    def _attention(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, product: Product) -> jax.Array:
+        heads = ((product(x_BTD, w[...]), w.shape[1:]) for w in (self.q, self.k, self.v))
+        q_BTNH, k_BTKH, v_BTKH = (out.reshape(*x_BTD.shape[:2], *shape) for out, shape in heads)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.eps)
         out_BTNH = attend(apply_rope(q_BTNH, rope), apply_rope(k_BTKH, rope), v_BTKH)
-        out_BTD = linear(out_BTNH.reshape(*x_BTD.shape[:2], -1), self.o[...].reshape(-1, x_BTD.shape[-1]))
+        out_BTD = product(out_BTNH.reshape(*x_BTD.shape[:2], -1), self.o[...])
         return constrain(out_BTD, "batch", "sequence", None)
 
-    def _mlp(self, x_BTD: jax.Array) -> jax.Array:
-        hidden_BTF = swiglu(linear(x_BTD, self.gate[...]), linear(x_BTD, self.up[...]))
-        return constrain(linear(constrain(hidden_BTF, "batch", "sequence", "mlp"), self.down[...]), "batch", "sequence", None)
+    def _mlp(self, x_BTD: jax.Array, product: Product) -> jax.Array:
+        hidden_BTF = swiglu(product(x_BTD, self.gate[...]), product(x_BTD, self.up[...]))
+        return constrain(product(constrain(hidden_BTF, "batch", "sequence", "mlp"), self.down[...]), "batch", "sequence", None)
 
 
-def _heads(x_BTD: jax.Array, w_DNH: jax.Array) -> jax.Array:
-    """Project to heads [B, T, N, H]."""
-    D, N, H = w_DNH.shape
-    return linear(x_BTD, w_DNH.reshape(D, N * H)).reshape(*x_BTD.shape[:2], N, H)
-
-
-def _keep_attention(primitive: Any, *_: Any, **parameters: Any) -> bool:
-    """Keep what attention gives: cuDNN's kernel with the sums that its backward pass needs, or the named output of the XLA path."""
+def _is_attention(primitive: Any, parameters: Any) -> bool:
+    """Whether it gives attention's output: cuDNN's kernel, with the sums that its backward pass needs, or the named output of the XLA path."""
     return primitive.name == "dot_product_attention_fwd_wrapper" or (primitive.name == "name" and parameters["name"] == "xla attention")
 
 
-REMAT_POLICIES: dict[str, Any] = {"attention": _keep_attention, "full": jax.checkpoint_policies.nothing_saveable}
+def _keep_products(primitive: Any, *shapes: Any, **parameters: Any) -> bool:
+    return _is_attention(primitive, parameters) or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *shapes, **parameters)
+
+
+def _keep_attention(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    return _is_attention(primitive, parameters)
+
+
+def _keep_on_the_host(primitive: Any, *_: Any, **parameters: Any) -> Any:
+    """Attention's output as `_keep_attention` does, and the block's input, which else stays on the device."""
+    if _is_attention(primitive, parameters) or (primitive.name == "name" and parameters["name"] == BLOCK_INPUT):
+        return Offloadable("device", "pinned_host")
+    return Recompute
+
+
+REMAT_POLICIES: dict[str, Any] = {
+    "minimal": _keep_products,
+    "attention": _keep_attention,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": _keep_on_the_host,
+}
 
 
 class Decoder(nnx.Module):
@@ -216,13 +242,15 @@ class Decoder(nnx.Module):
             return checkpoint_name(out, f"{compute.attention} attention")
 
         graphdef, stacked = nnx.split(self.layers)
+        recast = compute.remat == "none"
         numbers_L = None if dropout is None else jnp.arange(1, self.config.num_layers + 1)
 
         def body(x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, dict[str, Any]]:
             layer, number = xs
             here = None if dropout is None else dropout.at(number)
             weights = None if here is None else here.at(ATTENTION)
-            parts = nnx.merge(graphdef, layer).parts(x_BTD, rope, partial(attend, dropout=weights), here)
+            x_BTD = checkpoint_name(x_BTD, BLOCK_INPUT)
+            parts = nnx.merge(graphdef, layer).parts(x_BTD, rope, partial(attend, dropout=weights), here, recast)
             return parts[-1], dict(zip(BLOCK_PARTS, map(look, parts), strict=True))
 
         if compute.remat != "none":

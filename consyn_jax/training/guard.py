@@ -6,13 +6,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 from consyn_jax.training.step import Batch, Metrics, Step, TrainState
 
 HALTED = -1  # the `nonfinite` of a state that no step changes any more
 
 
-def guarded(step: Step, limit: int) -> Step:
+def counts(state: TrainState, metrics: Metrics) -> Bool[Array, ""]:
+    """Whether a step with these metrics is to change the state."""
+    return jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"]) & (state.nonfinite != HALTED)
+
+
+def guarded(step: Step, limit: int, chooses: bool = True) -> Step:
     """`step`, of which only what is finite gets into the state.
 
     A step whose loss or gradient norm is not finite leaves parameters and optimizer as they were, and is counted. `limit` of them in a row
@@ -21,6 +27,9 @@ def guarded(step: Step, limit: int) -> Step:
 
     The metrics get `nonfinite`, the number of such steps in a row, this one included: 0 for a step that is finite. `clipped` is 0 for one
     that is not.
+
+    Args:
+        chooses: False for a step that by `counts` leaves parameters and optimizer as they were itself: here both would have to be held.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -32,8 +41,9 @@ def guarded(step: Step, limit: int) -> Step:
         halted = (state.nonfinite == HALTED) | (in_a_row >= limit)
         taken = finite & ~halted
 
-        params = _chosen(taken, after.params, state.params)
-        opt_state = _chosen(taken, after.opt_state, state.opt_state)
+        params, opt_state = after.params, after.opt_state
+        if chooses:
+            params, opt_state = _chosen(taken, params, state.params), _chosen(taken, opt_state, state.opt_state)
         kept = TrainState(jnp.where(halted, state.step, after.step), params, opt_state, jnp.where(halted, HALTED, in_a_row))
         return kept, metrics | {"nonfinite": in_a_row, "clipped": jnp.where(finite, metrics["clipped"], 0.0)}
 

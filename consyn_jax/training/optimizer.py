@@ -250,7 +250,8 @@ def _adafactor(logical_axes: Any, momentum: float, dtype: Any) -> optax.Gradient
 
 
 def _small_second_moment(rule: Any, dtype: Any) -> optax.GradientTransformation:
-    """`rule`, whose state has `nu` and `count`, with `nu` kept in `dtype` and rounded at random between steps."""
+    """`rule`, whose state has `nu` and `count`, with `nu` kept in `dtype` and rounded at random between steps; each `layer` draws its own
+    where it is updated by itself."""
     if dtype == jnp.float32:
         return rule
 
@@ -261,13 +262,14 @@ def _small_second_moment(rule: Any, dtype: Any) -> optax.GradientTransformation:
         state = rule.init(params)
         return state._replace(nu=cast(state.nu, dtype))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, *, layer: Any = None, **_: Any) -> tuple[Any, Any]:
         updates, state = rule.update(updates, state._replace(nu=cast(state.nu, jnp.float32)), params)
         leaves, tree = jax.tree.flatten(state.nu)
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), state.count), len(leaves))  # a resumed run draws the same
+        key = jax.random.fold_in(jax.random.key(0), state.count)  # a resumed run draws the same
+        keys = jax.random.split(key if layer is None else jax.random.fold_in(key, layer), len(leaves))
         return updates, state._replace(nu=jax.tree.unflatten(tree, [round_at_random(x, key) for x, key in zip(leaves, keys, strict=True)]))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def round_at_random(x: Float[Array, "*shape"], key: jax.Array) -> Float[Array, "*shape"]:
@@ -335,14 +337,23 @@ def place_state(opt_state: Any, shapes: Any, shardings: Any, elsewhere: Any) -> 
     A moment is known by its path, which ends in its parameter's, and by its shape. All else is `elsewhere`: counts, and Adafactor's
     factors, which are small (a row and a column of each matrix).
     """
-    places = {path: (leaf.shape, where) for (path, leaf), where in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True)}
+    places = of_parameters(opt_state, shapes, shardings, elsewhere)
+    return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), opt_state, places)
 
-    def place(path: Any, leaf: Any) -> Any:
-        own = next((places[path[i:]] for i in range(len(path)) if path[i:] in places), None)
-        where = own[1] if own is not None and own[0] == leaf.shape else elsewhere
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-    return jax.tree_util.tree_map_with_path(place, opt_state)
+def of_parameters(opt_state: Any, shapes: Any, values: Any, otherwise: Any) -> Any:
+    """For each array of an optimizer's state the value of its parameter, in the tree of the state; `otherwise` for one that has none.
+
+    Args:
+        values: one for each parameter, none of them a tree.
+    """
+    known = {path: (leaf.shape, value) for (path, leaf), value in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(values), strict=True)}
+
+    def find(path: Any, leaf: Any) -> Any:
+        own = next((known[path[i:]] for i in range(len(path)) if path[i:] in known), None)
+        return own[1] if own is not None and own[0] == leaf.shape else otherwise
+
+    return jax.tree_util.tree_map_with_path(find, opt_state)
 
 
 # --------------------------------------------------------------------------------------------------------------------- advice

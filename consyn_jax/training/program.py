@@ -26,12 +26,13 @@ from consyn_jax.model.dropout import Dropout
 from consyn_jax.model.parameters import Layout, Params, layout
 from consyn_jax.model.transformer import Compute, Decoder
 from consyn_jax.training.guard import guarded
+from consyn_jax.training.host_state import check_rule, in_host_memory, streamed
 from consyn_jax.training.loss import Extras, LossSums, head_loss, head_objective
 from consyn_jax.training.memory import device_bytes
 from consyn_jax.training.optimizer import configured_optimizer, moment_bytes, place_state
 from consyn_jax.training.precision import PrecisionChoice, choose_precision, make_scaled_train_step, with_loss_scale
 from consyn_jax.training.signals import SIGNALS, is_shared, signals_like, with_signals
-from consyn_jax.training.step import Batch, Step, TrainState, make_train_step, with_dropout
+from consyn_jax.training.step import Batch, Step, TrainState, make_step, make_train_step, with_dropout
 
 BATCH_DTYPES = {"input_ids": jnp.int32, "labels": jnp.int32, "segment_ids": jnp.int32, "loss_mask": jnp.bool_}
 TRAIN_AXES = (None, "batch", "sequence")  # [A, B, T]
@@ -49,6 +50,7 @@ class Program:
         regularisation: of training; evaluation is without.
         seed: of what training draws.
         max_nonfinite_steps: as many steps in a row that are not finite stop the state for good.
+        host_moments: the optimizer's moments lie in the host's memory (training/host_state.py).
     """
 
     config: ModelConfig
@@ -59,6 +61,7 @@ class Program:
     regularisation: RegularisationOptions = field(default_factory=RegularisationOptions)
     seed: int = 0
     max_nonfinite_steps: int = 1
+    host_moments: bool = False
 
     @cached_property
     def layout(self) -> Layout:
@@ -95,14 +98,20 @@ class Program:
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         place = partial(jax.tree.map, lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where))
         shardings = self.layout.shardings(self.mesh)
-        opt_state = place_state(jax.eval_shape(self.rule.init, self.layout.shapes), self.layout.shapes, shardings, everywhere)
+        places = jax.tree.map(in_host_memory, shardings) if self.host_moments else shardings
+        opt_state = place_state(jax.eval_shape(self.rule.init, self.layout.shapes), self.layout.shapes, places, everywhere)
         count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
         return TrainState(count, place(self.layout.shapes, shardings), opt_state, count)
 
     def initial_state(self, params: Params) -> TrainState:
         """Step 0 with these parameters, which the state takes over."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_like)
-        opt_state = jax.jit(self.rule.init, out_shardings=shardings.opt_state)(params)
+        if self.host_moments:  # on the way there one array at a time is on the devices
+            places, tree = jax.tree.flatten(shardings.opt_state)
+            each = (jax.jit(lambda p, i=i: jax.tree.leaves(self.rule.init(p))[i], out_shardings=where) for i, where in enumerate(places))
+            opt_state = jax.tree.unflatten(tree, [make(params) for make in each])
+        else:
+            opt_state = jax.jit(self.rule.init, out_shardings=shardings.opt_state)(params)
         return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state, jax.device_put(jnp.int32(0), shardings.nonfinite))
 
     def step(self, rule: optax.GradientTransformation, max_grad_norm: float) -> Step:
@@ -116,7 +125,11 @@ class Program:
 
     def lower_train_step(self, accumulation: int, batch_size: int, length: int) -> jax.stages.Lowered:
         """`step(state, batch [A, B, T]) -> (state, metrics)`, the state donated."""
-        step = guarded(self.step(self.rule, self.max_grad_norm), self.max_nonfinite_steps)
+        if self.host_moments:
+            step = self.with_draws(make_step(self.objective, streamed(self.rule, self.layout), self.max_grad_norm))
+        else:
+            step = self.step(self.rule, self.max_grad_norm)
+        step = guarded(step, self.max_nonfinite_steps, chooses=not self.host_moments)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_like)
         batch = self.batch_like((accumulation, batch_size, length), TRAIN_AXES)
         if is_shared(self.mesh):
@@ -177,7 +190,8 @@ def mesh_of(model: ModelConfig, run: RunConfig, machine: Machine) -> MeshChoice:
         batch_size, accumulation = devices, 2
 
     def needs(sizes: dict[str, int]) -> int:
-        return estimate_memory(model, sizes, batch_size, accumulation, length, remat, moment_bytes(run.optimizer)).total
+        moments = moment_bytes(run.optimizer) if run.hardware.optimizer_memory == "device" else 0
+        return estimate_memory(model, sizes, batch_size, accumulation, length, remat, moments).total
 
     choice = MeshChoice(parse_mesh(text, devices), "as asked for")
     if text == "auto":
@@ -209,5 +223,8 @@ def build_program(model: ModelConfig, run: RunConfig, schedule: optax.Schedule, 
     compute = Compute(precision.dtype, attention.backend, hardware.gradient_checkpointing, unroll)
     rule = configured_optimizer(optimizer, schedule, layout(model).logical_axes)
     limit = 1 if optimizer.on_nonfinite == "halt" else optimizer.max_nonfinite_steps
-    program = Program(model, compute, rule, optimizer.max_grad_norm, build_mesh(mesh.sizes, devices), regularisation, budget.seed, limit)
+    on_host = hardware.optimizer_memory == "host"
+    if on_host:
+        check_rule(optimizer.optimizer, precision.dtype)
+    program = Program(model, compute, rule, optimizer.max_grad_norm, build_mesh(mesh.sizes, devices), regularisation, budget.seed, limit, on_host)
     return Built(program, attention, precision, mesh)

@@ -37,6 +37,8 @@ class TrainState(NamedTuple):
 
 Metrics = dict[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+# Of clipped gradients, the state, and the step's metrics so far: the parameters and the optimizer's state after the step.
+Update = Callable[[Params, TrainState, Metrics], tuple[Params, optax.OptState]]
 
 
 def clip_by_norm(gradients: Params, norm: Float[Array, ""], max_norm: float) -> Params:
@@ -48,27 +50,39 @@ def clip_by_norm(gradients: Params, norm: Float[Array, ""], max_norm: float) -> 
 
 
 def accumulate(objective: Objective, params: Params, batch: Batch) -> tuple[LossSums, Params]:
-    """Sums of the loss and of the objective's gradients over the micro-batches, one at a time.
+    """Sums of the loss and of the objective's gradients over the micro-batches, one at a time, in the memory of one set of gradients.
 
     Dividing both by the total token count weighs every real token alike, however the padding is spread over micro-batches.
     """
 
-    def micro(part: Batch) -> tuple[LossSums, Params]:
-        (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(params, part)
-        return sums, gradients
-
     first = jax.tree.map(lambda x: x[0], batch)
     if batch["labels"].shape[0] == 1:
-        return micro(first)
+        (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(params, first)
+        return sums, gradients
+    totals = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), params)
 
-    def body(total: Any, part: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, micro(part)), None
+    def micro(sums: LossSums, part: Batch) -> tuple[LossSums, None]:
+        pull: Any
+        value, pull, own = jax.vjp(lambda p: objective(p, part), params, has_aux=True)
+        pull.with_refs(totals)(jnp.ones_like(value))  # a layer's gradient is added to its total as soon as it is there
+        return jax.tree.map(jnp.add, sums, own), None
 
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(micro, first))
-    return jax.lax.scan(body, zeros, batch)[0]
+    sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(objective, params, first)[1])
+    sums, _ = jax.lax.scan(micro, sums, batch)
+    return sums, jax.tree.map(jax.freeze, totals)
 
 
 def make_train_step(objective: Objective, optimizer: optax.GradientTransformation, max_grad_norm: float) -> Step:
+    """The train step of `make_step`, whose optimizer updates all at once, whatever the loss."""
+
+    def update(gradients: Params, state: TrainState, _: Metrics) -> tuple[Params, optax.OptState]:
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        return optax.apply_updates(state.params, updates), opt_state
+
+    return make_step(objective, update, max_grad_norm)
+
+
+def make_step(objective: Objective, update: Update, max_grad_norm: float) -> Step:
     """`step(state, batch) -> (state, {"loss", "tokens", "grad_norm", "clipped"})`.
 
     The loss is in nats a token, the norm that before clipping, and `clipped` 1 for a step whose gradients were scaled down, else 0.
@@ -79,10 +93,9 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
         tokens = jnp.maximum(sums.tokens, 1.0)
         gradients = jax.tree.map(lambda g: g / tokens, gradients)
         norm = optax.tree.norm(gradients)
-        updates, opt_state = optimizer.update(clip_by_norm(gradients, norm, max_grad_norm), state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
         clipped = (norm > (max_grad_norm or jnp.inf)).astype(jnp.float32)
         metrics = {"loss": sums.nll / tokens, "tokens": sums.tokens, "grad_norm": norm, "clipped": clipped}
+        params, opt_state = update(clip_by_norm(gradients, norm, max_grad_norm), state, metrics)
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step
