@@ -88,13 +88,17 @@ def _ways_out(run: RunConfig, smaller: RunConfig | None, compile: Callable[[RunC
         tried["--gradient_checkpointing (the same result, slower)"] = dataclasses.replace(
             run, hardware=dataclasses.replace(run.hardware, gradient_checkpointing="full")
         )
+    if run.hardware.optimizer_memory == "device":
+        tried["--optimizer_memory host (the same result, slower)"] = dataclasses.replace(
+            run, hardware=dataclasses.replace(run.hardware, optimizer_memory="host")
+        )
     if run.optimizer.moment_dtype == "float32":
         tried["--moment_dtype bfloat16"] = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, moment_dtype="bfloat16"))
     found = []
     for flags, other in tried.items():
         try:
             found.append(f"{flags} needs {_gib(step_memory(compile(other)).total)}")
-        except UserError:  # a mesh that does not divide the smaller batch
+        except UserError:  # a mesh that does not divide the smaller batch, an optimizer whose state cannot lie on the host
             continue
     return f"{'; '.join(found)}." if found else "Use a smaller model or more devices."
 

@@ -17,11 +17,11 @@ TINY = ModelConfig(
 
 
 class Compiled:
-    """A program whose temporaries are 100 bytes a sequence, half of it with gradient checkpointing, and whose state is 1000."""
+    """A program whose temporaries are 100 bytes a sequence, half of it with gradient checkpointing, and whose state is 1000, most of it moments."""
 
     def __init__(self, run: RunConfig) -> None:
         self.temporary = 100 * run.budget.batch_size // (2 if run.hardware.gradient_checkpointing == "full" else 1)
-        self.state = 700 if run.optimizer.moment_dtype == "bfloat16" else 1000
+        self.state = 400 if run.hardware.optimizer_memory == "host" else 700 if run.optimizer.moment_dtype == "bfloat16" else 1000
 
     def memory_analysis(self) -> Any:
         class Sizes:
@@ -53,7 +53,8 @@ def test_what_does_not_fit_says_what_each_way_out_would_need(monkeypatch: pytest
     assert str(caught.value) == (
         "The train step needs 2200 on each device (1000 of state, 1200 of activations and gradients), and there are 1500. "
         "--batch_size 6 --gradient_accumulation_steps 4 (the same result; --auto_batch finds it) needs 1600; "
-        "--gradient_checkpointing (the same result, slower) needs 1600; --moment_dtype bfloat16 needs 1900."
+        "--gradient_checkpointing (the same result, slower) needs 1600; --optimizer_memory host (the same result, slower) needs 1600; "
+        "--moment_dtype bfloat16 needs 1900."
     )
     with pytest.raises(UserError, match="needs 1300"):
         fitted(1200, monkeypatch, auto_batch=True)
