@@ -39,7 +39,7 @@ class CompiledProgram:
     """A train step as XLA compiled it. Bytes are per GPU.
 
     Attributes:
-        parameter_bytes, optimizer_bytes: the training state.
+        parameter_bytes, optimizer_bytes: the training state, without moments that lie in the host's memory.
         argument_bytes: the training state and one batch; the state's memory is used again for the new state.
         temporary_bytes: everything else that is alive at once: activations, gradients, gathered weights.
         state_bytes: of the whole training state, over all GPUs: what a checkpoint holds.
@@ -141,7 +141,7 @@ def summary(built: Built, compiled: Any) -> CompiledProgram:
     return CompiledProgram(
         devices=built.program.mesh.size,
         parameter_bytes=_local_bytes(state.params),
-        optimizer_bytes=_local_bytes(state.opt_state),
+        optimizer_bytes=0 if built.program.host_moments else _local_bytes(state.opt_state),
         argument_bytes=memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),

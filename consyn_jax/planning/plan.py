@@ -16,6 +16,7 @@ from consyn_jax.distributed.auto_mesh import FITS, MeshChoice
 from consyn_jax.planning.aot import CompiledProgram, compile_train_step, summary
 from consyn_jax.planning.roofline import StepTime, Workload, estimate_step, workload
 from consyn_jax.planning.topology import Topology, known_gpu
+from consyn_jax.training.host_state import HOST_RULES
 from consyn_jax.training.program import Machine, mesh_of, this_machine
 from consyn_jax.training.trainer import ConsynTrainer
 
@@ -160,6 +161,9 @@ def _moments(plan: Plan) -> Iterator[dict[str, Any]]:
     yield {}
     if plan.run.optimizer.moment_dtype == "float32":
         yield {"moment_dtype": "bfloat16"}
+    hardware = plan.run.hardware
+    if hardware.optimizer_memory == "device" and hardware.mixed_precision != "fp16" and plan.run.optimizer.optimizer in HOST_RULES:
+        yield {"optimizer_memory": "host"}
 
 
 def with_flags(run: RunConfig, changes: dict[str, Any]) -> RunConfig:
@@ -193,5 +197,5 @@ def fit(plan: Plan, topology: str, *, compile: bool) -> Alternative:
         if tried == MAX_COMPILED:
             break
     raise UserError(
-        f"No micro-batch, recomputation, mesh or type of the moments makes this run fit {topology}. Use more or larger GPUs, or a smaller model."
+        f"No micro-batch, recomputation, mesh, place or type of the moments makes this run fit {topology}. Use more or larger GPUs, or a smaller model."
     )

@@ -57,6 +57,7 @@ class Workload:
         length: tokens of a sequence.
         remat: what the backward pass recomputes, a name of `--gradient_checkpointing`.
         moment_bytes: of all moments of a parameter together.
+        host_moments: the moments lie in the host's memory, and travel to the GPU and back in each step.
         masked: attention is inside documents, for which cuDNN's kernel computes the whole square of each sequence.
     """
 
@@ -67,6 +68,7 @@ class Workload:
     length: int
     remat: str = "none"
     moment_bytes: int = 8
+    host_moments: bool = False
     masked: bool = True
 
     @property
@@ -87,14 +89,16 @@ class Workload:
     @property
     def memory(self) -> MemoryEstimate:
         """Of one GPU, by arithmetic."""
-        return estimate_memory(self.model, self.sizes, self.batch_size, self.accumulation, self.length, self.remat, self.moment_bytes)
+        moments = 0 if self.host_moments else self.moment_bytes
+        return estimate_memory(self.model, self.sizes, self.batch_size, self.accumulation, self.length, self.remat, moments)
 
 
 def workload(model: ModelConfig, run: RunConfig, sizes: Mapping[str, int]) -> Workload:
     """Of a resolved run."""
     assert run.data.max_tokens is not None
-    budget, remat = run.budget, run.hardware.gradient_checkpointing
-    return Workload(model, sizes, budget.batch_size, budget.gradient_accumulation_steps, run.data.max_tokens, remat, moment_bytes(run.optimizer))
+    budget, remat, on_host = run.budget, run.hardware.gradient_checkpointing, run.hardware.optimizer_memory == "host"
+    moments = moment_bytes(run.optimizer)
+    return Workload(model, sizes, budget.batch_size, budget.gradient_accumulation_steps, run.data.max_tokens, remat, moments, on_host)
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class StepTime:
 
     Attributes:
         products, attention, memory: matrix products, attention kernels and memory-bound kernels, stretched.
-        optimizer: the update, and adding up the gradients of micro-batches.
+        optimizer: the update, adding up the gradients of micro-batches, and the journey of moments that lie with the host.
         network: exchanges by axes of the mesh, and those with the host's memory, if nothing hid them.
         exposed: what of the network does not hide behind the kernels.
     """
@@ -143,6 +147,8 @@ def estimate_step(work: Workload, topology: Topology, exchanged: Iterable[Collec
     memory = work.accumulation * (memory_passes * layers * _elementwise_bytes(work) + _head_bytes(work)) / bandwidth
     network = _network(work, topology) if exchanged is None else network_of(exchanged, work.sizes, topology)
     optimizer = _optimizer_bytes(work) / bandwidth
+    if work.host_moments:  # a layer at a time, after all gradients: nothing hides it
+        optimizer += 2 * work.moment_bytes * _local_parameters(work) / (gpu.host_bandwidth * LINK_EFFICIENCY)
     if work.remat == "offload":
         network = network | {HOST: work.accumulation * layers * 2 * _offloaded_bytes(work) / (gpu.host_bandwidth * LINK_EFFICIENCY)}
     busy = STRETCH * (products + attention + memory)
@@ -196,9 +202,13 @@ def _head_bytes(work: Workload) -> Number:
 
 
 def _optimizer_bytes(work: Workload) -> Number:
-    local = num_parameters(work.model) / (work.sizes["fsdp"] * work.sizes["tensor"])
     added_up = 3 * FLOAT32 * work.accumulation if work.accumulation > 1 else 0
-    return local * (UPDATE_BYTES + 2 * work.moment_bytes + added_up)
+    return _local_parameters(work) * (UPDATE_BYTES + 2 * work.moment_bytes + added_up)
+
+
+def _local_parameters(work: Workload) -> Number:
+    """Of which one GPU updates the values."""
+    return num_parameters(work.model) / (work.sizes["fsdp"] * work.sizes["tensor"])
 
 
 # --------------------------------------------------------------------------------------------------------------------- network
