@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar, cast, runtime_checkable
 
@@ -146,7 +146,8 @@ class prefetch(Generic[Out]):
     ) -> None:
         self.wait_s = 0.0
         self._interrupted = interrupted
-        self._ready: SimpleQueue[Any] = SimpleQueue()
+        # No SimpleQueue: CPython's waits for ever where a signal's handler outlasts the timeout (its rest is negative, which means none).
+        self._ready: Queue[Any] = Queue()
         self._free = threading.Semaphore(depth)
         self._stop = threading.Event()
         self._ended = False
@@ -195,7 +196,7 @@ class prefetch(Generic[Out]):
         self.close()
 
 
-def _produce(items: Iterator[Any], transform: Callable[[Any], Any] | None, ready: SimpleQueue[Any], free: threading.Semaphore, stop: threading.Event) -> None:
+def _produce(items: Iterator[Any], transform: Callable[[Any], Any] | None, ready: Queue[Any], free: threading.Semaphore, stop: threading.Event) -> None:
     error: BaseException | None = None
     try:
         while True:

@@ -1,4 +1,6 @@
 import itertools
+import os
+import signal
 import threading
 import time
 import weakref
@@ -9,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from consyn_jax.data import loader
 from consyn_jax.data.loader import BatchLoader, Shuffled, evaluation_batches, prefetch
 from consyn_jax.data.packing import Batch, PackedDataset, PackedSequences, WholeDocuments
 from consyn_jax.data.shards import MemoryShard, StoreSplit
@@ -152,6 +155,21 @@ def test_it_reads_ahead_by_its_depth_and_no_further() -> None:
     assert next(items) == 0
     assert wait_until(lambda: len(started) == 4)
     items.close()
+
+
+def test_a_handler_that_takes_longer_than_a_look_does_not_stop_the_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPython's SimpleQueue would wait for ever."""
+    monkeypatch.setattr(loader, "POLL_S", 0.1)
+    came, gone = [], threading.Event()
+    before = signal.signal(signal.SIGUSR2, lambda *_: (time.sleep(0.2), came.append(True)))
+    try:
+        items = prefetch((gone.wait() for _ in range(1)), interrupted=lambda: bool(came))
+        threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGUSR2]).start()
+        assert list(items) == []
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+        gone.set()
+    assert came
 
 
 def test_an_exception_arrives_in_its_place() -> None:

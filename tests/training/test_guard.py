@@ -128,7 +128,7 @@ def test_while_all_is_finite_the_policy_changes_no_bit_and_no_state_is_copied(mo
         (states[0], expected), (states[1], found) = halt(states[0], batch), skip(states[1], batch)
         assert equal(found, expected)
     assert equal(states[0], states[1])
-    monkeypatch.setattr(module, "guarded", lambda step, limit: step)
+    monkeypatch.setattr(module, "guarded", lambda step, limit, chooses: step)
     before, after = halting.lower_train_step(A, B, T).compile().memory_analysis(), halt.memory_analysis()
     assert after.alias_size_in_bytes == before.alias_size_in_bytes > 0  # all of the state is donated
     # XLA on CPUs keeps the old moments until the weights are written, at worst; on GPUs one kernel does all three, and nothing is kept
