@@ -154,6 +154,7 @@ def huge(place: Path, what: str) -> tuple[Path, str, str]:
     return path, "\\n\\n" if what == "separated" else "", answers.get(what, "100000" if what == "sparse" else str(13 * (1 << 17) * HUGE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["bomb of zeros", "bomb of words", "bomb of rows", "text", "separated", "sparse", "rows", "array", "deep"])
 def test_memory_is_bounded_whatever_the_size(tmp_path: Path, what: str) -> None:
     path, separator, wanted = huge(tmp_path, what)

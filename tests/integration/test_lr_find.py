@@ -43,6 +43,7 @@ def test_it_suggests_a_rate_and_begins_no_run(here: Start, flags: list[Any], tmp
     assert here(tmp_path / "run", *flags, "--lr", found["rate"], "--dry_run").code == 0
 
 
+@pytest.mark.slow
 def test_it_is_the_same_again_and_whatever_the_runs_own_rate(here: Start, flags: list[Any], tmp_path: Path) -> None:
     for name, own in (("a", ("--lr", 1e-4)), ("b", ("--lr", 1.0, "--scheduler", "linear", "--warmup_steps", 5, "--max_steps", 9))):
         assert here(tmp_path / name, *flags, "--optimizer", "sgd", *own, "--lr_find").code == 0

@@ -30,6 +30,7 @@ def test_the_same_losses_as_on_one_device(mesh: str, alone: Run, here: Callable[
         np.testing.assert_allclose(here_, there, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_devices(alone: Run, here: Callable[..., Run], process: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
     flags = [*FLAGS, "--data", corpus, "--save_steps", "2"]
     first = here(tmp_path / "run", *flags)

@@ -185,6 +185,7 @@ def test_weights_of_one_device(
     assert sentence in replayed(path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fragile")
 def test_one_copy_of_the_weights(
     here: Callable[..., Run], replayed: Callable[..., str], poison: Callable[[int, Poison], None], corpus: Path, tmp_path: Path
@@ -231,6 +232,7 @@ signals.monotonic = lambda: next(ticks)
 """
 
 
+@pytest.mark.slow
 def test_data_of_one_of_two_processes(nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
     """They end together, and leave one bundle. The checkpoint of step 7 is made by the clock of process 0, by both."""
     path = tmp_path / "run"

@@ -146,6 +146,7 @@ def test_the_store_is_rich(undisturbed: Callable[[str], dict[str, bytes]]) -> No
     assert 0 < sum(name.endswith(".targets") for name in names) < sum(name.endswith(".tokens") for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("separator", ["", "\\n\\n\\n"])
 def test_no_number_of_workers_shows(corpus: Path, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]], separator: str) -> None:
     for workers in (1, 4) if separator else (2,):
@@ -315,6 +316,7 @@ print(kills, int(total))
 """
 
 
+@pytest.mark.slow
 def test_killed_between_any_two_changes_on_the_disk(corpus: Path, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]]) -> None:
     separator = "\\n\\n\\n"
     process = python(KILLED_AT_AN_OPERATION, corpus, tmp_path / "stores", separator, 5)
@@ -327,6 +329,7 @@ def test_killed_between_any_two_changes_on_the_disk(corpus: Path, tmp_path: Path
         assert_same(files(tmp_path / "stores" / name), undisturbed(separator))
 
 
+@pytest.mark.slow
 def test_one_row_that_is_cut_by_position_and_killed(tmp_path: Path) -> None:
     """It is read a second time, which must not go on from what the first time left."""
     (tmp_path / "one.jsonl").write_text(json.dumps({"text": " ".join(map(str, range(60_000)))}) + "\n" * 300_000)

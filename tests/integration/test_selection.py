@@ -88,6 +88,7 @@ def test_a_plateau_lowers_the_rate_that_is_logged(here: Callable[..., Run], corp
     assert [rates[step] for step in (1, 4, 5, 7, 20)] == pytest.approx([1e-3, 1e-3, 5e-4, 2.5e-4, 2e-4])
 
 
+@pytest.mark.slow
 def test_half_precision_survives_an_overflow(here: Callable[..., Run], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from consyn_jax.training import precision
 

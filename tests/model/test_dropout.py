@@ -93,6 +93,7 @@ def test_what_is_recomputed_draws_the_same_again(how: dict[str, Any], params: Pa
         assert np.linalg.norm(ours - theirs) <= 1e-6 * np.linalg.norm(theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("axes", "remat"), [*zip(MESHES, ["none", "full", "none", "full", "none", "full"], strict=True), (MESHES[-1], "none")], ids=str)
 def test_every_mesh_draws_the_same(remat: str, axes: dict[str, int], params: Params, ids: jax.Array, plainly: tuple[jax.Array, Params]) -> None:
     mesh = mesh_of(**axes)

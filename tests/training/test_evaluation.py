@@ -119,6 +119,7 @@ def test_the_number_of_devices_does_not_count(devices: int, alone: dict[str, flo
     assert metrics(devices, 4, {"data": devices}) == pytest.approx(alone, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_the_mesh_does_not_count(axes: dict[str, int], alone: dict[str, float]) -> None:
     assert metrics(8, axes=axes) == pytest.approx(alone, rel=1e-6)

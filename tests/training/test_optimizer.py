@@ -369,6 +369,7 @@ def test_small_second_moments_follow_where_rounding_to_nearest_stands_still() ->
     assert float(jnp.mean(state[0].nu["x"].astype(jnp.float32))) == pytest.approx(nu, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon", "schedule_free_adamw", "adafactor", "sgd"])
 def test_small_moments_go_nearly_the_same_way(name: str, stories: tuple[Params, list[Params], Any]) -> None:
     momentum = {"momentum": 0.9} if name == "adafactor" else {}
@@ -471,6 +472,7 @@ def test_a_path_that_ends_alike_is_not_the_same_parameter() -> None:
     assert placed["mu/layers/norm"].sharding == places["layers"]["norm"]
 
 
+@pytest.mark.slow
 @pytest.mark.quick_compiler
 def test_a_scale_of_the_rate_is_state_and_needs_no_new_program(first_values: Params) -> None:
     mesh = mesh_of(fsdp=2)

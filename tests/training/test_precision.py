@@ -272,6 +272,7 @@ def test_float16_recovers_from_an_overflow(axes: dict[str, int]) -> None:
     assert end(history) == pytest.approx(end(train(jnp.float32, STEPS, 0, without=without)[1]), rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.quick_compiler
 def test_a_skipped_step_leaves_every_bit() -> None:
     p, step = train_step(jnp.float16, mesh_of(data=1))
@@ -285,6 +286,7 @@ def test_a_skipped_step_leaves_every_bit() -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.opt_state.optimizer), before.opt_state.optimizer)
 
 
+@pytest.mark.slow
 @pytest.mark.quick_compiler
 def test_a_checkpoint_has_the_scale(tmp_path: Path) -> None:
     mesh = mesh_of(fsdp=2)

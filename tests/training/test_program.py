@@ -187,6 +187,7 @@ def regularised(packed: dict[str, np.ndarray]) -> tuple[Params, list[float], Par
     return train(mesh_of(data=1), packed, **REGULARISED)
 
 
+@pytest.mark.slow
 @pytest.mark.quick_compiler
 @pytest.mark.parametrize(
     ("axes", "remat"),
