@@ -174,7 +174,8 @@ class Peers:
         if self.process_id:
             self._lines[0].send("stuck")
             self.await_end(2 * PARTING_S)
-            self._end_here(LOST, f"Nothing moves, and {self.names[0]} does not answer. {AGAIN}", stuck=True)
+            self.before_end(True)
+            self._end_here(LOST, f"Nothing moves, and {self.names[0]} does not answer. {AGAIN}")
         else:
             self._all_stuck()
             self.await_end(LOST_S)  # another end was under way
@@ -194,8 +195,9 @@ class Peers:
 
     def _end_all(self, code: int, sentence: str, *, stuck: bool = False, origin: int | None = None) -> None:
         if self._begin_end():
+            self.before_end(stuck)  # while it still stands where it stood: what it waits for fails as soon as the others are gone
             self._tell_end(code, sentence, stuck, origin)
-            self._end_here(code, sentence, stuck)
+            self._end_here(code, sentence)
 
     def _tell_end(self, code: int, sentence: str, stuck: bool, origin: int | None = None) -> None:
         """The others of process 0 end before it does: else its end would be the cause that they name."""
@@ -214,8 +216,7 @@ class Peers:
                 else:
                     time.sleep(0.01)
 
-    def _end_here(self, code: int, sentence: str, stuck: bool) -> None:
-        self.before_end(stuck)
+    def _end_here(self, code: int, sentence: str) -> None:
         with suppress(OSError, ValueError):  # whoever read it is gone
             sys.stdout.flush()
             os.write(2, f"\n{self.prog}: {sentence}\n".encode())
@@ -263,7 +264,8 @@ class Peers:
             case ["end", code, sentence, stuck]:
                 line.closed = True  # process 0 waits for this one
                 if self._begin_end():
-                    self._end_here(code, sentence, stuck)
+                    self.before_end(stuck)
+                    self._end_here(code, sentence)
 
     def _beat(self, passed: float) -> None:
         for number, line in self._lines.items():

@@ -267,7 +267,8 @@ port, count, number, deed = *map(int, sys.argv[1:4]), sys.argv[4]
 p.BEAT_S, p.LOST_S = 0.2, 1.5
 peers, _ = p.meet(("localhost", port), count, number, None, lambda abouts: None, "consyn-train")
 peers.describe = lambda everyone: f"behind: {everyone}"
-peers.before_end = lambda stuck: print("stuck" if stuck else "ended", flush=True)
+alone = lambda: number == 0 and any(line.closed for line in peers._lines.values())
+peers.before_end = lambda stuck: print(("stuck, alone" if alone() else "stuck") if stuck else "ended", flush=True)
 peers.progress = {"step": number}
 peers.gather("")
 time.sleep(0.5)
