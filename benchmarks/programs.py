@@ -1,0 +1,101 @@
+"""The models that benchmarks train, and their real train step: the trainer's own, of a resolved run, on batches made up here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from consyn_jax.config import ModelConfig, architecture, resolve
+from consyn_jax.model.parameters import initial_parameters
+from consyn_jax.training.trainer import ConsynTrainer, ModelSource
+
+Batch = dict[str, np.ndarray]  # input_ids, labels, segment_ids, loss_mask, each [A, B, T]
+TOTAL_STEPS = 1000  # of the schedule
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and its batch.
+
+    Attributes:
+        flags: of `consyn-train`, what is not the preset's.
+        note: what of the model is not what its name says.
+    """
+
+    flags: dict[str, Any]
+    vocab_size: int = 49_152
+    note: str = ""
+
+
+CPU, GPU = {"mixed_precision": "no"}, {"mixed_precision": "bf16"}
+CASES = {
+    "tiny": Case({"model": "haiku", "num_layers": 2, "hidden_dim": 32, "num_heads": 2, "mlp_dim": 64, "batch_size": 2, "max_tokens": 32, **CPU}, 512),
+    "haiku": Case({"model": "haiku", "batch_size": 8, **CPU}),
+    "27m": Case(
+        {"model": "verse", "num_layers": 6, "hidden_dim": 384, "num_heads": 6, "mlp_dim": 1536, "batch_size": 8, "max_tokens": 256, **CPU}, 32_768
+    ),
+    "verse": Case({"model": "verse", "batch_size": 32, **GPU}),
+    "stanza": Case({"model": "stanza", "batch_size": 4, **GPU}),
+    "epic": Case({"model": "epic", "num_layers": 4, "batch_size": 4, **GPU}, note="full width, 4 of 40 layers"),
+}
+
+
+class TrainStep:
+    """What `consyn-train` runs for these flags, compiled, and its state.
+
+    Args:
+        flags: of `consyn-train`.
+        look: is shown the initial parameters, before the first step consumes them.
+    """
+
+    def __init__(self, flags: dict[str, Any], vocab_size: int, look: Callable[[ModelConfig, Any], None] = lambda config, params: None) -> None:
+        run = resolve({"max_steps": TOTAL_STEPS, "logging_backend": "none", **flags})
+        self.run, self.vocab_size = run[0], vocab_size
+        self.config = architecture(self.run.model, vocab_size=vocab_size, bos_token_id=0, eos_token_id=0)
+        source = ModelSource(self.config, partial(initial_parameters, self.config, self.run.budget.seed))
+        trainer = ConsynTrainer(source, [[1, 2, 3]], run=run)
+        self.schedule, self.built = trainer.schedule, trainer.build()
+        self.program = self.built.program
+        self.compiled = trainer.compile_train_step(self.run)
+        parameters = source.make(self.program.mesh)
+        look(self.config, parameters)
+        self.state = self.program.initial_state(parameters)
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.run.budget.batch_size * self.run.budget.gradient_accumulation_steps * self.length
+
+    @property
+    def length(self) -> int:
+        """Of a sequence."""
+        assert self.run.data.max_tokens is not None
+        return self.run.data.max_tokens
+
+    def batch(self, seed: int, documents: int = 1) -> dict[str, jax.Array]:
+        """A batch of `make_batch` on the device."""
+        budget = self.run.budget
+        host = make_batch((budget.gradient_accumulation_steps, budget.batch_size, self.length), self.vocab_size, seed, documents)
+        return jax.tree.map(jax.device_put, host)
+
+    def __call__(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Take a step; its metrics, which are not waited for."""
+        self.state, metrics = self.compiled(self.state, batch)
+        return metrics
+
+
+def make_batch(shape: tuple[int, int, int], vocab_size: int, seed: int, documents: int = 1) -> Batch:
+    """Tokens as frequent as words are (Zipf's law), each row of [A, B, T] cut into `documents` of random lengths."""
+    draw = np.random.default_rng(seed)
+    weights = 1 / np.arange(1, vocab_size + 1)
+    ids = draw.choice(vocab_size, size=(*shape[:2], shape[2] + 1), p=weights / weights.sum()).astype(np.int32)
+    begins = np.zeros(shape, bool)
+    for row in np.ndindex(shape[:2]):
+        begins[row][draw.choice(np.arange(1, shape[2]), documents - 1, replace=False)] = True
+    segments = 1 + np.cumsum(begins, axis=-1, dtype=np.int32)
+    return {"input_ids": ids[..., :-1], "labels": ids[..., 1:], "segment_ids": segments, "loss_mask": np.ones(shape, bool)}

@@ -1,0 +1,104 @@
+"""Our decoder as a PyTorch user writes it: the other side of vs_pytorch.py, and an independent statement of what the model computes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from consyn_jax.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """In the dtype of its input."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of [B, T, N, H], in float32."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU; queries, keys and values are one product, gate and up another."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
+        self.attention_norm, self.mlp_norm = RMSNorm(c.hidden_dim, c.norm_eps), RMSNorm(c.hidden_dim, c.norm_eps)
+        self.qkv = nn.Linear(c.hidden_dim, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, bias=False)
+        self.o = nn.Linear(c.num_heads * c.head_dim, c.hidden_dim, bias=False)
+        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity() for _ in range(2))
+        self.gate_up = nn.Linear(c.hidden_dim, 2 * c.mlp_dim, bias=False)
+        self.down = nn.Linear(c.mlp_dim, c.hidden_dim, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        B, T, _ = x.shape
+        heads = self.qkv(self.attention_norm(x)).view(B, T, -1, self.head_dim)
+        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        x = x + self.o(out.transpose(1, 2).reshape(B, T, -1))
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class Decoder(nn.Module):
+    """Ids and labels [B, T] to the mean loss of a token."""
+
+    def __init__(self, c: ModelConfig, device: str) -> None:
+        super().__init__()
+        assert c.sliding_window is None
+        with torch.device(device):
+            self.embedding = nn.Embedding(c.vocab_size, c.hidden_dim)
+            self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
+            self.norm = RMSNorm(c.hidden_dim, c.norm_eps)
+            self.head = nn.Linear(c.hidden_dim, c.vocab_size, bias=False)
+            if c.tie_embeddings:
+                self.head.weight = self.embedding.weight
+            angles = torch.outer(torch.arange(c.context).float(), c.rope_theta ** (-torch.arange(0, c.head_dim, 2).float() / c.head_dim))
+            self.register_buffer("cos", angles.cos()[:, None], persistent=False)
+            self.register_buffer("sin", angles.sin()[:, None], persistent=False)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream, too, is in the narrow type
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        logits = self.head(self.norm(x))
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+    @torch.no_grad()
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Weights of the Hugging Face layout; every one of them must find its place."""
+        left = dict(weights)
+
+        def put(parameter: Tensor, *names: str) -> None:
+            parameter.copy_(torch.cat([left.pop(f"{name}.weight") for name in names]))
+
+        put(self.embedding.weight, "model.embed_tokens")
+        put(self.norm.weight, "model.norm")
+        if self.head.weight is not self.embedding.weight:
+            put(self.head.weight, "lm_head")
+        for number, block in enumerate(self.blocks):
+            layer = f"model.layers.{number}"
+            put(block.attention_norm.weight, f"{layer}.input_layernorm")
+            put(block.mlp_norm.weight, f"{layer}.post_attention_layernorm")
+            put(block.qkv.weight, *(f"{layer}.self_attn.{name}_proj" for name in "qkv"))
+            put(block.o.weight, f"{layer}.self_attn.o_proj")
+            if isinstance(block.q_norm, RMSNorm):
+                put(block.q_norm.weight, f"{layer}.self_attn.q_norm")
+                put(block.k_norm.weight, f"{layer}.self_attn.k_norm")
+            put(block.gate_up.weight, f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj")
+            put(block.down.weight, f"{layer}.mlp.down_proj")
+        assert not left, f"no place for {sorted(left)}"

@@ -1,0 +1,270 @@
+"""How fast is our train step against plain PyTorch? The same model, weights, batches, precision and schedule, block by block in turn.
+
+Ours is what `consyn-train` runs. PyTorch is written as its users write it: SDPA, fused projections, autocast, clipping, fused AdamW, eager
+and with `torch.compile`. Each framework has a process of its own, and a block of steps is timed inside it while the other one waits.
+First the losses of both over some steps, from the same weights on the same batches, must agree.
+
+    python benchmarks/vs_pytorch.py --models haiku 27m --out benchmarks/results/NAME.json      # CPU, float32, 2 threads
+    python benchmarks/vs_pytorch.py --models haiku --rounds 5 --no_compile                     # quick, eager only
+    python benchmarks/vs_pytorch.py --models verse stanza                                      # one GPU, bfloat16
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from harness import alternate, facts, parser, report, spread
+
+THREADS, LOSS_STEPS, BATCHES, BLOCK_S = 2, 8, 4, 2.0
+OURS, EAGER, COMPILED = "consyn_jax", "torch eager", "torch.compile"
+# relative, over the first steps: rounding differs, and steps carry it on
+LOSS_TOLERANCE = {"no": 1e-3, "bf16": 1e-2}
+
+
+# ------------------------------------------------------------------------------------------------------------------- contestants
+
+
+class Ours:
+    """The train step of `consyn-train`.
+
+    Args:
+        flags: of `consyn-train`.
+        exported: directory for the initial weights, in the layout of Hugging Face.
+    """
+
+    def __init__(self, flags: dict[str, Any], vocab_size: int, exported: Path) -> None:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")  # the rest of a GPU is the other's
+        import numpy as np
+        from programs import TOTAL_STEPS, TrainStep, make_batch
+
+        from consyn_jax.model import ConsynLMHeadModel
+
+        def export(config: Any, params: Any) -> None:
+            ConsynLMHeadModel.from_parameters(config, params).save_pretrained(exported)
+
+        step = self.train_step = TrainStep(flags, vocab_size, export)
+        optimizer, shape = step.run.optimizer, (1, step.run.budget.batch_size, step.length)
+        self.batches = [step.batch(seed) for seed in range(BATCHES)]
+        names = ("beta1", "beta2", "eps", "weight_decay", "max_grad_norm")
+        self.facts = {
+            "config": step.config,
+            "parameters": step.program.layout.num_parameters,
+            "precision": step.run.hardware.mixed_precision,
+            "optimizer": {name: getattr(optimizer, name) for name in names},
+            "rates": np.asarray(step.schedule(np.arange(TOTAL_STEPS))).tolist(),
+            "batches": [make_batch(shape, vocab_size, seed) for seed in range(BATCHES)],
+        }
+
+    def losses(self, name: str, steps: int) -> list[float]:
+        """Of the first steps."""
+        return [float(self.train_step(self.batches[number % BATCHES])["loss"]) for number in range(steps)]
+
+    def turn(self, name: str, steps: int) -> None:
+        """Steps, to the end of the last."""
+        metrics = [self.train_step(self.batches[number % BATCHES]) for number in range(steps)]
+        float(metrics[-1]["loss"])
+
+
+class Torch:
+    """The same in PyTorch, eager and compiled, which share weights and optimizer.
+
+    Args:
+        given: `Ours.facts`.
+    """
+
+    def __init__(self, given: dict[str, Any], exported: Path, compiles: bool) -> None:
+        import torch
+        from safetensors.torch import load_file
+        from torch_model import Decoder
+
+        self.torch, self.given = torch, given
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device == "cpu":
+            torch.set_num_threads(THREADS)
+        torch.set_float32_matmul_precision("highest" if given["precision"] == "no" else "high")
+        weights: dict[str, Any] = {}
+        for file in sorted(exported.glob("*.safetensors")):
+            weights |= load_file(file)
+        self.model = Decoder(given["config"], self.device)
+        self.weights, self.options = weights, given["optimizer"]
+        self.models = {EAGER: self.model, **({COMPILED: torch.compile(self.model)} if compiles else {})}
+        names = ("input_ids", "labels")
+        self.batches = [tuple(torch.from_numpy(batch[name][0]).long().to(self.device) for name in names) for batch in given["batches"]]
+        self.facts: dict[str, Any] = {}
+
+    def reset(self) -> None:
+        """Back to the initial weights and no moments."""
+        self.model.load(self.weights)
+        parameters, options = list(self.model.parameters()), self.options
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": options["weight_decay"]},
+            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = self.torch.optim.AdamW(groups, betas=(options["beta1"], options["beta2"]), eps=options["eps"], fused=True)
+        self.step_number = 0
+
+    def step(self, name: str) -> Any:
+        """Take a step; its loss, which is not waited for."""
+        torch, number = self.torch, self.step_number
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.given["rates"][min(number, len(self.given["rates"]) - 1)]
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.given["precision"] == "bf16"):
+            loss = self.models[name](*self.batches[number % BATCHES])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options["max_grad_norm"])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step_number += 1
+        return loss.detach()
+
+    def losses(self, name: str, steps: int) -> list[float]:
+        """Of the first steps, from the initial weights."""
+        self.reset()
+        return [self.step(name).item() for _ in range(steps)]
+
+    def turn(self, name: str, steps: int) -> None:
+        """Steps, to the end of the last."""
+        for _ in range(steps - 1):
+            self.step(name)
+        self.step(name).item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------- workers
+
+
+class Worker:
+    """A contestant in a process of its own, and how it is spoken to."""
+
+    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.facts, self.record = self._answer()
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """What `method` of the contestant gives."""
+        self.pipe.send((method, arguments))
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            raise RuntimeError(f"The process ended with {self.process.exitcode}.") from None
+        if "failed" in answer:
+            raise RuntimeError(answer["failed"])
+        return answer["found"]
+
+    def close(self) -> None:
+        """End it."""
+        self.pipe.close()
+        self.process.join()
+
+
+def _serve(pipe: Any, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        contestant = make(*arguments)
+        pipe.send({"found": (contestant.facts, facts())})
+        while True:
+            try:
+                method, given = pipe.recv()
+            except EOFError:
+                return
+            before = _cpu_seconds()
+            found = getattr(contestant, method)(*given)
+            pipe.send({"found": found if found is not None else _cpu_seconds() - before})
+    except Exception:  # noqa: BLE001 -- told to the one who asked, whatever it is
+        pipe.send({"failed": traceback.format_exc()})
+
+
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+# -------------------------------------------------------------------------------------------------------------------------- race
+
+
+def race(name: str, rounds: int, compiles: bool, batch_size: int | None = None) -> dict[str, Any]:
+    """One model: losses compared, then blocks in turn."""
+    from programs import CASES
+
+    case, given = CASES[name], {} if batch_size is None else {"batch_size": batch_size}
+    with tempfile.TemporaryDirectory() as directory:
+        ours = Worker(Ours, case.flags | given, case.vocab_size, Path(directory))
+        torch = Worker(Torch, ours.facts, Path(directory), compiles)
+    names = [OURS, EAGER, *([COMPILED] if compiles else [])]
+    workers = {OURS: ours, EAGER: torch, COMPILED: torch}
+    try:
+        losses = {who: workers[who].ask("losses", who, LOSS_STEPS) for who in names}
+        apart = {who: _apart(losses[OURS], losses[who]) for who in names[1:]}
+        precision = ours.facts["precision"]
+        assert max(apart.values()) < LOSS_TOLERANCE[precision], f"losses differ: {losses}"
+        assert all(math.isfinite(loss) for loss in losses[OURS])
+        took = alternate({OURS: lambda: ours.ask("turn", OURS, 2)}, 1)[OURS][0] / 2
+        steps = max(1, min(200, round(BLOCK_S / took)))
+        cpu: dict[str, list[float]] = {who: [] for who in names}
+        turns = {who: lambda who=who: cpu[who].append(workers[who].ask("turn", who, steps)) for who in names}
+        seconds = alternate(turns, rounds)
+    finally:
+        ours.close()
+        torch.close()
+    shape = ours.facts["batches"][0]["labels"].shape
+    tokens = math.prod(shape)
+    step_ms = {who: [1e3 * s / steps for s in seconds[who]] for who in names}
+    rows = [_row(name, who, step_ms, [1e3 * s / steps for s in cpu[who][-rounds:]], tokens) for who in names]
+    model = {"parameters": ours.facts["parameters"], "batch": shape, "precision": precision, "steps_a_block": steps, "note": case.note}
+    versions = {"consyn_jax": ours.record, "torch": torch.record}
+    return {**model, "losses": losses, "losses_apart": apart, "step_ms": step_ms, "processes": versions, "rows": rows}
+
+
+def _row(model: str, who: str, step_ms: dict[str, list[float]], cpu_ms: list[float], tokens: int) -> dict[str, Any]:
+    """A line of the table. The ratio is the median of those of each round; above 1 ours is faster."""
+    time_ms = spread(step_ms[who])
+    ratios = [theirs / ours for theirs, ours in zip(step_ms[who], step_ms[OURS], strict=True)]
+    row = {"model": model, "who": who, "step ms": time_ms["median"], "least": time_ms["min"], "most": time_ms["max"]}
+    return {**row, "processor ms": statistics.median(cpu_ms), "tokens/s": 1e3 * tokens / time_ms["median"], "ours is faster by": statistics.median(ratios)}
+
+
+def _apart(ours: Iterable[float], theirs: Iterable[float]) -> float:
+    return max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))
+
+
+def measure(
+    models: Iterable[str] = ("haiku", "27m"), rounds: int = 7, compiles: bool = True, batch_size: int | None = None, tiny: bool = False
+) -> dict[str, Any]:
+    """The race of each model."""
+    if tiny:
+        models, rounds = ("tiny",), 2
+    found = {name: race(name, rounds, compiles, batch_size) for name in models}
+    return {"rows": [row for one in found.values() for row in one.pop("rows")], "models": found}
+
+
+def main() -> None:
+    """Run, print the table, write JSON."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--models", nargs="+", default=["haiku", "27m"], help="haiku, 27m; on a GPU verse, stanza")
+    arguments.add_argument("--rounds", type=int, default=7)
+    arguments.add_argument("--batch_size", type=int, help="another than the model's")
+    arguments.add_argument("--no_compile", action="store_true", help="leave torch.compile out")
+    given = arguments.parse_args()
+    report(measure(given.models, given.rounds, not given.no_compile, given.batch_size, given.tiny), given.out)
+
+
+if __name__ == "__main__":
+    if len(os.sched_getaffinity(0)) > THREADS and not Path("/proc/driver/nvidia").exists():
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
+    sys.exit(main())
