@@ -21,9 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections import defaultdict
@@ -36,6 +34,7 @@ import jax
 import numpy as np
 import orbax.checkpoint
 import tensorstore
+from harness import facts, write
 
 from consyn_jax.config import ModelConfig
 from consyn_jax.distributed.host_memory import keep_freed_memory
@@ -162,12 +161,9 @@ def main() -> None:
     summary = judge(results)
     print(json.dumps(summary, indent=2))
     if arguments.out:
-        machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "device": jax.devices()[0].device_kind}
         load = {"load_before": before, "load_after": os.getloadavg()}
-        versions = {"jax": jax.__version__, "orbax": orbax.checkpoint.__version__, "tensorstore": getattr(tensorstore, "__version__", None)}
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-        record = {**machine, **load, **versions, "commit": commit, "date": time.strftime("%Y-%m-%d"), **summary, "runs": results}
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+        versions = {"orbax": orbax.checkpoint.__version__, "tensorstore": getattr(tensorstore, "__version__", None)}
+        write(arguments.out, {**facts(), **load, **versions, **summary, "runs": results})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness import facts, write
 
 from consyn_jax.data.loader import BatchLoader, Shuffled, prefetch
 from consyn_jax.data.packing import PackedDataset, WholeDocuments
@@ -204,12 +204,7 @@ def main() -> None:
                 out.write(path.read_bytes())
         races = [race(stores["100M"], file, *shape, arguments.rounds, arguments.seconds) for shape in SHAPES]
     if arguments.out:
-        import torch
-
-        machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "numpy": np.__version__, "torch": torch.__version__}
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-        result = {**machine, "commit": commit, "date": time.strftime("%Y-%m-%d"), **summary, "speed": races}
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        write(arguments.out, {**facts(), "numpy": np.__version__, **summary, "speed": races})
 
 
 if __name__ == "__main__":

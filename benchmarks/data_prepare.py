@@ -19,7 +19,6 @@ import argparse
 import gzip
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from typing import Any
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 
 import tokenizers
+from harness import facts, write
 
 from consyn_jax.config import CorpusOptions
 from consyn_jax.data.reading import START, blocks
@@ -235,16 +235,13 @@ def main() -> None:
     arguments = parser.parse_args()
     pages = read(arguments.data, arguments.bytes)
     print(f"{num_bytes(pages):,} bytes, {len(pages):,} pages", flush=True)
-    machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load_before": os.getloadavg()[0]}
-    versions = {"python": platform.python_version(), "tokenizers": tokenizers.__version__}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    before = facts()
     with tempfile.TemporaryDirectory(dir=arguments.work) as directory:
         results = race(pages, arguments.rounds, Path(directory))
     summary = judge(results)
     print(json.dumps(summary, indent=2))
     if arguments.out:
-        record = {**machine, **versions, "commit": commit, "date": time.strftime("%Y-%m-%d"), "pages": len(pages), **summary, "runs": results}
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+        write(arguments.out, {**before, "pages": len(pages), **summary, "runs": results})
 
 
 if __name__ == "__main__":

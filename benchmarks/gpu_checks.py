@@ -126,10 +126,11 @@ def optimizer(tiny: bool = False) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def training(tiny: bool = False, data: str = "sample") -> dict[str, Any]:
+def training(tiny: bool = False, text: str = "sample") -> dict[str, Any]:
     """The command itself on real text: the loss falls, and a run that goes on from its middle gives the same losses."""
     steps = 8 if tiny else 120
-    flags = ["--config", str(RECIPE), "--data", data, "--max_steps", str(steps), "--save_steps", str(steps // 2), "--keep_last", "5", "--eval_steps", str(steps)]
+    flags = ["--config", str(RECIPE), "--data", text, "--max_steps", str(steps), "--save_steps", str(steps // 2), "--keep_last", "5"]
+    flags += ["--eval_steps", str(steps)]
     flags += ["--logging_steps", "1", "--logging_backend", "none", "--quiet"]
     if tiny:
         flags += ["--tokenizer", "bytes", "--num_layers", "1", "--hidden_dim", "32", "--num_heads", "2", "--mlp_dim", "64", "--max_tokens", "32"]

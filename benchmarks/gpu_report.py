@@ -137,7 +137,7 @@ def child(part: Part, tiny: bool, out: Path) -> None:
         write(out, {"state": "absent"})
         return
     arguments = part.tiny if tiny and part.tiny is not None else part.arguments
-    takes, offered = inspect.signature(measure).parameters, {"tiny": tiny, "data": os.environ.get(TEXT, "sample")}
+    takes, offered = inspect.signature(measure).parameters, {"tiny": tiny, "text": os.environ[TEXT]}
     result = measure(**arguments, **{name: value for name, value in offered.items() if name in takes})
     wrong = [row["check"] for row in result["rows"] if row.get("ok") is False]
     write(out, {"state": "wrong" if wrong else "done", "facts": facts(), **result})

@@ -13,9 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from harness import facts, write
 
 from consyn_jax.config import architecture, resolve
 from consyn_jax.model.parameters import initial_parameters
@@ -129,10 +127,7 @@ class Results:
         """All of it, with the facts of the machine."""
         if self.path is None:
             return
-        machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "jax": jax.__version__}
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-        facts = {**machine, "commit": commit, "date": time.strftime("%Y-%m-%d"), "goal": GOAL, "trial_steps": TRIAL_STEPS, "steps": STEPS}
-        self.path.write_text(json.dumps({**facts, "runs": self.runs}, indent=1) + "\n")
+        write(self.path, {**facts(), "goal": GOAL, "trial_steps": TRIAL_STEPS, "steps": STEPS, "runs": self.runs})
 
 
 def main() -> None:

@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +24,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 import torch
+from harness import facts, write
 
 from consyn_jax.config import architecture, resolve
 from consyn_jax.data.loader import prefetch
@@ -156,9 +155,7 @@ def main() -> None:
     }
     print(json.dumps(summary, indent=2))
     if arguments.out:
-        machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "jax": jax.__version__, "torch": torch.__version__}
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-        arguments.out.write_text(json.dumps({**machine, "commit": commit, "date": time.strftime("%Y-%m-%d"), **summary, "runs": results}, indent=1) + "\n")
+        write(arguments.out, {**facts(), **summary, "runs": results})
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ import argparse
 import json
 import math
 import os
-import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,10 +24,10 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # on a shared machine torch's threads would spin away ten times the work
 
-import jax
 import numpy as np
 import torch
 import transformers
+from harness import facts, write
 
 from consyn_jax.config import architecture, resolve
 from consyn_jax.model import ConsynLMHeadModel
@@ -139,7 +137,6 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int, help="fewer than the recipe's, to try this script")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     arguments = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     cores = len(os.sched_getaffinity(0))  # JAX looks at these itself
     torch.set_num_threads(cores)
 
@@ -177,11 +174,8 @@ def main() -> None:
     }
     print(json.dumps(summary, indent=2))
     if arguments.out:
-        versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-        machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "cores_used": cores, **versions}
-        facts = {**machine, "commit": commit, "date": time.strftime("%Y-%m-%d"), "torch_model": type(model).__name__}
         curves = {name: {curve: one[curve] for curve in ("loss", "valid")} for name, one in (("consyn_jax", ours), ("torch", theirs))}
-        arguments.out.write_text(json.dumps({**facts, **summary, "curves": curves}, indent=1) + "\n")
+        write(arguments.out, {**facts(), "torch_model": type(model).__name__, **summary, "curves": curves})
 
 
 if __name__ == "__main__":
