@@ -30,6 +30,7 @@ from harness import commit, facts, table, write
 HERE = Path(__file__).parent
 BUDGET_S = 520.0
 TEXT = "CONSYN_REPORT_TEXT"  # names the text of the part "training" to its process
+SMALLEST = ["--model", "haiku", "--num_layers", "1", "--max_tokens", "32", "--batch_size", "2", "--data", "sample", "--tokenizer", "bytes"]
 MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
 
 
@@ -40,7 +41,7 @@ class Part:
     Args:
         call: module:function, which gives a dict with "rows".
         estimate_s: on an H200, compilation included; judged, until there are measured ones.
-        tiny: its arguments in a rehearsal, where they are others.
+        tiny: its arguments in a rehearsal, where they are others. What calls the same function as a part before it is not rehearsed again.
         alone: it has the GPU's memory for itself.
     """
 
@@ -58,14 +59,14 @@ PARTS = (
     Part("optimizers", "gpu_checks:optimizer", 25),
     Part("training", "gpu_checks:training", 50),
     Part("verse", "train_step:measure", 60, {"models": ("verse",)}, {}),
-    Part("vs_verse", "vs_pytorch:measure", 90, {"models": ("verse",), "batch_size": 16, "rounds": 5}, {}, alone=False),
+    Part("vs_verse", "vs_pytorch:measure", 90, {"models": ("verse",), "batch_size": 16, "rounds": 5}, {"compiles": False}, alone=False),
     Part("stanza", "train_step:measure", 70, {"models": ("stanza",)}, {}),
     Part("attention", "attention:measure", 40),
     Part("cross_entropy", "cross_entropy:measure", 30),
     Part("vs_stanza", "vs_pytorch:measure", 100, {"models": ("stanza",), "batch_size": 2, "rounds": 4}, {}, alone=False),
     Part("epic", "train_step:measure", 70, {"models": ("epic",)}, {}),
     Part("optimizer", "optimizer:measure", 30),
-    Part("startup", "startup:measure", 60),
+    Part("startup", "startup:measure", 60, {"flags": ["--model", "verse", "--data", "sample"], "starts": 3}, {"flags": SMALLEST, "starts": 1}),
     Part("compile_time", "compile_time:measure", 90),
 )
 
@@ -139,7 +140,7 @@ def child(part: Part, tiny: bool, out: Path) -> None:
     arguments = part.tiny if tiny and part.tiny is not None else part.arguments
     takes, offered = inspect.signature(measure).parameters, {"tiny": tiny, "text": os.environ[TEXT]}
     result = measure(**arguments, **{name: value for name, value in offered.items() if name in takes})
-    wrong = [row["check"] for row in result["rows"] if row.get("ok") is False]
+    wrong = [row["check"] for row in result.get("rows", ()) if row.get("ok") is False]
     write(out, {"state": "wrong" if wrong else "done", "facts": facts(), **result})
 
 
@@ -201,12 +202,16 @@ def run(given: argparse.Namespace) -> bool:
     out = given.out or HERE / "results" / f"{slug}-{date}.json"
     before = json.loads(out.read_text()) if given.only and out.exists() else {}
     report: dict[str, Any] = {"gpu": name, "date": date, "commit": commit(), "tiny": tiny, "seconds": 0.0, "parts": before.get("parts", {})}
+    rehearsed: set[str] = set()
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "COMMIT": report["commit"] or "", "JAX_COMPILATION_CACHE_DIR": cache, TEXT: given.data}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
         for part in PARTS:
             if given.only and part.name not in given.only:
                 continue
+            if tiny and part.call in rehearsed:
+                continue
+            rehearsed.add(part.call)
             left = given.budget_s - (time.perf_counter() - began)
             found = {"state": "left out"} if part.estimate_s > left else run_part(part, tiny, left, environment)
             report["parts"][part.name] = found

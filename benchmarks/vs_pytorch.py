@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from harness import alternate, facts, parser, report, spread
+from harness import alternate, facts, parser, spread, table, write
 
 THREADS, LOSS_STEPS, BATCHES, BLOCK_S = 2, 8, 4, 2.0
 OURS, EAGER, COMPILED = "consyn_jax", "torch eager", "torch.compile"
@@ -228,8 +228,10 @@ def race(name: str, rounds: int, compiles: bool, batch_size: int | None = None) 
     shape = ours.facts["batches"][0]["labels"].shape
     tokens = math.prod(shape)
     step_ms = {who: [1e3 * s / steps for s in seconds[who]] for who in names}
+    print(f"{name}: losses differ by {max(apart.values()):.1e} over {LOSS_STEPS} steps", flush=True)
     rows = [_row(name, who, step_ms, [1e3 * s / steps for s in cpu[who][-rounds:]], tokens) for who in names]
     model = {"parameters": ours.facts["parameters"], "batch": shape, "precision": precision, "steps_a_block": steps, "note": case.note}
+    print(table(rows), flush=True)
     versions = {"consyn_jax": ours.record, "torch": torch.record}
     return {**model, "losses": losses, "losses_apart": apart, "step_ms": step_ms, "processes": versions, "rows": rows}
 
@@ -257,14 +259,16 @@ def measure(
 
 
 def main() -> None:
-    """Run, print the table, write JSON."""
+    """Run, print a table a model, write JSON."""
     arguments = parser(__doc__)
     arguments.add_argument("--models", nargs="+", default=["haiku", "27m"], help="haiku, 27m; on a GPU verse, stanza")
     arguments.add_argument("--rounds", type=int, default=7)
     arguments.add_argument("--batch_size", type=int, help="another than the model's")
     arguments.add_argument("--no_compile", action="store_true", help="leave torch.compile out")
     given = arguments.parse_args()
-    report(measure(given.models, given.rounds, not given.no_compile, given.batch_size, given.tiny), given.out)
+    result = measure(given.models, given.rounds, not given.no_compile, given.batch_size, given.tiny)
+    if given.out is not None:
+        write(given.out, {**facts(), **result})
 
 
 if __name__ == "__main__":

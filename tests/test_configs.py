@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from consyn_jax.cli.train import read_arguments
-from consyn_jax.config import flags, resolve
+from consyn_jax.config import architecture, flags, resolve
+from consyn_jax.model.arithmetic import num_parameters
+from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.run_directory import read_config_file
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -37,3 +39,12 @@ def test_the_large_recipes_take_gpt3s_tokens_a_step() -> None:
         assert run.data.max_tokens is not None
         tokens[path.stem] = run.budget.batch_size * run.budget.gradient_accumulation_steps * run.data.max_tokens
     assert (tokens["verse-1xh200"], tokens["stanza-8xh200"], tokens["epic-64xh200"]) == (2**19, 2**20, 2**21)
+
+
+def test_the_recipe_of_enwik8_is_as_large_as_its_mark() -> None:
+    """Transformer-XL's model of 41 M."""
+    path = next(path for path in RECIPES if path.stem == "enwik8")
+    run, _ = resolve({}, read_config_file(path))
+    parameters = num_parameters(architecture(run.model, vocab_size=BPETokenizer.bytes().vocab_size))
+    assert 40e6 <= parameters <= 45e6
+    assert f"{parameters:,} parameters" in path.read_text()
