@@ -54,7 +54,7 @@ class Part:
 
 
 PARTS = (
-    Part("model", "gpu_checks:model", 30),
+    Part("model", "gpu_checks:model", 40),
     Part("attention checks", "gpu_checks:attention", 40),
     Part("optimizers", "gpu_checks:optimizer", 25),
     Part("training", "gpu_checks:training", 50),
