@@ -103,7 +103,7 @@ def estimate_memory(
     whole = _block_parameters(c) / tensor * (FLOAT32 + BF16 * (2 if fsdp > 1 else 1))  # its gradient; its weights, and the next ones
     of_block = tokens * ((0 if remat == "none" else block) + BF16 * 2 * (feed_forward + c.hidden_dim)) + whole
     logits = min(LOGITS_AT_ONCE, tokens * c.padded_vocab_size / tensor)
-    of_head = BYTES_OF_A_LOGIT * logits + head * (BF16 + FLOAT32) + tokens * c.hidden_dim * FLOAT32
+    of_head = BYTES_OF_A_LOGIT * logits + head * (BF16 + FLOAT32) + tokens * c.hidden_dim * (BF16 if tensor == 1 else FLOAT32)
     if fsdp > 1:  # the gradient of the input embedding is whole until the end
         of_block += head * FLOAT32
     if accumulation > 1:  # added up where the totals lie, but for the embeddings

@@ -1,7 +1,7 @@
 """Attention: which kernel, which mask, in one place.
 
-Both backends see the same mask: a query sees keys of its own document that do not lie after it, and inside the window if there is
-one. On a mesh with a `context` axis each device holds a part of the sequence: it gathers keys and values and keeps its queries.
+All see the same keys: those of a query's own document that do not lie after it, and inside the window if there is one. On a mesh with
+a `context` axis each device holds a part of the sequence: it gathers keys and values and keeps its queries.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from consyn_jax.distributed.mesh import partition_spec
 from consyn_jax.model.dropout import Dropout
 
-Backend = Literal["xla", "cudnn"]
+Backend = Literal["xla", "fused"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class AttentionChoice:
 
 
 def choose_attention(platform: str, dtype: Any, head_dim: int, compute_capability: str = "", dropout: float = 0.0) -> AttentionChoice:
-    """The fastest correct kernel for a device: cuDNN's fused attention on NVIDIA from Ampere on, XLA's operations elsewhere.
+    """The fastest correct kernel for a device: fused ones on NVIDIA from Ampere on, XLA's operations elsewhere.
 
     Args:
         platform: "cpu", "gpu", "cuda", "rocm" as `jax.Device.platform` and `jax.default_backend` name it.
@@ -46,28 +46,41 @@ def choose_attention(platform: str, dtype: Any, head_dim: int, compute_capabilit
     elif head_dim > 128 or head_dim % 8:
         obstacle = f"takes heads up to 128 wide in multiples of 8, not {head_dim}"
     elif dropout:
-        obstacle = "draws its dropout by the shape of one device's part, so that another mesh would train another model"
+        obstacle = "has no dropout that draws the same on every mesh"
     else:
-        return AttentionChoice("cudnn", "fused kernel of an NVIDIA GPU")
-    return AttentionChoice("xla", f"cuDNN attention {obstacle}; this is slower, and its memory grows with the square of the sequence")
+        return AttentionChoice("fused", "this package's kernel where a row holds documents, cuDNN's where it is one")
+    return AttentionChoice("xla", f"fused attention {obstacle}; this is slower, and its memory grows with the square of the sequence")
+
+
+class Documents(NamedTuple):
+    """For each token the first and the last position of its document. An interval, as documents lie in a row one after the other."""
+
+    first_BT: Int[Array, "B T"]
+    last_BT: Int[Array, "B T"]
+
+
+def documents(segment_ids_BT: Int[Array, "B T"]) -> Documents:
+    """One begins wherever the segment id changes: an id that comes back is another document."""
+    index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
+    changes = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
+    starts, ends = (jnp.pad(changes, ((0, 0), side), constant_values=True) for side in ((1, 0), (0, 1)))
+    first_BT = jax.lax.cummax(jnp.where(starts, index_T, 0), axis=1)
+    return Documents(first_BT, jax.lax.cummin(jnp.where(ends, index_T, index_T.size), axis=1, reverse=True))
 
 
 def attention_mask(
     query_positions: Int[Array, " T"],
     key_positions: Int[Array, " S"],
-    query_segments: Int[Array, "B T"] | None = None,
-    key_segments: Int[Array, "B S"] | None = None,
+    first_key_BT: Int[Array, "B T"] | None = None,
     sliding_window: int | None = None,
 ) -> Bool[Array, "B 1 T S"]:
-    """True where a query may look: not at later positions, not into another document, not out of the window."""
+    """True where a query may look: not at later positions, not before `first_key_BT`, not out of the window."""
     distance_TS = query_positions[:, None] - key_positions[None, :]
     mask = distance_TS >= 0
     if sliding_window is not None:
         mask &= distance_TS < sliding_window
     mask = mask[None, None]
-    if query_segments is not None and key_segments is not None:
-        mask = mask & (query_segments[:, None, :, None] == key_segments[:, None, None, :])
-    return mask
+    return mask if first_key_BT is None else mask & (key_positions >= first_key_BT[:, None, :, None])
 
 
 def attend(
@@ -75,16 +88,13 @@ def attend(
     k_BSKH: Float[Array, "B S K H"],
     v_BSKH: Float[Array, "B S K H"],
     mask: Bool[Array, "#B 1 T S"],
-    backend: Backend,
     drop: Callable[[jax.Array], jax.Array] = lambda weights_BKGTS: weights_BKGTS,
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention, scaled by H**-0.5, grouped heads, under an explicit mask.
+    """Softmax attention, scaled by H**-0.5, grouped heads, under an explicit mask: the backend "xla", and the reference of the others.
 
     Args:
-        drop: dropout of the attention weights [B, K, N / K, T, S]; the fused kernel has none.
+        drop: dropout of the attention weights [B, K, N / K, T, S].
     """
-    if backend == "cudnn":
-        return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask, implementation="cudnn")
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * H**-0.5
@@ -98,7 +108,7 @@ def causal_attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"],
-    segment_ids_BT: Int[Array, "B T"] | None,
+    inside: Documents | None,
     *,
     backend: Backend,
     sliding_window: int | None = None,
@@ -107,39 +117,51 @@ def causal_attention(
     """Causal self-attention inside documents; on the mesh in context if there is one.
 
     Args:
-        segment_ids_BT: number of the document that each token belongs to; None: each row is one document.
+        inside: the documents; None: each row is one.
         dropout: of the attention weights, with the backend "xla" only.
     """
     assert dropout is None or backend == "xla"
     mesh = jax.sharding.get_abstract_mesh()
-    local = partial(_local_attention, backend=backend, sliding_window=sliding_window, context=0 if mesh.empty else mesh.shape["context"], dropout=dropout)
+    local = partial(_local_attention, backend=backend, sliding_window=sliding_window, context=1 if mesh.empty else mesh.shape["context"], dropout=dropout)
     weights = ("batch", "heads", "sequence", None)
     B, T, N, _ = q_BTNH.shape
     # drawn here, where the whole array is in sight, for a device to take its part
     kept_BNTS = None if dropout is None else dropout.kept((B, N, T, T), weights)
     if mesh.empty:
-        return local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, kept_BNTS)
+        return local(q_BTNH, k_BTKH, v_BTKH, inside, kept_BNTS)
     heads, kv_heads = partition_spec(("batch", "sequence", "heads", None)), partition_spec(("batch", "sequence", "kv_heads", None))
-    segments = partition_spec(("batch", "sequence"))
-    specs = (heads, kv_heads, kv_heads, segments, partition_spec(weights))
-    # check_vma off: cuDNN's custom call does not say over which axes its result varies
-    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, kept_BNTS)
+    # of its own queries a device needs to know where their documents begin, and of all keys where theirs end
+    intervals = None if inside is None else Documents(partition_spec(("batch", "sequence")), partition_spec(("batch", None)))  # type: ignore[arg-type]
+    specs = (heads, kv_heads, kv_heads, intervals, partition_spec(weights))
+    # check_vma off: neither kernel's custom call says over which axes its result varies
+    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(q_BTNH, k_BTKH, v_BTKH, inside, kept_BNTS)
 
 
-def _local_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, kept_BNTS, *, backend: Backend, sliding_window: int | None, context: int, dropout: Dropout | None):
-    T = q_BTNH.shape[1]
-    first, key_segments = 0, segment_ids_BT
+def _local_attention(q_BTNH, k_BSKH, v_BSKH, inside, kept_BNTS, *, backend: Backend, sliding_window: int | None, context: int, dropout: Dropout | None):
+    if backend == "fused" and inside is None and context == 1:
+        window = None if sliding_window is None else (sliding_window - 1, 0)
+        return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, local_window_size=window, implementation="cudnn")
+    T, first = q_BTNH.shape[1], 0
     if context > 1:
         first = jax.lax.axis_index("context") * T
-        gather = partial(jax.lax.all_gather, axis_name="context", axis=1, tiled=True)
-        k_BTKH, v_BTKH = gather(k_BTKH), gather(v_BTKH)
-        key_segments = None if segment_ids_BT is None else gather(segment_ids_BT)
-    elif segment_ids_BT is None and backend == "cudnn":
-        window = None if sliding_window is None else (sliding_window - 1, 0)
-        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=window, implementation="cudnn")
-    mask = attention_mask(first + jnp.arange(T), jnp.arange(k_BTKH.shape[1]), segment_ids_BT, key_segments, sliding_window)
+        k_BSKH, v_BSKH = (jax.lax.all_gather(x, axis_name="context", axis=1, tiled=True) for x in (k_BSKH, v_BSKH))
+    queries_T, keys_S = first + jnp.arange(T), jnp.arange(k_BSKH.shape[1])
+    if backend == "fused":
+        return _inside_documents(q_BTNH, k_BSKH, v_BSKH, inside, queries_T, keys_S, sliding_window)
+    mask = attention_mask(queries_T, keys_S, None if inside is None else inside.first_BT, sliding_window)
     if dropout is None:
-        return attend(q_BTNH, k_BTKH, v_BTKH, mask, backend)
+        return attend(q_BTNH, k_BSKH, v_BSKH, mask)
     B, N, T, S = kept_BNTS.shape
-    K = k_BTKH.shape[2]
-    return attend(q_BTNH, k_BTKH, v_BTKH, mask, backend, partial(dropout.apply, kept=kept_BNTS.reshape(B, K, N // K, T, S)))
+    K = k_BSKH.shape[2]
+    return attend(q_BTNH, k_BSKH, v_BSKH, mask, partial(dropout.apply, kept=kept_BNTS.reshape(B, K, N // K, T, S)))
+
+
+def _inside_documents(q_BTNH, k_BSKH, v_BSKH, inside, queries_T, keys_S, sliding_window: int | None):
+    from consyn_jax.model.document_attention import document_attention  # takes half a second to import, and only GPUs use it
+
+    B = q_BTNH.shape[0]
+    first_BT, last_BS = (0, keys_S.size - 1) if inside is None else inside
+    if sliding_window is not None:
+        first_BT, last_BS = jnp.maximum(first_BT, queries_T - sliding_window + 1), jnp.minimum(last_BS, keys_S + sliding_window - 1)
+    first_BT, last_BS = jnp.broadcast_to(first_BT, (B, queries_T.size)), jnp.broadcast_to(last_BS, (B, keys_S.size))
+    return document_attention(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BS, queries_T[0])

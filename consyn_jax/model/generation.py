@@ -49,7 +49,7 @@ def extend(model: ConsynLMHeadModel, input_ids: Int[Array, "B T"], cache: Cache)
         def attend_to_cache(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             at = (0, cache.length, 0, 0)
             written.extend((jax.lax.dynamic_update_slice(k_BSKH, k, at), jax.lax.dynamic_update_slice(v_BSKH, v, at)))
-            return attend(q, written[0], written[1], mask, "xla")
+            return attend(q, written[0], written[1], mask)
 
         return nnx.merge(graphdef, layer)(x_BTD, rope, attend_to_cache), tuple(written)
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from consyn_jax.config import ModelConfig
 from consyn_jax.distributed.mesh import constrain
-from consyn_jax.model.attention import Backend, causal_attention
+from consyn_jax.model.attention import Backend, causal_attention, documents
 from consyn_jax.model.dropout import ATTENTION, ATTENTION_BRANCH, EMBEDDING, MLP_BRANCH, Dropout, drop_out
 from consyn_jax.model.linear import linear
 
@@ -85,13 +85,6 @@ def _rows_backward(dtype: Any, kept: Any, dx: jax.Array) -> tuple[jax.Array, Non
 
 
 rows.defvjp(lambda table, ids, dtype: (rows(table, ids, dtype), (ids, jax.ShapeDtypeStruct(table.shape, jnp.float32))), _rows_backward)
-
-
-def segment_positions(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Position of each token inside its document: counting starts again wherever the segment id changes."""
-    index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
-    starts = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)))
-    return index_T - jax.lax.cummax(jnp.where(starts, index_T, 0), axis=1)
 
 
 def rope_table(positions: Int[Array, "B T"], head_dim: int, theta: float) -> tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]:
@@ -164,8 +157,9 @@ class Block(nnx.Module):
 
 
 def _is_attention(primitive: Any, parameters: Any) -> bool:
-    """Whether it gives attention's output: cuDNN's kernel, with the sums that its backward pass needs, or the named output of the XLA path."""
-    return primitive.name == "dot_product_attention_fwd_wrapper" or (primitive.name == "name" and parameters["name"] == "xla attention")
+    """Whether it gives attention's output, of a kernel with the sums that its backward pass needs: cuDNN's call, or what has a name."""
+    named = primitive.name == "name" and parameters["name"] in ("xla attention", "document attention")
+    return named or primitive.name == "dot_product_attention_fwd_wrapper"
 
 
 def _keep_products(primitive: Any, *shapes: Any, **parameters: Any) -> bool:
@@ -233,12 +227,13 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
         """`hidden`, and what `look` makes of the activations [B, T, D] on the way: of "embedding", and of `BLOCK_PARTS` stacked over the layers."""
         B, T = input_ids.shape
-        positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if segment_ids is None else segment_positions(segment_ids)
+        inside = None if segment_ids is None else documents(segment_ids)
+        positions = jnp.broadcast_to(jnp.arange(T) - (0 if inside is None else inside.first_BT), (B, T))
         rope = rope_table(positions, self.config.head_dim, self.config.rope_theta)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, dropout: Dropout | None) -> jax.Array:
             window = self.config.sliding_window
-            out = causal_attention(q, k, v, segment_ids, backend=compute.attention, sliding_window=window, dropout=dropout)
+            out = causal_attention(q, k, v, inside, backend=compute.attention, sliding_window=window, dropout=dropout)
             return checkpoint_name(out, f"{compute.attention} attention")
 
         graphdef, stacked = nnx.split(self.layers)

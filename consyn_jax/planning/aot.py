@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from consyn_jax.config import ModelConfig, RunConfig, UserError, flat, resolve
-from consyn_jax.planning.compiled import Collective, array_shapes, collectives, instructions, kernels
+from consyn_jax.planning.compiled import BYTES, Collective, array_shapes, collectives, instructions, kernels
 from consyn_jax.planning.topology import Topology, parse_topology
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class CompiledProgram:
         temporary_bytes: everything else that is alive at once: activations, gradients, gathered weights.
         state_bytes: of the whole training state, over all GPUs: what a checkpoint holds.
         attention: the kernel that was chosen, and why.
-        kernels: custom-call target -> executions a step.
-        float32_shapes: dimensions of every float32 array in the program, as one GPU has them.
+        kernels: name -> executions a step, of those that are not XLA's own.
+        shapes: dtype -> dimensions of every such array that the program names, fused or not, as one GPU has them.
     """
 
     devices: int
@@ -58,7 +58,7 @@ class CompiledProgram:
     attention: str
     kernels: dict[str, int]
     collectives: tuple[Collective, ...]
-    float32_shapes: tuple[tuple[int, ...], ...]
+    shapes: dict[str, tuple[tuple[int, ...], ...]]
 
     @property
     def total_bytes(self) -> int:
@@ -104,8 +104,8 @@ def compile_train_step(model: ModelConfig, run: RunConfig, topology: str) -> Com
     if "mistake" in answer:
         raise UserError(answer["mistake"])
     exchanged = tuple(Collective(**c | {"axes": tuple(c["axes"])}) for c in answer.pop("collectives"))
-    shapes = tuple(tuple(shape) for shape in answer.pop("float32_shapes"))
-    return CompiledProgram(**answer, collectives=exchanged, float32_shapes=shapes)
+    shapes = {dtype: tuple(map(tuple, found)) for dtype, found in answer.pop("shapes").items()}
+    return CompiledProgram(**answer, collectives=exchanged, shapes=shapes)
 
 
 def _child() -> None:
@@ -149,7 +149,7 @@ def summary(built: Built, compiled: Any) -> CompiledProgram:
         attention=f"{built.attention.backend}: {built.attention.reason}",
         kernels=kernels(program),
         collectives=tuple(collectives(program, built.mesh.sizes)),
-        float32_shapes=tuple(sorted(array_shapes(program, "f32"))),
+        shapes={dtype: tuple(sorted(array_shapes(program, dtype))) for dtype in BYTES},
     )
 
 

@@ -76,12 +76,13 @@ def instructions(program: str) -> list[Instruction]:
 
 
 def kernels(program: list[Instruction]) -> dict[str, int]:
-    """Library kernels and hand-written ones by custom-call target, with how often each runs."""
+    """Library kernels by custom-call target and those written in Triton by their own name, with how often each runs."""
     found: collections.Counter[str] = collections.Counter()
     for instruction in program:
         target = re.search(r'custom_call_target="([^"]+)"', instruction.rest)
         if target is not None:
-            found[target[1]] += instruction.times
+            own = re.search(r', name = "([^"]+)"', instruction.rest) if "triton" in target[1] else None
+            found[(own or target)[1]] += instruction.times
     return dict(found)
 
 

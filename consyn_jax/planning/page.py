@@ -55,10 +55,8 @@ def _what(plan: Plan) -> Iterator[str]:
     accumulated = f", {budget.gradient_accumulation_steps} micro-batches" if budget.gradient_accumulation_steps > 1 else ""
     yield f"step       {work.tokens:,} tokens: {budget.batch_size} sequences of {work.length:,}{accumulated}; recomputed: {work.remat}"
     if plan.compiled is not None:
-        called = {name: count for name, count in plan.compiled.kernels.items() if "fmha" in name}
-        backward = sum(count for name, count in called.items() if name.endswith("Backward"))
-        calls = f"; {sum(called.values()) - backward} calls forward and {backward} backward in a step" if called else ""
-        yield f"attention  {plan.compiled.attention}{calls}"
+        calls = ", ".join(f"{count} {name}" for name, count in plan.compiled.kernels.items() if "attention" in name or "fmha" in name)
+        yield f"attention  {plan.compiled.attention}{'; a step runs ' + calls if calls else ''}"
 
 
 def _memory(plan: Plan) -> Iterator[str]:

@@ -131,7 +131,18 @@ def _local(x, head, labels, mask, *, mesh_shape, vocab_size, extras, chunk_eleme
     first_row = jax.lax.axis_index(vocab_axes) * weight.shape[0] if vocab_axes else 0
     rows = first_row + jnp.arange(weight.shape[0])
     padded = weight.shape[0] * mesh_shape["tensor"] != vocab_size
-    chunk = partial(_chunk, rows=rows, vocab_size=vocab_size, padded=padded, extras=extras, vocab_axes=vocab_axes, with_gradients=with_gradients)
+    # float16 would lose the smallest gradients to come; the scale of the loss meets them only in the backward pass
+    dx_dtype = jnp.float32 if x.dtype == jnp.float16 else x.dtype
+    chunk = partial(
+        _chunk,
+        rows=rows,
+        vocab_size=vocab_size,
+        padded=padded,
+        extras=extras,
+        vocab_axes=vocab_axes,
+        dx_dtype=jnp.float32 if vocab_axes else dx_dtype,  # rounded after it is summed
+        with_gradients=with_gradients,
+    )
     B, T, D = x.shape
     sums, dx, dhead = _over_chunks(chunk, weight, x.reshape(B * T, D), labels.reshape(B * T), mask.reshape(B * T), chunk_elements)
     if token_axes:
@@ -145,8 +156,7 @@ def _local(x, head, labels, mask, *, mesh_shape, vocab_size, extras, chunk_eleme
         dhead = jax.lax.psum_scatter(dhead, embed_axes, scatter_dimension=1, tiled=True)
     if rest:
         dhead = jax.lax.psum(dhead, rest)
-    # float16 would lose the smallest to come; the scale of the loss meets them only in the backward pass
-    return sums, dx.reshape(B, T, D).astype(jnp.float32 if x.dtype == jnp.float16 else x.dtype), dhead
+    return sums, dx.reshape(B, T, D).astype(dx_dtype), dhead
 
 
 def _over_chunks(chunk, weight_VD, x_nD, labels_n, mask_n, chunk_elements):
@@ -173,7 +183,7 @@ def _over_chunks(chunk, weight_VD, x_nD, labels_n, mask_n, chunk_elements):
     return sums, None if dx is None else dx.reshape(num_chunks * length, D)[:n], dhead
 
 
-def _chunk(weight_VD, x_nD, labels_n, mask_n, *, rows, vocab_size, padded, extras, vocab_axes, with_gradients):
+def _chunk(weight_VD, x_nD, labels_n, mask_n, *, rows, vocab_size, padded, extras, vocab_axes, dx_dtype, with_gradients):
     """Sums of one chunk (the loss, and what the extras add to it), and the gradients of what is minimised in x and the head."""
     logits_nV = jnp.einsum("nD,VD->nV", x_nD, weight_VD, preferred_element_type=jnp.float32)
     if padded:  # the embedding has rows that are no tokens
@@ -203,7 +213,8 @@ def _chunk(weight_VD, x_nD, labels_n, mask_n, *, rows, vocab_size, padded, extra
         target_nV = (1 - extras.label_smoothing) * is_label_nV + extras.label_smoothing / vocab_size * real_V
     if not with_gradients:
         return (sums, penalty), None, None
-    return (sums, penalty), *_products((share_nV - target_nV) * mask_n[:, None], x_nD, weight_VD)
+    dx_nD, dhead_VD = _products((share_nV - target_nV) * mask_n[:, None], x_nD, weight_VD)
+    return (sums, penalty), dx_nD.astype(dx_dtype), dhead_VD
 
 
 def _products(dlogits_nV, x_nD, weight_VD):

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from consyn_jax.distributed.mesh import AXES, build_mesh
-from consyn_jax.model.attention import Backend, attend, attention_mask, causal_attention, choose_attention
+from consyn_jax.model.attention import Backend, attend, causal_attention, choose_attention, documents
 
 T = 16
 SEGMENTS = np.array([[1] * 5 + [2] * 1 + [3] * 10, [1] * 9 + [2] * 4 + [0] * 3], np.int32)
@@ -40,19 +42,20 @@ def use_xla_for_cudnn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]
 @pytest.mark.parametrize("context", [1, 2, 4])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("backend", ["xla", "cudnn"])
+@pytest.mark.parametrize("backend", ["xla", "fused"])
+@pytest.mark.usefixtures("interpreted")
 def test_what_each_backend_is_allowed_to_see(backend: Backend, packed: bool, window: int | None, context: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal scores and one-hot values: the output at (t, s) is 1 / (number of visible keys) where s is visible to t, else 0."""
     calls = use_xla_for_cudnn(monkeypatch)
     q, k = jnp.zeros((2, T, 4, T)), jnp.zeros((2, T, 2, T))
     v = jnp.broadcast_to(jnp.eye(T)[None, :, None, :], (2, T, 2, T))
-    segments = jnp.asarray(SEGMENTS) if packed else None
+    inside = documents(jnp.asarray(SEGMENTS)) if packed else None
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return causal_attention(q, k, v, segments, backend=backend, sliding_window=window)
+        return causal_attention(q, k, v, inside, backend=backend, sliding_window=window)
 
     if context == 1:
-        out = run(q, k, v)
+        out = jax.jit(run)(q, k, v)
     else:
         mesh = build_mesh(dict.fromkeys(AXES, 1) | {"context": context, "tensor": 2}, jax.devices()[: 2 * context])
         with jax.set_mesh(mesh):
@@ -61,32 +64,35 @@ def test_what_each_backend_is_allowed_to_see(backend: Backend, packed: bool, win
     for head in range(4):
         np.testing.assert_array_equal(out[:, :, head] > 0, expected)
     np.testing.assert_allclose(out[:, :, 0], expected / expected.sum(-1, keepdims=True), rtol=1e-6)
-    assert len(calls) == (1 if backend == "cudnn" else 0)
+    assert len(calls) == (1 if backend == "fused" and not packed and context == 1 else 0)
 
 
 @pytest.mark.parametrize(("window", "asked"), [(None, None), (4, (3, 0))])
 def test_whole_documents_take_cudnns_causal_kernel(window: int | None, asked: object, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = use_xla_for_cudnn(monkeypatch)
     q, k = jnp.ones((1, T, 4, 8)), jnp.ones((1, T, 2, 8))
-    causal_attention(q, k, k, None, backend="cudnn", sliding_window=window)
+    causal_attention(q, k, k, None, backend="fused", sliding_window=window)
     assert calls == [{"is_causal": True, "local_window_size": asked, "implementation": "cudnn"}]
 
 
-def test_packed_documents_hand_cudnn_the_same_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = use_xla_for_cudnn(monkeypatch)
-    q, k, segments = jnp.ones((2, T, 4, 8)), jnp.ones((2, T, 2, 8)), jnp.asarray(SEGMENTS)
-    causal_attention(q, k, k, segments, backend="cudnn")
-    (asked,) = calls
-    assert asked["implementation"] == "cudnn"
-    np.testing.assert_array_equal(asked["mask"], attention_mask(jnp.arange(T), jnp.arange(T), segments, segments))
-    np.testing.assert_array_equal(asked["mask"], visible(SEGMENTS, None)[:, None])
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=12))
+def test_documents_begin_and_end_where_the_id_changes(runs: list[tuple[int, int]]) -> None:
+    segments = np.concatenate([np.full(n, segment) for segment, n in runs])
+    segments = np.pad(segments, (0, 12 * 9 - len(segments)), constant_values=9).astype(np.int32)  # one shape, compiled once
+    changes = np.flatnonzero(np.diff(segments))
+    first, last = np.array([0, *(changes + 1)]), np.array([*changes, len(segments) - 1])
+    which = np.searchsorted(last, np.arange(len(segments)))
+    found = documents(jnp.asarray(segments)[None])
+    np.testing.assert_array_equal(found.first_BT[0], first[which])
+    np.testing.assert_array_equal(found.last_BT[0], last[which])
 
 
 def test_grouped_attention_is_torchs() -> None:
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(2, T, heads, 8)).astype(np.float32) for heads in (6, 2, 2))
     mask = visible(SEGMENTS, 4)[:, None]
-    ours = attend(*map(jnp.asarray, (q, k, v, mask)), "xla")
+    ours = attend(*map(jnp.asarray, (q, k, v, mask)))
     heads_first = [torch.tensor(a).transpose(1, 2) for a in (q, k, v)]
     theirs = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=torch.tensor(mask), enable_gqa=True)
     np.testing.assert_allclose(ours, theirs.transpose(1, 2), atol=1e-6)
@@ -105,8 +111,8 @@ def test_scores_are_scaled_by_the_root_of_the_head() -> None:
     [
         ("cpu", jnp.bfloat16, 64, "", "xla", "the cpu has no fused kernel"),
         ("tpu", jnp.bfloat16, 64, "", "xla", "the tpu has no fused kernel"),
-        ("gpu", jnp.bfloat16, 64, "9.0", "cudnn", "fused kernel"),
-        ("cuda", jnp.float16, 128, "8.0", "cudnn", "fused kernel"),
+        ("gpu", jnp.bfloat16, 64, "9.0", "fused", "cuDNN's where it is one"),
+        ("cuda", jnp.float16, 128, "8.0", "fused", "where a row holds documents"),
         ("gpu", jnp.float32, 64, "9.0", "xla", "needs bf16 or fp16, and the run computes in float32"),
         ("gpu", jnp.bfloat16, 64, "7.5", "xla", "needs compute capability 8.0, and this GPU has 7.5"),
         ("gpu", jnp.bfloat16, 256, "9.0", "xla", "up to 128 wide in multiples of 8, not 256"),

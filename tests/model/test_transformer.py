@@ -3,15 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jaxtyping import Array, Float
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from consyn_jax.config import ModelConfig
 from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.model.parameters import Params, layout
-from consyn_jax.model.transformer import Compute, apply_rope, rms_norm, rope_table, segment_positions
+from consyn_jax.model.transformer import Compute, apply_rope, rms_norm, rope_table
 
 T = 16
 CONFIG = ModelConfig(vocab_size=64, hidden_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, context=64, tie_embeddings=False)
@@ -82,17 +80,6 @@ def test_bf16_is_close_to_float32(params: Params) -> None:
     rough = logits(CONFIG, params, ids, None, Compute(jnp.bfloat16))
     assert rough.dtype == jnp.float32
     assert 0 < np.linalg.norm(rough - exact) < 0.03 * np.linalg.norm(exact)
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=12))
-def test_positions_count_within_each_document(runs: list[tuple[int, int]]) -> None:
-    segments = np.concatenate([np.full(n, segment) for segment, n in runs])
-    segments = np.pad(segments, (0, 12 * 9 - len(segments)), constant_values=9).astype(np.int32)  # one shape, compiled once
-    expected = np.zeros(len(segments), int)
-    for i in range(1, len(segments)):
-        expected[i] = expected[i - 1] + 1 if segments[i] == segments[i - 1] else 0
-    np.testing.assert_array_equal(segment_positions(jnp.asarray(segments)[None])[0], expected)
 
 
 def test_rms_norm_is_torchs() -> None:
