@@ -1,0 +1,163 @@
+"""How fast is each attention, forward and backward, and what do documents cost? Layers of the presets in bfloat16.
+
+    python benchmarks/attention.py --out benchmarks/results/NAME.json
+    python benchmarks/attention.py --tiles              also other tiles for the kernel, to set its table by
+
+On an NVIDIA GPU: cuDNN's causal kernel on whole rows, which is what documents are measured against; cuDNN with the documents as a mask; this
+package's kernel on whole rows and on documents; XLA's operations on documents. Elsewhere XLA's alone. Each is first checked in one row and
+one group of heads against the reference in float32. TFLOP/s count the pairs of tokens that see each other, and no others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from harness import alternate, parser, repeated, report
+
+from consyn_jax.model.attention import Documents, attend, attention_mask, causal_attention, documents
+
+MEAN_LENGTH = 512  # of a document, in tokens
+BOUND = 0.01  # relative error in bfloat16
+PASSES = 3.5  # a forward pass is two products, a backward pass five
+
+
+class Layer(NamedTuple):
+    """Sizes of one attention."""
+
+    B: int
+    T: int
+    N: int
+    K: int
+    H: int
+
+
+LAYERS = {"verse": Layer(16, 2048, 12, 12, 64), "stanza": Layer(4, 4096, 16, 8, 128), "epic": Layer(2, 4096, 40, 8, 128)}
+SMALL = {"small": Layer(2, 256, 4, 2, 32)}
+Attention = Callable[[Any, Any, Any, Documents], jax.Array]
+
+
+def contestants(other_tiles: bool) -> Iterator[tuple[str, bool, Attention]]:
+    """What runs on this device: name, whether rows hold documents, and attention of q, k, v and the documents."""
+    xla = partial(causal_attention, backend="xla")
+    if jax.default_backend() != "gpu":
+        yield "XLA", False, lambda q, k, v, inside: xla(q, k, v, None)
+        yield "XLA", True, xla
+        return
+    fused = partial(causal_attention, backend="fused")
+    yield "cuDNN, causal", False, lambda q, k, v, inside: fused(q, k, v, None)
+    yield "cuDNN, mask", True, masked_cudnn
+    yield "kernel", False, fused
+    yield "kernel", True, fused
+    yield "XLA", True, xla
+    for name, attention in with_tiles() if other_tiles else ():
+        yield name, False, attention
+        yield name, True, attention
+
+
+def masked_cudnn(q: Any, k: Any, v: Any, inside: Documents) -> jax.Array:
+    """Documents as an array of all pairs of tokens."""
+    positions = jnp.arange(q.shape[1])
+    return jax.nn.dot_product_attention(q, k, v, mask=attention_mask(positions, positions, inside.first_BT), implementation="cudnn")
+
+
+def with_tiles() -> Iterator[tuple[str, Attention]]:
+    """The kernel with one tile of its table changed: which of its three kernels, and to what."""
+    from consyn_jax.model.document_attention import TILES, Tile, document_attention
+
+    def attention(q: Any, k: Any, v: Any, inside: Documents, which: str, tile: Tile) -> jax.Array:
+        tiles = dataclasses.replace(TILES[64 if q.shape[3] <= 64 else 128], **{which: tile})
+        return document_attention(q, k, v, *inside, tiles=tiles)
+
+    for which in ("forward", "queries", "keys"):
+        for own, step, warps, stages in ((64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3)):
+            tile = Tile(own, step, warps, stages)
+            yield f"kernel, {which} {own} x {step}, {warps} warps, {stages} stages", partial(attention, which=which, tile=tile)
+
+
+def packed(layer: Layer) -> np.ndarray:
+    """Segment ids of rows that are cut out of documents one after the other, as packing does."""
+    rng, tokens = np.random.default_rng(0), layer.B * layer.T
+    lengths = rng.geometric(1 / min(MEAN_LENGTH, layer.T // 4), tokens)
+    return np.repeat(np.arange(tokens), lengths)[:tokens].reshape(layer.B, layer.T).astype(np.int32)
+
+
+def pairs(segments: np.ndarray) -> float:
+    """Pairs of tokens that see each other."""
+    lengths = np.concatenate([np.unique(row, return_counts=True)[1] for row in segments]).astype(float)
+    return float((lengths * (lengths + 1) / 2).sum())
+
+
+def both_ways(attention: Attention, q: Any, k: Any, v: Any, dout: Any, inside: Documents) -> tuple[jax.Array, ...]:
+    """Output and gradients."""
+    out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, inside), q, k, v)
+    return (out, *pull(dout))
+
+
+def distance(attention: Attention, given: tuple[jax.Array, ...], inside: Documents, group: int) -> float:
+    """Largest relative error of output and gradients in one row and one group of heads."""
+    q, k, v, dout = (x[:1, :, :heads] for x, heads in zip(given, (group, 1, 1, group), strict=True))
+    row = Documents(*(a[:1] for a in inside))
+    positions = jnp.arange(q.shape[1])
+
+    def exact(q: Any, k: Any, v: Any, inside: Documents) -> jax.Array:
+        return attend(q, k, v, attention_mask(positions, positions, inside.first_BT))
+
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(partial(both_ways, exact))(*(x.astype(jnp.float32) for x in (q, k, v, dout)), row)
+    found = jax.jit(partial(both_ways, attention))(q, k, v, dout, row)
+    return max(float(jnp.linalg.norm(f.astype(jnp.float32) - e) / jnp.linalg.norm(e)) for f, e in zip(found, expected, strict=True))
+
+
+def measure(tiny: bool = False, other_tiles: bool = False) -> dict[str, Any]:
+    """Milliseconds of forward and backward pass together, temporaries and errors.
+
+    Args:
+        other_tiles: also those that `with_tiles` lists.
+    """
+    rows, absent = [], {}
+    layers = SMALL if tiny or jax.default_backend() != "gpu" else LAYERS
+    for preset, layer in layers.items():
+        keys = jax.random.split(jax.random.key(0), 4)
+        shapes = [(layer.B, layer.T, heads, layer.H) for heads in (layer.N, layer.K, layer.K, layer.N)]
+        given = tuple(jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
+        segments = {False: np.zeros((layer.B, layer.T), np.int32), True: packed(layer)}
+        inside = {docs: documents(jnp.asarray(ids)) for docs, ids in segments.items()}
+        turns, about = {}, {}
+        for name, docs, attention in contestants(other_tiles):
+            label = f"{name}, {'documents' if docs else 'whole rows'}"
+            try:
+                error = distance(attention, given, inside[docs], layer.N // layer.K)
+                step = jax.jit(partial(both_ways, attention)).lower(*given, inside[docs]).compile()
+            except jax.errors.JaxRuntimeError as failed:  # tiles that do not fit this GPU
+                absent[f"{preset}, {label}"] = str(failed).splitlines()[0][:200]
+                continue
+            turns[label] = repeated(partial(step, *given, inside[docs]), 3 if tiny else 20)
+            about[label] = error, step.memory_analysis().temp_size_in_bytes, pairs(segments[docs])
+        seconds = alternate(turns, 3 if tiny else 7)
+        calls = 3 if tiny else 20
+        medians = {label: float(np.median(times)) / calls for label, times in seconds.items()}
+        base = medians[next(iter(medians))]
+        for label, median in medians.items():
+            error, temporary, seen = about[label]
+            flops = PASSES * 4 * seen * layer.N * layer.H
+            row = {"layer": preset, "attention": label, "ms": 1e3 * median, "against the first": median / base, "TFLOP/s": flops / median / 1e12}
+            rows.append({**row, "temporary MB": temporary / 1e6, "error": error, "right": error <= BOUND})
+    return {"rows": rows, "not_here": absent, "layers": {name: layer._asdict() for name, layer in layers.items()}, "mean_document": MEAN_LENGTH}
+
+
+def main() -> None:
+    """Run, print the table, write JSON."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--tiles", action="store_true", help="also other tiles for the kernel")
+    given = arguments.parse_args()
+    report(measure(given.tiny, given.tiles), given.out)
+
+
+if __name__ == "__main__":
+    main()
