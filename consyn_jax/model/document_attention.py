@@ -74,6 +74,7 @@ def document_attention(
     # What is added changes nothing: keys behind all real queries, queries whose gradient is zero, zeros in every sum over a head.
     q, k, v = _padded(q_BTNH, queries, width), _padded(k_BSKH, keys, width), _padded(v_BSKH, keys, width)
     first_key, last_query = (jnp.pad(a, ((0, 0), (0, -a.shape[1] % size)), mode="edge") for a, size in ((first_key_BT, queries), (last_query_BS, keys)))
+    assert max(q.size, k.size) < 2**31, "kernels count elements in 32 bits"
     offset = jnp.asarray(first_position, jnp.int32).reshape(1)
     return _attention(q, k, v, first_key, last_query, offset, H**-0.5, tiles)[:, :T, :, :H]
 
@@ -110,7 +111,7 @@ def _backward(scale: float, tiles: Tiles, kept: Any, dout: jax.Array) -> Any:
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     group, scales = N // K, {"scale": scale * math.log2(math.e), "outer_scale": scale}
-    correction_BNT = jnp.einsum("BTNH,BTNH->BNT", out, dout, preferred_element_type=jnp.float32)
+    correction_BNT = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).transpose(0, 2, 1)
 
     tile = tiles.queries
     head = pl.BlockSpec((None, tile.own, None, H), lambda i, n, b: (b, i, n, 0))

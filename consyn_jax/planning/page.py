@@ -56,7 +56,9 @@ def _what(plan: Plan) -> Iterator[str]:
     yield f"step       {work.tokens:,} tokens: {budget.batch_size} sequences of {work.length:,}{accumulated}; recomputed: {work.remat}"
     if plan.compiled is not None:
         calls = ", ".join(f"{count} {name}" for name, count in plan.compiled.kernels.items() if "attention" in name or "fmha" in name)
-        yield f"attention  {plan.compiled.attention}{'; a step runs ' + calls if calls else ''}"
+        yield f"attention  {plan.compiled.attention}"
+        if calls:
+            yield f"           a step runs {calls}"
 
 
 def _memory(plan: Plan) -> Iterator[str]:
@@ -117,7 +119,7 @@ def _assumptions(gpu: Gpu, in_float32: bool) -> Iterator[str]:
     yield "bfloat16, and attention in a fused kernel" + ("; THIS RUN is in float32, and several times slower" if in_float32 else "")
     yield f"products {gpu.matmul_flops / 1e12:.0f} TFLOP/s or {gpu.memory_bandwidth * roofline.MEMORY_EFFICIENCY / 1e12:.2f} TB/s, whichever is slower"
     attention = ", ".join(f"{share:.0%} of peak for heads of {width}" for width, share in roofline.ATTENTION_EFFICIENCY.items())
-    yield f"attention {attention}; the whole square of a sequence, for documents are masked"
+    yield f"attention {attention}; {roofline.DOCUMENT_SHARE:.0%} of that inside documents, which are taken to be as long as a sequence"
     link, ports = gpu.link_bandwidth * roofline.LINK_EFFICIENCY / 1e9, gpu.network_bandwidth * roofline.LINK_EFFICIENCY / 1e9
     yield f"links {link:.0f} GB/s inside a host, {ports:.3g} GB/s a GPU between hosts"
     yield f"weights and gradients hide behind {roofline.OVERLAP:.0%} of the kernels, and slow them by {roofline.CONTENTION:.0%} of their own time"

@@ -27,6 +27,8 @@ LINK_EFFICIENCY = 0.8
 # Of `bf16_flops`, what fused causal attention reaches, forward and backward together, by width of a head (FlashAttention-3 on H100,
 # sequences of 2k to 8k, backward taking 5 of 7 products: about 0.45 for heads of 128, 0.33 for heads of 64).
 ATTENTION_EFFICIENCY = {64: 0.33, 128: 0.45}
+# Of that, what the kernel for documents (model/document_attention.py) is taken to reach: Triton's against the best for Hopper. Judged, NOT MEASURED.
+DOCUMENT_SHARE = 0.65
 # Seconds that one hop of a ring adds to an exchange (NCCL, src/graph/tuning.cc: ring, protocol Simple): inside a host, to another.
 HOP_SECONDS = (3.4e-6, 14e-6)
 # Share of the kernels' time behind which exchanges of weights and gradients can hide; those of activations hide behind nothing.
@@ -58,7 +60,7 @@ class Workload:
         remat: what the backward pass recomputes, a name of `--gradient_checkpointing`.
         moment_bytes: of all moments of a parameter together.
         host_moments: the moments lie in the host's memory, and travel to the GPU and back in each step.
-        masked: attention is inside documents, for which cuDNN's kernel computes the whole square of each sequence.
+        masked: attention is inside documents, by a kernel of its own; they are taken to be as long as the sequence.
     """
 
     model: ModelConfig
@@ -142,7 +144,7 @@ def estimate_step(work: Workload, topology: Topology, exchanged: Iterable[Collec
     memory_passes = 3.0 if work.remat == "none" else 4.0
     attention_passes = 4.5 if work.remat == "full" else 3.5  # backward: 5 products to forward's 2
     products = work.accumulation * (passes * layers * kernels(_block(work)) + 3 * kernels(_head(work)))
-    efficiency = ATTENTION_EFFICIENCY[128 if work.model.head_dim >= 96 else 64]
+    efficiency = ATTENTION_EFFICIENCY[128 if work.model.head_dim >= 96 else 64] * (DOCUMENT_SHARE if work.masked else 1)
     attention = work.accumulation * attention_passes * layers * _attention_flops(work) / (gpu.bf16_flops * efficiency)
     memory = work.accumulation * (memory_passes * layers * _elementwise_bytes(work) + _head_bytes(work)) / bandwidth
     network = _network(work, topology) if exchanged is None else network_of(exchanged, work.sizes, topology)
@@ -178,8 +180,7 @@ def _attention_flops(work: Workload) -> Number:
     """Of one block's forward pass on one GPU: two products over what the kernel computes of each sequence's square."""
     c = work.model
     window = work.length if c.sliding_window is None else min(work.length, c.sliding_window)
-    # unmasked: half of the square, or of a window all but its beginning
-    seen = work.length if work.masked else window - window * window / (2 * work.length)
+    seen = window - window * window / (2 * work.length)  # half of the square, or of a window all but its beginning
     return 4 * work.local_tokens * seen * c.num_heads * c.head_dim / work.sizes["tensor"]
 
 

@@ -61,8 +61,8 @@ def head_loss(
 ) -> LossSums:
     """Cross-entropy of `x @ head.T` over the first `vocab_size` rows of the head, differentiable in its `nll`.
 
-    The products run in the dtype of `x`, sums and the softmax in float32. Memory beyond the result: about 2.5 x 4 x
-    `chunk_elements` bytes a device, and one float32 head for its gradient.
+    The products run in the dtype of `x`, sums and the softmax in float32. Memory beyond the results, a device in bfloat16: the head
+    once more, and 6 bytes for each of `chunk_elements` (tests/planning). The head's gradient is float32, and there from here on.
     """
     nll, sums = head_objective(x_BTD, head_VD, labels_BT, mask_BT, vocab_size, Extras(), chunk_elements)
     return sums._replace(nll=nll)
