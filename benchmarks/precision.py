@@ -1,4 +1,4 @@
-"""Does a narrow type cost anything? float32, bfloat16 and float16 on tiny Shakespeare, three seeds.
+"""Does a narrow type cost anything? float32, bfloat16, float16 and fp8 on tiny Shakespeare, three seeds.
 
 Each trains configs/shakespeare-bytes.yaml for 1,000 steps from the same weights on the same batches, and is judged on the whole
 validation part. A fourth contestant is float16 whose scale begins 2^16 times too high: it must recover. Where the device has no
@@ -9,11 +9,6 @@ arithmetic of a type it is simulated: rounded to the type after each operation, 
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import harness
 from consyn_jax.config import architecture, resolve
 from consyn_jax.model.parameters import initial_parameters
 from consyn_jax.tokenization import BPETokenizer
@@ -30,7 +26,13 @@ from consyn_jax.training.run_directory import read_config_file
 from consyn_jax.training.trainer import ConsynTrainer, ModelSource
 
 RECIPE = Path(__file__).parents[1] / "configs" / "shakespeare-bytes.yaml"
-CONTESTANTS = {"float32": ("no", None), "bfloat16": ("bf16", None), "float16": ("fp16", None), "float16, overflowing": ("fp16", 2.0**32)}
+CONTESTANTS = {
+    "float32": ("no", None),
+    "bfloat16": ("bf16", None),
+    "fp8": ("fp8", None),
+    "float16": ("fp16", None),
+    "float16, overflowing": ("fp16", 2.0**32),
+}
 
 
 def train(data: Path, precision: str, first_scale: float | None, seed: int, steps: int) -> dict[str, float]:
@@ -58,33 +60,29 @@ def train(data: Path, precision: str, first_scale: float | None, seed: int, step
     return {"eval_loss": trainer.evaluation(program)(state.params)["eval/loss"], "train_s": seconds, **found}
 
 
+def measure(data: Path, contestants: list[str], seeds: list[int], steps: int) -> dict[str, Any]:
+    """One row for each contestant and seed, with its distance to the first contestant on that seed."""
+    rows: list[dict[str, Any]] = []
+    for seed in seeds:
+        first: dict[str, float] = {}
+        for name in contestants:
+            found = train(data, *CONTESTANTS[name], seed, steps)
+            first = first or found
+            rows.append({"seed": seed, "type": name, **found, f"against {contestants[0]}": found["eval_loss"] / first["eval_loss"] - 1})
+            print(rows[-1], flush=True)
+    return {"steps": steps, "rows": rows}
+
+
 def main() -> None:
     """Run, print the table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="tiny Shakespeare, input.txt")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.add_argument("--types", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="the first is what the others are held against")
     arguments = parser.parse_args()
-    results: dict[str, dict[int, dict[str, float]]] = {name: {} for name in CONTESTANTS}
-    for seed in arguments.seeds:
-        for name, (precision, first_scale) in CONTESTANTS.items():
-            result = train(arguments.data, precision, first_scale, seed, arguments.steps)
-            result["against_float32"] = result["eval_loss"] / results["float32"].get(seed, result)["eval_loss"] - 1
-            results[name][seed] = result
-            print(f"seed {seed}  {name:21} {result}", flush=True)
-    worst = {name: max(abs(r["against_float32"]) for r in by_seed.values()) for name, by_seed in results.items()}
-    print("largest relative difference to float32:", {name: f"{share:.2%}" for name, share in worst.items()})
-    if arguments.out:
-        machine = {
-            "machine": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "jax": jax.__version__,
-            "device": jax.devices()[0].device_kind,
-        }
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-        facts = {**machine, "commit": commit, "date": time.strftime("%Y-%m-%d"), "steps": arguments.steps}
-        arguments.out.write_text(json.dumps({**facts, "largest_difference": worst, "runs": results}, indent=1) + "\n")
+    seeds, steps = (arguments.seeds[:1], 25) if arguments.tiny else (arguments.seeds, arguments.steps)
+    harness.report(measure(arguments.data, arguments.types, seeds, steps), arguments.out)
 
 
 if __name__ == "__main__":

@@ -240,7 +240,10 @@ REMAT_POLICIES = ("none", "minimal", "attention", "full", "offload")
 @dataclass(frozen=True)
 class HardwareOptions:
     mixed_precision: str = flag(
-        "auto", "type of activations and products, over float32 weights; auto: what the device does well", choices=("auto", "no", "bf16", "fp16"), math=True
+        "auto",
+        "type of activations and products, over float32 weights; auto: what the device does well; fp8: bf16, and the products of the blocks in 8 bits",
+        choices=("auto", "no", "bf16", "fp16", "fp8"),
+        math=True,
     )
     gradient_checkpointing: str = flag(
         "none", "activations that are recomputed instead of kept; the bare flag means full", choices=REMAT_POLICIES, const="full"

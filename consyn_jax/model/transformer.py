@@ -21,6 +21,7 @@ from consyn_jax.config import ModelConfig
 from consyn_jax.distributed.mesh import constrain
 from consyn_jax.model.attention import Backend, causal_attention, documents
 from consyn_jax.model.dropout import ATTENTION, ATTENTION_BRANCH, EMBEDDING, MLP_BRANCH, Dropout, drop_out
+from consyn_jax.model.fp8 import fp8_linear
 from consyn_jax.model.linear import linear
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -36,12 +37,14 @@ class Compute:
     Attributes:
         remat: what the backward pass recomputes of a block: none: nothing; minimal: all but products and attention; attention: all but the
             attention's output; full: all; offload: as attention, and what is kept lies in the host's memory.
+        fp8: the products of the blocks multiply numbers of 8 bits (model/fp8.py).
         unroll: blocks one after the other instead of in a loop: faster on CPUs, and a program that grows with depth.
     """
 
     dtype: Any = jnp.float32
     attention: Backend = "xla"
     remat: str = "none"
+    fp8: bool = False
     unroll: bool = False
 
 
@@ -127,14 +130,13 @@ class Block(nnx.Module):
         return self.parts(x_BTD, rope, attend, dropout)[-1]
 
     def parts(
-        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, dropout: Dropout | None, recast: bool = False
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, dropout: Dropout | None, product: Product = linear
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Both branches and the output, each [B, T, D]: `BLOCK_PARTS`.
 
         Args:
-            recast: as `linear` has it.
+            product: `linear`, or what stands in for it.
         """
-        product = partial(linear, recast=recast)
         attention_BTD = self._attention(rms_norm(x_BTD, self.attention_norm[...], self.eps), rope, attend, product)
         attention_BTD = drop_out(attention_BTD, dropout, ATTENTION_BRANCH)
         x_BTD = x_BTD + attention_BTD
@@ -237,7 +239,7 @@ class Decoder(nnx.Module):
             return checkpoint_name(out, f"{compute.attention} attention")
 
         graphdef, stacked = nnx.split(self.layers)
-        recast = compute.remat == "none"
+        product = partial(fp8_linear if compute.fp8 else linear, recast=compute.remat == "none")
         numbers_L = None if dropout is None else jnp.arange(1, self.config.num_layers + 1)
 
         def body(x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, dict[str, Any]]:
@@ -245,7 +247,7 @@ class Decoder(nnx.Module):
             here = None if dropout is None else dropout.at(number)
             weights = None if here is None else here.at(ATTENTION)
             x_BTD = checkpoint_name(x_BTD, BLOCK_INPUT)
-            parts = nnx.merge(graphdef, layer).parts(x_BTD, rope, partial(attend, dropout=weights), here, recast)
+            parts = nnx.merge(graphdef, layer).parts(x_BTD, rope, partial(attend, dropout=weights), here, product)
             return parts[-1], dict(zip(BLOCK_PARTS, map(look, parts), strict=True))
 
         if compute.remat != "none":

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from consyn_jax.config import UserError
 from consyn_jax.training.loss import LossSums
 from consyn_jax.training.step import Batch, Metrics, Objective, Params, Step, TrainState, make_train_step
 
@@ -21,28 +22,39 @@ from consyn_jax.training.step import Batch, Metrics, Objective, Params, Step, Tr
 
 @dataclass(frozen=True)
 class PrecisionChoice:
-    """The type of activations and products, and why."""
+    """The type of activations and products, and why.
+
+    Attributes:
+        fp8: the products of the blocks are of 8-bit numbers (model/fp8.py).
+    """
 
     dtype: Any
     reason: str
+    fp8: bool = False
 
 
 _DTYPES = {"no": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
+_FP8_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
 
 
 def choose_precision(wanted: str, platform: str, compute_capability: str = "", device_kind: str = "") -> PrecisionChoice:
     """What `--mixed_precision` means on a device.
 
     Args:
-        wanted: "no", "bf16", "fp16", or "auto" for what the device does well.
+        wanted: "no", "bf16", "fp16", "fp8", or "auto" for what the device does well.
         platform: "cpu", "gpu", "cuda", as `jax.Device.platform` names it.
         compute_capability: "9.0" for Hopper; empty where it is not known.
         device_kind: the device's name, for the reason.
+
+    Raises:
+        UserError: fp8 on a GPU that has no such numbers.
 
     >>> choose_precision("auto", "gpu", "7.0", "Tesla V100").reason
     'float16 over float32 weights: the Tesla V100 multiplies it faster than float32, and has no bfloat16'
     """
     device = f"the {device_kind or platform}" if platform != "cpu" else "a CPU"
+    if wanted == "fp8":
+        return _fp8(device, platform, compute_capability)
     major = int(compute_capability.split(".")[0]) if compute_capability[:1].isdigit() else 8
     if platform not in ("gpu", "cuda"):
         best, reason = "no", f"{device} gains nothing from a narrower type"
@@ -56,6 +68,16 @@ def choose_precision(wanted: str, platform: str, compute_capability: str = "", d
         reason = f"asked for; {reason if best == 'no' else f'{jnp.dtype(_DTYPES[best]).name} is what {device} does well'}"
     dtype = _DTYPES[best if wanted == "auto" else wanted]
     return PrecisionChoice(dtype, f"{jnp.dtype(dtype).name}{'' if dtype == jnp.float32 else ' over float32 weights'}: {reason}")
+
+
+def _fp8(device: str, platform: str, compute_capability: str) -> PrecisionChoice:
+    products = "bfloat16 over float32 weights, the products of the blocks in 8 bits"
+    if platform == "cpu":
+        return PrecisionChoice(jnp.bfloat16, f"{products}: asked for; {device} simulates them, and gains nothing", fp8=True)
+    has = f", and {device} has {compute_capability}" if compute_capability else f", and {device} is none that is known"
+    if platform not in ("gpu", "cuda") or not compute_capability or tuple(map(int, compute_capability.split("."))) < _FP8_CAPABILITY:
+        raise UserError(f"--mixed_precision fp8 needs an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper){has}. Use --mixed_precision auto.")
+    return PrecisionChoice(jnp.bfloat16, f"{products}: asked for; {device} multiplies those at twice the rate", fp8=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- scale of the loss

@@ -220,7 +220,7 @@ def build_program(model: ModelConfig, run: RunConfig, schedule: optax.Schedule, 
     precision = choose_precision(hardware.mixed_precision, device.platform, capability, device.device_kind)
     attention = choose_attention(device.platform, precision.dtype, model.head_dim, capability, regularisation.dropout)
     unroll = device.platform == "cpu" and model.num_layers <= UNROLLED_LAYERS
-    compute = Compute(precision.dtype, attention.backend, hardware.gradient_checkpointing, unroll)
+    compute = Compute(precision.dtype, attention.backend, hardware.gradient_checkpointing, precision.fp8, unroll)
     rule = configured_optimizer(optimizer, schedule, layout(model).logical_axes)
     limit = 1 if optimizer.on_nonfinite == "halt" else optimizer.max_nonfinite_steps
     on_host = hardware.optimizer_memory == "host"
