@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from consyn_jax.config import ModelConfig, RunConfig, UserError, flat, resolve
-from consyn_jax.planning.compiled import BYTES, Collective, array_shapes, collectives, instructions, kernels
+from consyn_jax.planning.compiled import BYTES, Collective, array_shapes, collectives, instructions, kernels, product_flops, update_bytes
 from consyn_jax.planning.topology import Topology, parse_topology
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class CompiledProgram:
         state_bytes: of the whole training state, over all GPUs: what a checkpoint holds.
         attention: the kernel that was chosen, and why.
         kernels: name -> executions a step, of those that are not XLA's own.
+        product_flops: of XLA's own matrix products, "LEFT x RIGHT" types of the operands -> FLOPs a step.
+        update_bytes: what the optimizer reads and writes, gradient norm and clipping included; of moments on the device.
         shapes: dtype -> dimensions of every such array that the program names, fused or not, as one GPU has them.
     """
 
@@ -57,6 +59,8 @@ class CompiledProgram:
     num_parameters: int
     attention: str
     kernels: dict[str, int]
+    product_flops: dict[str, int]
+    update_bytes: int
     collectives: tuple[Collective, ...]
     shapes: dict[str, tuple[tuple[int, ...], ...]]
 
@@ -64,6 +68,11 @@ class CompiledProgram:
     def total_bytes(self) -> int:
         """What one GPU must hold for the step to run."""
         return self.argument_bytes + self.temporary_bytes
+
+    @property
+    def update_passes(self) -> float:
+        """Bytes that the update moves, in units of the least there could be: gradients read, the state read and written."""
+        return self.update_bytes / (3 * self.parameter_bytes + 2 * self.optimizer_bytes)
 
 
 def packages_are_there() -> bool:
@@ -148,6 +157,8 @@ def summary(built: Built, compiled: Any) -> CompiledProgram:
         num_parameters=built.program.layout.num_parameters,
         attention=f"{built.attention.backend}: {built.attention.reason}",
         kernels=kernels(program),
+        product_flops={" x ".join(types): flops for types, flops in product_flops(program).items()},
+        update_bytes=update_bytes(program, {math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params)}),
         collectives=tuple(collectives(program, built.mesh.sizes)),
         shapes={dtype: tuple(sorted(array_shapes(program, dtype))) for dtype in BYTES},
     )

@@ -8,22 +8,26 @@ from __future__ import annotations
 import collections
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
+BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?[\])}]) ([a-z][\w\-]*)\((.*)$")
-_ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(pred|bf16|f8e\w+|[suf]\d+)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _LISTED_GROUP = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _COUNTED_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}")
 _PAIR = re.compile(r"source_target_pairs=\{\{(\d+),(\d+)\}")
+_NAME = re.compile(r"%([\w.\-]+)")
+_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+_OP_NAME = re.compile(r'\bop_name="([^"]*)"')
 _COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 Array = tuple[str, tuple[int, ...]]  # dtype, dimensions on one device
@@ -36,6 +40,7 @@ class Instruction:
     Attributes:
         arrays: what it results in; of an asynchronous start, its operands before its results.
         times: how often one run of the program executes it.
+        in_entry: it stands in the program itself, and in no loop, branch or fusion.
     """
 
     name: str
@@ -43,6 +48,12 @@ class Instruction:
     arrays: tuple[Array, ...]
     rest: str
     times: int
+    in_entry: bool
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of what it is applied to."""
+        return _NAME.findall(self.rest.partition(")")[0])
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,7 @@ def instructions(program: str) -> list[Instruction]:
     bodies, entry = _computations(program)
     times = _executions(bodies, entry)
     return [
-        Instruction(name, operation, tuple(_arrays(type_text)), rest, times[computation])
+        Instruction(name, operation, tuple(_arrays(type_text)), rest, times[computation], computation == entry)
         for computation, lines in bodies.items()
         for name, type_text, operation, rest in lines
     ]
@@ -84,6 +95,45 @@ def kernels(program: list[Instruction]) -> dict[str, int]:
             own = re.search(r', name = "([^"]+)"', instruction.rest) if "triton" in target[1] else None
             found[(own or target)[1]] += instruction.times
     return dict(found)
+
+
+def product_flops(program: list[Instruction]) -> dict[tuple[str, str], int]:
+    """FLOPs of all matrix products by the types of both operands, whichever kernel of XLA's own they are in; not those of libraries."""
+    arrays = {instruction.name: instruction.arrays for instruction in program}
+    found: collections.Counter[tuple[str, str]] = collections.Counter()
+    for instruction in program:
+        contracted = _CONTRACTED.search(instruction.rest)
+        if instruction.operation == "dot" and contracted is not None:
+            (left, dimensions), (right, _) = (arrays[name][0] for name in instruction.operands[:2])
+            summed = math.prod(dimensions[int(i)] for i in contracted[1].split(",") if i)
+            found[left, right] += 2 * instruction.times * summed * math.prod(instruction.arrays[0][1])
+    return dict(found)
+
+
+_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional")
+
+
+def update_bytes(program: list[Instruction], sizes: Container[int]) -> int:
+    """Bytes that the optimizer's part of a train step reads and writes: of what stands in the program itself, and in no function that is differentiated.
+
+    What XLA leaves without the name of a function counts if it comes behind the last loop. Exchanges do not count, nor does an update that
+    is a loop itself.
+
+    Args:
+        sizes: elements of the parameters' arrays, as one device has them. What reads none of that size is not of the update.
+    """
+    arrays = {instruction.name: instruction.arrays for instruction in program}
+    entry = [instruction for instruction in program if instruction.in_entry]
+    last_loop = max((i for i, instruction in enumerate(entry) if instruction.operation == "while"), default=-1)
+    total = 0
+    for i, instruction in enumerate(entry):
+        kind, name = instruction.operation, _OP_NAME.search(instruction.rest)
+        read = [array for operand in instruction.operands for array in arrays.get(operand, ())]
+        of_update = i > last_loop if name is None else "jvp(" not in name[1]
+        exchange = kind.removesuffix("-start").removesuffix("-done") in _COLLECTIVES
+        if of_update and not exchange and kind not in _FREE and any(math.prod(dimensions) in sizes for _, dimensions in read):
+            total += sum(BYTES[dtype] * math.prod(dimensions) for dtype, dimensions in (*read, *instruction.arrays))
+    return total
 
 
 def collectives(program: list[Instruction], mesh: Mapping[str, int] | None = None) -> list[Collective]:

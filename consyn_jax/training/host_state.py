@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
+from jaxtyping import Array, Float
 
 from consyn_jax.config import UserError
 from consyn_jax.model.parameters import Layout, Params
@@ -47,7 +48,7 @@ def streamed(rule: optax.GradientTransformation, layout: Layout) -> Update:
     state_kinds = of_parameters(jax.eval_shape(rule.init, layout.shapes), layout.shapes, kinds, SHARED)
     num_layers = next(shape.shape[0] for shape, kind in zip(jax.tree.leaves(layout.shapes), jax.tree.leaves(kinds), strict=True) if kind == LAYERS)
 
-    def change(own: str, gradients: Params, number: Any, carry: tuple[Params, Any]) -> tuple[Params, Any]:
+    def change(own: str, gradients: Params, factor: Float[Array, ""], number: Any, carry: tuple[Params, Any]) -> tuple[Params, Any]:
         params, state = carry
 
         def cut(kind: str, x: jax.Array) -> jax.Array:
@@ -65,14 +66,15 @@ def streamed(rule: optax.GradientTransformation, layout: Layout) -> Update:
 
         before = jax.tree.map(lambda kind, x: move(jax.memory.Space.Device, kind, cut(kind, x)), state_kinds, state)
         part = jax.tree.map(cut, kinds, params)
-        updates, after = rule.update(jax.tree.map(cut, kinds, gradients), before, part, layer=number if own == LAYERS else None)
+        scaled = jax.tree.map(lambda kind, g: cut(kind, g) * factor, kinds, gradients)
+        updates, after = rule.update(scaled, before, part, layer=number if own == LAYERS else None)
         after = jax.tree.map(partial(move, jax.memory.Space.Host), state_kinds, after)
         return jax.tree.map(paste, kinds, params, optax.apply_updates(part, updates)), jax.tree.map(paste, state_kinds, state, after)
 
-    def update(gradients: Params, state: TrainState, metrics: Metrics) -> tuple[Params, optax.OptState]:
+    def update(gradients: Params, factor: Float[Array, ""], state: TrainState, metrics: Metrics) -> tuple[Params, optax.OptState]:
         carry, taken = (state.params, state.opt_state), counts(state, metrics)
         for own, times in ((LAYERS, num_layers), (REST, 1)):
-            carry = jax.lax.fori_loop(0, jnp.where(taken, times, 0), partial(change, own, gradients), carry)
+            carry = jax.lax.fori_loop(0, jnp.where(taken, times, 0), partial(change, own, gradients, factor), carry)
         return carry
 
     return update

@@ -37,16 +37,16 @@ class TrainState(NamedTuple):
 
 Metrics = dict[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-# Of clipped gradients, the state, and the step's metrics so far: the parameters and the optimizer's state after the step.
-Update = Callable[[Params, TrainState, Metrics], tuple[Params, optax.OptState]]
+# Of summed gradients, the factor that makes them clipped means, the state, and the step's metrics so far: the parameters and the optimizer's
+# state after the step. The factor is applied where the gradients are used, so that they are read there and never written again.
+Update = Callable[[Params, Float[Array, ""], TrainState, Metrics], tuple[Params, optax.OptState]]
 
 
-def clip_by_norm(gradients: Params, norm: Float[Array, ""], max_norm: float) -> Params:
-    """Scale gradients of global norm `norm` down to `max_norm`; 0 leaves them as they are."""
+def clip_factor(norm: Float[Array, ""], max_norm: float) -> Float[Array, ""]:
+    """What scales gradients of global norm `norm` down to `max_norm`; 0 leaves them as they are."""
     if not max_norm:
-        return gradients
-    scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))  # torch.nn.utils.clip_grad_norm_ has the same 1e-6
-    return jax.tree.map(lambda g: g * scale, gradients)
+        return jnp.ones_like(norm)
+    return jnp.minimum(1.0, max_norm / (norm + 1e-6))  # torch.nn.utils.clip_grad_norm_ has the same 1e-6
 
 
 def accumulate(objective: Objective, params: Params, batch: Batch) -> tuple[LossSums, Params]:
@@ -75,8 +75,8 @@ def accumulate(objective: Objective, params: Params, batch: Batch) -> tuple[Loss
 def make_train_step(objective: Objective, optimizer: optax.GradientTransformation, max_grad_norm: float) -> Step:
     """The train step of `make_step`, whose optimizer updates all at once, whatever the loss."""
 
-    def update(gradients: Params, state: TrainState, _: Metrics) -> tuple[Params, optax.OptState]:
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    def update(gradients: Params, factor: Float[Array, ""], state: TrainState, _: Metrics) -> tuple[Params, optax.OptState]:
+        updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * factor, gradients), state.opt_state, state.params)
         return optax.apply_updates(state.params, updates), opt_state
 
     return make_step(objective, update, max_grad_norm)
@@ -91,11 +91,10 @@ def make_step(objective: Objective, update: Update, max_grad_norm: float) -> Ste
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         sums, gradients = accumulate(objective, state.params, batch)
         tokens = jnp.maximum(sums.tokens, 1.0)
-        gradients = jax.tree.map(lambda g: g / tokens, gradients)
-        norm = optax.tree.norm(gradients)
+        norm = optax.tree.norm(gradients) / tokens
         clipped = (norm > (max_grad_norm or jnp.inf)).astype(jnp.float32)
         metrics = {"loss": sums.nll / tokens, "tokens": sums.tokens, "grad_norm": norm, "clipped": clipped}
-        params, opt_state = update(clip_by_norm(gradients, norm, max_grad_norm), state, metrics)
+        params, opt_state = update(gradients, clip_factor(norm, max_grad_norm) / tokens, state, metrics)
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step

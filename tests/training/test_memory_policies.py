@@ -83,7 +83,7 @@ def updated(rule: optax.GradientTransformation) -> Any:
 
     def update(gradients: Params, opt_state: Any, params: Params, norm: float) -> tuple[Params, Any]:
         state = TrainState(jnp.int32(0), params, opt_state, jnp.int32(0))
-        return streamed(rule, LAYOUT)(gradients, state, {"loss": jnp.float32(1), "grad_norm": jnp.float32(norm)})
+        return streamed(rule, LAYOUT)(gradients, jnp.float32(1), state, {"loss": jnp.float32(1), "grad_norm": jnp.float32(norm)})
 
     return update
 

@@ -1,0 +1,112 @@
+"""Products of 8-bit numbers against the same in NumPy, on one device and on eight, and in a whole step."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+
+from consyn_jax.config import ModelConfig
+from consyn_jax.distributed.mesh import AXES, build_mesh, sharding
+from consyn_jax.model.fp8 import FORWARD, GRADIENT, fp8_linear, quantise, scale_of
+from consyn_jax.model.parameters import initial_parameters
+from consyn_jax.model.transformer import Compute
+from consyn_jax.training.program import TRAIN_AXES, Program
+
+CONFIG = ModelConfig(vocab_size=259, hidden_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, context=32, tie_embeddings=False)
+
+
+def rounded(x: Any, dtype: Any) -> np.ndarray:
+    """What `x` is after a journey through 8 bits, in float64."""
+    x = np.asarray(x, np.float64)
+    scale = 2.0 ** math.ceil(math.log2(np.abs(x).max() / float(ml_dtypes.finfo(dtype).max)))
+    return (x / scale).astype(np.float32).astype(dtype).astype(np.float64) * scale
+
+
+def numbers(seed: int, *shape: int) -> jax.Array:
+    """Spread over several orders of magnitude, as activations and gradients are."""
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.normal(size=shape) * np.exp(3 * rng.normal(size=shape)), jnp.float32)
+
+
+@pytest.mark.parametrize("recast", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_product_and_both_gradients_are_numpys(dtype: Any, recast: bool) -> None:
+    x, w, dy = numbers(0, 2, 5, 16).astype(dtype), numbers(1, 16, 4, 6), numbers(2, 2, 5, 24).astype(dtype)
+    y, pull = jax.vjp(lambda x, w: fp8_linear(x, w, recast), x, w)
+    dx, dw = pull(dy)
+    x8, w8, dy8 = rounded(x, FORWARD), rounded(w, FORWARD).reshape(16, 24), rounded(dy, GRADIENT)
+    expected = x8 @ w8, dy8 @ w8.T, np.einsum("btd,btf->df", x8, dy8).reshape(w.shape)
+    assert (y.dtype, dx.dtype, dw.dtype) == (dtype, dtype, jnp.float32)
+    for got, want in zip((y, dx, dw), expected, strict=True):
+        last_place = 2.0**-8 if got.dtype == jnp.bfloat16 else 1e-6
+        np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=last_place, atol=1e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("dtype", [FORWARD, GRADIENT])
+@pytest.mark.parametrize("largest", [1.0, 0.9, 1.1, 1e-30, 1e30, 0.0])
+def test_the_scale_is_the_smallest_power_of_two_that_holds_all(dtype: Any, largest: float) -> None:
+    top = float(jnp.finfo(dtype).max)
+    x = np.float32(largest * top) * jnp.asarray([0.1, -1.0, 0.0])
+    found = quantise(x, dtype)
+    values, scale = np.asarray(found.values, np.float64), float(found.scale)
+    assert math.frexp(scale)[0] == 0.5
+    assert np.all(np.isfinite(values))
+    assert scale == 2.0**-60 or top / 2 <= np.abs(values).max() <= top
+    np.testing.assert_allclose(values * scale, x, rtol=1 / 16 if dtype == FORWARD else 1 / 8, atol=1e-20)
+
+
+@pytest.mark.parametrize("wrong", [np.inf, -np.inf, np.nan])
+def test_what_is_not_finite_is_not_hidden(wrong: float) -> None:
+    """A GPU converts infinity to the largest 8-bit number; the scale says what happened, in every element of the product."""
+    x = jnp.ones((4, 16)).at[1, 2].set(wrong)
+    assert np.isnan(scale_of(x, FORWARD))
+    assert np.all(np.isnan(fp8_linear(x, jnp.ones((16, 16)))))
+
+
+def test_on_eight_devices_the_scales_are_those_of_whole_arrays() -> None:
+    mesh = build_mesh(dict.fromkeys(AXES, 1) | {"data": 2, "fsdp": 2, "tensor": 2})
+    x, w, dy = numbers(0, 4, 5, 16), numbers(1, 16, 24), numbers(2, 4, 5, 24)
+
+    @jax.jit
+    def all_three(x: jax.Array, w: jax.Array, dy: jax.Array) -> Any:
+        y, pull = jax.vjp(fp8_linear, x, w)
+        return y, *pull(dy)
+
+    axes = ("batch", "sequence", None), ("embed", "mlp"), ("batch", "sequence", "mlp")
+    placed = [jax.device_put(value, sharding(mesh, names)) for value, names in zip((x, w, dy), axes, strict=True)]
+    for ours, expected in zip(all_three(*placed), all_three(x, w, dy), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6 * float(jnp.abs(expected).max()))
+
+
+def step_of(**how: Any) -> tuple[Any, Any]:
+    """Parameters and metrics after one step of plain descent."""
+    mesh = build_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
+    program = Program(CONFIG, Compute(**how), optax.sgd(0.1), 0.0, mesh)
+    ids = np.random.default_rng(0).integers(0, 259, (1, 4, 33)).astype(np.int32)
+    batch = {"input_ids": ids[..., :-1], "labels": ids[..., 1:], "segment_ids": np.ones((1, 4, 32), np.int32), "loss_mask": np.ones((1, 4, 32), bool)}
+    state = program.initial_state(initial_parameters(CONFIG, 0, mesh))
+    assert jax.tree.structure(state) == jax.tree.structure(program.state_like), "8 bits keep no state of their own"
+    after, metrics = program.lower_train_step(1, 4, 32).compile()(state, jax.device_put(batch, sharding(mesh, TRAIN_AXES)))
+    return jax.device_get(after.params), jax.device_get(metrics)
+
+
+def distance(one: Any, other: Any) -> float:
+    """Of the two steps, against the size of the first."""
+    start = initial_parameters(CONFIG, 0, build_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1]))
+    return float(optax.tree.norm(optax.tree.sub(one, other)) / optax.tree.norm(optax.tree.sub(one, start)))
+
+
+@pytest.mark.quick_compiler
+def test_a_step_is_near_that_of_bfloat16_whatever_is_recomputed() -> None:
+    plain, _ = step_of(dtype=jnp.bfloat16)
+    params, metrics = step_of(dtype=jnp.bfloat16, fp8=True)
+    assert 1e-3 < distance(plain, params) < 0.1
+    for remat in ("minimal", "full"):
+        same, found = step_of(dtype=jnp.bfloat16, fp8=True, remat=remat)
+        assert found["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
+        assert distance(params, same) < 0.01, remat
