@@ -38,7 +38,7 @@ OVERLAP = 0.8
 CONTENTION = 0.3
 # Kernels together take so much longer than one by one at their rates: launches, gaps, tails of waves, and a clock that the power limit
 # lowers. Fitted to the runs marked so in docs/planning.md.
-STRETCH = 1.35
+STRETCH = 1.36
 # Bytes that an optimizer step reads and writes for one parameter beside its moments: the gradient twice (its norm first), the weight both ways.
 UPDATE_BYTES = 16
 LOGIT_BYTES = 16  # of one logit: float32 written, read twice; its bfloat16 gradient written, read twice; rounded up
@@ -136,14 +136,15 @@ def estimate_step(work: Workload, topology: Topology, exchanged: Iterable[Collec
     gpu, layers = topology.gpu, work.model.num_layers
     bandwidth = gpu.memory_bandwidth * MEMORY_EFFICIENCY
 
-    def kernels(products: Iterator[tuple[Number, Number]]) -> Number:
+    def kernels(products: Iterable[tuple[Number, Number]]) -> Number:
         return sum(max(flops / gpu.matmul_flops, size / bandwidth) for flops, size in products)
 
-    # forward, its recomputation, and backward with twice the work; minimal recomputes only what is no product
-    passes = 3.0 if work.remat in ("none", "minimal") else 4.0
+    # forward, backward with twice the work, and recomputation: minimal repeats no product, and no policy the one that ends a block
+    *needed, _ = _block(work)
+    again = 0 if work.remat in ("none", "minimal") else kernels(needed)
     memory_passes = 3.0 if work.remat == "none" else 4.0
     attention_passes = 4.5 if work.remat == "full" else 3.5  # backward: 5 products to forward's 2
-    products = work.accumulation * (passes * layers * kernels(_block(work)) + 3 * kernels(_head(work)))
+    products = work.accumulation * (layers * (3 * kernels(_block(work)) + again) + 3 * kernels(_head(work)))
     efficiency = ATTENTION_EFFICIENCY[128 if work.model.head_dim >= 96 else 64] * (DOCUMENT_SHARE if work.masked else 1)
     attention = work.accumulation * attention_passes * layers * _attention_flops(work) / (gpu.bf16_flops * efficiency)
     memory = work.accumulation * (memory_passes * layers * _elementwise_bytes(work) + _head_bytes(work)) / bandwidth
@@ -160,7 +161,7 @@ def estimate_step(work: Workload, topology: Topology, exchanged: Iterable[Collec
 
 
 def _block(work: Workload) -> Iterator[tuple[Number, Number]]:
-    """FLOPs and bytes of the products of one block's forward pass on one GPU, for one micro-batch."""
+    """FLOPs and bytes of the products of one block's forward pass on one GPU, for one micro-batch; last what feed-forward ends with."""
     c, tensor = work.model, work.sizes["tensor"]
     q, kv, ff = c.num_heads * c.head_dim / tensor, c.num_kv_heads * c.head_dim / tensor, c.mlp_dim / tensor
     for inputs, outputs in ((c.hidden_dim, q), (c.hidden_dim, kv), (c.hidden_dim, kv), (q, c.hidden_dim), *2 * [(c.hidden_dim, ff)], (ff, c.hidden_dim)):
