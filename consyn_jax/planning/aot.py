@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from consyn_jax.config import ModelConfig, RunConfig, UserError, flat, resolve
 from consyn_jax.planning.compiled import BYTES, Collective, array_shapes, collectives, instructions, kernels, product_flops, update_bytes
+from consyn_jax.planning.schedule import play
 from consyn_jax.planning.topology import Topology, parse_topology
 
 if TYPE_CHECKING:
@@ -28,9 +29,10 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # the default backend; the plugin for topologies loads all the same
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # the plugin asks the driver for its version otherwise
     "CUDA_VISIBLE_DEVICES": "-1",
-    "XLA_FLAGS": "--xla_gpu_autotune_level=0",  # tuning runs kernels, and there is nothing to run them on
-    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "1",  # warnings, which are read
 }
+RESHARDING = "Involuntary full rematerialization"  # the partitioner's warning of an array that every device gets whole on its way
+NO_TUNING = "--xla_gpu_autotune_level=0"  # tuning runs kernels, and there is nothing to run them on
 TOTAL_STEPS = 10_000  # of the schedule: a constant in the program, of no weight in what is read from it
 
 
@@ -48,6 +50,8 @@ class CompiledProgram:
         product_flops: of XLA's own matrix products, "LEFT x RIGHT" types of the operands -> FLOPs a step.
         update_bytes: what the optimizer reads and writes, gradient norm and clipping included; of moments on the device.
         shapes: dtype -> dimensions of every such array that the program names, fused or not, as one GPU has them.
+        hidden_share: of the exchanges' time, what the compiler's schedule puts behind products (planning/schedule.py).
+        warnings: of the partitioner, where the layout of an array is changed by way of the whole of it.
     """
 
     devices: int
@@ -63,6 +67,8 @@ class CompiledProgram:
     update_bytes: int
     collectives: tuple[Collective, ...]
     shapes: dict[str, tuple[tuple[int, ...], ...]]
+    hidden_share: float
+    warnings: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -73,6 +79,12 @@ class CompiledProgram:
     def update_passes(self) -> float:
         """Bytes that the update moves, in units of the least there could be: gradients read, the state read and written."""
         return self.update_bytes / (3 * self.parameter_bytes + 2 * self.optimizer_bytes)
+
+
+def environment() -> dict[str, str]:
+    """Of a process that compiles: this one's, with what the plugin must be told before JAX starts. The user's own `XLA_FLAGS` stay."""
+    own = os.environ.get("XLA_FLAGS", "")
+    return os.environ | ENVIRONMENT | {"XLA_FLAGS": f"{own} {NO_TUNING}".strip() if own.startswith("-") else NO_TUNING}
 
 
 def packages_are_there() -> bool:
@@ -106,15 +118,20 @@ def compile_train_step(model: ModelConfig, run: RunConfig, topology: str) -> Com
     # the child must import this very package, whatever the working directory holds
     path = {"PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))}
     command = [sys.executable, "-P", "-c", "from consyn_jax.planning.aot import _child; _child()"]
-    done = subprocess.run(command, input=request, env=os.environ | ENVIRONMENT | path, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, input=request, env=environment() | path, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"Compiling for {topology} failed:\n{done.stderr[-4000:]}")
     answer = json.loads(done.stdout.splitlines()[-1])
     if "mistake" in answer:
         raise UserError(answer["mistake"])
-    exchanged = tuple(Collective(**c | {"axes": tuple(c["axes"])}) for c in answer.pop("collectives"))
-    shapes = {dtype: tuple(map(tuple, found)) for dtype, found in answer.pop("shapes").items()}
-    return CompiledProgram(**answer, collectives=exchanged, shapes=shapes)
+    exchanged = tuple(Collective(**c | {"axes": tuple(c["axes"])}) for c in answer["collectives"])
+    shapes = {dtype: tuple(map(tuple, found)) for dtype, found in answer["shapes"].items()}
+    return CompiledProgram(**answer | {"collectives": exchanged, "shapes": shapes, "warnings": resharded(done.stderr)})
+
+
+def resharded(complaints: str) -> tuple[str, ...]:
+    """What the partitioner complained of on stderr: arrays that every device gets whole while their layout is changed."""
+    return tuple(line.partition("] ")[2] or line for line in complaints.splitlines() if RESHARDING in line)
 
 
 def _child() -> None:
@@ -135,10 +152,10 @@ def _compile(model: ModelConfig, run: RunConfig, topology: Topology) -> Compiled
     assert run.data.max_tokens is not None
     budget, built = run.budget, _built(model, run, topology, described.devices)
     lowered = built.program.lower_train_step(budget.gradient_accumulation_steps, budget.batch_size, run.data.max_tokens)
-    return summary(built, lowered.compile())
+    return summary(built, lowered.compile(), topology)
 
 
-def summary(built: Built, compiled: Any) -> CompiledProgram:
+def summary(built: Built, compiled: Any, topology: Topology) -> CompiledProgram:
     """What a train step came to.
 
     Args:
@@ -146,7 +163,8 @@ def summary(built: Built, compiled: Any) -> CompiledProgram:
     """
     import jax
 
-    memory, program, state = compiled.memory_analysis(), instructions(compiled.as_text()), built.program.state_like
+    memory, text, state = compiled.memory_analysis(), compiled.as_text(), built.program.state_like
+    program = instructions(text)
     return CompiledProgram(
         devices=built.program.mesh.size,
         parameter_bytes=_local_bytes(state.params),
@@ -161,6 +179,7 @@ def summary(built: Built, compiled: Any) -> CompiledProgram:
         update_bytes=update_bytes(program, {math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params)}),
         collectives=tuple(collectives(program, built.mesh.sizes)),
         shapes={dtype: tuple(sorted(array_shapes(program, dtype))) for dtype in BYTES},
+        hidden_share=play(text, built.mesh.sizes, topology).hidden_share,
     )
 
 

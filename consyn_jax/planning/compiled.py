@@ -77,13 +77,21 @@ class Collective:
 
 def instructions(program: str) -> list[Instruction]:
     """All instructions of a compiled program's text (`jax.stages.Compiled.as_text`), with how often each runs."""
+    return [instruction for body in computations(program)[0].values() for instruction in body]
+
+
+def computations(program: str) -> tuple[dict[str, list[Instruction]], str]:
+    """The same by computation, as they are scheduled, and the name of the computation that the program begins with."""
     bodies, entry = _computations(program)
     times = _executions(bodies, entry)
-    return [
-        Instruction(name, operation, tuple(_arrays(type_text)), rest, times[computation], computation == entry)
+    found = {
+        computation: [
+            Instruction(name, operation, tuple(_arrays(type_text)), rest, times[computation], computation == entry)
+            for name, type_text, operation, rest in lines
+        ]
         for computation, lines in bodies.items()
-        for name, type_text, operation, rest in lines
-    ]
+    }
+    return found, entry
 
 
 def kernels(program: list[Instruction]) -> dict[str, int]:
@@ -145,17 +153,33 @@ def collectives(program: list[Instruction], mesh: Mapping[str, int] | None = Non
     count: collections.Counter[tuple[str, str, tuple[str, ...]]] = collections.Counter()
     payload: collections.Counter[tuple[str, str, tuple[str, ...]]] = collections.Counter()
     for instruction in program:
-        kind = instruction.operation.removesuffix("-start")
-        if kind not in _COLLECTIVES:
-            continue
-        group = first_group(instruction.rest)
-        axes = () if mesh is None else _axes(group, mesh)
-        scattered = len(group) if instruction.operation == "reduce-scatter" else 1  # one that is not asynchronous results in parts
-        whole = _whole_arrays(instruction, kind)
-        count[kind, whole[0][0], axes] += instruction.times
-        for dtype, dimensions in whole:
-            payload[kind, dtype, axes] += instruction.times * BYTES[dtype] * math.prod(dimensions) * scattered
+        for number, one in enumerate(exchange(instruction, mesh)):
+            count[one.kind, one.dtype, one.axes] += instruction.times * (number == 0)
+            payload[one.kind, one.dtype, one.axes] += instruction.times * one.payload_bytes
     return [Collective(*key, count[key], size) for key, size in sorted(payload.items())]
+
+
+def exchange(instruction: Instruction, mesh: Mapping[str, int] | None = None) -> list[Collective]:
+    """One execution of an instruction that exchanges something or starts to, an entry for each array; empty for others."""
+    kind = instruction.operation.removesuffix("-start")
+    if kind not in _COLLECTIVES:
+        return []
+    group = first_group(instruction.rest)
+    axes = () if mesh is None else _axes(group, mesh)
+    scattered = len(group) if instruction.operation == "reduce-scatter" else 1  # one that is not asynchronous results in parts
+    whole = _whole_arrays(instruction, kind)
+    return [Collective(kind, dtype, axes, 1, BYTES[dtype] * math.prod(dimensions) * scattered) for dtype, dimensions in whole]
+
+
+def called(instruction: Instruction, attribute: str) -> list[str]:
+    """Names of the computations that an instruction runs as its `calls`, `to_apply`, `body`, `condition` or `branch_computations`."""
+    return [name.removeprefix("%") for found, names in _CALLED.findall(instruction.rest) if found == attribute for name in names.split(", ") if name]
+
+
+def trips(instruction: Instruction) -> int:
+    """How often a loop runs, as far as XLA wrote it."""
+    found = _TRIPS.search(instruction.rest)
+    return int(found[1]) if found else 1
 
 
 def first_group(rest: str) -> list[int]:

@@ -101,6 +101,9 @@ def _exchanges(plan: Plan) -> Iterator[str]:
         yield f"  {found.kind:<18} {found.dtype:<5} over {axes:<14} {found.count:7,} calls {found.payload_bytes / GB:10.3f} GB"
     if small:
         yield f"  and {small / 1e3:,.0f} kB of small ones"
+    yield f"  in the compiler's order at least {plan.compiled.hidden_share:.0%} of their time lies behind products"
+    for warning in plan.compiled.warnings:
+        yield f"  WARNING {warning}"
 
 
 def _time(plan: Plan) -> Iterator[str]:

@@ -94,7 +94,7 @@ def plan_here(trainer: ConsynTrainer) -> Plan | None:
     if gpu is None:
         return None
     plan = estimate(trainer.model.config, trainer.run, Topology(gpu, machine.hosts, machine.per_host))
-    program = summary(trainer.build(), trainer.compile_train_step(trainer.run))
+    program = summary(trainer.build(), trainer.compile_train_step(trainer.run), plan.topology)
     time = estimate_step(plan.work, plan.topology, program.collectives)
     return dataclasses.replace(plan, compiled=program, time=time, steps=trainer.total_steps)
 

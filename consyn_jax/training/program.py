@@ -5,6 +5,7 @@ Nothing here needs a device: on a mesh of a described topology the same programs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -18,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from consyn_jax.config import ModelConfig, RegularisationOptions, RunConfig
 from consyn_jax.distributed.auto_mesh import MeshChoice, choose_mesh
+from consyn_jax.distributed.compiler import compiler_options
 from consyn_jax.distributed.mesh import build_mesh, check_batch, check_model, parse_mesh, sharding
 from consyn_jax.distributed.peers import current_peers
 from consyn_jax.model.arithmetic import estimate_memory
@@ -124,7 +126,7 @@ class Program:
         return with_dropout(step, self.seed) if self.regularisation.dropout else step
 
     def lower_train_step(self, accumulation: int, batch_size: int, length: int) -> jax.stages.Lowered:
-        """`step(state, batch [A, B, T]) -> (state, metrics)`, the state donated."""
+        """`step(state, batch [A, B, T]) -> (state, metrics)`, the state donated, with the compiler's settings for the mesh's devices."""
         if self.host_moments:
             step = self.with_draws(make_step(self.objective, streamed(self.rule, self.layout), self.max_grad_norm))
         else:
@@ -134,8 +136,9 @@ class Program:
         batch = self.batch_like((accumulation, batch_size, length), TRAIN_AXES)
         if is_shared(self.mesh):
             step, batch = with_signals(step), batch | {SIGNALS: signals_like(self.mesh)}
+        options = compiler_options(list(self.mesh.devices.flat)) or None
         with jax.set_mesh(self.mesh), jax.threefry_partitionable(True):  # draws count by element, wherever it lies
-            return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(self.state_like, batch)
+            return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options).lower(self.state_like, batch)
 
     def lower_eval_step(self, batch_size: int, length: int) -> jax.stages.Lowered:
         """`sums(params, batch [B, T]) -> LossSums`."""
@@ -195,7 +198,8 @@ def mesh_of(model: ModelConfig, run: RunConfig, machine: Machine) -> MeshChoice:
 
     choice = MeshChoice(parse_mesh(text, devices), "as asked for")
     if text == "auto":
-        choice = choose_mesh(machine.hosts, machine.per_host, model.hidden_dim, machine.memory_bytes, needs)
+        splits = {"context": length, "tensor": math.gcd(model.num_heads, model.num_kv_heads, model.mlp_dim)}
+        choice = choose_mesh(machine.hosts, machine.per_host, model.hidden_dim, machine.memory_bytes, needs, batch_size, splits)
     check_batch(choice.sizes, budget.batch_size, length)
     dimensions = {name: getattr(model, name) for name in ("hidden_dim", "num_heads", "num_kv_heads", "mlp_dim")}
     check_model(choice.sizes, dimensions)

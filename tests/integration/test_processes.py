@@ -115,6 +115,7 @@ def test_a_stuck_process_is_named_and_all_leave_their_stacks(nursery: Nursery, c
 # ------------------------------------------------------------------------------------------------------------------ wrong launches
 
 HURRY = "import consyn_jax.distributed.peers as peers\npeers.ARRIVE_S = 3.0\n"
+ONE_GPU = "import consyn_jax.distributed.launch as launch\nlaunch._gpus = lambda: ['0']\n"
 
 
 def test_wrong_launches_are_one_sentence_on_each_process(nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -149,6 +150,8 @@ def test_wrong_launches_are_one_sentence_on_each_process(nursery: Nursery, corpu
         launched(*data, address=address, number=0),
         launched(*data, address=address, number=1, before="import jax, importlib.metadata as m\nm.version = lambda name: '0.1' if name == 'jax' else '2'"),
     ]
+    address = f"localhost:{next(port)}"
+    crowded = [launched(*data, address=address, number=number, before=ONE_GPU) for number in range(2)]
 
     assert all(said.startswith("consyn-train: Of 3 processes, process 1 did not come to localhost:") for said in refused(*missing))
     assert all("Process 0 does not answer at --coordinator_address localhost:" in said for said in refused(nobody))
@@ -162,6 +165,9 @@ def test_wrong_launches_are_one_sentence_on_each_process(nursery: Nursery, corpu
     assert first == second.replace("consyn-train: ", f"consyn-train: {who(1, absent[1])}: ")
     assert all("--mesh data=3 is for 3 devices, and there are 2. Make the product of the axes 2." in said for said in refused(*mesh))
     assert all("; jax: " in said or " in jax: " in said for said in refused(*versions))
+    assert set(refused(*crowded)) == {
+        f"consyn-train: On {socket.gethostname()} are 2 processes and 1 GPU, which cannot be shared evenly. Start one process a GPU, or one a host.\n"
+    }
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

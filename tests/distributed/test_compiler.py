@@ -1,0 +1,60 @@
+"""What the compiler is told, and what is left to users and to older and newer compilers."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from consyn_jax.distributed import compiler
+from consyn_jax.distributed.compiler import GENERATIONS, SETTINGS, Setting, compiler_options, generation_of
+
+KNOWN, UNKNOWN = Setting("xla_gpu_reduce_scatter_combine_threshold_bytes", 7, ""), Setting("xla_gpu_no_such_thing", True, "", ("Hopper",))
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The CPU's compiler, which has the same settings, is asked as if the device were a Hopper."""
+    monkeypatch.setattr(compiler, "generation_of", lambda device: "Hopper")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "generation"),
+    [("gpu", "9.0", "Hopper"), ("cuda", "8.0", "Ampere"), ("gpu", "8.9", "Ada"), ("gpu", "10.0", "Blackwell"), ("gpu", "7.5", None), ("cpu", "", None)],
+)
+def test_generations(platform: str, capability: str, generation: str | None) -> None:
+    assert generation_of(SimpleNamespace(platform=platform, compute_capability=capability)) == generation
+
+
+def test_a_cpu_is_told_nothing() -> None:
+    assert compiler_options(jax.devices()) == {}
+
+
+def test_every_setting_has_its_reason_and_is_known_by_the_installed_compiler(on_hopper: pytest.MonkeyPatch) -> None:
+    assert compiler_options(jax.devices()) == {setting.name: setting.value for setting in SETTINGS}
+    assert all(setting.reason.endswith(".") and set(setting.generations) <= set(GENERATIONS) for setting in SETTINGS)
+
+
+def test_what_the_compiler_does_not_know_is_left_out(on_hopper: pytest.MonkeyPatch) -> None:
+    on_hopper.setattr(compiler, "SETTINGS", (UNKNOWN, KNOWN))
+    assert compiler_options(jax.devices()) == {KNOWN.name: 7}
+    on_hopper.setattr(compiler, "SETTINGS", (UNKNOWN,))
+    assert compiler_options(jax.devices()) == {}
+
+
+def test_a_generation_gets_its_own(on_hopper: pytest.MonkeyPatch) -> None:
+    on_hopper.setattr(compiler, "SETTINGS", (KNOWN, Setting("xla_gpu_enable_triton_gemm", False, "", ("Ada",))))
+    assert compiler_options(jax.devices()) == {KNOWN.name: 7}
+
+
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_what_users_set_is_theirs(in_a_file: bool, on_hopper: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    flags = f"--xla_gpu_autotune_level=0 --{KNOWN.name}=3"
+    (tmp_path / "flags").write_text(flags.replace(" ", "\n"))
+    on_hopper.setattr(compiler, "SETTINGS", (KNOWN,))
+    on_hopper.setenv("XLA_FLAGS", str(tmp_path / "flags") if in_a_file else flags)
+    assert compiler_options(jax.devices()) == {}
+    on_hopper.setenv("XLA_FLAGS", str(tmp_path / "absent"))
+    assert compiler_options(jax.devices()) == {KNOWN.name: 7}
