@@ -37,6 +37,7 @@ DAMAGED = ".damaged"  # behind the step: set aside
 SPARE_BYTES = 1 << 20  # of a checkpoint, beside its arrays
 READ_BYTES = 1 << 20
 LARGEST_CHECKSUMS = 1 << 26  # bytes of them: those of half a million files
+TASKS = Path("/proc/self/task")  # the threads of this process
 LOW, LOOK_S = 15, 0.1  # priority of a thread, as `nice` counts: 1/28 of a normal one; and how often it is seen to
 AGREE_MS = 6 * 3600 * 1000  # the slowest write that other processes wait for; of one that died, JAX tells them
 
@@ -174,7 +175,9 @@ class Checkpoints:
         try:
             _write_at_low_priority(futures)
             if error is None:
-                digests = {name: _digest(target / name, flush=True) for name in _files(target) if name.startswith(own)}
+                names = [name for name in _files(target) if name.startswith(own)]
+                with ThreadPoolExecutor(1, CHECKSUMS, _lower_priority) as reader:  # it hardly ever holds the interpreter's lock
+                    digests = dict(zip(names, reader.map(lambda name: _digest(target / name, flush=True), names), strict=True))
         except Exception as caught:  # noqa: BLE001 - told to the other processes, which wait for this one
             error = caught
         said = [json.loads(text) for text in self._agreements.all(json.dumps([_refusal(error), error and repr(error), digests]))]
@@ -450,18 +453,27 @@ def _check_model(place: Path, there: Any, like: TrainState) -> None:
         raise UserError(f"{place} is of another model: {first}{' and so on' if names[3:] else ''}.")
 
 
+def _lower_priority(thread: int | None = None) -> None:
+    """Leave a thread, by default the calling one, the processor time that no other wants. Only Linux gives each a priority of its own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, thread or threading.get_native_id(), LOW)
+
+
 def _write_at_low_priority(futures: list[Any]) -> None:
     """Wait for Orbax to write; its threads get what processor time training leaves, for on a CPU there is no other to take.
 
-    TensorStore makes and ends these threads as it needs them, and a priority once lowered stays, so theirs is looked at again and again.
+    TensorStore makes and ends these threads as it needs them, and a priority once lowered stays, so new ones are looked for again and again.
     """
+    known: set[Path] = set()
     with ThreadPoolExecutor(1) as thread:
         written = thread.submit(lambda: [future.result() for future in futures])
         while not written.done():
-            for task in Path("/proc/self/task").glob("*"):  # elsewhere than on Linux there is none
+            tasks = set(TASKS.iterdir()) if sys.platform == "linux" else set()
+            for task in tasks - known:
                 with suppress(OSError):  # it has just ended
                     if (task / "comm").read_text().startswith("ts_"):
-                        os.setpriority(os.PRIO_PROCESS, int(task.name), LOW)
+                        _lower_priority(int(task.name))
+            known = tasks
             wait([written], LOOK_S)
         written.result()
 
