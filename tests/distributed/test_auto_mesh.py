@@ -4,7 +4,6 @@ import pytest
 
 from consyn_jax.distributed.auto_mesh import choose_mesh
 
-
 SPLITS = {"context": 2048, "tensor": 12}
 
 
