@@ -217,7 +217,8 @@ def run(given: argparse.Namespace) -> bool:
                 continue
             rehearsed.add(part.call)
             left = given.budget_s - (time.perf_counter() - began)
-            found = {"state": "left out"} if part.estimate_s > left else run_part(part, tiny, left if tiny else min(left, LATEST * part.estimate_s), environment)
+            limit = left if tiny else min(left, LATEST * part.estimate_s)
+            found = {"state": "left out"} if part.estimate_s > left else run_part(part, tiny, limit, environment)
             report["parts"][part.name] = found
             report["seconds"] = time.perf_counter() - began
             print(f"{report['seconds']:6.0f} s  {part.name:20} {found['state']}", flush=True)
