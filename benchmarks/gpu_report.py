@@ -208,7 +208,7 @@ def run(given: argparse.Namespace) -> bool:
     report: dict[str, Any] = {"gpu": name, "date": date, "commit": commit(), "tiny": tiny, "seconds": 0.0, "parts": before.get("parts", {})}
     rehearsed: set[str] = set()
     with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "COMMIT": report["commit"] or "", "JAX_COMPILATION_CACHE_DIR": cache, TEXT: given.data}
+        environment = {"CUDA_VISIBLE_DEVICES": "0", **os.environ, "COMMIT": report["commit"] or "", "JAX_COMPILATION_CACHE_DIR": cache, TEXT: given.data}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
         for part in PARTS:
             if given.only and part.name not in given.only:

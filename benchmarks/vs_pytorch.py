@@ -174,7 +174,7 @@ class Worker:
     def close(self) -> None:
         """End it."""
         self.pipe.close()
-        self.process.join()
+        self.process.join(30)
 
 
 def _serve(pipe: Any, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
