@@ -18,7 +18,7 @@ from programs import make_batch
 
 from consyn_jax.cli.train import main as consyn_train
 from consyn_jax.config import architecture, resolve
-from consyn_jax.model.attention import Backend, causal_attention
+from consyn_jax.model.attention import Backend, causal_attention, documents
 from consyn_jax.model.parameters import initial_parameters
 from consyn_jax.training.metrics import read_metrics
 from consyn_jax.training.program import build_program
@@ -79,13 +79,13 @@ def attention(tiny: bool = False) -> dict[str, Any]:
         keys = jax.random.split(jax.random.key(head_dim + kv_heads), 4)
         exact = [jax.random.normal(key, (B, T, heads, head_dim)) for key, heads in zip(keys, (4, kv_heads, kv_heads, 4), strict=True)]
         narrow = [x.astype(jnp.bfloat16) for x in exact]
-        documents = make_batch((1, B, T), VOCABULARY, 0, 5)["segment_ids"][0]
-        for segments, window in ((None, None), (documents, None), (documents, T // 4)):
+        several = documents(jnp.asarray(make_batch((1, B, T), VOCABULARY, 0, 5)["segment_ids"][0]))
+        for inside, window in ((None, None), (several, None), (several, T // 4)):
             name = f"{backend}, heads of {head_dim}, {'grouped' if kv_heads < 4 else 'all'}"
-            name += f"{', documents' if segments is not None else ''}{', window' if window else ''}"
+            name += f"{', documents' if inside is not None else ''}{', window' if window else ''}"
 
-            def both(q: Any, k: Any, v: Any, out: Any, backend: Any = backend, segments: Any = segments, window: Any = window) -> Any:
-                found, pull = jax.vjp(partial(causal_attention, segment_ids_BT=segments, backend=backend, sliding_window=window), q, k, v)
+            def both(q: Any, k: Any, v: Any, out: Any, backend: Any = backend, inside: Any = inside, window: Any = window) -> Any:
+                found, pull = jax.vjp(partial(causal_attention, inside=inside, backend=backend, sliding_window=window), q, k, v)
                 return found, pull(out)
 
             with jax.default_matmul_precision("highest"):

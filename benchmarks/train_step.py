@@ -32,12 +32,12 @@ from programs import CASES, TrainStep
 
 from consyn_jax.distributed.hardware import bf16_peak
 from consyn_jax.model.arithmetic import train_flops_per_token
-from consyn_jax.model.attention import causal_attention
+from consyn_jax.model.attention import causal_attention, documents
 from consyn_jax.model.linear import linear
 from consyn_jax.model.transformer import swiglu
 from consyn_jax.planning.compiled import instructions, kernels
-from consyn_jax.training.loss import Extras, head_objective
-from consyn_jax.training.step import clip_by_norm
+from consyn_jax.training.loss import Extras, LossSums, head_objective
+from consyn_jax.training.step import TrainState, make_train_step
 
 STEP, MASKED, MATMUL = "step", "step, documents", "matmul"
 DOCUMENTS = 8  # in a row of the batches that have masks
@@ -72,9 +72,10 @@ def parts(step: TrainStep) -> dict[str, Callable[[], Any]]:
         compiled = jax.jit(run)
         return lambda: compiled(outs, *inputs)
 
-    def attention(segments: jax.Array | None) -> Callable[[], Any]:
+    def attention(segments_BT: jax.Array | None) -> Callable[[], Any]:
         q, k, v = drawn(B, T, c.num_heads, c.head_dim), drawn(B, T, c.num_kv_heads, c.head_dim), drawn(B, T, c.num_kv_heads, c.head_dim)
-        attend = partial(causal_attention, segment_ids_BT=segments, backend=compute.attention, sliding_window=c.sliding_window)
+        inside = None if segments_BT is None else documents(segments_BT)
+        attend = partial(causal_attention, inside=inside, backend=compute.attention, sliding_window=c.sliding_window)
         return both_ways(attend, q, k, v)
 
     x, weight = drawn(B, T, D), partial(drawn, dtype=jnp.float32)
@@ -101,22 +102,21 @@ def parts(step: TrainStep) -> dict[str, Callable[[], Any]]:
 
 
 class Update:
-    """The optimizer's update of a state like that of a step, clipping included, over and over."""
+    """The optimizer's update of a state like that of a step, norm and clipping included: a train step whose gradients are given."""
 
-    def __init__(self, rule: optax.GradientTransformation, state: Any, max_grad_norm: float) -> None:
-        def update(params: Any, opt_state: Any, gradients: Any) -> Any:
-            clipped = clip_by_norm(gradients, optax.tree.norm(gradients), max_grad_norm)
-            updates, opt_state = rule.update(clipped, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
+    def __init__(self, rule: optax.GradientTransformation, state: TrainState, max_grad_norm: float) -> None:
+        def objective(params: Any, batch: Any) -> tuple[jax.Array, LossSums]:
+            products = jax.tree.map(lambda p, g: jnp.sum(p * g), params, batch["gradients"])
+            return jax.tree.reduce(jnp.add, products), LossSums(jnp.float32(0), jnp.float32(1), jnp.float32(0))
 
-        self.gradients = jax.tree.map(lambda p: 1e-3 * jnp.ones_like(p), state.params)
-        self.state = jax.tree.map(jnp.copy, (state.params, state.opt_state))
-        self.update = jax.jit(update, donate_argnums=(0, 1))
+        gradients = jax.tree.map(lambda p: jnp.full((1, *p.shape), 1e-3), state.params)
+        self.state, self.batch = jax.tree.map(jnp.copy, state), {"labels": jnp.zeros((1, 1, 1), jnp.int32), "gradients": gradients}
+        self.update = jax.jit(make_train_step(objective, rule, max_grad_norm), donate_argnums=0)
 
     def __call__(self) -> Any:
         """Start one."""
-        self.state = self.update(*self.state, self.gradients)
-        return self.state[0]
+        self.state, metrics = self.update(self.state, self.batch)
+        return metrics
 
 
 def seconds_of(contestants: dict[str, Callable[[], Any]], rounds: int, turn_s: float) -> dict[str, list[float]]:
