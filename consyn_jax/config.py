@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -295,6 +296,7 @@ class LoggingOptions:
     logging_backend: str = flag("tensorboard", "trackers beside metrics.jsonl", choices=("tensorboard", "wandb", "both", "none"))
     wandb_project: str = flag("consyn", "Weights & Biases project")
     wandb_run_name: str | None = flag(None, "Weights & Biases run name (theirs)")
+    profile_steps: str | None = flag(None, "trace steps A to B of the run, both included and counted from 1, and say where their time went")
     quiet: bool = flag(False, "no progress bar")
 
 
@@ -611,6 +613,7 @@ def validate(config: RunConfig) -> None:
     validate_corpus(config.data)
     _validate_mixing(config)
     _validate_selection(config)
+    parse_profile_steps(config.logging.profile_steps)
     _validate_processes(config.hardware)
     if values["resume"] not in ("auto", "never") and not values["resume"].isdigit():
         raise UserError(f"--resume wants auto, never or a step, not {values['resume']!r}.")
@@ -719,6 +722,23 @@ def parse_multipliers(text: str | None) -> dict[str, float]:
         if found[group] < 0:
             raise UserError(f"--lr_multipliers {group} must not be negative, and is {value}. 0 leaves the group as it is.")
     return found
+
+
+def parse_profile_steps(text: str | None) -> tuple[int, int] | None:
+    """The first and the last step of `--profile_steps`.
+
+    Raises:
+        UserError: it is not A:B with 1 <= A <= B.
+
+    >>> parse_profile_steps("10:12")
+    (10, 12)
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,15}):(\d{1,15})", text.strip(), re.ASCII)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--profile_steps wants the first and the last step to trace, such as 10:12, not {text!r}.")
+    return int(match[1]), int(match[2])
 
 
 def _validate_selection(config: RunConfig) -> None:

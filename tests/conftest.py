@@ -33,7 +33,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Token stores made by tests stay out of the user's cache."""
+    """Token stores and compiled programs of tests stay out of the user's cache."""
     monkeypatch.setenv("CONSYN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 

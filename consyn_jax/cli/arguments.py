@@ -34,6 +34,7 @@ METAVARS = {
     "fit": "FILE",
     "output": "DIR",
     "resume": "auto|never|STEP",
+    "profile_steps": "A:B",
     "wandb_project": "NAME",
     "wandb_run_name": "NAME",
 }

@@ -57,6 +57,7 @@ def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ..
 
 
 @partial(jax.checkpoint, static_argnums=2)
+@jax.named_scope("norm")
 def rms_norm(x: Float[Array, "*B D"], scale_D: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
     """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 (Zhang and Sennrich, 2019).
 
@@ -137,10 +138,12 @@ class Block(nnx.Module):
         Args:
             product: `linear`, or what stands in for it.
         """
-        attention_BTD = self._attention(rms_norm(x_BTD, self.attention_norm[...], self.eps), rope, attend, product)
-        attention_BTD = drop_out(attention_BTD, dropout, ATTENTION_BRANCH)
-        x_BTD = x_BTD + attention_BTD
-        mlp_BTD = drop_out(self._mlp(rms_norm(x_BTD, self.mlp_norm[...], self.eps), product), dropout, MLP_BRANCH)
+        with jax.named_scope("attention"):
+            attention_BTD = self._attention(rms_norm(x_BTD, self.attention_norm[...], self.eps), rope, attend, product)
+            attention_BTD = drop_out(attention_BTD, dropout, ATTENTION_BRANCH)
+            x_BTD = x_BTD + attention_BTD
+        with jax.named_scope("mlp"):
+            mlp_BTD = drop_out(self._mlp(rms_norm(x_BTD, self.mlp_norm[...], self.eps), product), dropout, MLP_BRANCH)
         return attention_BTD, mlp_BTD, x_BTD + mlp_BTD
 
     def _attention(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, product: Product) -> jax.Array:
@@ -205,6 +208,7 @@ class Decoder(nnx.Module):
         """The output embedding [V padded, D]: the input embedding where they are tied."""
         return self.embedding[...] if self.output is None else self.output[...]
 
+    @jax.named_scope("embedding")
     def embed(self, input_ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
         """Rows of the embedding table."""
         return constrain(rows(self.embedding[...], input_ids, dtype), "batch", "sequence", None)

@@ -20,11 +20,11 @@ import warnings
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 import xxhash
 from etils import epath  # type: ignore[import-untyped]
 
@@ -85,13 +85,18 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._outcome: str | BaseException | None = None  # of the thread: what went wrong
         self._agreements = _Agreements()
-        # Random numbers hardly compress: level 1 takes ten times the processor time for 7 % of the size.
-        self._handler = ocp.PyTreeCheckpointHandler(use_compression=False)
         self._unraisable, sys.unraisablehook = sys.unraisablehook, _without_abandoned_work(sys.unraisablehook)
         found: list[int] = []
         if reason := self._first(lambda: found.extend(_steps(self.directory))):
             raise UserError(f"{self.directory} cannot be read: {reason}.")
         self._steps: list[int] = json.loads(self._agreements.all(json.dumps(found))[0])  # one view, whatever file systems cache
+
+    @cached_property
+    def _handler(self) -> Any:
+        import orbax.checkpoint as ocp  # a second, of which a new run has no need before its first checkpoint
+
+        # Random numbers hardly compress: level 1 takes ten times the processor time for 7 % of the size.
+        return ocp.PyTreeCheckpointHandler(use_compression=False)
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are there, ascending; without one that is still being written."""
@@ -118,6 +123,8 @@ class Checkpoints:
         if reason := self._first(lambda: _prepare(target, size + SPARE_BYTES)):
             self._complain(self._not_written(step, reason))
             return False
+        import orbax.checkpoint as ocp
+
         futures, error = [], None
         try:
             futures = _run(self._handler.async_save(epath.Path(target / STATE), args=ocp.args.PyTreeSave(state)))
@@ -147,7 +154,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._handler.close()
+            if "_handler" in vars(self):  # else it was never needed
+                self._handler.close()
             if not self._abandoned:
                 sys.unraisablehook = self._unraisable
 
@@ -250,6 +258,8 @@ class Checkpoints:
         place = self.directory / str(step)
         if reason := self._damage(step):
             raise UserError(f"{place} is damaged: {reason}. Go on from another one with --resume STEP.")
+        import orbax.checkpoint as ocp
+
         state = epath.Path(place / STATE)
         try:
             _check_model(place, self._handler.metadata(state).tree, like)
@@ -339,6 +349,8 @@ class _Agreements:
         """What every process says, by process. All must ask, equally often."""
         if jax.process_count() == 1:
             return [own]
+        import orbax.checkpoint as ocp
+
         client, me = ocp.multihost.get_jax_distributed_client(), jax.process_index()
         client.key_value_set(f"{self._prefix}/{self._count}/{me}", own)
         said = [client.blocking_key_value_get(f"{self._prefix}/{self._count}/{number}", AGREE_MS) for number in range(jax.process_count())]
@@ -443,6 +455,8 @@ def _damage(directory: Path, part: int = 0, parts: int = 1, only: str | None = N
 
 def _check_model(place: Path, there: Any, like: TrainState) -> None:
     """Raise UserError where the arrays of a checkpoint are not those of `like`."""
+    import orbax.checkpoint as ocp
+
     old, new = (
         {name: f"{leaf.dtype} {list(leaf.shape)}" for name, leaf in ocp.tree.to_flat_dict(tree, sep="/").items()}
         for tree in (ocp.tree.serialize_tree(state, keep_empty_nodes=True) for state in (there, like))

@@ -51,4 +51,5 @@ def guarded(step: Step, limit: int, chooses: bool = True) -> Step:
 
 
 def _chosen(first: jax.Array, one: Any, other: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(first, a, b), one, other)
+    with jax.named_scope("optimizer"):
+        return jax.tree.map(lambda a, b: jnp.where(first, a, b), one, other)

@@ -37,6 +37,8 @@ def header(trainer: ConsynTrainer, built: Built) -> list[Row]:
         ("budget", f"{trainer.total_steps:,} steps of {trainer.sequences_per_step} x {run.data.max_tokens} tokens{epochs}"),
         ("output", str(run_path(run))),
     ]
+    if trainer.cache_refusal is not None:
+        rows.append(("compiled programs", trainer.cache_refusal))
     if run.optimizer.decay_from is not None:
         rows.append(("decays", f"from step {run.optimizer.decay_from:,} of the run in {run.saving.output}"))
     return rows

@@ -98,6 +98,7 @@ def _backward(vocab_size: int, extras: Extras, chunk_elements: int, kept: Any, c
 head_objective.defvjp(_forward, _backward)
 
 
+@jax.named_scope("head")
 def _run(x: Any, head: Any, labels: Any, mask: Any, vocab_size: int, extras: Extras, chunk_elements: int, with_gradients: bool) -> Any:
     """One device: the plain function. On a mesh: each device its own tokens and its part of the vocabulary, sums at the end."""
     (sums, penalty), dx, dhead = _on_the_mesh(x, head, labels, mask, vocab_size, extras, chunk_elements, with_gradients)

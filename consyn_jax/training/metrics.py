@@ -218,26 +218,31 @@ class Tracker(Protocol):
 
 
 class TensorBoardTracker:
-    """Events for TensorBoard in `logs_dir`, one new file a start of the run.
+    """Events for TensorBoard in `logs_dir`, one new file a start of the run, begun with its first event.
 
     Args:
         purge_step: TensorBoard forgets points of earlier files from this step on: the step after the one resumed at.
     """
 
     def __init__(self, logs_dir: Path, purge_step: int | None = None) -> None:
+        self._logs_dir, self._purge_step = logs_dir, purge_step
+        self._writer: Any = None
+
+    def _open(self) -> Any:
+        # Its import takes seconds where torch is installed, which it imports. By the first event, the second step is under way.
         # SummaryWriter queues events for a thread: once that thread has died of a full disk, the queue fills and training hangs.
         # The writer below it does its work at once and raises where it fails.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
 
-        logs_dir.mkdir(parents=True, exist_ok=True)
+        self._logs_dir.mkdir(parents=True, exist_ok=True)
         self._event = event_pb2.Event
         # Two starts within a second would share a name, and the second would overwrite the first.
-        self._writer = EventsWriter(str(logs_dir / "events"), f".{os.getpid()}.{time.time_ns() % 10**9:09d}")
-        if purge_step is not None:
+        writer = EventsWriter(str(self._logs_dir / "events"), f".{os.getpid()}.{time.time_ns() % 10**9:09d}")
+        if self._purge_step is not None:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.SessionStatus.Value("START"))
-            self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=purge_step, session_log=start))
-        self._writer.flush()
+            writer.write_event(event_pb2.Event(wall_time=time.time(), step=self._purge_step, session_log=start))
+        return writer
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """One event with all the values."""
@@ -253,9 +258,12 @@ class TensorBoardTracker:
 
     def close(self) -> None:
         """Close the event file."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def _write(self, step: int, summary: Any) -> None:
+        if self._writer is None:
+            self._writer = self._open()
         self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
         self._writer.flush()
 

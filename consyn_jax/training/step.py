@@ -91,10 +91,11 @@ def make_step(objective: Objective, update: Update, max_grad_norm: float) -> Ste
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         sums, gradients = accumulate(objective, state.params, batch)
         tokens = jnp.maximum(sums.tokens, 1.0)
-        norm = optax.tree.norm(gradients) / tokens
-        clipped = (norm > (max_grad_norm or jnp.inf)).astype(jnp.float32)
-        metrics = {"loss": sums.nll / tokens, "tokens": sums.tokens, "grad_norm": norm, "clipped": clipped}
-        params, opt_state = update(gradients, clip_factor(norm, max_grad_norm) / tokens, state, metrics)
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(gradients) / tokens
+            clipped = (norm > (max_grad_norm or jnp.inf)).astype(jnp.float32)
+            metrics = {"loss": sums.nll / tokens, "tokens": sums.tokens, "grad_norm": norm, "clipped": clipped}
+            params, opt_state = update(gradients, clip_factor(norm, max_grad_norm) / tokens, state, metrics)
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step

@@ -8,6 +8,7 @@ import os
 import resource
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,7 +21,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from consyn_jax.config import EVALUATION_METRICS, Diverged, Interrupted, ModelConfig, RunConfig, UserError, flat, resolve
+from consyn_jax.config import EVALUATION_METRICS, Diverged, Interrupted, ModelConfig, RunConfig, UserError, flat, parse_profile_steps, resolve
 from consyn_jax.data.loader import prefetch
 from consyn_jax.data.mixture import Mixture
 from consyn_jax.distributed.hardware import bf16_peak
@@ -33,6 +34,7 @@ from consyn_jax.model.arithmetic import train_flops_per_token
 from consyn_jax.model.parameters import Params, layout
 from consyn_jax.model.pretrained import load_parameters
 from consyn_jax.tokenization import BPETokenizer
+from consyn_jax.training import profile
 from consyn_jax.training.checkpoint import Checkpoints
 from consyn_jax.training.console import Console
 from consyn_jax.training.evaluation import evaluate
@@ -44,6 +46,7 @@ from consyn_jax.training.memory import explaining_exhaustion, fitting
 from consyn_jax.training.metrics import MetricsLog, Trackers, build_trackers, read_metrics
 from consyn_jax.training.optimizer import evaluation_params, with_rate_scale
 from consyn_jax.training.program import EVAL_AXES, TRAIN_AXES, Built, Program, build_program
+from consyn_jax.training.program_cache import keep_programs
 from consyn_jax.training.progress import Progress, Stopwatch
 from consyn_jax.training.replay import BUNDLES, Incident, leave_bundle, sample_names
 from consyn_jax.training.report import write_loss_plot, write_report
@@ -115,6 +118,8 @@ class ConsynTrainer:
         self.train_source = as_source(train_dataloader, **kinds)
         self.eval_source = None if eval_dataloader is None else as_source(eval_dataloader, **kinds)
         self.total_steps = self._count_steps()
+        self._check_profile()
+        self.cache_refusal: str | None = None  # why compiled programs are not kept
 
     # ------------------------------------------------------------------------------------------------------------ what will run
 
@@ -124,6 +129,11 @@ class ConsynTrainer:
                 f"The tokenizer has {self.tokenizer.vocab_size} tokens and the model's vocabulary {self.model.config.vocab_size}, so they do not fit. "
                 f"Use the tokenizer that the model was trained with."
             )
+
+    def _check_profile(self) -> None:
+        asked = parse_profile_steps(self.run.logging.profile_steps)
+        if asked is not None and asked[0] > self.total_steps:
+            raise UserError(f"--profile_steps {asked[0]}:{asked[1]} begins behind the end of the run, which has {self.total_steps:,} steps.")
 
     @property
     def sequences_per_step(self) -> int:
@@ -157,6 +167,7 @@ class ConsynTrainer:
             raise UserError("The scheduler plateau follows the evaluations, and there is no evaluation data. Give some, or another scheduler.")
         if jax.default_backend() == "cpu":
             keep_freed_memory()
+        self.cache_refusal = keep_programs()
         return build_program(self.model.config, self.run, schedule or self.schedule, jax.devices())
 
     def compile_train_step(self, run: RunConfig, schedule: optax.Schedule | None = None) -> jax.stages.Compiled:
@@ -305,7 +316,7 @@ class _Training:
 
     def __init__(self, trainer: ConsynTrainer, stack: ExitStack) -> None:
         self.trainer, self.run_config = trainer, trainer.run
-        self.built, self.schedule = trainer.build(), trainer.schedule
+        self.built, self.schedule = trainer.build(), jax.jit(trainer.schedule)
         self.program = self.built.program
         self.writes = jax.process_index() == 0
         saving, logging = trainer.run.saving, trainer.run.logging
@@ -317,10 +328,15 @@ class _Training:
         minutes = trainer.run.hardware.watchdog_minutes
         self.watchdog = stack.enter_context(Watchdog(self.directory.path, minutes, self.peers, self.directory.beat))
         self.console = stack.enter_context(Console(quiet=logging.quiet or not self.writes, logging_steps=logging.logging_steps))
+        steps = parse_profile_steps(logging.profile_steps) if self.writes else None
+        self.profile = profile.Profile(steps, self.directory.path / "profile", self.console.note, self.console.warn)
+        stack.callback(self.profile.close)
         self.checkpoints = Checkpoints(self.directory.checkpoints, saving.keep_last, saving.keep_every, self.console.warn)
         stack.callback(self.checkpoints.close)
         self.progress = Progress(plateau=configured_plateau(trainer.run.optimizer, EVALUATION_METRICS[trainer.run.evaluation.metric_for_best_model]))
         self.evaluated = jax.jit(evaluation_params, out_shardings=self.program.layout.shardings(self.program.mesh))
+        self.evaluates = trainer.eval_source is not None
+        self.evaluation: Callable[[Params], dict[str, float]] | None = None
         self.watch = Stopwatch()
         self.agreement = Agreement(stack.enter_context(Signals()), self.program.mesh, saving.save_minutes)
         self.stack = stack
@@ -333,27 +349,30 @@ class _Training:
         self._header()
         if self._is_complete():
             return self._already_complete()
+        compiler = ThreadPoolExecutor(1, "compiler")
+        self.stack.callback(compiler.shutdown)
+        compiling = compiler.submit(fitting, t.run, t.compile_train_step)  # while the state is made or read
         state = self._begin()
         if self.progress.step < t.total_steps and not self._stops_early(self.progress):  # else it was ended between its last checkpoint and its model
-            state = self._train(state)
+            state = self._train(state, compiling)
         return self._finish(state)
 
-    def _train(self, state: TrainState) -> TrainState:
+    def _train(self, state: TrainState, compiling: Future[tuple[RunConfig, Any]]) -> TrainState:
         t = self.trainer
         assert t.run.data.max_tokens is not None
         self.console.start(t.total_steps, self.progress.step)
         self.watchdog.at(COMPILING, self.progress.step)
         asked = t.run.budget.batch_size
-        t.run, train_step = fitting(t.run, t.compile_train_step)
+        t.run, train_step = compiling.result()
         if t.run.budget.batch_size != asked:
             parts = f"{t.run.budget.gradient_accumulation_steps} micro-batches of {t.run.budget.batch_size}"
             self.console.note(f"Micro-batches of {asked} do not fit the devices, so each step takes {parts} sequences; the result is the same.")
-        self.evaluation = t.evaluation(self.program, self.watchdog.moved) if t.eval_source is not None else None
-        if self.peers is not None:  # collectives wait for a latecomer for a short time only
-            self.peers.gather("compiled")
+        self._meet()
         rows = local_rows(self.program.mesh, t.run.budget.batch_size)
         batches = t.train_source.training(self.progress.step, t.run.budget.batch_size, t.run.budget.gradient_accumulation_steps, rows)
         assert t.run.data.max_tokens is not None
+        flops = train_flops_per_token(t.model.config, t.run.data.max_tokens) * t.sequences_per_step * t.run.data.max_tokens / jax.device_count()
+        self.profile.program = profile.Program(train_step.as_text, flops, bf16_peak(jax.local_devices()[0].device_kind))
         like = self.program.batch_like((t.run.budget.gradient_accumulation_steps, t.run.budget.batch_size, t.run.data.max_tokens), TRAIN_AXES)
         with prefetch(batches, transform=_placer(self.program.mesh, TRAIN_AXES), interrupted=self.agreement.waits_in_vain) as ready:
             try:
@@ -368,14 +387,16 @@ class _Training:
         self.watch = Stopwatch()
         self.agreement.saved()
         self.watchdog.at(WAITING, done + 1)
-        for batch in self.agreement.batches(ready, like):
+        for batch in profile.waiting_for(self.agreement.batches(ready, like)):
             self.watchdog.at(STEPPING, done + 1)
-            state, metrics = train_step(state, batch | self.agreement.said())
+            with self.profile.step(done + 1, state):
+                state, metrics = train_step(state, batch | self.agreement.said())
             done += 1
+            self.profile.ended(done, metrics)
             if pending is not None:
                 self._record(pending, state, ready.wait_s)
             pending = metrics, batch
-            evaluates = self.evaluation is not None and (done % eval_every == 0 or done == t.total_steps)
+            evaluates = self.evaluates and (done % eval_every == 0 or done == t.total_steps)
             saves = done % save_every == 0 or done == t.total_steps or self.agreement.saves
             stops = False
             if evaluates or saves or self.agreement.stop:
@@ -386,10 +407,12 @@ class _Training:
                     done, evaluates, saves = self.progress.step, False, False
                 if evaluates:
                     self.watchdog.at(EVALUATING, done)
-                    state = self._evaluate(state)
+                    with profile.doing(profile.EVALUATING):
+                        state = self._evaluate(state)
                     stops = self._stops_early(self.progress) and done < t.total_steps
                 if saves or stops or self.agreement.stop:
-                    self._save(state)
+                    with profile.doing(profile.SAVING):
+                        self._save(state)
                 self.watch.pause(time.perf_counter() - began)
             if stops:
                 selection = self.progress.selection
@@ -409,6 +432,11 @@ class _Training:
         self._event("end_of_data")
         self.console.warn(f"The data ended after {done} of {t.total_steps} steps.")
         return state
+
+    def _meet(self) -> None:
+        """All processes have compiled: collectives wait for a latecomer for a short time only."""
+        if self.peers is not None:
+            self.peers.gather("compiled")
 
     # ---------------------------------------------------------------------------------------------------------------- beginning
 
@@ -545,8 +573,8 @@ class _Training:
         if peak is not None and t.run.data.max_tokens is not None:
             line["throughput/mfu"] = tokens_per_s * train_flops_per_token(t.model.config, t.run.data.max_tokens) / (peak * jax.device_count())
         line["memory/peak_bytes"] = _peak_bytes(device)
-        self._log(line)
         self.console.step(progress.step, values["loss"], tokens_per_s)
+        self._log(line)
 
     def _rate(self, values: dict[str, float]) -> float:
         """The learning rate of the step just recorded. Steps that changed nothing do not count for the schedule."""
@@ -620,12 +648,16 @@ class _Training:
     def _evaluate(self, state: TrainState) -> TrainState:
         """Evaluate, and act on it; gives the state back, which a plateau changes."""
         t, progress, options = self.trainer, self.progress, self.trainer.run.evaluation
-        assert self.evaluation is not None
         assert t.eval_source is not None
         if t.eval_source.sequences == 0:  # of a growing corpus it is known only now
             self.console.warn("There is no evaluation: no document fell into the validation split. Give --validation or a larger --validation_fraction.")
-            self.evaluation = None
+            self.evaluates = False
             return state
+        if self.evaluation is None:  # compiled only now, so that training has begun sooner
+            self.watchdog.at(COMPILING, progress.step)
+            self.evaluation = t.evaluation(self.program, self.watchdog.moved)
+            self._meet()
+            self.watchdog.at(EVALUATING, progress.step)
         params = self.evaluated(state.opt_state, state.params)
         values = self.evaluation(params)
         metric = options.metric_for_best_model

@@ -194,3 +194,14 @@ class TestStartingFromWeights:
         run = here(tmp_path / "run", *flags, "--tokenizer", "bytes")
         assert run.code == 0, run.said
         assert json.loads((run.path / "final" / "config.json").read_text())["vocab_size"] == 512
+
+
+def test_steps_are_profiled_and_learn_the_same(finished: Run, here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
+    run = here(tmp_path / "run", *TINY, "--data", corpus, "--validation_fraction", "0.2", "--profile_steps", "2:3")
+    assert run.code == 0
+    assert run.numbers == finished.numbers
+    page = (run.path / "profile" / "summary.txt").read_text()
+    assert page.startswith("Steps 2 to 3, ")
+    assert all(re.search(rf"^  {part} +[\d.]+%", page, re.MULTILINE) for part in ("attention", "mlp", "head", "optimizer"))
+    assert page.splitlines()[0] in run.said
+    assert next((run.path / "profile").rglob("*.trace.json.gz"))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -278,7 +279,9 @@ for model, values in json.load(sys.stdin):
     seconds, text = time.process_time() - began, compiled.as_text()
     program, temporary = instructions(text), compiled.memory_analysis().temp_size_in_bytes
     shapes = {dtype: sorted(array_shapes(program, dtype)) for dtype in BYTES}
-    print(json.dumps({"seconds": seconds, "size": len(text), "temporary": temporary, "shapes": shapes, "kernels": kernels(program)}))
+    operations = sorted({each.operation for each in program})
+    found = {"seconds": seconds, "size": len(text), "temporary": temporary, "shapes": shapes, "kernels": kernels(program), "operations": operations}
+    print(json.dumps(found))
 """
 
 
@@ -326,6 +329,13 @@ def test_micro_batches_are_added_up_without_another_copy_of_the_gradients() -> N
     model = of_weights("full")
     embeddings = 2 * model.padded_vocab_size * model.hidden_dim * 4
     assert versions()["two micro-batches"]["temporary"] <= versions()["full"]["temporary"] + 1.05 * embeddings
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_a_step_asks_nothing_of_the_host(policy: str) -> None:
+    operations = [*versions()[policy]["operations"], *versions()[policy]["kernels"]]
+    assert "fusion" in operations
+    assert not [name for name in operations if re.search(r"infeed|outfeed|^send|^recv|callback|host", name, re.IGNORECASE)], operations
 
 
 @pytest.mark.parametrize("quantity", ["seconds", "size"])

@@ -1,10 +1,12 @@
 import itertools
 import json
+import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -169,6 +171,52 @@ def test_nothing_is_compiled_once_the_run_runs(finished: Finished) -> None:
     assert finished.compiled[5] == finished.compiled[STEPS]
 
 
+class Reported:
+    """A number of a step, which tells when it is read."""
+
+    def __init__(self, value: jax.Array, read: Callable[[], None]) -> None:
+        self.value, self.read = value, read
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        self.read()
+        return np.asarray(self.value)
+
+
+def test_metrics_are_read_while_the_next_step_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[tuple[str, int]] = []
+
+    class Watched:
+        def __init__(self, compiled: Any) -> None:
+            self.compiled, self.steps = compiled, 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.compiled, name)
+
+        def __call__(self, *arguments: Any) -> Any:
+            state, metrics = self.compiled(*arguments)
+            self.steps += 1
+            happened.append(("dispatched", self.steps))
+            read = partial(happened.append, ("read", self.steps))
+            return state, metrics | {"loss": Reported(metrics["loss"], read)}
+
+    original = ConsynTrainer.compile_train_step
+    monkeypatch.setattr(ConsynTrainer, "compile_train_step", lambda *a, **k: Watched(original(*a, **k)))
+    trainer(tmp_path / "run", eval_dataloader=None, max_steps=4, save_steps=100).train()
+    order = [("dispatched", 1)]
+    order += [event for step in (2, 3, 4) for event in (("dispatched", step), ("read", step - 1))]
+    assert happened == [*order, ("read", 4)]
+
+
+TRANSFERS = re.compile(r" (infeed|outfeed|send|send-done|recv|recv-done)\(|custom_call_target=\"[^\"]*(?:callback|host)[^\"]*\"", re.IGNORECASE)
+
+
+def test_a_step_asks_nothing_of_the_host(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "run")
+    assert not TRANSFERS.findall(run.compile_train_step(run.run).as_text())
+    asking = jax.jit(lambda x: jax.pure_callback(np.sin, jax.ShapeDtypeStruct((), jnp.float32), x)).lower(jnp.float32(1)).compile()
+    assert TRANSFERS.findall(asking.as_text())
+
+
 def stop_when_logged(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """SIGTERM once the line of `step` is written."""
     original = MetricsLog.write
@@ -303,6 +351,8 @@ def test_the_smallest_budget_wins(budget: dict[str, Any], steps: int, tmp_path: 
         ({"mesh": "tensor=8"}, "--mesh tensor=8 does not divide --num_heads 4"),
         ({"tokenizer": BPETokenizer()}, r"The tokenizer has \d+ tokens and the model's vocabulary 259, so they do not fit"),
         ({"resume": "3"}, "--resume 3"),
+        ({"profile_steps": "5:3"}, "--profile_steps wants the first and the last step to trace, such as 10:12, not '5:3'"),
+        ({"profile_steps": "13:14"}, "--profile_steps 13:14 begins behind the end of the run, which has 12 steps"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
