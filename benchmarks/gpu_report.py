@@ -91,6 +91,7 @@ GOALS = (
     Goal("verse against torch.compile", "vs_verse", ("who", "torch.compile"), "ours is faster by", at_least=1.15),
     Goal("stanza against torch.compile", "vs_stanza", ("who", "torch.compile"), "ours is faster by", at_least=1.08),
     Goal("verse: idle", "verse", ("model", "verse"), "idle", at_most=0.01),
+    Goal("verse: from the command to the first step, programs kept", "startup", ("part", "total"), "warm wall s", at_most=15.0),
     Goal("stanza: idle", "stanza", ("model", "stanza"), "idle", at_most=0.01),
 )
 
