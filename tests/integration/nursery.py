@@ -46,7 +46,7 @@ import jax
 import jax._src.cache_key, jax._src.compiler
 import consyn_jax.distributed.launch, consyn_jax.model.pretrained, consyn_jax.training.trainer, consyn_jax.training.watchdog
 import consyn_jax.data.prepare, consyn_jax.model.causal_lm, safetensors.numpy, jax.experimental.multihost_utils
-import matplotlib.backends.backend_agg, matplotlib.figure, PIL.Image
+import orbax.checkpoint, matplotlib.backends.backend_agg, matplotlib.figure, PIL.Image
 PIL.Image.init()
 from consyn_jax.cli.train import main
 
