@@ -42,10 +42,11 @@ def num_parameters(config: ModelConfig) -> int:
     1333895168
     """
     c = config
-    return c.num_layers * _block_parameters(c) + c.padded_vocab_size * c.hidden_dim * (1 if c.tie_embeddings else 2) + c.hidden_dim
+    return c.num_layers * num_block_parameters(c) + c.padded_vocab_size * c.hidden_dim * (1 if c.tie_embeddings else 2) + c.hidden_dim
 
 
-def _block_parameters(c: ModelConfig) -> int:
+def num_block_parameters(c: ModelConfig) -> int:
+    """Parameters of one block."""
     matrices = 2 * c.hidden_dim * c.head_dim * (c.num_heads + c.num_kv_heads) + 3 * c.hidden_dim * c.mlp_dim
     return matrices + 2 * c.hidden_dim + (2 * c.head_dim if c.qk_norm else 0)
 
@@ -100,7 +101,7 @@ def estimate_memory(
         "offload": 0,
     }[remat]
     head = c.padded_vocab_size * c.hidden_dim / tensor
-    whole = _block_parameters(c) / tensor * (FLOAT32 + BF16 * (2 if fsdp > 1 else 1))  # its gradient; its weights, and the next ones
+    whole = num_block_parameters(c) / tensor * (FLOAT32 + BF16 * (2 if fsdp > 1 else 1))  # its gradient; its weights, and the next ones
     of_block = tokens * ((0 if remat == "none" else block) + BF16 * 2 * (feed_forward + c.hidden_dim)) + whole
     logits = min(LOGITS_AT_ONCE, tokens * c.padded_vocab_size / tensor)
     of_head = BYTES_OF_A_LOGIT * logits + head * (BF16 + FLOAT32) + tokens * c.hidden_dim * (BF16 if tensor == 1 else FLOAT32)

@@ -115,11 +115,13 @@ def _time(plan: Plan) -> Iterator[str]:
     network = ", ".join(f"{' x '.join(axes)} {_seconds(seconds)}" for axes, seconds in time.network.items())
     if network:
         yield f"  {'network':<12} {_seconds(time.exposed):>10}   not hidden; in all {network}"
-    yield "assumed    " + "\n           ".join(_assumptions(gpu, plan.run.hardware.mixed_precision == "no"))
+    yield "assumed    " + "\n           ".join(_assumptions(gpu, plan.run.hardware.mixed_precision))
 
 
-def _assumptions(gpu: Gpu, in_float32: bool) -> Iterator[str]:
-    yield "bfloat16, and attention in a fused kernel" + ("; THIS RUN is in float32, and several times slower" if in_float32 else "")
+def _assumptions(gpu: Gpu, precision: str) -> Iterator[str]:
+    yield "bfloat16, and attention in a fused kernel" + ("; THIS RUN is in float32, and several times slower" if precision == "no" else "")
+    if precision == "fp8":
+        yield f"the products of the blocks in 8 bits at {roofline.FP8_SPEEDUP} x the rate below, as data sheets say; what is kept, as large as in bfloat16"
     yield f"products {gpu.matmul_flops / 1e12:.0f} TFLOP/s or {gpu.memory_bandwidth * roofline.MEMORY_EFFICIENCY / 1e12:.2f} TB/s, whichever is slower"
     attention = ", ".join(f"{share:.0%} of peak for heads of {width}" for width, share in roofline.ATTENTION_EFFICIENCY.items())
     yield f"attention {attention}; {roofline.DOCUMENT_SHARE:.0%} of that inside documents, which are taken to be as long as a sequence"

@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 
 from consyn_jax.config import ModelConfig, RunConfig
-from consyn_jax.model.arithmetic import BF16, FLOAT32, MemoryEstimate, estimate_memory, num_parameters, train_flops_per_token
+from consyn_jax.model.arithmetic import BF16, FLOAT32, MemoryEstimate, estimate_memory, num_block_parameters, num_parameters, train_flops_per_token
 from consyn_jax.planning.compiled import Collective
 from consyn_jax.planning.topology import Topology
 from consyn_jax.training.optimizer import moment_bytes
@@ -41,6 +41,8 @@ CONTENTION = 0.3
 STRETCH = 1.36
 # Bytes that an optimizer step reads and writes for one parameter beside its moments: the gradient twice (its norm first), the weight both ways.
 UPDATE_BYTES = 16
+# Products of 8-bit numbers against those of bfloat16: what data sheets say of Ada, Hopper and Blackwell. Not measured.
+FP8_SPEEDUP = 2
 LOGIT_BYTES = 16  # of one logit: float32 written, read twice; its bfloat16 gradient written, read twice; rounded up
 
 Number = int | float
@@ -60,6 +62,7 @@ class Workload:
         remat: what the backward pass recomputes, a name of `--gradient_checkpointing`.
         moment_bytes: of all moments of a parameter together.
         host_moments: the moments lie in the host's memory, and travel to the GPU and back in each step.
+        fp8: the products of the blocks are of 8-bit numbers.
         masked: attention is inside documents, by a kernel of its own; they are taken to be as long as the sequence.
     """
 
@@ -71,6 +74,7 @@ class Workload:
     remat: str = "none"
     moment_bytes: int = 8
     host_moments: bool = False
+    fp8: bool = False
     masked: bool = True
 
     @property
@@ -99,8 +103,8 @@ def workload(model: ModelConfig, run: RunConfig, sizes: Mapping[str, int]) -> Wo
     """Of a resolved run."""
     assert run.data.max_tokens is not None
     budget, remat, on_host = run.budget, run.hardware.gradient_checkpointing, run.hardware.optimizer_memory == "host"
-    moments = moment_bytes(run.optimizer)
-    return Workload(model, sizes, budget.batch_size, budget.gradient_accumulation_steps, run.data.max_tokens, remat, moments, on_host)
+    moments, fp8 = moment_bytes(run.optimizer), run.hardware.mixed_precision == "fp8"
+    return Workload(model, sizes, budget.batch_size, budget.gradient_accumulation_steps, run.data.max_tokens, remat, moments, on_host, fp8)
 
 
 @dataclass(frozen=True)
@@ -136,18 +140,19 @@ def estimate_step(work: Workload, topology: Topology, exchanged: Iterable[Collec
     gpu, layers = topology.gpu, work.model.num_layers
     bandwidth = gpu.memory_bandwidth * MEMORY_EFFICIENCY
 
-    def kernels(products: Iterable[tuple[Number, Number]]) -> Number:
-        return sum(max(flops / gpu.matmul_flops, size / bandwidth) for flops, size in products)
+    def kernels(products: Iterable[tuple[Number, Number]], speedup: Number = 1) -> Number:
+        return sum(max(flops / (gpu.matmul_flops * speedup), size / bandwidth) for flops, size in products)
 
     # forward, backward with twice the work, and recomputation: minimal repeats no product, and no policy the one that ends a block
     *needed, _ = _block(work)
-    again = 0 if work.remat in ("none", "minimal") else kernels(needed)
+    speedup = FP8_SPEEDUP if work.fp8 else 1
+    again = 0 if work.remat in ("none", "minimal") else kernels(needed, speedup)
     memory_passes = 3.0 if work.remat == "none" else 4.0
     attention_passes = 4.5 if work.remat == "full" else 3.5  # backward: 5 products to forward's 2
-    products = work.accumulation * (layers * (3 * kernels(_block(work)) + again) + 3 * kernels(_head(work)))
+    products = work.accumulation * (layers * (3 * kernels(_block(work), speedup) + again) + 3 * kernels(_head(work)))
     efficiency = ATTENTION_EFFICIENCY[128 if work.model.head_dim >= 96 else 64] * (DOCUMENT_SHARE if work.masked else 1)
     attention = work.accumulation * attention_passes * layers * _attention_flops(work) / (gpu.bf16_flops * efficiency)
-    memory = work.accumulation * (memory_passes * layers * _elementwise_bytes(work) + _head_bytes(work)) / bandwidth
+    memory = work.accumulation * (memory_passes * layers * _elementwise_bytes(work) + layers * _quantising_bytes(work) + _head_bytes(work)) / bandwidth
     network = _network(work, topology) if exchanged is None else network_of(exchanged, work.sizes, topology)
     optimizer = _optimizer_bytes(work) / bandwidth
     if work.host_moments:  # a layer at a time, after all gradients: nothing hides it
@@ -191,6 +196,17 @@ def _elementwise_bytes(work: Workload) -> Number:
     stream = 2 * 2 + 2 * 3  # two norms, each read and written; two sums, each two read and one written
     heads = 4 * (c.num_heads + c.num_kv_heads) * c.head_dim / tensor  # normed and rotated, read and written each
     return BF16 * work.local_tokens * (stream * c.hidden_dim + heads + 3 * c.mlp_dim / tensor)
+
+
+def _quantising_bytes(work: Workload) -> Number:
+    """What fp8 reads and writes beside its products, of one block in both directions: each array once for its maximum and once for its digits."""
+    if not work.fp8:
+        return 0
+    c, tensor = work.model, work.sizes["tensor"]
+    q, kv, ff = c.num_heads * c.head_dim / tensor, c.num_kv_heads * c.head_dim / tensor, c.mlp_dim / tensor
+    inputs, gradients = 2 * c.hidden_dim + q + ff, 2 * c.hidden_dim + q + 2 * kv + 2 * ff
+    weights = num_block_parameters(c) / (work.sizes["fsdp"] * tensor)
+    return (2 * BF16 + 1) * work.local_tokens * (inputs + gradients) + (2 * FLOAT32 + 1) * weights
 
 
 def _offloaded_bytes(work: Workload) -> Number:
@@ -270,7 +286,8 @@ def _network(work: Workload, topology: Topology) -> dict[Axes, float]:
     def each(seconds: Callable[..., float], payload: Number, axis: str) -> float:
         return parts * seconds(payload / parts, (axis,), sizes, topology)
 
-    gathered = min(passes, 2) * each(ring_seconds, BF16 * parameters, "fsdp")
+    narrower = c.num_layers * num_block_parameters(c) / sizes["tensor"] if work.fp8 else 0  # they travel in 8 bits
+    gathered = min(passes, 2) * each(ring_seconds, BF16 * parameters - narrower, "fsdp")
     scattered = each(ring_seconds, FLOAT32 * parameters, "fsdp")
     summed = each(all_reduce_seconds, FLOAT32 * parameters / sizes["fsdp"], "data")
     keys = 2 * BF16 * work.local_tokens * sizes["context"] * c.num_kv_heads * c.head_dim / sizes["tensor"]

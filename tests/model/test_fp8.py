@@ -15,7 +15,7 @@ from consyn_jax.distributed.mesh import AXES, build_mesh, sharding
 from consyn_jax.model.fp8 import FORWARD, GRADIENT, fp8_linear, quantise, scale_of
 from consyn_jax.model.parameters import initial_parameters
 from consyn_jax.model.transformer import Compute
-from consyn_jax.training.program import TRAIN_AXES, Program
+from consyn_jax.training.program import Program
 
 CONFIG = ModelConfig(vocab_size=259, hidden_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, context=32, tie_embeddings=False)
 
@@ -56,7 +56,7 @@ def test_the_scale_is_the_smallest_power_of_two_that_holds_all(dtype: Any, large
     values, scale = np.asarray(found.values, np.float64), float(found.scale)
     assert math.frexp(scale)[0] == 0.5
     assert np.all(np.isfinite(values))
-    assert scale == 2.0**-60 or top / 2 <= np.abs(values).max() <= top
+    assert largest == 0 or scale == 2.0**-60 or top / 2 <= np.abs(values).max() <= top
     np.testing.assert_allclose(values * scale, x, rtol=1 / 16 if dtype == FORWARD else 1 / 8, atol=1e-20)
 
 
@@ -83,30 +83,21 @@ def test_on_eight_devices_the_scales_are_those_of_whole_arrays() -> None:
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6 * float(jnp.abs(expected).max()))
 
 
-def step_of(**how: Any) -> tuple[Any, Any]:
-    """Parameters and metrics after one step of plain descent."""
-    mesh = build_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
-    program = Program(CONFIG, Compute(**how), optax.sgd(0.1), 0.0, mesh)
-    ids = np.random.default_rng(0).integers(0, 259, (1, 4, 33)).astype(np.int32)
-    batch = {"input_ids": ids[..., :-1], "labels": ids[..., 1:], "segment_ids": np.ones((1, 4, 32), np.int32), "loss_mask": np.ones((1, 4, 32), bool)}
-    state = program.initial_state(initial_parameters(CONFIG, 0, mesh))
-    assert jax.tree.structure(state) == jax.tree.structure(program.state_like), "8 bits keep no state of their own"
-    after, metrics = program.lower_train_step(1, 4, 32).compile()(state, jax.device_put(batch, sharding(mesh, TRAIN_AXES)))
-    return jax.device_get(after.params), jax.device_get(metrics)
-
-
-def distance(one: Any, other: Any) -> float:
-    """Of the two steps, against the size of the first."""
-    start = initial_parameters(CONFIG, 0, build_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1]))
-    return float(optax.tree.norm(optax.tree.sub(one, other)) / optax.tree.norm(optax.tree.sub(one, start)))
-
-
 @pytest.mark.quick_compiler
-def test_a_step_is_near_that_of_bfloat16_whatever_is_recomputed() -> None:
-    plain, _ = step_of(dtype=jnp.bfloat16)
-    params, metrics = step_of(dtype=jnp.bfloat16, fp8=True)
-    assert 1e-3 < distance(plain, params) < 0.1
-    for remat in ("minimal", "full"):
-        same, found = step_of(dtype=jnp.bfloat16, fp8=True, remat=remat)
-        assert found["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
-        assert distance(params, same) < 0.01, remat
+def test_gradients_are_near_those_of_bfloat16_whatever_is_recomputed() -> None:
+    mesh = build_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 259, (4, 33)), jnp.int32)
+    ones = jnp.ones((4, 32), jnp.int32)
+    batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "segment_ids": ones, "loss_mask": ones > 0}
+    params = jax.tree.map(lambda p: p + 0.01, initial_parameters(CONFIG, 0, mesh))  # a head of zeros would send nothing back
+    found = {}
+    for name, how in (("bfloat16", {}), ("fp8", {"fp8": True}), ("recomputed", {"fp8": True, "remat": "minimal"})):
+        program = Program(CONFIG, Compute(jnp.bfloat16, **how), optax.sgd(0.1), 0.0, mesh)
+        assert not jax.tree.leaves(program.state_like.opt_state), "8 bits keep no state of their own"
+        found[name] = jax.jit(jax.grad(lambda p, program=program: program.objective(p, batch)[0]))(params)
+
+    def distance(one: str, other: str) -> float:
+        return float(optax.tree.norm(optax.tree.sub(found[one], found[other])) / optax.tree.norm(found[one]))
+
+    assert 1e-3 < distance("bfloat16", "fp8") < 0.15
+    assert distance("fp8", "recomputed") < 0.02

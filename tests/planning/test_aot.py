@@ -19,6 +19,7 @@ import pytest
 from consyn_jax.config import ModelConfig, RunConfig, UserError, architecture, flat, resolve
 from consyn_jax.distributed.auto_mesh import FITS
 from consyn_jax.distributed.mesh import parse_mesh
+from consyn_jax.model.arithmetic import matmul_parameters
 from consyn_jax.model.parameters import layout
 from consyn_jax.planning import aot
 from consyn_jax.planning.aot import CompiledProgram, compile_train_step
@@ -148,6 +149,37 @@ def test_moments_in_the_hosts_memory_take_none_of_the_devices(name: str, topolog
     assert program.state_bytes == pytest.approx(12 * program.num_parameters, rel=1e-6)
 
 
+@pytest.mark.parametrize(("name", "topology", "changes"), [case for case in CASES if case[1].endswith("1x1")])
+def test_the_update_passes_over_the_state_once(name: str, topology: str, changes: dict[str, Any]) -> None:
+    """Gradients read, the state read and written; and the gradients once before, for their norm: 8 / 7 of that for AdamW."""
+    assert compiled(name, topology, changes).update_passes == pytest.approx(8 / 7, rel=2e-3)
+
+
+FP8 = {"mixed_precision": "fp8", "num_layers": 4, "gradient_accumulation_steps": 1, "gradient_checkpointing": "none"}
+
+
+@pytest.mark.parametrize(("topology", "batch_size"), [("h200:1x1", 2), ("h200:1x8", 16)])
+def test_fp8_multiplies_8_bits_in_all_three_products_of_every_weight(topology: str, batch_size: int) -> None:
+    changes = FP8 | {"batch_size": batch_size}
+    program, (model, run) = compiled("stanza-8xh200", topology, changes), recipe("stanza-8xh200", changes)
+    assert run.data.max_tokens is not None
+    tokens = batch_size * run.data.max_tokens // parse_topology(topology).num_devices
+    head = model.padded_vocab_size * model.hidden_dim
+    blocks = matmul_parameters(model) - model.vocab_size * model.hidden_dim
+    of_8_bits = {types: flops for types, flops in program.product_flops.items() if "f8" in types}
+    assert sum(of_8_bits.values()) == 3 * 2 * tokens * blocks
+    assert of_8_bits["f8e4m3fn x f8e4m3fn"] == 2 * tokens * blocks
+    assert {types.replace(" x ", " ").count("f8e5m2") for types in of_8_bits} == {0, 1}
+    # the head's alone; attention is a kernel of cuDNN's
+    others = {types: flops for types, flops in program.product_flops.items() if "f8" not in types}
+    assert others == {"bf16 x bf16": pytest.approx(3 * 2 * tokens * head, rel=0.01)}
+    gathered = {c.dtype: c.payload_bytes for c in program.collectives if c.kind == "all-gather"}
+    if topology == "h200:1x8":  # the blocks' weights travel in 8 bits, forward and backward; the embeddings as ever
+        assert gathered == {"f8e4m3fn": pytest.approx(2 * blocks, rel=0.01), "bf16": pytest.approx(2 * 2 * head, rel=0.01)}
+        maxima = sum(c.count for c in program.collectives if c.kind == "all-reduce" and c.payload_bytes / c.count < 64)
+        assert maxima <= 20 * model.num_layers
+
+
 def test_verse_trains_in_8_gb() -> None:
     program = compiled("verse-1xh200", "rtx4090:1x1", {"batch_size": 4, "gradient_accumulation_steps": 64})
     assert program.total_bytes <= FITS * 8e9
@@ -258,6 +290,34 @@ def test_a_recipe_that_fit_finds_fits_as_compiled() -> None:
     assert best.plan.compiled is not None
     assert best.plan.compiled.total_bytes <= FITS * GPUS["rtx4090"].memory_bytes
     assert "moment_dtype" not in best.changes
+
+
+CUBLAS = """
+import json
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from consyn_jax.model.fp8 import fp8_linear
+from consyn_jax.planning.compiled import instructions, kernels
+from consyn_jax.planning.topology import parse_topology
+
+described = topologies.get_topology_desc(platform="cuda", target_config=parse_topology("h200:1x1").gpu.target_config, topology="1x1x1")
+place = jax.sharding.SingleDeviceSharding(described.devices[0])
+likes = ((2, 1024, 2048), jnp.bfloat16), ((2048, 5632), jnp.float32), ((2, 1024, 5632), jnp.bfloat16)
+x, w, dy = (jax.ShapeDtypeStruct(*like, sharding=place) for like in likes)
+
+def all_three(x, w, dy):
+    y, pull = jax.vjp(fp8_linear, x, w)
+    return y, *pull(dy)
+
+compiled = jax.jit(all_three).lower(x, w, dy).compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
+print(json.dumps(kernels(instructions(compiled.as_text()))))
+"""
+
+
+def test_where_xla_writes_no_kernel_of_its_own_the_three_products_are_cublas_fp8() -> None:
+    """Which of the two is faster, autotuning decides on the device, and here there is none."""
+    done = subprocess.run([sys.executable, "-c", CUBLAS], env=os.environ | aot.ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1])["__cublas$lt$matmul$f8"] == 3
 
 
 LOOK = """

@@ -2,7 +2,7 @@
 
 import pytest
 
-from consyn_jax.planning.compiled import Collective, array_shapes, collectives, first_group, instructions, kernels
+from consyn_jax.planning.compiled import Collective, array_shapes, collectives, first_group, instructions, kernels, product_flops, update_bytes
 
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true
@@ -61,6 +61,47 @@ def test_shapes_by_dtype() -> None:
     program = instructions(PROGRAM)
     assert array_shapes(program, "f32") == {(), (8, 4), (4,), (2, 4), (1,), (2,), (3,)}
     assert array_shapes(program, "bf16") == {(8, 4), (2, 4)}
+
+
+STEP = """\
+HloModule jit_step, is_scheduled=true
+
+%fused_product (p: f8e4m3fn[8,4], q: f8e5m2[4,2]) -> bf16[8,2] {
+  %p = f8e4m3fn[8,4]{1,0} parameter(0)
+  %q = f8e5m2[4,2]{1,0} parameter(1)
+  ROOT %dot = bf16[8,2]{1,0} dot(%p, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%body (l: f32[6,5]) -> f32[6,5] {
+  %l = f32[6,5]{1,0} parameter(0)
+  %inside = bf16[8,2]{1,0} fusion(%a, %b), kind=kCustom, calls=%fused_product
+  ROOT %kept = f32[6,5]{1,0} copy(%l)
+}
+
+ENTRY %main (weight: f32[6,5], moment: bf16[6,5]) -> f32[6,5] {
+  %weight = f32[6,5]{1,0} parameter(0)
+  %moment = bf16[6,5]{1,0} parameter(1)
+  %fill = f32[6,5]{1,0} fusion(%zero), kind=kLoop, calls=%z
+  %early = f32[6,5]{1,0} copy(%weight)
+  %backward = f32[6,5]{1,0} while(%fill), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %scatter = f32[6,5]{1,0} fusion(%backward), kind=kInput, calls=%s, metadata={op_name="jit(step)/transpose(jvp())/add"}
+  %norm = f32[] fusion(%scatter), kind=kInput, calls=%n, metadata={op_name="jit(step)/reduce_sum"}
+  %turned = f32[6,5]{0,1} copy(%scatter)
+  %update = (f32[6,5]{1,0}, bf16[6,5]{1,0}) fusion(%weight, %moment, %turned, %norm), kind=kLoop, calls=%u, metadata={op_name="jit(step)/select_n"}
+  %other = bf16[4]{0} fusion(%small), kind=kLoop, calls=%o, metadata={op_name="jit(step)/add"}
+  ROOT %result = f32[6,5]{1,0} get-tuple-element(%update), index=0
+}
+"""
+
+
+def test_products_count_by_types_and_as_often_as_they_run() -> None:
+    assert product_flops(instructions(STEP)) == {("f8e4m3fn", "f8e5m2"): 3 * 2 * 8 * 4 * 2}
+
+
+def test_the_update_is_what_reads_parameters_and_is_not_differentiated() -> None:
+    array = 30
+    norm, copy, update = 4 * array + 4, 2 * 4 * array, (4 + 2 + 4) * array + 4 + (4 + 2) * array
+    assert update_bytes(instructions(STEP), {array}) == norm + copy + update
 
 
 def test_every_instruction_is_read() -> None:

@@ -69,8 +69,18 @@ def test_what_is_recomputed_is_every_product_of_a_block_but_its_last(remat: str)
     assert estimate_step(work, topology).products == pytest.approx(STRETCH * expected)
 
 
+def test_fp8_halves_the_products_of_the_blocks_and_pays_for_the_digits() -> None:
+    eight = Topology(GPUS["h200"], 1, 8)
+    bf16, fp8 = (estimate_step(replace(stanza(fsdp=8), fp8=fp8), eight) for fp8 in (False, True))
+    assert 1.6 < bf16.products / fp8.products < 2
+    assert fp8.memory > bf16.memory
+    assert fp8.network["fsdp",] < bf16.network["fsdp",]
+    assert 1.15 < bf16.total / fp8.total < 1.6
+
+
 def test_a_run_says_what_its_work_is() -> None:
     run, _ = resolve({"model": "stanza", "batch_size": 16, "gradient_accumulation_steps": 4, "moment_dtype": "bfloat16"})
     work = workload(preset_architecture("stanza"), run, ONE)
-    assert (work.tokens, work.moment_bytes, work.remat) == (16 * 4 * 4096, 4, "none")
+    assert (work.tokens, work.moment_bytes, work.remat, work.fp8) == (16 * 4 * 4096, 4, "none", False)
+    assert workload(preset_architecture("stanza"), resolve({"mixed_precision": "fp8"})[0], ONE).fp8
     assert work.flops == pytest.approx(work.tokens * (6 * 1.233e9 + 6 * 24 * 4096 * 2048), rel=1e-3)

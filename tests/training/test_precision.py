@@ -14,7 +14,7 @@ import pytest
 import torch
 from jax.sharding import Mesh
 
-from consyn_jax.config import ModelConfig, RegularisationOptions
+from consyn_jax.config import ModelConfig, RegularisationOptions, UserError
 from consyn_jax.distributed.mesh import AXES, build_mesh, sharding
 from consyn_jax.model.parameters import Params, initial_parameters, layout
 from consyn_jax.model.transformer import Compute
@@ -60,6 +60,21 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
 def test_the_type_is_chosen_with_a_reason(wanted: str, platform: str, capability: str, kind: str, dtype: Any, reason: str) -> None:
     choice = choose_precision(wanted, platform, capability, kind)
     assert (choice.dtype, choice.reason) == (dtype, reason)
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "kind"), [("gpu", "9.0", "NVIDIA H200"), ("cuda", "8.9", "RTX 4090"), ("gpu", "12.0", "RTX 5090"), ("cpu", "", "cpu")]
+)
+def test_fp8_is_for_ada_and_later_and_a_cpu_simulates_it(platform: str, capability: str, kind: str) -> None:
+    choice = choose_precision("fp8", platform, capability, kind)
+    assert (choice.dtype, choice.fp8) == (jnp.bfloat16, True)
+    assert choice.reason.startswith("bfloat16 over float32 weights, the products of the blocks in 8 bits: asked for; ")
+
+
+@pytest.mark.parametrize(("platform", "capability"), [("gpu", "8.0"), ("cuda", "7.5"), ("gpu", ""), ("tpu", "")])
+def test_fp8_elsewhere_is_the_users_mistake(platform: str, capability: str) -> None:
+    with pytest.raises(UserError, match=r"--mixed_precision fp8 needs an NVIDIA GPU of compute capability 8\.9 or later"):
+        choose_precision("fp8", platform, capability, "some device")
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
