@@ -81,14 +81,14 @@ HloModule jit_step, is_scheduled=true
 ENTRY %main (weight: f32[6,5], moment: bf16[6,5]) -> f32[6,5] {
   %weight = f32[6,5]{1,0} parameter(0)
   %moment = bf16[6,5]{1,0} parameter(1)
-  %fill = f32[6,5]{1,0} fusion(%zero), kind=kLoop, calls=%z
+  %fill = f32[6,5]{1,0} fusion(%zero), kind=kLoop
   %early = f32[6,5]{1,0} copy(%weight)
-  %backward = f32[6,5]{1,0} while(%fill), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
-  %scatter = f32[6,5]{1,0} fusion(%backward), kind=kInput, calls=%s, metadata={op_name="jit(step)/transpose(jvp())/add"}
-  %norm = f32[] fusion(%scatter), kind=kInput, calls=%n, metadata={op_name="jit(step)/reduce_sum"}
+  %backward = f32[6,5]{1,0} while(%fill), body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %scatter = f32[6,5]{1,0} fusion(%backward), kind=kInput, metadata={op_name="jit(step)/transpose(jvp())/add"}
+  %norm = f32[] fusion(%scatter), kind=kInput, metadata={op_name="jit(step)/reduce_sum"}
   %turned = f32[6,5]{0,1} copy(%scatter)
-  %update = (f32[6,5]{1,0}, bf16[6,5]{1,0}) fusion(%weight, %moment, %turned, %norm), kind=kLoop, calls=%u, metadata={op_name="jit(step)/select_n"}
-  %other = bf16[4]{0} fusion(%small), kind=kLoop, calls=%o, metadata={op_name="jit(step)/add"}
+  %update = (f32[6,5]{1,0}, bf16[6,5]{1,0}) fusion(%weight, %moment, %turned, %norm), kind=kLoop, metadata={op_name="jit(step)/select_n"}
+  %other = bf16[4]{0} fusion(%small), kind=kLoop, metadata={op_name="jit(step)/add"}
   ROOT %result = f32[6,5]{1,0} get-tuple-element(%update), index=0
 }
 """
