@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import harness
 from consyn_jax.config import architecture, resolve
 from consyn_jax.model.parameters import initial_parameters
 from consyn_jax.tokenization import BPETokenizer

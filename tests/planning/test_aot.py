@@ -316,7 +316,7 @@ print(json.dumps(kernels(instructions(compiled.as_text()))))
 
 def test_where_xla_writes_no_kernel_of_its_own_the_three_products_are_cublas_fp8() -> None:
     """Which of the two is faster, autotuning decides on the device, and here there is none."""
-    done = subprocess.run([sys.executable, "-c", CUBLAS], env=os.environ | aot.ENVIRONMENT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", CUBLAS], env=aot.environment(), capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1])["__cublas$lt$matmul$f8"] == 3
 
 
