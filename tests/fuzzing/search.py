@@ -2,8 +2,8 @@
 
     python tests/fuzzing/search.py --minutes 60
 
-Each target has its share of the time in a process of its own, which 2 GiB of memory or 10 seconds over one input end, too. What breaks is left
-as a file in --findings, and printed.
+Each target has its share of the time in a process of its own, which 2 GiB of memory or 10 seconds over one input end, too (on a machine with
+other load as many times longer as there are others who wait for a core). What breaks is left as a file in --findings, and printed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def search(name: str, seconds: int, corpus: Path, findings: Path) -> None:
         import targets
 
     here = Path(tempfile.mkdtemp())
-    flags = [f"-max_total_time={seconds}", "-timeout=10", "-rss_limit_mb=2048", "-max_len=8192", "-print_final_stats=1", f"-artifact_prefix={findings}/{name}-"]
+    limit = 10 * max(1, round(os.getloadavg()[0] / (os.cpu_count() or 1)))
+    ends = [f"-max_total_time={seconds}", f"-timeout={limit}", "-rss_limit_mb=2048"]
+    flags = [*ends, "-max_len=8192", "-print_final_stats=1", f"-artifact_prefix={findings}/{name}-"]
     atheris.Setup([sys.argv[0], *flags, str(corpus)], lambda data: targets.attempt(name, data, here))
     atheris.Fuzz()
 
