@@ -42,6 +42,7 @@ from consyn_jax.training.step import Batch, TrainState, dropout_keys
 BUNDLES = "nonfinite"  # of a run directory: the bundles by step
 RECORD, CONFIG, BATCH, STATES = "replay.json", "config.yaml", "batch.npz", "checkpoints"
 FORMAT = 1
+ENCRYPTED = 1  # among the flags of a member of a zip file
 LARGEST_RECORD = 1 << 26  # bytes: the sample ids of a batch of a million sequences
 VERSIONS = ("consyn_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -246,9 +247,12 @@ def _read_batch(file: Path, shape: tuple[int, ...]) -> HostBatch:
     with zipfile.ZipFile(file) as archive:
         for name, of in BATCH_DTYPES.items():
             dtype, size = np.dtype(of), math.prod(shape) * np.dtype(of).itemsize
-            with archive.open(f"{name}.npy") as member:
-                stored = archive.getinfo(f"{name}.npy").compress_type == zipfile.ZIP_STORED and np.lib.format.read_magic(member) == (1, 0)
-                if not stored or np.lib.format.read_array_header_1_0(member) != (shape, False, dtype) or len(data := member.read(size)) != size:
+            about = archive.getinfo(f"{name}.npy")
+            if about.compress_type != zipfile.ZIP_STORED or about.flag_bits & ENCRYPTED:
+                raise ValueError(f"{name} is not stored as it is")
+            with archive.open(about) as member:
+                is_first_version = np.lib.format.read_magic(member) == (1, 0)
+                if not is_first_version or np.lib.format.read_array_header_1_0(member) != (shape, False, dtype) or len(data := member.read(size)) != size:
                     raise ValueError(f"{name} is not {dtype} {list(shape)}")
                 batch[name] = np.frombuffer(data, np.uint8 if dtype.kind == "b" else dtype).reshape(shape).astype(dtype)
     return batch

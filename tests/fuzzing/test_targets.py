@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
-from targets import TARGETS, attempt, seeds
+from targets import TARGETS, attempt, npz, seeds
 
 SLOW = {"rows", "text", "weights", "weights_index", "checksums", "tree"}
 
@@ -51,3 +51,10 @@ def test_whatever_was_written_is_taken_or_answered(name: str, examples: dict[str
         attempt(name, changed(data, changes)[: keep if keep < 3000 else None], tmp_path)
 
     search()
+
+
+def test_a_batch_that_says_it_is_encrypted_is_damaged(tmp_path: Path) -> None:
+    """Found by the search: `zipfile` answers with a RuntimeError."""
+    data = bytearray(npz())
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    assert "is damaged (ValueError: input_ids is not stored as it is)" in (attempt("bundle_batch", bytes(data), tmp_path) or "")
