@@ -7,6 +7,7 @@ outside of its own directory, of Python's and of this project's, its cache (CONS
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import io
 import json
 import os
@@ -229,7 +230,7 @@ def seeds(here: Path) -> dict[str, list[bytes]]:
         "weights_index": [b'{"metadata": {}, "weight_map": {"model.embed_tokens.weight": "model-00001-of-00002.safetensors"}}'],
         "tokenizer": [BPETokenizer.bytes().to_json().encode()],
         "rows": [b'{"text": "one"}\n{"text": "two"}\n', b'{"prompt": "a", "completion": "b"}\n', b'{"messages": [{"role": "assistant", "content": "x"}]}\n'],
-        "text": [b"One line.\n\nAnother.\n"],
+        "text": [b"One line.\n\nAnother.\n", gzip.compress(b"One line.\n", mtime=0)],
         "tokens": [array],
     }
 
