@@ -185,6 +185,8 @@ def test_verse_trains_in_8_gb() -> None:
     assert program.total_bytes <= FITS * 8e9
 
 
+# Of the exchanges' time, at least what the schedules were seen to put behind products, less a tenth. With what XLA does by default: epic 0.57.
+HIDDEN = {"verse-1xh200": 0.27, "stanza-8xh200": 0.65, "epic-64xh200": 0.7}
 ON_SEVERAL = [case for case in CASES if not case[1].endswith("1x1")]
 
 
