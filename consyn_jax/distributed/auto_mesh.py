@@ -50,9 +50,13 @@ def choose_mesh(
         return _of_weights(hosts, per_host, hidden_dim, memory_bytes, needs)
     choices = []
     for axis in axes:
-        of_weights = _of_weights(hosts, per_host // share, hidden_dim, memory_bytes, lambda sizes, axis=axis: needs(sizes | {axis: share}))
+        of_weights = _of_weights(hosts, per_host // share, hidden_dim, memory_bytes, _shared(needs, {axis: share}))
         choices.append(MeshChoice(of_weights.sizes | {axis: share}, f"{of_weights.reason}, each sequence over {share} ({axis})"))
     return next((choice for choice in choices if needs(choice.sizes) <= FITS * memory_bytes), choices[0])
+
+
+def _shared(needs: Callable[[dict[str, int]], int], by: dict[str, int]) -> Callable[[dict[str, int]], int]:
+    return lambda sizes: needs(sizes | by)
 
 
 def _of_weights(hosts: int, per_host: int, hidden_dim: int, memory_bytes: int, needs: Callable[[dict[str, int]], int]) -> MeshChoice:
