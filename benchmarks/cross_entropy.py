@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from harness import alternate, parser, repeated, report
 
-from consyn_jax.training.loss import CHUNK_ELEMENTS, cross_entropy, head_loss
+from consyn_jax.training.loss import CHUNK_ELEMENTS, Chunks, cross_entropy, head_loss
 
 SLOWER = 1.03  # at most, with the chunks of training, where both fit
 
@@ -43,7 +43,7 @@ def plain(x: Any, head: Any, labels: Any, mask: Any) -> jax.Array:
 
 def chunked(x: Any, head: Any, labels: Any, mask: Any, elements: int) -> jax.Array:
     """As training has it."""
-    return head_loss(x, head, labels, mask, head.shape[0], elements).nll
+    return head_loss(x, head, labels, mask, head.shape[0], Chunks(elements)).nll
 
 
 def measure(tiny: bool = False) -> dict[str, Any]:

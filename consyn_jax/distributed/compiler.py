@@ -1,4 +1,4 @@
-"""What XLA's compiler for NVIDIA GPUs is told beside its defaults, in one table.
+"""What XLA's compiler is told beside its defaults, in one table.
 
 A setting is here because it was seen to change a compiled train step for the better; docs/design/compiled-programs.md has what was seen,
 and what was tried and left out. They go with the program that is compiled and not into `XLA_FLAGS`, where a name that the installed XLA
@@ -19,6 +19,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 GENERATIONS = {"Ampere": ("8.0", "8.6", "8.7"), "Ada": ("8.9",), "Hopper": ("9.0",), "Blackwell": ("10.0", "10.3", "12.0", "12.1")}
+CPU = "CPU"
 Options = dict[str, bool | int | str]
 
 
@@ -29,7 +30,7 @@ class Setting:
     Attributes:
         name: as in `XLA_FLAGS`, without the dashes.
         reason: what is better with it.
-        generations: of GPUs that get it.
+        generations: of GPUs that get it, or CPU.
     """
 
     name: str
@@ -44,6 +45,12 @@ SETTINGS = (
         1,
         "A block's gradients are scattered as each is there, behind the products that follow. By default one exchange waits for the last of "
         "them, and nothing is left to hide it.",
+    ),
+    Setting(
+        "xla_cpu_experimental_ynn_fusion_type",
+        "",
+        "Eigen multiplies the matrices of a block in three quarters of YNNPACK's time (docs/design/cpu.md).",
+        (CPU,),
     ),
 )
 
@@ -60,7 +67,9 @@ def compiler_options(devices: Sequence[Any]) -> Options:
 
 
 def generation_of(device: Any) -> str | None:
-    """A name of `GENERATIONS`; None for what is no GPU of NVIDIA's, or none of these."""
+    """A name of `GENERATIONS`, or CPU; None for what is neither a CPU nor one of these GPUs."""
+    if device.platform == "cpu":
+        return CPU
     if device.platform not in ("gpu", "cuda"):
         return None
     capability = str(getattr(device, "compute_capability", ""))

@@ -38,7 +38,7 @@ def extend(model: ConsynLMHeadModel, input_ids: Int[Array, "B T"], cache: Cache)
     c = model.config
     B, T = input_ids.shape
     positions_T = cache.length + jnp.arange(T)
-    rope = rope_table(jnp.broadcast_to(positions_T, (B, T)), c.head_dim, c.rope_theta)
+    rope = rope_table(jnp.broadcast_to(positions_T, (B, T)), cache.k.shape[2], c.head_dim, c.rope_theta)
     mask = attention_mask(positions_T, jnp.arange(cache.k.shape[2]), sliding_window=c.sliding_window)
     graphdef, stacked = nnx.split(model.layers)
 

@@ -37,7 +37,8 @@ def _forward(x: jax.Array, w: jax.Array, recast: bool) -> Any:
 def _backward(recast: bool, kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w, like = kept
     rows = tuple(range(x.ndim - 1))
-    dw = jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+    over_rows = partial(jax.lax.dot_general, dimension_numbers=((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+    dw = over_rows(x, dy) if x.shape[-1] <= dy.shape[-1] else over_rows(dy, x).T  # CPUs transpose the first
     return jnp.einsum("...f,df->...d", dy, _matrix(x, w)), dw.reshape(like.shape)
 
 

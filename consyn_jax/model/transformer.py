@@ -91,11 +91,17 @@ def _rows_backward(dtype: Any, kept: Any, dx: jax.Array) -> tuple[jax.Array, Non
 rows.defvjp(lambda table, ids, dtype: (rows(table, ids, dtype), (ids, jax.ShapeDtypeStruct(table.shape, jnp.float32))), _rows_backward)
 
 
-def rope_table(positions: Int[Array, "B T"], head_dim: int, theta: float) -> tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]:
-    """Cosine and sine of every rotation angle, float32 (Su et al., 2021), pairs laid out as Hugging Face's llama has them."""
+def rope_table(
+    positions: Int[Array, "B T"], length: int, head_dim: int, theta: float
+) -> tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]:
+    """Cosine and sine of every rotation angle, float32 (Su et al., 2021), pairs laid out as Hugging Face's llama has them.
+
+    Args:
+        length: positions are below it. They are looked up in a table, as XLA on CPUs would compute cosines again for every use of every element.
+    """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+    return jnp.cos(angles)[positions][:, :, None], jnp.sin(angles)[positions][:, :, None]
 
 
 def apply_rope(x_BTNH: Float[Array, "B T N H"], rope: tuple[jax.Array, jax.Array]) -> Float[Array, "B T N H"]:
@@ -235,7 +241,7 @@ class Decoder(nnx.Module):
         B, T = input_ids.shape
         inside = None if segment_ids is None else documents(segment_ids)
         positions = jnp.broadcast_to(jnp.arange(T) - (0 if inside is None else inside.first_BT), (B, T))
-        rope = rope_table(positions, self.config.head_dim, self.config.rope_theta)
+        rope = rope_table(positions, T, self.config.head_dim, self.config.rope_theta)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, dropout: Dropout | None) -> jax.Array:
             window = self.config.sliding_window

@@ -30,6 +30,24 @@ class LossSums(NamedTuple):
     correct: Float[Array, ""]
 
 
+class Chunks(NamedTuple):
+    """How logits are held.
+
+    Attributes:
+        elements: at once on one device.
+        vocab_first: their rows are words and not tokens.
+    """
+
+    elements: int = CHUNK_ELEMENTS
+    vocab_first: bool = False
+
+
+CHUNKS = Chunks()
+# The softmax finds a chunk in the processor's cache; and products whose rows lie a multiple of 4 KiB apart, as those of a vocabulary do,
+# run at half the rate on CPUs (docs/design/cpu.md).
+CPU_CHUNKS = Chunks(2**23, vocab_first=True)
+
+
 class Extras(NamedTuple):
     """What training adds to the loss of a token; 0 adds nothing.
 
@@ -57,14 +75,14 @@ def head_loss(
     labels_BT: Int[Array, "B T"],
     mask_BT: Bool[Array, "B T"],
     vocab_size: int,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunks: Chunks = CHUNKS,
 ) -> LossSums:
     """Cross-entropy of `x @ head.T` over the first `vocab_size` rows of the head, differentiable in its `nll`.
 
     The products run in the dtype of `x`, sums and the softmax in float32. Memory beyond the results, a device in bfloat16: the head
-    once more, and 6 bytes for each of `chunk_elements` (tests/planning). The head's gradient is float32, and there from here on.
+    once more, and 6 bytes for each of `chunks.elements` (tests/planning). The head's gradient is float32, and there from here on.
     """
-    nll, sums = head_objective(x_BTD, head_VD, labels_BT, mask_BT, vocab_size, Extras(), chunk_elements)
+    nll, sums = head_objective(x_BTD, head_VD, labels_BT, mask_BT, vocab_size, Extras(), chunks)
     return sums._replace(nll=nll)
 
 
@@ -76,21 +94,21 @@ def head_objective(
     mask_BT: Bool[Array, "B T"],
     vocab_size: int,
     extras: Extras,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunks: Chunks = CHUNKS,
 ) -> tuple[Float[Array, ""], LossSums]:
     """What training minimises, summed over tokens and differentiable, and beside it the sums of the plain loss, which are not.
 
     Memory as `head_loss`.
     """
-    return _run(x_BTD, head_VD, labels_BT, mask_BT, vocab_size, extras, chunk_elements, with_gradients=False)[0]
+    return _run(x_BTD, head_VD, labels_BT, mask_BT, vocab_size, extras, chunks, with_gradients=False)[0]
 
 
-def _forward(x: Any, head: Any, labels: Any, mask: Any, vocab_size: int, extras: Extras, chunk_elements: int) -> Any:
-    found, dx, dhead = _run(x, head, labels, mask, vocab_size, extras, chunk_elements, with_gradients=True)
+def _forward(x: Any, head: Any, labels: Any, mask: Any, vocab_size: int, extras: Extras, chunks: Chunks) -> Any:
+    found, dx, dhead = _run(x, head, labels, mask, vocab_size, extras, chunks, with_gradients=True)
     return found, (dx, dhead, jnp.zeros((), x.dtype))
 
 
-def _backward(vocab_size: int, extras: Extras, chunk_elements: int, kept: Any, cotangents: tuple[jax.Array, LossSums]) -> Any:
+def _backward(vocab_size: int, extras: Extras, chunks: Chunks, kept: Any, cotangents: tuple[jax.Array, LossSums]) -> Any:
     dx, dhead, like_x = kept
     return (dx * cotangents[0]).astype(like_x.dtype), dhead * cotangents[0], None, None
 
@@ -99,15 +117,15 @@ head_objective.defvjp(_forward, _backward)
 
 
 @jax.named_scope("head")
-def _run(x: Any, head: Any, labels: Any, mask: Any, vocab_size: int, extras: Extras, chunk_elements: int, with_gradients: bool) -> Any:
+def _run(x: Any, head: Any, labels: Any, mask: Any, vocab_size: int, extras: Extras, chunks: Chunks, with_gradients: bool) -> Any:
     """One device: the plain function. On a mesh: each device its own tokens and its part of the vocabulary, sums at the end."""
-    (sums, penalty), dx, dhead = _on_the_mesh(x, head, labels, mask, vocab_size, extras, chunk_elements, with_gradients)
+    (sums, penalty), dx, dhead = _on_the_mesh(x, head, labels, mask, vocab_size, extras, chunks, with_gradients)
     return (sums.nll if penalty is None else sums.nll + penalty, sums), dx, dhead
 
 
-def _on_the_mesh(x: Any, head: Any, labels: Any, mask: Any, vocab_size: int, extras: Extras, chunk_elements: int, with_gradients: bool) -> Any:
+def _on_the_mesh(x: Any, head: Any, labels: Any, mask: Any, vocab_size: int, extras: Extras, chunks: Chunks, with_gradients: bool) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
-    local = partial(_local, vocab_size=vocab_size, extras=extras, chunk_elements=chunk_elements, with_gradients=with_gradients)
+    local = partial(_local, vocab_size=vocab_size, extras=extras, chunks=chunks, with_gradients=with_gradients)
     if mesh.empty:
         return local(x, head, labels, mask, mesh_shape=dict.fromkeys(AXES, 1))
     tokens, hidden = partition_spec(("batch", "sequence")), partition_spec(("batch", "sequence", None))
@@ -121,7 +139,7 @@ def _on_the_mesh(x: Any, head: Any, labels: Any, mask: Any, vocab_size: int, ext
     )(x, head, labels, mask)
 
 
-def _local(x, head, labels, mask, *, mesh_shape, vocab_size, extras, chunk_elements, with_gradients):
+def _local(x, head, labels, mask, *, mesh_shape, vocab_size, extras, chunks, with_gradients):
     def over(axes: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(axis for axis in axes if mesh_shape[axis] > 1)
 
@@ -142,10 +160,11 @@ def _local(x, head, labels, mask, *, mesh_shape, vocab_size, extras, chunk_eleme
         extras=extras,
         vocab_axes=vocab_axes,
         dx_dtype=jnp.float32 if vocab_axes else dx_dtype,  # rounded after it is summed
+        vocab_first=chunks.vocab_first,
         with_gradients=with_gradients,
     )
     B, T, D = x.shape
-    sums, dx, dhead = _over_chunks(chunk, weight, x.reshape(B * T, D), labels.reshape(B * T), mask.reshape(B * T), chunk_elements)
+    sums, dx, dhead = _over_chunks(chunk, weight, x.reshape(B * T, D), labels.reshape(B * T), mask.reshape(B * T), chunks)
     if token_axes:
         sums = jax.lax.psum(sums, token_axes)
     if not with_gradients:
@@ -160,10 +179,10 @@ def _local(x, head, labels, mask, *, mesh_shape, vocab_size, extras, chunk_eleme
     return sums, dx.reshape(B, T, D).astype(dx_dtype), dhead
 
 
-def _over_chunks(chunk, weight_VD, x_nD, labels_n, mask_n, chunk_elements):
+def _over_chunks(chunk, weight_VD, x_nD, labels_n, mask_n, chunks):
     """Add up `chunk` over parts of the n tokens small enough to hold their logits."""
     n, D = x_nD.shape
-    num_chunks = min(n, math.ceil(n * weight_VD.shape[0] / chunk_elements))
+    num_chunks = min(n, math.ceil(n * weight_VD.shape[0] / chunks.elements))
     if num_chunks == 1:
         return chunk(weight_VD, x_nD, labels_n, mask_n)
     length = math.ceil(n / num_chunks)
@@ -184,44 +203,50 @@ def _over_chunks(chunk, weight_VD, x_nD, labels_n, mask_n, chunk_elements):
     return sums, None if dx is None else dx.reshape(num_chunks * length, D)[:n], dhead
 
 
-def _chunk(weight_VD, x_nD, labels_n, mask_n, *, rows, vocab_size, padded, extras, vocab_axes, dx_dtype, with_gradients):
-    """Sums of one chunk (the loss, and what the extras add to it), and the gradients of what is minimised in x and the head."""
-    logits_nV = jnp.einsum("nD,VD->nV", x_nD, weight_VD, preferred_element_type=jnp.float32)
+def _chunk(weight_VD, x_nD, labels_n, mask_n, *, rows, vocab_size, padded, extras, vocab_axes, dx_dtype, vocab_first, with_gradients):
+    """Sums of one chunk (the loss, and what the extras add to it), and the gradients of what is minimised in x and the head.
+
+    Of arrays [n, V] the second axis is the vocabulary, or with `vocab_first` the first.
+    """
+    vocab = 0 if vocab_first else 1
+    of_tokens, of_words, over_words = partial(jnp.expand_dims, axis=vocab), partial(jnp.expand_dims, axis=1 - vocab), partial(jnp.sum, axis=vocab)
+    product = ("VD,nD->Vn", weight_VD, x_nD) if vocab_first else ("nD,VD->nV", x_nD, weight_VD)
+    logits_nV = jnp.einsum(*product, preferred_element_type=jnp.float32)
+    real_V = rows < vocab_size
     if padded:  # the embedding has rows that are no tokens
-        logits_nV = jnp.where(rows < vocab_size, logits_nV, -jnp.inf)
-    top_n = jnp.max(logits_nV, axis=-1)
+        logits_nV = jnp.where(of_words(real_V), logits_nV, -jnp.inf)
+    top_n = jnp.max(logits_nV, axis=vocab)
     if vocab_axes:
         top_n = jax.lax.pmax(top_n, vocab_axes)
-    unnormalised_nV = jnp.exp(logits_nV - top_n[:, None])
-    is_label_nV = rows == labels_n[:, None]
-    total_n = jnp.sum(unnormalised_nV, axis=-1)
-    label_logit_n = jnp.sum(jnp.where(is_label_nV, logits_nV, 0.0), axis=-1)
+    unnormalised_nV = jnp.exp(logits_nV - of_tokens(top_n))
+    is_label_nV = of_words(rows) == of_tokens(labels_n)
+    total_n = over_words(unnormalised_nV)
+    label_logit_n = over_words(jnp.where(is_label_nV, logits_nV, 0.0))
     if vocab_axes:
         total_n, label_logit_n = jax.lax.psum((total_n, label_logit_n), vocab_axes)
     nll_n = jnp.log(total_n) + top_n - label_logit_n
     correct_n = (label_logit_n >= top_n) & mask_n
     sums = LossSums(jnp.sum(jnp.where(mask_n, nll_n, 0.0)), jnp.sum(mask_n, dtype=jnp.float32), jnp.sum(correct_n, dtype=jnp.float32))
-    penalty, share_nV, target_nV = None, unnormalised_nV / total_n[:, None], is_label_nV
+    penalty, share_nV, target_nV = None, unnormalised_nV / of_tokens(total_n), is_label_nV
     if extras != Extras():
         log_z_n = jnp.log(total_n) + top_n
-        real_V = rows < vocab_size
-        mean_logit_n = jnp.sum(jnp.where(real_V, logits_nV, 0.0), axis=-1) / vocab_size
+        mean_logit_n = over_words(jnp.where(of_words(real_V), logits_nV, 0.0)) / vocab_size
         if vocab_axes:
             mean_logit_n = jax.lax.psum(mean_logit_n, vocab_axes)
         penalty_n = extras.label_smoothing * (label_logit_n - mean_logit_n) + extras.z_loss * log_z_n**2
         penalty = jnp.sum(jnp.where(mask_n, penalty_n, 0.0))
-        share_nV = share_nV * (1 + 2 * extras.z_loss * log_z_n)[:, None]
-        target_nV = (1 - extras.label_smoothing) * is_label_nV + extras.label_smoothing / vocab_size * real_V
+        share_nV = share_nV * of_tokens(1 + 2 * extras.z_loss * log_z_n)
+        target_nV = (1 - extras.label_smoothing) * is_label_nV + extras.label_smoothing / vocab_size * of_words(real_V)
     if not with_gradients:
         return (sums, penalty), None, None
-    dx_nD, dhead_VD = _products((share_nV - target_nV) * mask_n[:, None], x_nD, weight_VD)
+    dx_nD, dhead_VD = _products((share_nV - target_nV) * of_tokens(mask_n), x_nD, weight_VD, product[0][-2:])
     return (sums, penalty), dx_nD.astype(dx_dtype), dhead_VD
 
 
-def _products(dlogits_nV, x_nD, weight_VD):
-    """The gradients of x and the head, summed in float32, from float32 gradients of the logits."""
+def _products(dlogits, x_nD, weight_VD, axes):
+    """The gradients of x and the head, summed in float32, from float32 gradients of the logits, whose axes are "nV" or "Vn"."""
     half = x_nD.dtype == jnp.float16
-    dlogits_nV = (dlogits_nV * FLOAT16_LIFT if half else dlogits_nV).astype(x_nD.dtype)
-    dx_nD = jnp.einsum("nV,VD->nD", dlogits_nV, weight_VD, preferred_element_type=jnp.float32)
-    dhead_VD = jnp.einsum("nV,nD->VD", dlogits_nV, x_nD, preferred_element_type=jnp.float32)
+    dlogits = (dlogits * FLOAT16_LIFT if half else dlogits).astype(x_nD.dtype)
+    dx_nD = jnp.einsum(f"{axes},VD->nD", dlogits, weight_VD, preferred_element_type=jnp.float32)
+    dhead_VD = jnp.einsum(f"{axes},nD->VD", dlogits, x_nD, preferred_element_type=jnp.float32)
     return (dx_nD / FLOAT16_LIFT, dhead_VD / FLOAT16_LIFT) if half else (dx_nD, dhead_VD)

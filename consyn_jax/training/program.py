@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from consyn_jax.config import ModelConfig, RegularisationOptions, RunConfig
 from consyn_jax.distributed.auto_mesh import MeshChoice, choose_mesh
-from consyn_jax.distributed.compiler import compiler_options
+from consyn_jax.distributed.compiler import Options, compiler_options
 from consyn_jax.distributed.mesh import build_mesh, check_batch, check_model, parse_mesh, sharding
 from consyn_jax.distributed.peers import current_peers
 from consyn_jax.model.arithmetic import estimate_memory
@@ -29,7 +29,7 @@ from consyn_jax.model.parameters import Layout, Params, layout
 from consyn_jax.model.transformer import Compute, Decoder
 from consyn_jax.training.guard import guarded
 from consyn_jax.training.host_state import check_rule, in_host_memory, streamed
-from consyn_jax.training.loss import Extras, LossSums, head_loss, head_objective
+from consyn_jax.training.loss import CHUNKS, CPU_CHUNKS, Chunks, Extras, LossSums, head_loss, head_objective
 from consyn_jax.training.memory import device_bytes
 from consyn_jax.training.optimizer import configured_optimizer, moment_bytes, place_state
 from consyn_jax.training.precision import PrecisionChoice, choose_precision, make_scaled_train_step, with_loss_scale
@@ -75,11 +75,21 @@ class Program:
         """The optimizer, with the scale of the loss around it where the run computes in float16."""
         return with_loss_scale(self.optimizer) if self.compute.dtype == jnp.float16 else self.optimizer
 
+    @property
+    def chunks(self) -> Chunks:
+        """How the devices hold logits best."""
+        return CPU_CHUNKS if self.mesh.devices.flat[0].platform == "cpu" else CHUNKS
+
+    @cached_property
+    def compiler_options(self) -> Options | None:
+        """What XLA is told for these devices."""
+        return compiler_options(list(self.mesh.devices.flat)) or None
+
     def loss(self, params: Params, batch: Batch) -> LossSums:
         """Loss sums of one micro-batch [B, T], as evaluation has them."""
         model: Decoder = nnx.merge(self.layout.graphdef, params)
         x_BTD = model.hidden(batch["input_ids"], batch["segment_ids"], self.compute)
-        return head_loss(x_BTD, model.head_VD, batch["labels"], batch["loss_mask"], self.config.vocab_size)
+        return head_loss(x_BTD, model.head_VD, batch["labels"], batch["loss_mask"], self.config.vocab_size, self.chunks)
 
     def objective(self, params: Params, batch: Batch) -> tuple[jax.Array, LossSums]:
         """What training minimises, summed over the tokens of one micro-batch [B, T], and its loss sums.
@@ -92,7 +102,7 @@ class Program:
         model: Decoder = nnx.merge(self.layout.graphdef, params)
         x_BTD = model.hidden(batch["input_ids"], batch["segment_ids"], self.compute, dropout)
         extras = Extras(options.label_smoothing, options.z_loss)
-        return head_objective(x_BTD, model.head_VD, batch["labels"], batch["loss_mask"], self.config.vocab_size, extras)
+        return head_objective(x_BTD, model.head_VD, batch["labels"], batch["loss_mask"], self.config.vocab_size, extras, self.chunks)
 
     @cached_property
     def state_like(self) -> Any:
@@ -136,14 +146,13 @@ class Program:
         batch = self.batch_like((accumulation, batch_size, length), TRAIN_AXES)
         if is_shared(self.mesh):
             step, batch = with_signals(step), batch | {SIGNALS: signals_like(self.mesh)}
-        options = compiler_options(list(self.mesh.devices.flat)) or None
         with jax.set_mesh(self.mesh), jax.threefry_partitionable(True):  # draws count by element, wherever it lies
-            return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options).lower(self.state_like, batch)
+            return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=self.compiler_options).lower(self.state_like, batch)
 
     def lower_eval_step(self, batch_size: int, length: int) -> jax.stages.Lowered:
         """`sums(params, batch [B, T]) -> LossSums`."""
         with jax.set_mesh(self.mesh):
-            return jax.jit(self.loss).lower(self.state_like.params, self.batch_like((batch_size, length), EVAL_AXES))
+            return jax.jit(self.loss, compiler_options=self.compiler_options).lower(self.state_like.params, self.batch_like((batch_size, length), EVAL_AXES))
 
     def batch_like(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> dict[str, Any]:
         """A batch as shapes, dtypes and shardings."""

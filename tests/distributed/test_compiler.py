@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from consyn_jax.distributed import compiler
-from consyn_jax.distributed.compiler import GENERATIONS, SETTINGS, Setting, compiler_options, generation_of
+from consyn_jax.distributed.compiler import CPU, GENERATIONS, SETTINGS, Setting, compiler_options, generation_of
 
 KNOWN, UNKNOWN = Setting("xla_gpu_reduce_scatter_combine_threshold_bytes", 7, ""), Setting("xla_gpu_no_such_thing", True, "", ("Hopper",))
 
@@ -22,19 +22,26 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 @pytest.mark.parametrize(
     ("platform", "capability", "generation"),
-    [("gpu", "9.0", "Hopper"), ("cuda", "8.0", "Ampere"), ("gpu", "8.9", "Ada"), ("gpu", "10.0", "Blackwell"), ("gpu", "7.5", None), ("cpu", "", None)],
+    [
+        ("gpu", "9.0", "Hopper"),
+        ("cuda", "8.0", "Ampere"),
+        ("gpu", "8.9", "Ada"),
+        ("gpu", "10.0", "Blackwell"),
+        ("gpu", "7.5", None),
+        ("cpu", "", "CPU"),
+        ("tpu", "", None),
+    ],
 )
 def test_generations(platform: str, capability: str, generation: str | None) -> None:
     assert generation_of(SimpleNamespace(platform=platform, compute_capability=capability)) == generation
 
 
-def test_a_cpu_is_told_nothing() -> None:
-    assert compiler_options(jax.devices()) == {}
-
-
-def test_every_setting_has_its_reason_and_is_known_by_the_installed_compiler(on_hopper: pytest.MonkeyPatch) -> None:
-    assert compiler_options(jax.devices()) == {setting.name: setting.value for setting in SETTINGS}
-    assert all(setting.reason.endswith(".") and set(setting.generations) <= set(GENERATIONS) for setting in SETTINGS)
+@pytest.mark.parametrize("generation", [*GENERATIONS, CPU])
+def test_every_setting_has_its_reason_and_is_known_by_the_installed_compiler(generation: str, on_hopper: pytest.MonkeyPatch) -> None:
+    on_hopper.setattr(compiler, "generation_of", lambda device: generation)
+    own = [setting for setting in SETTINGS if generation in setting.generations]
+    assert compiler_options(jax.devices()) == {setting.name: setting.value for setting in own} != {}
+    assert all(setting.reason.endswith(".") and set(setting.generations) <= {*GENERATIONS, CPU} for setting in own)
 
 
 def test_what_the_compiler_does_not_know_is_left_out(on_hopper: pytest.MonkeyPatch) -> None:

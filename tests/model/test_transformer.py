@@ -95,5 +95,5 @@ def test_rotation_is_transformers() -> None:
     angles = positions[..., None] * 500.0 ** (-np.arange(0, 8, 2) / 8)
     cos, sin = (torch.tensor(np.concatenate([f(angles)] * 2, -1), dtype=torch.float32) for f in (np.cos, np.sin))
     theirs, _ = apply_rotary_pos_emb(torch.tensor(x).transpose(1, 2), torch.tensor(x).transpose(1, 2), cos, sin)
-    ours = apply_rope(jnp.asarray(x), rope_table(jnp.asarray(positions), 8, 500.0))
+    ours = apply_rope(jnp.asarray(x), rope_table(jnp.asarray(positions), 100 + T, 8, 500.0))
     np.testing.assert_allclose(ours, theirs.transpose(1, 2), atol=2e-5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from consyn_jax.distributed.mesh import AXES, build_mesh, sharding
-from consyn_jax.training.loss import Extras, LossSums, cross_entropy, head_loss, head_objective
+from consyn_jax.training.loss import Chunks, Extras, LossSums, cross_entropy, head_loss, head_objective
 
 B, T, D, V = 4, 18, 16, 128
 WHOLE = 2**26
@@ -64,11 +64,12 @@ def test_reference_is_torchs_cross_entropy(inputs: tuple[jax.Array, ...], vocab_
         assert np.linalg.norm(ours - theirs) <= 1e-6 * np.linalg.norm(theirs)
 
 
-@pytest.mark.parametrize(("chunk_elements", "chunks"), [(WHOLE, 1), (B * T * V // 2, 2), (B * T * V // 4, 4), (1, T)])
+@pytest.mark.parametrize(("elements", "chunks"), [(WHOLE, 1), (B * T * V // 2, 2), (B * T * V // 4, 4), (1, T)])
 @pytest.mark.parametrize("vocab_size", [V, 100])
-def test_fused_equals_reference(inputs: tuple[jax.Array, ...], vocab_size: int, chunk_elements: int, chunks: int) -> None:
+@pytest.mark.parametrize("vocab_first", [False, True])
+def test_fused_equals_reference(inputs: tuple[jax.Array, ...], vocab_first: bool, vocab_size: int, elements: int, chunks: int) -> None:
     assert chunks != 4 or T % chunks, "one case does not divide the sequence"
-    fused = with_gradients(lambda *a: head_loss(*a, vocab_size, chunk_elements))
+    fused = with_gradients(lambda *a: head_loss(*a, vocab_size, Chunks(elements, vocab_first)))
     compare(fused(*inputs), with_gradients(partial(reference, vocab_size=vocab_size))(*inputs), 1e-6)
 
 
@@ -82,26 +83,27 @@ MESHES: dict[str, tuple[dict[str, int], int]] = {
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_fused_equals_reference_on_a_mesh(inputs: tuple[jax.Array, ...], name: str) -> None:
+@pytest.mark.parametrize("vocab_first", [False, True])
+def test_fused_equals_reference_on_a_mesh(inputs: tuple[jax.Array, ...], vocab_first: bool, name: str) -> None:
     axes, vocab_size = MESHES[name]
     sizes = dict.fromkeys(AXES, 1) | axes
     mesh = build_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
     logical = (("batch", "sequence", None), ("vocab", "embed"), ("batch", "sequence"), ("batch", "sequence"))
     placed = [jax.device_put(value, sharding(mesh, names)) for value, names in zip(inputs, logical, strict=True)]
     with jax.set_mesh(mesh):
-        got = with_gradients(lambda *a: head_loss(*a, vocab_size, 600))(*placed)
+        got = with_gradients(lambda *a: head_loss(*a, vocab_size, Chunks(600, vocab_first)))(*placed)
     compare(got, with_gradients(partial(reference, vocab_size=vocab_size))(*inputs), 1e-6)
 
 
 def test_without_gradients_the_sums_are_the_same(inputs: tuple[jax.Array, ...]) -> None:
-    sums = jax.jit(lambda *a: head_loss(*a, 100, 1000))(*inputs)
+    sums = jax.jit(lambda *a: head_loss(*a, 100, Chunks(1000)))(*inputs)
     expected = reference(*inputs, 100)
     np.testing.assert_allclose(sums, expected, rtol=1e-6)
 
 
 def test_no_token_means_zero_and_no_gradient(inputs: tuple[jax.Array, ...]) -> None:
     x, head, labels, mask = inputs
-    sums, (dx, dhead) = with_gradients(lambda *a: head_loss(*a, 100, 1000))(x, head, labels, jnp.zeros_like(mask))
+    sums, (dx, dhead) = with_gradients(lambda *a: head_loss(*a, 100, Chunks(1000)))(x, head, labels, jnp.zeros_like(mask))
     assert sums == (0, 0, 0)
     assert not dx.any()
     assert not dhead.any()
@@ -109,7 +111,7 @@ def test_no_token_means_zero_and_no_gradient(inputs: tuple[jax.Array, ...]) -> N
 
 def test_gradients_scale_with_what_comes_after(inputs: tuple[jax.Array, ...]) -> None:
     x, head, labels, mask = inputs
-    once, thrice = (jax.grad(lambda h, c=c: c * head_loss(x, h, labels, mask, V, 1000).nll)(head) for c in (1.0, 3.0))
+    once, thrice = (jax.grad(lambda h, c=c: c * head_loss(x, h, labels, mask, V, Chunks(1000)).nll)(head) for c in (1.0, 3.0))
     np.testing.assert_allclose(thrice, 3 * once, rtol=1e-6)
 
 
@@ -117,7 +119,7 @@ def test_bf16_keeps_the_loss_in_float32(inputs: tuple[jax.Array, ...]) -> None:
     x, head, labels, mask = inputs
     half = x.astype(jnp.bfloat16)
     rounded = head.astype(jnp.bfloat16).astype(jnp.float32)
-    sums, (dx, dhead) = with_gradients(lambda *a: head_loss(*a, V, 1000))(half, head, labels, mask)
+    sums, (dx, dhead) = with_gradients(lambda *a: head_loss(*a, V, Chunks(1000)))(half, head, labels, mask)
     expected, (dx32, dhead32) = with_gradients(partial(reference, vocab_size=V))(half.astype(jnp.float32), rounded, labels, mask)
     assert (sums.nll.dtype, dx.dtype, dhead.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(sums, expected, rtol=1e-5)
@@ -127,7 +129,7 @@ def test_bf16_keeps_the_loss_in_float32(inputs: tuple[jax.Array, ...]) -> None:
 
 def test_logits_of_any_size_give_a_finite_loss(inputs: tuple[jax.Array, ...]) -> None:
     x, head, labels, mask = inputs
-    got = with_gradients(lambda *a: head_loss(*a, V, 1000))(x * 1e4, head, labels, mask)
+    got = with_gradients(lambda *a: head_loss(*a, V, Chunks(1000)))(x * 1e4, head, labels, mask)
     compare(got, with_gradients(partial(reference, vocab_size=V))(x * 1e4, head, labels, mask), 1e-5)
     assert np.isfinite(got[0].nll)
 
@@ -137,11 +139,11 @@ def test_logits_of_any_size_give_a_finite_loss(inputs: tuple[jax.Array, ...]) ->
 EXTRAS = [Extras(label_smoothing=0.1), Extras(z_loss=1e-2), Extras(0.2, 1e-3)]
 
 
-def minimised(extras: Extras, vocab_size: int, chunk_elements: int) -> Callable[..., Any]:
+def minimised(extras: Extras, vocab_size: int, chunks: Chunks) -> Callable[..., Any]:
     """(what is minimised, the plain sums) and the gradients of x and the head."""
 
     def objective(x: jax.Array, head: jax.Array, labels: jax.Array, mask: jax.Array) -> tuple[jax.Array, LossSums]:
-        return head_objective(x, head, labels, mask, vocab_size, extras, chunk_elements)
+        return head_objective(x, head, labels, mask, vocab_size, extras, chunks)
 
     return jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
 
@@ -157,11 +159,11 @@ def torchs(inputs: tuple[jax.Array, ...], extras: Extras, vocab_size: int) -> tu
     return loss.item(), [t.grad.numpy() for t in (tx, thead)]
 
 
-@pytest.mark.parametrize("chunk_elements", [WHOLE, B * T * V // 4])
+@pytest.mark.parametrize("chunks", [Chunks(WHOLE), Chunks(B * T * V // 4), Chunks(B * T * V // 4, vocab_first=True)])
 @pytest.mark.parametrize("vocab_size", [V, 100])
 @pytest.mark.parametrize("extras", EXTRAS, ids=str)
-def test_extras_are_torchs(inputs: tuple[jax.Array, ...], extras: Extras, vocab_size: int, chunk_elements: int) -> None:
-    (objective, sums), gradients = minimised(extras, vocab_size, chunk_elements)(*inputs)
+def test_extras_are_torchs(inputs: tuple[jax.Array, ...], extras: Extras, vocab_size: int, chunks: Chunks) -> None:
+    (objective, sums), gradients = minimised(extras, vocab_size, chunks)(*inputs)
     loss, expected = torchs(inputs, extras, vocab_size)
     assert float(objective) == pytest.approx(loss, rel=1e-6)
     for ours, theirs in zip(gradients, expected, strict=True):
@@ -178,7 +180,7 @@ def test_extras_are_torchs_on_a_mesh(inputs: tuple[jax.Array, ...], name: str) -
     logical = (("batch", "sequence", None), ("vocab", "embed"), ("batch", "sequence"), ("batch", "sequence"))
     placed = [jax.device_put(value, sharding(mesh, names)) for value, names in zip(inputs, logical, strict=True)]
     with jax.set_mesh(mesh):
-        (objective, sums), gradients = minimised(EXTRAS[2], vocab_size, 600)(*placed)
+        (objective, sums), gradients = minimised(EXTRAS[2], vocab_size, Chunks(600))(*placed)
     loss, expected = torchs(inputs, EXTRAS[2], vocab_size)
     assert float(objective) == pytest.approx(loss, rel=1e-6)
     np.testing.assert_allclose(sums, reference(*inputs, vocab_size), rtol=1e-6)
@@ -187,8 +189,8 @@ def test_extras_are_torchs_on_a_mesh(inputs: tuple[jax.Array, ...], name: str) -
 
 
 def test_without_extras_the_objective_is_the_loss(inputs: tuple[jax.Array, ...]) -> None:
-    (objective, sums), gradients = minimised(Extras(), 100, 1000)(*inputs)
-    expected, theirs = with_gradients(lambda *a: head_loss(*a, 100, 1000))(*inputs)
+    (objective, sums), gradients = minimised(Extras(), 100, Chunks(1000))(*inputs)
+    expected, theirs = with_gradients(lambda *a: head_loss(*a, 100, Chunks(1000)))(*inputs)
     jax.tree.map(np.testing.assert_array_equal, (objective, sums, gradients), (expected.nll, expected, theirs))
 
 
@@ -203,7 +205,7 @@ def test_float16_keeps_the_shares_of_a_large_vocabulary() -> None:
         head[label] = (x[0, token].astype(np.float32) * 16 / np.square(x[0, token].astype(np.float32)).sum()).astype(np.float16)
     mask = jnp.ones((1, 4), bool)
     arguments = jnp.asarray(head), jnp.asarray(labels), mask
-    _, (dx, dhead) = with_gradients(lambda *a: head_loss(*a, rows, WHOLE))(jnp.asarray(x), *arguments)
+    _, (dx, dhead) = with_gradients(lambda *a: head_loss(*a, rows, Chunks(WHOLE)))(jnp.asarray(x), *arguments)
     _, (dx32, dhead32) = with_gradients(partial(reference, vocab_size=rows))(jnp.asarray(x, jnp.float32), *arguments)
     assert (dx.dtype, dhead.dtype) == (jnp.float16, jnp.float32)
     others = np.setdiff1d(np.arange(rows), labels)
