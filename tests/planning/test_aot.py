@@ -47,7 +47,7 @@ POLICIES = ("none", "minimal", "attention", "full", "offload")
 VERSIONS: dict[Any, dict[str, Any]] = {policy: {"gradient_checkpointing": policy} for policy in POLICIES}
 VERSIONS["two micro-batches"] = {"gradient_checkpointing": "full", "gradient_accumulation_steps": 2}
 VERSIONS |= {depth: {"gradient_checkpointing": "full", "num_layers": depth} for depth in (12, 48)}
-# The length has a factor that no weight has, so that no activation has as many elements as a weight.
+# A length at which no activation has as many elements as a weight that is looked for.
 OF_ALL = {"num_layers": 4, "batch_size": 2, "max_tokens": 3584, "gradient_accumulation_steps": 1}
 
 
