@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from consyn_jax.config import ModelConfig, RegularisationOptions, RunConfig
 from consyn_jax.distributed.auto_mesh import MeshChoice, choose_mesh
-from consyn_jax.distributed.compiler import Options, compiler_options
+from consyn_jax.distributed.compiler import compiler_options
 from consyn_jax.distributed.mesh import build_mesh, check_batch, check_model, parse_mesh, sharding
 from consyn_jax.distributed.peers import current_peers
 from consyn_jax.model.arithmetic import estimate_memory
@@ -79,11 +79,6 @@ class Program:
     def chunks(self) -> Chunks:
         """How the devices hold logits best."""
         return CPU_CHUNKS if self.mesh.devices.flat[0].platform == "cpu" else CHUNKS
-
-    @cached_property
-    def compiler_options(self) -> Options | None:
-        """What XLA is told for these devices."""
-        return compiler_options(list(self.mesh.devices.flat)) or None
 
     def loss(self, params: Params, batch: Batch) -> LossSums:
         """Loss sums of one micro-batch [B, T], as evaluation has them."""
@@ -146,13 +141,15 @@ class Program:
         batch = self.batch_like((accumulation, batch_size, length), TRAIN_AXES)
         if is_shared(self.mesh):
             step, batch = with_signals(step), batch | {SIGNALS: signals_like(self.mesh)}
+        options = compiler_options(list(self.mesh.devices.flat)) or None
         with jax.set_mesh(self.mesh), jax.threefry_partitionable(True):  # draws count by element, wherever it lies
-            return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=self.compiler_options).lower(self.state_like, batch)
+            return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options).lower(self.state_like, batch)
 
     def lower_eval_step(self, batch_size: int, length: int) -> jax.stages.Lowered:
         """`sums(params, batch [B, T]) -> LossSums`."""
+        options = compiler_options(list(self.mesh.devices.flat)) or None
         with jax.set_mesh(self.mesh):
-            return jax.jit(self.loss, compiler_options=self.compiler_options).lower(self.state_like.params, self.batch_like((batch_size, length), EVAL_AXES))
+            return jax.jit(self.loss, compiler_options=options).lower(self.state_like.params, self.batch_like((batch_size, length), EVAL_AXES))
 
     def batch_like(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> dict[str, Any]:
         """A batch as shapes, dtypes and shardings."""
