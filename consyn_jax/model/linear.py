@@ -38,7 +38,8 @@ def _backward(recast: bool, kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Ar
     x, w, like = kept
     rows = tuple(range(x.ndim - 1))
     over_rows = partial(jax.lax.dot_general, dimension_numbers=((rows, rows), ((), ())), preferred_element_type=jnp.float32)
-    dw = over_rows(x, dy) if x.shape[-1] <= dy.shape[-1] else over_rows(dy, x).T  # CPUs transpose the first
+    narrows = x.dtype == jnp.float32 and dy.shape[-1] < x.shape[-1]  # CPUs transpose the first operand; in narrow types they lack the other order
+    dw = over_rows(dy, x).T if narrows else over_rows(x, dy)
     return jnp.einsum("...f,df->...d", dy, _matrix(x, w)), dw.reshape(like.shape)
 
 

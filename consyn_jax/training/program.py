@@ -77,8 +77,8 @@ class Program:
 
     @property
     def chunks(self) -> Chunks:
-        """How the devices hold logits best."""
-        return CPU_CHUNKS if self.mesh.devices.flat[0].platform == "cpu" else CHUNKS
+        """How the devices hold logits best. Narrow types are only simulated on CPUs, where XLA may lack their products in that order."""
+        return CPU_CHUNKS if self.mesh.devices.flat[0].platform == "cpu" and self.compute.dtype == jnp.float32 else CHUNKS
 
     def loss(self, params: Params, batch: Batch) -> LossSums:
         """Loss sums of one micro-batch [B, T], as evaluation has them."""
