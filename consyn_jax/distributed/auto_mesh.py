@@ -44,9 +44,10 @@ def choose_mesh(
     >>> choose_mesh(1, 8, 4096, 80, lambda sizes: 64 // sizes["fsdp"], 4, splits)
     MeshChoice(sizes={'data': 1, 'fsdp': 4, 'context': 2, 'tensor': 1}, reason='weights split over 4 devices, each sequence over 2 (context)')
     """
-    share = hosts * per_host // math.gcd(hosts * per_host, batch_size)
+    devices = hosts * per_host
+    share = devices // math.gcd(devices, batch_size) if batch_size < devices else 1
     axes = [axis for axis, size in splits.items() if size % share == 0 and per_host % share == 0]
-    if share == 1 or not axes:  # where nothing splits, the check of the batch speaks
+    if share == 1 or not axes:  # the check of the batch speaks where that does not divide
         return _of_weights(hosts, per_host, hidden_dim, memory_bytes, needs)
     choices = []
     for axis in axes:

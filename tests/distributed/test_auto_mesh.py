@@ -41,7 +41,7 @@ def test_fsdp_divides_the_model() -> None:
     [
         (1, 4, 1000, (1, 4, 2, 1)),
         (1, 2, 1000, (1, 2, 4, 1)),
-        (1, 12, 1000, (1, 4, 2, 1)),  # not fewer than devices, but not divided by them
+        (1, 12, 1000, (1, 8, 1, 1)),  # not fewer than devices: the check of the batch will say so
         (4, 16, 1000, (4, 4, 2, 1)),
         (1, 2, 200, (1, 2, 1, 4)),  # context would copy what no device holds
         (1, 2, 1, (1, 2, 4, 1)),  # nothing holds it

@@ -123,8 +123,8 @@ def test_what_does_not_fit_is_told_what_would() -> None:
     assert "DOES NOT FIT" in text
     told = text[text.index("what would fit") :].splitlines()[1:]
     assert [line.partition(": ")[2] for line in told] == [
-        "--batch_size 16 --gradient_accumulation_steps 4",
         "--gradient_checkpointing attention",
+        "--batch_size 16 --gradient_accumulation_steps 4",
     ]
     assert "nothing on these GPUs" in page(planned("epic", "rtx4090:1x1"))
 
