@@ -385,6 +385,12 @@ def convert(flag: Flag, value: Any, where: str) -> Any:
     return _scalar(flag, value, where)
 
 
+def _short(value: Any) -> str:
+    """The value as a sentence can hold it; a file may have kilobytes where a number belongs."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _scalar(flag: Flag, value: Any, where: str) -> Any:
     if isinstance(value, bool) and flag.choices:  # YAML reads no, yes, on and off as booleans
         words = (flag.const, "yes", "on") if value else ("no", "off", "none")
@@ -393,9 +399,9 @@ def _scalar(flag: Flag, value: Any, where: str) -> Any:
     try:
         converted = _PARSERS[flag.type](value)
     except (ValueError, KeyError, TypeError, OverflowError):
-        raise UserError(f"{where} wants {wanted}, not {value!r}.") from None
+        raise UserError(f"{where} wants {wanted}, not {_short(value)}.") from None
     if flag.choices and converted not in flag.choices:
-        raise UserError(f"{where} {converted!r} is not known{nearest(converted, flag.choices)} Known: {', '.join(flag.choices)}.")
+        raise UserError(f"{where} {_short(converted)} is not known{nearest(converted, flag.choices)} Known: {', '.join(flag.choices)}.")
     return converted
 
 

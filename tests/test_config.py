@@ -99,6 +99,13 @@ def test_a_value_that_cannot_be_is_named_with_its_flag(given: dict[str, str], me
     assert str(caught.value) == message
 
 
+def test_a_value_of_any_length_is_answered_by_a_sentence() -> None:
+    for given in ({"lr": "1" + 4000 * "["}, {"scheduler": 4000 * "x"}):
+        with pytest.raises(UserError) as refused:
+            resolve({}, given, file_name="recipe.yaml")
+        assert len(str(refused.value)) < 400
+
+
 def test_every_flag_has_help_and_a_default_of_its_type() -> None:
     for flag in flags().values():
         assert flag.help

@@ -34,7 +34,7 @@ class Progress:
     tracker_id: str | None = None
 
     @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Progress:
+    def from_json(cls, record: Any) -> Progress:
         """From what `dataclasses.asdict` gave, by way of JSON.
 
         Raises:

@@ -2,7 +2,9 @@ import json
 from dataclasses import asdict
 
 import numpy as np
+import pytest
 
+from consyn_jax.config import UserError
 from consyn_jax.training.progress import Progress
 from consyn_jax.training.spikes import FEWEST, WINDOW, RecentLosses
 
@@ -38,3 +40,9 @@ def test_it_goes_on_from_the_record_of_a_checkpoint() -> None:
     found = [first.recent.update(loss) for loss in losses[:cut]]
     second = Progress.from_json(json.loads(json.dumps(asdict(first))))
     assert found + [second.recent.update(loss) for loss in losses[cut:]] == expected
+
+
+@pytest.mark.parametrize("text", ["NaN", "[]", '"step"', "null"])
+def test_a_record_that_is_none_is_damaged(text: str) -> None:
+    with pytest.raises(UserError, match="damaged"):
+        Progress.from_json(json.loads(text))
