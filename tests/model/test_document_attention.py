@@ -70,6 +70,7 @@ def test_output_and_gradients_are_the_references(T: int, N: int, K: int, H: int,
     assert max(errors(found, expected)) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "window", "tiles"), [(0, None, WIDE), (60, 31, NARROW)])
 def test_a_part_of_the_queries_gives_its_part_of_the_gradients(first: int, window: int | None, tiles: Tiles | None) -> None:
     """As with a `context` axis: 32 queries of 96 keys."""
@@ -77,6 +78,7 @@ def test_a_part_of_the_queries_gives_its_part_of_the_gradients(first: int, windo
     assert max(errors(found, expected)) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.bfloat16, 6e-3), (jnp.float16, 8e-4)])
 def test_half_precision_rounds_weights_and_scores_gradients_once(dtype: Any, bound: float) -> None:
     """Before the products that they enter, and the results at the end: unit roundoffs are 2^-9 and 2^-12, three or four of them add up."""

@@ -83,6 +83,7 @@ def test_on_eight_devices_the_scales_are_those_of_whole_arrays() -> None:
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6 * float(jnp.abs(expected).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.quick_compiler
 def test_gradients_are_near_those_of_bfloat16_whatever_is_recomputed() -> None:
     mesh = build_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])

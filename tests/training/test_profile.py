@@ -122,6 +122,7 @@ def test_steps_that_cannot_be_are_refused(text: str) -> None:
         parse_profile_steps(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unroll", [False, True], ids=["loop", "unrolled"])
 def test_every_part_of_the_step_is_named_in_the_program(unroll: bool) -> None:
     """Forward and backward, where there is a backward pass; the names change no operation."""
