@@ -117,6 +117,7 @@ class _OpenFiles:
             opened = file.opened
             if opened is None:
                 opened = file.opened = _OpenFile(file.path)
+                self._recent.pop(id(file), None)  # of a file that is gone, whose number this one got: it would keep that one's place
                 self._recent[id(file)] = weakref.ref(file)
                 while len(self._recent) > self.limit:
                     oldest = self._recent.popitem(last=False)[1]()

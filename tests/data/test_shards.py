@@ -1,6 +1,8 @@
 import hashlib
 import os
 import threading
+import weakref
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -225,6 +227,17 @@ def test_few_files_are_open_at_a_time_and_none_for_long(tmp_path: Path, monkeypa
     assert held_open(tmp_path) == 5
     del split
     assert held_open(tmp_path) == 0
+
+
+def test_a_file_with_the_number_of_one_that_is_gone_is_the_last_one_read(tmp_path: Path) -> None:
+    """CPython gives the address of an object that is gone to the next one: `id` alone does not tell them apart."""
+    split = opened(tmp_path, several(tmp_path, 2))
+    one, other = (shard._tokens for shard in split.shards)
+    files = module._OpenFiles(1)
+    files.get(other)
+    files._recent = OrderedDict([(id(one), weakref.ref(split.shards[0])), *files._recent.items()])
+    assert files.get(one) is one.opened is not None
+    assert other.opened is None
 
 
 def test_reading_a_large_store_takes_no_memory(tmp_path: Path) -> None:
