@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -29,6 +28,8 @@ from consyn_jax.planning.plan import estimate, fit
 from consyn_jax.planning.topology import GPUS, parse_topology
 from consyn_jax.training.run_directory import read_config_file
 
+pytestmark = pytest.mark.usefixtures("cuda_packages")
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 # recipe, topology, what differs from the recipe. On one host epic takes the same tokens a step in eight micro-batches.
@@ -49,17 +50,6 @@ VERSIONS["two micro-batches"] = {"gradient_checkpointing": "full", "gradient_acc
 VERSIONS |= {depth: {"gradient_checkpointing": "full", "num_layers": depth} for depth in (12, 48)}
 # A length at which no activation has as many elements as a weight that is looked for.
 OF_ALL = {"num_layers": 4, "batch_size": 2, "max_tokens": 3584, "gradient_accumulation_steps": 1}
-
-
-@pytest.fixture(autouse=True)
-def cuda_packages() -> None:
-    """The CUDA packages, without a GPU; where CI says that they must be there, they must."""
-    try:
-        aot.check_packages()
-    except UserError as missing:
-        if os.environ.get("CONSYN_TEST_CUDA_PACKAGES") == "required":
-            pytest.fail(str(missing))
-        pytest.skip(str(missing))
 
 
 def recipe(name: str, changes: dict[str, Any]) -> tuple[ModelConfig, RunConfig]:

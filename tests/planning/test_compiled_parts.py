@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from consyn_jax.config import UserError
 from consyn_jax.planning import aot
+
+pytestmark = pytest.mark.usefixtures("cuda_packages")
 
 # 3584 has a factor 7, which nothing else here has: what 49 divides has the length twice.
 LOOK = """
@@ -68,17 +69,6 @@ def parts() -> dict[str, dict[str, Any]]:
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return found
-
-
-@pytest.fixture(autouse=True)
-def cuda_packages() -> None:
-    """As in test_aot.py."""
-    try:
-        aot.check_packages()
-    except UserError as missing:
-        if os.environ.get("CONSYN_TEST_CUDA_PACKAGES") == "required":
-            pytest.fail(str(missing))
-        pytest.skip(str(missing))
 
 
 def test_cross_entropy_of_65536_tokens_and_131072_words_takes_less_than_a_gibibyte() -> None:
