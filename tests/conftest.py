@@ -39,10 +39,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """With the mark `quick_compiler`, programs of the same operations are compiled in half the time, and run more slowly.
+    """Programs of the same operations, compiled in half the time, which run more slowly; in processes that a test starts, too.
 
-    It is for what is compared with itself, on other meshes or later. Comparisons with other implementations keep the compiler that users
-    have, as the last bits are those of the machine code.
+    Not with the mark `users_compiler`, for comparisons with other implementations that hold for the last bits of users' machine code, and
+    for what a program costs.
     """
-    jax.config.update("jax_disable_most_optimizations", item.get_closest_marker("quick_compiler") is not None)
+    quick = item.get_closest_marker("users_compiler") is None
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(quick).lower()
+    jax.config.update("jax_disable_most_optimizations", quick)
     return (yield)

@@ -1,7 +1,6 @@
 """Whole commands on tiny models.
 
-Compiled programs are shared between the runs of one test session, as most runs are the same program, and are compiled quickly, in
-processes that tests start, too: runs are compared with each other.
+Compiled programs are shared between the runs of one test session, as most runs are the same program.
 """
 
 import json
@@ -25,10 +24,6 @@ TINY = [*MODEL, "--max_steps", "6", "--max_tokens", "32", "--batch_size", "8", "
 TINY += ["--logging_backend", "none"]
 SETTINGS = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
 CHANGING = re.compile(r"time_s|throughput/.*|memory/.*")
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    item.add_marker("quick_compiler")
 
 
 @dataclass
@@ -62,7 +57,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where token stores and compiled programs of these tests lie; every process that a test starts uses it, too."""
     path = tmp_path_factory.mktemp("integration")
     patch = pytest.MonkeyPatch()
-    values = {"CONSYN_CACHE": str(path / "cache"), "JAX_COMPILATION_CACHE_DIR": str(path / "compiled"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+    values = {"CONSYN_CACHE": str(path / "cache"), "JAX_COMPILATION_CACHE_DIR": str(path / "compiled")}
     for name, value in (values | {k.upper(): str(v) for k, v in SETTINGS.items()}).items():
         patch.setenv(name, value)
     before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", *SETTINGS)}

@@ -62,7 +62,6 @@ def child(order):
     output = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1), os.dup2(output, 2)
     jax.config.update("jax_num_cpu_devices", order["devices"])
-    jax.config.update("jax_disable_most_optimizations", True)  # half the time to compile
     exec(order["before"], {})
     sys.exit(main(order["argv"]))
 

@@ -10,7 +10,7 @@ import pytest
 from consyn_jax.model.attention import attend, attention_mask, documents
 from consyn_jax.model.document_attention import Tile, Tiles, document_attention
 
-pytestmark = [pytest.mark.usefixtures("interpreted"), pytest.mark.quick_compiler]
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 # as many queries (keys) as a program holds, other than what it takes at once, in both orders
 WIDE = Tiles(Tile(32, 16, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 2))

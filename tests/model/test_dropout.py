@@ -19,7 +19,6 @@ from consyn_jax.model.transformer import Compute
 
 CONFIG = ModelConfig(vocab_size=64, hidden_dim=32, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8, mlp_dim=64, context=64)
 B, T = 8, 16
-pytestmark = pytest.mark.quick_compiler
 MESHES = [{"data": 2}, {"fsdp": 4}, {"tensor": 4}, {"context": 2}, {"data": 2, "context": 4}, {"fsdp": 2, "context": 2, "tensor": 2}]
 
 

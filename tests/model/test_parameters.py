@@ -9,8 +9,6 @@ from consyn_jax.distributed.mesh import build_mesh
 from consyn_jax.model.parameters import Params, initial_parameters, layout
 
 TINY = ModelConfig(vocab_size=259, hidden_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, context=64, tie_embeddings=False)
-pytestmark = pytest.mark.quick_compiler
-
 
 @pytest.mark.parametrize(
     ("name", "exact", "low", "high"),

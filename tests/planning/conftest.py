@@ -8,6 +8,10 @@ from consyn_jax.config import UserError
 from consyn_jax.planning import aot
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker("users_compiler")
+
+
 @pytest.fixture
 def cuda_packages() -> None:
     """The CUDA packages, without a GPU; where CI says that they must be there, they must."""

@@ -54,7 +54,6 @@ def plain() -> tuple[Any, Params]:
     return gradients("none")
 
 
-@pytest.mark.quick_compiler
 @pytest.mark.parametrize("remat", REMAT_POLICIES[1:])
 def test_every_policy_gives_the_same_loss_and_gradients(remat: str, plain: tuple[Any, Params]) -> None:
     (sums, found), (expected_sums, expected) = gradients(remat), plain
@@ -88,7 +87,6 @@ def updated(rule: optax.GradientTransformation) -> Any:
     return update
 
 
-@pytest.mark.quick_compiler
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon", "sgd"])
 def test_layers_one_by_one_are_updated_as_all_at_once(name: str) -> None:
     rule, params = adam(name=name), numbers(0, 0.2)
@@ -111,7 +109,6 @@ def test_layers_one_by_one_are_updated_as_all_at_once(name: str) -> None:
     jax.tree.map(np.testing.assert_array_equal, after, (params, state))
 
 
-@pytest.mark.quick_compiler
 def test_each_layer_rounds_its_moments_with_numbers_of_its_own() -> None:
     rule = adam("bfloat16")
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), LAYOUT.shapes)
@@ -122,7 +119,6 @@ def test_each_layer_rounds_its_moments_with_numbers_of_its_own() -> None:
     np.testing.assert_allclose(first.mean(), 0.05 * 0.09, rtol=1e-3)
 
 
-@pytest.mark.quick_compiler
 def test_a_run_with_moments_on_the_host_is_saved_and_goes_on(tmp_path: Path) -> None:
     mesh = build_mesh(dict.fromkeys(AXES, 1) | {"fsdp": 2}, jax.devices()[:2])
     taken = {name: jax.device_put(values, sharding(mesh, TRAIN_AXES)) for name, values in batch(2).items()}

@@ -217,6 +217,7 @@ def test_muon_is_the_papers(stories: tuple[Params, list[Params], Any]) -> None:
     assert_same_way(ours("muon", stories)[0], p, stories[0])
 
 
+@pytest.mark.users_compiler
 def test_schedule_free_is_the_papers(stories: tuple[Params, list[Params], Any]) -> None:
     """Defazio et al. (2024), equations 1 to 3, with Adam's denominator, decay at y, and averages weighted by the highest rate squared."""
     y = split(stories[0])
@@ -418,7 +419,6 @@ def assert_close(found: Any, expected: Any, tolerance: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.quick_compiler
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_mesh_trains_as_one_device_does_and_its_checkpoint_goes_on_another(name: str, first_values: Params, tmp_path: Path) -> None:
     given = {"moment_dtype": "bfloat16"} if name in ("adamw", "muon") else {"momentum": 0.5} if name == "adafactor" else {}
@@ -473,7 +473,6 @@ def test_a_path_that_ends_alike_is_not_the_same_parameter() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.quick_compiler
 def test_a_scale_of_the_rate_is_state_and_needs_no_new_program(first_values: Params) -> None:
     mesh = mesh_of(fsdp=2)
     program = program_of("adamw", mesh, scheduler="plateau", weight_decay=0.0)

@@ -250,7 +250,6 @@ def end(history: list[dict[str, float]]) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.quick_compiler
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_a_narrow_type_ends_where_float32_does(dtype: Any, in_float32: list[dict[str, float]]) -> None:
     history = train(dtype, STEPS, 0)[1]
@@ -262,7 +261,6 @@ def test_a_narrow_type_ends_where_float32_does(dtype: Any, in_float32: list[dict
 
 
 @pytest.mark.slow
-@pytest.mark.quick_compiler
 @pytest.mark.parametrize("axes", [{"data": 1}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str)
 def test_float16_recovers_from_an_overflow(axes: dict[str, int]) -> None:
     state, history = train(jnp.float16, STEPS, 0, first_scale=2.0**34, mesh=mesh_of(**axes))
@@ -288,7 +286,6 @@ def test_float16_recovers_from_an_overflow(axes: dict[str, int]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.quick_compiler
 def test_a_skipped_step_leaves_every_bit() -> None:
     p, step = train_step(jnp.float16, mesh_of(data=1))
     state = first_state(p, 0)
@@ -302,7 +299,6 @@ def test_a_skipped_step_leaves_every_bit() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.quick_compiler
 def test_a_checkpoint_has_the_scale(tmp_path: Path) -> None:
     mesh = mesh_of(fsdp=2)
     state, _ = train(jnp.float16, 6, 0, first_scale=2.0**40, mesh=mesh)

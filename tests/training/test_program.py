@@ -151,7 +151,6 @@ OF_EIGHT = [dict(zip(AXES, sizes, strict=True)) for sizes in itertools.product((
 
 
 @pytest.mark.slow
-@pytest.mark.quick_compiler
 @pytest.mark.parametrize("axes", OF_EIGHT, ids=lambda axes: " ".join(f"{axis}={size}" for axis, size in axes.items() if size > 1))
 def test_every_mesh_of_eight_trains_as_one_device_does(
     axes: dict[str, int], packed: dict[str, np.ndarray], on_one_device: tuple[Params, list[float], Params]
@@ -164,7 +163,6 @@ def test_every_mesh_of_eight_trains_as_one_device_does(
 
 
 @pytest.mark.slow
-@pytest.mark.quick_compiler
 def test_a_mesh_has_the_first_values_and_the_gradients_of_one_device(packed: dict[str, np.ndarray]) -> None:
     def first_and_gradient(mesh: Mesh) -> tuple[Params, Params]:
         program = Program(TINY, Compute(), optax.sgd(1.0), 0.0, mesh)
@@ -188,7 +186,6 @@ def regularised(packed: dict[str, np.ndarray]) -> tuple[Params, list[float], Par
 
 
 @pytest.mark.slow
-@pytest.mark.quick_compiler
 @pytest.mark.parametrize(
     ("axes", "remat"),
     [({"data": 2}, "none"), ({"fsdp": 4}, "full"), ({"tensor": 2, "context": 2}, "attention"), ({"fsdp": 2, "context": 2, "tensor": 2}, "none")],
@@ -204,7 +201,6 @@ def test_dropout_trains_the_same_model_on_every_mesh(
 
 
 @pytest.mark.slow
-@pytest.mark.quick_compiler
 def test_every_step_micro_batch_and_seed_draws_its_own(packed: dict[str, np.ndarray]) -> None:
     mesh, same = mesh_of(data=1), {name: np.stack([values[0], values[0]]) for name, values in packed.items()}
     program = Program(TINY, Compute(), optax.sgd(0.0), 0.0, mesh, RegularisationOptions(dropout=0.5))

@@ -45,7 +45,6 @@ def at_once(params: Params, batch: dict[str, np.ndarray]) -> tuple[LossSums, Par
     return gradients(params, batch, 1)
 
 
-@pytest.mark.quick_compiler
 @pytest.mark.parametrize("accumulation", [2, 4, 8])
 def test_accumulation_weighs_real_tokens_alike(accumulation: int, params: Params, batch: dict[str, np.ndarray], at_once: tuple[LossSums, Params]) -> None:
     whole, expected = at_once
