@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeVar, get_args, get_origin
 
 
@@ -351,12 +352,17 @@ class Flag:
     math: bool
 
 
-def flags(tree: type[RunConfig] | type[PrepareConfig] = RunConfig) -> dict[str, Flag]:
+def flags(tree: type[RunConfig] | type[PrepareConfig] = RunConfig) -> Mapping[str, Flag]:
     """All flags of a command by name, in the order in which help shows them.
 
     Args:
         tree: what the command is told: a dataclass of groups, whose fields are the flags.
     """
+    return _flags(tree)
+
+
+@cache
+def _flags(tree: Any) -> Mapping[str, Flag]:
     found = {}
     for group in dataclasses.fields(tree):
         options: Any = type(group.default)
