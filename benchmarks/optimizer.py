@@ -81,7 +81,7 @@ def measure(tiny: bool = False, rounds: int = 15) -> dict[str, Any]:
     """One row for each optimizer, with moments in float32 and for AdamW in bfloat16, too."""
     layers, width, calls = (1, 64, 1) if tiny else (4, None, 3)
     rows = []
-    for optimizer in OPTIMIZERS:
+    for optimizer in OPTIMIZERS[: 1 if tiny else None]:
         for moments in MEMORIES[: 2 if optimizer == "adamw" else 1]:
             model, run = configured(optimizer, moments, layers, width)
             calling, least_bytes = contestants(model, run)

@@ -14,8 +14,8 @@ import jax
 import pytest
 from hypothesis import settings
 
-settings.register_profile("untimed", deadline=None)  # how long an example takes is the machine's affair
-settings.load_profile("untimed")
+settings.register_profile("plain", deadline=None, max_examples=30)  # how long an example takes is the machine's affair
+settings.load_profile("plain")
 
 DATA = Path(os.environ.get("CONSYN_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

@@ -115,6 +115,7 @@ class TestTheStore:
         Path("tokens").mkdir()
         prepared("--data", "rows.jsonl")
 
+    @pytest.mark.slow
     def test_consyn_train_takes_it(self) -> None:
         from consyn_jax.cli.train import main as train
 

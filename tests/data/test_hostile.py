@@ -422,7 +422,7 @@ json_like = st.recursive(st.none() | st.booleans() | st.floats() | words, lambda
 rows = st.lists(st.fixed_dictionaries({"text": json_like}) | json_like).map(lambda rows: "\n".join(map(json.dumps, rows)).encode())
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     data=content | rows | rows.map(lambda data: b"[" + data.replace(b"\n", b",") + b"]"),
     name=st.sampled_from(["a.txt", "a.jsonl", "a.json", "a", "a.md", "a.csv", "a.parquet", "a.arrow", "a.npy", "a.bin"]),
@@ -625,6 +625,7 @@ def faster_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BYTES, "encode_batch", lambda texts: [list(text.encode()) for text in texts])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("faster_bytes")
 def test_all_of_the_shared_data_goes_through(shared_data: Path, tmp_path: Path) -> None:
     files = sorted(path for path in shared_data.rglob("*") if path.is_file())
@@ -657,6 +658,7 @@ def test_all_of_the_shared_data_goes_through(shared_data: Path, tmp_path: Path) 
         shutil.rmtree(store.directory)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("faster_bytes")
 def test_the_shared_data_as_one_directory(shared_data: Path, tmp_path: Path) -> None:
     """With the rules as they are by default."""

@@ -107,7 +107,7 @@ def test_a_batch_says_how_far_reading_has_come(tmp_path: Path, write: Write) -> 
         assert 0.6 * size(str(path)) < bytes_done[-1] <= size(str(path)) == sum(file.stat().st_size for file in files(path))
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(
     group_sizes=st.lists(st.integers(0, 9), max_size=6),
     kind=st.sampled_from(["parquet", "stream", "file"]),
@@ -614,6 +614,7 @@ def test_what_goes_wrong_at_the_hub_is_said_in_sentences(tmp_path: Path, hub: st
     assert answers[-1].startswith("UserError: The dataset owner/empty cannot be read: ")
 
 
+@pytest.mark.slow
 def test_several_configurations_in_the_cache_have_to_be_told_apart(tmp_path: Path, hub: str) -> None:
     ask(tmp_path, hub, ("rows", "owner/choice:small", 0, ["text"]))
     assert ask(tmp_path, NOWHERE, ("rows", "owner/choice", 0, ["text"])) == [[TEXTS[3:5], 2]]

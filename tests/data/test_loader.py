@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from consyn_jax.data import loader
@@ -59,7 +59,6 @@ def test_any_number_of_processes_reads_the_same_global_batch(n: int, seed: int, 
             np.testing.assert_array_equal(strided, whole[:, p::processes])
 
 
-@settings(max_examples=30)
 @given(
     documents=st.lists(st.lists(st.lists(st.integers(0, 255), max_size=12), min_size=1, max_size=6), min_size=1, max_size=4),
     kind=st.sampled_from([PackedDataset, WholeDocuments]),

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
@@ -142,7 +142,6 @@ def family(seed: int, n: int) -> np.ndarray:
     return rows
 
 
-@settings(max_examples=50)
 @given(
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(0, 40),

@@ -90,6 +90,7 @@ def test_parts_have_the_ids_of_the_whole(shared_data: Path, monkeypatch: pytest.
         assert ids == tokenizer.encode(text), of
 
 
+@pytest.mark.slow
 def test_a_whole_file_at_the_real_size(shared_data: Path) -> None:
     tokenizer = load_tokenizer("default")
     text = (shared_data / "gutenberg" / "bible-kjv.txt").read_text()[:2_500_000]

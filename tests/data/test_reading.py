@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from consyn_jax.config import CorpusOptions, UserError
@@ -121,7 +121,6 @@ def test_a_byte_order_mark_is_none_of_the_text(tmp_path: Path) -> None:
     check(written(tmp_path, "c.jsonl", b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n' * 1), PLAIN, [(1, "one"), (2, "two")])
 
 
-@settings(max_examples=40)
 @given(
     pieces=st.lists(st.text(st.sampled_from("a-\né"), max_size=12) | st.text("ab\n", min_size=60, max_size=300), max_size=30),
     separator=st.sampled_from(["\n\n", "---", "-", "\n-\n", "<|end|>"]),

@@ -84,7 +84,7 @@ def rows(order: Streamed, first: int, last: int) -> np.ndarray:
 
 
 @given(seed=st.integers(0, 2**64 - 1), count=st.integers(1, 60), taken=st.integers(1, 30), pauses=st.lists(st.integers(0, 3), min_size=1, max_size=8))
-@examples(max_examples=40)
+@examples(max_examples=15)
 def test_the_order_does_not_know_how_far_the_preparation_is(seed: int, count: int, taken: int, pauses: list[int]) -> None:
     docs = documents(seed % 1000, count)
     whole = Streamed(complete(docs), WIDTH, seed)
@@ -161,7 +161,7 @@ def test_a_block_is_given_out_once_it_is_there_and_not_before() -> None:
 
 
 @given(stop=st.integers(0, 12), accumulation=st.sampled_from([1, 2, 4]))
-@examples(max_examples=30)
+@examples(max_examples=15)
 def test_a_resume_at_any_step_goes_on_exactly(stop: int, accumulation: int) -> None:
     docs = documents(3, 40)
     batch = 4 // accumulation

@@ -163,6 +163,7 @@ print(total, kills, len(moments), *sorted(path.name for path in chain.directory.
 """
 
 
+@pytest.mark.slow
 def test_killed_between_any_two_changes_on_the_disk(tmp_path: Path) -> None:
     total, kills, moments, *names, done = said(python(ATTEMPTS + CHOSEN_MOMENTS, tmp_path, 0 if FULL else 3)).split()
     assert int(total) > 30  # and what TensorStore does lies in between
@@ -221,6 +222,7 @@ print(told[-1])
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
     """A real one, of 16 MB, which only this process sees."""
     alone = ("unshare", "-m") if os.geteuid() == 0 else ("unshare", "-rm")
@@ -365,6 +367,7 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[st
     return place / "checkpoints", [json.loads(out.splitlines()[-1]) for out, _ in done]
 
 
+@pytest.mark.slow
 def test_two_processes_agree_on_every_fault(by_two: tuple[Path, list[list[str]]]) -> None:
     directory, (first, second) = by_two
     assert second == ["TypeError: 'NoneType' object is not callable"]

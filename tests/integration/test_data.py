@@ -267,6 +267,7 @@ def test_a_signal_while_the_corpus_is_waited_for(
     assert here(tmp_path / "run", *flags).numbers == here(tmp_path / "whole", *flags).numbers
 
 
+@pytest.mark.slow
 def test_what_stops_the_preparation_stops_the_run(here: Callable[..., Run], tmp_path: Path) -> None:
     broken = rows(tmp_path / "broken.jsonl", "word", 3000)
     broken.write_text(broken.read_text() + '{"text": \n' + broken.read_text())

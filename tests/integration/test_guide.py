@@ -80,6 +80,7 @@ def test_a_command_is_understood(argv: list[str], capsys: pytest.CaptureFixture[
         assert settings[flag[2:]] in (value, [value], yaml.safe_load(value), float(value) if flag == "--lr" else None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv", LINES, ids=" ".join)
 def test_a_command_runs(argv: list[str], here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
     data = {"/path/to/dataset": str(corpus)}

@@ -53,6 +53,7 @@ def test_it_is_the_same_again_and_whatever_the_runs_own_rate(here: Start, flags:
     assert 5e-3 < found["rate"] < 5
 
 
+@pytest.mark.slow
 def test_rates_that_do_nothing_suggest_nothing(here: Start, flags: list[Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     still = ["--lr_multipliers", "embedding=0,attention=0,mlp=0,norms=0"]
     assert main([*map(str, flags), *still, "--lr_find", "--output", str(tmp_path)]) == 0

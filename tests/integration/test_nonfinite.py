@@ -171,6 +171,7 @@ def on_one_device(number: int) -> Poison:
     return change
 
 
+@pytest.mark.slow
 def test_weights_of_one_device(
     here: Callable[..., Run], replayed: Callable[..., str], poison: Callable[[int, Poison], None], corpus: Path, tmp_path: Path
 ) -> None:

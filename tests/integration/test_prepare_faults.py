@@ -168,6 +168,7 @@ except UserError as fault:
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed(corpus: Path, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]]) -> None:
     output = tmp_path / "store"
     process = python(KILL_A_WORKER, corpus, output, env={**os.environ, "CONSYN_TEST_MARK": str(tmp_path)})
@@ -180,6 +181,7 @@ def test_a_worker_that_is_killed(corpus: Path, tmp_path: Path, undisturbed: Call
     assert_same(files(output), undisturbed(""))
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_main_process_that_is_killed(corpus: Path, tmp_path: Path) -> None:
     for moment in ("hash", "tokenize"):
         code = f"""
@@ -381,6 +383,7 @@ def test_files_that_may_not_grow(corpus: Path, tmp_path: Path, undisturbed: Call
     assert_same(files(output), undisturbed(""))
 
 
+@pytest.mark.slow
 def test_the_command_says_it_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {at} " * 20}) + "\n" for at in range(5000)))
     flags = ["--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "store"), "--tokenizer", "bytes", "--quiet"]

@@ -174,6 +174,7 @@ def test_wrong_launches_are_one_sentence_on_each_process(nursery: Nursery, corpu
 # ---------------------------------------------------------------------------------------------------------------- one run, one writer
 
 
+@pytest.mark.slow
 def test_of_two_runs_in_one_directory_one_trains_and_a_dead_one_is_taken_over(nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
     flags = [*FLAGS, *OFTEN, "--data", corpus, "--output", tmp_path / "run"]
     first = nursery.start(*flags, before=SLOW)

@@ -50,7 +50,10 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signals], 
     return arm
 
 
-@pytest.mark.parametrize(("step", "number"), [(3, signal.SIGINT), (9, signal.SIGTERM), (15, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("step", "number"),
+    [pytest.param(3, signal.SIGINT, marks=pytest.mark.slow), (9, signal.SIGTERM), pytest.param(15, signal.SIGTERM, marks=pytest.mark.slow)],
+)
 def test_stopped_and_resumed(
     step: int,
     number: signal.Signals,
@@ -80,6 +83,7 @@ def test_stopped_and_resumed(
     assert (resumed.path / "best" / "model.safetensors").read_bytes() == (whole.path / "best" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_process_that_is_terminated(whole: Run, process: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
     with start([*FLAGS, "--data", corpus, "--output", path]) as running:

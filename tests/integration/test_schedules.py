@@ -21,6 +21,7 @@ def by_step(run: Run, name: str) -> dict[int, float]:
     return {line["step"]: line[name] for line in run.numbers if name in line}
 
 
+@pytest.mark.slow
 def test_a_decay_starts_from_the_stable_part_and_leaves_the_run_alone(here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
     stable = here(tmp_path / "run", *STABLE, "--data", corpus)
     assert stable.code == 0, stable.said
@@ -74,6 +75,7 @@ def test_another_number_of_steps_must_be_asked_for(here: Callable[..., Run], cor
     assert "is at step 15 already, beyond the 12 steps asked for." in here(tmp_path / "run", *first, "--max_steps", "12", "--overwrite_schedule").said
 
 
+@pytest.mark.slow
 def test_the_same_number_of_steps_in_other_words_is_the_same_run(here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
     assert here(tmp_path / "run", *FLAGS, "--data", corpus, "--max_steps", "10").code == 0
     again = here(tmp_path / "run", *FLAGS, "--data", corpus, "--max_steps", "99", "--total_tokens", str(10 * 8 * 32))

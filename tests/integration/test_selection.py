@@ -69,6 +69,7 @@ def test_an_early_stop_ends_the_run_for_good_until_patience_is_raised(here: Call
     assert longer.lines[-1] | {"time_s": 0} == {"step": 20, "tokens": longer.lines[-1]["tokens"], "time_s": 0, "event": "finish", "best_step": 20}
 
 
+@pytest.mark.slow
 def test_the_best_model_is_the_final_one_where_that_was_asked_for(here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
     # a rate at which the loss rises at once
     run = here(tmp_path / "run", *FLAGS, "--data", corpus, "--max_steps", "6", "--lr", "3", "--scheduler", "constant", "--load_best_model_at_end")
@@ -80,6 +81,7 @@ def test_the_best_model_is_the_final_one_where_that_was_asked_for(here: Callable
     assert all((best[name] == final[name]).all() for name in best)
 
 
+@pytest.mark.slow
 def test_a_plateau_lowers_the_rate_that_is_logged(here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
     flags = ["--scheduler", "plateau", "--plateau_patience", "0", "--plateau_threshold", "0.9", "--plateau_factor", "0.5", "--warmup_steps", "0"]
     run = here(tmp_path / "run", *FLAGS, "--data", corpus, *flags, "--lr", "1e-3", "--min_lr_ratio", "0.2", "--logging_steps", "1")

@@ -125,6 +125,7 @@ def test_other_data_are_another_run(finished: Run, here: Callable[..., Run], cor
         assert part in other.said
 
 
+@pytest.mark.slow
 def test_bad_rows_are_skipped_counted_and_reported(here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": broken}\n{"body": "x"}\n' + corpus.read_text())
     run = here(tmp_path / "run", *TINY, "--data", tmp_path / "rows.jsonl", "--on_bad_rows", "skip", "--max_steps", "1")

@@ -289,6 +289,7 @@ def test_the_bundled_vocabulary_has_49152_entries() -> None:
     assert DEFAULT.vocab_size == len(json.loads(DEFAULT.to_json())["model"]["vocab"]) == 49_152
 
 
+@pytest.mark.slow
 def test_the_bundled_vocabulary_compresses_as_promised(shared_data: Path) -> None:
     gpt2 = BPETokenizer.from_file(shared_data / "tokenizers/gpt2")
     limits = {"WikiText-2 test": 1.05, "tiny Shakespeare (90 % trained on)": 1.05, "Python, held-out files": 1.05, "UDHR, non-Latin (trained on)": 0.7}

@@ -109,6 +109,7 @@ def test_layers_one_by_one_are_updated_as_all_at_once(name: str) -> None:
     jax.tree.map(np.testing.assert_array_equal, after, (params, state))
 
 
+@pytest.mark.slow
 def test_each_layer_rounds_its_moments_with_numbers_of_its_own() -> None:
     rule = adam("bfloat16")
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), LAYOUT.shapes)
@@ -119,6 +120,7 @@ def test_each_layer_rounds_its_moments_with_numbers_of_its_own() -> None:
     np.testing.assert_allclose(first.mean(), 0.05 * 0.09, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_with_moments_on_the_host_is_saved_and_goes_on(tmp_path: Path) -> None:
     mesh = build_mesh(dict.fromkeys(AXES, 1) | {"fsdp": 2}, jax.devices()[:2])
     taken = {name: jax.device_put(values, sharding(mesh, TRAIN_AXES)) for name, values in batch(2).items()}

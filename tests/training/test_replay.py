@@ -138,6 +138,7 @@ def looked_at(seen_once: Program, batch: dict[str, np.ndarray]) -> Callable[...,
     return lambda change: diagnose(seen_once, state_of(seen_once, change), place(batch, seen_once.mesh))
 
 
+@pytest.mark.slow
 def test_a_weight_in_a_layer(looked_at: Callable[..., Diagnosis]) -> None:
     def change(params: Any) -> None:
         params["layers"]["up"][1, 3, 4] = np.inf
