@@ -235,7 +235,7 @@ class TestSignals:
         assert capfd.readouterr().err == "consyn-prepare: interrupted before anything was written. Run the same command again.\n"
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive), signal.SIGINT])
     def test_a_real_one_goes_on_to_the_same_bytes(self, number: signal.Signals) -> None:
         many = "".join(json.dumps({"text": f"{i} " * 500}) + "\n" for i in range(4_500))
         Path("many.jsonl").write_text(many)

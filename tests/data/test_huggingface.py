@@ -252,6 +252,7 @@ def test_every_cut_of_a_file_is_noticed(tmp_path: Path, kind: str) -> None:
             read(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "stream", "file"])
 def test_damage_is_an_error_or_other_values_but_never_a_crash(tmp_path: Path, kind: str) -> None:
     path = KINDS[kind](tmp_path, example(4).select(["text", "messages"]))
@@ -502,6 +503,7 @@ MAIN, NOWHERE = COMMITS["main"], "http://127.0.0.1:9"
 TEXTS = example(900).select(["text"]).to_pylist()
 
 
+@pytest.mark.slow
 def test_the_hub_is_read_once_and_then_from_the_cache(tmp_path: Path, hub: str) -> None:
     name = f"owner/Several@{MAIN}::train"
     questions: list[tuple[object, ...]] = [

@@ -144,6 +144,7 @@ print(kills, *sorted(path.name for path in chain.directory.iterdir()), chain.don
 """
 
 
+@pytest.mark.slow
 def test_killed_inside_a_save_at_random_moments(tmp_path: Path) -> None:
     wanted = 20 if FULL else 3
     kills, *names, done = said(python(ATTEMPTS + RANDOM_MOMENTS, tmp_path, wanted)).split()

@@ -85,6 +85,7 @@ def order(files: dict[str, Path]) -> Mixture:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_mixture_counts_what_it_takes_and_says_when_a_source_ends(files: dict[str, Path], order: Mixture, here: Callable[..., Run], tmp_path: Path) -> None:
     run = here(tmp_path / "run", *mixed(files))
     assert run.code == 0, run.said
@@ -205,6 +206,7 @@ def slowly() -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_streaming_is_the_run_on_the_complete_store(files: dict[str, Path], here: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(streaming, "BLOCK_WINDOWS", 10)
     monkeypatch.setattr(streaming, "VALIDATION_WINDOWS", 3)
@@ -231,6 +233,7 @@ def test_streaming_is_the_run_on_the_complete_store(files: dict[str, Path], here
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_streaming_while_it_is_really_being_prepared(here: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CONSYN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(streaming, "VALIDATION_WINDOWS", 3)
@@ -244,7 +247,10 @@ def test_streaming_while_it_is_really_being_prepared(here: Callable[..., Run], m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("most", "save_steps", "at"), [(0, 5, 0), (40, 5, 5), (40, 3, 5)])
+@pytest.mark.parametrize(
+    ("most", "save_steps", "at"),
+    [pytest.param(0, 5, 0, marks=pytest.mark.exhaustive), pytest.param(40, 5, 5, marks=pytest.mark.exhaustive), (40, 3, 5)],
+)
 def test_a_signal_while_the_corpus_is_waited_for(
     most: int, save_steps: int, at: int, files: dict[str, Path], here: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -30,6 +30,7 @@ def found_in(path: Path) -> dict[str, Any]:
     return json.loads((path / "lr_find.json").read_text())
 
 
+@pytest.mark.slow
 def test_it_suggests_a_rate_and_begins_no_run(here: Start, flags: list[Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*map(str, flags), "--lr_find", "--output", str(tmp_path / "run")]) == 0
     said = capfd.readouterr()

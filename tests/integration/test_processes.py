@@ -70,6 +70,7 @@ def test_four_train_and_save_one_is_killed_and_two_go_on_and_stop_early_together
     assert not (path / "lock").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_of_two_is_killed(victim: int, nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
     two = nursery.together(*FLAGS, *OFTEN, "--data", corpus, "--output", tmp_path / "run", before=SLOW)

@@ -25,8 +25,8 @@ STOPPING = ["--early_stopping_patience", "3", "--early_stopping_min_delta", "1"]
     [
         [*STOPPING, "--early_stopping_min_steps", "9"],
         ["--scheduler", "plateau", "--plateau_patience", "0", "--plateau_threshold", "0.5", "--metric_for_best_model", "eval/accuracy"],
-        ["--optimizer", "schedule_free_adamw"],
-        ["--optimizer", "muon", "--moment_dtype", "bfloat16", "--max_grad_norm", "0.5"],
+        pytest.param(["--optimizer", "schedule_free_adamw"], marks=pytest.mark.exhaustive),
+        pytest.param(["--optimizer", "muon", "--moment_dtype", "bfloat16", "--max_grad_norm", "0.5"], marks=pytest.mark.exhaustive),
         ["--mixed_precision", "fp16", "--dropout", "0.1"],
     ],
     ids=["early stopping", "plateau", "schedule-free", "muon", "fp16 and dropout"],

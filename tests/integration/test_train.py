@@ -141,6 +141,7 @@ def test_without_validation_data_it_says_so_and_trains(here: Callable[..., Run],
     assert not (run.path / "best").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_exits_with_3(here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
     run = here(tmp_path / "run", *TINY, "--data", corpus, "--lr", "1e9", "--max_grad_norm", "0", "--warmup_steps", "0")
     assert run.code == 3

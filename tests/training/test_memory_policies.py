@@ -110,6 +110,7 @@ def test_layers_one_by_one_are_updated_as_all_at_once(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_each_layer_rounds_its_moments_with_numbers_of_its_own() -> None:
     rule = adam("bfloat16")
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), LAYOUT.shapes)

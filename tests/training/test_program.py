@@ -148,10 +148,16 @@ def on_one_device(packed: dict[str, np.ndarray]) -> tuple[Params, list[float], P
 
 
 OF_EIGHT = [dict(zip(AXES, sizes, strict=True)) for sizes in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(sizes) == 8]
+# Each axis alone, and all pairs of axes together.
+IN_CI = [axes for axes in OF_EIGHT if 8 in axes.values() or 4 not in axes.values()]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", OF_EIGHT, ids=lambda axes: " ".join(f"{axis}={size}" for axis, size in axes.items() if size > 1))
+@pytest.mark.parametrize(
+    "axes",
+    [pytest.param(axes, marks=[] if axes in IN_CI else pytest.mark.exhaustive) for axes in OF_EIGHT],
+    ids=lambda axes: " ".join(f"{axis}={size}" for axis, size in axes.items() if size > 1),
+)
 def test_every_mesh_of_eight_trains_as_one_device_does(
     axes: dict[str, int], packed: dict[str, np.ndarray], on_one_device: tuple[Params, list[float], Params]
 ) -> None:
@@ -188,7 +194,12 @@ def regularised(packed: dict[str, np.ndarray]) -> tuple[Params, list[float], Par
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("axes", "remat"),
-    [({"data": 2}, "none"), ({"fsdp": 4}, "full"), ({"tensor": 2, "context": 2}, "attention"), ({"fsdp": 2, "context": 2, "tensor": 2}, "none")],
+    [
+        pytest.param({"data": 2}, "none", marks=pytest.mark.exhaustive),
+        ({"fsdp": 4}, "full"),
+        ({"tensor": 2, "context": 2}, "attention"),
+        ({"fsdp": 2, "context": 2, "tensor": 2}, "none"),
+    ],
     ids=str,
 )
 def test_dropout_trains_the_same_model_on_every_mesh(
