@@ -109,6 +109,7 @@ def test_the_order_does_not_know_how_far_the_preparation_is(seed: int, count: in
     thread.join()
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 80))
 def test_every_window_comes_once_an_epoch(seed: int, count: int) -> None:
     corpus = complete(documents(seed, count))

@@ -285,6 +285,7 @@ def test_what_stops_the_preparation_stops_the_run(here: Callable[..., Run], tmp_
 # ----------------------------------------------------------------------------------------------------------- packing and targets
 
 
+@pytest.mark.slow
 def test_fine_tuning_rows_are_learned_at_their_targets_alone(here: Callable[..., Run], tmp_path: Path) -> None:
     file = tmp_path / "chats.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"What is {i} and {i}?", "completion": str(2 * i)}) + "\n" for i in range(150)))

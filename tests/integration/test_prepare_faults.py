@@ -200,7 +200,7 @@ prepare(options(sys.argv[1], num_workers=3), output=Path(sys.argv[2]), progress=
         assert_all_end(str(tmp_path))
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.05, 0.3, 1.0])
+@pytest.mark.parametrize("delay", [0.0, pytest.param(0.05, marks=pytest.mark.slow), pytest.param(0.3, marks=pytest.mark.slow), 1.0])
 def test_ctrl_c_reaches_the_whole_group_and_nobody_complains(corpus: Path, tmp_path: Path, delay: float) -> None:
     """From the moment on that the workers are being started, too."""
     code = """

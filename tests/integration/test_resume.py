@@ -112,6 +112,7 @@ def test_a_process_that_is_killed_goes_on_from_its_last_checkpoint(whole: Run, c
     assert resumed.events.count("resume") == 1
 
 
+@pytest.mark.slow
 def test_an_end_between_the_last_checkpoint_and_the_model(whole: Run, copied: Run, here: Callable[..., Run], corpus: Path) -> None:
     for entry in ("model.safetensors", "config.json"):
         (copied.path / "final" / entry).unlink()
@@ -120,6 +121,7 @@ def test_an_end_between_the_last_checkpoint_and_the_model(whole: Run, copied: Ru
     assert f"20 steps, {whole.lines[-1]['tokens']:,} tokens: loss {whole.numbers[-2]['train/loss']:.4f}" in resumed.said
 
 
+@pytest.mark.slow
 def test_going_back_to_an_earlier_checkpoint(whole: Run, copied: Run, here: Callable[..., Run], corpus: Path) -> None:
     resumed = here(copied.path, *FLAGS, "--data", corpus, "--resume", "10")
     assert (resumed.code, resumed.numbers, resumed.weights) == (0, whole.numbers, whole.weights)
