@@ -116,6 +116,7 @@ class TestTheStore:
         prepared("--data", "rows.jsonl")
 
     @pytest.mark.slow
+    @pytest.mark.exhaustive
     def test_consyn_train_takes_it(self) -> None:
         from consyn_jax.cli.train import main as train
 
@@ -235,6 +236,7 @@ class TestSignals:
         assert capfd.readouterr().err == "consyn-prepare: interrupted before anything was written. Run the same command again.\n"
 
     @pytest.mark.slow
+    @pytest.mark.exhaustive
     @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive), signal.SIGINT])
     def test_a_real_one_goes_on_to_the_same_bytes(self, number: signal.Signals) -> None:
         many = "".join(json.dumps({"text": f"{i} " * 500}) + "\n" for i in range(4_500))

@@ -253,6 +253,7 @@ def test_every_cut_of_a_file_is_noticed(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["parquet", "stream", "file"])
 def test_damage_is_an_error_or_other_values_but_never_a_crash(tmp_path: Path, kind: str) -> None:
     path = KINDS[kind](tmp_path, example(4).select(["text", "messages"]))
@@ -617,6 +618,7 @@ def test_what_goes_wrong_at_the_hub_is_said_in_sentences(tmp_path: Path, hub: st
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_several_configurations_in_the_cache_have_to_be_told_apart(tmp_path: Path, hub: str) -> None:
     ask(tmp_path, hub, ("rows", "owner/choice:small", 0, ["text"]))
     assert ask(tmp_path, NOWHERE, ("rows", "owner/choice", 0, ["text"])) == [[TEXTS[3:5], 2]]

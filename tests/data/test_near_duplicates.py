@@ -171,6 +171,7 @@ def test_decisions_are_the_same_in_any_calls_and_after_reopening(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 0.9, 1.0])
 def test_nearly_all_decisions_are_those_of_comparing_all_pairs(tmp_path: Path, threshold: float) -> None:
     signatures = family(7, 1500)

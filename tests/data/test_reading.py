@@ -156,6 +156,7 @@ def test_json_lines(tmp_path_factory: pytest.TempPathFactory, rows: list[str], e
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @given(rows=st.lists(texts, max_size=30), indent=st.sampled_from([None, 0, 2]), ascii_only=st.booleans(), compression=compressions)
 def test_json_arrays(tmp_path_factory: pytest.TempPathFactory, rows: list[str], indent: int | None, ascii_only: bool, compression: str) -> None:
     data = json.dumps([{"text": row, "n": at} for at, row in enumerate(rows)], indent=indent, ensure_ascii=ascii_only)

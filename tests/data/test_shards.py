@@ -241,6 +241,7 @@ def test_a_file_with_the_number_of_one_that_is_gone_is_the_last_one_read(tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_reading_a_large_store_takes_no_memory(tmp_path: Path) -> None:
     """150 MB in three shards, all of it checked and then read at random."""
     random = np.random.default_rng(0)

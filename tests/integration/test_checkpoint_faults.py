@@ -165,6 +165,7 @@ print(total, kills, len(moments), *sorted(path.name for path in chain.directory.
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_between_any_two_changes_on_the_disk(tmp_path: Path) -> None:
     total, kills, moments, *names, done = said(python(ATTEMPTS + CHOSEN_MOMENTS, tmp_path, 0 if FULL else 3)).split()
     assert int(total) > 30  # and what TensorStore does lies in between
@@ -224,6 +225,7 @@ print(told[-1])
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
     """A real one, of 16 MB, which only this process sees."""
     alone = ("unshare", "-m") if os.geteuid() == 0 else ("unshare", "-rm")

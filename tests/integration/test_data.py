@@ -106,6 +106,7 @@ def test_a_mixture_counts_what_it_takes_and_says_when_a_source_ends(files: dict[
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_mixture_that_was_stopped(files: dict[str, Path], order: Mixture, here: Callable[..., Run], tmp_path: Path) -> None:
     whole = here(tmp_path / "whole", *mixed(files))
     for number, step in enumerate(sorted({end["step"] for end in ends(order)})[:2]):
@@ -274,6 +275,7 @@ def test_a_signal_while_the_corpus_is_waited_for(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_stops_the_preparation_stops_the_run(here: Callable[..., Run], tmp_path: Path) -> None:
     broken = rows(tmp_path / "broken.jsonl", "word", 3000)
     broken.write_text(broken.read_text() + '{"text": \n' + broken.read_text())

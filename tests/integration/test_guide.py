@@ -81,6 +81,7 @@ def test_a_command_is_understood(argv: list[str], capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("argv", LINES, ids=" ".join)
 def test_a_command_runs(argv: list[str], here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
     data = {"/path/to/dataset": str(corpus)}

@@ -45,6 +45,7 @@ def test_it_suggests_a_rate_and_begins_no_run(here: Start, flags: list[Any], tmp
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_it_is_the_same_again_and_whatever_the_runs_own_rate(here: Start, flags: list[Any], tmp_path: Path) -> None:
     for name, own in (("a", ("--lr", 1e-4)), ("b", ("--lr", 1.0, "--scheduler", "linear", "--warmup_steps", 5, "--max_steps", 9))):
         assert here(tmp_path / name, *flags, "--optimizer", "sgd", *own, "--lr_find").code == 0
@@ -55,6 +56,7 @@ def test_it_is_the_same_again_and_whatever_the_runs_own_rate(here: Start, flags:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_rates_that_do_nothing_suggest_nothing(here: Start, flags: list[Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     still = ["--lr_multipliers", "embedding=0,attention=0,mlp=0,norms=0"]
     assert main([*map(str, flags), *still, "--lr_find", "--output", str(tmp_path)]) == 0

@@ -20,7 +20,7 @@ def alone(process: Callable[..., Run], corpus: Path, tmp_path_factory: pytest.Te
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["fsdp=8", "data=4,tensor=2", "data=2,fsdp=2,context=2"])
+@pytest.mark.parametrize("mesh", [*(pytest.param(mesh, marks=pytest.mark.exhaustive) for mesh in ("fsdp=8", "data=4,tensor=2")), "data=2,fsdp=2,context=2"])
 def test_the_same_losses_as_on_one_device(mesh: str, alone: Run, here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
     run = here(tmp_path / "run", *FLAGS, "--data", corpus, "--mesh", mesh)
     assert run.code == 0, run.said

@@ -145,6 +145,7 @@ def fragile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("fragile")
 def test_gradients_of_one_layer(
     here: Callable[..., Run], replayed: Callable[..., str], poison: Callable[[int, Poison], None], corpus: Path, tmp_path: Path
@@ -172,6 +173,7 @@ def on_one_device(number: int) -> Poison:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_weights_of_one_device(
     here: Callable[..., Run], replayed: Callable[..., str], poison: Callable[[int, Poison], None], corpus: Path, tmp_path: Path
 ) -> None:
@@ -187,6 +189,7 @@ def test_weights_of_one_device(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("fragile")
 def test_one_copy_of_the_weights(
     here: Callable[..., Run], replayed: Callable[..., str], poison: Callable[[int, Poison], None], corpus: Path, tmp_path: Path
@@ -234,6 +237,7 @@ signals.monotonic = lambda: next(ticks)
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_data_of_one_of_two_processes(nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
     """They end together, and leave one bundle. The checkpoint of step 7 is made by the clock of process 0, by both."""
     path = tmp_path / "run"
@@ -280,6 +284,7 @@ def test_replay_of_what_is_none(tmp_path: Path, capfd: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_loss_that_stands_out_is_an_event(
     here: Callable[..., Run], poison: Callable[[int, Poison], None], corpus: Path, tmp_path: Path
 ) -> None:

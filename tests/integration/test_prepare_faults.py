@@ -147,6 +147,7 @@ def test_the_store_is_rich(undisturbed: Callable[[str], dict[str, bytes]]) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("separator", ["", "\\n\\n\\n"])
 def test_no_number_of_workers_shows(corpus: Path, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]], separator: str) -> None:
     for workers in (1, 4) if separator else (2,):
@@ -200,7 +201,7 @@ prepare(options(sys.argv[1], num_workers=3), output=Path(sys.argv[2]), progress=
         assert_all_end(str(tmp_path))
 
 
-@pytest.mark.parametrize("delay", [0.0, pytest.param(0.05, marks=pytest.mark.slow), pytest.param(0.3, marks=pytest.mark.slow), 1.0])
+@pytest.mark.parametrize("delay", [0.0, *(pytest.param(delay, marks=[pytest.mark.slow, pytest.mark.exhaustive]) for delay in (0.05, 0.3)), 1.0])
 def test_ctrl_c_reaches_the_whole_group_and_nobody_complains(corpus: Path, tmp_path: Path, delay: float) -> None:
     """From the moment on that the workers are being started, too."""
     code = """
@@ -261,7 +262,10 @@ print(kills, chains)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "separator", "seed"), [(0, "\\n\\n\\n", 3), (1, "", 1), (2, "\\n\\n\\n", 2)])
+@pytest.mark.parametrize(
+    ("workers", "separator", "seed"),
+    [pytest.param(0, "\\n\\n\\n", 3, marks=pytest.mark.exhaustive), pytest.param(1, "", 1, marks=pytest.mark.exhaustive), (2, "\\n\\n\\n", 2)],
+)
 def test_killed_at_random_moments(
     corpus: Path, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]], workers: int, separator: str, seed: int
 ) -> None:
@@ -322,6 +326,7 @@ print(kills, int(total))
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_between_any_two_changes_on_the_disk(corpus: Path, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]]) -> None:
     separator = "\\n\\n\\n"
     process = python(KILLED_AT_AN_OPERATION, corpus, tmp_path / "stores", separator, 5)
@@ -335,6 +340,7 @@ def test_killed_between_any_two_changes_on_the_disk(corpus: Path, tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_one_row_that_is_cut_by_position_and_killed(tmp_path: Path) -> None:
     """It is read a second time, which must not go on from what the first time left."""
     (tmp_path / "one.jsonl").write_text(json.dumps({"text": " ".join(map(str, range(60_000)))}) + "\n" * 300_000)
@@ -387,6 +393,7 @@ def test_files_that_may_not_grow(corpus: Path, tmp_path: Path, undisturbed: Call
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_command_says_it_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {at} " * 20}) + "\n" for at in range(5000)))
     flags = ["--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "store"), "--tokenizer", "bytes", "--quiet"]

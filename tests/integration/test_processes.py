@@ -97,6 +97,7 @@ launch.meet = one
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_stuck_process_is_named_and_all_leave_their_stacks(nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
     path = tmp_path / "run"
     children = nursery.together(*FLAGS, *OFTEN, "--watchdog_minutes", "0.1", "--data", corpus, "--output", path, before=STUCK)

@@ -18,6 +18,8 @@ from .conftest import MODEL, Run, start
 FLAGS = [*MODEL, "--max_steps", "20", "--max_tokens", "32", "--batch_size", "8", "--validation_fraction", "0.2"]
 FLAGS += ["--logging_steps", "1", "--eval_steps", "6", "--save_steps", "5", "--logging_backend", "none"]
 
+MORE = [pytest.mark.slow, pytest.mark.exhaustive]
+
 
 @pytest.fixture(scope="module")
 def whole(process: Callable[..., Run], corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
@@ -52,7 +54,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signals], 
 
 @pytest.mark.parametrize(
     ("step", "number"),
-    [pytest.param(3, signal.SIGINT, marks=pytest.mark.slow), (9, signal.SIGTERM), pytest.param(15, signal.SIGTERM, marks=pytest.mark.slow)],
+    [pytest.param(3, signal.SIGINT, marks=MORE), (9, signal.SIGTERM), pytest.param(15, signal.SIGTERM, marks=MORE)],
 )
 def test_stopped_and_resumed(
     step: int,
@@ -113,6 +115,7 @@ def test_a_process_that_is_killed_goes_on_from_its_last_checkpoint(whole: Run, c
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_end_between_the_last_checkpoint_and_the_model(whole: Run, copied: Run, here: Callable[..., Run], corpus: Path) -> None:
     for entry in ("model.safetensors", "config.json"):
         (copied.path / "final" / entry).unlink()
@@ -122,6 +125,7 @@ def test_an_end_between_the_last_checkpoint_and_the_model(whole: Run, copied: Ru
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_going_back_to_an_earlier_checkpoint(whole: Run, copied: Run, here: Callable[..., Run], corpus: Path) -> None:
     resumed = here(copied.path, *FLAGS, "--data", corpus, "--resume", "10")
     assert (resumed.code, resumed.numbers, resumed.weights) == (0, whole.numbers, whole.weights)

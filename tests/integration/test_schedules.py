@@ -22,6 +22,7 @@ def by_step(run: Run, name: str) -> dict[int, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_decay_starts_from_the_stable_part_and_leaves_the_run_alone(here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
     stable = here(tmp_path / "run", *STABLE, "--data", corpus)
     assert stable.code == 0, stable.said
@@ -61,6 +62,7 @@ def test_a_decay_that_cannot_be(flags: list[str], words: str, here: Callable[...
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_another_number_of_steps_must_be_asked_for(here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
     first = [*FLAGS, "--data", corpus, "--max_steps", "10"]
     assert here(tmp_path / "run", *first).code == 0
@@ -76,6 +78,7 @@ def test_another_number_of_steps_must_be_asked_for(here: Callable[..., Run], cor
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_same_number_of_steps_in_other_words_is_the_same_run(here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
     assert here(tmp_path / "run", *FLAGS, "--data", corpus, "--max_steps", "10").code == 0
     again = here(tmp_path / "run", *FLAGS, "--data", corpus, "--max_steps", "99", "--total_tokens", str(10 * 8 * 32))

@@ -27,7 +27,7 @@ STOPPING = ["--early_stopping_patience", "3", "--early_stopping_min_delta", "1"]
         ["--scheduler", "plateau", "--plateau_patience", "0", "--plateau_threshold", "0.5", "--metric_for_best_model", "eval/accuracy"],
         pytest.param(["--optimizer", "schedule_free_adamw"], marks=pytest.mark.exhaustive),
         pytest.param(["--optimizer", "muon", "--moment_dtype", "bfloat16", "--max_grad_norm", "0.5"], marks=pytest.mark.exhaustive),
-        ["--mixed_precision", "fp16", "--dropout", "0.1"],
+        pytest.param(["--mixed_precision", "fp16", "--dropout", "0.1"], marks=pytest.mark.exhaustive),
     ],
     ids=["early stopping", "plateau", "schedule-free", "muon", "fp16 and dropout"],
 )
@@ -53,6 +53,7 @@ def test_a_stop_changes_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_early_stop_ends_the_run_for_good_until_patience_is_raised(here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
     flags = [*FLAGS, "--data", corpus]
     run = here(tmp_path / "run", *flags, *STOPPING)
@@ -70,6 +71,7 @@ def test_an_early_stop_ends_the_run_for_good_until_patience_is_raised(here: Call
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_best_model_is_the_final_one_where_that_was_asked_for(here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
     # a rate at which the loss rises at once
     run = here(tmp_path / "run", *FLAGS, "--data", corpus, "--max_steps", "6", "--lr", "3", "--scheduler", "constant", "--load_best_model_at_end")
@@ -82,6 +84,7 @@ def test_the_best_model_is_the_final_one_where_that_was_asked_for(here: Callable
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_plateau_lowers_the_rate_that_is_logged(here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
     flags = ["--scheduler", "plateau", "--plateau_patience", "0", "--plateau_threshold", "0.9", "--plateau_factor", "0.5", "--warmup_steps", "0"]
     run = here(tmp_path / "run", *FLAGS, "--data", corpus, *flags, "--lr", "1e-3", "--min_lr_ratio", "0.2", "--logging_steps", "1")
@@ -91,6 +94,7 @@ def test_a_plateau_lowers_the_rate_that_is_logged(here: Callable[..., Run], corp
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_half_precision_survives_an_overflow(here: Callable[..., Run], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from consyn_jax.training import precision
 

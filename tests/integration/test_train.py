@@ -126,6 +126,7 @@ def test_other_data_are_another_run(finished: Run, here: Callable[..., Run], cor
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_bad_rows_are_skipped_counted_and_reported(here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": broken}\n{"body": "x"}\n' + corpus.read_text())
     run = here(tmp_path / "run", *TINY, "--data", tmp_path / "rows.jsonl", "--on_bad_rows", "skip", "--max_steps", "1")
@@ -188,6 +189,7 @@ class TestStartingFromWeights:
         assert run.numbers[0]["train/loss"] == pytest.approx(finished.numbers[0]["train/loss"], abs=0.2)
 
     @pytest.mark.slow
+    @pytest.mark.exhaustive
     def test_a_hugging_face_model_without_a_tokenizer(self, here: Callable[..., Run], shared_data: Path, corpus: Path, tmp_path: Path) -> None:
         flags = ["--checkpoint", shared_data / "parity" / "stories260K" / "hf", "--data", corpus, "--max_steps", "1", "--max_tokens", "32"]
         refused = here(tmp_path / "run", *flags)

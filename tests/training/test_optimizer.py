@@ -371,7 +371,7 @@ def test_small_second_moments_follow_where_rounding_to_nearest_stands_still() ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "schedule_free_adamw", "adafactor", "sgd"])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "adamw" else pytest.mark.exhaustive) for name in OPTIMIZERS])
 def test_small_moments_go_nearly_the_same_way(name: str, stories: tuple[Params, list[Params], Any]) -> None:
     momentum = {"momentum": 0.9} if name == "adafactor" else {}
     whole, small = (ours(name, stories, moment_dtype=dtype, **momentum)[0] for dtype in ("float32", "bfloat16"))
@@ -473,6 +473,7 @@ def test_a_path_that_ends_alike_is_not_the_same_parameter() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_scale_of_the_rate_is_state_and_needs_no_new_program(first_values: Params) -> None:
     mesh = mesh_of(fsdp=2)
     program = program_of("adamw", mesh, scheduler="plateau", weight_decay=0.0)

@@ -261,7 +261,7 @@ def test_a_narrow_type_ends_where_float32_does(dtype: Any, in_float32: list[dict
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", [{"data": 1}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("axes", [{"data": 1}, pytest.param({"fsdp": 2, "context": 2, "tensor": 2}, marks=pytest.mark.exhaustive)], ids=str)
 def test_float16_recovers_from_an_overflow(axes: dict[str, int]) -> None:
     state, history = train(jnp.float16, STEPS, 0, first_scale=2.0**34, mesh=mesh_of(**axes))
     skipped = [m["skipped"] for m in history]
@@ -299,6 +299,7 @@ def test_a_skipped_step_leaves_every_bit() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_checkpoint_has_the_scale(tmp_path: Path) -> None:
     mesh = mesh_of(fsdp=2)
     state, _ = train(jnp.float16, 6, 0, first_scale=2.0**40, mesh=mesh)

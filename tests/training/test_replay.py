@@ -139,6 +139,7 @@ def looked_at(seen_once: Program, batch: dict[str, np.ndarray]) -> Callable[...,
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_weight_in_a_layer(looked_at: Callable[..., Diagnosis]) -> None:
     def change(params: Any) -> None:
         params["layers"]["up"][1, 3, 4] = np.inf
@@ -212,6 +213,7 @@ def bundle(seen_once: Program, batch: dict[str, np.ndarray], tmp_path_factory: p
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_bundle_stands_alone_and_replays_on_another_mesh(bundle: Path, batch: dict[str, np.ndarray], tmp_path: Path) -> None:
     bundle = shutil.copytree(bundle, tmp_path / "moved")
     read = read_bundle(bundle)

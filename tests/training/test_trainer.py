@@ -267,6 +267,7 @@ def test_another_run_is_kept_out_of_the_directory(finished: Finished) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_divergence_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match=r"training has diverged\. Lower --lr"):
         trainer(tmp_path, learning_rate=1e30, warmup_steps=0, eval_dataloader=None, mesh="auto").train()
