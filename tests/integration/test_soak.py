@@ -176,6 +176,7 @@ def test_killed_at_random_moments(whole: Survivor, nursery: Nursery, corpus: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_and_gone_on_with_other_devices(whole: Survivor, nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
     def others() -> Iterator[str]:
         chance, kinds = random.Random(0), [TWO, "1", "8", "2", "4"]

@@ -118,6 +118,7 @@ def batch_of(seed: int, p: Program) -> dict[str, jax.Array]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_while_all_is_finite_the_policy_changes_no_bit_and_no_state_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     halting = program(optax.adamw(3e-3), fsdp=2)
     skipping = replace(halting, max_nonfinite_steps=10)

@@ -118,6 +118,7 @@ def test_the_compilers_figure_is_what_a_process_comes_to_hold() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_in_halves_is_the_same_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     data = [list(map(int, np.random.default_rng(i).integers(1, 250, 33))) for i in range(32)]
     model = ConsynLMHeadModel.from_config(TINY, seed=1)

@@ -91,6 +91,7 @@ def test_statistics_are_numpys_over_what_is_finite(values: list[float]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_is_seen_is_what_the_step_computes(batch: dict[str, np.ndarray]) -> None:
     """With everything that is composed around a step: dropout, the scale of the loss, micro-batches."""
     p = program(jnp.float16, 0.3, data=2)
