@@ -107,7 +107,7 @@ def squares(shapes: Mapping[str, Iterable[Iterable[int]]]) -> list[tuple[str, tu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "topology", "length"), SHORTER)
+@pytest.mark.parametrize(("name", "topology", "length"), [SHORTER[0], *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in SHORTER[1:])])
 def test_no_mask_and_no_scores_lie_in_memory(name: str, topology: str, length: int) -> None:
     """Not even as a part of a fusion."""
     program = compiled(name, topology, {"max_tokens": length, "batch_size": 2, "gradient_accumulation_steps": 1, "num_layers": 2})
