@@ -84,6 +84,7 @@ def test_on_eight_devices_the_scales_are_those_of_whole_arrays() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_gradients_are_near_those_of_bfloat16_whatever_is_recomputed() -> None:
     mesh = build_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 259, (4, 33)), jnp.int32)

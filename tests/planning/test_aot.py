@@ -230,6 +230,8 @@ def test_the_partitioners_warning_is_heard() -> None:
     assert aot.resharded(done.stderr)[0].startswith("[SPMD] Involuntary full rematerialization. ")
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_settings_of_the_user_win(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same program with the default of XLA, which scatters all gradients of a block at once, after the last product."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_reduce_scatter_combine_threshold_bytes=31457280")
@@ -248,7 +250,10 @@ def test_a_batch_that_the_mesh_does_not_divide_is_the_users_mistake() -> None:
         compile_train_step(*recipe("verse-1xh200", {"batch_size": 9}), "h200:1x8")
 
 
-@pytest.mark.parametrize("gpu", sorted(set(GPUS) - {"h200"}))
+MORE = [pytest.mark.slow, pytest.mark.exhaustive]
+
+
+@pytest.mark.parametrize("gpu", ["b200", "rtx4090", *(pytest.param(gpu, marks=MORE) for gpu in sorted(set(GPUS) - {"h200", "b200", "rtx4090"}))])
 def test_every_gpu_of_the_table_can_be_compiled_for(gpu: str) -> None:
     """Two hosts, so that there are exchanges along two axes, which the page tells apart."""
     run, _ = resolve({"model": "haiku", "max_tokens": 128, "batch_size": 4})

@@ -250,6 +250,7 @@ def end(history: list[dict[str, float]]) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_a_narrow_type_ends_where_float32_does(dtype: Any, in_float32: list[dict[str, float]]) -> None:
     history = train(dtype, STEPS, 0)[1]

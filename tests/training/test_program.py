@@ -234,6 +234,7 @@ def random_params() -> Params:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_recomputing_and_unrolling_change_nothing(packed: dict[str, np.ndarray]) -> None:
     batch = {name: jnp.asarray(values[0]) for name, values in packed.items()}
 
