@@ -6,6 +6,7 @@ between the two files of an entry ends all writing. So the directory is tidied h
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -78,11 +79,19 @@ def _refusal(directory: Path) -> str | None:
 def tidy(directory: Path, limit_bytes: int = LIMIT_BYTES, limit_entries: int = LIMIT_ENTRIES) -> None:
     """Delete entries that a kill cut short, and beyond the limits those that were not used for longest. Once a day; nothing here raises."""
     stamp, now = directory / STAMP, time.time()
-    with suppress(OSError):
-        before = stamp.stat().st_mtime if stamp.exists() else 0.0
+    with suppress(OSError), stamp.open("a+") as file:  # one at a time: looking at entries changes when they were last used
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        except OSError:  # a file system without locks
+            pass
+        is_first = file.seek(0, os.SEEK_END) == 0
+        before = 0.0 if is_first else stamp.stat().st_mtime
         if 0 <= now - before < TIDY_EVERY_S:
             return
-        stamp.touch()
+        file.write("tidied\n" if is_first else "")
+        file.flush()
         os.utime(stamp, (now, now))
         entries = []
         for path in directory.rglob("*"):
