@@ -52,6 +52,7 @@ def test_the_tokenizer_is_the_checkpoints(stories: Path, tokenizer: BPETokenizer
     assert tokenizer.encode(text[:1000], add_bos=True)[: len(expected)] == expected.tolist()
 
 
+@pytest.mark.users_compiler
 @pytest.mark.slow
 def test_perplexity_is_transformers(stories: Path, tokenizer: BPETokenizer, shared_data: Path, tmp_path: Path) -> None:
     text = (shared_data / "tinystories" / "tiny_stories.txt").read_text()[:CHARACTERS]

@@ -88,6 +88,7 @@ def test_config_yaml_is_a_recipe_for_the_run(finished: Run) -> None:
     assert (config.model.hidden_dim, config.budget.max_steps, config.saving.output) == (32, 6, str(finished.path))
 
 
+@pytest.mark.users_compiler
 def test_the_model_loads_here_and_in_transformers(finished: Run) -> None:
     ids = np.array([[256, 68, 111, 99, 117, 109]])
     for model in ("best", "final"):

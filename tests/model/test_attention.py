@@ -88,6 +88,7 @@ def test_documents_begin_and_end_where_the_id_changes(runs: list[tuple[int, int]
     np.testing.assert_array_equal(found.last_BT[0], last[which])
 
 
+@pytest.mark.users_compiler
 def test_grouped_attention_is_torchs() -> None:
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(2, T, heads, 8)).astype(np.float32) for heads in (6, 2, 2))

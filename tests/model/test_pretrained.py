@@ -60,6 +60,7 @@ def their_logits(model: Any) -> np.ndarray:
         return model.eval()(torch.tensor(IDS)).logits.numpy()
 
 
+@pytest.mark.users_compiler
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_saved_model_is_the_same_in_transformers(name: str, tmp_path: Path) -> None:
     config, architecture = LAYOUTS[name]
@@ -87,6 +88,7 @@ def test_saving_and_loading_changes_nothing(name: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.parameters["norm"], params["norm"])
 
 
+@pytest.mark.users_compiler
 @pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Mistral"])
 def test_a_model_of_transformers_is_the_same_here(kind: str, tmp_path: Path) -> None:
     sizes = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}

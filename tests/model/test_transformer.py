@@ -82,6 +82,7 @@ def test_bf16_is_close_to_float32(params: Params) -> None:
     assert 0 < np.linalg.norm(rough - exact) < 0.03 * np.linalg.norm(exact)
 
 
+@pytest.mark.users_compiler
 def test_rms_norm_is_torchs() -> None:
     rng = np.random.default_rng(5)
     x, scale = rng.normal(size=(3, 7, 32)).astype(np.float32), rng.normal(size=32).astype(np.float32)
@@ -89,6 +90,7 @@ def test_rms_norm_is_torchs() -> None:
     np.testing.assert_allclose(rms_norm(jnp.asarray(x), jnp.asarray(scale), 1e-5), theirs, atol=1e-6)
 
 
+@pytest.mark.users_compiler
 def test_rotation_is_transformers() -> None:
     x = np.random.default_rng(6).normal(size=(1, T, 2, 8)).astype(np.float32)
     positions = np.arange(T)[None] + 100

@@ -48,6 +48,7 @@ def compare(got: Any, expected: Any, tolerance: float) -> None:
         assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs)
 
 
+@pytest.mark.users_compiler
 @pytest.mark.parametrize("vocab_size", [V, 100])
 def test_reference_is_torchs_cross_entropy(inputs: tuple[jax.Array, ...], vocab_size: int) -> None:
     x, head, labels, mask = inputs
@@ -159,6 +160,7 @@ def torchs(inputs: tuple[jax.Array, ...], extras: Extras, vocab_size: int) -> tu
     return loss.item(), [t.grad.numpy() for t in (tx, thead)]
 
 
+@pytest.mark.users_compiler
 @pytest.mark.parametrize("chunks", [Chunks(WHOLE), Chunks(B * T * V // 4), Chunks(B * T * V // 4, vocab_first=True)])
 @pytest.mark.parametrize("vocab_size", [V, 100])
 @pytest.mark.parametrize("extras", EXTRAS, ids=str)
@@ -172,6 +174,7 @@ def test_extras_are_torchs(inputs: tuple[jax.Array, ...], extras: Extras, vocab_
     np.testing.assert_allclose(sums, reference(*inputs, vocab_size), rtol=1e-6, err_msg="what is reported is the plain loss")
 
 
+@pytest.mark.users_compiler
 @pytest.mark.parametrize("name", MESHES)
 def test_extras_are_torchs_on_a_mesh(inputs: tuple[jax.Array, ...], name: str) -> None:
     axes, vocab_size = MESHES[name]

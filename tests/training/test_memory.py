@@ -85,6 +85,8 @@ from consyn_jax.model.parameters import initial_parameters
 from consyn_jax.training.memory import step_memory
 from consyn_jax.training.program import TRAIN_AXES, build_program
 
+pytestmark = pytest.mark.users_compiler
+
 def held(name):
     return 1024 * int(re.search(rf"{name}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 

@@ -151,12 +151,14 @@ def decay_of(value: np.ndarray) -> float:
     return DECAY if value.ndim > 1 else 0.0
 
 
+@pytest.mark.users_compiler
 def test_adamw_is_torchs(stories: tuple[Params, list[Params], Any]) -> None:
     found, evaluated = ours("adamw", stories, eps=1e-7)
     assert evaluated is found
     assert_same_way(found, by_torch(lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-7), stories), stories[0])
 
 
+@pytest.mark.users_compiler
 def test_adafactor_is_torchs(stories: tuple[Params, list[Params], Any]) -> None:
     """Theirs multiplies the rate by max(eps2, root mean square of the weights): with an eps2 above all of those, by a constant."""
     scale = 100.0
@@ -165,6 +167,7 @@ def test_adafactor_is_torchs(stories: tuple[Params, list[Params], Any]) -> None:
     assert_same_way(found, expected, stories[0])
 
 
+@pytest.mark.users_compiler
 def test_sgd_is_torchs_with_decoupled_decay(stories: tuple[Params, list[Params], Any]) -> None:
     class SGDW(torch.optim.SGD):
         def step(self, closure: Any = None) -> None:
@@ -182,6 +185,7 @@ def test_sgd_is_torchs_with_decoupled_decay(stories: tuple[Params, list[Params],
         assert_same_way(ours("sgd", stories, 100.0, momentum=momentum)[0], expected, stories[0])
 
 
+@pytest.mark.users_compiler
 def test_lion_is_the_papers(stories: tuple[Params, list[Params], Any]) -> None:
     """Chen et al. (2023), algorithm 2."""
     p = split(stories[0])
@@ -200,6 +204,7 @@ def newton_schulz(g: np.ndarray) -> np.ndarray:
     return (u * s) @ vt
 
 
+@pytest.mark.users_compiler
 def test_muon_is_the_papers(stories: tuple[Params, list[Params], Any]) -> None:
     """Nesterov momentum with Dozat's (2016) correction, as Optax has it; Liu et al. (2025), equation 4; AdamW outside the blocks."""
     p, b = split(stories[0]), MOMENTUM["muon"]

@@ -138,6 +138,7 @@ def test_without_dropout_no_number_is_drawn() -> None:
 # ----------------------------------------------------------------------------------------------------------- scale of the loss
 
 
+@pytest.mark.users_compiler
 def test_the_scale_moves_as_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "GROWTH_STEPS", 3)
     rule = with_loss_scale(optax.sgd(1.0))

@@ -14,6 +14,8 @@ from consyn_jax.training.profile import SCOPES, Profile, Program, Summary, page,
 from consyn_jax.training.program import Machine, build_program
 from consyn_jax.training.scheduler import configured_schedule
 
+pytestmark = pytest.mark.users_compiler
+
 MS = 10**9  # picoseconds
 # What the compiler says of the operations below.
 SCOPE_OF = {

@@ -61,6 +61,7 @@ def in_torch_names(directory: Path, config: ModelConfig, params: Params) -> dict
     return load_file(directory / "model.safetensors")
 
 
+@pytest.mark.users_compiler
 def test_logits_and_losses_are_torchs(stories: Path, golden: dict[str, np.ndarray]) -> None:
     logits = ConsynLMHeadModel.from_pretrained(stories / "hf")(jnp.asarray(golden["input_ids"]))
     np.testing.assert_allclose(logits, golden["logits"], atol=1e-4, rtol=0)
@@ -69,6 +70,7 @@ def test_logits_and_losses_are_torchs(stories: Path, golden: dict[str, np.ndarra
     np.testing.assert_allclose(nll, golden["token_nll"], atol=1e-4)
 
 
+@pytest.mark.users_compiler
 def test_every_gradient_is_torchs(stories: Path, next_tokens: dict[str, np.ndarray], tmp_path: Path) -> None:
     config = read_config(stories / "hf")
     program = Program(config, Compute(), adamw(1e-3), 1.0, mesh_of(data=1))
@@ -84,6 +86,7 @@ def test_every_gradient_is_torchs(stories: Path, next_tokens: dict[str, np.ndarr
         assert np.linalg.norm(gradient - expected[name]) <= 1e-4 * np.linalg.norm(expected[name]), name
 
 
+@pytest.mark.users_compiler
 def test_twenty_steps_are_torchs(stories: Path, next_tokens: dict[str, np.ndarray], tmp_path: Path) -> None:
     expected = json.loads((stories / "golden.json").read_text())["adamw"]
     config, mesh = read_config(stories / "hf"), mesh_of(data=1)
@@ -102,6 +105,7 @@ def test_twenty_steps_are_torchs(stories: Path, next_tokens: dict[str, np.ndarra
     assert after == pytest.approx(expected["param_norms_after"], rel=1e-4)
 
 
+@pytest.mark.users_compiler
 def test_greedy_text_is_torchs(stories: Path, golden: dict[str, np.ndarray]) -> None:
     ids = golden["greedy_ids"]
     out = ConsynLMHeadModel.from_pretrained(stories / "hf").generate(jnp.asarray(ids[None, :1]), len(ids) - 1, stop_at_eos=False)

@@ -78,6 +78,7 @@ def test_three_ways_to_decay(shape: str, expected: float) -> None:
     assert found[200] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.users_compiler
 @pytest.mark.parametrize(
     ("name", "shape", "build", "arguments"),
     [
@@ -99,6 +100,7 @@ def test_inverse_sqrt_without_warm_up_has_a_timescale_all_the_same() -> None:
     np.testing.assert_allclose(rates("inverse_sqrt", 1.0, 300, 0, 0.1), theirs, rtol=0, atol=1e-6)
 
 
+@pytest.mark.users_compiler
 @pytest.mark.parametrize(
     ("name", "build", "arguments"),
     [
@@ -114,6 +116,7 @@ def test_after_warm_up_the_rate_is_transformers(name: str, build: Callable[..., 
     np.testing.assert_allclose(ours[30:], theirs[30:], atol=1e-6)
 
 
+@pytest.mark.users_compiler
 def test_warm_up_is_transformers_one_step_ahead() -> None:
     """Theirs spends step 0 on a rate of 0. Ours gives step s what theirs, with one step more of warm-up, gives step s + 1."""
     ours = rates("constant_with_warmup", 1.0, 50, 30, 0.0)
@@ -122,6 +125,7 @@ def test_warm_up_is_transformers_one_step_ahead() -> None:
     assert (ours[0], theirs[0]) == (pytest.approx(1 / 31), 0)
 
 
+@pytest.mark.users_compiler
 def test_a_schedule_drives_torch_alike() -> None:
     ours = build_schedule("cosine", 1.0, 100, 10, 0.1)
     theirs = torch_rates(torch.optim.lr_scheduler.LambdaLR, 100, lr_lambda=lambda s: float(ours(s)))
@@ -208,6 +212,7 @@ def torch_plateau(metrics: list[float], **settings: Any) -> list[float]:
     return found
 
 
+@pytest.mark.users_compiler
 @given(
     st.lists(st.sampled_from([1.0, 0.999, 0.9, 0.5, 2.0, math.nan, math.inf]), max_size=40),
     st.sampled_from([0.1, 0.5]),

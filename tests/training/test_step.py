@@ -56,6 +56,7 @@ def test_accumulation_weighs_real_tokens_alike(accumulation: int, params: Params
         assert np.linalg.norm(ours - theirs) <= 1e-6 * np.linalg.norm(theirs)
 
 
+@pytest.mark.users_compiler
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
 def test_clipping_is_torchs(max_norm: float) -> None:
     rng = np.random.default_rng(2)
