@@ -638,7 +638,7 @@ class _Training:
             for epoch in range(before[name] + 1, passes + 1):
                 self._event("end_of_data", {"epoch": epoch, "source": name} if name else {"epoch": epoch})
             if passes > before[name] and not again:
-                self.console.note(f"End of {name or 'the data'}: epoch {passes} is over at step {step:,}.")
+                self.console.note(f"{f'End of {name}: epoch' if name else 'Epoch'} {passes} is over at step {step:,}.")
 
     def _taken(self) -> dict[str, Any]:
         """For events: the sequences taken from each source of a mixture so far; nothing where there is one source."""
