@@ -85,8 +85,6 @@ from consyn_jax.model.parameters import initial_parameters
 from consyn_jax.training.memory import step_memory
 from consyn_jax.training.program import TRAIN_AXES, build_program
 
-pytestmark = pytest.mark.users_compiler
-
 def held(name):
     return 1024 * int(re.search(rf"{name}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
@@ -108,6 +106,7 @@ print(json.dumps([step_memory(step).total, held("VmHWM") - before]))
 
 
 @pytest.mark.slow
+@pytest.mark.users_compiler
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the system's account of memory is read")
 def test_the_compilers_figure_is_what_a_process_comes_to_hold() -> None:
     """State and temporaries of a train step on a CPU, against how much the process's resident memory grows from before there is a state to
