@@ -153,8 +153,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where the checkpoints go (a temporary directory)")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     arguments = parser.parse_args()
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()  # as the trainer does
+    keep_freed_memory()  # as `consyn-train` does
     before = os.getloadavg()
     with tempfile.TemporaryDirectory(dir=arguments.work) as directory:
         results = race(arguments.hidden_dim, arguments.num_layers, arguments.batch_size, arguments.length, arguments.rounds, arguments.steps, Path(directory))

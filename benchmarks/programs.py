@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from consyn_jax.config import ModelConfig, architecture, resolve
+from consyn_jax.distributed.host_memory import keep_freed_memory
 from consyn_jax.model.parameters import initial_parameters
 from consyn_jax.training.trainer import ConsynTrainer, ModelSource
 
@@ -54,6 +55,7 @@ class TrainStep:
     """
 
     def __init__(self, flags: dict[str, Any], vocab_size: int, look: Callable[[ModelConfig, Any], None] = lambda config, params: None) -> None:
+        keep_freed_memory()  # as `consyn-train` does
         run = resolve({"max_steps": TOTAL_STEPS, "logging_backend": "none", **flags})
         self.run, self.vocab_size = run[0], vocab_size
         self.config = architecture(self.run.model, vocab_size=vocab_size, bos_token_id=0, eos_token_id=0)

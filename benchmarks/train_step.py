@@ -89,7 +89,7 @@ def parts(step: TrainStep) -> dict[str, Callable[[], Any]]:
 
     N, K = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     batch = step.batch(0)
-    head = jax.jit(jax.value_and_grad(lambda x, w, labels, mask: head_objective(x, w, labels, mask, c.vocab_size, Extras())[0], (0, 1)))
+    head = jax.jit(jax.value_and_grad(lambda x, w, labels, mask: head_objective(x, w, labels, mask, c.vocab_size, Extras(), program.chunks)[0], (0, 1)))
     weights = weight(c.padded_vocab_size, D)
     return {
         "attention": attention(None),

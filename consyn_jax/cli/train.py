@@ -64,6 +64,9 @@ def run(argv: Sequence[str]) -> None:
     if config.hardware.topology is not None or config.hardware.fit is not None:
         _plan(config, origins, mode)
         return
+    from consyn_jax.distributed.host_memory import keep_freed_memory
+
+    keep_freed_memory()
     with _runtime(config, mode):
         train(config, origins, ACTIONS[mode])
 

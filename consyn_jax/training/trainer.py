@@ -165,8 +165,7 @@ class ConsynTrainer:
         """
         if self.run.optimizer.scheduler == "plateau" and self.eval_source is None:
             raise UserError("The scheduler plateau follows the evaluations, and there is no evaluation data. Give some, or another scheduler.")
-        if jax.default_backend() == "cpu":
-            keep_freed_memory()
+        keep_freed_memory()
         self.cache_refusal = keep_programs()
         return build_program(self.model.config, self.run, schedule or self.schedule, jax.devices())
 
