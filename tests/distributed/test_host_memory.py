@@ -24,7 +24,7 @@ for _ in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     compiled(1.0).block_until_ready()
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(compiled.memory_analysis().temp_size_in_bytes, sorted(faults)[len(faults) // 2])
+print(compiled.memory_analysis().temp_size_in_bytes, min(faults[1:]))  # a block that does not fit what was kept can come in between
 """
 
 
