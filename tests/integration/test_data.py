@@ -248,6 +248,7 @@ def test_streaming_while_it_is_really_being_prepared(here: Callable[..., Run], m
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("most", "save_steps", "at"),
     [pytest.param(0, 5, 0, marks=pytest.mark.exhaustive), pytest.param(40, 5, 5, marks=pytest.mark.exhaustive), (40, 3, 5)],

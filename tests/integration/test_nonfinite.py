@@ -266,6 +266,7 @@ def test_data_of_one_of_two_processes(nursery: Nursery, corpus: Path, tmp_path: 
     assert one_of_them in replayed.said
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_hides_no_divergence(here: Callable[..., Run], poison: Callable[[int, Poison], None], corpus: Path, tmp_path: Path) -> None:
     poison(1, with_weight("q", (1, 0, 0, 0), np.inf))
     (tmp_path / "run").mkdir()

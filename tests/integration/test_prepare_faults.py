@@ -378,7 +378,7 @@ except UserError as fault:
 """
 
 
-@pytest.mark.parametrize("limit", [100, 9_000, 100_000])
+@pytest.mark.parametrize("limit", [pytest.param(100, marks=pytest.mark.slow), 9_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_files_that_may_not_grow(corpus: Path, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]], limit: int) -> None:
     output = tmp_path / "store"
     for _ in range(2):

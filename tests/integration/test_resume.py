@@ -86,6 +86,7 @@ def test_stopped_and_resumed(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_process_that_is_terminated(whole: Run, process: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
     with start([*FLAGS, "--data", corpus, "--output", path]) as running:

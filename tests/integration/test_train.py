@@ -166,6 +166,7 @@ class TestOverwrite:
         stored = yaml.safe_load((first.path / "config.yaml").read_text())
         assert (stored["seed"], stored["overwrite"]) == (3, False)
 
+    @pytest.mark.slow
     def test_a_run_without_a_checkpoint_needs_no_overwrite(self, here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
         flags = [*TINY, "--data", corpus, "--max_steps", "1", "--save_steps", "2"]
         failed = here(tmp_path / "run", *flags, "--lr", "1e9", "--max_grad_norm", "0", "--warmup_steps", "0", "--max_steps", "6", "--save_steps", "6")

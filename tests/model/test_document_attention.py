@@ -60,7 +60,7 @@ def errors(found: Inputs, expected: Inputs) -> list[float]:
 @pytest.mark.parametrize(
     ("T", "N", "K", "H", "lengths", "window", "tiles"),
     [
-        pytest.param(64, 2, 2, 16, (), None, None, id="one document"),
+        pytest.param(64, 2, 2, 16, (), None, None, id="one document", marks=pytest.mark.slow),
         pytest.param(96, 6, 2, 16, (33, 16, 1, 16), 20, WIDE, id="documents, window, grouped heads, wide tiles"),
         pytest.param(61, 2, 1, 24, (1, 1, *[2] * 8), None, NARROW, id="short documents, one key head, a length and a width that no tile divides"),
     ],

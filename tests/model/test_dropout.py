@@ -85,7 +85,7 @@ def plainly(params: Params, ids: jax.Array) -> tuple[jax.Array, Params]:
     return gradients(params, ids, Compute())
 
 
-@pytest.mark.parametrize("how", [{"remat": "attention"}, {"remat": "full"}, {"unroll": True}], ids=str)
+@pytest.mark.parametrize("how", [pytest.param({"remat": "attention"}, marks=pytest.mark.slow), {"remat": "full"}, {"unroll": True}], ids=str)
 def test_what_is_recomputed_draws_the_same_again(how: dict[str, Any], params: Params, ids: jax.Array, plainly: tuple[jax.Array, Params]) -> None:
     loss, found = gradients(params, ids, Compute(**how))
     assert float(loss) == pytest.approx(float(plainly[0]), rel=1e-6)

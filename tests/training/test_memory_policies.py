@@ -87,7 +87,7 @@ def updated(rule: optax.GradientTransformation) -> Any:
     return update
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "lion", pytest.param("muon", marks=pytest.mark.slow), "sgd"])
 def test_layers_one_by_one_are_updated_as_all_at_once(name: str) -> None:
     rule, params = adam(name=name), numbers(0, 0.2)
     program = on_host(rule)
@@ -122,6 +122,7 @@ def test_each_layer_rounds_its_moments_with_numbers_of_its_own() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_with_moments_on_the_host_is_saved_and_goes_on(tmp_path: Path) -> None:
     mesh = build_mesh(dict.fromkeys(AXES, 1) | {"fsdp": 2}, jax.devices()[:2])
     taken = {name: jax.device_put(values, sharding(mesh, TRAIN_AXES)) for name, values in batch(2).items()}

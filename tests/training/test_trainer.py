@@ -231,6 +231,7 @@ def stop_when_logged(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped inside the second epoch; what remains goes across its end."""
     with monkeypatch.context() as patch:
