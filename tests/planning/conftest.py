@@ -9,13 +9,8 @@ from consyn_jax.planning import aot
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """As users compile; and with `--dist=loadgroup` what looks at one program is one process's, which compiles it once."""
+    """As users compile."""
     item.add_marker("users_compiler")
-    given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    if {"name", "topology"} <= set(given):
-        item.add_marker(pytest.mark.xdist_group(f"{given['name']} {given['topology']}"))
-    elif "part" in given:
-        item.add_marker(pytest.mark.xdist_group(given["part"]))
 
 
 @pytest.fixture

@@ -358,10 +358,6 @@ def of_weights(name: Any) -> ModelConfig:
     return recipe("epic-64xh200", OF_ALL | VERSIONS[name])[0]
 
 
-together = pytest.mark.xdist_group("versions")  # one process compiles them
-
-
-@together
 def test_each_policy_holds_less_than_the_one_before() -> None:
     """In bytes per token and layer; of four layers, what comes and goes blurs it (docs/design/memory.md has eight)."""
     tokens = OF_ALL["num_layers"] * OF_ALL["batch_size"] * OF_ALL["max_tokens"]
@@ -370,7 +366,6 @@ def test_each_policy_holds_less_than_the_one_before() -> None:
     assert all(found >= expected for found, expected in zip(saved, (30_000, 80_000, 10_000, 15_000), strict=True)), saved
 
 
-@together
 @pytest.mark.parametrize("policy", POLICIES)
 def test_no_second_copy_of_all_layers_weights(policy: str) -> None:
     """They are cast a layer at a time, and nothing that is kept for the backward pass has their shape."""
@@ -380,7 +375,6 @@ def test_no_second_copy_of_all_layers_weights(policy: str) -> None:
     assert not [shape for shape in versions()[policy]["shapes"]["bf16"] if math.prod(shape) in weights]
 
 
-@together
 @pytest.mark.parametrize("policy", POLICIES)
 def test_attention_runs_once_a_layer_and_again_only_where_all_is_recomputed(policy: str) -> None:
     """So its output and the sums of its softmax are kept."""
@@ -388,14 +382,12 @@ def test_attention_runs_once_a_layer_and_again_only_where_all_is_recomputed(poli
     assert of_attention(found["kernels"]) == (2 * layers if policy == "full" else layers, layers, layers)
 
 
-@together
 def test_micro_batches_are_added_up_without_another_copy_of_the_gradients() -> None:
     model = of_weights("full")
     embeddings = 2 * model.padded_vocab_size * model.hidden_dim * 4
     assert versions()["two micro-batches"]["temporary"] <= versions()["full"]["temporary"] + 1.05 * embeddings
 
 
-@together
 @pytest.mark.parametrize("policy", ["none", "full"])
 def test_a_step_asks_nothing_of_the_host(policy: str) -> None:
     operations = [*versions()[policy]["operations"], *versions()[policy]["kernels"]]
@@ -403,7 +395,6 @@ def test_a_step_asks_nothing_of_the_host(policy: str) -> None:
     assert not [name for name in operations if re.search(r"infeed|outfeed|^send|^recv|callback|host", name, re.IGNORECASE)], operations
 
 
-@together
 @pytest.mark.parametrize("quantity", ["seconds", "size"])
 def test_48_layers_compile_as_12_do(quantity: str) -> None:
     """Processor time, and the length of the compiled program."""
