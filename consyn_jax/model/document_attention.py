@@ -43,10 +43,11 @@ class Tiles:
     keys: Tile
 
 
-# By width of a head. They fit the 99 KiB of shared memory that a program has on Ada and on small Amperes and Blackwells. NOT YET MEASURED.
+# By width of a head; the fastest of some thirty on an H200 (docs/design/attention.md) that fit the 99 KiB of shared memory that a program has on
+# Ada and on small Amperes and Blackwells, where they were not measured.
 TILES = {
-    64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-    128: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    64: Tiles(Tile(64, 128, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    128: Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
 }
 
 
@@ -186,12 +187,13 @@ def _forward_kernel(q_ref, k_ref, v_ref, first_key_ref, offset_ref, out_ref, log
     def block(j, carry, masked):
         acc, total, top = carry
         keys = pl.ds(j * step, step)
-        scores = _product(q, k_ref[keys, :], (1, 1)) * scale
+        scores = _product(q, k_ref[keys, :], (1, 1))
         if masked:
             at = j * step + jnp.arange(step)[None, :]
             scores = jnp.where((at >= first_key[:, None]) & (at <= positions[:, None]), scores, NEVER)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-        shrunk, weights = jnp.exp2(top - new_top), jnp.exp2(scores - new_top[:, None])
+        # scaled here, where it is one instruction with the difference
+        shrunk, weights = jnp.exp2((top - new_top) * scale), jnp.exp2(scores * scale - (new_top * scale)[:, None])
         acc = acc * shrunk[:, None] + _product(weights.astype(v_ref.dtype), v_ref[keys, :], (1, 0))
         return acc, total * shrunk + jnp.sum(weights, axis=1), new_top
 
@@ -199,7 +201,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, first_key_ref, offset_ref, out_ref, log
     nothing = jnp.zeros((own, H), jnp.float32), jnp.zeros((own,), jnp.float32), jnp.full((own,), NEVER, jnp.float32)
     acc, total, top = _over_blocks(*blocks, block, nothing)
     out_ref[...] = (acc / total[:, None]).astype(out_ref.dtype)
-    log_sum_ref[...] = top + jnp.log2(total)
+    log_sum_ref[...] = top * scale + jnp.log2(total)
 
 
 def _queries_kernel(q_ref, k_ref, v_ref, dout_ref, log_sum_ref, correction_ref, first_key_ref, offset_ref, dq_ref, *, scale, outer_scale, step):
@@ -211,11 +213,11 @@ def _queries_kernel(q_ref, k_ref, v_ref, dout_ref, log_sum_ref, correction_ref, 
     def block(j, dq, masked):
         keys = pl.ds(j * step, step)
         k = k_ref[keys, :]
-        scores = _product(q, k, (1, 1)) * scale
+        scores = _product(q, k, (1, 1))
         if masked:
             at = j * step + jnp.arange(step)[None, :]
             scores = jnp.where((at >= first_key[:, None]) & (at <= positions[:, None]), scores, NEVER)
-        weights = jnp.exp2(scores - log_sum[:, None])
+        weights = jnp.exp2(scores * scale - log_sum[:, None])
         dscores = weights * (_product(dout, v_ref[keys, :], (1, 1)) - correction[:, None])
         return dq + _product(dscores.astype(k.dtype), k, (1, 0))
 
@@ -233,11 +235,11 @@ def _keys_kernel(q_ref, k_ref, v_ref, dout_ref, log_sum_ref, correction_ref, las
             dk, dv = carry
             queries = pl.ds(i * step, step)
             q, dout = q_ref[queries, n, :], dout_ref[queries, n, :]
-            scores = _product(k, q, (1, 1)) * scale
+            scores = _product(k, q, (1, 1))
             if masked:
                 at = offset + i * step + jnp.arange(step)[None, :]
                 scores = jnp.where((at >= positions[:, None]) & (at <= last_query[:, None]), scores, NEVER)
-            weights = jnp.exp2(scores - log_sum_ref[n, queries][None, :])
+            weights = jnp.exp2(scores * scale - log_sum_ref[n, queries][None, :])
             dscores = weights * (_product(v, dout, (1, 1)) - correction_ref[n, queries][None, :])
             return dk + _product(dscores.astype(q.dtype), q, (1, 0)), dv + _product(weights.astype(q.dtype), dout, (1, 0))
 

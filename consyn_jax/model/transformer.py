@@ -26,6 +26,7 @@ from consyn_jax.model.linear import linear
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Product = Callable[[jax.Array, jax.Array], jax.Array]
+Rope = tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]  # cosines and sines
 BLOCK_PARTS = ("attention", "MLP", "residual stream")
 BLOCK_INPUT = "block input"
 
@@ -113,9 +114,7 @@ def _sum_rows(dx: jax.Array, ids: jax.Array, *, shape: tuple[int, int], mesh_sha
 rows.defvjp(lambda table, ids, dtype: (rows(table, ids, dtype), (ids, jax.ShapeDtypeStruct(table.shape, jnp.float32))), _rows_backward)
 
 
-def rope_table(
-    positions: Int[Array, "B T"], length: int, head_dim: int, theta: float
-) -> tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]:
+def rope_table(positions: Int[Array, "B T"], length: int, head_dim: int, theta: float) -> Rope:
     """Cosine and sine of every rotation angle, float32 (Su et al., 2021), pairs laid out as Hugging Face's llama has them.
 
     Args:
@@ -126,11 +125,16 @@ def rope_table(
     return jnp.cos(angles)[positions][:, :, None], jnp.sin(angles)[positions][:, :, None]
 
 
-def apply_rope(x_BTNH: Float[Array, "B T N H"], rope: tuple[jax.Array, jax.Array]) -> Float[Array, "B T N H"]:
+def apply_rope(x_BTNH: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T N H"]:
     """Rotate the pairs (i, i + H/2) of each head, in float32."""
     cos, sin = rope
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def norm_then_rope(x_BTNH: Float[Array, "B T N H"], scale_H: Float[Array, " H"], rope: Rope, eps: float, heads: str) -> Float[Array, "B T N H"]:
+    """What becomes of queries and keys; the reference of the kernel `norm_rope`, which `heads`, the logical name of the axis N, is for."""
+    return apply_rope(rms_norm(x_BTNH, scale_H, eps), rope)
 
 
 class Block(nnx.Module):
@@ -152,36 +156,36 @@ class Block(nnx.Module):
         self.up = parameter(rngs, (D, F), ("embed", "mlp"), D**-0.5)
         self.down = parameter(rngs, (F, D), ("mlp", "embed"), F**-0.5 * residual)
 
-    def __call__(
-        self, x_BTD: Float[Array, "B T D"], rope: tuple[jax.Array, jax.Array], attend: Attend, dropout: Dropout | None = None
-    ) -> Float[Array, "B T D"]:
+    def __call__(self, x_BTD: Float[Array, "B T D"], rope: Rope, attend: Attend, dropout: Dropout | None = None) -> Float[Array, "B T D"]:
         """The block's output; `attend(q, k, v)` is the attention of training or of decoding from a cache."""
         return self.parts(x_BTD, rope, attend, dropout)[-1]
 
     def parts(
-        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, dropout: Dropout | None, product: Product = linear
+        self, x_BTD: jax.Array, rope: Rope, attend: Attend, dropout: Dropout | None, product: Product = linear, normed: Any = norm_then_rope
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Both branches and the output, each [B, T, D]: `BLOCK_PARTS`.
 
         Args:
             product: `linear`, or what stands in for it.
+            normed: `norm_then_rope`, or what stands in for it.
         """
         with jax.named_scope("attention"):
-            attention_BTD = self._attention(rms_norm(x_BTD, self.attention_norm[...], self.eps), rope, attend, product)
+            attention_BTD = self._attention(rms_norm(x_BTD, self.attention_norm[...], self.eps), rope, attend, product, normed)
             attention_BTD = drop_out(attention_BTD, dropout, ATTENTION_BRANCH)
             x_BTD = x_BTD + attention_BTD
         with jax.named_scope("mlp"):
             mlp_BTD = drop_out(self._mlp(rms_norm(x_BTD, self.mlp_norm[...], self.eps), product), dropout, MLP_BRANCH)
         return attention_BTD, mlp_BTD, x_BTD + mlp_BTD
 
-    def _attention(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, product: Product) -> jax.Array:
+    def _attention(self, x_BTD: jax.Array, rope: Rope, attend: Attend, product: Product, normed: Any) -> jax.Array:
         heads = ((product(x_BTD, w[...]), w.shape[1:]) for w in (self.q, self.k, self.v))
         q_BTNH, k_BTKH, v_BTKH = (out.reshape(*x_BTD.shape[:2], *shape) for out, shape in heads)
         if self.q_norm is not None and self.k_norm is not None:
-            q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.eps)
-            k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.eps)
-        out_BTNH = attend(apply_rope(q_BTNH, rope), apply_rope(k_BTKH, rope), v_BTKH)
-        out_BTD = product(out_BTNH.reshape(*x_BTD.shape[:2], -1), self.o[...])
+            q_BTNH = normed(q_BTNH, self.q_norm[...], rope, self.eps, "heads")
+            k_BTKH = normed(k_BTKH, self.k_norm[...], rope, self.eps, "kv_heads")
+        else:
+            q_BTNH, k_BTKH = apply_rope(q_BTNH, rope), apply_rope(k_BTKH, rope)
+        out_BTD = product(attend(q_BTNH, k_BTKH, v_BTKH).reshape(*x_BTD.shape[:2], -1), self.o[...])
         return constrain(out_BTD, "batch", "sequence", None)
 
     def _mlp(self, x_BTD: jax.Array, product: Product) -> jax.Array:
@@ -216,6 +220,12 @@ REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": _keep_on_the_host,
 }
+
+
+def _norm_rope_kernel() -> Any:
+    from consyn_jax.model.norm_rope import norm_rope  # takes half a second to import, and only GPUs use it
+
+    return norm_rope
 
 
 class Decoder(nnx.Module):
@@ -272,6 +282,7 @@ class Decoder(nnx.Module):
 
         graphdef, stacked = nnx.split(self.layers)
         product = partial(fp8_linear if compute.fp8 else linear, recast=compute.remat == "none")
+        normed = _norm_rope_kernel() if compute.attention == "fused" and self.config.head_dim.bit_count() == 1 else norm_then_rope
         numbers_L = None if dropout is None else jnp.arange(1, self.config.num_layers + 1)
 
         def body(x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, dict[str, Any]]:
@@ -279,7 +290,7 @@ class Decoder(nnx.Module):
             here = None if dropout is None else dropout.at(number)
             weights = None if here is None else here.at(ATTENTION)
             x_BTD = checkpoint_name(x_BTD, BLOCK_INPUT)
-            parts = nnx.merge(graphdef, layer).parts(x_BTD, rope, partial(attend, dropout=weights), here, product)
+            parts = nnx.merge(graphdef, layer).parts(x_BTD, rope, partial(attend, dropout=weights), here, product, normed)
             return parts[-1], dict(zip(BLOCK_PARTS, map(look, parts), strict=True))
 
         if compute.remat != "none":

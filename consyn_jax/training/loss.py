@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from consyn_jax.distributed.mesh import AXES, RULES, partition_spec
 
+TILE = 128  # tokens; products whose sizes are whole tiles waste nothing
 CHUNK_ELEMENTS = 2**26  # logits held at once on one device: 256 MiB in float32
 # Gradients of logits are below 1, and nearly all of them are shares of a large vocabulary; float16 ends at 6e-8 below and 65,504 above.
 FLOAT16_LIFT = 2.0**12
@@ -30,19 +31,31 @@ class LossSums(NamedTuple):
     correct: Float[Array, ""]
 
 
+class OfLogits(NamedTuple):
+    """Of each token's logits, float32: the largest, the logarithm of the sum of their exponentials, the label's, and (with extras) their mean."""
+
+    top: Float[Array, " n"]
+    log_z: Float[Array, " n"]
+    label: Float[Array, " n"]
+    mean: Float[Array, " n"]
+
+
 class Chunks(NamedTuple):
     """How logits are held.
 
     Attributes:
         elements: at once on one device.
         vocab_first: their rows are words and not tokens.
+        kernel: training's softmax and its gradient are one kernel for GPUs, where a device has the whole vocabulary.
     """
 
     elements: int = CHUNK_ELEMENTS
     vocab_first: bool = False
+    kernel: bool = False
 
 
 CHUNKS = Chunks()
+GPU_CHUNKS = Chunks(kernel=True)
 # The softmax finds a chunk in the processor's cache; and products whose rows lie a multiple of 4 KiB apart, as those of a vocabulary do,
 # run at half the rate on CPUs (docs/design/cpu.md).
 CPU_CHUNKS = Chunks(2**23, vocab_first=True)
@@ -161,6 +174,7 @@ def _local(x, head, labels, mask, *, mesh_shape, vocab_size, extras, chunks, wit
         vocab_axes=vocab_axes,
         dx_dtype=jnp.float32 if vocab_axes else dx_dtype,  # rounded after it is summed
         vocab_first=chunks.vocab_first,
+        kernel=chunks.kernel and with_gradients and not vocab_axes,
         with_gradients=with_gradients,
     )
     B, T, D = x.shape
@@ -179,14 +193,23 @@ def _local(x, head, labels, mask, *, mesh_shape, vocab_size, extras, chunks, wit
     return sums, dx.reshape(B, T, D).astype(dx_dtype), dhead
 
 
+def _chunk_length(n: int, most: int) -> int:
+    """Tokens of a chunk, at most `most`: a divisor of n in whole tiles of a product, if one is not much less; else parts as even as can be."""
+    if n <= most:
+        return n
+    for length in range(most - most % TILE, max(most // 2, 2 * TILE), -TILE):
+        if n % length == 0:
+            return length
+    return math.ceil(n / math.ceil(n / most))
+
+
 def _over_chunks(chunk, weight_VD, x_nD, labels_n, mask_n, chunks):
     """Add up `chunk` over parts of the n tokens small enough to hold their logits."""
     n, D = x_nD.shape
-    num_chunks = min(n, math.ceil(n * weight_VD.shape[0] / chunks.elements))
+    length = _chunk_length(n, max(1, chunks.elements // weight_VD.shape[0]))
+    num_chunks = math.ceil(n / length)
     if num_chunks == 1:
         return chunk(weight_VD, x_nD, labels_n, mask_n)
-    length = math.ceil(n / num_chunks)
-    num_chunks = math.ceil(n / length)
 
     def split(a: jax.Array) -> jax.Array:
         padded = jnp.pad(a, ((0, num_chunks * length - n),) + ((0, 0),) * (a.ndim - 1))
@@ -203,17 +226,41 @@ def _over_chunks(chunk, weight_VD, x_nD, labels_n, mask_n, chunks):
     return sums, None if dx is None else dx.reshape(num_chunks * length, D)[:n], dhead
 
 
-def _chunk(weight_VD, x_nD, labels_n, mask_n, *, rows, vocab_size, padded, extras, vocab_axes, dx_dtype, vocab_first, with_gradients):
-    """Sums of one chunk (the loss, and what the extras add to it), and the gradients of what is minimised in x and the head.
-
-    Of arrays [n, V] the second axis is the vocabulary, or with `vocab_first` the first.
-    """
-    vocab = 0 if vocab_first else 1
-    of_tokens, of_words, over_words = partial(jnp.expand_dims, axis=vocab), partial(jnp.expand_dims, axis=1 - vocab), partial(jnp.sum, axis=vocab)
+def _chunk(weight_VD, x_nD, labels_n, mask_n, *, vocab_size, extras, dx_dtype, vocab_first, kernel, with_gradients, **place):
+    """Sums of one chunk (the loss, and what the extras add to it), and the gradients of what is minimised in x and the head."""
     product = ("VD,nD->Vn", weight_VD, x_nD) if vocab_first else ("nD,VD->nV", x_nD, weight_VD)
     logits_nV = jnp.einsum(*product, preferred_element_type=jnp.float32)
+    lift = FLOAT16_LIFT if x_nD.dtype == jnp.float16 else 1.0
+    if kernel:
+        from consyn_jax.training.softmax_gradient import softmax_gradient  # as slow to import as Pallas is
+
+        dlogits, found = softmax_gradient(logits_nV, labels_n, mask_n * lift, vocab_size, extras.label_smoothing, extras.z_loss, x_nD.dtype)
+    else:
+        found, dlogits = _softmax(logits_nV, labels_n, vocab_size, extras, 0 if vocab_first else 1, **place)
+        dlogits = dlogits * jnp.expand_dims(mask_n * lift, 0 if vocab_first else 1)
+    nll_n, correct_n = found.log_z - found.label, (found.label >= found.top) & mask_n
+    sums = LossSums(jnp.sum(jnp.where(mask_n, nll_n, 0.0)), jnp.sum(mask_n, dtype=jnp.float32), jnp.sum(correct_n, dtype=jnp.float32))
+    penalty = None
+    if extras != Extras():
+        penalty_n = extras.label_smoothing * (found.label - found.mean) + extras.z_loss * found.log_z**2
+        penalty = jnp.sum(jnp.where(mask_n, penalty_n, 0.0))
+    if not with_gradients:
+        return (sums, penalty), None, None
+    dx_nD, dhead_VD = _products(dlogits.astype(x_nD.dtype), x_nD, weight_VD, product[0][-2:])
+    return (sums, penalty), (dx_nD / lift).astype(dx_dtype), dhead_VD / lift
+
+
+def _softmax(logits_nV, labels_n, vocab_size, extras, vocab, *, rows, padded, vocab_axes):
+    """What the loss is made of, and the gradient of what is minimised in the logits, of which `vocab` is the vocabulary's axis.
+
+    Args:
+        rows: numbers of this device's words.
+        padded: the embedding has rows that are no words.
+        vocab_axes: of the mesh, where the words are spread over devices.
+    """
+    of_tokens, of_words, over_words = partial(jnp.expand_dims, axis=vocab), partial(jnp.expand_dims, axis=1 - vocab), partial(jnp.sum, axis=vocab)
     real_V = rows < vocab_size
-    if padded:  # the embedding has rows that are no tokens
+    if padded:
         logits_nV = jnp.where(of_words(real_V), logits_nV, -jnp.inf)
     top_n = jnp.max(logits_nV, axis=vocab)
     if vocab_axes:
@@ -224,29 +271,18 @@ def _chunk(weight_VD, x_nD, labels_n, mask_n, *, rows, vocab_size, padded, extra
     label_logit_n = over_words(jnp.where(is_label_nV, logits_nV, 0.0))
     if vocab_axes:
         total_n, label_logit_n = jax.lax.psum((total_n, label_logit_n), vocab_axes)
-    nll_n = jnp.log(total_n) + top_n - label_logit_n
-    correct_n = (label_logit_n >= top_n) & mask_n
-    sums = LossSums(jnp.sum(jnp.where(mask_n, nll_n, 0.0)), jnp.sum(mask_n, dtype=jnp.float32), jnp.sum(correct_n, dtype=jnp.float32))
-    penalty, share_nV, target_nV = None, unnormalised_nV / of_tokens(total_n), is_label_nV
+    log_z_n, share_nV, target_nV = jnp.log(total_n) + top_n, unnormalised_nV / of_tokens(total_n), is_label_nV
+    mean_logit_n = jnp.zeros_like(top_n)
     if extras != Extras():
-        log_z_n = jnp.log(total_n) + top_n
         mean_logit_n = over_words(jnp.where(of_words(real_V), logits_nV, 0.0)) / vocab_size
         if vocab_axes:
             mean_logit_n = jax.lax.psum(mean_logit_n, vocab_axes)
-        penalty_n = extras.label_smoothing * (label_logit_n - mean_logit_n) + extras.z_loss * log_z_n**2
-        penalty = jnp.sum(jnp.where(mask_n, penalty_n, 0.0))
         share_nV = share_nV * of_tokens(1 + 2 * extras.z_loss * log_z_n)
         target_nV = (1 - extras.label_smoothing) * is_label_nV + extras.label_smoothing / vocab_size * of_words(real_V)
-    if not with_gradients:
-        return (sums, penalty), None, None
-    dx_nD, dhead_VD = _products((share_nV - target_nV) * of_tokens(mask_n), x_nD, weight_VD, product[0][-2:])
-    return (sums, penalty), dx_nD.astype(dx_dtype), dhead_VD
+    return OfLogits(top_n, log_z_n, label_logit_n, mean_logit_n), share_nV - target_nV
 
 
 def _products(dlogits, x_nD, weight_VD, axes):
-    """The gradients of x and the head, summed in float32, from float32 gradients of the logits, whose axes are "nV" or "Vn"."""
-    half = x_nD.dtype == jnp.float16
-    dlogits = (dlogits * FLOAT16_LIFT if half else dlogits).astype(x_nD.dtype)
+    """The gradients of x and the head, summed in float32, from those of the logits, whose axes are "nV" or "Vn"."""
     dx_nD = jnp.einsum(f"{axes},VD->nD", dlogits, weight_VD, preferred_element_type=jnp.float32)
-    dhead_VD = jnp.einsum(f"{axes},nD->VD", dlogits, x_nD, preferred_element_type=jnp.float32)
-    return (dx_nD / FLOAT16_LIFT, dhead_VD / FLOAT16_LIFT) if half else (dx_nD, dhead_VD)
+    return dx_nD, jnp.einsum(f"{axes},nD->VD", dlogits, x_nD, preferred_element_type=jnp.float32)
