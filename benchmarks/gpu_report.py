@@ -1,8 +1,9 @@
 """Everything that one GPU can tell about this code in nine minutes: first whether it is right, then how fast it is.
 
-Each part is a process of its own, so that one that fails or hangs costs itself alone. The parts come in order of importance; one whose
-estimate no longer fits the budget is left out and listed. JSON and a page are written again after every part. Without a GPU this is a
-rehearsal: small sizes, on the CPU, to try the code.
+Each part is a process of its own, so that one that fails or hangs costs itself alone. First all that is not timed runs at once: the checks, and
+compiling of what will be timed, for the caches of JAX and torch. Then come the rest, one at a time, in order of importance; one whose estimate no longer fits
+the budget is left out and listed. JSON and a page are written again after every part. Without a GPU this is a rehearsal: small sizes, on the
+CPU, to try the code.
 
     python benchmarks/gpu_report.py                              # benchmarks/results/<gpu>-<date>.json and .md
     python benchmarks/gpu_report.py --only stanza vs_stanza      # some parts; the rest of the report of the day stays
@@ -21,9 +22,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from harness import commit, facts, table, write
 
@@ -32,10 +34,10 @@ BUDGET_S = 520.0
 LATEST = 4.0  # a part that takes so many times its estimate is ended
 TEXT = "CONSYN_REPORT_TEXT"  # names the text of the part "training" to its process
 SMALLEST = ["--model", "haiku", "--num_layers", "1", "--max_tokens", "32", "--batch_size", "2", "--data", "sample", "--tokenizer", "bytes"]
-MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+MEMORY = {"alone": {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}, "two": {}, "all": {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """One process.
 
@@ -43,7 +45,7 @@ class Part:
         call: module:function, which gives a dict with "rows".
         estimate_s: on an H200, compilation included; judged, until there are measured ones.
         tiny: its arguments in a rehearsal, where they are others. What calls the same function as a part before it is not rehearsed again.
-        alone: it has the GPU's memory for itself.
+        gpu: "alone": it has the GPU's memory for itself; "two": it is two processes that share it; "all": it runs beside others.
     """
 
     name: str
@@ -51,23 +53,26 @@ class Part:
     estimate_s: float
     arguments: dict[str, Any] = field(default_factory=dict)
     tiny: dict[str, Any] | None = None
-    alone: bool = True
+    gpu: Literal["alone", "two", "all"] = "alone"
 
 
 PARTS = (
-    Part("model", "gpu_checks:model", 40),
-    Part("attention checks", "gpu_checks:attention", 40),
-    Part("optimizers", "gpu_checks:optimizer", 25),
-    Part("training", "gpu_checks:training", 50),
-    Part("verse", "train_step:measure", 60, {"models": ("verse",)}, {}),
-    Part("vs_verse", "vs_pytorch:measure", 90, {"models": ("verse",), "batch_size": 16, "rounds": 5}, {"compiles": False}, alone=False),
-    Part("stanza", "train_step:measure", 70, {"models": ("stanza",)}, {}),
-    Part("attention", "attention:measure", 40),
-    Part("cross_entropy", "cross_entropy:measure", 30),
-    Part("vs_stanza", "vs_pytorch:measure", 100, {"models": ("stanza",), "batch_size": 2, "rounds": 4}, {}, alone=False),
-    Part("epic", "train_step:measure", 70, {"models": ("epic",)}, {}),
+    Part("model", "gpu_checks:model", 60, gpu="all"),
+    Part("attention checks", "gpu_checks:attention", 60, gpu="all"),
+    Part("optimizers", "gpu_checks:optimizer", 60, gpu="all"),
+    Part("training", "gpu_checks:training", 60, gpu="all"),
+    Part("programs", "programs:compile_ahead", 60, {"models": ("verse", "stanza", "epic", "stanza, fp8")}, gpu="all"),
+    Part("torch programs", "vs_pytorch:compile_ahead", 60, {"models": ("verse", "stanza")}, gpu="all"),
+    Part("verse", "train_step:measure", 40, {"models": ("verse",), "rounds": 4}, {}),
+    Part("vs_verse", "vs_pytorch:measure", 60, {"models": ("verse",), "rounds": 5}, {"compiles": False}, gpu="two"),
+    Part("stanza", "train_step:measure", 45, {"models": ("stanza",), "rounds": 4}, {}),
+    Part("epic", "train_step:measure", 40, {"models": ("epic",), "rounds": 4}, {}),
+    Part("vs_stanza", "vs_pytorch:measure", 70, {"models": ("stanza",), "rounds": 4}, {}, gpu="two"),
+    Part("cross_entropy", "cross_entropy:measure", 25),
+    Part("startup", "startup:measure", 60, {"flags": ["--model", "verse", "--data", "sample"], "starts": 2}, {"flags": SMALLEST, "starts": 1}),
+    Part("fp8", "train_step:fp8", 40, {"rounds": 4}),
+    Part("attention", "attention:measure", 30),
     Part("optimizer", "optimizer:measure", 30),
-    Part("startup", "startup:measure", 60, {"flags": ["--model", "verse", "--data", "sample"], "starts": 3}, {"flags": SMALLEST, "starts": 1}),
     Part("compile_time", "compile_time:measure", 90),
 )
 
@@ -90,6 +95,9 @@ GOALS = (
     Goal("epic, 4 layers: of the matmul rate", "epic", ("model", "epic"), "of the matmul rate", at_least=0.64),
     Goal("verse against torch.compile", "vs_verse", ("who", "torch.compile"), "ours is faster by", at_least=1.15),
     Goal("stanza against torch.compile", "vs_stanza", ("who", "torch.compile"), "ours is faster by", at_least=1.08),
+    Goal("stanza: fp8 against bf16", "fp8", ("model", "stanza"), "fp8 is faster by", at_least=1.15),
+    Goal("cross-entropy in chunks against all at once", "cross_entropy", ("logits", "as in training"), "against all at once", at_most=1.03),
+    Goal("AdamW's update against one pass", "optimizer", ("optimizer", "adamw"), "ratio", at_most=1.15),
     Goal("verse: idle", "verse", ("model", "verse"), "idle", at_most=0.01),
     Goal("verse: from the command to the first step, programs kept", "startup", ("part", "total"), "warm wall s", at_most=15.0),
     Goal("stanza: idle", "stanza", ("model", "stanza"), "idle", at_most=0.01),
@@ -115,7 +123,7 @@ def run_part(part: Part, tiny: bool, limit_s: float, environment: dict[str, str]
         out = Path(directory) / "result.json"
         command = [sys.executable, str(Path(__file__)), "--part", part.name, "--out", str(out), *(["--tiny"] if tiny else [])]
         process = subprocess.Popen(
-            command, env=environment | (MEMORY if part.alone else {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            command, env=environment | MEMORY[part.gpu], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )
         try:
             said, _ = process.communicate(timeout=limit_s)
@@ -207,19 +215,23 @@ def run(given: argparse.Namespace) -> bool:
     out = given.out or HERE / "results" / f"{slug}-{date}.json"
     before = json.loads(out.read_text()) if given.only and out.exists() else {}
     report: dict[str, Any] = {"gpu": name, "date": date, "commit": commit(), "tiny": tiny, "seconds": 0.0, "parts": before.get("parts", {})}
-    rehearsed: set[str] = set()
     with tempfile.TemporaryDirectory() as cache:
         environment = {"CUDA_VISIBLE_DEVICES": "0", **os.environ, "COMMIT": report["commit"] or "", "JAX_COMPILATION_CACHE_DIR": cache, TEXT: given.data}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
-        for part in PARTS:
-            if given.only and part.name not in given.only:
-                continue
-            if tiny and part.call in rehearsed:
-                continue
-            rehearsed.add(part.call)
+
+        def measured(part: Part) -> dict[str, Any]:
             left = given.budget_s - (time.perf_counter() - began)
             limit = left if tiny else min(left, LATEST * part.estimate_s)
-            found = {"state": "left out"} if part.estimate_s > left else run_part(part, tiny, limit, environment)
+            return {"state": "left out"} if part.estimate_s > left else run_part(part, tiny, limit, environment)
+
+        wanted = [part for part in PARTS if not given.only or part.name in given.only]
+        if tiny:  # each function once
+            wanted = list({part.call: part for part in reversed(wanted)}.values())[::-1]
+        together = [part for part in wanted if part.gpu == "all"]
+        with ThreadPoolExecutor(max(1, len(together))) as pool:
+            early = dict(zip(together, pool.map(measured, together), strict=True))
+        for part in wanted:
+            found = early.get(part) or measured(part)
             report["parts"][part.name] = found
             report["seconds"] = time.perf_counter() - began
             print(f"{report['seconds']:6.0f} s  {part.name:20} {found['state']}", flush=True)

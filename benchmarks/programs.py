@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,8 +44,17 @@ CASES = {
     ),
     "verse": Case({"model": "verse", "batch_size": 32, **GPU}),
     "stanza": Case({"model": "stanza", "batch_size": 4, **GPU}),
+    "stanza, fp8": Case({"model": "stanza", "batch_size": 4, "mixed_precision": "fp8"}),
     "epic": Case({"model": "epic", "num_layers": 4, "batch_size": 4, **GPU}, note="full width, 4 of 40 layers"),
 }
+
+
+def trainer(flags: dict[str, Any], vocab_size: int) -> ConsynTrainer:
+    """What `consyn-train` would make of these flags, with a model that is not drawn yet."""
+    run = resolve({"max_steps": TOTAL_STEPS, "logging_backend": "none", **flags})
+    config = architecture(run[0].model, vocab_size=vocab_size, bos_token_id=0, eos_token_id=0)
+    source = ModelSource(config, partial(initial_parameters, config, run[0].budget.seed))
+    return ConsynTrainer(source, [[1, 2, 3]], run=run)
 
 
 class TrainStep:
@@ -56,14 +67,13 @@ class TrainStep:
 
     def __init__(self, flags: dict[str, Any], vocab_size: int, look: Callable[[ModelConfig, Any], None] = lambda config, params: None) -> None:
         keep_freed_memory()  # as `consyn-train` does
-        run = resolve({"max_steps": TOTAL_STEPS, "logging_backend": "none", **flags})
-        self.run, self.vocab_size = run[0], vocab_size
-        self.config = architecture(self.run.model, vocab_size=vocab_size, bos_token_id=0, eos_token_id=0)
-        source = ModelSource(self.config, partial(initial_parameters, self.config, self.run.budget.seed))
-        trainer = ConsynTrainer(source, [[1, 2, 3]], run=run)
-        self.schedule, self.built = trainer.schedule, trainer.build()
+        made = trainer(flags, vocab_size)
+        source = made.model
+        assert isinstance(source, ModelSource)
+        self.run, self.vocab_size, self.config = made.run, vocab_size, source.config
+        self.schedule, self.built = made.schedule, made.build()
         self.program = self.built.program
-        self.compiled = trainer.compile_train_step(self.run)
+        self.compiled = made.compile_train_step(self.run)
         parameters = source.make(self.program.mesh)
         look(self.config, parameters)
         self.state = self.program.initial_state(parameters)
@@ -89,6 +99,18 @@ class TrainStep:
         """Take a step; its metrics, which are not waited for."""
         self.state, metrics = self.compiled(self.state, batch)
         return metrics
+
+
+def compile_ahead(models: Iterable[str], tiny: bool = False) -> dict[str, Any]:
+    """Compile the train steps of several models beside each other, for JAX's cache to have them when they are timed."""
+
+    def seconds(name: str) -> dict[str, Any]:
+        began, made = time.perf_counter(), trainer(CASES[name].flags, CASES[name].vocab_size)
+        made.compile_train_step(made.run)
+        return {"model": name, "seconds": time.perf_counter() - began}
+
+    with ThreadPoolExecutor() as pool:
+        return {"rows": list(pool.map(seconds, ("tiny",) if tiny else models))}
 
 
 def make_batch(shape: tuple[int, int, int], vocab_size: int, seed: int, documents: int = 1) -> Batch:

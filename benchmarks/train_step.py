@@ -225,6 +225,16 @@ def measure(models: Iterable[str] | None = None, rounds: int = 5, batch_size: in
     return {"rows": [result.pop("row") for result in found.values()], "models": found}
 
 
+def fp8(rounds: int = 5, tiny: bool = False) -> dict[str, Any]:
+    """Stanza's step with products of 8-bit numbers beside that in bfloat16, in turn."""
+    names = ("tiny", "tiny") if tiny else ("stanza", "stanza, fp8")
+    steps = [TrainStep(CASES[name].flags, CASES[name].vocab_size) for name in names]
+    seconds = seconds_of({kind: partial(step, step.batch(0)) for kind, step in zip(("bf16", "fp8"), steps, strict=True)}, rounds, 0.01 if tiny else 1.0)
+    ms = {f"{kind} ms": 1e3 * statistics.median(turns) for kind, turns in seconds.items()}
+    ratio = statistics.median(wide / narrow for wide, narrow in zip(seconds["bf16"], seconds["fp8"], strict=True))
+    return {"rows": [{"model": names[0], **ms, "fp8 is faster by": ratio}], "ms": {kind: spread(1e3 * s for s in turns) for kind, turns in seconds.items()}}
+
+
 def main() -> None:
     """Run, print the table, write JSON."""
     arguments = parser(__doc__)

@@ -20,8 +20,10 @@ import resource
 import statistics
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +244,27 @@ def _row(model: str, who: str, step_ms: dict[str, list[float]], cpu_ms: list[flo
     ratios = [theirs / ours for theirs, ours in zip(step_ms[who], step_ms[OURS], strict=True)]
     row = {"model": model, "who": who, "step ms": time_ms["median"], "least": time_ms["min"], "most": time_ms["max"]}
     return {**row, "processor ms": statistics.median(cpu_ms), "tokens/s": 1e3 * tokens / time_ms["median"], "ours is faster by": statistics.median(ratios)}
+
+
+def compile_ahead(models: Iterable[str], tiny: bool = False) -> dict[str, Any]:
+    """Let `torch.compile` see the models, each in a process of its own and beside each other, so that its cache has them when they are timed."""
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        return {"rows": list(pool.map(_compile_once, ("tiny",) if tiny else models))}
+
+
+def _compile_once(name: str) -> dict[str, Any]:
+    import torch
+    from programs import CASES, trainer
+    from torch_model import Decoder
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    began, made = time.perf_counter(), trainer(CASES[name].flags, CASES[name].vocab_size)
+    model = torch.compile(Decoder(made.model.config, device))
+    ids = torch.zeros((made.run.budget.batch_size, made.run.data.max_tokens), dtype=torch.long, device=device)
+    torch.set_float32_matmul_precision("highest" if made.run.hardware.mixed_precision == "no" else "high")
+    with torch.autocast(device, torch.bfloat16, enabled=made.run.hardware.mixed_precision == "bf16"):
+        model(ids, ids).backward()
+    return {"model": name, "seconds": time.perf_counter() - began}
 
 
 def _apart(ours: Iterable[float], theirs: Iterable[float]) -> float:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from consyn_jax.config import ModelConfig
 
 BF16, FLOAT32 = 2, 4
-LOGITS_AT_ONCE = 2**26  # on one device, as the loss takes them (training/loss.py)
-BYTES_OF_A_LOGIT = 10  # while they are there: 2.5 float32 arrays of them
+LOGITS_AT_ONCE = 2**26  # at least, on one device: 256 MiB in float32
+HEAD_BYTES = 2**30  # what the loss may hold at once on a GPU, its weights in the compute dtype included
+TILE = 128  # tokens; products whose sizes are whole tiles waste nothing
+BYTES_OF_A_LOGIT = 6  # while they are there: float32, and their gradient in bfloat16
 
 
 def matmul_parameters(config: ModelConfig) -> int:
@@ -75,6 +78,26 @@ class MemoryEstimate:
         return self.parameters + self.moments + self.gradients + self.activations + self.working
 
 
+def logits_at_once(head_bytes: int) -> int:
+    """That the loss holds on one GPU: each chunk of tokens reads and writes the head's gradient, so the fewer the better.
+
+    Args:
+        head_bytes: of the device's part of the head, in the compute dtype.
+    """
+    return max(LOGITS_AT_ONCE, (HEAD_BYTES - head_bytes) // BYTES_OF_A_LOGIT)
+
+
+def chunk_tokens(tokens: int, words: int, logits: int) -> int:
+    """Tokens of a chunk of at most `logits`: a divisor of all in whole tiles of a product, if one is not much less; else parts as even as can be."""
+    most = max(1, logits // words)
+    if tokens <= most:
+        return tokens
+    for length in range(most - most % TILE, max(most // 2, 2 * TILE), -TILE):
+        if tokens % length == 0:
+            return length
+    return math.ceil(tokens / math.ceil(tokens / most))
+
+
 def estimate_memory(
     config: ModelConfig, sizes: Mapping[str, int], batch_size: int, accumulation: int, length: int, remat: str, moment_bytes: int | float
 ) -> MemoryEstimate:
@@ -103,7 +126,8 @@ def estimate_memory(
     head = c.padded_vocab_size * c.hidden_dim / tensor
     whole = num_block_parameters(c) / tensor * (FLOAT32 + BF16 * (2 if fsdp > 1 else 1))  # its gradient; its weights, and the next ones
     of_block = tokens * ((0 if remat == "none" else block) + BF16 * 2 * (feed_forward + c.hidden_dim)) + whole
-    logits = min(LOGITS_AT_ONCE, tokens * c.padded_vocab_size / tensor)
+    words = c.padded_vocab_size // tensor
+    logits = words * chunk_tokens(max(1, round(tokens)), words, logits_at_once(BF16 * words * c.hidden_dim))
     of_head = BYTES_OF_A_LOGIT * logits + head * (BF16 + FLOAT32) + tokens * c.hidden_dim * (BF16 if tensor == 1 else FLOAT32)
     if fsdp > 1:  # the gradient of the input embedding is whole until the end
         of_block += head * FLOAT32

@@ -16,10 +16,10 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from consyn_jax.model.arithmetic import LOGITS_AT_ONCE
 from consyn_jax.model.dropout import Dropout
 from consyn_jax.model.parameters import Layout
 from consyn_jax.model.transformer import BLOCK_PARTS, Decoder
-from consyn_jax.training.loss import CHUNK_ELEMENTS
 from consyn_jax.training.precision import ScaledState
 from consyn_jax.training.program import TRAIN_AXES, Program
 from consyn_jax.training.step import Batch, Params, TrainState, dropout_keys
@@ -126,7 +126,7 @@ def _activations(program: Program, params: Params, batch: Batch) -> tuple[dict[s
 def _logits(x_BTD: Float[Array, "B T D"], head_VD: Float[Array, "V D"], vocab_size: int) -> Statistics:
     """The logits, in chunks of positions, so that not all of them are there at once."""
     B, T, D = x_BTD.shape
-    length = next((n for n in range(T, 1, -1) if T % n == 0 and B * n * head_VD.shape[0] <= CHUNK_ELEMENTS), 1)
+    length = next((n for n in range(T, 1, -1) if T % n == 0 and B * n * head_VD.shape[0] <= LOGITS_AT_ONCE), 1)
     weight = head_VD.astype(x_BTD.dtype)
 
     def chunk(part_BTD: jax.Array) -> Statistics:

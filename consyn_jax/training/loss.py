@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from consyn_jax.distributed.mesh import AXES, RULES, partition_spec
+from consyn_jax.model.arithmetic import chunk_tokens, logits_at_once
 
-TILE = 128  # tokens; products whose sizes are whole tiles waste nothing
-CHUNK_ELEMENTS = 2**26  # logits held at once on one device: 256 MiB in float32
 # Gradients of logits are below 1, and nearly all of them are shares of a large vocabulary; float16 ends at 6e-8 below and 65,504 above.
 FLOAT16_LIFT = 2.0**12
 
@@ -44,12 +43,12 @@ class Chunks(NamedTuple):
     """How logits are held.
 
     Attributes:
-        elements: at once on one device.
+        elements: at once on one device; 0: as `logits_at_once` has it.
         vocab_first: their rows are words and not tokens.
         kernel: training's softmax and its gradient are one kernel for GPUs, where a device has the whole vocabulary.
     """
 
-    elements: int = CHUNK_ELEMENTS
+    elements: int = 0
     vocab_first: bool = False
     kernel: bool = False
 
@@ -93,7 +92,7 @@ def head_loss(
     """Cross-entropy of `x @ head.T` over the first `vocab_size` rows of the head, differentiable in its `nll`.
 
     The products run in the dtype of `x`, sums and the softmax in float32. Memory beyond the results, a device in bfloat16: the head
-    once more, and 6 bytes for each of `chunks.elements` (tests/planning). The head's gradient is float32, and there from here on.
+    once more, and 6 bytes for each of the logits at once (tests/planning). The head's gradient is float32, and there from here on.
     """
     nll, sums = head_objective(x_BTD, head_VD, labels_BT, mask_BT, vocab_size, Extras(), chunks)
     return sums._replace(nll=nll)
@@ -193,20 +192,10 @@ def _local(x, head, labels, mask, *, mesh_shape, vocab_size, extras, chunks, wit
     return sums, dx.reshape(B, T, D).astype(dx_dtype), dhead
 
 
-def _chunk_length(n: int, most: int) -> int:
-    """Tokens of a chunk, at most `most`: a divisor of n in whole tiles of a product, if one is not much less; else parts as even as can be."""
-    if n <= most:
-        return n
-    for length in range(most - most % TILE, max(most // 2, 2 * TILE), -TILE):
-        if n % length == 0:
-            return length
-    return math.ceil(n / math.ceil(n / most))
-
-
 def _over_chunks(chunk, weight_VD, x_nD, labels_n, mask_n, chunks):
     """Add up `chunk` over parts of the n tokens small enough to hold their logits."""
     n, D = x_nD.shape
-    length = _chunk_length(n, max(1, chunks.elements // weight_VD.shape[0]))
+    length = chunk_tokens(n, weight_VD.shape[0], chunks.elements or logits_at_once(weight_VD.nbytes))
     num_chunks = math.ceil(n / length)
     if num_chunks == 1:
         return chunk(weight_VD, x_nD, labels_n, mask_n)

@@ -13,7 +13,7 @@ from consyn_jax.cli.train import main
 from consyn_jax.config import OPTIMIZERS, RunConfig, UserError, architecture, flags, preset_architecture, resolve
 from consyn_jax.distributed.auto_mesh import FITS
 from consyn_jax.distributed.mesh import AXES, check_batch, check_model
-from consyn_jax.model.arithmetic import LOGITS_AT_ONCE
+from consyn_jax.model.arithmetic import LOGITS_AT_ONCE, chunk_tokens, logits_at_once
 from consyn_jax.model.parameters import layout
 from consyn_jax.planning import aot
 from consyn_jax.planning.compiled import Collective
@@ -21,7 +21,6 @@ from consyn_jax.planning.page import page
 from consyn_jax.planning.plan import Plan, alternatives, estimate, fit, with_flags
 from consyn_jax.planning.roofline import all_reduce_seconds, estimate_step, network_of, ring_seconds, workload
 from consyn_jax.planning.topology import parse_topology
-from consyn_jax.training.loss import CHUNK_ELEMENTS
 from consyn_jax.training.optimizer import configured_optimizer, moment_bytes
 from consyn_jax.training.program import Machine, mesh_of, this_machine
 
@@ -175,8 +174,13 @@ def test_moments_take_the_bytes_that_the_optimizer_keeps(name: str, dtype: str) 
     assert kept / parameters.num_parameters == pytest.approx(moment_bytes(run.optimizer), abs=0.2)
 
 
-def test_the_loss_holds_as_many_logits_as_the_arithmetic_says() -> None:
-    assert LOGITS_AT_ONCE == CHUNK_ELEMENTS
+@pytest.mark.parametrize(("tokens", "words", "logits", "expected"), [(65_536, 49_152, 2**27, 2048), (100, 64, 2**26, 100), (1000, 64, 19_200, 250), (7, 64, 1, 1)])
+def test_a_chunk_of_tokens_is_whole_tiles_where_that_divides_them(tokens: int, words: int, logits: int, expected: int) -> None:
+    assert chunk_tokens(tokens, words, logits) == expected
+
+
+def test_a_small_head_leaves_room_for_more_logits() -> None:
+    assert logits_at_once(2 * 49_152 * 768) > 2**27 > logits_at_once(2 * 131_072 * 2048) > LOGITS_AT_ONCE == logits_at_once(2**31)
 
 
 def test_the_command_prints_the_page_and_writes_a_recipe_that_it_reads_again(
