@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +137,21 @@ def norm_then_rope(x_BTNH: Float[Array, "B T N H"], scale_H: Float[Array, " H"],
     return apply_rope(rms_norm(x_BTNH, scale_H, eps), rope)
 
 
+def norm_then_branch(x_BTD: Float[Array, "B T D"], scale_D: Float[Array, " D"], eps: float, uses: int) -> tuple[Float[Array, "B T D"], ...]:
+    """x and, for each that reads it, x normed; the reference of the kernel `branched_norm`."""
+    return x_BTD, *[rms_norm(x_BTD, scale_D, eps)] * uses
+
+
+class Norms(NamedTuple):
+    """How a block norms: `branch` the residual stream, `rotate` queries and keys."""
+
+    branch: Callable[[jax.Array, jax.Array, float, int], tuple[jax.Array, ...]] = norm_then_branch
+    rotate: Callable[[jax.Array, jax.Array, Rope, float, str], jax.Array] = norm_then_rope
+
+
+NORMS = Norms()
+
+
 class Block(nnx.Module):
     """One decoder block: attention and SwiGLU, each on a normed input, each added to the residual stream."""
 
@@ -161,35 +176,38 @@ class Block(nnx.Module):
         return self.parts(x_BTD, rope, attend, dropout)[-1]
 
     def parts(
-        self, x_BTD: jax.Array, rope: Rope, attend: Attend, dropout: Dropout | None, product: Product = linear, normed: Any = norm_then_rope
+        self, x_BTD: jax.Array, rope: Rope, attend: Attend, dropout: Dropout | None, product: Product = linear, norms: Norms = NORMS
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Both branches and the output, each [B, T, D]: `BLOCK_PARTS`.
 
         Args:
             product: `linear`, or what stands in for it.
-            normed: `norm_then_rope`, or what stands in for it.
+            norms: kernels that stand in for the plain ones.
         """
         with jax.named_scope("attention"):
-            attention_BTD = self._attention(rms_norm(x_BTD, self.attention_norm[...], self.eps), rope, attend, product, normed)
+            x_BTD, *branches = norms.branch(x_BTD, self.attention_norm[...], self.eps, 3)
+            attention_BTD = self._attention(branches, rope, attend, product, norms)
             attention_BTD = drop_out(attention_BTD, dropout, ATTENTION_BRANCH)
             x_BTD = x_BTD + attention_BTD
         with jax.named_scope("mlp"):
-            mlp_BTD = drop_out(self._mlp(rms_norm(x_BTD, self.mlp_norm[...], self.eps), product), dropout, MLP_BRANCH)
+            x_BTD, to_gate_BTD, to_up_BTD = norms.branch(x_BTD, self.mlp_norm[...], self.eps, 2)
+            mlp_BTD = drop_out(self._mlp(to_gate_BTD, to_up_BTD, product), dropout, MLP_BRANCH)
         return attention_BTD, mlp_BTD, x_BTD + mlp_BTD
 
-    def _attention(self, x_BTD: jax.Array, rope: Rope, attend: Attend, product: Product, normed: Any) -> jax.Array:
-        heads = ((product(x_BTD, w[...]), w.shape[1:]) for w in (self.q, self.k, self.v))
-        q_BTNH, k_BTKH, v_BTKH = (out.reshape(*x_BTD.shape[:2], *shape) for out, shape in heads)
+    def _attention(self, branches: list[jax.Array], rope: Rope, attend: Attend, product: Product, norms: Norms) -> jax.Array:
+        B, T, _ = branches[0].shape
+        weights = (self.q, self.k, self.v)
+        q_BTNH, k_BTKH, v_BTKH = (product(x, w[...]).reshape(B, T, *w.shape[1:]) for x, w in zip(branches, weights, strict=True))
         if self.q_norm is not None and self.k_norm is not None:
-            q_BTNH = normed(q_BTNH, self.q_norm[...], rope, self.eps, "heads")
-            k_BTKH = normed(k_BTKH, self.k_norm[...], rope, self.eps, "kv_heads")
+            q_BTNH = norms.rotate(q_BTNH, self.q_norm[...], rope, self.eps, "heads")
+            k_BTKH = norms.rotate(k_BTKH, self.k_norm[...], rope, self.eps, "kv_heads")
         else:
             q_BTNH, k_BTKH = apply_rope(q_BTNH, rope), apply_rope(k_BTKH, rope)
-        out_BTD = product(attend(q_BTNH, k_BTKH, v_BTKH).reshape(*x_BTD.shape[:2], -1), self.o[...])
+        out_BTD = product(attend(q_BTNH, k_BTKH, v_BTKH).reshape(B, T, -1), self.o[...])
         return constrain(out_BTD, "batch", "sequence", None)
 
-    def _mlp(self, x_BTD: jax.Array, product: Product) -> jax.Array:
-        hidden_BTF = swiglu(product(x_BTD, self.gate[...]), product(x_BTD, self.up[...]))
+    def _mlp(self, to_gate_BTD: jax.Array, to_up_BTD: jax.Array, product: Product) -> jax.Array:
+        hidden_BTF = swiglu(product(to_gate_BTD, self.gate[...]), product(to_up_BTD, self.up[...]))
         return constrain(product(constrain(hidden_BTF, "batch", "sequence", "mlp"), self.down[...]), "batch", "sequence", None)
 
 
@@ -222,10 +240,14 @@ REMAT_POLICIES: dict[str, Any] = {
 }
 
 
-def _norm_rope_kernel() -> Any:
-    from consyn_jax.model.norm_rope import norm_rope  # takes half a second to import, and only GPUs use it
+def _norms(compute: Compute, head_dim: int) -> Norms:
+    """The kernels where attention has one; heads must be a power of two wide for theirs."""
+    if compute.attention != "fused":
+        return NORMS
+    from consyn_jax.model.branched_norm import branched_norm  # Pallas takes half a second to import, and only GPUs use it
+    from consyn_jax.model.norm_rope import norm_rope
 
-    return norm_rope
+    return Norms(branched_norm, norm_rope if head_dim >= 16 and head_dim.bit_count() == 1 else norm_then_rope)
 
 
 class Decoder(nnx.Module):
@@ -282,7 +304,7 @@ class Decoder(nnx.Module):
 
         graphdef, stacked = nnx.split(self.layers)
         product = partial(fp8_linear if compute.fp8 else linear, recast=compute.remat == "none")
-        normed = _norm_rope_kernel() if compute.attention == "fused" and self.config.head_dim.bit_count() == 1 else norm_then_rope
+        norms = _norms(compute, self.config.head_dim)
         numbers_L = None if dropout is None else jnp.arange(1, self.config.num_layers + 1)
 
         def body(x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, dict[str, Any]]:
@@ -290,7 +312,7 @@ class Decoder(nnx.Module):
             here = None if dropout is None else dropout.at(number)
             weights = None if here is None else here.at(ATTENTION)
             x_BTD = checkpoint_name(x_BTD, BLOCK_INPUT)
-            parts = nnx.merge(graphdef, layer).parts(x_BTD, rope, partial(attend, dropout=weights), here, product, normed)
+            parts = nnx.merge(graphdef, layer).parts(x_BTD, rope, partial(attend, dropout=weights), here, product, norms)
             return parts[-1], dict(zip(BLOCK_PARTS, map(look, parts), strict=True))
 
         if compute.remat != "none":

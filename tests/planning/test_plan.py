@@ -174,7 +174,9 @@ def test_moments_take_the_bytes_that_the_optimizer_keeps(name: str, dtype: str) 
     assert kept / parameters.num_parameters == pytest.approx(moment_bytes(run.optimizer), abs=0.2)
 
 
-@pytest.mark.parametrize(("tokens", "words", "logits", "expected"), [(65_536, 49_152, 2**27, 2048), (100, 64, 2**26, 100), (1000, 64, 19_200, 250), (7, 64, 1, 1)])
+@pytest.mark.parametrize(
+    ("tokens", "words", "logits", "expected"), [(65_536, 49_152, 2**27, 2048), (100, 64, 2**26, 100), (1000, 64, 19_200, 250), (7, 64, 1, 1)]
+)
 def test_a_chunk_of_tokens_is_whole_tiles_where_that_divides_them(tokens: int, words: int, logits: int, expected: int) -> None:
     assert chunk_tokens(tokens, words, logits) == expected
 
