@@ -72,10 +72,12 @@ def facts() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of the code that runs, "-dirty" where it was changed since; COMMIT in the environment where there is no repository."""
+    """Of the code that runs, "-dirty" where it was changed since; COMMIT in the environment says it for a copy without a repository, or with another's."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or os.environ.get("COMMIT")
+    return done.stdout.strip() or None
 
 
 def processor() -> str:

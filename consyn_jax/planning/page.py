@@ -128,7 +128,7 @@ def _assumptions(gpu: Gpu, precision: str) -> Iterator[str]:
     link, ports = gpu.link_bandwidth * roofline.LINK_EFFICIENCY / 1e9, gpu.network_bandwidth * roofline.LINK_EFFICIENCY / 1e9
     yield f"links {link:.0f} GB/s inside a host, {ports:.3g} GB/s a GPU between hosts"
     yield f"weights and gradients hide behind {roofline.OVERLAP:.0%} of the kernels, and slow them by {roofline.CONTENTION:.0%} of their own time"
-    yield f"all kernels together {roofline.STRETCH} x their sum; sources and checks in docs/planning.md"
+    yield f"all kernels together {roofline.OWN_STRETCH} x their sum; sources and checks in docs/planning.md"
 
 
 def _budget(plan: Plan) -> Iterator[str]:

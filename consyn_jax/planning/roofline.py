@@ -27,8 +27,8 @@ LINK_EFFICIENCY = 0.8
 # Of `bf16_flops`, what fused causal attention reaches, forward and backward together, by width of a head (FlashAttention-3 on H100,
 # sequences of 2k to 8k, backward taking 5 of 7 products: about 0.45 for heads of 128, 0.33 for heads of 64).
 ATTENTION_EFFICIENCY = {64: 0.33, 128: 0.45}
-# Of that, what the kernel for documents (model/document_attention.py) is taken to reach: Triton's against the best for Hopper. Judged, NOT MEASURED.
-DOCUMENT_SHARE = 0.65
+# Of that, what the kernel for documents (model/document_attention.py) reaches: 0.82 for heads of 64 and 0.79 for 128, measured on an H200.
+DOCUMENT_SHARE = 0.8
 # Seconds that one hop of a ring adds to an exchange (NCCL, src/graph/tuning.cc: ring, protocol Simple): inside a host, to another.
 HOP_SECONDS = (3.4e-6, 14e-6)
 # Share of the kernels' time behind which exchanges of weights and gradients can hide; those of activations hide behind nothing.
@@ -37,8 +37,8 @@ OVERLAP = 0.8
 # Judged, with the runs of docs/planning.md in view.
 CONTENTION = 0.3
 # Kernels together take so much longer than one by one at their rates: launches, gaps, tails of waves, and a clock that the power limit
-# lowers. Fitted to the runs marked so in docs/planning.md.
-STRETCH = 1.36
+# lowers. Of others' programs, fitted to the runs marked so in docs/planning.md; of this one, measured on one H200 (design/planning.md).
+STRETCH, OWN_STRETCH = 1.36, 1.15
 # Bytes that an optimizer step reads and writes for one parameter beside its moments: the gradient twice (its norm first), the weight both ways.
 UPDATE_BYTES = 16
 # Products of 8-bit numbers against those of bfloat16: what data sheets say of Ada, Hopper and Blackwell. Not measured.
@@ -63,7 +63,7 @@ class Workload:
         moment_bytes: of all moments of a parameter together.
         host_moments: the moments lie in the host's memory, and travel to the GPU and back in each step.
         fp8: the products of the blocks are of 8-bit numbers.
-        masked: attention is inside documents, by a kernel of its own; they are taken to be as long as the sequence.
+        masked: this package's program, with attention inside documents by a kernel of its own; they are taken to be as long as the sequence.
     """
 
     model: ModelConfig
@@ -159,10 +159,11 @@ def estimate_step(work: Workload, topology: Topology, exchanged: Iterable[Collec
         optimizer += 2 * work.moment_bytes * _local_parameters(work) / (gpu.host_bandwidth * LINK_EFFICIENCY)
     if work.remat == "offload":
         network = network | {HOST: work.accumulation * layers * 2 * _offloaded_bytes(work) / (gpu.host_bandwidth * LINK_EFFICIENCY)}
-    busy = STRETCH * (products + attention + memory)
+    stretch = OWN_STRETCH if work.masked else STRETCH
+    busy = stretch * (products + attention + memory)
     of_weights = sum(seconds for axes, seconds in network.items() if set(axes) <= {"data", "fsdp", *HOST})
     hidden = min(of_weights, OVERLAP * busy)
-    return StepTime(STRETCH * products, STRETCH * attention, STRETCH * memory, optimizer, network, sum(network.values()) - (1 - CONTENTION) * hidden)
+    return StepTime(stretch * products, stretch * attention, stretch * memory, optimizer, network, sum(network.values()) - (1 - CONTENTION) * hidden)
 
 
 def _block(work: Workload) -> Iterator[tuple[Number, Number]]:

@@ -366,9 +366,12 @@ def test_each_policy_holds_less_than_the_one_before() -> None:
     assert all(found >= expected for found, expected in zip(saved, (30_000, 80_000, 10_000, 15_000), strict=True)), saved
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "none"])
 def test_no_second_copy_of_all_layers_weights(policy: str) -> None:
-    """They are cast a layer at a time, and nothing that is kept for the backward pass has their shape."""
+    """They are cast a layer at a time, and nothing that is kept for the backward pass has their shape.
+
+    Unrolled layers, which recompute nothing, are cast all at once.
+    """
     model = of_weights(policy)
     D, L = model.hidden_dim, model.num_layers
     weights = {L * D * model.mlp_dim, L * D * model.num_heads * model.head_dim, L * D * model.num_kv_heads * model.head_dim}
