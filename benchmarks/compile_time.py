@@ -2,8 +2,8 @@
 
 Verse with 12, 24 and 48 layers, each in a process of its own: on this machine's CPU, and for an H200 that is not there where the CUDA packages
 are (deviceless: without autotuning, which a real GPU adds). "cold" is compiling with an empty cache, "cached" tracing and loading in another
-process. For described machines JAX keeps nothing, so there is no "cached". On CPUs the layers of up to 12 are unrolled, which compiles longer
-and runs faster; "loop" is the same depth as deeper models have it.
+process. For described machines JAX keeps nothing, so there is no "cached". The layers of models that are not deep are unrolled, which compiles
+longer and runs faster; "loop" is the same depth as deeper models have it.
 
 Judged by processor time, all threads: wall time is that of whatever else the machine does.
 
@@ -44,17 +44,17 @@ def child(target: str, depth: int) -> None:
     from consyn_jax.training.program import Machine, Program, build_program
     from consyn_jax.training.scheduler import configured_schedule
 
-    values = {"model": "verse", "num_layers": depth, "max_tokens": 1024, "batch_size": 4, "mixed_precision": "no" if target != "cuda" else "bf16"}
+    values = {"model": "verse", "num_layers": depth, "max_tokens": 1024, "batch_size": 4, "mixed_precision": "no" if target.startswith("cpu") else "bf16"}
     run, _ = resolve(values)
     shape = architecture(run.model, vocab_size=32_768, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     devices, here = jax.devices()[:1], Machine(1, 1, 2**40)
-    if target == "cuda":
+    if target.startswith("cuda"):
         from jax.experimental import topologies
 
         topology = parse_topology(TOPOLOGY)
         devices = topologies.get_topology_desc(platform="cuda", target_config=topology.gpu.target_config, topology="1x1x1").devices
     program: Program = build_program(shape, run, configured_schedule(run.optimizer, 1000), devices, here).program
-    if target == "cpu loop":
+    if target.endswith("loop"):
         program = dataclasses.replace(program, compute=dataclasses.replace(program.compute, unroll=False))
     _ = program.state_like
     began, used = time.perf_counter(), time.process_time()
@@ -69,7 +69,7 @@ def child(target: str, depth: int) -> None:
 def compile_once(target: str, depth: int, programs: Path) -> dict[str, float]:
     """The seconds of one process."""
     env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(programs), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    if target == "cuda":
+    if target.startswith("cuda"):
         env |= aot.environment()
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run([sys.executable, __file__, "--child", target, str(depth)], env=env, check=True, capture_output=True, text=True)
@@ -80,12 +80,12 @@ def measure(targets: Sequence[str] | None = None, depths: Sequence[int] = DEPTHS
     """Seconds by target and depth, cold and cached, and what the last depth takes of the first.
 
     Args:
-        targets: "cpu", "cpu loop", "gpu" for the one that is here, "cuda" deviceless; None for all that this machine has.
+        targets: "cpu", "gpu" for the one that is here, "cuda" deviceless, each also with its layers in a "loop"; None for all that this machine has.
         tiny: one layer, on a CPU.
     """
     if targets is None:
-        targets = ["gpu"] if has_gpu() else ["cpu", "cpu loop"]
-        targets = [*targets, *(["cuda"] if aot.packages_are_there() else [])]
+        targets = ["gpu" if has_gpu() else "cpu", *(["cuda"] if aot.packages_are_there() else [])]
+        targets = [variant for target in targets for variant in (target, f"{target} loop")]
     if tiny:
         targets, depths = ["cpu"], [1]
     rows, growth = [], {}
@@ -95,12 +95,12 @@ def measure(targets: Sequence[str] | None = None, depths: Sequence[int] = DEPTHS
             for depth in depths:
                 programs = Path(directory) / f"{target} {depth}"
                 cold = compile_once(target, depth, programs)
-                cached = compile_once(target, depth, programs) if target != "cuda" else {}
+                cached = compile_once(target, depth, programs) if not target.startswith("cuda") else {}
                 taken.append(cold["cpu_s"])
                 row = {"target": target, "layers": depth, "trace and lower cpu s": cold["lower_cpu_s"], "compile cpu s": cold["compile_cpu_s"]}
                 row |= {"cold cpu s": cold["cpu_s"], "cold wall s": cold["wall_s"], "cached cpu s": cached.get("cpu_s"), "cached wall s": cached.get("wall_s")}
                 rows.append({name: round(value, 2) if isinstance(value, float) else value for name, value in row.items()})
-            if target != "cpu":  # there the first is unrolled and the last is not
+            if target.endswith("loop"):
                 growth[target] = round(taken[-1] / taken[0], 3)
     return {"model": "verse, 4 x 1024 tokens", "growth": growth, "rows": rows}
 

@@ -22,7 +22,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +43,7 @@ class Part:
 
     Args:
         call: module:function, which gives a dict with "rows".
-        estimate_s: on an H200, compilation included; judged, until there are measured ones.
+        estimate_s: on an H200, compilation included; what has been measured (benchmarks/results), else judged.
         tiny: its arguments in a rehearsal, where they are others. What calls the same function as a part before it is not rehearsed again.
         gpu: "alone": it has the GPU's memory for itself; "two": it is two processes that share it; "all": it runs beside others.
     """
@@ -57,17 +57,17 @@ class Part:
 
 
 PARTS = (
-    Part("model", "gpu_checks:model", 60, gpu="all"),
-    Part("attention checks", "gpu_checks:attention", 60, gpu="all"),
-    Part("optimizers", "gpu_checks:optimizer", 60, gpu="all"),
+    Part("model", "gpu_checks:model", 140, gpu="all"),
+    Part("attention checks", "gpu_checks:attention", 120, gpu="all"),
+    Part("optimizers", "gpu_checks:optimizer", 80, gpu="all"),
     Part("training", "gpu_checks:training", 60, gpu="all"),
-    Part("programs", "programs:compile_ahead", 60, {"models": ("verse", "stanza", "epic", "stanza, fp8")}, gpu="all"),
-    Part("torch programs", "vs_pytorch:compile_ahead", 60, {"models": ("verse", "stanza")}, gpu="all"),
-    Part("verse", "train_step:measure", 40, {"models": ("verse",), "rounds": 4}, {}),
-    Part("vs_verse", "vs_pytorch:measure", 60, {"models": ("verse",), "rounds": 5}, {"compiles": False}, gpu="two"),
-    Part("stanza", "train_step:measure", 45, {"models": ("stanza",), "rounds": 4}, {}),
-    Part("epic", "train_step:measure", 40, {"models": ("epic",), "rounds": 4}, {}),
-    Part("vs_stanza", "vs_pytorch:measure", 70, {"models": ("stanza",), "rounds": 4}, {}, gpu="two"),
+    Part("programs", "programs:compile_ahead", 130, {"models": ("verse", "stanza", "epic", "stanza, fp8")}, gpu="all"),
+    Part("torch programs", "vs_pytorch:compile_ahead", 135, {"models": ("verse", "stanza")}, gpu="all"),
+    Part("verse", "train_step:measure", 30, {"models": ("verse",), "rounds": 4}, {}),
+    Part("vs_verse", "vs_pytorch:measure", 80, {"models": ("verse",), "rounds": 4}, {"compiles": False}, gpu="two"),
+    Part("stanza", "train_step:measure", 35, {"models": ("stanza",), "rounds": 4}, {}),
+    Part("epic", "train_step:measure", 35, {"models": ("epic",), "rounds": 4}, {}),
+    Part("vs_stanza", "vs_pytorch:measure", 110, {"models": ("stanza",), "rounds": 3}, {}, gpu="two"),
     Part("cross_entropy", "cross_entropy:measure", 25),
     Part("startup", "startup:measure", 60, {"flags": ["--model", "verse", "--data", "sample"], "starts": 2}, {"flags": SMALLEST, "starts": 1}),
     Part("fp8", "train_step:fp8", 40, {"rounds": 4}),
@@ -216,7 +216,7 @@ def run(given: argparse.Namespace) -> bool:
     before = json.loads(out.read_text()) if given.only and out.exists() else {}
     report: dict[str, Any] = {"gpu": name, "date": date, "commit": commit(), "tiny": tiny, "seconds": 0.0, "parts": before.get("parts", {})}
     with tempfile.TemporaryDirectory() as cache:
-        environment = {"CUDA_VISIBLE_DEVICES": "0", **os.environ, "COMMIT": report["commit"] or "", "JAX_COMPILATION_CACHE_DIR": cache, TEXT: given.data}
+        environment = {"CUDA_VISIBLE_DEVICES": "0", **os.environ, "CONSYN_COMMIT": report["commit"] or "", "JAX_COMPILATION_CACHE_DIR": cache, TEXT: given.data}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
 
         def measured(part: Part) -> dict[str, Any]:
@@ -226,17 +226,26 @@ def run(given: argparse.Namespace) -> bool:
 
         wanted = [part for part in PARTS if not given.only or part.name in given.only]
         if tiny:  # each function once
-            wanted = list({part.call: part for part in reversed(wanted)}.values())[::-1]
-        together = [part for part in wanted if part.gpu == "all"]
-        with ThreadPoolExecutor(max(1, len(together))) as pool:
-            early = dict(zip(together, pool.map(measured, together), strict=True))
-        for part in wanted:
-            found = early.get(part) or measured(part)
+            firsts: dict[str, Part] = {}
+            for part in wanted:
+                firsts.setdefault(part.call, part)
+            wanted = list(firsts.values())
+
+        def keep(part: Part, found: dict[str, Any]) -> None:
             report["parts"][part.name] = found
             report["seconds"] = time.perf_counter() - began
             print(f"{report['seconds']:6.0f} s  {part.name:20} {found['state']}", flush=True)
             write(out, report)
             out.with_suffix(".md").write_text(page(report))
+
+        together = [part for part in wanted if part.gpu == "all"]
+        with ThreadPoolExecutor(max(1, len(together))) as pool:
+            running = {pool.submit(measured, part): part for part in together}
+            for done in as_completed(running):
+                keep(running[done], done.result())
+        for part in wanted:
+            if part not in together:
+                keep(part, measured(part))
     print(page(report))
     print(f"Written: {out}, {out.with_suffix('.md')}")
     return all(one["state"] in ("done", "absent", "left out") for one in report["parts"].values())

@@ -72,9 +72,9 @@ def facts() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of the code that runs, "-dirty" where it was changed since; COMMIT in the environment says it for a copy without a repository, or with another's."""
-    if "COMMIT" in os.environ:
-        return os.environ["COMMIT"]
+    """Of the code that runs, "-dirty" where it was changed since; CONSYN_COMMIT says it for a copy without a repository, or with another's."""
+    if "CONSYN_COMMIT" in os.environ:
+        return os.environ["CONSYN_COMMIT"] or None
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None

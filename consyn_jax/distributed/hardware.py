@@ -22,6 +22,16 @@ BF16_PEAK_FLOPS = {
 }
 
 
+def runs_triton(platform: str, compute_capability: str = "") -> bool:
+    """Whether kernels in Triton can be compiled for a device: for NVIDIA's from Ampere on.
+
+    Args:
+        platform: "cpu", "gpu", "cuda", "rocm" as `jax.Device.platform` and `jax.default_backend` name it.
+        compute_capability: "9.0" for Hopper; empty where it is not known, and taken to be new.
+    """
+    return platform in ("gpu", "cuda") and float(compute_capability or "8.0") >= 8.0
+
+
 def bf16_peak(device_kind: str) -> float | None:
     """Peak FLOP/s of one device, or None where it is not known.
 

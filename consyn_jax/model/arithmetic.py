@@ -12,7 +12,8 @@ BF16, FLOAT32 = 2, 4
 LOGITS_AT_ONCE = 2**26  # at least, on one device: 256 MiB in float32
 HEAD_BYTES = 2**30  # what the loss may hold at once on a GPU, its weights in the compute dtype included
 TILE = 128  # tokens; products whose sizes are whole tiles waste nothing
-BYTES_OF_A_LOGIT = 6  # while they are there: float32, and their gradient in bfloat16
+BYTES_OF_A_LOGIT = FLOAT32 + BF16  # while they are there: they and their gradient. Of XLA's operations, where devices share the vocabulary:
+BYTES_WITHOUT_KERNEL = 10
 
 
 def matmul_parameters(config: ModelConfig) -> int:
@@ -78,24 +79,24 @@ class MemoryEstimate:
         return self.parameters + self.moments + self.gradients + self.activations + self.working
 
 
-def logits_at_once(head_bytes: int) -> int:
+def logits_at_once(head_bytes: int, itemsize: int = BF16) -> int:
     """That the loss holds on one GPU: each chunk of tokens reads and writes the head's gradient, so the fewer the better.
 
     Args:
-        head_bytes: of the device's part of the head, in the compute dtype.
+        head_bytes: of the head in the compute dtype, whose numbers have `itemsize` bytes.
     """
-    return max(LOGITS_AT_ONCE, (HEAD_BYTES - head_bytes) // BYTES_OF_A_LOGIT)
+    return max(LOGITS_AT_ONCE, (HEAD_BYTES - head_bytes) // (FLOAT32 + itemsize))
 
 
 def chunk_tokens(tokens: int, words: int, logits: int) -> int:
     """Tokens of a chunk of at most `logits`: a divisor of all in whole tiles of a product, if one is not much less; else parts as even as can be."""
     most = max(1, logits // words)
-    if tokens <= most:
+    if tokens * words <= logits:
         return tokens
     for length in range(most - most % TILE, max(most // 2, 2 * TILE), -TILE):
         if tokens % length == 0:
             return length
-    return math.ceil(tokens / math.ceil(tokens / most))
+    return math.ceil(tokens / min(tokens, math.ceil(tokens * words / logits)))
 
 
 def estimate_memory(
@@ -127,8 +128,10 @@ def estimate_memory(
     whole = num_block_parameters(c) / tensor * (FLOAT32 + BF16 * (2 if fsdp > 1 else 1))  # its gradient; its weights, and the next ones
     of_block = tokens * ((0 if remat == "none" else block) + BF16 * 2 * (feed_forward + c.hidden_dim)) + whole
     words = c.padded_vocab_size // tensor
-    logits = words * chunk_tokens(max(1, round(tokens)), words, logits_at_once(BF16 * words * c.hidden_dim))
-    of_head = BYTES_OF_A_LOGIT * logits + head * (BF16 + FLOAT32) + tokens * c.hidden_dim * (BF16 if tensor == 1 else FLOAT32)
+    at_once = logits_at_once(BF16 * words * c.hidden_dim) if tensor == 1 else LOGITS_AT_ONCE
+    logits = words * chunk_tokens(max(1, round(tokens)), words, at_once)
+    logit_bytes, stream_bytes = (BYTES_OF_A_LOGIT, BF16) if tensor == 1 else (BYTES_WITHOUT_KERNEL, FLOAT32)
+    of_head = logit_bytes * logits + head * (BF16 + FLOAT32) + tokens * c.hidden_dim * stream_bytes
     if fsdp > 1:  # the gradient of the input embedding is whole until the end
         of_block += head * FLOAT32
     if accumulation > 1:  # added up where the totals lie, but for the embeddings

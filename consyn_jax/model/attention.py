@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from consyn_jax.distributed.hardware import runs_triton
 from consyn_jax.distributed.mesh import partition_spec
 from consyn_jax.model.dropout import Dropout
 
@@ -41,7 +42,7 @@ def choose_attention(platform: str, dtype: Any, head_dim: int, compute_capabilit
         return AttentionChoice("xla", f"the {platform} has no fused kernel")
     if dtype not in (jnp.bfloat16, jnp.float16):
         obstacle = f"needs bf16 or fp16, and the run computes in {jnp.dtype(dtype).name}"
-    elif compute_capability and float(compute_capability) < 8.0:
+    elif not runs_triton(platform, compute_capability):
         obstacle = f"needs compute capability 8.0, and this GPU has {compute_capability}"
     elif head_dim > 128 or head_dim % 8:
         obstacle = f"takes heads up to 128 wide in multiples of 8, not {head_dim}"

@@ -21,7 +21,7 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
 KEPT = "document attention"  # the name of what its backward pass needs of it
-NEVER = -1e30  # in place of the score of a key that is not seen; finite, so that a block without any gives no NaN
+NEVER = -(2.0**100)  # in place of the score of a key that is not seen; finite, and scaled without rounding, so that a block without any gives no NaN
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The decoder: pre-norm, RMSNorm, RoPE, SwiGLU, grouped-query attention. One class, four presets.
 
 Parameters carry the logical names of their axes (`distributed/mesh.py` maps them to the mesh). The blocks are stacked along a
-leading `layers` axis and run by one `jax.lax.scan`, so that compile time does not grow with depth.
+leading `layers` axis and run by one `jax.lax.scan`: unrolled where they are few, else a loop, so that compile time does not grow with depth.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Compute:
         remat: what the backward pass recomputes of a block: none: nothing; minimal: all but products and attention; attention: all but the
             attention's output; full: all; offload: as attention, and what is kept lies in the host's memory.
         fp8: the products of the blocks multiply numbers of 8 bits (model/fp8.py).
-        unroll: blocks one after the other instead of in a loop: faster on CPUs, and a program that grows with depth.
+        unroll: blocks one after the other instead of in a loop: faster, and a program that grows with depth.
     """
 
     dtype: Any = jnp.float32
@@ -132,8 +132,8 @@ def apply_rope(x_BTNH: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
 
-def norm_then_rope(x_BTNH: Float[Array, "B T N H"], scale_H: Float[Array, " H"], rope: Rope, eps: float, heads: str) -> Float[Array, "B T N H"]:
-    """What becomes of queries and keys; the reference of the kernel `norm_rope`, which `heads`, the logical name of the axis N, is for."""
+def norm_then_rope(x_BTNH: Float[Array, "B T N H"], scale_H: Float[Array, " H"], rope: Rope, eps: float, heads: str = "heads") -> Float[Array, "B T N H"]:
+    """What becomes of queries and keys; the reference of the kernel `norm_rope`, which must know the logical name of the axis N."""
     return apply_rope(rms_norm(x_BTNH, scale_H, eps), rope)
 
 

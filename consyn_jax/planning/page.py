@@ -115,10 +115,10 @@ def _time(plan: Plan) -> Iterator[str]:
     network = ", ".join(f"{' x '.join(axes)} {_seconds(seconds)}" for axes, seconds in time.network.items())
     if network:
         yield f"  {'network':<12} {_seconds(time.exposed):>10}   not hidden; in all {network}"
-    yield "assumed    " + "\n           ".join(_assumptions(gpu, plan.run.hardware.mixed_precision))
+    yield "assumed    " + "\n           ".join(_assumptions(gpu, plan.run.hardware.mixed_precision, roofline.stretch_of(plan.work, plan.topology)))
 
 
-def _assumptions(gpu: Gpu, precision: str) -> Iterator[str]:
+def _assumptions(gpu: Gpu, precision: str, stretch: float) -> Iterator[str]:
     yield "bfloat16, and attention in a fused kernel" + ("; THIS RUN is in float32, and several times slower" if precision == "no" else "")
     if precision == "fp8":
         yield f"the products of the blocks in 8 bits at {roofline.FP8_SPEEDUP} x the rate below, as data sheets say; what is kept, as large as in bfloat16"
@@ -128,7 +128,7 @@ def _assumptions(gpu: Gpu, precision: str) -> Iterator[str]:
     link, ports = gpu.link_bandwidth * roofline.LINK_EFFICIENCY / 1e9, gpu.network_bandwidth * roofline.LINK_EFFICIENCY / 1e9
     yield f"links {link:.0f} GB/s inside a host, {ports:.3g} GB/s a GPU between hosts"
     yield f"weights and gradients hide behind {roofline.OVERLAP:.0%} of the kernels, and slow them by {roofline.CONTENTION:.0%} of their own time"
-    yield f"all kernels together {roofline.OWN_STRETCH} x their sum; sources and checks in docs/planning.md"
+    yield f"all kernels together {stretch} x their sum; sources and checks in docs/planning.md"
 
 
 def _budget(plan: Plan) -> Iterator[str]:

@@ -56,7 +56,7 @@ class Published:
         data, fsdp = self.mesh
         devices = data * fsdp
         sizes = {"data": data, "fsdp": fsdp, "context": 1, "tensor": 1}
-        work = Workload(self.model, sizes, self.batch_size * devices, self.accumulation, self.length, self.remat, masked=False)
+        work = Workload(self.model, sizes, self.batch_size * devices, self.accumulation, self.length, self.remat, own=False)
         return work.tokens / devices / estimate_step(work, Topology(self.gpu, self.hosts, devices // self.hosts)).total
 
 

@@ -37,8 +37,8 @@ OVERLAP = 0.8
 # Judged, with the runs of docs/planning.md in view.
 CONTENTION = 0.3
 # Kernels together take so much longer than one by one at their rates: launches, gaps, tails of waves, and a clock that the power limit
-# lowers. Of others' programs, fitted to the runs marked so in docs/planning.md; of this one, measured on one H200 (design/planning.md).
-STRETCH, OWN_STRETCH = 1.36, 1.15
+# lowers. Fitted to the runs of others that are marked so in docs/planning.md; this package's program on one GPU has been measured itself.
+STRETCH, ALONE_STRETCH = 1.36, 1.09
 # Bytes that an optimizer step reads and writes for one parameter beside its moments: the gradient twice (its norm first), the weight both ways.
 UPDATE_BYTES = 16
 # Products of 8-bit numbers against those of bfloat16: what data sheets say of Ada, Hopper and Blackwell. Not measured.
@@ -63,7 +63,7 @@ class Workload:
         moment_bytes: of all moments of a parameter together.
         host_moments: the moments lie in the host's memory, and travel to the GPU and back in each step.
         fp8: the products of the blocks are of 8-bit numbers.
-        masked: this package's program, with attention inside documents by a kernel of its own; they are taken to be as long as the sequence.
+        own: this package's program, with attention inside documents by a kernel of its own; they are taken to be as long as the sequence.
     """
 
     model: ModelConfig
@@ -75,7 +75,7 @@ class Workload:
     moment_bytes: int = 8
     host_moments: bool = False
     fp8: bool = False
-    masked: bool = True
+    own: bool = True
 
     @property
     def tokens(self) -> int:
@@ -150,7 +150,7 @@ def estimate_step(work: Workload, topology: Topology, exchanged: Iterable[Collec
     memory_passes = 3.0 if work.remat == "none" else 4.0
     attention_passes = 4.5 if work.remat == "full" else 3.5  # backward: 5 products to forward's 2
     products = work.accumulation * (layers * (3 * kernels(_block(work), speedup) + again) + 3 * kernels(_head(work)))
-    efficiency = ATTENTION_EFFICIENCY[128 if work.model.head_dim >= 96 else 64] * (DOCUMENT_SHARE if work.masked else 1)
+    efficiency = ATTENTION_EFFICIENCY[128 if work.model.head_dim >= 96 else 64] * (DOCUMENT_SHARE if work.own else 1)
     attention = work.accumulation * attention_passes * layers * _attention_flops(work) / (gpu.bf16_flops * efficiency)
     memory = work.accumulation * (memory_passes * layers * _elementwise_bytes(work) + layers * _quantising_bytes(work) + _head_bytes(work)) / bandwidth
     network = _network(work, topology) if exchanged is None else network_of(exchanged, work.sizes, topology)
@@ -159,11 +159,16 @@ def estimate_step(work: Workload, topology: Topology, exchanged: Iterable[Collec
         optimizer += 2 * work.moment_bytes * _local_parameters(work) / (gpu.host_bandwidth * LINK_EFFICIENCY)
     if work.remat == "offload":
         network = network | {HOST: work.accumulation * layers * 2 * _offloaded_bytes(work) / (gpu.host_bandwidth * LINK_EFFICIENCY)}
-    stretch = OWN_STRETCH if work.masked else STRETCH
+    stretch = stretch_of(work, topology)
     busy = stretch * (products + attention + memory)
     of_weights = sum(seconds for axes, seconds in network.items() if set(axes) <= {"data", "fsdp", *HOST})
     hidden = min(of_weights, OVERLAP * busy)
     return StepTime(stretch * products, stretch * attention, stretch * memory, optimizer, network, sum(network.values()) - (1 - CONTENTION) * hidden)
+
+
+def stretch_of(work: Workload, topology: Topology) -> float:
+    """How much longer all kernels take than their rates say."""
+    return ALONE_STRETCH if work.own and topology.num_devices == 1 else STRETCH
 
 
 def _block(work: Workload) -> Iterator[tuple[Number, Number]]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from consyn_jax.distributed.mesh import AXES, RULES, partition_spec
-from consyn_jax.model.arithmetic import chunk_tokens, logits_at_once
+from consyn_jax.model.arithmetic import LOGITS_AT_ONCE, chunk_tokens, logits_at_once
 
 # Gradients of logits are below 1, and nearly all of them are shares of a large vocabulary; float16 ends at 6e-8 below and 65,504 above.
 FLOAT16_LIFT = 2.0**12
@@ -43,18 +43,18 @@ class Chunks(NamedTuple):
     """How logits are held.
 
     Attributes:
-        elements: at once on one device; 0: as `logits_at_once` has it.
+        elements: at once on one device; 0: as many as leave what the kernel needs below a GiB (`logits_at_once`).
         vocab_first: their rows are words and not tokens.
         kernel: training's softmax and its gradient are one kernel for GPUs, where a device has the whole vocabulary.
     """
 
-    elements: int = 0
+    elements: int = LOGITS_AT_ONCE
     vocab_first: bool = False
     kernel: bool = False
 
 
 CHUNKS = Chunks()
-GPU_CHUNKS = Chunks(kernel=True)
+GPU_CHUNKS = Chunks(0, kernel=True)
 # The softmax finds a chunk in the processor's cache; and products whose rows lie a multiple of 4 KiB apart, as those of a vocabulary do,
 # run at half the rate on CPUs (docs/design/cpu.md).
 CPU_CHUNKS = Chunks(2**23, vocab_first=True)
@@ -164,6 +164,7 @@ def _local(x, head, labels, mask, *, mesh_shape, vocab_size, extras, chunks, wit
     padded = weight.shape[0] * mesh_shape["tensor"] != vocab_size
     # float16 would lose the smallest gradients to come; the scale of the loss meets them only in the backward pass
     dx_dtype = jnp.float32 if x.dtype == jnp.float16 else x.dtype
+    fused = chunks.kernel and with_gradients and not vocab_axes
     chunk = partial(
         _chunk,
         rows=rows,
@@ -173,11 +174,12 @@ def _local(x, head, labels, mask, *, mesh_shape, vocab_size, extras, chunks, wit
         vocab_axes=vocab_axes,
         dx_dtype=jnp.float32 if vocab_axes else dx_dtype,  # rounded after it is summed
         vocab_first=chunks.vocab_first,
-        kernel=chunks.kernel and with_gradients and not vocab_axes,
+        kernel=fused,
         with_gradients=with_gradients,
     )
     B, T, D = x.shape
-    sums, dx, dhead = _over_chunks(chunk, weight, x.reshape(B * T, D), labels.reshape(B * T), mask.reshape(B * T), chunks)
+    elements = chunks.elements or (logits_at_once(weight.nbytes, weight.dtype.itemsize) if fused else LOGITS_AT_ONCE)
+    sums, dx, dhead = _over_chunks(chunk, weight, x.reshape(B * T, D), labels.reshape(B * T), mask.reshape(B * T), elements)
     if token_axes:
         sums = jax.lax.psum(sums, token_axes)
     if not with_gradients:
@@ -192,10 +194,10 @@ def _local(x, head, labels, mask, *, mesh_shape, vocab_size, extras, chunks, wit
     return sums, dx.reshape(B, T, D).astype(dx_dtype), dhead
 
 
-def _over_chunks(chunk, weight_VD, x_nD, labels_n, mask_n, chunks):
+def _over_chunks(chunk, weight_VD, x_nD, labels_n, mask_n, elements):
     """Add up `chunk` over parts of the n tokens small enough to hold their logits."""
     n, D = x_nD.shape
-    length = chunk_tokens(n, weight_VD.shape[0], chunks.elements or logits_at_once(weight_VD.nbytes))
+    length = chunk_tokens(n, weight_VD.shape[0], elements)
     num_chunks = math.ceil(n / length)
     if num_chunks == 1:
         return chunk(weight_VD, x_nD, labels_n, mask_n)

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from consyn_jax.config import ModelConfig, RegularisationOptions, RunConfig
 from consyn_jax.distributed.auto_mesh import MeshChoice, choose_mesh
 from consyn_jax.distributed.compiler import compiler_options
+from consyn_jax.distributed.hardware import runs_triton
 from consyn_jax.distributed.mesh import build_mesh, check_batch, check_model, parse_mesh, sharding
 from consyn_jax.distributed.peers import current_peers
 from consyn_jax.model.arithmetic import estimate_memory
@@ -80,9 +81,10 @@ class Program:
     @property
     def chunks(self) -> Chunks:
         """How the devices hold logits best. Narrow types are only simulated on CPUs, where XLA may lack their products in that order."""
-        if self.mesh.devices.flat[0].platform != "cpu":
+        device = self.mesh.devices.flat[0]
+        if runs_triton(device.platform, getattr(device, "compute_capability", "")):
             return GPU_CHUNKS
-        return CPU_CHUNKS if self.compute.dtype == jnp.float32 else CHUNKS
+        return CPU_CHUNKS if device.platform == "cpu" and self.compute.dtype == jnp.float32 else CHUNKS
 
     def loss(self, params: Params, batch: Batch) -> LossSums:
         """Loss sums of one micro-batch [B, T], as evaluation has them."""

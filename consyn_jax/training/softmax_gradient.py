@@ -1,7 +1,6 @@
 """The softmax of logits and the gradient of its cross-entropy as one kernel, in Pallas for Triton.
 
-XLA reads the logits four times for that. Here a program has a token: it goes through the row twice, and as the few programs that a GPU
-runs at once, of many threads each, hold no more rows than its L2 cache, the second reading seldom comes from memory.
+XLA reads the logits four times for that. Here a program has a token, and goes through its row twice.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from consyn_jax.training.loss import OfLogits
 
 WIDTH = 16384  # logits that a program has at once: of nine sizes and numbers of threads the fastest on an H200
-NEVER = -1e30  # the logit of what is no word; finite, so that a thread that sees no word gives no NaN
+NEVER = -(2.0**100)  # the logit of what is no word; finite, so that a thread that sees no word gives no NaN
 LOG2_E = math.log2(math.e)
 
 
@@ -40,6 +39,7 @@ def softmax_gradient(
         vocab_size: logits from there on are no words'.
     """
     n, V = logits_nV.shape
+    assert n * V < 2**31, "kernels count elements in 32 bits"
     width = min(WIDTH, pl.next_power_of_2(V))
     whole = pl.cdiv(V, width) * width
     row, scalar = pl.BlockSpec((None, whole), lambda i: (i, 0)), pl.BlockSpec((1,), lambda i: (i,))

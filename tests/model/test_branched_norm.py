@@ -72,7 +72,9 @@ def test_half_precision_is_rounded_once() -> None:
     assert dscale < 1e-6
 
 
-@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2}, {"tensor": 8}], ids=str)
+@pytest.mark.parametrize(
+    "axes", [pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow), {"fsdp": 2, "context": 2, "tensor": 2}, {"tensor": 8}], ids=str
+)
 def test_a_mesh_changes_nothing_and_sums_no_more_than_the_gradient_of_the_scale(axes: dict[str, int]) -> None:
     given = inputs(4, 18, 48, 3)
     mesh = build_mesh(dict.fromkeys(AXES, 1) | axes)

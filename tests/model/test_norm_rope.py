@@ -68,7 +68,9 @@ def test_half_precision_is_rounded_once(dtype: Any, bound: float) -> None:
 
 
 @pytest.mark.parametrize("heads", ["heads", "kv_heads"])
-@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "axes", [pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow), {"fsdp": 2, "context": 2, "tensor": 2}], ids=str
+)
 def test_a_mesh_changes_neither_values_nor_gradients(axes: dict[str, int], heads: str) -> None:
     given = inputs(4, 18, 2, 64)
     mesh = build_mesh(dict.fromkeys(AXES, 1) | axes)

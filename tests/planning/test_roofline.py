@@ -9,7 +9,7 @@ from consyn_jax.config import architecture, preset_architecture, resolve
 from consyn_jax.model.arithmetic import matmul_parameters, num_parameters
 from consyn_jax.model.parameters import layout
 from consyn_jax.planning.published import RUNS, Published, table
-from consyn_jax.planning.roofline import HOP_SECONDS, LINK_EFFICIENCY, OWN_STRETCH, Workload, estimate_step, ring_seconds, workload
+from consyn_jax.planning.roofline import HOP_SECONDS, LINK_EFFICIENCY, Workload, estimate_step, ring_seconds, stretch_of, workload
 from consyn_jax.planning.topology import GPUS, Topology, parse_topology
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -53,8 +53,10 @@ def test_work_split_over_gpus_takes_its_share_of_the_time_and_the_network_what_i
     alone = estimate_step(stanza(), Topology(GPUS["h200"], 1, 1))
     shared = estimate_step(stanza(fsdp=8), Topology(GPUS["h200"], 1, 8))
     assert alone.exposed == 0
-    assert 8 * shared.products == pytest.approx(alone.products)
-    assert 8 * shared.total == pytest.approx(alone.total + 8 * shared.exposed)
+    longer = stretch_of(stanza(), Topology(GPUS["h200"], 1, 8)) / stretch_of(stanza(), Topology(GPUS["h200"], 1, 1))
+    assert longer > 1, "several GPUs of this package have not been measured"
+    assert 8 * shared.products == pytest.approx(longer * alone.products)
+    assert 8 * (shared.total - shared.exposed - shared.optimizer) == pytest.approx(longer * (alone.total - alone.optimizer))
     assert 0 < shared.exposed < shared.network["fsdp",]
 
 
@@ -66,7 +68,7 @@ def test_steps_measured_on_one_h200_take_what_was_estimated(model: str, layers: 
     """benchmarks/results/h200-2026-11-27.json"""
     run, _ = resolve({"model": model, "num_layers": layers, "batch_size": batch_size, "max_tokens": width, "mixed_precision": "bf16"})
     work = workload(architecture(run.model, vocab_size=49_152), run, ONE)
-    assert estimate_step(work, Topology(GPUS["h200"], 1, 1)).total == pytest.approx(measured_s, rel=0.16)
+    assert estimate_step(work, Topology(GPUS["h200"], 1, 1)).total == pytest.approx(measured_s, rel=0.1)
 
 
 @pytest.mark.parametrize("remat", ["none", "minimal", "attention", "full"])
@@ -77,7 +79,7 @@ def test_what_is_recomputed_is_every_product_of_a_block_but_its_last(remat: str)
     block = (matmul_parameters(c) - c.vocab_size * c.hidden_dim) // c.num_layers
     again = block - c.mlp_dim * c.hidden_dim if remat in ("attention", "full") else 0
     expected = 2 * tokens * (c.num_layers * (3 * block + again) + 3 * c.padded_vocab_size * c.hidden_dim) / GPUS["h200"].matmul_flops
-    assert estimate_step(work, topology).products == pytest.approx(OWN_STRETCH * expected)
+    assert estimate_step(work, topology).products == pytest.approx(stretch_of(work, topology) * expected)
 
 
 def test_fp8_halves_the_products_of_the_blocks_and_pays_for_the_digits() -> None:

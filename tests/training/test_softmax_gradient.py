@@ -37,8 +37,7 @@ def gradients(given: tuple[jax.Array, ...], vocab_size: int, extras: Extras, chu
 
 
 @pytest.mark.parametrize("extras", [Extras(), Extras(0.1, 1e-3)], ids=["plain", "smoothed"])
-@pytest.mark.parametrize(("words", "vocab_size"), [(128, 128), (128, 100), (300, 299)])
-@pytest.mark.parametrize("chunk", [B * T, 32])
+@pytest.mark.parametrize(("words", "vocab_size", "chunk"), [(128, 128, B * T), (128, 100, 32), (300, 299, 32)])
 def test_it_is_the_plain_operations(words: int, vocab_size: int, extras: Extras, chunk: int) -> None:
     given = inputs(words)
     (expected, sums), theirs = gradients(given, vocab_size, extras, Chunks(chunk * words))
