@@ -91,6 +91,8 @@ def test_attention_is_fused_in_both_directions_and_logits_are_never_whole(name: 
     runs = model.num_layers * run.budget.gradient_accumulation_steps
     forward = 2 * runs if run.hardware.gradient_checkpointing == "full" else runs
     assert of_attention(program.kernels) == (forward, runs, runs)
+    assert program.kernels["branched_norm_backward"] == program.kernels["norm_rope_backward"] == 2 * runs
+    assert program.kernels["softmax_gradient"]
     whole = set(logits_elements(model, run, topology))
     rows = {model.vocab_size, model.padded_vocab_size}
     assert not [shape for shape in program.shapes["f32"] if math.prod(shape) in whole and (rows & set(shape) or len(shape) == 1)]
