@@ -28,6 +28,9 @@ def runs_triton(platform: str, compute_capability: str = "") -> bool:
     Args:
         platform: "cpu", "gpu", "cuda", "rocm" as `jax.Device.platform` and `jax.default_backend` name it.
         compute_capability: "9.0" for Hopper; empty where it is not known, and taken to be new.
+
+    >>> runs_triton("gpu", "7.0"), runs_triton("cuda", "9.0"), runs_triton("gpu"), runs_triton("rocm"), runs_triton("cpu")
+    (False, True, True, False, False)
     """
     return platform in ("gpu", "cuda") and float(compute_capability or "8.0") >= 8.0
 

@@ -12,8 +12,8 @@ BF16, FLOAT32 = 2, 4
 LOGITS_AT_ONCE = 2**26  # at least, on one device: 256 MiB in float32
 HEAD_BYTES = 2**30  # what the loss may hold at once on a GPU, its weights in the compute dtype included
 TILE = 128  # tokens; products whose sizes are whole tiles waste nothing
-BYTES_OF_A_LOGIT = FLOAT32 + BF16  # while they are there: they and their gradient. Of XLA's operations, where devices share the vocabulary:
-BYTES_WITHOUT_KERNEL = 10
+BYTES_OF_A_LOGIT = FLOAT32 + BF16  # while they are there: they and their gradient
+BYTES_WITHOUT_KERNEL = 10  # the same where devices share the vocabulary: 2.5 float32 arrays of them
 
 
 def matmul_parameters(config: ModelConfig) -> int:

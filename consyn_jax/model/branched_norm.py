@@ -102,15 +102,16 @@ def _setting(scale_ref: Any, num_rows: int, dim: int) -> Any:
     """Which columns there are, where not all; how many rows the program has; scale."""
     (width,) = scale_ref.shape
     there = None if width == dim else jnp.arange(width) < dim
-    return there, jnp.minimum(ROWS, num_rows - pl.program_id(0) * ROWS), _load(scale_ref, there)
+    return there, jnp.minimum(ROWS, num_rows - pl.program_id(0) * ROWS), load(scale_ref, there)
 
 
-def _load(ref: Any, there: Any) -> jax.Array:
-    """As float32, with zeros for columns that there are not: they add nothing to sums."""
+def load(ref: Any, there: Any) -> jax.Array:
+    """As float32, with zeros for what there is not, which add nothing to sums; None: all is there."""
     return pltriton.load(ref, mask=there, other=None if there is None else 0.0).astype(jnp.float32)
 
 
-def _store(ref: Any, value: jax.Array, there: Any) -> None:
+def store(ref: Any, value: jax.Array, there: Any) -> None:
+    """What there is, in the dtype of `ref`."""
     pltriton.store(ref, value.astype(ref.dtype), mask=there)
 
 
@@ -118,8 +119,8 @@ def _branched_norm_forward(scale_ref, x_ref, out_ref, *, num_rows, dim, eps):
     there, rows, scale = _setting(scale_ref, num_rows, dim)
 
     def of_row(row, carry):
-        x = _load(x_ref.at[row], there)
-        _store(out_ref.at[row], x * jax.lax.rsqrt(jnp.sum(x * x) / dim + eps) * scale, there)
+        x = load(x_ref.at[row], there)
+        store(out_ref.at[row], x * jax.lax.rsqrt(jnp.sum(x * x) / dim + eps) * scale, there)
         return carry
 
     jax.lax.fori_loop(0, rows, of_row, 0)
@@ -130,13 +131,13 @@ def _branched_norm_backward(scale_ref, x_ref, dresidual_ref, *refs, num_rows, di
     there, rows, scale = _setting(scale_ref, num_rows, dim)
 
     def of_row(row, dscale):
-        x, dresidual = _load(x_ref.at[row], there), _load(dresidual_ref.at[row], there)
-        dy = sum(_load(ref.at[row], there) for ref in dnormed_refs)
+        x, dresidual = load(x_ref.at[row], there), load(dresidual_ref.at[row], there)
+        dy = sum(load(ref.at[row], there) for ref in dnormed_refs)
         g = dy * scale
         squares, along = jnp.sum(x * x), jnp.sum(g * x)  # neither waits for the other
         inverse = jax.lax.rsqrt(squares / dim + eps)
         x *= inverse  # normed
-        _store(dx_ref.at[row], dresidual + inverse * (g - x * (along * inverse / dim)), there)
+        store(dx_ref.at[row], dresidual + inverse * (g - x * (along * inverse / dim)), there)
         return dscale + dy * x
 
-    _store(dscale_ref, jax.lax.fori_loop(0, rows, of_row, jnp.zeros(scale.shape, jnp.float32)), there)
+    store(dscale_ref, jax.lax.fori_loop(0, rows, of_row, jnp.zeros(scale.shape, jnp.float32)), there)

@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float
 
 from consyn_jax.distributed.mesh import partition_spec
+from consyn_jax.model.branched_norm import load, store
 from consyn_jax.model.transformer import Rope
 
 ELEMENTS = 1024  # of each half of a head that a program has at once: 32 tokens of heads of 64, 16 bytes of bf16 a thread; of seven within 4 % of an H200's best
@@ -85,16 +86,7 @@ def _setting(scale_ref: Any, cos_ref: Any, sin_ref: Any, num_tokens: int) -> Any
     own, h = cos_ref.shape
     a, b = pl.ds(0, h), pl.ds(h, h)
     there = jnp.broadcast_to((pl.program_id(0) * own + jnp.arange(own) < num_tokens)[:, None], (own, h))
-    return a, b, there, scale_ref[a][None, :], scale_ref[b][None, :], _load(cos_ref, there), _load(sin_ref, there)
-
-
-def _load(ref: Any, there: Any) -> jax.Array:
-    """As float32, with zeros for tokens that there are not: they add nothing to the gradient of the scale."""
-    return pltriton.load(ref, mask=there, other=0.0).astype(jnp.float32)
-
-
-def _store(ref: Any, value: jax.Array, there: Any) -> None:
-    pltriton.store(ref, value.astype(ref.dtype), mask=there)
+    return a, b, there, scale_ref[a][None, :], scale_ref[b][None, :], load(cos_ref, there), load(sin_ref, there)
 
 
 def _mean(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -105,11 +97,11 @@ def _norm_rope_forward(x_ref, scale_ref, cos_ref, sin_ref, out_ref, *, num_token
     a, b, there, scale_a, scale_b, cos, sin = _setting(scale_ref, cos_ref, sin_ref, num_tokens)
 
     def of_head(n, carry):
-        xa, xb = _load(x_ref.at[:, n, a], there), _load(x_ref.at[:, n, b], there)
+        xa, xb = load(x_ref.at[:, n, a], there), load(x_ref.at[:, n, b], there)
         inverse = jax.lax.rsqrt(_mean(xa * xa, xb * xb) + eps)
         ya, yb = xa * inverse * scale_a, xb * inverse * scale_b
-        _store(out_ref.at[:, n, a], ya * cos - yb * sin, there)
-        _store(out_ref.at[:, n, b], yb * cos + ya * sin, there)
+        store(out_ref.at[:, n, a], ya * cos - yb * sin, there)
+        store(out_ref.at[:, n, b], yb * cos + ya * sin, there)
         return carry
 
     jax.lax.fori_loop(0, x_ref.shape[1], of_head, 0)
@@ -119,15 +111,15 @@ def _norm_rope_backward(x_ref, dout_ref, scale_ref, cos_ref, sin_ref, dx_ref, ds
     a, b, there, scale_a, scale_b, cos, sin = _setting(scale_ref, cos_ref, sin_ref, num_tokens)
 
     def of_head(n, dscale):
-        xa, xb = _load(x_ref.at[:, n, a], there), _load(x_ref.at[:, n, b], there)
-        da, db = _load(dout_ref.at[:, n, a], there), _load(dout_ref.at[:, n, b], there)
+        xa, xb = load(x_ref.at[:, n, a], there), load(x_ref.at[:, n, b], there)
+        da, db = load(dout_ref.at[:, n, a], there), load(dout_ref.at[:, n, b], there)
         inverse = jax.lax.rsqrt(_mean(xa * xa, xb * xb) + eps)
         xa, xb = xa * inverse, xb * inverse  # normed
         dya, dyb = da * cos + db * sin, db * cos - da * sin
         ga, gb = dya * scale_a, dyb * scale_b
         along = _mean(ga * xa, gb * xb)
-        _store(dx_ref.at[:, n, a], inverse * (ga - xa * along), there)
-        _store(dx_ref.at[:, n, b], inverse * (gb - xb * along), there)
+        store(dx_ref.at[:, n, a], inverse * (ga - xa * along), there)
+        store(dx_ref.at[:, n, b], inverse * (gb - xb * along), there)
         return dscale[0] + dya * xa, dscale[1] + dyb * xb
 
     nothing = jnp.zeros(cos_ref.shape, jnp.float32)
