@@ -211,7 +211,7 @@ def run(given: argparse.Namespace) -> bool:
     """The parts in order; whether none failed."""
     began, name = time.perf_counter(), gpu()
     tiny, date = given.tiny or name is None, time.strftime("%Y-%m-%d")
-    slug = "rehearsal" if tiny else name.lower().replace("nvidia ", "").split()[0]
+    slug = "rehearsal" if tiny else "-".join(name.lower().removeprefix("nvidia ").split())
     out = given.out or HERE / "results" / f"{slug}-{date}.json"
     before = json.loads(out.read_text()) if given.only and out.exists() else {}
     report: dict[str, Any] = {"gpu": name, "date": date, "commit": commit(), "tiny": tiny, "seconds": 0.0, "parts": before.get("parts", {})}
@@ -248,7 +248,7 @@ def run(given: argparse.Namespace) -> bool:
                 keep(part, measured(part))
     print(page(report))
     print(f"Written: {out}, {out.with_suffix('.md')}")
-    return all(one["state"] in ("done", "absent", "left out") for one in report["parts"].values())
+    return all(report["parts"][part.name]["state"] in ("done", "absent", "left out") for part in wanted)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def choose_attention(platform: str, dtype: Any, head_dim: int, compute_capabilit
     elif dropout:
         obstacle = "has no dropout that draws the same on every mesh"
     else:
-        return AttentionChoice("fused", "this package's kernel where a row holds documents, cuDNN's where it is one")
+        return AttentionChoice("fused", "this package's kernel")
     return AttentionChoice("xla", f"fused attention {obstacle}; this is slower, and its memory grows with the square of the sequence")
 
 
@@ -134,14 +134,11 @@ def causal_attention(
     # of its own queries a device needs to know where their documents begin, and of all keys where theirs end
     intervals = None if inside is None else Documents(partition_spec(("batch", "sequence")), partition_spec(("batch", None)))  # type: ignore[arg-type]
     specs = (heads, kv_heads, kv_heads, intervals, partition_spec(weights))
-    # check_vma off: neither kernel's custom call says over which axes its result varies
+    # check_vma off: the kernel's custom call does not say over which axes its result varies
     return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(q_BTNH, k_BTKH, v_BTKH, inside, kept_BNTS)
 
 
 def _local_attention(q_BTNH, k_BSKH, v_BSKH, inside, kept_BNTS, *, backend: Backend, sliding_window: int | None, context: int, dropout: Dropout | None):
-    if backend == "fused" and inside is None and context == 1:
-        window = None if sliding_window is None else (sliding_window - 1, 0)
-        return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, local_window_size=window, implementation="cudnn")
     T, first = q_BTNH.shape[1], 0
     if context > 1:
         first = jax.lax.axis_index("context") * T

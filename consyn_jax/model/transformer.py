@@ -212,9 +212,8 @@ class Block(nnx.Module):
 
 
 def _is_attention(primitive: Any, parameters: Any) -> bool:
-    """Whether it gives attention's output, of a kernel with the sums that its backward pass needs: cuDNN's call, or what has a name."""
-    named = primitive.name == "name" and parameters["name"] in ("xla attention", "document attention")
-    return named or primitive.name == "dot_product_attention_fwd_wrapper"
+    """Whether it gives attention's output, of a kernel with the sums that its backward pass needs."""
+    return primitive.name == "name" and parameters["name"] in ("xla attention", "document attention")
 
 
 def _keep_products(primitive: Any, *shapes: Any, **parameters: Any) -> bool:

@@ -89,12 +89,6 @@ def test_attention_has_no_mask_and_no_scores_in_memory(part: str) -> None:
     assert not [(dtype, shape) for dtype, found in shapes.items() for shape in found if math.prod(shape) and math.prod(shape) % 49 == 0]
 
 
-@pytest.mark.parametrize("part", ["documents", "a part of the sequence", "heads of 80 on Ada"])
-def test_documents_have_a_kernel_forward_and_two_backward(part: str) -> None:
+@pytest.mark.parametrize("part", ["documents", "a part of the sequence", "heads of 80 on Ada", "whole rows"])
+def test_attention_has_a_kernel_forward_and_two_backward(part: str) -> None:
     assert parts()[part]["kernels"] == dict.fromkeys(["document_attention_forward", "document_attention_queries", "document_attention_keys"], 1)
-
-
-def test_rows_that_are_one_document_have_cudnns() -> None:
-    forward, backward = sorted(parts()["whole rows"]["kernels"])
-    assert forward.startswith("__cudnn$fmha")
-    assert backward == f"{forward}Backward"
