@@ -20,7 +20,7 @@ def step(x):
 
 compiled = jax.jit(step).lower(1.0).compile()
 faults = []
-for _ in range(8):
+for _ in range(40):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     compiled(1.0).block_until_ready()
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
