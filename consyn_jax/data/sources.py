@@ -18,8 +18,7 @@ from pathlib import Path
 from consyn_jax.config import UserError, nearest
 from consyn_jax.data import huggingface, raw_tokens
 from consyn_jax.data.byte_stream import ByteStream
-from consyn_jax.data.shards import MANIFEST
-from consyn_jax.data.store import PREPARING
+from consyn_jax.data.store import PREPARING, is_store
 
 SAMPLE = "sample"
 TEXT_SUFFIXES = (".txt", ".md")
@@ -157,8 +156,8 @@ def _look_into(name: str, dataset_type: str, invalid_utf8: str) -> Iterator[tupl
         if not kind:
             raise UserError(f"--data sample is text, not {NAMES[dataset_type]} as --dataset_type {dataset_type} wants. Leave --dataset_type out.")
         yield Source(SAMPLE, SAMPLE), ""
-    elif path.is_dir() and ((path / MANIFEST).is_file() or huggingface.look(path)):
-        kind = "sharded" if (path / MANIFEST).is_file() else "huggingface"
+    elif path.is_dir() and (is_store(path) or huggingface.look(path)):
+        kind = "sharded" if is_store(path) else "huggingface"
         if dataset_type not in ("auto", kind):
             found = "a token store" if kind == "sharded" else NAMES[kind]
             raise UserError(f"{name} is {found}, not {NAMES[dataset_type]} as --dataset_type {dataset_type} wants. Leave --dataset_type out.")
@@ -206,7 +205,7 @@ def _passed_over(directory: Path) -> str:
     """Why a directory in another is not looked into, or "": one of our commands made it, or it lies elsewhere."""
     if directory.is_symlink():
         return "is a link to a directory; name it by itself"
-    if (directory / MANIFEST).is_file() or (directory / PREPARING).is_dir():
+    if is_store(directory) or (directory / PREPARING).is_dir():
         return "is a token store; name it by itself"
     return "is a run of consyn-train" if (directory / "config.yaml").is_file() and (directory / "metrics.jsonl").is_file() else ""
 

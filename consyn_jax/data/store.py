@@ -41,6 +41,8 @@ SHARD_TOKENS = 1 << 24
 PREPARING = "preparing"
 STORE_FILE = re.compile(r"manifest\.json|report\.json|report\.html|tokenizer|preparing|[a-z][a-z0-9_]*-\d{5,}\.(tokens|index|targets)|\..*\.new")
 _SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_HEAD = re.compile(rb'"format"\s*:\s*"' + FORMAT.encode())
+_HEAD_BYTES = 1 << 16
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -535,6 +537,20 @@ class JoinedStores:
     def fingerprint(self) -> str:
         """As of a `TokenStore`."""
         return hashlib.sha256(" ".join(store.fingerprint for store in self.stores).encode()).hexdigest()
+
+
+def is_store(directory: Path) -> bool:
+    """Whether this is a token store. One whose manifest is damaged is known by its tokens: it shall say so, and not be read as text.
+
+    Others, too, call files `manifest.json`, some of gigabytes; so only the beginning is read.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        return False
+    with suppress(OSError), path.open("rb") as file:
+        if _HEAD.search(file.read(_HEAD_BYTES)):
+            return True
+    return any(directory.glob("*.tokens"))
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
