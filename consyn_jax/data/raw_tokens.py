@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64, Integer
+from jaxtyping import Int64
 
 from consyn_jax.config import UserError
 from consyn_jax.data.digests import FileDigests
@@ -197,17 +197,6 @@ class RawShard(Tokens):
     @property
     def verified(self) -> bool:  # type: ignore[override]
         return self._file.verified
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self._file.path
-
-    @property
-    def tokens(self) -> Integer[np.ndarray, " num_tokens"]:
-        """All tokens, in the file's own type, in a new memory map."""
-        self.verify()
-        return self._file.numbers.mapped()[self._start : self._start + self.num_tokens]
 
     @property
     def starts(self) -> Int64[np.ndarray, " documents"]:

@@ -26,7 +26,6 @@ from jaxtyping import Bool, Int64, Integer, UInt8
 from consyn_jax.config import UserError
 
 MANIFEST = "manifest.json"
-MANIFEST = "manifest.json"
 AGAIN = "Delete the directory and prepare the data again."
 OPEN_FILES = 128
 # Large enough that hashing lets other threads run nearly all the time, small enough to stay in the processor's cache.
@@ -140,7 +139,7 @@ class Tokens(ABC):
         num_tokens: how many.
         num_targets: how many of them are targets of the loss.
         num_documents, num_bytes: documents that begin here, and the size of their text in UTF-8; None where nobody knows.
-        dtype: the type of `tokens`.
+        dtype: the type of the tokens.
         verified: whether `verify` has succeeded.
         delimiter: once verified, an id that stands in front of every document start and nowhere else, or None where there is no
             such id. It saves looking document starts up.
@@ -156,18 +155,8 @@ class Tokens(ABC):
 
     @property
     @abstractmethod
-    def tokens(self) -> Integer[np.ndarray, " num_tokens"]:
-        """All tokens, checked; a new memory map where they are on disk."""
-
-    @property
-    @abstractmethod
     def starts(self) -> Int64[np.ndarray, " num_documents"]:
-        """Where in `tokens` each document starts, checked."""
-
-    @property
-    def targets(self) -> UInt8[np.ndarray, " num_tokens"] | None:
-        """1 where a token is a target of the loss, 0 where it is not; None where all are."""
-        return None
+        """Where in the run each document starts, checked; a new memory map where that is on disk."""
 
     @abstractmethod
     def read(self, start: int, out: np.ndarray) -> None:
@@ -216,30 +205,11 @@ class Shard(Tokens):
                 _check_size(file)
 
     @property
-    def path(self) -> Path:
-        """The file of tokens."""
-        return Path(self._tokens.path)
-
-    @property
-    def tokens(self) -> Integer[np.ndarray, " num_tokens"]:
-        """All tokens, uint16 or uint32, in a new memory map."""
-        self.verify()
-        return self._tokens.mapped()
-
-    @property
     def starts(self) -> Int64[np.ndarray, " num_documents"]:
         """Where each document starts, in a new memory map. Only the index is checked for it."""
         with self._lock:
             self._verify_index()
         return self._index.mapped()
-
-    @property
-    def targets(self) -> UInt8[np.ndarray, " num_tokens"] | None:
-        """1 where a token is a target of the loss, in a new memory map; None where all are."""
-        if self._targets is None:
-            return None
-        self.verify()
-        return self._targets.mapped()
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Fill `out` with the tokens from `start` on."""
@@ -359,19 +329,9 @@ class MemoryShard(Tokens):
         self.delimiter = eos_id if np.count_nonzero(self._tokens == eos_id) == len(ended) else None
 
     @property
-    def tokens(self) -> Integer[np.ndarray, " num_tokens"]:
-        """All tokens."""
-        return self._tokens
-
-    @property
     def starts(self) -> Int64[np.ndarray, " num_documents"]:
         """Where each document starts."""
         return self._starts
-
-    @property
-    def targets(self) -> UInt8[np.ndarray, " num_tokens"] | None:
-        """1 where a token is a target of the loss; None where all are."""
-        return self._targets
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Fill `out` with the tokens from `start` on."""

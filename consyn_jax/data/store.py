@@ -405,19 +405,9 @@ class _OpenShard(Tokens):
         self._targets = NumberFile(str(paths["targets"]), np.dtype("u1"), self.num_tokens) if has_targets else None
 
     @property
-    def tokens(self) -> Integer[np.ndarray, " num_tokens"]:
-        """All tokens, in a new memory map."""
-        return self._tokens.mapped()
-
-    @property
     def starts(self) -> Int64[np.ndarray, " num_documents"]:
         """Where each document starts, in a new memory map."""
         return self._index.mapped()
-
-    @property
-    def targets(self) -> UInt8[np.ndarray, " num_tokens"] | None:
-        """1 where a token is a target of the loss; None where all are."""
-        return None if self._targets is None else self._targets.mapped()
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Fill `out` with the tokens from `start` on."""
@@ -469,7 +459,7 @@ def _totals(shards: Iterable[dict[str, Any]]) -> dict[str, int]:
 
 
 class TokenStore:
-    """A token store on disk. Opening it reads the manifest and the sizes of its files; tokens are read by memory map.
+    """A token store on disk. Opening it reads the manifest and the sizes of its files; tokens are read where they lie (`shards`).
 
     Raises:
         UserError: not a token store, of another version, or damaged; the message names the file.

@@ -84,9 +84,7 @@ def test_every_kind_is_recognised_and_read(tmp_path: Path, name: str, write: Wri
     assert all_of(store.split("train")) == STREAM.tolist()
     assert all_of(store.split("validation")) == [1, 2, EOS]
     assert store.split("test").num_tokens == 0
-    shard = store.split("train").shards[0]
-    assert shard.tokens.tolist() == STREAM.tolist()
-    assert shard.starts.tolist() == [0, 3, 5, 9]
+    assert store.split("train").shards[0].starts.tolist() == [0, 3, 5, 9]
     assert (store.split("train").num_documents, store.split("train").num_bytes) == (None, None)
     assert (store.vocab_size, store.tokenizer) == (259, BYTES)
 
