@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -394,34 +395,17 @@ class _ShardWriter:
                 file.close()
 
 
-class _OpenShard(Tokens):
+class _OpenShard(Shard):
     """A shard that is still being written, as it was at one moment. What this process has just written needs no checking."""
 
     def __init__(self, paths: dict[str, Path], counts: dict[str, int], dtype: np.dtype, has_targets: bool) -> None:
         self.num_tokens, self.num_documents, self.num_bytes = counts["tokens"], counts["documents"], counts["bytes"]
         self.num_targets, self.dtype = counts["target_tokens"], dtype
+        self.verified = self._index_verified = True
+        self._lock = threading.Lock()
         self._tokens = NumberFile(str(paths["tokens"]), dtype, self.num_tokens)
-        self._index = NumberFile(str(paths["index"]), np.dtype("<i8"), counts["documents"])
+        self._index = NumberFile(str(paths["index"]), np.dtype("<i8"), self.num_documents)
         self._targets = NumberFile(str(paths["targets"]), np.dtype("u1"), self.num_tokens) if has_targets else None
-
-    @property
-    def starts(self) -> Int64[np.ndarray, " num_documents"]:
-        """Where each document starts, in a new memory map."""
-        return self._index.mapped()
-
-    def read(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` with the tokens from `start` on."""
-        self._tokens.read(start, out)
-
-    def read_targets(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` with 1 for each token from `start` on that is a target of the loss, else 0."""
-        if self._targets is None:
-            out[:] = 1
-        else:
-            self._targets.read(start, out)
-
-    def verify(self) -> None:
-        """There is nothing to check it against."""
 
 
 def delete_store(directory: Path) -> None:
