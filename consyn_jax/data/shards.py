@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,7 @@ class MemoryShard(Tokens):
     """Documents in memory. EOS is put behind each that lacks it; the bytes of their text are not known.
 
     Args:
+        documents: the ids of each, without BOS.
         targets: for each document, 1 where a token is a target of the loss, else 0; an EOS that is put behind it is a target.
     """
 
@@ -352,7 +354,6 @@ class StoreSplit:
     """The runs of tokens of one split, seen as one stream: the documents in store order, each ended by EOS.
 
     Attributes:
-        offsets: stream positions of the shards, and of the end.
         num_targets: tokens that are targets of the loss.
         num_documents: None where nobody has counted them (raw token files).
         num_bytes: size of the documents' text in UTF-8; None where a shard does not know it.
@@ -361,8 +362,7 @@ class StoreSplit:
 
     def __init__(self, shards: Sequence[Tokens]) -> None:
         self.shards = tuple(shards)
-        self.offsets = np.concatenate([[0], np.cumsum([shard.num_tokens for shard in shards], dtype=np.int64)]).astype(np.int64)
-        self._offsets: list[int] = self.offsets.tolist()
+        self._offsets = [0, *accumulate(shard.num_tokens for shard in shards)]  # stream positions of the shards, and of the end
         self.num_tokens = self._offsets[-1]
         self.num_targets = sum(shard.num_targets for shard in shards)
         self.num_documents = _sum(shard.num_documents for shard in shards)

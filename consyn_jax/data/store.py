@@ -453,7 +453,6 @@ class TokenStore:
         self.directory = Path(directory)
         self.manifest = _read_manifest(self.directory)
         self.vocab_size: int = self.manifest["vocab_size"]
-        self.dtype = token_dtype(self.vocab_size)
         self.splits = {
             name: StoreSplit([Shard(self.directory, entry, self.vocab_size) for entry in split["shards"]]) for name, split in self.manifest["splits"].items()
         }
@@ -496,7 +495,6 @@ class JoinedStores:
             raise UserError(f"{stores[0].directory} and {other.directory} were made with different tokenizers. Prepare one of them again with the other's.")
         names = sorted({name for store in stores for name in store.splits})
         self.splits = {name: StoreSplit([shard for store in stores for shard in store.split(name).shards]) for name in names}
-        self.vocab_size = stores[0].vocab_size
 
     def split(self, name: str) -> StoreSplit:
         """The split of that name; one without documents where no store has it."""
