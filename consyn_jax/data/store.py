@@ -18,11 +18,9 @@ import json
 import os
 import re
 import shutil
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from io import BufferedRandom
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +30,8 @@ import numpy as np
 from jaxtyping import Int64, Integer, UInt8
 
 from consyn_jax.config import UserError
-from consyn_jax.data.shards import AGAIN, MANIFEST, NumberFile, Shard, StoreSplit, Tokens, token_dtype
+from consyn_jax.data.shard_writer import ShardWriter
+from consyn_jax.data.shards import AGAIN, MANIFEST, Shard, StoreSplit, token_dtype
 from consyn_jax.tokenization import BPETokenizer, load_tokenizer
 
 FORMAT = "consyn token store"
@@ -71,7 +70,7 @@ class TokenStoreWriter:
         self._tokenizer = tokenizer
         self._shard_tokens = shard_tokens
         self._dtype = token_dtype(tokenizer.vocab_size)
-        self._open_shards: dict[str, _ShardWriter] = {}
+        self._open_shards: dict[str, ShardWriter] = {}
         self._shards: dict[str, list[dict[str, Any]]] = {}
         self._closed: dict[str, list[Shard]] = {}
         self._finished = False
@@ -157,7 +156,7 @@ class TokenStoreWriter:
         with self._writing():
             self._shard(split).drop_document()
 
-    def _shard(self, split: str) -> _ShardWriter:
+    def _shard(self, split: str) -> ShardWriter:
         if split not in self._open_shards:
             if not _SPLIT_NAME.fullmatch(split):
                 raise UserError(f"A split is named by lower-case letters, digits and _, not {split!r}.")
@@ -165,7 +164,7 @@ class TokenStoreWriter:
                 raise ValueError(f"The token store {self.directory} is finished; nothing can be added to it.")
             name = f"{split}-{len(self._shards.get(split, [])):05d}"
             with self._writing():
-                self._open_shards[split] = _ShardWriter(self.directory, name, self._dtype)
+                self._open_shards[split] = ShardWriter(self.directory, name, self._dtype)
         return self._open_shards[split]
 
     def _close_if_full(self, split: str) -> None:
@@ -191,7 +190,7 @@ class TokenStoreWriter:
         self._shards = {split: list(entries) for split, entries in state["shards"].items()}
         known = {entry[key] for entries in self._shards.values() for entry in entries for key in ("file", "index", "targets") if key in entry}
         for split, shard in state["open"].items():
-            self._open_shards[split] = _ShardWriter(self.directory, shard["name"], self._dtype, shard)
+            self._open_shards[split] = ShardWriter(self.directory, shard["name"], self._dtype, shard)
             known |= {path.name for path in self._open_shards[split].paths}
         for path in self.directory.iterdir():
             if path.suffix in (".tokens", ".index", ".targets") and path.name not in known:
@@ -274,138 +273,6 @@ class TokenStoreWriter:
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(f"The token store cannot be written to {self.directory}: {error.strerror or error}. Make room, or choose another place.")
-
-
-class _ShardWriter:
-    """One shard under way. Everything goes to the files as it comes; only whole documents count.
-
-    Args:
-        state: what `state` gave; the files are cut back to it.
-    """
-
-    def __init__(self, directory: Path, name: str, dtype: np.dtype, state: dict[str, Any] | None = None) -> None:
-        state = state or {"tokens": 0, "documents": 0, "bytes": 0, "target_tokens": 0, "pending": None, "has_targets": False}
-        self.directory, self.name, self.dtype = directory, name, dtype
-        self.tokens, self.documents, self.num_bytes, self.targets = state["tokens"], state["documents"], state["bytes"], state["target_tokens"]
-        self.pending: int | None = state["pending"]  # tokens of a document whose end has not come yet
-        self._paths = {kind: directory / f"{name}.{kind}" for kind in ("tokens", "index", "targets")}
-        self._files: dict[str, BufferedRandom] = {}
-        sizes = {"tokens": (self.tokens + (self.pending or 0)) * dtype.itemsize, "index": (self.documents + (self.pending is not None)) * 8}
-        sizes |= {"targets": self.tokens} if state["has_targets"] else {}
-        try:
-            for kind, size in sizes.items():
-                self._files[kind] = self._open(kind, size)
-        except BaseException:
-            self.abandon()
-            raise
-
-    @property
-    def paths(self) -> list[Path]:
-        """Its files."""
-        return [self._paths[kind] for kind in self._files]
-
-    def _open(self, kind: str, size: int) -> BufferedRandom:
-        path = self._paths[kind]
-        if size and (not path.is_file() or path.stat().st_size < size):  # it would be filled up with zeros
-            raise UserError(f"{path} is not what the preparation that was interrupted had made. {AGAIN}")
-        file = path.open("r+b" if size else "w+b")
-        file.truncate(size)
-        file.seek(size)
-        return file
-
-    def append(self, ids: np.ndarray, lengths: np.ndarray, num_bytes: int, targets: np.ndarray | None) -> None:
-        self._files["index"].write((self.tokens + np.cumsum(lengths) - lengths).astype("<u8").tobytes())
-        self._files["tokens"].write(np.ascontiguousarray(ids, self.dtype).data)
-        if targets is not None and not targets.all() and "targets" not in self._files:
-            self._files["targets"] = self._open("targets", 0)
-            for start in range(0, self.tokens, 1 << 20):
-                self._files["targets"].write(b"\1" * min(1 << 20, self.tokens - start))
-        if "targets" in self._files:
-            self._files["targets"].write((np.ones(len(ids), np.uint8) if targets is None else np.ascontiguousarray(targets)).data)
-        self.tokens += len(ids)
-        self.documents += len(lengths)
-        self.num_bytes += num_bytes
-        self.targets += len(ids) if targets is None else int(np.count_nonzero(targets))
-
-    def append_part(self, ids: np.ndarray) -> None:
-        if self.pending is None:
-            self._files["index"].write(np.array([self.tokens], "<u8").tobytes())
-            self.pending = 0
-        self._files["tokens"].write(np.ascontiguousarray(ids, self.dtype).data)
-        self.pending += len(ids)
-
-    def end_document(self, num_bytes: int) -> None:
-        length = self.pending or 0
-        if "targets" in self._files:
-            for start in range(0, length, 1 << 20):
-                self._files["targets"].write(b"\1" * min(1 << 20, length - start))
-        self.tokens, self.targets, self.pending = self.tokens + length, self.targets + length, None
-        self.documents += 1
-        self.num_bytes += num_bytes
-
-    def drop_document(self) -> None:
-        for kind, size in (("tokens", self.tokens * self.dtype.itemsize), ("index", self.documents * 8)):
-            self._files[kind].truncate(size)
-            self._files[kind].seek(size)
-        self.pending = None
-
-    def counts(self) -> dict[str, int]:
-        return {"tokens": self.tokens, "documents": self.documents, "bytes": self.num_bytes, "target_tokens": self.targets}
-
-    def state(self) -> dict[str, Any]:
-        self.flush(sync=True)
-        return {"name": self.name, **self.counts(), "pending": self.pending, "has_targets": "targets" in self._files}
-
-    def flush(self, sync: bool = False) -> None:
-        for file in self._files.values():
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-
-    def written(self, begun: bool) -> Tokens:
-        """The whole documents so far, to read, and with `begun` what there is of the one that has begun."""
-        counts = self.counts()
-        if begun and self.pending:
-            counts |= {"tokens": self.tokens + self.pending, "documents": self.documents + 1, "target_tokens": self.targets + self.pending}
-        return _OpenShard(self._paths, counts, self.dtype, "targets" in self._files)
-
-    def close(self) -> dict[str, Any] | None:
-        """The shard's entry in the manifest; None, and no files, where it has no documents."""
-        self.flush(sync=True)
-        if not self.documents:
-            self.abandon()
-            for path in self.paths:
-                path.unlink()
-            return None
-        entry: dict[str, Any] = {"file": self._paths["tokens"].name, "index": self._paths["index"].name, **self.counts()}
-        names = {"tokens": "sha256", "index": "index_sha256", "targets": "targets_sha256"}
-        if "targets" in self._files:
-            entry["targets"] = self._paths["targets"].name
-        else:
-            del entry["target_tokens"]
-        for kind, file in self._files.items():
-            file.seek(0)
-            entry[names[kind]] = hashlib.file_digest(file, "sha256").hexdigest()
-            file.close()
-        return entry
-
-    def abandon(self) -> None:
-        for file in self._files.values():
-            with suppress(OSError):  # what cannot be flushed any more has not counted yet
-                file.close()
-
-
-class _OpenShard(Shard):
-    """A shard that is still being written, as it was at one moment. What this process has just written needs no checking."""
-
-    def __init__(self, paths: dict[str, Path], counts: dict[str, int], dtype: np.dtype, has_targets: bool) -> None:
-        self.num_tokens, self.num_documents, self.num_bytes = counts["tokens"], counts["documents"], counts["bytes"]
-        self.num_targets, self.dtype = counts["target_tokens"], dtype
-        self.verified = self._index_verified = True
-        self._lock = threading.Lock()
-        self._tokens = NumberFile(str(paths["tokens"]), dtype, self.num_tokens)
-        self._index = NumberFile(str(paths["index"]), np.dtype("<i8"), self.num_documents)
-        self._targets = NumberFile(str(paths["targets"]), np.dtype("u1"), self.num_tokens) if has_targets else None
 
 
 def delete_store(directory: Path) -> None:
