@@ -24,7 +24,8 @@ from jaxtyping import Int64
 
 from consyn_jax.config import UserError
 from consyn_jax.data.digests import FileDigests
-from consyn_jax.data.shards import NumberFile, StoreSplit, Tokens, token_dtype
+from consyn_jax.data.number_file import NumberFile
+from consyn_jax.data.shards import StoreSplit, Tokens, token_dtype
 from consyn_jax.data.split import TEST, TRAIN, VALIDATION
 from consyn_jax.tokenization import BPETokenizer
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from consyn_jax.config import UserError
-from consyn_jax.data.shards import AGAIN, NumberFile, Shard, Tokens
+from consyn_jax.data.number_file import NumberFile
+from consyn_jax.data.shards import AGAIN, Shard, Tokens
 
 
 class ShardWriter:

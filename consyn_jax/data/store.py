@@ -310,7 +310,7 @@ def _totals(shards: Iterable[dict[str, Any]]) -> dict[str, int]:
 
 
 class TokenStore:
-    """A token store on disk. Opening it reads the manifest and the sizes of its files; tokens are read where they lie (`shards`).
+    """A token store on disk. Opening it reads the manifest and the sizes of its files; tokens are read where they lie.
 
     Raises:
         UserError: not a token store, of another version, or damaged; the message names the file.

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consyn_jax.config import CorpusOptions, UserError
-from consyn_jax.data import digests, shards
+from consyn_jax.data import digests, number_file
 from consyn_jax.data.packing import PackedDataset, WholeDocuments
 from consyn_jax.data.prepare import Prepared, prepare
 from consyn_jax.data.raw_tokens import PICKLES, RawTokens, is_named_so, look
@@ -197,7 +197,7 @@ def test_what_was_hashed_is_remembered_for_the_next_start(tmp_path: Path, monkey
 def test_ids_outside_the_vocabulary_are_found_on_the_first_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], Path], wrong: int
 ) -> None:
-    monkeypatch.setattr(shards, "CHUNK_BYTES", 16)
+    monkeypatch.setattr(number_file, "CHUNK_BYTES", 16)
     path = write(tmp_path)
     good = nanogpt(tmp_path / "good.bin", np.array([1, 2, 3]))
     split = RawTokens([good, path], BYTES, validation=[good]).split("train")

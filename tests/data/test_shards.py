@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consyn_jax.config import UserError
-from consyn_jax.data import shards as module
+from consyn_jax.data import number_file
+from consyn_jax.data.number_file import NumberFile
 from consyn_jax.data.packing import PackedDataset
-from consyn_jax.data.shards import MemoryShard, NumberFile, Shard, StoreSplit, Tokens
+from consyn_jax.data.shards import MemoryShard, Shard, StoreSplit, Tokens
 
 EOS, VOCABULARY = 258, 259
 
@@ -116,7 +117,7 @@ def test_eos_shows_where_documents_start_only_where_that_is_so(tmp_path: Path, d
 
 
 def test_the_delimiter_is_found_across_the_chunks_of_a_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_BYTES", 16)
+    monkeypatch.setattr(number_file, "CHUNK_BYTES", 16)
     random = np.random.default_rng(0)
     documents = [[*random.integers(0, 256, n).tolist(), EOS] for n in random.integers(0, 30, 50)]
     lengths = [len(ids) for ids in documents]
@@ -217,7 +218,7 @@ def test_of_several_damaged_shards_the_first_is_named(tmp_path: Path) -> None:
 
 
 def test_few_files_are_open_at_a_time_and_none_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module._open_files, "limit", 5)
+    monkeypatch.setattr(number_file._open_files, "limit", 5)
     split = opened(tmp_path, several(tmp_path, 40))
     assert held_open(tmp_path) == 0
     expected = split.windows(np.arange(0, 200, 5), 5)[0][:, 1:].tolist()
@@ -239,7 +240,7 @@ def test_a_file_with_the_number_of_one_that_is_gone_is_the_last_one_read(tmp_pat
     """CPython gives the address of an object that is gone to the next one: `id` alone does not tell them apart."""
     split = opened(tmp_path, several(tmp_path, 2))
     one, other = (shard._tokens for shard in split.shards)
-    files = module._OpenFiles(1)
+    files = number_file._OpenFiles(1)
     files.get(other)
     files._recent = OrderedDict([(id(one), weakref.ref(split.shards[0])), *files._recent.items()])
     assert files.get(one) is one.opened is not None
