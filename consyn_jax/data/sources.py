@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 from consyn_jax.config import UserError, nearest
-from consyn_jax.data import huggingface, raw_tokens
+from consyn_jax.data import hub, huggingface, raw_tokens
 from consyn_jax.data.byte_stream import ByteStream
 from consyn_jax.data.store import PREPARING, is_store
 
@@ -131,7 +131,7 @@ def _expand(name: str, dataset_type: str, flag: str) -> list[str | Source]:
         return list(found)
     if _may_be_on_hub(name, dataset_type):
         try:
-            return [Source(huggingface.identity(name), "huggingface")]
+            return [Source(hub.identity(name), "huggingface")]
         except UserError as error:
             raise UserError(f"{name} in --{flag} is no path here. As a dataset of the Hugging Face Hub: {error}") from error
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -140,10 +140,10 @@ def _expand(name: str, dataset_type: str, flag: str) -> list[str | Source]:
 
 def _may_be_on_hub(name: str, dataset_type: str) -> bool:
     """A word alone, the name of a file, or a path into a directory that exists is rather a slip of the pen, unless --dataset_type says otherwise."""
-    hub = huggingface.parse_hub_name(name)
-    if hub is None or dataset_type not in ("auto", "huggingface"):
+    named = hub.parse_hub_name(name)
+    if named is None or dataset_type not in ("auto", "huggingface"):
         return False
-    owner, slash, rest = hub.repository.partition("/")
+    owner, slash, rest = named.repository.partition("/")
     is_file = Path(rest).suffix.lower() in FILE_SUFFIXES
     return dataset_type == "huggingface" or bool(slash and not is_file and not Path(owner).exists())
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from consyn_jax.config import UserError
-from consyn_jax.data import huggingface
+from consyn_jax.data import hub
 from consyn_jax.data.sources import Corpus, find_sources, is_array, sample_texts
 
 
@@ -144,7 +144,7 @@ def test_paths_that_cannot_be_used(tmp_path: Path, names: list[str], message: st
 
 
 def test_what_may_be_the_name_of_a_dataset_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface, "identity", lambda name: f"{name}@{'0' * 40}::train")
+    monkeypatch.setattr(hub, "identity", lambda name: f"{name}@{'0' * 40}::train")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     assert find("owner/name").sources[0].kind == "huggingface"
