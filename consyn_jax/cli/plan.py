@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,12 +57,13 @@ def _complete(config: RunConfig, base: ModelConfig | None, stored: ModelConfig |
 
 
 def _vocabulary(config: RunConfig) -> int:
+    from consyn_jax.data.store import TokenStore, is_store
     from consyn_jax.tokenization import load_tokenizer
 
     spec = config.data.tokenizer
-    manifest = Path(config.data.data[0]) / "manifest.json"
-    if spec is None and manifest.is_file():
-        return int(json.loads(manifest.read_text(encoding="utf-8"))["vocab_size"])
+    stores = [path for path in map(Path, config.data.data) if is_store(path)]
+    if spec is None and stores:
+        return TokenStore(stores[0]).vocab_size
     if spec is not None and spec.startswith("train:"):
         return int(spec.removeprefix("train:"))
     return load_tokenizer(spec or "default").vocab_size

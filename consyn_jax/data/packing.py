@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, Integer
 
-from consyn_jax.data.shards import MemoryShard, StoreSplit
+from consyn_jax.data.shards import StoreSplit
 
 Batch = dict[str, np.ndarray]
 # Documents planned together in `WholeDocuments`: enough to find a match for every gap, few enough to plan in a moment.
@@ -225,13 +225,3 @@ def best_fit_decreasing(lengths: Int64[np.ndarray, " n"], size: int) -> Int64[np
     result = np.empty(len(lengths), np.int64)
     result[np.argsort(-lengths, kind="stable")] = chosen
     return result
-
-
-def memory_split(documents: Sequence[Int64[np.ndarray, " _"]], eos_id: int, targets: Sequence[np.ndarray] | None = None) -> StoreSplit:
-    """Documents in memory as a split; EOS is put behind each that lacks it, and the bytes of their text are not known.
-
-    Args:
-        documents: the ids of each, without BOS.
-        targets: for each document, 1 where a token is a target of the loss, else 0; None where all are.
-    """
-    return StoreSplit([MemoryShard(documents, eos_id, targets)])

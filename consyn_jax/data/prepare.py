@@ -301,8 +301,7 @@ def _given(corpus: Corpus, held_out: Corpus, options: CorpusOptions, tokenizer: 
         if wanted is None:
             raise UserError(f"--data {name} holds tokens, and not the tokenizer that made them. Name it with --tokenizer PATH.")
         paths = [[Path(source.name) for source in sources] for sources in (corpus.sources, held_out.sources)]
-        with FileDigests() as digest:
-            raw = RawTokens(paths[0], wanted, validation=paths[1], validation_fraction=options.validation_fraction, digest=digest)
+        raw = RawTokens(paths[0], wanted, validation=paths[1], validation_fraction=options.validation_fraction)
         return Prepared(raw, (*corpus.sources, *held_out.sources), left_out, Report(), from_cache=False)
     stores = [TokenStore(source.name) for source in corpus.sources]
     if wanted is not None and wanted.sha256 != stores[0].manifest["tokenizer_sha256"]:

@@ -13,17 +13,19 @@ import struct
 import threading
 import tokenize
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64, Integer
+from jaxtyping import Int64
 
 from consyn_jax.config import UserError
-from consyn_jax.data.shards import NumberFile, StoreSplit, Tokens, token_dtype
+from consyn_jax.data.digests import FileDigests
+from consyn_jax.data.number_file import NumberFile
+from consyn_jax.data.shards import StoreSplit, Tokens, token_dtype
 from consyn_jax.data.split import TEST, TRAIN, VALIDATION
 from consyn_jax.tokenization import BPETokenizer
 
@@ -146,19 +148,6 @@ def _npy(head: bytes, size: int) -> _Head:
 # ----------------------------------------------------------------------------------------------------------------------- reading
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}. Check that it is there and its permissions.") from error
-
-
 class _RawFile:
     """A token file, checked as a whole when any of it is first read: about a third of a second a gigabyte."""
 
@@ -211,17 +200,6 @@ class RawShard(Tokens):
         return self._file.verified
 
     @property
-    def path(self) -> Path:
-        """The file."""
-        return self._file.path
-
-    @property
-    def tokens(self) -> Integer[np.ndarray, " num_tokens"]:
-        """All tokens, in the file's own type, in a new memory map."""
-        self.verify()
-        return self._file.numbers.mapped()[self._start : self._start + self.num_tokens]
-
-    @property
     def starts(self) -> Int64[np.ndarray, " documents"]:
         """Where documents begin: looked for each time, at about a gigabyte a second."""
         self.verify()
@@ -270,7 +248,6 @@ class RawTokens:
         validation: files for the split "validation".
         validation_fraction: without any, the stream from `int((1 - fraction) * tokens)` on, moved to the next document start if there
             is one, is held out.
-        digest: the SHA-256 of a file's bytes, for `fingerprint`; a cache may answer.
 
     Attributes:
         splits: by name; `num_documents` and `num_bytes` are None there, because nobody has counted.
@@ -279,16 +256,8 @@ class RawTokens:
         UserError: a file is none of these, or damaged; no file is left to train on.
     """
 
-    def __init__(
-        self,
-        paths: Sequence[Path],
-        tokenizer: BPETokenizer,
-        validation: Sequence[Path] = (),
-        validation_fraction: float = 0.01,
-        digest: Callable[[Path], str] = file_sha256,
-    ) -> None:
+    def __init__(self, paths: Sequence[Path], tokenizer: BPETokenizer, validation: Sequence[Path] = (), validation_fraction: float = 0.01) -> None:
         self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
-        self._digest = digest
         self._paths: dict[str, list[Path]] = {TRAIN: [], VALIDATION: list(validation), TEST: []}
         for path in paths:
             self._paths[TRAIN if validation else split_of_name(path)].append(path)
@@ -310,7 +279,8 @@ class RawTokens:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the files' bytes in order, of how they are split and of the tokenizer; wherever the files lie."""
-        content: dict[str, Any] = {name: [self._digest(path) for path in paths] for name, paths in self._paths.items()}
+        with FileDigests() as digest:
+            content: dict[str, Any] = {name: [digest(path) for path in paths] for name, paths in self._paths.items()}
         content |= {"tokenizer": self.tokenizer.sha256, "cut": self._cut}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

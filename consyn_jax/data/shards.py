@@ -1,9 +1,4 @@
-"""Tokens on disk or in memory, and a split: runs of tokens seen as one stream of documents.
-
-Windows are read with `pread` and not through a memory map: mapped pages count as the process's memory, a map dies with SIGBUS when
-its file is cut short, and a read of 4 KB takes about a microsecond either way. So what reading holds does not grow with the store:
-a buffer a thread while a shard is checked, and a bounded number of open files.
-"""
+"""Tokens on disk or in memory, and a split: runs of tokens seen as one stream of documents."""
 
 from __future__ import annotations
 
@@ -11,12 +6,11 @@ import hashlib
 import os
 import stat
 import threading
-import weakref
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +18,10 @@ import numpy as np
 from jaxtyping import Bool, Int64, Integer, UInt8
 
 from consyn_jax.config import UserError
+from consyn_jax.data.number_file import NumberFile
 
 MANIFEST = "manifest.json"
-MANIFEST = "manifest.json"
 AGAIN = "Delete the directory and prepare the data again."
-OPEN_FILES = 128
-# Large enough that hashing lets other threads run nearly all the time, small enough to stay in the processor's cache.
-CHUNK_BYTES = 1 << 19
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -40,94 +31,6 @@ def token_dtype(vocab_size: int) -> np.dtype:
     (dtype('uint16'), dtype('uint32'))
     """
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-
-
-# ----------------------------------------------------------------------------------------------------------------------- files
-
-
-class NumberFile:
-    """Numbers of one type in a file, read in place from any thread. The file is open only while it is among those read last.
-
-    Args:
-        offset: bytes in front of the first number.
-        count: numbers in the file.
-    """
-
-    def __init__(self, path: str, dtype: np.dtype, count: int, offset: int = 0) -> None:
-        self.path, self.dtype, self.count, self.offset = path, dtype, count, offset
-        self.opened: _OpenFile | None = None  # `_open_files` sets it and takes it away
-
-    def read(self, start: int, out: np.ndarray) -> None:
-        """Fill `out`, one-dimensional and contiguous, with the numbers from `start` on, converted to its type.
-
-        Raises:
-            UserError: the file cannot be read, or has become shorter.
-        """
-        target = out if out.dtype == self.dtype else np.empty(len(out), self.dtype)
-        try:
-            file, position = _open_files.get(self), self.offset + start * self.dtype.itemsize
-            found = os.preadv(file.descriptor, [target.data], position)
-            while found < target.nbytes:  # network file systems may give less than was asked for
-                more = os.preadv(file.descriptor, [target.data.cast("B")[found:]], position + found)
-                if not more:
-                    raise UserError(f"{self.path} is shorter than it was when it was opened. Leave the data alone during a run, and start again.")
-                found += more
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be read: {error.strerror}. Check that it is there, its permissions and the disk.") from error
-        if target is not out:
-            out[:] = target
-
-    def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        """The numbers start .. stop in order, `CHUNK_BYTES` at a time, all in one buffer: each is gone when the next comes."""
-        stop = self.count if stop is None else stop
-        buffer = np.empty(max(min(CHUNK_BYTES // self.dtype.itemsize, stop - start), 0), self.dtype)
-        for at in range(start, stop, max(len(buffer), 1)):
-            part = buffer[: stop - at]
-            self.read(at, part)
-            yield part
-
-    def mapped(self) -> np.ndarray:
-        """All of it by memory map, which ends with the array: for whole files and for searching, not for windows."""
-        if not self.count:
-            return np.empty(0, self.dtype)
-        return np.memmap(self.path, self.dtype, "r", offset=self.offset, shape=(self.count,)).view(np.ndarray)
-
-
-class _OpenFile:
-    """A file descriptor, closed when nobody reads from it any more."""
-
-    def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self, close: Any = os.close) -> None:
-        if hasattr(self, "descriptor"):
-            close(self.descriptor)
-
-
-class _OpenFiles:
-    """Keeps the `limit` files that were read last open: a store of terabytes has more shards than a process may open files."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._lock = threading.Lock()
-        self._recent: OrderedDict[int, weakref.ref[NumberFile]] = OrderedDict()  # weak, so that a store that is let go closes its files
-
-    def get(self, file: NumberFile) -> _OpenFile:
-        with self._lock:
-            opened = file.opened
-            if opened is None:
-                opened = file.opened = _OpenFile(file.path)
-                self._recent.pop(id(file), None)  # of a file that is gone, whose number this one got: it would keep that one's place
-                self._recent[id(file)] = weakref.ref(file)
-                while len(self._recent) > self.limit:
-                    oldest = self._recent.popitem(last=False)[1]()
-                    if oldest is not None:
-                        oldest.opened = None
-            self._recent.move_to_end(id(file))
-            return opened
-
-
-_open_files = _OpenFiles(OPEN_FILES)
 
 
 # --------------------------------------------------------------------------------------------------------------- runs of tokens
@@ -140,7 +43,7 @@ class Tokens(ABC):
         num_tokens: how many.
         num_targets: how many of them are targets of the loss.
         num_documents, num_bytes: documents that begin here, and the size of their text in UTF-8; None where nobody knows.
-        dtype: the type of `tokens`.
+        dtype: the type of the tokens.
         verified: whether `verify` has succeeded.
         delimiter: once verified, an id that stands in front of every document start and nowhere else, or None where there is no
             such id. It saves looking document starts up.
@@ -156,18 +59,8 @@ class Tokens(ABC):
 
     @property
     @abstractmethod
-    def tokens(self) -> Integer[np.ndarray, " num_tokens"]:
-        """All tokens, checked; a new memory map where they are on disk."""
-
-    @property
-    @abstractmethod
     def starts(self) -> Int64[np.ndarray, " num_documents"]:
-        """Where in `tokens` each document starts, checked."""
-
-    @property
-    def targets(self) -> UInt8[np.ndarray, " num_tokens"] | None:
-        """1 where a token is a target of the loss, 0 where it is not; None where all are."""
-        return None
+        """Where in the run each document starts, checked; a new memory map where that is on disk."""
 
     @abstractmethod
     def read(self, start: int, out: np.ndarray) -> None:
@@ -216,30 +109,11 @@ class Shard(Tokens):
                 _check_size(file)
 
     @property
-    def path(self) -> Path:
-        """The file of tokens."""
-        return Path(self._tokens.path)
-
-    @property
-    def tokens(self) -> Integer[np.ndarray, " num_tokens"]:
-        """All tokens, uint16 or uint32, in a new memory map."""
-        self.verify()
-        return self._tokens.mapped()
-
-    @property
     def starts(self) -> Int64[np.ndarray, " num_documents"]:
         """Where each document starts, in a new memory map. Only the index is checked for it."""
         with self._lock:
             self._verify_index()
         return self._index.mapped()
-
-    @property
-    def targets(self) -> UInt8[np.ndarray, " num_tokens"] | None:
-        """1 where a token is a target of the loss, in a new memory map; None where all are."""
-        if self._targets is None:
-            return None
-        self.verify()
-        return self._targets.mapped()
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Fill `out` with the tokens from `start` on."""
@@ -340,6 +214,7 @@ class MemoryShard(Tokens):
     """Documents in memory. EOS is put behind each that lacks it; the bytes of their text are not known.
 
     Args:
+        documents: the ids of each, without BOS.
         targets: for each document, 1 where a token is a target of the loss, else 0; an EOS that is put behind it is a target.
     """
 
@@ -359,19 +234,9 @@ class MemoryShard(Tokens):
         self.delimiter = eos_id if np.count_nonzero(self._tokens == eos_id) == len(ended) else None
 
     @property
-    def tokens(self) -> Integer[np.ndarray, " num_tokens"]:
-        """All tokens."""
-        return self._tokens
-
-    @property
     def starts(self) -> Int64[np.ndarray, " num_documents"]:
         """Where each document starts."""
         return self._starts
-
-    @property
-    def targets(self) -> UInt8[np.ndarray, " num_tokens"] | None:
-        """1 where a token is a target of the loss; None where all are."""
-        return self._targets
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Fill `out` with the tokens from `start` on."""
@@ -392,7 +257,6 @@ class StoreSplit:
     """The runs of tokens of one split, seen as one stream: the documents in store order, each ended by EOS.
 
     Attributes:
-        offsets: stream positions of the shards, and of the end.
         num_targets: tokens that are targets of the loss.
         num_documents: None where nobody has counted them (raw token files).
         num_bytes: size of the documents' text in UTF-8; None where a shard does not know it.
@@ -401,8 +265,7 @@ class StoreSplit:
 
     def __init__(self, shards: Sequence[Tokens]) -> None:
         self.shards = tuple(shards)
-        self.offsets = np.concatenate([[0], np.cumsum([shard.num_tokens for shard in shards], dtype=np.int64)]).astype(np.int64)
-        self._offsets: list[int] = self.offsets.tolist()
+        self._offsets = [0, *accumulate(shard.num_tokens for shard in shards)]  # stream positions of the shards, and of the end
         self.num_tokens = self._offsets[-1]
         self.num_targets = sum(shard.num_targets for shard in shards)
         self.num_documents = _sum(shard.num_documents for shard in shards)

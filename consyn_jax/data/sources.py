@@ -16,10 +16,9 @@ from functools import cached_property
 from pathlib import Path
 
 from consyn_jax.config import UserError, nearest
-from consyn_jax.data import huggingface, raw_tokens
+from consyn_jax.data import hub, huggingface, raw_tokens
 from consyn_jax.data.byte_stream import ByteStream
-from consyn_jax.data.shards import MANIFEST
-from consyn_jax.data.store import PREPARING
+from consyn_jax.data.store import PREPARING, is_store
 
 SAMPLE = "sample"
 TEXT_SUFFIXES = (".txt", ".md")
@@ -132,7 +131,7 @@ def _expand(name: str, dataset_type: str, flag: str) -> list[str | Source]:
         return list(found)
     if _may_be_on_hub(name, dataset_type):
         try:
-            return [Source(huggingface.identity(name), "huggingface")]
+            return [Source(hub.identity(name), "huggingface")]
         except UserError as error:
             raise UserError(f"{name} in --{flag} is no path here. As a dataset of the Hugging Face Hub: {error}") from error
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -141,10 +140,10 @@ def _expand(name: str, dataset_type: str, flag: str) -> list[str | Source]:
 
 def _may_be_on_hub(name: str, dataset_type: str) -> bool:
     """A word alone, the name of a file, or a path into a directory that exists is rather a slip of the pen, unless --dataset_type says otherwise."""
-    hub = huggingface.parse_hub_name(name)
-    if hub is None or dataset_type not in ("auto", "huggingface"):
+    named = hub.parse_hub_name(name)
+    if named is None or dataset_type not in ("auto", "huggingface"):
         return False
-    owner, slash, rest = hub.repository.partition("/")
+    owner, slash, rest = named.repository.partition("/")
     is_file = Path(rest).suffix.lower() in FILE_SUFFIXES
     return dataset_type == "huggingface" or bool(slash and not is_file and not Path(owner).exists())
 
@@ -157,8 +156,8 @@ def _look_into(name: str, dataset_type: str, invalid_utf8: str) -> Iterator[tupl
         if not kind:
             raise UserError(f"--data sample is text, not {NAMES[dataset_type]} as --dataset_type {dataset_type} wants. Leave --dataset_type out.")
         yield Source(SAMPLE, SAMPLE), ""
-    elif path.is_dir() and ((path / MANIFEST).is_file() or huggingface.look(path)):
-        kind = "sharded" if (path / MANIFEST).is_file() else "huggingface"
+    elif path.is_dir() and (is_store(path) or huggingface.look(path)):
+        kind = "sharded" if is_store(path) else "huggingface"
         if dataset_type not in ("auto", kind):
             found = "a token store" if kind == "sharded" else NAMES[kind]
             raise UserError(f"{name} is {found}, not {NAMES[dataset_type]} as --dataset_type {dataset_type} wants. Leave --dataset_type out.")
@@ -206,7 +205,7 @@ def _passed_over(directory: Path) -> str:
     """Why a directory in another is not looked into, or "": one of our commands made it, or it lies elsewhere."""
     if directory.is_symlink():
         return "is a link to a directory; name it by itself"
-    if (directory / MANIFEST).is_file() or (directory / PREPARING).is_dir():
+    if is_store(directory) or (directory / PREPARING).is_dir():
         return "is a token store; name it by itself"
     return "is a run of consyn-train" if (directory / "config.yaml").is_file() and (directory / "metrics.jsonl").is_file() else ""
 

@@ -21,7 +21,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from io import BufferedRandom
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +30,8 @@ import numpy as np
 from jaxtyping import Int64, Integer, UInt8
 
 from consyn_jax.config import UserError
-from consyn_jax.data.shards import AGAIN, MANIFEST, NumberFile, Shard, StoreSplit, Tokens, token_dtype
+from consyn_jax.data.shard_writer import ShardWriter
+from consyn_jax.data.shards import AGAIN, MANIFEST, Shard, StoreSplit, token_dtype
 from consyn_jax.tokenization import BPETokenizer, load_tokenizer
 
 FORMAT = "consyn token store"
@@ -41,6 +41,8 @@ SHARD_TOKENS = 1 << 24
 PREPARING = "preparing"
 STORE_FILE = re.compile(r"manifest\.json|report\.json|report\.html|tokenizer|preparing|[a-z][a-z0-9_]*-\d{5,}\.(tokens|index|targets)|\..*\.new")
 _SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_HEAD = re.compile(rb'"format"\s*:\s*"' + FORMAT.encode())
+_HEAD_BYTES = 1 << 16
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -68,7 +70,7 @@ class TokenStoreWriter:
         self._tokenizer = tokenizer
         self._shard_tokens = shard_tokens
         self._dtype = token_dtype(tokenizer.vocab_size)
-        self._open_shards: dict[str, _ShardWriter] = {}
+        self._open_shards: dict[str, ShardWriter] = {}
         self._shards: dict[str, list[dict[str, Any]]] = {}
         self._closed: dict[str, list[Shard]] = {}
         self._finished = False
@@ -154,7 +156,7 @@ class TokenStoreWriter:
         with self._writing():
             self._shard(split).drop_document()
 
-    def _shard(self, split: str) -> _ShardWriter:
+    def _shard(self, split: str) -> ShardWriter:
         if split not in self._open_shards:
             if not _SPLIT_NAME.fullmatch(split):
                 raise UserError(f"A split is named by lower-case letters, digits and _, not {split!r}.")
@@ -162,7 +164,7 @@ class TokenStoreWriter:
                 raise ValueError(f"The token store {self.directory} is finished; nothing can be added to it.")
             name = f"{split}-{len(self._shards.get(split, [])):05d}"
             with self._writing():
-                self._open_shards[split] = _ShardWriter(self.directory, name, self._dtype)
+                self._open_shards[split] = ShardWriter(self.directory, name, self._dtype)
         return self._open_shards[split]
 
     def _close_if_full(self, split: str) -> None:
@@ -188,7 +190,7 @@ class TokenStoreWriter:
         self._shards = {split: list(entries) for split, entries in state["shards"].items()}
         known = {entry[key] for entries in self._shards.values() for entry in entries for key in ("file", "index", "targets") if key in entry}
         for split, shard in state["open"].items():
-            self._open_shards[split] = _ShardWriter(self.directory, shard["name"], self._dtype, shard)
+            self._open_shards[split] = ShardWriter(self.directory, shard["name"], self._dtype, shard)
             known |= {path.name for path in self._open_shards[split].paths}
         for path in self.directory.iterdir():
             if path.suffix in (".tokens", ".index", ".targets") and path.name not in known:
@@ -273,165 +275,6 @@ class TokenStoreWriter:
         return UserError(f"The token store cannot be written to {self.directory}: {error.strerror or error}. Make room, or choose another place.")
 
 
-class _ShardWriter:
-    """One shard under way. Everything goes to the files as it comes; only whole documents count.
-
-    Args:
-        state: what `state` gave; the files are cut back to it.
-    """
-
-    def __init__(self, directory: Path, name: str, dtype: np.dtype, state: dict[str, Any] | None = None) -> None:
-        state = state or {"tokens": 0, "documents": 0, "bytes": 0, "target_tokens": 0, "pending": None, "has_targets": False}
-        self.directory, self.name, self.dtype = directory, name, dtype
-        self.tokens, self.documents, self.num_bytes, self.targets = state["tokens"], state["documents"], state["bytes"], state["target_tokens"]
-        self.pending: int | None = state["pending"]  # tokens of a document whose end has not come yet
-        self._paths = {kind: directory / f"{name}.{kind}" for kind in ("tokens", "index", "targets")}
-        self._files: dict[str, BufferedRandom] = {}
-        sizes = {"tokens": (self.tokens + (self.pending or 0)) * dtype.itemsize, "index": (self.documents + (self.pending is not None)) * 8}
-        sizes |= {"targets": self.tokens} if state["has_targets"] else {}
-        try:
-            for kind, size in sizes.items():
-                self._files[kind] = self._open(kind, size)
-        except BaseException:
-            self.abandon()
-            raise
-
-    @property
-    def paths(self) -> list[Path]:
-        """Its files."""
-        return [self._paths[kind] for kind in self._files]
-
-    def _open(self, kind: str, size: int) -> BufferedRandom:
-        path = self._paths[kind]
-        if size and (not path.is_file() or path.stat().st_size < size):  # it would be filled up with zeros
-            raise UserError(f"{path} is not what the preparation that was interrupted had made. {AGAIN}")
-        file = path.open("r+b" if size else "w+b")
-        file.truncate(size)
-        file.seek(size)
-        return file
-
-    def append(self, ids: np.ndarray, lengths: np.ndarray, num_bytes: int, targets: np.ndarray | None) -> None:
-        self._files["index"].write((self.tokens + np.cumsum(lengths) - lengths).astype("<u8").tobytes())
-        self._files["tokens"].write(np.ascontiguousarray(ids, self.dtype).data)
-        if targets is not None and not targets.all() and "targets" not in self._files:
-            self._files["targets"] = self._open("targets", 0)
-            for start in range(0, self.tokens, 1 << 20):
-                self._files["targets"].write(b"\1" * min(1 << 20, self.tokens - start))
-        if "targets" in self._files:
-            self._files["targets"].write((np.ones(len(ids), np.uint8) if targets is None else np.ascontiguousarray(targets)).data)
-        self.tokens += len(ids)
-        self.documents += len(lengths)
-        self.num_bytes += num_bytes
-        self.targets += len(ids) if targets is None else int(np.count_nonzero(targets))
-
-    def append_part(self, ids: np.ndarray) -> None:
-        if self.pending is None:
-            self._files["index"].write(np.array([self.tokens], "<u8").tobytes())
-            self.pending = 0
-        self._files["tokens"].write(np.ascontiguousarray(ids, self.dtype).data)
-        self.pending += len(ids)
-
-    def end_document(self, num_bytes: int) -> None:
-        length = self.pending or 0
-        if "targets" in self._files:
-            for start in range(0, length, 1 << 20):
-                self._files["targets"].write(b"\1" * min(1 << 20, length - start))
-        self.tokens, self.targets, self.pending = self.tokens + length, self.targets + length, None
-        self.documents += 1
-        self.num_bytes += num_bytes
-
-    def drop_document(self) -> None:
-        for kind, size in (("tokens", self.tokens * self.dtype.itemsize), ("index", self.documents * 8)):
-            self._files[kind].truncate(size)
-            self._files[kind].seek(size)
-        self.pending = None
-
-    def counts(self) -> dict[str, int]:
-        return {"tokens": self.tokens, "documents": self.documents, "bytes": self.num_bytes, "target_tokens": self.targets}
-
-    def state(self) -> dict[str, Any]:
-        self.flush(sync=True)
-        return {"name": self.name, **self.counts(), "pending": self.pending, "has_targets": "targets" in self._files}
-
-    def flush(self, sync: bool = False) -> None:
-        for file in self._files.values():
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-
-    def written(self, begun: bool) -> Tokens:
-        """The whole documents so far, to read, and with `begun` what there is of the one that has begun."""
-        counts = self.counts()
-        if begun and self.pending:
-            counts |= {"tokens": self.tokens + self.pending, "documents": self.documents + 1, "target_tokens": self.targets + self.pending}
-        return _OpenShard(self._paths, counts, self.dtype, "targets" in self._files)
-
-    def close(self) -> dict[str, Any] | None:
-        """The shard's entry in the manifest; None, and no files, where it has no documents."""
-        self.flush(sync=True)
-        if not self.documents:
-            self.abandon()
-            for path in self.paths:
-                path.unlink()
-            return None
-        entry: dict[str, Any] = {"file": self._paths["tokens"].name, "index": self._paths["index"].name, **self.counts()}
-        names = {"tokens": "sha256", "index": "index_sha256", "targets": "targets_sha256"}
-        if "targets" in self._files:
-            entry["targets"] = self._paths["targets"].name
-        else:
-            del entry["target_tokens"]
-        for kind, file in self._files.items():
-            file.seek(0)
-            entry[names[kind]] = hashlib.file_digest(file, "sha256").hexdigest()
-            file.close()
-        return entry
-
-    def abandon(self) -> None:
-        for file in self._files.values():
-            with suppress(OSError):  # what cannot be flushed any more has not counted yet
-                file.close()
-
-
-class _OpenShard(Tokens):
-    """A shard that is still being written, as it was at one moment. What this process has just written needs no checking."""
-
-    def __init__(self, paths: dict[str, Path], counts: dict[str, int], dtype: np.dtype, has_targets: bool) -> None:
-        self.num_tokens, self.num_documents, self.num_bytes = counts["tokens"], counts["documents"], counts["bytes"]
-        self.num_targets, self.dtype = counts["target_tokens"], dtype
-        self._tokens = NumberFile(str(paths["tokens"]), dtype, self.num_tokens)
-        self._index = NumberFile(str(paths["index"]), np.dtype("<i8"), counts["documents"])
-        self._targets = NumberFile(str(paths["targets"]), np.dtype("u1"), self.num_tokens) if has_targets else None
-
-    @property
-    def tokens(self) -> Integer[np.ndarray, " num_tokens"]:
-        """All tokens, in a new memory map."""
-        return self._tokens.mapped()
-
-    @property
-    def starts(self) -> Int64[np.ndarray, " num_documents"]:
-        """Where each document starts, in a new memory map."""
-        return self._index.mapped()
-
-    @property
-    def targets(self) -> UInt8[np.ndarray, " num_tokens"] | None:
-        """1 where a token is a target of the loss; None where all are."""
-        return None if self._targets is None else self._targets.mapped()
-
-    def read(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` with the tokens from `start` on."""
-        self._tokens.read(start, out)
-
-    def read_targets(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` with 1 for each token from `start` on that is a target of the loss, else 0."""
-        if self._targets is None:
-            out[:] = 1
-        else:
-            self._targets.read(start, out)
-
-    def verify(self) -> None:
-        """There is nothing to check it against."""
-
-
 def delete_store(directory: Path) -> None:
     """Delete what makes up a token store or the beginning of one, and the directory unless there is something else in it.
 
@@ -467,7 +310,7 @@ def _totals(shards: Iterable[dict[str, Any]]) -> dict[str, int]:
 
 
 class TokenStore:
-    """A token store on disk. Opening it reads the manifest and the sizes of its files; tokens are read by memory map.
+    """A token store on disk. Opening it reads the manifest and the sizes of its files; tokens are read where they lie.
 
     Raises:
         UserError: not a token store, of another version, or damaged; the message names the file.
@@ -477,7 +320,6 @@ class TokenStore:
         self.directory = Path(directory)
         self.manifest = _read_manifest(self.directory)
         self.vocab_size: int = self.manifest["vocab_size"]
-        self.dtype = token_dtype(self.vocab_size)
         self.splits = {
             name: StoreSplit([Shard(self.directory, entry, self.vocab_size) for entry in split["shards"]]) for name, split in self.manifest["splits"].items()
         }
@@ -520,7 +362,6 @@ class JoinedStores:
             raise UserError(f"{stores[0].directory} and {other.directory} were made with different tokenizers. Prepare one of them again with the other's.")
         names = sorted({name for store in stores for name in store.splits})
         self.splits = {name: StoreSplit([shard for store in stores for shard in store.split(name).shards]) for name in names}
-        self.vocab_size = stores[0].vocab_size
 
     def split(self, name: str) -> StoreSplit:
         """The split of that name; one without documents where no store has it."""
@@ -535,6 +376,20 @@ class JoinedStores:
     def fingerprint(self) -> str:
         """As of a `TokenStore`."""
         return hashlib.sha256(" ".join(store.fingerprint for store in self.stores).encode()).hexdigest()
+
+
+def is_store(directory: Path) -> bool:
+    """Whether this is a token store. One whose manifest is damaged is known by its tokens: it shall say so, and not be read as text.
+
+    Others, too, call files `manifest.json`, some of gigabytes; so only the beginning is read.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        return False
+    with suppress(OSError), path.open("rb") as file:
+        if _HEAD.search(file.read(_HEAD_BYTES)):
+            return True
+    return any(directory.glob("*.tokens"))
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:

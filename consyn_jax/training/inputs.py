@@ -12,7 +12,8 @@ import numpy as np
 
 from consyn_jax.config import UserError
 from consyn_jax.data.loader import BatchLoader, Dataset, Order, Shuffled, evaluation_batches
-from consyn_jax.data.packing import PackedDataset, PackedSequences, memory_split
+from consyn_jax.data.packing import PackedDataset, PackedSequences
+from consyn_jax.data.shards import MemoryShard, StoreSplit
 from consyn_jax.data.streaming import FirstWindows, Streamed
 from consyn_jax.training.dataset import ConsynDataset, MixedDataset
 
@@ -190,7 +191,7 @@ def _token_lists(data: Sequence[Any], block_size: int, seed: int, bos_id: int | 
     digest = hashlib.blake2b(digest_size=16)
     for document in documents:
         digest.update(document.tobytes() + b"|")
-    packed = PackedDataset(memory_split(documents, eos_id), block_size, bos_id, pad_id if pad_id is not None else eos_id)
+    packed = PackedDataset(StoreSplit([MemoryShard(documents, eos_id)]), block_size, bos_id, pad_id if pad_id is not None else eos_id)
     return _indexed(packed, seed, digest.hexdigest())
 
 

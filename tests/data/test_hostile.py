@@ -56,7 +56,9 @@ def refused(place: Path, *data: Path | str, **options: Any) -> str:
 
 
 def texts(prepared: Prepared, split: str = "train") -> list[str]:
-    return [BYTES.decode(part.tolist()) for shard in prepared.store.split(split).shards for part in np.split(shard.tokens, shard.starts[1:])]
+    of = prepared.store.split(split)
+    tokens, begins, _ = of.windows(np.array([0]), of.num_tokens)
+    return [BYTES.decode(part.tolist()) for part in np.split(tokens[0, 1:], np.flatnonzero(begins[0])[1:]) if len(part)]
 
 
 def write(place: Path, name: str, data: bytes | str) -> Path:

@@ -21,8 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from consyn_jax.config import UserError
-from consyn_jax.data import huggingface
-from consyn_jax.data.huggingface import HubName, files, look, parse_hub_name, rows, size
+from consyn_jax.data import arrow_tables
+from consyn_jax.data.hub import HubName, parse_hub_name
+from consyn_jax.data.huggingface import files, look, rows, size
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
@@ -137,8 +138,8 @@ def test_any_cut_into_groups_and_batches_gives_the_same_rows(
         [name for name in table.column_names if name in columns]
     ).to_pylist()  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huggingface, "BATCH_ROWS", batch_rows)
-        patch.setattr(huggingface, "BATCH_BYTES", batch_bytes)
+        patch.setattr(arrow_tables, "BATCH_ROWS", batch_rows)
+        patch.setattr(arrow_tables, "BATCH_BYTES", batch_bytes)
         batches = list(rows(str(path), 0, columns))
         assert [row for batch in batches for row in batch.rows] == expected
         assert all(1 <= len(batch.rows) <= batch_rows for batch in batches)
@@ -152,8 +153,8 @@ def test_long_rows_come_in_small_batches(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(table, path)
     batches = list(rows(str(path), 0, ["text"]))
-    assert max(sum(len(row["text"]) for row in batch.rows) for batch in batches) <= huggingface.BATCH_BYTES
-    assert max(len(batch.rows) for batch in batches) > huggingface.BATCH_ROWS // 2
+    assert max(sum(len(row["text"]) for row in batch.rows) for batch in batches) <= arrow_tables.BATCH_BYTES
+    assert max(len(batch.rows) for batch in batches) > arrow_tables.BATCH_ROWS // 2
     assert read(path) == table.to_pylist()
 
 
@@ -358,11 +359,11 @@ def test_names_are_understood_the_same_when_written_out(spec: str) -> None:
 ASK = """
 import json, sys
 from consyn_jax.config import UserError
-from consyn_jax.data import huggingface
+from consyn_jax.data import hub, huggingface
 answers = []
 for verb, *arguments in json.load(sys.stdin):
     try:
-        answer = getattr(huggingface, verb)(*arguments)
+        answer = getattr(hub if verb == "identity" else huggingface, verb)(*arguments)
         if verb == "rows":
             batches = list(answer)
             answer = [[row for batch in batches for row in batch.rows], batches[-1].position if batches else arguments[1]]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from consyn_jax.config import ModelConfig
 from consyn_jax.data import packing
-from consyn_jax.data.packing import Batch, PackedDataset, PackedSequences, WholeDocuments, best_fit_decreasing, memory_split
+from consyn_jax.data.packing import Batch, PackedDataset, PackedSequences, WholeDocuments, best_fit_decreasing
 from consyn_jax.data.shards import MemoryShard, StoreSplit
 from consyn_jax.data.store import TokenStore, TokenStoreWriter
 from consyn_jax.model import ConsynLMHeadModel
@@ -95,8 +95,8 @@ def test_items_are_rows() -> None:
 
 
 def test_token_lists_get_their_eos() -> None:
-    split = memory_split([np.array([1, 2]), np.array([3, EOS]), np.array([], np.int64)], EOS)
-    assert split.shards[0].tokens.tolist() == [1, 2, EOS, 3, EOS, EOS]
+    split = StoreSplit([MemoryShard([np.array([1, 2]), np.array([3, EOS]), np.array([], np.int64)], EOS)])
+    assert PackedDataset(split, 6, BOS, PAD)[0]["labels"].tolist() == [1, 2, EOS, 3, EOS, EOS]
     assert split.num_bytes is None
 
 
@@ -135,10 +135,10 @@ def test_whole_documents_stay_whole_and_long_ones_are_cut_where_they_must(docume
     packed = WholeDocuments(split_of(documents), block_size, BOS, PAD)
     rows = packed.rows(np.arange(len(packed)))
     expected = []
-    for document in (np.array(list(shard_tokens)) for shard in split_of(documents).shards for shard_tokens in np.split(shard.tokens, shard.starts[1:])):
+    for document in ([*ids, EOS] for shard in documents for ids in shard):
         for start in range(0, len(document), block_size):
-            labels = document[start : start + block_size].tolist()
-            expected.append((int(document[start - 1]) if start else BOS, labels, labels[:-1]))
+            labels = document[start : start + block_size]
+            expected.append((document[start - 1] if start else BOS, labels, labels[:-1]))
     assert sorted(pieces(rows)) == sorted(expected)
     assert rows["loss_mask"].sum() == packed.num_tokens == packed.num_targets
     padding = rows["segment_ids"] == 0
@@ -209,7 +209,7 @@ def test_groups_are_planned_alone_and_a_plan_is_always_the_same(monkeypatch: pyt
 def test_little_is_padded_when_documents_are_many() -> None:
     rng = np.random.default_rng(1)
     documents = [np.zeros(n, np.int64) for n in np.minimum(rng.lognormal(4, 1, 5000).astype(int), 3000)]
-    assert WholeDocuments(memory_split(documents, EOS), 512, BOS, PAD).padding_fraction < 0.002
+    assert WholeDocuments(StoreSplit([MemoryShard(documents, EOS)]), 512, BOS, PAD).padding_fraction < 0.002
 
 
 def test_nothing_packs_to_nothing() -> None:
@@ -222,11 +222,10 @@ def test_nothing_packs_to_nothing() -> None:
 
 def test_the_targets_of_a_list_must_be_as_many_as_its_tokens() -> None:
     documents = [np.array([1, 2]), np.array([3])]
-    split = memory_split(documents, EOS, [np.array([0, 1]), np.array([0, 0])])
-    assert split.shards[0].targets is not None
-    assert split.shards[0].targets.tolist() == [0, 1, 1, 0, 0]
+    split = StoreSplit([MemoryShard(documents, EOS, [np.array([0, 1]), np.array([0, 0])])])
+    assert PackedDataset(split, 5, BOS, PAD)[0]["loss_mask"].tolist() == [False, True, True, False, False]
     with pytest.raises(ValueError, match="as many targets"):
-        memory_split(documents, EOS, [np.array([0, 1]), np.array([0, 1, 1])])
+        MemoryShard(documents, EOS, [np.array([0, 1]), np.array([0, 1, 1])])
 
 
 # ------------------------------------------------------------------------------------------------------------------------- loss
@@ -254,11 +253,11 @@ def test_the_loss_of_packed_documents_is_that_of_each_alone(kind: type[PackedSeq
     lengths = [[9, 1, 22], [32], [5, 5, 5, 5, 12], [31, 1], [10, 20]]  # with EOS; windows of 32
     documents = [rng.integers(0, 256, n - 1) for row in lengths for n in row]
     marks = [np.append(rng.integers(0, 2, len(ids)), 1) for ids in documents] if targeted else None
-    packed = kind(memory_split(documents, EOS, marks), 32, BOS, PAD)
+    packed = kind(StoreSplit([MemoryShard(documents, EOS, marks)]), 32, BOS, PAD)
     together = loss(packed.rows(range(len(packed))))
     alone = []
     for i, document in enumerate(documents):
-        one = PackedDataset(memory_split([document], EOS, marks and [marks[i]]), 32, BOS, PAD)
+        one = PackedDataset(StoreSplit([MemoryShard([document], EOS, marks and [marks[i]])]), 32, BOS, PAD)
         batch = one.rows(range(len(one)))
         assert len(batch["labels"]) == 1
         np.testing.assert_array_equal(batch["input_ids"][0, : len(document) + 1], [BOS, *document])
@@ -272,7 +271,8 @@ def test_the_loss_of_packed_documents_is_that_of_each_alone(kind: type[PackedSeq
 def test_what_is_no_target_is_still_read(kind: type[PackedSequences], loss: "partial[LossSums]") -> None:
     """A prompt that the loss leaves out changes the loss of the completion."""
     rows = [
-        loss(kind(memory_split([np.array([prompt, 7, 7, 7])], EOS, [np.array([0, 1, 1, 1])]), 32, BOS, PAD).rows([0] * 5)) for prompt in (3, 99)
+        loss(kind(StoreSplit([MemoryShard([np.array([prompt, 7, 7, 7])], EOS, [np.array([0, 1, 1, 1])])]), 32, BOS, PAD).rows([0] * 5))
+        for prompt in (3, 99)
     ]
     assert rows[0].tokens == rows[1].tokens == 20
     assert abs(float(rows[0].nll - rows[1].nll)) > 1e-3

@@ -38,7 +38,8 @@ def rows(path: Path, n: int, start: int = 0) -> Path:
 
 
 def texts(store: TokenStore, split: str) -> list[str]:
-    return [store.tokenizer.decode(part.tolist()) for shard in store.split(split).shards for part in np.split(shard.tokens, shard.starts[1:])]
+    tokens, begins, _ = store.split(split).windows(np.array([0]), store.split(split).num_tokens)
+    return [store.tokenizer.decode(part.tolist()) for part in np.split(tokens[0, 1:], np.flatnonzero(begins[0])[1:]) if len(part)]
 
 
 def test_documents_come_back_whole_each_on_its_side(tmp_path: Path) -> None:
@@ -262,7 +263,8 @@ def test_tiny_shakespeare_token_by_token(shared_data: Path) -> None:
     store = prepare(str(shared_data / "tinyshakespeare" / "input.txt"), "bytes", validation_fraction=0.1).store
     cut = int(len(data) * 0.9)
     for split, part in (("train", data[:cut]), ("validation", data[cut:])):
-        tokens = store.split(split).shards[0].tokens
+        tokens = np.empty(store.split(split).num_tokens, np.uint16)
+        store.split(split).read(0, tokens)
         assert tokens[:-1].astype(np.uint8).tobytes() == part
         assert tokens[-1] == store.tokenizer.eos_token_id
 

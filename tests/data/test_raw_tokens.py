@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consyn_jax.config import UserError
-from consyn_jax.data import shards
+from consyn_jax.config import CorpusOptions, UserError
+from consyn_jax.data import digests, number_file
 from consyn_jax.data.packing import PackedDataset, WholeDocuments
-from consyn_jax.data.raw_tokens import PICKLES, RawTokens, file_sha256, is_named_so, look
+from consyn_jax.data.prepare import Prepared, prepare
+from consyn_jax.data.raw_tokens import PICKLES, RawTokens, is_named_so, look
 from consyn_jax.data.shards import StoreSplit
 from consyn_jax.tokenization import BPETokenizer
 
@@ -83,9 +84,7 @@ def test_every_kind_is_recognised_and_read(tmp_path: Path, name: str, write: Wri
     assert all_of(store.split("train")) == STREAM.tolist()
     assert all_of(store.split("validation")) == [1, 2, EOS]
     assert store.split("test").num_tokens == 0
-    shard = store.split("train").shards[0]
-    assert shard.tokens.tolist() == STREAM.tolist()
-    assert shard.starts.tolist() == [0, 3, 5, 9]
+    assert store.split("train").shards[0].starts.tolist() == [0, 3, 5, 9]
     assert (store.split("train").num_documents, store.split("train").num_bytes) == (None, None)
     assert (store.vocab_size, store.tokenizer) == (259, BYTES)
 
@@ -161,20 +160,29 @@ def test_documents_go_on_in_the_next_file(tmp_path: Path) -> None:
 def test_the_fingerprint_follows_content_order_and_split(tmp_path: Path) -> None:
     a, b = (nanogpt(tmp_path / name, np.array(tokens)) for name, tokens in (("a.bin", [1, 2, EOS, 4]), ("b.bin", [3, EOS])))
     moved = nanogpt(tmp_path / "moved.bin", np.array([1, 2, EOS, 4]))
-    asked: list[Path] = []
-
-    def digest(path: Path) -> str:
-        asked.append(path)
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-
-    first = RawTokens([a, b], BYTES, digest=digest)
-    assert not asked
-    assert first.fingerprint == first.fingerprint == RawTokens([moved, b], BYTES).fingerprint
-    assert asked == [a, b]
+    first, gone = RawTokens([a, b], BYTES), RawTokens([moved, b], BYTES)
+    assert first.fingerprint == RawTokens([moved, b], BYTES).fingerprint
     others = [RawTokens([b, a], BYTES), RawTokens([a], BYTES), RawTokens([a, b], BYTES, validation_fraction=0.9), RawTokens([a], BYTES, validation=[b])]
     assert len({first.fingerprint, *(other.fingerprint for other in others)}) == 5
-    with pytest.raises(UserError, match=r"gone\.bin cannot be read: No such file"):
-        file_sha256(tmp_path / "gone.bin")
+    moved.unlink()
+    with pytest.raises(UserError, match=r"moved\.bin cannot be read: No such file"):
+        _ = gone.fingerprint
+
+
+def test_what_was_hashed_is_remembered_for_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONSYN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(digests, "SMALL", 0)
+    monkeypatch.setattr(digests, "SETTLED_NS", -1)
+    path, asked, hashed = nanogpt(tmp_path / "a.bin", np.array([1, 2, EOS])), [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: asked.append(file.name) or hashed(file, name))
+
+    def start() -> Prepared:
+        return prepare(CorpusOptions(data=(str(path),), tokenizer="bytes"))
+
+    first = start()
+    assert not asked
+    assert first.store.fingerprint == start().store.fingerprint
+    assert asked == [str(path)]
 
 
 @pytest.mark.parametrize(
@@ -189,7 +197,7 @@ def test_the_fingerprint_follows_content_order_and_split(tmp_path: Path) -> None
 def test_ids_outside_the_vocabulary_are_found_on_the_first_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], Path], wrong: int
 ) -> None:
-    monkeypatch.setattr(shards, "CHUNK_BYTES", 16)
+    monkeypatch.setattr(number_file, "CHUNK_BYTES", 16)
     path = write(tmp_path)
     good = nanogpt(tmp_path / "good.bin", np.array([1, 2, 3]))
     split = RawTokens([good, path], BYTES, validation=[good]).split("train")

@@ -193,6 +193,14 @@ def test_rows_of_parquet(tmp_path: Path) -> None:
     check(Source(str(path), "huggingface"), PLAIN, list(enumerate(rows, 1)))
 
 
+def test_binary_columns_hold_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(["é\n".encode(), b"two", b"t\xffo"], pyarrow.binary())}), path)
+    found = read(Source(str(path), "huggingface"), PLAIN)
+    assert "a.parquet:3 holds null under the key 'text'" in Worker(PLAIN, BYTES).work(found[-1]).fault
+    assert [text for _, text, _, _ in documents(found, CorpusOptions(on_bad_rows="skip"))] == ["é\n", "two"]
+
+
 def test_the_sample() -> None:
     found = documents(read(Source("sample", "sample"), PLAIN), PLAIN)
     assert [(number, text) for number, text, _, _ in found] == list(enumerate(sample_texts(), 1))

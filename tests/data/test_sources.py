@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from consyn_jax.config import UserError
-from consyn_jax.data import huggingface
+from consyn_jax.data import hub
 from consyn_jax.data.sources import Corpus, find_sources, is_array, sample_texts
 
 
@@ -31,6 +31,7 @@ def test_sample_is_the_language_reference() -> None:
     assert (source.kind, source.num_bytes) == ("sample", sum(len(text.encode()) for text in texts))
 
 
+MANIFEST = json.dumps({"format": "consyn token store"}, indent=1)
 ROWS = '{"text": "one"}\n{"text": "two"}\n'
 
 
@@ -135,7 +136,7 @@ def test_text_with_invalid_bytes_is_text_where_they_are_replaced(tmp_path: Path)
 def test_paths_that_cannot_be_used(tmp_path: Path, names: list[str], message: str) -> None:
     write(tmp_path / "corpus" / "a.txt", "a")
     write(tmp_path / "binaries" / "x.dat", b"\0")
-    write(tmp_path / "store" / "manifest.json", "{}")
+    write(tmp_path / "store" / "manifest.json", MANIFEST)
     (tmp_path / "hollow").mkdir()
     (tmp_path / "unfinished" / "preparing").mkdir(parents=True)
     with pytest.raises(UserError, match=message):
@@ -143,7 +144,7 @@ def test_paths_that_cannot_be_used(tmp_path: Path, names: list[str], message: st
 
 
 def test_what_may_be_the_name_of_a_dataset_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface, "identity", lambda name: f"{name}@{'0' * 40}::train")
+    monkeypatch.setattr(hub, "identity", lambda name: f"{name}@{'0' * 40}::train")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     assert find("owner/name").sources[0].kind == "huggingface"
@@ -155,8 +156,25 @@ def test_what_may_be_the_name_of_a_dataset_is_asked_for(tmp_path: Path, monkeypa
 
 def test_several_stores_may_stand_together(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        write(tmp_path / name / "manifest.json", json.dumps({}))
+        write(tmp_path / name / "manifest.json", MANIFEST)
     assert [source.is_store for source in find(tmp_path / "one", tmp_path / "two").sources] == [True, True]
+
+
+def test_a_manifest_of_somebody_else_makes_no_store(tmp_path: Path) -> None:
+    for name in ("corpus", "corpus/inner"):
+        write(tmp_path / name / "manifest.json", '{\n "name": "x"\n}')
+        write(tmp_path / name / "a.txt", "a")
+    write(tmp_path / "corpus" / "ours" / "manifest.json", MANIFEST)
+    write(tmp_path / "corpus" / "damaged" / "manifest.json", "{")
+    write(tmp_path / "corpus" / "damaged" / "train-00000.tokens", "abc")
+    corpus = find(tmp_path / "corpus")
+    assert [(Path(source.name).relative_to(tmp_path).as_posix(), source.kind) for source in corpus.sources] == [
+        ("corpus/a.txt", "text"),
+        ("corpus/inner/a.txt", "text"),
+    ]
+    reasons = {Path(name).relative_to(tmp_path / "corpus").as_posix(): reason for name, reason in corpus.left_out}
+    assert reasons["damaged"] == reasons["ours"] == "is a token store; name it by itself"
+    assert "is JSON but not rows" in reasons["manifest.json"]
 
 
 def test_the_corpora_of_the_shared_data(shared_data: Path) -> None:

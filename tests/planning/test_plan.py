@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import pytest
 
+from consyn_jax.cli.plan import _vocabulary
 from consyn_jax.cli.train import main
 from consyn_jax.config import OPTIMIZERS, RunConfig, UserError, architecture, flags, preset_architecture, resolve
+from consyn_jax.data.store import TokenStoreWriter
 from consyn_jax.distributed.auto_mesh import FITS
 from consyn_jax.distributed.mesh import AXES, check_batch, check_model
 from consyn_jax.model.arithmetic import LOGITS_AT_ONCE, chunk_tokens, logits_at_once
@@ -21,6 +23,7 @@ from consyn_jax.planning.page import page
 from consyn_jax.planning.plan import Plan, alternatives, estimate, fit, with_flags
 from consyn_jax.planning.roofline import all_reduce_seconds, estimate_step, network_of, ring_seconds, workload
 from consyn_jax.planning.topology import parse_topology
+from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.optimizer import configured_optimizer, moment_bytes
 from consyn_jax.training.program import Machine, mesh_of, this_machine
 
@@ -199,6 +202,19 @@ def test_the_command_prints_the_page_and_writes_a_recipe_that_it_reads_again(
     assert not (tmp_path / "run").exists()
     assert main([*given, "--fit", str(recipe)]) == 2
     assert "--fit would overwrite" in capsys.readouterr().err
+
+
+def test_the_vocabulary_is_that_of_a_token_store_of_ours(tmp_path: Path) -> None:
+    def vocabulary(**data: Any) -> int:
+        config, _ = resolve({"model": "haiku", "data": [str(tmp_path)]})
+        return _vocabulary(replace(config, data=replace(config.data, **data)))
+
+    default = vocabulary(data=())
+    (tmp_path / "manifest.json").write_text('{"name": "my web page"}')
+    assert vocabulary() == default == 49_152
+    with TokenStoreWriter(tmp_path / "tokens", BPETokenizer.bytes()) as writer:
+        writer.add("train", [1, 2], 2)
+    assert vocabulary(data=(str(tmp_path / "tokens"),)) == 259
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 
 from consyn_jax.config import ModelConfig, RegularisationOptions
 from consyn_jax.data.loader import evaluation_batches
-from consyn_jax.data.packing import PackedDataset, memory_split
+from consyn_jax.data.packing import PackedDataset
+from consyn_jax.data.shards import MemoryShard, StoreSplit
 from consyn_jax.distributed.mesh import AXES, build_mesh, sharding
 from consyn_jax.model.parameters import layout
 from consyn_jax.model.transformer import Compute
@@ -73,7 +74,7 @@ MESHES = [{"data": 2}, {"fsdp": 2}, {"tensor": 2}, {"context": 4}, {"data": 2, "
 
 def metrics(batch_size: int, padding: int = 0, axes: dict[str, int] | None = None, in_front: int = 0, **regularisation: float) -> dict[str, float]:
     """Of a fixed random model over the documents, in rows of 16 tokens and more columns of what is no text, `in_front` of them first."""
-    dataset = PackedDataset(memory_split(DOCUMENTS, 49), 16, bos_id=48, pad_id=0)
+    dataset = PackedDataset(StoreSplit([MemoryShard(DOCUMENTS, 49)]), 16, bos_id=48, pad_id=0)
     sizes = dict.fromkeys(AXES, 1) | (axes or {})
     mesh = build_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     program = Program(CONFIG, Compute(), optax.sgd(1.0), 0.0, mesh, RegularisationOptions(**regularisation))

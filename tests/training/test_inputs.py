@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from consyn_jax.config import UserError
-from consyn_jax.data.packing import PackedDataset, memory_split
-from consyn_jax.data.shards import StoreSplit
+from consyn_jax.data.packing import PackedDataset
+from consyn_jax.data.shards import MemoryShard, StoreSplit
 from consyn_jax.data.streaming import FirstWindows, Streamed
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.dataset import MixedDataset, get_dataset
@@ -126,7 +126,7 @@ class Growing:
     tokenizer, key, closed = BPETokenizer.bytes(), "content", False
 
     def split(self, name: str, tokens: int | None) -> tuple[StoreSplit, bool]:
-        return memory_split([np.arange(3, 100)], 2) if name == "train" else StoreSplit([]), True
+        return StoreSplit([MemoryShard([np.arange(3, 100)], 2)]) if name == "train" else StoreSplit([]), True
 
     def close(self) -> None:
         self.closed = True
@@ -163,7 +163,7 @@ def test_token_lists_are_documents() -> None:
 
 
 def test_packed_windows_and_items_are_read_in_a_seeded_order() -> None:
-    packed = PackedDataset(memory_split([np.arange(3, 100)], 2), 8, 1, 0)
+    packed = PackedDataset(StoreSplit([MemoryShard([np.arange(3, 100)], 2)]), 8, 1, 0)
     items = [packed[i] for i in range(len(packed))]
     for data in (packed, items):
         source = source_of(data)
