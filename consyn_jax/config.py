@@ -479,6 +479,8 @@ def resolve(
     _fit_optimizer(values, origins)
     if preset is not None:
         _fit_heads(values, origins)
+        if origins["max_tokens"].startswith("preset") and 0 < values["context"] < values["max_tokens"]:
+            values["max_tokens"], origins["max_tokens"] = values["context"], "context"
     if not values["streaming"] and all(values[name] is None for name in ("epochs", "max_steps", "total_tokens")):
         values["epochs"] = DEFAULT_EPOCHS
     config = _grouped(RunConfig, values)
@@ -622,6 +624,8 @@ def validate(config: RunConfig) -> None:
     if values["warmup_steps"] is not None and values["max_steps"] is not None and values["warmup_steps"] > values["max_steps"]:
         raise UserError(f"--warmup_steps {values['warmup_steps']} is longer than the run of --max_steps {values['max_steps']}.")
     _validate_optimizer(config)
+    if config.model.model in PRESETS:
+        architecture(config.model, vocab_size=1)
     check_context(values["max_tokens"], values["context"])
     validate_corpus(config.data)
     _validate_mixing(config)
@@ -632,8 +636,6 @@ def validate(config: RunConfig) -> None:
         raise UserError(f"--resume wants auto, never or a step, not {values['resume']!r}.")
     if values["overwrite"] and values["resume"].isdigit():
         raise UserError(f"--overwrite deletes what --resume {values['resume']} would go on from. Leave one of them out.")
-    if config.model.model in PRESETS:
-        architecture(config.model, vocab_size=1)
 
 
 def _validate_processes(hardware: HardwareOptions) -> None:

@@ -50,6 +50,14 @@ def test_heads_follow_the_dimensions_that_were_given() -> None:
     assert values({"model": "haiku", "hidden_dim": 30, "head_dim": 16})["head_dim"] == 16
 
 
+def test_sequences_follow_a_context_shorter_than_the_recipes() -> None:
+    config, origins = resolve({"context": 1024})
+    assert (config.data.max_tokens, origins["max_tokens"]) == (1024, "context")
+    assert values({"model": "haiku", "context": 512})["max_tokens"] == PRESETS["haiku"].max_tokens
+    with pytest.raises(UserError, match=r"^--max_tokens 2048 is above the context of 1024 tokens"):
+        resolve({"context": 1024, "max_tokens": 2048})
+
+
 def test_the_checkpoint_names_the_model_unless_there_is_a_model() -> None:
     config, origins = resolve({"checkpoint": "runs/a/final"})
     assert (config.model.model, origins["model"], config.model.hidden_dim) == ("runs/a/final", "checkpoint", None)
@@ -81,6 +89,7 @@ def test_values_of_yaml_and_of_the_command_line_come_to_the_same() -> None:
         ({"beta1": "1"}, "--beta1 must be at least 0 and below 1, not 1.0."),
         ({"rope_theta": "0"}, "--rope_theta must be greater than 0, not 0.0."),
         ({"num_layers": "0"}, "--num_layers must be at least 1, not 0."),
+        ({"context": "0"}, "--context must be at least 1, not 0."),
         ({"num_heads": "0"}, "--num_heads must be at least 1, not 0."),
         ({"head_dim": "3"}, "--head_dim 3 is odd; rotary embeddings turn pairs, so make it even."),
         ({"hidden_dim": "100"}, "--hidden_dim 100 is not a multiple of --num_heads 12. Use 96 or 108, or give --head_dim."),
