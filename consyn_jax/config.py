@@ -682,7 +682,7 @@ def validate_corpus(options: CorpusOptions) -> None:
 
 
 def _validate_optimizer(config: RunConfig) -> None:
-    options, data = config.optimizer, config.data
+    options = config.optimizer
     parse_multipliers(options.lr_multipliers)
     if options.momentum is not None and options.optimizer not in MOMENTUM:
         raise UserError(f"--momentum belongs to {', '.join(MOMENTUM)}; --optimizer {options.optimizer} has --beta1.")
@@ -699,8 +699,6 @@ def _validate_optimizer(config: RunConfig) -> None:
             raise UserError("--decay_ratio 1 leaves no steps before the decay that --decay_from starts. Use 0.2 or so.")
         if config.saving.resume.isdigit():
             raise UserError(f"--resume {config.saving.resume} and --decay_from {options.decay_from} both name where to go on. Leave one of them out.")
-    if options.scheduler == "plateau" and not data.validation and data.validation_fraction == 0 and data.dataset_type != "sharded":
-        raise UserError("--scheduler plateau follows the evaluations, and --validation_fraction 0 leaves no data for them. Give --validation or a fraction.")
     if options.optimizer == "schedule_free_adamw":
         if options.scheduler not in ("constant", "constant_with_warmup"):
             raise UserError(
@@ -757,7 +755,7 @@ def parse_profile_steps(text: str | None) -> tuple[int, int] | None:
 
 
 def _validate_selection(config: RunConfig) -> None:
-    evaluation = config.evaluation
+    evaluation, data = config.evaluation, config.data
     metric, patience = evaluation.metric_for_best_model, evaluation.early_stopping_patience
     if metric not in EVALUATION_METRICS:
         raise UserError(f"--metric_for_best_model {metric} is never logged{nearest(metric, EVALUATION_METRICS)} Known: {', '.join(EVALUATION_METRICS)}.")
@@ -766,9 +764,14 @@ def _validate_selection(config: RunConfig) -> None:
     for name in ("early_stopping_min_delta", "early_stopping_min_steps"):
         if getattr(evaluation, name) < 0:
             raise UserError(f"--{name} must not be negative, and is {getattr(evaluation, name)}.")
-    if not config.data.validation and config.data.validation_fraction == 0:
-        needs = "--early_stopping_patience" if patience is not None else "--load_best_model_at_end" if evaluation.load_best_model_at_end else ""
-        if needs:
+    if data.validation or data.validation_fraction > 0 or data.dataset_type == "sharded":  # a token store can have a validation split of its own
+        return
+    for needs, given in (
+        ("--early_stopping_patience", patience is not None),
+        ("--load_best_model_at_end", evaluation.load_best_model_at_end),
+        ("--scheduler plateau", config.optimizer.scheduler == "plateau"),
+    ):
+        if given:
             raise UserError(f"{needs} needs evaluations, and --validation_fraction 0 leaves nothing to evaluate on. Give --validation or a fraction.")
 
 

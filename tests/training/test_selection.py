@@ -68,3 +68,8 @@ def test_a_metric_that_is_never_logged() -> None:
 def test_what_cannot_be_selected_by(given: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         resolve(given)
+
+
+@pytest.mark.parametrize("flag", [{"early_stopping_patience": 2}, {"load_best_model_at_end": True}, {"scheduler": "plateau"}])
+def test_a_token_store_can_have_a_validation_split_where_no_fraction_is_held_out(flag: dict[str, object]) -> None:
+    resolve({"data": "tokens", "dataset_type": "sharded", "validation_fraction": 0, **flag})
