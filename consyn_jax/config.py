@@ -448,6 +448,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else "."
 
 
+def natural(text: str) -> int | None:
+    """The number that up to 15 decimal digits spell; None for any other text. (`str.isdigit` holds of ², too, which `int` refuses.)
+
+    >>> natural("12"), natural("-1"), natural("²")
+    (12, None, None)
+    """
+    return int(text) if len(text) <= 15 and text.isdecimal() else None
+
+
 # -------------------------------------------------------------------------------------------------------------------- resolving
 
 
@@ -632,10 +641,11 @@ def validate(config: RunConfig) -> None:
     _validate_selection(config)
     parse_profile_steps(config.logging.profile_steps)
     _validate_processes(config.hardware)
-    if values["resume"] not in ("auto", "never") and not values["resume"].isdigit():
+    step = natural(values["resume"])
+    if step is None and values["resume"] not in ("auto", "never"):
         raise UserError(f"--resume wants auto, never or a step, not {values['resume']!r}.")
-    if values["overwrite"] and values["resume"].isdigit():
-        raise UserError(f"--overwrite deletes what --resume {values['resume']} would go on from. Leave one of them out.")
+    if values["overwrite"] and step is not None:
+        raise UserError(f"--overwrite deletes what --resume {step} would go on from. Leave one of them out.")
 
 
 def _validate_processes(hardware: HardwareOptions) -> None:
@@ -650,7 +660,7 @@ def _validate_processes(hardware: HardwareOptions) -> None:
     if missing:
         raise UserError(f"--distributed has no {' and no '.join(missing)}. Give all three, or none where Slurm, Open MPI or Kubernetes starts the processes.")
     host, _, port = given["coordinator_address"].rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not host or not 0 < (natural(port) or 0) < 65536:
         raise UserError(f"--coordinator_address wants HOST:PORT, as in node1:1234, not {given['coordinator_address']!r}.")
     if given["num_processes"] < 1:
         raise UserError(f"--num_processes must be at least 1, not {given['num_processes']}.")
@@ -677,7 +687,7 @@ def validate_corpus(options: CorpusOptions) -> None:
     if options.document_separator == "":
         raise UserError("--document_separator is empty. Give the text that stands between documents, or leave it out.")
     kind, _, size = (options.tokenizer or "").partition(":")
-    if kind == "train" and not (size.isdigit() and 260 <= int(size) <= 1_000_000):
+    if kind == "train" and not 260 <= (natural(size) or 0) <= 1_000_000:
         raise UserError(f"--tokenizer train:SIZE wants a size from 260 to 1,000,000, not {size!r}.")
 
 
@@ -697,7 +707,7 @@ def _validate_optimizer(config: RunConfig) -> None:
             raise UserError(f"--decay_from starts from a rate at its peak, where --scheduler {options.scheduler} has none. It goes with wsd and constant runs.")
         if options.decay_ratio == 1:
             raise UserError("--decay_ratio 1 leaves no steps before the decay that --decay_from starts. Use 0.2 or so.")
-        if config.saving.resume.isdigit():
+        if natural(config.saving.resume) is not None:
             raise UserError(f"--resume {config.saving.resume} and --decay_from {options.decay_from} both name where to go on. Leave one of them out.")
     if options.optimizer == "schedule_free_adamw":
         if options.scheduler not in ("constant", "constant_with_warmup"):

@@ -97,6 +97,8 @@ def test_values_of_yaml_and_of_the_command_line_come_to_the_same() -> None:
         ({"max_tokens": "4096"}, "--max_tokens 4096 is above the context of 2048 tokens of this model. Lower it, or raise --context."),
         ({"moment_dtype": "bfloat"}, "--moment_dtype 'bfloat' is not known; did you mean bfloat16? Known: float32, bfloat16."),
         ({"tokenizer": "train:12"}, "--tokenizer train:SIZE wants a size from 260 to 1,000,000, not '12'."),
+        ({"tokenizer": "train:²"}, "--tokenizer train:SIZE wants a size from 260 to 1,000,000, not '²'."),
+        ({"resume": "²"}, "--resume wants auto, never or a step, not '²'."),
         ({"resume": "maybe"}, "--resume wants auto, never or a step, not 'maybe'."),
         ({"resume": "4", "overwrite": "true"}, "--overwrite deletes what --resume 4 would go on from. Leave one of them out."),
         ({"warmup_steps": "9", "max_steps": "8"}, "--warmup_steps 9 is longer than the run of --max_steps 8."),

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from consyn_jax.config import EVALUATION_METRICS, Diverged, Interrupted, ModelConfig, RunConfig, UserError, flat, parse_profile_steps, resolve
+from consyn_jax.config import EVALUATION_METRICS, Diverged, Interrupted, ModelConfig, RunConfig, UserError, flat, natural, parse_profile_steps, resolve
 from consyn_jax.data.loader import prefetch
 from consyn_jax.data.mixture import Mixture
 from consyn_jax.distributed.hardware import bf16_peak
@@ -459,9 +459,9 @@ class _Training:
 
     def _resume_step(self) -> int | None:
         """The step of the checkpoint to go on from, the newest that is whole; None for a new run."""
-        resume = self.run_config.saving.resume
-        if resume.isdigit():
-            return int(resume)
+        step = natural(self.run_config.saving.resume)
+        if step is not None:
+            return step
         return self.checkpoints.newest() if self.directory.holds_run else None
 
     def _already_complete(self) -> dict[str, float]:

@@ -39,6 +39,12 @@ def test_a_new_directory_is_made_and_then_holds_the_run(tmp_path: Path) -> None:
     assert holds_run(config)
 
 
+def test_what_lies_beside_the_checkpoints_and_is_no_step_is_passed_over(tmp_path: Path) -> None:
+    begin(tmp_path)
+    (tmp_path / "checkpoints" / "²").mkdir()
+    assert holds_run(run(tmp_path)[0])
+
+
 def test_two_processes_do_not_write_to_one_directory(tmp_path: Path) -> None:
     config, _ = run(tmp_path)
     first = open_run_directory(config, DERIVED)
