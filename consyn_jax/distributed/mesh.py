@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from consyn_jax.config import UserError, natural, nearest
+from consyn_jax.config import UserError, nearest
+from consyn_jax.validation import natural
 
 AXES = ("data", "fsdp", "context", "tensor")
 

@@ -15,9 +15,11 @@ from typing import Any
 
 import yaml
 
-from consyn_jax.config import PrepareConfig, RunConfig, UserError, flags, flat, natural, resolve
+from consyn_jax.config import PrepareConfig, RunConfig, UserError, flags, flat
 from consyn_jax.distributed.peers import Peers, current_peers
+from consyn_jax.resolve import resolve
 from consyn_jax.training.run_lock import RunLock, read_holder
+from consyn_jax.validation import natural
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"

@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
-from consyn_jax.config import UserError, resolve
+from consyn_jax.config import UserError
 from consyn_jax.distributed import peers as module
 from consyn_jax.distributed.launch import facts, find_cluster, refuse_differences, share_devices
 from consyn_jax.distributed.peers import AGAIN, LOST, Peers, meet
+from consyn_jax.resolve import resolve
 
 SCHEDULERS = ("SLURM_", "OMPI_", "KUBERNETES_")
 

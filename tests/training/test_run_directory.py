@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import yaml
 
-from consyn_jax.config import RunConfig, UserError, flat, resolve
+from consyn_jax.config import RunConfig, UserError, flat
+from consyn_jax.resolve import resolve
 from consyn_jax.training.run_directory import compare, describe, open_run_directory, read_config_file
 
 DERIVED = {"data": "abc", "validation": None, "tokenizer": "def", "sequences_per_step": 8, "total_steps": 100, "vocab_size": 259}

@@ -14,7 +14,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
-from consyn_jax.config import SCHEDULERS, OptimizerOptions, UserError, resolve
+from consyn_jax.config import SCHEDULERS, OptimizerOptions, UserError
+from consyn_jax.resolve import resolve
 from consyn_jax.training.scheduler import (
     Plateau,
     build_schedule,

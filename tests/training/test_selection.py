@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consyn_jax.config import EVALUATION_METRICS, UserError, resolve
+from consyn_jax.config import EVALUATION_METRICS, UserError
+from consyn_jax.resolve import resolve
 from consyn_jax.training.selection import Selection
 
 values = st.lists(st.one_of(st.floats(-5, 5), st.just(math.nan)), max_size=30)
