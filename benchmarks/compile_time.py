@@ -39,8 +39,9 @@ def child(target: str, depth: int) -> None:
     """Compile one train step and print the seconds of its phases."""
     import jax
 
-    from consyn_jax.config import architecture, resolve
+    from consyn_jax.config import architecture
     from consyn_jax.planning.topology import parse_topology
+    from consyn_jax.resolve import resolve
     from consyn_jax.training.program import Machine, Program, build_program
     from consyn_jax.training.scheduler import configured_schedule
 

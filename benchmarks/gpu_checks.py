@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from programs import make_batch
 
 from consyn_jax.cli.train import main as consyn_train
-from consyn_jax.config import architecture, resolve
+from consyn_jax.config import architecture
 from consyn_jax.model.attention import Backend, causal_attention, documents
 from consyn_jax.model.parameters import initial_parameters
+from consyn_jax.resolve import resolve
 from consyn_jax.training.metrics import read_metrics
 from consyn_jax.training.program import build_program
 from consyn_jax.training.scheduler import configured_schedule

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from consyn_jax.config import OPTIMIZERS, ModelConfig, RunConfig, architecture, resolve
+from consyn_jax.config import OPTIMIZERS, ModelConfig, RunConfig, architecture
 from consyn_jax.model.parameters import initial_parameters, layout
 from consyn_jax.planning.aot import compile_train_step, packages_are_there
+from consyn_jax.resolve import resolve
 from consyn_jax.training.guard import guarded
 from consyn_jax.training.loss import LossSums
 from consyn_jax.training.optimizer import of_parameters

@@ -26,8 +26,9 @@ import jax
 import numpy as np
 from harness import facts, write
 
-from consyn_jax.config import architecture, resolve
+from consyn_jax.config import architecture
 from consyn_jax.model.parameters import initial_parameters
+from consyn_jax.resolve import resolve
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.dataset import get_dataset
 from consyn_jax.training.optimizer import evaluation_params

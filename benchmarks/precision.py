@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from consyn_jax.config import architecture, resolve
+from consyn_jax.config import architecture
 from consyn_jax.model.parameters import initial_parameters
+from consyn_jax.resolve import resolve
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.dataset import get_dataset
 from consyn_jax.training.run_directory import read_config_file

@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from consyn_jax.config import ModelConfig, architecture, resolve
+from consyn_jax.config import ModelConfig, architecture
 from consyn_jax.distributed.host_memory import keep_freed_memory
 from consyn_jax.model.parameters import initial_parameters
+from consyn_jax.resolve import resolve
 from consyn_jax.training.trainer import ConsynTrainer, ModelSource
 
 Batch = dict[str, np.ndarray]  # input_ids, labels, segment_ids, loss_mask, each [A, B, T]

@@ -26,9 +26,10 @@ import numpy as np
 import torch
 from harness import facts, write
 
-from consyn_jax.config import architecture, resolve
+from consyn_jax.config import architecture
 from consyn_jax.data.loader import prefetch
 from consyn_jax.model.parameters import initial_parameters
+from consyn_jax.resolve import resolve
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.dataset import get_dataset
 from consyn_jax.training.run_directory import read_config_file

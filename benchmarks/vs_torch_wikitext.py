@@ -29,8 +29,9 @@ import torch
 import transformers
 from harness import facts, write
 
-from consyn_jax.config import architecture, resolve
+from consyn_jax.config import architecture
 from consyn_jax.model import ConsynLMHeadModel
+from consyn_jax.resolve import resolve
 from consyn_jax.training import ConsynTrainer
 from consyn_jax.training.dataset import ConsynDataset, get_dataset
 from consyn_jax.training.metrics import read_metrics

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from consyn_jax.cli.train import read_arguments
-from consyn_jax.config import architecture, flags, resolve
+from consyn_jax.config import architecture, flags
 from consyn_jax.model.arithmetic import num_parameters
+from consyn_jax.resolve import resolve
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.run_directory import read_config_file
 

@@ -101,7 +101,7 @@ def read(
     """What a command is told, the origins of the values, and what it shall do with that instead of its work: one of `modes`, or "".
 
     Args:
-        resolve: merges flags and the content of a `--config` file, as `config.resolve` does.
+        resolve: merges flags and the content of a `--config` file, as `resolve.resolve` does.
         modes: the help of flags without a value, each of which asks for something else than the command's work.
 
     Raises:

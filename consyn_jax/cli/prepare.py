@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from consyn_jax.cli.arguments import build_parser, read
 from consyn_jax.cli.progress import Bar
 from consyn_jax.cli.run import exit_code
-from consyn_jax.config import Interrupted, PrepareConfig, UserError, resolve_preparation
+from consyn_jax.config import Interrupted, PrepareConfig, UserError
+from consyn_jax.resolve import resolve_preparation
 
 if TYPE_CHECKING:
     from consyn_jax.data.prepare import Prepared

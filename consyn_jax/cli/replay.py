@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from consyn_jax.config import RunConfig, flat, resolve
+from consyn_jax.config import RunConfig, flat
+from consyn_jax.resolve import resolve
 
 if TYPE_CHECKING:
     from consyn_jax.training.diagnosis import Row

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from consyn_jax.cli import arguments
 from consyn_jax.cli.arguments import build_parser, read
 from consyn_jax.cli.run import exit_code
-from consyn_jax.config import PRESETS, CorpusOptions, RunConfig, UserError, architecture, check_context, nearest, resolve
+from consyn_jax.config import PRESETS, CorpusOptions, RunConfig, UserError, architecture, nearest
+from consyn_jax.resolve import resolve
+from consyn_jax.validation import check_context
 
 if TYPE_CHECKING:
     from consyn_jax.config import DataOptions, ModelConfig

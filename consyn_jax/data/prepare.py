@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from consyn_jax.config import CorpusOptions, UserError, validate_corpus
+from consyn_jax.config import CorpusOptions, UserError
 from consyn_jax.data.digests import FileDigests, cache_directory
 from consyn_jax.data.near_duplicates import NearDuplicates
 from consyn_jax.data.parts import PART_BYTES
@@ -41,6 +41,7 @@ from consyn_jax.data.store import PREPARING, VERSION, JoinedStores, TokenStore, 
 from consyn_jax.data.work import Kept, Result, Worker
 from consyn_jax.data.workers import Workers
 from consyn_jax.tokenization import BPETokenizer, load_tokenizer
+from consyn_jax.validation import validate_corpus
 
 # Raised when the same input would give other documents, splits or ids than before: old cache entries are then not found.
 PIPELINE_VERSION = 2

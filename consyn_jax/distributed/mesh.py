@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from consyn_jax.config import UserError, nearest
+from consyn_jax.validation import natural
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -80,9 +81,9 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
         axis, _, size = part.strip().partition("=")
         if axis not in AXES:
             raise UserError(f"--mesh has no axis {axis!r}{nearest(axis, AXES)} Write it as data=2,fsdp=4; the axes are {', '.join(AXES)}.")
-        if not size.isdigit() or int(size) < 1:
+        sizes[axis] = natural(size) or 0
+        if sizes[axis] == 0:
             raise UserError(f"--mesh {axis} wants a whole number of devices, not {size!r}.")
-        sizes[axis] = int(size)
     if math.prod(sizes.values()) != num_devices:
         raise UserError(f"--mesh {text} is for {math.prod(sizes.values())} devices, and there are {num_devices}. Make the product of the axes {num_devices}.")
     return sizes

@@ -19,7 +19,7 @@ BYTES_WITHOUT_KERNEL = 10  # the same where devices share the vocabulary: 2.5 fl
 def matmul_parameters(config: ModelConfig) -> int:
     """Parameters that take part in a matrix product for every token: all matrices, the output embedding once, no lookup table.
 
-    >>> from consyn_jax.config import preset_architecture
+    >>> from consyn_jax.resolve import preset_architecture
     >>> matmul_parameters(preset_architecture("verse"))
     122683392
     """
@@ -41,7 +41,7 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 def num_parameters(config: ModelConfig) -> int:
     """All parameters, vocabulary padding included.
 
-    >>> from consyn_jax.config import preset_architecture
+    >>> from consyn_jax.resolve import preset_architecture
     >>> num_parameters(preset_architecture("stanza"))
     1333895168
     """

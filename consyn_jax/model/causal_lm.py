@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from consyn_jax.config import PRESETS, ModelConfig, preset_architecture
+from consyn_jax.config import PRESETS, ModelConfig
 from consyn_jax.distributed.mesh import constrain
 from consyn_jax.model import pretrained
 from consyn_jax.model.attention import choose_attention
 from consyn_jax.model.parameters import Params, initial_parameters
 from consyn_jax.model.transformer import Compute, Decoder
+from consyn_jax.resolve import preset_architecture
 
 if TYPE_CHECKING:
     from consyn_jax.tokenization import BPETokenizer

@@ -40,7 +40,7 @@ class Layout(NamedTuple):
 def layout(config: ModelConfig) -> Layout:
     """The layout of the model that `config` describes; nothing is allocated.
 
-    >>> from consyn_jax.config import preset_architecture
+    >>> from consyn_jax.resolve import preset_architecture
     >>> layout(preset_architecture("verse")).num_parameters
     122704128
     """

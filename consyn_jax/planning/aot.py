@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from consyn_jax.config import ModelConfig, RunConfig, UserError, flat, resolve
+from consyn_jax.config import ModelConfig, RunConfig, UserError, flat
 from consyn_jax.planning.compiled import BYTES, Collective, array_shapes, collectives, instructions, kernels, product_flops, update_bytes
 from consyn_jax.planning.schedule import play
 from consyn_jax.planning.topology import Topology, parse_topology
+from consyn_jax.resolve import resolve
 
 if TYPE_CHECKING:
     from consyn_jax.training.program import Built

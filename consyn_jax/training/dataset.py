@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from consyn_jax.config import CorpusOptions, UserError, nearest, resolve_preparation
+from consyn_jax.config import CorpusOptions, UserError, nearest
 from consyn_jax.data.loader import Shuffled
 from consyn_jax.data.mixture import Joined, Mixture
 from consyn_jax.data.packing import Batch, PackedDataset, PackedSequences, WholeDocuments
 from consyn_jax.data.prepare import Prepared, prepare
 from consyn_jax.data.split import TRAIN, VALIDATION
+from consyn_jax.resolve import resolve_preparation
 from consyn_jax.tokenization import BPETokenizer
 
 PACKINGS: dict[str, type[PackedSequences]] = {"cut": PackedDataset, "whole": WholeDocuments}

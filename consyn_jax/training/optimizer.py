@@ -15,7 +15,8 @@ import optax
 from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers, ScheduleFreeState, scale_by_muon, schedule_free, schedule_free_eval_params
 
-from consyn_jax.config import MOMENTUM, OPTIMIZERS, OptimizerOptions, UserError, nearest, parse_multipliers
+from consyn_jax.config import MOMENTUM, OPTIMIZERS, OptimizerOptions, UserError, nearest
+from consyn_jax.validation import parse_multipliers
 
 Axes = tuple[str | None, ...]
 

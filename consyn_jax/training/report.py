@@ -191,7 +191,7 @@ def write_report(
         config: values by flag name, from `config.flat`.
         samples: step and text.
         summary: what else is to stand with the result, by label.
-        origins: where each value of the configuration came from, from `config.resolve`.
+        origins: where each value of the configuration came from, from `resolve.resolve`.
 
     Returns:
         The file.

@@ -15,9 +15,11 @@ from typing import Any
 
 import yaml
 
-from consyn_jax.config import PrepareConfig, RunConfig, UserError, flags, flat, resolve
+from consyn_jax.config import PrepareConfig, RunConfig, UserError, flags, flat
 from consyn_jax.distributed.peers import Peers, current_peers
+from consyn_jax.resolve import resolve
 from consyn_jax.training.run_lock import RunLock, read_holder
+from consyn_jax.validation import natural
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -162,8 +164,9 @@ def check_output(config: RunConfig, derived: dict[str, Any] | None = None) -> bo
         _check_overwrite(config, path)
         return False
     steps = _saved_steps(path)
-    if saving.resume.isdigit() and int(saving.resume) not in steps:
-        raise UserError(f"--resume {saving.resume}: {path / CHECKPOINTS} has no checkpoint of that step; there are: {', '.join(map(str, steps)) or 'none'}.")
+    asked = natural(saving.resume)
+    if asked is not None and asked not in steps:
+        raise UserError(f"--resume {asked}: {path / CHECKPOINTS} has no checkpoint of that step; there are: {', '.join(map(str, steps)) or 'none'}.")
     # What was stopped before its first checkpoint has nothing to lose, so it need not be what is asked for now.
     if old is None or not (steps or (path / "best").exists() or (path / "final").exists()):
         return False
@@ -176,7 +179,7 @@ def check_output(config: RunConfig, derived: dict[str, Any] | None = None) -> bo
             f"Name another directory, take the old values back, or delete that run with --overwrite."
         )
     if derived is not None and steps:
-        _check_schedule(old, config, derived, int(saving.resume) if saving.resume.isdigit() else steps[-1])
+        _check_schedule(old, config, derived, steps[-1] if asked is None else asked)
     return True
 
 
@@ -271,7 +274,7 @@ def _check_overwrite(config: RunConfig, path: Path) -> None:
 def _saved_steps(path: Path) -> list[int]:
     """Steps with a checkpoint; one that is still being written has another name."""
     directory = path / CHECKPOINTS
-    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit()) if directory.is_dir() else []
+    return sorted(step for entry in directory.iterdir() if (step := natural(entry.name)) is not None) if directory.is_dir() else []
 
 
 def _read_run(file: Path) -> dict[str, Any]:

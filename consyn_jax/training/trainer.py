@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from consyn_jax.config import EVALUATION_METRICS, Diverged, Interrupted, ModelConfig, RunConfig, UserError, flat, parse_profile_steps, resolve
+from consyn_jax.config import EVALUATION_METRICS, Diverged, Interrupted, ModelConfig, RunConfig, UserError, flat
 from consyn_jax.data.loader import prefetch
 from consyn_jax.data.mixture import Mixture
 from consyn_jax.distributed.hardware import bf16_peak
@@ -33,6 +33,7 @@ from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.model.arithmetic import train_flops_per_token
 from consyn_jax.model.parameters import Params, layout
 from consyn_jax.model.pretrained import load_parameters
+from consyn_jax.resolve import resolve
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training import profile
 from consyn_jax.training.checkpoint import Checkpoints
@@ -55,6 +56,7 @@ from consyn_jax.training.scheduler import configured_plateau, configured_schedul
 from consyn_jax.training.signals import Agreement, Signals
 from consyn_jax.training.step import Batch, Metrics, TrainState
 from consyn_jax.training.watchdog import COMPILING, EVALUATING, FINISHING, SAVING, STEPPING, WAITING, Watchdog
+from consyn_jax.validation import natural, parse_profile_steps
 
 SAMPLE_TOKENS = 200
 
@@ -459,9 +461,9 @@ class _Training:
 
     def _resume_step(self) -> int | None:
         """The step of the checkpoint to go on from, the newest that is whole; None for a new run."""
-        resume = self.run_config.saving.resume
-        if resume.isdigit():
-            return int(resume)
+        step = natural(self.run_config.saving.resume)
+        if step is not None:
+            return step
         return self.checkpoints.newest() if self.directory.holds_run else None
 
     def _already_complete(self) -> dict[str, float]:

@@ -13,8 +13,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from consyn_jax.cli.train import main
-from consyn_jax.config import CorpusOptions, resolve
+from consyn_jax.config import CorpusOptions
 from consyn_jax.data.prepare import prepare
+from consyn_jax.resolve import resolve
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.run_directory import open_run_directory
 

@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
-from consyn_jax.config import UserError, resolve
+from consyn_jax.config import UserError
 from consyn_jax.distributed import peers as module
 from consyn_jax.distributed.launch import facts, find_cluster, refuse_differences, share_devices
 from consyn_jax.distributed.peers import AGAIN, LOST, Peers, meet
+from consyn_jax.resolve import resolve
 
 SCHEDULERS = ("SLURM_", "OMPI_", "KUBERNETES_")
 
@@ -95,6 +96,7 @@ def test_no_cluster_is_a_sentence(bare: pytest.MonkeyPatch) -> None:
         ({"distributed": True, "num_processes": 2}, r"--distributed has no --coordinator_address and no --process_id\. Give all three, or none"),
         ({"distributed": True, "coordinator_address": "node1", "num_processes": 2, "process_id": 0}, r"wants HOST:PORT, as in node1:1234, not 'node1'"),
         ({"distributed": True, "coordinator_address": "node1:0", "num_processes": 2, "process_id": 0}, r"wants HOST:PORT"),
+        ({"distributed": True, "coordinator_address": "a:²", "num_processes": 2, "process_id": 0}, r"wants HOST:PORT, as in node1:1234, not 'a:²'"),
         ({"distributed": True, "coordinator_address": "a:1", "num_processes": 0, "process_id": 0}, r"--num_processes must be at least 1, not 0"),
         ({"distributed": True, "coordinator_address": "a:1", "num_processes": 2, "process_id": 2}, r"--process_id 2 is not one of 2 processes"),
         ({"distributed": True, "coordinator_address": "a:1", "num_processes": 2, "process_id": -1}, r"--process_id -1 is not one of 2 processes"),

@@ -32,6 +32,8 @@ def test_a_mesh_is_read_in_any_order(order: list[str], numbers: list[int]) -> No
         ("fdsp=8", "no axis 'fdsp'; did you mean fsdp?"),
         ("data=0,fsdp=8", "data wants a whole number of devices, not '0'"),
         ("data=two", "not 'two'"),
+        ("data=²", "not '²'"),
+        ("data=" + 5000 * "1", "wants a whole number of devices"),
         ("data", "not ''"),
         ("data=2,tensor=2", "for 4 devices, and there are 8"),
         ("", "no axis ''"),

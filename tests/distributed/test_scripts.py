@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from consyn_jax.config import resolve
+from consyn_jax.resolve import resolve
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

@@ -25,11 +25,12 @@ import numpy as np
 import xxhash
 from safetensors.numpy import save
 
-from consyn_jax.config import ModelConfig, UserError, resolve
+from consyn_jax.config import ModelConfig, UserError
 from consyn_jax.data.prepare import prepare
 from consyn_jax.data.sources import find_sources
 from consyn_jax.data.store import TokenStore
 from consyn_jax.model.pretrained import check_checkpoint, load_parameters, read_config, to_hf_config
+from consyn_jax.resolve import resolve
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.checkpoint import CHECKSUMS, STATE, Checkpoints
 from consyn_jax.training.metrics import read_metrics

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from consyn_jax.config import ModelConfig, preset_architecture
+from consyn_jax.config import ModelConfig
 from consyn_jax.distributed.mesh import build_mesh
 from consyn_jax.model.parameters import Params, initial_parameters, layout
+from consyn_jax.resolve import preset_architecture
 
 TINY = ModelConfig(vocab_size=259, hidden_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, context=64, tie_embeddings=False)
 

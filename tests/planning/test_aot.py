@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from consyn_jax.config import ModelConfig, RunConfig, UserError, architecture, flat, resolve
+from consyn_jax.config import ModelConfig, RunConfig, UserError, architecture, flat
 from consyn_jax.distributed.auto_mesh import FITS
 from consyn_jax.distributed.mesh import parse_mesh
 from consyn_jax.model.arithmetic import matmul_parameters
@@ -26,6 +26,7 @@ from consyn_jax.planning.page import page
 from consyn_jax.planning.plan import compiled as compiled_plan
 from consyn_jax.planning.plan import estimate, fit
 from consyn_jax.planning.topology import GPUS, parse_topology
+from consyn_jax.resolve import resolve
 from consyn_jax.training.run_directory import read_config_file
 
 pytestmark = pytest.mark.usefixtures("cuda_packages")
@@ -322,7 +323,8 @@ def test_where_xla_writes_no_kernel_of_its_own_the_three_products_are_cublas_fp8
 LOOK = """
 import json, sys, time
 from jax.experimental import topologies
-from consyn_jax.config import ModelConfig, resolve
+from consyn_jax.config import ModelConfig
+from consyn_jax.resolve import resolve
 from consyn_jax.planning import aot
 from consyn_jax.planning.compiled import BYTES, array_shapes, instructions, kernels
 from consyn_jax.planning.topology import parse_topology

@@ -11,7 +11,7 @@ import pytest
 
 from consyn_jax.cli.plan import _vocabulary
 from consyn_jax.cli.train import main
-from consyn_jax.config import OPTIMIZERS, RunConfig, UserError, architecture, flags, preset_architecture, resolve
+from consyn_jax.config import OPTIMIZERS, RunConfig, UserError, architecture, flags
 from consyn_jax.data.store import TokenStoreWriter
 from consyn_jax.distributed.auto_mesh import FITS
 from consyn_jax.distributed.mesh import AXES, check_batch, check_model
@@ -23,6 +23,7 @@ from consyn_jax.planning.page import page
 from consyn_jax.planning.plan import Plan, alternatives, estimate, fit, with_flags
 from consyn_jax.planning.roofline import all_reduce_seconds, estimate_step, network_of, ring_seconds, workload
 from consyn_jax.planning.topology import parse_topology
+from consyn_jax.resolve import preset_architecture, resolve
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.optimizer import configured_optimizer, moment_bytes
 from consyn_jax.training.program import Machine, mesh_of, this_machine

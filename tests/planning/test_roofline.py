@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from consyn_jax.config import architecture, preset_architecture, resolve
+from consyn_jax.config import architecture
 from consyn_jax.model.arithmetic import matmul_parameters, num_parameters
 from consyn_jax.model.parameters import layout
 from consyn_jax.planning.published import RUNS, Published, table
 from consyn_jax.planning.roofline import HOP_SECONDS, LINK_EFFICIENCY, Workload, estimate_step, ring_seconds, stretch_of, workload
 from consyn_jax.planning.topology import GPUS, Topology, parse_topology
+from consyn_jax.resolve import preset_architecture, resolve
 
 DOCS = Path(__file__).parents[2] / "docs"
 ONE = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from consyn_jax.config import ModelConfig, RunConfig, UserError, resolve
+from consyn_jax.config import ModelConfig, RunConfig, UserError
 from consyn_jax.model import ConsynLMHeadModel
+from consyn_jax.resolve import resolve
 from consyn_jax.training import ConsynTrainer, memory
 from consyn_jax.training.memory import explaining_exhaustion, fitting, step_memory
 
@@ -79,7 +80,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from consyn_jax.config import ModelConfig, resolve
+from consyn_jax.config import ModelConfig
+from consyn_jax.resolve import resolve
 from consyn_jax.distributed.mesh import sharding
 from consyn_jax.model.parameters import initial_parameters
 from consyn_jax.training.memory import step_memory

@@ -9,11 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from consyn_jax.config import REMAT_POLICIES, ModelConfig, UserError, resolve
+from consyn_jax.config import REMAT_POLICIES, ModelConfig, UserError
 from consyn_jax.distributed.mesh import AXES, build_mesh, sharding
 from consyn_jax.model import transformer
 from consyn_jax.model.parameters import Params, initial_parameters, layout
 from consyn_jax.model.transformer import Compute
+from consyn_jax.resolve import resolve
 from consyn_jax.training.checkpoint import Checkpoints
 from consyn_jax.training.host_state import streamed
 from consyn_jax.training.optimizer import build_optimizer, decay_mask

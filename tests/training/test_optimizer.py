@@ -13,11 +13,12 @@ import pytest
 import torch
 from jax.sharding import Mesh
 
-from consyn_jax.config import MOMENTUM, OPTIMIZERS, ModelConfig, OptimizerOptions, UserError, resolve
+from consyn_jax.config import MOMENTUM, OPTIMIZERS, ModelConfig, OptimizerOptions, UserError
 from consyn_jax.distributed.mesh import AXES, build_mesh, sharding
 from consyn_jax.model.parameters import Params, initial_parameters, layout
 from consyn_jax.model.pretrained import load_parameters, read_config
 from consyn_jax.model.transformer import Compute
+from consyn_jax.resolve import resolve
 from consyn_jax.training.checkpoint import Checkpoints
 from consyn_jax.training.optimizer import (
     RateScale,

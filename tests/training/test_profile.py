@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import pytest
 from jax.profiler import ProfileData
 
-from consyn_jax.config import UserError, architecture, parse_profile_steps, resolve
+from consyn_jax.config import UserError, architecture
+from consyn_jax.resolve import resolve
 from consyn_jax.training import profile
 from consyn_jax.training.profile import SCOPES, Profile, Program, Summary, page, scopes_of, summarise
 from consyn_jax.training.program import Machine, build_program
 from consyn_jax.training.scheduler import configured_schedule
+from consyn_jax.validation import parse_profile_steps
 
 pytestmark = pytest.mark.users_compiler
 

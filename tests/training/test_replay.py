@@ -22,13 +22,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from consyn_jax.config import ModelConfig, RegularisationOptions, UserError, resolve
+from consyn_jax.config import ModelConfig, RegularisationOptions, UserError
 from consyn_jax.data.loader import BatchLoader, Shuffled
 from consyn_jax.data.mixture import Mixture
 from consyn_jax.distributed.mesh import AXES, build_mesh, sharding
 from consyn_jax.model.dropout import Dropout
 from consyn_jax.model.parameters import Params, initial_parameters, layout
 from consyn_jax.model.transformer import Compute
+from consyn_jax.resolve import resolve
 from consyn_jax.training import diagnosis
 from consyn_jax.training.diagnosis import BLOCK_PARAMETERS, Diagnosis, Row, began, diagnose, statistics
 from consyn_jax.training.optimizer import configured_optimizer

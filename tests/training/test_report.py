@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from consyn_jax import config
+from consyn_jax.config import flat
+from consyn_jax.resolve import resolve
 from consyn_jax.training.report import Point, best, curve, smooth, thin, write_loss_plot, write_report
 
 HOSTILE = '</pre><script>alert(1)</script><img src=x onerror=alert(1)>\x00\x1b[2J\ud800 & "quotes" {body} {style}'
@@ -122,8 +123,8 @@ def test_hostile_text_is_shown_and_not_obeyed(tmp_path: Path) -> None:
 
 
 def test_the_report_says_what_happened(tmp_path: Path) -> None:
-    resolved, origins = config.resolve({"model": "haiku", "lr": "0.002"})
-    page = read(write_report(tmp_path, run(30), config.flat(resolved), [(30, "To be")], {"parameters": 3_145_728}, origins))
+    resolved, origins = resolve({"model": "haiku", "lr": "0.002"})
+    page = read(write_report(tmp_path, run(30), flat(resolved), [(30, "To be")], {"parameters": 3_145_728}, origins))
     lowest = 3 + 5 * math.exp(-1.5)
     for expected in (
         f"{lowest:.4f}",

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import yaml
 
-from consyn_jax.config import RunConfig, UserError, flat, resolve
+from consyn_jax.config import RunConfig, UserError, flat
+from consyn_jax.resolve import resolve
 from consyn_jax.training.run_directory import compare, describe, open_run_directory, read_config_file
 
 DERIVED = {"data": "abc", "validation": None, "tokenizer": "def", "sequences_per_step": 8, "total_steps": 100, "vocab_size": 259}
@@ -37,6 +38,12 @@ def test_a_new_directory_is_made_and_then_holds_the_run(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b").is_dir()
     begin(tmp_path / "a" / "b")
     assert holds_run(config)
+
+
+def test_what_lies_beside_the_checkpoints_and_is_no_step_is_passed_over(tmp_path: Path) -> None:
+    begin(tmp_path)
+    (tmp_path / "checkpoints" / "²").mkdir()
+    assert holds_run(run(tmp_path)[0])
 
 
 def test_two_processes_do_not_write_to_one_directory(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
-from consyn_jax.config import SCHEDULERS, OptimizerOptions, UserError, resolve
+from consyn_jax.config import SCHEDULERS, OptimizerOptions, UserError
+from consyn_jax.resolve import resolve
 from consyn_jax.training.scheduler import (
     Plateau,
     build_schedule,
@@ -190,7 +191,7 @@ def test_the_flags_reach_the_schedule() -> None:
         ({"plateau_patience": -1}, "--plateau_patience must not be negative"),
         ({"plateau_cooldown": -1}, "--plateau_cooldown must not be negative"),
         ({"plateau_threshold": -1}, "--plateau_threshold must be at least 0 and below 1"),
-        ({"scheduler": "plateau", "validation_fraction": 0}, "--scheduler plateau follows the evaluations"),
+        ({"scheduler": "plateau", "validation_fraction": 0}, "--scheduler plateau needs evaluations, and --validation_fraction 0 leaves nothing"),
         ({"scheduler": "polynomal"}, r"--scheduler 'polynomal' is not known; did you mean polynomial\?"),
     ],
 )

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consyn_jax.config import EVALUATION_METRICS, UserError, resolve
+from consyn_jax.config import EVALUATION_METRICS, UserError
+from consyn_jax.resolve import resolve
 from consyn_jax.training.selection import Selection
 
 values = st.lists(st.one_of(st.floats(-5, 5), st.just(math.nan)), max_size=30)
@@ -68,3 +69,8 @@ def test_a_metric_that_is_never_logged() -> None:
 def test_what_cannot_be_selected_by(given: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         resolve(given)
+
+
+@pytest.mark.parametrize("flag", [{"early_stopping_patience": 2}, {"load_best_model_at_end": True}, {"scheduler": "plateau"}])
+def test_a_token_store_can_have_a_validation_split_where_no_fraction_is_held_out(flag: dict[str, object]) -> None:
+    resolve({"data": "tokens", "dataset_type": "sharded", "validation_fraction": 0, **flag})
