@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Protocol
 
 from consyn_jax.config import UserError
+from consyn_jax.training.checkpoint_files import flush
 
 FILE_NAME = "metrics.jsonl"
 
@@ -164,11 +165,7 @@ def _rewrite(path: Path, lines: list[dict[str, Any]]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)  # the new name is durable once its directory is
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        flush(path.parent)  # the new name is durable once its directory is
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from error
 

@@ -17,6 +17,7 @@ import yaml
 
 from consyn_jax.config import PrepareConfig, RunConfig, UserError, flags, flat, resolve
 from consyn_jax.distributed.peers import Peers, current_peers
+from consyn_jax.training.checkpoint_files import saved_steps
 from consyn_jax.training.run_lock import RunLock, read_holder
 
 CONFIG = "config.yaml"
@@ -269,9 +270,10 @@ def _check_overwrite(config: RunConfig, path: Path) -> None:
 
 
 def _saved_steps(path: Path) -> list[int]:
-    """Steps with a checkpoint; one that is still being written has another name."""
-    directory = path / CHECKPOINTS
-    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit()) if directory.is_dir() else []
+    try:
+        return saved_steps(path / CHECKPOINTS)
+    except OSError as error:
+        raise UserError(f"{path / CHECKPOINTS} cannot be read: {error.strerror}. Name another --output.") from error
 
 
 def _read_run(file: Path) -> dict[str, Any]:

@@ -31,7 +31,8 @@ from consyn_jax.data.sources import find_sources
 from consyn_jax.data.store import TokenStore
 from consyn_jax.model.pretrained import check_checkpoint, load_parameters, read_config, to_hf_config
 from consyn_jax.tokenization import BPETokenizer
-from consyn_jax.training.checkpoint import CHECKSUMS, STATE, Checkpoints
+from consyn_jax.training.checkpoint import STATE, Checkpoints
+from consyn_jax.training.checkpoint_files import CHECKSUMS
 from consyn_jax.training.metrics import read_metrics
 from consyn_jax.training.program import BATCH_DTYPES
 from consyn_jax.training.progress import Progress

@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,20 @@ def test_resuming_on_purpose_needs_a_run_and_never_resuming_needs_none(tmp_path:
     with pytest.raises(UserError, match=r"--resume 5: .* has no checkpoint of that step; there are: 3\."):
         open_run_directory(run(tmp_path / "run", resume="5")[0], DERIVED)
     assert holds_run(run(tmp_path / "run", resume="3")[0])
+
+
+def test_only_directories_with_the_number_of_a_step_are_checkpoints(tmp_path: Path) -> None:
+    begin(tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "3²").mkdir()
+    (checkpoints / "²").mkdir()
+    (checkpoints / "5").write_text("")
+    with pytest.raises(UserError, match=r"there are: 3\."):
+        open_run_directory(run(tmp_path / "run", resume="5")[0], DERIVED)
+    shutil.rmtree(checkpoints)
+    checkpoints.write_text("")
+    with pytest.raises(UserError, match=r"checkpoints cannot be read: Not a directory\. Name another --output\."):
+        open_run_directory(run(tmp_path / "run")[0], DERIVED)
 
 
 def test_a_run_that_saved_nothing_may_be_another(tmp_path: Path) -> None:
