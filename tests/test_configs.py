@@ -8,7 +8,7 @@ from consyn_jax.cli.train import read_arguments
 from consyn_jax.config import architecture, flags, resolve
 from consyn_jax.model.arithmetic import num_parameters
 from consyn_jax.tokenization import BPETokenizer
-from consyn_jax.training.run_directory import read_config_file
+from consyn_jax.training.config_file import read_config_file
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

@@ -26,7 +26,7 @@ from consyn_jax.planning.page import page
 from consyn_jax.planning.plan import compiled as compiled_plan
 from consyn_jax.planning.plan import estimate, fit
 from consyn_jax.planning.topology import GPUS, parse_topology
-from consyn_jax.training.run_directory import read_config_file
+from consyn_jax.training.config_file import read_config_file
 
 pytestmark = pytest.mark.usefixtures("cuda_packages")
 

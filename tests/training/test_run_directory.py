@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from consyn_jax.config import RunConfig, UserError, flat, resolve
-from consyn_jax.training.run_directory import compare, describe, open_run_directory, read_config_file
+from consyn_jax.training.config_file import describe, read_config_file
+from consyn_jax.training.run_directory import compare, open_run_directory
 
 DERIVED = {"data": "abc", "validation": None, "tokenizer": "def", "sequences_per_step": 8, "total_steps": 100, "vocab_size": 259}
 
@@ -186,23 +187,3 @@ def test_other_processes_only_look(tmp_path: Path) -> None:
     begin(tmp_path / "run")
     holds_run(replace(config, saving=replace(config.saving, overwrite=True)), write=False)
     assert (tmp_path / "run" / "config.yaml").exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("lr: 1\nepochs: [1", r":\d+ is not YAML"),
-        ("- lr\n", "must consist of `setting: value` lines"),
-        ("1: 2\n", "must consist of `setting: value` lines"),
-        ("!!python/object/apply:os.system ['touch opened']\n", "is not YAML"),
-    ],
-)
-def test_a_config_file_that_is_none_is_refused_in_words(content: str, words: str, tmp_path: Path) -> None:
-    file = tmp_path / "recipe.yaml"
-    file.write_text(content)
-    with pytest.raises(UserError, match=words):
-        read_config_file(file)
-    with pytest.raises(UserError, match="cannot be read: No such file"):
-        read_config_file(tmp_path / "gone.yaml")
-    file.write_text("")
-    assert read_config_file(file) == {}
