@@ -192,8 +192,7 @@ def _local_bytes(tree: Any) -> int:
 
 def _built(model: ModelConfig, run: RunConfig, topology: Topology, devices: list[Any]) -> Built:
     """The programs that `consyn-train` would run on these devices."""
-    from consyn_jax.training.program import Machine, build_program
+    from consyn_jax.training.program import build_program
     from consyn_jax.training.scheduler import configured_schedule
 
-    machine = Machine(topology.hosts, topology.gpus_per_host, topology.gpu.memory_bytes)
-    return build_program(model, run, configured_schedule(run.optimizer, TOTAL_STEPS), devices, machine)
+    return build_program(model, run, configured_schedule(run.optimizer, TOTAL_STEPS), devices, topology.machine)

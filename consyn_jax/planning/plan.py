@@ -17,7 +17,7 @@ from consyn_jax.planning.aot import CompiledProgram, compile_train_step, summary
 from consyn_jax.planning.roofline import StepTime, Workload, estimate_step, workload
 from consyn_jax.planning.topology import Topology, known_gpu
 from consyn_jax.training.host_state import HOST_RULES
-from consyn_jax.training.program import Machine, mesh_of, this_machine
+from consyn_jax.training.program import mesh_of, this_machine
 from consyn_jax.training.trainer import ConsynTrainer
 
 MAX_COMPILED = 4  # candidates of one search
@@ -66,7 +66,7 @@ def estimate(model: ModelConfig, run: RunConfig, topology: Topology) -> Plan:
     Raises:
         UserError: a mesh or batch that cannot be on this topology.
     """
-    mesh = mesh_of(model, run, Machine(topology.hosts, topology.gpus_per_host, topology.gpu.memory_bytes))
+    mesh = mesh_of(model, run, topology.machine)
     work, budget = workload(model, run, mesh.sizes), run.budget
     limits = [budget.max_steps] if budget.max_steps is not None else []
     if budget.total_tokens is not None:

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from consyn_jax.config import ModelConfig, RegularisationOptions, RunConfig
-from consyn_jax.distributed.auto_mesh import MeshChoice, choose_mesh
+from consyn_jax.distributed.auto_mesh import Machine, MeshChoice, choose_mesh
 from consyn_jax.distributed.compiler import compiler_options
 from consyn_jax.distributed.hardware import runs_triton
 from consyn_jax.distributed.mesh import build_mesh, check_batch, check_model, parse_mesh, sharding
@@ -170,15 +170,6 @@ class Built(NamedTuple):
     attention: AttentionChoice
     precision: PrecisionChoice
     mesh: MeshChoice
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a mesh is chosen for: hosts, devices in each, and the bytes that one device may use."""
-
-    hosts: int
-    per_host: int
-    memory_bytes: int
 
 
 def this_machine() -> Machine:

@@ -11,7 +11,7 @@ import pytest
 
 from consyn_jax.cli.train import main
 from consyn_jax.config import OPTIMIZERS, RunConfig, UserError, architecture, flags, preset_architecture, resolve
-from consyn_jax.distributed.auto_mesh import FITS
+from consyn_jax.distributed.auto_mesh import FITS, Machine
 from consyn_jax.distributed.mesh import AXES, check_batch, check_model
 from consyn_jax.model.arithmetic import LOGITS_AT_ONCE, chunk_tokens, logits_at_once
 from consyn_jax.model.parameters import layout
@@ -22,7 +22,7 @@ from consyn_jax.planning.plan import Plan, alternatives, estimate, fit, with_fla
 from consyn_jax.planning.roofline import all_reduce_seconds, estimate_step, network_of, ring_seconds, workload
 from consyn_jax.planning.topology import parse_topology
 from consyn_jax.training.optimizer import configured_optimizer, moment_bytes
-from consyn_jax.training.program import Machine, mesh_of, this_machine
+from consyn_jax.training.program import mesh_of, this_machine
 
 
 def planned(model: str, topology: str, **changes: Any) -> Plan:

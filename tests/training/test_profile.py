@@ -9,9 +9,10 @@ import pytest
 from jax.profiler import ProfileData
 
 from consyn_jax.config import UserError, architecture, parse_profile_steps, resolve
+from consyn_jax.distributed.auto_mesh import Machine
 from consyn_jax.training import profile
 from consyn_jax.training.profile import SCOPES, Profile, Program, Summary, page, scopes_of, summarise
-from consyn_jax.training.program import Machine, build_program
+from consyn_jax.training.program import build_program
 from consyn_jax.training.scheduler import configured_schedule
 
 pytestmark = pytest.mark.users_compiler
