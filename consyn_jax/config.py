@@ -315,6 +315,12 @@ class RunConfig:
     saving: SavingOptions = SavingOptions()
     logging: LoggingOptions = LoggingOptions()
 
+    @property
+    def length(self) -> int:
+        """Of a training sequence in tokens, known once the run is resolved."""
+        assert self.data.max_tokens is not None
+        return self.data.max_tokens
+
 
 @dataclass(frozen=True)
 class StoreOptions:
@@ -564,6 +570,14 @@ def _fit_heads(values: dict[str, Any], origins: dict[str, str]) -> None:
         values["head_dim"], origins["head_dim"] = width // max(heads, 1), "hidden_dim / num_heads"
     if "num_kv_heads" in own and "num_heads" not in own and heads % values["num_kv_heads"]:
         values["num_kv_heads"], origins["num_kv_heads"] = heads, "num_heads"
+
+
+def with_flags(run: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    """`run` with other values by flag name."""
+    for name, value in changes.items():
+        group = flags()[name].group
+        run = dataclasses.replace(run, **{group: dataclasses.replace(getattr(run, group), **{name: value})})
+    return run
 
 
 def flat(config: RunConfig | PrepareConfig) -> dict[str, Any]:

@@ -149,9 +149,8 @@ def _compile(model: ModelConfig, run: RunConfig, topology: Topology) -> Compiled
 
     # slices x hosts x GPUs per host
     described = topologies.get_topology_desc(platform="cuda", target_config=topology.gpu.target_config, topology=f"1x{topology.hosts}x{topology.gpus_per_host}")
-    assert run.data.max_tokens is not None
     budget, built = run.budget, _built(model, run, topology, described.devices)
-    lowered = built.program.lower_train_step(budget.gradient_accumulation_steps, budget.batch_size, run.data.max_tokens)
+    lowered = built.program.lower_train_step(budget.gradient_accumulation_steps, budget.batch_size, run.length)
     return summary(built, lowered.compile(), topology)
 
 

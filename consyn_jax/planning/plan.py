@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from consyn_jax.config import ModelConfig, RunConfig, UserError, flags
+from consyn_jax.config import ModelConfig, RunConfig, UserError, flags, with_flags
 from consyn_jax.distributed.auto_mesh import FITS, MeshChoice
 from consyn_jax.planning.aot import CompiledProgram, compile_train_step, summary
 from consyn_jax.planning.roofline import StepTime, Workload, estimate_step, workload
@@ -164,14 +164,6 @@ def _moments(plan: Plan) -> Iterator[dict[str, Any]]:
     hardware = plan.run.hardware
     if hardware.optimizer_memory == "device" and hardware.mixed_precision != "fp16" and plan.run.optimizer.optimizer in HOST_RULES:
         yield {"optimizer_memory": "host"}
-
-
-def with_flags(run: RunConfig, changes: dict[str, Any]) -> RunConfig:
-    """`run` with other values by flag name."""
-    for name, value in changes.items():
-        group = flags()[name].group
-        run = dataclasses.replace(run, **{group: dataclasses.replace(getattr(run, group), **{name: value})})
-    return run
 
 
 def fit(plan: Plan, topology: str, *, compile: bool) -> Alternative:

@@ -189,8 +189,7 @@ def mesh_of(model: ModelConfig, run: RunConfig, machine: Machine) -> MeshChoice:
     Raises:
         UserError: a mesh or batch that cannot be there.
     """
-    budget, text, length, devices = run.budget, run.hardware.mesh, run.data.max_tokens, machine.hosts * machine.per_host
-    assert length is not None
+    budget, text, length, devices = run.budget, run.hardware.mesh, run.length, machine.hosts * machine.per_host
     remat, batch_size, accumulation = run.hardware.gradient_checkpointing, budget.batch_size, budget.gradient_accumulation_steps
     if run.hardware.auto_batch:  # the mesh must not change when the batch does
         batch_size, accumulation = devices, 2

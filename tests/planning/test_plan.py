@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from consyn_jax.cli.train import main
-from consyn_jax.config import OPTIMIZERS, RunConfig, UserError, architecture, flags, preset_architecture, resolve
+from consyn_jax.config import OPTIMIZERS, RunConfig, UserError, architecture, flags, preset_architecture, resolve, with_flags
 from consyn_jax.distributed.auto_mesh import FITS, Machine
 from consyn_jax.distributed.mesh import AXES, check_batch, check_model
 from consyn_jax.model.arithmetic import LOGITS_AT_ONCE, chunk_tokens, logits_at_once
@@ -18,7 +18,7 @@ from consyn_jax.model.parameters import layout
 from consyn_jax.planning import aot
 from consyn_jax.planning.compiled import Collective
 from consyn_jax.planning.page import page
-from consyn_jax.planning.plan import Plan, alternatives, estimate, fit, with_flags
+from consyn_jax.planning.plan import Plan, alternatives, estimate, fit
 from consyn_jax.planning.roofline import all_reduce_seconds, estimate_step, network_of, ring_seconds, workload
 from consyn_jax.planning.topology import parse_topology
 from consyn_jax.training.optimizer import configured_optimizer, moment_bytes
