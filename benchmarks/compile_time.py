@@ -40,9 +40,10 @@ def child(target: str, depth: int) -> None:
     import jax
 
     from consyn_jax.config import architecture
+    from consyn_jax.distributed.auto_mesh import Machine
     from consyn_jax.planning.topology import parse_topology
     from consyn_jax.resolve import resolve
-    from consyn_jax.training.program import Machine, Program, build_program
+    from consyn_jax.training.program import Program, build_program
     from consyn_jax.training.scheduler import configured_schedule
 
     values = {"model": "verse", "num_layers": depth, "max_tokens": 1024, "batch_size": 4, "mixed_precision": "no" if target.startswith("cpu") else "bf16"}

@@ -59,8 +59,7 @@ def model(tiny: bool = False) -> dict[str, Any]:
         program = build_program(config, run, configured_schedule(run.optimizer, 100), [where]).program
         if parameters is None:
             parameters = jax.device_get(initial_parameters(config, 0))
-        assert run.data.max_tokens is not None
-        batch = {name: values[0] for name, values in make_batch((1, 2, run.data.max_tokens), VOCABULARY, 0, 3).items()}
+        batch = {name: values[0] for name, values in make_batch((1, 2, run.length), VOCABULARY, 0, 3).items()}
         with jax.default_matmul_precision("highest"), jax.set_mesh(program.mesh):
             (_, sums), gradients = jax.jit(jax.value_and_grad(program.objective, has_aux=True))(there(where, parameters), there(where, batch))
         found[name] = jax.device_get((sums.nll, gradients))

@@ -30,9 +30,9 @@ from consyn_jax.config import architecture
 from consyn_jax.model.parameters import initial_parameters
 from consyn_jax.resolve import resolve
 from consyn_jax.tokenization import BPETokenizer
+from consyn_jax.training.config_file import read_config_file
 from consyn_jax.training.dataset import get_dataset
 from consyn_jax.training.optimizer import evaluation_params
-from consyn_jax.training.run_directory import read_config_file
 from consyn_jax.training.trainer import ConsynTrainer, ModelSource
 
 RECIPE = Path(__file__).parents[1] / "configs" / "shakespeare-bytes.yaml"

@@ -87,8 +87,7 @@ class TrainStep:
     @property
     def length(self) -> int:
         """Of a sequence."""
-        assert self.run.data.max_tokens is not None
-        return self.run.data.max_tokens
+        return self.run.length
 
     def batch(self, seed: int, documents: int = 1) -> dict[str, jax.Array]:
         """A batch of `make_batch` on the device."""

@@ -31,8 +31,8 @@ from consyn_jax.data.loader import prefetch
 from consyn_jax.model.parameters import initial_parameters
 from consyn_jax.resolve import resolve
 from consyn_jax.tokenization import BPETokenizer
+from consyn_jax.training.config_file import read_config_file
 from consyn_jax.training.dataset import get_dataset
-from consyn_jax.training.run_directory import read_config_file
 from consyn_jax.training.trainer import ConsynTrainer, ModelSource
 
 STEPS, BLOCK, EVALUATE_EVERY = 2000, 50, 50

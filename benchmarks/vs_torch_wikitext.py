@@ -33,9 +33,9 @@ from consyn_jax.config import architecture
 from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.resolve import resolve
 from consyn_jax.training import ConsynTrainer
+from consyn_jax.training.config_file import read_config_file
 from consyn_jax.training.dataset import ConsynDataset, get_dataset
 from consyn_jax.training.metrics import read_metrics
-from consyn_jax.training.run_directory import read_config_file
 
 RECIPE = Path(__file__).parents[1] / "configs" / "wikitext-2.yaml"
 Batch = dict[str, np.ndarray]

@@ -312,6 +312,12 @@ class RunConfig:
     saving: SavingOptions = SavingOptions()
     logging: LoggingOptions = LoggingOptions()
 
+    @property
+    def length(self) -> int:
+        """Of a training sequence in tokens, known once the run is resolved."""
+        assert self.data.max_tokens is not None
+        return self.data.max_tokens
+
 
 @dataclass(frozen=True)
 class StoreOptions:
@@ -383,6 +389,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else "."
+
+
+def with_flags(run: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    """`run` with other values by flag name."""
+    for name, value in changes.items():
+        group = flags()[name].group
+        run = dataclasses.replace(run, **{group: dataclasses.replace(getattr(run, group), **{name: value})})
+    return run
 
 
 def flat(config: RunConfig | PrepareConfig) -> dict[str, Any]:

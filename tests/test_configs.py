@@ -9,7 +9,7 @@ from consyn_jax.config import architecture, flags
 from consyn_jax.model.arithmetic import num_parameters
 from consyn_jax.resolve import resolve
 from consyn_jax.tokenization import BPETokenizer
-from consyn_jax.training.run_directory import read_config_file
+from consyn_jax.training.config_file import read_config_file
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -37,8 +37,7 @@ def test_the_large_recipes_take_gpt3s_tokens_a_step() -> None:
     tokens = {}
     for path in RECIPES:
         run, _ = resolve({}, read_config_file(path))
-        assert run.data.max_tokens is not None
-        tokens[path.stem] = run.budget.batch_size * run.budget.gradient_accumulation_steps * run.data.max_tokens
+        tokens[path.stem] = run.budget.batch_size * run.budget.gradient_accumulation_steps * run.length
     assert (tokens["verse-1xh200"], tokens["stanza-8xh200"], tokens["epic-64xh200"]) == (2**19, 2**20, 2**21)
 
 

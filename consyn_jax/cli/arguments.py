@@ -116,7 +116,7 @@ def read(
         raise UserError(f"--{asked[0]} and --{asked[1]} are two different things to do. Leave one of them out.")
     file: dict[str, Any] = {}
     if file_name is not None:
-        from consyn_jax.training.run_directory import read_config_file
+        from consyn_jax.training.config_file import read_config_file
 
         file = read_config_file(Path(file_name))
     config, origins = resolve(given, file, file_name=file_name or "")

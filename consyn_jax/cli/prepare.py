@@ -50,7 +50,7 @@ def run(argv: Sequence[str]) -> None:
     """argv -> PrepareConfig -> token store -> report."""
     config, origins, print_config = read_arguments(argv)
     if print_config:
-        from consyn_jax.training.run_directory import describe
+        from consyn_jax.training.config_file import describe
 
         print(describe(config, origins), end="")
         return

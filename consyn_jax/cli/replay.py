@@ -22,8 +22,8 @@ def replay(config: RunConfig, origins: dict[str, str]) -> None:
     Raises:
         UserError: the bundle is none, damaged, or does not fit the devices.
     """
+    from consyn_jax.training.config_file import read_config_file
     from consyn_jax.training.replay import CONFIG, read_bundle, repeat
-    from consyn_jax.training.run_directory import read_config_file
 
     assert config.saving.replay is not None
     bundle = read_bundle(Path(config.saving.replay))

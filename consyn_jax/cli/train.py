@@ -54,7 +54,7 @@ def run(argv: Sequence[str]) -> None:
     """argv -> RunConfig -> data -> trainer."""
     config, origins, mode = read_arguments(argv)
     if mode == "print_config":
-        from consyn_jax.training.run_directory import describe
+        from consyn_jax.training.config_file import describe
 
         print(describe(config, origins), end="")
         return

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 FITS = 0.9  # of a device's memory: the rest is the driver's, NCCL's and what fragmentation leaves unused
 GROUP_HOSTS = 8  # a wider ring gathers no faster, and its delay grows with it
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a mesh is chosen for: hosts, devices in each, and the bytes that one device may use."""
+
+    hosts: int
+    per_host: int
+    memory_bytes: int
 
 
 class MeshChoice(NamedTuple):

@@ -22,7 +22,8 @@ from typing import Any
 import jax
 
 from consyn_jax.config import Diverged, HardwareOptions, Interrupted, RunConfig, UserError, flat
-from consyn_jax.distributed.peers import Peers, meet, set_current_peers
+from consyn_jax.distributed.meeting import meet
+from consyn_jax.distributed.peers import Peers, set_current_peers
 
 PACKAGES = ("consyn_jax", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "optax", "orbax-checkpoint", "numpy")
 # What processes may be told differently. Of data and models it is not the path that counts, and the trainer compares what they are.

@@ -65,6 +65,20 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes))
 
 
+def mesh_sizes() -> dict[str, int]:
+    """Sizes of the axes of the mesh in context (`jax.set_mesh`); without one, all are 1."""
+    return dict.fromkeys(AXES, 1) | dict(jax.sharding.get_abstract_mesh().shape)
+
+
+def split_axes(sizes: dict[str, int], *logical_axes: str) -> tuple[str, ...]:
+    """The mesh axes over which these logical ones are split on a mesh of such sizes.
+
+    >>> split_axes({"data": 1, "fsdp": 4, "context": 2, "tensor": 1}, "batch", "sequence", "vocab")
+    ('fsdp', 'context')
+    """
+    return tuple(axis for logical in logical_axes for axis in RULES[logical] if sizes[axis] > 1)
+
+
 def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
     """Sizes of the four axes from `--mesh`: "auto" (fsdp over all devices) or "data=2,fsdp=4".
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from consyn_jax.distributed.hardware import runs_triton
-from consyn_jax.distributed.mesh import partition_spec
+from consyn_jax.distributed.mesh import mesh_sizes, partition_spec
 from consyn_jax.model.dropout import Dropout
 
 Backend = Literal["xla", "fused"]
@@ -122,13 +122,12 @@ def causal_attention(
         dropout: of the attention weights, with the backend "xla" only.
     """
     assert dropout is None or backend == "xla"
-    mesh = jax.sharding.get_abstract_mesh()
-    local = partial(_local_attention, backend=backend, sliding_window=sliding_window, context=1 if mesh.empty else mesh.shape["context"], dropout=dropout)
+    local = partial(_local_attention, backend=backend, sliding_window=sliding_window, context=mesh_sizes()["context"], dropout=dropout)
     weights = ("batch", "heads", "sequence", None)
     B, T, N, _ = q_BTNH.shape
     # drawn here, where the whole array is in sight, for a device to take its part
     kept_BNTS = None if dropout is None else dropout.kept((B, N, T, T), weights)
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return local(q_BTNH, k_BTKH, v_BTKH, inside, kept_BNTS)
     heads, kv_heads = partition_spec(("batch", "sequence", "heads", None)), partition_spec(("batch", "sequence", "kv_heads", None))
     # of its own queries a device needs to know where their documents begin, and of all keys where theirs end

@@ -16,13 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float
 
-from consyn_jax.distributed.mesh import RULES, partition_spec
+from consyn_jax.distributed.mesh import mesh_sizes, partition_spec, split_axes
 
 ROWS = 32  # that a program has, one after another: 2,000 programs for verse's tokens, and as few partial sums of the scale's gradient. No other was tried.
 ELEMENTS = 8  # of a row that a thread has, 16 bytes of bf16, if `MAX_WARPS` suffice. No other was tried.
 MAX_WARPS = 16
-
-TOKENS = RULES["batch"] + RULES["sequence"]  # the mesh axes that split the stream
 
 
 def branched_norm(x_BTD: Float[Array, "B T D"], scale_D: Float[Array, " D"], eps: float, uses: int) -> tuple[Float[Array, "B T D"], ...]:
@@ -34,8 +32,8 @@ def branched_norm(x_BTD: Float[Array, "B T D"], scale_D: Float[Array, " D"], eps
     Args:
         eps: above zero.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > math.prod(mesh.shape[axis] for axis in TOKENS):
+    sizes = mesh_sizes()
+    if math.prod(sizes.values()) > math.prod(sizes[axis] for axis in split_axes(sizes, "batch", "sequence")):
         x, normed = _branched_norm(x_BTD, scale_D, eps, 1)
         return x, *[normed] * uses
     return _branched_norm(x_BTD, scale_D, eps, uses)
@@ -62,14 +60,13 @@ _branched_norm.defvjp(_forward, _backward)
 
 def _on_the_mesh(kernel: Any, scale: Any, arrays: tuple[jax.Array, ...], eps: float, sums: int) -> Any:
     """Each device its own tokens. Inside of the custom derivative: that of `shard_map` would sum whole arrays over `tensor`, which splits nothing here."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in TOKENS if mesh.shape.get(axis, 1) > 1)
+    axes = split_axes(mesh_sizes(), "batch", "sequence")
 
     def local(scale: Any, *arrays: Any) -> Any:
         out, *partial_sums = _call(kernel, scale, arrays, eps, sums)
         return out, *(jax.lax.psum(jnp.sum(a, axis=0), axes) for a in partial_sums)
 
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return local(scale, *arrays)
     tokens, whole = partition_spec(("batch", "sequence", None)), partition_spec((None,))
     # check_vma off: the kernel's custom call does not say over which axes its result varies

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import Offloadable, Recompute, checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from consyn_jax.config import ModelConfig
-from consyn_jax.distributed.mesh import AXES, RULES, constrain, partition_spec
+from consyn_jax.distributed.mesh import constrain, mesh_sizes, partition_spec, split_axes
 from consyn_jax.model.attention import Backend, causal_attention, documents
 from consyn_jax.model.dropout import ATTENTION, ATTENTION_BRANCH, EMBEDDING, MLP_BRANCH, Dropout, drop_out
 from consyn_jax.model.fp8 import fp8_linear
@@ -86,28 +86,22 @@ def _rows(table_VD: jax.Array, ids: jax.Array) -> jax.Array:
 
 def _rows_backward(dtype: Any, kept: Any, dx: jax.Array) -> tuple[jax.Array, None]:
     ids, shape = kept
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return _sum_rows(dx, ids, shape=shape.shape, mesh_shape=dict.fromkeys(AXES, 1)), None
-    # by hand, since the compiler sums whole tables over all devices before it splits them
-    local = partial(_sum_rows, shape=shape.shape, mesh_shape=dict(mesh.shape))
-    tokens, hidden = partition_spec(("batch", "sequence")), partition_spec(("batch", "sequence", None))
-    return jax.shard_map(local, in_specs=(hidden, tokens), out_specs=partition_spec(("vocab", "embed")), check_vma=False)(dx, ids), None
+    local = partial(_sum_rows, shape=shape.shape, sizes=mesh_sizes())
+    if not jax.sharding.get_abstract_mesh().empty:  # by hand, since the compiler sums whole tables over all devices before it splits them
+        tokens, hidden = partition_spec(("batch", "sequence")), partition_spec(("batch", "sequence", None))
+        local = jax.shard_map(local, in_specs=(hidden, tokens), out_specs=partition_spec(("vocab", "embed")), check_vma=False)
+    return local(dx, ids), None
 
 
-def _sum_rows(dx: jax.Array, ids: jax.Array, *, shape: tuple[int, int], mesh_shape: dict[str, int]) -> jax.Array:
+def _sum_rows(dx: jax.Array, ids: jax.Array, *, shape: tuple[int, int], sizes: dict[str, int]) -> jax.Array:
     """One device's part of the table's gradient: of all devices' tokens, its rows and columns."""
-
-    def over(*logical: str) -> tuple[str, ...]:
-        return tuple(axis for name in logical for axis in RULES[name] if mesh_shape[axis] > 1)
-
-    vocab_axes, embed_axes = over("vocab"), over("embed")
-    rows = shape[0] // mesh_shape["tensor"]
+    token_axes, vocab_axes, embed_axes = split_axes(sizes, "batch", "sequence"), split_axes(sizes, "vocab"), split_axes(sizes, "embed")
+    rows = shape[0] // sizes["tensor"]
     at = ids - (jax.lax.axis_index(vocab_axes) * rows if vocab_axes else 0)
     dtable = jnp.zeros((rows, shape[1])).at[jnp.where((at >= 0) & (at < rows), at, rows)].add(dx.astype(jnp.float32), mode="drop")
     if embed_axes:
         dtable = jax.lax.psum_scatter(dtable, embed_axes, scatter_dimension=1, tiled=True)
-    rest = tuple(axis for axis in over("batch", "sequence") if axis not in embed_axes)
+    rest = tuple(axis for axis in token_axes if axis not in embed_axes)
     return jax.lax.psum(dtable, rest) if rest else dtable
 
 

@@ -150,9 +150,8 @@ def _compile(model: ModelConfig, run: RunConfig, topology: Topology) -> Compiled
 
     # slices x hosts x GPUs per host
     described = topologies.get_topology_desc(platform="cuda", target_config=topology.gpu.target_config, topology=f"1x{topology.hosts}x{topology.gpus_per_host}")
-    assert run.data.max_tokens is not None
     budget, built = run.budget, _built(model, run, topology, described.devices)
-    lowered = built.program.lower_train_step(budget.gradient_accumulation_steps, budget.batch_size, run.data.max_tokens)
+    lowered = built.program.lower_train_step(budget.gradient_accumulation_steps, budget.batch_size, run.length)
     return summary(built, lowered.compile(), topology)
 
 
@@ -193,8 +192,7 @@ def _local_bytes(tree: Any) -> int:
 
 def _built(model: ModelConfig, run: RunConfig, topology: Topology, devices: list[Any]) -> Built:
     """The programs that `consyn-train` would run on these devices."""
-    from consyn_jax.training.program import Machine, build_program
+    from consyn_jax.training.program import build_program
     from consyn_jax.training.scheduler import configured_schedule
 
-    machine = Machine(topology.hosts, topology.gpus_per_host, topology.gpu.memory_bytes)
-    return build_program(model, run, configured_schedule(run.optimizer, TOTAL_STEPS), devices, machine)
+    return build_program(model, run, configured_schedule(run.optimizer, TOTAL_STEPS), devices, topology.machine)

@@ -37,8 +37,7 @@ def page(plan: Plan) -> str:
 def memory_here(trainer: ConsynTrainer) -> str:
     """What the train step of a run needs of one device here, as compiled for it."""
     needs, limit = step_memory(trainer.compile_train_step(trainer.run)), device_bytes()
-    assert trainer.run.data.max_tokens is not None
-    flops = trainer.sequences_per_step * trainer.run.data.max_tokens * train_flops_per_token(trainer.model.config, trainer.run.data.max_tokens)
+    flops = trainer.sequences_per_step * trainer.run.length * train_flops_per_token(trainer.model.config, trainer.run.length)
     lines = ["memory of one device, as compiled", _row("state", needs.state), _row("temporary", needs.temporary)]
     verdict = "fits" if needs.total <= limit else "DOES NOT FIT; --topology GPU:HOSTSxGPUS says what it would need of others"
     lines.append(_row("in all", needs.total) + f"   of {limit / GIB:.1f}: {needs.total / limit:.0%}; {verdict}")

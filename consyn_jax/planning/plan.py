@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 
-from consyn_jax.config import ModelConfig, RunConfig, UserError, flags
+from consyn_jax.config import ModelConfig, RunConfig, UserError, flags, with_flags
 from consyn_jax.distributed.auto_mesh import FITS, MeshChoice
 from consyn_jax.planning.aot import CompiledProgram, compile_train_step, summary
 from consyn_jax.planning.roofline import StepTime, Workload, estimate_step, workload
 from consyn_jax.planning.topology import Topology, known_gpu
 from consyn_jax.training.host_state import HOST_RULES
-from consyn_jax.training.program import Machine, mesh_of, this_machine
+from consyn_jax.training.program import mesh_of, this_machine
 from consyn_jax.training.trainer import ConsynTrainer
 
 MAX_COMPILED = 4  # candidates of one search
@@ -66,7 +66,7 @@ def estimate(model: ModelConfig, run: RunConfig, topology: Topology) -> Plan:
     Raises:
         UserError: a mesh or batch that cannot be on this topology.
     """
-    mesh = mesh_of(model, run, Machine(topology.hosts, topology.gpus_per_host, topology.gpu.memory_bytes))
+    mesh = mesh_of(model, run, topology.machine)
     work, budget = workload(model, run, mesh.sizes), run.budget
     limits = [budget.max_steps] if budget.max_steps is not None else []
     if budget.total_tokens is not None:
@@ -164,14 +164,6 @@ def _moments(plan: Plan) -> Iterator[dict[str, Any]]:
     hardware = plan.run.hardware
     if hardware.optimizer_memory == "device" and hardware.mixed_precision != "fp16" and plan.run.optimizer.optimizer in HOST_RULES:
         yield {"optimizer_memory": "host"}
-
-
-def with_flags(run: RunConfig, changes: dict[str, Any]) -> RunConfig:
-    """`run` with other values by flag name."""
-    for name, value in changes.items():
-        group = flags()[name].group
-        run = dataclasses.replace(run, **{group: dataclasses.replace(getattr(run, group), **{name: value})})
-    return run
 
 
 def fit(plan: Plan, topology: str, *, compile: bool) -> Alternative:

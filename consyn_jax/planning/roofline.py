@@ -101,10 +101,9 @@ class Workload:
 
 def workload(model: ModelConfig, run: RunConfig, sizes: Mapping[str, int]) -> Workload:
     """Of a resolved run."""
-    assert run.data.max_tokens is not None
     budget, remat, on_host = run.budget, run.hardware.gradient_checkpointing, run.hardware.optimizer_memory == "host"
     moments, fp8 = moment_bytes(run.optimizer), run.hardware.mixed_precision == "fp8"
-    return Workload(model, sizes, budget.batch_size, budget.gradient_accumulation_steps, run.data.max_tokens, remat, moments, on_host, fp8)
+    return Workload(model, sizes, budget.batch_size, budget.gradient_accumulation_steps, run.length, remat, moments, on_host, fp8)
 
 
 @dataclass(frozen=True)

@@ -9,34 +9,8 @@ import re
 from dataclasses import dataclass
 
 from consyn_jax.config import UserError, nearest
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU model, and the host that it usually stands in. Rates are per second and GPU.
-
-    Attributes:
-        kind: the name that the driver gives the device.
-        memory_bytes: what the driver reports as the device's memory.
-        memory_bandwidth: bytes to and from the device's memory, as specified.
-        bf16_flops: of dense bf16 products summed in float32, as specified.
-        matmul_flops: the same, of the best matrix product that was measured.
-        link_bandwidth: bytes to other GPUs of the host, one way, as specified.
-        network_bandwidth: bytes to other hosts, one way, as specified; of several GPUs that share a port, its share.
-        host_bandwidth: bytes to or from the host's memory, as specified.
-        target_config: `stream_executor.GpuTargetConfigProto` as text, which XLA compiles for when no device is there.
-    """
-
-    kind: str
-    memory_bytes: int
-    memory_bandwidth: float
-    bf16_flops: float
-    matmul_flops: float
-    link_bandwidth: float
-    network_bandwidth: float
-    host_bandwidth: float
-    target_config: str
-
+from consyn_jax.distributed.auto_mesh import Machine
+from consyn_jax.distributed.hardware import bf16_peak
 
 _TARGET = """
     platform_name: "CUDA"
@@ -49,7 +23,7 @@ _TARGET = """
       fpus_per_core: {fpus_per_core}
       clock_rate_ghz: {clock_rate_ghz}
       device_memory_size: {memory_bytes}
-      memory_bandwidth: {memory_bandwidth}
+      memory_bandwidth: {memory_bandwidth:.0f}
       l2_cache_size: {l2_bytes}
       threads_per_warp: 32
       threads_per_block_limit: 1024
@@ -66,21 +40,49 @@ _TARGET = """
 """
 
 
-def _target_config(
-    kind: str, capability: str, memory_bytes: int, memory_bandwidth: int, cores: int, clock_rate_ghz: float, l2_bytes: int, **core: int
-) -> str:
-    """The text that XLA wants; without `core` it has the streaming multiprocessors of Hopper and Blackwell."""
-    defaults = {"fpus_per_core": 128, "threads_per_core": 2048, "shared_memory_per_block": 232448, "shared_memory_per_core": 233472}
-    return _TARGET.format(
-        kind=kind,
-        capability=capability,
-        cores=cores,
-        clock_rate_ghz=clock_rate_ghz,
-        memory_bytes=memory_bytes,
-        memory_bandwidth=memory_bandwidth,
-        l2_bytes=l2_bytes,
-        **(defaults | core),
-    )
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU model, and the host that it usually stands in. Rates are per second and GPU.
+
+    Attributes:
+        kind: the name that the driver gives the device.
+        memory_bytes: what the driver reports as the device's memory.
+        memory_bandwidth: bytes to and from the device's memory, as specified.
+        matmul_flops: of the best dense bf16 product summed in float32 that was measured.
+        link_bandwidth: bytes to other GPUs of the host, one way, as specified.
+        network_bandwidth: bytes to other hosts, one way, as specified; of several GPUs that share a port, its share.
+        host_bandwidth: bytes to or from the host's memory, as specified.
+        capability: of CUDA.
+        cores: streaming multiprocessors. What one of them has is that of Hopper and Blackwell where nothing else is said.
+    """
+
+    kind: str
+    memory_bytes: int
+    memory_bandwidth: float
+    matmul_flops: float
+    link_bandwidth: float
+    network_bandwidth: float
+    host_bandwidth: float
+    capability: str
+    cores: int
+    clock_rate_ghz: float
+    l2_bytes: int
+    fpus_per_core: int = 128
+    threads_per_core: int = 2048
+    shared_memory_per_block: int = 232_448
+    shared_memory_per_core: int = 233_472
+
+    @property
+    def bf16_flops(self) -> float:
+        """Of dense bf16 products summed in float32, as specified."""
+        peak = bf16_peak(self.kind)
+        assert peak is not None
+        return peak
+
+    @property
+    def target_config(self) -> str:
+        """`stream_executor.GpuTargetConfigProto` as text, which XLA compiles for when no device is there."""
+        return _TARGET.format(**vars(self))
 
 
 GPUS = {
@@ -88,78 +90,72 @@ GPUS = {
         "NVIDIA H100 80GB HBM3",
         memory_bytes=84_942_979_072,
         memory_bandwidth=3.35e12,
-        bf16_flops=989e12,
         matmul_flops=794e12,
         link_bandwidth=450e9,
         network_bandwidth=50e9,
         host_bandwidth=64e9,
-        target_config=_target_config("NVIDIA H100 80GB HBM3", "major: 9", 84_942_979_072, 3_352_320_000_000, 132, 1.98, 52_428_800),
+        capability="major: 9",
+        cores=132,
+        clock_rate_ghz=1.98,
+        l2_bytes=52_428_800,
     ),
     "h200": Gpu(
         "NVIDIA H200",
         memory_bytes=150_754_820_096,
         memory_bandwidth=4.8e12,
-        bf16_flops=989e12,
         matmul_flops=794e12,
         link_bandwidth=450e9,
         network_bandwidth=50e9,
         host_bandwidth=64e9,
-        target_config=_target_config("NVIDIA H200", "major: 9", 150_754_820_096, 4_800_000_000_000, 132, 1.98, 62_914_560),
+        capability="major: 9",
+        cores=132,
+        clock_rate_ghz=1.98,
+        l2_bytes=62_914_560,
     ),
     "a100": Gpu(
         "NVIDIA A100-SXM4-80GB",
         memory_bytes=85_100_068_864,
         memory_bandwidth=2.039e12,
-        bf16_flops=312e12,
         matmul_flops=271e12,
         link_bandwidth=300e9,
         network_bandwidth=25e9,
         host_bandwidth=32e9,
-        target_config=_target_config(
-            "NVIDIA A100-SXM4-80GB",
-            "major: 8",
-            85_100_068_864,
-            2_039_040_000_000,
-            108,
-            1.41,
-            41_943_040,
-            fpus_per_core=64,
-            shared_memory_per_block=166_912,
-            shared_memory_per_core=167_936,
-        ),
+        capability="major: 8",
+        cores=108,
+        clock_rate_ghz=1.41,
+        l2_bytes=41_943_040,
+        fpus_per_core=64,
+        shared_memory_per_block=166_912,
+        shared_memory_per_core=167_936,
     ),
     "b200": Gpu(
         "NVIDIA B200",
         memory_bytes=191_514_411_008,
         memory_bandwidth=7.7e12,
-        bf16_flops=2250e12,
         matmul_flops=1745e12,
         link_bandwidth=900e9,
         network_bandwidth=50e9,
         host_bandwidth=64e9,
-        target_config=_target_config("NVIDIA B200", "major: 10", 191_514_411_008, 7_672_320_000_000, 148, 1.965, 132_644_864),
+        capability="major: 10",
+        cores=148,
+        clock_rate_ghz=1.965,
+        l2_bytes=132_644_864,
     ),
     "rtx4090": Gpu(
         "NVIDIA GeForce RTX 4090",
         memory_bytes=25_393_692_672,
         memory_bandwidth=1.008e12,
-        bf16_flops=165e12,
         matmul_flops=143e12,
         link_bandwidth=16e9,
         network_bandwidth=1.5625e9,
         host_bandwidth=32e9,
-        target_config=_target_config(
-            "NVIDIA GeForce RTX 4090",
-            "major: 8 minor: 9",
-            25_393_692_672,
-            1_008_000_000_000,
-            128,
-            2.52,
-            75_497_472,
-            threads_per_core=1536,
-            shared_memory_per_block=101_376,
-            shared_memory_per_core=102_400,
-        ),
+        capability="major: 8 minor: 9",
+        cores=128,
+        clock_rate_ghz=2.52,
+        l2_bytes=75_497_472,
+        threads_per_core=1536,
+        shared_memory_per_block=101_376,
+        shared_memory_per_core=102_400,
     ),
 }
 
@@ -185,6 +181,11 @@ class Topology:
     def num_devices(self) -> int:
         """GPUs in all."""
         return self.hosts * self.gpus_per_host
+
+    @property
+    def machine(self) -> Machine:
+        """What a mesh is chosen for."""
+        return Machine(self.hosts, self.gpus_per_host, self.gpu.memory_bytes)
 
 
 def parse_topology(text: str) -> Topology:

@@ -5,57 +5,32 @@ Orbax writes and reads the arrays. What makes a directory of its files a checkpo
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import itertools
 import json
-import logging
-import os
-import re
 import shutil
 import sys
 import threading
-import traceback
 import warnings
-from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
-import xxhash
 from etils import epath  # type: ignore[import-untyped]
 
 from consyn_jax.config import UserError
+from consyn_jax.training.checkpoint_files import CHECKSUMS, damage, digest, files, flush, saved_steps
+from consyn_jax.training.orbax_writes import lower_priority, refusal, run_coroutine, without_abandoned_work, write_at_low_priority
 from consyn_jax.training.step import TrainState
 
-CHECKSUMS, RECORD, STATE = "CHECKSUMS", "run.json", "state"  # what a checkpoint consists of
+RECORD, STATE = "run.json", "state"  # what a checkpoint consists of, beside its checksums
 UNFINISHED = ".orbax-checkpoint-tmp"  # behind the step, and before the number of the attempt: being written, or being removed
 DAMAGED = ".damaged"  # behind the step: set aside
 SPARE_BYTES = 1 << 20  # of a checkpoint, beside its arrays
-READ_BYTES = 1 << 20
-LARGEST_CHECKSUMS = 1 << 26  # bytes of them: those of half a million files
-TASKS = Path("/proc/self/task")  # the threads of this process
-LOW, LOOK_S = 15, 0.1  # priority of a thread, as `nice` counts: 1/28 of a normal one; and how often it is seen to
 AGREE_MS = 6 * 3600 * 1000  # the slowest write that other processes wait for; of one that died, JAX tells them
-
-ORBAX = f"{os.sep}orbax{os.sep}"
-SYSTEM_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")  # in what TensorStore says
-
-
-def _is_of_others(record: logging.LogRecord) -> bool:
-    """False for what Orbax logs: all that it does, and errors with a traceback, which it raises, too, and which are answered here."""
-    _, error, trace = record.exc_info or (None, None, None)
-    places = (record.pathname, *(frame.filename for frame in traceback.extract_tb(trace)))
-    return not (SYSTEM_ERROR.search(str(error)) or any(ORBAX in place for place in places))
-
-
-# When one write fails, Orbax leaves the others to themselves, and asyncio complains of what becomes of them.
-for _name in ("absl", "asyncio"):
-    logging.getLogger(_name).addFilter(_is_of_others)
-warnings.filterwarnings("ignore", r"coroutine '_?async_serialize.*' was never awaited", RuntimeWarning)
 
 
 class Checkpoints:
@@ -85,9 +60,9 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._outcome: str | BaseException | None = None  # of the thread: what went wrong
         self._agreements = _Agreements()
-        self._unraisable, sys.unraisablehook = sys.unraisablehook, _without_abandoned_work(sys.unraisablehook)
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, without_abandoned_work(sys.unraisablehook)
         found: list[int] = []
-        if reason := self._first(lambda: found.extend(_steps(self.directory))):
+        if reason := self._first(lambda: found.extend(saved_steps(self.directory))):
             raise UserError(f"{self.directory} cannot be read: {reason}.")
         self._steps: list[int] = json.loads(self._agreements.all(json.dumps(found))[0])  # one view, whatever file systems cache
 
@@ -127,7 +102,7 @@ class Checkpoints:
 
         futures, error = [], None
         try:
-            futures = _run(self._handler.async_save(epath.Path(target / STATE), args=ocp.args.PyTreeSave(state)))
+            futures = run_coroutine(self._handler.async_save(epath.Path(target / STATE), args=ocp.args.PyTreeSave(state)))
         except Exception as caught:  # noqa: BLE001 - told to the other processes, which have begun
             error = caught
         self._thread = threading.Thread(target=self._commit, args=(step, target, run, futures, error), name=f"checkpoint {step}")
@@ -181,16 +156,16 @@ class Checkpoints:
         own = f"{STATE}/ocdbt.process_{jax.process_index()}/"
         digests: dict[str, str] = {}
         try:
-            _write_at_low_priority(futures)
+            write_at_low_priority(futures)
             if error is None:
-                names = [name for name in _files(target) if name.startswith(own)]
-                with ThreadPoolExecutor(1, CHECKSUMS, _lower_priority) as reader:  # it hardly ever holds the interpreter's lock
-                    digests = dict(zip(names, reader.map(lambda name: _digest(target / name, flush=True), names), strict=True))
+                names = [name for name in files(target) if name.startswith(own)]
+                with ThreadPoolExecutor(1, CHECKSUMS, lower_priority) as reader:  # it hardly ever holds the interpreter's lock
+                    digests = dict(zip(names, reader.map(lambda name: digest(target / name, flush=True), names), strict=True))
         except Exception as caught:  # noqa: BLE001 - told to the other processes, which wait for this one
             error = caught
-        said = [json.loads(text) for text in self._agreements.all(json.dumps([_refusal(error), error and repr(error), digests]))]
+        said = [json.loads(text) for text in self._agreements.all(json.dumps([refusal(error), error and repr(error), digests]))]
         if defects := [f"process {number}: {text}" for number, (refused, text, _) in enumerate(said) if text and not refused]:
-            raise error if error and not _refusal(error) else RuntimeError(f"the checkpoint of step {step} failed in {'; '.join(defects)}")
+            raise error if error and not refusal(error) else RuntimeError(f"the checkpoint of step {step} failed in {'; '.join(defects)}")
         written = {name: digest for *_, part in said for name, digest in part.items()}
         reason = next((refused for refused, *_ in said if refused), None) or self._first(lambda: self._finish(step, target, run, written))
         if reason:
@@ -200,7 +175,7 @@ class Checkpoints:
         kept = _kept(steps, self._keep_last, self._keep_every)
 
         def rotate() -> None:
-            _flush(self.directory)  # the new name is on the disk before an old one goes
+            flush(self.directory)  # the new name is on the disk before an old one goes
             self._remove([old for old in steps if old not in kept])
 
         reason = self._first(rotate)
@@ -211,11 +186,11 @@ class Checkpoints:
         """Merge what the processes wrote, and give it the checkpoint's name: from then on it is one."""
         self._handler.finalize(epath.Path(target / STATE))
         (target / RECORD).write_text(json.dumps(run))
-        digests = {name: written.get(name) or _digest(target / name, flush=True) for name in _files(target)}
+        digests = {name: written.get(name) or digest(target / name, flush=True) for name in files(target)}
         (target / CHECKSUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()), encoding="utf-8")
-        _digest(target / CHECKSUMS, flush=True)
+        digest(target / CHECKSUMS, flush=True)
         for directory in [*(path for path in target.rglob("*") if path.is_dir()), target]:
-            _flush(directory)
+            flush(directory)
         target.rename(self.directory / str(step))
 
     # ------------------------------------------------------------------------------------------------------------------ reading
@@ -270,7 +245,7 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             # Its files are as they were written. But whoever wrote them may have been another version of Orbax, or a stranger.
             self._abandoned = True
-            reason = _refusal(error) or " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            reason = refusal(error) or " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise UserError(f"{place} cannot be restored: {reason}.") from error
 
     def record(self, step: int) -> dict[str, Any]:
@@ -280,7 +255,7 @@ class Checkpoints:
             UserError: it is damaged.
         """
         place = self.directory / str(step)
-        if reason := _damage(place, only=RECORD):
+        if reason := damage(place, only=RECORD):
             raise UserError(f"{place} is damaged: {reason}. Go on from another one with --resume STEP.")
         try:
             record = json.loads((place / RECORD).read_bytes())
@@ -308,7 +283,7 @@ class Checkpoints:
         """What is wrong with a checkpoint, in every process the same. Each verifies a part of the files."""
         if step in self._whole:
             return None
-        found = _damage(self.directory / str(step), jax.process_index(), jax.process_count())
+        found = damage(self.directory / str(step), jax.process_index(), jax.process_count())
         reason = next(filter(None, self._agreements.all(found or "")), None)
         if reason is None:
             self._whole.add(step)
@@ -333,7 +308,7 @@ class Checkpoints:
             try:
                 work()
             except Exception as error:
-                reason = _refusal(error)
+                reason = refusal(error)
                 if reason is None:
                     raise
         return self._agreements.all(reason or "")[0] or None
@@ -363,11 +338,6 @@ class _Agreements:
 _OBJECTS = itertools.count()
 
 
-def _steps(directory: Path) -> list[int]:
-    """Steps that have a directory, ascending."""
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir()) if directory.exists() else []
-
-
 def _kept(steps: list[int], last: int, every: int | None) -> list[int]:
     """Of ascending steps, those that stay."""
     return [step for step in steps if step in steps[-last:] or (every and step % every == 0)]
@@ -384,75 +354,6 @@ def _prepare(target: Path, size: int) -> None:
     (target / STATE).mkdir(parents=True)
 
 
-def _refusal(error: BaseException | None) -> str | None:
-    """What the operating system said when it refused something; None for an error that is a defect.
-
-    TensorStore raises ValueError and KeyError for all, with the number of the system's error in the text.
-    """
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    code = SYSTEM_ERROR.search(str(error))
-    return os.strerror(int(code[1])) if code else None
-
-
-def _files(directory: Path) -> list[str]:
-    """Names of the files of a checkpoint, without its checksums and what file managers and network file systems hide there."""
-    names = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file() and path.name[0] != ".")
-    return sorted(name for name in names if name != CHECKSUMS)
-
-
-def _digest(file: Path, flush: bool = False) -> str:
-    """XXH3-128 of a file; with `flush`, it is on the disk when this returns."""
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(READ_BYTES))
-    with file.open("rb", buffering=0) as opened:
-        while count := opened.readinto(buffer):
-            digest.update(buffer[:count])
-        if flush:
-            os.fsync(opened.fileno())
-    return digest.hexdigest()
-
-
-def _flush(directory: Path) -> None:
-    """Bring the names in a directory to the disk."""
-    opened = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
-
-
-def _damage(directory: Path, part: int = 0, parts: int = 1, only: str | None = None) -> str | None:
-    """What is wrong with the files of a checkpoint, against its checksums; None if nothing.
-
-    Args:
-        part, parts: every `parts`-th file is read, from the `part`-th on.
-        only: read none but this file.
-    """
-    try:
-        sums = directory / CHECKSUMS
-        if not sums.is_file():
-            return f"{CHECKSUMS} is missing"
-        if sums.stat().st_size > LARGEST_CHECKSUMS:
-            return f"{CHECKSUMS} is unreadable"
-        lines = sums.read_text(encoding="utf-8").splitlines()
-        expected = {match[2]: match[1] for line in lines if (match := re.fullmatch(r"([0-9a-f]{32})  (.+)", line))}
-        names = _files(directory)
-        if len(expected) != len(lines):
-            return f"{CHECKSUMS} is unreadable"
-        if missing := sorted(expected.keys() - set(names)):
-            return f"{missing[0]} is missing"
-        if unknown := sorted(set(names) - expected.keys()):
-            return f"{unknown[0]} is not in {CHECKSUMS}"
-        for name in [only] if only else names[part::parts]:
-            if _digest(directory / name) != expected[name]:
-                return f"{name} is not what was written"
-    except UnicodeDecodeError:
-        return f"{CHECKSUMS} is unreadable"
-    except OSError as error:
-        return f"{Path(error.filename or directory).name} cannot be read ({error.strerror})"
-    return None
-
-
 def _check_model(place: Path, there: Any, like: TrainState) -> None:
     """Raise UserError where the arrays of a checkpoint are not those of `like`."""
     import orbax.checkpoint as ocp
@@ -465,47 +366,3 @@ def _check_model(place: Path, there: Any, like: TrainState) -> None:
     if names:
         first = "; ".join(f"{name} is {old.get(name, 'nothing')} there and {new.get(name, 'nothing')} here" for name in names[:3])
         raise UserError(f"{place} is of another model: {first}{' and so on' if names[3:] else ''}.")
-
-
-def _lower_priority(thread: int | None = None) -> None:
-    """Leave a thread, by default the calling one, the processor time that no other wants. Only Linux gives each a priority of its own."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, thread or threading.get_native_id(), LOW)
-
-
-def _write_at_low_priority(futures: list[Any]) -> None:
-    """Wait for Orbax to write; its threads get what processor time training leaves, for on a CPU there is no other to take.
-
-    TensorStore makes and ends these threads as it needs them, and a priority once lowered stays, so new ones are looked for again and again.
-    """
-    known: set[Path] = set()
-    with ThreadPoolExecutor(1) as thread:
-        written = thread.submit(lambda: [future.result() for future in futures])
-        while not written.done():
-            tasks = set(TASKS.iterdir()) if sys.platform == "linux" else set()
-            for task in tasks - known:
-                with suppress(OSError):  # it has just ended
-                    if (task / "comm").read_text().startswith("ts_"):
-                        _lower_priority(int(task.name))
-            known = tasks
-            wait([written], LOOK_S)
-        written.result()
-
-
-def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a coroutine, whether or not the caller's thread has an event loop, as in a notebook."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, coroutine).result()
-
-
-def _without_abandoned_work(report: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A `sys.unraisablehook` that is silent about the reads and writes which Orbax had begun when one of them failed.
-
-    They end at any later time, each with a traceback on stderr, and the loop that would hear of them is closed by then.
-    """
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed" and "_read_array_index" not in repr(unraisable.object):
-            report(unraisable)
-
-    return hook

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from consyn_jax.distributed.mesh import AXES, RULES, partition_spec
+from consyn_jax.distributed.mesh import mesh_sizes, partition_spec, split_axes
 from consyn_jax.model.arithmetic import LOGITS_AT_ONCE, chunk_tokens, logits_at_once
 
 # Gradients of logits are below 1, and nearly all of them are shares of a large vocabulary; float16 ends at 6e-8 below and 65,504 above.
@@ -131,37 +131,24 @@ head_objective.defvjp(_forward, _backward)
 @jax.named_scope("head")
 def _run(x: Any, head: Any, labels: Any, mask: Any, vocab_size: int, extras: Extras, chunks: Chunks, with_gradients: bool) -> Any:
     """One device: the plain function. On a mesh: each device its own tokens and its part of the vocabulary, sums at the end."""
-    (sums, penalty), dx, dhead = _on_the_mesh(x, head, labels, mask, vocab_size, extras, chunks, with_gradients)
+    local = partial(_local, sizes=mesh_sizes(), vocab_size=vocab_size, extras=extras, chunks=chunks, with_gradients=with_gradients)
+    if not jax.sharding.get_abstract_mesh().empty:
+        tokens, hidden = partition_spec(("batch", "sequence")), partition_spec(("batch", "sequence", None))
+        weights, scalars = partition_spec(("vocab", "embed")), partition_spec(())
+        found = (scalars, hidden, weights) if with_gradients else (scalars, None, None)
+        local = jax.shard_map(local, in_specs=(hidden, weights, tokens, tokens), out_specs=found, check_vma=False)
+    (sums, penalty), dx, dhead = local(x, head, labels, mask)
     return (sums.nll if penalty is None else sums.nll + penalty, sums), dx, dhead
 
 
-def _on_the_mesh(x: Any, head: Any, labels: Any, mask: Any, vocab_size: int, extras: Extras, chunks: Chunks, with_gradients: bool) -> Any:
-    mesh = jax.sharding.get_abstract_mesh()
-    local = partial(_local, vocab_size=vocab_size, extras=extras, chunks=chunks, with_gradients=with_gradients)
-    if mesh.empty:
-        return local(x, head, labels, mask, mesh_shape=dict.fromkeys(AXES, 1))
-    tokens, hidden = partition_spec(("batch", "sequence")), partition_spec(("batch", "sequence", None))
-    weights = partition_spec(("vocab", "embed"))
-    scalars = partition_spec(())
-    return jax.shard_map(
-        partial(local, mesh_shape=dict(mesh.shape)),
-        in_specs=(hidden, weights, tokens, tokens),
-        out_specs=(scalars, hidden, weights) if with_gradients else (scalars, None, None),
-        check_vma=False,
-    )(x, head, labels, mask)
-
-
-def _local(x, head, labels, mask, *, mesh_shape, vocab_size, extras, chunks, with_gradients):
-    def over(axes: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(axis for axis in axes if mesh_shape[axis] > 1)
-
-    token_axes, vocab_axes, embed_axes = over(RULES["batch"] + RULES["sequence"]), over(RULES["vocab"]), over(RULES["embed"])
+def _local(x, head, labels, mask, *, sizes, vocab_size, extras, chunks, with_gradients):
+    token_axes, vocab_axes, embed_axes = split_axes(sizes, "batch", "sequence"), split_axes(sizes, "vocab"), split_axes(sizes, "embed")
     weight = head.astype(x.dtype)
     if embed_axes:
         weight = jax.lax.all_gather(weight, embed_axes, axis=1, tiled=True)
     first_row = jax.lax.axis_index(vocab_axes) * weight.shape[0] if vocab_axes else 0
     rows = first_row + jnp.arange(weight.shape[0])
-    padded = weight.shape[0] * mesh_shape["tensor"] != vocab_size
+    padded = weight.shape[0] * sizes["tensor"] != vocab_size
     # float16 would lose the smallest gradients to come; the scale of the loss meets them only in the backward pass
     dx_dtype = jnp.float32 if x.dtype == jnp.float16 else x.dtype
     fused = chunks.kernel and with_gradients and not vocab_axes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -15,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Float
+
+from consyn_jax.training.drawing import bars, png
 
 State = TypeVar("State")
 Batch = TypeVar("Batch")
@@ -191,11 +192,7 @@ def draw_curve(curve: Curve, suggestion: Suggestion, width: int = 64, height: in
         y = np.interp(np.linspace(x[0], x[-1], width), x, suggestion.smoothed)
         bottom, top = float(y.min()), float(y.max())
         eighths = 1 + np.round((y - bottom) / max(top - bottom, 1e-9) * (8 * height - 1)).astype(int)
-        for row in range(height):
-            filled = np.clip(eighths - 8 * (height - 1 - row), 0, 8)
-            label = f"{top:.3f}" if row == 0 else f"{bottom:.3f}" if row == height - 1 else ""
-            lines.append((f"{label:>9} {'┤' if label else '│'}" + "".join(" ▁▂▃▄▅▆▇█"[n] for n in filled)).rstrip())
-        lines.append(" " * 10 + "└" + "─" * width)
+        lines += bars(eighths, height, f"{top:.3f}", f"{bottom:.3f}")
         first, last = f"{10 ** x[0]:.2g}", f"{10 ** x[-1]:.2g}"
         lines.append(" " * 11 + first + last.rjust(width - len(first)))
         if suggestion.rate is not None:
@@ -223,14 +220,9 @@ def write_results(directory: Path, curve: Curve, suggestion: Suggestion) -> None
 
 def _picture(curve: Curve, suggestion: Suggestion) -> bytes:
     """A PNG of the losses, the smoothed losses and the rates by rule."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rates, losses = [rate for rate, _ in curve], [loss for _, loss in curve]
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the picture does not depend on the user's matplotlibrc
-        figure = Figure(figsize=(9, 4.2), dpi=150, layout="constrained")
+
+    def draw(figure: Any) -> None:
         axes = figure.subplots()
         axes.set_xscale("log")
         axes.plot(rates, losses, color="#3b6fb6", alpha=0.35, linewidth=0.9, label="loss")
@@ -247,6 +239,5 @@ def _picture(curve: Curve, suggestion: Suggestion) -> bytes:
         axes.set_ylabel("loss (nats per token)")
         axes.grid(alpha=0.3)
         axes.legend(loc="lower left")
-        image = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(image)
-    return image.getvalue()
+
+    return png(4.2, draw)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import Any
 
 import jax
 
-from consyn_jax.config import RunConfig, UserError
+from consyn_jax.config import RunConfig, UserError, with_flags
 
 GIB = 2**30
 Compiled = Any  # a jax.stages.Compiled; only its `memory_analysis` is looked at here
@@ -74,8 +73,7 @@ def _in_halves(run: RunConfig) -> RunConfig | None:
     budget = run.budget
     if budget.batch_size % 2:
         return None
-    halves = dataclasses.replace(budget, batch_size=budget.batch_size // 2, gradient_accumulation_steps=2 * budget.gradient_accumulation_steps)
-    return dataclasses.replace(run, budget=halves)
+    return with_flags(run, {"batch_size": budget.batch_size // 2, "gradient_accumulation_steps": 2 * budget.gradient_accumulation_steps})
 
 
 def _ways_out(run: RunConfig, smaller: RunConfig | None, compile: Callable[[RunConfig], Compiled]) -> str:
@@ -85,15 +83,11 @@ def _ways_out(run: RunConfig, smaller: RunConfig | None, compile: Callable[[RunC
         flags = f"--batch_size {smaller.budget.batch_size} --gradient_accumulation_steps {smaller.budget.gradient_accumulation_steps}"
         tried[f"{flags} (the same result; --auto_batch finds it)"] = smaller
     if run.hardware.gradient_checkpointing != "full":
-        tried["--gradient_checkpointing (the same result, slower)"] = dataclasses.replace(
-            run, hardware=dataclasses.replace(run.hardware, gradient_checkpointing="full")
-        )
+        tried["--gradient_checkpointing (the same result, slower)"] = with_flags(run, {"gradient_checkpointing": "full"})
     if run.hardware.optimizer_memory == "device":
-        tried["--optimizer_memory host (the same result, slower)"] = dataclasses.replace(
-            run, hardware=dataclasses.replace(run.hardware, optimizer_memory="host")
-        )
+        tried["--optimizer_memory host (the same result, slower)"] = with_flags(run, {"optimizer_memory": "host"})
     if run.optimizer.moment_dtype == "float32":
-        tried["--moment_dtype bfloat16"] = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, moment_dtype="bfloat16"))
+        tried["--moment_dtype bfloat16"] = with_flags(run, {"moment_dtype": "bfloat16"})
     found = []
     for flags, other in tried.items():
         try:

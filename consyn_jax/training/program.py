@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from consyn_jax.config import ModelConfig, RegularisationOptions, RunConfig
-from consyn_jax.distributed.auto_mesh import MeshChoice, choose_mesh
+from consyn_jax.distributed.auto_mesh import Machine, MeshChoice, choose_mesh
 from consyn_jax.distributed.compiler import compiler_options
 from consyn_jax.distributed.hardware import runs_triton
 from consyn_jax.distributed.mesh import build_mesh, check_batch, check_model, parse_mesh, sharding
@@ -172,15 +172,6 @@ class Built(NamedTuple):
     mesh: MeshChoice
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What a mesh is chosen for: hosts, devices in each, and the bytes that one device may use."""
-
-    hosts: int
-    per_host: int
-    memory_bytes: int
-
-
 def this_machine() -> Machine:
     """As JAX sees it. A host is what has fast links among its devices, and not a process; all processes see the same machine."""
     hosts = len({getattr(device, "slice_index", 0) for device in jax.devices()})
@@ -198,8 +189,7 @@ def mesh_of(model: ModelConfig, run: RunConfig, machine: Machine) -> MeshChoice:
     Raises:
         UserError: a mesh or batch that cannot be there.
     """
-    budget, text, length, devices = run.budget, run.hardware.mesh, run.data.max_tokens, machine.hosts * machine.per_host
-    assert length is not None
+    budget, text, length, devices = run.budget, run.hardware.mesh, run.length, machine.hosts * machine.per_host
     remat, batch_size, accumulation = run.hardware.gradient_checkpointing, budget.batch_size, budget.gradient_accumulation_steps
     if run.hardware.auto_batch:  # the mesh must not change when the batch does
         batch_size, accumulation = devices, 2

@@ -16,7 +16,7 @@ import math
 import shutil
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from consyn_jax.config import ModelConfig, RunConfig, UserError
+from consyn_jax.config import ModelConfig, RunConfig, UserError, with_flags
 from consyn_jax.data.loader import Order, Shuffled
 from consyn_jax.data.mixture import Mixture, part_seed
 from consyn_jax.data.order import ids_at
@@ -284,8 +284,7 @@ def repeat(bundle: Bundle, run: RunConfig) -> Repeated:
         UserError: the state is damaged or of another model, or these devices do not fit.
     """
     A, B, T = bundle.batch["labels"].shape
-    budget = replace(run.budget, batch_size=B, gradient_accumulation_steps=A)
-    run = replace(run, budget=budget, data=replace(run.data, max_tokens=T))
+    run = with_flags(run, {"batch_size": B, "gradient_accumulation_steps": A, "max_tokens": T})
     program = build_program(bundle.model, run, configured_schedule(run.optimizer, bundle.total_steps), jax.devices()).program
     checkpoints = Checkpoints(bundle.path / STATES)
     try:

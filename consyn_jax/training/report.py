@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import math
 import statistics
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from consyn_jax.data.html_page import escape, html_page
 from consyn_jax.training.console import compact, duration
+from consyn_jax.training.drawing import png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,14 +90,9 @@ def write_loss_plot(metrics: Metrics, path: Path) -> None:
     Raises:
         OSError: `path` cannot be written.
     """
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     train, rate = curve(metrics, "train/loss"), curve(metrics, "train/learning_rate")
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the picture does not depend on the user's matplotlibrc
-        figure = Figure(figsize=(9, 5.6 if rate else 4.8), dpi=150, layout="constrained")
+
+    def draw(figure: Any) -> None:
         if rate:
             upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [4, 1]})
             lower.plot([p.tokens for p in rate], [p.value for p in rate], color=_GREY, linewidth=1.4, marker="" if len(rate) > 1 else "o", markersize=3)
@@ -109,9 +104,8 @@ def write_loss_plot(metrics: Metrics, path: Path) -> None:
         _draw_losses(upper, train, curve(metrics, "eval/loss"))
         _dress(upper, lower, max([*train, *curve(metrics, "eval/loss"), *rate], key=lambda point: point.tokens, default=None))
         figure.align_ylabels([upper, lower])
-        image = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(image)
-    path.write_bytes(image.getvalue())
+
+    path.write_bytes(png(5.6 if rate else 4.8, draw))
 
 
 def _draw_losses(axes: Axes, train: Sequence[Point], evaluation: Sequence[Point]) -> None:

@@ -15,9 +15,11 @@ from typing import Any
 
 import yaml
 
-from consyn_jax.config import PrepareConfig, RunConfig, UserError, flags, flat
+from consyn_jax.config import RunConfig, UserError, flags, flat
 from consyn_jax.distributed.peers import Peers, current_peers
 from consyn_jax.resolve import resolve
+from consyn_jax.training.checkpoint_files import saved_steps
+from consyn_jax.training.config_file import DERIVED, describe
 from consyn_jax.training.run_lock import RunLock, read_holder
 from consyn_jax.validation import natural
 
@@ -25,7 +27,6 @@ CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 ENTRIES: tuple[str, ...] = (CONFIG, "metrics.jsonl", "tokenizer", CHECKPOINTS, "best", "final", "logs", "profile", "report.html", "loss.png", "schedule.png")
 ENTRIES += ("stacks", "nonfinite", "wandb")
-DERIVED = "derived"  # in config.yaml: what follows from the flags and the data; two runs that differ there are different runs
 
 # What the rate at each step follows from; all of it beside the number of steps, which is derived.
 SCHEDULE = {"epochs", "max_steps", "total_tokens", "lr", "scheduler", "warmup_ratio", "warmup_steps", "min_lr_ratio", "num_cycles", "power"}
@@ -33,8 +34,6 @@ SCHEDULE |= {"decay_ratio", "decay_shape"}
 
 OF_ONE_START = ("overwrite", "overwrite_schedule", "resume", "replay", "distributed", "coordinator_address", "num_processes", "process_id")
 SHARED_S = 20.0  # until other hosts see a new file, at the latest
-
-DOCUMENT_END = "...\n"  # what YAML puts behind a lone scalar
 
 DERIVED_NAMES = {
     "data": "the training data",
@@ -272,9 +271,10 @@ def _check_overwrite(config: RunConfig, path: Path) -> None:
 
 
 def _saved_steps(path: Path) -> list[int]:
-    """Steps with a checkpoint; one that is still being written has another name."""
-    directory = path / CHECKPOINTS
-    return sorted(step for entry in directory.iterdir() if (step := natural(entry.name)) is not None) if directory.is_dir() else []
+    try:
+        return saved_steps(path / CHECKPOINTS)
+    except OSError as error:
+        raise UserError(f"{path / CHECKPOINTS} cannot be read: {error.strerror}. Name another --output.") from error
 
 
 def _read_run(file: Path) -> dict[str, Any]:
@@ -307,51 +307,6 @@ def compare(old: dict[str, Any], config: RunConfig, derived: dict[str, Any] | No
             short = isinstance(now, str) or isinstance(before, str)
             differences.append(f"{words} changed" if short else f"{words} was {before} and is {now}")
     return differences
-
-
-def describe(config: RunConfig | PrepareConfig, origins: dict[str, str]) -> str:
-    """What a command was told as YAML, grouped, each line with the origin of its value."""
-    lines: list[str] = []
-    group = ""
-    for name, f in flags(type(config)).items():
-        if f.group != group:
-            lines += ([""] if lines else []) + [f"# {f.group}"]
-            group = f.group
-        value = getattr(getattr(config, f.group), name)
-        shown = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True, allow_unicode=True, width=10**6)
-        text = f"{name}: {shown.removesuffix(DOCUMENT_END).rstrip()}"
-        lines.append(f"{text:<40} # {origins[name]}")
-    return "\n".join(lines) + "\n\n"
-
-
-def read_config_file(path: Path) -> dict[str, Any]:
-    """The settings in a `--config` file.
-
-    Raises:
-        UserError: no such file, not YAML, or no flat mapping.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        node, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"--config {path} cannot be read: {error.strerror}. Give a YAML file with the names of the flags.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--config {path} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}. Give a YAML file.") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        at = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or type(error).__name__
-        raise UserError(f"--config {path}{f':{at.line + 1}' if at else ''} is not YAML: {problem}. Write `setting: value` lines.") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise UserError(f"--config {path} must consist of `setting: value` lines, with the names of the flags.")
-    lines: dict[str, int] = {}
-    for key, _ in node.value if node is not None else ():
-        line = key.start_mark.line + 1
-        if lines.setdefault(key.value, line) != line:  # YAML would silently take the later one
-            raise UserError(f"--config {path} sets {key.value} twice, in lines {lines[key.value]} and {line}. Leave one out.")
-    content.pop(DERIVED, None)
-    return content
 
 
 def _delete_run(path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import optax
 
 from consyn_jax.config import DECAY_SHAPES, SCHEDULERS, OptimizerOptions, UserError, nearest
+from consyn_jax.training.drawing import bars, png
 
 TIMESCALE_WITHOUT_WARMUP = 10_000  # steps, of inverse_sqrt (Raffel et al., 2020)
 
@@ -130,7 +129,7 @@ def configured_schedule(options: OptimizerOptions, total_steps: int) -> optax.Sc
 class Plateau:
     """Lowers the learning rate when a metric gets no better: torch's `ReduceLROnPlateau` with a relative threshold.
 
-    All of its state is in its fields, so `Plateau(**json.loads(json.dumps(plateau.as_json())))` goes on as if nothing had been.
+    All of its state is in its fields, so `Plateau(**json.loads(json.dumps(asdict(plateau))))` goes on as if nothing had been.
 
     Attributes:
         factor: what the scale is multiplied by.
@@ -175,10 +174,6 @@ class Plateau:
             return math.isfinite(metric)
         return metric > self.best * (1 + self.threshold) if self.greater_is_better else metric < self.best * (1 - self.threshold)
 
-    def as_json(self) -> dict[str, Any]:
-        """Settings and state as JSON values."""
-        return dataclasses.asdict(self)
-
 
 def configured_plateau(options: OptimizerOptions, greater_is_better: bool = False) -> Plateau | None:
     """The rule that resolved options describe, at its beginning; None where the scheduler is another.
@@ -209,14 +204,7 @@ def draw_schedule(schedule: optax.Schedule, total_steps: int, width: int = 64, h
     rates = (np.asarray(jax.device_get(schedule(steps)), np.float64) * np.ones(steps.shape)).reshape(width, -1).max(axis=1)
     top = max(float(rates.max()), 1e-300)
     eighths = np.round(rates / top * height * 8).astype(int)
-    lines = []
-    for row in range(height):
-        filled = np.clip(eighths - 8 * (height - 1 - row), 0, 8)
-        label = f"{top:.3g}" if row == 0 else "0" if row == height - 1 else ""
-        lines.append((f"{label:>9} {'┤' if label else '│'}" + "".join(" ▁▂▃▄▅▆▇█"[n] for n in filled)).rstrip())
-    lines.append(" " * 10 + "└" + "─" * width)
-    lines.append(" " * 11 + "0" + f"{total_steps:,}".rjust(width - 1))
-    return "\n".join(lines)
+    return "\n".join([*bars(eighths, height, f"{top:.3g}", "0"), " " * 11 + "0" + f"{total_steps:,}".rjust(width - 1)])
 
 
 def write_schedule_plot(schedule: optax.Schedule, total_steps: int, path: Path) -> None:
@@ -225,15 +213,10 @@ def write_schedule_plot(schedule: optax.Schedule, total_steps: int, path: Path) 
     Raises:
         OSError: `path` cannot be written.
     """
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     steps = np.unique(np.round(np.linspace(0, max(total_steps - 1, 0), 2000)).astype(int))
     rates = np.asarray(jax.device_get(schedule(steps))) * np.ones(len(steps))
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the picture does not depend on the user's matplotlibrc
-        figure = Figure(figsize=(9, 3.2), dpi=150, layout="constrained")
+
+    def draw(figure: Any) -> None:
         axes = figure.subplots()
         axes.plot(steps, rates, linewidth=1.6)
         axes.set_xlabel("step")
@@ -242,6 +225,5 @@ def write_schedule_plot(schedule: optax.Schedule, total_steps: int, path: Path) 
         axes.set_ylim(bottom=0)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
         axes.grid(alpha=0.3)
-        image = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(image)
-    path.write_bytes(image.getvalue())
+
+    path.write_bytes(png(3.2, draw))

@@ -44,7 +44,7 @@ from consyn_jax.training.header import header, warnings
 from consyn_jax.training.inputs import HostBatch, as_source
 from consyn_jax.training.lr_find import Suggestion, draw_curve, range_test, rising_rates, rising_schedule, suggest, write_results
 from consyn_jax.training.memory import explaining_exhaustion, fitting
-from consyn_jax.training.metrics import MetricsLog, Trackers, build_trackers, read_metrics
+from consyn_jax.training.metrics import MetricsLog, read_metrics
 from consyn_jax.training.optimizer import evaluation_params, with_rate_scale
 from consyn_jax.training.program import EVAL_AXES, TRAIN_AXES, Built, Program, build_program
 from consyn_jax.training.program_cache import keep_programs
@@ -55,6 +55,7 @@ from consyn_jax.training.run_directory import CHECKPOINTS, CONFIG, RunDirectory,
 from consyn_jax.training.scheduler import configured_plateau, configured_schedule, decay_end, draw_schedule, write_schedule_plot
 from consyn_jax.training.signals import Agreement, Signals
 from consyn_jax.training.step import Batch, Metrics, TrainState
+from consyn_jax.training.trackers import Trackers, build_trackers
 from consyn_jax.training.watchdog import COMPILING, EVALUATING, FINISHING, SAVING, STEPPING, WAITING, Watchdog
 from consyn_jax.validation import natural, parse_profile_steps
 

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 
 from consyn_jax.config import UserError
-from consyn_jax.distributed import peers as module
+from consyn_jax.distributed import meeting
 from consyn_jax.distributed.launch import facts, find_cluster, refuse_differences, share_devices
-from consyn_jax.distributed.peers import AGAIN, LOST, Peers, meet
+from consyn_jax.distributed.meeting import meet
+from consyn_jax.distributed.peers import AGAIN, LOST, Peers
 from consyn_jax.resolve import resolve
 
 SCHEDULERS = ("SLURM_", "OMPI_", "KUBERNETES_")
@@ -156,7 +157,7 @@ def test_more_processes_than_gpus_are_refused() -> None:
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ARRIVE_S", 1.0)
+    monkeypatch.setattr(meeting, "ARRIVE_S", 1.0)
 
 
 def together(*numbers: int, count: int, port: int | None = None, answer: Any = lambda abouts: abouts) -> list[Any]:
@@ -265,9 +266,10 @@ def test_nobody_at_the_address(hurried: None) -> None:
 PROCESS = """
 import os, signal, sys, time
 import consyn_jax.distributed.peers as p
+from consyn_jax.distributed.meeting import meet
 port, count, number, deed = *map(int, sys.argv[1:4]), sys.argv[4]
 p.BEAT_S, p.LOST_S = 0.2, 1.5
-peers, _ = p.meet(("localhost", port), count, number, None, lambda abouts: None, "consyn-train")
+peers, _ = meet(("localhost", port), count, number, None, lambda abouts: None, "consyn-train")
 peers.describe = lambda everyone: f"behind: {everyone}"
 alone = lambda: number == 0 and any(line.closed for line in peers._lines.values())
 peers.before_end = lambda stuck: print(("stuck, alone" if alone() else "stuck") if stuck else "ended", flush=True)

@@ -32,12 +32,14 @@ from consyn_jax.data.store import TokenStore
 from consyn_jax.model.pretrained import check_checkpoint, load_parameters, read_config, to_hf_config
 from consyn_jax.resolve import resolve
 from consyn_jax.tokenization import BPETokenizer
-from consyn_jax.training.checkpoint import CHECKSUMS, STATE, Checkpoints
+from consyn_jax.training.checkpoint import STATE, Checkpoints
+from consyn_jax.training.checkpoint_files import CHECKSUMS
+from consyn_jax.training.config_file import read_config_file
 from consyn_jax.training.metrics import read_metrics
 from consyn_jax.training.program import BATCH_DTYPES
 from consyn_jax.training.progress import Progress
 from consyn_jax.training.replay import BATCH, RECORD, read_bundle
-from consyn_jax.training.run_directory import check_output, read_config_file
+from consyn_jax.training.run_directory import check_output
 from consyn_jax.training.step import TrainState
 
 STATE_LIKE = TrainState(jnp.int32(1), {"w": jnp.arange(6.0).reshape(2, 3)}, {}, jnp.int32(0))

@@ -19,8 +19,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from consyn_jax.distributed.mesh import build_mesh
-from consyn_jax.training import checkpoint as module
 from consyn_jax.training.checkpoint import Checkpoints
+from consyn_jax.training.checkpoint_files import damage
 from consyn_jax.training.step import TrainState
 
 FULL = os.environ.get("CONSYN_TEST_FULL") == "1"
@@ -325,13 +325,13 @@ for which in (0, 1):
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert checkpoints.steps() == [2]
 assert len(told) == 1 and "step 4" in told[0] and "File too large" in told.pop(), told
-flush = module._flush
+flush = module.flush
 def full(path):
     raise OSError(28, "No space left on device")
 if number == 0:
-    module._flush = full
+    module.flush = full
 assert save(6)
-module._flush = flush
+module.flush = flush
 assert checkpoints.steps() == [2]
 real = shutil.disk_usage
 if number == 0:
@@ -394,4 +394,4 @@ def test_what_two_processes_wrote_one_reads_on_another_mesh(by_two: tuple[Path, 
     np.testing.assert_array_equal(found.params["w"], 8 + np.arange(40_000.0))
     np.testing.assert_array_equal(found.opt_state["copies"], 8 + np.arange(10_000.0))
     checkpoints.close()
-    assert module._damage(directory / "3.damaged-1")
+    assert damage(directory / "3.damaged-1")

@@ -116,7 +116,7 @@ def test_a_stuck_process_is_named_and_all_leave_their_stacks(nursery: Nursery, c
 
 # ------------------------------------------------------------------------------------------------------------------ wrong launches
 
-HURRY = "import consyn_jax.distributed.peers as peers\npeers.ARRIVE_S = 3.0\n"
+HURRY = "import consyn_jax.distributed.meeting as meeting\nmeeting.ARRIVE_S = 3.0\n"
 ONE_GPU = "import consyn_jax.distributed.launch as launch\nlaunch._gpus = lambda: ['0']\n"
 
 

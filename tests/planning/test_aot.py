@@ -27,7 +27,7 @@ from consyn_jax.planning.plan import compiled as compiled_plan
 from consyn_jax.planning.plan import estimate, fit
 from consyn_jax.planning.topology import GPUS, parse_topology
 from consyn_jax.resolve import resolve
-from consyn_jax.training.run_directory import read_config_file
+from consyn_jax.training.config_file import read_config_file
 
 pytestmark = pytest.mark.usefixtures("cuda_packages")
 
@@ -69,9 +69,8 @@ def compiled(name: str, topology: str, changes: dict[str, Any]) -> CompiledProgr
 
 def logits_elements(model: ModelConfig, run: RunConfig, topology: str) -> Iterator[int]:
     """Elements of [B, T, V] on one device, with and without the vocabulary's padding."""
-    assert run.data.max_tokens is not None
     sizes = parse_mesh(run.hardware.mesh, parse_topology(topology).num_devices)
-    tokens = run.budget.batch_size * run.data.max_tokens // (sizes["data"] * sizes["fsdp"])
+    tokens = run.budget.batch_size * run.length // (sizes["data"] * sizes["fsdp"])
     yield from {tokens * model.vocab_size, tokens * model.padded_vocab_size}
 
 
@@ -155,8 +154,7 @@ FP8 = {"mixed_precision": "fp8", "num_layers": 4, "gradient_accumulation_steps":
 def test_fp8_multiplies_8_bits_in_all_three_products_of_every_weight(topology: str, batch_size: int) -> None:
     changes = FP8 | {"batch_size": batch_size}
     program, (model, run) = compiled("stanza-8xh200", topology, changes), recipe("stanza-8xh200", changes)
-    assert run.data.max_tokens is not None
-    tokens = batch_size * run.data.max_tokens // parse_topology(topology).num_devices
+    tokens = batch_size * run.length // parse_topology(topology).num_devices
     head = model.padded_vocab_size * model.hidden_dim
     blocks = matmul_parameters(model) - model.vocab_size * model.hidden_dim
     of_8_bits = {types: flops for types, flops in program.product_flops.items() if "f8" in types}
@@ -334,7 +332,7 @@ described = topologies.get_topology_desc(platform="cuda", target_config=topology
 for model, values in json.load(sys.stdin):
     run, _ = resolve(values)
     budget, program = run.budget, aot._built(ModelConfig(**model), run, topology, described.devices).program
-    lowered = program.lower_train_step(budget.gradient_accumulation_steps, budget.batch_size, run.data.max_tokens)
+    lowered = program.lower_train_step(budget.gradient_accumulation_steps, budget.batch_size, run.length)
     began = time.process_time()
     compiled = lowered.compile()
     seconds, text = time.process_time() - began, compiled.as_text()

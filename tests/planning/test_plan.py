@@ -11,22 +11,22 @@ import pytest
 
 from consyn_jax.cli.plan import _vocabulary
 from consyn_jax.cli.train import main
-from consyn_jax.config import OPTIMIZERS, RunConfig, UserError, architecture, flags
+from consyn_jax.config import OPTIMIZERS, RunConfig, UserError, architecture, flags, with_flags
 from consyn_jax.data.store import TokenStoreWriter
-from consyn_jax.distributed.auto_mesh import FITS
+from consyn_jax.distributed.auto_mesh import FITS, Machine
 from consyn_jax.distributed.mesh import AXES, check_batch, check_model
 from consyn_jax.model.arithmetic import LOGITS_AT_ONCE, chunk_tokens, logits_at_once
 from consyn_jax.model.parameters import layout
 from consyn_jax.planning import aot
 from consyn_jax.planning.compiled import Collective
 from consyn_jax.planning.page import page
-from consyn_jax.planning.plan import Plan, alternatives, estimate, fit, with_flags
+from consyn_jax.planning.plan import Plan, alternatives, estimate, fit
 from consyn_jax.planning.roofline import all_reduce_seconds, estimate_step, network_of, ring_seconds, workload
 from consyn_jax.planning.topology import parse_topology
 from consyn_jax.resolve import preset_architecture, resolve
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.optimizer import configured_optimizer, moment_bytes
-from consyn_jax.training.program import Machine, mesh_of, this_machine
+from consyn_jax.training.program import mesh_of, this_machine
 
 
 def planned(model: str, topology: str, **changes: Any) -> Plan:

@@ -4,11 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from published import RUNS, Published, table
 
 from consyn_jax.config import architecture
 from consyn_jax.model.arithmetic import matmul_parameters, num_parameters
 from consyn_jax.model.parameters import layout
-from consyn_jax.planning.published import RUNS, Published, table
 from consyn_jax.planning.roofline import HOP_SECONDS, LINK_EFFICIENCY, Workload, estimate_step, ring_seconds, stretch_of, workload
 from consyn_jax.planning.topology import GPUS, Topology, parse_topology
 from consyn_jax.resolve import preset_architecture, resolve

@@ -1,5 +1,3 @@
-import re
-
 import pytest
 
 from consyn_jax.config import UserError
@@ -20,8 +18,3 @@ def test_another_form_is_refused(text: str) -> None:
 def test_an_unknown_gpu_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"did you mean h200\?"):
         parse_topology("h20:1x8")
-
-
-def test_the_compiler_and_the_table_know_the_same_memory() -> None:
-    for gpu in GPUS.values():
-        assert re.findall(r"device_memory_size: (\d+)", gpu.target_config) == [str(gpu.memory_bytes)]

@@ -20,6 +20,8 @@ from consyn_jax.config import UserError
 from consyn_jax.distributed.mesh import build_mesh
 from consyn_jax.training import checkpoint as module
 from consyn_jax.training.checkpoint import Checkpoints
+from consyn_jax.training.checkpoint_files import damage, digest, files
+from consyn_jax.training.orbax_writes import refusal
 from consyn_jax.training.step import TrainState
 
 ROWS = PartitionSpec(("data", "fsdp"))
@@ -270,7 +272,7 @@ def test_only_damage_that_was_found_counts_and_a_good_one_is_read_once(copied: P
     flipped(copied / "2" / "run.json")
     checkpoints = Checkpoints(copied)
     assert checkpoints.newest() == 6
-    monkeypatch.setattr(module, "_damage", lambda *_: pytest.fail("verified twice"))
+    monkeypatch.setattr(module, "damage", lambda *_: pytest.fail("verified twice"))
     checkpoints._handler.metadata(module.epath.Path(copied / "6" / "state"))
     assert checkpoints.newest() == 6
     checkpoints.close()
@@ -315,8 +317,8 @@ def test_the_record_alone_is_verified_alone(copied: Path) -> None:
 def forged(checkpoint: Path, name: str, content: bytes) -> None:
     """Another content, with the checksum that belongs to it."""
     (checkpoint / name).write_bytes(content)
-    digests = {name: module._digest(checkpoint / name) for name in module._files(checkpoint)}
-    (checkpoint / "CHECKSUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))
+    digests = {name: digest(checkpoint / name) for name in files(checkpoint)}
+    (checkpoint / "CHECKSUMS").write_text("".join(f"{value}  {name}\n" for name, value in digests.items()))
 
 
 @pytest.mark.parametrize("content", [b"", b"5", b'{"step": ', b"\xff", b"[" * 100_000, b"9" * 5000])
@@ -365,7 +367,7 @@ def test_no_checksums_are_too_odd_to_be_answered(saved: Path, data: Any) -> None
         changed = original[:at] + fresh + original[at + length :]
     try:
         file.write_bytes(changed)
-        reason = module._damage(saved / "6")
+        reason = damage(saved / "6")
     finally:
         file.write_bytes(original)
     assert reason or changed.split() == original.split()  # white space may be what it likes, where it can be read
@@ -481,15 +483,15 @@ def test_whatever_the_system_refuses_the_run_goes_on_and_the_last_good_one_stays
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("where", ["metadata", "finalize", "_digest"])
+@pytest.mark.parametrize("where", ["metadata", "finalize", "digest"])
 def test_a_defect_ends_the_run(where: str, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise TypeError("a defect")
 
     save(checkpoints, 1)
     with monkeypatch.context() as patch:
-        if where == "_digest":
-            patch.setattr(module, "_digest", broken)
+        if where == "digest":
+            patch.setattr(module, "digest", broken)
         else:
             patch.setattr(checkpoints._handler, {"metadata": "async_save"}.get(where, where), broken)
         checkpoints.save(2, state_of(2), {})
@@ -502,10 +504,10 @@ def test_a_defect_ends_the_run(where: str, checkpoints: Checkpoints, monkeypatch
 
 def test_what_tensorstore_says_of_the_system_is_understood() -> None:
     full = "RESOURCE_EXHAUSTED: Error writing \"p1/0\": Failed to write 41979904 bytes to file 4: No space left on device [os_error_code='28']"
-    assert module._refusal(ValueError(full)) == "No space left on device"
-    assert module._refusal(OSError(errno.EROFS, "Read-only file system")) == "Read-only file system"
-    assert module._refusal(ValueError("shapes do not match")) is None
-    assert module._refusal(None) is None
+    assert refusal(ValueError(full)) == "No space left on device"
+    assert refusal(OSError(errno.EROFS, "Read-only file system")) == "Read-only file system"
+    assert refusal(ValueError("shapes do not match")) is None
+    assert refusal(None) is None
 
 
 def test_older_ones_that_cannot_be_removed_are_tried_again(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:

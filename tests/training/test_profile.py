@@ -9,10 +9,11 @@ import pytest
 from jax.profiler import ProfileData
 
 from consyn_jax.config import UserError, architecture
+from consyn_jax.distributed.auto_mesh import Machine
 from consyn_jax.resolve import resolve
 from consyn_jax.training import profile
 from consyn_jax.training.profile import SCOPES, Profile, Program, Summary, page, scopes_of, summarise
-from consyn_jax.training.program import Machine, build_program
+from consyn_jax.training.program import build_program
 from consyn_jax.training.scheduler import configured_schedule
 from consyn_jax.validation import parse_profile_steps
 

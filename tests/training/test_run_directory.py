@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ import yaml
 
 from consyn_jax.config import RunConfig, UserError, flat
 from consyn_jax.resolve import resolve
-from consyn_jax.training.run_directory import compare, describe, open_run_directory, read_config_file
+from consyn_jax.training.config_file import describe, read_config_file
+from consyn_jax.training.run_directory import compare, open_run_directory
 
 DERIVED = {"data": "abc", "validation": None, "tokenizer": "def", "sequences_per_step": 8, "total_steps": 100, "vocab_size": 259}
 
@@ -165,6 +167,20 @@ def test_resuming_on_purpose_needs_a_run_and_never_resuming_needs_none(tmp_path:
     assert holds_run(run(tmp_path / "run", resume="3")[0])
 
 
+def test_only_directories_with_the_number_of_a_step_are_checkpoints(tmp_path: Path) -> None:
+    begin(tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "3²").mkdir()
+    (checkpoints / "²").mkdir()
+    (checkpoints / "5").write_text("")
+    with pytest.raises(UserError, match=r"there are: 3\."):
+        open_run_directory(run(tmp_path / "run", resume="5")[0], DERIVED)
+    shutil.rmtree(checkpoints)
+    checkpoints.write_text("")
+    with pytest.raises(UserError, match=r"checkpoints cannot be read: Not a directory\. Name another --output\."):
+        open_run_directory(run(tmp_path / "run")[0], DERIVED)
+
+
 def test_a_run_that_saved_nothing_may_be_another(tmp_path: Path) -> None:
     begin(tmp_path)
     (tmp_path / "checkpoints" / "3").rmdir()
@@ -178,23 +194,3 @@ def test_other_processes_only_look(tmp_path: Path) -> None:
     begin(tmp_path / "run")
     holds_run(replace(config, saving=replace(config.saving, overwrite=True)), write=False)
     assert (tmp_path / "run" / "config.yaml").exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("lr: 1\nepochs: [1", r":\d+ is not YAML"),
-        ("- lr\n", "must consist of `setting: value` lines"),
-        ("1: 2\n", "must consist of `setting: value` lines"),
-        ("!!python/object/apply:os.system ['touch opened']\n", "is not YAML"),
-    ],
-)
-def test_a_config_file_that_is_none_is_refused_in_words(content: str, words: str, tmp_path: Path) -> None:
-    file = tmp_path / "recipe.yaml"
-    file.write_text(content)
-    with pytest.raises(UserError, match=words):
-        read_config_file(file)
-    with pytest.raises(UserError, match="cannot be read: No such file"):
-        read_config_file(tmp_path / "gone.yaml")
-    file.write_text("")
-    assert read_config_file(file) == {}

@@ -2,6 +2,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,7 @@ def test_plateau_goes_on_from_json(metrics: list[float], cut: int) -> None:
     whole, first = Plateau(patience=1, cooldown=1), Plateau(patience=1, cooldown=1)
     expected = [whole.update(metric) for metric in metrics]
     found = [first.update(metric) for metric in metrics[:cut]]
-    second = Plateau(**json.loads(json.dumps(first.as_json(), allow_nan=False)))
+    second = Plateau(**json.loads(json.dumps(asdict(first), allow_nan=False)))
     assert found + [second.update(metric) for metric in metrics[cut:]] == expected
     assert second == whole
 

@@ -1,6 +1,6 @@
 """The roofline run backwards: what it gives for runs whose speed others have published.
 
-`python -m consyn_jax.planning.published` prints the table that docs/planning.md has.
+`python tests/planning/published.py` prints the table that docs/planning.md has.
 """
 
 from __future__ import annotations

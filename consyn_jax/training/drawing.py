@@ -1,0 +1,46 @@
+"""Pictures of a run: the frame of a PNG, and bars of text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def png(height: float, draw: Callable[[Figure], None]) -> bytes:
+    """What `draw` puts on a figure of `height` inches, and nine wide."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    image = io.BytesIO()
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the picture does not depend on the user's matplotlibrc
+        figure = Figure(figsize=(9, height), dpi=150, layout="constrained")
+        draw(figure)
+        FigureCanvasAgg(figure).print_png(image)
+    return image.getvalue()
+
+
+def bars(eighths: np.ndarray, height: int, top: str, bottom: str) -> list[str]:
+    """Lines of text with a bar for each number of eighths of a line, and an axis below.
+
+    Args:
+        top, bottom: what stands beside the first of the `height` lines, and beside the last.
+
+    >>> print("\\n".join(bars(np.array([16, 9, 3]), 2, "1", "0")))
+            1 ┤█▁
+            0 ┤██▃
+              └───
+    """
+    lines = []
+    for row in range(height):
+        filled = np.clip(eighths - 8 * (height - 1 - row), 0, 8)
+        label = top if row == 0 else bottom if row == height - 1 else ""
+        lines.append((f"{label:>9} {'┤' if label else '│'}" + "".join(" ▁▂▃▄▅▆▇█"[n] for n in filled)).rstrip())
+    return [*lines, " " * 10 + "└" + "─" * len(eighths)]
