@@ -109,6 +109,7 @@ class ConsynTrainer:
         self._check_tokenizer()
         ids: Any = self.tokenizer if self.tokenizer is not None else model.config
         kinds = {
+            "batch_size": self.run.budget.batch_size,
             "block_size": self.run.data.max_tokens,
             "seed": self.run.budget.seed,
             "bos_id": ids.bos_token_id,
