@@ -1,7 +1,7 @@
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import Mock
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
