@@ -222,7 +222,7 @@ def _check_unused(data: DataOptions) -> None:
 
 
 def _check_devices(config: RunConfig) -> None:
-    """The mesh must be one of the devices here, and divide the batch."""
+    """The mesh must be one of the devices here, and divide the batch. Where devices share sequences, `mesh_of` says so once the model is known."""
     import jax
 
     from consyn_jax.distributed.mesh import check_batch, parse_mesh
@@ -232,7 +232,12 @@ def _check_devices(config: RunConfig) -> None:
     except RuntimeError as error:
         raise UserError(f"JAX finds no device to train on ({' '.join(str(error).split())}). Check JAX_PLATFORMS and the driver.") from error
     assert config.data.max_tokens is not None
-    check_batch(parse_mesh(config.hardware.mesh, num_devices), config.budget.batch_size, config.data.max_tokens)
+    mesh, batch_size = config.hardware.mesh, config.budget.batch_size
+    if mesh == "auto":
+        if batch_size < num_devices and not config.hardware.auto_batch:
+            return
+        mesh = f"fsdp={num_devices}"
+    check_batch(parse_mesh(mesh, num_devices), batch_size, config.data.max_tokens)
 
 
 def _tokenizer_spec(config: RunConfig, stored: ModelConfig | None, weights: Path | None, is_store: bool) -> str | None:

@@ -80,7 +80,7 @@ def split_axes(sizes: dict[str, int], *logical_axes: str) -> tuple[str, ...]:
 
 
 def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
-    """Sizes of the four axes from `--mesh`: "auto" (fsdp over all devices) or "data=2,fsdp=4".
+    """Sizes of the four axes from a `--mesh` such as "data=2,fsdp=4".
 
     Raises:
         UserError: an unknown axis, a size that is no positive number, or a product other than `num_devices`.
@@ -88,8 +88,6 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
     >>> parse_mesh("data=2,tensor=2", 4)
     {'data': 2, 'fsdp': 1, 'context': 1, 'tensor': 2}
     """
-    if text == "auto":
-        return {"data": 1, "fsdp": num_devices, "context": 1, "tensor": 1}
     sizes = dict.fromkeys(AXES, 1)
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")

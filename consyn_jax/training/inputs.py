@@ -102,61 +102,80 @@ class IndexedSource(Source):
 
 
 class BatchSource(Source):
-    """Any iterable of batches, such as a torch DataLoader. A resume skips what was read before, since it has no positions."""
+    """Any iterable of batches, such as a torch DataLoader. A resume skips what was read before, since it has no positions.
 
-    def __init__(self, batches: Iterable[Any]) -> None:
-        self.batches, self.fingerprint, self.order = batches, "batches", None
+    Args:
+        batch_size: sequences in each. What is asked for may be smaller and divide it: with --auto_batch.
+        block_size: tokens in a sequence.
+    """
+
+    def __init__(self, batches: Iterable[Any], batch_size: int, block_size: int) -> None:
+        self.batches, self.batch_size, self.block_size = batches, batch_size, block_size
+        self.fingerprint, self.order = "batches", None
 
     def training(self, start_step: int, batch_size: int, accumulation: int, rows: np.ndarray) -> Iterator[HostBatch]:
-        micro = itertools.islice(self._endless(), start_step * accumulation, None)
+        micro = itertools.islice(self._endless(batch_size), start_step * accumulation, None)
         while len(group := list(itertools.islice(micro, accumulation))) == accumulation:
-            for batch in group:
-                _check_rows(batch, batch_size)
             yield {name: np.stack([batch[name][rows] for batch in group]) for name in group[0]}
 
     def evaluation(self, batch_size: int, rows: np.ndarray) -> Iterator[HostBatch]:
-        for raw in self.batches:
-            batch = complete(raw)
-            missing = batch_size - len(batch["labels"])
-            if missing < 0:
-                _check_rows(batch, batch_size)
-            yield {name: np.pad(values, ((0, missing), (0, 0)))[rows] for name, values in batch.items()}
+        for batch in map(self._complete, self.batches):
+            missing = max(0, self.batch_size - len(batch["labels"]))
+            padded = {name: np.pad(values, ((0, missing), (0, 0))) for name, values in batch.items()}
+            for part in self._parts(padded, batch_size):
+                yield {name: values[rows] for name, values in part.items()}
 
     def close(self) -> None:
         """Whoever made the batches closes them."""
 
-    def _endless(self) -> Iterator[HostBatch]:
+    def _endless(self, batch_size: int) -> Iterator[HostBatch]:
         """Pass after pass; what cannot begin again, such as a generator, ends."""
         for _ in itertools.count():
             empty = True
-            for batch in self.batches:
+            for batch in map(self._complete, self.batches):
                 empty = False
-                yield complete(batch)
+                yield from self._parts(batch, batch_size)
             if empty:
                 return
 
+    def _complete(self, raw: Any) -> HostBatch:
+        batch = complete(raw)
+        _check_length(batch["labels"].shape[1], self.block_size)
+        return batch
+
+    def _parts(self, batch: HostBatch, batch_size: int) -> Iterator[HostBatch]:
+        rows = len(batch["labels"])
+        if rows != self.batch_size:
+            raise UserError(
+                f"A batch has {rows} sequences, and batch_size is {self.batch_size}. Make them equal (drop_last=True leaves a short last batch out)."
+            )
+        return ({name: values[i : i + batch_size] for name, values in batch.items()} for i in range(0, rows, batch_size))
+
 
 class ItemDataset:
-    """Items with a length, such as a torch or datasets Dataset, read row by row."""
+    """Items with a length, such as a torch or datasets Dataset, read row by row; each of `block_size` tokens."""
 
-    def __init__(self, items: Any) -> None:
-        self.items = items
+    def __init__(self, items: Any, block_size: int) -> None:
+        self.items, self.block_size = items, block_size
 
     def __len__(self) -> int:
         return len(self.items)
 
     def rows(self, indices: Any) -> HostBatch:
         items = [self.items[int(i)] for i in indices]
+        for item in items:
+            _check_length(len(item["input_ids"]) - ("labels" not in item), self.block_size)
         return complete({name: np.stack([np.asarray(item[name]) for item in items]) for name in items[0]})
 
 
-def as_source(data: Any, *, block_size: int, seed: int, bos_id: int | None, eos_id: int | None, pad_id: int | None) -> Source:
+def as_source(data: Any, *, batch_size: int, block_size: int, seed: int, bos_id: int | None, eos_id: int | None, pad_id: int | None) -> Source:
     """Data of any accepted kind as a `Source`: a dataset of `get_dataset`, a mixture of them, a growing corpus, a list of token lists,
     a dataset of items, or batches.
 
     Raises:
-        UserError: none of these, or token lists without the ids that delimit them.
+        UserError: none of these, sequences of another length, or token lists without the ids that delimit them.
     """
+    _check_length(getattr(getattr(data, "packed", data), "block_size", block_size), block_size)
     if isinstance(data, ConsynDataset):
         return _indexed(data.packed, data.seed, data.fingerprint)
     if isinstance(data, MixedDataset):
@@ -178,8 +197,8 @@ def as_source(data: Any, *, block_size: int, seed: int, bos_id: int | None, eos_
             return _token_lists(data, block_size, seed, bos_id, eos_id, pad_id)
     first = data[0] if hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data) else None
     if isinstance(first, dict) and "input_ids" in first and np.asarray(first["input_ids"]).ndim == 1:
-        return _indexed(ItemDataset(data), seed, f"{len(data)} items")
-    return BatchSource(data)
+        return _indexed(ItemDataset(data, block_size), seed, f"{len(data)} items")
+    return BatchSource(data, batch_size, block_size)
 
 
 def _token_lists(data: Sequence[Any], block_size: int, seed: int, bos_id: int | None, eos_id: int | None, pad_id: int | None) -> Source:
@@ -228,8 +247,6 @@ def complete(raw: Any) -> HostBatch:
     return {name: value.astype(np.int32) for name, value in as_int.items()} | {"loss_mask": mask}
 
 
-def _check_rows(batch: HostBatch, batch_size: int) -> None:
-    if len(batch["labels"]) != batch_size:
-        raise UserError(
-            f"A batch has {len(batch['labels'])} sequences, and batch_size is {batch_size}. Make them equal (drop_last=True leaves a short last batch out)."
-        )
+def _check_length(tokens: int, block_size: int) -> None:
+    if tokens != block_size:
+        raise UserError(f"A sequence of the data has {tokens} tokens, and max_tokens is {block_size}. Make them equal; without labels, give one id more.")

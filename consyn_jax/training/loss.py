@@ -216,7 +216,9 @@ def _chunk(weight_VD, x_nD, labels_n, mask_n, *, vocab_size, extras, dx_dtype, v
     else:
         found, dlogits = _softmax(logits_nV, labels_n, vocab_size, extras, 0 if vocab_first else 1, **place)
         dlogits = dlogits * jnp.expand_dims(mask_n * lift, 0 if vocab_first else 1)
-    nll_n, correct_n = found.log_z - found.label, (found.label >= found.top) & mask_n
+    nll_n = found.log_z - found.label
+    # A single largest logit has more than an even share; where all are equal, as an output embedding of zeros gives them, nothing is predicted.
+    correct_n = (found.label >= found.top) & (nll_n < math.log(vocab_size) * (1 - 1e-6)) & mask_n
     sums = LossSums(jnp.sum(jnp.where(mask_n, nll_n, 0.0)), jnp.sum(mask_n, dtype=jnp.float32), jnp.sum(correct_n, dtype=jnp.float32))
     penalty = None
     if extras != Extras():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,13 +58,16 @@ def fitting(run: RunConfig, compile: Callable[[RunConfig], Compiled]) -> tuple[R
     """
     compiled, limit = compile(run), device_bytes()
     while (needs := step_memory(compiled)).total > limit:
-        smaller = _in_halves(run)
-        if not run.hardware.auto_batch or smaller is None:
+        smaller, halved = _in_halves(run), None
+        if run.hardware.auto_batch and smaller is not None:
+            with suppress(UserError):  # the mesh does not divide the smaller batch
+                halved = compile(smaller)
+        if smaller is None or halved is None:
             raise UserError(
                 f"The train step needs {_gib(needs.total)} on each device ({_gib(needs.state)} of state, {_gib(needs.temporary)} of activations "
                 f"and gradients), and there are {_gib(limit)}. {_ways_out(run, smaller, compile)}"
             )
-        run, compiled = smaller, compile(smaller)
+        run, compiled = smaller, halved
     return run, compiled
 
 

@@ -198,8 +198,9 @@ def mesh_of(model: ModelConfig, run: RunConfig, machine: Machine) -> MeshChoice:
         moments = moment_bytes(run.optimizer) if run.hardware.optimizer_memory == "device" else 0
         return estimate_memory(model, sizes, batch_size, accumulation, length, remat, moments).total
 
-    choice = MeshChoice(parse_mesh(text, devices), "as asked for")
-    if text == "auto":
+    if text != "auto":
+        choice = MeshChoice(parse_mesh(text, devices), "as asked for")
+    else:
         splits = {"context": length, "tensor": math.gcd(model.num_heads, model.num_kv_heads, model.mlp_dim)}
         choice = choose_mesh(machine.hosts, machine.per_host, model.hidden_dim, machine.memory_bytes, needs, batch_size, splits)
     check_batch(choice.sizes, budget.batch_size, length)

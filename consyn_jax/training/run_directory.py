@@ -156,8 +156,9 @@ def check_output(config: RunConfig, derived: dict[str, Any] | None = None) -> bo
     if config.optimizer.decay_from is not None:
         _check_origin(config, derived)
     file = path / CONFIG
-    if not file.is_file() and (path / "metrics.jsonl").exists():
-        raise UserError(f"--output {path} holds a metrics.jsonl without a {CONFIG}, so it is not a run of ours. Name another directory.")
+    if not file.is_file() and ((path / "metrics.jsonl").exists() or _saved_steps(path)):
+        found = "a metrics.jsonl" if (path / "metrics.jsonl").exists() else CHECKPOINTS
+        raise UserError(f"--output {path} holds {found} without a {CONFIG}, so it is not a run of ours. Name another directory.")
     old = _read_run(file) if file.is_file() else None
     if saving.overwrite:
         _check_overwrite(config, path)
@@ -312,7 +313,7 @@ def compare(old: dict[str, Any], config: RunConfig, derived: dict[str, Any] | No
 def _delete_run(path: Path) -> None:
     if not (path / CONFIG).is_file():
         return
-    for entry in ENTRIES:
+    for entry in reversed(ENTRIES):  # config.yaml last: it says, after a kill, that this may be deleted
         target = path / entry
         if target.is_dir() and not target.is_symlink():
             shutil.rmtree(target)

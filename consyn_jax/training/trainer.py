@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -112,6 +113,7 @@ class ConsynTrainer:
         self._check_tokenizer()
         ids: Any = self.tokenizer if self.tokenizer is not None else model.config
         kinds = {
+            "batch_size": self.run.budget.batch_size,
             "block_size": self.run.data.max_tokens,
             "seed": self.run.budget.seed,
             "bos_id": ids.bos_token_id,
@@ -347,7 +349,6 @@ class _Training:
 
     def run(self) -> dict[str, float]:
         t = self.trainer
-        assert t.run.data.max_tokens is not None
         self._header()
         if self._is_complete():
             return self._already_complete()
@@ -360,8 +361,8 @@ class _Training:
         return self._finish(state)
 
     def _train(self, state: TrainState, compiling: Future[tuple[RunConfig, Any]]) -> TrainState:
-        t = self.trainer
-        assert t.run.data.max_tokens is not None
+        t, length = self.trainer, self.trainer.run.data.max_tokens
+        assert length is not None
         self.console.start(t.total_steps, self.progress.step)
         self.watchdog.at(COMPILING, self.progress.step)
         asked = t.run.budget.batch_size
@@ -372,10 +373,9 @@ class _Training:
         self._meet()
         rows = local_rows(self.program.mesh, t.run.budget.batch_size)
         batches = t.train_source.training(self.progress.step, t.run.budget.batch_size, t.run.budget.gradient_accumulation_steps, rows)
-        assert t.run.data.max_tokens is not None
-        flops = train_flops_per_token(t.model.config, t.run.data.max_tokens) * t.sequences_per_step * t.run.data.max_tokens / jax.device_count()
+        flops = train_flops_per_token(t.model.config, length) * t.sequences_per_step * length / jax.device_count()
         self.profile.program = profile.Program(train_step.as_text, flops, bf16_peak(jax.local_devices()[0].device_kind))
-        like = self.program.batch_like((t.run.budget.gradient_accumulation_steps, t.run.budget.batch_size, t.run.data.max_tokens), TRAIN_AXES)
+        like = self.program.batch_like((t.run.budget.gradient_accumulation_steps, t.run.budget.batch_size, length), TRAIN_AXES)
         with prefetch(batches, transform=_placer(self.program.mesh, TRAIN_AXES), interrupted=self.agreement.waits_in_vain) as ready:
             try:
                 return self._loop(state, train_step, ready, like)
@@ -496,8 +496,12 @@ class _Training:
                     raise UserError(f"{path / 'tokenizer'} cannot be written: {error.strerror}. Make room, or name another --output.") from error
         self.log = self.stack.enter_context(MetricsLog(path)) if self.writes else None
         if self.log is not None:
-            self.log.truncate_from(-1 if wanted is None else wanted)
+            start = -1 if wanted is None else wanted
+            if any(line.get("event") == "best" and line["step"] > start for line in read_metrics(self.log.path)):
+                shutil.rmtree(path / "best", ignore_errors=True)  # of a step that is taken back
+            self.log.truncate_from(start)
             self.last = _last_values(self.log.path)
+        self._check_best()
         self.trackers: Trackers | None = None
         if self.writes:
             logging = t.run.logging
@@ -518,6 +522,14 @@ class _Training:
             self._ended_passes(wanted, again=True)
         self._event("start" if wanted is None else "resume")
         return state
+
+    def _check_best(self) -> None:
+        """Where the best model so far is gone, the next evaluation is the best."""
+        there = str((self.directory.path / "best" / "config.json").is_file())
+        if self.peers is not None:
+            there = self.peers.gather(there)[0]
+        if there != "True":
+            self.progress.selection = replace(self.progress.selection, best_value=None, best_step=None)
 
     def _branch(self, checkpoints: Path, step: int) -> TrainState:
         """The state of another run at `step`, which may still be going on: it is only read. What has been best there does not count here."""
@@ -570,11 +582,10 @@ class _Training:
         line = {name: value for name, value in line.items() if math.isfinite(value)}
         if t.train_source.sequences:
             line["train/epoch"] = progress.step * t.sequences_per_step / t.train_source.sequences
-        device = jax.local_devices()[0]
-        peak = bf16_peak(device.device_kind)
-        if peak is not None and t.run.data.max_tokens is not None:
-            line["throughput/mfu"] = tokens_per_s * train_flops_per_token(t.model.config, t.run.data.max_tokens) / (peak * jax.device_count())
-        line["memory/peak_bytes"] = _peak_bytes(device)
+        program = self.profile.program
+        if program is not None and program.peak is not None:  # of all positions: the device computes those that are not learned, too
+            line["throughput/mfu"] = program.flops / (step_time_s * program.peak)
+        line["memory/peak_bytes"] = _peak_bytes(jax.local_devices()[0])
         self.console.step(progress.step, values["loss"], tokens_per_s)
         self._log(line)
 

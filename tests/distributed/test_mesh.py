@@ -15,10 +15,6 @@ def sizes(**given: int) -> dict[str, int]:
     return dict.fromkeys(AXES, 1) | given
 
 
-def test_auto_is_fsdp_over_all_devices() -> None:
-    assert parse_mesh("auto", 8) == sizes(fsdp=8)
-
-
 @settings(deadline=None)
 @given(st.permutations(AXES), st.lists(st.integers(1, 16), min_size=4, max_size=4))
 def test_a_mesh_is_read_in_any_order(order: list[str], numbers: list[int]) -> None:

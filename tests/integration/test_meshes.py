@@ -38,3 +38,9 @@ def test_a_run_goes_on_with_another_number_of_devices(alone: Run, here: Callable
     assert resumed.code == 0, resumed.said
     losses = [[line["train/loss"] for line in run.numbers if "train/loss" in line] for run in (resumed, alone)]
     np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_fewer_sequences_than_devices_are_shared(here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
+    run = here(tmp_path / "run", *MODEL, "--max_tokens", "32", "--batch_size", "4", "--data", corpus, "--dry_run")
+    assert run.code == 0, run.said
+    assert "fsdp=4, context=2: weights split over 4 devices, each sequence over 2 (context)" in run.said

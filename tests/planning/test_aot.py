@@ -69,7 +69,8 @@ def compiled(name: str, topology: str, changes: dict[str, Any]) -> CompiledProgr
 
 def logits_elements(model: ModelConfig, run: RunConfig, topology: str) -> Iterator[int]:
     """Elements of [B, T, V] on one device, with and without the vocabulary's padding."""
-    sizes = parse_mesh(run.hardware.mesh, parse_topology(topology).num_devices)
+    num_devices = parse_topology(topology).num_devices
+    sizes = {"data": 1, "fsdp": num_devices} if run.hardware.mesh == "auto" else parse_mesh(run.hardware.mesh, num_devices)
     tokens = run.budget.batch_size * run.length // (sizes["data"] * sizes["fsdp"])
     yield from {tokens * model.vocab_size, tokens * model.padded_vocab_size}
 

@@ -19,7 +19,7 @@ ALL = np.arange(4)
 
 
 def source_of(data: Any, **changes: Any) -> Source:
-    return as_source(data, **({"block_size": 8, "seed": 1, "bos_id": 1, "eos_id": 2, "pad_id": 0} | changes))
+    return as_source(data, **({"batch_size": 4, "block_size": 8, "seed": 1, "bos_id": 1, "eos_id": 2, "pad_id": 0} | changes))
 
 
 # ---------------------------------------------------------------------------------------------------------------- one batch
@@ -103,7 +103,7 @@ def test_what_is_no_batch_is_refused_in_words(raw: Any, words: str) -> None:
 
 def test_a_dataset_brings_its_order_and_its_bytes() -> None:
     dataset = get_dataset("sample", BPETokenizer.bytes(), block_size=64, seed=5)
-    source = source_of(dataset, seed=1)
+    source = source_of(dataset, seed=1, block_size=64)
     assert (source.sequences, source.tokens, source.num_bytes) == (len(dataset), dataset.num_tokens, dataset.num_bytes)
     assert source.fingerprint == dataset.fingerprint
     first = next(source.training(0, 4, 1, ALL))
@@ -113,7 +113,7 @@ def test_a_dataset_brings_its_order_and_its_bytes() -> None:
 def test_a_mixture_is_trained_on_in_its_order_and_evaluated_on_as_a_whole() -> None:
     dataset = get_dataset("sample", BPETokenizer.bytes(), block_size=64)
     mixed = MixedDataset({"a": dataset, "b": dataset}, [1, 2], seed=3)
-    source = source_of(mixed)
+    source = source_of(mixed, block_size=64)
     assert (source.sequences, source.tokens, source.num_bytes) == (2 * len(dataset), 2 * dataset.num_tokens, 2 * dataset.num_bytes)
     assert source.fingerprint == mixed.fingerprint
     np.testing.assert_array_equal(next(source.training(2, 4, 3, ALL))["labels"].reshape(12, 64), mixed.order.at(np.arange(24, 36))["labels"])
@@ -209,7 +209,38 @@ def test_a_short_last_batch_is_padded_in_evaluation_and_refused_in_training() ->
     with pytest.raises(UserError, match=r"A batch has 2 sequences, and batch_size is 4\. .*drop_last=True"):
         list(source.training(0, 4, 3, ALL))
     with pytest.raises(UserError, match="A batch has 4 sequences, and batch_size is 2"):
-        list(source.evaluation(2, np.arange(2)))
+        list(source_of(DataLoader(TorchDataset(), batch_size=4), batch_size=2).evaluation(2, np.arange(2)))
+
+
+def test_batches_in_halves_are_the_same_steps_and_the_same_evaluation() -> None:
+    """As --auto_batch has them."""
+    source, both = source_of(DataLoader(TorchDataset(), batch_size=4, drop_last=True)), np.arange(2)
+    whole, halves = source.training(1, 4, 2, ALL), source.training(1, 2, 4, both)
+    for _ in range(3):
+        one, other = next(whole), next(halves)
+        assert other["labels"].shape == (4, 2, 8)
+        np.testing.assert_array_equal(one["labels"].reshape(8, 8), other["labels"].reshape(8, 8))
+    short = source_of(DataLoader(TorchDataset(), batch_size=4))
+    found = [np.concatenate([batch["labels"] for batch in batches]) for batches in (short.evaluation(4, ALL), short.evaluation(2, both))]
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("data", "tokens"),
+    [
+        (DataLoader(TorchDataset(), batch_size=4), 8),
+        (TorchDataset(), 8),
+        ([{"input_ids": IDS[0], "labels": IDS[0] + 1}], 10),
+        ([{"input_ids": IDS[0, :n]} for n in (10, 9)], 8),
+        (PackedDataset(memory_split([np.arange(3, 100)], 2), 8, 1, 0), 8),
+        (get_dataset("sample", BPETokenizer.bytes(), block_size=8), 8),
+    ],
+    ids=["batches", "items", "items with labels", "an item among others", "windows", "dataset"],
+)
+def test_sequences_of_another_length_are_refused_in_words(data: Any, tokens: int) -> None:
+    for read in (lambda source: source.training(0, 4, 1, ALL), lambda source: source.evaluation(4, ALL)):
+        with pytest.raises(UserError, match=rf"A sequence of the data has {tokens} tokens, and max_tokens is 9\. Make them equal"):
+            next(read(source_of(data, block_size=9)))
 
 
 def test_a_generator_ends() -> None:
@@ -217,7 +248,7 @@ def test_a_generator_ends() -> None:
         for _ in range(3):
             yield {"input_ids": IDS}
 
-    assert len(list(source_of(three()).training(0, 2, 2, np.arange(2)))) == 1, "a half step is no step"
+    assert len(list(source_of(three(), batch_size=2, block_size=9).training(0, 2, 2, np.arange(2)))) == 1, "a half step is no step"
 
 
 @pytest.mark.parametrize(

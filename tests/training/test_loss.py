@@ -110,6 +110,17 @@ def test_no_token_means_zero_and_no_gradient(inputs: tuple[jax.Array, ...]) -> N
     assert not dhead.any()
 
 
+@pytest.mark.parametrize("chunks", [Chunks(1000), Chunks(1000, vocab_first=True)])
+@pytest.mark.parametrize("vocab_size", [V, 100])
+def test_what_finds_all_tokens_equal_predicts_none(inputs: tuple[jax.Array, ...], vocab_size: int, chunks: Chunks) -> None:
+    x, head, labels, mask = inputs
+    sums = jax.jit(lambda *a: head_loss(*a, vocab_size, chunks))(x, jnp.zeros_like(head), labels + 1, mask)
+    assert sums.correct == reference(x, jnp.zeros_like(head), labels + 1, mask, vocab_size).correct == 0
+    hint = jnp.zeros_like(head).at[labels[0, 0], :].set(1e-3 * x[0, 0])
+    one_token = mask & (jnp.arange(T) == 0) & (jnp.arange(B) == 0)[:, None]
+    assert jax.jit(lambda *a: head_loss(*a, vocab_size, chunks))(x, hint, labels, one_token).correct == 1
+
+
 def test_gradients_scale_with_what_comes_after(inputs: tuple[jax.Array, ...]) -> None:
     x, head, labels, mask = inputs
     once, thrice = (jax.grad(lambda h, c=c: c * head_loss(x, h, labels, mask, V, Chunks(1000)).nll)(head) for c in (1.0, 3.0))

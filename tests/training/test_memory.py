@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from consyn_jax.config import ModelConfig, RunConfig, UserError
+from consyn_jax.distributed.mesh import check_batch, parse_mesh
 from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.resolve import resolve
 from consyn_jax.training import ConsynTrainer, memory
@@ -63,6 +64,17 @@ def test_what_does_not_fit_says_what_each_way_out_would_need(monkeypatch: pytest
     )
     with pytest.raises(UserError, match="needs 1300"):
         fitted(1200, monkeypatch, auto_batch=True)
+
+
+def test_a_half_that_the_mesh_does_not_divide_is_no_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_six_devices(run: RunConfig) -> Compiled:
+        check_batch(parse_mesh("fsdp=6", 6), run.budget.batch_size, 32)
+        return Compiled(run)
+
+    monkeypatch.setattr(memory, "device_bytes", lambda: 1500)
+    with pytest.raises(UserError, match=r"^The train step needs .* of activations.*--gradient_checkpointing") as caught:
+        fitting(resolve({"model": "haiku", "batch_size": 6, "auto_batch": True})[0], on_six_devices)
+    assert "--batch_size" not in str(caught.value)
 
 
 def test_the_compilers_figures_are_those_of_the_arrays() -> None:

@@ -2,6 +2,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -121,6 +122,16 @@ def test_overwriting_deletes_the_run_and_nothing_else(tmp_path: Path) -> None:
     assert (outside / "kept.txt").read_text() == "theirs"
 
 
+def test_overwriting_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", Mock(side_effect=OSError(5, "Input/output error")))
+        with pytest.raises(UserError, match="cannot be used: Input/output error"):
+            open_run_directory(run(tmp_path, overwrite=True)[0], DERIVED)
+    assert not holds_run(run(tmp_path, overwrite=True)[0])
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_a_directory_that_holds_no_run_is_never_emptied(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "precious").write_text("x")
@@ -148,6 +159,11 @@ def test_a_directory_that_cannot_be_used_is_refused_in_words(tmp_path: Path) -> 
     (foreign / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl without a config\.yaml, so it is not a run of ours"):
         open_run_directory(run(foreign)[0], DERIVED)
+    (foreign / "metrics.jsonl").unlink()
+    (foreign / "checkpoints" / "500").mkdir(parents=True)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"foreign holds checkpoints without a config\.yaml, so it is not a run of ours"):
+            open_run_directory(run(foreign, overwrite=overwrite)[0], DERIVED)
 
 
 @pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\x00", b"just a text", b"lr: 1.0\n"])

@@ -48,6 +48,12 @@ def test_it_is_the_plain_operations(words: int, vocab_size: int, extras: Extras,
         assert np.linalg.norm(got - wanted) <= 1e-6 * np.linalg.norm(wanted)
 
 
+def test_what_finds_all_words_equal_predicts_none() -> None:
+    x, head, labels, mask = inputs(128)
+    (_, sums), _ = gradients((x, jnp.zeros_like(head), labels, mask), 100, Extras(), Chunks(32 * 128, kernel=True))
+    assert sums.correct == 0
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2e-3), ("float16", 1e-3)])
 def test_narrow_types_lose_no_more_than_the_plain_operations(dtype: str, tolerance: float) -> None:
     given = inputs(128)

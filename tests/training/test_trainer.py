@@ -1,6 +1,7 @@
 import itertools
 import json
 import re
+import shutil
 import signal
 import threading
 import time
@@ -17,10 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from consyn_jax.config import Diverged, Interrupted, ModelConfig, UserError
+from consyn_jax.distributed.hardware import BF16_PEAK_FLOPS
 from consyn_jax.model import ConsynLMHeadModel
+from consyn_jax.model.arithmetic import train_flops_per_token
 from consyn_jax.model.parameters import layout
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training import ConsynTrainer, signals
@@ -207,6 +211,17 @@ def test_metrics_are_read_while_the_next_step_is_under_way(tmp_path: Path, monke
     assert happened == [*order, ("read", 4)]
 
 
+def test_utilisation_is_of_what_is_computed_and_not_of_what_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BF16_PEAK_FLOPS, "cpu", 1e12)
+    rng = np.random.default_rng(0)
+    batches = [{"input_ids": rng.integers(0, 250, (8, 33)), "loss_mask": rng.random((8, 33)) < 0.1}] * 3
+    trainer(tmp_path, train_dataloader=batches, eval_dataloader=None, tokenizer=None, max_steps=3).train()
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in line]
+    assert 0 < lines[-1]["tokens"] < 0.2 * 3 * 8 * 32
+    flops = train_flops_per_token(CONFIG, 32) * 8 * 32 / jax.device_count()
+    assert [line["throughput/mfu"] for line in lines] == pytest.approx([flops / line["throughput/step_time_s"] / 1e12 for line in lines])
+
+
 TRANSFERS = re.compile(r" (infeed|outfeed|send|send-done|recv|recv-done)\(|custom_call_target=\"[^\"]*(?:callback|host)[^\"]*\"", re.IGNORECASE)
 
 
@@ -256,6 +271,19 @@ def test_a_complete_run_is_not_run_again(finished: Finished) -> None:
     before = (finished.path / "final" / "model.safetensors").stat().st_mtime_ns
     assert trainer(finished.path).train()["step"] == STEPS
     assert (finished.path / "final" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_best_model_is_none_of_steps_that_were_taken_back(finished: Finished, tmp_path: Path) -> None:
+    """The run was at its best at step 12. It goes on from step 6 in another way, on which it only gets worse."""
+    path = Path(shutil.copytree(finished.path, tmp_path / "run"))
+    trainer(path, resume="6", overwrite_schedule=True, learning_rate=10.0, load_best_model_at_end=True).train()
+    losses = {line["step"]: line["eval/loss"] for line in curve(path) if "eval/loss" in line}
+    assert losses[4] < min(losses[8], losses[12])
+    assert read_metrics(path / "metrics.jsonl")[-1]["best_step"] == min((8, 12), key=lambda step: losses[step])
+    best, final, before = (load_file(run / "model.safetensors") for run in (path / "best", path / "final", finished.path / "best"))
+    for name in best:
+        np.testing.assert_array_equal(best[name], final[name])
+    assert any((best[name] != before[name]).any() for name in best)
 
 
 def test_another_run_is_kept_out_of_the_directory(finished: Finished) -> None:
