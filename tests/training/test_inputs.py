@@ -232,7 +232,7 @@ def test_batches_in_halves_are_the_same_steps_and_the_same_evaluation() -> None:
         (TorchDataset(), 8),
         ([{"input_ids": IDS[0], "labels": IDS[0] + 1}], 10),
         ([{"input_ids": IDS[0, :n]} for n in (10, 9)], 8),
-        (PackedDataset(memory_split([np.arange(3, 100)], 2), 8, 1, 0), 8),
+        (PackedDataset(StoreSplit([MemoryShard([np.arange(3, 100)], 2)]), 8, 1, 0), 8),
         (get_dataset("sample", BPETokenizer.bytes(), block_size=8), 8),
     ],
     ids=["batches", "items", "items with labels", "an item among others", "windows", "dataset"],
