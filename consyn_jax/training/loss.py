@@ -57,7 +57,7 @@ CHUNKS = Chunks()
 GPU_CHUNKS = Chunks(0, kernel=True)
 # The softmax finds a chunk in the processor's cache; and products whose rows lie a multiple of 4 KiB apart, as those of a vocabulary do,
 # run at half the rate on CPUs (docs/design/cpu.md).
-CPU_CHUNKS = Chunks(2**23, vocab_first=True)
+CPU_CHUNKS = Chunks(2**24, vocab_first=True)
 
 
 class Extras(NamedTuple):
@@ -248,7 +248,11 @@ def _softmax(logits_nV, labels_n, vocab_size, extras, vocab, *, rows, padded, vo
     unnormalised_nV = jnp.exp(logits_nV - of_tokens(top_n))
     is_label_nV = of_words(rows) == of_tokens(labels_n)
     total_n = over_words(unnormalised_nV)
-    label_logit_n = over_words(jnp.where(is_label_nV, logits_nV, 0.0))
+    # looked up, as a sum over words would read all logits once more
+    place_n = labels_n - rows[0]
+    here_n = (place_n >= 0) & (place_n < rows.size)
+    label_logit_n = jnp.take_along_axis(logits_nV, of_tokens(jnp.where(here_n, place_n, 0)), axis=vocab).reshape(labels_n.shape)
+    label_logit_n = jnp.where(here_n, label_logit_n, 0.0)
     if vocab_axes:
         total_n, label_logit_n = jax.lax.psum((total_n, label_logit_n), vocab_axes)
     log_z_n, share_nV, target_nV = jnp.log(total_n) + top_n, unnormalised_nV / of_tokens(total_n), is_label_nV
