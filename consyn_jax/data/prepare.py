@@ -46,7 +46,7 @@ from consyn_jax.tokenization import BPETokenizer, load_tokenizer
 PIPELINE_VERSION = 2
 REPORT, PAGE, JOURNAL = "report.json", "report.html", "journal.json"
 JOURNAL_SECONDS = 2.0
-LOCK_POLL_SECONDS = 0.2
+LOCK_POLL_SECONDS, LOCK_TRIES = 0.2, 10
 # Below, starting processes takes longer than the work.
 FEW_BYTES = 4 << 20
 # What makes no difference to the store, or is in its key by what it stands for.
@@ -368,13 +368,7 @@ def _build(job: _Job, key: str, directory: Path, *, in_cache: bool, publish: Pub
         return True
     if not in_cache:
         _check_output(directory)
-    try:
-        with suppress(FileExistsError):  # another process has just made or removed it; `_locked` looks again
-            work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        where = "Set CONSYN_CACHE to a directory with room." if in_cache else "Give another --output."
-        raise UserError(f"{directory} cannot be written: {error.strerror}. {where}") from error
-    with _locked(work, wait=in_cache, stop=(lambda: publish(None)) if publish is not None else None):
+    with _locked(work, in_cache, stop=(lambda: publish(None)) if publish is not None else None):
         if _is_done(directory, key, in_cache):
             shutil.rmtree(work, ignore_errors=True)  # also where a kill came between the manifest and this
             return True
@@ -391,17 +385,19 @@ def _build(job: _Job, key: str, directory: Path, *, in_cache: bool, publish: Pub
             preparation = _Preparation(job, key, directory, single, journal)
             preparation.run(publish)
             if preparation.is_one_row:
+                preparation.close()
                 (work / JOURNAL).unlink(missing_ok=True)  # it speaks of files that are now made anew
                 preparation = _Preparation(job, key, directory, True, None)
                 preparation.run(publish)
             preparation.finish()
         except BaseException:
             if preparation is not None:
-                preparation.writer.close()
+                preparation.close()
             if not (work / JOURNAL).exists() and not (directory / MANIFEST).exists():  # nothing to go on from
                 with suppress(OSError):  # where nothing can be written, nothing can be deleted
                     delete_store(directory)
             raise
+        preparation.close()
         shutil.rmtree(work, ignore_errors=True)
     return False
 
@@ -439,31 +435,37 @@ def _check_output(directory: Path) -> None:
 
 
 @contextmanager
-def _locked(work: Path, wait: bool, stop: Callable[[], bool] | None) -> Iterator[None]:
-    """Keeps other processes from preparing the same store. The kernel lets go of it however this process ends."""
+def _locked(work: Path, in_cache: bool, stop: Callable[[], bool] | None) -> Iterator[None]:
+    """Keeps other processes from preparing the same store, and in the cache waits for them. The kernel lets go of it however this process ends."""
+    elsewhere = "Set CONSYN_CACHE to a directory with room." if in_cache else "Give another --output."
+    missing = 0
     while True:
         try:
             work.mkdir(parents=True, exist_ok=True)
             lock = os.open(work / "lock", os.O_RDWR | os.O_CREAT)
-        except (FileNotFoundError, FileExistsError) as error:
-            if work.exists() and not work.is_dir():
-                raise UserError(f"{work} is a file, and not ours. Delete it, or choose another place.") from error
-            continue  # whoever held it has finished and removed it just now
         except OSError as error:
-            raise UserError(f"{work.parent} cannot be written: {error.strerror}. Make room, or choose another place.") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError):
-                if os.fstat(lock).st_ino == (work / "lock").stat().st_ino:
-                    break
-        except BlockingIOError:
-            if not wait:
-                os.close(lock)
-                raise UserError(f"{work.parent} is being prepared by another process. Wait for it, or give another --output.") from None
-            time.sleep(LOCK_POLL_SECONDS)
-        os.close(lock)  # whoever holds it is at work, or has finished and removed it
+            missing += 1  # whoever held it may have finished and removed it just now; behind a link that leads nowhere it stays so
+            if missing < LOCK_TRIES and isinstance(error, FileNotFoundError | FileExistsError):
+                pass
+            elif isinstance(error, FileExistsError):
+                raise UserError(f"{error.filename} is no directory but a file, or a link that leads nowhere. {elsewhere}") from error
+            else:
+                raise UserError(f"{work.parent} cannot be written: {error.strerror}. {elsewhere}") from error
+        else:
+            missing = 0
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with suppress(FileNotFoundError):
+                    if os.fstat(lock).st_ino == (work / "lock").stat().st_ino:
+                        break
+            except BlockingIOError:
+                if not in_cache:
+                    os.close(lock)
+                    raise UserError(f"{work.parent} is being prepared by another process. Wait for it, or give another --output.") from None
+            os.close(lock)  # whoever holds it is at work, or has finished and removed it
         if stop is not None and stop():
             raise _Stopped
+        time.sleep(LOCK_POLL_SECONDS)
     try:
         yield
     finally:
@@ -537,14 +539,18 @@ class _Preparation:
         else:
             self.tokenizer = job.tokenizer
         self.writer = TokenStoreWriter(directory, self.tokenizer, state=state)
+        self.seen: Seen | None = None
+        self.near: NearDuplicates | None = None
         try:
-            self.seen = Seen(self.work / "digests", seen) if options.deduplicate else None
-            self.near = None if options.near_duplicates is None else NearDuplicates(self.work / "signatures", options.near_duplicates, near)
+            if options.deduplicate:
+                self.seen = Seen(self.work / "digests", seen)
+            if options.near_duplicates is not None:
+                self.near = NearDuplicates(self.work / "signatures", options.near_duplicates, near)
         except OSError as error:
-            self.writer.close()
+            self.close()
             raise self._unwritable(error) from error
         except ValueError as error:
-            self.writer.close()
+            self.close()
             raise UserError(f"{self.work} is damaged. Delete {directory} and prepare the data again.") from error
         self.long = _long(None if journal is None else journal["long"])
         self.told, self.interval = time.monotonic(), JOURNAL_SECONDS
@@ -572,18 +578,18 @@ class _Preparation:
                     if block.end is not None:
                         self.index, self.position = index, block.end
                     self._block_end(publish, resumable=block.end is not None)
-        except BaseException as error:
-            self.writer.close()
-            if isinstance(error, OSError):
-                raise self._unwritable(error) from error
-            raise
-        finally:
-            for index in (self.seen, self.near):
-                if index is not None:
-                    with suppress(OSError):  # what cannot be written any more has not counted yet
-                        index.close()
+        except OSError as error:
+            raise self._unwritable(error) from error
         # Of what is not here before it is downloaded, it depends on when one asks.
         self.report.file_bytes = sum(source.num_bytes for source in job.sources if source.files or source.kind == SAMPLE)
+
+    def close(self) -> None:
+        """Let go of all files; what is written stays."""
+        self.writer.close()
+        for index in (self.seen, self.near):
+            if index is not None:
+                with suppress(OSError):  # what cannot be written any more has not counted yet
+                    index.close()
 
     def finish(self) -> None:
         """Make it a store."""
