@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import shlex
 import sys
 import time
@@ -72,11 +71,13 @@ def make(config: PrepareConfig) -> None:
         Interrupted: by a signal; what was done is kept.
         UserError: --output or the data cannot be used.
     """
-    from consyn_jax.data.prepare import prepare
+    from consyn_jax.data.prepare import check_output, prepare
     from consyn_jax.training.console import Console
+    from consyn_jax.training.run_directory import check_writable
 
     output = Path(config.store.output)
-    _check_output(output)
+    check_writable(output)
+    check_output(output)
     if config.store.overwrite:
         _delete_store(config, output)
     began = time.monotonic()
@@ -87,30 +88,6 @@ def make(config: PrepareConfig) -> None:
             raise Interrupted(_interruption(config, output)) from stopped
         bar.close()
         console.finish([*summary(config, prepared, time.monotonic() - began), f"Train on it with: consyn-train --data {shlex.quote(str(output))}"])
-
-
-def _check_output(path: Path) -> None:
-    """--output must be new, empty, or ours; whether it is the store that is asked for, only the data can tell."""
-    from consyn_jax.training.run_directory import check_writable
-
-    check_writable(path)
-    others = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
-    if others and not _is_ours(path):
-        raise UserError(f"--output {path} holds {_shown(others)}, and no token store of ours. Name another directory.")
-
-
-def _is_ours(path: Path) -> bool:
-    """A token store, or a preparation that has begun to make one."""
-    from consyn_jax.data.shards import MANIFEST
-    from consyn_jax.data.store import FORMAT, PREPARING
-
-    if (path / PREPARING).is_dir():
-        # Killed between its first two moments, it has no lock yet.
-        return (path / PREPARING / "lock").is_file() or not any((path / PREPARING).iterdir())
-    try:
-        return bool(json.loads((path / MANIFEST).read_bytes()).get("format") == FORMAT)
-    except (OSError, ValueError, RecursionError, AttributeError):
-        return False
 
 
 def _interruption(config: PrepareConfig, output: Path) -> str:

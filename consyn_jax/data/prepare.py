@@ -37,7 +37,7 @@ from consyn_jax.data.seen import Seen
 from consyn_jax.data.shards import MANIFEST, StoreSplit
 from consyn_jax.data.sources import SAMPLE, Corpus, Source, find_sources, is_array, sample_texts
 from consyn_jax.data.split import DIGEST_BYTES, SALT, SPLITS, TRAIN, VALIDATION, joined_digest
-from consyn_jax.data.store import PREPARING, VERSION, JoinedStores, TokenStore, TokenStoreWriter, delete_store, write_whole
+from consyn_jax.data.store import FORMAT, PREPARING, VERSION, JoinedStores, TokenStore, TokenStoreWriter, delete_store, write_whole
 from consyn_jax.data.work import Kept, Result, Worker
 from consyn_jax.data.workers import Workers
 from consyn_jax.tokenization import BPETokenizer, load_tokenizer
@@ -367,7 +367,7 @@ def _build(job: _Job, key: str, directory: Path, *, in_cache: bool, publish: Pub
     if _is_done(directory, key, in_cache) and not work.exists():
         return True
     if not in_cache:
-        _check_output(directory)
+        check_output(directory)
     with _locked(work, in_cache, stop=(lambda: publish(None)) if publish is not None else None):
         if _is_done(directory, key, in_cache):
             shutil.rmtree(work, ignore_errors=True)  # also where a kill came between the manifest and this
@@ -425,13 +425,26 @@ def _is_done(directory: Path, key: str, in_cache: bool) -> bool:
     return False
 
 
-def _check_output(directory: Path) -> None:
-    """Nobody's files may get lost."""
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"--output {directory} is a file. Give a directory.")
-    begun = (directory / PREPARING).is_dir() or (directory / MANIFEST).is_file()
-    if directory.is_dir() and not begun and any(directory.iterdir()):
-        raise UserError(f"--output {directory} is not empty, and holds no token store. Give a new directory.")
+def check_output(directory: Path) -> None:
+    """Nobody's files may get lost. Whether a store there is the one that is asked for, only the data can tell.
+
+    Raises:
+        UserError: the directory holds something, and neither a token store nor the beginning of one.
+    """
+    names = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
+    if names and not _is_ours(directory):
+        more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+        raise UserError(f"--output {directory} holds {', '.join(names[:3])}{more}, and no token store of ours. Name another directory.")
+
+
+def _is_ours(directory: Path) -> bool:
+    """A token store, or a preparation that has begun to make one."""
+    with suppress(OSError, ValueError, RecursionError, AttributeError):
+        if json.loads((directory / MANIFEST).read_bytes()).get("format") == FORMAT:
+            return True
+    work = directory / PREPARING
+    # Killed between its first two moments, it has no lock yet.
+    return work.is_dir() and ((work / "lock").is_file() or not any(work.iterdir()))
 
 
 @contextmanager

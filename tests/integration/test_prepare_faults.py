@@ -492,7 +492,7 @@ def test_a_cache_on_a_disk_that_cannot_be_written(tmp_path: Path, monkeypatch: p
             prepare(CorpusOptions(data=(str(tmp_path / "a.txt"),), tokenizer="bytes", num_workers=0))
 
 
-@pytest.mark.parametrize("link", ["store", "store/preparing/lock", "cache", "cache/stores"])
+@pytest.mark.parametrize("link", ["store", "cache", "cache/stores"])
 def test_a_link_that_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: str) -> None:
     monkeypatch.setattr(prepare_module, "LOCK_POLL_SECONDS", 0.001)
     monkeypatch.setenv("CONSYN_CACHE", str(tmp_path / "cache"))
@@ -500,9 +500,9 @@ def test_a_link_that_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / link).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / link).symlink_to("/gone/away")
     in_cache = link.startswith("cache")
-    with pytest.raises(UserError, match=r"leads nowhere|cannot be written: No such file") as fault:
+    with pytest.raises(UserError, match="leads nowhere") as fault:
         prepare(CorpusOptions(data=(str(tmp_path / "a.txt"),), tokenizer="bytes", num_workers=0), output=None if in_cache else tmp_path / "store")
-    assert str(tmp_path / link.removesuffix("/preparing/lock")) in str(fault.value)
+    assert str(tmp_path / link) in str(fault.value)
     assert ("Set CONSYN_CACHE" if in_cache else "Give another --output.") in str(fault.value)
 
 
