@@ -314,7 +314,7 @@ def _prepared(job: _Job, directory: Path, from_cache: bool) -> Prepared:
     store = TokenStore(directory)
     if not store.split(TRAIN).num_tokens:
         raise UserError("All documents fell on the validation side and none is left to train on. Lower --validation_fraction, or give more data.")
-    report = Report(**json.loads((directory / REPORT).read_text(encoding="utf-8")))
+    report = _read_report(directory)
     _check_leniency(report, job.options)
     return Prepared(store, job.sources, job.left_out, report, from_cache)
 
@@ -325,6 +325,17 @@ def _check_leniency(report: Report, options: CorpusOptions) -> None:
         raise UserError(f"{report.examples['bad row'][0]} Mend the row, or give --on_bad_rows skip.")
     if options.invalid_utf8 == "error" and report.changed.get("invalid_utf8"):
         raise UserError(f"{report.changed['invalid_utf8']:,} places in the data are not UTF-8. Convert the files, or give --invalid_utf8 replace.")
+
+
+def _is_as_lenient(report: Report, options: CorpusOptions) -> bool:
+    """Whether rows that are not UTF-8 were left out or mended, as they are to be now. Where they are a mistake now, `_check_leniency` says so."""
+    mended = "invalid_utf8" in report.changed
+    stops = options.on_bad_rows == options.invalid_utf8 == "error"
+    return not report.rows_not_utf8 or stops or mended == (options.invalid_utf8 == "replace")
+
+
+def _read_report(directory: Path) -> Report:
+    return Report(**json.loads((directory / REPORT).read_text(encoding="utf-8")))
 
 
 def _key(job: _Job) -> str:
@@ -364,19 +375,19 @@ class _Stopped(Exception):
 def _build(job: _Job, key: str, directory: Path, *, in_cache: bool, publish: Publish | None = None) -> bool:
     """Make the store in `directory`, or go on making it. Says whether it was there already."""
     work = directory / PREPARING
-    if _is_done(directory, key, in_cache) and not work.exists():
+    if _is_done(directory, key, job.options, in_cache) and not work.exists():
         return True
     if not in_cache:
         check_output(directory)
     with _locked(work, in_cache, stop=(lambda: publish(None)) if publish is not None else None):
-        if _is_done(directory, key, in_cache):
+        if _is_done(directory, key, job.options, in_cache):
             shutil.rmtree(work, ignore_errors=True)  # also where a kill came between the manifest and this
             return True
         try:
             (directory / MANIFEST).unlink(missing_ok=True)  # of an entry that is damaged or outdated: it is made again
         except OSError as error:
             raise UserError(f"{directory} is damaged and cannot be written: {error.strerror}. Set CONSYN_CACHE to a directory with room.") from error
-        journal = _read_journal(work / JOURNAL, key, in_cache)
+        journal = _read_journal(work / JOURNAL, key, job.options, in_cache)
         if journal is not None:
             _check_leniency(Report(**journal["report"]), job.options)
         single = job.is_one_text if journal is None else journal["single"]
@@ -402,8 +413,8 @@ def _build(job: _Job, key: str, directory: Path, *, in_cache: bool, publish: Pub
     return False
 
 
-def _is_done(directory: Path, key: str, in_cache: bool) -> bool:
-    """Whether the store of `key` is in `directory`.
+def _is_done(directory: Path, key: str, options: CorpusOptions, in_cache: bool) -> bool:
+    """Whether the store of `key` and `options` is in `directory`.
 
     Raises:
         UserError: another one is, or it is damaged; an entry of the cache is then no entry.
@@ -413,8 +424,7 @@ def _is_done(directory: Path, key: str, in_cache: bool) -> bool:
     try:
         store = TokenStore(directory)
         assert store.tokenizer  # reads it, and compares it with the manifest
-        if store.manifest.get("key") == key:
-            Report(**json.loads((directory / REPORT).read_text(encoding="utf-8")))
+        if store.manifest.get("key") == key and _is_as_lenient(_read_report(directory), options):
             return True
     except (UserError, OSError, ValueError, TypeError) as error:
         if not in_cache:
@@ -485,10 +495,10 @@ def _locked(work: Path, in_cache: bool, stop: Callable[[], bool] | None) -> Iter
         os.close(lock)
 
 
-def _read_journal(path: Path, key: str, in_cache: bool) -> dict[str, Any] | None:
+def _read_journal(path: Path, key: str, options: CorpusOptions, in_cache: bool) -> dict[str, Any] | None:
     try:
         journal = json.loads(path.read_bytes())
-        found = journal["key"]
+        is_it = journal["key"] == key and _is_as_lenient(Report(**journal["report"]), options)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -497,7 +507,7 @@ def _read_journal(path: Path, key: str, in_cache: bool) -> dict[str, Any] | None
         if in_cache:
             return None
         raise UserError(f"{path} is damaged. Delete {path.parent.parent} and prepare the data again.") from error
-    if found == key:
+    if is_it:
         return dict(journal)
     if in_cache:
         return None
@@ -651,6 +661,7 @@ class _Preparation:
         if result.fault:
             raise UserError(result.fault)
         report, kept = self.report, result.kept
+        report.rows_not_utf8 += result.rows_not_utf8
         for rule, place, text in result.dropped:
             report.drop(rule, place, text)
         report.change(result.changed)

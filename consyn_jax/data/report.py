@@ -29,6 +29,7 @@ class Report:
         document_bytes, document_tokens: of the documents kept; how many lie from a power of two (the key) to below the next.
         sources: name, kind, documents read and kept, for each input.
         left_out: files that were not read, each with the reason.
+        rows_not_utf8: rows that were not, left out as bad ones or mended and kept.
     """
 
     documents: int = 0
@@ -41,6 +42,7 @@ class Report:
     document_tokens: dict[str, int] = field(default_factory=dict)
     sources: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[list[str]] = field(default_factory=list)
+    rows_not_utf8: int = 0
 
     @property
     def kept(self) -> int:

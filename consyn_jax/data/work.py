@@ -70,6 +70,7 @@ class Result:
         changed: as in `Report`.
         fault: what stops the preparation, a message with the place; "" for nothing.
         is_blank: the part has nothing but white space.
+        rows_not_utf8: as in `Report`.
     """
 
     kept: Kept
@@ -77,6 +78,7 @@ class Result:
     changed: dict[str, int] = field(default_factory=dict)
     fault: str = ""
     is_blank: bool = False
+    rows_not_utf8: int = 0
 
     @property
     def documents(self) -> int:
@@ -227,6 +229,7 @@ class Worker:
         try:
             text = line.rstrip(b"\r").decode()
         except UnicodeDecodeError as error:
+            result.rows_not_utf8 += 1
             if self.options.invalid_utf8 != "replace":
                 raise BadRow(f"is not UTF-8 (byte {error.start} of the row; --invalid_utf8 replace would take it).") from None
             text = _replaced(line, result)

@@ -1,3 +1,4 @@
+import itertools
 import json
 import subprocess
 import sys
@@ -156,6 +157,43 @@ def test_skipped_rows_are_reported_from_the_cache_too(tmp_path: Path) -> None:
         assert "a.jsonl:21" in report.examples["bad row"][0]
     with pytest.raises(UserError, match=r"a\.jsonl:21 is broken JSON"):  # the store is there, but it was not asked for
         prepare(str(file), "bytes")
+
+
+LENIENCIES = [("error", "replace"), ("skip", "error"), ("skip", "replace")]
+
+
+@pytest.mark.parametrize(("before", "now"), list(itertools.permutations(LENIENCIES, 2)))
+@pytest.mark.parametrize("place", ["cache", "output", "journal"])
+def test_rows_that_are_not_utf_8_are_left_out_or_mended_as_is_asked_for_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: tuple[str, str], now: tuple[str, str], place: str
+) -> None:
+    """The name of a store does not say which was done."""
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"text": "t\xffo"}\n{"text": "one"}\n{"text": "three"}\n')
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 10)
+    monkeypatch.setattr(module, "JOURNAL_SECONDS", 0)
+    output = None if place == "cache" else tmp_path / "store"
+
+    def made(leniency: tuple[str, str], output: Path | None) -> list[str]:
+        options = CorpusOptions(data=(str(file),), tokenizer="bytes", validation_fraction=0.0, on_bad_rows=leniency[0], invalid_utf8=leniency[1])
+        return texts(module.prepare(options, output=output).store, "train")
+
+    expected = {leniency: made(leniency, tmp_path / "-".join(leniency)) for leniency in (before, now)}
+    if place == "journal":
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module.TokenStoreWriter, "finish", stop)
+            made(before, output)
+    else:
+        assert made(before, output) == expected[before]
+    if output is not None and expected[before] != expected[now]:
+        with pytest.raises(UserError, match="or made by other rules|or by other rules"):
+            made(now, output)
+    else:
+        assert made(now, output) == expected[now]
+
+
+def stop(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_failed_preparation_leaves_nothing(tmp_path: Path, empty_cache: Path) -> None:
