@@ -357,7 +357,8 @@ def _key(job: _Job) -> str:
         "contents": contents,
         "validation": job.num_validation,
         "recipe": recipe | {"test_fraction": job.test_fraction},
-        "tokenizer": job.tokenizer if isinstance(job.tokenizer, str) else job.tokenizer.sha256,
+        # What is learned from must not depend on whether an earlier process, which was stopped, mended it.
+        "tokenizer": job.tokenizer + " replace" * (job.options.invalid_utf8 == "replace") if isinstance(job.tokenizer, str) else job.tokenizer.sha256,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -136,8 +136,16 @@ class Worker:
         return result
 
     def texts(self, block: Block) -> list[tuple[str, str]]:
-        """(side, text) of the documents instead, for learning a tokenizer. A fault is raised when tokens are made."""
-        return [(self._side(block, d, self._digests(d)), d.text) for d in self._documents(block, Result(Kept(*[np.zeros(0)] * 9)))]
+        """(side, text) of the documents instead, for learning a tokenizer.
+
+        Raises:
+            UserError: what stops the preparation.
+        """
+        result = Result(Kept(*[np.zeros(0)] * 9))
+        kept = self._documents(block, result)
+        if result.fault:
+            raise UserError(result.fault)
+        return [(self._side(block, d, self._digests(d)), d.text) for d in kept]
 
     # ------------------------------------------------------------------------------------------------------------ documents
 

@@ -132,6 +132,25 @@ def test_a_learned_tokenizer_sees_the_training_side_alone(tmp_path: Path, monkey
     assert prepare(str(tmp_path / "a.jsonl"), "train:300", validation_fraction=0.2).from_cache
 
 
+@pytest.mark.parametrize("now", [("skip", "error"), ("skip", "replace")])
+@pytest.mark.parametrize("before", [("error", "error"), ("skip", "error"), ("skip", "replace")])
+def test_a_learned_tokenizer_is_that_of_the_flags_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: tuple[str, str], now: tuple[str, str]
+) -> None:
+    """Whatever was learned before a stop."""
+    words = [b'{"text": "some more and other words %d"}' % (7 * n) for n in range(50)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([b'{"text": "t\xffo t\xffo t\xffo"}', *words]))
+
+    def learned(leniency: tuple[str, str], output: Path | None) -> str:
+        options = CorpusOptions(data=(str(tmp_path / "a.jsonl"),), tokenizer="train:300", on_bad_rows=leniency[0], invalid_utf8=leniency[1])
+        return module.prepare(options, output=output).store.tokenizer.sha256
+
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, UserError)):
+        patch.setattr(module.Workers, "results", stop)
+        learned(before, None)
+    assert learned(now, None) == learned(now, tmp_path / "fresh")
+
+
 def test_progress_goes_from_nothing_to_everything(tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     file = rows(tmp_path / "a.jsonl", 2000)
