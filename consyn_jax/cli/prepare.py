@@ -109,7 +109,8 @@ def _delete_store(config: PrepareConfig, path: Path) -> None:
     if sources[0].kind == "sharded":
         return  # tokens are not prepared, as `prepare` will say
     used = [("data", source.name) for source in sources]
-    used += [("validation", source.name) for source in (find_sources(data.validation, flag="validation").sources if data.validation else ())]
+    held_out = find_sources(data.validation, flag="validation", invalid_utf8=data.invalid_utf8).sources if data.validation else ()
+    used += [("validation", source.name) for source in held_out]
     for name, value in [*used, ("tokenizer", data.tokenizer or "")]:
         if value and Path(value).exists() and Path(value).resolve().is_relative_to(path.resolve()):
             raise UserError(f"--overwrite would delete --{name} {value}, which lies in --output {path}. Name another directory for the new store.")

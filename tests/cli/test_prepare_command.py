@@ -177,6 +177,10 @@ class TestOverwrite:
         prepared("--data", "rows.jsonl", "--output", "fresh")
         assert new == files("fresh")
 
+    def test_validation_data_that_are_not_utf_8(self) -> None:
+        Path("latin1.txt").write_bytes("caf\xe9".encode("latin-1") * 10)
+        prepared("--data", "rows.jsonl", "--validation", "latin1.txt", "--invalid_utf8", "replace", "--overwrite")
+
     def test_of_nothing(self) -> None:
         prepared("--data", "rows.jsonl", "--overwrite")
 
