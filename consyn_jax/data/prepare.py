@@ -160,7 +160,7 @@ class Growing:
 
     Attributes:
         tokenizer: makes the tokens.
-        key: stands for the data, the rules and the tokenizer.
+        key: stands for the data, the rules and the tokenizer, known before any of them is read to the end.
         left_out: files of directories that are not read, with the reason.
         prepared: what `prepare` gives, once the preparation is complete.
     """
@@ -177,13 +177,13 @@ class Growing:
         self._thread.start()
 
     def split(self, name: str, tokens: int | None) -> tuple[StoreSplit, bool]:
-        """The documents of a split so far, and whether these are all.
+        """The documents of a split so far, and whether these are all. What was there stays as it is: the split only grows.
 
         Args:
             tokens: waits until there are so many, or the preparation is complete; None waits for that.
 
         Raises:
-            UserError: the preparation has stopped; also another exception, where that is a defect.
+            UserError: what stopped the preparation; also another exception, where that is a defect, or `close` was called.
         """
         with self._changed:
             while True:
@@ -199,7 +199,7 @@ class Growing:
                 self._changed.wait()
 
     def close(self) -> None:
-        """Stop; what is prepared stays, and the next time goes on with it."""
+        """Stop; what is prepared stays, and the next time goes on with it. Whoever waits, or comes to wait, gets an exception."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()

@@ -16,7 +16,7 @@ import numpy as np
 
 from consyn_jax.config import CorpusOptions, UserError
 from consyn_jax.data.byte_stream import CHUNK_BYTES, ByteStream
-from consyn_jax.data.cleaning import Cleaning, clean
+from consyn_jax.data.cleaning import clean
 from consyn_jax.data.near_duplicates import PERMUTATIONS, signature
 from consyn_jax.data.parts import LIMIT, parts
 from consyn_jax.data.reading import Block, separator
@@ -123,7 +123,6 @@ class Worker:
 
     def __init__(self, options: CorpusOptions, tokenizer: BPETokenizer, test_fraction: float = 0.0, single: bool = False) -> None:
         self.options, self.tokenizer, self.test_fraction, self.single = options, tokenizer, test_fraction, single
-        self._cleaning = Cleaning(options.normalize, options.control_characters)
         self._keys = RowKeys(options.text_key, options.prompt_key, options.completion_key, options.messages_key)
         self._dtype = token_dtype(tokenizer.vocab_size)
 
@@ -175,7 +174,7 @@ class Worker:
     def _clean(self, segment: Segment, result: Result) -> _Cleaned:
         texts = self._parts(segment.text)
         for at, text in enumerate(texts):
-            texts[at], counts = clean(text, self._cleaning)
+            texts[at], counts = clean(text, self.options.normalize, self.options.control_characters)
             for name, count in counts.items():
                 result.changed[name] = result.changed.get(name, 0) + count
         return _Cleaned(texts, segment.trained, segment.ends)
