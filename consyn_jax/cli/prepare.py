@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from consyn_jax.cli.arguments import build_parser, read
 from consyn_jax.cli.progress import Bar
-from consyn_jax.cli.run import exit_code
+from consyn_jax.cli.run import exit_code, shown
 from consyn_jax.config import Interrupted, PrepareConfig, UserError, resolve_preparation
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _delete_store(config: PrepareConfig, path: Path) -> None:
     entries = sorted(path.iterdir()) if path.is_dir() else []
     strangers = [entry.name for entry in entries if not STORE_FILE.fullmatch(entry.name)]
     if strangers:
-        raise UserError(f"--overwrite would delete {_shown(strangers)} in --output {path}, which is no part of a token store. Move it elsewhere.")
+        raise UserError(f"--overwrite would delete {shown(strangers)} in --output {path}, which is no part of a token store. Move it elsewhere.")
     _check_unused(path)
     try:
         delete_store(path)
@@ -149,8 +149,8 @@ def _header(config: PrepareConfig) -> list[tuple[str, str]]:
         *(["duplicates left out"] if data.deduplicate else []),
         *([f"near duplicates from {data.near_duplicates:g} left out"] if data.near_duplicates else []),
     ]
-    validation = _shown(data.validation) if data.validation else f"{data.validation_fraction:.3g} of the documents" if data.validation_fraction else "none"
-    rows = [("data", _shown(data.data)), ("cleaning", ", ".join(rules) or "none"), ("validation", validation)]
+    validation = shown(data.validation) if data.validation else f"{data.validation_fraction:.3g} of the documents" if data.validation_fraction else "none"
+    rows = [("data", shown(data.data)), ("cleaning", ", ".join(rules) or "none"), ("validation", validation)]
     rows += [("test", f"{store.test_fraction:.3g} of the documents")] if store.test_fraction else []
     return [*rows, ("tokenizer", data.tokenizer or "default"), ("output", store.output)]
 
@@ -174,7 +174,7 @@ def summary(config: PrepareConfig, prepared: Prepared, seconds: float) -> list[s
     if wanted and not report.splits.get("validation", {}).get("documents"):
         rows.append(("validation", "empty: no document fell into it; give --validation PATH or a larger --validation_fraction"))
     if prepared.left_out:
-        rows.append(("left out", f"{_count(len(prepared.left_out), 'file')}: {_shown([f'{name} ({reason})' for name, reason in prepared.left_out])}"))
+        rows.append(("left out", f"{_count(len(prepared.left_out), 'file')}: {shown([f'{name} ({reason})' for name, reason in prepared.left_out])}"))
     if not prepared.from_cache:
         rows.append(("time", f"{duration(seconds)}, {size(report.file_bytes / max(seconds, 1e-3))}/s"))
     rows.append(("store", str(directory)))
@@ -191,14 +191,10 @@ def _documents(report: Report) -> str:
 
 
 def _changes(report: Report) -> list[tuple[str, str]]:
-    from consyn_jax.data.report_page import CHANGES
+    from consyn_jax.data.report import CHANGES
 
     words = [f"{count:,} {CHANGES.get(name, name)}" for name, count in report.changed.items() if count]
     return [("changed", "; ".join(words))] if words else []
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 def _count(number: int, what: str) -> str:

@@ -240,8 +240,7 @@ def start(options: CorpusOptions, tokenizer: BPETokenizer | None = None, *, prog
     if corpus.sources[0].kind == "sharded":
         raise UserError(f"--data {corpus.sources[0].name} is tokenised already, so there is nothing to stream. Leave --streaming out.")
     job = dataclasses.replace(_job(corpus, held_out, options, tokenizer, 0.0, progress), streaming=True)
-    if not isinstance(job.tokenizer, BPETokenizer):
-        raise UserError(f"--tokenizer {job.tokenizer} needs to read all data first, which streaming does not. Learn it before, and give its path.")
+    assert isinstance(job.tokenizer, BPETokenizer)  # options that would have one learned are refused
     key = _key(job)
     return Growing(job, key, job.tokenizer, cache_directory() / "stores" / key)
 
@@ -630,7 +629,7 @@ class _Preparation:
             raise UserError(f"The files of --data changed while {self.directory} was made of them. Leave them alone, and run the same command again.")
         report.splits = {split: dict(sorted(counts.items())) for split, counts in self.writer.totals.items()}
         # In which order rules first applied depends on where blocks ended, which is another place after going on.
-        for name, order in (("dropped", RULES), ("examples", RULES), ("changed", CHANGES)):
+        for name, order in (("dropped", RULES), ("examples", RULES), ("changed", list(CHANGES))):
             setattr(report, name, dict(sorted(getattr(report, name).items(), key=lambda item: order.index(item[0]))))
         for name in ("document_bytes", "document_tokens"):
             setattr(report, name, dict(sorted(getattr(report, name).items(), key=lambda item: int(item[0]))))

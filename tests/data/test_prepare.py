@@ -145,9 +145,10 @@ def test_a_learned_tokenizer_is_that_of_the_flags_now(
         options = CorpusOptions(data=(str(tmp_path / "a.jsonl"),), tokenizer="train:300", on_bad_rows=leniency[0], invalid_utf8=leniency[1])
         return module.prepare(options, output=output).store.tokenizer.sha256
 
-    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, UserError)):
+    with monkeypatch.context() as patch:
         patch.setattr(module.Workers, "results", stop)
-        learned(before, None)
+        with pytest.raises((KeyboardInterrupt, UserError)):
+            learned(before, None)
     assert learned(now, None) == learned(now, tmp_path / "fresh")
 
 
@@ -199,13 +200,14 @@ def test_rows_that_are_not_utf_8_are_left_out_or_mended_as_is_asked_for_now(
 
     expected = {leniency: made(leniency, tmp_path / "-".join(leniency)) for leniency in (before, now)}
     if place == "journal":
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             patch.setattr(module.TokenStoreWriter, "finish", stop)
-            made(before, output)
+            with pytest.raises(KeyboardInterrupt):
+                made(before, output)
     else:
         assert made(before, output) == expected[before]
     if output is not None and expected[before] != expected[now]:
-        with pytest.raises(UserError, match="or made by other rules|or by other rules"):
+        with pytest.raises(UserError, match="by other rules"):
             made(now, output)
     else:
         assert made(now, output) == expected[now]
