@@ -157,7 +157,7 @@ def _header(config: PrepareConfig) -> list[tuple[str, str]]:
 
 def summary(config: PrepareConfig, prepared: Prepared, seconds: float) -> list[str]:
     """What came of it, in lines."""
-    from consyn_jax.data.prepare import PAGE
+    from consyn_jax.data.preparation import PAGE
     from consyn_jax.data.report_page import bytes_per_token, size
     from consyn_jax.training.console import duration
 

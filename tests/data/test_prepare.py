@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from consyn_jax.config import CorpusOptions, UserError
+from consyn_jax.data import preparation, reading
 from consyn_jax.data import prepare as module
-from consyn_jax.data import reading
 from consyn_jax.data.digests import cache_directory
+from consyn_jax.data.job import Progress
 from consyn_jax.data.prepare import Prepared
 from consyn_jax.data.store import TokenStore, TokenStoreWriter
 from consyn_jax.tokenization import BPETokenizer
@@ -23,7 +24,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def prepare(data: str | list[str], tokenizer: BPETokenizer | str | None = None, progress: module.Progress | None = None, **options: Any) -> Prepared:
+def prepare(data: str | list[str], tokenizer: BPETokenizer | str | None = None, progress: Progress | None = None, **options: Any) -> Prepared:
     """`prepare.prepare` with the options as keywords."""
     given = CorpusOptions(
         data=(data,) if isinstance(data, str) else tuple(data),
@@ -146,7 +147,7 @@ def test_a_learned_tokenizer_is_that_of_the_flags_now(
         return module.prepare(options, output=output).store.tokenizer.sha256
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.Workers, "results", stop)
+        patch.setattr(preparation.Workers, "results", stop)
         with pytest.raises((KeyboardInterrupt, UserError)):
             learned(before, None)
     assert learned(now, None) == learned(now, tmp_path / "fresh")
@@ -191,7 +192,7 @@ def test_rows_that_are_not_utf_8_are_left_out_or_mended_as_is_asked_for_now(
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"text": "t\xffo"}\n{"text": "one"}\n{"text": "three"}\n')
     monkeypatch.setattr(reading, "BLOCK_BYTES", 10)
-    monkeypatch.setattr(module, "JOURNAL_SECONDS", 0)
+    monkeypatch.setattr(preparation, "JOURNAL_SECONDS", 0)
     output = None if place == "cache" else tmp_path / "store"
 
     def made(leniency: tuple[str, str], output: Path | None) -> list[str]:
@@ -201,7 +202,7 @@ def test_rows_that_are_not_utf_8_are_left_out_or_mended_as_is_asked_for_now(
     expected = {leniency: made(leniency, tmp_path / "-".join(leniency)) for leniency in (before, now)}
     if place == "journal":
         with monkeypatch.context() as patch:
-            patch.setattr(module.TokenStoreWriter, "finish", stop)
+            patch.setattr(TokenStoreWriter, "finish", stop)
             with pytest.raises(KeyboardInterrupt):
                 made(before, output)
     else:
