@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import shlex
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from consyn_jax.cli.arguments import build_parser, read
 from consyn_jax.cli.progress import Bar
-from consyn_jax.cli.run import exit_code
+from consyn_jax.cli.run import exit_code, shown
 from consyn_jax.config import Interrupted, PrepareConfig, UserError
 from consyn_jax.resolve import resolve_preparation
 
@@ -73,11 +72,13 @@ def make(config: PrepareConfig) -> None:
         Interrupted: by a signal; what was done is kept.
         UserError: --output or the data cannot be used.
     """
-    from consyn_jax.data.prepare import prepare
+    from consyn_jax.data.prepare import check_output, prepare
     from consyn_jax.training.console import Console
+    from consyn_jax.training.run_directory import check_writable
 
     output = Path(config.store.output)
-    _check_output(output)
+    check_writable(output)
+    check_output(output)
     if config.store.overwrite:
         _delete_store(config, output)
     began = time.monotonic()
@@ -88,30 +89,6 @@ def make(config: PrepareConfig) -> None:
             raise Interrupted(_interruption(config, output)) from stopped
         bar.close()
         console.finish([*summary(config, prepared, time.monotonic() - began), f"Train on it with: consyn-train --data {shlex.quote(str(output))}"])
-
-
-def _check_output(path: Path) -> None:
-    """--output must be new, empty, or ours; whether it is the store that is asked for, only the data can tell."""
-    from consyn_jax.training.run_directory import check_writable
-
-    check_writable(path)
-    others = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
-    if others and not _is_ours(path):
-        raise UserError(f"--output {path} holds {_shown(others)}, and no token store of ours. Name another directory.")
-
-
-def _is_ours(path: Path) -> bool:
-    """A token store, or a preparation that has begun to make one."""
-    from consyn_jax.data.shards import MANIFEST
-    from consyn_jax.data.store import FORMAT, PREPARING
-
-    if (path / PREPARING).is_dir():
-        # Killed between its first two moments, it has no lock yet.
-        return (path / PREPARING / "lock").is_file() or not any((path / PREPARING).iterdir())
-    try:
-        return bool(json.loads((path / MANIFEST).read_bytes()).get("format") == FORMAT)
-    except (OSError, ValueError, RecursionError, AttributeError):
-        return False
 
 
 def _interruption(config: PrepareConfig, output: Path) -> str:
@@ -133,7 +110,8 @@ def _delete_store(config: PrepareConfig, path: Path) -> None:
     if sources[0].kind == "sharded":
         return  # tokens are not prepared, as `prepare` will say
     used = [("data", source.name) for source in sources]
-    used += [("validation", source.name) for source in (find_sources(data.validation, flag="validation").sources if data.validation else ())]
+    held_out = find_sources(data.validation, flag="validation", invalid_utf8=data.invalid_utf8).sources if data.validation else ()
+    used += [("validation", source.name) for source in held_out]
     for name, value in [*used, ("tokenizer", data.tokenizer or "")]:
         if value and Path(value).exists() and Path(value).resolve().is_relative_to(path.resolve()):
             raise UserError(f"--overwrite would delete --{name} {value}, which lies in --output {path}. Name another directory for the new store.")
@@ -142,7 +120,7 @@ def _delete_store(config: PrepareConfig, path: Path) -> None:
     entries = sorted(path.iterdir()) if path.is_dir() else []
     strangers = [entry.name for entry in entries if not STORE_FILE.fullmatch(entry.name)]
     if strangers:
-        raise UserError(f"--overwrite would delete {_shown(strangers)} in --output {path}, which is no part of a token store. Move it elsewhere.")
+        raise UserError(f"--overwrite would delete {shown(strangers)} in --output {path}, which is no part of a token store. Move it elsewhere.")
     _check_unused(path)
     try:
         delete_store(path)
@@ -172,15 +150,15 @@ def _header(config: PrepareConfig) -> list[tuple[str, str]]:
         *(["duplicates left out"] if data.deduplicate else []),
         *([f"near duplicates from {data.near_duplicates:g} left out"] if data.near_duplicates else []),
     ]
-    validation = _shown(data.validation) if data.validation else f"{data.validation_fraction:.3g} of the documents" if data.validation_fraction else "none"
-    rows = [("data", _shown(data.data)), ("cleaning", ", ".join(rules) or "none"), ("validation", validation)]
+    validation = shown(data.validation) if data.validation else f"{data.validation_fraction:.3g} of the documents" if data.validation_fraction else "none"
+    rows = [("data", shown(data.data)), ("cleaning", ", ".join(rules) or "none"), ("validation", validation)]
     rows += [("test", f"{store.test_fraction:.3g} of the documents")] if store.test_fraction else []
     return [*rows, ("tokenizer", data.tokenizer or "default"), ("output", store.output)]
 
 
 def summary(config: PrepareConfig, prepared: Prepared, seconds: float) -> list[str]:
     """What came of it, in lines."""
-    from consyn_jax.data.prepare import PAGE
+    from consyn_jax.data.preparation import PAGE
     from consyn_jax.data.report_page import bytes_per_token, size
     from consyn_jax.training.console import duration
 
@@ -197,7 +175,7 @@ def summary(config: PrepareConfig, prepared: Prepared, seconds: float) -> list[s
     if wanted and not report.splits.get("validation", {}).get("documents"):
         rows.append(("validation", "empty: no document fell into it; give --validation PATH or a larger --validation_fraction"))
     if prepared.left_out:
-        rows.append(("left out", f"{_count(len(prepared.left_out), 'file')}: {_shown([f'{name} ({reason})' for name, reason in prepared.left_out])}"))
+        rows.append(("left out", f"{_count(len(prepared.left_out), 'file')}: {shown([f'{name} ({reason})' for name, reason in prepared.left_out])}"))
     if not prepared.from_cache:
         rows.append(("time", f"{duration(seconds)}, {size(report.file_bytes / max(seconds, 1e-3))}/s"))
     rows.append(("store", str(directory)))
@@ -214,14 +192,10 @@ def _documents(report: Report) -> str:
 
 
 def _changes(report: Report) -> list[tuple[str, str]]:
-    from consyn_jax.data.report_page import CHANGES
+    from consyn_jax.data.report import CHANGES
 
     words = [f"{count:,} {CHANGES.get(name, name)}" for name, count in report.changed.items() if count]
     return [("changed", "; ".join(words))] if words else []
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 def _count(number: int, what: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 class Bar:
     """Progress by stages on stderr: a bar on a terminal, elsewhere a line every `every_s` seconds. A context manager.
 
-    Calling it is a `Progress` of consyn_jax.data.prepare: (stage, bytes done, bytes to do; 0 where nobody knows).
+    Calling it is a `Progress` of consyn_jax.data.job: (stage, bytes done, bytes to do; 0 where nobody knows).
 
     Args:
         introduce: called once, when reading begins: until the data are hashed, a store that is another one or complete may turn up.

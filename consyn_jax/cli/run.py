@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -33,6 +33,11 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
         print(f"{prog}: interrupted before there was anything to save.", file=sys.stderr)
         return 128 + getattr(stopped, "number", signal.SIGINT)
     return 0
+
+
+def shown(names: Sequence[str]) -> str:
+    """The first three names, and how many there are besides."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from consyn_jax.cli import arguments
 from consyn_jax.cli.arguments import build_parser, read
-from consyn_jax.cli.run import exit_code
+from consyn_jax.cli.run import exit_code, shown
 from consyn_jax.config import PRESETS, CorpusOptions, RunConfig, UserError, architecture, nearest
 from consyn_jax.resolve import resolve
 from consyn_jax.validation import check_context
@@ -102,24 +102,20 @@ def read_arguments(argv: Sequence[str]) -> tuple[RunConfig, dict[str, str], str]
     return read(build_parser("consyn-train", DESCRIPTION, USAGE, EPILOG), argv, resolve, MODES)
 
 
-def _run(trainer: ConsynTrainer) -> None:
-    trainer.train()
-
-
 def _dry_run(trainer: ConsynTrainer) -> None:
     from consyn_jax.cli.plan import describe
 
     describe(trainer)
 
 
-def _find_rate(trainer: ConsynTrainer) -> None:
-    trainer.find_rate()
+ACTIONS: dict[str, Callable[[ConsynTrainer], object]] = {
+    "": lambda trainer: trainer.train(),
+    "dry_run": _dry_run,
+    "lr_find": lambda trainer: trainer.find_rate(),
+}
 
 
-ACTIONS: dict[str, Callable[[ConsynTrainer], None]] = {"": _run, "dry_run": _dry_run, "lr_find": _find_rate}
-
-
-def train(config: RunConfig, origins: dict[str, str], action: Callable[[ConsynTrainer], None] = _run) -> None:
+def train(config: RunConfig, origins: dict[str, str], action: Callable[[ConsynTrainer], object]) -> None:
     """Check what can be checked at once, prepare the data, describe the model, and train or do what was asked for instead."""
     from consyn_jax.distributed.peers import is_first
     from consyn_jax.training.run_directory import check_output, run_path
@@ -304,7 +300,7 @@ def _streamed(config: RunConfig, corpus: Growing) -> _Data:
     length = config.data.max_tokens
     assert length is not None
     notes = [
-        ("data", f"{_shown(config.data.data)}: tokenised while the run goes on, and in its first epoch shuffled in blocks of {BLOCK_WINDOWS:,} sequences"),
+        ("data", f"{shown(config.data.data)}: tokenised while the run goes on, and in its first epoch shuffled in blocks of {BLOCK_WINDOWS:,} sequences"),
         ("validation", f"the first {VALIDATION_WINDOWS:,} sequences of the validation split"),
         _packing(config.data.packing, []),
         *_left_out(corpus.left_out),
@@ -342,7 +338,7 @@ def _notes(prepared: Prepared) -> list[tuple[str, str]]:
     splits = {name: store.split(name) for name in ("train", "validation")}
     learned = {name: "" if s.num_targets == s.num_tokens else f" ({s.num_targets:,} of them learned)" for name, s in splits.items()}
     sizes = ", ".join(f"{name} {s.num_tokens:,} tokens{learned[name]}{_documents(s.num_documents)}" for name, s in splits.items())
-    notes = [("data", f"{_shown([source.name for source in prepared.used])}: {sizes}")]
+    notes = [("data", f"{shown([source.name for source in prepared.used])}: {sizes}")]
     if prepared.validation_is_empty:
         notes.append(("validation", "none: no document fell into it; give --validation PATH or a larger --validation_fraction"))
     notes += _left_out(prepared.left_out)
@@ -357,18 +353,14 @@ def _notes(prepared: Prepared) -> list[tuple[str, str]]:
 def _left_out(files: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     if not files:
         return []
-    return [("left out", f"{len(files)} file{'' if len(files) == 1 else 's'}: {_shown([f'{name} ({reason})' for name, reason in files])}")]
+    return [("left out", f"{len(files)} file{'' if len(files) == 1 else 's'}: {shown([f'{name} ({reason})' for name, reason in files])}")]
 
 
 def _packing(name: str, datasets: Sequence[ConsynDataset]) -> tuple[str, str]:
     if name == "cut":
         return "packing", "sequences are cut from the stream of documents"
-    padding = 1 - sum(d.num_tokens for d in datasets) / sum(len(d) * d.packed.block_size for d in datasets)
+    padding = sum(len(d) * d.packed.padding_fraction for d in datasets) / sum(map(len, datasets))
     return "packing", f"sequences are made of whole documents, with {padding:.1%} padding"
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 def _documents(count: int | None) -> str:

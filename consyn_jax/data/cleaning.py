@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass
 
 NORMALIZED, CONTROL_CHARACTERS = "normalized", "control_characters"
 # Category Cc without \t, \n and \r. Form feed and vertical tab go as well: they are commands to a printer, stand beside a line break
@@ -24,45 +23,27 @@ _MAY_CHANGE = re.compile(
 _BYTE_ORDER_MARK = "\ufeff"
 
 
-@dataclass(frozen=True)
-class Cleaning:
-    """What `clean` does.
+def clean(text: str, normalize: str = "nfc", control_characters: str = "remove") -> tuple[str, dict[str, int]]:
+    """The cleaned text and what was done: "normalized" is 1 where composition changed the text, "control_characters" the number removed.
 
-    Attributes:
+    Args:
         normalize: "nfc" composes characters canonically (Unicode Standard Annex 15); "none" leaves them.
         control_characters: "remove" drops control characters other than tab, line feed and carriage return, and byte order marks at
             the beginning of a text; "keep" leaves them.
 
-    Raises:
-        ValueError: another word than these.
-    """
-
-    normalize: str = "nfc"
-    control_characters: str = "remove"
-
-    def __post_init__(self) -> None:
-        if self.normalize not in ("nfc", "none"):
-            raise ValueError(f"Cleaning has normalize {self.normalize!r}; give 'nfc' or 'none'.")
-        if self.control_characters not in ("remove", "keep"):
-            raise ValueError(f"Cleaning has control_characters {self.control_characters!r}; give 'remove' or 'keep'.")
-
-
-def clean(text: str, rules: Cleaning) -> tuple[str, dict[str, int]]:
-    """The cleaned text and what was done: "normalized" is 1 where composition changed the text, "control_characters" the number removed.
-
     Only counts above zero are given. Cleaning twice changes nothing more, and a text cut in front of an ASCII letter can be cleaned in
     parts: nothing composes with an ASCII letter behind it.
 
-    >>> clean("cafe\u0301\\x00", Cleaning())
+    >>> clean("cafe\u0301\\x00")
     ('café', {'control_characters': 1, 'normalized': 1})
     """
     counts = {}
     # Removal comes first, because what it brings together may compose.
-    if rules.control_characters == "remove":
+    if control_characters == "remove":
         text, removed = _remove_controls(text)
         if removed:
             counts[CONTROL_CHARACTERS] = removed
-    if rules.normalize == "nfc" and not text.isascii() and _MAY_CHANGE.search(text) and not unicodedata.is_normalized("NFC", text):
+    if normalize == "nfc" and not text.isascii() and _MAY_CHANGE.search(text) and not unicodedata.is_normalized("NFC", text):
         text = unicodedata.normalize("NFC", text)
         counts[NORMALIZED] = 1
     return text, counts

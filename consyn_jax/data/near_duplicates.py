@@ -9,9 +9,8 @@ to finding and hashing words, and pay for it with a larger error in short docume
 A document is compared only with those that agree with it in all rows of one of the bands into which the signature is cut (Leskovec,
 Rajaraman and Ullman, "Mining of Massive Datasets", section 3.4): with probability 1 - (1 - s^rows)^bands, see `bands_and_rows`.
 
-xxhash hashes the words. It comes with `datasets` and must be named in pyproject.toml, because it is imported here. Words are runs of
-`\\w`, so that punctuation and spacing make no difference; where a language writes no spaces, a word is what stands between marks, and
-only documents that share whole clauses are found.
+xxhash hashes the words. Words are runs of `\\w`, so that punctuation and spacing make no difference; where a language writes no
+spaces, a word is what stands between marks, and only documents that share whole clauses are found.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _BLOCK = 1024
 
 
-def sample_ids(seed: int, start: int, count: int, n: int, shuffle: bool = True) -> Int64[np.ndarray, " count"]:
-    """Dataset indices of the global positions start .. start + count in an endless row of epochs.
+def ids_at(seed: int, positions: Int64[np.ndarray, " count"], n: int, shuffle: bool = True) -> Int64[np.ndarray, " count"]:
+    """Dataset indices of any global positions (not negative) in an endless row of epochs.
 
     Args:
         seed: chooses the permutations; every epoch has its own.
@@ -30,11 +30,6 @@ def sample_ids(seed: int, start: int, count: int, n: int, shuffle: bool = True) 
     Raises:
         ValueError: no samples to take from.
     """
-    return ids_at(seed, np.arange(start, start + count, dtype=np.int64), n, shuffle)
-
-
-def ids_at(seed: int, positions: Int64[np.ndarray, " count"], n: int, shuffle: bool = True) -> Int64[np.ndarray, " count"]:
-    """Dataset indices at any global positions (not negative), as in `sample_ids`."""
     if n < 1:
         raise ValueError("There are no samples to put in order.")
     if not shuffle:

@@ -11,7 +11,11 @@ import numpy as np
 EXAMPLES = 5
 EXAMPLE_CHARS = 200
 RULES = ("bad row", "empty", "too short", "too long", "duplicate", "near duplicate")
-CHANGES = ("invalid_utf8", "normalized", "control_characters")
+CHANGES = {
+    "invalid_utf8": "places that were not UTF-8, replaced by U+FFFD",
+    "normalized": "texts brought to the Unicode normal form",
+    "control_characters": "control characters removed",
+}
 
 
 @dataclass
@@ -22,13 +26,13 @@ class Report:
         documents: documents read; those of `dropped` are among them.
         file_bytes: bytes of the files read, before decompression.
         dropped: documents left out, by the names of `RULES`.
-        changed: places that were not UTF-8 ("invalid_utf8"), texts brought to NFC ("normalized"; a message of a chat and a part of a
-            long document count by themselves), and characters removed ("control_characters").
+        changed: by the names of `CHANGES`; a message of a chat and a part of a long document count by themselves as texts.
         examples: by rule, the first few as "place: beginning of the text".
         splits: by split: documents, tokens (each document's EOS among them), target_tokens, and bytes of text in UTF-8.
         document_bytes, document_tokens: of the documents kept; how many lie from a power of two (the key) to below the next.
         sources: name, kind, documents read and kept, for each input.
         left_out: files that were not read, each with the reason.
+        rows_not_utf8: rows that were not, left out as bad ones or mended and kept.
     """
 
     documents: int = 0
@@ -41,6 +45,7 @@ class Report:
     document_tokens: dict[str, int] = field(default_factory=dict)
     sources: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[list[str]] = field(default_factory=list)
+    rows_not_utf8: int = 0
 
     @property
     def kept(self) -> int:

@@ -8,14 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from consyn_jax.data.html_page import escape, html_page
-from consyn_jax.data.report import RULES, Report
+from consyn_jax.data.report import CHANGES, RULES, Report
 
 SHOWN = 200  # of sources, and of files left out: a data set of thousands of files still is a page
-CHANGES = {
-    "normalized": "texts brought to the Unicode normal form",
-    "control_characters": "control characters removed",
-    "invalid_utf8": "places that were not UTF-8, replaced by U+FFFD",
-}
 
 Rows = Iterable[tuple[str, ...]]
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Int64, UInt, UInt8, UInt64
 
-DIGEST_BYTES = 16
+from consyn_jax.data.split import DIGEST_BYTES
+
 # Records read at once when a file is opened, and matches looked at in one step.
 CHUNK = 1 << 14
 

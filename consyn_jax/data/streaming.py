@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int64, Integer
@@ -21,38 +21,14 @@ from consyn_jax.data.order import ids_at
 from consyn_jax.data.packing import Batch, PackedDataset
 from consyn_jax.data.shards import StoreSplit
 from consyn_jax.data.split import TRAIN, VALIDATION
-from consyn_jax.tokenization import BPETokenizer
+
+if TYPE_CHECKING:
+    from consyn_jax.data.prepare import Growing
 
 # 1,024 windows of 1,024 tokens are about a second of tokenising, so training soon begins; and a batch is drawn from a million
 # tokens, not from the one or two documents that stand next to each other.
 BLOCK_WINDOWS = 1024
 VALIDATION_WINDOWS = 256
-
-
-@runtime_checkable
-class Growing(Protocol):
-    """A corpus that is being prepared.
-
-    Attributes:
-        tokenizer: makes the ids.
-        key: equal for equal documents, rules and tokenizer, known before any of them is read to the end.
-    """
-
-    tokenizer: BPETokenizer
-    key: str
-
-    def split(self, name: str, tokens: int | None) -> tuple[StoreSplit, bool]:
-        """What there is of a split, and whether that is all of it.
-
-        Waits until there are at least `tokens` tokens, or all there will be; None waits for all. What was there stays as it is:
-        the split only grows.
-
-        Raises:
-            UserError, or anything else: what stopped the preparation, or that `close` was called.
-        """
-
-    def close(self) -> None:
-        """Stop preparing. Whoever waits, or comes to wait, gets an exception."""
 
 
 class Streamed:

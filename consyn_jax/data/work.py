@@ -16,7 +16,7 @@ import numpy as np
 
 from consyn_jax.config import CorpusOptions, UserError
 from consyn_jax.data.byte_stream import CHUNK_BYTES, ByteStream
-from consyn_jax.data.cleaning import Cleaning, clean
+from consyn_jax.data.cleaning import clean
 from consyn_jax.data.near_duplicates import PERMUTATIONS, signature
 from consyn_jax.data.parts import LIMIT, parts
 from consyn_jax.data.reading import Block, separator
@@ -70,6 +70,7 @@ class Result:
         changed: as in `Report`.
         fault: what stops the preparation, a message with the place; "" for nothing.
         is_blank: the part has nothing but white space.
+        rows_not_utf8: as in `Report`.
     """
 
     kept: Kept
@@ -77,6 +78,7 @@ class Result:
     changed: dict[str, int] = field(default_factory=dict)
     fault: str = ""
     is_blank: bool = False
+    rows_not_utf8: int = 0
 
     @property
     def documents(self) -> int:
@@ -121,7 +123,6 @@ class Worker:
 
     def __init__(self, options: CorpusOptions, tokenizer: BPETokenizer, test_fraction: float = 0.0, single: bool = False) -> None:
         self.options, self.tokenizer, self.test_fraction, self.single = options, tokenizer, test_fraction, single
-        self._cleaning = Cleaning(options.normalize, options.control_characters)
         self._keys = RowKeys(options.text_key, options.prompt_key, options.completion_key, options.messages_key)
         self._dtype = token_dtype(tokenizer.vocab_size)
 
@@ -134,8 +135,16 @@ class Worker:
         return result
 
     def texts(self, block: Block) -> list[tuple[str, str]]:
-        """(side, text) of the documents instead, for learning a tokenizer. A fault is raised when tokens are made."""
-        return [(self._side(block, d, self._digests(d)), d.text) for d in self._documents(block, Result(Kept(*[np.zeros(0)] * 9)))]
+        """(side, text) of the documents instead, for learning a tokenizer.
+
+        Raises:
+            UserError: what stops the preparation.
+        """
+        result = Result(Kept(*[np.zeros(0)] * 9))
+        kept = self._documents(block, result)
+        if result.fault:
+            raise UserError(result.fault)
+        return [(self._side(block, d, self._digests(d)), d.text) for d in kept]
 
     # ------------------------------------------------------------------------------------------------------------ documents
 
@@ -165,7 +174,7 @@ class Worker:
     def _clean(self, segment: Segment, result: Result) -> _Cleaned:
         texts = self._parts(segment.text)
         for at, text in enumerate(texts):
-            texts[at], counts = clean(text, self._cleaning)
+            texts[at], counts = clean(text, self.options.normalize, self.options.control_characters)
             for name, count in counts.items():
                 result.changed[name] = result.changed.get(name, 0) + count
         return _Cleaned(texts, segment.trained, segment.ends)
@@ -227,6 +236,7 @@ class Worker:
         try:
             text = line.rstrip(b"\r").decode()
         except UnicodeDecodeError as error:
+            result.rows_not_utf8 += 1
             if self.options.invalid_utf8 != "replace":
                 raise BadRow(f"is not UTF-8 (byte {error.start} of the row; --invalid_utf8 replace would take it).") from None
             text = _replaced(line, result)

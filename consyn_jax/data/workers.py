@@ -122,7 +122,8 @@ class _Process:
                 f"A process that tokenises was killed by signal {-code}, as happens when memory runs out. Lower --num_workers, and run the command again."
             ) from error
         arrays = [np.frombuffer(data, kind).reshape(shape) for data, (kind, shape) in zip(buffers, head["arrays"], strict=True)]
-        return Result(Kept(*arrays), [(rule, place, text) for rule, place, text in head["dropped"]], head["changed"], head["fault"], head["is_blank"])
+        dropped = [(rule, place, text) for rule, place, text in head.pop("dropped")]
+        return Result(Kept(*arrays), dropped, **{name: value for name, value in head.items() if name != "arrays"})
 
     def close(self) -> None:
         self._child.kill()
@@ -148,13 +149,8 @@ def main() -> None:
         assert worker is not None
         result = worker.work(Block(**{**head, "data": data, "end": tuple(head["end"]) if head["end"] else None, "numbers": tuple(head["numbers"])}))
         arrays = result.kept.arrays()
-        answer = {
-            "arrays": [(array.dtype.str, array.shape) for array in arrays],
-            "dropped": result.dropped,
-            "changed": result.changed,
-            "fault": result.fault,
-            "is_blank": result.is_blank,
-        }
+        answer = {**vars(result), "arrays": [(array.dtype.str, array.shape) for array in arrays]}
+        del answer["kept"]
         try:
             _write(outgoing, answer, [np.ascontiguousarray(array).tobytes() for array in arrays])
         except BrokenPipeError:

@@ -25,7 +25,7 @@ PACKINGS: dict[str, type[PackedSequences]] = {"cut": PackedDataset, "whole": Who
 
 
 class ConsynDataset:
-    """Packed sequences of a token store in a seeded order: item i is sequence `order.sample_ids(seed, i, 1, len)` of `packed`.
+    """Packed sequences of a token store in a seeded order: item i is sequence `order.ids_at(seed, [i], len)` of `packed`.
 
     So item i depends on the data, `block_size` and (seed, i) alone, and a pass over all items has every token of the split as a
     label exactly once. The validation split keeps the store's order. `ConsynTrainer` takes `packed` and `seed`, and reshuffles

@@ -111,6 +111,15 @@ class TestTheStore:
         assert "tokens is complete already; nothing had to be done." in capfd.readouterr().err
         assert files() == before
 
+    def test_a_kill_while_the_last_files_of_the_preparation_were_removed(self, capfd: pytest.CaptureFixture[str]) -> None:
+        prepared("--data", "rows.jsonl")
+        before = files()
+        Path("tokens/preparing").mkdir()
+        Path("tokens/preparing/journal.json").touch()  # the lock went first
+        prepared("--data", "rows.jsonl")
+        assert "tokens is complete already; nothing had to be done." in capfd.readouterr().err
+        assert files() == before
+
     def test_an_empty_directory_is_as_good_as_none(self) -> None:
         Path("tokens").mkdir()
         prepared("--data", "rows.jsonl")
@@ -167,6 +176,10 @@ class TestOverwrite:
         new = files()
         prepared("--data", "rows.jsonl", "--output", "fresh")
         assert new == files("fresh")
+
+    def test_validation_data_that_are_not_utf_8(self) -> None:
+        Path("latin1.txt").write_bytes("caf\xe9".encode("latin-1") * 10)
+        prepared("--data", "rows.jsonl", "--validation", "latin1.txt", "--invalid_utf8", "replace", "--overwrite")
 
     def test_of_nothing(self) -> None:
         prepared("--data", "rows.jsonl", "--overwrite")

@@ -27,6 +27,7 @@ from consyn_jax.data import prepare as prepare_module
 from consyn_jax.data import sources
 from consyn_jax.data.prepare import Prepared, prepare
 from consyn_jax.data.store import TokenStore
+from consyn_jax.data.workers import Workers
 from consyn_jax.tokenization import BPETokenizer
 
 BYTES = BPETokenizer.bytes()
@@ -330,7 +331,7 @@ def test_files_that_change_between_looking_and_reading(tmp_path: Path, monkeypat
         "becomes a directory": lambda path: (path.unlink(), path.mkdir()),
         "becomes nothing": lambda path: path.write_bytes(b""),
     }
-    moments = {"after looking": (prepare_module, "_job"), "after hashing": (prepare_module, "_build"), "while reading": (prepare_module.Workers, "__init__")}
+    moments = {"after looking": (prepare_module, "build_job"), "after hashing": (prepare_module, "_build"), "while reading": (Workers, "__init__")}
     for (what, change), (moment, (owner, name)) in itertools.product(changes.items(), moments.items()):
         path = write(tmp_path, "a.txt", TEXT)
         with monkeypatch.context() as patch:

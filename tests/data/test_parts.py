@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consyn_jax.data import parts as module
-from consyn_jax.data.cleaning import Cleaning, clean
+from consyn_jax.data.cleaning import clean
 from consyn_jax.data.parts import parts
 from consyn_jax.tokenization import BPETokenizer, load_tokenizer
 
@@ -54,7 +54,7 @@ def test_parts_are_cleaned_as_the_whole_is(words: list[str], ends: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         small(patch, 8, 40)
         pieces = [piece.decode() for piece, _ in parts([text.encode()], BYTES)]
-    assert "".join(clean(piece, Cleaning())[0] for piece in pieces) == clean(text, Cleaning())[0]
+    assert "".join(clean(piece)[0] for piece in pieces) == clean(text)[0]
 
 
 @pytest.mark.parametrize("text", ["a" * 5000, "日" * 2000, "\n" * 5000, " " * 5000, "e\u0301" * 2000, "\u0301" * 2000, "1" * 5000, "\n\ufeff" * 2000])

@@ -1,3 +1,4 @@
+import itertools
 import json
 import subprocess
 import sys
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 
 from consyn_jax.config import CorpusOptions, UserError
+from consyn_jax.data import preparation, reading
 from consyn_jax.data import prepare as module
-from consyn_jax.data import reading
 from consyn_jax.data.digests import cache_directory
+from consyn_jax.data.job import Progress
 from consyn_jax.data.prepare import Prepared
 from consyn_jax.data.store import TokenStore, TokenStoreWriter
 from consyn_jax.tokenization import BPETokenizer
@@ -22,7 +24,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def prepare(data: str | list[str], tokenizer: BPETokenizer | str | None = None, progress: module.Progress | None = None, **options: Any) -> Prepared:
+def prepare(data: str | list[str], tokenizer: BPETokenizer | str | None = None, progress: Progress | None = None, **options: Any) -> Prepared:
     """`prepare.prepare` with the options as keywords."""
     given = CorpusOptions(
         data=(data,) if isinstance(data, str) else tuple(data),
@@ -132,6 +134,26 @@ def test_a_learned_tokenizer_sees_the_training_side_alone(tmp_path: Path, monkey
     assert prepare(str(tmp_path / "a.jsonl"), "train:300", validation_fraction=0.2).from_cache
 
 
+@pytest.mark.parametrize("now", [("skip", "error"), ("skip", "replace")])
+@pytest.mark.parametrize("before", [("error", "error"), ("skip", "error"), ("skip", "replace")])
+def test_a_learned_tokenizer_is_that_of_the_flags_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: tuple[str, str], now: tuple[str, str]
+) -> None:
+    """Whatever was learned before a stop."""
+    words = [b'{"text": "some more and other words %d"}' % (7 * n) for n in range(50)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([b'{"text": "t\xffo t\xffo t\xffo"}', *words]))
+
+    def learned(leniency: tuple[str, str], output: Path | None) -> str:
+        options = CorpusOptions(data=(str(tmp_path / "a.jsonl"),), tokenizer="train:300", on_bad_rows=leniency[0], invalid_utf8=leniency[1])
+        return module.prepare(options, output=output).store.tokenizer.sha256
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation.Workers, "results", stop)
+        with pytest.raises((KeyboardInterrupt, UserError)):
+            learned(before, None)
+    assert learned(now, None) == learned(now, tmp_path / "fresh")
+
+
 def test_progress_goes_from_nothing_to_everything(tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     file = rows(tmp_path / "a.jsonl", 2000)
@@ -157,6 +179,44 @@ def test_skipped_rows_are_reported_from_the_cache_too(tmp_path: Path) -> None:
         assert "a.jsonl:21" in report.examples["bad row"][0]
     with pytest.raises(UserError, match=r"a\.jsonl:21 is broken JSON"):  # the store is there, but it was not asked for
         prepare(str(file), "bytes")
+
+
+LENIENCIES = [("error", "replace"), ("skip", "error"), ("skip", "replace")]
+
+
+@pytest.mark.parametrize(("before", "now"), list(itertools.permutations(LENIENCIES, 2)))
+@pytest.mark.parametrize("place", ["cache", "output", "journal"])
+def test_rows_that_are_not_utf_8_are_left_out_or_mended_as_is_asked_for_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: tuple[str, str], now: tuple[str, str], place: str
+) -> None:
+    """The name of a store does not say which was done."""
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"text": "t\xffo"}\n{"text": "one"}\n{"text": "three"}\n')
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 10)
+    monkeypatch.setattr(preparation, "JOURNAL_SECONDS", 0)
+    output = None if place == "cache" else tmp_path / "store"
+
+    def made(leniency: tuple[str, str], output: Path | None) -> list[str]:
+        options = CorpusOptions(data=(str(file),), tokenizer="bytes", validation_fraction=0.0, on_bad_rows=leniency[0], invalid_utf8=leniency[1])
+        return texts(module.prepare(options, output=output).store, "train")
+
+    expected = {leniency: made(leniency, tmp_path / "-".join(leniency)) for leniency in (before, now)}
+    if place == "journal":
+        with monkeypatch.context() as patch:
+            patch.setattr(TokenStoreWriter, "finish", stop)
+            with pytest.raises(KeyboardInterrupt):
+                made(before, output)
+    else:
+        assert made(before, output) == expected[before]
+    if output is not None and expected[before] != expected[now]:
+        with pytest.raises(UserError, match="by other rules"):
+            made(now, output)
+    else:
+        assert made(now, output) == expected[now]
+
+
+def stop(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_failed_preparation_leaves_nothing(tmp_path: Path, empty_cache: Path) -> None:

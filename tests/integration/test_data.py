@@ -145,7 +145,7 @@ def test_mixtures_that_cannot_be(files: dict[str, Path], here: Callable[..., Run
 
 
 class Slow:
-    """A corpus of `streaming.Growing` that comes in, some documents at a time, whatever its real preparation does."""
+    """A corpus of `prepare.Growing` that comes in, some documents at a time, whatever its real preparation does."""
 
     instances: ClassVar[list["Slow"]] = []
     most = 200

@@ -19,6 +19,7 @@ import pyarrow.parquet
 import pytest
 
 from consyn_jax.config import CorpusOptions, UserError
+from consyn_jax.data import preparation
 from consyn_jax.data import prepare as prepare_module
 from consyn_jax.data.prepare import prepare
 
@@ -27,7 +28,7 @@ SMALL = """
 import functools, json, os, random, signal, sys, time
 from pathlib import Path
 from consyn_jax.config import CorpusOptions, UserError
-from consyn_jax.data import prepare as module, reading, shards
+from consyn_jax.data import preparation as module, reading, shards
 from consyn_jax.data.prepare import prepare
 from consyn_jax.tokenization import BPETokenizer
 BPETokenizer.encode_batch = lambda self, texts: [list(text.encode()) for text in texts]  # those of "bytes", which workers ask the tokenizer for
@@ -434,7 +435,7 @@ class Full:
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_every_call_that_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {at} " * 5}) + "\n" for at in range(60)))
-    monkeypatch.setattr(prepare_module, "JOURNAL_SECONDS", 0)
+    monkeypatch.setattr(preparation, "JOURNAL_SECONDS", 0)
     what = CorpusOptions(data=(str(tmp_path / "rows.jsonl"),), tokenizer="bytes", num_workers=0, near_duplicates=0.9, validation_fraction=0.2)
     expected = files(prepare(what, output=tmp_path / "whole").store.directory)  # type: ignore[union-attr]
     output, at, done = tmp_path / "store", 0, False
@@ -465,7 +466,7 @@ def test_dev_full_in_place_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """The device answers ENOSPC to every byte, at the moment at which buffers are written."""
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {at} " * 5}) + "\n" for at in range(60)))
     what = CorpusOptions(data=(str(tmp_path / "rows.jsonl"),), tokenizer="bytes", num_workers=0, near_duplicates=0.9)
-    monkeypatch.setattr(prepare_module, "JOURNAL_SECONDS", 0)
+    monkeypatch.setattr(preparation, "JOURNAL_SECONDS", 0)
     for name in (".tokenizer.json.new", ".journal.json.new", ".report.html.new", ".report.json.new", ".manifest.json.new"):
         output = tmp_path / "store"
         with pytest.MonkeyPatch.context() as patch:
@@ -490,6 +491,20 @@ def test_a_cache_on_a_disk_that_cannot_be_written(tmp_path: Path, monkeypatch: p
         monkeypatch.setenv("CONSYN_CACHE", str(place))
         with pytest.raises(UserError, match=r"cannot be written: .* Set CONSYN_CACHE"):
             prepare(CorpusOptions(data=(str(tmp_path / "a.txt"),), tokenizer="bytes", num_workers=0))
+
+
+@pytest.mark.parametrize("link", ["store", "cache", "cache/stores"])
+def test_a_link_that_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: str) -> None:
+    monkeypatch.setattr(prepare_module, "LOCK_POLL_SECONDS", 0.001)
+    monkeypatch.setenv("CONSYN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / link).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / link).symlink_to("/gone/away")
+    in_cache = link.startswith("cache")
+    with pytest.raises(UserError, match="leads nowhere") as fault:
+        prepare(CorpusOptions(data=(str(tmp_path / "a.txt"),), tokenizer="bytes", num_workers=0), output=None if in_cache else tmp_path / "store")
+    assert str(tmp_path / link) in str(fault.value)
+    assert ("Set CONSYN_CACHE" if in_cache else "Give another --output.") in str(fault.value)
 
 
 @pytest.fixture(autouse=True)

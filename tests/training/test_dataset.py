@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from consyn_jax.config import UserError
-from consyn_jax.data.order import sample_ids
+from consyn_jax.data.order import ids_at
 from consyn_jax.data.packing import WholeDocuments
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.dataset import ConsynDataset, MixedDataset, get_dataset
@@ -25,7 +25,7 @@ def tokenizer() -> BPETokenizer:
 
 def test_item_i_is_a_function_of_seed_and_i(tokenizer: BPETokenizer) -> None:
     dataset = get_dataset("sample", tokenizer, block_size=128, seed=7)
-    order = sample_ids(7, 0, len(dataset), len(dataset))
+    order = ids_at(7, np.arange(len(dataset)), len(dataset))
     for i in (0, 1, len(dataset) - 1, -1):
         expected = dataset.packed[int(order[i])]
         for name, values in dataset[i].items():
