@@ -52,7 +52,7 @@ def child(began: float, out: Path, flags: list[str]) -> None:
 
     command.read_arguments(flags)
     mark("python")
-    from consyn_jax.training import trainer
+    from consyn_jax.training import loop, trainer
     from consyn_jax.training.program import Program
 
     mark("imports")
@@ -76,10 +76,10 @@ def child(began: float, out: Path, flags: list[str]) -> None:
         raise FirstStep
 
     marking(command, "_prepared", "data")
-    marking(trainer._Training, "_header", "build")
+    marking(loop.Training, "_header", "build")
     marking(Program, "initial_state", "programs")
     marking(trainer.ConsynTrainer, "compile_train_step", "programs")
-    trainer._Training._record = record
+    loop.Training._record = record
     try:
         command.run(flags)
     except FirstStep:

@@ -22,7 +22,7 @@ from consyn_jax.tokenization import BPETokenizer, load_tokenizer
 from consyn_jax.validation import validate_corpus
 
 # Raised when the same input would give other documents, splits or ids than before: old cache entries are then not found.
-PIPELINE_VERSION = 2
+PIPELINE_VERSION = 3
 # Below, starting processes takes longer than the work.
 FEW_BYTES = 4 << 20
 # What makes no difference to the store, or is in its key by what it stands for. Whether bad rows stop it makes none either, as long as

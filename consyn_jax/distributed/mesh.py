@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -139,6 +139,12 @@ def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
     spec = sharding(mesh, ("batch",))
     index_of = spec.addressable_devices_indices_map((num_rows,))
     return np.unique(np.concatenate([np.arange(num_rows)[index] for index in index_of.values() if index is not None]))
+
+
+def placer(mesh: Mesh, logical_axes: Sequence[str | None]) -> Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]]:
+    """Puts this process's rows of a batch where a program on `mesh` wants them."""
+    where = sharding(mesh, logical_axes)
+    return lambda batch: {name: jax.make_array_from_process_local_data(where, values) for name, values in batch.items()}
 
 
 def _around(n: int, of: int) -> str:

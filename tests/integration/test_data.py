@@ -22,7 +22,7 @@ from consyn_jax.data.prepare import Prepared
 from consyn_jax.data.shards import MemoryShard, StoreSplit
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.dataset import get_dataset
-from consyn_jax.training.trainer import _Training
+from consyn_jax.training.loop import Training
 
 from .conftest import MODEL, Run
 
@@ -46,15 +46,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @contextmanager
 def stop_at(step: int) -> Iterator[None]:
     """SIGTERM comes when a step has been recorded."""
-    record = _Training._record
+    record = Training._record
 
-    def and_signal(self: _Training, *args: Any) -> None:
+    def and_signal(self: Training, *args: Any) -> None:
         record(self, *args)
         if self.progress.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Training, "_record", and_signal)
+        patch.setattr(Training, "_record", and_signal)
         yield
 
 

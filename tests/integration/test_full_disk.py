@@ -16,7 +16,7 @@ NO_DISK = 99
 # A disk of one's own, which `before_call` fills up at some time. At the end, what is on it is copied to where others see it.
 DISK = """
 import atexit, ctypes, os, shutil, signal
-from consyn_jax.training import checkpoint, metrics, run_directory, trainer
+from consyn_jax.training import checkpoint, loop, metrics, run_directory
 libc, path = ctypes.CDLL(None), {path!r}
 filler = path + "/filler"
 os.makedirs(path)
@@ -60,7 +60,7 @@ def long(log, step, tokens, values=None, **more):
     return write(log, step, tokens, values if step < 7 else {**(values or {}), "long": "x" * 5000}, **more)
 metrics.MetricsLog.write = long
 """
-BEST = "trainer.export_model = wrapped(trainer.export_model, lambda place, *_: fill())"
+BEST = "loop.export_model = wrapped(loop.export_model, lambda place, *_: fill())"
 # A signal, and then no room for the checkpoint.
 SIGNAL = """
 metrics.MetricsLog.write = wrapped(metrics.MetricsLog.write, lambda log, step, *_: step == 10 and os.kill(os.getpid(), signal.SIGTERM))
@@ -69,7 +69,7 @@ checkpoint.Checkpoints.save = wrapped(checkpoint.Checkpoints.save, lambda self, 
 # For the checkpoint of step 9, and at the end for the report.
 AT_TIMES = """
 checkpoint.Checkpoints.save = wrapped(checkpoint.Checkpoints.save, lambda self, step, *_: step == 9 and (self.wait(), fill()), lambda *_: free())
-trainer.write_loss_plot = wrapped(trainer.write_loss_plot, lambda *_: fill())
+loop.write_loss_plot = wrapped(loop.write_loss_plot, lambda *_: fill())
 """
 
 

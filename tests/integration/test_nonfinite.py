@@ -14,8 +14,8 @@ import pytest
 
 from consyn_jax.cli.train import main
 from consyn_jax.model import transformer
+from consyn_jax.training.loop import Training
 from consyn_jax.training.step import TrainState
-from consyn_jax.training.trainer import _Training
 
 from . import nursery as processes
 from .conftest import MODEL, Run
@@ -41,16 +41,16 @@ def rare(home: Path) -> Path:
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Poison], None]:
     """Change the state in front of one step of every run that follows."""
-    loop = _Training._loop
+    loop = Training._loop
 
     def arm(step: int, change: Poison) -> None:
-        def poisoned(self: _Training, state: TrainState, train_step: Any, *others: Any) -> TrainState:
+        def poisoned(self: Training, state: TrainState, train_step: Any, *others: Any) -> TrainState:
             def with_poison(state: TrainState, batch: Any) -> Any:
                 return train_step(change(state) if int(state.step) == step - 1 and int(state.nonfinite) == 0 else state, batch)
 
             return loop(self, state, with_poison, *others)
 
-        monkeypatch.setattr(_Training, "_loop", poisoned)
+        monkeypatch.setattr(Training, "_loop", poisoned)
 
     return arm
 

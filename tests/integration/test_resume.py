@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from consyn_jax.training.trainer import _Training
+from consyn_jax.training.loop import Training
 
 from .conftest import MODEL, Run, start
 
@@ -39,15 +39,15 @@ def copied(whole: Run, tmp_path: Path) -> Run:
 @pytest.fixture
 def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signals], None]:
     """Send this process a signal while a step's metrics are read."""
-    record = _Training._record
+    record = Training._record
 
     def arm(step: int, number: signal.Signals) -> None:
-        def and_signal(self: _Training, *args: object) -> None:
+        def and_signal(self: Training, *args: object) -> None:
             record(self, *args)  # type: ignore[arg-type]
             if self.progress.step == step:
                 os.kill(os.getpid(), number)
 
-        monkeypatch.setattr(_Training, "_record", and_signal)
+        monkeypatch.setattr(Training, "_record", and_signal)
 
     return arm
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from consyn_jax.training.trainer import _Training
+from consyn_jax.training.loop import Training
 
 from .conftest import MODEL, Run
 
@@ -36,15 +36,15 @@ def test_a_stop_changes_nothing(
 ) -> None:
     whole = here(tmp_path / "whole", *FLAGS, *flags, "--data", corpus)
     assert whole.code == 0, whole.said
-    record = _Training._record
+    record = Training._record
 
-    def and_signal(self: _Training, *args: object) -> None:
+    def and_signal(self: Training, *args: object) -> None:
         record(self, *args)  # type: ignore[arg-type]
         if self.progress.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Training, "_record", and_signal)
+        patch.setattr(Training, "_record", and_signal)
         stopped = here(tmp_path / "run", *FLAGS, *flags, "--data", corpus)
     assert stopped.code == 75, stopped.said
     resumed = here(tmp_path / "run", *FLAGS, *flags, "--data", corpus)

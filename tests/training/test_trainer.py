@@ -30,11 +30,11 @@ from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training import ConsynTrainer, signals
 from consyn_jax.training.checkpoint import Checkpoints
 from consyn_jax.training.dataset import get_dataset
+from consyn_jax.training.loop import Training
 from consyn_jax.training.metrics import MetricsLog, read_metrics
 from consyn_jax.training.progress import Progress
 from consyn_jax.training.scheduler import build_schedule
 from consyn_jax.training.step import TrainState
-from consyn_jax.training.trainer import _Training
 
 TOKENIZER = BPETokenizer.bytes()
 CONFIG = ModelConfig(
@@ -335,10 +335,10 @@ def test_a_decay_only_reads_the_run_that_it_comes_from(tmp_path: Path, monkeypat
 
     before, like = there(), jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
     branch: Any = SimpleNamespace(program=SimpleNamespace(state_like=like), progress=Progress())
-    np.testing.assert_array_equal(_Training._branch(branch, tmp_path, 2).params["w"], state.params["w"])
+    np.testing.assert_array_equal(Training._branch(branch, tmp_path, 2).params["w"], state.params["w"])
     assert (branch.progress.step, branch.progress.tokens, branch.progress.left_out) == (2, 100, 1)
     with pytest.raises(UserError, match=r"3 is damaged: run\.json is not what was written\."):
-        _Training._branch(branch, tmp_path, 3)
+        Training._branch(branch, tmp_path, 3)
     assert there() == before
     may_end.set()
     of_run.wait()
