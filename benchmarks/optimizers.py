@@ -23,17 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from harness import facts, write
+from programs import RecipeRun
 
-from consyn_jax.config import architecture
-from consyn_jax.model.parameters import initial_parameters
-from consyn_jax.resolve import resolve
-from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.config_file import read_config_file
-from consyn_jax.training.dataset import get_dataset
 from consyn_jax.training.optimizer import evaluation_params
-from consyn_jax.training.trainer import ConsynTrainer, ModelSource
 
 RECIPE = Path(__file__).parents[1] / "configs" / "shakespeare-bytes.yaml"
 GOAL = 1.886  # nats: nanoGPT's final loss on the same split, 2,000 steps of 12 x 64 characters
@@ -58,34 +52,23 @@ def train(data: Path, settings: dict[str, Any], steps: int, seed: int, shipped: 
     recipe = read_config_file(RECIPE)
     if not shipped:
         recipe = {name: value for name, value in recipe.items() if name not in OPTIMIZERS_OWN}
-    given = {"data": [str(data)], "max_steps": steps, "seed": seed, **settings}
-    run = resolve(given, recipe, file_name=RECIPE.name)
-    config, tokenizer = run[0], BPETokenizer.bytes()
-    batch_size, length, fraction = config.budget.batch_size, config.data.max_tokens, config.data.validation_fraction
-    assert length is not None
-    shape = architecture(config.model, vocab_size=tokenizer.vocab_size)
-    source = ModelSource(shape, lambda mesh: initial_parameters(shape, seed, mesh))
-    splits = [get_dataset(data, tokenizer, length, split=name, validation_fraction=fraction, seed=seed) for name in ("train", "validation")]
-    trainer = ConsynTrainer(source, *splits, run=run)
-    program = trainer.build().program
-    state: Any = program.initial_state(source.make(program.mesh))
-    step = program.lower_train_step(1, batch_size, length).compile()
-    evaluate, evaluated = trainer.evaluation(program), jax.jit(evaluation_params)
+    run = RecipeRun(data, recipe, {"max_steps": steps, "seed": seed, **settings})
+    state, evaluated = run.state, jax.jit(evaluation_params)
     curve: list[tuple[int, float]] = []
     reached, cpu_s = None, 0.0
     began = time.process_time()
-    for done, batch in zip(range(1, steps + 1), trainer.train_source.training(0, batch_size, 1, np.arange(batch_size)), strict=False):
-        state, metrics = step(state, jax.tree.map(jax.device_put, batch))
+    for done, batch in zip(range(1, steps + 1), run.batches(), strict=False):
+        state, metrics = run.step(state, jax.tree.map(jax.device_put, batch))
         looks_for_goal = steps == STEPS and reached is None and done >= 300 and done % (50 if done <= 600 else 100) == 0
         if done % 500 == 0 or done == steps or looks_for_goal:
             jax.block_until_ready(metrics)
             cpu_s += time.process_time() - began
-            curve.append((done, evaluate(evaluated(state.opt_state, state.params))["eval/loss"]))
+            curve.append((done, run.evaluation(evaluated(state.opt_state, state.params))["eval/loss"]))
             reached = done if reached is None and curve[-1][1] <= GOAL else reached
             began = time.process_time()
     last = curve[-1][1]
     found = {"loss": last if math.isfinite(last) else None, "reached_goal_at": reached, "cpu_ms_a_step": 1e3 * cpu_s / steps}
-    return {**found, "parameters": program.layout.num_parameters, "curve": [point for point in curve if math.isfinite(point[1])]}
+    return {**found, "parameters": run.program.layout.num_parameters, "curve": [point for point in curve if math.isfinite(point[1])]}
 
 
 def tune(optimizer: str, loss_of: Callable[[dict[str, Any]], float]) -> dict[str, Any]:

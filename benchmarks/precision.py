@@ -16,15 +16,9 @@ from typing import Any
 import harness
 import jax
 import jax.numpy as jnp
-import numpy as np
+from programs import RecipeRun
 
-from consyn_jax.config import architecture
-from consyn_jax.model.parameters import initial_parameters
-from consyn_jax.resolve import resolve
-from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.config_file import read_config_file
-from consyn_jax.training.dataset import get_dataset
-from consyn_jax.training.trainer import ConsynTrainer, ModelSource
 
 RECIPE = Path(__file__).parents[1] / "configs" / "shakespeare-bytes.yaml"
 CONTESTANTS = {
@@ -38,27 +32,16 @@ CONTESTANTS = {
 
 def train(data: Path, precision: str, first_scale: float | None, seed: int, steps: int) -> dict[str, float]:
     """Validation loss after `steps`, and for float16 what became of the scale."""
-    given = {"data": [str(data)], "mixed_precision": precision, "seed": seed, "max_steps": steps}
-    run = resolve(given, read_config_file(RECIPE), file_name=RECIPE.name)
-    config = run[0]
-    tokenizer = BPETokenizer.bytes()
-    shape = architecture(config.model, vocab_size=tokenizer.vocab_size)
-    source = ModelSource(shape, lambda mesh: initial_parameters(shape, seed, mesh))
-    length, fraction = config.data.max_tokens, config.data.validation_fraction
-    splits = [get_dataset(data, tokenizer, length, split=name, validation_fraction=fraction, seed=seed) for name in ("train", "validation")]
-    trainer = ConsynTrainer(source, *splits, run=run)
-    program = trainer.build().program
-    state: Any = program.initial_state(source.make(program.mesh))
+    run = RecipeRun(data, read_config_file(RECIPE), {"mixed_precision": precision, "seed": seed, "max_steps": steps})
+    state = run.state
     if first_scale is not None:
         state = state._replace(opt_state=state.opt_state._replace(scale=jnp.float32(first_scale)))
-    step = program.lower_train_step(1, config.budget.batch_size, length).compile()
-    batches = trainer.train_source.training(0, config.budget.batch_size, 1, np.arange(config.budget.batch_size))
     began, metrics = time.perf_counter(), {}
-    for _, batch in zip(range(steps), batches, strict=False):
-        state, metrics = step(state, jax.tree.map(jax.device_put, batch))
+    for _, batch in zip(range(steps), run.batches(), strict=False):
+        state, metrics = run.step(state, jax.tree.map(jax.device_put, batch))
     found = {name: float(metrics[name]) for name in ("loss", "loss_scale", "skipped_steps") if name in metrics}
     seconds = time.perf_counter() - began
-    return {"eval_loss": trainer.evaluation(program)(state.params)["eval/loss"], "train_s": seconds, **found}
+    return {"eval_loss": run.evaluation(state.params)["eval/loss"], "train_s": seconds, **found}
 
 
 def measure(data: Path, contestants: list[str], seeds: list[int], steps: int) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from consyn_jax.config import ModelConfig, architecture
 from consyn_jax.distributed.host_memory import keep_freed_memory
 from consyn_jax.model.parameters import initial_parameters
 from consyn_jax.resolve import resolve
+from consyn_jax.tokenization import BPETokenizer
+from consyn_jax.training.dataset import get_dataset
 from consyn_jax.training.trainer import ConsynTrainer, ModelSource
 
 Batch = dict[str, np.ndarray]  # input_ids, labels, segment_ids, loss_mask, each [A, B, T]
@@ -99,6 +102,33 @@ class TrainStep:
         """Take a step; its metrics, which are not waited for."""
         self.state, metrics = self.compiled(self.state, batch)
         return metrics
+
+
+class RecipeRun:
+    """A recipe for bytes on one device, ready to take its steps, for benchmarks that take them one by one.
+
+    Args:
+        data: a text.
+        recipe: what `read_config_file` gives.
+        given: flags that override it.
+    """
+
+    def __init__(self, data: Path, recipe: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> None:
+        run = resolve({"data": [str(data)], **(given or {})}, recipe)
+        config, tokenizer = run[0], BPETokenizer.bytes()
+        shape, seed = architecture(config.model, vocab_size=tokenizer.vocab_size), config.budget.seed
+        source = ModelSource(shape, lambda mesh: initial_parameters(shape, seed, mesh))
+        fraction = config.data.validation_fraction
+        splits = [get_dataset(data, tokenizer, config.length, split=name, validation_fraction=fraction, seed=seed) for name in ("train", "validation")]
+        self.trainer, self.rows = ConsynTrainer(source, *splits, run=run), np.arange(config.budget.batch_size)
+        self.program = self.trainer.build().program
+        self.state: Any = self.program.initial_state(source.make(self.program.mesh))
+        self.step = self.program.lower_train_step(1, self.rows.size, config.length).compile()
+        self.evaluation = self.trainer.evaluation(self.program)
+
+    def batches(self) -> Iterable[dict[str, np.ndarray]]:
+        """Of the training data, without end, on the host."""
+        return self.trainer.train_source.training(0, self.rows.size, 1, self.rows)
 
 
 def compile_ahead(models: Iterable[str], tiny: bool = False) -> dict[str, Any]:

@@ -25,15 +25,10 @@ import jax
 import numpy as np
 import torch
 from harness import facts, write
+from programs import RecipeRun
 
-from consyn_jax.config import architecture
 from consyn_jax.data.loader import prefetch
-from consyn_jax.model.parameters import initial_parameters
-from consyn_jax.resolve import resolve
-from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.config_file import read_config_file
-from consyn_jax.training.dataset import get_dataset
-from consyn_jax.training.trainer import ConsynTrainer, ModelSource
 
 STEPS, BLOCK, EVALUATE_EVERY = 2000, 50, 50
 RECIPE = Path(__file__).parents[1] / "configs" / "shakespeare-bytes.yaml"
@@ -81,27 +76,14 @@ def nanogpt(checkout: Path, text: str) -> tuple[Callable[[int], float], Callable
 
 def ours(data: Path) -> tuple[Callable[[int], float], Callable[[], float], int]:
     """consyn_jax with the shipped recipe: the same two functions, and the number of parameters."""
-    run = resolve({"data": [str(data)]}, read_config_file(RECIPE), file_name=RECIPE.name)
-    config = run[0]
-    tokenizer = BPETokenizer.bytes()
-    shape = architecture(config.model, vocab_size=tokenizer.vocab_size)
-    source = ModelSource(shape, lambda mesh: initial_parameters(shape, config.budget.seed, mesh))
-    length, fraction = config.data.max_tokens, config.data.validation_fraction
-    splits = [get_dataset(data, tokenizer, length, split=name, validation_fraction=fraction) for name in ("train", "validation")]
-    trainer = ConsynTrainer(source, *splits, run=run)
-    program = trainer.build().program
-    state = program.initial_state(source.make(program.mesh))
-    train_step = program.lower_train_step(1, config.budget.batch_size, length).compile()
-    evaluation = trainer.evaluation(program)
-    rows = np.arange(config.budget.batch_size)
-    batches = iter(prefetch(trainer.train_source.training(0, config.budget.batch_size, 1, rows), transform=_to_device))
+    run = RecipeRun(data, read_config_file(RECIPE))
+    batches = iter(prefetch(run.batches(), transform=_to_device))
 
     def step(number: int) -> float:
-        nonlocal state
-        state, metrics = train_step(state, next(batches))
+        run.state, metrics = run.step(run.state, next(batches))
         return float(metrics["loss"])
 
-    return step, lambda: evaluation(state.params)["eval/loss"], program.layout.num_parameters
+    return step, lambda: run.evaluation(run.state.params)["eval/loss"], run.program.layout.num_parameters
 
 
 def _to_device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -41,7 +41,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path} cannot be read: {error.strerror}. Give a YAML file with the names of the flags.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--config {path} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}. Give a YAML file.") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: the 40th of May
         at = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or type(error).__name__
         raise UserError(f"--config {path}{f':{at.line + 1}' if at else ''} is not YAML: {problem}. Write `setting: value` lines.") from error

@@ -223,7 +223,8 @@ def _check_schedule(old: dict[str, Any], config: RunConfig, derived: dict[str, A
         raise UserError(f"The run in {run_path(config)} is at step {step:,} already, beyond the {total:,} steps asked for. Give more, or another --output.")
     if config.saving.overwrite_schedule:
         return
-    changed = [f"--{name} was {old[name]} and is {value}" for name, value in flat(config).items() if name in SCHEDULE and name in old and old[name] != value]
+    values = {name: value for name, value in flat(config).items() if name in SCHEDULE and name in old}
+    changed = [f"--{name} was {old[name]!s:.80} and is {value}" for name, value in values.items() if old[name] != value]
     raise UserError(
         f"--output {run_path(config)} holds a run with another schedule: {'; '.join(changed)}. At step {step:,} of {total:,} the rate would be "
         f"{float(after(step)):.3g} instead of {float(before(step)):.3g}, and at the end {float(after(total - 1)):.3g} instead of "
@@ -284,7 +285,7 @@ def _read_run(file: Path) -> dict[str, Any]:
         old = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}. Name another --output.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({type(error).__name__}), so nobody can say what run this is. Name another --output.") from error
     if not isinstance(old, dict) or not isinstance(old.get(DERIVED), dict):
         raise UserError(f"{file} is not the configuration of a run. Name another --output.")
@@ -299,14 +300,14 @@ def compare(old: dict[str, Any], config: RunConfig, derived: dict[str, Any] | No
     # YAML has no tuples
     new = {name: list(value) if isinstance(value, tuple) else value for name, value in flat(config).items()}
     compared = [name for name, f in flags().items() if f.math and name in old and name not in SCHEDULE]
-    differences = [f"--{name} was {old[name]} and is {new[name]}" for name in compared if old[name] != new[name]]
+    differences = [f"--{name} was {old[name]!s:.80} and is {new[name]}" for name in compared if old[name] != new[name]]
     if derived is None:
         return differences
     for key, words in DERIVED_NAMES.items():
         before, now = old[DERIVED].get(key), derived.get(key)
         if before != now:
             short = isinstance(now, str) or isinstance(before, str)
-            differences.append(f"{words} changed" if short else f"{words} was {before} and is {now}")
+            differences.append(f"{words} changed" if short else f"{words} was {before!s:.80} and is {now}")
     return differences
 
 

@@ -53,6 +53,24 @@ def test_whatever_was_written_is_taken_or_answered(name: str, examples: dict[str
     search()
 
 
+DERIVED = b"\nderived: {total_steps: 10, data: x, sequences_per_step: 8, vocab_size: 32}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("run_config", b"model: haiku\noptimizer: " + b"x" * 5000 + DERIVED),
+        ("run_config", b"model: haiku\n? " + b"[" * 3000 + DERIVED),
+        ("run_config", b"model: haiku\nlr: 2001-05-40" + DERIVED),
+        ("recipe", b"lr: 2001-05-40\n"),
+        ("progress", b'{"' + b"x" * 5000 + b'": 1}'),
+        ("checksums", b"0" * 32 + b"  " + b"[" * 3000 + b"\n"),
+    ],
+)
+def test_what_random_searches_found(name: str, data: bytes, tmp_path: Path) -> None:
+    assert attempt(name, data, tmp_path) is not None
+
+
 def test_a_batch_that_says_it_is_encrypted_is_damaged(tmp_path: Path) -> None:
     """Found by the search: `zipfile` answers with a RuntimeError."""
     data = bytearray(npz())
