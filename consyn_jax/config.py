@@ -16,7 +16,13 @@ from typing import Any, TypeVar, get_args, get_origin
 
 
 class UserError(ValueError):
-    """A mistake of the user's. The message is one or two sentences: what is wrong, where, what to do. Commands exit with 2."""
+    """A mistake of the user's. The message is one or two sentences: what is wrong, where, what to do. Commands exit with 2.
+
+    A damaged file may have kilobytes where a message quotes a name or a number: its middle is then left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= 1600 else f"{message[:800]} ... {message[-700:]}")
 
 
 class Diverged(RuntimeError):

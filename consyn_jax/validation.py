@@ -144,13 +144,17 @@ def _validate_selection(config: RunConfig) -> None:
             raise UserError(f"--{name} must not be negative, and is {getattr(evaluation, name)}.")
     if data.validation or data.validation_fraction > 0 or data.dataset_type == "sharded":  # a token store can have a validation split of its own
         return
-    for needs, given in (
-        ("--early_stopping_patience", patience is not None),
-        ("--load_best_model_at_end", evaluation.load_best_model_at_end),
-        ("--scheduler plateau", config.optimizer.scheduler == "plateau"),
-    ):
-        if given:
-            raise UserError(f"{needs} needs evaluations, and --validation_fraction 0 leaves nothing to evaluate on. Give --validation or a fraction.")
+    if needs := what_needs_evaluations(config):
+        raise UserError(f"{needs} needs evaluations, and --validation_fraction 0 leaves nothing to evaluate on. Give --validation or a fraction.")
+
+
+def what_needs_evaluations(config: RunConfig) -> str | None:
+    """The first flag of a run that comes to nothing without evaluations."""
+    if config.evaluation.early_stopping_patience is not None:
+        return "--early_stopping_patience"
+    if config.evaluation.load_best_model_at_end:
+        return "--load_best_model_at_end"
+    return "--scheduler plateau" if config.optimizer.scheduler == "plateau" else None
 
 
 def _validate_mixing(config: RunConfig) -> None:

@@ -85,7 +85,7 @@ def prepare(
         return _given(corpus, held_out, options, tokenizer)
     job = build_job(corpus, held_out, options, tokenizer, test_fraction, progress)
     key = key_of(job)
-    directory = cache_directory() / "stores" / key if output is None else output
+    directory = _entry(key, options) if output is None else output
     from_cache = _build(job, key, directory, in_cache=output is None)
     return _prepared(job, directory, from_cache)
 
@@ -177,7 +177,7 @@ def start(options: CorpusOptions, tokenizer: BPETokenizer | None = None, *, prog
     job = dataclasses.replace(build_job(corpus, held_out, options, tokenizer, 0.0, progress), streaming=True)
     assert isinstance(job.tokenizer, BPETokenizer)  # options that would have one learned are refused
     key = key_of(job)
-    return Growing(job, key, job.tokenizer, cache_directory() / "stores" / key)
+    return Growing(job, key, job.tokenizer, _entry(key, options))
 
 
 def _given(corpus: Corpus, held_out: Corpus, options: CorpusOptions, tokenizer: BPETokenizer | None) -> Prepared:
@@ -209,6 +209,15 @@ def _prepared(job: Job, directory: Path, from_cache: bool) -> Prepared:
 
 
 # -------------------------------------------------------------------------------------------------------------------- the work
+
+
+def _entry(key: str, options: CorpusOptions) -> Path:
+    """Where the cache has the store of `key`, or shall have it. One that treats rows that are not UTF-8 otherwise stays: a run may be reading it."""
+    directory = cache_directory() / "stores" / key
+    with suppress(UserError, OSError, ValueError, TypeError):  # damaged, and made again
+        if (directory / MANIFEST).exists() and not is_as_lenient(read_report(directory), options):
+            return directory.with_name(f"{key}-{options.invalid_utf8}")
+    return directory
 
 
 def _build(job: Job, key: str, directory: Path, *, in_cache: bool, publish: Publish | None = None) -> bool:

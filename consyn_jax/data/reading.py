@@ -309,21 +309,16 @@ def _dataset(source: Source, start: Position, columns: Sequence[str], streaming:
     """Rows of a Hugging Face dataset, written as the JSON Lines that they would be."""
     number = start[1]
     for batch in huggingface.rows(source.name, start[0], columns, streaming=streaming):
-        lines = b"".join(json.dumps(row, default=_in_json).encode() + b"\n" for row in batch.rows)
+        lines = b"".join(json.dumps(row, ensure_ascii=False, default=_in_json).encode("utf-8", "surrogateescape") + b"\n" for row in batch.rows)
         numbers = tuple(range(number + 1, number + len(batch.rows) + 1))
         number += len(batch.rows)
         yield Block("rows", source.name, lines, numbers[0], 0, (batch.position, number), batch.bytes_done, numbers=numbers)
 
 
-def _in_json(value: Any) -> str | None:
-    r"""What JSON has no value for: binary columns hold text, which is null where it is not UTF-8; the rest is written as Python shows it.
+def _in_json(value: Any) -> str:
+    r"""What JSON has no value for: binary columns hold text, whose bytes stay as they are; the rest is written as Python shows it.
 
     >>> _in_json("é".encode()), _in_json(b"\xff"), _in_json(3 + 4j)
-    ('é', None, '(3+4j)')
+    ('é', '\udcff', '(3+4j)')
     """
-    if not isinstance(value, bytes):
-        return str(value)
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return None
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)

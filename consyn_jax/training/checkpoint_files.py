@@ -12,7 +12,6 @@ from consyn_jax.validation import natural
 
 CHECKSUMS = "CHECKSUMS"
 READ_BYTES = 1 << 20
-SHOWN = 200  # characters of a name that the checksums have and the directory does not: it may be anything
 LARGEST_CHECKSUMS = 1 << 26  # bytes of them: those of half a million files
 
 
@@ -68,7 +67,7 @@ def damage(directory: Path, part: int = 0, parts: int = 1, only: str | None = No
         if len(expected) != len(lines):
             return f"{CHECKSUMS} is unreadable"
         if missing := sorted(expected.keys() - set(names)):
-            return f"{missing[0][:SHOWN]} is missing"
+            return f"{missing[0]} is missing"
         if unknown := sorted(set(names) - expected.keys()):
             return f"{unknown[0]} is not in {CHECKSUMS}"
         for name in [only] if only else names[part::parts]:

@@ -419,8 +419,8 @@ class Training:
         best = progress.selection.update(metric, values[metric], progress.step, options.early_stopping_min_delta)
         self.console.evaluation(values, best)
         if best:
+            self._event("best", {metric: values[metric]})  # first: a run that goes on from before it knows by the event what to delete
             export_model(self.directory.path / "best", t.model.config, params, t.tokenizer)
-            self._event("best", {metric: values[metric]})
         if progress.plateau is None:
             return state
         before = progress.plateau.scale

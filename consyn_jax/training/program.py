@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -172,8 +172,12 @@ class Built(NamedTuple):
     mesh: MeshChoice
 
 
+@cache
 def this_machine() -> Machine:
-    """As JAX sees it. A host is what has fast links among its devices, and not a process; all processes see the same machine."""
+    """As JAX sees it. A host is what has fast links among its devices, and not a process; all processes see the same machine.
+
+    Found once: processes must ask each other in the same order, and programs are compiled beside other questions.
+    """
     hosts = len({getattr(device, "slice_index", 0) for device in jax.devices()})
     if jax.device_count() % hosts:  # hosts that are not alike
         hosts = 1

@@ -43,7 +43,7 @@ class Progress:
         try:
             return checked(cls, record)
         except (TypeError, KeyError) as error:
-            raise UserError(f"The record of this checkpoint is damaged ({str(error)[:200]}). Go on from another with --resume STEP.") from error
+            raise UserError(f"The record of this checkpoint is damaged ({error}). Go on from another with --resume STEP.") from error
 
 
 def checked(kind: Any, values: Any) -> Any:

@@ -224,7 +224,7 @@ def _check_schedule(old: dict[str, Any], config: RunConfig, derived: dict[str, A
     if config.saving.overwrite_schedule:
         return
     values = {name: value for name, value in flat(config).items() if name in SCHEDULE and name in old}
-    changed = [f"--{name} was {old[name]!s:.80} and is {value}" for name, value in values.items() if old[name] != value]
+    changed = [f"--{name} was {old[name]} and is {value}" for name, value in values.items() if old[name] != value]
     raise UserError(
         f"--output {run_path(config)} holds a run with another schedule: {'; '.join(changed)}. At step {step:,} of {total:,} the rate would be "
         f"{float(after(step)):.3g} instead of {float(before(step)):.3g}, and at the end {float(after(total - 1)):.3g} instead of "
@@ -300,14 +300,14 @@ def compare(old: dict[str, Any], config: RunConfig, derived: dict[str, Any] | No
     # YAML has no tuples
     new = {name: list(value) if isinstance(value, tuple) else value for name, value in flat(config).items()}
     compared = [name for name, f in flags().items() if f.math and name in old and name not in SCHEDULE]
-    differences = [f"--{name} was {old[name]!s:.80} and is {new[name]}" for name in compared if old[name] != new[name]]
+    differences = [f"--{name} was {old[name]} and is {new[name]}" for name in compared if old[name] != new[name]]
     if derived is None:
         return differences
     for key, words in DERIVED_NAMES.items():
         before, now = old[DERIVED].get(key), derived.get(key)
         if before != now:
             short = isinstance(now, str) or isinstance(before, str)
-            differences.append(f"{words} changed" if short else f"{words} was {before!s:.80} and is {now}")
+            differences.append(f"{words} changed" if short else f"{words} was {before} and is {now}")
     return differences
 
 

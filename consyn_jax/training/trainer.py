@@ -35,7 +35,7 @@ from consyn_jax.training.program import EVAL_AXES, TRAIN_AXES, Built, Program, b
 from consyn_jax.training.program_cache import keep_programs
 from consyn_jax.training.run_directory import check_output, run_path
 from consyn_jax.training.scheduler import configured_schedule, decay_end, draw_schedule, write_schedule_plot
-from consyn_jax.validation import parse_profile_steps
+from consyn_jax.validation import parse_profile_steps, what_needs_evaluations
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,8 @@ class ConsynTrainer:
         Args:
             schedule: of the learning rate; None for the run's own.
         """
-        if self.run.optimizer.scheduler == "plateau" and self.eval_source is None:
-            raise UserError("The scheduler plateau follows the evaluations, and there is no evaluation data. Give some, or another scheduler.")
+        if self.eval_source is None and (needs := what_needs_evaluations(self.run)):
+            raise UserError(f"{needs} needs evaluations, and there is no evaluation data. Give some with --validation, or leave it out.")
         keep_freed_memory()
         self.cache_refusal = keep_programs()
         return build_program(self.model.config, self.run, schedule or self.schedule, jax.devices())

@@ -197,8 +197,10 @@ def test_binary_columns_hold_text(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(["é\n".encode(), b"two", b"t\xffo"], pyarrow.binary())}), path)
     found = read(Source(str(path), "huggingface"), PLAIN)
-    assert "a.parquet:3 holds null under the key 'text'" in Worker(PLAIN, BYTES).work(found[-1]).fault
+    assert "a.parquet:3" in Worker(PLAIN, BYTES).work(found[-1]).fault
+    assert "--invalid_utf8 replace" in Worker(PLAIN, BYTES).work(found[-1]).fault
     assert [text for _, text, _, _ in documents(found, CorpusOptions(on_bad_rows="skip"))] == ["é\n", "two"]
+    assert [text for _, text, _, _ in documents(found, CorpusOptions(invalid_utf8="replace"))] == ["é\n", "two", "t\ufffdo"]
 
 
 def test_the_sample() -> None:

@@ -90,8 +90,8 @@ def test_scores_are_scaled_by_the_root_of_the_head() -> None:
     [
         ("cpu", jnp.bfloat16, 64, "", "xla", "the cpu has no fused kernel"),
         ("tpu", jnp.bfloat16, 64, "", "xla", "the tpu has no fused kernel"),
-        ("gpu", jnp.bfloat16, 64, "9.0", "fused", "cuDNN's where it is one"),
-        ("cuda", jnp.float16, 128, "8.0", "fused", "where a row holds documents"),
+        ("gpu", jnp.bfloat16, 64, "9.0", "fused", "this package's kernel"),
+        ("cuda", jnp.float16, 128, "8.0", "fused", "this package's kernel"),
         ("gpu", jnp.float32, 64, "9.0", "xla", "needs bf16 or fp16, and the run computes in float32"),
         ("gpu", jnp.bfloat16, 64, "7.5", "xla", "needs compute capability 8.0, and this GPU has 7.5"),
         ("gpu", jnp.bfloat16, 256, "9.0", "xla", "up to 128 wide in multiples of 8, not 256"),

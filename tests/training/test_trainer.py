@@ -82,6 +82,13 @@ def trainer(output: Path, **changes: Any) -> ConsynTrainer:
     return ConsynTrainer(**{**settings, **changes})
 
 
+@pytest.mark.parametrize("needs", [{"early_stopping_patience": 3}, {"load_best_model_at_end": True}, {"scheduler": "plateau"}])
+def test_what_needs_evaluations_is_refused_without_data_for_them(needs: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"{next(iter(needs))}.* needs evaluations, and there is no evaluation data"):
+        trainer(tmp_path / "out", eval_dataloader=None, **needs).train()
+    assert not (tmp_path / "out").exists()
+
+
 class Finished(NamedTuple):
     trainer: ConsynTrainer
     result: dict[str, float]
