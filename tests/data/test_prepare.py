@@ -212,7 +212,9 @@ def test_rows_that_are_not_utf_8_are_left_out_or_mended_as_is_asked_for_now(
         with pytest.raises(UserError, match="by other rules"):
             made(now, output)
     else:
+        finished = {path: path.read_bytes() for path in (cache_directory() / "stores").glob("*/*.*")} if place == "cache" else {}
         assert made(now, output) == expected[now]
+        assert all(path.read_bytes() == content for path, content in finished.items())  # a run may be reading it
 
 
 def stop(*_: object) -> None:
