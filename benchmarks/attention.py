@@ -1,11 +1,13 @@
-"""How fast is each attention, forward and backward, and what do documents cost? Layers of the presets in bfloat16.
+"""How fast is each attention, forward and backward, and how much do documents cost?
 
     python benchmarks/attention.py --out benchmarks/results/NAME.json
-    python benchmarks/attention.py --tiles              also other tiles for the kernel, to set its table by
+    python benchmarks/attention.py --tiles        also with other tiles, to tune the kernel's table
 
-On an NVIDIA GPU: cuDNN's causal kernel on whole rows, which is what documents are measured against; cuDNN with the documents as a mask; this
-package's kernel on whole rows and on documents; XLA's operations on documents. Elsewhere XLA's alone. Each is first checked in one row and
-one group of heads against the reference in float32. TFLOP/s count the pairs of tokens that see each other, and no others.
+Layers of the presets in bfloat16. On an NVIDIA GPU these are compared: cuDNN's causal kernel on
+whole rows, which is the baseline for documents; cuDNN with the documents as a mask; this package's
+kernel on whole rows and on documents; XLA's operations on documents. Elsewhere only XLA's run. Each
+is first checked in one row and one group of heads against the reference in float32. TFLOP/s count
+only pairs of tokens that attend to each other.
 """
 
 from __future__ import annotations
@@ -20,15 +22,21 @@ import jax.numpy as jnp
 import numpy as np
 from harness import alternate, parser, repeated, report
 
-from consyn_jax.model.attention import Documents, attend, attention_mask, causal_attention, documents
+from consyn_jax.model.attention import (
+    Documents,
+    attend,
+    attention_mask,
+    causal_attention,
+    documents,
+)
 
 MEAN_LENGTH = 512  # of a document, in tokens
 BOUND = 0.01  # relative error in bfloat16
-PASSES = 3.5  # a forward pass is two products, a backward pass five
+PASSES = 3.5  # a forward pass is two matmuls, a backward pass five
 
 
 class Layer(NamedTuple):
-    """Sizes of one attention."""
+    """Sizes of one attention layer."""
 
     B: int
     T: int
@@ -37,13 +45,17 @@ class Layer(NamedTuple):
     H: int
 
 
-LAYERS = {"verse": Layer(16, 2048, 12, 12, 64), "stanza": Layer(4, 4096, 16, 8, 128), "epic": Layer(2, 4096, 40, 8, 128)}
+LAYERS = {
+    "verse": Layer(16, 2048, 12, 12, 64),
+    "stanza": Layer(4, 4096, 16, 8, 128),
+    "epic": Layer(2, 4096, 40, 8, 128),
+}
 SMALL = {"small": Layer(2, 256, 4, 2, 32)}
 Attention = Callable[[Any, Any, Any, Documents], jax.Array]
 
 
 def contestants() -> Iterator[tuple[str, bool, Attention]]:
-    """What runs on this device: name, whether rows hold documents, and attention of q, k, v and the documents."""
+    """The attentions of this device: name, whether rows hold documents, and the function."""
     xla = partial(causal_attention, backend="xla")
     if jax.default_backend() != "gpu":
         yield "XLA", False, lambda q, k, v, inside: xla(q, k, v, None)
@@ -58,50 +70,68 @@ def contestants() -> Iterator[tuple[str, bool, Attention]]:
 
 
 def causal_cudnn(q: Any, k: Any, v: Any, inside: Documents) -> jax.Array:
-    """Whole rows."""
+    """cuDNN on whole rows."""
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
 def masked_cudnn(q: Any, k: Any, v: Any, inside: Documents) -> jax.Array:
-    """Documents as an array of all pairs of tokens."""
+    """cuDNN with the documents as a mask over all pairs of tokens."""
     positions = jnp.arange(q.shape[1])
-    return jax.nn.dot_product_attention(q, k, v, mask=attention_mask(positions, positions, inside.first_BT), implementation="cudnn")
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=attention_mask(positions, positions, inside.first_BT), implementation="cudnn"
+    )
 
 
 def with_tiles() -> Iterator[tuple[str, Attention]]:
-    """The kernel with one tile of its table changed: which of its three kernels, and to what."""
-    from consyn_jax.model.document_attention import TILES, Tile, document_attention
+    """The kernel with other tiles for one of its three kernels, and a name for each."""
+    from consyn_jax.model.kernels.document_attention import TILES, Tile, document_attention
 
     def attention(q: Any, k: Any, v: Any, inside: Documents, which: str, tile: Tile) -> jax.Array:
         tiles = dataclasses.replace(TILES[64 if q.shape[3] <= 64 else 128], **{which: tile})
         return document_attention(q, k, v, *inside, tiles=tiles)
 
     for which in ("forward", "queries", "keys"):
-        for own, step, warps, stages in ((64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3)):
+        for own, step, warps, stages in (
+            (64, 64, 4, 2),
+            (64, 64, 4, 3),
+            (128, 32, 4, 3),
+            (128, 64, 8, 3),
+            (128, 128, 8, 2),
+            (128, 128, 8, 3),
+        ):
             tile = Tile(own, step, warps, stages)
-            yield f"kernel, {which} {own} x {step}, {warps} warps, {stages} stages", partial(attention, which=which, tile=tile)
+            yield (
+                f"kernel, {which} {own} x {step}, {warps} warps, {stages} stages",
+                partial(attention, which=which, tile=tile),
+            )
 
 
 def packed(layer: Layer) -> np.ndarray:
-    """Segment ids of rows that are cut out of documents one after the other, as packing does."""
+    """Segment ids of rows cut from a sequence of documents, as packing does."""
     rng, tokens = np.random.default_rng(0), layer.B * layer.T
     lengths = rng.geometric(1 / min(MEAN_LENGTH, layer.T // 4), tokens)
     return np.repeat(np.arange(tokens), lengths)[:tokens].reshape(layer.B, layer.T).astype(np.int32)
 
 
 def pairs(segments: np.ndarray) -> float:
-    """Pairs of tokens that see each other."""
-    lengths = np.concatenate([np.unique(row, return_counts=True)[1] for row in segments]).astype(float)
+    """The number of pairs of tokens that attend to each other."""
+    lengths = np.concatenate([np.unique(row, return_counts=True)[1] for row in segments]).astype(
+        float
+    )
     return float((lengths * (lengths + 1) / 2).sum())
 
 
-def both_ways(attention: Attention, q: Any, k: Any, v: Any, dout: Any, inside: Documents) -> tuple[jax.Array, ...]:
+def both_ways(
+    attention: Attention, q: Any, k: Any, v: Any, dout: Any, inside: Documents
+) -> tuple[jax.Array, ...]:
     """Output and gradients."""
     out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, inside), q, k, v)
     return (out, *pull(dout))
 
 
-def distance(attention: Attention, given: tuple[jax.Array, ...], inside: Documents, group: int) -> float:
+def distance(
+    attention: Attention, given: tuple[jax.Array, ...], inside: Documents, group: int
+) -> float:
     """Largest relative error of output and gradients in one row and one group of heads."""
     q, k, v, dout = (x[:1, :, :heads] for x, heads in zip(given, (group, 1, 1, group), strict=True))
     row = Documents(*(a[:1] for a in inside))
@@ -111,50 +141,90 @@ def distance(attention: Attention, given: tuple[jax.Array, ...], inside: Documen
         return attend(q, k, v, attention_mask(positions, positions, inside.first_BT))
 
     with jax.default_matmul_precision("highest"):
-        expected = jax.jit(partial(both_ways, exact))(*(x.astype(jnp.float32) for x in (q, k, v, dout)), row)
+        expected = jax.jit(partial(both_ways, exact))(
+            *(x.astype(jnp.float32) for x in (q, k, v, dout)), row
+        )
     found = jax.jit(partial(both_ways, attention))(q, k, v, dout, row)
-    return max(float(jnp.linalg.norm(f.astype(jnp.float32) - e) / jnp.linalg.norm(e)) for f, e in zip(found, expected, strict=True))
+    return max(
+        float(jnp.linalg.norm(f.astype(jnp.float32) - e) / jnp.linalg.norm(e))
+        for f, e in zip(found, expected, strict=True)
+    )
 
 
 def measure(tiny: bool = False, other_tiles: bool = False) -> dict[str, Any]:
-    """Milliseconds of forward and backward pass together, temporaries and errors.
+    """Milliseconds of forward and backward pass together, temporary memory and errors.
 
     Args:
-        other_tiles: also those that `with_tiles` lists.
+        other_tiles: also measure those of `with_tiles`.
     """
-    rows, absent = [], {}
     on_gpu = jax.default_backend() == "gpu"
     layers = LAYERS if on_gpu and not tiny else SMALL
-    tiles = [(name, docs, attention) for name, attention in with_tiles() for docs in (False, True)] if other_tiles and on_gpu else []
+    tiles = with_tiles() if other_tiles and on_gpu else ()
+    optional = [(name, docs, attention) for name, attention in tiles for docs in (False, True)]
+    rows: list[dict[str, Any]] = []
+    absent: dict[str, str] = {}
     for preset, layer in layers.items():
-        keys = jax.random.split(jax.random.key(0), 4)
-        shapes = [(layer.B, layer.T, heads, layer.H) for heads in (layer.N, layer.K, layer.K, layer.N)]
-        given = tuple(jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
-        segments = {False: np.zeros((layer.B, layer.T), np.int32), True: packed(layer)}
-        inside = {docs: documents(jnp.asarray(ids)) for docs, ids in segments.items()}
-        turns, about = {}, {}
-        for name, docs, attention in [*contestants(), *tiles]:
-            label = f"{name}, {'documents' if docs else 'whole rows'}"
-            try:
-                error = distance(attention, given, inside[docs], layer.N // layer.K)
-                step = jax.jit(partial(both_ways, attention)).lower(*given, inside[docs]).compile()
-            except jax.errors.JaxRuntimeError as failed:  # tiles that do not fit this GPU
-                if attention not in [tried for _, _, tried in tiles]:
-                    raise
-                absent[f"{preset}, {label}"] = str(failed).splitlines()[0][:200]
-                continue
-            turns[label] = repeated(partial(step, *given, inside[docs]), 3 if tiny else 20)
-            about[label] = error, step.memory_analysis().temp_size_in_bytes, pairs(segments[docs])
-        seconds = alternate(turns, 3 if tiny else 7)
-        calls = 3 if tiny else 20
-        medians = {label: float(np.median(times)) / calls for label, times in seconds.items()}
-        base = medians[next(iter(medians))]
-        for label, median in medians.items():
-            error, temporary, seen = about[label]
-            flops = PASSES * 4 * seen * layer.N * layer.H
-            row = {"layer": preset, "attention": label, "ms": 1e3 * median, "against the first": median / base, "TFLOP/s": flops / median / 1e12}
-            rows.append({**row, "temporary MB": temporary / 1e6, "error": error, "right": error <= BOUND})
-    return {"rows": rows, "not_here": absent, "layers": {name: layer._asdict() for name, layer in layers.items()}, "mean_document": MEAN_LENGTH}
+        found, failed = measure_layer(layer, optional, tiny)
+        rows += [{"layer": preset, **row} for row in found]
+        absent |= {f"{preset}, {label}": error for label, error in failed.items()}
+    return {
+        "rows": rows,
+        "not_here": absent,
+        "layers": {name: layer._asdict() for name, layer in layers.items()},
+        "mean_document": MEAN_LENGTH,
+    }
+
+
+def measure_layer(
+    layer: Layer, optional: list[tuple[str, bool, Attention]], tiny: bool
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The rows of one layer, and the errors of attentions that this GPU cannot run.
+
+    Args:
+        optional: attentions that may fail, because their tiles do not fit.
+    """
+    keys, heads = jax.random.split(jax.random.key(0), 4), (layer.N, layer.K, layer.K, layer.N)
+    given = tuple(
+        jax.random.normal(key, (layer.B, layer.T, n, layer.H), jnp.bfloat16)
+        for key, n in zip(keys, heads, strict=True)
+    )
+    segments = {False: np.zeros((layer.B, layer.T), np.int32), True: packed(layer)}
+    inside = {docs: documents(jnp.asarray(ids)) for docs, ids in segments.items()}
+    calls, rounds = (3, 3) if tiny else (20, 7)
+    turns, about, failed = {}, {}, {}
+    for name, docs, attention in [*contestants(), *optional]:
+        label = f"{name}, {'documents' if docs else 'whole rows'}"
+        try:
+            error = distance(attention, given, inside[docs], layer.N // layer.K)
+            step = jax.jit(partial(both_ways, attention)).lower(*given, inside[docs]).compile()
+        except jax.errors.JaxRuntimeError as failure:
+            if attention not in [tried for _, _, tried in optional]:
+                raise
+            failed[label] = str(failure).splitlines()[0][:200]
+            continue
+        turns[label] = repeated(partial(step, *given, inside[docs]), calls)
+        about[label] = error, step.memory_analysis().temp_size_in_bytes, pairs(segments[docs])
+    seconds = alternate(turns, rounds)
+    medians = {label: float(np.median(times)) / calls for label, times in seconds.items()}
+    base = medians[next(iter(medians))]
+    return [
+        _row(layer, label, median, base, *about[label]) for label, median in medians.items()
+    ], failed
+
+
+def _row(
+    layer: Layer, label: str, median: float, base: float, error: float, temporary: int, seen: float
+) -> dict[str, Any]:
+    flops = PASSES * 4 * seen * layer.N * layer.H
+    return {
+        "attention": label,
+        "ms": 1e3 * median,
+        "against the first": median / base,
+        "TFLOP/s": flops / median / 1e12,
+        "temporary MB": temporary / 1e6,
+        "error": error,
+        "right": error <= BOUND,
+    }
 
 
 def main() -> None:

@@ -1,13 +1,16 @@
-"""How fast are random packed windows read, how much memory does that take, and how soon is the first batch there?
+"""How fast are random packed windows read, in how much memory, and how soon is the first batch?
 
-Two token stores of synthetic ids (documents of 20 to 20,000 tokens, 600 on average) of 100 M and 400 M tokens are made in a temporary
-directory. Then, on this machine:
+Two token stores of 100 M and 400 M synthetic tokens (documents of 20 to 20,000 tokens, 600 on
+average) are made in a temporary directory. Then, on this machine:
 
-- tokens a second, in rounds in which all take turns: `windows` reads windows at random indices, `loader` is what training uses (order,
-  batches, prefetching thread); torch's DataLoader reads the same 100 M tokens by nanoGPT's memory map, with 0 and with 2 workers;
-- resident memory: how far the peak of a fresh process rises while it reads 50 M tokens at random from each store;
-- the first batch: opening a store, checking the shards that the batch lies in and reading it, at random positions of the first 10,000
-  epochs, each in a fresh process, with the store's files in the page cache and thrown out of it.
+- tokens per second, in rounds in which all take turns: `windows` reads windows at random indices;
+  `loader` is the one of training (order, batches, prefetching thread); torch's DataLoader reads the
+  same 100 M tokens through nanoGPT's memory map, with 0 and with 2 workers;
+- resident memory: how far the peak of a fresh process rises while it reads 50 M tokens at random
+  from each store;
+- the first batch: opening a store, checking the batch's shards and reading it, at random positions
+  of the first 10,000 epochs, each in a fresh process, with the store's files in the page cache and
+  evicted from it.
 
     python benchmarks/data_loader.py --out benchmarks/results/NAME.json
 """
@@ -25,6 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
 from harness import facts, write
 
@@ -40,7 +44,7 @@ FIRST_BATCHES = 7
 
 
 def build(directory: Path, tokens: int) -> TokenStore:
-    """A store of that many synthetic tokens, in documents of log-normal lengths."""
+    """Make a store of that many synthetic tokens, in documents of log-normal lengths."""
     tokenizer = BPETokenizer()
     rng = np.random.default_rng(tokens)
     with TokenStoreWriter(directory, tokenizer) as writer:
@@ -58,11 +62,13 @@ def build(directory: Path, tokens: int) -> TokenStore:
 
 
 def opened(directory: Path, length: int, tokenizer: BPETokenizer) -> PackedDataset:
-    """The train split of a store in windows."""
-    return PackedDataset(TokenStore(directory).split("train"), length, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    """The train split of a store, in windows."""
+    return PackedDataset(
+        TokenStore(directory).split("train"), length, tokenizer.first_id, tokenizer.fill_id
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------------------ speed
+# -------------------------------------------------------------------------------------------- speed
 
 
 def torch_loader(file: Path, batch_size: int, length: int, workers: int) -> Iterator[Any]:
@@ -82,16 +88,20 @@ def torch_loader(file: Path, batch_size: int, length: int, workers: int) -> Iter
 
     windows = Windows()
     sampler = torch.utils.data.RandomSampler(windows, replacement=True, num_samples=1 << 40)
-    return iter(torch.utils.data.DataLoader(windows, batch_size, sampler=sampler, num_workers=workers))
+    return iter(
+        torch.utils.data.DataLoader(windows, batch_size, sampler=sampler, num_workers=workers)
+    )
 
 
-def contestants(directory: Path, file: Path, batch_size: int, length: int) -> dict[str, Callable[[], Any]]:
-    """Functions that give one batch each."""
+def contestants(
+    directory: Path, file: Path, batch_size: int, length: int
+) -> dict[str, Callable[[], Any]]:
+    """Functions that read one batch each."""
     torch_0, torch_2 = (torch_loader(file, batch_size, length, workers) for workers in (0, 2))
     rng = np.random.default_rng(0)
     tokenizer = BPETokenizer()
     packed = opened(directory, length, tokenizer)
-    whole = WholeDocuments(packed.split, length, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    whole = WholeDocuments(packed.split, length, tokenizer.first_id, tokenizer.fill_id)
     loader = prefetch(BatchLoader(Shuffled(packed, 0), batch_size))
     return {
         "windows": lambda: packed.rows(rng.integers(0, len(packed), batch_size)),
@@ -102,8 +112,10 @@ def contestants(directory: Path, file: Path, batch_size: int, length: int) -> di
     }
 
 
-def race(directory: Path, file: Path, batch_size: int, length: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """Tokens a second of each contestant, round by round."""
+def race(
+    directory: Path, file: Path, batch_size: int, length: int, rounds: int, seconds: float
+) -> dict[str, Any]:
+    """Tokens per second of each contestant, round by round."""
     batch_of = contestants(directory, file, batch_size, length)
     rates: dict[str, list[float]] = {name: [] for name in batch_of}
     for number in range(rounds + 1):
@@ -120,18 +132,22 @@ def race(directory: Path, file: Path, batch_size: int, length: int, rounds: int,
     return {"batch_size": batch_size, "length": length, "tokens_per_s": medians, "rounds": rates}
 
 
-# ------------------------------------------------------------------------------------------------- memory and the first batch
+# ----------------------------------------------------------------------- memory and the first batch
 
 
 def peak_bytes() -> int:
-    """The largest resident memory of this process since its record was cleared."""
-    return next(1024 * int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    """The largest resident memory of this process since the record was cleared."""
+    return next(
+        1024 * int(line.split()[1])
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
 
 
 def memory_growth(directory: Path) -> float:
-    """In MB, from before a store is opened to after random reads all over it. Runs in a process of its own."""
+    """MB by which the peak rises while a store is opened and read at random; in a fresh process."""
     tokenizer = BPETokenizer()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on; see proc(5)
+    Path("/proc/self/clear_refs").write_text("5")  # clears the record; see proc(5)
     before, done = peak_bytes(), 0
     packed = opened(directory, 2048, tokenizer)
     rng = np.random.default_rng(0)
@@ -142,7 +158,7 @@ def memory_growth(directory: Path) -> float:
 
 
 def first_batch(directory: Path, seed: int) -> float:
-    """Seconds from nothing to a batch at a random position. Runs in a process of its own."""
+    """Seconds until a batch at a random position is read; in a fresh process."""
     step = int(np.random.default_rng(seed).integers(0, 10**7))
     tokenizer = BPETokenizer()
     began = time.perf_counter()
@@ -151,13 +167,14 @@ def first_batch(directory: Path, seed: int) -> float:
 
 
 def elsewhere(what: str, directory: Path, seed: int = 0) -> float:
-    """What `memory_growth` or `first_batch` says in a fresh process."""
-    command = [sys.executable, __file__, "--measure", what, "--store", str(directory), "--seed", str(seed)]
+    """The result of `memory_growth` or `first_batch` in a fresh process."""
+    flags = ["--measure", what, "--store", str(directory), "--seed", str(seed)]
+    command = [sys.executable, __file__, *flags]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def forget(directory: Path) -> None:
-    """Throw a store's files out of the page cache."""
+    """Evict a store's files from the page cache."""
     for path in directory.glob("*.*"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -165,46 +182,74 @@ def forget(directory: Path) -> None:
 
 
 def first_batches(directory: Path) -> dict[str, Any]:
-    """Seconds to the first batch, each position with warm and with cold files."""
+    """Seconds to the first batch at each position, with warm and with cold files."""
     found: dict[str, list[float]] = {"warm": [], "cold": []}
     for seed in range(FIRST_BATCHES):
         for name, seconds in found.items():
             if name == "cold":
                 forget(directory)
             seconds.append(elsewhere("first_batch", directory, seed))
-    return {name: {"median_s": float(np.median(seconds)), "max_s": max(seconds)} for name, seconds in found.items()}
+    return {
+        name: {"median_s": float(np.median(seconds)), "max_s": max(seconds)}
+        for name, seconds in found.items()
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = harness.parser(__doc__, tiny=False)
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        help="where to make the stores, 2 GB; by default the system's temporary directory",
+    )
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="of each contestant in each round"
+    )
+    # for the fresh processes
+    parser.add_argument(
+        "--measure", choices=("memory_growth", "first_batch"), help=argparse.SUPPRESS
+    )
+    parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def measure(directory: Path, rounds: int, seconds: float) -> dict[str, Any]:
+    """Make the stores in `directory` and measure everything."""
+    stores = {size: directory / size for size in SIZES}
+    for size, store in stores.items():
+        began = time.perf_counter()
+        shards = len(build(store, SIZES[size]).split("train").shards)
+        passed = time.perf_counter() - began
+        print(f"store of {size} tokens in {shards} shards made in {passed:.0f} s", flush=True)
+    summary: dict[str, Any] = {
+        "memory_growth_MB": {
+            size: elsewhere("memory_growth", store) for size, store in stores.items()
+        },
+        "first_batch": {size: first_batches(store) for size, store in stores.items()},
+    }
+    print(json.dumps(summary, indent=1), flush=True)
+    file = directory / "nanogpt.bin"
+    with file.open("wb") as out:
+        for path in sorted(stores["100M"].glob("train-*.tokens")):
+            out.write(path.read_bytes())
+    races = [race(stores["100M"], file, *shape, rounds, seconds) for shape in SHAPES]
+    return summary | {"speed": races}
 
 
 def main() -> None:
     """Run, print the figures, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file for the result")
-    parser.add_argument("--directory", type=Path, help="where to make the stores (2 GB); default: the system's temporary directory")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=0.5, help="of each contestant in each round")
-    parser.add_argument("--measure", choices=("memory_growth", "first_batch"), help=argparse.SUPPRESS)  # what a fresh process is asked
-    parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.measure:
-        print(memory_growth(arguments.store) if arguments.measure == "memory_growth" else first_batch(arguments.store, arguments.seed))
-        return
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
-        stores = {size: Path(name) / size for size in SIZES}
-        for size, directory in stores.items():
-            began = time.perf_counter()
-            split = build(directory, SIZES[size]).split("train")
-            print(f"store of {size} tokens in {len(split.shards)} shards made in {time.perf_counter() - began:.0f} s", flush=True)
-        summary: dict[str, Any] = {"memory_growth_MB": {size: elsewhere("memory_growth", directory) for size, directory in stores.items()}}
-        summary["first_batch"] = {size: first_batches(directory) for size, directory in stores.items()}
-        print(json.dumps(summary, indent=1), flush=True)
-        file = Path(name) / "nanogpt.bin"
-        with file.open("wb") as out:
-            for path in sorted(stores["100M"].glob("train-*.tokens")):
-                out.write(path.read_bytes())
-        races = [race(stores["100M"], file, *shape, arguments.rounds, arguments.seconds) for shape in SHAPES]
-    if arguments.out:
-        write(arguments.out, {**facts(), "numpy": np.__version__, **summary, "speed": races})
+    arguments = parse_arguments()
+    if arguments.measure == "memory_growth":
+        print(memory_growth(arguments.store))
+    elif arguments.measure == "first_batch":
+        print(first_batch(arguments.store, arguments.seed))
+    else:
+        with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
+            found = measure(Path(directory), arguments.rounds, arguments.seconds)
+        if arguments.out:
+            write(arguments.out, {**facts(), "numpy": np.__version__, **found})
 
 
 if __name__ == "__main__":

@@ -1,21 +1,24 @@
-"""How fast is preparation, against the tokenizer alone? enwik8, its pages as documents, on all cores of this machine.
+"""How fast is preparation, compared with the tokenizer alone?
 
-Three things take turns, a portion of the text each, so that noise of the machine meets all of them:
+The text is enwik8, with its pages as documents, on all cores of this machine. Three contestants
+take turns on a portion of the text each, so that noise affects all of them:
 
-    raw         `encode_batch` of Hugging Face tokenizers, with its own threads: texts in, encodings out, ids not even taken out
+    raw         `encode_batch` of Hugging Face tokenizers, with its own threads: texts to encodings,
+                ids not even extracted
     raw fast    the same with `encode_batch_fast`, which leaves out offsets
-    pipeline    our workers on the same text: read, cut, clean, digest, tokenise, ids as arrays in this process; nothing is written
+    pipeline    our workers on the same text: read, cut, clean, hash, tokenise, ids as arrays in
+                this process; nothing is written
 
-and in each round `consyn-prepare` runs as a user runs it, from the command to its end: hash, clean, leave duplicates out, split,
-tokenise, write, report. Then once more with four times the text. Memory is the proportional set size of the process and all its
-children, sampled from /proc.
+In each round `consyn-prepare` also runs as users run it, from the command to its end: hash, clean,
+drop duplicates, split, tokenise, write, report. Finally it runs with four times the text. Memory is
+the proportional set size of the process and all its children, sampled from /proc.
 
-    python benchmarks/data_prepare.py --data ../shared/data/enwik8/enwik8.gz --out benchmarks/results/NAME.json
+    python benchmarks/data_prepare.py --data ../shared/data/enwik8/enwik8.gz \
+        --out benchmarks/results/NAME.json
 """
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import os
@@ -25,40 +28,42 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 
+import harness
 import tokenizers
 from harness import facts, write
 
-from consyn_jax.config import CorpusOptions
-from consyn_jax.data.reading import START, blocks
-from consyn_jax.data.sources import Source
-from consyn_jax.data.workers import Workers
+from consyn_jax.data.preparation.worker_pool import WorkerPool
+from consyn_jax.data.sources.reader import START, Reading
+from consyn_jax.data.sources.source import Source
+from consyn_jax.prepare_config import CorpusOptions
 from consyn_jax.tokenization import BPETokenizer
 
 SEPARATOR = "</page>"
 ENWIK8 = Path(__file__).parents[2] / "shared" / "data" / "enwik8" / "enwik8.gz"
-PORTIONS = 4  # in which the text takes turns
-BATCH_BYTES = 4 << 20  # of one call of encode_batch: enough for its threads, and 100 MB at once would take gigabytes
-# What must hold: the pipeline and the whole command against `encode_batch`, and the peak of memory.
+PORTIONS = 4  # of the text, which take turns
+# Of one call of encode_batch: enough for its threads; 100 MB at once would take gigabytes.
+BATCH_BYTES = 4 << 20
+# Limits: the pipeline and the whole command against `encode_batch`, and the peak of memory.
 PIPELINE_RATIO, WHOLE_RATIO, PEAK_BYTES = 0.95, 0.6, 1.5e9
-# The peak of the larger input may lie above the other by what sampling and the allocator make of equal work.
+# The peak with the larger input may be this much higher, through sampling and the allocator.
 PEAK_NOISE = 1.05
 
 
 def read(path: Path, limit: int | None) -> list[str]:
-    """The pages of the text: what stands between the separators."""
+    """The pages of the text, which are between the separators."""
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         data = file.read() if limit is None else file.read(limit)
     return data.decode("utf-8", "ignore").split(SEPARATOR)  # a limit may cut a character
 
 
 def portions(pages: Sequence[str], count: int) -> list[list[str]]:
-    """The pages in `count` runs of about equal size."""
+    """Divide the pages into `count` runs of about equal size."""
     total, done = sum(map(len, pages)), 0
     runs: list[list[str]] = [[] for _ in range(count)]
     for page in pages:
@@ -68,7 +73,7 @@ def portions(pages: Sequence[str], count: int) -> list[list[str]]:
 
 
 def num_bytes(pages: Sequence[str]) -> int:
-    """Bytes of text, separators left out."""
+    """Bytes of text without separators."""
     return sum(len(page.encode()) for page in pages)
 
 
@@ -84,38 +89,49 @@ def encode_raw(tokenizer: tokenizers.Tokenizer, pages: Sequence[str], name: str)
 
 
 def batches(pages: Sequence[str]) -> list[list[str]]:
-    """The pages in lists of about `BATCH_BYTES`."""
+    """Divide the pages into lists of about `BATCH_BYTES`."""
     return portions(pages, max(1, num_bytes(pages) // BATCH_BYTES))
 
 
-def run_pipeline(workers: Workers, options: CorpusOptions, tokenizer: BPETokenizer, file: Path) -> tuple[float, int]:
-    """Seconds and tokens of our worker processes on the documents of a file, nothing written."""
+def run_pipeline(
+    workers: WorkerPool, options: CorpusOptions, tokenizer: BPETokenizer, file: Path
+) -> tuple[float, int]:
+    """Seconds and tokens of our worker processes on the documents of a file."""
     source = Source(str(file), "text")
     began = time.perf_counter()
-    found = ((None, block) for block in blocks(source, START, options, tokenizer, single=False, columns=()))
+    found = ((None, block) for block in source.blocks(START, Reading(options, tokenizer)))
     tokens = sum(len(result.kept.ids) for _, _, result in workers.results(found))
     return time.perf_counter() - began, tokens
 
 
-# ---------------------------------------------------------------------------------------------------------- the whole command
+# -------------------------------------------------------------------------------- the whole command
 
 
 def run_command(data: Path, output: Path, cache: Path) -> dict[str, Any]:
     """Seconds, peak memory in bytes and the report of one `consyn-prepare`."""
-    command = [sys.executable, "-m", "consyn_jax.cli.prepare", "--data", str(data), "--document_separator", SEPARATOR, "--output", str(output), "--quiet"]
+    command = [sys.executable, "-m", "consyn_jax.cli.prepare", "--quiet"]
+    command += ["--data", str(data), "--document_separator", SEPARATOR, "--output", str(output)]
     began = time.perf_counter()
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "CONSYN_CACHE": str(cache)})
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "CONSYN_CACHE": str(cache)}
+    )
     with Watch(process.pid) as watch:
         _, errors = process.communicate()
     seconds = time.perf_counter() - began
     if process.returncode:
         sys.exit(f"consyn-prepare ended with {process.returncode}: {errors}")
     report = json.loads((output / "report.json").read_text())
-    return {"seconds": seconds, "peak_bytes": watch.peak, "samples": watch.samples, "splits": report["splits"], "dropped": report["dropped"]}
+    return {
+        "seconds": seconds,
+        "peak_bytes": watch.peak,
+        "samples": watch.samples,
+        "splits": report["splits"],
+        "dropped": report["dropped"],
+    }
 
 
 class Watch:
-    """The peak memory of a process and its children, while the `with` block lasts, in bytes."""
+    """Measures the peak memory in bytes of a process and its children during a `with` block."""
 
     def __init__(self, pid: int, every_s: float = 0.05) -> None:
         self.pid, self.every_s = pid, every_s
@@ -138,19 +154,19 @@ class Watch:
 
 
 def family(pid: int) -> list[int]:
-    """A process and all that descend from it."""
+    """A process and all its descendants."""
     found = [pid]
     for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
             for child in tasks.read_text().split():
                 found += family(int(child))
-        except OSError:  # a thread that has just ended
+        except OSError:  # the thread has just ended
             continue
     return found
 
 
 def resident(pid: int) -> int:
-    """Proportional set size in bytes (what is shared counts once over all processes); 0 of a process that is gone."""
+    """Proportional set size in bytes, which counts shared pages once; 0 if the process is gone."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -158,62 +174,100 @@ def resident(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
 
 
-# ------------------------------------------------------------------------------------------------------------------- the race
+# ----------------------------------------------------------------------------------------- the race
+
+
+def write_text(file: Path, pages: Iterable[str]) -> None:
+    with file.open("w", encoding="utf-8", newline="") as out:
+        for number, page in enumerate(pages):
+            out.write(f"{SEPARATOR}{page}" if number else page)
+
+
+def portion_seconds(
+    workers: WorkerPool,
+    options: CorpusOptions,
+    tokenizer: BPETokenizer,
+    raw: tokenizers.Tokenizer,
+    portions: Sequence[tuple[list[str], Path]],
+) -> dict[str, float]:
+    """Seconds of a round of the three contestants, by portion in turn."""
+    seconds = dict.fromkeys(("raw", "raw fast", "pipeline"), 0.0)
+    for pages, file in portions:
+        seconds["raw"] += encode_raw(raw, pages, "encode_batch")
+        seconds["pipeline"] += run_pipeline(workers, options, tokenizer, file)[0]
+        seconds["raw fast"] += encode_raw(raw, pages, "encode_batch_fast")
+    return seconds
 
 
 def race(pages: list[str], rounds: int, directory: Path) -> dict[str, Any]:
-    """Rates in bytes of text a second, by contestant and round, and what the whole command took."""
-    tokenizer = BPETokenizer()
+    """Bytes of text per second by contestant and round, and the runs of the whole command."""
+    tokenizer, cache = BPETokenizer(), directory / "cache"
     raw = tokenizers.Tokenizer.from_str(tokenizer.to_json())
     options = CorpusOptions(document_separator=SEPARATOR)
     runs = portions(pages, PORTIONS)
-    sizes = [num_bytes(run) for run in runs]
+    size = sum(map(num_bytes, runs))
     files = [directory / f"portion-{number}.txt" for number in range(PORTIONS)]
-    for file, run in zip(files, runs, strict=True):
-        file.write_text(SEPARATOR.join(run), encoding="utf-8", newline="")
     text, one = directory / "text.txt", directory / "one.txt"
-    text.write_text(SEPARATOR.join(pages), encoding="utf-8", newline="")
-    one.write_text(SEPARATOR.join(pages[:20]), encoding="utf-8", newline="")
-
+    for file, part in [*zip(files, runs, strict=True), (text, pages), (one, pages[:20])]:
+        write_text(file, part)
     rates: dict[str, list[float]] = {"raw": [], "raw fast": [], "pipeline": [], "whole": []}
     whole: list[dict[str, Any]] = []
-    startups = [run_command(one, directory / f"startup-{number}", directory / "cache")["seconds"] for number in range(3)]
-    with Workers(os.cpu_count() or 1, options, tokenizer, 0.0, False) as workers:
-        run_pipeline(workers, options, tokenizer, one)  # the processes are up
+    startups = [
+        run_command(one, directory / f"startup-{number}", cache)["seconds"] for number in range(3)
+    ]
+    with WorkerPool(os.cpu_count() or 1, options, tokenizer, 0.0, False) as workers:
+        run_pipeline(workers, options, tokenizer, one)  # starts the processes
         encode_raw(raw, pages[:20], "encode_batch")
         for number in range(rounds):
-            seconds = dict.fromkeys(("raw", "raw fast", "pipeline"), 0.0)
-            for run, file in zip(runs, files, strict=True):
-                seconds["raw"] += encode_raw(raw, run, "encode_batch")
-                took, _ = run_pipeline(workers, options, tokenizer, file)
-                seconds["pipeline"] += took
-                seconds["raw fast"] += encode_raw(raw, run, "encode_batch_fast")
-            whole.append(run_command(text, directory / f"whole-{number}", directory / "cache"))
+            parts = list(zip(runs, files, strict=True))
+            seconds = portion_seconds(workers, options, tokenizer, raw, parts)
+            whole.append(run_command(text, directory / f"whole-{number}", cache))
             for name, took in {**seconds, "whole": whole[-1]["seconds"]}.items():
-                rates[name].append(sum(sizes) / took)
-            print(f"round {number + 1}: " + ", ".join(f"{name} {values[-1] / 1e6:.2f} MB/s" for name, values in rates.items()), flush=True)
+                rates[name].append(size / took)
+            words = (f"{name} {values[-1] / 1e6:.2f} MB/s" for name, values in rates.items())
+            print(f"round {number + 1}: {', '.join(words)}", flush=True)
+    return {
+        "bytes": size,
+        "rates": rates,
+        "startup_s": startups,
+        "whole": whole,
+        "whole_4x": run_larger(pages, directory, cache),
+    }
+
+
+def run_larger(pages: list[str], directory: Path, cache: Path) -> dict[str, Any]:
+    """Run the command on four copies of the text."""
+    text = directory / "text.txt"
     with text.open("w", encoding="utf-8", newline="") as file:
         for copy in range(4):  # with another first tag, so that none is a duplicate
-            file.writelines(page.replace("<page>", f'<page copy="{copy}">') + SEPARATOR for page in pages)
-    larger = run_command(text, directory / "larger", directory / "cache")
-    return {"bytes": sum(sizes), "rates": rates, "startup_s": startups, "whole": whole, "whole_4x": {**larger, "rate": text.stat().st_size / larger["seconds"]}}
+            file.writelines(
+                page.replace("<page>", f'<page copy="{copy}">') + SEPARATOR for page in pages
+            )
+    larger = run_command(text, directory / "larger", cache)
+    return {**larger, "rate": text.stat().st_size / larger["seconds"]}
 
 
 def judge(results: dict[str, Any]) -> dict[str, Any]:
-    """Medians, ratios, and whether they are what they must be."""
+    """Medians, ratios, and whether the limits hold."""
     rates = {name: statistics.median(values) for name, values in results["rates"].items()}
-    # Ratios within a round, since what slows the machine then slows all of it.
+    # Ratios are within a round, because other load slows all contestants of a round.
     ratios = {
-        name: statistics.median(a / b for a, b in zip(results["rates"][name], results["rates"]["raw"], strict=True))
+        name: statistics.median(
+            a / b for a, b in zip(results["rates"][name], results["rates"]["raw"], strict=True)
+        )
         for name in ("raw fast", "pipeline", "whole")
     }
     startup = statistics.median(results["startup_s"])
-    peak, peak_4x = max(run["peak_bytes"] for run in results["whole"]), results["whole_4x"]["peak_bytes"]
+    peak = max(run["peak_bytes"] for run in results["whole"])
+    peak_4x = results["whole_4x"]["peak_bytes"]
     return {
-        "MB_per_s": {name: rate / 1e6 for name, rate in rates.items()} | {"whole 4x": results["whole_4x"]["rate"] / 1e6},
+        "MB_per_s": {name: rate / 1e6 for name, rate in rates.items()}
+        | {"whole 4x": results["whole_4x"]["rate"] / 1e6},
         "ratio_to_encode_batch": ratios,
         "startup_s": startup,
-        "whole_without_startup_MB_per_s": results["bytes"] / (results["bytes"] / rates["whole"] - startup) / 1e6,
+        "whole_without_startup_MB_per_s": results["bytes"]
+        / (results["bytes"] / rates["whole"] - startup)
+        / 1e6,
         "peak_MB": {"1x": peak / 1e6, "4x": peak_4x / 1e6},
         "holds": {
             f"pipeline >= {PIPELINE_RATIO} x encode_batch": ratios["pipeline"] >= PIPELINE_RATIO,
@@ -226,12 +280,24 @@ def judge(results: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Run, print the verdict, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ENWIK8, help="enwik8, plain or .gz (../shared/data/enwik8/enwik8.gz)")
-    parser.add_argument("--bytes", type=lambda text: int(float(text)), help="only the first so many, for a short run")
+    parser = harness.parser(__doc__, tiny=False)
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=ENWIK8,
+        help="enwik8, plain or .gz (../shared/data/enwik8/enwik8.gz)",
+    )
+    parser.add_argument(
+        "--bytes",
+        type=lambda text: int(float(text)),
+        help="use only the first BYTES, for a short run",
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--work", type=Path, help="directory for temporary files, 1.2 GB for all of enwik8 (the system's)")
-    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="directory for temporary files, 1.2 GB for all of enwik8 (the system's)",
+    )
     arguments = parser.parse_args()
     pages = read(arguments.data, arguments.bytes)
     print(f"{num_bytes(pages):,} bytes, {len(pages):,} pages", flush=True)

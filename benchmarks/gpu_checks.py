@@ -1,159 +1,222 @@
-"""Is what the device computes right? Checks of the model, attention, the optimizers and a short run, each a row with its error and its bound.
+"""Does the device compute correctly? Checks of model, attention, optimizers and a short run.
 
-The reference is float32 on the CPU of the same machine. An error is ||x - reference|| / ||reference||, over everything at once.
+Each check is a row with its error and its bound. The reference is float32 on the CPU of the same
+machine. An error is ||x - reference|| / ||reference|| over all values together.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-import typing
+from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from programs import make_batch
+from programs import make_batch, program_of
 
 from consyn_jax.cli.train import main as consyn_train
 from consyn_jax.config import architecture
-from consyn_jax.model.attention import Backend, causal_attention, documents
+from consyn_jax.model.attention import BACKENDS, causal_attention, documents
 from consyn_jax.model.parameters import initial_parameters
 from consyn_jax.resolve import resolve
-from consyn_jax.training.metrics import read_metrics
-from consyn_jax.training.program import build_program
-from consyn_jax.training.scheduler import configured_schedule
+from consyn_jax.training.logging.metrics import read_metrics
 
 RECIPE = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
-FLOAT32, BF16 = 1e-4, 3e-2  # errors allowed
-SHAPE = {"model": "verse", "num_layers": 4, "hidden_dim": 256, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "mlp_dim": 512}
+FLOAT32, BF16 = 1e-4, 3e-2  # largest allowed errors
+SHAPE = {
+    "model": "verse",
+    "num_layers": 4,
+    "hidden_dim": 256,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 64,
+    "mlp_dim": 512,
+}
 VOCABULARY = 1024
+SMALLEST = (
+    "--tokenizer bytes --num_layers 1 --hidden_dim 32 --num_heads 2 --mlp_dim 64 "
+    "--max_tokens 32 --batch_size 4 --validation_fraction 0.001"
+)
 
 
 def row(check: str, error: float, allowed: float) -> dict[str, Any]:
-    """A line of the table."""
+    """A row of the table."""
     return {"check": check, "error": error, "allowed": allowed, "ok": bool(error <= allowed)}
 
 
 def distance(tree: Any, reference: Any) -> float:
-    """Relative, over all leaves."""
-    pairs = list(zip(jax.tree.leaves(jax.device_get(tree)), jax.tree.leaves(jax.device_get(reference)), strict=True))
+    """The relative error over all leaves."""
+    pairs = list(
+        zip(
+            jax.tree.leaves(jax.device_get(tree)),
+            jax.tree.leaves(jax.device_get(reference)),
+            strict=True,
+        )
+    )
     square = sum(float(((a.astype("float64") - b.astype("float64")) ** 2).sum()) for a, b in pairs)
     return (square / sum(float((b.astype("float64") ** 2).sum()) for _, b in pairs)) ** 0.5
 
 
-def there(device: Any, tree: Any) -> Any:
-    """The tree on a device."""
+def on(device: Any, tree: Any) -> Any:
+    """The tree, copied to a device."""
     return jax.tree.map(partial(jax.device_put, device=device), jax.device_get(tree))
 
 
 def model(tiny: bool = False) -> dict[str, Any]:
-    """Loss and gradients of a small model with grouped heads and several documents a row."""
+    """Loss and gradients of a small model with grouped heads and several documents per row."""
     shape = SHAPE | ({"num_layers": 2, "max_tokens": 64} if tiny else {"max_tokens": 512})
     cpu, device = jax.devices("cpu")[0], jax.devices()[0]
     found, parameters = {}, None
-    for name, where, precision in (("reference", cpu, "no"), ("float32", device, "no"), ("bf16", device, "bf16"), ("bf16 on the CPU", cpu, "bf16")):
+    for name, where, precision in (
+        ("reference", cpu, "no"),
+        ("float32", device, "no"),
+        ("bf16", device, "bf16"),
+        ("bf16 on the CPU", cpu, "bf16"),
+    ):
         run, _ = resolve({**shape, "batch_size": 2, "mixed_precision": precision})
         config = architecture(run.model, vocab_size=VOCABULARY)
-        program = build_program(config, run, configured_schedule(run.optimizer, 100), [where]).program
+        program = program_of(config, run, [where])
         if parameters is None:
             parameters = jax.device_get(initial_parameters(config, 0))
-        batch = {name: values[0] for name, values in make_batch((1, 2, run.length), VOCABULARY, 0, 3).items()}
+        batch = {
+            name: values[0]
+            for name, values in make_batch((1, 2, run.length), VOCABULARY, 0, 3).items()
+        }
         with jax.default_matmul_precision("highest"), jax.set_mesh(program.mesh):
-            (_, sums), gradients = jax.jit(jax.value_and_grad(program.objective, has_aux=True))(there(where, parameters), there(where, batch))
+            (_, sums), gradients = jax.jit(jax.value_and_grad(program.objective, has_aux=True))(
+                on(where, parameters), on(where, batch)
+            )
         found[name] = jax.device_get((sums.nll, gradients))
     reference = found["reference"]
     rows = []
-    for name, loss_bound, bound in (("float32", 1e-5, FLOAT32), ("bf16", 5e-3, BF16), ("bf16 on the CPU", 5e-3, BF16)):
+    for name, loss_bound, bound in (
+        ("float32", 1e-5, FLOAT32),
+        ("bf16", 5e-3, BF16),
+        ("bf16 on the CPU", 5e-3, BF16),
+    ):
         rows.append(row(f"loss, {name}", distance(found[name][0], reference[0]), loss_bound))
         rows.append(row(f"gradients, {name}", distance(found[name][1], reference[1]), bound))
     return {"rows": rows}
 
 
 def attention(tiny: bool = False) -> dict[str, Any]:
-    """Every backend of this device, output and gradients, with and without documents and a window; heads of 64, and grouped ones of 128."""
+    """Output and gradients of each backend, with and without documents and a window.
+
+    Heads are of 64, and grouped ones of 128.
+    """
     T, B = (64, 1) if tiny else (1024, 2)
+    several = documents(jnp.asarray(make_batch((1, B, T), VOCABULARY, 0, 5)["segment_ids"][0]))
+    backends = [
+        backend for backend in BACKENDS if backend != "fused" or jax.default_backend() != "cpu"
+    ]
     rows = []
-    backends = [backend for backend in typing.get_args(Backend) if backend != "fused" or jax.default_backend() != "cpu"]
-    for backend, head_dim, kv_heads in ((backend, *heads) for backend in backends for heads in ((64, 4), (128, 2))):
+    for backend, (head_dim, kv_heads) in product(backends, ((64, 4), (128, 2))):
         keys = jax.random.split(jax.random.key(head_dim + kv_heads), 4)
-        exact = [jax.random.normal(key, (B, T, heads, head_dim)) for key, heads in zip(keys, (4, kv_heads, kv_heads, 4), strict=True)]
-        narrow = [x.astype(jnp.bfloat16) for x in exact]
-        several = documents(jnp.asarray(make_batch((1, B, T), VOCABULARY, 0, 5)["segment_ids"][0]))
+        inputs = [
+            jax.random.normal(key, (B, T, heads, head_dim)).astype(jnp.bfloat16)
+            for key, heads in zip(keys, (4, kv_heads, kv_heads, 4), strict=True)
+        ]
         for inside, window in ((None, None), (several, None), (several, T // 4)):
+            attend = partial(causal_attention, inside=inside, sliding_window=window)
+            with jax.default_matmul_precision("highest"):
+                reference = both_ways(partial(attend, backend="xla"))(
+                    *(x.astype(jnp.float32) for x in inputs)
+                )
+            found = both_ways(partial(attend, backend=backend))(*inputs)
             name = f"{backend}, heads of {head_dim}, {'grouped' if kv_heads < 4 else 'all'}"
             name += f"{', documents' if inside is not None else ''}{', window' if window else ''}"
-
-            def both(q: Any, k: Any, v: Any, out: Any, backend: Any = backend, inside: Any = inside, window: Any = window) -> Any:
-                found, pull = jax.vjp(partial(causal_attention, inside=inside, backend=backend, sliding_window=window), q, k, v)
-                return found, pull(out)
-
-            with jax.default_matmul_precision("highest"):
-                reference = jax.jit(partial(both, backend="xla"))(*(x.astype(jnp.float32) for x in narrow))
-            rows.append(row(name, distance(jax.jit(both)(*narrow), reference), BF16))
+            rows.append(row(name, distance(found, reference), BF16))
     return {"rows": rows}
+
+
+def both_ways(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """Output and gradients of an attention."""
+
+    def run(q: Any, k: Any, v: Any, out: Any) -> Any:
+        found, pull = jax.vjp(attend, q, k, v)
+        return found, pull(out)
+
+    return jax.jit(run)
 
 
 def optimizer(tiny: bool = False) -> dict[str, Any]:
-    """Two updates of each rule from the same gradients, here and on the CPU."""
+    """Two updates of each rule from the same gradients, on the device and on the CPU."""
     cpu, device = jax.devices("cpu")[0], jax.devices()[0]
     rows = []
     for name in ("adamw", "muon") if tiny else ("adamw", "muon", "lion", "adafactor"):
-        updated = []
-        for where in (cpu, device):
-            run, _ = resolve({**SHAPE, "num_layers": 2, "max_tokens": 64, "optimizer": name, "warmup_steps": 0})
-            config = architecture(run.model, vocab_size=VOCABULARY)
-            program = build_program(config, run, configured_schedule(run.optimizer, 100), [where]).program
-            params = there(where, initial_parameters(config, 0))
-            draws = iter(jax.random.split(jax.random.key(1), 64))
-            gradients = there(where, jax.tree.map(lambda p, draws=draws: jax.random.normal(next(draws), p.shape), params))
-
-            def updates(params: Any, gradients: Any, program: Any = program) -> Any:
-                first, state = program.rule.update(gradients, program.rule.init(params), params)
-                second, _ = program.rule.update(gradients, state, params)
-                return first, second
-
-            with jax.default_matmul_precision("highest"), jax.set_mesh(program.mesh):
-                updated.append(jax.device_get(jax.jit(updates)(params, gradients)))
-        # muon's products are in float32 in both, but its iteration magnifies what is rounded
-        rows.append(row(f"two updates of {name}", distance(updated[1], updated[0]), 1e-2 if name == "muon" else 1e-5))
+        # Muon's matmuls are in float32 on both, but its iteration magnifies rounding.
+        bound = 1e-2 if name == "muon" else 1e-5
+        error = distance(two_updates(name, device), two_updates(name, cpu))
+        rows.append(row(f"two updates of {name}", error, bound))
     return {"rows": rows}
 
 
+def two_updates(name: str, device: Any) -> Any:
+    small = {"num_layers": 2, "max_tokens": 64, "optimizer": name, "warmup_steps": 0}
+    run, _ = resolve(SHAPE | small)
+    config = architecture(run.model, vocab_size=VOCABULARY)
+    program = program_of(config, run, [device])
+    params, draws = initial_parameters(config, 0), iter(jax.random.split(jax.random.key(1), 64))
+    gradients = jax.tree.map(lambda p: jax.random.normal(next(draws), p.shape), params)
+
+    def updates(params: Any, gradients: Any) -> Any:
+        first, state = program.rule.update(gradients, program.rule.init(params), params)
+        second, _ = program.rule.update(gradients, state, params)
+        return first, second
+
+    with jax.default_matmul_precision("highest"), jax.set_mesh(program.mesh):
+        return jax.device_get(jax.jit(updates)(on(device, params), on(device, gradients)))
+
+
 def training(tiny: bool = False, text: str = "sample") -> dict[str, Any]:
-    """The command itself on real text: the loss falls, and a run that goes on from its middle gives the same losses."""
+    """The command on real text: the loss falls, and a run resumed from its middle repeats it."""
     steps = 8 if tiny else 120
-    flags = ["--config", str(RECIPE), "--data", text, "--max_steps", str(steps), "--save_steps", str(steps // 2), "--keep_last", "5"]
-    flags += ["--eval_steps", str(steps)]
-    flags += ["--logging_steps", "1", "--logging_backend", "none", "--quiet"]
+    saved = f"--save_steps {steps // 2} --keep_last 5 --eval_steps {steps} --logging_steps 1"
+    flags = ["--config", str(RECIPE), "--data", text, "--max_steps", str(steps), *saved.split()]
+    flags += ["--logging_backend", "none", "--quiet"]
     if tiny:
-        flags += ["--tokenizer", "bytes", "--num_layers", "1", "--hidden_dim", "32", "--num_heads", "2", "--mlp_dim", "64", "--max_tokens", "32"]
-        flags += ["--batch_size", "4", "--validation_fraction", "0.001"]
+        flags += SMALLEST.split()
     with tempfile.TemporaryDirectory() as directory:
         whole, again = Path(directory) / "whole", Path(directory) / "again"
-        _train([*flags, "--output", str(whole)])
+        lines = _train(flags, whole)
         shutil.copytree(whole, again)
         shutil.rmtree(again / "final", ignore_errors=True)
         for checkpoint in (again / "checkpoints").iterdir():
             if checkpoint.name.isdigit() and int(checkpoint.name) > steps // 2:
                 shutil.rmtree(checkpoint)
-        _train([*flags, "--output", str(again)])
-        lines, resumed = read_metrics(whole / "metrics.jsonl"), read_metrics(again / "metrics.jsonl")
-    losses, later = ({line["step"]: line["train/loss"] for line in lines if "train/loss" in line} for lines in (lines, resumed))
+        resumed = _train(flags, again)
     assert any(line.get("event") == "resume" for line in resumed)
+    losses, later = _losses(lines), _losses(resumed)
     assert losses.keys() == later.keys()
-    gained = losses[1] - losses[steps]
     apart = max(abs(losses[step] - later[step]) for step in losses)
-    # a GPU's attention adds up its gradients in no fixed order
+    # A GPU's attention adds up its gradients in no fixed order.
     exact = 0.0 if jax.default_backend() == "cpu" else 2e-2
-    rows = [row("loss after the steps, of the first", losses[steps] / losses[1], 1.0 if tiny else 0.8), row("loss after going on, difference", apart, exact)]
-    return {"rows": rows, "first_loss": losses[1], "last_loss": losses[steps], "gained": gained, "evaluation": _last(lines, "eval/loss")}
+    rows = [
+        row("loss after the steps, of the first", losses[steps] / losses[1], 1.0 if tiny else 0.8),
+        row("loss after going on, difference", apart, exact),
+    ]
+    return {
+        "rows": rows,
+        "first_loss": losses[1],
+        "last_loss": losses[steps],
+        "gained": losses[1] - losses[steps],
+        "evaluation": _last(lines, "eval/loss"),
+    }
 
 
-def _train(flags: list[str]) -> None:
-    code = consyn_train(flags)
+def _train(flags: list[str], output: Path) -> list[dict[str, Any]]:
+    """Run the command; the lines of its metrics."""
+    code = consyn_train([*flags, "--output", str(output)])
     assert code == 0, f"consyn-train ended with {code}"
+    return read_metrics(output / "metrics.jsonl")
+
+
+def _losses(lines: list[dict[str, Any]]) -> dict[int, float]:
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
 def _last(lines: list[dict[str, Any]], name: str) -> float | None:

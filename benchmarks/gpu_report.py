@@ -1,12 +1,15 @@
-"""Everything that one GPU can tell about this code in nine minutes: first whether it is right, then how fast it is.
+"""All that one GPU can tell about this code in nine minutes: whether it is correct, and how fast.
 
-Each part is a process of its own, so that one that fails or hangs costs itself alone. First all that is not timed runs at once: the checks, and
-compiling of what will be timed, for the caches of JAX and torch. Then come the rest, one at a time, in order of importance; one whose estimate no longer fits
-the budget is left out and listed. JSON and a page are written again after every part. Without a GPU this is a rehearsal: small sizes, on the
-CPU, to try the code.
+Each part is a process of its own, so that a failure or a hang costs only that part. Everything that
+is not timed runs first and at once: the checks, and compiling what will be timed, to fill the
+caches of JAX and torch. The other parts follow one at a time, in order of importance; a part whose
+estimate no longer fits the budget is left out and listed. JSON and a page are rewritten after every
+part. Without a GPU this is a rehearsal with small sizes on the CPU.
 
-    python benchmarks/gpu_report.py                              # benchmarks/results/<gpu>-<date>.json and .md
-    python benchmarks/gpu_report.py --only stanza vs_stanza      # some parts; the rest of the report of the day stays
+    # writes benchmarks/results/<gpu>-<date>.json and .md
+    python benchmarks/gpu_report.py
+    # some parts; the rest of the day's report stays
+    python benchmarks/gpu_report.py --only stanza vs_stanza
 """
 
 from __future__ import annotations
@@ -27,25 +30,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from harness import commit, facts, table, write
+from harness import child_environment, commit, facts, parser, table, write
 
 HERE = Path(__file__).parent
 BUDGET_S = 520.0
-LATEST = 2.5  # a part that takes so many times its estimate is ended
-TEXT = "CONSYN_REPORT_TEXT"  # names the text of the part "training" to its process
-SMALLEST = ["--model", "haiku", "--num_layers", "1", "--max_tokens", "32", "--batch_size", "2", "--data", "sample", "--tokenizer", "bytes"]
-MEMORY = {"alone": {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}, "two": {}, "all": {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}}
+LATEST = 2.5  # a part is killed after this many times its estimate
+TEXT = "CONSYN_REPORT_TEXT"  # the environment variable with the text of the part "training"
+SMALLEST = (
+    "--model haiku --num_layers 1 --max_tokens 32 --batch_size 2 --data sample --tokenizer bytes"
+)
+MEMORY = {
+    "alone": {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"},
+    "two": {},
+    "all": {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One process.
+    """A part of the report, run in a process of its own.
 
-    Args:
-        call: module:function, which gives a dict with "rows".
-        estimate_s: on an H200, compilation included; what has been measured (benchmarks/results), else judged.
-        tiny: its arguments in a rehearsal, where they are others. What calls the same function as a part before it is not rehearsed again.
-        gpu: "alone": it has the GPU's memory for itself; "two": it is two processes that share it; "all": it runs beside others.
+    Attributes:
+        call: module:function, which returns a dict with "rows".
+        estimate_s: on an H200, with compilation; measured where benchmarks/results has it, or
+            judged.
+        tiny: its arguments in a rehearsal, if they differ. A function that an earlier part calls is
+            not rehearsed again.
+        gpu: "alone": it has the GPU's memory for itself; "two": it is two processes that share it;
+            "all": it runs in parallel with others.
     """
 
     name: str
@@ -61,15 +73,42 @@ PARTS = (
     Part("attention checks", "gpu_checks:attention", 120, gpu="all"),
     Part("optimizers", "gpu_checks:optimizer", 80, gpu="all"),
     Part("training", "gpu_checks:training", 60, gpu="all"),
-    Part("programs", "programs:compile_ahead", 130, {"models": ("verse", "stanza", "epic", "stanza, fp8")}, gpu="all"),
-    Part("torch programs", "vs_pytorch:compile_ahead", 135, {"models": ("verse", "stanza")}, gpu="all"),
+    Part(
+        "programs",
+        "programs:compile_ahead",
+        130,
+        {"models": ("verse", "stanza", "epic", "stanza, fp8")},
+        gpu="all",
+    ),
+    Part(
+        "torch programs",
+        "vs_pytorch:compile_ahead",
+        135,
+        {"models": ("verse", "stanza")},
+        gpu="all",
+    ),
     Part("verse", "train_step:measure", 30, {"models": ("verse",), "rounds": 4}, {}),
-    Part("vs_verse", "vs_pytorch:measure", 80, {"models": ("verse",), "rounds": 4}, {"compiles": False}, gpu="two"),
+    Part(
+        "vs_verse",
+        "vs_pytorch:measure",
+        80,
+        {"models": ("verse",), "rounds": 4},
+        {"compiles": False},
+        gpu="two",
+    ),
     Part("stanza", "train_step:measure", 35, {"models": ("stanza",), "rounds": 4}, {}),
     Part("epic", "train_step:measure", 35, {"models": ("epic",), "rounds": 4}, {}),
-    Part("vs_stanza", "vs_pytorch:measure", 110, {"models": ("stanza",), "rounds": 3}, {}, gpu="two"),
+    Part(
+        "vs_stanza", "vs_pytorch:measure", 110, {"models": ("stanza",), "rounds": 3}, {}, gpu="two"
+    ),
     Part("cross_entropy", "cross_entropy:measure", 25),
-    Part("startup", "startup:measure", 60, {"flags": ["--model", "verse", "--data", "sample"], "starts": 2}, {"flags": SMALLEST, "starts": 1}),
+    Part(
+        "startup",
+        "startup:measure",
+        60,
+        {"flags": ["--model", "verse", "--data", "sample"], "starts": 2},
+        {"flags": SMALLEST.split(), "starts": 1},
+    ),
     Part("fp8", "train_step:fp8", 40, {"rounds": 4}),
     Part("attention", "attention:measure", 30),
     Part("optimizer", "optimizer:measure", 35, {"rounds": 5}, {}),
@@ -79,7 +118,7 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure that must hold: the value of a column in the row where another column has a value."""
+    """A bound on a figure: that of `column`, in the row where another column has a value."""
 
     text: str
     part: str
@@ -89,41 +128,78 @@ class Goal:
     at_most: float | None = None
 
 
+RATE, RACE = "of the matmul rate", "ours is faster by"
+COMPILED = ("who", "torch.compile")
+
+
+def in_model(name: str) -> tuple[str, str]:
+    return ("model", name)
+
+
 GOALS = (
-    Goal("verse: of the matmul rate", "verse", ("model", "verse"), "of the matmul rate", at_least=0.52),
-    Goal("stanza: of the matmul rate", "stanza", ("model", "stanza"), "of the matmul rate", at_least=0.62),
-    Goal("epic, 4 layers: of the matmul rate", "epic", ("model", "epic"), "of the matmul rate", at_least=0.64),
-    Goal("verse against torch.compile", "vs_verse", ("who", "torch.compile"), "ours is faster by", at_least=1.15),
-    Goal("stanza against torch.compile", "vs_stanza", ("who", "torch.compile"), "ours is faster by", at_least=1.08),
-    Goal("stanza: fp8 against bf16", "fp8", ("model", "stanza"), "fp8 is faster by", at_least=1.15),
-    Goal("cross-entropy in chunks against all at once", "cross_entropy", ("logits", "as in training"), "against all at once", at_most=1.03),
-    Goal("AdamW's update against one pass", "optimizer", ("optimizer", "adamw"), "ratio", at_most=1.15),
-    Goal("verse: idle", "verse", ("model", "verse"), "idle", at_most=0.01),
-    Goal("verse: from the command to the first step, programs kept", "startup", ("part", "total"), "warm wall s", at_most=15.0),
-    Goal("stanza: idle", "stanza", ("model", "stanza"), "idle", at_most=0.01),
+    Goal(f"verse: {RATE}", "verse", in_model("verse"), RATE, at_least=0.52),
+    Goal(f"stanza: {RATE}", "stanza", in_model("stanza"), RATE, at_least=0.62),
+    Goal(f"epic, 4 layers: {RATE}", "epic", in_model("epic"), RATE, at_least=0.64),
+    Goal("verse against torch.compile", "vs_verse", COMPILED, RACE, at_least=1.15),
+    Goal("stanza against torch.compile", "vs_stanza", COMPILED, RACE, at_least=1.08),
+    Goal("stanza: fp8 against bf16", "fp8", in_model("stanza"), "fp8 is faster by", at_least=1.15),
+    Goal(
+        "cross-entropy in chunks against all at once",
+        "cross_entropy",
+        ("logits", "as in training"),
+        "against all at once",
+        at_most=1.03,
+    ),
+    Goal(
+        "AdamW's update against one pass",
+        "optimizer",
+        ("optimizer", "adamw"),
+        "ratio",
+        at_most=1.15,
+    ),
+    Goal("verse: idle", "verse", in_model("verse"), "idle", at_most=0.01),
+    Goal(
+        "verse: from the command to the first step, programs kept",
+        "startup",
+        ("part", "total"),
+        "warm wall s",
+        at_most=15.0,
+    ),
+    Goal("stanza: idle", "stanza", in_model("stanza"), "idle", at_most=0.01),
 )
 
 
 def gpu() -> str | None:
-    """Its name, asked without taking its memory."""
+    """The GPU's name, without taking its memory; None without a GPU."""
     try:
-        done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     except OSError:
         return None
-    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
+    found = done.returncode == 0 and done.stdout.strip()
+    return found.splitlines()[0].strip() if found else None
 
 
-# --------------------------------------------------------------------------------------------------------------------- the parts
+# ---------------------------------------------------------------------------------------- the parts
 
 
 def run_part(part: Part, tiny: bool, limit_s: float, environment: dict[str, str]) -> dict[str, Any]:
-    """The part's result, what became of it, and its seconds."""
+    """Run a part: its result, its state and its seconds."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "result.json"
-        command = [sys.executable, str(Path(__file__)), "--part", part.name, "--out", str(out), *(["--tiny"] if tiny else [])]
+        command = [sys.executable, __file__, "--part", part.name, "--out", str(out)]
         process = subprocess.Popen(
-            command, env=environment | MEMORY[part.gpu], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            [*command, *(["--tiny"] if tiny else [])],
+            env=environment | MEMORY[part.gpu],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
         try:
             said, _ = process.communicate(timeout=limit_s)
@@ -138,7 +214,7 @@ def run_part(part: Part, tiny: bool, limit_s: float, environment: dict[str, str]
 
 
 def child(part: Part, tiny: bool, out: Path) -> None:
-    """In the part's process: measure, and write what was found."""
+    """In the part's process: measure, and write the result."""
     module, _, function = part.call.partition(":")
     try:
         measure = getattr(importlib.import_module(module), function)
@@ -148,24 +224,33 @@ def child(part: Part, tiny: bool, out: Path) -> None:
         write(out, {"state": "absent"})
         return
     arguments = part.tiny if tiny and part.tiny is not None else part.arguments
-    takes, offered = inspect.signature(measure).parameters, {"tiny": tiny, "text": os.environ[TEXT]}
-    result = measure(**arguments, **{name: value for name, value in offered.items() if name in takes})
+    offered, takes = {"tiny": tiny, "text": os.environ[TEXT]}, inspect.signature(measure).parameters
+    taken = {name: value for name, value in offered.items() if name in takes}
+    result = measure(**arguments, **taken)
     wrong = any(row.get("ok", row.get("right")) is False for row in result.get("rows", ()))
     write(out, {"state": "wrong" if wrong else "done", "facts": facts(), **result})
 
 
-# ---------------------------------------------------------------------------------------------------------------------- the page
+# ----------------------------------------------------------------------------------------- the page
 
 
 def goals(parts: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """What must hold, what was measured, and whether it holds."""
+    """Each bound, the measured value, and whether it holds."""
     for goal in GOALS:
         rows = parts.get(goal.part, {}).get("rows", ())
-        value = next((row.get(goal.column) for row in rows if row.get(goal.row[0]) == goal.row[1]), None)
+        column, wanted = goal.row
+        value = next((row.get(goal.column) for row in rows if row.get(column) == wanted), None)
         least, most = goal.at_least, goal.at_most
-        holds = None if value is None else (least is None or value >= least) and (most is None or value <= most)
         bound = f"at least {least:g}" if least is not None else f"at most {most:g}"
-        yield {"goal": goal.text, "bound": bound, "measured": value, "holds": {None: "not measured", True: "yes", False: "NO"}[holds]}
+        holds = None
+        if value is not None:
+            holds = (least is None or value >= least) and (most is None or value <= most)
+        yield {
+            "goal": goal.text,
+            "bound": bound,
+            "measured": value,
+            "holds": {None: "not measured", True: "yes", False: "NO"}[holds],
+        }
 
 
 def page(report: dict[str, Any]) -> str:
@@ -178,7 +263,11 @@ def page(report: dict[str, Any]) -> str:
     lines += [f"Commit {report['commit']}; {report['seconds']:.0f} s; {versions}.{warning}", ""]
     if not report["tiny"]:
         lines += ["## What must hold", "", table(goals(parts)), ""]
-    lines += ["## Parts", "", table({"part": name, "state": one["state"], "seconds": one.get("seconds")} for name, one in parts.items()), ""]
+    states = [
+        {"part": name, "state": one["state"], "seconds": one.get("seconds")}
+        for name, one in parts.items()
+    ]
+    lines += ["## Parts", "", table(states), ""]
     for name, one in parts.items():
         if one.get("rows"):
             lines += [f"## {name}", "", table(one["rows"]), ""]
@@ -187,68 +276,116 @@ def page(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Run the parts; 1 where one failed or found something wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="PART", choices=[part.name for part in PARTS], help="these parts: %(choices)s")
-    parser.add_argument("--budget_s", type=float, default=BUDGET_S, help="seconds for all of it (%(default)s)")
-    parser.add_argument("--data", default="sample", help="text for the run of the part 'training', such as tiny Shakespeare (Python's language reference)")
-    parser.add_argument("--out", type=Path, help="JSON file; the page lies beside it (benchmarks/results/<gpu>-<date>.json)")
-    parser.add_argument("--tiny", action="store_true", help="a rehearsal on whatever is there")
-    parser.add_argument("--part", help=argparse.SUPPRESS)  # in the process of a part
-    given = parser.parse_args()
-    if given.part is not None:
-        try:
-            child(next(part for part in PARTS if part.name == given.part), given.tiny, given.out)
-        except Exception:  # noqa: BLE001 -- into the report, whatever it is
-            traceback.print_exc()
-            return 1
-        return 0
-    return 0 if run(given) else 1
+# ------------------------------------------------------------------------------------------ the run
+
+
+class Report:
+    """The report so far, written again after every part."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.began, name = time.perf_counter(), gpu()
+        self.tiny, date = given.tiny or name is None, time.strftime("%Y-%m-%d")
+        slug = "rehearsal" if self.tiny else "-".join(name.lower().removeprefix("nvidia ").split())
+        self.out: Path = given.out or HERE / "results" / f"{slug}-{date}.json"
+        before = json.loads(self.out.read_text()) if given.only and self.out.exists() else {}
+        self.found: dict[str, Any] = {
+            "gpu": name,
+            "date": date,
+            "commit": commit(),
+            "tiny": self.tiny,
+            "seconds": 0.0,
+            "parts": before.get("parts", {}),
+        }
+
+    @property
+    def passed_s(self) -> float:
+        return time.perf_counter() - self.began
+
+    def keep(self, part: Part, found: dict[str, Any]) -> None:
+        """Add the result of a part."""
+        self.found["parts"][part.name] = found
+        self.found["seconds"] = self.passed_s
+        print(f"{self.passed_s:6.0f} s  {part.name:20} {found['state']}", flush=True)
+        write(self.out, self.found)
+        self.out.with_suffix(".md").write_text(page(self.found))
+
+
+def chosen(only: list[str] | None, tiny: bool) -> list[Part]:
+    """The parts to run; a rehearsal runs each function once."""
+    wanted = [part for part in PARTS if not only or part.name in only]
+    if not tiny:
+        return wanted
+    firsts: dict[str, Part] = {}
+    for part in wanted:
+        firsts.setdefault(part.call, part)
+    return list(firsts.values())
 
 
 def run(given: argparse.Namespace) -> bool:
-    """The parts in order; whether none failed."""
-    began, name = time.perf_counter(), gpu()
-    tiny, date = given.tiny or name is None, time.strftime("%Y-%m-%d")
-    slug = "rehearsal" if tiny else "-".join(name.lower().removeprefix("nvidia ").split())
-    out = given.out or HERE / "results" / f"{slug}-{date}.json"
-    before = json.loads(out.read_text()) if given.only and out.exists() else {}
-    report: dict[str, Any] = {"gpu": name, "date": date, "commit": commit(), "tiny": tiny, "seconds": 0.0, "parts": before.get("parts", {})}
+    """Run the parts in order; whether none failed."""
+    report = Report(given)
+    wanted = chosen(given.only, report.tiny)
     with tempfile.TemporaryDirectory() as cache:
-        environment = {"CUDA_VISIBLE_DEVICES": "0", **os.environ, "CONSYN_COMMIT": report["commit"] or "", "JAX_COMPILATION_CACHE_DIR": cache, TEXT: given.data}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+        environment = {
+            "CUDA_VISIBLE_DEVICES": "0",
+            **child_environment(CONSYN_COMMIT=report.found["commit"] or ""),
+            "JAX_COMPILATION_CACHE_DIR": cache,
+            TEXT: given.data,
+        }
 
         def measured(part: Part) -> dict[str, Any]:
-            left = given.budget_s - (time.perf_counter() - began)
-            limit = left if tiny else min(left, LATEST * part.estimate_s)
-            return {"state": "left out"} if part.estimate_s > left else run_part(part, tiny, limit, environment)
-
-        wanted = [part for part in PARTS if not given.only or part.name in given.only]
-        if tiny:  # each function once
-            firsts: dict[str, Part] = {}
-            for part in wanted:
-                firsts.setdefault(part.call, part)
-            wanted = list(firsts.values())
-
-        def keep(part: Part, found: dict[str, Any]) -> None:
-            report["parts"][part.name] = found
-            report["seconds"] = time.perf_counter() - began
-            print(f"{report['seconds']:6.0f} s  {part.name:20} {found['state']}", flush=True)
-            write(out, report)
-            out.with_suffix(".md").write_text(page(report))
+            left = given.budget_s - report.passed_s
+            if part.estimate_s > left:
+                return {"state": "left out"}
+            limit = left if report.tiny else min(left, LATEST * part.estimate_s)
+            return run_part(part, report.tiny, limit, environment)
 
         together = [part for part in wanted if part.gpu == "all"]
         with ThreadPoolExecutor(max(1, len(together))) as pool:
             running = {pool.submit(measured, part): part for part in together}
             for done in as_completed(running):
-                keep(running[done], done.result())
+                report.keep(running[done], done.result())
         for part in wanted:
             if part not in together:
-                keep(part, measured(part))
-    print(page(report))
-    print(f"Written: {out}, {out.with_suffix('.md')}")
-    return all(report["parts"][part.name]["state"] in ("done", "absent", "left out") for part in wanted)
+                report.keep(part, measured(part))
+    print(page(report.found))
+    print(f"Written: {report.out}, {report.out.with_suffix('.md')}")
+    states = {report.found["parts"][part.name]["state"] for part in wanted}
+    return states <= {"done", "absent", "left out"}
+
+
+def parse_arguments() -> argparse.Namespace:
+    made = parser(__doc__)
+    made.add_argument(
+        "--only",
+        nargs="+",
+        metavar="PART",
+        choices=[part.name for part in PARTS],
+        help="these parts: %(choices)s",
+    )
+    made.add_argument(
+        "--budget_s", type=float, default=BUDGET_S, help="seconds for everything (%(default)s)"
+    )
+    made.add_argument(
+        "--data",
+        default="sample",
+        help="text for the part 'training', such as tiny Shakespeare (Python's language reference)",
+    )
+    made.add_argument("--part", help=argparse.SUPPRESS)  # in the process of a part
+    return made.parse_args()
+
+
+def main() -> int:
+    """Run the parts; 1 if one failed or found something wrong."""
+    given = parse_arguments()
+    if given.part is None:
+        return 0 if run(given) else 1
+    try:
+        child(next(part for part in PARTS if part.name == given.part), given.tiny, given.out)
+    except Exception:  # noqa: BLE001 -- any error goes into the report
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

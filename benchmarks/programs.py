@@ -1,25 +1,30 @@
-"""The models that benchmarks train, and their real train step: the trainer's own, of a resolved run, on batches made up here."""
+"""The models that benchmarks train, with the trainer's own train step, on made-up batches."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from consyn_jax.config import ModelConfig, architecture
-from consyn_jax.distributed.host_memory import keep_freed_memory
+from consyn_jax.config import RunConfig, architecture
+from consyn_jax.distributed.allocators import keep_freed_memory
+from consyn_jax.distributed.auto_mesh import Machine
 from consyn_jax.model.parameters import initial_parameters
+from consyn_jax.model_config import ModelConfig
 from consyn_jax.resolve import resolve
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.dataset import get_dataset
-from consyn_jax.training.trainer import ConsynTrainer, ModelSource
+from consyn_jax.training.evaluation import compile_evaluation
+from consyn_jax.training.inputs.initial_model import DeferredModel
+from consyn_jax.training.optim.schedules import build_schedule
+from consyn_jax.training.program import Program, build_program
+from consyn_jax.training.trainer import ConsynTrainer
 
 Batch = dict[str, np.ndarray]  # input_ids, labels, segment_ids, loss_mask, each [A, B, T]
 TOTAL_STEPS = 1000  # of the schedule
@@ -30,8 +35,8 @@ class Case:
     """A model and its batch.
 
     Attributes:
-        flags: of `consyn-train`, what is not the preset's.
-        note: what of the model is not what its name says.
+        flags: of `consyn-train`, where they differ from the preset.
+        note: where the model differs from its name.
     """
 
     flags: dict[str, Any]
@@ -41,39 +46,88 @@ class Case:
 
 CPU, GPU = {"mixed_precision": "no"}, {"mixed_precision": "bf16"}
 CASES = {
-    "tiny": Case({"model": "haiku", "num_layers": 2, "hidden_dim": 32, "num_heads": 2, "mlp_dim": 64, "batch_size": 2, "max_tokens": 32, **CPU}, 512),
+    "tiny": Case(
+        {
+            "model": "haiku",
+            "num_layers": 2,
+            "hidden_dim": 32,
+            "num_heads": 2,
+            "mlp_dim": 64,
+            "batch_size": 2,
+            "max_tokens": 32,
+            **CPU,
+        },
+        512,
+    ),
     "haiku": Case({"model": "haiku", "batch_size": 8, **CPU}),
     "27m": Case(
-        {"model": "verse", "num_layers": 6, "hidden_dim": 384, "num_heads": 6, "mlp_dim": 1536, "batch_size": 8, "max_tokens": 256, **CPU}, 32_768
+        {
+            "model": "verse",
+            "num_layers": 6,
+            "hidden_dim": 384,
+            "num_heads": 6,
+            "mlp_dim": 1536,
+            "batch_size": 8,
+            "max_tokens": 256,
+            **CPU,
+        },
+        32_768,
     ),
     "verse": Case({"model": "verse", "batch_size": 32, **GPU}),
     "stanza": Case({"model": "stanza", "batch_size": 4, **GPU}),
     "stanza, fp8": Case({"model": "stanza", "batch_size": 4, "mixed_precision": "fp8"}),
-    "epic": Case({"model": "epic", "num_layers": 4, "batch_size": 4, **GPU}, note="full width, 4 of 40 layers"),
+    "epic": Case(
+        {"model": "epic", "num_layers": 4, "batch_size": 4, **GPU},
+        note="full width, 4 of 40 layers",
+    ),
 }
 
 
 def trainer(flags: dict[str, Any], vocab_size: int) -> ConsynTrainer:
-    """What `consyn-train` would make of these flags, with a model that is not drawn yet."""
+    """The trainer of `consyn-train` with these flags; the model is not initialised yet."""
     run = resolve({"max_steps": TOTAL_STEPS, "logging_backend": "none", **flags})
     config = architecture(run[0].model, vocab_size=vocab_size, bos_token_id=0, eos_token_id=0)
-    source = ModelSource(config, partial(initial_parameters, config, run[0].budget.seed))
+    seed = run[0].budget.seed
+    source = DeferredModel(config, lambda mesh, _: initial_parameters(config, seed, mesh))
     return ConsynTrainer(source, [[1, 2, 3]], run=run)
 
 
+def program_of(
+    model: ModelConfig, run: RunConfig, devices: Sequence[Any], machine: Machine | None = None
+) -> Program:
+    """The program of a run on some devices of this or of a described machine."""
+    built = build_program(
+        model,
+        run.budget,
+        run.hardware,
+        run.optimizer,
+        run.regularisation,
+        length=run.length,
+        schedule=build_schedule(run.optimizer, TOTAL_STEPS),
+        devices=devices,
+        machine=machine,
+    )
+    return built.program
+
+
 class TrainStep:
-    """What `consyn-train` runs for these flags, compiled, and its state.
+    """The compiled train step of `consyn-train` with these flags, and its state.
 
     Args:
         flags: of `consyn-train`.
-        look: is shown the initial parameters, before the first step consumes them.
+        look: called with the initial parameters, before the first step consumes them.
     """
 
-    def __init__(self, flags: dict[str, Any], vocab_size: int, look: Callable[[ModelConfig, Any], None] = lambda config, params: None) -> None:
+    def __init__(
+        self,
+        flags: dict[str, Any],
+        vocab_size: int,
+        look: Callable[[ModelConfig, Any], None] = lambda config, params: None,
+    ) -> None:
         keep_freed_memory()  # as `consyn-train` does
         made = trainer(flags, vocab_size)
         source = made.model
-        assert isinstance(source, ModelSource)
+        assert isinstance(source, DeferredModel)
         self.run, self.vocab_size, self.config = made.run, vocab_size, source.config
         self.schedule, self.built = made.schedule, made.build()
         self.program = self.built.program
@@ -84,55 +138,73 @@ class TrainStep:
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
-        return self.run.budget.batch_size * self.run.budget.gradient_accumulation_steps * self.length
+        """Tokens of a step."""
+        return (
+            self.run.budget.batch_size * self.run.budget.gradient_accumulation_steps * self.length
+        )
 
     @property
     def length(self) -> int:
-        """Of a sequence."""
+        """Tokens of a sequence."""
         return self.run.length
 
     def batch(self, seed: int, documents: int = 1) -> dict[str, jax.Array]:
-        """A batch of `make_batch` on the device."""
+        """A batch from `make_batch`, on the device."""
         budget = self.run.budget
-        host = make_batch((budget.gradient_accumulation_steps, budget.batch_size, self.length), self.vocab_size, seed, documents)
+        host = make_batch(
+            (budget.gradient_accumulation_steps, budget.batch_size, self.length),
+            self.vocab_size,
+            seed,
+            documents,
+        )
         return jax.tree.map(jax.device_put, host)
 
     def __call__(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Take a step; its metrics, which are not waited for."""
+        """Take a step and return its metrics without waiting for them."""
         self.state, metrics = self.compiled(self.state, batch)
         return metrics
 
 
 class RecipeRun:
-    """A recipe for bytes on one device, ready to take its steps, for benchmarks that take them one by one.
+    """A recipe on bytes, for benchmarks that take its steps one by one on one device.
 
     Args:
-        data: a text.
-        recipe: what `read_config_file` gives.
-        given: flags that override it.
+        data: a text file.
+        recipe: from `read_config_file`.
+        given: flags that override the recipe.
     """
 
-    def __init__(self, data: Path, recipe: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, data: Path, recipe: Mapping[str, Any], given: Mapping[str, Any] | None = None
+    ) -> None:
         run = resolve({"data": [str(data)], **(given or {})}, recipe)
         config, tokenizer = run[0], BPETokenizer.bytes()
-        shape, seed = architecture(config.model, vocab_size=tokenizer.vocab_size), config.budget.seed
-        source = ModelSource(shape, lambda mesh: initial_parameters(shape, seed, mesh))
+        shape = architecture(config.model, vocab_size=tokenizer.vocab_size)
+        seed = config.budget.seed
+        source = DeferredModel(shape, lambda mesh, _: initial_parameters(shape, seed, mesh))
         fraction = config.data.validation_fraction
-        splits = [get_dataset(data, tokenizer, config.length, split=name, validation_fraction=fraction, seed=seed) for name in ("train", "validation")]
-        self.trainer, self.rows = ConsynTrainer(source, *splits, run=run), np.arange(config.budget.batch_size)
+        splits = [
+            get_dataset(
+                data, tokenizer, config.length, split=name, validation_fraction=fraction, seed=seed
+            )
+            for name in ("train", "validation")
+        ]
+        self.trainer = ConsynTrainer(source, *splits, run=run)
+        self.rows = np.arange(config.budget.batch_size)
         self.program = self.trainer.build().program
         self.state: Any = self.program.initial_state(source.make(self.program.mesh))
         self.step = self.program.lower_train_step(1, self.rows.size, config.length).compile()
-        self.evaluation = self.trainer.evaluation(self.program)
+        self.evaluation = compile_evaluation(
+            self.program, self.trainer.eval_source, self.rows.size, config.length
+        )
 
     def batches(self) -> Iterable[dict[str, np.ndarray]]:
-        """Of the training data, without end, on the host."""
+        """Endless batches of the training data, on the host."""
         return self.trainer.train_source.training(0, self.rows.size, 1, self.rows)
 
 
 def compile_ahead(models: Iterable[str], tiny: bool = False) -> dict[str, Any]:
-    """Compile the train steps of several models beside each other, for JAX's cache to have them when they are timed."""
+    """Compile the train steps of several models in parallel, to fill JAX's cache."""
 
     def seconds(name: str) -> dict[str, Any]:
         began, made = time.perf_counter(), trainer(CASES[name].flags, CASES[name].vocab_size)
@@ -143,13 +215,22 @@ def compile_ahead(models: Iterable[str], tiny: bool = False) -> dict[str, Any]:
         return {"rows": list(pool.map(seconds, ("tiny",) if tiny else models))}
 
 
-def make_batch(shape: tuple[int, int, int], vocab_size: int, seed: int, documents: int = 1) -> Batch:
-    """Tokens as frequent as words are (Zipf's law), each row of [A, B, T] cut into `documents` of random lengths."""
+def make_batch(
+    shape: tuple[int, int, int], vocab_size: int, seed: int, documents: int = 1
+) -> Batch:
+    """Random tokens with Zipf frequencies, each row of [A, B, T] cut into random documents."""
     draw = np.random.default_rng(seed)
     weights = 1 / np.arange(1, vocab_size + 1)
-    ids = draw.choice(vocab_size, size=(*shape[:2], shape[2] + 1), p=weights / weights.sum()).astype(np.int32)
+    ids = draw.choice(
+        vocab_size, size=(*shape[:2], shape[2] + 1), p=weights / weights.sum()
+    ).astype(np.int32)
     begins = np.zeros(shape, bool)
     for row in np.ndindex(shape[:2]):
         begins[row][draw.choice(np.arange(1, shape[2]), documents - 1, replace=False)] = True
     segments = 1 + np.cumsum(begins, axis=-1, dtype=np.int32)
-    return {"input_ids": ids[..., :-1], "labels": ids[..., 1:], "segment_ids": segments, "loss_mask": np.ones(shape, bool)}
+    return {
+        "input_ids": ids[..., :-1],
+        "labels": ids[..., 1:],
+        "segment_ids": segments,
+        "loss_mask": np.ones(shape, bool),
+    }

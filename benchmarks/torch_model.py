@@ -1,4 +1,4 @@
-"""Our decoder as a PyTorch user writes it: the other side of vs_pytorch.py, and an independent statement of what the model computes."""
+"""Our decoder as a PyTorch user would write it, and its AdamW: an independent implementation."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from consyn_jax.config import ModelConfig
+from consyn_jax.model_config import ModelConfig
 
 
 class RMSNorm(nn.Module):
-    """In the dtype of its input."""
+    """RMSNorm in the dtype of its input."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -27,15 +27,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU; queries, keys and values are one product, gate and up another."""
+    """Attention and SwiGLU; one matmul for queries, keys and values, one for gate and up."""
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
-        self.attention_norm, self.mlp_norm = RMSNorm(c.hidden_dim, c.norm_eps), RMSNorm(c.hidden_dim, c.norm_eps)
-        self.qkv = nn.Linear(c.hidden_dim, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, bias=False)
+        self.attention_norm = RMSNorm(c.hidden_dim, c.norm_eps)
+        self.mlp_norm = RMSNorm(c.hidden_dim, c.norm_eps)
+        self.qkv = nn.Linear(
+            c.hidden_dim, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, bias=False
+        )
         self.o = nn.Linear(c.num_heads * c.head_dim, c.hidden_dim, bias=False)
-        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity() for _ in range(2))
+        self.q_norm, self.k_norm = (
+            RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity() for _ in range(2)
+        )
         self.gate_up = nn.Linear(c.hidden_dim, 2 * c.mlp_dim, bias=False)
         self.down = nn.Linear(c.mlp_dim, c.hidden_dim, bias=False)
 
@@ -45,14 +50,16 @@ class Block(nn.Module):
         q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads
+        )
         x = x + self.o(out.transpose(1, 2).reshape(B, T, -1))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
 
 class Decoder(nn.Module):
-    """Ids and labels [B, T] to the mean loss of a token."""
+    """The mean loss per token of ids and labels [B, T]."""
 
     def __init__(self, c: ModelConfig, device: str) -> None:
         super().__init__()
@@ -64,13 +71,16 @@ class Decoder(nn.Module):
             self.head = nn.Linear(c.hidden_dim, c.vocab_size, bias=False)
             if c.tie_embeddings:
                 self.head.weight = self.embedding.weight
-            angles = torch.outer(torch.arange(c.context).float(), c.rope_theta ** (-torch.arange(0, c.head_dim, 2).float() / c.head_dim))
+            angles = torch.outer(
+                torch.arange(c.context).float(),
+                c.rope_theta ** (-torch.arange(0, c.head_dim, 2).float() / c.head_dim),
+            )
             self.register_buffer("cos", angles.cos()[:, None], persistent=False)
             self.register_buffer("sin", angles.sin()[:, None], persistent=False)
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
         x = self.embedding(ids)
-        if torch.is_autocast_enabled(x.device.type):  # the residual stream, too, is in the narrow type
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream is narrow, too
             x = x.to(torch.get_autocast_dtype(x.device.type))
         cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
         for block in self.blocks:
@@ -80,7 +90,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Weights of the Hugging Face layout; every one of them must find its place."""
+        """Load weights in the Hugging Face layout; all of them must have a place here."""
         left = dict(weights)
 
         def put(parameter: Tensor, *names: str) -> None:
@@ -102,3 +112,15 @@ class Decoder(nn.Module):
             put(block.gate_up.weight, f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj")
             put(block.down.weight, f"{layer}.mlp.down_proj")
         assert not left, f"no place for {sorted(left)}"
+
+
+def adamw(
+    model: nn.Module, beta1: float, beta2: float, eps: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """Fused AdamW that decays matrices only; the rate is set at each step."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, betas=(beta1, beta2), eps=eps, fused=True)

@@ -1,14 +1,19 @@
-"""How fast is our train step against plain PyTorch? The same model, weights, batches, precision and schedule, block by block in turn.
+"""How fast is our train step compared with plain PyTorch's?
 
-Ours is what `consyn-train` runs. PyTorch is written as its users write it: SDPA, fused projections, autocast, clipping, fused AdamW, eager
-and with `torch.compile`. Each framework has a process of its own, and a block of steps is timed inside it while the other one waits.
-First the losses of both over some steps, from the same weights on the same batches, must agree. On a machine under other load torch's
-threads lose whole time slices to waiting for each other in a loop; OMP_WAIT_POLICY=passive, which is set here unless it is given, spares
-them that. "processor ms" is what the cores worked for a step, whoever else wanted them.
+Model, weights, batches, precision and schedule are the same, and blocks of steps take turns. Ours
+is the step of `consyn-train`. PyTorch's is written as its users would: SDPA, fused projections,
+autocast, clipping, fused AdamW, eager and with `torch.compile`. Each framework has a process of its
+own, which waits while the other one is timed. First their losses over some steps, from the same
+weights on the same batches, must agree. Under other load torch's threads lose whole time slices
+spinning for each other; OMP_WAIT_POLICY=passive avoids that and is set here unless it is given.
+"processor ms" is the processor time of a step, which other load hardly changes.
 
-    python benchmarks/vs_pytorch.py --models haiku 27m --out benchmarks/results/NAME.json      # CPU, float32, 2 threads
-    python benchmarks/vs_pytorch.py --models haiku --rounds 5 --no_compile                     # quick, eager only
-    python benchmarks/vs_pytorch.py --models verse stanza                                      # one GPU, bfloat16
+    # CPU, float32, 2 threads
+    python benchmarks/vs_pytorch.py --models haiku 27m --out benchmarks/results/NAME.json
+    # quick, eager only
+    python benchmarks/vs_pytorch.py --models haiku --rounds 5 --no_compile
+    # one GPU, bfloat16
+    python benchmarks/vs_pytorch.py --models verse stanza
 """
 
 from __future__ import annotations
@@ -31,11 +36,11 @@ from harness import alternate, facts, parser, spread, table, write
 
 THREADS, LOSS_STEPS, BATCHES, BLOCK_S = 2, 8, 4, 2.0
 OURS, EAGER, COMPILED = "consyn_jax", "torch eager", "torch.compile"
-# relative, over the first steps: rounding differs, and steps carry it on
+# Relative, over the first steps: rounding differs, and accumulates from step to step.
 LOSS_TOLERANCE = {"no": 1e-3, "bf16": 1e-2}
 
 
-# ------------------------------------------------------------------------------------------------------------------- contestants
+# -------------------------------------------------------------------------------------- contestants
 
 
 class Ours:
@@ -47,7 +52,7 @@ class Ours:
     """
 
     def __init__(self, flags: dict[str, Any], vocab_size: int, exported: Path) -> None:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")  # the rest of a GPU is the other's
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")  # the rest is torch's
         import numpy as np
         from programs import TOTAL_STEPS, TrainStep, make_batch
 
@@ -70,8 +75,11 @@ class Ours:
         }
 
     def losses(self, name: str, steps: int) -> list[float]:
-        """Of the first steps."""
-        return [float(self.train_step(self.batches[number % BATCHES])["loss"]) for number in range(steps)]
+        """The losses of the first steps."""
+        return [
+            float(self.train_step(self.batches[number % BATCHES])["loss"])
+            for number in range(steps)
+        ]
 
     def turn(self, name: str, steps: int) -> None:
         """Steps, to the end of the last."""
@@ -80,7 +88,7 @@ class Ours:
 
 
 class Torch:
-    """The same in PyTorch, eager and compiled, which share weights and optimizer.
+    """The same step in PyTorch, eager and compiled, which share weights and optimizer.
 
     Args:
         given: `Ours.facts`.
@@ -90,9 +98,9 @@ class Torch:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         import torch
         from safetensors.torch import load_file
-        from torch_model import Decoder
+        from torch_model import Decoder, adamw
 
-        self.torch, self.given = torch, given
+        self.torch, self.given, self.adamw = torch, given, adamw
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cpu":
             torch.set_num_threads(THREADS)
@@ -102,24 +110,25 @@ class Torch:
             weights |= load_file(file)
         self.model = Decoder(given["config"], self.device)
         self.weights, self.options = weights, given["optimizer"]
-        self.models = {EAGER: self.model, **({COMPILED: torch.compile(self.model)} if compiles else {})}
+        self.models = {EAGER: self.model}
+        if compiles:
+            self.models[COMPILED] = torch.compile(self.model)
         names = ("input_ids", "labels")
-        self.batches = [tuple(torch.from_numpy(batch[name][0]).long().to(self.device) for name in names) for batch in given["batches"]]
+        self.batches = [
+            tuple(torch.from_numpy(batch[name][0]).long().to(self.device) for name in names)
+            for batch in given["batches"]
+        ]
         self.facts: dict[str, Any] = {}
 
     def reset(self) -> None:
-        """Back to the initial weights and no moments."""
+        """Return to the initial weights, without moments."""
         self.model.load(self.weights)
-        parameters, options = list(self.model.parameters()), self.options
-        groups = [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": options["weight_decay"]},
-            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
-        ]
-        self.optimizer = self.torch.optim.AdamW(groups, betas=(options["beta1"], options["beta2"]), eps=options["eps"], fused=True)
+        names = ("beta1", "beta2", "eps", "weight_decay")
+        self.optimizer = self.adamw(self.model, *(self.options[name] for name in names))
         self.step_number = 0
 
     def step(self, name: str) -> Any:
-        """Take a step; its loss, which is not waited for."""
+        """Take a step and return its loss without waiting for it."""
         torch, number = self.torch, self.step_number
         for group in self.optimizer.param_groups:
             group["lr"] = self.given["rates"][min(number, len(self.given["rates"]) - 1)]
@@ -133,7 +142,7 @@ class Torch:
         return loss.detach()
 
     def losses(self, name: str, steps: int) -> list[float]:
-        """Of the first steps, from the initial weights."""
+        """The losses of the first steps from the initial weights."""
         self.reset()
         return [self.step(name).item() for _ in range(steps)]
 
@@ -144,11 +153,11 @@ class Torch:
         self.step(name).item()
 
 
-# ----------------------------------------------------------------------------------------------------------------------- workers
+# ------------------------------------------------------------------------------------------ workers
 
 
 class Worker:
-    """A contestant in a process of its own, and how it is spoken to."""
+    """A contestant in a process of its own, and the pipe to it."""
 
     def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
@@ -159,7 +168,7 @@ class Worker:
         self.facts, self.record = self._answer()
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """What `method` of the contestant gives."""
+        """Call a method of the contestant."""
         self.pipe.send((method, arguments))
         return self._answer()
 
@@ -174,7 +183,7 @@ class Worker:
         return answer["found"]
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         self.pipe.close()
         self.process.join(30)
 
@@ -191,7 +200,7 @@ def _serve(pipe: Any, make: Callable[..., Any], arguments: tuple[Any, ...]) -> N
             before = _cpu_seconds()
             found = getattr(contestant, method)(*given)
             pipe.send({"found": found if found is not None else _cpu_seconds() - before})
-    except Exception:  # noqa: BLE001 -- told to the one who asked, whatever it is
+    except Exception:  # noqa: BLE001 -- any error is reported to the other process
         pipe.send({"failed": traceback.format_exc()})
 
 
@@ -200,54 +209,96 @@ def _cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-# -------------------------------------------------------------------------------------------------------------------------- race
+# --------------------------------------------------------------------------------------------- race
 
 
 def race(name: str, rounds: int, compiles: bool, batch_size: int | None = None) -> dict[str, Any]:
-    """One model: losses compared, then blocks in turn."""
+    """Compare the losses of one model, then time blocks of steps in turn."""
     from programs import CASES
 
     case, given = CASES[name], {} if batch_size is None else {"batch_size": batch_size}
     with tempfile.TemporaryDirectory() as directory:
         ours = Worker(Ours, case.flags | given, case.vocab_size, Path(directory))
         torch = Worker(Torch, ours.facts, Path(directory), compiles)
-    names = [OURS, EAGER, *([COMPILED] if compiles else [])]
-    workers = {OURS: ours, EAGER: torch, COMPILED: torch}
+    workers = {OURS: ours, EAGER: torch} | ({COMPILED: torch} if compiles else {})
+    precision, shape = ours.facts["precision"], ours.facts["batches"][0]["labels"].shape
     try:
-        losses = {who: workers[who].ask("losses", who, LOSS_STEPS) for who in names}
-        apart = {who: _apart(losses[OURS], losses[who]) for who in names[1:]}
-        precision = ours.facts["precision"]
-        assert max(apart.values()) < LOSS_TOLERANCE[precision], f"losses differ: {losses}"
-        assert all(math.isfinite(loss) for loss in losses[OURS])
-        first = alternate({who: lambda who=who: workers[who].ask("turn", who, 2) for who in names}, rounds=1, warm_up=0)
-        steps = max(1, min(200, round(BLOCK_S / (max(first.values())[0] / 2))))
-        cpu: dict[str, list[float]] = {who: [] for who in names}
-        turns = {who: lambda who=who: cpu[who].append(workers[who].ask("turn", who, steps)) for who in names}
-        seconds = alternate(turns, rounds)
+        losses, apart = compare_losses(workers, LOSS_TOLERANCE[precision])
+        steps, seconds, cpu = timed(workers, rounds)
     finally:
         ours.close()
         torch.close()
-    shape = ours.facts["batches"][0]["labels"].shape
-    tokens = math.prod(shape)
-    step_ms = {who: [1e3 * s / steps for s in seconds[who]] for who in names}
+    step_ms = {who: [1e3 * s / steps for s in seconds[who]] for who in workers}
+    cpu_ms = {who: [1e3 * s / steps for s in cpu[who][-rounds:]] for who in workers}
     print(f"{name}: losses differ by {max(apart.values()):.1e} over {LOSS_STEPS} steps", flush=True)
-    rows = [_row(name, who, step_ms, [1e3 * s / steps for s in cpu[who][-rounds:]], tokens) for who in names]
-    model = {"parameters": ours.facts["parameters"], "batch": shape, "precision": precision, "steps_a_block": steps, "note": case.note}
+    rows = [_row(name, who, step_ms, cpu_ms[who], math.prod(shape)) for who in workers]
     print(table(rows), flush=True)
-    versions = {"consyn_jax": ours.record, "torch": torch.record}
-    return {**model, "losses": losses, "losses_apart": apart, "step_ms": step_ms, "processes": versions, "rows": rows}
+    return {
+        "parameters": ours.facts["parameters"],
+        "batch": shape,
+        "precision": precision,
+        "steps_a_block": steps,
+        "note": case.note,
+        "losses": losses,
+        "losses_apart": apart,
+        "step_ms": step_ms,
+        "processes": {"consyn_jax": ours.record, "torch": torch.record},
+        "rows": rows,
+    }
 
 
-def _row(model: str, who: str, step_ms: dict[str, list[float]], cpu_ms: list[float], tokens: int) -> dict[str, Any]:
-    """A line of the table. The ratio is the median of those of each round; above 1 ours is faster."""
+def compare_losses(
+    workers: dict[str, Worker], tolerance: float
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """The losses of the first steps, and their largest relative distance to ours."""
+    losses = {who: worker.ask("losses", who, LOSS_STEPS) for who, worker in workers.items()}
+    apart = {
+        who: max(abs(a / b - 1) for a, b in zip(losses[OURS], theirs, strict=True))
+        for who, theirs in losses.items()
+        if who != OURS
+    }
+    assert max(apart.values()) < tolerance, f"losses differ: {losses}"
+    assert all(math.isfinite(loss) for loss in losses[OURS])
+    return losses, apart
+
+
+def timed(
+    workers: dict[str, Worker], rounds: int
+) -> tuple[int, dict[str, list[float]], dict[str, list[float]]]:
+    """Steps of a block, and seconds of each block on the wall and of the processor."""
+    cpu: dict[str, list[float]] = {who: [] for who in workers}
+
+    def turns(steps: int) -> dict[str, Callable[[], None]]:
+        return {
+            who: lambda who=who: cpu[who].append(workers[who].ask("turn", who, steps))
+            for who in workers
+        }
+
+    first = alternate(turns(2), rounds=1, warm_up=0)
+    steps = max(1, min(200, round(BLOCK_S / (max(first.values())[0] / 2))))
+    return steps, alternate(turns(steps), rounds), cpu
+
+
+def _row(
+    model: str, who: str, step_ms: dict[str, list[float]], cpu_ms: list[float], tokens: int
+) -> dict[str, Any]:
+    """A row of the table; its ratio is the median over the rounds, and above 1 ours is faster."""
     time_ms = spread(step_ms[who])
     ratios = [theirs / ours for theirs, ours in zip(step_ms[who], step_ms[OURS], strict=True)]
-    row = {"model": model, "who": who, "step ms": time_ms["median"], "least": time_ms["min"], "most": time_ms["max"]}
-    return {**row, "processor ms": statistics.median(cpu_ms), "tokens/s": 1e3 * tokens / time_ms["median"], "ours is faster by": statistics.median(ratios)}
+    return {
+        "model": model,
+        "who": who,
+        "step ms": time_ms["median"],
+        "least": time_ms["min"],
+        "most": time_ms["max"],
+        "processor ms": statistics.median(cpu_ms),
+        "tokens/s": 1e3 * tokens / time_ms["median"],
+        "ours is faster by": statistics.median(ratios),
+    }
 
 
 def compile_ahead(models: Iterable[str], tiny: bool = False) -> dict[str, Any]:
-    """Let `torch.compile` see the models, each in a process of its own and beside each other, so that its cache has them when they are timed."""
+    """Compile the models with `torch.compile` in parallel processes, to fill its cache."""
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         return {"rows": list(pool.map(_compile_once, ("tiny",) if tiny else models))}
 
@@ -261,21 +312,23 @@ def _compile_once(name: str) -> dict[str, Any]:
     began, made = time.perf_counter(), trainer(CASES[name].flags, CASES[name].vocab_size)
     model = torch.compile(Decoder(made.model.config, device))
     shape = (made.run.budget.batch_size, made.run.data.max_tokens)
-    ids, labels = (torch.zeros(shape, dtype=torch.long, device=device) for _ in range(2))  # one for both would be another graph
-    torch.set_float32_matmul_precision("highest" if made.run.hardware.mixed_precision == "no" else "high")
-    with torch.autocast(device, torch.bfloat16, enabled=made.run.hardware.mixed_precision == "bf16"):
+    # Two arrays, since one for both would be another graph.
+    ids, labels = (torch.zeros(shape, dtype=torch.long, device=device) for _ in range(2))
+    precision = made.run.hardware.mixed_precision
+    torch.set_float32_matmul_precision("highest" if precision == "no" else "high")
+    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
         model(ids, labels).backward()
     return {"model": name, "seconds": time.perf_counter() - began}
 
 
-def _apart(ours: Iterable[float], theirs: Iterable[float]) -> float:
-    return max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))
-
-
 def measure(
-    models: Iterable[str] = ("haiku", "27m"), rounds: int = 7, compiles: bool = True, batch_size: int | None = None, tiny: bool = False
+    models: Iterable[str] = ("haiku", "27m"),
+    rounds: int = 7,
+    compiles: bool = True,
+    batch_size: int | None = None,
+    tiny: bool = False,
 ) -> dict[str, Any]:
-    """The race of each model."""
+    """Race each model."""
     if tiny:
         models, rounds = ("tiny",), 2
     found = {name: race(name, rounds, compiles, batch_size) for name in models}
@@ -283,11 +336,13 @@ def measure(
 
 
 def main() -> None:
-    """Run, print a table a model, write JSON."""
+    """Run, print a table per model, write JSON."""
     arguments = parser(__doc__)
-    arguments.add_argument("--models", nargs="+", default=["haiku", "27m"], help="haiku, 27m; on a GPU verse, stanza")
+    arguments.add_argument(
+        "--models", nargs="+", default=["haiku", "27m"], help="haiku, 27m; on a GPU verse, stanza"
+    )
     arguments.add_argument("--rounds", type=int, default=7)
-    arguments.add_argument("--batch_size", type=int, help="another than the model's")
+    arguments.add_argument("--batch_size", type=int, help="in place of the model's own")
     arguments.add_argument("--no_compile", action="store_true", help="leave torch.compile out")
     given = arguments.parse_args()
     result = measure(given.models, given.rounds, not given.no_compile, given.batch_size, given.tiny)

@@ -1,3 +1,3 @@
-"""consyn_jax: a trainer for decoder language models in JAX on NVIDIA GPUs. Importing it imports neither JAX nor anything slow."""
+"""Trainer for decoder language models in JAX on NVIDIA GPUs; importing it does not import JAX."""
 
 __version__ = "0.1.0"

@@ -1,421 +1,109 @@
-"""A run is one frozen tree of values: the flags' names, defaults and help, and the presets, all in one place.
+"""One run as a frozen tree of values: its flags with default and help, and the presets.
 
-Only the standard library is imported here, so that `consyn-train --help` is instant. `resolve` fills the tree, `validation` checks it.
+The optimizer's flags are in `optimizer_config`, those of documents in `prepare_config`. A resumed
+run must keep the value of a flag with `math=True` (`flags.py`). Only the standard library is
+imported, so that `consyn-train --help` is instant. `resolve` fills the tree, `validation` checks
+it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, TypeVar, get_args, get_origin
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from consyn_jax.evaluation_metrics import EVALUATION_METRICS
+from consyn_jax.flags import flag
+from consyn_jax.model_config import DTYPES, NO_LORA, LoraOptions, ModelConfig
+from consyn_jax.optimizer_config import OptimizerOptions
+from consyn_jax.prepare_config import CorpusOptions
+
+# ------------------------------------------------------------------------------------------- model
 
 
-class UserError(ValueError):
-    """A mistake of the user's. The message is one or two sentences: what is wrong, where, what to do. Commands exit with 2.
-
-    A damaged file may have kilobytes where a message quotes a name or a number: its middle is then left out.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message if len(message) <= 1600 else f"{message[:800]} ... {message[-700:]}")
-
-
-class Diverged(RuntimeError):
-    """Loss or gradients stopped being finite. `consyn-train` exits with 3."""
-
-
-class Interrupted(RuntimeError):
-    """A signal ended the run after its state was saved. `consyn-train` exits with 75; the same command goes on."""
-
-
-# ---------------------------------------------------------------------------------------------------------------- architecture
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The decoder's architecture, every number known. Sizes are in elements, `context` in tokens.
-
-    The family is pre-norm, RMSNorm, RoPE, SwiGLU and grouped-query attention: Hugging Face's `llama` layout, or `qwen3` when
-    `qk_norm` puts an RMSNorm on each head's queries and keys.
-    """
-
-    vocab_size: int
-    hidden_dim: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_dim: int
-    context: int
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
-    qk_norm: bool = True
-    tie_embeddings: bool = True
-    sliding_window: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "context"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}.")
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"--num_heads {self.num_heads} is not a multiple of --num_kv_heads {self.num_kv_heads}. "
-                f"Key-value heads can be {', '.join(map(str, _divisors(self.num_heads)))}."
-            )
-        if self.head_dim % 2:
-            raise UserError(f"--head_dim {self.head_dim} is odd; rotary embeddings turn pairs, so make it even.")
-        if self.rope_theta <= 0:
-            raise UserError(f"--rope_theta must be greater than 0, not {self.rope_theta}.")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise UserError(f"--sliding_window must be at least 1, not {self.sliding_window}.")
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding: the vocabulary rounded up to a multiple of 128, which every mesh in use divides."""
-        return -(-self.vocab_size // 128) * 128
-
-
-@dataclass(frozen=True)
-class Preset:
-    """One of the four sizes and the recipe that goes with it. Tokens per batch and rates: see docs/design/presets.md."""
-
-    hidden_dim: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_dim: int
-    context: int
-    qk_norm: bool
-    tie_embeddings: bool
-    rope_theta: float
-    max_tokens: int
-    lr: float
-    weight_decay: float
-    beta2: float
-
-
-PRESETS = {
-    "haiku": Preset(128, 4, 4, 4, 32, 384, 2048, True, True, 1e4, 256, 3e-3, 0.1, 0.99),
-    "verse": Preset(768, 12, 12, 12, 64, 2048, 2048, True, True, 1e4, 2048, 6e-4, 0.1, 0.95),
-    "stanza": Preset(2048, 24, 16, 8, 128, 5632, 4096, True, False, 1e4, 4096, 2e-4, 0.1, 0.95),
-    "epic": Preset(5120, 40, 40, 8, 128, 16384, 4096, True, False, 1e4, 4096, 1e-4, 0.1, 0.95),
+# Flag values by preset: first the architecture, then the recipe. docs/design/presets.md has the
+# reasons and the tokens per batch.
+# fmt: off
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "haiku": {
+        "hidden_dim": 128, "num_layers": 4, "num_heads": 4, "num_kv_heads": 4, "head_dim": 32,
+        "mlp_dim": 384, "context": 2048, "qk_norm": True, "tie_embeddings": True,
+        "rope_theta": 1e4, "max_tokens": 256, "lr": 3e-3, "weight_decay": 0.1, "beta2": 0.99,
+    },
+    "verse": {
+        "hidden_dim": 768, "num_layers": 12, "num_heads": 12, "num_kv_heads": 12, "head_dim": 64,
+        "mlp_dim": 2048, "context": 2048, "qk_norm": True, "tie_embeddings": True,
+        "rope_theta": 1e4, "max_tokens": 2048, "lr": 6e-4, "weight_decay": 0.1, "beta2": 0.95,
+    },
+    "stanza": {
+        "hidden_dim": 2048, "num_layers": 24, "num_heads": 16, "num_kv_heads": 8, "head_dim": 128,
+        "mlp_dim": 5632, "context": 4096, "qk_norm": True, "tie_embeddings": False,
+        "rope_theta": 1e4, "max_tokens": 4096, "lr": 2e-4, "weight_decay": 0.1, "beta2": 0.95,
+    },
+    "epic": {
+        "hidden_dim": 5120, "num_layers": 40, "num_heads": 40, "num_kv_heads": 8, "head_dim": 128,
+        "mlp_dim": 16384, "context": 4096, "qk_norm": True, "tie_embeddings": False,
+        "rope_theta": 1e4, "max_tokens": 4096, "lr": 1e-4, "weight_decay": 0.1, "beta2": 0.95,
+    },
 }
-DEFAULT_EPOCHS = 3.0  # of a run that was given no budget
-OTHER_MODELS = {"lr": 3e-4, "weight_decay": 0.1, "beta2": 0.95}  # the recipe of an architecture that is no preset
-
-
-# ----------------------------------------------------------------------------------------------------------------------- flags
-
-
-def flag(default: Any, help: str, *, choices: tuple[str, ...] = (), aliases: tuple[str, ...] = (), const: str | None = None, math: bool = False) -> Any:
-    """A dataclass field that is also a command-line flag.
-
-    Args:
-        const: the value of the bare flag, for a flag whose value may be left out.
-        math: the value changes what is computed, so a resumed run must not change it.
-    """
-    metadata = {"help": help, "choices": choices, "aliases": aliases, "const": const, "math": math}
-    return field(default=default, metadata=metadata)
+# fmt: on
+# With --checkpoint: the rate, batch and decay of Alpaca, Llama 2 and TRL, and others' range in
+# docs/finetuning.md. Beta2 is AdamW's own, since batches are small and the loss is smooth.
+FINE_TUNING = {"lr": 2e-5, "weight_decay": 0.0, "beta2": 0.999, "warmup_ratio": 0.03}
+PREFERENCE_TUNING = {"lr": 1e-6}  # TRL's DPOConfig
+# LoRA needs about ten times the rate of a full fine-tune (Schulman et al., 2025; QLoRA has 2e-4).
+LORA_TUNING = {"lr": 2e-4}
+LORA_PREFERENCE_TUNING = {"lr": 1e-5}
+OTHER_RECIPE = {"lr": 3e-4, "weight_decay": 0.1, "beta2": 0.95}  # of a --model that is not a preset
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    model: str = flag("verse", "haiku, verse, stanza, epic, or a directory or file with a config.json")
+    """The architecture, and the weights to start from."""
+
+    model: str = flag(
+        "verse",
+        "haiku, verse, stanza, epic or a config.json: the architecture, with new weights; a "
+        "directory or hub id with weights: start from them, as with --checkpoint",
+    )
     checkpoint: str | None = flag(
-        None, "directory with a model whose weights the run starts from (best/ or final/ of a run, or any Hugging Face llama or qwen3)", math=True
-    )
-    hidden_dim: int | None = flag(None, "width of the residual stream (by model)", math=True)
-    num_layers: int | None = flag(None, "decoder blocks (by model)", math=True)
-    num_heads: int | None = flag(None, "query heads (by model)", math=True)
-    num_kv_heads: int | None = flag(None, "key-value heads (by model)", math=True)
-    head_dim: int | None = flag(None, "width of one head (by model; hidden_dim / num_heads where that changes)", math=True)
-    mlp_dim: int | None = flag(None, "width of the feed-forward layer (by model)", math=True)
-    context: int | None = flag(None, "longest sequence the model is made for, in tokens (by model)", math=True)
-    qk_norm: bool | None = flag(None, "RMSNorm on each head's queries and keys (by model)", math=True)
-    tie_embeddings: bool | None = flag(None, "one matrix for input and output embedding (by model)", math=True)
-    rope_theta: float | None = flag(None, "base of the rotary embedding (by model)", math=True)
-    sliding_window: int | None = flag(None, "attend to at most this many tokens back, itself included (none)", math=True)
-
-
-@dataclass(frozen=True)
-class CorpusOptions:
-    """From documents to tokens: what `consyn-prepare` and `consyn-train` have in common."""
-
-    data: tuple[str, ...] = flag(("sample",), "files, directories, globs, Hugging Face datasets (NAME[@REVISION][:CONFIG[:SPLIT]]), or 'sample'")
-    validation: tuple[str, ...] = flag((), "data to validate on, instead of a fraction of --data")
-    validation_fraction: float = flag(0.01, "share of the documents that is held out (of one long text: its last part)")
-    dataset_type: str = flag("auto", "how --data is read", choices=("auto", "text", "jsonl", "huggingface", "sharded"))
-    text_key: str = flag("text", "field of a row that holds the text; a.b reaches into objects")
-    prompt_key: str | None = flag(None, "field with what is read but not learned; several, joined by a blank line: a,b (prompt)")
-    completion_key: str | None = flag(None, "field with what is learned after the prompt (completion)")
-    messages_key: str = flag("messages", "field with a conversation, of which the assistant's turns are learned")
-    document_separator: str | None = flag(None, "what stands between the documents of a text file, with \\n for a newline (a file is one document)")
-    on_bad_rows: str = flag("error", "what a broken row does: stop, or be skipped and counted", choices=("error", "skip"))
-    invalid_utf8: str = flag("error", "what bytes that are not UTF-8 do: stop, or become U+FFFD and be counted", choices=("error", "replace"))
-    normalize: str = flag("nfc", "Unicode normal form of the text", choices=("nfc", "none"))
-    control_characters: str = flag("remove", "control characters other than tab and line ends", choices=("remove", "keep"))
-    min_chars: int = flag(1, "shorter documents are left out")
-    max_chars: int | None = flag(None, "longer documents are left out")
-    deduplicate: bool = flag(True, "of documents with the same text, keep the first")
-    near_duplicates: float | None = flag(None, "leave out documents this similar to an earlier one, by MinHash; bare: 0.8", const="0.8")
-    tokenizer: str | None = flag(
-        None, "default (49,152 tokens), bytes, train:SIZE (trained on the data), or a path (that of the checkpoint or token store, else default)"
-    )
-    num_workers: int | None = flag(None, "processes that clean and tokenise beside the main one (one a core)")
-
-
-@dataclass(frozen=True)
-class DataOptions(CorpusOptions):
-    data_weights: tuple[float, ...] = flag((), "share of the training sequences that each item of --data gives (all data once an epoch)", math=True)
-    streaming: bool = flag(False, "begin before all of --data is tokenised; needs --max_steps or --total_tokens", math=True)
-    packing: str = flag("cut", "sequences cut from the stream of documents, or made of whole documents", choices=("cut", "whole"), math=True)
-    max_tokens: int | None = flag(None, "length of a training sequence in tokens (by model)", math=True)
-
-
-@dataclass(frozen=True)
-class BudgetOptions:
-    epochs: float | None = flag(None, "passes over the data; the smallest budget given wins (3 when none is)", math=True)
-    max_steps: int | None = flag(None, "optimizer steps", math=True)
-    total_tokens: int | None = flag(None, "tokens to train on", math=True)
-    batch_size: int = flag(8, "sequences in one micro-batch over all devices")
-    gradient_accumulation_steps: int = flag(1, "micro-batches in one optimizer step")
-    seed: int = flag(42, "fixes initial weights, data order and everything drawn", math=True)
-
-
-OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd", "schedule_free_adamw")
-SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "wsd", "cosine_with_restarts", "inverse_sqrt", "polynomial", "plateau")
-DECAY_SHAPES = ("linear", "cosine", "sqrt")
-STABLE_SCHEDULERS = ("wsd", "constant_with_warmup", "constant")  # with a part at the peak, from which --decay_from can start
-MOMENTUM = {"sgd": 0.9, "muon": 0.95, "adafactor": 0.0}  # where --momentum is not given; the other rules have --beta1
-PARAMETER_GROUPS = ("embedding", "head", "attention", "mlp", "norms")
-
-
-@dataclass(frozen=True)
-class OptimizerOptions:
-    optimizer: str = flag("adamw", "update rule; muon is for the matrices inside the blocks, with adamw for the rest", choices=OPTIMIZERS, math=True)
-    lr: float | None = flag(None, "peak learning rate (by model; a fifth of that for lion)", aliases=("learning_rate",), math=True)
-    lr_multipliers: str | None = flag(
-        None, "rates of groups of parameters as multiples of --lr; the groups are embedding, head, attention, mlp and norms (1 for all)", math=True
-    )
-    weight_decay: float | None = flag(None, "decoupled decay of the matrices; norms have none (by model; five times that for lion)", math=True)
-    beta1: float = flag(0.9, "decay of the first moment (adamw, lion); share of the average in schedule_free_adamw", math=True)
-    beta2: float | None = flag(None, "decay of the second moment (by model; 0.99 for lion)", math=True)
-    eps: float = flag(1e-8, "added to the root of the second moment", math=True)
-    momentum: float | None = flag(None, "decay of the momentum of sgd, muon and adafactor (0.9, 0.95, none)", math=True)
-    moment_dtype: str = flag("float32", "moments and momentum are kept in this type", choices=("float32", "bfloat16"), math=True)
-    max_grad_norm: float = flag(1.0, "gradients are scaled down to this global norm; 0 leaves them", math=True)
-    on_nonfinite: str = flag("halt", "what a loss or gradient that is not finite does: end the run, or lose its update", choices=("halt", "skip"))
-    max_nonfinite_steps: int = flag(10, "as many such steps in a row end the run all the same")
-    scheduler: str = flag("cosine", "shape of the learning rate (constant_with_warmup for schedule_free_adamw)", choices=SCHEDULERS, math=True)
-    warmup_ratio: float = flag(0.02, "share of the steps in which the rate rises", math=True)
-    warmup_steps: int | None = flag(None, "the same in steps; wins over --warmup_ratio", math=True)
-    min_lr_ratio: float = flag(0.1, "final rate as a share of the peak (not of the constant ones and inverse_sqrt)", math=True)
-    num_cycles: int = flag(3, "times that cosine_with_restarts falls", math=True)
-    power: float = flag(2.0, "exponent of polynomial", math=True)
-    decay_ratio: float = flag(0.2, "share of the steps in which wsd falls, at the end", math=True)
-    decay_shape: str = flag("sqrt", "how wsd falls", choices=DECAY_SHAPES, math=True)
-    decay_from: int | None = flag(
-        None, "end a wsd or constant run from this checkpoint of --output, in OUTPUT-decay-STEP, where the rate falls for --decay_ratio of the steps", math=True
-    )
-    plateau_factor: float = flag(0.5, "what plateau multiplies the rate by when evaluations get no better", math=True)
-    plateau_patience: int = flag(2, "evaluations in a row without a better one that plateau bears", math=True)
-    plateau_cooldown: int = flag(0, "evaluations after a reduction that do not count against it", math=True)
-    plateau_threshold: float = flag(1e-4, "relative change that counts as better", math=True)
-
-
-@dataclass(frozen=True)
-class RegularisationOptions:
-    dropout: float = flag(0.0, "share of the embedding, of attention weights and of both branches of a block that training zeroes", math=True)
-    label_smoothing: float = flag(0.0, "share of the target that is spread over the whole vocabulary", math=True)
-    z_loss: float = flag(0.0, "weight of log(Z)^2, which keeps the softmax's normaliser Z near 1 (1e-4 is usual)", math=True)
-
-
-REMAT_POLICIES = ("none", "minimal", "attention", "full", "offload")
-
-
-@dataclass(frozen=True)
-class HardwareOptions:
-    mixed_precision: str = flag(
-        "auto",
-        "type of activations and products, over float32 weights; auto: what the device does well; fp8: bf16, and the products of the blocks in 8 bits",
-        choices=("auto", "no", "bf16", "fp16", "fp8"),
+        None,
+        "start from these weights: best/ or final/ of a run, a directory of a Hugging Face model, "
+        "or its hub id",
         math=True,
     )
-    gradient_checkpointing: str = flag(
-        "none", "activations that are recomputed instead of kept; the bare flag means full", choices=REMAT_POLICIES, const="full"
+    hidden_dim: int | None = flag(None, "width of the residual stream (from --model)", math=True)
+    num_layers: int | None = flag(None, "number of decoder blocks (from --model)", math=True)
+    num_heads: int | None = flag(None, "query heads (from --model)", math=True)
+    num_kv_heads: int | None = flag(None, "key-value heads (from --model)", math=True)
+    head_dim: int | None = flag(
+        None, "width of a head (from --model, or hidden_dim / num_heads if one is given)", math=True
     )
-    optimizer_memory: str = flag(
-        "device", "where moments and momentum lie; host: in the host's memory, and each step takes them through the device", choices=("device", "host")
+    mlp_dim: int | None = flag(None, "width of the feed-forward layer (from --model)", math=True)
+    context: int | None = flag(
+        None, "longest sequence the model supports, in tokens (from --model)", math=True
     )
-    auto_batch: bool = flag(False, "where a micro-batch does not fit the memory, halve --batch_size and double --gradient_accumulation_steps")
-    mesh: str = flag("auto", "devices along each axis, as in data=2,fsdp=4,context=1,tensor=1; auto: fsdp over all")
-    topology: str | None = flag(None, "with --dry_run: plan for these GPUs, which need not be here, as in h200:1x8 (this machine)")
-    fit: str | None = flag(None, "with --dry_run: find the fastest way to fit --topology, and write it to this file", const="recipe.yaml")
-    distributed: bool = flag(False, "this is one of several processes of one run; Slurm, Open MPI or Kubernetes say which, or the next three flags do")
-    coordinator_address: str | None = flag(None, "HOST:PORT of process 0, where this port is free; the same in all processes")
-    num_processes: int | None = flag(None, "processes in all")
-    process_id: int | None = flag(None, "number of this process, from 0")
-    watchdog_minutes: float = flag(10.0, "end where nothing moves for so long and 20 steps, with the stacks of all processes in stacks/; 0 never does")
+    qk_norm: bool | None = flag(
+        None, "RMSNorm on the queries and keys of each head (from --model)", math=True
+    )
+    tie_embeddings: bool | None = flag(
+        None, "share one matrix between input and output embeddings (from --model)", math=True
+    )
+    rope_theta: float | None = flag(None, "base of the rotary embedding (from --model)", math=True)
+    sliding_window: int | None = flag(
+        None, "attend to at most this many tokens, the current one included (all)", math=True
+    )
 
 
-# What an evaluation logs, and whether more of it is better.
-EVALUATION_METRICS = {"eval/loss": False, "eval/perplexity": False, "eval/bits_per_byte": False, "eval/accuracy": True}
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    eval_steps: int | None = flag(None, "steps between evaluations (a tenth of the run)")
-    metric_for_best_model: str = flag("eval/loss", "what the best model, early stopping and the scheduler plateau go by", math=True)
-    early_stopping_patience: int | None = flag(None, "end after so many evaluations in a row without a better one (never)")
-    early_stopping_min_delta: float = flag(0.0, "what an improvement must exceed to count, in units of the metric")
-    early_stopping_min_steps: int = flag(0, "do not end before this step")
-    load_best_model_at_end: bool = flag(False, "final/ is the best model instead of the last")
-
-
-@dataclass(frozen=True)
-class SavingOptions:
-    output: str = flag("./output", "run directory", aliases=("output_dir",))
-    save_steps: int | None = flag(None, "steps between checkpoints (a tenth of the run)")
-    save_minutes: float | None = flag(None, "minutes between checkpoints, at the most; those by steps are made, too")
-    keep_last: int = flag(3, "newest checkpoints to keep")
-    keep_every: int | None = flag(None, "keep every checkpoint whose step is a multiple of this, too")
-    resume: str = flag("auto", "auto goes on from the newest checkpoint; never; or a step")
-    overwrite: bool = flag(False, "delete the run that --output holds and start anew")
-    replay: str | None = flag(None, "repeat the step in this bundle, nonfinite/STEP of a run that diverged, and show where it began; no training")
-    overwrite_schedule: bool = flag(False, "go on though the number of steps or the schedule is another than the run began with")
-
-
-@dataclass(frozen=True)
-class LoggingOptions:
-    logging_steps: int = flag(10, "steps between lines of metrics")
-    logging_backend: str = flag("tensorboard", "trackers beside metrics.jsonl", choices=("tensorboard", "wandb", "both", "none"))
-    wandb_project: str = flag("consyn", "Weights & Biases project")
-    wandb_run_name: str | None = flag(None, "Weights & Biases run name (theirs)")
-    profile_steps: str | None = flag(None, "trace steps A to B of the run, both included and counted from 1, and say where their time went")
-    quiet: bool = flag(False, "no progress bar")
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything that one `consyn-train` run is told. After `resolve`, the values that depend on the model are filled in."""
-
-    model: ModelOptions = ModelOptions()
-    data: DataOptions = DataOptions()
-    budget: BudgetOptions = BudgetOptions()
-    optimizer: OptimizerOptions = OptimizerOptions()
-    regularisation: RegularisationOptions = RegularisationOptions()
-    hardware: HardwareOptions = HardwareOptions()
-    evaluation: EvaluationOptions = EvaluationOptions()
-    saving: SavingOptions = SavingOptions()
-    logging: LoggingOptions = LoggingOptions()
-
-    @property
-    def length(self) -> int:
-        """Of a training sequence in tokens, known once the run is resolved."""
-        assert self.data.max_tokens is not None
-        return self.data.max_tokens
-
-
-@dataclass(frozen=True)
-class StoreOptions:
-    output: str = flag("./tokens", "directory of the token store", aliases=("output_dir",))
-    test_fraction: float = flag(0.0, "share of the documents that is kept for a test split")
-    overwrite: bool = flag(False, "delete the token store that --output holds and start anew")
-    quiet: bool = flag(False, "no progress, only where the store is")
-
-
-@dataclass(frozen=True)
-class PrepareConfig:
-    """Everything that one `consyn-prepare` is told."""
-
-    data: CorpusOptions = CorpusOptions()
-    store: StoreOptions = StoreOptions()
-
-
-Config = TypeVar("Config", RunConfig, PrepareConfig)
-
-
-@dataclass(frozen=True)
-class Flag:
-    """What the command line, config files and help need to know of one field of a tree of options."""
-
-    name: str
-    group: str
-    type: type
-    optional: bool
-    many: bool
-    default: Any
-    help: str
-    choices: tuple[str, ...]
-    aliases: tuple[str, ...]
-    const: str | None
-    math: bool
-
-
-def flags(tree: type[RunConfig] | type[PrepareConfig] = RunConfig) -> Mapping[str, Flag]:
-    """All flags of a command by name, in the order in which help shows them.
+def architecture(
+    options: ModelOptions, base: ModelConfig | None = None, **tokens: int | None
+) -> ModelConfig:
+    """The model that the options describe: a preset, or `base` with the options' changes.
 
     Args:
-        tree: what the command is told: a dataclass of groups, whose fields are the flags.
-    """
-    asked: Any = tree  # mypy takes these classes for unhashable
-    return _flags(asked)
-
-
-@cache
-def _flags(tree: Any) -> Mapping[str, Flag]:
-    found = {}
-    for group in dataclasses.fields(tree):
-        options: Any = type(group.default)
-        hints = typing.get_type_hints(options)
-        for f in dataclasses.fields(options):
-            hint = hints[f.name]
-            optional = get_origin(hint) is types.UnionType
-            if optional:
-                (hint,) = (t for t in get_args(hint) if t is not type(None))
-            many = get_origin(hint) is tuple
-            found[f.name] = Flag(f.name, group.name, get_args(hint)[0] if many else hint, optional, many, f.default, **f.metadata)
-    return found
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown `word`: a question for the known word nearest to it, or a full stop.
-
-    >>> nearest("cosin", ["linear", "cosine"]), nearest("exponential", ["linear", "cosine"])
-    ('; did you mean cosine?', '.')
-    """
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else "."
-
-
-def with_flags(run: RunConfig, changes: dict[str, Any]) -> RunConfig:
-    """`run` with other values by flag name."""
-    for name, value in changes.items():
-        group = flags()[name].group
-        run = dataclasses.replace(run, **{group: dataclasses.replace(getattr(run, group), **{name: value})})
-    return run
-
-
-def flat(config: RunConfig | PrepareConfig) -> dict[str, Any]:
-    """Every value by flag name."""
-    return {name: getattr(getattr(config, f.group), name) for name, f in flags(type(config)).items()}
-
-
-def architecture(options: ModelOptions, base: ModelConfig | None = None, **tokens: int | None) -> ModelConfig:
-    """The model that the options describe: a preset's, or `base` with what the options override.
-
-    Args:
-        base: the architecture found in the directory or file that `--model` or `--checkpoint` names; None for a preset.
-        tokens: vocab_size, bos_token_id, eos_token_id, pad_token_id, from the tokenizer.
+        base: architecture read from `--model` or `--checkpoint`; None for a preset.
+        tokens: vocab_size, bos_token_id, eos_token_id and pad_token_id of the tokenizer.
     """
     names = {f.name for f in dataclasses.fields(ModelConfig)}
     given = {k: v for k, v in dataclasses.asdict(options).items() if k in names and v is not None}
@@ -424,5 +112,289 @@ def architecture(options: ModelOptions, base: ModelConfig | None = None, **token
     return ModelConfig(**{**given, **tokens})
 
 
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+# ------------------------------------------------------------------------- data, budget and loss
+
+
+@dataclass(frozen=True)
+class DataOptions(CorpusOptions):
+    """The corpus, and how it becomes training sequences."""
+
+    data_weights: tuple[float, ...] = flag(
+        (),
+        "share of training sequences for each --data item; without it, an epoch reads all data "
+        "once",
+        math=True,
+    )
+    streaming: bool = flag(
+        False,
+        "start while --data is still being tokenised; needs --max_steps or --total_tokens",
+        math=True,
+    )
+    packing: str | None = flag(
+        None,
+        "cut: sequences are cut from the stream of documents; whole: they hold whole documents "
+        "(whole for rows with prompts, otherwise cut)",
+        choices=("cut", "whole"),
+        math=True,
+    )
+    on_long_rows: str | None = flag(
+        None,
+        "what --packing whole does with rows longer than a sequence (truncate; documents without "
+        "a prompt continue in the next sequence)",
+        choices=("truncate", "drop", "error"),
+        math=True,
+    )
+    max_tokens: int | None = flag(
+        None,
+        "length of a training sequence, in tokens (from --model; with --checkpoint, what 99 % of "
+        "the rows need, up to the context)",
+        math=True,
+    )
+
+
+@dataclass(frozen=True)
+class BudgetOptions:
+    """The length of the run, and the size of a step."""
+
+    epochs: float | None = flag(
+        None, "passes over the data (3 without a budget); the smallest budget ends a run", math=True
+    )
+    max_steps: int | None = flag(None, "optimizer steps", math=True)
+    total_tokens: int | None = flag(None, "tokens to train on", math=True)
+    batch_size: int = flag(8, "sequences per micro-batch, over all devices")
+    gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
+    seed: int = flag(42, "decides the initial weights, the data order and dropout", math=True)
+
+
+DPO_BETA = 0.1  # TRL's
+
+
+@dataclass(frozen=True)
+class RegularisationOptions:
+    """The objective of training, dropout, and terms beyond cross-entropy."""
+
+    objective: str = flag(
+        "next_token",
+        "what training minimises; dpo: from pairs of answers, prefer the chosen to the rejected "
+        "one; needs --checkpoint",
+        choices=("next_token", "dpo"),
+        math=True,
+    )
+    dpo_beta: float = flag(
+        DPO_BETA,
+        "with --objective dpo: how closely the model is held to the one that it starts from",
+        math=True,
+    )
+    dropout: float = flag(
+        0.0, "dropout rate of embedding, attention weights and both block branches", math=True
+    )
+    label_smoothing: float = flag(
+        0.0, "share of the target probability to spread over the vocabulary", math=True
+    )
+    z_loss: float = flag(
+        0.0, "weight of log(Z)^2, which keeps the softmax normaliser Z near 1; try 1e-4", math=True
+    )
+
+    @property
+    def trains_on_pairs(self) -> bool:
+        """Whether a row of a batch is a pair of answers, one beside the other."""
+        return self.objective == "dpo"
+
+    @property
+    def sequences(self) -> int:
+        """Sequences in a row of a batch."""
+        return 2 if self.trains_on_pairs else 1
+
+
+# ----------------------------------------------------------------------------------------- hardware
+
+REMAT_POLICIES = ("none", "minimal", "attention", "full", "offload")
+
+
+@dataclass(frozen=True)
+class HardwareOptions:
+    """Number types, memory, devices and processes."""
+
+    mixed_precision: str = flag(
+        "auto",
+        "type of activations and matmuls, while weights stay float32; auto: a type that suits the "
+        "device; fp8: bf16, with 8-bit matmuls in the blocks",
+        choices=("auto", "no", "bf16", "fp16", "fp8"),
+        math=True,
+    )
+    gradient_checkpointing: str = flag(
+        "none",
+        "which activations to recompute instead of keeping; the bare flag means full",
+        choices=REMAT_POLICIES,
+        const="full",
+    )
+    optimizer_memory: str = flag(
+        "device",
+        "where to keep moments and momentum; from the host, each step moves them to the device",
+        choices=("device", "host"),
+    )
+    auto_batch: bool = flag(
+        False,
+        "if a micro-batch does not fit in memory, halve --batch_size and double "
+        "--gradient_accumulation_steps",
+    )
+    mesh: str = flag(
+        "auto",
+        "devices along each axis, as in data=2,fsdp=4,context=1,tensor=1; auto: fsdp over all",
+    )
+    topology: str | None = flag(
+        None, "with --dry_run: plan for these GPUs instead of this machine, as in h200:1x8"
+    )
+    fit: str | None = flag(
+        None,
+        "with --dry_run: find the fastest settings for --topology and write them to this file",
+        const="recipe.yaml",
+    )
+    verbose: bool = flag(False, "with --dry_run: also list what the estimated time assumes")
+    distributed: bool = flag(
+        False,
+        "run as one of several processes. This process's number comes from Slurm, Open MPI, "
+        "Kubernetes, or the next three flags.",
+    )
+    coordinator_address: str | None = flag(None, "process 0's address and a free port of its host")
+    num_processes: int | None = flag(None, "number of processes")
+    process_id: int | None = flag(None, "number of this process, from 0")
+    rendezvous_seconds: float = flag(40.0, "time for all processes to start and find each other")
+    watchdog_minutes: float = flag(
+        10.0,
+        "abort after this many minutes plus 20 step times without progress, and write the stacks "
+        "of all processes to stacks/; 0: never",
+    )
+
+
+# ------------------------------------------------------------------- evaluation, saving and logging
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Times of evaluations, and the decisions that follow from them."""
+
+    eval_steps: int | None = flag(None, "steps between evaluations (a tenth of the run)")
+    eval_requests: tuple[str, ...] = flag(
+        (),
+        "JSON Lines of requests with known answers, as for consyn-evaluate, that evaluations "
+        "score as well: eval/TASK/accuracy and more",
+    )
+    metric_for_best_model: str = flag(
+        "eval/loss",
+        f"metric for the best model, early stopping and plateau: {', '.join(EVALUATION_METRICS)}, "
+        "or one of --eval_requests",
+        math=True,
+    )
+    early_stopping_patience: int | None = flag(
+        None, "stop after this many evaluations in a row without improvement (never)"
+    )
+    early_stopping_min_delta: float = flag(
+        0.0, "an improvement counts if it is larger than this, in units of the metric"
+    )
+    early_stopping_min_steps: int = flag(0, "do not stop early before this step")
+    load_best_model_at_end: bool = flag(False, "make final/ the best model instead of the last")
+
+
+@dataclass(frozen=True)
+class SavingOptions:
+    """The run directory, its checkpoints, and what to do with a run that is there."""
+
+    output: str = flag("./output", "run directory", aliases=("output_dir",))
+    save_steps: int | None = flag(None, "steps between checkpoints (a tenth of the run)")
+    save_minutes: float | None = flag(
+        None, "also save a checkpoint this many minutes after the last one"
+    )
+    save_dtype: str | None = flag(
+        None,
+        "number type of the weights in best/ and final/ (that of --checkpoint, or float32); "
+        "checkpoints/ is always float32",
+        choices=DTYPES,
+    )
+    keep_last: int = flag(3, "number of newest checkpoints to keep")
+    keep_every: int | None = flag(None, "also keep checkpoints whose step is a multiple of this")
+    resume: str = flag(
+        "auto", "auto: from the newest checkpoint; never: a new run; or from this step"
+    )
+    overwrite: bool = flag(False, "delete the run in --output and start anew")
+    replay: str | None = flag(
+        None,
+        "repeat the step that ended a diverged run, from its directory nonfinite/STEP, and show "
+        "where the first non-finite value came from; does not train",
+    )
+    overwrite_schedule: bool = flag(
+        False, "continue a run even if its number of steps or its schedule has changed"
+    )
+
+
+@dataclass(frozen=True)
+class LoggingOptions:
+    """Metrics, trackers, profiles and progress."""
+
+    logging_steps: int = flag(10, "steps between lines of metrics")
+    logging_backend: str = flag(
+        "tensorboard",
+        "trackers besides metrics.jsonl",
+        choices=("tensorboard", "wandb", "both", "none"),
+    )
+    wandb_project: str = flag("consyn", "Weights & Biases project")
+    wandb_run_name: str | None = flag(None, "Weights & Biases run name (chosen by W&B)")
+    profile_steps: str | None = flag(
+        None, "trace steps A to B, both included, from 1, and report where the time went"
+    )
+    quiet: bool = flag(False, "no progress bar")
+
+
+@dataclass(frozen=True)
+class ProofOptions:
+    """Questions to a run that exists; each of them replaces training."""
+
+    verify: str | None = flag(
+        None,
+        "compare a run or an exported model with its records, and name what differs",
+    )
+    replay_step: int | None = flag(
+        None,
+        "repeat this step of the run in --output; compare loss and gradient norm with its log",
+    )
+    documents_of: str | None = flag(
+        None, "list the documents that step A, or steps A to B, of the run in --output learned from"
+    )
+    json: bool = flag(False, "print the answer of the last three as JSON")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of one `consyn-train` run. `resolve` fills in those that depend on the model."""
+
+    model: ModelOptions = ModelOptions()
+    data: DataOptions = DataOptions()
+    budget: BudgetOptions = BudgetOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()  # noqa: RUF009 - it is frozen
+    regularisation: RegularisationOptions = RegularisationOptions()
+    lora: LoraOptions = NO_LORA
+    hardware: HardwareOptions = HardwareOptions()
+    evaluation: EvaluationOptions = EvaluationOptions()
+    saving: SavingOptions = SavingOptions()
+    logging: LoggingOptions = LoggingOptions()
+    proof: ProofOptions = ProofOptions()
+
+    @property
+    def length(self) -> int:
+        """Length of a training sequence in tokens.
+
+        Known once the run is resolved, or, if --model is no preset, once the model's
+        `config.json` is read (`cli/choices`).
+        """
+        assert self.data.max_tokens is not None
+        return self.data.max_tokens
+
+    @property
+    def trains_on_pairs(self) -> bool:
+        """Whether a row of a batch is a pair of answers, one beside the other."""
+        return self.regularisation.trains_on_pairs
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row of a batch: a sequence, or both sequences of a pair."""
+        return self.length * self.regularisation.sequences

@@ -1,100 +1,126 @@
-"""What a command is told becomes one checked run. Only the standard library is imported here.
+"""Merge defaults, presets, a config file and flags into one checked configuration.
 
-Values come from four origins, weakest first: the default, the preset of `--model`, a `--config` file, a flag. `resolve` merges them
-and remembers which one won.
+A value comes, from weakest to strongest, from its default, the preset of `--model`, a `--config`
+file or a flag, and the origin is kept. Only the standard library is imported here.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from consyn_jax.config import (
-    DEFAULT_EPOCHS,
-    OTHER_MODELS,
+    DPO_BETA,
+    FINE_TUNING,
+    LORA_PREFERENCE_TUNING,
+    LORA_TUNING,
+    OTHER_RECIPE,
+    PREFERENCE_TUNING,
     PRESETS,
-    Config,
-    Flag,
-    ModelConfig,
-    PrepareConfig,
     RunConfig,
-    UserError,
     architecture,
-    flags,
-    nearest,
 )
-from consyn_jax.validation import real, validate, validate_corpus
+from consyn_jax.errors import UserError, nearest
+from consyn_jax.flags import Config, Flag, flags, grouped
+from consyn_jax.foreign_flags import ELSEWHERE, advise
+from consyn_jax.hub_download import is_hub_id
+from consyn_jax.integers import neighbours
+from consyn_jax.model_config import ModelConfig
+from consyn_jax.optimizer_config import OPTIMIZERS
+from consyn_jax.prepare_config import PrepareConfig
+from consyn_jax.validation import real, validate, validate_preparation
+
+DEFAULT_EPOCHS = 3.0  # of a run without a budget
 
 
 def resolve(
-    given: Mapping[str, Any], file: Mapping[str, Any] | None = None, *, file_name: str = "", given_as: str = "flag"
+    given: Mapping[str, Any],
+    file: Mapping[str, Any] | None = None,
+    *,
+    file_name: str = "",
+    given_as: str = "flag",
+    defaults: Mapping[str, Any] | None = None,
 ) -> tuple[RunConfig, dict[str, str]]:
     """Merge defaults, preset, file and flags into one checked run.
 
     Args:
-        given: values by flag name, strings or already of the right type; the strongest.
-        file: the content of a `--config` file, a flat mapping with the flags' names.
-        given_as: what `given` is called in `origins` and messages: "flag" or "keyword".
+        given: values by flag name, as strings or of the right type; they win over all others.
+        file: the content of a `--config` file, by flag name.
+        given_as: how `origins` and messages name the source of `given`: "flag" or "keyword".
+        defaults: values instead of the flags' own defaults; they do not count as given.
 
     Returns:
-        The run, and the origin ("default", "preset haiku", "file x.yaml", "flag") of every value by flag name.
+        The run, and the origin of every value by flag name ("default", "preset haiku",
+        "file x.yaml", "flag").
 
     Raises:
-        UserError: an unknown name or a value that cannot be.
+        UserError: an unknown name or an invalid value.
     """
-    sources = ((file or {}, f"file {file_name}"), (given, given_as))
+    sources = ((defaults or {}, "default"), (file or {}, f"file {file_name}"), (given, given_as))
     values, origins = _merge(RunConfig, sources)
-    if values["checkpoint"] is not None and origins["model"] == "default":
-        values["model"], origins["model"] = values["checkpoint"], "checkpoint"
+    _name_model_once(values, origins)
+    if values["objective"] == "dpo" and values["row_format"] == "auto":
+        values["row_format"], origins["row_format"] = "preference", "objective"
     preset = PRESETS.get(values["model"])
-    recipe = dataclasses.asdict(preset) if preset else OTHER_MODELS
-    for name, value in recipe.items():
-        if values[name] is None:
-            values[name], origins[name] = value, f"preset {values['model']}" if preset else "default"
+    origin = "default" if preset is None else f"preset {values['model']}"
+    _fill_recipe(values, origins, OTHER_RECIPE if preset is None else preset, origin)
     _fit_optimizer(values, origins)
     if preset is not None:
         _fit_heads(values, origins)
-        if origins["max_tokens"].startswith("preset") and 0 < values["context"] < values["max_tokens"]:
+        if origins["max_tokens"] == origin and 0 < values["context"] < values["max_tokens"]:
             values["max_tokens"], origins["max_tokens"] = values["context"], "context"
-    if not values["streaming"] and all(values[name] is None for name in ("epochs", "max_steps", "total_tokens")):
+    budgets = (values["epochs"], values["max_steps"], values["total_tokens"])
+    if not values["streaming"] and budgets == (None, None, None):
         values["epochs"] = DEFAULT_EPOCHS
-    config = _grouped(RunConfig, values)
+    config = grouped(RunConfig, values)
     validate(config)
+    _check_objective(config)
     return config, origins
 
 
-def resolve_preparation(given: Mapping[str, Any], file: Mapping[str, Any] | None = None, *, file_name: str = "") -> tuple[PrepareConfig, dict[str, str]]:
-    """As `resolve`, of `consyn-prepare`.
+def resolve_preparation(
+    given: Mapping[str, Any], file: Mapping[str, Any] | None = None, *, file_name: str = ""
+) -> tuple[PrepareConfig, dict[str, str]]:
+    """Merge defaults, file and flags of `consyn-prepare`, as `resolve` does for `consyn-train`.
 
     Raises:
-        UserError: an unknown name or a value that cannot be.
+        UserError: an unknown name or an invalid value.
     """
     values, origins = _merge(PrepareConfig, ((file or {}, f"file {file_name}"), (given, "flag")))
-    config = _grouped(PrepareConfig, values)
-    validate_corpus(config.data)
-    held_out, test = 0.0 if config.data.validation else config.data.validation_fraction, config.store.test_fraction
-    if not 0 <= test < 1:
-        raise UserError(f"--test_fraction must be at least 0 and below 1, not {test}.")
-    if held_out + test >= 1:
-        raise UserError(f"--validation_fraction {held_out} and --test_fraction {test} leave nothing to train on. Lower one of them.")
+    config = grouped(PrepareConfig, values)
+    validate_preparation(config)
     return config, origins
+
+
+def resolve_flags(tree: type[Config], given: Mapping[str, Any]) -> Config:
+    """Merge the defaults and the flags of a command whose options are `tree`.
+
+    Raises:
+        UserError: an unknown name or an invalid value.
+    """
+    values, _ = _merge(tree, ((given, "flag"),))
+    return grouped(tree, values)
 
 
 def preset_architecture(name: str, vocab_size: int = 49_152, **tokens: int | None) -> ModelConfig:
-    """The `ModelConfig` of a preset.
+    """Architecture of a preset.
 
     >>> preset_architecture("epic").num_kv_heads
     8
     """
     if name not in PRESETS:
-        raise UserError(f"Model {name!r} is not a preset{nearest(name, PRESETS)} Known: {', '.join(PRESETS)}.")
+        raise UserError(
+            f"Model {name!r} is not a preset{nearest(name, PRESETS)} Known: {', '.join(PRESETS)}."
+        )
     config, _ = resolve({"model": name})
     return architecture(config.model, None, vocab_size=vocab_size, **tokens)
 
 
-def _merge(tree: type[RunConfig] | type[PrepareConfig], sources: Iterable[tuple[Mapping[str, Any], str]]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Defaults overridden by each of `sources` (values by flag name, and what they are called), and the origin of every value."""
+def _merge(
+    tree: type[Any], sources: Iterable[tuple[Mapping[str, Any], str]]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Override the defaults by each of `sources` in turn: (values by flag name, origin) pairs."""
     known = flags(tree)
     by_alias = {alias: name for name, f in known.items() for alias in f.aliases}
     values = {name: f.default for name, f in known.items()}
@@ -103,69 +129,93 @@ def _merge(tree: type[RunConfig] | type[PrepareConfig], sources: Iterable[tuple[
         for key, value in source.items():
             name = str(key).lstrip("-").replace("-", "_")
             name = by_alias.get(name, name)
-            where = f"--{key}" if origin == "flag" else f"{key} ({origin})" if origin != "keyword" else str(key)
-            if name not in known:
-                raise UserError(f"{where} is not a setting{nearest(name, [*known, *by_alias])}")
+            where = {"flag": f"--{key}", "keyword": str(key)}.get(origin, f"{key} ({origin})")
+            if name not in known or (origin == "keyword" and name in ELSEWHERE):
+                style = origin if origin in ("flag", "keyword") else "file"
+                hint = advise(name, value, known, style) or nearest(name, [*known, *by_alias])
+                raise UserError(f"{where} is not a setting{' here' if name in known else ''}{hint}")
             values[name], origins[name] = _convert(known[name], value, where), origin
     return values, origins
 
 
-def _grouped(tree: type[Config], values: Mapping[str, Any]) -> Config:
-    """The tree of options with `values` by flag name."""
-    groups: dict[str, dict[str, Any]] = {}
-    for name, f in flags(tree).items():
-        groups.setdefault(f.group, {})[name] = values[name]
-    options: dict[str, Any] = {f.name: type(f.default) for f in dataclasses.fields(tree)}
-    return tree(**{name: group(**groups[name]) for name, group in options.items()})
+def _fill_recipe(
+    values: dict[str, Any], origins: dict[str, str], recipe: Mapping[str, Any], origin: str
+) -> None:
+    """Fill in values that are not given, from the fine-tuning recipe or else the model's."""
+    named = {name: (value, origin) for name, value in recipe.items() if values[name] is None}
+    if values["checkpoint"] is not None:
+        is_preference = values["objective"] == "dpo"
+        recipe_of = FINE_TUNING | (PREFERENCE_TUNING if is_preference else {})
+        named |= {
+            name: (value, "fine-tuning")
+            for name, value in recipe_of.items()
+            if origins[name] == "default"
+        }
+    if values["lora_rank"] is not None:
+        of_lora = LORA_PREFERENCE_TUNING if values["objective"] == "dpo" else LORA_TUNING
+        named |= {
+            name: (value, "LoRA") for name, value in of_lora.items() if origins[name] == "default"
+        }
+    for name, (value, source) in named.items():
+        values[name], origins[name] = value, source
 
 
-# What --lr, --weight_decay and --beta2 of a recipe for AdamW are multiplied by, or set to, for Lion: its steps have the size of the rate
-# in every element, so the rate is 3 to 10 times lower and the decay as much higher (Chen et al., 2023, section 5).
-_LION_SCALE, _LION_BETA2 = 5.0, 0.99
+def _name_model_once(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Fill in `--model` from `--checkpoint`, or `--checkpoint` from `--model`."""
+    if values["checkpoint"] is not None and origins["model"] == "default":
+        values["model"], origins["model"] = values["checkpoint"], "checkpoint"
+    elif values["checkpoint"] is None and _has_weights(values["model"]):
+        values["checkpoint"], origins["checkpoint"] = values["model"], "model"
+
+
+def _has_weights(model: str) -> bool:
+    """Whether `--model` names a model with weights, from which training then starts."""
+    directory = Path(model)
+    if model in PRESETS and not directory.is_dir():
+        return False
+    kinds = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+    return is_hub_id(model) or any(next(directory.glob(kind), None) for kind in kinds)
 
 
 def _fit_optimizer(values: dict[str, Any], origins: dict[str, str]) -> None:
-    """Let what recipes say for AdamW follow the optimizer, where nothing else was given."""
-    optimizer, given = values["optimizer"], ("flag", "keyword", "file ")
+    """Adapt the recipe, which is for AdamW, to the optimizer; given values stay as they are."""
 
-    def own(name: str) -> bool:
-        return not origins[name].startswith(given)
+    def is_given(name: str) -> bool:
+        return origins[name].startswith(("flag", "keyword", "file "))
 
-    if optimizer == "lion":
-        fitted = {"lr": values["lr"] / _LION_SCALE, "weight_decay": values["weight_decay"] * _LION_SCALE, "beta2": _LION_BETA2}
-        for name in filter(own, fitted):
-            values[name], origins[name] = float(f"{fitted[name]:.6g}"), f"{origins[name]}, for lion"
-    if optimizer == "sgd" and own("lr"):
+    name, rule = values["optimizer"], OPTIMIZERS[values["optimizer"]]
+    if rule.first_lr is not None and not is_given("lr"):
         raise UserError(
-            "The rates of the models are made for adamw and its kin, and --optimizer sgd wants a much higher one. Give --lr (0.1 is a start; with it, "
-            "--lr_find suggests another)."
+            f"--optimizer {name} needs a much higher rate than the models' own, which are for "
+            f"adamw. Give --lr: start from {rule.first_lr:g}, and let --lr_find suggest a better "
+            "one."
         )
-    if optimizer == "schedule_free_adamw" and own("scheduler"):
-        values["scheduler"], origins["scheduler"] = "constant_with_warmup", "optimizer schedule_free_adamw"
+    scaled = {key: float(f"{factor * values[key]:.6g}") for key, factor in rule.factors.items()}
+    for key, value in {**scaled, **rule.defaults}.items():
+        if not is_given(key):
+            values[key], origins[key] = value, f"{origins[key]}, for {name}"
 
 
 def _fit_heads(values: dict[str, Any], origins: dict[str, str]) -> None:
-    """Let what a preset says of heads follow the dimensions that were given instead of its own."""
-    own = {name for name, origin in origins.items() if origin.startswith("preset")}
+    """Adapt the preset's head sizes to a given width or number of heads."""
+    preset = {name for name, origin in origins.items() if origin.startswith("preset")}
     heads, width = values["num_heads"], values["hidden_dim"]
-    if "head_dim" in own and not {"hidden_dim", "num_heads"} <= own:
-        if heads > 0 and width % heads:
-            raise UserError(f"--hidden_dim {width} is not a multiple of --num_heads {heads}. Use {_nearest_multiples(width, heads)}, or give --head_dim.")
+    if "head_dim" in preset and not {"hidden_dim", "num_heads"} <= preset:
+        if min(heads, width) > 0 and width % heads:
+            raise UserError(
+                f"--hidden_dim {width} is not a multiple of --num_heads {heads}. "
+                f"Use {' or '.join(map(str, neighbours(width, heads)))}, or give --head_dim."
+            )
         values["head_dim"], origins["head_dim"] = width // max(heads, 1), "hidden_dim / num_heads"
-    if "num_kv_heads" in own and "num_heads" not in own and heads % values["num_kv_heads"]:
+    if "num_kv_heads" in preset and "num_heads" not in preset and heads % values["num_kv_heads"]:
         values["num_kv_heads"], origins["num_kv_heads"] = heads, "num_heads"
 
 
-def _nearest_multiples(n: int, of: int) -> str:
-    below = n // of * of
-    return f"{below} or {below + of}" if below else str(of)
-
-
 def _convert(flag: Flag, value: Any, where: str) -> Any:
-    """`value` (a string of the command line, or what YAML made of a file) as the flag's type.
+    """Convert a string of the command line, or a value from YAML, to the flag's type.
 
     Raises:
-        UserError: the value is not of that type; `where` says what it was given to.
+        UserError: the value is not of that type; the message begins with `where`.
     """
     if flag.many:
         items = value if isinstance(value, (list, tuple)) else [value]
@@ -176,22 +226,27 @@ def _convert(flag: Flag, value: Any, where: str) -> Any:
 
 
 def _scalar(flag: Flag, value: Any, where: str) -> Any:
+    if flag.const and str(value).lower() in ("true", "false"):  # as flags of other trainers
+        value = str(value).lower() == "true"
     if isinstance(value, bool) and flag.choices:  # YAML reads no, yes, on and off as booleans
         words = (flag.const, "yes", "on") if value else ("no", "off", "none")
         value = next((word for word in words if word in flag.choices), value)
-    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[flag.type]
+    parse, kind = _PARSERS[flag.type]
     try:
-        converted = _PARSERS[flag.type](value)
+        converted = parse(value)
     except (ValueError, KeyError, TypeError, OverflowError):
-        raise UserError(f"{where} wants {wanted}, not {_short(value)}.") from None
+        raise UserError(f"{where} must be {kind}, not {_short(value)}.") from None
     if flag.choices and converted not in flag.choices:
-        raise UserError(f"{where} {_short(converted)} is not known{nearest(converted, flag.choices)} Known: {', '.join(flag.choices)}.")
+        raise UserError(
+            f"{where} {_short(converted)} is not known{nearest(converted, flag.choices)} "
+            f"Known: {', '.join(flag.choices)}."
+        )
     return converted
 
 
 def _whole(value: Any) -> int:
-    number = real(str(value).replace("_", "") if not isinstance(value, bool) else value)  # 1e9 is how people write budgets
-    if number != int(number):
+    number = real(value if isinstance(value, bool) else str(value).replace("_", ""))
+    if number != int(number):  # a float, because people write budgets as 1e9
         raise ValueError(value)
     return int(number)
 
@@ -206,10 +261,62 @@ def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-_PARSERS: dict[type, Callable[[Any], Any]] = {int: _whole, float: real, bool: _truth, str: _text}
+_PARSERS: dict[type, tuple[Callable[[Any], Any], str]] = {
+    int: (_whole, "a whole number"),
+    float: (real, "a number"),
+    bool: (_truth, "true or false"),
+    str: (_text, "text"),
+}
 
 
 def _short(value: Any) -> str:
-    """The value as a sentence can hold it; a file may have kilobytes where a number belongs."""
+    """The value, shortened to fit in a sentence; a file may have kilobytes instead of a number."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _check_objective(config: RunConfig) -> None:
+    """Check that the flags suit `--objective`.
+
+    Raises:
+        UserError: one has no effect with it, or no meaning.
+    """
+    options, data = config.regularisation, config.data
+    if not config.trains_on_pairs:
+        if options.dpo_beta != DPO_BETA:
+            raise UserError(
+                f"--dpo_beta {options.dpo_beta} has no effect without --objective dpo. Add it, or "
+                "leave --dpo_beta out."
+            )
+        if data.row_format == "preference":
+            raise UserError(
+                "--row_format preference is for pairs of answers, which --objective dpo trains "
+                "on. Add --objective dpo, or leave --row_format out."
+            )
+        return
+    if data.row_format != "preference":
+        raise UserError(
+            f"--objective dpo trains on pairs (chosen, rejected), and --row_format "
+            f"{data.row_format} reads other rows. Leave one of them out."
+        )
+    if data.streaming:
+        raise UserError(
+            "--streaming and --objective dpo do not work together: the log-probabilities of all "
+            "pairs are computed before step 1. Leave one of them out."
+        )
+    if config.optimizer.decay_from is not None:
+        raise UserError(
+            "--decay_from continues a pretraining run, and --objective dpo starts from a model. "
+            "Leave one of them out."
+        )
+    if data.packing is not None:
+        raise UserError(
+            f"--packing {data.packing} is for single sequences; with --objective dpo, a row of a "
+            "batch is one pair. Leave one of them out."
+        )
+    terms = {name: getattr(options, name) for name in ("dropout", "label_smoothing", "z_loss")}
+    for name, value in (terms | {"lora_dropout": config.lora.lora_dropout}).items():
+        if value:
+            raise UserError(
+                f"--{name} {value} cannot be used with --objective dpo. Leave one of them out."
+            )

@@ -1,4 +1,7 @@
-"""The training guide's example: python scripts/train_example.py [DATA]. Without DATA it trains on text that comes with Python."""
+"""The training guide's example: python scripts/train_example.py [DATA].
+
+Without DATA it trains on text that comes with Python.
+"""
 
 import sys
 

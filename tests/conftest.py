@@ -1,30 +1,100 @@
-"""Eight CPU devices for every test, and where the shared data is."""
+"""Eight CPU devices for every test, where the shared data is, and what makes the tests quick."""
 
+import importlib.util
 import os
+import platform
+import re
+import shutil
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices are small, and the threads of two test processes wait for each other
+# Matrices are small, and the threads of two test processes wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# Compiled programs are kept: for the other worker, for processes that tests start, and for the
+# next time the tests run. JAX's key of an entry has the versions, the flags and the program.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(Path(__file__).parents[1] / ".pytest_cache" / "programs" / platform.node()),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
 from hypothesis import settings
 
-settings.register_profile("plain", deadline=None, max_examples=30)  # how long an example takes is the machine's affair
+# Compiled in 0.6 of the time: XLA's older code generator for the CPU, in one piece a program.
+# JAX 0.11 and later do not have it, and XLA ends a process for a flag that it does not know.
+USERS_FLAGS = os.environ.get("XLA_FLAGS", "")
+QUICK_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+if tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11):
+    QUICK_FLAGS = ""
+os.environ["XLA_FLAGS"] = f"{USERS_FLAGS} {QUICK_FLAGS}".strip()
+
+# Temporary files in memory where there is room: a test writes many small ones, and flushes them.
+MEMORY = Path("/dev/shm")
+if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 8 << 30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
+# How long an example takes depends on the machine.
+settings.register_profile("plain", deadline=None, max_examples=30)
 settings.load_profile("plain")
 
 DATA = Path(os.environ.get("CONSYN_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+# `nohup pytest &` hands on an ignored SIGINT, which processes that tests start would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+COMPARED_WITH = re.compile(r"^(?:import|from) (?:torch|transformers)\b", re.MULTILINE)
+OTHERS = re.compile(r"^(?:import|from) (peft|bitsandbytes)\b", re.MULTILINE)
+INSTALLED = {name for name in ("peft", "bitsandbytes") if importlib.util.find_spec(name)}
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out files that compare with torch, transformers or others that are not installed.
+
+    CI runs them in the environment that has both (`.ci/run`).
+    """
+    if collection_path.suffix != ".py":
+        return None
+    text = collection_path.read_text()
+    lacks_other = any(name not in INSTALLED for name in OTHERS.findall(text))
+    return (not HAS_TORCH and bool(COMPARED_WITH.search(text))) or lacks_other or None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The same for single tests, by their mark `torch`."""
+    if HAS_TORCH:
+        return
+    left_out = [item for item in items if item.get_closest_marker("torch")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Keep the newest compiled programs only, once a day."""
+    if not hasattr(config, "workerinput"):
+        from consyn_jax.training.runtime.compilation_cache import tidy
+
+        tidy(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with real corpora and the parity checkpoint; in CI it must be there."""
     if not DATA.is_dir():
-        message = "needs the shared data: set CONSYN_TEST_DATA to a folder laid out as ../shared/data"
+        message = (
+            "needs the shared data: set CONSYN_TEST_DATA to a folder laid out as ../shared/data"
+        )
         if os.environ.get("CI"):
             pytest.fail(message)
         pytest.skip(message)
@@ -37,14 +107,29 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("CONSYN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`loss.png` is drawn in processes that a test starts, and in tests of the drawing.
+
+    In this process runs are short, and drawing would take a third of their time.
+    """
+    if ending := sys.modules.get("consyn_jax.training.run.ending"):
+        monkeypatch.setattr(
+            ending, "write_loss_plot", lambda _, path: path.write_bytes(b"\x89PNG, not drawn")
+        )
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Programs of the same operations, compiled in half the time, which run more slowly; in processes that a test starts, too.
+    """Programs of the same operations, compiled in half the time, which run more slowly; in
+    processes that a test starts, too.
 
-    Not with the mark `users_compiler`, for comparisons with other implementations that hold for the last bits of users' machine code, and
-    for what a program costs.
+    Not with the mark `users_compiler`, for comparisons with other implementations that hold for the
+    last bits of users' machine code, and for what a program costs. (XLA reads its flags once a
+    process, so these have users' code generator only in the processes that they start.)
     """
     quick = item.get_closest_marker("users_compiler") is None
+    os.environ["XLA_FLAGS"] = f"{USERS_FLAGS} {QUICK_FLAGS if quick else ''}".strip()
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(quick).lower()
     jax.config.update("jax_disable_most_optimizations", quick)
     return (yield)

@@ -1,14 +1,15 @@
-"""The tree of options."""
+"""The option dataclasses."""
 
 import dataclasses
 
 import pytest
 
-from consyn_jax.config import RunConfig, flags
+from consyn_jax.config import RunConfig
+from consyn_jax.flags import flags
 
 
 def test_every_flag_has_help_and_a_default_of_its_type() -> None:
-    for flag in flags().values():
+    for flag in flags(RunConfig).values():
         assert flag.help
         assert flag.default is None or flag.many or isinstance(flag.default, flag.type)
 

@@ -1,0 +1,1 @@
+"""The commands: one thin module each, from argv to configuration to call."""

@@ -1,23 +1,41 @@
-"""argv to values by flag name: parsers are made from the fields of a tree of options, so help, defaults and types have one source."""
+"""Parse command lines with parsers made from the option dataclasses.
+
+The dataclass field is thus the only source of a flag's help, default and type.
+"""
 
 from __future__ import annotations
 
 import argparse
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
 from consyn_jax import __version__
-from consyn_jax.config import Config, Flag, PrepareConfig, RunConfig, UserError, flags, nearest
+from consyn_jax.errors import UserError, nearest
+from consyn_jax.flags import Config, Flag, flags
+from consyn_jax.foreign_flags import advise
 
-_NO_FLAG = re.compile(r"-(\d|\.\d|inf|nan)|--[^a-z]", re.IGNORECASE)  # a number, or a line of dashes that separates documents
+# Values may begin with a dash: numbers, and lines of dashes between documents.
+_NO_FLAG = re.compile(r"-(\d|\.\d|inf|nan)|--[^a-z]", re.IGNORECASE)
 METAVARS = {
     "model": "NAME|DIR|FILE",
+    "prompt": "TEXT",
+    "stop": "TEXT",
+    "file": "FILE",
     "checkpoint": "DIR",
     "replay": "DIR",
+    "run": "DIR",
+    "watch": "DIR",
+    "verify": "DIR",
+    "documents_of": "A[:B]",
     "data": "PATH",
     "validation": "PATH",
+    "requests": "FILE",
+    "eval_requests": "FILE",
+    "page": "FILE",
+    "chat_template": "auto|plain|FILE",
     "text_key": "KEY",
     "prompt_key": "KEY",
     "completion_key": "KEY",
@@ -28,11 +46,17 @@ METAVARS = {
     "tokenizer": "default|bytes|train:SIZE|PATH",
     "optimizer": "NAME",
     "lr_multipliers": "GROUP=X,...",
+    "lora_targets": "NAME",
     "scheduler": "NAME",
     "mesh": "auto|AXIS=N,...",
     "topology": "GPU:HOSTSxGPUS",
+    "coordinator_address": "HOST:PORT",
     "fit": "FILE",
     "output": "DIR",
+    "average": "N|STEP,...",
+    "shard_size": "SIZE",
+    "license": "NAME",
+    "push_to_hub": "OWNER/NAME",
     "resume": "auto|never|STEP",
     "profile_steps": "A:B",
     "wandb_project": "NAME",
@@ -41,35 +65,72 @@ METAVARS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """Mistakes are `UserError`s of one sentence, not a usage page."""
+    """A parser that raises a `UserError` of one sentence instead of printing a usage page.
+
+    Attributes:
+        tree: the dataclass of options that the flags fill.
+        common: the flags that `--help` lists; none for all.
+    """
+
+    tree: Any
+    common: Sequence[str] = ()
 
     def error(self, message: str) -> NoReturn:
-        wants = re.match(r"argument ([^:]*): expected (.*)", message)
+        missing = re.match(r"argument ([^:]*): expected (.*)", message)
         strays = re.match(r"unrecognized arguments: (.*)", message)
-        if wants:
-            name = wants[1].split("/")[0]
-            count = "at least one value" if "at least one" in wants[2] else "a value"
-            message = f"{name} wants {count}; one that begins with a dash is written {name}=VALUE"
+        if missing:
+            name = missing[1].split("/")[0]
+            count = "at least one value" if "at least one" in missing[2] else "a value"
+            message = f"{name} needs {count}; write one that begins with a dash as {name}=VALUE"
         elif strays and strays[1].startswith("-") and strays[1].strip("- "):
             word = strays[1].split()[0]
-            raise UserError(f"There is no flag {word}{nearest(word, self._option_string_actions)} See {self.prog} --help.")
+            raise self.unknown(word, word, None)
         elif strays:
-            message = f"{strays[1]!r} belongs to no flag; files to read go behind --data"
+            message = f"{strays[1]!r} belongs to no flag; give files to read with --data"
         raise UserError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
 
+    def unknown(self, word: str, name: str, value: str | None) -> UserError:
+        """The error for an unknown flag, given as `word` and `value`, with a suggestion."""
+        advice = advise(name.lstrip("-"), value, flags(self.tree), "flag")
+        if advice is not None:
+            return UserError(f"There is no flag {word}{advice}")
+        hint = nearest(name, self._option_string_actions)
+        return UserError(f"There is no flag {word}{hint} See {self.prog} --help.")
 
-def build_parser(prog: str, description: str, usage: str, epilog: str, tree: type[RunConfig] | type[PrepareConfig] = RunConfig) -> argparse.ArgumentParser:
-    """A parser of the flags of `tree`, whose namespace holds only what was given on the command line, as strings."""
+
+def build_parser(
+    prog: str,
+    description: str,
+    usage: str,
+    epilog: str,
+    tree: type[Any],
+    common: Sequence[str] = (),
+) -> _Parser:
+    """Make a parser for the flags of `tree`; its namespace has only given flags, as strings.
+
+    Args:
+        common: the flags that `--help` lists, where `--help all` lists every one; none for all.
+    """
     parser = _Parser(
         prog=prog,
         usage=f"{prog} {usage}",
         description=description,
         epilog=epilog,
         allow_abbrev=False,
+        add_help=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=_Formatter,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}", help="print the version and stop")
+    parser.tree, parser.common = tree, common
+    more = {"nargs": "?", "metavar": "all"} if common else {"nargs": 0}
+    text = "list the flags that people use most, or all, and stop" if common else "list all flags"
+    parser.add_argument("-h", "--help", action=_Help, help=text, **more)
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"%(prog)s {__version__}",
+        help="print the version and stop",
+    )
     groups: dict[str, Any] = {}
     for flag in flags(tree).values():
         if flag.group not in groups:
@@ -79,67 +140,100 @@ def build_parser(prog: str, description: str, usage: str, epilog: str, tree: typ
     return parser
 
 
+class _Help(argparse.Action):
+    """`--help`: print the common flags and stop; with `all`, every flag."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        if values not in (None, [], "all"):
+            raise UserError(f"--help takes all, and not {values!r}. Write --help, or --help all.")
+        if parser.common and values != "all":
+            shown = {"help", "version", *parser.common}
+            hidden = [action for action in parser._actions if action.dest not in shown]
+            for action in hidden:
+                action.help = argparse.SUPPRESS
+            more = f"{len(hidden)} more flags: {parser.prog} --help all"
+            parser.epilog = f"{more}\n\n{parser.epilog}"
+        parser.print_help()
+        parser.exit()
+
+
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """A column of its own for the flags, and examples that keep their lines."""
+    """Formats help with a wide column for flags, and keeps the lines of examples."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        """`--lr, --learning_rate X` instead of the value behind every name."""
+        """Write `--lr, --learning_rate X` instead of repeating the value after each name."""
         if not action.option_strings or action.nargs == 0:
             return super()._format_action_invocation(action)
-        return f"{', '.join(action.option_strings)} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {value}"
 
 
-MODES = {"print_config": "print every value with its origin, and stop"}
+MODES = {"print_config": "print all values with their origins, and stop"}
 
 
 def read(
-    parser: argparse.ArgumentParser, argv: Sequence[str], resolve: Callable[..., tuple[Config, dict[str, str]]], modes: Mapping[str, str] = MODES
+    parser: _Parser,
+    argv: Sequence[str],
+    resolve: Callable[..., tuple[Config, dict[str, str]]],
+    modes: Mapping[str, str] = MODES,
 ) -> tuple[Config, dict[str, str], str]:
-    """What a command is told, the origins of the values, and what it shall do with that instead of its work: one of `modes`, or "".
+    """Parse a command line into a configuration, the origins of its values, and a mode.
 
     Args:
         resolve: merges flags and the content of a `--config` file, as `resolve.resolve` does.
-        modes: the help of flags without a value, each of which asks for something else than the command's work.
+        modes: flags that replace the command's usual work, with their help by name.
+
+    Returns:
+        The mode is one of `modes`, or "" for the usual work.
 
     Raises:
-        UserError: an unknown flag, a bad value, two modes, or a `--config` file that is none.
+        UserError: an unknown flag, an invalid value, two modes, or an unreadable `--config` file.
     """
-    parser.add_argument("--config", metavar="FILE", help="YAML file with the flags' names; flags override it")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file of flags and values; flags override it"
+    )
     for name, text in modes.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     given = parse(parser, argv)
-    file_name, asked = given.pop("config", None), [name for name in modes if given.pop(name, False)]
-    if len(asked) > 1:
-        raise UserError(f"--{asked[0]} and --{asked[1]} are two different things to do. Leave one of them out.")
+    file_name = given.pop("config", None)
+    chosen = [name for name in modes if given.pop(name, False)]
+    if len(chosen) > 1:
+        raise UserError(
+            f"--{chosen[0]} and --{chosen[1]} do not work together. Leave one of them out."
+        )
     file: dict[str, Any] = {}
     if file_name is not None:
-        from consyn_jax.training.config_file import read_config_file
+        from consyn_jax.config_file import read_config_file
 
         file = read_config_file(Path(file_name))
     config, origins = resolve(given, file, file_name=file_name or "")
-    return config, origins, "".join(asked)
+    return config, origins, "".join(chosen)
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
-    """What was given, by flag name; flags may be written with `_` or `-`, and of one that is given twice the last counts.
+def parse(parser: _Parser, argv: Sequence[str]) -> dict[str, Any]:
+    """Parse a command line into its values by flag name.
+
+    Flags may be written with `_` or `-`. If one is given twice, the last counts.
 
     Raises:
-        UserError: an unknown flag (with the nearest known one), or a flag without its value.
+        UserError: an unknown flag, or a flag without its value.
     """
     known = {option for action in parser._actions for option in action.option_strings}
     words: list[str] = []
-    for word in argv:
-        if _NO_FLAG.match(word) and words and words[-1] in known:  # argparse takes -1e-3 for a flag
+    for word, following in zip_longest(argv, argv[1:]):
+        # argparse mistakes -1e-3 for a flag.
+        if _NO_FLAG.match(word) and words and words[-1] in known:
             words[-1] += f"={word}"
             continue
         if word.startswith("--") and word != "--":
-            name, equals, value = word.partition("=")
-            name = "--" + name[2:].replace("-", "_")
+            given, equals, value = word.partition("=")
+            name = "--" + given[2:].replace("-", "_")
             if name not in known:
-                raise UserError(f"There is no flag {word.partition('=')[0]}{nearest(name, known)} See {parser.prog} --help.")
+                is_value = following is not None and not following.startswith("--")
+                raise parser.unknown(given, name, value or (following if is_value else None))
             word = name + equals + value
         words.append(word)
     return vars(parser.parse_args(words))
@@ -150,14 +244,21 @@ def _arity(flag: Flag) -> dict[str, Any]:
         return {"nargs": "+", "metavar": METAVARS[flag.name]}
     if flag.type is bool:
         return {"nargs": "?", "const": "true", "metavar": "true|false"}
-    metavar = METAVARS.get(flag.name) or ("|".join(flag.choices) if flag.choices else {int: "N", float: "X", str: "TEXT"}[flag.type])
+    metavar = METAVARS.get(flag.name) or (
+        "|".join(flag.choices) if flag.choices else {int: "N", float: "X", str: "TEXT"}[flag.type]
+    )
     return {"metavar": metavar} | ({"nargs": "?", "const": flag.const} if flag.const else {})
 
 
 def _help(flag: Flag) -> str:
     text = flag.help.replace("%", "%%")
-    if flag.choices and flag.name in METAVARS:  # too many for the column of flags
+    if flag.choices and flag.name in METAVARS:  # too wide for the column of flags
         text += f": {', '.join(flag.choices)}"
-    default = " ".join(flag.default) if flag.many else f"{flag.default:g}" if isinstance(flag.default, float) else flag.default
-    default = "true" if default is True else default
+    default = flag.default
+    if flag.many:
+        default = " ".join(default)
+    elif isinstance(default, float):
+        default = f"{default:g}"
+    elif default is True:
+        default = "true"
     return text if default in (None, "", False) else f"{text} ({default})"

@@ -1,8 +1,9 @@
-"""Global batches from an order of sequences, a prefetching thread, and one pass for evaluation.
+"""Batches of a training order, batches of one evaluation pass, and a thread that reads ahead.
 
-A batch is a function of (seed, step): step s takes the global positions s * A * B .. (s + 1) * A * B, micro-batch a the positions
-a * B .. (a + 1) * B of those. A process reads only its rows of each micro-batch; together, however many there are, they read the
-same global batch.
+A batch is a function of (seed, step). With A micro-batches of B sequences, step s takes the global
+positions s * A * B .. (s + 1) * A * B; within these, micro-batch a takes a * B .. (a + 1) * B. A
+process reads only its rows of each micro-batch; any number of processes reads the same global
+batch.
 """
 
 from __future__ import annotations
@@ -20,39 +21,46 @@ import numpy as np
 from jaxtyping import Int64
 
 from consyn_jax.data.order import ids_at
-from consyn_jax.data.packing import Batch
+from consyn_jax.data.packing import Sequences
 
+Batch = dict[str, np.ndarray]
+"""The batch that the step takes, on the host: "input_ids", "labels" and "segment_ids" in int32, and
+"loss_mask" in bool, each [accumulation_steps, sequences, T]; in evaluation [sequences, T]."""
 Rows = slice | np.ndarray
-POLL_S = 0.2  # between two looks at whether waiting still makes sense
+POLL_S = 0.2  # between two calls of `interrupted` while waiting
 In = TypeVar("In")
 Out = TypeVar("Out")
 
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Sequences with a place each: a length, and the rows at many indices at once, each array [n, ...]."""
+    """Sequences that are read by index."""
 
     def __len__(self) -> int: ...
 
-    def rows(self, indices: Any) -> Batch: ...
+    def rows(self, indices: Any) -> Sequences:
+        """The sequences at many indices at once, each array [n, T]."""
 
 
 @runtime_checkable
 class Order(Protocol):
-    """Training sequences without end: what stands at a global position is a function of the position and nothing else."""
+    """An endless order of training sequences; each depends on its global position alone."""
 
-    def at(self, positions: Int64[np.ndarray, " n"]) -> Batch:
-        """The sequences at any positions (not negative), each array [n, ...]."""
+    def at(self, positions: Int64[np.ndarray, " n"]) -> Sequences:
+        """The sequences at any positions (not negative), each array [n, T]."""
 
     def passes(self, position: int) -> dict[str, int]:
-        """By source, how many whole passes over it lie in front of `position`. The only source is called ""."""
+        """Number of whole passes over each source before `position`, by the source's name.
+
+        A single source is called "".
+        """
 
 
 class Shuffled:
-    """One dataset, epoch after epoch, each in an order of its own (`order.ids_at`).
+    """One dataset, epoch after epoch, each in another order (`order.ids_at`).
 
     Args:
-        shuffle: False takes the dataset in its own order.
+        shuffle: False keeps the order of the dataset.
 
     Raises:
         ValueError: the dataset has no samples.
@@ -63,44 +71,59 @@ class Shuffled:
             raise ValueError("The dataset has no samples.")
         self.dataset, self.seed, self.shuffle = dataset, seed, shuffle
 
-    def at(self, positions: Int64[np.ndarray, " n"]) -> Batch:
-        """The sequences at any positions, each array [n, ...]."""
+    def at(self, positions: Int64[np.ndarray, " n"]) -> Sequences:
+        """The sequences at any positions, each array [n, T]."""
         return self.dataset.rows(ids_at(self.seed, positions, len(self.dataset), self.shuffle))
 
     def passes(self, position: int) -> dict[str, int]:
-        """Whole epochs in front of `position`, under the name ""."""
+        """Whole epochs before `position`, under the name ""."""
         return {"": position // len(self.dataset)}
 
 
 class BatchLoader:
-    """The batches of a run from `start_step` on, without end; epochs follow one another within a batch.
+    """The batches of a run from `start_step` on, without end; a batch may span epochs.
 
-    Iterating gives (step, batch), each array of the batch [accumulation_steps, b, ...] where b is the number of `rows`.
+    Iterating gives (step, batch), each array of the batch [accumulation_steps, b, T] where b is the
+    number of `rows`.
 
     Args:
         batch_size: rows of one micro-batch over all processes.
         rows: which rows of each global micro-batch this process holds.
     """
 
-    def __init__(self, order: Order, batch_size: int, accumulation_steps: int = 1, rows: Rows = slice(None), start_step: int = 0) -> None:
+    def __init__(
+        self,
+        order: Order,
+        batch_size: int,
+        accumulation_steps: int = 1,
+        rows: Rows = slice(None),
+        start_step: int = 0,
+    ) -> None:
         self.order, self.start_step = order, start_step
         self.batch_size, self.accumulation_steps = batch_size, accumulation_steps
         held = np.arange(batch_size)[rows]
         self._held = (np.arange(accumulation_steps)[:, None] * batch_size + held).astype(np.int64)
 
     def batch(self, step: int) -> Batch:
-        """The batch of that step, whatever was read before."""
+        """The batch of that step, independent of what was read before."""
         positions = step * self.accumulation_steps * self.batch_size + self._held
         rows = self.order.at(positions.reshape(-1))
-        return {name: values.reshape(*self._held.shape, *values.shape[1:]) for name, values in rows.items()}
+        return {
+            name: values.reshape(*self._held.shape, *values.shape[1:])
+            for name, values in rows.items()
+        }
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         for step in itertools.count(self.start_step):
             yield step, self.batch(step)
 
 
-def evaluation_batches(dataset: Dataset, batch_size: int, rows: Rows = slice(None)) -> Iterator[Batch]:
-    """The whole dataset once, in order, in batches [b, ...] of one shape; rows behind the end have no mask and segment 0.
+def evaluation_batches(
+    dataset: Dataset, batch_size: int, rows: Rows = slice(None)
+) -> Iterator[Batch]:
+    """The whole dataset once, in order, in batches [b, T] of one shape.
+
+    The last batch is filled up with rows that have mask False and segment 0.
 
     Args:
         batch_size: rows of a batch over all processes.
@@ -117,7 +140,7 @@ def evaluation_batches(dataset: Dataset, batch_size: int, rows: Rows = slice(Non
 
 
 class _End:
-    """What the thread hands over last: the exception that stopped it, or None."""
+    """The last item of the thread: the exception that stopped it, or None."""
 
     def __init__(self, error: BaseException | None) -> None:
         self.error = error
@@ -126,12 +149,13 @@ class _End:
 class prefetch(Generic[Out]):
     """Iterate with a background thread that keeps up to `depth` items ready.
 
-    An exception in the thread is raised in the consumer, in its place in the sequence. The thread ends with `close()`, at the end
-    of a `with` block, when this object is dropped, and at exit.
+    An exception in the thread is raised in the consumer, at its place in the sequence. The thread
+    ends with `close()`, at the end of a `with` block, when this object is garbage-collected, and at
+    exit.
 
     Args:
         transform: applied to each item in the thread.
-        interrupted: asked while the consumer waits; true ends the iteration there, before an item that may be long in coming.
+        interrupted: called while the consumer waits for an item; true ends the iteration.
 
     Attributes:
         wait_s: seconds that the consumer has waited for items so far.
@@ -146,12 +170,13 @@ class prefetch(Generic[Out]):
     ) -> None:
         self.wait_s = 0.0
         self._interrupted = interrupted
-        # No SimpleQueue: CPython's waits for ever where a signal's handler outlasts the timeout (its rest is negative, which means none).
+        # No SimpleQueue: CPython's waits for ever when a signal handler outlasts the timeout (the
+        # time left is then negative, which means no timeout).
         self._ready: Queue[Any] = Queue()
         self._free = threading.Semaphore(depth)
         self._stop = threading.Event()
         self._ended = False
-        # The thread must not know this object, or it would never be dropped.
+        # The thread must not refer to this object, or it would never be garbage-collected.
         arguments = (iter(iterable), transform, self._ready, self._free, self._stop)
         thread = threading.Thread(target=_produce, args=arguments, name="prefetch", daemon=True)
         self._finalizer = weakref.finalize(self, _end_thread, thread, self._free, self._stop)
@@ -185,18 +210,29 @@ class prefetch(Generic[Out]):
                     raise StopIteration from None
 
     def close(self) -> None:
-        """End the thread, waiting for the item it is at. What is ready is dropped."""
+        """End the thread after the item in progress; items that are ready are discarded."""
         self._ended = True
         self._finalizer()
 
     def __enter__(self) -> prefetch[Out]:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
-def _produce(items: Iterator[Any], transform: Callable[[Any], Any] | None, ready: Queue[Any], free: threading.Semaphore, stop: threading.Event) -> None:
+def _produce(
+    items: Iterator[Any],
+    transform: Callable[[Any], Any] | None,
+    ready: Queue[Any],
+    free: threading.Semaphore,
+    stop: threading.Event,
+) -> None:
     error: BaseException | None = None
     try:
         while True:
@@ -216,5 +252,5 @@ def _produce(items: Iterator[Any], transform: Callable[[Any], Any] | None, ready
 def _end_thread(thread: threading.Thread, free: threading.Semaphore, stop: threading.Event) -> None:
     stop.set()
     free.release()
-    if thread is not threading.current_thread():  # the garbage collector runs where it likes
+    if thread is not threading.current_thread():  # garbage collection may run in this thread
         thread.join()

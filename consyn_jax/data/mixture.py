@@ -1,70 +1,74 @@
-"""Several datasets as one, by weight: which source stands at a global position, and which of its sequences, is arithmetic.
+"""Several datasets mixed by weight; a global position determines the source and the sequence.
 
-Positions come in cycles of a few thousand. Every cycle holds the same number of sequences of each source, in an order of its own
-(`order.ids_at`), so that shares hold from the start and nothing needs to be remembered. Within a source the sequences come in the
-order that it would have alone: every one of them once before any comes again.
+Positions are grouped into cycles of a few thousand. Every cycle has the same number of sequences of
+each source, in another order (`order.ids_at`), so shares hold from the start and there is no state.
+The sequences of one source come in the order that it would have alone: all of them once before any
+comes again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int64, Integer
 
 from consyn_jax.data.loader import Dataset, Shuffled
 from consyn_jax.data.order import ids_at, mix
-from consyn_jax.data.packing import Batch
+from consyn_jax.data.packing import Sequences
 
-# Within a cycle shares only hold on average, so it is short; a share can be no finer than 1 in a cycle, so it is not shorter.
+# A compromise: shares hold exactly only over whole cycles, so cycles should be short; but the
+# smallest possible share is one sequence in a cycle.
 LONGEST_CYCLE = 4096
 
 
 class Mixture:
     """An endless order of sequences (`loader.Order`) from several sources.
 
-    An epoch of a mixture is as many sequences as all sources hold together; how often each source is passed in it is up to the
-    weights.
+    An epoch of a mixture has as many sequences as all sources together; the weights decide how
+    often it passes over each source.
 
     Args:
         datasets: the sources by name, each with at least one sequence.
-        weights: share of the sequences that each gives, in the order of `datasets`; only their ratios count.
+        weights: share of the sequences from each source, in the order of `datasets`; only their
+            ratios count.
         seed: chooses the order of the cycles, and that of every source.
 
     Attributes:
+        datasets, weights, seed: as given.
         quotas: sequences of each source in a cycle.
 
     Raises:
-        ValueError: as many weights as sources, all above 0, and no more sources than half a cycle: one of these is not so.
+        ValueError: there are not as many weights as sources, a weight is not above 0, or there are
+            more sources than half a cycle.
     """
 
-    def __init__(self, datasets: Mapping[str, Dataset], weights: Sequence[float | int], seed: int) -> None:
+    def __init__(
+        self, datasets: Mapping[str, Dataset], weights: Sequence[float | int], seed: int
+    ) -> None:
         if len(weights) != len(datasets):
             raise ValueError(f"There are {len(weights)} weights for {len(datasets)} sources.")
-        self.datasets, self.seed = dict(datasets), seed
+        self.datasets, self.weights, self.seed = dict(datasets), tuple(weights), seed
         self.quotas = quotas(weights)
-        self._orders = [Shuffled(dataset, part_seed(seed, number)) for number, dataset in enumerate(self.datasets.values(), 1)]
+        self._orders = [
+            Shuffled(dataset, part_seed(seed, number))
+            for number, dataset in enumerate(self.datasets.values(), 1)
+        ]
         self._last: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
         """Sequences in an epoch: those of all sources together."""
         return sum(map(len, self.datasets.values()))
 
-    def at(self, positions: Int64[np.ndarray, " n"]) -> Batch:
-        """The sequences at any positions, each array [n, ...]."""
+    def at(self, positions: Int64[np.ndarray, " n"]) -> Sequences:
+        """The sequences at any positions, each array [n, T]."""
         sources, indices = self.places(positions)
-        batch: Batch = {}
-        for number in np.unique(sources):
-            chosen = np.flatnonzero(sources == number)
-            for name, values in self._orders[number].at(indices[chosen]).items():
-                if name not in batch:
-                    batch[name] = np.empty((len(positions), *values.shape[1:]), values.dtype)
-                batch[name][chosen] = values
-        return batch
+        return _merged(sources, lambda number, at: self._orders[number].at(indices[at]))
 
-    def places(self, positions: Int64[np.ndarray, " n"]) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
-        """For every position the number of its source, and the position within that source."""
+    def places(
+        self, positions: Int64[np.ndarray, " n"]
+    ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+        """The source of every position, by number, and the position within that source."""
         cycles, offsets = np.divmod(positions, self.quotas.sum())
         sources, indices = np.empty_like(positions), np.empty_like(positions)
         for cycle in np.unique(cycles):
@@ -75,31 +79,42 @@ class Mixture:
         return sources, indices
 
     def counts(self, position: int) -> dict[str, int]:
-        """By source, how many of the sequences in front of `position` are its own. Together they are `position`."""
+        """Number of sequences of each source before `position`; they sum to `position`."""
         cycle, offset = divmod(position, int(self.quotas.sum()))
         partial = np.bincount(self._cycle(cycle)[0][:offset], minlength=len(self.quotas))
-        return {name: int(count) for name, count in zip(self.datasets, cycle * self.quotas + partial, strict=True)}
+        return {
+            name: int(count)
+            for name, count in zip(self.datasets, cycle * self.quotas + partial, strict=True)
+        }
 
     def passes(self, position: int) -> dict[str, int]:
-        """By source, how many whole passes over it lie in front of `position`."""
-        return {name: count // len(self.datasets[name]) for name, count in self.counts(position).items()}
+        """Number of whole passes over each source before `position`, by the source's name."""
+        return {
+            name: count // len(self.datasets[name]) for name, count in self.counts(position).items()
+        }
 
     def _cycle(self, cycle: int) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " m"]]:
-        """For every offset of a cycle its source, and how many of that source stand in front of it in the cycle."""
-        known = self._last  # read once: another thread may be at another cycle
+        """For every offset of a cycle, its source and how many of that source come before it."""
+        known = self._last  # read once: another thread may replace it
         if known is None or known[0] != cycle:
             ends = np.cumsum(self.quotas)
             size = int(ends[-1])
-            slots = ids_at(part_seed(self.seed, 0), np.arange(cycle * size, (cycle + 1) * size, dtype=np.int64), size)
+            slots = ids_at(
+                part_seed(self.seed, 0),
+                np.arange(cycle * size, (cycle + 1) * size, dtype=np.int64),
+                size,
+            )
             source_of = np.searchsorted(ends, slots, "right").astype(np.int64)
             nth = np.empty_like(source_of)
-            nth[np.argsort(source_of, kind="stable")] = np.arange(size) - np.repeat(ends - self.quotas, self.quotas)
+            nth[np.argsort(source_of, kind="stable")] = np.arange(size) - np.repeat(
+                ends - self.quotas, self.quotas
+            )
             self._last = known = (cycle, source_of, nth)
         return known[1], known[2]
 
 
 class Joined:
-    """Several datasets one after the other: every sequence of each once, in its own order."""
+    """Several datasets one after the other, each in its own order."""
 
     def __init__(self, datasets: Sequence[Dataset]) -> None:
         self.datasets = tuple(datasets)
@@ -108,29 +123,45 @@ class Joined:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Batch:
-        """The sequences `indices` (each in range(len)), each array [n, ...]."""
+    def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
+        """The sequences `indices` (each in range(len)), each array [n, T]."""
         wanted = np.asarray(indices, np.int64)
-        number_of = np.searchsorted(self._ends, wanted, "right")
-        batch: dict[str, Any] = {}
-        for number in np.unique(number_of):
-            chosen = np.flatnonzero(number_of == number)
-            dataset = self.datasets[number]
-            for name, values in dataset.rows(wanted[chosen] - (self._ends[number] - len(dataset))).items():
-                batch.setdefault(name, np.empty((len(wanted), *values.shape[1:]), values.dtype))[chosen] = values
-        return batch
+        first = self._ends - [len(dataset) for dataset in self.datasets]
+        return _merged(
+            np.searchsorted(self._ends, wanted, "right"),
+            lambda number, at: self.datasets[number].rows(wanted[at] - first[number]),
+        )
+
+
+def _merged(
+    sources: Int64[np.ndarray, " n"], read: Callable[[int, np.ndarray], Sequences]
+) -> Sequences:
+    """Sequences of several sources in one array each.
+
+    Args:
+        sources: the source of each sequence, by number.
+        read: called with each source and the places of its sequences among the n.
+    """
+    merged: Sequences = {}
+    for number in np.unique(sources):
+        at = np.flatnonzero(sources == number)
+        for name, values in read(number, at).items():
+            if name not in merged:
+                merged[name] = np.empty((len(sources), *values.shape[1:]), values.dtype)
+            merged[name][at] = values
+    return merged
 
 
 def part_seed(seed: int, number: int) -> int:
-    """A seed for one of the orders that an order is made of, so that they have nothing in common."""
+    """Derive an independent seed for component `number` of a mixed order."""
     return int(mix(mix(np.array([seed % 2**64], np.uint64)) + np.array([number], np.uint64))[0])
 
 
 def quotas(weights: Sequence[float | int]) -> Int64[np.ndarray, " sources"]:
-    """How many sequences of each source a cycle holds: whole numbers in the ratios of `weights`, at least 1 each.
+    """Sequences of each source in a cycle: integers in the ratios of `weights`, at least 1 each.
 
-    Of the lengths that a cycle may have, the one is taken at which the worst relative error is smallest; so 7 : 2 : 1 is met
-    exactly. Remainders are rounded by size (the method of Hamilton).
+    The length of the cycle is chosen to make the largest relative error smallest, so 7 : 2 : 1 is
+    met exactly. Fractions are rounded by the largest-remainder method (Hamilton).
 
     Raises:
         ValueError: a weight that is not above 0, or too many.
@@ -139,8 +170,14 @@ def quotas(weights: Sequence[float | int]) -> Int64[np.ndarray, " sources"]:
     [2863, 818, 409]
     """
     given = np.asarray(weights, np.float64)
-    if not len(given) or not (np.isfinite(given) & (given > 0)).all() or 2 * len(given) > LONGEST_CYCLE:
-        raise ValueError(f"A mixture wants 1 to {LONGEST_CYCLE // 2} weights above 0, not {list(weights)[:8]}.")
+    if (
+        not len(given)
+        or not (np.isfinite(given) & (given > 0)).all()
+        or 2 * len(given) > LONGEST_CYCLE
+    ):
+        raise ValueError(
+            f"A mixture needs 1 to {LONGEST_CYCLE // 2} weights above 0, not {list(weights)[:8]}."
+        )
     sizes = np.arange(LONGEST_CYCLE, LONGEST_CYCLE // 2 - 1, -1)
     exact = sizes[:, None] * (given / given.sum())
     found = np.floor(exact + 1e-9).astype(np.int64)
@@ -149,5 +186,6 @@ def quotas(weights: Sequence[float | int]) -> Int64[np.ndarray, " sources"]:
     found = np.maximum(found, 1)
     while len(over := np.flatnonzero(found.sum(1) > sizes)):
         found[over, np.argmax(found[over], axis=1)] -= 1
-    errors = np.abs(found / exact - 1).max(1).round(9)  # rounded, as ratios that are met exactly differ by what floats lose
+    # Rounded, because the errors of ratios that are met exactly differ in their last bits.
+    errors = np.abs(found / exact - 1).max(1).round(9)
     return found[np.argmin(errors)]

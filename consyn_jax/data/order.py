@@ -1,8 +1,9 @@
-"""The order of samples as arithmetic: which sample stands at a position is a function of (seed, position) and nothing else.
+"""The order of samples as arithmetic: the sample at a position depends on (seed, position) alone.
 
-Each epoch is a keyed pseudo-random permutation of range(n): a Feistel network over the smallest power of two that holds n, walked
-along its cycle until it lands below n (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). No state, no table: a
-resume costs nothing, and any process can ask for any position.
+Each epoch is a keyed pseudo-random permutation of range(n): a Feistel network over the smallest
+power of two that is at least n, applied again until the result is below n (cycle walking: Black and
+Rogaway 2002, "Ciphers with arbitrary finite domains"). There is no state and no table: a resume
+costs nothing, and any process can compute any position.
 """
 
 from __future__ import annotations
@@ -13,29 +14,37 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 ROUNDS = 8
-# Halves of few bits mix slowly: with 8 rounds, the 120 orders of five samples come up 0.65 to 1.9 times as often as they should.
+# Halves of few bits mix slowly: with 8 rounds, the 120 orders of five samples occur 0.65 to 1.9
+# times as often as they should.
 ROUNDS_OF_FEW = 24
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _BLOCK = 1024
 
 
-def ids_at(seed: int, positions: Int64[np.ndarray, " count"], n: int, shuffle: bool = True) -> Int64[np.ndarray, " count"]:
-    """Dataset indices of any global positions (not negative) in an endless row of epochs.
+def ids_at(
+    seed: int, positions: Int64[np.ndarray, " count"], n: int, shuffle: bool = True
+) -> Int64[np.ndarray, " count"]:
+    """Dataset indices of any global positions (not negative), epoch after epoch without end.
 
     Args:
-        seed: chooses the permutations; every epoch has its own.
+        seed: chooses the permutations; every epoch has another one.
         n: samples in an epoch.
         shuffle: False gives 0 .. n - 1 in every epoch.
 
     Raises:
-        ValueError: no samples to take from.
+        ValueError: there are no samples.
     """
     if n < 1:
         raise ValueError("There are no samples to put in order.")
     if not shuffle:
         return positions % np.int64(n)
-    # A batch asks for few positions that lie together, and a call costs the same for one as for a thousand.
-    if len(positions) and len(positions) < _BLOCK and positions.max() // _BLOCK - (first := int(positions.min()) // _BLOCK) < 2:
+    # A batch needs few positions that are close together, and a call for a thousand costs no more
+    # than a call for one; so blocks of positions are cached.
+    if (
+        len(positions)
+        and len(positions) < _BLOCK
+        and positions.max() // _BLOCK - (first := int(positions.min()) // _BLOCK) < 2
+    ):
         near = np.concatenate([_block(seed, first, n), _block(seed, first + 1, n)])
         return near[positions - first * _BLOCK]
     return _shuffled(seed, positions, n)
@@ -43,19 +52,23 @@ def ids_at(seed: int, positions: Int64[np.ndarray, " count"], n: int, shuffle: b
 
 @lru_cache(maxsize=64)
 def _block(seed: int, number: int, n: int) -> Int64[np.ndarray, " block"]:
-    """The ids of `_BLOCK` positions that lie together."""
+    """The dataset indices of the `_BLOCK` positions of block `number`."""
     return _shuffled(seed, np.arange(number * _BLOCK, (number + 1) * _BLOCK, dtype=np.int64), n)
 
 
-def _shuffled(seed: int, positions: Int64[np.ndarray, " count"], n: int) -> Int64[np.ndarray, " count"]:
+def _shuffled(
+    seed: int, positions: Int64[np.ndarray, " count"], n: int
+) -> Int64[np.ndarray, " count"]:
     epochs, offsets = np.divmod(positions, np.int64(n))
-    # A one-element array and not a scalar: numpy warns when scalars wrap around, and arrays are meant to here.
+    # A one-element array, because numpy warns when a scalar wraps around, as intended here.
     keys = mix(epochs.astype(np.uint64) * _GOLDEN + mix(np.array([seed % 2**64], np.uint64)))
     return permute(offsets, n, keys)
 
 
-def permute(values: Int64[np.ndarray, " count"], n: int, keys: UInt64[np.ndarray, " count"]) -> Int64[np.ndarray, " count"]:
-    """Each value in range(n) sent to its place under the permutation that its key names."""
+def permute(
+    values: Int64[np.ndarray, " count"], n: int, keys: UInt64[np.ndarray, " count"]
+) -> Int64[np.ndarray, " count"]:
+    """The image of each value in range(n) under the permutation that its key names."""
     bits = max((n - 1).bit_length(), 1)
     walking = np.arange(len(values))
     result = values.astype(np.uint64)
@@ -65,8 +78,10 @@ def permute(values: Int64[np.ndarray, " count"], n: int, keys: UInt64[np.ndarray
     return result.astype(np.int64)
 
 
-def _feistel(values: UInt64[np.ndarray, " count"], keys: UInt64[np.ndarray, " count"], bits: int) -> UInt64[np.ndarray, " count"]:
-    """A bijection of range(2**bits): each half in turn is xor-ed with a hash of the other, which can be undone, so nothing collides."""
+def _feistel(
+    values: UInt64[np.ndarray, " count"], keys: UInt64[np.ndarray, " count"], bits: int
+) -> UInt64[np.ndarray, " count"]:
+    """A bijection of range(2**bits): each half in turn is xor-ed with a hash of the other half."""
     low_bits = np.uint64((bits + 1) // 2)
     low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
     high_mask = (np.uint64(1) << (np.uint64(bits) - low_bits)) - np.uint64(1)
@@ -81,7 +96,10 @@ def _feistel(values: UInt64[np.ndarray, " count"], keys: UInt64[np.ndarray, " co
 
 
 def mix(values: UInt64[np.ndarray, " count"]) -> UInt64[np.ndarray, " count"]:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): every input bit moves every output bit."""
+    """Hash 64-bit values so that every input bit affects every output bit.
+
+    The finalizer of SplitMix64 (Steele, Lea and Flood 2014).
+    """
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

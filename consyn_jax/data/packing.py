@@ -1,169 +1,313 @@
-"""Documents packed into sequences of fixed length without loss: every token of a split is a label exactly once an epoch.
+"""Documents packed into sequences of fixed length: every token is a label exactly once an epoch.
 
-At stream position p the label is tokens[p]; the input is tokens[p - 1], or BOS where a document begins. So the first token of a
-document is predicted from BOS, its EOS is predicted, and EOS is never an input: nothing of one document is in the next one's input.
+At stream position p the label is tokens[p]; the input is tokens[p - 1], or BOS where a document
+begins. So the first token of a document is predicted from BOS, its EOS is predicted, and EOS is
+never an input: no document sees anything of the one before it.
+
+Some tokenizers put no BOS in front (Qwen), and some documents begin with it already (a chat
+rendered with a model's template). The position at the beginning of such a document is left empty,
+as padding is, in a segment by itself; the first token is then an input only.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64, Integer
+from jaxtyping import Bool, Int32, Int64, Integer, UInt8
 
-from consyn_jax.data.shards import StoreSplit
+from consyn_jax.data.best_fit import best_fit_decreasing
+from consyn_jax.data.store.manifest import GIVEN
+from consyn_jax.data.store.store_split import StoreSplit
+from consyn_jax.errors import UserError
 
-Batch = dict[str, np.ndarray]
-# Documents planned together in `WholeDocuments`: enough to find a match for every gap, few enough to plan in a moment.
+CONTINUE = "continue"
+Sequences = dict[str, np.ndarray]
+"""Sequences [n, T]: "input_ids", "labels" and "segment_ids" in int32, and "loss_mask" in bool."""
+# Documents planned together in `WholeDocuments`: enough to find a match for every gap, and few
+# enough to plan in a moment.
 GROUP_DOCUMENTS = 65_536
 
 
-class PackedSequences(ABC):
-    """What both packings have in common.
+class Pieces(NamedTuple):
+    """Pieces of a split's stream, each in one sequence.
 
-    The loss counts a label where "loss_mask" is true: at the targets of fine-tuning rows, everywhere else in other data. "segment_ids"
-    are above 0 also where a token is no target, because it is read all the same; only padding is 0.
+    Attributes:
+        row: for each piece, its sequence, as an index into the requested ones.
+        start: stream position of its first token.
+        length: number of its tokens.
+    """
+
+    row: Int64[np.ndarray, " pieces"]
+    start: Int64[np.ndarray, " pieces"]
+    length: Int64[np.ndarray, " pieces"]
+
+
+class PackedSequences(ABC):
+    """A split as sequences of one length.
+
+    The loss counts a label where "loss_mask" is true: at the targets of fine-tuning rows, and
+    everywhere in other data. Tokens that are not targets are still inputs, so their "segment_ids"
+    are above 0; only padding is 0.
 
     Args:
         block_size: tokens in a sequence.
-        bos_id: the input in front of each document.
-        pad_id: input and label where a sequence is padded; the mask is False there and the segment 0.
+        bos_id: the input at the first token of each document; None: documents get no BOS.
+        pad_id: input and label where a sequence is padded; the mask is False there and the segment
+            0.
 
     Attributes:
-        num_tokens: labels in an epoch, of which `num_targets` are counted.
-        num_documents, num_bytes: of the split; None where nobody knows.
-        padding_fraction: share of the positions of an epoch that are padding.
+        num_tokens: labels in an epoch; the loss counts `num_targets` of them.
+        num_documents, num_bytes: documents in the split and bytes of their text; None if unknown.
     """
 
-    def __init__(self, split: StoreSplit, block_size: int, bos_id: int, pad_id: int) -> None:
+    def __init__(self, split: StoreSplit, block_size: int, bos_id: int | None, pad_id: int) -> None:
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, not {block_size}.")
         self.split, self.block_size, self.bos_id, self.pad_id = split, block_size, bos_id, pad_id
         self.num_tokens, self.num_targets = split.num_tokens, split.num_targets
         self.num_documents, self.num_bytes = split.num_documents, split.num_bytes
+        if bos_id is None and self.num_targets == self.num_tokens:
+            self.num_targets -= self.num_documents or 1  # their first tokens
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Batch:
-        """The sequences `indices` (each in range(len)) at once: the keys of an item, each [n, block_size].
+    def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
+        """The sequences `indices`, each in range(len).
 
-        Segments count the documents of a sequence from 1; 0 is padding.
+        Segments count the documents, or the pieces of documents, of a sequence from 1.
         """
 
-    def __getitem__(self, i: int) -> Batch:
-        """{"input_ids", "labels", "segment_ids"}: int32 [block_size]; "loss_mask": bool [block_size]."""
+    @abstractmethod
+    def pieces(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Pieces:
+        """The pieces of the stream in the sequences `indices`; no token is read."""
+
+    def __getitem__(self, i: int) -> Sequences:
+        """One sequence: int32 ids, labels and segments, and a bool mask, each [block_size]."""
         if not -len(self) <= i < len(self):
             raise IndexError(f"Item {i} of {len(self)}.")
         return {name: values[0] for name, values in self.rows([i % len(self)]).items()}
 
+    def _unpredicted(self, labels: np.ndarray) -> Bool[np.ndarray, "..."]:
+        """True where a document's first label has no BOS before it to predict it from."""
+        return np.full(labels.shape, True) if self.bos_id is None else labels == self.bos_id
+
     @property
     def padding_fraction(self) -> float:
+        """Share of the positions of an epoch that are padding."""
         return 1 - self.num_tokens / (len(self) * self.block_size) if len(self) else 0.0
 
 
 class PackedDataset(PackedSequences):
-    """The windows of a split, in store order: a document goes on in the next window where one ends.
+    """The windows of a split in store order; a document continues in the next window.
 
-    Item i covers stream positions i * block_size .. (i + 1) * block_size. Only the last window may be padded.
+    Item i covers stream positions i * block_size .. (i + 1) * block_size. Only the last window may
+    be padded.
     """
 
     def __len__(self) -> int:
         return -(-self.num_tokens // self.block_size)
 
-    def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Batch:
-        """The windows `indices` (each in range(len)) at once: the keys of an item, each [n, block_size].
-
-        Segments count the documents of a window from 1; 0 is padding.
-        """
+    def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
+        """The windows `indices`, each in range(len)."""
         first = np.asarray(indices, np.int64) * self.block_size
         tokens, begins, targets = self.split.windows(first, self.block_size)
         labels, inputs = tokens[:, 1:].astype(np.int32), tokens[:, :-1].astype(np.int32)
-        inputs[begins] = self.bos_id
-        segments = np.cumsum(begins, axis=1, dtype=np.int32)
-        # A window that begins inside a document has its first segment there all the same.
+        empty = begins & self._unpredicted(labels)
+        if targets is not None:
+            empty |= begins & (targets == GIVEN)
+        inputs[begins] = self.pad_id if self.bos_id is None else self.bos_id
+        inputs[empty] = self.pad_id
+        opens = begins.copy()
+        opens[:, 1:] |= empty[:, :-1]
+        segments = np.cumsum(opens, axis=1, dtype=np.int32)
+        # Segments also count from 1 in a window that begins inside a document.
         segments += 1 - begins[:, :1]
-        mask = np.ones(begins.shape, bool) if targets is None else targets.view(bool)
+        mask = ~empty if targets is None else (targets == 1) & ~empty
         for row in np.flatnonzero(first + self.block_size > self.num_tokens):
             padding = slice(self.num_tokens - int(first[row]), None)
             labels[row, padding] = inputs[row, padding] = self.pad_id
             segments[row, padding] = mask[row, padding] = 0
         return {"input_ids": inputs, "labels": labels, "segment_ids": segments, "loss_mask": mask}
 
+    def pieces(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Pieces:
+        """The windows: one piece each, of one or more documents."""
+        first = np.asarray(indices, np.int64) * self.block_size
+        lengths = np.minimum(self.block_size, self.num_tokens - first)
+        return Pieces(np.arange(len(first)), first, lengths)
+
+
+class _Places(NamedTuple):
+    """Places of the pieces of some sequences: piece i is in row[i], columns left[i] .. right[i]."""
+
+    row: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+
 
 class WholeDocuments(PackedSequences):
-    """Sequences of whole documents: none is cut that fits, and padding stands only where no document fits.
+    """Sequences of whole documents: a document that fits in a sequence is never cut.
 
-    Best-fit-decreasing (Ding et al. 2024, "Fewer Truncations Improve Language Modeling") within groups of `GROUP_DOCUMENTS`
-    consecutive documents. A document longer than `block_size` is cut into full sequences and a rest that is packed like a document;
-    the first input of the rest is the token in front of it, and it is its own segment. The plan is a function of the document lengths
-    alone, is made when this object is, and takes 13 bytes a document (or piece of a long one) and 8 bytes a sequence. Tokens are not
-    read for it, except where a split has no index (raw token files) and document starts have to be looked for.
+    They are packed by best-fit-decreasing (Ding et al. 2024, "Fewer Truncations Improve Language
+    Modeling") within groups of `GROUP_DOCUMENTS` consecutive documents; what stays free is padded.
+    A document longer than `block_size` is cut into full sequences and a rest that is packed like a
+    document. The rest is a segment by itself; its first input is the token before it.
+
+    The plan depends only on the lengths of the documents. It is made in the constructor, and takes
+    13 bytes per document (or piece of a long one) and 8 bytes per sequence. It needs no tokens,
+    unless the split has no index (raw token files) and the starts of documents must be searched.
     """
 
-    def __init__(self, split: StoreSplit, block_size: int, bos_id: int, pad_id: int) -> None:
+    def __init__(
+        self,
+        split: StoreSplit,
+        block_size: int,
+        bos_id: int | None,
+        pad_id: int,
+        on_long: str = CONTINUE,
+    ) -> None:
+        """Plan the sequences.
+
+        Args:
+            on_long: treatment of a document longer than `block_size`: "continue" in the next
+                sequence, "truncate", "drop" or "error".
+
+        Raises:
+            UserError: a document is too long, and `on_long` is "error".
+        """
         super().__init__(split, block_size, bos_id, pad_id)
-        plans = [_plan(starts, lengths, block_size) for starts, lengths in _groups(split)]
+        self.on_long, self.num_long, self.lost_tokens = on_long, 0, 0
+        groups = (self._shortened(*group) for group in document_groups(split))
+        plans = [_plan(starts, lengths, block_size) for starts, lengths in groups]
         self._starts = np.concatenate([np.empty(0, np.int64), *(plan[0] for plan in plans)])
         self._lengths = np.concatenate([np.empty(0, np.int32), *(plan[1] for plan in plans)])
         self._begins = np.concatenate([np.empty(0, bool), *(plan[2] for plan in plans)])
         sizes = np.concatenate([np.empty(0, np.int64), *(plan[3] for plan in plans)])
-        self._pieces = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)  # of sequence i: pieces [i] .. [i + 1]
+        # Sequence i consists of the pieces from self._pieces[i] up to self._pieces[i + 1].
+        self._pieces = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+    def _shortened(
+        self, starts: Int64[np.ndarray, " n"], lengths: Int64[np.ndarray, " n"]
+    ) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " m"]]:
+        """(starts, lengths) of documents after truncating or dropping those that are too long."""
+        size, long = self.block_size, np.flatnonzero(lengths > self.block_size)
+        if len(long) and self.on_long == "error":
+            raise UserError(
+                f"A row has {int(lengths[long[0]]):,} tokens, more than the {size:,} of a sequence "
+                "(--on_long_rows error). Raise --max_tokens, or give --on_long_rows truncate or "
+                "drop."
+            )
+        self.num_long += len(long)
+        if self.on_long == CONTINUE:
+            return starts, lengths
+        kept = size if self.on_long == "truncate" else 0
+        for start, length in zip(starts[long].tolist(), lengths[long].tolist(), strict=True):
+            lost = np.empty(length - kept, np.uint8)
+            self.split.read_targets(start + kept, lost)
+            self.num_targets -= int(np.count_nonzero(lost == 1))
+            self.num_tokens -= len(lost)
+            self.lost_tokens += len(lost)
+            self.num_bytes = None
+        if kept:
+            return starts, np.minimum(lengths, size)
+        if self.num_documents is not None:
+            self.num_documents -= len(long)
+        return np.delete(starts, long), np.delete(lengths, long)
 
     def __len__(self) -> int:
         return len(self._pieces) - 1
 
-    def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Batch:
-        """The sequences `indices` (each in range(len)) at once: the keys of an item, each [n, block_size].
-
-        Segments count the pieces of a sequence from 1; 0 is padding.
-        """
-        which = np.asarray(indices, np.int64)
-        low, counts = self._pieces[which], self._pieces[which + 1] - self._pieces[which]
-        row = np.repeat(np.arange(len(which)), counts)
-        nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-        piece = low[row] + nth
-        starts, lengths, begins = self._starts[piece], self._lengths[piece].astype(np.int64), self._begins[piece]
-        behind = np.cumsum(lengths)
-        used = np.bincount(row, lengths, len(which)).astype(np.int64)
-        column = behind - lengths - (np.cumsum(used) - used)[row]
-        positions = starts.tolist()
-        self.split.verify(positions, (starts + lengths).tolist())
-        tokens = np.zeros((len(which), self.block_size), self.split.dtype)
-        places = list(zip(row.tolist(), column.tolist(), (column + lengths).tolist(), positions, strict=True))
-        for r, left, right, start in places:
-            self.split.read(start, tokens[r, left:right])
+    def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
+        """The sequences `indices`, each in range(len)."""
+        pieces, places = self._layout(np.asarray(indices, np.int64))
+        starts, begins = self._starts[pieces], self._begins[pieces]
+        shape = len(indices), self.block_size
+        self.split.verify(starts.tolist(), (starts + self._lengths[pieces]).tolist())
+        tokens = np.zeros(shape, self.split.dtype)
+        spans = list(zip(*(values.tolist() for values in (*places, starts)), strict=True))
+        for row, left, right, start in spans:
+            self.split.read(start, tokens[row, left:right])
+        used = np.zeros(len(indices), np.int64)
+        np.maximum.at(used, places.row, places.right)
         mask = np.arange(self.block_size) < used[:, None]
         labels = np.where(mask, tokens, np.int32(self.pad_id)).astype(np.int32, copy=False)
         inputs = np.full_like(labels, self.pad_id)
         inputs[:, 1:] = labels[:, :-1]
-        inputs[row, column] = self.bos_id
+        inputs[places.row, places.left] = self.pad_id if self.bos_id is None else self.bos_id
+        empty = begins & self._unpredicted(labels[places.row, places.left])
+        targets = self._read_targets(spans, shape)
+        if targets is not None:
+            empty |= begins & (targets[places.row, places.left] == GIVEN)
+        inputs[places.row[empty], places.left[empty]] = self.pad_id
         before = np.empty(1, self.split.dtype)
         for i in np.flatnonzero(~begins):
-            self.split.read(positions[i] - 1, before)
-            inputs[row[i], column[i]] = before[0]
+            self.split.read(int(starts[i]) - 1, before)
+            inputs[places.row[i], places.left[i]] = before[0]
         inputs[~mask] = self.pad_id
-        opens = np.zeros(mask.shape, np.int32)
-        opens[row, column] = 1
+        opens = np.zeros(shape, np.int32)
+        opens[places.row, places.left] = 1
+        follow = empty & (places.left + 1 < places.right)
+        opens[places.row[follow], places.left[follow] + 1] = 1
         segments = np.cumsum(opens, axis=1, dtype=np.int32)
         segments[~mask] = 0
-        if self.num_targets < self.num_tokens:
-            targets = np.zeros(mask.shape, np.uint8)
-            for r, left, right, start in places:
-                self.split.read_targets(start, targets[r, left:right])
-            mask = targets.view(bool)
+        mask = mask if targets is None else targets == 1
+        mask[places.row[empty], places.left[empty]] = False
         return {"input_ids": inputs, "labels": labels, "segment_ids": segments, "loss_mask": mask}
 
+    def pieces(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Pieces:
+        """The documents, or pieces of long ones, in each sequence."""
+        which, places = self._layout(np.asarray(indices, np.int64))
+        return Pieces(places.row, self._starts[which], self._lengths[which].astype(np.int64))
 
-def _groups(split: StoreSplit) -> Iterator[tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]]:
-    """(starts, lengths) of `GROUP_DOCUMENTS` consecutive documents at a time; a document may go on in the next shard."""
+    def _read_targets(
+        self, spans: Sequence[tuple[int, ...]], shape: tuple[int, int]
+    ) -> UInt8[np.ndarray, "n T"] | None:
+        """The targets of pieces (row, left, right, start); None if all tokens are targets."""
+        if self.split.num_targets == self.split.num_tokens:
+            return None
+        targets = np.zeros(shape, np.uint8)
+        for row, left, right, start in spans:
+            self.split.read_targets(start, targets[row, left:right])
+        return targets
+
+    def _layout(self, which: Int64[np.ndarray, " n"]) -> tuple[np.ndarray, _Places]:
+        """The pieces of the sequences `which`, and their places, one sequence after the other."""
+        low, counts = self._pieces[which], self._pieces[which + 1] - self._pieces[which]
+        row, nth = _numbered(counts)
+        pieces = low[row] + nth
+        lengths = self._lengths[pieces].astype(np.int64)
+        ends = np.cumsum(lengths)
+        used = np.bincount(row, lengths, len(which)).astype(np.int64)
+        left = ends - lengths - (np.cumsum(used) - used)[row]
+        return pieces, _Places(row, left, left + lengths)
+
+
+def _numbered(counts: Int64[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
+    """For `counts[i]` members of each group i: the group of each member, and its number in it.
+
+    >>> _numbered(np.array([2, 0, 3]))
+    (array([0, 0, 2, 2, 2]), array([0, 1, 0, 1, 2]))
+    """
+    group = np.repeat(np.arange(len(counts)), counts)
+    return group, np.arange(len(group)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def document_groups(
+    split: StoreSplit,
+) -> Iterator[tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]]:
+    """(starts, lengths) of `GROUP_DOCUMENTS` consecutive documents at a time.
+
+    A document of raw token files may continue in the next file, so lengths are known only once the
+    next document starts.
+    """
     waiting = np.empty(0, np.int64)
     for starts in split.document_starts():
         waiting = np.concatenate([waiting, starts])
-        while len(waiting) > GROUP_DOCUMENTS:  # more, because a document ends where the next one starts
+        while len(waiting) > GROUP_DOCUMENTS:
             yield waiting[:GROUP_DOCUMENTS], np.diff(waiting[: GROUP_DOCUMENTS + 1])
             waiting = waiting[GROUP_DOCUMENTS:]
     if len(waiting):
@@ -172,56 +316,53 @@ def _groups(split: StoreSplit) -> Iterator[tuple[Int64[np.ndarray, " n"], Int64[
 
 def _plan(
     starts: Int64[np.ndarray, " n"], lengths: Int64[np.ndarray, " n"], size: int
-) -> tuple[Int64[np.ndarray, " pieces"], Int32[np.ndarray, " pieces"], Bool[np.ndarray, " pieces"], Int64[np.ndarray, " sequences"]]:
-    """Pieces by sequence: (stream position, length, whether a document begins there), and the number of pieces of each sequence."""
-    counts = -(-lengths // size)
-    document = np.repeat(np.arange(len(starts)), counts)
-    nth = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+) -> tuple[
+    Int64[np.ndarray, " pieces"],
+    Int32[np.ndarray, " pieces"],
+    Bool[np.ndarray, " pieces"],
+    Int64[np.ndarray, " sequences"],
+]:
+    """Pieces in the order of their sequences, and the number of pieces of each sequence.
+
+    Of each piece: stream position, length, and whether a document begins there.
+    """
+    document, nth = _numbered(-(-lengths // size))
     piece_starts = starts[document] + nth * size
     piece_lengths = np.minimum(lengths[document] - nth * size, size)
     sequence = best_fit_decreasing(piece_lengths, size)
     order = np.lexsort((piece_starts, sequence))
-    return piece_starts[order], piece_lengths[order].astype(np.int32), nth[order] == 0, np.bincount(sequence).astype(np.int64)
+    return (
+        piece_starts[order],
+        piece_lengths[order].astype(np.int32),
+        nth[order] == 0,
+        np.bincount(sequence).astype(np.int64),
+    )
 
 
-def best_fit_decreasing(lengths: Int64[np.ndarray, " n"], size: int) -> Int64[np.ndarray, " n"]:
-    """A bin for each item, the longest first, each in the fullest bin that has room for it, or in a new one; bins count from 0.
+def pack(
+    split: StoreSplit,
+    block_size: int,
+    bos_id: int | None,
+    pad_id: int,
+    packing: str | None = None,
+    on_long: str | None = None,
+) -> PackedSequences:
+    """Pack a split into sequences.
 
-    Items of one length go together: the fullest bin with room takes as many of them as it can hold, then the next fullest. Which
-    spaces there are is kept in the bits of one integer, so the smallest that suffices is a shift and a lowest bit away. The time
-    goes with the distinct lengths and not with the items.
+    By default, rows of which only a part is learned stay whole, since an answer without its prompt
+    teaches nothing; they are truncated if too long. Other documents are cut from the stream.
 
     Args:
-        lengths: each in 1 .. size.
+        packing: "cut", "whole", or None for the default.
+        on_long: for "whole", "truncate", "drop" or "error"; None is the default.
 
-    >>> best_fit_decreasing(np.array([5, 3, 4, 6, 2]), 10)
-    array([1, 1, 0, 0, 1])
+    Raises:
+        UserError: as `WholeDocuments`.
     """
-    with_space: defaultdict[int, list[int]] = defaultdict(list)
-    spaces, bins = 0, 0  # bit r of `spaces`: there are bins with room for r more
-    chosen: list[int] = []
-    values, counts = np.unique(lengths, return_counts=True)
-    for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
-        while count:
-            fitting = spaces >> length
-            space = length + (fitting & -fitting).bit_length() - 1 if fitting else size
-            each = space // length
-            if not fitting:
-                with_space[size] = list(range(bins, bins := bins + -(-count // each)))
-                spaces |= 1 << size
-            candidates = with_space[space]
-            # The fullest bin takes what it holds, or all that are left.
-            each = min(each, count)
-            filled = min(len(candidates), count // each)
-            taken = candidates[-filled:]
-            del candidates[-filled:]
-            chosen += taken if each == 1 else [number for number in taken for _ in range(each)]
-            count -= filled * each
-            if not candidates:
-                spaces &= ~(1 << space)
-            if space > each * length:
-                with_space[space - each * length] += taken
-                spaces |= 1 << (space - each * length)
-    result = np.empty(len(lengths), np.int64)
-    result[np.argsort(-lengths, kind="stable")] = chosen
-    return result
+    have_prompts = split.num_targets < split.num_tokens
+    if packing is None:
+        packing = "whole" if have_prompts else "cut"
+    if packing == "cut":
+        return PackedDataset(split, block_size, bos_id, pad_id)
+    on_long = on_long or ("truncate" if have_prompts else CONTINUE)
+    return WholeDocuments(split, block_size, bos_id, pad_id, on_long)

@@ -1,22 +1,44 @@
-"""Train, validation or test, decided by each document alone, so that no document changes sides when others are added.
+"""Train, validation or test split of a document, decided by that document alone.
 
-Duplicates fall on the same side. A corpus of one document is cut by position instead: its last part is held out.
+A document keeps its split when others are added, and duplicates share one. A corpus of a single
+document is cut by position instead: its last part is held out.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SPLITS = (TRAIN, VALIDATION, TEST)
-# Part of every store's content: another salt is another split.
+# Part of every cache key, because another salt gives another split.
 SALT = b"consyn_jax"
 DIGEST_BYTES = 16
+# `datasets.data_files.SPLIT_KEYWORDS` and the characters that end a word there.
+KEYWORDS = {
+    TRAIN: ("train", "training"),
+    VALIDATION: ("validation", "valid", "dev", "val"),
+    TEST: ("test", "testing", "eval", "evaluation"),
+}
+_BETWEEN = re.compile(r"[-._ 0-9]+")
+
+
+def split_of_name(name: str) -> str | None:
+    """The split that the name of a file or directory contains, or None.
+
+    >>> [split_of_name(name) for name in ("val.jsonl", "fw_val_000.bin", "train_sft-00.csv")]
+    ['validation', 'validation', 'train']
+    >>> [split_of_name(name) for name in ("tests.npy", "contest.txt", "Dev2.tsv")]
+    [None, None, 'validation']
+    """
+    splits = {word: split for split, words in KEYWORDS.items() for word in words}
+    found = (splits.get(word) for word in _BETWEEN.split(name.lower()))
+    return next((split for split in found if split), None)
 
 
 def digest(data: bytes) -> bytes:
-    """16 bytes that stand for a document's text: equal texts are duplicates, and it decides the side.
+    """A 16-byte hash of a document's text, which finds duplicates and decides the split.
 
     >>> digest(b"a document").hex()
     'b269d408a40c463c0046790c79c99920'
@@ -25,16 +47,18 @@ def digest(data: bytes) -> bytes:
 
 
 def joined_digest(parts: Sequence[bytes]) -> bytes:
-    """The digest of a document from those of its parts (see `parts.py`)."""
+    """The digest of a document from the digests of its parts (see `sources/chunking.py`)."""
     return parts[0] if len(parts) == 1 else digest(b"".join(parts))
 
 
-def side_of(document: bytes, validation: float, test: float = 0.0) -> str:
-    """The split of a document: its digest (of a document in parts, that of the first) as a number in [0, 1) against the shares.
+def split_of(document: bytes, validation: float, test: float = 0.0) -> str:
+    """The split of a document, from its digest read as a number in [0, 1).
 
-    Validation is at the lower end and test at the upper, so that a larger share only moves documents out of train.
+    A document in parts is decided by the digest of its first part. Validation takes the lower end
+    of the interval and test the upper end, so a larger share only moves documents out of train.
 
-    >>> side_of(digest(b"a document"), 0.0), side_of(digest(b"a document"), 1.0), side_of(digest(b"a document"), 0.0, 1.0)
+    >>> a = digest(b"a document")
+    >>> split_of(a, 0.0), split_of(a, 1.0), split_of(a, 0.0, 1.0)
     ('train', 'validation', 'test')
     """
     number = int.from_bytes(document[:8], "little")
@@ -44,7 +68,7 @@ def side_of(document: bytes, validation: float, test: float = 0.0) -> str:
 
 
 def cut(data: bytes, fraction: float) -> int:
-    """Where the last `fraction` of one document in UTF-8 begins. No character is torn.
+    """Start of the last `fraction` of one UTF-8 document, moved back to a character boundary.
 
     >>> cut(b"0123456789", 0.1), cut("aaa\u00e9".encode(), 0.2)
     (9, 3)
@@ -54,7 +78,7 @@ def cut(data: bytes, fraction: float) -> int:
 
 
 def torn(data: bytes) -> int:
-    """How many bytes before the last one the character begins that the last byte of `data` belongs to.
+    """Distance from the last byte of `data` back to the first byte of its character.
 
     >>> torn(b"ab"), torn("a\u20ac".encode())
     (0, 2)

@@ -1,38 +1,36 @@
-"""Training while the corpus is still being tokenised, in an order that does not know how far that has come.
+"""Training while the corpus is still being tokenised, in an order that does not depend on progress.
 
-What stands at a position is a function of the position, the seed and the finished store. In the first epoch windows are shuffled
-within blocks of `BLOCK_WINDOWS` consecutive ones, and a block is given out once all of it is in the store; later epochs are
-shuffled whole, as without streaming. So a run on a store that is complete from the start sees the same sequences, and a
-resumed run goes on exactly, however far the preparation was when it was stopped.
+The sequence at a position depends on the position, the seed and the finished store. In the first
+epoch, windows are shuffled within blocks of `BLOCK_WINDOWS` consecutive ones, and a block is read
+once all of it is in the store. Later epochs are shuffled as a whole, as without streaming. So a run
+on a store that is complete from the start sees the same sequences. A resumed run continues exactly,
+however far the preparation had come.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int64, Integer
 
-from consyn_jax.config import UserError
 from consyn_jax.data.mixture import part_seed
 from consyn_jax.data.order import ids_at
-from consyn_jax.data.packing import Batch, PackedDataset
-from consyn_jax.data.shards import StoreSplit
+from consyn_jax.data.packing import PackedDataset, Sequences
+from consyn_jax.data.preparation.cached_store import Growing
 from consyn_jax.data.split import TRAIN, VALIDATION
+from consyn_jax.data.store.store_split import StoreSplit
+from consyn_jax.errors import UserError
 
-if TYPE_CHECKING:
-    from consyn_jax.data.prepare import Growing
-
-# 1,024 windows of 1,024 tokens are about a second of tokenising, so training soon begins; and a batch is drawn from a million
-# tokens, not from the one or two documents that stand next to each other.
+# 1,024 windows of 1,024 tokens take about a second to tokenise, so training begins soon; and a
+# batch is drawn from a million tokens, not from one or two neighbouring documents.
 BLOCK_WINDOWS = 1024
 VALIDATION_WINDOWS = 256
 
 
 class Streamed:
-    """The training sequences of a growing corpus, an endless order (`loader.Order`).
+    """The training sequences of a growing corpus, as an endless order (`loader.Order`).
 
     Args:
         block_size: tokens in a window.
@@ -43,8 +41,8 @@ class Streamed:
         self._lock = threading.Lock()
         self._packed, self._complete = _pack(corpus, StoreSplit([]), block_size), False
 
-    def at(self, positions: Int64[np.ndarray, " n"]) -> Batch:
-        """The sequences at any positions, each array [n, block_size]; waits for those that are still to come.
+    def at(self, positions: Int64[np.ndarray, " n"]) -> Sequences:
+        """The sequences at any positions, each array [n, block_size]; waits until they exist.
 
         Raises:
             UserError: the corpus has no training documents at all.
@@ -53,36 +51,46 @@ class Streamed:
             return self._packed.rows(positions)
         blocks, offsets = np.divmod(positions, np.int64(BLOCK_WINDOWS))
         packed, complete = self._with((int(blocks.max()) + 1) * BLOCK_WINDOWS)
-        shuffled = ids_at(part_seed(self.seed, 0), positions, BLOCK_WINDOWS)  # a block is an epoch of an order of its own
-        if complete:
-            n = len(packed)
-            if not n:
-                raise UserError("All documents fell on the validation side and none is left to train on. Lower --validation_fraction, or give more data.")
-            last, rest = divmod(n, BLOCK_WINDOWS)
-            if rest:
-                in_last = np.flatnonzero(blocks == last)
-                shuffled[in_last] = ids_at(part_seed(self.seed, 1), np.minimum(offsets[in_last], rest - 1), rest)
-            indices = np.where(positions < n, blocks * BLOCK_WINDOWS + shuffled, ids_at(self.seed, positions, n))
-        else:
-            indices = blocks * BLOCK_WINDOWS + shuffled
-        return packed.rows(indices)
+        # Within a block, windows are ordered like an epoch of BLOCK_WINDOWS samples.
+        shuffled = ids_at(part_seed(self.seed, 0), positions, BLOCK_WINDOWS)
+        if not complete:
+            return packed.rows(blocks * BLOCK_WINDOWS + shuffled)
+        n = len(packed)
+        if not n:
+            raise UserError(
+                "All documents fell on the validation split and none is left to train on. Lower "
+                "--validation_fraction, or give more data."
+            )
+        last, rest = divmod(n, BLOCK_WINDOWS)
+        if rest:
+            in_last = np.flatnonzero(blocks == last)
+            shuffled[in_last] = ids_at(
+                part_seed(self.seed, 1), np.minimum(offsets[in_last], rest - 1), rest
+            )
+        first_epoch = blocks * BLOCK_WINDOWS + shuffled
+        return packed.rows(np.where(positions < n, first_epoch, ids_at(self.seed, positions, n)))
 
     def passes(self, position: int) -> dict[str, int]:
-        """Whole epochs in front of `position`, under the name "".
+        """Whole epochs before `position`, under the name "".
 
-        This waits until it is known whether the corpus goes on behind the position.
+        Waits until it is known whether the corpus continues after the position.
         """
         packed, complete = self._with(position, 1)
         return {"": position // len(packed) if complete and len(packed) else 0}
 
     def _with(self, windows: int, more_tokens: int = 0) -> tuple[PackedDataset, bool]:
-        """The windows, at least so many and some tokens or all there are, and whether they are all."""
+        """Wait until the corpus has `windows` windows and `more_tokens` tokens more, or ends.
+
+        Returns:
+            All windows so far, and whether the corpus is complete.
+        """
         tokens = windows * self.block_size + more_tokens
         with self._lock:
             packed, complete = self._packed, self._complete
         if complete or packed.num_tokens >= tokens:
             return packed, complete
-        # Not under the lock: one thread may wait for the next block while another only asks about what is there.
+        # Without the lock: one thread may wait for the next block while another reads windows that
+        # exist.
         split, complete = self.corpus.split(TRAIN, tokens)
         packed = _pack(self.corpus, split, self.block_size)
         with self._lock:
@@ -92,10 +100,10 @@ class Streamed:
 
 
 class FirstWindows:
-    """The first windows of the validation split, `VALIDATION_WINDOWS` or all if there are fewer, waited for when first asked for.
+    """The first `VALIDATION_WINDOWS` windows of the validation split, or all if there are fewer.
 
-    Not all of it: the split is whole only when the preparation ends, and a loss that is compared between evaluations must always
-    be over the same tokens.
+    The first use waits for them. The whole split exists only when the preparation ends, and a loss
+    that is compared between evaluations must always be over the same tokens.
     """
 
     def __init__(self, corpus: Growing, block_size: int) -> None:
@@ -106,15 +114,19 @@ class FirstWindows:
     def __len__(self) -> int:
         return min(VALIDATION_WINDOWS, len(self._windows()))
 
-    def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Batch:
+    def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
         """The windows `indices` (each in range(len)), each array [n, block_size]."""
         return self._windows().rows(indices)
 
     @property
     def num_bytes(self) -> int | None:
-        """Bytes of the windows' text; None where windows were left out, as nobody counts the bytes of a part of a document."""
+        """Bytes of the windows' text; None if the split may have more windows.
+
+        The number of bytes is unknown for a part of a document.
+        """
         packed = self._windows()
-        return packed.num_bytes if packed.num_tokens < VALIDATION_WINDOWS * self.block_size else None
+        is_whole_split = packed.num_tokens < VALIDATION_WINDOWS * self.block_size
+        return packed.num_bytes if is_whole_split else None
 
     def _windows(self) -> PackedDataset:
         with self._lock:
@@ -125,4 +137,4 @@ class FirstWindows:
 
 
 def _pack(corpus: Growing, split: StoreSplit, block_size: int) -> PackedDataset:
-    return PackedDataset(split, block_size, corpus.tokenizer.bos_token_id, corpus.tokenizer.pad_token_id)
+    return PackedDataset(split, block_size, corpus.tokenizer.first_id, corpus.tokenizer.fill_id)

@@ -1,8 +1,8 @@
-"""What XLA's compiler is told beside its defaults, in one table.
+"""The table of XLA settings that differ from XLA's defaults.
 
-A setting is here because it was seen to change a compiled train step for the better; docs/design/compiled-programs.md has what was seen,
-and what was tried and left out. They go with the program that is compiled and not into `XLA_FLAGS`, where a name that the installed XLA
-does not know ends the process.
+Each setting was seen to improve a compiled train step; docs/design/compiled-programs.md has the
+measurements and the settings that were tried and rejected. They are passed with each program
+rather than through `XLA_FLAGS`, where a name that the installed XLA does not know ends the process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from typing import Any
 import jax
 from jax.sharding import SingleDeviceSharding
 
-GENERATIONS = {"Ampere": ("8.0", "8.6", "8.7"), "Ada": ("8.9",), "Hopper": ("9.0",), "Blackwell": ("10.0", "10.3", "12.0", "12.1")}
+GENERATIONS = {
+    "Ampere": ("8.0", "8.6", "8.7"),
+    "Ada": ("8.9",),
+    "Hopper": ("9.0",),
+    "Blackwell": ("10.0", "10.3", "12.0", "12.1"),
+}
 CPU = "CPU"
 Options = dict[str, bool | int | str]
 
@@ -29,8 +34,8 @@ class Setting:
 
     Attributes:
         name: as in `XLA_FLAGS`, without the dashes.
-        reason: what is better with it.
-        generations: of GPUs that get it, or CPU.
+        reason: what it improves.
+        generations: the GPU generations that get it, or CPU.
     """
 
     name: str
@@ -43,53 +48,71 @@ SETTINGS = (
     Setting(
         "xla_gpu_reduce_scatter_combine_threshold_bytes",
         1,
-        "A block's gradients are scattered as each is there, behind the products that follow. By default one exchange waits for the last of "
-        "them, and nothing is left to hide it.",
+        "Each gradient of a block is scattered as soon as it is computed, overlapped with the "
+        "matmuls that follow. By default one exchange waits for the last gradient, and no compute "
+        "is left to overlap it with.",
     ),
     Setting(
         "xla_cpu_experimental_ynn_fusion_type",
         "",
-        "Eigen multiplies the matrices of a block in three quarters of YNNPACK's time (docs/design/cpu.md).",
+        "Eigen multiplies the matrices of a block in three quarters of YNNPACK's time "
+        "(docs/design/cpu.md).",
         (CPU,),
     ),
 )
 
 
 def compiler_options(devices: Sequence[Any]) -> Options:
-    """For `jax.jit(..., compiler_options=)` of a program that `devices`, which need not be there, will run.
+    """Options for `jax.jit(..., compiler_options=)` of a program for `devices`.
 
-    What the user's `XLA_FLAGS` name is the user's. What the installed XLA does not know is left out.
+    The devices may be descriptions (`Topology.described_devices`). Settings that the user's
+    `XLA_FLAGS` name are left to the user, and those that the installed XLA does not know are left
+    out.
     """
-    device = next((each for each in devices if each.process_index == jax.process_index()), devices[0])
+    device = next(
+        (each for each in devices if each.process_index == jax.process_index()), devices[0]
+    )
     generation = generation_of(device)
-    wanted = {s.name: s.value for s in SETTINGS if generation in s.generations and s.name not in users_own()}
+    set_by_user = names_in_xla_flags()
+    wanted = {
+        s.name: s.value
+        for s in SETTINGS
+        if generation in s.generations and s.name not in set_by_user
+    }
     return dict(_known(device, tuple(wanted.items()))) if wanted else {}
 
 
 def generation_of(device: Any) -> str | None:
-    """A name of `GENERATIONS`, or CPU; None for what is neither a CPU nor one of these GPUs."""
+    """A name of `GENERATIONS`, or CPU; None for any other device."""
     if device.platform == "cpu":
         return CPU
     if device.platform not in ("gpu", "cuda"):
         return None
     capability = str(getattr(device, "compute_capability", ""))
-    return next((name for name, capabilities in GENERATIONS.items() if capability in capabilities), None)
+    return next(
+        (name for name, capabilities in GENERATIONS.items() if capability in capabilities), None
+    )
 
 
-def users_own() -> set[str]:
-    """Names that the environment sets in `XLA_FLAGS`: flags, or as XLA has it, a file of flags."""
+def names_in_xla_flags() -> set[str]:
+    """Names of the flags in the environment's `XLA_FLAGS`, or in the file that it names."""
     text = os.environ.get("XLA_FLAGS", "").strip()
     if text and not text.startswith("-"):
         try:
             text = Path(text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):  # XLA says so itself
+        except (OSError, UnicodeDecodeError):  # XLA reports it
             return set()
     return set(re.findall(r"(?:^|\s)--?(\w+)", text))
 
 
 @cache
-def _known(device: Any, options: tuple[tuple[str, bool | int | str], ...]) -> tuple[tuple[str, bool | int | str], ...]:
-    """Those whose names the compiler knows. It is asked with a program of one addition, since it names one that it does not know and stops."""
+def _known(
+    device: Any, options: tuple[tuple[str, bool | int | str], ...]
+) -> tuple[tuple[str, bool | int | str], ...]:
+    """Keep the options that the compiler knows, by compiling one addition with them.
+
+    The compiler stops at the first name that it does not know, and says which.
+    """
     like = jax.ShapeDtypeStruct((), "int32", sharding=SingleDeviceSharding(device))
     while options:
         try:

@@ -1,47 +1,293 @@
-"""What devices can do at best, for model FLOP utilisation."""
+"""The table of GPUs: one row a GPU, for model FLOP utilisation, planning and compiling.
+
+docs/design/planning.md has the source of each number.
+"""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from typing import Any
 
-# Dense bf16 tensor-core peak in FLOP/s with float32 accumulation, without sparsity, from NVIDIA's data sheets; the longest name
-# that a device's kind contains counts.
-BF16_PEAK_FLOPS = {
-    "A100": 312e12,
-    "A10G": 70e12,
-    "B200": 2250e12,
-    "B300": 2250e12,
-    "GB200": 2450e12,
-    "H100": 989e12,
-    "H100 PCIe": 756e12,
-    "H200": 989e12,
-    "L4": 121e12,
-    "L40S": 362e12,
-    "RTX 3090": 71e12,
-    "RTX 4090": 165e12,
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU whose peak rate alone is known.
+
+    Attributes:
+        name: identifies devices whose kind contains it; where several names match, the longest
+            counts.
+        bf16_flops: FLOP/s of dense bf16 products summed in float32, as specified.
+    """
+
+    name: str
+    bf16_flops: float
+
+    @property
+    def key(self) -> str:
+        """The name in a `--topology`, such as "rtx4090"."""
+        return self.name.lower().replace(" ", "")
+
+
+@dataclass(frozen=True)
+class DescribedGpu(Gpu):
+    """A GPU described well enough to plan and compile for without having one.
+
+    Rates are per second and GPU. Defaults are what Hopper and Blackwell share.
+
+    Attributes:
+        kind: the name that the driver gives the device.
+        memory_bytes: what the driver reports as the device's memory.
+        memory_bandwidth: bytes to and from the device's memory, as specified.
+        matmul_flops: of the best dense bf16 product summed in float32 that was measured.
+        link_bandwidth: bytes to other GPUs of the host, one way, as specified.
+        network_bandwidth: bytes to other hosts, one way, as specified; GPUs that share a port
+            count their share of it.
+        host_bandwidth: bytes to or from the host's memory, as specified.
+        capability: the CUDA compute capability, as XLA's text format writes it.
+        cores: streaming multiprocessors; fields that end in `_per_core` count for one of them.
+    """
+
+    kind: str
+    memory_bytes: int
+    memory_bandwidth: float
+    matmul_flops: float
+    link_bandwidth: float
+    network_bandwidth: float
+    host_bandwidth: float
+    capability: str
+    cores: int
+    clock_rate_ghz: float
+    l2_bytes: int
+    fpus_per_core: int = 128
+    threads_per_core: int = 2048
+    shared_memory_per_block: int = 232_448
+    shared_memory_per_core: int = 233_472
+
+
+# Cards of Ampere and Ada with GDDR memory: PCIe 4.0 x16, and a port of 100 Gb/s for eight of them.
+_ONE_OF_EIGHT_ON_PCIE: Any = {
+    "network_bandwidth": 1.5625e9,
+    "host_bandwidth": 32e9,
+    "threads_per_core": 1536,
+    "shared_memory_per_block": 101_376,
+    "shared_memory_per_core": 102_400,
 }
 
-
-def runs_triton(platform: str, compute_capability: str = "") -> bool:
-    """Whether kernels in Triton can be compiled for a device: for NVIDIA's from Ampere on.
-
-    Args:
-        platform: "cpu", "gpu", "cuda", "rocm" as `jax.Device.platform` and `jax.default_backend` name it.
-        compute_capability: "9.0" for Hopper; empty where it is not known, and taken to be new.
-
-    >>> runs_triton("gpu", "7.0"), runs_triton("cuda", "9.0"), runs_triton("gpu"), runs_triton("rocm"), runs_triton("cpu")
-    (False, True, True, False, False)
-    """
-    return platform in ("gpu", "cuda") and float(compute_capability or "8.0") >= 8.0
+GPUS: tuple[Gpu, ...] = (
+    DescribedGpu(
+        "H100",
+        989e12,
+        kind="NVIDIA H100 80GB HBM3",
+        memory_bytes=84_942_979_072,
+        memory_bandwidth=3.35e12,
+        matmul_flops=794e12,
+        link_bandwidth=450e9,
+        network_bandwidth=50e9,
+        host_bandwidth=64e9,
+        capability="major: 9",
+        cores=132,
+        clock_rate_ghz=1.98,
+        l2_bytes=52_428_800,
+    ),
+    DescribedGpu(
+        "H200",
+        989e12,
+        kind="NVIDIA H200",
+        memory_bytes=150_754_820_096,
+        memory_bandwidth=4.8e12,
+        matmul_flops=794e12,
+        link_bandwidth=450e9,
+        network_bandwidth=50e9,
+        host_bandwidth=64e9,
+        capability="major: 9",
+        cores=132,
+        clock_rate_ghz=1.98,
+        l2_bytes=62_914_560,
+    ),
+    DescribedGpu(
+        "A100",
+        312e12,
+        kind="NVIDIA A100-SXM4-80GB",
+        memory_bytes=85_100_068_864,
+        memory_bandwidth=2.039e12,
+        matmul_flops=271e12,
+        link_bandwidth=300e9,
+        network_bandwidth=25e9,
+        host_bandwidth=32e9,
+        capability="major: 8",
+        cores=108,
+        clock_rate_ghz=1.41,
+        l2_bytes=41_943_040,
+        fpus_per_core=64,
+        shared_memory_per_block=166_912,
+        shared_memory_per_core=167_936,
+    ),
+    DescribedGpu(
+        "B200",
+        2250e12,
+        kind="NVIDIA B200",
+        memory_bytes=191_514_411_008,
+        memory_bandwidth=7.7e12,
+        matmul_flops=1745e12,
+        link_bandwidth=900e9,
+        network_bandwidth=50e9,
+        host_bandwidth=64e9,
+        capability="major: 10",
+        cores=148,
+        clock_rate_ghz=1.965,
+        l2_bytes=132_644_864,
+    ),
+    DescribedGpu(
+        "H20",
+        148e12,
+        kind="NVIDIA H20",
+        memory_bytes=int(94.9 * 2**30),
+        memory_bandwidth=4.0e12,
+        matmul_flops=119e12,
+        link_bandwidth=450e9,
+        network_bandwidth=50e9,
+        host_bandwidth=64e9,
+        capability="major: 9",
+        cores=78,
+        clock_rate_ghz=1.98,
+        l2_bytes=62_914_560,
+    ),
+    DescribedGpu(
+        "GB200",
+        2500e12,
+        kind="NVIDIA GB200",
+        memory_bytes=197_897_748_480,
+        memory_bandwidth=8.0e12,
+        matmul_flops=1940e12,
+        link_bandwidth=900e9,
+        network_bandwidth=50e9,
+        host_bandwidth=225e9,
+        capability="major: 10",
+        cores=152,
+        clock_rate_ghz=2.062,
+        l2_bytes=135_528_448,
+    ),
+    DescribedGpu(
+        "RTX 4090",
+        165e12,
+        kind="NVIDIA GeForce RTX 4090",
+        memory_bytes=25_393_692_672,
+        memory_bandwidth=1.008e12,
+        matmul_flops=143e12,
+        link_bandwidth=16e9,
+        capability="major: 8 minor: 9",
+        cores=128,
+        clock_rate_ghz=2.52,
+        l2_bytes=75_497_472,
+        **_ONE_OF_EIGHT_ON_PCIE,
+    ),
+    DescribedGpu(
+        "RTX 3090",
+        71e12,
+        kind="NVIDIA GeForce RTX 3090",
+        memory_bytes=int(23.69 * 2**30),
+        memory_bandwidth=0.936e12,
+        matmul_flops=62e12,
+        link_bandwidth=16e9,
+        capability="major: 8 minor: 6",
+        cores=82,
+        clock_rate_ghz=1.695,
+        l2_bytes=6_291_456,
+        **_ONE_OF_EIGHT_ON_PCIE,
+    ),
+    DescribedGpu(
+        "A6000",
+        155e12,
+        kind="NVIDIA RTX A6000",
+        memory_bytes=51_041_271_808,
+        memory_bandwidth=0.768e12,
+        matmul_flops=135e12,
+        link_bandwidth=32e9,
+        capability="major: 8 minor: 6",
+        cores=84,
+        clock_rate_ghz=1.8,
+        l2_bytes=6_291_456,
+        **_ONE_OF_EIGHT_ON_PCIE,
+    ),
+    DescribedGpu(
+        "A10G",
+        70e12,
+        kind="NVIDIA A10G",
+        memory_bytes=int(22.0 * 2**30),
+        memory_bandwidth=0.6e12,
+        matmul_flops=61e12,
+        link_bandwidth=32e9,
+        capability="major: 8 minor: 6",
+        cores=80,
+        clock_rate_ghz=1.71,
+        l2_bytes=6_291_456,
+        **_ONE_OF_EIGHT_ON_PCIE,
+    ),
+    DescribedGpu(
+        "L4",
+        121e12,
+        kind="NVIDIA L4",
+        memory_bytes=int(22.0 * 2**30),
+        memory_bandwidth=0.3e12,
+        matmul_flops=105e12,
+        link_bandwidth=32e9,
+        capability="major: 8 minor: 9",
+        cores=58,
+        clock_rate_ghz=2.04,
+        l2_bytes=50_331_648,
+        **_ONE_OF_EIGHT_ON_PCIE,
+    ),
+    DescribedGpu(
+        "L40S",
+        362e12,
+        kind="NVIDIA L40S",
+        memory_bytes=int(44.4 * 2**30),
+        memory_bandwidth=0.864e12,
+        matmul_flops=314e12,
+        link_bandwidth=32e9,
+        capability="major: 8 minor: 9",
+        cores=142,
+        clock_rate_ghz=2.52,
+        l2_bytes=100_663_296,
+        **_ONE_OF_EIGHT_ON_PCIE,
+    ),
+    Gpu("B300", 2250e12),
+    Gpu("H100 PCIe", 756e12),
+)
+DESCRIBED = {gpu.key: gpu for gpu in GPUS if isinstance(gpu, DescribedGpu)}
 
 
 def bf16_peak(device_kind: str) -> float | None:
-    """Peak FLOP/s of one device, or None where it is not known.
+    """Peak FLOP/s of one device, or None if its kind is not in the table.
 
     >>> bf16_peak("NVIDIA H100 80GB HBM3")
     989000000000000.0
-    >>> bf16_peak("NVIDIA A100-SXM4-80GB")
-    312000000000000.0
     """
-    known = [name for name in BF16_PEAK_FLOPS if re.search(rf"\b{name}\b", device_kind)]
-    return BF16_PEAK_FLOPS[max(known, key=len)] if known else None
+    found = [gpu for gpu in GPUS if re.search(rf"\b{gpu.name}\b", device_kind)]
+    return max(found, key=lambda gpu: len(gpu.name)).bf16_flops if found else None
+
+
+def described_gpu(device_kind: str) -> DescribedGpu | None:
+    """The described GPU of exactly this device kind, or None.
+
+    >>> described_gpu("NVIDIA H100 80GB HBM3") is DESCRIBED["h100"]
+    True
+    """
+    return next((gpu for gpu in DESCRIBED.values() if gpu.kind == device_kind), None)
+
+
+def runs_triton(platform: str, compute_capability: str = "") -> bool:
+    """Whether Triton kernels can be compiled for a device: an NVIDIA GPU from Ampere on.
+
+    Args:
+        platform: "cpu", "gpu", "cuda" or "rocm", as `jax.Device.platform` and
+            `jax.default_backend` name it.
+        compute_capability: "9.0" for Hopper; empty if unknown, which counts as recent.
+
+    >>> runs_triton("gpu", "7.0"), runs_triton("cuda", "9.0"), runs_triton("gpu")
+    (False, True, True)
+    >>> runs_triton("rocm"), runs_triton("cpu")
+    (False, False)
+    """
+    return platform in ("gpu", "cuda") and float(compute_capability or "8.0") >= 8.0

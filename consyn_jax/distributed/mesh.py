@@ -1,21 +1,24 @@
-"""The device mesh, and the one table that says which mesh axis each logical axis of an array is split over."""
+"""The device mesh, and the one table that maps logical axes of arrays to mesh axes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from consyn_jax.config import UserError, nearest
+from consyn_jax.errors import UserError, nearest
+from consyn_jax.integers import divisors, neighbours
 from consyn_jax.validation import natural
 
 AXES = ("data", "fsdp", "context", "tensor")
 
-# Logical axis -> mesh axes. `data` replicates the weights, `fsdp` splits them and the batch, `context` splits sequences, `tensor`
-# splits heads, feed-forward and vocabulary. A new part of the model names its axes from here; it never names a mesh axis.
+# Logical axis -> mesh axes. `data` replicates the weights, `fsdp` splits them and the batch,
+# `context` splits sequences, `tensor` splits heads, feed-forward and vocabulary. Model code names
+# logical axes from this table and never a mesh axis.
 RULES: dict[str | None, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "sequence": ("context",),
@@ -27,6 +30,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
     "layers": (),
     "head_dim": (),
     "norm": (),
+    "rank": (),
     None: (),
 }
 
@@ -35,7 +39,8 @@ def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
     """The `PartitionSpec` of an array whose dimensions have these logical names.
 
     Raises:
-        ValueError: two dimensions would be split over one mesh axis, or a name is not in `RULES`.
+        ValueError: two dimensions would be split over the same mesh axis, or a name is not in
+            `RULES`.
 
     >>> tuple(partition_spec(("batch", "sequence", None)))
     (('data', 'fsdp'), 'context', None)
@@ -44,34 +49,60 @@ def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
     entries: list[str | tuple[str, ...] | None] = []
     for logical in logical_axes:
         if logical not in RULES:
-            raise ValueError(f"Logical axis {logical!r} is not in the sharding table; known: {', '.join(map(str, RULES))}.")
+            raise ValueError(
+                f"Logical axis {logical!r} is not in the sharding table; "
+                f"known: {', '.join(map(str, RULES))}."
+            )
         axes = RULES[logical]
         if used & set(axes):
-            raise ValueError(f"Axes {tuple(logical_axes)} collide: two of them are split over mesh axis {(used & set(axes)).pop()!r}.")
+            raise ValueError(
+                f"Axes {tuple(logical_axes)} collide: two of them are split over mesh axis "
+                f"{(used & set(axes)).pop()!r}."
+            )
         used |= set(axes)
         entries.append(None if not axes else axes[0] if len(axes) == 1 else axes)
     return PartitionSpec(*entries)
 
 
 def sharding(mesh: Mesh, logical_axes: Sequence[str | None]) -> NamedSharding:
-    """How an array with these logical axes lies on `mesh`."""
+    """The sharding on `mesh` of an array with these logical axes."""
     return NamedSharding(mesh, partition_spec(logical_axes))
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Ask the compiler to lay `x` out by the table; without a mesh in context (`jax.set_mesh`) it stays as it is."""
+    """Constrain the sharding of `x` by the table; a no-op without a mesh in context."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes))
 
 
+def on_each_device(
+    local: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any
+) -> Callable[..., Any]:
+    """Make `local` run on each device's part of the arrays; without a mesh, on whole arrays.
+
+    Args:
+        in_axes: For each argument a tree of tuples of logical axes; None for a missing array.
+        out_axes: The same for the result.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return local
+
+    def is_axes(node: Any) -> bool:
+        return isinstance(node, tuple) and all(a is None or isinstance(a, str) for a in node)
+
+    in_specs, out_specs = jax.tree.map(partition_spec, (in_axes, out_axes), is_leaf=is_axes)
+    # check_vma off: the kernels' custom calls do not say over which axes their results vary
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
 def mesh_sizes() -> dict[str, int]:
-    """Sizes of the axes of the mesh in context (`jax.set_mesh`); without one, all are 1."""
+    """Axis sizes of the mesh in context (`jax.set_mesh`); all 1 without one."""
     return dict.fromkeys(AXES, 1) | dict(jax.sharding.get_abstract_mesh().shape)
 
 
 def split_axes(sizes: dict[str, int], *logical_axes: str) -> tuple[str, ...]:
-    """The mesh axes over which these logical ones are split on a mesh of such sizes.
+    """The mesh axes larger than 1 that these logical axes are split over.
 
     >>> split_axes({"data": 1, "fsdp": 4, "context": 2, "tensor": 1}, "batch", "sequence", "vocab")
     ('fsdp', 'context')
@@ -80,10 +111,11 @@ def split_axes(sizes: dict[str, int], *logical_axes: str) -> tuple[str, ...]:
 
 
 def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
-    """Sizes of the four axes from a `--mesh` such as "data=2,fsdp=4".
+    """Parse a `--mesh` such as "data=2,fsdp=4" into the sizes of all four axes.
 
     Raises:
-        UserError: an unknown axis, a size that is no positive number, or a product other than `num_devices`.
+        UserError: an axis is unknown, a size is not a positive number, or the product is not
+            `num_devices`.
 
     >>> parse_mesh("data=2,tensor=2", 4)
     {'data': 2, 'fsdp': 1, 'context': 1, 'tensor': 2}
@@ -92,65 +124,92 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
         if axis not in AXES:
-            raise UserError(f"--mesh has no axis {axis!r}{nearest(axis, AXES)} Write it as data=2,fsdp=4; the axes are {', '.join(AXES)}.")
+            raise UserError(
+                f"--mesh has no axis {axis!r}{nearest(axis, AXES)} Write it as data=2,fsdp=4; "
+                f"the axes are {', '.join(AXES)}."
+            )
         sizes[axis] = natural(size) or 0
         if sizes[axis] == 0:
-            raise UserError(f"--mesh {axis} wants a whole number of devices, not {size!r}.")
+            raise UserError(f"--mesh {axis} must be a whole number of devices, not {size!r}.")
     if math.prod(sizes.values()) != num_devices:
-        raise UserError(f"--mesh {text} is for {math.prod(sizes.values())} devices, and there are {num_devices}. Make the product of the axes {num_devices}.")
+        raise UserError(
+            f"--mesh {text} is for {math.prod(sizes.values())} devices, and there are "
+            f"{num_devices}. Make the product of the axes {num_devices}."
+        )
     return sizes
 
 
 def build_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with all four axes, in an order of devices that suits the machine's network."""
+    """Build a mesh with all four axes; JAX orders the devices to suit the network."""
     shape = tuple(sizes[axis] for axis in AXES)
     if devices is None:
         devices = jax.devices()
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def check_batch(sizes: dict[str, int], batch_size: int, max_tokens: int) -> None:
-    """The mesh must divide the micro-batch and the sequence.
+def check_batch(
+    sizes: dict[str, int], batch_size: int, max_tokens: int, sequences: int = 1
+) -> None:
+    """Check that the mesh divides the micro-batch and the row.
+
+    Args:
+        max_tokens: of a sequence.
+        sequences: in a row.
 
     Raises:
-        UserError: naming the nearest values that work.
+        UserError: it does not; the message names the nearest values that work.
     """
     rows = sizes["data"] * sizes["fsdp"]
     if batch_size % rows:
-        raise UserError(f"--batch_size {batch_size} does not divide over {rows} devices (data x fsdp). Use {_around(batch_size, rows)}.")
-    if max_tokens % sizes["context"]:
-        raise UserError(f"--max_tokens {max_tokens} does not divide over context={sizes['context']} devices. Use {_around(max_tokens, sizes['context'])}.")
+        raise UserError(
+            f"--batch_size {batch_size} does not divide over {rows} devices (data x fsdp). "
+            f"Use {' or '.join(map(str, neighbours(batch_size, rows)))}."
+        )
+    context = sizes["context"]
+    if max_tokens * sequences % context:
+        fitting = neighbours(max_tokens, context // math.gcd(context, sequences))
+        raise UserError(
+            f"--max_tokens {max_tokens} does not divide over context={context} devices. "
+            f"Use {' or '.join(map(str, fitting))}."
+        )
 
 
 def check_model(sizes: dict[str, int], dimensions: dict[str, int]) -> None:
-    """The mesh must divide the model's dimensions, given by flag name.
+    """Check that the mesh divides the model's `dimensions`, given by flag name.
 
     Raises:
-        UserError: naming the dimension and the axis.
+        UserError: it does not; the message names the dimension and the axis.
     """
     for name, size in dimensions.items():
         axis = "fsdp" if name == "hidden_dim" else "tensor"
         if size % sizes[axis]:
-            raise UserError(f"--mesh {axis}={sizes[axis]} does not divide --{name} {size}. Use {axis} of {', '.join(map(str, _divisors_upto(size, 64)))}.")
+            working = ", ".join(str(divisor) for divisor in divisors(size) if divisor <= 64)
+            raise UserError(
+                f"--mesh {axis}={sizes[axis]} does not divide --{name} {size}. "
+                f"Use {axis} of {working}."
+            )
 
 
 def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
-    """Which rows of a global batch of `num_rows` this process holds, ascending."""
+    """Indices of the rows of a global batch that this process holds, ascending."""
     spec = sharding(mesh, ("batch",))
     index_of = spec.addressable_devices_indices_map((num_rows,))
-    return np.unique(np.concatenate([np.arange(num_rows)[index] for index in index_of.values() if index is not None]))
+    return np.unique(
+        np.concatenate(
+            [np.arange(num_rows)[index] for index in index_of.values() if index is not None]
+        )
+    )
 
 
-def placer(mesh: Mesh, logical_axes: Sequence[str | None]) -> Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]]:
-    """Puts this process's rows of a batch where a program on `mesh` wants them."""
-    where = sharding(mesh, logical_axes)
-    return lambda batch: {name: jax.make_array_from_process_local_data(where, values) for name, values in batch.items()}
+def placer(
+    mesh: Mesh, logical_axes: Sequence[str | None]
+) -> Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]]:
+    """Make a function that puts this process's rows of a batch on its devices of `mesh`.
 
-
-def _around(n: int, of: int) -> str:
-    below = n // of * of
-    return f"{below} or {below + of}" if below else str(of)
-
-
-def _divisors_upto(n: int, limit: int) -> list[int]:
-    return [d for d in range(1, min(n, limit) + 1) if n % d == 0]
+    An array of fewer axes has the first of `logical_axes`.
+    """
+    where = [sharding(mesh, logical_axes[:rank]) for rank in range(len(logical_axes) + 1)]
+    return lambda batch: {
+        name: jax.make_array_from_process_local_data(where[values.ndim], values)
+        for name, values in batch.items()
+    }

@@ -1,4 +1,4 @@
-"""The decoder language model. `ConsynLMHeadModel` is imported when it is asked for."""
+"""The decoder language model. `ConsynLMHeadModel` is imported on first use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much a model computes, and how much memory its training takes, from its configuration alone."""
+"""FLOPs, parameters and training memory of a model, from its configuration alone."""
 
 from __future__ import annotations
 
@@ -6,18 +6,24 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from consyn_jax.config import ModelConfig
+from consyn_jax.model_config import NO_LORA, LoraOptions, ModelConfig
 
 BF16, FLOAT32 = 2, 4
-LOGITS_AT_ONCE = 2**26  # at least, on one device: 256 MiB in float32
-HEAD_BYTES = 2**30  # what the loss may hold at once on a GPU, its weights in the compute dtype included
+# Bytes of a frozen weight by --lora_base_dtype on a GPU; nf4 has a float32 for 64 weights.
+BASE_BYTES = {"auto": BF16, "float32": FLOAT32, "bfloat16": BF16, "int8": 1, "nf4": 0.5 + 4 / 64}
+LOGITS_AT_ONCE = 2**26  # smallest chunk of the loss on a GPU: 256 MiB in float32
+HEAD_BYTES = 2**30  # memory for logits and head weights on a GPU
+CPU_LOGITS = 2**24  # in a chunk of the loss on a CPU (docs/design/cpu.md)
+CPU_UNROLLED_LAYERS = 12  # deeper models run their blocks in a loop
 TILE = 128  # tokens; products whose sizes are whole tiles waste nothing
-BYTES_OF_A_LOGIT = FLOAT32 + BF16  # while they are there: they and their gradient
-BYTES_WITHOUT_KERNEL = 10  # the same where devices share the vocabulary: 2.5 float32 arrays of them
+LOGIT_BYTES = FLOAT32 + BF16  # a logit and its gradient
+LOGIT_BYTES_WITHOUT_KERNEL = 10  # if devices share the vocabulary: 2.5 float32 arrays of logits
 
 
 def matmul_parameters(config: ModelConfig) -> int:
-    """Parameters that take part in a matrix product for every token: all matrices, the output embedding once, no lookup table.
+    """Number of parameters that every token is multiplied with.
+
+    These are all matrices and the output embedding; the input embedding is only looked up.
 
     >>> from consyn_jax.resolve import preset_architecture
     >>> matmul_parameters(preset_architecture("verse"))
@@ -28,14 +34,23 @@ def matmul_parameters(config: ModelConfig) -> int:
     return c.num_layers * (attention + 3 * c.hidden_dim * c.mlp_dim) + c.vocab_size * c.hidden_dim
 
 
-def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """FLOPs of forward and backward pass for one token of a sequence of `sequence_length`, nothing recomputed.
+def train_flops_per_token(
+    config: ModelConfig, sequence_length: int, lora: LoraOptions = NO_LORA
+) -> float:
+    """FLOPs of forward and backward pass for one token, without recomputation.
 
-    6 per matmul parameter (Kaplan et al., 2020), and for attention 6 x T x heads x head_dim a layer: the lower triangle only, as the
-    kernels compute it. A sliding window shortens T.
+    They are 6 per matmul parameter (Kaplan et al., 2020), and 6 x T x heads x head_dim in each
+    layer for attention, which counts only the lower triangle, as the kernels do. A sliding window
+    shortens T in the layers that have it. Under an adapter, the frozen weights take 4 per matmul
+    parameter, as they have no gradient.
     """
-    length = sequence_length if config.sliding_window is None else min(sequence_length, 2 * config.sliding_window)
-    return 6.0 * matmul_parameters(config) + 6.0 * config.num_layers * length * config.num_heads * config.head_dim
+    lengths = sum(
+        sequence_length if window is None else min(sequence_length, 2 * window)
+        for window in config.windows
+    )
+    attention = 6.0 * lengths * config.num_heads * config.head_dim
+    trained = num_adapter_parameters(config, lora) if lora.is_used else matmul_parameters(config)
+    return 4.0 * matmul_parameters(config) + 2.0 * trained + attention
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -46,25 +61,85 @@ def num_parameters(config: ModelConfig) -> int:
     1333895168
     """
     c = config
-    return c.num_layers * num_block_parameters(c) + c.padded_vocab_size * c.hidden_dim * (1 if c.tie_embeddings else 2) + c.hidden_dim
+    return (
+        c.num_layers * num_block_parameters(c)
+        + c.padded_vocab_size * c.hidden_dim * (1 if c.tie_embeddings else 2)
+        + c.hidden_dim
+    )
 
 
 def num_block_parameters(c: ModelConfig) -> int:
     """Parameters of one block."""
-    matrices = 2 * c.hidden_dim * c.head_dim * (c.num_heads + c.num_kv_heads) + 3 * c.hidden_dim * c.mlp_dim
-    return matrices + 2 * c.hidden_dim + (2 * c.head_dim if c.qk_norm else 0)
+    matrices = (
+        2 * c.hidden_dim * c.head_dim * (c.num_heads + c.num_kv_heads)
+        + 3 * c.hidden_dim * c.mlp_dim
+    )
+    biases = (
+        c.qkv_bias * c.head_dim * (c.num_heads + 2 * c.num_kv_heads)
+        + c.output_bias * c.hidden_dim
+        + c.mlp_bias * (2 * c.mlp_dim + c.hidden_dim)
+    )
+    return matrices + biases + 2 * c.hidden_dim + (2 * c.head_dim if c.qk_norm else 0)
+
+
+def cpu_step_flops(
+    config: ModelConfig, tokens: int, sequence_length: int, lora: LoraOptions = NO_LORA
+) -> float:
+    """FLOPs of a train step on a CPU, where attention also computes what the mask hides."""
+    attention = config.num_layers * sequence_length * config.num_heads * config.head_dim
+    trained = num_adapter_parameters(config, lora) if lora.is_used else matmul_parameters(config)
+    return tokens * (4.0 * matmul_parameters(config) + 2.0 * trained + 12.0 * attention)
+
+
+def cpu_step_bytes(
+    config: ModelConfig,
+    batch_size: int,
+    accumulation: int,
+    length: int,
+    moment_bytes: int,
+    lora: LoraOptions = NO_LORA,
+) -> float:
+    """Memory of a train step in float32 on a CPU, by arithmetic.
+
+    Within a tenth of the compiler's figure for haiku and verse (tests/cli/test_machine_fit.py).
+    XLA on CPUs undoes recomputation, because it removes the barriers against merging repeated
+    computations. So each block keeps its activations and two [T, T] matrices per head. Besides
+    the state there are three arrays of the parameters' size, and two of one chunk's logits. Under
+    an adapter these are of its size; frozen matrices are there twice, as they are kept and in
+    float32, and so are the outputs of the matrices.
+
+    Args:
+        batch_size: Sequences in a micro-batch.
+        moment_bytes: Bytes of the optimizer's moments per parameter.
+    """
+    c, tokens = config, batch_size * length
+    block, _ = _block_bytes(c, 1, "none")
+    attended = 2 * c.num_heads * length * FLOAT32
+    logits = 2 * FLOAT32 * min(CPU_LOGITS, tokens * c.padded_vocab_size)
+    arrays = 3 if accumulation == 1 else 4
+    trained, frozen, outputs = num_parameters(c), 0.0, 0
+    if lora.is_used:
+        matrices = c.num_layers * num_block_parameters(c)
+        kept = FLOAT32 if lora.lora_base_dtype == "auto" else BASE_BYTES[lora.lora_base_dtype]
+        frozen = matrices * (kept + FLOAT32) + (trained - matrices) * FLOAT32
+        trained = num_adapter_parameters(c, lora)
+        outputs = c.head_dim * (c.num_heads + 2 * c.num_kv_heads) + 2 * (c.hidden_dim + c.mlp_dim)
+    state = trained * (FLOAT32 + moment_bytes) + frozen
+    activations = tokens * c.num_layers * (block * FLOAT32 / BF16 + attended + outputs * FLOAT32)
+    return state + arrays * FLOAT32 * trained + activations + logits
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What one device holds during a train step in bfloat16, in bytes, by arithmetic.
+    """Bytes on one device during a train step in bfloat16, by arithmetic.
 
     Attributes:
-        parameters, moments: the state.
-        gradients: in float32, all micro-batches added up.
-        activations: what the forward pass of all blocks keeps for the backward pass.
-        working: what comes and goes when most is held: with one block's weights and its backward pass, or with the logits, when
-            this micro-batch has no gradients yet.
+        parameters: The float32 parameters.
+        moments: The optimizer's moments.
+        gradients: In float32, summed over micro-batches.
+        activations: Activations of all blocks that are saved for the backward pass.
+        working: Temporary memory at the peak. The peak is either the backward pass of one block or
+            the logits, before this micro-batch has gradients.
     """
 
     parameters: int
@@ -75,21 +150,28 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all."""
         return self.parameters + self.moments + self.gradients + self.activations + self.working
 
 
 def logits_at_once(head_bytes: int, itemsize: int = BF16) -> int:
-    """That the loss holds on one GPU: each chunk of tokens reads and writes the head's gradient, so the fewer the better.
+    """Logits that the loss holds at once on one GPU.
+
+    Each chunk of tokens reads and writes the head's gradient, so few large chunks are best.
 
     Args:
-        head_bytes: of the head in the compute dtype, whose numbers have `itemsize` bytes.
+        head_bytes: Bytes of the head in the compute dtype.
+        itemsize: Bytes of a number of that dtype.
     """
     return max(LOGITS_AT_ONCE, (HEAD_BYTES - head_bytes) // (FLOAT32 + itemsize))
 
 
 def chunk_tokens(tokens: int, words: int, logits: int) -> int:
-    """Tokens of a chunk of at most `logits`: a divisor of all in whole tiles of a product, if one is not much less; else parts as even as can be."""
+    """Number of tokens in a chunk of the loss with at most `logits` logits.
+
+    A divisor of `tokens` that is a multiple of `TILE`, if one uses over half of `logits`; otherwise
+    the length that makes the chunks most even.
+    """
     most = max(1, logits // words)
     if tokens * words <= logits:
         return tokens
@@ -100,45 +182,132 @@ def chunk_tokens(tokens: int, words: int, logits: int) -> int:
 
 
 def estimate_memory(
-    config: ModelConfig, sizes: Mapping[str, int], batch_size: int, accumulation: int, length: int, remat: str, moment_bytes: int | float
+    config: ModelConfig,
+    sizes: Mapping[str, int],
+    batch_size: int,
+    accumulation: int,
+    length: int,
+    remat: str,
+    moment_bytes: int | float,
+    lora: LoraOptions = NO_LORA,
 ) -> MemoryEstimate:
-    """Of a train step on a mesh; within a tenth of the compiler's figure for the presets on GPUs (tests/planning).
+    """Memory of a train step on a mesh.
+
+    For the presets on GPUs it is within a tenth of the compiler's figure (tests/planning).
 
     Args:
-        sizes: of the mesh's axes.
-        batch_size: sequences of a micro-batch over all devices.
-        remat: what the backward pass recomputes, a name of `--gradient_checkpointing`.
-        moment_bytes: the optimizer's, for one parameter.
+        sizes: Sizes of the mesh's axes.
+        batch_size: Sequences in a micro-batch over all devices.
+        remat: A value of `--gradient_checkpointing`.
+        moment_bytes: Bytes of the optimizer's moments per parameter.
     """
     c, tensor, fsdp = config, sizes["tensor"], sizes["fsdp"]
     tokens = batch_size * length / (sizes["data"] * fsdp * sizes["context"])
+    if lora.is_used:
+        return _adapter_memory(c, sizes, tokens, remat, moment_bytes, lora)
     own = num_parameters(c) / (fsdp * tensor)
-    query, key, feed_forward = c.num_heads * c.head_dim / tensor, c.num_kv_heads * c.head_dim / tensor, c.mlp_dim / tensor
-    # two inputs and their norms; queries and keys raw, normed and rotated; values and attention's output; gate, up and their product
+    head = c.padded_vocab_size * c.hidden_dim / tensor
+    block, saved = _block_bytes(c, tensor, remat)
+    weights = (  # one block's weight gradients, its weights, and the next block's
+        num_block_parameters(c) / tensor * (FLOAT32 + BF16 * (2 if fsdp > 1 else 1))
+    )
+    activation_gradients = BF16 * 2 * (c.mlp_dim / tensor + c.hidden_dim)
+    at_block = tokens * ((0 if remat == "none" else block) + activation_gradients) + weights
+    at_head = _head_bytes(c, tokens, tensor)
+    if fsdp > 1:  # the gradient of the input embedding is whole until the end
+        at_block += head * FLOAT32
+    if accumulation > 1:  # added to the accumulated gradients, except the embeddings'
+        at_head += own * FLOAT32
+        at_block += head * FLOAT32 / fsdp
+    at_block += own * FLOAT32
+    # when the logits exist, this micro-batch has no gradients yet
+    gradients = int(own * FLOAT32) if accumulation > 1 or at_block >= at_head else 0
+    return MemoryEstimate(
+        parameters=int(own * FLOAT32),
+        moments=int(own * moment_bytes),
+        gradients=gradients,
+        activations=int(tokens * c.num_layers * saved),
+        working=int(max(at_head, at_block) - gradients),
+    )
+
+
+def _adapter_memory(
+    c: ModelConfig,
+    sizes: Mapping[str, int],
+    tokens: float,
+    remat: str,
+    moment_bytes: int | float,
+    lora: LoraOptions,
+) -> MemoryEstimate:
+    """Memory of a train step that trains an adapter; `parameters` has the frozen weights in it.
+
+    Args:
+        tokens: Of a micro-batch on one device.
+    """
+    tensor, shards = sizes["tensor"], sizes["fsdp"] * sizes["tensor"]
+    own, matrices = num_adapter_parameters(c, lora) / shards, c.num_layers * num_block_parameters(c)
+    others = num_parameters(c) - matrices
+    plain = FLOAT32 if lora.lora_base_dtype == "float32" else BF16
+    frozen = matrices * BASE_BYTES[lora.lora_base_dtype] + others * plain
+    block, saved = _block_bytes(c, tensor, remat)
+    # The forward pass of a block is repeated with its weights dense, and those of the next.
+    dense = BF16 * (2 if sizes["fsdp"] > 1 else 1) * num_block_parameters(c) / tensor
+    at_block = tokens * (
+        (0 if remat == "none" else block) + BF16 * 2 * (c.mlp_dim / tensor + c.hidden_dim)
+    )
+    at_head = _head_bytes(c, tokens, tensor, is_frozen=True)
+    return MemoryEstimate(
+        parameters=int(own * FLOAT32 + frozen / shards),
+        moments=int(own * moment_bytes),
+        gradients=int(own * FLOAT32),
+        activations=int(tokens * c.num_layers * saved),
+        working=int(max(at_head, at_block + dense)),
+    )
+
+
+def num_adapter_parameters(c: ModelConfig, lora: LoraOptions) -> int:
+    """Parameters of an adapter.
+
+    >>> from consyn_jax.resolve import preset_architecture
+    >>> from consyn_jax.model_config import LoraOptions
+    >>> num_adapter_parameters(preset_architecture("stanza"), LoraOptions(lora_rank=16))
+    14352384
+    """
+    query, key = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    outer = {"q": query, "k": key, "v": key, "o": query}  # the other side has the model's width
+    wide = (outer.get(name, c.mlp_dim) + c.hidden_dim for name in lora.targets)
+    return c.num_layers * lora.rank * sum(wide)
+
+
+def _block_bytes(c: ModelConfig, tensor: int, remat: str) -> tuple[float, int | float]:
+    """Bytes of one block's activations per token: all of them, and those that `remat` saves."""
+    query, key, feed_forward = (
+        c.num_heads * c.head_dim / tensor,
+        c.num_kv_heads * c.head_dim / tensor,
+        c.mlp_dim / tensor,
+    )
+    # two inputs and their norms; queries and keys raw, normed and rotated; values and attention's
+    # output; gate, up and their product
     block = BF16 * (4 * c.hidden_dim + 3 * query + 3 * key + key + query + 3 * feed_forward)
     attended = BF16 * query + FLOAT32 * c.num_heads / tensor
-    kept = {
+    saved = {
         "none": block,
         "minimal": BF16 * (2 * c.hidden_dim + query + 2 * key + 2 * feed_forward) + attended,
         "attention": BF16 * c.hidden_dim + attended,
         "full": BF16 * c.hidden_dim,
         "offload": 0,
-    }[remat]
-    head = c.padded_vocab_size * c.hidden_dim / tensor
-    whole = num_block_parameters(c) / tensor * (FLOAT32 + BF16 * (2 if fsdp > 1 else 1))  # its gradient; its weights, and the next ones
-    of_block = tokens * ((0 if remat == "none" else block) + BF16 * 2 * (feed_forward + c.hidden_dim)) + whole
+    }
+    return block, saved[remat]
+
+
+def _head_bytes(c: ModelConfig, tokens: float, tensor: int, is_frozen: bool = False) -> float:
+    """Memory of the loss: a chunk of logits, the head with its gradient, and the hidden states."""
     words = c.padded_vocab_size // tensor
     at_once = logits_at_once(BF16 * words * c.hidden_dim) if tensor == 1 else LOGITS_AT_ONCE
     logits = words * chunk_tokens(max(1, round(tokens)), words, at_once)
-    logit_bytes, stream_bytes = (BYTES_OF_A_LOGIT, BF16) if tensor == 1 else (BYTES_WITHOUT_KERNEL, FLOAT32)
-    of_head = logit_bytes * logits + head * (BF16 + FLOAT32) + tokens * c.hidden_dim * stream_bytes
-    if fsdp > 1:  # the gradient of the input embedding is whole until the end
-        of_block += head * FLOAT32
-    if accumulation > 1:  # added up where the totals lie, but for the embeddings
-        of_head += own * FLOAT32
-        of_block += head * FLOAT32 / fsdp
-    of_block += own * FLOAT32
-    # the logits come before there are gradients of this micro-batch
-    gradients = int(own * FLOAT32) if accumulation > 1 or of_block >= of_head else 0
-    working = max(of_head, of_block) - gradients
-    return MemoryEstimate(int(own * FLOAT32), int(own * moment_bytes), gradients, int(tokens * c.num_layers * kept), int(working))
+    logit_bytes, stream_bytes = (
+        (LOGIT_BYTES, BF16) if tensor == 1 else (LOGIT_BYTES_WITHOUT_KERNEL, FLOAT32)
+    )
+    head = c.padded_vocab_size * c.hidden_dim / tensor
+    weights = 0 if is_frozen else head * (BF16 + FLOAT32)  # cast, and its gradient
+    return logit_bytes * logits + weights + tokens * c.hidden_dim * stream_bytes

@@ -1,4 +1,4 @@
-"""`ConsynLMHeadModel`: the decoder with its output layer, as people use it from Python."""
+"""`ConsynLMHeadModel`: the decoder with its output layer, for use from Python."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from consyn_jax.config import PRESETS, ModelConfig
+from consyn_jax.config import PRESETS
 from consyn_jax.distributed.mesh import constrain
-from consyn_jax.model import pretrained
 from consyn_jax.model.attention import choose_attention
+from consyn_jax.model.generation.continuation import generate
+from consyn_jax.model.given_ids import checked_ids
 from consyn_jax.model.parameters import Params, initial_parameters
+from consyn_jax.model.pretrained.config_json import to_hf_config
+from consyn_jax.model.pretrained.inspection import read_checkpoint
+from consyn_jax.model.pretrained.weights import find_model, load_parameters, save_parameters
 from consyn_jax.model.transformer import Compute, Decoder
+from consyn_jax.model_config import ModelConfig
 from consyn_jax.resolve import preset_architecture
 
 if TYPE_CHECKING:
@@ -24,71 +29,136 @@ if TYPE_CHECKING:
 
 
 class ConsynLMHeadModel(Decoder):
-    """A decoder language model. Build it with `from_config` or `from_pretrained`."""
+    """A decoder language model. Build it with `from_config` or `from_pretrained`.
 
-    def __call__(self, input_ids: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None, compute: Compute | None = None) -> Float[Array, "B T V"]:
+    Attributes:
+        source: The directory that the weights came from; None for fresh ones.
+    """
+
+    source: Path | None = None
+
+    def __call__(
+        self,
+        input_ids: Any,
+        segment_ids: Any = None,
+        compute: Compute | None = None,
+    ) -> Float[Array, "B T V"]:
         """Logits of the next token, float32, over the vocabulary without its padding.
 
         Args:
-            segment_ids: which document of its row a token belongs to; documents do not see each other. None: one a row.
-            compute: dtype, attention kernel and rematerialisation; float32 by default.
+            input_ids: Ids [B, T], an array of any library or lists. Under `jax.jit` their values
+                are not checked.
+            segment_ids: The document of each token [B, T]; documents do not see each other. None if
+                each row is one document.
+            compute: Number type and kernels; by default float32 and the device's fastest kernels.
+
+        Raises:
+            UserError: An id is outside the vocabulary, or the rows have unequal lengths.
         """
         compute = compute or self.default_compute()
-        x_BTD = self.hidden(input_ids, segment_ids, compute)
-        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, self.head_VD.astype(compute.dtype), preferred_element_type=jnp.float32)
+        ids_BT, segments_BT = checked_ids(input_ids, segment_ids, self.config.vocab_size)
+        x_BTD = self.hidden(ids_BT, segments_BT, compute)
+        logits_BTV = jnp.einsum(
+            "BTD,VD->BTV",
+            x_BTD,
+            self.head_VD.astype(compute.dtype),
+            preferred_element_type=jnp.float32,
+        )
         return constrain(logits_BTV, "batch", "sequence", "vocab")[..., : self.config.vocab_size]
 
     def default_compute(self, dtype: Any = jnp.float32) -> Compute:
-        """How this process's devices compute best in `dtype`."""
+        """The fastest way to compute in `dtype` on this process's devices."""
         device = jax.devices()[0]
         capability = getattr(device, "compute_capability", "")
-        return Compute(dtype, choose_attention(device.platform, dtype, self.config.head_dim, capability).backend)
+        choice = choose_attention(device.platform, dtype, self.config.head_dim, capability)
+        return Compute(dtype, choice.backend)
 
     @classmethod
     def from_config(cls, config: ModelConfig | str, seed: int = 42) -> ConsynLMHeadModel:
-        """A freshly initialised model of a preset's name or a `ModelConfig`."""
+        """Build an untrained model of a preset or a `ModelConfig`."""
         if isinstance(config, str):
             config = preset_architecture(config)
         return cls.from_parameters(config, initial_parameters(config, seed))
 
     @classmethod
     def from_parameters(cls, config: ModelConfig, params: Params) -> ConsynLMHeadModel:
-        """A model around parameters that exist."""
+        """A model with the given parameters."""
         graphdef, _ = nnx.split(nnx.eval_shape(lambda: cls(config, nnx.Rngs(0))))
         return nnx.merge(graphdef, params)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, seed: int = 42) -> ConsynLMHeadModel:
-        """The model in a directory or of a hub id. A bare preset name has no published weights: it comes initialised, with a warning.
+        """Load a model from a directory or by its hub id.
+
+        The name of a preset gives an untrained model and a warning, as presets have no published
+        weights.
 
         Raises:
-            UserError: no such model, or one that this decoder does not cover.
+            UserError: No such model, or one that this decoder does not support.
         """
         if str(name) in PRESETS and not Path(name).is_dir():
             warnings.warn(
-                f"NO PRETRAINED WEIGHTS: {name!r} names an architecture, and no weights are published for it. The model is freshly "
-                f"initialised (seed {seed}) and must be trained. ConsynLMHeadModel.from_config({str(name)!r}) does the same without this warning.",
+                f"NO PRETRAINED WEIGHTS: {name!r} names an architecture, and no weights are "
+                f"published for it. The model is freshly initialised (seed {seed}) and must be "
+                f"trained. ConsynLMHeadModel.from_config({str(name)!r}) does the same without "
+                "this warning.",
                 UserWarning,
                 stacklevel=2,
             )
             return cls.from_config(str(name), seed)
-        directory = pretrained.find_model(str(name))
-        config = pretrained.read_config(directory)
-        return cls.from_parameters(config, pretrained.load_parameters(directory, config))
+        directory = find_model(str(name))
+        config = read_checkpoint(directory)
+        model = cls.from_parameters(config, load_parameters(directory, config))
+        model.source = directory
+        return model
+
+    @property
+    def tokenizer(self) -> BPETokenizer | None:
+        """The tokenizer that came with the weights, if any did."""
+        from consyn_jax.tokenization import own_tokenizer
+
+        return None if self.source is None else own_tokenizer(self.source)
 
     @property
     def parameters(self) -> Params:
         """The parameters as a nested dict of arrays."""
         return nnx.to_pure_dict(nnx.split(self)[1])
 
-    def save_pretrained(self, directory: str | Path, tokenizer: BPETokenizer | None = None) -> None:
-        """Write config.json, generation_config.json, model.safetensors and, when given, the tokenizer."""
-        pretrained.save_parameters(Path(directory), self.config, self.parameters)
+    def take_over(self, params: Params) -> None:
+        """Replace the parameters' values, but keep their dtypes and shardings.
+
+        Arrays that are split over several processes keep the sharding they come with.
+        """
+
+        def like(value: jax.Array, old: jax.Array) -> jax.Array:
+            value = value.astype(old.dtype)
+            is_here = value.is_fully_addressable and old.sharding.is_fully_addressable
+            return jax.device_put(value, old.sharding) if is_here else value
+
+        nnx.update(self, jax.tree.map(like, params, self.parameters))
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        tokenizer: BPETokenizer | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        """Write the configuration, the weights as safetensors, and the tokenizer if given.
+
+        Args:
+            dtype: float32, bfloat16 or float16; by default that of the loaded weights, and
+                float32 for fresh ones.
+        """
+        save_parameters(Path(directory), self.config.saved_as(dtype), self.parameters)
         if tokenizer is not None:
-            tokenizer.save(Path(directory))
+            tokenizer.save(directory, to_hf_config(self.config)["model_type"])
 
-    def generate(self, input_ids: Int[Array, "B T"], max_new_tokens: int = 128, **sampling: Any) -> Int[Array, "B S"]:
-        """Continue `input_ids` (no padding) by up to `max_new_tokens` tokens; see `generation.generate` for the sampling arguments."""
-        from consyn_jax.model.generation import generate
+    def generate(self, prompts: Any, max_new_tokens: int = 128, **options: Any) -> Any:
+        """Continue `prompts`: ids [B, T], lists of ids, a text, or a list of texts.
 
-        return generate(self, input_ids, max_new_tokens, **sampling)
+        See `generation.continuation.generate` for the other arguments and the result.
+        """
+        if isinstance(prompts, str):
+            return self.generate([prompts], max_new_tokens, **options)[0]
+        options = {"compute": self.default_compute(), **options}
+        return generate(self, prompts, max_new_tokens, tokenizer=lambda: self.tokenizer, **options)

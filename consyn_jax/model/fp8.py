@@ -1,4 +1,7 @@
-"""Matrix products of 8-bit floats: e4m3 forward, e5m2 for gradients (Micikevicius et al., 2022), each array with a scale of its own."""
+"""Matrix products of 8-bit floats with one scale for each array.
+
+Values are e4m3 forward and e5m2 for gradients (Micikevicius et al., 2022).
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 FORWARD, GRADIENT = jnp.float8_e4m3fn, jnp.float8_e5m2
-SMALLEST_EXPONENT = -60  # of a scale, so that two of them multiplied are still a float32
+SMALLEST_EXPONENT = -60  # of a scale; the product of two scales then fits float32
 
 
 class Quantised(NamedTuple):
-    """An array in 8 bits: `values` x `scale`."""
+    """An array in 8 bits, equal to `values` x `scale`."""
 
     values: jax.Array
     scale: Float[Array, ""]
 
 
 def scale_of(x: Float[Array, "..."], dtype: Any) -> Float[Array, ""]:
-    """The smallest power of two that brings all of `x` into the range of `dtype` when it is divided by it; NaN if `x` is not finite.
+    """The smallest power of two that brings `x` into the range of `dtype` by division.
 
-    A power of two changes no digit: quantised again, or in another type, the same numbers come out. And what is not finite stays so,
-    on devices that would round it to the largest number.
+    A power of two changes no digit, so quantising twice, or in another type, gives the same
+    numbers. The scale is NaN if `x` is not finite, because some devices would round infinity to the
+    largest number.
     """
     largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
     digits, exponent = jnp.frexp(largest)
@@ -33,23 +37,31 @@ def scale_of(x: Float[Array, "..."], dtype: Any) -> Float[Array, ""]:
     return jnp.where(jnp.isfinite(largest), jnp.ldexp(jnp.float32(1), exponent), jnp.nan)
 
 
-def quantise(x: Float[Array, "*shape"], dtype: Any, scale: Float[Array, ""] | None = None) -> Quantised:
-    """`x` rounded to nearest, under the scale of its largest element, wherever that lies."""
+def quantise(
+    x: Float[Array, "*shape"], dtype: Any, scale: Float[Array, ""] | None = None
+) -> Quantised:
+    """Round `x` to nearest; the default scale fits its largest element over all devices."""
     scale = scale_of(x, dtype) if scale is None else scale
     return Quantised((x.astype(jnp.float32) * (1 / scale)).astype(dtype), scale)
 
 
-def _product(a: Quantised, b: Quantised, axes: tuple[tuple[int, ...], tuple[int, ...]], dtype: Any) -> jax.Array:
-    """Summed in float32. The scales come behind: so XLA multiplies numbers of 8 bits with every kernel it may choose."""
-    product = jax.lax.dot_general(a.values, b.values, (axes, ((), ())), preferred_element_type=dtype)
+def _product(
+    a: Quantised, b: Quantised, axes: tuple[tuple[int, ...], tuple[int, ...]], dtype: Any
+) -> jax.Array:
+    """Product scaled after the sum in float32, so that XLA's kernels always multiply 8 bits."""
+    product = jax.lax.dot_general(
+        a.values, b.values, (axes, ((), ())), preferred_element_type=dtype
+    )
     return product * (a.scale * b.scale).astype(dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def fp8_linear(x: Float[Array, "*B D"], w: Float[Array, "..."], recast: bool = False) -> Float[Array, "*B F"]:
-    """`linear`, whose three products are of 8-bit numbers: x and w in e4m3, the gradient that comes back in e5m2.
+def fp8_linear(
+    x: Float[Array, "*B D"], w: Float[Array, "..."], recast: bool = False
+) -> Float[Array, "*B F"]:
+    """`linear` in 8 bits: x and w in e4m3, the gradient of the output in e5m2.
 
-    Each of the three is quantised once, from bfloat16 and float32, and `x` is kept in 8 bits.
+    Each of the three is quantised once, from bfloat16 or float32, and `x` is saved in 8 bits.
     """
     return _forward(x, w, recast)[0]
 
@@ -63,7 +75,11 @@ def _forward(x: jax.Array, w: jax.Array, recast: bool) -> Any:
 
 def _backward(recast: bool, kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x8, w, scale, like = kept
-    w8 = quantise(w.reshape(x8.values.shape[-1], -1), FORWARD, scale) if recast else Quantised(w, scale)
+    w8 = (
+        quantise(w.reshape(x8.values.shape[-1], -1), FORWARD, scale)
+        if recast
+        else Quantised(w, scale)
+    )
     dy8, rows = quantise(dy, GRADIENT), tuple(range(dy.ndim - 1))
     dw = _product(x8, dy8, (rows, rows), jnp.float32)
     return _product(dy8, w8, ((dy.ndim - 1,), (1,)), dy.dtype), dw.reshape(like.shape)

@@ -1,4 +1,4 @@
-"""The matrix product of every layer, with its backward pass written out."""
+"""The matrix product of all layers, with its backward pass written out."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from jaxtyping import Array, Float
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def linear(x: Float[Array, "*B D"], w: Float[Array, "..."], recast: bool = False) -> Float[Array, "*B F"]:
-    """`x @ w` in the dtype of `x`; the gradient of `w` is summed and returned in float32, whatever that dtype is.
+def linear(
+    x: Float[Array, "*B D"], w: Float[Array, "..."], recast: bool = False
+) -> Float[Array, "*B F"]:
+    """`x @ w` in the dtype of `x`; the gradient of `w` is summed and returned in float32.
 
-    Left to differentiate itself, the product gives the gradient of `w` transposed, which XLA on CPUs computes at a third of the
-    speed, and rounds it to the dtype of `x`.
+    Automatic differentiation would compute the gradient of `w` transposed, which takes XLA on CPUs
+    three times as long, and round it to the dtype of `x`.
 
     Args:
-        w: [D, F], or D or F as several axes, as heads have them.
-        recast: the backward pass casts `w` again, and no copy of it is kept, as of all layers it would be half as large as the weights.
-            Not for a backward pass that repeats the forward pass: it has the cast, and would gather sharded weights once more.
+        w: [D, F], where D or F may be several axes, as for heads.
+        recast: Save `w` itself for the backward pass and cast it again there; saved 16-bit copies
+            would take half the weights' memory. Leave it off if the backward pass repeats the
+            forward pass: that casts again anyway, and sharded weights would be gathered twice.
     """
     return x @ _matrix(x, w)
 
@@ -37,10 +40,24 @@ def _forward(x: jax.Array, w: jax.Array, recast: bool) -> Any:
 def _backward(recast: bool, kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w, like = kept
     rows = tuple(range(x.ndim - 1))
-    over_rows = partial(jax.lax.dot_general, dimension_numbers=((rows, rows), ((), ())), preferred_element_type=jnp.float32)
-    narrows = x.dtype == jnp.float32 and dy.shape[-1] < x.shape[-1]  # CPUs transpose the first operand; in narrow types they lack the other order
+    over_rows = partial(
+        jax.lax.dot_general,
+        dimension_numbers=((rows, rows), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    # XLA on CPUs transposes the first operand: put the smaller one first where it can, in float32
+    narrows = x.dtype == jnp.float32 and dy.shape[-1] < x.shape[-1]
     dw = over_rows(dy, x).T if narrows else over_rows(x, dy)
     return jnp.einsum("...f,df->...d", dy, _matrix(x, w)), dw.reshape(like.shape)
 
 
 linear.defvjp(_forward, _backward)
+
+
+def add_bias(y: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`y + bias` in the dtype of `y`; the gradient of the bias is summed in float32.
+
+    Args:
+        bias: Its dimensions are the last ones of `y`.
+    """
+    return (y.astype(jnp.float32) + bias).astype(y.dtype)

@@ -1,7 +1,8 @@
-"""The parameters of a `Decoder` as a plain pytree: their shapes and logical axes, made without allocating, and their first values."""
+"""The parameters of a `Decoder` as a plain pytree: shapes, logical axes and initial values."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -10,25 +11,41 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from consyn_jax.config import ModelConfig
 from consyn_jax.distributed.mesh import sharding
-from consyn_jax.model.transformer import Decoder
+from consyn_jax.model.transformer import Block, Decoder
+from consyn_jax.model_config import ModelConfig
 
 Params = dict[str, Any]
-# What runs once need not run well: on CPUs this compiles in a quarter of the time, to the same bits.
-QUICKLY = {"cpu": {"xla_backend_optimization_level": 1}}
+# A function of a parameter's path and values, whose result is kept in its place.
+Convert = Callable[[tuple[str, ...], jax.Array], Any]
+# Initialisation runs once, so it need not run fast: on CPUs this compiles in a quarter of the time,
+# and gives the same bits.
+COMPILE_QUICKLY = {"cpu": {"xla_backend_optimization_level": 1}}
+
+
+def unchanged(path: tuple[str, ...], values: jax.Array) -> jax.Array:
+    """Keep a parameter as it is: a `Convert`."""
+    return values
+
+
+def map_axes(function: Callable[..., Any], logical_axes: Params, *trees: Any) -> Any:
+    """Map over a tree of logical axes, whose leaves are tuples, and trees of the same structure."""
+    return jax.tree.map(function, logical_axes, *trees, is_leaf=lambda a: isinstance(a, tuple))
 
 
 class Layout(NamedTuple):
-    """What is known of a model before it exists: `nnx.merge(graphdef, params)` gives the `Decoder` back."""
+    """Structure, shapes and logical axes of a model's parameters, without their values.
+
+    `nnx.merge(graphdef, params)` gives the `Decoder` back.
+    """
 
     graphdef: Any
     shapes: Params
     logical_axes: Params
 
     def shardings(self, mesh: Mesh) -> Params:
-        """Where each parameter lies on `mesh`."""
-        return jax.tree.map(partial(sharding, mesh), self.logical_axes, is_leaf=lambda a: isinstance(a, tuple))
+        """The sharding of each parameter on `mesh`."""
+        return map_axes(partial(sharding, mesh), self.logical_axes)
 
     @property
     def num_parameters(self) -> int:
@@ -50,21 +67,57 @@ def layout(config: ModelConfig) -> Layout:
         own = variable.get_metadata("axes")
         return ("layers", *own) if path[0].key == "layers" else own
 
-    logical_axes = jax.tree_util.tree_map_with_path(axes, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
-    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), nnx.to_pure_dict(state))
+    logical_axes = jax.tree_util.tree_map_with_path(
+        axes, state, is_leaf=lambda v: isinstance(v, nnx.Variable)
+    )
+    shapes = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), nnx.to_pure_dict(state)
+    )
     return Layout(graphdef, shapes, _as_dict(logical_axes))
 
 
+@cache
+def forward_order(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Names of all parameters in the order in which the forward pass uses them.
+
+    The value of "layers" names the parameters of one block, the other values are empty.
+    """
+    order: dict[str, tuple[str, ...]] = {}
+
+    def trace() -> None:
+        for name, value in vars(Decoder(config, nnx.Rngs(0))).items():
+            if isinstance(value, nnx.Param):
+                order[name] = ()
+            elif isinstance(value, Block):  # stacking sorts the names
+                order[name] = tuple(
+                    inner
+                    for inner, parameter in vars(Block(config, nnx.Rngs(0))).items()
+                    if isinstance(parameter, nnx.Param)
+                )
+
+    jax.eval_shape(trace)
+    return order
+
+
 def initial_parameters(config: ModelConfig, seed: int, mesh: Mesh | None = None) -> Params:
-    """First values, float32, made where they will lie. The same seed gives the same bits on every mesh (threefry counts by element)."""
+    """Initial values, float32, created in their final sharding.
+
+    A seed gives the same bits on every mesh, because threefry counts by element.
+    """
 
     def make() -> Params:
         return nnx.to_pure_dict(nnx.split(Decoder(config, nnx.Rngs(seed)))[1])
 
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     with jax.threefry_partitionable(True):
-        return jax.jit(make, out_shardings=layout(config).shardings(mesh) if mesh is not None else None, compiler_options=QUICKLY.get(platform))()
+        return jax.jit(
+            make,
+            out_shardings=layout(config).shardings(mesh) if mesh is not None else None,
+            compiler_options=COMPILE_QUICKLY.get(platform),
+        )()
 
 
 def _as_dict(state: Any) -> Params:
-    return {key: value if isinstance(value, tuple) else _as_dict(value) for key, value in state.items()}
+    return {
+        key: value if isinstance(value, tuple) else _as_dict(value) for key, value in state.items()
+    }

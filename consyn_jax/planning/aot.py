@@ -1,7 +1,8 @@
-"""Compiles the train step of a run for GPUs that are not there, and tells what the compiler made of it.
+"""Compiles the train step of a run for GPUs that are not here, and summarises the program.
 
-The CUDA plugin compiles for a described machine without a driver, if it is told so before JAX starts. So the work is done in a
-process of its own, and whoever asks may be using JAX on whatever devices there are. It needs the packages of the `cuda13` extra.
+The CUDA plugin compiles for a described machine without a driver if the environment says so before
+JAX starts. So compiling runs in a process of its own, and the calling process can use JAX on any
+devices. It needs the packages of the `cuda13` extra.
 """
 
 from __future__ import annotations
@@ -17,9 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from consyn_jax.config import ModelConfig, RunConfig, UserError, flat
-from consyn_jax.planning.compiled import BYTES, Collective, array_shapes, collectives, instructions, kernels, product_flops, update_bytes
-from consyn_jax.planning.schedule import play
+from consyn_jax.config import RunConfig
+from consyn_jax.errors import UserError
+from consyn_jax.flags import flat
+from consyn_jax.model_config import ModelConfig
+from consyn_jax.planning.compiled import (
+    Collective,
+    collectives,
+    instructions,
+    kernels,
+    update_bytes,
+)
+from consyn_jax.planning.timeline import play
 from consyn_jax.planning.topology import Topology, parse_topology
 from consyn_jax.resolve import resolve
 
@@ -27,14 +37,15 @@ if TYPE_CHECKING:
     from consyn_jax.training.program import Built
 
 ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",  # the default backend; the plugin for topologies loads all the same
-    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # the plugin asks the driver for its version otherwise
+    "JAX_PLATFORMS": "cpu",  # the default backend; the CUDA plugin is loaded nevertheless
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # or the plugin asks the driver for its version
     "CUDA_VISIBLE_DEVICES": "-1",
-    "TF_CPP_MIN_LOG_LEVEL": "1",  # warnings, which are read
+    "TF_CPP_MIN_LOG_LEVEL": "1",  # show warnings: `resharded` reads them
 }
-RESHARDING = "Involuntary full rematerialization"  # the partitioner's warning of an array that every device gets whole on its way
-NO_TUNING = "--xla_gpu_autotune_level=0"  # tuning runs kernels, and there is nothing to run them on
-TOTAL_STEPS = 10_000  # of the schedule: a constant in the program, of no weight in what is read from it
+# The partitioner's warning of an array that every device gets whole while its layout is changed.
+RESHARDING = "Involuntary full rematerialization"
+NO_TUNING = "--xla_gpu_autotune_level=0"  # tuning would have to run kernels
+TOTAL_STEPS = 10_000  # of the schedule: a constant in the program that hardly matters
 
 
 @dataclass(frozen=True)
@@ -42,20 +53,20 @@ class CompiledProgram:
     """A train step as XLA compiled it. Bytes are per GPU.
 
     Attributes:
-        parameter_bytes, optimizer_bytes: the training state, without moments that lie in the host's memory.
-        argument_bytes: the training state and one batch; the state's memory is used again for the new state.
-        temporary_bytes: everything else that is alive at once: activations, gradients, gathered weights.
-        state_bytes: of the whole training state, over all GPUs: what a checkpoint holds.
+        parameter_bytes, optimizer_bytes: the training state, without moments in host memory.
+        argument_bytes: the training state and one batch; the new state reuses the old one's memory.
+        temporary_bytes: peak memory of everything else, such as activations, gradients and
+            gathered weights.
+        state_bytes: the whole training state over all GPUs, which a checkpoint holds.
         attention: the kernel that was chosen, and why.
-        kernels: name -> executions a step, of those that are not XLA's own.
-        product_flops: of XLA's own matrix products, "LEFT x RIGHT" types of the operands -> FLOPs a step.
-        update_bytes: what the optimizer reads and writes, gradient norm and clipping included; of moments on the device.
-        shapes: dtype -> dimensions of every such array that the program names, fused or not, as one GPU has them.
-        hidden_share: of the exchanges' time, what the compiler's schedule puts behind products (planning/schedule.py).
-        warnings: of the partitioner, where the layout of an array is changed by way of the whole of it.
+        kernels: executions per step of each kernel that is not XLA's own.
+        update_bytes: bytes that the optimizer reads and writes, gradient norm and clipping
+            included; without moments in host memory.
+        hidden_share: the share of the collectives' time that the compiler's schedule overlaps with
+            matmuls (planning/timeline.py).
+        warnings: from the SPMD partitioner, one for each array it must gather whole to reshard.
     """
 
-    devices: int
     parameter_bytes: int
     optimizer_bytes: int
     argument_bytes: int
@@ -64,99 +75,153 @@ class CompiledProgram:
     num_parameters: int
     attention: str
     kernels: dict[str, int]
-    product_flops: dict[str, int]
     update_bytes: int
     collectives: tuple[Collective, ...]
-    shapes: dict[str, tuple[tuple[int, ...], ...]]
     hidden_share: float
     warnings: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
-        """What one GPU must hold for the step to run."""
+        """The memory that one GPU needs for the step."""
         return self.argument_bytes + self.temporary_bytes
 
     @property
     def update_passes(self) -> float:
-        """Bytes that the update moves, in units of the least there could be: gradients read, the state read and written."""
+        """Bytes that the update moves, relative to reading gradients and rewriting the state."""
         return self.update_bytes / (3 * self.parameter_bytes + 2 * self.optimizer_bytes)
 
 
 def environment() -> dict[str, str]:
-    """Of a process that compiles: this one's, with what the plugin must be told before JAX starts. The user's own `XLA_FLAGS` stay."""
+    """This process's environment, changed for a process that compiles; keeps `XLA_FLAGS`."""
     own = os.environ.get("XLA_FLAGS", "")
-    return os.environ | ENVIRONMENT | {"XLA_FLAGS": f"{own} {NO_TUNING}".strip() if own.startswith("-") else NO_TUNING}
+    flags = f"{own} {NO_TUNING}".strip() if own.startswith("-") else NO_TUNING
+    return os.environ | ENVIRONMENT | {"XLA_FLAGS": flags}
 
 
 def packages_are_there() -> bool:
     """Whether the packages of the `cuda13` extra are installed."""
-    return importlib.util.find_spec("jax_plugins") is not None and importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
+    return (
+        importlib.util.find_spec("jax_plugins") is not None
+        and importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
+    )
 
 
 def check_packages() -> None:
-    """Compiling for NVIDIA GPUs needs the packages of the `cuda13` extra, but no GPU and no driver.
+    """Check that the packages of the `cuda13` extra are installed; no GPU or driver is needed.
 
     Raises:
         UserError: they are not installed.
     """
     if not packages_are_there():
-        raise UserError("Compiling for NVIDIA GPUs needs the CUDA packages, on any machine. Install them with: pip install 'consyn_jax[cuda13]'.")
+        raise UserError(
+            "Compiling for NVIDIA GPUs needs the CUDA packages, even without a GPU. "
+            "Install them with: pip install 'consyn_jax[cuda13]'."
+        )
 
 
-def compile_train_step(model: ModelConfig, run: RunConfig, topology: str) -> CompiledProgram:
-    """Compile the train step of `run` for `topology` ("h200:1x8": hosts x GPUs) in a process of its own.
+def compile_train_step(
+    model: ModelConfig, run: RunConfig, topology: str, text_file: Path | None = None
+) -> CompiledProgram:
+    """Compile the train step of `run` for `topology` in a process of its own.
 
     Args:
-        run: a resolved run, whose batch, precision, mesh, optimizer and gradient checkpointing count.
+        run: resolved; its batch, precision, mesh, optimizer and gradient checkpointing matter.
+        topology: such as "h200:1x8", hosts x GPUs.
+        text_file: where to write the program's text, if anywhere.
 
     Raises:
         UserError: the CUDA packages are missing, or the run does not fit the topology's devices.
-        RuntimeError: the compiler failed; the message ends with what it said.
+        RuntimeError: the compiler failed; the message ends with its output.
     """
     parse_topology(topology)
     check_packages()
-    request = json.dumps({"model": dataclasses.asdict(model), "run": flat(run), "topology": topology})
-    # the child must import this very package, whatever the working directory holds
-    path = {"PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))}
-    command = [sys.executable, "-P", "-c", "from consyn_jax.planning.aot import _child; _child()"]
-    done = subprocess.run(command, input=request, env=environment() | path, capture_output=True, text=True, check=False)
+    request = {
+        "model": dataclasses.asdict(model),
+        "run": flat(run),
+        "topology": topology,
+        "text_file": text_file and str(text_file),
+    }
+    # The child must import this very package, whatever the working directory holds.
+    path = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", "from consyn_jax.planning.aot import _child; _child()"],
+        input=json.dumps(request),
+        env=environment() | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise RuntimeError(f"Compiling for {topology} failed:\n{done.stderr[-4000:]}")
     answer = json.loads(done.stdout.splitlines()[-1])
     if "mistake" in answer:
         raise UserError(answer["mistake"])
-    exchanged = tuple(Collective(**c | {"axes": tuple(c["axes"])}) for c in answer["collectives"])
-    shapes = {dtype: tuple(map(tuple, found)) for dtype, found in answer["shapes"].items()}
-    return CompiledProgram(**answer | {"collectives": exchanged, "shapes": shapes, "warnings": resharded(done.stderr)})
+    communicated = tuple(
+        Collective(**c | {"axes": tuple(c["axes"])}) for c in answer["collectives"]
+    )
+    warnings = resharded(done.stderr)
+    return CompiledProgram(**answer | {"collectives": communicated, "warnings": warnings})
 
 
-def resharded(complaints: str) -> tuple[str, ...]:
-    """What the partitioner complained of on stderr: arrays that every device gets whole while their layout is changed."""
-    return tuple(line.partition("] ")[2] or line for line in complaints.splitlines() if RESHARDING in line)
+def resharded(stderr: str) -> tuple[str, ...]:
+    """The partitioner's warnings on stderr of arrays that are gathered to change their layout."""
+    return tuple(
+        line.partition("] ")[2] or line for line in stderr.splitlines() if RESHARDING in line
+    )
 
 
 def _child() -> None:
     request = json.load(sys.stdin)
     run, _ = resolve(request["run"])
+    topology = parse_topology(request["topology"])
     try:
-        answer = dataclasses.asdict(_compile(ModelConfig(**request["model"]), run, parse_topology(request["topology"])))
+        built = build(ModelConfig(**request["model"]), run, topology)
+        compiled = lower(built, run).compile()
+        answer = dataclasses.asdict(summary(built, compiled, topology))
     except UserError as mistake:
         answer = {"mistake": str(mistake)}
+    else:
+        if request["text_file"]:
+            Path(request["text_file"]).write_text(compiled.as_text(), encoding="utf-8")
     print(json.dumps(answer))
 
 
-def _compile(model: ModelConfig, run: RunConfig, topology: Topology) -> CompiledProgram:
-    from jax.experimental import topologies
+def build(model: ModelConfig, run: RunConfig, topology: Topology) -> Built:
+    """Build the programs that `consyn-train` would run on this topology.
 
-    # slices x hosts x GPUs per host
-    described = topologies.get_topology_desc(platform="cuda", target_config=topology.gpu.target_config, topology=f"1x{topology.hosts}x{topology.gpus_per_host}")
-    budget, built = run.budget, _built(model, run, topology, described.devices)
-    lowered = built.program.lower_train_step(budget.gradient_accumulation_steps, budget.batch_size, run.length)
-    return summary(built, lowered.compile(), topology)
+    The process must have started with `environment()`.
+
+    Raises:
+        UserError: the run does not fit the topology's devices.
+    """
+    from consyn_jax.training.optim.schedules import build_schedule
+    from consyn_jax.training.program import build_program
+
+    schedule = build_schedule(run.optimizer, TOTAL_STEPS)
+    return build_program(
+        model,
+        run.budget,
+        run.hardware,
+        run.optimizer,
+        run.regularisation,
+        lora=run.lora,
+        length=run.row_length,
+        schedule=schedule,
+        devices=topology.described_devices(),
+        machine=topology.machine,
+    )
+
+
+def lower(built: Built, run: RunConfig) -> Any:
+    """The train step of `run`, ready to be compiled: a `jax.stages.Lowered`."""
+    budget = run.budget
+    return built.program.lower_train_step(
+        budget.gradient_accumulation_steps, budget.batch_size, run.row_length
+    )
 
 
 def summary(built: Built, compiled: Any, topology: Topology) -> CompiledProgram:
-    """What a train step came to.
+    """Summarise a compiled train step.
 
     Args:
         compiled: the train step, a `jax.stages.Compiled`.
@@ -164,35 +229,31 @@ def summary(built: Built, compiled: Any, topology: Topology) -> CompiledProgram:
     import jax
 
     memory, text, state = compiled.memory_analysis(), compiled.as_text(), built.program.state_like
-    program = instructions(text)
+    program, parameters = instructions(text), jax.tree.leaves(state.params)
     return CompiledProgram(
-        devices=built.program.mesh.size,
         parameter_bytes=_local_bytes(state.params),
         optimizer_bytes=0 if built.program.host_moments else _local_bytes(state.opt_state),
-        argument_bytes=memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
         num_parameters=built.program.layout.num_parameters,
         attention=f"{built.attention.backend}: {built.attention.reason}",
         kernels=kernels(program),
-        product_flops={" x ".join(types): flops for types, flops in product_flops(program).items()},
-        update_bytes=update_bytes(program, {math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params)}),
+        update_bytes=update_bytes(program, set(map(_local_size, parameters))),
         collectives=tuple(collectives(program, built.mesh.sizes)),
-        shapes={dtype: tuple(sorted(array_shapes(program, dtype))) for dtype in BYTES},
         hidden_share=play(text, built.mesh.sizes, topology).hidden_share,
     )
 
 
+def _local_size(leaf: Any) -> int:
+    """Elements on one device, from a shape with its sharding."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape))
+
+
 def _local_bytes(tree: Any) -> int:
-    """Of arrays' shapes with their shardings, what lies on one device."""
+    """Bytes on one device, from shapes with their shardings."""
     import jax
 
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _built(model: ModelConfig, run: RunConfig, topology: Topology, devices: list[Any]) -> Built:
-    """The programs that `consyn-train` would run on these devices."""
-    from consyn_jax.training.program import build_program
-    from consyn_jax.training.scheduler import configured_schedule
-
-    return build_program(model, run, configured_schedule(run.optimizer, TOTAL_STEPS), devices, topology.machine)
+    return sum(_local_size(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

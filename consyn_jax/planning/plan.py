@@ -1,4 +1,4 @@
-"""What a run would need and take on machines that need not be there, and what would fit where it does not."""
+"""Memory and time of a run on machines that need not be here, and choices that would fit."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from typing import Any
 
 import jax
 
-from consyn_jax.config import ModelConfig, RunConfig, UserError, flags, with_flags
+from consyn_jax.config import REMAT_POLICIES, RunConfig
 from consyn_jax.distributed.auto_mesh import FITS, MeshChoice
+from consyn_jax.distributed.hardware import described_gpu
+from consyn_jax.errors import UserError
+from consyn_jax.flags import with_flags
+from consyn_jax.model_config import ModelConfig
 from consyn_jax.planning.aot import CompiledProgram, compile_train_step, summary
-from consyn_jax.planning.roofline import StepTime, Workload, estimate_step, workload
-from consyn_jax.planning.topology import Topology, known_gpu
-from consyn_jax.training.host_state import HOST_RULES
-from consyn_jax.training.program import mesh_of, this_machine
+from consyn_jax.planning.roofline import StepTime, estimate_step
+from consyn_jax.planning.topology import Topology
+from consyn_jax.planning.workload import Workload, workload
+from consyn_jax.training.run_mesh import choose_run_mesh, this_machine
 from consyn_jax.training.trainer import ConsynTrainer
 
-MAX_COMPILED = 4  # candidates of one search
+MAX_COMPILED = 4  # candidates that one search compiles
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,8 @@ class Plan:
     """A run on a topology.
 
     Attributes:
-        steps: of the budget; None where it counts epochs of data that nobody has read.
-        compiled: None for arithmetic alone.
+        steps: steps of the budget; None if it counts epochs, because planning reads no data.
+        compiled: None if the plan is by arithmetic alone.
     """
 
     model: ModelConfig
@@ -43,63 +47,74 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """What one GPU must hold: as compiled, or by arithmetic."""
+        """Bytes that one GPU needs, as compiled or else by arithmetic."""
         return self.work.memory.total if self.compiled is None else self.compiled.total_bytes
 
     @property
     def fits(self) -> bool:
-        """At most `auto_mesh.FITS` of the GPU's memory."""
+        """Whether it needs at most `auto_mesh.FITS` of the GPU's memory."""
         return self.total_bytes <= FITS * self.topology.gpu.memory_bytes
 
     @property
     def peak_share(self) -> float:
-        """Model FLOP utilisation, of the specified peak."""
-        return self.work.flops / (self.time.total * self.topology.num_devices * self.topology.gpu.bf16_flops)
+        """Model FLOP utilisation, relative to the specified peak."""
+        return self.work.flops / (
+            self.time.total * self.topology.num_devices * self.topology.gpu.bf16_flops
+        )
 
 
 def estimate(model: ModelConfig, run: RunConfig, topology: Topology) -> Plan:
-    """By arithmetic.
-
-    Args:
-        run: resolved.
+    """Plan a resolved run by arithmetic.
 
     Raises:
-        UserError: a mesh or batch that cannot be on this topology.
+        UserError: the mesh or batch is impossible on this topology.
     """
-    mesh = mesh_of(model, run, topology.machine)
+    mesh = choose_run_mesh(
+        *(model, run.budget, run.hardware, run.optimizer, run.row_length),
+        *(topology.machine, run.lora, run.regularisation.sequences),
+    )
     work, budget = workload(model, run, mesh.sizes), run.budget
     limits = [budget.max_steps] if budget.max_steps is not None else []
     if budget.total_tokens is not None:
         limits.append(math.ceil(budget.total_tokens / work.tokens))
-    return Plan(model, run, topology, mesh, work, estimate_step(work, topology), min(limits, default=None))
+    return Plan(
+        model, run, topology, mesh, work, estimate_step(work, topology), min(limits, default=None)
+    )
 
 
 def compiled(plan: Plan, topology: str) -> Plan:
-    """The same with the compiler's memory and exchanges.
+    """The same plan with memory and collectives from the compiler.
 
     Args:
-        topology: of the plan, as text.
+        topology: the plan's topology as text.
 
     Raises:
         UserError: the CUDA packages are missing.
     """
     program = compile_train_step(plan.model, plan.run, topology)
-    return dataclasses.replace(plan, compiled=program, time=estimate_step(plan.work, plan.topology, program.collectives))
+    return dataclasses.replace(
+        plan, compiled=program, time=estimate_step(plan.work, plan.topology, program.collectives)
+    )
 
 
 def plan_here(trainer: ConsynTrainer) -> Plan | None:
-    """Of a run on the GPUs of this machine, its train step compiled for them; None for devices that are not in the table of GPUs."""
+    """Plan a run on this machine's GPUs, with its compiled train step.
+
+    None if the table of GPUs does not describe them.
+    """
     device, machine = jax.devices()[0], this_machine()
-    gpu = known_gpu(device.device_kind)
+    gpu = described_gpu(device.device_kind)
     if gpu is None:
         return None
-    plan = estimate(trainer.model.config, trainer.run, Topology(gpu, machine.hosts, machine.per_host))
+    plan = estimate(
+        trainer.model.config, trainer.run, Topology(gpu, machine.hosts, machine.per_host)
+    )
     program = summary(trainer.build(), trainer.compile_train_step(trainer.run), plan.topology)
     time = estimate_step(plan.work, plan.topology, program.collectives)
     return dataclasses.replace(plan, compiled=program, time=time, steps=trainer.total_steps)
 
 
-# -------------------------------------------------------------------------------------------------------------- what would fit
+# ----------------------------------------------------------------------------------- what would fit
 
 
 @dataclass(frozen=True)
@@ -115,19 +130,25 @@ class Alternative:
 
     @property
     def cost(self) -> tuple[bool, float, int]:
-        """What is cheaper comes first: the same result before another, then the shorter step, then the fewer changes."""
+        """Sort key: the same result before another, then shorter steps, then fewer changes."""
         return "moment_dtype" in self.changes, self.plan.time.total, len(self.changes)
 
 
 def alternatives(plan: Plan) -> list[Alternative]:
-    """Every way to split the same step into micro-batches, to recompute, to lay out the weights and to keep the moments that the
-    arithmetic says to fit, the cheapest first. Without a change where the plan itself is among them."""
+    """All variants of the plan that fit by arithmetic, the cheapest first.
+
+    They split the same step into other micro-batches, recompute other activations, use another
+    mesh, or keep the moments elsewhere or in another type. The plan itself is among them if it
+    fits.
+    """
     found = []
-    for choice in product(_micro_batches(plan), _recomputations(plan), _meshes(plan), _moments(plan)):
+    for choice in product(
+        _micro_batches(plan), _recomputations(plan), _meshes(plan), _moments(plan)
+    ):
         changes = {name: value for part in choice for name, value in part.items()}
         try:
             other = estimate(plan.model, with_flags(plan.run, changes), plan.topology)
-        except UserError:  # a mesh that does not divide the batch
+        except UserError:  # the mesh does not divide the batch
             continue
         if other.fits:
             found.append(Alternative(changes, other))
@@ -146,7 +167,7 @@ def _micro_batches(plan: Plan) -> Iterator[dict[str, Any]]:
 
 def _recomputations(plan: Plan) -> Iterator[dict[str, Any]]:
     yield {}
-    for name in flags()["gradient_checkpointing"].choices:
+    for name in REMAT_POLICIES:
         if name != plan.run.hardware.gradient_checkpointing:
             yield {"gradient_checkpointing": name}
 
@@ -162,16 +183,20 @@ def _moments(plan: Plan) -> Iterator[dict[str, Any]]:
     if plan.run.optimizer.moment_dtype == "float32":
         yield {"moment_dtype": "bfloat16"}
     hardware = plan.run.hardware
-    if hardware.optimizer_memory == "device" and hardware.mixed_precision != "fp16" and plan.run.optimizer.optimizer in HOST_RULES:
+    if (
+        hardware.optimizer_memory == "device"
+        and hardware.mixed_precision != "fp16"
+        and plan.run.optimizer.rule.layerwise
+    ):
         yield {"optimizer_memory": "host"}
 
 
 def fit(plan: Plan, topology: str, *, compile: bool) -> Alternative:
-    """The cheapest alternative that fits, confirmed by the compiler where it is there.
+    """Find the cheapest alternative that fits.
 
     Args:
-        topology: of the plan, as text.
-        compile: or go by arithmetic alone.
+        topology: the plan's topology as text.
+        compile: whether to confirm it with the compiler.
 
     Raises:
         UserError: nothing fits.
@@ -185,9 +210,11 @@ def fit(plan: Plan, topology: str, *, compile: bool) -> Alternative:
         confirmed = compiled(candidate.plan, topology)
         if confirmed.fits:
             return Alternative(candidate.changes, confirmed)
-        tried, correction = tried + 1, max(correction, confirmed.total_bytes / candidate.plan.total_bytes)
+        correction = max(correction, confirmed.total_bytes / candidate.plan.total_bytes)
+        tried += 1
         if tried == MAX_COMPILED:
             break
     raise UserError(
-        f"No micro-batch, recomputation, mesh, place or type of the moments makes this run fit {topology}. Use more or larger GPUs, or a smaller model."
+        f"No micro-batch, recomputation, mesh, place or type of the moments makes this run fit "
+        f"{topology}. Use more or larger GPUs, or a smaller model."
     )

@@ -1,7 +1,7 @@
-"""Learning byte-pair merges: count words, then merge the most frequent pair until the vocabulary is full.
+"""Learn byte-pair merges: count words, then merge the most frequent pair until there are enough.
 
-The trainer of `tokenizers` settles ties by the order of ids, which depends on how it got there. Here a tie goes to the pair whose
-bytes are lexicographically greater, so that the merges depend on nothing but the text.
+The trainer of `tokenizers` breaks ties by ids, which depend on earlier merges. Here a tie goes to
+the pair with the lexicographically greater bytes, so the merges depend only on the text.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ Pair = tuple[int, int]
 
 
 def count_words(texts: Iterable[str], pattern: str) -> Counter[bytes]:
-    """How often each word occurs, in UTF-8, where `pattern` cuts the text into words as it will when encoding.
+    """Count the words, in UTF-8, into which `pattern` splits the texts when they are encoded.
 
-    A word of more than 1,000 bytes (a base64 blob, say) is counted in pieces, which keeps the learning linear in the text.
+    A word of more than 1,000 bytes, such as a base64 blob, is counted in pieces, which keeps
+    learning linear in the text.
     """
     split = Split(Regex(pattern), "isolated")
     words: Counter[str] = Counter()
@@ -40,7 +41,10 @@ def count_words(texts: Iterable[str], pattern: str) -> Counter[bytes]:
 
 
 def _chunks(text: str) -> Iterator[str]:
-    """Cuts a long text where neither pattern sees across: after a lone newline, unless a slash follows, which o200k joins to it."""
+    """Split a long text where no word of either pattern is cut.
+
+    That is after a single newline, unless a slash follows, which o200k joins to it.
+    """
     start = 0
     cut = re.compile(r"(?<=\S)\n(?=[^\s/])")
     while len(text) - start > CHUNK_CHARS and (found := cut.search(text, start + CHUNK_CHARS)):
@@ -49,17 +53,25 @@ def _chunks(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def learn_merges(word_counts: Counter[bytes], num_new_tokens: int, reserved: Collection[bytes] = ()) -> list[tuple[bytes, bytes]]:
-    """The merges, in order, that add `num_new_tokens` tokens to the 256 bytes; fewer when the text has no more pairs.
+def learn_merges(
+    word_counts: Counter[bytes], num_new_tokens: int, reserved: Collection[bytes] = ()
+) -> list[tuple[bytes, bytes]]:
+    """Learn the merges, in order, that add `num_new_tokens` tokens to the 256 bytes.
 
-    A pair that would spell one of `reserved` (the special tokens) is never merged: ordinary text must not become a special token.
-    Two merges may spell one token; it counts once. Source: Sennrich et al. 2016, algorithm 1, with pair counts kept up to date.
+    There are fewer if the text has no more pairs. Two merges may spell the same token, which
+    counts once. Source: Sennrich et al. 2016, algorithm 1, with pair counts kept up to date.
+
+    Args:
+        reserved: special tokens; no merge spells one, so ordinary text cannot become one.
     """
     return _Learner(word_counts, frozenset(reserved)).learn(num_new_tokens)
 
 
 class _Learner:
-    """Pair counts, the words each pair occurs in, and a heap of candidates whose stale entries are mended when they surface."""
+    """Pair counts, the words of each pair, and a heap of pairs by count.
+
+    A heap entry whose count is out of date is corrected when it comes to the top.
+    """
 
     def __init__(self, word_counts: Counter[bytes], reserved: frozenset[bytes]) -> None:
         self.tokens = [bytes([value]) for value in range(256)]
@@ -99,7 +111,7 @@ class _Learner:
             count = self.counts.get(pair, 0)
             if count == -entry[0] and count > 0:
                 return pair
-            # Counts that grew were pushed when they grew, so only one that fell has to go back in.
+            # A count that grew was pushed then, so only a count that fell must be pushed again.
             if 0 < count < -entry[0]:
                 heapq.heappush(self.heap, self._entry(pair, count))
         return None
@@ -146,5 +158,5 @@ def _merge_in_word(word: list[int], pair: Pair, merged: int) -> list[int]:
 
 
 def _descending_key(token: bytes) -> str:
-    """A string that sorts the other way round: the greater the bytes, the smaller it is, a prefix being the lesser of two."""
+    """A string that sorts the other way round: greater bytes, longer ones too, come first."""
     return "".join(chr(255 - value) for value in token) + chr(256)

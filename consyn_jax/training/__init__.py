@@ -1,4 +1,7 @@
-"""Training. `ConsynTrainer` is imported when it is asked for, so that data can be prepared without JAX."""
+"""Training: from a model, data and settings to a trained model.
+
+`ConsynTrainer` is imported on first use, so that data can be prepared without JAX.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Training data in one call: `get_dataset` takes raw data to a shuffled, indexable dataset. JAX is not imported here."""
+"""`ConsynDataset` and `MixedDataset`, for the command and for Python.
+
+`get_dataset` makes one in one call. JAX is not imported here.
+"""
 
 from __future__ import annotations
 
@@ -12,43 +15,49 @@ from typing import Any
 
 import numpy as np
 
-from consyn_jax.config import CorpusOptions, UserError, nearest
 from consyn_jax.data.loader import Shuffled
 from consyn_jax.data.mixture import Joined, Mixture
-from consyn_jax.data.packing import Batch, PackedDataset, PackedSequences, WholeDocuments
-from consyn_jax.data.prepare import Prepared, prepare
+from consyn_jax.data.packing import PackedSequences, Sequences, pack
+from consyn_jax.data.pairs import PairDataset
+from consyn_jax.data.preparation.cached_store import Prepared, prepare
 from consyn_jax.data.split import TRAIN, VALIDATION
+from consyn_jax.data.store.store_split import StoreSplit
+from consyn_jax.errors import UserError, nearest
+from consyn_jax.prepare_config import CorpusOptions
 from consyn_jax.resolve import resolve_preparation
 from consyn_jax.tokenization import BPETokenizer
 
-PACKINGS: dict[str, type[PackedSequences]] = {"cut": PackedDataset, "whole": WholeDocuments}
+PACKINGS = ("cut", "whole")
 
 
 class ConsynDataset:
-    """Packed sequences of a token store in a seeded order: item i is sequence `order.ids_at(seed, [i], len)` of `packed`.
+    """Packed sequences of a token store in a seeded order.
 
-    So item i depends on the data, `block_size` and (seed, i) alone, and a pass over all items has every token of the split as a
-    label exactly once. The validation split keeps the store's order. `ConsynTrainer` takes `packed` and `seed`, and reshuffles
-    every epoch; its first epoch has the order of the items here.
+    Item i is sequence `order.ids_at(seed, [i], len)` of `packed`. So it depends on the data,
+    `block_size` and (seed, i) alone, and a pass over all items has every token of the split as a
+    label exactly once. The validation split keeps the store's order. `ConsynTrainer` takes `packed`
+    and `seed`, and reshuffles every epoch; its first epoch has the order of the items here.
 
     Attributes:
-        packed: the sequences in store order, with `num_tokens`, `num_documents` and `num_bytes`.
-        prepared: the token store, and what was read and left out.
+        packed: the sequences in store order.
+        prepared: the token store, and the files that were read and left out.
     """
 
-    def __init__(self, prepared: Prepared, packed: PackedSequences, seed: int, shuffle: bool) -> None:
+    def __init__(
+        self, prepared: Prepared, packed: PackedSequences, seed: int, shuffle: bool
+    ) -> None:
         self.prepared, self.packed, self.seed, self.shuffle = prepared, packed, seed, shuffle
 
     def __len__(self) -> int:
         return len(self.packed)
 
-    def __getitem__(self, i: int) -> Batch:
-        """{"input_ids", "labels", "segment_ids"}: int32 [block_size]; "loss_mask": bool [block_size]."""
+    def __getitem__(self, i: int) -> Sequences:
+        """{"input_ids", "labels", "segment_ids"}: int32 [block_size]; "loss_mask": bool."""
         if not -len(self) <= i < len(self):
             raise IndexError(f"Item {i} of {len(self)}.")
         return {name: values[0] for name, values in self.rows([i % len(self)]).items()}
 
-    def rows(self, indices: Any) -> Batch:
+    def rows(self, indices: Any) -> Sequences:
         """The items `indices` (each in range(len)) at once, each array [n, block_size]."""
         return Shuffled(self.packed, self.seed, self.shuffle).at(np.asarray(indices, np.int64))
 
@@ -59,7 +68,7 @@ class ConsynDataset:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the tokens and their order in the store; a run goes on only with equal data."""
+        """A hash of the tokens and their order in the store; a resumed run needs the same."""
         return self.prepared.store.fingerprint
 
     @property
@@ -69,46 +78,55 @@ class ConsynDataset:
 
     @property
     def num_targets(self) -> int:
-        """Those of them that are learned."""
+        """Tokens of the split that count in the loss."""
         return self.packed.num_targets
 
     @property
     def num_documents(self) -> int | None:
-        """Documents of the split; None where a store does not know."""
+        """Documents of the split; None if the store does not know."""
         return self.packed.num_documents
 
     @property
     def num_bytes(self) -> int | None:
-        """Bytes of the split's text in UTF-8, for bits per byte; None where a store does not know."""
+        """UTF-8 bytes of the split's text, for bits per byte; None if the store does not know."""
         return self.packed.num_bytes
 
 
 class MixedDataset:
-    """Several datasets as one: to train on by weight (`data.mixture.Mixture`), to evaluate on one after the other, every token once.
+    """Several datasets as one: mixed by weight for training, one after the other for evaluation.
 
     Args:
-        sources: datasets by the name that events and the header give them.
-        weights: share of the training sequences that each gives; only their ratios count.
-        seed: fixes the order; the seeds of the sources have no say.
+        sources: datasets by the name that events and the header show.
+        weights: share of the training sequences from each source; only their ratios count.
+        seed: fixes the order; the seeds of the sources are not used.
 
     Attributes:
-        order: what stands where when it is trained on.
+        order: the order for training, a `data.mixture.Mixture`.
 
     Raises:
-        UserError: the sources were made with different tokenizers, or differ in length, or a weight cannot be.
+        UserError: the sources have different tokenizers or sequence lengths, or a weight is not
+            above 0.
     """
 
-    def __init__(self, sources: Mapping[str, ConsynDataset], weights: Sequence[float | int], seed: int) -> None:
+    def __init__(
+        self, sources: Mapping[str, ConsynDataset], weights: Sequence[float | int], seed: int
+    ) -> None:
         if not sources:
             raise UserError("A mixture needs at least one dataset.")
         self.sources = dict(sources)
         (first, dataset), *others = self.sources.items()
         for name, other in others:
             if other.tokenizer.sha256 != dataset.tokenizer.sha256:
-                raise UserError(f"{first} and {name} were made with different tokenizers and cannot be mixed. Prepare both with the same --tokenizer.")
+                raise UserError(
+                    f"{first} and {name} were made with different tokenizers and cannot be mixed. "
+                    "Prepare both with the same --tokenizer."
+                )
             if other.packed.block_size != dataset.packed.block_size:
                 lengths = f"{dataset.packed.block_size} and {other.packed.block_size}"
-                raise UserError(f"{first} and {name} have sequences of {lengths} tokens and cannot be mixed. Give both the same block_size.")
+                raise UserError(
+                    f"{first} and {name} have sequences of {lengths} tokens and cannot be mixed. "
+                    "Give both the same block_size."
+                )
         packed = {name: source.packed for name, source in self.sources.items()}
         try:
             self.order = Mixture(packed, weights, seed)
@@ -116,8 +134,13 @@ class MixedDataset:
             raise UserError(f"These datasets cannot be mixed: {error}") from error
         self._joined = Joined(list(packed.values()))
         self.block_size, self.tokenizer = dataset.packed.block_size, dataset.tokenizer
-        content = [[source.fingerprint for source in self.sources.values()], [float(weight) for weight in weights]]
-        self.fingerprint = "mixture:" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+        content = [
+            [source.fingerprint for source in self.sources.values()],
+            [float(weight) for weight in weights],
+        ]
+        self.fingerprint = (
+            "mixture:" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+        )
         self.num_tokens = sum(source.num_tokens for source in self.sources.values())
         self.num_targets = sum(source.num_targets for source in self.sources.values())
         sizes = [source.num_bytes for source in self.sources.values()]
@@ -126,7 +149,7 @@ class MixedDataset:
     def __len__(self) -> int:
         return len(self._joined)
 
-    def rows(self, indices: Any) -> Batch:
+    def rows(self, indices: Any) -> Sequences:
         """The sequences of all sources, one source after the other, each array [n, block_size]."""
         return self._joined.rows(indices)
 
@@ -139,55 +162,100 @@ def get_dataset(
     split: str = TRAIN,
     seed: int = 42,
     *,
-    packing: str = "cut",
+    packing: str | None = None,
+    on_long_rows: str | None = None,
     test_fraction: float = 0.0,
     **options: Any,
 ) -> ConsynDataset:
-    """Raw text, rows or a token store as a dataset of packed sequences; raw data is tokenised once and kept in a cache.
+    """Raw text, rows or a token store as a dataset of packed sequences.
+
+    Raw data is tokenised once and kept in a cache.
 
     Args:
-        data_path: a file, directory, glob, Hugging Face dataset, token store or "sample", or several.
-        tokenizer: a tokenizer, or what `--tokenizer` takes; None is the default one, or a token store's own.
+        data_path: a file, directory, glob, Hugging Face dataset, token store or "sample", or
+            several.
+        tokenizer: a tokenizer, or a value of `--tokenizer`; None is the default one, or that of a
+            token store.
         block_size: tokens in a sequence.
         split: "train", "validation" or "test".
-        packing: "cut" or "whole", as `--packing`.
+        packing, on_long_rows: as the flags; None is the default, which keeps rows with prompts
+            whole.
         test_fraction: share of the documents in the split "test".
-        options: the other flags of `consyn-prepare` that say what is read and how, by name.
+        options: other flags of `consyn-prepare` about reading and cleaning, by name.
 
     Returns:
-        Items {"input_ids", "labels", "segment_ids"}, int32 [block_size], and "loss_mask", bool [block_size]; `labels[t]` is the
-        token that follows `input_ids[t]`.
+        Items {"input_ids", "labels", "segment_ids"}, int32 [block_size], and "loss_mask", bool
+        [block_size]; `labels[t]` is the token that follows `input_ids[t]`. With
+        row_format="preference", an item is a pair [2 * block_size]: the chosen sequence, and the
+        rejected one.
 
     Raises:
-        UserError: as `data.prepare.prepare`, or an option or the split is unknown, or the split is empty.
+        UserError: as `cached_store.prepare`, or an option or the split is unknown, or the split is
+            empty.
     """
-    paths = [str(path) for path in ([data_path] if isinstance(data_path, str | Path) else data_path)]
-    if block_size < 1:
-        raise UserError(f"block_size must be at least 1, not {block_size}.")
-    if packing not in PACKINGS:
-        raise UserError(f"packing {packing!r} is not known{nearest(packing, PACKINGS)} Known: {', '.join(PACKINGS)}.")
-    known = [f.name for f in dataclasses.fields(CorpusOptions)]
-    for name in options:
-        if name not in known:
-            raise UserError(f"{name} is not an option of get_dataset{nearest(name, known)}")
+    _check_arguments(block_size, packing, options)
+    given_paths = [data_path] if isinstance(data_path, str | Path) else data_path
+    paths = list(map(str, given_paths))
     given = {"data": paths, "dataset_type": dataset_type, "test_fraction": test_fraction, **options}
     made = tokenizer if isinstance(tokenizer, BPETokenizer) else None
     resolved, _ = resolve_preparation(given | {"tokenizer": None if made else tokenizer})
     prepared = prepare(resolved.data, made, test_fraction=test_fraction)
-    names = sorted({TRAIN, VALIDATION, *prepared.store.splits})
-    if split not in names:
-        raise UserError(f"There is no split {split!r} in the data. Known: {', '.join(names)}.")
-    if not prepared.store.split(split).num_tokens:
-        raise UserError(f"The split {split!r} of {', '.join(paths)} has no documents. Give more data, or another validation_fraction.")
-    _warn_of_what_is_left_out(prepared)
-    made_by = prepared.store.tokenizer
-    packed = PACKINGS[packing](prepared.store.split(split), block_size, made_by.bos_token_id, made_by.pad_token_id)
+    documents = _split(prepared, split, paths)
+    _warn_of_omissions(prepared)
+    packed = pack_split(prepared, documents, block_size, packing, on_long_rows)
     return ConsynDataset(prepared, packed, seed, shuffle=split == TRAIN)
 
 
-def _warn_of_what_is_left_out(prepared: Prepared) -> None:
+def pack_split(
+    prepared: Prepared,
+    documents: StoreSplit,
+    block_size: int,
+    packing: str | None,
+    on_long_rows: str | None,
+) -> PackedSequences:
+    """The sequences of a split, or its pairs, as `get_dataset` describes the arguments."""
+    tokenizer = prepared.store.tokenizer
+    ids = tokenizer.first_id, tokenizer.fill_id
+    if prepared.store.holds_pairs:
+        if packing is not None:
+            raise UserError(f"packing {packing!r} is for single sequences; here, a row is a pair.")
+        return PairDataset(documents, block_size, *ids, on_long_rows)
+    return pack(documents, block_size, *ids, packing, on_long_rows)
+
+
+def _check_arguments(block_size: int, packing: str | None, options: Mapping[str, Any]) -> None:
+    if block_size < 1:
+        raise UserError(f"block_size must be at least 1, not {block_size}.")
+    if packing is not None and packing not in PACKINGS:
+        raise UserError(
+            f"packing {packing!r} is not known{nearest(packing, PACKINGS)} Known: "
+            f"{', '.join(PACKINGS)}."
+        )
+    known = [f.name for f in dataclasses.fields(CorpusOptions)]
+    for name in options:
+        if name not in known:
+            raise UserError(f"{name} is not an option of get_dataset{nearest(name, known)}")
+
+
+def _split(prepared: Prepared, split: str, paths: Sequence[str]) -> StoreSplit:
+    names = sorted({TRAIN, VALIDATION, *prepared.store.splits})
+    if split not in names:
+        raise UserError(f"There is no split {split!r} in the data. Known: {', '.join(names)}.")
+    documents = prepared.store.split(split)
+    if not documents.num_tokens:
+        raise UserError(
+            f"The split {split!r} of {', '.join(paths)} has no documents. Give more data, or "
+            "another validation_fraction."
+        )
+    return documents
+
+
+def _warn_of_omissions(prepared: Prepared) -> None:
     for name, reason in prepared.left_out:
         warnings.warn(f"{name} is left out: it {reason}.", stacklevel=3)
     bad = prepared.report.dropped.get("bad row", 0)
     if bad:
-        warnings.warn(f"{bad} bad rows were left out, the first: {prepared.report.examples['bad row'][0]}", stacklevel=3)
+        warnings.warn(
+            f"{bad} bad rows were left out, the first: {prepared.report.examples['bad row'][0]}",
+            stacklevel=3,
+        )

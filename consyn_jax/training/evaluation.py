@@ -1,43 +1,108 @@
-"""Loss over a whole dataset, every token weighed alike."""
+"""Loss over a whole dataset, in which every token has the same weight."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
 
+from consyn_jax.data.loader import prefetch
+from consyn_jax.distributed.mesh import local_rows, placer
+from consyn_jax.errors import UserError
+from consyn_jax.model.parameters import Params
+from consyn_jax.training.inputs.batch_source import BatchSource
+from consyn_jax.training.inputs.request_evaluation import request_scorer
 from consyn_jax.training.loss import LossSums
+from consyn_jax.training.preference.pair_loss import PairSums
+from consyn_jax.training.program import EVAL_AXES, Program
+from consyn_jax.training.step import BASE, Sums
 
 
-def evaluate(sums_of: Callable[[Any], LossSums], batches: Iterable[Any], num_bytes: int | None = None) -> dict[str, float]:
-    """Metrics of one pass: `eval/loss` (nats per token), `eval/perplexity`, `eval/accuracy`, `eval/tokens`, `eval/bits_per_byte`.
+def compile_evaluation(
+    program: Program,
+    source: BatchSource,
+    batch_size: int,
+    length: int,
+    tick: Callable[[], None] = lambda: None,
+    base: Mapping[str, Any] = MappingProxyType({}),
+) -> Callable[[Params], dict[str, float]]:
+    """Compile the evaluation of parameters on `source`.
 
-    Sums of batches are added in float64, one batch late, so that the device never waits.
+    Its result is that of `evaluate`, with the metrics of `source.requests`.
 
     Args:
-        sums_of: the loss sums of a batch, on the device.
-        num_bytes: bytes of source text that the tokens stand for; without it there are no bits per byte.
+        batch_size: sequences in a batch.
+        length: tokens in a sequence.
+        tick: called for every batch.
+        base: the frozen weights of `Program.base_like`, if there are.
     """
-    totals = np.zeros(3)
-    pending: LossSums | None = None
+    step = program.lower_eval_step(batch_size, length).compile()
+    rows = local_rows(program.mesh, batch_size)
+
+    def evaluation(params: Params) -> dict[str, float]:
+        def sums_of(batch: Any) -> Sums:
+            tick()
+            return step(params, batch | base)
+
+        batches = source.evaluation(batch_size, rows)
+        with prefetch(batches, transform=placer(program.mesh, EVAL_AXES)) as ready:
+            found = evaluate(sums_of, ready, source.num_bytes)
+        if source.requests is not None:
+            parts = program.compute.dtype, program.compute.attention, batch_size
+            whole = program.whole(params, base.get(BASE))
+            scorer = request_scorer(program.config, program.mesh, whole, *parts)
+            found |= source.requests.scores(scorer, tick)
+        return found
+
+    return evaluation
+
+
+def evaluate(
+    sums_of: Callable[[Any], Sums], batches: Iterable[Any], num_bytes: int | None = None
+) -> dict[str, float]:
+    """Metrics of one pass over the batches.
+
+    These are `eval/loss` (nats per token), `eval/perplexity`, `eval/accuracy`, `eval/tokens` and
+    `eval/bits_per_byte`; of pairs, `eval/` before the names of `PairSums.means`. Sums are added in
+    float64, one batch late, so that the device never waits.
+
+    Args:
+        sums_of: Returns the loss sums of a batch, on the device.
+        num_bytes: Bytes of source text that the tokens encode; without it there are no bits per
+            byte.
+
+    Raises:
+        UserError: no token counts in the loss.
+    """
+    totals: np.ndarray | float = 0.0
+    pending: Sums | None = None
+    kind: Any = LossSums
     for batch in batches:
         sums = sums_of(batch)
         if pending is not None:
             totals += np.array(jax.device_get(pending), np.float64)
-        pending = sums
+        pending, kind = sums, type(sums)
     if pending is not None:
         totals += np.array(jax.device_get(pending), np.float64)
-    nll, tokens, correct = (float(x) for x in totals)
-    loss = nll / tokens if tokens else math.nan
-    metrics = {
-        "eval/loss": loss,
+    found = kind(*np.broadcast_to(totals, len(kind._fields)).tolist())
+    if not found.terms:  # 0 / 0 would be taken for a loss that does not improve
+        raise UserError(
+            "No token of the evaluation data counts in the loss: all are masked. Check its labels, "
+            "loss_mask and attention_mask."
+        )
+    means = {f"eval/{name}": value for name, value in found.means(found.terms).items()}
+    if isinstance(found, PairSums):
+        return means | {"eval/pairs": int(found.pairs), "eval/tokens": int(found.tokens)}
+    loss = means["eval/loss"]
+    metrics = means | {
         "eval/perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "eval/accuracy": correct / tokens if tokens else math.nan,
-        "eval/tokens": int(tokens),
+        "eval/accuracy": found.correct / found.tokens,
+        "eval/tokens": int(found.tokens),
     }
     if num_bytes:
-        metrics["eval/bits_per_byte"] = nll / math.log(2) / num_bytes
+        metrics["eval/bits_per_byte"] = found.nll / math.log(2) / num_bytes
     return metrics

@@ -1,64 +1,148 @@
-"""What a run says of itself before it begins."""
+"""The description of a run that is printed before it begins."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import jax
+import optax
 
+from consyn_jax.config import RunConfig
 from consyn_jax.data.mixture import Mixture
-from consyn_jax.training.optimizer import describe_groups, lr_warning
-from consyn_jax.training.program import Built
-from consyn_jax.training.run_directory import run_path
-
-if TYPE_CHECKING:
-    from consyn_jax.training.trainer import ConsynTrainer
+from consyn_jax.model.parameters import layout
+from consyn_jax.model_config import LORA_TARGETS, LoraOptions
+from consyn_jax.training.logging.console import show
+from consyn_jax.training.optim.groups import describe_groups
+from consyn_jax.training.optim.optimizers import lr_warning
+from consyn_jax.training.optim.schedules import draw_schedule, write_schedule_plot
+from consyn_jax.training.program import Built, Program
+from consyn_jax.training.run.directory import run_path
+from consyn_jax.training.run.recording import Lengths
 
 Row = tuple[str, str]
+LORA_RATE = 10.0  # of an adapter, in rates of a full fine-tune (Schulman et al., 2025)
 
 
-def header(trainer: ConsynTrainer, built: Built) -> list[Row]:
-    """Names and values: model, devices, what was chosen for them and why, data and budget."""
-    run, layout, config, source = trainer.run, built.program.layout, trainer.model.config, trainer.train_source
-    split = ", ".join(f"{axis}={size}" for axis, size in built.program.mesh.shape.items() if size > 1) or "no split"
-    if len(built.program.mesh.devices.flat) > 1 and run.hardware.mesh == "auto":
-        split += f": {built.mesh.reason}"
-    sizes = f"{layout.num_parameters:,} parameters, {config.num_layers} layers, {config.hidden_dim} wide, vocabulary {config.vocab_size:,}"
-    epochs = f", {trainer.total_steps * trainer.sequences_per_step / source.sequences:.3g} epochs" if source.sequences else ""
+def header(
+    run: RunConfig,
+    built: Built,
+    lengths: Lengths,
+    notes: Sequence[Row] = (),
+    cache_refusal: str | None = None,
+) -> list[Row]:
+    """Rows of name and value: the model, the devices and what was chosen for them, the budget.
+
+    Args:
+        notes: rows about the data.
+        cache_refusal: why compiled programs are not kept.
+    """
+    program, config = built.program, built.program.config
+    sizes = (
+        f"{layout(config).num_parameters:,} parameters, {config.num_layers} layers, "
+        f"{config.hidden_dim} wide, vocabulary {config.vocab_size:,}"
+    )
+    groups = describe_groups(run.optimizer, program.layout.shapes, program.layout.logical_axes)
     rows = [
         ("model", f"{run.model.model}: {sizes}"),
-        ("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind} ({split})"),
+        *_adapter(run.lora, program),
+        ("devices", _devices(run, built)),
         ("attention", f"{built.attention.backend}: {built.attention.reason}"),
         ("precision", built.precision.reason),
-        ("optimizer", describe_groups(run.optimizer, layout.shapes, layout.logical_axes)),
-        *trainer.notes,
-        *_shares(trainer),
-        ("budget", f"{trainer.total_steps:,} steps of {trainer.sequences_per_step} x {run.data.max_tokens} tokens{epochs}"),
+        ("optimizer", groups),
+        *_objective(run),
+        *notes,
+        *_shares(lengths),
+        ("budget", _budget(run, lengths)),
         ("output", str(run_path(run))),
     ]
-    if trainer.cache_refusal is not None:
-        rows.append(("compiled programs", trainer.cache_refusal))
+    if cache_refusal is not None:
+        rows.append(("compiled programs", cache_refusal))
     if run.optimizer.decay_from is not None:
-        rows.append(("decays", f"from step {run.optimizer.decay_from:,} of the run in {run.saving.output}"))
+        rows.append(
+            ("decays", f"from step {run.optimizer.decay_from:,} of the run in {run.saving.output}")
+        )
     return rows
 
 
-def _shares(trainer: ConsynTrainer) -> list[Row]:
-    """For a mixture, what the run takes from each source."""
-    order, total = trainer.train_source.order, trainer.total_steps * trainer.sequences_per_step
+def _adapter(lora: LoraOptions, program: Program) -> list[Row]:
+    """The adapter of a run, and the type of the frozen weights."""
+    if program.base_types is None:
+        return []
+    names = ", ".join(name for name in LORA_TARGETS if name.removesuffix("_proj") in lora.targets)
+    return [
+        (
+            "adapter",
+            f"LoRA of rank {lora.rank} and alpha {lora.scale * lora.rank:g} on {names}: "
+            f"{program.layout.num_parameters:,} parameters are trained, the others are frozen "
+            f"in {program.base_types.matrices}",
+        )
+    ]
+
+
+def _devices(run: RunConfig, built: Built) -> str:
+    mesh = built.program.mesh
+    split = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    reason = f": {built.mesh.reason}" if mesh.size > 1 and run.hardware.mesh == "auto" else ""
+    kind = jax.devices()[0].device_kind
+    return f"{jax.device_count()} x {kind} ({split or 'no split'}{reason})"
+
+
+def _budget(run: RunConfig, lengths: Lengths) -> str:
+    pairs = "pairs of 2 x " if run.trains_on_pairs else "x "
+    budget = (
+        f"{lengths.total_steps:,} steps of {lengths.sequences_per_step} {pairs}"
+        f"{run.data.max_tokens} tokens"
+    )
+    if not lengths.sequences_per_epoch:
+        return budget
+    epochs = lengths.total_steps * lengths.sequences_per_step / lengths.sequences_per_epoch
+    return f"{budget}, {epochs:.3g} epochs"
+
+
+def _objective(run: RunConfig) -> list[Row]:
+    """Header entry for an objective other than the loss of the next token."""
+    if not run.trains_on_pairs:
+        return []
+    beta = run.regularisation.dpo_beta
+    return [("objective", f"DPO with beta {beta:g}, against the model that the run starts from")]
+
+
+def _shares(lengths: Lengths) -> list[Row]:
+    """The share of each source of a mixture in the run."""
+    order, total = lengths.order, lengths.total_steps * lengths.sequences_per_step
     if not isinstance(order, Mixture):
         return []
-    taken = [f"{name} {n:,} ({n / total:.1%}, {n / len(order.datasets[name]):.3g} epochs)" for name, n in order.counts(total).items()]
+    taken = [
+        f"{name} {n:,} ({n / total:.1%}, {n / len(order.datasets[name]):.3g} epochs)"
+        for name, n in order.counts(total).items()
+    ]
     return [("mixture", f"sequences of {', '.join(taken)}")]
 
 
-def warnings(trainer: ConsynTrainer, built: Built) -> Iterator[str]:
-    """Sentences about what is allowed, and rarely meant."""
-    run, source = trainer.run, trainer.train_source
-    if warning := lr_warning(run.optimizer.lr or 0.0, run.optimizer.optimizer, run.model.checkpoint is not None):
+def show_rates(schedule: optax.Schedule, total_steps: int, path: Path) -> None:
+    """Draw the learning rates of a run: as text, and as schedule.png in its directory.
+
+    Raises:
+        UserError: the picture cannot be written.
+    """
+    show(draw_schedule(schedule, total_steps))
+    picture = path / "schedule.png"
+    write_schedule_plot(schedule, total_steps, picture)
+    show(f"The learning rate by step; as a picture: {picture}.")
+
+
+def warnings(run: RunConfig, built: Built, lengths: Lengths) -> Iterator[str]:
+    """Sentences about settings that are allowed but rarely meant."""
+    rule, from_weights = run.optimizer.optimizer, run.model.checkpoint is not None
+    factor = LORA_RATE if run.lora.is_used else 1.0
+    if warning := lr_warning(run.optimizer.lr or 0.0, rule, from_weights, factor):
         yield warning
     if built.attention.backend == "xla" and jax.default_backend() == "gpu":
         yield f"Attention falls back to XLA: {built.attention.reason}."
-    if run.budget.total_tokens is None and source.sequences is not None and run.budget.batch_size > source.sequences:
-        yield f"One batch of {run.budget.batch_size} sequences is more than the {source.sequences} of the whole data."
+    batch_size, epoch = run.budget.batch_size, lengths.sequences_per_epoch
+    if run.budget.total_tokens is None and epoch is not None and batch_size > epoch:
+        yield (
+            f"One batch of {batch_size} sequences is more than the whole data, which has {epoch}. "
+            "Lower --batch_size, or each step learns some of them twice."
+        )

@@ -1,14 +1,14 @@
-"""The programs of a run, tied to a mesh: shapes and places of the state, the train step and the evaluation step, ready to compile.
+"""The programs of a run, where model, loss and step meet, ready to compile.
 
-Nothing here needs a device: on a mesh of a described topology the same programs compile for machines that are not there.
+No device is needed: on a mesh of a described topology, the same programs compile for machines that
+are not present.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,45 +17,89 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from consyn_jax.config import ModelConfig, RegularisationOptions, RunConfig
-from consyn_jax.distributed.auto_mesh import Machine, MeshChoice, choose_mesh
+from consyn_jax.config import (
+    BudgetOptions,
+    HardwareOptions,
+    RegularisationOptions,
+)
+from consyn_jax.data.pairs import CHOSEN_REFERENCE, REJECTED_REFERENCE
+from consyn_jax.distributed.auto_mesh import Machine, MeshChoice
 from consyn_jax.distributed.compiler import compiler_options
 from consyn_jax.distributed.hardware import runs_triton
-from consyn_jax.distributed.mesh import build_mesh, check_batch, check_model, parse_mesh, sharding
-from consyn_jax.distributed.peers import current_peers
-from consyn_jax.model.arithmetic import estimate_memory
+from consyn_jax.distributed.mesh import build_mesh, sharding
+from consyn_jax.model.arithmetic import CPU_UNROLLED_LAYERS
 from consyn_jax.model.attention import AttentionChoice, choose_attention
 from consyn_jax.model.dropout import Dropout
-from consyn_jax.model.parameters import Layout, Params, layout
+from consyn_jax.model.lora import BaseTypes, base_like, base_types, trained_layout, with_adapter
+from consyn_jax.model.parameters import Layout, Params
+from consyn_jax.model.pretrained.config_json import family_of
 from consyn_jax.model.transformer import Compute, Decoder
-from consyn_jax.training.guard import guarded
-from consyn_jax.training.host_state import check_rule, in_host_memory, streamed
-from consyn_jax.training.loss import CHUNKS, CPU_CHUNKS, GPU_CHUNKS, Chunks, Extras, LossSums, head_loss, head_objective
-from consyn_jax.training.memory import device_bytes
-from consyn_jax.training.optimizer import configured_optimizer, moment_bytes, place_state
-from consyn_jax.training.precision import PrecisionChoice, choose_precision, make_scaled_train_step, with_loss_scale
-from consyn_jax.training.signals import SIGNALS, is_shared, signals_like, with_signals
-from consyn_jax.training.step import Batch, Step, TrainState, make_step, make_train_step, with_dropout
+from consyn_jax.model_config import NO_LORA, LoraOptions, ModelConfig
+from consyn_jax.optimizer_config import OptimizerOptions
+from consyn_jax.training.loss import (
+    CHUNKS,
+    CPU_CHUNKS,
+    GPU_CHUNKS,
+    Chunks,
+    Extras,
+    head_loss,
+    head_objective,
+)
+from consyn_jax.training.optim.offload import check_offload, in_host_memory, layerwise_update
+from consyn_jax.training.optim.optimizers import build_optimizer
+from consyn_jax.training.optim.skip_nonfinite import skip_nonfinite
+from consyn_jax.training.optim.state import new_state, place_state, with_update_count
+from consyn_jax.training.precision import (
+    PrecisionChoice,
+    choose_precision,
+    make_scaled_train_step,
+    with_loss_scale,
+)
+from consyn_jax.training.preference.pair_loss import answer_log_probs, pair_objective
+from consyn_jax.training.run_mesh import choose_run_mesh, this_machine
+from consyn_jax.training.runtime.signals import SIGNALS, is_shared, signals_like, with_signals
+from consyn_jax.training.step import (
+    BASE,
+    Batch,
+    Objective,
+    Step,
+    Sums,
+    TrainState,
+    make_step,
+    make_train_step,
+    with_dropout,
+)
 
-BATCH_DTYPES = {"input_ids": jnp.int32, "labels": jnp.int32, "segment_ids": jnp.int32, "loss_mask": jnp.bool_}
+PAIR_DTYPES = {CHOSEN_REFERENCE: jnp.float32, REJECTED_REFERENCE: jnp.float32}  # of each row
+BATCH_DTYPES = {
+    "input_ids": jnp.int32,
+    "labels": jnp.int32,
+    "segment_ids": jnp.int32,
+    "loss_mask": jnp.bool_,
+}
+_Parts = tuple[Any, Any, Any, Any, int]
 TRAIN_AXES = (None, "batch", "sequence")  # [A, B, T]
 EVAL_AXES = ("batch", "sequence")  # [B, T]
-# Without a loop over the layers a step is a fifth faster on CPUs, and on GPUs what is kept of each layer for the backward pass need not be
-# copied into one array of all layers and out of it again. With more layers, compiling takes too long.
-UNROLLED_LAYERS = {"cpu": 12, "gpu": 24}
+# Up to this many layers the blocks are unrolled: a step is then a fifth faster on CPUs, and on GPUs
+# the saved activations of each layer need not be copied into one array of all layers and back.
+# Beyond that, compiling takes too long.
+UNROLLED_LAYERS = {"cpu": CPU_UNROLLED_LAYERS, "gpu": 24}
 
 
 @dataclass(frozen=True)
 class Program:
-    """What is trained, how, and where.
+    """The model, loss, optimizer and mesh of a run, from which its steps are made.
 
     Args:
         optimizer: with its schedule inside.
         max_grad_norm: 0 for no clipping.
-        regularisation: of training; evaluation is without.
-        seed: of what training draws.
-        max_nonfinite_steps: as many steps in a row that are not finite stop the state for good.
-        host_moments: the optimizer's moments lie in the host's memory (training/host_state.py).
+        regularisation: for training; evaluation has none.
+        seed: of dropout.
+        max_nonfinite_steps: this many steps in a row that are not finite stop the state for good.
+        host_moments: the optimizer's moments are in host memory (training/optim/offload.py).
+        schedule: the optimizer's, for `learning_rate`; None if its steps need not be counted.
+        lora: if it is used, the parameters are those of an adapter, and every batch brings the
+            frozen weights, as `BASE`, in number types of `base_types`.
     """
 
     config: ModelConfig
@@ -67,100 +111,214 @@ class Program:
     seed: int = 0
     max_nonfinite_steps: int = 1
     host_moments: bool = False
+    schedule: optax.Schedule | None = None
+    lora: LoraOptions = NO_LORA
+    base_types: BaseTypes | None = None
 
     @cached_property
     def layout(self) -> Layout:
-        """Shapes and logical axes of the parameters."""
-        return layout(self.config)
+        """Shapes and logical axes of the parameters that are trained."""
+        return trained_layout(self.config, self.lora)
+
+    @cached_property
+    def base_like(self) -> dict[str, Any]:
+        """Frozen weights that every batch brings besides its arrays, as shapes; empty without."""
+        if self.base_types is None:
+            return {}
+        return {BASE: base_like(self.config, self.base_types, self.mesh)}
+
+    def whole(
+        self, params: Params, base: Any = None, dropout_key: jax.Array | None = None
+    ) -> Params:
+        """The parameters of a `Decoder`: `params`, or those of an adapter beside its base.
+
+        Args:
+            dropout_key: of a micro-batch.
+        """
+        return params if base is None else with_adapter(base, params, self.lora, dropout_key)
+
+    @property
+    def draws(self) -> bool:
+        """Whether a step draws random numbers, for dropout."""
+        return bool(self.regularisation.dropout or (self.lora.is_used and self.lora.lora_dropout))
 
     @cached_property
     def rule(self) -> optax.GradientTransformation:
-        """The optimizer, with the scale of the loss around it where the run computes in float16."""
-        return with_loss_scale(self.optimizer) if self.compute.dtype == jnp.float16 else self.optimizer
+        """The optimizer, with the loss scale around it if the run computes in float16."""
+        return (
+            with_loss_scale(self.optimizer) if self.compute.dtype == jnp.float16 else self.optimizer
+        )
+
+    def learning_rate(self, updates: int) -> float:
+        """The schedule's rate after so many updates."""
+        assert self.schedule is not None
+        with jax.default_device(_host()):
+            return float(self.schedule(updates))
 
     @property
     def chunks(self) -> Chunks:
-        """How the devices hold logits best. Narrow types are only simulated on CPUs, where XLA may lack their products in that order."""
+        """The layout of the logits that suits the devices.
+
+        CPUs only simulate narrow types, and XLA may lack those matmuls in the CPU's layout.
+        """
         device = self.mesh.devices.flat[0]
+        is_plain_cpu = device.platform == "cpu" and self.compute.dtype == jnp.float32
+        chunks = CPU_CHUNKS if is_plain_cpu else CHUNKS
         if runs_triton(device.platform, getattr(device, "compute_capability", "")):
-            return GPU_CHUNKS
-        return CPU_CHUNKS if device.platform == "cpu" and self.compute.dtype == jnp.float32 else CHUNKS
+            chunks = GPU_CHUNKS
+        return chunks._replace(head_is_frozen=self.lora.is_used)
 
-    def loss(self, params: Params, batch: Batch) -> LossSums:
-        """Loss sums of one micro-batch [B, T], as evaluation has them."""
-        model: Decoder = nnx.merge(self.layout.graphdef, params)
-        x_BTD = model.hidden(batch["input_ids"], batch["segment_ids"], self.compute)
-        return head_loss(x_BTD, model.head_VD, batch["labels"], batch["loss_mask"], self.config.vocab_size, self.chunks)
+    @property
+    def trains_on_pairs(self) -> bool:
+        """Whether a row of a batch is a pair of answers, one beside the other."""
+        return self.regularisation.trains_on_pairs
 
-    def objective(self, params: Params, batch: Batch) -> tuple[jax.Array, LossSums]:
-        """What training minimises, summed over the tokens of one micro-batch [B, T], and its loss sums.
+    @property
+    def batch_dtypes(self) -> dict[str, Any]:
+        """The arrays of a batch: one number a token, or with `PAIR_DTYPES` one a row."""
+        return BATCH_DTYPES | (PAIR_DTYPES if self.trains_on_pairs else {})
+
+    def _parts(self, params: Params, batch: Batch, base: Any, dropout: Any = None) -> _Parts:
+        """Hidden states, head, labels, mask and size of the vocabulary, as losses take them."""
+        whole = self.whole(params, base, batch.get("dropout_key"))
+        model: Decoder = nnx.merge(self.layout.graphdef, whole)
+        x_BTD = model.hidden(batch["input_ids"], batch["segment_ids"], self.compute, dropout)
+        head_VD, size = model.head_VD, self.config.vocab_size
+        return x_BTD, head_VD, batch["labels"], batch["loss_mask"], size
+
+    def log_probs(self, params: Params, batch: Batch, base: Params | None = None) -> jax.Array:
+        """Return the log-probability [B, 2] of each answer of a micro-batch of pairs."""
+        return answer_log_probs(*self._parts(params, batch, base), self.chunks)
+
+    def loss(self, params: Params, batch: Batch) -> Sums:
+        """Return the loss sums of one micro-batch [B, T] for evaluation."""
+        base = batch.get(BASE)
+        if self.trains_on_pairs:
+            return self.objective(params, batch, base)[1]
+        return head_loss(*self._parts(params, batch, base), self.chunks)
+
+    def objective(
+        self, params: Params, batch: Batch, base: Params | None = None
+    ) -> tuple[jax.Array, Sums]:
+        """Return what training minimises, summed over one micro-batch [B, T], and the loss sums.
 
         Args:
-            batch: with a `dropout_key` where there is dropout.
+            batch: with a `dropout_key` if there is dropout.
+            base: the frozen weights, if the parameters are those of an adapter.
         """
         options = self.regularisation
+        if self.trains_on_pairs:
+            return pair_objective(self.log_probs(params, batch, base), batch, options.dpo_beta)
         dropout = Dropout(batch["dropout_key"], options.dropout) if options.dropout else None
-        model: Decoder = nnx.merge(self.layout.graphdef, params)
-        x_BTD = model.hidden(batch["input_ids"], batch["segment_ids"], self.compute, dropout)
+        parts = self._parts(params, batch, base, dropout)
         extras = Extras(options.label_smoothing, options.z_loss)
-        return head_objective(x_BTD, model.head_VD, batch["labels"], batch["loss_mask"], self.config.vocab_size, extras, self.chunks)
+        return head_objective(*parts, extras, self.chunks)
 
     @cached_property
     def state_like(self) -> Any:
         """The training state as shapes, dtypes and shardings."""
         everywhere = NamedSharding(self.mesh, PartitionSpec())
-        place = partial(jax.tree.map, lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where))
-        shardings = self.layout.shardings(self.mesh)
+        shapes, shardings = self.layout.shapes, self.layout.shardings(self.mesh)
+        params = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            shapes,
+            shardings,
+        )
         places = jax.tree.map(in_host_memory, shardings) if self.host_moments else shardings
-        opt_state = place_state(jax.eval_shape(self.rule.init, self.layout.shapes), self.layout.shapes, places, everywhere)
+        opt_state = jax.eval_shape(self.rule.init, shapes)
+        opt_state = place_state(opt_state, shapes, places, everywhere)
         count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-        return TrainState(count, place(self.layout.shapes, shardings), opt_state, count)
+        return TrainState(count, params, opt_state, count)
 
     def initial_state(self, params: Params) -> TrainState:
-        """Step 0 with these parameters, which the state takes over."""
+        """Return step 0 with these parameters, which the state takes over."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_like)
-        if self.host_moments:  # on the way there one array at a time is on the devices
-            places, tree = jax.tree.flatten(shardings.opt_state)
-            each = (jax.jit(lambda p, i=i: jax.tree.leaves(self.rule.init(p))[i], out_shardings=where) for i, where in enumerate(places))
-            opt_state = jax.tree.unflatten(tree, [make(params) for make in each])
-        else:
-            opt_state = jax.jit(self.rule.init, out_shardings=shardings.opt_state)(params)
-        return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state, jax.device_put(jnp.int32(0), shardings.nonfinite))
+        opt_state = new_state(self.rule, params, shardings.opt_state, self.host_moments)
+        # With several processes, `device_put` compares them first, and the other one may still be
+        # compiling for longer than Gloo waits.
+        step, nonfinite = jax.jit(
+            lambda: (jnp.int32(0), jnp.int32(0)),
+            out_shardings=(shardings.step, shardings.nonfinite),
+        )()
+        return TrainState(step, params, opt_state, nonfinite)
 
     def step(self, rule: optax.GradientTransformation, max_grad_norm: float) -> Step:
-        """The train step with this update rule, its state's scale of the loss included."""
-        make = make_scaled_train_step if self.compute.dtype == jnp.float16 else make_train_step
-        return self.with_draws(make(self.objective, rule, max_grad_norm))
+        """Return the step of an update rule, before steps that are not finite are skipped.
 
-    def with_draws(self, step: Step) -> Step:
-        """`step`, whose batch has the keys of what this run draws."""
-        return with_dropout(step, self.seed) if self.regularisation.dropout else step
+        Args:
+            rule: its state is a `ScaledState` in float16.
+        """
+        is_scaled = self.compute.dtype == jnp.float16
+        make = make_scaled_train_step if is_scaled else make_train_step
+        return self._of_objective(lambda objective: make(objective, rule, max_grad_norm))
 
-    def lower_train_step(self, accumulation: int, batch_size: int, length: int) -> jax.stages.Lowered:
-        """`step(state, batch [A, B, T]) -> (state, metrics)`, the state donated, with the compiler's settings for the mesh's devices."""
+    def _of_objective(self, make: Callable[[Objective], Step]) -> Step:
+        """Make a step, and give its objective the frozen weights and dropout if it has them."""
+        step = make(self.objective)
+        if self.lora.is_used:
+
+            def step(state: TrainState, batch: Batch) -> Any:
+                arrays: Any = dict(batch)
+                base = arrays.pop(BASE)
+                return make(partial(self.objective, base=base))(state, arrays)
+
+        return with_dropout(step, self.seed) if self.draws else step
+
+    def train_step(self) -> Step:
+        """Return `step(state, batch [A, B, T]) -> (state, metrics)`."""
         if self.host_moments:
-            step = self.with_draws(make_step(self.objective, streamed(self.rule, self.layout), self.max_grad_norm))
+            update, norm = layerwise_update(self.rule, self.layout), self.max_grad_norm
+            step = self._of_objective(lambda objective: make_step(objective, update, norm))
         else:
             step = self.step(self.rule, self.max_grad_norm)
-        step = guarded(step, self.max_nonfinite_steps, chooses=not self.host_moments)
+        step = skip_nonfinite(step, self.max_nonfinite_steps, keeps_state=self.host_moments)
+        if self.schedule is not None:
+            step = with_update_count(step)
+        return with_signals(step) if is_shared(self.mesh) else step
+
+    def lower_train_step(
+        self, accumulation: int, batch_size: int, length: int
+    ) -> jax.stages.Lowered:
+        """Lower the train step for a batch, with the compiler's settings for the mesh's devices.
+
+        The state is donated.
+        """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_like)
-        batch = self.batch_like((accumulation, batch_size, length), TRAIN_AXES)
+        batch = self.batch_like((accumulation, batch_size, length), TRAIN_AXES) | self.base_like
         if is_shared(self.mesh):
-            step, batch = with_signals(step), batch | {SIGNALS: signals_like(self.mesh)}
+            batch |= {SIGNALS: signals_like(self.mesh)}
         options = compiler_options(list(self.mesh.devices.flat)) or None
-        with jax.set_mesh(self.mesh), jax.threefry_partitionable(True):  # draws count by element, wherever it lies
-            return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options).lower(self.state_like, batch)
+        # Random numbers are counted by element, however the arrays are split.
+        with jax.set_mesh(self.mesh), jax.threefry_partitionable(True):
+            return jax.jit(
+                self.train_step(),
+                donate_argnums=0,
+                out_shardings=(shardings, None),
+                compiler_options=options,
+            ).lower(self.state_like, batch)
 
     def lower_eval_step(self, batch_size: int, length: int) -> jax.stages.Lowered:
-        """`sums(params, batch [B, T]) -> LossSums`."""
+        """Lower `sums(params, batch [B, T]) -> LossSums` or `PairSums`."""
+        return self.lower_forward(self.loss, self.batch_like((batch_size, length), EVAL_AXES))
+
+    def lower_forward(
+        self, forward: Callable[..., Any], batch: dict[str, Any], where: Any = None
+    ) -> jax.stages.Lowered:
+        """Lower `forward(params, batch)`; `where` is the sharding of its result, if not any."""
         options = compiler_options(list(self.mesh.devices.flat)) or None
         with jax.set_mesh(self.mesh):
-            return jax.jit(self.loss, compiler_options=options).lower(self.state_like.params, self.batch_like((batch_size, length), EVAL_AXES))
+            return jax.jit(forward, out_shardings=where, compiler_options=options).lower(
+                self.state_like.params, batch | self.base_like
+            )
 
     def batch_like(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> dict[str, Any]:
-        """A batch as shapes, dtypes and shardings."""
-        where = sharding(self.mesh, axes)
-        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, dtype in BATCH_DTYPES.items()}
+        """Return a batch as shapes, dtypes and shardings."""
+        found = {}
+        for name, dtype in self.batch_dtypes.items():
+            rank = len(shape) - (name in PAIR_DTYPES)
+            place = sharding(self.mesh, axes[:rank])
+            found[name] = jax.ShapeDtypeStruct(shape[:rank], dtype, sharding=place)
+        return found
 
 
 class Built(NamedTuple):
@@ -172,77 +330,71 @@ class Built(NamedTuple):
     mesh: MeshChoice
 
 
-@cache
-def this_machine() -> Machine:
-    """As JAX sees it. A host is what has fast links among its devices, and not a process; all processes see the same machine.
+def build_program(
+    model: ModelConfig,
+    budget: BudgetOptions,
+    hardware: HardwareOptions,
+    optimizer: OptimizerOptions,
+    regularisation: RegularisationOptions,
+    *,
+    lora: LoraOptions = NO_LORA,
+    length: int,
+    schedule: optax.Schedule,
+    devices: Sequence[Any],
+    machine: Machine | None = None,
+) -> Built:
+    """Build the programs of resolved options on `devices`, which need not be present.
 
-    Found once: processes must ask each other in the same order, and programs are compiled beside other questions.
-    """
-    hosts = len({getattr(device, "slice_index", 0) for device in jax.devices()})
-    if jax.device_count() % hosts:  # hosts that are not alike
-        hosts = 1
-    memory_bytes, peers = device_bytes(), current_peers()
-    if hosts > 1 and peers is not None:  # drivers leave a little more or less free, and all must choose the same mesh
-        memory_bytes = min(map(int, peers.gather(str(memory_bytes))))
-    return Machine(hosts, jax.device_count() // hosts, memory_bytes)
-
-
-def mesh_of(model: ModelConfig, run: RunConfig, machine: Machine) -> MeshChoice:
-    """The mesh that `run` asks for on `machine`, or with `--mesh auto` the one that suits it.
+    Args:
+        length: tokens of a sequence.
+        devices: of this machine, or of a described topology.
+        machine: the one that has the devices; None for this one.
 
     Raises:
-        UserError: a mesh or batch that cannot be there.
+        UserError: a mesh, batch or precision that does not work on these devices, or a model that
+            no file layout holds.
     """
-    budget, text, length, devices = run.budget, run.hardware.mesh, run.length, machine.hosts * machine.per_host
-    remat, batch_size, accumulation = run.hardware.gradient_checkpointing, budget.batch_size, budget.gradient_accumulation_steps
-    if run.hardware.auto_batch:  # the mesh must not change when the batch does
-        batch_size, accumulation = devices, 2
+    family_of(model)  # refuses a model that could not be written at the end
+    device, rest = devices[0], (length, machine or this_machine(), lora, regularisation.sequences)
+    mesh = choose_run_mesh(model, budget, hardware, optimizer, *rest)
+    platform, capability = device.platform, getattr(device, "compute_capability", "")
+    precision = choose_precision(hardware.mixed_precision, platform, capability, device.device_kind)
+    attention = choose_attention(
+        platform, precision.dtype, model.head_dim, capability, regularisation.dropout
+    )
+    remat = hardware.gradient_checkpointing
+    unroll = _unrolls(platform, model.num_layers, remat)
+    host_moments = hardware.optimizer_memory == "host"
+    if host_moments:
+        check_offload(optimizer.optimizer, precision.dtype)
+    types = base_types(lora, precision.dtype)
+    program = Program(
+        model,
+        Compute(precision.dtype, attention.backend, remat, precision.fp8, unroll),
+        build_optimizer(optimizer, schedule, trained_layout(model, lora).logical_axes),
+        optimizer.max_grad_norm,
+        build_mesh(mesh.sizes, devices),
+        regularisation,
+        budget.seed,
+        1 if optimizer.on_nonfinite == "halt" else optimizer.max_nonfinite_steps,
+        *(host_moments, schedule, lora, types),
+    )
+    return Built(program, attention, precision, mesh)
 
-    def needs(sizes: dict[str, int]) -> int:
-        moments = moment_bytes(run.optimizer) if run.hardware.optimizer_memory == "device" else 0
-        return estimate_memory(model, sizes, batch_size, accumulation, length, remat, moments).total
 
-    if text != "auto":
-        choice = MeshChoice(parse_mesh(text, devices), "as asked for")
-    else:
-        splits = {"context": length, "tensor": math.gcd(model.num_heads, model.num_kv_heads, model.mlp_dim)}
-        choice = choose_mesh(machine.hosts, machine.per_host, model.hidden_dim, machine.memory_bytes, needs, batch_size, splits)
-    check_batch(choice.sizes, budget.batch_size, length)
-    dimensions = {name: getattr(model, name) for name in ("hidden_dim", "num_heads", "num_kv_heads", "mlp_dim")}
-    check_model(choice.sizes, dimensions)
-    return choice
+def _host() -> jax.Device | None:
+    """A device that no step keeps busy on a GPU; None where JAX_PLATFORMS leaves the CPU out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def _unrolls(platform: str, num_layers: int, remat: str) -> bool:
-    """Whether the blocks are better without a loop. On GPUs a pass that recomputes keeps too little for that to matter."""
+    """Whether the blocks run faster without a loop.
+
+    With recomputation, GPUs save too little for it to matter.
+    """
     if platform == "cpu":
         return num_layers <= UNROLLED_LAYERS["cpu"]
     return remat == "none" and num_layers <= UNROLLED_LAYERS["gpu"]
-
-
-def build_program(model: ModelConfig, run: RunConfig, schedule: optax.Schedule, devices: Sequence[Any], machine: Machine | None = None) -> Built:
-    """The programs that `run` comes to on `devices`, which need not be there.
-
-    Args:
-        run: resolved; its batch, mesh, precision, optimizer, regularisation and gradient checkpointing count.
-        devices: of this machine, or of a described topology.
-        machine: that the devices are in; None for this one.
-
-    Raises:
-        UserError: a mesh, batch or precision that cannot be on these devices.
-    """
-    budget, hardware, optimizer, regularisation = run.budget, run.hardware, run.optimizer, run.regularisation
-    mesh = mesh_of(model, run, machine or this_machine())
-    device = devices[0]
-    capability = getattr(device, "compute_capability", "")
-    precision = choose_precision(hardware.mixed_precision, device.platform, capability, device.device_kind)
-    attention = choose_attention(device.platform, precision.dtype, model.head_dim, capability, regularisation.dropout)
-    unroll = _unrolls(device.platform, model.num_layers, hardware.gradient_checkpointing)
-    compute = Compute(precision.dtype, attention.backend, hardware.gradient_checkpointing, precision.fp8, unroll)
-    rule = configured_optimizer(optimizer, schedule, layout(model).logical_axes)
-    limit = 1 if optimizer.on_nonfinite == "halt" else optimizer.max_nonfinite_steps
-    on_host = hardware.optimizer_memory == "host"
-    if on_host:
-        check_rule(optimizer.optimizer, precision.dtype)
-    program = Program(model, compute, rule, optimizer.max_grad_norm, build_mesh(mesh.sizes, devices), regularisation, budget.seed, limit, on_host)
-    return Built(program, attention, precision, mesh)

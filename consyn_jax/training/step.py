@@ -1,4 +1,4 @@
-"""One optimizer step as a pure function, and the state it maps to the next."""
+"""One optimizer step as a pure function, and the state that it maps to the next."""
 
 from __future__ import annotations
 
@@ -11,22 +11,17 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from consyn_jax.model.parameters import Params
 from consyn_jax.training.loss import LossSums
-
-Params = Any
-Batch = dict[str, jax.Array]  # input_ids, labels, segment_ids, loss_mask, each [A, B, T]: A micro-batches of B sequences
-# Of one micro-batch [B, T]: what is minimised, summed over its tokens, and the sums that are reported.
-Objective = Callable[[Params, Batch], tuple[Float[Array, ""], LossSums]]
-
-
-_DROPOUT = 0x0D409  # sets these draws apart from others with the same seed
+from consyn_jax.training.preference.pair_loss import PairSums
 
 
 class TrainState(NamedTuple):
     """All that changes from step to step and is saved.
 
     Attributes:
-        nonfinite: steps in a row, the last one included, whose loss or gradients were not finite (training/guard.py).
+        nonfinite: steps in a row, up to the last, whose loss or gradients were not finite
+            (training/optim/skip_nonfinite.py).
     """
 
     step: Int[Array, ""]
@@ -35,82 +30,110 @@ class TrainState(NamedTuple):
     nonfinite: Int[Array, ""]
 
 
+# input_ids, labels, segment_ids and loss_mask, each [A, B, T]: A micro-batches of B sequences.
+Batch = dict[str, Any]
+BASE = "base"  # in a batch of a run that trains an adapter: the frozen weights under it
 Metrics = dict[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-# Of summed gradients, the factor that makes them clipped means, the state, and the step's metrics so far: the parameters and the optimizer's
-# state after the step. The factor is applied where the gradients are used, so that they are read there and never written again.
+Sums = LossSums | PairSums
+# Maps one micro-batch [B, T] to what is minimised, summed over its terms (tokens or pairs), and the
+# sums to report.
+Objective = Callable[[Params, Batch], tuple[Float[Array, ""], Sums]]
+# Maps summed gradients, the factor that makes them clipped means, the state and the step's metrics
+# so far to new parameters and optimizer state. The factor is applied where the gradients are used,
+# so that they are not written again.
 Update = Callable[[Params, Float[Array, ""], TrainState, Metrics], tuple[Params, optax.OptState]]
+
+_DROPOUT = 0x0D409  # sets these random numbers apart from others with the same seed
 
 
 def clip_factor(norm: Float[Array, ""], max_norm: float) -> Float[Array, ""]:
-    """What scales gradients of global norm `norm` down to `max_norm`; 0 leaves them as they are."""
+    """Return the factor that scales gradients of global norm `norm` down to `max_norm`.
+
+    0 turns clipping off. The 1e-6 is that of `torch.nn.utils.clip_grad_norm_`.
+    """
     if not max_norm:
         return jnp.ones_like(norm)
-    return jnp.minimum(1.0, max_norm / (norm + 1e-6))  # torch.nn.utils.clip_grad_norm_ has the same 1e-6
+    return jnp.minimum(1.0, max_norm / (norm + 1e-6))
 
 
-def accumulate(objective: Objective, params: Params, batch: Batch) -> tuple[LossSums, Params]:
-    """Sums of the loss and of the objective's gradients over the micro-batches, one at a time, in the memory of one set of gradients.
+def accumulate(objective: Objective, params: Params, batch: Batch) -> tuple[Any, Params]:
+    """Sum the loss and the objective's gradients over the micro-batches, one at a time.
 
-    Dividing both by the total token count weighs every real token alike, however the padding is spread over micro-batches.
+    It needs the memory of one set of gradients. Dividing both sums by the total count of tokens (or
+    pairs) weighs every real one alike, however the padding is spread over micro-batches.
     """
-
     first = jax.tree.map(lambda x: x[0], batch)
     if batch["labels"].shape[0] == 1:
         (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(params, first)
         return sums, gradients
     totals = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), params)
 
-    def micro(sums: LossSums, part: Batch) -> tuple[LossSums, None]:
+    def micro(sums: Any, part: Batch) -> tuple[Any, None]:
         pull: Any
         value, pull, own = jax.vjp(lambda p: objective(p, part), params, has_aux=True)
-        pull.with_refs(totals)(jnp.ones_like(value))  # a layer's gradient is added to its total as soon as it is there
+        # A layer's gradient is added to its total as soon as it is known.
+        pull.with_refs(totals)(jnp.ones_like(value))
         return jax.tree.map(jnp.add, sums, own), None
 
-    sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(objective, params, first)[1])
+    sums_like = jax.eval_shape(objective, params, first)[1]
+    sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums_like)
     sums, _ = jax.lax.scan(micro, sums, batch)
     return sums, jax.tree.map(jax.freeze, totals)
 
 
-def make_train_step(objective: Objective, optimizer: optax.GradientTransformation, max_grad_norm: float) -> Step:
-    """The train step of `make_step`, whose optimizer updates all at once, whatever the loss."""
-
-    def update(gradients: Params, factor: Float[Array, ""], state: TrainState, _: Metrics) -> tuple[Params, optax.OptState]:
-        updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * factor, gradients), state.opt_state, state.params)
-        return optax.apply_updates(state.params, updates), opt_state
-
-    return make_step(objective, update, max_grad_norm)
-
-
 def make_step(objective: Objective, update: Update, max_grad_norm: float) -> Step:
-    """`step(state, batch) -> (state, {"loss", "tokens", "grad_norm", "clipped"})`.
+    """Make `step(state, batch) -> (state, {"loss", "tokens", "grad_norm", "clipped"})`.
 
-    The loss is in nats a token, the norm that before clipping, and `clipped` 1 for a step whose gradients were scaled down, else 0.
+    The loss is in nats a token, or a pair, for which there are further metrics. The norm is taken
+    before clipping, and `clipped` is 1 for a step whose gradients were scaled down, otherwise 0.
+    Wrappers in program.py add `nonfinite`, `updates` and others.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         sums, gradients = accumulate(objective, state.params, batch)
-        tokens = jnp.maximum(sums.tokens, 1.0)
+        terms = jnp.maximum(sums.terms, 1.0)
         with jax.named_scope("optimizer"):
-            norm = optax.tree.norm(gradients) / tokens
-            clipped = (norm > (max_grad_norm or jnp.inf)).astype(jnp.float32)
-            metrics = {"loss": sums.nll / tokens, "tokens": sums.tokens, "grad_norm": norm, "clipped": clipped}
-            params, opt_state = update(gradients, clip_factor(norm, max_grad_norm) / tokens, state, metrics)
+            norm = optax.tree.norm(gradients) / terms
+            metrics = {
+                **sums.means(terms),
+                "tokens": sums.tokens,
+                "grad_norm": norm,
+                "clipped": (norm > (max_grad_norm or jnp.inf)).astype(jnp.float32),
+            }
+            factor = clip_factor(norm, max_grad_norm) / terms
+            params, opt_state = update(gradients, factor, state, metrics)
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step
 
 
+def make_train_step(
+    objective: Objective, optimizer: optax.GradientTransformation, max_grad_norm: float
+) -> Step:
+    """Make the step of `make_step` whose optimizer updates all parameters at once."""
+
+    def update(
+        gradients: Params, factor: Float[Array, ""], state: TrainState, _: Metrics
+    ) -> tuple[Params, optax.OptState]:
+        gradients = jax.tree.map(lambda g: g * factor, gradients)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        return optax.apply_updates(state.params, updates), opt_state
+
+    return make_step(objective, update, max_grad_norm)
+
+
 def with_dropout(step: Step, seed: int) -> Step:
-    """`step`, which finds in its batch a key for everything that each micro-batch draws: `dropout_key` [A]."""
+    """Wrap `step` so that its batch has `dropout_key` [A], a key for each micro-batch."""
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return step(state, {**batch, "dropout_key": dropout_keys(seed, state.step, batch["labels"].shape[0])})
+        keys = dropout_keys(seed, state.step, batch["labels"].shape[0])
+        return step(state, {**batch, "dropout_key": keys})
 
     return train_step
 
 
 def dropout_keys(seed: int, step: int | Int[Array, ""], accumulation: int) -> jax.Array:
-    """Keys [A] of what each micro-batch draws in the step that follows `step` others."""
+    """Return the keys [A] of the micro-batches in the step after the first `step` steps."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT), step)
     return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(accumulation))

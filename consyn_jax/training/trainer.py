@@ -4,74 +4,98 @@ from __future__ import annotations
 
 import math
 import os
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from consyn_jax.config import ModelConfig, RunConfig, UserError
-from consyn_jax.data.loader import prefetch
-from consyn_jax.distributed.host_memory import keep_freed_memory
-from consyn_jax.distributed.mesh import local_rows, placer
+from consyn_jax.config import RunConfig
+from consyn_jax.distributed.allocators import set_allocators
+from consyn_jax.errors import Diverged, Interrupted, UserError
 from consyn_jax.model import ConsynLMHeadModel
-from consyn_jax.model.parameters import Params, layout
+from consyn_jax.model.lora import initial_adapter
+from consyn_jax.model.parameters import Params
+from consyn_jax.model.pretrained.config_json import to_hf_config
+from consyn_jax.model_config import NO_LORA
 from consyn_jax.resolve import resolve
 from consyn_jax.tokenization import BPETokenizer
-from consyn_jax.training.console import Console
-from consyn_jax.training.evaluation import evaluate
-from consyn_jax.training.header import header, warnings
-from consyn_jax.training.inputs import as_source
+from consyn_jax.training.accepted_data import as_source, check_pairs
+from consyn_jax.training.diagnostics.lr_find import (
+    Suggestion,
+    draw_curve,
+    measure_curve,
+    rising_rates,
+    rising_schedule,
+    suggest,
+    write_results,
+)
+from consyn_jax.training.diagnostics.profile import check_profile
+from consyn_jax.training.evaluation import compile_evaluation
+from consyn_jax.training.header import header, show_rates, warnings
+from consyn_jax.training.inputs.batch_source import described
+from consyn_jax.training.inputs.given import recognise
+from consyn_jax.training.inputs.initial_model import (
+    DeferredModel,
+    base_of_adapter,
+    base_on,
+    give_parameters,
+    parameters_on,
+    weights_of,
+)
+from consyn_jax.training.inputs.request_evaluation import read_eval_requests, requests_identity
+from consyn_jax.training.logging.console import Console, show
 from consyn_jax.training.loop import Training
-from consyn_jax.training.lr_find import Suggestion, draw_curve, range_test, rising_rates, rising_schedule, suggest, write_results
-from consyn_jax.training.memory import explaining_exhaustion, fitting
-from consyn_jax.training.program import EVAL_AXES, TRAIN_AXES, Built, Program, build_program
-from consyn_jax.training.program_cache import keep_programs
-from consyn_jax.training.run_directory import check_output, run_path
-from consyn_jax.training.scheduler import configured_schedule, decay_end, draw_schedule, write_schedule_plot
-from consyn_jax.validation import parse_profile_steps, what_needs_evaluations
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """A model that does not exist yet: its architecture, and what makes its parameters on a mesh."""
-
-    config: ModelConfig
-    make: Callable[[Mesh], Params]
+from consyn_jax.training.model_tokens import check_vocabulary, document_ids, model_tokenizer
+from consyn_jax.training.open_run import RunInputs
+from consyn_jax.training.optim.schedules import build_schedule, decay_end
+from consyn_jax.training.preference.reference import make_ready, ready_to_evaluate
+from consyn_jax.training.program import Built, Program, build_program
+from consyn_jax.training.run.directory import run_path
+from consyn_jax.training.run.identity import ARCHITECTURE, GENERATION
+from consyn_jax.training.run.keywords import resolve_keywords
+from consyn_jax.training.run.model_files import AdapterOnly, ModelFiles, WholeModel
+from consyn_jax.training.run.opening import check_output
+from consyn_jax.training.run.recording import Lengths
+from consyn_jax.training.runtime.compilation_cache import enable_compilation_cache
+from consyn_jax.training.runtime.memory import compile_to_fit, explain_out_of_memory
+from consyn_jax.validation import what_needs_evaluations
 
 
 class ConsynTrainer:
-    """Train a model. After `train()`, `model` is the trained model.
+    """Train a model. After `train()`, the model that was passed is the trained one.
 
     Args:
-        model: a `ConsynLMHeadModel`, or a `ModelSource`.
-        train_dataloader: a dataset of `get_dataset`, a `MixedDataset` of them, a list of token lists, a dataset of items, or any iterable
-            of batches.
+        model: a `ConsynLMHeadModel`, or a `DeferredModel`.
+        train_dataloader: a dataset of `get_dataset`, a `MixedDataset` of them, a list of token
+            lists or an array of them, rows or columns with input_ids (a list, a `BatchEncoding`, a
+            dataset of torch or datasets), or any iterable of batches, such as a torch DataLoader.
         eval_dataloader: the same kinds; without it there is no evaluation.
-        tokenizer: saved beside the model, and used for the sample; a dataset of `get_dataset` brings its own.
-        run: a resolved run and its origins, as `consyn-train` makes it; the other settings are then not looked at.
-        notes: (name, value) lines for the header that is printed at the start.
+        num_epochs, max_steps: the budget; 3 epochs if none is given. The smallest counts.
+        learning_rate: 5e-5 for adamw by default.
+        tokenizer: saved beside the model, and used for the sample; a dataset of `get_dataset`
+            brings its own.
+        run: a resolved run and the origins of its values, as `consyn-train` makes them; the other
+            settings are then ignored.
+        notes: rows of name and value for the header that is printed at the start.
         settings: the flags of `consyn-train` by name.
 
     Raises:
-        UserError: a setting or data that cannot be; `train` raises it for devices and directories.
+        UserError: a setting or the data is wrong. `train` raises it for devices and directories.
     """
 
     def __init__(
         self,
-        model: ConsynLMHeadModel | ModelSource,
-        train_dataloader: Any,
+        model: ConsynLMHeadModel | DeferredModel,
+        train_dataloader: Any = None,
         eval_dataloader: Any = None,
         output_dir: str | os.PathLike[str] = "./output",
-        num_epochs: int | float | None = 3,
+        num_epochs: int | float | None = None,
         max_steps: int | None = None,
-        learning_rate: float = 5e-5,
+        learning_rate: float | None = None,
         *,
         tokenizer: BPETokenizer | None = None,
         run: tuple[RunConfig, dict[str, str]] | None = None,
@@ -79,41 +103,39 @@ class ConsynTrainer:
         **settings: Any,
     ) -> None:
         self.model, self.notes = model, notes
+        train_dataloader = recognise(train_dataloader, "train_dataloader")
+        eval_dataloader = recognise(eval_dataloader, "eval_dataloader")
         if run is None:
-            given = {"output": os.fspath(output_dir), "epochs": num_epochs, "max_steps": max_steps, "lr": learning_rate}
-            length = getattr(getattr(train_dataloader, "packed", train_dataloader), "block_size", model.config.context)
-            run = resolve({"model": "haiku", "max_tokens": length, "context": model.config.context, **given, **settings}, given_as="keyword")
+            own = [("epochs", num_epochs), ("max_steps", max_steps), ("lr", learning_rate)]
+            given: dict[str, Any] = {name: value for name, value in own if value is not None}
+            given["output"] = os.fspath(output_dir)
+            data = (train_dataloader, eval_dataloader)
+            run = resolve_keywords(model.config, data, {**given, **settings})
         self.run, self.origins = run
-        self.tokenizer = tokenizer if tokenizer is not None else getattr(train_dataloader, "tokenizer", None)
-        self._check_tokenizer()
-        ids: Any = self.tokenizer if self.tokenizer is not None else model.config
-        kinds = {
-            "batch_size": self.run.budget.batch_size,
-            "block_size": self.run.length,
-            "seed": self.run.budget.seed,
-            "bos_id": ids.bos_token_id,
-            "eos_id": ids.eos_token_id,
-            "pad_id": ids.pad_token_id,
-        }
-        self.train_source = as_source(train_dataloader, **kinds)
-        self.eval_source = None if eval_dataloader is None else as_source(eval_dataloader, **kinds)
+        made_by = getattr(train_dataloader, "tokenizer", None)
+        self.tokenizer = model_tokenizer(model, made_by) if tokenizer is None else tokenizer
+        check_vocabulary(self.tokenizer, model.config)
+        bos_id, eos_id, pad_id = document_ids(self.tokenizer, model.config)
+        check_pairs((train_dataloader, eval_dataloader), self.run.trains_on_pairs)
+        source = partial(
+            as_source,
+            batch_size=self.run.budget.batch_size,
+            block_size=self.run.length,
+            seed=self.run.budget.seed,
+            bos_id=bos_id,
+            eos_id=eos_id,
+            pad_id=pad_id,
+            vocab_size=model.config.vocab_size,
+        )
+        self.train_source = source(train_dataloader)
+        self.eval_source = None
+        if eval_dataloader is not None:
+            self.eval_source = source(eval_dataloader, name="eval_dataloader")
+            requests = read_eval_requests(self.run.evaluation, self.tokenizer, model.config)
+            self.eval_source.requests = requests
         self.total_steps = self._count_steps()
-        self._check_profile()
+        check_profile(self.run.logging.profile_steps, self.total_steps)
         self.cache_refusal: str | None = None  # why compiled programs are not kept
-
-    # ------------------------------------------------------------------------------------------------------------ what will run
-
-    def _check_tokenizer(self) -> None:
-        if self.tokenizer is not None and self.tokenizer.vocab_size > self.model.config.vocab_size:
-            raise UserError(
-                f"The tokenizer has {self.tokenizer.vocab_size} tokens and the model's vocabulary {self.model.config.vocab_size}, so they do not fit. "
-                f"Use the tokenizer that the model was trained with."
-            )
-
-    def _check_profile(self) -> None:
-        asked = parse_profile_steps(self.run.logging.profile_steps)
-        if asked is not None and asked[0] > self.total_steps:
-            raise UserError(f"--profile_steps {asked[0]}:{asked[1]} begins behind the end of the run, which has {self.total_steps:,} steps.")
 
     @property
     def sequences_per_step(self) -> int:
@@ -121,163 +143,257 @@ class ConsynTrainer:
         return self.run.budget.batch_size * self.run.budget.gradient_accumulation_steps
 
     def _count_steps(self) -> int:
-        budget, length = self.run.budget, self.run.length
+        budget, size = self.run.budget, self.sequences_per_step
         if self.run.optimizer.decay_from is not None:
             return decay_end(self.run.optimizer.decay_from, self.run.optimizer.decay_ratio)
         limits = [] if budget.max_steps is None else [budget.max_steps]
         if budget.total_tokens is not None:
-            limits.append(math.ceil(budget.total_tokens / (self.sequences_per_step * length)))
-        if budget.epochs is not None and self.train_source.sequences is not None:
-            limits.append(max(1, math.ceil(budget.epochs * self.train_source.sequences / self.sequences_per_step)))
+            limits.append(math.ceil(budget.total_tokens / (size * self.run.row_length)))
+        sequences = self.train_source.sequences
+        if budget.epochs is not None and sequences is not None:
+            limits.append(max(1, math.ceil(budget.epochs * sequences / size)))
         if not limits:
-            raise UserError("Nobody knows how long an epoch of this iterable is: give max_steps or total_tokens.")
+            raise UserError(
+                "The length of an epoch of this iterable is unknown: give max_steps or "
+                "total_tokens."
+            )
         return min(limits)
 
-    def every(self, steps: int | None) -> int:
-        """How many steps lie between two evaluations or saves for which `steps` was given; None: a tenth of the run."""
-        return steps if steps is not None else max(1, self.total_steps // 10)
+    @property
+    def lengths(self) -> Lengths:
+        """Lengths of the run, its steps and its epochs."""
+        return Lengths(
+            self.total_steps,
+            self.run.logging.logging_steps,
+            self.sequences_per_step,
+            self.train_source.sequences,
+            self.train_source.order,
+        )
+
+    @property
+    def schedule(self) -> optax.Schedule:
+        """The learning rate at each step of the run."""
+        return build_schedule(self.run.optimizer, self.total_steps)
 
     def build(self, schedule: optax.Schedule | None = None) -> Built:
-        """The programs of this run on the devices that are there, not compiled yet.
+        """The programs of this run on the local devices, not compiled yet.
 
         Args:
             schedule: of the learning rate; None for the run's own.
         """
         if self.eval_source is None and (needs := what_needs_evaluations(self.run)):
-            raise UserError(f"{needs} needs evaluations, and there is no evaluation data. Give some with --validation, or leave it out.")
-        keep_freed_memory()
-        self.cache_refusal = keep_programs()
-        return build_program(self.model.config, self.run, schedule or self.schedule, jax.devices())
+            raise UserError(
+                f"{needs} needs evaluations, and there is no evaluation data. Give some with "
+                "--validation, or leave the flag out."
+            )
+        set_allocators()
+        self.cache_refusal = enable_compilation_cache()
+        return self._build(self.run, schedule)
 
-    def compile_train_step(self, run: RunConfig, schedule: optax.Schedule | None = None) -> jax.stages.Compiled:
-        """The train step of `run`, which is this trainer's or differs from it in batch, memory or precision.
+    def compile_train_step(
+        self, run: RunConfig, schedule: optax.Schedule | None = None
+    ) -> jax.stages.Compiled:
+        """Compile the train step of `run`.
 
         Args:
+            run: this trainer's, or one that differs from it in batch, memory or precision.
             schedule: as for `build`.
         """
-        program = build_program(self.model.config, run, schedule or self.schedule, jax.devices()).program
-        return program.lower_train_step(run.budget.gradient_accumulation_steps, run.budget.batch_size, run.length).compile()
+        program = self._build(run, schedule).program
+        return program.lower_train_step(
+            run.budget.gradient_accumulation_steps, run.budget.batch_size, run.row_length
+        ).compile()
 
-    @property
-    def schedule(self) -> optax.Schedule:
-        """The learning rate at each step of the run."""
-        return configured_schedule(self.run.optimizer, self.total_steps)
+    def _build(self, run: RunConfig, schedule: optax.Schedule | None) -> Built:
+        return build_program(
+            self.model.config,
+            run.budget,
+            run.hardware,
+            run.optimizer,
+            run.regularisation,
+            lora=run.lora,
+            length=run.row_length,
+            schedule=schedule or self.schedule,
+            devices=jax.devices(),
+        )
 
     def derived(self) -> dict[str, Any]:
-        """What the flags and the data come to, by the names of config.yaml."""
-        return {
+        """Values that follow from flags and data, by their names in config.yaml."""
+        from_checkpoint = self.run.optimizer.decay_from is not None
+        begins_here = not from_checkpoint or self.run.lora.is_used
+        return ({"weights": self._weights} if begins_here else {}) | {
             "data": self.train_source.fingerprint,
             "validation": None if self.eval_source is None else self.eval_source.fingerprint,
+            "requests": requests_identity(self.run.evaluation, self.eval_source),
             "tokenizer": None if self.tokenizer is None else self.tokenizer.sha256,
             "sequences_per_step": self.sequences_per_step,
             "total_steps": self.total_steps,
             "vocab_size": self.model.config.vocab_size,
+            "packing": self.train_source.packing,
+            ARCHITECTURE: to_hf_config(self.model.config),
+            GENERATION: self.model.config.generation_config,
         }
 
+    @cached_property
+    def _weights(self) -> str | None:
+        """Identify the weights as they were passed; cached, as `train` changes them."""
+        return weights_of(self.model)
+
     def parameters(self, mesh: Mesh) -> Params:
-        """The model's as they are now, on `mesh`, for the step to consume."""
-        if isinstance(self.model, ModelSource):
-            return self.model.make(mesh)
-        # a copy: the caller's model must stay whole
-        return jax.tree.map(lambda p, where: jax.device_put(jnp.copy(p), where), self.model.parameters, layout(self.model.config).shardings(mesh))
+        """The parameters to train on `mesh`: the model's current ones, or those of an adapter."""
+        lora = self.run.lora
+        if lora.is_used:
+            return initial_adapter(self.model.config, lora, self.run.budget.seed, mesh)
+        return parameters_on(self.model, mesh)
 
-    # ------------------------------------------------------------------------------------------------------------------ running
+    @cached_property
+    def _untrained(self) -> Params | None:
+        """A model's parameters as it was passed, which its adapter is for; None without one."""
+        if not self.run.lora.is_used or isinstance(self.model, DeferredModel):
+            return None
+        return self.model.parameters
 
-    def train(self) -> dict[str, float]:
-        """Run to the end of the budget, going on from the newest checkpoint of the run directory when there is one.
+    def _base(self, program: Program) -> dict[str, Any]:
+        return base_on(self.model, self._untrained, program.base_types, program.mesh)
+
+    @property
+    def _files(self) -> ModelFiles:
+        if not self.run.lora.is_used:
+            return WholeModel()
+        dtype = self.run.saving.save_dtype or "float32"
+        return AdapterOnly(self.run.lora, base_of_adapter(self.model), dtype)
+
+    def _header(self, built: Built) -> list[tuple[str, str]]:
+        notes = (*self.notes, *described(data=self.train_source, evaluation=self.eval_source))
+        return header(self.run, built, self.lengths, notes, self.cache_refusal)
+
+    def run_inputs(self) -> RunInputs:
+        """Everything that a run is given."""
+        built, lengths = self.build(), self.lengths
+        return RunInputs(
+            run=self.run,
+            origins=self.origins,
+            derived=self.derived(),
+            lengths=lengths,
+            program=built.program,
+            tokenizer=self.tokenizer,
+            train_source=self.train_source,
+            eval_source=self.eval_source,
+            header=self._header(built),
+            warnings=list(warnings(self.run, built, lengths)),
+            make_parameters=self.parameters,
+            make_base=partial(self._base, built.program),
+            files=self._files,
+            compile_train_step=self.compile_train_step,
+        )
+
+    # -------------------------------------------------------------------------------------- running
+
+    def train(self, **unknown: Any) -> dict[str, float | int]:
+        """Train to the end of the budget, from the newest checkpoint if there is one.
+
+        However the run ends, the model that was passed has its newest parameters then, in the
+        dtype and on the devices where its own were. The checkpoints have them in float32.
+
+        Args:
+            unknown: refused; settings are keywords of the trainer.
 
         Returns:
             The last training and evaluation metrics by their names in metrics.jsonl.
 
         Raises:
-            UserError: devices or a directory that do not fit this run.
-            Diverged: the loss is no longer finite.
-            Interrupted: a signal came; the state is saved.
+            UserError: devices or a directory do not fit this run.
+            Diverged: loss or gradients were not finite too often.
+            Interrupted: a signal ended the run; the state is saved.
         """
-        with explaining_exhaustion(), ExitStack() as stack:
-            return Training(self, stack).run()
+        if unknown:  # settings are keywords of the trainer; this names the right one
+            resolve(unknown, given_as="keyword")
+            raise UserError(f"{next(iter(unknown))} is a setting of ConsynTrainer, not of train().")
+        training: Training | None = None
+        try:
+            with explain_out_of_memory(), ExitStack() as stack:
+                training = Training(self.run_inputs(), stack)
+                outcome = training.run()
+        except (Diverged, Interrupted, UserError, KeyboardInterrupt):
+            if training is not None and isinstance(self.model, ConsynLMHeadModel):
+                self._take_over(training.newest_params())
+            raise
+        self.run, params = outcome.run, outcome.params
+        if params is None and isinstance(self.model, ConsynLMHeadModel):  # it was complete already
+            params = self._files.load(run_path(self.run) / "final", self.model.config, None)
+        self._take_over(params)
+        return outcome.metrics
+
+    def _take_over(self, params: Params | None) -> None:
+        """Give the model the parameters that were trained."""
+        if params is not None:
+            self.model = give_parameters(self.model, params, self.run.lora, self._untrained)
 
     def describe(self) -> None:
-        """Say what `train` would do, and draw its learning rates: as text, and as schedule.png in the run directory.
+        """Print what `train` would do, and draw its learning rates.
+
+        They are drawn as text, and as schedule.png in the run directory.
 
         Raises:
-            UserError: as `train`, before it begins.
+            UserError: as for `train`.
         """
         built, path = self.build(), run_path(self.run)
         check_output(self.run, self.derived())
         with Console(quiet=False) as console:
-            console.header(header(self, built))
-            for sentence in warnings(self, built):
+            console.header(self._header(built))
+            for sentence in warnings(self.run, built, self.lengths):
                 console.warn(sentence)
-        print(draw_schedule(self.schedule, self.total_steps))
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            write_schedule_plot(self.schedule, self.total_steps, path / "schedule.png")
-        except OSError as error:
-            raise UserError(f"{path / 'schedule.png'} cannot be written: {error.strerror}. Name another --output.") from error
-        print(f"The learning rate by step; as a picture: {path / 'schedule.png'}.")
+        show_rates(self.schedule, self.total_steps, path)
 
     def find_rate(self) -> Suggestion:
-        """A range test of the learning rate from the beginning of this run: printed, and written as lr_find.json and lr_find.png into the
-        run directory, which is not thereby a run.
+        """Test rising learning rates from the beginning of this run, and suggest one.
+
+        The result is printed, and written as lr_find.json and lr_find.png to the run directory,
+        which does not make it a run.
 
         Raises:
-            UserError: devices or a directory that do not fit, or a run that begins in the middle of another.
+            UserError: devices or a directory do not fit, or --decay_from is given.
         """
         if self.run.optimizer.decay_from is not None:
-            raise UserError("--lr_find begins where a run begins, and --decay_from in the middle of one. Leave one of them out.")
-        rates, path, writes = rising_rates(self.run.optimizer.optimizer), run_path(self.run), jax.process_index() == 0
+            raise UserError(
+                "--lr_find starts at the beginning of a run, but --decay_from in the middle of "
+                "one. Leave one of them out."
+            )
+        rates, path = rising_rates(self.run.optimizer.optimizer), run_path(self.run)
+        writes, options = jax.process_index() == 0, self.run.logging
         schedule = rising_schedule(rates)
         built = self.build(schedule)
-        mesh = built.program.mesh
-        with explaining_exhaustion(), Console(quiet=self.run.logging.quiet or not writes, logging_steps=self.run.logging.logging_steps) as console:
-            console.header(header(self, built))
+        quiet = options.quiet or not writes
+        with (
+            explain_out_of_memory(),
+            Console(quiet=quiet, logging_steps=options.logging_steps) as console,
+        ):
+            console.header(self._header(built))
             console.start(len(rates))
-            run, step = fitting(self.run, partial(self.compile_train_step, schedule=schedule))
-            state, budget = built.program.initial_state(self.parameters(mesh)), run.budget
-            batches = self.train_source.training(0, budget.batch_size, budget.gradient_accumulation_steps, local_rows(mesh, budget.batch_size))
-            tokens, began = self.sequences_per_step * run.length, time.perf_counter()
-            with prefetch(batches, transform=placer(mesh, TRAIN_AXES)) as ready:
-                try:
-                    curve = range_test(
-                        step, state, ready, rates, lambda done, loss: console.step(done, loss, done * tokens / (time.perf_counter() - began))
-                    )
-                finally:
-                    self.train_source.close()
+            compile_step = partial(self.compile_train_step, schedule=schedule)
+            run, train_step = compile_to_fit(self.run, compile_step)
+            mesh, budget = built.program.mesh, run.budget
+            state = built.program.initial_state(self.parameters(mesh))
+            shape = (budget.gradient_accumulation_steps, budget.batch_size, run.row_length)
+            base = self._base(built.program)
+            make_ready(self.run_inputs(), run, path, state.params, base, splits=["train"])
+            curve = measure_curve(
+                lambda state, batch: train_step(state, batch | base),
+                *(state, self.train_source, shape, mesh, rates, console.step),
+            )
         suggestion = suggest(curve)
         if writes:
-            try:
-                write_results(path, curve, suggestion)
-            except OSError as error:
-                raise UserError(f"{path / 'lr_find.json'} cannot be written: {error.strerror}. Name another --output.") from error
-            print(draw_curve(curve, suggestion))
-            print(f"The curve is in {path}: lr_find.png, lr_find.json.")
+            write_results(path, curve, suggestion)
+            show(draw_curve(curve, suggestion))
+            show(f"The curve is in {path}: lr_find.png, lr_find.json.")
         return suggestion
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of the model as it is now over the evaluation data."""
         if self.eval_source is None:
             raise UserError("There is no evaluation data: pass eval_dataloader.")
-        program = self.build().program
-        return self.evaluation(program)(self.parameters(program.mesh))
-
-    def evaluation(self, program: Program, tick: Callable[[], None] = lambda: None) -> Callable[[Params], dict[str, float]]:
-        """Compiles `program` for evaluation: what gives the metrics of parameters over the evaluation data.
-
-        Args:
-            tick: called for every batch.
-        """
-        step = program.lower_eval_step(self.run.budget.batch_size, self.run.length).compile()
-        return partial(self._evaluate, program, step, tick)
-
-    def _evaluate(self, program: Program, step: Callable[..., Any], tick: Callable[[], None], params: Params) -> dict[str, float]:
-        assert self.eval_source is not None
-
-        def sums_of(batch: Any) -> Any:
-            tick()
-            return step(params, batch)
-
-        rows = local_rows(program.mesh, self.run.budget.batch_size)
-        batches = self.eval_source.evaluation(self.run.budget.batch_size, rows)
-        with prefetch(batches, transform=placer(program.mesh, EVAL_AXES)) as ready:
-            return evaluate(sums_of, ready, self.eval_source.num_bytes)
+        ready_to_evaluate(self.run_inputs(), run_path(self.run))
+        program = self._build(replace(self.run, lora=NO_LORA), None).program
+        batch_size, length = self.run.budget.batch_size, self.run.row_length
+        evaluation = compile_evaluation(program, self.eval_source, batch_size, length)
+        return evaluation(parameters_on(self.model, program.mesh))

@@ -1,13 +1,19 @@
-"""What a command's end looks like from outside."""
+"""Exit codes and messages at the end of a command."""
 
+import errno
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from consyn_jax.cli.run import exit_code
-from consyn_jax.config import Diverged, Interrupted, UserError
+from consyn_jax.cli.exit_codes import exit_code
+from consyn_jax.errors import Diverged, Interrupted, ProcessMissing, UserError
 
 
 def fail(error: BaseException) -> int:
@@ -17,19 +23,92 @@ def fail(error: BaseException) -> int:
     return exit_code("consyn-x", work)
 
 
-@pytest.mark.parametrize(("error", "code"), [(UserError("no."), 2), (Diverged("up."), 3), (Interrupted("saved."), 75)])
-def test_what_has_a_name_is_one_line(error: Exception, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("no."), 2),
+        (Diverged("up."), 3),
+        (Interrupted("saved."), 75),
+        (ProcessMissing("late."), 76),
+    ],
+)
+def test_known_errors_print_one_line(
+    error: Exception, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert fail(error) == code
     assert capsys.readouterr().err == f"consyn-x: {error}\n"
 
 
-def test_a_defect_keeps_its_traceback() -> None:
+def test_no_text_of_a_message_drives_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fail(UserError("No file \x1b[2J\x9b31m\u202e\rname.")) == 2
+    assert capsys.readouterr().err == "consyn-x: No file \\x1b[2J\\x9b31m\\u202e\\rname.\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENAMETOOLONG, "a name has at most 255 bytes"),
+        (errno.EROFS, "cannot be used: Read-only file system"),
+    ],
+)
+def test_what_the_system_refuses_about_a_file_is_a_sentence(
+    number: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fail(OSError(number, os.strerror(number), "/x/" + "a" * 300)) == 2
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert len(shown) < 250
+    with pytest.raises(OSError, match="Bad address"):
+        fail(OSError(errno.EFAULT, os.strerror(errno.EFAULT), "/x"))
+
+
+def test_a_signal_during_an_import_waits_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "interrupted_import.py").write_text(
+        "import os, signal, time\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "for _ in range(20):\n    time.sleep(0.01)\n"
+        "done = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    seen = []
+
+    def work() -> None:
+        import interrupted_import  # type: ignore[import-not-found]
+
+        seen.append(interrupted_import.done)
+        threading.Event().wait(10)
+
+    assert exit_code("consyn-x", work) == 130
+    assert seen == [True]
+
+
+def test_an_unknown_error_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         fail(ZeroDivisionError())
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_unwinds_what_is_under_way(number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(autouse=True)
+def a_terminal_that_is_not_under_nohup() -> Iterator[None]:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        (signal.SIGTERM, 143),
+        (signal.SIGHUP, 143),
+        (signal.SIGUSR1, 143),  # Slurm's warning
+    ],
+)
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_unwinds_the_work_and_its_repeat_does_not_break_that_off(
+    number: signal.Signals, code: int, times: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     cleaned, before = [], signal.getsignal(signal.SIGTERM)
 
     def work() -> None:
@@ -37,15 +116,60 @@ def test_a_signal_unwinds_what_is_under_way(number: signal.Signals, code: int, c
             os.kill(os.getpid(), number)
             threading.Event().wait(10)
         finally:
+            for _ in range(times - 1):
+                os.kill(os.getpid(), number)
             cleaned.append(True)
 
     assert exit_code("consyn-x", work) == code
     assert cleaned
     assert signal.getsignal(signal.SIGTERM) is before
-    assert capsys.readouterr().err == "consyn-x: interrupted before there was anything to save.\n"
+    assert capsys.readouterr().err == (
+        f"consyn-x: {number.name} came before there was anything to save.\n"
+    )
 
 
-def test_in_a_thread_there_are_no_handlers_to_set() -> None:
+def test_under_nohup_a_closed_terminal_is_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert exit_code("consyn-x", lambda: os.kill(os.getpid(), signal.SIGHUP)) == 0
+
+
+CLOSED = """
+import fcntl, os, signal, sys, termios
+from consyn_jax.cli.exit_codes import exit_code
+from consyn_jax.errors import Interrupted
+
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+def work():
+    print("a line")
+    open(sys.argv[1], "w").close()
+    try:
+        signal.pause()
+    except KeyboardInterrupt:
+        raise Interrupted("saved.")
+
+sys.exit(exit_code("consyn-x", work))
+"""
+
+
+def test_a_closed_terminal_changes_no_exit_code(tmp_path: Path) -> None:
+    """All that is printed after it is refused with an error, also at the exit."""
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-c", CLOSED, str(tmp_path / "ready")]
+    child = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    while not (tmp_path / "ready").exists():
+        assert child.poll() is None, os.read(ours, 10_000)
+        time.sleep(0.02)
+    time.sleep(0.1)
+    os.close(ours)
+    assert child.wait(60) == 75
+
+
+def test_in_a_thread_no_handlers_are_set() -> None:
     codes: list[int] = []
     thread = threading.Thread(target=lambda: codes.append(exit_code("consyn-x", lambda: None)))
     thread.start()

@@ -1,4 +1,4 @@
-"""`consyn-prepare` as a user meets it."""
+"""`consyn-prepare` from the command line."""
 
 import fcntl
 import io
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from consyn_jax.cli.prepare import main
-from consyn_jax.cli.progress import Bar
+from consyn_jax.cli.progress_bar import Bar
 
 TINY = ["--tokenizer", "bytes", "--num_workers", "1", "--output", "tokens"]
 
@@ -25,7 +25,10 @@ TINY = ["--tokenizer", "bytes", "--num_workers", "1", "--output", "tokens"]
 def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files that the cases below name."""
     monkeypatch.chdir(tmp_path)
-    rows = [{"text": f"Row {number} of a hundred, which is number {number * number}."} for number in range(100)]
+    rows = [
+        {"text": f"Row {number} of a hundred, which is number {number * number}."}
+        for number in range(100)
+    ]
     rows[50] = rows[3]
     rows[60]["text"] = "x"
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -40,7 +43,7 @@ def prepared(*argv: str) -> None:
 
 
 def refused(capfd: pytest.CaptureFixture[str], *argv: str) -> str:
-    """What is said to `argv`, when that is one line and the exit code is 2."""
+    """Check that `consyn-prepare` refuses `argv` with one line and exit code 2; return the line."""
     capfd.readouterr()
     assert main([*TINY, *argv]) == 2
     out, err = capfd.readouterr()
@@ -50,18 +53,33 @@ def refused(capfd: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def files(directory: str = "tokens") -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(Path(directory).rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(Path(directory).rglob("*"))
+        if path.is_file()
+    }
 
 
-class TestWhatIsSaid:
-    def test_header_summary_and_what_to_do_next(self, capfd: pytest.CaptureFixture[str]) -> None:
-        prepared("--data", "rows.jsonl", "--min_chars", "5", "--validation_fraction", "0.2", "--test_fraction", "0.2")
+class TestMessages:
+    def test_header_summary_and_next_command(self, capfd: pytest.CaptureFixture[str]) -> None:
+        prepared(
+            "--data",
+            "rows.jsonl",
+            "--min_chars",
+            "5",
+            "--validation_fraction",
+            "0.2",
+            "--test_fraction",
+            "0.2",
+        )
         out, err = capfd.readouterr()
         assert out == ""
         assert "5 characters or more" in err
         assert re.search(r"documents +100 read, 98 kept; left out: 1 too short, 1 duplicate\n", err)
         for split in ("train", "validation", "test"):
-            assert re.search(rf"{split} +\d+ documents, [\d,]+ tokens, 1\.00 bytes a token\n", err), split
+            assert re.search(
+                rf"{split} +\d+ documents, [\d,]+ tokens, 1\.00 bytes a token\n", err
+            ), split
         assert re.search(r"report +tokens/report\.html\n", err)
         assert err.endswith("Train on it with: consyn-train --data tokens\n")
 
@@ -72,69 +90,88 @@ class TestWhatIsSaid:
         assert re.search(r"left out +1 file: corpus/picture\.png \(is binary", err)
         assert re.search(r"validation +empty: ", err)
 
-    def test_what_of_fine_tuning_rows_is_learned(self, capfd: pytest.CaptureFixture[str]) -> None:
-        Path("pairs.json").write_text(json.dumps([{"prompt": "One and one?", "completion": "Two."}, {"prompt": "Two and two?", "completion": "Four."}]))
+    def test_learned_tokens_of_fine_tuning_rows(self, capfd: pytest.CaptureFixture[str]) -> None:
+        Path("pairs.json").write_text(
+            json.dumps(
+                [
+                    {"prompt": "One and one?", "completion": "Two."},
+                    {"prompt": "Two and two?", "completion": "Four."},
+                ]
+            )
+        )
         prepared("--data", "pairs.json", "--validation_fraction", "0")
         err = capfd.readouterr().err
-        assert re.search(r"train +2 documents, 35 tokens \(11 of them learned\), 1\.00 bytes a token\n", err)
+        assert re.search(
+            r"train +2 documents, 35 tokens \(11 of them learned\), 1\.00 bytes a token\n", err
+        )
         assert "read       1 file of JSON rows\n" in err
-        assert "empty" not in err, "none was asked for"
+        assert "empty" not in err, "no validation was wanted"
 
     def test_quiet_is_one_line(self, capfd: pytest.CaptureFixture[str]) -> None:
         prepared("--data", "rows.jsonl", "--quiet")
         assert capfd.readouterr().err == "Train on it with: consyn-train --data tokens\n"
 
-    def test_a_name_for_the_shell(self, capfd: pytest.CaptureFixture[str]) -> None:
-        assert main(["--tokenizer", "bytes", "--data", "rows.jsonl", "--output", "my tokens", "--quiet"]) == 0
+    def test_the_next_command_is_quoted_for_the_shell(
+        self, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        assert (
+            main(
+                ["--tokenizer", "bytes", "--data", "rows.jsonl", "--output", "my tokens", "--quiet"]
+            )
+            == 0
+        )
         assert capfd.readouterr().err.endswith("--data 'my tokens'\n")
 
 
 class TestTheStore:
-    def test_it_is_one_with_its_report(self) -> None:
+    def test_a_store_has_a_report(self) -> None:
         prepared("--data", "rows.jsonl")
         report = json.loads(Path("tokens/report.json").read_text())
         assert report["documents"] == 100
         assert report["dropped"] == {"duplicate": 1}
         page = Path("tokens/report.html").read_text()
         assert "rows.jsonl" in page
-        assert "number 9." in page, "the sample of what was dropped"
+        assert "number 9." in page, "a sample of the dropped documents"
 
-    def test_equal_input_gives_equal_bytes_wherever_and_by_however_many(self) -> None:
+    def test_the_bytes_do_not_depend_on_place_or_workers(self) -> None:
         prepared("--data", "rows.jsonl")
         prepared("--data", "rows.jsonl", "--output", "elsewhere", "--num_workers", "2")
         assert files("tokens") == files("elsewhere")
 
-    def test_a_finished_one_is_left_as_it_is(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_a_finished_store_is_left_as_it_is(self, capfd: pytest.CaptureFixture[str]) -> None:
         prepared("--data", "rows.jsonl")
         before = files()
         prepared("--data", "rows.jsonl", "--num_workers", "2")
-        assert "tokens is complete already; nothing had to be done." in capfd.readouterr().err
+        assert "tokens is already complete; there was nothing to do." in capfd.readouterr().err
         assert files() == before
 
-    def test_a_kill_while_the_last_files_of_the_preparation_were_removed(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_a_kill_while_the_preparation_files_were_removed(
+        self, capfd: pytest.CaptureFixture[str]
+    ) -> None:
         prepared("--data", "rows.jsonl")
         before = files()
         Path("tokens/preparing").mkdir()
         Path("tokens/preparing/journal.json").touch()  # the lock went first
         prepared("--data", "rows.jsonl")
-        assert "tokens is complete already; nothing had to be done." in capfd.readouterr().err
+        assert "tokens is already complete; there was nothing to do." in capfd.readouterr().err
         assert files() == before
 
-    def test_an_empty_directory_is_as_good_as_none(self) -> None:
+    def test_an_empty_directory_can_be_the_output(self) -> None:
         Path("tokens").mkdir()
         prepared("--data", "rows.jsonl")
 
     @pytest.mark.slow
     @pytest.mark.exhaustive
-    def test_consyn_train_takes_it(self) -> None:
+    def test_consyn_train_trains_on_the_store(self) -> None:
         from consyn_jax.cli.train import main as train
 
         prepared("--data", "rows.jsonl", "--validation_fraction", "0.2")
-        tiny = "--model haiku --hidden_dim 32 --num_heads 2 --num_layers 1 --max_tokens 32 --max_steps 1 --quiet"
-        assert train([*tiny.split(), "--data", "tokens", "--output", "run"]) == 0
+        tiny = "--model haiku --hidden_dim 32 --num_heads 2 --num_layers 1 --max_tokens 32"
+        run = "--max_steps 1 --quiet --data tokens --output run"
+        assert train([*tiny.split(), *run.split()]) == 0
 
 
-class TestWhatIsRefused:
+class TestRefusals:
     @pytest.mark.parametrize(
         ("argv", "message"),
         [
@@ -142,8 +179,16 @@ class TestWhatIsRefused:
             ("--output rows.jsonl", "--output rows.jsonl is a file. Name a directory."),
             ("--output rows.jsonl/x", "rows.jsonl is a file. Name another directory."),
             ("--output /proc/tokens", "/proc/tokens cannot be"),
-            ("--output corpus", "--output corpus holds a.txt, b.txt, picture.png, and no token store of ours. Name another directory."),
-            ("--output corpus --overwrite", "--output corpus holds a.txt, b.txt, picture.png, and no token store of ours. Name another directory."),
+            (
+                "--output corpus",
+                "--output corpus is not a token store: it holds a.txt, b.txt, picture.png. Name "
+                "another directory.",
+            ),
+            (
+                "--output corpus --overwrite",
+                "--output corpus is not a token store: it holds a.txt, b.txt, picture.png. Name "
+                "another directory.",
+            ),
             ("--tokenizer nope", "There is no tokenizer at nope."),
         ],
     )
@@ -161,16 +206,18 @@ class TestWhatIsRefused:
         assert "--overwrite" in message
         assert files() == before
 
-    def test_a_manifest_of_somebody_else(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_a_manifest_of_another_program(self, capfd: pytest.CaptureFixture[str]) -> None:
         Path("tokens").mkdir()
         Path("tokens/manifest.json").write_text('{"name": "my web page"}')
         for flags in ((), ("--overwrite",)):
-            assert "--output tokens holds manifest.json, and no token store of ours." in refused(capfd, "--data", "rows.jsonl", *flags)
+            assert "--output tokens is not a token store: it holds manifest.json." in refused(
+                capfd, "--data", "rows.jsonl", *flags
+            )
         assert Path("tokens/manifest.json").read_text() == '{"name": "my web page"}'
 
 
 class TestOverwrite:
-    def test_the_old_store_goes_and_the_new_one_comes(self) -> None:
+    def test_the_new_store_replaces_the_old_one(self) -> None:
         prepared("--data", "corpus")
         prepared("--data", "rows.jsonl", "--overwrite")
         new = files()
@@ -179,25 +226,43 @@ class TestOverwrite:
 
     def test_validation_data_that_are_not_utf_8(self) -> None:
         Path("latin1.txt").write_bytes("caf\xe9".encode("latin-1") * 10)
-        prepared("--data", "rows.jsonl", "--validation", "latin1.txt", "--invalid_utf8", "replace", "--overwrite")
+        prepared(
+            "--data",
+            "rows.jsonl",
+            "--validation",
+            "latin1.txt",
+            "--invalid_utf8",
+            "replace",
+            "--overwrite",
+        )
 
-    def test_of_nothing(self) -> None:
+    def test_without_an_old_store(self) -> None:
         prepared("--data", "rows.jsonl", "--overwrite")
 
-    def test_what_the_new_store_is_made_from_is_not_deleted(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_the_input_of_the_new_store_is_not_deleted(
+        self, capfd: pytest.CaptureFixture[str]
+    ) -> None:
         prepared("--data", "corpus")
         Path("rows.jsonl").rename("tokens/rows.jsonl")
         for data in ("tokens/rows.jsonl", "tokens/*.jsonl"):
             message = refused(capfd, "--data", data, "--overwrite")
-            assert message.startswith("--overwrite would delete --data tokens/rows.jsonl, which lies in --output tokens.")
-        assert "--overwrite would delete --tokenizer tokens/tokenizer" in refused(capfd, "--data", "corpus", "--tokenizer", "tokens/tokenizer", "--overwrite")
+            assert message.startswith(
+                "--overwrite would delete --data tokens/rows.jsonl, which is in --output tokens."
+            )
+        assert "--overwrite would delete --tokenizer tokens/tokenizer" in refused(
+            capfd, "--data", "corpus", "--tokenizer", "tokens/tokenizer", "--overwrite"
+        )
         assert Path("tokens/rows.jsonl").exists()
 
-    def test_what_is_no_part_of_a_store_is_not_deleted(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_other_files_are_not_deleted(self, capfd: pytest.CaptureFixture[str]) -> None:
         prepared("--data", "corpus")
         Path("tokens/notes.md").write_text("mine")
         message = refused(capfd, "--data", "rows.jsonl", "--overwrite")
-        assert message == "--overwrite would delete notes.md in --output tokens, which is no part of a token store. Move it elsewhere."
+        assert (
+            message
+            == "--overwrite would delete notes.md in --output tokens, which is not part of a token "
+            "store. Move it elsewhere."
+        )
         assert Path("tokens/notes.md").exists()
 
     def test_a_store_as_data_deletes_nothing(self, capfd: pytest.CaptureFixture[str]) -> None:
@@ -207,11 +272,15 @@ class TestOverwrite:
         assert "is tokenised already" in refused(capfd, "--data", "other", "--overwrite")
         assert files() == before
 
-    def test_a_store_that_another_process_is_making(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_a_store_that_another_process_is_making(
+        self, capfd: pytest.CaptureFixture[str]
+    ) -> None:
         Path("tokens/preparing").mkdir(parents=True)
         with Path("tokens/preparing/lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            assert "--output tokens is in use by another process." in refused(capfd, "--data", "rows.jsonl", "--overwrite")
+            assert "--output tokens is in use by another process." in refused(
+                capfd, "--data", "rows.jsonl", "--overwrite"
+            )
         prepared("--data", "rows.jsonl", "--overwrite")
 
     def test_an_unfinished_preparation(self) -> None:
@@ -220,48 +289,75 @@ class TestOverwrite:
         Path("tokens/preparing/journal.json").write_text('{"key": "of something else"}')
         prepared("--data", "rows.jsonl", "--overwrite")
 
-    def test_data_that_is_missing_deletes_nothing(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_missing_data_deletes_nothing(self, capfd: pytest.CaptureFixture[str]) -> None:
         prepared("--data", "corpus")
         before = files()
-        assert "god.txt in --data does not exist" in refused(capfd, "--data", "god.txt", "--overwrite")
+        assert "god.txt in --data does not exist" in refused(
+            capfd, "--data", "god.txt", "--overwrite"
+        )
         assert files() == before
 
 
 class TestSignals:
     @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
-    def test_a_stop_says_how_to_go_on(self, flags: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_a_stop_says_how_to_continue(
+        self, flags: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
         def stopped(*_: Any, **__: Any) -> None:
             Path("tokens").mkdir()
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(10)
 
-        monkeypatch.setattr("consyn_jax.data.prepare.prepare", stopped)
+        monkeypatch.setattr("consyn_jax.data.preparation.cached_store.prepare", stopped)
         assert main([*TINY, "--data", "rows.jsonl", *flags]) == 75
         same = "the same command without --overwrite" if flags else "the same command"
-        assert capfd.readouterr().err == f"consyn-prepare: interrupted; what was done so far is kept in tokens. Run {same} again to go on.\n"
+        assert (
+            capfd.readouterr().err
+            == f"consyn-prepare: interrupted; finished work is kept in tokens. Run {same} again to "
+            "continue.\n"
+        )
 
-    def test_a_stop_before_the_first_document(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_a_stop_before_the_first_document(
+        self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
         def stopped(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("consyn_jax.data.prepare.prepare", stopped)
+        monkeypatch.setattr("consyn_jax.data.preparation.cached_store.prepare", stopped)
         assert main([*TINY, "--data", "rows.jsonl"]) == 75
-        assert capfd.readouterr().err == "consyn-prepare: interrupted before anything was written. Run the same command again.\n"
+        assert (
+            capfd.readouterr().err
+            == "consyn-prepare: interrupted before anything was written. Run the same command "
+            "again.\n"
+        )
 
     @pytest.mark.slow
     @pytest.mark.exhaustive
-    @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive), signal.SIGINT])
-    def test_a_real_one_goes_on_to_the_same_bytes(self, number: signal.Signals) -> None:
+    @pytest.mark.parametrize(
+        "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive), signal.SIGINT]
+    )
+    def test_a_stopped_process_continues_to_the_same_bytes(self, number: signal.Signals) -> None:
         many = "".join(json.dumps({"text": f"{i} " * 500}) + "\n" for i in range(4_500))
         Path("many.jsonl").write_text(many)
-        command = [sys.executable, "-m", "consyn_jax.cli.prepare", *TINY, "--data", "many.jsonl", "--output", "stopped"]
-        running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        command = [
+            sys.executable,
+            "-m",
+            "consyn_jax.cli.prepare",
+            *TINY,
+            "--data",
+            "many.jsonl",
+            "--output",
+            "stopped",
+        ]
+        running = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
         while not Path("stopped/preparing/journal.json").exists() and running.poll() is None:
             time.sleep(0.02)
         running.send_signal(number)
         _, err = running.communicate(timeout=60)
         assert running.returncode == 75, err
-        assert err.endswith("Run the same command again to go on.\n")
+        assert err.endswith("Run the same command again to continue.\n")
         assert "Traceback" not in err
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -270,7 +366,7 @@ class TestSignals:
 
 
 class Clock:
-    """Seconds that pass when told to."""
+    """A clock that the test sets."""
 
     now = 100.0
 
@@ -283,15 +379,18 @@ class TestBar:
         introduced: list[str] = []
         return Bar(lambda: introduced.append("header"), clock=clock, **options), introduced
 
-    def test_without_a_terminal_a_line_now_and_then(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_without_a_terminal_it_prints_a_line_now_and_then(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         clock = Clock()
         bar, introduced = self.make(clock)
         for second in range(31):
             clock.now = 100.0 + second
             bar("tokenize", 50_000_000 + second * 1_000_000, 100_000_000)
         assert introduced == ["header"]
+        # Earlier work does not count for the speed.
         assert capsys.readouterr().err.splitlines() == [
-            "tokenize: 60.0 MB of 100.0 MB, 1.0 MB/s, 0:00:40 left",  # what was done before is no part of the speed
+            "tokenize: 60.0 MB of 100.0 MB, 1.0 MB/s, 0:00:40 left",
             "tokenize: 70.0 MB of 100.0 MB, 1.0 MB/s, 0:00:30 left",
             "tokenize: 80.0 MB of 100.0 MB, 1.0 MB/s, 0:00:20 left",
         ]
@@ -309,7 +408,9 @@ class TestBar:
         bar("tokenize", 1, 2)
         assert (introduced, capsys.readouterr().err) == ([], "")
 
-    def test_on_a_terminal_a_bar_that_is_gone_at_the_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_on_a_terminal_the_bar_is_gone_at_the_end(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         class Terminal(io.StringIO):
             def isatty(self) -> bool:
                 return True

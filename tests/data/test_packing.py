@@ -11,13 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consyn_jax.config import ModelConfig
 from consyn_jax.data import packing
-from consyn_jax.data.packing import Batch, PackedDataset, PackedSequences, WholeDocuments, best_fit_decreasing
-from consyn_jax.data.shards import MemoryShard, StoreSplit
+from consyn_jax.data.packing import (
+    PackedDataset,
+    PackedSequences,
+    Sequences,
+    WholeDocuments,
+    best_fit_decreasing,
+)
 from consyn_jax.data.store import TokenStore, TokenStoreWriter
+from consyn_jax.data.store.shards import MemoryShard
+from consyn_jax.data.store.store_split import StoreSplit
 from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.model.parameters import layout
+from consyn_jax.model_config import ModelConfig
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.loss import LossSums, cross_entropy
 
@@ -25,30 +32,99 @@ BOS, EOS, PAD = 257, 258, 256
 BOTH = pytest.mark.parametrize("kind", [PackedDataset, WholeDocuments])
 
 ids = st.lists(st.integers(0, 255), max_size=12)
-with_eos = st.lists(st.lists(st.lists(st.sampled_from([1, 2, EOS]), max_size=12), min_size=1, max_size=6), min_size=1, max_size=4)
+with_eos = st.lists(
+    st.lists(st.lists(st.sampled_from([1, 2, EOS]), max_size=12), min_size=1, max_size=6),
+    min_size=1,
+    max_size=4,
+)
 shards = st.lists(st.lists(ids, min_size=1, max_size=6), min_size=1, max_size=4)
 
 
 def split_of(documents: list[list[list[int]]]) -> StoreSplit:
-    return StoreSplit([MemoryShard([np.array([*ids, EOS], np.int64) for ids in shard], EOS) for shard in documents])
+    return StoreSplit(
+        [
+            MemoryShard([np.array([*ids, EOS], np.int64) for ids in shard], EOS)
+            for shard in documents
+        ]
+    )
 
 
-def reference(documents: list[list[list[int]]], block_size: int) -> Batch:
-    """The windows one token at a time, as the definition has it."""
-    stream = [(token, ([BOS, *ids])[t], number) for number, ids in enumerate(d for shard in documents for d in shard) for t, token in enumerate([*ids, EOS])]
-    rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "segment_ids": [], "loss_mask": []}
+def reference(documents: list[list[list[int]]], block_size: int) -> Sequences:
+    """The windows by the definition, one token at a time."""
+    stream = [
+        (token, ([BOS, *ids])[t], number)
+        for number, ids in enumerate(d for shard in documents for d in shard)
+        for t, token in enumerate([*ids, EOS])
+    ]
+    rows: dict[str, list[list[int]]] = {
+        "input_ids": [],
+        "labels": [],
+        "segment_ids": [],
+        "loss_mask": [],
+    }
     for start in range(0, len(stream), block_size):
         window = stream[start : start + block_size]
         padding = block_size - len(window)
         rows["labels"].append([token for token, _, _ in window] + [PAD] * padding)
         rows["input_ids"].append([token for _, token, _ in window] + [PAD] * padding)
-        rows["segment_ids"].append([number - window[0][2] + 1 for _, _, number in window] + [0] * padding)
+        rows["segment_ids"].append(
+            [number - window[0][2] + 1 for _, _, number in window] + [0] * padding
+        )
         rows["loss_mask"].append([1] * len(window) + [0] * padding)
     return {name: np.array(values) for name, values in rows.items()}
 
 
-@given(documents=shards | with_eos, block_size=st.integers(1, 20), order=st.randoms(use_true_random=False))
-def test_windows_are_as_defined_in_any_order_over_any_shards(documents: list[list[list[int]]], block_size: int, order: random.Random) -> None:
+@BOTH
+@given(
+    documents=st.lists(st.lists(st.sampled_from([1, 2, 3, BOS]), max_size=7), min_size=1),
+    bos=st.sampled_from([BOS, None]),
+    block_size=st.integers(8, 20),
+)
+def test_what_a_document_without_bos_in_front_learns(
+    kind: type[PackedSequences], documents: list[list[int]], bos: int | None, block_size: int
+) -> None:
+    """With no BOS, or one that a document has already, the first token is an input only."""
+    packed = kind(split_of([documents]), block_size, bos, PAD)
+    rows = packed.rows(range(len(packed)))
+    expected: Counter[tuple[int, ...]] = Counter()
+    for document in documents:
+        whole = (*document, EOS)
+        has_front = bos is not None and whole[0] != bos
+        inputs = (*([bos] if has_front else []), *whole)
+        expected.update(itertools.pairwise(inputs))
+    learned = rows["loss_mask"]
+    assert expected == Counter(
+        zip(rows["input_ids"][learned].tolist(), rows["labels"][learned].tolist(), strict=True)
+    )
+    assert (rows["segment_ids"][learned] > 0).all()
+    assert packed.num_targets == (learned.sum() if bos is None else packed.num_tokens)
+    if kind is WholeDocuments:
+        assert segments_of(rows) == Counter(
+            (*([bos] if bos is not None and d[:1] != [bos] else []), *d)
+            for d in documents
+            if d or bos is not None
+        )
+
+
+def segments_of(rows: Sequences) -> Counter[tuple[int, ...]]:
+    """The inputs of each segment that learns something."""
+    found: Counter[tuple[int, ...]] = Counter()
+    for ids, segments, mask in zip(
+        rows["input_ids"], rows["segment_ids"], rows["loss_mask"], strict=True
+    ):
+        for number in {*segments[mask].tolist()}:
+            found[tuple(ids[segments == number].tolist())] += 1
+    return found
+
+
+@given(
+    documents=shards | with_eos,
+    block_size=st.integers(1, 20),
+    order=st.randoms(use_true_random=False),
+)
+def test_windows_match_the_definition_in_any_order_and_over_shards(
+    documents: list[list[list[int]]], block_size: int, order: random.Random
+) -> None:
     packed = PackedDataset(split_of(documents), block_size, BOS, PAD)
     expected = reference(documents, block_size)
     assert len(packed) == len(expected["labels"])
@@ -61,17 +137,23 @@ def test_windows_are_as_defined_in_any_order_over_any_shards(documents: list[lis
 
 
 @given(documents=shards, block_size=st.integers(1, 20))
-def test_every_token_is_a_label_exactly_once_an_epoch(documents: list[list[list[int]]], block_size: int) -> None:
+def test_every_token_is_a_label_exactly_once_an_epoch(
+    documents: list[list[list[int]]], block_size: int
+) -> None:
     packed = PackedDataset(split_of(documents), block_size, BOS, PAD)
     rows = packed.rows(np.arange(len(packed)))
-    assert rows["labels"][rows["loss_mask"]].tolist() == [token for shard in documents for ids in shard for token in (*ids, EOS)]
+    assert rows["labels"][rows["loss_mask"]].tolist() == [
+        token for shard in documents for ids in shard for token in (*ids, EOS)
+    ]
     assert rows["loss_mask"].sum() == packed.num_tokens
     assert not (rows["input_ids"] == EOS).any()
     assert ((rows["segment_ids"] == 0) == ~rows["loss_mask"]).all()
 
 
 @given(documents=shards, block_size=st.integers(1, 20))
-def test_within_a_segment_each_label_is_the_next_input(documents: list[list[list[int]]], block_size: int) -> None:
+def test_within_a_segment_each_label_is_the_next_input(
+    documents: list[list[list[int]]], block_size: int
+) -> None:
     rows = PackedDataset(split_of(documents), block_size, BOS, PAD).rows([0])
     same = (rows["segment_ids"][:, 1:] == rows["segment_ids"][:, :-1]) & rows["loss_mask"][:, 1:]
     assert (rows["input_ids"][:, 1:] == rows["labels"][:, :-1])[same].all()
@@ -95,7 +177,9 @@ def test_items_are_rows() -> None:
 
 
 def test_token_lists_get_their_eos() -> None:
-    split = StoreSplit([MemoryShard([np.array([1, 2]), np.array([3, EOS]), np.array([], np.int64)], EOS)])
+    split = StoreSplit(
+        [MemoryShard([np.array([1, 2]), np.array([3, EOS]), np.array([], np.int64)], EOS)]
+    )
     assert PackedDataset(split, 6, BOS, PAD)[0]["labels"].tolist() == [1, 2, EOS, 3, EOS, EOS]
     assert split.num_bytes is None
 
@@ -115,10 +199,10 @@ def test_a_store_on_disk_gives_the_same_windows(tmp_path: Path) -> None:
     assert (packed.num_documents, packed.num_bytes) == (100, sum(map(len, documents)))
 
 
-# -------------------------------------------------------------------------------------------------------------- whole documents
+# ---------------------------------------------------------------------------------- whole documents
 
 
-def pieces(rows: Batch) -> list[tuple[int, list[int], list[int]]]:
+def pieces(rows: Sequences) -> list[tuple[int, list[int], list[int]]]:
     """(first input, labels, the other inputs) of every segment."""
     found = []
     for i in range(len(rows["labels"])):
@@ -131,7 +215,9 @@ def pieces(rows: Batch) -> list[tuple[int, list[int], list[int]]]:
 
 
 @given(documents=shards | with_eos, block_size=st.integers(1, 20))
-def test_whole_documents_stay_whole_and_long_ones_are_cut_where_they_must(documents: list[list[list[int]]], block_size: int) -> None:
+def test_only_documents_longer_than_a_sequence_are_cut(
+    documents: list[list[list[int]]], block_size: int
+) -> None:
     packed = WholeDocuments(split_of(documents), block_size, BOS, PAD)
     rows = packed.rows(np.arange(len(packed)))
     expected = []
@@ -154,11 +240,16 @@ def test_whole_documents_stay_whole_and_long_ones_are_cut_where_they_must(docume
 
 @BOTH
 @given(documents=shards | with_eos, block_size=st.integers(1, 20), seed=st.integers(0, 99))
-def test_every_target_is_counted_exactly_once_an_epoch(kind: type[PackedSequences], documents: list[list[list[int]]], block_size: int, seed: int) -> None:
+def test_every_target_is_counted_exactly_once_an_epoch(
+    kind: type[PackedSequences], documents: list[list[list[int]]], block_size: int, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     marks = [[rng.integers(0, 2, len(ids) + 1) for ids in shard] for shard in documents]
     split = StoreSplit(
-        [MemoryShard([np.array([*ids, EOS]) for ids in shard], EOS, marks) for shard, marks in zip(documents, marks, strict=True)]
+        [
+            MemoryShard([np.array([*ids, EOS]) for ids in shard], EOS, marks)
+            for shard, marks in zip(documents, marks, strict=True)
+        ]
     )
     packed = kind(split, block_size, BOS, PAD)
     rows = packed.rows(np.arange(len(packed)))
@@ -172,7 +263,7 @@ def test_every_target_is_counted_exactly_once_an_epoch(kind: type[PackedSequence
 
 
 def slow_best_fit_decreasing(lengths: list[int], size: int) -> list[int]:
-    """What each bin holds, by the definition."""
+    """The sum of each bin, by the definition."""
     bins: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [i for i, held in enumerate(bins) if held + length <= size]
@@ -184,13 +275,17 @@ def slow_best_fit_decreasing(lengths: list[int], size: int) -> list[int]:
 
 
 @given(size=st.integers(1, 40), data=st.data())
-def test_best_fit_decreasing_is_as_defined(size: int, data: st.DataObject) -> None:
+def test_best_fit_decreasing_matches_its_definition(size: int, data: st.DataObject) -> None:
     lengths = np.array(data.draw(st.lists(st.integers(1, size), min_size=1, max_size=60)), np.int64)
     bins = best_fit_decreasing(lengths, size)
-    assert sorted(np.bincount(bins, weights=lengths)) == sorted(slow_best_fit_decreasing(lengths.tolist(), size))
+    assert sorted(np.bincount(bins, weights=lengths)) == sorted(
+        slow_best_fit_decreasing(lengths.tolist(), size)
+    )
 
 
-def test_groups_are_planned_alone_and_a_plan_is_always_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_are_planned_separately_and_plans_are_deterministic(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 256, n) for n in rng.integers(0, 50, 500)]
     split = StoreSplit([MemoryShard(documents[at : at + 120], EOS) for at in range(0, 500, 120)])
@@ -200,19 +295,27 @@ def test_groups_are_planned_alone_and_a_plan_is_always_the_same(monkeypatch: pyt
         np.testing.assert_array_equal(values, again.rows(range(len(packed)))[name])
     starts, ends = packed._starts, packed._pieces
     ordered = np.concatenate(list(split.document_starts()))
-    group = [set((np.searchsorted(ordered, starts[a:b]) // 50).tolist()) for a, b in itertools.pairwise(ends)]
+    group = [
+        set((np.searchsorted(ordered, starts[a:b]) // 50).tolist())
+        for a, b in itertools.pairwise(ends)
+    ]
     assert all(len(numbers) == 1 for numbers in group)
     assert packed.padding_fraction < 0.1
     assert len(packed.rows(range(len(packed)))["labels"]) == len(packed)
 
 
-def test_little_is_padded_when_documents_are_many() -> None:
+def test_many_documents_need_little_padding() -> None:
     rng = np.random.default_rng(1)
-    documents = [np.zeros(n, np.int64) for n in np.minimum(rng.lognormal(4, 1, 5000).astype(int), 3000)]
-    assert WholeDocuments(StoreSplit([MemoryShard(documents, EOS)]), 512, BOS, PAD).padding_fraction < 0.002
+    documents = [
+        np.zeros(n, np.int64) for n in np.minimum(rng.lognormal(4, 1, 5000).astype(int), 3000)
+    ]
+    assert (
+        WholeDocuments(StoreSplit([MemoryShard(documents, EOS)]), 512, BOS, PAD).padding_fraction
+        < 0.002
+    )
 
 
-def test_nothing_packs_to_nothing() -> None:
+def test_an_empty_split_has_no_sequences() -> None:
     for kind in (PackedDataset, WholeDocuments):
         packed = kind(StoreSplit([]), 8, BOS, PAD)
         assert (len(packed), packed.num_tokens, packed.padding_fraction) == (0, 0, 0.0)
@@ -220,35 +323,61 @@ def test_nothing_packs_to_nothing() -> None:
             kind(StoreSplit([]), 0, BOS, PAD)
 
 
-def test_the_targets_of_a_list_must_be_as_many_as_its_tokens() -> None:
+def test_every_token_of_a_list_needs_a_target_mark() -> None:
     documents = [np.array([1, 2]), np.array([3])]
     split = StoreSplit([MemoryShard(documents, EOS, [np.array([0, 1]), np.array([0, 0])])])
-    assert PackedDataset(split, 5, BOS, PAD)[0]["loss_mask"].tolist() == [False, True, True, False, False]
+    assert PackedDataset(split, 5, BOS, PAD)[0]["loss_mask"].tolist() == [
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
     with pytest.raises(ValueError, match="as many targets"):
         MemoryShard(documents, EOS, [np.array([0, 1]), np.array([0, 1, 1])])
 
 
-# ------------------------------------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 
-MODEL = ModelConfig(vocab_size=259, hidden_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, context=64)
+MODEL = ModelConfig(
+    vocab_size=259,
+    hidden_dim=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=64,
+    context=64,
+)
 
 
 @pytest.fixture(scope="module")
 def loss() -> "partial[LossSums]":
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), layout(MODEL).shapes)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32),
+        layout(MODEL).shapes,
+    )
 
     @jax.jit
     def sums(params: object, batch: dict[str, jax.Array]) -> LossSums:
-        return cross_entropy(ConsynLMHeadModel.from_parameters(MODEL, params)(batch["input_ids"], batch["segment_ids"]), batch["labels"], batch["loss_mask"])
+        return cross_entropy(
+            ConsynLMHeadModel.from_parameters(MODEL, params)(
+                batch["input_ids"], batch["segment_ids"]
+            ),
+            batch["labels"],
+            batch["loss_mask"],
+        )
 
     return partial(sums, params)
 
 
 @BOTH
 @pytest.mark.parametrize("targeted", [False, True])
-def test_the_loss_of_packed_documents_is_that_of_each_alone(kind: type[PackedSequences], targeted: bool, loss: "partial[LossSums]") -> None:
-    """Documents of up to a sequence, so that `WholeDocuments` cuts none, and laid out so that windows cut none either."""
+def test_the_loss_of_packed_documents_is_the_sum_over_separate_ones(
+    kind: type[PackedSequences], targeted: bool, loss: "partial[LossSums]"
+) -> None:
+    """Documents are laid out so that neither `WholeDocuments` nor windows cut any."""
     rng = np.random.default_rng(2)
     lengths = [[9, 1, 22], [32], [5, 5, 5, 5, 12], [31, 1], [10, 20]]  # with EOS; windows of 32
     documents = [rng.integers(0, 256, n - 1) for row in lengths for n in row]
@@ -257,21 +386,43 @@ def test_the_loss_of_packed_documents_is_that_of_each_alone(kind: type[PackedSeq
     together = loss(packed.rows(range(len(packed))))
     alone = []
     for i, document in enumerate(documents):
-        one = PackedDataset(StoreSplit([MemoryShard([document], EOS, marks and [marks[i]])]), 32, BOS, PAD)
+        one = PackedDataset(
+            StoreSplit([MemoryShard([document], EOS, marks and [marks[i]])]), 32, BOS, PAD
+        )
         batch = one.rows(range(len(one)))
         assert len(batch["labels"]) == 1
         np.testing.assert_array_equal(batch["input_ids"][0, : len(document) + 1], [BOS, *document])
-        alone.append(loss({name: np.pad(values, ((0, len(packed) - 1), (0, 0))) for name, values in batch.items()}))  # one shape, compiled once
+        alone.append(
+            loss(
+                {
+                    name: np.pad(values, ((0, len(packed) - 1), (0, 0)))
+                    for name, values in batch.items()
+                }
+            )
+        )  # one shape, compiled once
     for name in ("nll", "tokens", "correct"):
-        assert float(getattr(together, name)) == pytest.approx(sum(float(getattr(sums, name)) for sums in alone), rel=1e-5), name
+        assert float(getattr(together, name)) == pytest.approx(
+            sum(float(getattr(sums, name)) for sums in alone), rel=1e-5
+        ), name
     assert together.tokens == packed.num_targets
 
 
 @BOTH
-def test_what_is_no_target_is_still_read(kind: type[PackedSequences], loss: "partial[LossSums]") -> None:
-    """A prompt that the loss leaves out changes the loss of the completion."""
+def test_tokens_that_are_no_targets_are_still_inputs(
+    kind: type[PackedSequences], loss: "partial[LossSums]"
+) -> None:
+    """A prompt that is not in the loss changes the loss of the completion."""
     rows = [
-        loss(kind(StoreSplit([MemoryShard([np.array([prompt, 7, 7, 7])], EOS, [np.array([0, 1, 1, 1])])]), 32, BOS, PAD).rows([0] * 5))
+        loss(
+            kind(
+                StoreSplit(
+                    [MemoryShard([np.array([prompt, 7, 7, 7])], EOS, [np.array([0, 1, 1, 1])])]
+                ),
+                32,
+                BOS,
+                PAD,
+            ).rows([0] * 5)
+        )
         for prompt in (3, 99)
     ]
     assert rows[0].tokens == rows[1].tokens == 20

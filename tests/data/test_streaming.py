@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from consyn_jax.config import UserError
 from consyn_jax.data import streaming
 from consyn_jax.data.loader import BatchLoader, prefetch
 from consyn_jax.data.order import ids_at
 from consyn_jax.data.packing import PackedDataset
-from consyn_jax.data.shards import MemoryShard, StoreSplit
+from consyn_jax.data.store.shards import MemoryShard
+from consyn_jax.data.store.store_split import StoreSplit
 from consyn_jax.data.streaming import FirstWindows, Streamed
+from consyn_jax.errors import UserError
 from consyn_jax.tokenization import BPETokenizer
 
 TOKENIZER = BPETokenizer.bytes()
@@ -31,7 +32,7 @@ def small_blocks() -> Iterator[None]:
 
 
 class Corpus:
-    """A `prepare.Growing` that grows when told to, and remembers what was waited for."""
+    """Stands in for `cached_store.Growing`: grows when told to, and records what is waited for."""
 
     def __init__(self) -> None:
         self.tokenizer, self.key = TOKENIZER, "key"
@@ -83,9 +84,16 @@ def rows(order: Streamed, first: int, last: int) -> np.ndarray:
     return np.stack(list(order.at(np.arange(first, last)).values()))
 
 
-@given(seed=st.integers(0, 2**64 - 1), count=st.integers(1, 60), taken=st.integers(1, 30), pauses=st.lists(st.integers(0, 3), min_size=1, max_size=8))
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    count=st.integers(1, 60),
+    taken=st.integers(1, 30),
+    pauses=st.lists(st.integers(0, 3), min_size=1, max_size=8),
+)
 @examples(max_examples=15)
-def test_the_order_does_not_know_how_far_the_preparation_is(seed: int, count: int, taken: int, pauses: list[int]) -> None:
+def test_the_order_does_not_depend_on_the_progress_of_the_preparation(
+    seed: int, count: int, taken: int, pauses: list[int]
+) -> None:
     docs = documents(seed % 1000, count)
     whole = Streamed(complete(docs), WIDTH, seed)
     n = -(-sum(len(d) + 1 for d in docs) // WIDTH)
@@ -111,7 +119,7 @@ def test_the_order_does_not_know_how_far_the_preparation_is(seed: int, count: in
 
 @pytest.mark.slow
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 80))
-def test_every_window_comes_once_an_epoch(seed: int, count: int) -> None:
+def test_every_window_occurs_once_an_epoch(seed: int, count: int) -> None:
     corpus = complete(documents(seed, count))
     split, _ = corpus.split("train", None)
     packed = PackedDataset(split, WIDTH, TOKENIZER.bos_token_id, TOKENIZER.pad_token_id)
@@ -119,28 +127,39 @@ def test_every_window_comes_once_an_epoch(seed: int, count: int) -> None:
     windows = list(packed.rows(np.arange(n)).values())
     for epoch in range(3):
         found = order.at(np.arange(epoch * n, (epoch + 1) * n))
-        keys = [sorted(map(bytes, np.concatenate([v.astype(np.int32) for v in values], axis=1))) for values in (windows, found.values())]
+        keys = [
+            sorted(map(bytes, np.concatenate([v.astype(np.int32) for v in values], axis=1)))
+            for values in (windows, found.values())
+        ]
         assert keys[0] == keys[1]
     for block in range(n // BLOCK):
         at = np.arange(block * BLOCK, (block + 1) * BLOCK)
-        assert sorted(map(bytes, order.at(at)["labels"])) == sorted(map(bytes, packed.rows(at)["labels"])), "shuffled within the block"
+        assert sorted(map(bytes, order.at(at)["labels"])) == sorted(
+            map(bytes, packed.rows(at)["labels"])
+        ), "shuffled within the block"
     later = packed.rows(ids_at(seed, np.arange(n, 2 * n), n))["labels"]
-    np.testing.assert_array_equal(order.at(np.arange(n, 2 * n))["labels"], later, "the second epoch is that of a run without streaming")
+    np.testing.assert_array_equal(
+        order.at(np.arange(n, 2 * n))["labels"],
+        later,
+        "the second epoch is as without streaming",
+    )
 
 
-def test_blocks_are_shuffled_each_in_its_own_order() -> None:
+def test_every_block_is_shuffled_differently() -> None:
     docs = [np.arange(3, 250)] * 10
     order = Streamed(complete(docs), WIDTH, 5)
     labels = order.at(np.arange(10 * BLOCK))["labels"].reshape(10, BLOCK, WIDTH)
     split, _ = order.corpus.split("train", None)
     packed = PackedDataset(split, WIDTH, 0, 0)
     stored = packed.rows(np.arange(10 * BLOCK))["labels"].reshape(10, BLOCK, WIDTH)
-    places = [[int(np.flatnonzero((stored[b] == row).all(1))[0]) for row in labels[b]] for b in range(10)]
+    places = [
+        [int(np.flatnonzero((stored[b] == row).all(1))[0]) for row in labels[b]] for b in range(10)
+    ]
     assert all(sorted(p) == list(range(BLOCK)) for p in places)
     assert len({tuple(p) for p in places}) > 8
 
 
-def test_a_block_is_given_out_once_it_is_there_and_not_before() -> None:
+def test_a_block_is_read_as_soon_as_it_is_complete() -> None:
     corpus = Corpus()
     order = Streamed(corpus, WIDTH, 1)
     corpus.add([np.full(BLOCK * WIDTH - 2, 7)])
@@ -153,34 +172,38 @@ def test_a_block_is_given_out_once_it_is_there_and_not_before() -> None:
         assert order.passes(BLOCK - 1) == {"": 0}
         asked = len(corpus.asked)
         order.at(np.arange(BLOCK))
-        assert len(corpus.asked) == asked, "what is known to be there is not asked for again"
+        assert len(corpus.asked) == asked, "windows that exist are not asked for again"
         end = pool.submit(order.passes, BLOCK + 1)
         time.sleep(0.05)
-        assert not end.done(), "nobody knows yet whether the data ended there"
+        assert not end.done(), "it is not known yet whether the data ends there"
         corpus.end()
         assert end.result(5) == {"": 1}
 
 
 @given(stop=st.integers(0, 12), accumulation=st.sampled_from([1, 2, 4]))
 @examples(max_examples=15)
-def test_a_resume_at_any_step_goes_on_exactly(stop: int, accumulation: int) -> None:
+def test_a_resume_at_any_step_continues_exactly(stop: int, accumulation: int) -> None:
     docs = documents(3, 40)
     batch = 4 // accumulation
     whole = BatchLoader(Streamed(complete(docs), WIDTH, 9), 4)
-    resumed = iter(BatchLoader(Streamed(complete(docs), WIDTH, 9), batch, accumulation, start_step=stop))
+    resumed = iter(
+        BatchLoader(Streamed(complete(docs), WIDTH, 9), batch, accumulation, start_step=stop)
+    )
     for _ in range(3):
         step, found = next(resumed)
-        np.testing.assert_array_equal(found["labels"].reshape(4, WIDTH), whole.batch(step)["labels"][0])
+        np.testing.assert_array_equal(
+            found["labels"].reshape(4, WIDTH), whole.batch(step)["labels"][0]
+        )
 
 
-# ------------------------------------------------------------------------------------------------------------- how it can end
+# ----------------------------------------------------------------------------------- how it can end
 
 
 def consume(corpus: Corpus) -> prefetch:
     return prefetch(BatchLoader(Streamed(corpus, WIDTH, 1), 4))
 
 
-def test_what_stopped_the_preparation_arrives_in_the_consumer() -> None:
+def test_an_error_of_the_preparation_is_raised_in_the_consumer() -> None:
     corpus = Corpus()
     corpus.add([np.full(BLOCK * WIDTH, 7)])
     read = consume(corpus)
@@ -208,16 +231,21 @@ def test_a_corpus_without_training_documents_is_refused() -> None:
         Streamed(complete([]), WIDTH, 1).at(np.array([0]))
 
 
-# ------------------------------------------------------------------------------------------------------------------ validation
+# --------------------------------------------------------------------------------------- validation
 
 
 @pytest.mark.parametrize(
-    ("tokens", "windows", "counted"), [(VALIDATION * WIDTH * 3, VALIDATION, False), (VALIDATION * WIDTH - 5, VALIDATION - 1, True), (0, 0, True)]
+    ("tokens", "windows", "counted"),
+    [
+        (VALIDATION * WIDTH * 3, VALIDATION, False),
+        (VALIDATION * WIDTH - 5, VALIDATION - 1, True),
+        (0, 0, True),
+    ],
 )
 def test_validation_is_the_first_windows(tokens: int, windows: int, counted: bool) -> None:
     corpus = Corpus()
     dataset = FirstWindows(corpus, WIDTH)
-    assert corpus.asked == [], "it is not waited for before it is used"
+    assert corpus.asked == [], "nothing is waited for before the first use"
     ids = np.arange(tokens - 1) % 200 + 3 if tokens else None
 
     def grow(end: Callable[[], None]) -> None:
@@ -233,11 +261,13 @@ def test_validation_is_the_first_windows(tokens: int, windows: int, counted: boo
     if ids is not None:
         found = dataset.rows(np.arange(windows))
         flat = found["labels"][found["loss_mask"]]
-        np.testing.assert_array_equal(flat, np.append(ids, TOKENIZER.eos_token_id)[: windows * WIDTH])
+        np.testing.assert_array_equal(
+            flat, np.append(ids, TOKENIZER.eos_token_id)[: windows * WIDTH]
+        )
     assert corpus.asked == [VALIDATION * WIDTH]
 
 
-def test_bytes_are_known_only_of_whole_documents() -> None:
+def test_bytes_are_known_for_whole_splits_only() -> None:
     for tokens, num_bytes in ((VALIDATION * WIDTH - 1, 17), (VALIDATION * WIDTH, None)):
         corpus = complete([])
         corpus.add([np.full(tokens - 1, 7)], "validation")

@@ -1,4 +1,4 @@
-"""What the compiler is told, and what is left to users and to older and newer compilers."""
+"""Which settings the compiler gets, and which are left to users and to other versions of XLA."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,14 +7,24 @@ import jax
 import pytest
 
 from consyn_jax.distributed import compiler
-from consyn_jax.distributed.compiler import CPU, GENERATIONS, SETTINGS, Setting, compiler_options, generation_of
+from consyn_jax.distributed.compiler import (
+    CPU,
+    GENERATIONS,
+    SETTINGS,
+    Setting,
+    compiler_options,
+    generation_of,
+)
 
-KNOWN, UNKNOWN = Setting("xla_gpu_reduce_scatter_combine_threshold_bytes", 7, ""), Setting("xla_gpu_no_such_thing", True, "", ("Hopper",))
+KNOWN, UNKNOWN = (
+    Setting("xla_gpu_reduce_scatter_combine_threshold_bytes", 7, ""),
+    Setting("xla_gpu_no_such_thing", True, "", ("Hopper",)),
+)
 
 
 @pytest.fixture
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """The CPU's compiler, which has the same settings, is asked as if the device were a Hopper."""
+    """Pretend that the device is a Hopper; the CPU compiler knows the same settings."""
     monkeypatch.setattr(compiler, "generation_of", lambda device: "Hopper")
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     return monkeypatch
@@ -32,32 +42,44 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         ("tpu", "", None),
     ],
 )
-def test_generations(platform: str, capability: str, generation: str | None) -> None:
-    assert generation_of(SimpleNamespace(platform=platform, compute_capability=capability)) == generation
+def test_the_generation_of_a_device(platform: str, capability: str, generation: str | None) -> None:
+    assert (
+        generation_of(SimpleNamespace(platform=platform, compute_capability=capability))
+        == generation
+    )
 
 
 @pytest.mark.parametrize("generation", [*GENERATIONS, CPU])
-def test_every_setting_has_its_reason_and_is_known_by_the_installed_compiler(generation: str, on_hopper: pytest.MonkeyPatch) -> None:
+def test_every_setting_has_a_reason_and_the_installed_compiler_knows_it(
+    generation: str, on_hopper: pytest.MonkeyPatch
+) -> None:
     on_hopper.setattr(compiler, "generation_of", lambda device: generation)
     own = [setting for setting in SETTINGS if generation in setting.generations]
     assert compiler_options(jax.devices()) == {setting.name: setting.value for setting in own} != {}
-    assert all(setting.reason.endswith(".") and set(setting.generations) <= {*GENERATIONS, CPU} for setting in own)
+    assert all(
+        setting.reason.endswith(".") and set(setting.generations) <= {*GENERATIONS, CPU}
+        for setting in own
+    )
 
 
-def test_what_the_compiler_does_not_know_is_left_out(on_hopper: pytest.MonkeyPatch) -> None:
+def test_unknown_settings_are_left_out(on_hopper: pytest.MonkeyPatch) -> None:
     on_hopper.setattr(compiler, "SETTINGS", (UNKNOWN, KNOWN))
     assert compiler_options(jax.devices()) == {KNOWN.name: 7}
     on_hopper.setattr(compiler, "SETTINGS", (UNKNOWN,))
     assert compiler_options(jax.devices()) == {}
 
 
-def test_a_generation_gets_its_own(on_hopper: pytest.MonkeyPatch) -> None:
-    on_hopper.setattr(compiler, "SETTINGS", (KNOWN, Setting("xla_gpu_enable_triton_gemm", False, "", ("Ada",))))
+def test_a_generation_gets_only_its_own_settings(on_hopper: pytest.MonkeyPatch) -> None:
+    on_hopper.setattr(
+        compiler, "SETTINGS", (KNOWN, Setting("xla_gpu_enable_triton_gemm", False, "", ("Ada",)))
+    )
     assert compiler_options(jax.devices()) == {KNOWN.name: 7}
 
 
 @pytest.mark.parametrize("in_a_file", [False, True])
-def test_what_users_set_is_theirs(in_a_file: bool, on_hopper: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_settings_in_xla_flags_are_left_to_the_user(
+    in_a_file: bool, on_hopper: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     flags = f"--xla_gpu_autotune_level=0 --{KNOWN.name}=3"
     (tmp_path / "flags").write_text(flags.replace(" ", "\n"))
     on_hopper.setattr(compiler, "SETTINGS", (KNOWN,))

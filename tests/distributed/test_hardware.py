@@ -1,6 +1,8 @@
+"""The table of GPUs."""
+
 import pytest
 
-from consyn_jax.distributed.hardware import bf16_peak
+from consyn_jax.distributed.hardware import GPUS, bf16_peak
 
 
 @pytest.mark.parametrize(
@@ -17,5 +19,12 @@ from consyn_jax.distributed.hardware import bf16_peak
         ("Tesla V100-SXM2-16GB", None),
     ],
 )
-def test_peak_of_a_device_by_its_name(kind: str, peak: float | None) -> None:
+def test_the_peak_of_a_device_by_its_kind(kind: str, peak: float | None) -> None:
     assert bf16_peak(kind) == peak
+
+
+def test_every_row_is_found_by_its_own_name() -> None:
+    assert [bf16_peak(f"NVIDIA {gpu.name} 80GB") for gpu in GPUS] == [
+        gpu.bf16_flops for gpu in GPUS
+    ]
+    assert len({gpu.key for gpu in GPUS}) == len(GPUS)

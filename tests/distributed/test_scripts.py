@@ -1,4 +1,4 @@
-"""What lies in scripts/ for clusters: that it starts what there is to start, and starts again what is worth it."""
+"""The scripts for clusters start the right processes, and restart runs that can continue."""
 
 import os
 import subprocess
@@ -13,21 +13,94 @@ from consyn_jax.resolve import resolve
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (2, False), (3, False), (75, True), (76, True)])
-def test_slurm_gets_the_job_back_where_that_helps(code: int, requeued: bool, tmp_path: Path) -> None:
+def submitted(
+    place: Path, *arguments: object, code: int = 0, env: dict[str, str] | None = None
+) -> tuple[int, list[str], str]:
+    """The job script's exit code, the commands that it runs, and what it says.
+
+    Args:
+        code: what `srun` returns.
+    """
     for name, does in (("srun", f"exit {code}"), ("scontrol", "exit 0")):
-        stub = tmp_path / name
-        stub.write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/told\n{does}\n')
+        stub = place / name
+        stub.write_text(f"#!/bin/sh\n(printf '%s|' {name} \"$@\"; echo) >> {place}/calls\n{does}\n")
         stub.chmod(0o755)
-    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
-    done = subprocess.run(["bash", SCRIPTS / "slurm" / "train.sbatch", "--config", "a b.yaml"], env=env, check=False)
-    assert done.returncode == code
-    told = (tmp_path / "told").read_text().splitlines()
-    assert told == ["srun --kill-on-bad-exit=0 consyn-train --config a b.yaml --distributed", "scontrol requeue 17"][: 1 + requeued]
+    (place / "calls").write_text("")
+    own = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run(
+        ["bash", SCRIPTS / "slurm" / "train.sbatch", *map(str, arguments)],
+        env=own | {"PATH": f"{place}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"} | (env or {}),
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, (place / "calls").read_text().splitlines(), done.stderr
+
+
+SRUN = "srun|--kill-on-bad-exit=0|--wait=90|consyn-train|{}|--distributed|"
+# Stopped and saved, another process lost; aborted, bus error, killed, segmentation fault.
+CONTINUES = {75, 76, 134, 135, 137, 139}
+
+
+@pytest.mark.parametrize("code", sorted({0, 1, 2, 3, 4, 130, 143} | CONTINUES))
+def test_slurm_requeues_runs_that_can_continue(code: int, tmp_path: Path) -> None:
+    ended, calls, said = submitted(tmp_path, "--config", "a b.yaml", code=code)
+    requeued = ["scontrol|requeue|17|"] if code in CONTINUES else []
+    assert (ended, calls) == (code, [SRUN.format("--config|a b.yaml"), *requeued])
+    assert said == ""
+
+
+def test_a_run_that_fails_again_and_again_is_not_requeued_for_ever(tmp_path: Path) -> None:
+    for limit in ({}, {"MOST_RESTARTS": "2"}):
+        most = int(limit.get("MOST_RESTARTS", "20"))
+        for restarts, requeued in ((most - 1, True), (most, False), (most + 1, False)):
+            ended, calls, said = submitted(
+                tmp_path, "--quiet", code=139, env={"SLURM_RESTART_COUNT": str(restarts), **limit}
+            )
+            assert (ended, len(calls)) == (139, 1 + requeued)
+            words = f"Not requeued: {most} restarts have been made.\n"
+            assert said == ("" if requeued else words)
+
+
+def test_a_run_that_is_stopped_and_saved_goes_on_however_often(tmp_path: Path) -> None:
+    _, calls, said = submitted(tmp_path, code=75, env={"SLURM_RESTART_COUNT": "99"})
+    assert (len(calls), said) == (2, "")
+
+
+ARRAY = {"SLURM_ARRAY_JOB_ID": "15", "SLURM_ARRAY_TASK_ID": "2"}
+
+
+def test_numbers_of_job_and_task_in_arguments(tmp_path: Path) -> None:
+    given = ["--output", "/runs/a b-%A/%a", "--run_name", "%j %%"]
+    _, calls, _ = submitted(tmp_path, *given, env=ARRAY)
+    assert calls == [SRUN.format("--output|/runs/a b-15/2|--run_name|17 %%")]
+    ended, calls, said = submitted(tmp_path, "--output", "/runs/%a")
+    assert (ended, calls) == (2, [])
+    assert "%a in the arguments need an array of jobs" in said
+    _, calls, _ = submitted(tmp_path, "--output", "/runs/%j")
+    assert calls == [SRUN.format("--output|/runs/17")]
+
+
+def test_each_task_of_a_sweep_has_its_own_flags(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("--lr 1e-3\n--lr 3e-3  --beta2 0.99\n")
+    _, calls, _ = submitted(tmp_path, "--output", "%a", env={"SWEEP": str(sweep), **ARRAY})
+    assert calls == [SRUN.format("--output|2|--lr|3e-3|--beta2|0.99")]
+    beyond = ARRAY | {"SLURM_ARRAY_TASK_ID": "3"}
+    for environment, words in (
+        (beyond, f"SWEEP={sweep} has no line 3"),
+        ({}, "SWEEP needs an array of jobs"),
+    ):
+        ended, calls, said = submitted(tmp_path, env={"SWEEP": str(sweep), **environment})
+        assert (ended, calls) == (2, [])
+        assert words in said
+    sweep.write_text("--output /runs/%a\n" * 2)
+    _, calls, _ = submitted(tmp_path, env={"SWEEP": str(sweep), **ARRAY})
+    assert calls == [SRUN.format("--output|/runs/2")]
 
 
 def job(name: str) -> tuple[dict[str, Any], str]:
-    """The Job in one of the files, and the name of its first pod."""
+    """The Job in a file, and the name of its first pod."""
     parts = list(yaml.safe_load_all((SCRIPTS / "kubernetes" / name).read_text()))
     if parts[-1]["kind"] == "Job":
         service, found = parts
@@ -48,16 +121,28 @@ def test_kubernetes_starts_one_run(name: str) -> None:
     hosts = spec["completions"]
     assert spec["completionMode"] == "Indexed"
     assert spec["parallelism"] == hosts
-    environments = [{each["name"]: each.get("value") for each in one["env"]} for one in (waiting, container)]
+    environments = [
+        {each["name"]: each.get("value") for each in one["env"]} for one in (waiting, container)
+    ]
     assert [each["PROCESSES"] for each in environments] == [str(hosts)] * 2
-    argv = [text.replace("$(PROCESSES)", str(hosts)).replace("$(PROCESS_ID)", "1") for text in container["args"]]
+    argv = [
+        text.replace("$(PROCESSES)", str(hosts)).replace("$(PROCESS_ID)", "1")
+        for text in container["args"]
+    ]
     given = dict(text.removeprefix("--").partition("=")[::2] for text in argv)
     assert given.pop("config").startswith("/shared/")
     assert given.pop("distributed") == ""
-    run, _ = resolve({**given, "distributed": True, "num_processes": int(given["num_processes"]), "process_id": int(given["process_id"])})
+    run, _ = resolve(
+        {
+            **given,
+            "distributed": True,
+            "num_processes": int(given["num_processes"]),
+            "process_id": int(given["process_id"]),
+        }
+    )
     assert run.hardware.coordinator_address == f"{first}:29400"
     assert (run.hardware.num_processes, run.hardware.process_id) == (hosts, 1)
     assert first.replace("-0.", "-$i.") in waiting["args"][0]
     codes = {"containerName": container["name"], "operator": "In", "values": [2, 3]}
     assert spec["podFailurePolicy"]["rules"][0] == {"action": "FailJob", "onExitCodes": codes}
-    assert pod["restartPolicy"] == "Never", "pod failure policies want it"
+    assert pod["restartPolicy"] == "Never", "pod failure policies need it"

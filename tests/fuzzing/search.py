@@ -1,9 +1,12 @@
-"""A search for inputs that break a reader, led by coverage: `pip install 'atheris>=3'` (2.3 miscompiles loops on Python 3.11), then
+"""A coverage-guided search for inputs that break a reader.
+
+Install it with `pip install 'atheris>=3'` (2.3 miscompiles loops on Python 3.11), then run
 
     python tests/fuzzing/search.py --minutes 60
 
-Each target has its share of the time in a process of its own, which 2 GiB of memory or 10 seconds over one input end, too (on a machine with
-other load as many times longer as there are others who wait for a core). What breaks is left as a file in --findings, and printed.
+Each target gets its share of the time in a separate process. It also breaks if it takes more than
+2 GiB of memory, or more than 10 seconds for one input (longer in proportion to other load on the
+machine). Inputs that break a target are printed and kept as files in --findings.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 def search(name: str, seconds: int, corpus: Path, findings: Path) -> None:
-    """One target, in this process; atheris does not come back."""
+    """Search one target in this process; atheris does not return."""
     import atheris
 
     with atheris.instrument_imports(include=["consyn_jax"]):
@@ -30,13 +33,17 @@ def search(name: str, seconds: int, corpus: Path, findings: Path) -> None:
     limit = 10 * max(1, round(os.getloadavg()[0] / (os.cpu_count() or 1)))
     ends = [f"-max_total_time={seconds}", f"-timeout={limit}", "-rss_limit_mb=2048"]
     flags = [*ends, "-max_len=8192", "-print_final_stats=1", f"-artifact_prefix={findings}/{name}-"]
-    atheris.Setup([sys.argv[0], *flags, str(corpus)], lambda data: targets.attempt(name, data, here))
+    atheris.Setup(
+        [sys.argv[0], *flags, str(corpus)], lambda data: targets.attempt(name, data, here)
+    )
     atheris.Fuzz()
 
 
 def main() -> int:
-    """All targets, one after the other; the number of those that broke."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Search all targets in turn, and return the number of those that broke."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--findings", type=Path, default=Path("findings"))
     parser.add_argument("--target", help="only this one")
@@ -59,10 +66,33 @@ def main() -> int:
             for number, data in enumerate(seeds[name]):
                 (corpus / str(number)).write_bytes(data)
             began, seconds = time.monotonic(), round(60 * arguments.minutes / len(names))
-            words = ["--target", name, "--seconds", str(seconds), "--corpus", str(corpus), "--findings", str(arguments.findings)]
-            done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-            runs = next((line.split()[-1] for line in done.stdout.splitlines() if "number_of_executed_units" in line), "?")
-            print(f"{name:15} {runs:>9} inputs in {time.monotonic() - began:.0f} s: {'BROKEN' if done.returncode else 'held'}", flush=True)
+            words = [
+                "--target",
+                name,
+                "--seconds",
+                str(seconds),
+                "--corpus",
+                str(corpus),
+                "--findings",
+                str(arguments.findings),
+            ]
+            done = subprocess.run(
+                [sys.executable, __file__, *words],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+            )
+            runs = next(
+                (
+                    line.split()[-1]
+                    for line in done.stdout.splitlines()
+                    if "number_of_executed_units" in line
+                ),
+                "?",
+            )
+            seconds_taken, state = time.monotonic() - began, "BROKEN" if done.returncode else "held"
+            print(f"{name:15} {runs:>9} inputs in {seconds_taken:.0f} s: {state}", flush=True)
             if done.returncode:
                 broken.append(name)
                 print(done.stdout[-5000:], flush=True)

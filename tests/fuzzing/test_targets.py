@@ -1,4 +1,7 @@
-"""Whatever others wrote is read or answered. A longer search, led by coverage: `python tests/fuzzing/search.py --minutes 60`."""
+"""Any foreign file is read or refused with a message.
+
+`python tests/fuzzing/search.py --minutes 60` is a longer, coverage-guided search.
+"""
 
 import sys
 from pathlib import Path
@@ -19,7 +22,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[bytes]]
 
 
 def changed(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
-    """`data` with pieces of it replaced: (where, how much, by what)."""
+    """`data` with pieces replaced; a change is (position, length, replacement)."""
     for where, length, piece in changes:
         at = where % (len(data) + 1)
         data = data[:at] + piece + data[at + length :]
@@ -28,14 +31,41 @@ def changed(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
 
 PIECES = st.one_of(
     st.binary(max_size=6),
-    st.sampled_from([b"null", b"-1", b"1e999", b"99999999999999999999", b"[]", b"{}", b'""', b"../../etc/passwd", b"\x00", b"\xff\xfe", b"NaN", b"true"]),
-    st.sampled_from([b"[" * 3000, b"!!python/object/apply:os.system [true]", b"&a [*a]", b"\xef\xbb\xbf", "\ud7ff\u2028".encode(), b"\x80\x04", b"x" * 5000]),
+    st.sampled_from(
+        [
+            b"null",
+            b"-1",
+            b"1e999",
+            b"99999999999999999999",
+            b"[]",
+            b"{}",
+            b'""',
+            b"../../etc/passwd",
+            b"\x00",
+            b"\xff\xfe",
+            b"NaN",
+            b"true",
+        ]
+    ),
+    st.sampled_from(
+        [
+            b"[" * 3000,
+            b"!!python/object/apply:os.system [true]",
+            b"&a [*a]",
+            b"\xef\xbb\xbf",
+            "\ud7ff\u2028".encode(),
+            b"\x80\x04",
+            b"x" * 5000,
+        ]
+    ),
 )
 CHANGES = st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 40), PIECES), max_size=4)
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_what_was_written_well_is_taken(name: str, examples: dict[str, list[bytes]], tmp_path: Path) -> None:
+def test_valid_inputs_are_taken(
+    name: str, examples: dict[str, list[bytes]], tmp_path: Path
+) -> None:
     for number, data in enumerate(examples[name]):
         here = tmp_path / str(number)
         here.mkdir()
@@ -43,9 +73,16 @@ def test_what_was_written_well_is_taken(name: str, examples: dict[str, list[byte
         assert said is None or name in ("run_config", "checksums", "weights", "weights_index"), said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
-def test_whatever_was_written_is_taken_or_answered(name: str, examples: dict[str, list[bytes]], tmp_path: Path) -> None:
-    @settings(max_examples=15 if name in SLOW else 60, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_input_is_taken_or_refused(
+    name: str, examples: dict[str, list[bytes]], tmp_path: Path
+) -> None:
+    @settings(
+        max_examples=15 if name in SLOW else 60,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(st.sampled_from(examples[name]), CHANGES, st.integers(0, 10_000))
     def search(data: bytes, changes: list[tuple[int, int, bytes]], keep: int) -> None:
         attempt(name, changed(data, changes)[: keep if keep < 3000 else None], tmp_path)
@@ -67,12 +104,14 @@ DERIVED = b"\nderived: {total_steps: 10, data: x, sequences_per_step: 8, vocab_s
         ("checksums", b"0" * 32 + b"  " + b"[" * 3000 + b"\n"),
     ],
 )
-def test_what_random_searches_found(name: str, data: bytes, tmp_path: Path) -> None:
+def test_findings_of_earlier_searches(name: str, data: bytes, tmp_path: Path) -> None:
     assert attempt(name, data, tmp_path) is not None
 
 
-def test_a_batch_that_says_it_is_encrypted_is_damaged(tmp_path: Path) -> None:
-    """Found by the search: `zipfile` answers with a RuntimeError."""
+def test_a_batch_marked_as_encrypted_is_damaged(tmp_path: Path) -> None:
+    """Found by the search: `zipfile` raises a RuntimeError."""
     data = bytearray(npz())
     data[data.index(b"PK\x01\x02") + 8] |= 1
-    assert "is damaged (ValueError: input_ids is not stored as it is)" in (attempt("bundle_batch", bytes(data), tmp_path) or "")
+    assert "is damaged (ValueError: input_ids is compressed or encrypted)" in (
+        attempt("bundle_batch", bytes(data), tmp_path) or ""
+    )

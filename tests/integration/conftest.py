@@ -1,7 +1,4 @@
-"""Whole commands on tiny models.
-
-Compiled programs are shared between the runs of one test session, as most runs are the same program.
-"""
+"""Whole commands on tiny models."""
 
 import json
 import os
@@ -11,19 +8,31 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from consyn_jax.cli.train import main
 
-MODEL = ["--model", "haiku", "--hidden_dim", "32", "--num_heads", "2", "--num_layers", "1", "--tokenizer", "bytes"]
-TINY = [*MODEL, "--max_steps", "6", "--max_tokens", "32", "--batch_size", "8", "--logging_steps", "1", "--eval_steps", "3", "--save_steps", "2"]
+from .nursery import MODEL, nursery  # noqa: F401 - a fixture
+
+TINY = [
+    *MODEL,
+    "--max_steps",
+    "6",
+    "--max_tokens",
+    "32",
+    "--batch_size",
+    "8",
+    "--logging_steps",
+    "1",
+    "--eval_steps",
+    "3",
+    "--save_steps",
+    "2",
+]
 TINY += ["--logging_backend", "none"]
-SETTINGS = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
-CHANGING = re.compile(r"time_s|throughput/.*|memory/.*")
+CHANGING = re.compile(r"time_s|time/.*|throughput/.*|memory/.*")
 
 
 @dataclass
@@ -40,8 +49,13 @@ class Run:
 
     @property
     def numbers(self) -> list[dict[str, Any]]:
-        """What two runs of the same mathematics have in common: training and evaluation lines without clocks and memory."""
-        return [{k: v for k, v in line.items() if not CHANGING.fullmatch(k)} for line in self.lines if "event" not in line]
+        """What two runs of the same mathematics have in common: training and evaluation lines
+        without clocks and memory."""
+        return [
+            {k: v for k, v in line.items() if not CHANGING.fullmatch(k)}
+            for line in self.lines
+            if "event" not in line
+        ]
 
     @property
     def events(self) -> list[str]:
@@ -54,19 +68,11 @@ class Run:
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where token stores and compiled programs of these tests lie; every process that a test starts uses it, too."""
+    """Where these tests keep token stores; every process that a test starts uses it, too."""
     path = tmp_path_factory.mktemp("integration")
     patch = pytest.MonkeyPatch()
-    values = {"CONSYN_CACHE": str(path / "cache"), "JAX_COMPILATION_CACHE_DIR": str(path / "compiled")}
-    for name, value in (values | {k.upper(): str(v) for k, v in SETTINGS.items()}).items():
-        patch.setenv(name, value)
-    before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", *SETTINGS)}
-    for name, value in {"jax_compilation_cache_dir": str(path / "compiled"), **SETTINGS}.items():
-        jax.config.update(name, value)
+    patch.setenv("CONSYN_CACHE", str(path / "cache"))
     yield path
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
     patch.undo()
 
 
@@ -79,8 +85,20 @@ def own_cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def corpus(home: Path) -> Path:
     """Seventy short documents: an epoch of 7 to 8 steps of 8 x 32 tokens."""
     file = home / "corpus.jsonl"
-    file.write_text("".join(json.dumps({"text": f"Document {i} says {'so ' * (i % 6 + 1)}and ends."}) + "\n" for i in range(70)))
+    file.write_text(
+        "".join(
+            json.dumps({"text": f"Document {i} says {'so ' * (i % 6 + 1)}and ends."}) + "\n"
+            for i in range(70)
+        )
+    )
     return file
+
+
+def cannot_run(reason: str, *, is_asked_for: bool = False) -> NoReturn:
+    """Skip a test, or fail where it must run: in CI, and where somebody asks for it."""
+    if is_asked_for or os.environ.get("CI"):
+        pytest.fail(f"{reason}, and this test must run here")
+    pytest.skip(reason)
 
 
 def command(*flags: object) -> list[str]:
@@ -89,7 +107,13 @@ def command(*flags: object) -> list[str]:
 
 
 def start(flags: list[object], **env: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(command(*flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **env})
+    return subprocess.Popen(
+        command(*flags),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **env},
+    )
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +121,14 @@ def process(home: Path) -> Callable[..., Run]:
     """Run the command as a process of its own."""
 
     def run(path: Path, *flags: object, **env: str) -> Run:
-        done = subprocess.run(command(*flags, "--output", path), capture_output=True, text=True, env={**os.environ, **env}, timeout=240, check=False)
+        done = subprocess.run(
+            command(*flags, "--output", path),
+            capture_output=True,
+            text=True,
+            env={**os.environ, **env},
+            timeout=240,
+            check=False,
+        )
         assert done.stdout == "", "what a person reads goes to stderr"
         return Run(path, done.returncode, done.stderr)
 

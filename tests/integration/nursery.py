@@ -1,4 +1,5 @@
-"""Real processes of `consyn-train`, without the seconds that each would take to import JAX: one process imports it, and forks."""
+"""Real processes of our commands, without the seconds that each would take to import JAX: one
+process imports it, and forks."""
 
 import json
 import os
@@ -14,10 +15,32 @@ from types import TracebackType
 
 import pytest
 
-from .conftest import MODEL
-
-# One program for all: to compile it takes longer than to run it, and does once for each number of processes.
-FLAGS = [*MODEL, "--max_steps", "16", "--max_tokens", "32", "--batch_size", "8", "--validation_fraction", "0.2", "--quiet"]
+MODEL = [
+    "--model",
+    "haiku",
+    "--hidden_dim",
+    "32",
+    "--num_heads",
+    "2",
+    "--num_layers",
+    "1",
+    "--tokenizer",
+    "bytes",
+]
+# One program for all: to compile it takes longer than to run it, and does once for each number of
+# processes.
+FLAGS = [
+    *MODEL,
+    "--max_steps",
+    "16",
+    "--max_tokens",
+    "32",
+    "--batch_size",
+    "8",
+    "--validation_fraction",
+    "0.2",
+    "--quiet",
+]
 FLAGS += ["--logging_steps", "1", "--logging_backend", "none"]
 DEVICES = 4  # of all processes of a run
 
@@ -34,21 +57,21 @@ loader.BatchLoader.batch = batch
 
 ONE = """
 from consyn_jax.distributed import launch
-def and_then(address, count, number, *more, meet=launch.meet):
-    if number == {number}: exec({before!r}, {{}})
-    return meet(address, count, number, *more)
+def and_then(place, *more, meet=launch.meet):
+    if place.process_id == {number}: exec({before!r}, {{}})
+    return meet(place, *more)
 launch.meet = and_then
 """
 
 SOURCE = r"""
-import json, os, sys, types
+import importlib, json, os, sys, types
 import jax
 import jax._src.cache_key, jax._src.compiler
-import consyn_jax.distributed.launch, consyn_jax.model.pretrained, consyn_jax.training.trainer, consyn_jax.training.watchdog
-import consyn_jax.data.prepare, consyn_jax.model.causal_lm, safetensors.numpy, jax.experimental.multihost_utils
+import consyn_jax.distributed.launch, consyn_jax.model.pretrained.weights, consyn_jax.training.trainer, consyn_jax.training.runtime.watchdog
+import consyn_jax.data.preparation.cached_store, consyn_jax.model.causal_lm, safetensors.numpy, jax.experimental.multihost_utils
 import orbax.checkpoint, matplotlib.backends.backend_agg, matplotlib.figure, PIL.Image
 PIL.Image.init()
-from consyn_jax.cli.train import main
+import consyn_jax.cli.train
 
 # Compiled programs are shared between processes, and between different numbers of them: the program is the same, and what JAX adds to its
 # key on CPUs, and not on GPUs, are the devices. JAX writes to its cache in process 0 only.
@@ -62,8 +85,10 @@ def child(order):
     output = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1), os.dup2(output, 2)
     jax.config.update("jax_num_cpu_devices", order["devices"])
+    os.chdir(order["directory"])
+    command = importlib.import_module("consyn_jax.cli." + order["command"])
     exec(order["before"], {})
-    sys.exit(main(order["argv"]))
+    sys.exit(command.main(order["argv"]))
 
 print("ready", flush=True)
 for line in sys.stdin:
@@ -121,29 +146,67 @@ class Nursery:
 
     def __init__(self, place: Path) -> None:
         self.place, self.children = place, list[Child]()
-        self._process = subprocess.Popen([sys.executable, "-c", SOURCE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", SOURCE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
         assert self._answer() == "ready"
 
-    def start(self, *flags: object, devices: int = DEVICES, before: str = "") -> Child:
-        """`consyn-train` with these flags.
+    def start(
+        self,
+        *flags: object,
+        devices: int = DEVICES,
+        before: str = "",
+        command: str = "train",
+        directory: Path | None = None,
+    ) -> Child:
+        """`consyn-train` or another command with these flags.
 
         Args:
             before: Python code that runs first.
+            directory: the current directory of the command; by default that of the tests.
         """
         output = self.place / f"output-{len(self.children)}"
-        order = {"argv": [*map(str, flags)], "output": str(output), "devices": devices, "before": before}
-        self.children.append(Child(int(self._ask(order)), output, lambda pid: json.loads(self._ask({"poll": pid}))))
+        order = {
+            "argv": [*map(str, flags)],
+            "output": str(output),
+            "devices": devices,
+            "before": before,
+            "command": command,
+            "directory": str(directory or Path.cwd()),
+        }
+        self.children.append(
+            Child(int(self._ask(order)), output, lambda pid: json.loads(self._ask({"poll": pid})))
+        )
         return self.children[-1]
 
     def together(self, *flags: object, processes: int = 2, before: str = "") -> list[Child]:
         """The processes of one run."""
-        run = [*flags, "--distributed", "--coordinator_address", f"localhost:{free_port()}", "--num_processes", processes]
-        return [self.start(*run, "--process_id", number, devices=DEVICES // processes, before=before) for number in range(processes)]
+        run = [
+            *flags,
+            "--distributed",
+            "--coordinator_address",
+            f"localhost:{free_port()}",
+            "--num_processes",
+            processes,
+        ]
+        return [
+            self.start(*run, "--process_id", number, devices=DEVICES // processes, before=before)
+            for number in range(processes)
+        ]
 
     def __enter__(self) -> "Nursery":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for child in self.children:
             if child.alive:
                 child.signal(signal.SIGKILL)

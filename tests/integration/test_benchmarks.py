@@ -1,4 +1,5 @@
-"""The report on a GPU, rehearsed without one: whatever a part does, the others go on, and the page says what became of each."""
+"""The report on a GPU, rehearsed without one: whatever a part does, the others go on, and the page
+says what became of each."""
 
 import json
 import os
@@ -27,8 +28,20 @@ def gpu_report(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.timeout(900)
 def test_a_rehearsal_runs_all_parts(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
-    command = [sys.executable, str(BENCHMARKS / "gpu_report.py"), "--tiny", "--budget_s", "800", "--out", str(out)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "gpu_report.py"),
+        "--tiny",
+        "--budget_s",
+        "800",
+        "--out",
+        str(out),
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     report = json.loads(out.read_text())
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
@@ -39,16 +52,36 @@ def test_a_rehearsal_runs_all_parts(tmp_path: Path) -> None:
 
 
 def test_a_part_that_hangs_or_fails_is_reported(gpu_report: Any) -> None:
-    hangs = gpu_report.run_part(gpu_report.PARTS[0], tiny=True, limit_s=0.05, environment=dict(os.environ))
+    hangs = gpu_report.run_part(
+        gpu_report.PARTS[0], tiny=True, limit_s=0.05, environment=dict(os.environ)
+    )
     assert (hangs["state"], "ended after" in hangs["said"]) == ("failed", True)
-    fails = gpu_report.run_part(gpu_report.PARTS[0], tiny=True, limit_s=100.0, environment=os.environ | {"JAX_PLATFORMS": "nothing"})
+    fails = gpu_report.run_part(
+        gpu_report.PARTS[0],
+        tiny=True,
+        limit_s=100.0,
+        environment=os.environ | {"JAX_PLATFORMS": "nothing"},
+    )
     assert (fails["state"], "Error" in fails["said"]) == ("failed", True)
 
 
 def test_the_page_tells_what_holds(gpu_report: Any) -> None:
     rows = [{"model": "verse", "of the matmul rate": 0.5, "idle": 0.002}]
-    parts = {"verse": {"state": "done", "seconds": 1.0, "rows": rows}, "stanza": {"state": "left out"}, "epic": {"state": "failed", "said": "no memory"}}
-    page = gpu_report.page({"gpu": "NVIDIA H200", "date": "2026-01-01", "commit": "abc", "tiny": False, "seconds": 1.0, "parts": parts})
+    parts = {
+        "verse": {"state": "done", "seconds": 1.0, "rows": rows},
+        "stanza": {"state": "left out"},
+        "epic": {"state": "failed", "said": "no memory"},
+    }
+    page = gpu_report.page(
+        {
+            "gpu": "NVIDIA H200",
+            "date": "2026-01-01",
+            "commit": "abc",
+            "tiny": False,
+            "seconds": 1.0,
+            "parts": parts,
+        }
+    )
     assert "| verse: of the matmul rate | at least 0.52 | 0.5 | NO |" in page
     assert "| verse: idle | at most 0.01 | 0.002 | yes |" in page
     assert "| stanza: of the matmul rate | at least 0.62 |  | not measured |" in page
@@ -64,10 +97,22 @@ def test_idle_time_is_read_from_a_trace(gpu_report: Any) -> None:
 
     meta = [
         {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "/device:GPU:0"}},
-        {"ph": "M", "name": "thread_name", "pid": 1, "tid": 1, "args": {"name": "Stream #13(Compute)"}},
+        {
+            "ph": "M",
+            "name": "thread_name",
+            "pid": 1,
+            "tid": 1,
+            "args": {"name": "Stream #13(Compute)"},
+        },
         {"ph": "M", "name": "thread_name", "pid": 1, "tid": 2, "args": {"name": "XLA Ops"}},
     ]
-    events = [*meta, kernel("a", 0, 40), kernel("b", 30, 30), kernel("a", 80, 20), kernel("fusion", 0, 100, tid=2)]
+    events = [
+        *meta,
+        kernel("a", 0, 40),
+        kernel("b", 30, 30),
+        kernel("a", 80, 20),
+        kernel("fusion", 0, 100, tid=2),
+    ]
     found = train_step.kernel_times(events, steps=2)
     assert found["idle"] == pytest.approx(0.2)
     assert found["kernels_ms"] == {"a": 0.03, "b": 0.015}

@@ -1,4 +1,5 @@
-"""Checkpoints that are killed, out of room, damaged or written by two processes: a run always finds a whole one, and says in a sentence what it lost.
+"""Checkpoints that are killed, out of room, damaged or written by two processes: a run always finds
+a whole one, and says in a sentence what it lost.
 
 In CI a short version; with CONSYN_TEST_FULL=1 twenty random moments and every chosen one.
 """
@@ -19,9 +20,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from consyn_jax.distributed.mesh import build_mesh
-from consyn_jax.training.checkpoint import Checkpoints
-from consyn_jax.training.checkpoint_files import damage
+from consyn_jax.training.checkpointing.checkpoint_files import damage
+from consyn_jax.training.checkpointing.manager import Checkpoints
 from consyn_jax.training.step import TrainState
+
+from .conftest import cannot_run
 
 FULL = os.environ.get("CONSYN_TEST_FULL") == "1"
 
@@ -30,9 +33,9 @@ BEGIN = """
 import json, os, random, resource, shutil, signal, sys, time
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
-from consyn_jax.config import UserError
-from consyn_jax.training import checkpoint as module
-from consyn_jax.training.checkpoint import Checkpoints
+from consyn_jax.errors import UserError
+from consyn_jax.training.checkpointing import commit
+from consyn_jax.training.checkpointing.manager import Checkpoints
 from consyn_jax.training.step import TrainState
 
 def state(step, size):
@@ -46,9 +49,17 @@ def check(checkpoints, step, size):
 """
 
 
-def python(code: str, *arguments: object, before: tuple[str, ...] = (), **env: str) -> "subprocess.Popen[str]":
+def python(
+    code: str, *arguments: object, before: tuple[str, ...] = (), **env: str
+) -> "subprocess.Popen[str]":
     command = [*before, sys.executable, "-c", BEGIN + code, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "JAX_NUM_CPU_DEVICES": "1", **env})
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1", **env},
+    )
 
 
 def said(process: "subprocess.Popen[str]") -> str:
@@ -58,9 +69,10 @@ def said(process: "subprocess.Popen[str]") -> str:
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------------------- kills
+# -------------------------------------------------------------------------------------------- kills
 
-# Attempts are forked from one process that has imported everything and has started no thread, so that the time goes into what is tested.
+# Attempts are forked from one process that has imported everything and has started no thread, so
+# that the time goes into what is tested.
 ATTEMPTS = """
 SIZE = 10_000_000  # elements
 
@@ -167,13 +179,15 @@ print(total, kills, len(moments), *sorted(path.name for path in chain.directory.
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_killed_between_any_two_changes_on_the_disk(tmp_path: Path) -> None:
-    total, kills, moments, *names, done = said(python(ATTEMPTS + CHOSEN_MOMENTS, tmp_path, 0 if FULL else 3)).split()
+    total, kills, moments, *names, done = said(
+        python(ATTEMPTS + CHOSEN_MOMENTS, tmp_path, 0 if FULL else 3)
+    ).split()
     assert int(total) > 30  # and what TensorStore does lies in between
     assert kills == moments
     assert names == sorted((str(int(done) - 1), done))
 
 
-# ----------------------------------------------------------------------------------------------------------------------- no room
+# ------------------------------------------------------------------------------------------ no room
 
 DISK_FULL = """
 directory, SIZE, told = Path(sys.argv[1]) / "checkpoints", 500_000, []
@@ -225,13 +239,12 @@ print(told[-1])
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
     """A real one, of 16 MB, which only this process sees."""
     alone = ("unshare", "-m") if os.geteuid() == 0 else ("unshare", "-rm")
     mount = (*alone, "sh", "-c", f'mount -t tmpfs -o size=16m none {tmp_path} && exec "$@"', "sh")
     if subprocess.run([*mount, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this machine lets no process mount a file system of its own; the test below limits files instead")
+        cannot_run("this machine lets no process mount a file system of its own")
     lines = said(python(DISK_FULL, tmp_path, before=mount)).splitlines()
     refused, full, *names, step = lines[0].split()
     assert int(refused) > 3  # seen beforehand
@@ -264,13 +277,14 @@ print(told[0], sorted(path.name for path in directory.iterdir()))
 """
 
 
+@pytest.mark.slow
 def test_files_that_may_not_grow(tmp_path: Path) -> None:
     told = said(python(FILES_LIMITED, tmp_path))
     assert told.startswith("The checkpoint of step 2 could not be written to ")
     assert told.endswith(": File too large. The newest is that of step 1. ['1', '7']\n")
 
 
-# ----------------------------------------------------------------------------------------------------------------- two processes
+# ------------------------------------------------------------------------------------ two processes
 
 TWO = """
 directory, number, port = Path(sys.argv[1]) / "checkpoints", int(sys.argv[2]), sys.argv[3]
@@ -314,7 +328,7 @@ assert checkpoints.newest() == 2
 check(2)
 checkpoints.delete_after(2)
 assert checkpoints.steps() == [2]
-assert len(told) == 1 and "/3 is damaged and passed over: state/ocdbt.process_1/d/" in told.pop(), told
+assert len(told) == 1 and "/3 is damaged and is skipped: state/ocdbt.process_1/d/" in told.pop(), told
 
 # one process cannot write its part, then the other not the whole; nobody waits for anybody
 for which in (0, 1):
@@ -325,13 +339,13 @@ for which in (0, 1):
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert checkpoints.steps() == [2]
 assert len(told) == 1 and "step 4" in told[0] and "File too large" in told.pop(), told
-flush = module.flush
+flush = commit.flush
 def full(path):
     raise OSError(28, "No space left on device")
 if number == 0:
-    module.flush = full
+    commit.flush = full
 assert save(6)
-module.flush = flush
+commit.flush = flush
 assert checkpoints.steps() == [2]
 real = shutil.disk_usage
 if number == 0:
@@ -366,7 +380,9 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[st
         port = free.getsockname()[1]
     processes = [python(TWO, place, number, port, JAX_NUM_CPU_DEVICES="2") for number in (0, 1)]
     done = [process.communicate(timeout=280) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(err for _, err in done)
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(
+        err for _, err in done
+    )
     return place / "checkpoints", [json.loads(out.splitlines()[-1]) for out, _ in done]
 
 
@@ -374,18 +390,32 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[st
 def test_two_processes_agree_on_every_fault(by_two: tuple[Path, list[list[str]]]) -> None:
     directory, (first, second) = by_two
     assert second == ["TypeError: 'NoneType' object is not callable"]
-    assert first == ['RuntimeError: the checkpoint of step 9 failed in process 1: TypeError("\'NoneType\' object is not callable")']
+    assert first == [
+        "RuntimeError: the checkpoint of step 9 failed in process 1: TypeError(\"'NoneType' object is not callable\")"
+    ]
     assert {"2", "3.damaged-1", "8"} <= {path.name for path in directory.iterdir()}
 
 
-def test_what_two_processes_wrote_one_reads_on_another_mesh(by_two: tuple[Path, list[list[str]]], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_what_two_processes_wrote_one_reads_on_another_mesh(
+    by_two: tuple[Path, list[list[str]]], tmp_path: Path
+) -> None:
     directory = shutil.copytree(by_two[0], tmp_path / "checkpoints")
     mesh = build_mesh({"data": 2, "fsdp": 4, "context": 1, "tensor": 1}, jax.devices())
 
     def array(shape: tuple[int, ...], axis: str | None = None, dtype: Any = jnp.float32) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(axis) if axis else PartitionSpec()))
+        return jax.ShapeDtypeStruct(
+            shape,
+            dtype,
+            sharding=NamedSharding(mesh, PartitionSpec(axis) if axis else PartitionSpec()),
+        )
 
-    like = TrainState(array((), dtype=jnp.int32), {"w": array((40_000,), "fsdp")}, {"copies": array((10_000,), "data")}, array((), dtype=jnp.int32))
+    like = TrainState(
+        array((), dtype=jnp.int32),
+        {"w": array((40_000,), "fsdp")},
+        {"copies": array((10_000,), "data")},
+        array((), dtype=jnp.int32),
+    )
     checkpoints = Checkpoints(directory)
     assert checkpoints.newest() == 8
     found, record = checkpoints.restore(8, like)

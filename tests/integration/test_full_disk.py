@@ -1,22 +1,27 @@
-"""Runs on a disk that fills up, a real one of 8 MB that only they see: they go on, or stop with a sentence, and lose no good checkpoint."""
+"""Runs on a disk that fills up, a real one of 8 MB that only they see: they go on, or stop with a
+sentence, and lose no good checkpoint."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from .conftest import Run
-from .nursery import FLAGS, Nursery, nursery  # noqa: F401
+from .conftest import Run, cannot_run
+from .nursery import FLAGS, Nursery
 
 pytestmark = pytest.mark.slow
 
 OFTEN = ["--eval_steps", "6", "--save_steps", "3"]
 NO_DISK = 99
 
-# A disk of one's own, which `before_call` fills up at some time. At the end, what is on it is copied to where others see it.
+# A disk of one's own, which `before_call` fills up at some time. At the end, what is on it is
+# copied to where others see it.
 DISK = """
 import atexit, ctypes, os, shutil, signal
-from consyn_jax.training import checkpoint, loop, metrics, run_directory
+from consyn_jax.training import loop
+from consyn_jax.training.checkpointing import manager as checkpoint
+from consyn_jax.training.logging import metrics
+from consyn_jax.training.run import directory as run_directory, ending
 libc, path = ctypes.CDLL(None), {path!r}
 filler = path + "/filler"
 os.makedirs(path)
@@ -52,11 +57,13 @@ def keep():
     shutil.copytree(path, path + ".kept")
 """
 CONFIG = "run_directory.RunDirectory.write_config = wrapped(run_directory.RunDirectory.write_config, lambda *_: fill())"
-# A line that is longer than what is left of the last block.
+# A line that is longer than what is left of the last block. A checkpoint under way would fail before
+# the line, and leave room for it.
 LOG = """
-write = metrics.MetricsLog.write
+savers, write = [], metrics.MetricsLog.write
+checkpoint.Checkpoints.save = wrapped(checkpoint.Checkpoints.save, lambda self, *_: savers.append(self))
 def long(log, step, tokens, values=None, **more):
-    if step == 7: fill()
+    if step == 7: savers[-1].wait(), fill()
     return write(log, step, tokens, values if step < 7 else {**(values or {}), "long": "x" * 5000}, **more)
 metrics.MetricsLog.write = long
 """
@@ -69,12 +76,12 @@ checkpoint.Checkpoints.save = wrapped(checkpoint.Checkpoints.save, lambda self, 
 # For the checkpoint of step 9, and at the end for the report.
 AT_TIMES = """
 checkpoint.Checkpoints.save = wrapped(checkpoint.Checkpoints.save, lambda self, step, *_: step == 9 and (self.wait(), fill()), lambda *_: free())
-loop.write_loss_plot = wrapped(loop.write_loss_plot, lambda *_: fill())
+ending.write_loss_plot = wrapped(ending.write_loss_plot, lambda *_: fill())
 """
 
 
 @pytest.fixture(scope="module")
-def whole(nursery: Nursery, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:  # noqa: F811
+def whole(nursery: Nursery, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The run with room enough."""
     path = tmp_path_factory.mktemp("whole") / "run"
     child = nursery.start(*FLAGS, *OFTEN, "--data", corpus, "--output", path)
@@ -82,32 +89,66 @@ def whole(nursery: Nursery, corpus: Path, tmp_path_factory: pytest.TempPathFacto
     return Run(path, 0, child.said)
 
 
-def on_full_disk(nursery: Nursery, corpus: Path, path: Path, deed: str) -> Run:  # noqa: F811
-    child = nursery.start(*FLAGS, *OFTEN, "--data", corpus, "--output", path, before=DISK.format(path=str(path), no_disk=NO_DISK) + deed)
+def on_full_disk(nursery: Nursery, corpus: Path, path: Path, deed: str) -> Run:
+    child = nursery.start(
+        *FLAGS,
+        *OFTEN,
+        "--data",
+        corpus,
+        "--output",
+        path,
+        before=DISK.format(path=str(path), no_disk=NO_DISK) + deed,
+    )
     if child.wait() == NO_DISK:
-        pytest.skip("this machine lets no process mount a file system of its own")
+        cannot_run("this machine lets no process mount a file system of its own")
     return Run(path.with_name("run.kept"), child.wait(), child.said)
 
 
 @pytest.mark.parametrize(
     ("deed", "code", "sentence", "checkpoints"),
     [
-        (CONFIG, 2, r"{path}/config\.yaml cannot be written: No space left on device\. Make room, or name another --output\.", []),
+        (
+            CONFIG,
+            2,
+            r"{path}/config\.yaml cannot be written: No space left on device\. Make room, or name another --output\.",
+            [],
+        ),
         (LOG, 2, r"{path}/metrics\.jsonl .*No space left on device.*", [3, 6]),
-        (BEST, 2, r"The model {path}/best could not be written: No space left on device\. With that mended, the same command goes on from .*", [3]),
-        (SIGNAL, 75, r"SIGTERM at step 11: the state could not be saved\. The same command goes on from step 9\.", [3, 6, 9]),
+        (
+            BEST,
+            2,
+            r"The model {path}/best could not be written: No space left on device\. Once that is fixed, the same command continues from .*",
+            [3],
+        ),
+        (
+            SIGNAL,
+            75,
+            r"SIGTERM at step 11: the state could not be saved\. The same command continues from step 9\.",
+            [3, 6, 9],
+        ),
     ],
     ids=["config", "log", "model", "signal"],
 )
 def test_it_stops_with_a_sentence_and_goes_on_once_there_is_room(
-    deed: str, code: int, sentence: str, checkpoints: list[int], whole: Run, nursery: Nursery, corpus: Path, tmp_path: Path  # noqa: F811
+    deed: str,
+    code: int,
+    sentence: str,
+    checkpoints: list[int],
+    whole: Run,
+    nursery: Nursery,
+    corpus: Path,
+    tmp_path: Path,
 ) -> None:
     run = on_full_disk(nursery, corpus, tmp_path / "run", deed)
     assert run.code == code, run.said
     assert "Traceback" not in run.said
     last = run.said.splitlines()[-1]
-    assert re.fullmatch("consyn-train: " + sentence.replace("{path}", re.escape(str(tmp_path / "run"))), last), run.said
-    steps = sorted(int(path.name) for path in (run.path / "checkpoints").glob("*") if path.name.isdigit())
+    assert re.fullmatch(
+        "consyn-train: " + sentence.replace("{path}", re.escape(str(tmp_path / "run"))), last
+    ), run.said
+    steps = sorted(
+        int(path.name) for path in (run.path / "checkpoints").glob("*") if path.name.isdigit()
+    )
     assert steps in (checkpoints, checkpoints[:-1]), "the last one may have been under way"
     again = nursery.start(*FLAGS, *OFTEN, "--data", corpus, "--output", run.path)
     assert again.wait() == 0, again.said
@@ -115,11 +156,24 @@ def test_it_stops_with_a_sentence_and_goes_on_once_there_is_room(
     assert "warning" not in again.said
 
 
-def test_it_goes_on_without_a_checkpoint_and_without_a_report(whole: Run, nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_it_goes_on_without_a_checkpoint_and_without_a_report(
+    whole: Run,
+    nursery: Nursery,
+    corpus: Path,
+    tmp_path: Path,
+) -> None:
     run = on_full_disk(nursery, corpus, tmp_path / "run", AT_TIMES)
     assert run.code == 0, run.said
     assert (run.numbers, run.weights) == (whole.numbers, whole.weights)
     assert [line["step"] for line in run.lines if line.get("event") == "save"] == [3, 6, 12, 15, 16]
-    first, second = re.findall(r"^warning: (.*)$", run.said, re.MULTILINE)
-    assert first.startswith(f"The checkpoint of step 9 could not be written to {tmp_path / 'run' / 'checkpoints'}: it needs ")
-    assert second == "The report could not be written (No space left on device); the model and metrics.jsonl are whole."
+    first, second, third = re.findall(r"^warning: (.*)$", run.said, re.MULTILINE)
+    assert first.startswith(
+        f"The checkpoint of step 9 could not be written to {tmp_path / 'run' / 'checkpoints'}: it needs "
+    )
+    assert (
+        second
+        == "loss.png could not be written (No space left on device); the model and metrics.jsonl are whole."
+    )
+    assert third.startswith(
+        "report.html could not be written (No space left on device); the run goes on"
+    )

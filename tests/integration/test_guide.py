@@ -1,4 +1,5 @@
-"""The training guide: its command lines and its example script, run as written on a model that a CPU trains in seconds."""
+"""The training guide: its command lines and its example script, run as written on a model that a
+CPU trains in seconds."""
 
 import os
 import re
@@ -62,8 +63,25 @@ trainer = ConsynTrainer(
 trainer.train()
 """
 
-LINES = [shlex.split(line)[1:] for line in COMMANDS.replace("\\\n", " ").splitlines() if line.startswith("consyn-train")]
-SMALL = ["--model", "haiku", "--tokenizer", "bytes", "--hidden_dim", "32", "--num_heads", "1", "--num_layers", "1", "--max_steps", "1"]
+LINES = [
+    shlex.split(line)[1:]
+    for line in COMMANDS.replace("\\\n", " ").splitlines()
+    if line.startswith("consyn-train")
+]
+SMALL = [
+    "--model",
+    "haiku",
+    "--tokenizer",
+    "bytes",
+    "--hidden_dim",
+    "32",
+    "--num_heads",
+    "1",
+    "--num_layers",
+    "1",
+    "--max_steps",
+    "1",
+]
 
 
 def test_all_its_commands_are_here() -> None:
@@ -77,13 +95,20 @@ def test_a_command_is_understood(argv: list[str], capsys: pytest.CaptureFixture[
     settings = yaml.safe_load(printed)
     for flag, value in zip(argv[::2], argv[1::2], strict=True):
         assert re.search(rf"^{flag[2:]}: .* # flag$", printed, re.MULTILINE)
-        assert settings[flag[2:]] in (value, [value], yaml.safe_load(value), float(value) if flag == "--lr" else None)
+        assert settings[flag[2:]] in (
+            value,
+            [value],
+            yaml.safe_load(value),
+            float(value) if flag == "--lr" else None,
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("argv", LINES, ids=" ".join)
-def test_a_command_runs(argv: list[str], here: Callable[..., Run], corpus: Path, tmp_path: Path) -> None:
+def test_a_command_runs(
+    argv: list[str], here: Callable[..., Run], corpus: Path, tmp_path: Path
+) -> None:
     data = {"/path/to/dataset": str(corpus)}
     argv = [data.get(word, word) for word in argv]
     small = [*SMALL, *([] if "--max_tokens" in argv else ["--max_tokens", "32"])]
@@ -100,27 +125,43 @@ def test_a_command_runs(argv: list[str], here: Callable[..., Run], corpus: Path,
 def run_script(text: str, folder: Path, corpus: Path) -> Run:
     """The script in `folder`, on little data and for two steps of one sequence."""
     changed = text.replace("learning_rate=5e-5", "learning_rate=5e-5, max_steps=2, batch_size=1")
-    (folder / "script.py").write_text(changed.replace("'verse'", "'haiku'").replace('"verse"', '"haiku"'))
+    (folder / "script.py").write_text(
+        changed.replace("'verse'", "'haiku'").replace('"verse"', '"haiku"')
+    )
     command = [sys.executable, "script.py", str(corpus)]
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env, timeout=240, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=env, timeout=240, check=False
+    )
     return Run(folder / "output", done.returncode, done.stderr)
 
 
 @pytest.mark.slow
 def test_its_script_runs(corpus: Path, tmp_path: Path, home: Path) -> None:
-    run = run_script(SCRIPT.replace("from consyn.", "from consyn_jax.").replace("/path/to/data", str(corpus)), tmp_path, corpus)
+    run = run_script(
+        SCRIPT.replace("from consyn.", "from consyn_jax.").replace("/path/to/data", str(corpus)),
+        tmp_path,
+        corpus,
+    )
     assert run.code == 0, run.said
     assert next(line["train/learning_rate"] for line in run.numbers if "train/loss" in line) <= 5e-5
     assert run.lines[-1]["event"] == "finish"
-    assert {"config.yaml", "final", "checkpoints", "tokenizer", "report.html", "loss.png"} <= {entry.name for entry in run.path.iterdir()}
+    assert {"config.yaml", "final", "checkpoints", "tokenizer", "report.html", "loss.png"} <= {
+        entry.name for entry in run.path.iterdir()
+    }
 
 
 def test_the_script_in_the_repository_is_the_guides() -> None:
     text = (Path(__file__).parents[2] / "scripts" / "train_example.py").read_text()
 
     def statements(script: str) -> set[str]:
-        plain = script.replace("'", '"').replace("from consyn.", "from consyn_jax.").replace(",\n", "\n")
-        return {line.strip() for line in plain.splitlines() if line.strip() and "data_path" not in line}
+        plain = (
+            script.replace("'", '"')
+            .replace("from consyn.", "from consyn_jax.")
+            .replace(",\n", "\n")
+        )
+        return {
+            line.strip() for line in plain.splitlines() if line.strip() and "data_path" not in line
+        }
 
     assert statements(SCRIPT) <= statements(text)

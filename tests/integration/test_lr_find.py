@@ -9,7 +9,7 @@ import pytest
 
 from consyn_jax.cli.train import main
 from consyn_jax.training import trainer
-from consyn_jax.training.lr_find import rising_rates
+from consyn_jax.training.diagnostics.lr_find import rising_rates
 
 from .conftest import TINY, Run
 
@@ -31,7 +31,9 @@ def found_in(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_it_suggests_a_rate_and_begins_no_run(here: Start, flags: list[Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_it_suggests_a_rate_and_begins_no_run(
+    here: Start, flags: list[Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert main([*map(str, flags), "--lr_find", "--output", str(tmp_path / "run")]) == 0
     said = capfd.readouterr()
     found = found_in(tmp_path / "run")
@@ -40,14 +42,22 @@ def test_it_suggests_a_rate_and_begins_no_run(here: Start, flags: list[Any], tmp
     assert found["rates"][0] == pytest.approx(1e-7)
     assert found["losses"][0] == pytest.approx(5.56, abs=0.1)
     assert min(found["smoothed"]) < found["losses"][0] - 2
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["lr_find.json", "lr_find.png"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "lr_find.json",
+        "lr_find.png",
+    ]
     assert here(tmp_path / "run", *flags, "--lr", found["rate"], "--dry_run").code == 0
 
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_it_is_the_same_again_and_whatever_the_runs_own_rate(here: Start, flags: list[Any], tmp_path: Path) -> None:
-    for name, own in (("a", ("--lr", 1e-4)), ("b", ("--lr", 1.0, "--scheduler", "linear", "--warmup_steps", 5, "--max_steps", 9))):
+def test_the_result_repeats_and_does_not_depend_on_the_runs_own_rate(
+    here: Start, flags: list[Any], tmp_path: Path
+) -> None:
+    for name, own in (
+        ("a", ("--lr", 1e-4)),
+        ("b", ("--lr", 1.0, "--scheduler", "linear", "--warmup_steps", 5, "--max_steps", 9)),
+    ):
         assert here(tmp_path / name, *flags, "--optimizer", "sgd", *own, "--lr_find").code == 0
     found = found_in(tmp_path / "a")
     assert found == found_in(tmp_path / "b")
@@ -57,14 +67,16 @@ def test_it_is_the_same_again_and_whatever_the_runs_own_rate(here: Start, flags:
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_rates_that_do_nothing_suggest_nothing(here: Start, flags: list[Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_rates_without_effect_suggest_nothing(
+    here: Start, flags: list[Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     still = ["--lr_multipliers", "embedding=0,attention=0,mlp=0,norms=0"]
     assert main([*map(str, flags), *still, "--lr_find", "--output", str(tmp_path)]) == 0
     assert "No rate up to 1 made the loss fall by more than its noise." in capfd.readouterr().out
     assert found_in(tmp_path)["rate"] is None
 
 
-def test_what_does_not_go_with_it(here: Start, flags: list[Any], tmp_path: Path) -> None:
+def test_incompatible_flags_are_refused(here: Start, flags: list[Any], tmp_path: Path) -> None:
     for other in ("--dry_run", "--print_config"):
         assert here(tmp_path, *flags, "--lr_find", other).code == 2
     (tmp_path / "file").touch()

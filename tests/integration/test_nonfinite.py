@@ -1,4 +1,5 @@
-"""Values that stop being finite in a run: in data, weights, gradients, on one device. The policy is followed, and the bundle brings the step back."""
+"""Values that stop being finite in a run: in data, weights, gradients, on one device. The policy is
+followed, and the bundle brings the step back."""
 
 import json
 import math
@@ -19,11 +20,34 @@ from consyn_jax.training.step import TrainState
 
 from . import nursery as processes
 from .conftest import MODEL, Run
-from .nursery import Nursery, nursery, of_process  # noqa: F401
+from .nursery import Nursery, of_process
 
 # One recipe for all, as each program is compiled once a session.
-FLAGS = [*MODEL, "--num_layers", "2", "--tie_embeddings", "false", "--max_steps", "26", "--max_tokens", "32", "--batch_size", "8", "--lr", "1e-3"]
-FLAGS += ["--validation_fraction", "0", "--logging_steps", "1", "--save_steps", "2", "--logging_backend", "none"]
+FLAGS = [
+    *MODEL,
+    "--num_layers",
+    "2",
+    "--tie_embeddings",
+    "false",
+    "--max_steps",
+    "26",
+    "--max_tokens",
+    "32",
+    "--batch_size",
+    "8",
+    "--lr",
+    "1e-3",
+]
+FLAGS += [
+    "--validation_fraction",
+    "0",
+    "--logging_steps",
+    "1",
+    "--save_steps",
+    "2",
+    "--logging_backend",
+    "none",
+]
 SKIP = ["--on_nonfinite", "skip", "--max_nonfinite_steps", "3"]
 RARE = ord("~")  # a byte is a token
 
@@ -34,7 +58,15 @@ Poison = Callable[[TrainState], TrainState]
 def rare(home: Path) -> Path:
     """The documents of `corpus`; one of them has a byte that no other has."""
     file = home / "rare.jsonl"
-    file.write_text("".join(json.dumps({"text": f"Document {i} says {'~' if i == 33 else 'so ' * (i % 6 + 1)}and ends."}) + "\n" for i in range(70)))
+    file.write_text(
+        "".join(
+            json.dumps(
+                {"text": f"Document {i} says {'~' if i == 33 else 'so ' * (i % 6 + 1)}and ends."}
+            )
+            + "\n"
+            for i in range(70)
+        )
+    )
     return file
 
 
@@ -44,9 +76,16 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Poison], None]:
     loop = Training._loop
 
     def arm(step: int, change: Poison) -> None:
-        def poisoned(self: Training, state: TrainState, train_step: Any, *others: Any) -> TrainState:
+        def poisoned(
+            self: Training, state: TrainState, train_step: Any, *others: Any
+        ) -> TrainState:
             def with_poison(state: TrainState, batch: Any) -> Any:
-                return train_step(change(state) if int(state.step) == step - 1 and int(state.nonfinite) == 0 else state, batch)
+                return train_step(
+                    change(state)
+                    if int(state.step) == step - 1 and int(state.nonfinite) == 0
+                    else state,
+                    batch,
+                )
 
             return loop(self, state, with_poison, *others)
 
@@ -76,7 +115,7 @@ def bundle_of(run: Run, step: int | None = None) -> tuple[Path, dict[str, Any]]:
     path = run.path / event["bundle"]
     assert run.code == 3, run.said
     assert f"consyn-train: Step {event['step']}: loss " in run.said
-    assert run.said.endswith(f"To see the step again: consyn-train --replay {path}\n")
+    assert run.said.endswith(f"To repeat the step: consyn-train --replay {path}\n")
     record = json.loads((path / "replay.json").read_text())
     assert record["step"] == event["step"]
     return path, record
@@ -94,7 +133,11 @@ def replayed(capfd: pytest.CaptureFixture[str]) -> Callable[[Path], str]:
 
 @pytest.mark.slow
 def test_data_that_no_finite_loss_comes_from(
-    here: Callable[..., Run], replayed: Callable[..., str], poison: Callable[[int, Poison], None], rare: Path, tmp_path: Path
+    here: Callable[..., Run],
+    replayed: Callable[..., str],
+    poison: Callable[[int, Poison], None],
+    rare: Path,
+    tmp_path: Path,
 ) -> None:
     """A token whose embedding is broken, and which one document has."""
     poison(1, with_weight("embedding", RARE, np.nan))
@@ -103,29 +146,49 @@ def test_data_that_no_finite_loss_comes_from(
     path, record = bundle_of(halted)
     assert 1 < record["step"] < 26
     assert record["began"] == "embedding"
-    ids, samples = np.load(path / "batch.npz", allow_pickle=False)["input_ids"], np.array(record["samples"])
-    (named,) = re.findall(r"sequences?, (\d+) ha(?:s|ve) it: (.*)\. To see", halted.said)
-    assert named == (str(sum((ids == RARE).any(-1).ravel())), ", ".join(samples[(ids == RARE).any(-1)]))
+    ids, samples = (
+        np.load(path / "batch.npz", allow_pickle=False)["input_ids"],
+        np.array(record["samples"]),
+    )
+    (named,) = re.findall(r"Affected sequences: (\d+) of 8 \((.*)\)\. To repeat", halted.said)
+    assert named == (
+        str(sum((ids == RARE).any(-1).ravel())),
+        ", ".join(samples[(ids == RARE).any(-1)]),
+    )
 
     table = replayed(path)
     assert re.search(r"^loss +nan; in the run nan$", table, re.MULTILINE)
     assert re.search(r"^embedding +\S+ +\S+ +\d+$", table, re.MULTILINE)
-    assert "It began in the forward pass: embedding has " in table
+    assert "The first non-finite activations are in embedding: " in table
 
     again = here(tmp_path / "run", *flags)  # from the last checkpoint, into the same step
-    assert (again.code, again.lines[-1]["step"], again.events.count("nonfinite")) == (3, record["step"], 1)
+    assert (again.code, again.lines[-1]["step"], again.events.count("nonfinite")) == (
+        3,
+        record["step"],
+        1,
+    )
     skipping = here(tmp_path / "run", *flags, *SKIP)
     assert skipping.code == 0, skipping.said
     whole = here(tmp_path / "whole", *flags, *SKIP)
     assert (skipping.numbers, skipping.weights) == (whole.numbers, whole.weights)
     left_out = [line for line in whole.lines if line.get("event") == "nonfinite"]
-    assert [line for line in skipping.lines if line.get("event") == "nonfinite"][-1]["step"] == left_out[-1]["step"]
+    assert [line for line in skipping.lines if line.get("event") == "nonfinite"][-1][
+        "step"
+    ] == left_out[-1]["step"]
     assert {line["action"] for line in left_out} == {"skip"}
     assert left_out[0]["step"] == record["step"]
-    assert f"Step {record['step']}: loss nan, gradient norm nan; its update is left out (1 in a row, and 3 end the run)." in whole.said
+    assert (
+        f"Step {record['step']}: loss nan, gradient norm nan; its update is skipped (1 in a row, and 3 end the run)."
+        in whole.said
+    )
     lines = {line["step"]: line for line in whole.lines if "train/learning_rate" in line}
-    assert {step for step, line in lines.items() if "train/loss" not in line} == {line["step"] for line in left_out}
-    assert lines[record["step"]]["train/learning_rate"] == lines[record["step"] + 1]["train/learning_rate"]  # the schedule has waited
+    assert {step for step, line in lines.items() if "train/loss" not in line} == {
+        line["step"] for line in left_out
+    }
+    assert (
+        lines[record["step"]]["train/learning_rate"]
+        == lines[record["step"] + 1]["train/learning_rate"]
+    )  # the schedule has waited
 
 
 @pytest.fixture
@@ -148,15 +211,26 @@ def fragile(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.usefixtures("fragile")
 def test_gradients_of_one_layer(
-    here: Callable[..., Run], replayed: Callable[..., str], poison: Callable[[int, Poison], None], corpus: Path, tmp_path: Path
+    here: Callable[..., Run],
+    replayed: Callable[..., str],
+    poison: Callable[[int, Poison], None],
+    corpus: Path,
+    tmp_path: Path,
 ) -> None:
     poison(4, with_weight("gate", (0, 0, 0), 1e9))
-    path, record = bundle_of(here(tmp_path / "run", *FLAGS, "--data", corpus, "--mesh", "data=8"), 4)
+    path, record = bundle_of(
+        here(tmp_path / "run", *FLAGS, "--data", corpus, "--mesh", "data=8"), 4
+    )
     assert record["began"] == "layer 0 gate"
     assert math.isfinite(record["metrics"]["loss"])
     table = replayed(path)
-    assert f"loss       {record['metrics']['loss']!r}; in the run {record['metrics']['loss']!r}\n" in table  # to the last bit
-    assert "The forward pass is finite; it began in the backward pass: the gradient of layer 0 gate has " in table
+    assert (
+        f"loss       {record['metrics']['loss']!r}; in the run {record['metrics']['loss']!r}\n"
+        in table
+    )  # to the last bit
+    assert (
+        "In the backward pass, the first non-finite gradients are those of layer 0 gate: " in table
+    )
 
 
 def on_one_device(number: int) -> Poison:
@@ -165,8 +239,14 @@ def on_one_device(number: int) -> Poison:
     def change(state: TrainState) -> TrainState:
         params: Any = jax.tree.map(lambda leaf: leaf, state.params)
         leaf = params["layers"]["up"]
-        parts = [shard.data * (jnp.nan if shard.device.id == number else 1.0) for shard in leaf.addressable_shards]
-        params["layers"] = {**params["layers"], "up": jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)}
+        parts = [
+            shard.data * (jnp.nan if shard.device.id == number else 1.0)
+            for shard in leaf.addressable_shards
+        ]
+        params["layers"] = {
+            **params["layers"],
+            "up": jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts),
+        }
         return state._replace(params=params)
 
     return change
@@ -175,15 +255,21 @@ def on_one_device(number: int) -> Poison:
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_weights_of_one_device(
-    here: Callable[..., Run], replayed: Callable[..., str], poison: Callable[[int, Poison], None], corpus: Path, tmp_path: Path
+    here: Callable[..., Run],
+    replayed: Callable[..., str],
+    poison: Callable[[int, Poison], None],
+    corpus: Path,
+    tmp_path: Path,
 ) -> None:
     """A part of the weights that nobody else has, and no step is ever finite again."""
     poison(3, on_one_device(5))
     run = here(tmp_path / "run", *FLAGS, "--data", corpus, *SKIP)
     path, record = bundle_of(run, 5)
-    assert [(line["step"], line["action"]) for line in run.lines if line.get("event") == "nonfinite"] == [(3, "skip"), (4, "skip"), (5, "halt")]
+    assert [
+        (line["step"], line["action"]) for line in run.lines if line.get("event") == "nonfinite"
+    ] == [(3, "skip"), (4, "skip"), (5, "halt")]
     assert record["began"] == "layer 0 MLP"
-    sentence = "Of 8 devices, such weights are on cpu:5 of process 0."
+    sentence = "Such weights are on 1 of 8 devices: cpu:5 of process 0."
     assert sentence in run.said
     assert sentence in replayed(path)
 
@@ -192,30 +278,38 @@ def test_weights_of_one_device(
 @pytest.mark.exhaustive
 @pytest.mark.usefixtures("fragile")
 def test_one_copy_of_the_weights(
-    here: Callable[..., Run], replayed: Callable[..., str], poison: Callable[[int, Poison], None], corpus: Path, tmp_path: Path
+    here: Callable[..., Run],
+    replayed: Callable[..., str],
+    poison: Callable[[int, Poison], None],
+    corpus: Path,
+    tmp_path: Path,
 ) -> None:
-    """Every device has all weights, and one has them wrong. It is its sequence that fails; a checkpoint is written by all devices, so it has its share."""
+    """Every device has all weights, and one has them wrong. It is its sequence that fails; a
+    checkpoint is written by all devices, so it has its share."""
     poison(3, on_one_device(5))
     run = here(tmp_path / "run", *FLAGS, "--data", corpus, "--mesh", "data=8")
     path, record = bundle_of(run, 3)
-    assert "Of 8 devices, such weights are on cpu:5 of process 0. Of 8 sequences, 1 has it: sample " in run.said
+    assert (
+        "Such weights are on 1 of 8 devices: cpu:5 of process 0. "
+        "Affected sequences: 1 of 8 (sample " in run.said
+    )
     assert record["began"] == "layer 0 MLP"
     table = replayed(path)
     assert re.search(r"^loss +nan; in the run nan$", table, re.MULTILINE)
-    assert "It began in the forward pass: layer 0 MLP has" in table
+    assert "The first non-finite activations are in layer 0 MLP: " in table
 
 
 # A token whose embedding is broken, in all processes alike.
 BROKEN = f"""
 import jax
 from consyn_jax.training.trainer import ConsynTrainer
-made = ConsynTrainer._parameters
+made = ConsynTrainer.parameters
 def with_a_broken_row(self, mesh):
     params = made(self, mesh)
     table = params["embedding"]
     params["embedding"] = jax.jit(lambda x: x.at[{RARE}].set(float("nan")), out_shardings=table.sharding)(table)
     return params
-ConsynTrainer._parameters = with_a_broken_row
+ConsynTrainer.parameters = with_a_broken_row
 """
 # One process reads it, in the second of its sequences of step 10.
 READ = f"""
@@ -230,7 +324,7 @@ loader.BatchLoader.batch = batch
 # For process 0, ten seconds go by between two steps.
 HURRIED = """
 import itertools
-from consyn_jax.training import signals
+from consyn_jax.training.runtime import signals
 ticks = itertools.count(0, 10)
 signals.monotonic = lambda: next(ticks)
 """
@@ -238,12 +332,30 @@ signals.monotonic = lambda: next(ticks)
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_data_of_one_of_two_processes(nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
-    """They end together, and leave one bundle. The checkpoint of step 7 is made by the clock of process 0, by both."""
+def test_data_of_one_of_two_processes(nursery: Nursery, corpus: Path, tmp_path: Path) -> None:
+    """They end together, and leave one bundle. The checkpoint of step 7 is made by the clock of
+    process 0, by both."""
     path = tmp_path / "run"
-    flags = [*processes.FLAGS, "--tie_embeddings", "false", "--validation_fraction", "0", "--save_steps", "16", "--save_minutes", "1"]
-    children = nursery.together(*flags, "--data", corpus, "--output", path, before=BROKEN + of_process(0, HURRIED) + of_process(1, READ))
-    assert [child.wait(60) for child in children] == [3, 3], [child.said for child in children]
+    flags = [
+        *processes.FLAGS,
+        "--tie_embeddings",
+        "false",
+        "--validation_fraction",
+        "0",
+        "--save_steps",
+        "16",
+        "--save_minutes",
+        "1",
+    ]
+    children = nursery.together(
+        *flags,
+        "--data",
+        corpus,
+        "--output",
+        path,
+        before=BROKEN + of_process(0, HURRIED) + of_process(1, READ),
+    )
+    assert [child.wait(240) for child in children] == [3, 3], [child.said for child in children]
     sentence = re.search(r"^consyn-train: Step 10: loss nan, .*$", children[0].said, re.MULTILINE)
     assert sentence is not None
     assert sentence[0] in children[1].said
@@ -254,9 +366,12 @@ def test_data_of_one_of_two_processes(nursery: Nursery, corpus: Path, tmp_path: 
     assert sorted(entry.name for entry in (path / "checkpoints").iterdir()) == ["7"]
     ids = np.load(bundle / "batch.npz", allow_pickle=False)["input_ids"]
     assert np.argwhere(ids == RARE).tolist() == [[0, 5, 7]]
-    named = "It began in the forward pass: embedding has 32 values that are not finite. The weight embedding came to this step with 32 values"
+    named = (
+        "The first non-finite activations are in embedding: 32 non-finite values. "
+        "Before this step, the weight embedding already had 32 non-finite values"
+    )
     assert named in run.said
-    one_of_them = f"Of 8 sequences, 1 has it: {record['samples'][0][5]}."
+    one_of_them = f"Affected sequences: 1 of 8 ({record['samples'][0][5]})."
     assert one_of_them in run.said
 
     replayed = nursery.start("--replay", bundle)  # one process, without what was done to the two
@@ -267,21 +382,26 @@ def test_data_of_one_of_two_processes(nursery: Nursery, corpus: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_disk_without_room_hides_no_divergence(here: Callable[..., Run], poison: Callable[[int, Poison], None], corpus: Path, tmp_path: Path) -> None:
+def test_a_disk_without_room_hides_no_divergence(
+    here: Callable[..., Run], poison: Callable[[int, Poison], None], corpus: Path, tmp_path: Path
+) -> None:
     poison(1, with_weight("q", (1, 0, 0, 0), np.inf))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "nonfinite").write_text("in the way")
     run = here(tmp_path / "run", *FLAGS, "--data", corpus)
     assert run.code == 3
-    assert f"warning: The replay bundle {run.path / 'nonfinite' / '1'} could not be written: Not a directory." in run.said
+    assert (
+        f"warning: The replay bundle {run.path / 'nonfinite' / '1'} could not be written: Not a directory."
+        in run.said
+    )
     assert "training has diverged. Lower --lr" in run.said
-    assert "It began in the forward pass: layer 1 attention has " in run.said
+    assert "The first non-finite activations are in layer 1 attention: " in run.said
     assert "--replay" not in run.said
 
 
 def test_replay_of_what_is_none(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--replay", str(tmp_path / "nowhere")]) == 2
-    assert "is no replay bundle" in capfd.readouterr().err
+    assert "is not a replay bundle" in capfd.readouterr().err
 
 
 @pytest.mark.slow
@@ -289,7 +409,12 @@ def test_replay_of_what_is_none(tmp_path: Path, capfd: pytest.CaptureFixture[str
 def test_a_loss_that_stands_out_is_an_event(
     here: Callable[..., Run], poison: Callable[[int, Poison], None], corpus: Path, tmp_path: Path
 ) -> None:
-    poison(24, lambda state: state._replace(params={**state.params, "output": state.params["output"] * -5}))
+    poison(
+        24,
+        lambda state: state._replace(
+            params={**state.params, "output": state.params["output"] * -5}
+        ),
+    )
     flags = [*FLAGS, "--data", corpus, "--keep_last", "20"]
     run = here(tmp_path / "run", *flags)
     assert run.code == 0, run.said
@@ -297,4 +422,6 @@ def test_a_loss_that_stands_out_is_an_event(
     assert spike["step"] == 24
     assert spike["loss"] > 1.1 * spike["usual"]
     again = here(tmp_path / "run", *flags, "--resume", "12")
-    assert next(line for line in again.lines if line.get("event") == "loss_spike") | {"time_s": 0} == spike | {"time_s": 0}
+    assert next(line for line in again.lines if line.get("event") == "loss_spike") | {
+        "time_s": 0
+    } == spike | {"time_s": 0}

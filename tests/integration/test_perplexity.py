@@ -1,15 +1,13 @@
-"""The perplexity of a real checkpoint on real text is transformers', through the tokenizer, the packing and the evaluation of a run."""
+"""The perplexity of a real checkpoint on real text is transformers', through the tokenizer, the
+packing and the evaluation of a run."""
 
 import math
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import BPE
-from tokenizers.normalizers import Prepend
+from stories_model import stories_tokenizer
 from transformers import LlamaForCausalLM
 
 from consyn_jax.model import ConsynLMHeadModel
@@ -17,7 +15,10 @@ from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training import ConsynTrainer
 from consyn_jax.training.dataset import get_dataset
 
-WINDOW, CHARACTERS = 512, 30_000  # the checkpoint's context; a part of the text, so that it takes seconds
+WINDOW, CHARACTERS = (
+    512,
+    30_000,
+)  # the checkpoint's context; a part of the text, so that it takes seconds
 
 
 @pytest.fixture(scope="module")
@@ -27,26 +28,12 @@ def stories(shared_data: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(stories: Path) -> BPETokenizer:
-    """The checkpoint's own, from the file of llama2.c: (score, length, piece) of each id, merged by score, bytes for other characters."""
-    data = (stories / "tok512.bin").read_bytes()
-    pieces: list[tuple[str, float]] = []
-    at = 4
-    while at < len(data):
-        score, length = struct.unpack_from("<fi", data, at)
-        at += 8 + length
-        pieces.append((data[at - length : at].decode(), score))
-    special = ["<unk>", "<s>", "</s>"]
-    ids = {name: i for i, name in enumerate([*special, *(piece for piece, _ in pieces[3:])])}
-    scores = dict(pieces[259:])  # behind the bytes
-    by_score = sorted(scores, key=lambda piece: -scores[piece])
-    merges = [(piece[:i], piece[i:]) for piece in by_score for i in range(1, len(piece)) if piece[:i] in ids and piece[i:] in ids]
-    made = Tokenizer(BPE(vocab=ids, merges=merges, unk_token="<unk>", byte_fallback=True))
-    made.normalizer = Prepend(" ")
-    made.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
-    return BPETokenizer(made.to_str())
+    return stories_tokenizer(stories / "tok512.bin")
 
 
-def test_the_tokenizer_is_the_checkpoints(stories: Path, tokenizer: BPETokenizer, shared_data: Path) -> None:
+def test_the_tokenizer_is_the_checkpoints(
+    stories: Path, tokenizer: BPETokenizer, shared_data: Path
+) -> None:
     text = (shared_data / "tinystories" / "tiny_stories.txt").read_text()
     expected = np.load(stories / "golden.npz")["input_ids"][0]
     assert tokenizer.encode(text[:1000], add_bos=True)[: len(expected)] == expected.tolist()
@@ -54,7 +41,9 @@ def test_the_tokenizer_is_the_checkpoints(stories: Path, tokenizer: BPETokenizer
 
 @pytest.mark.users_compiler
 @pytest.mark.slow
-def test_perplexity_is_transformers(stories: Path, tokenizer: BPETokenizer, shared_data: Path, tmp_path: Path) -> None:
+def test_perplexity_is_transformers(
+    stories: Path, tokenizer: BPETokenizer, shared_data: Path, tmp_path: Path
+) -> None:
     text = (shared_data / "tinystories" / "tiny_stories.txt").read_text()[:CHARACTERS]
     (tmp_path / "text.txt").write_text(text)
     dataset = get_dataset(tmp_path / "text.txt", tokenizer, WINDOW, validation_fraction=0.0)
@@ -71,4 +60,6 @@ def test_perplexity_is_transformers(stories: Path, tokenizer: BPETokenizer, shar
         nll += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
     assert found["eval/tokens"] == len(ids)
     assert found["eval/perplexity"] == pytest.approx(math.exp(nll / len(ids)), rel=1e-5)
-    assert found["eval/bits_per_byte"] == pytest.approx(nll / math.log(2) / len(text.encode()), rel=1e-5)
+    assert found["eval/bits_per_byte"] == pytest.approx(
+        nll / math.log(2) / len(text.encode()), rel=1e-5
+    )

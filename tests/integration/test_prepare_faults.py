@@ -1,4 +1,5 @@
-"""Preparation that is killed, interrupted, out of room or without its workers: the store is that of an undisturbed one, or there is none."""
+"""A preparation that is killed, interrupted or out of disk makes the store of an undisturbed one,
+or none."""
 
 import errno
 import gzip
@@ -18,41 +19,69 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from consyn_jax.config import CorpusOptions, UserError
-from consyn_jax.data import preparation
-from consyn_jax.data import prepare as prepare_module
-from consyn_jax.data.prepare import prepare
+from consyn_jax import files as package_files
+from consyn_jax.data.preparation import build, destination
+from consyn_jax.data.preparation.cached_store import prepare
+from consyn_jax.errors import UserError
+from consyn_jax.prepare_config import CorpusOptions
 
-# Everything small, so that there is much to come between: blocks, shards that close, entries of the journal.
+# Small blocks and shards and many journals, so that there are many moments to interrupt.
 SMALL = """
 import functools, json, os, random, signal, sys, time
 from pathlib import Path
-from consyn_jax.config import CorpusOptions, UserError
-from consyn_jax.data import preparation as module, reading, shards
-from consyn_jax.data.prepare import prepare
+from consyn_jax.prepare_config import CorpusOptions
+from consyn_jax.errors import UserError
+from consyn_jax.data.preparation import build
+from consyn_jax.data.sources import json_reader, text_reader
+from consyn_jax.data.preparation.cached_store import prepare
 from consyn_jax.tokenization import BPETokenizer
-BPETokenizer.encode_batch = lambda self, texts: [list(text.encode()) for text in texts]  # those of "bytes", which workers ask the tokenizer for
-reading.BLOCK_BYTES = 60_000
-module.JOURNAL_SECONDS = 0.01
-module.TokenStoreWriter = functools.partial(module.TokenStoreWriter, shard_tokens=150_000)
+# The ids of the tokenizer "bytes", quickly.
+BPETokenizer.encode_batch = lambda self, texts, after=None: [list(text.encode()) for text in texts]
+text_reader.BLOCK_BYTES = json_reader.BLOCK_BYTES = 60_000
+build.JOURNAL_SECONDS = 0.01
+build.TokenStoreWriter = functools.partial(build.TokenStoreWriter, shard_tokens=150_000)
 def options(corpus, **more):
-    rules = dict(tokenizer="bytes", near_duplicates=0.8, on_bad_rows="skip", invalid_utf8="replace", validation_fraction=0.1)
+    rules = dict(tokenizer="bytes", near_duplicates=0.8, validation_fraction=0.1)
+    rules |= dict(on_bad_rows="skip", invalid_utf8="replace")
     return CorpusOptions(data=(corpus,), **{**rules, **more})
+def prepared(corpus, output, separator, workers, **more):
+    rules = options(corpus, document_separator=separator or None, num_workers=int(workers))
+    return prepare(rules, output=Path(output), test_fraction=0.05, **more)
 """
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with sources of every kind."""
+    """A directory with files of every dataset type."""
     place, rng = tmp_path_factory.mktemp("corpus"), random.Random(1)
-    words = ["tokens", "lie", "in", "shards", "é", "日本", "and", "every", "document", "ends", "e\u0301", "with", "EOS", "\x07"]
+    words = [
+        "tokens",
+        "lie",
+        "in",
+        "shards",
+        "é",
+        "日本",
+        "and",
+        "every",
+        "document",
+        "ends",
+        "e\u0301",
+        "with",
+        "EOS",
+        "\x07",
+    ]
 
     def text(n: int) -> str:
-        return " ".join(rng.choice(words) + (str(rng.randrange(100)) if rng.random() < 0.2 else "") for _ in range(n))
+        return " ".join(
+            rng.choice(words) + (str(rng.randrange(100)) if rng.random() < 0.2 else "")
+            for _ in range(n)
+        )
 
     (place / "a.txt").write_text(text(2000))
     (place / "b.md").write_bytes(b"broken \xff bytes " + text(50).encode())
-    (place / "c.txt.gz").write_bytes(gzip.compress("\n\n\n".join(text(200) for _ in range(150)).encode(), mtime=0))
+    (place / "c.txt.gz").write_bytes(
+        gzip.compress("\n\n\n".join(text(200) for _ in range(150)).encode(), mtime=0)
+    )
     long = "\n".join(text(12) for _ in range(24_000))
     (place / "d.txt").write_text(long)
     (place / "e.txt").write_text(long)  # a duplicate in parts
@@ -63,22 +92,45 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines[at] = '{"text": 5}'
     (place / "f.jsonl").write_text("\n".join(lines))
     (place / "g.json").write_text(json.dumps([{"text": text(40)} for _ in range(600)], indent=1))
-    chats = [[{"role": "user", "content": text(9)}, {"role": "assistant", "content": text(30)}] for _ in range(800)]
-    (place / "h.jsonl.zst").write_bytes(pyarrow.compress("".join(json.dumps({"messages": chat}) + "\n" for chat in chats).encode(), "zstd", asbytes=True))
+    chats = [
+        [{"role": "user", "content": text(9)}, {"role": "assistant", "content": text(30)}]
+        for _ in range(800)
+    ]
+    (place / "h.jsonl.zst").write_bytes(
+        pyarrow.compress(
+            "".join(json.dumps({"messages": chat}) + "\n" for chat in chats).encode(),
+            "zstd",
+            asbytes=True,
+        )
+    )
     pairs = [{"prompt": text(9), "completion": text(9)} for _ in range(500)]
     (place / "i.ndjson").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    pyarrow.parquet.write_table(pyarrow.table({"text": [text(30) for _ in range(800)]}), place / "j.parquet", row_group_size=150)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": [text(30) for _ in range(800)]}),
+        place / "j.parquet",
+        row_group_size=150,
+    )
     (place / "k.png").write_bytes(b"\x89PNG\0")
     return place
 
 
 def options(corpus: Path, **more: Any) -> CorpusOptions:
-    rules: dict[str, Any] = {"tokenizer": "bytes", "near_duplicates": 0.8, "on_bad_rows": "skip", "invalid_utf8": "replace", "validation_fraction": 0.1}
+    rules: dict[str, Any] = {
+        "tokenizer": "bytes",
+        "near_duplicates": 0.8,
+        "on_bad_rows": "skip",
+        "invalid_utf8": "replace",
+        "validation_fraction": 0.1,
+    }
     return CorpusOptions(data=(str(corpus),), **{**rules, **more})
 
 
 def files(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
 
 
 def assert_same(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
@@ -88,7 +140,9 @@ def assert_same(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
 
 def python(code: str, *arguments: object, **more: Any) -> "subprocess.Popen[str]":
     command = [sys.executable, "-c", SMALL + code, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more
+    )
 
 
 def marked(mark: str) -> list[int]:
@@ -96,7 +150,10 @@ def marked(mark: str) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
-            if f"CONSYN_TEST_MARK={mark}\0".encode() in path.read_bytes() and "Z (zombie)" not in (path.parent / "status").read_text():
+            if (
+                f"CONSYN_TEST_MARK={mark}\0".encode() in path.read_bytes()
+                and "Z (zombie)" not in (path.parent / "status").read_text()
+            ):
                 found.append(int(path.parent.name))
         except OSError:
             continue
@@ -106,19 +163,20 @@ def marked(mark: str) -> list[int]:
 def assert_all_end(mark: str, seconds: float = 20) -> None:
     until = time.monotonic() + seconds
     while marked(mark):
-        assert time.monotonic() < until, "a process outlives the main one"
+        assert time.monotonic() < until, "a process outlives the main process"
         time.sleep(0.02)
 
 
 UNDISTURBED = """
-corpus, output, separator, workers = sys.argv[1:]
-prepare(options(corpus, document_separator=separator or None, num_workers=int(workers)), output=Path(output), test_fraction=0.05)
+prepared(*sys.argv[1:])
 """
 
 
 @pytest.fixture(scope="module")
-def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, bytes]]:
-    """The files of a store by document separator, made in one go without other processes."""
+def undisturbed(
+    corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, bytes]]:
+    """The files of a store by document separator, made without interruption and workers."""
     made: dict[str, dict[str, bytes]] = {}
 
     def files_of(separator: str) -> dict[str, bytes]:
@@ -132,11 +190,14 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     return files_of
 
 
-# -------------------------------------------------------------------------------------------------------------------- workers
+# ------------------------------------------------------------------------------------------ workers
 
 
-def test_the_store_is_rich(undisturbed: Callable[[str], dict[str, bytes]]) -> None:
-    """What the tests below compare has everything in it."""
+@pytest.mark.slow
+def test_the_undisturbed_store_has_every_feature(
+    undisturbed: Callable[[str], dict[str, bytes]],
+) -> None:
+    """The tests below compare with this store."""
     report = json.loads(undisturbed("\\n\\n\\n")["report.json"])
     assert report["dropped"]["bad row"] == 4
     assert {"empty", "duplicate", "near duplicate"} < set(report["dropped"])
@@ -144,13 +205,19 @@ def test_the_store_is_rich(undisturbed: Callable[[str], dict[str, bytes]]) -> No
     assert set(report["splits"]) == {"train", "validation", "test"}
     names = undisturbed("\\n\\n\\n").keys()
     assert sum(name.endswith(".tokens") for name in names) > 5
-    assert 0 < sum(name.endswith(".targets") for name in names) < sum(name.endswith(".tokens") for name in names)
+    assert (
+        0
+        < sum(name.endswith(".targets") for name in names)
+        < sum(name.endswith(".tokens") for name in names)
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("separator", ["", "\\n\\n\\n"])
-def test_no_number_of_workers_shows(corpus: Path, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]], separator: str) -> None:
+def test_the_store_does_not_depend_on_the_number_of_workers(
+    corpus: Path, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]], separator: str
+) -> None:
     for workers in (1, 4) if separator else (2,):
         process = python(UNDISTURBED, corpus, tmp_path / str(workers), separator, workers)
         assert process.communicate(timeout=120) == ("", "")
@@ -160,25 +227,32 @@ def test_no_number_of_workers_shows(corpus: Path, tmp_path: Path, undisturbed: C
 KILL_A_WORKER = """
 import contextlib
 corpus, output = sys.argv[1:]
-children = lambda: [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+children = Path(f"/proc/self/task/{os.getpid()}/children")
 def progress(stage, done, total):
     if stage == "tokenize" and done > total // 4:
-        for child in children()[-1:]:
+        for child in children.read_text().split()[-1:]:
             with contextlib.suppress(ProcessLookupError):  # it may just have ended
-                os.kill(child, signal.SIGKILL)
+                os.kill(int(child), signal.SIGKILL)
 try:
-    prepare(options(corpus, num_workers=2), output=Path(output), test_fraction=0.05, progress=progress)
+    prepared(corpus, output, "", 2, progress=progress)
 except UserError as fault:
     print(fault)
 """
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed(corpus: Path, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]]) -> None:
+def test_a_worker_that_is_killed(
+    corpus: Path, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]]
+) -> None:
     output = tmp_path / "store"
-    process = python(KILL_A_WORKER, corpus, output, env={**os.environ, "CONSYN_TEST_MARK": str(tmp_path)})
+    process = python(
+        KILL_A_WORKER, corpus, output, env={**os.environ, "CONSYN_TEST_MARK": str(tmp_path)}
+    )
     said, complaint = process.communicate(timeout=60)
-    assert said.startswith("A process that tokenises was killed by signal 9, as happens when memory runs out. Lower --num_workers")
+    assert said.startswith(
+        "A process that tokenises was killed by signal 9, as happens when memory runs out. Lower "
+        "--num_workers"
+    )
     assert complaint == ""
     assert_all_end(str(tmp_path))
     again = python(UNDISTURBED, corpus, output, "", 1)
@@ -195,16 +269,30 @@ def progress(stage, done, total):
         os.kill(os.getpid(), signal.SIGKILL)
 prepare(options(sys.argv[1], num_workers=3), output=Path(sys.argv[2]), progress=progress)
 """
-        process = python(code, corpus, tmp_path / moment, env={**os.environ, "CONSYN_TEST_MARK": str(tmp_path)})
+        process = python(
+            code, corpus, tmp_path / moment, env={**os.environ, "CONSYN_TEST_MARK": str(tmp_path)}
+        )
         _, complaint = process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL
-        assert complaint == ""  # nor do the workers complain
+        assert complaint == ""  # the workers print nothing either
         assert_all_end(str(tmp_path))
 
 
-@pytest.mark.parametrize("delay", [0.0, *(pytest.param(delay, marks=[pytest.mark.slow, pytest.mark.exhaustive]) for delay in (0.05, 0.3)), 1.0])
-def test_ctrl_c_reaches_the_whole_group_and_nobody_complains(corpus: Path, tmp_path: Path, delay: float) -> None:
-    """From the moment on that the workers are being started, too."""
+@pytest.mark.parametrize(
+    "delay",
+    [
+        0.0,
+        *(
+            pytest.param(delay, marks=[pytest.mark.slow, pytest.mark.exhaustive])
+            for delay in (0.05, 0.3)
+        ),
+        1.0,
+    ],
+)
+def test_ctrl_c_ends_the_whole_group_without_a_traceback(
+    corpus: Path, tmp_path: Path, delay: float
+) -> None:
+    """Also while the workers are being started."""
     code = """
 def progress(stage, done, total):
     if stage == "hash" and done == total:
@@ -214,7 +302,13 @@ try:
 except KeyboardInterrupt:
     print("interrupted")
 """
-    process = python(code, corpus, tmp_path / "store", env={**os.environ, "CONSYN_TEST_MARK": str(tmp_path)}, start_new_session=True)
+    process = python(
+        code,
+        corpus,
+        tmp_path / "store",
+        env={**os.environ, "CONSYN_TEST_MARK": str(tmp_path)},
+        start_new_session=True,
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "now\n"
     time.sleep(delay)
@@ -225,15 +319,15 @@ except KeyboardInterrupt:
     assert_all_end(str(tmp_path))
 
 
-# -------------------------------------------------------------------------------------------------------------------- kills
+# -------------------------------------------------------------------------------------------- kills
 
-# Attempts are forked from one process that has imported everything, so that the time goes into what is tested.
+# Attempts are forked from one process that has imported everything, which saves time.
 KILLED_AGAIN_AND_AGAIN = """
 corpus, output, separator, workers, seed, wanted = sys.argv[1:]
 rng, kills, chains, expected_s = random.Random(int(seed)), 0, 0, float(os.environ["EXPECTED_S"])
 def attempt(store):
     try:
-        prepare(options(corpus, document_separator=separator or None, num_workers=int(workers)), output=store, test_fraction=0.05)
+        prepared(corpus, store, separator, workers)
     except BaseException:
         import traceback
         traceback.print_exc()
@@ -247,7 +341,8 @@ while kills < int(wanted):
         if pid == 0:
             attempt(store)
         # Some at once, some after a while, and some late.
-        until = time.monotonic() + rng.choice([rng.uniform(0, 0.1), rng.uniform(0, 0.3 * expected_s), rng.uniform(0, expected_s)])
+        delays = 0.1, 0.3 * expected_s, expected_s
+        until = time.monotonic() + rng.choice([rng.uniform(0, longest) for longest in delays])
         done = 0
         while not done and (time.monotonic() < until or kills >= int(wanted)):
             done, status = os.waitpid(pid, os.WNOHANG)
@@ -265,14 +360,36 @@ print(kills, chains)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("workers", "separator", "seed"),
-    [pytest.param(0, "\\n\\n\\n", 3, marks=pytest.mark.exhaustive), pytest.param(1, "", 1, marks=pytest.mark.exhaustive), (2, "\\n\\n\\n", 2)],
+    [
+        pytest.param(0, "\\n\\n\\n", 3, marks=pytest.mark.exhaustive),
+        pytest.param(1, "", 1, marks=pytest.mark.exhaustive),
+        (2, "\\n\\n\\n", 2),
+    ],
 )
 def test_killed_at_random_moments(
-    corpus: Path, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]], workers: int, separator: str, seed: int
+    corpus: Path,
+    tmp_path: Path,
+    undisturbed: Callable[[str], dict[str, bytes]],
+    workers: int,
+    separator: str,
+    seed: int,
 ) -> None:
     expected = undisturbed(separator)
-    environment = {**os.environ, "CONSYN_TEST_MARK": str(tmp_path), "EXPECTED_S": os.environ.get("CONSYN_TEST_EXPECTED_S", "1")}
-    process = python(KILLED_AGAIN_AND_AGAIN, corpus, tmp_path / "stores", separator, workers, seed, 20, env=environment)
+    environment = {
+        **os.environ,
+        "CONSYN_TEST_MARK": str(tmp_path),
+        "EXPECTED_S": os.environ.get("CONSYN_TEST_EXPECTED_S", "1"),
+    }
+    process = python(
+        KILLED_AGAIN_AND_AGAIN,
+        corpus,
+        tmp_path / "stores",
+        separator,
+        workers,
+        seed,
+        20,
+        env=environment,
+    )
     said, complaint = process.communicate(timeout=200)
     assert complaint == ""
     kills, chains = map(int, said.split())
@@ -282,20 +399,21 @@ def test_killed_at_random_moments(
     assert_all_end(str(tmp_path))
 
 
-# Every call that opens, makes, renames or removes something is a moment.
+# Calls that open, make, rename or remove a file are counted, and one of them kills the process.
 KILLED_AT_AN_OPERATION = """
 corpus, output, separator, seed = sys.argv[1:]
 rng = random.Random(int(seed))
 Path(output).mkdir()
 counted = [0]
+CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 def run(store, at):
     def hook(event, arguments):
-        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate") and output in str(arguments[0]):
+        if event in CHANGES and output in str(arguments[0]):
             counted[0] += 1
             if counted[0] == at:
                 os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(hook)
-    prepare(options(corpus, document_separator=separator or None, num_workers=0), output=store, test_fraction=0.05)
+    prepared(corpus, store, separator, 0)
 def forked(store, at):
     read, write = os.pipe()
     pid = os.fork()
@@ -317,7 +435,8 @@ assert code == 0
 kills = 0
 for chain in range(2):
     store = Path(output) / str(chain)
-    for at in sorted(rng.sample(range(1, 40), 8)) + [rng.randrange(1, int(total)) for _ in range(3)] + [int(total) - 5 * chain - 1]:
+    early, later = rng.sample(range(1, 40), 8), [rng.randrange(1, int(total)) for _ in range(3)]
+    for at in (*sorted(early), *later, int(total) - 5 * chain - 1):
         code, _ = forked(store, at)
         kills += code == -9
         assert code in (0, -9), code
@@ -328,7 +447,9 @@ print(kills, int(total))
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_killed_between_any_two_changes_on_the_disk(corpus: Path, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]]) -> None:
+def test_killed_between_any_two_changes_on_the_disk(
+    corpus: Path, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]]
+) -> None:
     separator = "\\n\\n\\n"
     process = python(KILLED_AT_AN_OPERATION, corpus, tmp_path / "stores", separator, 5)
     said, complaint = process.communicate(timeout=200)
@@ -342,11 +463,13 @@ def test_killed_between_any_two_changes_on_the_disk(corpus: Path, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_one_row_that_is_cut_by_position_and_killed(tmp_path: Path) -> None:
-    """It is read a second time, which must not go on from what the first time left."""
-    (tmp_path / "one.jsonl").write_text(json.dumps({"text": " ".join(map(str, range(60_000)))}) + "\n" * 300_000)
+def test_killed_while_a_single_row_is_cut_by_position(tmp_path: Path) -> None:
+    """The row is read a second time, which must not resume from the files of the first time."""
+    (tmp_path / "one.jsonl").write_text(
+        json.dumps({"text": " ".join(map(str, range(60_000)))}) + "\n" * 300_000
+    )
     code = """
-module.JOURNAL_SECONDS = 0
+build.JOURNAL_SECONDS = 0
 told = [0]
 def progress(stage, done, total):
     told[0] += stage == "tokenize"
@@ -355,32 +478,51 @@ def progress(stage, done, total):
 prepare(options(sys.argv[1], num_workers=0), output=Path(sys.argv[2]), progress=progress)
 print(told[0])
 """
-    said, complaint = python(code, tmp_path / "one.jsonl", tmp_path / "whole", -1).communicate(timeout=60)
+    said, complaint = python(code, tmp_path / "one.jsonl", tmp_path / "whole", -1).communicate(
+        timeout=60
+    )
     assert complaint == ""
     for at in range(1, int(said) + 1):
         killed = python(code, tmp_path / "one.jsonl", tmp_path / "killed", at)
         assert killed.communicate(timeout=60)[1] == ""
         assert killed.returncode in (0, -signal.SIGKILL)
-    assert python(code, tmp_path / "one.jsonl", tmp_path / "killed", -1).communicate(timeout=60)[1] == ""
+    assert (
+        python(code, tmp_path / "one.jsonl", tmp_path / "killed", -1).communicate(timeout=60)[1]
+        == ""
+    )
     assert_same(files(tmp_path / "killed"), files(tmp_path / "whole"))
-    assert set(json.loads((tmp_path / "whole" / "report.json").read_text())["splits"]) == {"train", "validation"}
+    assert set(json.loads((tmp_path / "whole" / "report.json").read_text())["splits"]) == {
+        "train",
+        "validation",
+    }
 
 
-# -------------------------------------------------------------------------------------------------------------------- no room
+# ------------------------------------------------------------------------------------------ no room
 
 LIMITED = """
 import resource
 corpus, output, limit = sys.argv[1:]
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))  # the kernel answers EFBIG wherever a file grows beyond it
+# Writing more to a file fails with EFBIG.
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 try:
-    prepare(options(corpus, num_workers=0), output=Path(output), test_fraction=0.05)
+    prepared(corpus, output, "", 0)
 except UserError as fault:
     print(fault)
 """
 
 
-@pytest.mark.parametrize("limit", [pytest.param(100, marks=pytest.mark.slow), 9_000, pytest.param(100_000, marks=pytest.mark.slow)])
-def test_files_that_may_not_grow(corpus: Path, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]], limit: int) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "limit",
+    [
+        pytest.param(100, marks=pytest.mark.slow),
+        9_000,
+        pytest.param(100_000, marks=pytest.mark.slow),
+    ],
+)
+def test_files_that_may_not_grow(
+    corpus: Path, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]], limit: int
+) -> None:
     output = tmp_path / "store"
     for _ in range(2):
         said, complaint = python(LIMITED, corpus, output, limit).communicate(timeout=60)
@@ -395,34 +537,74 @@ def test_files_that_may_not_grow(corpus: Path, tmp_path: Path, undisturbed: Call
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_the_command_says_it_in_a_sentence(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {at} " * 20}) + "\n" for at in range(5000)))
-    flags = ["--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "store"), "--tokenizer", "bytes", "--quiet"]
-    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); "
+def test_the_command_reports_a_full_disk_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": f"row {at} " * 20}) + "\n" for at in range(5000))
+    )
+    flags = [
+        "--data",
+        str(tmp_path / "rows.jsonl"),
+        "--output",
+        str(tmp_path / "store"),
+        "--tokenizer",
+        "bytes",
+        "--quiet",
+    ]
+    limited = "import resource, sys; limit = int(sys.argv.pop(1)); "
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)); "
     limited += "from consyn_jax.cli.prepare import main; sys.exit(main())"
     for limit in (0, 5000, 200_000):
-        done = subprocess.run([sys.executable, "-c", limited, str(limit), *flags], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", limited, str(limit), *flags],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.count("\n") == 1, done.stderr
         assert "File too large" in done.stderr
-    done = subprocess.run([sys.executable, "-m", "consyn_jax.cli.prepare", *flags], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "consyn_jax.cli.prepare", *flags],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    whole = prepare(CorpusOptions(data=(flags[1],), tokenizer="bytes", num_workers=0), output=tmp_path / "whole")
+    whole = prepare(
+        CorpusOptions(data=(flags[1],), tokenizer="bytes", num_workers=0), output=tmp_path / "whole"
+    )
     assert_same(files(tmp_path / "store"), files(whole.store.directory))  # type: ignore[union-attr]
 
 
 class Full:
-    """Stands for the kernel: from call number `at` on, no file under `directory` can be made or written."""
+    """Patches system calls: from call number `at` on, no file under `directory` can be written."""
 
     def __init__(self, patch: pytest.MonkeyPatch, directory: Path, at: int, code: int) -> None:
         self.directory, self.at, self.code, self.calls = str(directory), at, code, 0
-        for owner, name in ((os, "fsync"), (os, "mkdir"), (os, "rename"), (os, "replace"), (os, "open"), (Path, "open")):
+        for owner, name in (
+            (os, "fsync"),
+            (os, "mkdir"),
+            (os, "rename"),
+            (os, "replace"),
+            (os, "open"),
+            (Path, "open"),
+        ):
             patch.setattr(owner, name, self.failing(getattr(owner, name)))
 
     def failing(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def instead(what: Any, *arguments: Any, **more: Any) -> Any:
-            path = str(Path(f"/proc/self/fd/{what}").readlink()) if isinstance(what, int) else os.fspath(what)
-            mode = (arguments[0] if arguments else more.get("mode", "r")) if call.__qualname__ == "Path.open" else "w"
+            path = (
+                str(Path(f"/proc/self/fd/{what}").readlink())
+                if isinstance(what, int)
+                else os.fspath(what)
+            )
+            mode = (
+                (arguments[0] if arguments else more.get("mode", "r"))
+                if call.__qualname__ == "Path.open"
+                else "w"
+            )
             if path.startswith(self.directory) and (mode[0] in "wax" or "+" in mode):
                 self.calls += 1
                 if self.calls >= self.at:
@@ -432,11 +614,30 @@ class Full:
         return instead
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_every_call_that_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {at} " * 5}) + "\n" for at in range(60)))
-    monkeypatch.setattr(preparation, "JOURNAL_SECONDS", 0)
-    what = CorpusOptions(data=(str(tmp_path / "rows.jsonl"),), tokenizer="bytes", num_workers=0, near_duplicates=0.9, validation_fraction=0.2)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("code", "tokenizer"),
+    [
+        (errno.ENOSPC, "bytes"),
+        (errno.EROFS, "bytes"),
+        (errno.EACCES, "bytes"),
+        (errno.ENOSPC, "train:280"),
+    ],
+)
+def test_a_failure_of_every_system_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, tokenizer: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": f"row {at} " * 5}) + "\n" for at in range(60))
+    )
+    monkeypatch.setattr(build, "JOURNAL_SECONDS", 0)
+    what = CorpusOptions(
+        data=(str(tmp_path / "rows.jsonl"),),
+        tokenizer=tokenizer,
+        num_workers=0,
+        near_duplicates=0.9,
+        validation_fraction=0.2,
+    )
     expected = files(prepare(what, output=tmp_path / "whole").store.directory)  # type: ignore[union-attr]
     output, at, done = tmp_path / "store", 0, False
     while True:
@@ -450,12 +651,12 @@ def test_every_call_that_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                 assert str(output) in str(fault)  # noqa: PT017
             else:
                 done = full.calls < at
-        if (output / "manifest.json").exists():  # only what had to be removed is still there
+        if (output / "manifest.json").exists():  # only temporary files could not be removed
             prepare(what, output=output)
             assert_same(files(output), expected)
             if done:
                 break
-        if at % 3:  # or the next one meets what was left
+        if at % 3:  # otherwise the next preparation finds the files of this one
             prepare(what, output=output)
             assert_same(files(output), expected)
             shutil.rmtree(output)
@@ -463,18 +664,30 @@ def test_every_call_that_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_dev_full_in_place_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device answers ENOSPC to every byte, at the moment at which buffers are written."""
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"row {at} " * 5}) + "\n" for at in range(60)))
-    what = CorpusOptions(data=(str(tmp_path / "rows.jsonl"),), tokenizer="bytes", num_workers=0, near_duplicates=0.9)
-    monkeypatch.setattr(preparation, "JOURNAL_SECONDS", 0)
-    for name in (".tokenizer.json.new", ".journal.json.new", ".report.html.new", ".report.json.new", ".manifest.json.new"):
+    """The device fails with ENOSPC when a buffer is written."""
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": f"row {at} " * 5}) + "\n" for at in range(60))
+    )
+    what = CorpusOptions(
+        data=(str(tmp_path / "rows.jsonl"),), tokenizer="bytes", num_workers=0, near_duplicates=0.9
+    )
+    monkeypatch.setattr(build, "JOURNAL_SECONDS", 0)
+    for name in ("tokenizer.json", "journal.json", "report.html", "report.json", "manifest.json"):
         output = tmp_path / "store"
         with pytest.MonkeyPatch.context() as patch:
 
-            def opened(self: Path, mode: str = "r", *arguments: Any, name: str = name, real: Any = Path.open, **more: Any) -> Any:
-                return real(Path("/dev/full") if self.name == name and mode[0] in "wa" else self, mode, *arguments, **more)
+            def opened(
+                path: str | Path,
+                flags: int,
+                mode: int = 0o644,
+                name: str = name,
+                real: Any = package_files.open_regular,
+            ) -> int:
+                if Path(path).name.startswith(f".{name}.") and flags & os.O_WRONLY:
+                    return os.open("/dev/full", os.O_WRONLY)
+                return int(real(path, flags, mode))
 
-            patch.setattr(Path, "open", opened)
+            patch.setattr(package_files, "open_regular", opened)
             patch.setattr(os, "fsync", lambda _: None)  # /dev/full has none
             with pytest.raises(UserError, match="No space left on device"):
                 prepare(what, output=output)
@@ -483,35 +696,51 @@ def test_dev_full_in_place_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
         shutil.rmtree(output)
 
 
-def test_a_cache_on_a_disk_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("some text " * 200_000)
     os.utime(tmp_path / "a.txt", (0, 0))
     (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing"), Path("/dev/null")):
+    for place in (
+        tmp_path / "file",
+        tmp_path / "file" / "below",
+        Path("/proc/nothing"),
+        Path("/dev/null"),
+    ):
         monkeypatch.setenv("CONSYN_CACHE", str(place))
         with pytest.raises(UserError, match=r"cannot be written: .* Set CONSYN_CACHE"):
-            prepare(CorpusOptions(data=(str(tmp_path / "a.txt"),), tokenizer="bytes", num_workers=0))
+            prepare(
+                CorpusOptions(data=(str(tmp_path / "a.txt"),), tokenizer="bytes", num_workers=0)
+            )
 
 
 @pytest.mark.parametrize("link", ["store", "cache", "cache/stores"])
-def test_a_link_that_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: str) -> None:
-    monkeypatch.setattr(prepare_module, "LOCK_POLL_SECONDS", 0.001)
+def test_a_link_that_leads_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: str
+) -> None:
+    monkeypatch.setattr(destination, "LOCK_POLL_SECONDS", 0.001)
     monkeypatch.setenv("CONSYN_CACHE", str(tmp_path / "cache"))
     (tmp_path / "a.txt").write_text("some text")
     (tmp_path / link).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / link).symlink_to("/gone/away")
     in_cache = link.startswith("cache")
     with pytest.raises(UserError, match="leads nowhere") as fault:
-        prepare(CorpusOptions(data=(str(tmp_path / "a.txt"),), tokenizer="bytes", num_workers=0), output=None if in_cache else tmp_path / "store")
+        prepare(
+            CorpusOptions(data=(str(tmp_path / "a.txt"),), tokenizer="bytes", num_workers=0),
+            output=None if in_cache else tmp_path / "store",
+        )
     assert str(tmp_path / link) in str(fault.value)
     assert ("Set CONSYN_CACHE" if in_cache else "Give another --output.") in str(fault.value)
 
 
 @pytest.fixture(autouse=True)
 def no_processes_left() -> Iterator[None]:
-    """Of this test's own."""
+    """No test may leave workers running."""
     yield
-    assert not [child for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split() if "data.workers" in _command(child)]
+    assert not [
+        child
+        for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        if "worker_pool" in _command(child)
+    ]
 
 
 def _command(pid: str) -> str:

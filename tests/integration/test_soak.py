@@ -1,4 +1,5 @@
-"""A run that is killed again and again ends as the run that nobody touched: bit for bit on the same devices; on any others, and in two
+"""A run that is killed again and again ends as the run that nobody touched: bit for bit on the same
+devices; on any others, and in two
 processes instead of one, from the same samples and with the same losses.
 
 Short here. The whole of it, with a record of what was found:
@@ -23,17 +24,39 @@ from typing import Any
 import jax
 import pytest
 
-from consyn_jax.distributed.peers import LOST
+from consyn_jax.distributed.process_group import LOST
 
 from .conftest import MODEL, Run
-from .nursery import DEVICES, Child, Nursery, nursery  # noqa: F401
+from .nursery import DEVICES, Child, Nursery
 
 KILLS = int(os.environ.get("CONSYN_SOAK_KILLS", "3"))
 RECORD = os.environ.get("CONSYN_SOAK_RECORD")
 STEPS, BATCH = max(40, 8 * KILLS), 8
 START_S, LATE_S = 3.0, 0.05  # about what a process takes to its first step, and a few steps
-FLAGS = [*MODEL, "--max_steps", STEPS, "--max_tokens", "32", "--batch_size", BATCH, "--validation_fraction", "0.2", "--dropout", "0.1"]
-FLAGS += ["--logging_steps", "3", "--eval_steps", "7", "--save_steps", "5", "--logging_backend", "none", "--quiet"]
+FLAGS = [
+    *MODEL,
+    "--max_steps",
+    STEPS,
+    "--max_tokens",
+    "32",
+    "--batch_size",
+    BATCH,
+    "--validation_fraction",
+    "0.2",
+    "--dropout",
+    "0.1",
+]
+FLAGS += [
+    "--logging_steps",
+    "3",
+    "--eval_steps",
+    "7",
+    "--save_steps",
+    "5",
+    "--logging_backend",
+    "none",
+    "--quiet",
+]
 TWO = "two processes"
 
 pytestmark = pytest.mark.timeout(200 + 60 * KILLS)
@@ -62,10 +85,17 @@ class Survivor:
     facts: dict[str, Any]
 
 
-def launched(nursery: Nursery, corpus: Path, path: Path, kind: str) -> list[Child]:  # noqa: F811
+def launched(nursery: Nursery, corpus: Path, path: Path, kind: str) -> list[Child]:
     """The run in `path` goes on: on so many devices, or in two processes."""
-    flags, before = [*FLAGS, "--data", corpus, "--output", path], NOTING.format(file=str(path) + ".samples")
-    return nursery.together(*flags, before=before) if kind == TWO else [nursery.start(*flags, devices=int(kind), before=before)]
+    flags, before = (
+        [*FLAGS, "--data", corpus, "--output", path],
+        NOTING.format(file=str(path) + ".samples"),
+    )
+    return (
+        nursery.together(*flags, before=before)
+        if kind == TWO
+        else [nursery.start(*flags, devices=int(kind), before=before)]
+    )
 
 
 def last_step(metrics: Path) -> int:
@@ -79,8 +109,11 @@ def changed(metrics: Path) -> int:
     return metrics.stat().st_mtime_ns if metrics.exists() else 0
 
 
-def await_moment(metrics: Path, before: int, children: list[Child], target: int, chance: random.Random) -> None:
-    """The time to die: while the process starts, or a little after it has itself come to step `target`.
+def await_moment(
+    metrics: Path, before: int, children: list[Child], target: int, chance: random.Random
+) -> None:
+    """The time to die: while the process starts, or a little after it has itself come to step
+    `target`.
 
     Args:
         before: when `metrics` had last been changed as the process was started.
@@ -89,36 +122,65 @@ def await_moment(metrics: Path, before: int, children: list[Child], target: int,
         time.sleep(chance.uniform(0, START_S))
         return
     deadline = time.monotonic() + 120
-    while all(child.alive for child in children) and (changed(metrics) == before or last_step(metrics) < target) and time.monotonic() < deadline:
+    while (
+        all(child.alive for child in children)
+        and (changed(metrics) == before or last_step(metrics) < target)
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.002)
     time.sleep(chance.uniform(0, LATE_S))
 
 
-def killed_over_and_over(nursery: Nursery, corpus: Path, path: Path, kinds: Iterator[str], seed: int) -> Survivor:  # noqa: F811
-    """A run that is killed `KILLS` times, and goes on each time as the next of `kinds`. Of two processes, one is killed."""
+def killed_over_and_over(
+    nursery: Nursery,
+    corpus: Path,
+    path: Path,
+    kinds: Iterator[str],
+    seed: int,
+) -> Survivor:
+    """A run that is killed `KILLS` times, and goes on each time as the next of `kinds`. Of two
+    processes, one is killed."""
     chance, died, lived, began = random.Random(seed), [], [], time.monotonic()
     metrics = path / "metrics.jsonl"
     for n in range(KILLS):
         lived.append(next(kinds))
         before = changed(metrics)
         children = launched(nursery, corpus, path, lived[-1])
-        await_moment(metrics, before, children, chance.randint(STEPS * n // (KILLS + 2) + 1, STEPS * (n + 1) // (KILLS + 2)), chance)
+        await_moment(
+            metrics,
+            before,
+            children,
+            chance.randint(STEPS * n // (KILLS + 2) + 1, STEPS * (n + 1) // (KILLS + 2)),
+            chance,
+        )
         victim = chance.choice(children)
         assert all(child.alive for child in children), [child.said for child in children]
         victim.signal(signal.SIGKILL)
         for child in children:
-            assert child.wait(60) in ((-signal.SIGKILL,) if child is victim else (LOST, -signal.SIGABRT)), child.said
+            assert child.wait(60) in (
+                (-signal.SIGKILL,) if child is victim else (LOST, -signal.SIGABRT)
+            ), child.said
         died.append(last_step(metrics))
     lived.append(next(kinds))
     children = launched(nursery, corpus, path, lived[-1])
-    assert [child.wait(300) for child in children] == [0] * len(children), [child.said for child in children]
+    assert [child.wait(300) for child in children] == [0] * len(children), [
+        child.said for child in children
+    ]
     seconds = round(time.monotonic() - began, 1)
-    facts = {"kills": len(died), "restarts": len(lived) - 1, "steps": STEPS, "killed_at_steps": died, "devices": lived, "seconds": seconds}
+    facts = {
+        "kills": len(died),
+        "restarts": len(lived) - 1,
+        "steps": STEPS,
+        "killed_at_steps": died,
+        "devices": lived,
+        "seconds": seconds,
+    }
     return Survivor(Run(path, 0, children[0].said), samples(path), facts)
 
 
 def samples(path: Path) -> dict[int, tuple[int, int]]:
-    """(number, content) of the sample at each position that the run came to. However often one was read, it was the same."""
+    """(number, content) of the sample at each position that the run came to. However often one was
+    read, it was the same."""
     found: dict[int, tuple[int, int]] = {}
     for line in Path(f"{path}.samples").read_text().splitlines():
         for position, *sample in json.loads(line):
@@ -130,7 +192,10 @@ def largest_difference(run: Run, whole: Run) -> float:
     """Of the losses of training and evaluation, relative."""
     largest = 0.0
     for name in ("train/loss", "eval/loss"):
-        ours, theirs = ({line["step"]: line[name] for line in each.numbers if name in line} for each in (run, whole))
+        ours, theirs = (
+            {line["step"]: line[name] for line in each.numbers if name in line}
+            for each in (run, whole)
+        )
         assert ours.keys() == theirs.keys()
         largest = max(largest, *(abs(ours[step] / theirs[step] - 1) for step in theirs))
     return largest
@@ -147,15 +212,32 @@ def note(name: str, survivor: Survivor, whole: Survivor) -> dict[str, Any]:
     print(name, found)
     if RECORD:
         file = Path(RECORD)
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout.strip()
-        machine = {"machine": platform.machine(), "cores": os.cpu_count(), "jax": jax.__version__, "commit": commit}
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=Path(__file__).parent,
+        ).stdout.strip()
+        machine = {
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "jax": jax.__version__,
+            "commit": commit,
+        }
         machine["date"] = str(datetime.datetime.now(datetime.UTC).date())
-        file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | machine | {name: found}, indent=1) + "\n")
+        file.write_text(
+            json.dumps(
+                (json.loads(file.read_text()) if file.exists() else {}) | machine | {name: found},
+                indent=1,
+            )
+            + "\n"
+        )
     return found
 
 
 @pytest.fixture(scope="module")
-def whole(nursery: Nursery, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Survivor:  # noqa: F811
+def whole(nursery: Nursery, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Survivor:
     """The run that nobody touched."""
     path = tmp_path_factory.mktemp("soak") / "run"
     (child,) = launched(nursery, corpus, path, str(DEVICES))
@@ -165,8 +247,15 @@ def whole(nursery: Nursery, corpus: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(whole: Survivor, nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
-    survivor = killed_over_and_over(nursery, corpus, tmp_path / "run", itertools.repeat(str(DEVICES)), seed=1)
+def test_killed_at_random_moments(
+    whole: Survivor,
+    nursery: Nursery,
+    corpus: Path,
+    tmp_path: Path,
+) -> None:
+    survivor = killed_over_and_over(
+        nursery, corpus, tmp_path / "run", itertools.repeat(str(DEVICES)), seed=1
+    )
     found = note("same devices", survivor, whole)
     assert found["bit_identical"]
     assert found["samples_identical"]
@@ -177,13 +266,22 @@ def test_killed_at_random_moments(whole: Survivor, nursery: Nursery, corpus: Pat
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_killed_and_gone_on_with_other_devices(whole: Survivor, nursery: Nursery, corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_killed_and_gone_on_with_other_devices(
+    whole: Survivor,
+    nursery: Nursery,
+    corpus: Path,
+    tmp_path: Path,
+) -> None:
     def others() -> Iterator[str]:
         chance, kinds = random.Random(0), [TWO, "1", "8", "2", "4"]
         while True:
             yield from kinds
             chance.shuffle(kinds)
 
-    found = note("other devices", killed_over_and_over(nursery, corpus, tmp_path / "run", others(), seed=2), whole)
+    found = note(
+        "other devices",
+        killed_over_and_over(nursery, corpus, tmp_path / "run", others(), seed=2),
+        whole,
+    )
     assert found["samples_identical"]
     assert found["largest_loss_difference"] < 1e-5

@@ -10,14 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consyn_jax.distributed.mesh import AXES, build_mesh
-from consyn_jax.model.attention import Backend, attend, causal_attention, choose_attention, documents
+from consyn_jax.model.attention import (
+    BACKENDS,
+    attend,
+    causal_attention,
+    choose_attention,
+    documents,
+)
 
 T = 16
 SEGMENTS = np.array([[1] * 5 + [2] * 1 + [3] * 10, [1] * 9 + [2] * 4 + [0] * 3], np.int32)
 
 
 def visible(segments: np.ndarray | None, window: int | None) -> np.ndarray:
-    """[B, T, S]: what a query may see, by the definition."""
+    """[B, T, S]: the keys that each query sees, by the definition."""
     seen = np.zeros((2, T, T), bool)
     for b in range(2):
         for t in range(T):
@@ -27,13 +33,16 @@ def visible(segments: np.ndarray | None, window: int | None) -> np.ndarray:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", [1, 2, 4])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("backend", ["xla", "fused"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("interpreted")
-def test_what_each_backend_is_allowed_to_see(backend: Backend, packed: bool, window: int | None, context: int) -> None:
-    """Equal scores and one-hot values: the output at (t, s) is 1 / (number of visible keys) where s is visible to t, else 0."""
+def test_each_backend_sees_exactly_the_visible_keys(
+    backend: str, packed: bool, window: int | None, context: int
+) -> None:
+    """With equal scores and one-hot values, output (t, s) is 1 / (visible keys), or 0 if hidden."""
     q, k = jnp.zeros((2, T, 4, T)), jnp.zeros((2, T, 2, T))
     v = jnp.broadcast_to(jnp.eye(T)[None, :, None, :], (2, T, 2, T))
     inside = documents(jnp.asarray(SEGMENTS)) if packed else None
@@ -44,7 +53,9 @@ def test_what_each_backend_is_allowed_to_see(backend: Backend, packed: bool, win
     if context == 1:
         out = jax.jit(run)(q, k, v)
     else:
-        mesh = build_mesh(dict.fromkeys(AXES, 1) | {"context": context, "tensor": 2}, jax.devices()[: 2 * context])
+        mesh = build_mesh(
+            dict.fromkeys(AXES, 1) | {"context": context, "tensor": 2}, jax.devices()[: 2 * context]
+        )
         with jax.set_mesh(mesh):
             out = jax.jit(run)(q, k, v)
     expected = visible(SEGMENTS if packed else None, window)
@@ -57,7 +68,9 @@ def test_what_each_backend_is_allowed_to_see(backend: Backend, packed: bool, win
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=12))
 def test_documents_begin_and_end_where_the_id_changes(runs: list[tuple[int, int]]) -> None:
     segments = np.concatenate([np.full(n, segment) for segment, n in runs])
-    segments = np.pad(segments, (0, 12 * 9 - len(segments)), constant_values=9).astype(np.int32)  # one shape, compiled once
+    segments = np.pad(segments, (0, 12 * 9 - len(segments)), constant_values=9).astype(
+        np.int32
+    )  # one shape, compiled once
     changes = np.flatnonzero(np.diff(segments))
     first, last = np.array([0, *(changes + 1)]), np.array([*changes, len(segments) - 1])
     which = np.searchsorted(last, np.arange(len(segments)))
@@ -67,17 +80,19 @@ def test_documents_begin_and_end_where_the_id_changes(runs: list[tuple[int, int]
 
 
 @pytest.mark.users_compiler
-def test_grouped_attention_is_torchs() -> None:
+def test_grouped_attention_equals_torch() -> None:
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(2, T, heads, 8)).astype(np.float32) for heads in (6, 2, 2))
     mask = visible(SEGMENTS, 4)[:, None]
     ours = attend(*map(jnp.asarray, (q, k, v, mask)))
     heads_first = [torch.tensor(a).transpose(1, 2) for a in (q, k, v)]
-    theirs = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=torch.tensor(mask), enable_gqa=True)
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        *heads_first, attn_mask=torch.tensor(mask), enable_gqa=True
+    )
     np.testing.assert_allclose(ours, theirs.transpose(1, 2), atol=1e-6)
 
 
-def test_scores_are_scaled_by_the_root_of_the_head() -> None:
+def test_scores_are_scaled_by_the_root_of_the_head_dim() -> None:
     q = jnp.zeros((1, 2, 1, 16)).at[0, 1, 0, 0].set(8.0)
     k = jnp.zeros((1, 2, 1, 16)).at[0, 1, 0, 0].set(1.0)
     v = jnp.zeros((1, 2, 1, 16)).at[0, 1, 0, 0].set(1.0)
@@ -92,13 +107,29 @@ def test_scores_are_scaled_by_the_root_of_the_head() -> None:
         ("tpu", jnp.bfloat16, 64, "", "xla", "the tpu has no fused kernel"),
         ("gpu", jnp.bfloat16, 64, "9.0", "fused", "this package's kernel"),
         ("cuda", jnp.float16, 128, "8.0", "fused", "this package's kernel"),
-        ("gpu", jnp.float32, 64, "9.0", "xla", "needs bf16 or fp16, and the run computes in float32"),
-        ("gpu", jnp.bfloat16, 64, "7.5", "xla", "needs compute capability 8.0, and this GPU has 7.5"),
+        (
+            "gpu",
+            jnp.float32,
+            64,
+            "9.0",
+            "xla",
+            "needs bf16 or fp16, and the run computes in float32",
+        ),
+        (
+            "gpu",
+            jnp.bfloat16,
+            64,
+            "7.5",
+            "xla",
+            "needs compute capability 8.0, and this GPU has 7.5",
+        ),
         ("gpu", jnp.bfloat16, 256, "9.0", "xla", "up to 128 wide in multiples of 8, not 256"),
         ("gpu", jnp.bfloat16, 20, "9.0", "xla", "not 20"),
     ],
 )
-def test_the_kernel_is_chosen_with_a_reason(platform: str, dtype: Any, head_dim: int, capability: str, backend: str, words: str) -> None:
+def test_the_backend_is_chosen_with_a_reason(
+    platform: str, dtype: Any, head_dim: int, capability: str, backend: str, words: str
+) -> None:
     choice = choose_attention(platform, dtype, head_dim, capability)
     assert choice.backend == backend
     assert words in choice.reason

@@ -7,9 +7,12 @@ from consyn_jax.model.linear import linear
 
 
 @pytest.mark.parametrize("lead", [(7,), (2, 5), (2, 3, 4)])
-def test_values_and_gradients_are_those_of_the_product(lead: tuple[int, ...]) -> None:
+def test_values_and_gradients_equal_the_plain_product(lead: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
-    x, w, dy = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((*lead, 6), (6, 8), (*lead, 8)))
+    x, w, dy = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((*lead, 6), (6, 8), (*lead, 8))
+    )
     ours, pull = jax.vjp(linear, x, w)
     plain, pull_plain = jax.vjp(lambda x, w: x @ w, x, w)
     np.testing.assert_allclose(ours, plain, atol=1e-6)
@@ -23,4 +26,6 @@ def test_in_bf16_the_weights_gradient_is_summed_in_float32() -> None:
     _, pull = jax.vjp(linear, x, jnp.ones((6, 8)))
     dx, dw = pull(dy)
     assert (dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.float32)
-    np.testing.assert_allclose(dw, np.asarray(x, np.float64).T @ np.asarray(dy, np.float64), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(
+        dw, np.asarray(x, np.float64).T @ np.asarray(dy, np.float64), rtol=1e-4, atol=1e-3
+    )

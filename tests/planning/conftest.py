@@ -1,21 +1,21 @@
-"""What programs for GPUs are compiled with."""
+"""Compiling for GPUs: as users do, and only where the CUDA packages are installed."""
 
 import os
 
 import pytest
 
-from consyn_jax.config import UserError
+from consyn_jax.errors import UserError
 from consyn_jax.planning import aot
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """As users compile."""
+    """Compile with the optimisations that users have."""
     item.add_marker("users_compiler")
 
 
 @pytest.fixture
 def cuda_packages() -> None:
-    """The CUDA packages, without a GPU; where CI says that they must be there, they must."""
+    """Require the CUDA packages; skip where they are missing, unless CI demands them."""
     try:
         aot.check_packages()
     except UserError as missing:

@@ -1,8 +1,16 @@
-"""The reader of compiled programs, on a small program whose numbers are known by hand."""
+"""Reading compiled programs, on small ones whose numbers are known."""
 
 import pytest
+from analyses import array_shapes, matmul_flops
 
-from consyn_jax.planning.compiled import Collective, array_shapes, collectives, first_group, instructions, kernels, product_flops, update_bytes
+from consyn_jax.planning.compiled import (
+    Collective,
+    collectives,
+    first_group,
+    instructions,
+    kernels,
+    update_bytes,
+)
 
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true
@@ -38,29 +46,38 @@ ENTRY %main (argument: bf16[8,4]) -> f32[] {
 """
 
 
-def test_a_loop_counts_as_often_as_it_runs() -> None:
+def test_instructions_in_a_loop_count_as_often_as_it_runs() -> None:
     assert kernels(instructions(PROGRAM)) == {"__cudnn$fmhaSoftmax": 5}
 
 
-def test_collectives_count_whole_arrays_along_axes_of_the_mesh() -> None:
+def test_collectives_count_whole_arrays_along_mesh_axes() -> None:
     expected = [
         ("all-gather", "bf16", ("fsdp",), 5, 5 * 8 * 4 * 2),
         ("all-reduce", "f32", ("tensor",), 1, 3 * 4),
         ("reduce-scatter", "f32", ("fsdp",), 5, 5 * (8 * 4 + 4) * 4),
         ("reduce-scatter", "f32", ("tensor",), 1, 2 * 2 * 4),
     ]
-    assert collectives(instructions(PROGRAM), {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}) == [Collective(*each) for each in expected]
-    assert {c.axes for c in collectives(instructions(PROGRAM), {"data": 4, "fsdp": 2})} == {("data",), ("fsdp",)}
+    assert collectives(
+        instructions(PROGRAM), {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}
+    ) == [Collective(*each) for each in expected]
+    assert {c.axes for c in collectives(instructions(PROGRAM), {"data": 4, "fsdp": 2})} == {
+        ("data",),
+        ("fsdp",),
+    }
 
 
-def test_groups_in_a_form_that_is_not_known_have_no_axes() -> None:
-    assert first_group("replica_groups=mesh['axis_0'=8] {'axis_0':(2)4}, to_apply=%add") == first_group("replica_groups={}") == []
+def test_groups_in_an_unknown_form_have_no_axes() -> None:
+    assert (
+        first_group("replica_groups=mesh['axis_0'=8] {'axis_0':(2)4}, to_apply=%add")
+        == first_group("replica_groups={}")
+        == []
+    )
 
 
 def test_shapes_by_dtype() -> None:
-    program = instructions(PROGRAM)
-    assert array_shapes(program, "f32") == {(), (8, 4), (4,), (2, 4), (1,), (2,), (3,)}
-    assert array_shapes(program, "bf16") == {(8, 4), (2, 4)}
+    shapes = array_shapes(instructions(PROGRAM))
+    assert shapes["f32"] == {(), (8, 4), (4,), (2, 4), (1,), (2,), (3,)}
+    assert shapes["bf16"] == {(8, 4), (2, 4)}
 
 
 STEP = """\
@@ -94,11 +111,11 @@ ENTRY %main (weight: f32[6,5], moment: bf16[6,5]) -> f32[6,5] {
 """
 
 
-def test_products_count_by_types_and_as_often_as_they_run() -> None:
-    assert product_flops(instructions(STEP)) == {("f8e4m3fn", "f8e5m2"): 3 * 2 * 8 * 4 * 2}
+def test_matmuls_count_by_types_and_as_often_as_they_run() -> None:
+    assert matmul_flops(instructions(STEP)) == {("f8e4m3fn", "f8e5m2"): 3 * 2 * 8 * 4 * 2}
 
 
-def test_the_update_is_what_reads_parameters_and_is_not_differentiated() -> None:
+def test_the_update_reads_parameters_and_is_not_differentiated() -> None:
     array = 30
     norm, copy, update = 4 * array + 4, 2 * 4 * array, (4 + 2 + 4) * array + 4 + (4 + 2) * array
     assert update_bytes(instructions(STEP), {array}) == norm + copy + update

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from consyn_jax.config import UserError
 from consyn_jax.data.order import ids_at
 from consyn_jax.data.packing import WholeDocuments
+from consyn_jax.errors import UserError
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.dataset import ConsynDataset, MixedDataset, get_dataset
 
@@ -46,21 +46,31 @@ def test_a_pass_over_the_items_has_every_token_once(tokenizer: BPETokenizer) -> 
 
 
 def test_validation_keeps_the_order_of_the_store(tokenizer: BPETokenizer) -> None:
-    dataset = get_dataset("sample", tokenizer, block_size=64, split="validation", validation_fraction=0.2)
+    dataset = get_dataset(
+        "sample", tokenizer, block_size=64, split="validation", validation_fraction=0.2
+    )
     labels = np.concatenate([item["labels"][item["loss_mask"]] for item in dataset])
     np.testing.assert_array_equal(labels, stream(dataset))
 
 
-def test_the_fingerprint_is_of_the_data(tokenizer: BPETokenizer, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_data(tokenizer: BPETokenizer, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text " * 100)
     first = get_dataset(tmp_path / "a.txt", tokenizer, 16, validation_fraction=0.1)
-    assert get_dataset([tmp_path / "a.txt"], tokenizer, 32, seed=1, validation_fraction=0.1).fingerprint == first.fingerprint
+    assert (
+        get_dataset(
+            [tmp_path / "a.txt"], tokenizer, 32, seed=1, validation_fraction=0.1
+        ).fingerprint
+        == first.fingerprint
+    )
     (tmp_path / "a.txt").write_text("other text " * 100)
-    assert get_dataset(tmp_path / "a.txt", tokenizer, 16, validation_fraction=0.1).fingerprint != first.fingerprint
+    assert (
+        get_dataset(tmp_path / "a.txt", tokenizer, 16, validation_fraction=0.1).fingerprint
+        != first.fingerprint
+    )
     assert first.tokenizer.sha256 == tokenizer.sha256
 
 
-def test_what_is_left_out_is_warned_of(tokenizer: BPETokenizer, tmp_path: Path) -> None:
+def test_omissions_are_warned_of(tokenizer: BPETokenizer, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text")
     (tmp_path / "b.png").write_bytes(b"\0")
     with pytest.warns(UserWarning, match=r"b\.png is left out: it is binary"):
@@ -68,19 +78,42 @@ def test_what_is_left_out_is_warned_of(tokenizer: BPETokenizer, tmp_path: Path) 
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "one"}\n{"body": "two"}\n')
     with pytest.warns(UserWarning, match="1 bad rows were left out, the first: .*rows"):
-        assert get_dataset(rows, tokenizer, 4, on_bad_rows="skip", validation_fraction=0.0).num_documents == 1
+        assert (
+            get_dataset(
+                rows, tokenizer, 4, on_bad_rows="skip", validation_fraction=0.0
+            ).num_documents
+            == 1
+        )
 
 
-def test_the_test_split_and_the_options_of_preparation(tokenizer: BPETokenizer, tmp_path: Path) -> None:
+def test_the_test_split_and_the_options_of_preparation(
+    tokenizer: BPETokenizer, tmp_path: Path
+) -> None:
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(f'{{"a": {{"b": "text number {i}"}}}}\n' for i in range(200)) + '{"a": {"b": "text number 0"}}\n')
-    options = {"text_key": "a.b", "test_fraction": 0.3, "validation_fraction": 0.2, "block_size": 16}
-    splits = {name: get_dataset(rows, tokenizer, split=name, **options) for name in ("train", "validation", "test")}
+    rows.write_text(
+        "".join(f'{{"a": {{"b": "text number {i}"}}}}\n' for i in range(200))
+        + '{"a": {"b": "text number 0"}}\n'
+    )
+    options = {
+        "text_key": "a.b",
+        "test_fraction": 0.3,
+        "validation_fraction": 0.2,
+        "block_size": 16,
+    }
+    splits = {
+        name: get_dataset(rows, tokenizer, split=name, **options)
+        for name in ("train", "validation", "test")
+    }
     counts = {name: dataset.num_documents or 0 for name, dataset in splits.items()}
     assert sum(counts.values()) == 200
     assert counts["train"] > counts["test"] > counts["validation"] > 0
     assert len({dataset.fingerprint for dataset in splits.values()}) == 1
-    kept = [get_dataset(rows, tokenizer, 16, text_key="a.b", validation_fraction=0.0, deduplicate=value).num_documents for value in (True, False)]
+    kept = [
+        get_dataset(
+            rows, tokenizer, 16, text_key="a.b", validation_fraction=0.0, deduplicate=value
+        ).num_documents
+        for value in (True, False)
+    ]
     assert kept == [200, 201]
 
 
@@ -90,10 +123,13 @@ def test_whole_documents(tokenizer: BPETokenizer, tmp_path: Path) -> None:
     dataset = get_dataset(rows, tokenizer, 20, packing="whole", validation_fraction=0.0)
     assert isinstance(dataset.packed, WholeDocuments)
     assert sum(int(item["loss_mask"].sum()) for item in dataset) == dataset.num_tokens
-    assert all((item["input_ids"][item["segment_ids"] > 0][:1] == tokenizer.bos_token_id).all() for item in dataset)
+    assert all(
+        (item["input_ids"][item["segment_ids"] > 0][:1] == tokenizer.bos_token_id).all()
+        for item in dataset
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------------- mixtures
+# ----------------------------------------------------------------------------------------- mixtures
 
 
 def texts(path: Path, word: str, count: int) -> Path:
@@ -101,22 +137,43 @@ def texts(path: Path, word: str, count: int) -> Path:
     return path
 
 
-def test_a_mixture_is_trained_on_by_weight_and_evaluated_on_as_a_whole(tokenizer: BPETokenizer, tmp_path: Path) -> None:
-    sources = {name: get_dataset(texts(tmp_path / f"{name}.jsonl", name, n), tokenizer, 16, validation_fraction=0.0) for name, n in (("a", 50), ("b", 300))}
+def test_a_mixture_is_weighted_in_training_and_whole_in_evaluation(
+    tokenizer: BPETokenizer, tmp_path: Path
+) -> None:
+    sources = {
+        name: get_dataset(
+            texts(tmp_path / f"{name}.jsonl", name, n), tokenizer, 16, validation_fraction=0.0
+        )
+        for name, n in (("a", 50), ("b", 300))
+    }
     mixed = MixedDataset(sources, [3, 1], seed=5)
     assert len(mixed) == len(sources["a"]) + len(sources["b"])
-    assert (mixed.num_tokens, mixed.num_bytes) == tuple(sum(getattr(d, name) for d in sources.values()) for name in ("num_tokens", "num_bytes"))
+    assert (mixed.num_tokens, mixed.num_bytes) == tuple(
+        sum(getattr(d, name) for d in sources.values()) for name in ("num_tokens", "num_bytes")
+    )
     taken = mixed.order.at(np.arange(1000))["labels"]
-    own = {name: {row.tobytes() for row in d.packed.rows(np.arange(len(d)))["labels"]} for name, d in sources.items()}
-    assert sum(row.tobytes() in own["a"] for row in taken) == mixed.order.counts(1000)["a"] == pytest.approx(750, abs=40)
+    own = {
+        name: {row.tobytes() for row in d.packed.rows(np.arange(len(d)))["labels"]}
+        for name, d in sources.items()
+    }
+    assert (
+        sum(row.tobytes() in own["a"] for row in taken)
+        == mixed.order.counts(1000)["a"]
+        == pytest.approx(750, abs=40)
+    )
     both = mixed.rows(np.arange(len(mixed)))
     assert both["loss_mask"].sum() == mixed.num_tokens
     again = MixedDataset(sources, [3.0, 1.0], seed=6)
-    assert again.fingerprint == mixed.fingerprint != MixedDataset(sources, [1, 1], seed=5).fingerprint
-    assert mixed.fingerprint != MixedDataset({"a": sources["b"], "b": sources["a"]}, [3, 1], seed=5).fingerprint
+    assert (
+        again.fingerprint == mixed.fingerprint != MixedDataset(sources, [1, 1], seed=5).fingerprint
+    )
+    assert (
+        mixed.fingerprint
+        != MixedDataset({"a": sources["b"], "b": sources["a"]}, [3, 1], seed=5).fingerprint
+    )
 
 
-def test_what_cannot_be_mixed(tokenizer: BPETokenizer, tmp_path: Path) -> None:
+def test_datasets_that_cannot_be_mixed(tokenizer: BPETokenizer, tmp_path: Path) -> None:
     files = [texts(tmp_path / f"{name}.jsonl", name, 50) for name in "ab"]
     first = get_dataset(files[0], tokenizer, 16)
     other = BPETokenizer.train_from_iterator(["other words"], 262)
@@ -136,7 +193,10 @@ def test_what_cannot_be_mixed(tokenizer: BPETokenizer, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"split": "test"}, "no split 'test' in the data. Known: train, validation"),
-        ({"split": "validation", "validation_fraction": 0.0}, "The split 'validation' of sample has no documents"),
+        (
+            {"split": "validation", "validation_fraction": 0.0},
+            "The split 'validation' of sample has no documents",
+        ),
         ({"block_size": 0}, "block_size must be at least 1"),
         ({"dataset_type": "jsonl"}, "--data sample is text, not JSON rows"),
         ({"packing": "hole"}, r"packing 'hole' is not known; did you mean whole\?"),
@@ -151,7 +211,7 @@ def test_mistakes(tokenizer: BPETokenizer, options: dict[str, object], message: 
 
 
 def test_jax_is_not_imported() -> None:
-    code = "import sys; from consyn_jax.training.dataset import get_dataset; sys.exit('jax' in sys.modules)"
+    code = "import sys, consyn_jax.training.dataset; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -5,22 +5,34 @@ import optax
 import pytest
 import torch
 
-from consyn_jax.config import ModelConfig
 from consyn_jax.distributed.mesh import AXES, build_mesh
 from consyn_jax.model.parameters import Params, layout
 from consyn_jax.model.transformer import Compute
+from consyn_jax.model_config import ModelConfig
 from consyn_jax.training.loss import LossSums
 from consyn_jax.training.program import Program
 from consyn_jax.training.step import Batch, TrainState, accumulate, clip_factor, make_train_step
 
-CONFIG = ModelConfig(vocab_size=50, hidden_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, context=64)
+CONFIG = ModelConfig(
+    vocab_size=50,
+    hidden_dim=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=64,
+    context=64,
+)
 T = 16
 
 
 @pytest.fixture(scope="module")
 def params() -> Params:
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), layout(CONFIG).shapes)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32),
+        layout(CONFIG).shapes,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +43,27 @@ def batch() -> dict[str, np.ndarray]:
     real = np.array([16, 1, 0, 9, 16, 3, 0, 12])[:, None]
     at = np.arange(T)
     segments = np.where(at < real, 1 + (at >= 5), 0).astype(np.int32)
-    return {"input_ids": ids, "labels": rng.integers(0, 50, (8, T)).astype(np.int32), "segment_ids": segments, "loss_mask": at < real}
+    return {
+        "input_ids": ids,
+        "labels": rng.integers(0, 50, (8, T)).astype(np.int32),
+        "segment_ids": segments,
+        "loss_mask": at < real,
+    }
 
 
-def gradients(params: Params, batch: dict[str, np.ndarray], accumulation: int) -> tuple[LossSums, Params]:
-    program = Program(CONFIG, Compute(), optax.sgd(1.0), 0.0, build_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1]))
-    parts = {name: jnp.asarray(values.reshape(accumulation, -1, T)) for name, values in batch.items()}
+def gradients(
+    params: Params, batch: dict[str, np.ndarray], accumulation: int
+) -> tuple[LossSums, Params]:
+    program = Program(
+        CONFIG,
+        Compute(),
+        optax.sgd(1.0),
+        0.0,
+        build_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1]),
+    )
+    parts = {
+        name: jnp.asarray(values.reshape(accumulation, -1, T)) for name, values in batch.items()
+    }
     return jax.jit(lambda p, b: accumulate(program.objective, p, b))(params, parts)
 
 
@@ -45,8 +72,14 @@ def at_once(params: Params, batch: dict[str, np.ndarray]) -> tuple[LossSums, Par
     return gradients(params, batch, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [2, 4, 8])
-def test_accumulation_weighs_real_tokens_alike(accumulation: int, params: Params, batch: dict[str, np.ndarray], at_once: tuple[LossSums, Params]) -> None:
+def test_accumulation_weighs_real_tokens_alike(
+    accumulation: int,
+    params: Params,
+    batch: dict[str, np.ndarray],
+    at_once: tuple[LossSums, Params],
+) -> None:
     whole, expected = at_once
     sums, found = gradients(params, batch, accumulation)
     assert sums.tokens == whole.tokens == 57
@@ -60,7 +93,10 @@ def test_accumulation_weighs_real_tokens_alike(accumulation: int, params: Params
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
 def test_clipping_is_torchs(max_norm: float) -> None:
     rng = np.random.default_rng(2)
-    values = {"a": rng.normal(size=(4, 5)).astype(np.float32), "b": rng.normal(size=3).astype(np.float32)}
+    values = {
+        "a": rng.normal(size=(4, 5)).astype(np.float32),
+        "b": rng.normal(size=3).astype(np.float32),
+    }
     theirs = [torch.nn.Parameter(torch.zeros(v.shape)) for v in values.values()]
     for parameter, value in zip(theirs, values.values(), strict=True):
         parameter.grad = torch.tensor(value)
@@ -72,7 +108,7 @@ def test_clipping_is_torchs(max_norm: float) -> None:
         np.testing.assert_allclose(value * factor, parameter.grad, rtol=1e-6)
 
 
-def test_no_maximum_leaves_gradients_alone() -> None:
+def test_without_a_maximum_gradients_are_not_scaled() -> None:
     assert clip_factor(jnp.float32(1e7), 0.0) == 1
 
 
@@ -83,11 +119,16 @@ def squares(params: Params, batch: Batch) -> tuple[jax.Array, LossSums]:
     return nll, LossSums(nll, jnp.sum(batch["loss_mask"], dtype=jnp.float32), jnp.float32(0))
 
 
-def one_step(labels: list[int], mask: list[bool], max_grad_norm: float) -> tuple[TrainState, dict[str, jax.Array]]:
+def one_step(
+    labels: list[int], mask: list[bool], max_grad_norm: float
+) -> tuple[TrainState, dict[str, jax.Array]]:
     optimizer = optax.sgd(0.1)
     params = {"x": jnp.float32(2.0)}
     state = TrainState(jnp.int32(7), params, optimizer.init(params), jnp.int32(0))
-    batch = {"labels": jnp.array(labels).reshape(2, 1, -1), "loss_mask": jnp.array(mask).reshape(2, 1, -1)}
+    batch = {
+        "labels": jnp.array(labels).reshape(2, 1, -1),
+        "loss_mask": jnp.array(mask).reshape(2, 1, -1),
+    }
     return make_train_step(squares, optimizer, max_grad_norm)(state, batch)
 
 
@@ -109,5 +150,9 @@ def test_the_norm_is_reported_before_clipping() -> None:
 
 def test_a_batch_without_tokens_changes_nothing() -> None:
     state, metrics = one_step([1, 2, 3, 4], [False] * 4, 1.0)
-    assert (float(metrics["loss"]), float(metrics["tokens"]), float(metrics["grad_norm"])) == (0, 0, 0)
+    assert (float(metrics["loss"]), float(metrics["tokens"]), float(metrics["grad_norm"])) == (
+        0,
+        0,
+        0,
+    )
     assert float(state.params["x"]) == 2.0

@@ -1,0 +1,212 @@
+"""The model of a run, as `--model` and `--checkpoint` choose it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from consyn_jax.config import PRESETS, ModelOptions, RunConfig, architecture
+from consyn_jax.errors import UserError, nearest
+from consyn_jax.flags import with_flags
+from consyn_jax.hub_download import is_hub_id
+from consyn_jax.model_config import FileFormat, ModelConfig
+from consyn_jax.validation import check_context
+
+if TYPE_CHECKING:
+    from consyn_jax.training.inputs.initial_model import DeferredModel
+
+Tokens = Callable[[ModelConfig], ModelConfig]
+
+# What must agree with the weights; context, rotation and windows can change without them.
+WEIGHT_SHAPES = (
+    *("hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"),
+    *("qk_norm", "tie_embeddings", "qkv_bias", "output_bias", "mlp_bias"),
+)
+
+
+class ModelChoice(NamedTuple):
+    """The architectures and weights of `--model` and `--checkpoint`.
+
+    Attributes:
+        base: architecture of `--model`, unless it is a preset.
+        stored: architecture of `--checkpoint`.
+        weights: directory of `--checkpoint`.
+    """
+
+    base: ModelConfig | None = None
+    stored: ModelConfig | None = None
+    weights: Path | None = None
+
+
+def choose_model(options: ModelOptions) -> ModelChoice:
+    """Find and check what `--model` and `--checkpoint` name.
+
+    Raises:
+        UserError: nothing usable is there, or the checkpoint does not fit the architecture.
+    """
+    is_preset = options.model in PRESETS
+    if options.checkpoint is None and is_preset:
+        return ModelChoice()
+    _check_names(options)
+
+    from consyn_jax.model.pretrained.inspection import read_checkpoint
+    from consyn_jax.model.pretrained.peft_files import is_adapter
+    from consyn_jax.model.pretrained.weights import find_model
+
+    if options.checkpoint is None:
+        return ModelChoice(_architecture_of(options.model))
+    weights = find_model(options.checkpoint)
+    if is_adapter(weights):
+        raise UserError(
+            f"--checkpoint {options.checkpoint} is an adapter. Write the model with it: "
+            f"consyn-convert {options.checkpoint} --merge_lora --output MERGED, and start from "
+            "that."
+        )
+    stored = read_checkpoint(weights)
+    if is_preset:
+        base = None
+    else:
+        same = options.model == options.checkpoint
+        base = stored if same else _architecture_of(options.model)
+    wanted = architecture(options, base, vocab_size=stored.vocab_size)
+    wrong = [
+        f"{name} {getattr(stored, name)}, not {getattr(wanted, name)}"
+        for name in WEIGHT_SHAPES
+        if getattr(stored, name) != getattr(wanted, name)
+    ]
+    if wrong:
+        raise UserError(
+            f"--checkpoint {options.checkpoint} has {'; '.join(wrong)}. Leave --model and these "
+            "flags out, or leave --checkpoint out."
+        )
+    return ModelChoice(base, stored, weights)
+
+
+def check_start(config: RunConfig, *, is_planned: bool = False) -> None:
+    """Check that a run that needs a trained model to start from has one.
+
+    Args:
+        is_planned: nothing will run, so an adapter needs no weights.
+
+    Raises:
+        UserError: the weights would be new ones.
+    """
+    if config.trains_on_pairs and config.model.checkpoint is None:
+        raise UserError(
+            f"--objective dpo tunes a model that can answer already, and --model "
+            f"{config.model.model} has new weights. Give --checkpoint, for example the final/ of a "
+            "fine-tuned model."
+        )
+    if config.lora.is_used and config.model.checkpoint is None and not is_planned:
+        raise UserError(
+            f"--lora_rank {config.lora.rank} adapts weights that are there, and --model "
+            f"{config.model.model} begins with new ones. Give --checkpoint, or leave --lora_rank "
+            "out."
+        )
+
+
+def _architecture_of(model: str) -> ModelConfig:
+    """The architecture of a config.json, a directory or a hub id."""
+    from consyn_jax.model.pretrained.config_json import read_config
+    from consyn_jax.model.pretrained.weights import find_model
+
+    return read_config(find_model(model) if is_hub_id(model) else Path(model))
+
+
+def _check_names(options: ModelOptions) -> None:
+    """Refuse names that look like a mistake, with the name that was probably meant."""
+    model, checkpoint = options.model, options.checkpoint
+    known = model in (*PRESETS, checkpoint) or Path(model).exists() or is_hub_id(model)
+    if not known:
+        raise UserError(
+            f"--model {model} is neither a preset nor a path{nearest(model, PRESETS)} "
+            f"Known: {', '.join(PRESETS)}."
+        )
+    if checkpoint and checkpoint in PRESETS and not Path(checkpoint).exists():
+        raise UserError(
+            f"--checkpoint {checkpoint} names a preset, which has no weights. "
+            f"Use --model {checkpoint}."
+        )
+    for name, given in (("model", model), ("checkpoint", checkpoint or "")):
+        path = Path(given)
+        finals = [path / "final" / kind for kind in ("config.json", "adapter_config.json")]
+        is_run = not (path / "config.json").exists() and any(map(Path.is_file, finals))
+        if given and is_run:
+            raise UserError(
+                f"--{name} {given} is a run, which holds several models. "
+                f"Use {path / 'final'} or {path / 'best'}."
+            )
+
+
+def context_of(config: RunConfig, base: ModelConfig | None) -> int | None:
+    """The context of an architecture that is not a preset; None for a preset."""
+    return None if base is None else config.model.context or base.context
+
+
+def with_sequence_length(
+    config: RunConfig, base: ModelConfig | None, *, from_rows: bool = False
+) -> RunConfig:
+    """Fill in the length of training sequences from an architecture that is not a preset.
+
+    Args:
+        from_rows: with `--checkpoint`, leave it to the data, which is not read yet.
+
+    Raises:
+        UserError: the given length is above the context.
+    """
+    context = context_of(config, base)
+    if context is None:
+        return config
+    check_context(config.data.max_tokens, context)
+    if from_rows and config.model.checkpoint is not None:
+        return config
+    return with_flags(config, {"max_tokens": config.data.max_tokens or context})
+
+
+def weights_note(options: ModelOptions, origin: str, seed: int) -> tuple[str, str]:
+    """The line of the header about the weights that the run begins with.
+
+    Args:
+        origin: of `--checkpoint`.
+    """
+    place = options.checkpoint
+    if place is None:
+        return "weights", f"new, drawn with seed {seed}"
+    alone = f"; {place}/config.json names its architecture alone" if origin == "model" else ""
+    return "weights", f"start from those in {place}{alone if Path(place).is_dir() else ''}"
+
+
+def deferred_model(
+    config: RunConfig, choice: ModelChoice, vocab_size: int, with_tokens: Tokens
+) -> DeferredModel:
+    """The model to train: fresh weights, or those of `--checkpoint`.
+
+    Args:
+        vocab_size: of fresh weights.
+        with_tokens: sets the ids that begin, end and pad texts.
+    """
+    from consyn_jax.model.parameters import initial_parameters
+    from consyn_jax.model.pretrained.safetensors_files import weights_hash
+    from consyn_jax.model.pretrained.weights import load_parameters
+    from consyn_jax.training.inputs.initial_model import DeferredModel
+
+    base, stored, weights = choice
+    if stored is not None:
+        vocab_size = stored.vocab_size
+    shape = with_tokens(architecture(config.model, base, vocab_size=vocab_size))
+    # a run is written as its checkpoint was; a new model in float32, whatever --model says
+    files = FileFormat(model_type=shape.files.model_type, config=shape.files.config)
+    shape = replace(shape, files=files if stored is None else stored.files)
+    if weights is None:
+        seed = config.budget.seed
+        return DeferredModel(shape, lambda mesh, _: initial_parameters(shape, seed, mesh))
+    name = config.model.checkpoint
+    assert name is not None
+    return DeferredModel(
+        shape,
+        lambda mesh, convert: load_parameters(weights, shape, mesh, convert=convert),
+        weights_hash(weights),
+        str(weights.resolve()) if Path(name).is_dir() else name,
+    )

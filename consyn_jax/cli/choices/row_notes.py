@@ -1,0 +1,86 @@
+"""Lines about rows: what they were taken for, and what one of them becomes."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from consyn_jax.prepare_config import CorpusOptions
+
+if TYPE_CHECKING:
+    from consyn_jax.data.preparation.corpus_report import Report
+    from consyn_jax.tokenization import BPETokenizer
+
+SHOWN = 160  # characters of the example's prompt and target
+
+
+def row_notes(
+    report: Report, options: CorpusOptions, tokenizer: BPETokenizer
+) -> list[tuple[str, str]]:
+    """(name, text) of each line; no lines if the data is not rows.
+
+    Args:
+        tokenizer: that of the store, with the template that was used.
+    """
+    from consyn_jax.data.preparation.corpus_report import CHANGES, NOTICES
+    from consyn_jax.data.sources.rows import CONVERSATIONS
+
+    notes = []
+    if report.formats:
+        found = ", ".join(f"{count:,} as {name}" for name, count in report.formats.items())
+        by = "" if options.row_format == "auto" else f" (--row_format {options.row_format})"
+        notes.append(("rows", f"read {found}{by}"))
+    if any(name in CONVERSATIONS for name in report.formats):
+        notes.append(("chat template", _template(options.chat_template, tokenizer)))
+        notes += _date(tokenizer)
+    elif options.chat_template != "auto":
+        unused = "has no effect, as there are no conversations"
+        notes.append(("chat template", f"--chat_template {options.chat_template} {unused}"))
+    if report.example:
+        _, prompt, target = report.example
+        notes.append(("prompt", _end(prompt)))
+        notes.append(("target", _beginning(target)))
+    notes += [
+        ("noticed", f"{count:,} {NOTICES.get(name, name)}")
+        for name, count in report.noticed.items()
+        if count
+    ]
+    changed = [f"{n:,} {CHANGES.get(name, name)}" for name, n in report.changed.items() if n]
+    return notes + ([("changed", "; ".join(changed))] if changed else [])
+
+
+def _template(given: str, tokenizer: BPETokenizer) -> str:
+    from consyn_jax.tokenization.chat.plain_template import PLAIN
+
+    if given not in ("auto", "plain"):
+        return given
+    if tokenizer.chat_template == PLAIN:
+        return "plain markers, exported with the model"
+    return "the model's own"
+
+
+def _date(tokenizer: BPETokenizer) -> list[tuple[str, str]]:
+    """The line about a template that writes the day, which is the same in all renderings."""
+    from consyn_jax.tokenization.chat.sandbox import RENDERED_DAY, writes_date
+
+    sources = (tokenizer.chat_template, tokenizer.tool_template)
+    if not any(writes_date(source) for source in sources if source):
+        return []
+    day = f"{RENDERED_DAY:%d %b %Y}"
+    return [
+        (
+            "noticed",
+            f"the chat template writes the day: {day} in all rows, so that they are the same on "
+            "any day",
+        )
+    ]
+
+
+def _end(text: str) -> str:
+    shown = json.dumps(text[-SHOWN:], ensure_ascii=False)
+    return f"... {shown}" if len(text) > SHOWN else shown
+
+
+def _beginning(text: str) -> str:
+    shown = json.dumps(text[:SHOWN], ensure_ascii=False)
+    return f"{shown} ..." if len(text) > SHOWN else shown

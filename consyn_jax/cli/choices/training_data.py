@@ -1,0 +1,347 @@
+"""The data of a run: checked, prepared or streamed, and described for the header."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from consyn_jax.cli.choices.fine_tuning import LONGEST_TEXT, Settings, with_batch, with_length
+from consyn_jax.cli.choices.row_notes import row_notes
+from consyn_jax.config import DataOptions, RunConfig
+from consyn_jax.errors import UserError, counted, listed
+from consyn_jax.prepare_config import CorpusOptions
+
+if TYPE_CHECKING:
+    from consyn_jax.data.pairs import PairDataset
+    from consyn_jax.data.preparation.cached_store import Growing, Prepared
+    from consyn_jax.data.sources.source import Source
+    from consyn_jax.tokenization import BPETokenizer
+    from consyn_jax.training.dataset import ConsynDataset
+
+USED_WITH_TOKENS = {
+    *("data", "validation", "validation_fraction", "dataset_type", "tokenizer", "num_workers"),
+}
+EMPTY_VALIDATION = (
+    "no document fell into it; give --validation PATH or a larger --validation_fraction"
+)
+
+CUT = "sequences are cut from the stream of documents"
+SHOWN_REASONS = 4
+
+Note = tuple[str, str]  # a line of the header: its name and its text
+
+
+class TrainingData(NamedTuple):
+    """Data as `ConsynTrainer` takes it, and its lines of the header.
+
+    Attributes:
+        settings: the run and the origins of its values, with those that follow from the data.
+    """
+
+    training: Any
+    validation: Any
+    tokenizer: BPETokenizer
+    notes: list[Note]
+    settings: Settings
+
+
+def check_data(data: DataOptions) -> bool:
+    """Look for missing, empty and binary files before anything slow; return if it is a token store.
+
+    Raises:
+        UserError: data that cannot be used.
+    """
+    from consyn_jax.data.sources.discovery import find_sources
+
+    for item in data.data:
+        if data.data_weights and data.data.count(item) > 1:
+            raise UserError(
+                f"--data names {item} twice, but a mixture has one weight for each item. Name it "
+                "once."
+            )
+    corpora = [
+        find_sources(part, data.dataset_type, invalid_utf8=data.invalid_utf8)
+        for part in _parts(data)
+    ]
+    if data.validation:
+        find_sources(data.validation, flag="validation", invalid_utf8=data.invalid_utf8)
+    if any(corpus.sources[0].kind != "sharded" for corpus in corpora):
+        return False
+    for f in dataclasses.fields(CorpusOptions):
+        given = getattr(data, f.name)
+        if f.name == "row_format" and given == "preference":  # that of --objective dpo
+            continue
+        if f.name not in USED_WITH_TOKENS and given != f.default:
+            raise UserError(
+                f"--data {data.data[0]} is tokenised already, so --{f.name} has no effect. Leave "
+                "it out, or give it to consyn-prepare."
+            )
+    return True
+
+
+def _parts(data: DataOptions) -> list[tuple[str, ...]]:
+    """The items of `--data`, grouped by the token store that they become part of."""
+    return [(item,) for item in data.data] if data.data_weights else [data.data]
+
+
+@contextmanager
+def training_data(
+    settings: Settings, tokenizer: BPETokenizer | str | None, context: int | None
+) -> Iterator[TrainingData]:
+    """Prepare the data, or start to if it is streamed; preparation stops at the end of the block.
+
+    Args:
+        tokenizer: a tokenizer, or as `--tokenizer` names it.
+        context: of a model that is not a preset; None for a preset.
+    """
+    config, _ = settings
+    fields = dataclasses.fields(CorpusOptions)
+    values = {f.name: getattr(config.data, f.name) for f in fields}
+    name, made = (tokenizer, None) if isinstance(tokenizer, str) else (None, tokenizer)
+    options = CorpusOptions(**{**values, "tokenizer": name})
+    if not config.data.streaming:
+        yield _prepared(settings, options, made, context)
+        return
+
+    from consyn_jax.data.preparation.cached_store import start
+
+    with closing(start(options, made)) as corpus:
+        settings, _ = with_length(settings, [], min(context or LONGEST_TEXT, LONGEST_TEXT))
+        yield _streamed(settings, corpus)
+
+
+def _prepared(
+    settings: Settings,
+    options: CorpusOptions,
+    tokenizer: BPETokenizer | None,
+    context: int | None,
+) -> TrainingData:
+    """One token store for all of `--data`, or a mixture with a store for each item."""
+    config, _ = settings
+    stores = [
+        _prepare(config, dataclasses.replace(options, data=part), tokenizer)
+        for part in _parts(config.data)
+    ]
+    _check_pairs(config, stores)
+    notes = [note for prepared in stores for note in _notes(prepared, options)]
+    if context is not None:
+        train = [prepared.store.split("train") for prepared in stores]
+        settings, why = with_length(settings, train, context)
+        notes += [("length", why)] if why else []
+    training, validation, sources = _datasets(settings[0], stores)
+    notes += _packing(sources)
+    settings = with_batch(settings, len(training), _num_devices(settings[0]))
+    return TrainingData(training, validation, training.tokenizer, notes, settings)
+
+
+def _check_pairs(config: RunConfig, stores: Sequence[Prepared]) -> None:
+    """Check that token stores hold what the objective trains on."""
+    for prepared in stores:
+        if prepared.store.holds_pairs == config.trains_on_pairs:
+            continue
+        name = prepared.used[0].name
+        if prepared.store.holds_pairs:
+            raise UserError(f"--data {name} holds pairs of answers. Add --objective dpo.")
+        raise UserError(
+            f"--data {name} holds no pairs of answers, which --objective dpo trains on. Prepare "
+            "them with consyn-prepare --row_format preference, or give the rows themselves."
+        )
+
+
+def _num_devices(config: RunConfig) -> int:
+    """Number of devices that share a batch."""
+    import jax
+
+    return jax.device_count() if config.hardware.mesh == "auto" else 1
+
+
+def _datasets(
+    config: RunConfig, stores: Sequence[Prepared]
+) -> tuple[Any, Any, list[ConsynDataset]]:
+    """(training, validation, training data of each store)."""
+    from consyn_jax.training.dataset import ConsynDataset, MixedDataset, pack_split
+
+    data, seed = config.data, config.budget.seed
+
+    def split(prepared: Prepared, name: str) -> ConsynDataset:
+        documents = prepared.store.split(name)
+        packed = pack_split(prepared, documents, config.length, data.packing, data.on_long_rows)
+        return ConsynDataset(prepared, packed, seed, shuffle=name == "train")
+
+    if not data.data_weights:
+        only = stores[0]
+        training = split(only, "train")
+        return training, None if only.validation_is_empty else split(only, "validation"), [training]
+    items = dict(zip(data.data, stores, strict=True))
+    weights = dict(zip(data.data, data.data_weights, strict=True))
+    sources = {item: split(one, "train") for item, one in items.items()}
+    held_out = {
+        item: split(one, "validation") for item, one in items.items() if not one.validation_is_empty
+    }
+    if data.validation:  # all stores hold the same documents
+        held_out = dict(list(held_out.items())[:1])
+    mixed = MixedDataset(sources, data.data_weights, seed)
+    mixed_validation = (
+        MixedDataset(held_out, [weights[item] for item in held_out], seed) if held_out else None
+    )
+    return mixed, mixed_validation, list(sources.values())
+
+
+def _streamed(settings: Settings, corpus: Growing) -> TrainingData:
+    """The data while it is being tokenised."""
+    config, _ = settings
+    from consyn_jax.data.streaming import BLOCK_WINDOWS, VALIDATION_WINDOWS, FirstWindows, Streamed
+
+    tokenizer, rows = _begun(corpus, config)
+    notes = [
+        (
+            "data",
+            f"{listed(config.data.data)}: tokenised during the run; the first epoch is shuffled in "
+            f"blocks of {BLOCK_WINDOWS:,} sequences",
+        ),
+        ("validation", f"the first {VALIDATION_WINDOWS:,} sequences of the validation split"),
+        *by_name(corpus.validation, config.data),
+        *rows,
+        *noticed(corpus.sources, config.data, corpus.tokenizer),
+        ("packing", CUT),
+        *_left_out(corpus.left_out),
+    ]
+    training = Streamed(corpus, config.length, config.budget.seed)
+    validation = FirstWindows(corpus, config.length)
+    return TrainingData(training, validation, tokenizer, notes, settings)
+
+
+def _begun(corpus: Growing, config: RunConfig) -> tuple[BPETokenizer, list[Note]]:
+    """The tokenizer to export, and what rows were taken for, by the first part of the data."""
+    from consyn_jax.data.sources.rows import CONVERSATIONS
+
+    tokenizer, report = corpus.tokenizer, corpus.beginning()
+    if any(name in CONVERSATIONS for name in report.formats):
+        # Whoever loads the model must write conversations as they were trained on.
+        tokenizer = tokenizer.with_chat_template(corpus.chat_template)
+    notes = row_notes(report, config.data, tokenizer)
+    if corpus.prepared is None and report.formats:
+        notes.append(("rows", "counted in the first part of the data, as the rest is read later"))
+    return tokenizer, notes
+
+
+def _prepare(config: RunConfig, options: CorpusOptions, tokenizer: BPETokenizer | None) -> Prepared:
+    """A token store, with a progress bar while it is made."""
+    from consyn_jax.cli.progress_bar import Bar
+    from consyn_jax.data.preparation.cached_store import prepare
+
+    with Bar(quiet=config.logging.quiet) as bar:
+        return prepare(options, tokenizer, progress=bar)
+
+
+def _notes(prepared: Prepared, options: CorpusOptions) -> list[Note]:
+    """Lines of the header about one token store."""
+    from consyn_jax.data.preparation.corpus_report import CHANGES
+
+    store, report = prepared.store, prepared.report
+    sizes = []
+    for name in ("train", "validation"):
+        split = store.split(name)
+        size = f"{name} {split.num_tokens:,} tokens"
+        if split.num_targets != split.num_tokens:
+            size += f" ({split.num_targets:,} of them learned)"
+        if split.num_documents is not None:
+            size += f" of {counted(split.num_documents, 'document')}"
+        sizes.append(size)
+    names = [source.name for source in prepared.used if source not in prepared.validation]
+    names += [source.name for source in prepared.validation]
+    notes = [("data", f"{listed(names)}: {', '.join(sizes)}")]
+    notes += row_notes(report, options, store.tokenizer)
+    notes += noticed(prepared.used, options, store.tokenizer)
+    notes += by_name(prepared.validation, options)
+    if prepared.validation_is_empty:
+        notes.append(("validation", f"none: {EMPTY_VALIDATION}"))
+    notes += _left_out(prepared.left_out)
+    if unknown := report.changed.get("unknown"):
+        notes.append(("unknown text", f"{unknown:,} {CHANGES['unknown']}"))
+    dropped = {rule: count for rule, count in report.dropped.items() if count}
+    if bad := dropped.pop("bad row", 0):
+        notes.append(("bad rows", f"{bad} skipped, the first: {report.examples['bad row'][0]}"))
+    if dropped:
+        rules = ", ".join(f"{count:,} {rule}" for rule, count in dropped.items())
+        notes.append(("cleaned", f"of {report.documents:,} documents left out: {rules}"))
+    return notes
+
+
+def left_out_files(files: Sequence[tuple[str, str]]) -> str:
+    """Number of files left out, and for each reason the number and the first names."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in files:
+        reasons.setdefault(reason, []).append(name)
+    shown = [
+        f"{listed(names, 2)} ({'each ' if len(names) > 1 else ''}{reason})"
+        for reason, names in reasons.items()
+    ]
+    return f"{counted(len(files), 'file')}: {listed(shown, SHOWN_REASONS)}"
+
+
+def noticed(
+    sources: Sequence[Source], options: CorpusOptions, tokenizer: BPETokenizer
+) -> list[Note]:
+    """Lines about text files whose structure is read as text, with the flags that read it."""
+    from consyn_jax.data.sources.recognition.unread_structure import unread_structure
+
+    end_text = tokenizer.decode([tokenizer.eos_token_id], False)
+    return [("noticed", text) for text in unread_structure(sources, options, end_text)]
+
+
+def by_name(validation: Sequence[Source], options: CorpusOptions) -> list[Note]:
+    """The line about files of `--data` that are validation data by their names."""
+    if not validation or options.validation:
+        return []
+    names = listed([source.name for source in validation])
+    return [("validation", f"{counted(len(validation), 'file')} by name: {names}")]
+
+
+def _left_out(files: Sequence[tuple[str, str]]) -> list[Note]:
+    return [("left out", left_out_files(files))] if files else []
+
+
+def _packing(datasets: Sequence[ConsynDataset]) -> list[Note]:
+    """Header entry: how sequences are made, and the fate of rows that are longer."""
+    from consyn_jax.data.packing import CONTINUE, WholeDocuments
+    from consyn_jax.data.pairs import PairDataset
+
+    pairs = [d.packed for d in datasets if isinstance(d.packed, PairDataset)]
+    if pairs:
+        return _pair_notes(pairs)
+    whole = [d.packed for d in datasets if isinstance(d.packed, WholeDocuments)]
+    if not whole:
+        return [("packing", CUT)]
+    padding = sum(len(d) * d.padding_fraction for d in whole) / max(sum(map(len, whole)), 1)
+    notes = [("packing", f"sequences are made of whole documents, with {padding:.1%} padding")]
+    if len(whole) < len(datasets):
+        notes.append(("packing", f"documents without prompts: {CUT}"))
+    num_long = sum(d.num_long for d in whole)
+    if num_long:
+        what = {CONTINUE: "they continue in the next", "truncate": "truncated", "drop": "dropped"}
+        lost, total = sum(d.lost_tokens for d in whole), sum(d.num_tokens for d in whole)
+        text = f"{num_long:,} longer than {whole[0].block_size:,} tokens: {what[whole[0].on_long]}"
+        share = f", {lost:,} tokens ({lost / max(lost + total, 1):.1%}) left out" if lost else ""
+        notes.append(("long rows", text + share))
+    return notes
+
+
+def _pair_notes(datasets: Sequence[PairDataset]) -> list[Note]:
+    """Header entry: how pairs become rows, and the fate of those that are too long."""
+    num_pairs, size = sum(map(len, datasets)), datasets[0].block_size
+    padding = sum(len(d) * d.padding_fraction for d in datasets) / max(num_pairs, 1)
+    row = f"a row is a pair: two sequences of up to {size:,} tokens"
+    notes = [("pairs", f"{num_pairs:,}; {row}, with {padding:.1%} padding")]
+    num_long = sum(d.num_long for d in datasets)
+    if num_long:
+        what = {"truncate": "truncated at the end", "drop": "dropped"}[datasets[0].on_long]
+        lost, total = sum(d.lost_tokens for d in datasets), sum(d.num_tokens for d in datasets)
+        text = f"{num_long:,} with a sequence of more than {size:,} tokens: {what}"
+        text += f", {lost:,} tokens ({lost / max(lost + total, 1):.1%}) left out"
+        if without := sum(d.num_without_answer for d in datasets):
+            text += f"; {without:,} of them dropped, as no token of an answer would be left"
+        notes.append(("long pairs", text))
+    return notes

@@ -1,0 +1,171 @@
+"""The end of every command: known errors become one line and an exit code, not a traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from consyn_jax.cli.text_encoding import escape_unprintable
+from consyn_jax.errors import (
+    Differs,
+    Diverged,
+    Interrupted,
+    ProcessMissing,
+    Repeats,
+    Unsaved,
+    UserError,
+    unsaved,
+    visible,
+)
+
+KNOWN = (UserError, Diverged, Differs, Interrupted, ProcessMissing)
+EXIT_CODES = {UserError: 2, Diverged: 3, Differs: 4, Interrupted: 75, ProcessMissing: 76}
+# A refusal of the operating system about a file is not a defect of the program.
+OF_THE_SYSTEM = {
+    errno.ENAMETOOLONG,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+}
+DEFERRED_S = 0.05  # seconds between two checks whether an import has ended
+LONGEST_NAME = 120  # characters of a file name in a message
+
+
+def exit_code(prog: str, work: Callable[[], None]) -> int:
+    """Do `work` and return the exit code.
+
+    Returns:
+        0; 2 for the user's mistake or a file that the system refuses, 3 for divergence, 4 for a
+        record that does not agree, 75 for interrupted and saved, 76 for a process that did not
+        come; 130 for SIGINT with nothing to save, and 143 for SIGTERM, a closed terminal or Slurm's
+        warning.
+    """
+    escape_unprintable()
+    os.umask(os.umask(0o022) | 0o002)  # no new file may be writable by everyone
+    try:
+        return _outcome(prog, work)
+    finally:
+        _drop_lost_output()
+
+
+def _outcome(prog: str, work: Callable[[], None]) -> int:
+    try:
+        with _unwinding_on_sigterm():
+            work()
+    except KNOWN as known:
+        _say(f"{prog}: {known}")
+        return EXIT_CODES[type(known)]
+    except OSError as refused:
+        if refused.errno not in OF_THE_SYSTEM or not refused.filename:
+            raise
+        _say(f"{prog}: {_refusal(refused)}")
+        return EXIT_CODES[UserError]
+    except KeyboardInterrupt as stopped:
+        code, sentence = unsaved(stopped)
+        _say(f"{prog}: {sentence}")
+        return code
+    return 0
+
+
+def _refusal(error: OSError) -> str:
+    name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+    shown = str(name)
+    if len(shown) > LONGEST_NAME:
+        shown = f"{shown[:80]} ... {shown[-30:]}"
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{shown}: a name has at most 255 bytes, and this one is longer. Give a shorter one."
+    return f"{shown} cannot be used: {error.strerror}. Check the disk and the permissions."
+
+
+def _say(message: str) -> None:
+    """Print to stderr, escaping control characters; a closed terminal is no error."""
+    with suppress(OSError):
+        print(visible(message), file=sys.stderr, flush=True)
+
+
+def _drop_lost_output() -> None:
+    """Discard output that a closed terminal refuses; otherwise Python exits with code 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+
+@contextmanager
+def _unwinding_on_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
+        yield
+        return
+    unwind = _Unwinding()
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell
+        numbers.remove(signal.SIGINT)
+    before = {number: signal.signal(number, unwind) for number in numbers}
+    try:
+        yield
+    finally:
+        unwind.is_over = True
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Unwinding:
+    """Handles a signal by an exception, but not in the middle of an import.
+
+    Libraries in C++ that run Python while they are imported do not expect an exception there, and
+    some abort. The signal comes again until the import is over; a second one ends the process. A
+    repeat of the first is none: it would break off what the first unwinds.
+    """
+
+    def __init__(self) -> None:
+        self.is_over = False
+        self._repeats = Repeats()
+        self._deferred: int | None = None
+        self._is_own = False  # the signal that comes now was sent by `_again`
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Raise the exception, now or after the import."""
+        if self._is_own:
+            self._is_own, number = False, self._deferred or number
+        else:
+            match self._repeats.place():
+                case "repeat":
+                    return
+                case "second" if self._deferred is not None:
+                    os._exit(128 + number)
+        if not _is_importing(frame):
+            self._deferred = None
+            raise Unsaved(number)
+        self._deferred = number
+        threading.Thread(target=self._again, args=(number,), daemon=True).start()
+
+    def _again(self, number: int) -> None:
+        threading.Event().wait(DEFERRED_S)
+        if not self.is_over:
+            self._is_own = True
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether an import is anywhere on the stack of the interrupted code."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False

@@ -1,0 +1,1 @@
+"""Modes of `consyn-train` that inspect a run without changing it."""

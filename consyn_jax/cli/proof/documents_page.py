@@ -1,0 +1,102 @@
+"""`consyn-train --documents_of`: the documents that steps of a run learned from."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from consyn_jax.config import RunConfig
+from consyn_jax.errors import UserError, counted, visible
+
+if TYPE_CHECKING:
+    from consyn_jax.data.learned_documents import LearnedDocument
+
+
+def list_documents(config: RunConfig) -> None:
+    """Print the documents of the steps that `--documents_of` names.
+
+    Raises:
+        UserError: there is no such run or step, or its documents were not recorded.
+    """
+    from consyn_jax.data.learned_documents import DocumentFinder
+    from consyn_jax.training.provenance.data_record import open_order
+
+    place = Path(config.saving.output)
+    first, last = _steps(config.proof.documents_of or "")
+    facts = recorded_facts(place)
+    total = facts["configuration"]["total_steps"]
+    if last > total:
+        raise UserError(f"--documents_of {last}: the run in {place} has {total:,} steps.")
+    data = facts["data"]
+    finder = DocumentFinder(open_order(data, place), data["sequences_per_step"])
+    for step in range(first, last + 1):
+        documents = finder.documents(step)
+        page = {"step": step, "documents": as_json(documents)}
+        is_json = config.proof.json
+        text = [json.dumps(page, ensure_ascii=False)] if is_json else lines(step, documents)
+        if not write_out(text):
+            return
+
+
+def write_out(text: Iterable[str]) -> bool:
+    """Print lines; return False if the reader has closed the pipe, as `| head` does."""
+    try:
+        print("\n".join(text), flush=True)
+    except BrokenPipeError:
+        return False
+    return True
+
+
+def recorded_facts(place: Path) -> dict[str, Any]:
+    """Read the provenance.json of a run or model.
+
+    Raises:
+        UserError: it has none.
+    """
+    from consyn_jax.training.provenance.run_facts import read_facts
+
+    facts = read_facts(place)
+    if facts is None:
+        raise UserError(
+            f"--output {place} has no provenance.json: it is no run, or of a version that wrote "
+            "none. Name the directory of a run."
+        )
+    return facts
+
+
+def _steps(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise UserError(
+            f"--documents_of {text} is neither a step nor a range of steps. Give 12, or 12:20 for "
+            "steps 12 to 20; the first step is 1."
+        )
+    return first, last
+
+
+def as_json(documents: Sequence[LearnedDocument]) -> list[dict[str, Any]]:
+    """Documents as JSON objects."""
+    return [asdict(document) for document in documents]
+
+
+def lines(step: int, documents: Sequence[LearnedDocument]) -> Iterator[str]:
+    """A heading, and a line for each document, the largest share first."""
+    targets = sum(document.targets for document in documents)
+    yield f"Step {step:,}: {counted(len(documents), 'document')}, {targets:,} tokens learned"
+    for document in sorted(documents, key=lambda document: -document.share):
+        place = visible(document.source)
+        if document.row is not None:
+            place += f", row {document.row:,}"
+        elif document.bytes is not None:
+            place += f", bytes {document.bytes[0]:,} to {document.bytes[1]:,}"
+        else:
+            place += f", document {document.document:,}"
+        item = f"{visible(document.data)}: " if document.data not in ("", document.source) else ""
+        tokens = sum(stop - first for _, first, stop in document.parts)
+        part = f", {tokens:,} of its {document.length:,} tokens"
+        yield f"{document.share:>8.2%}  {item}{place}{part if tokens < document.length else ''}"

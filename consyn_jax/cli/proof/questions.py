@@ -1,0 +1,23 @@
+"""The flags of `consyn-train` that inspect a finished run instead of training."""
+
+from __future__ import annotations
+
+from consyn_jax.config import RunConfig
+from consyn_jax.errors import UserError
+
+QUESTIONS = ("verify", "replay_step", "documents_of")
+
+
+def asked(config: RunConfig, mode: str) -> str | None:
+    """Return the inspection flag on the command line; None if there is none.
+
+    Raises:
+        UserError: there are two, one is combined with a mode, or --json stands alone.
+    """
+    found = [name for name in QUESTIONS if getattr(config.proof, name) is not None]
+    if config.proof.json and not found:
+        raise UserError("--json belongs to --documents_of, --replay_step or --verify. Add one.")
+    if len(found) + bool(mode) > 1 and found:
+        other = mode or found[1]
+        raise UserError(f"--{found[0]} and --{other} do not work together. Leave one of them out.")
+    return found[0] if found else None

@@ -1,0 +1,53 @@
+"""Best-fit-decreasing: items of given lengths in as few bins of one size as it finds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+from jaxtyping import Int64
+
+
+def best_fit_decreasing(lengths: Int64[np.ndarray, " n"], size: int) -> Int64[np.ndarray, " n"]:
+    """The bin of each item, by best-fit-decreasing; bins count from 0.
+
+    Items are placed from the longest to the shortest, each in the fullest bin that has room for it,
+    or in a new one. Items of equal length are placed together: the fullest bin with room takes as
+    many of them as it can hold, then the next fullest. Bit r of one integer says whether some bin
+    has room for exactly r more, so a shift and the lowest set bit find the smallest space that is
+    large enough. Time grows with the number of distinct lengths, not with the number of items.
+
+    Args:
+        lengths: each in 1 .. size.
+
+    >>> best_fit_decreasing(np.array([5, 3, 4, 6, 2]), 10)
+    array([1, 1, 0, 0, 1])
+    """
+    with_space: defaultdict[int, list[int]] = defaultdict(list)
+    spaces, bins = 0, 0  # bit r of `spaces`: some bin has room for exactly r more
+    chosen: list[int] = []
+    values, counts = np.unique(lengths, return_counts=True)
+    for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        while count:
+            fitting = spaces >> length
+            space = length + (fitting & -fitting).bit_length() - 1 if fitting else size
+            each = space // length
+            if not fitting:
+                with_space[size] = list(range(bins, bins := bins + -(-count // each)))
+                spaces |= 1 << size
+            candidates = with_space[space]
+            # Each bin takes as many as it can hold, or all that are left.
+            each = min(each, count)
+            filled = min(len(candidates), count // each)
+            taken = candidates[-filled:]
+            del candidates[-filled:]
+            chosen += taken if each == 1 else [number for number in taken for _ in range(each)]
+            count -= filled * each
+            if not candidates:
+                spaces &= ~(1 << space)
+            if space > each * length:
+                with_space[space - each * length] += taken
+                spaces |= 1 << (space - each * length)
+    result = np.empty(len(lengths), np.int64)
+    result[np.argsort(-lengths, kind="stable")] = chosen
+    return result

@@ -1,0 +1,208 @@
+"""The documents that a training step learns from, found by the arithmetic of the order.
+
+No batch is made. From the stores, only the starts and origins of documents are read, and single
+tokens if the tokenizer has no BOS or documents bring their own. So any step costs the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from consyn_jax.data.loader import Order, Shuffled
+from consyn_jax.data.mixture import Mixture, part_seed
+from consyn_jax.data.order import ids_at
+from consyn_jax.data.packing import PackedSequences
+from consyn_jax.data.store.manifest import read_sources
+from consyn_jax.data.store.raw_tokens import RawShard
+from consyn_jax.data.store.shards import Shard, Tokens
+from consyn_jax.errors import UserError
+
+
+@dataclass
+class LearnedDocument:
+    """A document from which a step learned some tokens.
+
+    Attributes:
+        data: the item of `--data`, in a mixture; otherwise "".
+        source: the file or dataset that it comes from; the store itself if the origin is unknown.
+        row: its row in the source, from 1: the line of a file, or the row of a dataset.
+        bytes: (begin, end) of its text in the decompressed source; of its tokens in a token file.
+        document: its number in the split of the store, from 0; None in token files.
+        length: its tokens in the store, EOS included.
+        parts: (sequence of the batch, first token, stop) of each part of it in the batch.
+        targets: tokens that count in the loss of the step.
+        share: share of `targets` in all tokens that count in the loss of the step.
+    """
+
+    data: str
+    source: str
+    row: int | None
+    bytes: tuple[int, int] | None
+    document: int | None
+    length: int
+    parts: list[tuple[int, int, int]] = field(default_factory=list)
+    targets: int = 0
+    share: float = 0.0
+
+
+def located(
+    order: Order, positions: Int64[np.ndarray, " n"]
+) -> tuple[dict[str, Any], Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+    """Find the sequences at global positions of an order.
+
+    Returns:
+        The datasets by name ("" for a single one), and for each position the number of the dataset
+        and the index of the sequence in it.
+
+    Raises:
+        UserError: the positions of this kind of order cannot be computed.
+    """
+    if isinstance(order, Shuffled):
+        indices = ids_at(order.seed, positions, len(order.dataset), order.shuffle)
+        return {"": order.dataset}, np.zeros_like(positions), indices
+    if not isinstance(order, Mixture):
+        raise UserError(
+            "The sequences of this run have no places that are known before they are read. Only "
+            "runs on prepared data (without --streaming) can be asked for their documents."
+        )
+    numbers, within = order.places(positions)
+    indices = np.empty_like(within)
+    for number, dataset in enumerate(order.datasets.values()):
+        here = np.flatnonzero(numbers == number)
+        if len(here):
+            indices[here] = ids_at(part_seed(order.seed, number + 1), within[here], len(dataset))
+    return dict(order.datasets), numbers, indices
+
+
+class DocumentFinder:
+    """Finds the documents of steps.
+
+    Args:
+        order: of the training sequences, over packed splits.
+        sequences_per_step: number of sequences over all micro-batches and processes.
+    """
+
+    def __init__(self, order: Order, sequences_per_step: int) -> None:
+        self.order, self.sequences_per_step = order, sequences_per_step
+        self._sources = cache(read_sources)
+        self._origins = cache(lambda shard: shard.origins())
+        self._starts = cache(_starts)
+
+    def documents(self, step: int) -> list[LearnedDocument]:
+        """The documents of a step, counted from 1, in the order of the batch.
+
+        Raises:
+            UserError: the sequences of the run have no known places, or a file is damaged.
+        """
+        size = self.sequences_per_step
+        positions = np.arange((step - 1) * size, step * size, dtype=np.int64)
+        datasets, numbers, indices = located(self.order, positions)
+        found: dict[tuple[int, int, int], LearnedDocument] = {}
+        for number, (name, packed) in enumerate(datasets.items()):
+            if not isinstance(packed, PackedSequences):
+                raise UserError(
+                    "The sequences of this run were given in Python and are not in a token store, "
+                    "so nothing says which documents they are made of."
+                )
+            here = np.flatnonzero(numbers == number)
+            pieces = packed.pieces(indices[here])
+            for row, start, length in zip(*(values.tolist() for values in pieces), strict=True):
+                for shard, at, begin, stop in self._parts(packed, start, start + length):
+                    key = number, shard, at
+                    if key not in found:
+                        found[key] = self._document(packed, name, shard, at)
+                    self._add(found[key], packed, (int(here[row]), shard, at), begin, stop)
+        total = sum(document.targets for document in found.values())
+        for document in found.values():
+            document.share = document.targets / total if total else 0.0
+        return sorted(found.values(), key=lambda document: document.parts[0])
+
+    def _parts(
+        self, packed: PackedSequences, start: int, stop: int
+    ) -> Iterator[tuple[int, int, int, int]]:
+        """(shard, document in it, first token, stop) of the documents in a range of the stream.
+
+        Tokens are counted within the shard.
+        """
+        for number, offset, shard in packed.split.touched(start, stop):
+            low, high = max(start - offset, 0), min(stop - offset, shard.num_tokens)
+            starts = self._starts(shard)
+            first, last = np.searchsorted(starts, [low, high - 1], "right") - 1
+            for at in range(int(first), int(last) + 1):
+                end = int(starts[at + 1]) if at + 1 < len(starts) else shard.num_tokens
+                yield number, at, max(low, int(starts[at])), min(high, end)
+
+    def _document(
+        self, packed: PackedSequences, name: str, number: int, at: int
+    ) -> LearnedDocument:
+        """A document with its origin, still without parts."""
+        shard, before = packed.split.shards[number], packed.split.shards[:number]
+        starts = self._starts(shard)
+        begin = int(starts[at])
+        end = int(starts[at + 1]) if at + 1 < len(starts) else shard.num_tokens
+        if isinstance(shard, RawShard):
+            return LearnedDocument(
+                name, str(shard.path), None, shard.byte_range(begin, end), None, end - begin
+            )
+        document = sum(other.num_documents or 0 for other in before) + at
+        directory = shard.directory if isinstance(shard, Shard) else Path()
+        found = LearnedDocument(name, str(directory), None, None, document, end - begin)
+        origins = self._origins(shard)
+        if origins is None:
+            return found
+        source, first, last = origins[at].tolist()
+        sources = self._sources(directory)
+        if source >= len(sources):
+            raise UserError(
+                f"{directory} is damaged: a document comes from source {source} of {len(sources)}. "
+                "Prepare the data again."
+            )
+        found.source = sources[source]["name"]
+        found.row, found.bytes = (None, (first, last)) if last else (first, None)
+        return found
+
+    def _add(
+        self,
+        document: LearnedDocument,
+        packed: PackedSequences,
+        place: tuple[int, int, int],
+        begin: int,
+        stop: int,
+    ) -> None:
+        """Add the tokens begin .. stop of a shard to a document.
+
+        Args:
+            place: the sequence of the batch, the shard, and the number of the document in it.
+        """
+        sequence, number, at = place
+        shard = packed.split.shards[number]
+        start = int(self._starts(shard)[at])
+        document.parts.append((sequence, begin - start, stop - start))
+        if shard.num_targets == shard.num_tokens:
+            targets, first_counts = stop - begin, True
+        else:
+            marks = np.empty(stop - begin, np.uint8)
+            shard.peek_targets(begin, marks)
+            targets, first_counts = int(np.count_nonzero(marks == 1)), bool(marks[0] == 1)
+        if begin == start and first_counts and self._begins(shard, number, at):
+            first = np.empty(1, shard.dtype)
+            shard.peek(begin, first)
+            targets -= packed.bos_id is None or int(first[0]) == packed.bos_id
+        document.targets += targets
+
+    def _begins(self, shard: Tokens, number: int, at: int) -> bool:
+        """Whether a document begins in this shard; in token files it may continue from another."""
+        return at > 0 or not isinstance(shard, RawShard) or shard.begins_document
+
+
+def _starts(shard: Tokens) -> np.ndarray:
+    """Starts of the documents of a shard; its first token counts even inside a document."""
+    starts = shard.starts
+    return starts if len(starts) and starts[0] == 0 else np.concatenate([[0], starts])

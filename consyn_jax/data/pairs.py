@@ -1,0 +1,179 @@
+"""Preference pairs as rows of one length: the chosen sequence, and the rejected one beside it.
+
+A row of a pair has two halves of `block_size` positions, each with its own segment, so neither
+sequence sees anything of the other. Within a half, inputs and labels are those of `packing.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int64, Integer
+
+from consyn_jax.data.packing import PackedSequences, Pieces, Sequences, document_groups
+from consyn_jax.data.store.manifest import AGAIN, BETWEEN, GIVEN
+from consyn_jax.data.store.store_split import StoreSplit
+from consyn_jax.errors import UserError
+
+CHOSEN_REFERENCE, REJECTED_REFERENCE = "chosen_reference", "rejected_reference"
+
+
+class _Halves(NamedTuple):
+    """The sequences of some pairs, chosen and rejected.
+
+    Attributes:
+        starts: Stream position of the first token.
+        lengths: Tokens.
+        skipped: 1 where the first token is an input only, otherwise 0.
+        answers: Label number of the first token of the answer.
+    """
+
+    starts: Int64[np.ndarray, "n 2"]
+    lengths: Int64[np.ndarray, "n 2"]
+    skipped: Int64[np.ndarray, "n 2"]
+    answers: Int64[np.ndarray, "n 2"]
+
+    @property
+    def labels(self) -> Int64[np.ndarray, "n 2"]:
+        """Labels of each sequence."""
+        return self.lengths - self.skipped
+
+    def where(self, kept: Bool[np.ndarray, " n"]) -> _Halves:
+        """The pairs that are kept."""
+        return _Halves(*(values[kept] for values in self))
+
+
+class PairDataset(PackedSequences):
+    """A split of pairs, a pair a row.
+
+    Args:
+        block_size: labels of a sequence; a row has twice as many.
+        on_long: a sequence that is longer is truncated at its end, as TRL's `keep_start` does, or
+            its pair is dropped, or it is an error. A pair of which no token of an answer would be
+            left is always dropped.
+
+    Attributes:
+        num_long: pairs with a sequence that is longer.
+        num_without_answer: pairs dropped because a prompt fills the sequence.
+        lost_tokens: labels that were cut off or dropped.
+        reference: log-probabilities of the answers under the model that the run starts from, for
+            each pair the chosen and the rejected one; None until they are known.
+
+    Raises:
+        UserError: a sequence is too long, and that is an error; or a document is no pair.
+    """
+
+    def __init__(
+        self,
+        split: StoreSplit,
+        block_size: int,
+        bos_id: int | None,
+        pad_id: int,
+        on_long: str | None = None,
+    ) -> None:
+        super().__init__(split, block_size, bos_id, pad_id)
+        self.on_long = on_long or "truncate"
+        self.reference: Float32[np.ndarray, "n 2"] | None = None
+        found = [_halves(split, *group, bos_id is None) for group in document_groups(split)]
+        empty = np.empty((0, 2), np.int64)
+        parts = zip(*found, strict=True) if found else [[empty]] * len(_Halves._fields)
+        halves = _Halves(*(np.concatenate(part) for part in parts))
+        is_long = (halves.labels > block_size).any(1)
+        if is_long.any() and self.on_long == "error":
+            longest = int(halves.labels[np.argmax(is_long)].max())
+            raise UserError(
+                f"A pair has a sequence of {longest:,} tokens, more than the {block_size:,} of "
+                "--max_tokens (--on_long_rows error). Raise --max_tokens, or give --on_long_rows "
+                "truncate or drop."
+            )
+        has_answers = (halves.answers < np.minimum(halves.labels, block_size)).all(1)
+        self.num_long = int(is_long.sum())
+        self.num_without_answer = int((~has_answers & (self.on_long == "truncate")).sum())
+        before = int(halves.labels.sum())
+        self._halves = halves.where(has_answers & ~(is_long & (self.on_long == "drop")))
+        self._sizes = np.minimum(self._halves.labels, block_size)
+        self.num_tokens, self.num_documents = int(self._sizes.sum()), len(self)
+        self.lost_tokens = before - self.num_tokens
+        self.num_targets = int((self._sizes - self._halves.answers).sum())
+        self.num_bytes = None
+
+    def __len__(self) -> int:
+        return len(self._halves.starts)
+
+    @property
+    def padding_fraction(self) -> float:
+        """Share of the positions of an epoch that are padding."""
+        positions = 2 * len(self) * self.block_size
+        return 1 - self.num_tokens / positions if positions else 0.0
+
+    def pieces(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Pieces:
+        """The pieces of the pairs `indices`: two of each."""
+        which = np.asarray(indices, np.int64)
+        row = np.repeat(np.arange(len(which)), 2)
+        lengths = (self._sizes + self._halves.skipped)[which]
+        return Pieces(row, self._halves.starts[which].reshape(-1), lengths.reshape(-1))
+
+    def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
+        """The pairs `indices`, each in range(len), each array [n, 2 * block_size].
+
+        Once the reference is known, also its log-probabilities [n], of each answer.
+        """
+        which = np.asarray(indices, np.int64)
+        starts, skipped, answers = (
+            values[which].reshape(-1)
+            for values in (self._halves.starts, self._halves.skipped, self._halves.answers)
+        )
+        sizes = self._sizes[which].reshape(-1)
+        self.split.verify(starts.tolist(), (starts + skipped + sizes).tolist())
+        shape = len(starts), self.block_size
+        ids = np.zeros((shape[0], shape[1] + 1), self.split.dtype)
+        for row, start, skip, size in zip(ids, starts, skipped, sizes, strict=True):
+            self.split.read(int(start), row[1 - skip : 1 + size])
+        column = np.arange(self.block_size)
+        is_token = column < sizes[:, None]
+        labels = np.where(is_token, ids[:, 1:], np.int32(self.pad_id)).astype(np.int32)
+        inputs = np.where(is_token, ids[:, :-1], np.int32(self.pad_id)).astype(np.int32)
+        if self.bos_id is not None:
+            inputs[skipped == 0, 0] = self.bos_id
+        segments = np.tile(np.array([1, 2], np.int32), len(which))[:, None] * is_token
+        mask = is_token & (column >= answers[:, None])
+        named = {
+            "input_ids": inputs,
+            "labels": labels,
+            "segment_ids": segments.astype(np.int32),
+            "loss_mask": mask,
+        }
+        found = {name: values.reshape(len(which), -1) for name, values in named.items()}
+        if self.reference is not None:
+            found[CHOSEN_REFERENCE], found[REJECTED_REFERENCE] = self.reference[which].T
+        return found
+
+
+def longer_sequences(split: StoreSplit) -> Int64[np.ndarray, " n"]:
+    """The tokens of each pair's longer sequence."""
+    found = [_halves(split, *group, False).lengths.max(1) for group in document_groups(split)]
+    return np.concatenate([np.empty(0, np.int64), *found])
+
+
+def _halves(
+    split: StoreSplit,
+    starts: Int64[np.ndarray, " n"],
+    lengths: Int64[np.ndarray, " n"],
+    has_no_bos: bool,
+) -> _Halves:
+    """The sequences of consecutive documents."""
+    marks = np.empty(int(lengths.sum()), np.uint8)
+    split.read_targets(int(starts[0]), marks)
+    first, ends = starts - starts[0], starts - starts[0] + lengths
+    between = np.flatnonzero(marks == BETWEEN)
+    if len(between) != len(first) or not ((first < between) & (between + 1 < ends)).all():
+        raise UserError(f"The token store is damaged: a document of it is no pair. {AGAIN}")
+    begins = np.stack([first, between + 1], 1)
+    stops = np.stack([between, ends], 1)
+    targets = np.append(np.flatnonzero(marks == 1), len(marks))
+    at = targets[np.searchsorted(targets, begins)]
+    skipped = ((marks[begins] == GIVEN) | has_no_bos).astype(np.int64)
+    answers = np.maximum(np.minimum(at, stops) - begins - skipped, 0)
+    return _Halves(begins + starts[0], stops - begins, skipped, answers)

@@ -1,0 +1,1 @@
+"""Preparation of data: documents are cleaned, deduplicated, split and tokenised into a store."""

@@ -1,0 +1,378 @@
+"""The token store of some data, made once and kept in a cache or where `--output` says.
+
+Stages: sources, blocks, documents, cleaning, duplicates, splits, token ids, shards. Workers process
+single documents. This process reads, drops duplicates and writes, all in the order of the
+documents, so the store does not depend on the number of workers. Every few seconds a journal
+records how far the store is valid. If the preparation is killed, the next one cuts the store back
+to that point, continues from there, and ends with the same bytes.
+
+Nothing is printed here: `Prepared` holds what the user should know, and `progress` is called along
+the way.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import threading
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from consyn_jax.data.preparation.build import Preparation, Publish, Stopped
+from consyn_jax.data.preparation.corpus_report import (
+    Report,
+    check_leniency,
+    is_as_lenient,
+    read_report,
+)
+from consyn_jax.data.preparation.destination import Destination, check_output
+from consyn_jax.data.preparation.journal import JOURNAL, Journal
+from consyn_jax.data.preparation.preparation_spec import (
+    Progress,
+    Spec,
+    build_spec,
+    contents_of,
+    find,
+    key_of,
+)
+from consyn_jax.data.sources.discovery import Corpus
+from consyn_jax.data.sources.recognition.splits import IS_TEST
+from consyn_jax.data.sources.source import Source
+from consyn_jax.data.split import SPLITS, TEST, TRAIN, VALIDATION
+from consyn_jax.data.store import TokenStore, TokenStoreWriter
+from consyn_jax.data.store.file_hashes import cache_directory
+from consyn_jax.data.store.manifest import MANIFEST
+from consyn_jax.data.store.raw_tokens import RawTokens
+from consyn_jax.data.store.store_split import StoreSplit
+from consyn_jax.data.store.token_store import JoinedStores
+from consyn_jax.errors import UserError
+from consyn_jax.prepare_config import CorpusOptions
+from consyn_jax.tokenization import BPETokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A token store and how it came about.
+
+    Attributes:
+        store: the tokens; `store.tokenizer` made them.
+        used, left_out: the sources that were read, and files of directories that were not, with
+            the reason.
+        report: counts of the preparation, empty for data that was tokenised already.
+        from_cache: the store was complete before.
+        validation: those of `used` that are validated on.
+    """
+
+    store: TokenStore | JoinedStores | RawTokens
+    used: tuple[Source, ...]
+    left_out: tuple[tuple[str, str], ...]
+    report: Report
+    from_cache: bool
+    validation: tuple[Source, ...] = ()
+
+    @property
+    def validation_is_empty(self) -> bool:
+        """Whether no document is held out.
+
+        `--validation` or a larger `--validation_fraction` helps.
+        """
+        return self.store.split(VALIDATION).num_tokens == 0
+
+
+def prepare(
+    options: CorpusOptions,
+    tokenizer: BPETokenizer | None = None,
+    *,
+    output: Path | None = None,
+    test_fraction: float = 0.0,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Return the token store of `options.data`: the data itself, a cached store, or a new one.
+
+    Args:
+        tokenizer: replaces the one that the options name.
+        output: directory of the store; None puts it into the cache, under a hash of its content.
+        test_fraction: share of the documents that becomes the split "test".
+
+    Raises:
+        UserError: the data is missing, unusable or without any text; the tokenizer is not that of
+            the given store; or `output` cannot be written or holds something else.
+    """
+    corpus, held_out = find(options)
+    if corpus.sources[0].kind == "sharded":
+        if output is not None:
+            raise UserError(
+                f"--data {corpus.sources[0].name} is tokenised already. Train on it as it is."
+            )
+        return _given(corpus, held_out, options, tokenizer)
+    spec = build_spec(corpus, held_out, options, tokenizer, test_fraction, progress)
+    key = key_of(spec, contents_of(spec))
+    directory = _entry(key, options) if output is None else output
+    destination = Destination(directory, key, spec.options, in_cache=output is None)
+    return _prepared(spec, directory, from_cache=_build(spec, destination))
+
+
+def start(
+    options: CorpusOptions,
+    tokenizer: BPETokenizer | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Growing:
+    """Begin what `prepare` does, into the cache, and return without waiting for its end.
+
+    Raises:
+        UserError: as `prepare`, for mistakes that are found before the first document is read.
+    """
+    corpus, held_out = find(options)
+    if corpus.sources[0].kind == "sharded":
+        raise UserError(
+            f"--data {corpus.sources[0].name} is tokenised already, so there is nothing to stream. "
+            "Leave --streaming out."
+        )
+    spec = dataclasses.replace(
+        build_spec(corpus, held_out, options, tokenizer, 0.0, progress), streaming=True
+    )
+    assert isinstance(spec.tokenizer, BPETokenizer)  # validation refuses train:SIZE here
+    key = key_of(spec, contents_of(spec))
+    return Growing(spec, Destination(_entry(key, options), key, spec.options, in_cache=True))
+
+
+class Growing:
+    """A preparation that continues in a thread while its first tokens are read.
+
+    Attributes:
+        tokenizer: the tokenizer of the store.
+        chat_template: the Jinja text that conversations are written with.
+        key: hash of the data, the rules and the tokenizer; known before the data is read.
+        left_out: files of directories that are not read, with the reason.
+        sources, validation: the sources that are read, and those of them for validation.
+        prepared: the result of `prepare`, once the preparation is complete.
+    """
+
+    def __init__(self, spec: Spec, destination: Destination) -> None:
+        assert isinstance(spec.tokenizer, BPETokenizer)
+        self.tokenizer, self.key, self.left_out = spec.tokenizer, destination.key, spec.left_out
+        self.chat_template = spec.chat_template
+        self.sources, self.validation = spec.sources, spec.sources[: spec.num_validation]
+        # The only document cannot be a duplicate, so it will not be taken back once it has begun.
+        self._is_one_text = spec.is_one_text
+        self.prepared: Prepared | None = None
+        self._splits: dict[str, StoreSplit] = {}
+        self._begun: Report | None = None
+        self._error: BaseException | None = None
+        self._stopped = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(
+            target=self._run, args=(spec, destination), name="prepare", daemon=True
+        )
+        self._thread.start()
+
+    def split(self, name: str, tokens: int | None) -> tuple[StoreSplit, bool]:
+        """The documents of a split so far, and whether these are all of them.
+
+        The split only grows: documents that were there before stay in place.
+
+        Args:
+            tokens: wait until the split has this many, or the preparation is complete; None waits
+                until it is complete.
+
+        Raises:
+            UserError: the preparation failed (a bug raises its own exception).
+            RuntimeError: `close` was called.
+        """
+        with self._changed:
+            while True:
+                if self._error is not None:
+                    raise self._error
+                if self.prepared is not None:
+                    return self.prepared.store.split(name), True
+                found = self._splits.get(name)
+                if tokens is not None and found is not None and found.num_tokens >= tokens:
+                    return found, False
+                if self._stopped:
+                    raise RuntimeError("The preparation was closed.")
+                self._changed.wait()
+
+    def beginning(self) -> Report:
+        """Wait for the first part of the data and return its counts, or those of complete data.
+
+        Raises:
+            UserError: the preparation failed.
+            RuntimeError: `close` was called.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._stopped or self._error or self._begun or self.prepared
+            )
+            if self._error is not None:
+                raise self._error
+            if self.prepared is not None:
+                return self.prepared.report
+            if self._begun is None:
+                raise RuntimeError("The preparation was closed.")
+            return self._begun
+
+    def close(self) -> None:
+        """Stop the preparation; the next one continues it. Threads that wait get an exception."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _run(self, spec: Spec, destination: Destination) -> None:
+        prepared = failure = None
+        try:
+            from_cache = _build(spec, destination, self._publish)
+            prepared = _prepared(spec, destination.directory, from_cache)
+        except Stopped:
+            return
+        except BaseException as error:  # noqa: BLE001 (whatever it is, `split` raises it)
+            failure = error
+        with self._changed:
+            self.prepared, self._error = prepared, failure
+            self._changed.notify_all()
+
+    def _publish(self, writer: TokenStoreWriter | None, report: Report | None) -> bool:
+        if report is not None and self._begun is None:
+            with self._changed:
+                self._begun = copy.deepcopy(report)
+                self._changed.notify_all()
+        if writer is not None:
+            splits = {name: writer.snapshot(name, begun=self._is_one_text) for name in SPLITS}
+            with self._changed:
+                self._splits = splits
+                self._changed.notify_all()
+        with self._changed:
+            return self._stopped
+
+
+def _given(
+    corpus: Corpus, held_out: Corpus, options: CorpusOptions, tokenizer: BPETokenizer | None
+) -> Prepared:
+    """Data that is tokenised already: token stores, or files of tokens."""
+    name = corpus.sources[0].name
+    if options.tokenizer is not None and options.tokenizer.startswith("train:"):
+        raise UserError(
+            f"--data {name} is tokenised already, so --tokenizer {options.tokenizer} cannot be. "
+            "Leave --tokenizer out."
+        )
+    if tokenizer is None and options.tokenizer is not None:
+        tokenizer = load_tokenizer(options.tokenizer)
+    sources, left_out = corpus.sources, (*corpus.left_out, *held_out.left_out)
+    if not corpus.sources[0].is_store:
+        if tokenizer is None:
+            raise UserError(
+                f"--data {name} holds tokens, and not the tokenizer that made them. Name it with "
+                "--tokenizer PATH."
+            )
+        train, validation = (
+            [Path(source.name) for source in found.sources] for found in (corpus, held_out)
+        )
+        raw = RawTokens(
+            train,
+            tokenizer,
+            validation=validation,
+            validation_fraction=options.validation_fraction,
+        )
+        test, named = (_named(raw, sources, split) for split in (TEST, VALIDATION))
+        left_out += tuple((source.name, IS_TEST) for source in test)
+        used = tuple(source for source in sources if source not in test)
+        return Prepared(
+            raw,
+            (*used, *held_out.sources),
+            left_out,
+            Report(),
+            from_cache=False,
+            validation=named or held_out.sources,
+        )
+    stores = [TokenStore(source.name) for source in sources]
+    if tokenizer is not None and tokenizer.sha256 != stores[0].manifest["tokenizer_sha256"]:
+        raise UserError(
+            f"The token store {name} was made with another tokenizer than that of --tokenizer or "
+            "--checkpoint. Prepare the text again with consyn-prepare --tokenizer, or leave that "
+            "flag out."
+        )
+    store = stores[0] if len(stores) == 1 else JoinedStores(stores)
+    return Prepared(store, sources, left_out, Report(), from_cache=False)
+
+
+def _named(raw: RawTokens, sources: Sequence[Source], split: str) -> tuple[Source, ...]:
+    """The files of `--data` whose names put them into a split."""
+    return tuple(source for source in sources if Path(source.name) in raw.paths[split])
+
+
+def _entry(key: str, options: CorpusOptions) -> Path:
+    """The directory in the cache for the store of `key`.
+
+    If a store there treated rows that are not UTF-8 differently, the new one gets another name: a
+    run may be reading the old one.
+    """
+    directory = cache_directory() / "stores" / key
+    with suppress(UserError, OSError, ValueError, TypeError):  # damaged, and made again
+        if (directory / MANIFEST).exists() and not is_as_lenient(read_report(directory), options):
+            return directory.with_name(f"{key}-{options.invalid_utf8}")
+    return directory
+
+
+def _build(spec: Spec, destination: Destination, publish: Publish | None = None) -> bool:
+    """Make the store, or continue an unfinished one; returns whether it was complete before."""
+    if destination.is_complete() and not destination.preparing.exists():
+        return True
+    destination.refuse_links()
+    if not destination.in_cache:
+        check_output(destination.directory)
+    with destination.locked(stop=lambda: publish is not None and publish(None, None)):
+        # Another process may have completed it meanwhile, or have been killed before tidying up.
+        was_complete = destination.is_complete()
+        if not was_complete:
+            destination.remove_manifest()
+            _make(spec, destination, publish)
+        destination.remove_preparing()
+    return was_complete
+
+
+def _make(spec: Spec, destination: Destination, publish: Publish | None) -> None:
+    journal = destination.journal()
+    if journal is not None:
+        check_leniency(journal.report, spec.options)
+    state = journal or Journal.begin(spec, destination.key, spec.is_one_text)
+    try:
+        if not _fill(spec, destination, state, journal is not None, publish):
+            # The files are written anew, so their old journal must go first.
+            (destination.preparing / JOURNAL).unlink(missing_ok=True)
+            state = Journal.begin(spec, destination.key, single=True)
+            _fill(spec, destination, state, False, publish)
+    except BaseException:
+        destination.remove_fragment()
+        raise
+
+
+def _fill(
+    spec: Spec, destination: Destination, state: Journal, resumed: bool, publish: Publish | None
+) -> bool:
+    """Write the store and return True.
+
+    Return False, with the store unfinished, if the corpus turns out to be one row. The caller then
+    starts again and splits that row by position.
+    """
+    with closing(Preparation(spec, destination.directory, state, resumed)) as preparation:
+        preparation.run(publish)
+        if preparation.is_one_row:
+            return False
+        preparation.finish()
+    return True
+
+
+def _prepared(spec: Spec, directory: Path, from_cache: bool) -> Prepared:
+    store = TokenStore(directory)
+    if not store.split(TRAIN).num_tokens:
+        raise UserError(
+            "All documents fell on the validation split and none is left to train on. Lower "
+            "--validation_fraction, or give more data."
+        )
+    report = read_report(directory)
+    check_leniency(report, spec.options)
+    held_out = spec.sources[: spec.num_validation]
+    return Prepared(store, spec.sources, spec.left_out, report, from_cache, held_out)

@@ -1,0 +1,164 @@
+"""Counts of a preparation: documents in and out by rule, examples of what was left out, lengths."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from consyn_jax.errors import UserError
+from consyn_jax.prepare_config import CorpusOptions
+
+REPORT = "report.json"
+EXAMPLES = 5
+EXAMPLE_CHARS = 200
+RULES = ("bad row", "empty", "too short", "too long", "duplicate", "near duplicate")
+CHANGES = {
+    "invalid_utf8": "places that were not UTF-8, replaced by U+FFFD",
+    "normalized": "texts brought to the Unicode normal form",
+    "control_characters": "control characters removed",
+    "unknown": "places that the tokenizer has no token for, learned as its unknown token",
+}
+NOTICES = {
+    "unwritten": "conversations with messages, tool calls or tools that the chat template leaves "
+    "out",
+    "equal": "pairs whose chosen and rejected answers are equal, so that nothing is learned",
+    "prompt_end": "pairs whose prompt ends with other tokens when an answer follows, which count "
+    "as part of the answers",
+    "markers": "texts with a chat model's markers, which are read as plain text",
+}
+
+
+@dataclass
+class Report:
+    """Counts of one preparation, in reading order and without times: equal inputs, equal reports.
+
+    Attributes:
+        documents: documents read, including those in `dropped`.
+        file_bytes: bytes of the files read, before decompression.
+        dropped: documents left out, by the names of `RULES`.
+        changed: by the names of `CHANGES`; each message of a chat and each part of a long document
+            counts as one text.
+        noticed: by the names of `NOTICES`, documents with something that the user should know.
+        formats: number of documents by the format of their rows.
+        example: format, end of the prompt and beginning of the target of the first row with a
+            prompt; empty if there is none.
+        examples: by rule, the first few as "place: beginning of the text".
+        splits: by split: documents, tokens (including each document's EOS), target_tokens, and
+            bytes of text in UTF-8.
+        document_bytes, document_tokens: histograms of the kept documents' lengths; the key n, a
+            power of two or 0, counts lengths from n to below 2 n.
+        sources: name, kind, documents read and kept, for each input.
+        left_out: files that were not read, each with the reason.
+        rows_not_utf8: rows that were not UTF-8, whether left out as bad rows or repaired.
+    """
+
+    documents: int = 0
+    file_bytes: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    changed: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    splits: dict[str, dict[str, int]] = field(default_factory=dict)
+    document_bytes: dict[str, int] = field(default_factory=dict)
+    document_tokens: dict[str, int] = field(default_factory=dict)
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[list[str]] = field(default_factory=list)
+    rows_not_utf8: int = 0
+    noticed: dict[str, int] = field(default_factory=dict)
+    formats: dict[str, int] = field(default_factory=dict)
+    example: list[str] = field(default_factory=list)
+
+    @property
+    def kept(self) -> int:
+        """Documents in the store."""
+        return self.documents - sum(self.dropped.values())
+
+    def drop(self, rule: str, place: str, text: str) -> None:
+        """Count one document that is left out, and keep the first few as examples."""
+        self.dropped[rule] = self.dropped.get(rule, 0) + 1
+        shown = self.examples.setdefault(rule, [])
+        if len(shown) < EXAMPLES:
+            # The message about a bad row continues the place; any other text is a quotation.
+            shown.append(
+                f"{place} {text}" if rule == "bad row" else f"{place}: {text[:EXAMPLE_CHARS]}"
+            )
+
+    def add(self, name: str, counts: Mapping[str, int]) -> None:
+        """Add to one of the tables: "changed", "noticed" or "formats"."""
+        table = getattr(self, name)
+        for key, count in counts.items():
+            table[key] = table.get(key, 0) + count
+
+    def keep(self, num_bytes: np.ndarray, num_tokens: np.ndarray) -> None:
+        """Count the lengths of documents that are kept: bytes and tokens of each, int [n]."""
+        for lengths, histogram in (
+            (num_bytes, self.document_bytes),
+            (num_tokens, self.document_tokens),
+        ):
+            # frexp gives the exponent e with 2**(e-1) <= length < 2**e, exact below 2**53.
+            exponents, counts = np.unique(
+                np.frexp(lengths.astype(np.float64))[1], return_counts=True
+            )
+            for exponent, count in zip(exponents.tolist(), counts.tolist(), strict=True):
+                key = str(1 << (exponent - 1) if exponent > 0 else 0)
+                histogram[key] = histogram.get(key, 0) + count
+
+    def in_order(self) -> Report:
+        """A copy with every table in a fixed order.
+
+        The order in which rules first applied depends on where blocks ended, which changes when a
+        preparation is resumed.
+        """
+        orders: dict[str, Callable[[str], Any]] = {
+            "dropped": RULES.index,
+            "changed": list(CHANGES).index,
+            "noticed": list(NOTICES).index,
+            "formats": str,
+            "examples": RULES.index,
+            "document_bytes": int,
+            "document_tokens": int,
+        }
+        tables: dict[str, Any] = {
+            name: dict(sorted(getattr(self, name).items(), key=lambda item: order(item[0])))
+            for name, order in orders.items()
+        }
+        splits = {split: dict(sorted(counts.items())) for split, counts in self.splits.items()}
+        return replace(self, **tables, splits=splits)
+
+
+def read_report(directory: Path) -> Report:
+    """The report of a finished store.
+
+    Raises:
+        OSError, ValueError, TypeError: the report is missing or damaged.
+    """
+    return Report(**json.loads((directory / REPORT).read_text(encoding="utf-8")))
+
+
+def check_leniency(report: Report, options: CorpusOptions) -> None:
+    """Refuse a store whose maker skipped or repaired bad rows that `options` make an error.
+
+    Raises:
+        UserError: naming the first bad row, or how many places are not UTF-8.
+    """
+    if options.on_bad_rows == "error" and report.dropped.get("bad row"):
+        raise UserError(f"{report.examples['bad row'][0]} Fix the row, or give --on_bad_rows skip.")
+    if options.invalid_utf8 == "error" and report.changed.get("invalid_utf8"):
+        raise UserError(
+            f"{report.changed['invalid_utf8']:,} places in the data are not UTF-8. Convert the "
+            "files, or give --invalid_utf8 replace."
+        )
+
+
+def is_as_lenient(report: Report, options: CorpusOptions) -> bool:
+    """Whether rows that are not UTF-8 were treated as `options` would treat them.
+
+    Also true where `options` make such rows an error, which `check_leniency` then raises.
+    """
+    repaired = "invalid_utf8" in report.changed
+    stops = options.on_bad_rows == options.invalid_utf8 == "error"
+    return not report.rows_not_utf8 or stops or repaired == (options.invalid_utf8 == "replace")

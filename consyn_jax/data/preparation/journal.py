@@ -1,0 +1,133 @@
+"""The journal of a preparation: how far the files of an unfinished store are valid."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from consyn_jax.data.preparation.corpus_report import Report
+from consyn_jax.data.preparation.encoded_documents import EncodedDocuments
+from consyn_jax.data.preparation.preparation_spec import Spec
+from consyn_jax.data.sources.reader import START, Position
+from consyn_jax.files import write_whole
+from consyn_jax.prepare_config import CorpusOptions
+
+JOURNAL = "journal.json"
+
+
+@dataclass
+class LongDocument:
+    """A document that comes in parts, as far as it has been read.
+
+    Attributes:
+        split, place: where it goes, and where it was found.
+        beginning: its first characters, for the report.
+        digests: of its parts.
+        signature: the smallest of its parts' signatures; None where none are needed.
+        begin: the first byte of its text in the source.
+    """
+
+    split: str
+    place: str
+    beginning: str
+    digests: list[bytes] = field(default_factory=list)
+    signature: np.ndarray | None = None
+    is_blank: bool = True
+    num_bytes: int = 0
+    num_chars: int = 0
+    num_tokens: int = 0
+    begin: int = 0
+
+    def add(self, part: EncodedDocuments, is_blank: bool) -> None:
+        """Count another part."""
+        self.digests.append(part.digests[0].tobytes())
+        self.is_blank = self.is_blank and is_blank
+        self.num_bytes += int(part.num_bytes[0])
+        self.num_chars += int(part.num_chars[0])
+        self.num_tokens += len(part.ids)
+        if len(part.signatures):
+            of_part = part.signatures[0]
+            self.signature = (
+                of_part if self.signature is None else np.minimum(self.signature, of_part)
+            )
+
+    def rule(self, options: CorpusOptions) -> str:
+        """The rule that drops this document, or "" if none does."""
+        if self.is_blank:
+            return "empty"
+        if self.num_chars < options.min_chars:
+            return "too short"
+        too_long = options.max_chars is not None and self.num_chars > options.max_chars
+        return "too long" if too_long else ""
+
+
+@dataclass
+class Journal:
+    """The state of a preparation between two blocks.
+
+    Attributes:
+        key: the name of the store by content (`spec.key_of`).
+        single: the corpus is one document, which is cut by position.
+        source, position: where reading continues.
+        long: the long document that the next block continues, if any.
+        writer: the `state` of the `TokenStoreWriter`.
+        seen, near: valid records in the files of digests and of signatures.
+    """
+
+    key: str
+    single: bool
+    source: int
+    position: Position
+    report: Report
+    long: LongDocument | None
+    writer: dict[str, Any]
+    seen: int
+    near: int
+
+    @classmethod
+    def begin(cls, spec: Spec, key: str, single: bool) -> Journal:
+        """The state before the first block."""
+        sources = [
+            {"name": source.name, "kind": source.kind, "documents": 0, "kept": 0}
+            for source in spec.sources
+        ]
+        report = Report(sources=sources, left_out=[list(item) for item in spec.left_out])
+        return cls(key, single, 0, START, report, None, {"shards": {}, "open": {}}, 0, 0)
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> Journal:
+        """The journal that `write` encoded.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is damaged.
+        """
+        long = saved["long"]
+        if long is not None:
+            signature = long["signature"]
+            long = LongDocument(
+                **{
+                    **long,
+                    "digests": [bytes.fromhex(digest) for digest in long["digests"]],
+                    "signature": None if signature is None else np.array(signature, np.uint32),
+                }
+            )
+        decoded = {
+            "position": tuple(saved["position"]),
+            "report": Report(**saved["report"]),
+            "long": long,
+        }
+        return cls(**{**saved, **decoded})
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON; the files that it describes must be on the disk already."""
+        long = self.long and {
+            **vars(self.long),
+            "digests": [digest.hex() for digest in self.long.digests],
+            "signature": None if self.long.signature is None else self.long.signature.tolist(),
+        }
+        content = {**vars(self), "report": vars(self.report), "long": long}
+        write_whole(path, json.dumps(content))

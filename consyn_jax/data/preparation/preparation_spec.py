@@ -1,0 +1,275 @@
+"""The specification of a preparation, and the name of its store, which depends on content only."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from consyn_jax.data.sources.chunking import PART_BYTES
+from consyn_jax.data.sources.discovery import Corpus, find_sources
+from consyn_jax.data.sources.reader import START, Block, Position, Reading
+from consyn_jax.data.sources.recognition.splits import IS_VALIDATION
+from consyn_jax.data.sources.sample_reader import SAMPLE
+from consyn_jax.data.sources.source import Source
+from consyn_jax.data.split import SALT, VALIDATION
+from consyn_jax.data.store.file_hashes import FileHashes
+from consyn_jax.data.store.manifest import VERSION
+from consyn_jax.errors import UserError
+from consyn_jax.prepare_config import CorpusOptions
+from consyn_jax.tokenization import BPETokenizer, load_tokenizer
+from consyn_jax.tokenization.chat.plain_template import PLAIN
+from consyn_jax.tokenization.chat.sandbox import RENDERED_DAY, ChatTemplate, writes_date
+from consyn_jax.tokenization.chat.template_files import read_template
+from consyn_jax.validation import validate_corpus
+
+# Increase it when the same input gives other documents, splits or ids than before, so that old
+# entries of the cache are not found.
+PIPELINE_VERSION = 4
+# With less input, starting processes takes longer than the work.
+FEW_BYTES = 4 << 20
+# Options that do not affect the store, or whose content is in its key. Those about bad rows matter
+# only if there are such rows, which `corpus_report.check_leniency` checks.
+_NOT_IN_KEY = {
+    "data",
+    "validation",
+    "dataset_type",
+    "tokenizer",
+    "chat_template",
+    "num_workers",
+    "on_bad_rows",
+    "invalid_utf8",
+}
+RECIPE = {f.name for f in dataclasses.fields(CorpusOptions)} - _NOT_IN_KEY
+
+USED_FOR_VALIDATION = "is validation data"
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage ("hash", "train tokenizer" or "tokenize"), the bytes done, and the bytes in
+all (0 if unknown)."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything that a preparation needs to know.
+
+    Attributes:
+        sources: those of `--validation` first, so that a document in both is kept there.
+        num_validation: how many of the sources are those of `--validation`.
+        left_out: files that are not read, with the reason.
+        tokenizer: or "train:SIZE", to be learned from the data.
+        streaming: read a dataset of the Hub over the network, without downloading it first.
+        chat_template: the Jinja text that conversations are written with.
+        tool_template: the template for conversations with tools, if there is a separate one.
+    """
+
+    sources: tuple[Source, ...]
+    num_validation: int
+    left_out: tuple[tuple[str, str], ...]
+    options: CorpusOptions
+    test_fraction: float
+    tokenizer: BPETokenizer | str
+    progress: Progress
+    streaming: bool = False
+    chat_template: str = PLAIN
+    tool_template: str | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all sources on disk."""
+        return sum(source.num_bytes for source in self.sources)
+
+    @property
+    def is_one_text(self) -> bool:
+        """Whether the corpus is one document, which is cut by position."""
+        return len(self.sources) == 1 and self.sources[0].reader.is_one_document(self.options)
+
+    def blocks(
+        self, index: int, position: Position, tokenizer: BPETokenizer, single: bool
+    ) -> Iterator[tuple[int, Block]]:
+        """The blocks after a position in source number `index`, each with its source's number."""
+        reading = Reading(self.options, tokenizer, single, self.test_fraction, self.streaming)
+        for number in range(index, len(self.sources)):
+            for block in self.sources[number].blocks(position, reading):
+                held_out = number < self.num_validation
+                yield number, dataclasses.replace(block, split=VALIDATION) if held_out else block
+            position = START
+
+    @property
+    def num_workers(self) -> int:
+        """Processes to start; 0 works in this one."""
+        if self.options.num_workers is not None:
+            return self.options.num_workers
+        total = self.num_bytes
+        return 0 if 0 < total < FEW_BYTES else len(os.sched_getaffinity(0))
+
+
+def find(options: CorpusOptions) -> tuple[Corpus, Corpus]:
+    """The sources of `--data`, and those of `--validation`.
+
+    Files that are in both are only in the latter: `--data DIR --validation DIR/valid.txt` must not
+    train on valid.txt. Without `--validation`, files of `--data` whose names say that they are
+    validation data are validated on, unless nothing is to be held out.
+
+    Raises:
+        UserError: data is missing or unusable, or an option is out of its range.
+    """
+    validate_corpus(options)
+    corpus = find_sources(options.data, options.dataset_type, invalid_utf8=options.invalid_utf8)
+    held_out = Corpus((), ())
+    if options.validation:
+        held_out = find_sources(
+            options.validation, flag="validation", invalid_utf8=options.invalid_utf8
+        )
+    elif corpus.validation and options.validation_fraction:
+        return dataclasses.replace(corpus, validation=()), Corpus(corpus.validation, ())
+    unused = tuple((source.name, IS_VALIDATION) for source in corpus.validation)
+    corpus = Corpus(corpus.sources, (*corpus.left_out, *unused))
+    if held_out.sources and corpus.sources[0].is_store:
+        raise UserError(
+            f"--data {corpus.sources[0].name} is a token store, which has its own validation "
+            "split. Leave --validation out."
+        )
+    sharded = {source.kind == "sharded" for source in (*corpus.sources, *held_out.sources)}
+    if len(sharded) > 1:
+        raise UserError(
+            "One of --data and --validation is tokens and the other is not. Give both as text or "
+            "rows, or both as files of tokens."
+        )
+    reserved = set(map(_place, held_out.sources))
+    kept = tuple(source for source in corpus.sources if _place(source) not in reserved)
+    if not kept:
+        raise UserError(
+            "--validation names all of --data, so nothing is left to train on. Give other files to "
+            "one of them."
+        )
+    left_out = [*corpus.left_out, *((s.name, "") for s in corpus.sources if s not in kept)]
+    reasons = tuple(
+        (name, USED_FOR_VALIDATION if _path_of(name) in reserved else reason)
+        for name, reason in left_out
+    )
+    return Corpus(kept, reasons), held_out
+
+
+def _place(source: Source) -> str:
+    """Identify a source; all paths to the same file give the same answer."""
+    return source.name if source.kind == SAMPLE else _path_of(source.name)
+
+
+def _path_of(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def build_spec(
+    corpus: Corpus,
+    held_out: Corpus,
+    options: CorpusOptions,
+    tokenizer: BPETokenizer | None,
+    test_fraction: float,
+    progress: Progress | None,
+) -> Spec:
+    """The specification for what `find` found; loads the tokenizer unless it is to be learned.
+
+    Args:
+        tokenizer: replaces the one that the options name.
+    """
+    unlike = [s for s in (*held_out.sources, *corpus.sources) if s.kind in ("text", SAMPLE)]
+    if options.row_format == "preference" and unlike:
+        raise UserError(
+            f"{unlike[0].name} is plain text, and pairs are rows. Give JSON Lines, Parquet or CSV "
+            "with prompt, chosen and rejected."
+        )
+    if held_out.sources:
+        options = dataclasses.replace(options, validation_fraction=0.0)
+    chosen = tokenizer if tokenizer is not None else options.tokenizer or "default"
+    if isinstance(chosen, str) and not chosen.startswith("train:"):
+        chosen = load_tokenizer(chosen)
+    own = for_tools = None
+    if not isinstance(chosen, str):
+        own = chosen.chat_template
+        for_tools = chosen.tool_template if options.chat_template == "auto" else None
+    return Spec(
+        (*held_out.sources, *corpus.sources),
+        len(held_out.sources),
+        (*corpus.left_out, *held_out.left_out),
+        options,
+        test_fraction,
+        chosen,
+        progress or (lambda stage, done, total: None),
+        chat_template=_template(options.chat_template, own),
+        tool_template=for_tools and ChatTemplate(for_tools).source,
+    )
+
+
+def _template(given: str, own: str | None) -> str:
+    """The Jinja text that `--chat_template` names.
+
+    Args:
+        own: the template that came with the tokenizer.
+
+    Raises:
+        UserError: the file cannot be read, or is not Jinja.
+    """
+    if given == "auto":
+        source = PLAIN if own is None else own
+    else:
+        source = PLAIN if given == "plain" else read_template(given)
+    ChatTemplate(source)  # raises for what is not Jinja
+    return source
+
+
+def _in_key(spec: Spec) -> Any:
+    """Return the part of the cache key that says how conversations are written."""
+    templates = [spec.chat_template, *filter(None, [spec.tool_template])]
+    if any(map(writes_date, templates)):
+        return [*templates, RENDERED_DAY.isoformat()]
+    return templates if len(templates) > 1 else spec.chat_template
+
+
+def contents_of(spec: Spec) -> list[list[Any]]:
+    """The identity of each source, as `Reader.identity` returns it: the hashes of its files last.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    done, total = 0, spec.num_bytes
+    contents: list[list[Any]] = []
+    with FileHashes() as file_hash:
+        for source in spec.sources:
+            contents.append(source.reader.identity(source.name, file_hash))
+            done += source.num_bytes
+            spec.progress("hash", done, total)
+    return contents
+
+
+def key_of(spec: Spec, contents: Sequence[Sequence[Any]]) -> str:
+    """The name of the store of `spec`: a hash of the files' contents, their order, and the rules.
+
+    Names and places of files do not count.
+
+    Args:
+        contents: what `contents_of` returns.
+    """
+    recipe = {
+        name: value for name, value in dataclasses.asdict(spec.options).items() if name in RECIPE
+    }
+    if isinstance(spec.tokenizer, str):
+        # A tokenizer that is learned depends on whether bytes that are not UTF-8 were repaired.
+        repaired = " replace" if spec.options.invalid_utf8 == "replace" else ""
+        tokenizer = spec.tokenizer + repaired
+    else:
+        tokenizer = spec.tokenizer.sha256
+    content = {
+        "versions": [PIPELINE_VERSION, VERSION, SALT.decode(), PART_BYTES],
+        "contents": contents,
+        "validation": spec.num_validation,
+        "recipe": recipe | {"test_fraction": spec.test_fraction},
+        "tokenizer": tokenizer,
+        "chat_template": _in_key(spec),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

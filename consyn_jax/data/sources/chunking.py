@@ -1,0 +1,78 @@
+"""Long documents in parts of about a megabyte, cut where no token would span the cut.
+
+A document of any length can then be cleaned and tokenised in bounded memory and by several
+processes, and its ids are those of the whole. Only the text decides where it is cut, so equal
+documents have equal parts, whatever file they come from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from consyn_jax.tokenization import BPETokenizer
+
+PART_BYTES = 1 << 20
+# A place to cut is searched for in this many bytes after the first `PART_BYTES`.
+SEARCH_BYTES = 1 << 16
+LIMIT = PART_BYTES + SEARCH_BYTES
+WINDOW = 256
+TRIES = 16
+# Places where byte-level vocabularies separate words, in order of preference: a single
+# newline before a letter, a space between letters, any newline, and any single space before
+# something visible. A part must not begin with a control character (some begin with C2) or a byte
+# order mark (EF begins it), since cleaning would take it for the first of the document.
+PLACES = (
+    re.compile(rb"(?<=[^\s])\n(?=[A-Za-z])"),
+    re.compile(rb"(?<=[a-z])(?= [A-Za-z])"),
+    re.compile(rb"\n(?=[^\x00-\x20\x7f-\xc2\xef])"),
+    re.compile(rb"(?<=[^\s])(?= [^\x00-\x20\x7f-\xc2\xef])"),
+)
+
+
+def parts(chunks: Iterable[bytes], tokenizer: BPETokenizer) -> Iterator[tuple[bytes, bool]]:
+    """Cut one document, given in chunks of any size, into parts: (bytes, whether it is the last).
+
+    A document of up to `LIMIT` bytes is one part. The last part is empty only if the document is.
+    """
+    buffer = bytearray()
+    for chunk in chunks:
+        buffer += chunk
+        while len(buffer) > LIMIT:
+            at = _cut(bytes(buffer[:LIMIT]), tokenizer)
+            yield bytes(buffer[:at]), False
+            del buffer[:at]
+    yield bytes(buffer), True
+
+
+def _cut(data: bytes, tokenizer: BPETokenizer) -> int:
+    """End of the first part of `data`, which has `LIMIT` bytes.
+
+    A place is good if the text around it has the same ids in one piece and in two. Text without
+    such a place, like a megabyte of one letter, is cut anyway: otherwise neither time nor memory
+    would be bounded.
+    """
+    for place in PLACES:
+        for tried, match in enumerate(place.finditer(data, PART_BYTES)):
+            at = match.end()
+            if tried == TRIES:
+                break
+            left = data[at - WINDOW : at].decode("utf-8", "ignore")
+            right = data[at : at + WINDOW].decode("utf-8", "ignore")
+            whole, *pieces = tokenizer.encode_batch(
+                [left + right, left, right], after=["text", "text", "text"]
+            )
+            if whole == pieces[0] + pieces[1]:
+                return at
+    return LIMIT - _begun(data)
+
+
+def _begun(data: bytes) -> int:
+    """Length of an incomplete UTF-8 character at the end of `data`."""
+    for back in range(1, 4):
+        byte = data[-back]
+        if byte >= 0xC0:
+            return back if back < 2 + (byte >= 0xE0) + (byte >= 0xF0) else 0
+        if byte < 0x80:
+            return 0
+    return 0

@@ -1,0 +1,148 @@
+"""Tables of comma- or tab-separated values as sources: a row is an object by column."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from consyn_jax.data.sources.byte_stream import CHUNK_BYTES, ByteStream
+from consyn_jax.data.sources.reader import (
+    Block,
+    Candidate,
+    Position,
+    Reader,
+    Reading,
+    inner_suffix,
+)
+from consyn_jax.data.sources.row_formats.fields import FAULT
+from consyn_jax.errors import UserError
+
+LONGEST_FIELD = 64 << 20
+DELIMITERS = ",;\t|"
+HEAD_ROWS = 100
+
+
+class CsvReader(Reader):
+    """CSV and TSV with a first line of column names, which may be compressed.
+
+    The delimiter is a tab in .tsv files, otherwise the one of `DELIMITERS` that occurs most often
+    in the first line. Fields in double quotes may contain line breaks; in a file with unpaired
+    quotes, quotes have no meaning.
+    """
+
+    kind, noun, unit = "csv", "a table of columns", "table of columns"
+    suffixes = (".csv", ".tsv")
+
+    def recognise(self, file: Candidate) -> str | None:
+        """Recognise a file by its suffix."""
+        if file.suffix not in self.suffixes and file.dataset_type != self.kind:
+            return None
+        return file.text_fault()
+
+    def blocks(self, name: str, start: Position, reading: Reading) -> Iterator[Block]:
+        """Rows as JSON Lines."""
+        csv.field_size_limit(LONGEST_FIELD)
+        form = _Form(Path(name))
+        with ByteStream(Path(name)) as stream:
+            rows = (
+                (number, json.dumps(form.row(fields), ensure_ascii=False), end)
+                for number, fields, end in _records(name, stream, start, form)
+                if number > 1  # the names of the columns
+            )
+            encoded = ((n, row.encode("utf-8", "surrogateescape"), end) for n, row, end in rows)
+            yield from Block.each_of_rows(name, encoded, stream)
+
+
+class _Form:
+    """Delimiter, quoting and columns of a table, as its beginning shows them."""
+
+    def __init__(self, path: Path) -> None:
+        with ByteStream(path) as stream:
+            head = stream.read(1 << 20).decode("utf-8", "surrogateescape")
+        first = head.split("\n", 1)[0]
+        is_tsv = inner_suffix(path) == ".tsv"
+        self.delimiter = "\t" if is_tsv else max(DELIMITERS, key=first.count)
+        self.quoting: Literal[0, 3] = csv.QUOTE_MINIMAL
+        lines = head.splitlines(keepends=True)
+        if not self._is_even(lines):
+            self.quoting = csv.QUOTE_NONE
+            if not self._is_even(lines):
+                self.quoting = csv.QUOTE_MINIMAL
+        self.columns = next(self.parsed(lines), [])
+        twice = sorted({name for name in self.columns if self.columns.count(name) > 1})
+        if twice:
+            raise UserError(f"{path} has more than one column {twice[0]!r}. Rename one of them.")
+
+    def parsed(self, lines: Iterator[str] | Sequence[str]) -> Iterator[list[str]]:
+        """The fields of each record in lines of text."""
+        return csv.reader(iter(lines), delimiter=self.delimiter, quoting=self.quoting, strict=True)
+
+    def row(self, fields: Sequence[str]) -> dict[str, str] | str:
+        """A row as an object, or its fault for the worker."""
+        if len(fields) == len(self.columns):
+            return dict(zip(self.columns, fields, strict=True))
+        counts = f"{len(fields)} fields where the first line has {len(self.columns)}"
+        return f"{FAULT}has {counts}."
+
+    def _is_even(self, lines: Sequence[str]) -> bool:
+        """Whether the first records have as many fields as there are columns."""
+        found: list[int] = []
+        try:
+            for fields in self.parsed(lines):
+                found.append(len(fields))
+                if len(found) == HEAD_ROWS:
+                    break
+        except csv.Error:
+            # The head may end inside a field.
+            return self.quoting == csv.QUOTE_MINIMAL and len(found) >= HEAD_ROWS // 2
+        found = [count for count in found if count]
+        return len(set(found[:-1])) <= 1
+
+
+def _records(
+    name: str, stream: ByteStream, start: Position, form: _Form
+) -> Iterator[tuple[int, list[str], Position]]:
+    """(line, fields, position after it) of each record from `start` on; positions count lines."""
+    stream.skip(start[0])
+    at, line = start
+    taken: list[int] = []
+
+    def lines() -> Iterator[str]:
+        for data in _lines(stream):
+            taken.append(len(data))
+            yield data.decode("utf-8", "surrogateescape")
+
+    reader = form.parsed(lines())
+    while True:
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            raise UserError(
+                f"{name}:{line + 1} is not a row of a table ({error}). Fix the quotes of the file, "
+                "or read it as text with --dataset_type text."
+            ) from None
+        if fields is None:
+            return
+        first = line + 1
+        at, line = at + sum(taken), line + len(taken)
+        taken.clear()
+        if fields:
+            yield first, fields, (at, line)
+
+
+def _lines(stream: ByteStream) -> Iterator[bytes]:
+    """The lines of a stream, each with its end."""
+    buffer = b""
+    while data := stream.read(CHUNK_BYTES):
+        *whole, buffer = (buffer + data).split(b"\n")
+        yield from (part + b"\n" for part in whole)
+        if len(buffer) > LONGEST_FIELD:
+            raise UserError(
+                f"{stream.path} has a line of more than {LONGEST_FIELD >> 20} MiB, which cannot be "
+                "a row. Fix the file, or read it as text."
+            )
+    if buffer:
+        yield buffer

@@ -1,0 +1,303 @@
+"""Sources of `--data`: paths, globs, directories, Hub names and "sample", and what is left out.
+
+Files are recognised by their content, compressed files by their decompressed content. Sources are
+in the order of the names given, and sorted within a directory or glob.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from consyn_jax.data.sources.reader import COMPRESSED_SUFFIXES, REMEDY, Candidate, Reader
+from consyn_jax.data.sources.recognition.companions import without_companions
+from consyn_jax.data.sources.recognition.found import Found
+from consyn_jax.data.sources.recognition.splits import by_split
+from consyn_jax.data.sources.sample_reader import SAMPLE
+from consyn_jax.data.sources.source import READERS, Source
+from consyn_jax.data.sources.text_reader import TextReader
+from consyn_jax.data.sources.token_reader import TokenReader
+from consyn_jax.data.split import TRAIN
+from consyn_jax.data.store.manifest import PREPARING, is_store
+from consyn_jax.errors import UserError, listed, nearest
+from consyn_jax.files import PARTIAL, leads_out
+
+TOKENS = TokenReader.kind
+FILE_SUFFIXES = {*COMPRESSED_SUFFIXES, *(s for r in READERS.values() for s in r.suffixes)}
+_NOUNS = [reader.noun for kind, reader in reversed(READERS.items()) if kind != SAMPLE]
+USABLE = f"{', '.join(_NOUNS[:-1])} or {_NOUNS[-1]}"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The sources in reading order, and files that were left out, each with the reason.
+
+    Attributes:
+        validation: sources whose names say that they are for validation.
+    """
+
+    sources: tuple[Source, ...]
+    left_out: tuple[tuple[str, str], ...]
+    validation: tuple[Source, ...] = ()
+
+
+def find_sources(
+    data: Sequence[str], dataset_type: str = "auto", flag: str = "data", invalid_utf8: str = "error"
+) -> Corpus:
+    """Find the sources that `data` names, each with its type.
+
+    Args:
+        data: paths, directories, globs (`**` also matches subdirectories), names of Hub datasets,
+            or "sample" (`./sample` is a file of that name).
+        dataset_type: the type that everything must have, or "auto".
+        flag: the flag that `data` was given to, for messages.
+        invalid_utf8: "replace" accepts text files that are not all UTF-8.
+
+    Raises:
+        UserError: a name does not exist, nothing is usable, or a type is not the one asked for.
+    """
+    found: dict[str, Found] = {}
+    twice: list[tuple[str, str]] = []
+    for name in data:
+        for item in _found_by(name, dataset_type, flag, invalid_utf8):
+            if item.source.name in found:
+                twice.append((item.source.name, "is named twice"))
+            else:
+                found[item.source.name] = item
+    parted = by_split(without_companions(list(found.values())), flag)
+    if not parted.train:
+        raise UserError(
+            f"--{flag} names nothing to read. Give a file, a directory, a glob or 'sample'."
+        )
+    train, validation = (
+        tuple(item.source for item in items) for items in (parted.train, parted.validation)
+    )
+    _check_alike((*train, *validation), flag)
+    left_out = {item.source.name: item.reason for item in parted.rest}
+    in_order = [(name, left_out[name]) for name in found if name in left_out]
+    return Corpus(train, (*in_order, *twice), validation)
+
+
+def _check_alike(sources: Iterable[Source], flag: str) -> None:
+    """Refuse tokens among documents, and token files among stores."""
+    kinds = {
+        source.reader.describe(source.name) if source.kind == TOKENS else "": source.name
+        for source in sources
+    }
+    if len(kinds) > 1:
+        found, name = next((found, name) for found, name in kinds.items() if found)
+        raise UserError(
+            f"{name} in --{flag} is {found}, and the others are not. "
+            "Give them separately, or mix them with --data_weights."
+        )
+
+
+def _found_by(name: str, dataset_type: str, flag: str, invalid_utf8: str) -> Iterator[Found]:
+    """The sources that one item names, each with the reason to leave it out, or ""."""
+    if name == SAMPLE:
+        if dataset_type not in ("auto", TextReader.kind):
+            raise _wrong_type("--data sample", READERS[SAMPLE], SAMPLE, dataset_type)
+        yield Found(Source(SAMPLE, SAMPLE), "", Path(SAMPLE), SAMPLE, is_named=True)
+        return
+    expanded = _expand(name, dataset_type, flag)
+    for found in expanded:
+        if isinstance(found, Source):
+            # The name of one of several splits on the network ends with the split.
+            is_one = len(expanded) == 1
+            inside = Path(found.name if is_one else found.name.rpartition(":")[2])
+            yield Found(found, "", inside, name, is_named=is_one)
+            continue
+        place, is_named = _beginning(name), found == Path(name).expanduser()
+        for source, reason in _look_into(found, dataset_type, invalid_utf8):
+            inside = _inside(source.name, found, place)
+            yield Found(source, reason, inside, name, is_named and not found.is_dir())
+
+
+def _inside(name: str, found: Path, place: Path) -> Path:
+    """The path of a source below `place`; for one split of several, the split's name."""
+    if name == str(found) and any(r.other_splits(found) for r in READERS.values()):
+        return Path(TRAIN)
+    if name.startswith(f"{found}:"):
+        return Path(name.removeprefix(f"{found}:"))
+    path = Path(name)
+    inside = path.relative_to(place) if path.is_relative_to(place) else Path(path.name)
+    return inside if inside.name else Path(path.name)
+
+
+def _beginning(name: str) -> Path:
+    """The directory that a name or pattern begins with; paths below it decide the splits.
+
+    >>> _beginning("test/*/a.txt"), _beginning("corpus")
+    (PosixPath('test'), PosixPath('corpus'))
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    plain = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts)
+    return Path(*plain)
+
+
+def _expand(name: str, dataset_type: str, flag: str) -> Sequence[Path | Source]:
+    """The paths that a name stands for, as a shell would expand it, or a source that is not one."""
+    path = Path(name).expanduser()
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise UserError(
+            f"{name} in --{flag} cannot be read: {error.strerror}. "
+            "Check the path and its permissions."
+        ) from error
+    if exists:
+        return [path]
+    readers = [reader for reader in READERS.values() if dataset_type in ("auto", reader.kind)]
+    for reader in readers:
+        if reader.is_source(path):
+            return [Source(str(path), reader.kind)]
+    if glob.has_magic(name):
+        found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (may be absolute)
+        if not found:
+            raise UserError(
+                f"The pattern {name} in --{flag} matches no file. "
+                "Check it, or quote it if the shell should not expand it."
+            )
+        return [Path(match) for match in found]
+    if dataset_type != "auto" or _may_be_remote(name):
+        for reader in readers:
+            if remote := _remote_names(reader, name, flag):
+                return [Source(one, reader.kind) for one in remote]
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise UserError(
+        f"{name} in --{flag} does not exist{nearest(path.name, siblings)} "
+        "Give a file, a directory, a glob, owner/name of a dataset, or 'sample'."
+    )
+
+
+def _may_be_remote(name: str) -> bool:
+    """Whether a name that is not a path is like owner/name of a dataset.
+
+    A single word, the name of a file, and a path into a directory that exists are more likely
+    typing errors.
+    """
+    owner, slash, rest = re.split("[@:]", name)[0].partition("/")
+    is_file = Path(rest).suffix.lower() in FILE_SUFFIXES
+    return bool(slash) and not is_file and not Path(owner).exists()
+
+
+def _remote_names(reader: Reader, name: str, flag: str) -> tuple[str, ...]:
+    """The name of data on the network, and those of its other splits."""
+    try:
+        remote = reader.remote_name(name)
+        return () if remote is None else (remote, *reader.remote_splits(name, remote))
+    except UserError as error:
+        raise UserError(
+            f"{name} in --{flag} is not a path here; as {reader.noun}: "
+            f"{str(error)[:1].lower()}{str(error)[1:]}"
+        ) from error
+
+
+def _look_into(path: Path, dataset_type: str, invalid_utf8: str) -> Iterator[tuple[Source, str]]:
+    """The sources of an existing path; a file that the user named is never left out."""
+    if not path.is_dir():
+        kind, fault = recognise(path, dataset_type, invalid_utf8)
+        if fault:
+            remedy = REMEDY if "UTF-8" in fault else f"Give {USABLE}."
+            if fault.endswith(f"--dataset_type {dataset_type} wants"):
+                remedy = "Leave --dataset_type out."
+            raise UserError(f"{path} {fault}. {remedy}")
+        # A file of that name is not the built-in sample.
+        yield Source(f"./{SAMPLE}" if str(path) == SAMPLE else str(path), kind), ""
+        return
+    reader = next((reader for reader in READERS.values() if reader.is_source(path)), None)
+    if reader is not None:
+        if dataset_type not in ("auto", reader.kind):
+            raise _wrong_type(str(path), reader, str(path), dataset_type)
+        yield Source(str(path), reader.kind), ""
+        for split in reader.other_splits(path):
+            yield Source(f"{path}:{split}", reader.kind), ""
+    elif (path / PREPARING).is_dir():
+        raise UserError(
+            f"{path} is a token store that is not finished. "
+            "Run the consyn-prepare that began it again; it continues where it stopped."
+        )
+    else:
+        yield from _look_into_directory(path, dataset_type, invalid_utf8)
+
+
+def _wrong_type(place: str, reader: Reader, name: str, dataset_type: str) -> UserError:
+    return UserError(
+        f"{place} is {reader.describe(name)}, not {READERS[dataset_type].noun} "
+        f"as --dataset_type {dataset_type} wants. Leave --dataset_type out."
+    )
+
+
+def _look_into_directory(
+    path: Path, dataset_type: str, invalid_utf8: str
+) -> Iterator[tuple[Source, str]]:
+    found = []
+    for file in _files_in(path):
+        if file.is_dir():
+            kind, reason = "", _passed_over(file)
+        elif file.is_file() and (target := leads_out(file, path)):
+            kind, reason = "", f"is a link to {target}, outside of it; name that by itself"
+        elif file.name.endswith(PARTIAL):
+            kind, reason = "", "is not finished; name it by itself"
+        else:
+            kind, reason = recognise(file, dataset_type, invalid_utf8)
+        found.append((Source(str(file), kind), reason))
+    kinds = {source.kind for source, reason in found if not reason}
+    if not kinds:
+        reasons = [f"{Path(source.name).relative_to(path)} {reason}" for source, reason in found]
+        wanted = USABLE if dataset_type == "auto" else READERS[dataset_type].noun
+        shown = listed(reasons) or "it holds no files"
+        raise UserError(
+            f"Nothing in the directory {path} can be used: {shown}. Give a directory with {wanted}."
+        )
+    for source, reason in found:
+        if source.kind == TOKENS and kinds != {TOKENS}:
+            reason = "is a file of tokens among others; name it by itself"
+        yield source, reason
+
+
+def _files_in(directory: Path) -> list[Path]:
+    """The files below a directory, and the subdirectories that are not searched, sorted.
+
+    Hidden files and directories are ignored.
+    """
+    found: list[Path] = []
+    for place, directories, names in os.walk(directory):
+        inner = [Path(place) / name for name in directories if not name.startswith(".")]
+        passed_over = [path for path in inner if _passed_over(path)]
+        directories[:] = [path.name for path in inner if path not in passed_over]
+        found += passed_over
+        found += [Path(place) / name for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def _passed_over(directory: Path) -> str:
+    """The reason not to search a subdirectory, or "": a link, or made by one of our commands."""
+    if directory.is_symlink():
+        return "is a link to a directory; name it by itself"
+    if is_store(directory) or (directory / PREPARING).is_dir():
+        return "is a token store; name it by itself"
+    is_run = (directory / "config.yaml").is_file() and (directory / "metrics.jsonl").is_file()
+    return "is a run of consyn-train" if is_run else ""
+
+
+def recognise(
+    path: Path, dataset_type: str = "auto", invalid_utf8: str = "error"
+) -> tuple[str, str]:
+    """Return (type, "") of a file, or ("", reason) if unusable; only its beginning is read."""
+    if not path.is_file():
+        return "", "is not a regular file"
+    file = Candidate(path, dataset_type, invalid_utf8)
+    found = ((reader, reader.recognise(file)) for reader in READERS.values())
+    reader, fault = next((reader, fault) for reader, fault in found if fault is not None)
+    if not fault and dataset_type not in ("auto", reader.kind):
+        wanted = READERS[dataset_type].noun
+        fault = f"holds {reader.noun}, not {wanted} as --dataset_type {dataset_type} wants"
+    return ("", fault) if fault else (reader.kind, "")

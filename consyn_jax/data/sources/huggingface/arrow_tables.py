@@ -1,0 +1,214 @@
+"""Parquet and Arrow files as tables, from any row on, and tables as Python rows.
+
+Files are read by Parquet row groups and Arrow record batches. Reaching a row costs at most one of
+them, and memory holds one. Only JSON columns are decoded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from consyn_jax.errors import UserError
+
+BATCH_ROWS = 256
+# Python objects take several times the memory of the Arrow values that they are made from.
+BATCH_BYTES = 4 << 20
+READ_BYTES = 1 << 20
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def tables(
+    paths: tuple[Path, ...], start: int, columns: Sequence[str]
+) -> Iterator[tuple[Any, int, str]]:
+    """(record batch, bytes read up to its end, place) from row `start` of all files on."""
+    before = 0
+    for path in paths:
+        read = _parquet if path.suffix.lower() == ".parquet" else _arrow
+        with _damage(path):
+            skipped = 0
+            for table, num_skipped, num_bytes in read(path, start, columns):
+                skipped += num_skipped
+                if table is not None and table.num_rows:
+                    yield table, before + num_bytes, str(path)
+            start -= skipped
+            before += path.stat().st_size
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turn pyarrow's errors into a `UserError`."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (FileNotFoundError, PermissionError) as error:
+        raise UserError(
+            f"{path} cannot be read: {error.strerror or one_line(error)}. "
+            "Check the path and its permissions."
+        ) from error
+    # A UnicodeDecodeError comes from the name of a column.
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} is damaged or cut short: {one_line(error)}. Fetch or write the file again."
+        ) from error
+
+
+def _parquet(path: Path, start: int, columns: Sequence[str]) -> Iterator[tuple[Any, int, int]]:
+    """(record batch, rows skipped before it, bytes up to its end) from row `start` of a file on.
+
+    Row groups before `start` are not read.
+    """
+    import pyarrow.parquet as pq
+
+    num_bytes = path.stat().st_size
+    # With a buffer and without pre-buffering, a row group is read page by page, not as a whole.
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES) as file:
+        names = file.schema_arrow.names
+        chosen = choose(names, columns, path)
+        done, total = 0, max(file.metadata.num_rows, 1)
+        for index in range(file.num_row_groups):
+            group = file.metadata.row_group(index)
+            skip = min(start, group.num_rows)
+            start, done = start - skip, done + skip
+            if skip == group.num_rows or not chosen:
+                left = group.num_rows - skip
+                done += left
+                yield without_values(names, left), skip, num_bytes * done // total
+                continue
+            # The size of all columns, which errs on the safe side: asking for that of one column
+            # aborts the process if the file is damaged (pyarrow 26).
+            row_bytes = max(group.total_byte_size, 1)
+            num_rows = min(max(BATCH_BYTES * group.num_rows // row_bytes, 1), 4 * BATCH_ROWS)
+            unread = skip
+            for table in file.iter_batches(
+                num_rows, row_groups=[index], columns=chosen, use_threads=False
+            ):
+                passed = min(unread, table.num_rows)
+                unread -= passed
+                done += table.num_rows - passed
+                yield table.slice(passed), passed, num_bytes * done // total
+
+
+def _arrow(path: Path, start: int, columns: Sequence[str]) -> Iterator[tuple[Any, int, int]]:
+    """As `_parquet`, for an Arrow file; record batches before `start` are not read."""
+    chosen: list[str] | None = None
+    names: list[str] = []
+    for table, num_bytes in _record_batches(path):
+        if chosen is None:
+            names = table.schema.names
+            chosen = choose(names, columns, path)
+        skip = min(start, table.num_rows)
+        start -= skip
+        if skip == table.num_rows or not chosen:
+            yield without_values(names, table.num_rows - skip), skip, num_bytes
+            continue
+        table = table.select(chosen)
+        # An unchecked wrong offset in a file would read arbitrary memory.
+        table.validate(full=True)
+        yield table.slice(skip), skip, num_bytes
+
+
+def _record_batches(path: Path) -> Iterator[tuple[Any, int]]:
+    """(record batch, bytes up to its end) of an Arrow file.
+
+    It is in the IPC file format, or in the stream format, which `datasets` writes.
+    """
+    import pyarrow as pa
+
+    if path.stat().st_size == 0:
+        raise pa.ArrowInvalid("it is empty")
+    with pa.memory_map(str(path)) as source:
+        if source.read(6) == b"ARROW1":
+            file = pa.ipc.open_file(source)
+            for index in range(file.num_record_batches):
+                yield file.get_batch(index), source.size() * (index + 1) // file.num_record_batches
+            return
+        source.seek(0)
+        for table in pa.ipc.open_stream(source):
+            yield table, source.tell()
+        end = source.tell()
+        source.seek(max(end - len(_END_OF_STREAM), 0))
+        if source.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
+            raise pa.ArrowInvalid("the mark at the end of the stream is missing")
+
+
+def choose(names: Sequence[str], columns: Sequence[str], place: Path | str) -> list[str]:
+    """The columns among `names` that the keys `columns` need."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"{place} has more than one column {twice[0]!r}. Rename one of them.")
+    wanted = {*columns, *(key.split(".")[0] for key in columns)}
+    return [name for name in names if name in wanted]
+
+
+def without_values(names: Sequence[str], num_rows: int) -> Any:
+    """Rows of nulls, for a table without any column that is needed.
+
+    Their names go into the message about the missing key.
+    """
+    import pyarrow as pa
+
+    return pa.record_batch({name: pa.nulls(num_rows) for name in names})
+
+
+def pieces(table: Any) -> Iterator[Any]:
+    """`table` in pieces of at most `BATCH_ROWS` rows and `BATCH_BYTES` bytes.
+
+    Pieces that are too large are halved, down to a single row.
+    """
+    if table.num_rows > BATCH_ROWS:
+        for offset in range(0, table.num_rows, BATCH_ROWS):
+            yield from pieces(table.slice(offset, BATCH_ROWS))
+    elif table.num_rows > 1 and table.nbytes > BATCH_BYTES:
+        half = table.num_rows // 2
+        yield from pieces(table.slice(0, half))
+        yield from pieces(table.slice(half))
+    else:
+        yield table
+
+
+def python_rows(table: Any) -> list[dict[str, Any]]:
+    """The rows of a table as dictionaries, with JSON columns decoded."""
+    made = table.to_pylist()
+    for field in table.schema:
+        decode = _json_decoder(field.type)
+        if decode:
+            for row in made:
+                row[field.name] = decode(row[field.name])
+    return made
+
+
+def _json_decoder(kind: Any) -> Callable[[Any], Any] | None:
+    """A function that decodes the JSON in values of an Arrow type; None if they hold none.
+
+    It does what `datasets.Json` does. `datasets` gives this type to fields that differ from row to
+    row, such as the arguments of tool calls in `messages`.
+    """
+    import pyarrow as pa
+
+    if isinstance(kind, pa.JsonType):
+        return lambda value: value if value is None else json.loads(value)
+    if pa.types.is_struct(kind):
+        inside = {field.name: decode for field in kind if (decode := _json_decoder(field.type))}
+        if inside:
+            return lambda value: (
+                value
+                if value is None
+                else {name: inside[name](x) if name in inside else x for name, x in value.items()}
+            )
+    elif (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    ):
+        item = _json_decoder(kind.value_type)
+        if item:
+            return lambda value: value if value is None else [item(x) for x in value]
+    return None
+
+
+def one_line(error: BaseException) -> str:
+    """The beginning of an error's message, on one line."""
+    return " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__

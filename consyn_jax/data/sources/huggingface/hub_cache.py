@@ -1,0 +1,137 @@
+"""The cache of `datasets`, and the files that `datasets` writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from consyn_jax.data.sources.huggingface.arrow_tables import one_line
+from consyn_jax.data.sources.huggingface.hub_names import HubName
+from consyn_jax.errors import UserError, listed, nearest
+
+SHOWN_NAMES = 20
+
+
+def files_in_cache(hub: HubName) -> tuple[Path, ...]:
+    """The Arrow files of a dataset that are in the cache; none before it is downloaded."""
+    copy = _newest(_copies(hub))
+    return cached_files(hub, copy) if copy else ()
+
+
+def cached_copy(hub: HubName) -> Path:
+    """The directory in the cache to read without the Hub: that of the commit, or the newest one.
+
+    Raises:
+        UserError: there is none, or `hub` does not choose one of several configurations.
+    """
+    copies = _copies(hub)
+    if not copies:
+        others = sorted(
+            {
+                f"{hub.repository}@{path.name}:{path.parent.parent.name}"
+                for path in _copies(replace(hub, revision=None, config=None))
+            }
+        )
+        there = f"only as {listed(others, SHOWN_NAMES)}" if others else ""
+        name = str(hub).removesuffix("::train")
+        raise UserError(
+            f"The dataset {name} is {f'in the cache {there}' if others else 'not in the cache'}, "
+            "and the Hugging Face Hub cannot be reached. Check the network and "
+            "HF_HUB_OFFLINE, or give a dataset that is in the cache."
+        )
+    newest = _newest(copies)
+    if newest is None:
+        configs = ", ".join(sorted({path.parent.parent.name for path in copies}))
+        raise UserError(
+            f"The cache holds several configurations of the dataset {hub.repository}: {configs}. "
+            f"Choose one with {hub.repository}:CONFIG."
+        )
+    return newest
+
+
+def cached_files(hub: HubName, directory: Path) -> tuple[Path, ...]:
+    """The Arrow files of a split in a directory of the cache."""
+    from datasets.naming import filenames_for_dataset_split
+
+    splits = saved(directory / "dataset_info.json").get("splits") or {}
+    check_split(hub, list(splits))
+    split = splits[hub.split]
+    name = split.get("dataset_name") or hub.repository.rpartition("/")[2]
+    files = filenames_for_dataset_split(
+        str(directory), name, hub.split, "arrow", split.get("shard_lengths")
+    )
+    return tuple(map(Path, files))
+
+
+def cached_splits(directory: Path) -> tuple[str, ...]:
+    """The splits in a directory of the cache."""
+    return tuple(saved(directory / "dataset_info.json").get("splits") or {})
+
+
+def _copies(hub: HubName) -> list[Path]:
+    """Directories NAME/CONFIG/VERSION/COMMIT in the cache that fit `hub`, oldest first.
+
+    A tag or branch that this machine has not seen yet fits none of them.
+    """
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+
+    *owner, name = hub.repository.split("/")
+    directory = "___".join([*owner, camelcase_to_snakecase(name)])
+    root = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / directory
+    found = [
+        path.parent
+        for path in root.glob("*/*/*/dataset_info.json")
+        if not path.parent.name.endswith(".incomplete")
+    ]
+    fitting = [
+        path
+        for path in found
+        if hub.revision in (None, path.name) and hub.config in (None, path.parent.parent.name)
+    ]
+    return sorted(fitting, key=lambda path: (path.stat().st_mtime, path))
+
+
+def _newest(copies: Sequence[Path]) -> Path | None:
+    """The cached copy of the newest commit.
+
+    If it has several configurations, the one named "default" is taken; None if there is no such
+    configuration.
+    """
+    last = [path for path in copies if path.name == copies[-1].name]
+    default = [path for path in last if path.parent.parent.name == "default"]
+    chosen = default or last
+    return chosen[-1] if len({path.parent.parent for path in chosen}) == 1 else None
+
+
+def saved(path: Path, key: str | None = None) -> Any:
+    """The object in a JSON file that `datasets` wrote, or the list under `key` in it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        value = content if key is None else content[key]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is missing or not what save_to_disk writes ({one_line(error)}). "
+            "Save the dataset again."
+        ) from error
+    if not isinstance(value, dict if key is None else list):
+        raise UserError(f"{path} is not what save_to_disk writes. Save the dataset again.")
+    return value
+
+
+def check_split(hub: HubName, splits: Sequence[str]) -> None:
+    """Raise a `UserError` if a dataset of the Hub does not have the split of its name."""
+    form = f"{hub.repository}:{hub.config or ''}:SPLIT"
+    check_name("split", hub.split, splits, f"The dataset {hub.repository}", form)
+
+
+def check_name(what: str, name: str, names: Sequence[str], place: str, form: str) -> None:
+    """Raise a `UserError` if `place` has no `what` called `name`; `form` is how to choose one."""
+    if name not in names:
+        raise UserError(
+            f"{place} has no {what} {name!r}; it has {listed(names, SHOWN_NAMES) or 'none'}"
+            f"{nearest(name, names)} Choose one with {form}."
+        )

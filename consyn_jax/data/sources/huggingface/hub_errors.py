@@ -1,0 +1,101 @@
+"""Errors of the Hugging Face libraries as sentences for the user."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from consyn_jax.data.sources.huggingface.arrow_tables import one_line
+from consyn_jax.data.sources.huggingface.hub_names import HubName
+from consyn_jax.errors import UserError
+
+
+class OutOfReachError(Exception):
+    """The Hub cannot be reached; the data may be in the cache."""
+
+
+@contextmanager
+def hub_errors(hub: HubName) -> Iterator[None]:
+    """Silence the libraries, and turn their errors into a `UserError` or `OutOfReachError`."""
+    import datasets
+    import huggingface_hub.utils
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+        huggingface_hub.utils.logging.set_verbosity(huggingface_hub.utils.logging.CRITICAL)
+        try:
+            yield
+        except (UserError, OutOfReachError):
+            raise
+        except Exception as error:  # the libraries pass on the errors of their dependencies
+            raise _explained(error, hub) from error
+
+
+def _explained(error: Exception, hub: HubName) -> UserError | OutOfReachError:
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    chain, name = _causes(error), hub.repository
+    text = " ".join(map(one_line, chain))
+
+    def has(*kinds: type[Exception]) -> bool:
+        return any(isinstance(e, kinds) for e in chain)
+
+    if has(GatedRepoError) or "is a gated dataset" in text:
+        return UserError(
+            f"The dataset {name} is gated. Ask for access at "
+            f"https://huggingface.co/datasets/{name}, then log in with `hf auth login`."
+        )
+    if has(RevisionNotFoundError):
+        return UserError(
+            f"The dataset {name} has no revision {hub.revision!r}. "
+            "Give a branch, a tag or a commit of it."
+        )
+    if has(RepositoryNotFoundError, DatasetNotFoundError):
+        return UserError(
+            f"There is no dataset {name} on the Hugging Face Hub, or it is private. "
+            "Check the name, or try `hf auth login`."
+        )
+    if "Dataset scripts are no longer supported" in text:
+        return UserError(
+            f"The dataset {name} comes as a program, and nothing that comes with data is run. "
+            f"{name}@refs/convert/parquet may hold its rows as files."
+        )
+    answered = any(isinstance(e, HfHubHTTPError) and not _is_out_of_reach(e) for e in chain)
+    if not answered and any(map(_is_out_of_reach, chain)):
+        return OutOfReachError(one_line(error))
+    cause = one_line(chain[-1] if str(chain[-1]) else error)
+    return UserError(f"The dataset {name} cannot be read: {cause}.")
+
+
+def _causes(error: Exception) -> list[Exception]:
+    """`error`, and the chain of errors that led to it."""
+    chain: list[Exception] = []
+    cause: BaseException | None = error
+    while isinstance(cause, Exception) and cause not in chain:
+        chain.append(cause)
+        has_cause = cause.__cause__ or cause.__suppress_context__
+        cause = cause.__cause__ if has_cause else cause.__context__
+    return chain
+
+
+def _is_out_of_reach(error: Exception) -> bool:
+    """Whether the Hub, or the network on the way to it, did not answer."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response is None or error.response.status_code >= 500
+    # By name, since `huggingface_hub` has used three HTTP libraries so far.
+    transport = any(
+        kind.__name__ in ("TransportError", "RequestException") for kind in type(error).__mro__
+    )
+    return transport or isinstance(error, ConnectionError | TimeoutError | LocalEntryNotFoundError)

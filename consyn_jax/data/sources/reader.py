@@ -1,0 +1,273 @@
+"""The interface of a dataset type: a `Reader` recognises its files and reads them as blocks.
+
+A new type is one module with a `Reader`, and one line in the table of `source.py`. The main process
+reads, decompresses and finds where documents end; what is in a document is left to the workers.
+Reading resumes at any position that a block gave, and holds a few megabytes whatever the input.
+"""
+
+from __future__ import annotations
+
+import codecs
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from consyn_jax.data.sources.byte_stream import ByteStream
+from consyn_jax.errors import UserError
+from consyn_jax.files import LFS_POINTER
+from consyn_jax.prepare_config import CorpusOptions
+from consyn_jax.tokenization import BPETokenizer
+
+# Files with these names are read as text, whatever they begin with.
+TEXT_SUFFIXES = (".txt", ".md")
+COMPRESSED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
+ARCHIVES = {b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf": "a 7z archive", b"Rar!": "a rar archive"}
+REMEDY = "Convert the file to UTF-8, leave it out, or give --invalid_utf8 replace."
+HEAD_BYTES = 65_536
+BLOCK_BYTES = 1 << 20
+
+Position = tuple[int, int]
+"""Bytes of the decompressed file (or rows of a Hugging Face dataset) before a place, and documents
+or lines before it."""
+START: Position = (0, 0)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The unit of work of one worker: some whole documents, or a part of a long one.
+
+    Attributes:
+        kind: "text" for documents between separators, "part" for a part of one document, "rows" for
+            JSON Lines, one row a document (see `rows.py`).
+        name: the source, for messages.
+        first: number of the first document or line in the source, from 1.
+        offset: position of `data` in the source in bytes, for messages.
+        end: where reading resumes after the block; None inside a long document that shares its
+            file.
+        file_bytes: bytes of the source's file read so far, for progress.
+        begins, last: for a part, whether it is the first and the last part of its document.
+        split: the split of the documents, if their text does not decide it.
+        numbers: for rows that were not lines, the number of each.
+    """
+
+    kind: str
+    name: str
+    data: bytes
+    first: int
+    offset: int
+    end: Position | None
+    file_bytes: int
+    begins: bool = True
+    last: bool = True
+    split: str | None = None
+    numbers: tuple[int, ...] = ()
+
+    @classmethod
+    def each_of_rows(
+        cls, name: str, rows: Iterable[tuple[int, bytes, Position]], stream: ByteStream
+    ) -> Iterator[Block]:
+        """Blocks of rows from (number, JSON object without newlines, position after it)."""
+        found: list[bytes] = []
+        numbers: list[int] = []
+        size, end = 0, START
+        for number, row, end in rows:
+            found.append(row)
+            numbers.append(number)
+            size += len(row) + 1
+            if size >= BLOCK_BYTES:
+                yield cls.of_rows(name, found, numbers, end, stream.file_bytes)
+                found, numbers, size = [], [], 0
+        if found:
+            yield cls.of_rows(name, found, numbers, end, stream.file_bytes)
+
+    @classmethod
+    def of_rows(
+        cls,
+        name: str,
+        rows: Sequence[bytes],
+        numbers: Sequence[int],
+        end: Position,
+        file_bytes: int,
+    ) -> Block:
+        """A block of rows, each a JSON object without newlines; at least one."""
+        data = b"".join(row + b"\n" for row in rows)
+        return cls("rows", name, data, numbers[0], 0, end, file_bytes, numbers=tuple(numbers))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Settings for reading all sources of a preparation.
+
+    Attributes:
+        options: the user's flags.
+        tokenizer: long documents are cut where it gives the same ids.
+        single: the whole corpus is one document, which is cut by position: its last shares are held
+            out for validation and test.
+        test_fraction: share for test.
+        streaming: read a dataset of the Hub over the network, without downloading it first.
+    """
+
+    options: CorpusOptions
+    tokenizer: BPETokenizer
+    single: bool = False
+    test_fraction: float = 0.0
+    streaming: bool = False
+
+
+class Reader(ABC):
+    """One dataset type.
+
+    A source of this type is named by a string, usually its path.
+
+    Attributes:
+        kind: name of the type: a value of `--dataset_type`, and part of cache keys.
+        noun: its content, for messages: "holds NOUN".
+        unit: one source of it, for reports: "2 UNITs".
+        suffixes: endings of its files' names.
+    """
+
+    kind: ClassVar[str]
+    noun: ClassVar[str]
+    unit: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]] = ()
+
+    def recognise(self, file: Candidate) -> str | None:
+        """Recognise a regular file: None if it is not of this type, otherwise "" or its fault.
+
+        A fault ("is empty") completes a sentence that begins with the name of the file.
+        """
+        return None
+
+    def is_source(self, path: Path) -> bool:
+        """Whether a directory, or a path that does not exist (PATH:SPLIT), is one source."""
+        return False
+
+    def other_splits(self, path: Path) -> tuple[str, ...]:
+        """Splits of a directory that is one source, besides the one read by default."""
+        return ()
+
+    def remote_name(self, name: str) -> str | None:
+        """The name of the data at its present version, if `name` is data on the network.
+
+        Raises:
+            UserError: `name` may be such data, and cannot be found.
+        """
+        return None
+
+    def remote_splits(self, name: str, remote: str) -> tuple[str, ...]:
+        """Names of the other splits of data on the network, if `name` chooses none.
+
+        Args:
+            remote: the result of `remote_name`.
+
+        Raises:
+            UserError: the data cannot be found.
+        """
+        return ()
+
+    def describe(self, name: str) -> str:
+        """A source, for messages: "a token store"."""
+        return self.noun
+
+    def files(self, name: str) -> tuple[Path, ...]:
+        """The files whose bytes decide what is read; none if the name decides."""
+        return (Path(name),)
+
+    def size(self, name: str) -> int:
+        """Bytes to read, for progress; 0 if unknown.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        return Path(name).stat().st_size
+
+    def identity(self, name: str, file_hash: Callable[[Path], str]) -> list[Any]:
+        """The source's part of the cache key: kind, whether it is an array, hashes of files."""
+        return [self.kind, False, [file_hash(file) for file in self.files(name)] or [name]]
+
+    def is_one_document(self, options: CorpusOptions) -> bool:
+        """Whether each source is exactly one document."""
+        return False
+
+    @abstractmethod
+    def blocks(self, name: str, start: Position, reading: Reading) -> Iterator[Block]:
+        """The blocks of a source from `start` on.
+
+        Raises:
+            UserError: the source cannot be read; the message names the file and the fault.
+        """
+
+
+class Candidate:
+    """A file whose type is not known yet.
+
+    Attributes:
+        path: the file.
+        dataset_type: the type that the user asked for, or "auto".
+        suffix: in lower case, without that of the compression.
+    """
+
+    def __init__(self, path: Path, dataset_type: str = "auto", invalid_utf8: str = "error") -> None:
+        self.path, self.dataset_type, self._invalid_utf8 = path, dataset_type, invalid_utf8
+        self.suffix = inner_suffix(path)
+
+    @property
+    def head(self) -> bytes:
+        """The first `HEAD_BYTES` bytes, decompressed; none if the file cannot be read."""
+        return self._beginning[0]
+
+    def text_fault(self, *, check_utf8: bool = True) -> str:
+        """The reason why the file cannot be read as text, or ""."""
+        head, fault = self._beginning
+        if not head:
+            return fault or "is empty"
+        if head.startswith(LFS_POINTER):
+            return "is a Git LFS pointer, not the data itself, which git lfs pull fetches"
+        archive = next((what for magic, what in ARCHIVES.items() if head.startswith(magic)), "")
+        if archive or head[257:262] == b"ustar":
+            return f"is {archive or 'a tar archive'}, and has to be unpacked first"
+        is_text = b"\0" not in head and (not check_utf8 or self._invalid_utf8 == "replace")
+        return "" if is_text else binary_fault(head, complete=len(head) < HEAD_BYTES)
+
+    @cached_property
+    def _beginning(self) -> tuple[bytes, str]:
+        """The head, and the fault that prevents reading it."""
+        try:
+            with ByteStream(self.path) as stream:
+                return stream.read(HEAD_BYTES), ""
+        except UserError as error:  # its text names the file, a fault must not
+            return b"", str(error).removeprefix(f"{self.path} ").split(". ")[0].rstrip(".")
+
+
+def inner_suffix(path: Path) -> str:
+    """The suffix of a file in lower case, without that of its compression.
+
+    >>> inner_suffix(Path("a.JSONL.gz")), inner_suffix(Path("a.txt"))
+    ('.jsonl', '.txt')
+    """
+    is_compressed = path.suffix.lower() in COMPRESSED_SUFFIXES
+    return (Path(path.stem) if is_compressed else path).suffix.lower()
+
+
+def binary_fault(data: bytes, *, complete: bool) -> str:
+    r"""The reason why `data` is not UTF-8 text, with the position, or "".
+
+    Args:
+        data: the beginning of a file.
+        complete: whether it is the whole file, and must not end within a character.
+
+    >>> binary_fault(b"a\x00", complete=True)
+    'is binary: byte 1 is NUL'
+    """
+    nul = data.find(b"\0")
+    if nul >= 0:
+        return f"is binary: byte {nul} is NUL"
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(data, complete)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        return f"is not UTF-8 text: byte {error.start} (line {line}) is 0x{data[error.start]:02x}"
+    return ""

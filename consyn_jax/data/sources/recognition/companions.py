@@ -1,0 +1,99 @@
+"""Files that lie beside data without being data: descriptions, licences, scripts, settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from consyn_jax.data.sources.reader import inner_suffix
+from consyn_jax.data.sources.recognition.found import Found
+from consyn_jax.data.sources.recognition.splits import carries_split, split_of_path
+from consyn_jax.data.sources.text_reader import TextReader
+
+REASON = "lies beside the data; name it by itself to train on it"
+MANY_TIMES = 10
+_DESCRIPTIONS = re.compile(
+    r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|authors|code_of_conduct"
+    r"|dataset_?infos?|dataset_dict|dataset_card|croissant)(?![a-z])",
+    re.IGNORECASE,
+)
+_SCRIPTS = (
+    *(".py", ".sh", ".bash", ".bat", ".ps1", ".ipynb", ".r", ".jl", ".js", ".ts", ".pl", ".lua"),
+    *(".yaml", ".yml", ".toml", ".cfg", ".ini", ".lock", ".log"),
+)
+_SCRIPT_NAMES = (
+    "makefile",
+    "dockerfile",
+    "requirements.txt",
+    "checksums.txt",
+    "md5sums",
+    "urls.txt",
+)
+
+
+def without_companions(found: Sequence[Found]) -> list[Found]:
+    """Mark files that only accompany the data with the reason to leave them out.
+
+    Descriptions and licences accompany rows, tables and `.txt` files in their directory or below
+    it. Scripts and settings accompany rows, tables and text files named after a split, and `.txt`
+    files of ten times their bytes in the same directory, such as a corpus and what downloaded it;
+    in a directory of programs they are the data. A file that the user named itself is always data.
+    """
+    used = [item for item in found if item.is_used]
+    data = {item for item in used if not _is_description(item) and not _is_script(item)}
+    beside_any = _directories([item for item in data if carries_split(item)])
+    beside_rows = _directories([item for item in data if _is_rows(item)])
+    beside_rows |= _corpora(data, [item for item in used if _is_script(item)])
+    marked = []
+    for item in found:
+        place = Path(item.source.name).parent
+        is_companion = (_is_description(item) and place in beside_any) or (
+            _is_script(item) and place in beside_rows
+        )
+        if item.is_used and not item.is_named and is_companion:
+            item = dataclasses.replace(item, reason=REASON)
+        marked.append(item)
+    return marked
+
+
+def _is_description(item: Found) -> bool:
+    return bool(_DESCRIPTIONS.match(item.inside.name))
+
+
+def _is_script(item: Found) -> bool:
+    """A script or a file of settings, which can only be read as text."""
+    name = item.inside.name.lower()
+    is_script = item.inside.suffix.lower() in _SCRIPTS or name in _SCRIPT_NAMES
+    return item.source.kind == TextReader.kind and is_script
+
+
+def _is_rows(item: Found) -> bool:
+    return carries_split(item) and (
+        item.source.kind != TextReader.kind or split_of_path(item.inside) is not None
+    )
+
+
+def _directories(items: Sequence[Found]) -> set[Path]:
+    """The directories that hold one of the files, in themselves or further below."""
+    return {parent for item in items for parent in Path(item.source.name).parents}
+
+
+def _corpora(data: Collection[Found], scripts: Sequence[Found]) -> set[Path]:
+    """The directories whose own `.txt` files have many times the bytes of their scripts."""
+    texts = [item for item in data if inner_suffix(item.inside) == ".txt"]
+    of_texts, of_scripts = _sizes(texts), _sizes(scripts)
+    return {place for place in of_scripts if of_texts[place] >= MANY_TIMES * of_scripts[place]}
+
+
+def _sizes(items: Sequence[Found]) -> Counter[Path]:
+    """The bytes of files by directory; a file that has just been deleted has none."""
+    sizes: Counter[Path] = Counter()
+    for item in items:
+        path = Path(item.source.name)
+        with suppress(OSError):
+            sizes[path.parent] += path.stat().st_size
+    return sizes

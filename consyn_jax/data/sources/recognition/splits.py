@@ -1,0 +1,133 @@
+"""Splits from the names of files and directories, by the rules of Hugging Face `datasets`.
+
+The keywords are those of `datasets.data_files.SPLIT_KEYWORDS`. A keyword must be a whole word of a
+name, between `-`, `.`, `_`, spaces, digits or the ends. A directory's name counts for everything
+below it, and precedes the names of files. Unlike in `datasets`, capitals make no difference, and a
+name with two keywords belongs to the first. Files without a keyword are left out only beside both
+training and held-out data. Only rows, tables and `.txt` files have splits, so that a directory of
+programs is not split by its `test_*.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from consyn_jax.data.sources.reader import inner_suffix
+from consyn_jax.data.sources.recognition.found import Found
+from consyn_jax.data.sources.sample_reader import SAMPLE
+from consyn_jax.data.sources.text_reader import TextReader
+from consyn_jax.data.sources.token_reader import TokenReader
+from consyn_jax.data.split import TEST, TRAIN, VALIDATION, split_of_name
+from consyn_jax.errors import UserError
+
+IS_TEST = "is test data by its name"
+IS_VALIDATION = "is validation data by its name"
+NO_SPLIT = "has no split in its name, unlike the files beside it"
+
+
+@dataclasses.dataclass(frozen=True)
+class Parted:
+    """Files for training, files for validation, and those that are not used, with reasons.
+
+    Attributes:
+        train, validation: sorted by their names.
+        rest: files that are not used, each with its reason.
+    """
+
+    train: tuple[Found, ...]
+    validation: tuple[Found, ...]
+    rest: tuple[Found, ...]
+
+
+def by_split(found: Sequence[Found], flag: str) -> Parted:
+    """Sort what was found into splits by name.
+
+    Files without a split are training data too, unless the same directory has files for training
+    and files for validation or test. If all are files that the user named, and all are held out by
+    their names, they are trained on anyway.
+
+    Args:
+        flag: "data" or "validation". For the latter, files of other splits are left out if there
+            are any for validation.
+
+    Raises:
+        UserError: nothing is left to train on.
+    """
+    used = [item for item in found if item.is_used]
+    rest = [item for item in found if not item.is_used]
+    splits = _splits(used)
+    names = set(splits.values())
+    if flag == "validation":
+        wanted = [item for item in used if splits[item] == VALIDATION] or used
+        others = [
+            dataclasses.replace(item, reason=_other(splits[item]))
+            for item in used
+            if item not in wanted
+        ]
+        return Parted(tuple(wanted), (), (*rest, *others))
+    if names <= {TEST, VALIDATION} and all(item.is_named for item in used):
+        return Parted(tuple(used), (), tuple(rest))
+    held_out = {item.given for item in used if splits[item] in (VALIDATION, TEST)}
+    with_splits = held_out & {item.given for item in used if splits[item] == TRAIN}
+    train = [
+        item
+        for item in used
+        if splits[item] == TRAIN
+        or (splits[item] is None and (item.given not in with_splits or not carries_split(item)))
+    ]
+    if used and not train:
+        raise UserError(
+            f"Nothing in --{flag} is training data by its name ({used[0].source.name} is "
+            f"{splits[used[0]]} data). Name the files themselves to train on them."
+        )
+    validation = [item for item in used if splits[item] == VALIDATION]
+    others = [
+        dataclasses.replace(item, reason=_other(splits[item]))
+        for item in used
+        if item not in train and item not in validation
+    ]
+    return Parted(tuple(train), tuple(validation), (*rest, *others))
+
+
+def carries_split(item: Found) -> bool:
+    """Whether the name of such a file can tell its split: rows, tables and `.txt` files.
+
+    Files of tokens are split when they are read, and stores have splits of their own.
+    """
+    if item.source.kind in (TokenReader.kind, SAMPLE):
+        return False
+    return item.source.kind != TextReader.kind or inner_suffix(item.inside) == ".txt"
+
+
+def split_of_path(path: Path) -> str | None:
+    """The split of a file by its path below what the user named.
+
+    >>> split_of_path(Path("data/test-00000-of-00001.parquet")), split_of_path(Path("dev/a.txt"))
+    ('test', 'validation')
+    >>> split_of_path(Path("train/test.jsonl")), split_of_path(Path("contest.jsonl"))
+    ('train', None)
+    """
+    names = (*path.parts[:-1], path.name)
+    return next((split for split in map(split_of_name, names) if split), None)
+
+
+def _splits(used: Sequence[Found]) -> dict[Found, str | None]:
+    """The split of each; if several directories are named, their own names count too."""
+    own = {item.given: split_of_name(Path(item.given).name) for item in used if not item.is_named}
+    beside = TRAIN in own.values() and len(own) > 1
+    return {
+        item: (
+            (own.get(item.given) if beside else None) or split_of_path(item.inside)
+            if carries_split(item)
+            else None
+        )
+        for item in used
+    }
+
+
+def _other(split: str | None) -> str:
+    return {TEST: IS_TEST, VALIDATION: IS_VALIDATION, TRAIN: "is training data by its name"}.get(
+        split or "", NO_SPLIT
+    )

@@ -1,0 +1,55 @@
+"""Rows of a prompt and its answer as plain text: any two fields, and Alpaca's."""
+
+from __future__ import annotations
+
+from consyn_jax.data.sources.row_formats.fields import BadRow, json_type, text_of
+
+# Taori et al., 2023: https://github.com/tatsu-lab/stanford_alpaca, and the `text` field of
+# tatsu-lab/alpaca, which ends the prompt with a newline.
+_OPENING = "Below is an instruction that describes a task"
+_REQUEST = "Write a response that appropriately completes the request."
+ALPACA = f"{_OPENING}. {_REQUEST}\n\n### Instruction:\n{{instruction}}\n\n### Response:\n"
+ALPACA_WITH_INPUT = (
+    f"{_OPENING}, paired with an input that provides further context. {_REQUEST}\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+
+def completion(row: dict, prompt_keys: str, completion_key: str) -> tuple[str, str]:
+    """(prompt, answer) under the given keys; several prompt keys are joined by a blank line.
+
+    Raises:
+        BadRow: a key is missing, or the answer is blank.
+    """
+    names = (
+        [prompt_keys] if prompt_keys in row else [name.strip() for name in prompt_keys.split(",")]
+    )
+    prompts = [text_of(row, name) for name in names]
+    return "\n\n".join(filter(None, prompts)), _answer(row, completion_key)
+
+
+def alpaca(row: dict) -> tuple[str, str]:
+    """(prompt, answer) of an Alpaca row, with the prompt that its authors train with.
+
+    Raises:
+        BadRow: a field is missing or not text, or the row has turns that the prompt has no place
+            for.
+    """
+    for name in ("history", "system"):
+        if row.get(name):
+            raise BadRow(
+                f"holds {json_type(row[name])} under {name!r}, which Alpaca's prompt has no place "
+                "for; write the row as messages."
+            )
+    instruction = text_of(row, "instruction")
+    given = "" if row.get("input") is None else text_of(row, "input")
+    template = ALPACA_WITH_INPUT if given.strip() else ALPACA
+    prompt = template.format(instruction=instruction, input=given)
+    return prompt, _answer(row, "output")
+
+
+def _answer(row: dict, key: str) -> str:
+    answer = text_of(row, key)
+    if not answer.strip():
+        raise BadRow(f"holds no text under the key {key!r}, so there is nothing to train on.")
+    return answer

@@ -1,0 +1,81 @@
+"""Refusal of rows that fine-tuning cannot use as they are, with the part that it could use."""
+
+from __future__ import annotations
+
+import shlex
+
+from consyn_jax.data.sources.row_formats.fields import CHOOSE, BadRow, shown
+
+LONGEST_SHOWN = 60  # characters of a key in a message
+# Keys of a prompt and its answer that are not recognised without flags.
+PAIRS = (
+    *(("question", "answer"), ("question", "response"), ("query", "response"), ("query", "answer")),
+    *(("instruction", "response"), ("instruction", "completion"), ("prompt", "response")),
+    *(("prompt", "output"), ("prompt", "answer"), ("input", "output"), ("problem", "solution")),
+    *(("source", "target"), ("inputs", "targets"), ("context", "response")),
+)
+
+
+def check_preference(row: dict) -> None:
+    """Refuse preference data: pairs of a better and a worse answer, and answers with a verdict.
+
+    Raises:
+        BadRow: with the flags that train on the better answer.
+    """
+    if "chosen" in row and "rejected" in row:
+        raise BadRow(
+            "is a preference pair (chosen, rejected), which --objective dpo trains on "
+            "(consyn-prepare: --row_format preference).",
+            f"To train on the chosen answers alone, give {_chosen(row)}.",
+        )
+    if {"prompt", "completion", "label"} <= row.keys() and isinstance(row["label"], bool):
+        raise BadRow(
+            "is an answer with a verdict (prompt, completion, label), and bad answers would be "
+            "learned too.",
+            "Keep the rows whose label is true, without that field.",
+        )
+    if {"prompt", "completions", "labels"} <= row.keys():
+        raise BadRow(
+            "judges the steps of an answer (prompt, completions, labels), which this command does "
+            "not train on.",
+            "Write the good answers as prompt and completion.",
+        )
+
+
+def _chosen(row: dict) -> str:
+    """The flags that train on the chosen answers."""
+    chosen = row["chosen"]
+    if isinstance(chosen, list) and isinstance(row.get("prompt"), list):
+        return "--prompt_key prompt --completion_key chosen"
+    if isinstance(chosen, list):
+        return "--messages_key chosen"
+    prompt = next((name for name in ("prompt", "question", "instruction") if name in row), None)
+    if prompt is None:
+        return "--text_key chosen"
+    return f"--prompt_key {prompt} --completion_key chosen"
+
+
+def unknown(row: dict, text_key: str) -> BadRow:
+    """The fault of a row in which no format is found, with the flags that would read it."""
+    if "input_ids" in row:
+        return BadRow(
+            f"holds token ids, and only text is read from rows; its keys are {shown(row)}.",
+            "Give the text, write the ids to a .npy or .bin file, or train on them from Python.",
+        )
+    pair = next((pair for pair in PAIRS if set(pair) <= row.keys()), None)
+    texts = {
+        name: value
+        for name, value in row.items()
+        if 0 < len(name) <= LONGEST_SHOWN and isinstance(value, str)
+    }
+    if pair:
+        remedy = f"Give --prompt_key {pair[0]} --completion_key {pair[1]}."
+    elif texts:
+        longest = shlex.quote(max(texts, key=lambda name: len(texts[name])))
+        remedy = (
+            f"Name the field that holds the text, as in --text_key {longest}, or give "
+            "--on_bad_rows skip."
+        )
+    else:
+        remedy = CHOOSE
+    return BadRow(f"has no key {text_key!r}; its keys are {shown(row)}.", remedy)

@@ -1,0 +1,198 @@
+"""Rows to documents: the format of a row, which texts are read, and which are trained on.
+
+The keys of a row decide its format, or `--row_format` does:
+
+    messages            {"messages": [{"role", "content"}]}: the assistant's messages are learned
+    sharegpt            {"conversations": [{"from", "value"}]}: likewise
+    alpaca              {"instruction", "input", "output"}: the output is learned
+    prompt_completion   {"prompt", "completion"}, as text or as messages: the completion is learned
+    text                {"text"}: all of it is learned
+
+They are looked for in this order, because files of the first four often carry the rendered row
+under `text` as well. A document is a sequence of segments of text, or a conversation, which a chat
+template writes. With `--row_format preference`, which `--objective dpo` sets, every row is a pair
+of answers ({"prompt", "chosen", "rejected"}).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from consyn_jax.data.sources.row_formats.conversations import (
+    Conversation,
+    is_conversation,
+    openai,
+    parsed_messages,
+    prompt_and_completion,
+    sharegpt,
+)
+from consyn_jax.data.sources.row_formats.fields import (
+    FAULT,
+    BadRow,
+    has,
+    json_type,
+    text_of,
+    value_of,
+)
+from consyn_jax.data.sources.row_formats.instructions import alpaca, completion
+from consyn_jax.data.sources.row_formats.preference_rows import LIKELY_PROMPTS, Pair, pair
+from consyn_jax.data.sources.row_formats.refused import check_preference, unknown
+from consyn_jax.prepare_config import CorpusOptions
+
+MESSAGES, SHAREGPT, ALPACA = "messages", "sharegpt", "alpaca"
+PROMPT_COMPLETION, TEXT = "prompt_completion", "text"
+PROMPT_MESSAGES = "prompt_completion of messages"
+PREFERENCE, PREFERENCE_MESSAGES = "preference", "preference of messages"
+CONVERSATIONS = (MESSAGES, SHAREGPT, PROMPT_MESSAGES, PREFERENCE_MESSAGES)
+
+
+@dataclass(frozen=True)
+class RowKeys:
+    """The keys of a row's texts; `a.b` reaches into objects.
+
+    Attributes:
+        text: the whole document.
+        prompt: text before the completion; several keys may be separated by commas, and their texts
+            are joined by a blank line.
+        completion: the text after the prompt, which is trained on.
+        messages: a conversation.
+        format: the format that every row has, or "auto".
+    """
+
+    text: str = "text"
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str = "messages"
+    format: str = "auto"
+
+    @classmethod
+    def of(cls, options: CorpusOptions) -> RowKeys:
+        """The keys that the flags name."""
+        return cls(
+            options.text_key,
+            options.prompt_key,
+            options.completion_key,
+            options.messages_key,
+            options.row_format,
+        )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All keys that any format looks at, for tables that are read by column."""
+        prompts = (self.prompt or "prompt").split(",")
+        own = (self.text, *map(str.strip, prompts), self.completion or "completion", self.messages)
+        return (*own, *COLUMNS)
+
+
+# Keys that formats look at besides those that flags name.
+COLUMNS = (
+    *("conversations", "system", "tools", "functions", "chat_template_kwargs"),
+    *("instruction", "input", "output", "history"),
+    *("chosen", "rejected", "label", "completions", "labels", *LIKELY_PROMPTS),
+)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a document.
+
+    Attributes:
+        text: tokenised by itself; may be empty.
+        trained: whether its tokens are targets of the loss.
+    """
+
+    text: str
+    trained: bool = True
+
+
+Content = tuple[Segment, ...] | Conversation | Pair
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as it was recognised.
+
+    Attributes:
+        format: a value of `--row_format`, or one of messages, such as "preference of messages".
+        content: segments of text, after which the document ends, a conversation, or a pair.
+    """
+
+    format: str
+    content: Content
+
+
+def read_row(row: Any, keys: RowKeys) -> Row:
+    """The document of a row.
+
+    Args:
+        row: a decoded row; a caller that could not decode it passes the `BadRow` with the reason.
+
+    Raises:
+        BadRow: the row has no format that is known, is broken, or has nothing to train on.
+
+    >>> read_row({"prompt": "2 + 2 =", "completion": " 4"}, RowKeys())
+    Row(format='prompt_completion', content=(Segment(text='2 + 2 =', trained=False),
+    Segment(text=' 4', trained=True)))
+    """
+    if isinstance(row, BadRow):
+        raise row
+    if isinstance(row, str) and row.startswith(FAULT):
+        raise BadRow(row.removeprefix(FAULT))
+    if not isinstance(row, dict):
+        raise BadRow(f"holds {json_type(row)}, not an object with the key {keys.text!r}.")
+    found = keys.format if keys.format != "auto" else _format(row, keys)
+    if found == PREFERENCE:
+        content = pair(row, keys.prompt)
+        return Row(found if isinstance(content.prompt, str) else PREFERENCE_MESSAGES, content)
+    if found == MESSAGES:
+        return Row(found, openai(row, keys.messages))
+    if found == SHAREGPT:
+        own = keys.messages if keys.messages != "messages" else "conversations"
+        return Row(found, sharegpt(row, own))
+    if found == ALPACA:
+        return Row(found, _answered(*alpaca(row)))
+    if found == PROMPT_COMPLETION:
+        prompt, answer = keys.prompt or "prompt", keys.completion or "completion"
+        if has(row, prompt) and is_conversation(row, prompt):
+            return Row(PROMPT_MESSAGES, prompt_and_completion(row, prompt, answer))
+        return Row(found, _answered(*completion(row, prompt, answer)))
+    return Row(TEXT, (Segment(text_of(row, keys.text)),))
+
+
+def _answered(prompt: str, answer: str) -> tuple[Segment, ...]:
+    return Segment(prompt, trained=False), Segment(answer)
+
+
+def _format(row: dict, keys: RowKeys) -> str:
+    """The format of a row, by the keys that flags name, and otherwise by the keys it has.
+
+    Raises:
+        BadRow: no format is found, or one that cannot be trained on.
+    """
+    if keys.prompt is not None or keys.completion is not None:
+        return PROMPT_COMPLETION
+    if keys.messages != "messages" and has(row, keys.messages):
+        return _conversation_format(row, keys.messages)
+    if keys.text != "text" and has(row, keys.text):
+        return TEXT
+    check_preference(row)
+    # A column that only other rows fill is null here.
+    filled = {name for name, value in row.items() if value is not None}
+    if keys.messages in filled:
+        return _conversation_format(row, keys.messages)
+    if "conversations" in filled and is_conversation(row, "conversations"):
+        return SHAREGPT
+    if {"instruction", "output"} <= filled:
+        return ALPACA
+    if {"prompt", "completion"} <= filled:
+        return PROMPT_COMPLETION
+    if has(row, keys.text):
+        return TEXT
+    raise unknown(row, keys.text)
+
+
+def _conversation_format(row: dict, key: str) -> str:
+    messages = parsed_messages(value_of(row, key), key)
+    first = messages[0] if isinstance(messages, list) and messages else None
+    return SHAREGPT if isinstance(first, dict) and "from" in first else MESSAGES

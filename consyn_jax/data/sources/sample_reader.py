@@ -1,0 +1,57 @@
+"""The data that every machine has: `--data sample`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from consyn_jax.data.sources.reader import Block, Position, Reader, Reading
+from consyn_jax.errors import UserError
+
+SAMPLE = "sample"
+
+
+class SampleReader(Reader):
+    """The sample, which is text."""
+
+    kind, noun, unit = SAMPLE, "text", SAMPLE
+
+    def files(self, name: str) -> tuple[Path, ...]:
+        """None: its texts are part of Python."""
+        return ()
+
+    def size(self, name: str) -> int:
+        """Bytes of its texts."""
+        return sum(len(text.encode()) for text in sample_texts())
+
+    def identity(self, name: str, file_hash: Callable[[Path], str]) -> list[Any]:
+        """Kind and a hash of the texts."""
+        return [SAMPLE, False, [hashlib.sha256("\0".join(sample_texts()).encode()).hexdigest()]]
+
+    def blocks(self, name: str, start: Position, reading: Reading) -> Iterator[Block]:
+        """All texts as one block of rows."""
+        texts = sample_texts()[start[1] :]
+        lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+        end = (0, start[1] + len(texts))
+        yield Block("rows", name, lines, start[1] + 1, 0, end, self.size(name))
+
+
+def sample_texts() -> list[str]:
+    """The documents of the sample: the language reference that Python carries for `help()`.
+
+    They are sorted by topic.
+
+    Raises:
+        UserError: this Python was installed without `pydoc_data`.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "--data sample needs the module pydoc_data, which this Python lacks. "
+            "Give --data a file."
+        ) from error
+    return [topics[name] for name in sorted(topics)]

@@ -1,0 +1,81 @@
+"""The table of dataset types, and a source: one input of `--data`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from consyn_jax.data.sources.csv_reader import CsvReader
+from consyn_jax.data.sources.huggingface_reader import HuggingFaceReader
+from consyn_jax.data.sources.json_reader import JsonReader
+from consyn_jax.data.sources.reader import Block, Position, Reader, Reading
+from consyn_jax.data.sources.sample_reader import SampleReader
+from consyn_jax.data.sources.text_reader import TextReader
+from consyn_jax.data.sources.token_reader import TokenReader
+from consyn_jax.errors import UserError
+
+# The first reader that recognises a file reads it, so the most general one is the last.
+READERS: dict[str, Reader] = {
+    reader.kind: reader
+    for reader in (
+        SampleReader(),
+        TokenReader(),
+        HuggingFaceReader(),
+        CsvReader(),
+        JsonReader(),
+        TextReader(),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input: a file, a dataset, a token store, or the sample.
+
+    Attributes:
+        name: the path; for a dataset of the Hub, its name with its commit; or "sample".
+        kind: its type, a key of `READERS`.
+    """
+
+    name: str
+    kind: str
+
+    @property
+    def reader(self) -> Reader:
+        """The reader of its type."""
+        return READERS[self.kind]
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes to read, for progress; 0 for a dataset that is not downloaded.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        try:
+            return self.reader.size(self.name)
+        except OSError as error:
+            raise UserError(
+                f"{self.name} cannot be read: {error.strerror}. "
+                "Leave the data alone while it is prepared."
+            ) from error
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files whose bytes decide what is read; none if the name decides."""
+        return self.reader.files(self.name)
+
+    @property
+    def is_store(self) -> bool:
+        """Whether this is a token store, and not a file of tokens."""
+        return isinstance(self.reader, TokenReader) and Path(self.name).is_dir()
+
+    def blocks(self, start: Position, reading: Reading) -> Iterator[Block]:
+        """Its blocks from `start` on.
+
+        Raises:
+            UserError: it cannot be read; the message names the file and the fault.
+        """
+        return self.reader.blocks(self.name, start, reading)

@@ -1,0 +1,81 @@
+"""SHA-256 hashes of files, remembered until a file changes, and the cache directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from consyn_jax.errors import UserError
+from consyn_jax.files import write_whole
+
+MEMORY = "digests.json"
+MOST = 100_000
+SMALL = 1 << 20
+# A file that changes twice within one tick of the file system's clock keeps its time stamp. Two
+# seconds is the coarsest clock in use (FAT).
+SETTLED_NS = 2_000_000_000
+
+
+def cache_directory() -> Path:
+    """The cache: $CONSYN_CACHE, otherwise consyn_jax in $XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("CONSYN_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "consyn_jax"
+
+
+class FileHashes:
+    """Hexadecimal SHA-256 of files, as a context manager.
+
+    A file is read at about 1 GB/s, unless its path, inode, size and times of change are those of an
+    earlier reading. Leaving the context stores the new hashes for the next process.
+    """
+
+    def __init__(self) -> None:
+        self._place = cache_directory() / MEMORY
+        try:
+            known = json.loads(self._place.read_bytes())
+        except (OSError, ValueError):  # missing or damaged
+            known = {}
+        self._known: dict[str, Any] = known if isinstance(known, dict) else {}
+        self._new: dict[str, list[Any]] = {}
+
+    def __call__(self, path: Path) -> str:
+        """The hash of one file.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        try:
+            status, name = path.stat(), str(path.resolve())
+            state = [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+            known = self._known.get(name)
+            if isinstance(known, list) and known[:-1] == state:
+                return str(known[-1])
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read: {error.strerror}. Check its permissions."
+            ) from error
+        changed_ns = max(status.st_mtime_ns, status.st_ctime_ns)
+        if status.st_size > SMALL and time.time_ns() - changed_ns > SETTLED_NS:
+            self._new[name] = [*state, digest]
+        return digest
+
+    def __enter__(self) -> FileHashes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._new:
+            return
+        kept = {name: entry for name, entry in self._known.items() if name not in self._new}
+        entries = list({**kept, **self._new}.items())[-MOST:]
+        with suppress(OSError):  # the hashes only save time
+            self._place.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self._place, json.dumps(dict(entries)))

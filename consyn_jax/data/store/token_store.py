@@ -1,0 +1,125 @@
+"""Token stores opened for reading, one or several as one. `manifest.py` describes the files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from consyn_jax.data.store.manifest import AGAIN, PAIRS_VERSION, read_manifest
+from consyn_jax.data.store.shards import Shard
+from consyn_jax.data.store.store_split import StoreSplit
+from consyn_jax.errors import UserError
+from consyn_jax.tokenization import BPETokenizer
+
+
+class TokenStore:
+    """A token store on disk.
+
+    Opening it reads the manifest and the sizes of its files; tokens are read in place.
+
+    Attributes:
+        holds_pairs: each document is a pair of answers, as `manifest.py` describes them.
+
+    Raises:
+        UserError: not a token store, another version, or damaged; the message names the file.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        self.manifest = read_manifest(self.directory)
+        self.vocab_size: int = self.manifest["vocab_size"]
+        self.holds_pairs = self.manifest["version"] == PAIRS_VERSION
+        self.splits = {
+            name: StoreSplit(
+                [
+                    Shard(self.directory, entry, self.vocab_size, self.holds_pairs)
+                    for entry in split["shards"]
+                ]
+            )
+            for name, split in self.manifest["splits"].items()
+        }
+
+    def split(self, name: str) -> StoreSplit:
+        """The split of that name; an empty one if the store does not have it."""
+        return self.splits.get(name, StoreSplit([]))
+
+    @cached_property
+    def tokenizer(self) -> BPETokenizer:
+        """The store's copy of the tokenizer that made the tokens."""
+        tokenizer = BPETokenizer.from_file(self.directory / "tokenizer")
+        if tokenizer.sha256 != self.manifest["tokenizer_sha256"]:
+            raise UserError(
+                f"The tokenizer in {self.directory} is not the one its manifest names. {AGAIN}"
+            )
+        return tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that determines the tokens and their order.
+
+        Equal stores have equal fingerprints, in whatever directory they are.
+        """
+        return fingerprint_of(self.manifest)
+
+
+def fingerprint_of(manifest: dict[str, Any]) -> str:
+    """The fingerprint of the token store with this manifest."""
+    keys = ("tokens", "sha256", "index_sha256", "targets_sha256")
+    content = {
+        "tokenizer": manifest["tokenizer_sha256"],
+        "dtype": manifest["dtype"],
+        "splits": {
+            name: [[s.get(key) for key in keys] for s in split["shards"]]
+            for name, split in manifest["splits"].items()
+        },
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class JoinedStores:
+    """Several token stores read as one: the documents of the first, then of the second, and so on.
+
+    Raises:
+        UserError: their tokenizers differ, or only some hold pairs of answers.
+    """
+
+    def __init__(self, stores: Sequence[TokenStore]) -> None:
+        self.stores = tuple(stores)
+        first = stores[0]
+        self.holds_pairs = first.holds_pairs
+        for store in stores:
+            if store.holds_pairs != first.holds_pairs:
+                one, other = (store, first) if store.holds_pairs else (first, store)
+                raise UserError(
+                    f"{one.directory} holds pairs of answers, and {other.directory} does not. "
+                    "Train on them one after the other."
+                )
+            if store.manifest["tokenizer_sha256"] != first.manifest["tokenizer_sha256"]:
+                raise UserError(
+                    f"{first.directory} and {store.directory} were made with different tokenizers. "
+                    "Prepare one of them again with the other's."
+                )
+        names = sorted({name for store in stores for name in store.splits})
+        self.splits = {
+            name: StoreSplit([shard for store in stores for shard in store.split(name).shards])
+            for name in names
+        }
+
+    def split(self, name: str) -> StoreSplit:
+        """The split of that name; an empty one if no store has it."""
+        return self.splits.get(name, StoreSplit([]))
+
+    @property
+    def tokenizer(self) -> BPETokenizer:
+        """The tokenizer of all the stores."""
+        return self.stores[0].tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that determines the tokens and their order."""
+        joined = " ".join(store.fingerprint for store in self.stores)
+        return hashlib.sha256(joined.encode()).hexdigest()

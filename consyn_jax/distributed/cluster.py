@@ -1,0 +1,106 @@
+"""The place of this process in its run, from flags, Slurm, Open MPI or Kubernetes."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any, NamedTuple
+
+from consyn_jax.config import HardwareOptions
+from consyn_jax.errors import UserError
+
+FIRST_PORT, PORTS = 61440, 4096  # as JAX takes them for Slurm
+PORTS_APART = 257  # a prime, so that steps of jobs with close numbers seldom have one port
+
+
+class Place(NamedTuple):
+    """The place of this process among those of its run.
+
+    Attributes:
+        address: host and port of process 0.
+        num_processes: of the run.
+        process_id: the number of this process, from 0.
+        start: which start of which program a scheduler made these processes for; "" if unknown.
+    """
+
+    address: tuple[str, int]
+    num_processes: int
+    process_id: int
+    start: str = ""
+
+
+def find_cluster(options: HardwareOptions) -> Place:
+    """Find process 0, from the three flags or from Slurm, Open MPI or Kubernetes.
+
+    Raises:
+        UserError: none of these is present, or not all three values are known.
+    """
+    address: Any = options.coordinator_address
+    count: Any = options.num_processes
+    number: Any = options.process_id
+    if address is not None and count is not None and number is not None:
+        return Place(_parsed(address), count, number)
+    address, count, number = _detected()
+    host, port = _parsed(address)
+    if _is_of_open_mpi() or "SLURM_STEP_ID" not in os.environ:
+        return Place((host, port), count, number)
+    return Place((host, _port_of_step()), count, number, _start_of_step())
+
+
+def _parsed(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _is_of_open_mpi() -> bool:
+    return "OMPI_COMM_WORLD_SIZE" in os.environ
+
+
+def _port_of_step() -> int:
+    """A port for each step of a Slurm job; for the first step, the one that JAX would take.
+
+    Steps of one job may run on the same hosts at the same time, as may jobs with close numbers.
+    """
+    job, step = (int(os.environ[f"SLURM_{name}_ID"]) for name in ("JOB", "STEP"))
+    return FIRST_PORT + (job + PORTS_APART * step) % PORTS
+
+
+def _start_of_step() -> str:
+    job, step = os.environ["SLURM_JOB_ID"], os.environ["SLURM_STEP_ID"]
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return f"step {step} of Slurm job {job}, restart {restarts}"
+
+
+def _detected() -> tuple[Any, Any, Any]:
+    from jax._src.clusters import ClusterEnv
+
+    flags = "--coordinator_address HOST:PORT --num_processes N --process_id I"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            found = ClusterEnv.auto_detect_unset_distributed_params(
+                None, None, None, None, None, None
+            )
+        except Exception as error:  # whatever a cluster's library raises
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"--distributed cannot learn from the cluster which process this is: {why}. "
+                f"Give {flags}."
+            ) from error
+    address, count, number, _ = found
+    if None not in (address, count, number):
+        return address, count, number
+    if _is_of_open_mpi():
+        raise UserError(
+            "--distributed: this Open MPI does not tell where process 0 is. Inside mpirun, give "
+            "--coordinator_address HOST:PORT --num_processes $OMPI_COMM_WORLD_SIZE "
+            "--process_id $OMPI_COMM_WORLD_RANK."
+        )
+    if any("kubernetes" in str(warning.message).lower() for warning in caught):
+        raise UserError(
+            f"--distributed needs the package kubernetes to ask the cluster. Install it with "
+            f"pip install kubernetes, or give {flags}."
+        )
+    raise UserError(
+        f"--distributed finds no Slurm, Open MPI or Kubernetes around this process. Give {flags}."
+    )

@@ -1,0 +1,342 @@
+"""The processes of one run, and what they tell each other outside of JAX.
+
+They exchange progress, small answers, and the reason when all of them must end. JAX's own runtime
+ends a process with a stack trace when another one is missing, starts twice or dies. So process 0
+listens on the coordinator's address, every other process keeps one connection to it, and lines of
+JSON go over these connections. JAX is initialised afterwards, on a port of its own. Waits here have
+no time limit, because heartbeats tell that the other processes are alive.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from consyn_jax.errors import visible
+
+BEAT_S = 2.0  # between two heartbeats
+LOST_S = 40.0  # without a heartbeat, a process counts as dead: it is frozen, or its host is gone
+PARTING_S = 5.0  # time for the other processes to receive the reason for the end
+# srun ends a step as soon as its last task has ended, and may drop what that wrote just before.
+OUTPUT_S = 1.0
+LONGEST = 1 << 24  # bytes of a message
+LOST = 76  # exit code of the surviving processes: EX_PROTOCOL of sysexits.h
+AGAIN = "Run the same command again to continue from the last checkpoint."
+
+
+class Connection:
+    """A connection that carries JSON arrays; their first element is the kind of message.
+
+    Attributes:
+        silent_s: time since the last message.
+        left: the other process has finished its work, so a closed connection is not a failure.
+        closed: nothing more will be received.
+        progress: the other process's, as of its last heartbeat.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
+        self.silent_s = 0.0
+        self.left = self.closed = False
+        self.progress: dict[str, Any] = {}
+        self._rest = b""
+        self._sending = threading.Lock()
+
+    def fileno(self) -> int:
+        """The socket's descriptor, for selectors."""
+        return self.socket.fileno()
+
+    def send(self, *message: Any) -> None:
+        """Send a message, ignoring failures: `receive` finds out that the other end is gone."""
+        with self._sending, suppress(OSError):
+            self.socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> list[list[Any]] | None:
+        """The messages that have arrived; None if the other end is gone or sends no JSON."""
+        try:
+            data = self.socket.recv(1 << 16)
+            *lines, self._rest = (self._rest + data).split(b"\n")
+            messages = [json.loads(line) for line in lines]
+        except (OSError, ValueError, RecursionError):
+            return None
+        if not data or len(self._rest) > LONGEST:
+            return None
+        return messages if all(isinstance(message, list) for message in messages) else None
+
+    def first_message(self, timeout_s: float) -> list[Any] | None:
+        """The first message, or None if there is none in time."""
+        self.socket.settimeout(timeout_s)
+        while (messages := self.receive()) is not None:
+            if messages:
+                return messages[0]
+        return None
+
+
+_current: ProcessGroup | None = None
+
+
+def current_process_group() -> ProcessGroup | None:
+    """The processes of this run if `launch.runtime` has joined several, otherwise None."""
+    return _current
+
+
+def is_first() -> bool:
+    """Whether this process writes what only one process should write."""
+    return _current is None or _current.process_id == 0
+
+
+def gather(own: str) -> list[str]:
+    """Collect one text from every process of this run, by process number; from one, `[own]`.
+
+    All processes must call this in the same order. Waits for the slowest.
+    """
+    return [own] if _current is None else _current.gather(own)
+
+
+def set_current_process_group(process_group: ProcessGroup | None) -> None:
+    """Set what `current_process_group` returns; for `launch.runtime`."""
+    global _current
+    _current = process_group
+
+
+class ProcessGroup:
+    """The processes of this run, and a thread that listens to them.
+
+    If another process is gone, or ends with an error, the thread prints the reason on stderr and
+    ends this process.
+
+    Args:
+        names: the number, pid and host of every process.
+        connections: to process 0, or from process 0 to every other process.
+        prog: the name of the command, for messages.
+
+    Attributes:
+        process_id: of this process.
+        progress: of this process, as JSON; heartbeats carry it to process 0.
+        noted: the text that some process sent to all with `note`.
+        describe: says which process is late, given the progress of all; called in process 0.
+        before_end: called before the thread ends this process; its argument is True if the run
+            is stuck.
+    """
+
+    def __init__(
+        self, process_id: int, names: list[str], connections: dict[int, Connection], prog: str
+    ) -> None:
+        self.process_id, self.names, self.prog = process_id, names, prog
+        self.progress: dict[str, Any] = {}
+        self.noted: str | None = None
+        self.describe: Callable[[list[dict[str, Any]]], str] = str
+        self.before_end: Callable[[bool], None] = lambda stuck: None
+        self._connections = connections
+        self._gathers = 0
+        self._texts: dict[int, dict[int, str]] = {}  # gather -> process -> text, in process 0
+        self._gathered: dict[int, list[str]] = {}
+        self._news = threading.Condition()
+        self._end_lock, self._ending = threading.Lock(), False
+        self._closing = threading.Event()
+        for connection in connections.values():
+            connection.socket.settimeout(LOST_S)
+        self._thread = threading.Thread(target=self._listen, name="process_group", daemon=True)
+        self._thread.start()
+
+    def gather(self, own: str) -> list[str]:
+        """Collect one text from every process, by process number.
+
+        All processes must call this in the same order. Waits for the slowest.
+        """
+        with self._news:
+            number, self._gathers = self._gathers, self._gathers + 1
+        if self.process_id:
+            self._connections[0].send("say", number, own)
+        else:
+            self._collect(0, number, own)
+        with self._news:
+            self._news.wait_for(lambda: number in self._gathered)
+            return self._gathered.pop(number)
+
+    def note(self, text: str) -> None:
+        """Send `text` to all processes, at any time."""
+        if self.process_id:
+            self._connections[0].send("note", text)
+        else:
+            self._spread_note(text)
+
+    # ------------------------------------------------------------------------------ ending the run
+
+    def leave(self) -> None:
+        """Announce that this process is done, so that its closing connection is not a failure."""
+        for connection in self._connections.values():
+            connection.send("leave")
+
+    def close(self) -> None:
+        """Stop listening and close the connections."""
+        self._closing.set()
+        self._thread.join()
+        for connection in self._connections.values():
+            connection.socket.close()
+
+    def fail(self, code: int, sentence: str) -> None:
+        """End the other processes with `code`, because this process is about to end.
+
+        Returns when they have ended, or after a few seconds.
+        """
+        if not self._begin_end():
+            self.await_end(LOST_S)
+        if self.process_id:
+            self._connections[0].send("fail", code, sentence)
+            self._await_closed([self._connections[0]])
+        else:
+            self._end_others(code, f"{self.names[0]}: {sentence}", stuck=False)
+
+    def stuck(self) -> None:
+        """End all processes because this one makes no progress. Does not return."""
+        if self.process_id:
+            self._connections[0].send("stuck")
+            self.await_end(2 * PARTING_S)
+            self.before_end(True)
+            self._exit(LOST, f"No progress, and {self.names[0]} does not answer. {AGAIN}")
+        else:
+            self._end_stuck()
+            self.await_end(LOST_S)  # another end was in progress
+
+    def await_end(self, seconds: float) -> None:
+        """Give the thread time to learn why another process died, and to end this one."""
+        self._thread.join(seconds)
+
+    def _begin_end(self) -> bool:
+        with self._end_lock:
+            first, self._ending = not self._ending, True
+        return first
+
+    def _end_stuck(self) -> None:
+        others = (connection.progress for _, connection in sorted(self._connections.items()))
+        self._end_all(LOST, self.describe([self.progress, *others]), stuck=True)
+
+    def _end_all(
+        self, code: int, sentence: str, *, stuck: bool = False, origin: int | None = None
+    ) -> None:
+        if self._begin_end():
+            # Called before the others end, because collectives of this process fail without them.
+            self.before_end(stuck)
+            self._end_others(code, sentence, stuck, origin)
+            self._exit(code, sentence)
+
+    def _end_others(self, code: int, sentence: str, stuck: bool, origin: int | None = None) -> None:
+        """In process 0, tell the others to exit and wait for it, or they would blame process 0."""
+        connections = [
+            connection
+            for number, connection in self._connections.items()
+            if number != origin and not connection.closed and self.process_id == 0
+        ]
+        for connection in connections:
+            connection.send("end", code, sentence, stuck)
+        self._await_closed(connections)
+
+    def _await_closed(self, connections: list[Connection]) -> None:
+        deadline = time.monotonic() + PARTING_S
+        for connection in connections:
+            while not connection.closed and time.monotonic() < deadline:
+                if threading.current_thread() is self._thread:
+                    connection.socket.settimeout(PARTING_S)
+                    connection.closed = connection.receive() is None
+                else:
+                    time.sleep(0.01)
+
+    def _exit(self, code: int, sentence: str) -> None:
+        with suppress(OSError, ValueError):  # the output may be closed
+            sys.stdout.flush()
+            os.write(2, f"\n{self.prog}: {visible(sentence)}\n".encode())
+        if "SLURM_STEP_ID" in os.environ:
+            time.sleep(OUTPUT_S)
+        os._exit(code)
+
+    # --------------------------------------------------------------------------------------- thread
+
+    def _listen(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for number, connection in self._connections.items():
+                selector.register(connection, selectors.EVENT_READ, number)
+            last = time.monotonic()
+            while not self._closing.is_set():
+                for key, _ in selector.select(min(BEAT_S, 0.5)):
+                    connection = self._connections[key.data]
+                    messages = connection.receive()
+                    if messages is None:
+                        connection.closed = True
+                        selector.unregister(connection)
+                        if not connection.left:
+                            self._end_all(LOST, self._lost(key.data, "is gone"))
+                    for message in messages or []:
+                        connection.silent_s = 0.0
+                        self._handle(key.data, connection, message)
+                if (passed := time.monotonic() - last) >= BEAT_S:
+                    last = time.monotonic()
+                    # A longer time means that this process itself was frozen and heard nothing.
+                    self._beat(min(passed, 2 * BEAT_S))
+
+    def _handle(self, number: int, connection: Connection, message: list[Any]) -> None:
+        match message:
+            case ["beat", progress]:
+                connection.progress = progress
+            case ["say", gather, text]:
+                self._collect(number, gather, text)
+            case ["all", gather, texts]:
+                self._finish_gather(gather, texts)
+            case ["note", text]:
+                self._spread_note(text)
+            case ["leave"]:
+                connection.left = True
+            case ["stuck"]:
+                self._end_stuck()
+            case ["fail", code, sentence]:
+                self._end_all(code, f"{self.names[number]}: {sentence}", origin=number)
+            case ["end", code, sentence, stuck]:
+                connection.closed = True  # process 0 waits for this process
+                if self._begin_end():
+                    self.before_end(stuck)
+                    self._exit(code, sentence)
+
+    def _beat(self, passed: float) -> None:
+        for number, connection in self._connections.items():
+            if connection.closed or connection.left:
+                continue
+            connection.send("beat", self.progress)
+            connection.silent_s += passed
+            if connection.silent_s > LOST_S:
+                silence = f"has sent no heartbeat for {connection.silent_s:.0f} s"
+                self._end_all(LOST, self._lost(number, silence), origin=number)
+
+    def _lost(self, number: int, what: str) -> str:
+        return f"{self.names[number]} {what}, so the run ends. {AGAIN}"
+
+    def _collect(self, number: int, gather: int, text: str) -> None:
+        """Keep one process's text in process 0; once all are there, send them to everyone."""
+        with self._news:
+            texts = self._texts.setdefault(gather, {})
+            texts[number] = text
+            complete = len(texts) == len(self.names)
+        if complete:
+            in_order = [texts[n] for n in range(len(self.names))]
+            for connection in self._connections.values():
+                connection.send("all", gather, in_order)
+            self._finish_gather(gather, in_order)
+
+    def _finish_gather(self, gather: int, texts: list[str]) -> None:
+        with self._news:
+            self._texts.pop(gather, None)
+            self._gathered[gather] = texts
+            self._news.notify_all()
+
+    def _spread_note(self, text: str) -> None:
+        self.noted = text
+        if self.process_id == 0:
+            for connection in self._connections.values():
+                connection.send("note", text)

@@ -1,0 +1,66 @@
+"""The GPUs that this process sees, as identities that all processes of the host share.
+
+The number of a GPU is no identity: where Slurm shows each process its own GPU through a control
+group, as with `--gpus-per-task=1`, each process sees a GPU 0. NVIDIA's driver lists all GPUs of the
+host in files, and a process can open those that it may use. CUDA is not asked, because it must not
+start before JAX does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from itertools import takewhile
+from pathlib import Path
+
+DRIVER = Path("/proc/driver/nvidia/gpus")  # a directory for each GPU, named by its PCI bus id
+DEVICES = Path("/dev")
+
+
+def visible_gpus(driver: Path = DRIVER, devices: Path = DEVICES) -> list[str]:
+    """UUIDs of the GPUs that this process sees, in the order of their use.
+
+    Numbers in `CUDA_VISIBLE_DEVICES` count the GPUs that the process may open, by their PCI bus id.
+    CUDA counts the fastest first; on a host of equal GPUs this is the same order. Where the driver
+    lists no GPU under such a number, the identity is what `CUDA_VISIBLE_DEVICES` or the device
+    file says.
+    """
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
+        return []
+    usable = _usable(driver, devices)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return usable or sorted(path.name for path in devices.glob("nvidia[0-9]*"))
+    listed = (name.strip() for name in visible.split(",") if name.strip())
+    names = takewhile(lambda name: not name.startswith("-"), listed)  # CUDA ends the list there
+    return [
+        usable[int(name)] if name.isdecimal() and int(name) < len(usable) else name
+        for name in names
+    ]
+
+
+def _usable(driver: Path, devices: Path) -> list[str]:
+    """UUIDs of the GPUs whose device files this process may open, by PCI bus id."""
+    found = []
+    for path in sorted(driver.glob("*/information")):
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue
+        minor = re.search(r"^Device Minor:\s*(\d+)", text, re.MULTILINE)
+        if minor is None or not _opens(devices / f"nvidia{minor[1]}"):
+            continue
+        uuid = re.search(r"^GPU UUID:\s*(GPU-\S+)", text, re.MULTILINE)
+        # The driver writes question marks before it has first read the GPU.
+        found.append(uuid[1] if uuid and "?" not in uuid[1] else path.parent.name)
+    return found
+
+
+def _opens(device: Path) -> bool:
+    """Whether the device file can be opened; a control group forbids only that."""
+    try:
+        os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""The checks of `consyn-doctor`: facts of a machine, and pure functions that judge them."""

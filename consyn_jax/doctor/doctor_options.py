@@ -1,0 +1,44 @@
+"""The settings of `consyn-doctor`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from consyn_jax.flags import flag
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """The checks to make, and the form of the answer."""
+
+    output: str = flag(
+        "./output", "directory whose disk is checked; it may be missing, and is not made"
+    )
+    quick: bool = flag(False, "leave out the measurements: matmul, copy and disk speed")
+    json: bool = flag(False, "print one JSON object instead of lines")
+
+
+@dataclass(frozen=True)
+class HostOptions:
+    """Several hosts: how the processes find each other, as with consyn-train."""
+
+    distributed: bool = flag(
+        False,
+        "run as one of several processes, one on each host, to compare clocks and try the "
+        "network. This process's number comes from Slurm, Open MPI, Kubernetes, or the next three "
+        "flags.",
+    )
+    coordinator_address: str | None = flag(
+        None, "address of process 0, with a port that is free; the same for all processes"
+    )
+    num_processes: int | None = flag(None, "number of processes")
+    process_id: int | None = flag(None, "number of this process, from 0")
+    rendezvous_seconds: float = flag(40.0, "time for all processes to start and find each other")
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """All settings of one `consyn-doctor`."""
+
+    checks: CheckOptions = CheckOptions()
+    hosts: HostOptions = HostOptions()

@@ -1,0 +1,205 @@
+"""The driver and its GPUs, as NVML reports them, or as far as Linux does without NVML."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+NVIDIA_VENDOR, DISPLAY_CLASSES = "0x10de", ("0x0300", "0x0302")  # PCI codes: VGA and 3D
+
+
+@dataclass(frozen=True)
+class GpuState:
+    """One GPU. None where the GPU or its driver does not report a value.
+
+    Attributes:
+        memory_used: bytes in use, by whomever; read before this process uses the GPU.
+        ecc: whether memory errors are corrected.
+        uncorrected: memory errors since the driver was loaded that were not corrected.
+        remap_pending: a damaged row is replaced at the next reset of the GPU.
+        remap_failed: a damaged row could not be replaced.
+        links_up: NVLinks that work.
+        links_down: NVLinks that the GPU has and that do not work.
+    """
+
+    name: str
+    memory_bytes: int
+    memory_used: int
+    max_clock_mhz: int | None = None
+    temperature_c: int | None = None
+    ecc: bool | None = None
+    uncorrected: int | None = None
+    remap_pending: bool | None = None
+    remap_failed: bool | None = None
+    links_up: int = 0
+    links_down: int = 0
+
+
+@dataclass(frozen=True)
+class DriverState:
+    """The driver.
+
+    Attributes:
+        version: as in "580.65.06"; empty if no driver is loaded.
+        cuda: the newest CUDA that the driver's library supports; None if unknown.
+        problem: why NVML cannot be asked; empty if it was asked.
+        devices: device files of GPUs, `/dev/nvidia0` and so on.
+        on_the_bus: NVIDIA GPUs on the PCI bus, which a container sees even if it may not use them.
+    """
+
+    version: str = ""
+    cuda: tuple[int, int] | None = None
+    gpus: tuple[GpuState, ...] = ()
+    problem: str = ""
+    devices: int = 0
+    on_the_bus: int = 0
+
+    @property
+    def count(self) -> int:
+        """GPUs that a process may use, as far as is known."""
+        return len(self.gpus) or self.devices
+
+
+@dataclass(frozen=True)
+class ClockState:
+    """The clock of a GPU at work, and NVML's bits for why it is not higher."""
+
+    clock_mhz: int | None
+    reasons: int
+
+
+def read_driver(root: Path = Path("/")) -> DriverState:
+    """Read the state of the driver and of all GPUs that it shows to this process.
+
+    Args:
+        root: below which `proc`, `dev` and `sys` are.
+    """
+    state = DriverState(
+        _version_of_the_kernel_module(root / "proc/driver/nvidia/version"),
+        devices=len(list((root / "dev").glob("nvidia[0-9]*"))),
+        on_the_bus=_on_the_bus(root / "sys/bus/pci/devices"),
+    )
+    nvml = _nvml()
+    if isinstance(nvml, str):
+        return replace(state, problem=nvml)
+    try:
+        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+        gpus = tuple(_gpu(nvml, handle) for handle in handles)
+        cuda = nvml.nvmlSystemGetCudaDriverVersion_v2()
+        version = _text(nvml.nvmlSystemGetDriverVersion())
+    except nvml.NVMLError as error:
+        return replace(state, problem=str(error))
+    finally:
+        nvml.nvmlShutdown()
+    supported = (cuda // 1000, cuda % 1000 // 10)
+    return replace(state, version=version, cuda=supported, gpus=gpus)
+
+
+def read_clocks() -> tuple[ClockState, ...]:
+    """Read clocks and throttling of all GPUs; to be called while they work. Empty without NVML."""
+    nvml = _nvml()
+    if isinstance(nvml, str):
+        return ()
+    try:
+        return tuple(
+            _clock(nvml, nvml.nvmlDeviceGetHandleByIndex(i))
+            for i in range(nvml.nvmlDeviceGetCount())
+        )
+    except nvml.NVMLError:  # read_driver has reported that NVML cannot be asked
+        return ()
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _nvml() -> Any:
+    """The module `pynvml`, ready to be asked; or why it cannot be, as a string."""
+    try:
+        import pynvml
+    except ImportError:
+        return "the package nvidia-ml-py is missing"
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return str(error)
+    return pynvml
+
+
+def _gpu(nvml: Any, handle: Any) -> GpuState:
+    def ask(function: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return function(handle, *args)
+        except nvml.NVMLError:  # not every GPU has everything
+            return None
+
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    ecc = ask(nvml.nvmlDeviceGetEccMode)  # now, and after the next start
+    remapped = ask(nvml.nvmlDeviceGetRemappedRows) or (None,) * 4
+    links = [ask(nvml.nvmlDeviceGetNvLinkState, i) for i in range(nvml.NVML_NVLINK_MAX_LINKS)]
+    return GpuState(
+        _text(nvml.nvmlDeviceGetName(handle)),
+        memory.total,
+        memory.used,
+        ask(nvml.nvmlDeviceGetMaxClockInfo, nvml.NVML_CLOCK_SM),
+        ask(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
+        None if ecc is None else bool(ecc[0]),
+        ask(
+            nvml.nvmlDeviceGetTotalEccErrors,
+            nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
+            nvml.NVML_VOLATILE_ECC,
+        ),
+        None if remapped[2] is None else bool(remapped[2]),
+        None if remapped[3] is None else bool(remapped[3]),
+        links.count(1),
+        links.count(0),
+    )
+
+
+def _clock(nvml: Any, handle: Any) -> ClockState:
+    try:
+        clock = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
+        return ClockState(clock, nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
+    except nvml.NVMLError:  # virtual GPUs have no clock
+        return ClockState(None, 0)
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _version_of_the_kernel_module(file: Path) -> str:
+    """The driver's version; empty if it is not loaded."""
+    try:
+        found = re.search(r"Kernel Module\D*([\d.]+)", file.read_text())
+    except OSError:
+        return ""
+    return found[1] if found else ""
+
+
+def _on_the_bus(directory: Path) -> int:
+    def read(file: Path) -> str:
+        try:
+            return file.read_text().strip()
+        except OSError:
+            return ""
+
+    devices = directory.glob("*")
+    return sum(
+        read(device / "vendor") == NVIDIA_VENDOR
+        and read(device / "class").startswith(DISPLAY_CLASSES)
+        for device in devices
+    )
+
+
+# NVML's bits (nvml.h, NvmlClocksEventReasons), in words.
+REASONS: Mapping[int, str] = {
+    0x8: "hardware slowdown",
+    0x40: "the GPU is too hot, and the hardware has halved its clock or more",
+    0x80: "the power supply asks for less (power brake)",
+    0x20: "the GPU or its memory is too hot",
+    0x4: "the power limit",
+    0x2: "a clock limit that was set (application clocks)",
+}
+HALVED, HOT = 0x8 | 0x40 | 0x80, 0x20

@@ -1,0 +1,49 @@
+"""Judge the clocks of several hosts, and the network between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from consyn_jax.doctor.host_facts import Process
+from consyn_jax.doctor.machine_findings import FAIL, PASS, WARN, Finding
+from consyn_jax.errors import listed
+
+# Hosts that follow NTP differ by milliseconds. Munge, and so Slurm, and Kerberos refuse a
+# credential that is 300 s off.
+APART_S, BROKEN_S = 0.5, 300.0
+
+
+def check_hosts(processes: Sequence[Process]) -> list[Finding]:
+    """Clocks against process 0's, and connections between all hosts."""
+    return [_clocks(processes), _network(processes)]
+
+
+def _clocks(processes: Sequence[Process]) -> Finding:
+    # What the comparison itself may be wrong by is taken off, so that a busy host is not blamed.
+    sure = [max(0.0, abs(each.offset_s) - each.uncertainty_s) for each in processes]
+    apart = [
+        f"{each.host}: {each.offset_s:+.3g} s"
+        for each, offset in zip(processes, sure, strict=True)
+        if offset > APART_S
+    ]
+    if apart:
+        found = f"apart from {processes[0].host}'s: {listed(apart, 8)}"
+        advice = "Set the clocks by NTP (chronyc makestep, or timedatectl set-ntp true)."
+        return Finding("clocks", FAIL if max(sure) > BROKEN_S else WARN, found, advice)
+    most = max(abs(each.offset_s) + each.uncertainty_s for each in processes)
+    return Finding("clocks", PASS, f"{len(processes)} processes, at most {most:.3g} s apart")
+
+
+def _network(processes: Sequence[Process]) -> Finding:
+    failed = [
+        f"{each.host} to {other}" for each in processes for other in dict.fromkeys(each.unreachable)
+    ]
+    if failed:
+        advice = (
+            "Open all ports between the hosts in the firewall, and check that each host resolves "
+            "the others' names: NCCL and JAX choose ports themselves."
+        )
+        return Finding("network", FAIL, f"no connection: {listed(failed, 4)}", advice)
+    count = len({each.host for each in processes})
+    hosts = f"{count} host{'' if count == 1 else 's'}"
+    return Finding("network", PASS, f"{hosts}; every process reaches every other on a new port")

@@ -1,0 +1,113 @@
+"""The hosts of a distributed run: their clocks, and which of them reach each other."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from consyn_jax.distributed.process_group import ProcessGroup
+
+REACH_S = 5.0  # for one connection
+ROUNDS = 3  # of comparing clocks; the quickest counts
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of several, and its view of the others.
+
+    Attributes:
+        offset_s: how far this host's clock is ahead of process 0's.
+        uncertainty_s: the offset is right within this time.
+        unreachable: the hosts to which this one could not connect, each with the reason.
+    """
+
+    host: str
+    offset_s: float
+    uncertainty_s: float
+    unreachable: tuple[str, ...] = ()
+
+
+def read_hosts(group: ProcessGroup) -> list[Process]:
+    """Compare clocks and try every connection; all processes call it, and all get the answer."""
+    offsets = _offsets(group)
+    unreachable = _try_connections(group)
+    own = [offsets[0], offsets[1], *unreachable]
+    hosts = _names(group)
+    everyone = [json.loads(text) for text in group.gather(json.dumps(own))]
+    return [
+        Process(host, offset, uncertainty, tuple(failed))
+        for host, (offset, uncertainty, *failed) in zip(hosts, everyone, strict=True)
+    ]
+
+
+def _names(group: ProcessGroup) -> list[str]:
+    return group.gather(socket.gethostname())
+
+
+def _offsets(group: ProcessGroup) -> tuple[float, float]:
+    """This clock minus process 0's, and its uncertainty.
+
+    All processes read their clocks when a gather releases them. Those of process 0 and of this
+    process are released within the time that a gather takes.
+    """
+    best = (0.0, float("inf"))
+    for _ in range(ROUNDS):
+        group.gather("")  # so that the next one waits for nobody
+        began = time.monotonic()
+        group.gather("")
+        took, now = time.monotonic() - began, time.time()
+        first = json.loads(group.gather(json.dumps(now))[0])
+        if took < best[1]:
+            best = (now - first, took)
+    return best
+
+
+def _try_connections(group: ProcessGroup) -> list[str]:
+    """Connect to a new port of every other host; the ones that fail, each with the reason."""
+    with _listening() as server:
+        address = [socket.gethostname(), server.getsockname()[1], group.process_id]
+        everyone = [json.loads(text) for text in group.gather(json.dumps(address))]
+        failed = _unreachable(everyone, group.process_id)
+        group.gather("")  # the others may still be trying
+    return failed
+
+
+def _unreachable(everyone: Sequence[Any], own: int) -> list[str]:
+    failed = []
+    for host, port, number in everyone:
+        if number == own:
+            continue
+        try:
+            with socket.create_connection((host, port), timeout=REACH_S):
+                pass
+        except OSError as error:
+            failed.append(f"{host} ({error.strerror or error})")
+    return failed
+
+
+class _listening:
+    """A port that accepts connections while the block runs."""
+
+    def __enter__(self) -> socket.socket:
+        if socket.has_dualstack_ipv6():
+            self._server = socket.create_server(
+                ("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
+            )
+        else:
+            self._server = socket.create_server(("", 0), backlog=1024)
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self._server
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                self._server.accept()[0].close()
+
+    def __exit__(self, *_: object) -> None:
+        self._server.close()

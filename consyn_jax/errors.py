@@ -1,0 +1,138 @@
+"""Errors and signals that commands turn into exit codes, and parts of sentences that they share."""
+
+from __future__ import annotations
+
+import difflib
+import signal
+from collections.abc import Iterable, Sequence
+from time import monotonic
+
+LONGEST_MESSAGE = 1600  # characters
+# At a job's time limit Slurm sends SIGTERM twice, milliseconds apart. One within this time after
+# the first is no wish to end at once.
+REPEAT_S = 2.0
+_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029"
+
+
+class UserError(ValueError):
+    """A mistake of the user, in one or two sentences: what is wrong, where, what to do.
+
+    Commands exit with 2. A damaged file can put kilobytes where a message quotes a name or a
+    number; the middle of such a message is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[:800]} ... {message[-700:]}"
+        super().__init__(message)
+
+
+class Diverged(RuntimeError):
+    """Loss or gradients stopped being finite. `consyn-train` exits with 3."""
+
+
+class Interrupted(RuntimeError):
+    """A signal ended the run after its state was saved; the same command continues it.
+
+    `consyn-train` exits with 75.
+    """
+
+
+class Differs(RuntimeError):
+    """A difference from the record of a run. `consyn-train` exits with 4."""
+
+
+class ProcessMissing(RuntimeError):
+    """Another process of the run did not come to its start in time.
+
+    No mistake of the user is known, and starting all again may mend it: commands exit with 76.
+    """
+
+
+class Repeats:
+    """Tells the repeats of the first signal that ends a run from a second one."""
+
+    def __init__(self) -> None:
+        self._first_s: float | None = None
+
+    def place(self) -> str:
+        """The place of a signal that comes now: `first`, `repeat` of the first, or `second`."""
+        if self._first_s is None:
+            self._first_s = monotonic()
+            return "first"
+        return "repeat" if monotonic() - self._first_s < REPEAT_S else "second"
+
+
+class Unsaved(KeyboardInterrupt):
+    """A signal that came before there was anything to save.
+
+    It unwinds like Ctrl-C, so that half-made files are removed.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = signal.Signals(number)
+
+
+def unsaved(error: KeyboardInterrupt) -> tuple[int, str]:
+    """The exit code, and the sentence that names the signal.
+
+    The code is 130 for Ctrl-C. Any other signal (SIGTERM, a closed terminal's SIGHUP, Slurm's
+    warning SIGUSR1) gives 143.
+    """
+    number = error.number if isinstance(error, Unsaved) else signal.SIGINT
+    ends = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+    return 128 + ends, f"{number.name} came before there was anything to save."
+
+
+def visible(text: str) -> str:
+    r"""Replace control characters by their escapes, so that no text can drive the terminal.
+
+    Characters that reverse the direction of what follows are among them, as they can make a
+    sentence look like another.
+
+    >>> print(visible("a\x1b[2Jb\r\tc\u202ed"))
+    a\x1b[2Jb\r    c\u202ed
+    """
+    # str.isprintable alone would also escape joiners and direction marks, which are part of words
+    # in many scripts.
+    shown = (
+        c
+        if c == "\n"
+        or c.isprintable()
+        or (ord(c) > 0x9F and not 0xD800 <= ord(c) < 0xE000 and c not in _DIRECTIONS)
+        else ascii(c)[1:-1]
+        for c in text.replace("\t", "    ")
+    )
+    return "".join(shown)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown `word`: the closest known word, or a full stop.
+
+    >>> nearest("cosin", ["linear", "cosine"]), nearest("exponential", ["linear", "cosine"])
+    ('; did you mean cosine?', '.')
+    """
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else "."
+
+
+def counted(number: int, what: str) -> str:
+    """A number and its noun, which gets an s; the noun ends before " of ".
+
+    >>> counted(1, "document"), counted(2_000, "file of JSON rows")
+    ('1 document', '2,000 files of JSON rows')
+    """
+    noun, of, rest = what.partition(" of ")
+    return f"{number:,} {noun}{'' if number == 1 else 's'}{of}{rest}"
+
+
+def listed(names: Sequence[object], most: int = 3) -> str:
+    """Join the first `most` names, and count the rest; a name stays in its line.
+
+    >>> listed(["a", "b"]), listed(["a", "b", "c", "d", "e"])
+    ('a, b', 'a, b, c and 2 more')
+    """
+    rest = len(names) - most
+    shown = (str(name).replace("\n", r"\n") for name in names[:most])
+    return ", ".join(shown) + (f" and {rest:,} more" if rest > 0 else "")

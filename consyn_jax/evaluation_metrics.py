@@ -1,0 +1,47 @@
+"""The metrics of evaluations, by which the best model is selected. Standard library only."""
+
+from __future__ import annotations
+
+# The metrics of an evaluation, and whether more is better.
+EVALUATION_METRICS = {
+    "eval/loss": False,
+    "eval/perplexity": False,
+    "eval/bits_per_byte": False,
+    "eval/accuracy": True,
+    "eval/rewards/margins": True,
+    "eval/rewards/accuracies": True,
+}
+# Those of the tasks of --eval_requests, as eval/TASK/METRIC.
+REQUEST_METRICS = {
+    "accuracy": True,
+    "accuracy_per_character": True,
+    "accuracy_per_byte": True,
+    "accuracy_per_token": True,
+    "greedy_match": True,
+    "perplexity": False,
+    "bits_per_byte": False,
+}
+
+
+def is_greater_better(metric: str) -> bool | None:
+    """Whether more of a metric of evaluations is better; None if there is no such metric.
+
+    >>> is_greater_better("eval/loss"), is_greater_better("eval/arc/accuracy")
+    (False, True)
+    """
+    return (
+        REQUEST_METRICS[metric.split("/")[-1]]
+        if is_of_requests(metric)
+        else (EVALUATION_METRICS.get(metric))
+    )
+
+
+def is_of_requests(metric: str) -> bool:
+    """Whether a name is eval/TASK/METRIC, as those of --eval_requests are.
+
+    >>> is_of_requests("eval/arc/accuracy"), is_of_requests("eval/rewards/margins")
+    (True, False)
+    """
+    parts = metric.split("/")
+    is_name = len(parts) > 2 and parts[0] == "eval" and all(parts)
+    return is_name and parts[-1] in REQUEST_METRICS

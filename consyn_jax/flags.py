@@ -1,0 +1,104 @@
+"""Flags: fields of the option dataclasses, which are also config-file keys and help text.
+
+A command's options are a tree: a frozen dataclass whose fields are groups, each a frozen dataclass
+whose fields are made by `flag`. Parser, config files and help all read the tree through `flags`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, TypeVar, get_args, get_origin
+
+Config = TypeVar("Config")
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    aliases: tuple[str, ...] = (),
+    const: str | None = None,
+    math: bool = False,
+) -> Any:
+    """Make a dataclass field that is also a command-line flag.
+
+    Args:
+        const: value of the bare flag, for a flag whose value may be left out.
+        math: True if the value changes what is computed, so that a resumed run must keep it and a
+            test must show that it reaches the computation.
+    """
+    metadata = {"help": help, "choices": choices, "aliases": aliases, "const": const, "math": math}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag as the command line, config files and help need it.
+
+    `optional` flags may be None, `many` flags take several values; `type` is the type of one value.
+    """
+
+    name: str
+    group: str
+    type: type
+    optional: bool
+    many: bool
+    default: Any
+    help: str
+    choices: tuple[str, ...]
+    aliases: tuple[str, ...]
+    const: str | None
+    math: bool
+
+
+def flags(tree: Any) -> Mapping[str, Flag]:
+    """All flags of a command by name, in the order of its help.
+
+    Args:
+        tree: `RunConfig` or `PrepareConfig`.
+    """
+    return _flags(tree)  # mypy does not take a dataclass for hashable, as `cache` asks for
+
+
+@cache
+def _flags(tree: Any) -> Mapping[str, Flag]:
+    found = {}
+    for group in dataclasses.fields(tree):
+        options: Any = type(group.default)
+        hints = typing.get_type_hints(options)
+        for f in dataclasses.fields(options):
+            hint = hints[f.name]
+            optional = get_origin(hint) is types.UnionType
+            if optional:
+                (hint,) = (t for t in get_args(hint) if t is not type(None))
+            many = get_origin(hint) is tuple
+            kind = get_args(hint)[0] if many else hint
+            found[f.name] = Flag(f.name, group.name, kind, optional, many, f.default, **f.metadata)
+    return found
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """All values of a tree by flag name."""
+    known = flags(type(config))
+    return {name: getattr(getattr(config, f.group), name) for name, f in known.items()}
+
+
+def grouped(tree: type[Config], values: Mapping[str, Any]) -> Config:
+    """Build a tree from all of its values by flag name: the inverse of `flat`."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, f in flags(tree).items():
+        groups.setdefault(f.group, {})[name] = values[name]
+    fields: Any = dataclasses.fields(tree)  # type: ignore[arg-type]
+    return tree(**{f.name: type(f.default)(**groups[f.name]) for f in fields})
+
+
+def with_flags(config: Config, changes: Mapping[str, Any]) -> Config:
+    """`config` with the values in `changes`, which are given by flag name."""
+    assert changes.keys() <= flags(type(config)).keys()
+    return grouped(type(config), {**flat(config), **changes})

@@ -1,0 +1,1 @@
+"""Uses of a trained model: find and load it, generate, evaluate, convert."""

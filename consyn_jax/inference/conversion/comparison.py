@@ -1,0 +1,62 @@
+"""Compare the logits of a written model with those of its source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from consyn_jax.errors import UserError
+from consyn_jax.model import ConsynLMHeadModel
+from consyn_jax.model.parameters import Params
+from consyn_jax.model_config import ModelConfig
+
+ROWS, LENGTH = 2, 64  # of the ids that are compared
+# Largest accepted relative difference of the logits (root mean squares). Rounding changes a weight
+# by up to 2^-24, 2^-11, 2^-8 and 2^-7; errors add up over layers. A lost or misplaced tensor gives
+# a difference near 1.
+TOLERANCE = {"float32": 1e-5, "float16": 0.02, "bfloat16": 0.15, "q8_0": 0.15}
+
+
+def probe_logits(config: ModelConfig, params: Params) -> np.ndarray:
+    """Compute float32 logits [B, T, V] of fixed random ids."""
+    length = min(LENGTH, config.context)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, length), np.int32)
+
+    @jax.jit
+    def forward(params: Params, ids: jax.Array) -> jax.Array:
+        return ConsynLMHeadModel.from_parameters(config, params)(ids)
+
+    return np.asarray(forward(params, jnp.asarray(ids)))
+
+
+def check_logits(before: np.ndarray, after: np.ndarray, dtype: str, where: Path) -> float:
+    """Check that a written model's logits agree with the source's.
+
+    Args:
+        dtype: A key of `TOLERANCE`.
+        where: The written path, for the message.
+
+    Returns:
+        The relative difference.
+
+    Raises:
+        UserError: The logits disagree, or the source's are not finite.
+    """
+    if not np.isfinite(before).all():
+        raise UserError(
+            "The model gives logits that are not finite, so a conversion of it cannot be checked. "
+            "Take an earlier checkpoint."
+        )
+    size = float(np.sqrt(np.mean(np.square(before, dtype=np.float64))))
+    apart = float(np.sqrt(np.mean(np.square(after.astype(np.float64) - before))))
+    share = apart / max(size, 1e-30)
+    if not share <= TOLERANCE[dtype]:  # NaN is not
+        raise UserError(
+            f"{where} was not written: read back, its logits differ from the model's by "
+            f"{share:.2g} of their size, and {TOLERANCE[dtype]:g} is what {dtype} allows. The disk "
+            "or the memory is faulty, or this is a defect; the model is unchanged."
+        )
+    return share

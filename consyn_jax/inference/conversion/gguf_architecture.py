@@ -1,0 +1,202 @@
+"""Describe a model to llama.cpp by GGUF keys and tensor names, or refuse it.
+
+Keys and transpositions follow `conversion/` of the llama.cpp in llama-cpp-python 0.3.36; the
+mathematics of each architecture follows its `src/models/`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from consyn_jax.errors import UserError
+from consyn_jax.model.pretrained.config_json import family_of
+from consyn_jax.model.rope import SCALINGS, attention_factor, plain_frequencies
+from consyn_jax.model_config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An architecture of llama.cpp, and the model options that it supports.
+
+    Attributes:
+        name: Value of `general.architecture`.
+        biases: Fields of `ModelConfig` whose biases it reads.
+        scalings: Supported scalings of the rotary embedding.
+        is_interleaved: Whether it rotates pairs (2i, 2i+1), so that queries and keys are reordered.
+        is_square: Whether heads x head_dim must equal the width.
+    """
+
+    name: str
+    biases: tuple[str, ...] = ()
+    scalings: tuple[str, ...] = ("linear", "yarn", "dynamic")
+    is_interleaved: bool = False
+    is_square: bool = False
+
+
+# Layouts of Hugging Face -> architectures of llama.cpp. None has its layout's windows.
+LLAMA = Architecture(
+    "llama",
+    ("qkv_bias", "output_bias", "mlp_bias"),
+    ("linear", "yarn", "dynamic", "llama3", "longrope"),
+    is_interleaved=True,
+)
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "ministral": LLAMA,
+    "qwen2": Architecture("qwen2", ("qkv_bias",), is_square=True),
+    "qwen3": Architecture("qwen3", ("qkv_bias",)),
+    "smollm3": Architecture("smollm3", ("qkv_bias",), is_interleaved=True),
+    "phi3": Architecture("phi3", (), ("dynamic", "longrope"), is_square=True),
+}
+SMOLLM3_INTERVAL = 4  # llama.cpp skips rotation in every fourth layer; no key changes that
+
+
+def architecture_of(config: ModelConfig, context: int) -> Architecture:
+    """Find the llama.cpp architecture that computes `config` for texts up to `context` tokens.
+
+    Raises:
+        UserError: There is none.
+    """
+    family = family_of(config).model_type
+    own = ARCHITECTURES[family]
+    for reason in _reasons(config, context, family, own):
+        raise UserError(f"llama.cpp cannot run this {family}: {reason}")
+    return own
+
+
+def _reasons(config: ModelConfig, context: int, family: str, own: Architecture) -> list[str]:
+    reasons = []
+    window = config.sliding_window
+    if window is not None and window < context:
+        reasons.append(
+            f"it has no sliding window there, and this model has one of {window:,} tokens. With "
+            f"--context {window} it is written for texts up to that length, for which both agree."
+        )
+    for name, what in (
+        ("qkv_bias", "queries, keys and values"),
+        ("output_bias", "the output of attention"),
+        ("mlp_bias", "the MLP"),
+    ):
+        if getattr(config, name) and name not in own.biases:
+            reasons.append(f"it reads no biases of {what} there. Convert it to hf.")
+    if own.is_square and config.num_heads * config.head_dim != config.hidden_dim:
+        reasons.append(
+            f"its heads must be as wide as the model there, and {config.num_heads} heads of "
+            f"{config.head_dim} are not {config.hidden_dim}. Convert it to hf."
+        )
+    rotates = config.rotary_layers or (True,) * config.num_layers
+    known = [
+        family != "smollm3" or (layer + 1) % SMOLLM3_INTERVAL != 0
+        for layer in range(config.num_layers)
+    ]
+    if list(rotates) != known:
+        reasons.append(
+            f"it leaves every {SMOLLM3_INTERVAL}th layer of a smollm3 unrotated, and this model "
+            "others. Convert it to hf."
+        )
+    scaling = config.rope_scaling
+    if scaling is not None:
+        if scaling.rope_type not in own.scalings:
+            reasons.append(f"it has no {scaling.rope_type} scaling there. Convert it to hf.")
+        if scaling.rope_type == "dynamic" and context > config.context:
+            reasons.append(
+                f"it has no dynamic scaling, which begins after {config.context:,} tokens. Give "
+                f"--context {config.context}, up to which it changes nothing."
+            )
+        if not scaling.truncate:
+            reasons.append(
+                "its yarn always truncates, and this model's does not. Convert it to hf."
+            )
+    return reasons
+
+
+def model_keys(writer: Any, config: ModelConfig, context: int) -> None:
+    """Add the keys of the architecture to a `gguf.GGUFWriter`."""
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(context)
+    writer.add_embedding_length(config.hidden_dim)
+    writer.add_feed_forward_length(config.mlp_dim)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_dimension_count(config.rotary_dim)
+    if family_of(config).model_type == "phi3":
+        writer.add_sliding_window(0)  # as in Phi-4, where this value means no sliding window
+    scaling = config.rope_scaling
+    if scaling is None or scaling.rope_type not in ("linear", "yarn", "longrope"):
+        return
+    import gguf
+
+    original = scaling.original_max_position_embeddings
+    factor = scaling.factor or config.context / (original or config.context)
+    writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.rope_type))
+    if scaling.rope_type != "longrope":
+        writer.add_rope_scaling_factor(factor)
+    if original is not None:
+        writer.add_rope_scaling_orig_ctx_len(original)
+    if scaling.rope_type == "yarn":
+        writer.add_rope_scaling_yarn_beta_fast(float(scaling.beta_fast or 32))
+        writer.add_rope_scaling_yarn_beta_slow(float(scaling.beta_slow or 1))
+    # llama.cpp itself multiplies by yarn's default factor.
+    implied = 0.1 * math.log(factor) + 1 if scaling.rope_type == "yarn" and factor > 1 else 1.0
+    writer.add_rope_scaling_attn_factors(attention_factor(config) / implied)
+
+
+def rope_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
+    """Divisors of the rotary frequencies, for scalings without keys in llama.cpp."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return {}
+    if scaling.rope_type == "llama3":
+        plain = plain_frequencies(config)
+        scaled = SCALINGS["llama3"](plain, scaling, config, False)
+        return {"rope_freqs.weight": (plain / scaled).astype(np.float32)}
+    if scaling.rope_type == "longrope":
+        return {
+            "rope_factors_long.weight": np.array(scaling.long_factor, np.float32),
+            "rope_factors_short.weight": np.array(scaling.short_factor, np.float32),
+        }
+    return {}
+
+
+def tensor_names(config: ModelConfig, own: Architecture) -> Callable[[str], str]:
+    """Return a function that maps tensor names of Hugging Face to those of GGUF."""
+    import gguf
+
+    by_name = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(by_name[own.name], config.num_layers)
+
+    def gguf_name(name: str) -> str:
+        found = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert found is not None, f"gguf has no name for {name}"
+        return found
+
+    return gguf_name
+
+
+def reordered(
+    config: ModelConfig, own: Architecture, name: str, value: np.ndarray, *, back: bool = False
+) -> np.ndarray:
+    """Reorder the rows of queries and keys to the rotation order of the architecture.
+
+    Args:
+        name: Hugging Face's name of the tensor; other tensors are returned unchanged.
+        back: Reorder from GGUF to Hugging Face instead.
+    """
+    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+    number = next((n for part, n in heads.items() if f".{part}." in name), None)
+    if number is None or not own.is_interleaved:
+        return value
+    half = config.head_dim // 2
+    shape = (number, half, 2) if back else (number, 2, half)
+    return value.reshape(*shape, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)

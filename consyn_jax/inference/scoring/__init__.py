@@ -1,0 +1,1 @@
+"""Score texts with a model: likelihoods, perplexity, and the choice of answers."""

@@ -1,0 +1,159 @@
+"""The settings of `consyn-evaluate`, and checks of them that read no file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from consyn_jax.errors import UserError
+from consyn_jax.flags import flag
+
+
+@dataclass(frozen=True)
+class EvaluateModelOptions:
+    """The models, and how they run."""
+
+    model: tuple[str, ...] = flag(
+        (),
+        "models to compare, also without this flag's name: model directories, runs (their final/, "
+        "or else best/, or else newest checkpoint), RUN/checkpoints/STEP, or hub ids",
+    )
+    step: int | None = flag(None, "take this checkpoint of each run")
+    tokenizer: str | None = flag(
+        None, "tokenizer of models that come without one: a path, a hub id, default or bytes"
+    )
+    dtype: str = flag(
+        "auto",
+        "number type of the weights and products; auto: float32 on a CPU, bfloat16 on a GPU",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    mesh: str = flag(
+        "auto",
+        "devices to spread a model over; auto: a copy on each, or a part where no copy fits",
+    )
+    batch_size: int = flag(8, "sequences at a time; no result depends on it")
+
+
+@dataclass(frozen=True)
+class EvaluateTextOptions:
+    """Perplexity and bits per byte of texts."""
+
+    data: tuple[str, ...] = flag(
+        (),
+        "texts: files, directories, globs, Hugging Face datasets, token stores, or 'sample', as "
+        "for consyn-train, and read as they are: nothing is cleaned and no duplicate left out",
+    )
+    split: str = flag(
+        "auto",
+        "documents of a token store; auto: validation, or train where that is empty",
+        choices=("auto", "train", "validation", "test"),
+    )
+    window: int | None = flag(None, "tokens that the model sees at once (the model's context)")
+    stride: int | None = flag(
+        None,
+        "tokens from one window of a long document to the next; a smaller one gives tokens more "
+        "context and takes longer (half the window)",
+    )
+    score_end: bool = flag(
+        False, "also score the end of each text, as the evaluations of consyn-train do"
+    )
+    row_format: str = flag(
+        "auto",
+        "format of the rows, instead of the one that their keys show",
+        choices=("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"),
+    )
+    text_key: str = flag("text", "field with the text of a row; a.b reaches into objects")
+    document_separator: str | None = flag(
+        None, r"text between the documents of a file, with \n for a newline (none)"
+    )
+
+
+@dataclass(frozen=True)
+class EvaluateRequestOptions:
+    """Questions with known answers."""
+
+    requests: tuple[str, ...] = flag(
+        (),
+        "JSON Lines with context and continuation, with context, choices and gold, or with prompt "
+        "(or messages) and answer",
+    )
+
+
+@dataclass(frozen=True)
+class EvaluateAnswerOptions:
+    """Answers that the model writes."""
+
+    max_tokens: int = flag(256, "tokens of an answer at most, where the row has no max_tokens")
+    stop: tuple[str, ...] = flag(
+        (), r"texts that end an answer, where the row has no stop; \n is a newline"
+    )
+    temperature: float = flag(0.0, "logits are divided by it; 0 takes the likeliest token")
+
+
+@dataclass(frozen=True)
+class EvaluateResultOptions:
+    """Options of the report."""
+
+    output: str | None = flag(
+        None, "JSON file with all numbers, the log-likelihood of every answer, and every text"
+    )
+    page: str | None = flag(None, "HTML file with the table, for a browser; it needs no network")
+    bootstrap: int = flag(1000, "resamples for the 95 % intervals; 0: none")
+    seed: int = flag(0, "of the resamples, and of draws at a --temperature")
+    quiet: bool = flag(False, "no progress")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """All settings of one `consyn-evaluate`."""
+
+    models: EvaluateModelOptions = EvaluateModelOptions()
+    texts: EvaluateTextOptions = EvaluateTextOptions()
+    questions: EvaluateRequestOptions = EvaluateRequestOptions()
+    answers: EvaluateAnswerOptions = EvaluateAnswerOptions()
+    results: EvaluateResultOptions = EvaluateResultOptions()
+
+
+def validate_evaluation(config: EvaluateConfig) -> None:
+    """Check all values of a `consyn-evaluate`.
+
+    Raises:
+        UserError: an invalid value or combination; the message names the flags.
+    """
+    models, texts, results = config.models, config.texts, config.results
+    if not models.model:
+        raise UserError(
+            "There is no model to evaluate. Give a model directory, a run, or a hub id."
+        )
+    twice = next((name for name in models.model if models.model.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{twice} is given twice. Give each model once.")
+    if not texts.data and not config.questions.requests:
+        raise UserError("There is nothing to evaluate on. Give --data or --requests.")
+    above_0 = {
+        "batch_size": models.batch_size,
+        "window": None if texts.window is None else texts.window - 1,
+        "stride": texts.stride,
+        "max_tokens": config.answers.max_tokens,
+    }
+    for name, value in above_0.items():
+        if value is not None and value < 1:
+            least = 2 if name == "window" else 1
+            given = value + least - 1
+            raise UserError(f"--{name} must be at least {least}, not {given}.")
+    if texts.window is not None and texts.stride is not None and texts.stride > texts.window:
+        raise UserError(
+            f"--stride {texts.stride} is more than --window {texts.window}, so tokens would be "
+            "left out. Lower it."
+        )
+    not_negative: dict[str, float] = {
+        "bootstrap": results.bootstrap,
+        "seed": results.seed,
+        "temperature": config.answers.temperature,
+    }
+    for name, number in not_negative.items():
+        if not number >= 0:
+            raise UserError(f"--{name} must not be negative, but is {number}.")
+    for name, ending in {"output": ".json", "page": ".html"}.items():
+        file = getattr(results, name)
+        if file is not None and not file.endswith(ending):
+            raise UserError(f"--{name} {file} must be a file whose name ends in {ending}.")

@@ -1,0 +1,1 @@
+"""Generate text with a trained model: continuations of prompts, and conversations."""

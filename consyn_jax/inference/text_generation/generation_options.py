@@ -1,0 +1,117 @@
+"""The settings of `consyn-generate`. Only the standard library is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from consyn_jax.errors import UserError
+from consyn_jax.flags import flag
+
+
+@dataclass(frozen=True)
+class GenerateModelOptions:
+    """The model, and how it runs."""
+
+    model: str | None = flag(
+        None,
+        "a model directory, a run (its final/, or else best/, or its newest checkpoint), a "
+        "checkpoint of a run, or a hub id",
+    )
+    step: int | None = flag(None, "take this checkpoint of a run")
+    dtype: str = flag(
+        "auto",
+        "number type of the products; int8: the blocks' weights in 8 bits, a factor for each "
+        "output; auto: bfloat16 on a GPU, float32 on a CPU",
+        choices=("auto", "float32", "bfloat16", "int8"),
+    )
+    mesh: str = flag(
+        "auto",
+        "devices to spread the model over; auto: one device if the model fits it, otherwise all",
+    )
+    batch_size: int = flag(8, "texts that grow at the same time")
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """Prompts to continue."""
+
+    prompt: tuple[str, ...] = flag((), "texts to continue")
+    file: str | None = flag(
+        None, "prompts from a file: a prompt a line, or JSON Lines with prompt or messages"
+    )
+    interactive: bool = flag(False, "a conversation in the terminal")
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Choice of the next token; by default as the model's generation_config.json says."""
+
+    max_tokens: int | None = flag(None, "tokens to add to a prompt at most (256)")
+    temperature: float | None = flag(
+        None, "logits are divided by it; 0 takes the likeliest token (0, and 1 with a filter)"
+    )
+    top_k: int | None = flag(None, "draw from this many likeliest tokens")
+    top_p: float | None = flag(None, "draw from the fewest tokens that hold this probability")
+    min_p: float | None = flag(
+        None, "draw from tokens with this share of the likeliest one's probability"
+    )
+    repetition_penalty: float | None = flag(
+        None, "logits of tokens that the text has are divided by it, or multiplied if negative (1)"
+    )
+    seed: int = flag(0, "a text's draws depend on it and on the numbers of prompt and sequence")
+    num_return_sequences: int = flag(1, "texts for each prompt", aliases=("n",))
+    stop: tuple[str, ...] = flag((), r"texts that end a continuation, and are left out of it")
+
+
+@dataclass(frozen=True)
+class ResultOptions:
+    """Destination of the texts."""
+
+    output: str | None = flag(
+        None, "JSON Lines file, a line a text; it takes its name when it is whole"
+    )
+    include_prompt: bool = flag(False, "texts begin with their prompts")
+    stream: bool | None = flag(None, "print text as it is made (true for one text on a terminal)")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """All settings of one `consyn-generate`."""
+
+    model: GenerateModelOptions = GenerateModelOptions()
+    prompts: PromptOptions = PromptOptions()
+    sampling: SamplingOptions = SamplingOptions()
+    results: ResultOptions = ResultOptions()
+
+
+def validate_generation(config: GenerateConfig) -> None:
+    """Check all values, and that they fit together.
+
+    Raises:
+        UserError: an invalid value or combination; the message names the flags.
+    """
+    model, prompts = config.model, config.prompts
+    if model.model is None:
+        raise UserError("--model is missing. Give a model directory, a run, or a hub id.")
+    above_0 = {
+        "batch_size": model.batch_size,
+        "max_tokens": config.sampling.max_tokens,
+        "num_return_sequences": config.sampling.num_return_sequences,
+    }
+    for name, value in above_0.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, not {value}.")
+    has_prompts = bool(prompts.prompt) or prompts.file is not None
+    if has_prompts == prompts.interactive:
+        raise UserError(
+            "--interactive asks for its prompts. Leave --prompt and --file out."
+            if has_prompts
+            else "There is nothing to continue. Give --prompt, --file or --interactive."
+        )
+    if not prompts.interactive:
+        return
+    for name in ("output", "include_prompt", "stream"):
+        if getattr(config.results, name):
+            raise UserError(f"--{name} has no effect on --interactive. Leave it out.")
+    if config.sampling.num_return_sequences > 1:
+        raise UserError("--interactive has one answer. Leave --num_return_sequences out.")

@@ -1,0 +1,31 @@
+"""Divisors and multiples of whole numbers."""
+
+from __future__ import annotations
+
+
+def divisors(n: int) -> list[int]:
+    """All positive divisors of `n`, ascending.
+
+    >>> divisors(12)
+    [1, 2, 3, 4, 6, 12]
+    """
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `n`.
+
+    >>> round_up(50_257, 128)
+    50304
+    """
+    return -(-n // multiple) * multiple
+
+
+def neighbours(n: int, multiple: int) -> list[int]:
+    """The positive multiples of `multiple` next to `n`, at most one on each side.
+
+    >>> neighbours(10, 4), neighbours(3, 4), neighbours(8, 4)
+    ([8, 12], [4], [8])
+    """
+    below = n // multiple * multiple
+    return [m for m in dict.fromkeys((below, round_up(n, multiple))) if m > 0]

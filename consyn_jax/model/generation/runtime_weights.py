@@ -1,0 +1,103 @@
+"""Weights as generation reads them: one dict per layer, in the compute dtype.
+
+Training stacks the layers in one array a parameter. A loop over tokens would copy each layer's part
+out of it for every token.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from consyn_jax.distributed.mesh import sharding
+from consyn_jax.model.linear import linear
+from consyn_jax.model.matrices.frozen_matrix import INPUTS, FrozenMatrix
+from consyn_jax.model.matrices.quantised_matrix import Int8Matrix, quantised
+from consyn_jax.model.parameters import Params, layout
+from consyn_jax.model_config import ModelConfig
+
+Weights = dict[str, Any]  # "embedding", "norm", "output" if untied, "layers": a tuple of dicts
+
+
+def product(x: jax.Array, w: Any) -> jax.Array:
+    """`x @ w` for an array or an int8 matrix; an int8 product is scaled after the sum."""
+    if isinstance(w, FrozenMatrix):
+        return w.times(x)
+    if not isinstance(w, Int8Matrix):
+        return linear(x, w)
+    # Ties the weights to x; else the compiler would keep a wide copy of all of them in the loop.
+    values, x = jax.lax.optimization_barrier((w.values, x))
+    y = jnp.matmul(
+        x, values.reshape(x.shape[-1], -1).astype(x.dtype), preferred_element_type=jnp.float32
+    )
+    return (y * w.scale.reshape(-1)).astype(x.dtype)
+
+
+def mesh_of(params: Params) -> Mesh | None:
+    """The mesh that parameters are spread over; None if they are on one device."""
+    found = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    spread = isinstance(found, NamedSharding) and found.mesh.size > 1
+    return found.mesh if spread else None  # type: ignore[union-attr]
+
+
+def runtime_weights(
+    config: ModelConfig, params: Params, dtype: Any, int8: bool = False, consume: bool = False
+) -> Weights:
+    """The weights of a model for generation.
+
+    Args:
+        params: A tree as in `layout(config)`, on one device or on a mesh; they are not moved.
+        dtype: Type of the products, and of all weights that are not in int8.
+        int8: Keep the matrices of the blocks in int8; embeddings and norms are small or sensitive.
+        consume: Empty `params` along the way, so that at most one parameter is in memory twice.
+    """
+    mesh, axes = mesh_of(params), layout(config).logical_axes
+    layers: list[dict[str, Any]] = [{} for _ in range(config.num_layers)]
+    stacked = params["layers"]
+    for name in list(stacked):
+        value = stacked.pop(name) if consume else stacked[name]
+        inputs = INPUTS.get(name) if int8 else None
+        for layer, part in zip(
+            layers, _unstacked(value, axes["layers"][name], mesh, dtype, inputs), strict=True
+        ):
+            layer[name] = part
+        del value
+    outside = {name: params[name] for name in params if name != "layers"}
+    if consume:
+        params.clear()
+    return {name: value.astype(dtype) for name, value in outside.items()} | {
+        "layers": tuple(layers)
+    }
+
+
+def _unstacked(
+    value: Any, axes: tuple[str | None, ...], mesh: Mesh | None, dtype: Any, inputs: int | None
+) -> tuple[Any, ...]:
+    """The layers of a stacked parameter; in int8 if `inputs` are given (see `quantised`).
+
+    Those of a matrix with an adapter stay as they are.
+    """
+    if isinstance(value, FrozenMatrix):
+        layers = range(jax.tree.leaves(value)[0].shape[0])
+        return tuple(jax.tree.map(lambda x, i=i: x[i], value) for i in layers)
+    where: Any = None
+    if mesh is not None:
+        one: Any = sharding(mesh, axes[1:])
+        if inputs is not None:
+            one = Int8Matrix(one, sharding(mesh, axes[1 + inputs :]))
+        where = (one,) * value.shape[0]
+    return _split(where, dtype, inputs)(jnp.asarray(value))
+
+
+def _split(where: Any, dtype: Any, inputs: int | None) -> Any:
+    def split(value: jax.Array) -> tuple[Any, ...]:
+        layers = (value[i] for i in range(value.shape[0]))
+        if inputs is None:
+            return tuple(layer.astype(dtype) for layer in layers)
+        return tuple(map(partial(quantised, inputs=inputs), layers))
+
+    return jax.jit(split, out_shardings=where)

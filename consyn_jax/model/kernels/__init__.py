@@ -1,0 +1,1 @@
+"""Pallas kernels for GPUs; a readable reference for each is beside the code that uses it."""

@@ -1,0 +1,163 @@
+"""RMS norm of the residual stream for several readers, in Pallas for Triton.
+
+The backward kernel sums the gradients of all readers. XLA adds these in one pass, reduces in a
+second and adds the residual's gradient in a third. Here each of them is read once, and the stream's
+gradient is written once. The backward pass recomputes from the stream.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+from jaxtyping import Array, Float
+
+from consyn_jax.distributed.mesh import mesh_sizes, on_each_device, split_axes
+
+# Rows that a program handles one after another. The preset verse then has 2,000 programs, and only
+# as many partial sums of the scale's gradient. No other value was tried.
+ROWS = 32
+# Elements of a row for each thread, 16 bytes of bf16, unless that takes more than `MAX_WARPS`. No
+# other value was tried.
+ELEMENTS = 8
+MAX_WARPS = 16
+
+
+def branched_norm(
+    x_BTD: Float[Array, "B T D"], scale_D: Float[Array, " D"], eps: float, uses: int
+) -> tuple[Float[Array, "B T D"], ...]:
+    """Return x, and `uses` times `rms_norm(x, scale, eps)`, one for each reader.
+
+    It runs on the mesh in context if there is one. The kernel sums the readers' gradients in
+    float32. If a mesh axis splits the readers, each has only a part of its gradient; XLA then sums
+    the readers first, so that it sums over devices once and not for each reader.
+
+    Args:
+        eps: Above zero.
+    """
+    sizes = mesh_sizes()
+    if math.prod(sizes.values()) > math.prod(
+        sizes[axis] for axis in split_axes(sizes, "batch", "sequence")
+    ):
+        x, normed = _branched_norm(x_BTD, scale_D, eps, 1)
+        return x, *[normed] * uses
+    return _branched_norm(x_BTD, scale_D, eps, uses)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _branched_norm(x: Any, scale: Any, eps: float, uses: int) -> Any:
+    return _forward(x, scale, eps, uses)[0]
+
+
+def _forward(x: Any, scale: Any, eps: float, uses: int) -> Any:
+    (normed,) = _on_the_mesh(_branched_norm_forward, scale, (x,), eps, sums=0)
+    return (x, *[normed] * uses), (x, scale)
+
+
+def _backward(eps: float, uses: int, saved: Any, gradients: tuple[jax.Array, ...]) -> Any:
+    x, scale = saved
+    dx, dscale = _on_the_mesh(_branched_norm_backward, scale, (x, *gradients), eps, sums=1)
+    return dx, dscale.astype(scale.dtype)
+
+
+_branched_norm.defvjp(_forward, _backward)
+
+
+def _on_the_mesh(
+    kernel: Any, scale: Any, arrays: tuple[jax.Array, ...], eps: float, sums: int
+) -> Any:
+    """Run a kernel on each device's tokens, inside the custom derivative.
+
+    The derivative of `shard_map` would sum whole arrays over `tensor`, which splits nothing here.
+    """
+    axes = split_axes(mesh_sizes(), "batch", "sequence")
+
+    def local(scale: Any, *arrays: Any) -> Any:
+        out, *partial_sums = _call(kernel, scale, arrays, eps, sums)
+        return out, *(jax.lax.psum(jnp.sum(a, axis=0), axes) for a in partial_sums)
+
+    tokens, whole = ("batch", "sequence", None), (None,)
+    inputs, outputs = (whole, *[tokens] * len(arrays)), (tokens, *[whole] * sums)
+    return on_each_device(local, inputs, outputs)(scale, *arrays)
+
+
+def _call(kernel: Any, scale: Any, arrays: tuple[jax.Array, ...], eps: float, sums: int) -> Any:
+    """Run a kernel: returns an array like `arrays`, and `sums` float32 arrays [programs, D]."""
+    B, T, D = arrays[0].shape
+    assert B * T * D < 2**31, "kernels count elements in 32 bits"
+    width, programs = pl.next_power_of_2(D), pl.cdiv(B * T, ROWS)
+    # wider than the array if D is not a power of two; kernels mask the rest
+    rows = pl.BlockSpec((ROWS, width), lambda i: (i, 0))
+    out, *summed = pl.pallas_call(
+        partial(kernel, num_rows=B * T, dim=D, eps=eps),
+        grid=(programs,),
+        in_specs=[pl.BlockSpec((width,), lambda i: (0,)), *[rows] * len(arrays)],
+        out_specs=[rows, *[pl.BlockSpec((None, width), lambda i: (i, 0))] * sums],
+        out_shape=[
+            jax.ShapeDtypeStruct((B * T, D), arrays[0].dtype),
+            *[jax.ShapeDtypeStruct((programs, D), jnp.float32)] * sums,
+        ],
+        compiler_params=pltriton.CompilerParams(
+            num_warps=max(1, min(MAX_WARPS, width // (32 * ELEMENTS)))
+        ),
+        name=kernel.__name__.strip("_"),
+    )(scale, *(a.reshape(B * T, D) for a in arrays))
+    return out.reshape(B, T, D), *summed
+
+
+# ------------------------------------------------------------------------------------------ kernels
+
+
+def _load_common(scale_ref: Any, num_rows: int, dim: int) -> Any:
+    """Mask of the columns, None if all exist; number of the program's rows; scale."""
+    (width,) = scale_ref.shape
+    exists = None if width == dim else jnp.arange(width) < dim
+    return exists, jnp.minimum(ROWS, num_rows - pl.program_id(0) * ROWS), load(scale_ref, exists)
+
+
+def load(ref: Any, exists: Any) -> jax.Array:
+    """Load as float32, with zeros outside the mask, which add nothing to sums."""
+    other = None if exists is None else 0.0
+    return pltriton.load(ref, mask=exists, other=other).astype(jnp.float32)
+
+
+def store(ref: Any, value: jax.Array, exists: Any) -> None:
+    """Store the values inside the mask in the dtype of `ref`."""
+    pltriton.store(ref, value.astype(ref.dtype), mask=exists)
+
+
+def _branched_norm_forward(scale_ref, x_ref, out_ref, *, num_rows, dim, eps):
+    exists, rows, scale = _load_common(scale_ref, num_rows, dim)
+
+    def row_step(row, carry):
+        x = load(x_ref.at[row], exists)
+        store(out_ref.at[row], x * jax.lax.rsqrt(jnp.sum(x * x) / dim + eps) * scale, exists)
+        return carry
+
+    jax.lax.fori_loop(0, rows, row_step, 0)
+
+
+def _branched_norm_backward(scale_ref, x_ref, dresidual_ref, *refs, num_rows, dim, eps):
+    *dnormed_refs, dx_ref, dscale_ref = refs
+    exists, rows, scale = _load_common(scale_ref, num_rows, dim)
+
+    def row_step(row, dscale):
+        x, dresidual = load(x_ref.at[row], exists), load(dresidual_ref.at[row], exists)
+        dy = sum(load(ref.at[row], exists) for ref in dnormed_refs)
+        g = dy * scale
+        squares, along = jnp.sum(x * x), jnp.sum(g * x)  # independent sums
+        inverse = jax.lax.rsqrt(squares / dim + eps)
+        x *= inverse  # normed
+        store(dx_ref.at[row], dresidual + inverse * (g - x * (along * inverse / dim)), exists)
+        return dscale + dy * x
+
+    store(
+        dscale_ref,
+        jax.lax.fori_loop(0, rows, row_step, jnp.zeros(scale.shape, jnp.float32)),
+        exists,
+    )

@@ -1,0 +1,362 @@
+"""Causal attention inside documents, in Pallas for Triton, without a mask or scores in memory.
+
+A query sees an interval of keys: from the first key of its document, or of its window, to itself.
+So a mask is two numbers for each token, and a block of queries visits only the blocks of keys that
+it sees: a row of many documents takes less time than a row of one. Softmax and sums are float32.
+The forward pass is that of FlashAttention-2 (Dao, 2023). The backward pass is one kernel for the
+gradient of queries and one for keys and values, which sums over the query heads of a key head.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+from jaxtyping import Array, Float, Int
+
+from consyn_jax.model.rematerialisation import KERNEL_RESIDUALS
+
+# Score of a hidden key. It is finite and a power of two, which scaling does not round, so that a
+# block with only hidden keys gives no NaN.
+NEVER = -(2.0**100)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of one kernel.
+
+    Attributes:
+        own: Queries (or keys) that a program holds.
+        step: Keys (or queries) that it reads at once.
+    """
+
+    own: int
+    step: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Sizes of the three kernels: forward, gradient of queries, gradient of keys and values."""
+
+    forward: Tile
+    queries: Tile
+    keys: Tile
+
+
+# By width of a head: the fastest on an H200 of about thirty sizes that fit 99 KiB of shared memory
+# (docs/design/attention.md). That is the limit on Ada and on small Amperes and Blackwells, where
+# speed was not measured.
+TILES = {
+    64: Tiles(Tile(64, 128, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    128: Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+}
+
+
+def document_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    first_key_BT: Int[Array, "B T"],
+    last_query_BS: Int[Array, "B S"],
+    first_position: Int[Array, ""] | int = 0,
+    tiles: Tiles | None = None,
+) -> Float[Array, "B T N H"]:
+    """Softmax attention with grouped heads, scaled by H**-0.5.
+
+    The query at position p sees the keys s with first_key[p] <= s <= p.
+
+    Args:
+        first_key_BT: The first key that each query sees; it does not decrease along T.
+        last_query_BS: Position of the last query that sees each key; it must agree with
+            `first_key_BT`. It does not decrease along S.
+        first_position: Position of the first query among the keys.
+    """
+    T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+    tiles = tiles or TILES[64 if H <= 64 else 128]
+    queries = math.lcm(tiles.forward.own, tiles.queries.own, tiles.keys.step)
+    keys = math.lcm(tiles.forward.step, tiles.queries.step, tiles.keys.own)
+    width = max(16, pl.next_power_of_2(H))
+    # Padding changes nothing: it adds keys after all real queries, queries whose gradient is zero,
+    # and zeros to every sum over a head.
+    q = _padded(q_BTNH, queries, width)
+    k, v = _padded(k_BSKH, keys, width), _padded(v_BSKH, keys, width)
+    first_key, last_query = (
+        jnp.pad(a, ((0, 0), (0, -a.shape[1] % size)), mode="edge")
+        for a, size in ((first_key_BT, queries), (last_query_BS, keys))
+    )
+    assert max(q.size, k.size) < 2**31, "kernels count elements in 32 bits"
+    offset = jnp.asarray(first_position, jnp.int32).reshape(1)
+    return _attention(q, k, v, first_key, last_query, offset, H**-0.5, tiles)[:, :T, :, :H]
+
+
+def _padded(x: jax.Array, length: int, width: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % length), (0, 0), (0, width - x.shape[3])))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _attention(
+    q: Any, k: Any, v: Any, first_key: Any, last_query: Any, offset: Any, scale: float, tiles: Tiles
+) -> jax.Array:
+    return _forward(q, k, v, first_key, last_query, offset, scale, tiles)[0]
+
+
+def _forward(
+    q: Any, k: Any, v: Any, first_key: Any, last_query: Any, offset: Any, scale: float, tiles: Tiles
+) -> Any:
+    B, T, N, H = q.shape
+    S, tile = k.shape[1], tiles.forward
+    head, sums, tokens, all_keys = _query_blocks(tile, H, S, N // k.shape[2])
+    out, log_sum = pl.pallas_call(
+        partial(_forward_kernel, scale=scale * math.log2(math.e), step=tile.step),
+        grid=(T // tile.own, N, B),
+        in_specs=[head, all_keys, all_keys, tokens, _SCALAR],
+        out_specs=[head, sums],
+        out_shape=[_like(q), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
+        compiler_params=_parameters(tile),
+        name="document_attention_forward",
+    )(q, k, v, first_key, offset)
+    out, log_sum = (checkpoint_name(x, KERNEL_RESIDUALS) for x in (out, log_sum))
+    return out, (q, k, v, first_key, last_query, offset, out, log_sum)
+
+
+def _backward(scale: float, tiles: Tiles, saved: Any, dout: jax.Array) -> Any:
+    q, k, v, first_key, last_query, offset, out, log_sum = saved
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    scales = {"scale": scale * math.log2(math.e), "outer_scale": scale}
+    product = out.astype(jnp.float32) * dout.astype(jnp.float32)
+    correction_BNT = jnp.sum(product, axis=-1).transpose(0, 2, 1)
+
+    tile = tiles.queries
+    head, sums, tokens, all_keys = _query_blocks(tile, H, S, N // K)
+    dq = pl.pallas_call(
+        partial(_queries_kernel, step=tile.step, **scales),
+        grid=(T // tile.own, N, B),
+        in_specs=[head, all_keys, all_keys, head, sums, sums, tokens, _SCALAR],
+        out_specs=head,
+        out_shape=_like(q),
+        compiler_params=_parameters(tile),
+        name="document_attention_queries",
+    )(q, k, v, dout, log_sum, correction_BNT, first_key, offset)
+
+    tile = tiles.keys
+    head, _, tokens, _ = _query_blocks(tile, H, S, N // K)  # of keys
+    all_queries = pl.BlockSpec((None, T, N // K, H), lambda i, n, b: (b, 0, n, 0))
+    sums = pl.BlockSpec((None, N // K, T), lambda i, n, b: (b, n, 0))
+    dk, dv = pl.pallas_call(
+        partial(_keys_kernel, step=tile.step, **scales),
+        grid=(S // tile.own, K, B),
+        in_specs=[all_queries, head, head, all_queries, sums, sums, tokens, _SCALAR],
+        out_specs=[head, head],
+        out_shape=[_like(k)] * 2,
+        compiler_params=_parameters(tile),
+        name="document_attention_keys",
+    )(q, k, v, dout, log_sum, correction_BNT, last_query, offset)
+    return dq, dk, dv, None, None, None
+
+
+_attention.defvjp(_forward, _backward)
+
+_SCALAR = pl.BlockSpec((1,), lambda i, n, b: (0,))
+
+
+def _query_blocks(tile: Tile, H: int, S: int, group: int) -> tuple[pl.BlockSpec, ...]:
+    """Blocks of program (i, n, b): a tile of a head, of its sums, of the tokens, and all keys."""
+    return (
+        pl.BlockSpec((None, tile.own, None, H), lambda i, n, b: (b, i, n, 0)),
+        pl.BlockSpec((None, None, tile.own), lambda i, n, b: (b, n, i)),
+        pl.BlockSpec((None, tile.own), lambda i, n, b: (b, i)),
+        pl.BlockSpec((None, S, None, H), lambda i, n, b: (b, 0, n // group, 0)),
+    )
+
+
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _parameters(tile: Tile) -> pltriton.CompilerParams:
+    return pltriton.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+
+# ------------------------------------------------------------------------------------------ kernels
+
+
+def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    return jax.lax.dot_general(
+        a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+class Blocks(NamedTuple):
+    """The blocks that a program visits; from whole_start to whole_stop they need no mask."""
+
+    start: Any
+    stop: Any
+    whole_start: Any
+    whole_stop: Any
+
+
+def _over_blocks(blocks: Blocks, block: Any, carry: Any) -> Any:
+    """Run `block(index, carry, masked)` for all blocks."""
+    start, stop, whole_start, whole_stop = blocks
+    whole_start = jnp.clip(whole_start, start, stop)
+    whole_stop = jnp.clip(whole_stop, whole_start, stop)
+    before = whole_start - start
+
+    def at_the_edges(i: Any, carry: Any) -> Any:
+        return block(jnp.where(i < before, start + i, whole_stop + i - before), carry, True)
+
+    carry = jax.lax.fori_loop(0, before + stop - whole_stop, at_the_edges, carry)
+    return jax.lax.fori_loop(
+        whole_start, whole_stop, lambda i, carry: block(i, carry, False), carry
+    )
+
+
+def _masked(scores: Any, at: Any, first: Any, last: Any) -> Any:
+    """Scores where the columns' positions `at` are between `first` and `last` of the row."""
+    return jnp.where((at >= first[:, None]) & (at <= last[:, None]), scores, NEVER)
+
+
+def _visible_keys(first_key_ref: Any, first: Any, step: int, num_keys: int) -> Blocks:
+    """The blocks of keys for the queries at `first` and after it."""
+    own = first_key_ref.shape[0]
+    earliest, latest = first_key_ref[0], first_key_ref[own - 1]
+    last = first + own - 1
+    stop = jnp.minimum(last // step + 1, num_keys // step)
+    return Blocks(earliest // step, stop, (latest + step - 1) // step, (first + 1) // step)
+
+
+def _forward_kernel(
+    q_ref, k_ref, v_ref, first_key_ref, offset_ref, out_ref, log_sum_ref, *, scale, step
+):
+    own, H = q_ref.shape
+    first = offset_ref[0] + pl.program_id(0) * own
+    positions, first_key, q = first + jnp.arange(own), first_key_ref[...], q_ref[...]
+
+    def block(j, carry, masked):
+        acc, total, top = carry
+        keys = pl.ds(j * step, step)
+        scores = _product(q, k_ref[keys, :], (1, 1))
+        if masked:
+            at = j * step + jnp.arange(step)[None, :]
+            scores = _masked(scores, at, first_key, positions)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+        # scaled here, because scaling and difference are one instruction
+        shrunk = jnp.exp2((top - new_top) * scale)
+        weights = jnp.exp2(scores * scale - (new_top * scale)[:, None])
+        acc = acc * shrunk[:, None] + _product(weights.astype(v_ref.dtype), v_ref[keys, :], (1, 0))
+        return acc, total * shrunk + jnp.sum(weights, axis=1), new_top
+
+    blocks = _visible_keys(first_key_ref, first, step, k_ref.shape[0])
+    nothing = (
+        jnp.zeros((own, H), jnp.float32),
+        jnp.zeros((own,), jnp.float32),
+        jnp.full((own,), NEVER, jnp.float32),
+    )
+    acc, total, top = _over_blocks(blocks, block, nothing)
+    out_ref[...] = (acc / total[:, None]).astype(out_ref.dtype)
+    log_sum_ref[...] = top * scale + jnp.log2(total)
+
+
+def _queries_kernel(
+    q_ref,
+    k_ref,
+    v_ref,
+    dout_ref,
+    log_sum_ref,
+    correction_ref,
+    first_key_ref,
+    offset_ref,
+    dq_ref,
+    *,
+    scale,
+    outer_scale,
+    step,
+):
+    own, H = q_ref.shape
+    first = offset_ref[0] + pl.program_id(0) * own
+    positions, first_key = first + jnp.arange(own), first_key_ref[...]
+    q, dout, log_sum, correction = (
+        ref[...] for ref in (q_ref, dout_ref, log_sum_ref, correction_ref)
+    )
+
+    def block(j, dq, masked):
+        keys = pl.ds(j * step, step)
+        k = k_ref[keys, :]
+        scores = _product(q, k, (1, 1))
+        if masked:
+            at = j * step + jnp.arange(step)[None, :]
+            scores = _masked(scores, at, first_key, positions)
+        weights = jnp.exp2(scores * scale - log_sum[:, None])
+        dscores = weights * (_product(dout, v_ref[keys, :], (1, 1)) - correction[:, None])
+        return dq + _product(dscores.astype(k.dtype), k, (1, 0))
+
+    blocks = _visible_keys(first_key_ref, first, step, k_ref.shape[0])
+    dq = _over_blocks(blocks, block, jnp.zeros((own, H), jnp.float32))
+    dq_ref[...] = (dq * outer_scale).astype(dq_ref.dtype)
+
+
+def _seeing_queries(
+    last_query_ref: Any, first: Any, offset: Any, step: int, num_queries: int
+) -> Blocks:
+    """The blocks of queries for the keys at `first` and after it.
+
+    The device's queries begin at `offset`, which may be after these keys, and may end before them.
+    """
+    own = last_query_ref.shape[0]
+    start = jnp.maximum(first - offset, 0) // step
+    stop = jnp.clip((last_query_ref[own - 1] - offset) // step + 1, start, num_queries // step)
+    whole_start = (jnp.maximum(first + own - 1 - offset, 0) + step - 1) // step
+    whole_stop = jnp.maximum(last_query_ref[0] + 1 - offset, 0) // step
+    return Blocks(start, stop, whole_start, whole_stop)
+
+
+def _keys_kernel(
+    q_ref,
+    k_ref,
+    v_ref,
+    dout_ref,
+    log_sum_ref,
+    correction_ref,
+    last_query_ref,
+    offset_ref,
+    dk_ref,
+    dv_ref,
+    *,
+    scale,
+    outer_scale,
+    step,
+):
+    (own, H), (T, group, _), first = k_ref.shape, q_ref.shape, pl.program_id(0) * k_ref.shape[0]
+    offset, positions = offset_ref[0], first + jnp.arange(own)
+    last_query, k, v = last_query_ref[...], k_ref[...], v_ref[...]
+
+    def head_step(n, carry):
+        def block(i, carry, masked):
+            dk, dv = carry
+            queries = pl.ds(i * step, step)
+            q, dout = q_ref[queries, n, :], dout_ref[queries, n, :]
+            scores = _product(k, q, (1, 1))
+            if masked:
+                at = offset + i * step + jnp.arange(step)[None, :]
+                scores = _masked(scores, at, positions, last_query)
+            weights = jnp.exp2(scores * scale - log_sum_ref[n, queries][None, :])
+            dscores = weights * (_product(v, dout, (1, 1)) - correction_ref[n, queries][None, :])
+            dk += _product(dscores.astype(q.dtype), q, (1, 0))
+            return dk, dv + _product(weights.astype(q.dtype), dout, (1, 0))
+
+        return _over_blocks(blocks, block, carry)
+
+    blocks = _seeing_queries(last_query_ref, first, offset, step, T)
+    nothing = jnp.zeros((own, H), jnp.float32)
+    dk, dv = jax.lax.fori_loop(0, group, head_step, (nothing, nothing))
+    dk_ref[...], dv_ref[...] = (dk * outer_scale).astype(dk_ref.dtype), dv.astype(dv_ref.dtype)

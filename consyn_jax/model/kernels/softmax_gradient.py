@@ -1,0 +1,145 @@
+"""Softmax of logits and gradient of its cross-entropy in one kernel, in Pallas for Triton.
+
+XLA reads the logits four times for that. Here a program handles one token and reads its row twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+from jaxtyping import Array, Float, Int
+
+# Logits that a program reads at once: the fastest on an H200 of nine pairs of size and threads.
+WIDTH = 16384
+# Logit of padding; finite, so that a thread that sees only padding gives no NaN.
+NEVER = -(2.0**100)
+LOG2_E = math.log2(math.e)
+
+PerToken = Float[Array, " n"]
+
+
+def softmax_gradient(
+    logits_nV: Float[Array, "n V"],
+    labels_n: Int[Array, " n"],
+    weights_n: Float[Array, " n"],
+    vocab_size: int,
+    label_smoothing: float,
+    z_loss: float,
+    dtype: Any,
+) -> tuple[Float[Array, "n V"], PerToken, PerToken, PerToken, PerToken]:
+    """Gradient of cross-entropy with label smoothing and z-loss with respect to the logits.
+
+    Returns:
+        The gradient in `dtype`; and for each token, in float32, its largest logit, log(Z), its
+        label's logit and, with label smoothing, its mean logit.
+
+    Args:
+        labels_n: Labels below `vocab_size`; those of tokens of weight 0 may be anything.
+        weights_n: Factors of the tokens' gradients.
+        vocab_size: Number of real logits; those after them are padding.
+    """
+    n, V = logits_nV.shape
+    assert n * V < 2**31, "kernels count elements in 32 bits"
+    width = min(WIDTH, pl.next_power_of_2(V))
+    whole = pl.cdiv(V, width) * width
+    row, scalar = pl.BlockSpec((None, whole), lambda i: (i, 0)), pl.BlockSpec((1,), lambda i: (i,))
+    per_token = jax.ShapeDtypeStruct((n,), jnp.float32)
+    kernel = partial(
+        _kernel,
+        width=width,
+        num_logits=V,
+        vocab_size=vocab_size,
+        smoothing=label_smoothing,
+        z_loss=z_loss,
+    )
+    return pl.pallas_call(
+        kernel,
+        grid=(n,),
+        in_specs=[row, scalar, scalar],
+        out_specs=(row, *[scalar] * 4),
+        out_shape=(jax.ShapeDtypeStruct((n, V), dtype), *[per_token] * 4),
+        compiler_params=pltriton.CompilerParams(num_warps=max(4, width // 512)),
+        name="softmax_gradient",
+    )(logits_nV, labels_n, weights_n.astype(jnp.float32))
+
+
+def _kernel(
+    logits_ref,
+    label_ref,
+    weight_ref,
+    dlogits_ref,
+    top_ref,
+    log_z_ref,
+    label_logit_ref,
+    mean_ref,
+    *,
+    width,
+    num_logits,
+    vocab_size,
+    smoothing,
+    z_loss,
+):
+    blocks = logits_ref.shape[0] // width
+    label = jnp.clip(label_ref[0], 0, vocab_size - 1)
+
+    def load(j):
+        at = j * width + jnp.arange(width)
+        logits = pltriton.load(
+            logits_ref.at[pl.ds(j * width, width)], mask=at < vocab_size, other=NEVER
+        )
+        return at, logits.astype(jnp.float32)
+
+    top, log_z, total_logit = _reduce_row(load, blocks, width, vocab_size, bool(smoothing))
+    top_ref[0], log_z_ref[0], label_logit_ref[0], mean_ref[0] = (
+        top,
+        log_z,
+        logits_ref[label].astype(jnp.float32),
+        total_logit / vocab_size,
+    )
+    weight, factor = weight_ref[0], 1 + 2 * z_loss * log_z
+
+    def write_gradient(j, carry):
+        at, logits = load(j)
+        share = jnp.exp2((logits - log_z) * LOG2_E) * factor
+        target = jnp.where(at == label, 1.0 - smoothing, 0.0)
+        if smoothing:
+            target += jnp.where(at < vocab_size, smoothing / vocab_size, 0.0)
+        gradient = ((share - target) * weight).astype(dlogits_ref.dtype)
+        pltriton.store(dlogits_ref.at[pl.ds(j * width, width)], gradient, mask=at < num_logits)
+        return carry
+
+    jax.lax.fori_loop(0, blocks, write_gradient, 0)
+
+
+def _reduce_row(load: Callable, blocks: int, width: int, vocab_size: int, with_mean: bool) -> Any:
+    """Largest logit, log(Z), and the sum of logits `with_mean`.
+
+    Each thread has its own largest logit and sum of exponentials; they are combined at the end, so
+    that threads wait for each other only once.
+    """
+
+    def add_block(j, carry):
+        top, total, total_logit = carry
+        at, logits = load(j)
+        new_top = jnp.maximum(top, logits)
+        total = total * jnp.exp2((top - new_top) * LOG2_E) + jnp.exp2((logits - new_top) * LOG2_E)
+        if with_mean:
+            total_logit += jnp.sum(jnp.where(at < vocab_size, logits, 0.0))
+        return new_top, total, total_logit
+
+    nothing = (
+        jnp.full((width,), NEVER, jnp.float32),
+        jnp.zeros((width,), jnp.float32),
+        jnp.float32(0),
+    )
+    tops, totals, total_logit = jax.lax.fori_loop(0, blocks, add_block, nothing)
+    top = jnp.max(tops)
+    log_z = top + jnp.log2(jnp.sum(totals * jnp.exp2((tops - top) * LOG2_E))) / LOG2_E
+    return top, log_z, total_logit

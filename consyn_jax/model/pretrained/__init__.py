@@ -1,0 +1,1 @@
+"""Models in the Hugging Face layouts, read and written as safetensors and JSON only."""

@@ -1,0 +1,1 @@
+"""One file for each Hugging Face layout: its config.json and its tensors."""

@@ -1,0 +1,377 @@
+"""Adapters in the layout of PEFT: adapter_config.json and adapter_model.safetensors.
+
+An adapter of a tensor is a [rank, inputs] and b [outputs, rank]. Where a layout fuses parameters
+into one tensor, as phi3 does, each has its own adapter here. In the files they are one adapter of
+the tensor, whose rank is the sum of theirs, with zeros between them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from consyn_jax.errors import UserError
+from consyn_jax.model.lora import adapter_layout
+from consyn_jax.model.parameters import Params
+from consyn_jax.model.pretrained.config_json import read_json, write_json
+from consyn_jax.model.pretrained.safetensors_files import Read, open_file
+from consyn_jax.model.pretrained.tensors import Part, Tensor, hf_tensors, on_host, rounded
+from consyn_jax.model_config import LoraOptions, ModelConfig
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"  # of a tensor's name
+BASE_HASH = "base_sha256"  # in the metadata of the weights: the hash of the base's
+# Settings of PEFT that change what an adapter computes, and the values that are supported.
+PLAIN: Mapping[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "use_dora": (False, None),
+    "use_qalora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "lora_bias": (False, None),
+    "modules_to_save": (None, []),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None, []),
+    # The others (pissa, olora, corda, loftq, lora_ga) also change the weights under the adapter.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
+    "kasa_config": (None,),
+    "velora_config": (None,),
+    "use_bdlora": (False, None),
+    "arrow_config": (None,),
+    "monteclora_config": (None,),
+}
+
+
+class Base(NamedTuple):
+    """The model under an adapter.
+
+    Attributes:
+        name: A directory or a hub id; None if unknown.
+        sha256: The hash of its weights (`safetensors_files.weights_hash`), if known.
+    """
+
+    name: str | None
+    sha256: str | None = None
+
+
+class Change(NamedTuple):
+    """The adapter of one tensor, to which `scale * b @ a` is added."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as it was read; `changes` are by the names of the base's tensors."""
+
+    base: Base
+    changes: dict[str, Change]
+
+    def added_to(self, read: Read) -> Read:
+        """Return a function that reads tensors of the base, or parts, with the adapter added."""
+
+        def merged(name: str, *index: slice) -> np.ndarray:
+            values, change = read(name, *index), self.changes.get(name)
+            if change is None:
+                return values
+            rows, columns = (*index, slice(None), slice(None))[:2]
+            added = np.float32(change.scale) * (change.b[rows] @ change.a[:, columns])
+            return values.astype(np.float32) + added
+
+        return merged
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds an adapter and not a whole model."""
+    return (directory / ADAPTER_CONFIG).is_file()
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+def read_adapter(directory: Path) -> Adapter:
+    """Read an adapter of PEFT or of this package.
+
+    Raises:
+        UserError: It is damaged, or not a plain LoRA.
+    """
+    config = read_json(directory / ADAPTER_CONFIG)
+    for key, allowed in PLAIN.items():
+        if key in config and config[key] not in allowed:
+            raise UserError(
+                f"{directory} is an adapter with {key} {config[key]!r}, which is not supported. "
+                "Merge it with PEFT, and use the merged model."
+            )
+    tensors, metadata = _read_tensors(directory / ADAPTER_WEIGHTS)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(base, str | None) or not isinstance(revision, str | None):
+        raise UserError(
+            f"{directory / ADAPTER_CONFIG} has a base_model_name_or_path or a revision that is no "
+            "text. Put a good copy there."
+        )
+    name = f"{base}@{revision}" if base and revision else base
+    pairs: dict[str, dict[str, np.ndarray]] = {}
+    for key, values in tensors.items():
+        part = next((end for end in (A, B) if key.startswith(PREFIX) and key.endswith(end)), None)
+        if part is None:
+            raise UserError(
+                f"{directory / ADAPTER_WEIGHTS} has {key}, which is no part of a plain LoRA. Merge "
+                "it with PEFT, and use the merged model."
+            )
+        module = key.removeprefix(PREFIX).removesuffix(part)
+        pairs.setdefault(module, {})[part] = values.astype(np.float32)
+    changes = {}
+    for module, pair in pairs.items():
+        if not _is_whole(pair):
+            raise UserError(
+                f"{directory / ADAPTER_WEIGHTS} has no whole adapter of {module}. Put a good copy "
+                "there."
+            )
+        scale = _scale(directory, config, module, pair[A].shape[0])
+        changes[f"{module}.weight"] = Change(pair[A], pair[B], scale)
+    return Adapter(Base(name, metadata.get(BASE_HASH)), changes)
+
+
+def _is_whole(pair: Mapping[str, np.ndarray]) -> bool:
+    """Whether two matrices are those of one adapter."""
+    if pair.keys() != {A, B} or not pair[A].ndim == pair[B].ndim == 2:
+        return False
+    return 0 < pair[A].shape[0] == pair[B].shape[1]
+
+
+def _read_tensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    from safetensors import SafetensorError
+
+    try:
+        with open_file(file) as handle:
+            names = list(handle.keys())
+            return {name: handle.get_tensor(name) for name in names}, handle.metadata() or {}
+    except (SafetensorError, OSError) as wrong:
+        raise UserError(
+            f"{file} cannot be read: {wrong}. The file is damaged or missing; copy it again."
+        ) from None
+
+
+def _scale(directory: Path, config: dict[str, Any], module: str, rank: int) -> float:
+    """The factor of a module's adapter; patterns of modules are matched as in PEFT."""
+    try:
+        patterns = config.get("alpha_pattern") or {}
+        own = (v for key, v in patterns.items() if _names(key, module))
+        alpha = float(next(own, config["lora_alpha"]))
+        int(alpha)  # raises for one without end
+    except (LookupError, TypeError, ArithmeticError, ValueError, AttributeError, re.error) as wrong:
+        raise UserError(
+            f"{directory / ADAPTER_CONFIG} gives no lora_alpha for {module}: {wrong}. Put a good "
+            "copy there."
+        ) from None
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _names(pattern: str, module: str) -> bool:
+    """Whether a pattern of PEFT matches a module.
+
+    Raises:
+        ValueError: It repeats so much that a match could take forever.
+    """
+    if re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
+        raise ValueError(f"the pattern {pattern[:60]} repeats too much")
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def check_adapter(directory: Path, adapter: Adapter, config: ModelConfig) -> None:
+    """Check that an adapter is for tensors of the model that `config` describes.
+
+    Raises:
+        UserError: A tensor is missing in the model, or has another shape.
+    """
+    shapes = {tensor.name: tensor.shape for tensor in hf_tensors(config)}
+    for name, change in adapter.changes.items():
+        shape = (change.b.shape[0], change.a.shape[1])
+        if shapes.get(name) != shape:
+            has = f"of shape {shapes[name]}" if name in shapes else "not there"
+            raise UserError(
+                f"{directory} adapts {name} of shape {shape}, which in its base "
+                f"{adapter.base.name} is {has}. Correct base_model_name_or_path in its "
+                f"{ADAPTER_CONFIG}."
+            )
+
+
+# ------------------------------------------------------------------- the files of a run's adapter
+
+
+class _Place(NamedTuple):
+    """The place of a parameter's adapter in that of its tensor.
+
+    Attributes:
+        columns: Its columns of b, which are its rows of a.
+    """
+
+    tensor: Tensor
+    part: Part
+    columns: slice
+
+    @property
+    def key(self) -> str:
+        return self.part.path[-1]
+
+
+def _places(config: ModelConfig, options: LoraOptions) -> Iterator[list[_Place]]:
+    """The parts of each tensor that has an adapter, in file order."""
+    for tensor in hf_tensors(config):
+        parts = [p for p in tensor.parts if p.layer is not None and p.path[-1] in options.targets]
+        if parts:
+            r = options.rank
+            yield [_Place(tensor, p, slice(i * r, i * r + r)) for i, p in enumerate(parts)]
+
+
+def adapter_of(config: ModelConfig, params: Params, options: LoraOptions, base: Base) -> Adapter:
+    """Convert the parameters of an adapter to changes of tensors, on this host.
+
+    All processes of a run must call this.
+    """
+    host, changes = jax.tree.map(on_host, params["layers"]), {}
+    for places in _places(config, options):
+        tensor, rank = places[0].tensor, places[-1].columns.stop
+        a = np.zeros((rank, tensor.shape[1]), np.float32)
+        b = np.zeros((tensor.shape[0], rank), np.float32)
+        for place in places:
+            own, layer = host[place.key], place.part.layer
+            assert layer is not None
+            a[place.columns] = own["a"][layer].reshape(-1, options.rank).T
+            outputs = own["b"][layer]
+            if place.part.order is not None:
+                outputs = outputs[..., np.argsort(place.part.order)]
+            b[tensor.rows(place.part), place.columns] = outputs.reshape(options.rank, -1).T
+        changes[tensor.name] = Change(a, b, options.scale)
+    return Adapter(base, changes)
+
+
+def save_adapter(
+    directory: Path, config: ModelConfig, params: Params, options: LoraOptions, base: Base
+) -> None:
+    """Write an adapter for PEFT, with a README.
+
+    The number type is that of `config.files`. All processes of a run must call this; process 0
+    writes.
+
+    Raises:
+        UserError: A value is too large for float16.
+    """
+    from safetensors.numpy import save_file
+
+    adapter = adapter_of(config, params, options, base)
+    if jax.process_index():
+        return
+    tensors, ranks = {}, {}
+    for name, change in adapter.changes.items():
+        module = name.removesuffix(".weight")
+        ranks[module.rsplit(".", 1)[1]] = change.a.shape[0]
+        for end, values in ((A, change.a), (B, change.b)):
+            key = f"{PREFIX}{module}{end}"
+            tensors[key] = rounded(key, values, config.files.dtype)
+    directory.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt"} | ({BASE_HASH: base.sha256} if base.sha256 else {})
+    save_file(tensors, directory / ADAPTER_WEIGHTS, metadata=metadata)
+    write_json(directory / ADAPTER_CONFIG, _adapter_config(options, base, ranks))
+    (directory / "README.md").write_text(_readme(options, base), encoding="utf-8")
+
+
+def _adapter_config(options: LoraOptions, base: Base, ranks: dict[str, int]) -> dict[str, Any]:
+    """The content of adapter_config.json, with the keys of PEFT's own.
+
+    Args:
+        ranks: Rank of the adapter of each module.
+    """
+    name, _, revision = (base.name or "").partition("@")
+    is_hub = not Path(name).is_absolute()
+    others = {module: rank for module, rank in ranks.items() if rank != options.rank}
+    alpha = options.scale * options.rank
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "auto_mapping": None,
+        "base_model_name_or_path": (name if is_hub else base.name) or None,
+        "revision": (revision or None) if is_hub else None,
+        "inference_mode": True,
+        "r": options.rank,
+        "lora_alpha": _whole(alpha),
+        "lora_dropout": options.lora_dropout,
+        "target_modules": sorted(ranks),
+        "rank_pattern": others,
+        "alpha_pattern": {module: _whole(options.scale * rank) for module, rank in others.items()},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "modules_to_save": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def _whole(number: float) -> float | int:
+    return int(number) if number == int(number) else number
+
+
+def _readme(options: LoraOptions, base: Base) -> str:
+    front = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora"]}
+    lines = [f"{key}: {json.dumps(value)}" for key, value in front.items()]
+    if base.name:
+        lines.insert(0, f"base_model: {json.dumps(base.name.partition('@')[0])}")
+    of = base.name or "the model that it was trained on"
+    return (
+        "---\n" + "\n".join(lines) + "\n---\n\n# Adapter\n\n"
+        f"A LoRA adapter of rank {options.rank} and alpha {options.scale * options.rank:g} for "
+        f"{of}, trained with consyn_jax. It holds no other weights.\n\n"
+        "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
+        'model = AutoPeftModelForCausalLM.from_pretrained("this directory")\n```\n\n'
+        "`consyn-convert DIRECTORY --merge_lora --output MERGED` writes a model without an "
+        "adapter.\n"
+    )
+
+
+def load_adapter(
+    directory: Path, config: ModelConfig, options: LoraOptions, mesh: Mesh | None = None
+) -> Params:
+    """Read what `save_adapter` has written into the parameters of an adapter, in float32.
+
+    Raises:
+        UserError: It is damaged, or an adapter of another shape.
+    """
+    adapter, form = read_adapter(directory), adapter_layout(config, options)
+    host = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), form.shapes)
+    for places in _places(config, options):
+        name, rank = places[0].tensor.name, places[-1].columns.stop
+        change = adapter.changes.get(name)
+        if change is None or change.a.shape[0] != rank:
+            raise UserError(
+                f"{directory} has no adapter of rank {rank} for {name}. It is not of this run; put "
+                "the right one there."
+            )
+        for place in places:
+            own, layer = host["layers"][place.key], place.part.layer
+            own["a"][layer] = change.a[place.columns].T.reshape(own["a"].shape[1:])
+            rows = change.b[place.tensor.rows(place.part), place.columns]
+            outputs = rows.T.reshape(own["b"].shape[1:])
+            order = place.part.order
+            own["b"][layer] = outputs if order is None else outputs[..., order]
+    if mesh is None:
+        return jax.tree.map(jax.numpy.asarray, host)
+    return jax.tree.map(
+        lambda values, where: jax.make_array_from_callback(values.shape, where, values.__getitem__),
+        host,
+        form.shardings(mesh),
+    )

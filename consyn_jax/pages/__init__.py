@@ -1,0 +1,4 @@
+"""The parts that all HTML pages share: reports of runs, corpora and evaluations."""
+
+from consyn_jax.pages.html_page import escape as escape
+from consyn_jax.pages.html_page import html_page as html_page

@@ -1,0 +1,115 @@
+"""Time of collectives between GPUs: rings and trees over links and networks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+
+import numpy as np
+
+from consyn_jax.model.arithmetic import BF16, FLOAT32, num_block_parameters, num_parameters
+from consyn_jax.planning.compiled import Collective
+from consyn_jax.planning.topology import Topology
+from consyn_jax.planning.workload import Workload
+
+# The share of a link's specified bandwidth that NCCL reaches with large messages (nccl-tests,
+# all-gather on eight H100: 360 of 450 GB/s).
+LINK_EFFICIENCY = 0.8
+# Seconds that one hop of a ring adds to a collective, inside a host and between hosts (NCCL,
+# src/graph/tuning.cc: ring, protocol Simple).
+HOP_SECONDS = (3.4e-6, 14e-6)
+
+Number = int | float
+Axes = tuple[str, ...]
+
+
+def ring_seconds(
+    payload: Number, axes: Axes, sizes: Mapping[str, int], topology: Topology
+) -> float:
+    """Seconds of an all-gather or reduce-scatter along axes of the mesh.
+
+    A ring of n GPUs moves (n - 1) / n of the payload through each. If it crosses hosts, all of its
+    GPUs in a host share the host's ports, and the slower of link and ports counts. Each GPU on the
+    way adds its delay.
+
+    Args:
+        payload: bytes of the whole arrays.
+    """
+    size, hosts = _group(axes, tuple(sizes.items()), topology.gpus_per_host)
+    between = hosts if hosts > 1 else 0
+    delay = (size - 1 - between) * HOP_SECONDS[0] + between * HOP_SECONDS[1]
+    return _transfer_seconds(payload, size, hosts, topology) + delay
+
+
+def all_reduce_seconds(
+    payload: Number, axes: Axes, sizes: Mapping[str, int], topology: Topology
+) -> float:
+    """Seconds of an all-reduce of `payload` bytes along axes of the mesh.
+
+    It moves twice as much as a ring, and across hosts has the delay of a tree, which NCCL uses
+    there since version 2.4.
+    """
+    size, hosts = _group(axes, tuple(sizes.items()), topology.gpus_per_host)
+    delay = 2 * (
+        (size // hosts - 1) * HOP_SECONDS[0] + math.ceil(math.log2(hosts)) * HOP_SECONDS[1]
+    )
+    return 2 * _transfer_seconds(payload, size, hosts, topology) + delay
+
+
+def _transfer_seconds(payload: Number, size: int, hosts: int, topology: Topology) -> float:
+    link = topology.gpu.link_bandwidth if size > hosts else float("inf")
+    ports = size / hosts * topology.gpu.network_bandwidth if hosts > 1 else float("inf")
+    return (size - 1) / size * payload / (min(link, ports) * LINK_EFFICIENCY) if size > 1 else 0.0
+
+
+@cache
+def _group(axes: Axes, sizes: tuple[tuple[str, int], ...], gpus_per_host: int) -> tuple[int, int]:
+    """The numbers of GPUs and of hosts in a group along `axes`.
+
+    GPUs are numbered with the last axis fastest.
+    """
+    ids = np.arange(math.prod(size for _, size in sizes)).reshape([size for _, size in sizes])
+    group = ids[tuple(slice(None) if axis in axes else 0 for axis, _ in sizes)]
+    return group.size, len(np.unique(group // gpus_per_host))
+
+
+def network_of(
+    communicated: Iterable[Collective], sizes: Mapping[str, int], topology: Topology
+) -> dict[Axes, float]:
+    """Seconds of a compiled step's collectives, by axes; unknown axes count as all axes."""
+    network: dict[Axes, float] = {}
+    for found in communicated:
+        axes = found.axes or tuple(axis for axis, size in sizes.items() if size > 1)
+        seconds = all_reduce_seconds if found.kind == "all-reduce" else ring_seconds
+        network[axes] = network.get(axes, 0.0) + found.count * seconds(
+            found.payload_bytes / found.count, axes, sizes, topology
+        )
+    return network
+
+
+def estimated_network(work: Workload, topology: Topology) -> dict[Axes, float]:
+    """Seconds of a step's collectives by arithmetic, as this package's program makes them."""
+    c, sizes, tensor = work.model, work.sizes, work.sizes["tensor"]
+    parameters = num_parameters(c) / tensor
+    parts = 2 + c.num_layers  # the weights of each block and the two embeddings travel separately
+    passes = 2 if work.remat == "none" else 3
+    activations = BF16 * work.local_tokens * c.hidden_dim
+
+    def in_parts(seconds: Callable[..., float], payload: Number, axis: str) -> float:
+        return parts * seconds(payload / parts, (axis,), sizes, topology)
+
+    # in fp8 the blocks' weights travel in 8 bits
+    narrower = c.num_layers * num_block_parameters(c) / tensor if work.fp8 else 0
+    gathered = min(passes, 2) * in_parts(ring_seconds, BF16 * parameters - narrower, "fsdp")
+    scattered = in_parts(ring_seconds, FLOAT32 * parameters, "fsdp")
+    summed = in_parts(all_reduce_seconds, FLOAT32 * parameters / sizes["fsdp"], "data")
+    keys = 2 * BF16 * work.local_tokens * sizes["context"] * c.num_kv_heads * c.head_dim / tensor
+    # Keys and values are gathered, again if recomputed, and their gradients scattered. In each
+    # direction and recomputation, a block sums the residual stream twice over tensor.
+    context = c.num_layers * passes * ring_seconds(keys, ("context",), sizes, topology)
+    sums = c.num_layers * 2 * passes * all_reduce_seconds(activations, ("tensor",), sizes, topology)
+    found = {"data": summed, "fsdp": gathered + scattered, "context": context, "tensor": sums}
+    return {
+        (axis,): work.accumulation * seconds for axis, seconds in found.items() if sizes[axis] > 1
+    }

@@ -1,0 +1,336 @@
+"""The page of `--dry_run --topology`: a plan in words and numbers, and the recipe of `--fit`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from consyn_jax.config import RunConfig
+from consyn_jax.distributed.auto_mesh import FITS
+from consyn_jax.distributed.hardware import DescribedGpu
+from consyn_jax.flags import flat
+from consyn_jax.model.arithmetic import (
+    num_adapter_parameters,
+    num_parameters,
+    train_flops_per_token,
+)
+from consyn_jax.planning import network, roofline
+from consyn_jax.planning.plan import Alternative, Plan, alternatives
+from consyn_jax.training.runtime.memory import device_bytes, step_memory
+from consyn_jax.training.trainer import ConsynTrainer
+
+GIB, GB, DAY_S = 2**30, 1e9, 86_400
+SMALL_BYTES = 1e6  # smaller collectives share one line
+ALTERNATIVES = 4  # shown where a run does not fit
+NOT_INSTALLED = (
+    "Not compiled, because the CUDA packages are not installed: memory and collectives below are "
+    "estimated by arithmetic.\nWith pip install 'consyn_jax[cuda13]', on any machine, they come "
+    "from the compiler, with the kernels."
+)
+
+
+def page(plan: Plan, *, assumptions: bool = False) -> str:
+    """The whole page: the verdict, then the figures behind it.
+
+    Args:
+        assumptions: also list the rates behind the estimated step time.
+    """
+    sections = [iter([verdict(plan)])]
+    if not plan.fits:
+        sections.append(_ways_out(plan))
+    if plan.compiled is None:
+        sections.append(iter([NOT_INSTALLED]))
+    sections += [_what(plan), _memory(plan), _collectives(plan), _time(plan, assumptions)]
+    sections.append(_budget(plan))
+    return "\n\n".join("\n".join(section) for section in sections)
+
+
+def verdict(plan: Plan) -> str:
+    """The plan in one line: whether it fits, how fast it is, and how long the run takes."""
+    share = plan.total_bytes / plan.topology.gpu.memory_bytes
+    rate = plan.work.tokens / plan.time.total
+    if plan.steps is None:
+        long = f"{rate * DAY_S / GB:,.3g} billion tokens a day"
+    else:
+        tokens = plan.steps * plan.work.tokens
+        long = f"{_duration(tokens / rate)} for {_tokens(tokens)}"
+    fits = "Fits" if plan.fits else "DOES NOT FIT"
+    return f"{fits} ({share:.0%} of the memory); {rate:,.0f} tokens/s; {long}"
+
+
+def _duration(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours / 24:,.1f} days" if hours >= 48 else f"{hours:,.1f} hours"
+
+
+def _tokens(count: float) -> str:
+    size, name = (GB, "billion") if count >= GB else (1e6, "million")
+    return f"{count / size:,.4g} {name} tokens"
+
+
+def memory_here(trainer: ConsynTrainer) -> str:
+    """The memory that the compiled train step of a run needs on one device of this machine."""
+    needs, limit = step_memory(trainer.compile_train_step(trainer.run)), device_bytes()
+    flops = (
+        trainer.sequences_per_step
+        * trainer.run.row_length
+        * train_flops_per_token(trainer.model.config, trainer.run.length, trainer.run.lora)
+    )
+    fits = (
+        "fits"
+        if needs.total <= limit
+        else "DOES NOT FIT; --topology GPU:HOSTSxGPUS shows what it would need on other GPUs"
+    )
+    lines = [
+        "memory of one device, as compiled",
+        _row("state", needs.state),
+        _row("temporary", needs.temporary),
+        _total(needs.total, limit, fits),
+        f"a step takes {flops / 1e12:,.3g} TFLOP over all devices",
+    ]
+    return "\n".join(lines)
+
+
+def _what(plan: Plan) -> Iterator[str]:
+    model, work, topology, budget = plan.model, plan.work, plan.topology, plan.run.budget
+    axes = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.sizes.items() if size > 1)
+    accumulation = budget.gradient_accumulation_steps
+    accumulated = f", {accumulation} micro-batches" if accumulation > 1 else ""
+    rows = "pairs of two sequences" if plan.run.trains_on_pairs else "sequences"
+    yield (
+        f"model      {plan.run.model.model}: {num_parameters(model):,} parameters, "
+        f"{model.num_layers} layers, {model.hidden_dim} wide"
+    )
+    if work.lora.is_used:
+        yield (
+            f"adapter    LoRA of rank {work.lora.rank}: "
+            f"{num_adapter_parameters(model, work.lora):,} parameters are trained"
+        )
+    yield f"machine    {topology.hosts} x {topology.gpus_per_host} {topology.gpu.kind}"
+    yield f"mesh       {axes or 'no split'} ({plan.mesh.reason})"
+    yield (
+        f"step       {work.tokens:,} tokens: {budget.batch_size} {rows} of "
+        f"{work.length:,}{accumulated}; recomputed: {work.remat}"
+    )
+    if plan.compiled is not None:
+        calls = ", ".join(
+            f"{count} {name}"
+            for name, count in plan.compiled.kernels.items()
+            if "attention" in name or "fmha" in name
+        )
+        yield f"attention  {plan.compiled.attention}"
+        if calls:
+            yield f"           kernels per step: {calls}"
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    limit, found, memory = plan.topology.gpu.memory_bytes, plan.compiled, plan.work.memory
+    yield f"memory of one GPU{', by arithmetic' if found is None else ''}"
+    if found is None:
+        yield _row("parameters", memory.parameters)
+        yield _row("optimizer", memory.moments)
+        yield _row("gradients", memory.gradients)
+        yield _row("activations", memory.activations)
+        yield _row("working", memory.working)
+    else:
+        rest = memory.gradients + memory.working
+        yield _row("parameters", found.parameter_bytes)
+        yield _row("optimizer", found.optimizer_bytes)
+        batch = "batch" if not plan.work.lora.is_used else "frozen, batch"
+        yield _row(batch, found.argument_bytes - found.parameter_bytes - found.optimizer_bytes)
+        yield (
+            _row("temporary", found.temporary_bytes)
+            + f"   of which about {memory.activations / GIB:.2f} activations, "
+            + f"{rest / GIB:.2f} gradients and working memory"
+        )
+    fits = "fits" if plan.fits else "DOES NOT FIT"
+    yield _total(plan.total_bytes, limit, f"{fits} (a plan may use at most {FITS:.0%})")
+
+
+def _row(name: str, size: int) -> str:
+    return f"  {name:<13}{size / GIB:8.2f} GiB"
+
+
+def _total(size: int, limit: int, verdict: str) -> str:
+    return f"{_row('total', size)}   of {limit / GIB:.1f}: {size / limit:.0%}; {verdict}"
+
+
+def _collectives(plan: Plan) -> Iterator[str]:
+    if plan.compiled is None:
+        yield "collectives  see the network's share of the step time"
+        return
+    if not plan.compiled.collectives:
+        yield "collectives  none"
+        return
+    yield "collectives per step, in bytes of the whole arrays"
+    small = 0
+    for found in sorted(plan.compiled.collectives, key=lambda c: -c.payload_bytes):
+        if found.payload_bytes < SMALL_BYTES:
+            small += found.payload_bytes
+            continue
+        axes = ", ".join(found.axes) or "unknown axes"
+        yield (
+            f"  {found.kind:<18} {found.dtype:<5} over {axes:<14} {found.count:7,} calls "
+            f"{found.payload_bytes / GB:10.3f} GB"
+        )
+    if small:
+        yield f"  and {small / 1e3:,.0f} kB in small ones"
+    hidden = plan.compiled.hidden_share
+    yield f"  in the compiler's order, matmuls hide at least {hidden:.0%} of their time"
+    for warning in plan.compiled.warnings:
+        yield f"  WARNING {warning}"
+
+
+def _time(plan: Plan, assumptions: bool) -> Iterator[str]:
+    time, tflop = plan.time, plan.work.flops / plan.topology.num_devices / 1e12
+    yield (
+        f"step time, estimated: {_seconds(time.total)} for {tflop:,.1f} TFLOP per GPU, "
+        f"{plan.peak_share:.0%} of its peak"
+    )
+    for name in ("matmuls", "attention", "memory", "optimizer"):
+        yield f"  {name:<12} {_seconds(getattr(time, name)):>10}"
+    collectives = ", ".join(
+        f"{' x '.join(axes)} {_seconds(seconds)}" for axes, seconds in time.network.items()
+    )
+    if collectives:
+        yield f"  {'network':<12} {_seconds(time.exposed):>10}   not hidden, of {collectives}"
+    if plan.run.hardware.mixed_precision == "no":
+        yield "  THIS RUN is in float32, and several times slower than the estimate for bfloat16"
+    if not assumptions:
+        yield "  --verbose lists what is assumed"
+        return
+    stretch = roofline.stretch_of(plan.work, plan.topology)
+    lines = _assumptions(plan.topology.gpu, plan.run.hardware.mixed_precision, stretch)
+    yield "assumed    " + "\n           ".join(lines)
+
+
+def _assumptions(gpu: DescribedGpu, precision: str, stretch: float) -> Iterator[str]:
+    yield "bfloat16, with attention in a fused kernel"
+    if precision == "fp8":
+        yield (
+            f"8-bit matmuls in the blocks at {roofline.FP8_SPEEDUP} x the rate below, as data "
+            f"sheets say; activations as large as in bfloat16"
+        )
+    bandwidth = gpu.memory_bandwidth * roofline.MEMORY_EFFICIENCY / 1e12
+    yield (
+        f"matmuls at {gpu.matmul_flops / 1e12:.0f} TFLOP/s or {bandwidth:.2f} TB/s, "
+        f"whichever is slower"
+    )
+    attention = ", ".join(
+        f"{share:.0%} of peak for heads of {width}"
+        for width, share in roofline.ATTENTION_EFFICIENCY.items()
+    )
+    yield (
+        f"attention at {attention}; {roofline.DOCUMENT_SHARE:.0%} of that inside documents, "
+        f"which are assumed to be as long as a sequence"
+    )
+    link = gpu.link_bandwidth * network.LINK_EFFICIENCY / 1e9
+    ports = gpu.network_bandwidth * network.LINK_EFFICIENCY / 1e9
+    yield f"links at {link:.0f} GB/s inside a host, {ports:.3g} GB/s per GPU between hosts"
+    yield (
+        f"collectives of weights and gradients overlap with at most {roofline.OVERLAP:.0%} of the "
+        f"kernels' time, and slow them by {roofline.CONTENTION:.0%} of their own"
+    )
+    yield f"all kernels together take {stretch} x their sum; see docs/planning.md for the sources"
+
+
+def _budget(plan: Plan) -> Iterator[str]:
+    devices, rate = plan.topology.num_devices, plan.work.tokens / plan.time.total
+    yield (
+        f"speed      {rate:,.0f} tokens/s, {rate / devices:,.0f} per GPU; "
+        f"{rate * DAY_S / GB:,.2f} billion per day"
+    )
+    if plan.steps is None:
+        yield (
+            "budget     unknown, because epochs need the data; "
+            "--total_tokens or --max_steps gives days and GPU-hours"
+        )
+    else:
+        seconds = plan.steps * plan.time.total
+        tokens = plan.steps * plan.work.tokens
+        yield (
+            f"budget     {plan.steps:,} steps, {tokens / GB:,.2f} billion tokens: "
+            f"{seconds / DAY_S:,.2f} days, {seconds * devices / 3600:,.0f} GPU-hours"
+        )
+    lora = plan.work.lora
+    trained = num_adapter_parameters(plan.model, lora) if lora.is_used else None
+    state = (
+        (trained or num_parameters(plan.model)) * (4 + plan.work.moment_bytes)
+        if plan.compiled is None
+        else plan.compiled.state_bytes
+    )
+    kept = plan.run.saving.keep_last
+    yield (
+        f"checkpoint {state / GB:,.2f} GB on disk, "
+        f"{state * kept / GB:,.1f} GB for the {kept} that are kept"
+    )
+
+
+def _ways_out(plan: Plan) -> Iterator[str]:
+    limit = FITS * plan.topology.gpu.memory_bytes
+    # The compiler may need more than the arithmetic.
+    correction = max(1.0, plan.total_bytes / plan.work.memory.total)
+    ways = [way for way in alternatives(plan) if way.plan.total_bytes * correction <= limit]
+    if not ways:
+        yield "what would fit: nothing on these GPUs; use more or larger ones, or a smaller model"
+        return
+    yield "what would fit, cheapest first, by arithmetic (--fit compiles it and writes a recipe)"
+    for way in _plainest(ways):
+        other = "   (rounded moments change the result)" if "moment_dtype" in way.changes else ""
+        yield (
+            f"  {way.plan.total_bytes / GIB:6.1f} GiB, {_seconds(way.plan.time.total)} per step: "
+            f"{in_flags(way.changes)}{other}"
+        )
+
+
+def _plainest(ways: list[Alternative]) -> list[Alternative]:
+    """The cheapest few, leaving out those that only add changes to another one."""
+    plain: list[Alternative] = []
+    for way in sorted(ways, key=lambda way: (len(way.changes), way.cost)):
+        if not any(set(other.changes) <= set(way.changes) for other in plain):
+            plain.append(way)
+    return sorted(plain, key=lambda way: way.cost)[:ALTERNATIVES]
+
+
+def in_flags(changes: dict[str, Any]) -> str:
+    """Changed flags as they are written on the command line."""
+    return " ".join(f"--{name} {value}" for name, value in changes.items()) or "no change"
+
+
+def recipe(found: Alternative, origins: dict[str, str], topology: str) -> str:
+    """The YAML recipe of a run that fits: the user's flags with the changes of `--fit`.
+
+    Args:
+        origins: the origin of each value, by flag name.
+    """
+    plan = found.plan
+    how = "as compiled" if plan.compiled is not None else "by arithmetic, not compiled"
+    given = {
+        name: value
+        for name, value in _given(plan.run, origins).items()
+        if name not in ("topology", "fit")
+    }
+    head = (
+        f"# consyn-train --config THIS_FILE\n#\n"
+        f"# For {topology}: {plan.total_bytes / GIB:.1f} GiB of "
+        f"{plan.topology.gpu.memory_bytes / GIB:.1f} on each GPU, {how}.\n"
+        f"# EXPECTED, not measured: {_seconds(plan.time.total)} per step, "
+        f"{plan.work.tokens / plan.time.total:,.0f} tokens/s.\n"
+        f"# Changed by --fit: {in_flags(found.changes) if found.changes else 'nothing'}\n"
+    )
+    return head + yaml.safe_dump(given | found.changes, sort_keys=False, allow_unicode=True)
+
+
+def _given(run: RunConfig, origins: dict[str, str]) -> dict[str, Any]:
+    values = flat(run)
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in values.items()
+        if origins[name].startswith(("flag", "file", "keyword"))
+    }
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"

@@ -1,0 +1,105 @@
+"""Simulates a compiled step in the compiler's order, to find how much of its collectives is hidden.
+
+An asynchronous collective starts when the network has finished those before it. Its `-done`
+instruction waits for it; other instructions run in between. Only matmuls take time here, at the
+best measured rate. Attention and everything else would hide more, so the hidden share is a lower
+bound.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from consyn_jax.planning.compiled import Array, Instruction, collectives_of, computations
+from consyn_jax.planning.network import network_of
+from consyn_jax.planning.topology import Topology
+
+_CONTRACTED = re.compile(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)')
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Seconds of a step: its matmuls, its collectives, and the time that matmuls wait for them."""
+
+    matmuls: float
+    collectives: float
+    waits: float
+
+    @property
+    def hidden_share(self) -> float:
+        """The share of the collectives' time that overlaps with matmuls; 1 if there are none."""
+        return 1 - self.waits / self.collectives if self.collectives else 1.0
+
+
+def play(program: str, sizes: Mapping[str, int], topology: Topology) -> Schedule:
+    """Simulate a compiled program, given as text.
+
+    Args:
+        sizes: of the mesh's axes, in the order in which the program numbers the devices.
+    """
+    bodies, entry = computations(program)
+    return _Player(bodies, sizes, topology).run(entry)
+
+
+@dataclass
+class _Player:
+    bodies: Mapping[str, list[Instruction]]
+    sizes: Mapping[str, int]
+    topology: Topology
+    _flops: dict[str, int] = field(default_factory=dict)
+
+    def run(self, computation: str) -> Schedule:
+        """Simulate from idle network to idle network: no collective crosses a loop's boundary."""
+        now = free = matmuls = collectives = 0.0
+        ends: dict[str, float] = {}
+        arrays = {each.name: each.arrays for each in self.bodies[computation]}
+        for each in self.bodies[computation]:
+            if (seconds := self._collective_seconds(each)) is not None:
+                collectives += seconds
+                ends[each.name] = free = max(now, free) + seconds
+                if not each.operation.endswith("-start"):
+                    now = free
+            elif each.operation.endswith("-done"):
+                now = max(now, ends.get(each.first_operand, 0.0))
+            elif each.operation == "while":
+                (body,) = (name for attribute, name in each.calls if attribute == "body")
+                once, times = self.run(body), each.trips
+                matmuls += times * once.matmuls
+                collectives += times * once.collectives
+                now += times * (once.matmuls + once.waits)
+            else:
+                seconds = self._matmul_flops(each, arrays) / self.topology.gpu.matmul_flops
+                now, matmuls = now + seconds, matmuls + seconds
+        return Schedule(matmuls, collectives, max(now, free) - matmuls)
+
+    def _collective_seconds(self, each: Instruction) -> float | None:
+        """Seconds of an instruction's collective; None if it has none."""
+        communicated = collectives_of(each, self.sizes)
+        if not communicated:
+            return None
+        payload = sum(one.payload_bytes for one in communicated)
+        together = replace(communicated[0], payload_bytes=payload)
+        return sum(network_of([together], self.sizes, self.topology).values())
+
+    def _matmul_flops(self, each: Instruction, arrays: Mapping[str, tuple[Array, ...]]) -> int:
+        if each.operation in ("fusion", "call"):
+            called = (name for attribute, name in each.calls if attribute in ("calls", "to_apply"))
+            return sum(map(self._fused_flops, called))
+        if each.operation != "dot" and "__cublas$" not in each.rest:
+            return 0
+        contracted = _CONTRACTED.search(each.rest)
+        if contracted is None or not each.first_operand:
+            return 0
+        dimensions = arrays[each.first_operand][0][1]
+        summed = math.prod(dimensions[int(d)] for d in re.findall(r"\d+", contracted[1]))
+        return 2 * math.prod(each.arrays[0][1]) * summed
+
+    def _fused_flops(self, computation: str) -> int:
+        if computation not in self._flops:
+            body = self.bodies[computation]
+            arrays = {each.name: each.arrays for each in body}
+            self._flops[computation] = sum(self._matmul_flops(each, arrays) for each in body)
+        return self._flops[computation]

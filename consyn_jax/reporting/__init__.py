@@ -1,0 +1,1 @@
+"""`consyn-report`: runs read back from their directories, and shown side by side."""

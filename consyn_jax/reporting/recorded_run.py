@@ -1,0 +1,144 @@
+"""A run as its directory records it, also while it is running."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from consyn_jax.config_file import DERIVED
+from consyn_jax.errors import UserError
+from consyn_jax.training.logging.curves import Metrics, Point, best, curve, smooth
+from consyn_jax.training.logging.metrics import FILE_NAME, ending, read_metrics
+from consyn_jax.training.provenance.run_facts import made_with, read_facts
+from consyn_jax.training.run.directory import CONFIG
+from consyn_jax.training.run.identity import read_run_config
+from consyn_jax.training.run.lock import is_held
+
+# Flags of one start of a command; runs that differ in them only are the same experiment.
+NOT_COMPARED = {"output", "overwrite", "resume", "quiet", "wandb_project", "wandb_run_name"}
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """The content of a run directory that a report shows.
+
+    Attributes:
+        name: unique among the runs that are shown.
+        metrics: the lines of metrics.jsonl.
+        values: the configuration, by flag.
+        total_steps: of the whole run.
+        about: devices, versions and commit of its newest start.
+        is_running: whether a process holds the directory's lock.
+    """
+
+    name: str
+    metrics: Metrics
+    values: Mapping[str, Any]
+    total_steps: int
+    about: Mapping[str, str]
+    is_running: bool
+
+    @property
+    def state(self) -> str:
+        """The state in words: complete, running, diverged, stopped by a signal, or without end."""
+        if self.is_running:
+            return "running"
+        return ending([line for line in self.metrics if "event" in line])
+
+    @property
+    def best(self) -> Point | None:
+        """The lowest evaluation loss."""
+        return best(curve(self.metrics, "eval/loss"))
+
+    @property
+    def results(self) -> dict[str, float | str | None]:
+        """The outcome by column; None for what was not logged."""
+        train, speed = curve(self.metrics, "train/loss"), "throughput/tokens_per_s"
+        last: Mapping[str, Any] = self.metrics[-1] if self.metrics else {}
+        lowest, speeds = self.best, [point.value for point in curve(self.metrics, speed)]
+        return {
+            "state": self.state,
+            "step": last.get("step"),
+            "of": self.total_steps,
+            "tokens": last.get("tokens"),
+            "best eval loss": None if lowest is None else lowest.value,
+            "at step": None if lowest is None else lowest.step,
+            "train loss, smoothed": smooth(train)[-1].value if train else None,
+            "tokens/s, median": statistics.median(speeds) if speeds else None,
+            "seconds": last.get("time_s"),
+        }
+
+
+def read_run(directory: Path, name: str = "") -> RecordedRun:
+    """Read a run from its directory; nothing is changed there.
+
+    Args:
+        name: to show; the directory's by default.
+
+    Raises:
+        UserError: it is not the directory of a run, or a file there is damaged.
+    """
+    if not (directory / CONFIG).is_file():
+        raise UserError(f"{directory} is not the directory of a run: it has no {CONFIG}.")
+    values = read_run_config(directory / CONFIG, remedy="Restore it from a copy.")
+    steps = values.pop(DERIVED).get("total_steps")
+    metrics = read_metrics(directory / FILE_NAME) if (directory / FILE_NAME).exists() else []
+    return RecordedRun(
+        name or directory.resolve().name,
+        metrics,
+        values,
+        steps if isinstance(steps, int) else 0,
+        _about(read_facts(directory)),
+        is_held(directory),
+    )
+
+
+def _about(facts: dict[str, Any] | None) -> dict[str, str]:
+    if facts is None or not facts["starts"]:
+        return {}
+    start = facts["starts"][-1]
+    devices = f"{start.get('num_devices', '?')} x {start.get('device_kind', '?')}"
+    return {"devices": devices, **dict(made_with(facts))}
+
+
+def read_runs(directories: Sequence[Path]) -> list[RecordedRun]:
+    """Read several runs, and name each by as much of its path as tells it from the others.
+
+    Raises:
+        UserError: one is given twice, or is not a run that can be read.
+    """
+    places = [directory.resolve() for directory in directories]
+    twice = next((place for place in places if places.count(place) > 1), None)
+    if twice is not None:
+        raise UserError(f"{twice} is given twice. Leave one of them out.")
+    names = short_names(places)
+    return [read_run(d, name) for d, name in zip(directories, names, strict=True)]
+
+
+def short_names(places: Sequence[Path]) -> list[str]:
+    """The last parts of each path, as many as all of them need to differ.
+
+    >>> short_names([Path("/a/x/run"), Path("/a/y/run")])
+    ['x/run', 'y/run']
+    """
+    for depth in range(1, max((len(place.parts) for place in places), default=1) + 1):
+        names = ["/".join(place.parts[-depth:]) for place in places]
+        if len(set(names)) == len(names):
+            return names
+    return [str(place) for place in places]
+
+
+def differing(runs: Sequence[RecordedRun]) -> list[tuple[str, list[str]]]:
+    """Flags whose values are not the same in all runs, with the value in each."""
+    names = dict.fromkeys(name for run in runs for name in run.values)
+    rows = [(name, [_text(run.values.get(name)) for run in runs]) for name in names]
+    return [(n, texts) for n, texts in rows if n not in NOT_COMPARED and len(set(texts)) > 1]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)

@@ -1,0 +1,68 @@
+"""The settings of `consyn-report`, and checks of them that read no file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from consyn_jax.errors import UserError
+from consyn_jax.flags import flag
+
+OUTPUT, PORT, LARGEST_PORT = "comparison.html", 6060, 65_535
+
+
+@dataclass(frozen=True)
+class ReportRunOptions:
+    """The runs to show."""
+
+    run: tuple[str, ...] = flag(
+        (), "run directories, also without this flag's name; running ones too"
+    )
+    watch: str | None = flag(
+        None, "show all runs below this directory on a local page that renews itself"
+    )
+
+
+@dataclass(frozen=True)
+class ReportPageOptions:
+    """The page and its place."""
+
+    output: str | None = flag(None, "file of the page; an older one is replaced (comparison.html)")
+    port: int | None = flag(
+        None, "port of the page of --watch, on this machine only; 0: a free one (6060)"
+    )
+    quiet: bool = flag(False, "print the tables only")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """All settings of `consyn-report`."""
+
+    runs: ReportRunOptions = ReportRunOptions()
+    page: ReportPageOptions = ReportPageOptions()
+
+
+def validate_report(config: ReportConfig) -> None:
+    """Check the settings.
+
+    Raises:
+        UserError: there is nothing to show, or a value makes no sense.
+    """
+    runs, page = config.runs, config.page
+    if not runs.run and runs.watch is None:
+        raise UserError("No run is given. Name run directories, or a directory of runs as --watch.")
+    if runs.run and runs.watch is not None:
+        raise UserError("--run and --watch do not work together. Leave one of them out.")
+    if runs.watch is not None:
+        if page.output is not None:
+            raise UserError("--watch writes no file, so --output has no use. Leave it out.")
+        if page.port is not None and not 0 <= page.port <= LARGEST_PORT:
+            raise UserError(f"--port {page.port} is not in 0 to {LARGEST_PORT}.")
+        return
+    if page.port is not None:
+        raise UserError("--port is for --watch. Leave it out.")
+    output = Path(page.output or OUTPUT)
+    if output.is_dir():
+        raise UserError(f"--output {output} is a directory. Name a file in it.")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output} is in a directory that does not exist. Create it.")

@@ -1,0 +1,182 @@
+"""Rows of `--requests`: a context and what may follow it, or a question with its answer."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from consyn_jax.data.sources.byte_stream import ByteStream
+from consyn_jax.data.sources.row_formats.fields import BadRow, json_type, shown, string, text_of
+from consyn_jax.errors import UserError, listed
+from consyn_jax.scoring import question_rows
+from consyn_jax.scoring.question_rows import Question, is_question, question
+
+ANSWERS = ("continuation", "continuations", "choices")
+KEYS = ("context", "contexts", *ANSWERS, "gold", "task", *question_rows.KEYS)
+REMEDY = "Fix the row; docs/evaluate.md has the format."
+SHOWN_KEYS = 5  # of those that are not read
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row.
+
+    Attributes:
+        place: Of the row, for messages: "FILE:LINE".
+        pairs: (context, continuation), in the order of the row.
+        gold: Numbers of the right ones, from 0; empty if the row does not ask for a choice.
+    """
+
+    place: str
+    pairs: tuple[tuple[str, str], ...]
+    gold: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """Requests that are counted together.
+
+    Attributes:
+        requests: Rows whose answers are given, and judged by their likelihoods.
+        unused: Keys of rows that are not read, and in how many rows.
+        questions: Rows whose answers the model writes.
+    """
+
+    name: str
+    requests: tuple[Request, ...]
+    unused: dict[str, int] = field(default_factory=dict)
+    questions: tuple[Question, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        return len(self.requests) + len(self.questions)
+
+    @property
+    def notes(self) -> list[str]:
+        """The keys of rows that are not read, with the number of rows that have them."""
+        if not self.unused:
+            return []
+        keys = listed([f"{key} ({count:,})" for key, count in self.unused.items()], SHOWN_KEYS)
+        return [f"keys of rows that are not read: {keys}"]
+
+
+def read_tasks(files: tuple[str, ...]) -> list[Task]:
+    """The tasks of files: a row's `task`, or else the name of its file.
+
+    Raises:
+        UserError: A file cannot be read or is empty, or a row is wrong; the message names it.
+    """
+    found: dict[str, list[Request | Question]] = {}
+    unused: dict[str, Counter[str]] = {}
+    for name in files:
+        before = sum(map(len, found.values()))
+        for number, line in enumerate(_read(name).split(b"\n"), 1):
+            if not line.strip():
+                continue
+            place = f"{name}:{number}"
+            try:
+                row = _parsed(line)
+                task = string(row.get("task", Path(name).name), "under the key 'task'", "a string")
+                found.setdefault(task, []).append(_read_row(row, place))
+            except BadRow as fault:
+                raise UserError(f"{place} {fault} {REMEDY}") from None
+            unused.setdefault(task, Counter()).update(row.keys() - set(KEYS))
+        if sum(map(len, found.values())) == before:
+            raise UserError(f"{name} in --requests has no rows. Give a file of JSON Lines.")
+    return [
+        Task(
+            task,
+            tuple(row for row in rows if isinstance(row, Request)),
+            dict(unused[task].most_common()),
+            tuple(row for row in rows if isinstance(row, Question)),
+        )
+        for task, rows in found.items()
+    ]
+
+
+def _read(name: str) -> bytes:
+    if not Path(name).is_file():
+        what = "is a directory" if Path(name).is_dir() else "does not exist"
+        raise UserError(f"{name} in --requests {what}. Give a file of JSON Lines.")
+    parts = []
+    with ByteStream(Path(name)) as stream:
+        while data := stream.read(1 << 20):
+            parts.append(data)
+    return b"".join(parts)
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise BadRow(f"is not UTF-8 (byte {error.start} of the row).") from None
+    except json.JSONDecodeError as error:
+        raise BadRow(f"is broken JSON ({error.msg}, column {error.colno}).") from None
+    except (RecursionError, ValueError):  # too deep, or a number of thousands of digits
+        raise BadRow("is broken JSON.") from None
+    if not isinstance(row, dict):
+        raise BadRow(f"holds {json_type(row)}, not an object.")
+    return row
+
+
+def _read_row(row: dict[str, Any], place: str) -> Request | Question:
+    return question(row, place) if is_question(row) else _request(row, place)
+
+
+def _request(row: dict[str, Any], place: str) -> Request:
+    """The request of a row.
+
+    Raises:
+        BadRow: A key is missing, or a value is not what belongs there.
+    """
+    given = [key for key in ANSWERS if key in row]
+    if len(given) != 1:
+        wrong = " and ".join(given) if given else f"none; its keys are {shown(row)}"
+        raise BadRow(f"must have one of {', '.join(ANSWERS)}, and has {wrong}.")
+    if ("context" in row) == ("contexts" in row):
+        wrong = "both" if "context" in row else f"neither; its keys are {shown(row)}"
+        raise BadRow(f"must have context or contexts, and has {wrong}.")
+    (key,) = given
+    answers = [text_of(row, key)] if key == "continuation" else _texts(row, key)
+    if "contexts" in row:
+        if key != "continuation":
+            raise BadRow(f"has contexts and {key}; contexts go with one continuation.")
+        contexts = _texts(row, "contexts")
+        answers *= len(contexts)
+    else:
+        contexts = [text_of(row, "context")] * len(answers)
+    if "" in answers:
+        raise BadRow(f"has an empty text under the key {key!r}, which has no token.")
+    pairs = tuple(zip(contexts, answers, strict=True))
+    return Request(place, pairs, _gold(row, key, len(pairs)))
+
+
+def _texts(row: dict[str, Any], key: str) -> list[str]:
+    value = row[key]
+    if not isinstance(value, list) or not value:
+        what = "an empty array" if value == [] else json_type(value)
+        raise BadRow(f"holds {what} under the key {key!r}, not an array of strings.")
+    return [string(item, f"in the array under {key!r}", "a string") for item in value]
+
+
+def _gold(row: dict[str, Any], key: str, count: int) -> tuple[int, ...]:
+    if row.get("gold") is None:
+        if key == "choices":
+            raise BadRow("has choices and no gold, the number of the right one from 0.")
+        return ()
+    gold = row["gold"] if isinstance(row["gold"], list) else [row["gold"]]
+    right = range(count)
+    if not gold or any(isinstance(n, bool) or not isinstance(n, int) for n in gold):
+        raise BadRow("must have a number or numbers from 0 under the key 'gold'.")
+    wrong = next((n for n in gold if n not in right), None)
+    if wrong is not None:
+        raise BadRow(
+            f"has gold {wrong}, and its {count} answers have the numbers 0 to {count - 1}."
+        )
+    if count == 1:
+        raise BadRow("has gold and a single answer, so there is nothing to choose.")
+    return tuple(gold)

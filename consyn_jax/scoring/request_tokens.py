@@ -1,0 +1,105 @@
+"""Requests as token ids: the continuation is what the whole text has after its context.
+
+As in lm_eval (`TemplateLM._encode_pair`), white space at the end of a context belongs to the
+continuation, and both are tokenised as one text, so that a token may not begin in the context. BOS
+comes first if the model's texts begin with it; an empty context is BOS, or else the end of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from consyn_jax.errors import UserError
+from consyn_jax.scoring.request_rows import Request
+from consyn_jax.scoring.scorer import Wanted
+from consyn_jax.tokenization import BPETokenizer
+
+TEXTS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """All pairs of some requests.
+
+    Attributes:
+        wanted: The sequences to score, in the order of the requests and their pairs.
+        cut: How many contexts lost tokens at their beginning, to fit the model.
+        changed: How many contexts have other tokens alone than before their continuation.
+        context: Tokens that the model sees at once.
+    """
+
+    wanted: list[Wanted]
+    cut: int
+    changed: int
+    context: int
+
+    @property
+    def notes(self) -> list[str]:
+        """Changes of the contexts, with counts."""
+        notes = []
+        if self.cut:
+            notes.append(
+                f"{self.cut:,} of {len(self.wanted):,} contexts cut from the left to the model's "
+                f"{self.context:,} tokens"
+            )
+        if self.changed:
+            notes.append(f"{self.changed:,} contexts share a token with their continuation")
+        return notes
+
+
+def encode_pair(context: str, continuation: str) -> tuple[str, str]:
+    """Move white space at the end of the context to the continuation.
+
+    >>> encode_pair("2 + 2 = ", "4")
+    ('2 + 2 =', ' 4')
+    """
+    kept = context.rstrip()
+    return kept, context[len(kept) :] + continuation
+
+
+def encode_requests(requests: Iterable[Request], tokenizer: BPETokenizer, context: int) -> Encoded:
+    """Tokenise requests, and cut contexts from the left to what the model sees.
+
+    Args:
+        context: Tokens that the model sees at once.
+
+    Raises:
+        UserError: A continuation has no token of its own, or is longer than the context.
+    """
+    pairs = [(request.place, *encode_pair(*pair)) for request in requests for pair in request.pairs]
+    contexts = _encode(tokenizer, [before for _, before, _ in pairs])
+    wholes = _encode(tokenizer, [before + after for _, before, after in pairs])
+    begin = [] if tokenizer.first_id is None else [tokenizer.first_id]
+    wanted, cut, changed = list[Wanted](), 0, 0
+    for (place, _, _), before, whole in zip(pairs, contexts, wholes, strict=True):
+        start = begin if begin or before else [tokenizer.eos_token_id]
+        first, ids = len(start) + len(before), [*start, *whole]
+        changed += whole[: len(before)] != before
+        if first >= len(ids):
+            raise UserError(
+                f"{place} has a continuation without a token of its own: the tokenizer joins it to "
+                "the context. Move the text between them, so that it begins with a new word."
+            )
+        over = len(ids) - (context + 1)
+        if over > 0:
+            if first - over < 1:
+                raise UserError(
+                    f"{place} has a continuation of {len(ids) - first:,} tokens, and the model "
+                    f"sees {context:,} at once. Shorten it."
+                )
+            cut, ids, first = cut + 1, ids[over:], first - over
+        wanted.append(Wanted(np.array(ids, np.int32), first))
+    return Encoded(wanted, cut, changed, context)
+
+
+def _encode(tokenizer: BPETokenizer, texts: Sequence[str]) -> list[list[int]]:
+    found: list[list[int]] = []
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        part = texts[start : start + TEXTS_AT_ONCE]
+        ids = tokenizer.encode_batch(part)
+        # Some tokenizers put a space in front of a text, even of none.
+        found += [of if text else [] for of, text in zip(ids, part, strict=True)]
+    return found

@@ -1,0 +1,103 @@
+"""Calls into the Rust library `tokenizers` that always end, whatever a tokenizer.json contains.
+
+The regular expressions that split text come with the file. One may take forever on a text, or make
+the library panic; a panic is not an `Exception`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from consyn_jax.errors import UserError
+
+Result = TypeVar("Result")
+PROBE_S = 5.0
+# Bounds for the time limit. Even a busy machine encodes more than ten times as fast.
+SLOWEST_CHARACTERS_PER_S, LEAST_S = 10_000, 60.0
+# Short texts on which nested repetitions take exponential time.
+PROBES = ("a" * 64 + "!", "A" * 64 + "\n", "0" * 64 + "x", " " * 64 + ".", "aA0 " * 16, "é" * 64)
+
+
+def probe(encode: Callable[[Sequence[str]], object]) -> None:
+    """Encode short texts on which nested repetitions take exponential time.
+
+    Raises:
+        UserError: an expression takes forever, or the library panicked.
+    """
+    with _without_stderr():  # a panic prints its own message there
+        bounded(lambda: encode(PROBES), PROBE_S)
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    sys.stderr.flush()
+    own, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(own, 2)
+        os.close(own)
+        os.close(nowhere)
+
+
+def guarded(work: Callable[[], Result]) -> Result:
+    """Run `work`, and turn a panic of the library into a UserError.
+
+    Raises:
+        UserError: the library panicked.
+    """
+    try:
+        return work()
+    except BaseException as error:
+        # A PanicException is not an Exception and cannot be imported.
+        if isinstance(error, Exception) or type(error).__name__ != "PanicException":
+            raise
+        raise UserError(
+            f"The tokenizer.json makes the tokenizers library fail ({_short(error)}). Use another "
+            "tokenizer, or repair the expressions in it."
+        ) from error
+
+
+def bounded(work: Callable[[], Result], limit_s: float) -> Result:
+    """Run `work`, and wait at most `limit_s` seconds for its result.
+
+    A call that takes longer goes on in a thread of its own, which ends with the process.
+
+    Raises:
+        UserError: it takes longer, or the library panicked.
+    """
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(guarded(work))
+        except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="tokenizer", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise UserError(
+            f"The tokenizer did not finish within {limit_s:.0f} s on a text: an expression in its "
+            "tokenizer.json takes forever. Use another tokenizer, or repair the expression."
+        )
+    return results[0]
+
+
+def limit_s(characters: int) -> float:
+    """Time limit in seconds for encoding this many characters."""
+    return LEAST_S + characters / SLOWEST_CHARACTERS_PER_S
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

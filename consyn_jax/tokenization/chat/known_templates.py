@@ -1,0 +1,48 @@
+"""`generation` marks for published templates without them, as in TRL's `assistant_only_loss`.
+
+A template is recognised by the lines that write the assistant's turns, not as a whole, so that
+another system prompt or a later revision makes no difference. In Qwen3's template, TRL also lets
+every turn, not only the last one, begin with its reasoning, as the model writes it.
+Source: trl 1.16, `chat_templates/qwen2_5_training.jinja` and `qwen3_training.jinja`.
+"""
+
+from __future__ import annotations
+
+import re
+
+_TO_TOOL = r"""(\{\{- '<\|im_end\|>\\n' \}\}\s*)(\{%- elif message\.role == "tool" %\})"""
+_MARKS = {
+    "qwen2.5": (
+        (r' or \(message\.role == "assistant" and not message\.tool_calls\) %\}', " %}"),
+        (
+            r"""(\{%- elif message\.role == "assistant" %\}\s*)"""
+            r"""\{\{- '<\|im_start\|>' \+ message\.role \}\}\s*\{%- if message\.content %\}""",
+            r"\1{{- '<|im_start|>' + message.role }}{%- generation %}"
+            r"{%- if message.content or not message.tool_calls %}",
+        ),
+        (_TO_TOOL, r"\1{%- endgeneration %}\2"),
+    ),
+    "qwen3": (
+        (
+            r"\{%- if loop\.index0 > ns\.last_query_index %\}\s*"
+            r"\{%- if loop\.last or \(not loop\.last and reasoning_content\) %\}\s*"
+            r"\{\{- '<\|im_start\|>' \+ message\.role \+ '\\n(<think>.*?) \}\}.*?"
+            r"(?=\{%- if message\.tool_calls %\})",
+            r"{{- '<|im_start|>' + message.role + '\\n' }}{%- generation %}{{- '\1 }}",
+        ),
+        (_TO_TOOL, r"\1{%- endgeneration %}\2"),
+    ),
+}
+
+
+def marked(source: str) -> str:
+    """Add `generation` blocks to a template that is known; return others unchanged."""
+    for changes in _MARKS.values():
+        text = source
+        for pattern, put in changes:
+            text, count = re.subn(pattern, put, text, flags=re.DOTALL)
+            if count != 1:
+                break
+        else:
+            return text
+    return source

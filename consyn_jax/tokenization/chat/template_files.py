@@ -1,0 +1,116 @@
+"""Reading and replacing the chat template in a model's files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from consyn_jax.errors import UserError
+
+TEMPLATE, OLDER_TEMPLATE, CONFIG = (
+    *("chat_template.jinja", "chat_template.json", "tokenizer_config.json"),
+)
+ADDITIONAL = "additional_chat_templates/"
+DEFAULT, TOOL_USE = "default", "tool_use"
+
+
+def template_in(files: Mapping[str, bytes]) -> str | None:
+    """The chat template among a tokenizer's files; None if there is none.
+
+    If several have names, it is the one named "default".
+
+    Args:
+        files: contents by name.
+
+    Raises:
+        UserError: the template in a file is not text.
+    """
+    return _named(files).get(DEFAULT)
+
+
+def tool_template_in(files: Mapping[str, bytes]) -> str | None:
+    """The template for conversations with tools, if the tokenizer has a separate one.
+
+    transformers takes the one named "tool_use" (`get_chat_template`).
+
+    Raises:
+        UserError: as for `template_in`.
+    """
+    return _named(files).get(TOOL_USE)
+
+
+def _named(files: Mapping[str, bytes]) -> dict[str, str]:
+    """The templates by name; one without a name is "default"."""
+    if TEMPLATE in files:
+        extra = {
+            Path(name).stem: _text(name, data)
+            for name, data in files.items()
+            if name.startswith(ADDITIONAL)
+        }
+        return {**extra, DEFAULT: _text(TEMPLATE, files[TEMPLATE])}
+    for name in (OLDER_TEMPLATE, CONFIG):
+        found = _object(files[name]).get("chat_template") if name in files else None
+        if found is None:
+            continue
+        named: dict[Any, Any] = {DEFAULT: found}
+        if isinstance(found, list):
+            named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+        if not named or not all(isinstance(text, str) for item in named.items() for text in item):
+            raise UserError(f"Its {name} has a chat_template that is not text. Download it again.")
+        return named
+    return {}
+
+
+def _text(name: str, content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"Its {name} is not UTF-8 text (byte {error.start}). Download it again."
+        ) from error
+
+
+def with_template(files: Mapping[str, bytes], source: str) -> dict[str, bytes]:
+    """A tokenizer's files with another chat template, as transformers 4.43 and later read it.
+
+    split_special_tokens is set to false, or the template's special tokens would be plain text.
+    """
+    changed = {
+        name: content
+        for name, content in files.items()
+        if name != OLDER_TEMPLATE and not name.startswith(ADDITIONAL)
+    }
+    changed[TEMPLATE] = source.encode()
+    if CONFIG in files:
+        config = _object(files[CONFIG])
+        if "chat_template" in config:
+            config["chat_template"] = source
+        if config.get("split_special_tokens"):
+            config["split_special_tokens"] = False
+        changed[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return changed
+
+
+def read_template(path: str) -> str:
+    """The Jinja text of `--chat_template FILE`.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(
+            f"--chat_template {path} cannot be read: {reason}. Give auto, plain or a Jinja file."
+        ) from error
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

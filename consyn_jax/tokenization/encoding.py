@@ -1,0 +1,163 @@
+"""Texts to ids, for documents and parts of them; a part gets the ids that it has in the whole.
+
+SentencePiece and some byte vocabularies put a space in front of a text. In front of a part from the
+middle, that would add a space that the document does not have.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+
+from consyn_jax.errors import UserError
+from consyn_jax.tokenization.bounded import bounded, guarded, limit_s, probe
+from consyn_jax.tokenization.byte_level import SPLIT_PATTERN
+from consyn_jax.tokenization.sentencepiece_model import LEADING
+
+SPLITTING = ("normalizer", "pre_tokenizer")
+Before = str | None
+"""What precedes a text in its document: "text", "token" (a special one), or None for nothing."""
+
+
+class TextEncoder:
+    """Encodes texts without special tokens, depending on what precedes each in its document."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Make the encoder of a tokenizer that `switch_off_changes` has prepared.
+
+        Raises:
+            UserError: an expression of the tokenizer takes forever on a short text, or makes the
+                library panic.
+        """
+        content = json.loads(tokenizer.to_str())
+        self._whole, self._inner = tokenizer, _without_prefix(content)
+        own = {SPLIT_PATTERN, LEADING}
+        self._has_expressions = bool(
+            set(_expressions([content.get(part) for part in SPLITTING])) - own
+        )
+        if self._has_expressions:
+            probe(lambda texts: _ids(tokenizer, texts))
+        self._plain = {None, "token"} if _prefixes_every_piece(content) else {None}
+
+    def encode(
+        self, texts: Sequence[str], after: Sequence[Before] | None = None
+    ) -> list[list[int]]:
+        """The ids of each text.
+
+        Raises:
+            UserError: a text has a lone surrogate, which is not a character; or an expression of
+                the tokenizer takes forever on a text, or makes the library panic.
+        """
+        if self._has_expressions:
+            return bounded(lambda: self._encode(texts, after), limit_s(sum(map(len, texts))))
+        return guarded(lambda: self._encode(texts, after))
+
+    def _encode(self, texts: Sequence[str], after: Sequence[Before] | None) -> list[list[int]]:
+        if self._inner is None or after is None:
+            return _ids(self._whole, texts)
+        whole = [before in self._plain for before in after]
+        of_whole = iter(_ids(self._whole, [t for t, w in zip(texts, whole, strict=True) if w]))
+        of_inner = iter(_ids(self._inner, [t for t, w in zip(texts, whole, strict=True) if not w]))
+        return [next(of_whole if is_whole else of_inner) for is_whole in whole]
+
+
+def switch_off_changes(tokenizer: Tokenizer) -> None:
+    """Switch off settings of a published file: truncation, padding and dropout of merges.
+
+    From then on, special tokens in a text are ordinary text.
+    """
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if isinstance(tokenizer.model, BPE):
+        tokenizer.model.dropout = None
+    tokenizer.encode_special_tokens = True
+
+
+def _ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    try:
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    except TypeError:
+        _check_surrogates(texts)
+        raise
+    return [encoding.ids for encoding in encodings]
+
+
+def _expressions(content: Any) -> list[str]:
+    """All regular expressions in a tokenizer.json."""
+    if isinstance(content, Mapping):
+        own = [content["Regex"]] if isinstance(content.get("Regex"), str) else []
+        return own + [each for value in content.values() for each in _expressions(value)]
+    if isinstance(content, list):
+        return [each for value in content for each in _expressions(value)]
+    return []
+
+
+def _check_surrogates(texts: Sequence[str]) -> None:
+    """Name the first text with a lone surrogate; `tokenizers` only says that it wants a str."""
+    surrogate = re.compile("[\ud800-\udfff]")
+    for text in texts:
+        if isinstance(text, str) and (found := surrogate.search(text)):
+            raise UserError(
+                f"A text has the lone surrogate U+{ord(found.group()):04X} at character "
+                f"{found.start()}, which is not a character. Remove it from the data."
+            )
+
+
+def _without_prefix(content: Mapping[str, Any]) -> Tokenizer | None:
+    """The same tokenizer without an added space in front; None if it adds none.
+
+    Args:
+        content: of the tokenizer.json.
+    """
+    changed = dict(content)
+    for part in ("normalizer", "pre_tokenizer"):
+        changed[part] = _unprefixed(content.get(part))
+    if changed == content:
+        return None
+    tokenizer = guarded(lambda: Tokenizer.from_str(json.dumps(changed)))
+    switch_off_changes(tokenizer)
+    return tokenizer
+
+
+def _unprefixed(part: Any) -> Any:
+    """Change a normalizer or pre-tokenizer so that it leaves the start of a text as it is."""
+    if not isinstance(part, Mapping):
+        return part
+    kind = part.get("type")
+    for name in ("normalizers", "pretokenizers"):
+        if kind == "Sequence" and name in part:
+            return {**part, name: [kept for p in part[name] if (kept := _unprefixed(p))]}
+    changes: dict[str, dict[str, Any]] = {
+        "Metaspace": {"prepend_scheme": "never"},
+        "ByteLevel": {"add_prefix_space": False},
+        "Strip": {"strip_left": False},
+    }
+    if kind == "Prepend" or part.get("pattern") == {"Regex": LEADING}:
+        return None
+    return {**part, **changes.get(str(kind), {})}
+
+
+def _prefixes_every_piece(content: Mapping[str, Any]) -> bool:
+    """Whether a space is also put in front of text that follows a special token.
+
+    `Prepend` and `ByteLevel` work on each piece between special tokens; `Metaspace` does so with
+    the scheme "always".
+    """
+
+    def every(part: Any) -> bool:
+        if not isinstance(part, Mapping):
+            return False
+        kind = part.get("type")
+        inner = [*part.get("normalizers", ()), *part.get("pretokenizers", ())]
+        if kind == "Sequence":
+            return any(map(every, inner))
+        always = kind == "Metaspace" and part.get("prepend_scheme") == "always"
+        spaced = kind == "ByteLevel" and part.get("add_prefix_space")
+        return bool(kind == "Prepend" or always or spaced)
+
+    return every(content.get("normalizer")) or every(content.get("pre_tokenizer"))

@@ -1,0 +1,222 @@
+"""The files of a tokenizer in a directory: finding, reading and keeping them.
+
+A directory may lack a tokenizer.json. Then a SentencePiece model is read here, and other
+vocabularies (`vocab.json` with `merges.txt`) by transformers, which knows how each family splits
+text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from consyn_jax.errors import UserError, listed
+from consyn_jax.files import refuse_strays
+from consyn_jax.tokenization.sentencepiece_model import MODEL_FILES, sentencepiece_json
+from consyn_jax.tokenization.special_tokens import KNOWN_NAMES, Roles
+from consyn_jax.tokenization.tokenizer_json import read_text
+
+JSON, CONFIG, TOKEN_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
+SENTENCEPIECE = MODEL_FILES
+VOCABULARIES = (
+    *SENTENCEPIECE,
+    *("vocab.json", "merges.txt", "vocab.txt", "tekken.json", "*.tiktoken"),
+)
+KEPT = (JSON, CONFIG, TOKEN_MAP, "added_tokens.json", *VOCABULARIES, *TEMPLATES)
+"""Patterns of the files that belong to a tokenizer. They are exported as they came."""
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """A tokenizer as its files describe it.
+
+    Attributes:
+        json_text: the tokenizer.json, or what other files were converted to.
+        roles: special tokens that the files name.
+        add_bos: `add_bos_token` of tokenizer_config.json, if it is there.
+        kept: the files as they came, by name.
+        model_type: of the config.json beside them, if there is one.
+        declared: special tokens that tokenizer_config.json declares by id.
+    """
+
+    json_text: str
+    roles: Roles = field(default_factory=dict)
+    add_bos: bool | None = None
+    kept: Mapping[str, bytes] = field(default_factory=dict)
+    model_type: str | None = None
+    declared: Mapping[int, AddedToken] = field(default_factory=dict)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the kept files load without an added tokenizer.json."""
+        return any(name in self.kept for name in (JSON, *SENTENCEPIECE))
+
+
+def read_tokenizer(path: Path) -> TokenizerFiles:
+    """Read a tokenizer.json, another vocabulary, or a directory with one.
+
+    Raises:
+        UserError: there is none, it is damaged, or the package that converts it is missing.
+    """
+    directory = path if path.is_dir() else path.parent
+    refuse_strays(directory, KEPT, named=None if path.is_dir() else path)
+    kept = _kept(directory)
+    json_file = directory / JSON if path.is_dir() or path.name in kept else path
+    config = _object(directory / CONFIG)
+    roles = _roles(_object(directory / TOKEN_MAP)) | _roles(config)
+    model_type = _object(directory / "config.json").get("model_type")
+    model = _sentencepiece(path)
+    if model is not None:
+        try:
+            json_text, from_model = sentencepiece_json(model.read_bytes())
+        except UserError as error:
+            raise UserError(f"{model}: {error}") from error
+        kept = {name: data for name, data in kept.items() if name not in (JSON, *SENTENCEPIECE)}
+        kept[model.name if model.name in SENTENCEPIECE else SENTENCEPIECE[0]] = model.read_bytes()
+        roles = from_model | roles
+    elif json_file.is_file():
+        json_text = read_text(json_file)
+        kept = {**kept, JSON: json_file.read_bytes()}
+    elif found := [name for pattern in VOCABULARIES for name in kept if Path(name).match(pattern)]:
+        json_text, from_classes = _converted(directory, found)
+        roles = from_classes | roles
+    else:
+        raise UserError(
+            f"There is no tokenizer at {json_file}. Give a tokenizer.json or a directory that "
+            "contains one."
+        )
+    add_bos = config.get("add_bos_token")
+    return TokenizerFiles(
+        json_text,
+        roles,
+        add_bos if isinstance(add_bos, bool) else None,
+        kept,
+        model_type if isinstance(model_type, str) else None,
+        _declared(config),
+    )
+
+
+def _sentencepiece(path: Path) -> Path | None:
+    """The SentencePiece model to read: a file that is named, or a directory's only vocabulary."""
+    if path.is_file():
+        return path if path.suffix == ".model" else None
+    if (path / JSON).is_file():
+        return None
+    files = (path / name for name in SENTENCEPIECE)
+    return next((file for file in files if file.is_file()), None)
+
+
+def holds_tokenizer(directory: Path) -> bool:
+    """Whether a directory has a vocabulary of any kind.
+
+    A damaged or unsupported one counts, so that it is refused by name and not passed over.
+    """
+    return any(next(directory.glob(p), None) is not None for p in (JSON, *VOCABULARIES))
+
+
+def _kept(directory: Path) -> dict[str, bytes]:
+    files = [file for pattern in KEPT for file in sorted(directory.glob(pattern))]
+    return {str(f.relative_to(directory)): f.read_bytes() for f in files if f.is_file()}
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(read_text(file))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"Its {file.name} is not JSON. Repair it or remove it.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"Its {file.name} is not a JSON object. Repair it or remove it.")
+    return content
+
+
+def _roles(config: Mapping[str, Any]) -> dict[str, str | None]:
+    """The roles in a tokenizer_config.json or special_tokens_map.json; null means no token."""
+    names: dict[str, str | None] = {}
+    for role in KNOWN_NAMES.keys() & config.keys():
+        entry = config[role]
+        name = entry.get("content") if isinstance(entry, dict) else entry
+        if not isinstance(name, str | None):
+            raise UserError(
+                f"Its {CONFIG} gives {entry!r} as {role}, which is not a token. Give the text of "
+                "the token."
+            )
+        names[role] = name
+    return names
+
+
+def _declared(config: Mapping[str, Any]) -> dict[int, AddedToken]:
+    """The added tokens in tokenizer_config.json, by id."""
+    entries = config.get("added_tokens_decoder") or {}
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    try:
+        return {
+            int(number): AddedToken(
+                entry["content"], **{name: bool(entry[name]) for name in flags if name in entry}
+            )
+            for number, entry in sorted(entries.items(), key=lambda item: int(item[0]))
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"Its {CONFIG} has a damaged added_tokens_decoder ({error}). Download it again."
+        ) from error
+
+
+def add_declared(tokenizer: Tokenizer, declared: Mapping[int, AddedToken]) -> None:
+    """Add the tokens that tokenizer_config.json declares beyond the tokenizer.json.
+
+    As in transformers, they are added in the order of their ids, and tokenizer_config.json wins
+    where the two files differ about a token.
+
+    Raises:
+        UserError: a token would get another id than it was declared with.
+    """
+    present = tokenizer.get_added_tokens_decoder()
+    for number, token in declared.items():
+        if number in present and present[number] == token:
+            continue
+        tokenizer.add_tokens([token])
+        if tokenizer.token_to_id(token.content) != number:
+            raise UserError(
+                f"Its {CONFIG} gives {token.content!r} the id {number}, but the vocabulary gives "
+                f"it {tokenizer.token_to_id(token.content)}. Download both files again."
+            )
+
+
+def _converted(directory: Path, found: list[str]) -> tuple[str, dict[str, str | None]]:
+    """Convert other files with transformers; return a tokenizer.json, and its classes' roles."""
+    what = f"{directory} has no {JSON}, only {listed(found, 4)}"
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise UserError(
+            f"{what}, which transformers converts. Install it with pip install transformers, or "
+            "give a directory with a tokenizer.json."
+        ) from error
+    named = any((directory / name).is_file() for name in (CONFIG, "config.json"))
+    if not named:
+        raise UserError(
+            f"{what}, and these do not say how text is split. Put the model's {CONFIG} and "
+            "config.json beside them, or give a directory with a tokenizer.json."
+        )
+    try:
+        theirs = AutoTokenizer.from_pretrained(
+            str(directory), trust_remote_code=False, local_files_only=True
+        )
+        json_text = theirs.backend_tokenizer.to_str()
+    # transformers passes on the errors of the libraries that read each format.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{what}, and transformers cannot convert it ({type(error).__name__}: {reason}). Give "
+            "a directory with a tokenizer.json."
+        ) from error
+    return json_text, {role: getattr(theirs, role) for role in KNOWN_NAMES}

@@ -1,0 +1,75 @@
+"""A tokenizer.json: the bundled one or another, read and parsed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from importlib import resources
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from consyn_jax.errors import UserError
+from consyn_jax.files import LARGEST_TEXT
+
+
+def bundled_json() -> str:
+    """The bundled tokenizer.json."""
+    file = resources.files("consyn_jax.tokenization").joinpath("default.json.gz")
+    return gzip.decompress(file.read_bytes()).decode("utf-8")
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file.
+
+    Raises:
+        UserError: it cannot be read, is too large, or is not UTF-8.
+    """
+    try:
+        if (size := path.stat().st_size) > LARGEST_TEXT:
+            raise UserError(
+                f"{path} has {size:,} bytes, more than such a file can have. Remove it, or put the "
+                "right one there."
+            )
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {error.start}). Convert it or leave it out."
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. Check the path.") from error
+
+
+def parse(json_text: str) -> Tokenizer:
+    """Parse the text of a tokenizer.json.
+
+    It is checked here first because messages of the Rust reader name lines, not mistakes.
+
+    Raises:
+        UserError: it is damaged, or neither a BPE nor a Unigram tokenizer.
+    """
+    try:
+        content = json.loads(json_text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            "This is not JSON, or it is cut off. Download or save the tokenizer.json again."
+        ) from error
+    model = content.get("model") if isinstance(content, dict) else None
+    kind = model.get("type", "BPE") if isinstance(model, dict) else None
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    is_bpe = kind == "BPE" and isinstance(vocabulary, dict) and "merges" in (model or {})
+    if not is_bpe and not (kind == "Unigram" and isinstance(vocabulary, list)):
+        raise UserError(
+            "This is not a BPE or Unigram tokenizer.json, which has a 'model' of that type with "
+            "'vocab' (and 'merges'). Give one that is."
+        )
+    try:
+        return Tokenizer.from_str(json_text)
+    except BaseException as error:
+        # The Rust reader raises a plain Exception. Where it panics, it raises a PanicException,
+        # which is not an Exception and cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(
+            f"The tokenizer.json is damaged: {error}. Download or save it again."
+        ) from error

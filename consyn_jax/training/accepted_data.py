@@ -1,0 +1,144 @@
+"""Data of every kind that `ConsynTrainer` accepts, as the batches that the step takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from consyn_jax.data.loader import Dataset, Shuffled
+from consyn_jax.data.packing import PackedSequences
+from consyn_jax.data.pairs import PairDataset
+from consyn_jax.data.streaming import FirstWindows, Streamed
+from consyn_jax.errors import UserError
+from consyn_jax.training.dataset import ConsynDataset, MixedDataset
+from consyn_jax.training.inputs.batch_source import BatchSource
+from consyn_jax.training.inputs.content import fingerprint_of
+from consyn_jax.training.inputs.given import Begun, Rows, TokenLists, recognise
+from consyn_jax.training.inputs.given_batches import GivenBatches
+from consyn_jax.training.inputs.indexed_batches import IndexedBatches
+from consyn_jax.training.inputs.items import ItemDataset, pack_token_lists
+
+CHECKED_ROWS = 64  # at once, in the search for a token that counts in an evaluation
+
+
+def as_source(
+    data: Any,
+    *,
+    batch_size: int,
+    block_size: int,
+    seed: int,
+    bos_id: int | None,
+    eos_id: int | None,
+    pad_id: int | None,
+    vocab_size: int,
+    name: str = "train_dataloader",
+) -> BatchSource:
+    """Data of any accepted kind as a `BatchSource`.
+
+    Accepted are a dataset of `get_dataset`, a mixture of them, a growing corpus, and what
+    `inputs.given.recognise` accepts.
+
+    Args:
+        vocab_size: ids are below it.
+        name: how messages call the data. Batches of "eval_dataloader" may have any size.
+
+    Raises:
+        UserError: the data is none of these, an id is outside the vocabulary, no token is learned,
+            the size of sequences or batches does not fit, or token lists come without an EOS id.
+    """
+    data = recognise(data, name)
+    _check_block_size(getattr(getattr(data, "packed", data), "block_size", block_size), block_size)
+    if isinstance(data, ConsynDataset):
+        source: BatchSource = _indexed(data.packed, data.seed, data.fingerprint)
+    elif isinstance(data, MixedDataset):
+        source = IndexedBatches(data.order, data, data.fingerprint)
+    elif isinstance(data, Streamed):
+        return IndexedBatches(data, None, f"stream:{data.corpus.key}", data.corpus.close)
+    elif isinstance(data, FirstWindows):
+        return IndexedBatches(None, data, f"stream:{data.corpus.key}")
+    elif isinstance(data, TokenLists):
+        ids = (bos_id, eos_id, pad_id)
+        packed, digest = pack_token_lists(data.documents, block_size, ids, vocab_size, name)
+        source = _indexed(packed, seed, digest)
+    elif isinstance(data, Rows):
+        source = _rows(data, block_size, seed, vocab_size, name)
+    elif isinstance(data, Begun):
+        source = GivenBatches(data, batch_size, block_size, vocab_size)
+        if name != "eval_dataloader":
+            source.check_batch_size()
+            return source
+    else:
+        source = _packed(data, seed)
+    _check_targets(source, batch_size, name)
+    return source
+
+
+def check_pairs(data: Sequence[Any], wants_pairs: bool) -> None:
+    """Check that DPO gets pairs of answers, and other objectives none.
+
+    Args:
+        data: for training and evaluation, as `recognise` returns it; None for none.
+
+    Raises:
+        UserError: it is not so.
+    """
+    parts = [
+        part
+        for given in data
+        if given is not None
+        for part in (given.sources.values() if isinstance(given, MixedDataset) else [given])
+    ]
+    are_pairs = [isinstance(getattr(part, "packed", part), PairDataset) for part in parts]
+    if wants_pairs and not all(are_pairs):
+        raise UserError(
+            "The data holds no pairs of answers, which objective='dpo' trains on. Pass "
+            "get_dataset(PATH, row_format='preference')."
+        )
+    if not wants_pairs and any(are_pairs):
+        raise UserError("The data holds pairs of answers. Give objective='dpo' to train on them.")
+
+
+def _rows(data: Rows, block_size: int, seed: int, vocab_size: int, name: str) -> BatchSource:
+    items = ItemDataset(data, block_size, vocab_size, name)
+    source = _indexed(items, seed, items.fingerprint or f"{len(data)} items")
+    source.content_is_known = items.fingerprint is not None
+    items.warn = lambda text: source.warn(text)
+    source.description = data.describe(block_size)
+    return source
+
+
+def _packed(data: PackedSequences, seed: int) -> BatchSource:
+    found = fingerprint_of(data)
+    source = _indexed(data, seed, found or f"{data.num_tokens} tokens")
+    source.content_is_known = found is not None
+    return source
+
+
+def _indexed(dataset: Dataset, seed: int, fingerprint: str) -> IndexedBatches:
+    return IndexedBatches(Shuffled(dataset, seed) if len(dataset) else None, dataset, fingerprint)
+
+
+def _check_targets(source: BatchSource, batch_size: int, name: str) -> None:
+    """Check that the loss over the data has at least one term; otherwise it would be 0 / 0."""
+    dataset = source.dataset if isinstance(source, IndexedBatches) else None
+    known = getattr(dataset, "num_targets", None)
+    if known is None:
+        batches = source.evaluation(batch_size, np.arange(batch_size))
+        known = any(batch["loss_mask"].any() for batch in batches)
+    if not known:
+        kind = "evaluation" if name == "eval_dataloader" else "training"
+        raise UserError(
+            f"No token of the {kind} data counts in the loss: all are masked, or without a token "
+            "after them. Correct labels and masks, or raise max_tokens if it cuts the targets off."
+        )
+
+
+def _check_block_size(tokens: int, block_size: int) -> None:
+    """A packed dataset has sequences of one length, which padding would only waste."""
+    if tokens != block_size:
+        raise UserError(
+            f"The dataset has sequences of {tokens} tokens, and max_tokens is {block_size}. Leave "
+            "max_tokens out, or make the dataset with that block_size."
+        )

@@ -1,0 +1,1 @@
+"""Checkpoints of the training state: writing, verifying, rotating and restoring them."""

@@ -1,0 +1,104 @@
+"""Files of checkpoints: saved steps, checksums, damage. Does not import JAX."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import xxhash
+
+from consyn_jax.errors import visible
+from consyn_jax.files import irregular
+from consyn_jax.validation import natural
+
+CHECKSUMS = "CHECKSUMS"
+STATE = "state"  # the arrays of a checkpoint
+PROVENANCE = "provenance.json"  # of a run, a checkpoint or a model
+READ_BYTES = 1 << 20
+LARGE = 1 << 30  # bytes
+LARGEST_CHECKSUMS = 1 << 26  # bytes: half a million files
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """Steps that have a checkpoint, ascending; one still being written has another name."""
+    if not directory.exists():
+        return []
+    return sorted(
+        step
+        for path in directory.iterdir()
+        if (step := natural(path.name)) is not None and path.is_dir()
+    )
+
+
+def file_names(directory: Path) -> list[str]:
+    """Names of the files of a checkpoint, except its checksums.
+
+    Hidden files are left out, as file managers and network file systems create them.
+    """
+    names = (
+        path.relative_to(directory).as_posix()
+        for path in directory.rglob("*")
+        if path.is_file() and path.name[0] != "."
+    )
+    return sorted(name for name in names if name != CHECKSUMS)
+
+
+def is_hollow(file: Path) -> bool:
+    """Whether a large file is sparse: we never write one, and reading it could take hours."""
+    status = file.stat()
+    return status.st_size > LARGE and status.st_blocks * 512 < status.st_size // 1000
+
+
+def file_hash(file: Path, flush: bool = False) -> str:
+    """XXH3-128 of a file; `flush` also flushes the file to the disk."""
+    content_hash, buffer = xxhash.xxh3_128(), memoryview(bytearray(READ_BYTES))
+    with file.open("rb", buffering=0) as opened:
+        while count := opened.readinto(buffer):
+            content_hash.update(buffer[:count])
+        if flush:
+            os.fsync(opened.fileno())
+    return content_hash.hexdigest()
+
+
+def damage(directory: Path, part: int = 0, parts: int = 1, only: str | None = None) -> str | None:
+    """Verify the files of a checkpoint, and return the first fault, or None.
+
+    A link, a pipe or a device in it is a fault: none is written there, and none is followed.
+
+    Args:
+        part, parts: read every `parts`-th file, beginning with the `part`-th.
+        only: read only this file.
+    """
+    try:
+        for stray in filter(None, map(irregular, sorted(directory.iterdir()))):
+            return f"{visible(stray[0].relative_to(directory).as_posix())} is {stray[1]}"
+        sums = directory / CHECKSUMS
+        if not sums.is_file():
+            return f"{CHECKSUMS} is missing"
+        if sums.stat().st_size > LARGEST_CHECKSUMS:
+            return f"{CHECKSUMS} is unreadable"
+        lines = sums.read_text(encoding="utf-8").splitlines()
+        expected = {
+            match[2]: match[1]
+            for line in lines
+            if (match := re.fullmatch(r"([0-9a-f]{32})  (.+)", line))
+        }
+        names = file_names(directory)
+        if len(expected) != len(lines):
+            return f"{CHECKSUMS} is unreadable"
+        if missing := sorted(expected.keys() - set(names)):
+            return f"{visible(missing[0])} is missing"
+        if unknown := sorted(set(names) - expected.keys()):
+            return f"{visible(unknown[0])} is not in {CHECKSUMS}"
+        for name in [only] if only else names[part::parts]:
+            file = directory / name
+            if is_hollow(file) or file_hash(file) != expected[name]:
+                return f"{visible(name)} is not what was written"
+    except UnicodeDecodeError:
+        return f"{CHECKSUMS} is unreadable"
+    except OSError as error:
+        return (
+            f"{visible(Path(error.filename or directory).name)} cannot be read ({error.strerror})"
+        )
+    return None

@@ -1,0 +1,205 @@
+"""Commit written files as a checkpoint, and remove old checkpoints.
+
+All files are written under a temporary name and flushed to the disk. Renaming the directory to its
+step makes it a checkpoint. An old checkpoint is renamed before it is removed. A kill at any moment
+thus leaves only whole checkpoints, and leftovers under other names.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from consyn_jax.files import flush, make_directory, open_regular
+from consyn_jax.training.checkpointing.checkpoint_files import (
+    CHECKSUMS,
+    PROVENANCE,
+    STATE,
+    file_hash,
+    file_names,
+)
+from consyn_jax.training.checkpointing.orbax_writes import (
+    lower_priority,
+    refusal,
+    write_at_low_priority,
+)
+
+RECORD = "run.json"  # the run record of a checkpoint
+# Parts of a name between step and attempt: a checkpoint that is being written or removed.
+UNFINISHED = ".orbax-checkpoint-tmp"
+BEGUN = ".begun"  # a file in a directory that is being written; Orbax makes a deleted one again
+DAMAGED = ".damaged"  # after the step: set aside
+
+
+def prepare(target: Path, size: int) -> None:
+    """Make an empty directory to write to.
+
+    Raises:
+        OSError: the disk has less room than `size` bytes, or refuses it.
+    """
+    make_directory(target.parent)
+    remove_unfinished(target.parent)
+    free = shutil.disk_usage(target.parent).free
+    if free < size:
+        raise OSError(
+            errno.ENOSPC, f"it needs {size / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free"
+        )
+    (target / STATE).mkdir(parents=True)
+    (target / BEGUN).touch()
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove the leftovers of interrupted saves and removals."""
+    for left in directory.glob(f"*{UNFINISHED}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class WrittenPart:
+    """The part of a checkpoint that one process has written.
+
+    Attributes:
+        hashes: by the name of the file.
+        error: what went wrong.
+    """
+
+    hashes: dict[str, str] = field(default_factory=dict)
+    error: Exception | None = None
+
+    @property
+    def defect(self) -> Exception | None:
+        """The error, if it is a defect and not a refusal by the operating system."""
+        return None if refusal(self.error) else self.error
+
+    def message(self) -> str:
+        """The part, serialised for the other processes."""
+        return json.dumps([refusal(self.error), self.error and repr(self.error), self.hashes])
+
+
+def write_part(target: Path, futures: list[Any]) -> WrittenPart:
+    """Wait until Orbax has written this process's part of the arrays, and hash its files."""
+    own = f"{STATE}/ocdbt.process_{jax.process_index()}/"
+    try:
+        write_at_low_priority(futures)
+        names = [name for name in file_names(target) if name.startswith(own)]
+        # Hash in a thread: it rarely holds the interpreter lock.
+        with ThreadPoolExecutor(1, CHECKSUMS, lower_priority) as reader:
+            hashes = reader.map(lambda name: file_hash(target / name, flush=True), names)
+            return WrittenPart(dict(zip(names, hashes, strict=True)))
+    except Exception as error:  # noqa: BLE001 - told to the others, which wait for this one
+        return WrittenPart(error=deleted(target) or error)
+
+
+def deleted(target: Path) -> OSError | None:
+    """The error for a directory that was deleted during the write; Orbax raises various errors."""
+    if (target / BEGUN).exists():
+        return None
+    return FileNotFoundError(errno.ENOENT, f"{target} was deleted")
+
+
+def discard(target: Path) -> None:
+    """Remove the written files, and those that Orbax wrote again after a deletion."""
+    was_deleted = deleted(target) is not None
+    shutil.rmtree(target, ignore_errors=True)
+    if was_deleted:
+        for directory in (target.parent, target.parent.parent):
+            with suppress(OSError):  # it is not empty
+                directory.rmdir()
+
+
+def merge_parts(
+    own: WrittenPart, messages: list[str], step: int
+) -> tuple[str | None, dict[str, str]]:
+    """Combine the parts of all processes.
+
+    Returns:
+        What the operating system refused in any process, and the hashes of all.
+
+    Raises:
+        Exception: any other error; a process without one raises RuntimeError.
+    """
+    parts = [json.loads(message) for message in messages]
+    if defects := [
+        f"process {number}: {error}"
+        for number, (refused, error, _) in enumerate(parts)
+        if error and not refused
+    ]:
+        raise own.defect or RuntimeError(
+            f"the checkpoint of step {step} failed in {'; '.join(defects)}"
+        )
+    refused = next((refused for refused, *_ in parts if refused), None)
+    return refused, {name: known for *_, hashes in parts for name, known in hashes.items()}
+
+
+def give_name(
+    target: Path,
+    place: Path,
+    run: dict[str, Any],
+    hashes: dict[str, str],
+    provenance: Callable[[dict[str, str]], str] | None = None,
+) -> None:
+    """Complete the files in `target`, and rename it to `place`, which makes it a checkpoint.
+
+    Args:
+        run: the run record.
+        hashes: of the files that are on the disk already.
+        provenance: makes the content of provenance.json of the hashes of the state's files.
+    """
+
+    def hashed(name: str) -> str:
+        return hashes.get(name) or file_hash(target / name, flush=True)
+
+    _write(target / RECORD, json.dumps(run))
+    sums = {name: hashed(name) for name in file_names(target)}
+    if provenance is not None:
+        _write(target / PROVENANCE, provenance(_of_state(sums)))
+        sums[PROVENANCE] = hashed(PROVENANCE)
+    lines = [f"{known}  {name}\n" for name, known in sorted(sums.items())]
+    _write(target / CHECKSUMS, "".join(lines))
+    file_hash(target / CHECKSUMS, flush=True)
+    for directory in [*(path for path in target.rglob("*") if path.is_dir()), target]:
+        flush(directory)
+    (target / BEGUN).unlink(missing_ok=True)
+    target.rename(place)
+
+
+def _of_state(sums: dict[str, str]) -> dict[str, str]:
+    return {name: known for name, known in sums.items() if name.startswith(f"{STATE}/")}
+
+
+def _write(file: Path, text: str) -> None:
+    with open(file, "x", encoding="utf-8", opener=open_regular) as opened:
+        opened.write(text)
+
+
+def kept_steps(steps: list[int], last: int, every: int | None) -> list[int]:
+    """The steps to keep, out of ascending `steps`."""
+    return [step for step in steps if step in steps[-last:] or (every and step % every == 0)]
+
+
+def rotate(directory: Path, old: list[int], damaged: Collection[int]) -> None:
+    """Remove old checkpoints after the rename of the new one is on the disk."""
+    flush(directory)
+    remove_unfinished(directory)  # Orbax may have written after the removal of a failed attempt
+    remove(directory, old, damaged)
+
+
+def remove(directory: Path, steps: list[int], damaged: Collection[int]) -> None:
+    """Remove checkpoints; only rename the damaged ones."""
+    for step in steps:
+        place = directory / str(step)
+        if step in damaged:
+            asides = (place.with_name(f"{step}{DAMAGED}-{n}") for n in itertools.count(1))
+            place.rename(next(path for path in asides if not path.exists()))
+        elif place.exists():
+            shutil.rmtree(place.rename(place.with_name(f"{step}{UNFINISHED}")))

@@ -1,0 +1,400 @@
+"""The checkpoints of a run: asynchronous, atomic, verified, rotated, restored onto any mesh.
+
+Orbax writes and reads the arrays, and `commit` names them (docs/design/checkpoints.md).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath  # type: ignore[import-untyped]
+
+from consyn_jax.errors import UserError, counted
+from consyn_jax.training.checkpointing.checkpoint_files import STATE, damage, saved_steps
+from consyn_jax.training.checkpointing.commit import (
+    RECORD,
+    UNFINISHED,
+    WrittenPart,
+    deleted,
+    discard,
+    give_name,
+    kept_steps,
+    merge_parts,
+    prepare,
+    remove,
+    rotate,
+    write_part,
+)
+from consyn_jax.training.checkpointing.exchange import Exchange
+from consyn_jax.training.checkpointing.orbax_writes import (
+    is_left_alone,
+    outlast_abandoned_work,
+    refusal,
+    run_coroutine,
+    without_abandoned_work,
+)
+from consyn_jax.training.checkpointing.ownership import RunRecord, check_owner, identity_in
+from consyn_jax.training.checkpointing.restoring import OTHER, read_record, read_state
+from consyn_jax.training.step import TrainState
+
+SPARE_BYTES = 1 << 20  # of a checkpoint, besides its arrays
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `directory/STEP/`.
+
+    Every process of the run must make the same calls in the same order. If the operating system
+    refuses to write a checkpoint (no space, no permission, a broken disk), the run continues
+    without it. `warn` is told once until a save succeeds again. The next `save`, `wait` or `close`
+    raises any other error of the background thread.
+
+    Args:
+        keep_last: how many of the newest are kept.
+        keep_every: checkpoints whose step is a multiple of it are kept, too.
+        warn: called in the caller's thread with a sentence about checkpoints that could not be
+            written or are damaged.
+        owner: the run that these checkpoints belong to; None takes those of any run.
+        before_commit: called in the first process, from the background thread, before a checkpoint
+            gets its name. It brings to the disk what belongs to the checkpoint, and raises
+            `UserError` if the directory is not this run's any more.
+
+    Attributes:
+        provenance: makes the content of provenance.json of a step and the hashes of its files; None
+            for checkpoints without one.
+        damaged: the reasons by step, of checkpoints that `newest` skipped, until `delete_after`
+            sets them aside.
+
+    Raises:
+        UserError: the directory cannot be read.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        keep_last: int = 3,
+        keep_every: int | None = None,
+        warn: Callable[[str], None] = warnings.warn,
+        owner: RunRecord | None = None,
+        before_commit: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.directory = directory.absolute()
+        self.damaged: dict[int, str] = {}
+        self._keep_last, self._keep_every, self._warn = keep_last, keep_every, warn
+        self._owner, self.before_commit = owner, before_commit
+        self.provenance: Callable[[int, dict[str, str]], str] | None = None
+        # Part of temporary names, so that no other start takes these files for its own.
+        self._mark = "" if owner is None else f"-{owner.start[:12]}"
+        self._verified: set[int] = set()
+        self._half_removed: set[int] = set()  # the last removal failed part way
+        self._is_failing = False  # the last save failed
+        self._has_abandoned_work = False  # Orbax may still be busy with a write that failed
+        self._attempts = 0
+        self._thread: threading.Thread | None = None
+        self._outcome: str | BaseException | None = None  # the error of the background thread
+        self._exchange = Exchange()
+        self._unraisable = sys.unraisablehook
+        sys.unraisablehook = without_abandoned_work(sys.unraisablehook)
+        found: list[int] = []
+        if reason := self._exchange.on_first(lambda: found.extend(saved_steps(self.directory))):
+            raise UserError(f"{self.directory} cannot be read: {reason}.")
+        # All processes take the view of process 0, as file systems cache directories.
+        self._steps: list[int] = json.loads(self._exchange.gather(json.dumps(found))[0])
+
+    @cached_property
+    def _handler(self) -> Any:
+        # The import takes a second, and a new run needs it only for its first checkpoint.
+        import orbax.checkpoint as ocp
+
+        # Weights hardly compress: level 1 takes ten times the CPU time to save 7 % of the
+        # size.
+        return ocp.PyTreeCheckpointHandler(use_compression=False)
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, ascending."""
+        return list(self._steps)
+
+    # -------------------------------------------------------------------------------------- writing
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        run: dict[str, Any],
+        begun: Callable[[], None] = lambda: None,
+    ) -> bool:
+        """Copy the state, and write it in the background.
+
+        Args:
+            run: the run record, as JSON: what a resumed run needs besides the state.
+            begun: called once the state is copied, before the checkpoint can get its name.
+
+        Returns:
+            Whether the checkpoint is being written or exists. False if there is too little space,
+            or the directory cannot be written.
+
+        Raises:
+            UserError: there is a checkpoint of another run.
+        """
+        self.wait()
+        self._look_around()
+        if step in self._steps:  # a signal came right after that save
+            return True
+        assert step > max(self._steps, default=-1), (
+            f"there is a checkpoint of step {self._steps[-1]}"
+        )
+        # Every attempt has its own directory: an earlier, failed one may still be writing.
+        self._attempts += 1
+        target = self.directory / f"{step}{UNFINISHED}{self._mark}-{self._attempts}"
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + SPARE_BYTES
+        if reason := self._exchange.on_first(lambda: prepare(target, size)):
+            self._report(self._not_written(step, reason))
+            return False
+        import orbax.checkpoint as ocp
+
+        futures, error = [], None
+        try:
+            arguments = ocp.args.PyTreeSave(state)
+            futures = run_coroutine(
+                self._handler.async_save(epath.Path(target / STATE), args=arguments)
+            )
+        except Exception as caught:  # noqa: BLE001 - told to the other processes, which have begun
+            error = caught
+        else:
+            self._begin(begun)
+        about = (step, target, run, futures, error)
+        self._thread = threading.Thread(target=self._commit, args=about, name=f"checkpoint {step}")
+        self._thread.start()
+        return True
+
+    def _begin(self, begun: Callable[[], None]) -> None:
+        """Call `begun`; if it raises, no thread will wait for what Orbax has begun."""
+        earlier, self._has_abandoned_work = self._has_abandoned_work, True
+        begun()
+        self._has_abandoned_work = earlier
+
+    def _look_around(self) -> None:
+        self._forget_deleted()
+        self._refuse_strangers()
+
+    def _forget_deleted(self) -> None:
+        """Forget checkpoints that were deleted from outside."""
+        gone = [step for step in self._steps if not (self.directory / str(step)).is_dir()]
+        gone = json.loads(self._exchange.gather(json.dumps(gone))[0])
+        self._steps = [step for step in self._steps if step not in gone]
+        if gone := [step for step in gone if step not in self._half_removed]:
+            self._warn(
+                f"{counted(len(gone), 'checkpoint')} of this run, up to step {max(gone):,}, "
+                f"{'was' if len(gone) == 1 else 'were'} deleted from {self.directory}; the run "
+                "goes on and saves the next one."
+            )
+
+    def _refuse_strangers(self) -> None:
+        """Refuse checkpoints of another run that were put into this directory."""
+        if self._owner is None or jax.process_index() or not self.directory.is_dir():
+            return
+        for step in saved_steps(self.directory):
+            place = self.directory / str(step)
+            if step not in self._steps:
+                check_owner(place, identity_in(place / RECORD), step, self._owner)
+
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being written is on the disk or has failed."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread, outcome = None, self._outcome
+        if isinstance(outcome, BaseException):
+            self._has_abandoned_work = True
+            raise outcome
+        self._report(outcome)
+
+    def close(self) -> None:
+        """Wait for the write, and release Orbax's resources."""
+        try:
+            if not is_left_alone(self._thread):
+                self.wait()
+        finally:
+            if "_handler" in vars(self):  # otherwise it was never needed
+                self._handler.close()
+            if self._has_abandoned_work or self.saving:
+                outlast_abandoned_work()
+            else:
+                sys.unraisablehook = self._unraisable
+
+    def _not_written(self, step: int, reason: str) -> str:
+        step_of = f"The newest is that of step {self._steps[-1]}" if self._steps else ""
+        newest = step_of or "There is none yet"
+        return (
+            f"The checkpoint of step {step} could not be written to {self.directory}: {reason}. "
+            f"{newest}."
+        )
+
+    def _report(self, sentence: str | None) -> None:
+        if sentence and not self._is_failing:
+            self._warn(sentence)
+        self._is_failing = sentence is not None
+        self._has_abandoned_work |= self._is_failing
+
+    def _commit(self, *about: Any) -> None:
+        """Commit in the background thread; `wait` reports or raises the outcome."""
+        try:
+            self._outcome = self._commit_on_all(*about)
+        except BaseException as defect:  # noqa: BLE001 - raised by `wait`
+            self._outcome = defect
+
+    def _commit_on_all(
+        self,
+        step: int,
+        target: Path,
+        run: dict[str, Any],
+        futures: list[Any],
+        error: Exception | None,
+    ) -> str | None:
+        """Make a checkpoint of the arrays once every process has written its part.
+
+        Returns:
+            A sentence about what was refused, the same in every process; None for success.
+        """
+        part = WrittenPart(error=error) if error else write_part(target, futures)
+        reason, hashes = merge_parts(part, self._exchange.gather(part.message()), step)
+        try:
+            reason = reason or self._exchange.on_first(
+                lambda: self._finish(step, target, run, hashes)
+            )
+            if reason:  # another run may have taken the directory
+                self._exchange.on_first(self.before_commit)
+        except UserError:  # another run has taken the directory
+            discard(target)
+            raise
+        if reason:
+            # The next save removes what is still written after this removal.
+            self._exchange.on_first(lambda: discard(target))
+            return self._not_written(step, reason)
+        steps = [*self._steps, step]
+        kept = kept_steps(steps, self._keep_last, self._keep_every)
+        old = [other for other in steps if other not in kept]
+        reason = self._exchange.on_first(lambda: rotate(self.directory, old, self.damaged))
+        self._steps, self._half_removed = steps if reason else kept, set(old) if reason else set()
+        return reason and (
+            f"An older checkpoint than that of step {step} could not be removed from "
+            f"{self.directory}: {reason}."
+        )
+
+    def _finish(self, step: int, target: Path, run: dict[str, Any], hashes: dict[str, str]) -> None:
+        """Merge the parts of all processes, and commit the checkpoint."""
+        try:
+            self._handler.finalize(epath.Path(target / STATE))
+        except Exception as error:
+            if (lost := deleted(target)) is None:
+                raise
+            raise lost from error
+        self.before_commit()
+        provenance = self.provenance and partial(self.provenance, step)
+        give_name(target, self.directory / str(step), run, hashes, provenance)
+
+    # -------------------------------------------------------------------------------------- reading
+
+    def newest(self) -> int | None:
+        """The step of the newest intact checkpoint, or None if there is no checkpoint.
+
+        All files of a checkpoint are verified, and nothing is changed. Newer damaged checkpoints
+        are reported to `warn` and recorded in `damaged`.
+
+        Raises:
+            UserError: all are damaged.
+        """
+        for step in reversed(self._steps):
+            if (reason := self.damaged.get(step) or self._damage(step)) is None:
+                return step
+            if step not in self.damaged:
+                self.damaged[step] = reason
+                if step != self._steps[0]:
+                    self._warn(f"{self.directory / str(step)} is damaged and is skipped: {reason}.")
+        if not self._steps:
+            return None
+        each = "; ".join(f"{step}: {reason}" for step, reason in sorted(self.damaged.items()))
+        raise UserError(
+            f"{self.directory} has no intact checkpoint ({each}), and nothing was changed. Restore "
+            "a good copy, or start again in another directory or with --overwrite."
+        )
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Restore the state and the run record of `step`.
+
+        Args:
+            like: shapes, dtypes and shardings of the state to return.
+
+        Raises:
+            UserError: the checkpoint is missing, damaged, or of another model.
+        """
+        if step not in self._steps:
+            known = ", ".join(map(str, self._steps)) or "none"
+            raise UserError(
+                f"{self.directory} has no checkpoint of step {step}; there are: {known}."
+            )
+        place = self.directory / str(step)
+        if reason := self._damage(step):
+            raise UserError(f"{place} is damaged: {reason}. {OTHER}")
+        record = self.record(step)
+        try:
+            return read_state(self._handler, place, like), record
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            # The files are intact, but another version of Orbax may have written them.
+            self._has_abandoned_work = True
+            reason = refusal(error) or " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(f"{place} cannot be restored: {reason}.") from error
+
+    def record(self, step: int) -> dict[str, Any]:
+        """Read the run record of `step`, and verify no other file.
+
+        Raises:
+            UserError: it is damaged, or of another run.
+        """
+        place = self.directory / str(step)
+        record = read_record(place)
+        if self._owner is not None:
+            check_owner(place, record.get("run"), step, self._owner)
+        return record
+
+    def delete_after(self, step: int) -> None:
+        """Remove the checkpoints later than `step`, from which the run resumes.
+
+        Damaged checkpoints are renamed instead.
+
+        Raises:
+            UserError: they cannot be removed.
+        """
+        self.wait()
+        later = [other for other in self._steps if other > step]
+        if reason := self._exchange.on_first(lambda: remove(self.directory, later, self.damaged)):
+            raise UserError(
+                f"{self.directory}: checkpoints later than step {step} cannot be removed: {reason}."
+            )
+        self._steps = [other for other in self._steps if other <= step]
+        self._verified -= set(later)  # the resumed run will save these steps again
+        self.damaged = {other: reason for other, reason in self.damaged.items() if other <= step}
+
+    def _damage(self, step: int) -> str | None:
+        """The first fault of a checkpoint, the same in every process; each verifies a share."""
+        if step in self._verified:
+            return None
+        found = damage(self.directory / str(step), jax.process_index(), jax.process_count())
+        reason = next(filter(None, self._exchange.gather(found or "")), None)
+        if reason is None:
+            self._verified.add(step)
+        return reason

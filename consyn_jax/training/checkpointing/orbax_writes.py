@@ -1,0 +1,133 @@
+"""Orbax's background writes: their threads, their priority, and their errors."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from consyn_jax.errors import UserError
+
+TASKS = Path("/proc/self/task")  # the threads of this process
+LOW = 15  # priority of a thread, in units of `nice`: 1/28 of a normal one
+LOOK_S = 0.1  # between two looks for new threads
+ABANDONED_S = 0.5
+ALONE_S = 10.0  # for a write that may be waiting for processes that wait for this one
+
+ORBAX = f"{os.sep}orbax{os.sep}"
+SYSTEM_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")  # in messages of TensorStore
+
+
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    """Drop log records of Orbax, such as tracebacks of errors that it raises anyway."""
+    _, error, trace = record.exc_info or (None, None, None)
+    places = (record.pathname, *(frame.filename for frame in traceback.extract_tb(trace)))
+    return not (SYSTEM_ERROR.search(str(error)) or any(ORBAX in place for place in places))
+
+
+# When one write fails, Orbax abandons the others, and asyncio complains about them.
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_is_not_orbax)
+NEVER_AWAITED = r"coroutine '_?async_serialize.*' was never awaited"
+warnings.filterwarnings("ignore", NEVER_AWAITED, RuntimeWarning)
+
+
+def is_left_alone(write: threading.Thread | None) -> bool:
+    """Whether a write must be abandoned, as an error of this process alone ends the run.
+
+    The other processes may be waiting for this one in a collective, and the write for them: without
+    an end of the write, nobody would tell them.
+    """
+    if write is None or jax.process_count() == 1 or type(sys.exc_info()[1]) is not UserError:
+        return False
+    write.join(ALONE_S)
+    return write.is_alive()
+
+
+def refusal(error: BaseException | None) -> str | None:
+    """The operating system's reason for an error; None if the error is a defect.
+
+    TensorStore raises ValueError or KeyError for every failure, with the errno in the text.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    code = SYSTEM_ERROR.search(str(error))
+    return os.strerror(int(code[1])) if code else None
+
+
+def lower_priority(thread: int | None = None) -> None:
+    """Lower the priority of a thread, by default the calling one.
+
+    Only Linux gives each thread a priority.
+    """
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, thread or threading.get_native_id(), LOW)
+
+
+def write_at_low_priority(futures: list[Any]) -> None:
+    """Wait for Orbax to write, with its threads at low priority.
+
+    On a CPU these threads compete with training for the cores. TensorStore starts and ends threads
+    as needed, so look for new ones repeatedly. Lower only those: a priority cannot be raised again.
+    """
+    known: set[Path] = set()
+    with ThreadPoolExecutor(1) as thread:
+        written = thread.submit(lambda: [future.result() for future in futures])
+        while not written.done():
+            tasks = set(TASKS.iterdir()) if sys.platform == "linux" else set()
+            for task in tasks - known:
+                with suppress(OSError):  # it has just ended
+                    if (task / "comm").read_text().startswith("ts_"):
+                        lower_priority(int(task.name))
+            known = tasks
+            wait([written], LOOK_S)
+        written.result()
+
+
+def outlast_abandoned_work() -> None:
+    """Give Orbax's threads time to finish abandoned work.
+
+    An error that they report while Python shuts down bypasses all hooks, and prints a traceback
+    after the run's last message. Nothing signals that they are done; after a write that the disk
+    refused, they took 0.05 s.
+    """
+    time.sleep(ABANDONED_S)
+
+
+def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine, even if the caller's thread has a running event loop, as in a notebook."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
+
+
+def without_abandoned_work(report: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A `sys.unraisablehook` that ignores the reads and writes that Orbax abandoned.
+
+    When one write fails, the others finish later, after their event loop has closed, and each
+    prints a traceback. With warnings as errors, writes that never began are reported as well.
+    """
+
+    def hook(unraisable: Any) -> None:
+        message = str(unraisable.exc_value)
+        is_abandoned = (
+            message == "Event loop is closed"
+            or re.match(NEVER_AWAITED, message)
+            or "_read_array_index" in repr(unraisable.object)
+        )
+        if not is_abandoned:
+            report(unraisable)
+
+    return hook

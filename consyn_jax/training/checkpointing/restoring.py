@@ -1,0 +1,79 @@
+"""Read the state and the run record of a verified checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from etils import epath  # type: ignore[import-untyped]
+
+from consyn_jax.errors import UserError
+from consyn_jax.training.checkpointing.checkpoint_files import STATE, damage
+from consyn_jax.training.checkpointing.commit import RECORD
+from consyn_jax.training.step import TrainState
+
+OTHER = "Resume from another one with --resume STEP."
+
+
+def read_record(place: Path) -> dict[str, Any]:
+    """Verify and read the run record of a checkpoint.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if reason := damage(place, only=RECORD):
+        raise UserError(f"{place} is damaged: {reason}. {OTHER}")
+    try:
+        record = json.loads((place / RECORD).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{place / RECORD} cannot be read: {type(error).__name__}. {OTHER}"
+        ) from error
+    if not isinstance(record, dict):
+        raise UserError(f"{place / RECORD} is not the record of a run. {OTHER}")
+    return record
+
+
+def read_state(handler: Any, place: Path, like: TrainState) -> TrainState:
+    """Read the arrays of a checkpoint.
+
+    Args:
+        handler: Orbax's handler.
+        like: shapes, dtypes and shardings of the state to return; its mesh may differ from the one
+            that saved it.
+
+    Raises:
+        UserError: they are of another model.
+        Exception: anything that Orbax raises if another version of it wrote the files.
+    """
+    import orbax.checkpoint as ocp
+
+    state = epath.Path(place / STATE)
+    check_model(place, array_types(handler.metadata(state).tree), array_types(like))
+    restore_args = ocp.checkpoint_utils.construct_restore_args(like)
+    return handler.restore(state, args=ocp.args.PyTreeRestore(item=like, restore_args=restore_args))
+
+
+def check_model(place: Path, old: dict[str, str], new: dict[str, str]) -> None:
+    """Check that the arrays of a checkpoint, `old`, are the expected ones.
+
+    Raises:
+        UserError: they are of another model.
+    """
+    names = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
+    if names:
+        first = "; ".join(
+            f"{name} is {old.get(name, 'nothing')} there and {new.get(name, 'nothing')} here"
+            for name in names[:3]
+        )
+        raise UserError(f"{place} is of another model: {first}{' and so on' if names[3:] else ''}.")
+
+
+def array_types(state: Any) -> dict[str, str]:
+    """Dtype and shape of every array, by its path."""
+    import orbax.checkpoint as ocp
+
+    tree = ocp.tree.serialize_tree(state, keep_empty_nodes=True)
+    leaves = ocp.tree.to_flat_dict(tree, sep="/")
+    return {name: f"{leaf.dtype} {list(leaf.shape)}" for name, leaf in leaves.items()}

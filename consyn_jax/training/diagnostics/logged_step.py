@@ -1,0 +1,168 @@
+"""A step of a run repeated from the checkpoint before it; the run directory is only read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from consyn_jax.config import RunConfig
+from consyn_jax.distributed.mesh import local_rows, placer
+from consyn_jax.errors import UserError
+from consyn_jax.model.parameters import Params
+from consyn_jax.training.checkpointing.manager import Checkpoints
+from consyn_jax.training.checkpointing.ownership import RunRecord
+from consyn_jax.training.checkpointing.run_state import Progress
+from consyn_jax.training.inputs.batch_source import BatchSource
+from consyn_jax.training.logging.metrics import FILE_NAME, read_metrics
+from consyn_jax.training.optim.schedules import Plateau
+from consyn_jax.training.optim.state import with_rate_scale
+from consyn_jax.training.program import TRAIN_AXES, Program
+from consyn_jax.training.run import beginning
+from consyn_jax.training.run.directory import CHECKPOINTS
+from consyn_jax.training.runtime.memory import compile_to_fit
+from consyn_jax.training.step import TrainState
+
+COMPARED = {"loss": "train/loss", "grad_norm": "train/grad_norm"}
+LOGGED = "train/learning_rate"  # of every logged step, also of one whose loss is not finite
+
+
+@dataclass
+class Comparison:
+    """One step, as it was logged and as it was repeated.
+
+    Attributes:
+        logged: loss and gradient norm in metrics.jsonl; NaN for one that the log leaves out, as it
+            was not finite; None if the run did not log the step.
+        repeated: loss and gradient norm of the repetition.
+    """
+
+    step: int
+    logged: dict[str, float] | None
+    repeated: dict[str, float]
+
+    @property
+    def difference(self) -> float:
+        """Largest relative difference between logged and repeated values; 0 if none was logged."""
+        logged = (self.logged or {}).items()
+        return max((_apart(value, self.repeated[name]) for name, value in logged), default=0.0)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the repeated values are finite."""
+        return all(map(math.isfinite, self.repeated.values()))
+
+
+def _apart(logged: float, repeated: float) -> float:
+    """Relative difference; infinite if only one of them is finite.
+
+    Two values that are not finite agree: the log does not say which of them it was.
+    """
+    finite = math.isfinite(logged), math.isfinite(repeated)
+    if logged == repeated or not any(finite):
+        return 0.0
+    return abs(logged - repeated) / max(abs(logged), 1e-12) if all(finite) else math.inf
+
+
+@dataclass
+class RepeatedRun:
+    """The repeated steps, from a checkpoint to the requested step.
+
+    Attributes:
+        start: the step of the checkpoint; 0 for the beginning.
+        steps: the steps that the run logged, and the last one.
+        mesh: the mesh that they were repeated on.
+        skipped: sentences about checkpoints that could not be used.
+    """
+
+    start: int
+    steps: list[Comparison]
+    mesh: dict[str, int]
+    skipped: list[str] = field(default_factory=list)
+
+
+def repeat_logged_step(
+    path: Path,
+    step: int,
+    run: RunConfig,
+    program: Program,
+    source: BatchSource,
+    make_parameters: Callable[[Any], Params],
+    make_base: Callable[[], dict[str, Any]],
+    compile_train_step: Callable[[RunConfig], Any],
+) -> RepeatedRun:
+    """Repeat the steps of the run in `path` from the newest checkpoint before `step` up to `step`.
+
+    Args:
+        run: the run's configuration.
+        make_parameters: makes the parameters that the run begins with, on a mesh.
+        make_base: What every batch has besides its arrays: the weights under an adapter.
+
+    Raises:
+        UserError: the log, the state or the data cannot be read.
+    """
+    log = read_metrics(path / FILE_NAME)
+    logged = {line["step"]: line for line in log if LOGGED in line}
+    state, progress, skipped = _state_before(path, step, run, program, make_parameters)
+    start = progress.step
+    run, train_step = compile_to_fit(run, compile_train_step)
+    budget, mesh = run.budget, program.mesh
+    rows = local_rows(mesh, budget.batch_size)
+    place, base = placer(mesh, TRAIN_AXES), make_base()
+    batches = source.training(start, budget.batch_size, budget.gradient_accumulation_steps, rows)
+    metric = run.evaluation.metric_for_best_model
+    evaluations = {line["step"]: line[metric] for line in log if metric in line}
+    found: list[Comparison] = []
+    for number, batch in zip(range(start + 1, step + 1), batches, strict=False):
+        state, metrics = train_step(state, place(batch) | base)
+        if number in logged or number == step:
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            found.append(_compared(number, logged.get(number), values))
+        if number in evaluations and progress.plateau is not None:
+            state = _after_evaluation(state, progress.plateau, evaluations[number])
+    if not found or found[-1].step != step:
+        raise UserError(f"The data ends before step {step:,}. Give a step that the run has taken.")
+    return RepeatedRun(start, found, dict(mesh.shape), skipped)
+
+
+def _compared(step: int, line: dict[str, Any] | None, values: dict[str, float]) -> Comparison:
+    repeated = {name: values[name] for name in COMPARED}
+    if line is None:
+        return Comparison(step, None, repeated)
+    logged = {name: line.get(key, math.nan) for name, key in COMPARED.items()}
+    return Comparison(step, logged, repeated)
+
+
+def _after_evaluation(state: TrainState, plateau: Plateau, value: float) -> TrainState:
+    """The state after the run's own evaluation, which may have lowered the rate."""
+    return state._replace(opt_state=with_rate_scale(state.opt_state, plateau.update(value)))
+
+
+def _state_before(
+    path: Path,
+    step: int,
+    run: RunConfig,
+    program: Program,
+    make_parameters: Callable[[Any], Params],
+) -> tuple[TrainState, Progress, list[str]]:
+    """The newest state before a step, its progress, and messages about unusable checkpoints."""
+    skipped: list[str] = []
+    with closing(Checkpoints(path / CHECKPOINTS, owner=RunRecord.read(path))) as checkpoints:
+        for saved in reversed([saved for saved in checkpoints.steps() if saved < step]):
+            try:
+                state, record = checkpoints.restore(saved, program.state_like)
+                return state, Progress.from_json(record), skipped
+            except UserError as error:
+                skipped.append(str(error))
+    branched, new = run.optimizer.decay_from, beginning.new_progress(run)
+    if branched is None:
+        return program.initial_state(make_parameters(program.mesh)), new, skipped
+    if step <= branched:
+        raise UserError(f"This run begins after step {branched:,}. Ask the run that it came from.")
+    origin = Path(run.saving.output) / CHECKPOINTS
+    return *beginning.branch(origin, branched, program.state_like, new), skipped

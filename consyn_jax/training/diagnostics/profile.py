@@ -1,0 +1,212 @@
+"""`--profile_steps A:B`: trace those steps, and summarise the trace on one page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.profiler import ProfileData, StepTraceAnnotation, TraceAnnotation
+
+from consyn_jax.errors import UserError
+from consyn_jax.files import write_whole
+from consyn_jax.training.diagnostics.trace import STEP, Summary, scopes_of, summarise
+from consyn_jax.training.runtime.watchdog import WAITING
+from consyn_jax.training.step import Batch
+from consyn_jax.validation import parse_profile_steps
+
+SUMMARY = "summary.txt"
+
+
+def check_profile(steps: str | None, total_steps: int) -> None:
+    """Check that `--profile_steps` begins before the run ends.
+
+    Raises:
+        UserError: it does not.
+    """
+    traced = parse_profile_steps(steps)
+    if traced is not None and traced[0] > total_steps:
+        raise UserError(
+            f"--profile_steps {traced[0]}:{traced[1]} begins after the end of the run, which has "
+            f"{total_steps:,} steps. Choose steps up to {total_steps}."
+        )
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """The train step that is traced.
+
+    Attributes:
+        text: returns its compiled text.
+        flops: of one step on one device, as the model needs them.
+        peak: FLOP/s that a device can do at best; None if unknown.
+    """
+
+    text: Callable[[], str]
+    flops: float
+    peak: float | None
+
+
+def page(summary: Summary, program: CompiledStep, steps: tuple[int, int]) -> str:
+    """The content of `summary.txt`."""
+    first, last = steps
+    each, idle = summary.total_s / summary.steps, sum(summary.idle.values())
+    achieved = program.flops / each
+    possible = "the peak of this device is unknown"
+    if program.peak is not None:
+        possible = (
+            f"{achieved / program.peak:.1%} of the device's peak of "
+            f"{program.peak / 1e12:,.0f} TFLOP/s in bf16"
+        )
+    together = sum(summary.parts.values())
+    lines = [
+        f"Steps {first:,} to {last:,} on {summary.device}, {each * 1e3:,.1f} ms each.",
+        "",
+        f"  busy       {summary.busy_s / summary.total_s:6.1%}",
+        f"  idle       {idle / summary.total_s:6.1%}  {_idle(summary)}",
+        f"  achieved   {achieved / 1e12:,.3g} TFLOP/s: {possible}",
+        "",
+        "Busy time by part of the model:",
+        *(
+            f"  {part:<12}{_share(spent, together, summary.steps)} per step"
+            for part, spent in summary.parts.items()
+        ),
+        "",
+        f"The {len(summary.largest)} largest kernels:",
+        *(
+            f"  {_share(spent, together, summary.steps)} in {times / summary.steps:,.0f} per step"
+            f"  {name} ({part})"
+            for name, part, spent, times in summary.largest
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _share(spent: float, together: float, steps: int) -> str:
+    return f"{spent / together:6.1%}  {spent / steps * 1e3:10,.2f} ms"
+
+
+def _idle(summary: Summary) -> str:
+    causes = ", ".join(
+        f"{cause} {spent / summary.total_s:.1%}"
+        for cause, spent in summary.idle.items()
+        if spent >= 5e-4 * summary.total_s
+    )
+    return f"({causes})" if causes else ""
+
+
+class Profile:
+    """Traces the requested steps and writes the page at the end.
+
+    Failures are reported with `warn` and do not end the run.
+
+    Args:
+        steps: the first and the last step, counted from 1; None traces nothing.
+        directory: for trace and page.
+        tell, warn: called with sentences about the result and about failures.
+
+    Attributes:
+        program: must be set before the trace ends.
+    """
+
+    def __init__(
+        self,
+        steps: tuple[int, int] | None,
+        directory: Path,
+        tell: Callable[[str], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._wanted, self._directory, self._tell, self._warn = steps, directory, tell, warn
+        self.program: CompiledStep | None = None
+        self._traced: list[int] = []
+        self._is_tracing = False
+        self._last: Any = None
+
+    def step(self, number: int, before: Any) -> AbstractContextManager[Any]:
+        """A context for the dispatch of step `number` from the state `before`."""
+        if self._wanted is None or not self._wanted[0] <= number <= self._wanted[1]:
+            return nullcontext()
+        if not self._is_tracing:
+            jax.block_until_ready(before)  # keep earlier steps out of the trace
+            self._guard(self._start)
+        if not self._is_tracing:
+            return nullcontext()
+        self._traced.append(number)
+        return StepTraceAnnotation(STEP, step_num=number)
+
+    def ended(self, number: int, after: Any) -> None:
+        """Call this after the dispatch of step `number` with its results `after`."""
+        if self._is_tracing and self._wanted is not None:
+            self._last = after
+            if number >= self._wanted[1]:
+                self._guard(self._stop)
+
+    def close(self) -> None:
+        """End a running trace, and write the page."""
+        if self._is_tracing:
+            self._guard(self._stop)
+        if self._wanted is not None and self._traced:
+            self._guard(self._summarise)
+        elif self._wanted is not None:
+            first, last = self._wanted
+            self._tell(
+                f"No step of --profile_steps {first}:{last} was run, so there is no profile."
+            )
+        self._wanted = None
+
+    def _start(self) -> None:
+        options: Any = jax.profiler.ProfileOptions()
+        # Tracing every call of a function would make the trace large and the step slow.
+        options.python_tracer_level = 0
+        self._directory.mkdir(parents=True, exist_ok=True)
+        jax.profiler.start_trace(self._directory, profiler_options=options)
+        self._is_tracing = True
+
+    def _stop(self) -> None:
+        self._is_tracing = False
+        try:
+            jax.block_until_ready(self._last)
+        finally:
+            jax.profiler.stop_trace()
+
+    def _summarise(self) -> None:
+        assert self.program is not None
+        newest = max(self._directory.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+        summary = summarise(ProfileData.from_file(str(newest)), scopes_of(self.program.text()))
+        text = page(summary, self.program, (self._traced[0], self._traced[-1]))
+        write_whole(self._directory / SUMMARY, text)
+        together = sum(summary.parts.values())
+        shares = ", ".join(
+            f"{part} {spent / together:.0%}" for part, spent in summary.parts.items()
+        )
+        idle = _idle(summary).replace("(", "(idle: ")
+        self._tell(text.splitlines()[0])
+        self._tell(f"Busy {summary.busy_s / summary.total_s:.0%} {idle}; of that {shares}.")
+        self._tell(f"More in {self._directory / SUMMARY}; the trace is beside it.")
+
+    def _guard(self, do: Callable[[], None]) -> None:
+        try:
+            do()
+        # Profilers, drivers and disks may raise anything, and none of it may end a run.
+        except Exception as error:  # noqa: BLE001
+            self._wanted = None
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self._warn(f"The profile of these steps failed; the run continues. {reason}")
+
+
+def activity(name: str) -> TraceAnnotation:
+    """Name the host's activity in a trace; costs a microsecond without a trace."""
+    return TraceAnnotation(name)
+
+
+def trace_waits(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield `batches`, and record the waits for them in the trace."""
+    while True:
+        with activity(WAITING):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch

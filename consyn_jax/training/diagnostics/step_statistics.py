@@ -1,0 +1,172 @@
+"""Statistics of every layer's activations, gradients and weights in one step, on the devices."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float
+
+from consyn_jax.model.arithmetic import LOGITS_AT_ONCE
+from consyn_jax.model.dropout import Dropout
+from consyn_jax.model.parameters import Layout, map_axes
+from consyn_jax.model.transformer import Decoder
+from consyn_jax.training.precision import ScaledState
+from consyn_jax.training.program import TRAIN_AXES, Program
+from consyn_jax.training.step import BASE, Batch, Params, TrainState, dropout_keys
+
+
+class Statistics(NamedTuple):
+    """Statistics of an array, or of each array of a stack, float32.
+
+    Attributes:
+        rms, largest: root mean square and largest magnitude of the finite elements.
+        nonfinite: number of the other elements.
+    """
+
+    rms: Float[Array, "*stack"]
+    largest: Float[Array, "*stack"]
+    nonfinite: Float[Array, "*stack"]
+
+
+def statistics(x: Float[Array, "..."], stacked: bool = False) -> Statistics:
+    """Statistics of `x`, or of each x[i] of a stack; squares neither overflow nor underflow."""
+    axes = tuple(range(int(stacked), x.ndim))
+    finite = jnp.isfinite(x)
+    sizes = jnp.where(finite, jnp.abs(x.astype(jnp.float32)), 0.0)
+    largest = jnp.max(sizes, axis=axes, keepdims=True)
+    factor = jnp.where(largest > 2.0**40, 2.0**-90, jnp.where(largest < 2.0**-40, 2.0**70, 1.0))
+    count = jnp.sum(finite, axis=axes, dtype=jnp.float32)
+    mean = jnp.sum(jnp.square(sizes * factor), axis=axes) / jnp.maximum(count, 1.0)
+    rms = jnp.sqrt(mean) / factor.reshape(mean.shape)
+    return Statistics(
+        rms, largest.reshape(mean.shape), jnp.sum(~finite, axis=axes, dtype=jnp.float32)
+    )
+
+
+class StepStatistics(NamedTuple):
+    """Statistics of a step, replicated to every process.
+
+    Attributes:
+        activations: by part. Those of the blocks are [A, L], those of the head [A, chunks of
+            positions], the others [A].
+        sequences: whether an activation of a sequence is not finite.
+        gradients, weights: trees like the parameters; [L] for stacked ones.
+        devices: by device of the mesh, whether all of the weights that it holds are finite. Copies
+            of a weight should be equal, but may not be.
+    """
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    activations: dict[str, Statistics]
+    sequences: Bool[Array, "A B"]
+    gradients: Any
+    weights: Any
+    devices: Bool[Array, " devices"]
+
+
+def lower_step_statistics(
+    program: Program, accumulation: int, batch_size: int, length: int
+) -> jax.stages.Lowered:
+    """Lower `observe(state, batch [A, B, T]) -> StepStatistics`.
+
+    It repeats the step's forward and backward pass without an update. Gradients are those of the
+    mean loss before clipping, as in the train step.
+    """
+
+    def observe(state: TrainState, batch: Batch) -> StepStatistics:
+        recorder = optax.GradientTransformation(
+            lambda params: (), partial(_record_gradients, program.layout)
+        )
+        after, metrics = program.step(recorder, 0.0)(state, batch)
+        recorded: Any = after.opt_state
+        arrays: Any = dict(batch)
+        base = arrays.pop(BASE, None)
+        if program.draws:
+            arrays["dropout_key"] = dropout_keys(program.seed, state.step, accumulation)
+        activations, sequences = jax.lax.map(
+            partial(_activations, program, state.params, base), arrays
+        )
+        return StepStatistics(
+            metrics["loss"],
+            metrics["grad_norm"],
+            activations,
+            sequences,
+            recorded.optimizer if isinstance(recorded, ScaledState) else recorded,
+            _parameter_statistics(program.layout, state.params),
+            _finite_by_device(program, state.params),
+        )
+
+    everywhere = NamedSharding(program.mesh, PartitionSpec())
+    with jax.set_mesh(program.mesh), jax.threefry_partitionable(True):
+        like = program.batch_like((accumulation, batch_size, length), TRAIN_AXES)
+        like |= program.base_like
+        return jax.jit(observe, out_shardings=everywhere).lower(program.state_like, like)
+
+
+def _record_gradients(
+    layout: Layout, gradients: Params, state: Any, params: Params | None = None
+) -> tuple[Params, Any]:
+    """An optimizer's update that changes nothing; its state becomes the gradients' statistics."""
+    found = _parameter_statistics(layout, gradients)
+    updates = jax.tree.map(jnp.zeros_like, gradients)
+    return updates, state._replace(optimizer=found) if isinstance(state, ScaledState) else found
+
+
+def _parameter_statistics(layout: Layout, tree: Params) -> Any:
+    return map_axes(lambda axes, x: statistics(x, "layers" in axes), layout.logical_axes, tree)
+
+
+def _finite_by_device(program: Program, params: Params) -> Bool[Array, " devices"]:
+    def local(own: Params) -> Bool[Array, " one"]:
+        return jnp.all(
+            jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(own)]), keepdims=True
+        )
+
+    places = jax.tree.map(lambda where: where.spec, program.layout.shardings(program.mesh))
+    return jax.shard_map(
+        local, in_specs=(places,), out_specs=PartitionSpec(program.mesh.axis_names), check_vma=False
+    )(params)
+
+
+def _activations(
+    program: Program, params: Params, base: Any, batch: Batch
+) -> tuple[dict[str, Statistics], Bool[Array, " B"]]:
+    """Statistics by part of a micro-batch's forward pass, and the sequences that end non-finite."""
+    rate = program.regularisation.dropout
+    whole = program.whole(params, base, batch.get("dropout_key"))
+    model: Decoder = nnx.merge(program.layout.graphdef, whole)
+    dropout = Dropout(batch["dropout_key"], rate) if rate else None
+    x_BTD, parts = model.traced(
+        batch["input_ids"], batch["segment_ids"], program.compute, dropout, statistics
+    )
+    parts |= {
+        "final norm": statistics(x_BTD),
+        "head": _logits(x_BTD, model.head_VD, program.config.vocab_size),
+    }
+    return parts, ~jnp.all(jnp.isfinite(x_BTD), axis=(1, 2))
+
+
+def _logits(
+    x_BTD: Float[Array, "B T D"], head_VD: Float[Array, "V D"], vocab_size: int
+) -> Statistics:
+    """Statistics of the logits, in chunks of positions to save memory."""
+    B, T, D = x_BTD.shape
+    length = next(
+        (n for n in range(T, 1, -1) if T % n == 0 and B * n * head_VD.shape[0] <= LOGITS_AT_ONCE), 1
+    )
+    weight = head_VD.astype(x_BTD.dtype)
+
+    def chunk(part_BTD: jax.Array) -> Statistics:
+        return statistics(
+            jnp.einsum("BTD,VD->BTV", part_BTD, weight, preferred_element_type=jnp.float32)[
+                ..., :vocab_size
+            ]
+        )
+
+    return jax.lax.map(chunk, x_BTD.reshape(B, T // length, length, D).swapaxes(0, 1))

@@ -1,0 +1,238 @@
+"""The four arrays of a batch, derived from those that the caller gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from consyn_jax.data.loader import Batch
+from consyn_jax.errors import UserError, listed
+from consyn_jax.tokenization.token_ids import NO_TARGETS, are_targets, as_array
+from consyn_jax.training.inputs.content import documents
+
+IGNORED = NO_TARGETS[0]
+# What to do with an id that stands for padding, where each row is given by itself.
+UNPADDED = "leave it out, since rows may have any length"
+USED = ("input_ids", "labels", "segment_ids", "loss_mask", "attention_mask", "position_ids")
+
+
+def complete(raw: Any, labels_are_ids: bool | None = None) -> Batch:
+    """A batch [b, T] with all four arrays, derived from those that `raw` has.
+
+    Without labels, the labels are the sequence itself, shifted by one. So are labels that equal the
+    input_ids, as those of transformers' collators do, because transformers' models shift them.
+    Labels of -100 or -1 and those with a false loss_mask are not targets. Without segment_ids, a
+    row is one document, and `attention_mask` marks its padding; where `position_ids` restart,
+    another document begins. Rows of unequal length are padded.
+
+    Args:
+        raw: a mapping such as a dict or a `BatchEncoding`, or input_ids alone, or a pair of
+            input_ids and labels.
+        labels_are_ids: whether the labels equal the input_ids, as other batches of the same data
+            have shown; None if that is not known.
+
+    Raises:
+        UserError: there are no input_ids, or the arrays have other shapes.
+    """
+    arrays = _arrays(raw)
+    ids = arrays["input_ids"]
+    segments = arrays.get("segment_ids", arrays.get("attention_mask", np.ones_like(ids)))
+    if "position_ids" in arrays:
+        segments = documents(segments, arrays["position_ids"])
+    labels = arrays.get("labels")
+    if labels_are_ids is None and labels is not None:
+        labels_are_ids = are_ids(ids, labels)
+    if labels is None or labels_are_ids:
+        same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+        for mask in (arrays.get("loss_mask"), None if labels is None else are_targets(labels)):
+            same = same if mask is None else same & mask[:, 1:].astype(bool)
+        labels, mask, ids, segments = ids[:, 1:], same, ids[:, :-1], segments[:, :-1]
+    else:
+        mask, labels = are_targets(labels), np.where(are_targets(labels), labels, 0)
+        mask &= arrays["loss_mask"].astype(bool) if "loss_mask" in arrays else segments > 0
+    as_int = {"input_ids": ids, "labels": labels, "segment_ids": segments}
+    return {name: value.astype(np.int32) for name, value in as_int.items()} | {"loss_mask": mask}
+
+
+def are_ids(ids: np.ndarray, labels: np.ndarray) -> bool | None:
+    """Whether the labels are the input_ids, not shifted; None if these arrays do not show it.
+
+    >>> are_ids(np.array([5, 6, 7]), np.array([-100, 6, 7]))
+    True
+    >>> are_ids(np.array([5, 6, 7]), np.array([6, 7, 2]))
+    False
+    """
+    targets = are_targets(labels)
+    if len(np.unique(ids[targets])) < 2:  # one repeated token fits both
+        return None
+    return np.array_equal(labels[targets], ids[targets])
+
+
+def shown_labels(raw: Any) -> bool | None:
+    """`are_ids` for a batch as the caller gives it; None also if it has no labels."""
+    arrays = _arrays(raw)
+    return are_ids(arrays["input_ids"], arrays["labels"]) if "labels" in arrays else None
+
+
+def check_labels_agree(shown: bool | None, known: bool | None, where: str) -> bool | None:
+    """Check that labels are of the kind that earlier rows or batches of the same data have.
+
+    Args:
+        shown, known: `are_ids` of these labels, and of the earlier ones.
+
+    Returns:
+        The kind that is known now.
+
+    Raises:
+        UserError: they are of the other kind.
+    """
+    if shown is None or known is None:
+        return known if shown is None else shown
+    if shown != known:
+        here, earlier = ("equal", "do not") if shown else ("do not equal", "do")
+        raise UserError(
+            f"{where} has labels that {here} its input_ids, and those of earlier ones {earlier}. "
+            "Give labels of one kind: the input_ids, or the tokens after them."
+        )
+    return known
+
+
+def fit(batch: Batch, block_size: int, rows: int) -> Batch:
+    """The batch [rows, block_size]: padded with masked rows and columns, longer rows cut."""
+    given, tokens = batch["labels"].shape
+    padding = ((0, rows - given), (0, max(0, block_size - tokens)))
+    return {name: np.pad(values[:, :block_size], padding) for name, values in batch.items()}
+
+
+class CutRows:
+    """Warns once that rows longer than a sequence are cut."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size, self._is_said = block_size, False
+
+    def look(self, batch: Batch, warn: Callable[[str], None]) -> None:
+        """Look for longer rows in a batch that is not fitted yet."""
+        tokens = batch["labels"].shape[1]
+        if tokens > self._block_size and not self._is_said:
+            self._is_said = True
+            warn(
+                f"A row of the data has {tokens:,} tokens; this and all other rows are cut to "
+                f"max_tokens, {self._block_size:,}. Give a larger max_tokens to keep them whole."
+            )
+
+
+def check_length(tokens: int, block_size: int, where: str) -> None:
+    """Check that a sequence is not longer than `block_size`.
+
+    Args:
+        tokens: that the model reads at once: one less than ids without labels of their own.
+
+    Raises:
+        UserError: it is.
+    """
+    if tokens > block_size:
+        raise UserError(
+            f"{where} needs max_tokens={tokens}, and max_tokens is {block_size}. Cut it, or give "
+            "a larger max_tokens, which the model's context limits."
+        )
+
+
+def check_columns(fields: Mapping[str, Any], first: Mapping[str, Any], where: str) -> None:
+    """Check that a row or batch has labels and masks if the first one has, and else none.
+
+    Raises:
+        UserError: it does not.
+    """
+    for name in USED:
+        if (fields.get(name) is None) != (first.get(name) is None):
+            here, there = ("no ", "") if fields.get(name) is None else ("", "no ")
+            raise UserError(
+                f"{where} has {here}{name}, and the first one has {there}{name}. Give {name} in "
+                "all of them or in none."
+            )
+
+
+def fields_of(raw: Any, where: str = "A batch") -> Mapping[str, Any]:
+    """The arrays of a batch or an item by name.
+
+    Args:
+        where: its name in messages.
+
+    Raises:
+        UserError: it is neither a mapping with input_ids, nor input_ids alone, nor a pair.
+    """
+    if isinstance(raw, Mapping):
+        if raw.get("input_ids") is not None:
+            return raw
+        texts = [str(key) for key, value in raw.items() if isinstance(value, str)]
+        hint = (
+            f"Tokenise {texts[0]!r}, or use get_dataset" if texts else "Give the ids of its tokens"
+        )
+        names = sorted(map(repr, raw.keys() - {"input_ids"}))
+        found = f", but {listed(names)}" if names else ""
+        raise UserError(f"{where} has no input_ids{found}. {hint}.")
+    if hasattr(raw, "ndim"):
+        return {"input_ids": raw}
+    if isinstance(raw, tuple | list) and 0 < len(raw) < 3 and hasattr(raw[0], "ndim"):
+        return dict(zip(("input_ids", "labels"), raw, strict=False))
+    raise UserError(
+        f"{where} is {'None' if raw is None else f'of type {type(raw).__name__}'}, and must be a "
+        "dict with 'input_ids'. Data may also be a dataset of get_dataset or a list of token lists."
+    )
+
+
+def one_row(fields: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The batch of one row."""
+    return {name: [values] for name, values in fields.items() if values is not None}
+
+
+def each_row(fields: Mapping[str, Any]) -> list[dict[str, list[Any]]]:
+    """The batches of one row that a batch consists of, with its ids and labels."""
+    ids, labels = fields["input_ids"], fields["labels"]
+    return [{"input_ids": [ids[i]], "labels": [labels[i]]} for i in range(len(ids))]
+
+
+def _arrays(raw: Any) -> dict[str, np.ndarray]:
+    given = fields_of(raw)
+    columns = {name: _rows(given[name]) for name in USED if given.get(name) is not None}
+    shapes = {
+        name: rows.shape if isinstance(rows, np.ndarray) else tuple(map(len, rows))
+        for name, rows in columns.items()
+    }
+    wanted = shapes["input_ids"]
+    if isinstance(columns["input_ids"], np.ndarray) and len(wanted) != 2:
+        raise UserError(
+            f"A batch's input_ids must be [sequences, tokens], and have shape {wanted}. Give one "
+            "row a sequence."
+        )
+    for name, shape in shapes.items():
+        if shape != wanted:
+            raise UserError(
+                f"A batch's {name} must have the shape of its input_ids, {wanted}, and have "
+                f"{shape}. Give one value of {name} a token."
+            )
+    if isinstance(columns["input_ids"], list):
+        attended = [np.ones(length, np.int64) for length in wanted]
+        columns.setdefault("segment_ids", columns.get("attention_mask", attended))
+        padding = {"labels": IGNORED}
+        columns = {name: _padded(rows, padding.get(name, 0)) for name, rows in columns.items()}
+    return {name: np.asarray(rows) for name, rows in columns.items()}
+
+
+def _rows(values: Any) -> np.ndarray | list[np.ndarray]:
+    """A column as one array, or as its rows if they are not equally long."""
+    if isinstance(values, Sequence) or getattr(values, "dtype", None) == np.dtype(object):
+        rows = [as_array(row) for row in values]
+        if all(row.ndim == 1 for row in rows) and len({len(row) for row in rows}) > 1:
+            return rows
+        return np.stack(rows) if len({row.shape for row in rows}) == 1 else np.empty(0)
+    return as_array(values)
+
+
+def _padded(rows: Any, padding: int) -> np.ndarray:
+    padded = np.full((len(rows), max(map(len, rows))), padding, np.int64)
+    for row, values in zip(padded, rows, strict=True):
+        row[: len(values)] = values
+    return padded

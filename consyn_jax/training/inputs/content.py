@@ -1,0 +1,104 @@
+"""The documents of the caller's rows by their positions, and a fingerprint of the rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from consyn_jax.tokenization.token_ids import as_array
+
+# At most this many rows are read, because reading all may take longer than training on some.
+MOST_ROWS = 100_000
+DIGEST_BYTES = 16
+
+
+def documents(segments: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Split segments [b, T] further where positions [b, T] restart at 0; padding stays 0.
+
+    Attention depends on the distance of positions only, so where they begin makes no difference.
+
+    >>> documents(np.array([[1, 1, 1, 1, 0]]), np.array([[0, 1, 0, 1, 0]]))
+    array([[1, 1, 2, 2, 0]])
+    """
+    attended = segments > 0
+    restarts = (segments[:, 1:] == segments[:, :-1]) & attended[:, 1:] & (positions[:, 1:] == 0)
+    begins = np.ones_like(attended)
+    begins[:, 1:] = (segments[:, 1:] != segments[:, :-1]) | restarts
+    return np.where(attended, np.cumsum(begins & attended, axis=1), 0)
+
+
+class Fingerprint:
+    """A hash of everything that is added, in order; None once something has no content to hash."""
+
+    def __init__(self) -> None:
+        self._hash, self._is_known = hashlib.blake2b(digest_size=DIGEST_BYTES), True
+
+    def add(self, value: Any) -> None:
+        """Add a number, text, array, or a sequence or mapping of them."""
+        if isinstance(value, Mapping):
+            for key in sorted(value, key=str):
+                self._tag("key", str(key))
+                self.add(value[key])
+        elif isinstance(value, str | bytes):
+            self._hash.update(
+                value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value
+            )
+            self._tag("text", str(len(value)))
+        elif value is None:
+            self._tag("none", "")
+        else:
+            self._add_array(value)
+
+    def _add_array(self, value: Any) -> None:
+        try:
+            array = as_array(value)
+        except (ValueError, TypeError, RuntimeError):  # rows of unequal length, or an object
+            array = np.empty(0, object)
+        if array.dtype.kind in "iub":  # 3 is the same number in every type of whole numbers
+            array = array.astype(np.int64)
+        elif array.dtype.kind == "f":
+            array = array.astype(np.float64)
+        elif isinstance(value, list | tuple):
+            self._tag("items", str(len(value)))
+            for item in value:
+                self.add(item)
+            return
+        else:
+            self._is_known = False
+            return
+        self._hash.update(np.ascontiguousarray(array).tobytes())
+        self._tag(array.dtype.kind, str(array.shape))
+
+    def _tag(self, kind: str, about: str) -> None:
+        self._hash.update(f"|{kind} {about}|".encode())
+
+    @property
+    def value(self) -> str | None:
+        """The hash in hexadecimal digits."""
+        return self._hash.hexdigest() if self._is_known else None
+
+
+def fingerprint_of(rows: Any, look: Callable[[int, Any], None] | None = None) -> str | None:
+    """A fingerprint of rows of any kind; None if they cannot be read twice with the same content.
+
+    It is also None for more than `MOST_ROWS` rows, because reading them might take hours.
+
+    Args:
+        look: called with each number and row that is read.
+    """
+    count = len(rows)
+    if not count or (count > MOST_ROWS and look is None):
+        return None
+    found, first, again = Fingerprint(), Fingerprint(), Fingerprint()
+    for i in range(min(count, MOST_ROWS)):
+        row = rows[i]
+        if look is not None:
+            look(i, row)
+        found.add(row)
+        if i == 0:
+            first.add(row)
+    again.add(rows[0])  # rows that are drawn at random differ
+    return found.value if first.value == again.value and count <= MOST_ROWS else None

@@ -1,0 +1,221 @@
+"""Batches that the caller makes, such as those of a torch DataLoader."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from consyn_jax.data.loader import Batch
+from consyn_jax.errors import UserError
+from consyn_jax.training.inputs.arrays import (
+    CutRows,
+    check_columns,
+    check_labels_agree,
+    check_length,
+    complete,
+    each_row,
+    fields_of,
+    fit,
+    one_row,
+    shown_labels,
+)
+from consyn_jax.training.inputs.batch_source import BatchSource
+from consyn_jax.training.inputs.content import Fingerprint, fingerprint_of
+from consyn_jax.training.inputs.given import Begun
+
+COLLATED_ROWS = 8  # rows for the fingerprint of a collator
+# Attributes of torch's samplers that are not their own numbers: rows, other samplers, and state.
+ELSEWHERE = ("data_source", "dataset", "sampler", "batch_sampler", "generator", "epoch")
+KEPT_TOKENS = 100_000_000  # of evaluation data that can be read only once: 1.3 GB
+
+
+class GivenBatches(BatchSource):
+    """Any iterable of batches, or of rows, which it puts into batches.
+
+    It has no positions, so a resume reads and skips the batches of earlier steps. A batch with
+    fewer sequences than `batch_size` is filled up with masked rows, one with more becomes several.
+    Shorter rows are filled up with masked tokens.
+
+    Args:
+        batch_size: sequences in each batch. Micro-batches may be smaller and divide it, as with
+            `--auto_batch`.
+        block_size: tokens in a sequence.
+        vocab_size: ids are below it.
+
+    Raises:
+        UserError: sequences that are known now are longer, or have an id outside the vocabulary.
+    """
+
+    def __init__(self, batches: Begun, batch_size: int, block_size: int, vocab_size: int) -> None:
+        self.batches, self.batch_size, self.block_size = batches, batch_size, block_size
+        self.order, self._vocab_size = None, vocab_size
+        content = fingerprint_of_batches(batches)
+        self.fingerprint, self.content_is_known = content or "batches", content is not None
+        self._labels_are_ids: bool | None = None
+        self._cut = CutRows(block_size)
+        self._kept: list[Batch] | None = None
+        for i, raw in enumerate(batches.in_memory or [batches.first]):
+            self._check(i, raw)
+            check_length(self._complete(raw)["labels"].shape[1], block_size, batches.place(i))
+        unused = f"; not used: {', '.join(batches.unused)}" if batches.unused else ""
+        shift = "; labels shifted by one" if self._labels_are_ids else ""
+        self.description = f"{'rows' if batches.are_rows else 'batches'} of ids{shift}{unused}"
+
+    @property
+    def sequences(self) -> int | None:
+        """Sequences in a pass over a DataLoader or list, a short last batch counted as whole."""
+        items = self.batches.length
+        if items is None:
+            return None
+        return items if self.batches.are_rows else items * self.batch_size
+
+    def check_batch_size(self) -> None:
+        """Check that training takes batches as large as those given.
+
+        Raises:
+            UserError: their size differs from `batch_size`.
+        """
+        size = self.batches.batch_size
+        is_only_batch = self.batches.length == 1
+        if size is None or size == self.batch_size or (is_only_batch and size < self.batch_size):
+            return
+        raise UserError(
+            f"The training batches have {size} sequences, and batch_size is {self.batch_size}. "
+            f"Pass batch_size={size}, or make batches of {self.batch_size}."
+        )
+
+    def training(
+        self, start_step: int, batch_size: int, accumulation: int, rows: np.ndarray
+    ) -> Iterator[Batch]:
+        """Batches of the iterable, after skipping those before `start_step`."""
+        micro = itertools.islice(self._endless(batch_size), start_step * accumulation, None)
+        while len(group := list(itertools.islice(micro, accumulation))) == accumulation:
+            yield {name: np.stack([batch[name][rows] for batch in group]) for name in group[0]}
+
+    def evaluation(self, batch_size: int, rows: np.ndarray) -> Iterator[Batch]:
+        """One pass over the iterable; what can be read only once is kept in memory."""
+        for batch in self._kept_batches() if self.batches.is_iterator else self._whole_batches():
+            for piece in self._pieces(batch, batch_size):
+                yield {name: values[rows] for name, values in piece.items()}
+
+    def close(self) -> None:
+        """Do nothing; the caller owns the iterable."""
+
+    def _endless(self, batch_size: int) -> Iterator[Batch]:
+        """Pass after pass; an iterable that cannot start again, such as a generator, ends."""
+        for _ in itertools.count():
+            empty = True
+            for batch in self._whole_batches():
+                empty = False
+                yield from self._pieces(batch, batch_size)
+            if empty or self.batches.is_iterator:
+                return
+
+    def _kept_batches(self) -> list[Batch]:
+        if self._kept is None:
+            self._kept = []
+            for batch in self._whole_batches():
+                self._kept.append(batch)
+                if sum(kept["labels"].size for kept in self._kept) > KEPT_TOKENS:
+                    raise UserError(
+                        f"The evaluation data is an iterator of more than {KEPT_TOKENS:,} tokens, "
+                        "too many to keep. Give a list, a dataset or a DataLoader."
+                    )
+        return self._kept
+
+    def _whole_batches(self) -> Iterator[Batch]:
+        """One pass, in batches [batch_size, block_size]."""
+        size = self.batch_size
+        items = map(self._check, itertools.count(), self.batches)
+        for raw in self._rows_in_batches(items) if self.batches.are_rows else items:
+            batch = self._complete(raw)
+            self._cut.look(batch, self.warn)
+            for i in range(0, len(batch["labels"]), size):
+                part = {name: values[i : i + size] for name, values in batch.items()}
+                yield fit(part, self.block_size, size)
+
+    def _rows_in_batches(self, items: Iterator[Any]) -> Iterator[Any]:
+        while group := list(itertools.islice(items, self.batch_size)):
+            yield {
+                name: [row[name] for row in group]
+                for name in group[0]
+                if all(row.get(name) is not None for row in group)
+            }
+
+    def _check(self, i: int, raw: Any) -> Mapping[str, Any]:
+        """The arrays of item `i` of the iterable, which has the columns of the first one."""
+        where = self.batches.place(i)
+        fields = fields_of(raw, where)
+        self.batches.check(fields, self._vocab_size, i)
+        check_columns(fields, fields_of(self.batches.first), where)
+        if fields.get("labels") is not None:
+            rows = [one_row(fields)] if self.batches.are_rows else each_row(fields)
+            for number, row in enumerate(rows):
+                place = where if self.batches.are_rows else f"{where}, row {number},"
+                shown = shown_labels(row)
+                self._labels_are_ids = check_labels_agree(shown, self._labels_are_ids, place)
+        return fields
+
+    def _complete(self, raw: Any) -> Batch:
+        fields = fields_of(raw)
+        if self.batches.are_rows and np.ndim(fields["input_ids"]) == 1:
+            fields = one_row(fields)
+        return complete(fields, self._labels_are_ids)
+
+    def _pieces(self, batch: Batch, batch_size: int) -> Iterator[Batch]:
+        return (
+            {name: values[i : i + batch_size] for name, values in batch.items()}
+            for i in range(0, self.batch_size, batch_size)
+        )
+
+
+def fingerprint_of_batches(batches: Begun) -> str | None:
+    """A fingerprint of a list of batches, or of a DataLoader; None for others.
+
+    A DataLoader's fingerprint covers its rows, its collator (by the output for the first rows) and
+    its sampler (by its class and public numbers, such as indices and weights). It does not cover
+    the order of a shuffled DataLoader. It is None if the collator draws at random or the sampler
+    holds anything else.
+    """
+    if batches.in_memory:
+        return fingerprint_of(batches.in_memory)
+    rows = batches.rows
+    if rows is None:
+        return None
+    try:
+        found = fingerprint_of(rows)
+    except (NotImplementedError, TypeError):  # it can only be iterated over
+        return None
+    made = _collated(batches, rows) if found else None
+    drawn = _sampler(batches.sampler)
+    if found is None or made is None or drawn is None:
+        return None
+    return f"{found} in batches of {batches.batch_size}, as {made}, by {drawn}"
+
+
+def _collated(batches: Begun, rows: Any) -> str | None:
+    """Fingerprint of the collator's output for the first rows; None if the output varies."""
+    if batches.collate is None:
+        return ""
+    first = [rows[i] for i in range(min(len(rows), COLLATED_ROWS))]
+    found = Fingerprint(), Fingerprint()
+    for fingerprint in found:
+        fingerprint.add(batches.collate(first))
+    return found[0].value if found[0].value == found[1].value else None
+
+
+def _sampler(sampler: Any) -> str | None:
+    """The order of a DataLoader: the classes of its samplers and the numbers that they hold."""
+    names, held = [], Fingerprint()
+    while sampler is not None:
+        names.append(f"{type(sampler).__module__}.{type(sampler).__qualname__}")
+        inner = getattr(sampler, "sampler", None) or getattr(sampler, "batch_sampler", None)
+        for name, value in sorted(vars(sampler).items()):
+            if name not in ELSEWHERE and not name.startswith("__"):
+                held.add(name)
+                held.add(value)
+        sampler = inner
+    return held.value and f"{' of '.join(names)} {held.value}"

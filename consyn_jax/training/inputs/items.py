@@ -1,0 +1,120 @@
+"""Rows and documents of the caller as sequences that are read by index."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from consyn_jax.data.packing import PackedDataset, Sequences
+from consyn_jax.data.store.shards import MemoryShard
+from consyn_jax.data.store.store_split import StoreSplit
+from consyn_jax.errors import UserError
+from consyn_jax.tokenization.token_ids import check_fields, check_input_ids, is_batch
+from consyn_jax.training.inputs.arrays import (
+    UNPADDED,
+    CutRows,
+    check_columns,
+    check_labels_agree,
+    check_length,
+    complete,
+    fit,
+    one_row,
+    shown_labels,
+)
+from consyn_jax.training.inputs.content import fingerprint_of
+from consyn_jax.training.inputs.given import Rows
+
+
+class ItemDataset:
+    """Rows that are read one by one, such as those of a torch or datasets Dataset.
+
+    Args:
+        block_size: tokens in a sequence; shorter rows are padded.
+        vocab_size: ids are below it.
+        name: the rows' name in messages.
+
+    Attributes:
+        fingerprint: of all rows; None if it cannot be known.
+        warn: called once if rows are cut that were not seen before the run.
+
+    Raises:
+        UserError: a row that was read is too long, or has an id outside the vocabulary.
+    """
+
+    def __init__(self, items: Rows, block_size: int, vocab_size: int, name: str) -> None:
+        check_length(items.longest, block_size, f"Row {items.longest_row} of {name}")
+        self.items, self.block_size = items, block_size
+        self._vocab_size, self._name = vocab_size, name
+        self._cut = CutRows(block_size)
+        self.fingerprint = fingerprint_of(items, self._check)
+        self.warn: Callable[[str], None] = warnings.warn
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def rows(self, indices: Any) -> Sequences:
+        """The items `indices` at once, each array [n, block_size]."""
+        found = [self._row(int(i), self.items[int(i)]) for i in indices]
+        return {name: np.concatenate([row[name] for row in found]) for name in found[0]}
+
+    @cached_property
+    def _first(self) -> Any:
+        """The first row, read once: it may be costly, or drawn at random."""
+        return self.items[0]
+
+    def _check(self, i: int, item: Any) -> None:
+        where = f"Row {i} of {self._name}"
+        if is_batch(item):
+            raise UserError(f"{where} holds several rows. Give each of them by itself.")
+        check_fields(item, self._vocab_size, where, UNPADDED)
+        check_columns(item, self._first, where)
+        if item.get("labels") is not None:
+            check_labels_agree(shown_labels(one_row(item)), self.items.labels_are_ids, where)
+
+    def _row(self, i: int, item: Any) -> Sequences:
+        self._check(i, item)
+        row = complete(one_row(item), self.items.labels_are_ids)
+        self._cut.look(row, self.warn)
+        return fit(row, self.block_size, 1)
+
+
+def pack_token_lists(
+    data: Sequence[Any],
+    block_size: int,
+    special_ids: tuple[int | None, ...],
+    vocab_size: int,
+    name: str,
+) -> tuple[PackedDataset, str]:
+    """Pack documents, given as lists of ids, into sequences.
+
+    Args:
+        special_ids: the ids of BOS, EOS and padding.
+        vocab_size: ids are below it.
+        name: the data's name in messages.
+
+    Returns:
+        The sequences, and a fingerprint of the documents.
+    """
+    bos_id, eos_id, pad_id = special_ids
+    if eos_id is None:
+        raise UserError(
+            "A list of token lists needs the id of EOS: pass tokenizer=, or a model whose "
+            "configuration has it."
+        )
+    documents = [
+        check_input_ids(ids, vocab_size, f"Document {i} of {name}", UNPADDED)
+        for i, ids in enumerate(data)
+    ]
+    if not any(map(len, documents)):
+        raise UserError(f"No document of {name} has a token. Give documents that have some.")
+    digest = hashlib.blake2b(digest_size=16)
+    for document in documents:
+        digest.update(document.tobytes() + b"|")
+    split = StoreSplit([MemoryShard(documents, eos_id)])
+    packed = PackedDataset(split, block_size, bos_id, eos_id if pad_id is None else pad_id)
+    return packed, digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Reports of a run: metrics, trackers, console, plots and the final report."""

@@ -1,0 +1,177 @@
+"""The charts of a run: what is drawn, as SVG and as the points that the page's script draws."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from consyn_jax.pages import escape
+from consyn_jax.training.logging.charts import Line, chart
+from consyn_jax.training.logging.curves import Point, best, loss_limits, thin
+from consyn_jax.training.logging.live.activities import ACTIVITIES, key
+from consyn_jax.training.logging.live.history import History
+
+STATIC_BUCKETS = 300  # of a curve in the SVG; the script has all that are kept
+OTHER_CURVES = {
+    "train/learning_rate": ("Learning rate", "rate"),
+    "train/grad_norm": ("Gradient norm, before clipping", "rate"),
+    "throughput/tokens_per_s": ("Tokens per second", "count"),
+    "throughput/mfu": ("Model FLOP/s utilisation (MFU)", "share"),
+    "memory/peak_bytes": ("Peak memory of a device", "bytes"),
+}
+NOT_DRAWN = {"eval/loss", "eval/perplexity", "eval/bits_per_byte", "eval/tokens"}
+MOST_EVALUATION_CHARTS = 12
+
+
+@dataclass(frozen=True)
+class RunChart:
+    """One chart.
+
+    Attributes:
+        unit: how the script writes values: a key of its `show`.
+        limits: the values to show before a zoom; None for those that there are.
+        kind: lines, or stack for shares of the time between two moments.
+    """
+
+    title: str
+    unit: str
+    lines: Sequence[Line]
+    height: int = 170
+    limits: tuple[float, float] | None = None
+    kind: str = "lines"
+
+
+def run_charts(history: History, activities: Mapping[str, float]) -> list[RunChart]:
+    """The charts that the history has points for.
+
+    Args:
+        activities: seconds of each activity until now, by their names in `metrics.jsonl`.
+    """
+    return [
+        *_loss(history),
+        *_evaluations(history),
+        *_others(history),
+        *_activities(history, activities),
+    ]
+
+
+def _loss(history: History) -> Iterator[RunChart]:
+    train, evaluation = history.points("train/loss"), history.points("eval/loss")
+    if not train and not evaluation:
+        return
+    lowest = best(evaluation)
+    smoothed = history.curves["train/loss"].smooth() if len(train) > 1 else []
+    lines = [
+        Line(train, "raw", "train", dots=len(train) == 1),
+        Line(smoothed, "train", "train, smoothed"),
+        Line(evaluation, "eval", "eval", dots=len(evaluation) <= 100),
+        Line([lowest] if lowest else [], "best", "best", dots=True),
+    ]
+    limits = loss_limits(train, evaluation)
+    yield RunChart("Loss, nats per token", "number", lines, 300, limits)
+
+
+def _evaluations(history: History) -> Iterator[RunChart]:
+    names = [n for n in history.curves if n.startswith("eval/") and n not in NOT_DRAWN]
+    for name in names[:MOST_EVALUATION_CHARTS]:
+        points = history.points(name)
+        if len(points) > 1:
+            title = f"Evaluation: {name.removeprefix('eval/')}"
+            lines = [Line(points, "eval", "eval", dots=len(points) <= 100)]
+            yield RunChart(title, "rate", lines, limits=_from_zero(points))
+
+
+def _others(history: History) -> Iterator[RunChart]:
+    for name, (title, unit) in OTHER_CURVES.items():
+        points = history.points(name)
+        if len(points) > 1:
+            lines = [Line(points, "train", title.partition(",")[0].lower())]
+            yield RunChart(title, unit, lines, limits=_from_zero(points))
+
+
+def _from_zero(points: Sequence[Point]) -> tuple[float, float]:
+    values = [point.value for point in points]
+    low, high = min(0.0, *values), 1.08 * max(values)
+    return (low, high) if high > low else (low - 0.5, low + 0.5)
+
+
+def _activities(history: History, now: Mapping[str, float]) -> Iterator[RunChart]:
+    last = history.last
+    place = Point(last["step"], last["tokens"], 0.0, float(last["time_s"]))
+    seconds = tuple(now.get(key(name), 0.0) for name in ACTIVITIES)
+    moments = [*history.moments, (place, seconds)]
+    if len(moments) < 2:
+        return
+    lines = [
+        Line([Point(p.step, p.tokens, values[i], p.time_s) for p, values in moments], name, name)
+        for i, name in enumerate(ACTIVITIES)
+    ]
+    yield RunChart("Time by activity, as shares", "share", lines, 170, (0.0, 1.0), "stack")
+
+
+def draw_charts(charts: Sequence[RunChart], resumed: Sequence[Point], note: str) -> str:
+    """The section of the curves, drawn over tokens; the script draws it again with choices.
+
+    Args:
+        resumed: places to mark.
+        note: a sentence about what is drawn; empty for none.
+    """
+    if not charts:
+        return ""
+    figures = []
+    for i, each in enumerate(charts):
+        has_legend = sum(bool(line.points) for line in each.lines) > 1
+        lines = [
+            Line(thin(x.points, STATIC_BUCKETS), x.look, x.label if has_legend else "", x.dots)
+            for x in each.lines
+        ]
+        drawn = chart(each.title, lines, each.height, each.limits or (0.0, 1.0), resumed)
+        look = "chart needs-script" if each.kind == "stack" else "chart"
+        read = "<p class='read'></p>"
+        figures.append(f'<figure class="{look}" id="chart{i}">{drawn}{read}</figure>')
+    buttons = "".join(
+        f'<button type="button" data-by="{axis}" aria-pressed="false">{name}</button>'
+        for axis, name in (("step", "Steps"), ("tokens", "Tokens"), ("time", "Time"))
+    )
+    tools = f'<div id="axis" hidden>{buttons}<button type="button" data-all hidden>Show all'
+    said = f"<p class='plain'>{escape(note)}</p>" if note else ""
+    return f"<section><h2>Curves</h2>{tools}</button></div>{said}{''.join(figures)}</section>"
+
+
+def points_json(charts: Sequence[RunChart], resumed: Sequence[Point], **about: Any) -> str:
+    """The charts as JSON for the script, safe inside an HTML element.
+
+    Args:
+        about: further values that the script reads.
+    """
+    drawn = [
+        {
+            "title": each.title,
+            "unit": each.unit,
+            "kind": each.kind,
+            "height": each.height,
+            "limits": each.limits,
+            "lines": [_line(line) for line in each.lines if line.points],
+        }
+        for each in charts
+    ]
+    marks = [{"step": p.step, "tokens": p.tokens, "time": p.time_s} for p in resumed]
+    text = json.dumps({"charts": drawn, "marks": marks, **about}, separators=(",", ":"))
+    return text.replace("<", "\\u003c")
+
+
+def _line(line: Line) -> dict[str, Any]:
+    points = line.points
+    return {
+        "name": line.label,
+        "look": line.look,
+        "dots": line.dots,
+        "x": {
+            "step": [p.step for p in points],
+            "tokens": [p.tokens for p in points],
+            "time": [round(p.time_s, 2) for p in points],
+        },
+        "y": [float(f"{p.value:.6g}") for p in points],
+    }

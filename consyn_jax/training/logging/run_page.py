@@ -1,0 +1,330 @@
+"""`report.html`: a run on one page that needs no network, while it runs and afterwards."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from consyn_jax.files import write_whole
+from consyn_jax.pages import escape, html_page
+from consyn_jax.training.logging.charts import CHART_STYLE
+from consyn_jax.training.logging.curves import Point
+from consyn_jax.training.logging.formats import compact, duration
+from consyn_jax.training.logging.live.activities import ACTIVITIES
+from consyn_jax.training.logging.live.activities import key as activity_key
+from consyn_jax.training.logging.live.chart_script import CHART_PAGE_STYLE, SCRIPT
+from consyn_jax.training.logging.live.history import History
+from consyn_jax.training.logging.live.run_charts import (
+    RunChart,
+    draw_charts,
+    points_json,
+    run_charts,
+)
+
+EVENT_HEAD, SHOWN_EVENTS = ("step", "event", "after", "details"), 1000
+SHOWN_SAMPLES = 5  # earlier ones are folded
+THINNED = (
+    "Long curves show the lowest and the highest point of each group of steps, so spikes are not "
+    "lost; smoothed curves are means of all points."
+)
+AT_BEST = {
+    "eval/perplexity": "perplexity",
+    "eval/bits_per_byte": "bits per byte",
+    "eval/accuracy": "accuracy",
+    "eval/rewards/margins": "reward margin",
+    "eval/rewards/accuracies": "reward accuracy",
+}
+THROUGHPUT = {
+    "throughput/tokens_per_s": ("tokens/s", lambda value: f"{value:,.0f}"),
+    "throughput/step_time_s": ("seconds per step", lambda value: f"{value:.4g}"),
+    "throughput/mfu": ("model FLOP/s utilisation", lambda value: f"{value:.1%}"),
+    "throughput/data_wait_fraction": ("time waiting for data", lambda value: f"{value:.2%}"),
+    "memory/peak_bytes": ("peak memory of a device", lambda value: f"{value / 2**30:.2f} GiB"),
+}
+
+
+PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class Status:
+    """The state of a run.
+
+    Attributes:
+        words: running, complete, and so on, as `curves.ending` says it.
+        is_alive: whether the page will be written again.
+        left_s: seconds that are left; None if unknown.
+        longest_gap_s: the longest time without a new page so far.
+    """
+
+    words: str
+    is_alive: bool
+    total_steps: int
+    left_s: float | None = None
+    longest_gap_s: float = 0.0
+
+
+def write_report(
+    directory: Path,
+    history: History,
+    config: Mapping[str, object],
+    samples: Sequence[tuple[int, str]],
+    status: Status,
+    *,
+    summary: Mapping[str, object] | None = None,
+    activities: Mapping[str, float] | None = None,
+    origins: Mapping[str, str] | None = None,
+    about: Sequence[tuple[str, str]] = (),
+) -> Path:
+    """Write `report.html` into a run directory, and return its path.
+
+    Args:
+        config: values by flag name, from `flags.flat`.
+        samples: step and text.
+        summary: rows of the result, by label.
+        activities: seconds of each activity until now, by their names in `metrics.jsonl`.
+        origins: the origin of each value of the configuration, from `resolve.resolve`.
+        about: rows that say what the run is: its model, devices, data, versions.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+    spent = activities or {}
+    drawn, resumed = run_charts(history, spent), _resumed(history)
+    sections = [
+        _state(status, history),
+        _table("", [*about, ("page of", _now())], look="wide whole"),
+        _tiles(history),
+        draw_charts(drawn, resumed, THINNED if history.is_thinned else ""),
+        _samples(samples),
+        _table("Time by activity", _time_rows(spent), ("activity", "time", "share")),
+        _table("Throughput", _throughput(history), ("", "median", "range")),
+        _table(_events_title(history), list(_events(history)), EVENT_HEAD),
+        *_configuration(config, origins or {}),
+        _folded("All newest values", _newest(summary or {})),
+        _points(drawn, resumed, status),
+    ]
+    page = html_page(
+        f"Run {directory.resolve().name}",
+        CHART_STYLE + STYLE + CHART_PAGE_STYLE,
+        "\n".join(filter(None, sections)),
+        "metrics.jsonl",
+        script=SCRIPT,
+        reload_without_script_s=_reload_s(status) if status.is_alive else None,
+    )
+    write_whole(directory / PAGE, page.encode("utf-8", "replace"))
+    return directory / PAGE
+
+
+def _newest(summary: Mapping[str, object]) -> str:
+    return _table("", [(name, _cell(value)) for name, value in summary.items()])
+
+
+def _configuration(config: Mapping[str, object], origins: Mapping[str, str]) -> tuple[str, str]:
+    """The values that are not defaults, and all of them folded away."""
+    settings = [(name, _cell(value), origins.get(name, "")) for name, value in config.items()]
+    chosen = [row for row in settings if row[2] not in ("", "default")]
+    head = ("flag", "value", "origin")
+    return (
+        _table("Configuration, without defaults", chosen, head),
+        _folded("The whole configuration", _table("", settings, head)),
+    )
+
+
+def _points(drawn: Sequence[RunChart], resumed: Sequence[Point], status: Status) -> str:
+    """The script element that holds the numbers of the charts."""
+    points = points_json(
+        drawn,
+        resumed,
+        alive=status.is_alive,
+        written=round(time.time(), 1),
+        reload_s=_reload_s(status),
+        quiet_s=round(900 + 5 * status.longest_gap_s),
+    )
+    return f'<script type="application/json" id="points">{points}</script>'
+
+
+def _reload_s(status: Status) -> int:
+    """Seconds between two looks at the page: often enough to see each new one soon."""
+    return round(min(60.0, max(10.0, status.longest_gap_s / 4)))
+
+
+def _state(status: Status, history: History) -> str:
+    step, total = int(history.last["step"]), status.total_steps
+    share = f" ({step / total:.0%})" if total else ""
+    left = "" if status.left_s is None else f", about {duration(status.left_s)} left"
+    place = f"step {step:,} of {total:,}{share}{left}"
+    words = status.words[:1].upper() + status.words[1:]
+    look = "" if status.is_alive or status.words == "complete" else " stopped"
+    news = f"<small id='news'>As of {_now()}. This page loads itself again.</small>"
+    return (
+        f"<section class='state{look}'><b>{escape(words)}</b>: {place}"
+        f"{news if status.is_alive else ''}</section>"
+    )
+
+
+def _tiles(history: History) -> str:
+    """The most important numbers, with a note on each."""
+    tiles: list[tuple[str, str, str]] = []
+    if (found := history.at_best) is not None:
+        tiles.append(("best eval loss", f"{found['eval/loss']:.4f}", f"step {found['step']:,}"))
+        tiles += [
+            (name, f"{found[key]:.4g}", "at the best eval")
+            for key, name in AT_BEST.items()
+            if isinstance(found.get(key), (int, float))
+        ]
+    if "train/loss" in history.curves:
+        loss = history.curves["train/loss"].smooth()[-1].value
+        tiles.append(("train loss", f"{loss:.4f}", "smoothed, at the end"))
+    if history.num_events or history.curves:
+        last = history.last
+        tiles.append(("trained on", compact(last["tokens"]), f"tokens, {last['step']:,} steps"))
+        tiles.append(("time", duration(float(last["time_s"])), "with evaluations and saves"))
+    if speeds := history.values["throughput/tokens_per_s"]:
+        tiles.append(("speed", compact(statistics.median(speeds)), "tokens/s, median"))
+    if not tiles:
+        return "<p>Nothing was logged.</p>"
+    cells = (
+        f"<div><span>{escape(name)}</span><b>{escape(value)}</b><small>{escape(note)}</small></div>"
+        for name, value, note in tiles
+    )
+    return f'<section class="tiles">{"".join(cells)}</section>'
+
+
+def _resumed(history: History) -> list[Point]:
+    return [
+        Point(line["step"], line["tokens"], 0.0, float(line["time_s"]))
+        for line in history.events
+        if line.get("event") == "resume"
+    ]
+
+
+def command_rows(config: Mapping[str, object], origins: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The command that a run was started with, as a row; none for a run from Python.
+
+    Args:
+        config, origins: as they were given, before micro-batches were made to fit.
+    """
+    if not origins or "keyword" in origins.values():
+        return []
+    files = {o.removeprefix("file ") for o in origins.values() if o.startswith("file ")}
+    words = ["consyn-train", *(word for file in sorted(files) for word in ("--config", file))]
+    for name, value in config.items():
+        if origins.get(name) == "flag" and value is not None:
+            values = value if isinstance(value, (list, tuple)) else [value]
+            words += [f"--{name}", *(_word(one) for one in values)]
+    return [("command", shlex.join(words))]
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M %z")
+
+
+def _throughput(history: History) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for key, (name, show) in THROUGHPUT.items():
+        if values := history.values[key]:
+            spread = f"{show(min(values))} to {show(max(values))}"
+            rows.append((name, show(statistics.median(values)), spread))
+    return rows
+
+
+def _time_rows(seconds: Mapping[str, float]) -> list[tuple[str, ...]]:
+    """The time of each activity, and their sum."""
+    total = sum(seconds.values())
+    if not total:
+        return []
+    rows = [
+        (name, _seconds(spent), f"{spent / total:.1%}")
+        for name in ACTIVITIES
+        if (spent := seconds.get(activity_key(name), 0.0)) > 0
+    ]
+    return [*rows, ("together", _seconds(total), "100.0%")]
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < 60 else duration(value)
+
+
+def _events_title(history: History) -> str:
+    shown = min(len(history.events), SHOWN_EVENTS)
+    if shown == history.num_events:
+        return "Events"
+    return f"Events, the newest {shown:,} of {history.num_events:,}"
+
+
+def _events(history: History) -> Iterable[tuple[str, ...]]:
+    for line in history.events[-SHOWN_EVENTS:]:
+        details = ", ".join(
+            f"{key} {_cell(value)}"
+            for key, value in line.items()
+            if key not in ("step", "tokens", "time_s", "event")
+        )
+        yield f"{line['step']:,}", str(line["event"]), duration(float(line["time_s"])), details
+
+
+def _samples(samples: Sequence[tuple[int, str]]) -> str:
+    """The newest samples, and the earlier ones folded."""
+    figures = [
+        f"<figure><figcaption>step {step:,}</figcaption>"
+        f'<pre dir="auto">{escape(text)}</pre></figure>'
+        for step, text in samples
+    ]
+    if not figures:
+        return ""
+    earlier, newest = figures[:-SHOWN_SAMPLES], figures[-SHOWN_SAMPLES:]
+    folded = _folded(f"{len(earlier):,} earlier", "".join(earlier)) if earlier else ""
+    return f"<section><h2>Samples</h2>{folded}{''.join(newest)}</section>"
+
+
+def _table(
+    title: str,
+    rows: Sequence[tuple[str, ...]],
+    head: tuple[str, ...] = (),
+    look: str = "wide",
+) -> str:
+    if not rows:
+        return ""
+    lines = [_row("th", head)] if head else []
+    table = "".join([*lines, *(_row("td", row) for row in rows)])
+    heading = f"<h2>{escape(title)}</h2>" if title else ""
+    return f"<section>{heading}<div class='{look}'><table>{table}</table></div></section>"
+
+
+def _folded(title: str, section: str) -> str:
+    """A section that a click opens."""
+    return f"<details><summary>{escape(title)}</summary>{section}</details>" if section else ""
+
+
+def _row(tag: str, cells: tuple[str, ...]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+STYLE = """
+summary { cursor: pointer; margin: 14px 0 10px; color: var(--soft); }
+figure { margin: 0 0 12px; }
+.whole { max-height: none; }
+.plain { color: var(--soft); font-size: 12.5px; }
+pre {
+  margin: 2px 0 0; padding: 12px 14px; max-height: 360px; overflow-y: auto;
+  background: var(--card); border: 1px solid var(--rule); border-radius: 8px;
+}
+"""

@@ -1,0 +1,1 @@
+"""Optimizers as one table, schedules, skipped steps, and moments in host memory."""

@@ -1,0 +1,117 @@
+"""Groups of parameters: which ones decay, and which have another learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from consyn_jax.errors import UserError
+from consyn_jax.model.parameters import Params, map_axes
+from consyn_jax.optimizer_config import OptimizerOptions
+from consyn_jax.validation import parse_multipliers
+
+Axes = tuple[str | None, ...]
+
+
+def is_matrix(axes: Axes) -> bool:
+    """Whether a parameter is a matrix, as opposed to norms and biases.
+
+    It maps from or to the residual stream, or from or to the rank of an adapter.
+    """
+    dims = [axis for axis in axes if axis != "layers"]
+    return ("embed" in dims or "rank" in dims) and len(dims) > 1
+
+
+def is_block_matrix(axes: Axes) -> bool:
+    """Whether a parameter holds a matrix of every block."""
+    return "layers" in axes and is_matrix(axes)
+
+
+def matrix_sides(axes: Axes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Positions of a matrix's input and output dimensions.
+
+    One side is the rank of an adapter, or else the residual stream.
+
+    >>> matrix_sides(("layers", "embed", "heads", "head_dim"))
+    ((1,), (2, 3))
+    >>> matrix_sides(("layers", "heads", "head_dim", "embed"))
+    ((1, 2), (3,))
+    """
+    side = "rank" if "rank" in axes else "embed"
+    stream = axes.index(side)
+    others = tuple(i for i, axis in enumerate(axes) if axis not in (side, "layers"))
+    return ((stream,), others) if stream < others[0] else (others, (stream,))
+
+
+def decay_mask(logical_axes: Params) -> Any:
+    """Return a tree like `logical_axes` that holds True for matrices, False for norms and biases.
+
+    The embeddings decay like all matrices, as in nanoGPT and its successors (Brown et al., 2020).
+    OLMo 2 (2025) leaves them out; here that would also leave out a tied output embedding.
+    """
+    return map_axes(is_matrix, logical_axes)
+
+
+def parameter_groups(logical_axes: Params) -> Any:
+    """Return a tree like `logical_axes` that holds the name of each parameter's group.
+
+    The names are those of `--lr_multipliers`, `optimizer_config.PARAMETER_GROUPS`.
+    """
+
+    def group(path: Any, axes: Axes) -> str:
+        if not is_matrix(axes):
+            return "norms"
+        if "layers" in axes:
+            names = {key.key for key in path}
+            return "mlp" if names & {"gate", "up", "down"} else "attention"
+        return "head" if path[-1].key == "output" else "embedding"
+
+    return jax.tree_util.tree_map_with_path(
+        group, logical_axes, is_leaf=lambda axes: isinstance(axes, tuple)
+    )
+
+
+def rate_multipliers(multipliers: Mapping[str, float], logical_axes: Params) -> Any:
+    """Return a tree like `logical_axes` that holds each parameter's learning-rate multiplier.
+
+    Raises:
+        UserError: a multiplier for a group that the model does not have.
+    """
+    groups = parameter_groups(logical_axes)
+    present = set(jax.tree.leaves(groups))
+    for name in multipliers:
+        if name not in present:
+            why = ": its output embedding is the input embedding" if name == "head" else ""
+            raise UserError(
+                f"--lr_multipliers has {name}, but the model has no such parameters{why}. Its "
+                f"groups are {', '.join(sorted(present))}."
+            )
+    return jax.tree.map(lambda name: multipliers.get(name, 1.0), groups)
+
+
+def describe_groups(options: OptimizerOptions, shapes: Params, logical_axes: Params) -> str:
+    """Describe how the optimizer treats which parameters, with counts.
+
+    Args:
+        shapes: the parameters, or their shapes.
+    """
+
+    def count(mask: Any) -> str:
+        members = zip(jax.tree.leaves(shapes), jax.tree.leaves(mask), strict=True)
+        sizes = [leaf.size for leaf, is_member in members if is_member]
+        return f"{len(sizes)} tensor{'' if len(sizes) == 1 else 's'}, {sum(sizes):,} parameters"
+
+    decays = decay_mask(logical_axes)
+    parts = [
+        f"decayed: {count(decays)}",
+        f"not decayed: {count(jax.tree.map(lambda d: not d, decays))}",
+    ]
+    if options.rule.block_matrices_only:
+        parts.append(f"by {options.optimizer}: {count(map_axes(is_block_matrix, logical_axes))}")
+    groups = parameter_groups(logical_axes)
+    for name, factor in parse_multipliers(options.lr_multipliers).items():
+        members = jax.tree.map(lambda group, name=name: group == name, groups)
+        parts.append(f"{name} at {factor:g} x the rate: {count(members)}")
+    return "; ".join(parts)

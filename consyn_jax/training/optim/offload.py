@@ -1,0 +1,123 @@
+"""The optimizer's moments in host memory: each update moves one layer's to the device and back."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float
+
+from consyn_jax.errors import UserError
+from consyn_jax.model.parameters import Layout, Params, map_axes
+from consyn_jax.optimizer_config import OPTIMIZERS
+from consyn_jax.training.optim.skip_nonfinite import updates_state
+from consyn_jax.training.optim.state import of_parameters
+from consyn_jax.training.step import Metrics, TrainState, Update
+
+# What an array belongs to: all layers, another parameter, or no parameter.
+LAYERS, REST, SHARED = "layers", "rest", "shared"
+
+
+def check_offload(optimizer: str, dtype: Any) -> None:
+    """Raise UserError if a run cannot be updated layer by layer.
+
+    Float16 cannot: its loss scale keeps the whole state of a skipped step.
+    """
+    if not OPTIMIZERS[optimizer].layerwise:
+        usable = [name for name, rule in OPTIMIZERS.items() if rule.layerwise]
+        raise UserError(
+            f"--optimizer_memory host is for {', '.join(usable)}, not for {optimizer}. Use one of "
+            "them, or --optimizer_memory device."
+        )
+    if dtype == jnp.float16:
+        raise UserError(
+            "--optimizer_memory host does not work with float16. Use --mixed_precision bf16 or no, "
+            "or --optimizer_memory device."
+        )
+
+
+def in_host_memory(place: NamedSharding) -> NamedSharding:
+    """Return the same sharding in the host's memory."""
+    kind = "pinned_host"
+    there = place.with_memory_kind(kind)
+    if there.memory_kind == kind:
+        return there
+    # For described devices, JAX drops the kind of memory from a sharding, unless the sharding has
+    # an abstract mesh.
+    return NamedSharding(place.mesh.abstract_mesh, place.spec, memory_kind=kind)
+
+
+class _Part(NamedTuple):
+    """A part updated at once: layer `number`, or with None everything outside the layers."""
+
+    number: Any
+
+    @property
+    def kind(self) -> str:
+        return REST if self.number is None else LAYERS
+
+    def cut(self, kind: str, x: jax.Array) -> jax.Array:
+        """Return the part of an array; size 0 if it has none."""
+        if kind not in (self.kind, SHARED):
+            return jnp.zeros((0, *x.shape[1:]), x.dtype)
+        return jax.lax.dynamic_slice_in_dim(x, self.number, 1) if kind == LAYERS else x
+
+    def paste(self, kind: str, x: jax.Array, new: jax.Array) -> jax.Array:
+        """Put the part back. Arrays of no parameter are updated once, with the rest."""
+        if (kind == LAYERS) != (self.kind == LAYERS):
+            return x
+        if kind == LAYERS:
+            return jax.lax.dynamic_update_slice_in_dim(x, new, self.number, 0)
+        return new
+
+
+def layerwise_update(rule: optax.GradientTransformation, layout: Layout) -> Update:
+    """Apply `rule`, whose moments are in host memory, to one layer at a time, then to the rest.
+
+    The device holds the moments of one layer at a time, or of everything outside the layers. The
+    rule sees the tree of the whole model, with size 0 for all that is not updated, so what it does
+    to a layer must not depend on the others. A step that leaves the state alone moves nothing.
+    """
+    rule = optax.with_extra_args_support(rule)
+    kinds = map_axes(lambda axes: LAYERS if LAYERS in axes else REST, layout.logical_axes)
+    state_like = jax.eval_shape(rule.init, layout.shapes)
+    state_kinds = of_parameters(state_like, layout.shapes, kinds, SHARED)
+    num_layers = jax.tree.leaves(layout.shapes["layers"])[0].shape[0]
+
+    def move(space: Any, kind: str, x: jax.Array) -> jax.Array:
+        return x if kind == SHARED else jax.device_put(x, space)
+
+    to_device = partial(move, jax.memory.Space.Device)
+    to_host = partial(move, jax.memory.Space.Host)
+
+    def change(
+        part: _Part, gradients: Params, factor: Float[Array, ""], carry: tuple[Params, Any]
+    ) -> tuple[Params, Any]:
+        params, state = carry
+        before = jax.tree.map(
+            lambda kind, x: to_device(kind, part.cut(kind, x)), state_kinds, state
+        )
+        own = jax.tree.map(part.cut, kinds, params)
+        scaled = jax.tree.map(lambda kind, g: part.cut(kind, g) * factor, kinds, gradients)
+        updates, after = rule.update(scaled, before, own, layer=part.number)
+        after = jax.tree.map(to_host, state_kinds, after)
+        params = jax.tree.map(part.paste, kinds, params, optax.apply_updates(own, updates))
+        return params, jax.tree.map(part.paste, state_kinds, state, after)
+
+    def update(
+        gradients: Params, factor: Float[Array, ""], state: TrainState, metrics: Metrics
+    ) -> tuple[Params, optax.OptState]:
+        carry, changes = (state.params, state.opt_state), updates_state(state, metrics)
+        layers, rest = jnp.where(changes, num_layers, 0), jnp.where(changes, 1, 0)
+        carry = jax.lax.fori_loop(
+            0, layers, lambda i, carry: change(_Part(i), gradients, factor, carry), carry
+        )
+        return jax.lax.fori_loop(
+            0, rest, lambda _, carry: change(_Part(None), gradients, factor, carry), carry
+        )
+
+    return update

@@ -1,0 +1,106 @@
+"""The table of update rules, and the optimizer that a run's options describe.
+
+Decay, multipliers and the rate are applied here, for all rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import schedule_free
+
+from consyn_jax.model.parameters import Params
+from consyn_jax.optimizer_config import OPTIMIZERS, OptimizerOptions
+from consyn_jax.training.optim.adafactor import adafactor
+from consyn_jax.training.optim.adam import adam, scaled_gradients
+from consyn_jax.training.optim.cautious_adamw import cautious_adamw
+from consyn_jax.training.optim.groups import decay_mask, rate_multipliers
+from consyn_jax.training.optim.muon import muon
+from consyn_jax.training.optim.state import scale_by_plateau
+from consyn_jax.validation import parse_multipliers
+
+
+def _lion(options: OptimizerOptions, _: Params) -> optax.GradientTransformation:
+    """Return the directions of Lion (Chen et al., 2023)."""
+    assert options.beta2 is not None
+    dtype = jnp.dtype(options.moment_dtype)
+    return optax.scale_by_lion(b1=options.beta1, b2=options.beta2, mu_dtype=dtype)
+
+
+def _sgd(options: OptimizerOptions, _: Params) -> optax.GradientTransformation:
+    """Return the gradients, summed up with momentum."""
+    if not options.momentum_decay:
+        return optax.identity()
+    dtype = jnp.dtype(options.moment_dtype)
+    return optax.trace(decay=options.momentum_decay, accumulator_dtype=dtype)
+
+
+# The direction of each optimizer, from its options and the logical axes of the parameters. Every
+# optimizer also has an entry in `optimizer_config.OPTIMIZERS`.
+RULES: dict[str, Callable[[OptimizerOptions, Params], optax.GradientTransformation]] = {
+    "adamw": lambda options, _: adam(options),
+    "adafactor": adafactor,
+    "lion": _lion,
+    "muon": muon,
+    "sgd": _sgd,
+    # The average of the weights takes the place of a first moment (Defazio et al., 2024).
+    "schedule_free_adamw": lambda options, _: scaled_gradients(options),
+    "cautious_adamw": cautious_adamw,
+}
+
+
+def build_optimizer(
+    options: OptimizerOptions, schedule: optax.ScalarOrSchedule, logical_axes: Params
+) -> optax.GradientTransformation:
+    """Build the optimizer of resolved options.
+
+    Updates are -rate x multiplier x (direction + weight_decay x p): decoupled decay, of matrices
+    only (Loshchilov and Hutter, 2019). `schedule` gives the rate.
+
+    Raises:
+        UserError: `--lr_multipliers` names a group that the model does not have.
+    """
+    assert options.weight_decay is not None
+    parts = [
+        RULES[options.optimizer](options, logical_axes),
+        optax.add_decayed_weights(options.weight_decay, decay_mask(logical_axes)),
+    ]
+    if multipliers := parse_multipliers(options.lr_multipliers):
+        factors = rate_multipliers(multipliers, logical_axes)
+        parts.append(optax.stateless(lambda u, _: jax.tree.map(jnp.multiply, u, factors)))
+    rule = optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+    if options.rule.averages_weights:
+        # This wrapper counts from 1, and the rule inside from 0.
+        rate = (lambda count: schedule(count - 1)) if callable(schedule) else schedule
+        rule = schedule_free(rule, rate, b1=options.beta1)
+    return optax.chain(rule, scale_by_plateau()) if options.scheduler == "plateau" else rule
+
+
+def lr_warning(lr: float, optimizer: str, from_weights: bool, factor: float = 1.0) -> str | None:
+    """Warn if the peak rate is more usual for the other kind of training.
+
+    Args:
+        factor: of the usual rates, for an adapter.
+
+    >>> lr_warning(3e-5, "adamw", from_weights=False)
+    '--lr 3e-05 is low for training from scratch with adamw; 5e-05 or more is usual. Rates as low as
+    this are for fine-tuning.'
+    """
+    bounds = OPTIMIZERS[optimizer].lr_bounds
+    if bounds is None:
+        return None
+    lowest, highest = (factor * bound for bound in bounds)
+    if not from_weights and lr < lowest:
+        return (
+            f"--lr {lr:g} is low for training from scratch with {optimizer}; {lowest:g} or more is "
+            "usual. Rates as low as this are for fine-tuning."
+        )
+    if from_weights and lr > highest:
+        return (
+            f"--lr {lr:g} is high for fine-tuning with {optimizer}; {highest:g} or less is usual, "
+            "so that the model does not forget what it has learned."
+        )
+    return None

@@ -1,0 +1,295 @@
+"""Learning-rate schedules by number of updates, and the plateau rule that watches evaluations.
+
+Skipped steps are not updates and do not count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float
+
+from consyn_jax.errors import UserError
+from consyn_jax.files import write_whole
+from consyn_jax.optimizer_config import OptimizerOptions
+from consyn_jax.training.logging.plots import bars, png
+
+TIMESCALE_WITHOUT_WARMUP = 10_000  # steps, for inverse_sqrt (Raffel et al., 2020)
+
+
+def warmup_length(total_steps: int, warmup_steps: int | None, warmup_ratio: float) -> int:
+    """Return the steps of warm-up: as given, or a share of the run.
+
+    >>> warmup_length(1000, None, 0.02)
+    20
+    """
+    return round(total_steps * warmup_ratio) if warmup_steps is None else warmup_steps
+
+
+class StepTime(NamedTuple):
+    """The place of a step in a schedule.
+
+    Attributes:
+        since_warmup: steps since warm-up, 0 during warm-up.
+        done: the share of the decay that is over, from 0 to 1.
+        before_end: whether the step is before the end of the run.
+        warmup_steps: steps of warm-up.
+        decay_steps: steps of the decay, at least 1.
+    """
+
+    since_warmup: Float[Array, "..."]
+    done: Float[Array, "..."]
+    before_end: Bool[Array, "..."]
+    warmup_steps: int
+    decay_steps: int
+
+
+Shape = Callable[[StepTime, OptimizerOptions], jax.Array]
+DECAYS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + jnp.cos(jnp.pi * done)) / 2,  # Loshchilov and Hutter (2017)
+    "sqrt": lambda done: 1 - jnp.sqrt(done),
+}
+
+
+def _constant(time: StepTime, _: OptimizerOptions) -> jax.Array:
+    return jnp.ones_like(time.done)
+
+
+def _restarts(time: StepTime, options: OptimizerOptions) -> jax.Array:
+    """A cosine over each of `num_cycles` equal parts; the run ends at the end of the last."""
+    # The product is whole, so no rounding misses a restart; there is none at the very end.
+    part = time.since_warmup * options.num_cycles % time.decay_steps / time.decay_steps
+    return DECAYS["cosine"](jnp.where(time.before_end, part, 1.0))
+
+
+def _inverse_sqrt(time: StepTime, _: OptimizerOptions) -> jax.Array:
+    """Vaswani et al. (2017): sqrt(w / (w + steps since warm-up)) for w steps of warm-up."""
+    timescale = time.warmup_steps or TIMESCALE_WITHOUT_WARMUP
+    return jnp.sqrt(timescale / (timescale + time.since_warmup))
+
+
+class ScheduleRule(NamedTuple):
+    """An entry of the table of schedules.
+
+    Attributes:
+        shape: the rate over the peak, from 1 down to 0, after warm-up.
+        has_warmup: False to start at the peak.
+        has_floor: whether `--min_lr_ratio` is the lowest rate; otherwise 0 is.
+        decays_late: decay over the last `--decay_ratio` of the run instead of all after warm-up.
+    """
+
+    shape: Shape
+    has_warmup: bool = True
+    has_floor: bool = True
+    decays_late: bool = False
+
+
+SCHEDULES = {
+    "cosine": ScheduleRule(lambda time, _: DECAYS["cosine"](time.done)),
+    "linear": ScheduleRule(lambda time, _: DECAYS["linear"](time.done)),
+    "constant": ScheduleRule(_constant, has_warmup=False),
+    "constant_with_warmup": ScheduleRule(_constant),
+    # Warm-up, stable, decay (Hägele et al., 2024).
+    "wsd": ScheduleRule(
+        lambda time, options: DECAYS[options.decay_shape](time.done), decays_late=True
+    ),
+    "cosine_with_restarts": ScheduleRule(_restarts),
+    "inverse_sqrt": ScheduleRule(_inverse_sqrt, has_floor=False),
+    "polynomial": ScheduleRule(lambda time, options: (1 - time.done) ** options.power),
+    "plateau": ScheduleRule(_constant),  # lowered by `Plateau`
+}
+
+
+def build_schedule(options: OptimizerOptions, total_steps: int) -> optax.Schedule:
+    """Build the function from a step to its learning rate that resolved options describe.
+
+    In warm-up, step s has the rate peak x (s + 1) / (warmup + 1), so that no step has a rate of 0.
+    Then the rate is peak x (floor + (1 - floor) x shape). With `--decay_from`, it is the schedule
+    of the decay alone, and steps count from the beginning of the run that is decayed.
+
+    Raises:
+        UserError: warm-up is longer than the run.
+    """
+    assert options.lr is not None
+    peak = options.lr
+    if options.decay_from is not None:
+        ratio = (total_steps - options.decay_from) / total_steps
+        options = replace(options, scheduler="wsd", warmup_steps=0, decay_ratio=ratio)
+    rule, warmup_steps = SCHEDULES[options.scheduler], 0
+    if rule.has_warmup:
+        warmup_steps = warmup_length(total_steps, options.warmup_steps, options.warmup_ratio)
+    if warmup_steps > total_steps:
+        raise UserError(
+            f"Warm-up of {warmup_steps} steps is longer than the run of {total_steps} steps. Lower "
+            "--warmup_steps."
+        )
+    decay_steps = total_steps - warmup_steps
+    if rule.decays_late:
+        decay_steps = min(decay_steps, max(1, round(options.decay_ratio * total_steps)))
+    length, floor = max(decay_steps, 1), options.min_lr_ratio if rule.has_floor else 0.0
+
+    def rate(step: Any) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        rise = jnp.minimum((step + 1) / (warmup_steps + 1), 1.0)
+        done = jnp.clip((step - (total_steps - decay_steps)) / length, 0.0, 1.0)
+        since_warmup = jnp.maximum(step - warmup_steps, 0)
+        time = StepTime(since_warmup, done, step < total_steps, warmup_steps, length)
+        return peak * rise * (floor + (1 - floor) * rule.shape(time, options))
+
+    return rate
+
+
+def decay_end(decay_from: int, decay_ratio: float) -> int:
+    """Return the last step of a run that decays from `decay_from` over `decay_ratio` of its steps.
+
+    >>> decay_end(800, 0.2)
+    1000
+    """
+    return max(decay_from + 1, round(decay_from / (1 - decay_ratio)))
+
+
+# ------------------------------------------------------------------------------------------ plateau
+
+
+@dataclass
+class Plateau:
+    """Lowers the learning rate when a metric stops improving.
+
+    It is torch's `ReduceLROnPlateau` with a relative threshold. All state is in the fields, so it
+    continues from `Plateau(**json.loads(json.dumps(asdict(plateau))))`.
+
+    Attributes:
+        factor: multiplies the scale.
+        patience: updates in a row without improvement before the rate is lowered.
+        cooldown: updates after a reduction that do not count.
+        threshold: smallest relative change that counts as an improvement.
+        min_scale: lowest scale.
+        greater_is_better: whether larger values of the metric are better.
+        scale: multiplies the schedule's rate.
+        best: best value so far; None before the first.
+        num_bad: updates in a row without improvement.
+        cooling: updates of the cool-down that are left.
+    """
+
+    factor: float = 0.5
+    patience: int = 2
+    cooldown: int = 0
+    threshold: float = 1e-4
+    min_scale: float = 0.0
+    greater_is_better: bool = False
+    scale: float = 1.0
+    best: float | None = None
+    num_bad: int = 0
+    cooling: int = 0
+
+    def update(self, metric: float) -> float:
+        """Take one evaluation's value and return the scale from now on.
+
+        A value that is not finite never counts as an improvement.
+        """
+        if self._is_better(metric):
+            self.best, self.num_bad = metric, 0
+        else:
+            self.num_bad += 1
+        if self.cooling > 0:
+            self.cooling -= 1
+            self.num_bad = 0
+        if self.num_bad > self.patience:
+            self.scale = max(self.scale * self.factor, self.min_scale)
+            self.cooling, self.num_bad = self.cooldown, 0
+        return self.scale
+
+    def _is_better(self, metric: float) -> bool:
+        if self.best is None or not math.isfinite(metric):
+            return math.isfinite(metric)
+        return (
+            metric > self.best * (1 + self.threshold)
+            if self.greater_is_better
+            else metric < self.best * (1 - self.threshold)
+        )
+
+
+def build_plateau(options: OptimizerOptions, greater_is_better: bool = False) -> Plateau | None:
+    """Build the plateau rule of resolved options at its start; None for another scheduler.
+
+    `--min_lr_ratio` is the lowest scale.
+    """
+    if options.scheduler != "plateau":
+        return None
+    return Plateau(
+        options.plateau_factor,
+        options.plateau_patience,
+        options.plateau_cooldown,
+        options.plateau_threshold,
+        options.min_lr_ratio,
+        greater_is_better,
+    )
+
+
+# ------------------------------------------------------------------------------------------ drawing
+
+
+def draw_schedule(
+    schedule: optax.Schedule, total_steps: int, width: int = 64, height: int = 10
+) -> str:
+    """Draw the rates of a run as text: `height` lines and an axis, at most `width` + 11 columns.
+
+    >>> options = OptimizerOptions(scheduler="linear", lr=1e-3, warmup_steps=0, min_lr_ratio=0.0)
+    >>> print(draw_schedule(build_schedule(options, 100), 100, width=10, height=3))
+        0.001 ┤█▆▃▁
+              │████▆▄▂
+            0 ┤███████▇▅▃
+              └──────────
+               0      100
+    """
+    steps = np.round(np.linspace(0, max(total_steps - 1, 0), 32 * width)).astype(int)
+    rates = (
+        (np.asarray(jax.device_get(schedule(steps)), np.float64) * np.ones(steps.shape))
+        .reshape(width, -1)
+        .max(axis=1)
+    )
+    top = max(float(rates.max()), 1e-300)
+    eighths = np.round(rates / top * height * 8).astype(int)
+    return "\n".join(
+        [
+            *bars(eighths, height, f"{top:.3g}", "0"),
+            " " * 11 + "0" + f"{total_steps:,}".rjust(width - 1),
+        ]
+    )
+
+
+def write_schedule_plot(schedule: optax.Schedule, total_steps: int, path: Path) -> None:
+    """Draw the rates of a run over its steps as a PNG, in a directory that is made.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    steps = np.unique(np.round(np.linspace(0, max(total_steps - 1, 0), 2000)).astype(int))
+    rates = np.asarray(jax.device_get(schedule(steps))) * np.ones(len(steps))
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.plot(steps, rates, linewidth=1.6)
+        axes.set_xlabel("step")
+        axes.set_ylabel("learning rate")
+        axes.set_xlim(0, max(total_steps, 1))
+        axes.set_ylim(bottom=0)
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+        axes.grid(alpha=0.3)
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, png(3.2, draw))
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}. Name another --output."
+        ) from error

@@ -1,0 +1,72 @@
+"""Skipping of steps whose loss or gradients are not finite.
+
+The device decides, so the host need not wait for the values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from consyn_jax.training.step import Batch, Metrics, Step, TrainState
+
+HALTED = -1  # the `nonfinite` of a state that no step changes any more
+
+
+def is_finite(metrics: Metrics) -> Bool[Array, ""]:
+    """Whether the loss and the gradient norm of a step are finite."""
+    return jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+
+
+def updates_state(state: TrainState, metrics: Metrics) -> Bool[Array, ""]:
+    """Whether a step with these metrics changes parameters and optimizer."""
+    return is_finite(metrics) & (state.nonfinite != HALTED)
+
+
+def skip_nonfinite(step: Step, limit: int, keeps_state: bool = False) -> Step:
+    """Wrap `step` so that only finite updates change the state.
+
+    A step whose loss or gradient norm is not finite leaves parameters and optimizer as they were
+    and is counted. After `limit` of them in a row the state halts: that step and all later ones
+    return the state before it. So the host can still examine that state, although it reads metrics
+    a step late. An overflow that a smaller loss scale may cure (training/precision.py) does
+    not count, except at the smallest scale.
+
+    The metrics get `nonfinite`, the number of such steps in a row up to this one; 0 for a finite
+    step. `clipped` is 0 for a step that is not finite.
+
+    Args:
+        keeps_state: whether `step` itself keeps parameters and optimizer by `updates_state`;
+            choosing here would hold two copies of them.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        after, metrics = step(state, batch)
+        finite = is_finite(metrics)
+        if "loss_scale" in metrics:
+            finite |= (metrics["skipped"] > 0) & (metrics["loss_scale"] > 1)
+        in_a_row = jnp.where(finite, 0, jnp.maximum(state.nonfinite, 0) + 1)
+        halted = (state.nonfinite == HALTED) | (in_a_row >= limit)
+        params, opt_state = after.params, after.opt_state
+        if not keeps_state:
+            taken = finite & ~halted
+            params = _where(taken, params, state.params)
+            opt_state = _where(taken, opt_state, state.opt_state)
+        kept = TrainState(
+            jnp.where(halted, state.step, after.step),
+            params,
+            opt_state,
+            jnp.where(halted, HALTED, in_a_row),
+        )
+        clipped = jnp.where(finite, metrics["clipped"], 0.0)
+        return kept, metrics | {"nonfinite": in_a_row, "clipped": clipped}
+
+    return train_step
+
+
+def _where(condition: jax.Array, one: Any, other: Any) -> Any:
+    with jax.named_scope("optimizer"):
+        return jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, other)

@@ -1,0 +1,139 @@
+"""The state of an optimizer: matching its arrays to parameters, reading and changing it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+from optax.contrib import ScheduleFreeState, schedule_free_eval_params
+
+from consyn_jax.model.parameters import Params
+from consyn_jax.training.step import Batch, Metrics, Step, TrainState
+
+
+class RateScale(NamedTuple):
+    """The state of a plateau's part of the optimizer: the factor of its updates."""
+
+    scale: Float[Array, ""]
+
+
+def scale_by_plateau() -> optax.GradientTransformation:
+    """Multiply updates by a scale in the state, 1 until `with_rate_scale` changes it."""
+
+    def update(updates: Any, state: RateScale, params: Any = None) -> tuple[Any, RateScale]:
+        return jax.tree.map(lambda u: u * state.scale, updates), state
+
+    return optax.GradientTransformation(lambda params: RateScale(jnp.ones((), jnp.float32)), update)
+
+
+def with_rate_scale(opt_state: optax.OptState, scale: float) -> optax.OptState:
+    """Replace the scale of the rate, placed as before, so that the compiled step accepts it."""
+
+    def replace(part: Any) -> Any:
+        if not isinstance(part, RateScale):
+            return part
+        return RateScale(jax.device_put(np.float32(scale), part.scale.sharding))
+
+    return jax.tree.map(replace, opt_state, is_leaf=lambda part: isinstance(part, RateScale))
+
+
+def with_update_count(step: Step) -> Step:
+    """Wrap `step` so that its metrics have `updates`, the number of updates before the step.
+
+    It is the optimizer's own count, so steps that changed nothing do not count. The rate itself is
+    not among the metrics, because that would change the order and the memory of the compiled
+    update.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        counter = _find(optax.ScaleByScheduleState, state.opt_state)
+        after, metrics = step(state, batch)
+        return after, metrics | {"updates": counter.count}
+
+    return train_step
+
+
+def evaluation_params(opt_state: optax.OptState, params: Params) -> Params:
+    """Return the parameters to evaluate and to export.
+
+    They are the average of schedule-free training, and `params` for every other rule. This takes a
+    few operations an element; compile the call.
+    """
+    average = _find(ScheduleFreeState, opt_state)
+    return params if average is None else averaged(params, average.b1, average.z)
+
+
+def averaged(params: Params, weight: Float[Array, ""], z: Params) -> Params:
+    """Return schedule-free training's average of the trained parameters and the iterate `z`."""
+    blank = jnp.zeros(())
+    state = ScheduleFreeState(weight, blank, blank, blank, optax.EmptyState(), z)
+    return schedule_free_eval_params(state, params)
+
+
+def _find(kind: type, opt_state: optax.OptState) -> Any:
+    """Return the first part of the state of type `kind`, or None."""
+    parts = jax.tree.leaves(opt_state, is_leaf=lambda part: isinstance(part, kind))
+    return next((part for part in parts if isinstance(part, kind)), None)
+
+
+def place_state(
+    opt_state: optax.OptState, shapes: Params, shardings: Params, otherwise: Any
+) -> optax.OptState:
+    """Add shardings to the shapes of an optimizer's state.
+
+    A moment gets its parameter's sharding from `shardings`. Counts and Adafactor's factors (a row
+    and a column of each matrix) get `otherwise`.
+    """
+    places = of_parameters(opt_state, shapes, shardings, otherwise)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        opt_state,
+        places,
+    )
+
+
+def of_parameters(opt_state: optax.OptState, shapes: Params, values: Any, otherwise: Any) -> Any:
+    """Give each array of an optimizer's state the value of its parameter.
+
+    An array belongs to a parameter if its path ends with the parameter's and the shapes are equal.
+
+    Args:
+        values: a tree with one value for each parameter; no value is a tree itself.
+        otherwise: for an array of no parameter.
+
+    Returns:
+        A tree with the structure of `opt_state`.
+    """
+    paths = jax.tree_util.tree_leaves_with_path(shapes)
+    known = {
+        path: (leaf.shape, value)
+        for (path, leaf), value in zip(paths, jax.tree.leaves(values), strict=True)
+    }
+
+    def find(path: Any, leaf: Any) -> Any:
+        own = next((known[path[i:]] for i in range(len(path)) if path[i:] in known), None)
+        return own[1] if own is not None and own[0] == leaf.shape else otherwise
+
+    return jax.tree_util.tree_map_with_path(find, opt_state)
+
+
+def new_state(
+    rule: optax.GradientTransformation, params: Params, shardings: Any, one_by_one: bool
+) -> Any:
+    """The state of `rule` at step 0.
+
+    Args:
+        one_by_one: only one array at a time passes through the devices, on its way to the host.
+    """
+    if not one_by_one:
+        return jax.jit(rule.init, out_shardings=shardings)(params)
+    places, tree = jax.tree.flatten(shardings)
+    each = (
+        jax.jit(lambda p, i=i: jax.tree.leaves(rule.init(p))[i], out_shardings=place)
+        for i, place in enumerate(places)
+    )
+    return jax.tree.unflatten(tree, [make(params) for make in each])

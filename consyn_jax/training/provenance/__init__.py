@@ -1,0 +1,1 @@
+"""Provenance of a run: recorded beside its weights, checked, and asked about."""

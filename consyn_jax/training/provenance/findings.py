@@ -1,0 +1,89 @@
+"""Findings of a verification."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from consyn_jax.errors import UserError, counted
+from consyn_jax.training.checkpointing.checkpoint_files import is_hollow
+
+READERS = 4  # files hashed at once; hashlib releases the interpreter lock
+SHOWN = 10  # files of one kind named in messages
+MISSING = "does not exist"
+
+
+@dataclass
+class Findings:
+    """Lines about what differs, what could not be checked, and what agrees.
+
+    Attributes:
+        differs, agrees: each line begins with the kind of thing: "data: ...".
+        unchecked: each line gives the reason.
+    """
+
+    differs: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+    agrees: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def checking(self, kind: str, place: Path) -> Iterator[None]:
+        """Note what stops a check, so that the others still run."""
+        try:
+            yield
+        except OSError as error:
+            self.unreadable(kind, place, error)
+        except UserError as error:
+            self.differs.append(f"{kind}: {error}")
+
+    def unreadable(self, kind: str, place: Path, error: OSError) -> None:
+        """Note that a file or directory cannot be read.
+
+        Args:
+            place: the path to name if the error has none.
+        """
+        reason = error.strerror or type(error).__name__
+        self.differs.append(f"{kind}: {error.filename or place} cannot be read ({reason})")
+
+    def files(self, kind: str, faults: Iterable[str], count: int, what: str) -> None:
+        """Note the faults of some of `count` files, or that all of them agree.
+
+        Args:
+            what: the noun for one file, for the line that says that all agree.
+        """
+        found = sorted(faults)
+        self.differs += [f"{kind}: {fault}" for fault in found[:SHOWN]]
+        if found[SHOWN:]:
+            self.differs.append(f"{kind}: {counted(len(found) - SHOWN, 'more file')} differ")
+        if not found and count:
+            self.agrees.append(f"{kind}: {counted(count, what)}")
+
+
+def changed_files(expected: dict[Path, str]) -> tuple[list[str], list[Path]]:
+    """Compare files with their SHA-256.
+
+    Returns:
+        A clause about each file that differs or cannot be read, and the files that do not exist.
+    """
+
+    def look(item: tuple[Path, str]) -> str | None:
+        path, digest = item
+        try:
+            if not path.exists():
+                return MISSING
+            if not path.is_file() or is_hollow(path):  # reading a pipe would never end
+                return f"{path} is not a regular file"
+            with path.open("rb") as opened:
+                is_same = hashlib.file_digest(opened, "sha256").hexdigest() == digest
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror})"
+        return None if is_same else f"{path} is not what it was"
+
+    with ThreadPoolExecutor(READERS) as readers:
+        faults = dict(zip(expected, readers.map(look, expected.items()), strict=True))
+    missing = [path for path, fault in faults.items() if fault is MISSING]
+    return [fault for fault in faults.values() if fault and fault is not MISSING], missing

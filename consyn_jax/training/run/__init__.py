@@ -1,0 +1,1 @@
+"""The run directory: its identity, its lock, opening it, and exporting models to it."""

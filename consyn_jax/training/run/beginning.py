@@ -1,0 +1,227 @@
+"""The beginning of a run: the step that it resumes from, its state, and its files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from consyn_jax.config import EvaluationOptions, LoggingOptions, RunConfig
+from consyn_jax.distributed.process_group import gather, is_first
+from consyn_jax.errors import UserError
+from consyn_jax.evaluation_metrics import is_greater_better
+from consyn_jax.files import remove
+from consyn_jax.training.checkpointing.manager import Checkpoints
+from consyn_jax.training.checkpointing.ownership import check_log
+from consyn_jax.training.checkpointing.run_state import Progress
+from consyn_jax.training.logging.console import Console
+from consyn_jax.training.logging.metrics import FILE_NAME, MetricsLog, read_metrics
+from consyn_jax.training.logging.trackers import Trackers, build_trackers
+from consyn_jax.training.optim.schedules import build_plateau
+from consyn_jax.training.run.after_evaluation import stops_early
+from consyn_jax.training.run.directory import RunDirectory
+from consyn_jax.training.run.model_files import holds_model
+from consyn_jax.training.run.model_manifest import disagreement
+from consyn_jax.training.step import TrainState
+from consyn_jax.validation import natural
+
+
+def resume_step(resume: str, directory: RunDirectory, checkpoints: Checkpoints) -> int | None:
+    """The step of the checkpoint to resume from; None for a new run.
+
+    Args:
+        resume: `--resume`: a step, or the newest intact checkpoint of a run that is resumed.
+    """
+    step = natural(resume)
+    if step is not None:
+        return step
+    return checkpoints.newest() if directory.holds_run else None
+
+
+def from_first(look: Callable[[], str]) -> str:
+    """Broadcast a value from process 0; all processes of the run must call this."""
+    return gather(look() if is_first() else "")[0]
+
+
+def is_complete(
+    path: Path,
+    resumed: int | None,
+    total_steps: int,
+    checkpoints: Checkpoints,
+    options: EvaluationOptions,
+    data_is_known: bool,
+    warn: Callable[[str], None],
+) -> bool:
+    """Whether the run is done: last step saved, and all work after it up to the event `finish`.
+
+    Args:
+        path: the run directory.
+        resumed: the step that the run would resume from.
+        data_is_known: whether the training data was compared with the run's.
+        warn: called with a sentence if the work after the last step must be done again.
+
+    Raises:
+        UserError: it is done, but this data cannot be compared with the run's.
+    """
+    if resumed is None:
+        return False
+    progress = Progress.from_json(checkpoints.record(resumed))  # refuses the log of another run
+    if resumed < total_steps and not stops_early(progress, options):
+        return False
+    if reason := from_first(lambda: unfinished(path)):
+        warn(f"The run in {path} took its last step, but {reason}; its end is done again.")
+        return False
+    if not data_is_known:
+        raise UserError(
+            f"The run in {path} is complete, and whether it had the training data of now cannot be "
+            "known of an iterator or of rows that vary. Give another output_dir, or overwrite=True."
+        )
+    return True
+
+
+def unfinished(path: Path) -> str:
+    """Describe the missing part of a run's end as a clause; empty if nothing is missing.
+
+    Raises:
+        UserError: the log is damaged.
+    """
+    final, log = path / "final", path / FILE_NAME
+    if not holds_model(final):
+        return f"{final} has no model"
+    if reason := disagreement(final):
+        return f"{final / reason}"
+    lines = read_metrics(log) if log.exists() else []
+    if not any(line.get("event") == "finish" for line in lines):
+        return f"{log} does not say that it finished"
+    return ""
+
+
+def restore(checkpoints: Checkpoints, step: int, like: TrainState) -> tuple[TrainState, Progress]:
+    """Restore this run's state and progress at `step`, and remove later checkpoints."""
+    state, record = checkpoints.restore(step, like)
+    progress = Progress.from_json(record)
+    checkpoints.delete_after(step)
+    return state, progress
+
+
+def new_progress(run: RunConfig) -> Progress:
+    """The progress of a run that starts at step 0."""
+    greater_is_better = bool(is_greater_better(run.evaluation.metric_for_best_model))
+    return Progress(plateau=build_plateau(run.optimizer, greater_is_better))
+
+
+def branch(
+    directory: Path, step: int, like: TrainState, new: Progress
+) -> tuple[TrainState, Progress]:
+    """Restore the state of another run at `step`, with the progress of a new run from there.
+
+    The other run may still be training, so its checkpoints are only read. The new run ignores its
+    best model.
+
+    Args:
+        directory: the other run's checkpoints.
+        new: the progress of a run that starts at step 0.
+    """
+    with closing(Checkpoints(directory)) as others:
+        state, record = others.restore(step, like)
+    there = Progress.from_json(record)
+    return state, replace(new, step=step, tokens=there.tokens, left_out=there.left_out)
+
+
+def report_smaller_batches(asked: RunConfig, found: RunConfig, console: Console) -> None:
+    """Report if micro-batches were made smaller to fit the devices."""
+    budget = found.budget
+    if budget.batch_size != asked.budget.batch_size:
+        console.note(
+            f"Micro-batches of {asked.budget.batch_size} do not fit the devices, so each step "
+            f"takes {budget.gradient_accumulation_steps} micro-batches of {budget.batch_size} "
+            "sequences; the result is the same."
+        )
+
+
+def rewind(
+    log: MetricsLog, directory: RunDirectory, step: int, warn: Callable[[str], None]
+) -> dict[str, int]:
+    """Rewind the log and the best model to `step`; -1 for a new run.
+
+    Returns:
+        Details for the event `resume`: the last step of the log, if it was before `step`.
+
+    Raises:
+        UserError: the log is another run's.
+    """
+    lines = read_metrics(log.path)
+    if step >= 0:
+        check_log(log.path, lines, directory.record)
+    if any(line.get("event") == "best" and line["step"] > step for line in lines):
+        remove(directory.path / "best")
+    log.truncate_from(step)
+    ended = max((line["step"] for line in lines), default=0)
+    if ended >= step:
+        return {}
+    warn(
+        f"{log.path} ends at step {ended:,}, and the checkpoint is of step {step:,}: what was "
+        "logged between them is lost."
+    )
+    return {"log_ended_at": ended}
+
+
+def forget_missing_best(progress: Progress, directory: Path) -> None:
+    """Forget the best evaluation if its model is missing, so that the next one is the best.
+
+    Every process of a run must call this; process 0 looks.
+    """
+    if from_first(lambda: str(holds_model(directory / "best"))) != "True":
+        progress.selection = replace(progress.selection, best_value=None, best_step=None)
+
+
+def open_trackers(
+    options: LoggingOptions,
+    directory: Path,
+    config: dict[str, Any],
+    resumed: int | None,
+    progress: Progress,
+    warn: Callable[[str], None],
+) -> Trackers:
+    """Start the trackers, or continue those of the checkpoint.
+
+    Args:
+        config: the run's values by flag.
+        resumed: the step that the run resumes from; None for a new run.
+    """
+    if resumed is None and (directory / "logs").exists():
+        resumed = -1  # start new curves after a run that stopped before its first checkpoint
+    trackers = build_trackers(
+        options.logging_backend,
+        directory=directory,
+        project=options.wandb_project,
+        run_name=options.wandb_run_name,
+        config=config,
+        resume_step=resumed,
+        run_id=progress.tracker_id,
+        warn=warn,
+    )
+    progress.tracker_id = trackers.run_id
+    return trackers
+
+
+def recorded_summary(path: Path) -> dict[str, float | int]:
+    """The newest value of every metric in a `metrics.jsonl`, with its last step and tokens."""
+    last = read_metrics(path)[-1]
+    return {**last_values(path), "step": last["step"], "tokens": last["tokens"]}
+
+
+def last_values(path: Path) -> dict[str, float]:
+    """The newest value of every metric in a `metrics.jsonl`."""
+    return newest_values(read_metrics(path))
+
+
+def newest_values(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The newest value of every metric in lines of a `metrics.jsonl`."""
+    last: dict[str, float] = {}
+    for line in lines:
+        if "event" not in line:
+            last |= {name: value for name, value in line.items() if "/" in name}
+    return last

@@ -1,0 +1,199 @@
+"""The end of a run: its sample, report and closing lines, or the signal that interrupts it."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from consyn_jax.config import EvaluationOptions, RunConfig
+from consyn_jax.errors import Interrupted, UserError
+from consyn_jax.model import ConsynLMHeadModel
+from consyn_jax.model.parameters import Params
+from consyn_jax.model_config import ModelConfig
+from consyn_jax.tokenization import BPETokenizer
+from consyn_jax.training.checkpointing.manager import Checkpoints
+from consyn_jax.training.logging.loss_plot import write_loss_plot
+from consyn_jax.training.logging.metrics import read_metrics
+from consyn_jax.training.run.beginning import from_first
+from consyn_jax.training.run.directory import CONFIG
+from consyn_jax.training.run.live_report import LiveReport
+from consyn_jax.training.run.model_files import holds_model
+from consyn_jax.training.run.model_manifest import disagreement, has_manifest
+from consyn_jax.training.run.recording import Recorder
+
+SAMPLE_TOKENS = 200
+
+
+def sample(config: ModelConfig, params: Params, tokenizer: BPETokenizer, seed: int) -> str:
+    """Sample a document from a model.
+
+    The first token is BOS, or the end-of-text token if documents have no BOS.
+    """
+    model = ConsynLMHeadModel.from_parameters(config, params)
+    begins = (tokenizer.first_id, model.config.bos_token_id, tokenizer.eos_token_id)
+    prompt = jnp.array([[next(i for i in begins if i is not None)]], jnp.int32)
+    num_tokens = min(SAMPLE_TOKENS, model.config.context - 1)
+    ids = model.generate(prompt, num_tokens, temperature=0.8, top_k=50, seed=seed)
+    return tokenizer.decode([int(i) for i in np.asarray(ids)[0]])
+
+
+def record_end(directory: Path, report: LiveReport, recorder: Recorder) -> None:
+    """Write report and picture, and then the event `finish`, which marks the run as done.
+
+    Raises:
+        UserError: the disk refuses the event. The next start repeats this work.
+    """
+    best_step = recorder.progress.selection.best_step
+    if recorder.log is not None:
+        draw_losses(directory, recorder)
+    report.finish()
+    recorder.event(
+        "finish", ({"best_step": best_step} if best_step else {}) | recorder.sources_taken()
+    )
+    try:
+        recorder.flush()
+    except OSError as error:
+        raise UserError(
+            f"{directory / 'metrics.jsonl'} cannot be written: {error.strerror}. Once that is "
+            "fixed, the same command does the end of the run again."
+        ) from error
+
+
+def draw_losses(directory: Path, recorder: Recorder) -> None:
+    """Write loss.png. A failure is only a warning."""
+    try:
+        write_loss_plot(read_metrics(directory / "metrics.jsonl"), directory / "loss.png")
+    # The model and the log are whole, so a missing picture is not a failure of the run.
+    except Exception as error:  # noqa: BLE001
+        refused = isinstance(error, OSError) and error.strerror
+        recorder.console.warn(
+            f"loss.png could not be written ({refused or f'{type(error).__name__}: {error}'}); "
+            "the model and metrics.jsonl are whole."
+        )
+
+
+def best_model(directory: Path, options: EvaluationOptions, recorder: Recorder) -> Path | None:
+    """Choose the best model for final/; None for the last one.
+
+    A deleted best model is reported. All processes of a run must call this; process 0 reads the
+    files.
+
+    Raises:
+        UserError: the best model has changed since it was exported.
+    """
+    if not options.load_best_model_at_end:
+        return None
+    best = directory / "best"
+    match from_first(lambda: _fault(best)):
+        case "":
+            return best
+        case "missing":
+            if recorder.progress.selection.best_step is not None:
+                recorder.console.warn(
+                    f"{best} was deleted, so final/ is the last model and not the best."
+                )
+            return None
+        case "unknown":
+            recorder.console.warn(
+                f"{best} was exported by a version that wrote no manifest, so nothing shows "
+                "whether it is as it was written."
+            )
+            return best
+        case reason:
+            raise UserError(
+                f"{best / reason}, so this model is not exported as the best one. Put a copy of "
+                f"{best} back and run the same command again, or delete it, and final/ is made of "
+                "the last model."
+            )
+
+
+def _fault(best: Path) -> str:
+    if has_manifest(best):
+        return disagreement(best) or ""
+    return "unknown" if holds_model(best) else "missing"
+
+
+def closing_lines(
+    directory: Path, run: RunConfig, origins: Mapping[str, str], recorder: Recorder
+) -> list[str]:
+    """Sentences about the outcome: steps and loss, what to type next, the places of the files.
+
+    Args:
+        run: as it was given.
+        origins: the origin of each of its values.
+    """
+    progress, selection = recorder.progress, recorder.progress.selection
+    loss = recorder.last.get("train/loss", math.nan)
+    lines = [f"{progress.step:,} steps, {progress.tokens:,} tokens: loss {loss:.4f}"]
+    if selection.best_value is not None:
+        metric = run.evaluation.metric_for_best_model.replace("/", " ")
+        lines.append(
+            f"best {metric} {selection.best_value:.4f} at step "
+            f"{selection.best_step:,}: {directory / 'best'}"
+        )
+    lines += ["Next:", *(f"  {command}" for command in next_commands(directory, run, origins))]
+    lines.append(
+        f"Everything is in {directory}: final/ (the model), report.html, loss.png, metrics.jsonl."
+    )
+    return lines
+
+
+def next_commands(directory: Path, run: RunConfig, origins: Mapping[str, str]) -> list[str]:
+    """Commands that use the model, score it, and train it twice as long.
+
+    A run from Python, and one that decays from another, has no command that trains it longer.
+    """
+    final = shlex.quote(str(directory / "final"))
+    texts = " ".join(map(shlex.quote, run.data.validation)) or "TEXT_FILE"
+    commands = [
+        f"consyn-generate {final} --prompt 'Once upon a time'",
+        f"consyn-evaluate {final} --data {texts}",
+    ]
+    budget = run.budget
+    limits = {
+        "epochs": budget.epochs,
+        "max_steps": budget.max_steps,
+        "total_tokens": budget.total_tokens,
+    }
+    longer = [f"--{name} {_number(2 * n)}" for name, n in limits.items() if n is not None]
+    if "keyword" not in origins.values() and run.optimizer.decay_from is None and longer:
+        recipe = shlex.quote(str(directory / CONFIG))
+        flags = " ".join(longer)
+        commands.append(f"consyn-train --config {recipe} {flags} --overwrite_schedule")
+    return commands
+
+
+def _number(value: float | int) -> str:
+    return str(int(value)) if value == int(value) else f"{value:g}"
+
+
+def interruption(
+    signal: str | None, checkpoints: Checkpoints, directory: Path, recorder: Recorder
+) -> Interrupted:
+    """Record the signal that ends the run, once its checkpoint is written.
+
+    Returns:
+        The error to raise.
+    """
+    checkpoints.wait()
+    recorder.event("signal", {"signal": signal, **recorder.sources_taken()})
+    step, steps = recorder.progress.step, checkpoints.steps()
+    if step in steps:
+        return Interrupted(
+            f"{signal} at step {step}: the state is saved in {directory}. Run the same command "
+            "again to continue."
+        )
+    if step == 0:
+        return Interrupted(
+            f"{signal} before step 1: there is nothing to save yet. The same command starts anew."
+        )
+    newest = f"step {steps[-1]}" if steps else "the beginning"
+    return Interrupted(
+        f"{signal} at step {step}: the state could not be saved. The same command continues from "
+        f"{newest}."
+    )

@@ -1,0 +1,40 @@
+"""Turn the keywords of `ConsynTrainer` into a run; model and data give further defaults."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from consyn_jax.config import PREFERENCE_TUNING, PRESETS, ModelOptions, RunConfig
+from consyn_jax.errors import UserError
+from consyn_jax.model_config import ModelConfig
+from consyn_jax.resolve import preset_architecture, resolve
+
+DEFAULT_RATE = 5e-5  # for adamw
+
+
+def resolve_keywords(
+    config: ModelConfig, data: tuple[Any, Any], settings: dict[str, Any]
+) -> tuple[RunConfig, dict[str, str]]:
+    """Resolve keywords of `ConsynTrainer` into a run and the origins of its values.
+
+    Args:
+        data: training and evaluation data, as `recognise` returns them.
+    """
+    names = [f.name for f in fields(ModelOptions) if hasattr(config, f.name)]
+    shape = {name: getattr(config, name) for name in names}
+    same = (name for name in PRESETS if shape.items() <= vars(preset_architecture(name)).items())
+    is_preference = settings.get("objective") == "dpo"
+    rate = PREFERENCE_TUNING["lr"] if is_preference else DEFAULT_RATE
+    defaults = shape | {"model": next(same, "haiku"), "lr": rate}
+    training, _ = data
+    defaults["max_tokens"] = getattr(getattr(training, "packed", training), "block_size", None)
+    lengths = [part.natural_length for part in data if hasattr(part, "natural_length")]
+    if defaults["max_tokens"] is None:
+        defaults["max_tokens"] = min(config.context, max(lengths, default=config.context))
+    if getattr(training, "batch_size", None) is not None:
+        defaults["batch_size"] = training.batch_size
+    resolved = resolve(settings, given_as="keyword", defaults=defaults)
+    if training is None:
+        raise UserError("ConsynTrainer has no data. Pass it as train_dataloader=.")
+    return resolved

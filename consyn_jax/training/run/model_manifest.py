@@ -1,0 +1,104 @@
+"""The manifest of an exported model: size and SHA-256 of each of its files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from consyn_jax.files import flush, open_regular, write_whole
+from consyn_jax.training.checkpointing.checkpoint_files import PROVENANCE
+
+MANIFEST = "consyn_manifest.json"
+WEIGHTS = ".safetensors"
+READERS = 4  # files hashed at once; hashlib releases the interpreter lock
+LARGEST = 1 << 26  # bytes of a manifest
+
+
+def seal(directory: Path, provenance: Callable[[Mapping[str, str]], str] | None = None) -> None:
+    """Flush every file and directory of a model to the disk, with a manifest of its files.
+
+    Args:
+        provenance: makes the content of provenance.json from the SHA-256 of each file of weights.
+
+    Raises:
+        OSError: the disk refuses it.
+    """
+    names = sorted(
+        path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()
+    )
+    with ThreadPoolExecutor(READERS) as readers:
+        entries = list(readers.map(lambda name: _entry(directory / name, is_new=True), names))
+    files = dict(zip(names, entries, strict=True))
+    if provenance is not None:
+        weights = {name: files[name]["sha256"] for name in names if name.endswith(WEIGHTS)}
+        write_whole(directory / PROVENANCE, provenance(weights))
+        files[PROVENANCE] = _entry(directory / PROVENANCE, is_new=True)
+    content = {"files": files}
+    write_whole(directory / MANIFEST, json.dumps(content, indent=1) + "\n")
+    for inner in directory.rglob("*"):
+        if inner.is_dir():
+            flush(inner)
+    flush(directory)
+
+
+def _entry(file: Path, *, is_new: bool) -> dict[str, Any]:
+    with open(file, "rb", opener=open_regular) as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        if is_new:
+            os.fsync(opened.fileno())
+        return {"size": os.fstat(opened.fileno()).st_size, "sha256": digest}
+
+
+def has_manifest(directory: Path) -> bool:
+    """Whether a model was exported with a manifest; older versions wrote none."""
+    return (directory / MANIFEST).is_file()
+
+
+def disagreement(directory: Path) -> str | None:
+    """Find the first difference between a model and its manifest, as a clause; None for none.
+
+    All files of the manifest are read. Added files are ignored.
+    """
+    try:
+        with open(directory / MANIFEST, "rb", opener=open_regular) as opened:
+            files = json.loads(opened.read(LARGEST))["files"]
+        expected = {str(name): dict(entry) for name, entry in files.items()}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except OSError as error:
+        return f"{MANIFEST} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{MANIFEST} is damaged"
+    if not expected:
+        return f"{MANIFEST} names no file"
+    if outside := [name for name in expected if ".." in Path(name).parts or name.startswith("/")]:
+        return f"{MANIFEST} names {outside[0]}, which is outside"
+    with ThreadPoolExecutor(READERS) as readers:
+        reasons = readers.map(lambda name: _difference(directory, name, expected[name]), expected)
+        return next(filter(None, reasons), None)
+
+
+def _difference(directory: Path, name: str, expected: dict[str, Any]) -> str | None:
+    try:
+        size = (directory / name).stat().st_size
+        if size != expected.get("size"):
+            return f"{name} has {size:,} bytes and not {expected.get('size'):,}"
+        found = _entry(directory / name, is_new=False)
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    except (TypeError, ValueError):
+        return f"{MANIFEST} is damaged"
+    return None if found == expected else f"{name} is not what was written"
+
+
+def weights_digests(directory: Path) -> dict[str, str]:
+    """SHA-256 of each file of weights, read from the manifest of a model that agrees with it."""
+    files = json.loads((directory / MANIFEST).read_bytes())["files"]
+    return {name: entry["sha256"] for name, entry in files.items() if name.endswith(WEIGHTS)}

@@ -1,0 +1,257 @@
+"""Check that the run directory may be used, before the data is read and under the lock."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from consyn_jax.config import RunConfig
+from consyn_jax.distributed.process_group import ProcessGroup, current_process_group
+from consyn_jax.errors import UserError
+from consyn_jax.files import make_directory, restore_replaced
+from consyn_jax.training.checkpointing.checkpoint_files import saved_steps
+from consyn_jax.training.checkpointing.ownership import RUN_JSON, RunRecord, identity_in
+from consyn_jax.training.run.directory import (
+    CHECKPOINTS,
+    CONFIG,
+    ENTRIES,
+    RunDirectory,
+    delete_run,
+    refuse_links,
+    run_path,
+)
+from consyn_jax.training.run.identity import (
+    check_schedule,
+    differences,
+    read_run_config,
+    recorded_schedule,
+)
+from consyn_jax.training.run.lock import RunLock, read_holder
+from consyn_jax.validation import natural
+
+SHARED_S = 20.0  # until other hosts see a new file, at the latest
+
+
+def open_run_directory(
+    config: RunConfig, derived: dict[str, Any], *, write: bool = True
+) -> RunDirectory:
+    """Open, and if necessary create, the run directory of `config`.
+
+    With several processes, process 0 opens it, and the others wait for its lock to appear.
+
+    Args:
+        derived: values that follow from flags and data, see `identity.DERIVED_NAMES`.
+        write: whether this process may create and delete files.
+
+    Raises:
+        UserError: it holds another run, is in use, cannot be written, or is not the same directory
+            in all processes.
+    """
+    path, process_group = run_path(config), current_process_group()
+    if process_group is not None and not write:
+        return _opened_by_first(path, process_group)
+    holds_run = check_output(config, derived)
+    if not write:
+        return RunDirectory(path, holds_run, RunRecord.read(path) or RunRecord.new())
+    lock = None
+    try:
+        make_directory(path)
+        lock = RunLock(path)
+        restore_replaced(path, ENTRIES)
+        # Check again: another process may have used the directory in the meantime.
+        holds_run = check_output(config, derived)
+        if config.saving.overwrite:
+            delete_run(path)
+        is_adopted = holds_run and not (path / RUN_JSON).exists()
+        record = _record(path, holds_run)
+        lock.sign(record.run)
+    except (OSError, UserError) as error:
+        if lock is not None:
+            lock.release()
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"--output {path} cannot be used: {error.strerror}. Name a writable directory."
+        ) from error
+    if process_group is not None:
+        process_group.gather(json.dumps([holds_run, lock.holder, dataclasses.asdict(record)]))
+    place = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    return RunDirectory(path, holds_run, record, lock, is_adopted, place=place)
+
+
+def _record(path: Path, holds_run: bool) -> RunRecord:
+    """The identity of the run that starts or resumes in a directory."""
+    if not holds_run:
+        return RunRecord.new()
+    if (found := RunRecord.read(path)) is not None:
+        return found.started_again()
+    newest = max(_saved_steps(path), default=0)
+    run = identity_in(path / CHECKPOINTS / str(newest) / RUN_JSON)
+    new = RunRecord.new(newest)
+    return dataclasses.replace(new, run=run, unsigned_until=-1) if isinstance(run, str) else new
+
+
+def _opened_by_first(path: Path, process_group: ProcessGroup) -> RunDirectory:
+    """Wait until the lock of process 0 is visible here, and return its directory."""
+    holds_run, holder, record = json.loads(process_group.gather("")[0])
+    deadline = time.monotonic() + SHARED_S
+    while read_holder(path) != holder:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"--output {path} is not the same directory here as in process 0. Name one on a "
+                "file system that all hosts share."
+            )
+        time.sleep(0.2)
+    return RunDirectory(path, holds_run, RunRecord.from_json(record))
+
+
+def check_output(config: RunConfig, derived: dict[str, Any] | None = None) -> bool:
+    """Check that this run may use --output, and return whether it resumes a run there.
+
+    Args:
+        derived: as for `open_run_directory`. None before the data is known: only flags are
+            compared.
+
+    Raises:
+        UserError: it holds another run, or cannot be written.
+    """
+    saving, path = config.saving, run_path(config)
+    check_writable(path)
+    if not saving.overwrite:  # --overwrite deletes links and does not follow them
+        refuse_links(path)
+    if config.optimizer.decay_from is not None:
+        refuse_links(Path(saving.output))
+        _check_decay_origin(config, derived)
+    file = path / CONFIG
+    if not file.is_file() and ((path / "metrics.jsonl").exists() or _saved_steps(path)):
+        found = "a metrics.jsonl" if (path / "metrics.jsonl").exists() else CHECKPOINTS
+        raise UserError(
+            f"--output {path} holds {found} without a {CONFIG}, so it is not a consyn-train run. "
+            "Name another directory."
+        )
+    old = read_run_config(file) if file.is_file() else None
+    if saving.overwrite:
+        _check_overwrite(config, path)
+        return False
+    steps, requested = _saved_steps(path), natural(saving.resume)
+    if requested is not None and requested not in steps:
+        raise UserError(f"--resume {requested}: {_no_checkpoint(path, steps)}")
+    # A run that stopped before its first checkpoint loses nothing, so this one may differ.
+    if old is None or not (steps or (path / "best").exists() or (path / "final").exists()):
+        return False
+    if saving.resume == "never":
+        raise UserError(
+            f"--output {path} already holds a run. Name another directory, continue the run with "
+            "--resume auto, or delete it with --overwrite."
+        )
+    if changes := differences(old, config, derived):
+        raise UserError(
+            f"--output {path} holds another run: {'; '.join(changes)}. Name another directory, use "
+            "the old values, or delete that run with --overwrite."
+        )
+    if derived is not None and steps:
+        check_schedule(old, config, derived, steps[-1] if requested is None else requested)
+    return True
+
+
+def check_writable(path: Path) -> None:
+    """Check that --output can be created and written, without creating anything.
+
+    Raises:
+        UserError: it is a file, is below one, or may not be written, or its name is not text.
+    """
+    _check_name(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output {path} is a file. Name a directory.")
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise UserError(
+            f"--output {path} cannot be made: {there} is a file. Name another directory."
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--output {path} cannot be written: no permission for {there}. Name another directory."
+        )
+
+
+def _check_name(path: Path) -> None:
+    """Refuse a name that this locale cannot encode, since JAX and Orbax cannot use it."""
+    try:
+        os.fsencode(path).decode("utf-8")
+        str(path).encode("utf-8")
+    except UnicodeError as error:
+        shown = str(path).encode("utf-8", "backslashreplace").decode()
+        raise UserError(
+            f"--output {shown} has characters that this locale cannot write "
+            f"({sys.getfilesystemencoding()}). Set PYTHONUTF8=1, or name another directory."
+        ) from error
+
+
+def _check_decay_origin(config: RunConfig, derived: dict[str, Any] | None) -> None:
+    """Check that --output holds the run of --decay_from, saved at a step of its peak rate."""
+    path, step = Path(config.saving.output), config.optimizer.decay_from
+    assert step is not None
+    if not (path / CONFIG).is_file():
+        raise UserError(
+            f"--decay_from {step} continues a run, but --output {path} holds none. Give the flags "
+            "of that run and its --output."
+        )
+    old, steps = read_run_config(path / CONFIG), _saved_steps(path)
+    if step not in steps:
+        raise UserError(f"--decay_from {step}: {_no_checkpoint(path, steps)}")
+    undecayed = dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, decay_from=None)
+    )
+    if changes := differences(old, undecayed, derived):
+        raise UserError(
+            f"--decay_from {step}: --output {path} holds another run: {'; '.join(changes)}. Give "
+            "the flags that it was started with."
+        )
+    schedule, total = recorded_schedule(old)
+    peak = max(float(schedule(s)) for s in range(0, total, max(1, total // 1000)))
+    if float(schedule(step)) < 0.999 * peak:
+        raise UserError(
+            f"--decay_from {step}: at this step the learning rate of the run in {path} is not at "
+            f"its peak of {peak:g}. Take another of its checkpoints: {steps}."
+        )
+
+
+def _check_overwrite(config: RunConfig, path: Path) -> None:
+    """Check that --overwrite does not delete an input of the new run."""
+    model, data = config.model, config.data
+    inputs: dict[str, tuple[str | None, ...]] = {
+        "checkpoint": (model.checkpoint,),
+        "model": (model.model,),
+        "data": data.data,
+        "validation": data.validation,
+        "tokenizer": (data.tokenizer,),
+    }
+    doomed = [(path / entry).resolve() for entry in ENTRIES]
+    for flag, values in inputs.items():
+        for value in values:
+            if value is not None and any(
+                Path(value).resolve().is_relative_to(entry) for entry in doomed
+            ):
+                raise UserError(
+                    f"--overwrite would delete --{flag} {value}, which is in --output {path}. Name "
+                    "another directory for the new run."
+                )
+
+
+def _saved_steps(path: Path) -> list[int]:
+    try:
+        return saved_steps(path / CHECKPOINTS)
+    except OSError as error:
+        raise UserError(
+            f"{path / CHECKPOINTS} cannot be read: {error.strerror}. Name another --output."
+        ) from error
+
+
+def _no_checkpoint(path: Path, steps: list[int]) -> str:
+    known = ", ".join(map(str, steps)) or "none"
+    return f"{path / CHECKPOINTS} has no checkpoint of that step; there are: {known}."

@@ -1,0 +1,240 @@
+"""Record a run in its log, its trackers and on the screen."""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from consyn_jax.data.loader import Order
+from consyn_jax.data.mixture import Mixture
+from consyn_jax.training.checkpointing.run_state import Progress
+from consyn_jax.training.logging.advice import Advice, RunSettings, Usage
+from consyn_jax.training.logging.console import Console
+from consyn_jax.training.logging.live.activities import ACTIVITIES, ActivityClock, key
+from consyn_jax.training.logging.live.history import History
+from consyn_jax.training.logging.metrics import MetricsLog
+from consyn_jax.training.logging.stopwatch import Stopwatch
+from consyn_jax.training.logging.trackers import Trackers
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The lengths of a run, its steps and its epochs.
+
+    Attributes:
+        total_steps: optimizer steps of the run.
+        logging_steps: steps between two lines of metrics.
+        sequences_per_step: sequences in one optimizer step.
+        sequences_per_epoch: None if unknown.
+        order: of the training data; None if it has no positions.
+    """
+
+    total_steps: int
+    logging_steps: int
+    sequences_per_step: int
+    sequences_per_epoch: int | None
+    order: Order | None
+
+
+@dataclass
+class Recorder:
+    """Counts steps and records metrics and events.
+
+    Attributes:
+        log, trackers: None in processes that do not write any.
+        last: the newest value of every metric.
+        learning_rate: the rate after a number of updates, before the scale of plateaus.
+        settings: what advice depends on.
+        stopwatch: restarted when the loop begins.
+        activities: the time by activity.
+        history: the log so far, for the page of the run; kept only by the process that writes.
+    """
+
+    progress: Progress
+    lengths: Lengths
+    console: Console
+    log: MetricsLog | None
+    trackers: Trackers | None
+    last: dict[str, float]
+    learning_rate: Callable[[int], float]
+    settings: RunSettings
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    activities: ActivityClock = field(default_factory=ActivityClock)
+    history: History = field(default_factory=History)
+    _has_warned_of_no_tokens: bool = False
+    _first_line: dict[str, float] | None = None  # of this process
+
+    def metrics(self, values: dict[str, float]) -> None:
+        """Record metrics at the current step."""
+        self.last |= values
+        if self.log is not None and self.trackers is not None:
+            self.history.add(self.log.write(self.progress.step, self.progress.tokens, values))
+            self.trackers.log(self.progress.step, {**values, "tokens": self.progress.tokens})
+
+    def event(self, event: str, details: dict[str, Any] | None = None) -> None:
+        """Record an event at the current step."""
+        if self.log is not None:
+            place = self.progress.step, self.progress.tokens
+            self.history.add(self.log.write(*place, details, event=event))
+
+    def save(self) -> None:
+        """Record that a checkpoint is being written."""
+        self.event("save", self.sources_taken())
+
+    def flush(self) -> None:
+        """Flush the log to the disk; may be called from any thread.
+
+        Raises:
+            OSError: the disk refuses it.
+        """
+        if self.log is not None:
+            self.log.flush()
+
+    def sources_taken(self) -> dict[str, Any]:
+        """Sequences taken so far from each source of a mixture, for events."""
+        order, size = self.lengths.order, self.lengths.sequences_per_step
+        if not isinstance(order, Mixture):
+            return {}
+        return {"sources": order.counts(self.progress.step * size)}
+
+    def summary(self) -> dict[str, float | int]:
+        """The newest value of every metric, with step and tokens."""
+        return {**self.last, "step": self.progress.step, "tokens": self.progress.tokens}
+
+    # ------------------------------------------------------------------------------------- one step
+
+    def count(self, values: dict[str, float]) -> None:
+        """Count a step with its metrics."""
+        progress, tokens = self.progress, int(values["tokens"])
+        progress.step += 1
+        progress.tokens += tokens
+        self.stopwatch.count(tokens)
+        self.ended_passes()
+        if not tokens and not self._has_warned_of_no_tokens:
+            self._has_warned_of_no_tokens = True
+            self.console.warn(
+                f"Step {progress.step:,} had no token to learn from. Prompts may be longer than "
+                "--max_tokens."
+            )
+        progress.clipped += int(values["clipped"])
+        progress.unlogged += 1
+
+    def ended_passes(self, *, resumed: bool = False) -> None:
+        """Record every pass over a source that ended within the current step.
+
+        Args:
+            resumed: whether the run resumes from a checkpoint of this step. Its events were cut
+                off with the end of the log, but were already printed.
+        """
+        order, step, size = self.lengths.order, self.progress.step, self.lengths.sequences_per_step
+        if order is None or step == 0:
+            return
+        before, after = order.passes((step - 1) * size), order.passes(step * size)
+        for name, passes in after.items():
+            for epoch in range(before[name] + 1, passes + 1):
+                self.event(
+                    "end_of_data", {"epoch": epoch, "source": name} if name else {"epoch": epoch}
+                )
+            if passes > before[name] and not resumed:
+                epoch_of = f"End of {name}: epoch" if name else "Epoch"
+                self.console.note(f"{epoch_of} {passes} is over at step {step:,}.")
+
+    def step(self, values: dict[str, float], waited_s: float) -> None:
+        """Record the counted step, if a line of metrics is due.
+
+        Args:
+            waited_s: total time spent waiting for data so far.
+        """
+        self._look_for_spike(values)
+        progress, lengths = self.progress, self.lengths
+        if progress.step % lengths.logging_steps and progress.step not in (1, lengths.total_steps):
+            self.console.step(progress.step, values["loss"], self.stopwatch.tokens_per_s)
+            return
+        line = self._line(values, waited_s)
+        self.console.step(progress.step, values["loss"], line["throughput/tokens_per_s"], line)
+        self.metrics(line)
+        clipped, losses = line["train/clipped_fraction"], progress.recent.losses
+        usage = self._usage(line)
+        self._advise(progress.adviser.line(progress.step, clipped, losses, usage, self.settings))
+
+    def evaluation(self, values: dict[str, float]) -> None:
+        """Record the metrics of an evaluation, and advise on its loss."""
+        self.metrics(values)
+        if "eval/loss" in values:
+            progress = self.progress
+            known = progress.step, values["eval/loss"], progress.recent.losses, self.settings
+            self._advise(progress.adviser.evaluation(*known))
+
+    def _usage(self, line: dict[str, float]) -> Usage:
+        """The time by activity since this process's first line, and its device's memory."""
+        self._first_line = first = self._first_line or line
+        spent = {name: line[key(name)] - first[key(name)] for name in ACTIVITIES}
+        memory = jax.local_devices()[0].memory_stats() or {}
+        limit = memory.get("bytes_limit")
+        return Usage(
+            seconds=sum(spent.values()),
+            waiting=spent["data"],
+            evaluating=spent["evaluation"],
+            saving=spent["saving"],
+            memory_share=limit and memory["peak_bytes_in_use"] / limit,
+        )
+
+    def _advise(self, found: list[Advice]) -> None:
+        for advice in found:
+            self.event("advice", {"about": advice.about, "sentence": advice.sentence})
+            self.console.note(advice.sentence)
+
+    def _line(self, values: dict[str, float], waited_s: float) -> dict[str, float]:
+        """A line of training metrics, without those that are not finite."""
+        progress, lengths, lap = self.progress, self.lengths, self.stopwatch.lap(waited_s)
+        clipped, progress.clipped, progress.unlogged = progress.clipped / progress.unlogged, 0, 0
+        rate_scale = 1.0 if progress.plateau is None else progress.plateau.scale
+        line = {
+            "train/loss": values["loss"],
+            "train/grad_norm": values["grad_norm"],
+            "train/learning_rate": self.learning_rate(int(values["updates"])) * rate_scale,
+            "train/clipped_fraction": clipped,
+            "throughput/tokens_per_s": lap.tokens_per_s,
+            "throughput/step_time_s": lap.step_time_s,
+            "throughput/data_wait_fraction": lap.data_wait_fraction,
+        }
+        line |= {f"train/{name}": value for name, value in values.items() if "/" in name}
+        if "skipped" in values:
+            line |= {
+                "train/loss_scale": values["loss_scale"],
+                "train/skipped_steps": values["skipped_steps"],
+            }
+        line = {name: value for name, value in line.items() if math.isfinite(value)}
+        if lengths.sequences_per_epoch:
+            line["train/epoch"] = (
+                progress.step * lengths.sequences_per_step / lengths.sequences_per_epoch
+            )
+        if lap.mfu is not None:
+            line["throughput/mfu"] = lap.mfu
+        line["memory/peak_bytes"] = _peak_bytes(jax.local_devices()[0])
+        return line | self.activities.values()
+
+    def _look_for_spike(self, values: dict[str, float]) -> None:
+        if not values["tokens"] or not math.isfinite(values["loss"]):
+            return
+        usual = self.progress.recent.update(values["loss"])
+        if usual is not None:
+            self.event("loss_spike", {"loss": values["loss"], "usual": usual})
+            self.console.note(
+                f"Step {self.progress.step:,}: the loss is {values['loss']:.4f}; {usual:.4f} is "
+                "usual."
+            )
+            self._advise(self.progress.adviser.spike(self.progress.step, self.settings))
+
+
+def _peak_bytes(device: jax.Device) -> int:
+    """Peak memory of the device, or of this process if the device does not report its own."""
+    memory = device.memory_stats() or {}
+    return int(
+        memory.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    )

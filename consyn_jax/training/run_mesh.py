@@ -1,0 +1,76 @@
+"""The mesh of a run: as its flags give it, or the one that suits the machine."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import jax
+
+from consyn_jax.config import BudgetOptions, HardwareOptions
+from consyn_jax.distributed.auto_mesh import Machine, MeshChoice, choose_mesh
+from consyn_jax.distributed.mesh import check_batch, check_model, parse_mesh
+from consyn_jax.distributed.process_group import gather
+from consyn_jax.model.arithmetic import estimate_memory
+from consyn_jax.model_config import NO_LORA, LoraOptions, ModelConfig
+from consyn_jax.optimizer_config import OptimizerOptions
+from consyn_jax.training.runtime.memory import device_bytes
+
+
+@cache
+def this_machine() -> Machine:
+    """Describe this machine as JAX sees it; all processes get the same answer.
+
+    A host is a group of devices with fast links, which several processes may share. Found once,
+    because all processes must gather in the same order and programs are compiled concurrently.
+    """
+    hosts = len({getattr(device, "slice_index", 0) for device in jax.devices()})
+    if jax.device_count() % hosts:  # hosts that are not alike
+        hosts = 1
+    memory_bytes = device_bytes()
+    if hosts > 1:
+        # Drivers leave a little more or less free, and all processes must choose the same mesh.
+        memory_bytes = min(map(int, gather(str(memory_bytes))))
+    return Machine(hosts, jax.device_count() // hosts, memory_bytes)
+
+
+def choose_run_mesh(
+    model: ModelConfig,
+    budget: BudgetOptions,
+    hardware: HardwareOptions,
+    optimizer: OptimizerOptions,
+    length: int,
+    machine: Machine,
+    lora: LoraOptions = NO_LORA,
+    sequences: int = 1,
+) -> MeshChoice:
+    """Choose the mesh of a run on `machine`: that of `--mesh`, or the best one for `--mesh auto`.
+
+    Args:
+        length: tokens of a row.
+        sequences: in a row.
+
+    Raises:
+        UserError: a mesh or batch that does not fit the model or the devices.
+    """
+    devices = machine.hosts * machine.per_host
+    batch_size, accumulation = budget.batch_size, budget.gradient_accumulation_steps
+    if hardware.auto_batch:  # the mesh must not change when the batch does
+        batch_size, accumulation = devices, 2
+    moments = optimizer.moment_bytes if hardware.optimizer_memory == "device" else 0
+    remat = hardware.gradient_checkpointing
+
+    def needed_bytes(sizes: dict[str, int]) -> int:
+        batch = (batch_size, accumulation, length)
+        return estimate_memory(model, sizes, *batch, remat, moments, lora).total
+
+    if hardware.mesh != "auto":
+        choice = MeshChoice(parse_mesh(hardware.mesh, devices), "as requested")
+    else:
+        heads = math.gcd(model.num_heads, model.num_kv_heads, model.mlp_dim)
+        splits = {"context": length, "tensor": heads}
+        choice = choose_mesh(machine, model.hidden_dim, needed_bytes, batch_size, splits)
+    check_batch(choice.sizes, budget.batch_size, length // sequences, sequences)
+    names = ("hidden_dim", "num_heads", "num_kv_heads", "mlp_dim")
+    check_model(choice.sizes, {name: getattr(model, name) for name in names})
+    return choice

@@ -1,0 +1,1 @@
+"""Around the loop: signals, watchdog, device memory and the compilation cache."""

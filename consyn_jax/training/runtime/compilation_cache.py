@@ -1,0 +1,152 @@
+"""Compiled programs on disk, so that the next start loads what an earlier one compiled.
+
+This is JAX's own cache in the user's cache directory. JAX can limit the size itself, but then every
+read waits for a lock on the whole directory, and one process that is killed between the two files
+of an entry stops all writing. So the directory is tidied here, once a day.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import time
+import warnings
+import zlib
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from consyn_jax.data.store.file_hashes import cache_directory
+from consyn_jax.files import try_lock
+
+LIMIT_BYTES, LIMIT_ENTRIES = 2 << 30, 10_000
+TIDY_EVERY_S = 24 * 3600
+SETTLED_S = 600  # an entry this old is no longer being written
+STAMP = ".tidied"
+# Small programs count too, as a start has dozens of them. -1: of any size.
+SETTINGS: Mapping[str, float] = {
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
+
+def enable_compilation_cache() -> str | None:
+    """Load programs that were compiled before, and keep those compiled from now on.
+
+    The user's own `jax_compilation_cache_dir` and `jax_enable_compilation_cache` (or their
+    environment variables) win.
+
+    Returns:
+        Why the cache cannot be used; None if it is in use or the user has decided.
+    """
+    # An entry that cannot be read or written only means that the program is compiled again.
+    warnings.filterwarnings(
+        "ignore", "Error (reading|writing) persistent compilation cache entry", UserWarning
+    )
+    options: Any = jax.config
+    if options.jax_compilation_cache_dir is not None or not options.jax_enable_compilation_cache:
+        return None
+    directory = cache_directory() / "programs" / _processor()
+    if reason := _refusal(directory):
+        return f"not kept, as {directory} {reason}"
+    if jax.process_index() == 0:  # JAX writes to the cache in this process only
+        tidy(directory)
+    for name, value in SETTINGS.items():
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    return None
+
+
+def _processor() -> str:
+    """Name this CPU by its features.
+
+    XLA compiles for exactly these, and a program for another CPU may be refused or crash.
+    """
+    features = platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        features += "".join(
+            sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+        )
+    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
+
+
+def _refusal(directory: Path) -> str | None:
+    """Make `directory`; return why it is not fit or not safe for programs, or None."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = directory.stat()
+        os.fsencode(directory).decode()
+        str(directory).encode()
+    except OSError as error:
+        return f"cannot be made ({error.strerror})"
+    except UnicodeError:
+        return "has a name that is not text in this locale"
+    if found.st_uid not in (os.getuid(), 0) or found.st_mode & 0o002:
+        return "can be written by others"
+    return None if os.access(directory, os.W_OK | os.X_OK) else "cannot be written"
+
+
+def tidy(
+    directory: Path, limit_bytes: int = LIMIT_BYTES, limit_entries: int = LIMIT_ENTRIES
+) -> None:
+    """Delete entries that a kill cut short, then the least recently used ones above the limits.
+
+    Does nothing within a day of the last time. Never raises.
+    """
+    stamp, now = directory / STAMP, time.time()
+    with suppress(OSError), stamp.open("a+") as file:
+        # Only one process at a time, as looking at an entry changes its time of last use.
+        with suppress(OSError):  # a file system without locks
+            if not try_lock(file.fileno()):
+                return
+        is_first = file.seek(0, os.SEEK_END) == 0
+        before = 0.0 if is_first else stamp.stat().st_mtime
+        if 0 <= now - before < TIDY_EVERY_S:
+            return
+        file.write("tidied\n" if is_first else "")
+        file.flush()
+        os.utime(stamp, (now, now))
+        total = 0
+        for count, (_, size, path) in enumerate(_whole_entries(directory, before, now), 1):
+            total += size
+            if total > limit_bytes or count > limit_entries:
+                with suppress(OSError):
+                    path.unlink()
+
+
+def _whole_entries(directory: Path, before: float, now: float) -> list[tuple[float, int, Path]]:
+    """Delete damaged entries written since `before`; (last use, size, path), latest first."""
+    entries = []
+    for path in directory.rglob("*"):
+        with suppress(OSError):  # another process may be tidying, too
+            found = path.stat()
+            if not path.is_file() or path == directory / STAMP:
+                continue
+            is_settled = now - found.st_mtime > SETTLED_S
+            is_new = found.st_mtime > before - SETTLED_S
+            if is_settled and is_new and path.name.endswith("-cache") and not _is_whole(path):
+                path.unlink()
+            else:
+                entries.append((max(found.st_atime, found.st_mtime), found.st_size, path))
+    return sorted(entries, reverse=True)
+
+
+def _is_whole(entry: Path) -> bool:
+    """Whether an entry can be decompressed.
+
+    Zstandard, which JAX uses if it is installed, is not checked.
+    """
+    content = entry.read_bytes()
+    if not content.startswith(b"\x78"):
+        return bool(content)
+    try:
+        zlib.decompress(content)
+    except zlib.error:
+        return False
+    return True

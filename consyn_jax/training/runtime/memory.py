@@ -1,0 +1,152 @@
+"""Whether a compiled train step fits the devices, and which options would make it fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from consyn_jax.config import RunConfig
+from consyn_jax.errors import UserError
+from consyn_jax.flags import with_flags
+
+GIB = 2**30
+Compiled = Any  # a jax.stages.Compiled, of which only `memory_analysis` is used here
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one device must hold to run a step.
+
+    Attributes:
+        state: parameters, optimizer state and one batch.
+        temporary: everything else alive at the peak: activations, gradients, gathered weights.
+    """
+
+    state: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        """State and temporaries."""
+        return self.state + self.temporary
+
+
+def step_memory(compiled: Compiled) -> Memory:
+    """Memory of a step as the compiler laid it out; the state is donated, so it counts once."""
+    sizes: Any = compiled.memory_analysis()
+    return Memory(
+        sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        sizes.temp_size_in_bytes,
+    )
+
+
+def device_bytes() -> int:
+    """Memory that one local device may use; a CPU device has its share of the machine's."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(stats.get("bytes_limit", machine // jax.local_device_count()))
+
+
+def compile_to_fit(
+    run: RunConfig, compile: Callable[[RunConfig], Compiled]
+) -> tuple[RunConfig, Compiled]:
+    """Compile the train step of `run`, in smaller micro-batches if `--auto_batch` allows them.
+
+    Micro-batches are halved, and their number doubled, until the step fits.
+
+    Args:
+        compile: compiles the train step of a run.
+
+    Returns:
+        The run as it fits, and its train step.
+
+    Raises:
+        UserError: it does not fit. The message says what it needs, what there is, and what each
+            alternative would need.
+    """
+    compiled, limit = compile(run), device_bytes()
+    while (needs := step_memory(compiled)).total > limit:
+        smaller, halved = _with_half_batches(run), None
+        if run.hardware.auto_batch and smaller is not None:
+            with suppress(UserError):  # the mesh does not divide the smaller batch
+                halved = compile(smaller)
+        if smaller is None or halved is None:
+            raise UserError(
+                f"The train step needs {_gib(needs.total)} on each device ({_gib(needs.state)} of "
+                f"state, {_gib(needs.temporary)} of activations and gradients), but a device has "
+                f"{_gib(limit)}. {_alternatives(run, smaller, compile)}"
+            )
+        run, compiled = smaller, halved
+    return run, compiled
+
+
+def _with_half_batches(run: RunConfig) -> RunConfig | None:
+    """The same steps in twice as many micro-batches of half the size; None if the size is odd."""
+    budget = run.budget
+    if budget.batch_size % 2:
+        return None
+    return with_flags(
+        run,
+        {
+            "batch_size": budget.batch_size // 2,
+            "gradient_accumulation_steps": 2 * budget.gradient_accumulation_steps,
+        },
+    )
+
+
+def _alternatives(
+    run: RunConfig, smaller: RunConfig | None, compile: Callable[[RunConfig], Compiled]
+) -> str:
+    """Memory needed with other flags, found by compiling each."""
+    candidates = {}
+    if smaller is not None:
+        budget = smaller.budget
+        flags = (
+            f"--batch_size {budget.batch_size} "
+            f"--gradient_accumulation_steps {budget.gradient_accumulation_steps}"
+        )
+        candidates[f"{flags} (same result; --auto_batch finds it)"] = smaller
+    if run.hardware.gradient_checkpointing != "full":
+        candidates["--gradient_checkpointing (same result, slower)"] = with_flags(
+            run, {"gradient_checkpointing": "full"}
+        )
+    if run.hardware.optimizer_memory == "device":
+        candidates["--optimizer_memory host (same result, slower)"] = with_flags(
+            run, {"optimizer_memory": "host"}
+        )
+    if run.optimizer.moment_dtype == "float32":
+        candidates["--moment_dtype bfloat16"] = with_flags(run, {"moment_dtype": "bfloat16"})
+    found = []
+    for flags, other in candidates.items():
+        # The mesh may not divide the smaller batch, and not every optimizer can be offloaded.
+        with suppress(UserError):
+            found.append(f"{flags} needs {_gib(step_memory(compile(other)).total)}")
+    return f"Instead, {'; '.join(found)}." if found else "Use a smaller model or more devices."
+
+
+@contextmanager
+def explain_out_of_memory() -> Iterator[None]:
+    """Turn a device's out-of-memory error into a `UserError`.
+
+    A step that fits can still run out of memory beside other programs.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"A device ran out of its {_gib(device_bytes())} of memory ({reason}), and saved "
+            "checkpoints are intact. Stop other programs on the device, or run again with a "
+            "smaller --batch_size and a larger --gradient_accumulation_steps."
+        ) from error
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size < 10 * GIB else f"{size / GIB:.1f} GiB"

@@ -1,0 +1,216 @@
+"""Signals and the save clock: all processes of a run stop, and save, after the same step."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from time import monotonic
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from consyn_jax.data.loader import prefetch
+from consyn_jax.distributed.process_group import current_process_group
+from consyn_jax.errors import REPEAT_S, Repeats
+from consyn_jax.training.step import Batch, Metrics, Step, TrainState
+
+ENDING = (signal.SIGINT, signal.SIGTERM)
+WARNING = signal.SIGUSR1  # Slurm sends it some time before the end: sbatch --signal=USR1@120
+HANGUP = signal.SIGHUP  # a terminal that closes sends it, often several times; nohup ignores it
+SIGNALS = "signals"  # the array in a batch that carries each process's message, see `with_signals`
+
+
+class Signals:
+    """Records SIGINT, SIGTERM, SIGUSR1 and SIGHUP instead of dying.
+
+    A second SIGINT or SIGTERM ends the process at once, unless it comes so soon that it is a repeat
+    of the first (`Repeats`). SIGUSR1 is a warning, and a closing terminal repeats SIGHUP, so these
+    count neither as the first nor as the second. SIGHUP stays ignored where it is, as under
+    `nohup`.
+
+    Attributes:
+        received: the name of the first signal.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._repeats = Repeats()
+
+    def __enter__(self) -> Signals:
+        self._before: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            numbers = [*ENDING, WARNING]
+            if signal.getsignal(HANGUP) is not signal.SIG_IGN:
+                numbers.append(HANGUP)
+            self._before = {number: signal.signal(number, self._record) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        if number in ENDING and self._repeats.place() == "second":
+            os._exit(128 + number)
+        if self.received is not None:
+            return
+        self.received = signal.Signals(number).name
+        # Not through the console: a handler runs between any two instructions, and the console may
+        # be in the middle of a line.
+        message = (
+            f"\n{self.received}: the run will save after this step and stop. A second signal, "
+            f"after {REPEAT_S:.0f} seconds, stops it at once, without saving.\n"
+        )
+        with suppress(OSError):  # the terminal may be closed
+            os.write(2, message.encode())
+
+
+# ---------------------------------------------------------------------------- inside the train step
+
+
+def is_shared(mesh: Mesh) -> bool:
+    """Whether the devices of `mesh` belong to several processes."""
+    return len({device.process_index for device in mesh.devices.flat}) > 1
+
+
+def signals_like(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Shape of the messages in a batch: int32 [devices, 3], one row per device.
+
+    The devices of one process have equal rows.
+    """
+    return jax.ShapeDtypeStruct(
+        (mesh.size, 3), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    )
+
+
+def with_signals(step: Step) -> Step:
+    """Wrap `step` so that it also carries one message from each process to all of them.
+
+    The batch gets `signals` [devices, 3]: the number of the signal that the device's process
+    received, 1 if that process has no data, and 1 if its clock asks for a checkpoint. The metrics
+    `signalled`, `idle` and `due` are the maxima over all devices.
+
+    A step in which any process has no data is idle: it leaves the state unchanged. A process that
+    must stop while it waits for data takes part in such a step, because the other processes have
+    already started it.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        signalled, idle, due = jnp.max(batch[SIGNALS], axis=0)
+        after, metrics = step(
+            state, {name: values for name, values in batch.items() if name != SIGNALS}
+        )
+        kept = jax.tree.map(lambda new, old: jnp.where(idle > 0, old, new), after, state)
+        return kept, metrics | {"signalled": signalled, "idle": idle, "due": due}
+
+    return train_step
+
+
+class StopCoordinator:
+    """Decides when to stop for a signal and when to save by the clock, at the same step everywhere.
+
+    A single process acts on its own signals and clock. Several processes exchange messages in every
+    step (`with_signals`) and act only on what they read back with its metrics, so all of them act
+    at the same place of the same loop. The save clock is that of process 0.
+
+    Args:
+        save_minutes: minutes between two checkpoints; None for no save clock.
+    """
+
+    def __init__(self, signals: Signals, mesh: Mesh, save_minutes: float | None = None) -> None:
+        self._signals, self._mesh = signals, mesh
+        self._save_s = math.inf if save_minutes is None else 60 * save_minutes
+        self._shared, self._process_group = is_shared(mesh), current_process_group()
+        self._agreed_signal: str | None = None
+        self._idle = False
+        self._messages: dict[tuple[int, bool, bool], jax.Array] = {}
+        self.restart_save_clock()
+
+    @property
+    def received(self) -> str | None:
+        """The signal that this process has received."""
+        return self._signals.received
+
+    @property
+    def stop_signal(self) -> str | None:
+        """The signal for which all processes stop now."""
+        return self._agreed_signal if self._shared else self._signals.received
+
+    @property
+    def save_now(self) -> bool:
+        """Whether all processes save now because `save_minutes` have passed."""
+        return self._agreed_to_save if self._shared else self._save_due
+
+    def restart_save_clock(self) -> None:
+        """Count the time to the next checkpoint from now."""
+        self._saved_at, self._agreed_to_save = monotonic(), False
+
+    @property
+    def _save_due(self) -> bool:
+        return monotonic() - self._saved_at >= self._save_s
+
+    def stops_waiting(self) -> bool:
+        """Whether to stop waiting for the next batch; called while the process waits.
+
+        True in all processes once one of them has received a signal, because any process may be the
+        one without data.
+        """
+        received = self._signals.received
+        if self._process_group is not None:
+            if received is not None and self._process_group.noted is None:
+                self._process_group.note(received)
+            received = received or self._process_group.noted
+        self._idle = received is not None
+        return self._idle
+
+    def batches(self, ready: prefetch[Batch], like: Mapping[str, Any]) -> Iterator[Batch]:
+        """Batches of `ready`, then batches of zeros for idle steps if this process stops waiting.
+
+        Args:
+            ready: calls `stops_waiting` while it waits.
+            like: a batch as shapes, dtypes and shardings.
+        """
+        yield from ready
+        while self._shared and self._idle:
+            yield {name: _zeros(values) for name, values in like.items()}
+
+    def message(self) -> Batch:
+        """This process's message for the step with the batch just taken, to be added to it."""
+        if not self._shared:
+            return {}
+        group = self._process_group
+        noted = group.noted if group is not None and self._idle else None
+        received = self._signals.received or noted
+        content = (
+            signal.Signals[received].value if received else 0,
+            self._idle,
+            jax.process_index() == 0 and self._save_due,
+        )
+        if content not in self._messages:
+            like = signals_like(self._mesh)
+            row = np.array(content, np.int32)
+            self._messages[content] = jax.make_array_from_callback(
+                like.shape, like.sharding, lambda index: np.broadcast_to(row, like.shape)[index]
+            )
+        return {SIGNALS: self._messages[content]}
+
+    def read(self, metrics: Mapping[str, float]) -> bool:
+        """Read the messages of all processes from a step's metrics; False if the step was idle."""
+        if number := int(metrics.get("signalled", 0)):
+            self._agreed_signal = signal.Signals(number).name
+        self._agreed_to_save |= bool(metrics.get("due"))
+        return not metrics.get("idle")
+
+
+def _zeros(like: Any) -> jax.Array:
+    return jax.make_array_from_callback(
+        like.shape, like.sharding, lambda index: np.zeros(like.shape, like.dtype)[index]
+    )

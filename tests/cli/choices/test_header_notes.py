@@ -1,0 +1,100 @@
+"""Lines of the header: what was read for what, and where the weights come from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from consyn_jax.cli.choices.model_choice import weights_note
+from consyn_jax.cli.choices.training_data import training_data
+from consyn_jax.resolve import resolve
+from consyn_jax.tokenization import BPETokenizer
+from consyn_jax.tokenization.chat.plain_template import PLAIN
+
+BYTES = BPETokenizer.bytes()
+CHAT = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONSYN_CACHE", str(tmp_path / "cache"))
+
+
+def write(file: Path, *rows: dict[str, Any]) -> Path:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def made(data: Path, **flags: Any) -> tuple[dict[str, list[str]], BPETokenizer]:
+    """The header's lines about the data, by name, and the tokenizer that is exported."""
+    given = {"model": "haiku", "tokenizer": "bytes", "data": [str(data)], "max_tokens": 32}
+    with training_data(resolve({**given, **flags}), BYTES, None) as found:
+        lines: dict[str, list[str]] = {}
+        for name, text in found.notes:
+            lines.setdefault(name, []).append(text)
+        if flags.get("streaming"):
+            found.training.corpus.close()
+        return lines, found.tokenizer
+
+
+def test_rows_are_described_while_they_are_streamed(tmp_path: Path) -> None:
+    file = write(tmp_path / "chats.jsonl", *[CHAT] * 30)
+    whole, _ = made(file)
+    streamed, tokenizer = made(file, streaming=True, max_steps=1)
+    for name in ("rows", "chat template", "prompt", "target"):
+        assert streamed[name][0] == whole[name][0]
+    assert streamed["rows"][0] == "read 30 as messages"
+    assert streamed["target"] == ['"So.<|eos|>"']
+    assert tokenizer.chat_template == PLAIN, "final/ answers chats as they were trained on"
+
+
+def test_training_files_are_named_before_validation_files(tmp_path: Path) -> None:
+    for name in ("train", "validation"):
+        write(tmp_path / "data" / f"{name}.jsonl", *[{"text": f"{name} {i}"} for i in range(9)])
+    lines, _ = made(tmp_path / "data")
+    text = lines["data"][0]
+    assert text.index("train.jsonl") < text.index("validation.jsonl")
+    assert "by name" in lines["validation"][0]
+
+
+def test_a_chat_template_without_conversations_is_said_to_have_no_effect(tmp_path: Path) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    file = write(tmp_path / "texts.jsonl", *[{"text": f"text {i}"} for i in range(9)])
+    for given in (str(template), "plain"):
+        lines, _ = made(file, chat_template=given)
+        assert lines["chat template"] == [
+            f"--chat_template {given} has no effect, as there are no conversations"
+        ]
+    assert "chat template" not in made(file)[0]
+
+
+def test_a_template_that_writes_the_day_writes_the_same_and_says_so(tmp_path: Path) -> None:
+    template = tmp_path / "day.jinja"
+    template.write_text(
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    lines, _ = made(write(tmp_path / "chats.jsonl", CHAT, CHAT), chat_template=str(template))
+    assert lines["prompt"] == ['"26 Jul 2024Why?"']
+    assert any("writes the day: 26 Jul 2024 in all rows" in text for text in lines["noticed"])
+
+
+def test_the_weights_that_a_run_begins_with_are_named(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"")
+    (model / "config.json").write_text("{}")
+
+    def note(**flags: Any) -> str:
+        config, origins = resolve(flags)
+        return weights_note(config.model, origins["checkpoint"], config.budget.seed)[1]
+
+    alone = f"; {model}/config.json names its architecture alone"
+    assert note(model=str(model)) == f"start from those in {model}{alone}"
+    assert note(checkpoint=str(model)) == f"start from those in {model}"
+    assert note(model=f"{model}/config.json", seed=3) == "new, drawn with seed 3"
+    assert note(model="haiku") == "new, drawn with seed 42"

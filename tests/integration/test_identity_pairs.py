@@ -1,0 +1,160 @@
+"""Whatever is put in the place of a run that is running: the run ends, and writes nothing to it."""
+
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from consyn_jax.training.checkpointing.ownership import RunRecord
+from consyn_jax.training.run.lock import LOCK, RunLock
+
+from .nursery import FLAGS, Child, Nursery, trained
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+SAVING = [*FLAGS, "--save_steps", "2"]
+# So slow that there is time to do something to it, and quick to look at its directory.
+STEPS = """
+import time
+from consyn_jax.data import loader
+from consyn_jax.training.runtime import watchdog
+watchdog.POLL_S = 0.2
+inner = loader.BatchLoader.batch
+def batch(self, step):
+    time.sleep(0.5 if step > 6 else 0)
+    return inner(self, step)
+loader.BatchLoader.batch = batch
+"""
+SAVES = """
+import time, pathlib
+from consyn_jax.training.checkpointing import manager
+from consyn_jax.training.runtime import watchdog
+watchdog.POLL_S = 0.2
+finish = manager.Checkpoints._finish
+def slow(self, step, *rest):
+    if step >= 6:
+        pathlib.Path({mark!r}).touch()
+        time.sleep(2)
+    return finish(self, step, *rest)
+manager.Checkpoints._finish = slow
+"""
+
+
+@pytest.fixture(scope="module")
+def other(nursery: Nursery, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another run, which is complete."""
+    path = tmp_path_factory.mktemp("other") / "run"
+    child = nursery.start(*SAVING, "--seed", "7", "--data", corpus, "--output", path)
+    assert child.wait() == 0, child.said
+    return path
+
+
+def content(path: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
+
+
+def of_a_save(name: str) -> bool:
+    """Of the run's own save that was cut off; and the lock's file, which its holder removes."""
+    return ".orbax-checkpoint-tmp" in name or name == LOCK or name.startswith(".best.")
+
+
+def await_moment(path: Path, moment: str, children: list[Child], mark: Path) -> None:
+    if moment == "stepping":
+        trained(path, 7, children[0])
+        return
+    deadline = time.monotonic() + 60
+    while not mark.exists():
+        assert children[0].alive, children[0].said
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("moment", ["stepping", "saving"])
+@pytest.mark.parametrize(
+    ("what", "said", "processes"),
+    [
+        pytest.param(
+            what,
+            said,
+            processes,
+            marks=[pytest.mark.exhaustive] if "copied" in what and processes == 2 else [],
+        )
+        for what, said in (
+            ("directory replaced", "holds another run now"),
+            ("lock removed", "was started again by another process"),
+            ("checkpoint copied in", "500 is a checkpoint of another run"),
+            ("metrics copied in", "was changed by another program"),
+        )
+        for processes in (1, 2)
+    ],
+)
+def test_it_ends_and_touches_nothing_more(
+    what: str,
+    said: str,
+    processes: int,
+    moment: str,
+    other: Path,
+    nursery: Nursery,
+    corpus: Path,
+    tmp_path: Path,
+) -> None:
+    path, mark = tmp_path / "run", tmp_path / "mark"
+    before = STEPS if moment == "stepping" else SAVES.format(mark=str(mark))
+    flags = [*SAVING, "--data", corpus, "--output", path]
+    children = (
+        [nursery.start(*flags, before=before)]
+        if processes == 1
+        else nursery.together(*flags, before=before)
+    )
+    await_moment(path, moment, children, mark)
+    for child in children:
+        child.signal(signal.SIGSTOP)
+    lock = None
+    if what == "directory replaced":
+        path.rename(tmp_path / "moved")
+        shutil.copytree(other, path)
+    elif what == "lock removed":  # and a second start of the same run, as far as its files go
+        (path / LOCK).unlink()
+        lock = RunLock(path)
+        record = RunRecord.read(path)
+        assert record is not None
+        record.started_again().write(path)
+    elif what == "checkpoint copied in":
+        shutil.copytree(other / "checkpoints" / "16", path / "checkpoints" / "500")
+    else:
+        shutil.copyfile(other / "metrics.jsonl", path / "metrics.jsonl")
+    then = content(path)
+    for child in children:
+        child.signal(signal.SIGCONT)
+    assert [child.wait(60) for child in children] == [2] * processes, [c.said for c in children]
+    for child in children:
+        assert said in child.said
+        assert "Traceback" not in child.said
+    after = content(path)
+    if what == "checkpoint copied in":
+        # The run is in its own directory, and goes on up to its next save.
+        assert {name: data for name, data in after.items() if "/500/" in name} == {
+            name: data for name, data in then.items() if "/500/" in name
+        }
+        (again,) = [nursery.start(*flags)]
+        assert again.wait() == 2
+        assert said in again.said
+        shutil.rmtree(path / "checkpoints" / "500")
+        again = nursery.start(*flags)
+        assert again.wait() == 0, again.said
+        return
+    if what == "metrics copied in":  # in its own directory; the save of the step before may end
+        assert after["metrics.jsonl"] == then["metrics.jsonl"]
+        return
+    assert {n: d for n, d in after.items() if not of_a_save(n)} == {
+        n: d for n, d in then.items() if not of_a_save(n)
+    }
+    if lock is not None:
+        assert (path / LOCK).exists(), "the second start keeps its lock"
+        lock.release()

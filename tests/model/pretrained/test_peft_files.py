@@ -1,0 +1,148 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from layouts import LAYOUTS, random_params
+from safetensors.numpy import save_file
+
+from consyn_jax.errors import UserError
+from consyn_jax.model.lora import adapter_layout, merged
+from consyn_jax.model.parameters import Params
+from consyn_jax.model.pretrained.inspection import read_checkpoint
+from consyn_jax.model.pretrained.peft_files import Base, load_adapter, save_adapter
+from consyn_jax.model.pretrained.safetensors_files import weights_hash
+from consyn_jax.model.pretrained.weights import load_parameters, save_parameters
+from consyn_jax.model_config import LoraOptions, ModelConfig
+
+OPTIONS = LoraOptions(lora_rank=3, lora_alpha=5.0)
+
+
+def random_adapter(config: ModelConfig, options: LoraOptions = OPTIONS) -> Params:
+    rng = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32),
+        adapter_layout(config, options).shapes,
+    )
+
+
+def written(place: Path, kind: str, options: LoraOptions = OPTIONS) -> tuple[Any, ...]:
+    """A base and an adapter over it in files; the configuration and parameters of both."""
+    config = LAYOUTS[kind][0]
+    base, adapter = random_params(config), random_adapter(config, options)
+    save_parameters(place / "base", config, base)
+    known = Base(str(place / "base"), weights_hash(place / "base"))
+    save_adapter(place / "adapter", config, adapter, options, known)
+    return config, base, adapter
+
+
+def close(found: Params, wanted: Params) -> None:
+    jax.tree.map(lambda f, w: np.testing.assert_allclose(f, w, atol=1e-6), found, wanted)
+
+
+@pytest.mark.parametrize("kind", ["llama tied", "phi3", "qwen3"])
+def test_an_adapter_is_read_as_it_was_written(kind: str, tmp_path: Path) -> None:
+    config, _, adapter = written(tmp_path, kind)
+    found = load_adapter(tmp_path / "adapter", config, OPTIONS)
+    jax.tree.map(np.testing.assert_array_equal, found, adapter)
+
+
+def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
+    config = LAYOUTS["llama tied"][0]
+    config = replace(config, files=replace(config.files, dtype="float16"))
+    adapter = jax.tree.map(lambda leaf: 1e5 * leaf, random_adapter(config))
+    with pytest.raises(UserError, match=r"lora_[AB]\.weight has values that float16 cannot"):
+        save_adapter(tmp_path, config, adapter, OPTIONS, Base("base", None))
+
+
+@pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "up_proj")])
+def test_a_directory_of_an_adapter_is_the_sum(targets: tuple[str, ...], tmp_path: Path) -> None:
+    """Also where a layout fuses matrices, of which only some have an adapter, and moves heads."""
+    options = replace(OPTIONS, lora_targets=targets)
+    config, base, adapter = written(tmp_path, "phi3", options)
+    read = read_checkpoint(tmp_path / "adapter")
+    assert read.files.model_type == "phi3"
+    found = load_parameters(tmp_path / "adapter", read)
+    wanted = merged(base, adapter, options)
+    rows = config.vocab_size
+    for tree in (found, wanted):
+        for name in ("embedding", "output"):
+            if name in tree:
+                tree[name] = tree[name][:rows]
+    close(found, wanted)
+
+
+def changed(place: Path, **values: Any) -> None:
+    file = place / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"use_dora": True}, "use_dora True, which is not supported"),
+        ({"bias": "all"}, "bias 'all'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa', which is not supported"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"base_model_name_or_path": None}, "its base is named nowhere"),
+        ({"base_model_name_or_path": "/nowhere/at/all"}, "not there: /nowhere/at/all"),
+        ({"lora_alpha": "much"}, "gives no lora_alpha"),
+        ({"alpha_pattern": {"(": 1}}, "gives no lora_alpha"),
+        ({"alpha_pattern": {"(.*)*x": 1}}, "repeats too much"),
+        ({"lora_alpha": float("inf")}, "gives no lora_alpha"),
+        ({"base_model_name_or_path": True}, "that is no text"),
+        ({"revision": ["main"]}, "that is no text"),
+    ],
+)
+def test_what_is_no_plain_lora_is_refused(
+    values: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    written(tmp_path, "llama tied")
+    changed(tmp_path, **values)
+    with pytest.raises(UserError, match=message.replace("(", "\\(")):
+        read_checkpoint(tmp_path / "adapter")
+
+
+def test_another_base_is_refused(tmp_path: Path) -> None:
+    config, base, _ = written(tmp_path, "llama tied")
+    save_parameters(tmp_path / "base", config, {**base, "norm": base["norm"] + 1})
+    with pytest.raises(UserError, match="an adapter of other weights than those"):
+        read_checkpoint(tmp_path / "adapter")
+    changed(tmp_path, base_model_name_or_path=str(tmp_path / "adapter"))
+    with pytest.raises(UserError, match="is an adapter, too"):
+        read_checkpoint(tmp_path / "adapter")
+
+
+def test_a_model_of_other_sizes_is_refused(tmp_path: Path) -> None:
+    config, *_ = written(tmp_path, "llama tied")
+    wider = replace(config, mlp_dim=64)
+    save_parameters(tmp_path / "wider", wider, random_params(wider))
+    save_adapter(
+        tmp_path / "adapter", config, random_adapter(config), OPTIONS, Base(str(tmp_path / "wider"))
+    )
+    with pytest.raises(UserError, match=r"which in its base .* is of shape"):
+        read_checkpoint(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("shape", [(), (0, 32), (32,)])
+def test_an_adapter_without_a_rank_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    written(tmp_path, "llama tied")
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    ends = (("lora_A", shape), ("lora_B", shape[::-1]))
+    save_file(
+        {f"{module}.{end}.weight": np.ones(size, np.float32) for end, size in ends},
+        tmp_path / "adapter" / "adapter_model.safetensors",
+    )
+    with pytest.raises(UserError, match="has no whole adapter of"):
+        read_checkpoint(tmp_path / "adapter")
+
+
+def test_damaged_weights_are_refused(tmp_path: Path) -> None:
+    written(tmp_path, "llama tied")
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_checkpoint(tmp_path / "adapter")

@@ -1,0 +1,40 @@
+"""Reading `--config` files."""
+
+from pathlib import Path
+
+import pytest
+
+from consyn_jax.config_file import describe, read_config_file
+from consyn_jax.errors import UserError
+from consyn_jax.resolve import resolve
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("lr: 1\nepochs: [1", r":\d+ is not YAML"),
+        ("- lr\n", "must consist of `setting: value` lines"),
+        ("1: 2\n", "must consist of `setting: value` lines"),
+        ("!!python/object/apply:os.system ['touch opened']\n", "is not YAML"),
+    ],
+)
+def test_an_invalid_config_file_is_refused(content: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError, match=words):
+        read_config_file(file)
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        read_config_file(tmp_path / "gone.yaml")
+    file.write_text("")
+    assert read_config_file(file) == {}
+
+
+def test_a_long_list_stays_in_its_line_and_is_read_back(tmp_path: Path) -> None:
+    """Wrapped by the YAML library, its second line would begin a setting."""
+    names = tuple(f"corpora/a part with a long name/{number}.jsonl" for number in range(40))
+    run, origins = resolve({"model": "haiku", "data": list(names)})
+    text = describe(run, origins)
+    assert sum(line.startswith("data: [") and names[-1] in line for line in text.split("\n")) == 1
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    assert tuple(read_config_file(file)["data"]) == names

@@ -1,0 +1,37 @@
+"""Faults of checkpoints that a stranger made: named, and nothing outside is read."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from consyn_jax.training.checkpointing.checkpoint_files import CHECKSUMS, damage, file_hash
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    place = tmp_path / "checkpoints" / "4"
+    (place / "state").mkdir(parents=True)
+    (place / "state" / "a").write_text("weights")
+    (place / CHECKSUMS).write_text(f"{file_hash(place / 'state' / 'a')}  state/a\n")
+    assert damage(place) is None
+    return place
+
+
+@pytest.mark.parametrize("name", [CHECKSUMS, "state/a", "state/b", ".hidden"])
+def test_a_link_is_a_fault_and_is_not_followed(checkpoint: Path, name: str) -> None:
+    outside = checkpoint.parents[1] / "outside"
+    os.mkfifo(outside)  # reading it would wait forever
+    (checkpoint / name).unlink(missing_ok=True)
+    (checkpoint / name).symlink_to(outside)
+    assert damage(checkpoint) == f"{name} is a link"
+
+
+def test_a_pipe_is_a_fault(checkpoint: Path) -> None:
+    os.mkfifo(checkpoint / "state" / "pipe")
+    assert str(damage(checkpoint)).startswith("state/pipe is a")
+
+
+def test_no_name_drives_the_terminal(checkpoint: Path) -> None:
+    (checkpoint / "state" / "\x1b[2J\u202e").write_text("")
+    assert damage(checkpoint) == rf"state/\x1b[2J\u202e is not in {CHECKSUMS}"

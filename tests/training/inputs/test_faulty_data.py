@@ -1,0 +1,152 @@
+"""Data from Python that a new user gave wrongly: answered by place and remedy, never in silence."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from consyn_jax.errors import UserError
+from consyn_jax.training.accepted_data import as_source
+
+ROW = {"input_ids": [1, 5, 6, 2]}
+
+
+class Table:
+    """As a DataFrame of pandas."""
+
+    columns, ndim, shape = ("text", "input_ids"), 2, (3, 2)
+
+
+class Series(Table):
+    """As a column of one."""
+
+    ndim, shape, dtype, columns = 1, (3,), np.dtype(object), ()
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "columns":
+            raise AttributeError(name)
+        return object.__getattribute__(self, name)
+
+
+def source_of(data: Any, block_size: int = 8) -> Any:
+    numbers = {"bos_id": 1, "eos_id": 2, "pad_id": 0, "vocab_size": 64}
+    return as_source(data, batch_size=2, block_size=block_size, seed=0, **numbers)
+
+
+def once(*items: Any) -> Iterator[Any]:
+    yield from items
+
+
+RAGGED = np.empty(2, object)
+RAGGED[:] = [[1, 5, 6], [1, 2]]
+EMPTY = np.zeros((2, 0), int)
+FAULTY: dict[str, tuple[Any, str]] = {
+    "lists in a DataLoader": (DataLoader([ROW, ROW], batch_size=2), "turns rows of lists into"),  # type: ignore[arg-type]
+    "two kinds of labels": (
+        [{**ROW, "labels": [1, 5, 6, 2]}, {**ROW, "labels": [5, 6, 2, -100]}],
+        "Row 1 of train_dataloader has labels that do not equal its input_ids, and those of "
+        "earlier ones do. Give labels of one kind",
+    ),
+    "two kinds, the other way": (
+        [{**ROW, "labels": [5, 6, 2, -100]}, {**ROW, "labels": [1, 5, 6, 2]}],
+        "Row 1 of .* that equal its input_ids, and those of earlier ones do not",
+    ),
+    "two kinds in batches": (
+        [
+            {"input_ids": np.array([[1, 5, 6]] * 2), "labels": np.array([[1, 5, 6]] * 2)},
+            {"input_ids": np.array([[1, 5, 6]] * 2), "labels": np.array([[5, 6, 2]] * 2)},
+        ],
+        "Batch 1 of .* labels that do not equal",
+    ),
+    "two kinds in a batch": (
+        [{"input_ids": np.array([[1, 5, 6]] * 2), "labels": np.array([[1, 5, 6], [5, 6, 2]])}],
+        "Batch 0 of train_dataloader, row 1, has labels that do not equal",
+    ),
+    "two kinds from a DataLoader": (
+        DataLoader(
+            TensorDataset(torch.tensor([[1, 5, 6]] * 2), torch.tensor([[1, 5, 6], [5, 6, 2]])),
+            batch_size=2,
+        ),
+        "Batch 0 of .*, row 1, has labels that do not",
+    ),
+    "lists as rows of a DataLoader": (DataLoader([[1, 5], [1, 6]], batch_size=2), "turns rows of"),  # type: ignore[arg-type]
+    "a batch among rows": (
+        [ROW, {"input_ids": [[1, 5], [1, 6]]}],
+        "Row 1 of .* holds several rows",
+    ),
+    "a second batch without tokens": (
+        [{"input_ids": np.array([[1, 5, 6]] * 2)}, {"input_ids": EMPTY}],
+        "Batch 1 of train_dataloader has no token. Leave it out",
+    ),
+    "documents without tokens": ([[], []], "No document of .* has a token"),
+    "an array without tokens": (np.zeros((4, 0), int), "train_dataloader is empty"),
+    "rows without tokens": ([{"input_ids": []}] * 2, "No row of .* has a token"),
+    "a batch without tokens": ([{"input_ids": EMPTY}], "Batch 0 of .* has no token"),
+    "a mask of 2": ([{**ROW, "attention_mask": [1, 1, 2, 2]}], "Row 0 .* 2 in attention_mask"),
+    "positions below 0": ([{**ROW, "position_ids": [-1, 0, 1, 2]}], "Row 0 .* first at position 0"),
+    "positions with a gap": (
+        [{**ROW, "position_ids": [0, 1, 2, 3]}, {**ROW, "position_ids": [0, 1, 3, 4]}],
+        "Row 1 of train_dataloader has position_ids .* first at position 2",
+    ),
+    "one mask too many": (
+        {"input_ids": [[1, 5], [1, 6]], "attention_mask": [[1, 1]] * 3},
+        "2 rows of input_ids, and its attention_mask are 3 rows. Give attention_mask for each row",
+    ),
+    "one mask too few": (
+        {"input_ids": [[1, 5], [1, 6]], "attention_mask": [[1, 1]]},
+        "its attention_mask are 1 rows",
+    ),
+    "one mask for all": (
+        {"input_ids": [[1, 5], [1, 6]], "attention_mask": [1, 1]},
+        "its attention_mask are 2 numbers",
+    ),
+    "no ids in a row": ([ROW, {"input_ids": None}], "Row 1 of train_dataloader has no input_ids."),
+    "no ids at first": ([{"input_ids": None}, ROW], "Row 0 of .* has no input_ids"),
+    "no ids in a dict": ({"input_ids": None}, "is empty"),
+    "no row": ([ROW, None], "Row 1 of train_dataloader is None, and must be a dict with"),
+    "a text as a row": ([ROW, "abc"], "Row 1 of .* is of type str, and must be"),
+    "a list among dicts": ([ROW, [1, 5, 6]], "Row 1 of .* is of type list"),
+    "a generator's None": (once(None, ROW), "The first item of train_dataloader is None"),
+    "other columns": ([ROW, {"labels": [1, 5]}], "Row 1 of .* has no input_ids, but 'labels'"),
+    "an empty dict as a row": ([{}], "Row 0 of .* has no input_ids. Give the ids of its tokens"),
+    "an empty dict": ({}, "train_dataloader is an empty dict"),
+    "an array of lists": (RAGGED, r"array of objects, .* Pass list\(array\)\."),
+    "an array of objects": (np.ones((2, 3), object), r"Pass array\.astype\('int32'\)"),
+    "a series": (Series(), "array of objects"),
+    "a table": (Table(), r"is a table. .* table\.to_dict\('list'\)"),
+    "three levels": ([[[1, 5], [6, 2]]] * 2, "lists of lists of lists"),
+    "one list": ([1, 5, 6], r"is one list of ids, .* Pass \[ids\]"),
+    "bytes": (b"abc", "one list of ids"),
+    "long rows": ([ROW, {"input_ids": [1] * 20}], "Row 1 of .* needs max_tokens=19, and .* is 8"),
+    "one token a row": ([{"input_ids": [1]}] * 2, "or without a token after them. Correct labels"),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTY)
+def test_faulty_data_is_answered_by_place_and_remedy(kind: str) -> None:
+    data, message = FAULTY[kind]
+    with pytest.raises(UserError) as caught:
+        list(source_of(data).training(0, 2, 1, np.arange(2)))
+    assert re.search(message, str(caught.value)), str(caught.value)
+    assert len(re.findall(r"[.!?](\s|$)", str(caught.value))) <= 2
+
+
+def test_what_the_messages_advise_works() -> None:
+    tensors = {name: torch.tensor(values) for name, values in ROW.items()}
+    loader = DataLoader([tensors, tensors], batch_size=2)  # type: ignore[arg-type]
+    batch = next(iter(source_of(loader).training(0, 2, 1, np.arange(2))))
+    assert batch["input_ids"][0, :, :3].tolist() == [[1, 5, 6]] * 2
+    assert source_of([ROW, ROW]).description.startswith("2 rows")
+    assert len(source_of(list(RAGGED)).dataset) == 1
+
+
+def test_what_is_left_out_is_said() -> None:
+    assert "1 without tokens" in source_of([ROW, {"input_ids": []}]).description
+    named = {"input_ids": [[1, 5, 6], [1, 6, 2]], "score": [1.0, 2.0], "about": "a text"}
+    assert source_of(named).description.endswith("not used: about, score")
+    pairs = TensorDataset(torch.tensor([[1, 5, 6]] * 2), torch.tensor([[1, 5, 6]] * 2))
+    assert "labels shifted by one" in source_of(pairs).description

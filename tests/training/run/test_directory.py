@@ -1,0 +1,75 @@
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import yaml
+from run_directories import DERIVED, begin, holds_run, run
+
+from consyn_jax.config_file import describe, read_config_file
+from consyn_jax.errors import UserError
+from consyn_jax.flags import flat
+from consyn_jax.resolve import resolve
+from consyn_jax.training.run.opening import open_run_directory
+
+
+def test_config_yaml_has_every_value_with_its_origin_and_is_read_back(tmp_path: Path) -> None:
+    flags = {
+        "lr": 1e-3,
+        "data": ["a: b.txt", "#c.jsonl"],
+        "wandb_run_name": "no",
+        "mixed_precision": "no",
+        "epochs": 2.5,
+        "sliding_window": 16,
+    }
+    config, origins = run(tmp_path, **flags)
+    begin(tmp_path, **flags)
+    lines = (tmp_path / "config.yaml").read_text().splitlines()
+    assert any(line.startswith("lr: 0.001") and line.endswith("# flag") for line in lines)
+    assert any(
+        line.startswith("hidden_dim: 128") and line.endswith("# preset haiku") for line in lines
+    )
+    assert any(line.startswith("seed: 42") and line.endswith("# default") for line in lines)
+    assert set(yaml.safe_load(describe(config, origins))) == set(flat(config))
+    again, _ = resolve({}, read_config_file(tmp_path / "config.yaml"), file_name="config.yaml")
+    assert again == config
+
+
+def test_config_yaml_does_not_record_overwrite_and_resume(tmp_path: Path) -> None:
+    begin(tmp_path, overwrite=True, resume="never")
+    recipe = read_config_file(tmp_path / "config.yaml")
+    assert (recipe["overwrite"], recipe["resume"]) == (False, "auto")
+
+
+def test_overwriting_deletes_the_run_and_nothing_else(tmp_path: Path) -> None:
+    begin(tmp_path)
+    outside = tmp_path.parent / "elsewhere"
+    outside.mkdir(exist_ok=True)
+    (outside / "kept.txt").write_text("theirs")
+    for name in ("checkpoints/4", "best", "final", "logs", "notes"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "file").write_text("x")
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "thesis.tex").write_text("mine")
+    (tmp_path / "profile").symlink_to(outside, target_is_directory=True)
+    assert not holds_run(run(tmp_path, overwrite=True, lr=0.1)[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "thesis.tex"]
+    assert (outside / "kept.txt").read_text() == "theirs"
+
+
+def test_an_interrupted_overwrite_is_completed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", Mock(side_effect=OSError(5, "Input/output error")))
+        with pytest.raises(UserError, match="cannot be used: Input/output error"):
+            open_run_directory(run(tmp_path, overwrite=True)[0], DERIVED)
+    assert not holds_run(run(tmp_path, overwrite=True)[0])
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_directory_that_holds_no_run_is_never_emptied(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "precious").write_text("x")
+    assert not holds_run(run(tmp_path, overwrite=True)[0])
+    assert (tmp_path / "logs" / "precious").exists()

@@ -1,0 +1,90 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from run_directories import DERIVED, begin, holds_run, run
+
+from consyn_jax.errors import UserError
+from consyn_jax.training.run.identity import differences
+from consyn_jax.training.run.opening import open_run_directory
+
+
+def test_flags_that_do_not_change_the_mathematics_may_change(tmp_path: Path) -> None:
+    begin(tmp_path)
+    config, _ = run(
+        tmp_path,
+        save_steps=7,
+        logging_backend="none",
+        mesh="data=8",
+        gradient_checkpointing="full",
+        quiet=True,
+    )
+    assert holds_run(config)
+
+
+@pytest.mark.parametrize(
+    ("flags", "derived", "words"),
+    [
+        (
+            {"lr": 0.1, "beta1": 0.8, "dropout": 0.1},
+            {},
+            ["--beta1 was 0.9 and is 0.8", "--dropout was 0.0 and is 0.1"],
+        ),
+        ({"hidden_dim": 64}, {}, ["--hidden_dim was 128 and is 64", "--head_dim was 32 and is 16"]),
+        ({}, {"data": "other"}, ["the training data changed"]),
+        ({}, {"tokenizer": None}, ["the tokenizer changed"]),
+        ({}, {"vocab_size": 300}, ["the vocabulary was 259 and is 300"]),
+        (
+            {},
+            {"sequences_per_step": 16},
+            ["batch_size x gradient_accumulation_steps was 8 and is 16"],
+        ),
+    ],
+)
+def test_another_run_is_told_apart_difference_by_difference(
+    flags: dict[str, Any], derived: dict[str, Any], words: list[str], tmp_path: Path
+) -> None:
+    begin(tmp_path)
+    config, _ = run(tmp_path, **flags)
+    found = differences(
+        yaml.safe_load((tmp_path / "config.yaml").read_text()), config, DERIVED | derived
+    )
+    assert found == words
+    with pytest.raises(UserError) as caught:
+        open_run_directory(config, DERIVED | derived)
+    message = str(caught.value)
+    assert f"--output {tmp_path} holds another run: " in message
+    assert all(word in message for word in words)
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\x00", b"just a text", b"lr: 1.0\n"])
+def test_a_damaged_config_yaml_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"is damaged|is not the configuration of a run"):
+        open_run_directory(run(tmp_path)[0], DERIVED)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "flag", "by_data", "words"),
+    [
+        ("cut", None, "cut", []),  # a run of before the default followed from the data
+        ("cut", "cut", "cut", []),
+        (None, "cut", "cut", []),
+        ("cut", None, "whole", ["--packing was cut and is whole, which --packing cut keeps"]),
+        ("cut", "whole", "whole", ["--packing was cut and is whole"]),
+        (None, None, "whole", []),
+    ],
+)
+def test_packing_is_compared_by_its_effect(
+    recorded: str | None, flag: str | None, by_data: str, words: list[str], tmp_path: Path
+) -> None:
+    begin(tmp_path)
+    old = yaml.safe_load((tmp_path / "config.yaml").read_text()) | {"packing": recorded}
+    config, _ = run(tmp_path, packing=flag)
+    assert differences(old, config, DERIVED | {"packing": by_data}) == words
+    if recorded is None:
+        old["derived"]["packing"] = "cut"
+        words = ["--packing was cut and is whole"] if by_data == "whole" else []
+        found = differences(old, config, DERIVED | {"packing": by_data})
+        assert [text.partition(",")[0] for text in found] == words

@@ -1,0 +1,57 @@
+"""A model says of itself which files it has, and which content."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from consyn_jax.training.run.model_manifest import MANIFEST, disagreement, has_manifest, seal
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "chat").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "chat" / "template").write_text("text")
+    (tmp_path / "model.safetensors").write_bytes(bytes(range(256)) * 100)
+    seal(tmp_path)
+    return tmp_path
+
+
+def test_a_model_agrees_with_its_manifest_and_files_may_be_added(model: Path) -> None:
+    assert has_manifest(model)
+    assert disagreement(model) is None
+    (model / "README.md").write_text("mine")
+    assert disagreement(model) is None
+    files = json.loads((model / MANIFEST).read_text())["files"]
+    assert sorted(files) == ["chat/template", "config.json", "model.safetensors"]
+    assert files["config.json"] == {
+        "size": 2,
+        "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("model.safetensors", bytes(25_600), "model.safetensors is not what was written"),
+        ("model.safetensors", b"", "model.safetensors has 0 bytes and not 25,600"),
+        ("chat/template", None, "chat/template is missing"),
+        (MANIFEST, None, f"{MANIFEST} is missing"),
+        (MANIFEST, b"", f"{MANIFEST} is damaged"),
+        (MANIFEST, bytes(100), f"{MANIFEST} is damaged"),
+        (MANIFEST, b'{"files": {}}', f"{MANIFEST} names no file"),
+        (MANIFEST, b'{"files": {"a": 1}}', f"{MANIFEST} is damaged"),
+        (MANIFEST, b'{"files": {"config.json": {}}}', None),
+        (MANIFEST, b'{"files": {"../x": {}}}', f"{MANIFEST} names ../x, which is outside"),
+    ],
+)
+def test_what_differs_is_named(
+    name: str, content: bytes | None, reason: str | None, model: Path
+) -> None:
+    if content is None:
+        (model / name).unlink()
+    else:
+        (model / name).write_bytes(content)
+    found = disagreement(model)
+    assert found == reason if reason else found

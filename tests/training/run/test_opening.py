@@ -1,0 +1,111 @@
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from run_directories import DERIVED, begin, holds_run, run
+
+from consyn_jax.errors import UserError
+from consyn_jax.training.run.opening import open_run_directory
+
+
+def test_a_new_directory_is_made_and_then_holds_the_run(tmp_path: Path) -> None:
+    config, _ = run(tmp_path / "a" / "b")
+    assert not holds_run(config)
+    assert (tmp_path / "a" / "b").is_dir()
+    begin(tmp_path / "a" / "b")
+    assert holds_run(config)
+
+
+def test_names_beside_the_checkpoints_that_are_not_steps_are_ignored(tmp_path: Path) -> None:
+    begin(tmp_path)
+    (tmp_path / "checkpoints" / "²").mkdir()
+    assert holds_run(run(tmp_path)[0])
+
+
+def test_two_processes_do_not_write_to_one_directory(tmp_path: Path) -> None:
+    config, _ = run(tmp_path)
+    first = open_run_directory(config, DERIVED)
+    with pytest.raises(UserError, match="is in use by another process"):
+        open_run_directory(config, DERIVED)
+    first.close()
+    assert not holds_run(config)
+
+
+def test_overwriting_does_not_delete_inputs_of_the_run(tmp_path: Path) -> None:
+    begin(tmp_path)
+    for flags in (
+        {"data": [str(tmp_path / "final" / "config.json")]},
+        {"tokenizer": str(tmp_path / "tokenizer")},
+        {"checkpoint": str(tmp_path / "best")},
+    ):
+        with pytest.raises(UserError, match=rf"--overwrite would delete --{next(iter(flags))} "):
+            holds_run(run(tmp_path, overwrite=True, **flags)[0])
+    assert (tmp_path / "checkpoints" / "3").is_dir()
+
+
+def test_a_directory_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(UserError, match=r"is a file\. Name a directory\."):
+        open_run_directory(run(file)[0], DERIVED)
+    with pytest.raises(UserError, match=r"cannot be made: .*file is a file"):
+        open_run_directory(run(file / "below")[0], DERIVED)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(
+        UserError, match=r"metrics\.jsonl without a config\.yaml, so it is not a consyn-train run"
+    ):
+        open_run_directory(run(foreign)[0], DERIVED)
+    (foreign / "metrics.jsonl").unlink()
+    (foreign / "checkpoints" / "500").mkdir(parents=True)
+    for overwrite in (False, True):
+        with pytest.raises(
+            UserError,
+            match=r"foreign holds checkpoints without a config\.yaml, so it is not a consyn",
+        ):
+            open_run_directory(run(foreign, overwrite=overwrite)[0], DERIVED)
+
+
+def test_resume_by_step_needs_that_checkpoint_and_never_needs_no_run(tmp_path: Path) -> None:
+    begin(tmp_path / "run")
+    with pytest.raises(UserError, match="already holds a run"):
+        open_run_directory(run(tmp_path / "run", resume="never")[0], DERIVED)
+    assert not holds_run(run(tmp_path / "new", resume="never")[0])
+    with pytest.raises(
+        UserError, match=r"--resume 5: .* has no checkpoint of that step; there are: 3\."
+    ):
+        open_run_directory(run(tmp_path / "run", resume="5")[0], DERIVED)
+    assert holds_run(run(tmp_path / "run", resume="3")[0])
+
+
+def test_only_directories_named_by_a_step_are_checkpoints(tmp_path: Path) -> None:
+    begin(tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "3²").mkdir()
+    (checkpoints / "²").mkdir()
+    (checkpoints / "5").write_text("")
+    with pytest.raises(UserError, match=r"there are: 3\."):
+        open_run_directory(run(tmp_path / "run", resume="5")[0], DERIVED)
+    shutil.rmtree(checkpoints)
+    checkpoints.write_text("")
+    with pytest.raises(
+        UserError, match=r"checkpoints cannot be read: Not a directory\. Name another --output\."
+    ):
+        open_run_directory(run(tmp_path / "run")[0], DERIVED)
+
+
+def test_a_run_without_a_checkpoint_may_be_replaced_by_another(tmp_path: Path) -> None:
+    begin(tmp_path)
+    (tmp_path / "checkpoints" / "3").rmdir()
+    assert not holds_run(run(tmp_path, lr=0.1)[0])
+
+
+def test_other_processes_change_nothing(tmp_path: Path) -> None:
+    config, _ = run(tmp_path / "run")
+    assert not holds_run(config, write=False)
+    assert not (tmp_path / "run").exists()
+    begin(tmp_path / "run")
+    holds_run(replace(config, saving=replace(config.saving, overwrite=True)), write=False)
+    assert (tmp_path / "run" / "config.yaml").exists()
