@@ -170,7 +170,11 @@ class Checkpoints:
         else:
             self._begin(begun)
         about = (step, target, run, futures, error)
-        self._thread = threading.Thread(target=self._commit, args=about, name=f"checkpoint {step}")
+        # Python's exit waits for threads that are no daemons. Among several processes, this one may
+        # have to end although the others never answer it (`is_left_alone`).
+        several = jax.process_count() > 1
+        name = f"checkpoint {step}"
+        self._thread = threading.Thread(target=self._commit, args=about, name=name, daemon=several)
         self._thread.start()
         return True
 
