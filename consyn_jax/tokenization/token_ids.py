@@ -95,6 +95,10 @@ def check_fields(
                 _check_mask(values, name, where)
         if "position_ids" in given:
             _check_positions(row, where)
+        if "segment_ids" in given and "attention_mask" in given:
+            _check_padding_agrees(row, where)
+        if "labels" in given:
+            _check_direction(ids, as_array(row["labels"]), where)
 
 
 def check_input_ids(
@@ -217,6 +221,31 @@ def _check_mask(values: np.ndarray, name: str, where: str) -> None:
         position = int(np.argmax(wrong))
         raise UserError(
             f"{where} has {values[position]} in {name} at position {position:,}. {COLUMNS[name]}"
+        )
+
+
+def _check_padding_agrees(row: Mapping[str, Any], where: str) -> None:
+    """Check that segment_ids and attention_mask say the same about padding."""
+    wrong = (as_array(row["segment_ids"]) > 0) != (as_array(row["attention_mask"]) > 0)
+    if wrong.any():
+        raise UserError(
+            f"{where} has padding at position {int(np.argmax(wrong)):,} by one of segment_ids and "
+            "attention_mask, and a token by the other. Give one of the two columns only."
+        )
+
+
+def _check_direction(ids: np.ndarray, labels: np.ndarray, where: str) -> None:
+    """Check that labels are not the tokens before the input_ids: shifted the wrong way."""
+    targets = are_targets(labels[1:])
+    told = labels[1:][targets]
+    is_backward = np.array_equal(told, ids[:-1][targets])
+    if not is_backward or len(np.unique(told)) < 2 or np.array_equal(told, ids[1:][targets]):
+        return  # of one repeated token, no direction is known
+    forward = are_targets(labels[:-1])
+    if not np.array_equal(labels[:-1][forward], ids[1:][forward]):
+        raise UserError(
+            f"{where} has labels that are the tokens before its input_ids. Give the input_ids "
+            "themselves as labels, or the tokens after them."
         )
 
 

@@ -23,9 +23,9 @@ def complete(raw: Any, labels_are_ids: bool | None = None) -> Batch:
 
     Without labels, the labels are the sequence itself, shifted by one. So are labels that equal the
     input_ids, as those of transformers' collators do, because transformers' models shift them.
-    Labels of -100 or -1 and those with a false loss_mask are not targets. Without segment_ids, a
-    row is one document, and `attention_mask` marks its padding; where `position_ids` restart,
-    another document begins. Rows of unequal length are padded.
+    A token is a target if its label is not -100 or -1, its loss_mask is true, and it is no padding.
+    Without segment_ids, a row is one document, and `attention_mask` marks its padding; where
+    `position_ids` restart, another document begins. Rows of unequal length are padded.
 
     Args:
         raw: a mapping such as a dict or a `BatchEncoding`, or input_ids alone, or a pair of
@@ -51,7 +51,8 @@ def complete(raw: Any, labels_are_ids: bool | None = None) -> Batch:
         labels, mask, ids, segments = ids[:, 1:], same, ids[:, :-1], segments[:, :-1]
     else:
         mask, labels = are_targets(labels), np.where(are_targets(labels), labels, 0)
-        mask &= arrays["loss_mask"].astype(bool) if "loss_mask" in arrays else segments > 0
+        mask &= segments > 0
+        mask &= arrays.get("loss_mask", mask).astype(bool)
     as_int = {"input_ids": ids, "labels": labels, "segment_ids": segments}
     return {name: value.astype(np.int32) for name, value in as_int.items()} | {"loss_mask": mask}
 
@@ -135,7 +136,7 @@ def check_length(tokens: int, block_size: int, where: str) -> None:
     if tokens > block_size:
         raise UserError(
             f"{where} needs max_tokens={tokens}, and max_tokens is {block_size}. Cut it, or give "
-            "a larger max_tokens, which the model's context limits."
+            "that max_tokens and a model whose context is at least as long."
         )
 
 

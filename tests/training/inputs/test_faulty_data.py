@@ -122,6 +122,14 @@ FAULTY: dict[str, tuple[Any, str]] = {
     "one list": ([1, 5, 6], r"is one list of ids, .* Pass \[ids\]"),
     "bytes": (b"abc", "one list of ids"),
     "long rows": ([ROW, {"input_ids": [1] * 20}], "Row 1 of .* needs max_tokens=19, and .* is 8"),
+    "labels shifted backwards": (
+        [{**ROW, "labels": [-100, 1, 5, 6]}],
+        "Row 0 of train_dataloader has labels that are the tokens before its input_ids",
+    ),
+    "two masks that differ": (
+        [{**ROW, "segment_ids": [1, 1, 2, 2], "attention_mask": [1, 1, 1, 0]}],
+        "Row 0 .* has padding at position 3 by one of segment_ids and attention_mask",
+    ),
     "one token a row": ([{"input_ids": [1]}] * 2, "or without a token after them. Correct labels"),
 }
 
@@ -150,3 +158,15 @@ def test_what_is_left_out_is_said() -> None:
     assert source_of(named).description.endswith("not used: about, score")
     pairs = TensorDataset(torch.tensor([[1, 5, 6]] * 2), torch.tensor([[1, 5, 6]] * 2))
     assert "labels shifted by one" in source_of(pairs).description
+
+
+@pytest.mark.parametrize("labels", [[5, 5, 5, 5], [5, 6, 5, 6], [-100] * 3 + [9], [6, 5, 6, 5]])
+def test_labels_that_may_be_of_more_than_one_kind_are_taken(labels: list[int]) -> None:
+    assert source_of([{"input_ids": [5, 6, 5, 6], "labels": labels}]).description
+
+
+def test_padding_is_no_target_whatever_the_loss_mask_says() -> None:
+    padded = {"input_ids": [1, 5, 6, 0], "labels": [5, 6, 2, 0], "attention_mask": [1, 1, 1, 0]}
+    source = source_of([{**padded, "loss_mask": [1, 1, 1, 1]}] * 2)
+    batch = next(iter(source.training(0, 2, 1, np.arange(2))))
+    assert batch["loss_mask"][0, :, :5].tolist() == [[True, True, True, False, False]] * 2
