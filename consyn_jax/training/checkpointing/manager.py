@@ -40,6 +40,7 @@ from consyn_jax.training.checkpointing.orbax_writes import (
     refusal,
     run_coroutine,
     without_abandoned_work,
+    writing_thread,
 )
 from consyn_jax.training.checkpointing.ownership import RunRecord, check_owner, identity_in
 from consyn_jax.training.checkpointing.restoring import OTHER, read_record, read_state
@@ -147,9 +148,7 @@ class Checkpoints:
         self._look_around()
         if step in self._steps:  # a signal came right after that save
             return True
-        assert step > max(self._steps, default=-1), (
-            f"there is a checkpoint of step {self._steps[-1]}"
-        )
+        assert step > max(self._steps, default=-1), self._steps
         # Every attempt has its own directory: an earlier, failed one may still be writing.
         self._attempts += 1
         target = self.directory / f"{step}{UNFINISHED}{self._mark}-{self._attempts}"
@@ -170,11 +169,7 @@ class Checkpoints:
         else:
             self._begin(begun)
         about = (step, target, run, futures, error)
-        # Python's exit waits for threads that are no daemons. Among several processes, this one may
-        # have to end although the others never answer it (`is_left_alone`).
-        several = jax.process_count() > 1
-        name = f"checkpoint {step}"
-        self._thread = threading.Thread(target=self._commit, args=about, name=name, daemon=several)
+        self._thread = writing_thread(partial(self._commit, *about), f"checkpoint {step}")
         self._thread.start()
         return True
 

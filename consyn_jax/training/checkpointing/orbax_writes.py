@@ -45,6 +45,14 @@ NEVER_AWAITED = r"coroutine '_?async_serialize.*' was never awaited"
 warnings.filterwarnings("ignore", NEVER_AWAITED, RuntimeWarning)
 
 
+def writing_thread(write: Callable[[], None], name: str) -> threading.Thread:
+    """A thread that has not started; among several processes a daemon, as it may have no end.
+
+    Python's exit waits for all other threads, so `is_left_alone` would be in vain.
+    """
+    return threading.Thread(target=write, name=name, daemon=jax.process_count() > 1)
+
+
 def is_left_alone(write: threading.Thread | None) -> bool:
     """Whether a write must be abandoned, as an error of this process alone ends the run.
 
