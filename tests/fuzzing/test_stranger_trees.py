@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-TREES = 100
+TREES = 50
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ def guide() -> Callable[..., tuple[float, int]]:
         (6000, 512, 256, 8, "auto"),
         (6000, 512, 200, 2, MESH),
         (3000, 100, 100, 16, "context=2,tensor=4"),
-        pytest.param(100_000, 512, 256, 16, "auto", marks=SLOW),
+        pytest.param(20_000, 512, 256, 16, "auto", marks=SLOW),
         pytest.param(None, 512, 256, 16, "auto", marks=WHOLE),
     ],
 )
@@ -123,7 +123,7 @@ def check(answers: tuple[Answers, ...], expected: list[list[tuple[float, bool]]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [24, pytest.param(500, marks=SLOW)])
+@pytest.mark.parametrize("count", [100, pytest.param(500, marks=WHOLE)])
 def test_log_likelihoods_of_requests(
     source: ModelSource, theirs: LlamaForCausalLM, text: str, tmp_path: Path, count: int
 ) -> None:
