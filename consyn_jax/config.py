@@ -332,10 +332,10 @@ class LoggingOptions:
     """Metrics, trackers, profiles and progress."""
 
     logging_steps: int = flag(10, "steps between lines of metrics")
-    logging_backend: str = flag(
-        "tensorboard",
-        "trackers besides metrics.jsonl",
-        choices=("tensorboard", "wandb", "both", "none"),
+    logging_backend: tuple[str, ...] = flag(
+        ("tensorboard",),
+        "trackers besides metrics.jsonl, one or several; module:Class is a callback of yours",
+        choices=("tensorboard", "wandb", "both", "none", "module:Class"),
     )
     wandb_project: str = flag("consyn", "Weights & Biases project")
     wandb_run_name: str | None = flag(None, "Weights & Biases run name (chosen by W&B)")

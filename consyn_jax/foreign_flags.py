@@ -213,10 +213,6 @@ _KEYWORDS = {
     "compute_metrics": (
         f"evaluations give loss, perplexity, accuracy and bits per byte. {_LEAVE_OUT}"
     ),
-    "callbacks": (
-        "[early_stopping_patience 3], [load_best_model_at_end true] and [logging_backend wandb] do "
-        f"what most callbacks do. {_LEAVE_OUT}"
-    ),
     "resume_from_checkpoint": (
         "train() with the same [output_dir DIR] continues from its newest checkpoint. "
         f"{_LEAVE_OUT}, or take an older checkpoint with [resume STEP]"

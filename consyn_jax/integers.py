@@ -1,4 +1,4 @@
-"""Divisors and multiples of whole numbers."""
+"""Whole numbers: divisors, multiples, and decimal digits."""
 
 from __future__ import annotations
 
@@ -29,3 +29,14 @@ def neighbours(n: int, multiple: int) -> list[int]:
     """
     below = n // multiple * multiple
     return [m for m in dict.fromkeys((below, round_up(n, multiple))) if m > 0]
+
+
+def natural(text: str) -> int | None:
+    """Parse up to 15 decimal digits; None for any other text.
+
+    `str.isdigit` would not do: it accepts ², which `int` refuses.
+
+    >>> natural("12"), natural("-1"), natural("²")
+    (12, None, None)
+    """
+    return int(text) if len(text) <= 15 and text.isdecimal() else None

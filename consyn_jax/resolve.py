@@ -236,7 +236,8 @@ def _scalar(flag: Flag, value: Any, where: str) -> Any:
         converted = parse(value)
     except (ValueError, KeyError, TypeError, OverflowError):
         raise UserError(f"{where} must be {kind}, not {_short(value)}.") from None
-    if flag.choices and converted not in flag.choices:
+    is_own = ":" in str(converted) and "module:Class" in flag.choices
+    if flag.choices and converted not in flag.choices and not is_own:
         raise UserError(
             f"{where} {_short(converted)} is not known{nearest(converted, flag.choices)} "
             f"Known: {', '.join(flag.choices)}."

@@ -14,6 +14,7 @@ from consyn_jax.config import PRESETS, HardwareOptions, RunConfig, architecture
 from consyn_jax.errors import UserError, nearest
 from consyn_jax.evaluation_metrics import EVALUATION_METRICS, is_of_requests
 from consyn_jax.flags import flat
+from consyn_jax.integers import natural
 from consyn_jax.optimizer_config import OPTIMIZERS, PARAMETER_GROUPS
 from consyn_jax.prepare_config import CorpusOptions, PrepareConfig
 
@@ -69,6 +70,11 @@ def validate(config: RunConfig) -> None:
     _check_streaming(config)
     _check_evaluation(config)
     parse_profile_steps(config.logging.profile_steps)
+    backends = config.logging.logging_backend
+    if "none" in backends and len(backends) > 1:
+        raise UserError(
+            f"--logging_backend {' '.join(backends)} names none and others. Leave one of them out."
+        )
     check_processes(config.hardware)
     resume = config.saving.resume
     step = natural(resume)
@@ -385,14 +391,3 @@ def real(value: Any) -> float:
     if isinstance(value, bool) or not math.isfinite(float(value)):
         raise ValueError(value)
     return float(value)
-
-
-def natural(text: str) -> int | None:
-    """Parse up to 15 decimal digits; None for any other text.
-
-    `str.isdigit` would not do: it accepts ², which `int` refuses.
-
-    >>> natural("12"), natural("-1"), natural("²")
-    (12, None, None)
-    """
-    return int(text) if len(text) <= 15 and text.isdecimal() else None

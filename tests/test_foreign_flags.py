@@ -61,7 +61,7 @@ def test_every_flag_that_python_has_elsewhere_exists() -> None:
         ("--gpus 2", "--mesh data=2"),
         ("--report_to wandb", "write --logging_backend wandb."),
         ("--report_to all", "write --logging_backend both."),
-        ("--report_to mlflow", "write --logging_backend tensorboard|wandb|both|none."),
+        ("--report_to mlflow", "write --logging_backend tensorboard|wandb|both|none|module:Class."),
         ("--block_size 1024", "write --max_tokens 1024."),
         ("--max_seq_length 2048", "write --max_tokens 2048."),
         ("--per_device_train_batch_size 4", "--batch_size 4 counts"),

@@ -59,6 +59,7 @@ METAVARS = {
     "push_to_hub": "OWNER/NAME",
     "resume": "auto|never|STEP",
     "profile_steps": "A:B",
+    "logging_backend": "NAME",
     "wandb_project": "NAME",
     "wandb_run_name": "NAME",
 }

@@ -102,6 +102,7 @@ def run(argv: Sequence[str]) -> None:
         from consyn_jax.distributed.allocators import set_allocators
 
         set_allocators()
+        _check_backends(config, origins)
         with _runtime(config, mode):
             train(config, origins, ACTIONS[mode])
 
@@ -218,6 +219,14 @@ def train(
             ),
         )
         action(trainer)
+
+
+def _check_backends(config: RunConfig, origins: dict[str, str]) -> None:
+    """Import the user's classes among the trackers, before slow work."""
+    if any(":" in name for name in config.logging.logging_backend):
+        from consyn_jax.training.logging.tracking.backends import load_classes
+
+        load_classes(config.logging.logging_backend, origins["logging_backend"])
 
 
 def _check_directory(config: RunConfig) -> None:

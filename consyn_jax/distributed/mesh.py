@@ -11,8 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from consyn_jax.errors import UserError, nearest
-from consyn_jax.integers import divisors, neighbours
-from consyn_jax.validation import natural
+from consyn_jax.integers import divisors, natural, neighbours
 
 AXES = ("data", "fsdp", "context", "tensor")
 

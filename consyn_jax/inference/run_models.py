@@ -10,6 +10,7 @@ from consyn_jax.config import PRESETS, RunConfig, architecture
 from consyn_jax.config_file import DERIVED
 from consyn_jax.errors import UserError
 from consyn_jax.flags import flags
+from consyn_jax.integers import natural
 from consyn_jax.model.pretrained.config_json import (
     from_hf_config,
     read_config,
@@ -24,7 +25,6 @@ from consyn_jax.training.checkpointing.checkpoint_files import saved_steps
 from consyn_jax.training.run.directory import CHECKPOINTS, CONFIG
 from consyn_jax.training.run.identity import ARCHITECTURE, GENERATION, read_run_config
 from consyn_jax.training.run.model_files import holds_model
-from consyn_jax.validation import natural
 
 EXPORTS = ("final", "best")  # in order of preference
 MODEL = "config.json"  # marks a directory as a model

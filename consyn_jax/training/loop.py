@@ -32,12 +32,7 @@ from consyn_jax.training.open_run import Outcome, RunInputs, open_records, open_
 from consyn_jax.training.optim.state import evaluation_params, with_rate_scale
 from consyn_jax.training.preference import reference
 from consyn_jax.training.program import TRAIN_AXES
-from consyn_jax.training.run import beginning, ending
-from consyn_jax.training.run.after_evaluation import (
-    record_early_stop,
-    record_evaluation,
-    stops_early,
-)
+from consyn_jax.training.run import after_evaluation, beginning, ending
 from consyn_jax.training.run.directory import CHECKPOINTS
 from consyn_jax.training.run.export import export_model
 from consyn_jax.training.run.step_end import StepEnd, interval, plan_step_end
@@ -97,7 +92,7 @@ class Training:
         )
         self._print_header(is_complete)
         if is_complete:
-            where = f"{self.total_steps:,} steps. Its model is in {self.path / 'final'}."
+            where = f"{self.resumed:,} steps. Its model is in {self.path / 'final'}."
             self.console.finish([f"This run is complete: {where}"])
             return Outcome(beginning.recorded_summary(self.path / "metrics.jsonl"), None, run)
         compiler = ThreadPoolExecutor(1, "compiler")
@@ -106,7 +101,7 @@ class Training:
         compiling = compiler.submit(compile_to_fit, run, self.inputs.compile_train_step)
         state = self._begin()
         # A run that ended between its last checkpoint and its model has no step left.
-        if self.progress.step < self.total_steps and not stops_early(self.progress, run.evaluation):
+        if not after_evaluation.is_over(self.progress, self.total_steps, run.evaluation):
             state = self._train(state, compiling)
         return self._finish(state)
 
@@ -263,20 +258,25 @@ class Training:
             self.watchdog.at(EVALUATING, self.progress.step)
             with profile.activity(EVALUATING):
                 state = self._evaluate(state)
-            is_early_stop = not due.last and stops_early(self.progress, self.inputs.run.evaluation)
+            is_early_stop = not due.last and after_evaluation.stops_early(
+                self.progress, self.inputs.run.evaluation
+            )
+        is_stopped = not due.last and self.coordinator.ends_now
+        if is_stopped:
+            after_evaluation.record_stop(self.recorder, self.total_steps)
+        ends = is_early_stop or is_stopped
         # A signal may have come since the plan was made.
-        saves = due.save or is_early_stop or self.coordinator.stop_signal is not None
+        saves = due.save or ends or self.coordinator.stop_signal is not None
         if saves:
             with profile.activity(SAVING):
                 self._save(state)
         self.report.refresh()
         self.recorder.stopwatch.pause(time.perf_counter() - began)
         if is_early_stop:
-            record_early_stop(self.recorder)
-        is_over = due.last or is_early_stop
-        if saves and not is_over:
+            after_evaluation.record_early_stop(self.recorder)
+        if saves and not (due.last or ends):
             self._raise_if_stopped()
-        return state, is_over
+        return state, due.last or ends
 
     def _evaluate(self, state: TrainState) -> TrainState:
         """Evaluate, select the best model, and apply the plateau's scale to the state."""
@@ -298,13 +298,14 @@ class Training:
             gather("compiled")
             self.watchdog.at(EVALUATING, self.progress.step)
         params = self.evaluation_params(state.opt_state, state.params)
-        record_evaluation(
+        line = after_evaluation.record_evaluation(
             self.evaluation(params),
             self.inputs.run.evaluation,
             self.recorder,
             partial(self._export, "best", params, self.progress.step),
         )
         self._sample_in_time(params)
+        self.recorder.callbacks.evaluate(line)
         if self.progress.plateau is None:
             return state
         scale = self.progress.plateau.scale
@@ -367,8 +368,6 @@ class Training:
         seed = inputs.run.budget.seed
         text = ending.sample(self.program.config, whole, inputs.tokenizer, seed)
         self.report.add_sample(text, time.perf_counter() - began)
-        if self.recorder.trackers is not None:
-            self.recorder.trackers.sample(self.progress.step, text)
         return text
 
     def _sample_in_time(self, params: Params) -> None:
@@ -395,3 +394,4 @@ class Training:
         facts = None if self.facts is None else partial(self.facts.of_model, step)
         parts = self.inputs.tokenizer, self._before_commit, facts, self.inputs.files.save
         export_model(self.path / name, config, params, *parts)
+        self.recorder.callbacks.save(self.path / name)

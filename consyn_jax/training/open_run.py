@@ -27,8 +27,9 @@ from consyn_jax.training.logging.advice import RunSettings
 from consyn_jax.training.logging.console import Console
 from consyn_jax.training.logging.live.activities import ActivityClock
 from consyn_jax.training.logging.live.history import History, earlier_activities
-from consyn_jax.training.logging.metrics import MetricsLog, read_metrics
+from consyn_jax.training.logging.metrics import MetricsLog, ending, read_metrics
 from consyn_jax.training.logging.run_page import command_rows
+from consyn_jax.training.logging.tracking.callbacks import Callbacks, Maker, RunView
 from consyn_jax.training.optim.schedules import warmup_length
 from consyn_jax.training.program import Program
 from consyn_jax.training.provenance.beginning_facts import begin_facts
@@ -61,6 +62,7 @@ class RunInputs:
         files: how best/ and final/ are written and read.
         compile_train_step: compiles the train step of `run`, or of the same run in smaller
             micro-batches.
+        callbacks: make the user's callbacks.
     """
 
     run: RunConfig
@@ -77,6 +79,7 @@ class RunInputs:
     make_base: Callable[[], dict[str, Any]]
     files: ModelFiles
     compile_train_step: Callable[[RunConfig], Any]
+    callbacks: tuple[Maker, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ def open_records(
     facts: RunFacts | None,
     stack: ExitStack,
 ) -> tuple[Recorder, LiveReport, dict[str, int]]:
-    """Open log, trackers and page of the run, rewound to the step that it resumes from.
+    """Open log, callbacks and page of the run, rewound to the step that it resumes from.
 
     Args:
         facts: what the run is made of; None in processes that do not write.
@@ -161,7 +164,7 @@ def open_records(
         Details of lines that are lost, for the event `resume`, as well.
     """
     run, path, warn = inputs.run, opened.directory.path, opened.console.warn
-    log = trackers = None
+    log = None
     lines: list[dict[str, Any]] = []
     lost_lines: dict[str, int] = {}
     activities = ActivityClock()
@@ -175,11 +178,9 @@ def open_records(
         since = log.time_s - sum(earlier.values())
         activities.begin(earlier | {"other": earlier.get("other", 0.0) + since})
     beginning.forget_missing_best(progress, path)
-    if opened.writes:
-        trackers = beginning.open_trackers(run.logging, path, flat(run), resumed, progress, warn)
-        stack.callback(trackers.close)
+    callbacks = _open_callbacks(inputs, opened, progress, resumed)
     opened.watchdog.entered = partial(_enter, activities, opened.console)
-    parts = (progress, inputs.lengths, opened.console, log, trackers, newest_values(lines))
+    parts = (progress, inputs.lengths, opened.console, log, callbacks, newest_values(lines))
     rate, advised = inputs.program.learning_rate, _advised(inputs)
     recorder = Recorder(*parts, rate, advised, activities=activities)
     recorder.history = History(lines)
@@ -189,8 +190,30 @@ def open_records(
     about = [*inputs.header, *made_with, *command, start]
     told = flat(run), inputs.origins, about, opened.console.left_s
     report = LiveReport(opened.directory, recorder, *told)
+    callbacks.run.samples = report.samples
+    stack.callback(lambda: callbacks.end(ending(recorder.history.events)))
     stack.callback(report.close)
     return recorder, report, lost_lines
+
+
+def _open_callbacks(
+    inputs: RunInputs, opened: OpenRun, progress: Progress, resumed: int | None
+) -> Callbacks:
+    """Begin trackers and callbacks, in the process that writes."""
+    if not opened.writes:
+        return Callbacks()
+    run = inputs.run
+    view = RunView(
+        opened.directory.path,
+        opened.directory.record.run,
+        flat(run),
+        inputs.lengths.total_steps,
+        resumed,
+        place=lambda: (progress.step, progress.tokens),
+        ask_to_stop=opened.coordinator.ask_to_end,
+    )
+    told = progress, opened.console.warn, opened.checkpoints
+    return beginning.open_callbacks(run.logging, view, inputs.callbacks, *told)
 
 
 def _advised(inputs: RunInputs) -> RunSettings:

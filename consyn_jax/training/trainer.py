@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
@@ -48,10 +48,13 @@ from consyn_jax.training.inputs.initial_model import (
 )
 from consyn_jax.training.inputs.request_evaluation import read_eval_requests, requests_identity
 from consyn_jax.training.logging.console import Console, show
+from consyn_jax.training.logging.metrics import metrics_of
+from consyn_jax.training.logging.tracking.backends import user_makers
+from consyn_jax.training.logging.tracking.callbacks import checked_callbacks
 from consyn_jax.training.loop import Training
 from consyn_jax.training.model_tokens import check_vocabulary, document_ids, model_tokenizer
 from consyn_jax.training.open_run import RunInputs
-from consyn_jax.training.optim.schedules import build_schedule, decay_end
+from consyn_jax.training.optim.schedules import build_schedule, count_steps
 from consyn_jax.training.preference.reference import make_ready, ready_to_evaluate
 from consyn_jax.training.program import Built, Program, build_program
 from consyn_jax.training.run.directory import run_path
@@ -81,6 +84,7 @@ class ConsynTrainer:
         run: a resolved run and the origins of its values, as `consyn-train` makes them; the other
             settings are then ignored.
         notes: rows of name and value for the header that is printed at the start.
+        callbacks: objects with any of the methods of `Callback`.
         settings: the flags of `consyn-train` by name.
 
     Raises:
@@ -100,6 +104,7 @@ class ConsynTrainer:
         tokenizer: BPETokenizer | None = None,
         run: tuple[RunConfig, dict[str, str]] | None = None,
         notes: tuple[tuple[str, str], ...] = (),
+        callbacks: Sequence[Any] = (),
         **settings: Any,
     ) -> None:
         self.model, self.notes = model, notes
@@ -107,8 +112,7 @@ class ConsynTrainer:
         eval_dataloader = recognise(eval_dataloader, "eval_dataloader")
         if run is None:
             own = [("epochs", num_epochs), ("max_steps", max_steps), ("lr", learning_rate)]
-            given: dict[str, Any] = {name: value for name, value in own if value is not None}
-            given["output"] = os.fspath(output_dir)
+            given = {"output": os.fspath(output_dir), **{n: v for n, v in own if v is not None}}
             data = (train_dataloader, eval_dataloader)
             run = resolve_keywords(model.config, data, {**given, **settings})
         self.run, self.origins = run
@@ -133,31 +137,16 @@ class ConsynTrainer:
             self.eval_source = source(eval_dataloader, name="eval_dataloader")
             requests = read_eval_requests(self.run.evaluation, self.tokenizer, model.config)
             self.eval_source.requests = requests
-        self.total_steps = self._count_steps()
+        lengths = self.run.row_length, self.train_source.sequences
+        self.total_steps = count_steps(self.run.budget, self.run.optimizer, *lengths)
         check_profile(self.run.logging.profile_steps, self.total_steps)
         self.cache_refusal: str | None = None  # why compiled programs are not kept
+        self._callbacks = checked_callbacks(callbacks)
 
     @property
     def sequences_per_step(self) -> int:
         """Sequences in one optimizer step."""
         return self.run.budget.batch_size * self.run.budget.gradient_accumulation_steps
-
-    def _count_steps(self) -> int:
-        budget, size = self.run.budget, self.sequences_per_step
-        if self.run.optimizer.decay_from is not None:
-            return decay_end(self.run.optimizer.decay_from, self.run.optimizer.decay_ratio)
-        limits = [] if budget.max_steps is None else [budget.max_steps]
-        if budget.total_tokens is not None:
-            limits.append(math.ceil(budget.total_tokens / (size * self.run.row_length)))
-        sequences = self.train_source.sequences
-        if budget.epochs is not None and sequences is not None:
-            limits.append(max(1, math.ceil(budget.epochs * sequences / size)))
-        if not limits:
-            raise UserError(
-                "The length of an epoch of this iterable is unknown: give max_steps or "
-                "total_tokens."
-            )
-        return min(limits)
 
     @property
     def lengths(self) -> Lengths:
@@ -309,10 +298,11 @@ class ConsynTrainer:
         if unknown:  # settings are keywords of the trainer; this names the right one
             resolve(unknown, given_as="keyword")
             raise UserError(f"{next(iter(unknown))} is a setting of ConsynTrainer, not of train().")
+        makers = user_makers(self.run.logging, self.origins, self._callbacks)
         training: Training | None = None
         try:
             with explain_out_of_memory(), ExitStack() as stack:
-                training = Training(self.run_inputs(), stack)
+                training = Training(replace(self.run_inputs(), callbacks=makers), stack)
                 outcome = training.run()
         except (Diverged, Interrupted, UserError, KeyboardInterrupt):
             if training is not None and isinstance(self.model, ConsynLMHeadModel):
@@ -328,6 +318,17 @@ class ConsynTrainer:
         """Give the model the parameters that were trained."""
         if params is not None:
             self.model = give_parameters(self.model, params, self.run.lora, self._untrained)
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of the run's `metrics.jsonl` so far, also those of its earlier starts.
+
+        Events have a key "event". Empty before the first line, and on hosts that do not write.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        return metrics_of(run_path(self.run))
 
     def describe(self) -> None:
         """Print what `train` would do, and draw its learning rates.

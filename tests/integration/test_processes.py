@@ -113,6 +113,40 @@ def test_one_of_two_is_killed(victim: int, nursery: Nursery, corpus: Path, tmp_p
     )
 
 
+STOPPER = """
+import os
+class Stopper:
+    def on_step(self, run, values):
+        (run.directory / f"called-by-{os.getpid()}").touch()
+        if values["step"] == 5:
+            run.stop("it has seen enough")
+"""
+
+
+@pytest.mark.slow
+def test_a_callback_ends_both_processes_after_the_same_step(
+    nursery: Nursery, corpus: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "stopper.py").write_text(STOPPER)
+    path, before = tmp_path / "run", f"import sys\nsys.path.append({str(tmp_path)!r})"
+    named = ["--logging_backend", "stopper:Stopper"]
+    flags = [*FLAGS, *OFTEN, "--data", corpus, "--output", path, *named]
+    two = nursery.together(*flags, before=before)
+    assert [child.wait() for child in two] == [0, 0], [child.said for child in two]
+    run = Run(path, 0, two[0].said)
+    (stop,) = (line for line in run.lines if line.get("event") == "stop")
+    assert (stop["by"], stop["reason"]) == ("Stopper", "it has seen enough")
+    assert 5 < stop["step"] <= 8
+    assert (run.lines[-1]["event"], run.lines[-1]["step"]) == ("finish", stop["step"])
+    assert (path / "checkpoints" / str(stop["step"])).is_dir()
+    assert (path / "final" / "model.safetensors").is_file()
+    called = [place.name for place in path.glob("called-by-*")]
+    assert called == [f"called-by-{two[0].pid}"], "by the process that writes"
+    again = nursery.together(*flags, before=before)
+    assert [child.wait() for child in again] == [0, 0], [child.said for child in again]
+    assert Run(path, 0, "").lines == run.lines
+
+
 STUCK = """
 import time
 from consyn_jax.data import loader

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from consyn_jax.errors import UserError, listed
 from consyn_jax.inference.model_source import ModelSource, find_source
 from consyn_jax.inference.run_models import is_run, run_steps
+from consyn_jax.integers import natural
 from consyn_jax.model.parameters import Params
-from consyn_jax.validation import natural
 
 
 def chosen_steps(run: Path, spec: str) -> list[int]:

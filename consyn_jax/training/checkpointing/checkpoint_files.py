@@ -10,7 +10,7 @@ import xxhash
 
 from consyn_jax.errors import visible
 from consyn_jax.files import irregular
-from consyn_jax.validation import natural
+from consyn_jax.integers import natural
 
 CHECKSUMS = "CHECKSUMS"
 STATE = "state"  # the arrays of a checkpoint

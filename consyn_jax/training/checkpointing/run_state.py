@@ -23,6 +23,7 @@ class Progress:
             metrics.
         left_out: steps whose update was skipped because the loss or a gradient was not finite.
         recent: the losses that a possible spike is compared with.
+        stopped_of: the steps of the budget that a callback has cut short at this step.
         run: the identity of the run; None in checkpoints of older versions.
     """
 
@@ -36,6 +37,7 @@ class Progress:
     plateau: Plateau | None = None
     adviser: Adviser = field(default_factory=Adviser)
     tracker_id: str | None = None
+    stopped_of: int | None = None
     run: str | None = None
 
     @classmethod

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, the record of a run's numbers; `trackers` only have copies of it.
+"""`metrics.jsonl`, the record of a run's numbers; trackers only have copies of it.
 
 Every line of `metrics.jsonl` is one JSON object that begins with `step`, `tokens` (trained so far)
 and `time_s` (since the run began, over all its starts). JSON has no NaN and no infinities, so such
@@ -218,6 +218,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             f"{path} does not exist. A run directory has one after its first logged step."
         )
     return _lines(path)
+
+
+def metrics_of(directory: Path) -> list[dict[str, Any]]:
+    """The lines of the `metrics.jsonl` in a run directory; none if it has no such file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = directory / FILE_NAME
+    return read_metrics(path) if path.exists() else []
 
 
 def ending(events: Sequence[Mapping[str, Any]]) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
 
+from consyn_jax.config import BudgetOptions
 from consyn_jax.errors import UserError
 from consyn_jax.files import write_whole
 from consyn_jax.optimizer_config import OptimizerOptions
@@ -155,6 +156,36 @@ def decay_end(decay_from: int, decay_ratio: float) -> int:
     1000
     """
     return max(decay_from + 1, round(decay_from / (1 - decay_ratio)))
+
+
+def count_steps(
+    budget: BudgetOptions,
+    optimizer: OptimizerOptions,
+    tokens_per_sequence: int,
+    sequences_per_epoch: int | None,
+) -> int:
+    """Count the steps of a run: the smallest of its budgets, or the end of its decay.
+
+    Args:
+        tokens_per_sequence: in a row of a batch.
+        sequences_per_epoch: None if unknown.
+
+    Raises:
+        UserError: nothing limits the run.
+    """
+    size = budget.batch_size * budget.gradient_accumulation_steps
+    if optimizer.decay_from is not None:
+        return decay_end(optimizer.decay_from, optimizer.decay_ratio)
+    limits = [] if budget.max_steps is None else [budget.max_steps]
+    if budget.total_tokens is not None:
+        limits.append(math.ceil(budget.total_tokens / (size * tokens_per_sequence)))
+    if budget.epochs is not None and sequences_per_epoch is not None:
+        limits.append(max(1, math.ceil(budget.epochs * sequences_per_epoch / size)))
+    if not limits:
+        raise UserError(
+            "The length of an epoch of this iterable is unknown: give max_steps or total_tokens."
+        )
+    return min(limits)
 
 
 # ------------------------------------------------------------------------------------------ plateau

@@ -1,8 +1,12 @@
-"""Decisions after an evaluation: best model, early stopping, plateau of the learning rate."""
+"""Decisions after an evaluation: best model, early stopping, plateau of the learning rate.
+
+A callback may end a run, too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from consyn_jax.config import EvaluationOptions
 from consyn_jax.errors import UserError
@@ -15,8 +19,11 @@ def record_evaluation(
     options: EvaluationOptions,
     recorder: Recorder,
     export_best: Callable[[], None],
-) -> None:
+) -> dict[str, Any]:
     """Record an evaluation, export the model if it is the best, and update the plateau.
+
+    Returns:
+        The line of the log; empty in processes that do not write.
 
     Raises:
         UserError: the metric that selects the best model is not among the values.
@@ -28,7 +35,7 @@ def record_evaluation(
             "the evaluation text is unknown. Use eval/loss."
         )
     value = values[metric]
-    recorder.evaluation(values)
+    line = recorder.evaluation(values)
     best = progress.selection.update(metric, value, progress.step, options.early_stopping_min_delta)
     recorder.console.evaluation(values, best)
     if best:
@@ -36,13 +43,14 @@ def record_evaluation(
         recorder.event("best", {metric: value})
         export_best()
     if progress.plateau is None:
-        return
+        return line
     before = progress.plateau.scale
     if progress.plateau.update(value) != before:
         recorder.console.note(
             f"Plateau at step {progress.step:,}: from here the learning rate is "
             f"{progress.plateau.scale:g} of the schedule's."
         )
+    return line
 
 
 def stops_early(progress: Progress, options: EvaluationOptions) -> bool:
@@ -50,6 +58,25 @@ def stops_early(progress: Progress, options: EvaluationOptions) -> bool:
     return progress.selection.should_stop(
         options.early_stopping_patience, progress.step, options.early_stopping_min_steps
     )
+
+
+def is_over(progress: Progress, total_steps: int, options: EvaluationOptions) -> bool:
+    """Whether no step is left: by the budget, by early stopping, or because a callback said so.
+
+    Args:
+        total_steps: of the budget. A larger one than that which a callback cut short goes on.
+    """
+    is_used_up = progress.step >= total_steps or progress.stopped_of == total_steps
+    return is_used_up or stops_early(progress, options)
+
+
+def record_stop(recorder: Recorder, total_steps: int) -> None:
+    """Record that a callback ends the run; before the checkpoint, which then says so, too."""
+    progress, request = recorder.progress, recorder.callbacks.run.stop_request
+    progress.stopped_of = total_steps
+    recorder.event("stop", dict(request))
+    reason = f": {request['reason']}" if request.get("reason") else ""
+    recorder.console.note(f"{request.get('by')} stops the run at step {progress.step:,}{reason}.")
 
 
 def record_early_stop(recorder: Recorder) -> None:

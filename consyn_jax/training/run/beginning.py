@@ -13,19 +13,20 @@ from consyn_jax.distributed.process_group import gather, is_first
 from consyn_jax.errors import UserError
 from consyn_jax.evaluation_metrics import is_greater_better
 from consyn_jax.files import remove
+from consyn_jax.integers import natural
 from consyn_jax.training.checkpointing.manager import Checkpoints
 from consyn_jax.training.checkpointing.ownership import check_log
 from consyn_jax.training.checkpointing.run_state import Progress
 from consyn_jax.training.logging.console import Console
 from consyn_jax.training.logging.metrics import FILE_NAME, MetricsLog, read_metrics
-from consyn_jax.training.logging.trackers import Trackers, build_trackers
+from consyn_jax.training.logging.tracking.callbacks import Callbacks, Maker, RunView
+from consyn_jax.training.logging.tracking.trackers import tracker_makers
 from consyn_jax.training.optim.schedules import build_plateau
-from consyn_jax.training.run.after_evaluation import stops_early
+from consyn_jax.training.run.after_evaluation import is_over
 from consyn_jax.training.run.directory import RunDirectory
 from consyn_jax.training.run.model_files import holds_model
 from consyn_jax.training.run.model_manifest import disagreement
 from consyn_jax.training.step import TrainState
-from consyn_jax.validation import natural
 
 
 def resume_step(resume: str, directory: RunDirectory, checkpoints: Checkpoints) -> int | None:
@@ -68,7 +69,7 @@ def is_complete(
     if resumed is None:
         return False
     progress = Progress.from_json(checkpoints.record(resumed))  # refuses the log of another run
-    if resumed < total_steps and not stops_early(progress, options):
+    if not is_over(progress, total_steps, options):
         return False
     if reason := from_first(lambda: unfinished(path)):
         warn(f"The run in {path} took its last step, but {reason}; its end is done again.")
@@ -177,34 +178,46 @@ def forget_missing_best(progress: Progress, directory: Path) -> None:
         progress.selection = replace(progress.selection, best_value=None, best_step=None)
 
 
-def open_trackers(
+def open_callbacks(
     options: LoggingOptions,
-    directory: Path,
-    config: dict[str, Any],
-    resumed: int | None,
+    run: RunView,
+    own: Iterable[Maker],
     progress: Progress,
     warn: Callable[[str], None],
-) -> Trackers:
-    """Start the trackers, or continue those of the checkpoint.
+    checkpoints: Checkpoints,
+) -> Callbacks:
+    """Begin the trackers, or continue those of the checkpoint, and begin the user's callbacks.
 
     Args:
-        config: the run's values by flag.
-        resumed: the step that the run resumes from; None for a new run.
+        run: as they see it.
+        own: make the user's callbacks.
     """
-    if resumed is None and (directory / "logs").exists():
+    resumed = run.resumed_from
+    if resumed is None and (run.directory / "logs").exists():
         resumed = -1  # start new curves after a run that stopped before its first checkpoint
-    trackers = build_trackers(
+
+    def keep_id(run_id: str) -> None:
+        progress.tracker_id = run_id
+
+    trackers = tracker_makers(
         options.logging_backend,
-        directory=directory,
+        directory=run.directory,
         project=options.wandb_project,
         run_name=options.wandb_run_name,
-        config=config,
+        config=run.config,
         resume_step=resumed,
         run_id=progress.tracker_id,
+        keep_id=keep_id,
         warn=warn,
     )
-    progress.tracker_id = trackers.run_id
-    return trackers
+    known = set(checkpoints.steps())
+
+    def saved() -> list[Path]:
+        new = [step for step in checkpoints.steps() if step not in known]
+        known.update(new)
+        return [checkpoints.directory / str(step) for step in new]
+
+    return Callbacks([*trackers, *own], run, warn, saved)
 
 
 def recorded_summary(path: Path) -> dict[str, float | int]:

@@ -14,6 +14,7 @@ from consyn_jax.config import RunConfig
 from consyn_jax.distributed.process_group import ProcessGroup, current_process_group
 from consyn_jax.errors import UserError
 from consyn_jax.files import make_directory, restore_replaced
+from consyn_jax.integers import natural
 from consyn_jax.training.checkpointing.checkpoint_files import saved_steps
 from consyn_jax.training.checkpointing.ownership import RUN_JSON, RunRecord, identity_in
 from consyn_jax.training.run.directory import (
@@ -32,7 +33,6 @@ from consyn_jax.training.run.identity import (
     recorded_schedule,
 )
 from consyn_jax.training.run.lock import RunLock, read_holder
-from consyn_jax.validation import natural
 
 SHARED_S = 20.0  # until other hosts see a new file, at the latest
 

@@ -1,4 +1,4 @@
-"""Record a run in its log, its trackers and on the screen."""
+"""Record a run in its log, by its callbacks and on the screen."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from consyn_jax.training.logging.live.activities import ACTIVITIES, ActivityCloc
 from consyn_jax.training.logging.live.history import History
 from consyn_jax.training.logging.metrics import MetricsLog
 from consyn_jax.training.logging.stopwatch import Stopwatch
-from consyn_jax.training.logging.trackers import Trackers
+from consyn_jax.training.logging.tracking.callbacks import Callbacks
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Recorder:
     """Counts steps and records metrics and events.
 
     Attributes:
-        log, trackers: None in processes that do not write any.
+        log: None in processes that do not write one.
+        callbacks: none in processes that do not write; trackers are among them.
         last: the newest value of every metric.
         learning_rate: the rate after a number of updates, before the scale of plateaus.
         settings: what advice depends on.
@@ -59,7 +60,7 @@ class Recorder:
     lengths: Lengths
     console: Console
     log: MetricsLog | None
-    trackers: Trackers | None
+    callbacks: Callbacks
     last: dict[str, float]
     learning_rate: Callable[[int], float]
     settings: RunSettings
@@ -69,12 +70,18 @@ class Recorder:
     _has_warned_of_no_tokens: bool = False
     _first_line: dict[str, float] | None = None  # of this process
 
-    def metrics(self, values: dict[str, float]) -> None:
-        """Record metrics at the current step."""
+    def metrics(self, values: dict[str, float]) -> dict[str, Any]:
+        """Record metrics at the current step.
+
+        Returns:
+            The line of the log; empty in processes that do not write.
+        """
         self.last |= values
-        if self.log is not None and self.trackers is not None:
-            self.history.add(self.log.write(self.progress.step, self.progress.tokens, values))
-            self.trackers.log(self.progress.step, {**values, "tokens": self.progress.tokens})
+        if self.log is None:
+            return {}
+        line = self.log.write(self.progress.step, self.progress.tokens, values)
+        self.history.add(line)
+        return line
 
     def event(self, event: str, details: dict[str, Any] | None = None) -> None:
         """Record an event at the current step."""
@@ -151,24 +158,26 @@ class Recorder:
             waited_s: total time spent waiting for data so far.
         """
         self._look_for_spike(values)
+        self.callbacks.tick()
         progress, lengths = self.progress, self.lengths
         if progress.step % lengths.logging_steps and progress.step not in (1, lengths.total_steps):
             self.console.step(progress.step, values["loss"], self.stopwatch.tokens_per_s)
             return
         line = self._line(values, waited_s)
         self.console.step(progress.step, values["loss"], line["throughput/tokens_per_s"], line)
-        self.metrics(line)
+        self.callbacks.step(self.metrics(line))
         clipped, losses = line["train/clipped_fraction"], progress.recent.losses
         usage = self._usage(line)
         self._advise(progress.adviser.line(progress.step, clipped, losses, usage, self.settings))
 
-    def evaluation(self, values: dict[str, float]) -> None:
-        """Record the metrics of an evaluation, and advise on its loss."""
-        self.metrics(values)
+    def evaluation(self, values: dict[str, float]) -> dict[str, Any]:
+        """Record the metrics of an evaluation, and advise on its loss; as `metrics`."""
+        line = self.metrics(values)
         if "eval/loss" in values:
             progress = self.progress
             known = progress.step, values["eval/loss"], progress.recent.losses, self.settings
             self._advise(progress.adviser.evaluation(*known))
+        return line
 
     def _usage(self, line: dict[str, float]) -> Usage:
         """The time by activity since this process's first line, and its device's memory."""

@@ -12,7 +12,7 @@ class StepEnd:
     """The actions due at the end of a step.
 
     Attributes:
-        stop: whether a signal ends the run.
+        stop: whether a signal or a callback ends the run.
         last: whether the budget is used up.
     """
 
@@ -44,7 +44,7 @@ def plan_step_end(
     return StepEnd(
         evaluate=eval_steps is not None and (step % eval_steps == 0 or last),
         save=step % save_steps == 0 or last or coordinator.save_now,
-        stop=coordinator.stop_signal is not None,
+        stop=coordinator.stop_signal is not None or coordinator.ends_now,
         last=last,
     )
 

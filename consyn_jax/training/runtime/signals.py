@@ -25,6 +25,7 @@ from consyn_jax.training.step import Batch, Metrics, Step, TrainState
 ENDING = (signal.SIGINT, signal.SIGTERM)
 WARNING = signal.SIGUSR1  # Slurm sends it some time before the end: sbatch --signal=USR1@120
 HANGUP = signal.SIGHUP  # a terminal that closes sends it, often several times; nohup ignores it
+SAVE, END = 1, 2  # requests of process 0
 SIGNALS = "signals"  # the array in a batch that carries each process's message, see `with_signals`
 
 
@@ -95,8 +96,8 @@ def with_signals(step: Step) -> Step:
     """Wrap `step` so that it also carries one message from each process to all of them.
 
     The batch gets `signals` [devices, 3]: the number of the signal that the device's process
-    received, 1 if that process has no data, and 1 if its clock asks for a checkpoint. The metrics
-    `signalled`, `idle` and `due` are the maxima over all devices.
+    received, 1 if that process has no data, and its request: 1 for a checkpoint, 2 for the end of
+    the run. The metrics `signalled`, `idle` and `requested` are the maxima over all devices.
 
     A step in which any process has no data is idle: it leaves the state unchanged. A process that
     must stop while it waits for data takes part in such a step, because the other processes have
@@ -104,22 +105,23 @@ def with_signals(step: Step) -> Step:
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        signalled, idle, due = jnp.max(batch[SIGNALS], axis=0)
+        signalled, idle, requested = jnp.max(batch[SIGNALS], axis=0)
         after, metrics = step(
             state, {name: values for name, values in batch.items() if name != SIGNALS}
         )
         kept = jax.tree.map(lambda new, old: jnp.where(idle > 0, old, new), after, state)
-        return kept, metrics | {"signalled": signalled, "idle": idle, "due": due}
+        return kept, metrics | {"signalled": signalled, "idle": idle, "requested": requested}
 
     return train_step
 
 
 class StopCoordinator:
-    """Decides when to stop for a signal and when to save by the clock, at the same step everywhere.
+    """Decides when to stop and when to save by the clock, at the same step everywhere.
 
-    A single process acts on its own signals and clock. Several processes exchange messages in every
+    A run stops for a signal, or because a callback asks for its end. A single process acts on its
+    own signals, clock and callbacks. Several processes exchange messages in every
     step (`with_signals`) and act only on what they read back with its metrics, so all of them act
-    at the same place of the same loop. The save clock is that of process 0.
+    at the same place of the same loop. The save clock and the callbacks are those of process 0.
 
     Args:
         save_minutes: minutes between two checkpoints; None for no save clock.
@@ -130,8 +132,8 @@ class StopCoordinator:
         self._save_s = math.inf if save_minutes is None else 60 * save_minutes
         self._shared, self._process_group = is_shared(mesh), current_process_group()
         self._agreed_signal: str | None = None
-        self._idle = False
-        self._messages: dict[tuple[int, bool, bool], jax.Array] = {}
+        self._idle = self._asked_to_end = self._agreed_to_end = False
+        self._messages: dict[tuple[int, bool, int], jax.Array] = {}
         self.restart_save_clock()
 
     @property
@@ -148,6 +150,15 @@ class StopCoordinator:
     def save_now(self) -> bool:
         """Whether all processes save now because `save_minutes` have passed."""
         return self._agreed_to_save if self._shared else self._save_due
+
+    @property
+    def ends_now(self) -> bool:
+        """Whether all processes end the run now because a callback has asked for it."""
+        return self._agreed_to_end if self._shared else self._asked_to_end
+
+    def ask_to_end(self) -> None:
+        """Ask for the end of the run, in process 0."""
+        self._asked_to_end = True
 
     def restart_save_clock(self) -> None:
         """Count the time to the next checkpoint from now."""
@@ -192,7 +203,7 @@ class StopCoordinator:
         content = (
             signal.Signals[received].value if received else 0,
             self._idle,
-            jax.process_index() == 0 and self._save_due,
+            0 if jax.process_index() else END if self._asked_to_end else int(self._save_due) * SAVE,
         )
         if content not in self._messages:
             like = signals_like(self._mesh)
@@ -206,7 +217,8 @@ class StopCoordinator:
         """Read the messages of all processes from a step's metrics; False if the step was idle."""
         if number := int(metrics.get("signalled", 0)):
             self._agreed_signal = signal.Signals(number).name
-        self._agreed_to_save |= bool(metrics.get("due"))
+        self._agreed_to_save |= metrics.get("requested") == SAVE
+        self._agreed_to_end |= metrics.get("requested") == END
         return not metrics.get("idle")
 
 

@@ -10,7 +10,8 @@ from run_directories import DERIVED, run
 from consyn_jax.errors import UserError
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.logging.metrics import MetricsLog, read_metrics
-from consyn_jax.training.logging.trackers import TensorBoardTracker
+from consyn_jax.training.logging.tracking.callbacks import RunView
+from consyn_jax.training.logging.tracking.trackers import TensorBoardTracker
 from consyn_jax.training.run.directory import RunDirectory
 from consyn_jax.training.run.opening import open_run_directory
 
@@ -140,8 +141,9 @@ def test_a_log_writes_nothing_into_a_directory_that_is_gone(
 
 def test_tensorboard_begins_a_new_file_after_its_own_was_deleted(tmp_path: Path) -> None:
     tracker = TensorBoardTracker(tmp_path / "logs")
-    tracker.log(1, {"a": 1.0})
+    run = RunView(tmp_path)
+    tracker.on_step(run, {"step": 1, "a": 1.0})
     shutil.rmtree(tmp_path / "logs")
-    tracker.log(2, {"a": 1.0})
-    tracker.close()
+    tracker.on_step(run, {"step": 2, "a": 1.0})
+    tracker.on_end(run, "complete")
     assert len(list((tmp_path / "logs").iterdir())) == 1

@@ -14,6 +14,7 @@ from consyn_jax.training.checkpointing.run_state import Progress
 from consyn_jax.training.logging.advice import RunSettings
 from consyn_jax.training.logging.console import Console
 from consyn_jax.training.logging.metrics import MetricsLog
+from consyn_jax.training.logging.tracking.callbacks import Callbacks
 from consyn_jax.training.run import live_report
 from consyn_jax.training.run.directory import RunDirectory
 from consyn_jax.training.run.live_report import SAMPLES, LiveReport, read_samples
@@ -50,7 +51,9 @@ def opened(tmp_path: Path) -> Iterator[Opened]:
             log = stack.enter_context(MetricsLog(tmp_path))
             progress = Progress(step=step, tokens=10 * step)
             settings = RunSettings(12, 0, 0.1, 1.0, 4, 1, "none", None, None)
-            recorder = Recorder(progress, lengths, said, log, None, {}, lambda step: 0.1, settings)
+            recorder = Recorder(
+                progress, lengths, said, log, Callbacks(), {}, lambda step: 0.1, settings
+            )
             directory = RunDirectory(tmp_path, False, RunRecord.new())
             return LiveReport(directory, recorder, {}, {}, clock=clock), recorder, clock, said
 

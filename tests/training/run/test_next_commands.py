@@ -2,6 +2,7 @@
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,10 +23,11 @@ from consyn_jax.training.run.ending import next_commands
         ({"total_tokens": "100000000000"}, {"total_tokens": 200_000_000_000}),
         ({"epochs": "1.5", "max_steps": "7"}, {"epochs": 3.0, "max_steps": 14}),
         ({}, {"epochs": 6.0}),
+        ({"logging_backend": ["wandb", "mine:Tracker"]}, {"epochs": 6.0}),
     ],
 )
 def test_each_is_understood(
-    flags: dict[str, str], longer: dict[str, float], tmp_path: Path
+    flags: dict[str, Any], longer: dict[str, float], tmp_path: Path
 ) -> None:
     directory = tmp_path / "a run's"
     run, origins = resolve({"output": str(directory), **flags, "validation": ["my text.txt"]})
@@ -38,7 +40,9 @@ def test_each_is_understood(
     scored = evaluate.read_arguments(second[1:])
     assert scored.models.model == (str(directory / "final"),)
     assert scored.texts.data == ("my text.txt",)
-    again, _, mode = read_arguments(third[1:])
+    again, origins, mode = read_arguments(third[1:])
+    is_own = "logging_backend" in flags
+    assert (origins["logging_backend"] == "flag") == is_own, "code must be typed"
     assert (third[0], mode) == ("consyn-train", "")
     assert again == with_flags(run, {**longer, "overwrite_schedule": True})
 

@@ -117,7 +117,7 @@ def test_handlers_are_restored() -> None:
 
 # --------------------------------------------------------------------------- inside the train step
 
-MESSAGE = ("signalled", "idle", "due")
+MESSAGE = ("signalled", "idle", "requested")
 
 
 @pytest.fixture
@@ -288,8 +288,8 @@ def test_all_processes_save_by_the_clock_of_process_0(
     clock["s"] += 1
     assert message(coordinator) == [0, 0, 1]
     assert not coordinator.save_now, "the others do not know yet"
-    assert coordinator.read({"signalled": 0.0, "idle": 0.0, "due": 1.0})
-    assert coordinator.read({"signalled": 0.0, "idle": 0.0, "due": 0.0})
+    assert coordinator.read({"signalled": 0.0, "idle": 0.0, "requested": 1.0})
+    assert coordinator.read({"signalled": 0.0, "idle": 0.0, "requested": 0.0})
     assert coordinator.save_now
     coordinator.restart_save_clock()
     assert not coordinator.save_now
@@ -297,8 +297,30 @@ def test_all_processes_save_by_the_clock_of_process_0(
     clock["s"] += 1000
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     assert message(coordinator) == [0, 0, 0]
-    assert coordinator.read({"signalled": 0.0, "idle": 0.0, "due": 1.0})
+    assert coordinator.read({"signalled": 0.0, "idle": 0.0, "requested": 1.0})
     assert coordinator.save_now
+
+
+def test_all_processes_end_when_process_0_asks_for_it(
+    coordinator: StopCoordinator, clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coordinator.ask_to_end()
+    clock["s"] += 1000
+    assert message(coordinator) == [0, 0, 2], "the end comes with a checkpoint"
+    assert not coordinator.ends_now, "the others do not know yet"
+    assert coordinator.read({"signalled": 0.0, "idle": 0.0, "requested": 2.0})
+    assert coordinator.read({"signalled": 0.0, "idle": 0.0, "requested": 0.0})
+    assert coordinator.ends_now
+    assert not coordinator.save_now
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert message(coordinator) == [0, 0, 0]
+
+
+def test_a_single_process_ends_at_once(mesh: jax.sharding.Mesh) -> None:
+    coordinator = StopCoordinator(Signals(), mesh)
+    assert not coordinator.ends_now
+    coordinator.ask_to_end()
+    assert coordinator.ends_now
 
 
 def test_a_single_process_saves_by_its_own_clock(

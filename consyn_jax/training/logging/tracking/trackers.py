@@ -1,0 +1,294 @@
+"""Trackers copy a run's numbers and samples to TensorBoard or Weights & Biases.
+
+They are callbacks (`callbacks.Callback`) like those of users.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from consyn_jax.training.logging.tracking.callbacks import Maker, RunView
+from consyn_jax.training.logging.tracking.wandb_rows import Row, row_of, written_rows
+
+Table = tuple[list[str], list[list[Any]]]  # names of the columns, and rows
+
+
+class TensorBoardTracker:
+    """Events for TensorBoard in `logs_dir`, in a new file for each start of the run.
+
+    Args:
+        purge_step: TensorBoard drops the points of earlier files from this step on: the step after
+            the one that the run resumes from. None for a new run.
+    """
+
+    def __init__(self, logs_dir: Path, purge_step: int | None = None) -> None:
+        self._logs_dir, self._purge_step = logs_dir, purge_step
+        self._writer: Any = None  # opened for the first event, as the import takes seconds
+        self._samples = NewSamples(None if purge_step is None else purge_step - 1)
+
+    def on_step(self, run: RunView, values: Mapping[str, Any]) -> None:
+        """Write one event with all numbers of the line, and the samples that are new."""
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        if self._writer is None and run.resumed_from is None:
+            rows = [[name, value] for name, value in run.config.items()]
+            self._text(0, "config", markdown((["flag", "value"], rows)))
+        scalars = [
+            Summary.Value(tag=key, simple_value=value) for key, value in numbers(values).items()
+        ]
+        self._write(values["step"], Summary(value=scalars))
+        for sample in self._samples.new(run):
+            # Indented, so that TensorBoard does not read it as Markdown.
+            indented = "\n".join("    " + line for line in sample["text"].splitlines())
+            self._text(sample["step"], "sample", indented)
+
+    on_evaluate = on_step
+
+    def on_end(self, run: RunView, ending: str) -> None:
+        """Write the table of evaluations, and close the file."""
+        if self._writer is None:  # nothing was logged
+            return
+        if (table := evaluations(run.history))[1]:
+            self._text(run.step, "evaluations", markdown(table))
+        self._writer.close()
+
+    def _text(self, step: int, tag: str, text: str) -> None:
+        from tensorboardX.summary import text as text_summary
+
+        self._write(step, text_summary(tag, text))
+
+    def _open(self) -> Any:
+        # SummaryWriter queues events for a thread. Once that thread has died of a full disk, the
+        # queue fills and training hangs. The writer below it writes at once, and raises errors.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        self._logs_dir.mkdir(parents=True, exist_ok=True)
+        self._event = event_pb2.Event
+        # Two starts within a second would share a name, and the second would overwrite the first.
+        suffix = f".{os.getpid()}.{time.time_ns() % 10**9:09d}"
+        writer = EventsWriter(str(self._logs_dir / "events"), suffix)
+        if self._purge_step is not None:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.SessionStatus.Value("START"))
+            writer.write_event(
+                event_pb2.Event(wall_time=time.time(), step=self._purge_step, session_log=start)
+            )
+        return writer
+
+    def _write(self, step: int, summary: Any) -> None:
+        if self._writer is not None and not self._logs_dir.is_dir():  # deleted under the run
+            self._writer.close()
+            self._writer = None
+        if self._writer is None:
+            self._writer = self._open()
+        self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        self._writer.flush()
+
+
+class WandbTracker:
+    """A Weights & Biases run, with its files in `directory`/wandb; made, it has begun.
+
+    WANDB_MODE=offline needs neither network nor key. Without a key or a network the run is kept
+    offline, too, and `warn` says how to upload it. A resumed run is the same run there: lines that
+    an earlier start has written are not written again, and those that it has lost are.
+
+    Args:
+        config: every setting by flag name.
+        run_id: the run to continue, from `keep_id` of the earlier start.
+        keep_id: called with the id of the run, to be saved for the next start.
+    """
+
+    def __init__(
+        self,
+        project: str,
+        run_name: str | None,
+        directory: Path,
+        config: Mapping[str, Any],
+        run_id: str | None = None,
+        resume_step: int | None = None,
+        keep_id: Callable[[str], None] = lambda run_id: None,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        import wandb
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self._samples = NewSamples(resume_step)
+        # At the end wandb waits for its uploads, by default without limit: with a dead network it
+        # would keep the job, and its GPUs, alive.
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")
+        # console off: wandb would otherwise wrap stdout and stderr, and with them the progress bar.
+        # A prompt for a key that is not answered times out.
+        settings = wandb.Settings(console="off", quiet=True, login_timeout=60)
+        begin = functools.partial(
+            wandb.init,
+            project=project,
+            name=run_name,
+            id=run_id,
+            resume="allow" if run_id else None,
+            dir=str(directory),
+            config=dict(config),
+            settings=settings,
+        )
+        try:
+            self._run = begin(mode=None)
+        except (wandb.errors.Error, TimeoutError) as error:
+            self._run = begin(mode="offline")
+            warn(
+                f"Weights & Biases: {_sentence(error)} The run is kept offline in "
+                f"{directory / 'wandb'}; `wandb sync` uploads it."
+            )
+        # wandb drops values at steps before its newest, as there are after a resume, so the step is
+        # logged as a value.
+        self._run.define_metric("*", step_metric="step")
+        keep_id(self._run.id)
+        self._lacks_rows, self._written = run_id is not None, set[Row]()
+        if run_id is not None:
+            own = Path(self._run.dir).parent
+            self._written = written_rows(own.parent, run_id, own)
+        self._uploaded = -1 if self._run.offline else int(self._run.summary.get("step", -1))
+        if config.get("resume", "auto") != "auto" or config.get("overwrite_schedule"):
+            # Other numbers than before may follow, which count.
+            step = -1 if resume_step is None else resume_step
+            self._written = {row for row in self._written if row[0] <= step}
+            self._uploaded = min(self._uploaded, step)
+
+    def on_step(self, run: RunView, values: Mapping[str, Any]) -> None:
+        """Write a row of the history with the numbers of the line, and the samples that are new."""
+        import html
+
+        import wandb
+
+        if self._lacks_rows:
+            self._lacks_rows = False
+            for line in run.history:
+                if "event" not in line and line["step"] < values["step"]:
+                    self._row(line)
+        self._row(values)
+        for sample in self._samples.new(run):
+            page = f"<pre style='white-space:pre-wrap'>{html.escape(sample['text'])}</pre>"
+            shown = wandb.Html(page, inject=False)
+            self._run.log({"step": sample["step"], "sample": shown})
+
+    on_evaluate = on_step
+
+    def _row(self, line: Mapping[str, Any]) -> None:
+        """Write a line of metrics, unless an earlier start of the run has written it."""
+        if line["step"] > self._uploaded and row_of(line) not in self._written:
+            self._run.log({"step": line["step"], **numbers(line)})
+
+    def on_end(self, run: RunView, ending: str) -> None:
+        """Send the tables and the report, and wait for at most WANDB_FINISH_TIMEOUT seconds."""
+        import wandb
+
+        samples = [[sample[key] for key in SAMPLE] for sample in run.samples]
+        tables = {"evaluations": evaluations(run.history), "samples": (list(SAMPLE), samples)}
+        shown = {name: wandb.Table(*table) for name, table in tables.items() if table[1]}
+        if shown:
+            self._run.log({"step": run.step, **shown})
+        if (page := run.directory / "report.html").is_file():
+            artifact = wandb.Artifact(f"report-{self._run.id}", type="report")
+            artifact.add_file(str(page))
+            self._run.log_artifact(artifact)
+        self._run.finish(exit_code=0 if ending.startswith(("complete", "stopped")) else 1)
+
+
+SAMPLE = ("step", "tokens", "text")
+
+
+class NewSamples:
+    """The samples of a run that a tracker has not written yet.
+
+    Args:
+        resumed_from: the step up to which an earlier start has written them; None for a new run.
+    """
+
+    def __init__(self, resumed_from: int | None) -> None:
+        self._newest = -1 if resumed_from is None else resumed_from
+
+    def new(self, run: RunView) -> Iterable[Mapping[str, Any]]:
+        """The samples since the last call."""
+        found = [sample for sample in run.samples if sample["step"] > self._newest]
+        self._newest = max([self._newest, *(sample["step"] for sample in found)])
+        return found
+
+
+def numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a line of metrics but its step; texts, booleans and None stay in the log."""
+    return {
+        key: float(value)
+        for key, value in line.items()
+        if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+def evaluations(history: Sequence[Mapping[str, Any]]) -> Table:
+    """The evaluations of a run as a table."""
+    lines = [line for line in history if "event" not in line and "eval/loss" in line]
+    names = dict.fromkeys(key for line in lines for key in line if key.startswith("eval/"))
+    columns = ["step", "tokens", *names]
+    return columns, [[line.get(name) for name in columns] for line in lines]
+
+
+def markdown(table: Table) -> str:
+    r"""A table as Markdown.
+
+    >>> print(markdown((["flag", "value"], [["lr", 0.5], ["stop", "a|b"]])))
+    | flag | value |
+    | --- | --- |
+    | lr | 0.5 |
+    | stop | a\|b |
+    """
+    columns, rows = table
+    cells = [
+        [f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows
+    ]
+    lines = [columns, ["---"] * len(columns), *cells]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def tracker_makers(
+    backends: Sequence[str],
+    *,
+    directory: Path,
+    project: str,
+    run_name: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    resume_step: int | None = None,
+    run_id: str | None = None,
+    keep_id: Callable[[str], None] = lambda run_id: None,
+    warn: Callable[[str], None],
+) -> list[Maker]:
+    """The trackers among the names of `--logging_backend`, for the run in `directory`.
+
+    Args:
+        config: every setting by flag name.
+        resume_step: the step that the run resumes from; None for a new run.
+        run_id: Weights & Biases' id of the run that is resumed.
+        keep_id: called with that id, to be saved and given again on resuming.
+        warn: called with a sentence if Weights & Biases cannot be reached.
+    """
+    makers: list[Maker] = []
+    if {"tensorboard", "both"} & set(backends):
+        purge_step = None if resume_step is None else resume_step + 1
+        make = functools.partial(TensorBoardTracker, directory / "logs", purge_step)
+        makers.append(("TensorBoard", make))
+    if {"wandb", "both"} & set(backends):
+        names = (project, run_name, directory, config or {})
+        make_run = functools.partial(WandbTracker, *names, run_id, resume_step, keep_id, warn)
+        makers.append(("Weights & Biases", make_run))
+    return makers
+
+
+def _sentence(error: BaseException) -> str:
+    """An error's message as one line that ends like a sentence."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if text.endswith((".", "!", "?")) else text + "."
