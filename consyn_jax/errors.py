@@ -45,12 +45,12 @@ class Differs(RuntimeError):
 class ProcessMissing(RuntimeError):
     """Another process of the run did not come to its start in time.
 
-    No mistake of the user is known, and starting all again may mend it: commands exit with 76.
+    It may not be the user's mistake, and another start may succeed: commands exit with 76.
     """
 
 
 class Repeats:
-    """Tells the repeats of the first signal that ends a run from a second one."""
+    """Distinguishes repeats of the first signal that ends a run from a second signal."""
 
     def __init__(self) -> None:
         self._first_s: float | None = None
@@ -128,7 +128,7 @@ def counted(number: int, what: str) -> str:
 
 
 def listed(names: Sequence[object], most: int = 3) -> str:
-    """Join the first `most` names, and count the rest; a name stays in its line.
+    """Join the first `most` names on one line, and count the rest.
 
     >>> listed(["a", "b"]), listed(["a", "b", "c", "d", "e"])
     ('a, b', 'a, b, c and 2 more')

@@ -224,5 +224,6 @@ def _check_size(where: Path, config: ModelConfig, tokenizer: BPETokenizer | None
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{where} has a tokenizer of {tokenizer.vocab_size:,} tokens, but a vocabulary of "
-            f"{config.vocab_size:,}. The tokenizer is of another model; put the right one there."
+            f"{config.vocab_size:,}. The tokenizer belongs to another model; put the right one "
+            "there."
         )

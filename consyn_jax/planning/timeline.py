@@ -38,7 +38,7 @@ def play(program: str, sizes: Mapping[str, int], topology: Topology) -> Schedule
     """Simulate a compiled program, given as text.
 
     Args:
-        sizes: of the mesh's axes, in the order in which the program numbers the devices.
+        sizes: sizes of the mesh's axes, in the order in which the program numbers the devices.
     """
     bodies, entry = computations(program)
     return _Player(bodies, sizes, topology).run(entry)

@@ -29,7 +29,7 @@ class Answers:
 
     Attributes:
         log_likelihood: In nats, of all tokens of the answer.
-        tokens: Of each answer.
+        tokens: Number of tokens of each answer.
         is_greedy: Whether greedy decoding gives exactly the answer.
     """
 

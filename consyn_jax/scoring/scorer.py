@@ -36,7 +36,7 @@ class Wanted(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Scores of the tokens of a sequence from `first` on, one a token."""
+    """Scores of the tokens of a sequence from `first` on, one per token."""
 
     log_likelihood: Float32[np.ndarray, " scored"]
     is_greedy: Bool[np.ndarray, " scored"]
@@ -91,7 +91,7 @@ class Scorer:
         return [results[number] for number in range(len(sequences))]
 
     def length_of(self, tokens: int) -> int:
-        """The padded length of so many inputs.
+        """The padded length of a sequence of `tokens` inputs.
 
         A power of two or, from 128 on, the number half way to the next, but at most the context.
         """

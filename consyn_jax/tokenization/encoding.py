@@ -112,7 +112,7 @@ def _without_prefix(content: Mapping[str, Any]) -> Tokenizer | None:
     """The same tokenizer without an added space in front; None if it adds none.
 
     Args:
-        content: of the tokenizer.json.
+        content: content of the tokenizer.json.
     """
     changed = dict(content)
     for part in ("normalizer", "pre_tokenizer"):

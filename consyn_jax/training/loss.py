@@ -36,7 +36,7 @@ class LossSums(NamedTuple):
         return self.tokens
 
     def means(self, terms: Any) -> dict[str, Any]:
-        """The metrics of so many terms."""
+        """The metrics, as means over `terms` terms."""
         return {"loss": self.nll / terms}
 
 

@@ -48,7 +48,7 @@ def replay(trainer: ConsynTrainer, place: Path) -> None:
     """Repeat the step, compare it with the log, and print its documents.
 
     Args:
-        trainer: of the run in `place`.
+        trainer: trainer of the run in `place`.
 
     Raises:
         UserError: data, model or flags differ from the run's, or there is no such step.

@@ -62,7 +62,7 @@ class Prepared:
             the reason.
         report: counts of the preparation, empty for data that was tokenised already.
         from_cache: the store was complete before.
-        validation: those of `used` that are validated on.
+        validation: those of `used` that are validation data.
     """
 
     store: TokenStore | JoinedStores | RawTokens
@@ -120,7 +120,7 @@ def start(
     *,
     progress: Progress | None = None,
 ) -> Growing:
-    """Begin what `prepare` does, into the cache, and return without waiting for its end.
+    """Start `prepare` in the background, with the store in the cache.
 
     Raises:
         UserError: as `prepare`, for mistakes that are found before the first document is read.

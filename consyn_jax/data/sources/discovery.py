@@ -221,8 +221,8 @@ def _look_into(path: Path, dataset_type: str, invalid_utf8: str) -> Iterator[tup
             yield Source(f"{path}:{split}", reader.kind), ""
     elif (path / PREPARING).is_dir():
         raise UserError(
-            f"{path} is a token store that is not finished. "
-            "Run the consyn-prepare that began it again; it continues where it stopped."
+            f"{path} is an unfinished token store. Run the same consyn-prepare command again; it "
+            "continues where it stopped."
         )
     else:
         yield from _look_into_directory(path, dataset_type, invalid_utf8)

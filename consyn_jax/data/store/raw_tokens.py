@@ -239,7 +239,7 @@ class RawTokens:
         splits: by name; their `num_documents` and `num_bytes` are None.
 
     Raises:
-        UserError: a file is of another type or damaged; no file is left to train on.
+        UserError: a file has another type or is damaged; no file is left to train on.
     """
 
     holds_pairs = False
