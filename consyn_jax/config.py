@@ -48,8 +48,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 # fmt: on
-# With --checkpoint: the rate, batch and decay of Alpaca, Llama 2 and TRL, and others' range in
-# docs/finetuning.md. Beta2 is AdamW's own, since batches are small and the loss is smooth.
+# With --checkpoint: rate and decay as in Alpaca, Llama 2 and TRL; docs/finetuning.md has the
+# sources. Beta2 is AdamW's own, since batches are small and the loss is smooth.
 FINE_TUNING = {"lr": 2e-5, "weight_decay": 0.0, "beta2": 0.999, "warmup_ratio": 0.03}
 PREFERENCE_TUNING = {"lr": 1e-6}  # TRL's DPOConfig
 # LoRA needs about ten times the rate of a full fine-tune (Schulman et al., 2025; QLoRA has 2e-4).
@@ -360,9 +360,7 @@ class ProofOptions:
     documents_of: str | None = flag(
         None, "list the documents that step A, or steps A to B, of the run in --output learned from"
     )
-    json: bool = flag(
-        False, "print the answer to --verify, --replay_step or --documents_of as JSON"
-    )
+    json: bool = flag(False, "print the answer of the three flags above as JSON")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from time import monotonic
 
 LONGEST_MESSAGE = 1600  # characters
 # At a job's time limit Slurm sends SIGTERM twice, milliseconds apart. One within this time after
-# the first is no wish to end at once.
+# the first does not mean to end at once.
 REPEAT_S = 2.0
 _DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029"
 
@@ -17,8 +17,8 @@ _DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u202
 class UserError(ValueError):
     """A mistake of the user, in one or two sentences: what is wrong, where, what to do.
 
-    Commands exit with 2. A damaged file can put kilobytes where a message quotes a name or a
-    number; the middle of such a message is left out.
+    Commands exit with 2. A message that quotes kilobytes from a damaged file is shortened in the
+    middle.
     """
 
     def __init__(self, message: str) -> None:

@@ -318,7 +318,7 @@ class ProcessGroup:
         return f"{self.names[number]} {what}, so the run ends. {AGAIN}"
 
     def _collect(self, number: int, gather: int, text: str) -> None:
-        """Keep one process's text in process 0; once all are there, send them to everyone."""
+        """Keep one process's text in process 0; once all have arrived, send them to everyone."""
         with self._news:
             texts = self._texts.setdefault(gather, {})
             texts[number] = text

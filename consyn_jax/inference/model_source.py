@@ -53,7 +53,7 @@ class ModelSource:
 
     Attributes:
         name: The name that the user gave.
-        taken: The chosen model in words: "final/ of the run runs/verse".
+        taken: Description of the chosen model: "final/ of the run runs/verse".
         directory: The directory of the model or checkpoint.
         tokenizer: The model's own tokenizer; None if it has none.
         load: Reads the weights onto a mesh (None: the first device), in a number type.

@@ -1,4 +1,4 @@
-"""Simulates a compiled step in the compiler's order, to find how much of its collectives is hidden.
+"""Simulate a compiled step in the compiler's order, to find how much of its collectives is hidden.
 
 An asynchronous collective starts when the network has finished those before it. Its `-done`
 instruction waits for it; other instructions run in between. Only matmuls take time here, at the

@@ -56,7 +56,7 @@ def question(row: dict[str, Any], place: str) -> Question:
     """The question of a row.
 
     Raises:
-        BadRow: A key is missing, or a value is not what belongs there.
+        BadRow: A key is missing, or a value is invalid.
     """
     if ("prompt" in row) == ("messages" in row):
         raise BadRow("has both prompt and messages; a question has one of them.")

@@ -131,7 +131,7 @@ def _request(row: dict[str, Any], place: str) -> Request:
     """The request of a row.
 
     Raises:
-        BadRow: A key is missing, or a value is not what belongs there.
+        BadRow: A key is missing, or a value is invalid.
     """
     given = [key for key in ANSWERS if key in row]
     if len(given) != 1:

@@ -26,7 +26,7 @@ SHORTEST = 32  # tokens; shorter sequences are padded to it
 
 
 class Wanted(NamedTuple):
-    """Token ids, of which those from position `first` on are scored.
+    """Token ids; those from position `first` on are scored.
 
     `first` is at least 1, because the first token has nothing before it.
     """
@@ -93,7 +93,7 @@ class Scorer:
     def length_of(self, tokens: int) -> int:
         """The padded length of a sequence of `tokens` inputs.
 
-        A power of two or, from 128 on, the number half way to the next, but at most the context.
+        A power of two, or from 128 on 1.5 times a power of two, and at most the context.
         """
         length = SHORTEST
         while length < tokens:

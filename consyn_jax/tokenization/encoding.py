@@ -1,4 +1,4 @@
-"""Texts to ids, for documents and parts of them; a part gets the ids that it has in the whole.
+"""Encode documents and parts of them; a part gets the ids that it has in the whole document.
 
 SentencePiece and some byte vocabularies put a space in front of a text. In front of a part from the
 middle, that would add a space that the document does not have.

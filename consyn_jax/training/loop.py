@@ -136,7 +136,7 @@ class Training:
             origin = Path(inputs.run.saving.output) / CHECKPOINTS
             state, self.progress = beginning.branch(origin, decay_from, like, self.progress)
         else:
-            gather("begins")  # Gloo compares a model of the caller's, and waits a short time only
+            gather("begins")  # Gloo compares a caller's model, and waits only briefly
             state = self.program.initial_state(inputs.make_parameters(self.program.mesh))
         self.facts = write_beginning(inputs, self.opened, self.progress.step)
         self.progress.run = self.directory.record.run

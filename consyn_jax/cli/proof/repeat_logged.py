@@ -119,7 +119,7 @@ def _documents(trainer: ConsynTrainer, step: int) -> tuple[list[LearnedDocument]
 
 
 def _surroundings(place: Path, step: int, mesh: dict[str, int]) -> list[str]:
-    """Names of what differs between this start and the one that took the step."""
+    """Names of the facts that differ between this start and the one that took the step."""
     import jax
 
     from consyn_jax.training.provenance.code_files import code_digests, combined

@@ -299,7 +299,7 @@ def _given(
 
 
 def _named(raw: RawTokens, sources: Sequence[Source], split: str) -> tuple[Source, ...]:
-    """The files of `--data` whose names put them into a split."""
+    """The files of `--data` that belong to a split by their names."""
     return tuple(source for source in sources if Path(source.name) in raw.paths[split])
 
 

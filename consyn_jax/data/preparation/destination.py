@@ -56,7 +56,7 @@ class Destination:
         return self.directory / PREPARING
 
     def is_complete(self) -> bool:
-        """Whether the store is there.
+        """Whether the store exists and is complete.
 
         Raises:
             UserError: the user's directory holds another store, or a damaged one.

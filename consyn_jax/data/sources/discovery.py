@@ -143,7 +143,7 @@ def _beginning(name: str) -> Path:
 
 
 def _expand(name: str, dataset_type: str, flag: str) -> Sequence[Path | Source]:
-    """The paths that a name stands for, as a shell would expand it, or a source that is not one."""
+    """The paths that a name expands to, as in a shell, or a source that is not a path."""
     path = Path(name).expanduser()
     try:
         exists = path.exists()

@@ -171,7 +171,7 @@ def parameters_of(
 
 
 def _check_shape(directory: Path, tensor: Tensor, headers: Mapping[str, Header]) -> None:
-    """Check that a tensor is there, in the shape that config.json asks for."""
+    """Check that a tensor exists, in the shape that config.json asks for."""
     if tensor.name not in headers:
         raise UserError(
             f"{directory} has no tensor {tensor.name}. A file is missing, or it does not belong to "

@@ -123,7 +123,7 @@ def merge_parts(
     """Combine the parts of all processes.
 
     Returns:
-        What the operating system refused in any process, and the hashes of all.
+        The operating system's refusal in any process, and the hashes of all.
 
     Raises:
         Exception: any other error; a process without one raises RuntimeError.

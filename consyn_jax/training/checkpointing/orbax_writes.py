@@ -108,9 +108,9 @@ def write_at_low_priority(futures: list[Any]) -> None:
 def outlast_abandoned_work() -> None:
     """Give Orbax's threads time to finish abandoned work.
 
-    An error that they report while Python shuts down bypasses all hooks, and prints a traceback
-    after the run's last message. Nothing signals that they are done; after a write that the disk
-    refused, they took 0.05 s.
+    An error during Python's shutdown bypasses all hooks, and prints a traceback after the run's
+    last message. Nothing signals that they are done; after a write that the disk refused, they took
+    0.05 s.
     """
     time.sleep(ABANDONED_S)
 

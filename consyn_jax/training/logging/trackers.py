@@ -1,6 +1,6 @@
 """Trackers copy a run's numbers and samples to TensorBoard or Weights & Biases.
 
-A new one is a class with the four methods of `Tracker`, and a line in `build_trackers`.
+To add one, write a class with the four methods of `Tracker`, and a line in `build_trackers`.
 """
 
 from __future__ import annotations

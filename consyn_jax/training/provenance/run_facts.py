@@ -1,4 +1,4 @@
-"""`provenance.json`: digests of everything that a run, a checkpoint or a model was made from.
+"""`provenance.json`: digests of all inputs of a run, a checkpoint or a model.
 
 It is written beside the run's configuration at every start, and into every checkpoint and model,
 whose checksums cover it. It is not a signature: anyone who can write to the whole directory can

@@ -27,7 +27,7 @@ CURVES = ("train/loss", "train/learning_rate", "train/grad_norm", *SPREAD)
 
 
 class BoundedCurve:
-    """A curve as buckets of equally many points, of which the lowest and the highest are kept.
+    """A curve as buckets of equally many points, which keep their lowest and their highest point.
 
     When there are too many buckets, each two become one. Spikes thus stay visible.
 
