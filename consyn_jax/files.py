@@ -71,7 +71,7 @@ def make_directory(path: Path) -> None:
 
 
 def open_regular(path: str | Path, flags: int, mode: int = 0o644) -> int:
-    """Open a regular file by its only name; a link is not followed, and a pipe does not block.
+    """Open a regular file; links are refused (hard links for writing), and a pipe does not block.
 
     It is an `opener` for Python's `open`, too.
 

@@ -44,7 +44,7 @@ class EvaluateTextOptions:
     )
     split: str = flag(
         "auto",
-        "documents of a token store; auto: validation, or train where that is empty",
+        "split of a token store; auto: validation, or train if that is empty",
         choices=("auto", "train", "validation", "test"),
     )
     window: int | None = flag(None, "tokens in a window (the model's context)")
