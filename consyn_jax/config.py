@@ -48,8 +48,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 # fmt: on
-# With --checkpoint: the rate, batch and decay of Alpaca, Llama 2 and TRL, and others' range in
-# docs/finetuning.md. Beta2 is AdamW's own, since batches are small and the loss is smooth.
+# With --checkpoint: rate and decay as in Alpaca, Llama 2 and TRL; docs/finetuning.md has the
+# sources. Beta2 is AdamW's own, since batches are small and the loss is smooth.
 FINE_TUNING = {"lr": 2e-5, "weight_decay": 0.0, "beta2": 0.999, "warmup_ratio": 0.03}
 PREFERENCE_TUNING = {"lr": 1e-6}  # TRL's DPOConfig
 # LoRA needs about ten times the rate of a full fine-tune (Schulman et al., 2025; QLoRA has 2e-4).
@@ -163,7 +163,7 @@ class BudgetOptions:
     total_tokens: int | None = flag(None, "tokens to train on", math=True)
     batch_size: int = flag(8, "sequences per micro-batch, over all devices")
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
-    seed: int = flag(42, "decides the initial weights, the data order and dropout", math=True)
+    seed: int = flag(42, "seed of the initial weights, the data order and dropout", math=True)
 
 
 DPO_BETA = 0.1  # TRL's
@@ -175,14 +175,14 @@ class RegularisationOptions:
 
     objective: str = flag(
         "next_token",
-        "what training minimises; dpo: from pairs of answers, prefer the chosen to the rejected "
-        "one; needs --checkpoint",
+        "training objective; dpo: learn from pairs of answers to prefer the chosen one; needs "
+        "--checkpoint",
         choices=("next_token", "dpo"),
         math=True,
     )
     dpo_beta: float = flag(
         DPO_BETA,
-        "with --objective dpo: how closely the model is held to the one that it starts from",
+        "DPO's beta: a larger one keeps the model closer to the one that it starts from",
         math=True,
     )
     dropout: float = flag(
@@ -197,7 +197,7 @@ class RegularisationOptions:
 
     @property
     def trains_on_pairs(self) -> bool:
-        """Whether a row of a batch is a pair of answers, one beside the other."""
+        """Whether a row of a batch is a pair of answers, side by side."""
         return self.objective == "dpo"
 
     @property
@@ -230,7 +230,7 @@ class HardwareOptions:
     )
     optimizer_memory: str = flag(
         "device",
-        "where to keep moments and momentum; from the host, each step moves them to the device",
+        "where to keep moments and momentum; host: each step moves them to the device and back",
         choices=("device", "host"),
     )
     auto_batch: bool = flag(
@@ -277,8 +277,8 @@ class EvaluationOptions:
     eval_steps: int | None = flag(None, "steps between evaluations (a tenth of the run)")
     eval_requests: tuple[str, ...] = flag(
         (),
-        "JSON Lines of requests with known answers, as for consyn-evaluate, that evaluations "
-        "score as well: eval/TASK/accuracy and more",
+        "JSON Lines of requests with known answers (as for consyn-evaluate) to score at each "
+        "evaluation, as eval/TASK/accuracy and more",
     )
     metric_for_best_model: str = flag(
         "eval/loss",
@@ -298,7 +298,7 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class SavingOptions:
-    """The run directory, its checkpoints, and what to do with a run that is there."""
+    """The run directory, its checkpoints, and what to do with an existing run."""
 
     output: str = flag("./output", "run directory", aliases=("output_dir",))
     save_steps: int | None = flag(None, "steps between checkpoints (a tenth of the run)")
@@ -340,14 +340,14 @@ class LoggingOptions:
     wandb_project: str = flag("consyn", "Weights & Biases project")
     wandb_run_name: str | None = flag(None, "Weights & Biases run name (chosen by W&B)")
     profile_steps: str | None = flag(
-        None, "trace steps A to B, both included, from 1, and report where the time went"
+        None, "trace steps A:B (both included, counted from 1), and report where the time went"
     )
     quiet: bool = flag(False, "no progress bar")
 
 
 @dataclass(frozen=True)
 class ProofOptions:
-    """Questions to a run that exists; each of them replaces training."""
+    """Inspections of an existing run; each of them replaces training."""
 
     verify: str | None = flag(
         None,
@@ -360,7 +360,7 @@ class ProofOptions:
     documents_of: str | None = flag(
         None, "list the documents that step A, or steps A to B, of the run in --output learned from"
     )
-    json: bool = flag(False, "print the answer of the last three as JSON")
+    json: bool = flag(False, "print the answer of the three flags above as JSON")
 
 
 @dataclass(frozen=True)
@@ -391,7 +391,7 @@ class RunConfig:
 
     @property
     def trains_on_pairs(self) -> bool:
-        """Whether a row of a batch is a pair of answers, one beside the other."""
+        """Whether a row of a batch is a pair of answers, side by side."""
         return self.regularisation.trains_on_pairs
 
     @property

@@ -9,7 +9,7 @@ from time import monotonic
 
 LONGEST_MESSAGE = 1600  # characters
 # At a job's time limit Slurm sends SIGTERM twice, milliseconds apart. One within this time after
-# the first is no wish to end at once.
+# the first does not mean to end at once.
 REPEAT_S = 2.0
 _DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029"
 
@@ -17,8 +17,8 @@ _DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u202
 class UserError(ValueError):
     """A mistake of the user, in one or two sentences: what is wrong, where, what to do.
 
-    Commands exit with 2. A damaged file can put kilobytes where a message quotes a name or a
-    number; the middle of such a message is left out.
+    Commands exit with 2. A message that quotes kilobytes from a damaged file is shortened in the
+    middle.
     """
 
     def __init__(self, message: str) -> None:
@@ -45,12 +45,12 @@ class Differs(RuntimeError):
 class ProcessMissing(RuntimeError):
     """Another process of the run did not come to its start in time.
 
-    No mistake of the user is known, and starting all again may mend it: commands exit with 76.
+    It may not be the user's mistake, and another start may succeed: commands exit with 76.
     """
 
 
 class Repeats:
-    """Tells the repeats of the first signal that ends a run from a second one."""
+    """Distinguishes repeats of the first signal that ends a run from a second signal."""
 
     def __init__(self) -> None:
         self._first_s: float | None = None
@@ -128,7 +128,7 @@ def counted(number: int, what: str) -> str:
 
 
 def listed(names: Sequence[object], most: int = 3) -> str:
-    """Join the first `most` names, and count the rest; a name stays in its line.
+    """Join the first `most` names on one line, and count the rest.
 
     >>> listed(["a", "b"]), listed(["a", "b", "c", "d", "e"])
     ('a, b', 'a, b, c and 2 more')

@@ -24,7 +24,7 @@ REQUEST_METRICS = {
 
 
 def is_greater_better(metric: str) -> bool | None:
-    """Whether more of a metric of evaluations is better; None if there is no such metric.
+    """Whether larger values of an evaluation metric are better; None for an unknown metric.
 
     >>> is_greater_better("eval/loss"), is_greater_better("eval/arc/accuracy")
     (False, True)

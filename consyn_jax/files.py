@@ -1,4 +1,4 @@
-"""Files and directories written whole, so that they survive a crash or a power cut, and file locks.
+"""Atomic writes of files and directories, which survive a crash or power cut, and file locks.
 
 This is the one place that opens files for writing in directories that somebody else may have made.
 No link is followed there, and what is not finished has a name that nobody can guess:
@@ -37,10 +37,10 @@ _KINDS = {
 
 
 def check_is_no_pointer(path: Path) -> None:
-    """Check that a file is not what Git leaves in its place where Git LFS is not installed.
+    """Check that a file is not a Git LFS pointer, which Git leaves where LFS is not installed.
 
     Raises:
-        UserError: it is.
+        UserError: it is a pointer.
     """
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
@@ -71,13 +71,13 @@ def make_directory(path: Path) -> None:
 
 
 def open_regular(path: str | Path, flags: int, mode: int = 0o644) -> int:
-    """Open a regular file by its only name; a link is not followed, and a pipe does not block.
+    """Open a regular file; links are refused (hard links for writing), and a pipe does not block.
 
     It is an `opener` for Python's `open`, too.
 
     Raises:
-        OSError: as `os.open`; or it is a link or not a file, or it shall be written and has a hard
-            link. `strerror` says so.
+        OSError: as `os.open`; or it is a link or not a file, or it is opened for writing and has a
+            hard link. `strerror` says so.
     """
     try:
         safe = flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
@@ -116,7 +116,7 @@ def refuse_unfinished(path: Path) -> None:
     match = _ASIDE.fullmatch(path.resolve().name)
     if match is not None and match["kind"] != REPLACED:
         raise UserError(
-            f"{path} is what a command left that was killed while it wrote or removed "
+            f"{path} was left by a command that was killed while it wrote or removed "
             f"{match['name']}. Run that command again, or delete it."
         )
 
@@ -204,7 +204,7 @@ def irregular(path: Path, *, inside: bool = True) -> tuple[Path, str] | None:
     """The first thing at `path`, or in the directory there, that is neither a file nor a directory.
 
     Returns:
-        Its path and its kind in words ("a link"); None if there is none, or nothing at all.
+        Its path and its kind in words ("a link"); None if there is none, or no such path.
     """
     try:
         mode = os.lstat(path).st_mode
@@ -224,10 +224,10 @@ def irregular(path: Path, *, inside: bool = True) -> tuple[Path, str] | None:
 
 
 def refuse_strays(directory: Path, patterns: Collection[str], *, named: Path | None = None) -> None:
-    """Refuse a directory of a stranger with a link out of it, or a file that is none or too large.
+    """Refuse an untrusted directory with a link out of it, or with a special or oversized file.
 
     Args:
-        patterns: of the files that are read.
+        patterns: patterns of the files that are read.
         named: a file that the user has named, which may be a link or a pipe.
 
     Raises:

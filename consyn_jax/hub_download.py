@@ -37,7 +37,7 @@ def download(name: str, patterns: Sequence[str]) -> Path:
     """Return the directory with the files of a hub id, downloading those that are not cached.
 
     Args:
-        patterns: of the files that are needed.
+        patterns: patterns of the files that are needed.
 
     Raises:
         UserError: no such model, no access to it, or no network and no copy.

@@ -242,7 +242,7 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding: the vocabulary rounded up to 128, which all meshes divide."""
+        """Rows of the embedding: the vocabulary rounded up to a multiple of 128, for any mesh."""
         return round_up(self.vocab_size, 128)
 
     @property

@@ -112,13 +112,14 @@ class OptimizerOptions:
     )
     weight_decay: float | None = flag(
         None,
-        "decoupled weight decay, not of norms (from --model, times "
+        "decoupled weight decay of matrices, not of norms and biases (from --model, times "
         f"{_each(lambda rule: rule.factors.get('weight_decay'))})",
         math=True,
     )
     beta1: float = flag(
         0.9,
-        "decay of the first moment; weight of the average that schedule_free_adamw trains on",
+        "decay of the first moment; for schedule_free_adamw, weight of the average in the "
+        "weights trained",
         math=True,
     )
     beta2: float | None = flag(
@@ -137,7 +138,9 @@ class OptimizerOptions:
         choices=("float32", "bfloat16"),
         math=True,
     )
-    max_grad_norm: float = flag(1.0, "clip gradients to this global norm; 0: do not", math=True)
+    max_grad_norm: float = flag(
+        1.0, "clip gradients to this global norm; 0: no clipping", math=True
+    )
     on_nonfinite: str = flag(
         "halt",
         "if the loss or a gradient is not finite, halt the run or skip the update",
@@ -150,7 +153,7 @@ class OptimizerOptions:
         choices=SCHEDULERS,
         math=True,
     )
-    warmup_ratio: float = flag(0.02, "share of the steps in which the rate rises", math=True)
+    warmup_ratio: float = flag(0.02, "share of the steps for warm-up", math=True)
     warmup_steps: int | None = flag(None, "steps of warm-up; overrides --warmup_ratio", math=True)
     min_lr_ratio: float = flag(
         0.1,
@@ -159,7 +162,9 @@ class OptimizerOptions:
     )
     num_cycles: int = flag(3, "number of cycles of cosine_with_restarts", math=True)
     power: float = flag(2.0, "exponent of polynomial", math=True)
-    decay_ratio: float = flag(0.2, "share of the steps, at the end, in which wsd decays", math=True)
+    decay_ratio: float = flag(
+        0.2, "share of the steps over which wsd decays, at the end", math=True
+    )
     decay_shape: str = flag("sqrt", "shape of the decay of wsd", choices=DECAY_SHAPES, math=True)
     decay_from: int | None = flag(
         None,

@@ -1,7 +1,7 @@
 """Merge defaults, presets, a config file and flags into one checked configuration.
 
-A value comes, from weakest to strongest, from its default, the preset of `--model`, a `--config`
-file or a flag, and the origin is kept. Only the standard library is imported here.
+A flag overrides a `--config` file, which overrides the preset of `--model`, which overrides the
+default. The origin of each value is kept. Only the standard library is imported here.
 """
 
 from __future__ import annotations

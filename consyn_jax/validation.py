@@ -280,7 +280,7 @@ def _check_streaming(config: RunConfig) -> None:
 
 
 def check_processes(hardware: HardwareOptions) -> None:
-    """Raise UserError if a flag that tells processes where to meet is wrong or of no use."""
+    """Raise UserError if a flag of the rendezvous is wrong or has no effect."""
     if hardware.watchdog_minutes < 0:
         raise UserError(
             f"--watchdog_minutes must not be negative, but is {hardware.watchdog_minutes}. "

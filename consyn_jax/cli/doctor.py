@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Check whether this machine is fit for training: driver, GPUs, CUDA, cuDNN, JAX,
 attention, speed, disk and limits. Each line is pass, warn or fail with what to
-do, or info: a figure that nothing is known to compare with."""
+do, or info: a figure without a known reference."""
 USAGE = "[FLAG ...]"
 EPILOG = """\
 examples:
@@ -85,8 +85,8 @@ def report(findings: Sequence[Finding], *, as_json: bool) -> None:
         print(visible("\n".join(lines(findings))))
     if failing:
         raise UserError(
-            f"Not fit for training: {listed(failing, 8)}. Do what the lines with fail say, and run "
-            f"consyn-doctor again."
+            f"Not fit for training: {listed(failing, 8)}. Follow the advice under the lines with "
+            "fail, and run consyn-doctor again."
         )
 
 

@@ -130,7 +130,7 @@ class _Unwinding:
 
     Libraries in C++ that run Python while they are imported do not expect an exception there, and
     some abort. The signal comes again until the import is over; a second one ends the process. A
-    repeat of the first is none: it would break off what the first unwinds.
+    repeat of the first does not count as a second: it would interrupt the unwinding.
     """
 
     def __init__(self) -> None:

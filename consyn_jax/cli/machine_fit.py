@@ -178,7 +178,7 @@ def _need(
     """Return the memory and time that a run needs.
 
     Args:
-        tokens: of the data; None if unknown.
+        tokens: tokens of the data; None if unknown.
     """
     base = None if config.model.model in PRESETS else base
     model = architecture(config.model, base, vocab_size=vocab_size)

@@ -16,7 +16,7 @@ from consyn_jax.reporting.report_options import OUTPUT, PORT, ReportConfig, vali
 from consyn_jax.resolve import resolve_flags
 
 DESCRIPTION = """\
-Show runs side by side: results, curves over each other, and what differs in
+Show runs side by side: results, overlaid curves, and what differs in
 their configuration."""
 USAGE = "RUN ... | --watch DIR [FLAG ...]"
 EPILOG = """\

@@ -24,7 +24,7 @@ def start_in_utf8() -> None:
 
 
 def escape_unprintable() -> None:
-    """Make both streams escape characters that their encoding lacks instead of failing."""
+    """Make stdout and stderr escape characters that their encoding lacks, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if not isinstance(stream, io.TextIOWrapper):
             continue  # replaced by a caller, such as a notebook

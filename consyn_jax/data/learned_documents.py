@@ -69,8 +69,8 @@ def located(
         return {"": order.dataset}, np.zeros_like(positions), indices
     if not isinstance(order, Mixture):
         raise UserError(
-            "The sequences of this run have no places that are known before they are read. Only "
-            "runs on prepared data (without --streaming) can be asked for their documents."
+            "The documents of this run cannot be computed from a step's number. Only runs on "
+            "prepared data (without --streaming) can be asked for their documents."
         )
     numbers, within = order.places(positions)
     indices = np.empty_like(within)
@@ -85,7 +85,7 @@ class DocumentFinder:
     """Finds the documents of steps.
 
     Args:
-        order: of the training sequences, over packed splits.
+        order: order of the training sequences, over packed splits.
         sequences_per_step: number of sequences over all micro-batches and processes.
     """
 

@@ -2,8 +2,7 @@
 
 Positions are grouped into cycles of a few thousand. Every cycle has the same number of sequences of
 each source, in another order (`order.ids_at`), so shares hold from the start and there is no state.
-The sequences of one source come in the order that it would have alone: all of them once before any
-comes again.
+Each source keeps the order that it would have alone: all of its sequences once before any repeats.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Documents packed into sequences of fixed length: every token is a label exactly once an epoch.
+"""Documents packed into sequences of fixed length: every token is a label once per epoch.
 
 At stream position p the label is tokens[p]; the input is tokens[p - 1], or BOS where a document
 begins. So the first token of a document is predicted from BOS, its EOS is predicted, and EOS is
@@ -79,7 +79,7 @@ class PackedSequences(ABC):
     def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
         """The sequences `indices`, each in range(len).
 
-        Segments count the documents, or the pieces of documents, of a sequence from 1.
+        Segment ids number the documents of a sequence, or their pieces, from 1.
         """
 
     @abstractmethod
@@ -324,7 +324,7 @@ def _plan(
 ]:
     """Pieces in the order of their sequences, and the number of pieces of each sequence.
 
-    Of each piece: stream position, length, and whether a document begins there.
+    A piece has a stream position, a length, and whether a document begins there.
     """
     document, nth = _numbered(-(-lengths // size))
     piece_starts = starts[document] + nth * size
@@ -349,8 +349,8 @@ def pack(
 ) -> PackedSequences:
     """Pack a split into sequences.
 
-    By default, rows of which only a part is learned stay whole, since an answer without its prompt
-    teaches nothing; they are truncated if too long. Other documents are cut from the stream.
+    By default, rows with a prompt stay whole, since an answer without its prompt teaches nothing;
+    they are truncated if too long. Other documents are cut from the stream.
 
     Args:
         packing: "cut", "whole", or None for the default.

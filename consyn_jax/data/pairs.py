@@ -1,4 +1,4 @@
-"""Preference pairs as rows of one length: the chosen sequence, and the rejected one beside it.
+"""Preference pairs as rows of one length: the chosen sequence, then the rejected one.
 
 A row of a pair has two halves of `block_size` positions, each with its own segment, so neither
 sequence sees anything of the other. Within a half, inputs and labels are those of `packing.py`.
@@ -46,23 +46,23 @@ class _Halves(NamedTuple):
 
 
 class PairDataset(PackedSequences):
-    """A split of pairs, a pair a row.
+    """A split of pairs, one pair per row.
 
     Args:
         block_size: labels of a sequence; a row has twice as many.
         on_long: a sequence that is longer is truncated at its end, as TRL's `keep_start` does, or
-            its pair is dropped, or it is an error. A pair of which no token of an answer would be
-            left is always dropped.
+            its pair is dropped, or it is an error. A pair that would keep no token of an answer is
+            always dropped.
 
     Attributes:
-        num_long: pairs with a sequence that is longer.
+        num_long: pairs with a sequence longer than `block_size`.
         num_without_answer: pairs dropped because a prompt fills the sequence.
         lost_tokens: labels that were cut off or dropped.
         reference: log-probabilities of the answers under the model that the run starts from, for
             each pair the chosen and the rejected one; None until they are known.
 
     Raises:
-        UserError: a sequence is too long, and that is an error; or a document is no pair.
+        UserError: a sequence is too long, and that is an error; or a document is not a pair.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class PairDataset(PackedSequences):
     def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
         """The pairs `indices`, each in range(len), each array [n, 2 * block_size].
 
-        Once the reference is known, also its log-probabilities [n], of each answer.
+        Once the reference is known, they include its log-probabilities [n] of each answer.
         """
         which = np.asarray(indices, np.int64)
         starts, skipped, answers = (
@@ -169,7 +169,7 @@ def _halves(
     first, ends = starts - starts[0], starts - starts[0] + lengths
     between = np.flatnonzero(marks == BETWEEN)
     if len(between) != len(first) or not ((first < between) & (between + 1 < ends)).all():
-        raise UserError(f"The token store is damaged: a document of it is no pair. {AGAIN}")
+        raise UserError(f"The token store is damaged: one of its documents is not a pair. {AGAIN}")
     begins = np.stack([first, between + 1], 1)
     stops = np.stack([between, ends], 1)
     targets = np.append(np.flatnonzero(marks == 1), len(marks))

@@ -11,7 +11,7 @@ from pathlib import Path
 # soon as they are freed: use one arena and no mmap.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 NEVER = -1
-# Of a GPU's memory. XLA's default is 0.75; a plan fills at most `auto_mesh.FITS`, 0.9.
+# Share of a GPU's memory. XLA's default is 0.75; a plan fills at most `auto_mesh.FITS`, 0.9.
 GPU_SHARE = "0.92"
 GPU_SHARE_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 GPU_DRIVERS = (Path("/proc/driver/nvidia"), Path("/dev/dxg"))  # Linux, and Windows seen from WSL

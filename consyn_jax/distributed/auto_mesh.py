@@ -51,7 +51,7 @@ def choose_mesh(
     feed-forward (tensor).
 
     Args:
-        hidden_dim: of the model; fsdp must divide it.
+        hidden_dim: width of the model; fsdp must divide it.
         needs: estimates the bytes on one device from the sizes of the axes.
         batch_size: sequences of a micro-batch; data x fsdp must divide it.
         splits: the axes context and tensor, the preferred one first, with the number that each

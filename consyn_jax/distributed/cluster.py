@@ -18,9 +18,9 @@ class Place(NamedTuple):
 
     Attributes:
         address: host and port of process 0.
-        num_processes: of the run.
+        num_processes: number of processes of the run.
         process_id: the number of this process, from 0.
-        start: which start of which program a scheduler made these processes for; "" if unknown.
+        start: the scheduler's identity of this launch, the same in all processes; "" if unknown.
     """
 
     address: tuple[str, int]

@@ -1,4 +1,4 @@
-"""The table of GPUs: one row a GPU, for model FLOP utilisation, planning and compiling.
+"""The table of GPUs: one row per GPU, for model FLOP utilisation, planning and compiling.
 
 docs/design/planning.md has the source of each number.
 """
@@ -39,7 +39,7 @@ class DescribedGpu(Gpu):
         kind: the name that the driver gives the device.
         memory_bytes: what the driver reports as the device's memory.
         memory_bandwidth: bytes to and from the device's memory, as specified.
-        matmul_flops: of the best dense bf16 product summed in float32 that was measured.
+        matmul_flops: best measured rate of a dense bf16 product summed in float32.
         link_bandwidth: bytes to other GPUs of the host, one way, as specified.
         network_bandwidth: bytes to other hosts, one way, as specified; GPUs that share a port
             count their share of it.

@@ -152,8 +152,8 @@ def check_batch(
     """Check that the mesh divides the micro-batch and the row.
 
     Args:
-        max_tokens: of a sequence.
-        sequences: in a row.
+        max_tokens: tokens of a sequence.
+        sequences: sequences in a row.
 
     Raises:
         UserError: it does not; the message names the nearest values that work.

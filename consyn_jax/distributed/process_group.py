@@ -1,10 +1,10 @@
-"""The processes of one run, and what they tell each other outside of JAX.
+"""The processes of one run, and their messages outside of JAX.
 
 They exchange progress, small answers, and the reason when all of them must end. JAX's own runtime
 ends a process with a stack trace when another one is missing, starts twice or dies. So process 0
 listens on the coordinator's address, every other process keeps one connection to it, and lines of
 JSON go over these connections. JAX is initialised afterwards, on a port of its own. Waits here have
-no time limit, because heartbeats tell that the other processes are alive.
+no time limit, because heartbeats show that the other processes are alive.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ class ProcessGroup:
         prog: the name of the command, for messages.
 
     Attributes:
-        process_id: of this process.
-        progress: of this process, as JSON; heartbeats carry it to process 0.
+        process_id: number of this process.
+        progress: progress of this process, as JSON; heartbeats carry it to process 0.
         noted: the text that some process sent to all with `note`.
         describe: says which process is late, given the progress of all; called in process 0.
         before_end: called before the thread ends this process; its argument is True if the run
@@ -318,7 +318,7 @@ class ProcessGroup:
         return f"{self.names[number]} {what}, so the run ends. {AGAIN}"
 
     def _collect(self, number: int, gather: int, text: str) -> None:
-        """Keep one process's text in process 0; once all are there, send them to everyone."""
+        """Keep one process's text in process 0; once all have arrived, send them to everyone."""
         with self._news:
             texts = self._texts.setdefault(gather, {})
             texts[number] = text

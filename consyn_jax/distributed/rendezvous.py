@@ -26,7 +26,7 @@ def meet(
     """Connect this process with the other processes of the run.
 
     Args:
-        place: of this process.
+        place: place of this process.
         arrive_s: a process that has not connected by then is missing.
         about: what process 0 must know about this process, as JSON.
         answer: makes the answer to all processes, as JSON, from the `about` of every process;
@@ -37,8 +37,8 @@ def meet(
 
     Raises:
         UserError: processes were started twice, or `answer` refused them. Every process gets the
-            same message. Process 0 of another start lets this process know, and waits on for its
-            own.
+            same message. Process 0 of another start tells this process so, and keeps waiting for
+            its own.
         ProcessMissing: process 0 does not answer, or others did not connect. Every process gets
             the same message.
     """

@@ -1,9 +1,9 @@
 """The GPUs that this process sees, as identities that all processes of the host share.
 
-The number of a GPU is no identity: where Slurm shows each process its own GPU through a control
-group, as with `--gpus-per-task=1`, each process sees a GPU 0. NVIDIA's driver lists all GPUs of the
-host in files, and a process can open those that it may use. CUDA is not asked, because it must not
-start before JAX does.
+The number of a GPU does not identify it: where Slurm shows each process its own GPU through a
+control group, as with `--gpus-per-task=1`, each process sees a GPU 0. NVIDIA's driver lists all
+GPUs of the host in files, and a process can open those that it may use. CUDA is not asked, because
+it must not start before JAX does.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def _examine_hosts(config: DoctorConfig) -> list[Finding]:
         )
     except ProcessMissing as missing:
         advice = (
-            "Correct that and start all processes again; the lines above are of this host only."
+            "Correct that and start all processes again; the lines above are about this host only."
         )
         return [*examine_machine(config), Finding("network", FAIL, str(missing), advice)]
     between = check_hosts(read_hosts(group))
@@ -126,7 +126,7 @@ def _hardware(options: HostOptions) -> HardwareOptions:
 
 
 def _by_host(hosts: list[str], everyone: list[list[dict[str, Any]]]) -> list[Finding]:
-    """The findings of all hosts, each with its host's name; equal ones of several hosts once."""
+    """The findings of all hosts with their names; equal findings of several hosts are merged."""
     places: dict[Finding, list[str]] = {}
     for host, findings in zip(hosts, everyone, strict=True):
         for each in findings:

@@ -16,7 +16,7 @@ class GpuState:
     """One GPU. None where the GPU or its driver does not report a value.
 
     Attributes:
-        memory_used: bytes in use, by whomever; read before this process uses the GPU.
+        memory_used: bytes in use by all processes, before this one uses the GPU.
         ecc: whether memory errors are corrected.
         uncorrected: memory errors since the driver was loaded that were not corrected.
         remap_pending: a damaged row is replaced at the next reset of the GPU.

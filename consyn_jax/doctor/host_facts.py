@@ -69,7 +69,7 @@ def _offsets(group: ProcessGroup) -> tuple[float, float]:
 
 
 def _try_connections(group: ProcessGroup) -> list[str]:
-    """Connect to a new port of every other host; the ones that fail, each with the reason."""
+    """Connect to a new port of every other host; return those that fail, with the reasons."""
     with _listening() as server:
         address = [socket.gethostname(), server.getsockname()[1], group.process_id]
         everyone = [json.loads(text) for text in group.gather(json.dumps(address))]

@@ -18,8 +18,7 @@ class Finding:
 
     Attributes:
         name: the thing that was looked at, unique on a host.
-        status: "pass", "warn", "fail", or "info" for a figure that nothing is known to compare
-            with.
+        status: "pass", "warn", "fail", or "info" for a figure without a known reference.
         found: what was found.
         advice: what to do, one sentence; empty unless the status is "warn" or "fail".
         host: the host, if there are several.

@@ -12,7 +12,7 @@ INSTALL = "pip install -U 'jax[cuda{cuda}]'"
 
 
 def check_software(software: Software, num_gpus: int) -> list[Finding]:
-    """Versions, and whether JAX uses the GPUs that are there.
+    """Versions, and whether JAX uses the GPUs of the machine.
 
     Args:
         num_gpus: GPUs that the driver shows.

@@ -19,7 +19,7 @@ class Work:
 
     Attributes:
         matmul: both matrices have this many rows and columns.
-        copy_bytes: of the array that is copied.
+        copy_bytes: size of the array that is copied.
     """
 
     matmul: int

@@ -58,15 +58,15 @@ def _space(storage: Storage) -> Finding:
         return Finding("disk space", FAIL, found, advice)
     if storage.free < LITTLE_FREE:
         advice = (
-            "Count 12 bytes a parameter for each checkpoint, one more while it is saved, and see "
-            "whether that fits; --keep_last 1 keeps fewer."
+            "Count 12 bytes per parameter for each checkpoint, and for one more during a save; "
+            "--keep_last 1 keeps fewer."
         )
         return Finding("disk space", WARN, found, advice)
     return Finding("disk space", PASS, found)
 
 
 def _files(storage: Storage) -> Finding | None:
-    """Only if few more files can be created, which is rare."""
+    """A finding about the files that can still be created, if they are few."""
     count = storage.free_files
     if count is None or count >= FEW_FILES:
         return None

@@ -27,12 +27,12 @@ class Storage:
 
     Attributes:
         directory: the output directory, or its nearest parent that exists.
-        kind: of the file system, as in "ext4" or "nfs4"; empty if unknown.
+        kind: type of the file system, as in "ext4" or "nfs4"; empty if unknown.
         free: bytes that this user may still write.
         free_files: files that this user may still create; None if there is no such limit.
         refusal: why nothing can be written there; empty if it can.
-        write_rate: bytes per second until they are on the disk; None if it was not measured.
-        read_rate: bytes per second of what was written; None if it was not measured.
+        write_rate: bytes per second, flushed to the disk; None if it was not measured.
+        read_rate: bytes per second; None if it was not measured.
         locks: "exclusive", "shared by all" if a second process gets a lock that another holds,
             "missing"; None if it was not tried.
     """
@@ -50,10 +50,10 @@ class Storage:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of this process and machine, in bytes but for `open_files`, which may be infinite.
+    """Limits of this process and machine, in bytes; `open_files` is a count, perhaps infinite.
 
     Attributes:
-        memory: of the machine, or of the container.
+        memory: memory of the machine, or of the container.
         shared_memory: size of `/dev/shm`; None if there is none.
     """
 

@@ -241,7 +241,7 @@ class HarnessModel:
 
 
 def rolling_windows(ids: list[int], prefix: int, context: int) -> Iterator[Wanted]:
-    """The windows of lm_eval's `loglikelihood_rolling`; the last one has the whole context, too.
+    """The windows of lm_eval's `loglikelihood_rolling`; even the last one has a whole context.
 
     >>> [(w.ids.tolist(), w.first) for w in rolling_windows([1, 2, 3, 4, 5, 6], 0, 4)]
     [([0, 1, 2, 3, 4], 1), ([2, 3, 4, 5, 6], 3)]

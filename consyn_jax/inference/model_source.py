@@ -53,7 +53,7 @@ class ModelSource:
 
     Attributes:
         name: The name that the user gave.
-        taken: The chosen model in words: "final/ of the run runs/verse".
+        taken: Description of the chosen model: "final/ of the run runs/verse".
         directory: The directory of the model or checkpoint.
         tokenizer: The model's own tokenizer; None if it has none.
         load: Reads the weights onto a mesh (None: the first device), in a number type.
@@ -224,5 +224,6 @@ def _check_size(where: Path, config: ModelConfig, tokenizer: BPETokenizer | None
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{where} has a tokenizer of {tokenizer.vocab_size:,} tokens, but a vocabulary of "
-            f"{config.vocab_size:,}. The tokenizer is of another model; put the right one there."
+            f"{config.vocab_size:,}. The tokenizer belongs to another model; put the right one "
+            "there."
         )

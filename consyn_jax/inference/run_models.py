@@ -55,7 +55,7 @@ def is_run(path: Path) -> bool:
 
 
 def checkpoint_run(path: Path) -> Path | None:
-    """The run of which a path is a checkpoint, as RUN/checkpoints/STEP; None if it is not one."""
+    """The run whose checkpoint a path is, as RUN/checkpoints/STEP; None if it is not one."""
     place = path.resolve()
     is_step = natural(place.name) is not None and place.parent.name == CHECKPOINTS
     if not is_step or not (place.parent.parent / CONFIG).is_file():

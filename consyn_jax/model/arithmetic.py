@@ -105,8 +105,8 @@ def cpu_step_bytes(
     XLA on CPUs undoes recomputation, because it removes the barriers against merging repeated
     computations. So each block keeps its activations and two [T, T] matrices per head. Besides
     the state there are three arrays of the parameters' size, and two of one chunk's logits. Under
-    an adapter these are of its size; frozen matrices are there twice, as they are kept and in
-    float32, and so are the outputs of the matrices.
+    an adapter these have its size. Frozen matrices are in memory twice, as stored and in float32,
+    and so are the outputs of the matrices.
 
     Args:
         batch_size: Sequences in a micro-batch.
@@ -242,7 +242,7 @@ def _adapter_memory(
     """Memory of a train step that trains an adapter; `parameters` has the frozen weights in it.
 
     Args:
-        tokens: Of a micro-batch on one device.
+        tokens: Tokens of a micro-batch on one device.
     """
     tensor, shards = sizes["tensor"], sizes["fsdp"] * sizes["tensor"]
     own, matrices = num_adapter_parameters(c, lora) / shards, c.num_layers * num_block_parameters(c)

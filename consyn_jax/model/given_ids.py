@@ -1,4 +1,4 @@
-"""Ids that the caller gives to a model or to `generate`: checked, and as arrays of JAX."""
+"""Check the ids that a caller gives to a model or to `generate`, and make JAX arrays of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def checked_ids(
             one document is longer than the context.
     """
     if input_ids is None:
-        raise UserError("A model takes ids, and got None. Pass ids [rows, tokens].")
+        raise UserError("The model needs token ids, not None. Pass ids [rows, tokens].")
     given = {"input_ids": input_ids, "segment_ids": segment_ids}
     fields = {name: values for name, values in given.items() if values is not None}
     for name, values in fields.items():
@@ -44,8 +44,8 @@ def checked_ids(
     # Positions restart in each document, so a row of several may be longer than the context.
     if segment_ids is None and (tokens := fields["input_ids"].shape[1]) > context:
         raise UserError(
-            f"The model's input_ids have {tokens:,} tokens a row, and its context is {context:,}. "
-            "Cut the rows, or score them in windows with consyn-evaluate."
+            f"The model's input_ids have {tokens:,} tokens per row, but its context is "
+            f"{context:,}. Cut the rows, or score them in windows with consyn-evaluate."
         )
     if all(_has_values(values) for values in fields.values()):
         here = {name: as_array(values) for name, values in fields.items()}
@@ -88,7 +88,7 @@ def checked_prompts(prompts: Any, vocab_size: int) -> list[list[int]]:
     found = []
     for i, ids in enumerate(as_array(prompts) if hasattr(prompts, "ndim") else prompts):
         if isinstance(ids, Mapping):
-            raise UserError(f"Prompt {i} is a dict, and must be ids. Pass its 'input_ids'.")
+            raise UserError(f"Prompt {i} is a dict, but must be ids. Pass its 'input_ids'.")
         if isinstance(ids, str):
             raise UserError(f"Prompt {i} is a text, and others are ids. Pass one or the other.")
         if isinstance(ids, int) or getattr(ids, "ndim", 1) == 0:

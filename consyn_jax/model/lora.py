@@ -161,7 +161,7 @@ def base_like(config: ModelConfig, types: BaseTypes, mesh: Mesh) -> Params:
 def base_rounding(config: ModelConfig, types: BaseTypes, mesh: Mesh) -> Convert:
     """Return a function that rounds a parameter, given its path, to its type in the frozen base.
 
-    Layers are rounded one at a time, so that no more than one is there in float32.
+    Layers are rounded one at a time, so that at most one is held in float32.
     """
     axes_of, like = layout(config).logical_axes, base_like(config, types, mesh)
 

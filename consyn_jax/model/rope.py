@@ -86,7 +86,7 @@ def apply_rope(x_BTNH: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T
 
 
 def partial_order(config: ModelConfig) -> np.ndarray:
-    """Place in a model file of each of our head's elements, for heads that rotate only in part.
+    """For each element of our heads, its index in a model file whose heads rotate only in part.
 
     In the file the first r elements rotate, in pairs (i, i + r/2). Here pairs are (i, i + H/2), and
     the rotated pairs come first. Queries and keys are permuted alike, so attention is the same.

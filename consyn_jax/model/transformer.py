@@ -70,7 +70,7 @@ class Compute:
             matrix products and attention; "attention": all but attention; "full": all; "offload":
             as "attention", and saved activations move to host memory.
         fp8: Multiply 8-bit floats in the blocks (model/fp8.py).
-        unroll: Unroll the loop over the blocks. It runs faster, and the program grows with depth.
+        unroll: Unroll the loop over the blocks. This is faster, but the program grows with depth.
     """
 
     dtype: Any = jnp.float32

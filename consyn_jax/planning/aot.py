@@ -1,4 +1,4 @@
-"""Compiles the train step of a run for GPUs that are not here, and summarises the program.
+"""Compile the train step of a run for GPUs that are not here, and summarise the program.
 
 The CUDA plugin compiles for a described machine without a driver if the environment says so before
 JAX starts. So compiling runs in a process of its own, and the calling process can use JAX on any

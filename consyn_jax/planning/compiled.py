@@ -1,4 +1,4 @@
-"""Reads a compiled program's text: which kernels run, and what the devices send each other.
+"""Read a compiled program's text: the kernels that run, and the collectives between devices.
 
 Instructions inside a loop count as often as the loop runs; XLA writes the trip count of every loop
 that comes from `scan`.
@@ -68,7 +68,7 @@ class Instruction:
 
     @property
     def operands(self) -> list[str]:
-        """Names of the instructions that it is applied to."""
+        """Names of the instructions that this one is applied to."""
         return _NAME.findall(self.rest.partition(")")[0])
 
     @property
@@ -85,7 +85,7 @@ class Instruction:
 
     @property
     def calls(self) -> Iterator[tuple[str, str]]:
-        """The computations that it runs, with the attribute that names each.
+        """The computations that the instruction runs, with the attribute that names each.
 
         The attributes are `calls`, `to_apply`, `body`, `condition` and `branch_computations`.
         """

@@ -1,4 +1,4 @@
-"""Simulates a compiled step in the compiler's order, to find how much of its collectives is hidden.
+"""Simulate a compiled step in the compiler's order, to find how much of its collectives is hidden.
 
 An asynchronous collective starts when the network has finished those before it. Its `-done`
 instruction waits for it; other instructions run in between. Only matmuls take time here, at the
@@ -38,7 +38,7 @@ def play(program: str, sizes: Mapping[str, int], topology: Topology) -> Schedule
     """Simulate a compiled program, given as text.
 
     Args:
-        sizes: of the mesh's axes, in the order in which the program numbers the devices.
+        sizes: sizes of the mesh's axes, in the order in which the program numbers the devices.
     """
     bodies, entry = computations(program)
     return _Player(bodies, sizes, topology).run(entry)

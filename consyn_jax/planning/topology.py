@@ -1,4 +1,4 @@
-"""Described machines: how many hosts, how many GPUs in each, and of which model."""
+"""Described machines: number of hosts, GPUs in each, and their model."""
 
 from __future__ import annotations
 

@@ -15,12 +15,12 @@ class Workload:
     """The work of one step, and how it is split.
 
     Attributes:
-        sizes: of the mesh's axes.
+        sizes: sizes of the mesh's axes.
         batch_size: sequences of one micro-batch over all GPUs; a pair has two.
         accumulation: micro-batches in a step.
         length: tokens of a sequence.
         remat: the recomputation policy, a value of `--gradient_checkpointing`.
-        moment_bytes: of all moments of a parameter together.
+        moment_bytes: bytes of all moments of a parameter together.
         host_moments: the moments are in host memory, and travel to the GPU and back in each step.
         fp8: the blocks' matmuls are of 8-bit numbers.
         this_package: the step is this package's program, whose attention kernel works inside

@@ -29,7 +29,7 @@ class RecordedRun:
         name: unique among the runs that are shown.
         metrics: the lines of metrics.jsonl.
         values: the configuration, by flag.
-        total_steps: of the whole run.
+        total_steps: steps of the whole run.
         about: devices, versions and commit of its newest start.
         is_running: whether a process holds the directory's lock.
     """
@@ -43,7 +43,7 @@ class RecordedRun:
 
     @property
     def state(self) -> str:
-        """The state in words: complete, running, diverged, stopped by a signal, or without end."""
+        """The state in words: complete, running, diverged, stopped by a signal, or not ended."""
         if self.is_running:
             return "running"
         return ending([line for line in self.metrics if "event" in line])
@@ -105,7 +105,7 @@ def _about(facts: dict[str, Any] | None) -> dict[str, str]:
 
 
 def read_runs(directories: Sequence[Path]) -> list[RecordedRun]:
-    """Read several runs, and name each by as much of its path as tells it from the others.
+    """Read several runs, and name each by the shortest end of its path that is unique.
 
     Raises:
         UserError: one is given twice, or is not a run that can be read.

@@ -19,7 +19,7 @@ class ReportRunOptions:
         (), "run directories, also without this flag's name; running ones too"
     )
     watch: str | None = flag(
-        None, "show all runs below this directory on a local page that renews itself"
+        None, "show all runs below this directory on a local page that reloads itself"
     )
 
 

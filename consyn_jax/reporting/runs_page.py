@@ -1,4 +1,4 @@
-"""The page of several runs: results, curves over each other, and what differs between them."""
+"""The page of several runs: results, overlaid curves, and what differs between them."""
 
 from __future__ import annotations
 

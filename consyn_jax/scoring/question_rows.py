@@ -1,4 +1,4 @@
-"""Questions whose answer the model writes, and the rules by which a text is the right one.
+"""Questions whose answer the model writes, and the rules that judge the text.
 
 `exact_match` compares whole texts. The two rules for numbers are those of lm_eval's `gsm8k`
 (0.4.13, lm_eval/tasks/gsm8k/gsm8k.yaml), expressions included: `number_strict` is its filter
@@ -31,11 +31,11 @@ class Question:
     """One row.
 
     Attributes:
-        place: Of the row, for messages: "FILE:LINE".
+        place: Place of the row for messages: "FILE:LINE".
         prompt: The text to continue; None for a conversation.
         messages, tools: The conversation.
         answers: The right texts.
-        max_tokens, stop: Of this row, instead of those of the flags.
+        max_tokens, stop: Values of this row, which override the flags.
     """
 
     place: str
@@ -56,7 +56,7 @@ def question(row: dict[str, Any], place: str) -> Question:
     """The question of a row.
 
     Raises:
-        BadRow: A key is missing, or a value is not what belongs there.
+        BadRow: A key is missing, or a value is invalid.
     """
     if ("prompt" in row) == ("messages" in row):
         raise BadRow("has both prompt and messages; a question has one of them.")
@@ -96,7 +96,7 @@ def question(row: dict[str, Any], place: str) -> Question:
 
 
 def bare(text: str) -> str:
-    """A text or number as it is compared: without commas, dollars, and what is before ####.
+    """Normalise a text or number for comparison: drop commas, dollars and all before ####.
 
     >>> bare("3 + 4 = 7 #### $1,234."), bare("72.")
     ('1234', '72')

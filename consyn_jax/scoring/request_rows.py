@@ -25,7 +25,7 @@ class Request:
     """One row.
 
     Attributes:
-        place: Of the row, for messages: "FILE:LINE".
+        place: Place of the row for messages: "FILE:LINE".
         pairs: (context, continuation), in the order of the row.
         gold: Numbers of the right ones, from 0; empty if the row does not ask for a choice.
     """
@@ -131,15 +131,15 @@ def _request(row: dict[str, Any], place: str) -> Request:
     """The request of a row.
 
     Raises:
-        BadRow: A key is missing, or a value is not what belongs there.
+        BadRow: A key is missing, or a value is invalid.
     """
     given = [key for key in ANSWERS if key in row]
     if len(given) != 1:
         wrong = " and ".join(given) if given else f"none; its keys are {shown(row)}"
-        raise BadRow(f"must have one of {', '.join(ANSWERS)}, and has {wrong}.")
+        raise BadRow(f"must have one of {', '.join(ANSWERS)}, but has {wrong}.")
     if ("context" in row) == ("contexts" in row):
         wrong = "both" if "context" in row else f"neither; its keys are {shown(row)}"
-        raise BadRow(f"must have context or contexts, and has {wrong}.")
+        raise BadRow(f"must have context or contexts, but has {wrong}.")
     (key,) = given
     answers = [text_of(row, key)] if key == "continuation" else _texts(row, key)
     if "contexts" in row:

@@ -29,7 +29,7 @@ class Answers:
 
     Attributes:
         log_likelihood: In nats, of all tokens of the answer.
-        tokens: Of each answer.
+        tokens: Number of tokens of each answer.
         is_greedy: Whether greedy decoding gives exactly the answer.
     """
 
@@ -80,7 +80,7 @@ class TaskScores:
 
     @cached_property
     def units(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """By metric a numerator and a denominator for each request; their sums give its value."""
+        """By metric, a numerator and denominator per request; it is the ratio of their sums."""
         found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         gold = [request.gold for request, _ in self._with(gold=True)]
         for metric in NORMS if gold else ():

@@ -1,4 +1,4 @@
-"""Requests as token ids: the continuation is what the whole text has after its context.
+"""Requests as token ids: a continuation gets the ids that follow its context in the whole text.
 
 As in lm_eval (`TemplateLM._encode_pair`), white space at the end of a context belongs to the
 continuation, and both are tokenised as one text, so that a token may not begin in the context. BOS
@@ -26,9 +26,9 @@ class Encoded:
 
     Attributes:
         wanted: The sequences to score, in the order of the requests and their pairs.
-        cut: How many contexts lost tokens at their beginning, to fit the model.
-        changed: How many contexts have other tokens alone than before their continuation.
-        context: Tokens that the model sees at once.
+        cut: Number of contexts that lost tokens at their beginning, to fit the model.
+        changed: Number of contexts that a continuation causes to be tokenised differently.
+        context: The model's context, in tokens.
     """
 
     wanted: list[Wanted]
@@ -61,10 +61,10 @@ def encode_pair(context: str, continuation: str) -> tuple[str, str]:
 
 
 def encode_requests(requests: Iterable[Request], tokenizer: BPETokenizer, context: int) -> Encoded:
-    """Tokenise requests, and cut contexts from the left to what the model sees.
+    """Tokenise requests, and cut contexts from the left to fit the model.
 
     Args:
-        context: Tokens that the model sees at once.
+        context: The model's context, in tokens.
 
     Raises:
         UserError: A continuation has no token of its own, or is longer than the context.
@@ -87,8 +87,8 @@ def encode_requests(requests: Iterable[Request], tokenizer: BPETokenizer, contex
         if over > 0:
             if first - over < 1:
                 raise UserError(
-                    f"{place} has a continuation of {len(ids) - first:,} tokens, and the model "
-                    f"sees {context:,} at once. Shorten it."
+                    f"{place} has a continuation of {len(ids) - first:,} tokens, more than the "
+                    f"model's context of {context:,}. Shorten it."
                 )
             cut, ids, first = cut + 1, ids[over:], first - over
         wanted.append(Wanted(np.array(ids, np.int32), first))

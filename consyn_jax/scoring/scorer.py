@@ -26,7 +26,7 @@ SHORTEST = 32  # tokens; shorter sequences are padded to it
 
 
 class Wanted(NamedTuple):
-    """Token ids, of which those from position `first` on are scored.
+    """Token ids; those from position `first` on are scored.
 
     `first` is at least 1, because the first token has nothing before it.
     """
@@ -36,7 +36,7 @@ class Wanted(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Scores of the tokens of a sequence from `first` on, one a token."""
+    """Scores of the tokens of a sequence from `first` on, one per token."""
 
     log_likelihood: Float32[np.ndarray, " scored"]
     is_greedy: Bool[np.ndarray, " scored"]
@@ -91,9 +91,9 @@ class Scorer:
         return [results[number] for number in range(len(sequences))]
 
     def length_of(self, tokens: int) -> int:
-        """The padded length of so many inputs.
+        """The padded length of a sequence of `tokens` inputs.
 
-        A power of two or, from 128 on, the number half way to the next, but at most the context.
+        A power of two, or from 128 on 1.5 times a power of two, and at most the context.
         """
         length = SHORTEST
         while length < tokens:

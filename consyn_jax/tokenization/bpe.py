@@ -326,7 +326,7 @@ class BPETokenizer:
         Files of a published tokenizer are written as they came.
 
         Args:
-            model_type: of the model in the directory, if there is one.
+            model_type: type of the model in the directory, if there is one.
 
         Raises:
             UserError: there is a file where the directory should be.

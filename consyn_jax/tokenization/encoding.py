@@ -1,4 +1,4 @@
-"""Texts to ids, for documents and parts of them; a part gets the ids that it has in the whole.
+"""Encode documents and parts of them; a part gets the ids that it has in the whole document.
 
 SentencePiece and some byte vocabularies put a space in front of a text. In front of a part from the
 middle, that would add a space that the document does not have.
@@ -112,7 +112,7 @@ def _without_prefix(content: Mapping[str, Any]) -> Tokenizer | None:
     """The same tokenizer without an added space in front; None if it adds none.
 
     Args:
-        content: of the tokenizer.json.
+        content: content of the tokenizer.json.
     """
     changed = dict(content)
     for part in ("normalizer", "pre_tokenizer"):

@@ -43,7 +43,7 @@ def count_words(texts: Iterable[str], pattern: str) -> Counter[bytes]:
 def _chunks(text: str) -> Iterator[str]:
     """Split a long text where no word of either pattern is cut.
 
-    That is after a single newline, unless a slash follows, which o200k joins to it.
+    It is cut after a single newline, unless a slash follows, which o200k joins to it.
     """
     start = 0
     cut = re.compile(r"(?<=\S)\n(?=[^\s/])")

@@ -185,9 +185,9 @@ def _split_of_controls(pieces: list[Piece]) -> dict[str, Any]:
 
 
 def _user_defined(pieces: list[Piece]) -> dict[str, Any] | None:
-    """A pre-tokenizer that splits off pieces that are always found whole; None without any.
+    """A pre-tokenizer that splits off user-defined pieces; None if there are none.
 
-    As added tokens, they would get a space behind them. With them, words are looked up whole before
+    As added tokens, they would get a space after them. With them, words are looked up whole before
     merging, so the spelling of a control token must be split.
     """
     found = sorted((p.text for p in pieces if p.kind == USER_DEFINED), key=len, reverse=True)

@@ -39,7 +39,7 @@ def find_special_tokens(
     """The token of each role, or None.
 
     Args:
-        content: of the tokenizer.json.
+        content: content of the tokenizer.json.
         vocabulary: ids of all its tokens.
         named: what files say about the roles.
 

@@ -14,7 +14,7 @@ from consyn_jax.errors import UserError
 
 NO_TARGETS = (-100, -1)  # torch's ignore_index, and that of nanoGPT
 LABELS = (
-    "Give one label for each token: the same as input_ids, with -100 where a token is no target."
+    "Give one label for each token: the same as input_ids, with -100 where a token is not a target."
 )
 # What the values of a column say about a token, besides its id and label.
 COLUMNS = {
@@ -79,7 +79,7 @@ def check_fields(
         raise UserError(f"{place} has no input_ids. Give the ids of its tokens.")
     shape = getattr(given["input_ids"], "shape", ())
     if len(shape) == 2 and 0 in shape:
-        raise UserError(f"{place} has no token. Leave it out.")
+        raise UserError(f"{place} is empty. Leave it out.")
     for where, row in _rows(given, place):
         ids = check_input_ids(row["input_ids"], vocab_size, where, masked)
         for name in given.keys() - {"input_ids"}:
@@ -170,7 +170,7 @@ def _numbers(values: Any, name: str, where: str) -> np.ndarray:
 
 
 def _no_number(values: Any, name: str) -> str:
-    """Describe the first value that is no number."""
+    """Describe the first value that is not a number."""
     if isinstance(values, list | tuple):
         for position, value in enumerate(values):
             if isinstance(value, int) and value.bit_length() > 64:
@@ -193,8 +193,8 @@ def _check_labels(values: np.ndarray, vocab_size: int | None, where: str) -> Non
     if wrong.any():
         position = int(np.argmax(wrong))
         raise UserError(
-            f"{where} has label {values[position]:,} at position {position:,}, which is no token "
-            "id. Mark a token that is no target with -100."
+            f"{where} has label {values[position]:,} at position {position:,}, which is not a "
+            "token id. Mark a token that is not a target with -100."
         )
     _check_below(values, vocab_size, "labels", where)
 
@@ -229,8 +229,8 @@ def _check_padding_agrees(row: Mapping[str, Any], where: str) -> None:
     wrong = (as_array(row["segment_ids"]) > 0) != (as_array(row["attention_mask"]) > 0)
     if wrong.any():
         raise UserError(
-            f"{where} has padding at position {int(np.argmax(wrong)):,} by one of segment_ids and "
-            "attention_mask, and a token by the other. Give one of the two columns only."
+            f"{where} has segment_ids and attention_mask that disagree about padding at position "
+            f"{int(np.argmax(wrong)):,}. Give only one of the two columns."
         )
 
 

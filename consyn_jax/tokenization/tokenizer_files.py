@@ -41,7 +41,7 @@ class TokenizerFiles:
         roles: special tokens that the files name.
         add_bos: `add_bos_token` of tokenizer_config.json, if it is there.
         kept: the files as they came, by name.
-        model_type: of the config.json beside them, if there is one.
+        model_type: model type in the config.json beside them, if there is one.
         declared: special tokens that tokenizer_config.json declares by id.
     """
 

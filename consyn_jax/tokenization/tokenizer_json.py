@@ -1,4 +1,4 @@
-"""A tokenizer.json: the bundled one or another, read and parsed."""
+"""Read and parse a tokenizer.json, the bundled one or another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data of every kind that `ConsynTrainer` accepts, as the batches that the step takes."""
+"""Convert data of every kind that `ConsynTrainer` accepts to batches for the step."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def check_pairs(data: Sequence[Any], wants_pairs: bool) -> None:
         data: for training and evaluation, as `recognise` returns it; None for none.
 
     Raises:
-        UserError: it is not so.
+        UserError: the data does not suit the objective.
     """
     parts = [
         part
@@ -130,13 +130,14 @@ def _check_targets(source: BatchSource, batch_size: int, name: str) -> None:
     if not known:
         kind = "evaluation" if name == "eval_dataloader" else "training"
         raise UserError(
-            f"No token of the {kind} data counts in the loss: all are masked, or without a token "
-            "after them. Correct labels and masks, or raise max_tokens if it cuts the targets off."
+            f"No token of the {kind} data counts in the loss: all are masked, or have no token "
+            "after them. Correct labels and masks, or raise max_tokens if it cuts the targets "
+            "off."
         )
 
 
 def _check_block_size(tokens: int, block_size: int) -> None:
-    """A packed dataset has sequences of one length, which padding would only waste."""
+    """Check that a packed dataset has sequences of `block_size`, as padding would waste compute."""
     if tokens != block_size:
         raise UserError(
             f"The dataset has sequences of {tokens} tokens, and max_tokens is {block_size}. Leave "

@@ -73,7 +73,7 @@ class ConsynDataset:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the split, each a label once an epoch."""
+        """Tokens of the split, each a label once per epoch."""
         return self.packed.num_tokens
 
     @property
@@ -167,7 +167,7 @@ def get_dataset(
     test_fraction: float = 0.0,
     **options: Any,
 ) -> ConsynDataset:
-    """Raw text, rows or a token store as a dataset of packed sequences.
+    """Make a dataset of packed sequences from raw text, rows or a token store.
 
     Raw data is tokenised once and kept in a cache.
 
@@ -213,7 +213,7 @@ def pack_split(
     packing: str | None,
     on_long_rows: str | None,
 ) -> PackedSequences:
-    """The sequences of a split, or its pairs, as `get_dataset` describes the arguments."""
+    """The sequences of a split, or its pairs; for the arguments see `get_dataset`."""
     tokenizer = prepared.store.tokenizer
     ids = tokenizer.first_id, tokenizer.fill_id
     if prepared.store.holds_pairs:

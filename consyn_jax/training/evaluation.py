@@ -38,7 +38,7 @@ def compile_evaluation(
         batch_size: sequences in a batch.
         length: tokens in a sequence.
         tick: called for every batch.
-        base: the frozen weights of `Program.base_like`, if there are.
+        base: the frozen weights of `Program.base_like`, if any.
     """
     step = program.lower_eval_step(batch_size, length).compile()
     rows = local_rows(program.mesh, batch_size)
@@ -67,7 +67,7 @@ def evaluate(
     """Metrics of one pass over the batches.
 
     These are `eval/loss` (nats per token), `eval/perplexity`, `eval/accuracy`, `eval/tokens` and
-    `eval/bits_per_byte`; of pairs, `eval/` before the names of `PairSums.means`. Sums are added in
+    `eval/bits_per_byte`; for pairs, the names of `PairSums.means` after `eval/`. Sums are added in
     float64, one batch late, so that the device never waits.
 
     Args:

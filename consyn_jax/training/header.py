@@ -133,7 +133,7 @@ def show_rates(schedule: optax.Schedule, total_steps: int, path: Path) -> None:
 
 
 def warnings(run: RunConfig, built: Built, lengths: Lengths) -> Iterator[str]:
-    """Sentences about settings that are allowed but rarely meant."""
+    """Sentences about settings that are allowed but rarely intended."""
     rule, from_weights = run.optimizer.optimizer, run.model.checkpoint is not None
     factor = LORA_RATE if run.lora.is_used else 1.0
     if warning := lr_warning(run.optimizer.lr or 0.0, rule, from_weights, factor):

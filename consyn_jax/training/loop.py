@@ -122,7 +122,7 @@ class Training:
             self.console.warn(sentence)
 
     def _begin(self) -> TrainState:
-        """Make or read the state, and take the run directory to it."""
+        """Make or restore the state, and bring the run directory to the same step."""
         inputs, like, self.base = self.inputs, self.program.state_like, self.inputs.make_base()
         decay_from = inputs.run.optimizer.decay_from
         if self.resumed is not None:
@@ -131,7 +131,7 @@ class Training:
             origin = Path(inputs.run.saving.output) / CHECKPOINTS
             state, self.progress = beginning.branch(origin, decay_from, like, self.progress)
         else:
-            gather("begins")  # Gloo compares a model of the caller's, and waits a short time only
+            gather("begins")  # Gloo compares a caller's model, and waits only briefly
             state = self.program.initial_state(inputs.make_parameters(self.program.mesh))
         self.facts = write_beginning(inputs, self.opened, self.progress.step)
         self.progress.run = self.directory.record.run
@@ -146,7 +146,7 @@ class Training:
         return state
 
     def _before_commit(self) -> None:
-        """Let a checkpoint or a model get its name: its log is on the disk by then."""
+        """Flush the log before a checkpoint or a model gets its name."""
         self.directory.check()
         self.recorder.flush()
 
@@ -248,7 +248,7 @@ class Training:
         self.report.tick()
 
     def _end_step(self, state: TrainState, due: StepEnd) -> tuple[TrainState, bool]:
-        """Do what is due.
+        """Do the actions that are due at the end of a step.
 
         Returns:
             The state, which a plateau changes, and whether the run is over.
@@ -371,7 +371,7 @@ class Training:
         return text
 
     def _sample_in_time(self, params: Params) -> None:
-        """Take the sample of an evaluation, if samples leave the run its time."""
+        """Sample after an evaluation, unless samples take too much of the run's time."""
         if self.progress.step == self.total_steps or self.inputs.tokenizer is None:
             return  # the end has a sample of its own
         if beginning.from_first(self.report.time_for_sample):
@@ -379,7 +379,7 @@ class Training:
             self._sample(params)
 
     def _final_params(self, state: TrainState) -> tuple[Params, int]:
-        """For final/ and their step: the last ones, or with --load_best_model_at_end the best."""
+        """Parameters for final/, and their step: the last or, if asked for, the best ones."""
         gather("written")  # by process 0
         best = ending.best_model(self.path, self.inputs.run.evaluation, self.recorder)
         if best is not None:

@@ -1,8 +1,8 @@
 """Next-token cross-entropy: a readable reference, and the fused form that training uses.
 
 Everything returns sums and counts, so that the caller divides once. The fused form never holds the
-logits of all tokens: it works on chunks of tokens, and computes the gradients of a chunk while its
-logits are there. The backward pass has nothing to recompute; it only scales the saved gradients.
+logits of all tokens: it works on chunks of tokens, and computes the gradients of a chunk while it
+holds its logits. The backward pass has nothing to recompute; it only scales the saved gradients.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LossSums(NamedTuple):
         return self.tokens
 
     def means(self, terms: Any) -> dict[str, Any]:
-        """The metrics of so many terms."""
+        """The metrics, as means over `terms` terms."""
         return {"loss": self.nll / terms}
 
 

@@ -118,10 +118,10 @@ def write_beginning(inputs: RunInputs, opened: OpenRun, step: int) -> RunFacts |
     """Write the files that a run has before its first step, in the process that writes.
 
     Args:
-        step: where the run begins, or goes on.
+        step: the step from which the run starts or resumes.
 
     Returns:
-        What the run is made of, for its models; None in processes that do not write.
+        The provenance facts for the run's models; None in processes that do not write.
 
     Raises:
         UserError: the disk refuses it.
@@ -157,11 +157,11 @@ def open_records(
     """Open log, callbacks and page of the run, rewound to the step that it resumes from.
 
     Args:
-        facts: what the run is made of; None in processes that do not write.
+        facts: the provenance facts of the run; None in processes that do not write.
         stack: closes them; the page gets its last content then, however the run ends.
 
     Returns:
-        Details of lines that are lost, for the event `resume`, as well.
+        Also the details of lost log lines, for the event `resume`.
     """
     run, path, warn = inputs.run, opened.directory.path, opened.console.warn
     log = None
@@ -258,7 +258,8 @@ def open_run(inputs: RunInputs, stack: ExitStack) -> OpenRun:
     )
     if directory.is_adopted:
         console.note(
-            f"The run in {path} is of a version that gave runs no identity; it gets one now."
+            f"The run in {path} was started by a version that gave runs no identity; it gets one "
+            "now."
         )
     traced = parse_profile_steps(logging.profile_steps) if writes else None
     profile = Profile(traced, path / "profile", console.note, console.warn)

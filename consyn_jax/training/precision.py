@@ -197,7 +197,7 @@ def make_scaled_train_step(
 
 
 def _scaled(objective: Objective, factor: Float[Array, ""]) -> Objective:
-    """Return the same function with the same gradient, `factor` times as large on the way back."""
+    """Return the same function, whose gradient is `factor` times as large in the backward pass."""
 
     def scaled(params: Params, batch: Batch) -> tuple[jax.Array, Sums]:
         divided = jax.tree.map(lambda p: _times_in_backward(p, 1 / factor), params)

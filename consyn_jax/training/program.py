@@ -94,12 +94,12 @@ class Program:
         optimizer: with its schedule inside.
         max_grad_norm: 0 for no clipping.
         regularisation: for training; evaluation has none.
-        seed: of dropout.
-        max_nonfinite_steps: this many steps in a row that are not finite stop the state for good.
+        seed: seed of dropout.
+        max_nonfinite_steps: after this many non-finite steps in a row the state no longer changes.
         host_moments: the optimizer's moments are in host memory (training/optim/offload.py).
         schedule: the optimizer's, for `learning_rate`; None if its steps need not be counted.
-        lora: if it is used, the parameters are those of an adapter, and every batch brings the
-            frozen weights, as `BASE`, in number types of `base_types`.
+        lora: if it is used, the parameters are those of an adapter, and every batch carries the
+            frozen weights as `BASE`, in the number types of `base_types`.
     """
 
     config: ModelConfig
@@ -122,7 +122,7 @@ class Program:
 
     @cached_property
     def base_like(self) -> dict[str, Any]:
-        """Frozen weights that every batch brings besides its arrays, as shapes; empty without."""
+        """Shapes of the frozen weights that every batch carries; empty without an adapter."""
         if self.base_types is None:
             return {}
         return {BASE: base_like(self.config, self.base_types, self.mesh)}
@@ -130,10 +130,10 @@ class Program:
     def whole(
         self, params: Params, base: Any = None, dropout_key: jax.Array | None = None
     ) -> Params:
-        """The parameters of a `Decoder`: `params`, or those of an adapter beside its base.
+        """The parameters of a `Decoder`: `params`, or `params` as an adapter on its base.
 
         Args:
-            dropout_key: of a micro-batch.
+            dropout_key: key of a micro-batch.
         """
         return params if base is None else with_adapter(base, params, self.lora, dropout_key)
 
@@ -150,7 +150,7 @@ class Program:
         )
 
     def learning_rate(self, updates: int) -> float:
-        """The schedule's rate after so many updates."""
+        """The schedule's rate after a number of updates."""
         assert self.schedule is not None
         with jax.default_device(_host()):
             return float(self.schedule(updates))
@@ -170,12 +170,12 @@ class Program:
 
     @property
     def trains_on_pairs(self) -> bool:
-        """Whether a row of a batch is a pair of answers, one beside the other."""
+        """Whether a row of a batch is a pair of answers, side by side."""
         return self.regularisation.trains_on_pairs
 
     @property
     def batch_dtypes(self) -> dict[str, Any]:
-        """The arrays of a batch: one number a token, or with `PAIR_DTYPES` one a row."""
+        """Dtypes of a batch's arrays: one number per token, or for `PAIR_DTYPES` one per row."""
         return BATCH_DTYPES | (PAIR_DTYPES if self.trains_on_pairs else {})
 
     def _parts(self, params: Params, batch: Batch, base: Any, dropout: Any = None) -> _Parts:
@@ -243,7 +243,7 @@ class Program:
         return TrainState(step, params, opt_state, nonfinite)
 
     def step(self, rule: optax.GradientTransformation, max_grad_norm: float) -> Step:
-        """Return the step of an update rule, before steps that are not finite are skipped.
+        """Return the step of an update rule, without the skipping of non-finite steps.
 
         Args:
             rule: its state is a `ScaledState` in float16.
@@ -253,7 +253,7 @@ class Program:
         return self._of_objective(lambda objective: make(objective, rule, max_grad_norm))
 
     def _of_objective(self, make: Callable[[Objective], Step]) -> Step:
-        """Make a step, and give its objective the frozen weights and dropout if it has them."""
+        """Make a step whose objective gets the frozen weights and dropout keys, if any."""
         step = make(self.objective)
         if self.lora.is_used:
 
@@ -304,7 +304,7 @@ class Program:
     def lower_forward(
         self, forward: Callable[..., Any], batch: dict[str, Any], where: Any = None
     ) -> jax.stages.Lowered:
-        """Lower `forward(params, batch)`; `where` is the sharding of its result, if not any."""
+        """Lower `forward(params, batch)`; `where` is the sharding of its result, or None."""
         options = compiler_options(list(self.mesh.devices.flat)) or None
         with jax.set_mesh(self.mesh):
             return jax.jit(forward, out_shardings=where, compiler_options=options).lower(
@@ -347,7 +347,7 @@ def build_program(
 
     Args:
         length: tokens of a sequence.
-        devices: of this machine, or of a described topology.
+        devices: devices of this machine, or of a described topology.
         machine: the one that has the devices; None for this one.
 
     Raises:

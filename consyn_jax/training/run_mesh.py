@@ -48,7 +48,7 @@ def choose_run_mesh(
 
     Args:
         length: tokens of a row.
-        sequences: in a row.
+        sequences: sequences in a row.
 
     Raises:
         UserError: a mesh or batch that does not fit the model or the devices.

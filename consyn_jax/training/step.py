@@ -36,12 +36,12 @@ BASE = "base"  # in a batch of a run that trains an adapter: the frozen weights 
 Metrics = dict[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 Sums = LossSums | PairSums
-# Maps one micro-batch [B, T] to what is minimised, summed over its terms (tokens or pairs), and the
+# Maps one micro-batch [B, T] to the objective, summed over its terms (tokens or pairs), and the
 # sums to report.
 Objective = Callable[[Params, Batch], tuple[Float[Array, ""], Sums]]
-# Maps summed gradients, the factor that makes them clipped means, the state and the step's metrics
-# so far to new parameters and optimizer state. The factor is applied where the gradients are used,
-# so that they are not written again.
+# Maps (summed gradients, factor, state, the step's metrics so far) to new parameters and optimizer
+# state. The factor makes the sums clipped means; it is applied where the gradients are used, so
+# that they are not written again.
 Update = Callable[[Params, Float[Array, ""], TrainState, Metrics], tuple[Params, optax.OptState]]
 
 _DROPOUT = 0x0D409  # sets these random numbers apart from others with the same seed
@@ -85,9 +85,9 @@ def accumulate(objective: Objective, params: Params, batch: Batch) -> tuple[Any,
 def make_step(objective: Objective, update: Update, max_grad_norm: float) -> Step:
     """Make `step(state, batch) -> (state, {"loss", "tokens", "grad_norm", "clipped"})`.
 
-    The loss is in nats a token, or a pair, for which there are further metrics. The norm is taken
-    before clipping, and `clipped` is 1 for a step whose gradients were scaled down, otherwise 0.
-    Wrappers in program.py add `nonfinite`, `updates` and others.
+    The loss is in nats per token, or per pair, which adds further metrics. The norm is taken before
+    clipping, and `clipped` is 1 for a step whose gradients were scaled down, otherwise 0. Wrappers
+    in program.py add `nonfinite`, `updates` and others.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

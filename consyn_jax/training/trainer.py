@@ -168,7 +168,7 @@ class ConsynTrainer:
         """The programs of this run on the local devices, not compiled yet.
 
         Args:
-            schedule: of the learning rate; None for the run's own.
+            schedule: the learning-rate schedule; None for the run's own.
         """
         if self.eval_source is None and (needs := what_needs_evaluations(self.run)):
             raise UserError(
@@ -237,7 +237,7 @@ class ConsynTrainer:
 
     @cached_property
     def _untrained(self) -> Params | None:
-        """A model's parameters as it was passed, which its adapter is for; None without one."""
+        """The passed model's parameters, which its adapter is for; None without an adapter."""
         if not self.run.lora.is_used or isinstance(self.model, DeferredModel):
             return None
         return self.model.parameters

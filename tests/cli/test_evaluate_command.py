@@ -133,15 +133,18 @@ def test_keys_that_are_not_read_are_counted_for_questions_alone(
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"context": "a"}, "must have one of continuation, continuations, choices, and has none"),
+        ({"context": "a"}, "must have one of continuation, continuations, choices, but has none"),
         ({"context": "a", "choices": ["b", "c"]}, "has choices and no gold"),
         ({"context": "a", "choices": ["b", "c"], "gold": 2}, "have the numbers 0 to 1"),
         ({"context": "a", "choices": ["b", "c"], "gold": True}, "under the key 'gold'"),
         ({"context": "a", "choices": "b", "gold": 0}, "holds a string under the key 'choices'"),
         ({"context": 3, "continuation": "b"}, "holds a number under the key 'context'"),
         ({"context": "a", "continuation": ""}, "has an empty text"),
-        ({"continuation": "b"}, "must have context or contexts, and has neither"),
-        ({"context": "a", "continuation": "b" * 65}, "65 tokens, and the model sees 64"),
+        ({"continuation": "b"}, "must have context or contexts, but has neither"),
+        (
+            {"context": "a", "continuation": "b" * 65},
+            "65 tokens, more than the model's context of 64",
+        ),
         ([1], "holds an array, not an object"),
         ({"prompt": "a"}, "has a prompt without answer"),
         ({"prompt": "a" * 63, "answer": "b"}, "has 64 tokens, and the model's context is 64"),

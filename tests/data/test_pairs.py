@@ -99,5 +99,5 @@ def test_the_reference_comes_with_the_rows() -> None:
 
 def test_a_document_that_is_no_pair_is_damage() -> None:
     text = StoreSplit([MemoryShard([np.array([5, 6, EOS])], EOS)])
-    with pytest.raises(UserError, match="a document of it is no pair"):
+    with pytest.raises(UserError, match="one of its documents is not a pair"):
         PairDataset(text, 4, BOS, PAD)

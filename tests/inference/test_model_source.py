@@ -84,7 +84,7 @@ def test_a_run_of_an_earlier_version_goes_by_its_exports_and_flags(copy: Path) -
     by_flags = find_source(copy, 4)
     assert by_flags.config.hidden_dim == known.hidden_dim
     assert by_flags.config.eos_token_id == known.eos_token_id == 258
-    with pytest.raises(UserError, match="is of another model: params/layers/k_bias is"):
+    with pytest.raises(UserError, match="holds another model: params/layers/k_bias is"):
         by_flags.parameters()  # no flag says that queries have biases
 
 

@@ -41,7 +41,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [1, 2], "labels": [1.0, 2.0]}, r"labels of float64, and labels are token ids"),
     ({"input_ids": [1, 2], "labels": [1]}, r"labels of shape \(1,\) for 2 input_ids\. Give one"),
     ({"input_ids": [1, 2], "labels": 1}, r"labels of shape \(\) for 2 input_ids\. Give one label"),
-    ({"input_ids": [1, 2], "labels": [1, 2, 3]}, r"with -100 where a token is no target\.$"),
+    ({"input_ids": [1, 2], "labels": [1, 2, 3]}, r"with -100 where a token is not a target\.$"),
     (
         {"input_ids": [[1], [2]], "labels": [1, 2]},
         r"^Row 3 has input_ids as a list of rows, and labels that are not one\. Give",

@@ -121,15 +121,15 @@ def test_labels_that_are_the_ids_are_shifted_as_transformers_models_do() -> None
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        ([1, 2], "is of type list, and must be a dict with 'input_ids'"),
+        ([1, 2], "is of type list, but must be a dict with 'input_ids'"),
         ({"ids": IDS}, "has no input_ids, but 'ids'. Give the ids of its tokens."),
-        (None, "is None, and must be a dict with 'input_ids'"),
+        (None, "is None, but must be a dict with 'input_ids'"),
         ({"text": "a"}, "Tokenise 'text', or use get_dataset"),
-        ({"input_ids": IDS[0]}, "must be [sequences, tokens], and have shape (10,)"),
-        ({"input_ids": [1, 2]}, "must be [sequences, tokens], and have shape (2,)"),
+        ({"input_ids": IDS[0]}, "must be [sequences, tokens], not of shape (10,)"),
+        ({"input_ids": [1, 2]}, "must be [sequences, tokens], not of shape (2,)"),
         (
             {"input_ids": IDS, "labels": np.array([0, 1])},
-            "labels must have the shape of its input_ids, (2, 10), and have (2,)",
+            "labels must have the shape of its input_ids, (2, 10), not (2,)",
         ),
         ({"input_ids": IDS, "labels": IDS[:, 1:]}, "have (2, 9)"),
     ],

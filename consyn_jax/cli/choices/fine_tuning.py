@@ -30,7 +30,7 @@ def with_length(
 
     Args:
         splits: the training documents.
-        context: of the model.
+        context: context of the model.
     """
     config, _ = settings
     if config.data.max_tokens is not None:
@@ -49,7 +49,7 @@ def with_batch(settings: Settings, num_sequences: int, num_devices: int) -> Sett
     """Choose the batch if neither of its flags is given.
 
     Args:
-        num_sequences: of an epoch, or pairs.
+        num_sequences: sequences in an epoch, or pairs.
     """
     config, origins = settings
     chosen_by_user = {origins["batch_size"], origins["gradient_accumulation_steps"]} != {"default"}
@@ -64,10 +64,10 @@ def with_batch(settings: Settings, num_sequences: int, num_devices: int) -> Sett
 
 
 def shortest(settings: Settings, context: int | None) -> Settings:
-    """The smallest run that the rows, which are not read yet, can lead to.
+    """The smallest run that can result from the rows, which are not read yet.
 
     Args:
-        context: of a model that is not a preset; None for a preset.
+        context: context of the model; None for a preset.
     """
     if context is None or settings[0].data.max_tokens is not None:
         return settings

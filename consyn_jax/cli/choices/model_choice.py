@@ -60,9 +60,8 @@ def choose_model(options: ModelOptions) -> ModelChoice:
     weights = find_model(options.checkpoint)
     if is_adapter(weights):
         raise UserError(
-            f"--checkpoint {options.checkpoint} is an adapter. Write the model with it: "
-            f"consyn-convert {options.checkpoint} --merge_lora --output MERGED, and start from "
-            "that."
+            f"--checkpoint {options.checkpoint} is an adapter. Merge it with consyn-convert "
+            f"{options.checkpoint} --merge_lora --output MERGED, and start from MERGED."
         )
     stored = read_checkpoint(weights)
     if is_preset:
@@ -95,14 +94,14 @@ def check_start(config: RunConfig, *, is_planned: bool = False) -> None:
     """
     if config.trains_on_pairs and config.model.checkpoint is None:
         raise UserError(
-            f"--objective dpo tunes a model that can answer already, and --model "
-            f"{config.model.model} has new weights. Give --checkpoint, for example the final/ of a "
-            "fine-tuned model."
+            "--objective dpo tunes a model that can already answer, but --model "
+            f"{config.model.model} has new weights. Give --checkpoint, for example the final/ of "
+            "a fine-tuned model."
         )
     if config.lora.is_used and config.model.checkpoint is None and not is_planned:
         raise UserError(
-            f"--lora_rank {config.lora.rank} adapts weights that are there, and --model "
-            f"{config.model.model} begins with new ones. Give --checkpoint, or leave --lora_rank "
+            f"--lora_rank {config.lora.rank} adapts trained weights, but --model "
+            f"{config.model.model} starts from new ones. Give --checkpoint, or leave --lora_rank "
             "out."
         )
 
@@ -169,7 +168,7 @@ def weights_note(options: ModelOptions, origin: str, seed: int) -> tuple[str, st
     """The line of the header about the weights that the run begins with.
 
     Args:
-        origin: of `--checkpoint`.
+        origin: origin of the value of `--checkpoint`.
     """
     place = options.checkpoint
     if place is None:
@@ -184,7 +183,7 @@ def deferred_model(
     """The model to train: fresh weights, or those of `--checkpoint`.
 
     Args:
-        vocab_size: of fresh weights.
+        vocab_size: vocabulary size of fresh weights.
         with_tokens: sets the ids that begin, end and pad texts.
     """
     from consyn_jax.model.parameters import initial_parameters

@@ -1,4 +1,4 @@
-"""Lines about rows: what they were taken for, and what one of them becomes."""
+"""Lines of the header about rows: their format, and an example."""
 
 from __future__ import annotations
 

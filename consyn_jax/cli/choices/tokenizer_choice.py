@@ -27,8 +27,8 @@ def choose_tokenizer(
 ) -> BPETokenizer | str | None:
     """The tokenizer to use; None for the bundled one or the store's, "train:SIZE" as it is.
 
-    A checkpoint is trained with its own tokenizer. One without any never gets the bundled one
-    unless it is asked for by name.
+    A checkpoint is trained with its own tokenizer. If it has none, the bundled one is used only if
+    the user names it.
 
     Args:
         is_store: whether `--data` is a token store.
@@ -101,7 +101,7 @@ def with_tokens(shape: ModelConfig, choice: ModelChoice, tokenizer: BPETokenizer
 
 
 def tokenizer_notes(choice: ModelChoice, tokenizer: BPETokenizer) -> list[Note]:
-    """Lines of the header: how documents begin and end, and what the checkpoint says otherwise."""
+    """Lines of the header: how documents begin and end, and where the checkpoint differs."""
     names = {role: repr(name) for role, name in tokenizer.special_tokens.items() if name}
     begin = names["bos_token"] if tokenizer.first_id is not None else "no BOS"
     notes = [

@@ -94,7 +94,7 @@ def training_data(
 
     Args:
         tokenizer: a tokenizer, or as `--tokenizer` names it.
-        context: of a model that is not a preset; None for a preset.
+        context: context of the model; None for a preset.
     """
     config, _ = settings
     fields = dataclasses.fields(CorpusOptions)
@@ -214,7 +214,7 @@ def _streamed(settings: Settings, corpus: Growing) -> TrainingData:
 
 
 def _begun(corpus: Growing, config: RunConfig) -> tuple[BPETokenizer, list[Note]]:
-    """The tokenizer to export, and what rows were taken for, by the first part of the data."""
+    """The tokenizer to export, and the rows' format, judged by the first part of the data."""
     from consyn_jax.data.sources.rows import CONVERSATIONS
 
     tokenizer, report = corpus.tokenizer, corpus.beginning()
@@ -285,7 +285,7 @@ def left_out_files(files: Sequence[tuple[str, str]]) -> str:
 def noticed(
     sources: Sequence[Source], options: CorpusOptions, tokenizer: BPETokenizer
 ) -> list[Note]:
-    """Lines about text files whose structure is read as text, with the flags that read it."""
+    """Lines about text files whose structure is ignored, with the flags that would read it."""
     from consyn_jax.data.sources.recognition.unread_structure import unread_structure
 
     end_text = tokenizer.decode([tokenizer.eos_token_id], False)
@@ -305,7 +305,7 @@ def _left_out(files: Sequence[tuple[str, str]]) -> list[Note]:
 
 
 def _packing(datasets: Sequence[ConsynDataset]) -> list[Note]:
-    """Header entry: how sequences are made, and the fate of rows that are longer."""
+    """Header entry: how sequences are made, and what happens to longer rows."""
     from consyn_jax.data.packing import CONTINUE, WholeDocuments
     from consyn_jax.data.pairs import PairDataset
 
@@ -330,7 +330,7 @@ def _packing(datasets: Sequence[ConsynDataset]) -> list[Note]:
 
 
 def _pair_notes(datasets: Sequence[PairDataset]) -> list[Note]:
-    """Header entry: how pairs become rows, and the fate of those that are too long."""
+    """Header entry: how pairs become rows, and what happens to those that are too long."""
     num_pairs, size = sum(map(len, datasets)), datasets[0].block_size
     padding = sum(len(d) * d.padding_fraction for d in datasets) / max(num_pairs, 1)
     row = f"a row is a pair: two sequences of up to {size:,} tokens"

@@ -62,8 +62,8 @@ def recorded_facts(place: Path) -> dict[str, Any]:
     facts = read_facts(place)
     if facts is None:
         raise UserError(
-            f"--output {place} has no provenance.json: it is no run, or of a version that wrote "
-            "none. Name the directory of a run."
+            f"--output {place} has no provenance.json: it is not a run, or an older version wrote "
+            "it. Name the directory of a run."
         )
     return facts
 

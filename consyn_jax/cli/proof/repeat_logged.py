@@ -48,7 +48,7 @@ def replay(trainer: ConsynTrainer, place: Path) -> None:
     """Repeat the step, compare it with the log, and print its documents.
 
     Args:
-        trainer: of the run in `place`.
+        trainer: trainer of the run in `place`.
 
     Raises:
         UserError: data, model or flags differ from the run's, or there is no such step.
@@ -119,7 +119,7 @@ def _documents(trainer: ConsynTrainer, step: int) -> tuple[list[LearnedDocument]
 
 
 def _surroundings(place: Path, step: int, mesh: dict[str, int]) -> list[str]:
-    """Names of what differs between this start and the one that took the step."""
+    """Names of the facts that differ between this start and the one that took the step."""
     import jax
 
     from consyn_jax.training.provenance.code_files import code_digests, combined

@@ -180,7 +180,7 @@ class Preparation:
         """The reason why the written files cannot become a store; "" if they can.
 
         Args:
-            key: of the sources as they are now.
+            key: key of the sources as they are now.
         """
         report, names = self.report, listed([source.name for source in self.spec.sources])
         if not report.kept and not report.dropped.keys() - {"empty"}:

@@ -62,7 +62,7 @@ class Prepared:
             the reason.
         report: counts of the preparation, empty for data that was tokenised already.
         from_cache: the store was complete before.
-        validation: those of `used` that are validated on.
+        validation: those of `used` that are validation data.
     """
 
     store: TokenStore | JoinedStores | RawTokens
@@ -120,7 +120,7 @@ def start(
     *,
     progress: Progress | None = None,
 ) -> Growing:
-    """Begin what `prepare` does, into the cache, and return without waiting for its end.
+    """Start `prepare` in the background, with the store in the cache.
 
     Raises:
         UserError: as `prepare`, for mistakes that are found before the first document is read.
@@ -299,7 +299,7 @@ def _given(
 
 
 def _named(raw: RawTokens, sources: Sequence[Source], split: str) -> tuple[Source, ...]:
-    """The files of `--data` whose names put them into a split."""
+    """The files of `--data` that belong to a split by their names."""
     return tuple(source for source in sources if Path(source.name) in raw.paths[split])
 
 

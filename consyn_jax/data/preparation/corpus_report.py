@@ -43,7 +43,7 @@ class Report:
         dropped: documents left out, by the names of `RULES`.
         changed: by the names of `CHANGES`; each message of a chat and each part of a long document
             counts as one text.
-        noticed: by the names of `NOTICES`, documents with something that the user should know.
+        noticed: documents with something unusual, by the names of `NOTICES`.
         formats: number of documents by the format of their rows.
         example: format, end of the prompt and beginning of the target of the first row with a
             prompt; empty if there is none.

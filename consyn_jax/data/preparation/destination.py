@@ -37,9 +37,9 @@ ABSENT, COMPLETE, OTHER, DAMAGED = "absent", "complete", "other", "damaged"
 class Destination:
     """The directory of one store.
 
-    In the cache, an entry that is damaged or outdated is made again, and a process that makes the
-    same store is waited for. In a directory that the user named, both are errors, so that nothing
-    of the user's is lost.
+    In the cache, a damaged or outdated entry is rebuilt, and a process that is making the same
+    store is waited for. In a directory that the user named, both are errors, so that no user data
+    is lost.
 
     Attributes:
         key: the name of the store by content (`spec.key_of`).
@@ -56,7 +56,7 @@ class Destination:
         return self.directory / PREPARING
 
     def is_complete(self) -> bool:
-        """Whether the store is there.
+        """Whether the store exists and is complete.
 
         Raises:
             UserError: the user's directory holds another store, or a damaged one.
@@ -88,7 +88,7 @@ class Destination:
         return COMPLETE if is_wanted else OTHER
 
     def refuse_links(self) -> None:
-        """Refuse a directory that a preparation writes to in which a stranger has put a link.
+        """Refuse to write to a directory in which someone else has put a link.
 
         Raises:
             UserError: something of the store is neither a file nor a directory; it is named.

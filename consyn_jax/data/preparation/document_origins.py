@@ -20,7 +20,7 @@ def document_origins(
     """The origins of documents of a block of whole documents, as `store.manifest` describes them.
 
     Args:
-        numbers: of the documents or rows in their source, from 1.
+        numbers: numbers of the documents or rows in their source, from 1.
         source: the number of their source.
     """
     found = np.zeros((len(numbers), 3), np.int64)
@@ -41,7 +41,7 @@ def sources_page(spec: Spec, contents: Sequence[Sequence[Any]]) -> str:
     """The content of `sources.json`.
 
     Args:
-        contents: of each source, as `preparation_spec.contents_of` returns it.
+        contents: identity of each source, as `preparation_spec.contents_of` returns it.
     """
     entries = [
         {

@@ -42,7 +42,7 @@ class Document:
     """A cleaned document.
 
     Attributes:
-        number: of the document or line in its source.
+        number: number of the document or line in its source.
         segments: the text in parts; a conversation has one, the text that its template writes.
         split: the document's split, if its text does not decide it.
         chat: the ids and targets of a conversation; None for other documents.
@@ -96,12 +96,12 @@ class EncodedDocuments:
     `ids` and `targets` have one entry per token, the other arrays one per document.
 
     Attributes:
-        numbers: of the document or line in its source.
+        numbers: number of the document or line in its source.
         lengths: tokens, EOS included. A document in parts has EOS only in its last part.
-        num_bytes, num_chars: of the cleaned text.
+        num_bytes, num_chars: sizes of the cleaned text.
         splits: indices into `SPLITS`.
         signatures: [0, 128] where near duplicates are not looked for.
-        have_prompts: 1 for rows of which only a part is learned.
+        have_prompts: 1 for rows with tokens that are not targets.
         ids: uint16 or uint32, one document after the other.
         targets: 1 where a token is a target of the loss; empty where all are.
     """
@@ -141,7 +141,7 @@ class DocumentEncoder:
         """The split of a document: the one that its row or file has, or one drawn from its text.
 
         Args:
-            first_digest: of the first part of the text, which decides the draw.
+            first_digest: digest of the first part of the text, which decides the draw.
         """
         return document.split or block.split or split_of(first_digest, *self._shares)
 

@@ -46,7 +46,7 @@ class Recorded:
 class ExactDuplicates(Recorded):
     """The digests of the documents so far.
 
-    Memory is 16 bytes a digest, and twice that while the longest runs are merged. A call of 4,000
+    Memory is 16 bytes per digest, and twice that while the longest runs are merged. A call of 4,000
     digests takes about 3.5 ms with 5 million stored.
 
     Args:
@@ -95,7 +95,7 @@ class SortedRuns:
     Keys may repeat; the order of the values of equal keys is not defined.
 
     Args:
-        dtype: of the values, unsigned.
+        dtype: unsigned type of the values.
     """
 
     def __init__(self, dtype: np.dtype) -> None:

@@ -26,7 +26,7 @@ class LongDocument:
     Attributes:
         split, place: where it goes, and where it was found.
         beginning: its first characters, for the report.
-        digests: of its parts.
+        digests: digests of its parts.
         signature: the smallest of its parts' signatures; None where none are needed.
         begin: the first byte of its text in the source.
     """

@@ -73,11 +73,11 @@ def signature(text: str) -> UInt32[np.ndarray, "128"]:
 
 
 def bands_and_rows(threshold: float) -> tuple[int, int]:
-    """(bands, rows a band): the most rows with which a pair at the threshold is still found.
+    """(bands, rows per band): the most rows with which a pair at the threshold is still found.
 
     A pair of that similarity agrees in all rows of some band with probability
-    1 - (1 - threshold^rows)^bands, which must be at least `RECALL`. More rows mean fewer documents
-    compared in vain and fewer keys to keep.
+    1 - (1 - threshold^rows)^bands, which must be at least `RECALL`. More rows mean fewer needless
+    comparisons and fewer keys to keep.
 
     >>> bands_and_rows(0.8), bands_and_rows(0.5), bands_and_rows(1.0)
     ((18, 7), (42, 3), (1, 128))
@@ -92,8 +92,8 @@ def bands_and_rows(threshold: float) -> tuple[int, int]:
 class NearDuplicates(Recorded):
     """The signatures of the documents kept so far.
 
-    Memory is 12 bytes a band and kept document (216 at a threshold of 0.8), and twice that while
-    the longest runs are merged; the signatures, 512 bytes a kept document, stay in the file. In a
+    Memory is 12 bytes per band and kept document (216 at a threshold of 0.8), and twice that while
+    the longest runs are merged; the signatures, 512 bytes per kept document, stay in the file. In a
     corpus made from a template, whose documents are similar but below the threshold, each document
     is compared with a share of all earlier ones, so time grows quadratically.
 

@@ -62,7 +62,7 @@ class Spec:
         sources: those of `--validation` first, so that a document in both is kept there.
         num_validation: how many of the sources are those of `--validation`.
         left_out: files that are not read, with the reason.
-        tokenizer: or "train:SIZE", to be learned from the data.
+        tokenizer: a tokenizer, or "train:SIZE" to train one on the data.
         streaming: read a dataset of the Hub over the network, without downloading it first.
         chat_template: the Jinja text that conversations are written with.
         tool_template: the template for conversations with tools, if there is a separate one.

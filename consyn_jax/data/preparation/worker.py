@@ -314,7 +314,7 @@ class Worker:
                 yield number, row.content, None, row.format
 
     def _cut(self, text: str) -> Iterator[tuple[str, str]]:
-        """(split, text) of the only document, cut by position: its last bytes are held out."""
+        """(split, text) of the only document, split by position: its last bytes are held out."""
         data, test = text.encode(), self.test_fraction
         held_out = self.options.validation_fraction + test
         ends = [0, cut(data, held_out), cut(data, test), len(data)]

@@ -143,7 +143,7 @@ def _beginning(name: str) -> Path:
 
 
 def _expand(name: str, dataset_type: str, flag: str) -> Sequence[Path | Source]:
-    """The paths that a name stands for, as a shell would expand it, or a source that is not one."""
+    """The paths that a name expands to, as in a shell, or a source that is not a path."""
     path = Path(name).expanduser()
     try:
         exists = path.exists()
@@ -221,8 +221,8 @@ def _look_into(path: Path, dataset_type: str, invalid_utf8: str) -> Iterator[tup
             yield Source(f"{path}:{split}", reader.kind), ""
     elif (path / PREPARING).is_dir():
         raise UserError(
-            f"{path} is a token store that is not finished. "
-            "Run the consyn-prepare that began it again; it continues where it stopped."
+            f"{path} is an unfinished token store. Run the same consyn-prepare command again; it "
+            "continues where it stopped."
         )
     else:
         yield from _look_into_directory(path, dataset_type, invalid_utf8)

@@ -2,7 +2,7 @@
 
 A new type is one module with a `Reader`, and one line in the table of `source.py`. The main process
 reads, decompresses and finds where documents end; what is in a document is left to the workers.
-Reading resumes at any position that a block gave, and holds a few megabytes whatever the input.
+Reading can resume at the end of any block, and holds a few megabytes whatever the input.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Block:
 
     Attributes:
         kind: "text" for documents between separators, "part" for a part of one document, "rows" for
-            JSON Lines, one row a document (see `rows.py`).
+            JSON Lines, one row per document (see `rows.py`).
         name: the source, for messages.
         first: number of the first document or line in the source, from 1.
         offset: position of `data` in the source in bytes, for messages.

@@ -2,7 +2,7 @@
 
 They are read with `pread` and not through a memory map. Mapped pages count as the process's memory,
 and a map dies with SIGBUS when its file is cut short; a read of 4 KB takes about a microsecond
-either way. So the memory for reading does not grow with the store: one buffer a thread while a
+either way. So the memory for reading does not grow with the store: one buffer per thread while a
 shard is checked, and a bounded number of open files.
 """
 
@@ -60,7 +60,7 @@ class NumberFile:
         except OSError as error:
             raise UserError(
                 f"{self.path} cannot be read: {error.strerror}. "
-                "Check that it is there, its permissions and the disk."
+                "Check that it exists, its permissions and the disk."
             ) from error
         if target is not out:
             out[:] = target

@@ -25,8 +25,8 @@ from consyn_jax.errors import UserError
 from consyn_jax.tokenization import BPETokenizer
 
 SEARCH_TOKENS = 1 << 18
-LOOK_S = 5.0  # between two looks at a file that is being read
-SAMPLES, SAMPLE_TOKENS = 16, 2048  # of each file, compared at every look
+LOOK_S = 5.0  # between two checks of a file that is being read
+SAMPLES, SAMPLE_TOKENS = 16, 2048  # per file, compared at every check
 
 
 class _RawFile:
@@ -117,7 +117,7 @@ class _RawFile:
             status = self.path.stat()
         except OSError as error:
             raise UserError(
-                f"{self.path} cannot be read: {error.strerror}. Check that it is there, its "
+                f"{self.path} cannot be read: {error.strerror}. Check that it exists, its "
                 "permissions and the disk."
             ) from error
         return status.st_size, status.st_mtime_ns
@@ -239,7 +239,7 @@ class RawTokens:
         splits: by name; their `num_documents` and `num_bytes` are None.
 
     Raises:
-        UserError: a file is of another type or damaged; no file is left to train on.
+        UserError: a file has another type or is damaged; no file is left to train on.
     """
 
     holds_pairs = False

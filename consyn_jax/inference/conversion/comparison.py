@@ -56,7 +56,7 @@ def check_logits(before: np.ndarray, after: np.ndarray, dtype: str, where: Path)
     if not share <= TOLERANCE[dtype]:  # NaN is not
         raise UserError(
             f"{where} was not written: read back, its logits differ from the model's by "
-            f"{share:.2g} of their size, and {TOLERANCE[dtype]:g} is what {dtype} allows. The disk "
-            "or the memory is faulty, or this is a defect; the model is unchanged."
+            f"{share:.2g} of their size, more than the {TOLERANCE[dtype]:g} that {dtype} allows. "
+            "The disk or the memory is faulty, or this is a defect; the model is unchanged."
         )
     return share

@@ -22,8 +22,7 @@ class SourceOptions:
     step: int | None = flag(None, "take this checkpoint of a run")
     average: str | None = flag(
         None,
-        "take the mean of several checkpoints of a run: of the newest 5 with 5, or of given steps "
-        "with 100,200,300",
+        "average several checkpoints of a run: 5 means the newest 5; 100,200,300 means these steps",
     )
     merge_lora: bool = flag(
         False, "the model is an adapter: add it to the weights of its base, and write the sum"
@@ -43,10 +42,8 @@ class TargetOptions:
         "number type of the weights; q8_0 is for gguf (that of the model)",
         choices=NUMBER_TYPES,
     )
-    shard_size: str = flag("5GB", "largest file of weights of hf, as in 500MB or 5GB")
-    context: int | None = flag(
-        None, "longest text that a GGUF says it is for, in tokens (that of the model)"
-    )
+    shard_size: str = flag("5GB", "maximum size of a weights file of hf, as in 500MB or 5GB")
+    context: int | None = flag(None, "context that a GGUF declares, in tokens (that of the model)")
     license: str | None = flag(None, "license in the model card, as in apache-2.0 (not stated)")
     push_to_hub: str | None = flag(
         None, "upload the result to this model of the Hugging Face Hub, as owner/name"

@@ -110,7 +110,9 @@ def _check_adapter(source: ModelSource, merge: bool) -> None:
             "of both; its own files are in PEFT's layout already."
         )
     if merge and source.base is None:
-        raise UserError(f"--merge_lora is for an adapter, and {source.name} is none. Leave it out.")
+        raise UserError(
+            f"--merge_lora is for an adapter, and {source.name} is not one. Leave it out."
+        )
 
 
 def _check_manifest(directory: Path) -> None:

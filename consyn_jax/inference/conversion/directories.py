@@ -52,7 +52,7 @@ def read_hf(directory: Path) -> tuple[ModelConfig, Params]:
     """Read what `write_hf` has written, as `from_pretrained` does.
 
     Raises:
-        UserError: It is not whole.
+        UserError: It is incomplete.
     """
     config = read_checkpoint(directory)
     return config, load_parameters(directory, config)
@@ -85,7 +85,7 @@ def read_orbax(directory: Path, config: ModelConfig) -> Params:
     """Read what `write_orbax` has written, in float32.
 
     Raises:
-        UserError: It is not whole.
+        UserError: It is incomplete.
     """
     return read_arrays(directory / ORBAX, shapes_on(config, None, jnp.float32))
 

@@ -75,8 +75,9 @@ def _reasons(config: ModelConfig, context: int, family: str, own: Architecture) 
     window = config.sliding_window
     if window is not None and window < context:
         reasons.append(
-            f"it has no sliding window there, and this model has one of {window:,} tokens. With "
-            f"--context {window} it is written for texts up to that length, for which both agree."
+            f"it has no sliding window for this layout, but the model has one of {window:,} "
+            f"tokens. With --context {window} it is written for texts up to that length, for "
+            "which both agree."
         )
     for name, what in (
         ("qkv_bias", "queries, keys and values"),
@@ -84,10 +85,10 @@ def _reasons(config: ModelConfig, context: int, family: str, own: Architecture) 
         ("mlp_bias", "the MLP"),
     ):
         if getattr(config, name) and name not in own.biases:
-            reasons.append(f"it reads no biases of {what} there. Convert it to hf.")
+            reasons.append(f"it reads no biases of {what} for this layout. Convert it to hf.")
     if own.is_square and config.num_heads * config.head_dim != config.hidden_dim:
         reasons.append(
-            f"its heads must be as wide as the model there, and {config.num_heads} heads of "
+            f"its heads must together be as wide as the model, but {config.num_heads} heads of "
             f"{config.head_dim} are not {config.hidden_dim}. Convert it to hf."
         )
     rotates = config.rotary_layers or (True,) * config.num_layers
@@ -97,13 +98,15 @@ def _reasons(config: ModelConfig, context: int, family: str, own: Architecture) 
     ]
     if list(rotates) != known:
         reasons.append(
-            f"it leaves every {SMOLLM3_INTERVAL}th layer of a smollm3 unrotated, and this model "
-            "others. Convert it to hf."
+            f"it leaves every {SMOLLM3_INTERVAL}th layer of a smollm3 unrotated, but this model "
+            "leaves others. Convert it to hf."
         )
     scaling = config.rope_scaling
     if scaling is not None:
         if scaling.rope_type not in own.scalings:
-            reasons.append(f"it has no {scaling.rope_type} scaling there. Convert it to hf.")
+            reasons.append(
+                f"it has no {scaling.rope_type} scaling for this layout. Convert it to hf."
+            )
         if scaling.rope_type == "dynamic" and context > config.context:
             reasons.append(
                 f"it has no dynamic scaling, which begins after {config.context:,} tokens. Give "
@@ -111,7 +114,7 @@ def _reasons(config: ModelConfig, context: int, family: str, own: Architecture) 
             )
         if not scaling.truncate:
             reasons.append(
-                "its yarn always truncates, and this model's does not. Convert it to hf."
+                "its yarn always truncates, but this model's does not. Convert it to hf."
             )
     return reasons
 

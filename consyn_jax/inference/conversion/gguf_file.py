@@ -37,7 +37,7 @@ def require_gguf() -> None:
     """Check that the `gguf` package is installed.
 
     Raises:
-        UserError: It is not.
+        UserError: It is missing.
     """
     try:
         import gguf  # noqa: F401
@@ -109,7 +109,7 @@ def write_gguf(
     types = [type_of(tensor, dtype) for tensor in hf_tensors(config)]
     if dtype == "q8_0" and "F16" in types:
         coarser = counted(types.count("F16"), "tensor")
-        notes = (*notes, f"{coarser} with rows that are no multiple of {BLOCK} are in F16")
+        notes = (*notes, f"{coarser} with rows that are not a multiple of {BLOCK} are in F16")
     return notes
 
 

@@ -19,7 +19,7 @@ class Value:
     """One number of one model.
 
     Attributes:
-        interval: Of 95 %; None where there are no resamples.
+        interval: 95 % interval; None without resamples.
         difference: From the first model, and its interval; None for the first.
         changed: Share of the requests whose answer is another one than the first model's.
     """

@@ -30,7 +30,7 @@ class EvaluateModelOptions:
         "auto",
         "devices to spread a model over; auto: a copy on each, or a part where no copy fits",
     )
-    batch_size: int = flag(8, "sequences at a time; no result depends on it")
+    batch_size: int = flag(8, "sequences per batch; does not change results")
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class EvaluateTextOptions:
     data: tuple[str, ...] = flag(
         (),
         "texts: files, directories, globs, Hugging Face datasets, token stores, or 'sample', as "
-        "for consyn-train, and read as they are: nothing is cleaned and no duplicate left out",
+        "for consyn-train, and read as they are: nothing is cleaned or deduplicated",
     )
     split: str = flag(
         "auto",
-        "documents of a token store; auto: validation, or train where that is empty",
+        "split of a token store; auto: validation, or train if that is empty",
         choices=("auto", "train", "validation", "test"),
     )
-    window: int | None = flag(None, "tokens that the model sees at once (the model's context)")
+    window: int | None = flag(None, "tokens in a window (the model's context)")
     stride: int | None = flag(
         None,
         "tokens from one window of a long document to the next; a smaller one gives tokens more "
@@ -82,11 +82,11 @@ class EvaluateRequestOptions:
 class EvaluateAnswerOptions:
     """Answers that the model writes."""
 
-    max_tokens: int = flag(256, "tokens of an answer at most, where the row has no max_tokens")
+    max_tokens: int = flag(256, "maximum tokens of an answer, if the row has no max_tokens")
     stop: tuple[str, ...] = flag(
-        (), r"texts that end an answer, where the row has no stop; \n is a newline"
+        (), r"texts that end an answer, if the row has no stop; \n is a newline"
     )
-    temperature: float = flag(0.0, "logits are divided by it; 0 takes the likeliest token")
+    temperature: float = flag(0.0, "sampling temperature; 0 takes the likeliest token")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class EvaluateResultOptions:
     )
     page: str | None = flag(None, "HTML file with the table, for a browser; it needs no network")
     bootstrap: int = flag(1000, "resamples for the 95 % intervals; 0: none")
-    seed: int = flag(0, "of the resamples, and of draws at a --temperature")
+    seed: int = flag(0, "seed of the resamples, and of sampling at a --temperature")
     quiet: bool = flag(False, "no progress")
 
 

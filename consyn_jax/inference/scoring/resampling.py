@@ -26,7 +26,7 @@ def ratio_interval(
     same resamples.
 
     Args:
-        over, under: [n], one value a unit; `under` is all ones for a mean.
+        over, under: [n], one value per unit; `under` is all ones for a mean.
 
     Returns:
         None without resamples, or with fewer than two units.

@@ -91,7 +91,7 @@ def score_texts(
     """Score whole documents in windows.
 
     Args:
-        window: Tokens that the model sees at once; None for its context.
+        window: Tokens in a window; None for the model's context.
         stride: Tokens from one window to the next; None for half a window.
 
     Raises:
@@ -131,7 +131,7 @@ def score_texts(
 
 
 def _worth_scoring(document: TokenDocument, size: int, step: int) -> Iterator[Window]:
-    """Its windows that score anything."""
+    """The windows of a document that score at least one token."""
     for part in windows(len(document.ids), size, step):
         if document.scored[part.first : part.end].any():
             yield part

@@ -1,4 +1,4 @@
-"""Let a model answer the questions of a task; its texts are judged later."""
+"""Generate a model's answers to the questions of a task; they are judged later."""
 
 from __future__ import annotations
 

@@ -20,15 +20,15 @@ class GenerateModelOptions:
     step: int | None = flag(None, "take this checkpoint of a run")
     dtype: str = flag(
         "auto",
-        "number type of the products; int8: the blocks' weights in 8 bits, a factor for each "
-        "output; auto: bfloat16 on a GPU, float32 on a CPU",
+        "number type of the products; int8: the blocks' weights in 8 bits, one scale per output; "
+        "auto: bfloat16 on a GPU, float32 on a CPU",
         choices=("auto", "float32", "bfloat16", "int8"),
     )
     mesh: str = flag(
         "auto",
         "devices to spread the model over; auto: one device if the model fits it, otherwise all",
     )
-    batch_size: int = flag(8, "texts that grow at the same time")
+    batch_size: int = flag(8, "texts to generate at the same time")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class PromptOptions:
 
     prompt: tuple[str, ...] = flag((), "texts to continue")
     file: str | None = flag(
-        None, "prompts from a file: a prompt a line, or JSON Lines with prompt or messages"
+        None, "prompts from a file: one per line, or JSON Lines with prompt or messages"
     )
     interactive: bool = flag(False, "a conversation in the terminal")
 
@@ -46,19 +46,21 @@ class PromptOptions:
 class SamplingOptions:
     """Choice of the next token; by default as the model's generation_config.json says."""
 
-    max_tokens: int | None = flag(None, "tokens to add to a prompt at most (256)")
+    max_tokens: int | None = flag(None, "maximum number of new tokens (256)")
     temperature: float | None = flag(
-        None, "logits are divided by it; 0 takes the likeliest token (0, and 1 with a filter)"
+        None, "sampling temperature; 0 takes the likeliest token (0; with a filter, 1)"
     )
-    top_k: int | None = flag(None, "draw from this many likeliest tokens")
-    top_p: float | None = flag(None, "draw from the fewest tokens that hold this probability")
+    top_k: int | None = flag(None, "sample from this many likeliest tokens")
+    top_p: float | None = flag(
+        None, "sample from the fewest tokens whose probabilities sum to this"
+    )
     min_p: float | None = flag(
-        None, "draw from tokens with this share of the likeliest one's probability"
+        None, "sample from tokens with at least this share of the likeliest one's probability"
     )
     repetition_penalty: float | None = flag(
-        None, "logits of tokens that the text has are divided by it, or multiplied if negative (1)"
+        None, "divide the logits of tokens that the text has by this, multiply negative ones (1)"
     )
-    seed: int = flag(0, "a text's draws depend on it and on the numbers of prompt and sequence")
+    seed: int = flag(0, "sampling seed; every sequence of every prompt has its own draws")
     num_return_sequences: int = flag(1, "texts for each prompt", aliases=("n",))
     stop: tuple[str, ...] = flag((), r"texts that end a continuation, and are left out of it")
 
@@ -68,7 +70,7 @@ class ResultOptions:
     """Destination of the texts."""
 
     output: str | None = flag(
-        None, "JSON Lines file, a line a text; it takes its name when it is whole"
+        None, "JSON Lines file, one line per text; it gets its name when it is complete"
     )
     include_prompt: bool = flag(False, "texts begin with their prompts")
     stream: bool | None = flag(None, "print text as it is made (true for one text on a terminal)")

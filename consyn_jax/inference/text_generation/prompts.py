@@ -36,7 +36,7 @@ class GivenPrompt(NamedTuple):
         where: The place to name in messages: "--prompt 2", "questions.txt, line 7".
         text: The prompt; None for a conversation.
         messages, tools: The conversation; None for a text.
-        unread: Keys of the row that say nothing about the prompt.
+        unread: Keys of the row that are not read.
     """
 
     where: str

@@ -1,1 +1,1 @@
-"""Generation: a static cache of keys and values, and slots in which texts grow token by token."""
+"""Generation: a static cache of keys and values, and slots that each extend one text."""

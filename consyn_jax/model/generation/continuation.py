@@ -79,7 +79,7 @@ def _check_call(prompts: Any, max_new_tokens: Any, sampling: Mapping[str, Any]) 
     """The prompts, as an array or a list; `Sampling` must have the other arguments."""
     if isinstance(prompts, Mapping):
         raise UserError(
-            "Prompts are a dict, and must be texts or rows of ids. Pass its 'input_ids' as lists "
+            "Prompts are a dict, but must be texts or rows of ids. Pass its 'input_ids' as lists "
             "without padding."
         )
     known = {field.name for field in fields(Sampling)}

@@ -65,7 +65,7 @@ class Slots(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """Prompts for `prefill`, one a row; rows whose slot is the number of slots are padding."""
+    """Prompts for `prefill`, one per row; rows whose slot is the number of slots are padding."""
 
     ids_PT: Any
     length_P: Any

@@ -1,4 +1,4 @@
-"""Continuous batching: texts grow in slots, and a finished text's slot goes to the next one.
+"""Continuous batching: each slot extends one text, and takes the next one when it is finished.
 
 A continuation depends only on the text's own tokens and draws, not on its slot or other texts.
 """
@@ -88,7 +88,7 @@ class Engine:
 
     Args:
         weights: From `runtime_weights`.
-        num_slots: Texts that grow at the same time.
+        num_slots: Texts to generate at the same time.
         sampling: Settings for the choice of tokens.
         attention: The backend of prefill, a key of `attention.BACKENDS`.
         ends: Ids that end a text; by default the model's.
@@ -277,7 +277,7 @@ def check_request(request: Request, context: int) -> None:
     """Check that a request can be continued within the context.
 
     Raises:
-        UserError: It cannot.
+        UserError: It is empty or too long.
     """
     T, where = len(request.ids), f"Prompt {request.prompt}"
     if T < 1:

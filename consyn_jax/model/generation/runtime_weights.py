@@ -1,7 +1,7 @@
 """Weights as generation reads them: one dict per layer, in the compute dtype.
 
-Training stacks the layers in one array a parameter. A loop over tokens would copy each layer's part
-out of it for every token.
+Training stacks the layers in one array per parameter. A loop over tokens would copy each layer's
+part out of it for every token.
 """
 
 from __future__ import annotations

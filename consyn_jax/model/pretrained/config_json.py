@@ -167,14 +167,14 @@ def with_generation_config(config: ModelConfig, text: Any, where: str) -> ModelC
         where: Its place, for messages.
 
     Raises:
-        UserError: It is no JSON object, or a value that is used has the wrong type.
+        UserError: It is not a JSON object, or a value that is used has the wrong type.
     """
     try:
         content = json.loads(text)
     except (TypeError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise UserError(f"{where} holds no JSON object. Put a good copy there.")
+        raise UserError(f"{where} is not a JSON object. Put a good copy there.")
     ends = content.get("eos_token_id")
     values = [("eos_token_id", end) for end in (ends if isinstance(ends, list) else [ends])]
     values += [(name, content.get(name)) for name in (*WHOLE, *NUMBERS)]
@@ -210,7 +210,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as wrong:
         raise UserError(f"{file} is not JSON: {wrong}.") from None
     if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object.")
+        raise UserError(f"{file} is not a JSON object.")
     return content
 
 

@@ -77,9 +77,9 @@ def _check_tied(directory: Path, found: Mapping[str, Header]) -> None:
         same = np.array_equal(head, embedding)
     if not same:
         raise UserError(
-            f"{directory} has an output embedding of its own, {HEAD}, but its config.json says "
-            "that it is the input embedding. Set tie_word_embeddings to false there if the tensor "
-            "is right."
+            f"{directory} has an output embedding of its own, {HEAD}, but its config.json ties it "
+            "to the input embedding. Set tie_word_embeddings to false there if the tensor is "
+            "right."
         )
 
 
@@ -87,7 +87,9 @@ def _check_tensors(directory: Path, config: ModelConfig, found: Mapping[str, Hea
     expected = {tensor.name: tensor.shape for tensor in hf_tensors(config)}
     missing = [name for name in expected if name not in found]
     if missing:
-        hint = "Download the model again, or correct config.json, which may be of another model."
+        hint = (
+            "Download the model again, or correct config.json, which may belong to another model."
+        )
         if missing == [HEAD]:
             hint = "Set tie_word_embeddings to true in config.json if it is the input embedding."
         raise UserError(f"{directory} lacks {_count(missing, 'tensor')}: {_few(missing)}. {hint}")

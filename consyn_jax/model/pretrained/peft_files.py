@@ -118,8 +118,8 @@ def read_adapter(directory: Path) -> Adapter:
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(base, str | None) or not isinstance(revision, str | None):
         raise UserError(
-            f"{directory / ADAPTER_CONFIG} has a base_model_name_or_path or a revision that is no "
-            "text. Put a good copy there."
+            f"{directory / ADAPTER_CONFIG} has a base_model_name_or_path or a revision that is "
+            "not text. Put a good copy there."
         )
     name = f"{base}@{revision}" if base and revision else base
     pairs: dict[str, dict[str, np.ndarray]] = {}
@@ -127,8 +127,8 @@ def read_adapter(directory: Path) -> Adapter:
         part = next((end for end in (A, B) if key.startswith(PREFIX) and key.endswith(end)), None)
         if part is None:
             raise UserError(
-                f"{directory / ADAPTER_WEIGHTS} has {key}, which is no part of a plain LoRA. Merge "
-                "it with PEFT, and use the merged model."
+                f"{directory / ADAPTER_WEIGHTS} has {key}, which is not part of a plain LoRA. "
+                "Merge it with PEFT, and use the merged model."
             )
         module = key.removeprefix(PREFIX).removesuffix(part)
         pairs.setdefault(module, {})[part] = values.astype(np.float32)
@@ -145,7 +145,7 @@ def read_adapter(directory: Path) -> Adapter:
 
 
 def _is_whole(pair: Mapping[str, np.ndarray]) -> bool:
-    """Whether two matrices are those of one adapter."""
+    """Whether two matrices form an adapter."""
     if pair.keys() != {A, B} or not pair[A].ndim == pair[B].ndim == 2:
         return False
     return 0 < pair[A].shape[0] == pair[B].shape[1]
@@ -212,7 +212,7 @@ def check_adapter(directory: Path, adapter: Adapter, config: ModelConfig) -> Non
 
 
 class _Place(NamedTuple):
-    """The place of a parameter's adapter in that of its tensor.
+    """The place of a parameter's adapter in its tensor's adapter.
 
     Attributes:
         columns: Its columns of b, which are its rows of a.
@@ -358,8 +358,8 @@ def load_adapter(
         change = adapter.changes.get(name)
         if change is None or change.a.shape[0] != rank:
             raise UserError(
-                f"{directory} has no adapter of rank {rank} for {name}. It is not of this run; put "
-                "the right one there."
+                f"{directory} has no adapter of rank {rank} for {name}. It does not belong to "
+                "this run; put the right one there."
             )
         for place in places:
             own, layer = host["layers"][place.key], place.part.layer

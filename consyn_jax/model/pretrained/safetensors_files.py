@@ -64,8 +64,8 @@ def open_weights(directory: Path) -> Read:
                 return handle.get_slice(name)[index] if index else handle.get_tensor(name)
         except (SafetensorError, OSError) as wrong:
             raise UserError(
-                f"{name} cannot be read from {file}: {wrong}. The file is damaged, or it is not "
-                "to the model that config.json describes."
+                f"{name} cannot be read from {file}: {wrong}. The file is damaged, or does not "
+                "belong to the model that config.json describes."
             ) from None
 
     return read

@@ -28,7 +28,7 @@ class Part(NamedTuple):
         layer: None for a parameter outside the blocks.
         shape: Shape of the rows in torch's layout: [outputs, inputs] or [elements].
         own_shape: Shape of the parameter, or of one layer of it.
-        order: Place in the tensor of each element of our heads; None if the order is the same.
+        order: For each element of our heads, its index in the tensor; None for the same order.
     """
 
     path: tuple[str, ...]

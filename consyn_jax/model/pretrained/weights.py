@@ -59,7 +59,7 @@ def base_directory(base: Base, owner: Path, named: str) -> Path:
     """The directory of the model under an adapter, with the same weights as in training.
 
     Args:
-        owner: What the adapter is in, and `named` what names the base there, for messages.
+        owner, named: For messages: what holds the adapter, and what names its base there.
 
     Raises:
         UserError: It is not there, or is another model by now.
@@ -88,7 +88,7 @@ def base_of(directory: Path, adapter: Adapter) -> Path:
 
 
 def _no_model(path: Path) -> UserError:
-    """The error for a path that is no directory."""
+    """The error for a path that is not a directory."""
     if path.suffix == ".gguf" and path.is_file():
         return UserError(
             f"{path} is a GGUF file, and only safetensors are read. Give the Hugging Face model "
@@ -121,8 +121,8 @@ def load_parameters(
     a tensor that it is read from.
 
     Args:
-        directory: Of a model, or of an adapter, which is added to the weights of its base.
-        convert: Makes of each parameter, before the next is read, what is kept of it.
+        directory: Directory of a model, or of an adapter, which is added to its base.
+        convert: Applied to each parameter before the next one is read; its result is kept.
         adapter: What to add to the weights in float32, before they are rounded to `dtype`.
 
     Raises:
@@ -171,7 +171,7 @@ def parameters_of(
 
 
 def _check_shape(directory: Path, tensor: Tensor, headers: Mapping[str, Header]) -> None:
-    """Check that a tensor is there, in the shape that config.json asks for."""
+    """Check that a tensor exists, in the shape that config.json asks for."""
     if tensor.name not in headers:
         raise UserError(
             f"{directory} has no tensor {tensor.name}. A file is missing, or it does not belong to "

@@ -1,6 +1,6 @@
 """Chat templates as transformers renders them, in Jinja's sandbox and within bounds.
 
-A template comes with a model, so it is a stranger's program. It sees plain JSON values only, cannot
+A template comes with a model, so it is an untrusted program. It sees plain JSON values only, cannot
 reach Python's internals, and is stopped if it writes or computes too much. The helpers are those of
 `transformers.utils.chat_template_utils`: `raise_exception`, `strftime_now`, `tojson`, `dict`,
 `namespace`, loop controls, and `generation` blocks around what the model itself writes.

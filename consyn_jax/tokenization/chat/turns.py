@@ -136,7 +136,7 @@ def _between(render: Callable[..., str], messages: list[Message], a: int, b: int
 
 
 def _rest(text: str) -> str:
-    """The text after the stand-in."""
+    """The text after the stand-in for a message."""
     _, found, rest = text.partition(STAND_IN)
     if not found or STAND_IN in rest:
         raise TemplateFault(REWRITTEN)

@@ -123,7 +123,7 @@ def merge_parts(
     """Combine the parts of all processes.
 
     Returns:
-        What the operating system refused in any process, and the hashes of all.
+        The operating system's refusal in any process, and the hashes of all.
 
     Raises:
         Exception: any other error; a process without one raises RuntimeError.
@@ -152,8 +152,8 @@ def give_name(
 
     Args:
         run: the run record.
-        hashes: of the files that are on the disk already.
-        provenance: makes the content of provenance.json of the hashes of the state's files.
+        hashes: hashes of the files that are on the disk already.
+        provenance: makes the content of provenance.json from the hashes of the state's files.
     """
 
     def hashed(name: str) -> str:

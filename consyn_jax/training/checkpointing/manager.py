@@ -54,8 +54,8 @@ class Checkpoints:
 
     Every process of the run must make the same calls in the same order. If the operating system
     refuses to write a checkpoint (no space, no permission, a broken disk), the run continues
-    without it. `warn` is told once until a save succeeds again. The next `save`, `wait` or `close`
-    raises any other error of the background thread.
+    without it. `warn` is called once until a save succeeds again. The next `save`, `wait` or
+    `close` raises any other error of the background thread.
 
     Args:
         keep_last: how many of the newest are kept.
@@ -64,14 +64,13 @@ class Checkpoints:
             written or are damaged.
         owner: the run that these checkpoints belong to; None takes those of any run.
         before_commit: called in the first process, from the background thread, before a checkpoint
-            gets its name. It brings to the disk what belongs to the checkpoint, and raises
-            `UserError` if the directory is not this run's any more.
+            gets its name. It flushes what belongs to the checkpoint, and raises `UserError` if the
+            directory is not this run's any more.
 
     Attributes:
-        provenance: makes the content of provenance.json of a step and the hashes of its files; None
-            for checkpoints without one.
-        damaged: the reasons by step, of checkpoints that `newest` skipped, until `delete_after`
-            sets them aside.
+        provenance: makes the content of provenance.json from a step and the hashes of its files;
+            None for checkpoints without one.
+        damaged: by step, why `newest` skipped a checkpoint, until `delete_after` sets it aside.
 
     Raises:
         UserError: the directory cannot be read.

@@ -46,18 +46,18 @@ warnings.filterwarnings("ignore", NEVER_AWAITED, RuntimeWarning)
 
 
 def writing_thread(write: Callable[[], None], name: str) -> threading.Thread:
-    """A thread that has not started; among several processes a daemon, as it may have no end.
+    """A thread, not started yet; with several processes a daemon, as it may never end.
 
-    Python's exit waits for all other threads, so `is_left_alone` would be in vain.
+    Python's exit waits for all other threads, which would defeat `is_left_alone`.
     """
     return threading.Thread(target=write, name=name, daemon=jax.process_count() > 1)
 
 
 def is_left_alone(write: threading.Thread | None) -> bool:
-    """Whether a write must be abandoned, as an error of this process alone ends the run.
+    """Whether to abandon a write because an error in this process alone ends the run.
 
-    The other processes may be waiting for this one in a collective, and the write for them: without
-    an end of the write, nobody would tell them.
+    The other processes may be waiting for this one in a collective, and the write for them. If this
+    process waited for the write, they would never learn of the error.
     """
     if write is None or jax.process_count() == 1 or type(sys.exc_info()[1]) is not UserError:
         return False
@@ -108,9 +108,9 @@ def write_at_low_priority(futures: list[Any]) -> None:
 def outlast_abandoned_work() -> None:
     """Give Orbax's threads time to finish abandoned work.
 
-    An error that they report while Python shuts down bypasses all hooks, and prints a traceback
-    after the run's last message. Nothing signals that they are done; after a write that the disk
-    refused, they took 0.05 s.
+    An error during Python's shutdown bypasses all hooks, and prints a traceback after the run's
+    last message. Nothing signals that they are done; after a write that the disk refused, they took
+    0.05 s.
     """
     time.sleep(ABANDONED_S)
 

@@ -1,4 +1,4 @@
-"""The identity of a run, which tells its files from those of another run.
+"""The identity of a run, which distinguishes its files from those of another run.
 
 It is random, so that two runs of the same configuration differ. It is in `run.json`, in every
 checkpoint, in the lock and in the `start` events of metrics.jsonl.
@@ -78,8 +78,8 @@ class RunRecord:
             ) from error
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(
-                f"{file} is damaged, so nobody can tell whose checkpoints these are. Put a copy "
-                "back, or delete the file, and the identity in the newest checkpoint counts."
+                f"{file} is damaged, so the owner of these checkpoints is unknown. Put a copy "
+                "back, or delete the file to take the identity in the newest checkpoint."
             ) from error
 
     @classmethod

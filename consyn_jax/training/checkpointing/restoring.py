@@ -44,8 +44,8 @@ def read_state(handler: Any, place: Path, like: TrainState) -> TrainState:
             that saved it.
 
     Raises:
-        UserError: they are of another model.
-        Exception: anything that Orbax raises if another version of it wrote the files.
+        UserError: they belong to another model. Exception: anything that Orbax raises if another
+            version of it wrote the files.
     """
     import orbax.checkpoint as ocp
 
@@ -67,7 +67,7 @@ def check_model(place: Path, old: dict[str, str], new: dict[str, str]) -> None:
             f"{name} is {old.get(name, 'nothing')} there and {new.get(name, 'nothing')} here"
             for name in names[:3]
         )
-        raise UserError(f"{place} is of another model: {first}{' and so on' if names[3:] else ''}.")
+        raise UserError(f"{place} holds another model: {first}{' and so on' if names[3:] else ''}.")
 
 
 def array_types(state: Any) -> dict[str, str]:

@@ -57,7 +57,7 @@ class Progress:
 
 
 def _checked_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...]:
-    """JSON has lists for tuples."""
+    """Make a tuple from the list that JSON has for it, and check the types of its items."""
     if not all(isinstance(item, (kind, int) if kind is float else kind) for item in value):
         raise TypeError(f"{name} is {value!r:.50}")
     return tuple(value)

@@ -1,1 +1,1 @@
-"""Looking into a run: profiles, learning-rate tests, non-finite values and their replay."""
+"""Diagnostics of a run: profiles, learning-rate tests, non-finite values and their replay."""

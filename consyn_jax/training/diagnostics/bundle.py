@@ -59,8 +59,8 @@ class Incident:
     Attributes:
         step: counted from 1. The state has seen all steps before it, except those that
             --on_nonfinite skip left out.
-        metrics: of the step.
-        total_steps: of the run, which its schedule follows.
+        metrics: metrics of the step.
+        total_steps: steps of the run, on which its schedule depends.
         samples: the name of each sequence of the batch, [A, B]; None if sequences have no names.
     """
 
@@ -87,8 +87,7 @@ def write_bundle(
     Args:
         place: the directory to write; an older bundle there is replaced.
         state: before the step; it is not changed.
-        batch: with at least the arrays of `Program.batch_dtypes`, and the frozen weights if there
-            are.
+        batch: at least the arrays of `Program.batch_dtypes`, and the frozen weights if any.
         config: the run's config.yaml.
         warn: called with a sentence if the bundle could not be written.
 

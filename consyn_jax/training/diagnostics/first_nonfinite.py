@@ -103,7 +103,7 @@ def _activation_rows(parts: dict[str, Statistics]) -> Iterable[Row]:
 
 
 def _parameter_rows(config: ModelConfig, tree: dict[str, Any]) -> Iterable[Row]:
-    """Table rows of the parameters; without those that are frozen under an adapter."""
+    """Table rows of the parameters, except those frozen under an adapter."""
     for name, inner in forward_order(config).items():
         if name in tree and not inner:
             yield _row(name, tree[name])

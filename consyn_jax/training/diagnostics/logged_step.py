@@ -101,7 +101,7 @@ def repeat_logged_step(
     Args:
         run: the run's configuration.
         make_parameters: makes the parameters that the run begins with, on a mesh.
-        make_base: What every batch has besides its arrays: the weights under an adapter.
+        make_base: makes the frozen weights under an adapter, which every batch carries.
 
     Raises:
         UserError: the log, the state or the data cannot be read.
@@ -163,6 +163,6 @@ def _state_before(
     if branched is None:
         return program.initial_state(make_parameters(program.mesh)), new, skipped
     if step <= branched:
-        raise UserError(f"This run begins after step {branched:,}. Ask the run that it came from.")
+        raise UserError(f"This run begins after step {branched:,}. Name the run that it came from.")
     origin = Path(run.saving.output) / CHECKPOINTS
     return *beginning.branch(origin, branched, program.state_like, new), skipped

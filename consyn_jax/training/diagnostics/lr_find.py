@@ -80,9 +80,9 @@ def range_test(
     """Train at rising rates until they or the batches end, or the loss diverges.
 
     The loss diverges when it or the gradient is not finite, or when its running mean is a quarter
-    above the loss before training, as nothing learned is left then. A multiple of the best loss,
-    such as fastai's four, is less useful for losses in nats: a short run that starts at ln V ends
-    above half of it.
+    above the loss before training, because by then nothing learned is left. A multiple of the best
+    loss, such as fastai's four, is less useful for losses in nats: a short run that starts at ln V
+    ends above half of it.
 
     Args:
         step: a compiled train step whose optimizer has `rising_schedule(rates)`.
@@ -126,7 +126,7 @@ def measure_curve(
 
     Args:
         train_step, state, rates: as for `range_test`.
-        shape: of a batch, (A, B, T).
+        shape: shape of a batch, (A, B, T).
         show: called after each step with the number of steps, the loss and tokens/s.
     """
     accumulation, batch_size, _ = shape

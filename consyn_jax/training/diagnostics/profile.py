@@ -25,7 +25,7 @@ def check_profile(steps: str | None, total_steps: int) -> None:
     """Check that `--profile_steps` begins before the run ends.
 
     Raises:
-        UserError: it does not.
+        UserError: it begins later.
     """
     traced = parse_profile_steps(steps)
     if traced is not None and traced[0] > total_steps:
@@ -41,8 +41,8 @@ class CompiledStep:
 
     Attributes:
         text: returns its compiled text.
-        flops: of one step on one device, as the model needs them.
-        peak: FLOP/s that a device can do at best; None if unknown.
+        flops: FLOPs of one step on one device that the model needs.
+        peak: peak FLOP/s of a device; None if unknown.
     """
 
     text: Callable[[], str]

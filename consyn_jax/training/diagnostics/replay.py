@@ -27,7 +27,7 @@ class RepeatedStep:
     """A step of a bundle, run again.
 
     Attributes:
-        metrics: of the train step itself, compiled as in the run.
+        metrics: metrics of the train step itself, compiled as in the run.
         mesh: the mesh that it ran on. On another mesh than the run's, the last digits differ.
         text: sentences about the first non-finite value.
     """

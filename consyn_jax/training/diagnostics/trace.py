@@ -198,7 +198,7 @@ def _gpu_lines(planes: Sequence[Any]) -> tuple[str, list[list[Event]]] | None:
 
 
 def _cpu_lines(planes: Sequence[Any]) -> tuple[str, list[list[Event]]]:
-    """A CPU's threads, each of which runs operations."""
+    """The name of the first CPU device, and the operations of each of its threads."""
     lines = [line for plane in planes if plane.name.startswith("/host:CPU") for line in plane.lines]
     events = [
         [

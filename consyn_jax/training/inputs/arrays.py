@@ -23,9 +23,9 @@ def complete(raw: Any, labels_are_ids: bool | None = None) -> Batch:
 
     Without labels, the labels are the sequence itself, shifted by one. So are labels that equal the
     input_ids, as those of transformers' collators do, because transformers' models shift them.
-    A token is a target if its label is not -100 or -1, its loss_mask is true, and it is no padding.
-    Without segment_ids, a row is one document, and `attention_mask` marks its padding; where
-    `position_ids` restart, another document begins. Rows of unequal length are padded.
+    A token is a target if its label is not -100 or -1, its loss_mask is true, and it is not
+    padding. Without segment_ids, a row is one document, and `attention_mask` marks its padding;
+    where `position_ids` restart, another document begins. Rows of unequal length are padded.
 
     Args:
         raw: a mapping such as a dict or a `BatchEncoding`, or input_ids alone, or a pair of
@@ -78,7 +78,7 @@ def shown_labels(raw: Any) -> bool | None:
 
 
 def check_labels_agree(shown: bool | None, known: bool | None, where: str) -> bool | None:
-    """Check that labels are of the kind that earlier rows or batches of the same data have.
+    """Check that labels are of the same kind as in earlier rows or batches of the data.
 
     Args:
         shown, known: `are_ids` of these labels, and of the earlier ones.
@@ -128,10 +128,10 @@ def check_length(tokens: int, block_size: int, where: str) -> None:
     """Check that a sequence is not longer than `block_size`.
 
     Args:
-        tokens: that the model reads at once: one less than ids without labels of their own.
+        tokens: tokens that the model reads: one less than the ids if there are no labels.
 
     Raises:
-        UserError: it is.
+        UserError: it is longer.
     """
     if tokens > block_size:
         raise UserError(
@@ -141,10 +141,10 @@ def check_length(tokens: int, block_size: int, where: str) -> None:
 
 
 def check_columns(fields: Mapping[str, Any], first: Mapping[str, Any], where: str) -> None:
-    """Check that a row or batch has labels and masks if the first one has, and else none.
+    """Check that a row or batch has labels and masks exactly if the first one has.
 
     Raises:
-        UserError: it does not.
+        UserError: it differs from the first one.
     """
     for name in USED:
         if (fields.get(name) is None) != (first.get(name) is None):
@@ -179,8 +179,9 @@ def fields_of(raw: Any, where: str = "A batch") -> Mapping[str, Any]:
     if isinstance(raw, tuple | list) and 0 < len(raw) < 3 and hasattr(raw[0], "ndim"):
         return dict(zip(("input_ids", "labels"), raw, strict=False))
     raise UserError(
-        f"{where} is {'None' if raw is None else f'of type {type(raw).__name__}'}, and must be a "
-        "dict with 'input_ids'. Data may also be a dataset of get_dataset or a list of token lists."
+        f"{where} is {'None' if raw is None else f'of type {type(raw).__name__}'}, but must be a "
+        "dict with 'input_ids'. Data may also be a dataset of get_dataset or a list of token "
+        "lists."
     )
 
 
@@ -190,7 +191,7 @@ def one_row(fields: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def each_row(fields: Mapping[str, Any]) -> list[dict[str, list[Any]]]:
-    """The batches of one row that a batch consists of, with its ids and labels."""
+    """Split a batch into batches of one row, each with its ids and labels."""
     ids, labels = fields["input_ids"], fields["labels"]
     return [{"input_ids": [ids[i]], "labels": [labels[i]]} for i in range(len(ids))]
 
@@ -205,14 +206,14 @@ def _arrays(raw: Any) -> dict[str, np.ndarray]:
     wanted = shapes["input_ids"]
     if isinstance(columns["input_ids"], np.ndarray) and len(wanted) != 2:
         raise UserError(
-            f"A batch's input_ids must be [sequences, tokens], and have shape {wanted}. Give one "
-            "row a sequence."
+            f"A batch's input_ids must be [sequences, tokens], not of shape {wanted}. Give one "
+            "row per sequence."
         )
     for name, shape in shapes.items():
         if shape != wanted:
             raise UserError(
-                f"A batch's {name} must have the shape of its input_ids, {wanted}, and have "
-                f"{shape}. Give one value of {name} a token."
+                f"A batch's {name} must have the shape of its input_ids, {wanted}, not {shape}. "
+                f"Give one value of {name} per token."
             )
     if isinstance(columns["input_ids"], list):
         attended = [np.ones(length, np.int64) for length in wanted]

@@ -22,7 +22,7 @@ class BatchSource(ABC):
         packing: how documents became sequences, as `--packing`; None for the caller's sequences.
         description: for the header; empty for data that the header describes otherwise.
         warn: called with a sentence about data that turns out to be unusual.
-        requests: what evaluations on it score as well; None for nothing.
+        requests: requests that evaluations also score; None without requests.
     """
 
     order: Order | None

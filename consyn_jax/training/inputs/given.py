@@ -1,4 +1,4 @@
-"""Recognition of the kind of the caller's data, before the run's settings are known."""
+"""Classify the caller's data before the run's settings are known."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Rows(Sequence[Mapping[str, Any]]):
             seen |= set(map(str, row))
         self.unused = sorted(seen - {*USED, *HARMLESS})
         if self.empty == count:
-            raise UserError(f"No row of {name} has a token. Give rows that have some.")
+            raise UserError(f"All rows of {name} are empty. Give at least one with tokens.")
 
     def __len__(self) -> int:
         if isinstance(self._rows, Mapping):
@@ -136,7 +136,7 @@ class Begun(Iterable[Any]):
         self.are_rows = not is_batch(fields)
         self.check(fields, None, 0)
         if not self.are_rows and not any(map(len, fields["input_ids"])):
-            raise UserError(f"Batch 0 of {name} has no token. Give batches that have some.")
+            raise UserError(f"Batch 0 of {name} is empty. Give batches with tokens.")
         self.unused = sorted({*map(str, fields)} - {*USED, *HARMLESS})
 
     def place(self, i: int) -> str:
@@ -149,7 +149,7 @@ class Begun(Iterable[Any]):
         check_fields(fields, vocab_size, self.place(i), masked)
 
     def _check_collation(self) -> None:
-        """Refuse what torch's default collate function makes of lists: a list of positions."""
+        """Refuse torch's default collation of lists, which turns rows into lists of positions."""
         if getattr(self.collate, "__name__", "") != "default_collate":
             return
         try:
@@ -299,7 +299,7 @@ def _array(data: Any, name: str) -> Given:
     if data.ndim != 2:
         hint = "Pass [ids] to train on one document" if data.ndim == 1 else "Reshape it"
         raise UserError(
-            f"{name} is an array of shape {tuple(data.shape)}, and must be [documents, tokens]. "
+            f"{name} is an array of shape {tuple(data.shape)}, but must be [documents, tokens]. "
             f"{hint}."
         )
     return TokenLists(list(as_array(data)))
@@ -318,7 +318,7 @@ def _indexable(data: Any, name: str) -> Given:
         )
     if isinstance(first, int | np.integer) or getattr(first, "ndim", None) == 0:
         raise UserError(
-            f"{name} is one list of ids, and must hold one for each document. Pass [ids] to train "
+            f"{name} is one list of ids, but must hold one for each document. Pass [ids] to train "
             "on one document."
         )
     if not isinstance(first, list | tuple) and not hasattr(first, "ndim"):

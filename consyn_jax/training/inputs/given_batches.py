@@ -36,7 +36,7 @@ class GivenBatches(BatchSource):
     """Any iterable of batches, or of rows, which it puts into batches.
 
     It has no positions, so a resume reads and skips the batches of earlier steps. A batch with
-    fewer sequences than `batch_size` is filled up with masked rows, one with more becomes several.
+    fewer sequences than `batch_size` is filled up with masked rows, and one with more is split.
     Shorter rows are filled up with masked tokens.
 
     Args:

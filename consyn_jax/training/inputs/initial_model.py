@@ -22,7 +22,7 @@ from consyn_jax.training.step import BASE
 
 @dataclass(frozen=True)
 class DeferredModel:
-    """A model that does not exist yet.
+    """A model whose parameters are made only on the run's mesh.
 
     Attributes:
         make: makes the parameters on a mesh one after the other, and passes each through a

@@ -39,7 +39,7 @@ class ItemDataset:
         name: the rows' name in messages.
 
     Attributes:
-        fingerprint: of all rows; None if it cannot be known.
+        fingerprint: hash of all rows; None if it cannot be known.
         warn: called once if rows are cut that were not seen before the run.
 
     Raises:
@@ -111,7 +111,7 @@ def pack_token_lists(
         for i, ids in enumerate(data)
     ]
     if not any(map(len, documents)):
-        raise UserError(f"No document of {name} has a token. Give documents that have some.")
+        raise UserError(f"All documents of {name} are empty. Give at least one with tokens.")
     digest = hashlib.blake2b(digest_size=16)
     for document in documents:
         digest.update(document.tobytes() + b"|")

@@ -1,7 +1,7 @@
 """Advice from what a run measures: what holds it back, and the flag to try.
 
-Every rule needs evidence over several lines or evaluations, says a thing once in a run, and names
-what it measured. docs/training.md lists the rules.
+Every rule needs evidence over several lines or evaluations, gives its advice once per run, and
+names what it measured. docs/training.md lists the rules.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Usage:
 
 @dataclass
 class Adviser:
-    """Follows a run and remembers what was said. All of it is in every checkpoint.
+    """Follows a run and remembers the advice given. Its state is in every checkpoint.
 
     Attributes:
         given: names of the advice that was given.
@@ -102,7 +102,7 @@ class Adviser:
 
         Args:
             clipped: share of the steps since the last line whose gradients were clipped.
-            losses: of the last steps, up to a hundred.
+            losses: losses of the last steps, up to a hundred.
         """
         if self.first_loss is None and len(losses) >= 20:
             self.first_loss = statistics.fmean(losses[:20])
@@ -230,7 +230,7 @@ def _of_memory(usage: Usage, facts: RunSettings) -> Iterator[Advice]:
         yield Advice(
             "memory nearly full",
             f"The device's memory is used to {share:.0%}. Half the --batch_size with twice the "
-            "--gradient_accumulation_steps needs less and computes the same.",
+            "--gradient_accumulation_steps needs less, with the same result.",
         )
     elif share < SPARE_SHARE and facts.gradient_checkpointing != "none":
         yield Advice(

@@ -133,7 +133,7 @@ class Console(AbstractContextManager["Console"]):
             self._live.start(refresh=True)
 
     def enter(self, phase: str, *, is_told: bool = False) -> None:
-        """Show another activity than steps, and since when; an empty one is a step.
+        """Show an activity other than steps, and its start; an empty one is a step.
 
         Args:
             is_told: whether it has a line of its own where there is no terminal.

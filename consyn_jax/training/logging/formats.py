@@ -1,4 +1,4 @@
-"""Numbers, durations and texts as people read them."""
+"""Format numbers, durations and texts for people."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def compact(value: float | int) -> str:
-    """Three digits and a unit.
+    """Format a number with three digits and a unit.
 
     >>> [compact(v) for v in (0.5, 999.4, 12345.0, 1.26e6, float("nan"))]
     ['0.5', '999', '12.3k', '1.26M', 'nan']

@@ -55,7 +55,7 @@ class Status:
     """The state of a run.
 
     Attributes:
-        words: running, complete, and so on, as `curves.ending` says it.
+        words: running, complete, and so on, as `metrics.ending` says it.
         is_alive: whether the page will be written again.
         left_s: seconds that are left; None if unknown.
         longest_gap_s: the longest time without a new page so far.

@@ -24,8 +24,8 @@ class Stopwatch:
     """Counts steps, tokens and time since the last lap; pauses do not count.
 
     Args:
-        step_flops: of one step on one device, as the model needs them.
-        peak_flops: FLOP/s that a device can do at best; None if unknown.
+        step_flops: FLOPs of one step on one device that the model needs.
+        peak_flops: peak FLOP/s of a device; None if unknown.
     """
 
     def __init__(self, step_flops: float = 0.0, peak_flops: float | None = None) -> None:

@@ -83,7 +83,7 @@ def lr_warning(lr: float, optimizer: str, from_weights: bool, factor: float = 1.
     """Warn if the peak rate is more usual for the other kind of training.
 
     Args:
-        factor: of the usual rates, for an adapter.
+        factor: multiplies the usual rates, for an adapter.
 
     >>> lr_warning(3e-5, "adamw", from_weights=False)
     '--lr 3e-05 is low for training from scratch with adamw; 5e-05 or more is usual. Rates as low as

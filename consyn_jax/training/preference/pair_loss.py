@@ -1,10 +1,10 @@
 """The loss of direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290).
 
 A row [2T] of a batch has the chosen sequence in its first half and the rejected one in its second.
-The log-probability of an answer is the sum over its tokens. Its reward is beta times what this is
-above the reference, the same under the model that the run started from. The loss of a pair is
--log sigmoid(reward of the chosen answer - reward of the rejected one), as TRL's `DPOTrainer` with
-`loss_type="sigmoid"` computes it.
+The log-probability of an answer is the sum over its tokens. Its reward is beta times its difference
+from the reference, the log-probability under the model that the run started from. The loss of a
+pair is -log sigmoid(reward of the chosen answer - reward of the rejected one), as TRL's
+`DPOTrainer` with `loss_type="sigmoid"` computes it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class PairSums(NamedTuple):
         return self.pairs
 
     def means(self, terms: Any) -> dict[str, Any]:
-        """The metrics of so many pairs, by TRL's names."""
+        """The metrics, as means over `terms` pairs, by TRL's names."""
         return {
             "loss": self.loss / terms,
             "rewards/chosen": self.chosen_rewards / terms,

@@ -1,4 +1,4 @@
-"""The log-probabilities of all answers under the model that a run of DPO starts from.
+"""The log-probabilities of all answers under the model that a DPO run starts from.
 
 They are computed once, before step 1, with the program that the step computes with, and written to
 the run directory. A run that is resumed reads them there, since its own model is trained by then.
@@ -52,11 +52,11 @@ def make_ready(
     Other objectives need none. Every process of a run must call this.
 
     Args:
-        inputs: of the run; their `derived` identifies data, tokenizer and initial weights.
+        inputs: inputs of the run; `derived` identifies data, tokenizer and initial weights.
         run: in micro-batches that fit the devices.
         path: the run directory.
-        params, base: of the model that the run starts from, frozen weights apart as in a batch;
-            no `params` for a run that is resumed.
+        params, base: weights of the model that the run starts from, frozen ones in `base`; `params`
+            is None for a resumed run.
         before_write: called before the file is written; None writes none.
         tick, note: called before every batch; and with a sentence before the first one.
         splits: those whose pairs are needed.

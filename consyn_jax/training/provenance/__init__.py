@@ -1,1 +1,1 @@
-"""Provenance of a run: recorded beside its weights, checked, and asked about."""
+"""Provenance of a run: its record beside the weights, and the verification of that record."""

@@ -33,7 +33,7 @@ def begin_facts(
     devices: Sequence[Any],
     step: int,
 ) -> RunFacts:
-    """Gather what a run is made of, once its config.yaml and its tokenizer are written.
+    """Gather the provenance of a run, once its config.yaml and its tokenizer are written.
 
     Args:
         order: order of the training sequences; None if they have no positions.

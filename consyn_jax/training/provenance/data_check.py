@@ -53,7 +53,7 @@ def _check_store(store: dict[str, Any], found: Findings) -> None:
         return
     manifest, sources = read_manifest(directory), read_sources(directory)
     if fingerprint_of(manifest) != store["fingerprint"]:
-        found.differs.append(f"data: {directory / MANIFEST} is of other data than the run's")
+        found.differs.append(f"data: {directory / MANIFEST} describes other data than the run's")
     if manifest.get("sources_sha256") != store["sources_sha256"]:
         found.differs.append(f"data: {directory / SOURCES} names other sources than the run's")
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]

@@ -1,4 +1,4 @@
-"""`provenance.json`: digests of everything that a run, a checkpoint or a model was made from.
+"""`provenance.json`: digests of all inputs of a run, a checkpoint or a model.
 
 It is written beside the run's configuration at every start, and into every checkpoint and model,
 whose checksums cover it. It is not a signature: anyone who can write to the whole directory can
@@ -193,7 +193,7 @@ def _fault(value: Any, shape: Any, name: str) -> str:
     """
     if isinstance(shape, dict):
         if not isinstance(value, dict):
-            return f"{name} is no object"
+            return f"{name} is not an object"
         for key, inner in shape.items():
             plain = key.removesuffix("?")
             if plain not in value and plain != key:
@@ -203,7 +203,7 @@ def _fault(value: Any, shape: Any, name: str) -> str:
         return ""
     if isinstance(shape, list):
         if not isinstance(value, list):
-            return f"{name} is no list"
+            return f"{name} is not a list"
         faults = (_fault(item, shape[0], f"{name}[{i}]") for i, item in enumerate(value))
         return next(filter(None, faults), "")
     return "" if isinstance(value, shape) else f"{name} is {value!r:.40}"

@@ -1,4 +1,4 @@
-"""Compare a run or a model with its records by computing every digest again."""
+"""Compare a run or a model with its records by recomputing every digest."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def resume_step(resume: str, directory: RunDirectory, checkpoints: Checkpoints) 
     """The step of the checkpoint to resume from; None for a new run.
 
     Args:
-        resume: `--resume`: a step, or the newest intact checkpoint of a run that is resumed.
+        resume: the value of `--resume`; unless it is a step, the newest intact checkpoint counts.
     """
     step = natural(resume)
     if step is not None:
@@ -72,12 +72,12 @@ def is_complete(
     if not is_over(progress, total_steps, options):
         return False
     if reason := from_first(lambda: unfinished(path)):
-        warn(f"The run in {path} took its last step, but {reason}; its end is done again.")
+        warn(f"The run in {path} took its last step, but {reason}; the work after it is repeated.")
         return False
     if not data_is_known:
         raise UserError(
-            f"The run in {path} is complete, and whether it had the training data of now cannot be "
-            "known of an iterator or of rows that vary. Give another output_dir, or overwrite=True."
+            f"The run in {path} is complete, but this data is an iterator or varies, so it cannot "
+            "be compared with the run's. Give another output_dir, or overwrite=True."
         )
     return True
 

@@ -146,7 +146,7 @@ def closing_lines(
 def next_commands(directory: Path, run: RunConfig, origins: Mapping[str, str]) -> list[str]:
     """Commands that use the model, score it, and train it twice as long.
 
-    A run from Python, and one that decays from another, has no command that trains it longer.
+    There is no command to train longer for a run from Python or one with --decay_from.
     """
     final = shlex.quote(str(directory / "final"))
     texts = " ".join(map(shlex.quote, run.data.validation)) or "TEXT_FILE"

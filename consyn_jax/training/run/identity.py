@@ -44,7 +44,7 @@ DERIVED_NAMES = {
     "sequences_per_step": "batch_size x gradient_accumulation_steps",
     "vocab_size": "the vocabulary",
     "weights": "the initial weights",
-    "requests": "what --eval_requests asks, which selects the best model,",
+    "requests": "the requests of --eval_requests, by which the best model is selected,",
 }
 
 

@@ -24,9 +24,9 @@ TICK_S = 60.0  # a page is also written after a logged step if the last one is s
 class LiveReport:
     """The page of a run, and the samples on it.
 
-    A process that has no log writes nothing. No failure to write ends the run: it is said once.
-    A page is left out where pages would take more than `PAGE_SHARE` of the run's time; the first
-    and the last one always come.
+    A process that has no log writes nothing. A failure to write is reported once and does not end
+    the run. A page is left out where pages would take more than `PAGE_SHARE` of the run's time; the
+    first and the last one always come.
 
     Args:
         directory: checked before every write.
@@ -89,10 +89,10 @@ class LiveReport:
     # ------------------------------------------------------------------------------------- samples
 
     def time_for_sample(self) -> str:
-        """Say "yes" if another sample keeps to `SAMPLE_SHARE` of the run's time; else "".
+        """Return "yes" if another sample keeps within `SAMPLE_SHARE` of the run's time, else "".
 
-        The first one, which waits for the compiler, is always in time; the next ones are taken for
-        a tenth as long, until one has shown.
+        The first one, which waits for the compiler, is always allowed. The next ones are assumed to
+        take a tenth of it, until one is measured.
         """
         passed = self._clock() - self._began
         in_time = self._sample_spent_s + self._sample_s <= SAMPLE_SHARE * passed

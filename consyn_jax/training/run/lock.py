@@ -140,7 +140,7 @@ def check_free(directory: Path) -> None:
 
 
 def is_held(directory: Path) -> bool:
-    """Whether a process holds a directory, as far as somebody who may only read it can tell.
+    """Whether a process holds a directory, judged with read access only.
 
     Nothing is changed or waited for.
     """

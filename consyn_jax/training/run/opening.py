@@ -1,4 +1,4 @@
-"""Check that the run directory may be used, before the data is read and under the lock."""
+"""Check that the run directory may be used, before the data is read and again under the lock."""
 
 from __future__ import annotations
 

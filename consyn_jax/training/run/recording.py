@@ -31,7 +31,7 @@ class Lengths:
         logging_steps: steps between two lines of metrics.
         sequences_per_step: sequences in one optimizer step.
         sequences_per_epoch: None if unknown.
-        order: of the training data; None if it has no positions.
+        order: order of the training data; None if it has no positions.
     """
 
     total_steps: int

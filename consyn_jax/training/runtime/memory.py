@@ -37,7 +37,7 @@ class Memory:
 
 
 def step_memory(compiled: Compiled) -> Memory:
-    """Memory of a step as the compiler laid it out; the state is donated, so it counts once."""
+    """Memory of a compiled step; the state is donated, so it counts once."""
     sizes: Any = compiled.memory_analysis()
     return Memory(
         sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes,

@@ -1,4 +1,4 @@
-"""Ends a run that makes no progress, and names the process that the others wait for."""
+"""End a run that makes no progress, and name the process that the others wait for."""
 
 from __future__ import annotations
 

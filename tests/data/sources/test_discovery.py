@@ -191,8 +191,8 @@ def test_text_with_invalid_bytes_is_text_if_they_are_replaced(tmp_path: Path) ->
         (["corpus", "store"], r"store in --data is a token store, and the others are not"),
         (
             ["unfinished"],
-            r"unfinished is a token store that is not finished\. "
-            r"Run the consyn-prepare that began it again",
+            r"unfinished is an unfinished token store\. "
+            r"Run the same consyn-prepare command again",
         ),
     ],
 )

@@ -107,7 +107,7 @@ def test_tools_and_variables_come_along() -> None:
                 "chosen": [user("a"), told("b")],
                 "rejected": [user("a"), told("c")],
             },
-            "holds a prompt that is none of the messages",
+            "holds a prompt that is not among the messages",
         ),
     ],
 )

@@ -59,12 +59,12 @@ WRITTEN = {
     ),
 }
 REFUSED = {
-    "qwen3 window": "no sliding window there, and this model has one of 5 tokens. With --context 5",
-    "mistral": "no sliding window there",
-    "ministral": "no sliding window there",
-    "smollm3": "no sliding window there",
-    "qwen2": "heads must be as wide as the model there, and 4 heads of 16 are not 32",
-    "phi3": "heads must be as wide as the model there",
+    "qwen3 window": "no sliding window for this layout, but the model has one of 5 tokens. With --context 5",
+    "mistral": "no sliding window for this layout",
+    "ministral": "no sliding window for this layout",
+    "smollm3": "no sliding window for this layout",
+    "qwen2": "heads must together be as wide as the model, but 4 heads of 16 are not 32",
+    "phi3": "heads must together be as wide as the model",
 }
 
 

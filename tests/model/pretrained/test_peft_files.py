@@ -94,8 +94,8 @@ def changed(place: Path, **values: Any) -> None:
         ({"alpha_pattern": {"(": 1}}, "gives no lora_alpha"),
         ({"alpha_pattern": {"(.*)*x": 1}}, "repeats too much"),
         ({"lora_alpha": float("inf")}, "gives no lora_alpha"),
-        ({"base_model_name_or_path": True}, "that is no text"),
-        ({"revision": ["main"]}, "that is no text"),
+        ({"base_model_name_or_path": True}, "that is not text"),
+        ({"revision": ["main"]}, "that is not text"),
     ],
 )
 def test_what_is_no_plain_lora_is_refused(

@@ -490,7 +490,7 @@ def test_another_models_checkpoint_is_told_from_a_damaged_one(
     wanted: TrainState, told: str, saved: Path
 ) -> None:
     checkpoints = Checkpoints(saved)
-    with pytest.raises(UserError, match=rf"^{saved}/4 is of another model: {told}"):
+    with pytest.raises(UserError, match=rf"^{saved}/4 holds another model: {told}"):
         checkpoints.restore(4, like(wanted))
     assert checkpoints.damaged == {}
     checkpoints.close()

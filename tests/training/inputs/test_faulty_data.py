@@ -80,12 +80,12 @@ FAULTY: dict[str, tuple[Any, str]] = {
     ),
     "a second batch without tokens": (
         [{"input_ids": np.array([[1, 5, 6]] * 2)}, {"input_ids": EMPTY}],
-        "Batch 1 of train_dataloader has no token. Leave it out",
+        "Batch 1 of train_dataloader is empty. Leave it out",
     ),
-    "documents without tokens": ([[], []], "No document of .* has a token"),
+    "documents without tokens": ([[], []], "All documents of .* are empty"),
     "an array without tokens": (np.zeros((4, 0), int), "train_dataloader is empty"),
-    "rows without tokens": ([{"input_ids": []}] * 2, "No row of .* has a token"),
-    "a batch without tokens": ([{"input_ids": EMPTY}], "Batch 0 of .* has no token"),
+    "rows without tokens": ([{"input_ids": []}] * 2, "All rows of .* are empty"),
+    "a batch without tokens": ([{"input_ids": EMPTY}], "Batch 0 of .* is empty"),
     "a mask of 2": ([{**ROW, "attention_mask": [1, 1, 2, 2]}], "Row 0 .* 2 in attention_mask"),
     "positions below 0": ([{**ROW, "position_ids": [-1, 0, 1, 2]}], "Row 0 .* first at position 0"),
     "positions with a gap": (
@@ -107,8 +107,8 @@ FAULTY: dict[str, tuple[Any, str]] = {
     "no ids in a row": ([ROW, {"input_ids": None}], "Row 1 of train_dataloader has no input_ids."),
     "no ids at first": ([{"input_ids": None}, ROW], "Row 0 of .* has no input_ids"),
     "no ids in a dict": ({"input_ids": None}, "is empty"),
-    "no row": ([ROW, None], "Row 1 of train_dataloader is None, and must be a dict with"),
-    "a text as a row": ([ROW, "abc"], "Row 1 of .* is of type str, and must be"),
+    "no row": ([ROW, None], "Row 1 of train_dataloader is None, but must be a dict with"),
+    "a text as a row": ([ROW, "abc"], "Row 1 of .* is of type str, but must be"),
     "a list among dicts": ([ROW, [1, 5, 6]], "Row 1 of .* is of type list"),
     "a generator's None": (once(None, ROW), "The first item of train_dataloader is None"),
     "other columns": ([ROW, {"labels": [1, 5]}], "Row 1 of .* has no input_ids, but 'labels'"),
@@ -128,9 +128,9 @@ FAULTY: dict[str, tuple[Any, str]] = {
     ),
     "two masks that differ": (
         [{**ROW, "segment_ids": [1, 1, 2, 2], "attention_mask": [1, 1, 1, 0]}],
-        "Row 0 .* has padding at position 3 by one of segment_ids and attention_mask",
+        "Row 0 .* has segment_ids and attention_mask that disagree about padding at position 3",
     ),
-    "one token a row": ([{"input_ids": [1]}] * 2, "or without a token after them. Correct labels"),
+    "one token a row": ([{"input_ids": [1]}] * 2, "or have no token after them. Correct labels"),
 }
 
 

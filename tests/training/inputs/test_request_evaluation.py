@@ -88,7 +88,9 @@ def test_an_evaluation_has_the_scores_of_consyn_evaluate(tmp_path: Path) -> None
     best = [i + 1 for i, v in enumerate(values) if all(v > other for other in values[:i])]
     assert [line["step"] for line in lines(path) if line.get("event") == "best"] == best
     written(tmp_path / "sums.jsonl", [*REQUESTS, REQUESTS[0]])
-    with pytest.raises(UserError, match="what --eval_requests asks, which selects the best model"):
+    with pytest.raises(
+        UserError, match="the requests of --eval_requests, by which the best model is selected"
+    ):
         trainer(path, file, max_steps=6, overwrite_schedule=True).train()
 
 

@@ -1,4 +1,4 @@
-"""Parquet and Arrow files as tables, from any row on, and tables as Python rows.
+"""Read Parquet and Arrow files as tables, starting at any row, and convert tables to Python rows.
 
 Files are read by Parquet row groups and Arrow record batches. Reaching a row costs at most one of
 them, and memory holds one. Only JSON columns are decoded.

@@ -1,7 +1,7 @@
-"""Rows of Parquet files, Arrow files, saved datasets and datasets of the Hub, from any row on.
+"""Rows of Parquet files, Arrow files, saved datasets and Hub datasets, starting at any row.
 
-A position is the number of rows before it, counted over all files in reading order. Nothing that
-comes with the data is run or unpickled.
+A position counts the rows before it, over all files in reading order. Nothing that comes with the
+data is run or unpickled.
 """
 
 from __future__ import annotations

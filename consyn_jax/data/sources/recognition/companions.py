@@ -1,4 +1,4 @@
-"""Files that lie beside data without being data: descriptions, licences, scripts, settings."""
+"""Files beside the data that are not data: descriptions, licences, scripts, settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from consyn_jax.data.sources.recognition.found import Found
 from consyn_jax.data.sources.recognition.splits import carries_split, split_of_path
 from consyn_jax.data.sources.text_reader import TextReader
 
-REASON = "lies beside the data; name it by itself to train on it"
+REASON = "is beside the data; name it by itself to train on it"
 MANY_TIMES = 10
 _DESCRIPTIONS = re.compile(
     r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|authors|code_of_conduct"
@@ -40,8 +40,8 @@ def without_companions(found: Sequence[Found]) -> list[Found]:
 
     Descriptions and licences accompany rows, tables and `.txt` files in their directory or below
     it. Scripts and settings accompany rows, tables and text files named after a split, and `.txt`
-    files of ten times their bytes in the same directory, such as a corpus and what downloaded it;
-    in a directory of programs they are the data. A file that the user named itself is always data.
+    files of ten times their size in the same directory, such as a corpus and its download script.
+    In a directory of programs they are the data. A file that the user named itself is always data.
     """
     used = [item for item in found if item.is_used]
     data = {item for item in used if not _is_description(item) and not _is_script(item)}

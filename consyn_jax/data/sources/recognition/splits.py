@@ -92,7 +92,7 @@ def by_split(found: Sequence[Found], flag: str) -> Parted:
 
 
 def carries_split(item: Found) -> bool:
-    """Whether the name of such a file can tell its split: rows, tables and `.txt` files.
+    """Whether a source's name can give its split, as for rows, tables and `.txt` files.
 
     Files of tokens are split when they are read, and stores have splits of their own.
     """

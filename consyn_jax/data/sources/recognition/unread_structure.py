@@ -27,7 +27,7 @@ TABLE_LINES = 10
 def unread_structure(
     sources: Sequence[Source], options: CorpusOptions, end_text: str | None = None
 ) -> list[str]:
-    """Describe text files whose structure is lost as plain text, each with the flag to give.
+    """Describe text files whose structure plain text ignores, each with the flag that reads it.
 
     Args:
         end_text: the tokenizer's own end-of-document token.

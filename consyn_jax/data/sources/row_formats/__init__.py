@@ -1,1 +1,1 @@
-"""The formats of fine-tuning rows: one module a family."""
+"""The formats of fine-tuning rows: one module per family."""

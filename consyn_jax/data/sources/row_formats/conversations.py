@@ -117,7 +117,7 @@ def variables_of(row: dict) -> dict[str, Any]:
     """Further values for the chat template.
 
     Raises:
-        BadRow: they are no object.
+        BadRow: they are not an object.
     """
     variables = optional(row, "chat_template_kwargs")
     if variables is None:
@@ -131,7 +131,7 @@ def tools_of(row: dict) -> list[Any] | None:
     """The functions that a conversation may call; OpenAI's older format has `functions`.
 
     Raises:
-        BadRow: they are no array.
+        BadRow: they are not an array.
     """
     older = optional(row, "tools") is None and optional(row, "functions") is not None
     name = "functions" if older else "tools"
@@ -147,7 +147,7 @@ def messages_of(messages: Any, key: str) -> list[tuple[dict[str, Any], bool]]:
     """(message, whether it is trained on) for each message of an array.
 
     Raises:
-        BadRow: it is no array of messages, or one of them is broken.
+        BadRow: it is not an array of messages, or one of them is broken.
     """
     messages = parsed_messages(messages, key)
     if not isinstance(messages, list):
@@ -166,7 +166,7 @@ def messages_to_answer(messages: Any, key: str) -> list[dict[str, Any]]:
     Roles and other keys are left to the template.
 
     Raises:
-        BadRow: it is no array of messages, one of them is broken, or the last is the assistant's.
+        BadRow: it is not an array of messages, one is broken, or the last is the assistant's.
     """
     if not isinstance(messages, list) or not messages:
         found = "an empty array" if messages == [] else json_type(messages)
@@ -248,7 +248,7 @@ def _called(content: Any, where: str) -> dict[str, Any]:
     calls = parsed(content, f"as function call {where}")
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) for call in calls):
-        raise BadRow(f"holds no object as function call {where}.")
+        raise BadRow(f"holds a function call that is not an object {where}.")
     return {
         "role": "assistant",
         "content": "",

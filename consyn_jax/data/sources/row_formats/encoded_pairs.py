@@ -1,8 +1,9 @@
 """Preference pairs to ids and targets, as TRL's `DPOTrainer` encodes them.
 
-The prompt is encoded alone, and with each answer. An answer begins where the ids with it leave
-those of the prompt alone, at the same place for both: a tokenizer may join the end of a prompt with
-the beginning of an answer, and a template may write a prompt otherwise when an answer follows.
+The prompt is encoded alone, and with each answer. An answer begins where its ids first differ from
+those of the prompt alone, at the same place for both answers: a tokenizer may join the end of a
+prompt with the beginning of an answer, and a template may write a prompt otherwise when an answer
+follows.
 """
 
 from __future__ import annotations

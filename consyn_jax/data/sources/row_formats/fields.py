@@ -82,7 +82,7 @@ def optional(row: dict, key: str) -> Any:
 
 
 def missing(row: dict, key: str) -> BadRow:
-    """The fault of a row without a key."""
+    """Describe the missing key of a row."""
     return BadRow(f"has no key {key!r}; its keys are {shown(row)}.", CHOOSE)
 
 

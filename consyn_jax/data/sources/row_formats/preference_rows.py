@@ -56,7 +56,7 @@ def pair(row: dict, prompt_keys: str | None) -> Pair:
         prompt_keys: `--prompt_key`; None for "prompt", or what both answers begin with.
 
     Raises:
-        BadRow: the row is no pair, or a broken one.
+        BadRow: the row is not a pair, or is broken.
     """
     for key in ("chosen", "rejected"):
         if row.get(key) is None:
@@ -158,7 +158,7 @@ def _with_text(given: Messages, prompt: str) -> Messages:
         return [{"role": "user", "content": string(prompt, "as prompt", "a string")}]
     if not any(str(m.get("content", "")).strip() == prompt.strip() for m in given):
         raise BadRow(
-            "holds a prompt that is none of the messages that 'chosen' and 'rejected' share.",
+            "holds a prompt that is not among the messages that 'chosen' and 'rejected' share.",
             "Write the prompt as messages, and only the answers under 'chosen' and 'rejected'.",
         )
     return given

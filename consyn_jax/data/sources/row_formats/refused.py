@@ -1,4 +1,4 @@
-"""Refusal of rows that fine-tuning cannot use as they are, with the part that it could use."""
+"""Refuse rows that fine-tuning cannot use as they are, and name the part that it could use."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _chosen(row: dict) -> str:
 
 
 def unknown(row: dict, text_key: str) -> BadRow:
-    """The fault of a row in which no format is found, with the flags that would read it."""
+    """Describe a row of no known format, with the flags that would read it."""
     if "input_ids" in row:
         return BadRow(
             f"holds token ids, and only text is read from rows; its keys are {shown(row)}.",

@@ -33,13 +33,13 @@ def layer_types(hf: HfConfig) -> list[str] | None:
 
 
 def check_one_each(key: str, given: Any, num_layers: int) -> None:
-    """Check that a value of config.json lists something for each layer.
+    """Check that a list in config.json has one entry per layer.
 
     Raises:
-        Unsupported: It does not.
+        Unsupported: The number of entries differs.
     """
     if not isinstance(given, list) or len(given) != num_layers:
-        found = f"{len(given)} {key}" if isinstance(given, list) else f"{key} that are no list"
+        found = f"{len(given)} {key}" if isinstance(given, list) else f"{key} that are not a list"
         raise Unsupported(f"{found}, but num_hidden_layers is {num_layers}. Correct one of the two")
 
 

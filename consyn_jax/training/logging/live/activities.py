@@ -35,8 +35,8 @@ def key(activity: str) -> str:
 class ActivityClock:
     """Assigns every second to one activity, so that the activities add up to the wall time.
 
-    The phases of the loop are the watchdog's. A step is compute until its metrics are read; data is
-    the wait for the next batch.
+    The phases are the watchdog's. A step counts as compute until its metrics are read, and the wait
+    for the next batch as data.
 
     Args:
         clock: seconds since some moment.

@@ -1,6 +1,6 @@
 """The history of a run in bounded memory, kept while it runs and read back when it resumes.
 
-A page is made of it in milliseconds, however many steps there were.
+A page is made from it in milliseconds, however many steps there were.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CURVES = ("train/loss", "train/learning_rate", "train/grad_norm", *SPREAD)
 
 
 class BoundedCurve:
-    """A curve as buckets of equally many points, of which the lowest and the highest are kept.
+    """A curve as buckets of equally many points, which keep their lowest and their highest point.
 
     When there are too many buckets, each two become one. Spikes thus stay visible.
 
@@ -167,8 +167,8 @@ class History:
 def earlier_activities(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Seconds by activity at the end of a log, for `ActivityClock.begin`.
 
-    The time after the last line that tells them was an evaluation's if one was logged there, else
-    that of a checkpoint. A log of an older version tells nothing: all of its time is `other`.
+    The time after the last line with these values counts as evaluation if one was logged there,
+    otherwise as saving. A log of an older version has none: all of its time is `other`.
     """
     time_s = max((line["time_s"] for line in lines), default=0.0)
     told = next((line for line in reversed(lines) if key(ACTIVITIES[0]) in line), None)
