@@ -188,7 +188,7 @@ WRONG = {
         {"input_ids": [3, 4, 5, 260]},
         "token id 260 in input_ids at position 3, .* tokeniz",
     ),
-    "label": ({"labels": [3, 4, 5, -3]}, "label -3 at position 3, .* no target with -100"),
+    "label": ({"labels": [3, 4, 5, -3]}, "label -3 at position 3, .* not a target with -100"),
     "label beyond": (
         {"labels": [999, 4, 5, 6]},
         "token id 999 in labels at position 0, .* tokeniz",
