@@ -23,7 +23,7 @@ EPILOG = """\
 examples:
   consyn-report runs/a runs/b         prints tables, writes comparison.html
   consyn-report runs/* --output all.html
-  consyn-report --watch runs          a page on this machine that renews itself
+  consyn-report --watch runs          a page on this machine that reloads itself
 
 Defaults are in brackets. If a flag is given twice, the last one counts.
 Exit codes: 0 done, 2 wrong input, 130 and 143 interrupted."""
