@@ -131,7 +131,7 @@ def test_labels_that_are_the_ids_are_shifted_as_transformers_models_do() -> None
             {"input_ids": IDS, "labels": np.array([0, 1])},
             "labels must have the shape of its input_ids, (2, 10), not (2,)",
         ),
-        ({"input_ids": IDS, "labels": IDS[:, 1:]}, "have (2, 9)"),
+        ({"input_ids": IDS, "labels": IDS[:, 1:]}, "not (2, 9)"),
     ],
 )
 def test_batches_of_another_form_are_refused(raw: Any, words: str) -> None:
