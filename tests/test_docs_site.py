@@ -94,3 +94,13 @@ def test_every_page_is_in_the_navigation() -> None:
     )
     docs = ROOT / "docs"
     assert {str(page.relative_to(docs)) for page in docs.rglob("*.md")} <= named
+
+
+def test_the_readme_fits_a_screen_and_leads_to_files_that_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 60
+    links = re.findall(r"\]\(([^)#\s]+)", text)
+    assert len(links) > 15
+    assert [link for link in links if ":" not in link and not (ROOT / link).is_file()] == []
+    for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", text):
+        assert (ROOT / picture).stat().st_size < 300_000

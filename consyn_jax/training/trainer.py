@@ -107,7 +107,7 @@ class ConsynTrainer:
         callbacks: Sequence[Any] = (),
         **settings: Any,
     ) -> None:
-        self.model, self.notes = model, notes
+        self.model, self.notes, self._callbacks = model, notes, checked_callbacks(callbacks)
         train_dataloader = recognise(train_dataloader, "train_dataloader")
         eval_dataloader = recognise(eval_dataloader, "eval_dataloader")
         if run is None:
@@ -141,7 +141,6 @@ class ConsynTrainer:
         self.total_steps = count_steps(self.run.budget, self.run.optimizer, *lengths)
         check_profile(self.run.logging.profile_steps, self.total_steps)
         self.cache_refusal: str | None = None  # why compiled programs are not kept
-        self._callbacks = checked_callbacks(callbacks)
 
     @property
     def sequences_per_step(self) -> int:

@@ -64,7 +64,7 @@ def scalars(path: Path) -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, float]] = {}
     for line in logged(path):
         for name, value in line.items():
-            if name != "step" and isinstance(value, (int, float)):
+            if name != "step" and ("/" in name or "train/loss" in line):
                 found.setdefault(name, {})[line["step"]] = float(np.float32(value))
     return found
 

@@ -252,8 +252,8 @@ def check_methods(callback: Any, name: str) -> None:
 
 def _place_of(called: Any, error: BaseException) -> str:
     """The line of the called code that failed, as file:line."""
-    function = called.__init__ if isinstance(called, type) else called
-    code = getattr(inspect.unwrap(function), "__code__", None)
+    function = vars(called).get("__init__") if isinstance(called, type) else called
+    code = getattr(function, "__code__", None)
     frames = traceback.extract_tb(error.__traceback__)[1:]  # without the call in this file
     own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
     if own or frames:

@@ -33,21 +33,25 @@ class TensorBoardTracker:
 
     def on_step(self, run: RunView, values: Mapping[str, Any]) -> None:
         """Write one event with all numbers of the line, and the samples that are new."""
+        self._line(run, values["step"], numbers(values))
+
+    def on_evaluate(self, run: RunView, values: Mapping[str, Any]) -> None:
+        """Write one event with the metrics, as `tokens` and `time_s` have a point there already."""
+        metrics = {name: value for name, value in numbers(values).items() if "/" in name}
+        self._line(run, values["step"], metrics)
+
+    def _line(self, run: RunView, step: int, values: Mapping[str, float]) -> None:
         from tensorboardX.proto.summary_pb2 import Summary
 
         if self._writer is None and run.resumed_from is None:
             rows = [[name, value] for name, value in run.config.items()]
             self._text(0, "config", markdown((["flag", "value"], rows)))
-        scalars = [
-            Summary.Value(tag=key, simple_value=value) for key, value in numbers(values).items()
-        ]
-        self._write(values["step"], Summary(value=scalars))
+        scalars = [Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
+        self._write(step, Summary(value=scalars))
         for sample in self._samples.new(run):
             # Indented, so that TensorBoard does not read it as Markdown.
             indented = "\n".join("    " + line for line in sample["text"].splitlines())
             self._text(sample["step"], "sample", indented)
-
-    on_evaluate = on_step
 
     def on_end(self, run: RunView, ending: str) -> None:
         """Write the table of evaluations, and close the file."""
@@ -146,16 +150,26 @@ class WandbTracker:
         # logged as a value.
         self._run.define_metric("*", step_metric="step")
         keep_id(self._run.id)
-        self._lacks_rows, self._written = run_id is not None, set[Row]()
-        if run_id is not None:
-            own = Path(self._run.dir).parent
-            self._written = written_rows(own.parent, run_id, own)
-        self._uploaded = -1 if self._run.offline else int(self._run.summary.get("step", -1))
-        if config.get("resume", "auto") != "auto" or config.get("overwrite_schedule"):
-            # Other numbers than before may follow, which count.
-            step = -1 if resume_step is None else resume_step
-            self._written = {row for row in self._written if row[0] <= step}
-            self._uploaded = min(self._uploaded, step)
+        changes = config.get("resume", "auto") != "auto" or bool(config.get("overwrite_schedule"))
+        self._find_rows(run_id, resume_step if changes else None)
+
+    def _find_rows(self, run_id: str | None, until: int | None) -> None:
+        """Find the rows that earlier starts have written.
+
+        Args:
+            run_id: of the run that is continued; None for a new one.
+            until: the last step whose numbers are the same as then; None for any.
+        """
+        self._lacks_rows, self._written, self._uploaded = run_id is not None, set[Row](), -1
+        if run_id is None:
+            return
+        own = Path(self._run.dir).parent
+        self._written = written_rows(own.parent, run_id, own)
+        if not self._run.offline:
+            self._uploaded = int(self._run.summary.get("step", -1))
+        if until is not None:
+            self._written = {row for row in self._written if row[0] <= until}
+            self._uploaded = min(self._uploaded, until)
 
     def on_step(self, run: RunView, values: Mapping[str, Any]) -> None:
         """Write a row of the history with the numbers of the line, and the samples that are new."""

@@ -87,8 +87,8 @@ class TestTensorBoard:
         for resume_step in (None, 5, 5):
             trackers = begin("tensorboard", tmp_path, resume_step=resume_step)
             trackers.run.samples = [{"step": 5, "tokens": 1, "text": "five"}]
-            line = MetricsLog(tmp_path).write(6, 48, {"eval/loss": 1.5})
-            trackers.step(line)
+            with MetricsLog(tmp_path) as log:
+                trackers.step(log.write(6, 48, {"eval/loss": 1.5}))
             trackers.end("complete")
         files = sorted((tmp_path / "logs").iterdir(), key=lambda path: path.stat().st_mtime_ns)
         assert len(files) == 3
@@ -230,9 +230,9 @@ class TestWandb:
         fake.Settings = dict  # type: ignore[attr-defined]
         fake.errors = types.SimpleNamespace(Error=OSError)  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "wandb", fake)
-        log = MetricsLog(tmp_path)
-        for step in range(1, 7):
-            log.write(step, 8 * step, {"train/loss": 1.0})
+        with MetricsLog(tmp_path) as log:
+            for step in range(1, 7):
+                log.write(step, 8 * step, {"train/loss": 1.0})
         for changed, steps in ((False, [8, 9]), (True, [7, 8, 9])):
             logged.clear()
             config = {"resume": "auto", "overwrite_schedule": changed}
