@@ -42,6 +42,7 @@ from consyn_jax.training.inputs.initial_model import (
     DeferredModel,
     base_of_adapter,
     base_on,
+    checked,
     give_parameters,
     parameters_on,
     weights_of,
@@ -102,7 +103,7 @@ class ConsynTrainer:
         notes: tuple[tuple[str, str], ...] = (),
         **settings: Any,
     ) -> None:
-        self.model, self.notes = model, notes
+        self.model, self.notes = checked(model, tokenizer), notes
         train_dataloader = recognise(train_dataloader, "train_dataloader")
         eval_dataloader = recognise(eval_dataloader, "eval_dataloader")
         if run is None:
