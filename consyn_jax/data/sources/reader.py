@@ -35,7 +35,8 @@ OFFICE = {
     ".epub": "a book, which has to be converted to text",
 }
 PDF = b"%PDF-"
-UTF16_SHARE = 0.9  # of the characters of a text in UTF-16 that have a byte of 0
+UTF16_SHARE = 0.9  # of the characters of a text in UTF-16 that are ASCII
+FEWEST_UTF16 = 16  # bytes by which UTF-16 is recognised
 REMEDY = "Convert the file to UTF-8, leave it out, or give --invalid_utf8 replace."
 HEAD_BYTES = 65_536
 BLOCK_BYTES = 1 << 20
@@ -279,8 +280,7 @@ def binary_fault(data: bytes, *, complete: bool) -> str:
     """
     nul = data.find(b"\0")
     if nul >= 0:
-        zeros = max(data[::2].count(0), data[1::2].count(0))
-        if 2 * zeros >= UTF16_SHARE * len(data):
+        if _is_utf16(data):
             return "is UTF-16 text without a byte order mark, and has to be converted"
         return f"is binary: byte {nul} is NUL"
     try:
@@ -289,3 +289,12 @@ def binary_fault(data: bytes, *, complete: bool) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         return f"is not UTF-8 text: byte {error.start} (line {line}) is 0x{data[error.start]:02x}"
     return ""
+
+
+def _is_utf16(data: bytes) -> bool:
+    """Whether most pairs of bytes are an ASCII character and a zero."""
+    if len(data) < FEWEST_UTF16:
+        return False
+    halves = sorted((data[::2], data[1::2]), key=lambda half: half.count(0))
+    text = sum(byte in b"\t\n\r" or 32 <= byte < 127 for byte in halves[0])
+    return min(text, halves[1].count(0)) >= UTF16_SHARE * len(halves[1])
