@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import re
 import signal
 from collections.abc import Iterable, Sequence
 from time import monotonic
 
 LONGEST_MESSAGE = 1600  # characters
+LONGEST_REASON = 200
+# A full stop after a word, and the capital of the next sentence.
+_NEXT_SENTENCE = re.compile(r"(?<=[\w)\]'`\"])[.!?] (?=[A-Z`(])")
 # At a job's time limit Slurm sends SIGTERM twice, milliseconds apart. One within this time after
 # the first does not mean to end at once.
 REPEAT_S = 2.0
@@ -83,6 +87,18 @@ def unsaved(error: KeyboardInterrupt) -> tuple[int, str]:
     number = error.number if isinstance(error, Unsaved) else signal.SIGINT
     ends = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
     return 128 + ends, f"{number.name} came before there was anything to save."
+
+
+def brief(error: BaseException) -> str:
+    """The first sentence of another library's message, on one line, without its full stop.
+
+    More of it would make our message longer than two sentences.
+
+    >>> brief(ValueError("No footer. Either the file is damaged or it is something else."))
+    'No footer'
+    """
+    text = _NEXT_SENTENCE.split(" ".join(str(error).split()), maxsplit=1)[0]
+    return text.rstrip(".")[:LONGEST_REASON] or type(error).__name__
 
 
 def visible(text: str) -> str:

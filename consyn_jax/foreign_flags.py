@@ -194,6 +194,9 @@ _EXPLAINED = {
     "all data is read, and [max_steps N] makes a run shorter": (
         "max_train_samples max_eval_samples max_samples"
     ),
+    "[temperature 0.8] draws the tokens of a text, and [temperature 0] takes the likeliest": (
+        "do_sample num_beams num_beam_groups"
+    ),
     "TensorBoard's files are in logs/ in [output DIR]. " + _LEAVE_OUT: "logging_dir log_dir tb_dir",
     "[validation_fraction 0.05] holds out 5 % of the documents": "validation_split_percentage",
 }
@@ -203,6 +206,10 @@ _KEYWORDS = {
     "eval_dataset": "pass it as eval_dataloader=, which takes data sets as well",
     **dict.fromkeys(
         ("args", "config"), "each setting is a keyword, such as [lr 5e-5] or [batch_size 8]"
+    ),
+    **dict.fromkeys(
+        ("eval_strategy", "evaluation_strategy", "do_eval"),
+        "[eval_steps 100] sets the steps between evaluations of eval_dataloader=",
     ),
     "data_collator": (
         "rows of unequal length are padded and masked without one. For other batches pass a torch "

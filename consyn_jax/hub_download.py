@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, brief, listed
 
 _NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
@@ -66,16 +66,33 @@ def download(name: str, patterns: Sequence[str]) -> Path:
             f"{repository} has no revision {revision!r}. Give a branch, a tag or a commit of it."
         ) from error
     except RepositoryNotFoundError as error:
+        _check_path(repository, "is not there")
         raise UserError(
             f"{repository} is not a directory here, and there is no such model on the Hugging Face "
             "Hub, or it is private. Check the name, or try `hf auth login`."
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        _check_path(repository, f"cannot be reached ({hub_reason(error)})")
         raise UserError(
             f"{repository} is not a directory here, and the Hugging Face Hub cannot be reached "
             f"({hub_reason(error)}). Where there is a network, run `hf download {repository} "
             "--local-dir DIR`, then give DIR instead."
         ) from error
+
+
+def _check_path(repository: str, fault: str) -> None:
+    """Refuse a name whose first part is a directory here: it is more likely a mistyped path.
+
+    Args:
+        fault: what is wrong with it as a hub id.
+    """
+    parent = Path(repository).parent
+    if parent.is_dir():
+        beside = listed(sorted(path.name for path in parent.iterdir()), 5)
+        raise UserError(
+            f"{repository} does not exist, and as a model of the Hugging Face Hub it {fault}. "
+            f"Correct the path or the name; the directory {parent} holds {beside or 'nothing'}."
+        )
 
 
 def hub_reason(error: Exception) -> str:
@@ -85,4 +102,4 @@ def hub_reason(error: Exception) -> str:
         cause = cause.__cause__
     if type(cause).__name__ == "OfflineModeIsEnabled":
         return "HF_HUB_OFFLINE is set"
-    return " ".join(str(cause).split())[:100].rstrip(".") or type(cause).__name__
+    return brief(cause)

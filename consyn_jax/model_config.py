@@ -330,6 +330,11 @@ class LoraOptions:
             raise UserError(f"--lora_alpha must be a number above 0, not {self.lora_alpha:g}.")
         known = (ALL_LINEAR, *LORA_TARGETS)
         for name in self.lora_targets:
+            if "," in name:
+                raise UserError(
+                    f"--lora_targets {name} is one word. Separate the names by spaces: "
+                    f"--lora_targets {name.replace(',', ' ')}."
+                )
             if name not in known:
                 raise UserError(
                     f"--lora_targets {name} is not known{nearest(name, known)} "

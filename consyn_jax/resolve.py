@@ -218,7 +218,9 @@ def _convert(flag: Flag, value: Any, where: str) -> Any:
         UserError: the value is not of that type; the message begins with `where`.
     """
     if flag.many:
-        items = value if isinstance(value, (list, tuple)) else [value]
+        items = list(value) if isinstance(value, (list, tuple)) else [value]
+        if flag.type is float and all(isinstance(item, str) for item in items):
+            items = [part for item in items for part in item.split(",")]  # as clear as with spaces
         return tuple(_scalar(flag, item, where) for item in items)
     if value is None and flag.optional:
         return None

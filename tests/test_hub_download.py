@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import huggingface_hub
 import numpy as np
@@ -147,3 +148,16 @@ def test_a_model_that_the_hub_does_not_have(hub: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
     with pytest.raises(UserError, match="there is no such model on the Hugging Face Hub"):
         download("Some/Other", ["*"])
+
+
+def test_a_mistyped_path_is_answered_with_what_is_there(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=OSError("offline")))
+    (Path("models") / "qwen3").mkdir(parents=True)
+    with pytest.raises(UserError) as refused:
+        choose_model(resolve({"checkpoint": "models/qwen"})[0].model)
+    assert str(refused.value) == (
+        "models/qwen does not exist, and as a model of the Hugging Face Hub it cannot be reached "
+        "(offline). Correct the path or the name; the directory models holds qwen3."
+    )

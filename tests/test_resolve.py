@@ -140,6 +140,16 @@ def test_an_invalid_value_is_named_with_its_flag(given: dict[str, str], message:
     assert str(caught.value) == message
 
 
+def test_numbers_may_be_separated_by_commas() -> None:
+    config, _ = resolve({"data": ["a", "b"], "data_weights": ["0.5,0.5"]})
+    assert config.data.data_weights == (0.5, 0.5)
+
+
+def test_names_of_matrices_in_one_word_are_answered_with_the_words() -> None:
+    with pytest.raises(UserError, match=r"by spaces: --lora_targets q_proj v_proj\."):
+        resolve({"lora_rank": 4, "checkpoint": "x", "lora_targets": ["q_proj,v_proj"]})
+
+
 def test_a_long_value_is_shortened_in_the_message() -> None:
     for given in ({"lr": "1" + 4000 * "["}, {"scheduler": 4000 * "x"}):
         with pytest.raises(UserError) as refused:

@@ -32,7 +32,7 @@ from consyn_jax.cli.machine_fit import check_machine
 from consyn_jax.cli.proof.questions import asked
 from consyn_jax.cli.text_encoding import start_in_utf8
 from consyn_jax.config import RunConfig
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, brief
 from consyn_jax.resolve import resolve
 
 if TYPE_CHECKING:
@@ -254,8 +254,7 @@ def _check_devices(config: RunConfig) -> None:
         num_devices = jax.device_count()
     except RuntimeError as error:
         raise UserError(
-            f"JAX finds no device to train on ({' '.join(str(error).split())}). Check "
-            "JAX_PLATFORMS and the driver."
+            f"JAX finds no device to train on ({brief(error)}). Check JAX_PLATFORMS and the driver."
         ) from error
     mesh, batch_size = config.hardware.mesh, config.budget.batch_size
     if mesh == "auto":

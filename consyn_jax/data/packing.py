@@ -180,7 +180,8 @@ class WholeDocuments(PackedSequences):
             UserError: a document is too long, and `on_long` is "error".
         """
         super().__init__(split, block_size, bos_id, pad_id)
-        self.on_long, self.num_long, self.lost_tokens = on_long, 0, 0
+        self.on_long, self.num_long = on_long, 0
+        self.lost_tokens, self.lost_targets = 0, 0
         groups = (self._shortened(*group) for group in document_groups(split))
         plans = [_plan(starts, lengths, block_size) for starts, lengths in groups]
         self._starts = np.concatenate([np.empty(0, np.int64), *(plan[0] for plan in plans)])
@@ -208,7 +209,9 @@ class WholeDocuments(PackedSequences):
         for start, length in zip(starts[long].tolist(), lengths[long].tolist(), strict=True):
             lost = np.empty(length - kept, np.uint8)
             self.split.read_targets(start + kept, lost)
-            self.num_targets -= int(np.count_nonzero(lost == 1))
+            lost_targets = int(np.count_nonzero(lost == 1))
+            self.num_targets -= lost_targets
+            self.lost_targets += lost_targets
             self.num_tokens -= len(lost)
             self.lost_tokens += len(lost)
             self.num_bytes = None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, brief
 
 Result = TypeVar("Result")
 PROBE_S = 5.0
@@ -59,7 +59,7 @@ def guarded(work: Callable[[], Result]) -> Result:
         if isinstance(error, Exception) or type(error).__name__ != "PanicException":
             raise
         raise UserError(
-            f"The tokenizer.json makes the tokenizers library fail ({_short(error)}). Use another "
+            f"The tokenizer.json makes the tokenizers library fail ({brief(error)}). Use another "
             "tokenizer, or repair the expressions in it."
         ) from error
 
@@ -97,7 +97,3 @@ def bounded(work: Callable[[], Result], limit_s: float) -> Result:
 def limit_s(characters: int) -> float:
     """Time limit in seconds for encoding this many characters."""
     return LEAST_S + characters / SLOWEST_CHARACTERS_PER_S
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from consyn_jax.errors import UserError, listed
+from consyn_jax.errors import UserError, brief, listed
 from consyn_jax.files import refuse_strays
 from consyn_jax.tokenization.sentencepiece_model import MODEL_FILES, sentencepiece_json
 from consyn_jax.tokenization.special_tokens import KNOWN_NAMES, Roles
@@ -214,9 +214,8 @@ def _converted(directory: Path, found: list[str]) -> tuple[str, dict[str, str | 
         json_text = theirs.backend_tokenizer.to_str()
     # transformers passes on the errors of the libraries that read each format.
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{what}, and transformers cannot convert it ({type(error).__name__}: {reason}). Give "
-            "a directory with a tokenizer.json."
+            f"{what}, and transformers cannot convert it ({brief(error)}). Give a "
+            "directory with a tokenizer.json."
         ) from error
     return json_text, {role: getattr(theirs, role) for role in KNOWN_NAMES}

@@ -17,12 +17,12 @@ import numpy as np
 
 from consyn_jax.data.loader import Shuffled
 from consyn_jax.data.mixture import Joined, Mixture
-from consyn_jax.data.packing import PackedSequences, Sequences, pack
+from consyn_jax.data.packing import PackedSequences, Sequences, WholeDocuments, pack
 from consyn_jax.data.pairs import PairDataset
 from consyn_jax.data.preparation.cached_store import Prepared, prepare
 from consyn_jax.data.split import TRAIN, VALIDATION
 from consyn_jax.data.store.store_split import StoreSplit
-from consyn_jax.errors import UserError, nearest
+from consyn_jax.errors import UserError, counted, listed, nearest
 from consyn_jax.prepare_config import CorpusOptions
 from consyn_jax.resolve import resolve_preparation
 from consyn_jax.tokenization import BPETokenizer
@@ -193,7 +193,7 @@ def get_dataset(
         UserError: as `cached_store.prepare`, or an option or the split is unknown, or the split is
             empty.
     """
-    _check_arguments(block_size, packing, options)
+    _check_arguments(tokenizer, block_size, packing, options)
     given_paths = [data_path] if isinstance(data_path, str | Path) else data_path
     paths = list(map(str, given_paths))
     given = {"data": paths, "dataset_type": dataset_type, "test_fraction": test_fraction, **options}
@@ -201,8 +201,8 @@ def get_dataset(
     resolved, _ = resolve_preparation(given | {"tokenizer": None if made else tokenizer})
     prepared = prepare(resolved.data, made, test_fraction=test_fraction)
     documents = _split(prepared, split, paths)
-    _warn_of_omissions(prepared)
     packed = pack_split(prepared, documents, block_size, packing, on_long_rows)
+    _warn_of_omissions(prepared, packed)
     return ConsynDataset(prepared, packed, seed, shuffle=split == TRAIN)
 
 
@@ -213,17 +213,39 @@ def pack_split(
     packing: str | None,
     on_long_rows: str | None,
 ) -> PackedSequences:
-    """The sequences of a split, or its pairs; for the arguments see `get_dataset`."""
+    """The sequences of a split, or its pairs; for the arguments see `get_dataset`.
+
+    Raises:
+        UserError: nothing is learned, because all rows are too long.
+    """
     tokenizer = prepared.store.tokenizer
     ids = tokenizer.first_id, tokenizer.fill_id
     if prepared.store.holds_pairs:
         if packing is not None:
             raise UserError(f"packing {packing!r} is for single sequences; here, a row is a pair.")
-        return PairDataset(documents, block_size, *ids, on_long_rows)
-    return pack(documents, block_size, *ids, packing, on_long_rows)
+        packed: PackedSequences = PairDataset(documents, block_size, *ids, on_long_rows)
+    else:
+        packed = pack(documents, block_size, *ids, packing, on_long_rows)
+    is_cut = isinstance(packed, WholeDocuments | PairDataset) and packed.num_long > 0
+    if is_cut and not packed.num_targets:
+        names = listed([source.name for source in prepared.used])
+        raise UserError(
+            f"The rows of {names} are longer than a sequence of {block_size:,} tokens, "
+            "and nothing to learn is left. Take longer sequences (--max_tokens, or block_size in "
+            "Python), as far as the model's context allows, or shorten the prompts."
+        )
+    return packed
 
 
-def _check_arguments(block_size: int, packing: str | None, options: Mapping[str, Any]) -> None:
+def _check_arguments(
+    tokenizer: Any, block_size: int, packing: str | None, options: Mapping[str, Any]
+) -> None:
+    if not isinstance(tokenizer, BPETokenizer | str | Path | None):
+        place = getattr(tokenizer, "name_or_path", "") or "DIR"
+        raise UserError(
+            f"tokenizer is a {type(tokenizer).__name__}, not a BPETokenizer. Pass the directory or "
+            f"the hub id that it is from: tokenizer={place!r}."
+        )
     if block_size < 1:
         raise UserError(f"block_size must be at least 1, not {block_size}.")
     if packing is not None and packing not in PACKINGS:
@@ -250,12 +272,18 @@ def _split(prepared: Prepared, split: str, paths: Sequence[str]) -> StoreSplit:
     return documents
 
 
-def _warn_of_omissions(prepared: Prepared) -> None:
+def _warn_of_omissions(prepared: Prepared, packed: PackedSequences) -> None:
     for name, reason in prepared.left_out:
         warnings.warn(f"{name} is left out: it {reason}.", stacklevel=3)
     bad = prepared.report.dropped.get("bad row", 0)
     if bad:
         warnings.warn(
             f"{bad} bad rows were left out, the first: {prepared.report.examples['bad row'][0]}",
+            stacklevel=3,
+        )
+    if isinstance(packed, WholeDocuments | PairDataset) and packed.lost_tokens:
+        warnings.warn(
+            f"{counted(packed.num_long, 'row')} longer than block_size={packed.block_size} lost "
+            f"{packed.lost_tokens:,} tokens (on_long_rows={packed.on_long!r}).",
             stacklevel=3,
         )

@@ -42,6 +42,7 @@ from consyn_jax.training.inputs.initial_model import (
     DeferredModel,
     base_of_adapter,
     base_on,
+    checked,
     give_parameters,
     parameters_on,
     weights_of,
@@ -107,7 +108,8 @@ class ConsynTrainer:
         callbacks: Sequence[Any] = (),
         **settings: Any,
     ) -> None:
-        self.model, self.notes, self._callbacks = model, notes, checked_callbacks(callbacks)
+        self.model, self.notes = checked(model, tokenizer), notes
+        self._callbacks = checked_callbacks(callbacks)
         train_dataloader = recognise(train_dataloader, "train_dataloader")
         eval_dataloader = recognise(eval_dataloader, "eval_dataloader")
         if run is None:

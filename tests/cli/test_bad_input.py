@@ -143,7 +143,8 @@ def refused(argv: list[str], capfd: pytest.CaptureFixture[str]) -> str:
         (
             "--data other.jsonl",
             "other.jsonl:1 has no key 'text'; its keys are 'body', 'id'. Name the field that holds "
-            "the text, as in --text_key body, or give --on_bad_rows skip.",
+            "the text, as in --text_key body, or those of prompt and answer with --prompt_key and "
+            "--completion_key.",
         ),
         (
             "--data good.txt --dataset_type jsonl",
@@ -209,8 +210,8 @@ def refused(argv: list[str], capfd: pytest.CaptureFixture[str]) -> str:
         ("--model good.txt", "good.txt is not JSON"),
         (
             "--model gpt2",
-            "gpt2/config.json has model_type 'gpt2', which is not supported. Supported: llama, "
-            "mistral, qwen3, qwen2, ministral, smollm3, phi3.",
+            "gpt2/config.json has model_type 'gpt2', which is not supported. Give a model of "
+            "llama, mistral, qwen3, qwen2, ministral, smollm3, phi3.",
         ),
         (
             "--model run",

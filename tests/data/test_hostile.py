@@ -389,6 +389,28 @@ def test_bad_rows(tmp_path: Path, row: str, message: str) -> None:
         assert texts(run(tmp_path, array, on_bad_rows="skip")) == ["one", "three"]
 
 
+@pytest.mark.parametrize(
+    ("rows", "flags", "remedy"),
+    [
+        ("{'text': 'one'}", {}, "in Python's notation, not JSON. Write the rows with json.dumps."),
+        # Rows of another kind than those before it are no reason for other flags.
+        ('{"text": "a"}\n{"chosen": "a", "rejected": "b"}', {}, "Fix the row, or give --on_bad"),
+        ('{"text": "a"}\n{"question": "a", "answer": "b"}', {}, "Fix the row, or give --on_bad"),
+        ('{"txt": "a"}\n' * 3, {"on_bad_rows": "skip"}, "All 3 rows of "),
+        ('{"txt": "a"}', {"on_bad_rows": "skip"}, ":1 has no key 'text'; its keys are 'txt'. Mend"),
+    ],
+)
+def test_what_to_do_about_bad_rows(
+    tmp_path: Path, rows: str, flags: dict[str, str], remedy: str
+) -> None:
+    assert remedy in refused(tmp_path, write(tmp_path, "a.jsonl", rows), **flags)
+
+
+def test_an_array_named_like_lines_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", '[\n {"text": "one"},\n {"text": "two"}\n]')
+    assert texts(run(tmp_path, path)) == ["one", "two"]
+
+
 def test_every_depth_is_read_or_refused(tmp_path: Path) -> None:
     """Near Python's limit, main process and worker may disagree, but not with a traceback."""
     for depth in range(900, 1010, 3):

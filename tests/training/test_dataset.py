@@ -1,6 +1,8 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from consyn_jax.data.order import ids_at
 from consyn_jax.data.packing import WholeDocuments
 from consyn_jax.errors import UserError
 from consyn_jax.tokenization import BPETokenizer
-from consyn_jax.training.dataset import ConsynDataset, MixedDataset, get_dataset
+from consyn_jax.training.dataset import ConsynDataset, MixedDataset, _check_arguments, get_dataset
 
 
 def stream(dataset: ConsynDataset) -> np.ndarray:
@@ -117,6 +119,12 @@ def test_the_test_split_and_the_options_of_preparation(
     assert kept == [200, 201]
 
 
+def test_a_tokenizer_of_another_library_is_answered_with_its_name() -> None:
+    theirs = SimpleNamespace(name_or_path="some/model")
+    with pytest.raises(UserError, match=r"tokenizer is a Simple.*: tokenizer='some/model'\.$"):
+        _check_arguments(theirs, 16, None, {})
+
+
 def test_whole_documents(tokenizer: BPETokenizer, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"text": "{"x" * (i % 13 + 1)}{i}"}}\n' for i in range(100)))
@@ -127,6 +135,18 @@ def test_whole_documents(tokenizer: BPETokenizer, tmp_path: Path) -> None:
         (item["input_ids"][item["segment_ids"] > 0][:1] == tokenizer.bos_token_id).all()
         for item in dataset
     )
+
+
+def test_what_long_rows_lose_is_said(tokenizer: BPETokenizer, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    long = json.dumps({"prompt": "p" * 60, "completion": "c"})
+    rows.write_text(json.dumps({"prompt": "p", "completion": "c"}) + f"\n{long}\n")
+    with pytest.warns(UserWarning, match=r"^1 row longer than block_size=16 lost 46 tokens"):
+        get_dataset(rows, tokenizer, 16, validation_fraction=0.0)
+    rows.write_text(f"{long}\n" * 2)
+    for on_long_rows in (None, "drop"):
+        with pytest.raises(UserError, match=r"sequence of 16 tokens, and nothing to learn is left"):
+            get_dataset(rows, tokenizer, 16, validation_fraction=0.0, on_long_rows=on_long_rows)
 
 
 # ----------------------------------------------------------------------------------------- mixtures

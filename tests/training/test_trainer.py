@@ -34,6 +34,7 @@ from consyn_jax.training import ConsynTrainer
 from consyn_jax.training.checkpointing.manager import Checkpoints
 from consyn_jax.training.checkpointing.run_state import Progress
 from consyn_jax.training.dataset import get_dataset
+from consyn_jax.training.inputs.initial_model import DeferredModel, checked
 from consyn_jax.training.logging.metrics import MetricsLog, read_metrics
 from consyn_jax.training.optim.schedules import build_schedule
 from consyn_jax.training.run import beginning
@@ -106,6 +107,24 @@ def test_what_needs_evaluations_is_refused_without_data_for_them(
     ):
         trainer(tmp_path / "out", eval_dataloader=None, **needs).train()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        (("some/model", None), r"Pass ConsynLMHeadModel\.from_pretrained\('some/model'\)"),
+        ((object(), None), r"model is a object, .*pass ConsynLMHeadModel\.from_pretrained"),
+        (
+            (DeferredModel(CONFIG, lambda mesh, convert: {}), "some/model"),
+            r"tokenizer is a str, .*pass BPETokenizer\.from_file",
+        ),
+    ],
+)
+def test_models_and_tokenizers_of_other_kinds_are_answered_with_ours(
+    given: tuple[Any, Any], remedy: str
+) -> None:
+    with pytest.raises(UserError, match=remedy):
+        checked(*given)
 
 
 class Finished(NamedTuple):

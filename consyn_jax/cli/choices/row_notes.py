@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from consyn_jax.errors import listed
 from consyn_jax.prepare_config import CorpusOptions
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from consyn_jax.tokenization import BPETokenizer
 
 SHOWN = 160  # characters of the example's prompt and target
+SHOWN_KEYS = 5  # of those that are not read
 
 
 def row_notes(
@@ -30,6 +32,9 @@ def row_notes(
         found = ", ".join(f"{count:,} as {name}" for name, count in report.formats.items())
         by = "" if options.row_format == "auto" else f" (--row_format {options.row_format})"
         notes.append(("rows", f"read {found}{by}"))
+    if report.unread:
+        unread = listed([f"{key} ({count:,})" for key, count in report.unread.items()], SHOWN_KEYS)
+        notes.append(("not read", f"fields of the rows, with their numbers: {unread}"))
     if any(name in CONVERSATIONS for name in report.formats):
         notes.append(("chat template", _template(options.chat_template, tokenizer)))
         notes += _date(tokenizer)

@@ -325,6 +325,8 @@ def _packing(datasets: Sequence[ConsynDataset]) -> list[Note]:
         lost, total = sum(d.lost_tokens for d in whole), sum(d.num_tokens for d in whole)
         text = f"{num_long:,} longer than {whole[0].block_size:,} tokens: {what[whole[0].on_long]}"
         share = f", {lost:,} tokens ({lost / max(lost + total, 1):.1%}) left out" if lost else ""
+        if targets := sum(d.lost_targets for d in whole):
+            share += f", {targets:,} of them to be learned"
         notes.append(("long rows", text + share))
     return notes
 

@@ -186,6 +186,12 @@ class Preparation:
         if not report.kept and not report.dropped.keys() - {"empty"}:
             return f"There is no text in {names}: nothing but white space. Give other --data."
         if not report.kept:
+            if list(report.dropped) == ["bad row"]:
+                first = report.examples["bad row"][0].rstrip(".")
+                return (
+                    f"All {report.documents:,} rows of {names} are bad, the first: {first}. Mend "
+                    "the rows, or leave --on_bad_rows out to be told how to read them."
+                )
             left_out = ", ".join(f"{count:,} {rule}" for rule, count in report.dropped.items())
             return (
                 f"Nothing is left of the {report.documents:,} documents in {names}: {left_out}. "
@@ -223,7 +229,7 @@ class Preparation:
         report.rows_not_utf8 += result.rows_not_utf8
         for rule, place, text in result.dropped:
             report.drop(rule, place, text)
-        for name in ("changed", "noticed", "formats"):
+        for name in ("changed", "noticed", "formats", "unread"):
             report.add(name, getattr(result, name))
         report.example = report.example or result.example
         if block.begins and block.last:

@@ -28,6 +28,7 @@ def page(report: Report, title: str, settings: Mapping[str, object]) -> str:
         _tiles(report),
         _documents(report),
         _table("Formats of the rows", ("format", "rows"), report.formats.items(), _FORMATS_NOTE),
+        _table("Fields that are not read", ("key", "rows"), report.unread.items()),
         _example(report),
         _table("Noticed", ("what", "count"), _named(report.noticed, NOTICES)),
         _table("Changes to the text", ("change", "count"), _named(report.changed, CHANGES)),

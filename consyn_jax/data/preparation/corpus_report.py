@@ -16,6 +16,7 @@ from consyn_jax.prepare_config import CorpusOptions
 REPORT = "report.json"
 EXAMPLES = 5
 EXAMPLE_CHARS = 200
+UNREAD_KEYS = 100
 RULES = ("bad row", "empty", "too short", "too long", "duplicate", "near duplicate")
 CHANGES = {
     "invalid_utf8": "places that were not UTF-8, replaced by U+FFFD",
@@ -29,7 +30,8 @@ NOTICES = {
     "equal": "pairs whose chosen and rejected answers are equal, so that nothing is learned",
     "prompt_end": "pairs whose prompt ends with other tokens when an answer follows, which count "
     "as part of the answers",
-    "markers": "texts with a chat model's markers, which are read as plain text",
+    "markers": "rows with a chat model's markers, which are read as plain text; give such rows as "
+    "messages",
 }
 
 
@@ -45,6 +47,7 @@ class Report:
             counts as one text.
         noticed: documents with something unusual, by the names of `NOTICES`.
         formats: number of documents by the format of their rows.
+        unread: number of rows by a key that their format has no use for; at most `UNREAD_KEYS`.
         example: format, end of the prompt and beginning of the target of the first row with a
             prompt; empty if there is none.
         examples: by rule, the first few as "place: beginning of the text".
@@ -70,6 +73,7 @@ class Report:
     rows_not_utf8: int = 0
     noticed: dict[str, int] = field(default_factory=dict)
     formats: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
     example: list[str] = field(default_factory=list)
 
     @property
@@ -88,9 +92,11 @@ class Report:
             )
 
     def add(self, name: str, counts: Mapping[str, int]) -> None:
-        """Add to one of the tables: "changed", "noticed" or "formats"."""
+        """Add to one of the tables: "changed", "noticed", "formats" or "unread"."""
         table = getattr(self, name)
         for key, count in counts.items():
+            if name == "unread" and key not in table and len(table) == UNREAD_KEYS:
+                continue  # rows may have keys of their own, without end
             table[key] = table.get(key, 0) + count
 
     def keep(self, num_bytes: np.ndarray, num_tokens: np.ndarray) -> None:
@@ -118,6 +124,7 @@ class Report:
             "changed": list(CHANGES).index,
             "noticed": list(NOTICES).index,
             "formats": str,
+            "unread": str,
             "examples": RULES.index,
             "document_bytes": int,
             "document_tokens": int,

@@ -6,7 +6,6 @@ workers there are or which of them gets a block.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,13 +25,22 @@ from consyn_jax.data.preparation.encoded_documents import (
 )
 from consyn_jax.data.sources.byte_stream import CHUNK_BYTES, ByteStream
 from consyn_jax.data.sources.chunking import LIMIT, parts
+from consyn_jax.data.sources.csv_reader import HEADLESS, is_table
 from consyn_jax.data.sources.reader import REMEDY, START, Block
 from consyn_jax.data.sources.row_formats.conversations import Conversation
 from consyn_jax.data.sources.row_formats.encoded_pairs import encode_pair
-from consyn_jax.data.sources.row_formats.fields import BadRow
+from consyn_jax.data.sources.row_formats.fields import REMEDY as FIX
+from consyn_jax.data.sources.row_formats.fields import BadRow, MissingKey, decoded
 from consyn_jax.data.sources.row_formats.markers import pattern
 from consyn_jax.data.sources.row_formats.preference_rows import Pair
-from consyn_jax.data.sources.rows import TEXT, Content, RowKeys, Segment, read_row
+from consyn_jax.data.sources.rows import (
+    CONVERSATIONS,
+    TEXT,
+    Content,
+    RowKeys,
+    Segment,
+    read_row,
+)
 from consyn_jax.data.sources.sample_reader import SAMPLE
 from consyn_jax.data.sources.text_reader import separator
 from consyn_jax.data.split import SPLITS, TRAIN, cut
@@ -56,7 +64,7 @@ class Result:
         kept: the documents that the rules about single documents keep.
         dropped: (rule, place, beginning of the text) of each document that was left out.
         changed, noticed, rows_not_utf8: as in `Report`.
-        formats: number of documents by the format of their rows.
+        formats, unread: as in `Report`.
         example: format, prompt and target of the first row with a prompt.
         fault: an error that stops the preparation, with its place; "" for none.
         is_blank: the block is a part with nothing but white space.
@@ -70,6 +78,7 @@ class Result:
     rows_not_utf8: int = 0
     noticed: dict[str, int] = field(default_factory=dict)
     formats: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
     example: list[str] = field(default_factory=list)
 
     @property
@@ -211,12 +220,13 @@ class Worker:
         if not found.format:
             return
         result.formats[found.format] = result.formats.get(found.format, 0) + 1
-        if found.format == TEXT and self._markers.search(found.text):
+        if found.format not in CONVERSATIONS and self._markers.search(found.text):
             result.noticed["markers"] = result.noticed.get("markers", 0) + 1
         if not found.has_prompt or result.example:
             return
         if found.chat is None:
             prompt, target = ("".join(segment.texts) for segment in found.segments)
+            target += self.tokenizer.decode([self.tokenizer.eos_token_id], False)
         else:
             prompt, target = (self.tokenizer.decode(ids, False) for ids in found.chat.first_turn())
         result.example = [found.format, prompt[-2 * EXAMPLE_CHARS :], target[: 2 * EXAMPLE_CHARS]]
@@ -296,7 +306,7 @@ class Worker:
             ) from None
 
     def _rows(self, block: Block, result: Result) -> Iterator[_Found]:
-        keys = RowKeys() if block.name == SAMPLE else self._keys
+        keys, is_first = RowKeys() if block.name == SAMPLE else self._keys, True
         for at, line in enumerate(block.data.split(b"\n")):
             if not line or line.isspace():
                 continue
@@ -305,8 +315,16 @@ class Worker:
             try:
                 row = read_row(self._parse(line, result), keys)
             except BadRow as fault:
+                if not is_first and "--" in fault.remedy:
+                    # Rows before it suit the flags, so other flags are no remedy.
+                    fault = BadRow(str(fault), FIX)
+                elif isinstance(fault, MissingKey) and is_table(block.name, self.options):
+                    fault.remedy = fault.remedy[:-1] + HEADLESS
                 self._skip(fault, place, result)
                 continue
+            is_first = False
+            for name in row.unread:
+                result.unread[name] = result.unread.get(name, 0) + 1
             if self.single and row.format == TEXT and isinstance(row.content, tuple):
                 for split, text in self._cut(row.content[0].text):
                     yield number, (Segment(text),), split, row.format
@@ -333,17 +351,7 @@ class Worker:
                     "take it)."
                 ) from None
             text = _repaired(line, result)
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            fault = f"is broken JSON ({error.msg}, column {error.colno})."
-            if text.strip() in ("{", "["):  # one row over several lines
-                raise BadRow(fault, "Write each row on one line.") from None
-            raise BadRow(fault) from None
-        except RecursionError:
-            raise BadRow("is broken JSON (nested too deeply).") from None
-        except ValueError as error:  # a number of thousands of digits
-            raise BadRow(f"is broken JSON ({error}).") from None
+        return decoded(text)
 
 
 def _repaired(data: bytes, result: Result) -> str:

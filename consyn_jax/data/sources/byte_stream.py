@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, brief
 
 CHUNK_BYTES = 1 << 18
 GZIP, ZSTANDARD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -101,7 +101,7 @@ class ByteStream:
                     "Check the disk and its permissions."
                 ) from error
             raise UserError(
-                f"{self.path} is cut off or damaged ({' '.join(str(error).split())[:100]}). "
+                f"{self.path} is cut off or damaged ({brief(error)}). "
                 "Make or download the file again."
             ) from error
 

@@ -18,19 +18,21 @@ from consyn_jax.data.sources.reader import (
     inner_suffix,
 )
 from consyn_jax.data.sources.row_formats.fields import FAULT
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, brief
+from consyn_jax.prepare_config import CorpusOptions
 
 LONGEST_FIELD = 64 << 20
 DELIMITERS = ",;\t|"
 HEAD_ROWS = 100
+HEADLESS = "; if its first line is a row already, put one with names above it."
 
 
 class CsvReader(Reader):
     """CSV and TSV with a first line of column names, which may be compressed.
 
-    The delimiter is a tab in .tsv files, otherwise the one of `DELIMITERS` that occurs most often
-    in the first line. Fields in double quotes may contain line breaks; in a file with unpaired
-    quotes, quotes have no meaning.
+    The delimiter is a tab in .tsv files whose first line has one, otherwise the one of `DELIMITERS`
+    that occurs most often in the first line. Fields in double quotes may contain line breaks; in a
+    file with unpaired quotes, quotes have no meaning.
     """
 
     kind, noun, unit = "csv", "a table of columns", "table of columns"
@@ -56,6 +58,12 @@ class CsvReader(Reader):
             yield from Block.each_of_rows(name, encoded, stream)
 
 
+def is_table(name: str, options: CorpusOptions) -> bool:
+    """Whether a source is read as a table."""
+    kind = CsvReader.kind
+    return options.dataset_type == kind or inner_suffix(Path(name)) in CsvReader.suffixes
+
+
 class _Form:
     """Delimiter, quoting and columns of a table, as its beginning shows them."""
 
@@ -63,7 +71,7 @@ class _Form:
         with ByteStream(path) as stream:
             head = stream.read(1 << 20).decode("utf-8", "surrogateescape")
         first = head.split("\n", 1)[0]
-        is_tsv = inner_suffix(path) == ".tsv"
+        is_tsv = inner_suffix(path) == ".tsv" and "\t" in first
         self.delimiter = "\t" if is_tsv else max(DELIMITERS, key=first.count)
         self.quoting: Literal[0, 3] = csv.QUOTE_MINIMAL
         lines = head.splitlines(keepends=True)
@@ -121,8 +129,8 @@ def _records(
             fields = next(reader, None)
         except csv.Error as error:
             raise UserError(
-                f"{name}:{line + 1} is not a row of a table ({error}). Fix the quotes of the file, "
-                "or read it as text with --dataset_type text."
+                f"{name}:{line + 1} is not a row of a table ({brief(error)}). Fix the quotes "
+                "of the file, or read it as text with --dataset_type text."
             ) from None
         if fields is None:
             return

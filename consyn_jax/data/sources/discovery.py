@@ -24,12 +24,21 @@ from consyn_jax.data.sources.text_reader import TextReader
 from consyn_jax.data.sources.token_reader import TokenReader
 from consyn_jax.data.split import TRAIN
 from consyn_jax.data.store.manifest import PREPARING, is_store
+from consyn_jax.data.store.token_files import PICKLES, TOKEN_SUFFIXES
 from consyn_jax.errors import UserError, listed, nearest
 from consyn_jax.files import PARTIAL, leads_out
 
 TOKENS = TokenReader.kind
 FILE_SUFFIXES = {*COMPRESSED_SUFFIXES, *(s for r in READERS.values() for s in r.suffixes)}
 _NOUNS = [reader.noun for kind, reader in reversed(READERS.items()) if kind != SAMPLE]
+# Remedies by words of a file's fault.
+_REMEDIES = (
+    ("UTF-16", "Convert the file to UTF-8, or write it with a byte order mark."),
+    ("UTF-8", REMEDY),
+    ("has to be", "Give the files that come of it."),
+    ("cut off", "Make or download the file again."),
+    ("is JSON but not rows", "Write the rows as JSON Lines, or as one array."),
+)
 USABLE = f"{', '.join(_NOUNS[:-1])} or {_NOUNS[-1]}"
 
 
@@ -205,10 +214,7 @@ def _look_into(path: Path, dataset_type: str, invalid_utf8: str) -> Iterator[tup
     if not path.is_dir():
         kind, fault = recognise(path, dataset_type, invalid_utf8)
         if fault:
-            remedy = REMEDY if "UTF-8" in fault else f"Give {USABLE}."
-            if fault.endswith(f"--dataset_type {dataset_type} wants"):
-                remedy = "Leave --dataset_type out."
-            raise UserError(f"{path} {fault}. {remedy}")
+            raise UserError(f"{path} {fault}. {_remedy(path, fault, dataset_type)}")
         # A file of that name is not the built-in sample.
         yield Source(f"./{SAMPLE}" if str(path) == SAMPLE else str(path), kind), ""
         return
@@ -226,6 +232,15 @@ def _look_into(path: Path, dataset_type: str, invalid_utf8: str) -> Iterator[tup
         )
     else:
         yield from _look_into_directory(path, dataset_type, invalid_utf8)
+
+
+def _remedy(path: Path, fault: str, dataset_type: str) -> str:
+    """A sentence with what to do about a file that the user named."""
+    if fault.endswith(f"--dataset_type {dataset_type} wants"):
+        return "Leave --dataset_type out."
+    if path.suffix.lower() in (*TOKEN_SUFFIXES, *PICKLES) and fault != "is empty":
+        return "Save the token ids with numpy.save, as uint16, uint32, int32 or int64."
+    return next((remedy for words, remedy in _REMEDIES if words in fault), f"Give {USABLE}.")
 
 
 def _wrong_type(place: str, reader: Reader, name: str, dataset_type: str) -> UserError:

@@ -27,6 +27,8 @@ LINES_SUFFIXES = (".jsonl", ".ndjson")
 # A row is parsed in one piece. No corpus for a language model has a row of this size, but a file
 # without line ends may look like one.
 LONGEST_ROW = 64 << 20
+# An object whose first key has an array of objects.
+INNER_ROWS = re.compile(rb'\{\s*"([^"\\]{1,60})"\s*:\s*\[\s*\{')
 SPACE, BETWEEN = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n]*[,\[]?[ \t\r\n]*")
 
 
@@ -46,6 +48,8 @@ class JsonReader(Reader):
         if file.suffix != ".json":
             return None
         no_rows = "is JSON but not rows (neither JSON Lines of two or more rows nor one array)"
+        if found := INNER_ROWS.match(file.head.lstrip()):
+            no_rows += f"; they may be the array under {found[1].decode(errors='replace')!r}"
         return file.text_fault() or no_rows
 
     def identity(self, name: str, file_hash: Callable[[Path], str]) -> list[Any]:
@@ -62,10 +66,11 @@ class JsonReader(Reader):
 
 def is_array(path: Path) -> bool:
     """Whether a file of JSON rows is one array, and not JSON Lines."""
-    if inner_suffix(path) in LINES_SUFFIXES:
-        return False
     with ByteStream(path) as stream:
-        return stream.read(HEAD_BYTES).lstrip()[:1] == b"["
+        head = stream.read(HEAD_BYTES).lstrip()
+    # In JSON Lines, a row that is an array is a fault; an array of rows may have this name.
+    begins = b"[" if inner_suffix(path) not in LINES_SUFFIXES else b"[{"
+    return b"".join(head[:100].split()).startswith(begins)
 
 
 def _has_rows(file: Candidate) -> bool:

@@ -25,6 +25,18 @@ from consyn_jax.tokenization import BPETokenizer
 TEXT_SUFFIXES = (".txt", ".md")
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
 ARCHIVES = {b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf": "a 7z archive", b"Rar!": "a rar archive"}
+# What holds text, and is named like this, is not text itself; zip archives are told apart by name.
+OFFICE = {
+    ".xlsx": "an Excel workbook, which has to be exported as CSV",
+    ".ods": "a spreadsheet, which has to be exported as CSV",
+    ".docx": "a Word document, which has to be exported as text",
+    ".odt": "a text document, which has to be exported as text",
+    ".pptx": "a presentation, which has to be exported as text",
+    ".epub": "a book, which has to be converted to text",
+}
+PDF = b"%PDF-"
+UTF16_SHARE = 0.9  # of the characters of a text in UTF-16 that are ASCII
+FEWEST_UTF16 = 16  # bytes by which UTF-16 is recognised
 REMEDY = "Convert the file to UTF-8, leave it out, or give --invalid_utf8 replace."
 HEAD_BYTES = 65_536
 BLOCK_BYTES = 1 << 20
@@ -226,6 +238,10 @@ class Candidate:
             return fault or "is empty"
         if head.startswith(LFS_POINTER):
             return "is a Git LFS pointer, not the data itself, which git lfs pull fetches"
+        if head.startswith(PDF):
+            return "is a PDF, which has to be converted to text"
+        if head.startswith(b"PK") and self.suffix in OFFICE:
+            return f"is {OFFICE[self.suffix]}"
         archive = next((what for magic, what in ARCHIVES.items() if head.startswith(magic)), "")
         if archive or head[257:262] == b"ustar":
             return f"is {archive or 'a tar archive'}, and has to be unpacked first"
@@ -264,6 +280,8 @@ def binary_fault(data: bytes, *, complete: bool) -> str:
     """
     nul = data.find(b"\0")
     if nul >= 0:
+        if _is_utf16(data):
+            return "is UTF-16 text without a byte order mark, and has to be converted"
         return f"is binary: byte {nul} is NUL"
     try:
         codecs.getincrementaldecoder("utf-8")().decode(data, complete)
@@ -271,3 +289,12 @@ def binary_fault(data: bytes, *, complete: bool) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         return f"is not UTF-8 text: byte {error.start} (line {line}) is 0x{data[error.start]:02x}"
     return ""
+
+
+def _is_utf16(data: bytes) -> bool:
+    """Whether most pairs of bytes are an ASCII character and a zero."""
+    if len(data) < FEWEST_UTF16:
+        return False
+    halves = sorted((data[::2], data[1::2]), key=lambda half: half.count(0))
+    text = sum(byte in b"\t\n\r" or 32 <= byte < 127 for byte in halves[0])
+    return min(text, halves[1].count(0)) >= UTF16_SHARE * len(halves[1])

@@ -38,6 +38,7 @@ from consyn_jax.data.sources.row_formats.fields import (
 from consyn_jax.data.sources.row_formats.instructions import alpaca, completion
 from consyn_jax.data.sources.row_formats.preference_rows import LIKELY_PROMPTS, Pair, pair
 from consyn_jax.data.sources.row_formats.refused import check_preference, unknown
+from consyn_jax.data.sources.row_formats.suggestions import PAIRS, PARTS_OF_PROMPTS
 from consyn_jax.prepare_config import CorpusOptions
 
 MESSAGES, SHAREGPT, ALPACA = "messages", "sharegpt", "alpaca"
@@ -90,6 +91,7 @@ COLUMNS = (
     *("conversations", "system", "tools", "functions", "chat_template_kwargs"),
     *("instruction", "input", "output", "history"),
     *("chosen", "rejected", "label", "completions", "labels", *LIKELY_PROMPTS),
+    *("input_ids", *PARTS_OF_PROMPTS, *(name for pair in PAIRS for name in pair)),
 )
 
 
@@ -116,10 +118,12 @@ class Row:
     Attributes:
         format: a value of `--row_format`, or one of messages, such as "preference of messages".
         content: segments of text, after which the document ends, a conversation, or a pair.
+        unread: keys of the row that its format has no use for.
     """
 
     format: str
     content: Content
+    unread: tuple[str, ...] = ()
 
 
 def read_row(row: Any, keys: RowKeys) -> Row:
@@ -142,22 +146,50 @@ def read_row(row: Any, keys: RowKeys) -> Row:
     if not isinstance(row, dict):
         raise BadRow(f"holds {json_type(row)}, not an object with the key {keys.text!r}.")
     found = keys.format if keys.format != "auto" else _format(row, keys)
+    kind, content = _read(row, found, keys)
+    used = _used(row, found, keys)
+    used |= {name.split(".")[0] for name in used}
+    return Row(kind, content, tuple(name for name in row if name not in used))
+
+
+def _read(row: dict, found: str, keys: RowKeys) -> tuple[str, Content]:
+    """The name of a row's format, and its content."""
     if found == PREFERENCE:
         content = pair(row, keys.prompt)
-        return Row(found if isinstance(content.prompt, str) else PREFERENCE_MESSAGES, content)
+        return found if isinstance(content.prompt, str) else PREFERENCE_MESSAGES, content
     if found == MESSAGES:
-        return Row(found, openai(row, keys.messages))
+        return found, openai(row, keys.messages)
     if found == SHAREGPT:
-        own = keys.messages if keys.messages != "messages" else "conversations"
-        return Row(found, sharegpt(row, own))
+        return found, sharegpt(row, _sharegpt_key(row, keys))
     if found == ALPACA:
-        return Row(found, _answered(*alpaca(row)))
+        return found, _answered(*alpaca(row))
     if found == PROMPT_COMPLETION:
         prompt, answer = keys.prompt or "prompt", keys.completion or "completion"
         if has(row, prompt) and is_conversation(row, prompt):
-            return Row(PROMPT_MESSAGES, prompt_and_completion(row, prompt, answer))
-        return Row(found, _answered(*completion(row, prompt, answer)))
-    return Row(TEXT, (Segment(text_of(row, keys.text)),))
+            return PROMPT_MESSAGES, prompt_and_completion(row, prompt, answer)
+        return found, _answered(*completion(row, prompt, answer))
+    return TEXT, (Segment(text_of(row, keys.text)),)
+
+
+def _used(row: dict, found: str, keys: RowKeys) -> set[str]:
+    """The keys that a format reads, or looks at."""
+    prompts = {keys.prompt or "prompt", *map(str.strip, (keys.prompt or "prompt").split(","))}
+    chat = {"tools", "functions", "chat_template_kwargs"}
+    return {
+        TEXT: {keys.text},
+        MESSAGES: {keys.messages, *chat},
+        SHAREGPT: {_sharegpt_key(row, keys), "system", *chat},
+        ALPACA: {"instruction", "input", "output", "history", "system"},
+        PROMPT_COMPLETION: {*prompts, keys.completion or "completion", *chat},
+        PREFERENCE: {*prompts, "chosen", "rejected", "messages", "conversations", *chat},
+    }[found]
+
+
+def _sharegpt_key(row: dict, keys: RowKeys) -> str:
+    """The key of a ShareGPT conversation; some files have it under OpenAI's name."""
+    if keys.messages != RowKeys.messages:
+        return keys.messages
+    return "messages" if "messages" in row and "conversations" not in row else "conversations"
 
 
 def _answered(prompt: str, answer: str) -> tuple[Segment, ...]:

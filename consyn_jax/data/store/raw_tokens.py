@@ -26,6 +26,7 @@ from consyn_jax.tokenization import BPETokenizer
 
 SEARCH_TOKENS = 1 << 18
 LOOK_S = 5.0  # between two checks of a file that is being read
+FEWEST_WIDE = 16  # numbers by which a wider type is recognised
 SAMPLES, SAMPLE_TOKENS = 16, 2048  # per file, compared at every check
 
 
@@ -45,6 +46,7 @@ class _RawFile:
             ) from None
         self.path, self.vocab_size, self._row_tokens = path, vocab_size, head.row_tokens
         dtype, count = head.dtype, head.count
+        self._is_bare = dtype is None  # nothing in the file says its type
         if dtype is None or count is None:
             dtype, size = token_dtype(vocab_size), path.stat().st_size
             count = size // dtype.itemsize
@@ -66,10 +68,18 @@ class _RawFile:
                 return
             place = 0
             for tokens in self.numbers.chunks():
+                if place == 0 and self._is_bare and _is_wider(tokens):
+                    raise UserError(
+                        f"{self.path} holds numbers of 32 bits or more, and with a vocabulary of "
+                        f"{self.vocab_size:,} tokens a .bin file has 16 bits for each. Write it as "
+                        "uint16, or as .npy."
+                    )
                 if int(tokens.max()) >= self.vocab_size or int(tokens.min()) < 0:
                     wrong = (tokens < 0) | (tokens >= self.vocab_size)
                     at = int(wrong.argmax())
                     advice = "Give the --tokenizer that made the file."
+                    if self._is_bare and tokens.dtype.itemsize == 4:
+                        advice = f"{advice[:-1]}, or write it as uint32 for this one."
                     if tokens[at] < 0:
                         advice = "Write the file without it; it may be padding."
                     raise UserError(
@@ -136,6 +146,11 @@ class _RawFile:
             f"{self.path} was changed while it was read: {how}. All steps of a run must see the "
             "same data: put the file back and run the same command again, or begin a new run."
         )
+
+
+def _is_wider(tokens: np.ndarray) -> bool:
+    """Whether numbers that were read as uint16 were written with more bits: every second is 0."""
+    return tokens.dtype.itemsize == 2 and len(tokens) >= FEWEST_WIDE and not tokens[1::2].any()
 
 
 class RawShard(Tokens):

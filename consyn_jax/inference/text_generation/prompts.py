@@ -85,7 +85,9 @@ def _file_prompts(path: Path) -> list[GivenPrompt]:
     try:
         content = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"--file {path} cannot be read: {error.strerror}.") from error
+        raise UserError(
+            f"--file {path} cannot be read: {error.strerror}. Check the path."
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(
             f"--file {path} is not UTF-8 text (byte {error.start}). Convert it first."

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, brief
 from consyn_jax.files import refuse_strays
 from consyn_jax.model.pretrained.families.family import Family
 from consyn_jax.model.pretrained.families.hf_config import Fields, Unsupported
@@ -110,28 +110,36 @@ def from_hf_config(hf: dict[str, Any], where: str) -> ModelConfig:
                 f"{where} has a {key} ({method or 'no method'}): its weights are quantised, and "
                 "cannot be trained. Use the model that it was made from."
             )
-    if hf.get("hidden_act", "silu") != "silu":
-        raise UserError(
-            f"{where} has hidden_act {hf['hidden_act']!r}, and only 'silu' is supported."
-        )
     family = FAMILIES.get(str(hf.get("model_type")))
     if family is None:
         raise UserError(
             f"{where} has model_type {hf.get('model_type')!r}, which is not supported. "
-            f"Supported: {', '.join(FAMILIES)}."
+            f"Give a model of {', '.join(FAMILIES)}."
+        )
+    if hf.get("hidden_act", "silu") != "silu":
+        raise UserError(
+            f"{where} has hidden_act {hf['hidden_act']!r}, and only 'silu' is supported. Give a "
+            "model that has it."
         )
     try:
         config = ModelConfig(**_read(hf, family))
     except Unsupported as lacking:
         raise UserError(f"{where} has {lacking}.") from None
     except UserError as wrong:
-        raise UserError(f"{where}: {wrong}") from None
+        raise UserError(f"{where}: {_in_its_keys(str(wrong))}") from None
     except KeyError as missing:
         raise UserError(f"{where} has no {missing.args[0]!r}.") from None
     except (TypeError, ValueError, ZeroDivisionError, OverflowError) as wrong:
         raise UserError(f"{where} has a wrong value: {wrong}.") from None
     files = replace(config.files, model_type=family.model_type, config=json.dumps(hf))
     return replace(config, files=files)
+
+
+def _in_its_keys(message: str) -> str:
+    """A message about flags with the names that config.json has for them."""
+    for name, option in ARCHITECTURE.items():
+        message = message.replace(f"--{name} ", f"{option.key} ")
+    return message
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -208,7 +216,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as wrong:
-        raise UserError(f"{file} is not JSON: {wrong}.") from None
+        raise UserError(
+            f"{file} is not JSON: {brief(wrong)}. Download the file again, or correct it."
+        ) from None
     if not isinstance(content, dict):
         raise UserError(f"{file} is not a JSON object.")
     return content

@@ -22,7 +22,7 @@ from jinja2.compiler import CodeGenerator, Frame
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, brief
 
 # The date in every rendering, so that the same rows make the same tokens on any day. Llama 3.2's
 # template writes this date if there is no clock; transformers and TRL give today's.
@@ -71,7 +71,7 @@ class ChatTemplate:
         except (jinja2.TemplateSyntaxError, RecursionError) as error:
             line = getattr(error, "lineno", 0)
             raise UserError(
-                f"The chat template is not Jinja: {str(error).rstrip('.')} (line {line}). Give "
+                f"The chat template is not Jinja: {brief(error)} (line {line}). Give "
                 "another one with --chat_template FILE, or use --chat_template plain."
             ) from error
 
@@ -110,9 +110,9 @@ class ChatTemplate:
                     pieces.append(piece)
                     count.wrote(len(piece))
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise TemplateFault(_one_line(error)) from error
+            raise TemplateFault(brief(error)) from error
         except (ArithmeticError, RecursionError, MemoryError) as error:
-            raise TemplateFault(_one_line(error)) from error
+            raise TemplateFault(brief(error)) from error
         return Rendered("".join(pieces), count.blocks)
 
 
@@ -126,10 +126,6 @@ def _with_reasoning(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
             message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
         found.append(message)
     return found
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__
 
 
 # ------------------------------------------------------------------------------------- environment

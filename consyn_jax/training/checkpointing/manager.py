@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from etils import epath  # type: ignore[import-untyped]
 
-from consyn_jax.errors import UserError, counted
+from consyn_jax.errors import UserError, brief, counted
 from consyn_jax.training.checkpointing.checkpoint_files import STATE, damage, saved_steps
 from consyn_jax.training.checkpointing.commit import (
     RECORD,
@@ -354,7 +354,7 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             # The files are intact, but another version of Orbax may have written them.
             self._has_abandoned_work = True
-            reason = refusal(error) or " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            reason = refusal(error) or brief(error)
             raise UserError(f"{place} cannot be restored: {reason}.") from error
 
     def record(self, step: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from etils import epath  # type: ignore[import-untyped]
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, brief
 from consyn_jax.model.parameters import Params
 from consyn_jax.training.checkpointing.checkpoint_files import STATE, damage
 from consyn_jax.training.checkpointing.orbax_writes import refusal
@@ -53,7 +53,7 @@ def read_weights(place: Path, like: Params) -> Params:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         # The files are intact, but another version of Orbax may have written them.
-        reason = refusal(error) or " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = refusal(error) or brief(error)
         raise UserError(f"{place} cannot be read: {reason}. Take another step.") from error
     finally:
         handler.close()
@@ -84,7 +84,7 @@ def read_arrays(place: Path, like: Params) -> Params:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = refusal(error) or " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = refusal(error) or brief(error)
         raise UserError(f"{place} cannot be read: {reason}. Convert the model again.") from error
     finally:
         handler.close()

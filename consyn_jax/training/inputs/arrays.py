@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from consyn_jax.data.loader import Batch
+from consyn_jax.data.sources.row_formats.suggestions import is_dialogue
 from consyn_jax.errors import UserError, listed
 from consyn_jax.tokenization.token_ids import NO_TARGETS, are_targets, as_array
 from consyn_jax.training.inputs.content import documents
@@ -168,9 +169,10 @@ def fields_of(raw: Any, where: str = "A batch") -> Mapping[str, Any]:
         if raw.get("input_ids") is not None:
             return raw
         texts = [str(key) for key, value in raw.items() if isinstance(value, str)]
-        hint = (
-            f"Tokenise {texts[0]!r}, or use get_dataset" if texts else "Give the ids of its tokens"
-        )
+        chats = [str(key) for key, value in raw.items() if is_dialogue(value)]
+        hint = "Give the ids of its tokens"
+        if texts or chats:
+            hint = f"Tokenise {(chats or texts)[0]!r}, or write the rows to a file for get_dataset"
         names = sorted(map(repr, raw.keys() - {"input_ids"}))
         found = f", but {listed(names)}" if names else ""
         raise UserError(f"{where} has no input_ids{found}. {hint}.")

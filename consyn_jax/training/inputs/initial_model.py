@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from consyn_jax.errors import UserError
 from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.model.lora import BaseTypes, base_rounding, merged
 from consyn_jax.model.parameters import Convert, Params, layout, unchanged
 from consyn_jax.model.pretrained.peft_files import Base
 from consyn_jax.model_config import LoraOptions, ModelConfig
+from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.step import BASE
 
 
@@ -35,6 +38,30 @@ class DeferredModel:
     make: Callable[[Mesh, Convert], Params]
     weights: str | None = None
     name: str | None = None
+
+
+def checked(model: Any, tokenizer: Any) -> ConsynLMHeadModel | DeferredModel:
+    """Return the model, once it and the tokenizer are known to be ours.
+
+    Raises:
+        UserError: one of them is a path, or of another library.
+    """
+    if isinstance(model, str | os.PathLike):
+        raise UserError(
+            f"model is a name. Pass ConsynLMHeadModel.from_pretrained({os.fspath(model)!r}), or "
+            "from_config for new weights."
+        )
+    if not isinstance(model, ConsynLMHeadModel | DeferredModel):
+        raise UserError(
+            f"model is a {type(model).__name__}, not a ConsynLMHeadModel. Write it with "
+            "save_pretrained(DIR), and pass ConsynLMHeadModel.from_pretrained(DIR)."
+        )
+    if not isinstance(tokenizer, BPETokenizer | None):
+        raise UserError(
+            f"tokenizer is a {type(tokenizer).__name__}, not a BPETokenizer. Leave it out for the "
+            "model's own, or pass BPETokenizer.from_file(DIR)."
+        )
+    return model
 
 
 def parameters_on(

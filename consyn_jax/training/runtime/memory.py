@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from consyn_jax.config import RunConfig
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, brief
 from consyn_jax.flags import with_flags
 
 GIB = 2**30
@@ -140,7 +140,7 @@ def explain_out_of_memory() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = brief(error)
         raise UserError(
             f"A device ran out of its {_gib(device_bytes())} of memory ({reason}), and saved "
             "checkpoints are intact. Stop other programs on the device, or run again with a "

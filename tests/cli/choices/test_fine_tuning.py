@@ -95,6 +95,7 @@ def test_rows_with_prompts_stay_whole_and_are_truncated() -> None:
     packed = pack(rows, 16, 1, 0)
     assert isinstance(packed, WholeDocuments)
     assert (packed.num_long, packed.lost_tokens, packed.num_tokens) == (1, 14, 29)
+    assert packed.num_targets + packed.lost_targets == rows.num_targets
     items = packed.rows(range(len(packed)))
     assert int(items["loss_mask"].sum()) == packed.num_targets
     assert int((items["segment_ids"] > 0).sum()) == packed.num_tokens

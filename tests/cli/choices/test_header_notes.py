@@ -59,6 +59,15 @@ def test_training_files_are_named_before_validation_files(tmp_path: Path) -> Non
     assert "by name" in lines["validation"][0]
 
 
+def test_what_is_not_read_and_what_is_cut_is_said(tmp_path: Path) -> None:
+    long, short = ({"prompt": "p" * size, "completion": "c", "id": 1} for size in (40, 4))
+    lines, _ = made(write(tmp_path / "rows.jsonl", long, *[short] * 9), validation_fraction=0.0)
+    assert lines["not read"] == ["fields of the rows, with their numbers: id (10)"]
+    assert lines["long rows"] == [
+        "1 longer than 32 tokens: truncated, 10 tokens (10.6%) left out, 2 of them to be learned"
+    ]
+
+
 def test_a_chat_template_without_conversations_is_said_to_have_no_effect(tmp_path: Path) -> None:
     template = tmp_path / "own.jinja"
     template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")

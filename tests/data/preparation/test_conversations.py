@@ -56,6 +56,14 @@ def test_a_conversation_is_written_as_it_is(tmp_path: Path) -> None:
     assert texts(flags) == [written.replace("e\u0301", "é").replace("\x1b", "")]
 
 
+def test_what_is_left_out_of_rows_is_counted(tmp_path: Path) -> None:
+    pair = {"prompt": "<|im_start|>q", "completion": "a", "source": "web", "id": 1}
+    report = made(tmp_path, pair, {**CHAT, "id": 2}).report
+    assert report.unread == {"id": 2, "source": 1}
+    assert report.noticed == {"markers": 1}
+    assert report.example == ["prompt_completion", "<|im_start|>q", "a<|eos|>"]
+
+
 def test_texts_are_cleaned_and_deduplicated_beside_conversations(tmp_path: Path) -> None:
     text = {"text": "e\u0301\x1b <|im_start|>"}
     prepared = made(tmp_path, text, CHAT, text, CHAT)

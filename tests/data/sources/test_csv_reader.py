@@ -66,6 +66,7 @@ def test_any_fields_come_back(table: list[list[str]], data: st.DataObject) -> No
         ("t.csv", b"a,b\n1,2\n"),
         ("t.csv", b"a;b\r\n1;2\r\n"),
         ("t.tsv", b"a\tb\n1\t2\n"),
+        ("t.tsv", b"a,b\n1,2\n"),
         ("t.csv", b"a|b\n\n1|2"),
         ("t.csv.gz", gzip.compress(b"a,b\n1,2\n", mtime=0)),
     ],
@@ -93,6 +94,20 @@ def test_a_row_of_another_length_is_a_bad_row(tmp_path: Path) -> None:
     )
     skipped = Worker(CorpusOptions(on_bad_rows="skip"), BYTES).work(block)
     assert (len(skipped.kept.numbers), len(skipped.dropped)) == (3, 1)
+
+
+def test_a_table_without_names_of_columns_is_told_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("what is 1?,one\nwhat is 2?,two\n", encoding="utf-8")
+    (block,) = CsvReader().blocks(str(path), START, READING)
+    fault = Worker(READING.options, BYTES).work(block).fault
+    assert fault.endswith("if its first line is a row already, put one with names above it.")
+    path.write_text("question,answer\n" + path.read_text("utf-8"), encoding="utf-8")
+    (block,) = CsvReader().blocks(str(path), START, READING)
+    assert (
+        "--prompt_key question --completion_key answer"
+        in Worker(READING.options, BYTES).work(block).fault
+    )
 
 
 def test_faults_are_named(tmp_path: Path) -> None:

@@ -164,7 +164,23 @@ def test_globs_are_sorted_and_a_file_named_twice_is_read_once(tmp_path: Path) ->
             {"dataset_type": "sharded"},
             r"a\.txt holds text, not tokens as --dataset_type sharded wants",
         ),
-        ("x", "a.pkl", {}, r"a\.pkl .*pickle"),
+        ("x", "a.pkl", {}, r"a\.pkl .*pickle.*\. Save the token ids with numpy\.save"),
+        (
+            b"PK\x03\x04...",
+            "a.xlsx",
+            {},
+            r"is an Excel workbook, which has to be exported as CSV\.",
+        ),
+        (b"PK\x03\x04...", "a.txt", {}, r"is a zip archive, .*\. Give the files that come of it"),
+        (b"%PDF-1.7\n", "a.pdf", {}, r"is a PDF, which has to be converted to text"),
+        (
+            "one two three".encode("utf-16-le"),
+            "a.txt",
+            {},
+            r"UTF-16 .*\. Convert the file to UTF-8",
+        ),
+        ('{"data": [{"text": "a"}]}', "a.json", {}, r"may be the array under 'data'\. Write the"),
+        (gzip.compress(b"text" * 100)[:-20], "a.gz", {}, r"\. Make or download the file again"),
     ],
 )
 def test_an_unusable_file_is_named_with_the_reason(

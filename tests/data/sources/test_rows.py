@@ -243,8 +243,25 @@ def test_likely_pairs_are_named() -> None:
 @pytest.mark.parametrize(
     ("row", "remedy"),
     [
-        ({"id": "7", "a review": "long enough"}, "as in --text_key 'a review', or give --on_bad"),
+        (
+            {"id": "7", "a review": "long enough"},
+            "as in --text_key 'a review', or those of prompt and answer with --prompt_key and ",
+        ),
+        ({"body": "b", "id": 7}, "Name the field that holds the text, as in --text_key body."),
+        ({"content": None, "id": None}, "as in --text_key content, or those of prompt and answer"),
         ({"id": 7}, "Give a --row_format, --text_key, --prompt_key, "),
+        ({"dialog": [{"role": "user", "content": "q"}]}, "Give --messages_key dialog."),
+        ({"dialog": '[{"from": "human", "value": "q"}]'}, "Give --messages_key dialog."),
+        ({"data": {"text": "a"}}, "Give --text_key data.text."),
+        ({"x": {"prompt": "a", "completion": "b"}}, "--prompt_key x.prompt --completion_key x.com"),
+        (
+            {"instruction": "i", "context": "c", "response": "r"},
+            "Give --prompt_key instruction,context --completion_key response.",
+        ),
+        (
+            {"question": "q", "context": "c", "answer": "a"},
+            "Give --prompt_key context,question --completion_key answer.",
+        ),
         ({"input_ids": [1, 2], "labels": [1, 2]}, "write the ids to a .npy or .bin file, or "),
     ],
 )
@@ -252,6 +269,53 @@ def test_what_to_do_about_an_unknown_row_is_said(row: dict, remedy: str) -> None
     with pytest.raises(BadRow) as fault:
         read_row(row, RowKeys())
     assert remedy in fault.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("row", "keys"),
+    [
+        ({"messages": [{"role": "assistant", "content": "a"}]}, {"prompt": "prompt"}),
+        ({"conversations": [{"from": "gpt", "value": "a"}]}, {"format": "messages"}),
+        ({"instruction": "i", "output": "o"}, {"format": "text"}),
+    ],
+)
+def test_flags_that_such_rows_do_not_need_are_told_so(row: dict, keys: dict[str, Any]) -> None:
+    with pytest.raises(BadRow) as fault:
+        read_row(row, RowKeys(**keys))
+    assert fault.value.remedy.startswith("Leave the flags of keys and --row_format out")
+    read_row(row, RowKeys())
+
+
+def test_messages_given_as_a_text_are_told_to_be_messages() -> None:
+    row = {"turns": [{"role": "assistant", "content": "a"}]}
+    with pytest.raises(BadRow, match="holds messages under the key 'turns'") as fault:
+        read_row(row, RowKeys(text="turns"))
+    assert fault.value.remedy == "Give --messages_key turns instead."
+    assert read_row(row, RowKeys(messages="turns")).format == "messages"
+
+
+@pytest.mark.parametrize("keys", [RowKeys(), RowKeys(format="sharegpt")])
+def test_sharegpt_under_the_name_of_openai_is_read(keys: RowKeys) -> None:
+    row = {"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    found = read_row(row, keys)
+    assert found.format == "sharegpt"
+    assert found.content == chat(("user", "q"), ("assistant", "a"), learned=(False, True))
+
+
+@pytest.mark.parametrize(
+    ("row", "keys", "unread"),
+    [
+        ({"text": "t", "label": 1, "url": None}, RowKeys(), ("label", "url")),
+        ({"messages": [{"role": "assistant", "content": "a"}], "tools": None}, RowKeys(), ()),
+        ({"a": {"b": "t", "c": "u"}, "d": 1}, RowKeys(text="a.b"), ("d",)),
+        ({"i": "i", "c": "c", "r": "r"}, RowKeys(prompt="i", completion="r"), ("c",)),
+        ({"i": "i", "c": "c", "r": "r"}, RowKeys(prompt="i, c", completion="r"), ()),
+        ({"instruction": "i", "input": "", "output": "o", "text": "t"}, RowKeys(), ("text",)),
+        ({"chosen": "a", "rejected": "b", "score": 1}, RowKeys(format="preference"), ("score",)),
+    ],
+)
+def test_fields_that_are_not_read_are_known(row: dict, keys: RowKeys, unread: tuple) -> None:
+    assert read_row(row, keys).unread == unread
 
 
 json_values = st.recursive(

@@ -127,6 +127,20 @@ def test_the_stream_is_cut_and_packed_like_a_slow_reference(
         assert sorted(rows["labels"][rows["loss_mask"]].tolist()) == sorted(part)
 
 
+def test_a_bin_of_wider_numbers_is_refused(tmp_path: Path) -> None:
+    ids = np.arange(200) % 60
+    for kind in (np.uint32, np.int64):
+        ids.astype(kind).tofile(tmp_path / "train.bin")
+        with pytest.raises(UserError, match=r"32 bits or more.* Write it as uint16, or as \.npy\."):
+            all_of(RawTokens([tmp_path / "train.bin"], BYTES).split("train"))
+    ids.astype(np.uint16).tofile(tmp_path / "train.bin")
+    assert all_of(
+        RawTokens([tmp_path / "train.bin"], BYTES, validation_fraction=0.0).split("train")
+    )
+    with pytest.raises(UserError, match="or write it as uint32 for this one"):
+        all_of(RawTokens([tmp_path / "train.bin"], Large()).split("train"))
+
+
 def test_a_stream_without_eos_is_cut_by_the_fraction(tmp_path: Path) -> None:
     store = RawTokens(
         [nanogpt(tmp_path / "shakespeare.bin", np.arange(200) % 60)], BYTES, validation_fraction=0.1

@@ -75,8 +75,8 @@ def test_a_model_that_no_layout_holds_is_refused_before_training() -> None:
     [
         (
             {"model_type": "gpt2"},
-            "model_type 'gpt2', which is not supported. Supported: llama, mistral, qwen3, qwen2, "
-            "ministral, smollm3, phi3.",
+            "model_type 'gpt2', which is not supported. Give a model of llama, mistral, qwen3, "
+            "qwen2, ministral, smollm3, phi3.",
         ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "needs a low_freq_factor"),
         ({"rope_scaling": {"type": "linear"}}, "needs a factor"),
@@ -106,6 +106,7 @@ def test_a_model_that_no_layout_holds_is_refused_before_training() -> None:
         ({"quantization_config": {"quant_method": "fp8"}}, "its weights are quantised"),
         ({"compression_config": {}, "quantization_config": {"bits": 4}}, "(no method)"),
         ({"hidden_act": "gelu"}, "has hidden_act 'gelu'"),
+        ({"model_type": "bert", "hidden_act": "gelu"}, "has model_type 'bert'"),
         (
             {"model_type": "qwen3", "layer_types": ["chunked_attention"] * 2},
             "layers of chunked_attention",
@@ -126,7 +127,10 @@ def test_a_model_that_no_layout_holds_is_refused_before_training() -> None:
         ),
         ({"hidden_size": "wide"}, "has a wrong value"),
         ({"num_attention_heads": 0, "head_dim": None}, "has a wrong value"),
-        ({"num_key_value_heads": 3}, "--num_heads 4 is not a multiple of --num_kv_heads 3"),
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads 4 is not a multiple of num_key_value_heads 3",
+        ),
         ({"intermediate_size": 64}, "has shape"),
         (
             {"vocab_size": 300},

@@ -129,6 +129,12 @@ def test_a_template_that_takes_long_is_stopped(monkeypatch: pytest.MonkeyPatch) 
 def test_a_template_that_is_not_jinja_is_refused() -> None:
     with pytest.raises(UserError, match=r"not Jinja.*--chat_template"):
         ChatTemplate("{% if %}")
+    with pytest.raises(UserError) as refused:  # Jinja says three sentences about it
+        ChatTemplate("{% for message in messages %}{{ message.content }}")
+    assert str(refused.value) == (
+        "The chat template is not Jinja: Unexpected end of template (line 1). Give another one "
+        "with --chat_template FILE, or use --chat_template plain."
+    )
 
 
 def test_helpers_are_those_of_transformers() -> None:

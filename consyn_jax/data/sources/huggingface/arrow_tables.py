@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, brief
 
 BATCH_ROWS = 256
 # Python objects take several times the memory of the Arrow values that they are made from.
@@ -47,13 +47,13 @@ def _damage(path: Path) -> Iterator[None]:
         yield
     except (FileNotFoundError, PermissionError) as error:
         raise UserError(
-            f"{path} cannot be read: {error.strerror or one_line(error)}. "
+            f"{path} cannot be read: {error.strerror or brief(error)}. "
             "Check the path and its permissions."
         ) from error
     # A UnicodeDecodeError comes from the name of a column.
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path} is damaged or cut short: {one_line(error)}. Fetch or write the file again."
+            f"{path} is damaged or cut short: {brief(error)}. Fetch or write the file again."
         ) from error
 
 
@@ -90,7 +90,7 @@ def _parquet(path: Path, start: int, columns: Sequence[str]) -> Iterator[tuple[A
                 passed = min(unread, table.num_rows)
                 unread -= passed
                 done += table.num_rows - passed
-                yield table.slice(passed), passed, num_bytes * done // total
+                yield named(table.slice(passed), names), passed, num_bytes * done // total
 
 
 def _arrow(path: Path, start: int, columns: Sequence[str]) -> Iterator[tuple[Any, int, int]]:
@@ -109,7 +109,7 @@ def _arrow(path: Path, start: int, columns: Sequence[str]) -> Iterator[tuple[Any
         table = table.select(chosen)
         # An unchecked wrong offset in a file would read arbitrary memory.
         table.validate(full=True)
-        yield table.slice(skip), skip, num_bytes
+        yield named(table.slice(skip), names), skip, num_bytes
 
 
 def _record_batches(path: Path) -> Iterator[tuple[Any, int]]:
@@ -143,6 +143,16 @@ def choose(names: Sequence[str], columns: Sequence[str], place: Path | str) -> l
         raise UserError(f"{place} has more than one column {twice[0]!r}. Rename one of them.")
     wanted = {*columns, *(key.split(".")[0] for key in columns)}
     return [name for name in names if name in wanted]
+
+
+def named(table: Any, names: Sequence[str]) -> Any:
+    """A table with nulls for the columns of the file that were not read."""
+    import pyarrow as pa
+
+    unread = [name for name in names if name not in set(table.schema.names)]
+    for name in unread:
+        table = table.append_column(name, pa.nulls(table.num_rows))
+    return table
 
 
 def without_values(names: Sequence[str], num_rows: int) -> Any:
@@ -207,8 +217,3 @@ def _json_decoder(kind: Any) -> Callable[[Any], Any] | None:
         if item:
             return lambda value: value if value is None else [item(x) for x in value]
     return None
-
-
-def one_line(error: BaseException) -> str:
-    """The beginning of an error's message, on one line."""
-    return " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__

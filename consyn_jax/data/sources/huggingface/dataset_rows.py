@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from consyn_jax.data.sources.huggingface.arrow_tables import (
-    one_line,
     pieces,
     python_rows,
     tables,
@@ -20,7 +19,7 @@ from consyn_jax.data.sources.huggingface.arrow_tables import (
 from consyn_jax.data.sources.huggingface.hub import downloaded_files, stream
 from consyn_jax.data.sources.huggingface.hub_cache import check_name, files_in_cache, saved
 from consyn_jax.data.sources.huggingface.hub_names import DEFAULT_SPLIT, hub_name
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, brief
 
 SUFFIXES = (".parquet", ".arrow")
 
@@ -139,7 +138,7 @@ def rows(
             except (ValueError, OverflowError, ArithmeticError) as error:
                 raise UserError(
                     f"Row {position} of {place}, or one of the {piece.num_rows - 1} after it, "
-                    f"cannot be read: {one_line(error)}."
+                    f"cannot be read: {brief(error)}."
                 ) from error
             position += piece.num_rows
             yield RowBatch(made, position, bytes_done)

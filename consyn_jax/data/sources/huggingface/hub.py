@@ -20,6 +20,7 @@ from typing import Any
 from consyn_jax.data.sources.huggingface.arrow_tables import (
     BATCH_ROWS,
     choose,
+    named,
     tables,
     without_values,
 )
@@ -115,7 +116,10 @@ def stream(hub: HubName, start: int, columns: Sequence[str]) -> Iterator[tuple[A
             return
         names = table.schema.names
         chosen = choose(names, columns, place)
-        yield table.select(chosen) if chosen else without_values(names, table.num_rows), 0, place
+        if chosen:
+            yield named(table.select(chosen), names), 0, place
+        else:
+            yield without_values(names, table.num_rows), 0, place
 
 
 def _find(hub: HubName) -> tuple[HubName, bool]:

@@ -8,9 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from consyn_jax.data.sources.huggingface.arrow_tables import one_line
 from consyn_jax.data.sources.huggingface.hub_names import HubName
-from consyn_jax.errors import UserError, listed, nearest
+from consyn_jax.errors import UserError, brief, listed, nearest
 
 SHOWN_NAMES = 20
 
@@ -114,7 +113,7 @@ def saved(path: Path, key: str | None = None) -> Any:
         value = content if key is None else content[key]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{path} is missing or not what save_to_disk writes ({one_line(error)}). "
+            f"{path} is missing or not what save_to_disk writes ({brief(error)}). "
             "Save the dataset again."
         ) from error
     if not isinstance(value, dict if key is None else list):

@@ -6,9 +6,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from consyn_jax.data.sources.huggingface.arrow_tables import one_line
 from consyn_jax.data.sources.huggingface.hub_names import HubName
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, brief
 
 
 class OutOfReachError(Exception):
@@ -45,7 +44,7 @@ def _explained(error: Exception, hub: HubName) -> UserError | OutOfReachError:
     )
 
     chain, name = _causes(error), hub.repository
-    text = " ".join(map(one_line, chain))
+    text = " ".join(map(str, chain))
 
     def has(*kinds: type[Exception]) -> bool:
         return any(isinstance(e, kinds) for e in chain)
@@ -72,8 +71,8 @@ def _explained(error: Exception, hub: HubName) -> UserError | OutOfReachError:
         )
     answered = any(isinstance(e, HfHubHTTPError) and not _is_out_of_reach(e) for e in chain)
     if not answered and any(map(_is_out_of_reach, chain)):
-        return OutOfReachError(one_line(error))
-    cause = one_line(chain[-1] if str(chain[-1]) else error)
+        return OutOfReachError(brief(error))
+    cause = brief(chain[-1] if str(chain[-1]) else error)
     return UserError(f"The dataset {name} cannot be read: {cause}.")
 
 

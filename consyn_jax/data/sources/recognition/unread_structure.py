@@ -60,7 +60,8 @@ def _structure(source: Source, markers: Sequence[str], size: int) -> Counter[tup
         found["notebook", ""] = 1
     elif _are_rows(lines):
         found["rows", "jsonl"] = 1
-    elif "csv" in READERS and (columns := _columns(lines[: 2 * TABLE_LINES])):
+    # Bars in markers would look like columns.
+    elif not found and "csv" in READERS and (columns := _columns(lines[: 2 * TABLE_LINES])):
         found["table", "csv"] = columns
     return found
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from consyn_jax.data.sources.row_formats.suggestions import flags_for, is_dialogue
+
 REMEDY = "Fix the row, or give --on_bad_rows skip."
 FAULT = "\0"
 """Beginning of a row that a reader has replaced by the message about its fault."""
 SHOWN_KEYS = 8
 SHOWN_CHARACTERS = 40
-CHOOSE = (
-    "Give a --row_format, --text_key, --prompt_key, --completion_key or --messages_key that suits "
-    "it, or --on_bad_rows skip."
-)
 
 
 class BadRow(Exception):
@@ -28,13 +26,21 @@ class BadRow(Exception):
         self.remedy = remedy
 
 
+class MissingKey(BadRow):
+    """A row without the key that is looked for, with the flags that would read it."""
+
+
 def text_of(row: dict, key: str) -> str:
     """The text under a key.
 
     Raises:
         BadRow: there is no such key, or its value is not text.
     """
-    return string(value_of(row, key), f"under the key {key!r}", "a string")
+    value = value_of(row, key)
+    if isinstance(value, list) and is_dialogue(value):
+        remedy = f"Give --messages_key {key} instead."
+        raise BadRow(f"holds messages under the key {key!r}, not a string.", remedy)
+    return string(value, f"under the key {key!r}", "a string")
 
 
 def string(value: Any, where: str, wanted: str) -> str:
@@ -81,9 +87,9 @@ def optional(row: dict, key: str) -> Any:
     return None if value == "" else value
 
 
-def missing(row: dict, key: str) -> BadRow:
+def missing(row: dict, key: str) -> MissingKey:
     """Describe the missing key of a row."""
-    return BadRow(f"has no key {key!r}; its keys are {shown(row)}.", CHOOSE)
+    return MissingKey(f"has no key {key!r}; its keys are {shown(row)}.", flags_for(row))
 
 
 def parsed(value: Any, where: str) -> Any:
@@ -98,6 +104,29 @@ def parsed(value: Any, where: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError):
         raise BadRow(f"holds a string {where} that is not JSON.") from None
+
+
+def decoded(line: str) -> Any:
+    """The value of a line of JSON.
+
+    Raises:
+        BadRow: the line is not JSON.
+    """
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        if line.lstrip().startswith("{'"):
+            raise BadRow(
+                "is a row in Python's notation, not JSON.", "Write the rows with json.dumps."
+            ) from None
+        fault = f"is broken JSON ({error.msg}, column {error.colno})."
+        if line.strip() in ("{", "["):  # one row over several lines
+            raise BadRow(fault, "Write each row on one line.") from None
+        raise BadRow(fault) from None
+    except RecursionError:
+        raise BadRow("is broken JSON (nested too deeply).") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise BadRow(f"is broken JSON ({error}).") from None
 
 
 def shown(row: dict) -> str:

@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-
-from consyn_jax.data.sources.row_formats.fields import CHOOSE, BadRow, shown
-
-LONGEST_SHOWN = 60  # characters of a key in a message
-# Keys of a prompt and its answer that are not recognised without flags.
-PAIRS = (
-    *(("question", "answer"), ("question", "response"), ("query", "response"), ("query", "answer")),
-    *(("instruction", "response"), ("instruction", "completion"), ("prompt", "response")),
-    *(("prompt", "output"), ("prompt", "answer"), ("input", "output"), ("problem", "solution")),
-    *(("source", "target"), ("inputs", "targets"), ("context", "response")),
-)
+from consyn_jax.data.sources.row_formats.fields import BadRow, missing, shown
 
 
 def check_preference(row: dict) -> None:
@@ -62,20 +51,4 @@ def unknown(row: dict, text_key: str) -> BadRow:
             f"holds token ids, and only text is read from rows; its keys are {shown(row)}.",
             "Give the text, write the ids to a .npy or .bin file, or train on them from Python.",
         )
-    pair = next((pair for pair in PAIRS if set(pair) <= row.keys()), None)
-    texts = {
-        name: value
-        for name, value in row.items()
-        if 0 < len(name) <= LONGEST_SHOWN and isinstance(value, str)
-    }
-    if pair:
-        remedy = f"Give --prompt_key {pair[0]} --completion_key {pair[1]}."
-    elif texts:
-        longest = shlex.quote(max(texts, key=lambda name: len(texts[name])))
-        remedy = (
-            f"Name the field that holds the text, as in --text_key {longest}, or give "
-            "--on_bad_rows skip."
-        )
-    else:
-        remedy = CHOOSE
-    return BadRow(f"has no key {text_key!r}; its keys are {shown(row)}.", remedy)
+    return missing(row, text_key)

@@ -91,6 +91,13 @@ def test_a_table_that_is_read_as_text_is_answered_with_the_flag(
     assert "are read as plain text and look like tables of 3 or 5 columns. To read them" in sentence
 
 
+def test_the_bars_of_markers_are_no_columns(tmp_path: Path) -> None:
+    (sentence,) = noticed(
+        tmp_path / "a.txt", "<|endoftext|>\n".join(f"Story {i}." for i in range(30))
+    )
+    assert "--document_separator" in sentence
+
+
 def test_notebooks_are_read_as_text_which_is_said(tmp_path: Path) -> None:
     notebook = json.dumps({"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
     (sentence,) = noticed(tmp_path / "a.ipynb", notebook)
