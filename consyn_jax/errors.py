@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 
 LONGEST_MESSAGE = 1600  # characters
@@ -66,12 +66,27 @@ class Repeats:
 class Unsaved(KeyboardInterrupt):
     """A signal that came before there was anything to save.
 
-    It unwinds like Ctrl-C, so that half-made files are removed.
+    It unwinds like Ctrl-C, so that half-made files are removed. Python drops an exception that a
+    callback of the garbage collector, a finalizer or a bare `except` swallows, and the signal would
+    be lost with it.
+
+    Args:
+        dropped: called with the number if the exception is dropped before it is `settle`d.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, dropped: Callable[[int], None] = lambda number: None) -> None:
         super().__init__()
         self.number = signal.Signals(number)
+        self._dropped: Callable[[int], None] | None = dropped
+
+    def settle(self) -> None:
+        """Note that the signal was acted on, by code that goes on after it."""
+        self._dropped = None
+
+    def __del__(self) -> None:
+        """Report an exception that nobody has settled."""
+        if self._dropped is not None:
+            self._dropped(self.number)
 
 
 def unsaved(error: KeyboardInterrupt) -> tuple[int, str]:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 from consyn_jax.cli.text_encoding import escape_unprintable
 from consyn_jax.errors import (
@@ -117,12 +118,26 @@ def _unwinding_on_sigterm() -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell
         numbers.remove(signal.SIGINT)
     before = {number: signal.signal(number, unwind) for number in numbers}
+    report = sys.unraisablehook
+    sys.unraisablehook = hook = _without_signals(report)
     try:
         yield
     finally:
         unwind.is_over = True
+        if sys.unraisablehook is hook:
+            sys.unraisablehook = report
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _without_signals(report: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A `sys.unraisablehook` without the signals that a callback swallowed; they come again."""
+
+    def hook(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, Unsaved):
+            report(unraisable)
+
+    return hook
 
 
 class _Unwinding:
@@ -131,6 +146,9 @@ class _Unwinding:
     Libraries in C++ that run Python while they are imported do not expect an exception there, and
     some abort. The signal comes again until the import is over; a second one ends the process. A
     repeat of the first is none: it would break off what the first unwinds.
+
+    The signal also comes again if its exception is dropped, as in a callback of the garbage
+    collector, where Python ignores all exceptions; JAX has such a callback.
     """
 
     def __init__(self) -> None:
@@ -151,9 +169,14 @@ class _Unwinding:
                     os._exit(128 + number)
         if not _is_importing(frame):
             self._deferred = None
-            raise Unsaved(number)
-        self._deferred = number
-        threading.Thread(target=self._again, args=(number,), daemon=True).start()
+            raise Unsaved(number, self._defer)
+        self._defer(number)
+
+    def _defer(self, number: int) -> None:
+        """Let the signal come again a little later, unless the work is over by then."""
+        if not self.is_over:
+            self._deferred = number
+            threading.Thread(target=self._again, args=(number,), daemon=True).start()
 
     def _again(self, number: int) -> None:
         threading.Event().wait(DEFERRED_S)
