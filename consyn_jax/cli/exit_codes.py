@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 from consyn_jax.cli.text_encoding import escape_unprintable
 from consyn_jax.errors import (
@@ -20,6 +21,7 @@ from consyn_jax.errors import (
     Repeats,
     Unsaved,
     UserError,
+    remedy,
     unsaved,
     visible,
 )
@@ -32,6 +34,7 @@ OF_THE_SYSTEM = {
     errno.EROFS,
     errno.ENOSPC,
     errno.EDQUOT,
+    errno.EFBIG,
     errno.EIO,
     errno.ESTALE,
     errno.EACCES,
@@ -85,7 +88,7 @@ def _refusal(error: OSError) -> str:
         shown = f"{shown[:80]} ... {shown[-30:]}"
     if error.errno == errno.ENAMETOOLONG:
         return f"{shown}: a name has at most 255 bytes, and this one is longer. Give a shorter one."
-    return f"{shown} cannot be used: {error.strerror}. Check the disk and the permissions."
+    return f"{shown} cannot be used: {error.strerror}. {remedy(error)}."
 
 
 def _say(message: str) -> None:
@@ -117,12 +120,26 @@ def _unwinding_on_sigterm() -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell
         numbers.remove(signal.SIGINT)
     before = {number: signal.signal(number, unwind) for number in numbers}
+    report = sys.unraisablehook
+    sys.unraisablehook = hook = _without_signals(report)
     try:
         yield
     finally:
         unwind.is_over = True
+        if sys.unraisablehook is hook:
+            sys.unraisablehook = report
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _without_signals(report: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A `sys.unraisablehook` without the signals that a callback swallowed; they come again."""
+
+    def hook(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, Unsaved):
+            report(unraisable)
+
+    return hook
 
 
 class _Unwinding:
@@ -131,6 +148,9 @@ class _Unwinding:
     Libraries in C++ that run Python while they are imported do not expect an exception there, and
     some abort. The signal comes again until the import is over; a second one ends the process. A
     repeat of the first does not count as a second: it would interrupt the unwinding.
+
+    The signal also comes again if its exception is dropped, as in a callback of the garbage
+    collector, where Python ignores all exceptions; JAX has such a callback.
     """
 
     def __init__(self) -> None:
@@ -151,9 +171,14 @@ class _Unwinding:
                     os._exit(128 + number)
         if not _is_importing(frame):
             self._deferred = None
-            raise Unsaved(number)
-        self._deferred = number
-        threading.Thread(target=self._again, args=(number,), daemon=True).start()
+            raise Unsaved(number, self._defer)
+        self._defer(number)
+
+    def _defer(self, number: int) -> None:
+        """Let the signal come again a little later, unless the work is over by then."""
+        if not self.is_over:
+            self._deferred = number
+            threading.Thread(target=self._again, args=(number,), daemon=True).start()
 
     def _again(self, number: int) -> None:
         threading.Event().wait(DEFERRED_S)

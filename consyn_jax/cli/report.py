@@ -97,6 +97,7 @@ def _watch(top: Path, config: ReportConfig) -> None:
         except Unsaved as stopped:
             if stopped.number != signal.SIGINT:
                 raise
+            stopped.settle()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from consyn_jax.config import PRESETS, RunConfig, architecture
 from consyn_jax.config_file import DERIVED
 from consyn_jax.errors import UserError
 from consyn_jax.flags import flags
-from consyn_jax.integers import natural
 from consyn_jax.model.pretrained.config_json import (
     from_hf_config,
     read_config,
@@ -21,7 +20,7 @@ from consyn_jax.model.pretrained.weights import find_model
 from consyn_jax.model_config import NO_LORA, FileFormat, LoraOptions, ModelConfig
 from consyn_jax.resolve import resolve
 from consyn_jax.tokenization import BPETokenizer, own_tokenizer
-from consyn_jax.training.checkpointing.checkpoint_files import saved_steps
+from consyn_jax.training.checkpointing.checkpoint_files import saved_steps, step_of
 from consyn_jax.training.run.directory import CHECKPOINTS, CONFIG
 from consyn_jax.training.run.identity import ARCHITECTURE, GENERATION, read_run_config
 from consyn_jax.training.run.model_files import holds_model
@@ -57,7 +56,7 @@ def is_run(path: Path) -> bool:
 def checkpoint_run(path: Path) -> Path | None:
     """The run whose checkpoint a path is, as RUN/checkpoints/STEP; None if it is not one."""
     place = path.resolve()
-    is_step = natural(place.name) is not None and place.parent.name == CHECKPOINTS
+    is_step = step_of(place.name) is not None and place.parent.name == CHECKPOINTS
     if not is_step or not (place.parent.parent / CONFIG).is_file():
         return None
     # Keep the user's spelling, unless it is "." or a link.

@@ -1,19 +1,20 @@
 """Exit codes and messages at the end of a command."""
 
 import errno
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from consyn_jax.cli.exit_codes import exit_code
-from consyn_jax.errors import Diverged, Interrupted, ProcessMissing, UserError
+from consyn_jax.cli.exit_codes import DEFERRED_S, exit_code
+from consyn_jax.errors import Diverged, Interrupted, ProcessMissing, Unsaved, UserError
 
 
 def fail(error: BaseException) -> int:
@@ -82,6 +83,67 @@ def test_a_signal_during_an_import_waits_for_its_end(
 
     assert exit_code("consyn-x", work) == 130
     assert seen == [True]
+
+
+def in_a_callback_of_the_collector() -> None:
+    def callback(phase: str, info: dict[str, int]) -> None:
+        if phase == "stop":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    gc.callbacks.append(callback)
+    try:
+        gc.collect()
+    finally:
+        gc.callbacks.remove(callback)
+
+
+def in_a_finalizer() -> None:
+    class Ends:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Ends()
+
+
+def in_code_that_goes_on() -> None:
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(10)
+    except:  # noqa: E722 - as libraries have it
+        pass
+
+
+@pytest.mark.parametrize(
+    "swallow", [in_a_callback_of_the_collector, in_a_finalizer, in_code_that_goes_on]
+)
+def test_a_signal_whose_exception_is_swallowed_comes_again(
+    swallow: Callable[[], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+
+    def work() -> None:
+        swallow()
+        seen.append(True)
+        threading.Event().wait(10)
+        seen.append(False)
+
+    assert exit_code("consyn-x", work) == 143
+    assert seen == [True]
+    assert capsys.readouterr().err == (
+        "consyn-x: SIGTERM came before there was anything to save.\n"
+    )
+
+
+def test_a_signal_that_was_acted_on_does_not_come_again() -> None:
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            threading.Event().wait(10)
+        except Unsaved as stopped:
+            stopped.settle()
+        threading.Event().wait(3 * DEFERRED_S)
+
+    assert exit_code("consyn-x", work) == 0
 
 
 def test_an_unknown_error_keeps_its_traceback() -> None:

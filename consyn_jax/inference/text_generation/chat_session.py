@@ -59,8 +59,10 @@ class ChatSession:
                 self._say(update.new)
                 said, ends = update.text, update.ends
         except KeyboardInterrupt as stopped:
-            if isinstance(stopped, Unsaved) and stopped.number != signal.SIGINT:
-                raise
+            if isinstance(stopped, Unsaved):
+                if stopped.number != signal.SIGINT:
+                    raise
+                stopped.settle()
             ends = "interrupted"
         self.messages += [asked, {"role": "assistant", "content": said}]
         return ends

@@ -21,7 +21,6 @@ from consyn_jax.errors import UserError, brief, counted
 from consyn_jax.training.checkpointing.checkpoint_files import STATE, damage, saved_steps
 from consyn_jax.training.checkpointing.commit import (
     RECORD,
-    UNFINISHED,
     WrittenPart,
     deleted,
     discard,
@@ -31,6 +30,7 @@ from consyn_jax.training.checkpointing.commit import (
     prepare,
     remove,
     rotate,
+    unfinished,
     write_part,
 )
 from consyn_jax.training.checkpointing.exchange import Exchange
@@ -42,7 +42,7 @@ from consyn_jax.training.checkpointing.orbax_writes import (
     without_abandoned_work,
     writing_thread,
 )
-from consyn_jax.training.checkpointing.ownership import RunRecord, check_owner, identity_in
+from consyn_jax.training.checkpointing.ownership import RunRecord, check_checkpoint, record_in
 from consyn_jax.training.checkpointing.restoring import OTHER, read_record, read_state
 from consyn_jax.training.step import TrainState
 
@@ -141,16 +141,17 @@ class Checkpoints:
             or the directory cannot be written.
 
         Raises:
-            UserError: there is a checkpoint of another run.
+            UserError: there is a checkpoint of another run, or with the name of another step.
         """
         self.wait()
-        self._look_around()
+        self._forget_deleted()
+        self._refuse_strangers()
         if step in self._steps:  # a signal came right after that save
             return True
         assert step > max(self._steps, default=-1), self._steps
         # Every attempt has its own directory: an earlier, failed one may still be writing.
         self._attempts += 1
-        target = self.directory / f"{step}{UNFINISHED}{self._mark}-{self._attempts}"
+        target = self.directory / unfinished(step, f"{self._mark}-{self._attempts}")
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + SPARE_BYTES
         if reason := self._exchange.on_first(lambda: prepare(target, size)):
             self._report(self._not_written(step, reason))
@@ -178,10 +179,6 @@ class Checkpoints:
         begun()
         self._has_abandoned_work = earlier
 
-    def _look_around(self) -> None:
-        self._forget_deleted()
-        self._refuse_strangers()
-
     def _forget_deleted(self) -> None:
         """Forget checkpoints that were deleted from outside."""
         gone = [step for step in self._steps if not (self.directory / str(step)).is_dir()]
@@ -195,13 +192,13 @@ class Checkpoints:
             )
 
     def _refuse_strangers(self) -> None:
-        """Refuse checkpoints of another run that were put into this directory."""
+        """Refuse checkpoints of another run, or of another step, that were put here."""
         if self._owner is None or jax.process_index() or not self.directory.is_dir():
             return
         for step in saved_steps(self.directory):
             place = self.directory / str(step)
             if step not in self._steps:
-                check_owner(place, identity_in(place / RECORD), step, self._owner)
+                check_checkpoint(place, record_in(place / RECORD), step, self._owner)
 
     @property
     def saving(self) -> bool:
@@ -233,11 +230,10 @@ class Checkpoints:
                 sys.unraisablehook = self._unraisable
 
     def _not_written(self, step: int, reason: str) -> str:
-        step_of = f"The newest is that of step {self._steps[-1]}" if self._steps else ""
-        newest = step_of or "There is none yet"
+        newest = f"The newest is that of step {self._steps[-1]}" if self._steps else ""
         return (
             f"The checkpoint of step {step} could not be written to {self.directory}: {reason}. "
-            f"{newest}."
+            f"{newest or 'There is none yet'}."
         )
 
     def _report(self, sentence: str | None) -> None:
@@ -361,12 +357,11 @@ class Checkpoints:
         """Read the run record of `step`, and verify no other file.
 
         Raises:
-            UserError: it is damaged, or of another run.
+            UserError: it is damaged, or of another run or step.
         """
         place = self.directory / str(step)
         record = read_record(place)
-        if self._owner is not None:
-            check_owner(place, record.get("run"), step, self._owner)
+        check_checkpoint(place, record, step, self._owner)
         return record
 
     def delete_after(self, step: int) -> None:

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from consyn_jax.data.sources.row_formats.suggestions import flags_for, is_dialogue
+from consyn_jax.errors import parse_fault
 
 REMEDY = "Fix the row, or give --on_bad_rows skip."
 FAULT = "\0"
@@ -123,10 +124,8 @@ def decoded(line: str) -> Any:
         if line.strip() in ("{", "["):  # one row over several lines
             raise BadRow(fault, "Write each row on one line.") from None
         raise BadRow(fault) from None
-    except RecursionError:
-        raise BadRow("is broken JSON (nested too deeply).") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise BadRow(f"is broken JSON ({error}).") from None
+    except (RecursionError, ValueError) as error:  # ValueError: a number of 5,000 digits
+        raise BadRow(f"{parse_fault(error)}.") from None
 
 
 def shown(row: dict) -> str:
