@@ -331,17 +331,17 @@ class Training:
 
     def _raise_if_stopped(self) -> None:
         if (signal := self.coordinator.stop_signal) is not None:
-            raise self._interrupted(signal)
+            self._interrupt(signal)
 
     def _end_at_a_signal(self) -> None:
         """Obey a signal that some process has received before the first step."""
         self.watchdog.moved()
         received = next(filter(None, gather(self.coordinator.received or "")), None)
         if received is not None:
-            raise self._interrupted(received)
+            self._interrupt(received)
 
-    def _interrupted(self, signal: str) -> Interrupted:
-        return ending.interruption(signal, self.checkpoints, self.recorder, self.inputs.run)
+    def _interrupt(self, signal: str) -> None:
+        raise ending.interruption(signal, self.checkpoints, self.recorder, self.inputs.run)
 
     # --------------------------------------------------------------------------------------- ending
 
