@@ -396,8 +396,16 @@ def test_bad_rows(tmp_path: Path, row: str, message: str) -> None:
     [
         ("{'text': 'one'}", {}, "in Python's notation, not JSON. Write the rows with json.dumps."),
         # Rows of another kind than those before it are no reason for other flags.
-        ('{"text": "a"}\n{"chosen": "a", "rejected": "b"}', {}, "Fix the row, or give --on_bad"),
-        ('{"text": "a"}\n{"question": "a", "answer": "b"}', {}, "Fix the row, or give --on_bad"),
+        (
+            '{"text": "a"}\n{"text": "c"}\n{"chosen": "a", "rejected": "b"}',
+            {},
+            "Fix the row, or give --on_bad",
+        ),
+        (
+            '{"text": "a"}\n{"text": "c"}\n{"question": "a", "answer": "b"}',
+            {},
+            "Fix the row, or give --on_bad",
+        ),
         ('{"txt": "a"}\n' * 3, {"on_bad_rows": "skip"}, "All 3 rows of "),
         ('{"txt": "a"}', {"on_bad_rows": "skip"}, ":1 has no key 'text'; its keys are 'txt'. Mend"),
     ],

@@ -306,7 +306,8 @@ class Worker:
             ) from None
 
     def _rows(self, block: Block, result: Result) -> Iterator[_Found]:
-        keys, is_first = RowKeys() if block.name == SAMPLE else self._keys, True
+        keys = RowKeys() if block.name == SAMPLE else self._keys
+        is_first = block.first <= 2  # where names of columns are line 1, rows begin at 2
         for at, line in enumerate(block.data.split(b"\n")):
             if not line or line.isspace():
                 continue
