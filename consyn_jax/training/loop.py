@@ -80,6 +80,7 @@ class Training:
         self.save_steps = interval(run.saving.save_steps, self.total_steps)
         self.evaluation: Callable[[Params], dict[str, float]] | None = None
         self.state: TrainState | None = None  # the newest one
+        self.is_stopped = False  # by `RunInputs.stops_after`
 
     def run(self) -> Outcome:
         """Train to the end of the budget, from the newest checkpoint if there is one.
@@ -263,7 +264,9 @@ class Training:
             self.watchdog.at(EVALUATING, self.progress.step)
             with profile.activity(EVALUATING):
                 state = self._evaluate(state)
-            is_early_stop = not due.last and stops_early(self.progress, self.inputs.run.evaluation)
+            is_early_stop = not due.last and (
+                self.is_stopped or stops_early(self.progress, self.inputs.run.evaluation)
+            )
         # A signal may have come since the plan was made.
         saves = due.save or is_early_stop or self.coordinator.stop_signal is not None
         if saves:
@@ -272,7 +275,7 @@ class Training:
         self.report.refresh()
         self.recorder.stopwatch.pause(time.perf_counter() - began)
         if is_early_stop:
-            record_early_stop(self.recorder)
+            record_early_stop(self.recorder, by_rule=not self.is_stopped)
         is_over = due.last or is_early_stop
         if saves and not is_over:
             self._raise_if_stopped()
@@ -298,12 +301,10 @@ class Training:
             gather("compiled")
             self.watchdog.at(EVALUATING, self.progress.step)
         params = self.evaluation_params(state.opt_state, state.params)
-        record_evaluation(
-            self.evaluation(params),
-            self.inputs.run.evaluation,
-            self.recorder,
-            partial(self._export, "best", params, self.progress.step),
-        )
+        values, export = self.evaluation(params), partial(self._export, "best", params)
+        options, step = self.inputs.run.evaluation, self.progress.step
+        record_evaluation(values, options, self.recorder, partial(export, step))
+        self.is_stopped = self.inputs.stops_after(step, values)
         self._sample_in_time(params)
         if self.progress.plateau is None:
             return state
@@ -351,7 +352,7 @@ class Training:
         text = self._sample(params)
         self.checkpoints.wait()
         ending.record_end(self.path, self.report, recorder)
-        if self.writes:
+        if self.writes and inputs.exports_model:
             if text:
                 self.console.sample(text)
             told = ending.closing_lines(self.path, inputs.run, inputs.origins, recorder)
@@ -361,7 +362,7 @@ class Training:
     def _sample(self, params: Params) -> str:
         """Let the model write a text, and keep it; empty without a tokenizer."""
         inputs, began = self.inputs, time.perf_counter()
-        if inputs.tokenizer is None:
+        if inputs.tokenizer is None or not inputs.exports_model:
             return ""
         whole = self.program.whole(params, **self.base)
         seed = inputs.run.budget.seed
@@ -389,6 +390,8 @@ class Training:
         return self.evaluation_params(state.opt_state, state.params), self.progress.step
 
     def _export(self, name: str, params: Params, step: int) -> None:
+        if not self.inputs.exports_model:
+            return
         self.directory.check()
         self.watchdog.at(SAVING, step)
         config = self.program.config.saved_as(self.inputs.run.saving.save_dtype)

@@ -61,6 +61,9 @@ class RunInputs:
         files: how best/ and final/ are written and read.
         compile_train_step: compiles the train step of `run`, or of the same run in smaller
             micro-batches.
+        stops_after: called with the step and the metrics of every evaluation; true ends the run, as
+            early stopping does.
+        exports_model: whether the run writes best/ and final/, and lets its model write samples.
     """
 
     run: RunConfig
@@ -77,6 +80,8 @@ class RunInputs:
     make_base: Callable[[], dict[str, Any]]
     files: ModelFiles
     compile_train_step: Callable[[RunConfig], Any]
+    stops_after: Callable[[int, dict[str, float]], bool] = lambda step, metrics: False
+    exports_model: bool = True
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,8 @@ def open_records(
         # The log's clock began a moment ago, when it was rewound.
         since = log.time_s - sum(earlier.values())
         activities.begin(earlier | {"other": earlier.get("other", 0.0) + since})
-    beginning.forget_missing_best(progress, path)
+    if inputs.exports_model:
+        beginning.forget_missing_best(progress, path)
     if opened.writes:
         trackers = beginning.open_trackers(run.logging, path, flat(run), resumed, progress, warn)
         stack.callback(trackers.close)

@@ -29,7 +29,7 @@ _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 # Events written after the checkpoint of their step. A run that resumes from that checkpoint drops
 # them, because it may continue differently.
-_AFTER_STATE = frozenset({"resume", "early_stop", "signal", "end_of_data", "finish"})
+_AFTER_STATE = frozenset({"resume", "early_stop", "stopped", "signal", "end_of_data", "finish"})
 
 
 class MetricsLog(AbstractContextManager["MetricsLog"]):
@@ -65,8 +65,8 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         """Drop everything after the state of `step`, and continue the clock from there.
 
         Dropped are lines with a later step, and events at `step` that came after its state
-        (`resume`, `early_stop`, `signal`, `end_of_data`, `finish`). -1 drops everything. The change
-        is atomic and may be repeated.
+        (`resume`, `early_stop`, `stopped`, `signal`, `end_of_data`, `finish`). -1 drops everything.
+        The change is atomic and may be repeated.
 
         Returns:
             The seconds that the kept part of the run took, to which the clock adds.

@@ -52,9 +52,17 @@ def stops_early(progress: Progress, options: EvaluationOptions) -> bool:
     )
 
 
-def record_early_stop(recorder: Recorder) -> None:
-    """Record that early stopping ends the run."""
+def record_early_stop(recorder: Recorder, *, by_rule: bool = True) -> None:
+    """Record that the run ends early.
+
+    Args:
+        by_rule: for want of improvement; otherwise `RunInputs.stops_after` ends it.
+    """
     selection = recorder.progress.selection
+    if not by_rule:
+        recorder.event("stopped", {"best_step": selection.best_step})
+        recorder.console.note(f"Stopped after the evaluation at step {recorder.progress.step:,}.")
+        return
     recorder.event("early_stop", {"best_step": selection.best_step, "stale": selection.stale})
     recorder.console.note(
         f"Early stop at step {recorder.progress.step:,}: {selection.stale} evaluations without "

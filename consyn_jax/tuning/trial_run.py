@@ -1,0 +1,107 @@
+"""One trial from its claim to its outcome in the study, also if an earlier process began it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from consyn_jax.errors import Diverged
+from consyn_jax.files import remove
+from consyn_jax.training.logging.metrics import FILE_NAME, read_metrics
+from consyn_jax.training.run.directory import CHECKPOINTS
+from consyn_jax.tuning.optuna_study import Claim, OptunaStudy
+from consyn_jax.tuning.study_results import DIVERGED, DONE, OUTCOME, PRUNED, STEP, STEPS
+from consyn_jax.tuning.trial_trainer import TrialTrainer
+
+StopsAfter = Callable[[int, dict[str, float]], bool]
+
+
+@dataclass
+class TrialRun:
+    """The run of a trial.
+
+    Args:
+        metric: the name of the metric that the study is about.
+        maximize: whether more of it is better.
+        path: the run directory.
+        eval_steps: steps between evaluations.
+        total_steps: steps of the trial if it is not ended early.
+    """
+
+    study: OptunaStudy
+    claim: Claim
+    metric: str
+    maximize: bool
+    path: Path
+    eval_steps: int
+    total_steps: int
+
+    def run(self, make_trainer: Callable[[StopsAfter], TrialTrainer]) -> str:
+        """Train the trial, or what is left of it, and tell the study how it ended.
+
+        Returns:
+            The outcome, which the study then has.
+
+        Raises:
+            Interrupted: a signal ended it; another start takes it up again.
+        """
+        lines = self._log()
+        for line in lines:
+            if self.metric in line and "event" not in line:
+                self._report(line["step"], line[self.metric])
+        # A kill can come between the end of the run, or the decision to end it, and the study.
+        outcome = _recorded_outcome(lines)
+        if outcome is None and self.claim.reported and self._is_pruned():
+            outcome = PRUNED
+        if outcome is None:
+            try:
+                make_trainer(self._stops_after).train()
+                outcome = _recorded_outcome(self._log()) or DONE
+            except Diverged:
+                outcome = DIVERGED
+        self._tell(outcome)
+        return outcome
+
+    def _log(self) -> Sequence[Mapping[str, Any]]:
+        file = self.path / FILE_NAME
+        return read_metrics(file) if file.exists() else []
+
+    def _stops_after(self, step: int, metrics: dict[str, float]) -> bool:
+        self._report(step, metrics[self.metric])
+        return step < self.total_steps and self._is_pruned()
+
+    def _is_pruned(self) -> bool:
+        """Whether the pruner ends the trial, unless it is at its end anyway."""
+        last = math.ceil(self.total_steps / self.eval_steps) - 1
+        return max(self.claim.reported) < last and bool(self.claim.trial.should_prune())
+
+    def _report(self, step: int, value: float) -> None:
+        """Report an evaluation by its number from 0, as pruners compare trials at equal numbers."""
+        number = math.ceil(step / self.eval_steps) - 1
+        if number not in self.claim.reported and not math.isnan(value):
+            self.claim.trial.report(value, number)
+            self.claim.reported[number] = value
+
+    def _tell(self, outcome: str) -> None:
+        trial, study = self.claim.trial, self.study.study
+        reached = max((line["step"] for line in self._log()), default=0)
+        for name, value in ((STEP, reached), (STEPS, self.total_steps), (OUTCOME, outcome)):
+            trial.set_user_attr(name, value)
+        finite = [value for value in self.claim.reported.values() if math.isfinite(value)]
+        if outcome == DONE and finite:
+            study.tell(trial, max(finite) if self.maximize else min(finite))
+        else:
+            study.tell(trial, state=self.study.pruned_state)
+        for name in (CHECKPOINTS, "nonfinite"):  # states of a trial that does not go on
+            remove(self.path / name)
+
+
+def _recorded_outcome(lines: Sequence[Mapping[str, Any]]) -> str | None:
+    """How the run of a trial ended by its log; None if it did not."""
+    events = [line["event"] for line in lines if "event" in line]
+    if "finish" not in events:
+        return None
+    return PRUNED if "stopped" in events else DONE

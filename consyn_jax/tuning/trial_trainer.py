@@ -1,0 +1,69 @@
+"""A trial as a run: the trainer of `consyn-train`, with programs that it shares with others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import optax
+from jax.sharding import Mesh
+
+from consyn_jax.config import RunConfig
+from consyn_jax.model.parameters import Params
+from consyn_jax.training.inputs.initial_model import DeferredModel
+from consyn_jax.training.open_run import RunInputs
+from consyn_jax.training.program import Built
+from consyn_jax.training.trainer import ConsynTrainer
+from consyn_jax.tuning.shared_programs import SharedPrograms, TrialProgram
+
+
+class TrialTrainer(ConsynTrainer):
+    """Train one trial.
+
+    Args:
+        shared: compiled programs of the study so far, which this trial adds to.
+        stops_after: called with the step and the metrics of every evaluation; true ends the trial.
+        header: rows of name and value, printed before the trial begins.
+        inputs: of a `ConsynTrainer`.
+    """
+
+    def __init__(
+        self,
+        shared: SharedPrograms,
+        stops_after: Callable[[int, dict[str, float]], bool],
+        header: list[tuple[str, str]],
+        **inputs: Any,
+    ) -> None:
+        super().__init__(**inputs)
+        self.shared, self.stops_after, self.header = shared, stops_after, header
+
+    def _build(self, run: RunConfig, schedule: optax.Schedule | None) -> Built:
+        built = super()._build(run, schedule)
+        fields = {name: getattr(built.program, name) for name in built.program.__match_args__}
+        own = TrialProgram(**fields, shared=self.shared, run=run, total_steps=self.total_steps)
+        return built._replace(program=own)
+
+    def compile_train_step(self, run: RunConfig, schedule: optax.Schedule | None = None) -> Any:
+        """The train step of `run`, compiled unless another trial has the same program."""
+        return self.shared.bound_step(self._build(run, schedule).program, run, self.total_steps)
+
+    def parameters(self, mesh: Mesh) -> Params:
+        """The parameters to train on `mesh`."""
+        is_new = isinstance(self.model, DeferredModel) and self.model.weights is None
+        if not is_new or self.run.lora.is_used:
+            return super().parameters(mesh)
+        return self.shared.initial_parameters(self.model.config, self.run.budget.seed, mesh)
+
+    def run_inputs(self) -> RunInputs:
+        """Everything that the trial's run is given.
+
+        What a run of its own would print about its settings is left out, as trials have bad ones.
+        """
+        return replace(
+            super().run_inputs(),
+            header=self.header,
+            warnings=[],
+            stops_after=self.stops_after,
+            exports_model=False,
+        )
