@@ -97,10 +97,20 @@ class OptunaStudy:
         found: list[Any] = self.study.get_trials(deepcopy=False)
         return found
 
-    @property
-    def pruned_state(self) -> Any:
-        """Optuna's state of a trial without a result; samplers learn from it that it was bad."""
-        return self._optuna.trial.TrialState.PRUNED
+    def tell(self, claim: Claim, value: float | None) -> None:
+        """End a trial.
+
+        Args:
+            value: None for a trial without a result, from which samplers learn that it was bad.
+        """
+        state = self._optuna.trial.TrialState
+        try:
+            ended = state.PRUNED if value is None else state.COMPLETE
+            self.study.tell(claim.trial, value, state=ended)
+        except RuntimeError:
+            # After its last point, GridSampler stops the loop of `optimize`, which is not used.
+            if self._options.sampler != "grid":
+                raise
 
     def importance(self) -> dict[str, float]:
         """The share of each flag in what makes good trials differ; empty if too few are done."""

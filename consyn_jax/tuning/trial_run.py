@@ -86,15 +86,12 @@ class TrialRun:
             self.claim.reported[number] = value
 
     def _tell(self, outcome: str) -> None:
-        trial, study = self.claim.trial, self.study.study
         reached = max((line["step"] for line in self._log()), default=0)
         for name, value in ((STEP, reached), (STEPS, self.total_steps), (OUTCOME, outcome)):
-            trial.set_user_attr(name, value)
+            self.claim.trial.set_user_attr(name, value)
         finite = [value for value in self.claim.reported.values() if math.isfinite(value)]
-        if outcome == DONE and finite:
-            study.tell(trial, max(finite) if self.maximize else min(finite))
-        else:
-            study.tell(trial, state=self.study.pruned_state)
+        best = max if self.maximize else min
+        self.study.tell(self.claim, best(finite) if outcome == DONE and finite else None)
         for name in (CHECKPOINTS, "nonfinite"):  # states of a trial that does not go on
             remove(self.path / name)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -134,7 +135,10 @@ class Tuning:
             steps = 2**31 - 1  # at the end, at a signal, and by the clock
             saving = replace(saving, save_steps=steps, save_minutes=SAVE_MINUTES)
         evaluation = replace(run.evaluation, load_best_model_at_end=False)
-        return replace(run, saving=saving, evaluation=evaluation), origins
+        # Without a terminal, a trial is the one line that `_note` prints.
+        quiet = run.logging.quiet or not sys.stderr.isatty()
+        parts = {"saving": saving, "evaluation": evaluation}
+        return replace(run, **parts, logging=replace(run.logging, quiet=quiet)), origins
 
     def _definition(self, trainer: ConsynTrainer) -> dict[str, Any]:
         """What must be the same at every start of the study, by the names of messages."""

@@ -23,6 +23,7 @@ from consyn_jax.inference.scoring.evaluation_options import EvaluateConfig
 from consyn_jax.inference.text_generation.generation_options import GenerateConfig
 from consyn_jax.prepare_config import PrepareConfig
 from consyn_jax.reporting.report_options import ReportConfig
+from consyn_jax.tuning.tune_options import TuneConfig
 
 Tree = type[Any]
 COMMANDS = {
@@ -33,7 +34,9 @@ COMMANDS = {
     "evaluate": EvaluateConfig,
     "doctor": DoctorConfig,
     "report": ReportConfig,
+    "tune": TuneConfig,
 }
+SHORT_HELP = ("train", "tune")  # commands whose --help lists the common flags
 
 
 def command(name: str) -> Callable[[list[str]], int]:
@@ -73,7 +76,7 @@ def test_help_fits_the_terminal_and_names_every_flag(
 ) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     with pytest.raises(SystemExit) as ended:
-        command(name)(["--help", "all"] if name == "train" else ["--help"])
+        command(name)(["--help", "all"] if name in SHORT_HELP else ["--help"])
     text = capsys.readouterr().out
     assert ended.value.code == 0
     assert max(map(len, text.splitlines())) <= int(columns)
@@ -149,6 +152,7 @@ finally:
         *(["convert", *words] for words in (["--help"], ["x", "--outputs", "y"])),
         *(["evaluate", *words] for words in (["--help"], ["x", "--strid", "8"])),
         *(["report", *words] for words in (["--help"], ["x", "--outputs", "y"], [])),
+        *(["tune", *words] for words in (["--help"], ["--search", "lrr=1:2"], [])),
     ],
 )
 def test_commands_that_do_not_need_jax_do_not_import_it(argv: list[str], tmp_path: Path) -> None:
