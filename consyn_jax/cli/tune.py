@@ -76,7 +76,7 @@ def tune(config: TuneConfig, origins: dict[str, str]) -> None:
     run = grouped(RunConfig, {name: flat(config)[name] for name in flags(RunConfig)})
     settings = run, {name: origins[name] for name in flags(RunConfig)}
     with prepared_run(settings, lambda _: _check_study(config)) as prepared:
-        from consyn_jax.tuning.tune import Tuning
+        from consyn_jax.tuning.study_run import Tuning
 
         varied = VariedRun.of(settings).with_data(run, prepared.settings)
         Tuning(config, varied, prepared.settings, prepared.trainer_inputs).run()

@@ -59,6 +59,7 @@ class OptunaStudy:
         definition: what all trials have in common; another start must have the same.
         num_evaluations: of a trial that is not pruned.
         seed: of the sampler.
+        overwrite: delete a study of this name in a database first.
 
     Raises:
         UserError: Optuna is not installed, the storage cannot be used, the directory holds another
@@ -75,15 +76,20 @@ class OptunaStudy:
         maximize: bool,
         num_evaluations: int,
         seed: int,
+        overwrite: bool = False,
     ) -> None:
         self._optuna = import_optuna()
         self._place, self._space, self._options = output / STUDY, space, options
         self._evaluations, self._seed = num_evaluations, seed
         make_directory(self._place)
         storage = self._storage(options.storage)
+        name = "consyn" if options.storage is None else output.resolve().name
         with self._asking():
+            if overwrite and options.storage is not None:
+                with suppress(KeyError):  # there is none
+                    self._optuna.delete_study(study_name=name, storage=storage)
             self.study = self._optuna.create_study(
-                study_name="consyn" if options.storage is None else output.resolve().name,
+                study_name=name,
                 storage=storage,
                 direction="maximize" if maximize else "minimize",
                 pruner=self._pruner(options.pruner),
@@ -140,33 +146,49 @@ class OptunaStudy:
         """
         with self._asking():
             trials = self.trials
-            running = self._optuna.trial.TrialState.RUNNING
             for frozen in trials:
-                place = self._claims(frozen.number)
-                if frozen.state == running and not is_held(place):
-                    return self._claimed(frozen.number, frozen)
-            if len(trials) >= limit:
-                return None
-            return self._claimed(len(trials), None)
+                if self._is_running(frozen) and not is_held(self._claims(frozen.number)):
+                    found = self._claimed(frozen.number, frozen._trial_id)
+                    if found is not None:
+                        return found
+            return self._claimed(len(trials), None) if len(trials) < limit else None
 
-    def _claimed(self, number: int, frozen: Any) -> Claim:
+    def _is_running(self, frozen: Any) -> bool:
+        running: bool = frozen.state == self._optuna.trial.TrialState.RUNNING
+        return running
+
+    def _claimed(self, number: int, known: int | None) -> Claim | None:
+        """Take the lock of a trial, and its values.
+
+        Args:
+            known: Optuna's id of a trial that was running; None for a new one.
+
+        Returns:
+            None if the trial has ended since: its process tells so before it releases the lock.
+        """
         place = self._claims(number)
         make_directory(place)
-        lock = RunLock(place)
+        lock, kept = RunLock(place), False
         try:
+            reported = {}
+            if known is not None:
+                frozen = self.trials[number]
+                if not self._is_running(frozen):
+                    return None
+                reported = dict(frozen.intermediate_values)
             # Seeded by number, so that a study that is continued does not repeat what it has drawn.
             self.study.sampler = self._sampler(number)
-            if frozen is None:
+            if known is None:
                 trial = self.study.ask()
             else:  # its values were drawn, or a kill left some of them out
-                trial = self._optuna.trial.Trial(self.study, frozen._trial_id)
+                trial = self._optuna.trial.Trial(self.study, known)
             assert trial.number == number
             values = {dimension.name: self._suggest(trial, dimension) for dimension in self._space}
-        except BaseException:
-            lock.release()
-            raise
-        reported = {} if frozen is None else dict(frozen.intermediate_values)
-        return Claim(number, values, trial, reported, lock)
+            kept = True
+            return Claim(number, values, trial, reported, lock)
+        finally:
+            if not kept:
+                lock.release()
 
     def _suggest(self, trial: Any, dimension: Dimension) -> Any:
         if dimension.choices:

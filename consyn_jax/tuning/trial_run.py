@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,10 @@ from consyn_jax.errors import Diverged
 from consyn_jax.files import remove
 from consyn_jax.training.logging.metrics import FILE_NAME, read_metrics
 from consyn_jax.training.run.directory import CHECKPOINTS
+from consyn_jax.training.run.step_end import interval
 from consyn_jax.tuning.optuna_study import Claim, OptunaStudy
 from consyn_jax.tuning.study_results import DIVERGED, DONE, OUTCOME, PRUNED, STEP, STEPS
 from consyn_jax.tuning.trial_trainer import TrialTrainer
-
-StopsAfter = Callable[[int, dict[str, float]], bool]
 
 
 @dataclass
@@ -27,8 +26,7 @@ class TrialRun:
         metric: the name of the metric that the study is about.
         maximize: whether more of it is better.
         path: the run directory.
-        eval_steps: steps between evaluations.
-        total_steps: steps of the trial if it is not ended early.
+        trainer: of the trial; None of it runs if an earlier process has done all.
     """
 
     study: OptunaStudy
@@ -36,10 +34,15 @@ class TrialRun:
     metric: str
     maximize: bool
     path: Path
-    eval_steps: int
-    total_steps: int
+    trainer: TrialTrainer
 
-    def run(self, make_trainer: Callable[[StopsAfter], TrialTrainer]) -> str:
+    def __post_init__(self) -> None:
+        self.total_steps = self.trainer.total_steps
+        asked = self.trainer.run.evaluation.eval_steps
+        self.eval_steps = interval(asked, self.total_steps)
+        self.trainer.stops_after = self._stops_after
+
+    def run(self) -> str:
         """Train the trial, or what is left of it, and tell the study how it ended.
 
         Returns:
@@ -58,7 +61,7 @@ class TrialRun:
             outcome = PRUNED
         if outcome is None:
             try:
-                make_trainer(self._stops_after).train()
+                self.trainer.train()
                 outcome = _recorded_outcome(self._log()) or DONE
             except Diverged:
                 outcome = DIVERGED

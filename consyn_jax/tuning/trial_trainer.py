@@ -23,20 +23,22 @@ class TrialTrainer(ConsynTrainer):
 
     Args:
         shared: compiled programs of the study so far, which this trial adds to.
-        stops_after: called with the step and the metrics of every evaluation; true ends the trial.
         header: rows of name and value, printed before the trial begins.
         inputs: of a `ConsynTrainer`.
+
+    Attributes:
+        stops_after: called with the step and the metrics of every evaluation; true ends the trial.
     """
 
     def __init__(
         self,
         shared: SharedPrograms,
-        stops_after: Callable[[int, dict[str, float]], bool],
         header: list[tuple[str, str]],
         **inputs: Any,
     ) -> None:
         super().__init__(**inputs)
-        self.shared, self.stops_after, self.header = shared, stops_after, header
+        self.shared, self.header = shared, header
+        self.stops_after: Callable[[int, dict[str, float]], bool] = lambda step, metrics: False
 
     def _build(self, run: RunConfig, schedule: optax.Schedule | None) -> Built:
         built = super()._build(run, schedule)

@@ -62,9 +62,9 @@ def test_trials_share_a_program_and_the_recipe_repeats_the_best(
 
     whole = TrialRun.run
 
-    def counted(self: TrialRun, make: Any) -> str:
+    def counted(self: TrialRun) -> str:
         now[0] = self.claim.number
-        return whole(self, make)
+        return whole(self)
 
     monkeypatch.setattr(TrialRun, "run", counted)
     jax.monitoring.register_event_duration_secs_listener(count)

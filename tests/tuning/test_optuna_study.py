@@ -13,10 +13,16 @@ from consyn_jax.tuning.tune_options import StudyOptions
 SPACE = [Dimension("lr", 1e-4, 1e-2, True), Dimension("optimizer", choices=("adamw", "muon"))]
 
 
-def study(output: Path, definition: dict[str, Any] | None = None, **options: Any) -> OptunaStudy:
+def study(
+    output: Path,
+    definition: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> OptunaStudy:
     given = StudyOptions(**options)
     what = {"--epochs": 3.0} if definition is None else definition
-    return OptunaStudy(output, given, SPACE, what, maximize=False, num_evaluations=10, seed=1)
+    more: dict[str, Any] = {"maximize": False, "num_evaluations": 10, "seed": 1}
+    return OptunaStudy(output, given, SPACE, what, overwrite=overwrite, **more)
 
 
 def done(opened: OptunaStudy, limit: float = 5) -> int:
@@ -105,6 +111,7 @@ def test_a_database_may_hold_the_study(tmp_path: Path) -> None:
     opened = study(tmp_path / "run", storage=url)
     assert [trial.number for trial in opened.trials] == [0]
     assert opened.address == url
+    assert study(tmp_path / "run", storage=url, overwrite=True).trials == []
 
 
 def test_a_storage_that_cannot_be_opened_is_named(tmp_path: Path) -> None:

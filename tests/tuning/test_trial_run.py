@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from consyn_jax.errors import Diverged, Interrupted
+from consyn_jax.resolve import resolve
 from consyn_jax.tuning.optuna_study import OptunaStudy
 from consyn_jax.tuning.search_space import Dimension
 from consyn_jax.tuning.study_results import results_of
@@ -22,10 +23,11 @@ EVERY, TOTAL = 5, 20  # steps between evaluations, and of a trial
 class Trainer:
     """Writes the log of a run whose evaluations have these values."""
 
-    def __init__(
-        self, path: Path, values: list[float], stops_after: Callable[..., bool], end: str
-    ) -> None:
-        self.path, self.values, self.stops_after, self.end = path, values, stops_after, end
+    total_steps, run = TOTAL, resolve({"eval_steps": EVERY})[0]
+    stops_after: Callable[[int, dict[str, float]], bool] = staticmethod(lambda *_: False)
+
+    def __init__(self, path: Path, values: list[float], end: str = "") -> None:
+        self.path, self.values, self.end = path, values, end
 
     def train(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -61,8 +63,8 @@ def run(study: OptunaStudy, tmp_path: Path, values: list[float], end: str = "") 
     assert claim is not None
     path = tmp_path / "trials" / str(claim.number)
     try:
-        trial = TrialRun(study, claim, "eval/loss", False, path, EVERY, TOTAL)
-        return trial.run(lambda stops: Trainer(path, values, stops, end))  # type: ignore[arg-type,return-value]
+        trainer: Any = Trainer(path, values, end)
+        return TrialRun(study, claim, "eval/loss", False, path, trainer).run()
     finally:
         claim.release()
 
@@ -99,7 +101,7 @@ def test_a_kill_between_the_last_step_and_the_study_trains_nothing(
     claim = opened().claim(99)
     assert claim is not None
     path = tmp_path / "trials" / "0"
-    Trainer(path, [4.0, 3.0, 2.0, 1.0], lambda *_: False, "").train()
+    Trainer(path, [4.0, 3.0, 2.0, 1.0]).train()
     claim.release()
     assert run(opened(), tmp_path, []) == "done"
     assert result(opened()).value == 1.0

@@ -27,7 +27,7 @@ from consyn_jax.tuning.shared_programs import SharedPrograms
 from consyn_jax.tuning.study_directory import BEST, PAGE, RECIPE, TRIALS_DIRECTORY, delete_study
 from consyn_jax.tuning.study_page import study_page
 from consyn_jax.tuning.study_results import DONE, StudyResults, recipe, results_of, table
-from consyn_jax.tuning.trial_run import StopsAfter, TrialRun
+from consyn_jax.tuning.trial_run import TrialRun
 from consyn_jax.tuning.trial_trainer import TrialTrainer
 from consyn_jax.tuning.tune_options import TRIALS, StudyOptions, TuneConfig, seconds
 from consyn_jax.tuning.varied_run import Settings, VariedRun
@@ -77,6 +77,7 @@ class Tuning:
             maximize=self.maximize,
             num_evaluations=evaluations,
             seed=config.budget.seed,
+            overwrite=config.saving.overwrite,
         )
         self.limit = _limit(self.options, grid_size(self.space))
         budget = self.options.time_budget
@@ -111,21 +112,15 @@ class Tuning:
     def _train(self, claim: Claim) -> str:
         path = self.output / TRIALS_DIRECTORY / f"{claim.number:04}"
         settings = self._trial_settings(claim.values, path)
-        inputs = self.trainer_inputs(settings)
         header = [
             ("trial", f"{claim.number}, in {path}"),
             *((name, as_text(value)) for name, value in claim.values.items()),
         ]
-
-        def make_trainer(stops_after: StopsAfter) -> TrialTrainer:
-            return TrialTrainer(self.shared, stops_after, header, **inputs)
-
-        total_steps = make_trainer(lambda step, metrics: False).total_steps
-        eval_steps = interval(settings[0].evaluation.eval_steps, total_steps)
-        lengths = eval_steps, total_steps
-        return TrialRun(self.study, claim, self.metric, self.maximize, path, *lengths).run(
-            make_trainer
-        )
+        try:
+            trainer = TrialTrainer(self.shared, header, **self.trainer_inputs(settings))
+            return TrialRun(self.study, claim, self.metric, self.maximize, path, trainer).run()
+        except UserError as error:
+            raise UserError(f"Trial {claim.number}: {error}") from error
 
     def _trial_settings(self, values: Mapping[str, Any], path: Path) -> Settings:
         """The run of a trial, which keeps no model and saves by the clock."""

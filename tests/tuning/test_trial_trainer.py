@@ -1,0 +1,93 @@
+"""A trial as a run: what ends it, and what it leaves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from consyn_jax.model import ConsynLMHeadModel
+from consyn_jax.model_config import ModelConfig
+from consyn_jax.tuning.shared_programs import SharedPrograms
+from consyn_jax.tuning.trial_trainer import TrialTrainer
+
+MODEL = ModelConfig(
+    vocab_size=64,
+    hidden_dim=16,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=32,
+    context=32,
+)
+ROWS = np.random.default_rng(0).integers(1, 64, (64, 16))
+
+
+def trainer(path: Path, shared: SharedPrograms, **settings: Any) -> TrialTrainer:
+    given = {"max_steps": 6, "batch_size": 8, "eval_steps": 2, "save_steps": 4, "quiet": True}
+    return TrialTrainer(
+        shared,
+        [("trial", "0")],
+        model=ConsynLMHeadModel.from_config(MODEL, seed=0),
+        train_dataloader=ROWS,
+        eval_dataloader=ROWS[:8],
+        output_dir=path,
+        **{
+            **given,
+            "logging_backend": "none",
+            "logging_steps": 1,
+            "learning_rate": 1e-2,
+            **settings,
+        },
+    )
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def shared() -> SharedPrograms:
+    return SharedPrograms()
+
+
+def test_a_trial_is_stopped_after_an_evaluation_and_its_state_is_saved(
+    tmp_path: Path, shared: SharedPrograms
+) -> None:
+    trial, seen = trainer(tmp_path, shared), []
+
+    def stops_after(step: int, metrics: dict[str, float]) -> bool:
+        seen.append((step, metrics["eval/loss"]))
+        return step == 4
+
+    trial.stops_after = stops_after
+    assert trial.train()["step"] == 4
+    assert [step for step, _ in seen] == [2, 4]
+    logged = lines(tmp_path)
+    assert seen == [(line["step"], line["eval/loss"]) for line in logged if "eval/loss" in line][:2]
+    events = [line["event"] for line in logged if "event" in line]
+    assert events[-2:] == ["stopped", "finish"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
+
+
+def test_a_trial_keeps_no_model_and_no_sample(tmp_path: Path, shared: SharedPrograms) -> None:
+    trainer(tmp_path, shared).train()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left.isdisjoint({"best", "final", "samples.jsonl"})
+    assert {"metrics.jsonl", "config.yaml", "report.html", "checkpoints"} <= left
+
+
+def test_the_same_trial_goes_on_from_its_checkpoint(tmp_path: Path, shared: SharedPrograms) -> None:
+    """And ends as if it had not been interrupted."""
+    whole = trainer(tmp_path / "whole", shared).train()
+    trial = trainer(tmp_path / "parts", shared)
+    trial.stops_after = lambda step, metrics: step == 4
+    trial.train()
+    again = trainer(tmp_path / "parts", shared).train()
+    assert again["step"] == 6
+    assert again["eval/loss"] == whole["eval/loss"]
+    events = [line["event"] for line in lines(tmp_path / "parts") if "event" in line]
+    assert "resume" in events
+    assert "stopped" not in events, "it came after the state of its step"
