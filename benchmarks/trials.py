@@ -1,7 +1,7 @@
 """How soon is a trial of `consyn-tune` at its first step, and does it compile anything?
 
-Haiku on the text that comes with Python. The trials differ in rate, schedule, warm-up, decay,
-betas, clipping, dropout and seed, so after the first one nothing is to be compiled. Timed is from
+Haiku on the text that comes with Python. The trials differ in rate, warm-up, decay, betas,
+clipping, dropout and seed, so after the first one nothing is to be compiled. Timed is from
 the claim of a trial until its first step is dispatched. On a machine with other load, look at the
 processor time of all threads, which bounds the wall time on an idle one.
 
@@ -29,7 +29,6 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 SEARCH = (
     *("lr=1e-3:1e-2:log", "weight_decay=0:0.3", "beta1=0.8:0.95", "beta2=0.9:0.999"),
     *("warmup_steps=0:5", "max_grad_norm=0.5:2", "dropout=0.05:0.2", "seed=1:999"),
-    "scheduler=cosine,linear,wsd",
 )
 
 

@@ -27,11 +27,11 @@ EPILOG = """\
 examples:
   consyn-tune --model haiku --tokenizer bytes --max_steps 500 \\
     --search lr=1e-4:1e-2:log weight_decay=0:0.3 --trials 20
-  consyn-tune --config recipe.yaml --search optimizer=adamw,muon lr=1e-3:1e-2:log
+  consyn-tune --config recipe.yaml --search optimizer=adamw,muon lr=1e-3,1e-2
 
-All flags of consyn-train work, and those of --search vary. Defaults are in
-brackets. Run the same command again to go on with a study, or several times at
-once to work on it with several processes.
+The flags of consyn-train work here, too; those of --search vary. Defaults are
+in brackets. Run the same command again to go on with a study, or several times
+at once to work on it with several processes.
 Exit codes: 0 done, 2 wrong input, 75 interrupted and saved, 130 and 143
 interrupted with nothing to save."""
 

@@ -351,7 +351,7 @@ class Training:
         self.watchdog.at(FINISHING, progress.step)
         text = self._sample(params)
         self.checkpoints.wait()
-        ending.record_end(self.path, self.report, recorder)
+        ending.record_end(self.path, self.report, recorder, draws=inputs.exports_model)
         if self.writes and inputs.exports_model:
             if text:
                 self.console.sample(text)

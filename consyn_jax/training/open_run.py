@@ -63,7 +63,8 @@ class RunInputs:
             micro-batches.
         stops_after: called with the step and the metrics of every evaluation; true ends the run, as
             early stopping does.
-        exports_model: whether the run writes best/ and final/, and lets its model write samples.
+        exports_model: whether the run writes best/, final/ and loss.png, and lets its model write
+            samples.
     """
 
     run: RunConfig

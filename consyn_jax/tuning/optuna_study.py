@@ -132,7 +132,7 @@ class OptunaStudy:
 
     @property
     def address(self) -> str:
-        """What `optuna-dashboard` opens."""
+        """The storage as `optuna-dashboard` takes it."""
         return self._options.storage or str(self._place / JOURNAL)
 
     def claim(self, limit: float) -> Claim | None:
@@ -248,8 +248,9 @@ class OptunaStudy:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # it is marked as experimental
                     return samplers.QMCSampler(seed=self._seed, warn_independent_sampling=False)
-            case "grid":
-                return samplers.GridSampler({d.name: list(d.choices) for d in self._space}, seed)
+            case "grid":  # the seed numbers its points, so it stays the same
+                grid = {d.name: list(d.choices) for d in self._space}
+                return samplers.GridSampler(grid, self._seed)
         # Trials that other processes are at count as bad ones, so that none is done twice.
         return samplers.TPESampler(seed=seed, constant_liar=True)
 

@@ -136,7 +136,7 @@ class Tuning:
         return replace(run, **parts, logging=replace(run.logging, quiet=quiet)), origins
 
     def _definition(self, trainer: ConsynTrainer) -> dict[str, Any]:
-        """What must be the same at every start of the study, by the names of messages."""
+        """Values that every start of the study must share, by their names in messages."""
         varied = {dimension.name for dimension in self.space}
         run, known = flat(trainer.run), flags(RunConfig)
         own = {

@@ -100,7 +100,7 @@ class TrialRun:
 
 
 def _recorded_outcome(lines: Sequence[Mapping[str, Any]]) -> str | None:
-    """How the run of a trial ended by its log; None if it did not."""
+    """The outcome of a trial by its log; None if its run has not ended."""
     events = [line["event"] for line in lines if "event" in line]
     if "finish" not in events:
         return None

@@ -36,7 +36,7 @@ _NOT_HERE = {
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """What is varied, how often, and by which of Optuna's methods."""
+    """The search space, its budget, and the methods of Optuna."""
 
     search: tuple[str, ...] = flag(
         (),

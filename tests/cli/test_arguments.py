@@ -13,7 +13,7 @@ import pytest
 
 from consyn_jax import __version__
 from consyn_jax.cli import prepare
-from consyn_jax.cli.train import COMMON, main, read_arguments
+from consyn_jax.cli.train import main, read_arguments
 from consyn_jax.config import RunConfig
 from consyn_jax.doctor.doctor_options import DoctorConfig
 from consyn_jax.errors import UserError
@@ -86,23 +86,25 @@ def test_help_fits_the_terminal_and_names_every_flag(
 
 
 @pytest.mark.parametrize("columns", ["60", "80"])
-def test_the_help_of_training_is_short(
-    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", SHORT_HELP)
+def test_the_help_of_training_and_tuning_is_short(
+    name: str, columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", columns)
+    common = importlib.import_module(f"consyn_jax.cli.{name}").COMMON
     with pytest.raises(SystemExit) as ended:
-        main(["--help"])
+        command(name)(["--help"])
     text = capsys.readouterr().out
     assert ended.value.code == 0
     listed = re.findall(r"^  (?:-h, )?--(\w+)", text, re.MULTILINE)
-    assert sorted(listed) == sorted(["help", "version", *COMMON])
-    assert len(COMMON) == 15
-    assert set(COMMON) <= {"config", "dry_run", *flags(RunConfig)}
-    assert re.search(r"^\d+ more flags: consyn-train --help all$", text, re.MULTILINE)
+    assert sorted(listed) == sorted(["help", "version", *common])
+    assert len(common) == 15
+    assert set(common) <= {"config", "dry_run", *flags(COMMANDS[name])}
+    assert re.search(rf"^\d+ more flags: consyn-{name} --help all$", text, re.MULTILINE)
     if columns == "80":
         assert max(map(len, text.splitlines())) <= 80
     with pytest.raises(SystemExit):
-        main(["-h", "all"])
+        command(name)(["-h", "all"])
     whole = capsys.readouterr().out
     assert "--scheduler" in whole
     assert 3 * len(text.splitlines()) < len(whole.splitlines())
