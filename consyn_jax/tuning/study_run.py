@@ -132,8 +132,8 @@ class Tuning:
         evaluation = replace(run.evaluation, load_best_model_at_end=False)
         # Without a terminal, a trial is the one line that `_note` prints.
         quiet = run.logging.quiet or not sys.stderr.isatty()
-        parts = {"saving": saving, "evaluation": evaluation}
-        return replace(run, **parts, logging=replace(run.logging, quiet=quiet)), origins
+        logging = replace(run.logging, quiet=quiet)
+        return replace(run, saving=saving, evaluation=evaluation, logging=logging), origins
 
     def _definition(self, trainer: ConsynTrainer) -> dict[str, Any]:
         """Values that every start of the study must share, by their names in messages."""

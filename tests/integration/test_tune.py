@@ -1,11 +1,8 @@
 """`consyn-tune` as people run it: trials that share one program, kills, several processes."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,6 +15,7 @@ from consyn_jax.cli import train, tune
 from consyn_jax.tuning.trial_run import TrialRun
 
 from .conftest import TINY
+from .nursery import Nursery
 
 SEARCH = [
     "--search",
@@ -127,58 +125,56 @@ def test_a_mistake_that_only_the_data_shows_comes_before_the_first_trial(
     assert "holds a run of consyn-train" in capfd.readouterr().err
 
 
-def start(*words: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "consyn_jax.cli.tune", *words]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-
-
 @pytest.mark.slow
-def test_kills_and_two_processes_lose_and_repeat_no_trial(corpus: Path, tmp_path: Path) -> None:
+def test_kills_and_two_processes_lose_and_repeat_no_trial(
+    corpus: Path,
+    tmp_path: Path,
+    nursery: Nursery,
+) -> None:
     """Five kills, at moments from the first claim to the last trial."""
-    output = tmp_path / "study"
-    given = flags(corpus, output, "--trials", 10, "--save_steps", 2, "--pruner", "none")
-    for done in range(0, 10, 2):
-        process = start(*given)
-        deadline = time.monotonic() + 240
-        place = output / "trials" / f"{done:04}" / "metrics.jsonl"
-        while not place.exists() and process.poll() is None and time.monotonic() < deadline:
+    output, total = tmp_path / "study", 10
+    given = flags(corpus, output, "--trials", total, "--save_steps", 2, "--pruner", "none")
+    for done in range(0, total, 2):
+        process = nursery.start(*given, command="tune", devices=1)
+        log = output / "trials" / f"{done:04}" / "metrics.jsonl"
+        while not log.exists() and process.alive:
             time.sleep(0.01)
         time.sleep(0.013 * done)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        if process.alive:
+            process.signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
         seen = trials(output)
         assert sorted(seen) == list(range(len(seen)))
         assert Counter(seen.values())["RUNNING"] <= 1
-    both = [start(*given), start(*given)]
-    said = [process.communicate(timeout=280)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert trials(output) == dict.fromkeys(range(10), "COMPLETE")
-    assert sorted(path.name for path in (output / "trials").iterdir()) == [
-        f"{number:04}" for number in range(10)
-    ]
-    for number in range(10):
-        lines = metrics(output / "trials" / f"{number:04}")
-        assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
+    both = [nursery.start(*given, command="tune", devices=1) for _ in range(2)]
+    assert [process.wait(280) for process in both] == [0, 0], [child.said for child in both]
+    assert trials(output) == dict.fromkeys(range(total), "COMPLETE")
+    names = sorted(path.name for path in (output / "trials").iterdir())
+    assert names == [f"{number:04}" for number in range(total)]
+    for name in names:
+        steps = [line["step"] for line in metrics(output / "trials" / name) if "train/loss" in line]
+        assert steps == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_signal_saves_the_trial_and_the_same_command_goes_on(
-    corpus: Path, tmp_path: Path
+    corpus: Path,
+    tmp_path: Path,
+    nursery: Nursery,
 ) -> None:
     output = tmp_path / "study"
-    given = flags(corpus, output, "--trials", 2, "--max_steps", 400, "--eval_steps", 200)
-    process = start(*given)
+    given = flags(corpus, output, "--trials", 1, "--max_steps", 150, "--eval_steps", 75)
+    process = nursery.start(*given, command="tune", devices=1)
     log = output / "trials" / "0000" / "metrics.jsonl"
     while not log.exists() or "train/loss" not in log.read_text():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 75, said
-    assert re.search(r"SIGTERM at step \d+: the state is saved", said)
+        assert process.alive, process.said
+        time.sleep(0.02)
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 75, process.said
+    assert re.search(r"SIGTERM at step \d+: the state is saved", process.said)
     assert trials(output) == {0: "RUNNING"}
-    again = start(*given)
-    said = again.communicate(timeout=280)[1]
-    assert again.returncode == 0, said
-    assert trials(output) == {0: "COMPLETE", 1: "COMPLETE"}
+    again = nursery.start(*given, command="tune", devices=1)
+    assert again.wait(280) == 0, again.said
+    assert trials(output) == {0: "COMPLETE"}
     assert "resume" in log.read_text()
