@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 from consyn_jax.config import RunConfig
@@ -174,15 +173,13 @@ def check_sampler(sampler: str, space: Sequence[Dimension]) -> None:
     """Check that a sampler can draw from a search space.
 
     Raises:
-        UserError: it cannot, or needs a package that is not installed.
+        UserError: it cannot.
     """
     if sampler == "grid" and (ranges := [d.text() for d in space if not d.choices]):
         raise UserError(
             f"--sampler grid needs values, and --search {ranges[0]} is a range. Write "
             f"{ranges[0].partition('=')[0]}=A,B,C, or use --sampler qmc."
         )
-    if sampler == "qmc" and find_spec("scipy") is None:
-        raise UserError("--sampler qmc needs SciPy. Run pip install scipy.")
 
 
 def _check_run(config: RunConfig) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from consyn_jax.tuning.search_space import Dimension
 from consyn_jax.tuning.study_results import results_of
 from consyn_jax.tuning.trial_run import TrialRun
 from consyn_jax.tuning.tune_options import StudyOptions
+
+if not os.environ.get("CI"):  # where the extra must be installed
+    pytest.importorskip("optuna", reason="needs the extra tune")
 
 SPACE = [Dimension("lr", 1e-4, 1e-2, True)]
 EVERY, TOTAL = 5, 20  # steps between evaluations, and of a trial
