@@ -61,7 +61,7 @@ def resolve(
         UserError: an unknown name or an invalid value.
     """
     sources = ((defaults or {}, "default"), (file or {}, f"file {file_name}"), (given, given_as))
-    values, origins = _merge(RunConfig, sources)
+    values, origins = merge(RunConfig, sources)
     _name_model_once(values, origins)
     if values["objective"] == "dpo" and values["row_format"] == "auto":
         values["row_format"], origins["row_format"] = "preference", "objective"
@@ -90,7 +90,7 @@ def resolve_preparation(
     Raises:
         UserError: an unknown name or an invalid value.
     """
-    values, origins = _merge(PrepareConfig, ((file or {}, f"file {file_name}"), (given, "flag")))
+    values, origins = merge(PrepareConfig, ((file or {}, f"file {file_name}"), (given, "flag")))
     config = grouped(PrepareConfig, values)
     validate_preparation(config)
     return config, origins
@@ -102,7 +102,7 @@ def resolve_flags(tree: type[Config], given: Mapping[str, Any]) -> Config:
     Raises:
         UserError: an unknown name or an invalid value.
     """
-    values, _ = _merge(tree, ((given, "flag"),))
+    values, _ = merge(tree, ((given, "flag"),))
     return grouped(tree, values)
 
 
@@ -120,10 +120,20 @@ def preset_architecture(name: str, vocab_size: int = 49_152, **tokens: int | Non
     return architecture(config.model, None, vocab_size=vocab_size, **tokens)
 
 
-def _merge(
+def merge(
     tree: type[Any], sources: Iterable[tuple[Mapping[str, Any], str]]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Override the defaults by each of `sources` in turn: (values by flag name, origin) pairs."""
+    """Override the defaults of `tree` by each of `sources` in turn.
+
+    Args:
+        sources: values by flag name, and their origin.
+
+    Returns:
+        All values by flag name, and the origin of each.
+
+    Raises:
+        UserError: an unknown name or an invalid value.
+    """
     known = flags(tree)
     by_alias = {alias: name for name, f in known.items() for alias in f.aliases}
     values = {name: f.default for name, f in known.items()}
@@ -137,7 +147,7 @@ def _merge(
                 style = origin if origin in ("flag", "keyword") else "file"
                 hint = advise(name, value, known, style) or nearest(name, [*known, *by_alias])
                 raise UserError(f"{where} is not a setting{' here' if name in known else ''}{hint}")
-            values[name], origins[name] = _convert(known[name], value, where), origin
+            values[name], origins[name] = convert(known[name], value, where), origin
     return values, origins
 
 
@@ -214,7 +224,7 @@ def _fit_heads(values: dict[str, Any], origins: dict[str, str]) -> None:
         values["num_kv_heads"], origins["num_kv_heads"] = heads, "num_heads"
 
 
-def _convert(flag: Flag, value: Any, where: str) -> Any:
+def convert(flag: Flag, value: Any, where: str) -> Any:
     """Convert a string of the command line, or a value from YAML, to the flag's type.
 
     Raises:

@@ -9,30 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from consyn_jax.cli import arguments
 from consyn_jax.cli.arguments import build_parser, read
-from consyn_jax.cli.choices.fine_tuning import shortest
-from consyn_jax.cli.choices.model_choice import (
-    check_start,
-    choose_model,
-    context_of,
-    deferred_model,
-    weights_note,
-    with_sequence_length,
-)
-from consyn_jax.cli.choices.tokenizer_choice import (
-    check_own_tokenizer,
-    check_store,
-    choose_tokenizer,
-    own_tokenizer,
-    tokenizer_notes,
-    with_tokens,
-)
-from consyn_jax.cli.choices.training_data import check_data, training_data
+from consyn_jax.cli.choices.model_choice import check_start, choose_model
+from consyn_jax.cli.choices.prepared_run import prepared_run
 from consyn_jax.cli.exit_codes import exit_code
-from consyn_jax.cli.machine_fit import check_machine
 from consyn_jax.cli.proof.questions import asked
 from consyn_jax.cli.text_encoding import start_in_utf8
 from consyn_jax.config import RunConfig
-from consyn_jax.errors import UserError, brief
+from consyn_jax.errors import UserError
 from consyn_jax.resolve import resolve
 
 if TYPE_CHECKING:
@@ -182,43 +165,11 @@ def train(
         action: called with the trainer; it trains, or does the work of one of `MODES`.
         writes: whether it writes to the run directory, which must then be free.
     """
-    choice = choose_model(config.model)
-    check_start(config)
-    check_own_tokenizer(config, choice)
-    config = with_sequence_length(config, choice.base, from_rows=True)
-    if writes:
-        _check_directory(config)
-    is_store = check_data(config.data)
-    tokenizer = choose_tokenizer(config, choice, is_store)
-    context = context_of(config, choice.base)
-    check_machine(*shortest((config, origins), context), choice, tokenizer)
-    _check_devices(config)
-    with training_data((config, origins), tokenizer, context) as data:
+    check = _check_directory if writes else lambda _: None
+    with prepared_run((config, origins), check) as prepared:
         from consyn_jax.training.trainer import ConsynTrainer
 
-        made_by = data.tokenizer
-        check_store(made_by, choice, config)
-        own = own_tokenizer(choice)
-        if own is not None and made_by.chat_template is not None:
-            own = own.with_chat_template(made_by.chat_template)
-        config, origins = data.settings
-        check_machine(config, origins, choice, made_by)
-        trainer = ConsynTrainer(
-            deferred_model(
-                config, choice, made_by.vocab_size, lambda c: with_tokens(c, choice, made_by)
-            ),
-            data.training,
-            data.validation,
-            # Export the checkpoint's own files unchanged, with the chat template.
-            tokenizer=own if own is not None and own.sha256 == made_by.sha256 else made_by,
-            run=(config, origins),
-            notes=(
-                weights_note(config.model, origins["checkpoint"], config.budget.seed),
-                *data.notes,
-                *tokenizer_notes(choice, made_by),
-            ),
-        )
-        action(trainer)
+        action(ConsynTrainer(**prepared.trainer_inputs(prepared.settings)))
 
 
 def _check_backends(config: RunConfig, origins: dict[str, str]) -> None:
@@ -239,31 +190,6 @@ def _check_directory(config: RunConfig) -> None:
     if is_first():
         check_output(config)
         check_free(run_path(config))
-
-
-def _check_devices(config: RunConfig) -> None:
-    """Check that the mesh fits the devices and divides the batch.
-
-    Devices that share a sequence are checked in `choose_run_mesh`, once the model is known.
-    """
-    import jax
-
-    from consyn_jax.distributed.mesh import check_batch, parse_mesh
-
-    try:
-        num_devices = jax.device_count()
-    except RuntimeError as error:
-        raise UserError(
-            f"JAX finds no device to train on ({brief(error)}). Check JAX_PLATFORMS and the driver."
-        ) from error
-    mesh, batch_size = config.hardware.mesh, config.budget.batch_size
-    if mesh == "auto":
-        if batch_size < num_devices and not config.hardware.auto_batch:
-            return
-        mesh = f"fsdp={num_devices}"
-    # A length chosen from the rows is a multiple of 128, or the context.
-    length = config.data.max_tokens or 128
-    check_batch(parse_mesh(mesh, num_devices), batch_size, length)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,8 @@ def cpu_step_bytes(
 ) -> float:
     """Memory of a train step in float32 on a CPU, by arithmetic.
 
-    Within a tenth of the compiler's figure for haiku and verse (tests/cli/test_machine_fit.py).
+    Within a tenth of the compiler's figure for haiku and verse
+    (tests/cli/choices/test_machine_fit.py).
     XLA on CPUs undoes recomputation, because it removes the barriers against merging repeated
     computations. So each block keeps its activations and two [T, T] matrices per head. Besides
     the state there are three arrays of the parameters' size, and two of one chunk's logits. Under

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -104,17 +105,27 @@ def initial_parameters(config: ModelConfig, seed: int, mesh: Mesh | None = None)
 
     A seed gives the same bits on every mesh, because threefry counts by element.
     """
+    return initialiser(config, mesh)(np.uint32(seed))
 
-    def make() -> Params:
-        return nnx.to_pure_dict(nnx.split(Decoder(config, nnx.Rngs(seed)))[1])
+
+def initialiser(config: ModelConfig, mesh: Mesh | None) -> Callable[[np.uint32], Params]:
+    """Return `initial_parameters` of any seed, compiled once for all of them."""
+
+    def make(seed: jax.Array) -> Params:
+        return nnx.to_pure_dict(nnx.split(Decoder(config, nnx.Rngs(jax.random.key(seed))))[1])
 
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    with jax.threefry_partitionable(True):
-        return jax.jit(
-            make,
-            out_shardings=layout(config).shardings(mesh) if mesh is not None else None,
-            compiler_options=COMPILE_QUICKLY.get(platform),
-        )()
+    compiled = jax.jit(
+        make,
+        out_shardings=layout(config).shardings(mesh) if mesh is not None else None,
+        compiler_options=COMPILE_QUICKLY.get(platform),
+    )
+
+    def initial(seed: np.uint32) -> Params:
+        with jax.threefry_partitionable(True):
+            return compiled(seed)
+
+    return initial
 
 
 def _as_dict(state: Any) -> Params:

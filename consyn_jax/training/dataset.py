@@ -48,6 +48,10 @@ class ConsynDataset:
     ) -> None:
         self.prepared, self.packed, self.seed, self.shuffle = prepared, packed, seed, shuffle
 
+    def with_seed(self, seed: int) -> ConsynDataset:
+        """The same sequences in another order."""
+        return ConsynDataset(self.prepared, self.packed, seed, self.shuffle)
+
     def __len__(self) -> int:
         return len(self.packed)
 
@@ -113,7 +117,7 @@ class MixedDataset:
     ) -> None:
         if not sources:
             raise UserError("A mixture needs at least one dataset.")
-        self.sources = dict(sources)
+        self.sources, self.weights = dict(sources), weights
         (first, dataset), *others = self.sources.items()
         for name, other in others:
             if other.tokenizer.sha256 != dataset.tokenizer.sha256:
@@ -145,6 +149,10 @@ class MixedDataset:
         self.num_targets = sum(source.num_targets for source in self.sources.values())
         sizes = [source.num_bytes for source in self.sources.values()]
         self.num_bytes = None if None in sizes else sum(size for size in sizes if size is not None)
+
+    def with_seed(self, seed: int) -> MixedDataset:
+        """The same sources in another order."""
+        return MixedDataset(self.sources, self.weights, seed)
 
     def __len__(self) -> int:
         return len(self._joined)

@@ -354,8 +354,8 @@ class Training:
         self.watchdog.at(FINISHING, progress.step)
         text = self._sample(params)
         self.checkpoints.wait()
-        ending.record_end(self.path, self.report, recorder)
-        if self.writes:
+        ending.record_end(self.path, self.report, recorder, draws=inputs.exports_model)
+        if self.writes and inputs.exports_model:
             if text:
                 self.console.sample(text)
             told = ending.closing_lines(self.path, inputs.run, inputs.origins, recorder)
@@ -365,7 +365,7 @@ class Training:
     def _sample(self, params: Params) -> str:
         """Let the model write a text, and keep it; empty without a tokenizer."""
         inputs, began = self.inputs, time.perf_counter()
-        if inputs.tokenizer is None:
+        if inputs.tokenizer is None or not inputs.exports_model:
             return ""
         whole = self.program.whole(params, **self.base)
         seed = inputs.run.budget.seed
@@ -391,6 +391,8 @@ class Training:
         return self.evaluation_params(state.opt_state, state.params), self.progress.step
 
     def _export(self, name: str, params: Params, step: int) -> None:
+        if not self.inputs.exports_model:
+            return
         self.directory.check()
         self.watchdog.at(SAVING, step)
         config = self.program.config.saved_as(self.inputs.run.saving.save_dtype)

@@ -63,6 +63,8 @@ class RunInputs:
         compile_train_step: compiles the train step of `run`, or of the same run in smaller
             micro-batches.
         callbacks: make the user's callbacks.
+        exports_model: whether the run writes best/, final/ and loss.png, and lets its model write
+            samples.
     """
 
     run: RunConfig
@@ -80,6 +82,7 @@ class RunInputs:
     files: ModelFiles
     compile_train_step: Callable[[RunConfig], Any]
     callbacks: tuple[Maker, ...] = ()
+    exports_model: bool = True
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,8 @@ def open_records(
         # The log's clock began a moment ago, when it was rewound.
         since = log.time_s - sum(earlier.values())
         activities.begin(earlier | {"other": earlier.get("other", 0.0) + since})
-    beginning.forget_missing_best(progress, path)
+    if inputs.exports_model:
+        beginning.forget_missing_best(progress, path)
     callbacks = _open_callbacks(inputs, opened, progress, resumed)
     opened.watchdog.entered = partial(_enter, activities, opened.console)
     parts = (progress, inputs.lengths, opened.console, log, callbacks, newest_values(lines))

@@ -20,6 +20,7 @@ from consyn_jax.training.preference.pair_loss import num_terms
 from consyn_jax.training.step import (
     Batch,
     Metrics,
+    Number,
     Objective,
     Step,
     Sums,
@@ -166,7 +167,7 @@ def with_loss_scale(optimizer: optax.GradientTransformation) -> optax.GradientTr
 
 
 def make_scaled_train_step(
-    objective: Objective, optimizer: optax.GradientTransformation, max_grad_norm: float
+    objective: Objective, optimizer: optax.GradientTransformation, max_grad_norm: Number
 ) -> Step:
     """Make the step of `make_train_step` with a backward pass of the scaled loss.
 

@@ -16,12 +16,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, UInt
 
-from consyn_jax.config import (
-    BudgetOptions,
-    HardwareOptions,
-    RegularisationOptions,
-)
+from consyn_jax.config import BudgetOptions, HardwareOptions, RegularisationOptions
 from consyn_jax.data.pairs import CHOSEN_REFERENCE, REJECTED_REFERENCE
 from consyn_jax.distributed.auto_mesh import Machine, MeshChoice
 from consyn_jax.distributed.compiler import compiler_options
@@ -61,10 +58,12 @@ from consyn_jax.training.runtime.signals import SIGNALS, is_shared, signals_like
 from consyn_jax.training.step import (
     BASE,
     Batch,
+    Number,
     Objective,
     Step,
     Sums,
     TrainState,
+    is_used,
     make_step,
     make_train_step,
     with_dropout,
@@ -105,10 +104,10 @@ class Program:
     config: ModelConfig
     compute: Compute
     optimizer: optax.GradientTransformation
-    max_grad_norm: float
+    max_grad_norm: Number
     mesh: Mesh
     regularisation: RegularisationOptions = field(default_factory=RegularisationOptions)
-    seed: int = 0
+    seed: int | UInt[Array, ""] = 0
     max_nonfinite_steps: int = 1
     host_moments: bool = False
     schedule: optax.Schedule | None = None
@@ -140,7 +139,8 @@ class Program:
     @property
     def draws(self) -> bool:
         """Whether a step draws random numbers, for dropout."""
-        return bool(self.regularisation.dropout or (self.lora.is_used and self.lora.lora_dropout))
+        of_lora = self.lora.is_used and self.lora.lora_dropout
+        return is_used(self.regularisation.dropout) or bool(of_lora)
 
     @cached_property
     def rule(self) -> optax.GradientTransformation:
@@ -209,10 +209,10 @@ class Program:
         options = self.regularisation
         if self.trains_on_pairs:
             return pair_objective(self.log_probs(params, batch, base), batch, options.dpo_beta)
-        dropout = Dropout(batch["dropout_key"], options.dropout) if options.dropout else None
-        parts = self._parts(params, batch, base, dropout)
+        drops = is_used(options.dropout)
+        dropout = Dropout(batch["dropout_key"], options.dropout) if drops else None
         extras = Extras(options.label_smoothing, options.z_loss)
-        return head_objective(*parts, extras, self.chunks)
+        return head_objective(*self._parts(params, batch, base, dropout), extras, self.chunks)
 
     @cached_property
     def state_like(self) -> Any:
@@ -242,7 +242,7 @@ class Program:
         )()
         return TrainState(step, params, opt_state, nonfinite)
 
-    def step(self, rule: optax.GradientTransformation, max_grad_norm: float) -> Step:
+    def step(self, rule: optax.GradientTransformation, max_grad_norm: Number) -> Step:
         """Return the step of an update rule, without the skipping of non-finite steps.
 
         Args:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt
 
 from consyn_jax.model.parameters import Params
 from consyn_jax.training.loss import LossSums
@@ -44,15 +44,26 @@ Objective = Callable[[Params, Batch], tuple[Float[Array, ""], Sums]]
 # that they are not written again.
 Update = Callable[[Params, Float[Array, ""], TrainState, Metrics], tuple[Params, optax.OptState]]
 
+Number = float | Float[Array, ""]  # a constant of the program, or one of its arguments
+
 _DROPOUT = 0x0D409  # sets these random numbers apart from others with the same seed
 
 
-def clip_factor(norm: Float[Array, ""], max_norm: float) -> Float[Array, ""]:
+def is_used(number: Number) -> bool:
+    """Whether a number turns its feature on: a constant 0 does not, any argument does.
+
+    >>> is_used(0.0), is_used(0.1), is_used(jnp.zeros(()))
+    (False, True, True)
+    """
+    return isinstance(number, jax.Array) or bool(number)
+
+
+def clip_factor(norm: Float[Array, ""], max_norm: Number) -> Float[Array, ""]:
     """Return the factor that scales gradients of global norm `norm` down to `max_norm`.
 
     0 turns clipping off. The 1e-6 is that of `torch.nn.utils.clip_grad_norm_`.
     """
-    if not max_norm:
+    if not is_used(max_norm):
         return jnp.ones_like(norm)
     return jnp.minimum(1.0, max_norm / (norm + 1e-6))
 
@@ -82,13 +93,14 @@ def accumulate(objective: Objective, params: Params, batch: Batch) -> tuple[Any,
     return sums, jax.tree.map(jax.freeze, totals)
 
 
-def make_step(objective: Objective, update: Update, max_grad_norm: float) -> Step:
+def make_step(objective: Objective, update: Update, max_grad_norm: Number) -> Step:
     """Make `step(state, batch) -> (state, {"loss", "tokens", "grad_norm", "clipped"})`.
 
     The loss is in nats per token, or per pair, which adds further metrics. The norm is taken before
     clipping, and `clipped` is 1 for a step whose gradients were scaled down, otherwise 0. Wrappers
     in program.py add `nonfinite`, `updates` and others.
     """
+    largest = max_grad_norm if is_used(max_grad_norm) else jnp.inf
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         sums, gradients = accumulate(objective, state.params, batch)
@@ -99,7 +111,7 @@ def make_step(objective: Objective, update: Update, max_grad_norm: float) -> Ste
                 **sums.means(terms),
                 "tokens": sums.tokens,
                 "grad_norm": norm,
-                "clipped": (norm > (max_grad_norm or jnp.inf)).astype(jnp.float32),
+                "clipped": (norm > largest).astype(jnp.float32),
             }
             factor = clip_factor(norm, max_grad_norm) / terms
             params, opt_state = update(gradients, factor, state, metrics)
@@ -109,7 +121,7 @@ def make_step(objective: Objective, update: Update, max_grad_norm: float) -> Ste
 
 
 def make_train_step(
-    objective: Objective, optimizer: optax.GradientTransformation, max_grad_norm: float
+    objective: Objective, optimizer: optax.GradientTransformation, max_grad_norm: Number
 ) -> Step:
     """Make the step of `make_step` whose optimizer updates all parameters at once."""
 
@@ -123,7 +135,7 @@ def make_train_step(
     return make_step(objective, update, max_grad_norm)
 
 
-def with_dropout(step: Step, seed: int) -> Step:
+def with_dropout(step: Step, seed: int | UInt[Array, ""]) -> Step:
     """Wrap `step` so that its batch has `dropout_key` [A], a key for each micro-batch."""
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -133,7 +145,9 @@ def with_dropout(step: Step, seed: int) -> Step:
     return train_step
 
 
-def dropout_keys(seed: int, step: int | Int[Array, ""], accumulation: int) -> jax.Array:
+def dropout_keys(
+    seed: int | UInt[Array, ""], step: int | Int[Array, ""], accumulation: int
+) -> jax.Array:
     """Return the keys [A] of the micro-batches in the step after the first `step` steps."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT), step)
     return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(accumulation))

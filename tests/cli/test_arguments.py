@@ -13,7 +13,7 @@ import pytest
 
 from consyn_jax import __version__
 from consyn_jax.cli import prepare
-from consyn_jax.cli.train import COMMON, main, read_arguments
+from consyn_jax.cli.train import main, read_arguments
 from consyn_jax.config import RunConfig
 from consyn_jax.doctor.doctor_options import DoctorConfig
 from consyn_jax.errors import UserError
@@ -23,6 +23,7 @@ from consyn_jax.inference.scoring.evaluation_options import EvaluateConfig
 from consyn_jax.inference.text_generation.generation_options import GenerateConfig
 from consyn_jax.prepare_config import PrepareConfig
 from consyn_jax.reporting.report_options import ReportConfig
+from consyn_jax.tuning.tune_options import TuneConfig
 
 Tree = type[Any]
 COMMANDS = {
@@ -33,7 +34,9 @@ COMMANDS = {
     "evaluate": EvaluateConfig,
     "doctor": DoctorConfig,
     "report": ReportConfig,
+    "tune": TuneConfig,
 }
+SHORT_HELP = ("train", "tune")  # commands whose --help lists the common flags
 
 
 def command(name: str) -> Callable[[list[str]], int]:
@@ -73,7 +76,7 @@ def test_help_fits_the_terminal_and_names_every_flag(
 ) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     with pytest.raises(SystemExit) as ended:
-        command(name)(["--help", "all"] if name == "train" else ["--help"])
+        command(name)(["--help", "all"] if name in SHORT_HELP else ["--help"])
     text = capsys.readouterr().out
     assert ended.value.code == 0
     assert max(map(len, text.splitlines())) <= int(columns)
@@ -83,23 +86,25 @@ def test_help_fits_the_terminal_and_names_every_flag(
 
 
 @pytest.mark.parametrize("columns", ["60", "80"])
-def test_the_help_of_training_is_short(
-    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", SHORT_HELP)
+def test_the_help_of_training_and_tuning_is_short(
+    name: str, columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", columns)
+    common = importlib.import_module(f"consyn_jax.cli.{name}").COMMON
     with pytest.raises(SystemExit) as ended:
-        main(["--help"])
+        command(name)(["--help"])
     text = capsys.readouterr().out
     assert ended.value.code == 0
     listed = re.findall(r"^  (?:-h, )?--(\w+)", text, re.MULTILINE)
-    assert sorted(listed) == sorted(["help", "version", *COMMON])
-    assert len(COMMON) == 15
-    assert set(COMMON) <= {"config", "dry_run", *flags(RunConfig)}
-    assert re.search(r"^\d+ more flags: consyn-train --help all$", text, re.MULTILINE)
+    assert sorted(listed) == sorted(["help", "version", *common])
+    assert len(common) == 15
+    assert set(common) <= {"config", "dry_run", *flags(COMMANDS[name])}
+    assert re.search(rf"^\d+ more flags: consyn-{name} --help all$", text, re.MULTILINE)
     if columns == "80":
         assert max(map(len, text.splitlines())) <= 80
     with pytest.raises(SystemExit):
-        main(["-h", "all"])
+        command(name)(["-h", "all"])
     whole = capsys.readouterr().out
     assert "--scheduler" in whole
     assert 3 * len(text.splitlines()) < len(whole.splitlines())
@@ -149,6 +154,7 @@ finally:
         *(["convert", *words] for words in (["--help"], ["x", "--outputs", "y"])),
         *(["evaluate", *words] for words in (["--help"], ["x", "--strid", "8"])),
         *(["report", *words] for words in (["--help"], ["x", "--outputs", "y"], [])),
+        *(["tune", *words] for words in (["--help"], ["--search", "lrr=1:2"], [])),
     ],
 )
 def test_commands_that_do_not_need_jax_do_not_import_it(argv: list[str], tmp_path: Path) -> None:

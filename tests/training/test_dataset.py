@@ -36,6 +36,8 @@ def test_item_i_is_a_function_of_seed_and_i(tokenizer: BPETokenizer) -> None:
             assert values.dtype == (np.bool_ if name == "loss_mask" else np.int32)
     other = get_dataset("sample", tokenizer, block_size=128, seed=8)
     assert any((other[i]["labels"] != dataset[i]["labels"]).any() for i in range(5))
+    for i in range(5):
+        np.testing.assert_array_equal(dataset.with_seed(8)[i]["labels"], other[i]["labels"])
     with pytest.raises(IndexError):
         dataset[len(dataset)]
 
@@ -184,6 +186,10 @@ def test_a_mixture_is_weighted_in_training_and_whole_in_evaluation(
     both = mixed.rows(np.arange(len(mixed)))
     assert both["loss_mask"].sum() == mixed.num_tokens
     again = MixedDataset(sources, [3.0, 1.0], seed=6)
+    first = np.arange(9)
+    np.testing.assert_array_equal(
+        mixed.with_seed(6).order.at(first)["labels"], again.order.at(first)["labels"]
+    )
     assert (
         again.fingerprint == mixed.fingerprint != MixedDataset(sources, [1, 1], seed=5).fingerprint
     )

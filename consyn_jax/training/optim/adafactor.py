@@ -12,6 +12,7 @@ import optax
 from consyn_jax.model.parameters import Params, map_axes
 from consyn_jax.optimizer_config import OptimizerOptions
 from consyn_jax.training.optim.groups import Axes, is_matrix, matrix_sides
+from consyn_jax.training.step import is_used
 
 # A matrix with a side shorter than this keeps all of its second moments, which cost little (as in
 # big_vision).
@@ -48,7 +49,7 @@ def adafactor(options: OptimizerOptions, logical_axes: Params) -> optax.Gradient
 
     rule = optax.GradientTransformation(init, update)
     momentum, dtype = options.momentum_decay, jnp.dtype(options.moment_dtype)
-    if not momentum:
+    if not is_used(momentum):
         return rule
     return optax.chain(rule, optax.ema(momentum, debias=False, accumulator_dtype=dtype))
 

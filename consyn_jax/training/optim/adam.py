@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from consyn_jax.optimizer_config import OptimizerOptions
+from consyn_jax.training.step import Number
 
 
 def adam(options: OptimizerOptions) -> optax.GradientTransformation:
@@ -29,7 +30,7 @@ def scaled_gradients(options: OptimizerOptions) -> optax.GradientTransformation:
     return _narrow_second_moment(rule, jnp.dtype(options.moment_dtype))
 
 
-def _beta2(options: OptimizerOptions) -> float:
+def _beta2(options: OptimizerOptions) -> Number:
     assert options.beta2 is not None
     return options.beta2
 

@@ -20,6 +20,7 @@ from consyn_jax.training.optim.cautious_adamw import cautious_adamw
 from consyn_jax.training.optim.groups import decay_mask, rate_multipliers
 from consyn_jax.training.optim.muon import muon
 from consyn_jax.training.optim.state import scale_by_plateau
+from consyn_jax.training.step import is_used
 from consyn_jax.validation import parse_multipliers
 
 
@@ -32,7 +33,7 @@ def _lion(options: OptimizerOptions, _: Params) -> optax.GradientTransformation:
 
 def _sgd(options: OptimizerOptions, _: Params) -> optax.GradientTransformation:
     """Return the gradients, summed up with momentum."""
-    if not options.momentum_decay:
+    if not is_used(options.momentum_decay):
         return optax.identity()
     dtype = jnp.dtype(options.moment_dtype)
     return optax.trace(decay=options.momentum_decay, accumulator_dtype=dtype)

@@ -42,14 +42,19 @@ def sample(config: ModelConfig, params: Params, tokenizer: BPETokenizer, seed: i
     return tokenizer.decode([int(i) for i in np.asarray(ids)[0]])
 
 
-def record_end(directory: Path, report: LiveReport, recorder: Recorder) -> None:
+def record_end(
+    directory: Path, report: LiveReport, recorder: Recorder, *, draws: bool = True
+) -> None:
     """Write report and picture, and then the event `finish`, which marks the run as done.
+
+    Args:
+        draws: whether to write loss.png.
 
     Raises:
         UserError: the disk refuses the event. The next start repeats this work.
     """
     best_step = recorder.progress.selection.best_step
-    if recorder.log is not None:
+    if recorder.log is not None and draws:
         draw_losses(directory, recorder)
     report.finish()
     recorder.event(

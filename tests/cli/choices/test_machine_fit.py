@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from consyn_jax.cli import machine_fit
+from consyn_jax.cli.choices import machine_fit
 from consyn_jax.cli.choices.fine_tuning import shortest
+from consyn_jax.cli.choices.machine_fit import check_machine
 from consyn_jax.cli.choices.model_choice import ModelChoice, choose_model, with_sequence_length
-from consyn_jax.cli.machine_fit import check_machine
 from consyn_jax.cli.train import read_arguments
 from consyn_jax.config import architecture
 from consyn_jax.errors import UserError
@@ -172,7 +172,7 @@ def test_a_gpu_is_not_refused(machine: pytest.MonkeyPatch) -> None:
 
 def test_the_answer_comes_before_jax_is_imported(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom consyn_jax.cli import machine_fit, train\n"
+        "import sys\nfrom consyn_jax.cli import train\nfrom consyn_jax.cli.choices import machine_fit\n"
         "machine_fit._machine_bytes = lambda: 16 * 10**9\n"
         "code = train.main(sys.argv[1:])\nprint(code, 'jax' in sys.modules)"
     )

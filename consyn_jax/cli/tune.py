@@ -1,0 +1,95 @@
+"""`consyn-tune`: search for good hyperparameters."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from consyn_jax.cli.arguments import build_parser, read
+from consyn_jax.cli.choices.prepared_run import prepared_run
+from consyn_jax.cli.exit_codes import exit_code
+from consyn_jax.cli.text_encoding import start_in_utf8
+from consyn_jax.config import RunConfig
+from consyn_jax.flags import flags, flat, grouped
+from consyn_jax.tuning.tune_options import TuneConfig, resolve_tuning
+from consyn_jax.tuning.varied_run import VariedRun
+
+DESCRIPTION = """\
+Search for the values of flags with which consyn-train reaches the best metric.
+The trials of a study share data and compiled programs."""
+USAGE = "--search FLAG=VALUES ... [--config FILE] [FLAG ...]"
+COMMON = (  # the flags of a short --help
+    *("model", "data", "validation", "tokenizer", "max_steps", "batch_size", "eval_steps"),
+    *("output", "search", "trials", "time_budget", "metric", "sampler", "pruner", "config"),
+)
+EPILOG = """\
+examples:
+  consyn-tune --model haiku --tokenizer bytes --max_steps 500 \\
+    --search lr=1e-4:1e-2:log weight_decay=0:0.3 --trials 20
+  consyn-tune --config recipe.yaml --search optimizer=adamw,muon lr=1e-3,1e-2
+
+The flags of consyn-train work here, too; those of --search vary. Defaults are
+in brackets. Run the same command again to go on with a study, or several times
+at once to work on it with several processes.
+Exit codes: 0 done, 2 wrong input, 75 interrupted and saved, 130 and 143
+interrupted with nothing to save."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    if argv is None:
+        start_in_utf8()
+    return exit_code("consyn-tune", lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run the command line `argv`."""
+    config, origins, mode = read_arguments(argv)
+    if mode == "print_config":
+        from consyn_jax.config_file import describe
+
+        print(describe(config, origins), end="")
+        return
+    from consyn_jax.distributed.allocators import set_allocators
+
+    set_allocators()
+    tune(config, origins)
+
+
+def read_arguments(argv: Sequence[str]) -> tuple[TuneConfig, dict[str, str], str]:
+    """Parse a command line into the settings, the origins of their values, and a mode or "".
+
+    Raises:
+        UserError: an unknown flag, an invalid value, or an unreadable `--config` file.
+    """
+    parser = build_parser("consyn-tune", DESCRIPTION, USAGE, EPILOG, TuneConfig, COMMON)
+    return read(parser, argv, resolve_tuning)
+
+
+def tune(config: TuneConfig, origins: dict[str, str]) -> None:
+    """Check all input before slow work, prepare the data, and run the study.
+
+    Raises:
+        UserError: the data or the directory of the study is wrong, or Optuna is not installed.
+    """
+    run = grouped(RunConfig, {name: flat(config)[name] for name in flags(RunConfig)})
+    settings = run, {name: origins[name] for name in flags(RunConfig)}
+    with prepared_run(settings, lambda _: _check_study(config)) as prepared:
+        from consyn_jax.tuning.study_run import Tuning
+
+        varied = VariedRun.of(settings).with_data(run, prepared.settings)
+        Tuning(config, varied, prepared.settings, prepared.trainer_inputs).run()
+
+
+def _check_study(config: TuneConfig) -> None:
+    """Check Optuna and the directory of the study."""
+    from consyn_jax.tuning.optuna_study import import_optuna
+    from consyn_jax.tuning.study_directory import check_output
+
+    import_optuna()
+    check_output(Path(config.saving.output), config.saving.overwrite)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Search for hyperparameters: studies whose trials share compiled programs and data."""

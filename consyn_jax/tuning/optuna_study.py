@@ -1,0 +1,328 @@
+"""Optuna's side of a study: storage, sampler, pruner, and the trials that a process works on.
+
+The states of the trials are Optuna's. A process that works on a trial holds a lock besides, which
+the operating system releases if the process is killed: the trial is then taken up again under its
+number. Optuna's own heartbeats would fail it, and start another one (docs/design/libraries.md).
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from consyn_jax.errors import UserError
+from consyn_jax.files import make_directory
+from consyn_jax.training.run.lock import RunLock, is_held
+from consyn_jax.tuning.search_space import Dimension
+from consyn_jax.tuning.study_directory import CLAIMS, STUDY
+from consyn_jax.tuning.tune_options import StudyOptions
+
+JOURNAL = "journal.log"
+DEFINITION = "definition"  # a user attribute of the study: what all its trials have in common
+ASKING_S = 0.05  # between two tries to be the process that asks for a trial
+LARGEST_SEED = 2**32
+Definition = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A trial that this process works on, until `release`.
+
+    Attributes:
+        trial: Optuna's.
+        reported: its evaluations so far, by their number from 0; an earlier process began it if
+            there are any.
+    """
+
+    number: int
+    values: dict[str, Any]
+    trial: Any
+    reported: dict[int, float]
+    lock: RunLock
+
+    def release(self) -> None:
+        """Let another process have it."""
+        self.lock.release()
+
+
+class OptunaStudy:
+    """The study of a directory, which several processes may work on at once.
+
+    Args:
+        output: the directory of the study.
+        definition: what all trials have in common; another start must have the same.
+        num_evaluations: of a trial that is not pruned.
+        seed: of the sampler.
+        overwrite: delete a study of this name in a database first.
+
+    Raises:
+        UserError: Optuna is not installed, the storage cannot be used, the directory holds another
+            study.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        options: StudyOptions,
+        space: Sequence[Dimension],
+        definition: Definition,
+        *,
+        maximize: bool,
+        num_evaluations: int,
+        seed: int,
+        overwrite: bool = False,
+    ) -> None:
+        self._optuna = import_optuna()
+        self._place, self._space, self._options = output / STUDY, space, options
+        self._evaluations, self._seed = num_evaluations, seed
+        make_directory(self._place)
+        storage = self._storage(options.storage)
+        name = "consyn" if options.storage is None else output.resolve().name
+        with self._asking():
+            if overwrite and options.storage is not None:
+                with suppress(KeyError):  # there is none
+                    self._optuna.delete_study(study_name=name, storage=storage)
+            self.study = self._optuna.create_study(
+                study_name=name,
+                storage=storage,
+                direction="maximize" if maximize else "minimize",
+                pruner=self._pruner(options.pruner),
+                load_if_exists=True,
+            )
+            _check_definition(self.study, definition, output)
+
+    @property
+    def trials(self) -> list[Any]:
+        """All trials so far, as Optuna's `FrozenTrial`."""
+        found: list[Any] = self.study.get_trials(deepcopy=False)
+        return found
+
+    def tell(self, claim: Claim, value: float | None) -> None:
+        """End a trial.
+
+        Args:
+            value: None for a trial without a result, from which samplers learn that it was bad.
+        """
+        state = self._optuna.trial.TrialState
+        try:
+            ended = state.PRUNED if value is None else state.COMPLETE
+            self.study.tell(claim.trial, value, state=ended)
+        except RuntimeError:
+            # After its last point, GridSampler stops the loop of `optimize`, which is not used.
+            if self._options.sampler != "grid":
+                raise
+
+    def importance(self) -> dict[str, float]:
+        """The share of each flag in what makes good trials differ; empty if too few are done."""
+        importance = self._optuna.importance
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the evaluator is marked as experimental
+            with suppress(ValueError, RuntimeError, ImportError):
+                found: dict[str, float] = importance.get_param_importances(
+                    self.study, evaluator=importance.PedAnovaImportanceEvaluator()
+                )
+                return found
+        return {}
+
+    @property
+    def address(self) -> str:
+        """The storage as `optuna-dashboard` takes it."""
+        return self._options.storage or str(self._place / JOURNAL)
+
+    def claim(self, limit: float) -> Claim | None:
+        """Take up a trial that nobody works on any more, or begin a new one.
+
+        Args:
+            limit: the number of trials after which no new one begins.
+
+        Returns:
+            None if there is none; other processes may still work on some.
+        """
+        with self._asking():
+            trials = self.trials
+            for frozen in trials:
+                if self._is_running(frozen) and not is_held(self._claims(frozen.number)):
+                    found = self._claimed(frozen.number, frozen._trial_id)
+                    if found is not None:
+                        return found
+            return self._claimed(len(trials), None) if len(trials) < limit else None
+
+    def _is_running(self, frozen: Any) -> bool:
+        running: bool = frozen.state == self._optuna.trial.TrialState.RUNNING
+        return running
+
+    def _claimed(self, number: int, known: int | None) -> Claim | None:
+        """Take the lock of a trial, and its values.
+
+        Args:
+            known: Optuna's id of a trial that was running; None for a new one.
+
+        Returns:
+            None if the trial has ended since: its process tells so before it releases the lock.
+        """
+        place = self._claims(number)
+        make_directory(place)
+        lock, kept = RunLock(place), False
+        try:
+            reported = {}
+            if known is not None:
+                frozen = self.trials[number]
+                if not self._is_running(frozen):
+                    return None
+                reported = dict(frozen.intermediate_values)
+            # Seeded by number, so that a study that is continued does not repeat what it has drawn.
+            self.study.sampler = self._sampler(number)
+            if known is None:
+                trial = self.study.ask()
+            else:  # its values were drawn, or a kill left some of them out
+                trial = self._optuna.trial.Trial(self.study, known)
+            assert trial.number == number
+            values = {dimension.name: self._suggest(trial, dimension) for dimension in self._space}
+            kept = True
+            return Claim(number, values, trial, reported, lock)
+        finally:
+            if not kept:
+                lock.release()
+
+    def _suggest(self, trial: Any, dimension: Dimension) -> Any:
+        if dimension.choices:
+            return trial.suggest_categorical(dimension.name, dimension.choices)
+        suggest = trial.suggest_int if dimension.is_whole else trial.suggest_float
+        return suggest(dimension.name, dimension.low, dimension.high, log=dimension.is_log)
+
+    def _claims(self, number: int) -> Path:
+        return self._place / CLAIMS / f"{number:04}"
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Be the only process that counts, takes up and begins trials."""
+        place = self._place / "asking"
+        make_directory(place)
+        while True:
+            try:
+                lock = RunLock(place)
+                break
+            except UserError:  # another process asks, for a moment
+                time.sleep(ASKING_S)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _storage(self, url: str | None) -> Any:
+        optuna = self._optuna
+        try:
+            if url is not None:
+                return optuna.storages.get_storage(url)
+            # Absolute, as Optuna's lock is a link to this path, wherever it stands.
+            file = str((self._place / JOURNAL).resolve())
+            lock = optuna.storages.journal.JournalFileSymlinkLock(file)
+            cut_torn_line(Path(file), lock)
+            backend = optuna.storages.journal.JournalFileBackend(file, lock_obj=lock)
+            return optuna.storages.JournalStorage(backend)
+        except OSError as error:
+            raise UserError(
+                f"The study in {self._place} cannot be used: {error.strerror}. Name another "
+                "--output."
+            ) from error
+        except Exception as error:
+            if url is None and not isinstance(error, ValueError):
+                raise
+            what = f"--storage {url}" if url else f"The journal {self._place / JOURNAL}"
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            remedy = "Give a database URL such as sqlite:///study.db" if url else "Put it back"
+            raise UserError(f"{what} cannot be used ({reason}). {remedy}.") from error
+
+    def _sampler(self, number: int) -> Any:
+        samplers, seed = self._optuna.samplers, (self._seed + 7919 * number) % LARGEST_SEED
+        match self._options.sampler:
+            case "random":
+                return samplers.RandomSampler(seed)
+            case "qmc":  # one sequence, of which the storage keeps the place
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # it is marked as experimental
+                    return samplers.QMCSampler(seed=self._seed, warn_independent_sampling=False)
+            case "grid":  # the seed numbers its points, so it stays the same
+                grid = {d.name: list(d.choices) for d in self._space}
+                return samplers.GridSampler(grid, self._seed)
+        # Trials that other processes are at count as bad ones, so that none is done twice.
+        return samplers.TPESampler(seed=seed, constant_liar=True)
+
+    def _pruner(self, name: str) -> Any:
+        pruners, most = self._optuna.pruners, self._evaluations
+        match name:
+            case "halving":
+                return pruners.SuccessiveHalvingPruner()
+            case "hyperband":
+                return pruners.HyperbandPruner(max_resource=most)
+            case "none":
+                return pruners.NopPruner()
+        return pruners.MedianPruner(n_warmup_steps=most // 5)
+
+
+def import_optuna() -> Any:
+    """Import Optuna, which then logs warnings only.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        optuna = importlib.import_module("optuna")
+    except ImportError as error:
+        raise UserError(
+            "consyn-tune needs Optuna. Run pip install 'consyn_jax[tune]', or pip install optuna."
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def grid_size(space: Sequence[Dimension]) -> int:
+    """Points of the grid of `--sampler grid`."""
+    size = 1
+    for dimension in space:
+        size *= len(dimension.choices)
+    return size
+
+
+def cut_torn_line(file: Path, lock: Any) -> None:
+    """Cut off an unfinished last line of a journal, such as a full disk leaves.
+
+    Optuna reads past it once and refuses the whole journal after the next line was added.
+
+    Args:
+        lock: Optuna's, which whoever writes a line holds.
+    """
+    if not file.exists():
+        return
+    lock.acquire()
+    try:
+        with file.open("rb+") as journal:
+            content = journal.read()
+            if not content.endswith(b"\n"):
+                journal.truncate(content.rfind(b"\n") + 1)
+    finally:
+        lock.release()
+
+
+def _check_definition(study: Any, definition: Definition, output: Path) -> None:
+    """Write the definition into a new study, or compare it with that of an old one."""
+    old: Mapping[str, Any] | None = study.user_attrs.get(DEFINITION)
+    if old is None:
+        study.set_user_attr(DEFINITION, definition)
+        return
+    changes = [
+        f"{name} was {old.get(name)} and is {definition.get(name)}"
+        for name in {**old, **definition}
+        if old.get(name) != definition.get(name)
+    ]
+    if changes:
+        raise UserError(
+            f"--output {output} holds another study: {'; '.join(changes)}. Name another directory, "
+            "use the old values, or delete that study with --overwrite."
+        )

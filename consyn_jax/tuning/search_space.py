@@ -1,0 +1,170 @@
+"""The search space: what `--search` says, checked against the flags of training."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from consyn_jax.config import RunConfig
+from consyn_jax.errors import UserError, nearest
+from consyn_jax.flags import Flag, flags
+from consyn_jax.resolve import convert
+
+_GROUPS = ("model", "budget", "optimizer", "regularisation", "lora")
+_SAME = "it is the same in all trials"
+_FIXED = {
+    **dict.fromkeys(("model", "checkpoint", "context", "objective"), _SAME),
+    **dict.fromkeys(("epochs", "max_steps", "total_tokens"), "all trials have the same budget"),
+    "decay_from": "a trial starts at step 0",
+}
+MOST_CORNERS = 256  # of the search space, that are checked before the first trial
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """A flag that varies: over the values from `low` to `high`, or over `choices`.
+
+    Attributes:
+        is_log: whether the logarithm of the value is drawn.
+    """
+
+    name: str
+    low: float | int = 0
+    high: float | int = 0
+    is_log: bool = False
+    choices: tuple[Any, ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the values are whole numbers."""
+        return isinstance(self.low, int) and not self.choices
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """The values that are checked before the first trial."""
+        return self.choices or (self.low, self.high)
+
+    def text(self) -> str:
+        """The dimension as `--search` has it.
+
+        >>> Dimension("lr", 1e-4, 1e-2, True).text()
+        'lr=0.0001:0.01:log'
+        """
+        if self.choices:
+            return f"{self.name}={','.join(map(as_text, self.choices))}"
+        scale = ":log" if self.is_log else ""
+        return f"{self.name}={as_text(self.low)}:{as_text(self.high)}{scale}"
+
+
+def as_text(value: Any) -> str:
+    """A value as people type it.
+
+    >>> as_text(0.001), as_text(True), as_text("muon")
+    ('0.001', 'true', 'muon')
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def parse_search(items: Sequence[str]) -> list[Dimension]:
+    """Parse `--search`.
+
+    Raises:
+        UserError: an unknown flag, one that cannot vary, or an empty or invalid range.
+    """
+    found: dict[str, Dimension] = {}
+    for item in items:
+        name, equals, values = item.partition("=")
+        flag = _flag(item, name)
+        if not equals or not values.strip():
+            raise UserError(
+                f"--search {item} has no values. Write {flag.name}=LOW:HIGH, {flag.name}=LOW:HIGH"
+                f":log or {flag.name}=A,B."
+            )
+        if flag.name in found:
+            raise UserError(f"--search has {flag.name} twice. Leave one of them out.")
+        is_range = ":" in values and flag.type in (int, float)
+        found[flag.name] = (_range if is_range else _choice)(item, flag, values)
+    return list(found.values())
+
+
+def _flag(item: str, given: str) -> Flag:
+    known = flags(RunConfig)
+    name = given.strip().lstrip("-").replace("-", "_")
+    by_alias = {alias: flag.name for flag in known.values() for alias in flag.aliases}
+    name = by_alias.get(name, name)
+    if name not in known:
+        hint = nearest(name, [*known, *by_alias])
+        raise UserError(f"--search {item}: there is no flag --{name}{hint}")
+    flag = known[name]
+    reason = _FIXED.get(name)
+    if flag.group == "data":
+        reason = "the data is prepared once, for all trials"
+    elif flag.group not in _GROUPS or flag.many:
+        reason = "it does not change what is learned"
+    if reason is not None:
+        raise UserError(f"--search {item}: --{name} cannot vary, as {reason}. Leave it out.")
+    return flag
+
+
+def _range(item: str, flag: Flag, text: str) -> Dimension:
+    low_text, high_text, *scale = text.split(":")
+    if scale not in ([], ["log"]):
+        raise UserError(
+            f"--search {item} is no range. Write {flag.name}=LOW:HIGH or {flag.name}=LOW:HIGH:log."
+        )
+    low, high = (
+        convert(flag, end.strip(), f"--search {flag.name}") for end in (low_text, high_text)
+    )
+    if low >= high:
+        raise UserError(
+            f"--search {item} is an empty range: {as_text(low)} is not below {as_text(high)}. "
+            "Write the lower end first."
+        )
+    if scale and low <= 0:
+        raise UserError(
+            f"--search {item} has no logarithm at {as_text(low)}. Begin above 0, or leave :log out."
+        )
+    return Dimension(flag.name, low, high, bool(scale))
+
+
+def _choice(item: str, flag: Flag, text: str) -> Dimension:
+    # The values of --lr_multipliers have commas themselves.
+    words = [word.strip() for word in text.split(";" if flag.name == "lr_multipliers" else ",")]
+    choices = tuple(convert(flag, word, f"--search {flag.name}") for word in words)
+    if len(set(choices)) < len(choices):
+        raise UserError(f"--search {item} has a value twice. Leave one of them out.")
+    if len(choices) == 1:
+        raise UserError(
+            f"--search {item} has one value only. Give --{flag.name} {words[0]}, or a second value."
+        )
+    return Dimension(flag.name, choices=choices)
+
+
+def check_corners(space: Sequence[Dimension], check: Callable[[Mapping[str, Any]], object]) -> None:
+    """Check runs at the ends of all ranges with all choices; of a large space, each end by itself.
+
+    Args:
+        check: resolves a run with these values by flag name.
+
+    Raises:
+        UserError: a run is refused; the message names its values.
+    """
+    ends = [dimension.ends for dimension in space]
+    names = [dimension.name for dimension in space]
+    corners = list(itertools.islice(itertools.product(*ends), MOST_CORNERS + 1))
+    if len(corners) > MOST_CORNERS:
+        first = [end[0] for end in ends]
+        corners = [
+            (*first[:i], value, *first[i + 1 :]) for i, end in enumerate(ends) for value in end
+        ]
+    for corner in corners:
+        values = dict(zip(names, corner, strict=True))
+        try:
+            check(values)
+        except UserError as error:
+            about = " ".join(f"--{name} {as_text(value)}" for name, value in values.items())
+            raise UserError(f"A trial of --search with {about} is refused: {error}") from error

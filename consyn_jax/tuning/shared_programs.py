@@ -1,0 +1,234 @@
+"""Programs that trials share: what differs between them only in numbers is compiled once.
+
+In a run of its own, rates, decay, betas, clipping, dropout and seed are constants of the train
+step. Here they are arrays in its batch, under `NUMBERS`. The step is made from the same code:
+`Program.train_step` of a program whose numbers are arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from consyn_jax.config import RunConfig
+from consyn_jax.distributed.compiler import compiler_options
+from consyn_jax.flags import flags
+from consyn_jax.model.parameters import Params, initialiser
+from consyn_jax.model_config import ModelConfig
+from consyn_jax.training.optim.optimizers import build_optimizer
+from consyn_jax.training.optim.schedules import build_schedule
+from consyn_jax.training.program import TRAIN_AXES, Program
+from consyn_jax.training.run.identity import SCHEDULE_FLAGS
+from consyn_jax.training.step import Batch, Metrics, TrainState, is_used
+
+NUMBERS = "numbers"  # in a batch: the numbers of the trial, by flag, and its rates
+RATES = "rates"  # the learning rate of each update [steps]
+Numbers = dict[str, Any]
+
+_OF_OPTIMIZER = ("weight_decay", "beta1", "beta2", "eps", "momentum")
+_ARGUMENTS = {*_OF_OPTIMIZER, "max_grad_norm", "dropout", "seed"}
+# The host lowers the rate on a plateau, so the program does not have its settings.
+_OF_HOST = {"plateau_factor", "plateau_patience", "plateau_cooldown", "plateau_threshold"}
+_GROUPS = {"model", "budget", "optimizer", "regularisation", "lora", "hardware"}
+# Flags whose values a trial may change without another program, apart from whether dropout and
+# momentum are 0 and whether the schedule is plateau.
+FREE_FLAGS = frozenset(SCHEDULE_FLAGS | _ARGUMENTS | _OF_HOST)
+Made = TypeVar("Made")
+
+
+def numbers_of(run: RunConfig, total_steps: int) -> Numbers:
+    """The numbers of a run as its train step takes them.
+
+    Dropout and momentum are left out if they are 0, as their code is then left out of the program.
+    """
+    options = run.optimizer
+    rates = build_schedule(options, total_steps)(np.arange(total_steps))
+    found: dict[str, Any] = {name: getattr(options, name) for name in _OF_OPTIMIZER}
+    found["momentum"] = options.momentum_decay or None
+    found["max_grad_norm"] = options.max_grad_norm or np.inf
+    found["dropout"] = run.regularisation.dropout or None
+    used = {name: np.float32(value) for name, value in found.items() if value is not None}
+    rates = np.broadcast_to(np.asarray(jax.device_get(rates), np.float32), (total_steps,))
+    return {**used, RATES: rates, "seed": np.uint32(run.budget.seed)}
+
+
+def with_numbers(program: Program, run: RunConfig, numbers: Numbers) -> Program:
+    """Return `program`, which is that of `run`, with other numbers, which may be traced."""
+    rates = numbers[RATES]
+    own = {name: numbers[name] for name in _OF_OPTIMIZER if name in numbers}
+    axes = program.layout.logical_axes
+    return replace(
+        program,
+        optimizer=build_optimizer(
+            replace(run.optimizer, **own), lambda updates: rates[updates], axes
+        ),
+        max_grad_norm=numbers["max_grad_norm"],
+        regularisation=replace(program.regularisation, dropout=numbers.get("dropout", 0.0)),
+        seed=numbers["seed"],
+    )
+
+
+def program_key(run: RunConfig, model: ModelConfig, total_steps: int) -> Hashable:
+    """Identify the program of a trial: trials with equal keys differ only in numbers.
+
+    A flag counts unless it is known to be a number, so that a new one costs a compilation at worst.
+    """
+    known = flags(RunConfig)
+    constants = tuple(
+        (name, getattr(getattr(run, flag.group), name))
+        for name, flag in known.items()
+        if flag.group in _GROUPS and name not in FREE_FLAGS
+    )
+    options = run.optimizer
+    features = (
+        is_used(options.momentum_decay),
+        is_used(run.regularisation.dropout),
+        options.scheduler == "plateau",
+    )
+    return repr(model), constants, features, run.row_length, total_steps
+
+
+@dataclass(frozen=True)
+class BoundStep:
+    """A train step with the numbers of a trial, called like the step of a run of its own."""
+
+    compiled: jax.stages.Compiled
+    numbers: Numbers
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Take a step."""
+        return self.compiled(state, batch | {NUMBERS: self.numbers})
+
+    def memory_analysis(self) -> Any:
+        """Sizes, as the compiled program has them."""
+        return self.compiled.memory_analysis()
+
+    def as_text(self) -> str | None:
+        """The compiled program as text."""
+        return self.compiled.as_text()
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A program that is compiled already, where a lowered one is expected."""
+
+    compiled: Any
+
+    def compile(self) -> Any:
+        """The compiled program."""
+        return self.compiled
+
+
+class SharedPrograms:
+    """Compiled programs by the key of the trials that can use them."""
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def once(self, kind: str, key: Hashable, make: Callable[[], Made]) -> Made:
+        """Return what `make` has made for this kind and key, now or before."""
+        if (kind, key) not in self._made:
+            self._made[kind, key] = make()
+        found: Made = self._made[kind, key]
+        return found
+
+    def initial_parameters(self, model: ModelConfig, seed: int, mesh: Mesh) -> Params:
+        """As `parameters.initial_parameters`."""
+        make = self.once("parameters", (repr(model), mesh), lambda: initialiser(model, mesh))
+        return make(np.uint32(seed))
+
+    def bound_step(self, program: Program, run: RunConfig, total_steps: int) -> BoundStep:
+        """The train step of a trial.
+
+        Args:
+            program: the trial's own, which is not compiled.
+        """
+        numbers = placed(numbers_of(run, total_steps), program.mesh)
+        key = program_key(run, program.config, total_steps)
+        compiled = self.once("step", key, lambda: _lowered(program, run, numbers).compile())
+        return BoundStep(compiled, numbers)
+
+
+def placed(numbers: Numbers, mesh: Mesh) -> Numbers:
+    """The numbers on all devices of a mesh."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    found: Numbers = jax.device_put(numbers, everywhere)
+    return found
+
+
+def _lowered(program: Program, run: RunConfig, numbers: Numbers) -> jax.stages.Lowered:
+    """The train step with numbers as arguments, otherwise lowered as `Program` lowers its own."""
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        arrays = {name: values for name, values in batch.items() if name != NUMBERS}
+        return with_numbers(program, run, batch[NUMBERS]).train_step()(state, arrays)
+
+    budget = run.budget
+    shape = budget.gradient_accumulation_steps, budget.batch_size, run.row_length
+    batch = program.batch_like(shape, TRAIN_AXES) | program.base_like
+    batch[NUMBERS] = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), numbers
+    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state_like)
+    options = compiler_options(list(program.mesh.devices.flat)) or None
+    with jax.set_mesh(program.mesh), jax.threefry_partitionable(True):
+        return jax.jit(
+            train_step,
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+            compiler_options=options,
+        ).lower(program.state_like, batch)
+
+
+@dataclass(frozen=True)
+class TrialProgram(Program):
+    """The program of a trial, whose parts are compiled once for all trials like it.
+
+    Args:
+        shared: the compiled programs.
+        run: the trial.
+        total_steps: its steps.
+    """
+
+    shared: SharedPrograms | None = None
+    run: RunConfig | None = None
+    total_steps: int = 0
+
+    @property
+    def _key(self) -> tuple[SharedPrograms, RunConfig, Hashable]:
+        assert self.shared is not None
+        assert self.run is not None
+        return self.shared, self.run, program_key(self.run, self.config, self.total_steps)
+
+    def initial_state(self, params: Params) -> TrainState:
+        """As `Program.initial_state`."""
+        if self.host_moments:  # made one by one, as the device cannot hold all of them
+            return super().initial_state(params)
+        shared, run, key = self._key
+        numbers = placed(numbers_of(run, self.total_steps), self.mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_like)
+
+        def make(numbers: Numbers, params: Params) -> Any:
+            zero = jnp.int32(0)
+            return with_numbers(self, run, numbers).rule.init(params), zero, zero
+
+        parts = shardings.opt_state, shardings.step, shardings.nonfinite
+        compiled = shared.once("state", key, lambda: jax.jit(make, out_shardings=parts))
+        opt_state, step, nonfinite = compiled(numbers, params)
+        return TrainState(step, params, opt_state, nonfinite)
+
+    def lower_eval_step(self, batch_size: int, length: int) -> Any:
+        """As `Program.lower_eval_step`, but the program may be compiled already."""
+        shared, _, key = self._key
+        lower = super().lower_eval_step
+        place = key, batch_size, length
+        return _Ready(shared.once("evaluation", place, lambda: lower(batch_size, length).compile()))

@@ -1,0 +1,39 @@
+"""The directory of a study: names of its entries, and when a new study may use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from consyn_jax.errors import UserError
+from consyn_jax.files import remove
+from consyn_jax.training.run.directory import CONFIG
+from consyn_jax.training.run.lock import check_free, is_held
+from consyn_jax.training.run.opening import check_writable
+
+STUDY, TRIALS_DIRECTORY, PAGE, RECIPE, BEST = "study", "trials", "study.html", "recipe.yaml", "best"
+CLAIMS = "claims"  # in `STUDY`: a lock for each trial
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Check that a directory is free for a study, or holds one.
+
+    Raises:
+        UserError: it holds a run, it cannot be made, or with `overwrite` another process uses it.
+    """
+    check_writable(output)
+    if (output / CONFIG).exists() or (output / "metrics.jsonl").exists():
+        raise UserError(
+            f"--output {output} holds a run of consyn-train, and a study needs a directory of its "
+            "own. Name another one."
+        )
+    claims = output / STUDY / CLAIMS
+    if overwrite and claims.is_dir():
+        for place in sorted(claims.iterdir()):
+            if is_held(place):
+                check_free(place)
+
+
+def delete_study(output: Path) -> None:
+    """Delete only what a study has written to its directory."""
+    for name in (PAGE, RECIPE, TRIALS_DIRECTORY, STUDY):
+        remove(output / name)

@@ -1,0 +1,138 @@
+"""The results of a study: its trials in order, the best one as a recipe, and the table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from consyn_jax.config import RunConfig
+from consyn_jax.config_file import describe
+from consyn_jax.training.logging.formats import decimals
+from consyn_jax.tuning.search_space import Dimension, as_text
+
+STEP, STEPS, OUTCOME = "step", "steps", "outcome"  # user attributes of a trial
+DONE, PRUNED, DIVERGED, RUNNING, FAILED = "done", "pruned", "diverged", "running", "failed"
+MOST_ROWS = 20  # of the table in the terminal
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """The result of a trial.
+
+    Attributes:
+        outcome: how it ended, or `RUNNING`.
+        value: the best of its evaluations if it is done, otherwise the last; None before the first.
+        curve: values of its evaluations by their number from 0.
+        step, steps: the steps that it took, and those of a whole trial.
+    """
+
+    number: int
+    outcome: str
+    value: float | None
+    values: Mapping[str, Any]
+    curve: Mapping[int, float]
+    step: int = 0
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """All trials of a study, of which the best have the lowest or the highest metric."""
+
+    trials: list[TrialResult]
+    space: Sequence[Dimension]
+    metric: str
+    maximize: bool
+
+    @property
+    def done(self) -> list[TrialResult]:
+        """Trials that were not ended early, the best first."""
+        sign = -1 if self.maximize else 1
+        found = [trial for trial in self.trials if trial.outcome == DONE]
+        return sorted(found, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+
+    @property
+    def best(self) -> TrialResult | None:
+        """The best trial; None before the first is done."""
+        return next(iter(self.done), None)
+
+    @property
+    def saved(self) -> float:
+        """Share of the steps of all ended trials that pruning and divergence have saved."""
+        ended = [trial for trial in self.trials if trial.steps]
+        all_steps = sum(trial.steps for trial in ended)
+        return 1 - sum(trial.step for trial in ended) / all_steps if all_steps else 0.0
+
+    def count(self, outcome: str) -> int:
+        """The number of trials with this outcome."""
+        return sum(trial.outcome == outcome for trial in self.trials)
+
+
+def results_of(
+    trials: Sequence[Any], space: Sequence[Dimension], metric: str, maximize: bool
+) -> StudyResults:
+    """The results of Optuna's trials."""
+    found = []
+    for trial in trials:
+        ended = trial.state.is_finished()
+        outcome = trial.user_attrs.get(OUTCOME, FAILED) if ended else RUNNING
+        curve = dict(sorted(trial.intermediate_values.items()))
+        last = next(reversed(curve.values()), None)
+        value = trial.value if ended and trial.value is not None else last
+        found.append(
+            TrialResult(
+                trial.number,
+                outcome,
+                value if value is not None and math.isfinite(value) else None,
+                dict(trial.params),
+                curve,
+                trial.user_attrs.get(STEP, 0),
+                trial.user_attrs.get(STEPS, 0),
+            )
+        )
+    return StudyResults(found, space, metric, maximize)
+
+
+def table(results: StudyResults, most: int = MOST_ROWS) -> list[str]:
+    """The trials as lines of text, the best first."""
+    done = results.done
+    others = [trial for trial in results.trials if trial.outcome != DONE]
+    rows = [["trial", results.metric, *(d.name for d in results.space), "steps", "outcome"]]
+    rows += [row(trial, results.space) for trial in [*done, *others][:most]]
+    left = len(results.trials) - most
+    return [*_aligned(rows), *([f"and {left:,} more trials"] if left > 0 else [])]
+
+
+def row(trial: TrialResult, space: Sequence[Dimension]) -> list[str]:
+    """A trial as cells of a table."""
+    values = [as_text(trial.values[d.name]) if d.name in trial.values else "" for d in space]
+    shown = "" if trial.value is None else decimals(trial.value)
+    return [str(trial.number), shown, *values, f"{trial.step:,}", trial.outcome]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for cells in rows:
+        yield "  ".join(
+            f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)
+        ).rstrip()
+
+
+def recipe(
+    results: StudyResults, best: TrialResult, run: RunConfig, origins: dict[str, str]
+) -> str:
+    """A recipe for `consyn-train --config` with the values of the best trial.
+
+    Args:
+        run: with these values.
+        origins: of its values.
+    """
+    assert best.value is not None
+    tuned = {dimension.name: f"trial {best.number}" for dimension in results.space}
+    head = (
+        f"# Trial {best.number}, the best of {len(results.trials)}: {results.metric} "
+        f"{decimals(best.value)}.\n\n"
+    )
+    return head + describe(run, origins | tuned)

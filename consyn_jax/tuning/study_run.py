@@ -1,0 +1,261 @@
+"""A study from its definition to its best values: trials one after the other, in this process."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from consyn_jax.config import RunConfig
+from consyn_jax.errors import UserError
+from consyn_jax.evaluation_metrics import is_greater_better
+from consyn_jax.files import write_whole
+from consyn_jax.flags import flags, flat
+from consyn_jax.training.logging.console import Console, show
+from consyn_jax.training.logging.formats import decimals
+from consyn_jax.training.optim.schedules import build_schedule
+from consyn_jax.training.run.step_end import interval
+from consyn_jax.training.trainer import ConsynTrainer
+from consyn_jax.tuning.optuna_study import Claim, OptunaStudy, grid_size
+from consyn_jax.tuning.search_space import as_text, check_corners, parse_search
+from consyn_jax.tuning.shared_programs import SharedPrograms
+from consyn_jax.tuning.study_directory import BEST, PAGE, RECIPE, TRIALS_DIRECTORY, delete_study
+from consyn_jax.tuning.study_page import study_page
+from consyn_jax.tuning.study_results import DONE, StudyResults, recipe, results_of, table
+from consyn_jax.tuning.trial_run import TrialRun
+from consyn_jax.tuning.trial_trainer import TrialTrainer
+from consyn_jax.tuning.tune_options import TRIALS, StudyOptions, TuneConfig, seconds
+from consyn_jax.tuning.varied_run import Settings, VariedRun
+
+SAVE_MINUTES = 5.0  # between checkpoints of a trial, unless a flag says otherwise
+
+
+class Tuning:
+    """One start of `consyn-tune`.
+
+    Args:
+        varied: the run that the trials vary.
+        base: that run with the first values of the search, prepared.
+        trainer_inputs: keywords of a trainer of such a run.
+
+    Raises:
+        UserError: the search space, the metric, the pruner or the directory does not fit.
+    """
+
+    def __init__(
+        self,
+        config: TuneConfig,
+        varied: VariedRun,
+        base: Settings,
+        trainer_inputs: Callable[[Settings], dict[str, Any]],
+    ) -> None:
+        began = time.monotonic()
+        self.options, self.shared = config.study, SharedPrograms()
+        self.varied, self.trainer_inputs = varied, trainer_inputs
+        assert config.study.metric is not None
+        self.metric, self.output = config.study.metric, Path(config.saving.output)
+        self.maximize = bool(is_greater_better(self.metric))
+        self.space = parse_search(config.study.search)
+        trainer = ConsynTrainer(**trainer_inputs(base))
+        steps = trainer.total_steps
+        check_corners(
+            self.space, lambda v: build_schedule(varied.with_values(v)[0].optimizer, steps)
+        )
+        evaluations = _num_evaluations(trainer, self.options)
+        if config.saving.overwrite:
+            delete_study(self.output)
+        self.study = OptunaStudy(
+            self.output,
+            self.options,
+            self.space,
+            self._definition(trainer),
+            maximize=self.maximize,
+            num_evaluations=evaluations,
+            seed=config.budget.seed,
+            overwrite=config.saving.overwrite,
+        )
+        self.limit = _limit(self.options, grid_size(self.space))
+        budget = self.options.time_budget
+        self.deadline = math.inf if budget is None else began + seconds(budget)
+        self.quiet = config.logging.quiet
+
+    def run(self) -> StudyResults:
+        """Work on trials until there is none left to begin, and write the results.
+
+        Raises:
+            Interrupted: a signal ended the trial of now; the same command goes on with it.
+        """
+        self._print_header()
+        while time.monotonic() < self.deadline:
+            claim = self.study.claim(self.limit)
+            if claim is None:
+                break
+            try:
+                outcome = self._train(claim)
+            finally:
+                claim.release()
+            results = self.write_results()
+            self._note(claim, outcome, results)
+        results = self.write_results()
+        self._print_end(results)
+        return results
+
+    def results(self) -> StudyResults:
+        """The trials so far."""
+        return results_of(self.study.trials, self.space, self.metric, self.maximize)
+
+    def _train(self, claim: Claim) -> str:
+        path = self.output / TRIALS_DIRECTORY / f"{claim.number:04}"
+        settings = self._trial_settings(claim.values, path)
+        header = [
+            ("trial", f"{claim.number}, in {path}"),
+            *((name, as_text(value)) for name, value in claim.values.items()),
+        ]
+        try:
+            trainer = TrialTrainer(self.shared, header, **self.trainer_inputs(settings))
+            return TrialRun(self.study, claim, self.metric, self.maximize, path, trainer).run()
+        except UserError as error:
+            raise UserError(f"Trial {claim.number}: {error}") from error
+
+    def _trial_settings(self, values: Mapping[str, Any], path: Path) -> Settings:
+        """The run of a trial, which keeps no model and saves by the clock."""
+        run, origins = self.varied.with_values(values)
+        saving = replace(run.saving, output=str(path), overwrite=False, keep_last=1)
+        if saving.save_steps is None and saving.save_minutes is None:
+            steps = 2**31 - 1  # at the end, at a signal, and by the clock
+            saving = replace(saving, save_steps=steps, save_minutes=SAVE_MINUTES)
+        evaluation = replace(run.evaluation, load_best_model_at_end=False)
+        # Without a terminal, a trial is the one line that `_note` prints.
+        quiet = run.logging.quiet or not sys.stderr.isatty()
+        logging = replace(run.logging, quiet=quiet)
+        return replace(run, saving=saving, evaluation=evaluation, logging=logging), origins
+
+    def _definition(self, trainer: ConsynTrainer) -> dict[str, Any]:
+        """Values that every start of the study must share, by their names in messages."""
+        varied = {dimension.name for dimension in self.space}
+        run, known = flat(trainer.run), flags(RunConfig)
+        own = {
+            f"--{name}": list(value) if isinstance(value, tuple) else value
+            for name, value in run.items()
+            if known[name].math and name not in varied
+        }
+        for name in ("batch_size", "gradient_accumulation_steps", "eval_steps"):
+            if name not in varied:
+                own[f"--{name}"] = run[name]
+        return {
+            "--search": " ".join(sorted(dimension.text() for dimension in self.space)),
+            "--metric": self.metric,
+            **own,
+            "the training data": trainer.derived()["data"],
+        }
+
+    # -------------------------------------------------------------------------------------- results
+
+    def write_results(self) -> StudyResults:
+        """Write page and recipe.
+
+        Raises:
+            UserError: the disk refuses it.
+        """
+        results = self.results()
+        title, importance = f"Study {self.output.resolve().name}", self.study.importance()
+        page = study_page(results, title, importance, self.command)
+        try:
+            write_whole(self.output / PAGE, page.encode("utf-8", "replace"))
+            if (best := results.best) is not None:
+                run, origins = self.varied.with_values(best.values)
+                saving = replace(run.saving, output=str(self.output / BEST), overwrite=False)
+                text = recipe(results, best, replace(run, saving=saving), origins)
+                write_whole(self.output / RECIPE, text)
+        except OSError as error:
+            raise UserError(
+                f"--output {self.output} cannot be written: {error.strerror}. Make room; the same "
+                "command goes on with the study."
+            ) from error
+        return results
+
+    @property
+    def command(self) -> str:
+        """The command that trains with the best values."""
+        return f"consyn-train --config {shlex.quote(str(self.output / RECIPE))}"
+
+    def _print_header(self) -> None:
+        so_far = self.results()
+        limit = "no limit" if math.isinf(self.limit) else f"{self.limit:.0f}"
+        rows = [
+            ("search", " ".join(dimension.text() for dimension in self.space)),
+            ("metric", f"{self.metric}, {'highest' if self.maximize else 'lowest'}"),
+            ("method", f"{self.options.sampler} sampler, {self.options.pruner} pruner"),
+            ("trials", f"{limit}; {len(so_far.trials)} so far"),
+            ("study", f"optuna-dashboard {shlex.quote(self.study.address)}"),
+        ]
+        with Console(quiet=self.quiet) as console:
+            console.header(rows, "consyn-tune")
+
+    def _note(self, claim: Claim, outcome: str, results: StudyResults) -> None:
+        trial = results.trials[claim.number]
+        values = ", ".join(f"{name} {as_text(value)}" for name, value in claim.values.items())
+        value = "no value" if trial.value is None else f"{self.metric} {decimals(trial.value)}"
+        end = "" if outcome == DONE else f", {outcome} at step {trial.step:,} of {trial.steps:,}"
+        mark = " (best)" if results.best is trial else ""
+        with Console(quiet=self.quiet) as console:
+            console.note(f"Trial {claim.number}: {values}: {value}{end}{mark}")
+
+    def _print_end(self, results: StudyResults) -> None:
+        for line in table(results):
+            show(line)
+        running = [trial for trial in results.trials if trial.outcome == "running"]
+        lines = []
+        if running:
+            lines.append(f"Trials that other processes work on: {len(running)}.")
+        if (best := results.best) is not None and best.value is not None:
+            lines += [
+                f"Best: trial {best.number}, {self.metric} {decimals(best.value)}. Steps saved by "
+                f"ending trials early: {results.saved:.0%}.",
+                "Next:",
+                f"  {self.command}",
+            ]
+        where = f"Everything is in {self.output}: {PAGE}, {RECIPE}, {TRIALS_DIRECTORY}/."
+        with Console(quiet=self.quiet) as console:
+            console.finish([*lines, where])
+
+
+def _num_evaluations(trainer: ConsynTrainer, options: StudyOptions) -> int:
+    """Evaluations of a whole trial.
+
+    Raises:
+        UserError: there are none, they have no such metric, or too few for the pruner.
+    """
+    source, steps = trainer.eval_source, trainer.total_steps
+    if source is None:
+        raise UserError(
+            "A study compares evaluations, and there is no evaluation data: no document fell into "
+            "the validation split. Give --validation or a larger --validation_fraction."
+        )
+    if options.metric == "eval/bits_per_byte" and not source.num_bytes:
+        raise UserError(
+            "--metric eval/bits_per_byte is never logged, because the size in bytes of the "
+            "evaluation text is unknown. Use eval/loss."
+        )
+    found = math.ceil(steps / interval(trainer.run.evaluation.eval_steps, steps))
+    if options.pruner != "none" and found < 2:
+        raise UserError(
+            f"--pruner {options.pruner} compares evaluations during training, and a trial of "
+            f"{steps} steps with --eval_steps {trainer.run.evaluation.eval_steps} has only its "
+            "last one. Lower --eval_steps, or use --pruner none."
+        )
+    return found
+
+
+def _limit(options: StudyOptions, points: int) -> float:
+    """The number of trials of the study."""
+    if options.sampler == "grid":
+        return min(options.trials or points, points)
+    if options.trials is not None:
+        return options.trials
+    return TRIALS if options.time_budget is None else math.inf

@@ -1,0 +1,115 @@
+"""One trial from its claim to its outcome in the study, also if an earlier process began it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from consyn_jax.errors import Diverged
+from consyn_jax.files import remove
+from consyn_jax.training.logging.metrics import FILE_NAME, read_metrics
+from consyn_jax.training.logging.tracking.callbacks import RunView
+from consyn_jax.training.run.directory import CHECKPOINTS
+from consyn_jax.training.run.step_end import interval
+from consyn_jax.tuning.optuna_study import Claim, OptunaStudy
+from consyn_jax.tuning.study_results import DIVERGED, DONE, OUTCOME, PRUNED, STEP, STEPS
+from consyn_jax.tuning.trial_trainer import TrialTrainer
+
+
+@dataclass
+class TrialRun:
+    """The run of a trial.
+
+    Args:
+        metric: the name of the metric that the study is about.
+        maximize: whether more of it is better.
+        path: the run directory.
+        trainer: of the trial; None of it runs if an earlier process has done all.
+    """
+
+    study: OptunaStudy
+    claim: Claim
+    metric: str
+    maximize: bool
+    path: Path
+    trainer: TrialTrainer
+
+    def __post_init__(self) -> None:
+        self.total_steps = self.trainer.total_steps
+        asked = self.trainer.run.evaluation.eval_steps
+        self.eval_steps = interval(asked, self.total_steps)
+        self.trainer.add_callback(self)
+
+    def run(self) -> str:
+        """Train the trial, or what is left of it, and tell the study how it ended.
+
+        Returns:
+            The outcome, which the study then has.
+
+        Raises:
+            Interrupted: a signal ended it; another start takes it up again.
+        """
+        lines = self._reported_log()
+        # A kill can come between the end of the run, or the decision to end it, and the study.
+        outcome = _recorded_outcome(lines)
+        if outcome is None and self.claim.reported and self._is_pruned():
+            outcome = PRUNED
+        if outcome is None:
+            try:
+                self.trainer.train()
+                outcome = _recorded_outcome(self._reported_log()) or DONE
+            except Diverged:
+                outcome = DIVERGED
+        self._tell(outcome)
+        return outcome
+
+    def _log(self) -> Sequence[Mapping[str, Any]]:
+        file = self.path / FILE_NAME
+        return read_metrics(file) if file.exists() else []
+
+    def _reported_log(self) -> Sequence[Mapping[str, Any]]:
+        """The log, of which the study has every evaluation now."""
+        lines = self._log()
+        for line in lines:
+            if self.metric in line and "event" not in line:
+                self._report(line["step"], line[self.metric])
+        return lines
+
+    def on_evaluate(self, run: RunView, values: Mapping[str, Any]) -> None:
+        """Report an evaluation of the run, and end the run if the pruner says so."""
+        self._report(values["step"], values[self.metric])
+        if values["step"] < self.total_steps and self._is_pruned():
+            run.stop("pruned")
+
+    def _is_pruned(self) -> bool:
+        """Whether the pruner ends the trial, unless it is at its end anyway."""
+        last = math.ceil(self.total_steps / self.eval_steps) - 1
+        return max(self.claim.reported) < last and bool(self.claim.trial.should_prune())
+
+    def _report(self, step: int, value: float) -> None:
+        """Report an evaluation by its number from 0, as pruners compare trials at equal numbers."""
+        number = math.ceil(step / self.eval_steps) - 1
+        if number not in self.claim.reported and not math.isnan(value):
+            self.claim.trial.report(value, number)
+            self.claim.reported[number] = value
+
+    def _tell(self, outcome: str) -> None:
+        reached = max((line["step"] for line in self._log()), default=0)
+        for name, value in ((STEP, reached), (STEPS, self.total_steps), (OUTCOME, outcome)):
+            self.claim.trial.set_user_attr(name, value)
+        finite = [value for value in self.claim.reported.values() if math.isfinite(value)]
+        best = max if self.maximize else min
+        self.study.tell(self.claim, best(finite) if outcome == DONE and finite else None)
+        for name in (CHECKPOINTS, "nonfinite"):  # states of a trial that does not go on
+            remove(self.path / name)
+
+
+def _recorded_outcome(lines: Sequence[Mapping[str, Any]]) -> str | None:
+    """The outcome of a trial by its log; None if its run has not ended."""
+    events = [line["event"] for line in lines if "event" in line]
+    if "finish" not in events:
+        return None
+    return PRUNED if "stop" in events else DONE

@@ -1,0 +1,64 @@
+"""A trial as a run: the trainer of `consyn-train`, with programs that it shares with others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import optax
+from jax.sharding import Mesh
+
+from consyn_jax.config import RunConfig
+from consyn_jax.model.parameters import Params
+from consyn_jax.training.inputs.initial_model import DeferredModel
+from consyn_jax.training.open_run import RunInputs
+from consyn_jax.training.program import Built
+from consyn_jax.training.trainer import ConsynTrainer
+from consyn_jax.tuning.shared_programs import SharedPrograms, TrialProgram
+
+
+class TrialTrainer(ConsynTrainer):
+    """Train one trial.
+
+    Args:
+        shared: compiled programs of the study so far, which this trial adds to.
+        header: rows of name and value, printed before the trial begins.
+        inputs: of a `ConsynTrainer`.
+    """
+
+    def __init__(
+        self,
+        shared: SharedPrograms,
+        header: list[tuple[str, str]],
+        **inputs: Any,
+    ) -> None:
+        super().__init__(**inputs)
+        self.shared, self.header = shared, header
+
+    def add_callback(self, callback: Any) -> None:
+        """Let a callback see the trial's evaluations, and end it."""
+        self._callbacks = (*self._callbacks, callback)
+
+    def _build(self, run: RunConfig, schedule: optax.Schedule | None) -> Built:
+        built = super()._build(run, schedule)
+        fields = {name: getattr(built.program, name) for name in built.program.__match_args__}
+        own = TrialProgram(**fields, shared=self.shared, run=run, total_steps=self.total_steps)
+        return built._replace(program=own)
+
+    def compile_train_step(self, run: RunConfig, schedule: optax.Schedule | None = None) -> Any:
+        """The train step of `run`, compiled unless another trial has the same program."""
+        return self.shared.bound_step(self._build(run, schedule).program, run, self.total_steps)
+
+    def parameters(self, mesh: Mesh) -> Params:
+        """The parameters to train on `mesh`."""
+        is_new = isinstance(self.model, DeferredModel) and self.model.weights is None
+        if not is_new or self.run.lora.is_used:
+            return super().parameters(mesh)
+        return self.shared.initial_parameters(self.model.config, self.run.budget.seed, mesh)
+
+    def run_inputs(self) -> RunInputs:
+        """Everything that the trial's run is given.
+
+        What a run of its own would print about its settings is left out, as trials have bad ones.
+        """
+        return replace(super().run_inputs(), header=self.header, warnings=[], exports_model=False)

@@ -1,0 +1,200 @@
+"""The settings of `consyn-tune`: those of a run, and those of the search. JAX is not imported."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from consyn_jax.config import RunConfig
+from consyn_jax.errors import UserError, nearest
+from consyn_jax.evaluation_metrics import EVALUATION_METRICS, is_greater_better
+from consyn_jax.flags import flag, flags, flat, grouped
+from consyn_jax.resolve import merge
+from consyn_jax.tuning.search_space import Dimension, check_corners, parse_search
+from consyn_jax.tuning.varied_run import VariedRun
+
+SAMPLERS = ("tpe", "random", "qmc", "grid")
+PRUNERS = ("median", "halving", "hyperband", "none")
+TRIALS = 20  # of a study without a limit
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+# Flags of training that have no place in a study.
+_NOT_HERE = {
+    "streaming": "a study prepares its data once, for all trials",
+    "distributed": "a trial runs in one process; start consyn-tune several times on one --output",
+    "decay_from": "a trial starts at step 0",
+    "resume": "consyn-tune always continues the study in --output",
+    "overwrite_schedule": "every trial has a schedule of its own",
+    **dict.fromkeys(
+        ("topology", "fit", "verbose", "replay", "verify", "replay_step", "documents_of", "json"),
+        "it is for consyn-train",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """The search space, its budget, and the methods of Optuna."""
+
+    search: tuple[str, ...] = flag(
+        (),
+        "flags to vary, as lr=1e-4:1e-2:log (a range, on a logarithmic scale), weight_decay=0:0.3 "
+        "or optimizer=adamw,muon",
+    )
+    trials: int | None = flag(
+        None,
+        f"trials of the study, over all its processes and starts ({TRIALS}; all points of "
+        "--sampler grid; without an end if --time_budget is given)",
+    )
+    time_budget: str | None = flag(
+        None, "begin no trial after this time, as 90s, 30m, 8h or 2d, since the command started"
+    )
+    metric: str | None = flag(
+        None, "metric of evaluations to search the best value of (that of --metric_for_best_model)"
+    )
+    sampler: str = flag("tpe", "how Optuna chooses the values of the next trial", choices=SAMPLERS)
+    pruner: str = flag("median", "how Optuna chooses which trials to end early", choices=PRUNERS)
+    storage: str | None = flag(
+        None,
+        "URL of the database that holds the study, for processes on hosts that share --output "
+        "(a journal in --output)",
+    )
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """The settings that `consyn-train` does not have."""
+
+    study: StudyOptions = StudyOptions()
+
+
+@dataclass(frozen=True)
+class TuneConfig(RunConfig):
+    """All settings of one `consyn-tune`."""
+
+    study: StudyOptions = StudyOptions()
+
+
+def resolve_tuning(
+    given: Mapping[str, Any], file: Mapping[str, Any] | None = None, *, file_name: str = ""
+) -> tuple[TuneConfig, dict[str, str]]:
+    """Merge defaults, preset, file and flags, as `resolve.resolve` does for a run.
+
+    A flag that varies has its first value.
+
+    Raises:
+        UserError: an unknown name, an invalid value, or a search space with an invalid run in it.
+    """
+    of_flags, own = _split(given)
+    of_file, own_of_file = _split(file or {})
+    origin = f"file {file_name}"
+    values, origins = merge(StudyConfig, ((own_of_file, origin), (own, "flag")))
+    study = StudyOptions(**values)
+    _check_study(study)
+    space = parse_search(study.search)
+    check_sampler(study.sampler, space)
+    _check_run(grouped(RunConfig, merge(RunConfig, ((of_file, origin), (of_flags, "flag")))[0]))
+    run = VariedRun(_with_metric(of_flags, of_file, study.metric), of_file, file_name)
+    check_corners(space, run.with_values)
+    config, run_origins = run.with_values({d.name: d.ends[0] for d in space})
+    if study.metric is None:
+        values["metric"] = config.evaluation.metric_for_best_model
+        origins["metric"] = "metric_for_best_model"
+    return grouped(TuneConfig, {**flat(config), **values}), {**run_origins, **origins}
+
+
+def _split(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of a run, and of the study."""
+    own = flags(StudyConfig)
+    of_study = {name: value for name, value in settings.items() if name.replace("-", "_") in own}
+    return {name: value for name, value in settings.items() if name not in of_study}, of_study
+
+
+def _with_metric(
+    given: Mapping[str, Any], file: Mapping[str, Any], metric: str | None
+) -> dict[str, Any]:
+    """The flags of a run, which selects its best evaluation by `--metric`.
+
+    Raises:
+        UserError: `--metric_for_best_model` is another one.
+    """
+    name = "metric_for_best_model"
+    other = given.get(name, file.get(name))
+    if metric is None:
+        return dict(given)
+    if other is not None and other != metric:
+        raise UserError(
+            f"--metric {metric} and --{name} {other} differ, and a study has one metric. Leave one "
+            "of them out."
+        )
+    return {**given, name: metric}
+
+
+def seconds(text: str) -> float:
+    """Parse `--time_budget`.
+
+    Raises:
+        UserError: it is not a number and a unit.
+
+    >>> seconds("90s"), seconds("1.5h")
+    (90.0, 5400.0)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d*)?) ?([smhd])", text.strip())
+    if match is None or not float(match[1]):
+        raise UserError(f"--time_budget must be a time such as 90s, 30m, 8h or 2d, not {text!r}.")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def _check_study(study: StudyOptions) -> None:
+    """Check the settings of the study by themselves.
+
+    Raises:
+        UserError: one is missing or wrong.
+    """
+    if not study.search:
+        raise UserError(
+            "There is nothing to vary. Give --search, as in --search lr=1e-4:1e-2:log "
+            "weight_decay=0:0.3."
+        )
+    if study.trials is not None and study.trials < 1:
+        raise UserError(f"--trials must be at least 1, not {study.trials}.")
+    if study.time_budget is not None:
+        seconds(study.time_budget)
+    if study.metric is not None and is_greater_better(study.metric) is None:
+        known = tuple(EVALUATION_METRICS)
+        raise UserError(
+            f"--metric {study.metric} is not a metric of evaluations{nearest(study.metric, known)} "
+            f"Known: {', '.join(known)}, or one of --eval_requests."
+        )
+
+
+def check_sampler(sampler: str, space: Sequence[Dimension]) -> None:
+    """Check that a sampler can draw from a search space.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if sampler == "grid" and (ranges := [d.text() for d in space if not d.choices]):
+        raise UserError(
+            f"--sampler grid needs values, and --search {ranges[0]} is a range. Write "
+            f"{ranges[0].partition('=')[0]}=A,B,C, or use --sampler qmc."
+        )
+
+
+def _check_run(config: RunConfig) -> None:
+    """Check that the run that varies suits a study.
+
+    Raises:
+        UserError: a flag has no place in a study, or there are no evaluations.
+    """
+    known = flags(RunConfig)
+    for name, reason in _NOT_HERE.items():
+        if getattr(getattr(config, known[name].group), name) != known[name].default:
+            raise UserError(f"--{name} does not work with consyn-tune: {reason}. Leave it out.")
+    data = config.data
+    if not (data.validation or data.validation_fraction > 0 or data.dataset_type == "sharded"):
+        raise UserError(
+            "A study compares evaluations, and --validation_fraction 0 leaves no data for them. "
+            "Give --validation or a larger fraction."
+        )

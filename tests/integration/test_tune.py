@@ -1,0 +1,184 @@
+"""`consyn-tune` as people run it: trials that share one program, kills, several processes."""
+
+import json
+import os
+import re
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from consyn_jax.cli import train, tune
+from consyn_jax.tuning.trial_run import TrialRun
+
+from .conftest import TINY
+from .nursery import Nursery
+
+if not os.environ.get("CI"):  # where the extra must be installed
+    pytest.importorskip("optuna", reason="needs the extra tune")
+
+SEARCH = [
+    "--search",
+    "lr=1e-3:1e-1:log",
+    "weight_decay=0:0.3",
+    "beta2=0.9:0.99",
+    "warmup_steps=0:3",
+]
+SEARCH += ["seed=1:99", "dropout=0.05:0.2", "max_grad_norm=0.5:2"]
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+def flags(corpus: Path, output: Path, *more: object) -> list[str]:
+    given = [*TINY, "--validation_fraction", "0.2", "--data", corpus, "--output", output]
+    return [str(word) for word in [*given, "--sampler", "random", *SEARCH, *more]]
+
+
+def trials(output: Path) -> dict[int, str]:
+    """The state of each trial in the journal, as Optuna reads it."""
+    import optuna
+
+    file = str(output / "study" / "journal.log")
+    backend = optuna.storages.journal.JournalFileBackend(file)
+    storage = optuna.storages.JournalStorage(backend)
+    study = optuna.load_study(study_name="consyn", storage=storage)
+    return {trial.number: trial.state.name for trial in study.trials}
+
+
+def metrics(directory: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "event" not in line]
+
+
+def test_trials_share_a_program_and_the_recipe_repeats_the_best(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: Counter[int] = Counter()
+    now = [-1]
+
+    def count(event: str, *_: Any, **__: Any) -> None:
+        compiled[now[0]] += event == COMPILED
+
+    whole = TrialRun.run
+
+    def counted(self: TrialRun) -> str:
+        now[0] = self.claim.number
+        return whole(self)
+
+    monkeypatch.setattr(TrialRun, "run", counted)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        output = tmp_path / "study"
+        assert tune.main(flags(corpus, output, "--trials", 4, "--pruner", "none")) == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert compiled[0] > 0
+    assert {number: compiled[number] for number in (1, 2, 3)} == {1: 0, 2: 0, 3: 0}
+    said = capfd.readouterr()
+    assert said.out.splitlines()[0].split()[:3] == ["trial", "eval/loss", "lr"]
+    assert len(said.out.splitlines()) == 5
+    assert f"consyn-train --config {output / 'recipe.yaml'}" in said.err
+    assert trials(output) == dict.fromkeys(range(4), "COMPLETE")
+    assert "<circle" in (output / "study.html").read_text()
+    left = {path.name for path in (output / "trials" / "0000").iterdir()}
+    assert left.isdisjoint({"checkpoints", "best", "final", "samples.jsonl"})
+    assert "metrics.jsonl" in left
+
+    best = int(said.out.splitlines()[1].split()[0])
+    assert train.main(["--config", str(output / "recipe.yaml")]) == 0
+    assert (output / "best" / "final" / "model.safetensors").exists()
+    alone, together = metrics(output / "best"), metrics(output / "trials" / f"{best:04}")
+    assert len(alone) == len(together)
+    for one, other in zip(alone, together, strict=True):
+        for name in {"train/loss", "eval/loss", "train/learning_rate"} & one.keys():
+            assert other[name] == pytest.approx(one[name], rel=1e-5)
+
+    # The same command has nothing left to do, and more trials go on.
+    assert tune.main(flags(corpus, output, "--trials", 4, "--pruner", "none")) == 0
+    assert len(trials(output)) == 4
+
+
+def test_a_mistake_that_only_the_data_shows_comes_before_the_first_trial(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "study"
+    for more, sentence in (
+        (["--eval_steps", 6], "Lower --eval_steps, or use --pruner none"),
+        (
+            [
+                "--search",
+                "warmup_ratio=0:0.1",
+                "warmup_steps=1:7",
+                "--max_steps",
+                9,
+                "--epochs",
+                0.5,
+            ],
+            "with --warmup_ratio 0 --warmup_steps 7 is refused: Warm-up of 7 steps is longer",
+        ),
+    ):
+        assert tune.main(flags(corpus, output, *more)) == 2
+        assert sentence in capfd.readouterr().err
+        assert not (output / "trials").exists()
+    output.mkdir(exist_ok=True)
+    (output / "metrics.jsonl").write_text("")
+    assert tune.main(flags(corpus, output)) == 2
+    assert "holds a run of consyn-train" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_kills_and_two_processes_lose_and_repeat_no_trial(
+    corpus: Path,
+    tmp_path: Path,
+    nursery: Nursery,
+) -> None:
+    """Five kills, at moments from the first claim to the last trial."""
+    output, total = tmp_path / "study", 10
+    given = flags(corpus, output, "--trials", total, "--save_steps", 2, "--pruner", "none")
+    for done in range(0, total, 2):
+        process = nursery.start(*given, command="tune", devices=1)
+        log = output / "trials" / f"{done:04}" / "metrics.jsonl"
+        while not log.exists() and process.alive:
+            time.sleep(0.01)
+        time.sleep(0.013 * done)
+        if process.alive:
+            process.signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+        seen = trials(output)
+        assert sorted(seen) == list(range(len(seen)))
+        assert Counter(seen.values())["RUNNING"] <= 1
+    both = [nursery.start(*given, command="tune", devices=1) for _ in range(2)]
+    assert [process.wait(280) for process in both] == [0, 0], [child.said for child in both]
+    assert trials(output) == dict.fromkeys(range(total), "COMPLETE")
+    names = sorted(path.name for path in (output / "trials").iterdir())
+    assert names == [f"{number:04}" for number in range(total)]
+    for name in names:
+        steps = [line["step"] for line in metrics(output / "trials" / name) if "train/loss" in line]
+        assert steps == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_a_signal_saves_the_trial_and_the_same_command_goes_on(
+    corpus: Path,
+    tmp_path: Path,
+    nursery: Nursery,
+) -> None:
+    output = tmp_path / "study"
+    given = flags(corpus, output, "--trials", 1, "--max_steps", 150, "--eval_steps", 75)
+    process = nursery.start(*given, command="tune", devices=1)
+    log = output / "trials" / "0000" / "metrics.jsonl"
+    while not log.exists() or "train/loss" not in log.read_text():
+        assert process.alive, process.said
+        time.sleep(0.02)
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 75, process.said
+    assert re.search(r"SIGTERM at step \d+: the state is saved", process.said)
+    assert trials(output) == {0: "RUNNING"}
+    again = nursery.start(*given, command="tune", devices=1)
+    assert again.wait(280) == 0, again.said
+    assert trials(output) == {0: "COMPLETE"}
+    assert "resume" in log.read_text()

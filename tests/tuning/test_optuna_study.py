@@ -1,0 +1,157 @@
+"""Optuna's side of a study: trials that nobody works on are taken up, and none is done twice."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from consyn_jax.errors import UserError
+from consyn_jax.tuning.optuna_study import OptunaStudy, cut_torn_line, import_optuna
+from consyn_jax.tuning.search_space import Dimension
+from consyn_jax.tuning.tune_options import StudyOptions
+
+if not os.environ.get("CI"):  # where the extra must be installed
+    pytest.importorskip("optuna", reason="needs the extra tune")
+
+SPACE = [Dimension("lr", 1e-4, 1e-2, True), Dimension("optimizer", choices=("adamw", "muon"))]
+
+
+def study(
+    output: Path,
+    definition: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> OptunaStudy:
+    given = StudyOptions(**options)
+    what = {"--epochs": 3.0} if definition is None else definition
+    more: dict[str, Any] = {"maximize": False, "num_evaluations": 10, "seed": 1}
+    return OptunaStudy(output, given, SPACE, what, overwrite=overwrite, **more)
+
+
+def done(opened: OptunaStudy, limit: float = 5) -> int:
+    """Work through trials, and return the number of the last one."""
+    claim = opened.claim(limit)
+    assert claim is not None
+    opened.tell(claim, claim.values["lr"])
+    claim.release()
+    return claim.number
+
+
+def test_trials_are_numbered_and_end_at_the_limit(tmp_path: Path) -> None:
+    opened = study(tmp_path)
+    assert [done(opened, 3) for _ in range(3)] == [0, 1, 2]
+    assert opened.claim(3) is None
+    assert opened.claim(4) is not None, "a higher limit goes on"
+
+
+def test_a_trial_is_taken_up_with_its_values_after_a_kill(tmp_path: Path) -> None:
+    first = study(tmp_path).claim(5)
+    assert first is not None
+    first.trial.report(3.0, 0)
+    first.release()  # as the system does for a process that is killed
+    again = study(tmp_path).claim(5)
+    assert again is not None
+    assert (again.number, again.values) == (first.number, first.values)
+    assert again.reported == {0: 3.0}
+
+
+def test_a_trial_that_another_process_works_on_is_left_alone(tmp_path: Path) -> None:
+    one, other = study(tmp_path), study(tmp_path)
+    mine, theirs = one.claim(2), other.claim(2)
+    assert mine is not None
+    assert theirs is not None
+    assert (mine.number, theirs.number) == (0, 1)
+    assert other.claim(2) is None
+    mine.release()
+    taken = other.claim(2)
+    assert taken is not None
+    assert taken.number == 0
+
+
+def test_a_study_draws_the_same_values_with_and_without_a_break(tmp_path: Path) -> None:
+    whole, parts = study(tmp_path / "a"), tmp_path / "b"
+    for _ in range(12):
+        done(whole, 12)
+        done(study(parts), 12)
+    assert [t.params for t in whole.trials] == [t.params for t in study(parts).trials]
+    assert len({t.params["lr"] for t in whole.trials}) == 12
+
+
+@pytest.mark.parametrize("sampler", ["random", "qmc", "tpe"])
+def test_every_sampler_draws_different_values(tmp_path: Path, sampler: str) -> None:
+    for _ in range(4):
+        done(study(tmp_path, sampler=sampler))
+    values = [trial.params["lr"] for trial in study(tmp_path, sampler=sampler).trials]
+    assert len(set(values)) == 4
+    assert all(1e-4 <= value <= 1e-2 for value in values)
+
+
+def test_the_grid_has_every_point_once(tmp_path: Path) -> None:
+    space = [Dimension("lr", choices=(0.1, 0.2)), Dimension("beta1", choices=(0.8, 0.9, 0.95))]
+    seen = set()
+    for _ in range(6):
+        options = StudyOptions(sampler="grid")
+        opened = OptunaStudy(
+            tmp_path, options, space, {}, maximize=False, num_evaluations=2, seed=1
+        )
+        claim = opened.claim(6)
+        assert claim is not None
+        seen.add(tuple(claim.values.values()))
+        opened.tell(claim, 1.0)
+        claim.release()
+    assert len(seen) == 6
+
+
+def test_another_study_is_refused_and_named(tmp_path: Path) -> None:
+    study(tmp_path)
+    with pytest.raises(UserError, match=r"holds another study: --epochs was 3\.0 and is 4\.0"):
+        study(tmp_path, {"--epochs": 4.0})
+
+
+def test_a_database_may_hold_the_study(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    assert done(study(tmp_path / "run", storage=url)) == 0
+    opened = study(tmp_path / "run", storage=url)
+    assert [trial.number for trial in opened.trials] == [0]
+    assert opened.address == url
+    assert study(tmp_path / "run", storage=url, overwrite=True).trials == []
+
+
+def test_a_storage_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--storage nothing://here cannot be used"):
+        study(tmp_path, storage="nothing://here")
+
+
+def test_a_torn_line_is_cut_off(tmp_path: Path) -> None:
+    done(study(tmp_path))
+    journal = tmp_path / "study" / "journal.log"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code": 5, "wor')
+    assert done(study(tmp_path)) == 1
+    assert journal.read_bytes().startswith(whole)
+    lock = import_optuna().storages.journal.JournalFileSymlinkLock(str(journal))
+    before = journal.read_bytes()
+    cut_torn_line(journal, lock)
+    assert journal.read_bytes() == before
+    left = sorted(path.name for path in journal.parent.iterdir())
+    assert left == ["asking", "claims", "journal.log"]
+
+
+def test_bad_trials_are_pruned_at_evaluations(tmp_path: Path) -> None:
+    opened = study(tmp_path)
+    for _ in range(6):  # the median pruner watches five trials first
+        claim = opened.claim(10)
+        assert claim is not None
+        for number in range(4):
+            claim.trial.report(1.0, number)
+        assert not claim.trial.should_prune()
+        opened.tell(claim, 1.0)
+        claim.release()
+    bad = opened.claim(10)
+    assert bad is not None
+    bad.trial.report(5.0, 0)
+    assert not bad.trial.should_prune(), "the first evaluations are for warm-up"
+    for number in range(1, 4):
+        bad.trial.report(5.0, number)
+    assert bad.trial.should_prune()
