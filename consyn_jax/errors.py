@@ -163,7 +163,7 @@ def remedy(error: OSError) -> str:
 
 
 def parse_fault(error: Exception, language: str = "JSON") -> str:
-    """Why a text could not be parsed, as a clause after its name.
+    """The reason why a text could not be parsed, as a clause after its name.
 
     Python refuses to convert integers of thousands of digits, which JSON and YAML allow.
 

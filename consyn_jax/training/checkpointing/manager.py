@@ -195,10 +195,9 @@ class Checkpoints:
         """Refuse checkpoints of another run, or of another step, that were put here."""
         if self._owner is None or jax.process_index() or not self.directory.is_dir():
             return
-        for step in saved_steps(self.directory):
+        for step in sorted({*saved_steps(self.directory)} - {*self._steps}):
             place = self.directory / str(step)
-            if step not in self._steps:
-                check_checkpoint(place, record_in(place / RECORD), step, self._owner)
+            check_checkpoint(place, record_in(place / RECORD), step, self._owner)
 
     @property
     def saving(self) -> bool:
@@ -335,10 +334,8 @@ class Checkpoints:
             UserError: the checkpoint is missing, damaged, or of another model.
         """
         if step not in self._steps:
-            known = ", ".join(map(str, self._steps)) or "none"
-            raise UserError(
-                f"{self.directory} has no checkpoint of step {step}; there are: {known}."
-            )
+            own = ", ".join(map(str, self._steps)) or "none"
+            raise UserError(f"{self.directory} has no checkpoint of step {step}; there are: {own}.")
         place = self.directory / str(step)
         if reason := self._damage(step):
             raise UserError(f"{place} is damaged: {reason}. {OTHER}")
