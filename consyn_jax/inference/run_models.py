@@ -20,11 +20,10 @@ from consyn_jax.model.pretrained.weights import find_model
 from consyn_jax.model_config import NO_LORA, FileFormat, LoraOptions, ModelConfig
 from consyn_jax.resolve import resolve
 from consyn_jax.tokenization import BPETokenizer, own_tokenizer
-from consyn_jax.training.checkpointing.checkpoint_files import saved_steps
+from consyn_jax.training.checkpointing.checkpoint_files import saved_steps, step_of
 from consyn_jax.training.run.directory import CHECKPOINTS, CONFIG
 from consyn_jax.training.run.identity import ARCHITECTURE, GENERATION, read_run_config
 from consyn_jax.training.run.model_files import holds_model
-from consyn_jax.validation import natural
 
 EXPORTS = ("final", "best")  # in order of preference
 MODEL = "config.json"  # marks a directory as a model
@@ -57,7 +56,7 @@ def is_run(path: Path) -> bool:
 def checkpoint_run(path: Path) -> Path | None:
     """The run of which a path is a checkpoint, as RUN/checkpoints/STEP; None if it is not one."""
     place = path.resolve()
-    is_step = natural(place.name) is not None and place.parent.name == CHECKPOINTS
+    is_step = step_of(place.name) is not None and place.parent.name == CHECKPOINTS
     if not is_step or not (place.parent.parent / CONFIG).is_file():
         return None
     # Keep the user's spelling, unless it is "." or a link.

@@ -15,9 +15,22 @@ from consyn_jax.validation import natural
 CHECKSUMS = "CHECKSUMS"
 STATE = "state"  # the arrays of a checkpoint
 PROVENANCE = "provenance.json"  # of a run, a checkpoint or a model
+# Parts of a name between step and attempt: a checkpoint that is being written or removed.
+UNFINISHED = ".orbax-checkpoint-tmp"
+DAMAGED = ".damaged"  # after the step: set aside
 READ_BYTES = 1 << 20
 LARGE = 1 << 30  # bytes
 LARGEST_CHECKSUMS = 1 << 26  # bytes: half a million files
+
+
+def step_of(name: str) -> int | None:
+    """The step that a directory's name says; None if no checkpoint has such a name.
+
+    >>> step_of("20"), step_of("020"), step_of("20.damaged-1")
+    (20, None, None)
+    """
+    step = natural(name)
+    return step if str(step) == name else None
 
 
 def saved_steps(directory: Path) -> list[int]:
@@ -27,8 +40,16 @@ def saved_steps(directory: Path) -> list[int]:
     return sorted(
         step
         for path in directory.iterdir()
-        if (step := natural(path.name)) is not None and path.is_dir()
+        if (step := step_of(path.name)) is not None and path.is_dir()
     )
+
+
+def misnamed(directory: Path) -> Path | None:
+    """A directory whose name is a number, but not one that a checkpoint can have: `020`."""
+    if not directory.exists():
+        return None
+    others = (path for path in directory.iterdir() if step_of(path.name) is None)
+    return next((path for path in others if path.name.isdecimal()), None)
 
 
 def file_names(directory: Path) -> list[str]:

@@ -23,8 +23,10 @@ import jax
 from consyn_jax.files import flush, make_directory, open_regular
 from consyn_jax.training.checkpointing.checkpoint_files import (
     CHECKSUMS,
+    DAMAGED,
     PROVENANCE,
     STATE,
+    UNFINISHED,
     file_hash,
     file_names,
 )
@@ -35,10 +37,12 @@ from consyn_jax.training.checkpointing.orbax_writes import (
 )
 
 RECORD = "run.json"  # the run record of a checkpoint
-# Parts of a name between step and attempt: a checkpoint that is being written or removed.
-UNFINISHED = ".orbax-checkpoint-tmp"
 BEGUN = ".begun"  # a file in a directory that is being written; Orbax makes a deleted one again
-DAMAGED = ".damaged"  # after the step: set aside
+
+
+def unfinished(step: int, mark: str = "") -> str:
+    """The name of a checkpoint that is being written or removed."""
+    return f"{step}{UNFINISHED}{mark}"
 
 
 def prepare(target: Path, size: int) -> None:
@@ -202,4 +206,4 @@ def remove(directory: Path, steps: list[int], damaged: Collection[int]) -> None:
             asides = (place.with_name(f"{step}{DAMAGED}-{n}") for n in itertools.count(1))
             place.rename(next(path for path in asides if not path.exists()))
         elif place.exists():
-            shutil.rmtree(place.rename(place.with_name(f"{step}{UNFINISHED}")))
+            shutil.rmtree(place.rename(place.with_name(unfinished(step))))

@@ -21,7 +21,6 @@ from consyn_jax.errors import UserError, counted
 from consyn_jax.training.checkpointing.checkpoint_files import STATE, damage, saved_steps
 from consyn_jax.training.checkpointing.commit import (
     RECORD,
-    UNFINISHED,
     WrittenPart,
     deleted,
     discard,
@@ -31,6 +30,7 @@ from consyn_jax.training.checkpointing.commit import (
     prepare,
     remove,
     rotate,
+    unfinished,
     write_part,
 )
 from consyn_jax.training.checkpointing.exchange import Exchange
@@ -41,7 +41,7 @@ from consyn_jax.training.checkpointing.orbax_writes import (
     run_coroutine,
     without_abandoned_work,
 )
-from consyn_jax.training.checkpointing.ownership import RunRecord, check_owner, identity_in
+from consyn_jax.training.checkpointing.ownership import RunRecord, check_checkpoint, record_in
 from consyn_jax.training.checkpointing.restoring import OTHER, read_record, read_state
 from consyn_jax.training.step import TrainState
 
@@ -141,10 +141,11 @@ class Checkpoints:
             or the directory cannot be written.
 
         Raises:
-            UserError: there is a checkpoint of another run.
+            UserError: there is a checkpoint of another run, or with the name of another step.
         """
         self.wait()
-        self._look_around()
+        self._forget_deleted()
+        self._refuse_strangers()
         if step in self._steps:  # a signal came right after that save
             return True
         assert step > max(self._steps, default=-1), (
@@ -152,7 +153,7 @@ class Checkpoints:
         )
         # Every attempt has its own directory: an earlier, failed one may still be writing.
         self._attempts += 1
-        target = self.directory / f"{step}{UNFINISHED}{self._mark}-{self._attempts}"
+        target = self.directory / unfinished(step, f"{self._mark}-{self._attempts}")
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + SPARE_BYTES
         if reason := self._exchange.on_first(lambda: prepare(target, size)):
             self._report(self._not_written(step, reason))
@@ -169,24 +170,21 @@ class Checkpoints:
             error = caught
         else:
             self._begin(begun)
-        about = (step, target, run, futures, error)
+        self._start(f"checkpoint {step}", step, target, run, futures, error)
+        return True
+
+    def _start(self, name: str, *about: Any) -> None:
         # Python's exit waits for threads that are no daemons. Among several processes, this one may
         # have to end although the others never answer it (`is_left_alone`).
         several = jax.process_count() > 1
-        name = f"checkpoint {step}"
         self._thread = threading.Thread(target=self._commit, args=about, name=name, daemon=several)
         self._thread.start()
-        return True
 
     def _begin(self, begun: Callable[[], None]) -> None:
         """Call `begun`; if it raises, no thread will wait for what Orbax has begun."""
         earlier, self._has_abandoned_work = self._has_abandoned_work, True
         begun()
         self._has_abandoned_work = earlier
-
-    def _look_around(self) -> None:
-        self._forget_deleted()
-        self._refuse_strangers()
 
     def _forget_deleted(self) -> None:
         """Forget checkpoints that were deleted from outside."""
@@ -201,13 +199,12 @@ class Checkpoints:
             )
 
     def _refuse_strangers(self) -> None:
-        """Refuse checkpoints of another run that were put into this directory."""
+        """Refuse checkpoints of another run, or of another step, that were put here."""
         if self._owner is None or jax.process_index() or not self.directory.is_dir():
             return
-        for step in saved_steps(self.directory):
+        for step in sorted({*saved_steps(self.directory)} - {*self._steps}):
             place = self.directory / str(step)
-            if step not in self._steps:
-                check_owner(place, identity_in(place / RECORD), step, self._owner)
+            check_checkpoint(place, record_in(place / RECORD), step, self._owner)
 
     @property
     def saving(self) -> bool:
@@ -239,11 +236,10 @@ class Checkpoints:
                 sys.unraisablehook = self._unraisable
 
     def _not_written(self, step: int, reason: str) -> str:
-        step_of = f"The newest is that of step {self._steps[-1]}" if self._steps else ""
-        newest = step_of or "There is none yet"
+        newest = f"The newest is that of step {self._steps[-1]}" if self._steps else ""
         return (
             f"The checkpoint of step {step} could not be written to {self.directory}: {reason}. "
-            f"{newest}."
+            f"{newest or 'There is none yet'}."
         )
 
     def _report(self, sentence: str | None) -> None:
@@ -345,10 +341,8 @@ class Checkpoints:
             UserError: the checkpoint is missing, damaged, or of another model.
         """
         if step not in self._steps:
-            known = ", ".join(map(str, self._steps)) or "none"
-            raise UserError(
-                f"{self.directory} has no checkpoint of step {step}; there are: {known}."
-            )
+            own = ", ".join(map(str, self._steps)) or "none"
+            raise UserError(f"{self.directory} has no checkpoint of step {step}; there are: {own}.")
         place = self.directory / str(step)
         if reason := self._damage(step):
             raise UserError(f"{place} is damaged: {reason}. {OTHER}")
@@ -367,12 +361,11 @@ class Checkpoints:
         """Read the run record of `step`, and verify no other file.
 
         Raises:
-            UserError: it is damaged, or of another run.
+            UserError: it is damaged, or of another run or step.
         """
         place = self.directory / str(step)
         record = read_record(place)
-        if self._owner is not None:
-            check_owner(place, record.get("run"), step, self._owner)
+        check_checkpoint(place, record, step, self._owner)
         return record
 
     def delete_after(self, step: int) -> None:

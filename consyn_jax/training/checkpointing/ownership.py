@@ -7,9 +7,8 @@ checkpoint, in the lock and in the `start` events of metrics.jsonl.
 from __future__ import annotations
 
 import json
-import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from consyn_jax.files import open_regular, write_whole
 
 RUN_JSON = "run.json"
 LARGEST = 1 << 16  # bytes
+LARGEST_RECORD = 1 << 26  # bytes of the run record of a checkpoint
 SHOWN = 8  # digits of an identity in messages
 
 
@@ -126,6 +126,37 @@ def check_owner(place: Path, run: object, step: int, own: RunRecord) -> None:
         )
 
 
+def check_step(place: Path, record: Mapping[str, Any]) -> None:
+    """Check that a checkpoint has the name of the step in its run record.
+
+    Raises:
+        UserError: it was renamed.
+    """
+    recorded = record.get("step", place.name)
+    if str(recorded) != place.name:
+        raise UserError(
+            f"{place} has the name of step {place.name} and holds the state of step "
+            f"{recorded!s:.20}. Give the directory the name of its step again."
+        )
+
+
+def check_checkpoint(
+    place: Path, record: Mapping[str, Any], step: int, own: RunRecord | None
+) -> None:
+    """Check that a checkpoint is of this run, and of the step of its name.
+
+    Args:
+        record: its run record.
+        own: None takes those of any run.
+
+    Raises:
+        UserError: it is of another run, or of another step.
+    """
+    if own is not None:
+        check_owner(place, record.get("run"), step, own)
+    check_step(place, record)
+
+
 def check_log(path: Path, lines: Iterable[dict[str, Any]], own: RunRecord) -> None:
     """Check that the starts in metrics.jsonl are those of this run.
 
@@ -141,11 +172,11 @@ def check_log(path: Path, lines: Iterable[dict[str, Any]], own: RunRecord) -> No
             )
 
 
-def identity_in(record: Path) -> object:
-    """Read the identity in a checkpoint's run record, unverified; None if unreadable."""
+def record_in(file: Path) -> dict[str, Any]:
+    """The run record of a checkpoint, without a look at its checksum; empty if unreadable."""
     try:
-        with open(record, "rb", opener=open_regular) as opened:
-            values = json.loads(opened.read(os.fstat(opened.fileno()).st_size))
+        with open(file, "rb", opener=open_regular) as opened:
+            values = json.loads(opened.read(LARGEST_RECORD))
     except (OSError, ValueError, RecursionError):
-        return None
-    return values.get("run") if isinstance(values, dict) else None
+        return {}
+    return values if isinstance(values, dict) else {}

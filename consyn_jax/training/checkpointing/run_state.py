@@ -46,12 +46,14 @@ class Progress:
             UserError: the record is damaged.
         """
         try:
-            return checked(cls, record)
+            progress: Progress = checked(cls, record)
+            _ = record["step"]
         except (TypeError, KeyError) as error:
             raise UserError(
                 f"The record of this checkpoint is damaged ({error}). Resume from another one with "
                 "--resume STEP."
             ) from error
+        return progress
 
 
 def _checked_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...]:

@@ -14,7 +14,8 @@ from consyn_jax.errors import UserError
 from consyn_jax.model.parameters import Params
 from consyn_jax.training.checkpointing.checkpoint_files import STATE, damage
 from consyn_jax.training.checkpointing.orbax_writes import refusal
-from consyn_jax.training.checkpointing.restoring import array_types, check_model
+from consyn_jax.training.checkpointing.ownership import check_step
+from consyn_jax.training.checkpointing.restoring import array_types, check_model, read_record
 from consyn_jax.training.optim.state import averaged
 
 PARAMS = "params"  # in the state, as the next two are in that of schedule-free training
@@ -31,13 +32,14 @@ def read_weights(place: Path, like: Params) -> Params:
         like: shapes, dtypes and shardings of the parameters to return.
 
     Raises:
-        UserError: it is damaged, or of another model.
+        UserError: it is damaged, of another model, or has the name of another step.
     """
     import orbax.checkpoint as ocp
 
     place = place.absolute()  # as Orbax wants it
     if reason := damage(place):
         raise UserError(f"{place} is damaged: {reason}. Take another step.")
+    check_step(place, read_record(place))
     handler = ocp.PyTreeCheckpointHandler()
     try:
         there = handler.metadata(epath.Path(place / STATE)).tree

@@ -14,8 +14,8 @@ from consyn_jax.config import RunConfig
 from consyn_jax.distributed.process_group import ProcessGroup, current_process_group
 from consyn_jax.errors import UserError
 from consyn_jax.files import make_directory, restore_replaced
-from consyn_jax.training.checkpointing.checkpoint_files import saved_steps
-from consyn_jax.training.checkpointing.ownership import RUN_JSON, RunRecord, identity_in
+from consyn_jax.training.checkpointing.checkpoint_files import misnamed, saved_steps
+from consyn_jax.training.checkpointing.ownership import RUN_JSON, RunRecord, record_in
 from consyn_jax.training.run.directory import (
     CHECKPOINTS,
     CONFIG,
@@ -91,7 +91,7 @@ def _record(path: Path, holds_run: bool) -> RunRecord:
     if (found := RunRecord.read(path)) is not None:
         return found.started_again()
     newest = max(_saved_steps(path), default=0)
-    run = identity_in(path / CHECKPOINTS / str(newest) / RUN_JSON)
+    run = record_in(path / CHECKPOINTS / str(newest) / RUN_JSON).get("run")
     new = RunRecord.new(newest)
     return dataclasses.replace(new, run=run, unsigned_until=-1) if isinstance(run, str) else new
 
@@ -245,6 +245,11 @@ def _check_overwrite(config: RunConfig, path: Path) -> None:
 
 def _saved_steps(path: Path) -> list[int]:
     try:
+        if (other := misnamed(path / CHECKPOINTS)) is not None:
+            raise UserError(
+                f"{other} has a name that no checkpoint has: a step of at most 15 digits, the "
+                "first of them no 0. Give it the name of its step, or move it elsewhere."
+            )
         return saved_steps(path / CHECKPOINTS)
     except OSError as error:
         raise UserError(

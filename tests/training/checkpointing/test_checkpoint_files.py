@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from consyn_jax.training.checkpointing.checkpoint_files import CHECKSUMS, damage, file_hash
+from consyn_jax.training.checkpointing.checkpoint_files import (
+    CHECKSUMS,
+    damage,
+    file_hash,
+    saved_steps,
+)
 
 
 @pytest.fixture
@@ -35,3 +40,10 @@ def test_a_pipe_is_a_fault(checkpoint: Path) -> None:
 def test_no_name_drives_the_terminal(checkpoint: Path) -> None:
     (checkpoint / "state" / "\x1b[2J\u202e").write_text("")
     assert damage(checkpoint) == rf"state/\x1b[2J\u202e is not in {CHECKSUMS}"
+
+
+def test_only_the_name_of_a_step_makes_a_checkpoint(tmp_path: Path) -> None:
+    for name in ("4", "020", "\u0662", "1" + 30 * "0", "20.damaged-1", "x"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "5").touch()
+    assert saved_steps(tmp_path) == [4]

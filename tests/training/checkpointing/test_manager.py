@@ -23,6 +23,7 @@ from consyn_jax.training.checkpointing import manager as module
 from consyn_jax.training.checkpointing.checkpoint_files import damage, file_hash, file_names
 from consyn_jax.training.checkpointing.manager import Checkpoints
 from consyn_jax.training.checkpointing.orbax_writes import refusal
+from consyn_jax.training.checkpointing.ownership import RunRecord
 from consyn_jax.training.step import TrainState
 
 ROWS = PartitionSpec(("data", "fsdp"))
@@ -677,6 +678,30 @@ def test_a_step_that_is_being_saved_is_not_saved_twice(checkpoints: Checkpoints)
     checkpoints.save(1, state_of(1), {"step": 1})
     assert checkpoints.save(1, state_of(100), {"step": 100})
     assert checkpoints.restore(1, like(state_of(1)))[1] == {"step": 1}
+
+
+def test_a_renamed_checkpoint_is_refused_with_both_steps(copied: Path) -> None:
+    (copied / "6").rename(copied / "12")
+    checkpoints = Checkpoints(copied)
+    assert checkpoints.newest() == 12  # it is whole
+    for refused in (
+        lambda: checkpoints.record(12),
+        lambda: checkpoints.restore(12, like(state_of(6))),
+    ):
+        with pytest.raises(UserError, match="the name of step 12 and holds the state of step 6"):
+            refused()
+    checkpoints.close()
+
+
+def test_a_checkpoint_that_is_renamed_under_a_run_ends_it(tmp_path: Path) -> None:
+    own = RunRecord.new()
+    checkpoints = Checkpoints(tmp_path, owner=own, warn=lambda text: None)
+    checkpoints.save(1, state_of(1), {"step": 1, "run": own.run})
+    checkpoints.wait()
+    (tmp_path / "1").rename(tmp_path / "2")
+    with pytest.raises(UserError, match="the name of step 2 and holds the state of step 1"):
+        checkpoints.save(2, state_of(2), {"step": 2, "run": own.run})
+    checkpoints.close()
 
 
 def test_another_process_may_look_while_one_writes(

@@ -23,6 +23,14 @@ def test_names_beside_the_checkpoints_that_are_not_steps_are_ignored(tmp_path: P
     assert holds_run(run(tmp_path)[0])
 
 
+@pytest.mark.parametrize("name", ["020", "1" + 30 * "0", 250 * "9", "\u0662"])
+def test_a_number_that_no_checkpoint_has_for_a_name_is_refused(name: str, tmp_path: Path) -> None:
+    begin(tmp_path)
+    (tmp_path / "checkpoints" / name).mkdir()
+    with pytest.raises(UserError, match=rf"{name} has a name that no checkpoint has"):
+        holds_run(run(tmp_path)[0])
+
+
 def test_two_processes_do_not_write_to_one_directory(tmp_path: Path) -> None:
     config, _ = run(tmp_path)
     first = open_run_directory(config, DERIVED)

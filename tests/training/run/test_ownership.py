@@ -15,7 +15,8 @@ from consyn_jax.training.checkpointing.ownership import (
     RunRecord,
     check_log,
     check_owner,
-    identity_in,
+    check_step,
+    record_in,
 )
 from consyn_jax.training.logging.metrics import MetricsLog
 from consyn_jax.training.run.directory import RunDirectory
@@ -87,9 +88,16 @@ def test_a_checkpoint_of_another_run_is_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"checkpoints/7 is a checkpoint of another run"):
             check_owner(place, theirs, 7, own)
     place.mkdir(parents=True)
-    assert identity_in(place / "run.json") is None
+    assert record_in(place / "run.json") == {}
     (place / "run.json").write_text(json.dumps({"run": own.run}))
-    assert identity_in(place / "run.json") == own.run
+    assert record_in(place / "run.json") == {"run": own.run}
+
+
+def test_a_checkpoint_with_the_name_of_another_step_is_named(tmp_path: Path) -> None:
+    check_step(tmp_path / "7", {"step": 7})
+    for recorded in (8, "07", None, 10**400):
+        with pytest.raises(UserError, match=r"the name of step 7 and holds the state of step "):
+            check_step(tmp_path / "7", {"step": recorded})
 
 
 def test_a_log_of_another_run_is_named(tmp_path: Path) -> None:
