@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, parse_fault
 from consyn_jax.flags import flags
 
 # The key in config.yaml of values derived from flags and data; they too must agree on a resume.
@@ -53,10 +53,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or getattr(error, "reason", None)
         raise UserError(
-            f"--config {where} is not YAML: {problem or type(error).__name__}. Write "
-            "`setting: value` lines."
+            f"--config {where} {parse_fault(error, 'YAML')}. Write `setting: value` lines."
         ) from error
     if content is None:
         return {}

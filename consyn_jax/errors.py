@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import signal
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 
@@ -11,6 +13,9 @@ LONGEST_MESSAGE = 1600  # characters
 # At a job's time limit Slurm sends SIGTERM twice, milliseconds apart. One within this time after
 # the first is no wish to end at once.
 REPEAT_S = 2.0
+TOO_LONG = f"a number of more than {sys.get_int_max_str_digits():,} digits"  # for Python
+# The end of a sentence about a run that stopped, wherever no checkpoint may have been saved.
+CONTINUES = "continues from the last checkpoint, or from the beginning if there is none"
 _DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029"
 
 
@@ -120,6 +125,44 @@ def visible(text: str) -> str:
         for c in text.replace("\t", "    ")
     )
     return "".join(shown)
+
+
+def in_line(text: str) -> str:
+    r"""As `visible`, with line breaks escaped as well, so that no name can add a line.
+
+    >>> print(in_line("a\nagrees  b"))
+    a\nagrees  b
+    """
+    return visible(text).replace("\n", r"\n")
+
+
+def remedy(error: OSError) -> str:
+    """The advice for a write that the system refused, as the beginning of a sentence."""
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return "Make room"
+        case errno.EFBIG:
+            return "Raise the limit on the size of files (ulimit -f)"
+    return "Check the disk and the permissions"
+
+
+def parse_fault(error: Exception, language: str = "JSON") -> str:
+    """The reason why a text could not be parsed, as a clause after its name.
+
+    Python refuses to convert integers of thousands of digits, which JSON and YAML allow.
+
+    >>> parse_fault(RecursionError()), parse_fault(ValueError("no day 32"))
+    ('is nested too deeply', 'is not JSON (no day 32)')
+    """
+    if isinstance(error, RecursionError):
+        return "is nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return f"is not UTF-8 text (byte {error.start})"
+    if "integer string conversion" in str(error):
+        return f"has {TOO_LONG}"
+    told = (getattr(error, name, None) for name in ("msg", "problem", "reason"))
+    reason = next(filter(None, told), None) or " ".join(str(error).split())[:200]
+    return f"is not {language} ({reason or type(error).__name__})"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -6,6 +6,8 @@ file or a flag, and the origin is kept. Only the standard library is imported he
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from consyn_jax.config import (
     RunConfig,
     architecture,
 )
-from consyn_jax.errors import UserError, nearest
+from consyn_jax.errors import TOO_LONG, UserError, nearest
 from consyn_jax.flags import Config, Flag, flags, grouped
 from consyn_jax.foreign_flags import ELSEWHERE, advise
 from consyn_jax.hub_download import is_hub_id
@@ -32,6 +34,7 @@ from consyn_jax.prepare_config import PrepareConfig
 from consyn_jax.validation import real, validate, validate_preparation
 
 DEFAULT_EPOCHS = 3.0  # of a run without a budget
+LONGEST_WHOLE = 1000  # characters
 
 
 def resolve(
@@ -234,7 +237,10 @@ def _scalar(flag: Flag, value: Any, where: str) -> Any:
     parse, kind = _PARSERS[flag.type]
     try:
         converted = parse(value)
-    except (ValueError, KeyError, TypeError, OverflowError):
+    except OverflowError:
+        limit = "2**63" if flag.type is int else "1.8e308"
+        raise UserError(f"{where} must be below {limit}, and {_short(value)} is not.") from None
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{where} must be {kind}, not {_short(value)}.") from None
     if flag.choices and converted not in flag.choices:
         raise UserError(
@@ -245,10 +251,40 @@ def _scalar(flag: Flag, value: Any, where: str) -> Any:
 
 
 def _whole(value: Any) -> int:
-    number = real(value if isinstance(value, bool) else str(value).replace("_", ""))
-    if number != int(number):  # a float, because people write budgets as 1e9
+    """Convert to a whole number; budgets may be written as 1e9.
+
+    Raises:
+        ValueError, TypeError: it is not a whole number.
+        OverflowError: it is too large for NumPy and XLA.
+    """
+    if isinstance(value, bool):
+        raise TypeError(value)
+    number: float = 0
+    if isinstance(value, int):
+        number = value
+    elif re.fullmatch(r"[+-]?[\d_]+", text := str(value).strip(), re.ASCII):
+        if len(text) > LONGEST_WHOLE:  # Python converts at most 4,300 digits
+            raise OverflowError(value)
+        number = int(text)
+    else:
+        number = real(text.replace("_", ""))
+    if number != int(number):
         raise ValueError(value)
+    if abs(number) >= 2**63:
+        raise OverflowError(value)
     return int(number)
+
+
+def _number(value: Any) -> float:
+    """Convert to a finite number.
+
+    Raises:
+        ValueError: it is not a number.
+        OverflowError: it is too large.
+    """
+    if isinstance(value, str) and re.search(r"\d", value) and math.isinf(float(value)):
+        raise OverflowError(value)
+    return real(value)
 
 
 def _truth(value: Any) -> bool:
@@ -263,7 +299,7 @@ def _text(value: Any) -> str:
 
 _PARSERS: dict[type, tuple[Callable[[Any], Any], str]] = {
     int: (_whole, "a whole number"),
-    float: (real, "a number"),
+    float: (_number, "a number"),
     bool: (_truth, "true or false"),
     str: (_text, "text"),
 }
@@ -271,7 +307,10 @@ _PARSERS: dict[type, tuple[Callable[[Any], Any], str]] = {
 
 def _short(value: Any) -> str:
     """The value, shortened to fit in a sentence; a file may have kilobytes instead of a number."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer that Python does not convert
+        return TOO_LONG
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -73,7 +73,9 @@ def validate(config: RunConfig) -> None:
     resume = config.saving.resume
     step = natural(resume)
     if step is None and resume not in ("auto", "never"):
-        raise UserError(f"--resume must be auto, never or a step, not {resume!r}.")
+        raise UserError(
+            f"--resume must be auto, never or a step of at most 15 digits, not {resume!r}."
+        )
     if config.saving.overwrite and step is not None:
         raise UserError(
             f"--overwrite would delete the checkpoint that --resume {step} starts from. "

@@ -16,6 +16,9 @@ from consyn_jax.resolve import resolve
         ("- lr\n", "must consist of `setting: value` lines"),
         ("1: 2\n", "must consist of `setting: value` lines"),
         ("!!python/object/apply:os.system ['touch opened']\n", "is not YAML"),
+        (f"max_steps: {5001 * '1'}\n", r"recipe\.yaml has a number of more than 4,300 digits"),
+        ("lr: 2026-13-40\n", r"is not YAML \(month must be in 1\.\.12"),
+        (5000 * "[", "is nested too deeply"),
     ],
 )
 def test_an_invalid_config_file_is_refused(content: str, words: str, tmp_path: Path) -> None:

@@ -121,6 +121,9 @@ def test_yaml_and_command_line_give_the_same_values() -> None:
         ({"lr": "nan"}, "--lr must be a number, not 'nan'."),
         ({"batch_size": "2.5"}, "--batch_size must be a whole number, not '2.5'."),
         ({"batch_size": "true"}, "--batch_size must be a whole number, not 'true'."),
+        ({"batch_size": "1e30"}, "--batch_size must be below 2**63, and '1e30' is not."),
+        ({"lr": "1e400"}, "--lr must be below 1.8e308, and '1e400' is not."),
+        ({"lr": "inf"}, "--lr must be a number, not 'inf'."),
         ({"quiet": "yes"}, "--quiet must be true or false, not 'yes'."),
         (
             {"hidden_dim": "100"},
@@ -145,6 +148,28 @@ def test_a_long_value_is_shortened_in_the_message() -> None:
         with pytest.raises(UserError) as refused:
             resolve({}, given, file_name="recipe.yaml")
         assert len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["batch_size", "lr", "decay_from", "seed", "resume"])
+@pytest.mark.parametrize("value", [5001 * "1", 10**5000], ids=["text", "number"])
+def test_a_number_of_thousands_of_digits_is_not_called_something_else(
+    name: str, value: str | int
+) -> None:
+    """Python converts integers of at most 4,300 digits, in both directions."""
+    if name == "resume" and isinstance(value, int):
+        return  # text
+    with pytest.raises(UserError) as refused:
+        resolve({name: value})
+    said = str(refused.value)
+    assert "must be below" in said or "at most 15 digits" in said
+    assert "must be a number" not in said
+    assert "must be a whole number" not in said
+
+
+def test_whole_numbers_are_exact() -> None:
+    """A float would have another last digit."""
+    config, _ = resolve({"model": "haiku", "total_tokens": "9_007_199_254_740_993"})
+    assert config.budget.total_tokens == 9_007_199_254_740_993
 
 
 def test_presets_are_architectures() -> None:

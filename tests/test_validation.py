@@ -39,8 +39,11 @@ from consyn_jax.resolve import resolve
             {"tokenizer": "train:²"},
             "--tokenizer train:SIZE must have a size from 260 to 1,000,000, not '²'.",
         ),
-        ({"resume": "²"}, "--resume must be auto, never or a step, not '²'."),
-        ({"resume": "maybe"}, "--resume must be auto, never or a step, not 'maybe'."),
+        ({"resume": "²"}, "--resume must be auto, never or a step of at most 15 digits, not '²'."),
+        (
+            {"resume": "maybe"},
+            "--resume must be auto, never or a step of at most 15 digits, not 'maybe'.",
+        ),
         (
             {"resume": "4", "overwrite": "true"},
             "--overwrite would delete the checkpoint that --resume 4 starts from. Leave one of "

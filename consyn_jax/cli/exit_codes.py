@@ -21,6 +21,7 @@ from consyn_jax.errors import (
     Repeats,
     Unsaved,
     UserError,
+    remedy,
     unsaved,
     visible,
 )
@@ -33,6 +34,7 @@ OF_THE_SYSTEM = {
     errno.EROFS,
     errno.ENOSPC,
     errno.EDQUOT,
+    errno.EFBIG,
     errno.EIO,
     errno.ESTALE,
     errno.EACCES,
@@ -86,7 +88,7 @@ def _refusal(error: OSError) -> str:
         shown = f"{shown[:80]} ... {shown[-30:]}"
     if error.errno == errno.ENAMETOOLONG:
         return f"{shown}: a name has at most 255 bytes, and this one is longer. Give a shorter one."
-    return f"{shown} cannot be used: {error.strerror}. Check the disk and the permissions."
+    return f"{shown} cannot be used: {error.strerror}. {remedy(error)}."
 
 
 def _say(message: str) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from consyn_jax.errors import visible
+from consyn_jax.errors import CONTINUES, visible
 
 BEAT_S = 2.0  # between two heartbeats
 LOST_S = 40.0  # without a heartbeat, a process counts as dead: it is frozen, or its host is gone
@@ -29,7 +29,7 @@ PARTING_S = 5.0  # time for the other processes to receive the reason for the en
 OUTPUT_S = 1.0
 LONGEST = 1 << 24  # bytes of a message
 LOST = 76  # exit code of the surviving processes: EX_PROTOCOL of sysexits.h
-AGAIN = "Run the same command again to continue from the last checkpoint."
+AGAIN = f"The same command {CONTINUES}."
 
 
 class Connection:

@@ -87,7 +87,7 @@ def parse_topology(text: str) -> Topology:
     True
     """
     plain = "".join(text.lower().split())
-    match = re.fullmatch(r"(\w+)(?::(?:([1-9]\d*)x)?([1-9]\d*))?", plain)
+    match = re.fullmatch(r"(\w+)(?::(?:([1-9]\d{0,7})x)?([1-9]\d{0,7}))?", plain)
     if match is None:
         raise UserError(
             f"The topology {text!r} is not of the form GPU:HOSTSxGPUS. Write it as h200:2x8, "

@@ -10,7 +10,7 @@ from typing import Any
 
 from consyn_jax.data.sources.byte_stream import ByteStream
 from consyn_jax.data.sources.row_formats.fields import BadRow, json_type, shown, string, text_of
-from consyn_jax.errors import UserError, listed
+from consyn_jax.errors import UserError, listed, parse_fault
 from consyn_jax.scoring import question_rows
 from consyn_jax.scoring.question_rows import Question, is_question, question
 
@@ -116,8 +116,8 @@ def _parsed(line: bytes) -> dict[str, Any]:
         raise BadRow(f"is not UTF-8 (byte {error.start} of the row).") from None
     except json.JSONDecodeError as error:
         raise BadRow(f"is broken JSON ({error.msg}, column {error.colno}).") from None
-    except (RecursionError, ValueError):  # too deep, or a number of thousands of digits
-        raise BadRow("is broken JSON.") from None
+    except (RecursionError, ValueError) as error:  # ValueError: a number of 5,000 digits
+        raise BadRow(f"{parse_fault(error)}.") from None
     if not isinstance(row, dict):
         raise BadRow(f"holds {json_type(row)}, not an object.")
     return row

@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from consyn_jax.errors import UserError, listed
+from consyn_jax.errors import UserError, listed, parse_fault
 from consyn_jax.files import refuse_strays
 from consyn_jax.tokenization.sentencepiece_model import MODEL_FILES, sentencepiece_json
 from consyn_jax.tokenization.special_tokens import KNOWN_NAMES, Roles
@@ -132,7 +132,7 @@ def _object(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_text(file))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"Its {file.name} is not JSON. Repair it or remove it.") from error
+        raise UserError(f"Its {file.name} {parse_fault(error)}. Repair it or remove it.") from error
     if not isinstance(content, dict):
         raise UserError(f"Its {file.name} is not a JSON object. Repair it or remove it.")
     return content

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, parse_fault
 from consyn_jax.files import LARGEST_TEXT
 
 
@@ -51,9 +51,9 @@ def parse(json_text: str) -> Tokenizer:
     try:
         content = json.loads(json_text)
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            "This is not JSON, or it is cut off. Download or save the tokenizer.json again."
-        ) from error
+        is_cut = isinstance(error, json.JSONDecodeError)
+        fault = "is not JSON, or it is cut off" if is_cut else parse_fault(error)
+        raise UserError(f"This {fault}. Download or save the tokenizer.json again.") from error
     model = content.get("model") if isinstance(content, dict) else None
     kind = model.get("type", "BPE") if isinstance(model, dict) else None
     vocabulary = model.get("vocab") if isinstance(model, dict) else None

@@ -330,14 +330,17 @@ class Training:
 
     def _raise_if_stopped(self) -> None:
         if (signal := self.coordinator.stop_signal) is not None:
-            raise ending.interruption(signal, self.checkpoints, self.path, self.recorder)
+            self._interrupt(signal)
 
     def _end_at_a_signal(self) -> None:
         """Obey a signal that some process has received before the first step."""
         self.watchdog.moved()
         received = next(filter(None, gather(self.coordinator.received or "")), None)
         if received is not None:
-            raise ending.interruption(received, self.checkpoints, self.path, self.recorder)
+            self._interrupt(received)
+
+    def _interrupt(self, signal: str) -> None:
+        raise ending.interruption(signal, self.checkpoints, self.recorder, self.inputs.run)
 
     # --------------------------------------------------------------------------------------- ending
 

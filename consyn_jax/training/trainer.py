@@ -51,7 +51,7 @@ from consyn_jax.training.logging.console import Console, show
 from consyn_jax.training.loop import Training
 from consyn_jax.training.model_tokens import check_vocabulary, document_ids, model_tokenizer
 from consyn_jax.training.open_run import RunInputs
-from consyn_jax.training.optim.schedules import build_schedule, decay_end
+from consyn_jax.training.optim.schedules import build_schedule, countable, decay_end
 from consyn_jax.training.preference.reference import make_ready, ready_to_evaluate
 from consyn_jax.training.program import Built, Program, build_program
 from consyn_jax.training.run.directory import run_path
@@ -157,7 +157,7 @@ class ConsynTrainer:
                 "The length of an epoch of this iterable is unknown: give max_steps or "
                 "total_tokens."
             )
-        return min(limits)
+        return countable(min(limits))
 
     @property
     def lengths(self) -> Lengths:

@@ -387,7 +387,7 @@ def test_validation_files_override_the_validation_fraction() -> None:
     ("content", "message"),
     [
         (None, r"recipe\.yaml cannot be read: No such file or directory\. Give a YAML file"),
-        (b"lr: [1", r"recipe\.yaml:\d is not YAML: expected"),
+        (b"lr: [1", r"recipe\.yaml:\d is not YAML \(expected"),
         (b"\xff\x00", r"recipe\.yaml is not UTF-8 text: byte 0 is 0xff"),
         (b"- lr\n", r"recipe\.yaml must consist of `setting: value` lines"),
         (b"3: lr\n", r"recipe\.yaml must consist of `setting: value` lines"),
@@ -401,7 +401,7 @@ def test_validation_files_override_the_validation_fraction() -> None:
         ),
         (
             b"lr: !!python/object/apply:os.getpid []\n",
-            r"recipe\.yaml:1 is not YAML: could not determine a constructor",
+            r"recipe\.yaml:1 is not YAML \(could not determine a constructor",
         ),
     ],
 )

@@ -29,7 +29,7 @@ from consyn_jax.data.sources.sample_reader import SAMPLE
 from consyn_jax.data.split import DIGEST_BYTES, SPLITS, joined_digest
 from consyn_jax.data.store import TokenStoreWriter
 from consyn_jax.data.store.manifest import PAIRS_VERSION, PREPARING, SOURCES
-from consyn_jax.errors import UserError, listed
+from consyn_jax.errors import UserError, listed, remedy
 from consyn_jax.prepare_config import CorpusOptions
 from consyn_jax.tokenization import BPETokenizer
 
@@ -325,8 +325,8 @@ class Preparation:
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(
-            f"{self.directory} cannot be written: {error.strerror or error}. Make room, and run "
-            "the same command again; it continues."
+            f"{self.directory} cannot be written: {error.strerror or error}. "
+            f"{remedy(error)}, and run the same command again; it continues."
         )
 
 

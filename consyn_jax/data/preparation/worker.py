@@ -36,7 +36,7 @@ from consyn_jax.data.sources.rows import TEXT, Content, RowKeys, Segment, read_r
 from consyn_jax.data.sources.sample_reader import SAMPLE
 from consyn_jax.data.sources.text_reader import separator
 from consyn_jax.data.split import SPLITS, TRAIN, cut
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, parse_fault
 from consyn_jax.prepare_config import CorpusOptions
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.tokenization.chat.chat_encoder import ChatEncoder, EncodedChat, special_tokens
@@ -340,10 +340,8 @@ class Worker:
             if text.strip() in ("{", "["):  # one row over several lines
                 raise BadRow(fault, "Write each row on one line.") from None
             raise BadRow(fault) from None
-        except RecursionError:
-            raise BadRow("is broken JSON (nested too deeply).") from None
-        except ValueError as error:  # a number of thousands of digits
-            raise BadRow(f"is broken JSON ({error}).") from None
+        except (RecursionError, ValueError) as error:  # ValueError: a number of 5,000 digits
+            raise BadRow(f"{parse_fault(error)}.") from None
 
 
 def _repaired(data: bytes, result: Result) -> str:

@@ -21,7 +21,7 @@ from consyn_jax.data.sources.reader import (
     Reading,
     inner_suffix,
 )
-from consyn_jax.errors import UserError
+from consyn_jax.errors import TOO_LONG, UserError, parse_fault
 
 LINES_SUFFIXES = (".jsonl", ".ndjson")
 # A row is parsed in one piece. No corpus for a language model has a row of this size, but a file
@@ -177,6 +177,8 @@ def _fault(error: Exception, length: int, more: bool) -> str:
     """
     if isinstance(error, RecursionError):
         return "nested too deeply"
+    if TOO_LONG in (fault := parse_fault(error)):
+        return f"it {fault}"
     if not more:
         return str(error)[:200]
     return f"no row ends within {LONGEST_ROW >> 20} MiB" if length > LONGEST_ROW else ""

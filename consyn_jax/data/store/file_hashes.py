@@ -40,7 +40,7 @@ class FileHashes:
         self._place = cache_directory() / MEMORY
         try:
             known = json.loads(self._place.read_bytes())
-        except (OSError, ValueError):  # missing or damaged
+        except (OSError, ValueError, RecursionError):  # missing or damaged
             known = {}
         self._known: dict[str, Any] = known if isinstance(known, dict) else {}
         self._new: dict[str, list[Any]] = {}

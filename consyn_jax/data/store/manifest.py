@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, parse_fault
 from consyn_jax.files import leads_out, refuse_strays
 
 FORMAT = "consyn token store"
@@ -133,8 +133,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         UserError: not a token store, another version, a damaged manifest, or a directory with links
             out of it.
     """
-    path = directory / MANIFEST
     refuse_strays(directory, READ)
+    return checked_manifest(directory)
+
+
+def checked_manifest(directory: Path) -> dict[str, Any]:
+    """As `read_manifest`, without a look at the other files."""
+    path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -145,7 +150,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON. {AGAIN}") from error
+        raise UserError(f"{path} {parse_fault(error)}. {AGAIN}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(
             f"{path} is not the manifest of a token store. Give a directory that consyn_jax wrote."
@@ -170,7 +175,12 @@ def read_sources(directory: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the file is missing or is not what the manifest says.
     """
-    expected, path = read_manifest(directory).get("sources_sha256"), directory / SOURCES
+    return checked_sources(directory, read_manifest(directory))
+
+
+def checked_sources(directory: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """As `read_sources`, of a store whose manifest was read."""
+    expected, path = manifest.get("sources_sha256"), directory / SOURCES
     if expected is None:
         return []
     try:
@@ -179,7 +189,10 @@ def read_sources(directory: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} cannot be read: {error.strerror}. {AGAIN}") from error
     if hashlib.sha256(content).hexdigest() != expected:
         raise UserError(f"{path} does not match its checksum in {MANIFEST}. {AGAIN}")
-    found = json.loads(content)
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} {parse_fault(error)}. {AGAIN}") from error
     keys = {"name": str, "kind": str, "is_validation": bool, "sha256": list}
     if not isinstance(found, list) or not all(
         isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in keys.items())

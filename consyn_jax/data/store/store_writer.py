@@ -26,7 +26,7 @@ from consyn_jax.data.store.shard_writer import ShardWriter
 from consyn_jax.data.store.shards import Shard
 from consyn_jax.data.store.store_split import StoreSplit
 from consyn_jax.data.store.token_store import TokenStore
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, remedy
 from consyn_jax.files import write_whole
 from consyn_jax.tokenization import BPETokenizer
 
@@ -329,5 +329,5 @@ class TokenStoreWriter:
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(
             f"The token store cannot be written to {self.directory}: {error.strerror or error}. "
-            "Make room, or choose another place."
+            f"{remedy(error)}, or choose another place."
         )

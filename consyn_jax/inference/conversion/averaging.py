@@ -26,8 +26,8 @@ def chosen_steps(run: Path, spec: str) -> list[int]:
     numbers = [natural(part.strip()) for part in spec.split(",")]
     if not numbers or any(number is None for number in numbers):
         raise UserError(
-            f"--average {spec} is neither a number of checkpoints nor a list of steps. Write it as "
-            "5 or as 100,200,300."
+            f"--average {spec} is neither a number of checkpoints nor a list of steps, of at most "
+            "15 digits each. Write it as 5 or as 100,200,300."
         )
     if not is_run(run):
         raise UserError(f"--average needs the checkpoints of a run, and {run} is not a run.")

@@ -142,9 +142,10 @@ def _bytes(size: str) -> int:
     (5000000000, 500000)
     """
     match = SIZE.fullmatch(size.strip())
-    if match is None or float(match[1]) == 0:
+    number = float(match[1]) * UNITS[match[2].upper()] if match else 0.0
+    if not 0 < number < 2**63:
         raise UserError(f"--shard_size {size} is not a size. Write it as 500MB or 5GB.")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    return int(number)
 
 
 def convert(plan: Conversion, say: Say) -> None:

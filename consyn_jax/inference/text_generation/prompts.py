@@ -16,7 +16,7 @@ from consyn_jax.data.sources.row_formats.conversations import (
     tools_of,
 )
 from consyn_jax.data.sources.row_formats.fields import BadRow, string
-from consyn_jax.errors import UserError, listed, visible
+from consyn_jax.errors import UserError, listed, parse_fault, visible
 from consyn_jax.model.generation.continuation import prompt_ids
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.tokenization.chat.chat_encoder import ChatEncoder
@@ -102,8 +102,7 @@ def _row(where: str, line: str) -> GivenPrompt:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deeply")
-        raise UserError(f"{where} is not JSON ({reason}). Put one object on each line.") from error
+        raise UserError(f"{where} {parse_fault(error)}. Put one object on each line.") from error
     if isinstance(row, str):
         return GivenPrompt(where, row)
     if not isinstance(row, dict):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, parse_fault
 from consyn_jax.files import refuse_strays
 from consyn_jax.model.pretrained.families.family import Family
 from consyn_jax.model.pretrained.families.hf_config import Fields, Unsupported
@@ -208,7 +208,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as wrong:
-        raise UserError(f"{file} is not JSON: {wrong}.") from None
+        raise UserError(f"{file} {parse_fault(wrong)}. Put a good copy there.") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no JSON object.")
     return content

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from consyn_jax.errors import UserError
+from consyn_jax.errors import CONTINUES, UserError, remedy
 from consyn_jax.files import make_directory, open_regular, write_whole
 
 FILE_NAME = "metrics.jsonl"
@@ -198,10 +198,9 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         self._size = size
         with suppress(OSError):  # the disk may be read-only now; report the first error
             os.ftruncate(self._file.fileno(), size)
-        remedy = "Make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Mend the disk"
         raise UserError(
-            f"{self.path} cannot be written: {error.strerror}. {remedy}, and run the same command "
-            "again to continue."
+            f"{self.path} cannot be written: {error.strerror}. {remedy(error)}; then the same "
+            f"command {CONTINUES}."
         ) from error
 
 

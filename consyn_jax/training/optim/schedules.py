@@ -22,6 +22,7 @@ from consyn_jax.files import write_whole
 from consyn_jax.optimizer_config import OptimizerOptions
 from consyn_jax.training.logging.plots import bars, png
 
+MOST_STEPS = 2**31 - 1
 TIMESCALE_WITHOUT_WARMUP = 10_000  # steps, for inverse_sqrt (Raffel et al., 2020)
 
 
@@ -155,6 +156,21 @@ def decay_end(decay_from: int, decay_ratio: float) -> int:
     1000
     """
     return max(decay_from + 1, round(decay_from / (1 - decay_ratio)))
+
+
+def countable(steps: int) -> int:
+    """Return the steps of a run, which schedules and optimizers count in 32 bits.
+
+    Raises:
+        UserError: there are more.
+    """
+    if steps > MOST_STEPS:
+        about = f"{steps:,}" if steps < 10**18 else f"more than {10**18:,}"
+        raise UserError(
+            f"The run would take {about} steps, and at most {MOST_STEPS:,} can be counted. Lower "
+            "--max_steps, --epochs or --total_tokens."
+        )
+    return steps
 
 
 # ------------------------------------------------------------------------------------------ plateau

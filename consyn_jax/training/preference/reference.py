@@ -21,7 +21,7 @@ from consyn_jax.data.loader import prefetch
 from consyn_jax.data.pairs import PairDataset
 from consyn_jax.distributed.mesh import local_rows, placer
 from consyn_jax.distributed.process_group import gather, is_first
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, remedy
 from consyn_jax.files import write_whole
 from consyn_jax.model.parameters import Params
 from consyn_jax.model.pretrained.safetensors_files import open_file
@@ -184,8 +184,8 @@ def _write(file: Path, key: str, found: Found) -> None:
         write_whole(file, save(arrays, {"key": key, "sha256": _digest(found)}))
     except OSError as error:
         raise UserError(
-            f"{file} cannot be written: {error.strerror or error}. Make room, or name another "
-            "--output."
+            f"{file} cannot be written: {error.strerror or error}. {remedy(error)}, or name "
+            "another --output."
         ) from error
 
 

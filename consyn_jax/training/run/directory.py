@@ -14,7 +14,7 @@ import yaml
 
 from consyn_jax.config import RunConfig
 from consyn_jax.config_file import DERIVED, describe
-from consyn_jax.errors import UserError
+from consyn_jax.errors import CONTINUES, UserError, remedy
 from consyn_jax.files import irregular, remove, write_whole
 from consyn_jax.flags import flags, with_flags
 from consyn_jax.tokenization import BPETokenizer
@@ -144,8 +144,8 @@ class RunDirectory:
                 write_whole(self.path / name, text)
         except OSError as error:
             raise UserError(
-                f"{self.path / name} cannot be written: {error.strerror}. Make room, or name "
-                "another --output."
+                f"{self.path / name} cannot be written: {error.strerror}. {remedy(error)}, or "
+                "name another --output."
             ) from error
 
     def write_tokenizer(self, tokenizer: BPETokenizer) -> None:
@@ -158,8 +158,8 @@ class RunDirectory:
             tokenizer.save(self.path / TOKENIZER)
         except OSError as error:
             raise UserError(
-                f"{self.path / TOKENIZER} cannot be written: {error.strerror}. Make room, or name "
-                "another --output."
+                f"{self.path / TOKENIZER} cannot be written: {error.strerror}. {remedy(error)}, or "
+                "name another --output."
             ) from error
         self.tokenizer = tokenizer  # set last, as the heartbeat may call `check` meanwhile
 
@@ -196,7 +196,8 @@ class RunDirectory:
             raise UserError(
                 f"--output {self.path} was deleted or moved while the run wrote to it, so the "
                 "run ends here. Run the same command again to start anew, or move the "
-                "directory back first to continue from its last checkpoint."
+                "directory back first: the run then continues from its last checkpoint, if it has "
+                "one."
             )
         if not self.config:
             return
@@ -208,7 +209,7 @@ class RunDirectory:
             except OSError as error:
                 raise UserError(
                     f"--output {self.path} cannot be written: {error.strerror}. Once that is "
-                    "fixed, the same command continues from the last checkpoint."
+                    f"fixed, the same command {CONTINUES}."
                 ) from error
             # Another start may have come and gone before this process took the lock again.
             self._check_record(RunRecord.read(self.path), has_lock)
@@ -227,12 +228,12 @@ class RunDirectory:
         if is_other:
             raise UserError(
                 f"--output {self.path} is another directory than the one that the run began in, so "
-                "the run ends here. Move that one back to continue from its last checkpoint."
+                "the run ends here. Move that one back, and run the same command again."
             )
         if self.checkpoints.is_symlink():
             raise UserError(
                 f"{self.checkpoints} has become a link, which is not followed, so the run ends "
-                "here. Put the directory back to continue from its last checkpoint."
+                "here. Put the directory back, and run the same command again."
             )
 
     def _check_record(self, found: RunRecord | None, has_lock: bool) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from consyn_jax.config import EvaluationOptions, RunConfig
+from consyn_jax.config import EvaluationOptions, RunConfig, SavingOptions
 from consyn_jax.errors import Interrupted, UserError
 from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.model.parameters import Params
@@ -20,7 +20,7 @@ from consyn_jax.training.checkpointing.manager import Checkpoints
 from consyn_jax.training.logging.loss_plot import write_loss_plot
 from consyn_jax.training.logging.metrics import read_metrics
 from consyn_jax.training.run.beginning import from_first
-from consyn_jax.training.run.directory import CONFIG
+from consyn_jax.training.run.directory import CONFIG, run_path
 from consyn_jax.training.run.live_report import LiveReport
 from consyn_jax.training.run.model_files import holds_model
 from consyn_jax.training.run.model_manifest import disagreement, has_manifest
@@ -173,7 +173,7 @@ def _number(value: float | int) -> str:
 
 
 def interruption(
-    signal: str | None, checkpoints: Checkpoints, directory: Path, recorder: Recorder
+    signal: str, checkpoints: Checkpoints, recorder: Recorder, run: RunConfig
 ) -> Interrupted:
     """Record the signal that ends the run, once its checkpoint is written.
 
@@ -183,10 +183,11 @@ def interruption(
     checkpoints.wait()
     recorder.event("signal", {"signal": signal, **recorder.sources_taken()})
     step, steps = recorder.progress.step, checkpoints.steps()
+    directory, again = run_path(run), _same_command(run.saving)
     if step in steps:
         return Interrupted(
-            f"{signal} at step {step}: the state is saved in {directory}. Run the same command "
-            "again to continue."
+            f"{signal} at step {step}: the state is saved in {directory}. Run {again} again to "
+            "continue."
         )
     if step == 0:
         return Interrupted(
@@ -194,6 +195,16 @@ def interruption(
         )
     newest = f"step {steps[-1]}" if steps else "the beginning"
     return Interrupted(
-        f"{signal} at step {step}: the state could not be saved. The same command continues from "
-        f"{newest}."
+        f"{signal} at step {step}: the state could not be saved. {again.capitalize()} continues "
+        f"from {newest}."
     )
+
+
+def _same_command(options: SavingOptions) -> str:
+    """The command that continues the run, in words.
+
+    --overwrite would delete what was saved, and --resume STEP would go back to that step.
+    """
+    if options.overwrite:
+        return "the same command without --overwrite"
+    return "the same command" if options.resume == "auto" else "the same command with --resume auto"

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from safetensors import SafetensorError
 
-from consyn_jax.errors import UserError
+from consyn_jax.errors import CONTINUES, UserError
 from consyn_jax.files import aside, replace_directory
 from consyn_jax.model.parameters import Params
 from consyn_jax.model.pretrained.config_json import to_hf_config
@@ -62,5 +62,5 @@ def export_model(
         shutil.rmtree(fresh, ignore_errors=True)
         raise UserError(
             f"The model {target} could not be written: {reason}. Once that is fixed, the same "
-            "command continues from the last checkpoint."
+            f"command {CONTINUES}."
         ) from error

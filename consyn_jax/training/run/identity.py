@@ -11,7 +11,7 @@ import yaml
 
 from consyn_jax.config import RunConfig
 from consyn_jax.config_file import DERIVED
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, parse_fault
 from consyn_jax.flags import flags, flat
 from consyn_jax.resolve import resolve
 from consyn_jax.training.run.directory import CONFIG, run_path
@@ -69,8 +69,7 @@ def read_run_config(file: Path, remedy: str = "Name another --output.") -> dict[
         raise UserError(f"{file} cannot be read: {error.strerror}. {remedy}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{file} is damaged ({type(error).__name__}), so this run cannot be identified. "
-            f"{remedy}"
+            f"{file} {parse_fault(error, 'YAML')}, so this run cannot be identified. {remedy}"
         ) from error
     if not isinstance(old, dict) or not isinstance(old.get(DERIVED), dict):
         raise UserError(f"{file} is not the configuration of a run. {remedy}")

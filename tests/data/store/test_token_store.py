@@ -256,9 +256,14 @@ def test_an_invalid_manifest_is_refused(
 def test_missing_and_foreign_manifests(tmp_path: Path, tokenizer: BPETokenizer) -> None:
     with pytest.raises(UserError, match=r"it has no manifest\.json"):
         TokenStore(tmp_path)
-    for content in ("{", "[" * 100_000, "\xff"):
+    for content, fault in (
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is nested too deeply"),
+        ("9" * 5000, "has a number of more than 4,300 digits"),
+        ("\xff", "is not UTF-8 text"),
+    ):
         (tmp_path / "manifest.json").write_text(content, encoding="latin-1")
-        with pytest.raises(UserError, match=r"manifest\.json is not JSON"):
+        with pytest.raises(UserError, match=rf"manifest\.json {fault}"):
             TokenStore(tmp_path)
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(UserError, match="is not the manifest of a token store"):

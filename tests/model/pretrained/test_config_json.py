@@ -154,10 +154,11 @@ def test_a_missing_size_is_named(model: Path, missing: str) -> None:
         ConsynLMHeadModel.from_pretrained(model)
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b"9" * 5000])
 def test_a_file_that_is_not_a_json_object_is_refused(model: Path, content: bytes) -> None:
     (model / "config.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"config.json (is not JSON|holds no JSON object)"):
+    faults = "is not JSON|holds no JSON object|is not UTF-8 text|is nested too deeply|has a number"
+    with pytest.raises(UserError, match=rf"config.json ({faults})"):
         ConsynLMHeadModel.from_pretrained(model)
 
 

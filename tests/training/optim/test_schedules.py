@@ -21,10 +21,12 @@ from consyn_jax.optimizer_config import DECAY_SHAPES, SCHEDULERS, OptimizerOptio
 from consyn_jax.resolve import resolve
 from consyn_jax.training.optim.schedules import (
     DECAYS,
+    MOST_STEPS,
     SCHEDULES,
     Plateau,
     build_plateau,
     build_schedule,
+    countable,
     draw_schedule,
     warmup_length,
     write_schedule_plot,
@@ -215,6 +217,16 @@ def test_warm_up_is_a_share_or_a_number_of_steps() -> None:
 def test_warm_up_longer_than_the_run_is_refused() -> None:
     with pytest.raises(UserError, match=r"Warm-up of 11 steps is longer than the run of 10 steps"):
         scheduled("linear", 1.0, 10, 11, 0.0)
+
+
+def test_a_run_of_more_steps_than_can_be_counted_is_refused() -> None:
+    scheduled("linear", 1.0, MOST_STEPS, 11, 0.0)
+    assert countable(MOST_STEPS) == MOST_STEPS
+    for steps in (MOST_STEPS + 1, 10**5000):
+        with pytest.raises(
+            UserError, match=r"The run would take .* steps, and at most 2,147,483,6"
+        ):
+            countable(steps)
 
 
 def test_the_tables_have_the_schedules_and_decays_of_the_flags() -> None:

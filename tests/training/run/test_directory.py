@@ -1,3 +1,6 @@
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -9,6 +12,7 @@ from consyn_jax.config_file import describe, read_config_file
 from consyn_jax.errors import UserError
 from consyn_jax.flags import flat
 from consyn_jax.resolve import resolve
+from consyn_jax.training.logging.metrics import MetricsLog
 from consyn_jax.training.run.opening import open_run_directory
 
 
@@ -54,6 +58,30 @@ def test_overwriting_deletes_the_run_and_nothing_else(tmp_path: Path) -> None:
     assert not holds_run(run(tmp_path, overwrite=True, lr=0.1)[0])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "thesis.tex"]
     assert (outside / "kept.txt").read_text() == "theirs"
+
+
+@contextmanager
+def without_room_in_a_file() -> Iterator[None]:
+    """As under `ulimit -f 0`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_limit_on_the_size_of_files_is_told_as_what_it_is(tmp_path: Path) -> None:
+    """There is room, and there is no checkpoint to continue from."""
+    config, origins = run(tmp_path)
+    directory = open_run_directory(config, DERIVED)
+    raise_it = r"cannot be written: File too large\. Raise the limit on the size of files \(ulimit"
+    with MetricsLog(tmp_path) as log, without_room_in_a_file():
+        with pytest.raises(UserError, match=rf"config\.yaml {raise_it}"):
+            directory.write_config(config, origins, DERIVED)
+        with pytest.raises(UserError, match=rf"{raise_it}.*or from the beginning if there is none"):
+            log.write(1, 8, {"train/loss": 1.0})
+    directory.close()
 
 
 def test_an_interrupted_overwrite_is_completed_by_the_next(

@@ -2,6 +2,7 @@
 
 import shlex
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -12,7 +13,10 @@ from consyn_jax.config import RunConfig
 from consyn_jax.config_file import describe
 from consyn_jax.flags import with_flags
 from consyn_jax.resolve import resolve
-from consyn_jax.training.run.ending import next_commands
+from consyn_jax.training.checkpointing.manager import Checkpoints
+from consyn_jax.training.checkpointing.run_state import Progress
+from consyn_jax.training.run.ending import interruption, next_commands
+from consyn_jax.training.run.recording import Recorder
 
 
 @pytest.mark.parametrize(
@@ -48,3 +52,24 @@ def test_a_run_that_no_command_made_is_not_trained_longer_by_one(tmp_path: Path)
     run, origins = resolve({"max_steps": 5}, given_as="keyword")
     assert len(next_commands(tmp_path, run, origins)) == 2
     assert next_commands(tmp_path, run, origins)[1].endswith("--data TEXT_FILE")
+
+
+@pytest.mark.parametrize("is_saved", [True, False])
+@pytest.mark.parametrize(
+    ("flags", "command"),
+    [
+        ({}, "the same command"),
+        ({"overwrite": "true"}, "the same command without --overwrite"),
+        ({"resume": "4"}, "the same command with --resume auto"),
+    ],
+)
+def test_the_command_that_continues_deletes_nothing(
+    flags: dict[str, str], command: str, is_saved: bool
+) -> None:
+    run, _ = resolve({"output": "there", "model": "haiku", **flags})
+    checkpoints, recorder = Mock(spec=Checkpoints), Mock(spec=Recorder, progress=Progress(step=7))
+    checkpoints.steps.return_value = [7 if is_saved else 5]
+    recorder.sources_taken.return_value = {}
+    said = str(interruption("SIGTERM", checkpoints, recorder, run))
+    end = f"saved in there. Run {command} again to continue."
+    assert said.endswith(end if is_saved else f"{command[1:]} continues from step 5.")
