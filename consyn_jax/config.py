@@ -351,7 +351,7 @@ class ProofOptions:
 
     verify: str | None = flag(
         None,
-        "compare a run or an exported model with its records, and name what differs",
+        "compare a run, a checkpoint or an exported model with its records, and name what differs",
     )
     replay_step: int | None = flag(
         None,

@@ -201,26 +201,28 @@ def _asides(directory: Path) -> Iterator[tuple[str, str, Path]]:
 
 
 def irregular(path: Path, *, inside: bool = True) -> tuple[Path, str] | None:
-    """The first thing at `path`, or in the directory there, that is neither a file nor a directory.
+    """The first of `all_irregular`; None if there is none."""
+    return next(all_irregular(path, inside=inside), None)
 
-    Returns:
-        Its path and its kind in words ("a link"); None if there is none, or nothing at all.
+
+def all_irregular(path: Path, *, inside: bool = True) -> Iterator[tuple[Path, str]]:
+    """Everything at `path`, and in the directory there, that is neither a file nor a directory.
+
+    Yields:
+        Its path and its kind in words ("a link").
     """
     try:
         mode = os.lstat(path).st_mode
     except OSError:
-        return None
+        return
     if kind := _KINDS.get(stat.S_IFMT(mode)):
-        return path, kind
+        yield path, kind
     if not (inside and stat.S_ISDIR(mode)):
-        return None
+        return
     with suppress(OSError), os.scandir(path) as entries:
         for entry in entries:
-            if entry.is_file(follow_symlinks=False):
-                continue
-            if found := irregular(Path(entry.path)):
-                return found
-    return None
+            if not entry.is_file(follow_symlinks=False):
+                yield from all_irregular(Path(entry.path))
 
 
 def refuse_strays(directory: Path, patterns: Collection[str], *, named: Path | None = None) -> None:
@@ -233,19 +235,36 @@ def refuse_strays(directory: Path, patterns: Collection[str], *, named: Path | N
     Raises:
         UserError: there is one; the message names it.
     """
+    for _, sentences in strays(directory, patterns, named=named):
+        raise UserError(sentences)
+
+
+def strays(
+    directory: Path, patterns: Collection[str], *, named: Path | None = None
+) -> Iterator[tuple[Path, str]]:
+    """Each link out of a directory, and each file that is none or too large.
+
+    Args:
+        patterns, named: as for `refuse_strays`.
+
+    Yields:
+        Its path, and sentences about it.
+    """
     for path in (path for pattern in patterns for path in sorted(directory.glob(pattern))):
         target = None if path == named else leads_out(path, directory)
         if target is not None:
-            raise UserError(
+            yield (
+                path,
                 f"{path} is a link to {target}, outside of its directory, and is not followed. "
-                "Copy the file there, or name the directory that it is in."
+                "Copy the file there, or name the directory that it is in.",
             )
-        if path != named and path.exists() and not (path.is_file() or path.is_dir()):
-            raise UserError(f"{path} is not a regular file, so it is not read. Remove it.")
-        if path.suffix in _TEXTS and path.is_file() and path.stat().st_size > LARGEST_TEXT:
-            raise UserError(
+        elif path != named and path.exists() and not (path.is_file() or path.is_dir()):
+            yield path, f"{path} is not a regular file, so it is not read. Remove it."
+        elif path.suffix in _TEXTS and path.is_file() and path.stat().st_size > LARGEST_TEXT:
+            yield (
+                path,
                 f"{path} has {path.stat().st_size:,} bytes, more than such a file can have. "
-                "Remove it, or put the right one there."
+                "Remove it, or put the right one there.",
             )
 
 

@@ -87,10 +87,15 @@ class DocumentFinder:
     Args:
         order: of the training sequences, over packed splits.
         sequences_per_step: number of sequences over all micro-batches and processes.
+
+    Attributes:
+        used_sources: the entries in sources.json of the sources of the documents found so far, by
+            name.
     """
 
     def __init__(self, order: Order, sequences_per_step: int) -> None:
         self.order, self.sequences_per_step = order, sequences_per_step
+        self.used_sources: dict[str, dict[str, Any]] = {}
         self._sources = cache(read_sources)
         self._origins = cache(lambda shard: shard.origins())
         self._starts = cache(_starts)
@@ -165,6 +170,7 @@ class DocumentFinder:
                 "Prepare the data again."
             )
         found.source = sources[source]["name"]
+        self.used_sources[found.source] = sources[source]
         found.row, found.bytes = (None, (first, last)) if last else (first, None)
         return found
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from consyn_jax.config import RunConfig
-from consyn_jax.errors import UserError, counted, visible
+from consyn_jax.errors import UserError, counted, in_line
 
 if TYPE_CHECKING:
-    from consyn_jax.data.learned_documents import LearnedDocument
+    from consyn_jax.data.learned_documents import DocumentFinder, LearnedDocument
 
 
 def list_documents(config: RunConfig) -> None:
@@ -33,13 +35,38 @@ def list_documents(config: RunConfig) -> None:
         raise UserError(f"--documents_of {last}: the run in {place} has {total:,} steps.")
     data = facts["data"]
     finder = DocumentFinder(open_order(data, place), data["sequences_per_step"])
+    changes = SourceChanges(finder)
     for step in range(first, last + 1):
         documents = finder.documents(step)
-        page = {"step": step, "documents": as_json(documents)}
+        changed = changes.among(documents)
+        page = {"step": step, "documents": as_json(documents), "changed_sources": changed}
         is_json = config.proof.json
         text = [json.dumps(page, ensure_ascii=False)] if is_json else lines(step, documents)
         if not write_out(text):
             return
+
+
+class SourceChanges:
+    """Compares the sources of documents with what was prepared, and warns once of each change."""
+
+    def __init__(self, finder: DocumentFinder) -> None:
+        self._finder = finder
+        self._compared: set[str] = set()
+        self._changed: dict[str, str] = {}
+
+    def among(self, documents: Iterable[LearnedDocument]) -> list[str]:
+        """Names of the changed sources of documents that the finder has just found."""
+        from consyn_jax.training.provenance.data_check import changed_sources
+
+        used = self._finder.used_sources
+        new = {name: entry for name, entry in used.items() if name not in self._compared}
+        self._compared |= set(new)
+        changed = changed_sources(new.values())
+        self._changed |= changed
+        for sentence in changed.values():
+            with suppress(OSError):  # the terminal may be closed
+                print(f"warning: {in_line(sentence)}", file=sys.stderr, flush=True)
+        return sorted({document.source for document in documents} & set(self._changed))
 
 
 def write_out(text: Iterable[str]) -> bool:
@@ -69,12 +96,12 @@ def recorded_facts(place: Path) -> dict[str, Any]:
 
 
 def _steps(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    match = re.fullmatch(r"(\d{1,15})(?::(\d{1,15}))?", text)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= first <= last:
         raise UserError(
-            f"--documents_of {text} is neither a step nor a range of steps. Give 12, or 12:20 for "
-            "steps 12 to 20; the first step is 1."
+            f"--documents_of {text} is neither a step nor a range of steps, of at most 15 digits. "
+            "Give 12, or 12:20 for steps 12 to 20; the first step is 1."
         )
     return first, last
 
@@ -89,14 +116,14 @@ def lines(step: int, documents: Sequence[LearnedDocument]) -> Iterator[str]:
     targets = sum(document.targets for document in documents)
     yield f"Step {step:,}: {counted(len(documents), 'document')}, {targets:,} tokens learned"
     for document in sorted(documents, key=lambda document: -document.share):
-        place = visible(document.source)
+        place = in_line(document.source)
         if document.row is not None:
             place += f", row {document.row:,}"
         elif document.bytes is not None:
             place += f", bytes {document.bytes[0]:,} to {document.bytes[1]:,}"
         else:
             place += f", document {document.document:,}"
-        item = f"{visible(document.data)}: " if document.data not in ("", document.source) else ""
+        item = f"{in_line(document.data)}: " if document.data not in ("", document.source) else ""
         tokens = sum(stop - first for _, first, stop in document.parts)
         part = f", {tokens:,} of its {document.length:,} tokens"
         yield f"{document.share:>8.2%}  {item}{place}{part if tokens < document.length else ''}"

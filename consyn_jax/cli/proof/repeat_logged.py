@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from consyn_jax.cli.proof.documents_page import as_json, lines, write_out
+from consyn_jax.cli.proof.documents_page import SourceChanges, as_json, lines, write_out
 from consyn_jax.config import RunConfig
-from consyn_jax.errors import Differs, UserError, counted, visible
+from consyn_jax.errors import Differs, UserError, counted, in_line
 from consyn_jax.flags import flat
 from consyn_jax.resolve import resolve
 
@@ -72,11 +72,12 @@ def replay(trainer: ConsynTrainer, place: Path) -> None:
         inputs.make_base,
         inputs.compile_train_step,
     )
-    documents, why = _documents(trainer, step)
+    documents, why, changed = _documents(trainer, step)
     others = _surroundings(place, step, again.mesh)
     agrees, verdict = _verdict(again, others)
     if trainer.run.proof.json:
         page = _as_json(again, agrees, verdict, others, documents)
+        page["changed_sources"] = changed
         write_out([json.dumps(page, ensure_ascii=False, allow_nan=False)])
     else:
         answer = _page(again, place, verdict)
@@ -105,17 +106,21 @@ def _check(trainer: ConsynTrainer, place: Path, step: int) -> None:
         )
 
 
-def _documents(trainer: ConsynTrainer, step: int) -> tuple[list[LearnedDocument] | None, str]:
-    """The documents of the step, or the reason why they are unknown."""
+def _documents(
+    trainer: ConsynTrainer, step: int
+) -> tuple[list[LearnedDocument] | None, str, list[str]]:
+    """The documents of the step or the reason why they are unknown, and its changed sources."""
     from consyn_jax.data.learned_documents import DocumentFinder
 
     order = trainer.train_source.order
     if order is None:
-        return None, "Nothing is known of the documents: the data has no positions."
+        return None, "Nothing is known of the documents: the data has no positions.", []
+    finder = DocumentFinder(order, trainer.sequences_per_step)
     try:
-        return DocumentFinder(order, trainer.sequences_per_step).documents(step), ""
+        documents = finder.documents(step)
     except UserError as error:
-        return None, str(error)
+        return None, str(error), []
+    return documents, "", SourceChanges(finder).among(documents)
 
 
 def _surroundings(place: Path, step: int, mesh: dict[str, int]) -> list[str]:
@@ -167,7 +172,8 @@ def _which(compared: list[Comparison], last: Comparison) -> str:
 def _page(again: RepeatedRun, place: Path, verdict: str) -> list[str]:
     last = again.steps[-1]
     begun = f"the checkpoint of step {again.start:,}" if again.start else "the beginning"
-    page = [*again.skipped, f"Step {last.step:,} of {visible(str(place))}, repeated from {begun}"]
+    page = [in_line(sentence) for sentence in again.skipped]
+    page.append(f"Step {last.step:,} of {in_line(str(place))}, repeated from {begun}")
     for name, value in last.repeated.items():
         page.append(f"{name:<9}  {value!r}; {_then(last, name)}")
     return [*page, verdict]
@@ -193,6 +199,7 @@ def _as_json(
         "agrees": agrees,
         "verdict": verdict,
         "changed": others,
+        "skipped": again.skipped,
         "steps": [
             {
                 "step": step.step,

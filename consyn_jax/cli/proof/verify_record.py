@@ -8,7 +8,7 @@ from pathlib import Path
 
 from consyn_jax.cli.proof.documents_page import write_out
 from consyn_jax.config import RunConfig
-from consyn_jax.errors import Differs, counted, visible
+from consyn_jax.errors import Differs, counted, in_line
 
 
 def verify(config: RunConfig) -> None:
@@ -28,7 +28,7 @@ def verify(config: RunConfig) -> None:
     if config.proof.json:
         write_out([json.dumps(parts, ensure_ascii=False)])
     else:
-        write_out(f"{words[part]:<12} {visible(line)}" for part in words for line in parts[part])
+        write_out(f"{words[part]:<12} {in_line(line)}" for part in words for line in parts[part])
     if found.differs:
         raise Differs(
             f"{place} differs from its records in {counted(len(found.differs), 'place')}."

@@ -46,6 +46,8 @@ def begin_facts(
     code = record_code()
     tokenizer = directory.path / TOKENIZER
     start = record_start(step, code["digest"], mesh, devices)
+    own = directory.record
+    start["identity"] = {"start": own.start, "unsigned_until": own.unsigned_until}
     initial_weights, starts = _history(directory.path, run, derived, step)
     facts = {
         "run": directory.record.run,

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from consyn_jax.data.sources.sample_reader import SAMPLE
 from consyn_jax.data.sources.source import READERS, Source
-from consyn_jax.data.store.manifest import MANIFEST, SOURCES, read_manifest, read_sources
+from consyn_jax.data.store.file_hashes import FileHashes
+from consyn_jax.data.store.manifest import (
+    MANIFEST,
+    READ,
+    SOURCES,
+    checked_manifest,
+    checked_sources,
+)
 from consyn_jax.data.store.token_store import fingerprint_of
 from consyn_jax.errors import counted
+from consyn_jax.files import strays
 from consyn_jax.training.provenance.findings import Findings, changed_files
 
 KINDS = {
@@ -43,15 +53,20 @@ def check_data(data: dict[str, Any], found: Findings) -> None:
 def _note_missing(missing: list[Path], found: Findings) -> None:
     if missing:
         more = f" and {counted(len(missing) - 1, 'more file')}" if missing[1:] else ""
-        found.unchecked.append(f"data: {missing[0]}{more}: not there any more")
+        found.unchecked.append(f"data: {missing[0]}{more}: does not exist here")
 
 
 def _check_store(store: dict[str, Any], found: Findings) -> None:
     directory = Path(store["directory"])
     if not directory.is_dir():
-        found.unchecked.append(f"data: {directory}: not there any more")
+        found.unchecked.append(f"data: {directory}: does not exist here")
         return
-    manifest, sources = read_manifest(directory), read_sources(directory)
+    stray = dict(strays(directory, READ))
+    found.differs += [f"data: {sentences}" for sentences in stray.values()]
+    if directory / MANIFEST in stray or directory / SOURCES in stray:
+        return
+    manifest = checked_manifest(directory)
+    sources = checked_sources(directory, manifest)
     if fingerprint_of(manifest) != store["fingerprint"]:
         found.differs.append(f"data: {directory / MANIFEST} is of other data than the run's")
     if manifest.get("sources_sha256") != store["sources_sha256"]:
@@ -61,12 +76,42 @@ def _check_store(store: dict[str, Any], found: Findings) -> None:
         directory / shard[kind]: shard[digest]
         for shard in shards
         for kind, digest in KINDS.items()
-        if kind in shard
+        if kind in shard and directory / shard[kind] not in stray
     }
     faults, missing = changed_files(files)
     faults += [f"{path} is missing" for path in missing]
     found.files("data", faults, len(files), f"file of {directory}")
     _check_sources(sources, directory, found)
+
+
+def changed_sources(entries: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """Find the sources whose files are not those that a store was prepared from.
+
+    A file that was hashed before and has not changed since is not read again.
+
+    Args:
+        entries: of sources.json.
+
+    Returns:
+        A sentence for each such source, by its name.
+    """
+    with FileHashes() as file_hash:
+        found = {entry["name"]: _source_fault(entry, file_hash) for entry in entries}
+    return {name: fault for name, fault in found.items() if fault}
+
+
+def _source_fault(entry: dict[str, Any], file_hash: Callable[[Path], str]) -> str:
+    name, kind, digests = entry["name"], entry["kind"], entry["sha256"]
+    if not digests or kind not in READERS:  # a dataset of the Hub, whose name has its commit
+        return ""
+    source, then = Source(name, kind), "when the data was prepared: what follows is of then."
+    if kind == SAMPLE:
+        is_same = source.reader.identity(name, str)[-1] == digests
+        return "" if is_same else f"The sample of this Python is not what it was {then}"
+    faults, missing = changed_files(dict(zip(source.files, digests, strict=False)), file_hash)
+    if missing or len(source.files) != len(digests):
+        return f"{name} does not exist here, so it cannot be compared with what was prepared."
+    return f"{faults[0]} {then}" if faults else ""
 
 
 def _check_sources(sources: list[dict[str, Any]], directory: Path, found: Findings) -> None:
@@ -79,7 +124,7 @@ def _check_sources(sources: list[dict[str, Any]], directory: Path, found: Findin
         source, digests = Source(entry["name"], entry["kind"]), entry["sha256"]
         with found.checking("data", Path(entry["name"])):
             files = source.files if entry["kind"] in READERS else ()
-            if not files and entry["kind"] == "sample":
+            if not files and entry["kind"] == SAMPLE:
                 if source.reader.identity(source.name, str)[-1] != digests:
                     found.differs.append("data: the sample of this Python is not the run's")
             elif len(files) != len(digests):  # it is gone, or it is on the Hub

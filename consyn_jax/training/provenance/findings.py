@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from consyn_jax.errors import UserError, counted
+from consyn_jax.files import irregular
 from consyn_jax.training.checkpointing.checkpoint_files import is_hollow
 
 READERS = 4  # files hashed at once; hashlib releases the interpreter lock
@@ -49,6 +50,12 @@ class Findings:
         reason = error.strerror or type(error).__name__
         self.differs.append(f"{kind}: {error.filename or place} cannot be read ({reason})")
 
+    def is_regular(self, kind: str, path: Path) -> bool:
+        """Note a link, a pipe or a device in the place of a file or directory; none is read."""
+        if (stray := irregular(path, inside=False)) is not None:
+            self.differs.append(f"{kind}: {path} is {stray[1]}, and is not read")
+        return stray is None
+
     def files(self, kind: str, faults: Iterable[str], count: int, what: str) -> None:
         """Note the faults of some of `count` files, or that all of them agree.
 
@@ -63,8 +70,19 @@ class Findings:
             self.agrees.append(f"{kind}: {counted(count, what)}")
 
 
-def changed_files(expected: dict[Path, str]) -> tuple[list[str], list[Path]]:
+def sha256_of(file: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def changed_files(
+    expected: dict[Path, str], sha256: Callable[[Path], str] = sha256_of
+) -> tuple[list[str], list[Path]]:
     """Compare files with their SHA-256.
+
+    Args:
+        sha256: computes the SHA-256 of a file, or remembers it.
 
     Returns:
         A clause about each file that differs or cannot be read, and the files that do not exist.
@@ -77,10 +95,11 @@ def changed_files(expected: dict[Path, str]) -> tuple[list[str], list[Path]]:
                 return MISSING
             if not path.is_file() or is_hollow(path):  # reading a pipe would never end
                 return f"{path} is not a regular file"
-            with path.open("rb") as opened:
-                is_same = hashlib.file_digest(opened, "sha256").hexdigest() == digest
+            is_same = sha256(path) == digest
         except OSError as error:
             return f"{path} cannot be read ({error.strerror})"
+        except UserError:
+            return f"{path} cannot be read"
         return None if is_same else f"{path} is not what it was"
 
     with ThreadPoolExecutor(READERS) as readers:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, parse_fault
 from consyn_jax.files import open_regular
 from consyn_jax.training.checkpointing.checkpoint_files import PROVENANCE
 from consyn_jax.training.provenance.code_files import (
@@ -56,7 +56,9 @@ SHAPE = {
     "tokenizer": {"digest": TEXT_OR_NONE, "files": dict},
     "initial_weights": {"from": str, "digest": TEXT_OR_NONE},
     "configuration": {"digest": str, "total_steps": int, "values": dict},
-    "starts": [{"step": int, "code": TEXT_OR_NONE, "versions?": dict, "mesh?": dict}],
+    "starts": [
+        {"step": int, "code": TEXT_OR_NONE, "versions?": dict, "mesh?": dict, "identity?": dict}
+    ],
     "weights?": {"digest": TEXT_OR_NONE},
 }
 FLAGS_OF_COMPILERS = (
@@ -150,11 +152,11 @@ def made_with(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [("versions", said), ("commit", str(facts["code"].get("commit") or "unknown"))]
 
 
-def digests_of(directory: Path) -> dict[str, str]:
-    """SHA-256 of the files in a directory, by name; hidden ones are left out."""
+def digests_of(directory: Path, leave_out: Collection[Path] = ()) -> dict[str, str]:
+    """SHA-256 of the files in a directory, by name; hidden ones are left out, too."""
     found = {}
     for file in sorted(directory.rglob("*")):
-        if file.is_file() and not file.name.startswith("."):
+        if file.is_file() and not file.name.startswith(".") and file not in leave_out:
             with open(file, "rb", opener=open_regular) as opened:
                 digest = hashlib.file_digest(opened, "sha256").hexdigest()
             found[file.relative_to(directory).as_posix()] = digest
@@ -176,7 +178,9 @@ def read_facts(directory: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise UserError(f"{place} cannot be read: {error.strerror}. Check it.") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is damaged: it is not JSON. Restore it from a copy.") from error
+        raise UserError(
+            f"{place} is damaged: it {parse_fault(error)}. Restore it from a copy."
+        ) from error
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise UserError(f"{place} is not of a format that this version knows. Restore it.")
     if fault := _fault(facts, SHAPE, ""):

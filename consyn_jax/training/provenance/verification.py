@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,30 +13,48 @@ import yaml
 
 from consyn_jax.config import RunConfig
 from consyn_jax.errors import UserError
-from consyn_jax.files import refuse_strays
+from consyn_jax.files import all_irregular, open_regular, refuse_strays
 from consyn_jax.flags import flags
 from consyn_jax.training.checkpointing.checkpoint_files import (
     CHECKSUMS,
+    DAMAGED,
     PROVENANCE,
     STATE,
+    UNFINISHED,
     damage,
-    saved_steps,
+    is_hollow,
+    step_of,
 )
+from consyn_jax.training.checkpointing.ownership import (
+    RUN_JSON,
+    RunRecord,
+    check_checkpoint,
+    record_in,
+)
+from consyn_jax.training.logging.metrics import FILE_NAME
 from consyn_jax.training.provenance.code_files import code_digests, combined, library_versions
 from consyn_jax.training.provenance.data_check import check_data
 from consyn_jax.training.provenance.findings import Findings
-from consyn_jax.training.provenance.run_facts import digests_of, read_facts
-from consyn_jax.training.run.directory import CHECKPOINTS, CONFIG, PER_START_FLAGS, TOKENIZER
+from consyn_jax.training.provenance.identity_check import check_identity
+from consyn_jax.training.provenance.run_facts import LARGEST, digests_of, read_facts
+from consyn_jax.training.run.directory import (
+    CHECKPOINTS,
+    CONFIG,
+    ENTRIES,
+    PER_START_FLAGS,
+    TOKENIZER,
+)
 from consyn_jax.training.run.model_manifest import (
     MANIFEST,
-    disagreement,
+    added,
+    disagreements,
     has_manifest,
     weights_digests,
 )
 
 MODELS = ("best", "final")
-# Patterns of the files that are read. A link among them that leads out is refused.
-READ = ("*", "best/*", "final/*", f"{TOKENIZER}/*", f"{CHECKPOINTS}/**/*")
+# Entries of a run in which a link or a pipe is noticed by what reads them.
+READ = (CONFIG, PROVENANCE, RUN_JSON, FILE_NAME, TOKENIZER, CHECKPOINTS, *MODELS)
 # Facts that all starts of a run share; its stores and files may move between starts.
 LASTING: dict[str, tuple[str, ...]] = {
     "run": (),
@@ -51,12 +70,14 @@ class Saved:
 
     Attributes:
         sums: name of the file with the checksums of all others.
-        fault: find the first disagreement of a directory with that file.
+        faults: find the disagreements of a directory with that file.
+        added: find the files that it does not list.
         weights: read the checksums of the files of weights, by name.
     """
 
     sums: str
-    fault: Callable[[Path], str | None]
+    faults: Callable[[Path], Iterable[str]]
+    added: Callable[[Path], Iterable[str]]
     weights: Callable[[Path], dict[str, str]]
 
 
@@ -66,33 +87,35 @@ def _state_sums(place: Path) -> dict[str, str]:
     return {name: digest for name, digest in sums.items() if name.startswith(f"{STATE}/")}
 
 
-CHECKPOINT = Saved(CHECKSUMS, damage, _state_sums)
-MODEL = Saved(MANIFEST, disagreement, weights_digests)
+def _damages(place: Path) -> list[str]:
+    return list(filter(None, [damage(place)]))  # a file that is not listed is one
+
+
+CHECKPOINT = Saved(CHECKSUMS, _damages, lambda place: (), _state_sums)
+MODEL = Saved(MANIFEST, disagreements, added, weights_digests)
 
 
 def verify_directory(place: Path) -> Findings:
-    """Compare a run, or an exported model, with its records.
+    """Compare a run, one of its checkpoints, or an exported model, with its records.
 
-    A part that cannot be read becomes one line, and the other parts are still compared.
+    A part that cannot be read becomes one line, and the other parts are still compared. So does a
+    link, a pipe or a device, of which nothing is read.
 
     Raises:
-        UserError: the directory is neither, or has a link that leads out of it.
+        UserError: the directory is neither.
     """
     found = Findings()
-    for pattern in READ:
-        try:
-            refuse_strays(place, (pattern,))
-        except OSError as error:
-            found.unreadable("record", place, error)
-    if (place / CONFIG).exists() or (place / CHECKPOINTS).exists():
+    if any(os.path.lexists(place / name) for name in (CONFIG, CHECKPOINTS)):
         facts = _facts(place, found)
         _check_run(place, facts, found)
-    elif has_manifest(place) or (place / PROVENANCE).exists():
+    elif os.path.lexists(place / CHECKSUMS):
+        facts = _check_checkpoint(place, None, None, found)
+    elif has_manifest(place) or os.path.lexists(place / PROVENANCE):
         facts = _check_saved(MODEL, place, None, found)
     else:
         raise UserError(
-            f"--verify {place} is neither a run nor a model that a run has exported. Name a run "
-            "directory, or its best/ or final/."
+            f"--verify {place} is neither a run, nor a checkpoint or a model of one. Name a run "
+            "directory, its best/ or final/, or one of its checkpoints/."
         )
     if facts is None:
         found.unchecked.append(
@@ -117,49 +140,105 @@ def _facts(place: Path, found: Findings) -> dict[str, Any] | None:
 
 
 def _check_run(place: Path, facts: dict[str, Any] | None, found: Findings) -> None:
-    if facts is not None:
+    owner = check_identity(place, facts, found)
+    for name in ENTRIES:
+        if name not in READ:
+            # Weights & Biases creates links in its directory.
+            for path, kind in all_irregular(place / name, inside=name != "wandb"):
+                found.differs.append(f"record: {path} is {kind}, and is not read")
+    if facts is not None and found.is_regular("configuration", place / CONFIG):
         with found.checking("configuration", place / CONFIG):
             _check_configuration(place / CONFIG, facts["configuration"], found)
+    if facts is not None and found.is_regular("tokenizer", place / TOKENIZER):
         with found.checking("tokenizer", place / TOKENIZER):
             _check_tokenizer(place / TOKENIZER, facts["tokenizer"]["files"], found)
-    saved: list[tuple[Saved, Path]] = []
-    with found.checking("weights", place / CHECKPOINTS):
-        steps = saved_steps(place / CHECKPOINTS)
-        saved = [(CHECKPOINT, place / CHECKPOINTS / str(step)) for step in steps]
-    saved += [(MODEL, place / name) for name in MODELS if (place / name).exists()]
-    for kind, directory in saved:
-        _check_saved(kind, directory, facts, found)
+    if found.is_regular("weights", place / CHECKPOINTS):
+        with found.checking("weights", place / CHECKPOINTS):
+            _check_checkpoints(place / CHECKPOINTS, facts, owner, found)
+    if facts is None and not os.path.lexists(place / PROVENANCE):
+        records = (f"{CHECKPOINTS}/*/{PROVENANCE}", *(f"{name}/{PROVENANCE}" for name in MODELS))
+        if any(next(place.glob(pattern), None) for pattern in records):
+            found.differs.append(f"record: {place / PROVENANCE} is missing")
+    for name in MODELS:
+        if os.path.lexists(place / name) and found.is_regular("weights", place / name):
+            _check_saved(MODEL, place / name, facts, found)
+
+
+def _check_checkpoints(
+    place: Path, facts: dict[str, Any] | None, owner: RunRecord | None, found: Findings
+) -> None:
+    """Check all checkpoints, their names and their identities."""
+    entries = sorted(place.iterdir()) if os.path.lexists(place) else []
+    if not any(step_of(entry.name) is not None for entry in entries):
+        found.unchecked.append(f"weights: {place} has no checkpoint")
+    for entry in sorted(entries, key=lambda path: (step_of(path.name) or 0, path.name)):
+        step = step_of(entry.name)
+        is_left = any(part in entry.name for part in (UNFINISHED, DAMAGED))
+        if not found.is_regular("weights", entry) or is_left or entry.name.startswith("."):
+            continue
+        if step is None or not entry.is_dir():
+            found.differs.append(f"weights: {entry} is not a checkpoint of a step")
+            continue
+        _check_checkpoint(entry, facts, owner, found)
+
+
+def _check_checkpoint(
+    place: Path, facts: dict[str, Any] | None, owner: RunRecord | None, found: Findings
+) -> dict[str, Any] | None:
+    """Check a checkpoint, its name and its identity, and return its record."""
+    before = len(found.differs)
+    named = place if step_of(place.name) is not None else place.resolve()
+    with found.checking("weights", place):
+        step, record = step_of(named.name), record_in(named / RUN_JSON)
+        if step is not None and record:
+            check_checkpoint(named, record, step, owner)
+    return _check_saved(CHECKPOINT, place, facts, found, before)
 
 
 def _check_tokenizer(place: Path, expected: dict[str, str], found: Findings) -> None:
-    now = digests_of(place) if place.exists() else {}
+    stray = dict(all_irregular(place))
+    stray |= {f: "mostly a hole" for f in place.rglob("*") if f not in stray and is_hollow(f)}
+    found.differs += [f"tokenizer: {path} is {stray[path]}, and is not read" for path in stray]
+    now = digests_of(place, leave_out=stray) if place.exists() else {}
     faults = [
         f"{place / name} {_how(name in expected, name in now)}"
         for name in {*expected, *now}
-        if expected.get(name) != now.get(name)
+        if expected.get(name) != now.get(name) and place / name not in stray
     ]
     found.files("tokenizer", faults, len(expected), "file")
 
 
 def _check_saved(
-    kind: Saved, place: Path, facts: dict[str, Any] | None, found: Findings
+    kind: Saved,
+    place: Path,
+    facts: dict[str, Any] | None,
+    found: Findings,
+    before: int | None = None,
 ) -> dict[str, Any] | None:
     """Check a checkpoint or a model, and return its record.
 
     Args:
         facts: the record of the run, which it is compared with.
+        before: the number of differences before those of this checkpoint; by default, all so far.
     """
-    own = None
+    own, before = None, len(found.differs) if before is None else before
     with found.checking("weights", place):
-        if kind is MODEL and not has_manifest(place):
-            found.unchecked.append(f"weights: {place} has no {MANIFEST}")
+        if kind is MODEL and not os.path.lexists(place / MANIFEST):
+            if os.path.lexists(place / PROVENANCE):  # they were written together
+                found.differs.append(f"weights: {place / MANIFEST} is missing")
+            else:
+                found.unchecked.append(f"weights: {place} has no {MANIFEST}")
             return _facts(place, found)
-        if reason := kind.fault(place):
-            found.differs.append(f"weights: {place / reason}")
-            return None if reason.startswith(PROVENANCE) else _facts(place, found)
+        found.differs += [f"weights: {place / reason}" for reason in kind.added(place)]
+        if reasons := list(kind.faults(place)):
+            found.files("weights", (str(place / reason) for reason in reasons), 0, "file")
+            is_of_record = any(reason.startswith(PROVENANCE) for reason in reasons)
+            return None if is_of_record else _facts(place, found)
         own = _facts(place, found)
         if own is not None:
             _compare_record(place, own, combined(kind.weights(place)), facts, found)
+            if len(found.differs) == before:
+                found.agrees.append(f"weights: {place}")
         else:
             found.unchecked.append(
                 f"weights: {place} agrees with its {kind.sums}, but has no {PROVENANCE}"
@@ -175,7 +254,6 @@ def _compare_record(
     found: Findings,
 ) -> None:
     """Compare the record in a checkpoint or a model with its weights and with the run's record."""
-    before = len(found.differs)
     if own.get("weights", {}).get("digest") != weights:
         found.differs.append(f"weights: {place / PROVENANCE} is about other weights")
     if facts is not None:
@@ -187,8 +265,6 @@ def _compare_record(
             for key in facts
             if own.get(key) != facts[key]
         ]
-    if len(found.differs) == before:
-        found.agrees.append(f"weights: {place}")
 
 
 def _lasting(facts: dict[str, Any]) -> dict[str, Any]:
@@ -213,7 +289,7 @@ def _check_initial_weights(recorded: dict[str, Any], found: Findings) -> None:
         now = hashlib.sha256(" ".join(hashes).encode()).hexdigest()
         _note_initial(now == digest, origin, found)
     else:
-        found.unchecked.append(f"initial weights: {recorded['from']}: not there any more")
+        found.unchecked.append(f"initial weights: {recorded['from']}: does not exist here")
 
 
 def _note_initial(is_same: bool, origin: Path, found: Findings) -> None:
@@ -232,7 +308,8 @@ def _sha256(file: Path) -> str:
 
 
 def _check_configuration(file: Path, recorded: dict[str, Any], found: Findings) -> None:
-    content = file.read_bytes()
+    with open(file, "rb", opener=open_regular) as opened:
+        content = opened.read(LARGEST)
     if hashlib.sha256(content).hexdigest() == recorded["digest"]:
         found.agrees.append(f"configuration: {file}")
         return

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from consyn_jax.files import flush, open_regular, write_whole
-from consyn_jax.training.checkpointing.checkpoint_files import PROVENANCE
+from consyn_jax.training.checkpointing.checkpoint_files import PROVENANCE, is_hollow
 
 MANIFEST = "consyn_manifest.json"
 WEIGHTS = ".safetensors"
@@ -64,6 +65,36 @@ def disagreement(directory: Path) -> str | None:
 
     All files of the manifest are read. Added files are ignored.
     """
+    return next(disagreements(directory), None)
+
+
+def disagreements(directory: Path) -> Iterator[str]:
+    """Each difference between a model and its manifest, as a clause."""
+    expected = _listed(directory)
+    if isinstance(expected, str):
+        yield expected
+        return
+    with ThreadPoolExecutor(READERS) as readers:
+        reasons = readers.map(lambda name: _difference(directory, name, expected[name]), expected)
+        yield from filter(None, reasons)
+
+
+def added(directory: Path) -> Iterator[str]:
+    """Each file in a model's directory that its manifest does not list, as a clause.
+
+    Hidden files are left out, as file managers and downloads create them.
+    """
+    expected = _listed(directory)
+    names = (path.relative_to(directory) for path in sorted(directory.rglob("*")))
+    for name in names:
+        is_known = isinstance(expected, str) or name.as_posix() in {*expected, MANIFEST}
+        is_hidden = any(part.startswith(".") for part in name.parts)
+        if not (is_known or is_hidden or stat.S_ISDIR((directory / name).lstat().st_mode)):
+            yield f"{name.as_posix()} is not in {MANIFEST}"
+
+
+def _listed(directory: Path) -> dict[str, dict[str, Any]] | str:
+    """The entries of a manifest, by file; a clause if it cannot be used."""
     try:
         with open(directory / MANIFEST, "rb", opener=open_regular) as opened:
             files = json.loads(opened.read(LARGEST))["files"]
@@ -78,13 +109,16 @@ def disagreement(directory: Path) -> str | None:
         return f"{MANIFEST} names no file"
     if outside := [name for name in expected if ".." in Path(name).parts or name.startswith("/")]:
         return f"{MANIFEST} names {outside[0]}, which is outside"
-    with ThreadPoolExecutor(READERS) as readers:
-        reasons = readers.map(lambda name: _difference(directory, name, expected[name]), expected)
-        return next(filter(None, reasons), None)
+    return expected
 
 
 def _difference(directory: Path, name: str, expected: dict[str, Any]) -> str | None:
     try:
+        parents = [directory / parent for parent in Path(name).parents][:-1]
+        if links := [parent for parent in parents if parent.is_symlink()]:
+            return f"{links[-1].relative_to(directory).as_posix()} is a link"
+        if is_hollow(directory / name):
+            return f"{name} is mostly a hole"
         size = (directory / name).stat().st_size
         if size != expected.get("size"):
             return f"{name} has {size:,} bytes and not {expected.get('size'):,}"

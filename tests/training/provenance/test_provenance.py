@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from consyn_jax.cli.train import main
-from consyn_jax.errors import UserError
 from consyn_jax.training.provenance import code_files, verification
 from consyn_jax.training.provenance.run_facts import read_facts
 from consyn_jax.training.provenance.verification import verify_directory
@@ -122,7 +121,7 @@ def test_a_run_that_goes_on_elsewhere_agrees_with_its_records(
     assert facts["initial_weights"] == first["initial_weights"]
     found = verify_directory(tmp_path / "run")
     assert found.differs == []
-    assert f"initial weights: {tmp_path / 'base'}: not there any more" in found.unchecked
+    assert f"initial weights: {tmp_path / 'base'}: does not exist here" in found.unchecked
     edit(tmp_path / "run", lambda facts: facts["data"].update(digest="0", seed=7))
     (only,) = {
         line.partition(" differ in ")[2] for line in verify_directory(tmp_path / "run").differs
@@ -205,11 +204,27 @@ def test_one_byte_of_the_code_that_changed_is_named(
     assert any(line.startswith("library: jax is 9, and was ") for line in found)
 
 
+def test_a_link_in_a_store_is_named_and_all_else_is_compared(
+    made: Path, run: Path, tmp_path: Path
+) -> None:
+    store = one_of(made, "cache/stores/*/manifest.json").parent
+    link = store / "train-00009.tokens"
+    link.symlink_to(tmp_path)
+    try:
+        found = verify_directory(run / "final")
+    finally:
+        link.unlink()
+    (only,) = found.differs
+    assert only.startswith(f"data: {link} is a link to {tmp_path}, outside of its directory")
+    assert any(line.endswith(f"of {store}") for line in found.agrees)
+
+
 def test_links_and_pipes_are_not_followed(run: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").write_text("x")
     (run / "best" / "merges.txt").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="outside of its directory"):
-        verify_directory(run)
+    assert verify_directory(run).differs == [
+        f"weights: {run / 'best/merges.txt'} is not in consyn_manifest.json"
+    ]
     (run / "best" / "merges.txt").unlink()
     os.mkfifo(tmp_path / "pipe")
     edit(run, lambda facts: facts["data"].update(sources=[{**FILES, "files": [pipe(tmp_path)]}]))
@@ -296,6 +311,32 @@ def test_a_step_that_is_not_what_the_log_says(
     assert "is not what its log says" in told.err
 
 
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_a_source_that_changed_since_is_named(
+    is_gone: bool, run: Path, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rows that are named may be others by now."""
+    source = made / "a.jsonl"
+    content = source.read_bytes()
+    try:
+        source.write_bytes(content[1:])
+        if is_gone:
+            source.unlink()
+        assert command("--output", run, "--documents_of", "3:4", "--json") == 0
+    finally:
+        source.write_bytes(content)
+    told = capsys.readouterr()
+    steps = [json.loads(line) for line in told.out.splitlines()]
+    assert [step["changed_sources"] for step in steps] == 2 * [[str(source)]]
+    said = "does not exist here" if is_gone else "is not what it was when the data was prepared"
+    assert told.err.count("warning: ") == 1
+    assert f"warning: {source} {said}" in told.err
+    assert command("--output", run, "--documents_of", "3:4", "--json") == 0
+    told = capsys.readouterr()
+    assert not json.loads(told.out.splitlines()[0])["changed_sources"]
+    assert told.err == ""
+
+
 def test_documents_need_no_device(run: Path, made: Path) -> None:
     program = (
         "import sys; from consyn_jax.cli.train import main; "
@@ -317,6 +358,9 @@ def test_documents_need_no_device(run: Path, made: Path) -> None:
         ("--documents_of 0", "neither a step nor a range"),
         ("--documents_of 5:3", "neither a step nor a range"),
         ("--documents_of x", "neither a step nor a range"),
+        (f"--documents_of {10**30}", "of at most 15 digits"),
+        (f"--documents_of 3:{5001 * '1'}", "of at most 15 digits"),
+        (f"--replay_step {5001 * '1'}", "--replay_step must be below 2**63"),
         ("--replay_step 15", "has 14 steps"),
         ("--replay_step 0", "has 14 steps"),
         ("--replay_step 3 --seed 4", "--seed was 42 and is 4"),

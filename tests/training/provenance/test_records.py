@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 
 from consyn_jax.cli.proof.questions import asked
 from consyn_jax.cli.proof.repeat_logged import _as_json, _page, _verdict
-from consyn_jax.errors import UserError
+from consyn_jax.cli.proof.verify_record import verify
+from consyn_jax.errors import Differs, UserError
 from consyn_jax.resolve import resolve
 from consyn_jax.training.checkpointing.checkpoint_files import file_hash
+from consyn_jax.training.checkpointing.ownership import RunRecord
 from consyn_jax.training.diagnostics.logged_step import RepeatedRun, _compared
 from consyn_jax.training.provenance import code_files
 from consyn_jax.training.provenance.run_facts import RunFacts, record_code
@@ -23,7 +26,7 @@ from consyn_jax.training.run.model_manifest import seal
 
 
 def test_what_is_neither_a_run_nor_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="neither a run nor a model"):
+    with pytest.raises(UserError, match="neither a run, nor a checkpoint or a model"):
         verify_directory(tmp_path)
 
 
@@ -39,13 +42,17 @@ def small_run(place: Path) -> Path:
         directory.mkdir(parents=True)
     for file in (run / "config.yaml", run / "tokenizer" / "t.json", place / "tokens.bin"):
         file.write_text("x: 1\n")
+    OWN.write(run)
+    start = {"step": 0, "tokens": 0, "time_s": 0, "event": "start", "run": OWN.run}
+    save = {"step": 2, "tokens": 2, "time_s": 1, "event": "save"}
+    (run / "metrics.jsonl").write_text(f"{json.dumps(start)}\n{json.dumps(save)}\n")
     weights = hashlib.sha256(b"weights").hexdigest()
     (origin / "model.safetensors").write_bytes(b"weights")
     packed = {"item": "", "length": 8, "bos_id": None, "pad_id": 0, "packing": "cut"}
     files = [{"path": str(place / "tokens.bin"), "sha256": SHA256, "tokens": [0, 9]}]
     facts = RunFacts(
         {
-            "run": "1",
+            "run": OWN.run,
             "code": record_code(),
             "data": {
                 "digest": None,
@@ -59,7 +66,7 @@ def small_run(place: Path) -> Path:
                 "digest": hashlib.sha256(weights.encode()).hexdigest(),
             },
             "configuration": {"digest": SHA256, "total_steps": 2, "values": {}},
-            "starts": [],
+            "starts": [{**START, "identity": {"start": OWN.start, "unsigned_until": -1}}],
         }
     )
     (run / "provenance.json").write_text(facts.text())
@@ -67,13 +74,17 @@ def small_run(place: Path) -> Path:
     (step / "state" / "array").write_text("array")
     state = {"state/array": file_hash(step / "state" / "array")}
     (step / "provenance.json").write_text(facts.of_checkpoint(2, state))
-    sums = state | {"provenance.json": file_hash(step / "provenance.json")}
+    (step / "run.json").write_text(json.dumps({"step": 2, "run": OWN.run}))
+    others = ("provenance.json", "run.json")
+    sums = state | {name: file_hash(step / name) for name in others}
     (step / "CHECKSUMS").write_text("".join(f"{sums[name]}  {name}\n" for name in sums))
     (run / "final" / "model.safetensors").write_bytes(b"weights")
     seal(run / "final", lambda files: facts.of_model(2, files))
     return run
 
 
+OWN = RunRecord.new()
+START = {"step": 0, "code": None}
 SHA256 = hashlib.sha256(b"x: 1\n").hexdigest()
 # `Path.exists` raises an OSError for it, as it does below a directory without access.
 TOO_LONG = "/" + 300 * "x"
@@ -103,7 +114,9 @@ def with_a_long_path(name: str) -> Callable[[Path], None]:
         ("run/config.yaml", as_directory, {"configuration"}),
         ("run/tokenizer", as_file, {"tokenizer"}),
         ("run/checkpoints", as_file, {"weights"}),
-        ("run/checkpoints/2", as_file, set()),  # no step that was saved
+        ("run/checkpoints/2", as_file, {"weights"}),
+        ("run/run.json", as_directory, {"identity"}),
+        ("run/metrics.jsonl", as_directory, {"identity"}),
         ("run/checkpoints/2/CHECKSUMS", as_directory, {"weights"}),
         ("run/checkpoints/2/provenance.json", as_directory, {"weights"}),
         ("run/final", as_file, {"weights", "record"}),
@@ -121,7 +134,7 @@ def test_what_cannot_be_read_is_a_line_and_all_else_is_compared(
     name: str, change: Callable[[Path], None], lines: set[str], tmp_path: Path
 ) -> None:
     run = small_run(tmp_path)
-    kinds = {"configuration", "tokenizer", "weights", "data", "code", "initial weights"}
+    kinds = {"configuration", "tokenizer", "weights", "data", "code", "initial weights", "identity"}
     sound = verify_directory(run)
     assert sound.differs == sound.unchecked == []
     assert {line.partition(":")[0] for line in sound.agrees} == kinds
@@ -130,6 +143,172 @@ def test_what_cannot_be_read_is_a_line_and_all_else_is_compared(
     told = [line.partition(":")[0] for line in found.differs + found.unchecked]
     assert set(told) == lines
     assert found.agrees
+
+
+def test_links_and_pipes_are_named_and_all_else_is_compared(tmp_path: Path) -> None:
+    """Each is one line; nothing is read through it, and nothing hangs."""
+    run, outside = small_run(tmp_path), tmp_path / "outside"
+    shutil.copytree(run / "checkpoints" / "2", outside)
+    (run / "config.yaml").unlink()
+    os.mkfifo(run / "config.yaml")
+    (run / "checkpoints" / "4").symlink_to(outside)
+    (run / "best").symlink_to(run / "final")
+    (run / "logs").mkdir()
+    (run / "logs" / "events").symlink_to(outside)
+    (run / "tokenizer" / "more").symlink_to(outside / "run.json")
+    os.mkfifo(run / "tokenizer" / "pipe")
+    (run / "final" / "link").symlink_to(outside / "run.json")
+    found = verify_directory(run)
+    assert sorted(found.differs) == [
+        f"configuration: {run / 'config.yaml'} is a pipe, and is not read",
+        f"record: {run / 'logs/events'} is a link, and is not read",
+        f"tokenizer: {run / 'tokenizer/more'} is a link, and is not read",
+        f"tokenizer: {run / 'tokenizer/pipe'} is a pipe, and is not read",
+        f"weights: {run / 'best'} is a link, and is not read",
+        f"weights: {run / 'checkpoints/4'} is a link, and is not read",
+        f"weights: {run / 'final/link'} is not in consyn_manifest.json",
+    ]
+    assert [line.partition(":")[0] for line in found.agrees] == [
+        *("identity", "tokenizer", "weights", "code", "data", "initial weights")
+    ]
+
+
+@pytest.mark.parametrize("name", ["run.json", "provenance.json", "metrics.jsonl", "tokenizer"])
+@pytest.mark.parametrize("is_pipe", [False, True])
+def test_a_link_or_pipe_in_the_place_of_a_record(is_pipe: bool, name: str, tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    (run / name).rename(tmp_path / "moved")
+    if is_pipe:
+        os.mkfifo(run / name)
+    else:
+        (run / name).symlink_to(tmp_path / "moved")
+    found = verify_directory(run)
+    assert len(found.differs) == 1
+    assert str(run / name) in found.differs[0]
+    assert f"weights: {run / 'checkpoints/2'}" in found.agrees
+
+
+def replaced(file: Path, old: str, new: str) -> None:
+    file.write_text(file.read_text().replace(old, new))
+
+
+def changed(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda run: changed(run / "run.json", run="0" * 32),
+            ["identity: RUN/run.json has that of run 00000000, and provenance.json that of run "],
+        ),
+        (
+            lambda run: changed(run / "run.json", start="0" * 32),
+            ["identity: RUN/run.json has another start than provenance.json"],
+        ),
+        (
+            lambda run: changed(run / "run.json", unsigned_until=9),
+            ["identity: RUN/run.json has another unsigned_until than provenance.json"],
+        ),
+        (lambda run: (run / "run.json").unlink(), ["identity: RUN/run.json is missing"]),
+        (
+            lambda run: replaced(run / "metrics.jsonl", OWN.run, "0" * 32),
+            ["identity: RUN/metrics.jsonl is the log of another run"],
+        ),
+        (
+            lambda run: (run / "metrics.jsonl").write_text(""),
+            [
+                "identity: RUN/metrics.jsonl has no start of the run",
+                "identity: RUN/metrics.jsonl ends at step 0, and the newest checkpoint is of step 2",
+            ],
+        ),
+        (
+            lambda run: (run / "metrics.jsonl").unlink(),
+            ["identity: RUN/metrics.jsonl does not exist"],
+        ),
+        (
+            lambda run: (run / "provenance.json").unlink(),
+            ["record: RUN/provenance.json is missing"],
+        ),
+        (
+            lambda run: changed(run / "provenance.json", starts=[{**START, "identity": []}]),
+            ["record: RUN/provenance.json is damaged: starts[0].identity is []"],
+        ),
+        (
+            lambda run: os.truncate(run / "checkpoints/2/run.json", 1 << 40),
+            ["weights: RUN/checkpoints/2/run.json is not what was written"],
+        ),
+        (
+            lambda run: (run / "final/consyn_manifest.json").unlink(),
+            ["weights: RUN/final/consyn_manifest.json is missing"],
+        ),
+        (
+            lambda run: os.truncate(run / "final/model.safetensors", 1 << 40),
+            ["weights: RUN/final/model.safetensors is mostly a hole"],
+        ),
+        (
+            lambda run: os.truncate(run / "tokenizer/t.json", 1 << 40),
+            ["tokenizer: RUN/tokenizer/t.json is mostly a hole, and is not read"],
+        ),
+        (
+            lambda run: os.truncate(run / "metrics.jsonl", 1 << 40),
+            ["identity: RUN/metrics.jsonl is mostly a hole, and is not read"],
+        ),
+        (
+            lambda run: (run / "checkpoints/2").rename(run / "checkpoints/20"),
+            ["weights: RUN/checkpoints/20 has the name of step 20 and holds the state of step 2"],
+        ),
+        (
+            lambda run: (run / "checkpoints/02").mkdir(),
+            ["weights: RUN/checkpoints/02 is not a checkpoint of a step"],
+        ),
+        (
+            lambda run: (run / "final/README.md").touch(),
+            ["weights: RUN/final/README.md is not in consyn_manifest.json"],
+        ),
+    ],
+)
+def test_whose_run_it_is_and_what_was_added_or_renamed(
+    change: Callable[[Path], object], said: list[str], tmp_path: Path
+) -> None:
+    run = small_run(tmp_path)
+    change(run)
+    found = verify_directory(run).differs
+    assert len(found) == len(said)
+    for line, begin in zip(found, said, strict=True):
+        assert line.startswith(begin.replace("RUN", str(run)))
+
+
+def test_a_checkpoint_alone(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    place = run / "checkpoints" / "2"
+    found = verify_directory(place)
+    assert found.differs == []
+    assert f"weights: {place}" in found.agrees
+    (place / "state" / "array").write_text("other")
+    assert verify_directory(place).differs == [
+        f"weights: {place / 'state/array'} is not what was written"
+    ]
+
+
+def test_no_name_of_a_file_adds_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = small_run(tmp_path)
+    (run / "final" / "x\nagrees       y\x1b[2J").touch()
+    with pytest.raises(Differs):
+        verify(resolve({"verify": str(run)})[0])
+    first, *others = capsys.readouterr().out.splitlines()
+    assert r"x\nagrees       y\x1b[2J is not in consyn_manifest.json" in first
+    assert not any(line.endswith("y") for line in others)
+
+
+def test_what_a_run_or_a_file_manager_leaves_is_no_difference(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    for name in ("2.damaged-1", "4.orbax-checkpoint-tmp-x-1", ".hidden"):
+        (run / "checkpoints" / name).mkdir()
+    (run / "final" / ".DS_Store").touch()
+    (run / "notes.txt").touch()
+    assert verify_directory(run).differs == []
 
 
 @pytest.mark.parametrize(
