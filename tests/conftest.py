@@ -71,6 +71,14 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return (not HAS_TORCH and bool(COMPARED_WITH.search(text))) or lacks_other or None
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name compressed values by their size: their bytes can have the time in them, and the workers of
+    a run must collect tests of equal names.
+    """
+    is_binary = isinstance(val, bytes) and not val.isascii()
+    return f"{len(val)} bytes" if is_binary else None  # type: ignore[arg-type]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The same for single tests, by their mark `torch`."""
     if HAS_TORCH:

@@ -11,9 +11,10 @@ from consyn_jax.config import RunConfig
 from consyn_jax.errors import UserError
 from consyn_jax.flags import flags
 from consyn_jax.foreign_flags import _KEYWORDS, ELSEWHERE, FOREIGN, advise, named_flags
+from consyn_jax.inference.text_generation.generation_options import GenerateConfig
 from consyn_jax.resolve import resolve
 
-KNOWN = flags(RunConfig)
+KNOWN, GENERATE = flags(RunConfig), flags(GenerateConfig)
 OURS = {*KNOWN, *(alias for flag in KNOWN.values() for alias in flag.aliases)}
 
 
@@ -33,10 +34,11 @@ def answer_to_keyword(**settings: Any) -> str:
 def test_every_advice_names_flags_that_exist_in_at_most_two_sentences(name: str) -> None:
     assert name not in OURS, "a flag of ours needs no advice"
     advice = {**_KEYWORDS, **FOREIGN}[name]
-    assert {*named_flags(advice)} <= {*OURS, "config"}
+    command = GENERATE if {*named_flags(advice)} <= {*GENERATE} else KNOWN
+    assert {*named_flags(advice)} <= {*OURS, *GENERATE, "config"}
     for style in ("flag", "keyword", "file"):
         for value in (None, "3", "x", True):
-            text = advise(name, value, KNOWN, style)
+            text = advise(name, value, command, style)
             assert text is not None or (style != "keyword" and name in _KEYWORDS)
             assert len(re.findall(r"[.] [A-Z]", text or "")) <= 1
             assert not re.search(r"[*\[\]]", text or "")

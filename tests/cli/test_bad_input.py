@@ -143,8 +143,7 @@ def refused(argv: list[str], capfd: pytest.CaptureFixture[str]) -> str:
         (
             "--data other.jsonl",
             "other.jsonl:1 has no key 'text'; its keys are 'body', 'id'. Name the field that holds "
-            "the text, as in --text_key body, or those of prompt and answer with --prompt_key and "
-            "--completion_key.",
+            "the text, as in --text_key body.",
         ),
         (
             "--data good.txt --dataset_type jsonl",
@@ -404,7 +403,7 @@ class TestTheDirectoryOfAnotherRun:
 
     def test_a_damaged_config(self, capfd: pytest.CaptureFixture[str]) -> None:
         Path("old/config.yaml").write_text("[")
-        assert "old/config.yaml is damaged (ParserError)" in refused(
+        assert "old/config.yaml is not YAML (expected" in refused(
             ["--model", "haiku", "--output", "old"], capfd
         )
 

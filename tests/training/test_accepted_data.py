@@ -124,7 +124,7 @@ def test_labels_that_are_the_ids_are_shifted_as_transformers_models_do() -> None
         ([1, 2], "is of type list, but must be a dict with 'input_ids'"),
         ({"ids": IDS}, "has no input_ids, but 'ids'. Give the ids of its tokens."),
         (None, "is None, but must be a dict with 'input_ids'"),
-        ({"text": "a"}, "Tokenise 'text', or use get_dataset"),
+        ({"text": "a"}, "Tokenise 'text', or write the rows to a file for get_dataset"),
         ({"input_ids": IDS[0]}, "must be [sequences, tokens], not of shape (10,)"),
         ({"input_ids": [1, 2]}, "must be [sequences, tokens], not of shape (2,)"),
         (
@@ -583,7 +583,7 @@ def test_data_without_a_token_to_learn_is_refused_before_the_run(kind: str) -> N
         ({"input_ids": []}, {}, "train_dataloader is empty"),
         ("corpus.txt", {}, r"is a path\. Pass get_dataset\('corpus.txt'\) instead"),
         (["a text"], {}, r"holds texts\. Pass tokenizer.encode_batch"),
-        ([{"text": "a text"}], {}, "Tokenise 'text', or use get_dataset"),
+        ([{"text": "a text"}], {}, "Tokenise 'text', or write the rows to a file for get_dataset"),
         (
             {"train": [[1]], "test": [[2]]},
             {},

@@ -137,7 +137,7 @@ def read_row(row: Any, keys: RowKeys) -> Row:
 
     >>> read_row({"prompt": "2 + 2 =", "completion": " 4"}, RowKeys())
     Row(format='prompt_completion', content=(Segment(text='2 + 2 =', trained=False),
-    Segment(text=' 4', trained=True)))
+    Segment(text=' 4', trained=True)), unread=())
     """
     if isinstance(row, BadRow):
         raise row

@@ -64,7 +64,7 @@ def test_what_is_not_read_and_what_is_cut_is_said(tmp_path: Path) -> None:
     lines, _ = made(write(tmp_path / "rows.jsonl", long, *[short] * 9), validation_fraction=0.0)
     assert lines["not read"] == ["fields of the rows, with their numbers: id (10)"]
     assert lines["long rows"] == [
-        "1 longer than 32 tokens: truncated, 10 tokens (10.6%) left out, 2 of them to be learned"
+        "1 longer than 32 tokens: truncated, 10 tokens (10.4%) left out, 2 of them to be learned"
     ]
 
 

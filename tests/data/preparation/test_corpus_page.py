@@ -9,7 +9,7 @@ import pytest
 
 from consyn_jax.data.preparation import corpus_page
 from consyn_jax.data.preparation.corpus_page import SHOWN
-from consyn_jax.data.preparation.corpus_report import Report
+from consyn_jax.data.preparation.corpus_report import NOTICES, Report
 
 HOSTILE = (
     "</pre><script>alert(1)</script><img src=x onerror=alert(1)>"
@@ -193,6 +193,6 @@ def test_the_formats_of_rows_the_first_one_and_what_was_noticed_are_shown() -> N
     reader = Reader()
     reader.feed(text)
     assert ["messages", "7"] in reader.rows
-    assert ["texts with a chat model's markers, which are read as plain text", "2"] in reader.rows
+    assert [NOTICES["markers"], "2"] in reader.rows
     assert "<user> why" in reader.text
     assert "so </assistant>" in reader.text

@@ -61,7 +61,9 @@ def test_another_run_is_told_apart_difference_by_difference(
 @pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\x00", b"just a text", b"lr: 1.0\n"])
 def test_a_damaged_config_yaml_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(content)
-    with pytest.raises(UserError, match=r"is damaged|is not the configuration of a run"):
+    with pytest.raises(
+        UserError, match=r"is not YAML|is not UTF-8|is damaged|is not the configuration of a run"
+    ):
         open_run_directory(run(tmp_path)[0], DERIVED)
 
 
