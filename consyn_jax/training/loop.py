@@ -325,8 +325,7 @@ class Training:
             self._save(state)
             self._raise_if_stopped()
         self.recorder.event("end_of_data")
-        done = f"{self.progress.step} of {self.total_steps}"
-        self.console.warn(f"The data ended after {done} steps.")
+        self.console.warn(f"The data ended after {self.progress.step} of {self.total_steps} steps.")
         return state
 
     def _raise_if_stopped(self) -> None:
@@ -367,8 +366,7 @@ class Training:
         inputs, began = self.inputs, time.perf_counter()
         if inputs.tokenizer is None or not inputs.exports_model:
             return ""
-        whole = self.program.whole(params, **self.base)
-        seed = inputs.run.budget.seed
+        whole, seed = self.program.whole(params, **self.base), inputs.run.budget.seed
         text = ending.sample(self.program.config, whole, inputs.tokenizer, seed)
         self.report.add_sample(text, time.perf_counter() - began)
         return text

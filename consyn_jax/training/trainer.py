@@ -80,8 +80,7 @@ class ConsynTrainer:
         eval_dataloader: the same kinds; without it there is no evaluation.
         num_epochs, max_steps: the budget; 3 epochs if none is given. The smallest counts.
         learning_rate: 5e-5 for adamw by default.
-        tokenizer: saved beside the model, and used for the sample; a dataset of `get_dataset`
-            brings its own.
+        tokenizer: saved beside the model, and used for samples; data of `get_dataset` has its own.
         run: a resolved run and the origins of its values, as `consyn-train` makes them; the other
             settings are then ignored.
         notes: rows of name and value for the header that is printed at the start.
@@ -116,10 +115,10 @@ class ConsynTrainer:
             own = [("epochs", num_epochs), ("max_steps", max_steps), ("lr", learning_rate)]
             given = {"output": os.fspath(output_dir), **{n: v for n, v in own if v is not None}}
             data = (train_dataloader, eval_dataloader)
-            run = resolve_keywords(model.config, data, {**given, **settings})
+            run = resolve_keywords(model.config, data, given | settings)
         self.run, self.origins = run
         made_by = getattr(train_dataloader, "tokenizer", None)
-        self.tokenizer = model_tokenizer(model, made_by) if tokenizer is None else tokenizer
+        self.tokenizer = tokenizer or model_tokenizer(model, made_by)
         check_vocabulary(self.tokenizer, model.config)
         bos_id, eos_id, pad_id = document_ids(self.tokenizer, model.config)
         check_pairs((train_dataloader, eval_dataloader), self.run.trains_on_pairs)

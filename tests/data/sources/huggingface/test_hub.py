@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -231,7 +231,14 @@ OUT_OF_REACH = (
     "and the Hugging Face Hub cannot be reached. Check the network and HF_HUB_OFFLINE, "
     "or give a dataset that is in the cache."
 )
-TEXTS = example(900).select(["text"]).to_pylist()
+NULLS = dict.fromkeys(("text", "meta", "messages", "id"))  # of columns that are not read
+
+
+def with_nulls(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [NULLS | row for row in rows]
+
+
+TEXTS = with_nulls(example(900).select(["text"]).to_pylist())
 
 
 @pytest.mark.slow
@@ -245,7 +252,11 @@ def test_a_name_without_a_split_is_parted_by_the_splits_of_the_hub(
     small, plain = (f"owner/Several@{MAIN}:small:train", f"owner/plain@{MAIN}::train")
     only = [[[name], [], []] for name in (train, small, plain)]
     rows = ("rows", validation, 0, ["id"])
-    assert ask(tmp_path, hub, *asked, rows) == [whole, *only, [[{"id": i} for i in range(5, 9)], 4]]
+    assert ask(tmp_path, hub, *asked, rows) == [
+        whole,
+        *only,
+        [with_nulls({"id": i} for i in range(5, 9)), 4],
+    ]
     assert ask(tmp_path, NOWHERE, ("parted", "owner/parted")) == [whole]  # from the cache
 
 
@@ -271,9 +282,9 @@ def test_a_dataset_of_the_hub_is_downloaded_once(tmp_path: Path, hub: str) -> No
         name,
         f"owner/Several@{COMMITS['old']}:small:train",
         f"owner/plain@{MAIN}::train",
-        [[{"n": 1}, {"n": 2}], 2],
+        [[{"n": 1, "text": None}, {"n": 2, "text": None}], 2],
         [TEXTS, 900],
-        [[{"id": i} for i in range(5)], 5],
+        [with_nulls({"id": i} for i in range(5)), 5],
         [TEXTS[4:5], 2],
         [TEXTS[450:], 900],
         [[{"text": None, "n": None}] * 2, 2],
@@ -309,7 +320,7 @@ def test_a_dataset_of_the_hub_is_downloaded_once(tmp_path: Path, hub: str) -> No
         ("rows", name, 899, ["text"], True),
     ) == [
         f"owner/plain@{MAIN}::train",
-        [[{"text": "two"}], 2],
+        [[{"text": "two", "n": None}], 2],
         [TEXTS[899:], 900],
     ]
     shutil.rmtree(tmp_path / "hub")  # with what is known of branches; the rows are elsewhere
@@ -345,10 +356,9 @@ def test_streaming_gives_the_same_rows_and_keeps_no_files(tmp_path: Path, hub: s
         ("rows", "owner/Several::valid", 0, ["text"], True),
     )
     assert answers[: len(starts)] == [[TEXTS[start:], max(start, 900)] for start in starts]
-    names = {"text": None, "meta": None, "messages": None, "id": None}
     assert answers[len(starts) :] == [
-        [[names, names], 900],
-        [[{"text": "two"}], 2],
+        [[NULLS, NULLS], 900],
+        [[{"text": "two", "n": None}], 2],
         0,
         "UserError: The dataset owner/Several has no split 'valid'; it has train, test. "
         "Choose one with owner/Several::SPLIT.",
