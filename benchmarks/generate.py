@@ -1,10 +1,15 @@
-"""How quickly texts are generated, beside transformers with a static cache, in float32.
+"""How quickly texts are generated, beside transformers with a static cache.
 
 Prefill is the time to the first token of prompts of 128 tokens; decode is what each of 128 more
-tokens adds. Both take turns in one process, with the same weights and greedy choice. The models are
-stories260K, and a random llama of 40 million parameters.
+tokens adds. Both take turns in one process, with the same weights and greedy choice. On a CPU the
+models are stories260K and a random llama of 40 million parameters, in float32. On a GPU it is
+verse with random weights, in bfloat16; transformers compiles its decode step with `torch.compile`
+there. "of the bandwidth" is the share of the specified memory bandwidth that a decode step reaches
+by reading each weight, and the filled part of the cache, once.
 
     python benchmarks/generate.py --stories PATH/TO/stories260K/hf --out benchmarks/results/NAME.json
+    # one GPU
+    python benchmarks/generate.py --out benchmarks/results/NAME.json
 """
 
 from __future__ import annotations
@@ -20,14 +25,22 @@ os.environ.setdefault("KMP_BLOCKTIME", "0")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import harness
+import jax
 import numpy as np
 import torch
 import transformers
 
+from consyn_jax.config import architecture
+from consyn_jax.distributed.hardware import described_gpu
 from consyn_jax.model import ConsynLMHeadModel
+from consyn_jax.model.attention import choose_attention
 from consyn_jax.model.generation.draws import Sampling
 from consyn_jax.model.generation.engine import Engine, Request
 from consyn_jax.model.generation.runtime_weights import runtime_weights
+from consyn_jax.model.parameters import layout
+from consyn_jax.model.pretrained.inspection import read_checkpoint
+from consyn_jax.model_config import ModelConfig
+from consyn_jax.resolve import resolve
 
 PROMPT, NEW = 128, 128
 LLAMA = {
@@ -44,11 +57,15 @@ LLAMA = {
 }
 
 
-def ours(directory: Path, prompts: np.ndarray) -> Callable[[int], list[list[int]]]:
-    """Our engine; its programs are compiled by the first call."""
-    model = ConsynLMHeadModel.from_pretrained(directory)
-    weights = runtime_weights(model.config, model.parameters, "float32")
-    engine = Engine(model.config, weights, len(prompts), Sampling(), ends=())
+def ours(directory: Path, prompts: np.ndarray, dtype: str) -> Callable[[int], list[list[int]]]:
+    """Our engine as `consyn-generate` has it; its programs are compiled by the first call."""
+    model, device = ConsynLMHeadModel.from_pretrained(directory), jax.devices()[0]
+    weights = runtime_weights(model.config, model.parameters, dtype)
+    backend = choose_attention(
+        *(device.platform, jax.numpy.dtype(dtype), model.config.head_dim),
+        getattr(device, "compute_capability", ""),
+    ).backend
+    engine = Engine(model.config, weights, len(prompts), Sampling(), attention=backend, ends=())
     engine.reserve(PROMPT + NEW + 1)
 
     def run(new: int) -> list[list[int]]:
@@ -61,10 +78,12 @@ def ours(directory: Path, prompts: np.ndarray) -> Callable[[int], list[list[int]
     return run
 
 
-def theirs(directory: Path, prompts: np.ndarray) -> Callable[[int], list[list[int]]]:
-    """`generate` of transformers with a static cache."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    ids = torch.tensor(prompts)
+def theirs(directory: Path, prompts: np.ndarray, dtype: str) -> Callable[[int], list[list[int]]]:
+    """`generate` of transformers with a static cache; it compiles its decode step on a GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = getattr(torch, dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=kind).to(device)
+    ids = torch.tensor(prompts, device=device)
 
     def run(new: int) -> list[list[int]]:
         with torch.no_grad():
@@ -82,11 +101,26 @@ def theirs(directory: Path, prompts: np.ndarray) -> Callable[[int], list[list[in
     return run
 
 
-def compare(name: str, directory: Path, batch: int, rounds: int, new: int) -> dict[str, Any]:
-    """Times of one model and batch; the tokens of both must agree."""
-    vocab = transformers.AutoConfig.from_pretrained(directory).vocab_size
-    prompts = np.random.default_rng(0).integers(3, vocab, (batch, PROMPT))
-    both = {"ours": ours(directory, prompts), "theirs": theirs(directory, prompts)}
+def bytes_read(config: ModelConfig, batch: int, new: int, size: int) -> int:
+    """Bytes that a decode step has to read: the weights, and the cache as it is in the middle.
+
+    Args:
+        new: tokens that are decoded.
+        size: bytes of a number.
+    """
+    rows = 0 if config.tie_embeddings else config.padded_vocab_size  # which are only looked up
+    weights = layout(config).num_parameters - rows * config.hidden_dim
+    cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    return size * (weights + batch * (PROMPT + new // 2) * cached)
+
+
+def compare(
+    name: str, directory: Path, batch: int, rounds: int, new: int, dtype: str = "float32"
+) -> dict[str, Any]:
+    """Times of one model and batch; in float32 the tokens of both must agree."""
+    config = read_checkpoint(directory)
+    prompts = np.random.default_rng(0).integers(3, config.vocab_size, (batch, PROMPT))
+    both = {"ours": ours(directory, prompts, dtype), "theirs": theirs(directory, prompts, dtype)}
     same = np.mean(np.array(both["ours"](new)) == np.array(both["theirs"](new)))
     calls = {
         f"{who} {tokens}": lambda run=run, tokens=tokens: run(tokens)
@@ -97,6 +131,9 @@ def compare(name: str, directory: Path, batch: int, rounds: int, new: int) -> di
     found = {who: harness.spread(times)["median"] for who, times in seconds.items()}
     prefill = {who: found[f"{who} 1"] for who in both}
     decode = {who: (found[f"{who} {new}"] - prefill[who]) / (new - 1) for who in both}
+    gpu, size = described_gpu(jax.devices()[0].device_kind), jax.numpy.dtype(dtype).itemsize
+    rate = bytes_read(config, batch, new, size) / decode["ours"]
+    share = {"of the bandwidth": rate / gpu.memory_bandwidth} if gpu else {}
     return {
         "model": name,
         "batch": batch,
@@ -107,6 +144,7 @@ def compare(name: str, directory: Path, batch: int, rounds: int, new: int) -> di
         "their_decode_ms": 1e3 * decode["theirs"],
         "decode_ratio": decode["theirs"] / decode["ours"],
         "same_tokens": float(same),
+        **share,
     }
 
 
@@ -127,6 +165,17 @@ def measure(stories: Path | None, rounds: int, tiny: bool = False) -> dict[str, 
     return {"prompt_tokens": PROMPT, "new_tokens": new, "rounds": rounds, "rows": rows}
 
 
+def on_gpu(rounds: int = 3, tiny: bool = False) -> dict[str, Any]:
+    """One row a batch of verse, in bfloat16."""
+    new, batches = (8, (1, 2)) if tiny else (NEW, (1, 64))
+    flags = {"model": "verse", **({"num_layers": 2, "hidden_dim": 96} if tiny else {})}
+    config = architecture(resolve(flags)[0].model, None, vocab_size=49_152)
+    with tempfile.TemporaryDirectory() as folder:
+        ConsynLMHeadModel.from_config(config).save_pretrained(folder, dtype="bfloat16")
+        rows = [compare("verse", Path(folder), batch, rounds, new, "bfloat16") for batch in batches]
+    return {"prompt_tokens": PROMPT, "new_tokens": new, "rounds": rounds, "rows": rows}
+
+
 def main() -> None:
     """Compare, and record."""
     parser = harness.parser(__doc__)
@@ -134,7 +183,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     chosen = parser.parse_args()
     rounds = 1 if chosen.tiny else chosen.rounds
-    harness.report(measure(chosen.stories, rounds, chosen.tiny), chosen.out)
+    on_cpu = jax.devices()[0].platform == "cpu"
+    result = measure(chosen.stories, rounds, chosen.tiny) if on_cpu else on_gpu(rounds, chosen.tiny)
+    harness.report(result, chosen.out)
 
 
 if __name__ == "__main__":

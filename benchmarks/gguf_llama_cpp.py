@@ -5,13 +5,15 @@ quantiser is the control: the same F32 file through `llama_model_quantize`. The 
 are compared byte by byte, and our Q8_0 weights also run here with float32 products.
 
 Needs `pip install llama-cpp-python gguf`, which builds llama.cpp (a quarter of an hour on two
-cores), so CI does not run it. Nothing here is timed.
+cores), and the shared data, at ../shared/data or where CONSYN_TEST_DATA says. CI compares logits
+alone (`tests/inference/conversion/test_gguf.py`). Nothing here is timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import os
 import struct
 import tempfile
 from dataclasses import replace
@@ -32,8 +34,8 @@ from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.model_config import ModelConfig
 from consyn_jax.tokenization import BPETokenizer
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-TOKENS, PROMPTS, PROMPT_LENGTH = 100, 200, 24
+SHARED = Path(os.environ.get("CONSYN_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+TOKENS, TEXTS, PROMPTS, PROMPT_LENGTH = 100, 20, 200, 24
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -149,12 +151,13 @@ def texts(source: ModelSource, prompts: list[list[int]], folder: Path) -> dict[s
     model = ConsynLMHeadModel.from_parameters(source.config, params)
     file = folder / "f32.gguf"
     write_gguf(file, source, params, "float32")
+    ours = np.asarray(model.generate(jnp.array(prompts[:TEXTS]), TOKENS, stop_at_eos=False))
     llama, same = opened(file), 0
-    for prompt in prompts[:3]:
-        ours = model.generate(jnp.array([prompt]), TOKENS, stop_at_eos=False)[0, len(prompt) :]
-        same += greedy(llama, prompt, TOKENS) == np.asarray(ours).tolist()
+    for prompt, text in zip(prompts, ours[:, PROMPT_LENGTH:].tolist(), strict=False):
+        same += greedy(llama, prompt, TOKENS) == text
     llama.close()
-    return {"greedy_equal": f"{same} of 3"} | q8_0(source, model, params, prompts, folder)
+    found = {"greedy_equal": f"{same} of {TEXTS}"}
+    return found | q8_0(source, model, params, prompts, folder)
 
 
 def q8_0(

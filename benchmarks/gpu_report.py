@@ -56,7 +56,7 @@ class Part:
             judged.
         tiny: its arguments in a rehearsal, if they differ. A function that an earlier part calls is
             not rehearsed again.
-        gpu: "alone": it has the GPU's memory for itself; "two": it is two processes that share it;
+        gpu: "alone": it has the GPU's memory for itself; "two": JAX and torch share it;
             "all": it runs in parallel with others.
     """
 
@@ -101,6 +101,7 @@ PARTS = (
     Part(
         "vs_stanza", "vs_pytorch:measure", 110, {"models": ("stanza",), "rounds": 3}, {}, gpu="two"
     ),
+    Part("generate", "generate:on_gpu", 90, gpu="two"),
     Part("cross_entropy", "cross_entropy:measure", 25),
     Part(
         "startup",
@@ -156,6 +157,20 @@ GOALS = (
         ("optimizer", "adamw"),
         "ratio",
         at_most=1.15,
+    ),
+    Goal(
+        "one text of verse: decode against transformers",
+        "generate",
+        in_model("verse"),
+        "decode_ratio",
+        at_least=1.0,
+    ),
+    Goal(
+        "one text of verse: decode, share of the bandwidth",
+        "generate",
+        in_model("verse"),
+        "of the bandwidth",
+        at_least=0.6,
     ),
     Goal("verse: idle", "verse", in_model("verse"), "idle", at_most=0.01),
     Goal(

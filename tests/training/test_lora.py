@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ def base() -> ConsynLMHeadModel:
     return ConsynLMHeadModel.from_config(CONFIG, seed=3)
 
 
-def run(path: Path, model: ConsynLMHeadModel | None = None, **settings: Any) -> ConsynTrainer:
+def trainer_of(
+    path: Path, model: ConsynLMHeadModel | None = None, **settings: Any
+) -> ConsynTrainer:
     settings = {
         "max_steps": 4,
         "save_steps": 2,
@@ -50,7 +53,11 @@ def run(path: Path, model: ConsynLMHeadModel | None = None, **settings: Any) -> 
         "logging_steps": 1,
         **settings,
     }
-    trainer = ConsynTrainer(model or base(), ROWS, output_dir=path, **settings)
+    return ConsynTrainer(model or base(), ROWS, output_dir=path, **settings)
+
+
+def run(path: Path, model: ConsynLMHeadModel | None = None, **settings: Any) -> ConsynTrainer:
+    trainer = trainer_of(path, model, **settings)
     trainer.train()
     return trainer
 
@@ -99,6 +106,23 @@ def test_the_trained_model_is_the_base_and_the_adapter(tmp_path: Path) -> None:
     close(model.parameters, merged(before, adapter, OPTIONS))
     for name in ("embedding", "norm"):
         np.testing.assert_array_equal(model.parameters[name], before[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "nf4"])
+def test_the_weights_under_the_adapter_keep_every_bit(dtype: str, tmp_path: Path) -> None:
+    trainer, made = trainer_of(tmp_path / "run", lora_base_dtype=dtype, mesh="fsdp=8"), []
+    inputs = trainer.run_inputs()
+    before = jax.tree.map(np.asarray, inputs.make_base())
+
+    def make_base() -> dict[str, Any]:
+        made.append(inputs.make_base())
+        return made[-1]
+
+    trainer.run_inputs = lambda: replace(inputs, make_base=make_base)
+    trainer.train()
+    (after,) = made
+    jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 from hub_server import MOMENTS, Hub, hub
 from huggingface_hub import constants
 
+from consyn_jax.cli.convert import main
 from consyn_jax.errors import UserError
 from consyn_jax.inference.conversion.hub_upload import push
 
@@ -56,6 +57,16 @@ def test_a_refusal_leaves_the_hub_as_it_was(
         push(tmp_path / "model.gguf", "me/model", "# Card")
     assert server.files == {}
     assert server.commits == []
+
+
+def test_the_command_uploads_what_it_wrote(server: Hub, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = ["--output", str(out), "--push_to_hub", "me/model", "--license", "mit"]
+    assert main([str(run), *flags]) == 0
+    written = {str(f.relative_to(out)): f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    assert server.files == {"me/model": written}
+    assert b"license: mit" in written["README.md"]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= written.keys()
 
 
 PUSH = """
