@@ -129,7 +129,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"optimizer": "muon", "lr": 1e-2},
         {"optimizer": "muon", "lr": 2e-2, "momentum": 0.8, "beta2": 0.9},
     ),
-    "lion": ({"optimizer": "lion"}, {"optimizer": "lion", "lr": 1e-3, "beta1": 0.7}),
+    "lion": ({"optimizer": "lion"}, {"optimizer": "lion", "lr": 3e-3, "beta1": 0.7}),
     "sgd": (
         {"optimizer": "sgd", "lr": 0.1},
         {"optimizer": "sgd", "lr": 0.3, "momentum": 0.5},
