@@ -53,12 +53,10 @@ class ConsynLMHeadModel(Decoder):
             compute: Number type and kernels; by default float32 and the device's fastest kernels.
 
         Raises:
-            UserError: An id is outside the vocabulary, or the rows have unequal lengths or more
-                tokens than the model's context.
+            UserError: An id is outside the vocabulary, or the rows have unequal lengths.
         """
         compute = compute or self.default_compute()
-        sizes = self.config.vocab_size, self.config.context
-        ids_BT, segments_BT = checked_ids(input_ids, segment_ids, *sizes)
+        ids_BT, segments_BT = checked_ids(input_ids, segment_ids, self.config.vocab_size)
         x_BTD = self.hidden(ids_BT, segments_BT, compute)
         logits_BTV = jnp.einsum(
             "BTD,VD->BTV",

@@ -17,15 +17,14 @@ MASKED = "put any id of the vocabulary there and 0 in segment_ids"
 
 
 def checked_ids(
-    input_ids: Any, segment_ids: Any, vocab_size: int, context: int
+    input_ids: Any, segment_ids: Any, vocab_size: int
 ) -> tuple[jax.Array, jax.Array | None]:
     """The ids [B, T] and the documents of a call of a model.
 
     Traced arrays, and those that are split over several processes, have no values to check.
 
     Raises:
-        UserError: An id is outside the vocabulary, or the arrays have other shapes, or a row of
-            one document is longer than the context.
+        UserError: An id is outside the vocabulary, or the arrays have other shapes.
     """
     if input_ids is None:
         raise UserError("The model needs token ids, not None. Pass ids [rows, tokens].")
@@ -41,12 +40,6 @@ def checked_ids(
             one_row = "Pass [ids] or ids[None] for one row"
             hint = one_row if len(shape) == 1 else "Give [rows, tokens], at least one of each"
             raise UserError(f"The model's {name} have shape {shape}. {hint}.")
-    # Positions restart in each document, so a row of several may be longer than the context.
-    if segment_ids is None and (tokens := fields["input_ids"].shape[1]) > context:
-        raise UserError(
-            f"The model's input_ids have {tokens:,} tokens per row, but its context is "
-            f"{context:,}. Cut the rows, or score them in windows with consyn-evaluate."
-        )
     if all(_has_values(values) for values in fields.values()):
         here = {name: as_array(values) for name, values in fields.items()}
         check_fields(here, vocab_size, "The model's input", MASKED)
