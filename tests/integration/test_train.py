@@ -114,7 +114,8 @@ def test_metrics_have_the_names_of_the_contract(finished: Run) -> None:
     assert [line["step"] for line in evaluations] == [3, 6]
     assert all(set(line) == EVERY_LINE | EVAL_KEYS for line in evaluations)
     assert all(set(line) >= EVERY_LINE for line in lines)
-    assert finished.events == ["start", "save", "best", "save", "best", "save", "finish"]
+    events = [event for event in finished.events if event != "advice"]  # on how long steps took
+    assert events == ["start", "save", "best", "save", "best", "save", "finish"]
     assert [line["time_s"] for line in lines] == sorted(line["time_s"] for line in lines)
     assert training[-1]["tokens"] > training[0]["tokens"] > 100
     assert training[-1]["train/loss"] < training[0]["train/loss"]
