@@ -116,8 +116,7 @@ class ConsynTrainer:
             given = {"output": os.fspath(output_dir), **{n: v for n, v in own if v is not None}}
             data = (train_dataloader, eval_dataloader)
             run = resolve_keywords(model.config, data, given | settings)
-        self.run, self.origins = run
-        made_by = getattr(train_dataloader, "tokenizer", None)
+        (self.run, self.origins), made_by = run, getattr(train_dataloader, "tokenizer", None)
         self.tokenizer = tokenizer or model_tokenizer(model, made_by)
         check_vocabulary(self.tokenizer, model.config)
         bos_id, eos_id, pad_id = document_ids(self.tokenizer, model.config)
