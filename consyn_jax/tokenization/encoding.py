@@ -21,7 +21,7 @@ from consyn_jax.tokenization.sentencepiece_model import LEADING
 
 SPLITTING = ("normalizer", "pre_tokenizer")
 Before = str | None
-"""What precedes a text in its document: "text", "token" (a special one), or None for nothing."""
+"""The kind of the part before a text in its document: "text", "token" (special), None for no part."""
 
 
 class TextEncoder:

@@ -155,7 +155,7 @@ def test_a_run_that_has_logged_nothing_yet(tmp_path: Path) -> None:
         (["a", "--watch", "."], "--run and --watch do not work together"),
         (["a", "a/../a"], "is given twice"),
         (["nothing"], "nothing is not the directory of a run: it has no config.yaml"),
-        (["broken"], "broken/config.yaml is damaged"),
+        (["broken"], "broken/config.yaml is not YAML"),
         (["a", "--output", "no/page.html"], "in a directory that does not exist"),
         (["a", "--output", "a"], "is a directory"),
         (["--watch", "nowhere"], "--watch nowhere is not a directory"),
@@ -221,7 +221,7 @@ def test_a_watched_directory(address: str, tmp_path: Path) -> None:
         [["deep/er/new", "ended without a record"], ["old", "complete"]],
         [["old", "complete"], ["deep/er/new", "ended without a record"]],
     )
-    assert "bad/config.yaml is damaged" in text
+    assert "bad/config.yaml is not YAML" in text
     assert '<meta http-equiv="refresh" content="10">' in text
     with (tmp_path / "runs/old/metrics.jsonl").open("a") as log:
         log.write('{"step": 21, "tokens": 11000, "time_s": 11.0, "event": "resume"}\n')
