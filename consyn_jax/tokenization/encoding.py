@@ -21,7 +21,7 @@ from consyn_jax.tokenization.sentencepiece_model import LEADING
 
 SPLITTING = ("normalizer", "pre_tokenizer")
 Before = str | None
-"""The kind of the part before a text in its document: "text", "token" (special), None for no part."""
+"""The kind of the part before a text in its document: "text", "token" (special), None if none."""
 
 
 class TextEncoder:
