@@ -17,6 +17,7 @@ from consyn_jax.config import RunConfig
 from consyn_jax.flags import flags
 from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.tokenization import BPETokenizer
+from consyn_jax.training.logging.advice import LEAST_SECONDS
 
 from .conftest import TINY, Run
 
@@ -114,7 +115,8 @@ def test_metrics_have_the_names_of_the_contract(finished: Run) -> None:
     assert [line["step"] for line in evaluations] == [3, 6]
     assert all(set(line) == EVERY_LINE | EVAL_KEYS for line in evaluations)
     assert all(set(line) >= EVERY_LINE for line in lines)
-    events = [event for event in finished.events if event != "advice"]  # on how long steps took
+    slow = lines[-1]["time_s"] >= LEAST_SECONDS  # beside other load: there is advice on time then
+    events = [event for event in finished.events if not (slow and event == "advice")]
     assert events == ["start", "save", "best", "save", "best", "save", "finish"]
     assert [line["time_s"] for line in lines] == sorted(line["time_s"] for line in lines)
     assert training[-1]["tokens"] > training[0]["tokens"] > 100
