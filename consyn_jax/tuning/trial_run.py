@@ -10,7 +10,7 @@ from typing import Any
 
 from consyn_jax.errors import Diverged
 from consyn_jax.files import remove
-from consyn_jax.training.logging.metrics import FILE_NAME, read_metrics
+from consyn_jax.training.logging.metrics import metrics_of
 from consyn_jax.training.logging.tracking.callbacks import RunView
 from consyn_jax.training.run.directory import CHECKPOINTS
 from consyn_jax.training.run.step_end import interval
@@ -27,7 +27,7 @@ class TrialRun:
         metric: the name of the metric that the study is about.
         maximize: whether more of it is better.
         path: the run directory.
-        trainer: of the trial; None of it runs if an earlier process has done all.
+        trainer: of the trial. It does not train if an earlier process has taken all steps.
     """
 
     study: OptunaStudy
@@ -66,13 +66,9 @@ class TrialRun:
         self._tell(outcome)
         return outcome
 
-    def _log(self) -> Sequence[Mapping[str, Any]]:
-        file = self.path / FILE_NAME
-        return read_metrics(file) if file.exists() else []
-
     def _reported_log(self) -> Sequence[Mapping[str, Any]]:
         """The log, of which the study has every evaluation now."""
-        lines = self._log()
+        lines = metrics_of(self.path)
         for line in lines:
             if self.metric in line and "event" not in line:
                 self._report(line["step"], line[self.metric])
@@ -97,7 +93,7 @@ class TrialRun:
             self.claim.reported[number] = value
 
     def _tell(self, outcome: str) -> None:
-        reached = max((line["step"] for line in self._log()), default=0)
+        reached = max((line["step"] for line in metrics_of(self.path)), default=0)
         for name, value in ((STEP, reached), (STEPS, self.total_steps), (OUTCOME, outcome)):
             self.claim.trial.set_user_attr(name, value)
         finite = [value for value in self.claim.reported.values() if math.isfinite(value)]
