@@ -63,8 +63,7 @@ class TrialRun:
                 outcome = _recorded_outcome(self._reported_log()) or DONE
             except Diverged:
                 outcome = DIVERGED
-        self._tell(outcome)
-        return outcome
+        return self._tell(outcome)
 
     def _reported_log(self) -> Sequence[Mapping[str, Any]]:
         """The log, of which the study has every evaluation now."""
@@ -83,7 +82,7 @@ class TrialRun:
     def _is_pruned(self) -> bool:
         """Whether the pruner ends the trial, unless it is at its end anyway."""
         last = math.ceil(self.total_steps / self.eval_steps) - 1
-        return max(self.claim.reported) < last and bool(self.claim.trial.should_prune())
+        return max(self.claim.reported, default=-1) < last and bool(self.claim.trial.should_prune())
 
     def _report(self, step: int, value: float) -> None:
         """Report an evaluation by its number from 0, as pruners compare trials at equal numbers."""
@@ -92,15 +91,19 @@ class TrialRun:
             self.claim.trial.report(value, number)
             self.claim.reported[number] = value
 
-    def _tell(self, outcome: str) -> None:
+    def _tell(self, outcome: str) -> str:
+        """Tell the study how the trial ended, and return it."""
+        finite = [value for value in self.claim.reported.values() if math.isfinite(value)]
+        if outcome == DONE and not finite:  # as with a perplexity that overflows
+            outcome = DIVERGED
         reached = max((line["step"] for line in metrics_of(self.path)), default=0)
         for name, value in ((STEP, reached), (STEPS, self.total_steps), (OUTCOME, outcome)):
             self.claim.trial.set_user_attr(name, value)
-        finite = [value for value in self.claim.reported.values() if math.isfinite(value)]
         best = max if self.maximize else min
-        self.study.tell(self.claim, best(finite) if outcome == DONE and finite else None)
+        self.study.tell(self.claim, best(finite) if outcome == DONE else None)
         for name in (CHECKPOINTS, "nonfinite"):  # states of a trial that does not go on
             remove(self.path / name)
+        return outcome
 
 
 def _recorded_outcome(lines: Sequence[Mapping[str, Any]]) -> str | None:
