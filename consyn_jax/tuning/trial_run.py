@@ -77,7 +77,7 @@ class TrialRun:
         """Report an evaluation of the run, and end the run if the pruner says so."""
         self._report(values["step"], values[self.metric])
         if values["step"] < self.total_steps and self._is_pruned():
-            run.stop("pruned")
+            run.stop(PRUNED)
 
     def _is_pruned(self) -> bool:
         """Whether the pruner ends the trial, unless it is at its end anyway."""
@@ -94,9 +94,9 @@ class TrialRun:
     def _tell(self, outcome: str) -> str:
         """Tell the study how the trial ended, and return it."""
         finite = [value for value in self.claim.reported.values() if math.isfinite(value)]
-        if outcome == DONE and not finite:  # as with a perplexity that overflows
-            outcome = DIVERGED
         reached = max((line["step"] for line in metrics_of(self.path)), default=0)
+        if outcome == DONE and not finite:  # the metric overflowed, or a callback ended the run
+            outcome = DIVERGED if reached == self.total_steps else PRUNED
         for name, value in ((STEP, reached), (STEPS, self.total_steps), (OUTCOME, outcome)):
             self.claim.trial.set_user_attr(name, value)
         best = max if self.maximize else min
@@ -107,8 +107,11 @@ class TrialRun:
 
 
 def _recorded_outcome(lines: Sequence[Mapping[str, Any]]) -> str | None:
-    """The outcome of a trial by its log; None if its run has not ended."""
-    events = [line["event"] for line in lines if "event" in line]
-    if "finish" not in events:
+    """The outcome of a trial by its log; None if its run has not ended.
+
+    A trial that a callback of the user ends is done, as with early stopping.
+    """
+    reasons = {line["event"]: line.get("reason") for line in lines if "event" in line}
+    if "finish" not in reasons:
         return None
-    return PRUNED if "stop" in events else DONE
+    return PRUNED if reasons.get("stop") == PRUNED else DONE

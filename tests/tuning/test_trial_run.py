@@ -41,16 +41,17 @@ class Trainer:
         """Write the log, as far as the observer lets it."""
         self.path.mkdir(parents=True, exist_ok=True)
         with MetricsLog(self.path) as log:
+            step = 1
             for i, value in enumerate(self.values):
                 step = EVERY * (i + 1)
                 line = log.write(step, 1, {"eval/loss": value})
                 view = RunView(self.path)
                 self.observer.on_evaluate(view, line)
-                if self.end == "stopped":
-                    view.stop_request = {"by": "StopBelow", "reason": "the loss is low enough"}
                 if view.stop_request:
                     log.write(step, 1, view.stop_request, event="stop")
                     break
+            if self.end == "stopped":
+                log.write(step, 1, {"by": "StopBelow", "reason": "low enough"}, event="stop")
             if self.end == "diverged":
                 raise Diverged("The loss is nan.")
             if self.end == "killed":
@@ -174,6 +175,24 @@ def test_a_trial_without_a_finite_evaluation_is_a_bad_one(
     results = results_of(study.trials, SPACE, "eval/loss", False)
     assert results.best is None
     assert run(study, tmp_path, [2.0] * 4) == "done"
+
+
+def test_a_trial_that_a_callback_of_the_user_ends_is_done(
+    opened: Callable[..., OptunaStudy], tmp_path: Path
+) -> None:
+    study = opened()
+    assert run(study, tmp_path, [1.0, 2.0], end="stopped") == "done"
+    found = result(study)
+    assert (found.value, found.step) == (1.0, 2 * EVERY)
+    assert study.trials[0].state.name == "COMPLETE"
+
+
+def test_a_trial_that_ends_before_its_first_evaluation_has_no_value(
+    opened: Callable[..., OptunaStudy], tmp_path: Path
+) -> None:
+    study = opened()
+    assert run(study, tmp_path, [], end="stopped") == "pruned"
+    assert result(study).value is None
 
 
 def test_a_trial_leaves_no_checkpoints(opened: Callable[..., OptunaStudy], tmp_path: Path) -> None:
