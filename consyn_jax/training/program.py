@@ -279,19 +279,20 @@ class Program:
     def lower_train_step(
         self, accumulation: int, batch_size: int, length: int
     ) -> jax.stages.Lowered:
-        """Lower the train step for a batch, with the compiler's settings for the mesh's devices.
-
-        The state is donated.
-        """
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_like)
+        """Lower the train step for a batch."""
         batch = self.batch_like((accumulation, batch_size, length), TRAIN_AXES) | self.base_like
         if is_shared(self.mesh):
             batch |= {SIGNALS: signals_like(self.mesh)}
+        return self.lower_step(self.train_step(), batch)
+
+    def lower_step(self, step: Step, batch: Batch) -> jax.stages.Lowered:
+        """Lower a step, which the state is donated to, with the settings for the mesh's devices."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_like)
         options = compiler_options(list(self.mesh.devices.flat)) or None
         # Random numbers are counted by element, however the arrays are split.
         with jax.set_mesh(self.mesh), jax.threefry_partitionable(True):
             return jax.jit(
-                self.train_step(),
+                step,
                 donate_argnums=0,
                 out_shardings=(shardings, None),
                 compiler_options=options,

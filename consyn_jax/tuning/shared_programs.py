@@ -17,7 +17,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from consyn_jax.config import RunConfig
-from consyn_jax.distributed.compiler import compiler_options
 from consyn_jax.flags import flags
 from consyn_jax.model.parameters import Params, initialiser
 from consyn_jax.model_config import ModelConfig
@@ -166,7 +165,7 @@ def placed(numbers: Numbers, mesh: Mesh) -> Numbers:
 
 
 def _lowered(program: Program, run: RunConfig, numbers: Numbers) -> jax.stages.Lowered:
-    """The train step with numbers as arguments, otherwise lowered as `Program` lowers its own."""
+    """Lower the train step with numbers as arguments."""
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         arrays = {name: values for name, values in batch.items() if name != NUMBERS}
@@ -178,15 +177,7 @@ def _lowered(program: Program, run: RunConfig, numbers: Numbers) -> jax.stages.L
     batch[NUMBERS] = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), numbers
     )
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state_like)
-    options = compiler_options(list(program.mesh.devices.flat)) or None
-    with jax.set_mesh(program.mesh), jax.threefry_partitionable(True):
-        return jax.jit(
-            train_step,
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-            compiler_options=options,
-        ).lower(program.state_like, batch)
+    return program.lower_step(train_step, batch)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from consyn_jax.errors import UserError
 from consyn_jax.files import remove
+from consyn_jax.training.logging.metrics import FILE_NAME
 from consyn_jax.training.run.directory import CONFIG
 from consyn_jax.training.run.lock import check_free, is_held
 from consyn_jax.training.run.opening import check_writable
@@ -21,7 +22,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         UserError: it holds a run, it cannot be made, or with `overwrite` another process uses it.
     """
     check_writable(output)
-    if (output / CONFIG).exists() or (output / "metrics.jsonl").exists():
+    if (output / CONFIG).exists() or (output / FILE_NAME).exists():
         raise UserError(
             f"--output {output} holds a run of consyn-train, and a study needs a directory of its "
             "own. Name another one."

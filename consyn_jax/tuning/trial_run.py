@@ -10,7 +10,7 @@ from typing import Any
 
 from consyn_jax.errors import Diverged
 from consyn_jax.files import remove
-from consyn_jax.training.logging.metrics import FILE_NAME, read_metrics
+from consyn_jax.training.logging.metrics import metrics_of
 from consyn_jax.training.logging.tracking.callbacks import RunView
 from consyn_jax.training.run.directory import CHECKPOINTS
 from consyn_jax.training.run.step_end import interval
@@ -27,7 +27,7 @@ class TrialRun:
         metric: the name of the metric that the study is about.
         maximize: whether more of it is better.
         path: the run directory.
-        trainer: of the trial; None of it runs if an earlier process has done all.
+        trainer: of the trial. It does not train if an earlier process has taken all steps.
     """
 
     study: OptunaStudy
@@ -63,16 +63,11 @@ class TrialRun:
                 outcome = _recorded_outcome(self._reported_log()) or DONE
             except Diverged:
                 outcome = DIVERGED
-        self._tell(outcome)
-        return outcome
-
-    def _log(self) -> Sequence[Mapping[str, Any]]:
-        file = self.path / FILE_NAME
-        return read_metrics(file) if file.exists() else []
+        return self._tell(outcome)
 
     def _reported_log(self) -> Sequence[Mapping[str, Any]]:
         """The log, of which the study has every evaluation now."""
-        lines = self._log()
+        lines = metrics_of(self.path)
         for line in lines:
             if self.metric in line and "event" not in line:
                 self._report(line["step"], line[self.metric])
@@ -82,12 +77,12 @@ class TrialRun:
         """Report an evaluation of the run, and end the run if the pruner says so."""
         self._report(values["step"], values[self.metric])
         if values["step"] < self.total_steps and self._is_pruned():
-            run.stop("pruned")
+            run.stop(PRUNED)
 
     def _is_pruned(self) -> bool:
         """Whether the pruner ends the trial, unless it is at its end anyway."""
         last = math.ceil(self.total_steps / self.eval_steps) - 1
-        return max(self.claim.reported) < last and bool(self.claim.trial.should_prune())
+        return max(self.claim.reported, default=-1) < last and bool(self.claim.trial.should_prune())
 
     def _report(self, step: int, value: float) -> None:
         """Report an evaluation by its number from 0, as pruners compare trials at equal numbers."""
@@ -96,20 +91,27 @@ class TrialRun:
             self.claim.trial.report(value, number)
             self.claim.reported[number] = value
 
-    def _tell(self, outcome: str) -> None:
-        reached = max((line["step"] for line in self._log()), default=0)
+    def _tell(self, outcome: str) -> str:
+        """Tell the study how the trial ended, and return it."""
+        finite = [value for value in self.claim.reported.values() if math.isfinite(value)]
+        reached = max((line["step"] for line in metrics_of(self.path)), default=0)
+        if outcome == DONE and not finite:  # the metric overflowed, or a callback ended the run
+            outcome = DIVERGED if reached == self.total_steps else PRUNED
         for name, value in ((STEP, reached), (STEPS, self.total_steps), (OUTCOME, outcome)):
             self.claim.trial.set_user_attr(name, value)
-        finite = [value for value in self.claim.reported.values() if math.isfinite(value)]
         best = max if self.maximize else min
-        self.study.tell(self.claim, best(finite) if outcome == DONE and finite else None)
+        self.study.tell(self.claim, best(finite) if outcome == DONE else None)
         for name in (CHECKPOINTS, "nonfinite"):  # states of a trial that does not go on
             remove(self.path / name)
+        return outcome
 
 
 def _recorded_outcome(lines: Sequence[Mapping[str, Any]]) -> str | None:
-    """The outcome of a trial by its log; None if its run has not ended."""
-    events = [line["event"] for line in lines if "event" in line]
-    if "finish" not in events:
+    """The outcome of a trial by its log; None if its run has not ended.
+
+    A trial that a callback of the user ends is done, as with early stopping.
+    """
+    reasons = {line["event"]: line.get("reason") for line in lines if "event" in line}
+    if "finish" not in reasons:
         return None
-    return PRUNED if "stop" in events else DONE
+    return PRUNED if reasons.get("stop") == PRUNED else DONE

@@ -1,6 +1,5 @@
 """A trial from its claim to its outcome, also if a kill came at an awkward moment."""
 
-import json
 import math
 import os
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import pytest
 
 from consyn_jax.errors import Diverged, Interrupted
 from consyn_jax.resolve import resolve
+from consyn_jax.training.logging.metrics import MetricsLog
 from consyn_jax.training.logging.tracking.callbacks import RunView
 from consyn_jax.tuning.optuna_study import OptunaStudy
 from consyn_jax.tuning.search_space import Dimension
@@ -40,23 +40,23 @@ class Trainer:
     def train(self) -> None:
         """Write the log, as far as the observer lets it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "metrics.jsonl").open("a") as log:
-            place = {"tokens": 1, "time_s": 1.0}
+        with MetricsLog(self.path) as log:
+            step = 1
             for i, value in enumerate(self.values):
                 step = EVERY * (i + 1)
-                metrics = {"eval/loss": None if math.isnan(value) else value}
-                log.write(json.dumps({"step": step, **place, **metrics}) + "\n")
-                log.flush()
+                line = log.write(step, 1, {"eval/loss": value})
                 view = RunView(self.path)
-                self.observer.on_evaluate(view, {"step": step, "eval/loss": value})
+                self.observer.on_evaluate(view, line)
                 if view.stop_request:
-                    log.write(json.dumps({"step": step, **place, "event": "stop"}) + "\n")
+                    log.write(step, 1, view.stop_request, event="stop")
                     break
+            if self.end == "stopped":
+                log.write(step, 1, {"by": "StopBelow", "reason": "low enough"}, event="stop")
             if self.end == "diverged":
                 raise Diverged("The loss is nan.")
             if self.end == "killed":
                 raise Interrupted("SIGKILL")
-            log.write(json.dumps({"step": step, **place, "event": "finish"}) + "\n")
+            log.write(step, 1, event="finish")
 
 
 @pytest.fixture
@@ -162,6 +162,37 @@ def test_a_trial_that_diverges_is_told_as_a_bad_one(
     assert run(study, tmp_path, [4.0, math.nan], end="diverged") == "diverged"
     assert result(study).outcome == "diverged"
     assert study.trials[0].state.name == "PRUNED"
+
+
+@pytest.mark.parametrize("pruner", ["none", "median"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_trial_without_a_finite_evaluation_is_a_bad_one(
+    pruner: str, value: float, opened: Callable[..., OptunaStudy], tmp_path: Path
+) -> None:
+    """As with a perplexity that overflows."""
+    study = opened(pruner=pruner)
+    assert run(study, tmp_path, [value] * 4) == "diverged"
+    results = results_of(study.trials, SPACE, "eval/loss", False)
+    assert results.best is None
+    assert run(study, tmp_path, [2.0] * 4) == "done"
+
+
+def test_a_trial_that_a_callback_of_the_user_ends_is_done(
+    opened: Callable[..., OptunaStudy], tmp_path: Path
+) -> None:
+    study = opened()
+    assert run(study, tmp_path, [1.0, 2.0], end="stopped") == "done"
+    found = result(study)
+    assert (found.value, found.step) == (1.0, 2 * EVERY)
+    assert study.trials[0].state.name == "COMPLETE"
+
+
+def test_a_trial_that_ends_before_its_first_evaluation_has_no_value(
+    opened: Callable[..., OptunaStudy], tmp_path: Path
+) -> None:
+    study = opened()
+    assert run(study, tmp_path, [], end="stopped") == "pruned"
+    assert result(study).value is None
 
 
 def test_a_trial_leaves_no_checkpoints(opened: Callable[..., OptunaStudy], tmp_path: Path) -> None:
