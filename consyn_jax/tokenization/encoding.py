@@ -21,7 +21,8 @@ from consyn_jax.tokenization.sentencepiece_model import LEADING
 
 SPLITTING = ("normalizer", "pre_tokenizer")
 Before = str | None
-"""The kind of the part before a text in its document: "text", "token" (special), None for no part."""
+"""The kind of the part before a text in its document: "text", "token" (a special one), or None
+at the beginning."""
 
 
 class TextEncoder:
