@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import json
 import re
 import signal
 import sys
@@ -169,6 +170,8 @@ def parse_fault(error: Exception, language: str = "JSON") -> str:
 
     >>> parse_fault(RecursionError()), parse_fault(ValueError("no day 32"))
     ('is nested too deeply', 'is not JSON (no day 32)')
+    >>> parse_fault(json.JSONDecodeError("Expecting value", '{"a": }', 6))
+    'is not JSON (Expecting value, column 7)'
     """
     if isinstance(error, RecursionError):
         return "is nested too deeply"
@@ -176,9 +179,11 @@ def parse_fault(error: Exception, language: str = "JSON") -> str:
         return f"is not UTF-8 text (byte {error.start})"
     if "integer string conversion" in str(error):
         return f"has {TOO_LONG}"
-    told = (getattr(error, name, None) for name in ("msg", "problem", "reason"))
-    reason = next(filter(None, told), None) or " ".join(str(error).split())[:200]
-    return f"is not {language} ({reason or type(error).__name__})"
+    if isinstance(error, json.JSONDecodeError):
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        return f"is not {language} ({error.msg}, {line}column {error.colno})"
+    told = getattr(error, "problem", None) or getattr(error, "reason", None)  # those of YAML
+    return f"is not {language} ({told or brief(error)})"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ import warnings
 from typing import Any, NamedTuple
 
 from consyn_jax.config import HardwareOptions
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, brief
 
 FIRST_PORT, PORTS = 61440, 4096  # as JAX takes them for Slurm
 PORTS_APART = 257  # a prime, so that steps of jobs with close numbers seldom have one port
@@ -82,10 +82,9 @@ def _detected() -> tuple[Any, Any, Any]:
                 None, None, None, None, None, None
             )
         except Exception as error:  # whatever a cluster's library raises
-            why = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
-                f"--distributed cannot learn from the cluster which process this is: {why}. "
-                f"Give {flags}."
+                "--distributed cannot learn from the cluster which process this is: "
+                f"{brief(error)}. Give {flags}."
             ) from error
     address, count, number, _ = found
     if None not in (address, count, number):

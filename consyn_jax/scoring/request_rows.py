@@ -9,8 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from consyn_jax.data.sources.byte_stream import ByteStream
-from consyn_jax.data.sources.row_formats.fields import BadRow, json_type, shown, string, text_of
-from consyn_jax.errors import UserError, listed, parse_fault
+from consyn_jax.data.sources.row_formats.fields import (
+    BadRow,
+    decoded,
+    json_type,
+    shown,
+    string,
+    text_of,
+)
+from consyn_jax.errors import UserError, listed
 from consyn_jax.scoring import question_rows
 from consyn_jax.scoring.question_rows import Question, is_question, question
 
@@ -111,13 +118,9 @@ def _read(name: str) -> bytes:
 
 def _parsed(line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode())
+        row = decoded(line.decode())
     except UnicodeDecodeError as error:
         raise BadRow(f"is not UTF-8 (byte {error.start} of the row).") from None
-    except json.JSONDecodeError as error:
-        raise BadRow(f"is broken JSON ({error.msg}, column {error.colno}).") from None
-    except (RecursionError, ValueError) as error:  # ValueError: a number of 5,000 digits
-        raise BadRow(f"{parse_fault(error)}.") from None
     if not isinstance(row, dict):
         raise BadRow(f"holds {json_type(row)}, not an object.")
     return row

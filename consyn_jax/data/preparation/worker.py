@@ -33,14 +33,7 @@ from consyn_jax.data.sources.row_formats.fields import REMEDY as FIX
 from consyn_jax.data.sources.row_formats.fields import BadRow, MissingKey, decoded
 from consyn_jax.data.sources.row_formats.markers import pattern
 from consyn_jax.data.sources.row_formats.preference_rows import Pair
-from consyn_jax.data.sources.rows import (
-    CONVERSATIONS,
-    TEXT,
-    Content,
-    RowKeys,
-    Segment,
-    read_row,
-)
+from consyn_jax.data.sources.rows import CONVERSATIONS, TEXT, Content, RowKeys, Segment, read_row
 from consyn_jax.data.sources.sample_reader import SAMPLE
 from consyn_jax.data.sources.text_reader import separator
 from consyn_jax.data.split import SPLITS, TRAIN, cut
@@ -308,13 +301,14 @@ class Worker:
     def _rows(self, block: Block, result: Result) -> Iterator[_Found]:
         keys = RowKeys() if block.name == SAMPLE else self._keys
         is_first = block.first <= 2  # where names of columns are line 1, rows begin at 2
+        num_read = 0
         for at, line in enumerate(block.data.split(b"\n")):
             if not line or line.isspace():
                 continue
             number = block.numbers[at] if block.numbers else block.first + at
             place = f"{block.name}:{number}"
             try:
-                row = read_row(self._parse(line, result), keys)
+                row = read_row(self._parse(line, result), keys, block.unread)
             except BadRow as fault:
                 if not is_first and "--" in fault.remedy:
                     # Rows before it suit the flags, so other flags are no remedy.
@@ -323,7 +317,7 @@ class Worker:
                     fault.remedy = fault.remedy[:-1] + HEADLESS
                 self._skip(fault, place, result)
                 continue
-            is_first = False
+            is_first, num_read = False, num_read + 1
             for name in row.unread:
                 result.unread[name] = result.unread.get(name, 0) + 1
             if self.single and row.format == TEXT and isinstance(row.content, tuple):
@@ -331,6 +325,8 @@ class Worker:
                     yield number, (Segment(text),), split, row.format
             else:
                 yield number, row.content, None, row.format
+        if num_read:
+            result.unread |= dict.fromkeys(block.unread, num_read)
 
     def _cut(self, text: str) -> Iterator[tuple[str, str]]:
         """(split, text) of the only document, split by position: its last bytes are held out."""

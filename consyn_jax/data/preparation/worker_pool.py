@@ -206,9 +206,8 @@ def main() -> None:
             )
         assert worker is not None
         end = tuple(head["end"]) if head["end"] else None
-        result = worker.work(
-            Block(**{**head, "data": data, "end": end, "numbers": tuple(head["numbers"])})
-        )
+        lists = {name: tuple(head[name]) for name in ("numbers", "unread")}
+        result = worker.work(Block(**{**head, **lists, "data": data, "end": end}))
         arrays = result.kept.arrays()
         answer = {**vars(result), "arrays": [(array.dtype.str, array.shape) for array in arrays]}
         del answer["kept"]

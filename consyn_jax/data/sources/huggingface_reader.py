@@ -63,7 +63,8 @@ class HuggingFaceReader(Reader):
             ]
             numbers = range(number + 1, number + len(lines) + 1)
             number += len(lines)
-            yield Block.of_rows(name, lines, numbers, (batch.position, number), batch.bytes_done)
+            end, done = (batch.position, number), batch.bytes_done
+            yield Block.of_rows(name, lines, numbers, end, done, batch.unread)
 
 
 def _in_json(value: Any) -> str:

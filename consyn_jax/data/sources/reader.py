@@ -63,6 +63,7 @@ class Block:
         begins, last: for a part, whether it is the first and the last part of its document.
         split: the split of the documents, if their text does not decide it.
         numbers: for rows that were not lines, the number of each.
+        unread: columns of a table that its rows do not have, because they are not needed.
     """
 
     kind: str
@@ -76,6 +77,7 @@ class Block:
     last: bool = True
     split: str | None = None
     numbers: tuple[int, ...] = ()
+    unread: tuple[str, ...] = ()
 
     @classmethod
     def each_of_rows(
@@ -103,10 +105,15 @@ class Block:
         numbers: Sequence[int],
         end: Position,
         file_bytes: int,
+        unread: tuple[str, ...] = (),
     ) -> Block:
         """A block of rows, each a JSON object without newlines; at least one."""
         data = b"".join(row + b"\n" for row in rows)
-        return cls("rows", name, data, numbers[0], 0, end, file_bytes, numbers=tuple(numbers))
+        return cls(
+            *("rows", name, data, numbers[0], 0, end, file_bytes),
+            numbers=tuple(numbers),
+            unread=unread,
+        )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ of answers ({"prompt", "chosen", "rejected"}).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,7 @@ COLUMNS = (
     *("conversations", "system", "tools", "functions", "chat_template_kwargs"),
     *("instruction", "input", "output", "history"),
     *("chosen", "rejected", "label", "completions", "labels", *LIKELY_PROMPTS),
-    *("input_ids", *PARTS_OF_PROMPTS, *(name for pair in PAIRS for name in pair)),
+    *(*PARTS_OF_PROMPTS, *(name for pair in PAIRS for name in pair)),  # for advice
 )
 
 
@@ -126,11 +127,12 @@ class Row:
     unread: tuple[str, ...] = ()
 
 
-def read_row(row: Any, keys: RowKeys) -> Row:
+def read_row(row: Any, keys: RowKeys, absent: Sequence[str] = ()) -> Row:
     """The document of a row.
 
     Args:
         row: a decoded row; a caller that could not decode it passes the `BadRow` with the reason.
+        absent: keys that the row does not have here, for the message about a missing key.
 
     Raises:
         BadRow: the row has no format that is known, is broken, or has nothing to train on.
@@ -145,6 +147,15 @@ def read_row(row: Any, keys: RowKeys) -> Row:
         raise BadRow(row.removeprefix(FAULT))
     if not isinstance(row, dict):
         raise BadRow(f"holds {json_type(row)}, not an object with the key {keys.text!r}.")
+    try:
+        return _recognised(row, keys)
+    except BadRow:
+        if not absent:
+            raise
+    return _recognised({**row, **dict.fromkeys(absent)}, keys)
+
+
+def _recognised(row: dict, keys: RowKeys) -> Row:
     found = keys.format if keys.format != "auto" else _format(row, keys)
     kind, content = _read(row, found, keys)
     used = _used(row, found, keys)

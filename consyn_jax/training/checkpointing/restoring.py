@@ -44,8 +44,8 @@ def read_state(handler: Any, place: Path, like: TrainState) -> TrainState:
             that saved it.
 
     Raises:
-        UserError: they belong to another model. Exception: anything that Orbax raises if another
-            version of it wrote the files.
+        UserError: they belong to another model.
+        Exception: anything that Orbax raises if another version of it wrote the files.
     """
     import orbax.checkpoint as ocp
 

@@ -48,14 +48,13 @@ class Progress:
             UserError: the record is damaged.
         """
         try:
-            progress: Progress = checked(cls, record)
-            _ = record["step"]
+            _ = record["step"]  # its default is for a new run, not for a damaged record
+            return checked(cls, record)
         except (TypeError, KeyError) as error:
             raise UserError(
                 f"The record of this checkpoint is damaged ({error}). Resume from another one with "
                 "--resume STEP."
             ) from error
-        return progress
 
 
 def _checked_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...]:

@@ -90,7 +90,7 @@ def changed_sources(entries: Iterable[dict[str, Any]]) -> dict[str, str]:
     A file that was hashed before and has not changed since is not read again.
 
     Args:
-        entries: of sources.json.
+        entries: entries of sources.json.
 
     Returns:
         A sentence for each such source, by its name.

@@ -262,6 +262,25 @@ def test_rows_of_parquet(tmp_path: Path) -> None:
     check(Source(str(path), "huggingface"), PLAIN, list(enumerate(rows, 1)))
 
 
+def test_columns_that_are_not_read_are_known_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    columns = {"body": ["a", "b"], "label": [0, 1], "text": ["c", None], "input_ids": [[1], [2]]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    (block,) = read(Source(str(path), "huggingface"), PLAIN)
+    assert [json.loads(row) for row in block.data.splitlines()] == [
+        {"label": 0, "text": "c"},
+        {"label": 1, "text": None},
+    ]
+    result = Worker(CorpusOptions(on_bad_rows="skip"), BYTES).work(block)
+    assert result.unread == {"label": 1, "body": 1, "input_ids": 1}
+    del columns["text"]
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    (block,) = read(Source(str(path), "huggingface"), PLAIN)
+    fault = Worker(PLAIN, BYTES).work(block).fault
+    assert "holds token ids" in fault
+    assert "its keys are 'body', 'input_ids', 'label'" in fault
+
+
 def test_binary_columns_hold_text(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(

@@ -255,6 +255,10 @@ def test_likely_pairs_are_named() -> None:
         ({"data": {"text": "a"}}, "Give --text_key data.text."),
         ({"x": {"prompt": "a", "completion": "b"}}, "--prompt_key x.prompt --completion_key x.com"),
         (
+            {"a b": {"question": "q", "answer": "a"}},
+            "Give --prompt_key 'a b.question' --completion_key 'a b.answer'.",
+        ),
+        (
             {"instruction": "i", "context": "c", "response": "r"},
             "Give --prompt_key instruction,context --completion_key response.",
         ),

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from consyn_jax.errors import UserError, brief
 
@@ -20,20 +20,37 @@ BATCH_BYTES = 4 << 20
 READ_BYTES = 1 << 20
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
+_Read = tuple[Any, Sequence[str], int, int]
+"""Record batch, all columns of the file, rows skipped before the batch, bytes up to its end."""
 
-def tables(
-    paths: tuple[Path, ...], start: int, columns: Sequence[str]
-) -> Iterator[tuple[Any, int, str]]:
-    """(record batch, bytes read up to its end, place) from row `start` of all files on."""
+
+class Part(NamedTuple):
+    """Consecutive rows of a file or of a dataset of the Hub.
+
+    Attributes:
+        table: the columns that are needed, or nulls in all columns if there are none of them.
+        names: all columns of the file.
+        bytes_done: bytes read up to its end; 0 while streaming.
+        place: the file or dataset, for messages.
+    """
+
+    table: Any
+    names: Sequence[str]
+    bytes_done: int
+    place: str
+
+
+def tables(paths: tuple[Path, ...], start: int, columns: Sequence[str]) -> Iterator[Part]:
+    """The rows of all files from row `start` on."""
     before = 0
     for path in paths:
         read = _parquet if path.suffix.lower() == ".parquet" else _arrow
         with _damage(path):
             skipped = 0
-            for table, num_skipped, num_bytes in read(path, start, columns):
+            for table, names, num_skipped, num_bytes in read(path, start, columns):
                 skipped += num_skipped
                 if table is not None and table.num_rows:
-                    yield table, before + num_bytes, str(path)
+                    yield Part(table, names, before + num_bytes, str(path))
             start -= skipped
             before += path.stat().st_size
 
@@ -57,11 +74,8 @@ def _damage(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _parquet(path: Path, start: int, columns: Sequence[str]) -> Iterator[tuple[Any, int, int]]:
-    """(record batch, rows skipped before it, bytes up to its end) from row `start` of a file on.
-
-    Row groups before `start` are not read.
-    """
+def _parquet(path: Path, start: int, columns: Sequence[str]) -> Iterator[_Read]:
+    """The rows of a file from `start` on; row groups before it are not read."""
     import pyarrow.parquet as pq
 
     num_bytes = path.stat().st_size
@@ -77,7 +91,7 @@ def _parquet(path: Path, start: int, columns: Sequence[str]) -> Iterator[tuple[A
             if skip == group.num_rows or not chosen:
                 left = group.num_rows - skip
                 done += left
-                yield without_values(names, left), skip, num_bytes * done // total
+                yield without_values(names, left), names, skip, num_bytes * done // total
                 continue
             # The size of all columns, which errs on the safe side: asking for that of one column
             # aborts the process if the file is damaged (pyarrow 26).
@@ -90,10 +104,10 @@ def _parquet(path: Path, start: int, columns: Sequence[str]) -> Iterator[tuple[A
                 passed = min(unread, table.num_rows)
                 unread -= passed
                 done += table.num_rows - passed
-                yield named(table.slice(passed), names), passed, num_bytes * done // total
+                yield table.slice(passed), names, passed, num_bytes * done // total
 
 
-def _arrow(path: Path, start: int, columns: Sequence[str]) -> Iterator[tuple[Any, int, int]]:
+def _arrow(path: Path, start: int, columns: Sequence[str]) -> Iterator[_Read]:
     """As `_parquet`, for an Arrow file; record batches before `start` are not read."""
     chosen: list[str] | None = None
     names: list[str] = []
@@ -104,12 +118,12 @@ def _arrow(path: Path, start: int, columns: Sequence[str]) -> Iterator[tuple[Any
         skip = min(start, table.num_rows)
         start -= skip
         if skip == table.num_rows or not chosen:
-            yield without_values(names, table.num_rows - skip), skip, num_bytes
+            yield without_values(names, table.num_rows - skip), names, skip, num_bytes
             continue
         table = table.select(chosen)
         # An unchecked wrong offset in a file would read arbitrary memory.
         table.validate(full=True)
-        yield named(table.slice(skip), names), skip, num_bytes
+        yield table.slice(skip), names, skip, num_bytes
 
 
 def _record_batches(path: Path) -> Iterator[tuple[Any, int]]:
@@ -143,16 +157,6 @@ def choose(names: Sequence[str], columns: Sequence[str], place: Path | str) -> l
         raise UserError(f"{place} has more than one column {twice[0]!r}. Rename one of them.")
     wanted = {*columns, *(key.split(".")[0] for key in columns)}
     return [name for name in names if name in wanted]
-
-
-def named(table: Any, names: Sequence[str]) -> Any:
-    """A table with nulls for the columns of the file that were not read."""
-    import pyarrow as pa
-
-    unread = [name for name in names if name not in set(table.schema.names)]
-    for name in unread:
-        table = table.append_column(name, pa.nulls(table.num_rows))
-    return table
 
 
 def without_values(names: Sequence[str], num_rows: int) -> Any:

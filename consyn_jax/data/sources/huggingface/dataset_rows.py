@@ -33,11 +33,13 @@ class RowBatch:
         position: number of rows up to the end of this batch; `rows(name, position)` continues after
             it.
         bytes_done: bytes read so far, out of `size(name)`; 0 while streaming.
+        unread: columns that the rows do not have, because they are not needed.
     """
 
     rows: list[dict[str, Any]]
     position: int
     bytes_done: int
+    unread: tuple[str, ...]
 
 
 def is_dataset(path: Path) -> bool:
@@ -131,7 +133,9 @@ def rows(
     else:
         found = tables(downloaded_files(hub_name(name)), start, columns)
     position = start
-    for table, bytes_done, place in found:
+    for table, names, bytes_done, place in found:
+        read = set(table.schema.names)
+        unread = tuple(name for name in names if name not in read)
         for piece in pieces(table):
             try:
                 made = python_rows(piece)
@@ -141,7 +145,7 @@ def rows(
                     f"cannot be read: {brief(error)}."
                 ) from error
             position += piece.num_rows
-            yield RowBatch(made, position, bytes_done)
+            yield RowBatch(made, position, bytes_done, unread)
 
 
 def _local(name: str) -> tuple[Path, str | None] | None:

@@ -19,8 +19,8 @@ from typing import Any
 
 from consyn_jax.data.sources.huggingface.arrow_tables import (
     BATCH_ROWS,
+    Part,
     choose,
-    named,
     tables,
     without_values,
 )
@@ -88,7 +88,7 @@ def downloaded_files(hub: HubName) -> tuple[Path, ...]:
     return cached_files(hub, cached_copy(hub))
 
 
-def stream(hub: HubName, start: int, columns: Sequence[str]) -> Iterator[tuple[Any, int, str]]:
+def stream(hub: HubName, start: int, columns: Sequence[str]) -> Iterator[Part]:
     """Read a dataset straight from the Hub, as `arrow_tables.tables` reads files."""
     hub, reached = _find(hub)
     splits = None
@@ -116,10 +116,8 @@ def stream(hub: HubName, start: int, columns: Sequence[str]) -> Iterator[tuple[A
             return
         names = table.schema.names
         chosen = choose(names, columns, place)
-        if chosen:
-            yield named(table.select(chosen), names), 0, place
-        else:
-            yield without_values(names, table.num_rows), 0, place
+        read = table.select(chosen) if chosen else without_values(names, table.num_rows)
+        yield Part(read, names, 0, place)
 
 
 def _find(hub: HubName) -> tuple[HubName, bool]:

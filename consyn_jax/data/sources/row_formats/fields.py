@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Any
 
 from consyn_jax.data.sources.row_formats.suggestions import flags_for, is_dialogue
@@ -39,7 +40,7 @@ def text_of(row: dict, key: str) -> str:
     """
     value = value_of(row, key)
     if isinstance(value, list) and is_dialogue(value):
-        remedy = f"Give --messages_key {key} instead."
+        remedy = f"Give --messages_key {shlex.quote(key)} instead."
         raise BadRow(f"holds messages under the key {key!r}, not a string.", remedy)
     return string(value, f"under the key {key!r}", "a string")
 

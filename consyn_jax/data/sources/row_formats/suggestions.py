@@ -63,8 +63,8 @@ def _flags(row: dict, prefix: str = "") -> str:
             name for name in PARTS_OF_PROMPTS if name not in pair and isinstance(row.get(name), str)
         ]
         names = [*more, pair[0]] if pair[0] in ("question", "query") else [pair[0], *more]
-        prompt = ",".join(prefix + name for name in names)
-        return f"--prompt_key {prompt} --completion_key {prefix}{pair[1]}"
+        prompt = shlex.quote(",".join(prefix + name for name in names))
+        return f"--prompt_key {prompt} --completion_key {shlex.quote(prefix + pair[1])}"
     inner = (
         _flags(value, f"{name}.")
         for name, value in row.items()

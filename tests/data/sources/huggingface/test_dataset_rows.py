@@ -15,9 +15,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from consyn_jax.data.sources.huggingface import arrow_tables
-from consyn_jax.data.sources.huggingface.dataset_rows import files, is_dataset, rows, size
+from consyn_jax.data.sources.huggingface.dataset_rows import (
+    RowBatch,
+    files,
+    is_dataset,
+    rows,
+    size,
+)
 from consyn_jax.errors import UserError
 
+UNREAD = "unread"
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
@@ -46,13 +53,20 @@ def example(num_rows: int) -> pa.Table:
 def read(
     name: object, start: int = 0, columns: tuple[str, ...] = ("text", "meta.source", "messages")
 ) -> list[dict[str, Any]]:
-    return [row for batch in rows(str(name), start, columns) for row in batch.rows]
+    return [row for batch in rows(str(name), start, columns) for row in all_columns(batch)]
+
+
+def all_columns(batch: RowBatch) -> list[dict[str, Any]]:
+    """The rows of a batch, and in each the columns that they do not have."""
+    assert not any(row.keys() & {*batch.unread} for row in batch.rows)
+    return [row | dict.fromkeys(batch.unread, UNREAD) for row in batch.rows]
 
 
 def named(table: pa.Table, *read: str) -> list[dict[str, Any]]:
-    """The rows of a table with None in the columns that are not read."""
+    """The rows of a table of which some columns are read; with none of them, all are null."""
     columns = table.column_names
-    return [{n: row[n] if n in read else None for n in columns} for row in table.to_pylist()]
+    other = UNREAD if {*columns} & {*read} else None
+    return [{n: row[n] if n in read else other for n in columns} for row in table.to_pylist()]
 
 
 def as_parquet(path: Path, table: pa.Table) -> Path:
@@ -160,7 +174,7 @@ def test_any_cut_into_groups_and_batches_gives_the_same_rows(
         patch.setattr(arrow_tables, "BATCH_ROWS", batch_rows)
         patch.setattr(arrow_tables, "BATCH_BYTES", batch_bytes)
         batches = list(rows(str(path), 0, columns))
-        assert [row for batch in batches for row in batch.rows] == expected
+        assert [row for batch in batches for row in all_columns(batch)] == expected
         assert all(1 <= len(batch.rows) <= batch_rows for batch in batches)
         cut = data.draw(st.integers(0, len(batches)))
         position = batches[cut - 1].position if cut else 0
@@ -191,7 +205,7 @@ def test_rows_without_a_needed_column_have_all_names(tmp_path: Path, write: Writ
 def test_columns_with_dots_in_their_names_are_read_too(tmp_path: Path) -> None:
     table = pa.table({"a.b": ["one"], "a": [{"b": "two"}], "c": [1]})
     assert read(as_parquet(tmp_path, table), columns=("a.b",)) == [
-        {"a.b": "one", "a": {"b": "two"}, "c": None}
+        {"a.b": "one", "a": {"b": "two"}, "c": UNREAD}
     ]
 
 
@@ -217,7 +231,7 @@ def test_json_in_columns_is_decoded_as_datasets_does_it(tmp_path: Path) -> None:
     dataset.to_parquet(tmp_path / "a.parquet")
     for path in (tmp_path / "saved", tmp_path / "a.parquet"):
         assert read(path, columns=("messages", "any")) == dataset.to_list()
-        assert read(path, columns=("any",))[0] == {"any": {"a": 1}, "messages": None}
+        assert read(path, columns=("any",))[0] == {"any": {"a": 1}, "messages": UNREAD}
 
 
 def test_images_are_not_decoded(tmp_path: Path) -> None:
@@ -228,7 +242,7 @@ def test_images_are_not_decoded(tmp_path: Path) -> None:
         datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     ).save_to_disk(tmp_path / "saved")
     assert read(tmp_path / "saved", columns=("image",)) == [
-        {"image": {"bytes": b"no image", "path": None}, "text": None}
+        {"image": {"bytes": b"no image", "path": None}, "text": UNREAD}
     ]
 
 

@@ -37,7 +37,10 @@ for verb, *arguments in json.load(sys.stdin):
         if verb == "rows":
             batches = list(answer)
             end = batches[-1].position if batches else arguments[1]
-            answer = [[row for batch in batches for row in batch.rows], end]
+            answer = [
+                [{**dict.fromkeys(b.unread, "unread"), **row} for b in batches for row in b.rows],
+                end,
+            ]
     except UserError as error:
         answer = f"UserError: {error}"
     answers.append(answer)
@@ -231,14 +234,14 @@ OUT_OF_REACH = (
     "and the Hugging Face Hub cannot be reached. Check the network and HF_HUB_OFFLINE, "
     "or give a dataset that is in the cache."
 )
-NULLS = dict.fromkeys(("text", "meta", "messages", "id"))  # of columns that are not read
+NULLS = dict.fromkeys(("text", "meta", "messages", "id"))
 
 
-def with_nulls(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [NULLS | row for row in rows]
+def with_unread(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [dict.fromkeys(NULLS, "unread") | row for row in rows]
 
 
-TEXTS = with_nulls(example(900).select(["text"]).to_pylist())
+TEXTS = with_unread(example(900).select(["text"]).to_pylist())
 
 
 @pytest.mark.slow
@@ -255,7 +258,7 @@ def test_a_name_without_a_split_is_parted_by_the_splits_of_the_hub(
     assert ask(tmp_path, hub, *asked, rows) == [
         whole,
         *only,
-        [with_nulls({"id": i} for i in range(5, 9)), 4],
+        [with_unread({"id": i} for i in range(5, 9)), 4],
     ]
     assert ask(tmp_path, NOWHERE, ("parted", "owner/parted")) == [whole]  # from the cache
 
@@ -282,9 +285,9 @@ def test_a_dataset_of_the_hub_is_downloaded_once(tmp_path: Path, hub: str) -> No
         name,
         f"owner/Several@{COMMITS['old']}:small:train",
         f"owner/plain@{MAIN}::train",
-        [[{"n": 1, "text": None}, {"n": 2, "text": None}], 2],
+        [[{"n": 1, "text": "unread"}, {"n": 2, "text": "unread"}], 2],
         [TEXTS, 900],
-        [with_nulls({"id": i} for i in range(5)), 5],
+        [with_unread({"id": i} for i in range(5)), 5],
         [TEXTS[4:5], 2],
         [TEXTS[450:], 900],
         [[{"text": None, "n": None}] * 2, 2],
@@ -320,7 +323,7 @@ def test_a_dataset_of_the_hub_is_downloaded_once(tmp_path: Path, hub: str) -> No
         ("rows", name, 899, ["text"], True),
     ) == [
         f"owner/plain@{MAIN}::train",
-        [[{"text": "two", "n": None}], 2],
+        [[{"text": "two", "n": "unread"}], 2],
         [TEXTS[899:], 900],
     ]
     shutil.rmtree(tmp_path / "hub")  # with what is known of branches; the rows are elsewhere
@@ -358,7 +361,7 @@ def test_streaming_gives_the_same_rows_and_keeps_no_files(tmp_path: Path, hub: s
     assert answers[: len(starts)] == [[TEXTS[start:], max(start, 900)] for start in starts]
     assert answers[len(starts) :] == [
         [[NULLS, NULLS], 900],
-        [[{"text": "two", "n": None}], 2],
+        [[{"text": "two", "n": "unread"}], 2],
         0,
         "UserError: The dataset owner/Several has no split 'valid'; it has train, test. "
         "Choose one with owner/Several::SPLIT.",
