@@ -289,14 +289,11 @@ class Program:
         """Lower a step, which the state is donated to, with the settings for the mesh's devices."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_like)
         options = compiler_options(list(self.mesh.devices.flat)) or None
+        out = shardings, None
         # Random numbers are counted by element, however the arrays are split.
         with jax.set_mesh(self.mesh), jax.threefry_partitionable(True):
-            return jax.jit(
-                step,
-                donate_argnums=0,
-                out_shardings=(shardings, None),
-                compiler_options=options,
-            ).lower(self.state_like, batch)
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
+            return jitted.lower(self.state_like, batch)
 
     def lower_eval_step(self, batch_size: int, length: int) -> jax.stages.Lowered:
         """Lower `sums(params, batch [B, T]) -> LossSums` or `PairSums`."""
