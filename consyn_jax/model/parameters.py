@@ -105,27 +105,24 @@ def initial_parameters(config: ModelConfig, seed: int, mesh: Mesh | None = None)
 
     A seed gives the same bits on every mesh, because threefry counts by element.
     """
-    return initialiser(config, mesh)(np.uint32(seed))
+    with jax.threefry_partitionable(True):
+        made: Params = _initialiser(config, mesh)(np.uint32(seed))
+    return made
 
 
-def initialiser(config: ModelConfig, mesh: Mesh | None) -> Callable[[np.uint32], Params]:
-    """Return `initial_parameters` of any seed, compiled once for all of them."""
+@cache
+def _initialiser(config: ModelConfig, mesh: Mesh | None) -> Callable[[np.uint32], Params]:
+    """The program that makes the values of any seed, kept for the trials of a study."""
 
     def make(seed: jax.Array) -> Params:
         return nnx.to_pure_dict(nnx.split(Decoder(config, nnx.Rngs(jax.random.key(seed))))[1])
 
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    compiled = jax.jit(
+    return jax.jit(
         make,
         out_shardings=layout(config).shardings(mesh) if mesh is not None else None,
         compiler_options=COMPILE_QUICKLY.get(platform),
     )
-
-    def initial(seed: np.uint32) -> Params:
-        with jax.threefry_partitionable(True):
-            return compiled(seed)
-
-    return initial
 
 
 def _as_dict(state: Any) -> Params:

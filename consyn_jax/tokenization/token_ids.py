@@ -13,7 +13,6 @@ import numpy as np
 from consyn_jax.errors import UserError
 
 NO_TARGETS = (-100, -1)  # torch's ignore_index, and that of nanoGPT
-COMPARED = 3  # targets of a row; from fewer, it is not judged which tokens its labels are
 LABELS = (
     "Give one label for each token: the same as input_ids, with -100 where a token is not a target."
 )
@@ -99,7 +98,7 @@ def check_fields(
         if "segment_ids" in given and "attention_mask" in given:
             _check_padding_agrees(row, where)
         if "labels" in given:
-            _check_direction(row, where)
+            _check_direction(ids, as_array(row["labels"]), where)
 
 
 def check_input_ids(
@@ -235,32 +234,19 @@ def _check_padding_agrees(row: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _check_direction(row: Mapping[str, Any], where: str) -> None:
-    """Check that labels are the input_ids, or the tokens after them, for at least half the targets.
-
-    The last label of a document may be anything. Where no segment_ids mark documents, half allows
-    for documents as short as two tokens.
-    """
-    ids, labels = as_array(row["input_ids"]), as_array(row["labels"])
-    segments = as_array(row.get("segment_ids", np.ones_like(ids)))
-    told = are_targets(labels[:-1]) & (segments[1:] == segments[:-1])
-    for name in ("loss_mask", "attention_mask"):
-        if name in row:
-            told &= as_array(row[name])[:-1] > 0
-    count = int(np.sum(told))
-    matched = [int(np.sum(told & (labels[:-1] == other))) for other in (ids[:-1], ids[1:])]
-    if count < COMPARED or 2 * max(matched) >= count:
-        return
-    if 2 * np.sum(told[1:] & (labels[1:-1] == ids[:-2])) >= count:
+def _check_direction(ids: np.ndarray, labels: np.ndarray, where: str) -> None:
+    """Check that labels are not the tokens before the input_ids: shifted the wrong way."""
+    targets = are_targets(labels[1:])
+    told = labels[1:][targets]
+    is_backward = np.array_equal(told, ids[:-1][targets])
+    if not is_backward or len(np.unique(told)) < 2 or np.array_equal(told, ids[1:][targets]):
+        return  # of one repeated token, no direction is known
+    forward = are_targets(labels[:-1])
+    if not np.array_equal(labels[:-1][forward], ids[1:][forward]):
         raise UserError(
             f"{where} has labels that are the tokens before its input_ids. Give the input_ids "
             "themselves as labels, or the tokens after them."
         )
-    raise UserError(
-        f"{where} has labels that are neither its input_ids nor the tokens after them, at "
-        f"{count - max(matched):,} of {count:,} targets. Leave labels out, or give those of a "
-        "causal language model (mlm=False in transformers' collator)."
-    )
 
 
 def _check_positions(row: Mapping[str, Any], where: str) -> None:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from consyn_jax.config import RunConfig
 from consyn_jax.flags import flags
-from consyn_jax.model.parameters import Params, initialiser
+from consyn_jax.model.parameters import Params
 from consyn_jax.model_config import ModelConfig
 from consyn_jax.training.optim.optimizers import build_optimizer
 from consyn_jax.training.optim.schedules import build_schedule
@@ -139,11 +139,6 @@ class SharedPrograms:
             self._made[kind, key] = make()
         found: Made = self._made[kind, key]
         return found
-
-    def initial_parameters(self, model: ModelConfig, seed: int, mesh: Mesh) -> Params:
-        """As `parameters.initial_parameters`."""
-        make = self.once("parameters", (repr(model), mesh), lambda: initialiser(model, mesh))
-        return make(np.uint32(seed))
 
     def bound_step(self, program: Program, run: RunConfig, total_steps: int) -> BoundStep:
         """The train step of a trial.

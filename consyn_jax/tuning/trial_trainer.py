@@ -6,11 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import optax
-from jax.sharding import Mesh
 
 from consyn_jax.config import RunConfig
-from consyn_jax.model.parameters import Params
-from consyn_jax.training.inputs.initial_model import DeferredModel
 from consyn_jax.training.open_run import RunInputs
 from consyn_jax.training.program import Built
 from consyn_jax.training.trainer import ConsynTrainer
@@ -48,13 +45,6 @@ class TrialTrainer(ConsynTrainer):
     def compile_train_step(self, run: RunConfig, schedule: optax.Schedule | None = None) -> Any:
         """The train step of `run`, compiled unless another trial has the same program."""
         return self.shared.bound_step(self._build(run, schedule).program, run, self.total_steps)
-
-    def parameters(self, mesh: Mesh) -> Params:
-        """The parameters to train on `mesh`."""
-        is_new = isinstance(self.model, DeferredModel) and self.model.weights is None
-        if not is_new or self.run.lora.is_used:
-            return super().parameters(mesh)
-        return self.shared.initial_parameters(self.model.config, self.run.budget.seed, mesh)
 
     def run_inputs(self) -> RunInputs:
         """Everything that the trial's run is given.

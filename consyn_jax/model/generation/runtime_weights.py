@@ -6,7 +6,7 @@ part out of it for every token.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -90,10 +90,13 @@ def _unstacked(
         if inputs is not None:
             one = Int8Matrix(one, sharding(mesh, axes[1 + inputs :]))
         where = (one,) * value.shape[0]
-    return _split(where, dtype, inputs)(jnp.asarray(value))
+    return _split(where, jnp.dtype(dtype), inputs)(jnp.asarray(value))
 
 
+@cache
 def _split(where: Any, dtype: Any, inputs: int | None) -> Any:
+    """The program that `_unstacked` runs, compiled once for all values of a shape."""
+
     def split(value: jax.Array) -> tuple[Any, ...]:
         layers = (value[i] for i in range(value.shape[0]))
         if inputs is None:

@@ -14,6 +14,7 @@ from consyn_jax.tokenization.token_ids import NO_TARGETS, are_targets, as_array
 from consyn_jax.training.inputs.content import documents
 
 IGNORED = NO_TARGETS[0]
+COMPARED = 3  # targets; from fewer, it is not judged which tokens the labels are
 # What to do with an id that stands for padding, where each row is given by itself.
 UNPADDED = "leave it out, since rows may have any length"
 USED = ("input_ids", "labels", "segment_ids", "loss_mask", "attention_mask", "position_ids")
@@ -76,6 +77,25 @@ def shown_labels(raw: Any) -> bool | None:
     """`are_ids` for a batch as the caller gives it; None also if it has no labels."""
     arrays = _arrays(raw)
     return are_ids(arrays["input_ids"], arrays["labels"]) if "labels" in arrays else None
+
+
+def described_labels(batch: Batch, labels_are_ids: bool | None) -> str:
+    """Say for the header what the labels are, unless they are simply the next tokens.
+
+    Labels of a causal language model are the next tokens for at least one of two targets; the rest
+    are ends of documents. Those of a collator for masked language models are not.
+
+    Args:
+        batch: the first one, or the first row, from `complete`.
+    """
+    if labels_are_ids:
+        return "; labels shifted by one"
+    segments, labels = batch["segment_ids"], batch["labels"]
+    told = batch["loss_mask"][:, :-1] & (segments[:, 1:] == segments[:, :-1])
+    unlike = np.sum(told & (labels[:, :-1] != batch["input_ids"][:, 1:]))
+    if np.sum(told) < COMPARED or 2 * unlike <= np.sum(told):
+        return ""
+    return "; labels that are not the next tokens (a collator of transformers needs mlm=False)"
 
 
 def check_labels_agree(shown: bool | None, known: bool | None, where: str) -> bool | None:

@@ -19,6 +19,7 @@ from consyn_jax.training.inputs.arrays import (
     UNPADDED,
     USED,
     complete,
+    described_labels,
     fields_of,
     one_row,
     shown_labels,
@@ -96,10 +97,10 @@ class Rows(Sequence[Mapping[str, Any]]):
 
     def describe(self, block_size: int) -> str:
         """Describe the rows for the header of a run."""
-        shift = "; labels shifted by one" if self.labels_are_ids else ""
+        labels = described_labels(complete(one_row(self[0])), self.labels_are_ids)
         unused = f"; not used: {', '.join(self.unused)}" if self.unused else ""
         empty = f"; {self.empty:,} without tokens" if self.empty else ""
-        return f"{len(self):,} rows, padded to {block_size:,} tokens{empty}{shift}{unused}"
+        return f"{len(self):,} rows, padded to {block_size:,} tokens{empty}{labels}{unused}"
 
 
 class Begun(Iterable[Any]):

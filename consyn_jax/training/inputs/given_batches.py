@@ -16,6 +16,7 @@ from consyn_jax.training.inputs.arrays import (
     check_labels_agree,
     check_length,
     complete,
+    described_labels,
     each_row,
     fields_of,
     fit,
@@ -61,8 +62,8 @@ class GivenBatches(BatchSource):
             self._check(i, raw)
             check_length(self._complete(raw)["labels"].shape[1], block_size, batches.place(i))
         unused = f"; not used: {', '.join(batches.unused)}" if batches.unused else ""
-        shift = "; labels shifted by one" if self._labels_are_ids else ""
-        self.description = f"{'rows' if batches.are_rows else 'batches'} of ids{shift}{unused}"
+        labels = described_labels(self._complete(batches.first), self._labels_are_ids)
+        self.description = f"{'rows' if batches.are_rows else 'batches'} of ids{labels}{unused}"
 
     @property
     def sequences(self) -> int | None:

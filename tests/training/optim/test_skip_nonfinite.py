@@ -173,7 +173,7 @@ def test_with_finite_steps_the_policy_changes_no_bit_and_copies_no_state(
         (states[0], expected), (states[1], found) = halt(states[0], batch), skip(states[1], batch)
         assert equal(found, expected)
     assert equal(states[0], states[1])
-    monkeypatch.setattr(module, "skip_nonfinite", lambda step, limit, chooses: step)
+    monkeypatch.setattr(module, "skip_nonfinite", lambda step, limit, keeps_state: step)
     before, after = (
         halting.lower_train_step(A, B, T).compile().memory_analysis(),
         halt.memory_analysis(),
