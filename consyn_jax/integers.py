@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 
 def divisors(n: int) -> list[int]:
     """All positive divisors of `n`, ascending.
@@ -40,3 +42,12 @@ def natural(text: str) -> int | None:
     (12, None, None)
     """
     return int(text) if len(text) <= 15 and text.isdecimal() else None
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is an integer of Python or NumPy, and not a truth value.
+
+    >>> is_whole(3), is_whole(3.0), is_whole(True), is_whole("3")
+    (True, False, False, False)
+    """
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -9,7 +9,7 @@ from typing import Any
 
 from consyn_jax.errors import UserError, nearest
 from consyn_jax.flags import flag
-from consyn_jax.integers import divisors, round_up
+from consyn_jax.integers import divisors, is_whole, round_up
 
 DTYPES = ("float32", "bfloat16", "float16")  # of weights in files, as config.json names them
 # Scalings of the rotary embedding, by the names of Hugging Face, and the values that each needs.
@@ -151,6 +151,8 @@ class ModelConfig:
         sizes = ("vocab_size", "hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         for name in (*sizes, "mlp_dim", "context", "sliding_window"):
             size = getattr(self, name)
+            if size is not None and not is_whole(size):
+                raise UserError(f"--{name} must be a whole number, not {size!r}.")
             if size is not None and size < 1:
                 raise UserError(f"--{name} must be at least 1, not {size}.")
         if self.num_heads % self.num_kv_heads:
@@ -164,8 +166,10 @@ class ModelConfig:
                 f"--head_dim {self.head_dim} is odd, but rotary embeddings rotate pairs of "
                 "elements. Make it even."
             )
-        if self.rope_theta <= 0:
-            raise UserError(f"--rope_theta must be greater than 0, not {self.rope_theta}.")
+        if not (_is_number(self.rope_theta) and self.rope_theta > 0):
+            raise UserError(f"--rope_theta must be greater than 0, not {self.rope_theta!r}.")
+        if not (_is_number(self.norm_eps) and self.norm_eps >= 0):
+            raise UserError(f"--norm_eps must be at least 0, not {self.norm_eps!r}.")
         if self.files.dtype not in DTYPES:
             raise UserError(f"{self.files.dtype!r} is not a type of weights.")
         self._check_layers()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -15,7 +16,14 @@ from consyn_jax.config import PRESETS
 from consyn_jax.distributed.mesh import constrain
 from consyn_jax.model.attention import choose_attention
 from consyn_jax.model.generation.continuation import generate
-from consyn_jax.model.given_ids import checked_ids
+from consyn_jax.model.given_values import (
+    check_destination,
+    check_tokenizer,
+    checked_compute,
+    checked_config,
+    checked_ids,
+    checked_seed,
+)
 from consyn_jax.model.parameters import Params, initial_parameters
 from consyn_jax.model.pretrained.config_json import to_hf_config
 from consyn_jax.model.pretrained.inspection import read_checkpoint
@@ -55,7 +63,7 @@ class ConsynLMHeadModel(Decoder):
         Raises:
             UserError: An id is outside the vocabulary, or the rows have unequal lengths.
         """
-        compute = compute or self.default_compute()
+        compute = checked_compute(compute) or self.default_compute()
         ids_BT, segments_BT = checked_ids(input_ids, segment_ids, self.config.vocab_size)
         x_BTD = self.hidden(ids_BT, segments_BT, compute)
         logits_BTV = jnp.einsum(
@@ -75,10 +83,13 @@ class ConsynLMHeadModel(Decoder):
 
     @classmethod
     def from_config(cls, config: ModelConfig | str, seed: int = 42) -> ConsynLMHeadModel:
-        """Build an untrained model of a preset or a `ModelConfig`."""
-        if isinstance(config, str):
-            config = preset_architecture(config)
-        return cls.from_parameters(config, initial_parameters(config, seed))
+        """Build an untrained model of a preset or a `ModelConfig`.
+
+        Raises:
+            UserError: Neither of them, or a seed that is not a whole number from 0.
+        """
+        made = preset_architecture(config) if isinstance(config, str) else checked_config(config)
+        return cls.from_parameters(made, initial_parameters(made, checked_seed(seed)))
 
     @classmethod
     def from_parameters(cls, config: ModelConfig, params: Params) -> ConsynLMHeadModel:
@@ -148,17 +159,24 @@ class ConsynLMHeadModel(Decoder):
         Args:
             dtype: float32, bfloat16 or float16; by default that of the loaded weights, and
                 float32 for fresh ones.
+
+        Raises:
+            UserError: The directory is a file, or the tokenizer is not one for this model.
         """
+        check_destination(Path(directory))
+        check_tokenizer(tokenizer, self.config.vocab_size)
         save_parameters(Path(directory), self.config.saved_as(dtype), self.parameters)
         if tokenizer is not None:
             tokenizer.save(directory, to_hf_config(self.config)["model_type"])
 
-    def generate(self, prompts: Any, max_new_tokens: int = 128, **options: Any) -> Any:
+    def generate(
+        self, prompts: Any = None, max_new_tokens: int | np.integer = 128, **options: Any
+    ) -> Any:
         """Continue `prompts`: ids [B, T], lists of ids, a text, or a list of texts.
 
         See `generation.continuation.generate` for the other arguments and the result.
         """
         if isinstance(prompts, str):
             return self.generate([prompts], max_new_tokens, **options)[0]
-        options = {"compute": self.default_compute(), **options}
-        return generate(self, prompts, max_new_tokens, tokenizer=lambda: self.tokenizer, **options)
+        compute = checked_compute(options.pop("compute", None)) or self.default_compute()
+        return generate(self, prompts, max_new_tokens, compute, lambda: self.tokenizer, **options)

@@ -30,19 +30,6 @@ def model_tokenizer(model: Any, made_by: BPETokenizer | None) -> BPETokenizer | 
     return own
 
 
-def check_vocabulary(tokenizer: BPETokenizer | None, config: ModelConfig) -> None:
-    """Check that a model has a row for each token.
-
-    Raises:
-        UserError: it has fewer.
-    """
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens, more than the model's vocabulary of "
-            f"{config.vocab_size}. Use the tokenizer that the model was trained with."
-        )
-
-
 def document_ids(
     tokenizer: BPETokenizer | None, config: ModelConfig
 ) -> tuple[int | None, int | None, int | None]:

@@ -17,6 +17,7 @@ from consyn_jax.config import RunConfig
 from consyn_jax.distributed.allocators import set_allocators
 from consyn_jax.errors import Diverged, Interrupted, UserError
 from consyn_jax.model import ConsynLMHeadModel
+from consyn_jax.model.given_values import check_tokenizer
 from consyn_jax.model.lora import initial_adapter
 from consyn_jax.model.parameters import Params
 from consyn_jax.model.pretrained.config_json import to_hf_config
@@ -53,7 +54,7 @@ from consyn_jax.training.logging.metrics import metrics_of
 from consyn_jax.training.logging.tracking.backends import user_makers
 from consyn_jax.training.logging.tracking.callbacks import checked_callbacks
 from consyn_jax.training.loop import Training
-from consyn_jax.training.model_tokens import check_vocabulary, document_ids, model_tokenizer
+from consyn_jax.training.model_tokens import document_ids, model_tokenizer
 from consyn_jax.training.open_run import RunInputs
 from consyn_jax.training.optim.schedules import build_schedule, count_steps
 from consyn_jax.training.preference.reference import make_ready, ready_to_evaluate
@@ -118,7 +119,7 @@ class ConsynTrainer:
             run = resolve_keywords(model.config, data, given | settings)
         (self.run, self.origins), made_by = run, getattr(train_dataloader, "tokenizer", None)
         self.tokenizer = tokenizer or model_tokenizer(model, made_by)
-        check_vocabulary(self.tokenizer, model.config)
+        check_tokenizer(self.tokenizer, model.config.vocab_size)
         bos_id, eos_id, pad_id = document_ids(self.tokenizer, model.config)
         check_pairs((train_dataloader, eval_dataloader), self.run.trains_on_pairs)
         source = partial(

@@ -1,4 +1,8 @@
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +11,15 @@ import pytest
 
 from consyn_jax.errors import UserError
 from consyn_jax.model import ConsynLMHeadModel
+from consyn_jax.model.given_values import (
+    check_tokenizer,
+    checked_compute,
+    checked_config,
+    checked_seed,
+)
 from consyn_jax.model.parameters import layout
 from consyn_jax.model_config import ModelConfig
+from consyn_jax.tokenization import BPETokenizer
 
 TINY = ModelConfig(
     vocab_size=100,
@@ -89,3 +100,53 @@ def test_an_unknown_model_is_refused(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="is not a model"):
         ConsynLMHeadModel.from_pretrained(name)
+
+
+@pytest.mark.parametrize(
+    ("check", "given", "message"),
+    [
+        (
+            checked_config,
+            {"vocab_size": 9},
+            r"^from_config takes a ModelConfig .* not a dict\. For",
+        ),
+        (checked_config, None, r"not a NoneType\. For a Hugging Face model, use from_pretrained"),
+        (checked_seed, "a", r"^seed must be a whole number from 0 to 4294967295, not 'a'\.$"),
+        (checked_seed, -1, r"^seed must be a whole number from 0 to 4294967295, not -1\.$"),
+        (checked_seed, 1.5, r"^seed must be a whole number .* not 1\.5\.$"),
+        (checked_compute, "bfloat16", r"^compute is a str, .* Pass model\.default_compute"),
+        (partial(check_tokenizer, vocab_size=9), "a", r"^tokenizer is a str, not a BPETokenizer\."),
+        (partial(check_tokenizer, vocab_size=9), BPETokenizer.bytes(), r"^The tokenizer has 259 "),
+    ],
+)
+def test_values_that_cannot_be_are_answered_with_a_remedy(
+    check: Callable[[Any], object], given: object, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        check(given)
+
+
+def test_a_model_is_not_saved_in_a_file_or_with_a_larger_tokenizer(tmp_path: Path) -> None:
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), layout(TINY).shapes)
+    model = ConsynLMHeadModel.from_parameters(TINY, params)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file is a file, so a model cannot be saved in it\. Give"):
+        model.save_pretrained(tmp_path / "file")
+    with pytest.raises(UserError, match="more than the model's vocabulary of 100"):
+        model.save_pretrained(tmp_path / "new", BPETokenizer.bytes())
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"hidden_dim": True}, r"^--hidden_dim must be a whole number, not True\."),
+        ({"rope_theta": float("nan")}, r"^--rope_theta must be greater than 0, not nan\."),
+        ({"norm_eps": float("inf")}, r"^--norm_eps must be at least 0, not inf\."),
+    ],
+)
+def test_an_architecture_of_other_than_numbers_is_refused(
+    field: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        replace(TINY, **field)

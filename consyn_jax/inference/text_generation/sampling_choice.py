@@ -42,7 +42,8 @@ def choose_sampling(options: SamplingOptions, defaults: Mapping[str, Any]) -> Sa
         defaults: The content of generation_config.json.
 
     Raises:
-        UserError: A value is out of range, or a filter is given at temperature 0.
+        UserError: A value is out of range, or a filter or several texts for a prompt are asked for
+            where the likeliest token is taken.
     """
     given = {name: getattr(options, name) for name in (*FILTERS, "temperature")}
     filters = [name for name in FILTERS if given[name] is not None]
@@ -60,6 +61,11 @@ def choose_sampling(options: SamplingOptions, defaults: Mapping[str, Any]) -> Sa
     theirs |= {n: defaults[n] for n in ("repetition_penalty",) if defaults.get(n) is not None}
     if penalty is None:
         penalty = theirs.get("repetition_penalty", 1.0)
+    if not values["temperature"] and options.num_return_sequences > 1:
+        raise UserError(
+            f"--num_return_sequences {options.num_return_sequences} would give the same text each "
+            "time, as the likeliest token is taken. Add --temperature 1, or leave it out."
+        )
     for name in FILTERS:
         if values[name] == OFF[name]:
             values[name] = None

@@ -12,25 +12,39 @@ import numpy as np
 from flax import nnx
 
 from consyn_jax.errors import UserError
+from consyn_jax.integers import is_whole
 from consyn_jax.model.generation.draws import Sampling
 from consyn_jax.model.generation.engine import Engine, Request, check_request
 from consyn_jax.model.generation.runtime_weights import runtime_weights
-from consyn_jax.model.given_ids import checked_prompts
+from consyn_jax.model.given_values import checked_prompts
 from consyn_jax.model.transformer import Compute, Decoder
 
 if TYPE_CHECKING:
     from consyn_jax.tokenization import BPETokenizer
 
 MOST_SLOTS = 32  # texts that are continued at the same time
+FILTERS = ("top_k", "top_p", "min_p")
+# What to do instead of giving an argument of transformers' `generate`.
+ELSEWHERE = {
+    "attention_mask": "Pass lists of ids without padding, which may have any lengths.",
+    "do_sample": "Give temperature=1.0 to draw tokens, or leave it out for the likeliest ones.",
+    "generation_config": "Give its values, such as temperature=0.8, themselves.",
+    "input_ids": "Pass the ids first: generate(input_ids).",
+    "inputs": "Pass the prompts first: generate(prompts).",
+    "max_length": "Give max_new_tokens, which does not count the prompt.",
+    "num_return_sequences": "Repeat the prompt, and give a temperature: generate([text] * 3).",
+    "pad_token_id": "Pass lists of ids without padding, which may have any lengths.",
+    "tokenizer": "Texts need the model's own; with another one, pass lists of its ids.",
+}
 
 
 def generate(
     model: Decoder,
     prompts: Any,
-    max_new_tokens: int = 128,
-    *,
+    max_new_tokens: int | np.integer,
     compute: Compute,
-    tokenizer: Callable[[], BPETokenizer | None] = lambda: None,
+    own_tokenizer: Callable[[], BPETokenizer | None] = lambda: None,
+    *,
     eos_token_id: int | Sequence[int] | None = None,
     stop_at_eos: bool = True,
     **sampling: Any,
@@ -40,7 +54,7 @@ def generate(
     Args:
         prompts: Ids [B, T], lists of ids of any lengths, or texts.
         compute: The number type and attention of the products.
-        tokenizer: Returns the tokenizer, or None; called only for texts.
+        own_tokenizer: Returns the model's tokenizer, or None; called only for texts.
         eos_token_id: Each of these ids ends a text; by default the model's.
         stop_at_eos: False continues after such an id.
         sampling: The fields of `Sampling`, such as temperature and seed.
@@ -58,9 +72,10 @@ def generate(
     chosen = Sampling(**sampling)
     is_text, is_array = _is_texts(prompts), hasattr(prompts, "ndim")
     vocab_size = model.config.vocab_size
-    encoded = _encoded(prompts, tokenizer) if is_text else checked_prompts(prompts, vocab_size)
+    encoded = _encoded(prompts, own_tokenizer) if is_text else checked_prompts(prompts, vocab_size)
     ends = _ends(model, eos_token_id) if stop_at_eos else ()
-    requests = [Request(ids, max_new_tokens, row) for row, ids in enumerate(encoded)]
+    new_tokens = int(max_new_tokens)
+    requests = [Request(ids, new_tokens, row) for row, ids in enumerate(encoded)]
     for request in requests:  # before the weights are copied
         check_request(request, model.config.context)
     params = nnx.to_pure_dict(nnx.split(model)[1])
@@ -71,7 +86,7 @@ def generate(
     for piece in engine.run(requests):
         texts[piece.request] += piece.tokens
     if is_text:
-        return _decoded(prompts, texts, encoded, tokenizer)
+        return _decoded(prompts, texts, encoded, own_tokenizer)
     return _rectangle(texts, ends) if is_array else texts
 
 
@@ -82,16 +97,21 @@ def _check_call(prompts: Any, max_new_tokens: Any, sampling: Mapping[str, Any]) 
             "Prompts are a dict, but must be texts or rows of ids. Pass its 'input_ids' as lists "
             "without padding."
         )
-    known = {field.name for field in fields(Sampling)}
-    for name in sampling.keys() - known:
-        hint = "" if name != "attention_mask" else " and lists of ids without padding"
+    known = sorted(field.name for field in fields(Sampling))
+    for name in [name for name in sampling if name not in known]:
+        arguments = ("max_new_tokens", "compute", "eos_token_id", "stop_at_eos", *known)
+        remedy = ELSEWHERE.get(name, f"Its arguments are prompts, {', '.join(arguments)}.")
+        raise UserError(f"generate takes no {name}. {remedy}")
+    given = [name for name in FILTERS if sampling.get(name) is not None]
+    if given and sampling.get("temperature", 0) == 0:
         raise UserError(
-            f"generate takes no {name}. Give prompts{hint}, max_new_tokens, compute, eos_token_id, "
-            f"stop_at_eos, {', '.join(sorted(known))}."
+            f"{given[0]} has no effect at temperature 0, which takes the likeliest token. Give "
+            f"temperature=1.0, or leave {given[0]} out."
         )
-    is_number = isinstance(max_new_tokens, int) and not isinstance(max_new_tokens, bool)
-    if not is_number or max_new_tokens < 1:
+    if not is_whole(max_new_tokens) or max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be a whole number from 1, not {max_new_tokens!r}.")
+    if isinstance(prompts, bytes):
+        raise UserError("The prompts are bytes. Pass text: prompts.decode().")
     if not isinstance(prompts, Iterable):
         raise UserError(
             f"Prompts of type {type(prompts).__name__} are not supported. Give a text, texts, or "
@@ -112,8 +132,7 @@ def _ends(model: Decoder, given: int | Sequence[int] | None) -> tuple[int, ...]:
         return model.config.eos_token_ids
     ids = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     for found in ids:
-        is_id = isinstance(found, int | np.integer) and not isinstance(found, bool)
-        if not is_id or not 0 <= found < model.config.vocab_size:
+        if not is_whole(found) or not 0 <= found < model.config.vocab_size:
             raise UserError(
                 f"eos_token_id must be an id of the vocabulary, from 0 to "
                 f"{model.config.vocab_size - 1:,}, or several, and not {found!r}."

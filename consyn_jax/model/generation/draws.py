@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from consyn_jax.errors import UserError
+from consyn_jax.integers import is_whole
 
 MAX_SEED = 2**32 - 1
 
@@ -74,8 +75,12 @@ class Sampling:
             value = getattr(self, name)
             if value is None:
                 continue
-            is_number = isinstance(value, int | float | np.number) and math.isfinite(value)
-            if not (is_number and holds(value)):
+            if name in ("top_k", "seed") and not is_whole(value):
+                raise UserError(f"{name} must be a whole number, not {value!r}.")
+            is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+            if not is_number:
+                raise UserError(f"{name} must be a number, not {value!r}.")
+            if not (math.isfinite(value) and holds(value)):
                 raise UserError(f"{name} must be {range_}, not {value!r}.")
 
     def filters(self, vocab_size: int) -> Filters:

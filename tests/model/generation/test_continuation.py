@@ -107,6 +107,10 @@ def test_prompts_that_do_not_fit_are_refused(params: Params) -> None:
         (np.ones((1, 1, 1), int), r"^Prompt 0 has input_ids of shape \(1, 1\)"),
         ([[3], "a"], r"^Prompt 1 is a text, and others are ids"),
         ({"input_ids": [[3]], "attention_mask": [[1]]}, r"^Prompts are a dict, .* 'input_ids'"),
+        ([{"role": "user", "content": "a"}], r"^The prompts are messages of a conversation\. Pass"),
+        ([[{"role": "user", "content": "a"}]], r"^The prompts are messages of a conversation\."),
+        (b"a", r"^The prompts are bytes\. Pass text: prompts\.decode\(\)"),
+        (None, r"^Prompts of type NoneType are not supported\. Give a text"),
     ],
 )
 def test_prompts_that_cannot_be_are_answered_with_a_remedy(
@@ -117,10 +121,40 @@ def test_prompts_that_cannot_be_are_answered_with_a_remedy(
         model.generate(prompts, 4)
 
 
-def test_a_mask_of_a_prompt_is_answered_with_lists(params: Params) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention_mask": [[1]]}, r"takes no attention_mask\. Pass lists of ids without padding"),
+        ({"do_sample": True}, r"takes no do_sample\. Give temperature=1\.0 to draw"),
+        ({"max_length": 9}, r"takes no max_length\. Give max_new_tokens"),
+        ({"num_return_sequences": 3}, r"takes no num_return_sequences\. Repeat the prompt"),
+        ({"tokenizer": "a"}, r"takes no tokenizer\. Texts need the model's own"),
+        ({"beams": 2}, r"takes no beams\. Its arguments are prompts, max_new_tokens, compute"),
+        ({"top_k": 5}, r"^top_k has no effect at temperature 0.*Give temperature=1\.0, or leave"),
+        ({"top_p": 0.5, "temperature": 0.0}, r"^top_p has no effect at temperature 0"),
+        (
+            {"compute": "bfloat16"},
+            r"^compute is a str.*Pass model\.default_compute\(jnp\.bfloat16\)",
+        ),
+    ],
+)
+def test_arguments_that_cannot_be_are_answered_with_a_remedy(
+    params: Params, options: dict[str, Any], message: str
+) -> None:
     model = ConsynLMHeadModel.from_parameters(CONFIG, params)
-    with pytest.raises(UserError, match=r"takes no attention_mask\. Give .* without padding"):
-        model.generate(PROMPT, 4, attention_mask=np.ones_like(PROMPT))
+    with pytest.raises(UserError, match=message):
+        model.generate(PROMPT, 4, **options)
+
+
+def test_prompts_by_the_name_of_transformers_are_answered(params: Params) -> None:
+    model = ConsynLMHeadModel.from_parameters(CONFIG, params)
+    with pytest.raises(UserError, match=r"takes no input_ids\. Pass the ids first"):
+        model.generate(input_ids=PROMPT, attention_mask=np.ones_like(PROMPT))
+
+
+def test_a_number_of_new_tokens_may_be_one_of_numpy(params: Params) -> None:
+    model = ConsynLMHeadModel.from_parameters(CONFIG, params)
+    assert model.generate([[3, 4]], np.int64(2)) == model.generate([[3, 4]], 2)
 
 
 def test_prompts_from_a_generator_are_all_continued() -> None:

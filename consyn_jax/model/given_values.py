@@ -1,8 +1,9 @@
-"""Check the ids that a caller gives to a model or to `generate`, and make JAX arrays of them."""
+"""Check what a caller gives to a model: ids, its configuration and seed, and what to save."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,6 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from consyn_jax.errors import UserError
+from consyn_jax.integers import is_whole
+from consyn_jax.model.transformer import Compute
+from consyn_jax.model_config import ModelConfig
+from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.tokenization.token_ids import as_array, check_fields, check_input_ids
 
 UNPADDED = "leave it out and pass lists, since prompts may have any length"
@@ -72,6 +77,11 @@ def _fits(array: np.ndarray) -> bool:
     return not array.size or bool(array.min() >= limits.min and array.max() <= limits.max)
 
 
+def _parts(prompt: Any) -> Sequence[Any]:
+    """The prompt itself, or what it lists."""
+    return prompt if isinstance(prompt, list | tuple) else [prompt]
+
+
 def checked_prompts(prompts: Any, vocab_size: int) -> list[list[int]]:
     """The ids of the prompts of `generate`.
 
@@ -80,6 +90,11 @@ def checked_prompts(prompts: Any, vocab_size: int) -> list[list[int]]:
     """
     found = []
     for i, ids in enumerate(as_array(prompts) if hasattr(prompts, "ndim") else prompts):
+        if any(isinstance(part, Mapping) and "role" in part for part in _parts(ids)):
+            raise UserError(
+                "The prompts are messages of a conversation. Pass the ids that the tokenizer's "
+                "chat template gives, or use consyn-generate with --file."
+            )
         if isinstance(ids, Mapping):
             raise UserError(f"Prompt {i} is a dict, but must be ids. Pass its 'input_ids'.")
         if isinstance(ids, str):
@@ -88,3 +103,76 @@ def checked_prompts(prompts: Any, vocab_size: int) -> list[list[int]]:
             raise UserError("The prompts are one row of ids. Pass [ids] to continue one prompt.")
         found.append(check_input_ids(ids, vocab_size, f"Prompt {i}", UNPADDED).tolist())
     return found
+
+
+def checked_config(config: Any) -> ModelConfig:
+    """Return the configuration, once it is known to be ours.
+
+    Raises:
+        UserError: it is something else, such as a dict or a configuration of transformers.
+    """
+    if not isinstance(config, ModelConfig):
+        raise UserError(
+            f"from_config takes a ModelConfig or the name of a preset, not a "
+            f"{type(config).__name__}. For a Hugging Face model, use from_pretrained(DIR), or "
+            "consyn-train --model DIR/config.json for new weights."
+        )
+    return config
+
+
+def checked_seed(seed: Any) -> int:
+    """Return the seed of initial weights as an int.
+
+    Raises:
+        UserError: it is not a whole number, or out of range.
+    """
+    most = np.iinfo(np.uint32).max
+    if not is_whole(seed) or not 0 <= seed <= most:
+        raise UserError(f"seed must be a whole number from 0 to {most}, not {seed!r}.")
+    return int(seed)
+
+
+def checked_compute(compute: Any) -> Compute | None:
+    """Return the settings of the forward pass, once they are known to be ours.
+
+    Raises:
+        UserError: they are something else, such as the name of a number type.
+    """
+    if not isinstance(compute, Compute | None):
+        raise UserError(
+            f"compute is a {type(compute).__name__}, not a Compute. Pass "
+            "model.default_compute(jnp.bfloat16), or leave it out for float32."
+        )
+    return compute
+
+
+def check_destination(directory: Path) -> None:
+    """Check that a model can be saved there.
+
+    Raises:
+        UserError: it is a file.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UserError(
+            f"{directory} is a file, so a model cannot be saved in it. Give a directory."
+        )
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
+    """Check that a tokenizer can be saved beside a model with so many rows in its embedding.
+
+    Raises:
+        UserError: it is not ours, or has more tokens.
+    """
+    if tokenizer is None:
+        return
+    if not isinstance(tokenizer, BPETokenizer):
+        raise UserError(
+            f"tokenizer is a {type(tokenizer).__name__}, not a BPETokenizer. Pass "
+            "model.tokenizer or BPETokenizer.from_file(DIR)."
+        )
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"The tokenizer has {tokenizer.vocab_size} tokens, more than the model's vocabulary of "
+            f"{vocab_size}. Use the tokenizer that the model was trained with."
+        )
