@@ -61,7 +61,7 @@ from consyn_jax.training.preference.reference import make_ready, ready_to_evalua
 from consyn_jax.training.program import Built, Program, build_program
 from consyn_jax.training.run.directory import run_path
 from consyn_jax.training.run.identity import ARCHITECTURE, GENERATION
-from consyn_jax.training.run.keywords import resolve_keywords
+from consyn_jax.training.run.keywords import given_once, resolve_keywords
 from consyn_jax.training.run.model_files import AdapterOnly, ModelFiles, WholeModel
 from consyn_jax.training.run.opening import check_output
 from consyn_jax.training.run.recording import Lengths
@@ -116,7 +116,7 @@ class ConsynTrainer:
             own = [("epochs", num_epochs), ("max_steps", max_steps), ("lr", learning_rate)]
             given = {"output": os.fspath(output_dir), **{n: v for n, v in own if v is not None}}
             data = (train_dataloader, eval_dataloader)
-            run = resolve_keywords(model.config, data, given | settings)
+            run = resolve_keywords(model.config, data, given_once(given, settings))
         (self.run, self.origins), made_by = run, getattr(train_dataloader, "tokenizer", None)
         self.tokenizer = tokenizer or model_tokenizer(model, made_by)
         check_tokenizer(self.tokenizer, model.config.vocab_size)

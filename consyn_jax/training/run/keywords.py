@@ -13,6 +13,21 @@ from consyn_jax.resolve import preset_architecture, resolve
 DEFAULT_RATE = 5e-5  # for adamw
 
 
+def given_once(own: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Join the parameters of `ConsynTrainer`, by the names of their flags, and the other settings.
+
+    Raises:
+        UserError: a setting is given by both names.
+    """
+    names = {"epochs": "num_epochs", "lr": "learning_rate", "output": "output_dir"}
+    for name in own.keys() & settings.keys():
+        if (name, own[name]) != ("output", "./output"):  # the default
+            raise UserError(
+                f"{names.get(name, name)} and {name} are the same setting. Give one of them."
+            )
+    return own | settings
+
+
 def resolve_keywords(
     config: ModelConfig, data: tuple[Any, Any], settings: dict[str, Any]
 ) -> tuple[RunConfig, dict[str, str]]:
