@@ -218,13 +218,16 @@ class Slow:
     instances: ClassVar[list["Slow"]] = []
     most = 200
 
-    def __init__(self, prepared: Prepared, key: str) -> None:
-        self.tokenizer, self.key, self.store = prepared.store.tokenizer, key, prepared.store
-        self.left_out = prepared.left_out
+    def __init__(self, prepared: Prepared, whole: cached_store.Growing) -> None:
+        self.store, self.whole = prepared.store, whole
         self.documents = {name: self._documents(name) for name in ("train", "validation")}
         self.shown, self.closed, self.changed = 0, False, threading.Condition()
         self.thread = threading.Thread(target=self._grow, daemon=True)
         self.instances.append(self)
+
+    def __getattr__(self, name: str) -> Any:
+        """All but the documents is as in the whole corpus."""
+        return getattr(self.whole, name)
 
     def _documents(self, name: str) -> list[np.ndarray]:
         split = self.store.split(name)
@@ -261,7 +264,8 @@ class Slow:
         with self.changed:
             self.closed = True
             self.changed.notify_all()
-        self.thread.join()
+        if self.thread.ident is not None:
+            self.thread.join()
 
 
 @contextmanager
@@ -271,7 +275,8 @@ def slowly() -> Iterator[None]:
     def slow(options: CorpusOptions, *args: Any, **more: Any) -> Slow:
         with closing(start(options, *args, **more)) as corpus:
             corpus.split("train", None)
-        return Slow(cached_store.prepare(options), corpus.key)
+            corpus.beginning()
+        return Slow(cached_store.prepare(options, *args, **more), corpus)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cached_store, "start", slow)
