@@ -21,7 +21,7 @@ from consyn_jax.model.pretrained.config_json import to_hf_config
 from consyn_jax.model.pretrained.inspection import read_checkpoint
 from consyn_jax.model.pretrained.weights import find_model, load_parameters, save_parameters
 from consyn_jax.model.transformer import Compute, Decoder
-from consyn_jax.model_config import ModelConfig
+from consyn_jax.model_config import BaseShape, ModelConfig
 from consyn_jax.resolve import preset_architecture
 
 if TYPE_CHECKING:
@@ -74,11 +74,17 @@ class ConsynLMHeadModel(Decoder):
         return Compute(dtype, choice.backend)
 
     @classmethod
-    def from_config(cls, config: ModelConfig | str, seed: int = 42) -> ConsynLMHeadModel:
-        """Build an untrained model of a preset or a `ModelConfig`."""
+    def from_config(
+        cls, config: ModelConfig | str, seed: int = 42, base: BaseShape | None = None
+    ) -> ConsynLMHeadModel:
+        """Build an untrained model of a preset or a `ModelConfig`.
+
+        Args:
+            base: for training with `parametrization="mup"`, the shape that its rates are for.
+        """
         if isinstance(config, str):
             config = preset_architecture(config)
-        return cls.from_parameters(config, initial_parameters(config, seed))
+        return cls.from_parameters(config, initial_parameters(config, seed, base=base))
 
     @classmethod
     def from_parameters(cls, config: ModelConfig, params: Params) -> ConsynLMHeadModel:
