@@ -36,9 +36,9 @@ COMMON: dict[str, Any] = {
     **{"max_tokens": 64, "batch_size": 8, "head_dim": HEAD, "optimizer": "adamw"},
     **{"scheduler": "constant_with_warmup", "warmup_steps": 10, "weight_decay": 0.1},
 }
-KINDS = ("standard", "mup")
+KINDS = ("mup", "standard")
 SEEDS = (1, 2, 3)  # of the coordinate check
-LAST = 10  # steps whose mean loss judges a rate
+LAST = 30  # steps whose mean loss judges a rate
 
 
 def run_of(
@@ -130,8 +130,8 @@ def minimum(rates: Sequence[float], losses: Sequence[float]) -> float:
 
 def measure(data: Path, parts: Sequence[str], tiny: bool = False) -> dict[str, Any]:
     """The rows of all measurements."""
-    widths, depths, steps = (64, 128, 256, 512), (2, 4, 8, 16), 60
-    rates = [2.0**-power for power in range(10, 3, -1)]
+    widths, depths, steps = (64, 128, 256, 512), (2, 4, 8, 16), 150
+    rates = [2.0**-power for power in range(10, 4, -1)]
     if tiny:
         widths, depths, steps, rates = (32, 64), (1, 2), 12, rates[2:5]
     rows: list[dict[str, Any]] = []
