@@ -76,6 +76,7 @@ OPTIMIZERS = {
         lr_bounds=_ADAMW_BOUNDS,
         block_matrices_only=True,
         layerwise=True,
+        scale_free=True,
     ),
     "sgd": Optimizer(moments=0, momentum=0.9, first_lr=0.1, lr_range=(1e-5, 100.0), layerwise=True),
     "schedule_free_adamw": Optimizer(

@@ -96,8 +96,15 @@ def mup_rates(config: ModelConfig, options: OptimizerOptions, logical_axes: Para
     """Return a tree like `logical_axes` of muP's factor of each rate; None without muP."""
     if options.base is None:
         return None
-    tree = mup_factors(config, options.base, logical_axes)
-    return jax.tree.map(lambda f: f.rate, tree, is_leaf=lambda leaf: isinstance(leaf, MupFactors))
+    # An orthogonal update is as large in all directions, not in a few as Adam's: its largest
+    # singular value grows with the root of the width (Yang, Simon and Bernstein, 2023).
+    orthogonal = (config.hidden_dim / options.base.hidden_dim) ** 0.5
+
+    def rate(axes: Axes, factors: MupFactors) -> float:
+        is_orthogonal = options.rule.block_matrices_only and is_block_matrix(axes)
+        return factors.rate * (orthogonal if is_orthogonal else 1.0)
+
+    return map_axes(rate, logical_axes, mup_factors(config, options.base, logical_axes))
 
 
 def describe_groups(options: OptimizerOptions, shapes: Params, logical_axes: Params) -> str:

@@ -133,13 +133,15 @@ def test_the_base_itself_trains_as_without() -> None:
 
 
 @pytest.mark.slow
-def test_activations_stay_as_large_with_width_and_depth() -> None:
+@pytest.mark.parametrize(("optimizer", "lr"), [("adamw", 0.02), ("muon", 0.1), ("lion", 0.004)])
+def test_activations_stay_as_large_with_width_and_depth(optimizer: str, lr: float) -> None:
     """The coordinate check at four times the base (`benchmarks/mup.py` goes to 1,024 wide)."""
+    standard, mup = (replace(options, optimizer=optimizer) for options in (OPTIONS, MUP))
 
     def size(width: int, layers: int, options: OptimizerOptions) -> float:
         config = model(width, layers, 8)
         axes = layout(config).logical_axes
-        rule = build_optimizer(options, 0.02, axes, mup_rates(config, options, axes))
+        rule = build_optimizer(options, lr, axes, mup_rates(config, options, axes))
         params = trained(rule, initial_parameters(config, 0, base=options.base), config)
         decoder = nnx.merge(layout(config).graphdef, params)
         ids = jax.random.randint(jax.random.key(2), (8, 16), 0, 64)
@@ -147,8 +149,8 @@ def test_activations_stay_as_large_with_width_and_depth() -> None:
         return float(looks["residual stream"][-1]) ** 0.5
 
     for width, layers in ((128, 2), (32, 8)):
-        assert size(width, layers, MUP) / size(32, 2, MUP) == pytest.approx(1, abs=0.3)
-    assert size(128, 2, OPTIONS) / size(32, 2, OPTIONS) > 2
+        assert size(width, layers, mup) / size(32, 2, mup) == pytest.approx(1, abs=0.3)
+    assert size(128, 2, standard) / size(32, 2, standard) > 2
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,9 @@ def test_activations_stay_as_large_with_width_and_depth() -> None:
     ],
 )
 def test_where_it_has_no_rates_it_is_refused(flags: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="--parametrization mup needs --optimizer adamw, lion"):
+    with pytest.raises(
+        UserError, match="--parametrization mup needs --optimizer adamw, lion, muon"
+    ):
         resolve({"parametrization": "mup", **flags})
     with pytest.raises(UserError, match="--base_hidden_dim must be"):
         resolve({"parametrization": "mup", "base_hidden_dim": 0})
