@@ -15,7 +15,7 @@ import numpy as np
 from consyn_jax.config import RunConfig, architecture
 from consyn_jax.distributed.allocators import keep_freed_memory
 from consyn_jax.distributed.auto_mesh import Machine
-from consyn_jax.model.parameters import initial_parameters
+from consyn_jax.model.parameters import initial_parameters, unchanged
 from consyn_jax.model_config import ModelConfig
 from consyn_jax.resolve import resolve
 from consyn_jax.tokenization import BPETokenizer
@@ -132,7 +132,7 @@ class TrainStep:
         self.schedule, self.built = made.schedule, made.build()
         self.program = self.built.program
         self.compiled = made.compile_train_step(self.run)
-        parameters = source.make(self.program.mesh)
+        parameters = source.make(self.program.mesh, unchanged)
         look(self.config, parameters)
         self.state = self.program.initial_state(parameters)
 
@@ -180,8 +180,8 @@ class RecipeRun:
         run = resolve({"data": [str(data)], **(given or {})}, recipe)
         config, tokenizer = run[0], BPETokenizer.bytes()
         shape = architecture(config.model, vocab_size=tokenizer.vocab_size)
-        seed = config.budget.seed
-        source = DeferredModel(shape, lambda mesh, _: initial_parameters(shape, seed, mesh))
+        seed, base = config.budget.seed, config.optimizer.base
+        source = DeferredModel(shape, lambda mesh, _: initial_parameters(shape, seed, mesh, base))
         fraction = config.data.validation_fraction
         splits = [
             get_dataset(
@@ -192,7 +192,7 @@ class RecipeRun:
         self.trainer = ConsynTrainer(source, *splits, run=run)
         self.rows = np.arange(config.budget.batch_size)
         self.program = self.trainer.build().program
-        self.state: Any = self.program.initial_state(source.make(self.program.mesh))
+        self.state: Any = self.program.initial_state(source.make(self.program.mesh, unchanged))
         self.step = self.program.lower_train_step(1, self.rows.size, config.length).compile()
         self.evaluation = compile_evaluation(
             self.program, self.trainer.eval_source, self.rows.size, config.length

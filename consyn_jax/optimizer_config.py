@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from consyn_jax.flags import flag
+from consyn_jax.model_config import BaseShape
 
 PARAMETER_GROUPS = ("embedding", "head", "attention", "mlp", "norms")
+PARAMETRIZATIONS = ("standard", "mup")
 SCHEDULERS = (
     *("cosine", "linear", "constant", "constant_with_warmup", "wsd"),
     *("cosine_with_restarts", "inverse_sqrt", "polynomial", "plateau"),
@@ -33,6 +35,7 @@ class Optimizer:
         block_matrices_only: AdamW updates everything but the matrices inside the blocks.
         layerwise: the update of a layer does not depend on the others, and the state is moments
             only, so `--optimizer_memory host` can update one layer at a time.
+        scale_free: an update's size does not depend on the gradient's, element by element.
         averages_weights: evaluation and export use an average of the weights, kept in float32.
     """
 
@@ -45,6 +48,7 @@ class Optimizer:
     lr_range: tuple[float, float] = (1e-7, 1.0)
     block_matrices_only: bool = False
     layerwise: bool = False
+    scale_free: bool = False
     averages_weights: bool = False
 
 
@@ -55,7 +59,7 @@ class Optimizer:
 # 2023).
 _ADAMW_BOUNDS = (5e-5, 1e-4)
 OPTIMIZERS = {
-    "adamw": Optimizer(moments=2, lr_bounds=_ADAMW_BOUNDS, layerwise=True),
+    "adamw": Optimizer(moments=2, lr_bounds=_ADAMW_BOUNDS, layerwise=True, scale_free=True),
     "adafactor": Optimizer(moments=0, momentum=0.0, lr_bounds=_ADAMW_BOUNDS),
     "lion": Optimizer(
         moments=1,
@@ -64,6 +68,7 @@ OPTIMIZERS = {
         lr_bounds=(5e-6, 3e-5),
         lr_range=(1e-8, 0.1),
         layerwise=True,
+        scale_free=True,
     ),
     "muon": Optimizer(
         moments=1,
@@ -71,15 +76,19 @@ OPTIMIZERS = {
         lr_bounds=_ADAMW_BOUNDS,
         block_matrices_only=True,
         layerwise=True,
+        scale_free=True,
     ),
     "sgd": Optimizer(moments=0, momentum=0.9, first_lr=0.1, lr_range=(1e-5, 100.0), layerwise=True),
     "schedule_free_adamw": Optimizer(
         moments=1,
         defaults={"scheduler": "constant_with_warmup"},
         lr_bounds=(5e-5, 1e-3),
+        scale_free=True,
         averages_weights=True,
     ),
-    "cautious_adamw": Optimizer(moments=2, lr_bounds=_ADAMW_BOUNDS, layerwise=True),
+    "cautious_adamw": Optimizer(
+        moments=2, lr_bounds=_ADAMW_BOUNDS, layerwise=True, scale_free=True
+    ),
 }
 
 
@@ -110,6 +119,16 @@ class OptimizerOptions:
         f"multiples of --lr, as in embedding=2,head=0.5; groups: {', '.join(PARAMETER_GROUPS)}",
         math=True,
     )
+    parametrization: str = flag(
+        "standard",
+        "mup: initial values and rates by width and depth, so that --lr and --weight_decay found "
+        "on a small model suit a large one",
+        choices=PARAMETRIZATIONS,
+        math=True,
+    )
+    base_hidden_dim: int = flag(128, "width of the model that mup's --lr is for", math=True)
+    base_num_layers: int = flag(4, "decoder blocks of that model", math=True)
+    base_head_dim: int = flag(32, "width of its heads", math=True)
     weight_decay: float | None = flag(
         None,
         "decoupled weight decay of matrices, not of norms and biases (from --model, times "
@@ -189,6 +208,13 @@ class OptimizerOptions:
     def rule(self) -> Optimizer:
         """The optimizer's entry in the table."""
         return OPTIMIZERS[self.optimizer]
+
+    @property
+    def base(self) -> BaseShape | None:
+        """The shape that muP's rates are for; None in the standard parametrization."""
+        if self.parametrization == "standard":
+            return None
+        return BaseShape(self.base_hidden_dim, self.base_num_layers, self.base_head_dim)
 
     @property
     def momentum_decay(self) -> float:

@@ -22,7 +22,7 @@ _DAY_S = 86_400
 _ABOVE_0 = (
     *("max_tokens", "epochs", "max_steps", "total_tokens", "batch_size"),
     *("gradient_accumulation_steps", "lr", "eps", "num_cycles", "power", "max_nonfinite_steps"),
-    "dpo_beta",
+    *("dpo_beta", "base_hidden_dim", "base_num_layers", "base_head_dim"),
     *("eval_steps", "save_steps", "save_minutes", "keep_last", "keep_every", "logging_steps"),
 )
 _NOT_NEGATIVE = (
@@ -176,6 +176,11 @@ def _check_optimizer(config: RunConfig) -> None:
         have = [name for name, rule in OPTIMIZERS.items() if rule.momentum is not None]
         raise UserError(
             f"--momentum is for {', '.join(have)}; --optimizer {options.optimizer} has --beta1."
+        )
+    if options.base is not None and (config.lora.is_used or not options.rule.scale_free):
+        suited = ", ".join(name for name, rule in OPTIMIZERS.items() if rule.scale_free)
+        raise UserError(
+            f"--parametrization mup needs --optimizer {suited} and no --lora. Change one of them."
         )
     if options.decay_from is not None:
         _check_decay_from(config)

@@ -29,7 +29,7 @@ from consyn_jax.model.pretrained.config_json import to_hf_config
 from consyn_jax.model.pretrained.inspection import read_checkpoint
 from consyn_jax.model.pretrained.weights import find_model, load_parameters, save_parameters
 from consyn_jax.model.transformer import Compute, Decoder
-from consyn_jax.model_config import ModelConfig
+from consyn_jax.model_config import BaseShape, ModelConfig
 from consyn_jax.resolve import preset_architecture
 
 if TYPE_CHECKING:
@@ -82,14 +82,20 @@ class ConsynLMHeadModel(Decoder):
         return Compute(dtype, choice.backend)
 
     @classmethod
-    def from_config(cls, config: ModelConfig | str, seed: int = 42) -> ConsynLMHeadModel:
+    def from_config(
+        cls, config: ModelConfig | str, seed: int = 42, base: BaseShape | None = None
+    ) -> ConsynLMHeadModel:
         """Build an untrained model of a preset or a `ModelConfig`.
+
+        Args:
+            base: For training with `parametrization="mup"`, the shape that its rates are for.
 
         Raises:
             UserError: Neither of them, or a seed that is not a whole number from 0.
         """
         made = preset_architecture(config) if isinstance(config, str) else checked_config(config)
-        return cls.from_parameters(made, initial_parameters(made, checked_seed(seed)))
+        params = initial_parameters(made, checked_seed(seed), base=base)
+        return cls.from_parameters(made, params)
 
     @classmethod
     def from_parameters(cls, config: ModelConfig, params: Params) -> ConsynLMHeadModel:

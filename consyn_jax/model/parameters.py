@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from consyn_jax.distributed.mesh import sharding
 from consyn_jax.model.transformer import Block, Decoder
-from consyn_jax.model_config import ModelConfig
+from consyn_jax.model_config import BaseShape, ModelConfig
 
 Params = dict[str, Any]
 # A function of a parameter's path and values, whose result is kept in its place.
@@ -100,22 +100,32 @@ def forward_order(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     return order
 
 
-def initial_parameters(config: ModelConfig, seed: int, mesh: Mesh | None = None) -> Params:
+def initial_parameters(
+    config: ModelConfig, seed: int, mesh: Mesh | None = None, base: BaseShape | None = None
+) -> Params:
     """Initial values, float32, created in their final sharding.
 
     A seed gives the same bits on every mesh, because threefry counts by element.
+
+    Args:
+        base: for muP, the shape that its rates are for.
     """
     with jax.threefry_partitionable(True):
-        made: Params = _initialiser(config, mesh)(np.uint32(seed))
+        made: Params = _initialiser(config, mesh, base)(np.uint32(seed))
     return made
 
 
 @cache
-def _initialiser(config: ModelConfig, mesh: Mesh | None) -> Callable[[np.uint32], Params]:
+def _initialiser(
+    config: ModelConfig, mesh: Mesh | None, base: BaseShape | None
+) -> Callable[[np.uint32], Params]:
     """The program that makes the values of any seed, kept for the trials of a study."""
 
     def make(seed: jax.Array) -> Params:
-        return nnx.to_pure_dict(nnx.split(Decoder(config, nnx.Rngs(jax.random.key(seed))))[1])
+        params = nnx.to_pure_dict(nnx.split(Decoder(config, nnx.Rngs(jax.random.key(seed))))[1])
+        if base is None:
+            return params
+        return jax.tree.map(lambda x, f: x * f.initial, params, mup_factors(config, base, params))
 
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     return jax.jit(
@@ -123,6 +133,51 @@ def _initialiser(config: ModelConfig, mesh: Mesh | None) -> Callable[[np.uint32]
         out_shardings=layout(config).shardings(mesh) if mesh is not None else None,
         compiler_options=COMPILE_QUICKLY.get(platform),
     )
+
+
+IN_BLOCKS = ("q", "k", "v", "o", "gate", "up", "down")
+TO_RESIDUAL = ("o", "o_bias", "down", "down_bias")
+
+
+class MupFactors(NamedTuple):
+    """What muP multiplies the initial values and the rate of a parameter by.
+
+    A rate that was found on a small model, the base, is then right for one of any width and depth.
+    Width follows Yang et al. (2022, table 3, for Adam), depth CompleteP (Dey et al., 2025, with
+    alpha = 1).
+
+    The published tables multiply some activations by an m, and nothing is multiplied here. If the
+    size of an update does not depend on that of the gradient, a weight that is used m times as
+    large trains like a weight of m times the initial value and rate, with its decay divided by m.
+    So a model is an ordinary one, and files hold it as it is.
+    """
+
+    initial: float
+    rate: float
+
+
+def mup_factors(config: ModelConfig, base: BaseShape, tree: Any) -> Any:
+    """Return the `MupFactors` of all parameters, in a tree like that of axes or of values."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: _mup_factors(path[-1].key, config, base),
+        tree,
+        is_leaf=lambda leaf: isinstance(leaf, tuple),
+    )
+
+
+def _mup_factors(name: str, config: ModelConfig, base: BaseShape) -> MupFactors:
+    width = config.hidden_dim / base.hidden_dim
+    depth = config.num_layers / base.num_layers
+    initial, m = 1.0, 1.0
+    if name in TO_RESIDUAL:
+        m = 1 / depth  # the sum of all branches stays as large, even where they agree
+        initial = depth**0.5  # replaces the model's own factor (2 L)^-0.5 by the base's
+    elif name == "norm" and config.tie_embeddings:
+        m = 1 / width  # of the logits; their embedding has the factors of the input's
+    elif name in (("q_norm",) if config.qk_norm else ("q", "q_bias")):
+        m = (base.head_dim / config.head_dim) ** 0.5  # for scores divided by head_dim, not its root
+    rate = 1 / width if name in IN_BLOCKS or name == "output" else 1.0
+    return MupFactors(initial * m, rate * m)
 
 
 def _as_dict(state: Any) -> Params:

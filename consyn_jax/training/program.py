@@ -42,6 +42,7 @@ from consyn_jax.training.loss import (
     head_loss,
     head_objective,
 )
+from consyn_jax.training.optim.groups import mup_rates
 from consyn_jax.training.optim.offload import check_offload, in_host_memory, layerwise_update
 from consyn_jax.training.optim.optimizers import build_optimizer
 from consyn_jax.training.optim.skip_nonfinite import skip_nonfinite
@@ -366,10 +367,11 @@ def build_program(
     if host_moments:
         check_offload(optimizer.optimizer, precision.dtype)
     types = base_types(lora, precision.dtype)
+    axes = trained_layout(model, lora).logical_axes
     program = Program(
         model,
         Compute(precision.dtype, attention.backend, remat, precision.fp8, unroll),
-        build_optimizer(optimizer, schedule, trained_layout(model, lora).logical_axes),
+        build_optimizer(optimizer, schedule, axes, mup_rates(model, optimizer, axes)),
         optimizer.max_grad_norm,
         build_mesh(mesh.sizes, devices),
         regularisation,

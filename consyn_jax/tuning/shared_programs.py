@@ -20,6 +20,7 @@ from consyn_jax.config import RunConfig
 from consyn_jax.flags import flags
 from consyn_jax.model.parameters import Params
 from consyn_jax.model_config import ModelConfig
+from consyn_jax.training.optim.groups import mup_rates
 from consyn_jax.training.optim.optimizers import build_optimizer
 from consyn_jax.training.optim.schedules import build_schedule
 from consyn_jax.training.program import TRAIN_AXES, Program
@@ -61,12 +62,11 @@ def with_numbers(program: Program, run: RunConfig, numbers: Numbers) -> Program:
     """Return `program`, which is that of `run`, with other numbers, which may be traced."""
     rates = numbers[RATES]
     own = {name: numbers[name] for name in _OF_OPTIMIZER if name in numbers}
-    axes = program.layout.logical_axes
+    axes, options = program.layout.logical_axes, replace(run.optimizer, **own)
+    factors = mup_rates(program.config, options, axes)
     return replace(
         program,
-        optimizer=build_optimizer(
-            replace(run.optimizer, **own), lambda updates: rates[updates], axes
-        ),
+        optimizer=build_optimizer(options, lambda updates: rates[updates], axes, factors),
         max_grad_norm=numbers["max_grad_norm"],
         regularisation=replace(program.regularisation, dropout=numbers.get("dropout", 0.0)),
         seed=numbers["seed"],

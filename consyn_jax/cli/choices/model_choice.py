@@ -199,8 +199,8 @@ def deferred_model(
     files = FileFormat(model_type=shape.files.model_type, config=shape.files.config)
     shape = replace(shape, files=files if stored is None else stored.files)
     if weights is None:
-        seed = config.budget.seed
-        return DeferredModel(shape, lambda mesh, _: initial_parameters(shape, seed, mesh))
+        seed, mup = config.budget.seed, config.optimizer.base
+        return DeferredModel(shape, lambda mesh, _: initial_parameters(shape, seed, mesh, mup))
     name = config.model.checkpoint
     assert name is not None
     return DeferredModel(

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 from consyn_jax.errors import UserError
-from consyn_jax.model.parameters import Params, map_axes
+from consyn_jax.model.parameters import MupFactors, Params, map_axes, mup_factors
+from consyn_jax.model_config import ModelConfig
 from consyn_jax.optimizer_config import OptimizerOptions
 from consyn_jax.validation import parse_multipliers
 
@@ -91,6 +92,21 @@ def rate_multipliers(multipliers: Mapping[str, float], logical_axes: Params) -> 
     return jax.tree.map(lambda name: multipliers.get(name, 1.0), groups)
 
 
+def mup_rates(config: ModelConfig, options: OptimizerOptions, logical_axes: Params) -> Any:
+    """Return a tree like `logical_axes` of muP's factor of each rate; None without muP."""
+    if options.base is None:
+        return None
+    # An orthogonal update is as large in all directions, not in a few as Adam's: its largest
+    # singular value grows with the root of the width (Yang, Simon and Bernstein, 2023).
+    orthogonal = (config.hidden_dim / options.base.hidden_dim) ** 0.5
+
+    def rate(axes: Axes, factors: MupFactors) -> float:
+        is_orthogonal = options.rule.block_matrices_only and is_block_matrix(axes)
+        return factors.rate * (orthogonal if is_orthogonal else 1.0)
+
+    return map_axes(rate, logical_axes, mup_factors(config, options.base, logical_axes))
+
+
 def describe_groups(options: OptimizerOptions, shapes: Params, logical_axes: Params) -> str:
     """Describe how the optimizer treats which parameters, with counts.
 
@@ -111,6 +127,9 @@ def describe_groups(options: OptimizerOptions, shapes: Params, logical_axes: Par
     if options.rule.block_matrices_only:
         parts.append(f"by {options.optimizer}: {count(map_axes(is_block_matrix, logical_axes))}")
     groups = parameter_groups(logical_axes)
+    if options.base is not None:
+        base = options.base
+        parts.append(f"rates by muP for {base.hidden_dim} wide, {base.num_layers} layers")
     for name, factor in parse_multipliers(options.lr_multipliers).items():
         members = jax.tree.map(lambda group, name=name: group == name, groups)
         parts.append(f"{name} at {factor:g} x the rate: {count(members)}")

@@ -6,6 +6,7 @@ Decay, multipliers and the rate are applied here, for all rules.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,30 +55,40 @@ RULES: dict[str, Callable[[OptimizerOptions, Params], optax.GradientTransformati
 
 
 def build_optimizer(
-    options: OptimizerOptions, schedule: optax.ScalarOrSchedule, logical_axes: Params
+    options: OptimizerOptions,
+    schedule: optax.ScalarOrSchedule,
+    logical_axes: Params,
+    rate_factors: Any = None,
 ) -> optax.GradientTransformation:
     """Build the optimizer of resolved options.
 
-    Updates are -rate x multiplier x (direction + weight_decay x p): decoupled decay, of matrices
-    only (Loshchilov and Hutter, 2019). `schedule` gives the rate.
+    Updates are -rate x multiplier x (factor x direction + weight_decay x p): decoupled decay, of
+    matrices only (Loshchilov and Hutter, 2019). `schedule` gives the rate.
+
+    Args:
+        rate_factors: a tree like `logical_axes` with muP's factor of each parameter, or None.
 
     Raises:
         UserError: `--lr_multipliers` names a group that the model does not have.
     """
     assert options.weight_decay is not None
-    parts = [
-        RULES[options.optimizer](options, logical_axes),
-        optax.add_decayed_weights(options.weight_decay, decay_mask(logical_axes)),
-    ]
+    parts = [RULES[options.optimizer](options, logical_axes)]
+    if rate_factors is not None:
+        parts.append(_multiplied(rate_factors))
+    parts.append(optax.add_decayed_weights(options.weight_decay, decay_mask(logical_axes)))
     if multipliers := parse_multipliers(options.lr_multipliers):
-        factors = rate_multipliers(multipliers, logical_axes)
-        parts.append(optax.stateless(lambda u, _: jax.tree.map(jnp.multiply, u, factors)))
+        parts.append(_multiplied(rate_multipliers(multipliers, logical_axes)))
     rule = optax.chain(*parts, optax.scale_by_learning_rate(schedule))
     if options.rule.averages_weights:
         # This wrapper counts from 1, and the rule inside from 0.
         rate = (lambda count: schedule(count - 1)) if callable(schedule) else schedule
         rule = schedule_free(rule, rate, b1=options.beta1)
     return optax.chain(rule, scale_by_plateau()) if options.scheduler == "plateau" else rule
+
+
+def _multiplied(factors: Any) -> optax.GradientTransformation:
+    """Multiply the update of each parameter by its number in the tree `factors`."""
+    return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors))
 
 
 def lr_warning(lr: float, optimizer: str, from_weights: bool, factor: float = 1.0) -> str | None:
