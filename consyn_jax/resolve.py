@@ -60,7 +60,9 @@ def resolve(
     Raises:
         UserError: an unknown name or an invalid value.
     """
-    sources = ((defaults or {}, "default"), (file or {}, f"file {file_name}"), (given, given_as))
+    of_file = f"file {file_name}"
+    kept = _without_recipe(file or {}, of_file, given.get("model"))
+    sources = ((defaults or {}, "default"), (kept, of_file), (given, given_as))
     values, origins = merge(RunConfig, sources)
     _name_model_once(values, origins)
     if values["objective"] == "dpo" and values["row_format"] == "auto":
@@ -149,6 +151,28 @@ def merge(
                 raise UserError(f"{where} is not a setting{' here' if name in known else ''}{hint}")
             values[name], origins[name] = convert(known[name], value, where), origin
     return values, origins
+
+
+def _without_recipe(file: Mapping[str, Any], origin: str, model: Any) -> Mapping[str, Any]:
+    """Leave out the recipe of a config file's model if `model`, a flag, is another one.
+
+    A run's config.yaml and a study's recipe.yaml hold all values. Those that the file's model and
+    optimizer have anyway would turn any other model into that one.
+    """
+    own: Any = file.get("model")
+    if model in (None, own) or own not in PRESETS or file.get("checkpoint") is not None:
+        return file
+    chosen = {name: value for name, value in file.items() if name not in PRESETS[own]}
+    values, origins = merge(RunConfig, ((chosen, origin),))
+    _fill_recipe(values, origins, PRESETS[own], "recipe")
+    if OPTIMIZERS[values["optimizer"]].first_lr is None:
+        _fit_optimizer(values, origins)
+    written, _ = merge(RunConfig, ((file, origin),))
+    return {
+        name: value
+        for name, value in file.items()
+        if name not in PRESETS[own] or written[name] != values[name]
+    }
 
 
 def _fill_recipe(

@@ -182,6 +182,22 @@ def test_whole_numbers_are_exact() -> None:
     assert config.budget.total_tokens == 9_007_199_254_740_993
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd"])
+def test_another_model_takes_the_place_of_the_files_with_its_recipe(optimizer: str) -> None:
+    chosen = {
+        "optimizer": optimizer,
+        "batch_size": 4,
+        **({"lr": 0.1} if optimizer == "sgd" else {}),
+    }
+    whole = flat(resolve({"model": "haiku", **chosen})[0])
+    expected, _ = resolve({"model": "stanza", **chosen})
+    assert resolve({"model": "stanza"}, whole)[0] == expected
+    assert values({"model": "haiku"}, whole) == values({}, whole)
+    narrow = flat(resolve({"model": "haiku", "mlp_dim": 256, "lr": 0.02, "optimizer": "adamw"})[0])
+    other = resolve({"model": "stanza"}, narrow)[0]
+    assert (other.model.hidden_dim, other.model.mlp_dim, other.optimizer.lr) == (2048, 256, 0.02)
+
+
 def test_presets_are_architectures() -> None:
     for name in PRESETS:
         assert preset_architecture(name) == architecture(
