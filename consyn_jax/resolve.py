@@ -159,7 +159,7 @@ def _without_recipe(file: Mapping[str, Any], origin: str, model: Any) -> Mapping
     A run's config.yaml and a study's recipe.yaml hold all values. Those that the file's model and
     optimizer have anyway would turn any other model into that one.
     """
-    own: Any = file.get("model")
+    own = str(file.get("model"))
     if model in (None, own) or own not in PRESETS or file.get("checkpoint") is not None:
         return file
     chosen = {name: value for name, value in file.items() if name not in PRESETS[own]}
