@@ -22,7 +22,7 @@ from consyn_jax.files import write_whole
 from consyn_jax.hub_download import download, is_hub_id
 from consyn_jax.tokenization.byte_level import BYTE_SYMBOLS, SPLIT_PATTERN, build_json, spelling
 from consyn_jax.tokenization.chat import template_files as chat_templates
-from consyn_jax.tokenization.encoding import TextEncoder, switch_off_changes
+from consyn_jax.tokenization.encoding import TextEncoder, plain_ids, switch_off_changes
 from consyn_jax.tokenization.merges import count_words, learn_merges
 from consyn_jax.tokenization.special_tokens import (
     SPECIAL_TOKENS,
@@ -226,7 +226,7 @@ class BPETokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Decode ids; bytes that are not UTF-8, as at the cut end of a sample, become U+FFFD."""
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self._tokenizer.decode(plain_ids(ids), skip_special_tokens=skip_special_tokens)
 
     # ------------------------------------------------------------------------------ size, ids, hash
 

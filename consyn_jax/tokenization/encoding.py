@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from operator import index
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -53,6 +54,12 @@ class TextEncoder:
             UserError: a text has a lone surrogate, which is not a character; or an expression of
                 the tokenizer takes forever on a text, or makes the library panic.
         """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            found = next((t for t in texts if not isinstance(t, str)), texts)
+            raise UserError(
+                f"A tokenizer encodes text, not {type(found).__name__}. Pass a text to encode, and "
+                "a list of texts to encode_batch."
+            )
         if self._has_expressions:
             return bounded(lambda: self._encode(texts, after), limit_s(sum(map(len, texts))))
         return guarded(lambda: self._encode(texts, after))
@@ -64,6 +71,24 @@ class TextEncoder:
         of_whole = iter(_ids(self._whole, [t for t, w in zip(texts, whole, strict=True) if w]))
         of_inner = iter(_ids(self._inner, [t for t, w in zip(texts, whole, strict=True) if not w]))
         return [next(of_whole if is_whole else of_inner) for is_whole in whole]
+
+
+def plain_ids(ids: Any) -> list[int]:
+    """The ids of a text, of any library, as a list of int.
+
+    Raises:
+        UserError: they are not whole numbers from 0.
+    """
+    try:
+        found = [index(number) for number in ids]
+    except TypeError:
+        found = [-1]
+    if found and min(found) < 0:
+        raise UserError(
+            "decode takes the ids of one text, whole numbers from 0. Pass them as a list, without "
+            "the -100 of labels."
+        )
+    return found
 
 
 def switch_off_changes(tokenizer: Tokenizer) -> None:

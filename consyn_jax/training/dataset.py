@@ -23,11 +23,12 @@ from consyn_jax.data.preparation.cached_store import Prepared, prepare
 from consyn_jax.data.split import TRAIN, VALIDATION
 from consyn_jax.data.store.store_split import StoreSplit
 from consyn_jax.errors import UserError, counted, listed, nearest
+from consyn_jax.integers import is_whole
 from consyn_jax.prepare_config import CorpusOptions
 from consyn_jax.resolve import resolve_preparation
 from consyn_jax.tokenization import BPETokenizer
 
-PACKINGS = ("cut", "whole")
+CHOICES = {"packing": ("cut", "whole"), "on_long_rows": ("truncate", "drop", "error")}
 
 
 class ConsynDataset:
@@ -201,7 +202,8 @@ def get_dataset(
         UserError: as `cached_store.prepare`, or an option or the split is unknown, or the split is
             empty.
     """
-    _check_arguments(tokenizer, block_size, packing, options)
+    choices = {"packing": packing, "on_long_rows": on_long_rows}
+    _check_arguments(tokenizer, block_size, choices, options)
     given_paths = [data_path] if isinstance(data_path, str | Path) else data_path
     paths = list(map(str, given_paths))
     given = {"data": paths, "dataset_type": dataset_type, "test_fraction": test_fraction, **options}
@@ -246,7 +248,7 @@ def pack_split(
 
 
 def _check_arguments(
-    tokenizer: Any, block_size: int, packing: str | None, options: Mapping[str, Any]
+    tokenizer: Any, block_size: Any, choices: Mapping[str, Any], options: Mapping[str, Any]
 ) -> None:
     if not isinstance(tokenizer, BPETokenizer | str | Path | None):
         place = getattr(tokenizer, "name_or_path", "") or "DIR"
@@ -254,13 +256,14 @@ def _check_arguments(
             f"tokenizer is a {type(tokenizer).__name__}, not a BPETokenizer. Pass the directory or "
             f"the hub id that it is from: tokenizer={place!r}."
         )
-    if block_size < 1:
-        raise UserError(f"block_size must be at least 1, not {block_size}.")
-    if packing is not None and packing not in PACKINGS:
-        raise UserError(
-            f"packing {packing!r} is not known{nearest(packing, PACKINGS)} Known: "
-            f"{', '.join(PACKINGS)}."
-        )
+    if not is_whole(block_size) or block_size < 1:
+        raise UserError(f"block_size must be a whole number from 1, not {block_size!r}.")
+    for name, words in CHOICES.items():
+        if choices.get(name) not in (None, *words):
+            raise UserError(
+                f"{name} {choices[name]!r} is not known{nearest(str(choices[name]), words)} Known: "
+                f"{', '.join(words)}."
+            )
     known = [f.name for f in dataclasses.fields(CorpusOptions)]
     for name in options:
         if name not in known:

@@ -6,7 +6,9 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -274,3 +276,19 @@ def test_the_bundled_vocabulary_compresses_as_promised(shared_data: Path) -> Non
             sum(map(len, candidate.encode_batch(texts[name]))) for candidate in (DEFAULT, gpt2)
         )
         assert ours <= limit * theirs, f"{name}: {ours} tokens, GPT-2 {theirs}"
+
+
+@pytest.mark.parametrize("ids", [5, "ab", [[1], [2, 3]], [[1, 2]], [1.0], [-100, 3], None, [None]])
+def test_decode_refuses_what_is_not_the_ids_of_a_text(ids: Any) -> None:
+    with pytest.raises(UserError, match="decode takes the ids of one text"):
+        BPETokenizer.bytes().decode(ids)
+    assert BPETokenizer.bytes().decode(np.array([104, 105])) == "hi"
+    assert BPETokenizer.bytes().decode([]) == ""
+
+
+@pytest.mark.parametrize("text", [["a", "b"], None, 5, b"a"])
+def test_encode_refuses_what_is_not_a_text(text: Any) -> None:
+    with pytest.raises(UserError, match="A tokenizer encodes text, not"):
+        BPETokenizer.bytes().encode(text)
+    with pytest.raises(UserError, match="A tokenizer encodes text, not str"):
+        BPETokenizer.bytes().encode_batch("text")

@@ -27,6 +27,7 @@ from consyn_jax.tokenization.chat.turns import Chat
 REMEDY = "Fix the row; docs/generate.md has the format."
 KEYS = {"prompt", "messages", "tools", "functions"}
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".json")
+TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")
 
 
 class GivenPrompt(NamedTuple):
@@ -82,6 +83,11 @@ def unread_keys(prompts: Sequence[GivenPrompt]) -> list[str]:
 
 
 def _file_prompts(path: Path) -> list[GivenPrompt]:
+    if path.suffix.lower() in TABLES:
+        raise UserError(
+            f"--file {path} is a table, not prompts. Write one prompt on each line of a .txt, or "
+            'rows {"prompt": "..."} as .jsonl.'
+        )
     try:
         content = path.read_text(encoding="utf-8-sig")
     except OSError as error:
