@@ -123,7 +123,7 @@ def test_no_cluster_is_one_sentence(no_scheduler: pytest.MonkeyPatch) -> None:
     fake.config = _Fails  # type: ignore[attr-defined]
     no_scheduler.setitem(sys.modules, "kubernetes", fake)
     words = (
-        r"cannot learn from the cluster which process this is: Service host/port is not set\.\. "
+        r"cannot learn from the cluster which process this is: Service host/port is not set\. "
         r"Give --coord"
     )
     with pytest.raises(UserError, match=words):
