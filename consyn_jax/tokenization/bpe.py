@@ -378,7 +378,7 @@ def own_tokenizer(directory: Path) -> BPETokenizer | None:
     return BPETokenizer.from_file(directory) if holds_tokenizer(directory) else None
 
 
-def load_tokenizer(spec: str) -> BPETokenizer:
+def load_tokenizer(spec: str | Path) -> BPETokenizer:
     """The tokenizer that `--tokenizer` names: `default`, `bytes`, a path, or a hub id.
 
     Raises:
@@ -386,8 +386,8 @@ def load_tokenizer(spec: str) -> BPETokenizer:
     """
     if spec in ("default", "bytes"):
         return BPETokenizer() if spec == "default" else BPETokenizer.bytes()
-    if is_hub_id(spec):
-        return BPETokenizer.from_file(download(spec, [*KEPT, "config.json"]))
+    if is_hub_id(name := str(spec)):
+        return BPETokenizer.from_file(download(name, [*KEPT, "config.json"]))
     return BPETokenizer.from_file(spec)
 
 

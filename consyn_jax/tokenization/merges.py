@@ -15,6 +15,8 @@ from itertools import pairwise
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 
+from consyn_jax.errors import UserError
+
 CHUNK_CHARS = 200_000
 LONGEST_WORD_BYTES = 1_000
 
@@ -26,10 +28,20 @@ def count_words(texts: Iterable[str], pattern: str) -> Counter[bytes]:
 
     A word of more than 1,000 bytes, such as a base64 blob, is counted in pieces, which keeps
     learning linear in the text.
+
+    Raises:
+        UserError: they are not texts.
     """
     split = Split(Regex(pattern), "isolated")
     words: Counter[str] = Counter()
+    if isinstance(texts, str):
+        raise UserError("A vocabulary is learned from several texts. Pass them as a list: [text].")
     for text in texts:
+        if not isinstance(text, str):
+            raise UserError(
+                f"A vocabulary is learned from texts, not from a {type(text).__name__}. Pass the "
+                'text of each row, such as row["text"].'
+            )
         for chunk in _chunks(text):
             words.update(word for word, _ in split.pre_tokenize_str(chunk))
     counts: Counter[bytes] = Counter()

@@ -28,6 +28,7 @@ from consyn_jax.prepare_config import CorpusOptions
 from consyn_jax.resolve import resolve_preparation
 from consyn_jax.tokenization import BPETokenizer
 
+LOWEST = {"block_size": 1, "seed": 0}
 CHOICES = {"packing": ("cut", "whole"), "on_long_rows": ("truncate", "drop", "error")}
 
 
@@ -118,6 +119,11 @@ class MixedDataset:
     ) -> None:
         if not sources:
             raise UserError("A mixture needs at least one dataset.")
+        if not isinstance(sources, Mapping) or isinstance(weights, Mapping):
+            raise UserError(
+                "A mixture takes datasets by name and a list of weights in their order, as in "
+                'MixedDataset({"a": one, "b": two}, [3, 1], seed=42).'
+            )
         self.sources, self.weights = dict(sources), weights
         (first, dataset), *others = self.sources.items()
         for name, other in others:
@@ -202,8 +208,9 @@ def get_dataset(
         UserError: as `cached_store.prepare`, or an option or the split is unknown, or the split is
             empty.
     """
+    numbers = {"block_size": block_size, "seed": seed}
     choices = {"packing": packing, "on_long_rows": on_long_rows}
-    _check_arguments(tokenizer, block_size, choices, options)
+    _check_arguments(tokenizer, numbers, choices, options)
     given_paths = [data_path] if isinstance(data_path, str | Path) else data_path
     paths = list(map(str, given_paths))
     given = {"data": paths, "dataset_type": dataset_type, "test_fraction": test_fraction, **options}
@@ -248,7 +255,10 @@ def pack_split(
 
 
 def _check_arguments(
-    tokenizer: Any, block_size: Any, choices: Mapping[str, Any], options: Mapping[str, Any]
+    tokenizer: Any,
+    numbers: Mapping[str, Any],
+    choices: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> None:
     if not isinstance(tokenizer, BPETokenizer | str | Path | None):
         place = getattr(tokenizer, "name_or_path", "") or "DIR"
@@ -256,8 +266,9 @@ def _check_arguments(
             f"tokenizer is a {type(tokenizer).__name__}, not a BPETokenizer. Pass the directory or "
             f"the hub id that it is from: tokenizer={place!r}."
         )
-    if not is_whole(block_size) or block_size < 1:
-        raise UserError(f"block_size must be a whole number from 1, not {block_size!r}.")
+    for name, number in numbers.items():
+        if not is_whole(number) or number < LOWEST[name]:
+            raise UserError(f"{name} must be a whole number from {LOWEST[name]}, not {number!r}.")
     for name, words in CHOICES.items():
         if choices.get(name) not in (None, *words):
             raise UserError(

@@ -114,7 +114,7 @@ class ConsynTrainer:
         eval_dataloader = recognise(eval_dataloader, "eval_dataloader")
         if run is None:
             own = [("epochs", num_epochs), ("max_steps", max_steps), ("lr", learning_rate)]
-            given = {"output": os.fspath(output_dir), **{n: v for n, v in own if v is not None}}
+            given = {"output": output_dir, **{n: v for n, v in own if v is not None}}
             data = (train_dataloader, eval_dataloader)
             run = resolve_keywords(model.config, data, given_once(given, settings))
         (self.run, self.origins), made_by = run, getattr(train_dataloader, "tokenizer", None)

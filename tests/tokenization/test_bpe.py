@@ -292,3 +292,20 @@ def test_encode_refuses_what_is_not_a_text(text: Any) -> None:
         BPETokenizer.bytes().encode(text)
     with pytest.raises(UserError, match="A tokenizer encodes text, not str"):
         BPETokenizer.bytes().encode_batch("text")
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("text", "from several texts. Pass them as a list"),
+        ([{"text": "a"}], "not from a dict. Pass"),
+    ],
+)
+def test_a_vocabulary_is_learned_from_texts(texts: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        BPETokenizer.train_from_iterator(texts, 300)
+
+
+def test_a_path_names_a_tokenizer(tmp_path: Path) -> None:
+    BPETokenizer.bytes().save(tmp_path)
+    assert load_tokenizer(tmp_path).sha256 == BPETokenizer.bytes().sha256

@@ -124,7 +124,7 @@ def test_the_test_split_and_the_options_of_preparation(
 def test_a_tokenizer_of_another_library_is_answered_with_its_name() -> None:
     theirs = SimpleNamespace(name_or_path="some/model")
     with pytest.raises(UserError, match=r"tokenizer is a Simple.*: tokenizer='some/model'\.$"):
-        _check_arguments(theirs, 16, {}, {})
+        _check_arguments(theirs, {}, {}, {})
 
 
 def test_whole_documents(tokenizer: BPETokenizer, tmp_path: Path) -> None:
@@ -224,6 +224,7 @@ def test_datasets_that_cannot_be_mixed(tokenizer: BPETokenizer, tmp_path: Path) 
             "The split 'validation' of sample has no documents",
         ),
         ({"block_size": 0}, "block_size must be a whole number from 1, not 0"),
+        ({"seed": -1}, "seed must be a whole number from 0, not -1"),
         ({"on_long_rows": "cut"}, "on_long_rows 'cut' is not known.* Known: truncate, drop, error"),
         ({"dataset_type": "jsonl"}, "--data sample is text, not JSON rows"),
         ({"packing": "hole"}, r"packing 'hole' is not known; did you mean whole\?"),

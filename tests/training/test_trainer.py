@@ -113,7 +113,7 @@ def test_what_needs_evaluations_is_refused_without_data_for_them(
     ("given", "remedy"),
     [
         (("some/model", None), r"Pass ConsynLMHeadModel\.from_pretrained\('some/model'\)"),
-        ((object(), None), r"model is a object, .*pass ConsynLMHeadModel\.from_pretrained"),
+        ((object(), None), r"model is a object, .*Pass ConsynLMHeadModel\.from_pretrained"),
         (
             (DeferredModel(CONFIG, lambda mesh, convert: {}), "some/model"),
             r"tokenizer is a str, .*pass BPETokenizer\.from_file",

@@ -241,6 +241,8 @@ def recognise(data: Any, name: str) -> Any:
         return data
     if isinstance(data, str | PathLike):
         raise UserError(f"{name} is a path. Pass get_dataset({str(data)!r}) instead.")
+    if hasattr(data, "to_pydict"):
+        raise UserError(f"{name} is a table. Pass its columns as lists: table.to_pydict().")
     if isinstance(data, Mapping):
         return _columns(data, name)
     if hasattr(data, "ndim") and not isinstance(data, Iterator):

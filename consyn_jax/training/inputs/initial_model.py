@@ -52,9 +52,14 @@ def checked(model: Any, tokenizer: Any) -> ConsynLMHeadModel | DeferredModel:
             "from_config for new weights."
         )
     if not isinstance(model, ConsynLMHeadModel | DeferredModel):
+        theirs = (
+            "Write it with save_pretrained(DIR), and pass ConsynLMHeadModel.from_pretrained(DIR)"
+        )
+        ours = "Pass ConsynLMHeadModel.from_pretrained(DIR), or from_config for new weights"
+        is_model = hasattr(model, "save_pretrained") and not isinstance(model, type)
         raise UserError(
-            f"model is a {type(model).__name__}, not a ConsynLMHeadModel. Write it with "
-            "save_pretrained(DIR), and pass ConsynLMHeadModel.from_pretrained(DIR)."
+            f"model is a {type(model).__name__}, not a ConsynLMHeadModel. "
+            f"{theirs if is_model else ours}."
         )
     if not isinstance(tokenizer, BPETokenizer | None):
         raise UserError(

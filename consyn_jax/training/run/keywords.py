@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from typing import Any
 
@@ -17,15 +18,18 @@ def given_once(own: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Join the parameters of `ConsynTrainer`, by the names of their flags, and the other settings.
 
     Raises:
-        UserError: a setting is given by both names.
+        UserError: a setting is given by both names, or output_dir is no path.
     """
+    if not isinstance(own["output"], str | os.PathLike):
+        kind = type(own["output"]).__name__
+        raise UserError(f"output_dir must be the path of a directory, not of type {kind}.")
     names = {"epochs": "num_epochs", "lr": "learning_rate", "output": "output_dir"}
     for name in own.keys() & settings.keys():
         if (name, own[name]) != ("output", "./output"):  # the default
             raise UserError(
                 f"{names.get(name, name)} and {name} are the same setting. Give one of them."
             )
-    return own | settings
+    return {**own, "output": os.fspath(own["output"]), **settings}
 
 
 def resolve_keywords(

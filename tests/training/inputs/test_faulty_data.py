@@ -11,6 +11,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from consyn_jax.errors import UserError
 from consyn_jax.training.accepted_data import as_source
+from consyn_jax.training.dataset import MixedDataset
+from consyn_jax.training.inputs.initial_model import checked
+from consyn_jax.training.run.keywords import given_once
 
 ROW = {"input_ids": [1, 5, 6, 2]}
 
@@ -176,3 +179,34 @@ def test_padding_is_no_target_whatever_the_loss_mask_says() -> None:
     source = source_of([{**padded, "loss_mask": [1, 1, 1, 1]}] * 2)
     batch = next(iter(source.training(0, 2, 1, np.arange(2))))
     assert batch["loss_mask"][0, :, :5].tolist() == [[True, True, True, False, False]] * 2
+
+
+class ArrowTable:
+    """As a table of pyarrow."""
+
+    def to_pydict(self) -> dict[str, list[Any]]:
+        return {"input_ids": [[1, 5, 6]]}
+
+
+def test_a_table_of_arrow_is_answered_with_its_columns() -> None:
+    with pytest.raises(UserError, match=r"is a table. Pass its columns as lists: table.to_pydict"):
+        source_of(ArrowTable())
+    assert source_of(ArrowTable().to_pydict()).description
+
+
+@pytest.mark.parametrize("place", [None, 3, ["a"]])
+def test_a_directory_of_another_type_is_named(place: Any) -> None:
+    with pytest.raises(UserError, match="output_dir must be the path of a directory, not of type"):
+        given_once({"output": place}, {})
+
+
+def test_what_is_no_model_is_answered_by_what_it_is() -> None:
+    with pytest.raises(UserError, match=r"model is a NoneType.* Pass ConsynLMHeadModel.from_pre"):
+        checked(None, None)
+    with pytest.raises(UserError, match=r"model is a Linear.* Pass ConsynLMHeadModel.from_pretr"):
+        checked(torch.nn.Linear(1, 1), None)
+
+
+def test_a_mixture_of_a_list_is_answered_with_an_example() -> None:
+    with pytest.raises(UserError, match=r"MixedDataset\(\{"):
+        MixedDataset.__init__.__wrapped__(object.__new__(MixedDataset), ["a"], [1], 0)  # type: ignore[attr-defined]
