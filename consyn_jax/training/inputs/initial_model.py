@@ -52,14 +52,11 @@ def checked(model: Any, tokenizer: Any) -> ConsynLMHeadModel | DeferredModel:
             "from_config for new weights."
         )
     if not isinstance(model, ConsynLMHeadModel | DeferredModel):
-        theirs = (
-            "Write it with save_pretrained(DIR), and pass ConsynLMHeadModel.from_pretrained(DIR)"
-        )
-        ours = "Pass ConsynLMHeadModel.from_pretrained(DIR), or from_config for new weights"
-        is_model = hasattr(model, "save_pretrained") and not isinstance(model, type)
+        is_theirs = hasattr(model, "save_pretrained") and not isinstance(model, type)
+        first = "Write it with save_pretrained(DIR), and pass" if is_theirs else "Pass"
         raise UserError(
-            f"model is a {type(model).__name__}, not a ConsynLMHeadModel. "
-            f"{theirs if is_model else ours}."
+            f"model is a {type(model).__name__}, not a ConsynLMHeadModel. {first} "
+            "ConsynLMHeadModel.from_pretrained(DIR), or from_config for new weights."
         )
     if not isinstance(tokenizer, BPETokenizer | None):
         raise UserError(
