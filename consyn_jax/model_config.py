@@ -179,7 +179,9 @@ class ModelConfig:
         if not (_is_number(self.norm_eps) and self.norm_eps >= 0):
             raise UserError(f"--norm_eps must be at least 0, not {self.norm_eps!r}.")
         if self.files.dtype not in DTYPES:
-            raise UserError(f"{self.files.dtype!r} is not a type of weights.")
+            raise UserError(
+                f"{self.files.dtype!r} is not a type of weights. Use {', '.join(DTYPES)}."
+            )
         self._check_layers()
         self._check_rotation()
 
@@ -217,19 +219,22 @@ class ModelConfig:
         dim, scaling = self.rotary_dim, self.rope_scaling
         if not 0 < self.rotary_fraction <= 1 or dim < 2 or dim % 2:
             raise UserError(
-                f"A rotary share of {self.rotary_fraction} does not leave an even number of the "
-                f"{self.head_dim} elements of a head to rotate."
+                f"A rotary share of {self.rotary_fraction} of heads with {self.head_dim} elements "
+                "is not an even number from 2. Change partial_rotary_factor or --head_dim."
             )
         if scaling is None:
             return
         if scaling.rope_type == "dynamic" and dim == 2:
-            raise UserError("Rotary scaling dynamic needs heads wider than 2.")
+            raise UserError(
+                "Rotary scaling dynamic needs more than 2 rotated elements in a head. Give wider "
+                "heads or a larger partial_rotary_factor."
+            )
         for name in ("short_factor", "long_factor"):
             count = len(getattr(scaling, name))
             if scaling.rope_type == "longrope" and count != dim // 2:
                 raise UserError(
                     f"Rotary scaling longrope has {count} values in {name}, and heads of this "
-                    f"model rotate {dim // 2} pairs."
+                    f"model rotate {dim // 2} pairs. Give one value for each pair."
                 )
 
     def saved_as(self, dtype: str | None) -> ModelConfig:
@@ -333,7 +338,8 @@ class LoraOptions:
             given = [name for name, value in vars(NO_LORA).items() if getattr(self, name) != value]
             if given:
                 raise UserError(
-                    f"--{given[0]} is for an adapter. Give --lora_rank, or leave it out."
+                    f"--{given[0]} is for an adapter. Give --lora_rank for one, or leave "
+                    f"--{given[0]} out."
                 )
             return
         if self.rank < 1:

@@ -92,8 +92,8 @@ def checked_prompts(prompts: Any, vocab_size: int) -> list[list[int]]:
     for i, ids in enumerate(as_array(prompts) if hasattr(prompts, "ndim") else prompts):
         if any(isinstance(part, Mapping) and "role" in part for part in _parts(ids)):
             raise UserError(
-                "The prompts are messages of a conversation. Pass the ids that the tokenizer's "
-                "chat template gives, or use consyn-generate with --file."
+                "The prompts are messages of a conversation. Use consyn-generate with --file, or "
+                "pass the ids that apply_chat_template of transformers gives."
             )
         if isinstance(ids, Mapping):
             raise UserError(f"Prompt {i} is a dict, but must be ids. Pass its 'input_ids'.")

@@ -54,11 +54,13 @@ class TextEncoder:
             UserError: a text has a lone surrogate, which is not a character; or an expression of
                 the tokenizer takes forever on a text, or makes the library panic.
         """
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            found = next((t for t in texts if not isinstance(t, str)), texts)
+        if isinstance(texts, str):
+            raise UserError("encode_batch takes a list of texts, not one. Pass it as [text].")
+        if not all(isinstance(text, str) for text in texts):
+            kind = next(type(text).__name__ for text in texts if not isinstance(text, str))
             raise UserError(
-                f"A tokenizer encodes text, not {type(found).__name__}. Pass a text to encode, and "
-                "a list of texts to encode_batch."
+                f"A tokenizer encodes text, not {kind}. Pass a text to encode, and a list of texts "
+                "to encode_batch."
             )
         if self._has_expressions:
             return bounded(lambda: self._encode(texts, after), limit_s(sum(map(len, texts))))

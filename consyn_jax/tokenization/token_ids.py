@@ -148,7 +148,8 @@ def _rows(given: Mapping[str, Any], place: str) -> Iterator[tuple[str, Mapping[s
         remedy = COLUMNS.get(name, LABELS)
         if not _is_nested(values):
             raise UserError(
-                f"{place} has input_ids as a list of rows, and {name} that are not one. {remedy}"
+                f"{place} has several rows of input_ids, and its {name} are not a list of rows. "
+                f"Give one row of {name} for each of input_ids."
             )
         if len(values) != count:
             raise UserError(

@@ -287,9 +287,11 @@ def _split(prepared: Prepared, split: str, paths: Sequence[str]) -> StoreSplit:
         raise UserError(f"There is no split {split!r} in the data. Known: {', '.join(names)}.")
     documents = prepared.store.split(split)
     if not documents.num_tokens:
+        shares = {TRAIN: "smaller shares of the others"}
+        share = shares.get(split, f"a larger {split}_fraction")
         raise UserError(
             f"The split {split!r} of {', '.join(paths)} has no documents. Give more data, or "
-            "another validation_fraction."
+            f"{share}."
         )
     return documents
 

@@ -44,7 +44,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [1, 2], "labels": [1, 2, 3]}, r"with -100 where a token is not a target\.$"),
     (
         {"input_ids": [[1], [2]], "labels": [1, 2]},
-        r"^Row 3 has input_ids as a list of rows, and labels that are not one\. Give",
+        r"^Row 3 has several rows of input_ids, and its labels are not a list of rows\. Give",
     ),
     ({"input_ids": [[1], [2]], "labels": [[1]]}, r"^Row 3 has 1 rows of labels for 2 rows"),
     ({"input_ids": [[1], [2, 3]], "labels": [[1], [2]]}, r"^Row 3, row 1, has labels of shape"),

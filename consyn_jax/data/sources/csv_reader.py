@@ -150,7 +150,7 @@ def _lines(stream: ByteStream) -> Iterator[bytes]:
         if len(buffer) > LONGEST_FIELD:
             raise UserError(
                 f"{stream.path} has a line of more than {LONGEST_FIELD >> 20} MiB, which cannot be "
-                "a row. Fix the file, or read it as text."
+                "a row. Fix the file, or give --dataset_type text."
             )
     if buffer:
         yield buffer

@@ -102,7 +102,7 @@ def _check_alike(sources: Iterable[Source], flag: str) -> None:
         found, name = next((found, name) for found, name in kinds.items() if found)
         raise UserError(
             f"{name} in --{flag} is {found}, and the others are not. "
-            "Give them separately, or mix them with --data_weights."
+            f"Name one kind in --{flag}, or mix training data by --data_weights."
         )
 
 
@@ -172,7 +172,7 @@ def _expand(name: str, dataset_type: str, flag: str) -> Sequence[Path | Source]:
         if not found:
             raise UserError(
                 f"The pattern {name} in --{flag} matches no file. "
-                "Check it, or quote it if the shell should not expand it."
+                "Correct it; a pattern without a leading / begins at the current directory."
             )
         return [Path(match) for match in found]
     if dataset_type != "auto" or _may_be_remote(name):

@@ -112,7 +112,7 @@ def _lines(name: str, stream: ByteStream, start: Position) -> Iterator[Block]:
             # The row is not parsed, so this is not a case for --on_bad_rows.
             raise UserError(
                 f"{name}:{number + 1} is a line of more than {LONGEST_ROW >> 20} MiB, which cannot "
-                "be a row. Fix the file, or read it as text."
+                "be a row. Fix the file, or give --dataset_type text."
             )
 
 

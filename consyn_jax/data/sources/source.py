@@ -58,8 +58,8 @@ class Source:
             return self.reader.size(self.name)
         except OSError as error:
             raise UserError(
-                f"{self.name} cannot be read: {error.strerror}. "
-                "Leave the data alone while it is prepared."
+                f"{self.name} cannot be read any more: {error.strerror}. Put it back, and do not "
+                "change the data while it is read."
             ) from error
 
     @property

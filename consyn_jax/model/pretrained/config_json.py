@@ -46,8 +46,8 @@ def family_of(config: ModelConfig) -> Family:
         if family.holds(config):
             return family
     raise UserError(
-        "No Hugging Face layout holds a model with this combination of norms, biases, windows and "
-        f"rotations. Supported are the combinations of {', '.join(FAMILIES)}."
+        "No Hugging Face layout holds a model with these norms, biases, windows and rotations "
+        f"together, so it could not be saved. Set them as in one of {', '.join(FAMILIES)}."
     )
 
 
@@ -128,9 +128,12 @@ def from_hf_config(hf: dict[str, Any], where: str) -> ModelConfig:
     except UserError as wrong:
         raise UserError(f"{where}: {_in_its_keys(str(wrong))}") from None
     except KeyError as missing:
-        raise UserError(f"{where} has no {missing.args[0]!r}.") from None
+        raise UserError(f"{where} has no {missing.args[0]!r}. Add it.") from None
     except (TypeError, ValueError, ZeroDivisionError, OverflowError) as wrong:
-        raise UserError(f"{where} has a wrong value: {wrong}.") from None
+        raise UserError(
+            f"{where} has a value of the wrong type: {wrong}. Correct it, or download the file "
+            "again."
+        ) from None
     files = replace(config.files, model_type=family.model_type, config=json.dumps(hf))
     return replace(config, files=files)
 
@@ -191,7 +194,8 @@ def with_generation_config(config: ModelConfig, text: Any, where: str) -> ModelC
         is_number = isinstance(value, kinds) and not isinstance(value, bool)
         least = 0 if name == "max_new_tokens" else -(2**31)
         if value is not None and not (is_number and least <= value < 2**31):
-            raise UserError(f"{where} has {name} {value!r:.60}. Put a number there.")
+            kind = "number" if name in NUMBERS else "whole number"
+            raise UserError(f"{where} has {name} {value!r:.60}. Put a {kind} from {least} there.")
     return replace(config, generation_config=text)
 
 
@@ -220,7 +224,7 @@ def read_json(file: Path) -> dict[str, Any]:
             f"{file} {parse_fault(wrong)}. Download the file again, or correct it."
         ) from None
     if not isinstance(content, dict):
-        raise UserError(f"{file} is not a JSON object.")
+        raise UserError(f"{file} is not a JSON object. Download it again, or correct it.")
     return content
 
 

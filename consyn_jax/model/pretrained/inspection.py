@@ -97,7 +97,7 @@ def _check_tensors(directory: Path, config: ModelConfig, found: Mapping[str, Hea
         if found[name].shape != shape:
             raise UserError(
                 f"{directory}: {name} has shape {found[name].shape}, "
-                f"and config.json asks for {shape}. Correct config.json, or use its own weights."
+                f"and config.json asks for {shape}. Correct config.json, or put its weights there."
             )
     surplus = [name for name in found if name not in expected]
     if surplus:

@@ -136,8 +136,8 @@ def read_adapter(directory: Path) -> Adapter:
     for module, pair in pairs.items():
         if not _is_whole(pair):
             raise UserError(
-                f"{directory / ADAPTER_WEIGHTS} has no whole adapter of {module}. Put a good copy "
-                "there."
+                f"{directory / ADAPTER_WEIGHTS} lacks lora_A or lora_B of {module}, or their "
+                "shapes do not fit each other. Put a good copy there."
             )
         scale = _scale(directory, config, module, pair[A].shape[0])
         changes[f"{module}.weight"] = Change(pair[A], pair[B], scale)

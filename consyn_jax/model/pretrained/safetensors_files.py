@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from consyn_jax.errors import UserError, listed
+from consyn_jax.errors import UserError, brief, listed
 from consyn_jax.files import check_is_no_pointer
 from consyn_jax.model.pretrained.config_json import read_json, write_json
 
@@ -64,8 +64,8 @@ def open_weights(directory: Path) -> Read:
                 return handle.get_slice(name)[index] if index else handle.get_tensor(name)
         except (SafetensorError, OSError) as wrong:
             raise UserError(
-                f"{name} cannot be read from {file}: {wrong}. The file is damaged, or does not "
-                "belong to the model that config.json describes."
+                f"{name} cannot be read from {file}: {brief(wrong)}. Download the model again, "
+                "with the config.json that belongs to it."
             ) from None
 
     return read
@@ -141,12 +141,15 @@ def _files(directory: Path) -> Mapping[str, str] | None:
         if not isinstance(files, dict) or not all(
             isinstance(file, str) and Path(file).name == file for file in files.values()
         ):
-            raise UserError(f"{directory / INDEX} has no weight_map of plain file names.")
+            raise UserError(
+                f"{directory / INDEX} has no weight_map that names files beside it. Download the "
+                "model again."
+            )
         return files
     if (directory / SINGLE).is_file():
         return None
     pickles = [p.name for kind in ("*.bin", "*.pt*") for p in sorted(directory.glob(kind))]
-    found = "."
+    found = ". Download or copy the model again."
     if pickles:
         found = (
             f", only {pickles[0]}, a pickle, which is never opened. Load the model in "

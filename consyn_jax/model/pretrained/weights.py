@@ -174,14 +174,14 @@ def _check_shape(directory: Path, tensor: Tensor, headers: Mapping[str, Header])
     """Check that a tensor exists, in the shape that config.json asks for."""
     if tensor.name not in headers:
         raise UserError(
-            f"{directory} has no tensor {tensor.name}. A file is missing, or it does not belong to "
-            "the model that config.json describes."
+            f"{directory} has no tensor {tensor.name}, which config.json asks for. Download the "
+            "model again, with the config.json that belongs to it."
         )
     if headers[tensor.name].shape != tensor.shape:
         raise UserError(
             f"{directory}: {tensor.name} has shape {headers[tensor.name].shape}, "
-            f"and config.json asks for {tensor.shape}. Correct config.json, or use its own "
-            "weights."
+            f"and config.json asks for {tensor.shape}. Correct config.json, or put its weights "
+            "there."
         )
 
 

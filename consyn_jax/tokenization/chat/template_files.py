@@ -58,7 +58,9 @@ def _named(files: Mapping[str, bytes]) -> dict[str, str]:
         if isinstance(found, list):
             named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
         if not named or not all(isinstance(text, str) for item in named.items() for text in item):
-            raise UserError(f"Its {name} has a chat_template that is not text. Download it again.")
+            raise UserError(
+                f"The tokenizer's {name} has a chat_template that is not text. Download it again."
+            )
         return named
     return {}
 
@@ -68,7 +70,7 @@ def _text(name: str, content: bytes) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         raise UserError(
-            f"Its {name} is not UTF-8 text (byte {error.start}). Download it again."
+            f"The tokenizer's {name} is not UTF-8 text (byte {error.start}). Download it again."
         ) from error
 
 

@@ -55,7 +55,10 @@ class IndexedBatches(BatchSource):
     ) -> Iterator[Batch]:
         """Batches from the order's position at `start_step` on."""
         if self.order is None:
-            raise UserError("The training data is empty, or only for evaluation.")
+            raise UserError(
+                "The training data has no sequences, or is a FirstWindows, which is for "
+                "evaluation. Pass other data as train_dataloader."
+            )
         loader = BatchLoader(self.order, batch_size, accumulation, rows, start_step)
         return (batch for _, batch in loader)
 
@@ -63,8 +66,8 @@ class IndexedBatches(BatchSource):
         """The dataset once, in its own order."""
         if self.dataset is None:
             raise UserError(
-                "A corpus that is still being prepared cannot be evaluated on as a whole. Give its "
-                "FirstWindows."
+                "The evaluation data is a corpus that is still being prepared, which has no end "
+                "yet. Pass its consyn_jax.data.streaming.FirstWindows."
             )
         return evaluation_batches(self.dataset, batch_size, rows)
 

@@ -99,7 +99,7 @@ def test_tools_and_variables_come_along() -> None:
         ),
         (
             {"prompt": [user("a")], "chosen": [told("b") | {"weight": 0}], "rejected": "c"},
-            "holds a message of weight 0 under 'chosen'",
+            "holds an assistant message of weight 0 under 'chosen'",
         ),
         (
             {

@@ -107,7 +107,7 @@ def test_prompts_that_do_not_fit_are_refused(params: Params) -> None:
         (np.ones((1, 1, 1), int), r"^Prompt 0 has input_ids of shape \(1, 1\)"),
         ([[3], "a"], r"^Prompt 1 is a text, and others are ids"),
         ({"input_ids": [[3]], "attention_mask": [[1]]}, r"^Prompts are a dict, .* 'input_ids'"),
-        ([{"role": "user", "content": "a"}], r"^The prompts are messages of a conversation\. Pass"),
+        ([{"role": "user", "content": "a"}], r"^The prompts are messages of a conversation\. Use"),
         ([[{"role": "user", "content": "a"}]], r"^The prompts are messages of a conversation\."),
         (b"a", r"^The prompts are bytes\. Pass text: prompts\.decode\(\)"),
         (None, r"^Prompts of type NoneType are not supported\. Give a text"),

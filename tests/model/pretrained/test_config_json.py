@@ -125,8 +125,8 @@ def test_a_model_that_no_layout_holds_is_refused_before_training() -> None:
             {"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}},
             "rotary scaling linear, which phi3 lacks",
         ),
-        ({"hidden_size": "wide"}, "has a wrong value"),
-        ({"num_attention_heads": 0, "head_dim": None}, "has a wrong value"),
+        ({"hidden_size": "wide"}, "has a value of the wrong type"),
+        ({"num_attention_heads": 0, "head_dim": None}, "has a value of the wrong type"),
         (
             {"num_key_value_heads": 3},
             "num_attention_heads 4 is not a multiple of num_key_value_heads 3",

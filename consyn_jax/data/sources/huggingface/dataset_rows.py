@@ -142,7 +142,8 @@ def rows(
             except (ValueError, OverflowError, ArithmeticError) as error:
                 raise UserError(
                     f"Row {position} of {place}, or one of the {piece.num_rows - 1} after it, "
-                    f"cannot be read: {brief(error)}."
+                    f"cannot be read: {brief(error)}. Correct the value, or save the data without "
+                    "that row or column."
                 ) from error
             position += piece.num_rows
             yield RowBatch(made, position, bytes_done, unread)

@@ -66,14 +66,17 @@ def _explained(error: Exception, hub: HubName) -> UserError | OutOfReachError:
         )
     if "Dataset scripts are no longer supported" in text:
         return UserError(
-            f"The dataset {name} comes as a program, and nothing that comes with data is run. "
-            f"{name}@refs/convert/parquet may hold its rows as files."
+            f"The dataset {name} is read by a script of its own, which is never run. Try "
+            f"{name}@refs/convert/parquet, which may hold its rows as files."
         )
     answered = any(isinstance(e, HfHubHTTPError) and not _is_out_of_reach(e) for e in chain)
     if not answered and any(map(_is_out_of_reach, chain)):
         return OutOfReachError(brief(error))
     cause = brief(chain[-1] if str(chain[-1]) else error)
-    return UserError(f"The dataset {name} cannot be read: {cause}.")
+    return UserError(
+        f"The dataset {name} cannot be read: {cause}. Correct that, or download its files and give "
+        "their directory."
+    )
 
 
 def _causes(error: Exception) -> list[Exception]:

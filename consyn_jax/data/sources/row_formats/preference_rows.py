@@ -149,7 +149,10 @@ def _spoken(answer: Any, key: str) -> Messages:
         answer = [{"role": "assistant", "content": answer}]
     found = messages_of(answer, key)
     if any(message["role"] == "assistant" and not trained for message, trained in found):
-        raise BadRow(f"holds a message of weight 0 under {key!r}, which a pair has no place for.")
+        raise BadRow(
+            f"holds an assistant message of weight 0 under {key!r}, and pairs have no weights.",
+            "Remove the weight or the message, or give --on_bad_rows skip.",
+        )
     return [message for message, _ in found]
 
 

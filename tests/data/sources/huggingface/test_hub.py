@@ -375,8 +375,8 @@ def test_errors_of_the_hub_are_explained(tmp_path: Path, hub: str) -> None:
         "Check the name, or try `hf auth login`."
     )
     script = (
-        "UserError: The dataset owner/script comes as a program, and nothing that comes with data "
-        "is run. owner/script@refs/convert/parquet may hold its rows as files."
+        "UserError: The dataset owner/script is read by a script of its own, which is never run. "
+        "Try owner/script@refs/convert/parquet, which may hold its rows as files."
     )
     gated = (
         "UserError: The dataset owner/gated is gated. Ask for access at "
