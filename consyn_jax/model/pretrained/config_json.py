@@ -195,7 +195,8 @@ def with_generation_config(config: ModelConfig, text: Any, where: str) -> ModelC
         least = 0 if name == "max_new_tokens" else -(2**31)
         if value is not None and not (is_number and least <= value < 2**31):
             kind = "number" if name in NUMBERS else "whole number"
-            raise UserError(f"{where} has {name} {value!r:.60}. Put a {kind} from {least} there.")
+            kind += " from 0" if least == 0 else ""
+            raise UserError(f"{where} has {name} {value!r:.60}. Put a {kind} there.")
     return replace(config, generation_config=text)
 
 

@@ -189,5 +189,8 @@ def test_a_directory_without_config_json_is_refused(tmp_path: Path) -> None:
 )
 def test_a_generation_config_of_a_stranger_is_refused(text: Any) -> None:
     config = LAYOUTS["llama tied"][0]
-    with pytest.raises(UserError, match=r"^here (has|is not) .*Put a (number|good copy) there\.$"):
+    with pytest.raises(
+        UserError,
+        match=r"^here (has|is not) .*Put a (number|whole number|whole number from 0|good copy) there\.$",
+    ):
         with_generation_config(config, text, "here")

@@ -11,7 +11,9 @@ from consyn_jax.model import ConsynLMHeadModel
 
 def test_pickles_are_never_opened(model: Path) -> None:
     (model / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"has no model\.safetensors\.$"):
+    with pytest.raises(
+        UserError, match=r"has no model\.safetensors\. Download or copy the model again\.$"
+    ):
         ConsynLMHeadModel.from_pretrained(model)
     (model / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch opened'\ntR.")
     with pytest.raises(
