@@ -140,7 +140,7 @@ TO_RESIDUAL = ("o", "o_bias", "down", "down_bias")
 
 
 class MupFactors(NamedTuple):
-    """What muP multiplies the initial values and the rate of a parameter by.
+    """Factors of muP for the initial values and the rate of a parameter.
 
     A rate that was found on a small model, the base, is then right for one of any width and depth.
     Width follows Yang et al. (2022, table 3, for Adam), depth CompleteP (Dey et al., 2025, with

@@ -208,11 +208,9 @@ def get_dataset(
         UserError: as `cached_store.prepare`, or an option or the split is unknown, or the split is
             empty.
     """
-    numbers = {"block_size": block_size, "seed": seed}
     choices = {"packing": packing, "on_long_rows": on_long_rows}
-    _check_arguments(tokenizer, numbers, choices, options)
-    given_paths = [data_path] if isinstance(data_path, str | Path) else data_path
-    paths = list(map(str, given_paths))
+    _check_arguments(tokenizer, {"block_size": block_size, "seed": seed}, choices, options)
+    paths = list(map(str, [data_path] if isinstance(data_path, str | Path) else data_path))
     given = {"data": paths, "dataset_type": dataset_type, "test_fraction": test_fraction, **options}
     made = tokenizer if isinstance(tokenizer, BPETokenizer) else None
     resolved, _ = resolve_preparation(given | {"tokenizer": None if made else tokenizer})

@@ -366,8 +366,7 @@ def build_program(
     host_moments = hardware.optimizer_memory == "host"
     if host_moments:
         check_offload(optimizer.optimizer, precision.dtype)
-    types = base_types(lora, precision.dtype)
-    axes = trained_layout(model, lora).logical_axes
+    types, axes = base_types(lora, precision.dtype), trained_layout(model, lora).logical_axes
     program = Program(
         model,
         Compute(precision.dtype, attention.backend, remat, precision.fp8, unroll),

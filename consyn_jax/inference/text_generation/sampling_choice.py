@@ -66,9 +66,7 @@ def choose_sampling(options: SamplingOptions, defaults: Mapping[str, Any]) -> Sa
             f"--num_return_sequences {options.num_return_sequences} would give the same text each "
             "time, as the likeliest token is taken. Add --temperature 1, or leave it out."
         )
-    for name in FILTERS:
-        if values[name] == OFF[name]:
-            values[name] = None
+    values |= {name: None for name in FILTERS if values[name] == OFF[name]}
     sampling = _checked({**values, "repetition_penalty": penalty, "seed": options.seed})
     used = [
         f"{name} {value}"
