@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from consyn_jax.errors import UserError, nearest
 from consyn_jax.flags import flag
@@ -23,14 +23,6 @@ ROPE_TYPES: dict[str, tuple[str, ...]] = {
     "yarn": ("original_max_position_embeddings",),
     "longrope": ("original_max_position_embeddings", "short_factor", "long_factor"),
 }
-
-
-class BaseShape(NamedTuple):
-    """The sizes of the model that muP's rates are for (model/parametrization.py)."""
-
-    hidden_dim: int
-    num_layers: int
-    head_dim: int
 
 
 @dataclass(frozen=True)

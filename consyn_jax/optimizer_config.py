@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from consyn_jax.flags import flag
-from consyn_jax.model_config import BaseShape
 
 PARAMETER_GROUPS = ("embedding", "head", "attention", "mlp", "norms")
 PARAMETRIZATIONS = ("standard", "mup")
@@ -16,6 +15,14 @@ SCHEDULERS = (
     *("cosine_with_restarts", "inverse_sqrt", "polynomial", "plateau"),
 )
 DECAY_SHAPES = ("linear", "cosine", "sqrt")
+
+
+class BaseShape(NamedTuple):
+    """The sizes of the model that muP's rates are for (`model.parameters.MupFactors`)."""
+
+    hidden_dim: int
+    num_layers: int
+    head_dim: int
 
 
 @dataclass(frozen=True)

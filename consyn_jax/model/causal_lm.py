@@ -29,7 +29,8 @@ from consyn_jax.model.pretrained.config_json import to_hf_config
 from consyn_jax.model.pretrained.inspection import read_checkpoint
 from consyn_jax.model.pretrained.weights import find_model, load_parameters, save_parameters
 from consyn_jax.model.transformer import Compute, Decoder
-from consyn_jax.model_config import BaseShape, ModelConfig
+from consyn_jax.model_config import ModelConfig
+from consyn_jax.optimizer_config import BaseShape
 from consyn_jax.resolve import preset_architecture
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from consyn_jax.distributed.mesh import sharding
 from consyn_jax.model.transformer import Block, Decoder
-from consyn_jax.model_config import BaseShape, ModelConfig
+from consyn_jax.model_config import ModelConfig
+from consyn_jax.optimizer_config import BaseShape
 
 Params = dict[str, Any]
 # A function of a parameter's path and values, whose result is kept in its place.

@@ -226,6 +226,9 @@ class RunDirectory:
         except OSError:  # it is gone, which the lock shows, or does not answer
             return
         if is_other:
+            # It may have taken the place of the run's own since the record was compared.
+            if (found := RunRecord.read(self.path)) is not None:
+                self._check_record(found, has_lock=True)  # which names the other run
             raise UserError(
                 f"--output {self.path} is another directory than the one that the run began in, so "
                 "the run ends here. Move that one back, and run the same command again."

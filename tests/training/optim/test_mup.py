@@ -13,8 +13,8 @@ from flax import nnx
 from consyn_jax.errors import UserError
 from consyn_jax.model.parameters import Params, initial_parameters, layout, mup_factors
 from consyn_jax.model.transformer import Compute
-from consyn_jax.model_config import BaseShape, ModelConfig
-from consyn_jax.optimizer_config import OptimizerOptions
+from consyn_jax.model_config import ModelConfig
+from consyn_jax.optimizer_config import BaseShape, OptimizerOptions
 from consyn_jax.resolve import resolve
 from consyn_jax.training.optim.groups import mup_rates
 from consyn_jax.training.optim.optimizers import build_optimizer
