@@ -9,6 +9,7 @@ from run_directories import DERIVED, run
 
 from consyn_jax.errors import UserError
 from consyn_jax.tokenization import BPETokenizer
+from consyn_jax.training.checkpointing.ownership import RunRecord
 from consyn_jax.training.logging.metrics import MetricsLog, read_metrics
 from consyn_jax.training.logging.tracking.callbacks import RunView
 from consyn_jax.training.logging.tracking.trackers import TensorBoardTracker
@@ -66,6 +67,27 @@ def test_a_copy_in_the_place_of_the_directory_ends_the_run(
     with pytest.raises(UserError, match="is another directory than the one that the run began in"):
         opened.check()
     assert sorted(path.rglob("*")) == before
+
+
+def test_a_run_that_takes_its_place_during_a_check_is_named(
+    opened: RunDirectory, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened.check()
+    config, origins = run(path.with_name("other"))
+    other = open_run_directory(config, DERIVED)
+    other.write_config(config, origins, DERIVED)
+    read, own = RunRecord.read, RunRecord.read(path)
+
+    def first_the_own(directory: Path) -> RunRecord | None:
+        path.rename(path.with_name("moved"))
+        path.with_name("other").rename(path)
+        monkeypatch.setattr(RunRecord, "read", read)
+        return own
+
+    monkeypatch.setattr(RunRecord, "read", first_the_own)
+    with pytest.raises(UserError, match="holds another run now"):
+        opened.check()
+    other.close()
 
 
 def test_checkpoints_that_become_a_link_end_the_run(opened: RunDirectory, path: Path) -> None:
