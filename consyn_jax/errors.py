@@ -49,11 +49,11 @@ class Interrupted(RuntimeError):
 
 
 class Differs(RuntimeError):
-    """A difference from the record of a run. `consyn-train` exits with 4."""
+    """Something differs from the record of a run. `consyn-train` exits with 4."""
 
 
 class ProcessMissing(RuntimeError):
-    """Another process of the run did not come to its start in time.
+    """Another process of the run did not start in time.
 
     It may not be the user's mistake, and another start may succeed: commands exit with 76.
     """
@@ -197,7 +197,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def counted(number: int, what: str) -> str:
-    """A number and its noun, which gets an s; the noun ends before " of ".
+    """A number and its noun, with a plural s at its end or before " of ".
 
     >>> counted(1, "document"), counted(2_000, "file of JSON rows")
     ('1 document', '2,000 files of JSON rows')

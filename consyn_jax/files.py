@@ -242,7 +242,7 @@ def refuse_strays(directory: Path, patterns: Collection[str], *, named: Path | N
 def strays(
     directory: Path, patterns: Collection[str], *, named: Path | None = None
 ) -> Iterator[tuple[Path, str]]:
-    """Each link out of a directory, and each file that is none or too large.
+    """Each link out of a directory, each special file and each file that is too large.
 
     Args:
         patterns, named: as for `refuse_strays`.

@@ -33,11 +33,10 @@ class Optimizer:
         moments: arrays of a parameter's size that it keeps in `--moment_dtype`; 0 for a rule that
             keeps its momentum only.
         momentum: default of `--momentum`; None for a rule that has `--beta1` instead.
-        factors: multiples of the recipe's values, by flag, since recipes are for AdamW.
-        defaults: values instead of the recipe's, by flag.
-        first_lr: a rate to start from, if no multiple of the recipe's suits; `--lr` is then
-            required.
-        lr_bounds: the lowest peak rate in use for pretraining and the highest for full fine-tuning.
+        factors: by flag, what to multiply the recipe's value by, as recipes are for AdamW.
+        defaults: by flag, values that replace the recipe's.
+        first_lr: a rate to suggest if the recipe's cannot be scaled; `--lr` is then required.
+        lr_bounds: the lowest usual peak rate of pretraining, and the highest of full fine-tuning.
         lr_range: rates for `--lr_find`, from too low to change anything to too high to train.
         block_matrices_only: AdamW updates everything but the matrices inside the blocks.
         layerwise: the update of a layer does not depend on the others, and the state is moments
@@ -232,7 +231,7 @@ class OptimizerOptions:
     def moment_bytes(self) -> int:
         """Bytes that the optimizer keeps for one parameter.
 
-        For Muon, it is the value inside the blocks. Adafactor's factors are not counted.
+        For Muon, it is the figure inside the blocks. Adafactor's factors are not counted.
 
         >>> OptimizerOptions().moment_bytes, OptimizerOptions(moment_dtype="bfloat16").moment_bytes
         (8, 4)

@@ -9,7 +9,7 @@ from consyn_jax.flags import flag
 
 @dataclass(frozen=True)
 class CorpusOptions:
-    """From documents to tokens: the options that both commands have."""
+    """Options of `consyn-prepare` and `consyn-train` for turning documents into tokens."""
 
     data: tuple[str, ...] = flag(
         ("sample",),

@@ -64,7 +64,7 @@ def with_batch(settings: Settings, num_sequences: int, num_devices: int) -> Sett
 
 
 def shortest(settings: Settings, context: int | None) -> Settings:
-    """The smallest run that can result from the rows, which are not read yet.
+    """The smallest length and batch that may be chosen once the rows are read.
 
     Args:
         context: context of the model; None for a preset.

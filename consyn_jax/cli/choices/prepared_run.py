@@ -81,7 +81,7 @@ class PreparedRun:
 def prepared_run(
     settings: Settings, check_directory: Callable[[RunConfig], None]
 ) -> Iterator[PreparedRun]:
-    """Check all input before slow work, and prepare the data; streaming ends with the block.
+    """Check all input before slow work, and prepare the data; streaming ends with the `with` block.
 
     Args:
         check_directory: checks `--output`, after the flags and before the data.

@@ -65,7 +65,7 @@ def _template(given: str, tokenizer: BPETokenizer) -> str:
 
 
 def _date(tokenizer: BPETokenizer) -> list[tuple[str, str]]:
-    """The line about a template that writes the day, which is the same in all renderings."""
+    """The line about a template that writes the date, for which all rows get the same one."""
     from consyn_jax.tokenization.chat.sandbox import RENDERED_DAY, writes_date
 
     sources = (tokenizer.chat_template, tokenizer.tool_template)
