@@ -37,8 +37,8 @@ def meet(
 
     Raises:
         UserError: processes were started twice, or `answer` refused them. Every process gets the
-            same message. Process 0 of another start tells this process so, and keeps waiting for
-            its own.
+            same message. If process 0 belongs to another start, it tells this process so and keeps
+            waiting for its own.
         ProcessMissing: process 0 does not answer, or others did not connect. Every process gets
             the same message.
     """
