@@ -62,8 +62,8 @@ class Block:
         file_bytes: bytes of the source's file read so far, for progress.
         begins, last: for a part, whether it is the first and the last part of its document.
         split: the split of the documents, if their text does not decide it.
-        numbers: for rows that were not lines, the number of each.
-        unread: columns of a table that its rows do not have, because they are not needed.
+        numbers: for rows that were not lines of a file, the number of each in the source.
+        unread: columns of a table that were not read, because no option needs them.
     """
 
     kind: str

@@ -32,8 +32,9 @@ def cache_directory() -> Path:
 class FileHashes:
     """Hexadecimal SHA-256 of files, as a context manager.
 
-    A file is read at about 1 GB/s, unless its path, inode, size and times of change are those of an
-    earlier reading. Leaving the context stores the new hashes for the next process.
+    A file whose path, inode, size and times of change are as at an earlier reading is not read
+    again; others are read at about 1 GB/s. Leaving the context stores the new hashes for the next
+    process.
     """
 
     def __init__(self) -> None:

@@ -61,7 +61,8 @@ class Tokens(ABC):
         """Fill `out` for each token from `start` on: 1 for a target of the loss, else 0 or `GIVEN`.
 
         `GIVEN` is the first token of a document that brings its own beginning, so that no BOS is
-        put in front of it and the token is an input only. `BETWEEN` parts the sequences of a pair.
+        put in front of it and the token is an input only. `BETWEEN` separates the two sequences of
+        a pair.
         """
         out[:] = 1
 

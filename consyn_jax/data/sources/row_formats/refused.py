@@ -1,4 +1,4 @@
-"""Refuse rows that fine-tuning cannot use as they are, and name the part that it could use."""
+"""Refuse rows that fine-tuning cannot use whole, and name the part that it can use."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def is_dialogue(value: Any) -> bool:
 
 
 def _flags(row: dict, prefix: str = "") -> str:
-    """The flags alone, or "" if the row shows none; `prefix` leads to it in an outer row."""
+    """The flags alone, or "" if there are none; `prefix` is the path to `row` in an outer row."""
     dialogue = _dialogue(row)
     if dialogue is not None:
         usual = not prefix and dialogue in ("messages", "conversations")
@@ -74,7 +74,7 @@ def _flags(row: dict, prefix: str = "") -> str:
 
 
 def _dialogue(row: dict) -> str | None:
-    """The key of a conversation."""
+    """The first key with a conversation under it; None if there is none."""
     return next((name for name in row if _is_shown(name) and is_dialogue(row[name])), None)
 
 
