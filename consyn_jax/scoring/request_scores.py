@@ -80,7 +80,7 @@ class TaskScores:
 
     @cached_property
     def units(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """By metric, a numerator and denominator per request; it is the ratio of their sums."""
+        """By metric, a numerator and denominator per request; the sums' ratio is the metric."""
         found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         gold = [request.gold for request, _ in self._with(gold=True)]
         for metric in NORMS if gold else ():
