@@ -36,8 +36,7 @@ class Claim:
 
     Attributes:
         trial: Optuna's.
-        reported: its evaluations so far, by their number from 0; an earlier process began it if
-            there are any.
+        reported: its evaluations so far, by number from 0; some if an earlier process began it.
     """
 
     number: int
@@ -57,7 +56,7 @@ class OptunaStudy:
     Args:
         output: the directory of the study.
         definition: what all trials have in common; another start must have the same.
-        num_evaluations: of a trial that is not pruned.
+        num_evaluations: evaluations of a trial that is not pruned.
         seed: of the sampler.
         overwrite: delete a study of this name in a database first.
 
@@ -119,7 +118,7 @@ class OptunaStudy:
                 raise
 
     def importance(self) -> dict[str, float]:
-        """The share of each flag in what makes good trials differ; empty if too few are done."""
+        """The share of each flag in what sets good trials apart; empty if too few are done."""
         importance = self._optuna.importance
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the evaluator is marked as experimental
@@ -142,7 +141,7 @@ class OptunaStudy:
             limit: the number of trials after which no new one begins.
 
         Returns:
-            None if there is none; other processes may still work on some.
+            None if no trial is left to take up or begin; other processes may still work on some.
         """
         with self._asking():
             trials = self.trials
@@ -164,7 +163,8 @@ class OptunaStudy:
             known: Optuna's id of a trial that was running; None for a new one.
 
         Returns:
-            None if the trial has ended since: its process tells so before it releases the lock.
+            None if the trial has ended meanwhile: its process reports the end before it releases
+            the lock.
         """
         place = self._claims(number)
         make_directory(place)
@@ -201,7 +201,7 @@ class OptunaStudy:
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        """Be the only process that counts, takes up and begins trials."""
+        """Hold the lock of the one process that may count, take up and begin trials."""
         place = self._place / "asking"
         make_directory(place)
         while True:
@@ -296,7 +296,7 @@ def cut_torn_line(file: Path, lock: Any) -> None:
     Optuna reads past it once and refuses the whole journal after the next line was added.
 
     Args:
-        lock: Optuna's, which whoever writes a line holds.
+        lock: Optuna's, held by any process while it writes a line.
     """
     if not file.exists():
         return

@@ -1,4 +1,4 @@
-"""Programs that trials share: what differs between them only in numbers is compiled once.
+"""Programs that trials share: one compilation serves all trials that differ only in numbers.
 
 In a run of its own, rates, decay, betas, clipping, dropout and seed are constants of the train
 step. Here they are arrays in its batch, under `NUMBERS`. The step is made from the same code:
@@ -59,7 +59,7 @@ def numbers_of(run: RunConfig, total_steps: int) -> Numbers:
 
 
 def with_numbers(program: Program, run: RunConfig, numbers: Numbers) -> Program:
-    """Return `program`, which is that of `run`, with other numbers, which may be traced."""
+    """Return `program`, which belongs to `run`, with other numbers; these may be traced."""
     rates = numbers[RATES]
     own = {name: numbers[name] for name in _OF_OPTIMIZER if name in numbers}
     axes, options = program.layout.logical_axes, replace(run.optimizer, **own)
@@ -105,7 +105,7 @@ class BoundStep:
         return self.compiled(state, batch | {NUMBERS: self.numbers})
 
     def memory_analysis(self) -> Any:
-        """Sizes, as the compiled program has them."""
+        """Memory of the compiled program."""
         return self.compiled.memory_analysis()
 
     def as_text(self) -> str | None:
@@ -115,7 +115,7 @@ class BoundStep:
 
 @dataclass(frozen=True)
 class _Ready:
-    """A program that is compiled already, where a lowered one is expected."""
+    """A compiled program that stands in for a lowered one."""
 
     compiled: Any
 
@@ -134,7 +134,7 @@ class SharedPrograms:
         return len(self._made)
 
     def once(self, kind: str, key: Hashable, make: Callable[[], Made]) -> Made:
-        """Return what `make` has made for this kind and key, now or before."""
+        """Return the result of `make` for this kind and key, made only the first time."""
         if (kind, key) not in self._made:
             self._made[kind, key] = make()
         found: Made = self._made[kind, key]
