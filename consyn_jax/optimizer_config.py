@@ -127,14 +127,14 @@ class OptimizerOptions:
     )
     parametrization: str = flag(
         "standard",
-        "mup: initial values and rates by width and depth, so that --lr and --weight_decay found "
-        "on a small model suit a large one",
+        "mup: scale initial values and rates by width and depth, so that --lr and --weight_decay "
+        "found on a small model suit a large one",
         choices=PARAMETRIZATIONS,
         math=True,
     )
     base_hidden_dim: int = flag(128, "width of the model that mup's --lr is for", math=True)
-    base_num_layers: int = flag(4, "decoder blocks of that model", math=True)
-    base_head_dim: int = flag(32, "width of its heads", math=True)
+    base_num_layers: int = flag(4, "number of decoder blocks of that model", math=True)
+    base_head_dim: int = flag(32, "width of a head of that model", math=True)
     weight_decay: float | None = flag(
         None,
         "decoupled weight decay of matrices, not of norms and biases (from --model, times "
@@ -193,8 +193,8 @@ class OptimizerOptions:
     decay_shape: str = flag("sqrt", "shape of the decay of wsd", choices=DECAY_SHAPES, math=True)
     decay_from: int | None = flag(
         None,
-        "end a wsd or constant run from its checkpoint of this step: a new run in "
-        "OUTPUT-decay-STEP, whose rate decays over --decay_ratio of the steps",
+        "decay the rate of a wsd or constant run from its checkpoint of this step, over "
+        "--decay_ratio of the steps, as a new run in OUTPUT-decay-STEP",
         math=True,
     )
     plateau_factor: float = flag(

@@ -56,7 +56,7 @@ METAVARS = {
     "topology": "GPU:HOSTSxGPUS",
     "coordinator_address": "HOST:PORT",
     "fit": "FILE",
-    "output": "DIR",
+    "output": "PATH",
     "average": "N|STEP,...",
     "shard_size": "SIZE",
     "license": "NAME",
