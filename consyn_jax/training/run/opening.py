@@ -247,8 +247,8 @@ def _saved_steps(path: Path) -> list[int]:
     try:
         if (other := misnamed(path / CHECKPOINTS)) is not None:
             raise UserError(
-                f"{other} has a name that no checkpoint has: a step of at most 15 digits, the "
-                "first of them no 0. Give it the name of its step, or move it elsewhere."
+                f"{other} is no name of a checkpoint: a step of at most 15 digits, without leading "
+                "zeros. Give it the name of its step, or move it elsewhere."
             )
         return saved_steps(path / CHECKPOINTS)
     except OSError as error:
