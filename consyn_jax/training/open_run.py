@@ -62,7 +62,7 @@ class RunInputs:
         files: how best/ and final/ are written and read.
         compile_train_step: compiles the train step of `run`, or of the same run in smaller
             micro-batches.
-        callbacks: make the user's callbacks.
+        callbacks: functions that make the user's callbacks.
         exports_model: whether the run writes best/, final/ and loss.png, and lets its model write
             samples.
     """

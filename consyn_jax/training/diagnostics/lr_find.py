@@ -86,7 +86,7 @@ def range_test(
 
     Args:
         step: a compiled train step whose optimizer has `rising_schedule(rates)`.
-        state: before the first step; the train step consumes it.
+        state: the state before the first step; the train step consumes it.
         on_step: called after each step with the number of steps and the loss.
 
     Returns:
@@ -182,7 +182,8 @@ def suggest(curve: Curve) -> Suggestion:
     begins where the curve begins, so its rate moves with the first one tried.
 
     Args:
-        curve: with rates that rise by a constant factor; only the last loss may be non-finite.
+        curve: rates, which rise by a constant factor, and losses; only the last loss may be
+            non-finite.
     """
     is_finite = all(math.isfinite(loss) for _, loss in curve)
     x, y = _arrays(curve if is_finite else curve[:-1])

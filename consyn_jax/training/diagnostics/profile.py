@@ -105,7 +105,7 @@ class Profile:
 
     Args:
         steps: the first and the last step, counted from 1; None traces nothing.
-        directory: for trace and page.
+        directory: the directory for trace and page.
         tell, warn: called with sentences about the result and about failures.
 
     Attributes:

@@ -147,7 +147,7 @@ class GivenBatches(BatchSource):
             }
 
     def _check(self, i: int, raw: Any) -> Mapping[str, Any]:
-        """The arrays of item `i` of the iterable, which has the columns of the first one."""
+        """The arrays of item `i` of the iterable, checked to have the same columns as the first."""
         where = self.batches.place(i)
         fields = fields_of(raw, where)
         self.batches.check(fields, self._vocab_size, i)

@@ -224,7 +224,7 @@ def check_methods(callback: Any, name: str) -> None:
     """Check the methods of a callback, or of a class of callbacks.
 
     Args:
-        name: of the callback in messages.
+        name: the callback's name in messages.
 
     Raises:
         UserError: it has none that is called, one of another name that begins with `on_`, or one

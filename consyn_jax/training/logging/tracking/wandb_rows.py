@@ -26,7 +26,7 @@ def written_rows(directory: Path, run_id: str, except_in: Path) -> set[Row]:
     """The rows of metrics in the files of earlier starts.
 
     Args:
-        directory: of all W&B runs.
+        directory: the directory of all W&B runs.
         except_in: the directory of this start.
     """
     found: set[Row] = set()
