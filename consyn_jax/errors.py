@@ -90,7 +90,7 @@ class Unsaved(KeyboardInterrupt):
         self._dropped: Callable[[int], None] | None = dropped
 
     def settle(self) -> None:
-        """Note that the signal was acted on, by code that goes on after it."""
+        """Note that code which caught this has acted on the signal and goes on."""
         self._dropped = None
 
     def __del__(self) -> None:

@@ -293,7 +293,7 @@ def advise(name: str, value: Any, known: Mapping[str, Flag], style: str) -> str 
 
     Args:
         name: as it was given, without dashes before it.
-        value: what it was given; None if nothing.
+        value: the value that it was given; None if it had none.
         known: the flags of this command.
         style: "flag", "keyword" or "file": how the advice writes flags.
 
@@ -323,7 +323,7 @@ def advise(name: str, value: Any, known: Mapping[str, Flag], style: str) -> str 
 
 
 def _elsewhere(name: str, advice: str | None) -> str | None:
-    """The place of a setting in Python, if `ConsynTrainer` has no such keyword."""
+    """The way to give a setting in Python if it is no keyword of `ConsynTrainer`; else None."""
     flags = [name] if advice is None else list(named_flags(advice))
     return next((ELSEWHERE[flag] for flag in flags if flag in ELSEWHERE), None)
 

@@ -135,7 +135,7 @@ class Joined:
 def _merged(
     sources: Int64[np.ndarray, " n"], read: Callable[[int, np.ndarray], Sequences]
 ) -> Sequences:
-    """Sequences of several sources in one array each.
+    """Read sequences of several sources into common arrays, in the order of `sources`.
 
     Args:
         sources: the source of each sequence, by number.

@@ -158,7 +158,7 @@ class MupFactors(NamedTuple):
 
 
 def mup_factors(config: ModelConfig, base: BaseShape, tree: Any) -> Any:
-    """Return the `MupFactors` of all parameters, in a tree like that of axes or of values."""
+    """Return the `MupFactors` of all parameters, as a tree like `tree`, of axes or of values."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: _mup_factors(path[-1].key, config, base),
         tree,

@@ -24,7 +24,7 @@ Pair = tuple[int, int]
 
 
 def count_words(texts: Iterable[str], pattern: str) -> Counter[bytes]:
-    """Count the words, in UTF-8, into which `pattern` splits the texts when they are encoded.
+    """Count the words, as UTF-8, that encoding with `pattern` splits the texts into.
 
     A word of more than 1,000 bytes, such as a base64 blob, is counted in pieces, which keeps
     learning linear in the text.

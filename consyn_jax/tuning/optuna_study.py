@@ -2,7 +2,8 @@
 
 The states of the trials are Optuna's. A process that works on a trial holds a lock besides, which
 the operating system releases if the process is killed: the trial is then taken up again under its
-number. Optuna's own heartbeats would fail it, and start another one (docs/design/libraries.md).
+number. Optuna's own heartbeats would fail the trial and start another one
+(docs/design/libraries.md).
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class OptunaStudy:
         output: the directory of the study.
         definition: what all trials have in common; another start must have the same.
         num_evaluations: evaluations of a trial that is not pruned.
-        seed: of the sampler.
+        seed: the sampler's seed.
         overwrite: delete a study of this name in a database first.
 
     Raises:

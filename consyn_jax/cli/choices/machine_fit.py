@@ -115,7 +115,7 @@ def _given(config: RunConfig, origins: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _advice(found: list[tuple[dict[str, Any], Need]], fits: bool, config: RunConfig) -> str:
-    """What to do instead, as one sentence."""
+    """Advice on what to do instead, as one sentence."""
     if not found:
         return "Use a smaller model, or a machine with a GPU."
     texts = [

@@ -55,7 +55,7 @@ class PreparedRun:
         """Keywords of a `ConsynTrainer`.
 
         Args:
-            settings: of this run, or of one that has the same data.
+            settings: the settings of this run, or of one with the same data.
         """
         config, origins = settings
         choice, made_by, training = self.choice, self.data.tokenizer, self.data.training

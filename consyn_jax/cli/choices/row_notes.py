@@ -22,7 +22,7 @@ def row_notes(
     """(name, text) of each line; no lines if the data is not rows.
 
     Args:
-        tokenizer: that of the store, with the template that was used.
+        tokenizer: the store's, with the chat template that was used.
     """
     from consyn_jax.data.preparation.corpus_report import CHANGES, NOTICES
     from consyn_jax.data.sources.rows import CONVERSATIONS

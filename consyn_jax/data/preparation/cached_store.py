@@ -196,7 +196,7 @@ class Growing:
                 self._changed.wait()
 
     def beginning(self) -> Report:
-        """Wait for the first part of the data and return its counts, or those of complete data.
+        """Wait for the first part of the data; return its counts, or the final ones if prepared.
 
         Raises:
             UserError: the preparation failed.

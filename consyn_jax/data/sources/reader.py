@@ -226,7 +226,7 @@ class Candidate:
     Attributes:
         path: the file.
         dataset_type: the type that the user asked for, or "auto".
-        suffix: in lower case, without that of the compression.
+        suffix: the file's suffix in lower case; that of a compression is left out.
     """
 
     def __init__(self, path: Path, dataset_type: str = "auto", invalid_utf8: str = "error") -> None:

@@ -81,7 +81,7 @@ def _dialogue(row: dict) -> str | None:
 def _text_field(row: dict) -> str:
     """A sentence with the field that is most likely the text, or "".
 
-    In a table of which no column is read, all values are None.
+    If no column of a table was read, all values are None.
     """
     usual = [name for name in USUAL_TEXTS if name in row]
     texts = {name: row[name] for name in row if _is_shown(name) and isinstance(row[name], str)}
