@@ -125,7 +125,7 @@ def brief(error: BaseException) -> str:
 def visible(text: str) -> str:
     r"""Replace control characters by their escapes, so that no text can drive the terminal.
 
-    Characters that reverse the direction of what follows are among them, as they can make a
+    These include characters that reverse the direction of the text after them, which can make a
     sentence look like another.
 
     >>> print(visible("a\x1b[2Jb\r\tc\u202ed"))
@@ -145,7 +145,7 @@ def visible(text: str) -> str:
 
 
 def in_line(text: str) -> str:
-    r"""As `visible`, with line breaks escaped as well, so that no name can add a line.
+    r"""Escape as `visible` does, and line breaks as well, so that no name can add a line.
 
     >>> print(in_line("a\nagrees  b"))
     a\nagrees  b

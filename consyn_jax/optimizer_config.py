@@ -182,7 +182,7 @@ class OptimizerOptions:
     warmup_steps: int | None = flag(None, "steps of warm-up; overrides --warmup_ratio", math=True)
     min_lr_ratio: float = flag(
         0.1,
-        "final rate as a share of the peak; not for constant schedules, inverse_sqrt",
+        "final rate as a share of the peak; not for constant schedules and inverse_sqrt",
         math=True,
     )
     num_cycles: int = flag(3, "number of cycles of cosine_with_restarts", math=True)

@@ -93,7 +93,7 @@ class Mixture:
         }
 
     def _cycle(self, cycle: int) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " m"]]:
-        """For every offset of a cycle, its source and how many of that source come before it."""
+        """The source of every offset in a cycle, and how many of that source come before it."""
         known = self._last  # read once: another thread may replace it
         if known is None or known[0] != cycle:
             ends = np.cumsum(self.quotas)

@@ -290,7 +290,7 @@ class WholeDocuments(PackedSequences):
 
 
 def _numbered(counts: Int64[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
-    """For `counts[i]` members of each group i: the group of each member, and its number in it.
+    """The group of each member, and its number there, if group i has `counts[i]` members.
 
     >>> _numbered(np.array([2, 0, 3]))
     (array([0, 0, 2, 2, 2]), array([0, 1, 0, 1, 2]))

@@ -1,9 +1,9 @@
 """Time of a train step, by arithmetic: matmuls, memory traffic and network at stated rates.
 
-A step is the time of its kernels one after the other, stretched by one factor for what no rate
-explains, plus the collectives that they do not hide, plus the optimizer. Rates that are not in
-the table of GPUs are constants here and in planning/network.py. docs/design/planning.md has their
-sources, and docs/planning.md compares estimates with runs that others have published.
+A step is the time of its kernels one after the other, stretched by one factor for what the rates do
+not explain, plus the collectives that the kernels do not hide, plus the optimizer. Rates that are
+not in the table of GPUs are constants here and in planning/network.py. docs/design/planning.md has
+their sources, and docs/planning.md compares estimates with runs that others have published.
 """
 
 from __future__ import annotations

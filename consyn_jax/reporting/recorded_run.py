@@ -1,4 +1,4 @@
-"""A run as its directory records it, also while it is running."""
+"""Read a run from its directory, also while it is running."""
 
 from __future__ import annotations
 

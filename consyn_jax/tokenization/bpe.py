@@ -199,7 +199,7 @@ class BPETokenizer:
     # --------------------------------------------------------------------------------- text and ids
 
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
-        """Encode a text. Special tokens come from the two switches alone, never from the text.
+        """Encode a text. Only `add_bos` and `add_eos` add special tokens; the text never does.
 
         Raises:
             UserError: the text has a lone surrogate, which is not a character, or there is no BOS.

@@ -118,7 +118,7 @@ class OpenRun:
 
 
 def write_beginning(inputs: RunInputs, opened: OpenRun, step: int) -> RunFacts | None:
-    """Write the files that a run has before its first step, in the process that writes.
+    """Write the files that precede a run's first step, in the process that writes.
 
     Args:
         step: the step from which the run starts or resumes.

@@ -350,8 +350,8 @@ def build_program(
         machine: the one that has the devices; None for this one.
 
     Raises:
-        UserError: a mesh, batch or precision that does not work on these devices, or a model that
-            no file layout holds.
+        UserError: the mesh, batch or precision does not work on these devices, or no file layout
+            can hold the model.
     """
     family_of(model)  # refuses a model that could not be written at the end
     device, rest = devices[0], (length, machine or this_machine(), lora, regularisation.sequences)

@@ -1,8 +1,8 @@
 """Optuna's side of a study: storage, sampler, pruner, and the trials that a process works on.
 
-The states of the trials are Optuna's. A process that works on a trial holds a lock besides, which
-the operating system releases if the process is killed: the trial is then taken up again under its
-number. Optuna's own heartbeats would fail the trial and start another one
+The states of the trials are Optuna's. A process that works on a trial also holds a lock. The
+operating system releases it if the process is killed, and the trial is then taken up again under
+its number. Optuna's own heartbeats would fail the trial and start another one
 (docs/design/libraries.md).
 """
 
@@ -107,7 +107,7 @@ class OptunaStudy:
         """End a trial.
 
         Args:
-            value: None for a trial without a result, from which samplers learn that it was bad.
+            value: the result; None for a trial without one, which samplers treat as bad.
         """
         state = self._optuna.trial.TrialState
         try:

@@ -43,7 +43,7 @@ Made = TypeVar("Made")
 
 
 def numbers_of(run: RunConfig, total_steps: int) -> Numbers:
-    """The numbers of a run as its train step takes them.
+    """The numbers of a run, in the form that its train step takes.
 
     Dropout and momentum are left out if they are 0, as their code is then left out of the program.
     """
@@ -76,7 +76,8 @@ def with_numbers(program: Program, run: RunConfig, numbers: Numbers) -> Program:
 def program_key(run: RunConfig, model: ModelConfig, total_steps: int) -> Hashable:
     """Identify the program of a trial: trials with equal keys differ only in numbers.
 
-    A flag counts unless it is known to be a number, so that a new one costs a compilation at worst.
+    Every flag counts unless it is known to be such a number, so that a new flag costs a compilation
+    at worst.
     """
     known = flags(RunConfig)
     constants = tuple(
@@ -196,7 +197,7 @@ class TrialProgram(Program):
         return self.shared, self.run, program_key(self.run, self.config, self.total_steps)
 
     def initial_state(self, params: Params) -> TrainState:
-        """As `Program.initial_state`."""
+        """Step 0 with these parameters, as `Program.initial_state` returns it."""
         if self.host_moments:  # made one by one, as the device cannot hold all of them
             return super().initial_state(params)
         shared, run, key = self._key
@@ -213,7 +214,7 @@ class TrialProgram(Program):
         return TrainState(step, params, opt_state, nonfinite)
 
     def lower_eval_step(self, batch_size: int, length: int) -> Any:
-        """As `Program.lower_eval_step`, but the program may be compiled already."""
+        """Do what `Program.lower_eval_step` does, but the program may be compiled already."""
         shared, _, key = self._key
         lower = super().lower_eval_step
         place = key, batch_size, length

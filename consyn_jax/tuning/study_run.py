@@ -229,7 +229,8 @@ def _num_evaluations(trainer: ConsynTrainer, options: StudyOptions) -> int:
     """Evaluations of a whole trial.
 
     Raises:
-        UserError: there are none, they have no such metric, or too few for the pruner.
+        UserError: there are no evaluations, they lack the metric, or they are too few for the
+            pruner.
     """
     source, steps = trainer.eval_source, trainer.total_steps
     if source is None:

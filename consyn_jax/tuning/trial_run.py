@@ -1,4 +1,4 @@
-"""One trial from its claim to its outcome in the study, also if an earlier process began it."""
+"""Run one trial from its claim to its outcome, also if an earlier process began it."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class TrialRun:
         return max(self.claim.reported, default=-1) < last and bool(self.claim.trial.should_prune())
 
     def _report(self, step: int, value: float) -> None:
-        """Report an evaluation by its number from 0, as pruners compare trials at equal numbers."""
+        """Report an evaluation under its number from 0; pruners compare trials at equal numbers."""
         number = math.ceil(step / self.eval_steps) - 1
         if number not in self.claim.reported and not math.isnan(value):
             self.claim.trial.report(value, number)

@@ -34,7 +34,7 @@ Note = tuple[str, str]  # a line of the header: its name and its text
 
 
 class TrainingData(NamedTuple):
-    """Data as `ConsynTrainer` takes it, and its lines of the header.
+    """Data in the form that `ConsynTrainer` takes, and its lines of the header.
 
     Attributes:
         settings: the run and the origins of its values, with those that follow from the data.

@@ -47,7 +47,7 @@ class Section:
     notes: tuple[tuple[str, ...], ...]
 
     def as_json(self) -> dict[str, Any]:
-        """For the JSON file."""
+        """The section as an object for the JSON file."""
         return {
             "name": self.name,
             "size": self.size,

@@ -59,7 +59,7 @@ def base_directory(base: Base, owner: Path, named: str) -> Path:
     """The directory of the model under an adapter, with the same weights as in training.
 
     Args:
-        owner, named: For messages: what holds the adapter, and what names its base there.
+        owner, named: For messages: the holder of the adapter, and the setting that names its base.
 
     Raises:
         UserError: It is not there, or is another model by now.

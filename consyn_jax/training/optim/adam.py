@@ -57,7 +57,7 @@ def _narrow_second_moment(rule: Any, dtype: Any) -> optax.GradientTransformation
     def update(
         updates: Any, state: Any, params: Any = None, *, layer: Any = None, **_: Any
     ) -> tuple[Any, Any]:
-        """Update all parameters, or those of one `layer`, which then draws its own numbers."""
+        """Update all parameters, or those of one `layer`; each layer has its own random numbers."""
         updates, state = rule.update(
             updates, state._replace(nu=cast(state.nu, jnp.float32)), params
         )

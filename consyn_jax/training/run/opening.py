@@ -163,7 +163,8 @@ def check_writable(path: Path) -> None:
     """Check that --output can be created and written, without creating anything.
 
     Raises:
-        UserError: it is a file, is below one, or may not be written, or its name is not text.
+        UserError: the path is a file or below one, may not be written, or has a name that is not
+            text.
     """
     _check_name(path)
     if path.exists() and not path.is_dir():

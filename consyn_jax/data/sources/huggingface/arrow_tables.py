@@ -108,7 +108,7 @@ def _parquet(path: Path, start: int, columns: Sequence[str]) -> Iterator[_Read]:
 
 
 def _arrow(path: Path, start: int, columns: Sequence[str]) -> Iterator[_Read]:
-    """As `_parquet`, for an Arrow file; record batches before `start` are not read."""
+    """The rows of an Arrow file from `start` on; record batches before it are not read."""
     chosen: list[str] | None = None
     names: list[str] = []
     for table, num_bytes in _record_batches(path):
