@@ -355,7 +355,7 @@ def _check_objective(config: RunConfig) -> None:
     """Check that the flags suit `--objective`.
 
     Raises:
-        UserError: one has no effect with it, or no meaning.
+        UserError: a flag has no effect or no meaning with it.
     """
     options, data = config.regularisation, config.data
     if not config.trains_on_pairs:

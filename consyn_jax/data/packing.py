@@ -93,7 +93,7 @@ class PackedSequences(ABC):
         return {name: values[0] for name, values in self.rows([i % len(self)]).items()}
 
     def _unpredicted(self, labels: np.ndarray) -> Bool[np.ndarray, "..."]:
-        """True where a document's first label has no BOS before it to predict it from."""
+        """True for a document's first label where no BOS is in front to predict it from."""
         return np.full(labels.shape, True) if self.bos_id is None else labels == self.bos_id
 
     @property

@@ -130,7 +130,7 @@ class Alternative:
 
     @property
     def cost(self) -> tuple[bool, float, int]:
-        """Sort key: the same result before another, then shorter steps, then fewer changes."""
+        """Sort key: first variants with the same result, then shorter steps, then fewer changes."""
         return "moment_dtype" in self.changes, self.plan.time.total, len(self.changes)
 
 

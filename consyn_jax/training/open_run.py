@@ -161,7 +161,7 @@ def open_records(
 
     Args:
         facts: the provenance facts of the run; None in processes that do not write.
-        stack: closes them; the page gets its last content then, however the run ends.
+        stack: closes them, and writes the final page then, however the run ends.
 
     Returns:
         Also the details of lost log lines, for the event `resume`.

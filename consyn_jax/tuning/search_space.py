@@ -47,7 +47,7 @@ class Dimension:
         return self.choices or (self.low, self.high)
 
     def text(self) -> str:
-        """The dimension as `--search` has it.
+        """The dimension as it is written for `--search`.
 
         >>> Dimension("lr", 1e-4, 1e-2, True).text()
         'lr=0.0001:0.01:log'

@@ -96,7 +96,7 @@ def program_key(run: RunConfig, model: ModelConfig, total_steps: int) -> Hashabl
 
 @dataclass(frozen=True)
 class BoundStep:
-    """A train step with the numbers of a trial, called like the step of a run of its own."""
+    """A train step bound to the numbers of a trial, and called like any other."""
 
     compiled: jax.stages.Compiled
     numbers: Numbers

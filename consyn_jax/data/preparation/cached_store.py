@@ -215,7 +215,7 @@ class Growing:
             return self._begun
 
     def close(self) -> None:
-        """Stop the preparation; the next one continues it. Threads that wait get an exception."""
+        """Stop the preparation; a later one continues it. Threads that wait get an exception."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()

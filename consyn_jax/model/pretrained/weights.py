@@ -62,7 +62,7 @@ def base_directory(base: Base, owner: Path, named: str) -> Path:
         owner, named: For messages: the holder of the adapter, and the setting that names its base.
 
     Raises:
-        UserError: It is not there, or is another model by now.
+        UserError: The base is missing, or has been replaced by another model.
     """
     if base.name is None or not (Path(base.name).is_dir() or is_hub_id(base.name)):
         where = "named nowhere" if base.name is None else f"not there: {base.name}"

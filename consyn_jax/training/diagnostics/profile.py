@@ -41,7 +41,7 @@ class CompiledStep:
 
     Attributes:
         text: returns its compiled text.
-        flops: FLOPs of one step on one device that the model needs.
+        flops: FLOPs that the model needs for one step on one device.
         peak: peak FLOP/s of a device; None if unknown.
     """
 

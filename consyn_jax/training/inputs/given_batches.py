@@ -74,7 +74,7 @@ class GivenBatches(BatchSource):
         return items if self.batches.are_rows else items * self.batch_size
 
     def check_batch_size(self) -> None:
-        """Check that training takes batches as large as those given.
+        """Check that the given batches have the size that training takes.
 
         Raises:
             UserError: their size differs from `batch_size`.
