@@ -132,7 +132,7 @@ class OptunaStudy:
 
     @property
     def address(self) -> str:
-        """The storage as `optuna-dashboard` takes it."""
+        """The storage's address, in the form that `optuna-dashboard` takes."""
         return self._options.storage or str(self._place / JOURNAL)
 
     def claim(self, limit: float) -> Claim | None:

@@ -179,7 +179,7 @@ def suggest(curve: Curve) -> Suggestion:
     tenth of the rate of the lowest loss. Both are several times too low for a run from random
     weights, where the steepest part is learning which tokens are frequent. The valley is fastai's
     later rule, midway along the descent. Here it begins where the descent is steepest; fastai's
-    begins where the curve begins, so its rate moves with the first one tried.
+    begins where the curve begins, so its suggestion depends on the first rate tried.
 
     Args:
         curve: rates, which rise by a constant factor, and losses; only the last loss may be
