@@ -181,9 +181,7 @@ class RegularisationOptions:
         math=True,
     )
     dpo_beta: float = flag(
-        DPO_BETA,
-        "DPO's beta: a larger one keeps the model closer to the one that it starts from",
-        math=True,
+        DPO_BETA, "DPO's beta: the larger, the closer the model stays to its start", math=True
     )
     dropout: float = flag(
         0.0, "dropout rate of embedding, attention weights and both block branches", math=True
@@ -224,7 +222,9 @@ class HardwareOptions:
     )
     gradient_checkpointing: str = flag(
         "none",
-        "which activations to recompute instead of keeping; the bare flag means full",
+        "activations to recompute; minimal: all but those of matmuls and attention; attention: all "
+        "but attention's; full, or the bare flag: all; offload: as attention, and keep the others "
+        "in host memory",
         choices=REMAT_POLICIES,
         const="full",
     )
@@ -240,7 +240,7 @@ class HardwareOptions:
     )
     mesh: str = flag(
         "auto",
-        "devices along each axis, as in data=2,fsdp=4,context=1,tensor=1; auto: fsdp over all",
+        "devices along each axis, as in data=2,fsdp=4,context=1,tensor=1; auto: suits the machine",
     )
     topology: str | None = flag(
         None, "with --dry_run: plan for these GPUs instead of this machine, as in h200:1x8"
@@ -277,8 +277,8 @@ class EvaluationOptions:
     eval_steps: int | None = flag(None, "steps between evaluations (a tenth of the run)")
     eval_requests: tuple[str, ...] = flag(
         (),
-        "JSON Lines of requests with known answers (as for consyn-evaluate) to score at each "
-        "evaluation, as eval/TASK/accuracy and more",
+        "JSON Lines files of requests with known answers, as for consyn-evaluate; each evaluation "
+        "scores them, as eval/TASK/accuracy and other metrics",
     )
     metric_for_best_model: str = flag(
         "eval/loss",
@@ -342,7 +342,7 @@ class LoggingOptions:
     profile_steps: str | None = flag(
         None, "trace steps A:B (both included, counted from 1), and report where the time went"
     )
-    quiet: bool = flag(False, "no progress bar")
+    quiet: bool = flag(False, "show no progress bar")
 
 
 @dataclass(frozen=True)

@@ -49,11 +49,11 @@ class Interrupted(RuntimeError):
 
 
 class Differs(RuntimeError):
-    """A difference from the record of a run. `consyn-train` exits with 4."""
+    """Something differs from the record of a run. `consyn-train` exits with 4."""
 
 
 class ProcessMissing(RuntimeError):
-    """Another process of the run did not come to its start in time.
+    """Another process of the run did not start in time.
 
     It may not be the user's mistake, and another start may succeed: commands exit with 76.
     """
@@ -90,7 +90,7 @@ class Unsaved(KeyboardInterrupt):
         self._dropped: Callable[[int], None] | None = dropped
 
     def settle(self) -> None:
-        """Note that the signal was acted on, by code that goes on after it."""
+        """Note that code which caught this has acted on the signal and goes on."""
         self._dropped = None
 
     def __del__(self) -> None:
@@ -125,7 +125,7 @@ def brief(error: BaseException) -> str:
 def visible(text: str) -> str:
     r"""Replace control characters by their escapes, so that no text can drive the terminal.
 
-    Characters that reverse the direction of what follows are among them, as they can make a
+    These include characters that reverse the direction of the text after them, which can make a
     sentence look like another.
 
     >>> print(visible("a\x1b[2Jb\r\tc\u202ed"))
@@ -145,7 +145,7 @@ def visible(text: str) -> str:
 
 
 def in_line(text: str) -> str:
-    r"""As `visible`, with line breaks escaped as well, so that no name can add a line.
+    r"""Escape as `visible` does, and line breaks as well, so that no name can add a line.
 
     >>> print(in_line("a\nagrees  b"))
     a\nagrees  b
@@ -197,7 +197,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def counted(number: int, what: str) -> str:
-    """A number and its noun, which gets an s; the noun ends before " of ".
+    """A number and its noun, with a plural s at its end or before " of ".
 
     >>> counted(1, "document"), counted(2_000, "file of JSON rows")
     ('1 document', '2,000 files of JSON rows')

@@ -71,7 +71,7 @@ def make_directory(path: Path) -> None:
 
 
 def open_regular(path: str | Path, flags: int, mode: int = 0o644) -> int:
-    """Open a regular file; links are refused (hard links for writing), and a pipe does not block.
+    """Open a regular file; refuse symbolic links, and for writing hard ones; a pipe does not block.
 
     It is an `opener` for Python's `open`, too.
 
@@ -143,7 +143,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def replace_directory(fresh: Path, target: Path) -> None:
-    """Give a directory that is flushed the name `target`; an older one there is removed.
+    """Rename a directory that is flushed to `target`; an older one there is removed.
 
     A crash at any moment leaves one of them whole: `target`, or what `restore_replaced` finds.
     """
@@ -242,7 +242,7 @@ def refuse_strays(directory: Path, patterns: Collection[str], *, named: Path | N
 def strays(
     directory: Path, patterns: Collection[str], *, named: Path | None = None
 ) -> Iterator[tuple[Path, str]]:
-    """Each link out of a directory, and each file that is none or too large.
+    """Each link out of a directory, each special file and each file that is too large.
 
     Args:
         patterns, named: as for `refuse_strays`.

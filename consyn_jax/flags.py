@@ -29,7 +29,7 @@ def flag(
     """Make a dataclass field that is also a command-line flag.
 
     Args:
-        choices: the values that are known; module:Class among them stands for a class of the user.
+        choices: the known values; `module:Class` among them allows any class of the user.
         const: value of the bare flag, for a flag whose value may be left out.
         math: True if the value changes what is computed, so that a resumed run must keep it and a
             test must show that it reaches the computation.

@@ -293,7 +293,7 @@ def advise(name: str, value: Any, known: Mapping[str, Flag], style: str) -> str 
 
     Args:
         name: as it was given, without dashes before it.
-        value: what it was given; None if nothing.
+        value: the value that it was given; None if it had none.
         known: the flags of this command.
         style: "flag", "keyword" or "file": how the advice writes flags.
 
@@ -323,13 +323,13 @@ def advise(name: str, value: Any, known: Mapping[str, Flag], style: str) -> str 
 
 
 def _elsewhere(name: str, advice: str | None) -> str | None:
-    """The place of a setting in Python, if `ConsynTrainer` has no such keyword."""
+    """The way to give a setting in Python if it is no keyword of `ConsynTrainer`; else None."""
     flags = [name] if advice is None else list(named_flags(advice))
     return next((ELSEWHERE[flag] for flag in flags if flag in ELSEWHERE), None)
 
 
 def _written(match: re.Match[str], value: Any, known: Mapping[str, Flag], style: str) -> str:
-    """One flag in advice with its value, as the reader would write it."""
+    """One flag in advice with its value, as the user would write it."""
     name, text = match[1], match[2] or ""
     flag = known.get(name)
     if "*" in text:
@@ -349,7 +349,7 @@ def _written(match: re.Match[str], value: Any, known: Mapping[str, Flag], style:
 
 
 def _own_value(flag: Flag | None, value: Any, placeholder: str) -> str:
-    """The reader's value as the flag takes it, or a placeholder if it does not suit."""
+    """The user's value in the form of our flag, or a placeholder if it does not fit the flag."""
     given = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     if flag is not None and flag.choices:
         given = _VALUES.get(flag.name, {}).get(given.lower(), given.lower())

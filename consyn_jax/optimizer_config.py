@@ -33,11 +33,10 @@ class Optimizer:
         moments: arrays of a parameter's size that it keeps in `--moment_dtype`; 0 for a rule that
             keeps its momentum only.
         momentum: default of `--momentum`; None for a rule that has `--beta1` instead.
-        factors: multiples of the recipe's values, by flag, since recipes are for AdamW.
-        defaults: values instead of the recipe's, by flag.
-        first_lr: a rate to start from, if no multiple of the recipe's suits; `--lr` is then
-            required.
-        lr_bounds: the lowest peak rate in use for pretraining and the highest for full fine-tuning.
+        factors: by flag, what to multiply the recipe's value by, as recipes are for AdamW.
+        defaults: by flag, values that replace the recipe's.
+        first_lr: a rate to suggest if the recipe's cannot be scaled; `--lr` is then required.
+        lr_bounds: the lowest usual peak rate of pretraining, and the highest of full fine-tuning.
         lr_range: rates for `--lr_find`, from too low to change anything to too high to train.
         block_matrices_only: AdamW updates everything but the matrices inside the blocks.
         layerwise: the update of a layer does not depend on the others, and the state is moments
@@ -128,14 +127,14 @@ class OptimizerOptions:
     )
     parametrization: str = flag(
         "standard",
-        "mup: initial values and rates by width and depth, so that --lr and --weight_decay found "
-        "on a small model suit a large one",
+        "mup: scale initial values and rates by width and depth, so that --lr and --weight_decay "
+        "found on a small model suit a large one",
         choices=PARAMETRIZATIONS,
         math=True,
     )
     base_hidden_dim: int = flag(128, "width of the model that mup's --lr is for", math=True)
-    base_num_layers: int = flag(4, "decoder blocks of that model", math=True)
-    base_head_dim: int = flag(32, "width of its heads", math=True)
+    base_num_layers: int = flag(4, "number of decoder blocks of that model", math=True)
+    base_head_dim: int = flag(32, "width of a head of that model", math=True)
     weight_decay: float | None = flag(
         None,
         "decoupled weight decay of matrices, not of norms and biases (from --model, times "
@@ -183,7 +182,7 @@ class OptimizerOptions:
     warmup_steps: int | None = flag(None, "steps of warm-up; overrides --warmup_ratio", math=True)
     min_lr_ratio: float = flag(
         0.1,
-        "final rate as a share of the peak; not for constant schedules, inverse_sqrt",
+        "final rate as a share of the peak; not for constant schedules and inverse_sqrt",
         math=True,
     )
     num_cycles: int = flag(3, "number of cycles of cosine_with_restarts", math=True)
@@ -194,8 +193,8 @@ class OptimizerOptions:
     decay_shape: str = flag("sqrt", "shape of the decay of wsd", choices=DECAY_SHAPES, math=True)
     decay_from: int | None = flag(
         None,
-        "end a wsd or constant run from its checkpoint of this step: a new run in "
-        "OUTPUT-decay-STEP, whose rate decays over --decay_ratio of the steps",
+        "decay the rate of a wsd or constant run from its checkpoint of this step, over "
+        "--decay_ratio of the steps, as a new run in OUTPUT-decay-STEP",
         math=True,
     )
     plateau_factor: float = flag(
@@ -232,7 +231,7 @@ class OptimizerOptions:
     def moment_bytes(self) -> int:
         """Bytes that the optimizer keeps for one parameter.
 
-        For Muon, it is the value inside the blocks. Adafactor's factors are not counted.
+        For Muon, it is the figure inside the blocks. Adafactor's factors are not counted.
 
         >>> OptimizerOptions().moment_bytes, OptimizerOptions(moment_dtype="bfloat16").moment_bytes
         (8, 4)

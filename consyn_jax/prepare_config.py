@@ -9,7 +9,7 @@ from consyn_jax.flags import flag
 
 @dataclass(frozen=True)
 class CorpusOptions:
-    """From documents to tokens: the options that both commands have."""
+    """Options of `consyn-prepare` and `consyn-train` for turning documents into tokens."""
 
     data: tuple[str, ...] = flag(
         ("sample",),
@@ -22,7 +22,7 @@ class CorpusOptions:
     )
     dataset_type: str = flag(
         "auto",
-        "format of --data",
+        "format of --data; sharded: token stores and token files",
         choices=("auto", "text", "jsonl", "csv", "huggingface", "sharded"),
     )
     row_format: str = flag(
@@ -41,13 +41,13 @@ class CorpusOptions:
     )
     text_key: str = flag("text", "field with the text of a row; a.b reaches into objects")
     prompt_key: str | None = flag(
-        None, "field with the prompt, which is not learned; a,b joins two fields (prompt)"
+        None, "field with the prompt, which is not trained on; a,b joins two fields (prompt)"
     )
     completion_key: str | None = flag(
-        None, "field with the completion, which is learned (completion)"
+        None, "field with the completion, which is trained on (completion)"
     )
     messages_key: str = flag(
-        "messages", "field with a conversation; only the assistant's turns are learned"
+        "messages", "field with a conversation; only the assistant's turns are trained on"
     )
     document_separator: str | None = flag(
         None, r"text between the documents of a file, with \n for a newline (none)"
@@ -82,7 +82,8 @@ class CorpusOptions:
     )
     near_duplicates: float | None = flag(
         None,
-        "leave out documents at least this similar to an earlier one, by MinHash; 0.8 if bare",
+        "leave out documents at least this similar to an earlier one, by MinHash; the bare flag "
+        "means 0.8",
         const="0.8",
     )
     tokenizer: str | None = flag(
@@ -102,7 +103,7 @@ class StoreOptions:
     output: str = flag("./tokens", "directory of the token store", aliases=("output_dir",))
     test_fraction: float = flag(0.0, "share of the documents to keep for a test split")
     overwrite: bool = flag(False, "delete the token store in --output and start anew")
-    quiet: bool = flag(False, "no progress; print only how to train on the store")
+    quiet: bool = flag(False, "show no progress; print only how to train on the store")
 
 
 @dataclass(frozen=True)

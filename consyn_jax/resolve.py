@@ -154,10 +154,10 @@ def merge(
 
 
 def _without_recipe(file: Mapping[str, Any], origin: str, model: Any) -> Mapping[str, Any]:
-    """Leave out the recipe of a config file's model if `model`, a flag, is another one.
+    """Leave out a config file's recipe if the flag `--model` names another model than the file.
 
-    A run's config.yaml and a study's recipe.yaml hold all values. Those that the file's model and
-    optimizer have anyway would turn any other model into that one.
+    A run's config.yaml and a study's recipe.yaml hold all values. Values that only repeat what the
+    file's model and optimizer imply would turn any other model into that one.
     """
     own = str(file.get("model"))
     if model in (None, own) or own not in PRESETS or file.get("checkpoint") is not None:
@@ -355,7 +355,7 @@ def _check_objective(config: RunConfig) -> None:
     """Check that the flags suit `--objective`.
 
     Raises:
-        UserError: one has no effect with it, or no meaning.
+        UserError: a flag has no effect or no meaning with it.
     """
     options, data = config.regularisation, config.data
     if not config.trains_on_pairs:

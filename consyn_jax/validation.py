@@ -108,7 +108,7 @@ def validate_preparation(config: PrepareConfig) -> None:
 
 
 def validate_corpus(options: CorpusOptions) -> None:
-    """Check the options that both commands have.
+    """Check the options that `consyn-train` and `consyn-prepare` share.
 
     Raises:
         UserError: an invalid value or combination; the message names the flags.

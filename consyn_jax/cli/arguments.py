@@ -56,7 +56,7 @@ METAVARS = {
     "topology": "GPU:HOSTSxGPUS",
     "coordinator_address": "HOST:PORT",
     "fit": "FILE",
-    "output": "DIR",
+    "output": "PATH",
     "average": "N|STEP,...",
     "shard_size": "SIZE",
     "license": "NAME",
@@ -74,7 +74,7 @@ class _Parser(argparse.ArgumentParser):
 
     Attributes:
         tree: the dataclass of options that the flags fill.
-        common: the flags that `--help` lists; none for all.
+        common: the flags that `--help` lists; if empty, it lists all.
     """
 
     tree: Any
@@ -114,7 +114,8 @@ def build_parser(
     """Make a parser for the flags of `tree`; its namespace has only given flags, as strings.
 
     Args:
-        common: the flags that `--help` lists, where `--help all` lists every one; none for all.
+        common: the flags that `--help` lists, while `--help all` lists every one; if empty, both
+            list all.
     """
     parser = _Parser(
         prog=prog,

@@ -49,10 +49,10 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
     """Do `work` and return the exit code.
 
     Returns:
-        0; 2 for the user's mistake or a file that the system refuses, 3 for divergence, 4 for a
-        record that does not agree, 75 for interrupted and saved, 76 for a process that did not
-        come; 130 for SIGINT with nothing to save, and 143 for SIGTERM, a closed terminal or Slurm's
-        warning.
+        0 for success, 2 for the user's mistake or a file that the system refuses, 3 for divergence,
+        4 for a difference from a run's record, 75 for a signal after which the state was saved, 76
+        if another process of the run did not start. With nothing saved, 130 for SIGINT, and 143 for
+        SIGTERM, a closed terminal or Slurm's warning.
     """
     escape_unprintable()
     os.umask(os.umask(0o022) | 0o002)  # no new file may be writable by everyone
@@ -133,7 +133,7 @@ def _unwinding_on_sigterm() -> Iterator[None]:
 
 
 def _without_signals(report: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A `sys.unraisablehook` without the signals that a callback swallowed; they come again."""
+    """A `sys.unraisablehook` that omits signals which a callback swallowed; they are sent again."""
 
     def hook(unraisable: Any) -> None:
         if not isinstance(unraisable.exc_value, Unsaved):
@@ -143,13 +143,13 @@ def _without_signals(report: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 class _Unwinding:
-    """Handles a signal by an exception, but not in the middle of an import.
+    """Signal handler that raises an exception, but not in the middle of an import.
 
-    Libraries in C++ that run Python while they are imported do not expect an exception there, and
-    some abort. The signal comes again until the import is over; a second one ends the process. A
+    C++ libraries that run Python while they are imported do not expect an exception there, and some
+    abort. So the signal is sent again until the import is over; a second signal ends the process. A
     repeat of the first does not count as a second: it would interrupt the unwinding.
 
-    The signal also comes again if its exception is dropped, as in a callback of the garbage
+    The signal is also sent again if its exception is dropped, as in a callback of the garbage
     collector, where Python ignores all exceptions; JAX has such a callback.
     """
 
@@ -175,7 +175,7 @@ class _Unwinding:
         self._defer(number)
 
     def _defer(self, number: int) -> None:
-        """Let the signal come again a little later, unless the work is over by then."""
+        """Send the signal again a little later, unless the work is over by then."""
         if not self.is_over:
             self._deferred = number
             threading.Thread(target=self._again, args=(number,), daemon=True).start()

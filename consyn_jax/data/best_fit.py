@@ -1,4 +1,4 @@
-"""Best-fit-decreasing: items of given lengths in as few bins of one size as it finds."""
+"""Best-fit-decreasing: pack items of given lengths into few bins of one size."""
 
 from __future__ import annotations
 

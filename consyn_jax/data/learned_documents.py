@@ -89,8 +89,7 @@ class DocumentFinder:
         sequences_per_step: number of sequences over all micro-batches and processes.
 
     Attributes:
-        used_sources: the entries in sources.json of the sources of the documents found so far, by
-            name.
+        used_sources: by name, the sources.json entry of each source that had a document so far.
     """
 
     def __init__(self, order: Order, sequences_per_step: int) -> None:

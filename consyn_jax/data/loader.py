@@ -140,7 +140,7 @@ def evaluation_batches(
 
 
 class _End:
-    """The last item of the thread: the exception that stopped it, or None."""
+    """The last item from the thread: the exception that ended it, or None."""
 
     def __init__(self, error: BaseException | None) -> None:
         self.error = error

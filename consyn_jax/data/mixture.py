@@ -93,7 +93,7 @@ class Mixture:
         }
 
     def _cycle(self, cycle: int) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " m"]]:
-        """For every offset of a cycle, its source and how many of that source come before it."""
+        """The source of every offset in a cycle, and how many of that source come before it."""
         known = self._last  # read once: another thread may replace it
         if known is None or known[0] != cycle:
             ends = np.cumsum(self.quotas)
@@ -135,7 +135,7 @@ class Joined:
 def _merged(
     sources: Int64[np.ndarray, " n"], read: Callable[[int, np.ndarray], Sequences]
 ) -> Sequences:
-    """Sequences of several sources in one array each.
+    """Read sequences of several sources into common arrays, in the order of `sources`.
 
     Args:
         sources: the source of each sequence, by number.

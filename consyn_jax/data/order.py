@@ -27,7 +27,7 @@ def ids_at(
     """Dataset indices of any global positions (not negative), epoch after epoch without end.
 
     Args:
-        seed: chooses the permutations; every epoch has another one.
+        seed: chooses the permutations, a new one for each epoch.
         n: samples in an epoch.
         shuffle: False gives 0 .. n - 1 in every epoch.
 

@@ -93,7 +93,7 @@ class PackedSequences(ABC):
         return {name: values[0] for name, values in self.rows([i % len(self)]).items()}
 
     def _unpredicted(self, labels: np.ndarray) -> Bool[np.ndarray, "..."]:
-        """True where a document's first label has no BOS before it to predict it from."""
+        """True for a document's first label where no BOS is in front to predict it from."""
         return np.full(labels.shape, True) if self.bos_id is None else labels == self.bos_id
 
     @property
@@ -290,7 +290,7 @@ class WholeDocuments(PackedSequences):
 
 
 def _numbered(counts: Int64[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
-    """For `counts[i]` members of each group i: the group of each member, and its number in it.
+    """The group of each member, and its number there, if group i has `counts[i]` members.
 
     >>> _numbered(np.array([2, 0, 3]))
     (array([0, 0, 2, 2, 2]), array([0, 1, 0, 1, 2]))

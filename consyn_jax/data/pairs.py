@@ -50,8 +50,8 @@ class PairDataset(PackedSequences):
 
     Args:
         block_size: labels of a sequence; a row has twice as many.
-        on_long: a sequence that is longer is truncated at its end, as TRL's `keep_start` does, or
-            its pair is dropped, or it is an error. A pair that would keep no token of an answer is
+        on_long: treatment of a longer sequence: "truncate" it at its end, as TRL's `keep_start`
+            does, "drop" its pair, or "error". A pair that would keep no token of an answer is
             always dropped.
 
     Attributes:
@@ -62,7 +62,7 @@ class PairDataset(PackedSequences):
             each pair the chosen and the rejected one; None until they are known.
 
     Raises:
-        UserError: a sequence is too long, and that is an error; or a document is not a pair.
+        UserError: a sequence is too long and `on_long` is "error", or a document is not a pair.
     """
 
     def __init__(

@@ -111,7 +111,7 @@ def _known(
 ) -> tuple[tuple[str, bool | int | str], ...]:
     """Keep the options that the compiler knows, by compiling one addition with them.
 
-    The compiler stops at the first name that it does not know, and says which.
+    The compiler stops at the first name that it does not know, and names it.
     """
     like = jax.ShapeDtypeStruct((), "int32", sharding=SingleDeviceSharding(device))
     while options:

@@ -100,7 +100,7 @@ def _shut_down(process_group: ProcessGroup) -> None:
 
 
 def _fail(process_group: ProcessGroup, error: BaseException) -> None:
-    """End the other processes because of `error`, and this one without waiting for them."""
+    """End the other processes because of `error`; this one then ends without waiting for them."""
     if isinstance(error, jax.errors.JaxRuntimeError):
         # If another process died, its closed connection shows that, and the thread ends this one.
         process_group.await_end(JAX_ERROR_S)

@@ -205,7 +205,7 @@ def placer(
 ) -> Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]]:
     """Make a function that puts this process's rows of a batch on its devices of `mesh`.
 
-    An array of fewer axes has the first of `logical_axes`.
+    An array with fewer dimensions has the first of `logical_axes`.
     """
     where = [sharding(mesh, logical_axes[:rank]) for rank in range(len(logical_axes) + 1)]
     return lambda batch: {

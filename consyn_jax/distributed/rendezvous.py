@@ -27,7 +27,7 @@ def meet(
 
     Args:
         place: place of this process.
-        arrive_s: a process that has not connected by then is missing.
+        arrive_s: seconds after which a process that has not connected is missing.
         about: what process 0 must know about this process, as JSON.
         answer: makes the answer to all processes, as JSON, from the `about` of every process;
             called in process 0. A UserError from it refuses all processes.
@@ -37,8 +37,8 @@ def meet(
 
     Raises:
         UserError: processes were started twice, or `answer` refused them. Every process gets the
-            same message. Process 0 of another start tells this process so, and keeps waiting for
-            its own.
+            same message. If process 0 belongs to another start, it tells this process so and keeps
+            waiting for its own.
         ProcessMissing: process 0 does not answer, or others did not connect. Every process gets
             the same message.
     """

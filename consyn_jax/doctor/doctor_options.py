@@ -12,7 +12,7 @@ class CheckOptions:
     """The checks to make, and the form of the answer."""
 
     output: str = flag(
-        "./output", "directory whose disk is checked; it may be missing, and is not made"
+        "./output", "directory whose disk is checked; it need not exist, and is not created"
     )
     quick: bool = flag(False, "leave out the measurements: matmul, copy and disk speed")
     json: bool = flag(False, "print one JSON object instead of lines")

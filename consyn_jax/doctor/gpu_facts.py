@@ -1,4 +1,4 @@
-"""The driver and its GPUs, as NVML reports them, or as far as Linux does without NVML."""
+"""The driver and its GPUs, as NVML reports them; without NVML, as far as Linux knows them."""
 
 from __future__ import annotations
 

@@ -53,8 +53,8 @@ def _names(group: ProcessGroup) -> list[str]:
 def _offsets(group: ProcessGroup) -> tuple[float, float]:
     """This clock minus process 0's, and its uncertainty.
 
-    All processes read their clocks when a gather releases them. Those of process 0 and of this
-    process are released within the time that a gather takes.
+    All processes read their clocks when a gather releases them. Process 0 and this one are released
+    within the time that a gather takes.
     """
     best = (0.0, float("inf"))
     for _ in range(ROUNDS):

@@ -26,7 +26,7 @@ class CudaPackage:
 
 @dataclass(frozen=True)
 class Software:
-    """Versions, and what JAX makes of the machine.
+    """Versions, and the platform and devices that JAX finds.
 
     Attributes:
         plugins: versions of JAX's CUDA plugins by name.

@@ -18,7 +18,7 @@ VOLATILE = {"tmpfs": "memory", "ramfs": "memory", "overlay": "the container"}
 
 
 def check_storage(storage: Storage) -> list[Finding]:
-    """Free space, whether the disk lasts, its speed, and its locks."""
+    """Judge the disk's free space, permanence, speed and locks."""
     where = storage.directory
     if storage.refusal and storage.free >= LEAST_FREE:
         return [

@@ -302,7 +302,7 @@ def _class() -> type:
 
 
 def __getattr__(name: str) -> Any:
-    """Make `ConsynLM` when lm_eval asks for it, as its base class is lm_eval's."""
+    """Make `ConsynLM` only when it is asked for, as its base class comes from lm_eval."""
     if name != "ConsynLM":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return _class()

@@ -102,12 +102,11 @@ def cpu_step_bytes(
     """Memory of a train step in float32 on a CPU, by arithmetic.
 
     Within a tenth of the compiler's figure for haiku and verse
-    (tests/cli/choices/test_machine_fit.py).
-    XLA on CPUs undoes recomputation, because it removes the barriers against merging repeated
-    computations. So each block keeps its activations and two [T, T] matrices per head. Besides
-    the state there are three arrays of the parameters' size, and two of one chunk's logits. Under
-    an adapter these have its size. Frozen matrices are in memory twice, as stored and in float32,
-    and so are the outputs of the matrices.
+    (tests/cli/choices/test_machine_fit.py). XLA on CPUs undoes recomputation, because it removes
+    the barriers against merging repeated computations. So each block keeps its activations and two
+    [T, T] matrices per head. Besides the state there are three arrays of the parameters' size, and
+    two of one chunk's logits. Under an adapter, these three have the adapter's size. Frozen
+    matrices are in memory twice, as stored and in float32, and so are the outputs of the matrices.
 
     Args:
         batch_size: Sequences in a micro-batch.
@@ -240,7 +239,7 @@ def _adapter_memory(
     moment_bytes: int | float,
     lora: LoraOptions,
 ) -> MemoryEstimate:
-    """Memory of a train step that trains an adapter; `parameters` has the frozen weights in it.
+    """Memory of a step that trains an adapter; `parameters` includes the frozen weights.
 
     Args:
         tokens: Tokens of a micro-batch on one device.

@@ -103,7 +103,7 @@ def causal_attention(
     Args:
         inside: The documents; None if each row is one.
         backend: A key of `BACKENDS`.
-        sliding_window: An array where layers differ in it.
+        sliding_window: In tokens, as an array if layers differ in it; None for no window.
         dropout: Dropout of the attention weights, for backends that support it.
     """
     chosen = BACKENDS[backend]

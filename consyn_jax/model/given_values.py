@@ -78,7 +78,7 @@ def _fits(array: np.ndarray) -> bool:
 
 
 def _parts(prompt: Any) -> Sequence[Any]:
-    """The prompt itself, or what it lists."""
+    """The parts of a prompt that is a list; otherwise the prompt alone."""
     return prompt if isinstance(prompt, list | tuple) else [prompt]
 
 

@@ -80,7 +80,7 @@ def initial_adapter(config: ModelConfig, options: LoraOptions, seed: int, mesh: 
 def with_adapter(
     base: Params, adapter: Params, options: LoraOptions, dropout_key: jax.Array | None = None
 ) -> Params:
-    """Combine frozen matrices and their adapter to the parameters of a `Decoder`.
+    """Combine frozen matrices and their adapter into the parameters of a `Decoder`.
 
     Args:
         dropout_key: Random key of a micro-batch in training; None without dropout.

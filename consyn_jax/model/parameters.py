@@ -143,14 +143,14 @@ TO_RESIDUAL = ("o", "o_bias", "down", "down_bias")
 class MupFactors(NamedTuple):
     """Factors of muP for the initial values and the rate of a parameter.
 
-    A rate that was found on a small model, the base, is then right for one of any width and depth.
-    Width follows Yang et al. (2022, table 3, for Adam), depth CompleteP (Dey et al., 2025, with
-    alpha = 1).
+    With them, a rate found on a small model, the base, suits a model of any width and depth. Width
+    follows Yang et al. (2022, table 3, for Adam), depth CompleteP (Dey et al., 2025, with alpha =
+    1).
 
-    The published tables multiply some activations by an m, and nothing is multiplied here. If the
-    size of an update does not depend on that of the gradient, a weight that is used m times as
-    large trains like a weight of m times the initial value and rate, with its decay divided by m.
-    So a model is an ordinary one, and files hold it as it is.
+    The published tables multiply some activations by a factor m. Here the weights take it instead:
+    if an update's size does not depend on the gradient's, multiplying a weight by m wherever it is
+    used is the same as m times its initial value and rate, with its decay divided by m. So a model
+    is an ordinary one, and files hold it as it is.
     """
 
     initial: float
@@ -158,7 +158,7 @@ class MupFactors(NamedTuple):
 
 
 def mup_factors(config: ModelConfig, base: BaseShape, tree: Any) -> Any:
-    """Return the `MupFactors` of all parameters, in a tree like that of axes or of values."""
+    """Return the `MupFactors` of all parameters, as a tree like `tree`, of axes or of values."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: _mup_factors(path[-1].key, config, base),
         tree,

@@ -83,8 +83,8 @@ class Compute:
 class Block(nnx.Module):
     """One decoder block: attention and SwiGLU, each on a normed input, each added to the residual.
 
-    The parameters are declared in the order in which the forward pass uses them, which
-    `parameters.forward_order` reads.
+    The parameters are declared in the order in which the forward pass uses them;
+    `parameters.forward_order` relies on it.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):

@@ -125,7 +125,8 @@ def compile_train_step(
     """Compile the train step of `run` for `topology` in a process of its own.
 
     Args:
-        run: resolved; its batch, precision, mesh, optimizer and gradient checkpointing matter.
+        run: the resolved run; its batch, precision, mesh, optimizer and gradient checkpointing
+            matter.
         topology: such as "h200:1x8", hosts x GPUs.
         text_file: where to write the program's text, if anywhere.
 

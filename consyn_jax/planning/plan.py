@@ -130,7 +130,7 @@ class Alternative:
 
     @property
     def cost(self) -> tuple[bool, float, int]:
-        """Sort key: the same result before another, then shorter steps, then fewer changes."""
+        """Sort key: first variants with the same result, then shorter steps, then fewer changes."""
         return "moment_dtype" in self.changes, self.plan.time.total, len(self.changes)
 
 
@@ -215,6 +215,6 @@ def fit(plan: Plan, topology: str, *, compile: bool) -> Alternative:
         if tried == MAX_COMPILED:
             break
     raise UserError(
-        f"No micro-batch, recomputation, mesh, place or type of the moments makes this run fit "
-        f"{topology}. Use more or larger GPUs, or a smaller model."
+        f"No choice of micro-batch, recomputation, mesh, or place and type of the moments makes "
+        f"this run fit {topology}. Use more or larger GPUs, or a smaller model."
     )

@@ -1,9 +1,9 @@
 """Time of a train step, by arithmetic: matmuls, memory traffic and network at stated rates.
 
-A step is the time of its kernels one after the other, stretched by one factor for what no rate
-explains, plus the collectives that they do not hide, plus the optimizer. Rates that are not in
-the table of GPUs are constants here and in planning/network.py. docs/design/planning.md has their
-sources, and docs/planning.md compares estimates with runs that others have published.
+A step is the time of its kernels one after the other, stretched by one factor for what the rates do
+not explain, plus the collectives that the kernels do not hide, plus the optimizer. Rates that are
+not in the table of GPUs are constants here and in planning/network.py. docs/design/planning.md has
+their sources, and docs/planning.md compares estimates with runs that others have published.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class StepTime:
         matmuls, attention, memory: matmuls, attention kernels and memory-bound kernels, stretched.
         optimizer: the update, adding up the gradients of micro-batches, and the transfer of moments
             in host memory.
-        network: collectives by mesh axes, and those with host memory, if nothing hid them.
+        network: collectives by mesh axes, and transfers of activations to host memory, as if the
+            kernels hid none.
         exposed: the part of the network's time that the kernels do not hide.
     """
 
@@ -266,7 +267,7 @@ def _optimizer_seconds(work: Workload, gpu: DescribedGpu) -> float:
 def _offload_seconds(work: Workload, gpu: DescribedGpu) -> float:
     """Seconds to move activations to host memory and back under the policy offload.
 
-    They are, for each block, its input, and attention's output with the softmax sums for the
+    For each block, these are its input, and attention's output with the softmax sums for the
     backward pass.
     """
     c, tensor = work.model, work.sizes["tensor"]

@@ -75,8 +75,8 @@ class Topology:
 def parse_topology(text: str) -> Topology:
     """Parse a `--topology` such as "h200:2x8": the GPU's name, hosts x GPUs in each.
 
-    One number is the GPUs of one host, and no number is one GPU. Spaces and
-    capitals do not count.
+    A single number is the GPUs of one host; without a number, it is one GPU. Spaces and capitals do
+    not count.
 
     Raises:
         UserError: the text has another form, or names a GPU that is not described.

@@ -1,4 +1,4 @@
-"""A run as its directory records it, also while it is running."""
+"""Read a run from its directory, also while it is running."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def read_run(directory: Path, name: str = "") -> RecordedRun:
     """Read a run from its directory; nothing is changed there.
 
     Args:
-        name: to show; the directory's by default.
+        name: the name to show; by default, the directory's.
 
     Raises:
         UserError: it is not the directory of a run, or a file there is damaged.

@@ -31,7 +31,7 @@ class ReportPageOptions:
     port: int | None = flag(
         None, "port of the page of --watch, on this machine only; 0: a free one (6060)"
     )
-    quiet: bool = flag(False, "print the tables only")
+    quiet: bool = flag(False, "print nothing but the tables")
 
 
 @dataclass(frozen=True)

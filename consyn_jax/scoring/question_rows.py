@@ -1,8 +1,8 @@
 """Questions whose answer the model writes, and the rules that judge the text.
 
 `exact_match` compares whole texts. The two rules for numbers are those of lm_eval's `gsm8k`
-(0.4.13, lm_eval/tasks/gsm8k/gsm8k.yaml), expressions included: `number_strict` is its filter
-strict-match, `number_flexible` its flexible-extract.
+(0.4.13, lm_eval/tasks/gsm8k/gsm8k.yaml), regular expressions included: `number_strict` is its
+filter strict-match, `number_flexible` its flexible-extract.
 """
 
 from __future__ import annotations

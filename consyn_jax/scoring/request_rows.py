@@ -168,7 +168,7 @@ def _texts(row: dict[str, Any], key: str) -> list[str]:
 def _gold(row: dict[str, Any], key: str, count: int) -> tuple[int, ...]:
     if row.get("gold") is None:
         if key == "choices":
-            raise BadRow("has choices and no gold, the number of the right one from 0.")
+            raise BadRow("has choices but no gold: the number of the right one, from 0.")
         return ()
     gold = row["gold"] if isinstance(row["gold"], list) else [row["gold"]]
     right = range(count)

@@ -25,7 +25,7 @@ NORMS = {
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers of one request, as a model judges them; arrays by answer.
+    """A model's scores of the answers to one request; arrays have one entry per answer.
 
     Attributes:
         log_likelihood: In nats, of all tokens of the answer.
@@ -40,7 +40,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """A task as one model answers it.
+    """One model's answers to a task.
 
     Attributes:
         answers: One for each request.
@@ -80,7 +80,7 @@ class TaskScores:
 
     @cached_property
     def units(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """By metric, a numerator and denominator per request; it is the ratio of their sums."""
+        """By metric, a numerator and denominator per request; the sums' ratio is the metric."""
         found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         gold = [request.gold for request, _ in self._with(gold=True)]
         for metric in NORMS if gold else ():

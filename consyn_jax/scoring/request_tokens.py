@@ -81,7 +81,7 @@ def encode_requests(requests: Iterable[Request], tokenizer: BPETokenizer, contex
         if first >= len(ids):
             raise UserError(
                 f"{place} has a continuation without a token of its own: the tokenizer joins it to "
-                "the context. Move the text between them, so that it begins with a new word."
+                "the context. Divide the text so that the continuation begins with a new word."
             )
         over = len(ids) - (context + 1)
         if over > 0:

@@ -48,7 +48,7 @@ def token_scores(
     Logits are made for some tokens at a time, so that a long batch needs little memory.
 
     Args:
-        vocab_size: The rows of the head that are words; the others pad it.
+        vocab_size: Number of rows of the head that are words; later rows are padding.
     """
     local = on_each_device(
         partial(_on_device, sizes=mesh_sizes(), vocab_size=vocab_size),

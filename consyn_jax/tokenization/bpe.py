@@ -1,8 +1,8 @@
 """`BPETokenizer`: text to ids and back, exactly, on the `tokenizers` package.
 
-In vocabularies trained here every byte has a token, so no text is unknown. A special token's text
-in
-a document is ordinary text: it never becomes the special id, so no document can fake its end.
+In vocabularies trained here every byte has a token, so no text is unknown. The text of a special
+token inside a document stays ordinary text and never becomes the special id, so no document can
+fake its end.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class BPETokenizer:
         Args:
             roles: "bos_token", "eos_token" or "pad_token" -> its token, or None for none; those
                 that are absent are found in the tokenizer.json.
-            files: the files of a published tokenizer instead of these two.
+            files: the files of a published tokenizer, instead of `json_text` and `roles`.
 
         Raises:
             UserError: neither a BPE nor a Unigram tokenizer, a named token is not in it, or it has
@@ -199,7 +199,7 @@ class BPETokenizer:
     # --------------------------------------------------------------------------------- text and ids
 
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
-        """Encode a text. Special tokens come from the two switches alone, never from the text.
+        """Encode a text. Only `add_bos` and `add_eos` add special tokens; the text never does.
 
         Raises:
             UserError: the text has a lone surrogate, which is not a character, or there is no BOS.
@@ -272,7 +272,7 @@ class BPETokenizer:
 
     @property
     def fill_id(self) -> int:
-        """Id that fills up a sequence, and that no loss counts: PAD, or EOS if there is no PAD."""
+        """Id that fills up a sequence and counts in no loss: PAD, or EOS if there is no PAD."""
         return self.eos_token_id if self.pad_token_id is None else self.pad_token_id
 
     @cached_property

@@ -24,7 +24,7 @@ Pair = tuple[int, int]
 
 
 def count_words(texts: Iterable[str], pattern: str) -> Counter[bytes]:
-    """Count the words, in UTF-8, into which `pattern` splits the texts when they are encoded.
+    """Count the words, as UTF-8, that encoding with `pattern` splits the texts into.
 
     A word of more than 1,000 bytes, such as a base64 blob, is counted in pieces, which keeps
     learning linear in the text.
@@ -74,7 +74,7 @@ def learn_merges(
     counts once. Source: Sennrich et al. 2016, algorithm 1, with pair counts kept up to date.
 
     Args:
-        reserved: special tokens; no merge spells one, so ordinary text cannot become one.
+        reserved: special tokens; no merge may spell one, so ordinary text cannot become one.
     """
     return _Learner(word_counts, frozenset(reserved)).learn(num_new_tokens)
 
@@ -170,5 +170,5 @@ def _merge_in_word(word: list[int], pair: Pair, merged: int) -> list[int]:
 
 
 def _descending_key(token: bytes) -> str:
-    """A string that sorts the other way round: greater bytes, longer ones too, come first."""
+    """A string that sorts in reverse: greater bytes come first, and longer tokens."""
     return "".join(chr(255 - value) for value in token) + chr(256)

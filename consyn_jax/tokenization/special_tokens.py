@@ -71,8 +71,8 @@ def find_special_tokens(
 def begins_documents(content: Mapping[str, Any], roles: Roles, add_bos: bool | None) -> bool:
     """Whether BOS is put in front of documents.
 
-    It is if the tokenizer does so itself. It also is if BOS is EOS, as with GPT-2: every document
-    then follows an EOS in pretraining.
+    True if the tokenizer puts it there itself, or if BOS is EOS, as with GPT-2: every document then
+    follows an EOS in pretraining.
 
     Args:
         add_bos: `add_bos_token` of tokenizer_config.json, which overrides the post-processor.

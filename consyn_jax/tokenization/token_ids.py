@@ -62,7 +62,7 @@ def check_fields(
     """Check the ids of a row or batch, and that labels and masks fit them.
 
     Args:
-        fields: by name; others than ids, labels and masks are not looked at.
+        fields: by name; only ids, labels and masks are checked.
         vocab_size: ids are below it; None if that is not known yet.
         place: the row or batch, for messages: "Row 3 of train_dataloader".
         masked: what to do where an id stands for padding.

@@ -79,7 +79,7 @@ def check_pairs(data: Sequence[Any], wants_pairs: bool) -> None:
     """Check that DPO gets pairs of answers, and other objectives none.
 
     Args:
-        data: for training and evaluation, as `recognise` returns it; None for none.
+        data: training and evaluation data, as `recognise` returns it; None for none.
 
     Raises:
         UserError: the data does not suit the objective.

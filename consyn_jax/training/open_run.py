@@ -62,7 +62,7 @@ class RunInputs:
         files: how best/ and final/ are written and read.
         compile_train_step: compiles the train step of `run`, or of the same run in smaller
             micro-batches.
-        callbacks: make the user's callbacks.
+        callbacks: functions that make the user's callbacks.
         exports_model: whether the run writes best/, final/ and loss.png, and lets its model write
             samples.
     """
@@ -118,7 +118,7 @@ class OpenRun:
 
 
 def write_beginning(inputs: RunInputs, opened: OpenRun, step: int) -> RunFacts | None:
-    """Write the files that a run has before its first step, in the process that writes.
+    """Write the files that precede a run's first step, in the process that writes.
 
     Args:
         step: the step from which the run starts or resumes.
@@ -161,7 +161,7 @@ def open_records(
 
     Args:
         facts: the provenance facts of the run; None in processes that do not write.
-        stack: closes them; the page gets its last content then, however the run ends.
+        stack: closes them, and writes the final page then, however the run ends.
 
     Returns:
         Also the details of lost log lines, for the event `resume`.

@@ -169,11 +169,11 @@ def with_loss_scale(optimizer: optax.GradientTransformation) -> optax.GradientTr
 def make_scaled_train_step(
     objective: Objective, optimizer: optax.GradientTransformation, max_grad_norm: Number
 ) -> Step:
-    """Make the step of `make_train_step` with a backward pass of the scaled loss.
+    """Make a step like that of `make_train_step`, but differentiate the scaled loss.
 
     Further metrics are `loss_scale`, the scale of this step; `skipped`, 1 for a step that changed
-    nothing, otherwise 0; and `skipped_steps`, how many have been skipped up to this one. For a
-    skipped step `grad_norm` is not finite, and `clipped` is 0.
+    nothing, otherwise 0; and `skipped_steps`, the number of steps skipped so far, this one
+    included. For a skipped step `grad_norm` is not finite, and `clipped` is 0.
 
     Args:
         optimizer: from `with_loss_scale`.

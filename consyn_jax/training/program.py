@@ -91,7 +91,7 @@ class Program:
     """The model, loss, optimizer and mesh of a run, from which its steps are made.
 
     Args:
-        optimizer: with its schedule inside.
+        optimizer: the optimizer, its schedule included.
         max_grad_norm: 0 for no clipping.
         regularisation: for training; evaluation has none.
         seed: seed of dropout.
@@ -204,7 +204,7 @@ class Program:
         """Return what training minimises, summed over one micro-batch [B, T], and the loss sums.
 
         Args:
-            batch: with a `dropout_key` if there is dropout.
+            batch: the arrays, with a `dropout_key` if there is dropout.
             base: the frozen weights, if the parameters are those of an adapter.
         """
         options = self.regularisation
@@ -350,8 +350,8 @@ def build_program(
         machine: the one that has the devices; None for this one.
 
     Raises:
-        UserError: a mesh, batch or precision that does not work on these devices, or a model that
-            no file layout holds.
+        UserError: the mesh, batch or precision does not work on these devices, or no file layout
+            can hold the model.
     """
     family_of(model)  # refuses a model that could not be written at the end
     device, rest = devices[0], (length, machine or this_machine(), lora, regularisation.sequences)
@@ -382,7 +382,7 @@ def build_program(
 
 
 def _host() -> jax.Device | None:
-    """A device that no step keeps busy on a GPU; None where JAX_PLATFORMS leaves the CPU out."""
+    """The CPU, which no step on a GPU keeps busy; None if JAX_PLATFORMS leaves the CPU out."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:

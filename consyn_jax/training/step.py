@@ -72,7 +72,7 @@ def accumulate(objective: Objective, params: Params, batch: Batch) -> tuple[Any,
     """Sum the loss and the objective's gradients over the micro-batches, one at a time.
 
     It needs the memory of one set of gradients. Dividing both sums by the total count of tokens (or
-    pairs) weighs every real one alike, however the padding is spread over micro-batches.
+    pairs) gives every real one the same weight, however the padding is spread over micro-batches.
     """
     first = jax.tree.map(lambda x: x[0], batch)
     if batch["labels"].shape[0] == 1:

@@ -237,7 +237,7 @@ class ConsynTrainer:
 
     @cached_property
     def _untrained(self) -> Params | None:
-        """The passed model's parameters, which its adapter is for; None without an adapter."""
+        """The parameters of the passed model, which its adapter is added to; None without one."""
         if not self.run.lora.is_used or isinstance(self.model, DeferredModel):
             return None
         return self.model.parameters
@@ -281,8 +281,8 @@ class ConsynTrainer:
     def train(self, **unknown: Any) -> dict[str, float | int]:
         """Train to the end of the budget, from the newest checkpoint if there is one.
 
-        However the run ends, the model that was passed has its newest parameters then, in the
-        dtype and on the devices where its own were. The checkpoints have them in float32.
+        However the run ends, the passed model then has the newest parameters, in its own dtype and
+        on its own devices. The checkpoints have them in float32.
 
         Args:
             unknown: refused; settings are keywords of the trainer.

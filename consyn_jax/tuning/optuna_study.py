@@ -1,8 +1,9 @@
 """Optuna's side of a study: storage, sampler, pruner, and the trials that a process works on.
 
-The states of the trials are Optuna's. A process that works on a trial holds a lock besides, which
-the operating system releases if the process is killed: the trial is then taken up again under its
-number. Optuna's own heartbeats would fail it, and start another one (docs/design/libraries.md).
+The states of the trials are Optuna's. A process that works on a trial also holds a lock. The
+operating system releases it if the process is killed, and the trial is then taken up again under
+its number. Optuna's own heartbeats would fail the trial and start another one
+(docs/design/libraries.md).
 """
 
 from __future__ import annotations
@@ -36,8 +37,7 @@ class Claim:
 
     Attributes:
         trial: Optuna's.
-        reported: its evaluations so far, by their number from 0; an earlier process began it if
-            there are any.
+        reported: its evaluations so far, by number from 0; some if an earlier process began it.
     """
 
     number: int
@@ -57,8 +57,8 @@ class OptunaStudy:
     Args:
         output: the directory of the study.
         definition: what all trials have in common; another start must have the same.
-        num_evaluations: of a trial that is not pruned.
-        seed: of the sampler.
+        num_evaluations: evaluations of a trial that is not pruned.
+        seed: the sampler's seed.
         overwrite: delete a study of this name in a database first.
 
     Raises:
@@ -107,7 +107,7 @@ class OptunaStudy:
         """End a trial.
 
         Args:
-            value: None for a trial without a result, from which samplers learn that it was bad.
+            value: the result; None for a trial without one, which samplers treat as bad.
         """
         state = self._optuna.trial.TrialState
         try:
@@ -119,7 +119,7 @@ class OptunaStudy:
                 raise
 
     def importance(self) -> dict[str, float]:
-        """The share of each flag in what makes good trials differ; empty if too few are done."""
+        """The share of each flag in what sets good trials apart; empty if too few are done."""
         importance = self._optuna.importance
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the evaluator is marked as experimental
@@ -132,7 +132,7 @@ class OptunaStudy:
 
     @property
     def address(self) -> str:
-        """The storage as `optuna-dashboard` takes it."""
+        """The storage's address, in the form that `optuna-dashboard` takes."""
         return self._options.storage or str(self._place / JOURNAL)
 
     def claim(self, limit: float) -> Claim | None:
@@ -142,7 +142,7 @@ class OptunaStudy:
             limit: the number of trials after which no new one begins.
 
         Returns:
-            None if there is none; other processes may still work on some.
+            None if no trial is left to take up or begin; other processes may still work on some.
         """
         with self._asking():
             trials = self.trials
@@ -164,7 +164,8 @@ class OptunaStudy:
             known: Optuna's id of a trial that was running; None for a new one.
 
         Returns:
-            None if the trial has ended since: its process tells so before it releases the lock.
+            None if the trial has ended meanwhile: its process reports the end before it releases
+            the lock.
         """
         place = self._claims(number)
         make_directory(place)
@@ -201,7 +202,7 @@ class OptunaStudy:
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        """Be the only process that counts, takes up and begins trials."""
+        """Hold the lock of the one process that may count, take up and begin trials."""
         place = self._place / "asking"
         make_directory(place)
         while True:
@@ -296,7 +297,7 @@ def cut_torn_line(file: Path, lock: Any) -> None:
     Optuna reads past it once and refuses the whole journal after the next line was added.
 
     Args:
-        lock: Optuna's, which whoever writes a line holds.
+        lock: Optuna's, held by any process while it writes a line.
     """
     if not file.exists():
         return

@@ -47,7 +47,7 @@ class Dimension:
         return self.choices or (self.low, self.high)
 
     def text(self) -> str:
-        """The dimension as `--search` has it.
+        """The dimension as it is written for `--search`.
 
         >>> Dimension("lr", 1e-4, 1e-2, True).text()
         'lr=0.0001:0.01:log'
@@ -145,7 +145,7 @@ def _choice(item: str, flag: Flag, text: str) -> Dimension:
 
 
 def check_corners(space: Sequence[Dimension], check: Callable[[Mapping[str, Any]], object]) -> None:
-    """Check runs at the ends of all ranges with all choices; of a large space, each end by itself.
+    """Check runs at all ends of ranges with all choices; in a large space, each end by itself.
 
     Args:
         check: resolves a run with these values by flag name.

@@ -1,4 +1,4 @@
-"""Programs that trials share: what differs between them only in numbers is compiled once.
+"""Programs that trials share: one compilation serves all trials that differ only in numbers.
 
 In a run of its own, rates, decay, betas, clipping, dropout and seed are constants of the train
 step. Here they are arrays in its batch, under `NUMBERS`. The step is made from the same code:
@@ -43,7 +43,7 @@ Made = TypeVar("Made")
 
 
 def numbers_of(run: RunConfig, total_steps: int) -> Numbers:
-    """The numbers of a run as its train step takes them.
+    """The numbers of a run, in the form that its train step takes.
 
     Dropout and momentum are left out if they are 0, as their code is then left out of the program.
     """
@@ -59,7 +59,7 @@ def numbers_of(run: RunConfig, total_steps: int) -> Numbers:
 
 
 def with_numbers(program: Program, run: RunConfig, numbers: Numbers) -> Program:
-    """Return `program`, which is that of `run`, with other numbers, which may be traced."""
+    """Return `program`, which belongs to `run`, with other numbers; these may be traced."""
     rates = numbers[RATES]
     own = {name: numbers[name] for name in _OF_OPTIMIZER if name in numbers}
     axes, options = program.layout.logical_axes, replace(run.optimizer, **own)
@@ -76,7 +76,8 @@ def with_numbers(program: Program, run: RunConfig, numbers: Numbers) -> Program:
 def program_key(run: RunConfig, model: ModelConfig, total_steps: int) -> Hashable:
     """Identify the program of a trial: trials with equal keys differ only in numbers.
 
-    A flag counts unless it is known to be a number, so that a new one costs a compilation at worst.
+    Every flag counts unless it is known to be such a number, so that a new flag costs a compilation
+    at worst.
     """
     known = flags(RunConfig)
     constants = tuple(
@@ -95,7 +96,7 @@ def program_key(run: RunConfig, model: ModelConfig, total_steps: int) -> Hashabl
 
 @dataclass(frozen=True)
 class BoundStep:
-    """A train step with the numbers of a trial, called like the step of a run of its own."""
+    """A train step bound to the numbers of a trial, and called like any other."""
 
     compiled: jax.stages.Compiled
     numbers: Numbers
@@ -105,7 +106,7 @@ class BoundStep:
         return self.compiled(state, batch | {NUMBERS: self.numbers})
 
     def memory_analysis(self) -> Any:
-        """Sizes, as the compiled program has them."""
+        """Memory of the compiled program."""
         return self.compiled.memory_analysis()
 
     def as_text(self) -> str | None:
@@ -115,7 +116,7 @@ class BoundStep:
 
 @dataclass(frozen=True)
 class _Ready:
-    """A program that is compiled already, where a lowered one is expected."""
+    """A compiled program that stands in for a lowered one."""
 
     compiled: Any
 
@@ -134,7 +135,7 @@ class SharedPrograms:
         return len(self._made)
 
     def once(self, kind: str, key: Hashable, make: Callable[[], Made]) -> Made:
-        """Return what `make` has made for this kind and key, now or before."""
+        """Return the result of `make` for this kind and key, made only the first time."""
         if (kind, key) not in self._made:
             self._made[kind, key] = make()
         found: Made = self._made[kind, key]
@@ -196,7 +197,7 @@ class TrialProgram(Program):
         return self.shared, self.run, program_key(self.run, self.config, self.total_steps)
 
     def initial_state(self, params: Params) -> TrainState:
-        """As `Program.initial_state`."""
+        """Step 0 with these parameters, as `Program.initial_state` returns it."""
         if self.host_moments:  # made one by one, as the device cannot hold all of them
             return super().initial_state(params)
         shared, run, key = self._key
@@ -213,7 +214,7 @@ class TrialProgram(Program):
         return TrainState(step, params, opt_state, nonfinite)
 
     def lower_eval_step(self, batch_size: int, length: int) -> Any:
-        """As `Program.lower_eval_step`, but the program may be compiled already."""
+        """Do what `Program.lower_eval_step` does, but the program may be compiled already."""
         shared, _, key = self._key
         lower = super().lower_eval_step
         place = key, batch_size, length

@@ -19,7 +19,8 @@ def check_output(output: Path, overwrite: bool) -> None:
     """Check that a directory is free for a study, or holds one.
 
     Raises:
-        UserError: it holds a run, it cannot be made, or with `overwrite` another process uses it.
+        UserError: it holds a run, cannot be made, or, with `overwrite`, is in use by another
+            process.
     """
     check_writable(output)
     if (output / CONFIG).exists() or (output / FILE_NAME).exists():

@@ -39,7 +39,7 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class StudyResults:
-    """All trials of a study, of which the best have the lowest or the highest metric."""
+    """All trials of a study; the best have the lowest or, if maximised, the highest metric."""
 
     trials: list[TrialResult]
     space: Sequence[Dimension]
@@ -126,8 +126,8 @@ def recipe(
     """A recipe for `consyn-train --config` with the values of the best trial.
 
     Args:
-        run: with these values.
-        origins: of its values.
+        run: the run with these values.
+        origins: where each of its values comes from.
     """
     assert best.value is not None
     tuned = {dimension.name: f"trial {best.number}" for dimension in results.space}

@@ -88,7 +88,7 @@ class Tuning:
         """Work on trials until there is none left to begin, and write the results.
 
         Raises:
-            Interrupted: a signal ended the trial of now; the same command goes on with it.
+            Interrupted: a signal ended the current trial; the same command continues it.
         """
         self._print_header()
         while time.monotonic() < self.deadline:
@@ -123,7 +123,7 @@ class Tuning:
             raise UserError(f"Trial {claim.number}: {error}") from error
 
     def _trial_settings(self, values: Mapping[str, Any], path: Path) -> Settings:
-        """The run of a trial, which keeps no model and saves by the clock."""
+        """The settings of a trial's run, which exports no model and saves by the clock."""
         run, origins = self.varied.with_values(values)
         saving = replace(run.saving, output=str(path), overwrite=False, keep_last=1)
         if saving.save_steps is None and saving.save_minutes is None:
@@ -229,7 +229,8 @@ def _num_evaluations(trainer: ConsynTrainer, options: StudyOptions) -> int:
     """Evaluations of a whole trial.
 
     Raises:
-        UserError: there are none, they have no such metric, or too few for the pruner.
+        UserError: there are no evaluations, they lack the metric, or they are too few for the
+            pruner.
     """
     source, steps = trainer.eval_source, trainer.total_steps
     if source is None:

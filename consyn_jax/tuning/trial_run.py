@@ -1,4 +1,4 @@
-"""One trial from its claim to its outcome in the study, also if an earlier process began it."""
+"""Run one trial from its claim to its outcome, also if an earlier process began it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class TrialRun:
     """The run of a trial.
 
     Args:
-        metric: the name of the metric that the study is about.
-        maximize: whether more of it is better.
+        metric: the name of the metric that the study optimises.
+        maximize: whether a larger value is better.
         path: the run directory.
-        trainer: of the trial. It does not train if an earlier process has taken all steps.
+        trainer: the trial's. It does not train if an earlier process has taken all steps.
     """
 
     study: OptunaStudy
@@ -47,7 +47,7 @@ class TrialRun:
         """Train the trial, or what is left of it, and tell the study how it ended.
 
         Returns:
-            The outcome, which the study then has.
+            The outcome, as reported to the study.
 
         Raises:
             Interrupted: a signal ended it; another start takes it up again.
@@ -66,7 +66,7 @@ class TrialRun:
         return self._tell(outcome)
 
     def _reported_log(self) -> Sequence[Mapping[str, Any]]:
-        """The log, of which the study has every evaluation now."""
+        """Report every evaluation in the log to the study, and return the log."""
         lines = metrics_of(self.path)
         for line in lines:
             if self.metric in line and "event" not in line:
@@ -80,12 +80,12 @@ class TrialRun:
             run.stop(PRUNED)
 
     def _is_pruned(self) -> bool:
-        """Whether the pruner ends the trial, unless it is at its end anyway."""
+        """Whether the pruner ends the trial early; False after its last evaluation."""
         last = math.ceil(self.total_steps / self.eval_steps) - 1
         return max(self.claim.reported, default=-1) < last and bool(self.claim.trial.should_prune())
 
     def _report(self, step: int, value: float) -> None:
-        """Report an evaluation by its number from 0, as pruners compare trials at equal numbers."""
+        """Report an evaluation under its number from 0; pruners compare trials at equal numbers."""
         number = math.ceil(step / self.eval_steps) - 1
         if number not in self.claim.reported and not math.isnan(value):
             self.claim.trial.report(value, number)
@@ -107,7 +107,7 @@ class TrialRun:
 
 
 def _recorded_outcome(lines: Sequence[Mapping[str, Any]]) -> str | None:
-    """The outcome of a trial by its log; None if its run has not ended.
+    """The outcome of a trial according to its log; None if its run has not ended.
 
     A trial that a callback of the user ends is done, as with early stopping.
     """

@@ -20,7 +20,7 @@ class TrialTrainer(ConsynTrainer):
     Args:
         shared: compiled programs of the study so far, which this trial adds to.
         header: rows of name and value, printed before the trial begins.
-        inputs: of a `ConsynTrainer`.
+        inputs: the keywords of `ConsynTrainer`.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class TrialTrainer(ConsynTrainer):
         self.shared, self.header = shared, header
 
     def add_callback(self, callback: Any) -> None:
-        """Let a callback see the trial's evaluations, and end it."""
+        """Add a callback, which sees the trial's evaluations and may end the trial."""
         self._callbacks = (*self._callbacks, callback)
 
     def _build(self, run: RunConfig, schedule: optax.Schedule | None) -> Built:
@@ -49,6 +49,6 @@ class TrialTrainer(ConsynTrainer):
     def run_inputs(self) -> RunInputs:
         """Everything that the trial's run is given.
 
-        What a run of its own would print about its settings is left out, as trials have bad ones.
+        Remarks and warnings about settings are left out, since bad settings are part of a search.
         """
         return replace(super().run_inputs(), header=self.header, warnings=[], exports_model=False)

@@ -45,20 +45,20 @@ class StudyOptions:
     trials: int | None = flag(
         None,
         f"trials of the study, over all its processes and starts ({TRIALS}; all points of "
-        "--sampler grid; without an end if --time_budget is given)",
+        "--sampler grid; no limit with --time_budget)",
     )
     time_budget: str | None = flag(
         None, "begin no trial after this time, as 90s, 30m, 8h or 2d, since the command started"
     )
     metric: str | None = flag(
-        None, "metric of evaluations to search the best value of (that of --metric_for_best_model)"
+        None, "evaluation metric to optimise (that of --metric_for_best_model)"
     )
     sampler: str = flag("tpe", "how Optuna chooses the values of the next trial", choices=SAMPLERS)
     pruner: str = flag("median", "how Optuna chooses which trials to end early", choices=PRUNERS)
     storage: str | None = flag(
         None,
-        "URL of the database that holds the study, for processes on hosts that share --output "
-        "(a journal in --output)",
+        "URL of a database that holds the study, for processes on several hosts, which must also "
+        "share --output (a journal in --output)",
     )
 
 
@@ -117,7 +117,7 @@ def _with_metric(
     """The flags of a run, which selects its best evaluation by `--metric`.
 
     Raises:
-        UserError: `--metric_for_best_model` is another one.
+        UserError: `--metric_for_best_model` names another metric.
     """
     name = "metric_for_best_model"
     other = given.get(name, file.get(name))

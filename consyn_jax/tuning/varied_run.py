@@ -16,14 +16,14 @@ SEARCH = "search"  # the origin of a value that varies
 
 @dataclass(frozen=True)
 class VariedRun:
-    """A run as people give it, to be resolved again with other values.
+    """A run as the user gave it, to be resolved again with other values.
 
     Recipes depend on flags (the rate of a model on the optimizer, for one), so a trial is resolved
     like a command line of its own.
 
     Attributes:
         given, file: the values of flags and of a `--config` file, by flag name.
-        file_name: that file.
+        file_name: the name of that file, for origins.
         from_data: values that follow from the data, which all trials share, with their origins.
     """
 
@@ -34,7 +34,7 @@ class VariedRun:
 
     @classmethod
     def of(cls, settings: Settings) -> VariedRun:
-        """The run of resolved settings, whose values that vary are left open."""
+        """The run behind resolved settings: only the values that the user gave."""
         config, origins = settings
         run = {name: getattr(getattr(config, f.group), name) for name, f in _FLAGS.items()}
         given = {name: value for name, value in run.items() if origins[name] == "flag"}

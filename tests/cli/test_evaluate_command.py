@@ -134,7 +134,7 @@ def test_keys_that_are_not_read_are_counted_for_questions_alone(
     ("row", "message"),
     [
         ({"context": "a"}, "must have one of continuation, continuations, choices, but has none"),
-        ({"context": "a", "choices": ["b", "c"]}, "has choices and no gold"),
+        ({"context": "a", "choices": ["b", "c"]}, "has choices but no gold"),
         ({"context": "a", "choices": ["b", "c"], "gold": 2}, "have the numbers 0 to 1"),
         ({"context": "a", "choices": ["b", "c"], "gold": True}, "under the key 'gold'"),
         ({"context": "a", "choices": "b", "gold": 0}, "holds a string under the key 'choices'"),

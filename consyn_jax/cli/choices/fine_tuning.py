@@ -49,7 +49,7 @@ def with_batch(settings: Settings, num_sequences: int, num_devices: int) -> Sett
     """Choose the batch if neither of its flags is given.
 
     Args:
-        num_sequences: sequences in an epoch, or pairs.
+        num_sequences: sequences or pairs in an epoch.
     """
     config, origins = settings
     chosen_by_user = {origins["batch_size"], origins["gradient_accumulation_steps"]} != {"default"}
@@ -64,7 +64,7 @@ def with_batch(settings: Settings, num_sequences: int, num_devices: int) -> Sett
 
 
 def shortest(settings: Settings, context: int | None) -> Settings:
-    """The smallest run that can result from the rows, which are not read yet.
+    """The smallest length and batch that may be chosen once the rows are read.
 
     Args:
         context: context of the model; None for a preset.

@@ -115,7 +115,7 @@ def _given(config: RunConfig, origins: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _advice(found: list[tuple[dict[str, Any], Need]], fits: bool, config: RunConfig) -> str:
-    """The sentence of advice."""
+    """Advice on what to do instead, as one sentence."""
     if not found:
         return "Use a smaller model, or a machine with a GPU."
     texts = [
@@ -199,7 +199,7 @@ def _need(
 
 
 def _has_loop(config: RunConfig, choice: ModelChoice) -> bool:
-    """Whether blocks run in a loop, where recomputation saves memory that is not estimated here."""
+    """Whether blocks run in a loop; recomputation then saves memory that is not estimated here."""
     base = None if config.model.model in PRESETS else choice.base
     return architecture(config.model, base, vocab_size=1).num_layers > CPU_UNROLLED_LAYERS
 

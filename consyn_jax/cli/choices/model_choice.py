@@ -150,7 +150,7 @@ def with_sequence_length(
     """Fill in the length of training sequences from an architecture that is not a preset.
 
     Args:
-        from_rows: with `--checkpoint`, leave it to the data, which is not read yet.
+        from_rows: with `--checkpoint`, leave the length open until the data is read.
 
     Raises:
         UserError: the given length is above the context.

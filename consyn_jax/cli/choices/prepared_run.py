@@ -55,7 +55,7 @@ class PreparedRun:
         """Keywords of a `ConsynTrainer`.
 
         Args:
-            settings: of this run, or of one that has the same data.
+            settings: the settings of this run, or of one with the same data.
         """
         config, origins = settings
         choice, made_by, training = self.choice, self.data.tokenizer, self.data.training
@@ -81,7 +81,7 @@ class PreparedRun:
 def prepared_run(
     settings: Settings, check_directory: Callable[[RunConfig], None]
 ) -> Iterator[PreparedRun]:
-    """Check all input before slow work, and prepare the data; streaming ends with the block.
+    """Check all input before slow work, and prepare the data; streaming ends with the `with` block.
 
     Args:
         check_directory: checks `--output`, after the flags and before the data.

@@ -22,7 +22,7 @@ def row_notes(
     """(name, text) of each line; no lines if the data is not rows.
 
     Args:
-        tokenizer: that of the store, with the template that was used.
+        tokenizer: the store's, with the chat template that was used.
     """
     from consyn_jax.data.preparation.corpus_report import CHANGES, NOTICES
     from consyn_jax.data.sources.rows import CONVERSATIONS
@@ -65,7 +65,7 @@ def _template(given: str, tokenizer: BPETokenizer) -> str:
 
 
 def _date(tokenizer: BPETokenizer) -> list[tuple[str, str]]:
-    """The line about a template that writes the day, which is the same in all renderings."""
+    """The line about a template that writes the date, for which all rows get the same one."""
     from consyn_jax.tokenization.chat.sandbox import RENDERED_DAY, writes_date
 
     sources = (tokenizer.chat_template, tokenizer.tool_template)

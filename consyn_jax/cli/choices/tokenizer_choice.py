@@ -25,7 +25,7 @@ Note = tuple[str, str]  # a line of the header: its name and its text
 def choose_tokenizer(
     config: RunConfig, choice: ModelChoice, is_store: bool
 ) -> BPETokenizer | str | None:
-    """The tokenizer to use; None for the bundled one or the store's, "train:SIZE" as it is.
+    """The tokenizer to use, or "train:SIZE" unchanged; None for the bundled one or the store's.
 
     A checkpoint is trained with its own tokenizer. If it has none, the bundled one is used only if
     the user names it.

@@ -34,7 +34,7 @@ Note = tuple[str, str]  # a line of the header: its name and its text
 
 
 class TrainingData(NamedTuple):
-    """Data as `ConsynTrainer` takes it, and its lines of the header.
+    """Data in the form that `ConsynTrainer` takes, and its lines of the header.
 
     Attributes:
         settings: the run and the origins of its values, with those that follow from the data.
@@ -48,7 +48,7 @@ class TrainingData(NamedTuple):
 
 
 def check_data(data: DataOptions) -> bool:
-    """Look for missing, empty and binary files before anything slow; return if it is a token store.
+    """Refuse missing, empty and binary files early; return whether the data is tokenised already.
 
     Raises:
         UserError: data that cannot be used.
@@ -90,7 +90,7 @@ def _parts(data: DataOptions) -> list[tuple[str, ...]]:
 def training_data(
     settings: Settings, tokenizer: BPETokenizer | str | None, context: int | None
 ) -> Iterator[TrainingData]:
-    """Prepare the data, or start to if it is streamed; preparation stops at the end of the block.
+    """Prepare the data, or begin to stream it; streaming stops at the end of the `with` block.
 
     Args:
         tokenizer: a tokenizer, or as `--tokenizer` names it.
@@ -293,7 +293,7 @@ def noticed(
 
 
 def by_name(validation: Sequence[Source], options: CorpusOptions) -> list[Note]:
-    """The line about files of `--data` that are validation data by their names."""
+    """The line about files of `--data` whose names make them validation data."""
     if not validation or options.validation:
         return []
     names = listed([source.name for source in validation])

@@ -12,7 +12,7 @@ def asked(config: RunConfig, mode: str) -> str | None:
     """Return the inspection flag on the command line; None if there is none.
 
     Raises:
-        UserError: there are two, one is combined with a mode, or --json stands alone.
+        UserError: two are given, one is combined with a mode, or --json is given without one.
     """
     found = [name for name in QUESTIONS if getattr(config.proof, name) is not None]
     if config.proof.json and not found:

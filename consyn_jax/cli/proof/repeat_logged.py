@@ -83,7 +83,7 @@ def replay(trainer: ConsynTrainer, place: Path) -> None:
         answer = _page(again, place, verdict)
         write_out([*answer, *(lines(step, documents) if documents is not None else [why])])
     if not agrees:
-        raise Differs(f"step {step:,} of {place} is not what its log says.")
+        raise Differs(f"step {step:,} of {place} does not match its log.")
 
 
 def _check(trainer: ConsynTrainer, place: Path, step: int) -> None:
@@ -101,7 +101,7 @@ def _check(trainer: ConsynTrainer, place: Path, step: int) -> None:
         changes.append("the number of steps changed")
     if changes:
         raise UserError(
-            f"--replay_step {step}: the run in {place} was another: {'; '.join(changes)}. Put the "
+            f"--replay_step {step}: the run in {place} differs: {'; '.join(changes)}. Put the "
             "run's own data and weights back, and leave flags that change the mathematics out."
         )
 

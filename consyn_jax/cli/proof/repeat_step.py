@@ -60,7 +60,7 @@ def _under_adapter(run: RunConfig, vocab_size: int) -> DeferredModel | None:
 
 
 def _table(title: str, columns: dict[str, Sequence[Row]]) -> Iterator[str]:
-    """A line for each place of the model; all `columns` have the same places."""
+    """Lines of a table: one for each place in the model; all `columns` have the same places."""
     places = [row.place for row in next(iter(columns.values()))]
     width = max(map(len, [title, *places]))
     yield f"\n{title:<{width}}" + "".join(

@@ -205,7 +205,7 @@ class Preparation:
         return ""
 
     def _end_block(self, publish: Publish | None, resumable: bool) -> None:
-        """Publish what is written, and write the journal from time to time.
+        """Publish what is written, and every few seconds write the journal.
 
         Args:
             resumable: whether an interrupted preparation could resume after this block.

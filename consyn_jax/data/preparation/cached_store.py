@@ -196,7 +196,7 @@ class Growing:
                 self._changed.wait()
 
     def beginning(self) -> Report:
-        """Wait for the first part of the data and return its counts, or those of complete data.
+        """Wait for the first part of the data; return its counts, or the final ones if prepared.
 
         Raises:
             UserError: the preparation failed.
@@ -215,7 +215,7 @@ class Growing:
             return self._begun
 
     def close(self) -> None:
-        """Stop the preparation; the next one continues it. Threads that wait get an exception."""
+        """Stop the preparation; a later one continues it. Threads that wait get an exception."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()

@@ -1,6 +1,6 @@
 """`report.html` of a token store: the content of `report.json` for people.
 
-The page needs no network and no script. It shows no times and not where the store is, so equal
+The page needs no network and no script. It shows neither times nor the store's path, so equal
 inputs give equal bytes.
 """
 

@@ -47,7 +47,8 @@ class Report:
             counts as one text.
         noticed: documents with something unusual, by the names of `NOTICES`.
         formats: number of documents by the format of their rows.
-        unread: number of rows by a key that their format has no use for; at most `UNREAD_KEYS`.
+        unread: for each key that a row's format does not use, the number of rows with it; at most
+            `UNREAD_KEYS` keys.
         example: format, end of the prompt and beginning of the target of the first row with a
             prompt; empty if there is none.
         examples: by rule, the first few as "place: beginning of the text".
@@ -147,7 +148,7 @@ def read_report(directory: Path) -> Report:
 
 
 def check_leniency(report: Report, options: CorpusOptions) -> None:
-    """Refuse a store whose maker skipped or repaired bad rows that `options` make an error.
+    """Refuse a store in which bad rows were skipped or repaired, if `options` make them an error.
 
     Raises:
         UserError: naming the first bad row, or how many places are not UTF-8.

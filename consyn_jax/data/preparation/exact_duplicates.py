@@ -24,7 +24,7 @@ CHUNK = 1 << 14
 
 
 class Recorded:
-    """An index whose entries are also in a file, which one process owns at a time."""
+    """An index whose entries are recorded in a file, which only one process uses at a time."""
 
     def __init__(self, records: RecordFile) -> None:
         self._records = records

@@ -5,8 +5,8 @@ permutations. The share of equal entries of two signatures estimates the Jaccard
 two sets (Broder 1997, "On the resemblance and containment of documents") with a standard deviation
 of sqrt(s (1 - s) / 128), 0.035 at 0.8. The permutations are multiplications of 32-bit hashes by odd
 numbers, applied to about a thousand hashes at a time. One-permutation hashing (Li, Owen and Zhang
-2012) would save only a sixth of the time, most of which goes into finding and hashing words, and
-costs a larger error in short documents and densification.
+2012) would save only a sixth of the time, as most goes into finding and hashing words; it needs
+densification, and its error in short documents is larger.
 
 The signature is cut into bands of rows. A document is compared only with documents that agree with
 it in all rows of some band, which has probability 1 - (1 - s^rows)^bands (Leskovec, Rajaraman and

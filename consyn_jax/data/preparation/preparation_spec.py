@@ -113,8 +113,8 @@ def find(options: CorpusOptions) -> tuple[Corpus, Corpus]:
     """The sources of `--data`, and those of `--validation`.
 
     Files that are in both are only in the latter: `--data DIR --validation DIR/valid.txt` must not
-    train on valid.txt. Without `--validation`, files of `--data` whose names say that they are
-    validation data are validated on, unless nothing is to be held out.
+    train on valid.txt. Without `--validation`, files of `--data` that are named as validation data
+    are used for it, unless nothing is to be held out.
 
     Raises:
         UserError: data is missing or unusable, or an option is out of its range.

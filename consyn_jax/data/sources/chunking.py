@@ -46,11 +46,11 @@ def parts(chunks: Iterable[bytes], tokenizer: BPETokenizer) -> Iterator[tuple[by
 
 
 def _cut(data: bytes, tokenizer: BPETokenizer) -> int:
-    """End of the first part of `data`, which has `LIMIT` bytes.
+    """End of the first part of `data`; `data` has `LIMIT` bytes.
 
-    A place is good if the text around it has the same ids in one piece and in two. Text without
-    such a place, like a megabyte of one letter, is cut anyway: otherwise neither time nor memory
-    would be bounded.
+    The cut is where the text around it has the same ids in one piece and in two. Text without such
+    a place, like a megabyte of one letter, is cut anyway: otherwise neither time nor memory would
+    be bounded.
     """
     for place in PLACES:
         for tried, match in enumerate(place.finditer(data, PART_BYTES)):

@@ -187,7 +187,7 @@ def _expand(name: str, dataset_type: str, flag: str) -> Sequence[Path | Source]:
 
 
 def _may_be_remote(name: str) -> bool:
-    """Whether a name that is not a path is like owner/name of a dataset.
+    """Whether a name that is not a path looks like owner/name of a dataset.
 
     A single word, the name of a file, and a path into a directory that exists are more likely
     typing errors.

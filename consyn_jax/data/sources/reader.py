@@ -62,8 +62,8 @@ class Block:
         file_bytes: bytes of the source's file read so far, for progress.
         begins, last: for a part, whether it is the first and the last part of its document.
         split: the split of the documents, if their text does not decide it.
-        numbers: for rows that were not lines, the number of each.
-        unread: columns of a table that its rows do not have, because they are not needed.
+        numbers: for rows that were not lines of a file, the number of each in the source.
+        unread: columns of a table that were not read, because no option needs them.
     """
 
     kind: str
@@ -226,7 +226,7 @@ class Candidate:
     Attributes:
         path: the file.
         dataset_type: the type that the user asked for, or "auto".
-        suffix: in lower case, without that of the compression.
+        suffix: the file's suffix in lower case; that of a compression is left out.
     """
 
     def __init__(self, path: Path, dataset_type: str = "auto", invalid_utf8: str = "error") -> None:

@@ -117,7 +117,7 @@ class Row:
     """A row as it was recognised.
 
     Attributes:
-        format: a value of `--row_format`, or one of messages, such as "preference of messages".
+        format: a value of `--row_format`, or as in "preference of messages" for messages.
         content: segments of text, after which the document ends, a conversation, or a pair.
         unread: keys of the row that its format has no use for.
     """
@@ -128,11 +128,11 @@ class Row:
 
 
 def read_row(row: Any, keys: RowKeys, absent: Sequence[str] = ()) -> Row:
-    """The document of a row.
+    """Turn a row into a document.
 
     Args:
         row: a decoded row; a caller that could not decode it passes the `BadRow` with the reason.
-        absent: keys that the row does not have here, for the message about a missing key.
+        absent: names of columns that were not read, for the message about a missing key.
 
     Raises:
         BadRow: the row has no format that is known, is broken, or has nothing to train on.

@@ -20,7 +20,7 @@ class SampleReader(Reader):
     kind, noun, unit = SAMPLE, "text", SAMPLE
 
     def files(self, name: str) -> tuple[Path, ...]:
-        """None: its texts are part of Python."""
+        """No files: the texts are part of Python."""
         return ()
 
     def size(self, name: str) -> int:

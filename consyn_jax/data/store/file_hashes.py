@@ -32,8 +32,8 @@ def cache_directory() -> Path:
 class FileHashes:
     """Hexadecimal SHA-256 of files, as a context manager.
 
-    A file is read at about 1 GB/s, unless its path, inode, size and times of change are those of an
-    earlier reading. Leaving the context stores the new hashes for the next process.
+    A file is read again only if its path, inode, size or times of change are new. Reading takes
+    about a second per GB. Leaving the context stores the new hashes for the next process.
     """
 
     def __init__(self) -> None:

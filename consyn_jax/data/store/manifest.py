@@ -138,7 +138,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def checked_manifest(directory: Path) -> dict[str, Any]:
-    """As `read_manifest`, without a look at the other files."""
+    """Read and check the manifest as `read_manifest` does, but no other file."""
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
@@ -179,7 +179,7 @@ def read_sources(directory: Path) -> list[dict[str, Any]]:
 
 
 def checked_sources(directory: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """As `read_sources`, of a store whose manifest was read."""
+    """Do what `read_sources` does, with a manifest that was read already."""
     expected, path = manifest.get("sources_sha256"), directory / SOURCES
     if expected is None:
         return []

@@ -60,8 +60,8 @@ class Tokens(ABC):
     def read_targets(self, start: int, out: np.ndarray) -> None:
         """Fill `out` for each token from `start` on: 1 for a target of the loss, else 0 or `GIVEN`.
 
-        `GIVEN` is the first token of a document that brings its own beginning, so that no BOS is
-        put in front of it and the token is an input only. `BETWEEN` parts the sequences of a pair.
+        `GIVEN` marks the first token of a document that needs no BOS in front of it; this token is
+        an input only. `BETWEEN` separates the two sequences of a pair.
         """
         out[:] = 1
 

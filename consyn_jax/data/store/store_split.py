@@ -95,7 +95,7 @@ class StoreSplit:
         Shards are verified in parallel, because hashing releases the interpreter lock.
 
         Raises:
-            UserError: for the first of them that is damaged.
+            UserError: a shard is damaged; the message is about the first.
         """
         numbers: set[int] = set()
         for start, stop in zip(starts, stops, strict=True):

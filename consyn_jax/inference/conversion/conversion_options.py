@@ -39,10 +39,10 @@ class TargetOptions:
     )
     dtype: str | None = flag(
         None,
-        "number type of the weights; q8_0 is for gguf (that of the model)",
+        "number type of the weights; q8_0 only with --to gguf (that of the model)",
         choices=NUMBER_TYPES,
     )
-    shard_size: str = flag("5GB", "maximum size of a weights file of hf, as in 500MB or 5GB")
+    shard_size: str = flag("5GB", "with --to hf: largest size of a weights file, as in 500MB")
     context: int | None = flag(None, "context that a GGUF declares, in tokens (that of the model)")
     license: str | None = flag(None, "license in the model card, as in apache-2.0 (not stated)")
     push_to_hub: str | None = flag(

@@ -21,7 +21,7 @@ class Value:
     Attributes:
         interval: 95 % interval; None without resamples.
         difference: From the first model, and its interval; None for the first.
-        changed: Share of the requests whose answer is another one than the first model's.
+        changed: Share of the requests whose answer differs from the first model's.
     """
 
     value: float
@@ -47,7 +47,7 @@ class Section:
     notes: tuple[tuple[str, ...], ...]
 
     def as_json(self) -> dict[str, Any]:
-        """For the JSON file."""
+        """The section as an object for the JSON file."""
         return {
             "name": self.name,
             "size": self.size,

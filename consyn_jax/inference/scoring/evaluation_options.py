@@ -23,12 +23,12 @@ class EvaluateModelOptions:
     )
     dtype: str = flag(
         "auto",
-        "number type of the weights and products; auto: float32 on a CPU, bfloat16 on a GPU",
+        "number type of the weights and matmuls; auto: float32 on a CPU, bfloat16 on a GPU",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     mesh: str = flag(
         "auto",
-        "devices to spread a model over; auto: a copy on each, or a part where no copy fits",
+        "devices to spread a model over; auto: a copy on each, or a part if a copy does not fit",
     )
     batch_size: int = flag(8, "sequences per batch; does not change results")
 
@@ -98,8 +98,8 @@ class EvaluateResultOptions:
     )
     page: str | None = flag(None, "HTML file with the table, for a browser; it needs no network")
     bootstrap: int = flag(1000, "resamples for the 95 % intervals; 0: none")
-    seed: int = flag(0, "seed of the resamples, and of sampling at a --temperature")
-    quiet: bool = flag(False, "no progress")
+    seed: int = flag(0, "seed of the resamples, and of sampling with --temperature")
+    quiet: bool = flag(False, "show no progress")
 
 
 @dataclass(frozen=True)

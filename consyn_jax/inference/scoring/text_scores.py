@@ -142,8 +142,8 @@ def _checked(scorer: Scorer, window: int | None, stride: int | None) -> tuple[in
     size = context if window is None else window
     if size > context + 1:
         raise UserError(
-            f"--window {size} is more than the model's context of {context} tokens and the one "
-            "that follows it. Lower it."
+            f"--window {size} is more than {context + 1}: the model's context of {context} tokens, "
+            "and one to predict. Lower it."
         )
     step = max(size // 2, 1) if stride is None else stride
     if step > size:

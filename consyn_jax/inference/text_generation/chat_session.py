@@ -40,7 +40,7 @@ class ChatSession:
         If Ctrl-C stops the answer, the printed part is kept.
 
         Returns:
-            The end of the answer, as in `Update`, or "interrupted".
+            Why the answer ended: a value of `Update.ends`, or "interrupted".
 
         Raises:
             UserError: The conversation does not fit the model's context; the history is unchanged.

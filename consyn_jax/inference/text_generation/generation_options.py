@@ -20,7 +20,7 @@ class GenerateModelOptions:
     step: int | None = flag(None, "take this checkpoint of a run")
     dtype: str = flag(
         "auto",
-        "number type of the products; int8: the blocks' weights in 8 bits, one scale per output; "
+        "number type of the matmuls; int8: the blocks' weights in 8 bits, one scale per output; "
         "auto: bfloat16 on a GPU, float32 on a CPU",
         choices=("auto", "float32", "bfloat16", "int8"),
     )
@@ -39,7 +39,7 @@ class PromptOptions:
     file: str | None = flag(
         None, "prompts from a file: one per line, or JSON Lines with prompt or messages"
     )
-    interactive: bool = flag(False, "a conversation in the terminal")
+    interactive: bool = flag(False, "hold a conversation in the terminal")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class SamplingOptions:
 
     max_tokens: int | None = flag(None, "maximum number of new tokens (256)")
     temperature: float | None = flag(
-        None, "sampling temperature; 0 takes the likeliest token (0; with a filter, 1)"
+        None,
+        "sampling temperature; 0 takes the likeliest token (0; 1 with --top_k, --top_p or --min_p)",
     )
     top_k: int | None = flag(None, "sample from this many likeliest tokens")
     top_p: float | None = flag(
@@ -58,7 +59,9 @@ class SamplingOptions:
         None, "sample from tokens with at least this share of the likeliest one's probability"
     )
     repetition_penalty: float | None = flag(
-        None, "divide the logits of tokens that the text has by this, multiply negative ones (1)"
+        None,
+        "divide positive logits of tokens that are already in the text by this, and multiply "
+        "negative ones (1)",
     )
     seed: int = flag(0, "sampling seed; every sequence of every prompt has its own draws")
     num_return_sequences: int = flag(1, "texts for each prompt", aliases=("n",))
@@ -70,9 +73,9 @@ class ResultOptions:
     """Destination of the texts."""
 
     output: str | None = flag(
-        None, "JSON Lines file, one line per text; it gets its name when it is complete"
+        None, "JSON Lines file, one line per text; NAME.partial until it is complete"
     )
-    include_prompt: bool = flag(False, "texts begin with their prompts")
+    include_prompt: bool = flag(False, "begin each text with its prompt")
     stream: bool | None = flag(None, "print text as it is made (true for one text on a terminal)")
 
 
@@ -116,4 +119,4 @@ def validate_generation(config: GenerateConfig) -> None:
         if getattr(config.results, name):
             raise UserError(f"--{name} has no effect on --interactive. Leave it out.")
     if config.sampling.num_return_sequences > 1:
-        raise UserError("--interactive has one answer. Leave --num_return_sequences out.")
+        raise UserError("--interactive gives single answers. Leave --num_return_sequences out.")

@@ -42,8 +42,8 @@ def choose_sampling(options: SamplingOptions, defaults: Mapping[str, Any]) -> Sa
         defaults: The content of generation_config.json.
 
     Raises:
-        UserError: A value is out of range, or a filter or several texts for a prompt are asked for
-            where the likeliest token is taken.
+        UserError: A value is out of range, or decoding is greedy and a filter or several texts for
+            a prompt are asked for.
     """
     given = {name: getattr(options, name) for name in (*FILTERS, "temperature")}
     filters = [name for name in FILTERS if given[name] is not None]

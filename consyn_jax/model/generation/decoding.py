@@ -45,7 +45,7 @@ class Slots(NamedTuple):
     Attributes:
         k, v: The cache, one array [B, K, S, H] per layer.
         token_B: The newest token, which is not in the cache yet, and `position_B` its position.
-        active_B: Whether the slot's text goes on.
+        active_B: Whether the slot's text is still growing.
         index_B: Number of new tokens so far; the slot stops at `limit_B`.
         long_B: Index into the rotation tables: 1 for a long text, else 0.
         keys_B2: Random key of the slot's draws.

@@ -232,7 +232,7 @@ class Engine:
     # --------------------------------------------------------------------------------------- texts
 
     def _added(self, places: list[_Text | None], slot: int, tokens: list[int]) -> Piece:
-        """Add tokens to the text in a slot, which frees it if they are its last ones."""
+        """Add tokens to the text in a slot, and free the slot if they are the text's last ones."""
         text = places[slot]
         assert text is not None
         text.ids += tokens

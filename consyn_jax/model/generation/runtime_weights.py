@@ -79,7 +79,7 @@ def _unstacked(
 ) -> tuple[Any, ...]:
     """The layers of a stacked parameter; in int8 if `inputs` are given (see `quantised`).
 
-    Those of a matrix with an adapter stay as they are.
+    The layers of a matrix with an adapter are not converted.
     """
     if isinstance(value, FrozenMatrix):
         layers = range(jax.tree.leaves(value)[0].shape[0])

@@ -34,8 +34,8 @@ def branched_norm(
     """Return x, and `uses` times `rms_norm(x, scale, eps)`, one for each reader.
 
     It runs on the mesh in context if there is one. The kernel sums the readers' gradients in
-    float32. If a mesh axis splits the readers, each has only a part of its gradient; XLA then sums
-    the readers first, so that it sums over devices once and not for each reader.
+    float32. If a mesh axis splits the readers, each has only a part of its gradient; XLA then adds
+    up the readers before it sums over devices, so that it does so once and not for each reader.
 
     Args:
         eps: Above zero.

@@ -148,7 +148,8 @@ def _in_its_keys(message: str) -> str:
 def read_config(path: Path) -> ModelConfig:
     """The architecture in a model directory or a config.json.
 
-    A directory's generation_config.json comes with it; a config.json is an architecture alone.
+    In a directory, generation_config.json is read as well; a config.json gives the architecture
+    only.
 
     Raises:
         UserError: No such file, not the configuration of a supported model, or a directory with

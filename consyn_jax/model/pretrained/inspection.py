@@ -31,7 +31,7 @@ HEAD, EMBEDDING = OUTSIDE_BLOCKS["output"], OUTSIDE_BLOCKS["embedding"]
 def read_checkpoint(directory: Path) -> ModelConfig:
     """Read the architecture of a model directory; check that its files hold exactly its tensors.
 
-    That of an adapter is the architecture of its base, whose tensors it must suit.
+    For an adapter, this is the architecture of its base, whose tensors it must fit.
 
     Raises:
         UserError: A tensor is missing, surplus or wrong, or the model is not supported.

@@ -183,7 +183,7 @@ def _names(pattern: str, module: str) -> bool:
     """Whether a pattern of PEFT matches a module.
 
     Raises:
-        ValueError: It repeats so much that a match could take forever.
+        ValueError: The pattern repeats so much that a match could take forever.
     """
     if re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
         raise ValueError(f"the pattern {pattern[:60]} repeats too much")

@@ -59,10 +59,10 @@ def base_directory(base: Base, owner: Path, named: str) -> Path:
     """The directory of the model under an adapter, with the same weights as in training.
 
     Args:
-        owner, named: For messages: what holds the adapter, and what names its base there.
+        owner, named: For messages: the holder of the adapter, and the setting that names its base.
 
     Raises:
-        UserError: It is not there, or is another model by now.
+        UserError: The base is missing, or has been replaced by another model.
     """
     if base.name is None or not (Path(base.name).is_dir() or is_hub_id(base.name)):
         where = "named nowhere" if base.name is None else f"not there: {base.name}"

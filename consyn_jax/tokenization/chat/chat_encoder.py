@@ -164,7 +164,7 @@ class ChatEncoder:
         return text, encoding.ids, _targets(encoding.offsets, spans)
 
     def _encode(self, written: str, spans: Spans) -> tuple[str, list[int], np.ndarray]:
-        """As `_encode_whole`, for a text with marks around what must be ordinary text."""
+        """Do what `_encode_whole` does, for a text with marks around what must be ordinary text."""
         texts: list[str] = []
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []

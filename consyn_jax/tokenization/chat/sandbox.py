@@ -37,7 +37,7 @@ class TemplateFault(Exception):
 
 
 def writes_date(source: str) -> bool:
-    """Whether a template writes the date, for which it gets `RENDERED_DAY`."""
+    """Whether a template writes the date, which is always `RENDERED_DAY`."""
     return "strftime_now" in source
 
 

@@ -62,7 +62,7 @@ class Checkpoints:
         keep_every: checkpoints whose step is a multiple of it are kept, too.
         warn: called in the caller's thread with a sentence about checkpoints that could not be
             written or are damaged.
-        owner: the run that these checkpoints belong to; None takes those of any run.
+        owner: the run that these checkpoints must belong to; None accepts any run.
         before_commit: called in the first process, from the background thread, before a checkpoint
             gets its name. It flushes what belongs to the checkpoint, and raises `UserError` if the
             directory is not this run's any more.
@@ -174,7 +174,7 @@ class Checkpoints:
         return True
 
     def _begin(self, begun: Callable[[], None]) -> None:
-        """Call `begun`; if it raises, no thread will wait for what Orbax has begun."""
+        """Call `begun`; if it raises, note that no thread will wait for Orbax's write."""
         earlier, self._has_abandoned_work = self._has_abandoned_work, True
         begun()
         self._has_abandoned_work = earlier

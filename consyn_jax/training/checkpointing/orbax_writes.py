@@ -56,8 +56,8 @@ def writing_thread(write: Callable[[], None], name: str) -> threading.Thread:
 def is_left_alone(write: threading.Thread | None) -> bool:
     """Whether to abandon a write because an error in this process alone ends the run.
 
-    The other processes may be waiting for this one in a collective, and the write for them. If this
-    process waited for the write, they would never learn of the error.
+    The other processes may be waiting for this one in a collective, and the write is waiting for
+    them. If this process waited for the write, they would never learn of the error.
     """
     if write is None or jax.process_count() == 1 or type(sys.exc_info()[1]) is not UserError:
         return False

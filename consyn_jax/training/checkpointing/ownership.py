@@ -29,8 +29,8 @@ class RunRecord:
     Attributes:
         run: the identity, the same for all starts of a run.
         start: random identity of the newest start of the command.
-        unsigned_until: the newest step of a run of an older version when it got its identity.
-            Checkpoints up to this step carry none. -1 for all other runs.
+        unsigned_until: for a run that an older version began, its newest step when it got its
+            identity; checkpoints up to this step carry no identity. -1 for all other runs.
     """
 
     run: str
@@ -79,7 +79,7 @@ class RunRecord:
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(
                 f"{file} is damaged, so the owner of these checkpoints is unknown. Put a copy "
-                "back, or delete the file to take the identity in the newest checkpoint."
+                "back, or delete the file: the run then has the identity in its newest checkpoint."
             ) from error
 
     @classmethod
@@ -147,7 +147,7 @@ def check_checkpoint(
 
     Args:
         record: its run record.
-        own: None takes those of any run.
+        own: the run that it must belong to; None accepts any run.
 
     Raises:
         UserError: it is of another run, or of another step.
@@ -168,7 +168,7 @@ def check_log(path: Path, lines: Iterable[dict[str, Any]], own: RunRecord) -> No
             raise UserError(
                 f"{path} is the log of another run (its identity is {short(line.get('run'))}, and "
                 f"that of the run in {path.parent} is {short(own.run)}). Put this run's log back, "
-                "or delete the file to go on without the lines up to the checkpoint."
+                "or delete the file to continue with an empty log."
             )
 
 

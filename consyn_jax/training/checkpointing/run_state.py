@@ -19,11 +19,11 @@ class Progress:
     """Progress of a run; everything else follows from its configuration.
 
     Attributes:
-        clipped, unlogged: steps with clipped gradients, and all steps, since the last line of
-            metrics.
+        clipped, unlogged: since the last line of metrics, steps with clipped gradients and all
+            steps.
         left_out: steps whose update was skipped because the loss or a gradient was not finite.
-        recent: the losses that a possible spike is compared with.
-        stopped_of: the steps of the budget that a callback has cut short at this step.
+        recent: the last losses, to detect spikes.
+        stopped_of: steps of the budget, if a callback ended the run before them; otherwise None.
         run: the identity of the run; None in checkpoints of older versions.
     """
 

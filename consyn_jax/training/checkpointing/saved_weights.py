@@ -25,8 +25,8 @@ WEIGHT, AVERAGED_WITH = "b1", "z"
 def read_weights(place: Path, like: Params) -> Params:
     """Verify a checkpoint, and read the parameters that its run would export.
 
-    The optimizer's state is not read, except with schedule-free training: it exports averaged
-    weights, which are computed from a part of that state.
+    The optimizer's state is read only with schedule-free training, whose averaged weights are
+    computed from a part of it.
 
     Args:
         like: shapes, dtypes and shardings of the parameters to return.

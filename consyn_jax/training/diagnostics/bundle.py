@@ -86,7 +86,7 @@ def write_bundle(
 
     Args:
         place: the directory to write; an older bundle there is replaced.
-        state: before the step; it is not changed.
+        state: the state before the step; it is not changed.
         batch: at least the arrays of `Program.batch_dtypes`, and the frozen weights if any.
         config: the run's config.yaml.
         warn: called with a sentence if the bundle could not be written.

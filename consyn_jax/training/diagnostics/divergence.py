@@ -45,7 +45,7 @@ def report_divergence(
 
     Args:
         values: the step's metrics.
-        state: before the step.
+        state: the state before the step.
         directory: the run directory.
 
     Returns:

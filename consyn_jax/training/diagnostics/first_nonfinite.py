@@ -42,7 +42,7 @@ class Diagnosis:
 
     Attributes:
         sequences: (micro-batch, row) of each sequence with non-finite activations.
-        devices: those that hold a non-finite weight.
+        devices: the devices that hold a non-finite weight.
     """
 
     loss: float

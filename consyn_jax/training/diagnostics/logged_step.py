@@ -37,8 +37,8 @@ class Comparison:
     """One step, as it was logged and as it was repeated.
 
     Attributes:
-        logged: loss and gradient norm in metrics.jsonl; NaN for one that the log leaves out, as it
-            was not finite; None if the run did not log the step.
+        logged: loss and gradient norm in metrics.jsonl; NaN for a value that was not finite, which
+            the log leaves out; None if the run did not log the step.
         repeated: loss and gradient norm of the repetition.
     """
 
@@ -61,7 +61,7 @@ class Comparison:
 def _apart(logged: float, repeated: float) -> float:
     """Relative difference; infinite if only one of them is finite.
 
-    Two values that are not finite agree: the log does not say which of them it was.
+    Two values that are not finite agree: the log does not say whether it was NaN or infinity.
     """
     finite = math.isfinite(logged), math.isfinite(repeated)
     if logged == repeated or not any(finite):

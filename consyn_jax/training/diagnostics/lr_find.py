@@ -86,7 +86,7 @@ def range_test(
 
     Args:
         step: a compiled train step whose optimizer has `rising_schedule(rates)`.
-        state: before the first step; the train step consumes it.
+        state: the state before the first step; the train step consumes it.
         on_step: called after each step with the number of steps and the loss.
 
     Returns:
@@ -179,10 +179,11 @@ def suggest(curve: Curve) -> Suggestion:
     tenth of the rate of the lowest loss. Both are several times too low for a run from random
     weights, where the steepest part is learning which tokens are frequent. The valley is fastai's
     later rule, midway along the descent. Here it begins where the descent is steepest; fastai's
-    begins where the curve begins, so its rate moves with the first one tried.
+    begins where the curve begins, so its suggestion depends on the first rate tried.
 
     Args:
-        curve: with rates that rise by a constant factor; only the last loss may be non-finite.
+        curve: rates, which rise by a constant factor, and losses; only the last loss may be
+            non-finite.
     """
     is_finite = all(math.isfinite(loss) for _, loss in curve)
     x, y = _arrays(curve if is_finite else curve[:-1])

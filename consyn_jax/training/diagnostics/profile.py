@@ -41,7 +41,7 @@ class CompiledStep:
 
     Attributes:
         text: returns its compiled text.
-        flops: FLOPs of one step on one device that the model needs.
+        flops: FLOPs that the model needs for one step on one device.
         peak: peak FLOP/s of a device; None if unknown.
     """
 
@@ -105,7 +105,7 @@ class Profile:
 
     Args:
         steps: the first and the last step, counted from 1; None traces nothing.
-        directory: for trace and page.
+        directory: the directory for trace and page.
         tell, warn: called with sentences about the result and about failures.
 
     Attributes:

@@ -53,8 +53,8 @@ class StepStatistics(NamedTuple):
     """Statistics of a step, replicated to every process.
 
     Attributes:
-        activations: by part. Those of the blocks are [A, L], those of the head [A, chunks of
-            positions], the others [A].
+        activations: by part: [A, L] for the blocks, [A, chunks of positions] for the head, [A] for
+            the others.
         sequences: whether an activation of a sequence is not finite.
         gradients, weights: trees like the parameters; [L] for stacked ones.
         devices: by device of the mesh, whether all of the weights that it holds are finite. Copies

@@ -42,7 +42,7 @@ class Operation(NamedTuple):
     """One execution of an operation on the device, times in ns.
 
     Attributes:
-        name: in the compiled program, or of the kernel if the trace does not have it.
+        name: its name in the compiled program, or the kernel's if the trace lacks it.
         kernel: the kernel that ran; on CPUs the same.
         path: the scopes that it came from, outermost first; empty if unknown.
         own: duration without the operations inside it, such as those of a loop's body.
@@ -92,7 +92,7 @@ class Summary:
 def scopes_of(program: str) -> dict[str, str]:
     """Scopes of each instruction, by name, from the text of a compiled program.
 
-    Those of an exchange between devices are `COLLECTIVES`.
+    An exchange between devices has the scope `COLLECTIVES`.
 
     >>> scopes_of('  ROOT %dot.1 = f32[8]{0} dot(%a, %b), metadata={op_name="jit(step)/mlp/dot"}')
     {'dot.1': 'jit(step)/mlp/dot'}

@@ -23,11 +23,11 @@ USED = ("input_ids", "labels", "segment_ids", "loss_mask", "attention_mask", "po
 def complete(raw: Any, labels_are_ids: bool | None = None) -> Batch:
     """A batch [b, T] with all four arrays, derived from those that `raw` has.
 
-    Without labels, the labels are the sequence itself, shifted by one. So are labels that equal the
-    input_ids, as those of transformers' collators do, because transformers' models shift them.
-    A token is a target if its label is not -100 or -1, its loss_mask is true, and it is not
-    padding. Without segment_ids, a row is one document, and `attention_mask` marks its padding;
-    where `position_ids` restart, another document begins. Rows of unequal length are padded.
+    Without labels, the labels are the sequence itself, shifted by one. Labels that equal the
+    input_ids are shifted, too: transformers' collators make such labels, for its models to shift. A
+    token is a target if its label is not -100 or -1, its loss_mask is true, and it is not padding.
+    Without segment_ids, a row is one document, and `attention_mask` marks its padding; where
+    `position_ids` restart, another document begins. Rows of unequal length are padded.
 
     Args:
         raw: a mapping such as a dict or a `BatchEncoding`, or input_ids alone, or a pair of
@@ -83,7 +83,7 @@ def described_labels(batch: Batch, labels_are_ids: bool | None) -> str:
     """Say for the header what the labels are, unless they are simply the next tokens.
 
     Labels of a causal language model are the next tokens for at least one of two targets; the rest
-    are ends of documents. Those of a collator for masked language models are not.
+    are ends of documents. Labels of a collator for masked language models are not next tokens.
 
     Args:
         batch: the first one, or the first row, from `complete`.

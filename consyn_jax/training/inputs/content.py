@@ -1,4 +1,4 @@
-"""The documents of the caller's rows by their positions, and a fingerprint of the rows."""
+"""Find the documents in the caller's rows by their positions, and fingerprint the rows."""
 
 from __future__ import annotations
 

@@ -112,8 +112,8 @@ class Begun(Iterable[Any]):
     Attributes:
         first: the first one.
         name: their name in messages.
-        is_iterator: they can be read only once, as those of a generator.
-        are_rows: each is one sequence, not a batch.
+        is_iterator: whether they can be read only once, as from a generator.
+        are_rows: whether each is one sequence and not a batch.
 
     Raises:
         UserError: there are none, or they are read again although they can be read only once.

@@ -74,7 +74,7 @@ class GivenBatches(BatchSource):
         return items if self.batches.are_rows else items * self.batch_size
 
     def check_batch_size(self) -> None:
-        """Check that training takes batches as large as those given.
+        """Check that the given batches have the size that training takes.
 
         Raises:
             UserError: their size differs from `batch_size`.
@@ -147,7 +147,7 @@ class GivenBatches(BatchSource):
             }
 
     def _check(self, i: int, raw: Any) -> Mapping[str, Any]:
-        """The arrays of item `i` of the iterable, which has the columns of the first one."""
+        """The arrays of item `i` of the iterable, checked to have the same columns as the first."""
         where = self.batches.place(i)
         fields = fields_of(raw, where)
         self.batches.check(fields, self._vocab_size, i)

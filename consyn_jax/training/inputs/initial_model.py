@@ -93,10 +93,10 @@ def base_on(
     types: BaseTypes | None,
     mesh: Mesh,
 ) -> dict[str, Any]:
-    """The frozen weights under an adapter, as every batch brings them; empty without an adapter.
+    """The frozen weights under an adapter, as every batch carries them; empty without an adapter.
 
     Args:
-        untrained: the parameters of a model in memory as it was passed.
+        untrained: for a model in memory, its parameters as they were passed.
         types: the number types of the frozen weights; None without an adapter.
     """
     if types is None:

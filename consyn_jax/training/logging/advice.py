@@ -63,7 +63,7 @@ class Usage:
     Attributes:
         seconds: all of the time.
         waiting, evaluating, saving: seconds of it.
-        memory_share: peak of the device's memory, of what JAX may use; None if it is not known.
+        memory_share: the device's peak memory as a share of what JAX may use; None if unknown.
     """
 
     seconds: float

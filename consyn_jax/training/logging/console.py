@@ -111,7 +111,7 @@ class Console(AbstractContextManager["Console"]):
         self._rich.print(Panel(table, title=bold, title_align="left", **look))
 
     def start(self, total_steps: int, done: int = 0) -> None:
-        """Begin the live line; the first step is compiled then.
+        """Begin the live line, which shows compiling until the first step.
 
         Args:
             done: the step that the run resumes from.
@@ -136,7 +136,7 @@ class Console(AbstractContextManager["Console"]):
         """Show an activity other than steps, and its start; an empty one is a step.
 
         Args:
-            is_told: whether it has a line of its own where there is no terminal.
+            is_told: whether to print a line for it if there is no terminal.
         """
         if phase == self._phase:
             return

@@ -104,7 +104,7 @@ def _draw_axes(upper: Axes, lower: Axes, last: Point | None) -> None:
 
 
 def _draw_steps(axes: Axes, tokens_per_step: float) -> None:
-    """Add an axis of steps on top; as steps vary little in tokens, it is the axis below divided."""
+    """Add an axis of steps on top, by dividing the one below: steps vary little in tokens."""
     import numpy as np
     from matplotlib.ticker import MaxNLocator
 

@@ -149,7 +149,7 @@ def _points(drawn: Sequence[RunChart], resumed: Sequence[Point], status: Status)
 
 
 def _reload_s(status: Status) -> int:
-    """Seconds between two looks at the page: often enough to see each new one soon."""
+    """Seconds between two reloads of the page, few enough to show each new version soon."""
     return round(min(60.0, max(10.0, status.longest_gap_s / 4)))
 
 

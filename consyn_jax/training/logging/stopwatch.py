@@ -24,7 +24,7 @@ class Stopwatch:
     """Counts steps, tokens and time since the last lap; pauses do not count.
 
     Args:
-        step_flops: FLOPs of one step on one device that the model needs.
+        step_flops: FLOPs that the model needs for one step on one device.
         peak_flops: peak FLOP/s of a device; None if unknown.
     """
 

@@ -20,11 +20,11 @@ SMALLEST_FACTORED = 32
 
 
 def adafactor(options: OptimizerOptions, logical_axes: Params) -> optax.GradientTransformation:
-    """Return the directions of Adafactor (Shazeer and Stern, 2018).
+    """Transformation of gradients to Adafactor's update directions (Shazeer and Stern, 2018).
 
     The relative step and the parameter scale are left out (Zhai et al., 2022, section 3.4), so that
-    AdamW's rates suit it. Each layer's matrix is factored, as [inputs, outputs], and clipped by
-    itself, however the layers are stacked.
+    AdamW's rates suit it. Each layer's matrix is factored, as [inputs, outputs], and clipped on its
+    own, even though the layers are stacked.
     """
 
     def as_matrices(tree: Any) -> Any:

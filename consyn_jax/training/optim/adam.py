@@ -14,7 +14,7 @@ from consyn_jax.training.step import Number
 
 
 def adam(options: OptimizerOptions) -> optax.GradientTransformation:
-    """Return the directions of Adam (Kingma and Ba, 2015)."""
+    """Transformation of gradients to Adam's update directions (Kingma and Ba, 2015)."""
     dtype = jnp.dtype(options.moment_dtype)
     rule = optax.scale_by_adam(
         b1=options.beta1, b2=_beta2(options), eps=options.eps, mu_dtype=dtype
@@ -23,7 +23,7 @@ def adam(options: OptimizerOptions) -> optax.GradientTransformation:
 
 
 def scaled_gradients(options: OptimizerOptions) -> optax.GradientTransformation:
-    """Return gradients divided by Adam's denominator, without a first moment."""
+    """Transformation that divides gradients by Adam's denominator, without a first moment."""
     rule = optax.scale_by_rms(
         decay=_beta2(options), eps=options.eps, eps_in_sqrt=False, bias_correction=True
     )
@@ -57,7 +57,7 @@ def _narrow_second_moment(rule: Any, dtype: Any) -> optax.GradientTransformation
     def update(
         updates: Any, state: Any, params: Any = None, *, layer: Any = None, **_: Any
     ) -> tuple[Any, Any]:
-        """Update all parameters, or those of one `layer`, which then draws its own numbers."""
+        """Update all parameters, or those of one `layer`; each layer has its own random numbers."""
         updates, state = rule.update(
             updates, state._replace(nu=cast(state.nu, jnp.float32)), params
         )

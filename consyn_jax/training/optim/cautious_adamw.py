@@ -16,11 +16,11 @@ from consyn_jax.training.optim.groups import Axes
 
 
 def cautious_adamw(options: OptimizerOptions, logical_axes: Params) -> optax.GradientTransformation:
-    """Return Adam's directions without the elements that would increase the loss to first order.
+    """Adam's transformation, without the elements that would increase the loss to first order.
 
     Liang et al. (2024), algorithm 2: elements whose sign differs from the gradient's become 0. If n
-    of d elements are left, they are scaled by d / (n + 1). Each layer's array is masked by itself,
-    however the layers are stacked.
+    of d elements are left, they are scaled by d / (n + 1). Each layer's array is masked on its own,
+    even though the layers are stacked.
     """
     rule = optax.with_extra_args_support(adam(options))
 

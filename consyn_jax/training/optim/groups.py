@@ -93,7 +93,7 @@ def rate_multipliers(multipliers: Mapping[str, float], logical_axes: Params) -> 
 
 
 def mup_rates(config: ModelConfig, options: OptimizerOptions, logical_axes: Params) -> Any:
-    """Return a tree like `logical_axes` of muP's factor of each rate; None without muP."""
+    """Return a tree like `logical_axes` with muP's rate factors; None without muP."""
     if options.base is None:
         return None
     # An orthogonal update is as large in all directions, not in a few as Adam's: its largest

@@ -21,7 +21,7 @@ UPDATE_RMS = 0.2
 
 
 def muon(options: OptimizerOptions, logical_axes: Params) -> optax.GradientTransformation:
-    """Return Muon's directions for the matrices inside the blocks, and Adam's for the rest.
+    """Muon's transformation for the matrices inside the blocks, and Adam's for the rest.
 
     Jordan et al. (2024). Each layer's matrix is taken as [inputs, outputs].
     """

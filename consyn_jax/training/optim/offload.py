@@ -52,7 +52,7 @@ def in_host_memory(place: NamedSharding) -> NamedSharding:
 
 
 class _Part(NamedTuple):
-    """A part updated at once: layer `number`, or with None everything outside the layers."""
+    """A part that is updated together: layer `number`, or if None everything outside the layers."""
 
     number: Any
 
@@ -61,13 +61,13 @@ class _Part(NamedTuple):
         return REST if self.number is None else LAYERS
 
     def cut(self, kind: str, x: jax.Array) -> jax.Array:
-        """Return the part of an array; size 0 if it has none."""
+        """Return this part of an array; an empty array if it has none."""
         if kind not in (self.kind, SHARED):
             return jnp.zeros((0, *x.shape[1:]), x.dtype)
         return jax.lax.dynamic_slice_in_dim(x, self.number, 1) if kind == LAYERS else x
 
     def paste(self, kind: str, x: jax.Array, new: jax.Array) -> jax.Array:
-        """Put the part back. Arrays of no parameter are updated once, with the rest."""
+        """Put the part back; arrays of no parameter change only with what is outside the layers."""
         if (kind == LAYERS) != (self.kind == LAYERS):
             return x
         if kind == LAYERS:

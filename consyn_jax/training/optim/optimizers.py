@@ -26,14 +26,14 @@ from consyn_jax.validation import parse_multipliers
 
 
 def _lion(options: OptimizerOptions, _: Params) -> optax.GradientTransformation:
-    """Return the directions of Lion (Chen et al., 2023)."""
+    """Transformation of gradients to Lion's update directions (Chen et al., 2023)."""
     assert options.beta2 is not None
     dtype = jnp.dtype(options.moment_dtype)
     return optax.scale_by_lion(b1=options.beta1, b2=options.beta2, mu_dtype=dtype)
 
 
 def _sgd(options: OptimizerOptions, _: Params) -> optax.GradientTransformation:
-    """Return the gradients, summed up with momentum."""
+    """Transformation of gradients to their sum with momentum."""
     if not is_used(options.momentum_decay):
         return optax.identity()
     dtype = jnp.dtype(options.moment_dtype)

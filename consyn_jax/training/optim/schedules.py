@@ -183,7 +183,7 @@ def count_steps(
     """Count the steps of a run: the smallest of its budgets, or the end of its decay.
 
     Args:
-        tokens_per_sequence: in a row of a batch.
+        tokens_per_sequence: tokens in a row of a batch.
         sequences_per_epoch: None if unknown.
 
     Raises:
@@ -315,7 +315,7 @@ def draw_schedule(
 
 
 def write_schedule_plot(schedule: optax.Schedule, total_steps: int, path: Path) -> None:
-    """Draw the rates of a run over its steps as a PNG, in a directory that is made.
+    """Draw the rates of a run over its steps as a PNG; its directory is made if missing.
 
     Raises:
         UserError: `path` cannot be written.

@@ -39,8 +39,8 @@ def skip_nonfinite(step: Step, limit: int, keeps_state: bool = False) -> Step:
     step. `clipped` is 0 for a step that is not finite.
 
     Args:
-        keeps_state: whether `step` itself keeps parameters and optimizer by `updates_state`;
-            choosing here would hold two copies of them.
+        keeps_state: whether `step` itself keeps parameters and optimizer where `updates_state` is
+            false; a choice here would hold two copies of them.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

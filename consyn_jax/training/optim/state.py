@@ -16,7 +16,7 @@ from consyn_jax.training.step import Batch, Metrics, Step, TrainState
 
 
 class RateScale(NamedTuple):
-    """The state of a plateau's part of the optimizer: the factor of its updates."""
+    """State of the optimizer's plateau part: the factor that scales its updates."""
 
     scale: Float[Array, ""]
 
@@ -103,7 +103,7 @@ def of_parameters(opt_state: optax.OptState, shapes: Params, values: Any, otherw
 
     Args:
         values: a tree with one value for each parameter; no value is a tree itself.
-        otherwise: for an array of no parameter.
+        otherwise: the value for an array of no parameter.
 
     Returns:
         A tree with the structure of `opt_state`.

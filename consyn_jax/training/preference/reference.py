@@ -53,13 +53,13 @@ def make_ready(
 
     Args:
         inputs: inputs of the run; `derived` identifies data, tokenizer and initial weights.
-        run: in micro-batches that fit the devices.
+        run: the configuration, in micro-batches that fit the devices.
         path: the run directory.
         params, base: weights of the model that the run starts from, frozen ones in `base`; `params`
             is None for a resumed run.
         before_write: called before the file is written; None writes none.
-        tick, note: called before every batch; and with a sentence before the first one.
-        splits: those whose pairs are needed.
+        tick, note: `tick` is called before every batch, `note` with a sentence before the first.
+        splits: the splits whose pairs are needed.
 
     Raises:
         UserError: a run is resumed, and the file is missing, damaged or of another run.
@@ -88,7 +88,7 @@ def make_ready(
 
 
 def _look(file: Path, key: str, counts: Mapping[str, int]) -> tuple[Found, str]:
-    """The reference of a run's file, and why some process of the run cannot read it, or ""."""
+    """The reference in a run's file, and why a process of the run cannot read it, or ""."""
     found: Found = {}
     fault = ""
     try:
@@ -190,7 +190,7 @@ def _write(file: Path, key: str, found: Found) -> None:
 
 
 def _read(file: Path, key: str, counts: Mapping[str, int]) -> Found:
-    """The reference of a run's file.
+    """The reference in a run's file.
 
     Raises:
         UserError: it is missing, damaged, or of other data, weights, length or precision.

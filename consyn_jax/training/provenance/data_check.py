@@ -85,7 +85,7 @@ def _check_store(store: dict[str, Any], found: Findings) -> None:
 
 
 def changed_sources(entries: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """Find the sources whose files are not those that a store was prepared from.
+    """Find the sources whose files have changed since a store was prepared from them.
 
     A file that was hashed before and has not changed since is not read again.
 

@@ -146,13 +146,13 @@ def _open_stores(source: dict[str, Any]) -> StoreSplit:
         directory = Path(entry["directory"])
         if not directory.is_dir():
             raise UserError(
-                f"The token store {directory} of this run is not there any more. Put it back, or "
-                "make it again with the run's own command and --dry_run."
+                f"The token store {directory} of this run no longer exists. Put it back, or make "
+                "it again with the run's own command and --dry_run."
             )
         store = TokenStore(directory)
         if store.fingerprint != entry["fingerprint"]:
             raise UserError(
-                f"The token store {directory} is another than the run's by now: its fingerprint is "
+                f"The token store {directory} is no longer the run's: its fingerprint is "
                 f"{store.fingerprint[:16]}, and the run's was {entry['fingerprint'][:16]}. Put the "
                 "run's store back."
             )
@@ -165,7 +165,7 @@ def _open_files(source: dict[str, Any]) -> StoreSplit:
         for entry in source["files"]:
             if file_hash(Path(entry["path"])) != entry["sha256"]:
                 raise UserError(
-                    f"{entry['path']} is not as it was when the run began. Put the run's file back."
+                    f"{entry['path']} has changed since the run began. Put the run's file back."
                 )
     parts = [(Path(entry["path"]), *entry["tokens"]) for entry in source["files"]]
     return raw_split(parts, source["vocab_size"], source["eos_id"])

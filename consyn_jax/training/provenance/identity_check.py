@@ -31,7 +31,7 @@ def check_identity(place: Path, facts: dict[str, Any] | None, found: Findings) -
         facts: the run's record; None if it has none that can be read.
 
     Returns:
-        The identity that the checkpoints must have, that of the record first; None if unknown.
+        The identity that the checkpoints must have, by the record if it has one; None if unknown.
     """
     before, owner = len(found.differs), _owner(place, facts, found)
     if owner is None:

@@ -70,9 +70,9 @@ class Saved:
 
     Attributes:
         sums: name of the file with the checksums of all others.
-        faults: find the disagreements of a directory with that file.
-        added: find the files that it does not list.
-        weights: read the checksums of the files of weights, by name.
+        faults: finds where a directory disagrees with that file.
+        added: finds the files that it does not list.
+        weights: reads the checksums of the files of weights, by name.
     """
 
     sums: str

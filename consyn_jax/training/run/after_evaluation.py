@@ -64,14 +64,15 @@ def is_over(progress: Progress, total_steps: int, options: EvaluationOptions) ->
     """Whether no step is left: by the budget, by early stopping, or because a callback said so.
 
     Args:
-        total_steps: of the budget. A larger one than that which a callback cut short goes on.
+        total_steps: steps of the budget. A run that a callback ended goes on if its budget has
+            changed since.
     """
     is_used_up = progress.step >= total_steps or progress.stopped_of == total_steps
     return is_used_up or stops_early(progress, options)
 
 
 def record_stop(recorder: Recorder, total_steps: int) -> None:
-    """Record that a callback ends the run; before the checkpoint, which then says so, too."""
+    """Record that a callback ends the run; call this before saving, so the checkpoint says so."""
     progress, request = recorder.progress, recorder.callbacks.run.stop_request
     progress.stopped_of = total_steps
     recorder.event("stop", dict(request))

@@ -189,8 +189,8 @@ def open_callbacks(
     """Begin the trackers, or continue those of the checkpoint, and begin the user's callbacks.
 
     Args:
-        run: as they see it.
-        own: make the user's callbacks.
+        run: the view of the run that they get.
+        own: functions that make the user's callbacks.
     """
     resumed = run.resumed_from
     if resumed is None and (run.directory / "logs").exists():

@@ -83,7 +83,8 @@ class RunDirectory:
         config: the content of config.yaml, once it and run.json are written.
         tokenizer: the content of tokenizer/, once it is written.
         lost: the reason why this process may no longer write here; None if it may.
-        place: the open directory of the process that writes, to notice another one of its name.
+        place: the directory, kept open by the process that writes, to notice if another takes its
+            name.
     """
 
     path: Path
@@ -230,7 +231,7 @@ class RunDirectory:
             if (found := RunRecord.read(self.path)) is not None:
                 self._check_record(found, has_lock=True)  # which names the other run
             raise UserError(
-                f"--output {self.path} is another directory than the one that the run began in, so "
+                f"--output {self.path} is not the directory that the run began in, so "
                 "the run ends here. Move that one back, and run the same command again."
             )
         if self.checkpoints.is_symlink():

@@ -65,7 +65,7 @@ def record_end(
     except OSError as error:
         raise UserError(
             f"{directory / 'metrics.jsonl'} cannot be written: {error.strerror}. Once that is "
-            "fixed, the same command does the end of the run again."
+            "fixed, the same command repeats the end of the run."
         ) from error
 
 
@@ -112,8 +112,8 @@ def best_model(directory: Path, options: EvaluationOptions, recorder: Recorder) 
         case reason:
             raise UserError(
                 f"{best / reason}, so this model is not exported as the best one. Put a copy of "
-                f"{best} back and run the same command again, or delete it, and final/ is made of "
-                "the last model."
+                f"{best} back and run the same command again, or delete it to export the last "
+                "model as final/."
             )
 
 
@@ -129,7 +129,7 @@ def closing_lines(
     """Sentences about the outcome: steps and loss, what to type next, the places of the files.
 
     Args:
-        run: as it was given.
+        run: the configuration as it was given.
         origins: the origin of each of its values.
     """
     progress, selection = recorder.progress, recorder.progress.selection

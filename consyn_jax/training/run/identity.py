@@ -115,7 +115,7 @@ def differences(
 def _packing_differences(
     old: dict[str, Any], new: dict[str, Any], derived: dict[str, Any]
 ) -> list[str]:
-    """Compare how sequences were and are made; runs before the flag's default recorded `cut`."""
+    """Compare how sequences were and are made; older runs recorded the old default, `cut`."""
     before = old.get("packing") or old[DERIVED].get("packing")
     now = new["packing"] or derived.get("packing")
     if before is None or now is None or before == now:

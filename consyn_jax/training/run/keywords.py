@@ -15,7 +15,7 @@ DEFAULT_RATE = 5e-5  # for adamw
 
 
 def given_once(own: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Join the parameters of `ConsynTrainer`, by the names of their flags, and the other settings.
+    """Merge the parameters of `ConsynTrainer`, under their flag names, with the other settings.
 
     Raises:
         UserError: a setting is given by both names, or output_dir is no path.

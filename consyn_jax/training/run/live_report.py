@@ -26,7 +26,7 @@ class LiveReport:
 
     A process that has no log writes nothing. A failure to write is reported once and does not end
     the run. A page is left out where pages would take more than `PAGE_SHARE` of the run's time; the
-    first and the last one always come.
+    first and the last one are always written.
 
     Args:
         directory: checked before every write.

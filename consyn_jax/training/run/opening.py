@@ -163,7 +163,8 @@ def check_writable(path: Path) -> None:
     """Check that --output can be created and written, without creating anything.
 
     Raises:
-        UserError: it is a file, is below one, or may not be written, or its name is not text.
+        UserError: the path is a file or below one, may not be written, or has a name that is not
+            text.
     """
     _check_name(path)
     if path.exists() and not path.is_dir():
@@ -247,8 +248,8 @@ def _saved_steps(path: Path) -> list[int]:
     try:
         if (other := misnamed(path / CHECKPOINTS)) is not None:
             raise UserError(
-                f"{other} has a name that no checkpoint has: a step of at most 15 digits, the "
-                "first of them no 0. Give it the name of its step, or move it elsewhere."
+                f"{other} is no name of a checkpoint: a step of at most 15 digits, without leading "
+                "zeros. Give it the name of its step, or move it elsewhere."
             )
         return saved_steps(path / CHECKPOINTS)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Record a run in its log, by its callbacks and on the screen."""
+"""Record a run in its log, through its callbacks and on the screen."""
 
 from __future__ import annotations
 

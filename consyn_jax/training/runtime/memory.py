@@ -63,7 +63,7 @@ def compile_to_fit(
         compile: compiles the train step of a run.
 
     Returns:
-        The run as it fits, and its train step.
+        The run in micro-batches that fit, and its train step.
 
     Raises:
         UserError: it does not fit. The message says what it needs, what there is, and what each

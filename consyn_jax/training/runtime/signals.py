@@ -194,7 +194,7 @@ class StopCoordinator:
             yield {name: _zeros(values) for name, values in like.items()}
 
     def message(self) -> Batch:
-        """This process's message for the step with the batch just taken, to be added to it."""
+        """This process's message, to be added to the batch that was just taken."""
         if not self._shared:
             return {}
         group = self._process_group

@@ -142,7 +142,7 @@ def test_a_resumed_run_evaluates_as_one_that_was_not_interrupted(tmp_path: Path)
 @pytest.mark.parametrize(
     ("row", "metric", "message"),
     [
-        ({"context": "a", "choices": ["b"]}, "eval/loss", r"sums.jsonl:14 has choices and no gold"),
+        ({"context": "a", "choices": ["b"]}, "eval/loss", r"sums.jsonl:14 has choices but no gold"),
         ({"context": "a", "continuation": "b" * 40}, "eval/loss", r"sums.jsonl:14 has a contin"),
         ({"prompt": "a", "answer": "b"}, "eval/loss", r"sums.jsonl:14 asks for a text"),
         (REQUESTS[0], "eval/sums/perplexity", "is not a metric of --eval_requests"),

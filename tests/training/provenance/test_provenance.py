@@ -308,7 +308,7 @@ def test_a_step_that_is_not_what_the_log_says(
         "The run did not log step 10; the steps before it that it logged (9) disagree" in told.out
     )
     assert "a.jsonl, row " in told.out
-    assert "is not what its log says" in told.err
+    assert "does not match its log" in told.err
 
 
 @pytest.mark.parametrize("is_gone", [False, True])

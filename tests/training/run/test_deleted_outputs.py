@@ -64,7 +64,7 @@ def test_a_copy_in_the_place_of_the_directory_ends_the_run(
     path.rename(path.with_name("moved"))
     path.with_name("copy").rename(path)
     before = sorted(path.rglob("*"))
-    with pytest.raises(UserError, match="is another directory than the one that the run began in"):
+    with pytest.raises(UserError, match="is not the directory that the run began in"):
         opened.check()
     assert sorted(path.rglob("*")) == before
 

@@ -28,7 +28,7 @@ class Part(NamedTuple):
     """Consecutive rows of a file or of a dataset of the Hub.
 
     Attributes:
-        table: the columns that are needed, or nulls in all columns if there are none of them.
+        table: the columns that are needed; if the file has none of them, all columns with nulls.
         names: all columns of the file.
         bytes_done: bytes read up to its end; 0 while streaming.
         place: the file or dataset, for messages.
@@ -108,7 +108,7 @@ def _parquet(path: Path, start: int, columns: Sequence[str]) -> Iterator[_Read]:
 
 
 def _arrow(path: Path, start: int, columns: Sequence[str]) -> Iterator[_Read]:
-    """As `_parquet`, for an Arrow file; record batches before `start` are not read."""
+    """The rows of an Arrow file from `start` on; record batches before it are not read."""
     chosen: list[str] | None = None
     names: list[str] = []
     for table, num_bytes in _record_batches(path):
@@ -162,7 +162,7 @@ def choose(names: Sequence[str], columns: Sequence[str], place: Path | str) -> l
 def without_values(names: Sequence[str], num_rows: int) -> Any:
     """Rows of nulls, for a table without any column that is needed.
 
-    Their names go into the message about the missing key.
+    The names go into the message about the missing key.
     """
     import pyarrow as pa
 

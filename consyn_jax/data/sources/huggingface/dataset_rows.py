@@ -33,7 +33,7 @@ class RowBatch:
         position: number of rows up to the end of this batch; `rows(name, position)` continues after
             it.
         bytes_done: bytes read so far, out of `size(name)`; 0 while streaming.
-        unread: columns that the rows do not have, because they are not needed.
+        unread: columns that were not read, because no option needs them.
     """
 
     rows: list[dict[str, Any]]

@@ -59,7 +59,7 @@ def identity(name: str) -> str:
 def other_splits(name: str) -> tuple[str, ...]:
     """Names of the splits of a dataset besides the one that `name` has, without reading any.
 
-    If the Hub cannot be reached, they are those of the copy in the cache of `datasets`.
+    If the Hub cannot be reached, they are read from the copy in the cache of `datasets`.
 
     Raises:
         UserError: as for `identity`, or the dataset has several configurations.

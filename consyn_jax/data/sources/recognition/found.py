@@ -13,7 +13,7 @@ class Found:
     """A file, dataset or store that a name stands for.
 
     Attributes:
-        source: what it is.
+        source: the source that it is.
         reason: why it cannot be used, or "".
         inside: its path below the directory or glob that was named, or its own name.
         given: the name that it was found by.

@@ -87,7 +87,7 @@ def _of_text(pair: Pair, tokenizer: BPETokenizer) -> tuple[list[str], list[list[
 
 
 def _of_messages(pair: Pair, chats: ChatEncoder) -> tuple[list[str], list[list[int]], int]:
-    """As `_of_text`, and the number of messages that the template leaves out."""
+    """The results of `_of_text`, and the number of messages that the template leaves out."""
 
     def chat(messages: Messages) -> Chat:
         return Chat(messages, [False] * len(messages), pair.tools, pair.variables)

@@ -157,7 +157,7 @@ def _spoken(answer: Any, key: str) -> Messages:
 
 
 def _with_text(given: Messages, prompt: str) -> Messages:
-    """The prompt's messages: those that the answers share, which must hold the text `prompt`."""
+    """The prompt as messages: those that both answers begin with; they must contain `prompt`."""
     if not given:
         return [{"role": "user", "content": string(prompt, "as prompt", "a string")}]
     if not any(str(m.get("content", "")).strip() == prompt.strip() for m in given):

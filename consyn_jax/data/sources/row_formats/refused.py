@@ -1,4 +1,4 @@
-"""Refuse rows that fine-tuning cannot use as they are, and name the part that it could use."""
+"""Refuse rows that fine-tuning cannot use whole, and name the part that it can use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def check_preference(row: dict) -> None:
     """Refuse preference data: pairs of a better and a worse answer, and answers with a verdict.
 
     Raises:
-        BadRow: with the flags that train on the better answer.
+        BadRow: it is preference data; the message names flags to train on the better answer.
     """
     if "chosen" in row and "rejected" in row:
         raise BadRow(

@@ -49,7 +49,7 @@ def is_dialogue(value: Any) -> bool:
 
 
 def _flags(row: dict, prefix: str = "") -> str:
-    """The flags alone, or "" if the row shows none; `prefix` leads to it in an outer row."""
+    """The flags alone, or "" if there are none; `prefix` is the path to `row` in an outer row."""
     dialogue = _dialogue(row)
     if dialogue is not None:
         usual = not prefix and dialogue in ("messages", "conversations")
@@ -74,14 +74,14 @@ def _flags(row: dict, prefix: str = "") -> str:
 
 
 def _dialogue(row: dict) -> str | None:
-    """The key of a conversation."""
+    """The first key with a conversation under it; None if there is none."""
     return next((name for name in row if _is_shown(name) and is_dialogue(row[name])), None)
 
 
 def _text_field(row: dict) -> str:
     """A sentence with the field that is most likely the text, or "".
 
-    In a table of which no column is read, all values are None.
+    If no column of a table was read, all values are None.
     """
     usual = [name for name in USUAL_TEXTS if name in row]
     texts = {name: row[name] for name in row if _is_shown(name) and isinstance(row[name], str)}

@@ -1,1 +1,1 @@
-"""A run as it goes on: its history in bounded memory, its time by activity, its page."""
+"""Views of a run while it runs: history in bounded memory, time by activity, charts."""

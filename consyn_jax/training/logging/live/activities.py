@@ -48,7 +48,7 @@ class ActivityClock:
         self._activity, self._since = "other", clock()
 
     def begin(self, earlier: Mapping[str, float]) -> None:
-        """Begin again now.
+        """Restart the clock now.
 
         Args:
             earlier: seconds by activity of earlier starts.

@@ -29,7 +29,7 @@ CURVES = ("train/loss", "train/learning_rate", "train/grad_norm", *SPREAD)
 class BoundedCurve:
     """A curve as buckets of equally many points, which keep their lowest and their highest point.
 
-    When there are too many buckets, each two become one. Spikes thus stay visible.
+    When there are too many buckets, neighbours are merged in pairs. Spikes thus stay visible.
 
     Attributes:
         size: points of a bucket; 1 as long as nothing is left out.
@@ -99,7 +99,7 @@ class History:
         values: every value of the metrics whose median is shown.
         events: the newest events.
         num_events: all events.
-        moments: place and seconds of each activity since the run began, at some of the lines.
+        moments: for some of the lines, their place and the seconds of each activity until then.
         last: the newest line.
         at_best: the evaluation with the lowest loss.
     """

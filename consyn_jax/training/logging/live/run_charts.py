@@ -31,7 +31,7 @@ class RunChart:
 
     Attributes:
         unit: how the script writes values: a key of its `show`.
-        limits: the values to show before a zoom; None for those that there are.
+        limits: the range of values shown before a zoom; None for that of the data.
         kind: lines, or stack for shares of the time between two moments.
     """
 

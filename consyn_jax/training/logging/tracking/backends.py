@@ -33,7 +33,7 @@ def load_classes(backends: Sequence[str], origin: str) -> dict[str, type[Any]]:
     directory.
 
     Args:
-        origin: of the value of --logging_backend, as `resolve` gives it.
+        origin: where the value of --logging_backend comes from, as `resolve` says it.
 
     Raises:
         UserError: a class cannot be imported, cannot be made without arguments, or is no callback.
@@ -41,8 +41,8 @@ def load_classes(backends: Sequence[str], origin: str) -> dict[str, type[Any]]:
     names = own_classes(backends)
     if names and origin not in TYPED:
         raise UserError(
-            f"logging_backend ({origin}) names code, {names[0]}, and code that a file names is not "
-            f"run. Add --logging_backend {' '.join(backends)} to the command."
+            f"logging_backend ({origin}) names the class {names[0]}, and a class that only a file "
+            f"names is not imported. Add --logging_backend {' '.join(backends)} to the command."
         )
     return {name: _load(name) for name in names}
 
@@ -53,7 +53,7 @@ def user_makers(
     """The user's classes among the backends, and callbacks that are made already.
 
     Args:
-        origins: of the run's values by flag name.
+        origins: where each of the run's values comes from, by flag name.
 
     Raises:
         UserError: as for `load_classes`.

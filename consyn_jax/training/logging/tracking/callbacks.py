@@ -55,7 +55,7 @@ class Callback(Protocol):
     def on_end(self, run: RunView, ending: str) -> None:
         """Close what is open; called once, however the run ends, unless its process is killed.
 
-        `report.html` has its last content by then.
+        `report.html` is final by then.
 
         Args:
             ending: "complete" (early stopping included), "stopped by SIGTERM" or another signal,
@@ -224,11 +224,11 @@ def check_methods(callback: Any, name: str) -> None:
     """Check the methods of a callback, or of a class of callbacks.
 
     Args:
-        name: of the callback in messages.
+        name: the callback's name in messages.
 
     Raises:
-        UserError: it has none that is called, one of another name that begins with `on_`, or one
-            that takes other arguments.
+        UserError: it has no method that is called, one of another name that begins with `on_`, or
+            one that takes other arguments.
     """
     found = [method for method in dir(callback) if method.startswith("on_")]
     if other := next((method for method in found if method not in METHODS), None):

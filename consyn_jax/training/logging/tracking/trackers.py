@@ -95,11 +95,11 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A Weights & Biases run, with its files in `directory`/wandb; made, it has begun.
+    """A Weights & Biases run, which begins when this is made; its files are in `directory`/wandb.
 
     WANDB_MODE=offline needs neither network nor key. Without a key or a network the run is kept
-    offline, too, and `warn` says how to upload it. A resumed run is the same run there: lines that
-    an earlier start has written are not written again, and those that it has lost are.
+    offline, too, and `warn` says how to upload it. A resumed run is the same run there: it gets
+    only the lines that earlier starts have not written or have lost.
 
     Args:
         config: every setting by flag name.
@@ -157,8 +157,8 @@ class WandbTracker:
         """Find the rows that earlier starts have written.
 
         Args:
-            run_id: of the run that is continued; None for a new one.
-            until: the last step whose numbers are the same as then; None for any.
+            run_id: the run that is continued; None for a new one.
+            until: the last step at which their rows still hold; None: they all do.
         """
         self._lacks_rows, self._written, self._uploaded = run_id is not None, set[Row](), -1
         if run_id is None:
@@ -232,7 +232,7 @@ class NewSamples:
 
 
 def numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line of metrics but its step; texts, booleans and None stay in the log."""
+    """The numbers of a line of metrics without its step; texts, booleans and None are left out."""
     return {
         key: float(value)
         for key, value in line.items()

@@ -1,4 +1,4 @@
-"""The rows of a Weights & Biases run that earlier starts have written, so that none comes twice.
+"""The rows of a Weights & Biases run that earlier starts have written, so none is sent twice.
 
 wandb keeps rows in blocks of 32 KB until they are full, so a start that was killed may have lost
 its last ones. `metrics.jsonl` has them, and the next start sends those that are missing.
@@ -26,7 +26,7 @@ def written_rows(directory: Path, run_id: str, except_in: Path) -> set[Row]:
     """The rows of metrics in the files of earlier starts.
 
     Args:
-        directory: of all W&B runs.
+        directory: the directory of all W&B runs.
         except_in: the directory of this start.
     """
     found: set[Row] = set()

@@ -263,6 +263,6 @@ def test_a_wrong_name_is_refused_in_one_sentence(name: str, said: str, here: Pat
 
 @pytest.mark.parametrize("origin", ["file run/config.yaml", "default", "preset haiku"])
 def test_code_that_a_file_names_is_not_imported(origin: str, here: Path) -> None:
-    with pytest.raises(UserError, match="code that a file names is not run"):
+    with pytest.raises(UserError, match="a class that only a file names is not imported"):
         load_classes(["exits_tracker:Tracker"], origin)
     assert "exits_tracker" not in sys.modules
