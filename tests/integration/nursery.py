@@ -103,6 +103,15 @@ for line in sys.stdin:
 """
 
 
+def runs(thread: Path) -> bool:
+    """Whether a thread, a directory in /proc, is neither stopped nor ended."""
+    try:
+        state = (thread / "stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "TZX"
+
+
 @dataclass
 class Child:
     """A process, and where its output goes."""
@@ -135,6 +144,12 @@ class Child:
 
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
+
+    def stop(self) -> None:
+        """Send SIGSTOP, and wait until no thread runs: on a busy machine that takes a while."""
+        self.signal(signal.SIGSTOP)
+        while self.alive and any(map(runs, Path(f"/proc/{self.pid}/task").iterdir())):
+            time.sleep(0.001)
 
 
 class Nursery:

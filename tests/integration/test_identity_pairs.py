@@ -114,7 +114,7 @@ def test_it_ends_and_touches_nothing_more(
     )
     await_moment(path, moment, children, mark)
     for child in children:
-        child.signal(signal.SIGSTOP)
+        child.stop()
     lock = None
     if what == "directory replaced":
         path.rename(tmp_path / "moved")

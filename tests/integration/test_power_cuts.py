@@ -107,7 +107,7 @@ def cut(nursery: Nursery, corpus: Path, tmp_path: Path, seconds: float) -> list[
             time.sleep(max(0.0, began + moment * seconds - time.monotonic()))
             if not child.alive:
                 break
-            child.signal(signal.SIGSTOP)
+            child.stop()
             images.append(copied(image, tmp_path / f"cut-{len(images)}"))
             child.signal(signal.SIGCONT)
         assert child.wait(300) == 0, child.said
