@@ -157,7 +157,7 @@ class BudgetOptions:
     """The length of the run, and the size of a step."""
 
     epochs: float | None = flag(
-        None, "passes over the data (3 without a budget); the smallest budget ends a run", math=True
+        None, "passes over the data (3 if no limit is set); the first limit ends the run", math=True
     )
     max_steps: int | None = flag(None, "optimizer steps", math=True)
     total_tokens: int | None = flag(None, "tokens to train on", math=True)

@@ -154,7 +154,7 @@ def in_line(text: str) -> str:
 
 
 def remedy(error: OSError) -> str:
-    """The advice for a write that the system refused, as the beginning of a sentence."""
+    """The advice for a write that failed, as the beginning of a sentence."""
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             return "Make room"

@@ -160,7 +160,7 @@ def remove(path: Path) -> None:
     """Remove a file or directory at once: a crash leaves all of it, or nothing of that name.
 
     Raises:
-        OSError: the disk refuses it.
+        OSError: it cannot be removed.
     """
     old = aside(path, REMOVED)
     try:

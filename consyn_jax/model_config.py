@@ -278,7 +278,9 @@ class LoraOptions:
         None, "train an adapter of this rank over the frozen weights (train all weights)", math=True
     )
     lora_alpha: float | None = flag(
-        None, "the adapter's output is multiplied by alpha / rank (twice the rank)", math=True
+        None,
+        "LoRA's alpha: the adapter's output is multiplied by alpha / rank (twice the rank)",
+        math=True,
     )
     lora_targets: tuple[str, ...] = flag(
         (ALL_LINEAR,),

@@ -18,7 +18,7 @@ DECAY_SHAPES = ("linear", "cosine", "sqrt")
 
 
 class BaseShape(NamedTuple):
-    """The sizes of the model that muP's rates are for (`model.parameters.MupFactors`)."""
+    """The shape of muP's base model, on which the rates were found (see `MupFactors`)."""
 
     hidden_dim: int
     num_layers: int
@@ -132,7 +132,9 @@ class OptimizerOptions:
         choices=PARAMETRIZATIONS,
         math=True,
     )
-    base_hidden_dim: int = flag(128, "width of the model that mup's --lr is for", math=True)
+    base_hidden_dim: int = flag(
+        128, "width of mup's base model, on which --lr was found", math=True
+    )
     base_num_layers: int = flag(4, "number of decoder blocks of that model", math=True)
     base_head_dim: int = flag(32, "width of a head of that model", math=True)
     weight_decay: float | None = flag(
@@ -143,8 +145,8 @@ class OptimizerOptions:
     )
     beta1: float = flag(
         0.9,
-        "decay of the first moment; for schedule_free_adamw, weight of the average in the "
-        "weights trained",
+        "decay of the first moment; schedule_free_adamw takes gradients at "
+        "beta1 * average + (1 - beta1) * iterate of the weights",
         math=True,
     )
     beta2: float | None = flag(
@@ -193,8 +195,8 @@ class OptimizerOptions:
     decay_shape: str = flag("sqrt", "shape of the decay of wsd", choices=DECAY_SHAPES, math=True)
     decay_from: int | None = flag(
         None,
-        "decay the rate of a wsd or constant run from its checkpoint of this step, over "
-        "--decay_ratio of the steps, as a new run in OUTPUT-decay-STEP",
+        "start a new run, OUTPUT-decay-STEP, at this checkpoint of a wsd or constant run, and "
+        "decay its rate over --decay_ratio of the steps",
         math=True,
     )
     plateau_factor: float = flag(
@@ -217,7 +219,7 @@ class OptimizerOptions:
 
     @property
     def base(self) -> BaseShape | None:
-        """The shape that muP's rates are for; None in the standard parametrization."""
+        """The shape of muP's base model; None in the standard parametrization."""
         if self.parametrization == "standard":
             return None
         return BaseShape(self.base_hidden_dim, self.base_num_layers, self.base_head_dim)

@@ -27,8 +27,8 @@ class CorpusOptions:
     )
     row_format: str = flag(
         "auto",
-        "format of the rows, instead of the one that their keys show; preference: pairs of a "
-        "chosen and a rejected answer, for --objective dpo",
+        "format of the rows; auto: recognised by their keys; preference: pairs of a chosen and a "
+        "rejected answer, for --objective dpo",
         choices=(
             *("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"),
             "preference",
@@ -108,7 +108,7 @@ class StoreOptions:
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """All settings of one `consyn-prepare`."""
+    """All settings of one `consyn-prepare` command."""
 
     data: CorpusOptions = CorpusOptions()
     store: StoreOptions = StoreOptions()

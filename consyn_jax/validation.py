@@ -90,7 +90,7 @@ def validate(config: RunConfig) -> None:
 
 
 def validate_preparation(config: PrepareConfig) -> None:
-    """Check all values of a `consyn-prepare`.
+    """Check all settings of a `consyn-prepare` command.
 
     Raises:
         UserError: an invalid value or combination; the message names the flags.

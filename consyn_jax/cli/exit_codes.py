@@ -49,10 +49,10 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
     """Do `work` and return the exit code.
 
     Returns:
-        0 for success, 2 for the user's mistake or a file that the system refuses, 3 for divergence,
-        4 for a difference from a run's record, 75 for a signal after which the state was saved, 76
-        if another process of the run did not start. With nothing saved, 130 for SIGINT, and 143 for
-        SIGTERM, a closed terminal or Slurm's warning.
+        0 for success, 2 for the user's mistake or a file that cannot be read or written, 3 for
+        divergence, 4 for a difference from a run's record, 75 for a signal after which the state
+        was saved, 76 if another process of the run did not start. With nothing saved, 130 for
+        SIGINT, and 143 for SIGTERM, a closed terminal or Slurm's warning.
     """
     escape_unprintable()
     os.umask(os.umask(0o022) | 0o002)  # no new file may be writable by everyone

@@ -38,7 +38,7 @@ class HostOptions:
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """All settings of one `consyn-doctor`."""
+    """All settings of one `consyn-doctor` command."""
 
     checks: CheckOptions = CheckOptions()
     hosts: HostOptions = HostOptions()

@@ -27,7 +27,10 @@ PROG = "consyn-doctor"
 
 
 def examine(config: DoctorConfig) -> list[Finding]:
-    """All findings of this machine, or of all hosts in process 0; none in the other processes.
+    """Examine this machine, or all hosts of `--distributed`.
+
+    Returns:
+        All findings; in a process other than process 0, none, because process 0 reports them.
 
     Raises:
         UserError: the processes of `--distributed` were started wrongly.

@@ -89,10 +89,10 @@ class ConsynLMHeadModel(Decoder):
         """Build an untrained model of a preset or a `ModelConfig`.
 
         Args:
-            base: For training with `parametrization="mup"`, the shape that its rates are for.
+            base: For training with `parametrization="mup"`, the shape of muP's base model.
 
         Raises:
-            UserError: Neither of them, or a seed that is not a whole number from 0.
+            UserError: `config` is neither of them, or `seed` is not a whole number from 0.
         """
         made = preset_architecture(config) if isinstance(config, str) else checked_config(config)
         params = initial_parameters(made, checked_seed(seed), base=base)

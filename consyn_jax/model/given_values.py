@@ -83,10 +83,10 @@ def _parts(prompt: Any) -> Sequence[Any]:
 
 
 def checked_prompts(prompts: Any, vocab_size: int) -> list[list[int]]:
-    """The ids of the prompts of `generate`.
+    """Return the prompts of `generate` as lists of token ids.
 
     Raises:
-        UserError: They are not rows of ids of the vocabulary.
+        UserError: A prompt is not a row of token ids of the vocabulary.
     """
     found = []
     for i, ids in enumerate(as_array(prompts) if hasattr(prompts, "ndim") else prompts):

@@ -109,7 +109,7 @@ def initial_parameters(
     A seed gives the same bits on every mesh, because threefry counts by element.
 
     Args:
-        base: for muP, the shape that its rates are for.
+        base: the shape of muP's base model; None in the standard parametrization.
     """
     with jax.threefry_partitionable(True):
         made: Params = _initialiser(config, mesh, base)(np.uint32(seed))

@@ -65,13 +65,13 @@ class BPETokenizer:
         """Make a tokenizer from the text of a tokenizer.json, by default the bundled one.
 
         Args:
-            roles: "bos_token", "eos_token" or "pad_token" -> its token, or None for none; those
-                that are absent are found in the tokenizer.json.
+            roles: the tokens that are "bos_token", "eos_token" and "pad_token"; None if the
+                tokenizer has no such token. A missing role is looked up in the tokenizer.json.
             files: the files of a published tokenizer, instead of `json_text` and `roles`.
 
         Raises:
-            UserError: neither a BPE nor a Unigram tokenizer, a named token is not in it, or it has
-                no end-of-text token.
+            UserError: the tokenizer is neither BPE nor Unigram, lacks a token named in `roles`, or
+                has no end-of-text token.
         """
         if files is None:
             files = TokenizerFiles(bundled_json() if json_text is None else json_text, roles or {})

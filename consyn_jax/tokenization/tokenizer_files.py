@@ -103,7 +103,7 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
 
 
 def _sentencepiece(path: Path) -> Path | None:
-    """The SentencePiece model to read: a file that is named, or a directory's only vocabulary."""
+    """The SentencePiece model at `path`, or in a directory that has no tokenizer.json."""
     if path.is_file():
         return path if path.suffix == ".model" else None
     if (path / JSON).is_file():
@@ -132,9 +132,13 @@ def _object(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_text(file))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"Its {file.name} {parse_fault(error)}. Repair it or remove it.") from error
+        raise UserError(
+            f"The tokenizer's {file.name} {parse_fault(error)}. Repair it or remove it."
+        ) from error
     if not isinstance(content, dict):
-        raise UserError(f"Its {file.name} is not a JSON object. Repair it or remove it.")
+        raise UserError(
+            f"The tokenizer's {file.name} is not a JSON object. Repair it or remove it."
+        )
     return content
 
 
@@ -146,8 +150,8 @@ def _roles(config: Mapping[str, Any]) -> dict[str, str | None]:
         name = entry.get("content") if isinstance(entry, dict) else entry
         if not isinstance(name, str | None):
             raise UserError(
-                f"Its {CONFIG} gives {entry!r} as {role}, which is not a token. Give the text of "
-                "the token."
+                f"The tokenizer's {CONFIG} gives {entry!r} as {role}, which is not a token. Give "
+                "the text of the token."
             )
         names[role] = name
     return names
@@ -166,7 +170,8 @@ def _declared(config: Mapping[str, Any]) -> dict[int, AddedToken]:
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"Its {CONFIG} has a damaged added_tokens_decoder ({error}). Download it again."
+            f"The tokenizer's {CONFIG} has a damaged added_tokens_decoder ({error}). "
+            "Download it again."
         ) from error
 
 
@@ -186,8 +191,9 @@ def add_declared(tokenizer: Tokenizer, declared: Mapping[int, AddedToken]) -> No
         tokenizer.add_tokens([token])
         if tokenizer.token_to_id(token.content) != number:
             raise UserError(
-                f"Its {CONFIG} gives {token.content!r} the id {number}, but the vocabulary gives "
-                f"it {tokenizer.token_to_id(token.content)}. Download both files again."
+                f"The tokenizer's {CONFIG} gives {token.content!r} the id {number}, but the "
+                f"vocabulary gives it {tokenizer.token_to_id(token.content)}. Download both files "
+                "again."
             )
 
 

@@ -127,7 +127,7 @@ def write_beginning(inputs: RunInputs, opened: OpenRun, step: int) -> RunFacts |
         The provenance facts for the run's models; None in processes that do not write.
 
     Raises:
-        UserError: the disk refuses it.
+        UserError: the files cannot be written.
     """
     if not opened.writes:
         return None

@@ -173,7 +173,7 @@ class ConsynTrainer:
         if self.eval_source is None and (needs := what_needs_evaluations(self.run)):
             raise UserError(
                 f"{needs} needs evaluations, and there is no evaluation data. Give some with "
-                "--validation, or leave the flag out."
+                f"--validation, or leave {needs} out."
             )
         set_allocators()
         self.cache_refusal = enable_compilation_cache()

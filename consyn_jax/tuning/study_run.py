@@ -160,7 +160,7 @@ class Tuning:
         """Write page and recipe.
 
         Raises:
-            UserError: the disk refuses it.
+            UserError: the files cannot be written.
         """
         results = self.results()
         title, importance = f"Study {self.output.resolve().name}", self.study.importance()

@@ -71,7 +71,7 @@ class StudyConfig:
 
 @dataclass(frozen=True)
 class TuneConfig(RunConfig):
-    """All settings of one `consyn-tune`."""
+    """All settings of one `consyn-tune` command."""
 
     study: StudyOptions = StudyOptions()
 

@@ -109,7 +109,7 @@ def test_another_number_of_steps_must_be_asked_for(
     assert refused.code == 2
     assert (
         "holds a run with another schedule: --max_steps was 10 and is 15. Add --overwrite_schedule "
-        "for a learning rate of 0.00" in refused.said
+        "to continue with the new one (learning rate 0.00" in refused.said
     )
     assert "at step 10 of 15" in refused.said
     went_on = here(tmp_path / "run", *longer, "--overwrite_schedule")

@@ -290,9 +290,9 @@ def _given(
     stores = [TokenStore(source.name) for source in sources]
     if tokenizer is not None and tokenizer.sha256 != stores[0].manifest["tokenizer_sha256"]:
         raise UserError(
-            f"The token store {name} was made with another tokenizer than that of --tokenizer or "
-            "--checkpoint. Prepare the text again with consyn-prepare --tokenizer, or leave that "
-            "flag out."
+            f"The token store {name} was made with another tokenizer than the one given by "
+            "--tokenizer or --checkpoint. Prepare the text again with that one, as in "
+            "consyn-prepare --tokenizer PATH, or give neither flag."
         )
     store = stores[0] if len(stores) == 1 else JoinedStores(stores)
     return Prepared(store, sources, left_out, Report(), from_cache=False)

@@ -70,7 +70,7 @@ def size(num_bytes: int | float) -> str:
 
 
 _SPLIT_HEAD = ("split", "documents", "share", "tokens", "trained on", "bytes", "bytes per token")
-_FORMATS_NOTE = "Rows by the format that their keys show, or that --row_format names."
+_FORMATS_NOTE = "Rows by format: that of --row_format, or the one recognised by their keys."
 _SPLIT_NOTE = (
     "Tokens include one EOS for each document; bytes per token are computed without it. Trained "
     "on: the share of the tokens that count in the loss."

@@ -107,7 +107,7 @@ def _check_alike(sources: Iterable[Source], flag: str) -> None:
 
 
 def _found_by(name: str, dataset_type: str, flag: str, invalid_utf8: str) -> Iterator[Found]:
-    """The sources that one item names, each with the reason to leave it out, or ""."""
+    """The sources that `name` stands for, each with the reason to leave it out, or ""."""
     if name == SAMPLE:
         if dataset_type not in ("auto", TextReader.kind):
             raise _wrong_type("--data sample", READERS[SAMPLE], SAMPLE, dataset_type)

@@ -52,7 +52,7 @@ class TargetOptions:
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """All settings of one `consyn-convert`."""
+    """All settings of one `consyn-convert` command."""
 
     source: SourceOptions = SourceOptions()
     target: TargetOptions = TargetOptions()

@@ -1,4 +1,4 @@
-"""Write an output atomically, and report refusals of the disk in one sentence."""
+"""Write an output atomically, and report a failed write in one sentence."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def written_aside(output: Path) -> Iterator[Path]:
     until the next conversion to `output` removes it.
 
     Raises:
-        UserError: The disk refuses something.
+        UserError: The output cannot be written.
     """
     aside = output.with_name(f".{output.name}.new")
     try:
@@ -84,7 +84,7 @@ def _give_name(aside: Path, output: Path) -> None:
 
 
 def _refusal(error: BaseException) -> str | None:
-    """Return the operating system's reason for a refusal, or None for any other error."""
+    """Return the operating system's reason for an error; None for an error of another kind."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     if found := IO_ERROR.search(str(error)):

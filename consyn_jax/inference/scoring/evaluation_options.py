@@ -58,7 +58,7 @@ class EvaluateTextOptions:
     )
     row_format: str = flag(
         "auto",
-        "format of the rows, instead of the one that their keys show",
+        "format of the rows; auto: recognised by their keys",
         choices=("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"),
     )
     text_key: str = flag("text", "field with the text of a row; a.b reaches into objects")
@@ -104,7 +104,7 @@ class EvaluateResultOptions:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """All settings of one `consyn-evaluate`."""
+    """All settings of one `consyn-evaluate` command."""
 
     models: EvaluateModelOptions = EvaluateModelOptions()
     texts: EvaluateTextOptions = EvaluateTextOptions()
@@ -114,7 +114,7 @@ class EvaluateConfig:
 
 
 def validate_evaluation(config: EvaluateConfig) -> None:
-    """Check all values of a `consyn-evaluate`.
+    """Check all settings of a `consyn-evaluate` command.
 
     Raises:
         UserError: an invalid value or combination; the message names the flags.

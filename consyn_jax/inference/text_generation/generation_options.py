@@ -49,7 +49,8 @@ class SamplingOptions:
     max_tokens: int | None = flag(None, "maximum number of new tokens (256)")
     temperature: float | None = flag(
         None,
-        "sampling temperature; 0 takes the likeliest token (0; 1 with --top_k, --top_p or --min_p)",
+        "sampling temperature; 0 takes the likeliest token (0, or 1 with --top_k, --top_p or "
+        "--min_p)",
     )
     top_k: int | None = flag(None, "sample from this many likeliest tokens")
     top_p: float | None = flag(
@@ -81,7 +82,7 @@ class ResultOptions:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """All settings of one `consyn-generate`."""
+    """All settings of one `consyn-generate` command."""
 
     model: GenerateModelOptions = GenerateModelOptions()
     prompts: PromptOptions = PromptOptions()

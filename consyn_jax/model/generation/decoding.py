@@ -112,7 +112,7 @@ def spread(mesh: Mesh | None, x: jax.Array, *logical_axes: str | None) -> jax.Ar
 
 @partial(jax.jit, static_argnums=(0, 1))
 def rotations(config: ModelConfig, size: int) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, each [X, S, h]; X is 2 if long texts have other rotations, else 1."""
+    """Cosines and sines, each [X, S, h]; X is 2 if long texts rotate by angles of their own."""
     limit, positions = spans_until(config), jnp.arange(size)[None]
     spans = [size] if limit is None or size <= limit else [limit, limit + 1]
     tables = [rope_of(config, positions, size, span) for span in spans]

@@ -247,14 +247,14 @@ class Engine:
         return Piece(text.number, tuple(tokens), ends)
 
     def _requeue(self, places: list[_Text | None], waiting: deque[_Text]) -> None:
-        """Queue texts for a new prefill if their rotations have changed, as in transformers."""
+        """Queue texts whose rotary embedding changes for a new prefill, as in transformers."""
         for slot, text in enumerate(places):
             if text is not None and len(text.ids) == self._segment_end(text):
                 places[slot] = None
                 waiting.appendleft(text)
 
     def _segment_end(self, text: _Text) -> int | None:
-        """Length at which the text needs a new prefill with other rotations; None if never.
+        """Length at which the text's rotary embedding changes and it needs a new prefill, or None.
 
         It is one above the limit, because the last token is predicted by the tokens before it.
         """

@@ -73,7 +73,8 @@ def _on_the_mesh(
 ) -> Any:
     """Run a kernel on each device's tokens, inside the custom derivative.
 
-    The derivative of `shard_map` would sum whole arrays over `tensor`, which splits nothing here.
+    Differentiating the `shard_map` itself would also sum over the mesh axis `tensor`, though no
+    array is split along it here.
     """
     axes = split_axes(mesh_sizes(), "batch", "sequence")
 

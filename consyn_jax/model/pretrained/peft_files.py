@@ -1,8 +1,9 @@
 """Adapters in the layout of PEFT: adapter_config.json and adapter_model.safetensors.
 
-An adapter of a tensor is a [rank, inputs] and b [outputs, rank]. Where a layout fuses parameters
-into one tensor, as phi3 does, each has its own adapter here. In the files they are one adapter of
-the tensor, whose rank is the sum of theirs, with zeros between them.
+An adapter of a tensor is two matrices, `a` [rank, inputs] and `b` [outputs, rank]. Where a layout
+fuses several parameters into one tensor, as phi3 does, each parameter has its own adapter here. The
+files hold one adapter for the fused tensor: its rank is the sum of the parameters' ranks, and its
+`b` is zero between the outputs of one parameter and the ranks of another.
 """
 
 from __future__ import annotations

@@ -45,7 +45,8 @@ def find_model(name: str) -> Path:
     """Find the directory of a model, downloading a hub id that is not cached.
 
     Raises:
-        UserError: Neither a directory nor a model on the hub, or one that is not finished.
+        UserError: `name` is neither a directory nor a model on the hub, or its model is not
+            finished.
     """
     if Path(name).is_dir():
         refuse_unfinished(Path(name))

@@ -49,7 +49,7 @@ def prepare(target: Path, size: int) -> None:
     """Make an empty directory to write to.
 
     Raises:
-        OSError: the disk has less room than `size` bytes, or refuses it.
+        OSError: the disk has less room than `size` bytes, or cannot be written.
     """
     make_directory(target.parent)
     remove_unfinished(target.parent)
@@ -82,7 +82,7 @@ class WrittenPart:
 
     @property
     def defect(self) -> Exception | None:
-        """The error, if it is a defect and not a refusal by the operating system."""
+        """The error, if it is a defect and not an error of the operating system."""
         return None if refusal(self.error) else self.error
 
     def message(self) -> str:
@@ -127,7 +127,7 @@ def merge_parts(
     """Combine the parts of all processes.
 
     Returns:
-        The operating system's refusal in any process, and the hashes of all.
+        The operating system's error in any process, and the hashes of all.
 
     Raises:
         Exception: any other error; a process without one raises RuntimeError.

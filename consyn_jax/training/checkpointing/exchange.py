@@ -45,7 +45,7 @@ class Exchange:
         """Do `work` in the first process only.
 
         Returns:
-            The operating system's refusal, the same in every process; None for success.
+            The operating system's error, the same in every process; None for success.
         """
         reason = None
         if jax.process_index() == 0:

@@ -109,8 +109,7 @@ def outlast_abandoned_work() -> None:
     """Give Orbax's threads time to finish abandoned work.
 
     An error during Python's shutdown bypasses all hooks, and prints a traceback after the run's
-    last message. Nothing signals that they are done; after a write that the disk refused, they took
-    0.05 s.
+    last message. Nothing signals that they are done; after a failed write, they took 0.05 s.
     """
     time.sleep(ABANDONED_S)
 

@@ -54,7 +54,7 @@ class RunRecord:
         """Write run.json, flushed to the disk.
 
         Raises:
-            OSError: the disk refuses it.
+            OSError: the file cannot be written.
         """
         write_whole(directory / RUN_JSON, json.dumps(asdict(self), indent=1) + "\n")
 

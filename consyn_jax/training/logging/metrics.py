@@ -308,7 +308,7 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def plain(value: Any) -> Any:
-    """A JSON value; an array with one element, of any library, becomes a number."""
+    """Convert a value for JSON: an array with one element, of any library, becomes a number."""
     return value.item() if hasattr(value, "item") else value
 
 

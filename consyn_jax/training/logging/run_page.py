@@ -57,7 +57,7 @@ class Status:
     Attributes:
         words: running, complete, and so on, as `metrics.ending` says it.
         is_alive: whether the page will be written again.
-        left_s: seconds that are left; None if unknown.
+        left_s: seconds until the run ends; None if unknown.
         longest_gap_s: the longest time without a new page so far.
     """
 

@@ -31,7 +31,7 @@ def scale_by_plateau() -> optax.GradientTransformation:
 
 
 def with_rate_scale(opt_state: optax.OptState, scale: float) -> optax.OptState:
-    """Replace the scale of the rate, placed as before, so that the compiled step accepts it."""
+    """Replace the scale of the learning rate; keep its sharding, as the compiled step expects."""
 
     def replace(part: Any) -> Any:
         if not isinstance(part, RateScale):

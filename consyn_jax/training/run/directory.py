@@ -112,7 +112,7 @@ class RunDirectory:
         config.yaml has every value with its origin. Both are on the disk when this returns.
 
         Raises:
-            UserError: the disk refuses it, or another process has taken the directory.
+            UserError: the files cannot be written, or another process has taken the directory.
         """
         self.check()
         defaults = {name: flags(RunConfig)[name].default for name in PER_START_FLAGS}
@@ -133,7 +133,7 @@ class RunDirectory:
         """Write provenance.json.
 
         Raises:
-            UserError: the disk refuses it.
+            UserError: the file cannot be written.
         """
         self._write(PROVENANCE, text)
 
@@ -153,7 +153,7 @@ class RunDirectory:
         """Write tokenizer/.
 
         Raises:
-            UserError: the disk refuses it.
+            UserError: the files cannot be written.
         """
         try:
             tokenizer.save(self.path / TOKENIZER)

@@ -51,7 +51,7 @@ def record_end(
         draws: whether to write loss.png.
 
     Raises:
-        UserError: the disk refuses the event. The next start repeats this work.
+        UserError: the event cannot be written. The next start repeats this work.
     """
     best_step = recorder.progress.selection.best_step
     if recorder.log is not None and draws:
@@ -105,8 +105,8 @@ def best_model(directory: Path, options: EvaluationOptions, recorder: Recorder) 
             return None
         case "unknown":
             recorder.console.warn(
-                f"{best} was exported by a version that wrote no manifest, so nothing shows "
-                "whether it is as it was written."
+                f"{best} was exported by a version that wrote no manifest, so later changes to "
+                "its files cannot be detected."
             )
             return best
         case reason:

@@ -42,7 +42,7 @@ def export_model(
         save: writes the parameters to a directory.
 
     Raises:
-        UserError: the disk refuses it. An older model there stays intact.
+        UserError: the files cannot be written. An older model there stays intact.
     """
     fresh = aside(target)
     try:

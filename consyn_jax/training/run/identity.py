@@ -168,8 +168,9 @@ def check_schedule(
     ]
     raise UserError(
         f"--output {run_path(config)} holds a run with another schedule: {'; '.join(changed)}. "
-        f"Add --overwrite_schedule for a learning rate of {float(after(step)):.3g} instead of "
-        f"{float(before(step)):.3g} at step {step:,} of {total:,}, and of "
-        f"{float(after(total - 1)):.3g} instead of {float(before(old_total - 1)):.3g} at the end; "
-        "or name another directory, or use the old values."
+        "Add --overwrite_schedule to continue with the new one (learning rate "
+        f"{float(after(step)):.3g} instead of {float(before(step)):.3g} at step {step:,} of "
+        f"{total:,}, and {float(after(total - 1)):.3g} instead of "
+        f"{float(before(old_total - 1)):.3g} at the end), name another directory, or use the old "
+        "values."
     )

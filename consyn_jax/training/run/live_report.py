@@ -25,14 +25,14 @@ class LiveReport:
     """The page of a run, and the samples on it.
 
     A process that has no log writes nothing. A failure to write is reported once and does not end
-    the run. A page is left out where pages would take more than `PAGE_SHARE` of the run's time; the
-    first and the last one are always written.
+    the run. The page is rewritten as long as writing takes no more than `PAGE_SHARE` of the run's
+    time; the first and the last version are always written.
 
     Args:
         directory: checked before every write.
         config, origins: the run's values by flag, and the origin of each.
         about: rows that say what the run is.
-        left_s: seconds that are left; None if unknown.
+        left_s: seconds until the run ends; None if unknown.
         clock: seconds since some moment.
     """
 
@@ -65,7 +65,7 @@ class LiveReport:
         return self._directory.path / "report.html"
 
     def refresh(self) -> None:
-        """Write the page, unless pages would take too much of the run's time."""
+        """Rewrite the page, unless its writes have taken too much of the run's time."""
         passed = self._clock() - self._began
         if self._spent_s <= PAGE_SHARE * passed or not self._spent_s:
             self._write("running", is_alive=True)

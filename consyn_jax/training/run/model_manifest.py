@@ -27,7 +27,7 @@ def seal(directory: Path, provenance: Callable[[Mapping[str, str]], str] | None 
         provenance: makes the content of provenance.json from the SHA-256 of each file of weights.
 
     Raises:
-        OSError: the disk refuses it.
+        OSError: a file cannot be read or written.
     """
     names = sorted(
         path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()

@@ -97,7 +97,7 @@ class Recorder:
         """Flush the log to the disk; may be called from any thread.
 
         Raises:
-            OSError: the disk refuses it.
+            OSError: the log cannot be written.
         """
         if self.log is not None:
             self.log.flush()

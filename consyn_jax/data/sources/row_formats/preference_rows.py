@@ -150,7 +150,7 @@ def _spoken(answer: Any, key: str) -> Messages:
     found = messages_of(answer, key)
     if any(message["role"] == "assistant" and not trained for message, trained in found):
         raise BadRow(
-            f"holds an assistant message of weight 0 under {key!r}, and pairs have no weights.",
+            f"holds an assistant message of weight 0 under {key!r}, but pairs take no weights.",
             "Remove the weight or the message, or give --on_bad_rows skip.",
         )
     return [message for message, _ in found]

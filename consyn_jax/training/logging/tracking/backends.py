@@ -50,7 +50,7 @@ def load_classes(backends: Sequence[str], origin: str) -> dict[str, type[Any]]:
 def user_makers(
     options: LoggingOptions, origins: Mapping[str, str], callbacks: Sequence[Any]
 ) -> tuple[Maker, ...]:
-    """The user's classes among the backends, and callbacks that are made already.
+    """Makers of the user's trackers: classes named as backends, and existing `callbacks`.
 
     Args:
         origins: where each of the run's values comes from, by flag name.
