@@ -382,6 +382,7 @@ def watched(here: Path) -> Iterator[None]:
         str(here),
         sys.prefix,
         sys.base_prefix,
+        *filter(os.path.isabs, sys.path),
         str(Path(__file__).parents[2]),
         "/proc/",
         "/sys/",
