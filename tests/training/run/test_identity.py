@@ -6,7 +6,7 @@ import yaml
 from run_directories import DERIVED, begin, holds_run, run
 
 from consyn_jax.errors import UserError
-from consyn_jax.training.run.identity import differences
+from consyn_jax.training.run.identity import differences, read_run_config
 from consyn_jax.training.run.opening import open_run_directory
 
 
@@ -65,6 +65,14 @@ def test_a_damaged_config_yaml_is_refused(content: bytes, tmp_path: Path) -> Non
         UserError, match=r"is not YAML|is not UTF-8|is damaged|is not the configuration of a run"
     ):
         open_run_directory(run(tmp_path)[0], DERIVED)
+
+
+def test_a_config_yaml_of_any_size_is_not_read_whole(tmp_path: Path) -> None:
+    """Found by the search for trees of strangers: a MemoryError."""
+    with (tmp_path / "config.yaml").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match="cannot be read: it has 1,099,511,627,776 bytes, more"):
+        read_run_config(tmp_path / "config.yaml")
 
 
 @pytest.mark.parametrize(
