@@ -104,8 +104,8 @@ def cut_torn_line(file: Path, lock: Any) -> None:
                 os.ftruncate(descriptor, end)
         finally:
             os.close(descriptor)
-            if end:
-                json.loads(content[: end - 1].rpartition(b"\n")[2])
+        if end:
+            json.loads(content[: end - 1].rpartition(b"\n")[2])
     finally:
         lock.release()
 

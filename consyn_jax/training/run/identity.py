@@ -10,14 +10,13 @@ from typing import Any
 import yaml
 
 from consyn_jax.config import RunConfig
-from consyn_jax.config_file import DERIVED
+from consyn_jax.config_file import DERIVED, LARGEST
 from consyn_jax.errors import UserError, parse_fault
 from consyn_jax.files import read_whole
 from consyn_jax.flags import flags, flat
 from consyn_jax.resolve import resolve
 from consyn_jax.training.run.directory import CONFIG, run_path
 
-LARGEST_CONFIG = 1 << 24  # bytes of config.yaml, which may list thousands of files
 # Flags that determine the learning rate at each step, together with the number of steps, which is
 # among the derived values in config.yaml.
 SCHEDULE_FLAGS = {
@@ -66,7 +65,7 @@ def read_run_config(file: Path, remedy: str = "Name another --output.") -> dict[
         UserError: it cannot be read, or is not the config.yaml of a run.
     """
     try:
-        old = yaml.safe_load(read_whole(file, LARGEST_CONFIG).decode())
+        old = yaml.safe_load(read_whole(file, LARGEST).decode())
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}. {remedy}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
