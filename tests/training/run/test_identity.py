@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,14 @@ def test_a_config_yaml_of_any_size_is_not_read_whole(tmp_path: Path) -> None:
     with (tmp_path / "config.yaml").open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(UserError, match="cannot be read: it has 1,099,511,627,776 bytes, more"):
+        read_run_config(tmp_path / "config.yaml")
+
+
+@pytest.mark.timeout(60)
+def test_a_config_yaml_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    """Found by the search for trees of strangers: --replay_step had no end."""
+    os.mkfifo(tmp_path / "config.yaml")
+    with pytest.raises(UserError, match="cannot be read: it is not a regular file"):
         read_run_config(tmp_path / "config.yaml")
 
 
