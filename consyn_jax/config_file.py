@@ -12,6 +12,7 @@ from consyn_jax.flags import flags
 
 # The key in config.yaml of values derived from flags and data; they too must agree on a resume.
 DERIVED = "derived"
+LARGEST = 1 << 24  # characters; a list of data may have thousands of files
 DOCUMENT_END = "...\n"  # YAML writes it after a lone scalar
 
 
@@ -38,7 +39,13 @@ def read_config_file(path: Path) -> dict[str, Any]:
         UserError: there is no such file, or it is not a flat mapping in YAML.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise UserError(
+                f"--config {path} has more than {LARGEST:,} characters, more than settings need. "
+                "Give a YAML file with the names of the flags."
+            )
         node, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
     except OSError as error:
         raise UserError(

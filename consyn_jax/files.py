@@ -100,6 +100,18 @@ def open_regular(path: str | Path, flags: int, mode: int = 0o644) -> int:
     return descriptor
 
 
+def read_whole(path: Path, largest: int = LARGEST_TEXT) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        OSError: it cannot be read, is a link, or has more than `largest` bytes; `strerror` says so.
+    """
+    with open(path, "rb", opener=open_regular) as file:
+        if (size := os.fstat(file.fileno()).st_size) > largest:
+            raise OSError(errno.EFBIG, f"it has {size:,} bytes, more than it can have", str(path))
+        return file.read()
+
+
 def aside(path: Path, kind: str = FRESH) -> Path:
     """A hidden name beside `path` that nobody can guess, for what is being written or removed."""
     return path.with_name(f".{path.name[:_KEPT_OF_NAME]}.{secrets.token_hex(8)}.{kind}")

@@ -19,6 +19,7 @@ from consyn_jax.resolve import resolve
         (f"max_steps: {5001 * '1'}\n", r"recipe\.yaml has a number of more than 4,300 digits"),
         ("lr: 2026-13-40\n", r"is not YAML \(month must be in 1\.\.12"),
         (5000 * "[", "is nested too deeply"),
+        ("#" * ((1 << 24) + 1), "has more than 16,777,216 characters"),
     ],
 )
 def test_an_invalid_config_file_is_refused(content: str, words: str, tmp_path: Path) -> None:

@@ -21,10 +21,10 @@ from consyn_jax.errors import UserError
 from consyn_jax.files import make_directory
 from consyn_jax.training.run.lock import RunLock, is_held
 from consyn_jax.tuning.search_space import Dimension
-from consyn_jax.tuning.study_directory import CLAIMS, STUDY
+from consyn_jax.tuning.study_directory import CLAIMS, JOURNAL, STUDY
+from consyn_jax.tuning.study_journal import check_trials, open_journal, refuse_links
 from consyn_jax.tuning.tune_options import StudyOptions
 
-JOURNAL = "journal.log"
 DEFINITION = "definition"  # a user attribute of the study: what all its trials have in common
 ASKING_S = 0.05  # between two tries to be the process that asks for a trial
 LARGEST_SEED = 2**32
@@ -81,6 +81,7 @@ class OptunaStudy:
         self._optuna = import_optuna()
         self._place, self._space, self._options = output / STUDY, space, options
         self._evaluations, self._seed = num_evaluations, seed
+        refuse_links(output)
         make_directory(self._place)
         storage = self._storage(options.storage)
         name = "consyn" if options.storage is None else output.resolve().name
@@ -96,6 +97,7 @@ class OptunaStudy:
                 load_if_exists=True,
             )
             _check_definition(self.study, definition, output)
+        check_trials(self.trials, space, f"The study in {self.address}")
 
     @property
     def trials(self) -> list[Any]:
@@ -217,28 +219,16 @@ class OptunaStudy:
             lock.release()
 
     def _storage(self, url: str | None) -> Any:
-        optuna = self._optuna
+        if url is None:
+            return open_journal(self._optuna, self._place)
         try:
-            if url is not None:
-                return optuna.storages.get_storage(url)
-            # Absolute, as Optuna's lock is a link to this path, wherever it stands.
-            file = str((self._place / JOURNAL).resolve())
-            lock = optuna.storages.journal.JournalFileSymlinkLock(file)
-            cut_torn_line(Path(file), lock)
-            backend = optuna.storages.journal.JournalFileBackend(file, lock_obj=lock)
-            return optuna.storages.JournalStorage(backend)
-        except OSError as error:
-            raise UserError(
-                f"The study in {self._place} cannot be used: {error.strerror}. Name another "
-                "--output."
-            ) from error
+            return self._optuna.storages.get_storage(url)
         except Exception as error:
-            if url is None and not isinstance(error, ValueError):
-                raise
-            what = f"--storage {url}" if url else f"The journal {self._place / JOURNAL}"
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            remedy = "Give a database URL such as sqlite:///study.db" if url else "Put it back"
-            raise UserError(f"{what} cannot be used ({reason}). {remedy}.") from error
+            raise UserError(
+                f"--storage {url} cannot be used ({reason}). Give a database URL such as "
+                "sqlite:///study.db."
+            ) from error
 
     def _sampler(self, number: int) -> Any:
         samplers, seed = self._optuna.samplers, (self._seed + 7919 * number) % LARGEST_SEED
@@ -291,30 +281,10 @@ def grid_size(space: Sequence[Dimension]) -> int:
     return size
 
 
-def cut_torn_line(file: Path, lock: Any) -> None:
-    """Cut off an unfinished last line of a journal, such as a full disk leaves.
-
-    Optuna reads past it once and refuses the whole journal after the next line was added.
-
-    Args:
-        lock: Optuna's, held by any process while it writes a line.
-    """
-    if not file.exists():
-        return
-    lock.acquire()
-    try:
-        with file.open("rb+") as journal:
-            content = journal.read()
-            if not content.endswith(b"\n"):
-                journal.truncate(content.rfind(b"\n") + 1)
-    finally:
-        lock.release()
-
-
 def _check_definition(study: Any, definition: Definition, output: Path) -> None:
     """Write the definition into a new study, or compare it with that of an old one."""
     old: Mapping[str, Any] | None = study.user_attrs.get(DEFINITION)
-    if old is None:
+    if not isinstance(old, Mapping):
         study.set_user_attr(DEFINITION, definition)
         return
     changes = [

@@ -13,6 +13,7 @@ from consyn_jax.training.run.opening import check_writable
 
 STUDY, TRIALS_DIRECTORY, PAGE, RECIPE, BEST = "study", "trials", "study.html", "recipe.yaml", "best"
 CLAIMS = "claims"  # in `STUDY`: a lock for each trial
+JOURNAL = "journal.log"  # in `STUDY`: what Optuna knows of the trials
 
 
 def check_output(output: Path, overwrite: bool) -> None:

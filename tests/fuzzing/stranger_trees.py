@@ -2,8 +2,8 @@
 
     python tests/fuzzing/stranger_trees.py --trees 10000 --seed 1 --output record.json
 
-A tree is a run, a finished run, a token store, an unfinished one, a model or a corpus in which a
-stranger has changed some entries: links to files elsewhere, pipes, sockets, devices, huge files,
+A tree is a run, a finished run, a token store, an unfinished one, a model, an adapter, a study or a
+corpus in which a stranger has changed some entries: links to files elsewhere, pipes, sockets, devices, huge files,
 names with escapes, hard links, paths inside JSON and YAML. The command that would use the
 tree then runs on it. It must end in time, with one of its own exit codes, without a traceback or a
 control character; what lies outside must not be opened (inotify sees this, also for libraries in C
@@ -16,9 +16,9 @@ of its own, in which the command goes on to its end. What breaks something in th
 stays is tried again in one of its own and counts if it breaks something there; otherwise the record
 has it under "not_alone".
 
-Left out: questions to a run that by design read what the run names (`--verify`, `--documents_of`,
-`--replay_step`) get no paths to the outside written into its files, only links. Adapters are not
-among the trees, because they name their base model wherever it is.
+Left out: adapters, which name their base model wherever it is, and questions to a run that by
+design read what the run names (`--verify`, `--documents_of`, `--replay_step`) get no paths to the
+outside written into their files, only links.
 
 Several searches with different seeds may go on at once; --merge makes one record of theirs.
 """
@@ -61,6 +61,18 @@ TRAIN = (
     f"{MODEL} --max_steps 6 --max_tokens 32 --batch_size 8 --logging_steps 1 --eval_steps 3 "
     "--save_steps 2 --logging_backend none --validation_fraction 0.2 --num_workers 0"
 ).split()
+TUNE = [
+    "--search",
+    "lr=1e-3,1e-2",
+    "--sampler",
+    "grid",
+    "--pruner",
+    "none",
+    "--metric",
+    "eval/loss",
+    "--trials",
+    "2",
+]
 GENERATE = ["--prompt", "Document", "--max_tokens", "4", "--temperature", "0"]
 IN_OPEN, IN_ACCESS, IN_MODIFY, IN_ATTRIB, IN_MOVE, IN_CREATE, IN_DELETE = (
     0x20, 0x1, 0x2, 0x4, 0xC0, 0x100, 0x200,
@@ -77,11 +89,13 @@ class Kind:
         commands: argv of a command, by its name and words that tell it from others; TREE is
             replaced by the tree.
         big: size in bytes of a huge sparse file, which a reader of documents would have to read.
+        names_others: whether its files name others that are read.
     """
 
     seed: Path
     commands: dict[str, list[str]]
     big: int = 1 << 40
+    names_others: bool = False
 
 
 @dataclass
@@ -154,10 +168,12 @@ def commands() -> dict[str, Command]:
     import orbax.checkpoint  # noqa: F401
     import PIL.Image
 
-    from consyn_jax.cli import convert, evaluate, generate, prepare, report, train
+    from consyn_jax.cli import convert, evaluate, generate, prepare, report, train, tune
+    from consyn_jax.tuning.optuna_study import import_optuna
 
     PIL.Image.init()
-    rooms = (train, prepare, generate, evaluate, convert, report)
+    import_optuna()
+    rooms = (train, prepare, generate, evaluate, convert, report, tune)
     return {room.__name__.rpartition(".")[2]: room.main for room in rooms}
 
 
@@ -214,6 +230,9 @@ def make_kinds(place: Path, call: dict[str, Command]) -> dict[str, Kind]:
     log = place / "stopped" / "metrics.jsonl"
     kept = [line for line in log.read_text().splitlines(True) if json.loads(line)["step"] <= 4]
     log.write_text("".join(kept))
+    adapted = ["--checkpoint", place / "whole" / "final", "--lora_rank", "2"]
+    made("train", *TRAIN, *adapted, "--data", data, "--output", place / "adapted")
+    made("tune", *TRAIN, *TUNE, "--data", data, "--output", place / "study")
     prepared = ["--data", str(data), "--tokenizer", "bytes", "--num_workers", "0"]
     made("prepare", *prepared, "--output", place / "store")
     stopped = run_forked(
@@ -252,6 +271,18 @@ def make_kinds(place: Path, call: dict[str, Command]) -> dict[str, Kind]:
                 "evaluate": ["TREE", "--data", str(data)],
                 "convert": ["TREE", "--to", "gguf", "--output", "NEW"],
             },
+        ),
+        "adapter": Kind(
+            place / "adapted" / "final",
+            {
+                "generate": ["TREE", *GENERATE],
+                "convert": ["TREE", "--to", "hf", "--merge_lora", "--output", "NEW"],
+            },
+            names_others=True,
+        ),
+        "study": Kind(
+            place / "study",
+            {"tune": [*TRAIN, *TUNE, "--data", str(data), "--output", "TREE"]},
         ),
         "store": Kind(
             place / "store",
@@ -323,7 +354,7 @@ class Search:
         work = self.place / f"work-{number}"
         (work / "new").mkdir(parents=True)
         shutil.copytree(kind.seed, work / "tree")
-        names = not verb.endswith(NAMED)
+        names = not (verb.endswith(NAMED) or kind.names_others)
         changes = [
             change(work / "tree", self.outside.place, kind.big, names, draw)
             for _ in range(draw.choice([1, 1, 2, 3, 5]))

@@ -26,6 +26,7 @@ import numpy as np
 import xxhash
 from model_targets import MODEL_TARGETS, model_seeds
 from record_targets import RECORD_TARGETS, record_seeds
+from row_targets import ROW_TARGETS, row_seeds
 from safetensors.numpy import save
 
 from consyn_jax.config_file import read_config_file
@@ -319,6 +320,7 @@ def seeds(here: Path) -> dict[str, list[bytes]]:
         "tokens": [array],
         **model_seeds(here),
         **record_seeds(here),
+        **row_seeds(here),
     }
 
 
@@ -340,6 +342,7 @@ TARGETS: dict[str, Callable[[bytes, Path], None]] = (
     {f.__name__: f for f in (*READERS, tokenizer, rows, text, tokens)}
     | MODEL_TARGETS
     | RECORD_TARGETS
+    | ROW_TARGETS
 )
 
 # ----------------------------------------------------------------------------- what must not happen
@@ -382,10 +385,12 @@ def watched(here: Path) -> Iterator[None]:
         str(here),
         sys.prefix,
         sys.base_prefix,
+        *filter(os.path.isabs, sys.path),
         str(Path(__file__).parents[2]),
         "/proc/",
         "/sys/",
         "/dev/",
+        "/usr/share/zoneinfo/",
     ]
     _allowed.append(os.environ["CONSYN_CACHE"])
     try:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from consyn_jax.errors import UserError
-from consyn_jax.tuning.optuna_study import OptunaStudy, cut_torn_line, import_optuna
+from consyn_jax.tuning.optuna_study import OptunaStudy, import_optuna
 from consyn_jax.tuning.search_space import Dimension
+from consyn_jax.tuning.study_journal import cut_torn_line
 from consyn_jax.tuning.tune_options import StudyOptions
 
 if not os.environ.get("CI"):  # where the extra must be installed
@@ -155,3 +156,85 @@ def test_bad_trials_are_pruned_at_evaluations(tmp_path: Path) -> None:
     for number in range(1, 4):
         bad.trial.report(5.0, number)
     assert bad.trial.should_prune()
+
+
+# ------------------------------------------------------------------- a directory of somebody else
+
+
+@pytest.mark.parametrize("name", ["study", "study/journal.log", "study/claims", "trials"])
+def test_a_link_is_named_and_what_it_leads_to_is_left_alone(tmp_path: Path, name: str) -> None:
+    """The journal's was followed: the file that it led to was cut at its last line, and grew."""
+    output, elsewhere = tmp_path / "output", tmp_path / "elsewhere"
+    done(study(output))
+    (output / "trials").mkdir()
+    (output / name).rename(elsewhere)
+    (output / name).symlink_to(elsewhere)
+    if elsewhere.is_file():
+        elsewhere.write_text("precious, without an end of line")
+    before = sorted(elsewhere.rglob("*")), elsewhere.is_file() and elsewhere.read_text()
+    with pytest.raises(UserError, match=f"{output / name} is a link, and a study writes only to"):
+        study(output)
+    assert before == (sorted(elsewhere.rglob("*")), elsewhere.is_file() and elsewhere.read_text())
+
+
+def test_a_hard_link_to_another_file_is_not_written_to(tmp_path: Path) -> None:
+    done(study(tmp_path / "output"))
+    journal, elsewhere = tmp_path / "output" / "study" / "journal.log", tmp_path / "elsewhere"
+    journal.unlink()
+    elsewhere.write_text("precious, without an end of line")
+    journal.hardlink_to(elsewhere)
+    with pytest.raises(UserError, match=r"journal\.log cannot be used: the file has another name"):
+        study(tmp_path / "output")
+    assert elsewhere.read_text() == "precious, without an end of line"
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("target", ["/nowhere/study/journal.log", "journal.log.lock", None])
+def test_a_lock_that_was_left_is_removed(tmp_path: Path, target: str | None) -> None:
+    """Optuna waits for a link to nowhere for ever, as one is after a kill and a move."""
+    done(study(tmp_path))
+    lock = tmp_path / "study" / "journal.log.lock"
+    lock.touch() if target is None else lock.symlink_to(target)
+    assert done(study(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ('"op_code":4', '"op_code":99', "is damaged"),
+        ('"op_code":4', '"op":4', r"is damaged \('op_code'\)"),
+        ('"trial_id":0', '"trial_id":[]', "is damaged"),
+        ('"values":[', '"values"', "is damaged"),  # in the last line, which Optuna passes over
+        ('"op_code":4', '"op_code":4,"-":' + "[" * 9999 + "]" * 9999, "is damaged"),
+        ('"values":[', '"values":["x",', "trial 0 has no value, or several"),
+        ('"values":[', '"values":["x"],"-":[', "trial 0 has a value that is no number"),
+        ('"param_name":"lr"', '"param_name":"rate"', "trial 0 has parameters of another search"),
+        ('"low\\": 0.0001', '"low\\": \\"x\\"', "is damaged"),
+        ('"steps":9', '"steps":"many"', "trial 0 has no number as its step or steps"),
+        ('"steps":9', '"outcome":"great"', "trial 0 has an unknown outcome"),
+        ('"intermediate_value":1.5', '"intermediate_value":{}', "a value that is no number"),
+        ('"step":0', '"step":"first"', "trial 0 has evaluations without a number"),
+    ],
+)
+def test_a_journal_that_no_study_wrote_is_refused(
+    tmp_path: Path, old: str, new: str, fault: str
+) -> None:
+    claim = study(tmp_path).claim(1)
+    assert claim is not None
+    claim.trial.report(1.5, 0)
+    claim.trial.set_user_attr("steps", 9)
+    study(tmp_path).tell(claim, 1.0)
+    claim.release()
+    journal = tmp_path / "study" / "journal.log"
+    text = journal.read_text()
+    assert old in text
+    journal.write_text(text.replace(old, new, 1))
+    with pytest.raises(UserError, match=fault):
+        study(tmp_path)
+
+
+def test_a_journal_of_any_size_is_not_read_whole(tmp_path: Path) -> None:
+    done(study(tmp_path))
+    os.truncate(tmp_path / "study" / "journal.log", 1 << 40)
+    with pytest.raises(UserError, match=r"it has 1,099,511,627,776 bytes, more than it can"):
+        study(tmp_path)

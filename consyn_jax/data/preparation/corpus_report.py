@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from consyn_jax.data.saved_values import check_types
 from consyn_jax.errors import UserError
 from consyn_jax.prepare_config import CorpusOptions
 
@@ -77,6 +78,22 @@ class Report:
     unread: dict[str, int] = field(default_factory=dict)
     example: list[str] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, saved: Any) -> Report:
+        """The report that was saved as JSON.
+
+        Raises:
+            TypeError, ValueError, KeyError: it is damaged.
+        """
+        report = cls(**saved)
+        check_types(report)
+        report.in_order()  # which knows the names of the tables
+        for source in report.sources:
+            for name in ("documents", "kept"):
+                if type(source[name]) is not int:
+                    raise TypeError(f"{name} is {source[name]!r:.50}")
+        return report
+
     @property
     def kept(self) -> int:
         """Documents in the store."""
@@ -142,9 +159,9 @@ def read_report(directory: Path) -> Report:
     """The report of a finished store.
 
     Raises:
-        OSError, ValueError, TypeError: the report is missing or damaged.
+        OSError, ValueError, TypeError, KeyError: the report is missing or damaged.
     """
-    return Report(**json.loads((directory / REPORT).read_text(encoding="utf-8")))
+    return Report.of(json.loads((directory / REPORT).read_text(encoding="utf-8")))
 
 
 def check_leniency(report: Report, options: CorpusOptions) -> None:

@@ -23,7 +23,7 @@ from consyn_jax.data.store.manifest import (
     has_manifest,
 )
 from consyn_jax.errors import UserError, listed
-from consyn_jax.files import irregular, open_regular, try_lock
+from consyn_jax.files import irregular, open_regular, read_whole, try_lock
 from consyn_jax.prepare_config import CorpusOptions
 
 LOCK_POLL_SECONDS = 0.2
@@ -31,6 +31,8 @@ LOCK_TRIES = 10  # to open the lock file, which another process may just be remo
 
 # Contents of a directory, compared with the store that is wanted.
 ABSENT, COMPLETE, OTHER, DAMAGED = "absent", "complete", "other", "damaged"
+# Errors for JSON that does not hold what it should.
+DAMAGED_TYPES = (ValueError, TypeError, LookupError, AttributeError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Destination:
             is_wanted = store.manifest.get("key") == self.key and is_as_lenient(
                 read_report(self.directory), self.options
             )
-        except (UserError, OSError, ValueError, TypeError):
+        except (UserError, OSError, *DAMAGED_TYPES):
             return DAMAGED
         return COMPLETE if is_wanted else OTHER
 
@@ -110,7 +112,7 @@ class Destination:
         """
         path = self.preparing / JOURNAL
         try:
-            saved = json.loads(path.read_bytes())
+            saved = json.loads(read_whole(path))
             journal = Journal.of(saved) if saved["key"] == self.key else None
             if journal is not None and is_as_lenient(journal.report, self.options):
                 return journal
@@ -118,9 +120,9 @@ class Destination:
             return None
         except OSError as error:
             raise UserError(
-                f"{path} cannot be read: {error.strerror}. Check its permissions."
+                f"{path} cannot be read: {error.strerror}. Repair that, or give another --output."
             ) from error
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (*DAMAGED_TYPES, RecursionError) as error:
             if self.in_cache:
                 return None
             raise UserError(

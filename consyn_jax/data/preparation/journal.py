@@ -12,7 +12,9 @@ import numpy as np
 from consyn_jax.data.preparation.corpus_report import Report
 from consyn_jax.data.preparation.encoded_documents import EncodedDocuments
 from consyn_jax.data.preparation.preparation_spec import Spec
+from consyn_jax.data.saved_values import check_types
 from consyn_jax.data.sources.reader import START, Position
+from consyn_jax.data.store import TokenStoreWriter
 from consyn_jax.files import write_whole
 from consyn_jax.prepare_config import CorpusOptions
 
@@ -103,7 +105,7 @@ class Journal:
         """The journal that `write` encoded.
 
         Raises:
-            KeyError, TypeError, ValueError: it is damaged.
+            KeyError, TypeError, ValueError, OverflowError, AttributeError: it is damaged.
         """
         long = saved["long"]
         if long is not None:
@@ -115,12 +117,18 @@ class Journal:
                     "signature": None if signature is None else np.array(signature, np.uint32),
                 }
             )
+            check_types(long)
         decoded = {
             "position": tuple(saved["position"]),
-            "report": Report(**saved["report"]),
+            "report": Report.of(saved["report"]),
             "long": long,
         }
-        return cls(**{**saved, **decoded})
+        journal = cls(**{**saved, **decoded})
+        check_types(journal)
+        TokenStoreWriter.check_state(journal.writer)
+        if journal.source >= len(journal.report.sources):
+            raise ValueError(f"source is {journal.source}")
+        return journal
 
     def write(self, path: Path) -> None:
         """Write it as JSON; the files that it describes must be on the disk already."""

@@ -217,13 +217,14 @@ def _manifest_fault(manifest: dict[str, Any]) -> str:
     if not isinstance(manifest.get("tokenizer_sha256"), str) or not isinstance(splits, dict):
         return "tokenizer_sha256 or splits is missing"
     for name, split in splits.items():
-        fault = _split_fault(name, split)
+        fault = split_fault(name, split)
         if fault:
             return fault
     return ""
 
 
-def _split_fault(name: str, split: Any) -> str:
+def split_fault(name: str, split: Any) -> str:
+    """The first fault of a split in a manifest, or ""."""
     shards = split.get("shards") if isinstance(split, dict) else None
     if not isinstance(shards, list):
         return f"split {name!r} has no list of shards"

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from consyn_jax.data.saved_values import fits
 from consyn_jax.data.store.manifest import AGAIN, ORIGIN_BYTES
 from consyn_jax.data.store.number_file import NumberFile
 from consyn_jax.data.store.shards import Shard, Tokens
@@ -64,6 +65,23 @@ class ShardWriter:
         except BaseException:
             self.abandon()
             raise
+
+    @staticmethod
+    def check_state(state: dict[str, Any]) -> None:
+        """Check a `state` that was read from a file.
+
+        Raises:
+            KeyError, TypeError: no writer returned it.
+        """
+        hints: dict[str, Any] = {
+            "name": str,
+            **dict.fromkeys(("tokens", "documents", "bytes", "target_tokens"), int),
+            "pending": int | None,
+            "has_targets": bool,
+        }
+        for name, hint in hints.items():
+            if not fits(state[name], hint):
+                raise TypeError(f"{name} is {state[name]!r:.50}")
 
     @property
     def paths(self) -> list[Path]:

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, Integer, UInt8
 
+from consyn_jax.data.saved_values import fits
 from consyn_jax.data.store.manifest import (
     FORMAT,
     MANIFEST,
     SPLIT_NAME,
     VERSION,
     delete_store,
+    split_fault,
     token_dtype,
     totals,
 )
@@ -212,6 +214,24 @@ class TokenStoreWriter:
             "shards": {split: list(entries) for split, entries in self._shards.items()},
             "open": open_shards,
         }
+
+    @staticmethod
+    def check_state(state: dict[str, Any]) -> None:
+        """Check a `state` that was read from a file, its file names above all.
+
+        Raises:
+            KeyError, TypeError, ValueError: no writer returned it.
+        """
+        if not fits(state, dict[str, dict[str, Any]]):
+            raise TypeError("shards or open is no object")
+        for split, entries in state["shards"].items():
+            fault = split_fault(split, {"shards": entries, **totals(entries)})
+            if fault:
+                raise ValueError(fault)
+        for split, shard in state["open"].items():
+            if shard["name"] != f"{split}-{len(state['shards'].get(split, [])):05d}":
+                raise ValueError(f"name is {shard['name']!r}")
+            ShardWriter.check_state(shard)
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._shards = {split: list(entries) for split, entries in state["shards"].items()}

@@ -19,6 +19,7 @@ from consyn_jax.training.run.directory import CONFIG
 from consyn_jax.training.run.identity import read_run_config
 
 CARD = "README.md"
+LARGEST_CARD = 1 << 20  # characters that are kept
 METRICS = ("train/loss", "eval/loss", "eval/perplexity", "eval/bits_per_byte", "eval/accuracy")
 # Settings of a run that readers look for first.
 RECIPE = ("optimizer", "lr", "scheduler", "batch_size", "max_tokens", "mixed_precision", "seed")
@@ -37,7 +38,8 @@ def model_card(source: ModelSource, name: str, dtype: str, license: str | None) 
     made = f"Made with consyn-convert {__version__} from {source.taken}, as {dtype}."
     own = source.directory / CARD
     if source.step is None and source.base is None and own.is_file():
-        text = own.read_text(encoding="utf-8", errors="replace").rstrip()
+        with own.open(encoding="utf-8", errors="replace") as file:
+            text = file.read(LARGEST_CARD).rstrip()
         return f"{text}\n\n## Conversion\n\n{made}\n"
     family = family_of(source.config).model_type
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from consyn_jax.errors import UserError
+from consyn_jax.files import refuse_strays
 from consyn_jax.model.lora import adapter_layout
 from consyn_jax.model.parameters import Params
 from consyn_jax.model.pretrained.config_json import read_json, write_json
@@ -106,8 +107,9 @@ def read_adapter(directory: Path) -> Adapter:
     """Read an adapter of PEFT or of this package.
 
     Raises:
-        UserError: It is damaged, or not a plain LoRA.
+        UserError: It is damaged, not a plain LoRA, or has links out of its directory.
     """
+    refuse_strays(directory, (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
     config = read_json(directory / ADAPTER_CONFIG)
     for key, allowed in PLAIN.items():
         if key in config and config[key] not in allowed:

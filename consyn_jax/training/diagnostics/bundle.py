@@ -35,6 +35,7 @@ from consyn_jax.data.mixture import Mixture, part_seed
 from consyn_jax.data.order import ids_at
 from consyn_jax.distributed.process_group import gather, is_first
 from consyn_jax.errors import UserError
+from consyn_jax.files import irregular
 from consyn_jax.model_config import ModelConfig
 from consyn_jax.training.checkpointing.manager import Checkpoints
 from consyn_jax.training.checkpointing.run_state import checked
@@ -242,12 +243,16 @@ def read_bundle(path: Path) -> Bundle:
     """Read and check a bundle.
 
     Raises:
-        UserError: it is not a bundle, or is damaged.
+        UserError: it is not a bundle, is damaged, or has anything but files and directories.
     """
     if not (path / RECORD).is_file():
         raise UserError(
             f"--replay {path} is not a replay bundle: it has no {RECORD}. Give a directory under "
             f"{BUNDLES}/ of a run."
+        )
+    if found := irregular(path):
+        raise UserError(
+            f"--replay {path} is not read, as {found[0]} is {found[1]}. Put the file itself there."
         )
     try:
         return _read_bundle(path)

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from consyn_jax.errors import CONTINUES, UserError, remedy
-from consyn_jax.files import make_directory, open_regular, write_whole
+from consyn_jax.files import make_directory, open_regular, read_whole, write_whole
 
 FILE_NAME = "metrics.jsonl"
+LARGEST_LOG = 1 << 32  # bytes; ten million lines
 LARGEST_NUMBER = 1e300  # a log has none near it, and sums of a few such are still finite
 
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -243,8 +244,7 @@ def ending(events: Sequence[Mapping[str, Any]]) -> str:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     try:
-        with open(path, "rb", opener=open_regular) as file:
-            raw = file.read()
+        raw = read_whole(path, LARGEST_LOG)
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -13,11 +13,12 @@ import yaml
 
 from consyn_jax.config import RunConfig
 from consyn_jax.errors import UserError
-from consyn_jax.files import all_irregular, open_regular, refuse_strays
+from consyn_jax.files import all_irregular, open_regular, read_whole, refuse_strays
 from consyn_jax.flags import flags
 from consyn_jax.training.checkpointing.checkpoint_files import (
     CHECKSUMS,
     DAMAGED,
+    LARGEST_CHECKSUMS,
     PROVENANCE,
     STATE,
     UNFINISHED,
@@ -82,7 +83,7 @@ class Saved:
 
 
 def _state_sums(place: Path) -> dict[str, str]:
-    lines = (place / CHECKSUMS).read_text(encoding="utf-8").splitlines()
+    lines = read_whole(place / CHECKSUMS, LARGEST_CHECKSUMS).decode().splitlines()
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     return {name: digest for name, digest in sums.items() if name.startswith(f"{STATE}/")}
 

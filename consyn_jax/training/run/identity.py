@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from consyn_jax.config import RunConfig
-from consyn_jax.config_file import DERIVED
+from consyn_jax.config_file import DERIVED, LARGEST
 from consyn_jax.errors import UserError, parse_fault
+from consyn_jax.files import read_whole
 from consyn_jax.flags import flags, flat
 from consyn_jax.resolve import resolve
 from consyn_jax.training.run.directory import CONFIG, run_path
@@ -64,7 +65,7 @@ def read_run_config(file: Path, remedy: str = "Name another --output.") -> dict[
         UserError: it cannot be read, or is not the config.yaml of a run.
     """
     try:
-        old = yaml.safe_load(file.read_text(encoding="utf-8"))
+        old = yaml.safe_load(read_whole(file, LARGEST).decode())
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}. {remedy}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

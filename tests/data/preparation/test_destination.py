@@ -181,3 +181,66 @@ def test_a_link_in_an_unfinished_store_is_named_and_nothing_is_written_there(
     with pytest.raises(UserError, match=f"{target} is a link, and a store is written only to"):
         cached_store.prepare(options, output=output)
     assert {path: path.stat().st_mtime_ns for path in outside.rglob("*")} == before
+
+
+# ------------------------------------------------------------------- a journal of somebody else
+
+
+def unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[CorpusOptions, Path]:
+    """A store that a killed process has left."""
+    options = CorpusOptions(data=(str(rows(tmp_path / "a.jsonl", 30)),), tokenizer="bytes")
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "JOURNAL_SECONDS", 0)
+        patch.setattr(TokenStoreWriter, "finish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            cached_store.prepare(options, output=tmp_path / "store")
+    return options, tmp_path / "store"
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (["writer", "open", "train", "name"], "../../elsewhere"),
+        (["writer", "open", "train", "name"], "validation-00000"),
+        (["writer", "open", "train", "tokens"], None),
+        (["writer", "open", "train", "target_tokens"], "nan"),
+        (["writer", "open", "train"], []),
+        (["writer", "open"], []),
+        (["writer", "shards"], {"train": [{"file": "../x.tokens"}]}),
+        (["report", "documents"], "many"),
+        (["report", "dropped"], {"no rule": 1}),
+        (["report", "sources"], []),
+        (["report", "sources"], [{"name": "a", "kind": "jsonl"}]),
+        (["position"], [0]),
+        (["source"], 1),
+        (["seen"], -1),
+        (["near"], 1 << 80),
+    ],
+)
+def test_a_journal_that_no_preparation_wrote_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: list[str], value: object
+) -> None:
+    """A shard's name once led out of the store, where files were made and truncated."""
+    options, store = unfinished(tmp_path, monkeypatch)
+    journal = store / "preparing" / "journal.json"
+    saved = json.loads(journal.read_text())
+    place = saved
+    for key in keys[:-1]:
+        place = place[key]
+    assert keys[-1] in place
+    place[keys[-1]] = value
+    journal.write_text(json.dumps(saved))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"journal\.json is damaged\. Delete .*store and prepare"):
+        cached_store.prepare(options, output=store)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_journal_of_any_size_is_not_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, store = unfinished(tmp_path, monkeypatch)
+    with (store / "preparing" / "journal.json").open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match=r"journal\.json cannot be read: it has 1,099,511,627,776"):
+        cached_store.prepare(options, output=store)

@@ -215,6 +215,10 @@ def test_a_card_says_what_the_model_is(convert: Convert, run: Path, model: Path)
     assert convert(model, "--output", "theirs")[0] == 0
     card = Path("theirs/README.md").read_text()
     assert card.startswith("---\nlicense: mit\n---\n# Theirs\n\n## Conversion\n\nMade with")
+    with (model / "README.md").open("wb") as file:
+        file.truncate(1 << 40)
+    assert convert(model, "--output", "huge")[0] == 0
+    assert Path("huge/README.md").stat().st_size < 2 << 20
 
 
 SLOW_WRITE = """

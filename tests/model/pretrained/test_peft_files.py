@@ -141,6 +141,16 @@ def test_an_adapter_without_a_rank_is_refused(shape: tuple[int, ...], tmp_path: 
         read_checkpoint(tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_links_out_of_an_adapter_are_not_followed(name: str, tmp_path: Path) -> None:
+    """Found by the search for trees of strangers."""
+    written(tmp_path, "qwen3")
+    (tmp_path / "adapter" / name).rename(tmp_path / "elsewhere")
+    (tmp_path / "adapter" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{name} is a link to .*elsewhere, outside of its direc"):
+        read_checkpoint(tmp_path / "adapter")
+
+
 def test_damaged_weights_are_refused(tmp_path: Path) -> None:
     written(tmp_path, "llama tied")
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"no")

@@ -3,7 +3,9 @@
 import io
 import json
 import math
+import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,21 @@ def test_damaged_and_missing_records_are_refused(bundle: Path, tmp_path: Path) -
         ), change
     for number, content in enumerate([b"", b"[]", b"\xff", b"[" * 100_000, b'{"format": 1}']):
         assert "is damaged" in damaged(bundle, tmp_path / f"json{number}", replay=content)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["batch.npz", "config.yaml", "checkpoints"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_links_and_pipes_in_a_bundle_are_named(
+    bundle: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    """A link was followed, and a pipe was waited for without an end."""
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    (copy / name).rename(tmp_path / "moved")
+    (copy / name).symlink_to(tmp_path / "moved") if kind == "link" else os.mkfifo(copy / name)
+    with pytest.raises(UserError, match=f"as {copy / name} is a {kind}. Put the file itself there"):
+        read_bundle(copy)
 
 
 def test_a_batch_is_never_unpickled(bundle: Path, tmp_path: Path) -> None:

@@ -181,3 +181,11 @@ class TestLog:
         """
         subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
         assert [line["step"] for line in strict(tmp_path / "metrics.jsonl")] == [1, 3]
+
+
+def test_a_log_of_any_size_is_not_read_whole(tmp_path: Path) -> None:
+    """Found by the search for trees of strangers: a MemoryError."""
+    with (tmp_path / "metrics.jsonl").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match="cannot be read: it has 1,099,511,627,776 bytes, more"):
+        MetricsLog(tmp_path)

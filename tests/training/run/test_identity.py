@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +7,7 @@ import yaml
 from run_directories import DERIVED, begin, holds_run, run
 
 from consyn_jax.errors import UserError
-from consyn_jax.training.run.identity import differences
+from consyn_jax.training.run.identity import differences, read_run_config
 from consyn_jax.training.run.opening import open_run_directory
 
 
@@ -65,6 +66,30 @@ def test_a_damaged_config_yaml_is_refused(content: bytes, tmp_path: Path) -> Non
         UserError, match=r"is not YAML|is not UTF-8|is damaged|is not the configuration of a run"
     ):
         open_run_directory(run(tmp_path)[0], DERIVED)
+
+
+def test_a_config_yaml_of_any_size_is_not_read_whole(tmp_path: Path) -> None:
+    """Found by the search for trees of strangers: a MemoryError."""
+    with (tmp_path / "config.yaml").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match="cannot be read: it has 1,099,511,627,776 bytes, more"):
+        read_run_config(tmp_path / "config.yaml")
+
+
+@pytest.mark.timeout(60)
+def test_a_config_yaml_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    """Found by the search for trees of strangers: --replay_step had no end."""
+    os.mkfifo(tmp_path / "config.yaml")
+    with pytest.raises(UserError, match="cannot be read: it is not a regular file"):
+        read_run_config(tmp_path / "config.yaml")
+
+
+def test_a_config_yaml_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    """Found by the search for trees of strangers: --replay_step read where it led to."""
+    (tmp_path / "elsewhere").write_text("derived: {}\n")
+    (tmp_path / "config.yaml").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="cannot be read: it is a link, and links are not"):
+        read_run_config(tmp_path / "config.yaml")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,155 @@
+"""The journal of a study, where Optuna keeps the trials: a file that anybody may have written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from consyn_jax.errors import UserError, brief
+from consyn_jax.files import all_irregular, open_regular, read_whole, remove
+from consyn_jax.tuning.search_space import Dimension
+from consyn_jax.tuning.study_directory import JOURNAL, STUDY, TRIALS_DIRECTORY
+from consyn_jax.tuning.study_results import OUTCOME, OUTCOMES, STEP, STEPS
+
+LOCK = JOURNAL + ".lock"  # Optuna's: a link to the journal
+LEFT_S = 1.0  # seconds after which a lock that is no link to the journal is one that was left
+AGAIN = "Put a good copy of it there, or delete the study with --overwrite."
+
+
+def refuse_links(output: Path) -> None:
+    """Refuse a study that holds anything but files and directories, and Optuna's lock.
+
+    Raises:
+        UserError: there is a link, a pipe or a device; the message names it.
+    """
+    for name in (STUDY, TRIALS_DIRECTORY):
+        for path, kind in all_irregular(output / name):
+            if not path.name.startswith(LOCK):
+                raise UserError(
+                    f"{path} is {kind}, and a study writes only to files of its own. Remove it, or "
+                    "name another --output."
+                )
+
+
+def open_journal(optuna: Any, directory: Path) -> Any:
+    """Optuna's storage in a file.
+
+    Raises:
+        UserError: the file is no journal, or cannot be used.
+    """
+    path = directory / JOURNAL
+    # Absolute, as Optuna's lock is a link to this path, wherever it stands.
+    file = str(directory.resolve() / JOURNAL)
+    journal = optuna.storages.journal
+    try:
+        _remove_left_lock(directory / LOCK, file)
+        lock = journal.JournalFileSymlinkLock(file)
+        cut_torn_line(path, lock)
+        return optuna.storages.JournalStorage(journal.JournalFileBackend(file, lock_obj=lock))
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be used: {error.strerror or error}. Name another --output."
+        ) from error
+    except Exception as error:  # Optuna checks no line that it reads
+        raise UserError(f"{path} is damaged ({brief(error)}). {AGAIN}") from error
+
+
+def _remove_left_lock(lock: Path, file: str) -> None:
+    """Remove a lock that is no link to the journal.
+
+    Optuna waits for a link to nowhere without an end. One is left if a process is killed and the
+    directory moved. Another process may use the directory by another path, for a moment.
+    """
+    before = None
+    for seconds in (LEFT_S, 0.0):
+        with suppress(OSError):
+            found = lock.lstat()
+            if stat.S_ISLNK(found.st_mode) and str(lock.readlink()) == file:
+                return
+            if before is not None and os.path.samestat(before, found):
+                remove(lock)
+                return
+            before = found
+            time.sleep(seconds)
+
+
+def cut_torn_line(file: Path, lock: Any) -> None:
+    """Cut off an unfinished last line of a journal, such as a full disk leaves.
+
+    Optuna reads past a bad last line once and refuses the journal after the next line was added.
+
+    Args:
+        lock: Optuna's, held by any process while it writes a line.
+
+    Raises:
+        OSError: the file cannot be read, is a link, or has more bytes than a journal can have.
+        ValueError, RecursionError: its last line is whole and no JSON.
+    """
+    if not os.path.lexists(file):
+        return
+    lock.acquire()
+    try:
+        content = read_whole(file)
+        end = content.rfind(b"\n") + 1
+        descriptor = open_regular(file, os.O_RDWR)  # refuses what would change elsewhere, too
+        try:
+            if end < len(content):
+                os.ftruncate(descriptor, end)
+        finally:
+            os.close(descriptor)
+        if end:
+            json.loads(content[: end - 1].rpartition(b"\n")[2])
+    finally:
+        lock.release()
+
+
+def check_trials(trials: Sequence[Any], space: Sequence[Dimension], place: str) -> None:
+    """Check what a storage says of trials, as Optuna takes any values.
+
+    Args:
+        trials: Optuna's.
+        place: the storage in words.
+
+    Raises:
+        UserError: a trial has values that no study gives it.
+    """
+    by_name = {dimension.name: dimension for dimension in space}
+    for trial in trials:
+        if fault := _fault(trial, by_name):
+            raise UserError(f"{place} is damaged: trial {trial.number} has {fault}. {AGAIN}")
+
+
+def _fault(trial: Any, space: Mapping[str, Dimension]) -> str:
+    attrs, curve = trial.user_attrs, trial.intermediate_values
+    values = [] if trial.values is None else trial.values
+    checks = {
+        "parameters of another search": all(
+            name in space and _is_of(value, space[name]) for name, value in trial.params.items()
+        ),
+        "parameters that nobody drew": "fixed_params" not in trial.system_attrs,
+        "no value, or several": len(values) == 1 or (not values and trial.state.name != "COMPLETE"),
+        "a value that is no number": all(map(_is_number, [*values, *curve.values()])),
+        "evaluations without a number": all(type(key) is int and key >= 0 for key in curve),
+        f"no number as its {STEP} or {STEPS}": all(
+            type(attrs.get(name, 0)) is int and attrs.get(name, 0) >= 0 for name in (STEP, STEPS)
+        ),
+        "an unknown outcome": attrs.get(OUTCOME, OUTCOMES[0]) in OUTCOMES,
+    }
+    return next((fault for fault, is_right in checks.items() if not is_right), "")
+
+
+def _is_of(value: Any, dimension: Dimension) -> bool:
+    if dimension.choices:
+        return any(json.dumps(value) == json.dumps(choice) for choice in dimension.choices)
+    return _is_number(value) and bool(dimension.low <= value <= dimension.high)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
