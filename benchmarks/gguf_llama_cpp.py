@@ -17,6 +17,7 @@ import os
 import struct
 import tempfile
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -327,7 +328,8 @@ def main() -> None:
             found[f"ids: {name}"] = ids(case, Path(folder))
             print(name, found[f"ids: {name}"], flush=True)
     if options.output is not None:
-        write(options.output, {**facts(), "results": found})
+        theirs = {name: version(name) for name in ("llama-cpp-python", "gguf")}
+        write(options.output, {**facts(), "compared_with": theirs, "results": found})
 
 
 if __name__ == "__main__":

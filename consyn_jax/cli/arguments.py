@@ -19,6 +19,12 @@ from consyn_jax.foreign_flags import advise
 
 # Values may begin with a dash: numbers, and lines of dashes between documents.
 _NO_FLAG = re.compile(r"-(\d|\.\d|inf|nan)|--[^a-z]", re.IGNORECASE)
+# What a word without a flag may be meant for, in a command that has the flag.
+STRAYS = {
+    "--data": "give files to read with --data",
+    "--prompt": "give texts to continue with --prompt",
+    "--to": "name the result with --output",
+}
 METAVARS = {
     "model": "NAME|DIR|FILE",
     "prompt": "TEXT",
@@ -91,7 +97,9 @@ class _Parser(argparse.ArgumentParser):
             word = strays[1].split()[0]
             raise self.unknown(word, word, None)
         elif strays:
-            message = f"{strays[1]!r} belongs to no flag; give files to read with --data"
+            words, known = strays[1], self._option_string_actions
+            advice = next((f"; {STRAYS[name]}" for name in STRAYS if name in known), "")
+            message = f"{words!r} belongs to no flag{advice}"
         raise UserError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
 
     def unknown(self, word: str, name: str, value: str | None) -> UserError:

@@ -112,7 +112,8 @@ def _output(config: GenerateConfig, model: Path) -> Any:
         return nullcontext()
     path = Path(name)
     if path.exists() and path.resolve().is_relative_to(model.resolve()):
-        raise UserError(f"--output {path} is a file of the model. Name another file.")
+        what = "the directory" if path.is_dir() else "a file"
+        raise UserError(f"--output {path} is {what} of the model. Name another file.")
     return results_file(path)
 
 

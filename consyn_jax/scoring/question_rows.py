@@ -72,6 +72,8 @@ def question(row: dict[str, Any], place: str) -> Question:
         stop = [stop]
     if stop is not None and not isinstance(stop, list):
         raise BadRow(f"holds {json_type(stop)} under the key 'stop', not an array of strings.")
+    if stop is not None and "" in stop:
+        raise BadRow("has an empty text under the key 'stop', which would end no answer.")
     most = row.get("max_tokens")
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
         raise BadRow("must have a number from 1 under the key 'max_tokens'.")

@@ -79,6 +79,8 @@ def read_tasks(files: tuple[str, ...]) -> list[Task]:
     found: dict[str, list[Request | Question]] = {}
     unused: dict[str, Counter[str]] = {}
     for name in files:
+        if files.count(name) > 1:
+            raise UserError(f"{name} is given twice in --requests. Give each file once.")
         before = sum(map(len, found.values()))
         for number, line in enumerate(_read(name).split(b"\n"), 1):
             if not line.strip():
@@ -138,7 +140,9 @@ def _request(row: dict[str, Any], place: str) -> Request:
     given = [key for key in ANSWERS if key in row]
     if len(given) != 1:
         wrong = " and ".join(given) if given else f"none; its keys are {shown(row)}"
-        raise BadRow(f"must have one of {', '.join(ANSWERS)}, but has {wrong}.")
+        raise BadRow(
+            f"must have one of {', '.join(ANSWERS)}, or prompt and answer, but has {wrong}."
+        )
     if ("context" in row) == ("contexts" in row):
         wrong = "both" if "context" in row else f"neither; its keys are {shown(row)}"
         raise BadRow(f"must have context or contexts, but has {wrong}.")

@@ -107,11 +107,13 @@ class Scorer:
         """(numbers of the sequences, arrays [rows, T]), longest first, so memory is short early."""
         lengths = [self.length_of(len(sequence.ids) - 1) for sequence in sequences]
         order = sorted(range(len(sequences)), key=lambda number: (-lengths[number], number))
+        share = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        rows = min(self.rows, math.ceil(len(order) / share) * share)  # no larger than what is there
         start = 0
         while start < len(order):
             length = lengths[order[start]]
-            numbers = [n for n in order[start : start + self.rows] if lengths[n] == length]
-            arrays = np.zeros((3, self.rows, length), np.int32)
+            numbers = [n for n in order[start : start + rows] if lengths[n] == length]
+            arrays = np.zeros((3, rows, length), np.int32)
             for row, number in enumerate(numbers):
                 ids = sequences[number].ids
                 arrays[0, row, : len(ids) - 1] = ids[:-1]

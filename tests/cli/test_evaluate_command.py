@@ -133,7 +133,10 @@ def test_keys_that_are_not_read_are_counted_for_questions_alone(
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"context": "a"}, "must have one of continuation, continuations, choices, but has none"),
+        (
+            {"context": "a"},
+            "must have one of continuation, continuations, choices, or prompt and answer, but has",
+        ),
         ({"context": "a", "choices": ["b", "c"]}, "has choices but no gold"),
         ({"context": "a", "choices": ["b", "c"], "gold": 2}, "have the numbers 0 to 1"),
         ({"context": "a", "choices": ["b", "c"], "gold": True}, "under the key 'gold'"),
@@ -181,6 +184,14 @@ def test_a_wrong_row_is_named(
         (["m", "--requests", "x", "--max_tokens", "0"], "--max_tokens must be at least 1, not 0"),
         (["m", "--requests", "x", "--temperature", "-1"], "--temperature must not be negative"),
         (["m", "--strid", "8"], "did you mean --stride?"),
+        (["m", "--requests", "x", "--stride", "8"], "--stride is for --data, which is not given"),
+        (["m", "--data", "x", "--stop", "a"], "--stop is for --requests, which is not given"),
+        (["m", "--requests", "x", "--stop", ""], "--stop has an empty text"),
+        (
+            ["m", "--requests", "rows.jsonl", "--max_tokens", "5"],
+            "--max_tokens is for rows with prompt and answer, and --requests has none. Leave it",
+        ),
+        (["m", "--requests", "rows.jsonl", "rows.jsonl"], "rows.jsonl is given twice"),
     ],
 )
 def test_mistakes(
@@ -191,5 +202,6 @@ def test_mistakes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    written(tmp_path / "rows.jsonl", ROWS)
     assert main(words) == 2
     assert message in capsys.readouterr().err

@@ -137,6 +137,10 @@ def test_mistakes_are_one_line(model: Path, capfd: pytest.CaptureFixture[str]) -
     assert "--model is missing" in refused(capfd, "--prompt", "x")
     assert "nothing to continue" in refused(capfd, name)
     assert "Leave --prompt and --file out" in refused(capfd, name, "--interactive", "--prompt", "x")
+    assert "'Once' belongs to no flag; give texts to continue with --prompt." in refused(
+        capfd, name, "Once"
+    )
+    assert "--stop has an empty text" in refused(capfd, name, "--prompt", "x", "--stop", "a", "")
     assert "did you mean --temperature" in refused(capfd, name, "--temperatur", "1")
     assert "has 61 tokens, and the model's context is 48" in refused(
         capfd, name, "--prompt", "x" * 60
@@ -153,6 +157,8 @@ def test_mistakes_are_one_line(model: Path, capfd: pytest.CaptureFixture[str]) -
     assert "nowhere" in refused(capfd, "nowhere", "--prompt", "x")
     own = ["--prompt", "x", "--output", f"{name}/model.safetensors"]
     assert "is a file of the model" in refused(capfd, name, *own)
+    own[-1] = name
+    assert "is the directory of the model" in refused(capfd, name, *own)
     capfd.readouterr()
     opens = Path.open
 

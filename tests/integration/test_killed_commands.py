@@ -27,10 +27,10 @@ CONFIG = ModelConfig(
     **{"head_dim": 8, "mlp_dim": 48, "context": 64, "qk_norm": False},
     **{"bos_token_id": 257, "eos_token_id": 258, "pad_token_id": 256},
 )
-# A moment is a number of file operations (Python's audit events) on paths with a part, and a delay
+# A moment is a number of file operations (Python's audit events) on paths of a pattern, and a delay
 # after it, in which threads of TensorStore and the writes of safetensors go on.
 WATCH = """
-import atexit, os, signal, sys, threading
+import atexit, os, re, signal, sys, threading
 KINDS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
 count, here = 0, os.getcwd()
 def kill():
@@ -40,7 +40,7 @@ def hook(event, args):
     if event not in KINDS or not isinstance(args[0], (str, bytes, os.PathLike)):
         return
     path = os.path.realpath(os.fsdecode(args[0]))
-    if not path.startswith(here + os.sep) or {part!r} not in path[len(here):]:
+    if not path.startswith(here + os.sep) or not re.search({part!r}, path[len(here):]):
         return
     count += 1
     if count == {event}:
@@ -55,7 +55,7 @@ class Commands:
 
     Attributes:
         directory: The current directory of the commands.
-        part: Only file operations on paths with this part count as moments.
+        part: Only file operations on paths with this regular expression count as moments.
         said: What the last command printed.
     """
 
@@ -112,16 +112,47 @@ def moments(events: int, seed: int) -> list[tuple[int, float]]:
     return list(zip([events, *chosen.tolist()], delays.tolist(), strict=True))
 
 
+def train(commands: Commands, model: Path, run: Path, *flags: object, event: int = 0) -> int:
+    """Two steps from `model`, each with a checkpoint."""
+    text = run.with_name("text.txt")
+    text.write_text(
+        "".join(f"{number} green bottles hang on the wall.\n\n" for number in range(64))
+    )
+    argv = ["--checkpoint", model, "--data", text, "--output", run, "--max_steps", 2]
+    argv += ["--max_tokens", 32, "--batch_size", 4, "--validation_fraction", 0.2, "--lr", 1e-2]
+    argv += ["--eval_steps", 1, "--save_steps", 1, "--logging_backend", "none", "--quiet"]
+    return commands.run("train", *argv, *flags, event=event)
+
+
+def source_of(commands: Commands, model: Path, takes: str, run: Path) -> list[object]:
+    """The words of `consyn-convert` that name what is converted."""
+    if takes == "a directory":
+        return [model]
+    flags = ["--lora_rank", 4] if takes == "an adapter" else []
+    assert train(commands, model, run, *flags) == 0, commands.said
+    return [run, "--merge_lora"] if flags else [run, "--average", 2]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["hf", "orbax", "gguf"])
-def test_a_conversion(commands: Commands, model: Path, tmp_path: Path, to: str) -> None:
+@pytest.mark.parametrize(
+    ("takes", "to"),
+    [
+        ("a directory", "hf"),
+        ("a directory", "orbax"),
+        ("a directory", "gguf"),
+        ("checkpoints", "hf"),
+        ("an adapter", "hf"),
+    ],
+)
+def test_a_conversion(commands: Commands, model: Path, tmp_path: Path, takes: str, to: str) -> None:
     if to == "gguf":
         pytest.importorskip("gguf")
     place, name = commands.directory, "out.gguf" if to == "gguf" else "out"
     out, unfinished = place / name, place / f".{name}.new"
     # Several shards, so that there is a moment with some of them.
     more = ["--shard_size", "20K"] if to == "hf" else []
-    flags = [model, "--to", to, *more, "--output", name]
+    source = source_of(commands, model, takes, tmp_path / "run")
+    flags = [*source, "--to", to, *more, "--output", name]
     killed = 0
     commands.part = name
     assert commands.run("convert", *flags) == 0, commands.said
@@ -155,11 +186,33 @@ def assert_whole(out: Path, expected: Path, to: str) -> None:
     jax.tree.map(np.testing.assert_array_equal, found.parameters(), wanted.parameters())
 
 
-def refused(path: Path) -> None:
+def refused(path: Path, name: str = "out") -> None:
     """By every way in which commands find a model."""
     for find in (find_source, find_model, ConsynLMHeadModel.from_pretrained):
-        with pytest.raises(UserError, match=r"was killed while it wrote or removed out"):
+        with pytest.raises(UserError, match=f"was killed while it wrote or removed {name}"):
             find(str(path))
+
+
+@pytest.mark.slow
+def test_the_exports_of_a_run(commands: Commands, model: Path, tmp_path: Path) -> None:
+    """Killed while best/ is written, and again with final/: each is whole or absent, and the same
+    command ends as if nothing had been."""
+    run, whole = commands.directory / "run", tmp_path / "run"
+    assert train(commands, model, run) == 0, commands.said
+    shutil.move(run, whole)
+    draws = np.random.default_rng(0)
+    for name in ("best", "final"):
+        commands.part = rf"/run/\.?{name}\b"
+        event = int(draws.integers(1, len(tree(whole / name)), endpoint=True))  # each is opened
+        assert train(commands, model, run, event=event) == -signal.SIGKILL, commands.said
+        exports = [path for path in (run / "best", run / "final") if path.exists()]
+        assert [disagreement(path) for path in exports] == [None] * len(exports)
+        for unfinished in run.glob(".*.new"):
+            refused(unfinished, name)
+    assert train(commands, model, run) == 0, commands.said
+    assert not [*run.glob(".*.new")]
+    for name in ("best", "final"):
+        assert_whole(run / name, whole / name, "hf")
 
 
 @pytest.mark.slow

@@ -60,6 +60,7 @@ def test_tools_of_a_question(none: dict[str, object]) -> None:
         ({"prompt": "a", "answer": "b", "tools": [{}]}, "has tools, and its prompt is text"),
         ({"prompt": "a", "answer": "b", "max_tokens": 0}, "under the key 'max_tokens'"),
         ({"prompt": "a", "answer": "b", "stop": 3}, "under the key 'stop'"),
+        ({"prompt": "a", "answer": "b", "stop": ["c", ""]}, "an empty text under the key 'stop'"),
     ],
 )
 def test_rows_that_are_no_questions(row: dict[str, object], message: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 from consyn_jax.distributed.mesh import build_mesh
 from consyn_jax.inference.scoring.text_windows import windows
 from consyn_jax.scoring import token_scores as module
-from consyn_jax.scoring.scorer import Scorer
+from consyn_jax.scoring.scorer import Scorer, Wanted
 from consyn_jax.scoring.token_scores import reference_scores, token_scores
 
 VOCAB, PADDED = 37, 40
@@ -61,3 +61,14 @@ def test_lengths_are_few() -> None:
     lengths = [Scorer.length_of(small, n) for n in range(1, 1001)]
     assert sorted(set(lengths)) == [32, 64, 128, 192, 256, 384, 512, 768, 1000]
     assert all(n <= length for n, length in enumerate(lengths, 1))
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, 2), (3, 4), (9, 8)])
+def test_a_batch_is_no_larger_than_what_there_is_to_score(count: int, rows: int) -> None:
+    """And the mesh divides it."""
+    small: Any = SimpleNamespace(
+        rows=8, mesh=SimpleNamespace(shape={"data": 2, "fsdp": 1}), length_of=lambda tokens: 32
+    )
+    batches = [*Scorer._batches(small, [Wanted(np.arange(5), 1)] * count)]
+    assert {arrays.shape for _, arrays in batches} == {(3, rows, 32)}
+    assert sum(len(numbers) for numbers, _ in batches) == count

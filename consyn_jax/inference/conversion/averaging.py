@@ -34,7 +34,8 @@ def chosen_steps(run: Path, spec: str) -> list[int]:
     steps, given = run_steps(run), [number for number in numbers if number is not None]
     known = ", ".join(map(str, steps)) or "none"
     if len(given) == 1 and given[0] < 2:
-        raise UserError(f"--average {spec} is one checkpoint. Use --step for a single one.")
+        what = "is one checkpoint" if given[0] else "averages nothing"
+        raise UserError(f"--average {spec} {what}. Use --step for a single one.")
     if len(given) == 1:
         if given[0] > len(steps):
             raise UserError(f"--average {spec}: {run} has checkpoints of steps {known} only.")

@@ -69,12 +69,8 @@ def plan_conversion(config: ConvertConfig) -> Conversion:
         )
     if options.push_to_hub is not None:
         check_hub_name(options.push_to_hub)
-    output, files = Path(options.output), source.config.files
-    dtype = options.dtype
-    if options.to != "gguf" and dtype == "q8_0":
-        raise UserError(f"--dtype q8_0 is a type of --to gguf, and {options.to} does not have it.")
-    if options.to != "gguf" and options.context is not None:
-        raise UserError("--context is for --to gguf. Leave it out.")
+    _check_format(options)
+    output, files, dtype = Path(options.output), source.config.files, options.dtype
     in_half = files.dtype in ("bfloat16", "float16") and not files.other_dtypes
     is_sum = config.source.average is not None or source.base is not None
     exact = "float32" if is_sum or not in_half else files.dtype
@@ -87,6 +83,21 @@ def plan_conversion(config: ConvertConfig) -> Conversion:
         size = directories.tensor_bytes(directories.file_config(source, dtype))
     check_target(output, size, options.push_to_hub)
     return plan
+
+
+def _check_format(options: TargetOptions) -> None:
+    """Check that each option is one of the format that is written."""
+    if options.to != "gguf" and options.dtype == "q8_0":
+        raise UserError(f"--dtype q8_0 is a type of --to gguf, and {options.to} does not have it.")
+    if options.to != "gguf" and options.context is not None:
+        raise UserError("--context is for --to gguf. Leave it out.")
+    if options.to != "gguf" and str(options.output).endswith(".gguf"):
+        raise UserError(
+            f"--output {options.output} is the name of a GGUF file, and --to {options.to} writes a "
+            "directory. Add --to gguf, or name a directory."
+        )
+    if options.to != "hf" and options.shard_size != TargetOptions.shard_size:
+        raise UserError("--shard_size is for --to hf. Leave it out.")
 
 
 def _source(config: ConvertConfig) -> ModelSource:

@@ -20,6 +20,7 @@ from consyn_jax.inference.scoring.evaluation_options import (
     EvaluateConfig,
     EvaluateModelOptions,
     EvaluateResultOptions,
+    refuse_given,
 )
 from consyn_jax.inference.scoring.evaluation_page import evaluation_page
 from consyn_jax.inference.scoring.ready_scorer import load_scorer
@@ -120,6 +121,8 @@ def evaluate_models(config: EvaluateConfig, say: Say) -> Evaluation:
         UserError: A model, the data or a row cannot be used.
     """
     tasks = read_tasks(config.questions.requests)
+    if not any(task.questions for task in tasks):
+        refuse_given(config.answers, "is for rows with prompt and answer, and --requests has none")
     sources = [find_source(name, config.models.step) for name in config.models.model]
     tokenizers = [evaluation_tokenizer(source, config.models.tokenizer) for source in sources]
     models = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from consyn_jax.errors import UserError
 from consyn_jax.flags import flag
@@ -153,7 +154,24 @@ def validate_evaluation(config: EvaluateConfig) -> None:
     for name, number in not_negative.items():
         if not number >= 0:
             raise UserError(f"--{name} must not be negative, but is {number}.")
+    if not texts.data:
+        refuse_given(texts, "is for --data, which is not given")
+    if not config.questions.requests:
+        refuse_given(config.answers, "is for --requests, which is not given")
+    if "" in config.answers.stop:
+        raise UserError("--stop has an empty text, which would end no answer. Leave it out.")
     for name, ending in {"output": ".json", "page": ".html"}.items():
         file = getattr(results, name)
         if file is not None and not file.endswith(ending):
             raise UserError(f"--{name} {file} must be a file whose name ends in {ending}.")
+
+
+def refuse_given(options: Any, why: str) -> None:
+    """Refuse the flags of a group that have no effect.
+
+    Raises:
+        UserError: One of them has another value than its default.
+    """
+    for each in fields(options):
+        if getattr(options, each.name) != each.default:
+            raise UserError(f"--{each.name} {why}. Leave it out.")
