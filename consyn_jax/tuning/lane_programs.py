@@ -269,22 +269,18 @@ def check_lanes(config: TuneConfig, varied: VariedRun) -> None:
     Raises:
         UserError: a flag of the search changes the program, or another one does not go with it.
     """
-    devices, logging = jax.device_count(), config.logging
-    if devices > 1:
-        raise UserError(
-            f"--vectorize uses one device, and there are {devices}. Start the command once for "
-            "each, with CUDA_VISIBLE_DEVICES=0, 1 and so on; all work on the study in --output."
-        )
+    space, logging = parse_search(config.study.search), config.logging
     refused = {
         "lora_rank": config.lora.is_used,
         "optimizer_memory host": config.hardware.optimizer_memory == "host",
         "auto_batch": config.hardware.auto_batch,
+        # JAX cannot map the accumulation in place, `step.accumulate`, over lanes.
+        "gradient_accumulation_steps": config.budget.gradient_accumulation_steps > 1,
         "profile_steps": logging.profile_steps is not None,
         "logging_backend wandb": bool({"wandb", "both"} & set(logging.logging_backend)),
     }
     for name in (name for name, is_given in refused.items() if is_given):
         raise UserError(f"--{name} does not work with --vectorize. Leave one of them out.")
-    space = parse_search(config.study.search)
     first = {dimension.name: dimension.ends[0] for dimension in space}
     for dimension in space:
         runs = (varied.with_values({**first, dimension.name: end})[0] for end in dimension.ends)
@@ -294,3 +290,8 @@ def check_lanes(config: TuneConfig, varied: VariedRun) -> None:
                 f"--vectorize needs one program for all trials, and --search {dimension.text()} "
                 f"changes it. {remedy}, or leave --vectorize out."
             )
+    if (devices := jax.device_count()) > 1:
+        raise UserError(
+            f"--vectorize uses one device, and there are {devices}. Start the command once for "
+            "each, with CUDA_VISIBLE_DEVICES=0, 1 and so on; all work on the study in --output."
+        )
