@@ -125,7 +125,7 @@ def _run_program(waiting: Sequence[Lane]) -> None:
     first = next((lane for lane in waiting if not _waits(lane)), waiting[0])
     program, called = first.program, [lane for lane in waiting if lane.program is first.program]
     assert program is not None
-    with explain_out_of_memory():
+    with explain_out_of_memory("a smaller number for --vectorize"):
         results = dict(program({lane.number: lane.arguments for lane in called}))
     for lane in called:
         lane.go_on(results.pop(lane.number))
