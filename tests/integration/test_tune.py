@@ -202,7 +202,7 @@ def test_a_signal_saves_every_lane_and_the_same_command_goes_on(
     tmp_path: Path,
     nursery: Nursery,
 ) -> None:
-    """The number of lanes may change; trials of one program have the losses of `consyn-train`."""
+    """With another number of lanes, too."""
     output = tmp_path / "study"
     given = flags(corpus, output, "--trials", 3, "--max_steps", 60, "--eval_steps", 30)
     process = nursery.start(*given, "--vectorize", 3, command="tune", devices=1)
@@ -219,14 +219,6 @@ def test_a_signal_saves_every_lane_and_the_same_command_goes_on(
     assert "Trials side by side: " in again.said
     assert trials(output) == dict.fromkeys(range(3), "COMPLETE")
     assert all("resume" in log.read_text() for log in logs)
-    best = nursery.start("--config", output / "recipe.yaml", devices=1)
-    assert best.wait(280) == 0, best.said
-    alone = metrics(output / "best")
-    of_trial = (output / "recipe.yaml").read_text().split(",")[0].removeprefix("# Trial ")
-    together = metrics(logs[int(of_trial)].parent)
-    for one, other in zip(alone, together, strict=True):
-        for name in {"train/loss", "eval/loss"} & one.keys():
-            assert other[name] == pytest.approx(one[name], rel=1e-5)
 
 
 @pytest.mark.slow
