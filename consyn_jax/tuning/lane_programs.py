@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
@@ -226,19 +225,20 @@ def step_seconds(trainer: TrialTrainer, most: int) -> dict[int, float]:
         most: lanes that there is work for.
     """
     run, steps, found = trainer.run, trainer.total_steps, dict[int, float]()
-    program = trainer.build().program
+    program, lanes = trainer.build().program, 1
     numbers = placed(numbers_of(run, steps), program.mesh)
     batch = _zeros(batch_of_step(program, run, numbers)) | {NUMBERS: numbers}
-    for lanes in itertools.takewhile(lambda n: n <= most, (2**i for i in itertools.count())):
-        states = [program.initial_state(trainer.parameters(program.mesh)) for _ in range(lanes)]
+    while lanes <= most:
         try:
             step = lanes_step(trainer.shared, program, run, numbers, lanes)
             with explain_out_of_memory():
-                found[lanes] = _fastest(step, states, batch)
+                parameters = (trainer.parameters(program.mesh) for _ in range(lanes))
+                found[lanes] = _fastest(step, [program.initial_state(p) for p in parameters], batch)
         except UserError:  # the memory of the device
             break
         if not pays(found, lanes):
             break
+        lanes *= 2
     return found
 
 
