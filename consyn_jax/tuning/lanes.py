@@ -101,7 +101,7 @@ def run_lanes(number: int, work: Callable[[Lane], None]) -> None:
     """Let a number of lanes do `work` until all of them have ended.
 
     Raises:
-        Interrupted: a signal has ended their trials.
+        Interrupted: a signal has come; it ends their trials.
         BaseException: that of the first lane which failed; the others are closed.
     """
     with Signals() as signals:
@@ -115,9 +115,8 @@ def run_lanes(number: int, work: Callable[[Lane], None]) -> None:
         finally:
             for lane in lanes:
                 lane.close()
-        stopped = [lane for lane in lanes if isinstance(lane.error, Interrupted)]
-        if stopped:
-            _raise_interrupted(stopped, signals)
+        if signals.received is not None:
+            raise _interruption(signals.received, lanes)
 
 
 def _run_program(waiting: Sequence[Lane]) -> None:
@@ -141,13 +140,12 @@ def _raise_failure(lane: Lane) -> None:
         raise lane.error
 
 
-def _raise_interrupted(stopped: Sequence[Lane], signals: Signals) -> None:
-    """Raise one error for all lanes that a signal has ended."""
-    first = stopped[0].error
-    assert first is not None
+def _interruption(signal: str, lanes: Sequence[Lane]) -> BaseException:
+    """One error for all lanes whose trials a signal has ended; there may be none."""
+    stopped = [lane.error for lane in lanes if lane.error is not None]
     if len(stopped) == 1:
-        raise first
-    raise Interrupted(
-        f"{signals.received}: {len(stopped)} trials have stopped, each with its state saved if it "
-        "had begun. Run the same command again to continue."
-    ) from first
+        return stopped[0]
+    return Interrupted(
+        f"{signal}: {len(stopped)} trials were under way, and the state of each that had begun is "
+        "saved. Run the same command again to continue."
+    )

@@ -197,9 +197,14 @@ def test_a_signal_ends_every_lane() -> None:
             if lane.signals.received:
                 raise Interrupted(f"{lane.signals.received} at step 3.")
 
-    with pytest.raises(Interrupted, match="SIGTERM: 3 trials have stopped"):
+    with pytest.raises(Interrupted, match="SIGTERM: 3 trials were under way"):
         run_lanes(3, work)
     assert len(step.seen) == 2
+
+
+def test_a_signal_that_cuts_no_trial_short_still_ends_the_command() -> None:
+    with pytest.raises(Interrupted, match="SIGTERM: 0 trials were under way"):
+        run_lanes(2, lambda lane: lane.number or os.kill(os.getpid(), signal.SIGTERM))
 
 
 @pytest.mark.parametrize(
