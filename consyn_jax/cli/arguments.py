@@ -57,6 +57,7 @@ METAVARS = {
     "search": "FLAG=VALUES",
     "time_budget": "TIME",
     "metric": "NAME",
+    "vectorize": "N|auto",
     "storage": "URL",
     "mesh": "auto|AXIS=N,...",
     "topology": "GPU:HOSTSxGPUS",

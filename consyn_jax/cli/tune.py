@@ -75,20 +75,25 @@ def tune(config: TuneConfig, origins: dict[str, str]) -> None:
     """
     run = grouped(RunConfig, {name: flat(config)[name] for name in flags(RunConfig)})
     settings = run, {name: origins[name] for name in flags(RunConfig)}
-    with prepared_run(settings, lambda _: _check_study(config)) as prepared:
+    varied = VariedRun.of(settings)
+    with prepared_run(settings, lambda _: _check_study(config, varied)) as prepared:
         from consyn_jax.tuning.study_run import Tuning
 
-        varied = VariedRun.of(settings).with_data(run, prepared.settings)
+        varied = varied.with_data(run, prepared.settings)
         Tuning(config, varied, prepared.settings, prepared.trainer_inputs).run()
 
 
-def _check_study(config: TuneConfig) -> None:
-    """Check Optuna and the directory of the study."""
+def _check_study(config: TuneConfig, varied: VariedRun) -> None:
+    """Check Optuna, the directory of the study, and whether its trials can be lanes."""
     from consyn_jax.tuning.optuna_study import import_optuna
     from consyn_jax.tuning.study_directory import check_output
 
     import_optuna()
     check_output(Path(config.saving.output), config.saving.overwrite)
+    if config.study.vectorize is not None:
+        from consyn_jax.tuning.lane_programs import check_lanes
+
+        check_lanes(config, varied)
 
 
 if __name__ == "__main__":

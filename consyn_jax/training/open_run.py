@@ -63,6 +63,7 @@ class RunInputs:
         compile_train_step: compiles the train step of `run`, or of the same run in smaller
             micro-batches.
         callbacks: functions that make the user's callbacks.
+        signals: recorded by the process, if it does more than this run.
         exports_model: whether the run writes best/, final/ and loss.png, and lets its model write
             samples.
     """
@@ -82,6 +83,7 @@ class RunInputs:
     files: ModelFiles
     compile_train_step: Callable[[RunConfig], Any]
     callbacks: tuple[Maker, ...] = ()
+    signals: Signals | None = None
     exports_model: bool = True
 
 
@@ -276,6 +278,6 @@ def open_run(inputs: RunInputs, stack: ExitStack) -> OpenRun:
         owner=directory.record,
     )
     stack.callback(checkpoints.close)
-    signals = stack.enter_context(Signals())
+    signals = inputs.signals or stack.enter_context(Signals())
     coordinator = StopCoordinator(signals, inputs.program.mesh, saving.save_minutes)
     return OpenRun(writes, directory, watchdog, console, profile, checkpoints, coordinator)

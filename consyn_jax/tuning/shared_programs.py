@@ -25,7 +25,7 @@ from consyn_jax.training.optim.optimizers import build_optimizer
 from consyn_jax.training.optim.schedules import build_schedule
 from consyn_jax.training.program import TRAIN_AXES, Program
 from consyn_jax.training.run.identity import SCHEDULE_FLAGS
-from consyn_jax.training.step import Batch, Metrics, TrainState, is_used
+from consyn_jax.training.step import Batch, Metrics, Step, TrainState, is_used
 
 NUMBERS = "numbers"  # in a batch: the numbers of the trial, by flag, and its rates
 RATES = "rates"  # the learning rate of each update [steps]
@@ -79,6 +79,11 @@ def program_key(run: RunConfig, model: ModelConfig, total_steps: int) -> Hashabl
     Every flag counts unless it is known to be such a number, so that a new flag costs a compilation
     at worst.
     """
+    return repr(model), constants_of(run), run.row_length, total_steps
+
+
+def constants_of(run: RunConfig) -> Hashable:
+    """The values of a run's flags that are constants of its program."""
     known = flags(RunConfig)
     constants = tuple(
         (name, getattr(getattr(run, flag.group), name))
@@ -91,14 +96,18 @@ def program_key(run: RunConfig, model: ModelConfig, total_steps: int) -> Hashabl
         is_used(run.regularisation.dropout),
         options.scheduler == "plateau",
     )
-    return repr(model), constants, features, run.row_length, total_steps
+    return constants, features
 
 
 @dataclass(frozen=True)
 class BoundStep:
-    """A train step bound to the numbers of a trial, and called like any other."""
+    """A train step bound to the numbers of a trial, and called like any other.
 
-    compiled: jax.stages.Compiled
+    Attributes:
+        compiled: a `jax.stages.Compiled`, or what stands for one.
+    """
+
+    compiled: Any
     numbers: Numbers
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -111,7 +120,8 @@ class BoundStep:
 
     def as_text(self) -> str | None:
         """The compiled program as text."""
-        return self.compiled.as_text()
+        text: str | None = self.compiled.as_text()
+        return text
 
 
 @dataclass(frozen=True)
@@ -149,8 +159,25 @@ class SharedPrograms:
         """
         numbers = placed(numbers_of(run, total_steps), program.mesh)
         key = program_key(run, program.config, total_steps)
-        compiled = self.once("step", key, lambda: _lowered(program, run, numbers).compile())
-        return BoundStep(compiled, numbers)
+
+        def make() -> jax.stages.Compiled:
+            batch = batch_of_step(program, run, numbers)
+            return program.lower_step(numbered_step(program, run), batch).compile()
+
+        return BoundStep(self.once("step", key, make), numbers)
+
+    def evaluation(self, program: Program, key: Hashable, batch_size: int, length: int) -> Any:
+        """The evaluation of a batch by a trial.
+
+        Args:
+            program: the trial's own, which is not compiled.
+            key: of that program.
+        """
+
+        def make() -> jax.stages.Compiled:
+            return Program.lower_eval_step(program, batch_size, length).compile()
+
+        return self.once("evaluation", (key, batch_size, length), make)
 
 
 def placed(numbers: Numbers, mesh: Mesh) -> Numbers:
@@ -160,20 +187,25 @@ def placed(numbers: Numbers, mesh: Mesh) -> Numbers:
     return found
 
 
-def _lowered(program: Program, run: RunConfig, numbers: Numbers) -> jax.stages.Lowered:
-    """Lower the train step with numbers as arguments."""
+def numbered_step(program: Program, run: RunConfig) -> Step:
+    """The train step of a run, with the numbers of any trial like it in its batch."""
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         arrays = {name: values for name, values in batch.items() if name != NUMBERS}
         return with_numbers(program, run, batch[NUMBERS]).train_step()(state, arrays)
 
+    return train_step
+
+
+def batch_of_step(program: Program, run: RunConfig, numbers: Numbers) -> Batch:
+    """The batch of `numbered_step` as shapes, dtypes and shardings."""
     budget = run.budget
     shape = budget.gradient_accumulation_steps, budget.batch_size, run.row_length
     batch = program.batch_like(shape, TRAIN_AXES) | program.base_like
     batch[NUMBERS] = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), numbers
     )
-    return program.lower_step(train_step, batch)
+    return batch
 
 
 @dataclass(frozen=True)
@@ -216,6 +248,4 @@ class TrialProgram(Program):
     def lower_eval_step(self, batch_size: int, length: int) -> Any:
         """Do what `Program.lower_eval_step` does, but the program may be compiled already."""
         shared, _, key = self._key
-        lower = super().lower_eval_step
-        place = key, batch_size, length
-        return _Ready(shared.once("evaluation", place, lambda: lower(batch_size, length).compile()))
+        return _Ready(shared.evaluation(self, key, batch_size, length))

@@ -1,4 +1,7 @@
-"""A study from its definition to its best values: trials one after the other, in this process."""
+"""A study from its definition to its best values: the trials that this process works on.
+
+They train one after the other, or side by side in lanes, of which each works like a process.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,8 @@ from consyn_jax.training.logging.formats import decimals
 from consyn_jax.training.optim.schedules import build_schedule
 from consyn_jax.training.run.step_end import interval
 from consyn_jax.training.trainer import ConsynTrainer
+from consyn_jax.tuning.lane_programs import LanePrograms, pays, step_seconds
+from consyn_jax.tuning.lanes import Lane, run_lanes
 from consyn_jax.tuning.optuna_study import Claim, OptunaStudy, grid_size
 from consyn_jax.tuning.search_space import as_text, check_corners, parse_search
 from consyn_jax.tuning.shared_programs import SharedPrograms
@@ -29,7 +35,7 @@ from consyn_jax.tuning.study_page import study_page
 from consyn_jax.tuning.study_results import DONE, StudyResults, recipe, results_of, table
 from consyn_jax.tuning.trial_run import TrialRun
 from consyn_jax.tuning.trial_trainer import TrialTrainer
-from consyn_jax.tuning.tune_options import TRIALS, StudyOptions, TuneConfig, seconds
+from consyn_jax.tuning.tune_options import TRIALS, StudyOptions, TuneConfig, parse_lanes, seconds
 from consyn_jax.tuning.varied_run import Settings, VariedRun
 
 SAVE_MINUTES = 5.0  # between checkpoints of a trial, unless a flag says otherwise
@@ -56,7 +62,7 @@ class Tuning:
     ) -> None:
         began = time.monotonic()
         self.options, self.shared = config.study, SharedPrograms()
-        self.varied, self.trainer_inputs = varied, trainer_inputs
+        self.varied, self.base, self.trainer_inputs = varied, base, trainer_inputs
         assert config.study.metric is not None
         self.metric, self.output = config.study.metric, Path(config.saving.output)
         self.maximize = bool(is_greater_better(self.metric))
@@ -88,41 +94,66 @@ class Tuning:
         """Work on trials until there is none left to begin, and write the results.
 
         Raises:
-            Interrupted: a signal ended the current trial; the same command continues it.
+            Interrupted: a signal ended the current trials; the same command continues them.
         """
         self._print_header()
-        while time.monotonic() < self.deadline:
+        if self.options.vectorize is None:
+            self._work()
+        else:
+            lanes = self._num_lanes(self.options.vectorize)
+            run_lanes(lanes, partial(self._work, lanes))
+        results = self.write_results()
+        self._print_end(results)
+        return results
+
+    def _num_lanes(self, asked: str) -> int:
+        """Trials to train side by side, as `--vectorize` says or as measured."""
+        ended = sum(trial.state.is_finished() for trial in self.study.trials)
+        most = max(1, self.limit - ended)
+        if (number := parse_lanes(asked)) is not None:
+            return int(min(number, most))
+        trainer = TrialTrainer(self.shared, [], **self.trainer_inputs(self.base))
+        seconds = step_seconds(trainer, most)
+        found = max((n for n in seconds if pays(seconds, n)), default=1)
+        told = ", ".join(f"{n} in {duration:.3g} s" for n, duration in seconds.items())
+        with Console(quiet=self.quiet) as console:
+            console.note(f"Trials side by side: {found}, by the time of a step: {told}.")
+        return found
+
+    def _work(self, lanes: int = 1, lane: Lane | None = None) -> None:
+        """Work on one trial after the other, alone or in a lane."""
+        while time.monotonic() < self.deadline and not (lane and lane.signals.received):
             claim = self.study.claim(self.limit)
             if claim is None:
                 break
             try:
-                outcome = self._train(claim)
+                outcome = self._train(claim, lanes, lane)
             finally:
                 claim.release()
             results = self.write_results()
             self._note(claim, outcome, results)
-        results = self.write_results()
-        self._print_end(results)
-        return results
 
     def results(self) -> StudyResults:
         """The trials so far."""
         return results_of(self.study.trials, self.space, self.metric, self.maximize)
 
-    def _train(self, claim: Claim) -> str:
+    def _train(self, claim: Claim, lanes: int, lane: Lane | None) -> str:
         path = self.output / TRIALS_DIRECTORY / f"{claim.number:04}"
-        settings = self._trial_settings(claim.values, path)
+        settings = self._trial_settings(claim.values, path, is_alone=lane is None)
         header = [
             ("trial", f"{claim.number}, in {path}"),
             *((name, as_text(value)) for name, value in claim.values.items()),
         ]
         try:
-            trainer = TrialTrainer(self.shared, header, **self.trainer_inputs(settings))
+            inputs, shared, signals = self.trainer_inputs(settings), self.shared, None
+            if lane is not None:
+                shared, signals = LanePrograms(shared, lanes, lane), lane.signals
+            trainer = TrialTrainer(shared, header, signals, **inputs)
             return TrialRun(self.study, claim, self.metric, self.maximize, path, trainer).run()
         except UserError as error:
             raise UserError(f"Trial {claim.number}: {error}") from error
 
-    def _trial_settings(self, values: Mapping[str, Any], path: Path) -> Settings:
+    def _trial_settings(self, values: Mapping[str, Any], path: Path, is_alone: bool) -> Settings:
         """The settings of a trial's run, which exports no model and saves by the clock."""
         run, origins = self.varied.with_values(values)
         saving = replace(run.saving, output=str(path), overwrite=False, keep_last=1)
@@ -130,8 +161,8 @@ class Tuning:
             steps = 2**31 - 1  # at the end, at a signal, and by the clock
             saving = replace(saving, save_steps=steps, save_minutes=SAVE_MINUTES)
         evaluation = replace(run.evaluation, load_best_model_at_end=False)
-        # Without a terminal, a trial is the one line that `_note` prints.
-        quiet = run.logging.quiet or not sys.stderr.isatty()
+        # Without a terminal, or in a lane, a trial is the one line that `_note` prints.
+        quiet = run.logging.quiet or not sys.stderr.isatty() or not is_alone
         logging = replace(run.logging, quiet=quiet)
         return replace(run, saving=saving, evaluation=evaluation, logging=logging), origins
 

@@ -10,6 +10,7 @@ import optax
 from consyn_jax.config import RunConfig
 from consyn_jax.training.open_run import RunInputs
 from consyn_jax.training.program import Built
+from consyn_jax.training.runtime.signals import Signals
 from consyn_jax.training.trainer import ConsynTrainer
 from consyn_jax.tuning.shared_programs import SharedPrograms, TrialProgram
 
@@ -20,6 +21,7 @@ class TrialTrainer(ConsynTrainer):
     Args:
         shared: compiled programs of the study so far, which this trial adds to.
         header: rows of name and value, printed before the trial begins.
+        signals: recorded by the process; None if the trial is to record its own.
         inputs: the keywords of `ConsynTrainer`.
     """
 
@@ -27,10 +29,11 @@ class TrialTrainer(ConsynTrainer):
         self,
         shared: SharedPrograms,
         header: list[tuple[str, str]],
+        signals: Signals | None = None,
         **inputs: Any,
     ) -> None:
         super().__init__(**inputs)
-        self.shared, self.header = shared, header
+        self.shared, self.header, self.signals = shared, header, signals
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback, which sees the trial's evaluations and may end the trial."""
@@ -51,4 +54,10 @@ class TrialTrainer(ConsynTrainer):
 
         Remarks and warnings about settings are left out, since bad settings are part of a search.
         """
-        return replace(super().run_inputs(), header=self.header, warnings=[], exports_model=False)
+        return replace(
+            super().run_inputs(),
+            header=self.header,
+            warnings=[],
+            signals=self.signals,
+            exports_model=False,
+        )

@@ -11,12 +11,14 @@ from consyn_jax.config import RunConfig
 from consyn_jax.errors import UserError, nearest
 from consyn_jax.evaluation_metrics import EVALUATION_METRICS, is_greater_better
 from consyn_jax.flags import flag, flags, flat, grouped
+from consyn_jax.integers import natural
 from consyn_jax.resolve import merge
 from consyn_jax.tuning.search_space import Dimension, check_corners, parse_search
 from consyn_jax.tuning.varied_run import VariedRun
 
 SAMPLERS = ("tpe", "random", "qmc", "grid")
 PRUNERS = ("median", "halving", "hyperband", "none")
+AUTO = "auto"
 TRIALS = 20  # of a study without a limit
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 # Flags of training that have no place in a study.
@@ -55,6 +57,11 @@ class StudyOptions:
     )
     sampler: str = flag("tpe", "how Optuna chooses the values of the next trial", choices=SAMPLERS)
     pruner: str = flag("median", "how Optuna chooses which trials to end early", choices=PRUNERS)
+    vectorize: str | None = flag(
+        None,
+        "trials of a small model that train side by side in one program: a number, or auto for as "
+        "many as raise the trials an hour and fit the memory (one after the other)",
+    )
     storage: str | None = flag(
         None,
         "URL of a database that holds the study, for processes on several hosts, which must also "
@@ -146,6 +153,21 @@ def seconds(text: str) -> float:
     return float(match[1]) * _SECONDS[match[2]]
 
 
+def parse_lanes(text: str) -> int | None:
+    """Parse `--vectorize`: the number of lanes, or None for auto.
+
+    Raises:
+        UserError: it is neither.
+
+    >>> parse_lanes("8"), parse_lanes("auto")
+    (8, None)
+    """
+    number = natural(text)
+    if text != AUTO and not number:
+        raise UserError(f"--vectorize must be a number of trials such as 8, or auto, not {text!r}.")
+    return number
+
+
 def _check_study(study: StudyOptions) -> None:
     """Check the settings of the study by themselves.
 
@@ -161,6 +183,8 @@ def _check_study(study: StudyOptions) -> None:
         raise UserError(f"--trials must be at least 1, not {study.trials}.")
     if study.time_budget is not None:
         seconds(study.time_budget)
+    if study.vectorize is not None:
+        parse_lanes(study.vectorize)
     if study.metric is not None and is_greater_better(study.metric) is None:
         known = tuple(EVALUATION_METRICS)
         raise UserError(

@@ -161,6 +161,67 @@ def test_kills_and_two_processes_lose_and_repeat_no_trial(
 
 
 @pytest.mark.slow
+def test_lanes_that_are_killed_lose_and_repeat_no_trial(
+    corpus: Path,
+    tmp_path: Path,
+    nursery: Nursery,
+) -> None:
+    """Kills, a signal, and two processes, each with three lanes."""
+    output, total = tmp_path / "study", 8
+    given = flags(corpus, output, "--trials", total, "--save_steps", 2, "--pruner", "none")
+    given += ["--vectorize", "3"]
+    for kind, seen, delay_s in (
+        (signal.SIGKILL, 3, 0.0),
+        (signal.SIGKILL, 3, 0.4),
+        (signal.SIGTERM, 5, 0.0),
+    ):
+        process = nursery.start(*given, command="tune", devices=1)
+        log = output / "trials" / f"{seen - 1:04}" / "metrics.jsonl"
+        while process.alive and not (log.exists() and "train/loss" in log.read_text()):
+            time.sleep(0.01)
+        time.sleep(delay_s)
+        if process.alive:
+            process.signal(kind)
+            code = process.wait()
+            assert code in ({-kind} if kind == signal.SIGKILL else {75, 143, 0}), process.said
+        found = trials(output)
+        assert sorted(found) == list(range(len(found)))
+        assert Counter(found.values())["RUNNING"] <= 3
+    both = [nursery.start(*given, command="tune", devices=1) for _ in range(2)]
+    assert [process.wait(280) for process in both] == [0, 0], [child.said for child in both]
+    assert trials(output) == dict.fromkeys(range(total), "COMPLETE")
+    for number in range(total):
+        lines = metrics(output / "trials" / f"{number:04}")
+        assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_a_signal_saves_every_lane_and_the_same_command_goes_on(
+    corpus: Path,
+    tmp_path: Path,
+    nursery: Nursery,
+) -> None:
+    """With another number of lanes, too."""
+    output = tmp_path / "study"
+    given = flags(corpus, output, "--trials", 3, "--max_steps", 60, "--eval_steps", 30)
+    process = nursery.start(*given, "--vectorize", 3, command="tune", devices=1)
+    logs = [output / "trials" / f"{number:04}" / "metrics.jsonl" for number in range(3)]
+    while not logs[2].exists() or "train/loss" not in logs[2].read_text():
+        assert process.alive, process.said
+        time.sleep(0.02)
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 75, process.said
+    assert "SIGTERM: 3 trials were under way" in process.said
+    assert trials(output) == dict.fromkeys(range(3), "RUNNING")
+    again = nursery.start(*given, "--vectorize", "auto", command="tune", devices=1)
+    assert again.wait(280) == 0, again.said
+    assert "Trials side by side: " in again.said
+    assert trials(output) == dict.fromkeys(range(3), "COMPLETE")
+    assert all("resume" in log.read_text() for log in logs)
+
+
+@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_a_signal_saves_the_trial_and_the_same_command_goes_on(
     corpus: Path,

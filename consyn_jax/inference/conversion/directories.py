@@ -21,7 +21,7 @@ from consyn_jax.model.pretrained.inspection import read_checkpoint
 from consyn_jax.model.pretrained.tensors import hf_tensors
 from consyn_jax.model.pretrained.weights import load_parameters, save_parameters
 from consyn_jax.model_config import ModelConfig
-from consyn_jax.training.checkpointing.orbax_writes import without_abandoned_work
+from consyn_jax.training.checkpointing.orbax_writes import WithoutAbandonedWork
 from consyn_jax.training.checkpointing.saved_weights import read_arrays
 
 
@@ -74,7 +74,7 @@ def write_orbax(directory: Path, source: ModelSource, params: Params, dtype: str
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(config.files.dtype)), params)
     # Keep it after a failure: writes that Orbax abandons end later, with a traceback.
     report = sys.unraisablehook
-    sys.unraisablehook = without_abandoned_work(report)
+    sys.unraisablehook = WithoutAbandonedWork(report)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         place = epath.Path((directory / ORBAX).absolute())
         checkpointer.save(place, args=ocp.args.PyTreeSave(rounded))

@@ -35,11 +35,11 @@ from consyn_jax.training.checkpointing.commit import (
 )
 from consyn_jax.training.checkpointing.exchange import Exchange
 from consyn_jax.training.checkpointing.orbax_writes import (
+    WithoutAbandonedWork,
     is_left_alone,
     outlast_abandoned_work,
     refusal,
     run_coroutine,
-    without_abandoned_work,
     writing_thread,
 )
 from consyn_jax.training.checkpointing.ownership import RunRecord, check_checkpoint, record_in
@@ -101,7 +101,8 @@ class Checkpoints:
         self._outcome: str | BaseException | None = None  # the error of the background thread
         self._exchange = Exchange()
         self._unraisable = sys.unraisablehook
-        sys.unraisablehook = without_abandoned_work(sys.unraisablehook)
+        if not isinstance(self._unraisable, WithoutAbandonedWork):  # of another run beside this one
+            sys.unraisablehook = WithoutAbandonedWork(self._unraisable)
         found: list[int] = []
         if reason := self._exchange.on_first(lambda: found.extend(saved_steps(self.directory))):
             raise UserError(f"{self.directory} cannot be read: {reason}.")
@@ -225,7 +226,7 @@ class Checkpoints:
                 self._handler.close()
             if self._has_abandoned_work or self.saving:
                 outlast_abandoned_work()
-            else:
+            elif not isinstance(self._unraisable, WithoutAbandonedWork):
                 sys.unraisablehook = self._unraisable
 
     def _not_written(self, step: int, reason: str) -> str:

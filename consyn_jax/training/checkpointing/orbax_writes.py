@@ -120,14 +120,21 @@ def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
         return thread.submit(asyncio.run, coroutine).result()
 
 
-def without_abandoned_work(report: Callable[[Any], None]) -> Callable[[Any], None]:
+class WithoutAbandonedWork:
     """A `sys.unraisablehook` that ignores the reads and writes that Orbax abandoned.
 
     When one write fails, the others finish later, after their event loop has closed, and each
     prints a traceback. With warnings as errors, writes that never began are reported as well.
+
+    Args:
+        report: the hook for everything else.
     """
 
-    def hook(unraisable: Any) -> None:
+    def __init__(self, report: Callable[[Any], None]) -> None:
+        self._report = report
+
+    def __call__(self, unraisable: Any) -> None:
+        """Report an error that Python cannot raise."""
         message = str(unraisable.exc_value)
         is_abandoned = (
             message == "Event loop is closed"
@@ -135,6 +142,4 @@ def without_abandoned_work(report: Callable[[Any], None]) -> Callable[[Any], Non
             or "_read_array_index" in repr(unraisable.object)
         )
         if not is_abandoned:
-            report(unraisable)
-
-    return hook
+            self._report(unraisable)

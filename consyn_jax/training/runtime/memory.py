@@ -130,10 +130,15 @@ def _alternatives(
 
 
 @contextmanager
-def explain_out_of_memory() -> Iterator[None]:
+def explain_out_of_memory(
+    smaller: str = "a smaller --batch_size and a larger --gradient_accumulation_steps",
+) -> Iterator[None]:
     """Turn a device's out-of-memory error into a `UserError`.
 
     A step that fits can still run out of memory beside other programs.
+
+    Args:
+        smaller: flags that make the program smaller.
     """
     try:
         yield
@@ -143,8 +148,8 @@ def explain_out_of_memory() -> Iterator[None]:
         reason = brief(error)
         raise UserError(
             f"A device ran out of its {_gib(device_bytes())} of memory ({reason}), and saved "
-            "checkpoints are intact. Stop other programs on the device, or run again with a "
-            "smaller --batch_size and a larger --gradient_accumulation_steps."
+            "checkpoints are intact. Stop other programs on the device, or run again with "
+            f"{smaller}."
         ) from error
 
 

@@ -1,0 +1,297 @@
+"""Programs of all lanes: the step and the evaluation of a trial, mapped by `jax.vmap`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from consyn_jax.config import RunConfig
+from consyn_jax.distributed.compiler import compiler_options
+from consyn_jax.errors import UserError
+from consyn_jax.training.program import EVAL_AXES, Program
+from consyn_jax.training.runtime.memory import (
+    GIB,
+    device_bytes,
+    explain_out_of_memory,
+    step_memory,
+)
+from consyn_jax.training.step import Batch
+from consyn_jax.tuning.lanes import Lane
+from consyn_jax.tuning.search_space import parse_search
+from consyn_jax.tuning.shared_programs import (
+    NUMBERS,
+    RATES,
+    BoundStep,
+    Numbers,
+    SharedPrograms,
+    batch_of_step,
+    constants_of,
+    numbered_step,
+    numbers_of,
+    placed,
+    program_key,
+)
+from consyn_jax.tuning.trial_trainer import TrialTrainer
+from consyn_jax.tuning.tune_options import TuneConfig
+from consyn_jax.tuning.varied_run import VariedRun
+
+GROWTH = 1.1  # of the steps a second, for which `auto` doubles the lanes
+FEWEST, MEASURED_S = 4, 1.0  # measured steps, and their time, at least
+# Flags that may vary, but for one value that changes the program.
+_REMEDIES = {
+    **dict.fromkeys(("dropout", "momentum"), "Begin it above 0"),
+    "scheduler": "Take plateau out of it",
+}
+
+
+@dataclass
+class LanesStep:
+    """The train step of all lanes, called with a state, which is donated, and a batch of each.
+
+    Attributes:
+        spare: states for lanes that have ended, which the program needs, too.
+    """
+
+    compiled: jax.stages.Compiled
+    lanes: int
+    state_like: Any
+    spare: dict[int, Any] = field(default_factory=dict)
+    waits = True
+
+    def __call__(self, calls: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
+        """Take a step in each of these lanes."""
+        batch = next(iter(calls.values()))[1]
+        ended = [i for i in range(self.lanes) if i not in calls]
+        states = {i: self.spare.get(i) or _zeros(self.state_like) for i in ended}
+        batches = dict.fromkeys(ended, batch)
+        for i, (state, own) in calls.items():
+            states[i], batches[i] = state, own
+        order = range(self.lanes)
+        found = self.compiled(tuple(states[i] for i in order), tuple(batches[i] for i in order))
+        self.spare = {i: found[i][0] for i in ended}
+        return {i: found[i] for i in calls}
+
+
+@dataclass(frozen=True)
+class LanesEvaluation:
+    """The evaluation of all lanes, called with the parameters and a batch of each."""
+
+    compiled: jax.stages.Compiled
+    lanes: int
+    waits = False
+
+    def __call__(self, calls: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
+        """Evaluate a batch in each of these lanes."""
+        any_call = next(iter(calls.values()))
+        arguments = [calls.get(i, any_call) for i in range(self.lanes)]
+        sums = self.compiled(*(tuple(each) for each in zip(*arguments, strict=True)))
+        return {i: sums[i] for i in calls}
+
+
+@dataclass(frozen=True)
+class LaneCall:
+    """A program of all lanes as one of them calls it."""
+
+    lane: Lane
+    program: LanesStep | LanesEvaluation
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call it with what is this lane's, once the other lanes have come to the same place."""
+        return self.lane.call(self.program, *arguments)
+
+    def memory_analysis(self) -> Any:
+        """Sizes, as the compiled program has them."""
+        return self.program.compiled.memory_analysis()
+
+    def as_text(self) -> str | None:
+        """The compiled program as text."""
+        return self.program.compiled.as_text()
+
+
+class LanePrograms(SharedPrograms):
+    """The compiled programs of a study as a trial in one of its lanes has them.
+
+    Args:
+        shared: those of the study.
+        lanes: the number of lanes.
+        lane: the one that the trial is in.
+    """
+
+    def __init__(self, shared: SharedPrograms, lanes: int, lane: Lane) -> None:
+        self._made, self._lanes, self._lane = shared._made, lanes, lane
+
+    def bound_step(self, program: Program, run: RunConfig, total_steps: int) -> BoundStep:
+        """As `SharedPrograms.bound_step`, for all lanes at once."""
+        numbers = placed(numbers_of(run, total_steps), program.mesh)
+        step = lanes_step(self, program, run, numbers, self._lanes)
+        return BoundStep(LaneCall(self._lane, step), numbers)
+
+    def evaluation(self, program: Program, key: Hashable, batch_size: int, length: int) -> Any:
+        """As `SharedPrograms.evaluation`, for all lanes at once."""
+
+        def make() -> LanesEvaluation:
+            arguments = (
+                program.state_like.params,
+                program.batch_like((batch_size, length), EVAL_AXES),
+            )
+            lowered = _lowered(program, program.loss, arguments, self._lanes)
+            return LanesEvaluation(lowered.compile(), self._lanes)
+
+        place = key, batch_size, length, self._lanes
+        return LaneCall(self._lane, self.once("evaluation", place, make))
+
+
+def lanes_step(
+    shared: SharedPrograms, program: Program, run: RunConfig, numbers: Numbers, lanes: int
+) -> LanesStep:
+    """The train step of a number of lanes, compiled unless a trial before had the same.
+
+    Args:
+        program: of a trial, which is not compiled.
+        run: the trial.
+        numbers: those of the trial.
+
+    Raises:
+        UserError: the device has too little memory.
+    """
+
+    def make() -> LanesStep:
+        state, limit = program.state_like, device_bytes()
+        arguments = state, batch_of_step(program, run, numbers)
+        places = jax.tree.map(lambda leaf: leaf.sharding, state)
+        lowered = _lowered(program, numbered_step(program, run), arguments, lanes, places)
+        compiled = lowered.compile()
+        if (needs := step_memory(compiled).total) > limit:
+            raise UserError(
+                f"{lanes} trials side by side need {needs / GIB:.1f} GiB, and a device has "
+                f"{limit / GIB:.1f}. Give a smaller number to --vectorize, or auto."
+            )
+        return LanesStep(compiled, lanes, state)
+
+    key = program_key(run, program.config, len(numbers[RATES]))
+    return shared.once("step", (key, lanes), make)
+
+
+def _lowered(
+    program: Program,
+    function: Callable[..., Any],
+    arguments: tuple[Any, Any],
+    lanes: int,
+    places: Any = None,
+) -> jax.stages.Lowered:
+    """Lower a function of two arguments for tuples of them, one of each lane.
+
+    Args:
+        arguments: as shapes, dtypes and shardings.
+        places: shardings of the first of two results, which the first argument is donated to.
+    """
+
+    def of_lanes(*each: tuple[Any, ...]) -> Any:
+        stacked = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *lane) for lane in each)
+        found = jax.vmap(function)(*stacked)
+        return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], found) for i in range(lanes))
+
+    options = compiler_options(list(program.mesh.devices.flat)) or None
+    donated: dict[str, Any] = {}
+    if places is not None:
+        donated = {"donate_argnums": 0, "out_shardings": ((places, None),) * lanes}
+    # As in `Program.lower_step`, random numbers are counted by element.
+    with jax.set_mesh(program.mesh), jax.threefry_partitionable(True):
+        jitted = jax.jit(of_lanes, compiler_options=options, **donated)
+        return jitted.lower(*((argument,) * lanes for argument in arguments))
+
+
+def _zeros(like: Any) -> Any:
+    """Arrays of zeros on the device."""
+    return jax.tree.map(
+        lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), like
+    )
+
+
+def step_seconds(trainer: TrialTrainer, most: int) -> dict[int, float]:
+    """Seconds of a step by the number of lanes.
+
+    The numbers are 1, 2, 4 and so on, while each raises the steps a second by `GROWTH` and fits the
+    memory. A last one may be there that does not.
+
+    Args:
+        trainer: of any trial.
+        most: lanes that there is work for.
+    """
+    run, steps, found = trainer.run, trainer.total_steps, dict[int, float]()
+    program, lanes = trainer.build().program, 1
+    numbers = placed(numbers_of(run, steps), program.mesh)
+    batch = _zeros(batch_of_step(program, run, numbers)) | {NUMBERS: numbers}
+    while lanes <= most:
+        try:
+            step = lanes_step(trainer.shared, program, run, numbers, lanes)
+            with explain_out_of_memory():
+                parameters = (trainer.parameters(program.mesh) for _ in range(lanes))
+                found[lanes] = _fastest(step, [program.initial_state(p) for p in parameters], batch)
+        except UserError:  # the memory of the device
+            break
+        if not pays(found, lanes):
+            break
+        lanes *= 2
+    return found
+
+
+def pays(seconds: Mapping[int, float], lanes: int) -> bool:
+    """Whether as many lanes take enough more steps a second than half of them.
+
+    >>> pays({1: 1.0, 2: 1.5}, 2), pays({1: 1.0, 2: 1.9}, 2)
+    (True, False)
+    """
+    return lanes == 1 or 2 * seconds[lanes // 2] >= GROWTH * seconds[lanes]
+
+
+def _fastest(step: LanesStep, states: list[Any], batch: Batch) -> float:
+    """Seconds of the fastest of several steps."""
+    times: list[float] = []
+    while len(times) < FEWEST or sum(times) < MEASURED_S:
+        began = time.perf_counter()
+        found = step({i: (state, batch) for i, state in enumerate(states)})
+        states = [found[i][0] for i in range(len(states))]
+        jax.block_until_ready(states)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def check_lanes(config: TuneConfig, varied: VariedRun) -> None:
+    """Check that the trials of a study can train side by side.
+
+    Raises:
+        UserError: a flag of the search changes the program, or another one does not go with it.
+    """
+    space, logging = parse_search(config.study.search), config.logging
+    refused = {
+        "lora_rank": config.lora.is_used,
+        "optimizer_memory host": config.hardware.optimizer_memory == "host",
+        "auto_batch": config.hardware.auto_batch,
+        # JAX cannot map the accumulation in place, `step.accumulate`, over lanes.
+        "gradient_accumulation_steps": config.budget.gradient_accumulation_steps > 1,
+        "profile_steps": logging.profile_steps is not None,
+        "logging_backend wandb": bool({"wandb", "both"} & set(logging.logging_backend)),
+    }
+    for name in (name for name, is_given in refused.items() if is_given):
+        raise UserError(f"--{name} does not work with --vectorize. Leave one of them out.")
+    first = {dimension.name: dimension.ends[0] for dimension in space}
+    for dimension in space:
+        runs = (varied.with_values({**first, dimension.name: end})[0] for end in dimension.ends)
+        if len({constants_of(run) for run in runs}) > 1:
+            remedy = _REMEDIES.get(dimension.name, "Leave it out of --search")
+            raise UserError(
+                f"--vectorize needs one program for all trials, and --search {dimension.text()} "
+                f"changes it. {remedy}, or leave --vectorize out."
+            )
+    if (devices := jax.device_count()) > 1:
+        raise UserError(
+            f"--vectorize uses one device, and there are {devices}. Start the command once for "
+            "each, with CUDA_VISIBLE_DEVICES=0, 1 and so on; all work on the study in --output."
+        )

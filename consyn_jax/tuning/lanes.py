@@ -1,0 +1,151 @@
+"""Lanes: trials that train side by side, with programs that run for all of them at once.
+
+A lane is a thread that works on one trial after the other with the training loop of
+`consyn-train`. Lanes take turns: only one runs at a time, until it calls a program that all share.
+When every lane has, the program runs once, with the state and the batch of each, and the turns
+begin again. So evaluations, log, checkpoints, pruning and resuming are those of a trial alone,
+nothing that a lane uses needs to be safe for threads, and trials end in the same order every time.
+
+States stay apart outside of the program, which stacks them. That costs a copy of them in each step.
+In return a lane is refilled by passing another state, lanes may be at different steps, and
+checkpoints and evaluations take the state of a lane as it is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from consyn_jax.errors import Interrupted
+from consyn_jax.training.runtime.memory import explain_out_of_memory
+from consyn_jax.training.runtime.signals import Signals
+
+
+class LanesProgram(Protocol):
+    """A program that runs for all lanes at once.
+
+    Attributes:
+        waits: whether it runs only when no lane calls another program.
+    """
+
+    waits: bool
+
+    def __call__(self, calls: Mapping[int, tuple[Any, ...]]) -> Mapping[int, Any]:
+        """Run for the lanes with these numbers and arguments, and return a result for each."""
+
+
+class _Closed(BaseException):
+    """Ends the trial of a lane because another lane has failed."""
+
+
+class Lane:
+    """A thread of its own, which runs only in its turn.
+
+    Args:
+        signals: received by the process, for the runs of this lane.
+
+    Attributes:
+        program: the one that the lane waits for; None if it has ended.
+        arguments: those of the call.
+        error: the one that has ended the lane.
+    """
+
+    def __init__(self, number: int, signals: Signals, work: Callable[[Lane], None]) -> None:
+        self.number, self.signals = number, signals
+        self.program: LanesProgram | None = None
+        self.arguments: tuple[Any, ...] = ()
+        self.error: BaseException | None = None
+        self._result: Any = None
+        self._closes = False
+        self._turn, self._turn_over = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, args=(work,), name=f"lane {number}")
+
+    def call(self, program: LanesProgram, *arguments: Any) -> Any:
+        """Call a program of all lanes from this lane's thread, and wait for the result."""
+        self.program, self.arguments = program, arguments
+        del arguments  # the state is donated
+        self._turn_over.release()
+        self._turn.acquire()
+        if self._closes:
+            raise _Closed
+        result, self._result = self._result, None
+        return result
+
+    def go_on(self, result: Any = None) -> None:
+        """Give the lane its turn, with the result of its call, and wait until that is over."""
+        self.program, self.arguments, self._result = None, (), result
+        del result
+        if self._thread.ident is None:
+            self._thread.start()
+        else:
+            self._turn.release()
+        self._turn_over.acquire()
+
+    def close(self) -> None:
+        """End the lane, whose trial goes on from its newest checkpoint another time."""
+        self._closes = True
+        while self.program is not None:
+            self.go_on()
+
+    def _run(self, work: Callable[[Lane], None]) -> None:
+        try:
+            work(self)
+        except BaseException as error:  # noqa: BLE001 - raised in the main thread
+            self.error = error
+        finally:
+            self._turn_over.release()
+
+
+def run_lanes(number: int, work: Callable[[Lane], None]) -> None:
+    """Let a number of lanes do `work` until all of them have ended.
+
+    Raises:
+        Interrupted: a signal has come; it ends their trials.
+        BaseException: that of the first lane which failed; the others are closed.
+    """
+    with Signals() as signals:
+        lanes = [Lane(i, signals, work) for i in range(number)]
+        try:
+            for lane in lanes:
+                lane.go_on()
+                _raise_failure(lane)
+            while waiting := [lane for lane in lanes if lane.program is not None]:
+                _run_program(waiting)
+        finally:
+            for lane in lanes:
+                lane.close()
+        if signals.received is not None:
+            raise _interruption(signals.received, lanes)
+
+
+def _run_program(waiting: Sequence[Lane]) -> None:
+    """Run a program for the lanes that have called it, and let each of them go on."""
+    first = next((lane for lane in waiting if not _waits(lane)), waiting[0])
+    program, called = first.program, [lane for lane in waiting if lane.program is first.program]
+    assert program is not None
+    with explain_out_of_memory("a smaller number for --vectorize"):
+        results = dict(program({lane.number: lane.arguments for lane in called}))
+    for lane in called:
+        lane.go_on(results.pop(lane.number))
+        _raise_failure(lane)
+
+
+def _waits(lane: Lane) -> bool:
+    return lane.program is not None and lane.program.waits
+
+
+def _raise_failure(lane: Lane) -> None:
+    if lane.error is not None and not isinstance(lane.error, Interrupted):
+        raise lane.error
+
+
+def _interruption(signal: str, lanes: Sequence[Lane]) -> BaseException:
+    """One error for all lanes whose trials a signal has ended; there may be none."""
+    stopped = [lane.error for lane in lanes if lane.error is not None]
+    if len(stopped) == 1:
+        return stopped[0]
+    return Interrupted(
+        f"{signal}: {len(stopped)} trials were under way, and the state of each that had begun is "
+        "saved. Run the same command again to continue."
+    )
