@@ -52,6 +52,8 @@ METAVARS = {
     "time_budget": "TIME",
     "metric": "NAME",
     "storage": "URL",
+    "ladder": "N|SIZE,...",
+    "predict": "flops=X|tokens=X",
     "mesh": "auto|AXIS=N,...",
     "topology": "GPU:HOSTSxGPUS",
     "coordinator_address": "HOST:PORT",
