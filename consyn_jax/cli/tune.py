@@ -19,7 +19,7 @@ DESCRIPTION = """\
 Search for the values of flags with which consyn-train reaches the best metric.
 The trials of a study share data and compiled programs. Or, with --ladder, train
 a model in a few small sizes, and predict the loss of larger ones."""
-USAGE = "--search FLAG=VALUES ... | --ladder [N] [--config FILE] [FLAG ...]"
+USAGE = "--search FLAG=VALUES ... | --ladder [N|SIZES] [FLAG ...]"
 COMMON = (  # the flags of a short --help
     *("model", "data", "validation", "tokenizer", "max_steps", "batch_size", "eval_steps"),
     *("output", "search", "trials", "metric", "sampler", "pruner", "ladder", "config"),
