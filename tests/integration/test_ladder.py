@@ -1,7 +1,6 @@
 """`consyn-tune --ladder` as people run it: kills, more sizes, and mistakes that the data shows."""
 
 import json
-import os
 import signal
 import time
 from pathlib import Path
@@ -83,13 +82,18 @@ def test_a_ladder_goes_on_after_a_kill_and_its_runs_are_those_of_consyn_train(
 
     # The same command has nothing to train; another size is added to those that are there.
     capfd.readouterr()
-    times = {path: os.stat(path / "metrics.jsonl").st_mtime_ns for path in sizes.iterdir()}
+    times = {path: (path / "metrics.jsonl").stat().st_mtime_ns for path in sizes.iterdir()}
     assert tune.main(flags(corpus, output, "--ladder", f"{SIZES},27e3")) == 0
     assert len(json.loads((output / "ladder.json").read_text())["points"]) == 16
-    assert all(os.stat(path / "metrics.jsonl").st_mtime_ns == at for path, at in times.items())
+    assert all((path / "metrics.jsonl").stat().st_mtime_ns == at for path, at in times.items())
 
-    assert tune.main(flags(corpus, output, "--weight_decay", "0.3")) == 2
-    assert "holds another run: weight_decay" in capfd.readouterr().err
+    for more, change in (
+        (["--weight_decay", "0.3"], "--weight_decay was 0.1 and is 0.3"),
+        (["--lr", "0.1"], "lr was 0.003 and is 0.1"),
+        (["--max_steps", "80"], "total_steps was 40 and is 80"),
+    ):
+        assert tune.main(flags(corpus, output, *more)) == 2
+        assert f"holds another run: {change}" in capfd.readouterr().err
 
 
 def test_a_mistake_that_only_the_plan_shows_comes_before_the_first_size(

@@ -8,7 +8,6 @@ covariance S of the gradient of a token. Both are estimated from micro-batches w
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import dataclass, replace
 
 import jax
@@ -90,7 +89,7 @@ def measured_noise(
     first = -(-step * budget.gradient_accumulation_steps // micro_batches)  # nothing seen before
     rows = local_rows(mesh, budget.batch_size)
     batches = source.training(first, budget.batch_size, micro_batches, rows)
-    with closing(prefetch(batches, depth=1, transform=placer(mesh, TRAIN_AXES))) as ready:
+    with prefetch(batches, depth=1, transform=placer(mesh, TRAIN_AXES)) as ready:
         squares = jax.device_get(compiled(params, next(ready)))
     mean_square, square_of_mean, tokens = map(float, squares)
     return gradient_noise(mean_square, square_of_mean, micro_batches, tokens)

@@ -20,11 +20,13 @@ class BatchPoint:
         parameters: of the model, without embeddings.
         tokens: that it had been trained on.
         scale: in tokens.
+        run_tokens: of the run whose rate begins to decay there.
     """
 
     parameters: float
     tokens: float
     scale: float
+    run_tokens: float = 0.0
 
 
 @dataclass(frozen=True)

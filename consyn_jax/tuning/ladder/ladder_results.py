@@ -84,10 +84,8 @@ def point_rows(results: LadderResults) -> list[list[str]]:
 
 def batch_of(point: LossPoint, batches: Sequence[BatchPoint]) -> float | None:
     """The noise scale that was measured before the decay of a run; None if it was not."""
-    before = [b for b in batches if b.parameters == point.parameters and b.tokens <= point.tokens]
-    newest = max(before, key=lambda b: b.tokens, default=None)
-    is_own = newest is not None and newest.tokens > point.tokens / 2
-    return newest.scale if newest is not None and is_own else None
+    run = point.parameters, point.tokens
+    return next((b.scale for b in batches if (b.parameters, b.run_tokens) == run), None)
 
 
 PREDICTION_HEAD = ["model", "parameters", "tokens", "FLOPs", "eval/loss", "90 % of fits", "batch"]

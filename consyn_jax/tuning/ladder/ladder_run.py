@@ -116,11 +116,11 @@ class Ladder:
         """The noise scales of all sizes, where the signal was above the noise."""
         found = []
         for run in self.runs:
-            rung = run.rung
-            for step, noise in run.noise().items():
-                if noise.scale is not None:
-                    tokens = step * rung.tokens_per_step
-                    found.append(BatchPoint(rung.parameters, tokens, noise.scale))
+            rung, measured = run.rung, run.noise()
+            for start, whole in zip(rung.starts, rung.tokens, strict=True):
+                if start in measured and (scale := measured[start].scale) is not None:
+                    tokens = start * rung.tokens_per_step
+                    found.append(BatchPoint(rung.parameters, tokens, scale, whole))
         return found
 
     def _flops(self) -> dict[float, float]:
@@ -166,10 +166,14 @@ class Ladder:
         """Sentences about the plan, known before the first run."""
         said = []
         if self.passes > 1:
-            until = "" if self.passes <= PASSES else f", and above {PASSES} passes clearly less"
+            worth = (
+                f"up to about {PASSES} passes, repeated data is nearly as good as new."
+                if self.passes <= PASSES
+                else f"after about {PASSES} passes, repeated data is worth clearly less than new, "
+                "so predictions are for data that repeats as much."
+            )
             said.append(
-                f"The largest size reads the training data {self.passes:.1f} times. Repeated data "
-                f"is worth less than new data{until}, so the fit is for data that repeats."
+                f"The largest size reads the training data {self.passes:.1f} times; {worth}"
             )
         if self.run_config.optimizer.parametrization == "standard":
             said.append(

@@ -12,14 +12,16 @@ from typing import Any
 import optax
 
 from consyn_jax.config import RunConfig
+from consyn_jax.config_file import DERIVED
 from consyn_jax.errors import UserError
 from consyn_jax.files import remove, write_whole
+from consyn_jax.flags import flat
 from consyn_jax.training.checkpointing.manager import Checkpoints
 from consyn_jax.training.diagnostics.gradient_noise import GradientNoise, measured_noise
 from consyn_jax.training.logging.metrics import metrics_of
 from consyn_jax.training.program import Built
-from consyn_jax.training.run.directory import CHECKPOINTS, run_path
-from consyn_jax.training.run.opening import check_output
+from consyn_jax.training.run.directory import CHECKPOINTS, CONFIG, run_path
+from consyn_jax.training.run.identity import SCHEDULE_FLAGS, differences, read_run_config
 from consyn_jax.tuning.ladder.rungs import Rung
 from consyn_jax.tuning.ladder.scaling_law import LossPoint
 from consyn_jax.tuning.shared_programs import SharedPrograms, TrialProgram
@@ -28,6 +30,7 @@ from consyn_jax.tuning.varied_run import Settings
 
 NOISE = "gradient_noise.json"  # in the longest run: by step, what was measured
 METRIC = "eval/loss"
+BUDGETS = {"epochs", "max_steps", "total_tokens"}  # which may differ, as the steps are compared
 ORIGIN = "ladder"  # of values that a size sets
 
 
@@ -83,8 +86,9 @@ class RungRun:
             UserError: the directory holds a run with other flags or data.
         """
         try:
-            check_output(self._whole.run, self._whole.derived())
-            if not is_finished(self.path):
+            if is_finished(self.path):
+                self._check_same()
+            else:
                 self._whole.train()
             if self.is_done:
                 return
@@ -98,6 +102,26 @@ class RungRun:
             raise UserError(f"Size of {self.rung.parameters:,} parameters: {error}") from error
         for path in self.paths:  # states that no run goes on from
             remove(path / CHECKPOINTS)
+
+    def _check_same(self) -> None:
+        """Check that the longest run, which has ended, is the one of these flags and data.
+
+        Raises:
+            UserError: it is another one.
+        """
+        old, run = read_run_config(self.path / CONFIG), self._whole.run
+        derived = self._whole.derived()
+        changes = differences(old, run, derived)
+        new = {**flat(run), **derived}
+        recorded = {**old, **old[DERIVED]}
+        for name in sorted((SCHEDULE_FLAGS - BUDGETS) | {"total_steps"}):
+            if recorded.get(name) != new[name]:
+                changes.append(f"{name} was {recorded.get(name)} and is {new[name]}")
+        if changes:
+            raise UserError(
+                f"{self.path} holds another run: {'; '.join(changes)}. Name another --output, use "
+                "the old values, or delete the ladder with --overwrite."
+            )
 
     @property
     def is_done(self) -> bool:

@@ -35,7 +35,7 @@ def results() -> LadderResults:
         for ratio in (2.5, 5, 10, 20):
             tokens = ratio * size
             points.append(LossPoint(size, tokens, LAW.loss(size, tokens)))
-            batches.append(BatchPoint(size, 0.8 * tokens, 3.0 * (0.8 * tokens) ** 0.5))
+            batches.append(BatchPoint(size, 0.8 * tokens, 3.0 * (0.8 * tokens) ** 0.5, tokens))
     forecast = Forecast(points, batches, VOCABULARY, LENGTH, draws=20)
     predicted = forecast.targets(None, 20.0)
     best = [forecast.best(1e19), forecast.best(1e21)]
