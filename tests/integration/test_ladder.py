@@ -16,6 +16,7 @@ MODEL = [
     *("--model", "haiku", "--hidden_dim", "64", "--num_heads", "4", "--num_kv_heads", "4"),
     *("--mlp_dim", "192"),
     *("--parametrization", "mup", "--tokenizer", "bytes", "--logging_backend", "none"),
+    *("--lr", "3e-4"),  # mup multiplies it for these narrow models
     *("--max_tokens", "32", "--batch_size", "8", "--logging_steps", "1"),
 ]
 SIZES = "3.4e3,6.8e3,13e3"
@@ -89,7 +90,7 @@ def test_a_ladder_goes_on_after_a_kill_and_its_runs_are_those_of_consyn_train(
 
     for more, change in (
         (["--weight_decay", "0.3"], "--weight_decay was 0.1 and is 0.3"),
-        (["--lr", "0.1"], "lr was 0.003 and is 0.1"),
+        (["--lr", "0.1"], "lr was 0.0003 and is 0.1"),
         (["--max_steps", "80"], "total_steps was 40 and is 80"),
     ):
         assert tune.main(flags(corpus, output, *more)) == 2

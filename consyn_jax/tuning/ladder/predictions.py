@@ -1,4 +1,4 @@
-"""What the fitted curve says of larger models, and of the best size for a budget."""
+"""Predictions of the fitted curve: losses of larger models, and the best size for a budget."""
 
 from __future__ import annotations
 

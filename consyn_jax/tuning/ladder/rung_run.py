@@ -28,7 +28,7 @@ from consyn_jax.tuning.shared_programs import SharedPrograms, TrialProgram
 from consyn_jax.tuning.trial_trainer import TrialTrainer
 from consyn_jax.tuning.varied_run import Settings
 
-NOISE = "gradient_noise.json"  # in the longest run: by step, what was measured
+NOISE = "gradient_noise.json"  # in the longest run: the measurements by step
 METRIC = "eval/loss"
 BUDGETS = {"epochs", "max_steps", "total_tokens"}  # which may differ, as the steps are compared
 ORIGIN = "ladder"  # of values that a size sets
@@ -146,7 +146,7 @@ class RungRun:
         return found
 
     def noise(self) -> dict[int, GradientNoise]:
-        """What was measured, by step."""
+        """The measurements so far, by step."""
         try:
             text = (self.path / NOISE).read_text(encoding="utf-8")
             return {int(step): GradientNoise(**values) for step, values in json.loads(text).items()}
