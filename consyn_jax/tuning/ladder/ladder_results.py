@@ -21,12 +21,14 @@ class LadderResults:
 
     Attributes:
         flops: of a token, by parameters of a size.
+        tokens_per_step: of all runs.
         predicted: verse, stanza and epic, for each budget.
         best: the best size for each budget of FLOPs.
     """
 
     forecast: Forecast
     flops: Mapping[float, float]
+    tokens_per_step: int
     predicted: Sequence[Prediction]
     best: Sequence[Prediction]
 
@@ -144,6 +146,14 @@ def notes(results: LadderResults) -> list[str]:
         said.append(
             f"The largest prediction is for {compact(distance)} times the FLOPs of the largest "
             "run. Treat it as a guess; its interval covers the fit alone."
+        )
+    batches, size = results.forecast.batches, results.tokens_per_step
+    noisy = sum(batch.scale < size for batch in batches)
+    if noisy:
+        said.append(
+            f"A step has {size:,} tokens, more than the critical batch of {noisy} of "
+            f"{len(batches)} runs, which so learned less from their tokens than they could. Lower "
+            "--batch_size."
         )
     if results.forecast.batch is None:
         said.append("Too few noise scales were above zero to say what batch is large enough.")

@@ -32,6 +32,7 @@ from consyn_jax.tuning.varied_run import Settings, VariedRun
 
 SIZES, PAGE, JSON = "sizes", "ladder.html", "ladder.json"
 SAVE_MINUTES = 5.0  # between checkpoints of a run, unless a flag says otherwise
+FEW_STEPS = 100  # below which losses were far from the curve (benchmarks/ladder.py)
 PASSES = 4  # up to which repeated data is nearly as good as new (Muennighoff et al., 2023)
 
 
@@ -110,7 +111,8 @@ class Ladder:
         if not budgets:
             flops = [found.flops for found in predicted]
         best = [forecast.best(each) for each in flops]
-        return LadderResults(forecast, self._flops(), predicted, best)
+        tokens = self.rungs[0].tokens_per_step
+        return LadderResults(forecast, self._flops(), tokens, predicted, best)
 
     def _batches(self) -> list[BatchPoint]:
         """The noise scales of all sizes, where the signal was above the noise."""
@@ -174,6 +176,11 @@ class Ladder:
             )
             said.append(
                 f"The largest size reads the training data {self.passes:.1f} times; {worth}"
+            )
+        if (fewest := self.rungs[0].ends[0]) < FEW_STEPS:
+            said.append(
+                f"The shortest run has {fewest} steps, and its loss says more about their number "
+                f"than about its tokens. Lower --batch_size until it has {FEW_STEPS}."
             )
         if self.run_config.optimizer.parametrization == "standard":
             said.append(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -39,7 +40,7 @@ def results() -> LadderResults:
     forecast = Forecast(points, batches, VOCABULARY, LENGTH, draws=20)
     predicted = forecast.targets(None, 20.0)
     best = [forecast.best(1e19), forecast.best(1e21)]
-    return LadderResults(forecast, flops, predicted, best)
+    return LadderResults(forecast, flops, 2048, predicted, best)
 
 
 def test_the_law_predicts_the_presets(results: LadderResults) -> None:
@@ -87,7 +88,14 @@ def test_the_table_has_all_of_it(results: LadderResults) -> None:
     assert lines[1].split()[-1] == "1.34k"  # the critical batch: 3 x (0.8 x 250,000)^0.5
     assert any(line.startswith("loss = 1.69 + 406 / N^0.34 + 411 / D^0.28") for line in lines)
     assert sum(line.startswith(("verse", "stanza", "epic")) for line in lines) == 3
-    assert "Treat it as a guess" in notes(results)[0]
+
+
+def test_notes_say_what_makes_predictions_doubtful(results: LadderResults) -> None:
+    far, batch = notes(results)
+    assert "Treat it as a guess" in far
+    assert batch.startswith("A step has 2,048 tokens, more than the critical batch of 3 of 16 runs")
+    calm = replace(results, tokens_per_step=256, predicted=results.predicted[:0], best=())
+    assert notes(calm) == []
 
 
 def test_json_and_page_show_the_same(results: LadderResults) -> None:
