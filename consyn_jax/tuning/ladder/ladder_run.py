@@ -26,13 +26,12 @@ from consyn_jax.tuning.ladder.model_family import ladder_shapes, model_of
 from consyn_jax.tuning.ladder.predictions import Forecast
 from consyn_jax.tuning.ladder.rung_run import ORIGIN, RungRun, with_intervals
 from consyn_jax.tuning.ladder.rungs import Rung, plan_rung
-from consyn_jax.tuning.ladder.scaling_law import DRAWS, can_fit
+from consyn_jax.tuning.ladder.scaling_law import DRAWS, FEW_STEPS, long_enough
 from consyn_jax.tuning.tune_options import TuneConfig, scaled_run
 from consyn_jax.tuning.varied_run import Settings, VariedRun
 
 SIZES, PAGE, JSON = "sizes", "ladder.html", "ladder.json"
 SAVE_MINUTES = 5.0  # between checkpoints of a run, unless a flag says otherwise
-FEW_STEPS = 100  # below which losses were far from the curve (benchmarks/ladder.py)
 PASSES = 4  # up to which repeated data is nearly as good as new (Muennighoff et al., 2023)
 
 
@@ -100,8 +99,8 @@ class Ladder:
 
     def results(self) -> LadderResults:
         """The fit and its predictions, from all runs that have ended."""
-        points = [point for rung in self.runs for point in rung.points()]
-        assert can_fit(points)
+        measured = [point for rung in self.runs for point in rung.points()]
+        points = long_enough(measured, self.rungs[0].tokens_per_step)
         length = self.run_config.length
         forecast = Forecast(points, self._batches(), self.vocab_size, length, DRAWS)
         budgets = parse_budgets(self.options.predict)
@@ -179,8 +178,8 @@ class Ladder:
             )
         if (fewest := self.rungs[0].ends[0]) < FEW_STEPS:
             said.append(
-                f"The shortest run has {fewest} steps, and its loss says more about their number "
-                f"than about its tokens. Lower --batch_size until it has {FEW_STEPS}."
+                f"The shortest run has {fewest} steps. Runs of fewer than {FEW_STEPS} are left out "
+                "of the fit if enough others are there; lower --batch_size to use them."
             )
         if self.run_config.optimizer.parametrization == "standard":
             said.append(

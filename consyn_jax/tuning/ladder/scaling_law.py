@@ -19,6 +19,7 @@ EXPONENTS = np.geomspace(0.05, 1.6, 11)  # of which all pairs are tried as start
 STARTS, STARTS_OF_A_DRAW = 6, 2  # the best of them, from which the fit goes on
 LOWEST_EXPONENT, HIGHEST_EXPONENT = 0.01, 2.0
 FEWEST_SIZES, FEWEST_POINTS = 3, 6  # a law has five constants
+FEW_STEPS = 100  # below which losses were far from the curve (benchmarks/ladder.py)
 DRAWS = 200
 COVERED = (0.05, 0.95)  # of the bootstrap's values are within an interval
 Numbers = Any  # a float or an array
@@ -144,6 +145,15 @@ def can_fit(points: Sequence[LossPoint]) -> bool:
     sizes, lengths = {p.parameters for p in points}, {p.tokens for p in points}
     enough = len(set(points)) >= FEWEST_POINTS
     return enough and min(len(sizes), len(lengths)) >= FEWEST_SIZES
+
+
+def long_enough(points: Sequence[LossPoint], tokens_per_step: int) -> list[LossPoint]:
+    """The points of runs of at least `FEW_STEPS` steps; all points if these are too few to fit.
+
+    The loss of a shorter run says more about the number of steps than about its tokens.
+    """
+    found = [point for point in points if point.tokens >= FEW_STEPS * tokens_per_step]
+    return found if can_fit(found) else list(points)
 
 
 def fit(points: Sequence[LossPoint]) -> ScalingLaw:

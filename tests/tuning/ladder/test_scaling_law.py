@@ -12,6 +12,7 @@ from consyn_jax.tuning.ladder.scaling_law import (
     can_fit,
     fit,
     interval,
+    long_enough,
 )
 
 CHINCHILLA = ScalingLaw(1.69, 406.4, 410.7, 0.34, 0.28)
@@ -61,6 +62,14 @@ def test_intervals_hold_the_truth_and_grow_with_noise_and_distance() -> None:
     assert sum(holds for _, holds in near) >= 2
     assert np.mean([w for w, _ in far]) > 2 * np.mean([w for w, _ in near])
     assert np.mean([w for w, _ in far]) > 2 * np.mean([w for w, _ in calm])
+
+
+def test_runs_of_few_steps_are_left_out_if_enough_others_are_there() -> None:
+    points = losses(CHINCHILLA)
+    found = long_enough(points, 100_000)
+    assert found == [point for point in points if point.tokens >= 1e7]
+    assert 6 <= len(found) < len(points)
+    assert long_enough(points, 10**9) == points
 
 
 def test_a_law_needs_three_sizes_and_three_lengths() -> None:
