@@ -59,6 +59,8 @@ METAVARS = {
     "metric": "NAME",
     "vectorize": "N|auto",
     "storage": "URL",
+    "ladder": "N|SIZE,...",
+    "predict": "flops=X|tokens=X",
     "mesh": "auto|AXIS=N,...",
     "topology": "GPU:HOSTSxGPUS",
     "coordinator_address": "HOST:PORT",

@@ -12,22 +12,24 @@ from consyn_jax.cli.exit_codes import exit_code
 from consyn_jax.cli.text_encoding import start_in_utf8
 from consyn_jax.config import RunConfig
 from consyn_jax.flags import flags, flat, grouped
-from consyn_jax.tuning.tune_options import TuneConfig, resolve_tuning
+from consyn_jax.tuning.tune_options import TuneConfig, largest_size, resolve_tuning
 from consyn_jax.tuning.varied_run import VariedRun
 
 DESCRIPTION = """\
 Search for the values of flags with which consyn-train reaches the best metric.
-The trials of a study share data and compiled programs."""
-USAGE = "--search FLAG=VALUES ... [--config FILE] [FLAG ...]"
+The trials of a study share data and compiled programs. Or, with --ladder, train
+a model in a few small sizes, and predict the loss of larger ones."""
+USAGE = "--search FLAG=VALUES ... | --ladder [N|SIZES] [FLAG ...]"
 COMMON = (  # the flags of a short --help
     *("model", "data", "validation", "tokenizer", "max_steps", "batch_size", "eval_steps"),
-    *("output", "search", "trials", "time_budget", "metric", "sampler", "pruner", "config"),
+    *("output", "search", "trials", "metric", "sampler", "pruner", "ladder", "config"),
 )
 EPILOG = """\
 examples:
   consyn-tune --model haiku --tokenizer bytes --max_steps 500 \\
     --search lr=1e-4:1e-2:log weight_decay=0:0.3 --trials 20
   consyn-tune --config recipe.yaml --search optimizer=adamw,muon lr=1e-3,1e-2
+  consyn-tune --config recipe.yaml --parametrization mup --ladder 4
 
 The flags of consyn-train work here, too; those of --search vary. Defaults are
 in brackets. Run the same command again to go on with a study, or several times
@@ -68,30 +70,36 @@ def read_arguments(argv: Sequence[str]) -> tuple[TuneConfig, dict[str, str], str
 
 
 def tune(config: TuneConfig, origins: dict[str, str]) -> None:
-    """Check all input before slow work, prepare the data, and run the study.
+    """Check all input before slow work, prepare the data, and run the study or the ladder.
 
     Raises:
         UserError: the data or the directory of the study is wrong, or Optuna is not installed.
     """
     run = grouped(RunConfig, {name: flat(config)[name] for name in flags(RunConfig)})
     settings = run, {name: origins[name] for name in flags(RunConfig)}
-    varied = VariedRun.of(settings)
+    varied, is_ladder = VariedRun.of(settings), config.ladder.ladder is not None
+    if config.ladder.ladder is not None:
+        settings = largest_size(varied, config.ladder.ladder)
     with prepared_run(settings, lambda _: _check_study(config, varied)) as prepared:
+        from consyn_jax.tuning.ladder.ladder_run import Ladder
         from consyn_jax.tuning.study_run import Tuning
 
-        varied = varied.with_data(run, prepared.settings)
-        Tuning(config, varied, prepared.settings, prepared.trainer_inputs).run()
+        varied = varied.with_data(settings[0], prepared.settings)
+        study = Ladder if is_ladder else Tuning
+        study(config, varied, prepared.settings, prepared.trainer_inputs).run()
 
 
 def _check_study(config: TuneConfig, varied: VariedRun) -> None:
-    """Check Optuna, the directory of the study, and whether its trials can be lanes."""
-    from consyn_jax.tuning.optuna_study import import_optuna
+    """Check the directory of the study, and for a search Optuna and whether trials can be lanes."""
     from consyn_jax.tuning.study_directory import check_output
 
-    import_optuna()
+    if config.ladder.ladder is None:
+        from consyn_jax.tuning.optuna_study import import_optuna
+
+        import_optuna()
     check_output(Path(config.saving.output), config.saving.overwrite)
     if config.study.vectorize is not None:
-        from consyn_jax.tuning.lane_programs import check_lanes
+        from consyn_jax.tuning.lanes.lane_programs import check_lanes
 
         check_lanes(config, varied)
 

@@ -38,14 +38,18 @@ _OF_HOST = {"plateau_factor", "plateau_patience", "plateau_cooldown", "plateau_t
 _GROUPS = {"model", "budget", "optimizer", "regularisation", "lora", "hardware"}
 # Flags whose values a trial may change without another program, apart from whether dropout and
 # momentum are 0 and whether the schedule is plateau.
-FREE_FLAGS = frozenset(SCHEDULE_FLAGS | _ARGUMENTS | _OF_HOST)
+FREE_FLAGS = frozenset(SCHEDULE_FLAGS | {"decay_from"} | _ARGUMENTS | _OF_HOST)
 Made = TypeVar("Made")
 
 
-def numbers_of(run: RunConfig, total_steps: int) -> Numbers:
+def numbers_of(run: RunConfig, total_steps: int, num_rates: int | None = None) -> Numbers:
     """The numbers of a run, in the form that its train step takes.
 
     Dropout and momentum are left out if they are 0, as their code is then left out of the program.
+
+    Args:
+        num_rates: rates in the array, for a program that longer runs share; those after the end of
+            the run are not used. None for the steps of the run.
     """
     options = run.optimizer
     rates = build_schedule(options, total_steps)(np.arange(total_steps))
@@ -55,6 +59,8 @@ def numbers_of(run: RunConfig, total_steps: int) -> Numbers:
     found["dropout"] = run.regularisation.dropout or None
     used = {name: np.float32(value) for name, value in found.items() if value is not None}
     rates = np.broadcast_to(np.asarray(jax.device_get(rates), np.float32), (total_steps,))
+    if num_rates is not None:
+        rates = np.pad(rates, (0, num_rates - total_steps))
     return {**used, RATES: rates, "seed": np.uint32(run.budget.seed)}
 
 
@@ -151,14 +157,17 @@ class SharedPrograms:
         found: Made = self._made[kind, key]
         return found
 
-    def bound_step(self, program: Program, run: RunConfig, total_steps: int) -> BoundStep:
+    def bound_step(
+        self, program: Program, run: RunConfig, total_steps: int, num_rates: int | None = None
+    ) -> BoundStep:
         """The train step of a trial.
 
         Args:
             program: the trial's own, which is not compiled.
+            num_rates: as for `numbers_of`.
         """
-        numbers = placed(numbers_of(run, total_steps), program.mesh)
-        key = program_key(run, program.config, total_steps)
+        numbers = placed(numbers_of(run, total_steps, num_rates), program.mesh)
+        key = program_key(run, program.config, num_rates or total_steps)
 
         def make() -> jax.stages.Compiled:
             batch = batch_of_step(program, run, numbers)

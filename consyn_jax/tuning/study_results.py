@@ -103,7 +103,7 @@ def table(results: StudyResults, most: int = MOST_ROWS) -> list[str]:
     rows = [["trial", results.metric, *(d.name for d in results.space), "steps", "outcome"]]
     rows += [row(trial, results.space) for trial in [*done, *others][:most]]
     left = len(results.trials) - most
-    return [*_aligned(rows), *([f"and {left:,} more trials"] if left > 0 else [])]
+    return [*aligned(rows), *([f"and {left:,} more trials"] if left > 0 else [])]
 
 
 def row(trial: TrialResult, space: Sequence[Dimension]) -> list[str]:
@@ -113,7 +113,8 @@ def row(trial: TrialResult, space: Sequence[Dimension]) -> list[str]:
     return [str(trial.number), shown, *values, f"{trial.step:,}", trial.outcome]
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Rows of cells as lines of text."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for cells in rows:
         yield "  ".join(

@@ -25,8 +25,8 @@ from consyn_jax.training.logging.formats import decimals
 from consyn_jax.training.optim.schedules import build_schedule
 from consyn_jax.training.run.step_end import interval
 from consyn_jax.training.trainer import ConsynTrainer
-from consyn_jax.tuning.lane_programs import LanePrograms, pays, step_seconds
-from consyn_jax.tuning.lanes import Lane, run_lanes
+from consyn_jax.tuning.lanes.lane import Lane, run_lanes
+from consyn_jax.tuning.lanes.lane_programs import LanePrograms, pays, step_seconds
 from consyn_jax.tuning.optuna_study import Claim, OptunaStudy, grid_size
 from consyn_jax.tuning.search_space import as_text, check_corners, parse_search
 from consyn_jax.tuning.shared_programs import SharedPrograms

@@ -13,8 +13,16 @@ from consyn_jax.evaluation_metrics import EVALUATION_METRICS, is_greater_better
 from consyn_jax.flags import flag, flags, flat, grouped
 from consyn_jax.integers import natural
 from consyn_jax.resolve import merge
+from consyn_jax.tuning.ladder.ladder_options import (
+    LadderOptions,
+    check_given,
+    check_ladder,
+    check_run,
+    parse_sizes,
+)
+from consyn_jax.tuning.ladder.model_family import ladder_shapes
 from consyn_jax.tuning.search_space import Dimension, check_corners, parse_search
-from consyn_jax.tuning.varied_run import VariedRun
+from consyn_jax.tuning.varied_run import Settings, VariedRun
 
 SAMPLERS = ("tpe", "random", "qmc", "grid")
 PRUNERS = ("median", "halving", "hyperband", "none")
@@ -74,6 +82,7 @@ class StudyConfig:
     """The settings that `consyn-train` does not have."""
 
     study: StudyOptions = StudyOptions()
+    ladder: LadderOptions = LadderOptions()  # noqa: RUF009 - it is frozen
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,11 @@ class TuneConfig(RunConfig):
     """All settings of one `consyn-tune` command."""
 
     study: StudyOptions = StudyOptions()
+    ladder: LadderOptions = LadderOptions()  # noqa: RUF009 - it is frozen
+
+
+_DEFAULTS = flat(TuneConfig())
+_OF_ALL_SIZES = {"scheduler": "wsd"}
 
 
 def resolve_tuning(
@@ -88,7 +102,7 @@ def resolve_tuning(
 ) -> tuple[TuneConfig, dict[str, str]]:
     """Merge defaults, preset, file and flags, as `resolve.resolve` does for a run.
 
-    A flag that varies has its first value.
+    A flag that varies has its first value. With `--ladder`, the run is the one that is scaled.
 
     Raises:
         UserError: an unknown name, an invalid value, or a search space with an invalid run in it.
@@ -97,11 +111,21 @@ def resolve_tuning(
     of_file, own_of_file = _split(file or {})
     origin = f"file {file_name}"
     values, origins = merge(StudyConfig, ((own_of_file, origin), (own, "flag")))
-    study = StudyOptions(**values)
+    own_settings = grouped(StudyConfig, values)
+    study, ladder = own_settings.study, own_settings.ladder
+    check_ladder(ladder, study.search)
+    run_values, _ = merge(RunConfig, ((of_file, origin), (of_flags, "flag")))
+    if ladder.ladder is not None:
+        check_given({**run_values, **values}, _DEFAULTS)
+        _check_run(grouped(RunConfig, run_values))
+        run = VariedRun(of_flags, of_file, file_name)
+        config, run_origins = scaled_run(run)
+        largest_size(run, ladder.ladder)
+        return grouped(TuneConfig, {**flat(config), **values}), {**run_origins, **origins}
     _check_study(study)
     space = parse_search(study.search)
     check_sampler(study.sampler, space)
-    _check_run(grouped(RunConfig, merge(RunConfig, ((of_file, origin), (of_flags, "flag")))[0]))
+    _check_run(grouped(RunConfig, run_values))
     run = VariedRun(_with_metric(of_flags, of_file, study.metric), of_file, file_name)
     check_corners(space, run.with_values)
     config, run_origins = run.with_values({d.name: d.ends[0] for d in space})
@@ -109,6 +133,27 @@ def resolve_tuning(
         values["metric"] = config.evaluation.metric_for_best_model
         origins["metric"] = "metric_for_best_model"
     return grouped(TuneConfig, {**flat(config), **values}), {**run_origins, **origins}
+
+
+def scaled_run(run: VariedRun) -> Settings:
+    """The run that a ladder scales.
+
+    Raises:
+        UserError: it does not suit a ladder.
+    """
+    config, origins = run.with_values(_OF_ALL_SIZES)
+    check_run(config)
+    return config, origins
+
+
+def largest_size(run: VariedRun, sizes: str) -> Settings:
+    """The run of the largest size of a ladder.
+
+    Raises:
+        UserError: the sizes do not suit.
+    """
+    shapes = ladder_shapes(scaled_run(run)[0].model, parse_sizes(sizes))
+    return run.with_values({**_OF_ALL_SIZES, **shapes[-1].flags})
 
 
 def _split(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -177,7 +222,7 @@ def _check_study(study: StudyOptions) -> None:
     if not study.search:
         raise UserError(
             "There is nothing to vary. Give --search, as in --search lr=1e-4:1e-2:log "
-            "weight_decay=0:0.3."
+            "weight_decay=0:0.3, or --ladder."
         )
     if study.trials is not None and study.trials < 1:
         raise UserError(f"--trials must be at least 1, not {study.trials}.")

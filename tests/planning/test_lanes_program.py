@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from consyn_jax.planning import aot
 from consyn_jax.planning.topology import parse_topology
 from consyn_jax.resolve import preset_architecture, resolve
-from consyn_jax.tuning.lane_programs import lanes_step
+from consyn_jax.tuning.lanes.lane_programs import lanes_step
 from consyn_jax.tuning.shared_programs import SharedPrograms, numbers_of
 
 STEPS, kernels = 50, {}

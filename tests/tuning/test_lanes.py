@@ -16,9 +16,9 @@ from consyn_jax.errors import Diverged, Interrupted, UserError
 from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.model_config import ModelConfig
 from consyn_jax.training.logging.tracking.callbacks import RunView
-from consyn_jax.tuning import lane_programs
-from consyn_jax.tuning.lane_programs import LanePrograms, lanes_step, pays, step_seconds
-from consyn_jax.tuning.lanes import Lane, run_lanes
+from consyn_jax.tuning.lanes import lane_programs
+from consyn_jax.tuning.lanes.lane import Lane, run_lanes
+from consyn_jax.tuning.lanes.lane_programs import LanePrograms, lanes_step, pays, step_seconds
 from consyn_jax.tuning.shared_programs import SharedPrograms, numbers_of, placed
 from consyn_jax.tuning.trial_trainer import TrialTrainer
 from consyn_jax.tuning.varied_run import VariedRun

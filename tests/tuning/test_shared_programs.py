@@ -15,6 +15,7 @@ from consyn_jax.training.optim.schedules import build_schedule
 from consyn_jax.training.program import TRAIN_AXES, Program, build_program
 from consyn_jax.tuning.shared_programs import (
     FREE_FLAGS,
+    RATES,
     SharedPrograms,
     TrialProgram,
     numbers_of,
@@ -198,6 +199,17 @@ def test_numbers_alone_need_no_other_program() -> None:
 
 def test_every_free_flag_is_a_flag() -> None:
     assert with_flags(RunConfig(), dict.fromkeys(FREE_FLAGS))
+
+
+def test_runs_of_several_lengths_share_a_program() -> None:
+    """The rates of a shorter run are padded; a branch has those of its decay."""
+    whole, branch = run_of(scheduler="wsd"), run_of(scheduler="wsd", decay_from=8)
+    key = program_key(whole, MODEL, 20)
+    assert program_key(branch, MODEL, 20) == key
+    rates = numbers_of(branch, 10, 20)[RATES]
+    assert rates.shape == numbers_of(whole, 20)[RATES].shape
+    assert rates[:10] == pytest.approx(numbers_of(branch, 10)[RATES])
+    assert rates[9] < rates[8] == pytest.approx(numbers_of(whole, 20)[RATES][8])
 
 
 def test_what_is_off_is_no_argument() -> None:

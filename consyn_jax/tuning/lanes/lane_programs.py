@@ -22,7 +22,7 @@ from consyn_jax.training.runtime.memory import (
     step_memory,
 )
 from consyn_jax.training.step import Batch
-from consyn_jax.tuning.lanes import Lane
+from consyn_jax.tuning.lanes.lane import Lane
 from consyn_jax.tuning.search_space import parse_search
 from consyn_jax.tuning.shared_programs import (
     NUMBERS,
@@ -126,14 +126,16 @@ class LanePrograms(SharedPrograms):
     def __init__(self, shared: SharedPrograms, lanes: int, lane: Lane) -> None:
         self._made, self._lanes, self._lane = shared._made, lanes, lane
 
-    def bound_step(self, program: Program, run: RunConfig, total_steps: int) -> BoundStep:
-        """As `SharedPrograms.bound_step`, for all lanes at once."""
-        numbers = placed(numbers_of(run, total_steps), program.mesh)
+    def bound_step(
+        self, program: Program, run: RunConfig, total_steps: int, num_rates: int | None = None
+    ) -> BoundStep:
+        """Do what `SharedPrograms.bound_step` does, for all lanes at once."""
+        numbers = placed(numbers_of(run, total_steps, num_rates), program.mesh)
         step = lanes_step(self, program, run, numbers, self._lanes)
         return BoundStep(LaneCall(self._lane, step), numbers)
 
     def evaluation(self, program: Program, key: Hashable, batch_size: int, length: int) -> Any:
-        """As `SharedPrograms.evaluation`, for all lanes at once."""
+        """Do what `SharedPrograms.evaluation` does, for all lanes at once."""
 
         def make() -> LanesEvaluation:
             arguments = (

@@ -1,0 +1,1 @@
+"""The ladder: small models in several sizes, whose losses predict those of larger ones."""

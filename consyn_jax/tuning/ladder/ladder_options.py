@@ -1,0 +1,183 @@
+"""The settings of `consyn-tune --ladder`, checked before anything is read. JAX is not imported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from consyn_jax.config import PRESETS, RunConfig
+from consyn_jax.errors import UserError, nearest
+from consyn_jax.flags import flag
+from consyn_jax.integers import natural
+
+RUNGS, FEWEST_RUNGS, MOST_RUNGS = 4, 3, 32
+TOKENS_PER_PARAMETER = 20.0  # compute-optimal in Hoffmann et al. (2022)
+BUDGETS = ("flops", "tokens")
+# Flags of training and of a search that have no place in a ladder.
+_NOT_HERE = {
+    "checkpoint": "sizes start from new weights",
+    "lora_rank": "sizes start from new weights",
+    "early_stopping_patience": "every run of a size goes to its end",
+    "save_steps": "checkpoints are where the runs of a size branch",
+    "keep_every": "checkpoints are where the runs of a size branch",
+    **dict.fromkeys(
+        ("trials", "time_budget", "sampler", "pruner", "vectorize", "storage"), "it is for --search"
+    ),
+    "metric": "a scaling law is of eval/loss",
+    "metric_for_best_model": "a scaling law is of eval/loss",
+}
+
+
+@dataclass(frozen=True)
+class LadderOptions:
+    """The sizes of a ladder, their budget, and the budgets that are predicted."""
+
+    ladder: str | None = flag(
+        None,
+        f"instead of --search: train this many sizes ({RUNGS}), the largest being --model, and "
+        "predict the loss of larger ones; or the sizes in parameters without embeddings, as in "
+        "1e5,2e5,4e5",
+        const=str(RUNGS),
+    )
+    tokens_per_parameter: float = flag(
+        TOKENS_PER_PARAMETER, "with --ladder: tokens of a size for each of its parameters"
+    )
+    predict: tuple[str, ...] = flag(
+        (),
+        "with --ladder: budgets to predict losses and the best size for, as flops=1e20 or "
+        "tokens=20e9 (--tokens_per_parameter for each of verse, stanza and epic)",
+    )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A budget to predict: `amount` of `kind`, one of `BUDGETS`."""
+
+    kind: str
+    amount: float
+
+
+def parse_sizes(text: str) -> int | tuple[float, ...]:
+    """The number of sizes, or their parameters, ascending.
+
+    Raises:
+        UserError: it is neither, or there are too few.
+
+    >>> parse_sizes("4"), parse_sizes("4e5,1e5,2e5")
+    (4, (100000.0, 200000.0, 400000.0))
+    """
+    count = natural(text)
+    if count is not None and count <= MOST_RUNGS:
+        if count < FEWEST_RUNGS:
+            raise UserError(
+                f"--ladder {text} gives too few sizes to fit a curve. Use at least {FEWEST_RUNGS}."
+            )
+        return count
+    sizes = [_number(part) for part in text.split(",")]
+    if not all(size is not None and size >= 1 for size in sizes):
+        raise UserError(
+            f"--ladder must be a number of sizes up to {MOST_RUNGS}, or sizes in parameters such "
+            f"as 1e5,2e5,4e5, not {text!r}."
+        )
+    if len(set(sizes)) < FEWEST_RUNGS:
+        raise UserError(
+            f"--ladder {text} gives too few sizes to fit a curve. Name at least {FEWEST_RUNGS}."
+        )
+    return tuple(sorted({size for size in sizes if size is not None}))
+
+
+def parse_budgets(words: tuple[str, ...]) -> tuple[Budget, ...]:
+    """The budgets of `--predict`.
+
+    Raises:
+        UserError: one is not flops=X or tokens=X.
+
+    >>> parse_budgets(("flops=1e20",))
+    (Budget(kind='flops', amount=1e+20),)
+    """
+    found = []
+    for word in words:
+        kind, _, text = word.partition("=")
+        amount = _number(text)
+        if kind not in BUDGETS or amount is None or amount <= 0:
+            raise UserError(
+                f"--predict must be flops=X or tokens=X with a number above 0, not {word!r}."
+            )
+        found.append(Budget(kind, amount))
+    return tuple(found)
+
+
+def check_ladder(options: LadderOptions, search: tuple[str, ...]) -> None:
+    """Check the settings of a ladder by themselves.
+
+    Raises:
+        UserError: one is wrong, or makes no sense without the others.
+    """
+    if options.ladder is None:
+        for name, default in vars(LadderOptions()).items():
+            if getattr(options, name) != default:
+                raise UserError(f"--{name} is for --ladder. Add --ladder, or leave --{name} out.")
+        return
+    if search:
+        raise UserError(
+            "--search and --ladder are two studies. Search on a small model first, then give its "
+            "recipe to consyn-tune --ladder with --config."
+        )
+    parse_sizes(options.ladder)
+    parse_budgets(options.predict)
+    if not 0 < options.tokens_per_parameter < math.inf:
+        raise UserError(
+            f"--tokens_per_parameter must be above 0, not {options.tokens_per_parameter:g}."
+        )
+
+
+def check_given(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Check that flags and file name nothing that a ladder decides itself.
+
+    Args:
+        values: theirs, by flag name, with the defaults of what they leave out.
+
+    Raises:
+        UserError: they do.
+    """
+    for name, reason in _NOT_HERE.items():
+        if values[name] != defaults[name]:
+            raise UserError(f"--{name} does not work with --ladder: {reason}. Leave it out.")
+    if values["scheduler"] not in ("wsd", defaults["scheduler"]):
+        raise UserError(
+            f"--scheduler {values['scheduler']} does not work with --ladder: its runs branch off a "
+            "constant rate, which wsd has. Leave it out."
+        )
+
+
+def check_run(run: RunConfig) -> None:
+    """Check that the run that is scaled suits a ladder.
+
+    Raises:
+        UserError: its model has no family, or its optimizer no decay.
+    """
+    if run.model.model not in PRESETS:
+        raise UserError(
+            f"--ladder scales a preset, and --model {run.model.model} is none"
+            f"{nearest(run.model.model, PRESETS)} Use {', '.join(PRESETS)}."
+        )
+    if run.optimizer.rule.averages_weights:
+        raise UserError(
+            f"--optimizer {run.optimizer.optimizer} averages its weights instead of lowering the "
+            "rate, and the runs of a ladder end with a decay. Use adamw or muon."
+        )
+    if run.optimizer.decay_ratio == 1:
+        raise UserError(
+            "--decay_ratio 1 leaves no steps before the decay, where the runs of a size branch. "
+            "Use 0.2."
+        )
+
+
+def _number(text: str) -> float | None:
+    try:
+        found = float(text)
+    except ValueError:
+        return None
+    return found if math.isfinite(found) else None

@@ -1,0 +1,176 @@
+"""Smaller and larger models of the same kind: width and depth change, heads stay as wide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from consyn_jax.config import PRESETS, ModelOptions, architecture
+from consyn_jax.errors import UserError
+from consyn_jax.integers import round_up
+from consyn_jax.model.arithmetic import num_block_parameters, train_flops_per_token
+from consyn_jax.model_config import ModelConfig
+
+MLP_MULTIPLE = 16  # of which the width of feed-forward layers is a multiple
+SIZE_WEIGHT = 5.0  # how much closer the size is to be met than the shape, in logarithms
+SHRINKAGE = 2  # from one size of a ladder to the next smaller one, in parameters
+TARGETS = ("verse", "stanza", "epic")  # whose losses a ladder predicts
+VOCABULARY = 256  # where the vocabulary makes no difference
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The dimensions of a model, as the flags of their names have them."""
+
+    hidden_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """The values by flag name."""
+        return dict(vars(self))
+
+
+def model_of(options: ModelOptions, shape: Shape, vocab_size: int = VOCABULARY) -> ModelConfig:
+    """The model of this shape, otherwise like `options`."""
+    return architecture(replace(options, **shape.flags), vocab_size=vocab_size)
+
+
+def num_body_parameters(model: ModelConfig) -> int:
+    """The size of a model in a scaling law: its parameters without embeddings.
+
+    Embeddings grow with the vocabulary and hardly add to what a model can compute; in small models
+    they would be most of it (Kaplan et al., 2020).
+    """
+    return model.num_layers * num_block_parameters(model)
+
+
+def shape_of(options: ModelOptions) -> Shape:
+    """The shape of a preset, or of one with other dimensions.
+
+    Raises:
+        UserError: its heads are wider or narrower together than the model, so that it cannot be
+            scaled.
+    """
+    model = architecture(options, vocab_size=VOCABULARY)
+    if model.num_heads * model.head_dim != model.hidden_dim:
+        raise UserError(
+            f"--ladder keeps --head_dim, and {model.num_heads} heads of {model.head_dim} do not "
+            f"make up --hidden_dim {model.hidden_dim}. Change one of these flags."
+        )
+    names = Shape.__dataclass_fields__
+    return Shape(**{name: getattr(model, name) for name in names})
+
+
+def scaled(options: ModelOptions, parameters: float) -> Shape:
+    """The model of the family of `options` that is closest to a size, without embeddings.
+
+    Width and depth change by the same factor, as far as whole heads and layers allow. Groups of
+    queries that share a key, and the ratio of feed-forward and model width, stay.
+
+    >>> from consyn_jax.resolve import resolve
+    >>> haiku = resolve({"model": "haiku"})[0].model
+    >>> scaled(haiku, 100_000)  # doctest: +NORMALIZE_WHITESPACE
+    Shape(hidden_dim=64, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=32, mlp_dim=192)
+    """
+    base = shape_of(options)
+    aspect = base.hidden_dim / base.num_layers
+
+    def cost(shape: Shape) -> float:
+        found = num_body_parameters(model_of(options, shape))
+        size = abs(math.log(found / parameters))
+        return SIZE_WEIGHT * size + abs(math.log(shape.hidden_dim / shape.num_layers / aspect))
+
+    return min(_candidates(options, base, parameters), key=cost)
+
+
+def _candidates(options: ModelOptions, base: Shape, parameters: float) -> Iterator[Shape]:
+    """Shapes of about a size: all widths up to twice the ideal one, with the depths that fit."""
+    group = base.num_heads // base.num_kv_heads
+    whole = num_body_parameters(model_of(options, base))
+    ideal = base.hidden_dim * (parameters / whole) ** (1 / 3)
+    step = group * base.head_dim
+    first, last = max(1, math.floor(ideal / 2 / step)), math.ceil(2 * ideal / step)
+    for count in range(first, last + 1):
+        width = count * step
+        mlp_dim = round_up(round(base.mlp_dim / base.hidden_dim * width), MLP_MULTIPLE)
+        shape = Shape(width, 1, count * group, count, base.head_dim, mlp_dim)
+        depth = parameters / num_body_parameters(model_of(options, shape))
+        for layers in {max(1, math.floor(depth)), max(1, math.ceil(depth))}:
+            yield replace(shape, num_layers=layers)
+
+
+def ladder_shapes(options: ModelOptions, sizes: int | Sequence[float]) -> list[Shape]:
+    """The shapes of a ladder, the smallest first.
+
+    Args:
+        options: the model that is scaled.
+        sizes: their number, so that the largest is the model itself; or their parameters, without
+            embeddings.
+
+    Raises:
+        UserError: two of them are the same.
+    """
+    if isinstance(sizes, int):
+        whole = num_body_parameters(model_of(options, shape_of(options)))
+        sizes = [whole / SHRINKAGE**power for power in reversed(range(sizes))]
+    found: list[Shape] = []
+    for size in sorted(sizes):
+        shape = scaled(options, size)
+        if found and num_body_parameters(model_of(options, shape)) <= num_body_parameters(
+            model_of(options, found[-1])
+        ):
+            raise UserError(
+                f"--ladder: with heads of {shape.head_dim}, --model {options.model} has no two "
+                f"sizes around {size:,.0f} parameters. Give sizes further apart, or a smaller "
+                "--head_dim."
+            )
+        found.append(shape)
+    return found
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model whose loss is predicted.
+
+    Attributes:
+        name: of the preset that it is, or that it is scaled from.
+        parameters: without embeddings.
+        flops: of a token in training.
+    """
+
+    name: str
+    shape: Shape
+    parameters: int
+    flops: float
+
+
+def target(name: str, shape: Shape | None, vocab_size: int, length: int) -> Target:
+    """A preset, or the preset in another shape.
+
+    Args:
+        length: tokens of a sequence.
+    """
+    options = preset(name)
+    shape = shape or shape_of(options)
+    model = model_of(options, shape, vocab_size)
+    return Target(name, shape, num_body_parameters(model), train_flops_per_token(model, length))
+
+
+def preset(name: str) -> ModelOptions:
+    """The model options of a preset."""
+    names = ModelOptions.__dataclass_fields__
+    return ModelOptions(name, **{k: v for k, v in PRESETS[name].items() if k in names})
+
+
+def scaled_target(parameters: float, vocab_size: int, length: int) -> Target:
+    """A model of any size: that of the preset nearest to it, scaled."""
+    sizes = {name: target(name, None, vocab_size, length).parameters for name in PRESETS}
+    name = min(sizes, key=lambda each: abs(math.log(sizes[each] / parameters)))
+    return target(name, scaled(preset(name), parameters), vocab_size, length)

@@ -1,0 +1,124 @@
+"""Predictions of the fitted curve: losses of larger models, and the best size for a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from consyn_jax.tuning.ladder.critical_batch import BatchPoint, CriticalBatch, fit_batch
+from consyn_jax.tuning.ladder.ladder_options import Budget
+from consyn_jax.tuning.ladder.model_family import TARGETS, Target, scaled_target, target
+from consyn_jax.tuning.ladder.scaling_law import LossPoint, ScalingLaw, bootstrap, fit, interval
+
+SIZES = np.geomspace(1e4, 1e13, 181)  # among which the best one is sought
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The loss of a model after some tokens.
+
+    Attributes:
+        interval: of the loss, nine tenths of the bootstrap.
+        sizes: for the best size of a budget, where nine tenths of the bootstrap have it.
+        batch: the critical batch, in tokens; None if the noise was not measured.
+    """
+
+    target: Target
+    tokens: float
+    loss: float
+    interval: tuple[float, float]
+    batch: float | None
+    sizes: tuple[float, float] | None = None
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of the training."""
+        return self.tokens * self.target.flops
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A fitted ladder.
+
+    Args:
+        points: losses at the ends of runs.
+        batches: measured noise scales.
+        vocab_size, length: of the data, and of its sequences.
+        draws: of the bootstrap.
+    """
+
+    points: Sequence[LossPoint]
+    batches: Sequence[BatchPoint]
+    vocab_size: int
+    length: int
+    draws: int
+
+    @cached_property
+    def law(self) -> ScalingLaw:
+        """The law of all points."""
+        return fit(self.points)
+
+    @cached_property
+    def laws(self) -> list[ScalingLaw]:
+        """Laws of the bootstrap."""
+        return bootstrap(self.points, self.draws)
+
+    @cached_property
+    def batch(self) -> CriticalBatch | None:
+        """The critical batch by tokens."""
+        return fit_batch(self.batches)
+
+    @cached_property
+    def error(self) -> float:
+        """The median error of the law at its points, as a share of the loss."""
+        errors = [self.law.loss(p.parameters, p.tokens) / p.loss - 1 for p in self.points]
+        return float(np.median(np.abs(errors)))
+
+    def predicted(
+        self, model: Target, tokens: float, sizes: tuple[float, float] | None = None
+    ) -> Prediction:
+        """The loss of a model after these tokens."""
+        losses = [law.loss(model.parameters, tokens) for law in self.laws]
+        loss = self.law.loss(model.parameters, tokens)
+        batch = None if self.batch is None else self.batch.tokens(tokens)
+        return Prediction(model, tokens, loss, interval(losses), batch, sizes)
+
+    def targets(self, budget: Budget | None, tokens_per_parameter: float) -> list[Prediction]:
+        """The losses of verse, stanza and epic for a budget.
+
+        Args:
+            budget: None for `tokens_per_parameter` each.
+        """
+        found = []
+        for name in TARGETS:
+            model = target(name, None, self.vocab_size, self.length)
+            if budget is None:
+                tokens = tokens_per_parameter * model.parameters
+            else:
+                tokens = budget.amount / (model.flops if budget.kind == "flops" else 1.0)
+            found.append(self.predicted(model, tokens))
+        return found
+
+    def best(self, flops: float) -> Prediction:
+        """The size that reaches the lowest loss with these FLOPs, and its tokens."""
+        sizes = [self._best_size(law, flops) for law in self.laws]
+        model = scaled_target(self._best_size(self.law, flops), self.vocab_size, self.length)
+        return self.predicted(model, flops / model.flops, interval(sizes))
+
+    def lowest(self, flops: float) -> float:
+        """The lowest loss of any size with these FLOPs."""
+        parameters, cost = self._family
+        return float(np.min(self.law.loss(parameters, flops / cost)))
+
+    def _best_size(self, law: ScalingLaw, flops: float) -> float:
+        parameters, cost = self._family
+        return float(parameters[np.argmin(law.loss(parameters, flops / cost))])
+
+    @cached_property
+    def _family(self) -> tuple[np.ndarray, np.ndarray]:
+        """Parameters of models of all sizes, and FLOPs of their tokens."""
+        models = [scaled_target(size, self.vocab_size, self.length) for size in SIZES]
+        return np.array([m.parameters for m in models]), np.array([m.flops for m in models])

@@ -1,0 +1,227 @@
+"""The runs of a size: ordinary runs, each of which goes on where a kill ended it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import optax
+
+from consyn_jax.config import RunConfig
+from consyn_jax.config_file import DERIVED
+from consyn_jax.errors import UserError
+from consyn_jax.files import remove, write_whole
+from consyn_jax.flags import flat
+from consyn_jax.training.checkpointing.manager import Checkpoints
+from consyn_jax.training.diagnostics.gradient_noise import GradientNoise, measured_noise
+from consyn_jax.training.logging.metrics import metrics_of
+from consyn_jax.training.program import Built
+from consyn_jax.training.run.directory import CHECKPOINTS, CONFIG, run_path
+from consyn_jax.training.run.identity import SCHEDULE_FLAGS, differences, read_run_config
+from consyn_jax.tuning.ladder.rungs import Rung
+from consyn_jax.tuning.ladder.scaling_law import LossPoint
+from consyn_jax.tuning.shared_programs import SharedPrograms, TrialProgram
+from consyn_jax.tuning.trial_trainer import TrialTrainer
+from consyn_jax.tuning.varied_run import Settings
+
+NOISE = "gradient_noise.json"  # in the longest run: the measurements by step
+METRIC = "eval/loss"
+BUDGETS = {"epochs", "max_steps", "total_tokens"}  # which may differ, as the steps are compared
+ORIGIN = "ladder"  # of values that a size sets
+
+
+class RungTrainer(TrialTrainer):
+    """Train one of the runs of a size, with the programs of its longest run.
+
+    Args:
+        longest: steps of that run.
+        inputs: of a `TrialTrainer`.
+    """
+
+    def __init__(self, longest: int, *inputs: Any, **keywords: Any) -> None:
+        super().__init__(*inputs, **keywords)
+        self.longest = longest
+
+    def _build(self, run: RunConfig, schedule: optax.Schedule | None) -> Built:
+        built = super()._build(run, schedule)
+        assert isinstance(built.program, TrialProgram)
+        # Only the longest run makes an initial state; the others share the evaluation.
+        return built._replace(program=replace(built.program, total_steps=self.longest))
+
+    def compile_train_step(self, run: RunConfig, schedule: optax.Schedule | None = None) -> Any:
+        """The train step of `run`, compiled unless another run of the size has done so."""
+        program = self._build(run, schedule).program
+        return self.shared.bound_step(program, run, self.total_steps, self.longest)
+
+
+class RungRun:
+    """Train the runs of a size, or what is left of them, and measure their gradients' noise.
+
+    Args:
+        settings: makes the run with other values by flag name.
+        path: directory of the longest run; the others are beside it.
+    """
+
+    def __init__(
+        self,
+        rung: Rung,
+        path: Path,
+        settings: Callable[[Mapping[str, Any]], Settings],
+        trainer_inputs: Callable[[Settings], dict[str, Any]],
+    ) -> None:
+        self.rung, self.path = rung, path
+        self.settings, self.trainer_inputs = settings, trainer_inputs
+        self.shared = SharedPrograms()
+
+    def run(self) -> None:
+        """Do all that is not done.
+
+        Raises:
+            Interrupted: a signal ended a run; the same command goes on with it.
+            Diverged: the loss of a run was not finite.
+            UserError: the directory holds a run with other flags or data.
+        """
+        try:
+            if is_finished(self.path):
+                self._check_same()
+            else:
+                self._whole.train()
+            if self.is_done:
+                return
+            for start in self.rung.starts:
+                self._measure_noise(start)
+            for start in self.rung.starts[:-1]:
+                branch = self._trainer(start)
+                if not is_finished(run_path(branch.run)):
+                    branch.train()
+        except UserError as error:
+            raise UserError(f"Size of {self.rung.parameters:,} parameters: {error}") from error
+        for path in self.paths:  # states that no run goes on from
+            remove(path / CHECKPOINTS)
+
+    def _check_same(self) -> None:
+        """Check that the longest run, which has ended, is the one of these flags and data.
+
+        Raises:
+            UserError: it is another one.
+        """
+        old, run = read_run_config(self.path / CONFIG), self._whole.run
+        derived = self._whole.derived()
+        changes = differences(old, run, derived)
+        new = {**flat(run), **derived}
+        recorded = {**old, **old[DERIVED]}
+        for name in sorted((SCHEDULE_FLAGS - BUDGETS) | {"total_steps"}):
+            if recorded.get(name) != new[name]:
+                changes.append(f"{name} was {recorded.get(name)} and is {new[name]}")
+        if changes:
+            raise UserError(
+                f"{self.path} holds another run: {'; '.join(changes)}. Name another --output, use "
+                "the old values, or delete the ladder with --overwrite."
+            )
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all runs are finished and measured."""
+        measured = len(self.noise()) == len(self.rung.starts)
+        return measured and all(map(is_finished, self.paths))
+
+    @property
+    def paths(self) -> list[Path]:
+        """The directories of the runs, the shortest first."""
+        name = self.path.name
+        beside = [self.path.with_name(f"{name}-decay-{start}") for start in self.rung.starts[:-1]]
+        return [*beside, self.path]
+
+    def points(self) -> list[LossPoint]:
+        """The loss at the end of each run that is finished."""
+        found = []
+        for path, end, tokens in zip(self.paths, self.rung.ends, self.rung.tokens, strict=True):
+            lines = metrics_of(path) if is_finished(path) else []
+            losses = [line[METRIC] for line in lines if METRIC in line and line["step"] == end]
+            found += [LossPoint(self.rung.parameters, tokens, loss) for loss in losses[-1:]]
+        return found
+
+    def noise(self) -> dict[int, GradientNoise]:
+        """The measurements so far, by step."""
+        try:
+            text = (self.path / NOISE).read_text(encoding="utf-8")
+            return {int(step): GradientNoise(**values) for step, values in json.loads(text).items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{self.path / NOISE} cannot be read ({type(error).__name__}). Delete it; it is "
+                "measured again if the run still has its checkpoints."
+            ) from error
+
+    def _measure_noise(self, step: int) -> None:
+        found = self.noise()
+        if step in found:
+            return
+        trainer, program = self._whole, self._whole_program
+        checkpoints = Checkpoints(self.path / CHECKPOINTS)
+        try:
+            state, _ = checkpoints.restore(step, program.state_like)
+        finally:
+            checkpoints.close()
+        source = trainer.train_source
+        found[step] = measured_noise(program, state.params, source, trainer.run, step)
+        text = json.dumps({step: asdict(noise) for step, noise in sorted(found.items())}, indent=1)
+        write_whole(self.path / NOISE, text + "\n")
+
+    @cached_property
+    def _whole(self) -> RungTrainer:
+        """The trainer of the longest run, for its data and programs."""
+        return self._trainer(None)
+
+    @cached_property
+    def _whole_program(self) -> TrialProgram:
+        program = self._whole.build().program
+        assert isinstance(program, TrialProgram)
+        return program
+
+    def _trainer(self, decay_from: int | None) -> RungTrainer:
+        run, origins = self.settings(self._values(decay_from))
+        rung = self.rung
+        what = f"{rung.parameters:,} parameters without embeddings, in {run_path(run)}"
+        header = [("size", what)]
+        inputs = self.trainer_inputs((run, origins))
+        return RungTrainer(rung.steps, self.shared, header, **inputs)
+
+    def _values(self, decay_from: int | None) -> dict[str, Any]:
+        """Values of a run by flag name.
+
+        Args:
+            decay_from: the step that it branches off from the longest run; None for that one.
+        """
+        first = self.rung.starts[0]  # and all starts are multiples of it
+        return {
+            **self.rung.shape.flags,
+            "scheduler": "wsd",
+            "max_steps": self.rung.steps,
+            "decay_from": decay_from,
+            "output": str(self.path),
+            "overwrite": False,
+            "save_steps": first,
+            "keep_every": first,
+            "keep_last": 1,
+        }
+
+
+def is_finished(path: Path) -> bool:
+    """Whether a run's log says that it has ended."""
+    return any(line.get("event") == "finish" for line in metrics_of(path))
+
+
+def with_intervals(run: RunConfig, eval_steps: int | None, save_minutes: float) -> RunConfig:
+    """Return the run, saved by the clock, too, and evaluated at its end without `--eval_steps`."""
+    steps = run.budget.max_steps if eval_steps is None else eval_steps
+    saving = run.saving
+    if saving.save_minutes is None:
+        saving = replace(saving, save_minutes=save_minutes)
+    evaluation = replace(run.evaluation, eval_steps=steps, load_best_model_at_end=False)
+    return replace(run, evaluation=evaluation, saving=saving)

@@ -1,0 +1,190 @@
+"""Loss as a function of parameters and tokens: fitted to runs, with its uncertainty.
+
+L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al., 2022, approach 3): the loss that no model
+avoids, what a model of N parameters lacks in size, and what D tokens lack in number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import least_squares, nnls
+
+HUBER_DELTA = 1e-3  # of errors in log(loss), as in the paper
+EXPONENTS = np.geomspace(0.05, 1.6, 11)  # of which all pairs are tried as starting points
+STARTS, STARTS_OF_A_DRAW = 6, 2  # the best of them, from which the fit goes on
+LOWEST_EXPONENT, HIGHEST_EXPONENT = 0.01, 2.0
+FEWEST_SIZES, FEWEST_POINTS = 3, 6  # a law has five constants
+FEW_STEPS = 100  # below which losses were far from the curve (benchmarks/ladder.py)
+DRAWS = 200
+COVERED = (0.05, 0.95)  # of the bootstrap's values are within an interval
+Numbers = Any  # a float or an array
+
+
+@dataclass(frozen=True)
+class LossPoint:
+    """The evaluation at the end of a run whose rate has decayed.
+
+    Attributes:
+        parameters: of the model, without embeddings.
+        tokens: that it was trained on.
+        loss: in nats a token.
+    """
+
+    parameters: float
+    tokens: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class ScalingLaw:
+    """The constants of L(N, D) = E + A / N^alpha + B / D^beta, named as in the paper."""
+
+    e: float
+    a: float
+    b: float
+    alpha: float
+    beta: float
+
+    def loss(self, parameters: Numbers, tokens: Numbers) -> Numbers:
+        """The loss of a model of this size after these tokens.
+
+        >>> round(ScalingLaw(1.69, 406.4, 410.7, 0.34, 0.28).loss(70e9, 1.4e12), 3)  # Chinchilla
+        1.936
+        """
+        return self.e + self.a / parameters**self.alpha + self.b / tokens**self.beta
+
+    def text(self) -> str:
+        """The law as a formula."""
+        return (
+            f"loss = {self.e:.3g} + {self.a:.3g} / N^{self.alpha:.2f} "
+            f"+ {self.b:.3g} / D^{self.beta:.2f}"
+        )
+
+
+class _Problem:
+    """The residuals of a law in log(loss), in unknowns of similar size.
+
+    The unknowns are log E, the logarithms of the other two terms at the middle of the points, alpha
+    and beta.
+    """
+
+    def __init__(self, points: Sequence[LossPoint]) -> None:
+        n, d, self.losses = np.array([(p.parameters, p.tokens, p.loss) for p in points]).T
+        self.middle = np.array([np.log(n).mean(), np.log(d).mean()])
+        self.n, self.d = np.log(n) - self.middle[0], np.log(d) - self.middle[1]
+        top = math.log(self.losses.max())
+        self.low = np.array([top - 12.0, top - 12.0, top - 12.0, LOWEST_EXPONENT, LOWEST_EXPONENT])
+        self.high = np.array(
+            [math.log(self.losses.min()), top + 3.0, top + 3.0, HIGHEST_EXPONENT, HIGHEST_EXPONENT]
+        )
+
+    def terms(self, x: np.ndarray) -> np.ndarray:
+        """The three terms of the loss at each point."""
+        e, a, b, alpha, beta = x
+        return np.exp([np.full_like(self.n, e), a - alpha * self.n, b - beta * self.d])
+
+    def errors(self, x: np.ndarray) -> np.ndarray:
+        """log(predicted loss / measured loss) at each point."""
+        found: np.ndarray = np.log(self.terms(x).sum(axis=0) / self.losses)
+        return found
+
+    def slopes(self, x: np.ndarray) -> np.ndarray:
+        """The derivative of each error with respect to each unknown."""
+        shares = self.terms(x)
+        e, a, b = shares / shares.sum(axis=0)
+        return np.stack([e, a, b, -a * self.n, -b * self.d], axis=1)
+
+    def starts(self, count: int) -> list[np.ndarray]:
+        """The best of a grid of exponents; with these given, the loss is linear in E, A and B."""
+        found = []
+        one = np.ones_like(self.n)
+        for alpha in EXPONENTS:
+            for beta in EXPONENTS:
+                columns = np.stack([one, np.exp(-alpha * self.n), np.exp(-beta * self.d)], axis=1)
+                terms, error = nnls(columns / self.losses[:, None], one)
+                start = np.array([*np.log(np.maximum(terms, 1e-9)), alpha, beta])
+                found.append((error, start))
+        found.sort(key=lambda pair: pair[0])
+        return [start for _, start in found[:count]]
+
+    def solved(self, starts: Sequence[np.ndarray]) -> tuple[float, np.ndarray]:
+        """The least Huber loss from these starting points, and the unknowns there."""
+        best: tuple[float, np.ndarray] | None = None
+        margin = 1e-6
+        for start in starts:
+            found = least_squares(
+                self.errors,
+                np.clip(start, self.low + margin, self.high - margin),
+                self.slopes,
+                bounds=(self.low, self.high),
+                loss="huber",
+                f_scale=HUBER_DELTA,
+                max_nfev=200,
+            )
+            if best is None or found.cost < best[0]:
+                best = float(found.cost), found.x
+        assert best is not None
+        return best
+
+    def law(self, x: np.ndarray) -> ScalingLaw:
+        """The law with these unknowns."""
+        e, a, b, alpha, beta = x
+        n, d = self.middle
+        return ScalingLaw(
+            math.exp(e), math.exp(a + alpha * n), math.exp(b + beta * d), float(alpha), float(beta)
+        )
+
+
+def can_fit(points: Sequence[LossPoint]) -> bool:
+    """Whether the points are enough for the five constants: several sizes and lengths."""
+    sizes, lengths = {p.parameters for p in points}, {p.tokens for p in points}
+    enough = len(set(points)) >= FEWEST_POINTS
+    return enough and min(len(sizes), len(lengths)) >= FEWEST_SIZES
+
+
+def long_enough(points: Sequence[LossPoint], tokens_per_step: int) -> list[LossPoint]:
+    """The points of runs of at least `FEW_STEPS` steps; all points if these are too few to fit.
+
+    The loss of a shorter run says more about the number of steps than about its tokens.
+    """
+    found = [point for point in points if point.tokens >= FEW_STEPS * tokens_per_step]
+    return found if can_fit(found) else list(points)
+
+
+def fit(points: Sequence[LossPoint]) -> ScalingLaw:
+    """Fit a law: the least Huber loss of the error in log(loss), from several starting points.
+
+    A least-squares solver with bounds takes the place of the paper's L-BFGS. It minimises the same
+    sum, which is so flat that L-BFGS may stop before its end (Besiroglu et al., 2024).
+    """
+    problem = _Problem(points)
+    return problem.law(problem.solved(problem.starts(STARTS))[1])
+
+
+def bootstrap(points: Sequence[LossPoint], draws: int = DRAWS, seed: int = 0) -> list[ScalingLaw]:
+    """Laws fitted to points that are drawn with replacement; their spread is the uncertainty.
+
+    Draws that have too few sizes or lengths are drawn again.
+    """
+    random, laws = np.random.default_rng(seed), list[ScalingLaw]()
+    while len(laws) < draws:
+        drawn = [points[i] for i in random.integers(len(points), size=len(points))]
+        if can_fit(drawn):
+            problem = _Problem(drawn)
+            laws.append(problem.law(problem.solved(problem.starts(STARTS_OF_A_DRAW))[1]))
+    return laws
+
+
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """The range with nine tenths of the values.
+
+    >>> interval(range(101))
+    (5.0, 95.0)
+    """
+    low, high = np.quantile(np.asarray(values, np.float64), COVERED)
+    return float(low), float(high)

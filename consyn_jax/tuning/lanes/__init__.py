@@ -1,0 +1,1 @@
+"""Lanes: trials that train side by side, with one program for all."""
