@@ -23,14 +23,15 @@ from typing import Any
 from harness import ROOT, parser, report
 
 MODEL = "--model haiku --tokenizer bytes --max_tokens 256 --batch_size 8 --logging_steps 5 --quiet"
-SAVING = "--save_minutes 1 --logging_backend none --validation_fraction 0"
+SAVING = "--logging_backend none --validation_fraction 0"
 
 
-def tokens_per_s(tree: Path, cache: Path, output: Path, steps: int) -> float:
+def tokens_per_s(tree: Path, cache: Path, output: Path, steps: int, minutes: float) -> float:
     """Train with the code of `tree`; the rate after the first tenth of the steps."""
     environment = {**os.environ, "PYTHONPATH": str(tree), "CONSYN_CACHE": str(cache)}
     command = [sys.executable, "-m", "consyn_jax.cli.train", *MODEL.split(), *SAVING.split()]
     command += ["--max_steps", str(steps), "--save_steps", str(steps), "--output", str(output)]
+    command += ["--save_minutes", str(minutes)]
     subprocess.run(command, env=environment, check=True, cwd=output.parent)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steady = [line for line in lines if "train/loss" in line and line["step"] >= steps // 10]
@@ -38,7 +39,7 @@ def tokens_per_s(tree: Path, cache: Path, output: Path, steps: int) -> float:
     return (last["tokens"] - first["tokens"]) / (last["time_s"] - first["time_s"])
 
 
-def measure(before: Path, steps: int, rounds: int) -> dict[str, Any]:
+def measure(before: Path, steps: int, rounds: int, minutes: float) -> dict[str, Any]:
     """Rates of both trees in turns, every other round in the opposite order."""
     trees = {"before": before.resolve(), "now": ROOT.resolve()}
     rates: dict[str, list[float]] = {name: [] for name in trees}
@@ -47,7 +48,7 @@ def measure(before: Path, steps: int, rounds: int) -> dict[str, Any]:
             names = list(trees) if number % 2 == 0 else list(reversed(trees))
             for name in names:
                 output = Path(folder) / f"{name}-{number}"
-                rates[name].append(tokens_per_s(trees[name], Path(folder), output, steps))
+                rates[name].append(tokens_per_s(trees[name], Path(folder), output, steps, minutes))
     ratios = [now / then for then, now in zip(rates["before"], rates["now"], strict=True)]
     rows = [
         {"tree": name, "tokens_per_s": statistics.median(found)} for name, found in rates.items()
@@ -55,6 +56,7 @@ def measure(before: Path, steps: int, rounds: int) -> dict[str, Any]:
     return {
         "steps": steps,
         "rounds": rounds,
+        "save_minutes": minutes,
         "rates": rates,
         "ratio": statistics.median(ratios),
         "ratios": ratios,
@@ -67,8 +69,9 @@ def main() -> None:
     made.add_argument("--before", type=Path, required=True, help="a checkout to compare with")
     made.add_argument("--steps", type=int, default=1500, help="of each run: several minutes")
     made.add_argument("--rounds", type=int, default=6)
+    made.add_argument("--save_minutes", type=float, default=1.0, help="less shows the cost larger")
     given = made.parse_args()
-    found = measure(given.before, given.steps, given.rounds)
+    found = measure(given.before, given.steps, given.rounds, given.save_minutes)
     report(found, given.out)
     print(f"now / before: {found['ratio']:.4f} by the median of {given.rounds} rounds")
 
