@@ -53,6 +53,7 @@ def listed(tree: Tree) -> str:
         lines.append(
             f"{flag.group}: {names} = {flag.default!r}"
             + (f" of {'|'.join(flag.choices)}" if flag.choices else "")
+            + (", mathematics" if flag.math else "")
         )
     return "\n".join(lines) + "\n"
 
