@@ -82,7 +82,8 @@ class OptunaStudy:
         self._place, self._space, self._options = output / STUDY, space, options
         self._evaluations, self._seed = num_evaluations, seed
         refuse_links(output)
-        make_directory(self._place)
+        with _usable(self._place):
+            make_directory(self._place)
         storage = self._storage(options.storage)
         name = "consyn" if options.storage is None else output.resolve().name
         with self._asking():
@@ -170,8 +171,9 @@ class OptunaStudy:
             the lock.
         """
         place = self._claims(number)
-        make_directory(place)
-        lock, kept = RunLock(place), False
+        with _usable(place):
+            make_directory(place)
+            lock, kept = RunLock(place), False
         try:
             reported = {}
             if known is not None:
@@ -206,13 +208,14 @@ class OptunaStudy:
     def _asking(self) -> Iterator[None]:
         """Hold the lock of the one process that may count, take up and begin trials."""
         place = self._place / "asking"
-        make_directory(place)
-        while True:
-            try:
-                lock = RunLock(place)
-                break
-            except UserError:  # another process asks, for a moment
-                time.sleep(ASKING_S)
+        with _usable(place):
+            make_directory(place)
+            while True:
+                try:
+                    lock = RunLock(place)
+                    break
+                except UserError:  # another process asks, for a moment
+                    time.sleep(ASKING_S)
         try:
             yield
         finally:
@@ -255,6 +258,17 @@ class OptunaStudy:
             case "none":
                 return pruners.NopPruner()
         return pruners.MedianPruner(n_warmup_steps=most // 5)
+
+
+@contextmanager
+def _usable(place: Path) -> Iterator[None]:
+    """Name a directory that cannot be made or locked, such as one that is a file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or place} cannot be used: {error.strerror}. Name another --output."
+        ) from error
 
 
 def import_optuna() -> Any:

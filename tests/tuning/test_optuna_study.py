@@ -1,6 +1,8 @@
 """Optuna's side of a study: trials that nobody works on are taken up, and none is done twice."""
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +177,31 @@ def test_a_link_is_named_and_what_it_leads_to_is_left_alone(tmp_path: Path, name
     with pytest.raises(UserError, match=f"{output / name} is a link, and a study writes only to"):
         study(output)
     assert before == (sorted(elsewhere.rglob("*")), elsewhere.is_file() and elsewhere.read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "makes"),
+    [
+        ("study", Path.touch),
+        ("study/asking", Path.touch),
+        ("study/asking/lock", Path.mkdir),
+        ("study/claims", Path.touch),
+        ("study/claims/0001", Path.touch),
+        ("study/journal.log", Path.mkdir),
+    ],
+)
+def test_a_file_for_a_directory_and_the_other_way_round_are_named(
+    tmp_path: Path, name: str, makes: Callable[[Path], None]
+) -> None:
+    """Found by the search for trees of strangers: a FileExistsError."""
+    done(study(tmp_path))
+    place = tmp_path / name
+    if place.is_dir():
+        shutil.rmtree(place)
+    place.unlink(missing_ok=True)
+    makes(place)
+    with pytest.raises(UserError, match=f"{place}.* cannot be used: .*Name another --output"):
+        study(tmp_path).claim(5)
 
 
 def test_a_hard_link_to_another_file_is_not_written_to(tmp_path: Path) -> None:
