@@ -54,7 +54,7 @@ class ScalingLaw:
         """The loss of a model of this size after these tokens.
 
         >>> round(ScalingLaw(1.69, 406.4, 410.7, 0.34, 0.28).loss(70e9, 1.4e12), 3)  # Chinchilla
-        1.936
+        1.937
         """
         return self.e + self.a / parameters**self.alpha + self.b / tokens**self.beta
 
