@@ -186,7 +186,7 @@ def test_fit_takes_the_fastest_even_where_the_run_already_fits() -> None:
     assert plan.fits
     assert best.changes["gradient_checkpointing"] == "none"
     assert best.plan.time.total < 0.85 * plan.time.total
-    with pytest.raises(UserError, match="No choice of micro-batch, .* fit rtx4090:1x1"):
+    with pytest.raises(UserError, match=r"No choice of micro-batch, .* fit rtx4090:1x1"):
         fit(planned("epic", "rtx4090:1x1"), "rtx4090:1x1", compile=False)
 
 
