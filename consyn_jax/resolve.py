@@ -7,6 +7,7 @@ default. The origin of each value is kept. Only the standard library is imported
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -207,11 +208,11 @@ def _name_model_once(values: dict[str, Any], origins: dict[str, str]) -> None:
 
 def _has_weights(model: str) -> bool:
     """Whether `--model` names a model with weights, from which training then starts."""
-    directory = Path(model)
-    if model in PRESETS and not directory.is_dir():
+    is_directory = os.path.isdir(model)  # noqa: PTH112 (Path's raises for a name that is too long)
+    if model in PRESETS and not is_directory:
         return False
-    kinds = ("*.safetensors", "*.bin", "*.pt", "*.pth")
-    return is_hub_id(model) or any(next(directory.glob(kind), None) for kind in kinds)
+    kinds = ("*.safetensors", "*.bin", "*.pt", "*.pth") if is_directory else ()
+    return is_hub_id(model) or any(next(Path(model).glob(kind), None) for kind in kinds)
 
 
 def _fit_optimizer(values: dict[str, Any], origins: dict[str, str]) -> None:

@@ -205,3 +205,8 @@ def test_presets_are_architectures() -> None:
         )
     with pytest.raises(UserError, match=r"did you mean haiku\?"):
         preset_architecture("hiaku")
+
+
+def test_a_model_with_a_name_too_long_for_a_file_is_no_directory() -> None:
+    run, _ = resolve({"model": "x" * 300})
+    assert run.model.checkpoint is None

@@ -321,7 +321,8 @@ checkpoints.close()
 # a file of the other process is damaged
 if number == 0:
     victim = max((directory / "3/state/ocdbt.process_1/d").iterdir(), key=lambda path: path.stat().st_size)
-    victim.write_bytes(victim.read_bytes()[:-1] + b"?")
+    content = victim.read_bytes()
+    victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 multihost_utils.sync_global_devices("damaged")
 checkpoints = Checkpoints(directory, keep_last=2, warn=told.append)
 assert checkpoints.newest() == 2

@@ -384,7 +384,7 @@ def test_a_run_on_data_without_places_says_so(
 def test_a_store_that_is_gone_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit(run, lambda facts: facts["data"]["sources"][0]["stores"][0].update(directory="/gone"))
     assert command("--output", run, "--documents_of", 3) == 2
-    assert "The token store /gone of this run is not there any more" in capsys.readouterr().err
+    assert "The token store /gone of this run no longer exists" in capsys.readouterr().err
 
 
 def test_a_step_of_an_adapter_is_repeated_on_its_base(
