@@ -10,7 +10,7 @@ import pytest
 
 from consyn_jax.cli import train, tune
 
-from .nursery import Nursery
+from .nursery import SLOW, Nursery
 
 MODEL = [
     *("--model", "haiku", "--hidden_dim", "64", "--num_heads", "4", "--num_kv_heads", "4"),
@@ -89,6 +89,13 @@ def test_a_ladder_goes_on_after_a_kill_and_its_runs_are_those_of_consyn_train(
     assert len(json.loads((output / "ladder.json").read_text())["points"]) == 16
     assert all((path / "metrics.jsonl").stat().st_mtime_ns == at for path, at in times.items())
 
+    # A kill may come before the last states are removed, and the noise is no part of a run.
+    (sizes / "6784" / "gradient_noise.json").unlink()
+    (sizes / "3392-decay-8" / "checkpoints" / "10").mkdir(parents=True)
+    assert tune.main(flags(corpus, output)) == 0
+    assert not (sizes / "3392-decay-8" / "checkpoints").exists()
+    assert len(json.loads((output / "ladder.json").read_text())["points"]) == 12
+
     for more, change in (
         (["--weight_decay", "0.3"], "--weight_decay was 0.1 and is 0.3"),
         (["--lr", "0.1"], "lr was 0.0003 and is 0.1"),
@@ -96,6 +103,24 @@ def test_a_ladder_goes_on_after_a_kill_and_its_runs_are_those_of_consyn_train(
     ):
         assert tune.main(flags(corpus, output, *more)) == 2
         assert f"holds another run: {change}" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_size_that_was_cut_short_goes_on_with_its_own_flags_only(
+    corpus: Path, tmp_path: Path, nursery: Nursery, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The advice does not name --overwrite_schedule, which consyn-tune refuses."""
+    output = tmp_path / "ladder"
+    process = nursery.start(*flags(corpus, output), command="tune", devices=8, before=SLOW)
+    size = output / "sizes" / "3392"
+    while not (size / "checkpoints" / "4").exists():
+        assert process.alive, process.said
+        time.sleep(0.01)
+    process.signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert tune.main(flags(corpus, output, "--max_steps", "80")) == 2
+    said = capfd.readouterr().err
+    assert f"{size} holds another run: total_steps was 40 and is 80. Name another --output" in said
 
 
 def test_a_mistake_that_only_the_plan_shows_comes_before_the_first_size(

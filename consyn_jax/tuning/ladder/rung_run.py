@@ -16,6 +16,7 @@ from consyn_jax.config_file import DERIVED
 from consyn_jax.errors import UserError
 from consyn_jax.files import remove, write_whole
 from consyn_jax.flags import flat
+from consyn_jax.training.checkpointing.checkpoint_files import saved_steps
 from consyn_jax.training.checkpointing.manager import Checkpoints
 from consyn_jax.training.diagnostics.gradient_noise import GradientNoise, measured_noise
 from consyn_jax.training.logging.metrics import metrics_of
@@ -86,25 +87,22 @@ class RungRun:
             UserError: the directory holds a run with other flags or data.
         """
         try:
-            if is_finished(self.path):
+            if is_finished(self.path) or saved_steps(self.path / CHECKPOINTS):
                 self._check_same()
-            else:
+            if not is_finished(self.path):
                 self._whole.train()
-            if self.is_done:
-                return
             for start in self.rung.starts:
                 self._measure_noise(start)
-            for start in self.rung.starts[:-1]:
-                branch = self._trainer(start)
-                if not is_finished(run_path(branch.run)):
-                    branch.train()
+            for start, path in zip(self.rung.starts[:-1], self.paths[:-1], strict=True):
+                if not is_finished(path):
+                    self._trainer(start).train()
         except UserError as error:
             raise UserError(f"Size of {self.rung.parameters:,} parameters: {error}") from error
         for path in self.paths:  # states that no run goes on from
             remove(path / CHECKPOINTS)
 
     def _check_same(self) -> None:
-        """Check that the longest run, which has ended, is the one of these flags and data.
+        """Check that the longest run, which has begun, is the one of these flags and data.
 
         Raises:
             UserError: it is another one.
@@ -159,8 +157,9 @@ class RungRun:
             ) from error
 
     def _measure_noise(self, step: int) -> None:
+        """Measure the noise after a step, unless it is measured or its checkpoint is gone."""
         found = self.noise()
-        if step in found:
+        if step in found or step not in saved_steps(self.path / CHECKPOINTS):
             return
         trainer, program = self._whole, self._whole_program
         checkpoints = Checkpoints(self.path / CHECKPOINTS)
