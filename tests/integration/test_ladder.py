@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from consyn_jax.cli import train, tune
+from consyn_jax.tuning.ladder.rung_run import RungRun
+from consyn_jax.tuning.ladder.scaling_law import LossPoint
 
 from .nursery import SLOW, Nursery
 
@@ -121,6 +123,21 @@ def test_a_size_that_was_cut_short_goes_on_with_its_own_flags_only(
     assert tune.main(flags(corpus, output, "--max_steps", "80")) == 2
     said = capfd.readouterr().err
     assert f"{size} holds another run: total_steps was 40 and is 80. Name another --output" in said
+
+
+def test_too_few_losses_are_an_error_and_no_endless_fit(
+    corpus: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As of runs that a callback has ended."""
+    monkeypatch.setattr(RungRun, "run", lambda _: None)
+    for count in (0, 1):
+        points = [LossPoint(1e5, 1e6, 2.0)] * count
+        monkeypatch.setattr(RungRun, "points", lambda _, points=points: points)
+        assert tune.main(flags(corpus, tmp_path / "ladder")) == 2
+        assert f"Only {3 * count} of 12 runs have a loss" in capfd.readouterr().err
 
 
 def test_a_mistake_that_only_the_plan_shows_comes_before_the_first_size(

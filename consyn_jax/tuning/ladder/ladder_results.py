@@ -24,6 +24,7 @@ class LadderResults:
         tokens_per_step: of all runs.
         predicted: verse, stanza and epic, for each budget.
         best: the best size for each budget of FLOPs.
+        left_out: losses of runs of few steps, which the fit does not use.
     """
 
     forecast: Forecast
@@ -31,6 +32,7 @@ class LadderResults:
     tokens_per_step: int
     predicted: Sequence[Prediction]
     best: Sequence[Prediction]
+    left_out: Sequence[LossPoint] = ()
 
     @property
     def largest_flops(self) -> float:
@@ -62,12 +64,13 @@ POINT_HEAD = ["parameters", "tokens", "FLOPs", "eval/loss", "fitted", "critical 
 
 
 def point_rows(results: LadderResults) -> list[list[str]]:
-    """The end of each run: measured, and fitted.
+    """The end of each run: measured, and fitted unless the fit left it out.
 
     The critical batch of a run was measured where its rate began to decay.
     """
     forecast, rows = results.forecast, []
-    for point in forecast.points:
+    points = [*forecast.points, *results.left_out]
+    for point in sorted(points, key=lambda p: (p.parameters, p.tokens)):
         batch = batch_of(point, forecast.batches)
         fitted = forecast.law.loss(point.parameters, point.tokens)
         flops = point.tokens * results.flops[point.parameters]
@@ -77,7 +80,7 @@ def point_rows(results: LadderResults) -> list[list[str]]:
                 compact(point.tokens),
                 f"{flops:.2e}",
                 decimals(point.loss),
-                decimals(float(fitted)),
+                "left out" if point in results.left_out else decimals(float(fitted)),
                 "" if batch is None else compact(batch),
             ]
         )
@@ -171,14 +174,17 @@ def as_json(results: LadderResults) -> dict[str, Any]:
         "law": asdict(forecast.law),
         "law_intervals": constants,
         "median_error": forecast.error,
-        "points": [
-            asdict(p) | {"flops": p.tokens * results.flops[p.parameters]} for p in forecast.points
-        ],
+        "points": [_point(found, results) for found in forecast.points],
+        "left_out": [_point(found, results) for found in results.left_out],
         "critical_batch": None if forecast.batch is None else asdict(forecast.batch),
         "noise_scales": [asdict(b) for b in forecast.batches],
         "predicted": [_prediction(found) for found in results.predicted],
         "best": [_prediction(found) | {"command": command(found)} for found in results.best],
     }
+
+
+def _point(found: LossPoint, results: LadderResults) -> dict[str, float]:
+    return asdict(found) | {"flops": found.tokens * results.flops[found.parameters]}
 
 
 def _prediction(found: Prediction) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from consyn_jax.tuning.ladder.model_family import ladder_shapes, model_of
 from consyn_jax.tuning.ladder.predictions import Forecast
 from consyn_jax.tuning.ladder.rung_run import ORIGIN, RungRun, with_intervals
 from consyn_jax.tuning.ladder.rungs import Rung, plan_rung
-from consyn_jax.tuning.ladder.scaling_law import DRAWS, FEW_STEPS, long_enough
+from consyn_jax.tuning.ladder.scaling_law import DRAWS, FEW_STEPS, can_fit, long_enough
 from consyn_jax.tuning.tune_options import TuneConfig, scaled_run
 from consyn_jax.tuning.varied_run import Settings, VariedRun
 
@@ -98,9 +98,21 @@ class Ladder:
         return results
 
     def results(self) -> LadderResults:
-        """The fit and its predictions, from all runs that have ended."""
+        """The fit and its predictions, from all runs that have ended.
+
+        Raises:
+            UserError: too few of them have a loss.
+        """
         measured = [point for rung in self.runs for point in rung.points()]
-        points = long_enough(measured, self.rungs[0].tokens_per_step)
+        if not can_fit(measured):
+            raise UserError(
+                f"Only {len(measured)} of {sum(len(rung.paths) for rung in self.runs)} runs have a "
+                "loss at their last step, too few to fit a curve. If a callback ended the others, "
+                "leave it out, and begin again with --overwrite."
+            )
+        tokens = self.rungs[0].tokens_per_step
+        points = long_enough(measured, tokens)
+        left_out = [point for point in measured if point not in points]
         length = self.run_config.length
         forecast = Forecast(points, self._batches(), self.vocab_size, length, DRAWS)
         budgets = parse_budgets(self.options.predict)
@@ -110,8 +122,7 @@ class Ladder:
         if not budgets:
             flops = [found.flops for found in predicted]
         best = [forecast.best(each) for each in flops]
-        tokens = self.rungs[0].tokens_per_step
-        return LadderResults(forecast, self._flops(), tokens, predicted, best)
+        return LadderResults(forecast, self._flops(), tokens, predicted, best, left_out)
 
     def _batches(self) -> list[BatchPoint]:
         """The noise scales of all sizes, where the signal was above the noise."""

@@ -90,6 +90,15 @@ def test_the_table_has_all_of_it(results: LadderResults) -> None:
     assert sum(line.startswith(("verse", "stanza", "epic")) for line in lines) == 3
 
 
+def test_runs_that_the_fit_leaves_out_are_shown_as_well(results: LadderResults) -> None:
+    short = LossPoint(1e5, 1e5, 5.4321)
+    whole = replace(results, left_out=[short])
+    assert list(table(whole))[1].split()[-3:] == ["5.4321", "left", "out"]
+    (found,) = as_json(whole)["left_out"]
+    assert (found["loss"], found["flops"]) == (5.4321, 1e5 * results.flops[1e5])
+    assert len(as_json(whole)["points"]) == 16
+
+
 def test_notes_say_what_makes_predictions_doubtful(results: LadderResults) -> None:
     far, batch = notes(results)
     assert "Treat it as a guess" in far
