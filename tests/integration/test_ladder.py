@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from consyn_jax.cli import train, tune
+from consyn_jax.training.run.lock import RunLock
 from consyn_jax.tuning.ladder.rung_run import RungRun
 from consyn_jax.tuning.ladder.scaling_law import LossPoint
 
@@ -123,6 +124,21 @@ def test_a_size_that_was_cut_short_goes_on_with_its_own_flags_only(
     assert tune.main(flags(corpus, output, "--max_steps", "80")) == 2
     said = capfd.readouterr().err
     assert f"{size} holds another run: total_steps was 40 and is 80. Name another --output" in said
+
+
+def test_a_ladder_that_another_process_trains_is_not_deleted(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    size = tmp_path / "ladder" / "sizes" / "3392"
+    size.mkdir(parents=True)
+    (size.parent / "notes.txt").write_text("a file of somebody")
+    lock = RunLock(size)
+    try:
+        assert tune.main(flags(corpus, tmp_path / "ladder", "--overwrite")) == 2
+    finally:
+        lock.release()
+    assert f"--output {size} is in use by another process" in capfd.readouterr().err
+    assert size.exists()
 
 
 def test_too_few_losses_are_an_error_and_no_endless_fit(

@@ -17,6 +17,7 @@ from consyn_jax.model.arithmetic import train_flops_per_token
 from consyn_jax.training.logging.console import Console, show
 from consyn_jax.training.logging.formats import compact, decimals
 from consyn_jax.training.optim.schedules import count_steps
+from consyn_jax.training.run.lock import check_free
 from consyn_jax.training.trainer import ConsynTrainer
 from consyn_jax.tuning.ladder.critical_batch import BatchPoint
 from consyn_jax.tuning.ladder.ladder_options import parse_budgets, parse_sizes
@@ -44,7 +45,8 @@ class Ladder:
         trainer_inputs: keywords of a trainer of such a run.
 
     Raises:
-        UserError: the budget is too small, or there is no evaluation data.
+        UserError: the budget is too small, there is no evaluation data, or the ladder to delete is
+            in use by another process.
     """
 
     def __init__(
@@ -237,6 +239,12 @@ def _most_steps(run: RunConfig, epochs: float | None, sequences: int | None) -> 
 
 
 def delete_ladder(output: Path) -> None:
-    """Delete only what a ladder has written to its directory."""
+    """Delete only what a ladder has written to its directory.
+
+    Raises:
+        UserError: another process trains one of its sizes.
+    """
+    for path in filter(Path.is_dir, sorted((output / SIZES).glob("*"))):
+        check_free(path)
     for name in (PAGE, JSON, SIZES):
         remove(output / name)
