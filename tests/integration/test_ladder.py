@@ -54,6 +54,7 @@ def test_a_ladder_goes_on_after_a_kill_and_its_runs_are_those_of_consyn_train(
     said = capfd.readouterr()
     assert (sizes / "3392" / "metrics.jsonl").read_bytes() == before
     assert "reads the training data" in said.err
+    assert "--tokens_per_parameter is 20, and the largest size gets only 0.764, as" in said.err
     assert "The shortest run has 5 steps" in said.err
     assert said.out.splitlines()[0].split()[:2] == ["parameters", "tokens"]
     found = json.loads((output / "ladder.json").read_text())

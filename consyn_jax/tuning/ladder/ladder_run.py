@@ -69,10 +69,10 @@ class Ladder:
         given = origins["epochs"] != "default"
         epochs = self.run_config.budget.epochs if given else None
         sequences = trainer.train_source.sequences
-        most = _most_steps(self.run_config, epochs, sequences)
+        self.most_steps = _most_steps(self.run_config, epochs, sequences)
         assert self.options.ladder is not None
         self.rungs = [
-            plan_rung(self.run_config, shape, self.options.tokens_per_parameter, most)
+            plan_rung(self.run_config, shape, self.options.tokens_per_parameter, self.most_steps)
             for shape in ladder_shapes(self.run_config.model, parse_sizes(self.options.ladder))
         ]
         self.passes = math.nan
@@ -178,7 +178,14 @@ class Ladder:
 
     def _notes(self) -> list[str]:
         """Sentences about the plan, known before the first run."""
-        said = []
+        said = list[str]()
+        largest, ratio = self.rungs[-1], self.options.tokens_per_parameter
+        if ratio * largest.parameters > self.most_steps * largest.tokens_per_step:
+            said.append(
+                f"--tokens_per_parameter is {ratio:g}, and the largest size gets only "
+                f"{largest.tokens[-1] / largest.parameters:.3g}, as --max_steps, --total_tokens or "
+                "--epochs ends its runs. To train longer, leave these out, of --config too."
+            )
         if self.passes > 1:
             worth = (
                 f"up to about {PASSES} passes, repeated data is nearly as good as new."
