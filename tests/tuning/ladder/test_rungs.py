@@ -41,6 +41,11 @@ def test_sizes_double_up_to_the_model_and_keep_its_heads(model: str) -> None:
         assert ratio == pytest.approx(1, abs=0.05)
 
 
+def test_the_largest_size_is_the_model_itself_whatever_its_flags() -> None:
+    options = run_of(mlp_dim=200, num_layers=9).model
+    assert ladder_shapes(options, 3)[-1] == shape_of(options)
+
+
 def test_any_size_is_met_within_a_quarter() -> None:
     for size in (3e5, 1e6, 5e7, 7e8, 2e10):
         assert scaled_target(size, 256, 128).parameters == pytest.approx(size, rel=0.25)
