@@ -131,11 +131,14 @@ def between(values: tuple[float, float]) -> str:
     return f"{decimals(values[0])} to {decimals(values[1])}"
 
 
+NEXT = "Next, with the data and the recipe of this ladder:"
+
+
 def command(found: Prediction) -> str:
-    """The command that trains the best size for a budget."""
+    """The command that trains the best size for a budget, without data and recipe."""
     words = [f"--{name} {value}" for name, value in found.target.shape.flags.items()]
     return (
-        f"consyn-train --model {found.target.name} {' '.join(words)} "
+        f"consyn-train --model {found.target.name} {' '.join(words)} --scheduler wsd "
         f"--total_tokens {found.tokens:.3g}"
     )
 
@@ -148,18 +151,18 @@ def notes(results: LadderResults) -> list[str]:
     if distance > FAR:
         said.append(
             f"The largest prediction is for {compact(distance)} times the FLOPs of the largest "
-            "run. Treat it as a guess; its interval covers the fit alone."
+            "run. Treat it as a guess: its interval covers only the noise of the fit."
         )
     batches, size = results.forecast.batches, results.tokens_per_step
     noisy = sum(batch.scale < size for batch in batches)
     if noisy:
         said.append(
             f"A step has {size:,} tokens, more than the critical batch of {noisy} of "
-            f"{len(batches)} runs, which so learned less from their tokens than they could. Lower "
+            f"{len(batches)} runs, so these learned less from their tokens than they could. Lower "
             "--batch_size."
         )
     if results.forecast.batch is None:
-        said.append("Too few noise scales were above zero to say what batch is large enough.")
+        said.append("Too few measurements found a gradient above its noise for a critical batch.")
     return said
 
 

@@ -22,7 +22,14 @@ from consyn_jax.training.trainer import ConsynTrainer
 from consyn_jax.tuning.ladder.critical_batch import BatchPoint
 from consyn_jax.tuning.ladder.ladder_options import parse_budgets, parse_sizes
 from consyn_jax.tuning.ladder.ladder_page import ladder_page
-from consyn_jax.tuning.ladder.ladder_results import LadderResults, as_json, command, notes, table
+from consyn_jax.tuning.ladder.ladder_results import (
+    NEXT,
+    LadderResults,
+    as_json,
+    command,
+    notes,
+    table,
+)
 from consyn_jax.tuning.ladder.model_family import ladder_shapes, model_of
 from consyn_jax.tuning.ladder.predictions import Forecast
 from consyn_jax.tuning.ladder.rung_run import ORIGIN, RungRun, with_intervals
@@ -232,7 +239,7 @@ class Ladder:
         with Console(quiet=self.quiet) as console:
             for sentence in notes(results):
                 console.note(sentence)
-            lines = ["Next:", f"  {command(results.best[0])}"] if results.best else []
+            lines = [NEXT, f"  {command(results.best[0])}"] if results.best else []
             where = f"Everything is in {self.output}: {PAGE}, {JSON}, {SIZES}/."
             console.finish([*lines, where])
 

@@ -78,6 +78,7 @@ def test_the_best_size_is_that_of_the_closed_form(results: LadderResults) -> Non
 def test_the_command_trains_the_best_size(results: LadderResults) -> None:
     config, _, _ = read_arguments([*command(results.best[0]).split()[1:], "--data", "x"])
     assert config.model.hidden_dim == results.best[0].target.shape.hidden_dim
+    assert config.optimizer.scheduler == "wsd"
     assert config.budget.total_tokens == pytest.approx(results.best[0].tokens, rel=0.01)
 
 
@@ -115,6 +116,7 @@ def test_json_and_page_show_the_same(results: LadderResults) -> None:
     page = ladder_page(results, "Ladder a<b", ["A doubt."])
     assert "Ladder a&lt;b" in page
     assert "A doubt." in page
+    assert "with the data and the recipe of this ladder" in page
     assert len(re.findall(r'<circle class="best"', page)) == 32  # losses and noise scales
     for heading in ("Loss", "Predictions", "Best size for a budget", "Critical batch", "Runs"):
         assert f"<h2>{heading}</h2>" in page
