@@ -39,7 +39,6 @@ from consyn_jax.tuning.tune_options import TuneConfig, scaled_run
 from consyn_jax.tuning.varied_run import Settings, VariedRun
 
 SIZES, PAGE, JSON = "sizes", "ladder.html", "ladder.json"
-SAVE_MINUTES = 5.0  # between checkpoints of a run, unless a flag says otherwise
 PASSES = 4  # up to which repeated data is nearly as good as new (Muennighoff et al., 2023)
 
 
@@ -158,7 +157,7 @@ class Ladder:
 
         def settings(values: Mapping[str, Any]) -> Settings:
             run, origins = self.varied.with_values(values)
-            run = with_intervals(run, self.run_config.evaluation.eval_steps, SAVE_MINUTES)
+            run = with_intervals(run)
             quiet = run.logging.quiet or not sys.stderr.isatty()
             run = replace(run, logging=replace(run.logging, quiet=quiet))
             return run, origins | dict.fromkeys(values, ORIGIN)

@@ -32,6 +32,7 @@ from consyn_jax.tuning.varied_run import Settings
 NOISE = "gradient_noise.json"  # in the longest run: the measurements by step
 METRIC = "eval/loss"
 BUDGETS = {"epochs", "max_steps", "total_tokens"}  # which may differ, as the steps are compared
+SAVE_MINUTES = 5.0  # between checkpoints of a run, unless a flag says otherwise
 ORIGIN = "ladder"  # of values that a size sets
 
 
@@ -216,11 +217,11 @@ def is_finished(path: Path) -> bool:
     return any(line.get("event") == "finish" for line in metrics_of(path))
 
 
-def with_intervals(run: RunConfig, eval_steps: int | None, save_minutes: float) -> RunConfig:
+def with_intervals(run: RunConfig) -> RunConfig:
     """Return the run, saved by the clock, too, and evaluated at its end without `--eval_steps`."""
-    steps = run.budget.max_steps if eval_steps is None else eval_steps
-    saving = run.saving
+    saving, evaluation = run.saving, replace(run.evaluation, load_best_model_at_end=False)
     if saving.save_minutes is None:
-        saving = replace(saving, save_minutes=save_minutes)
-    evaluation = replace(run.evaluation, eval_steps=steps, load_best_model_at_end=False)
+        saving = replace(saving, save_minutes=SAVE_MINUTES)
+    if evaluation.eval_steps is None:
+        evaluation = replace(evaluation, eval_steps=run.budget.max_steps)
     return replace(run, evaluation=evaluation, saving=saving)
