@@ -112,6 +112,8 @@ class Tuning:
         most = max(1, self.limit - ended)
         if (number := parse_lanes(asked)) is not None:
             return int(min(number, most))
+        if most == 1:  # there is nothing to compare
+            return 1
         trainer = TrialTrainer(self.shared, [], **self.trainer_inputs(self.base))
         seconds = step_seconds(trainer, most)
         found = max((n for n in seconds if pays(seconds, n)), default=1)

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from consyn_jax.cli import train, tune
+from consyn_jax.training.run.lock import RunLock
+from consyn_jax.tuning.ladder.rung_run import RungRun
+from consyn_jax.tuning.ladder.scaling_law import LossPoint
 
-from .nursery import Nursery
+from .nursery import SLOW, Nursery
 
 MODEL = [
     *("--model", "haiku", "--hidden_dim", "64", "--num_heads", "4", "--num_kv_heads", "4"),
@@ -51,6 +54,7 @@ def test_a_ladder_goes_on_after_a_kill_and_its_runs_are_those_of_consyn_train(
     said = capfd.readouterr()
     assert (sizes / "3392" / "metrics.jsonl").read_bytes() == before
     assert "reads the training data" in said.err
+    assert "--tokens_per_parameter is 20, and the largest size gets only 0.764, as" in said.err
     assert "The shortest run has 5 steps" in said.err
     assert said.out.splitlines()[0].split()[:2] == ["parameters", "tokens"]
     found = json.loads((output / "ladder.json").read_text())
@@ -89,6 +93,13 @@ def test_a_ladder_goes_on_after_a_kill_and_its_runs_are_those_of_consyn_train(
     assert len(json.loads((output / "ladder.json").read_text())["points"]) == 16
     assert all((path / "metrics.jsonl").stat().st_mtime_ns == at for path, at in times.items())
 
+    # A kill may come before the last states are removed, and the noise is no part of a run.
+    (sizes / "6784" / "gradient_noise.json").unlink()
+    (sizes / "3392-decay-8" / "checkpoints" / "10").mkdir(parents=True)
+    assert tune.main(flags(corpus, output)) == 0
+    assert not (sizes / "3392-decay-8" / "checkpoints").exists()
+    assert len(json.loads((output / "ladder.json").read_text())["points"]) == 12
+
     for more, change in (
         (["--weight_decay", "0.3"], "--weight_decay was 0.1 and is 0.3"),
         (["--lr", "0.1"], "lr was 0.0003 and is 0.1"),
@@ -96,6 +107,54 @@ def test_a_ladder_goes_on_after_a_kill_and_its_runs_are_those_of_consyn_train(
     ):
         assert tune.main(flags(corpus, output, *more)) == 2
         assert f"holds another run: {change}" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_size_that_was_cut_short_goes_on_with_its_own_flags_only(
+    corpus: Path, tmp_path: Path, nursery: Nursery, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The advice does not name --overwrite_schedule, which consyn-tune refuses."""
+    output = tmp_path / "ladder"
+    process = nursery.start(*flags(corpus, output), command="tune", devices=8, before=SLOW)
+    size = output / "sizes" / "3392"
+    while not (size / "checkpoints" / "4").exists():
+        assert process.alive, process.said
+        time.sleep(0.01)
+    process.signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert tune.main(flags(corpus, output, "--max_steps", "80")) == 2
+    said = capfd.readouterr().err
+    assert f"{size} holds another run: total_steps was 40 and is 80. Name another --output" in said
+
+
+def test_a_ladder_that_another_process_trains_is_not_deleted(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    size = tmp_path / "ladder" / "sizes" / "3392"
+    size.mkdir(parents=True)
+    (size.parent / "notes.txt").write_text("a file of somebody")
+    lock = RunLock(size)
+    try:
+        assert tune.main(flags(corpus, tmp_path / "ladder", "--overwrite")) == 2
+    finally:
+        lock.release()
+    assert f"--output {size} is in use by another process" in capfd.readouterr().err
+    assert size.exists()
+
+
+def test_too_few_losses_are_an_error_and_no_endless_fit(
+    corpus: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As of runs that a callback has ended."""
+    monkeypatch.setattr(RungRun, "run", lambda _: None)
+    for count in (0, 1):
+        points = [LossPoint(1e5, 1e6, 2.0)] * count
+        monkeypatch.setattr(RungRun, "points", lambda _, points=points: points)
+        assert tune.main(flags(corpus, tmp_path / "ladder")) == 2
+        assert f"Only {3 * count} of 12 runs have a loss" in capfd.readouterr().err
 
 
 def test_a_mistake_that_only_the_plan_shows_comes_before_the_first_size(

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from consyn_jax.tuning.lanes import lane_programs
 from consyn_jax.tuning.lanes.lane import Lane, run_lanes
 from consyn_jax.tuning.lanes.lane_programs import LanePrograms, lanes_step, pays, step_seconds
 from consyn_jax.tuning.shared_programs import SharedPrograms, numbers_of, placed
+from consyn_jax.tuning.study_run import Tuning
 from consyn_jax.tuning.trial_trainer import TrialTrainer
 from consyn_jax.tuning.varied_run import VariedRun
 
@@ -197,13 +199,13 @@ def test_a_signal_ends_every_lane() -> None:
             if lane.signals.received:
                 raise Interrupted(f"{lane.signals.received} at step 3.")
 
-    with pytest.raises(Interrupted, match="SIGTERM: 3 trials were under way"):
+    with pytest.raises(Interrupted, match=r"SIGTERM: 3 trials were under way\. .* last checkpoint"):
         run_lanes(3, work)
     assert len(step.seen) == 2
 
 
 def test_a_signal_that_cuts_no_trial_short_still_ends_the_command() -> None:
-    with pytest.raises(Interrupted, match="SIGTERM: 0 trials were under way"):
+    with pytest.raises(Interrupted, match="SIGTERM: no trial was under way"):
         run_lanes(2, lambda lane: lane.number or os.kill(os.getpid(), signal.SIGTERM))
 
 
@@ -257,12 +259,20 @@ def test_auto_measures_as_many_lanes_as_there_is_work_for(tmp_path: Path) -> Non
     assert all(value > 0 for value in seconds.values())
 
 
+@pytest.mark.parametrize("ended", [19, 20, 21])
+def test_auto_measures_nothing_if_no_two_trials_are_left(ended: int) -> None:
+    trial = SimpleNamespace(state=SimpleNamespace(is_finished=lambda: True))
+    study: Any = SimpleNamespace(study=SimpleNamespace(trials=[trial] * ended), limit=20)
+    assert [Tuning._num_lanes(study, asked) for asked in ("auto", "8")] == [1, 1]
+
+
 def test_too_many_lanes_for_the_memory_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lane_programs, "device_bytes", lambda: 1000)
     trial = trainer(tmp_path, SharedPrograms(), None, **TRIALS[0])
-    assert step_seconds(trial, most=8) == {}
+    with pytest.raises(UserError, match=r"A trial needs .* GiB, .* Lower --batch_size\."):
+        step_seconds(trial, most=8)
     program, steps = trial.build().program, trial.total_steps
     numbers = placed(numbers_of(trial.run, steps), program.mesh)
     with pytest.raises(UserError, match=r"2 trials side by side need .* smaller number to --vec"):

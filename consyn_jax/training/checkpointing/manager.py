@@ -6,7 +6,6 @@ Orbax writes and reads the arrays, and `commit` names them (docs/design/checkpoi
 from __future__ import annotations
 
 import json
-import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -100,9 +99,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._outcome: str | BaseException | None = None  # the error of the background thread
         self._exchange = Exchange()
-        self._unraisable = sys.unraisablehook
-        if not isinstance(self._unraisable, WithoutAbandonedWork):  # of another run beside this one
-            sys.unraisablehook = WithoutAbandonedWork(self._unraisable)
+        self._hook = WithoutAbandonedWork.install(self)
         found: list[int] = []
         if reason := self._exchange.on_first(lambda: found.extend(saved_steps(self.directory))):
             raise UserError(f"{self.directory} cannot be read: {reason}.")
@@ -226,8 +223,8 @@ class Checkpoints:
                 self._handler.close()
             if self._has_abandoned_work or self.saving:
                 outlast_abandoned_work()
-            elif not isinstance(self._unraisable, WithoutAbandonedWork):
-                sys.unraisablehook = self._unraisable
+            else:
+                self._hook.remove(self)
 
     def _not_written(self, step: int, reason: str) -> str:
         newest = f"The newest is that of step {self._steps[-1]}" if self._steps else ""

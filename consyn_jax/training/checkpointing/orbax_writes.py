@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -132,6 +133,22 @@ class WithoutAbandonedWork:
 
     def __init__(self, report: Callable[[Any], None]) -> None:
         self._report = report
+        self._users = weakref.WeakSet[Any]()
+
+    @classmethod
+    def install(cls, user: object) -> WithoutAbandonedWork:
+        """Install the hook, or share the one that runs beside this one have installed."""
+        hook = sys.unraisablehook
+        found = hook if isinstance(hook, cls) else cls(hook)
+        found._users.add(user)
+        sys.unraisablehook = found
+        return found
+
+    def remove(self, user: object) -> None:
+        """Put the earlier hook back, unless there are other users."""
+        self._users.discard(user)
+        if not self._users and sys.unraisablehook is self:
+            sys.unraisablehook = self._report
 
     def __call__(self, unraisable: Any) -> None:
         """Report an error that Python cannot raise."""

@@ -40,8 +40,11 @@ class GradientNoise:
 
     @property
     def scale(self) -> float | None:
-        """The noise scale in tokens; None if the signal is lost in the noise."""
-        return self.noise / self.signal if self.signal > 0 else None
+        """The noise scale in tokens; None if the signal is lost in the noise, or there is none.
+
+        Micro-batches that all have the whole of a tiny text differ by rounding alone.
+        """
+        return self.noise / self.signal if min(self.signal, self.noise) > 0 else None
 
 
 def gradient_noise(

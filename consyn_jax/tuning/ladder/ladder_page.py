@@ -14,6 +14,7 @@ from consyn_jax.training.logging.charts import CHART_STYLE
 from consyn_jax.training.logging.formats import compact, decimals
 from consyn_jax.tuning.ladder.ladder_results import (
     BEST_HEAD,
+    NEXT,
     POINT_HEAD,
     PREDICTION_HEAD,
     LadderResults,
@@ -59,7 +60,10 @@ def ladder_page(results: LadderResults, title: str, doubts: Sequence[str]) -> st
         commands = escape("\n".join(map(command, results.best)))
         head = "<h2>Best size for a budget</h2>"
         rows = _table(BEST_HEAD, map(best_row, results.best))
-        best = f"<section>{head}{rows}<pre>{commands}</pre></section>"
+        best = (
+            f"<section>{head}{rows}<p class='plain'>{escape(NEXT)}</p><pre>{commands}</pre>"
+            "</section>"
+        )
     sections = [
         _tiles(results),
         said,

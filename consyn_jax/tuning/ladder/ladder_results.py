@@ -24,6 +24,7 @@ class LadderResults:
         tokens_per_step: of all runs.
         predicted: verse, stanza and epic, for each budget.
         best: the best size for each budget of FLOPs.
+        left_out: losses of runs of few steps, which the fit does not use.
     """
 
     forecast: Forecast
@@ -31,6 +32,7 @@ class LadderResults:
     tokens_per_step: int
     predicted: Sequence[Prediction]
     best: Sequence[Prediction]
+    left_out: Sequence[LossPoint] = ()
 
     @property
     def largest_flops(self) -> float:
@@ -62,12 +64,13 @@ POINT_HEAD = ["parameters", "tokens", "FLOPs", "eval/loss", "fitted", "critical 
 
 
 def point_rows(results: LadderResults) -> list[list[str]]:
-    """The end of each run: measured, and fitted.
+    """The end of each run: measured, and fitted unless the fit left it out.
 
     The critical batch of a run was measured where its rate began to decay.
     """
     forecast, rows = results.forecast, []
-    for point in forecast.points:
+    points = [*forecast.points, *results.left_out]
+    for point in sorted(points, key=lambda p: (p.parameters, p.tokens)):
         batch = batch_of(point, forecast.batches)
         fitted = forecast.law.loss(point.parameters, point.tokens)
         flops = point.tokens * results.flops[point.parameters]
@@ -77,7 +80,7 @@ def point_rows(results: LadderResults) -> list[list[str]]:
                 compact(point.tokens),
                 f"{flops:.2e}",
                 decimals(point.loss),
-                decimals(float(fitted)),
+                "left out" if point in results.left_out else decimals(float(fitted)),
                 "" if batch is None else compact(batch),
             ]
         )
@@ -128,11 +131,14 @@ def between(values: tuple[float, float]) -> str:
     return f"{decimals(values[0])} to {decimals(values[1])}"
 
 
+NEXT = "Next, with the data and the recipe of this ladder:"
+
+
 def command(found: Prediction) -> str:
-    """The command that trains the best size for a budget."""
+    """The command that trains the best size for a budget, without data and recipe."""
     words = [f"--{name} {value}" for name, value in found.target.shape.flags.items()]
     return (
-        f"consyn-train --model {found.target.name} {' '.join(words)} "
+        f"consyn-train --model {found.target.name} {' '.join(words)} --scheduler wsd "
         f"--total_tokens {found.tokens:.3g}"
     )
 
@@ -145,18 +151,18 @@ def notes(results: LadderResults) -> list[str]:
     if distance > FAR:
         said.append(
             f"The largest prediction is for {compact(distance)} times the FLOPs of the largest "
-            "run. Treat it as a guess; its interval covers the fit alone."
+            "run. Treat it as a guess: its interval covers only the noise of the fit."
         )
     batches, size = results.forecast.batches, results.tokens_per_step
     noisy = sum(batch.scale < size for batch in batches)
     if noisy:
         said.append(
             f"A step has {size:,} tokens, more than the critical batch of {noisy} of "
-            f"{len(batches)} runs, which so learned less from their tokens than they could. Lower "
+            f"{len(batches)} runs, so these learned less from their tokens than they could. Lower "
             "--batch_size."
         )
     if results.forecast.batch is None:
-        said.append("Too few noise scales were above zero to say what batch is large enough.")
+        said.append("Too few measurements found a gradient above its noise for a critical batch.")
     return said
 
 
@@ -171,14 +177,17 @@ def as_json(results: LadderResults) -> dict[str, Any]:
         "law": asdict(forecast.law),
         "law_intervals": constants,
         "median_error": forecast.error,
-        "points": [
-            asdict(p) | {"flops": p.tokens * results.flops[p.parameters]} for p in forecast.points
-        ],
+        "points": [_point(found, results) for found in forecast.points],
+        "left_out": [_point(found, results) for found in results.left_out],
         "critical_batch": None if forecast.batch is None else asdict(forecast.batch),
         "noise_scales": [asdict(b) for b in forecast.batches],
         "predicted": [_prediction(found) for found in results.predicted],
         "best": [_prediction(found) | {"command": command(found)} for found in results.best],
     }
+
+
+def _point(found: LossPoint, results: LadderResults) -> dict[str, float]:
+    return asdict(found) | {"flops": found.tokens * results.flops[found.parameters]}
 
 
 def _prediction(found: Prediction) -> dict[str, Any]:

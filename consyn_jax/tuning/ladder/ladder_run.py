@@ -17,21 +17,28 @@ from consyn_jax.model.arithmetic import train_flops_per_token
 from consyn_jax.training.logging.console import Console, show
 from consyn_jax.training.logging.formats import compact, decimals
 from consyn_jax.training.optim.schedules import count_steps
+from consyn_jax.training.run.lock import check_free
 from consyn_jax.training.trainer import ConsynTrainer
 from consyn_jax.tuning.ladder.critical_batch import BatchPoint
 from consyn_jax.tuning.ladder.ladder_options import parse_budgets, parse_sizes
 from consyn_jax.tuning.ladder.ladder_page import ladder_page
-from consyn_jax.tuning.ladder.ladder_results import LadderResults, as_json, command, notes, table
+from consyn_jax.tuning.ladder.ladder_results import (
+    NEXT,
+    LadderResults,
+    as_json,
+    command,
+    notes,
+    table,
+)
 from consyn_jax.tuning.ladder.model_family import ladder_shapes, model_of
 from consyn_jax.tuning.ladder.predictions import Forecast
 from consyn_jax.tuning.ladder.rung_run import ORIGIN, RungRun, with_intervals
 from consyn_jax.tuning.ladder.rungs import Rung, plan_rung
-from consyn_jax.tuning.ladder.scaling_law import DRAWS, FEW_STEPS, long_enough
+from consyn_jax.tuning.ladder.scaling_law import DRAWS, FEW_STEPS, can_fit, long_enough
 from consyn_jax.tuning.tune_options import TuneConfig, scaled_run
 from consyn_jax.tuning.varied_run import Settings, VariedRun
 
 SIZES, PAGE, JSON = "sizes", "ladder.html", "ladder.json"
-SAVE_MINUTES = 5.0  # between checkpoints of a run, unless a flag says otherwise
 PASSES = 4  # up to which repeated data is nearly as good as new (Muennighoff et al., 2023)
 
 
@@ -44,7 +51,8 @@ class Ladder:
         trainer_inputs: keywords of a trainer of such a run.
 
     Raises:
-        UserError: the budget is too small, or there is no evaluation data.
+        UserError: the budget is too small, there is no evaluation data, or the ladder to delete is
+            in use by another process.
     """
 
     def __init__(
@@ -67,10 +75,10 @@ class Ladder:
         given = origins["epochs"] != "default"
         epochs = self.run_config.budget.epochs if given else None
         sequences = trainer.train_source.sequences
-        most = _most_steps(self.run_config, epochs, sequences)
+        self.most_steps = _most_steps(self.run_config, epochs, sequences)
         assert self.options.ladder is not None
         self.rungs = [
-            plan_rung(self.run_config, shape, self.options.tokens_per_parameter, most)
+            plan_rung(self.run_config, shape, self.options.tokens_per_parameter, self.most_steps)
             for shape in ladder_shapes(self.run_config.model, parse_sizes(self.options.ladder))
         ]
         self.passes = math.nan
@@ -98,9 +106,21 @@ class Ladder:
         return results
 
     def results(self) -> LadderResults:
-        """The fit and its predictions, from all runs that have ended."""
+        """The fit and its predictions, from all runs that have ended.
+
+        Raises:
+            UserError: too few of them have a loss.
+        """
         measured = [point for rung in self.runs for point in rung.points()]
-        points = long_enough(measured, self.rungs[0].tokens_per_step)
+        if not can_fit(measured):
+            raise UserError(
+                f"Only {len(measured)} of {sum(len(rung.paths) for rung in self.runs)} runs have a "
+                "loss at their last step, too few to fit a curve. If a callback ended the others, "
+                "leave it out, and begin again with --overwrite."
+            )
+        tokens = self.rungs[0].tokens_per_step
+        points = long_enough(measured, tokens)
+        left_out = [point for point in measured if point not in points]
         length = self.run_config.length
         forecast = Forecast(points, self._batches(), self.vocab_size, length, DRAWS)
         budgets = parse_budgets(self.options.predict)
@@ -110,8 +130,7 @@ class Ladder:
         if not budgets:
             flops = [found.flops for found in predicted]
         best = [forecast.best(each) for each in flops]
-        tokens = self.rungs[0].tokens_per_step
-        return LadderResults(forecast, self._flops(), tokens, predicted, best)
+        return LadderResults(forecast, self._flops(), tokens, predicted, best, left_out)
 
     def _batches(self) -> list[BatchPoint]:
         """The noise scales of all sizes, where the signal was above the noise."""
@@ -138,7 +157,7 @@ class Ladder:
 
         def settings(values: Mapping[str, Any]) -> Settings:
             run, origins = self.varied.with_values(values)
-            run = with_intervals(run, self.run_config.evaluation.eval_steps, SAVE_MINUTES)
+            run = with_intervals(run)
             quiet = run.logging.quiet or not sys.stderr.isatty()
             run = replace(run, logging=replace(run.logging, quiet=quiet))
             return run, origins | dict.fromkeys(values, ORIGIN)
@@ -165,7 +184,14 @@ class Ladder:
 
     def _notes(self) -> list[str]:
         """Sentences about the plan, known before the first run."""
-        said = []
+        said = list[str]()
+        largest, ratio = self.rungs[-1], self.options.tokens_per_parameter
+        if ratio * largest.parameters > self.most_steps * largest.tokens_per_step:
+            said.append(
+                f"--tokens_per_parameter is {ratio:g}, and the largest size gets only "
+                f"{largest.tokens[-1] / largest.parameters:.3g}, as --max_steps, --total_tokens or "
+                "--epochs ends its runs. To train longer, leave these out, of --config too."
+            )
         if self.passes > 1:
             worth = (
                 f"up to about {PASSES} passes, repeated data is nearly as good as new."
@@ -212,7 +238,7 @@ class Ladder:
         with Console(quiet=self.quiet) as console:
             for sentence in notes(results):
                 console.note(sentence)
-            lines = ["Next:", f"  {command(results.best[0])}"] if results.best else []
+            lines = [NEXT, f"  {command(results.best[0])}"] if results.best else []
             where = f"Everything is in {self.output}: {PAGE}, {JSON}, {SIZES}/."
             console.finish([*lines, where])
 
@@ -226,6 +252,12 @@ def _most_steps(run: RunConfig, epochs: float | None, sequences: int | None) -> 
 
 
 def delete_ladder(output: Path) -> None:
-    """Delete only what a ladder has written to its directory."""
+    """Delete only what a ladder has written to its directory.
+
+    Raises:
+        UserError: another process trains one of its sizes.
+    """
+    for path in filter(Path.is_dir, sorted((output / SIZES).glob("*"))):
+        check_free(path)
     for name in (PAGE, JSON, SIZES):
         remove(output / name)

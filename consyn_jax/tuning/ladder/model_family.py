@@ -91,7 +91,8 @@ def scaled(options: ModelOptions, parameters: float) -> Shape:
 
 
 def _candidates(options: ModelOptions, base: Shape, parameters: float) -> Iterator[Shape]:
-    """Shapes of about a size: all widths up to twice the ideal one, with the depths that fit."""
+    """The base, and all widths up to twice the ideal one, with the depths that fit the size."""
+    yield base
     group = base.num_heads // base.num_kv_heads
     whole = num_body_parameters(model_of(options, base))
     ideal = base.hidden_dim * (parameters / whole) ** (1 / 3)

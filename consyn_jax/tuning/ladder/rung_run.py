@@ -16,6 +16,7 @@ from consyn_jax.config_file import DERIVED
 from consyn_jax.errors import UserError
 from consyn_jax.files import remove, write_whole
 from consyn_jax.flags import flat
+from consyn_jax.training.checkpointing.checkpoint_files import saved_steps
 from consyn_jax.training.checkpointing.manager import Checkpoints
 from consyn_jax.training.diagnostics.gradient_noise import GradientNoise, measured_noise
 from consyn_jax.training.logging.metrics import metrics_of
@@ -31,6 +32,7 @@ from consyn_jax.tuning.varied_run import Settings
 NOISE = "gradient_noise.json"  # in the longest run: the measurements by step
 METRIC = "eval/loss"
 BUDGETS = {"epochs", "max_steps", "total_tokens"}  # which may differ, as the steps are compared
+SAVE_MINUTES = 5.0  # between checkpoints of a run, unless a flag says otherwise
 ORIGIN = "ladder"  # of values that a size sets
 
 
@@ -86,25 +88,22 @@ class RungRun:
             UserError: the directory holds a run with other flags or data.
         """
         try:
-            if is_finished(self.path):
+            if is_finished(self.path) or saved_steps(self.path / CHECKPOINTS):
                 self._check_same()
-            else:
+            if not is_finished(self.path):
                 self._whole.train()
-            if self.is_done:
-                return
             for start in self.rung.starts:
                 self._measure_noise(start)
-            for start in self.rung.starts[:-1]:
-                branch = self._trainer(start)
-                if not is_finished(run_path(branch.run)):
-                    branch.train()
+            for start, path in zip(self.rung.starts[:-1], self.paths[:-1], strict=True):
+                if not is_finished(path):
+                    self._trainer(start).train()
         except UserError as error:
             raise UserError(f"Size of {self.rung.parameters:,} parameters: {error}") from error
         for path in self.paths:  # states that no run goes on from
             remove(path / CHECKPOINTS)
 
     def _check_same(self) -> None:
-        """Check that the longest run, which has ended, is the one of these flags and data.
+        """Check that the longest run, which has begun, is the one of these flags and data.
 
         Raises:
             UserError: it is another one.
@@ -159,8 +158,9 @@ class RungRun:
             ) from error
 
     def _measure_noise(self, step: int) -> None:
+        """Measure the noise after a step, unless it is measured or its checkpoint is gone."""
         found = self.noise()
-        if step in found:
+        if step in found or step not in saved_steps(self.path / CHECKPOINTS):
             return
         trainer, program = self._whole, self._whole_program
         checkpoints = Checkpoints(self.path / CHECKPOINTS)
@@ -217,11 +217,11 @@ def is_finished(path: Path) -> bool:
     return any(line.get("event") == "finish" for line in metrics_of(path))
 
 
-def with_intervals(run: RunConfig, eval_steps: int | None, save_minutes: float) -> RunConfig:
+def with_intervals(run: RunConfig) -> RunConfig:
     """Return the run, saved by the clock, too, and evaluated at its end without `--eval_steps`."""
-    steps = run.budget.max_steps if eval_steps is None else eval_steps
-    saving = run.saving
+    saving, evaluation = run.saving, replace(run.evaluation, load_best_model_at_end=False)
     if saving.save_minutes is None:
-        saving = replace(saving, save_minutes=save_minutes)
-    evaluation = replace(run.evaluation, eval_steps=steps, load_best_model_at_end=False)
+        saving = replace(saving, save_minutes=SAVE_MINUTES)
+    if evaluation.eval_steps is None:
+        evaluation = replace(evaluation, eval_steps=run.budget.max_steps)
     return replace(run, evaluation=evaluation, saving=saving)

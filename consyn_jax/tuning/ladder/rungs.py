@@ -69,20 +69,21 @@ def plan_rung(run: RunConfig, shape: Shape, tokens_per_parameter: float, most_st
     parameters = num_body_parameters(model_of(run.model, shape))
     tokens = budget.batch_size * budget.gradient_accumulation_steps * run.row_length
     steps = min(math.ceil(tokens_per_parameter * parameters / tokens), most_steps)
-    first = math.floor(steps * (1 - options.decay_ratio) / _PARTS)
-    fewest = math.ceil(FEWEST_STEPS * _PARTS)
-    if first < math.ceil(FEWEST_STEPS * (1 - options.decay_ratio)):
+    stable = 1 - options.decay_ratio  # the share of a run before its decay
+    first = math.floor(steps * stable / _PARTS)
+    if first < (fewest := math.ceil(FEWEST_STEPS * stable)):
         raise UserError(
             f"The budget of the size of {parameters:,} parameters is {steps:,} steps of {tokens:,} "
-            f"tokens, and its {LENGTHS} runs need {fewest}. Lower --batch_size, or raise "
-            "--tokens_per_parameter or the budget."
+            f"tokens, and its {LENGTHS} runs need {math.ceil(fewest * _PARTS / stable)}. Lower "
+            "--batch_size, or raise --tokens_per_parameter or the budget."
         )
     starts = tuple(first * 2**power for power in range(LENGTHS))
     ends = tuple(decay_end(start, options.decay_ratio) for start in starts)
     warmup = warmup_length(ends[-1], options.warmup_steps, options.warmup_ratio)
     if warmup > first:
+        flag = "warmup_ratio" if options.warmup_steps is None else "warmup_steps"
         raise UserError(
             f"Warm-up of {warmup} steps is longer than the shortest run of the size of "
-            f"{parameters:,} parameters, whose rate decays after {first}. Lower --warmup_steps."
+            f"{parameters:,} parameters, whose rate decays after {first}. Lower --{flag}."
         )
     return Rung(shape, parameters, starts, ends, tokens)

@@ -19,6 +19,7 @@ EXPONENTS = np.geomspace(0.05, 1.6, 11)  # of which all pairs are tried as start
 STARTS, STARTS_OF_A_DRAW = 6, 2  # the best of them, from which the fit goes on
 LOWEST_EXPONENT, HIGHEST_EXPONENT = 0.01, 2.0
 FEWEST_SIZES, FEWEST_POINTS = 3, 6  # a law has five constants
+FEWEST_LEFT = 8  # points without those of few steps; draws of fewer hardly differ
 FEW_STEPS = 100  # below which losses were far from the curve (benchmarks/ladder.py)
 DRAWS = 200
 COVERED = (0.05, 0.95)  # of the bootstrap's values are within an interval
@@ -153,7 +154,7 @@ def long_enough(points: Sequence[LossPoint], tokens_per_step: int) -> list[LossP
     The loss of a shorter run says more about the number of steps than about its tokens.
     """
     found = [point for point in points if point.tokens >= FEW_STEPS * tokens_per_step]
-    return found if can_fit(found) else list(points)
+    return found if can_fit(found) and len(found) >= FEWEST_LEFT else list(points)
 
 
 def fit(points: Sequence[LossPoint]) -> ScalingLaw:

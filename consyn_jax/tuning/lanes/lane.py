@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from consyn_jax.errors import Interrupted
+from consyn_jax.errors import CONTINUES, Interrupted
 from consyn_jax.training.runtime.memory import explain_out_of_memory
 from consyn_jax.training.runtime.signals import Signals
 
@@ -145,7 +145,8 @@ def _interruption(signal: str, lanes: Sequence[Lane]) -> BaseException:
     stopped = [lane.error for lane in lanes if lane.error is not None]
     if len(stopped) == 1:
         return stopped[0]
+    if not stopped:
+        return Interrupted(f"{signal}: no trial was under way. The same command goes on.")
     return Interrupted(
-        f"{signal}: {len(stopped)} trials were under way, and the state of each that had begun is "
-        "saved. Run the same command again to continue."
+        f"{signal}: {len(stopped)} trials were under way. With the same command, each {CONTINUES}."
     )

@@ -170,9 +170,12 @@ def lanes_step(
         lowered = _lowered(program, numbered_step(program, run), arguments, lanes, places)
         compiled = lowered.compile()
         if (needs := step_memory(compiled).total) > limit:
+            who, remedy = "A trial needs", "Lower --batch_size."
+            if lanes > 1:
+                who = f"{lanes} trials side by side need"
+                remedy = "Give a smaller number to --vectorize, or auto."
             raise UserError(
-                f"{lanes} trials side by side need {needs / GIB:.1f} GiB, and a device has "
-                f"{limit / GIB:.1f}. Give a smaller number to --vectorize, or auto."
+                f"{who} {needs / GIB:.1f} GiB, and a device has {limit / GIB:.1f}. {remedy}"
             )
         return LanesStep(compiled, lanes, state)
 
@@ -225,6 +228,9 @@ def step_seconds(trainer: TrialTrainer, most: int) -> dict[int, float]:
     Args:
         trainer: of any trial.
         most: lanes that there is work for.
+
+    Raises:
+        UserError: the device has too little memory for one.
     """
     run, steps, found = trainer.run, trainer.total_steps, dict[int, float]()
     program, lanes = trainer.build().program, 1
@@ -237,6 +243,8 @@ def step_seconds(trainer: TrialTrainer, most: int) -> dict[int, float]:
                 parameters = (trainer.parameters(program.mesh) for _ in range(lanes))
                 found[lanes] = _fastest(step, [program.initial_state(p) for p in parameters], batch)
         except UserError:  # the memory of the device
+            if lanes == 1:
+                raise
             break
         if not pays(found, lanes):
             break

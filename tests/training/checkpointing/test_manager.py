@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from consyn_jax.training.checkpointing import commit
 from consyn_jax.training.checkpointing import manager as module
 from consyn_jax.training.checkpointing.checkpoint_files import damage, file_hash, file_names
 from consyn_jax.training.checkpointing.manager import Checkpoints
-from consyn_jax.training.checkpointing.orbax_writes import refusal
+from consyn_jax.training.checkpointing.orbax_writes import WithoutAbandonedWork, refusal
 from consyn_jax.training.checkpointing.ownership import RunRecord
 from consyn_jax.training.step import TrainState
 
@@ -671,6 +672,21 @@ def test_closing_waits(tmp_path: Path) -> None:
     checkpoints.close()
     assert (tmp_path / "1" / "CHECKSUMS").exists()
     assert time.monotonic() - began < 60
+
+
+def test_a_run_that_ends_leaves_the_hook_to_those_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sys.__unraisablehook__
+    monkeypatch.setattr(sys, "unraisablehook", before)
+    first, second = Checkpoints(tmp_path / "1"), Checkpoints(tmp_path / "2")
+    first.close()
+    assert isinstance(sys.unraisablehook, WithoutAbandonedWork)
+    third = Checkpoints(tmp_path / "3")
+    second.close()
+    assert isinstance(sys.unraisablehook, WithoutAbandonedWork)
+    third.close()
+    assert sys.unraisablehook is before
 
 
 def test_a_step_that_is_being_saved_is_not_saved_twice(checkpoints: Checkpoints) -> None:

@@ -55,5 +55,8 @@ def test_many_micro_batches_give_the_scale() -> None:
     assert found.scale == pytest.approx(NOISE / SIGNAL, rel=0.1)
 
 
-def test_a_signal_below_zero_gives_no_scale() -> None:
-    assert GradientNoise(-0.1, 1.0).scale is None
+@pytest.mark.parametrize(("signal", "noise"), [(-0.1, 1.0), (0.1, 0.0), (0.1, -1e-9)])
+def test_a_signal_or_noise_that_is_not_above_zero_gives_no_scale(
+    signal: float, noise: float
+) -> None:
+    assert GradientNoise(signal, noise).scale is None

@@ -78,6 +78,7 @@ def test_the_best_size_is_that_of_the_closed_form(results: LadderResults) -> Non
 def test_the_command_trains_the_best_size(results: LadderResults) -> None:
     config, _, _ = read_arguments([*command(results.best[0]).split()[1:], "--data", "x"])
     assert config.model.hidden_dim == results.best[0].target.shape.hidden_dim
+    assert config.optimizer.scheduler == "wsd"
     assert config.budget.total_tokens == pytest.approx(results.best[0].tokens, rel=0.01)
 
 
@@ -88,6 +89,15 @@ def test_the_table_has_all_of_it(results: LadderResults) -> None:
     assert lines[1].split()[-1] == "1.34k"  # the critical batch: 3 x (0.8 x 250,000)^0.5
     assert any(line.startswith("loss = 1.69 + 406 / N^0.34 + 411 / D^0.28") for line in lines)
     assert sum(line.startswith(("verse", "stanza", "epic")) for line in lines) == 3
+
+
+def test_runs_that_the_fit_leaves_out_are_shown_as_well(results: LadderResults) -> None:
+    short = LossPoint(1e5, 1e5, 5.4321)
+    whole = replace(results, left_out=[short])
+    assert list(table(whole))[1].split()[-3:] == ["5.4321", "left", "out"]
+    (found,) = as_json(whole)["left_out"]
+    assert (found["loss"], found["flops"]) == (5.4321, 1e5 * results.flops[1e5])
+    assert len(as_json(whole)["points"]) == 16
 
 
 def test_notes_say_what_makes_predictions_doubtful(results: LadderResults) -> None:
@@ -106,6 +116,7 @@ def test_json_and_page_show_the_same(results: LadderResults) -> None:
     page = ladder_page(results, "Ladder a<b", ["A doubt."])
     assert "Ladder a&lt;b" in page
     assert "A doubt." in page
+    assert "with the data and the recipe of this ladder" in page
     assert len(re.findall(r'<circle class="best"', page)) == 32  # losses and noise scales
     for heading in ("Loss", "Predictions", "Best size for a budget", "Critical batch", "Runs"):
         assert f"<h2>{heading}</h2>" in page

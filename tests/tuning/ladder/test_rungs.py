@@ -1,6 +1,7 @@
 """The sizes of a ladder, and the runs of each."""
 
 import itertools
+import re
 
 import pytest
 
@@ -38,6 +39,11 @@ def test_sizes_double_up_to_the_model_and_keep_its_heads(model: str) -> None:
         assert shape.num_heads / shape.num_kv_heads == whole.num_heads / whole.num_kv_heads
         ratio = shape.mlp_dim / shape.hidden_dim / (whole.mlp_dim / whole.hidden_dim)
         assert ratio == pytest.approx(1, abs=0.05)
+
+
+def test_the_largest_size_is_the_model_itself_whatever_its_flags() -> None:
+    options = run_of(mlp_dim=200, num_layers=9).model
+    assert ladder_shapes(options, 3)[-1] == shape_of(options)
 
 
 def test_any_size_is_met_within_a_quarter() -> None:
@@ -83,5 +89,18 @@ def test_a_budget_too_small_for_the_runs_is_refused() -> None:
     run = run_of()
     with pytest.raises(UserError, match=r"is 39 steps of 2,048 tokens, and its 4 runs need 40\. "):
         plan_rung(run, shape_of(run.model), 20, 39)
-    with pytest.raises(UserError, match="Warm-up of 11 steps is longer than the shortest run"):
+    with pytest.raises(UserError, match=r"Warm-up of 11 steps .* after 10. Lower --warmup_steps\."):
         plan_rung(run_of(warmup_steps=11), shape_of(run.model), 20, 100)
+    with pytest.raises(UserError, match=r"Warm-up of 20 steps .* after 10. Lower --warmup_ratio\."):
+        plan_rung(run_of(warmup_ratio=0.2), shape_of(run.model), 20, 100)
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.1, 0.3, 0.5, 0.9])
+def test_the_budget_that_is_asked_for_is_the_smallest_that_suffices(ratio: float) -> None:
+    run = run_of(decay_ratio=ratio, warmup_steps=0)
+    with pytest.raises(UserError) as refused:
+        plan_rung(run, shape_of(run.model), 20, 1)
+    (needed,) = re.findall(r"need (\d+)\.", str(refused.value))
+    assert plan_rung(run, shape_of(run.model), 20, int(needed)).ends[0] >= 5
+    with pytest.raises(UserError, match=f"need {needed}"):
+        plan_rung(run, shape_of(run.model), 20, int(needed) - 1)
