@@ -17,7 +17,7 @@ from typing import Any
 
 from consyn_jax.errors import UserError, parse_fault
 from consyn_jax.files import open_regular
-from consyn_jax.training.checkpointing.checkpoint_files import PROVENANCE
+from consyn_jax.training.checkpointing.checkpoint_files import PROVENANCE, is_hollow
 from consyn_jax.training.provenance.code_files import (
     code_digests,
     combined,
@@ -153,10 +153,14 @@ def made_with(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def digests_of(directory: Path, leave_out: Collection[Path] = ()) -> dict[str, str]:
-    """SHA-256 of the files in a directory, by name; hidden ones are left out, too."""
+    """SHA-256 of the files in a directory, by name.
+
+    Hidden files are left out, too, and large sparse ones, which no run writes.
+    """
     found = {}
     for file in sorted(directory.rglob("*")):
-        if file.is_file() and not file.name.startswith(".") and file not in leave_out:
+        is_left_out = file.name.startswith(".") or file in leave_out
+        if not is_left_out and file.is_file() and not is_hollow(file):
             with open(file, "rb", opener=open_regular) as opened:
                 digest = hashlib.file_digest(opened, "sha256").hexdigest()
             found[file.relative_to(directory).as_posix()] = digest

@@ -20,7 +20,7 @@ from consyn_jax.training.checkpointing.checkpoint_files import file_hash
 from consyn_jax.training.checkpointing.ownership import RunRecord
 from consyn_jax.training.diagnostics.logged_step import RepeatedRun, _compared
 from consyn_jax.training.provenance import code_files
-from consyn_jax.training.provenance.run_facts import RunFacts, record_code
+from consyn_jax.training.provenance.run_facts import RunFacts, digests_of, record_code
 from consyn_jax.training.provenance.verification import verify_directory
 from consyn_jax.training.run.model_manifest import seal
 
@@ -394,3 +394,10 @@ def test_the_steps_before_a_repeated_one_are_counted() -> None:
     assert "disagree with the log by up to 0.5" in _verdict(RepeatedRun(8, worse, {}), [])[1]
     silent = _verdict(RepeatedRun(8, [*steps[:2], _compared(12, None, values)], {}), [])[1]
     assert "did not log step 12; the steps before it that it logged (9, 10) agree" in silent
+
+
+def test_a_large_sparse_file_is_not_hashed(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with (tmp_path / "z.npy").open("wb") as file:
+        file.truncate(1 << 32)
+    assert list(digests_of(tmp_path)) == ["tokenizer.json"]
