@@ -9,13 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
+from tiny_trials import MODEL, ROWS
 
 from consyn_jax.cli import tune
 from consyn_jax.errors import Diverged, Interrupted, UserError
 from consyn_jax.model import ConsynLMHeadModel
-from consyn_jax.model_config import ModelConfig
 from consyn_jax.training.logging.tracking.callbacks import RunView
 from consyn_jax.tuning.lanes import lane_programs
 from consyn_jax.tuning.lanes.lane import Lane, run_lanes
@@ -25,18 +24,6 @@ from consyn_jax.tuning.study_run import Tuning
 from consyn_jax.tuning.trial_trainer import TrialTrainer
 from consyn_jax.tuning.varied_run import VariedRun
 
-MODEL = ModelConfig(
-    vocab_size=64,
-    hidden_dim=16,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=8,
-    mlp_dim=32,
-    context=32,
-    eos_token_id=0,
-)
-ROWS = np.random.default_rng(0).integers(1, 64, (64, 16))
 LANES = 3
 COMPILED = "/jax/core/compile/backend_compile_duration"
 # Every number that is an argument of the program. The second is ended, the third diverges.

@@ -7,28 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from tiny_trials import MODEL, ROWS
 
 from consyn_jax.errors import Interrupted
 from consyn_jax.model import ConsynLMHeadModel
-from consyn_jax.model_config import ModelConfig
 from consyn_jax.training.logging.tracking.callbacks import RunView
 from consyn_jax.tuning.shared_programs import SharedPrograms
 from consyn_jax.tuning.trial_trainer import TrialTrainer
-
-MODEL = ModelConfig(
-    vocab_size=64,
-    hidden_dim=16,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=8,
-    mlp_dim=32,
-    context=32,
-    eos_token_id=0,
-)
-ROWS = np.random.default_rng(0).integers(1, 64, (64, 16))
 
 
 def trainer(path: Path, shared: SharedPrograms, **settings: Any) -> TrialTrainer:
