@@ -1,4 +1,4 @@
-"""Types of what was read from JSON, compared with the annotations of a dataclass."""
+"""Check the types of values that were read from JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_types(value: Any) -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type, with all that is in it.
+    """Whether a value is of a type, and so are the values in it.
 
     >>> fits({"a": [1, 2]}, dict[str, list[int]]), fits({"a": [1, "2"]}, dict[str, list[int]])
     (True, False)

@@ -19,7 +19,7 @@ from consyn_jax.tuning.study_directory import JOURNAL, STUDY, TRIALS_DIRECTORY
 from consyn_jax.tuning.study_results import OUTCOME, OUTCOMES, STEP, STEPS
 
 LOCK = JOURNAL + ".lock"  # Optuna's: a link to the journal
-LEFT_S = 1.0  # seconds after which a lock that is no link to the journal is one that was left
+LEFT_S = 1.0  # seconds; a lock that is no link to the journal, and still there then, is stale
 AGAIN = "Put a good copy of it there, or delete the study with --overwrite."
 
 
@@ -111,11 +111,11 @@ def cut_torn_line(file: Path, lock: Any) -> None:
 
 
 def check_trials(trials: Sequence[Any], space: Sequence[Dimension], place: str) -> None:
-    """Check what a storage says of trials, as Optuna takes any values.
+    """Check trials that were read from a storage, as Optuna accepts any values.
 
     Args:
-        trials: Optuna's.
-        place: the storage in words.
+        trials: Optuna's objects.
+        place: the storage, for the message.
 
     Raises:
         UserError: a trial has values that no study gives it.

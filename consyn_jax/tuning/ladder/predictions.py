@@ -21,8 +21,8 @@ class Prediction:
     """The loss of a model after some tokens.
 
     Attributes:
-        interval: of the loss, nine tenths of the bootstrap.
-        sizes: for the best size of a budget, where nine tenths of the bootstrap have it.
+        interval: holds the loss of nine tenths of the bootstrap.
+        sizes: for the best size of a budget, holds that of nine tenths of the bootstrap; else None.
         batch: the critical batch, in tokens; None if the noise was not measured.
     """
 

@@ -102,7 +102,7 @@ class LaneCall:
     program: LanesStep | LanesEvaluation
 
     def __call__(self, *arguments: Any) -> Any:
-        """Call it with what is this lane's, once the other lanes have come to the same place."""
+        """Call the program with this lane's arguments; it runs once all lanes have called it."""
         return self.lane.call(self.program, *arguments)
 
     def memory_analysis(self) -> Any:
@@ -115,12 +115,12 @@ class LaneCall:
 
 
 class LanePrograms(SharedPrograms):
-    """The compiled programs of a study as a trial in one of its lanes has them.
+    """The compiled programs of a study, for a trial that runs in a lane.
 
     Args:
-        shared: those of the study.
+        shared: the programs of the study.
         lanes: the number of lanes.
-        lane: the one that the trial is in.
+        lane: the lane of the trial.
     """
 
     def __init__(self, shared: SharedPrograms, lanes: int, lane: Lane) -> None:
@@ -155,9 +155,9 @@ def lanes_step(
     """The train step of a number of lanes, compiled unless a trial before had the same.
 
     Args:
-        program: of a trial, which is not compiled.
-        run: the trial.
-        numbers: those of the trial.
+        program: the program of any trial, not compiled.
+        run: the run of that trial.
+        numbers: the numbers of that trial.
 
     Raises:
         UserError: the device has too little memory.
@@ -223,7 +223,7 @@ def step_seconds(trainer: TrialTrainer, most: int) -> dict[int, float]:
     """Seconds of a step by the number of lanes.
 
     The numbers are 1, 2, 4 and so on, while each raises the steps a second by `GROWTH` and fits the
-    memory. A last one may be there that does not.
+    memory. The last one may be too slow.
 
     Args:
         trainer: of any trial.
