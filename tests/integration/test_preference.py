@@ -1,6 +1,7 @@
 """`consyn-train --objective dpo` on a real model and pairs of real text."""
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,13 @@ def command(story_model: Path, pairs: dict[str, Path], output: Path, *more: str)
         *("--max_tokens", "64", "--batch_size", "4", "--lr", "5e-5", "--eval_steps", "50"),
         *("--logging_backend", "none", "--quiet", *more),
     ]
+
+
+def test_lr_find_trains_on_pairs(story_model: Path, pairs: dict[str, Path], tmp_path: Path) -> None:
+    """Rates rise over the loss of the pairs, with the reference of the model before step 1."""
+    assert main([*command(story_model, pairs, tmp_path), "--lr_find"]) == 0
+    found = json.loads((tmp_path / "lr_find.json").read_text())
+    assert found["losses"][0] == pytest.approx(math.log(2), rel=1e-2)
 
 
 @pytest.mark.timeout(900)

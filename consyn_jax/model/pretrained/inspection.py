@@ -6,13 +6,13 @@ Tensors that do not fit are refused here by name, before any weights are read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, counted, listed
 from consyn_jax.model.pretrained.config_json import read_config
 from consyn_jax.model.pretrained.families.llama import OUTSIDE_BLOCKS
 from consyn_jax.model.pretrained.peft_files import check_adapter, is_adapter, read_adapter
@@ -61,8 +61,8 @@ def _check_types(directory: Path, found: Mapping[str, Header]) -> None:
     if other:
         name, dtype = next(iter(other.items()))
         raise UserError(
-            f"{directory} has {_count(other, 'tensor')} of a type that cannot be trained, such as "
-            f"{name} of {dtype}. Use a model in float32, bfloat16 or float16."
+            f"{directory} has {counted(len(other), 'tensor')} of a type that cannot be trained, "
+            f"such as {name} of {dtype}. Use a model in float32, bfloat16 or float16."
         )
 
 
@@ -92,7 +92,8 @@ def _check_tensors(directory: Path, config: ModelConfig, found: Mapping[str, Hea
         )
         if missing == [HEAD]:
             hint = "Set tie_word_embeddings to true in config.json if it is the input embedding."
-        raise UserError(f"{directory} lacks {_count(missing, 'tensor')}: {_few(missing)}. {hint}")
+        lacking = f"{counted(len(missing), 'tensor')}: {listed(missing)}"
+        raise UserError(f"{directory} lacks {lacking}. {hint}")
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise UserError(
@@ -102,9 +103,9 @@ def _check_tensors(directory: Path, config: ModelConfig, found: Mapping[str, Hea
     surplus = [name for name in found if name not in expected]
     if surplus:
         raise UserError(
-            f"{directory} has {_count(surplus, 'tensor')} that its config.json does not describe: "
-            f"{_few(surplus)}. Correct config.json, which has {config.num_layers} layers and "
-            f"{_biases(config)}."
+            f"{directory} has {counted(len(surplus), 'tensor')} that its config.json does not "
+            f"describe: {listed(surplus)}. Correct config.json, which has {config.num_layers} "
+            f"layers and {_biases(config)}."
         )
 
 
@@ -122,13 +123,3 @@ def _biases(config: ModelConfig) -> str:
     named = {"attention": config.qkv_bias or config.output_bias, "the MLP": config.mlp_bias}
     found = [name for name, has in named.items() if has]
     return f"biases in {' and '.join(found)}" if found else "no biases"
-
-
-def _few(names: Iterable[str]) -> str:
-    first = list(names)
-    return ", ".join(first[:3]) + (f" and {len(first) - 3} more" if len(first) > 3 else "")
-
-
-def _count(items: Iterable[object], noun: str) -> str:
-    number = len(list(items))
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -7,7 +7,7 @@ import shlex
 from typing import Any
 
 from consyn_jax.data.sources.row_formats.suggestions import flags_for, is_dialogue
-from consyn_jax.errors import parse_fault
+from consyn_jax.errors import listed, parse_fault
 
 REMEDY = "Fix the row, or give --on_bad_rows skip."
 FAULT = "\0"
@@ -131,9 +131,7 @@ def decoded(line: str) -> Any:
 
 def shown(row: dict) -> str:
     """The keys of a row, shortened if they are long or many."""
-    names = sorted(map(short, row))
-    more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
-    return (", ".join(names[:SHOWN_KEYS]) or "none") + more
+    return listed(sorted(map(short, row)), SHOWN_KEYS) or "none"
 
 
 def short(name: Any) -> str:
