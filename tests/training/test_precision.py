@@ -371,6 +371,23 @@ def test_scaling_alone_changes_no_gradient() -> None:
     }
 
 
+def test_the_scale_is_that_of_the_mean() -> None:
+    """With 100 tokens the backward pass starts at 2**16 / 100, which float16 holds."""
+
+    def objective(params: Params, batch: Batch) -> tuple[jax.Array, LossSums]:
+        nll = params["x"].astype(jnp.float16).astype(jnp.float32)
+        return nll, LossSums(nll, jnp.sum(batch["loss_mask"], dtype=jnp.float32), jnp.float32(0))
+
+    params, rule = {"x": jnp.float32(2.5)}, with_loss_scale(optax.sgd(1.0))
+    ones = jnp.ones((1, 10, 10), bool)
+    batch = {"loss_mask": ones, "labels": ones.astype(jnp.int32)}
+    after, metrics = make_scaled_train_step(objective, rule, 0.0)(
+        TrainState(jnp.int32(0), params, rule.init(params), jnp.int32(0)), batch
+    )
+    assert (float(metrics["loss_scale"]), int(metrics["skipped"])) == (2.0**16, 0)
+    assert float(after.params["x"]) == pytest.approx(2.5 - 1 / 100, rel=1e-3)
+
+
 # ----------------------------------------------------------------------- whole steps of the decoder
 
 

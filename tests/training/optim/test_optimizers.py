@@ -166,6 +166,25 @@ def decay_of(value: np.ndarray) -> float:
     return DECAY if value.ndim > 1 else 0.0
 
 
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"adafactor"}))
+def test_scale_free_rules_forget_the_size_of_gradients(name: str) -> None:
+    """muP is refused for the others. Adafactor's bound on an update is that of a whole matrix."""
+    shape = {"layers": {"q": jnp.ones((2, 8, 8))}, "embedding": jnp.ones((16, 8))}
+    axes = {"layers": {"q": ("layers", "embed", "heads")}, "embedding": ("vocab", "embed")}
+    options = resolve({"model": "haiku", "optimizer": name, "lr": 0.1})[0].optimizer
+    rule = build_optimizer(options, 0.1, axes)
+    gradients = jax.tree.map(
+        lambda x: jnp.asarray(np.random.default_rng(0).normal(size=x.shape), jnp.float32), shape
+    )
+    moves = []
+    for scale in (1.0, 100.0):
+        scaled = jax.tree.map(lambda g, scale=scale: g * scale, gradients)
+        updates, _ = rule.update(scaled, rule.init(shape), shape)
+        moves.append(np.concatenate([np.ravel(u) for u in jax.tree.leaves(updates)]))
+    is_free = np.allclose(*moves, rtol=1e-3, atol=1e-5)
+    assert is_free == OPTIMIZERS[name].scale_free
+
+
 @pytest.mark.slow
 @pytest.mark.users_compiler
 def test_adamw_is_torchs(stories: tuple[Params, list[Params], Any]) -> None:
