@@ -135,9 +135,9 @@ def test_without_a_network_the_way_out_is_named(hub: Path, monkeypatch: pytest.M
         with pytest.raises(UserError) as refused:
             attempt()
         assert str(refused.value) == (
-            "Some/Model-1 is not a directory here, and the Hugging Face Hub cannot be reached "
-            "([Errno -2] Name or service not known). Where there is a network, run `hf download "
-            "Some/Model-1 --local-dir DIR`, then give DIR instead."
+            "Some/Model-1 is not a directory, and the Hugging Face Hub cannot be reached "
+            "([Errno -2] Name or service not known). On a machine with a network, run `hf download "
+            "Some/Model-1 --local-dir DIR`, copy DIR here, and give its path."
         )
 
 

@@ -19,7 +19,8 @@ from consyn_jax.resolve import resolve
         ({"num_heads": "0"}, "--num_heads must be at least 1, not 0."),
         (
             {"head_dim": "3"},
-            "--head_dim 3 is odd, but rotary embeddings rotate pairs of elements. Make it even.",
+            "--head_dim 3 is odd, but the rotary embedding rotates pairs of elements. "
+            "Give an even number.",
         ),
         (
             {"num_kv_heads": "5"},
@@ -51,7 +52,7 @@ from consyn_jax.resolve import resolve
         ),
         (
             {"warmup_steps": "9", "max_steps": "8"},
-            "--warmup_steps 9 is more than --max_steps 8. Lower the first.",
+            "--warmup_steps 9 is more than --max_steps 8. Lower --warmup_steps.",
         ),
     ],
 )

@@ -215,7 +215,7 @@ def test_a_link_in_a_store_is_named_and_all_else_is_compared(
     finally:
         link.unlink()
     (only,) = found.differs
-    assert only.startswith(f"data: {link} is a link to {tmp_path}, outside of its directory")
+    assert only.startswith(f"data: {link} is a link to {tmp_path}, outside its directory")
     assert any(line.endswith(f"of {store}") for line in found.agrees)
 
 
