@@ -146,7 +146,7 @@ def test_a_model_that_the_hub_does_not_have(hub: Path, monkeypatch: pytest.Monke
         raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
-    with pytest.raises(UserError, match="there is no such model on the Hugging Face Hub"):
+    with pytest.raises(UserError, match="the Hugging Face Hub has no public model"):
         download("Some/Other", ["*"])
 
 
@@ -159,5 +159,5 @@ def test_a_mistyped_path_is_answered_with_what_is_there(
         choose_model(resolve({"checkpoint": "models/qwen"})[0].model)
     assert str(refused.value) == (
         "models/qwen does not exist, and as a model of the Hugging Face Hub it cannot be reached "
-        "(offline). Correct the path or the name; the directory models holds qwen3."
+        "(offline). Correct the path or the name; the directory models contains qwen3."
     )

@@ -214,11 +214,12 @@ def refused(argv: list[str], capfd: pytest.CaptureFixture[str]) -> str:
         ),
         (
             "--model run",
-            "--model run is a run, which holds several models. Use run/final or run/best.",
+            "--model run is a run directory, which contains several models. Use run/final or "
+            "run/best.",
         ),
         (
             "--checkpoint run --model haiku",
-            "--checkpoint run is a run, which holds several models.",
+            "--checkpoint run is a run directory, which contains several models.",
         ),
         (
             "--checkpoint haiku",
@@ -274,12 +275,12 @@ LLAMA = ["--max_tokens", "32", "--quiet", "--data", "good.txt"]
         ),
         (
             "--checkpoint llama",
-            "--checkpoint llama has no tokenizer (it holds config.json, model.safetensors). Name "
-            "the one that it was trained with: --tokenizer DIR, or a hub id.",
+            "--checkpoint llama has no tokenizer (its files: config.json, model.safetensors). Give "
+            "the tokenizer that it was trained with: --tokenizer and a directory or hub id.",
         ),
         (
             "--model llama",
-            "--checkpoint llama has no tokenizer (it holds config.json, model.safetensors).",
+            "--checkpoint llama has no tokenizer (its files: config.json, model.safetensors).",
         ),
         (
             "--checkpoint llama --tokenizer default",
@@ -288,11 +289,11 @@ LLAMA = ["--max_tokens", "32", "--quiet", "--data", "good.txt"]
         (
             "--checkpoint large --data /no/such",
             "The tokenizer has 301 tokens, but --checkpoint large has a vocabulary of 300. Remove "
-            "the tokens that were added to its tokenizer, or enlarge its embedding with ",
+            "the tokens that were added to the checkpoint's tokenizer, or enlarge ",
         ),
         (
             "--checkpoint own --tokenizer bytes",
-            "--tokenizer bytes does not fit --checkpoint own, which was trained with another.",
+            "--tokenizer bytes does not fit --checkpoint own, which was trained with another ",
         ),
         (
             "--checkpoint own --tokenizer train:300",

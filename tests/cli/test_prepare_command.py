@@ -78,7 +78,7 @@ class TestMessages:
         assert re.search(r"documents +100 read, 98 kept; left out: 1 too short, 1 duplicate\n", err)
         for split in ("train", "validation", "test"):
             assert re.search(
-                rf"{split} +\d+ documents, [\d,]+ tokens, 1\.00 bytes a token\n", err
+                rf"{split} +\d+ documents, [\d,]+ tokens, 1\.00 bytes per token\n", err
             ), split
         assert re.search(r"report +tokens/report\.html\n", err)
         assert err.endswith("Train on it with: consyn-train --data tokens\n")
@@ -102,7 +102,8 @@ class TestMessages:
         prepared("--data", "pairs.json", "--validation_fraction", "0")
         err = capfd.readouterr().err
         assert re.search(
-            r"train +2 documents, 35 tokens \(11 of them learned\), 1\.00 bytes a token\n", err
+            r"train +2 documents, 35 tokens \(11 of them training targets\), 1\.00 bytes per token\n",
+            err,
         )
         assert "read       1 file of JSON rows\n" in err
         assert "empty" not in err, "no validation was wanted"

@@ -347,7 +347,7 @@ def test_documents_need_no_device(run: Path, made: Path) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("tokens learned") == 2
+    assert done.stdout.count("training targets") == 2
     assert f"{made / 'b.jsonl'}, row " in done.stdout
 
 
