@@ -182,12 +182,12 @@ class TestRefusals:
             ("--output /proc/tokens", "/proc/tokens cannot be"),
             (
                 "--output corpus",
-                "--output corpus is not a token store: it holds a.txt, b.txt, picture.png. Name "
+                "--output corpus is not a token store: it contains a.txt, b.txt, picture.png. Give "
                 "another directory.",
             ),
             (
                 "--output corpus --overwrite",
-                "--output corpus is not a token store: it holds a.txt, b.txt, picture.png. Name "
+                "--output corpus is not a token store: it contains a.txt, b.txt, picture.png. Give "
                 "another directory.",
             ),
             ("--tokenizer nope", "There is no tokenizer at nope."),
@@ -211,7 +211,7 @@ class TestRefusals:
         Path("tokens").mkdir()
         Path("tokens/manifest.json").write_text('{"name": "my web page"}')
         for flags in ((), ("--overwrite",)):
-            assert "--output tokens is not a token store: it holds manifest.json." in refused(
+            assert "--output tokens is not a token store: it contains manifest.json." in refused(
                 capfd, "--data", "rows.jsonl", *flags
             )
         assert Path("tokens/manifest.json").read_text() == '{"name": "my web page"}'

@@ -276,7 +276,7 @@ def test_bytes_that_are_not_utf_8_in_rows(tmp_path: Path, name: str) -> None:
         tmp_path, name, b"\n".join(rows) if name.endswith("l") else b"[" + b",\n".join(rows) + b"]"
     )
     assert (
-        f"{path}:2 is not UTF-8 (byte 11 of the row; --invalid_utf8 replace would take it)"
+        f"{path}:2 is not UTF-8 (byte 11 of the row; --invalid_utf8 replace would repair it)"
         in refused(tmp_path, path)
     )
     skipped = run(tmp_path, path, on_bad_rows="skip")

@@ -85,7 +85,7 @@ def test_another_vocabulary_brings_its_own_ids(weights: Path) -> None:
 
 def test_a_model_never_meets_the_bundled_vocabulary_unasked(weights: Path) -> None:
     config, _ = resolve({"checkpoint": str(weights)})
-    with pytest.raises(UserError, match=r"has no tokenizer \(it holds config\.json, generation"):
+    with pytest.raises(UserError, match=r"has no tokenizer \(its files: config\.json, generation"):
         choose_tokenizer(config, choice(weights), is_store=False)
     assert choose_tokenizer(config, choice(weights), is_store=True) is None
     config, _ = resolve({"checkpoint": str(weights), "tokenizer": "bytes"})
