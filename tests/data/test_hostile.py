@@ -567,7 +567,7 @@ def test_links_in_a_circle(tmp_path: Path) -> None:
     prepared = run(tmp_path, corpus)
     assert texts(prepared) == ["text"]
     assert {Path(name).name: reason for name, reason in prepared.left_out} == {
-        "up": "is a link to a directory; name it by itself",
+        "up": "is a link to a directory; give its path to use it",
         "self": "is not a regular file",
         "nowhere": "is not a regular file",
     }
@@ -587,7 +587,7 @@ def test_links_out_of_a_directory_are_left_out_and_those_of_the_hubs_cache_are_n
     (corpus / "c.txt").symlink_to("a.txt")
     prepared = run(tmp_path, corpus)
     assert texts(prepared) == ["text"]  # c.txt is the same document
-    reason = f"is a link to {outside}, outside of it; name that by itself"
+    reason = f"is a link to {outside}, outside the directory; give that path to use it"
     assert list(prepared.left_out) == [(str(corpus / "b.txt"), reason)]
     assert texts(run(tmp_path, corpus / "b.txt")) == ["theirs"]
 

@@ -13,7 +13,7 @@ KNOWN = (
 
 
 def pattern(special_tokens: Iterable[str] = ()) -> re.Pattern[str]:
-    """A pattern that finds the known markers and the special tokens of a tokenizer.
+    """Make a pattern that finds known markers and a tokenizer's special tokens.
 
     >>> bool(pattern().search("<|im_start|>user"))
     True
