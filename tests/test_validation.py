@@ -29,8 +29,8 @@ from consyn_jax.resolve import resolve
         ),
         (
             {"max_tokens": "4096"},
-            "--max_tokens 4096 is above the model's context of 2048 tokens. Lower it, or raise "
-            "--context.",
+            "--max_tokens 4096 is above the model's context of 2048 tokens. Lower --max_tokens, or "
+            "raise --context.",
         ),
         (
             {"tokenizer": "train:12"},
@@ -47,8 +47,8 @@ from consyn_jax.resolve import resolve
         ),
         (
             {"resume": "4", "overwrite": "true"},
-            "--overwrite would delete the checkpoint that --resume 4 starts from. Leave one of "
-            "them out.",
+            "--overwrite would delete the checkpoint that --resume 4 starts from. Leave one of the "
+            "two flags out.",
         ),
         (
             {"warmup_steps": "9", "max_steps": "8"},

@@ -248,12 +248,14 @@ def test_values_may_begin_with_a_dash() -> None:
         (["-lr", "3"], "There is no flag -lr; did you mean --lr? See consyn-train --help."),
         (
             ["--lr"],
-            "--lr needs a value; write a value that begins with a dash as --lr=VALUE. See consyn-train "
+            "--lr needs a value; write a value that begins with a dash as --lr=VALUE. See "
+            "consyn-train "
             "--help.",
         ),
         (
             ["--data"],
-            "--data needs at least one value; write a value that begins with a dash as --data=VALUE. "
+            "--data needs at least one value; write a value that begins with a dash as "
+            "--data=VALUE. "
             "See consyn-train --help.",
         ),
         (

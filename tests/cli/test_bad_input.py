@@ -297,7 +297,7 @@ LLAMA = ["--max_tokens", "32", "--quiet", "--data", "good.txt"]
         ),
         (
             "--checkpoint own --tokenizer train:300",
-            "--tokenizer train:300 does not fit --checkpoint own, which has its own.",
+            "--tokenizer train:300 does not fit --checkpoint own, which has a tokenizer.",
         ),
         (
             "--checkpoint llama --tokenizer bytes --hidden_dim 64",

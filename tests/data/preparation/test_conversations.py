@@ -106,7 +106,9 @@ def test_workers_write_the_same(tmp_path: Path, workers: int) -> None:
 def test_what_a_template_refuses_is_a_bad_row(tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text("{{ raise_exception('No system role') }}", encoding="utf-8")
     file = str(tmp_path / "t.jinja")
-    with pytest.raises(UserError, match=r"rows\.jsonl:1 cannot be written.*: No system role\. Fix"):
+    with pytest.raises(
+        UserError, match=r"rows\.jsonl:1 cannot be rendered.*: No system role\. Fix"
+    ):
         made(tmp_path, CHAT, chat_template=file)
     kept = made(tmp_path, CHAT, {"text": "x"}, chat_template=file, on_bad_rows="skip")
     assert kept.report.dropped == {"bad row": 1}

@@ -220,7 +220,7 @@ def test_prompt_and_completion_may_be_messages() -> None:
         ({"chosen": "c", "rejected": "r"}, "preference pair", "--text_key chosen"),
         ({"question": "q", "chosen": "c", "rejected": "r", "text": "t"}, "preference pair", "--prompt_key question"),
         ({"prompt": "p", "completion": "c", "label": False}, "labelled", "whose label is true"),
-        ({"prompt": "p", "completions": ["c"], "labels": [True]}, "labels for the steps", "prompt and completion"),
+        ({"prompt": "p", "completions": ["c"], "labels": [True]}, "the steps", "prompt and completion"),
     ],
 )  # fmt: skip
 def test_preferences_are_refused_by_name(row: dict, message: str, remedy: str) -> None:
@@ -245,7 +245,8 @@ def test_likely_pairs_are_named() -> None:
     [
         (
             {"id": "7", "a review": "long enough"},
-            "as in --text_key 'a review', or name the fields with prompt and answer, with --prompt_key and ",
+            "as in --text_key 'a review', or name the fields with prompt and answer, with "
+            "--prompt_key and ",
         ),
         ({"body": "b", "id": 7}, "Name the field that has the text, as in --text_key body."),
         ({"content": None, "id": None}, "as in --text_key content, or name the fields with"),

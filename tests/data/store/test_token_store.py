@@ -353,5 +353,5 @@ def test_a_manifest_without_end_is_refused(tmp_path: Path, tokenizer: BPETokeniz
 def test_another_tokenizer_in_the_store_is_refused(tmp_path: Path, tokenizer: BPETokenizer) -> None:
     store = build(tmp_path / "store", tokenizer)
     BPETokenizer.train_from_iterator(TEXTS, 270).save(store.directory / "tokenizer")
-    with pytest.raises(UserError, match="is not the one its manifest names"):
+    with pytest.raises(UserError, match="is not the tokenizer that its manifest"):
         _ = TokenStore(store.directory).tokenizer

@@ -240,7 +240,7 @@ def test_pairs_need_the_objective_and_the_objective_needs_pairs(rows: Path, tmp_
     with pytest.raises(UserError, match=r"holds pairs of answers\. Give objective='dpo'"):
         ConsynTrainer(model(), data(rows), output_dir=tmp_path / "run")
     text = get_dataset(rows, TOKENIZER, 16, prompt_key="prompt", completion_key="chosen")
-    with pytest.raises(UserError, match="contains no pairs of answers"):
+    with pytest.raises(UserError, match="holds no pairs of answers"):
         ConsynTrainer(model(), text, output_dir=tmp_path / "run", objective="dpo")
 
 

@@ -375,8 +375,9 @@ def test_errors_of_the_hub_are_explained(tmp_path: Path, hub: str) -> None:
         "Check the name, or try `hf auth login`."
     )
     script = (
-        "UserError: The dataset owner/script needs a script from its repository, and such scripts are never run. "
-        "Try owner/script@refs/convert/parquet, which may hold its rows as files."
+        "UserError: The dataset owner/script needs a script from its repository, and such scripts "
+        "are never run. Try owner/script@refs/convert/parquet, which may have the rows as Parquet "
+        "files."
     )
     gated = (
         "UserError: The dataset owner/gated is gated. Ask for access at "
