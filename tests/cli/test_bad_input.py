@@ -235,7 +235,7 @@ def refused(argv: list[str], capfd: pytest.CaptureFixture[str]) -> str:
             "There is no tokenizer at nope. Give a tokenizer.json or a directory that contains "
             "one.",
         ),
-        ("--tokenizer good.txt", "good.txt: This is not JSON, or it is cut off."),
+        ("--tokenizer good.txt", "good.txt: This is not JSON, or it is truncated."),
         ("--output good.txt", "--output good.txt is a file. Name a directory."),
         ("--output good.txt/run", "is a file. Name another directory."),
         ("--output /proc/run", "--output /proc/run cannot be"),

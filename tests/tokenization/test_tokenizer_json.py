@@ -150,5 +150,5 @@ def test_a_token_around_texts_that_the_vocabulary_lacks_is_answered() -> None:
     content = json.loads(BPETokenizer.bytes().to_json())
     around = {"type": "TemplateProcessing", "pair": [], "special_tokens": {}}
     around["single"] = [{"SpecialToken": {"id": "<|bosl>", "type_id": 0}}]
-    with pytest.raises(UserError, match=r"puts '<\|bosl>' around texts, and its vocabulary has no"):
+    with pytest.raises(UserError, match=r"puts '<\|bosl>' around texts, but its vocabulary has no"):
         find_special_tokens({**content, "post_processor": around}, {"<|eos|>": 1}, {})
