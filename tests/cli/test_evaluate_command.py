@@ -172,7 +172,7 @@ def test_a_wrong_row_is_named(
     ("words", "message"),
     [
         ([], "There is no model to evaluate"),
-        (["m"], "There is nothing to evaluate on"),
+        (["m"], "There is no data to evaluate on"),
         (["m", "m", "--data", "x"], "m is given twice"),
         (["m", "--data", "x", "--window", "1"], "--window must be at least 2, not 1"),
         (["m", "--data", "x", "--window", "8", "--stride", "9"], "--stride 9 is more than"),
@@ -189,7 +189,7 @@ def test_a_wrong_row_is_named(
         (["m", "--requests", "x", "--stop", ""], "--stop has an empty text"),
         (
             ["m", "--requests", "rows.jsonl", "--max_tokens", "5"],
-            "--max_tokens is for rows with prompt and answer, and --requests has none. Leave it",
+            "--max_tokens is for rows with prompt and answer, but --requests has no such",
         ),
         (["m", "--requests", "rows.jsonl", "rows.jsonl"], "rows.jsonl is given twice"),
     ],

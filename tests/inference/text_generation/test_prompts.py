@@ -60,7 +60,7 @@ def test_a_wrong_row_is_named(tmp_path: Path, row: object, message: str) -> None
 
 
 def test_files_that_hold_no_prompts_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is a table, not prompts"):
+    with pytest.raises(UserError, match="is a table, not a file"):
         given_prompts([], str(tmp_path / "prompts.csv"))
     with pytest.raises(UserError, match="has no prompts: it is empty"):
         given_prompts([], written(tmp_path / "a.txt", "", "  "))
