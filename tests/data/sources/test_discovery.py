@@ -213,7 +213,7 @@ def test_text_with_invalid_bytes_is_text_if_they_are_replaced(tmp_path: Path) ->
         (
             ["unfinished"],
             r"unfinished is an unfinished token store\. "
-            r"Run the same consyn-prepare command again",
+            r"Run its consyn-prepare command again",
         ),
     ],
 )
@@ -276,7 +276,7 @@ def test_a_manifest_of_another_program_makes_no_store(tmp_path: Path) -> None:
 def test_the_corpora_of_the_shared_data(shared_data: Path) -> None:
     corpus = find(shared_data / "gutenberg")
     assert len(corpus.sources) + len(corpus.left_out) == 15
-    assert all("UTF-8" in why or "beside" in why for _, why in corpus.left_out)
+    assert all("UTF-8" in why or "accompanies" in why for _, why in corpus.left_out)
     assert kinds(shared_data / "enwik8") == {"enwik8.gz": "text"}
     assert kinds(shared_data / "jsonl") == {
         "alpaca_en_demo.json": "jsonl",

@@ -26,7 +26,7 @@ from consyn_jax.tuning.tune_options import resolve_tuning
         ({"checkpoint": "x/y"}, "--checkpoint does not work with --ladder: sizes start from new"),
         ({"optimizer": "schedule_free_adamw", "lr": "1e-3"}, "averages its weights instead of"),
         ({"decay_ratio": "1"}, "--decay_ratio 1 leaves no steps before the decay"),
-        ({"model": "some.json"}, "--ladder scales a preset, and --model some.json is none"),
+        ({"model": "some.json"}, "--ladder scales a preset, but --model some.json is not one"),
         ({"validation_fraction": "0"}, "leaves no data for them"),
         ({"streaming": "true", "max_steps": "100"}, "--streaming does not work with consyn-tune"),
     ],
