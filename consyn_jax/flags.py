@@ -32,8 +32,8 @@ def flag(
         choices: the allowed values; the entry `module:Class` stands for any class that the user
             names.
         const: value of the bare flag, for a flag that may be given without a value.
-        math: True if the value changes what is computed, so that a resumed run must keep it and a
-            test must show that it reaches the computation.
+        math: True if the value changes the result of training: a resumed run must not change it,
+            and a test must show its effect.
     """
     metadata = {"help": help, "choices": choices, "aliases": aliases, "const": const, "math": math}
     return field(default=default, metadata=metadata)

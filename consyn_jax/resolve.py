@@ -112,7 +112,8 @@ def resolve_flags(tree: type[Config], given: Mapping[str, Any]) -> Config:
 def preset_architecture(name: str, vocab_size: int = 49_152, **tokens: int | None) -> ModelConfig:
     """The architecture of the preset `name`.
 
-    >>> preset_architecture("epic").num_kv_heads 8
+    >>> preset_architecture("epic").num_kv_heads
+    8
     """
     if name not in PRESETS:
         raise UserError(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Make a token store from documents: clean and deduplicate them, split them into
-train, validation and test, tokenise them, and report on each stage."""
+train, validation and test, tokenise them, and write a report."""
 USAGE = "[--data PATH ...] [--output DIR] [FLAG ...]"
 EPILOG = """\
 examples:

@@ -59,7 +59,7 @@ class LearnedDocument:
 def located(
     order: Order, positions: Int64[np.ndarray, " n"]
 ) -> tuple[dict[str, Any], Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
-    """Find which dataset and which of its sequences are at the positions of an order.
+    """Map positions of a data order to datasets and their sequences.
 
     Returns:
         The datasets by name ("" for a single one), and for each position the number of the dataset

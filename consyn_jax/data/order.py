@@ -28,7 +28,8 @@ def ids_at(
 
     Args:
         seed: seed of the permutations, a new one for each epoch.
-        n: number of samples in an epoch. shuffle: False gives 0 .. n - 1 in every epoch.
+        n: number of samples in an epoch.
+        shuffle: False gives 0 .. n - 1 in every epoch.
 
     Raises:
         ValueError: there are no samples.

@@ -32,9 +32,10 @@ class Question:
 
     Attributes:
         place: Place of the row, for messages: "FILE:LINE".
-        prompt: The text to continue; None for a conversation. messages, tools: The conversation.
-            answers: The correct texts.
-            max_tokens, stop: Values in the row, which override the flags.
+        prompt: The text to continue; None for a conversation.
+        messages, tools: The conversation.
+        answers: The correct texts.
+        max_tokens, stop: Values in the row, which override the flags.
     """
 
     place: str

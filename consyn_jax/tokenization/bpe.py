@@ -67,8 +67,8 @@ class BPETokenizer:
 
         Args:
             roles: the tokens with the roles "bos_token", "eos_token" and "pad_token"; None for a
-                role that no token has. A missing role is looked up in the tokenizer.json. files:
-                the files of a published tokenizer, instead of `json_text` and `roles`.
+                role that no token has. A missing role is looked up in the tokenizer.json.
+            files: the files of a published tokenizer, instead of `json_text` and `roles`.
 
         Raises:
             UserError: the tokenizer is neither BPE nor Unigram, lacks a token named in `roles`, or
@@ -142,7 +142,7 @@ class BPETokenizer:
         pattern: str = SPLIT_PATTERN,
         special_tokens: Sequence[str] = SPECIAL_TOKENS,
     ) -> BPETokenizer:
-        """Train a tokenizer: special tokens, the 256 bytes in GPT-2's order, then merges.
+        """Train a tokenizer; its ids: special tokens, 256 bytes in GPT-2's order, merges.
 
         Args:
             vocab_size: number of tokens; there may be fewer if the text has few different words.

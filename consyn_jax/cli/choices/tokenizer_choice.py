@@ -143,7 +143,8 @@ def tokenizer_notes(choice: ModelChoice, tokenizer: BPETokenizer) -> list[Note]:
 def listed_ids(ids: tuple[int, ...]) -> str:
     """Join token ids with "or", for a sentence.
 
-    >>> listed_ids((5, 7)) '5 or 7'
+    >>> listed_ids((5, 7))
+    '5 or 7'
     """
     return " or ".join(map(str, ids))
 

@@ -138,7 +138,7 @@ def _prepared(
 
 
 def _check_pairs(config: RunConfig, stores: Sequence[Prepared]) -> None:
-    """Check that token stores contain pairs of answers exactly if the objective is dpo."""
+    """Check that token stores contain pairs of answers if and only if the objective is dpo."""
     for prepared in stores:
         if prepared.store.holds_pairs == config.trains_on_pairs:
             continue

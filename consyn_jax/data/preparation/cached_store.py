@@ -59,9 +59,10 @@ class Prepared:
     Attributes:
         store: the tokens; `store.tokenizer` made them.
         used, left_out: the sources that were read, and the files of directories that were left out,
-            each with the reason. report: counts of the preparation, empty for data that was
-            tokenised already. from_cache: whether the store was already complete in the cache.
-            validation: the sources in `used` that are validation data.
+            each with the reason.
+        report: counts of the preparation, empty for data that was tokenised already.
+        from_cache: whether the store was already complete in the cache.
+        validation: the sources in `used` that are validation data.
     """
 
     store: TokenStore | JoinedStores | RawTokens
@@ -91,9 +92,9 @@ def prepare(
     """Return the token store of `options.data`: the data itself, a cached store, or a new one.
 
     Args:
-        tokenizer: used instead of the tokenizer that the options name. output: directory of the
-            store; None puts it into the cache, under a hash of its content. test_fraction: share of
-            the documents that becomes the split "test".
+        tokenizer: used instead of the tokenizer that the options name.
+        output: directory of the store; None puts it into the cache, under a hash of its content.
+        test_fraction: share of the documents that becomes the split "test".
 
     Raises:
         UserError: the data is missing, unusable or without text; the tokenizer differs from the
@@ -146,8 +147,8 @@ class Growing:
         chat_template: the Jinja template that formats conversations.
         key: hash of the data, the rules and the tokenizer; known before the data is read.
         left_out: files of directories that are not read, each with the reason.
-        sources, validation: all sources that are read, and those for validation. prepared: the
-            result of `prepare`, once the preparation is complete.
+        sources, validation: all sources that are read, and those for validation.
+        prepared: the result of `prepare`, once the preparation is complete.
     """
 
     def __init__(self, spec: Spec, destination: Destination) -> None:

@@ -41,23 +41,25 @@ class Report:
     """Counts of one preparation; without times, so that equal inputs give equal reports.
 
     Attributes:
-        documents: number of documents read, including those in `dropped`. file_bytes: bytes of the
-            files read, before decompression. dropped: number of documents left out, by the names of
-            `RULES`.
-            changed: number of changes, by the names of `CHANGES`; each message of a chat and each
-            part of a long document counts as one text.
-            noticed: number of documents with an unusual feature, by the names of `NOTICES`.
-            formats: number of documents by the format of their rows. unread: for each key that a
-            row's format does not use, the number of rows with it; at most `UNREAD_KEYS` keys.
-            example: format, end of the prompt and beginning of the target of the first row with a
-            prompt; empty if there is none. examples: by rule, the first few documents left out, as
-            "place: beginning of the text". splits: for each split, its number of documents, tokens
-            (including each document's EOS), target_tokens, and bytes of text in UTF-8.
-            document_bytes, document_tokens: histograms of the lengths of kept documents; the bin
-            with key n (a power of two, or 0) counts lengths from n to below 2 n. sources: for each
-            source, its name, its kind, and its numbers of documents read and kept. left_out: files
-            that were not read, each with the reason. rows_not_utf8: rows that were not UTF-8,
-            whether left out as bad rows or repaired.
+        documents: number of documents read, including those in `dropped`.
+        file_bytes: bytes of the files read, before decompression.
+        dropped: number of documents left out, by the names of `RULES`.
+        changed: number of changes, by the names of `CHANGES`; each message of a chat and each part
+            of a long document counts as one text.
+        noticed: number of documents with an unusual feature, by the names of `NOTICES`.
+        formats: number of documents by the format of their rows.
+        unread: for each key that a row's format does not use, the number of rows with it; at most
+            `UNREAD_KEYS` keys.
+        example: format, end of the prompt and beginning of the target of the first row with a
+            prompt; empty if there is none.
+        examples: by rule, the first few documents left out, as "place: beginning of the text".
+        splits: for each split, its number of documents, tokens (including each document's EOS),
+            target_tokens, and bytes of text in UTF-8.
+        document_bytes, document_tokens: histograms of the lengths of kept documents; the bin with
+            key n (a power of two, or 0) counts lengths from n to below 2 n.
+        sources: for each source, its name, its kind, and its numbers of documents read and kept.
+        left_out: files that were not read, each with the reason.
+        rows_not_utf8: rows that were not UTF-8, whether left out as bad rows or repaired.
     """
 
     documents: int = 0

@@ -63,11 +63,11 @@ class Spec:
         sources: all sources, those of `--validation` first, so that a document in both stays in the
             validation split.
         num_validation: number of sources from `--validation`.
-        left_out: files that are not read, each with the reason. tokenizer: a tokenizer, or
-            "train:SIZE" to train one on the data. streaming: whether to read Hub datasets over the
-            network, without downloading them first.
-            chat_template: the Jinja template that formats conversations. tool_template: the
-            template for conversations with tools, if there is a separate one.
+        left_out: files that are not read, each with the reason.
+        tokenizer: a tokenizer, or "train:SIZE" to train one on the data.
+        streaming: whether to read Hub datasets over the network, without downloading them first.
+        chat_template: the Jinja template that formats conversations.
+        tool_template: the template for conversations with tools, if there is a separate one.
     """
 
     sources: tuple[Source, ...]

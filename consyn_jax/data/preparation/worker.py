@@ -54,12 +54,13 @@ class Result:
     """The result of one block.
 
     Attributes:
-        kept: the documents that pass the rules about single documents. dropped: (rule, place,
-            beginning of the text) of each document that was left out. changed, noticed,
-            rows_not_utf8: as in `Report`. formats, unread: as in `Report`. example: format, prompt
-            and target of the first row with a prompt. fault: an error that stops the preparation,
-            with its place; "" if there is none.
-            is_blank: whether the block is a part of a document and only white space.
+        kept: the documents that pass the rules about single documents.
+        dropped: (rule, place, beginning of the text) of each document that was left out.
+        changed, noticed, rows_not_utf8: as in `Report`.
+        formats, unread: as in `Report`.
+        example: format, prompt and target of the first row with a prompt.
+        fault: an error that stops the preparation, with its place; "" if there is none.
+        is_blank: whether the block is a part of a document and only white space.
     """
 
     kept: EncodedDocuments
@@ -93,8 +94,8 @@ class Worker:
     Args:
         single: whether the corpus is one document; a row is then split by position, and its last
             part is held out.
-        chat_template: the Jinja template that formats conversations. tool_template: the template
-            for conversations with tools, if there is a separate one.
+        chat_template: the Jinja template that formats conversations.
+        tool_template: the template for conversations with tools, if there is a separate one.
     """
 
     def __init__(

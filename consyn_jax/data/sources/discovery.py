@@ -64,8 +64,8 @@ def find_sources(
         data: paths, directories, globs (`**` also matches subdirectories), names of Hub datasets,
             or "sample" (`./sample` is a file of that name).
         dataset_type: the type that all sources must have, or "auto".
-        flag: name of the flag whose value `data` is, for messages. invalid_utf8: "replace" accepts
-            text files that are not all UTF-8.
+        flag: name of the flag whose value `data` is, for messages.
+        invalid_utf8: "replace" accepts text files that are not all UTF-8.
 
     Raises:
         UserError: a name does not exist, no file is usable, or a source has another type.

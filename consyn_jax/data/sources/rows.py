@@ -3,10 +3,10 @@
 `--row_format` or the keys of a row decide its format:
 
     messages            {"messages": [{"role", "content"}]}: trains on the assistant's messages
-    sharegpt            {"conversations": [{"from", "value"}]}: likewise alpaca
-    {"instruction", "input", "output"}: trains on the output prompt_completion   {"prompt",
-    "completion"}, text or messages: trains on the completion text                {"text"}: trains
-    on all of it
+    sharegpt            {"conversations": [{"from", "value"}]}: trains on the assistant's messages
+    alpaca              {"instruction", "input", "output"}: trains on the output
+    prompt_completion   {"prompt", "completion"}, text or messages: trains on the completion
+    text                {"text"}: trains on all of it
 
 The formats are tried in this order, because files of the first four often also have the rendered
 row under `text`. A document is a sequence of text segments, or a conversation, which a chat
@@ -53,10 +53,13 @@ CONVERSATIONS = (MESSAGES, SHAREGPT, PROMPT_MESSAGES, PREFERENCE_MESSAGES)
 class RowKeys:
     """The keys of a row's texts; `a.b` means key `b` of the object under `a`.
 
-    Attributes: text: the whole document. prompt: text before the completion; several keys may be
-    separated by commas, and their texts are joined by a blank line. completion: the text after the
-    prompt, which is trained on. messages: a conversation. format: the format that every row has, or
-    "auto".
+    Attributes:
+        text: the whole document.
+        prompt: text before the completion; several keys may be separated by commas, and their texts
+            are joined by a blank line.
+        completion: the text after the prompt, which is trained on.
+        messages: a conversation.
+        format: the format that every row has, or "auto".
     """
 
     text: str = "text"

@@ -99,7 +99,10 @@ def is_store(directory: Path) -> bool:
 
 
 def has_manifest(directory: Path) -> bool:
-    """Whether the manifest begins like a token store's; links out of it are not followed."""
+    """Whether a directory's manifest begins like the manifest of a token store.
+
+    A link out of the directory is not followed.
+    """
     path = directory / MANIFEST
     if not path.is_file() or leads_out(path, directory):
         return False

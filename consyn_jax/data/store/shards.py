@@ -93,8 +93,10 @@ class Shard(Tokens):
     Opening checks the sizes of the files. The first read checks their checksums and their content,
     because the store may come from an untrusted source.
 
-    Args: entry: the shard's entry in the manifest; "targets", "targets_sha256" and "target_tokens"
-    are present if some tokens are not targets. holds_pairs: the documents are pairs of answers.
+    Args:
+        entry: the shard's entry in the manifest; "targets", "targets_sha256" and "target_tokens"
+            are present if some tokens are not targets.
+        holds_pairs: the documents are pairs of answers.
 
     Raises:
         UserError: a file is missing or of the wrong size.
@@ -288,8 +290,9 @@ class MemoryShard(Tokens):
     """Documents in memory; an EOS is appended to each document that lacks one.
 
     Args:
-        documents: the ids of each document, without BOS. targets: for each document, 1 where a
-            token is a target of the loss, else 0; an added EOS is a target.
+        documents: the ids of each document, without BOS.
+        targets: for each document, 1 where a token is a target of the loss, else 0; an added EOS is
+            a target.
     """
 
     def __init__(

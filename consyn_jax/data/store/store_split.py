@@ -20,10 +20,10 @@ class StoreSplit:
     The documents are in store order, and each ends with EOS.
 
     Attributes:
-        num_targets: number of tokens that are targets of the loss. num_documents: number of
-            documents; None if unknown (raw token files). num_bytes: size of the documents' text in
-            UTF-8; None if unknown for a shard. dtype: a number type that can represent the tokens
-            of all shards.
+        num_targets: number of tokens that are targets of the loss.
+        num_documents: number of documents; None if unknown (raw token files).
+        num_bytes: size of the documents' text in UTF-8; None if unknown for a shard.
+        dtype: a number type that can represent the tokens of all shards.
     """
 
     def __init__(self, shards: Sequence[Tokens]) -> None:

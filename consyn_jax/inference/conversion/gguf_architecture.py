@@ -28,7 +28,8 @@ class Architecture:
         biases: Supported bias options, fields of `ModelConfig`.
         scalings: Supported scalings of the rotary embedding.
         is_interleaved: Whether it rotates pairs (2i, 2i+1), so that rows of queries and keys must
-            be reordered. is_square: Whether heads x head_dim must equal the width.
+            be reordered.
+        is_square: Whether heads x head_dim must equal the width.
     """
 
     name: str

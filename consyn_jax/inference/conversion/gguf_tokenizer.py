@@ -50,8 +50,9 @@ class Vocabulary:
         model: "gpt2" or "llama".
         pre: Name of the rule that splits text.
         merges: Merges of a "gpt2" vocabulary.
-        scores: Scores of a "llama" vocabulary. adds_space: Whether a space is put in front of a
-            text. notes: Sentences about differences in llama.cpp.
+        scores: Scores of a "llama" vocabulary.
+        adds_space: Whether a space is put in front of a text.
+        notes: Sentences about differences in llama.cpp.
     """
 
     model: str

@@ -30,7 +30,8 @@ class TextScores:
         tokens: Number of scored tokens of each document or window.
         greedy: Number of scored tokens that were the model's likeliest token.
         unscored: Number of tokens that are not scored because nothing precedes them in their
-            window. num_bytes: Bytes of the text; None if unknown.
+            window.
+        num_bytes: Bytes of the text; None if unknown.
     """
 
     window: int

@@ -65,8 +65,8 @@ def with_texts(
 
     Args:
         prompts: Result of `encoded_questions`.
-        batch_size: Number of texts to generate at once. seed: Seed of the sampling, if the
-            temperature is not 0.
+        batch_size: Number of texts to generate at once.
+        seed: Seed of the sampling, if the temperature is not 0.
     """
     asked = scores.task.questions
     common = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in options.stop)

@@ -44,8 +44,8 @@ class TextStream:
     """The text of one continuation, extended token by token.
 
     Attributes:
-        text: The text released so far, without a stop string. stopped: Whether a stop string was
-            found.
+        text: The text released so far, without a stop string.
+        stopped: Whether a stop string was found.
     """
 
     def __init__(self, decoder: Decoder, before: Sequence[int], stop: Sequence[str]) -> None:

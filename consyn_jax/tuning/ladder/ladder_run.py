@@ -94,8 +94,8 @@ class Ladder:
         """Train the runs that are not finished, fit the curve, and write the results.
 
         Raises:
-            Interrupted: a signal ended a run; the same command continues it. Diverged: the loss of
-                a run was not finite.
+            Interrupted: a signal ended a run; the same command continues it.
+            Diverged: the loss of a run was not finite.
         """
         self._print_header()
         for rung in self.runs:

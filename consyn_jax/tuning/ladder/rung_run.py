@@ -83,9 +83,9 @@ class RungRun:
         """Do all training and measurements that are not done yet.
 
         Raises:
-            Interrupted: a signal ended a run; the same command continues it. Diverged: the loss of
-                a run was not finite. UserError: the directory contains a run with other flags or
-                data.
+            Interrupted: a signal ended a run; the same command continues it.
+            Diverged: the loss of a run was not finite.
+            UserError: the directory contains a run with other flags or data.
         """
         try:
             if is_finished(self.path) or saved_steps(self.path / CHECKPOINTS):

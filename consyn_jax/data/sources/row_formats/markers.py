@@ -1,4 +1,4 @@
-"""Markers of chat models in texts that are read as plain text."""
+"""Detect the role markers of chat models in texts that are read as plain text."""
 
 from __future__ import annotations
 
