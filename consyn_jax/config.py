@@ -63,14 +63,12 @@ class ModelOptions:
 
     model: str = flag(
         "verse",
-        "a preset (haiku, verse, stanza, epic) or a config.json: train new weights in this "
-        "architecture; a model directory or hub id: start from its weights, as with "
-        "--checkpoint",
+        "a preset (haiku, verse, stanza, epic) or config.json: new weights in this architecture; a "
+        "model directory or hub id: start from its weights, as with --checkpoint",
     )
     checkpoint: str | None = flag(
         None,
-        "start from the weights of this model: best/ or final/ of a run, a Hugging Face model "
-        "directory, or a hub id",
+        "initial weights: best/ or final/ of a run, a Hugging Face model directory, or a hub id",
         math=True,
     )
     hidden_dim: int | None = flag(None, "width of the residual stream (from --model)", math=True)
@@ -78,10 +76,7 @@ class ModelOptions:
     num_heads: int | None = flag(None, "number of query heads (from --model)", math=True)
     num_kv_heads: int | None = flag(None, "number of key-value heads (from --model)", math=True)
     head_dim: int | None = flag(
-        None,
-        "width of an attention head (from --model, or hidden_dim / num_heads if either "
-        "flag is given)",
-        math=True,
+        None, "width of a head (from --model, or hidden_dim / num_heads if one is set)", math=True
     )
     mlp_dim: int | None = flag(None, "width of the feed-forward layer (from --model)", math=True)
     context: int | None = flag(
@@ -161,8 +156,7 @@ class BudgetOptions:
 
     epochs: float | None = flag(
         None,
-        "passes over the data (3 if neither --max_steps nor --total_tokens is given); "
-        "training ends at the first limit reached",
+        "passes over the data (3 if there is no other limit); the first limit ends training",
         math=True,
     )
     max_steps: int | None = flag(None, "optimizer steps", math=True)
@@ -181,21 +175,15 @@ class RegularisationOptions:
 
     objective: str = flag(
         "next_token",
-        "training objective; dpo: learn from pairs of answers to prefer the chosen answer; "
-        "needs --checkpoint",
+        "training objective; dpo: learn from pairs to prefer chosen answers; needs --checkpoint",
         choices=("next_token", "dpo"),
         math=True,
     )
     dpo_beta: float = flag(
-        DPO_BETA,
-        "DPO's beta; a larger value keeps the model closer to its initial weights",
-        math=True,
+        DPO_BETA, "DPO's beta; larger values keep the model closer to the initial one", math=True
     )
     dropout: float = flag(
-        0.0,
-        "dropout rate of the embeddings, the attention weights, and the attention and "
-        "feed-forward outputs",
-        math=True,
+        0.0, "dropout rate of embeddings, attention weights and both sublayers' outputs", math=True
     )
     label_smoothing: float = flag(
         0.0, "share of the target probability to spread over the vocabulary", math=True
@@ -241,8 +229,7 @@ class HardwareOptions:
     )
     optimizer_memory: str = flag(
         "device",
-        "memory for the optimizer's moments and momentum; host: each step copies them to the "
-        "device and back",
+        "memory for moments and momentum; host: each step copies them to the device and back",
         choices=("device", "host"),
     )
     auto_batch: bool = flag(
@@ -252,8 +239,7 @@ class HardwareOptions:
     )
     mesh: str = flag(
         "auto",
-        "devices along each mesh axis, as in data=2,fsdp=4,context=1,tensor=1; auto: choose "
-        "for this machine",
+        "devices per mesh axis, as in data=2,fsdp=4,context=1,tensor=1; auto: fits the machine",
     )
     topology: str | None = flag(
         None, "with --dry_run: plan for these GPUs instead of this machine, as in h200:1x8"
@@ -269,14 +255,10 @@ class HardwareOptions:
         "run as one of several processes. This process's number comes from Slurm, Open MPI, "
         "Kubernetes, or the next three flags.",
     )
-    coordinator_address: str | None = flag(
-        None, "address of process 0, with a free port on its host"
-    )
+    coordinator_address: str | None = flag(None, "address and free port of process 0's host")
     num_processes: int | None = flag(None, "number of processes")
     process_id: int | None = flag(None, "number of this process, counted from 0")
-    rendezvous_seconds: float = flag(
-        40.0, "seconds to wait until all processes have started and found each other"
-    )
+    rendezvous_seconds: float = flag(40.0, "seconds for all processes to start and find each other")
     watchdog_minutes: float = flag(
         10.0,
         "abort after this many minutes plus 20 step times without progress, and write the stacks "
@@ -289,7 +271,7 @@ class HardwareOptions:
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """When to evaluate, and which decisions depend on the results."""
+    """Frequency of evaluations, and decisions based on their results."""
 
     eval_steps: int | None = flag(None, "steps between evaluations (a tenth of the run)")
     eval_requests: tuple[str, ...] = flag(
@@ -310,9 +292,7 @@ class EvaluationOptions:
         0.0, "smallest improvement that counts for early stopping, in units of the metric"
     )
     early_stopping_min_steps: int = flag(0, "do not stop early before this step")
-    load_best_model_at_end: bool = flag(
-        False, "write the best model to final/ instead of the last one"
-    )
+    load_best_model_at_end: bool = flag(False, "write the best model to final/, not the last one")
 
 
 @dataclass(frozen=True)
@@ -334,9 +314,7 @@ class SavingOptions:
     keep_every: int | None = flag(None, "also keep checkpoints whose step is a multiple of this")
     resume: str = flag(
         "auto",
-        "auto: continue from the newest checkpoint, if there is one; never: start a new "
-        "run, and stop if --output already holds one; STEP: continue from the checkpoint "
-        "of this step",
+        "auto: continue from the newest checkpoint; never: only a new run; STEP: from this step",
     )
     overwrite: bool = flag(False, "delete the run in --output and start a new one")
     replay: str | None = flag(
@@ -374,21 +352,16 @@ class ProofOptions:
 
     verify: str | None = flag(
         None,
-        "compare a run, a checkpoint or an exported model with the record made when it was "
-        "written, and name each difference",
+        "compare a run, checkpoint or exported model with its records, and name each difference",
     )
     replay_step: int | None = flag(
         None,
-        "repeat this step of the run in --output, and compare its loss and gradient norm with "
-        "the logged values",
+        "repeat this step of the run in --output; compare its loss and gradient norm with the log",
     )
     documents_of: str | None = flag(
-        None,
-        "list the documents in the batches of step A, or of steps A to B, of the run in --output",
+        None, "list the documents trained on in step A, or in steps A to B, of the run in --output"
     )
-    json: bool = flag(
-        False, "print the result of --verify, --replay_step or --documents_of as JSON"
-    )
+    json: bool = flag(False, "print results of --verify, --replay_step or --documents_of as JSON")
 
 
 @dataclass(frozen=True)
@@ -409,11 +382,7 @@ class RunConfig:
 
     @property
     def length(self) -> int:
-        """Length of a training sequence, in tokens.
-
-        With a preset, `resolve` sets it. Otherwise it is known after `cli/choices` has read the
-        model's `config.json`.
-        """
+        """Length of a training sequence, in tokens; set by `resolve`, or else by `cli/choices`."""
         assert self.data.max_tokens is not None
         return self.data.max_tokens
 

@@ -325,7 +325,7 @@ def advise(name: str, value: Any, known: Mapping[str, Flag], style: str) -> str 
 
 
 def _elsewhere(name: str, advice: str | None) -> str | None:
-    """How to set, in Python, a flag that is no keyword of `ConsynTrainer`; None for other flags."""
+    """Advice on a flag that is no keyword of `ConsynTrainer`; None for other flags."""
     flags = [name] if advice is None else list(named_flags(advice))
     return next((ELSEWHERE[flag] for flag in flags if flag in ELSEWHERE), None)
 

@@ -1,7 +1,4 @@
-"""Checks of a configuration that need no file and no device, and parsers of single flags.
-
-Only the standard library is imported here.
-"""
+"""Check a configuration and parse single flags, with the standard library and no file access."""
 
 from __future__ import annotations
 
@@ -74,8 +71,7 @@ def validate(config: RunConfig) -> None:
     backends = config.logging.logging_backend
     if "none" in backends and len(backends) > 1:
         raise UserError(
-            f"--logging_backend {' '.join(backends)} combines none with other trackers. Leave "
-            "out none, or the others."
+            f"--logging_backend {' '.join(backends)} combines none with others. Leave one out."
         )
     check_processes(config.hardware)
     resume = config.saving.resume
@@ -177,8 +173,7 @@ def _check_optimizer(config: RunConfig) -> None:
     if options.momentum is not None and options.rule.momentum is None:
         have = [name for name, rule in OPTIMIZERS.items() if rule.momentum is not None]
         raise UserError(
-            f"--momentum is for {', '.join(have)}. With --optimizer {options.optimizer}, give "
-            "--beta1 instead."
+            f"--momentum is for {', '.join(have)}; {options.optimizer} has --beta1 instead."
         )
     if options.base is not None and (config.lora.is_used or not options.rule.scale_free):
         suited = ", ".join(name for name, rule in OPTIMIZERS.items() if rule.scale_free)
@@ -205,9 +200,8 @@ def _check_decay_from(config: RunConfig) -> None:
     options, resume = config.optimizer, config.saving.resume
     if options.scheduler not in _STABLE_SCHEDULERS:
         raise UserError(
-            "--decay_from starts from a checkpoint at the peak learning rate, but --scheduler "
-            f"{options.scheduler} does not stay at the peak. --decay_from works with "
-            f"{', '.join(_STABLE_SCHEDULERS)}."
+            f"--decay_from starts at the peak learning rate, where --scheduler {options.scheduler} "
+            f"does not stay. Use {', '.join(_STABLE_SCHEDULERS)}."
         )
     if options.decay_ratio == 1:
         raise UserError(
@@ -228,8 +222,7 @@ def _check_evaluation(config: RunConfig) -> None:
     if metric not in known and not of_requests:
         raise UserError(
             f"--metric_for_best_model {metric} is not an evaluation metric of --objective "
-            f"{config.regularisation.objective}{nearest(metric, known)} Known: "
-            f"{', '.join(known)}."
+            f"{config.regularisation.objective}{nearest(metric, known)} Known: {', '.join(known)}."
         )
     # A token store can have a validation split of its own.
     if data.validation or data.validation_fraction > 0 or data.dataset_type == "sharded":
@@ -279,9 +272,7 @@ def _check_streaming(config: RunConfig) -> None:
         return
     if data.data_weights or data.packing == "whole":
         other = "--data_weights" if data.data_weights else "--packing whole"
-        raise UserError(
-            f"--streaming and {other} do not work together. Leave one of the two flags out."
-        )
+        raise UserError(f"--streaming and {other} do not work together. Leave one of them out.")
     if (data.tokenizer or "").startswith("train:"):
         raise UserError(
             f"--tokenizer {data.tokenizer} reads all data before training, but --streaming does "
@@ -295,11 +286,7 @@ def _check_streaming(config: RunConfig) -> None:
 
 
 def check_processes(hardware: HardwareOptions) -> None:
-    """Check the flags for starting several processes.
-
-    Raises:
-        UserError: one is wrong or has no effect.
-    """
+    """Check the flags for several processes; raise UserError if one is wrong or has no effect."""
     if hardware.watchdog_minutes < 0:
         raise UserError(
             f"--watchdog_minutes must not be negative, but is {hardware.watchdog_minutes}. "
@@ -320,9 +307,8 @@ def check_processes(hardware: HardwareOptions) -> None:
         raise UserError(f"{flag} needs --distributed. Add --distributed, or leave {flag} out.")
     if missing:
         raise UserError(
-            f"--distributed lacks {' and '.join(missing)}. Give --coordinator_address, "
-            "--num_processes and --process_id, or none of them if Slurm, Open MPI or "
-            "Kubernetes starts the processes."
+            f"--distributed lacks {' and '.join(missing)}. Give all three flags, or none if Slurm, "
+            "Open MPI or Kubernetes starts the processes."
         )
     address, total, number = given.values()
     host, _, port = address.rpartition(":")
@@ -357,17 +343,14 @@ def parse_multipliers(text: str | None) -> dict[str, float]:
                 f"Write it as embedding=2,head=0.5; the groups are {', '.join(PARAMETER_GROUPS)}."
             )
         if group in found:
-            raise UserError(
-                f"--lr_multipliers names {group} twice. Leave one of the two values out."
-            )
+            raise UserError(f"--lr_multipliers names {group} twice. Leave one of them out.")
         try:
             found[group] = real(value)
         except ValueError:
             raise UserError(f"--lr_multipliers {group} must be a number, not {value!r}.") from None
         if found[group] < 0:
             raise UserError(
-                f"--lr_multipliers {group} must not be negative, but is {value}. 0 freezes the "
-                "group."
+                f"--lr_multipliers {group} must not be negative, but is {value}. 0 freezes it."
             )
     return found
 

@@ -144,7 +144,7 @@ class PackedDataset(PackedSequences):
 
 
 class _Places(NamedTuple):
-    """Where pieces go in the arrays of a batch: piece i to row[i], columns left[i] .. right[i]."""
+    """Places of pieces in a batch's arrays: piece i is in row[i], columns left[i] .. right[i]."""
 
     row: np.ndarray
     left: np.ndarray

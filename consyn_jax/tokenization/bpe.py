@@ -146,8 +146,7 @@ class BPETokenizer:
 
         Args:
             vocab_size: number of tokens; there may be fewer if the text has few different words.
-            pattern: regular expression that splits text into words; no token crosses a word
-                boundary.
+            pattern: splits text into words; no token crosses a word boundary.
 
         Raises:
             UserError: `vocab_size` is too small for the bytes and special tokens, or no special
@@ -186,8 +185,7 @@ class BPETokenizer:
         A tokenizer_config.json in the same directory names the special tokens.
 
         Raises:
-            UserError: the tokenizer is missing, damaged, of an unsupported kind, or has no
-                end-of-text token.
+            UserError: the tokenizer is missing, damaged, unsupported, or has no EOS token.
         """
         path = Path(path)
         try:
@@ -385,8 +383,7 @@ def load_tokenizer(spec: str | Path) -> BPETokenizer:
     """Load the tokenizer that `--tokenizer` names: `default`, `bytes`, a path, or a hub id.
 
     Raises:
-        UserError: the tokenizer cannot be downloaded, or for the reasons of
-            `BPETokenizer.from_file`.
+        UserError: the download fails, or as for `BPETokenizer.from_file`.
     """
     if spec in ("default", "bytes"):
         return BPETokenizer() if spec == "default" else BPETokenizer.bytes()

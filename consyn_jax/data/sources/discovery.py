@@ -295,7 +295,7 @@ def _files_in(directory: Path) -> list[Path]:
 
 
 def _passed_over(directory: Path) -> str:
-    """Why a subdirectory is not searched (a link, a token store, a run); "" if it is searched."""
+    """The reason not to search a subdirectory (a link, a token store, a run), or ""."""
     if directory.is_symlink():
         return "is a link to a directory; give its path to use it"
     if is_store(directory) or (directory / PREPARING).is_dir():

@@ -63,9 +63,8 @@ def choose_sampling(options: SamplingOptions, defaults: Mapping[str, Any]) -> Sa
         penalty = theirs.get("repetition_penalty", 1.0)
     if not values["temperature"] and options.num_return_sequences > 1:
         raise UserError(
-            f"--num_return_sequences {options.num_return_sequences} would give the same text "
-            "several times, because decoding is greedy. Add --temperature 1, or leave "
-            "--num_return_sequences out."
+            f"--num_return_sequences {options.num_return_sequences} would repeat one text, "
+            "because decoding is greedy. Add --temperature 1, or leave it out."
         )
     values |= {name: None for name in FILTERS if values[name] == OFF[name]}
     sampling = _checked({**values, "repetition_penalty": penalty, "seed": options.seed})

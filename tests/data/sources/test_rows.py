@@ -220,7 +220,7 @@ def test_prompt_and_completion_may_be_messages() -> None:
         ({"chosen": "c", "rejected": "r"}, "preference pair", "--text_key chosen"),
         ({"question": "q", "chosen": "c", "rejected": "r", "text": "t"}, "preference pair", "--prompt_key question"),
         ({"prompt": "p", "completion": "c", "label": False}, "labelled", "whose label is true"),
-        ({"prompt": "p", "completions": ["c"], "labels": [True]}, "the steps", "prompt and completion"),
+        ({"prompt": "p", "completions": ["c"], "labels": [True]}, "the steps", "and completion"),
     ],
 )  # fmt: skip
 def test_preferences_are_refused_by_name(row: dict, message: str, remedy: str) -> None:

@@ -59,7 +59,7 @@ WRITTEN = {
     ),
 }
 REFUSED = {
-    "qwen3 window": "no sliding window for this layout, but the model has one of 5 tokens. Give --context 5",
+    "qwen3 window": "no sliding window for this layout, but the model has one of 5 tokens. Give --",
     "mistral": "no sliding window for this layout",
     "ministral": "no sliding window for this layout",
     "smollm3": "no sliding window for this layout",
