@@ -364,7 +364,7 @@ def test_recipes_are_adapted_to_the_optimizer() -> None:
         ({"eps": 0}, "--eps must be greater than 0"),
         (
             {"momentum": 0.9},
-            "--momentum is for adafactor, muon, sgd; --optimizer adamw has --beta1",
+            "--momentum is for adafactor, muon, sgd; adamw has --beta1",
         ),
         ({"momentum": 1, "optimizer": "muon"}, "--momentum must be at least 0 and below 1"),
         (
