@@ -159,8 +159,8 @@ class BudgetOptions:
         "passes over the data (3 if there is no other limit); the first limit ends training",
         math=True,
     )
-    max_steps: int | None = flag(None, "optimizer steps", math=True)
-    total_tokens: int | None = flag(None, "tokens to train on", math=True)
+    max_steps: int | None = flag(None, "maximum number of optimizer steps", math=True)
+    total_tokens: int | None = flag(None, "maximum number of tokens to train on", math=True)
     batch_size: int = flag(8, "sequences per micro-batch, over all devices")
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
     seed: int = flag(42, "seed of the initial weights, the data order and dropout", math=True)

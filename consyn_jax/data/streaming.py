@@ -51,7 +51,7 @@ class Streamed:
             return self._packed.rows(positions)
         blocks, offsets = np.divmod(positions, np.int64(BLOCK_WINDOWS))
         packed, complete = self._with((int(blocks.max()) + 1) * BLOCK_WINDOWS)
-        # The order within a block is that of an epoch of BLOCK_WINDOWS samples.
+        # Windows within a block are shuffled like an epoch of BLOCK_WINDOWS samples.
         shuffled = ids_at(part_seed(self.seed, 0), positions, BLOCK_WINDOWS)
         if not complete:
             return packed.rows(blocks * BLOCK_WINDOWS + shuffled)

@@ -1,6 +1,6 @@
 """Questions whose answer the model generates, and the rules that judge the generated text.
 
-`exact_match` compares whole texts. The two rules for numbers are those of lm_eval's `gsm8k`
+`exact_match` compares whole texts. The two rules for numbers come from lm_eval's `gsm8k`
 (0.4.13, lm_eval/tasks/gsm8k/gsm8k.yaml), regular expressions included: `number_strict` is gsm8k's
 filter strict-match, `number_flexible` its flexible-extract.
 """

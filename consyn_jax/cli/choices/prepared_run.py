@@ -87,7 +87,7 @@ def prepared_run(
 
     Args:
         check_directory: function that checks `--output`; called after the checks of the flags and
-            before those of the data.
+            before the checks of the data.
     """
     config, origins = settings
     choice = choose_model(config.model)

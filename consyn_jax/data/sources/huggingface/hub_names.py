@@ -43,7 +43,7 @@ class HubName:
 def parse_hub_name(spec: str) -> HubName | None:
     """Parse `NAME[@REVISION][:CONFIG[:SPLIT]]`; None if no dataset can have that name.
 
-    CONFIG may be empty. The rules for NAME are those of `huggingface_hub.utils.validate_repo_id`.
+    CONFIG may be empty. NAME follows the rules of `huggingface_hub.utils.validate_repo_id`.
 
     >>> parse_hub_name("allenai/c4:en:validation")
     HubName(repository='allenai/c4', revision=None, config='en', split='validation')

@@ -1,6 +1,6 @@
 """Recognise splits by names of files and directories, with the rules of Hugging Face `datasets`.
 
-The keywords are those of `datasets.data_files.SPLIT_KEYWORDS`. A keyword must be a whole word of a
+The keywords come from `datasets.data_files.SPLIT_KEYWORDS`. A keyword must be a whole word of a
 name, between `-`, `.`, `_`, spaces, digits or the ends. A directory's name applies to everything
 below it, and takes precedence over names of files. Unlike in `datasets`, case is ignored, and of
 two keywords in a name the first counts. Files without a keyword are left out only beside both
