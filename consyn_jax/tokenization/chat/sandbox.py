@@ -1,7 +1,8 @@
 """Render chat templates as transformers does, in Jinja's sandbox and within limits.
 
 A template comes with a model, so it is an untrusted program. It sees only plain JSON values, cannot
-reach Python's internals, and is stopped if it writes or computes too much. The helpers come from `transformers.utils.chat_template_utils`: `raise_exception`, `strftime_now`, `tojson`, `dict`,
+reach Python's internals, and is stopped if it writes or computes too much. The helpers come from
+`transformers.utils.chat_template_utils`: `raise_exception`, `strftime_now`, `tojson`, `dict`,
 `namespace`, loop controls, and `generation` blocks around what the model itself writes.
 """
 
