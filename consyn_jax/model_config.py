@@ -234,7 +234,7 @@ class ModelConfig:
                 )
 
     def saved_as(self, dtype: str | None) -> ModelConfig:
-        """The configuration with another number type for written weights; None keeps the type."""
+        """The configuration with another number type for saved weights (None: unchanged)."""
         if dtype is None:
             return self
         if dtype not in DTYPES:

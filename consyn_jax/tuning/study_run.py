@@ -157,7 +157,7 @@ class Tuning:
             raise UserError(f"Trial {claim.number}: {error}") from error
 
     def _trial_settings(self, values: Mapping[str, Any], path: Path, is_alone: bool) -> Settings:
-        """Settings of a trial's run, which exports no model and saves checkpoints by the clock."""
+        """Settings of a trial's run, which exports no model and saves checkpoints by time."""
         run, origins = self.varied.with_values(values)
         saving = replace(run.saving, output=str(path), overwrite=False, keep_last=1)
         if saving.save_steps is None and saving.save_minutes is None:

@@ -230,7 +230,7 @@ class Destination:
 
 
 def check_output(directory: Path) -> None:
-    """Refuse a directory with files of anything but a token store, so that none is overwritten.
+    """Refuse a directory that contains other files than a token store's, to protect them.
 
     Whether a store there has the same data is checked later (`Destination.is_complete`).
 

@@ -218,7 +218,7 @@ def is_finished(path: Path) -> bool:
 
 
 def with_intervals(run: RunConfig) -> RunConfig:
-    """Set a run's intervals: save by the clock, too; without `--eval_steps`, evaluate last."""
+    """Set a run's intervals: save also by time; without `--eval_steps`, evaluate at the end."""
     saving, evaluation = run.saving, replace(run.evaluation, load_best_model_at_end=False)
     if saving.save_minutes is None:
         saving = replace(saving, save_minutes=SAVE_MINUTES)

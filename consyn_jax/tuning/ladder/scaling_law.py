@@ -133,7 +133,7 @@ class _Problem:
         return best
 
     def law(self, x: np.ndarray) -> ScalingLaw:
-        """The law with these unknowns."""
+        """The scaling law for these values of the unknowns."""
         e, a, b, alpha, beta = x
         n, d = self.middle
         return ScalingLaw(

@@ -1,7 +1,7 @@
 """Preference pairs: a prompt with a chosen and a rejected answer, as TRL has them.
 
 {"prompt", "chosen", "rejected"}   texts, or arrays of messages
-{"chosen", "rejected"}             the prompt is what both begin with
+{"chosen", "rejected"}             the prompt is the common beginning of both
 {"messages", "chosen", "rejected"} an array of messages, and one message for each answer
 """
 
