@@ -206,7 +206,7 @@ class Reader(ABC):
         return Path(name).stat().st_size
 
     def identity(self, name: str, file_hash: Callable[[Path], str]) -> list[Any]:
-        """The source's entry in the cache key: kind, whether a JSON file is an array, file hashes."""
+        """The source's entry in the cache key: kind, whether JSON is an array, file hashes."""
         return [self.kind, False, [file_hash(file) for file in self.files(name)] or [name]]
 
     def is_one_document(self, options: CorpusOptions) -> bool:
