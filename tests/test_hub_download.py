@@ -146,9 +146,9 @@ def test_without_a_network_the_way_out_is_named(hub: Path, monkeypatch: pytest.M
         with pytest.raises(UserError) as refused:
             attempt()
         assert str(refused.value) == (
-            "Some/Model-1 is not a directory here, and the Hugging Face Hub cannot be reached "
-            "([Errno -2] Name or service not known). Where there is a network, run `hf download "
-            "Some/Model-1 --local-dir DIR`, then give DIR instead."
+            "Some/Model-1 is not a directory, and the Hugging Face Hub cannot be reached "
+            "([Errno -2] Name or service not known). On a machine with a network, run `hf download "
+            "Some/Model-1 --local-dir DIR`, copy DIR here, and give its path."
         )
 
 
@@ -157,7 +157,7 @@ def test_a_model_that_the_hub_does_not_have(hub: Path, monkeypatch: pytest.Monke
         raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
-    with pytest.raises(UserError, match="there is no such model on the Hugging Face Hub"):
+    with pytest.raises(UserError, match="the Hugging Face Hub has no public model"):
         download("Some/Other", ["*"])
 
 
@@ -170,5 +170,5 @@ def test_a_mistyped_path_is_answered_with_what_is_there(
         choose_model(resolve({"checkpoint": "models/qwen"})[0].model)
     assert str(refused.value) == (
         "models/qwen does not exist, and as a model of the Hugging Face Hub it cannot be reached "
-        "(offline). Correct the path or the name; the directory models holds qwen3."
+        "(offline). Correct the path or the name; the directory models contains qwen3."
     )

@@ -78,10 +78,10 @@ def test_100_steps_raise_the_margin_of_held_out_pairs(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--packing", "whole"), "--packing whole is for single sequences; with --objective dpo"),
+        (("--packing", "whole"), "--packing whole packs single sequences, but --objective dpo"),
         (("--streaming", "--max_steps", "2"), "--streaming and --objective dpo do not work"),
         (("--z_loss", "1e-4"), "--z_loss 0.0001 cannot be used with --objective dpo"),
-        (("--row_format", "messages"), "--objective dpo trains on pairs (chosen, rejected), and"),
+        (("--row_format", "messages"), "--objective dpo needs rows with a chosen and"),
         (("--metric_for_best_model", "eval/perplexity"), "Known: eval/loss, eval/rewards/margins"),
         (("--objective", "next_token"), "which --objective dpo trains on"),
         (("--objective", "next_token", "--dpo_beta", "0.2"), "--dpo_beta 0.2 has no effect"),

@@ -297,7 +297,7 @@ def test_encode_refuses_what_is_not_a_text(text: Any) -> None:
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ("text", "from several texts. Pass them as a list"),
+        ("text", "trained on a list of texts. Pass a single"),
         ([{"text": "a"}], "not from a dict. Pass"),
     ],
 )

@@ -170,7 +170,7 @@ def test_another_type_can_be_asked_for(model: Path) -> None:
     assert again.files.dtype == "bfloat16"
     exact, half = (load_file(place / "model.safetensors") for place in (model, model / "half"))
     np.testing.assert_array_equal(half[Q], exact[Q].astype(ml_dtypes.bfloat16))
-    with pytest.raises(UserError, match="'int8' is not a type of weights"):
+    with pytest.raises(UserError, match="'int8' is not a number type for weights"):
         ConsynLMHeadModel.from_pretrained(model).save_pretrained(model / "no", dtype="int8")
 
 

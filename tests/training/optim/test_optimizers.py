@@ -378,12 +378,12 @@ def test_recipes_are_adapted_to_the_optimizer() -> None:
             {"optimizer": "adam"},
             r"--optimizer 'adam' is not known; did you mean adamw\? Known: adamw, adafactor, ",
         ),
-        ({"optimizer": "sgd"}, "--optimizer sgd needs a much higher rate"),
+        ({"optimizer": "sgd"}, "--optimizer sgd needs a much higher learning rate"),
         ({"lr": -1}, "--lr must be greater than 0"),
         ({"eps": 0}, "--eps must be greater than 0"),
         (
             {"momentum": 0.9},
-            "--momentum is for adafactor, muon, sgd; --optimizer adamw has --beta1",
+            "--momentum is for adafactor, muon, sgd; adamw has --beta1",
         ),
         ({"momentum": 1, "optimizer": "muon"}, "--momentum must be at least 0 and below 1"),
         (
@@ -396,11 +396,11 @@ def test_recipes_are_adapted_to_the_optimizer() -> None:
             "--lr_multipliers embedding must be a number, not 'nan'",
         ),
         ({"lr_multipliers": "head=-1"}, "--lr_multipliers head must not be negative"),
-        ({"lr_multipliers": "head=1,head=2"}, "--lr_multipliers has head twice"),
+        ({"lr_multipliers": "head=1,head=2"}, "--lr_multipliers names head twice"),
         ({"lr_multipliers": ""}, "--lr_multipliers has no group ''"),
         (
             {"optimizer": "schedule_free_adamw", "scheduler": "cosine"},
-            "averages its weights instead of lowering the rate, so it cannot have --scheduler",
+            "averages its weights instead of lowering the learning rate",
         ),
         (
             {"optimizer": "schedule_free_adamw", "beta1": 0},

@@ -215,7 +215,7 @@ def test_a_link_in_a_store_is_named_and_all_else_is_compared(
     finally:
         link.unlink()
     (only,) = found.differs
-    assert only.startswith(f"data: {link} is a link to {tmp_path}, outside of its directory")
+    assert only.startswith(f"data: {link} is a link to {tmp_path}, outside its directory")
     assert any(line.endswith(f"of {store}") for line in found.agrees)
 
 
@@ -347,7 +347,7 @@ def test_documents_need_no_device(run: Path, made: Path) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("tokens learned") == 2
+    assert done.stdout.count("training targets") == 2
     assert f"{made / 'b.jsonl'}, row " in done.stdout
 
 

@@ -378,7 +378,7 @@ def test_a_repeated_step_whose_values_may_not_be_finite(
     finite = [value if math.isfinite(value) else None for value in repeated]
     assert list(told["repeated"].values()) == finite
     assert told["logged"] == {key: line.get(f"train/{key}") for key in ("loss", "grad_norm")}
-    assert ("in the run not finite" in "".join(_page(again, Path("run"), ""))) == (len(line) < 2)
+    assert ("in the run: not finite" in "".join(_page(again, Path("run"), ""))) == (len(line) < 2)
 
 
 def test_the_steps_before_a_repeated_one_are_counted() -> None:
