@@ -62,7 +62,7 @@ class Connection:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[list[Any]] | None:
-        """Return the messages that have arrived; None if the connection is lost or sends no JSON."""
+        """Return the messages that have arrived; None if the other end is gone or sends no JSON."""
         try:
             data = self.socket.recv(1 << 16)
             *lines, self._rest = (self._rest + data).split(b"\n")

@@ -66,8 +66,8 @@ def _be_guest(
             pass
         case ["stranger", name]:
             message = (
-                f"At --coordinator_address {address[0]}:{address[1]} answers {name}, and this is "
-                f"{_start(hello)}. Give one of them another port."
+                f"{name} answers at --coordinator_address {address[0]}:{address[1]}, but this "
+                f"process is {_start(hello)}. Give one of the two launches another port."
             )
         case ["missing", message]:
             connection.socket.close()
@@ -75,7 +75,7 @@ def _be_guest(
         case _:
             message = (
                 f"A program other than process 0 of this run answers at --coordinator_address "
-                f"{address[0]}:{address[1]}. Give a port that is free there."
+                f"{address[0]}:{address[1]}. Give a port that is free on that host."
             )
     connection.socket.close()
     raise UserError(message)
@@ -215,8 +215,8 @@ def _check_numbers(
         words = f"process{'' if len(missing) == 1 else 'es'} {listed(missing, 10)}"
         raise ProcessMissing(
             f"Of {count} processes, {words} did not connect to {address[0]}:{address[1]} within "
-            f"{arrive_s:.0f} s. Start all with the same --coordinator_address, look in the output "
-            f"of the missing ones, and give slow starts a longer --rendezvous_seconds."
+            f"{arrive_s:.0f} s. Start all processes with the same --coordinator_address, look at "
+            f"the output of the missing ones, and raise --rendezvous_seconds if they start slowly."
         )
 
 

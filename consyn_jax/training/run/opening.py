@@ -260,4 +260,4 @@ def _saved_steps(path: Path) -> list[int]:
 
 def _no_checkpoint(path: Path, steps: list[int]) -> str:
     known = ", ".join(map(str, steps)) or "none"
-    return f"{path / CHECKPOINTS} has no checkpoint of that step; there are: {known}."
+    return f"{path / CHECKPOINTS} has no checkpoint of that step. Saved steps: {known}."

@@ -257,7 +257,9 @@ def changed(file: Path, **values: Any) -> None:
         ),
         (
             lambda run: (run / "checkpoints/2").rename(run / "checkpoints/20"),
-            ["weights: RUN/checkpoints/20 has the name of step 20 and holds the state of step 2"],
+            [
+                "weights: RUN/checkpoints/20 has the name of step 20, but contains the state of step 2"
+            ],
         ),
         (
             lambda run: (run / "checkpoints/02").mkdir(),

@@ -96,7 +96,7 @@ def test_a_checkpoint_of_another_run_is_named(tmp_path: Path) -> None:
 def test_a_checkpoint_with_the_name_of_another_step_is_named(tmp_path: Path) -> None:
     check_step(tmp_path / "7", {"step": 7})
     for recorded in (8, "07", None, 10**400):
-        with pytest.raises(UserError, match=r"the name of step 7 and holds the state of step "):
+        with pytest.raises(UserError, match=r"the name of step 7, but contains the state of step "):
             check_step(tmp_path / "7", {"step": recorded})
 
 
