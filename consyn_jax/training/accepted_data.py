@@ -137,7 +137,7 @@ def _check_targets(source: BatchSource, batch_size: int, name: str) -> None:
 
 
 def _check_block_size(tokens: int, block_size: int) -> None:
-    """Check that a packed dataset has sequences of `block_size`; padding them would waste compute."""
+    """Check that a packed dataset has sequences of `block_size`; padding would waste compute."""
     if tokens != block_size:
         raise UserError(
             f"The dataset has sequences of {tokens} tokens, and max_tokens is {block_size}. Leave "

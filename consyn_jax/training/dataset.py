@@ -60,7 +60,10 @@ class ConsynDataset:
         return len(self.packed)
 
     def __getitem__(self, i: int) -> Sequences:
-        """Return {"input_ids", "labels", "segment_ids"}, int32 [block_size], and "loss_mask", bool."""
+        """Return int32 arrays "input_ids", "labels" and "segment_ids", and "loss_mask", bool.
+
+        Each array has shape [block_size].
+        """
         if not -len(self) <= i < len(self):
             raise IndexError(f"Item {i} of {len(self)}.")
         return {name: values[0] for name, values in self.rows([i % len(self)]).items()}

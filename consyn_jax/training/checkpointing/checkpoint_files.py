@@ -45,7 +45,7 @@ def saved_steps(directory: Path) -> list[int]:
 
 
 def misnamed(directory: Path) -> Path | None:
-    """Find a directory with a number as name that is not the name of a checkpoint, such as `020`."""
+    """Find a directory whose name is a number, but not that of a checkpoint, such as `020`."""
     if not directory.exists():
         return None
     others = (path for path in directory.iterdir() if step_of(path.name) is None)
@@ -66,7 +66,7 @@ def file_names(directory: Path) -> list[str]:
 
 
 def is_hollow(file: Path) -> bool:
-    """Whether a large file is sparse: no run writes sparse files, and reading one could take hours."""
+    """Whether a large file is sparse: no run writes such files, and reading could take hours."""
     status = file.stat()
     return status.st_size > LARGE and status.st_blocks * 512 < status.st_size // 1000
 

@@ -177,7 +177,7 @@ class Checkpoints:
         return True
 
     def _begin(self, begun: Callable[[], None]) -> None:
-        """Call `begun`; if it raises an error, no thread will wait for Orbax's write, so note that."""
+        """Call `begun`; if it raises an error, note that nothing waits for Orbax's write."""
         earlier, self._has_abandoned_work = self._has_abandoned_work, True
         begun()
         self._has_abandoned_work = earlier
@@ -245,7 +245,7 @@ class Checkpoints:
         self._has_abandoned_work |= self._is_failing
 
     def _commit(self, *about: Any) -> None:
-        """Run `_commit_on_all` in the background thread, and store the result or error for `wait`."""
+        """Run `_commit_on_all` in the background thread; store its result or error for `wait`."""
         try:
             self._outcome = self._commit_on_all(*about)
         except BaseException as defect:  # noqa: BLE001 - raised by `wait`

@@ -79,7 +79,7 @@ def refusal(error: BaseException | None) -> str | None:
 
 
 def lower_priority(thread: int | None = None) -> None:
-    """Lower the priority of a thread, by default of the current one; has an effect on Linux only."""
+    """Lower the priority of a thread, by default the current one; does nothing except on Linux."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, thread or threading.get_native_id(), LOW)
 
@@ -116,7 +116,7 @@ def outlast_abandoned_work() -> None:
 
 
 def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run a coroutine to its end, even in a thread that has a running event loop, as in a notebook."""
+    """Run a coroutine, even if the thread has a running event loop, as in a notebook."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, coroutine).result()
 

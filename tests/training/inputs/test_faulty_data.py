@@ -56,7 +56,7 @@ FAULTY: dict[str, tuple[Any, str]] = {
     ),
     "two kinds, the other way": (
         [{**ROW, "labels": [5, 6, 2, -100]}, {**ROW, "labels": [1, 5, 6, 2]}],
-        "Row 1 of .* that equal its input_ids, and those of earlier ones do not",
+        "Row 1 of .* that equal the input_ids, but earlier labels differ from them",
     ),
     "two kinds in batches": (
         [
@@ -97,7 +97,7 @@ FAULTY: dict[str, tuple[Any, str]] = {
     ),
     "one mask too many": (
         {"input_ids": [[1, 5], [1, 6]], "attention_mask": [[1, 1]] * 3},
-        "2 rows of input_ids, and its attention_mask are 3 rows. Give attention_mask for each row",
+        "2 rows of input_ids, but attention_mask has 3 rows. Give attention_mask for each row",
     ),
     "one mask too few": (
         {"input_ids": [[1, 5], [1, 6]], "attention_mask": [[1, 1]]},
