@@ -1,9 +1,8 @@
 """Next-token cross-entropy: a readable reference, and the fused implementation for training.
 
 All functions return sums and counts, so that the caller divides once. The fused implementation
-never holds the logits of all tokens. It processes chunks of tokens, and computes the gradients of a
-chunk while its logits are in memory. So the backward pass recomputes nothing, and only scales the
-saved gradients.
+never holds the logits of all tokens: it computes the gradients of a chunk of tokens while the
+chunk's logits are in memory. The backward pass then only scales the saved gradients.
 """
 
 from __future__ import annotations
@@ -20,19 +19,12 @@ from consyn_jax.distributed.mesh import mesh_sizes, on_each_device, split_axes
 from consyn_jax.model.arithmetic import LOGITS_AT_ONCE, chunk_tokens, logits_at_once
 from consyn_jax.model.embedding import sum_over_tokens
 
-# Factor for gradients of logits in float16. Most are small probabilities; float16 has a range of
-# 6e-8 to 65,504.
+# Factor for gradients of logits in float16 (6e-8 to 65,504); most of them are small probabilities.
 FLOAT16_LIFT = 2.0**12
 
 
 class LossSums(NamedTuple):
-    """Float32 sums over tokens.
-
-    Attributes:
-        nll: Negative log-likelihood in nats.
-        tokens: Number of tokens.
-        correct: Number of tokens that were predicted correctly.
-    """
+    """Float32 sums over tokens: negative log-likelihood (nats), tokens, correct predictions."""
 
     nll: Float[Array, ""]
     tokens: Float[Array, ""]
@@ -65,14 +57,13 @@ class LogitStatistics(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """How the logits are divided into chunks, and laid out in memory.
+    """Size of the chunks of logits, and their layout in memory.
 
     Attributes:
         elements: Maximum number of logits in memory on one device; 0 for as many as keep the
             kernel's memory below 1 GiB (`logits_at_once`).
         vocab_first: Whether logits are [V, n] rather than [n, V].
-        kernel: Whether training uses the GPU kernel for softmax and gradient, where a device has
-            the whole vocabulary.
+        kernel: Whether training uses the fused GPU kernel if a device has the whole vocabulary.
         head_is_frozen: Whether the output embedding (the head) needs no gradient.
     """
 
@@ -84,9 +75,8 @@ class Chunks(NamedTuple):
 
 CHUNKS = Chunks()
 GPU_CHUNKS = Chunks(0, kernel=True)
-# Small enough that a chunk stays in the processor's cache for the softmax. [V, n], because on CPUs
-# matmuls run at half the rate if rows are a multiple of 4 KiB apart, as rows of a vocabulary often
-# are (docs/design/cpu.md).
+# A chunk fits the processor's cache. With [n, V], rows would be a multiple of 4 KiB apart, which
+# halves the rate of matmuls on CPUs (docs/design/cpu.md).
 CPU_CHUNKS = Chunks(2**24, vocab_first=True)
 
 
@@ -96,8 +86,7 @@ class Extras(NamedTuple):
     Attributes:
         label_smoothing: Fraction of the target probability that is spread evenly over the
             vocabulary, including the label (Szegedy et al., 2016), as in torch.nn.CrossEntropyLoss.
-        z_loss: Weight of log(Z)^2, which keeps the softmax's normaliser Z near 1 (Chowdhery et al.,
-            2022).
+        z_loss: Weight of log(Z)^2, which keeps the normaliser Z near 1 (Chowdhery et al., 2022).
     """
 
     label_smoothing: float = 0.0
@@ -370,10 +359,7 @@ def softmax(logits_nV, labels_n, vocab: Vocabulary, with_mean: bool):
 
 
 def _label_logits(logits_nV, labels_n, vocab: Vocabulary):
-    """Look up each token's label logit; it is zero for labels on other devices.
-
-    A sum over the masked vocabulary would read all logits once more.
-    """
+    """Look up each token's label logit, without a pass over all logits; zero on other devices."""
     place_n = labels_n - vocab.words_V[0]
     here_n = (place_n >= 0) & (place_n < vocab.words_V.size)
     label_logit_n = jnp.take_along_axis(
@@ -383,11 +369,7 @@ def _label_logits(logits_nV, labels_n, vocab: Vocabulary):
 
 
 def _logit_gradient(share_nV, statistics, labels_n, vocab: Vocabulary, extras: Extras):
-    """Gradient of the objective with respect to the logits.
-
-    Args:
-        share_nV: Softmax probabilities.
-    """
+    """Gradient of the objective with respect to the logits, from the softmax `share_nV`."""
     target_nV = vocab.from_words(vocab.words_V) == vocab.from_tokens(labels_n)
     if extras != Extras():
         share_nV = share_nV * vocab.from_tokens(1 + 2 * extras.z_loss * statistics.log_z)

@@ -96,8 +96,7 @@ class Program:
         regularisation: Dropout and extra loss terms, for training only.
         seed: Random seed of dropout.
         max_nonfinite_steps: Number of consecutive non-finite steps after which the state is frozen.
-        host_moments: Whether the optimizer's moments are in host memory
-            (training/optim/offload.py).
+        host_moments: Whether the moments are in host memory (training/optim/offload.py).
         schedule: Learning-rate schedule, for `learning_rate`; None if updates need not be counted.
         lora: Options of an adapter. If one is used, the parameters are those of the adapter, and
             every batch includes the frozen weights as `BASE`.
@@ -162,8 +161,7 @@ class Program:
     def chunks(self) -> Chunks:
         """The layout of the logits that suits the devices.
 
-        CPUs only simulate narrow dtypes, and XLA may lack matmuls of these dtypes in the CPU's
-        layout.
+        CPUs only simulate narrow dtypes, and XLA may lack such matmuls in the CPU's layout.
         """
         device = self.mesh.devices.flat[0]
         is_plain_cpu = device.platform == "cpu" and self.compute.dtype == jnp.float32
@@ -306,11 +304,7 @@ class Program:
     def lower_forward(
         self, forward: Callable[..., Any], batch: dict[str, Any], where: Any = None
     ) -> jax.stages.Lowered:
-        """Lower `forward(params, batch)`.
-
-        Args:
-            where: Sharding of the result; None to let the compiler choose.
-        """
+        """Lower `forward(params, batch)`; `where` is the sharding of the result, or None."""
         options = compiler_options(list(self.mesh.devices.flat)) or None
         with jax.set_mesh(self.mesh):
             return jax.jit(forward, out_shardings=where, compiler_options=options).lower(

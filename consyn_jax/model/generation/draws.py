@@ -22,7 +22,7 @@ MAX_SEED = 2**32 - 1
 
 
 class Filters(NamedTuple):
-    """Which filters are active.
+    """The set of active filters.
 
     A program is compiled for one set of active filters. Except for `top_k`, it takes the values of
     the filters as arguments (`FilterValues`), so other values need no new compilation.

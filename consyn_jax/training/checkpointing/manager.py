@@ -135,8 +135,7 @@ class Checkpoints:
 
         Args:
             run: The run record: JSON values that a resumed run needs besides the state.
-            begun: Function that is called after the state is copied and before the checkpoint is
-                committed.
+            begun: Called after the state is copied and before the checkpoint is committed.
 
         Returns:
             Whether the checkpoint exists or is being written. False if the disk has too little

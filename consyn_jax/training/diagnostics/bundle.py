@@ -88,8 +88,7 @@ def write_bundle(
     Args:
         place: Directory to write; an older bundle in it is replaced.
         state: State before the step; it is not changed.
-        batch: Arrays of the batch, with those of `Program.batch_dtypes`, and the frozen weights of
-            an adapter run.
+        batch: Arrays of `Program.batch_dtypes`, and the frozen weights of an adapter run.
         config: Path of the run's config.yaml.
         warn: Function for a warning if the bundle could not be written.
 

@@ -58,9 +58,8 @@ def make_ready(
         path: The run directory.
         params: Parameters of the initial model; None for a resumed run.
         base: Frozen weights of the initial model.
-        before_write: Function that is called before the file is written; None to write no file.
-        tick: Function that is called before every batch.
-        note: Function for a message before the first batch.
+        before_write: Called before the file is written; None to write no file.
+        tick, note: `tick` is called before every batch, `note` with a message before the first.
         splits: Names of the splits whose pairs are needed.
 
     Raises:

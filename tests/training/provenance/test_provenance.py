@@ -248,7 +248,7 @@ def test_a_record_of_the_run_that_was_edited_is_not_that_of_its_models(run: Path
     edit(run, lambda facts: facts["initial_weights"].update({"from": "seed 7"}))
     found = verify_directory(run).differs
     assert any(
-        "final/provenance.json and that of the run differ in initial weights" in f for f in found
+        "final/provenance.json and the run's record differ in initial weights" in f for f in found
     )
 
 
@@ -378,7 +378,7 @@ def test_a_run_on_data_without_places_says_so(
 ) -> None:
     edit(run, lambda facts: facts["data"].update(order="unknown"))
     assert command("--output", run, "--documents_of", 3) == 2
-    assert "its data was streamed, or given in Python" in capsys.readouterr().err
+    assert "its data was streamed, or passed in Python" in capsys.readouterr().err
 
 
 def test_a_store_that_is_gone_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ def test_names_beside_the_checkpoints_that_are_not_steps_are_ignored(tmp_path: P
 def test_a_number_that_no_checkpoint_has_for_a_name_is_refused(name: str, tmp_path: Path) -> None:
     begin(tmp_path)
     (tmp_path / "checkpoints" / name).mkdir()
-    with pytest.raises(UserError, match=rf"{name} is no name of a checkpoint"):
+    with pytest.raises(UserError, match=rf"{name} is not a valid name for a checkpoint"):
         holds_run(run(tmp_path)[0])
 
 

@@ -141,7 +141,7 @@ def test_a_run_whose_directory_another_start_has_taken_writes_nothing_more(
     else:
         with pytest.raises(UserError):
             log.write(2, 20)
-    with pytest.raises(UserError, match=r"another|was started again") as caught:
+    with pytest.raises(UserError, match=r"another|started the run again") as caught:
         first.raise_if_lost()
     assert str(path) in str(caught.value)
     with pytest.raises(UserError):
