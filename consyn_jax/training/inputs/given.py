@@ -167,7 +167,7 @@ class Begun(Iterable[Any]):
         if isinstance(values, list | tuple) and not any(hasattr(v, "ndim") for v in values):
             raise UserError(
                 f"{self.name} has torch's default collate_fn, which turns rows of lists into "
-                "lists of positions. Pass the rows themselves, or make the lists in them tensors."
+                "lists of positions. Pass the rows themselves, or convert their lists to tensors."
             )
 
     def __iter__(self) -> Iterator[Any]:

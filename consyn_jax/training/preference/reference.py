@@ -199,22 +199,22 @@ def _read(file: Path, key: str, counts: Mapping[str, int]) -> Found:
     """
     from safetensors import SafetensorError
 
-    about = "the log-probabilities that this run compares with"
+    about = "the reference log-probabilities of this run"
     if not file.is_file():
-        raise UserError(f"{file} is missing, which holds {about}.")
+        raise UserError(f"{file}, with {about}, is missing.")
     try:
         with open_file(file) as opened:
             record = opened.metadata() or {}
             found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}, which holds {about}, cannot be read ({error}).") from error
+        raise UserError(f"{file}, with {about}, cannot be read ({error}).") from error
     if record.get("key") != key:
         raise UserError(
             f"{file} was computed with other data, initial weights, --max_tokens or "
-            "--mixed_precision than this run has."
+            "--mixed_precision than those of this run."
         )
     shapes = {name: (values.shape, values.dtype.name) for name, values in found.items()}
     wanted = {name: ((count, 2), "float32") for name, count in counts.items()}
     if {n: shapes.get(n) for n in wanted} != wanted or record.get("sha256") != _digest(found):
-        raise UserError(f"{file}, which holds {about}, is damaged.")
+        raise UserError(f"{file}, with {about}, is damaged.")
     return found

@@ -105,10 +105,11 @@ def _source_fault(entry: dict[str, Any], file_hash: Callable[[Path], str]) -> st
     name, kind, digests = entry["name"], entry["kind"], entry["sha256"]
     if not digests or kind not in READERS:  # a dataset of the Hub, whose name has its commit
         return ""
-    source, then = Source(name, kind), "when the data was prepared: what follows is of then."
+    source = Source(name, kind)
+    then = "since the data was prepared; the documents shown are from before the change."
     if kind == SAMPLE:
         is_same = source.reader.identity(name, str)[-1] == digests
-        return "" if is_same else f"The sample of this Python is not what it was {then}"
+        return "" if is_same else f"The sample of this Python has changed {then}"
     faults, missing = changed_files(dict(zip(source.files, digests, strict=False)), file_hash)
     if missing or len(source.files) != len(digests):
         return f"{name} does not exist here, so it cannot be compared with what was prepared."
@@ -118,7 +119,7 @@ def _source_fault(entry: dict[str, Any], file_hash: Callable[[Path], str]) -> st
 def _check_sources(sources: list[dict[str, Any]], directory: Path, found: Findings) -> None:
     """Compare the source files of a token store with their recorded hashes, if they still exist."""
     if not sources:
-        found.unchecked.append(f"data: {directory} does not say what it was prepared from")
+        found.unchecked.append(f"data: {directory} has no record of its sources")
     expected: dict[Path, str] = {}
     missing: list[Path] = []
     for entry in sources:
@@ -127,7 +128,7 @@ def _check_sources(sources: list[dict[str, Any]], directory: Path, found: Findin
             files = source.files if entry["kind"] in READERS else ()
             if not files and entry["kind"] == SAMPLE:
                 if source.reader.identity(source.name, str)[-1] != digests:
-                    found.differs.append("data: the sample of this Python is not the run's")
+                    found.differs.append("data: the sample of this Python is not that of the run")
             elif len(files) != len(digests):  # it is gone, or it is on the Hub
                 missing.append(Path(entry["name"]))
             else:

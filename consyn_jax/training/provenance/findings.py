@@ -105,7 +105,7 @@ def changed_files(
             return f"{path} cannot be read ({error.strerror})"
         except UserError:
             return f"{path} cannot be read"
-        return None if is_same else f"{path} is not what it was"
+        return None if is_same else f"{path} has changed"
 
     with ThreadPoolExecutor(READERS) as readers:
         faults = dict(zip(expected, readers.map(look, expected.items()), strict=True))

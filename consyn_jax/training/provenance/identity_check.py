@@ -54,12 +54,12 @@ def _check_log(place: Path, owner: RunRecord, found: Findings) -> None:
         kind.append(f"identity: {log} does not exist")
         return
     if log.is_file() and is_hollow(log):
-        found.differs.append(f"identity: {log} is mostly a hole, and is not read")
+        found.differs.append(f"identity: {log} is a large sparse file, and is not read")
         return
     lines = read_metrics(log)
     check_log(log, lines, owner)
     if owner.unsigned_until < 0 and not any(line.get("event") == "start" for line in lines):
-        found.differs.append(f"identity: {log} has no start of the run")
+        found.differs.append(f"identity: {log} has no start event of the run")
     ends = max((line["step"] for line in lines), default=0)
     if ends < newest:
         found.differs.append(

@@ -198,7 +198,7 @@ def _check_checkpoint(
 
 def _check_tokenizer(place: Path, expected: dict[str, str], found: Findings) -> None:
     stray = dict(all_irregular(place))
-    stray |= {f: "mostly a hole" for f in place.rglob("*") if f not in stray and is_hollow(f)}
+    stray |= {f: "a large sparse file" for f in place.rglob("*") if f not in stray and is_hollow(f)}
     found.differs += [f"tokenizer: {path} is {stray[path]}, and is not read" for path in stray]
     now = digests_of(place, leave_out=stray) if place.exists() else {}
     faults = [
@@ -332,7 +332,7 @@ def _check_configuration(file: Path, recorded: dict[str, Any], found: Findings) 
     ]
     if not changed:
         found.differs.append(
-            f"configuration: {file} has the run's values for all flags, but is another text"
+            f"configuration: {file} has the same flags as the run, but its text has changed"
         )
 
 
@@ -353,10 +353,10 @@ def _check_code(facts: dict[str, Any], found: Findings) -> None:
     ]
     earlier = {known["code"] for known in facts["starts"] if known["code"]}
     if len(earlier) > 1:
-        found.unchecked.append(f"code: that of the {len(earlier) - 1} earlier versions of the run")
+        found.unchecked.append(f"code: {len(earlier) - 1} earlier versions that the run used")
 
 
 def _how(was_there: bool, is_there: bool) -> str:
     if was_there and is_there:
-        return "is not what it was"
+        return "has changed"
     return "is missing" if was_there else "is new"

@@ -119,7 +119,7 @@ def _difference(directory: Path, name: str, expected: dict[str, Any]) -> str | N
         if links := [parent for parent in parents if parent.is_symlink()]:
             return f"{links[-1].relative_to(directory).as_posix()} is a link"
         if is_hollow(directory / name):
-            return f"{name} is mostly a hole"
+            return f"{name} is a large sparse file"
         size = (directory / name).stat().st_size
         if size != expected.get("size"):
             return f"{name} has {size:,} bytes and not {expected.get('size'):,}"
