@@ -66,8 +66,8 @@ def _be_guest(
             pass
         case ["stranger", name]:
             message = (
-                f"{name} answers at --coordinator_address {address[0]}:{address[1]}, but this "
-                f"process is {_start(hello)}. Give one of the two launches another port."
+                f"At --coordinator_address {address[0]}:{address[1]}, {name} answers, but this "
+                f"process is of {_start(hello)}. Give one of the two launches another port."
             )
         case ["missing", message]:
             connection.socket.close()
@@ -112,7 +112,7 @@ def _name(hello: dict[str, Any]) -> str:
 
 
 def _start(hello: dict[str, Any]) -> str:
-    return hello["start"] or "a process that no scheduler started"
+    return hello["start"] or "a launch without a scheduler"
 
 
 def _await_others(

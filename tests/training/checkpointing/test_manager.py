@@ -588,7 +588,9 @@ def test_whatever_the_system_refuses_the_run_goes_on_and_the_last_good_one_stays
         assert len(warnings) == before + 1, asked[at]
         assert os.strerror(code) in warnings[-1]
         steps = checkpoints.steps()
-        assert steps[-1] == (step if "An older checkpoint" in warnings[-1] else good), asked[at]
+        assert steps[-1] == (step if "A checkpoint from before" in warnings[-1] else good), asked[
+            at
+        ]
         again = Checkpoints(checkpoints.directory)  # what another process would find
         assert again.newest() in (steps[-1], step), asked[at]
         again.close()

@@ -239,7 +239,7 @@ def test_mesh_batch_and_accumulation_make_no_difference(
 
 
 def test_pairs_need_the_objective_and_the_objective_needs_pairs(rows: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds pairs of answers\. Give objective='dpo'"):
+    with pytest.raises(UserError, match=r"has pairs of answers\. Pass objective='dpo'"):
         ConsynTrainer(model(), data(rows), output_dir=tmp_path / "run")
     text = get_dataset(rows, TOKENIZER, 16, prompt_key="prompt", completion_key="chosen")
     with pytest.raises(UserError, match="holds no pairs of answers"):
