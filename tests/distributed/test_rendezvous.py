@@ -111,6 +111,6 @@ def test_two_starts_at_one_port_do_not_join() -> None:
             "port."
         )
         (by_hand,) = together(1, count=2, port=port)
-        assert "and this is a process that no scheduler started." in by_hand
+        assert "but this process is of a launch without a scheduler." in by_hand
         (guest, _), (host, _) = (together(1, count=2, port=port, start=step_0)[0], waiting.result())
     close([host, guest])
