@@ -71,7 +71,7 @@ from consyn_jax.validation import what_needs_evaluations
 
 
 class ConsynTrainer:
-    """Trains a model; after `train()`, the model that was passed has the trained parameters.
+    """Train a model; after `train()`, the model that was passed has the trained parameters.
 
     Args:
         model: A `ConsynLMHeadModel`, or a `DeferredModel`.

@@ -27,7 +27,7 @@ WATCH_S = 60.0  # how long to watch for a touch by a holder on another host
 
 
 class RunLock:
-    """Keeps all other processes out of a directory, until `release` or the end of this process.
+    """Keep all other processes out of a directory, until `release` or the end of this process.
 
     The lock is an advisory lock of the operating system. If the file system has no locks, the
     content of the file decides. Its holder then counts as gone if it is a process of this host that
