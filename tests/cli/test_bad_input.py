@@ -241,7 +241,7 @@ def refused(argv: list[str], capfd: pytest.CaptureFixture[str]) -> str:
         ("--output /proc/run", "--output /proc/run cannot be"),
         (
             "--resume 4",
-            "--resume 4: output/checkpoints has no checkpoint of that step; there are: none.",
+            "--resume 4: output/checkpoints has no checkpoint of that step. Saved steps: none.",
         ),
         ("--epochs 1 --max_steps= --warmup_steps 5", "--max_steps must be a whole number, not ''."),
     ],
@@ -398,7 +398,7 @@ class TestTheDirectoryOfAnotherRun:
     def test_resuming_from_a_step_without_a_checkpoint(
         self, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        assert "has no checkpoint of that step; there are: 5." in refused(
+        assert "has no checkpoint of that step. Saved steps: 5." in refused(
             ["--model", "haiku", "--output", "old", "--lr", "1e-3", "--resume", "4"], capfd
         )
 

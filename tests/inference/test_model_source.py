@@ -159,5 +159,5 @@ def test_damage_is_named(copy: Path) -> None:
 def test_a_renamed_checkpoint_is_refused(copy: Path) -> None:
     (copy / "checkpoints/4").rename(copy / "checkpoints/5")
     for source in (find_source(copy, 5), find_source(copy / "checkpoints/5")):
-        with pytest.raises(UserError, match="the name of step 5 and holds the state of step 4"):
+        with pytest.raises(UserError, match="the name of step 5, but contains the state of step 4"):
             source.parameters()

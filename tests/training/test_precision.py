@@ -73,7 +73,7 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
             "9.0",
             "NVIDIA H100",
             jnp.bfloat16,
-            "bfloat16 over float32 weights: the NVIDIA H100 multiplies it at full rate",
+            "bfloat16 over float32 weights: the NVIDIA H100 multiplies bfloat16 at full rate",
         ),
         (
             "auto",
@@ -81,7 +81,7 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
             "8.6",
             "RTX 3090",
             jnp.bfloat16,
-            "bfloat16 over float32 weights: the RTX 3090 multiplies it at full rate",
+            "bfloat16 over float32 weights: the RTX 3090 multiplies bfloat16 at full rate",
         ),
         (
             "auto",
@@ -89,7 +89,7 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
             "10.0",
             "B200",
             jnp.bfloat16,
-            "bfloat16 over float32 weights: the B200 multiplies it at full rate",
+            "bfloat16 over float32 weights: the B200 multiplies bfloat16 at full rate",
         ),
         (
             "auto",
@@ -97,7 +97,7 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
             "7.5",
             "T4",
             jnp.float16,
-            "float16 over float32 weights: the T4 multiplies it faster than float32, and has no "
+            "float16 over float32 weights: the T4 multiplies float16 faster than float32, and has no "
             "bfloat16",
         ),
         (
@@ -114,7 +114,7 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
             "",
             "",
             jnp.bfloat16,
-            "bfloat16 over float32 weights: the gpu multiplies it at full rate",
+            "bfloat16 over float32 weights: the gpu multiplies bfloat16 at full rate",
         ),
         (
             "auto",
@@ -146,7 +146,7 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
             "9.0",
             "H100",
             jnp.bfloat16,
-            "bfloat16 over float32 weights: the H100 multiplies it at full rate",
+            "bfloat16 over float32 weights: the H100 multiplies bfloat16 at full rate",
         ),
         (
             "bf16",
