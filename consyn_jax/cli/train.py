@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str]) -> None:
     """Run the command line: train, or one of the other modes."""
+    began = time.perf_counter()
     config, origins, mode = read_arguments(argv)
     if mode == "print_config":
         from consyn_jax.config_file import describe
@@ -87,7 +89,7 @@ def run(argv: Sequence[str]) -> None:
         set_allocators()
         _check_backends(config, origins)
         with _runtime(config, mode):
-            train(config, origins, ACTIONS[mode])
+            train(config, origins, ACTIONS[mode], began=began)
 
 
 def read_arguments(argv: Sequence[str]) -> tuple[RunConfig, dict[str, str], str]:
@@ -158,18 +160,22 @@ def train(
     action: Callable[[ConsynTrainer], object],
     *,
     writes: bool = True,
+    began: float | None = None,
 ) -> None:
     """Check all input before slow work, prepare data and model, and run `action`.
 
     Args:
         action: called with the trainer; it trains, or does the work of one of `MODES`.
         writes: whether it writes to the run directory, which must then be free.
+        began: the `time.perf_counter()` at which the command began.
     """
     check = _check_directory if writes else lambda _: None
     with prepared_run((config, origins), check) as prepared:
         from consyn_jax.training.trainer import ConsynTrainer
 
-        action(ConsynTrainer(**prepared.trainer_inputs(prepared.settings)))
+        trainer = ConsynTrainer(**prepared.trainer_inputs(prepared.settings))
+        trainer.began = began
+        action(trainer)
 
 
 def _check_backends(config: RunConfig, origins: dict[str, str]) -> None:

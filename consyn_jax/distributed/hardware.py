@@ -254,16 +254,31 @@ GPUS: tuple[Gpu, ...] = (
     ),
     Gpu("B300", 2250e12),
     Gpu("H100 PCIe", 756e12),
+    Gpu("H100 NVL", 835e12),
+    Gpu("H200 NVL", 836e12),
+    Gpu("GH200", 989e12),
+    Gpu("A800", 312e12),
+    Gpu("A40", 149.7e12),
+    Gpu("A30", 165e12),
+    Gpu("A10", 125e12),
+    Gpu("L40", 181e12),
+    Gpu("RTX 5090", 209.5e12),
 )
 DESCRIBED = {gpu.key: gpu for gpu in GPUS if isinstance(gpu, DescribedGpu)}
+
+
+# Chips that share the name of one in the table, and parts of one.
+OTHER_CHIPS = re.compile(r"\b(D|Ti|SUPER|Laptop|Max-Q|MIG)\b", re.IGNORECASE)
 
 
 def bf16_peak(device_kind: str) -> float | None:
     """Peak FLOP/s of one device, or None if its kind is not in the table.
 
-    >>> bf16_peak("NVIDIA H100 80GB HBM3")
-    989000000000000.0
+    >>> bf16_peak("NVIDIA H100 80GB HBM3"), bf16_peak("NVIDIA H100 80GB HBM3 MIG 1g.10gb")
+    (989000000000000.0, None)
     """
+    if OTHER_CHIPS.search(device_kind):
+        return None
     found = [gpu for gpu in GPUS if re.search(rf"\b{gpu.name}\b", device_kind)]
     return max(found, key=lambda gpu: len(gpu.name)).bf16_flops if found else None
 

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,8 +27,8 @@ from consyn_jax.training.logging.advice import RunSettings
 from consyn_jax.training.logging.console import Console
 from consyn_jax.training.logging.live.activities import ActivityClock
 from consyn_jax.training.logging.live.history import History, earlier_activities
+from consyn_jax.training.logging.live.page_header import command_rows, now
 from consyn_jax.training.logging.metrics import MetricsLog, ending, read_metrics
-from consyn_jax.training.logging.run_page import command_rows
 from consyn_jax.training.logging.tracking.callbacks import Callbacks, Maker, RunView
 from consyn_jax.training.optim.schedules import warmup_length
 from consyn_jax.training.program import Program
@@ -66,6 +66,8 @@ class RunInputs:
         signals: recorded by the process, if it does more than this run.
         exports_model: whether the run writes best/, final/ and loss.png, and lets its model write
             samples.
+        began: the `time.perf_counter()` at which this start began, with the preparation of data
+            and model; from then on its time is counted.
     """
 
     run: RunConfig
@@ -85,6 +87,7 @@ class RunInputs:
     callbacks: tuple[Maker, ...] = ()
     signals: Signals | None = None
     exports_model: bool = True
+    began: float = field(default_factory=time.perf_counter)
 
 
 @dataclass(frozen=True)
@@ -174,12 +177,12 @@ def open_records(
     lost_lines: dict[str, int] = {}
     activities = ActivityClock()
     if opened.writes:
-        log = stack.enter_context(MetricsLog(path, opened.directory.check, warn))
+        log = stack.enter_context(MetricsLog(path, opened.directory.check, warn, inputs.began))
         step = -1 if resumed is None else resumed
         lost_lines = beginning.rewind(log, opened.directory, step, warn)
         lines = read_metrics(log.path)
         earlier = earlier_activities(lines)
-        # The log's clock began a moment ago, when it was rewound.
+        # The log's clock began with the preparation of data and model.
         since = log.time_s - sum(earlier.values())
         activities.begin(earlier | {"other": earlier.get("other", 0.0) + since})
     if inputs.exports_model:
@@ -192,7 +195,7 @@ def open_records(
     recorder.history = History(lines)
     made_with = [] if facts is None else facts.made_with()
     command = command_rows(flat(run), inputs.origins)
-    start = ("this start", time.strftime("%Y-%m-%d %H:%M:%S %z"))
+    start = ("started" if resumed is None else "resumed", now())
     about = [*inputs.header, *made_with, *command, start]
     told = flat(run), inputs.origins, about, opened.console.left_s
     report = LiveReport(opened.directory, recorder, *told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 
 
 def compact(value: float | int) -> str:
@@ -17,16 +18,38 @@ def compact(value: float | int) -> str:
     return f"{value:.3g}"
 
 
-def decimals(value: float | int) -> str:
-    """As many decimals as are useful, at most four.
+def decimals(value: float | int, most: int = 4) -> str:
+    """As many decimals as are useful, at most `most`.
 
     >>> [decimals(v) for v in (3.21, 24.83, 48213.7, 2e9)]
     ['3.2100', '24.83', '48,214', '2e+09']
     """
-    for limit, shown in ((10, ".4f"), (10_000, ".2f"), (1e9, ",.0f")):
+    for limit, shown in ((10, f".{most}f"), (10_000, ".2f"), (1e9, ",.0f")):
         if abs(value) < limit:
             return format(value, shown)
     return f"{value:.3g}"
+
+
+def typed(command: str, indent: str = "  ", width: int = 79) -> str:
+    r"""A shell command over as many lines as it needs, which can be pasted whole.
+
+    >>> print(typed("consyn-train --config runs/a/config.yaml --max_steps 500", width=46))
+      consyn-train --config runs/a/config.yaml \
+          --max_steps 500
+    """
+    lines = [indent]
+    for word in _words(command):
+        longer = f"{lines[-1]}{word}" if lines[-1].isspace() else f"{lines[-1]} {word}"
+        if len(longer) + 2 <= width or lines[-1].isspace():
+            lines[-1] = longer
+        else:
+            lines.append(f"{indent}    {word}")
+    return " \\\n".join(lines)
+
+
+def _words(command: str) -> list[str]:
+    """The words of a command as they were quoted."""
+    return [shlex.quote(word) for word in shlex.split(command)]
 
 
 def duration(seconds: float | None) -> str:

@@ -55,7 +55,7 @@ def test_without_a_terminal_it_prints_plain_lines_at_logging_steps() -> None:
         for line in lines
         if line.startswith("step") and "/" in line.split("  ")[0]
     ] == ["step 1/20", "step 10/20", "step 20/20"]
-    assert "step 10  eval loss 3.2100  perplexity 24.80  bits/byte 1.5200  (best)" in lines
+    assert "step 10  best eval 3.2100  perplexity 24.80  bits/byte 1.520" in lines
     assert "warning: careful [red]" in lines
     assert "  model   haiku [bold]" in lines
     assert r"  \x1b[2Jor not" in lines
@@ -113,7 +113,7 @@ def test_on_a_terminal_there_is_a_bar_and_the_cursor_is_restored(
     assert "\x1b[2J" not in text  # the model's text does not drive the terminal
     seen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     assert "haiku [bold]" in seen
-    assert "step 10  eval loss 3.2100" in seen
+    assert "step 10  best eval 3.2100" in seen
     assert seen.rstrip().endswith("Everything is in ./out")
 
 

@@ -63,8 +63,9 @@ const ticks = (low, high, count, axis) => {
   return found;
 };
 const binary = (low, high, count) => {
-  const unit = high >= 2 ** 30 ? 2 ** 30 : 2 ** 20;
-  return ticks(low / unit, high / unit, count).map(tick => tick * unit);
+  const gap = 2 ** Math.ceil(Math.log2((high - low) / count)), found = [];
+  for (let tick = Math.ceil(low / gap) * gap; tick <= high; tick += gap) found.push(tick);
+  return found;
 };
 const all = data.charts.flatMap(chart => chart.lines.map(line => line.x));
 const ends = axis => Math.max(...all.map(x => x[axis][x[axis].length - 1] || 0), 0) || 1;
@@ -186,9 +187,10 @@ const read = (figure, at) => {
       if (found[k] >= 0.0005) parts.push(`${line.name} ${show.share(found[k], true)}`);
     });
   } else for (const line of chart.lines)
-    if (line.look !== "best")
-      parts.push(`${line.name} ${show[chart.unit](
-        line.y[nearest(line.x[state.axis], at)], true)}`);
+    if (line.look !== "best") {
+      const text = show[chart.unit](line.y[nearest(line.x[state.axis], at)], true);
+      parts.push(chart.lines.length > 1 ? `${line.name} ${text}` : text);
+    }
   figure.querySelector(".read").textContent = parts.join(" · ");
 };
 const forget = figure => {
@@ -265,7 +267,15 @@ if (data.alive) {
 """
 
 CHART_PAGE_STYLE = """
-figure.chart { margin: 0 0 14px; }
+figure.chart { margin: 0; min-width: 0; }
+.charts { display: grid; gap: 0 14px; }
+@media print, (min-width: 900px) {
+  .scripted .charts { grid-template-columns: 1fr 1fr; }
+  .charts figure:first-child, .charts .needs-script { grid-column: 1 / -1; }
+}
+@media (max-width: 600px) {
+  .charts figure:first-child .read, .needs-script .read { min-height: 3em; }
+}
 figure.chart svg { touch-action: pan-y; cursor: crosshair; user-select: none; }
 svg.inner { overflow: hidden; }
 .read { margin: 3px 0 0; color: var(--soft); font-size: 12.5px; min-height: 1.5em;
@@ -282,7 +292,7 @@ rect.chosen { fill: var(--blue); opacity: .16; }
 #axis button[aria-pressed=true] { border-color: var(--blue); color: var(--blue); }
 svg path.area { stroke: none; }
 :root { --purple: #7b5bb5; --gold: #b3861b; --grey: #9aa3af; }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root { --purple: #b79be8; --gold: #d9b45a; --grey: #6d7683; }
 }
 path.compute { fill: var(--blue); } path.data { fill: var(--orange); }

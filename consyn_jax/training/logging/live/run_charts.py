@@ -137,7 +137,8 @@ def draw_charts(charts: Sequence[RunChart], resumed: Sequence[Point], note: str)
     )
     tools = f'<div id="axis" hidden>{buttons}<button type="button" data-all hidden>Show all'
     said = f"<p class='plain'>{escape(note)}</p>" if note else ""
-    return f"<section><h2>Curves</h2>{tools}</button></div>{said}{''.join(figures)}</section>"
+    drawn = f"<div class='charts'>{''.join(figures)}</div>"
+    return f"<section><h2>Curves</h2>{tools}</button></div>{said}{drawn}</section>"
 
 
 def points_json(charts: Sequence[RunChart], resumed: Sequence[Point], **about: Any) -> str:
