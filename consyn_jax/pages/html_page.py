@@ -58,6 +58,14 @@ def escape(text: str) -> str:
     )
 
 
+def unbroken(text: str) -> str:
+    """Escape text for HTML so that browsers do not break `--flag` or `a-b` after a hyphen."""
+    return " ".join(
+        f"<span class='word'>{escape(word)}</span>" if "-" in word else escape(word)
+        for word in text.split(" ")
+    )
+
+
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -107,6 +115,7 @@ th { text-align: left; font-weight: 600; color: var(--soft); white-space: nowrap
 th, td { padding: 5px 14px; border-bottom: 1px solid var(--rule); vertical-align: top;
   overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 tr:last-child td { border-bottom: 0; }
+.word { display: inline-block; max-width: 100%; overflow-wrap: anywhere; }
 td:first-child { white-space: nowrap; }
 td:not(:first-child) { min-width: 5.5em; }
 @media (max-width: 600px) {

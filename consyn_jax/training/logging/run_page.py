@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from consyn_jax.files import write_whole
-from consyn_jax.pages import escape, html_page
+from consyn_jax.pages import escape, html_page, unbroken
 from consyn_jax.training.logging.charts import CHART_STYLE
 from consyn_jax.training.logging.curves import Point
 from consyn_jax.training.logging.formats import compact, duration
@@ -245,7 +245,7 @@ def _events_title(history: History) -> str:
 
 def _events(history: History) -> Iterable[tuple[str, ...]]:
     for line in history.events[-SHOWN_EVENTS:]:
-        details = ", ".join(
+        details = str(line.get("sentence") or "") or ", ".join(
             f"{key} {_cell(value)}"
             for key, value in line.items()
             if key not in ("step", "tokens", "time_s", "event")
@@ -287,7 +287,7 @@ def _folded(title: str, section: str) -> str:
 
 
 def _row(tag: str, cells: tuple[str, ...]) -> str:
-    return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
+    return f"<tr>{''.join(f'<{tag}>{unbroken(cell)}</{tag}>' for cell in cells)}</tr>"
 
 
 def _cell(value: object) -> str:

@@ -174,8 +174,14 @@ const nearest = (xs, at) => {
   for (let i = 1; i < xs.length; i++) if (Math.abs(xs[i] - at) < Math.abs(xs[best] - at)) best = i;
   return best;
 };
-const read = (figure, at) => {
-  const chart = figure.chart, place = figure.place, x = place.x(at).toFixed(1);
+const closest = (figure, at, height) => {  // of many lines the one under the pointer
+  const apart = line => Math.abs(figure.place.y(line.y[nearest(line.x[state.axis], at)]) - height);
+  return figure.chart.lines.reduce((a, b) => apart(b) < apart(a) ? b : a);
+};
+const read = (figure, at, height) => {
+  const place = figure.place, x = place.x(at).toFixed(1), many = figure.chart.lines.length > 6;
+  const chart = !many || figure.chart.kind === "stack" ? figure.chart :
+    { ...figure.chart, lines: [closest(figure, at, height)] };
   figure.cursor.setAttribute("d", `M${x} ${place.top}V${place.H - place.bottom}`);
   const lead = chart.lines.reduce((a, b) => b.y.length > a.y.length ? b : a);
   const i = nearest(lead.x[state.axis], at), xs = lead.x;
@@ -189,7 +195,7 @@ const read = (figure, at) => {
   } else for (const line of chart.lines)
     if (line.look !== "best") {
       const text = show[chart.unit](line.y[nearest(line.x[state.axis], at)], true);
-      parts.push(chart.lines.length > 1 ? `${line.name} ${text}` : text);
+      parts.push(figure.chart.lines.length > 1 ? `${line.name} ${text}` : text);
     }
   figure.querySelector(".read").textContent = parts.join(" · ");
 };
@@ -205,8 +211,8 @@ const wire = figure => {
     svg.setPointerCapture(event.pointerId);
   });
   svg.addEventListener("pointermove", event => {
-    const at = value(figure, event);
-    read(figure, at);
+    const at = value(figure, event), box = svg.getBoundingClientRect();
+    read(figure, at, (event.clientY - box.top) * figure.place.H / box.height);
     if (!dragging || dragging.figure !== figure) return;
     const [a, b] = [figure.place.x(dragging.from), figure.place.x(at)];
     figure.chosen.setAttribute("x", Math.min(a, b));
@@ -271,10 +277,10 @@ figure.chart { margin: 0; min-width: 0; }
 .charts { display: grid; gap: 0 14px; }
 @media print, (min-width: 900px) {
   .scripted .charts { grid-template-columns: 1fr 1fr; }
-  .charts figure:first-child, .charts .needs-script { grid-column: 1 / -1; }
+  .charts .tall, .charts .needs-script { grid-column: 1 / -1; }
 }
 @media (max-width: 600px) {
-  .charts figure:first-child .read, .needs-script .read { min-height: 3em; }
+  .tall .read, .needs-script .read { min-height: 3em; }
 }
 figure.chart svg { touch-action: pan-y; cursor: crosshair; user-select: none; }
 svg.inner { overflow: hidden; }

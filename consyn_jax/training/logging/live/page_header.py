@@ -6,7 +6,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 
-from consyn_jax.pages import escape
+from consyn_jax.pages import escape, unbroken
 
 # Rows of the terminal's header that say how the run computes and not what it is.
 DETAILS = frozenset(
@@ -39,19 +39,11 @@ def header_section(about: Sequence[tuple[str, str]], duration: str) -> str:
 
 
 def _rows(rows: Sequence[tuple[str, str]]) -> str:
-    lines = [
-        f"<tr><td>{escape(name)}</td><td>{_unbroken(name, text)}</td></tr>" for name, text in rows
-    ]
+    lines = []
+    for name, text in rows:
+        shown = f"<code>{unbroken(text)}</code>" if name == "command" else unbroken(text)
+        lines.append(f"<tr><td>{escape(name)}</td><td>{shown}</td></tr>")
     return f"<div class='wide whole'><table>{''.join(lines)}</table></div>"
-
-
-def _unbroken(name: str, text: str) -> str:
-    """The text; a browser must not break `--flag` or `orbax-checkpoint` after a hyphen."""
-    words = " ".join(
-        f"<span class='word'>{escape(word)}</span>" if "-" in word else escape(word)
-        for word in text.split(" ")
-    )
-    return f"<code>{words}</code>" if name == "command" else words
 
 
 def command_rows(config: Mapping[str, object], origins: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -81,7 +73,6 @@ def now() -> str:
 
 
 HEADER_STYLE = """
-.word { display: inline-block; max-width: 100%; overflow-wrap: anywhere; }
 code { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 .about details { margin: 6px 0 0; }
 """

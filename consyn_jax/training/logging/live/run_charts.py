@@ -111,24 +111,28 @@ def _activities(history: History, now: Mapping[str, float]) -> Iterator[RunChart
     yield RunChart("Time by activity, as shares", "share", lines, 170, (0.0, 1.0), "stack")
 
 
-def draw_charts(charts: Sequence[RunChart], resumed: Sequence[Point], note: str) -> str:
+def draw_charts(
+    charts: Sequence[RunChart], resumed: Sequence[Point], note: str, legend: str = ""
+) -> str:
     """The section of the curves, drawn over tokens; the script draws it again with choices.
 
     Args:
         resumed: places to mark.
         note: a sentence about what is drawn; empty for none.
+        legend: HTML of the legend of all charts; empty if each has its own.
     """
     if not charts:
         return ""
     figures = []
     for i, each in enumerate(charts):
-        has_legend = sum(bool(line.points) for line in each.lines) > 1
+        has_legend = sum(bool(line.points) for line in each.lines) > 1 and not legend
         lines = [
             Line(thin(x.points, STATIC_BUCKETS), x.look, x.label if has_legend else "", x.dots)
             for x in each.lines
         ]
         drawn = chart(each.title, lines, each.height, each.limits or (0.0, 1.0), resumed)
         look = "chart needs-script" if each.kind == "stack" else "chart"
+        look += " tall" if each.height > 200 else ""
         read = "<p class='read'></p>"
         figures.append(f'<figure class="{look}" id="chart{i}">{drawn}{read}</figure>')
     buttons = "".join(
@@ -138,7 +142,7 @@ def draw_charts(charts: Sequence[RunChart], resumed: Sequence[Point], note: str)
     tools = f'<div id="axis" hidden>{buttons}<button type="button" data-all hidden>Show all'
     said = f"<p class='plain'>{escape(note)}</p>" if note else ""
     drawn = f"<div class='charts'>{''.join(figures)}</div>"
-    return f"<section><h2>Curves</h2>{tools}</button></div>{said}{drawn}</section>"
+    return f"<section><h2>Curves</h2>{tools}</button></div>{said}{legend}{drawn}</section>"
 
 
 def points_json(charts: Sequence[RunChart], resumed: Sequence[Point], **about: Any) -> str:
