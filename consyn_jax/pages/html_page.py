@@ -117,10 +117,10 @@ th, td { padding: 5px 14px; border-bottom: 1px solid var(--rule); vertical-align
 tr:last-child td { border-bottom: 0; }
 .word { display: inline-block; max-width: 100%; overflow-wrap: anywhere; }
 td:first-child { white-space: nowrap; }
-td:not(:first-child) { min-width: 5.5em; }
+td:not(:first-child) { min-width: 7.2em; }
 @media (max-width: 600px) {
   th, td { padding: 5px 10px; }
-  td:first-child { white-space: normal; min-width: 7em; }
+  td:first-child { white-space: normal; min-width: 8.8em; }
 }
 @media print {
   :root { color-scheme: light; --back: #fff; }

@@ -282,5 +282,6 @@ def open_run(inputs: RunInputs, stack: ExitStack) -> OpenRun:
     )
     stack.callback(checkpoints.close)
     signals = inputs.signals or stack.enter_context(Signals())
+    signals.is_shown, console.alert = (lambda: console.is_live), signals.message
     coordinator = StopCoordinator(signals, inputs.program.mesh, saving.save_minutes)
     return OpenRun(writes, directory, watchdog, console, profile, checkpoints, coordinator)

@@ -52,6 +52,9 @@ class Console(AbstractContextManager["Console"]):
         file: the text file to print to; None for stderr. A terminal or disk that disappears
             silences the view and does not end the run.
         clock: seconds since some moment.
+
+    Attributes:
+        alert: a sentence that the live line shows until the end; empty for none.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Console(AbstractContextManager["Console"]):
         self._pace = _Pace(0, clock())
         self._lines_begun = False
         self._rich: RichConsole | None = None
+        self.alert: Callable[[], str] = str
         if (
             not quiet
             and self._stream.isatty()
@@ -200,7 +204,14 @@ class Console(AbstractContextManager["Console"]):
         elif self._evaluated:
             shown = fitted([self._evaluated], [self._best], "", width)
             lines.append(Text(shown[:width], "green", no_wrap=True))
+        if alert := self.alert():
+            lines += [Text(part, "bold yellow") for part in _wrapped(alert, width)]
         return Group(*lines)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the live line is being drawn."""
+        return self._live is not None
 
     def left_s(self) -> float | None:
         """Seconds that are left at the present pace; None if unknown."""

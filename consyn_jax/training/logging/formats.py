@@ -6,16 +6,16 @@ import math
 import shlex
 
 
-def compact(value: float | int) -> str:
-    """Format a number with three digits and a unit.
+def compact(value: float | int, digits: int = 3) -> str:
+    """Format a number with a few digits and a unit.
 
     >>> [compact(v) for v in (0.5, 999.4, 12345.0, 1.26e6, float("nan"))]
     ['0.5', '999', '12.3k', '1.26M', 'nan']
     """
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
-            return f"{value / limit:.3g}{unit}"
-    return f"{value:.3g}"
+            return f"{value / limit:.{digits}g}{unit}"
+    return f"{value:.{digits}g}"
 
 
 def decimals(value: float | int, most: int = 4) -> str:

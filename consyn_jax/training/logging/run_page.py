@@ -306,7 +306,7 @@ STYLE = """
 summary { cursor: pointer; margin: 14px 0 10px; color: var(--soft); }
 figure { margin: 0 0 12px; }
 .whole { max-height: none; }
-.events td:nth-child(-n + 3) { white-space: nowrap; }
+.events td:nth-child(-n + 3) { white-space: nowrap; min-width: 0; }
 .pair { display: grid; gap: 0 14px;
   grid-template-columns: repeat(auto-fit, minmax(min(360px, 100%), 1fr)); }
 .pair td:first-child { white-space: normal; overflow-wrap: normal; }

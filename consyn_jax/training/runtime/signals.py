@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from time import monotonic
 from types import FrameType
@@ -39,10 +39,13 @@ class Signals:
 
     Attributes:
         received: the name of the first signal.
+        is_shown: whether somebody else shows `message`, as a live line does that would otherwise
+            be drawn over it.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self.is_shown: Callable[[], bool] = lambda: False
         self._repeats = Repeats()
 
     def __enter__(self) -> Signals:
@@ -66,12 +69,18 @@ class Signals:
         self.received = signal.Signals(number).name
         # Not through the console: a handler runs between any two instructions, and the console may
         # be in the middle of a line.
-        message = (
-            f"\n{self.received}: the run will save after this step and stop. A second signal, "
-            f"after {REPEAT_S:.0f} seconds, stops it at once, without saving.\n"
+        if not self.is_shown():
+            with suppress(OSError):  # the terminal may be closed
+                os.write(2, f"\n{self.message()}\n".encode())
+
+    def message(self) -> str:
+        """What the first signal leads to; empty before it."""
+        if self.received is None:
+            return ""
+        return (
+            f"{self.received}: the run will save after this step and stop. A second signal, "
+            f"after {REPEAT_S:.0f} seconds, stops it at once, without saving."
         )
-        with suppress(OSError):  # the terminal may be closed
-            os.write(2, message.encode())
 
 
 # ---------------------------------------------------------------------------- inside the train step

@@ -14,22 +14,33 @@ const make = (name, attributes, parent, text) => {
   if (parent) parent.append(node);
   return node;
 };
-const units = (value, sizes) => {
+const units = (value, digits, sizes) => {
   for (const [size, unit] of sizes)
-    if (Math.abs(value) >= size) return Number((value / size).toPrecision(3)) + unit;
-  return String(Number(value.toPrecision(3)));
+    if (Math.abs(value) >= size) return Number((value / size).toPrecision(digits)) + unit;
+  return String(Number(value.toPrecision(digits)));
 };
-const compact = value => units(value, [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]]);
-const time = s => Math.abs(s) < 60 ? Number(s.toPrecision(3)) + " s" :
-  units(s, [[86400, " d"], [3600, " h"], [60, " min"]]);
+const compact = (value, digits = 3) =>
+  units(value, digits, [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]]);
+const time = (s, digits = 3) => Math.abs(s) < 60 ? Number(s.toPrecision(digits)) + " s" :
+  units(s, digits, [[86400, " d"], [3600, " h"], [60, " min"]]);
+const binarySizes = [[2 ** 40, " TiB"], [2 ** 30, " GiB"], [2 ** 20, " MiB"], [1, " B"]];
 const show = {
-  number: (v, fine) => fine ? v.toFixed(4) : compact(v),
-  rate: (v, fine) => v === 0 ? "0" :
-    Math.abs(v) < 1e-3 ? v.toExponential(fine ? 3 : 1).replace(".0e", "e") :
-    String(Number(v.toPrecision(fine ? 4 : 3))),
-  count: v => compact(v),
-  share: (v, fine) => (100 * v).toFixed(fine ? 1 : 0) + " %",
-  bytes: v => units(v, [[2 ** 40, " TiB"], [2 ** 30, " GiB"], [2 ** 20, " MiB"], [1, " B"]]),
+  number: compact,
+  rate: (v, digits = 3) => v === 0 ? "0" :
+    Math.abs(v) < 1e-3 ? v.toExponential(digits - 1).replace(/\.?0*e/, "e") :
+    String(Number(v.toPrecision(digits))),
+  count: compact,
+  share: (v, digits = 3) => Number((100 * v).toPrecision(digits)) + " %",
+  bytes: (v, digits = 3) => units(v, digits, binarySizes),
+};
+const fine = (v, unit) => unit === "number" ? v.toFixed(4) : show[unit](v, 4);
+const labels = (values, format) => {  // with as many digits as tell them apart
+  let found = [];
+  for (let digits = 3; digits < 10; digits++) {
+    found = values.map(v => format(v, digits));
+    if (new Set(found).size === found.length) break;
+  }
+  return found;
 };
 const axes = { step: compact, tokens: compact, time };
 const state = { axis: "tokens", from: null, to: null };
@@ -103,16 +114,20 @@ const draw = figure => {
   svg.replaceChildren();
   make("title", {}, svg, chart.title);
   const format = show[chart.unit], rows = H > 200 ? 6 : 4;
-  for (const tick of (chart.unit === "bytes" ? binary : ticks)(low, high, rows)) {
-    make("path", { class: "grid", d: `M${left} ${y(tick)}H${W - right}` }, svg);
-    make("text", { x: left - 8, y: y(tick) + 4, "text-anchor": "end" }, svg, format(tick));
-  }
-  for (const tick of ticks(from, to, Math.floor((W - left) / 85), state.axis)) {
+  const heights = (chart.unit === "bytes" ? binary : ticks)(low, high, rows);
+  labels(heights, format).forEach((text, i) => {
+    const at = y(heights[i]);
+    make("path", { class: "grid", d: `M${left} ${at}H${W - right}` }, svg);
+    make("text", { x: left - 8, y: at + 4, "text-anchor": "end" }, svg, text);
+  });
+  const places = ticks(from, to, Math.floor((W - left) / 85), state.axis);
+  labels(places, axes[state.axis]).forEach((text, i) => {
+    const tick = places[i];
     make("path", { class: "grid", d: `M${x(tick)} ${top}V${H - bottom}` }, svg);
     const anchor = x(tick) > W - 34 ? "end" : "middle";
     const at = { x: Math.min(x(tick), W - 4), y: H - bottom + 21, "text-anchor": anchor };
-    make("text", at, svg, axes[state.axis](tick));
-  }
+    make("text", at, svg, text);
+  });
   const name = { step: "steps", tokens: "tokens", time: "time" }[state.axis];
   make("text", { x: W - right, y: H - 6, "text-anchor": "end" }, svg, name);
   const size = { width: W - left - right, height: H - top - bottom };
@@ -190,11 +205,11 @@ const read = (figure, at, height) => {
   if (chart.kind === "stack") {
     const found = shares(chart, i);
     chart.lines.forEach((line, k) => {
-      if (found[k] >= 0.0005) parts.push(`${line.name} ${show.share(found[k], true)}`);
+      if (found[k] >= 0.0005) parts.push(`${line.name} ${show.share(found[k])}`);
     });
   } else for (const line of chart.lines)
     if (line.look !== "best") {
-      const text = show[chart.unit](line.y[nearest(line.x[state.axis], at)], true);
+      const text = fine(line.y[nearest(line.x[state.axis], at)], chart.unit);
       parts.push(figure.chart.lines.length > 1 ? `${line.name} ${text}` : text);
     }
   figure.querySelector(".read").textContent = parts.join(" · ");
