@@ -92,10 +92,10 @@ def test_pages_of_runs(
     _look(browser, page, lambda: _compared_curves(browser, [live, done.path]))
     _is_sorted(browser)
 
-    found = tmp_path / "evaluation"
+    found = tmp_path / "evaluation.html"
     models = [str(done.path / "final"), str(done.path / "best")]
-    assert evaluate.main([*models, "--data", str(corpus), "--output", str(found)]) == 0
-    _look(browser, next(found.glob("*.html")), lambda: None)
+    assert evaluate.main([*models, "--data", str(corpus), "--page", str(found)]) == 0
+    _look(browser, found, lambda: None)
 
 
 def test_the_page_of_a_study(browser: Browser, tmp_path: Path) -> None:

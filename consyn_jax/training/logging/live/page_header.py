@@ -15,6 +15,8 @@ DETAILS = frozenset(
         "precision",
         "optimizer",
         "weights",
+        "rows",
+        "cleaned",
         "packing",
         "tokenizer",
         "output",
