@@ -63,6 +63,12 @@ MEASURE = r"""
           (a.closest(".wide") === b.closest(".wide") || !a.closest(".wide") && !b.closest(".wide")))
         found.push(`overlap: ${name(a, one)} and ${name(b, other)}`);
   });
+  for (const box of document.querySelectorAll(".wide")) {
+    const cell = box.querySelector("th:first-child");
+    if (cell && getComputedStyle(cell).position === "sticky" && box.scrollWidth > box.clientWidth &&
+        cell.offsetWidth > 0.6 * box.clientWidth)
+      found.push(`hides the other columns: ${name(cell, cell.getBoundingClientRect())}`);
+  }
   for (const cell of document.querySelectorAll("h1, h2, h3, button, th, td")) {
     if (!cell.offsetParent) continue;
     const walk = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);

@@ -156,6 +156,7 @@ def _about(runs: Sequence[RecordedRun]) -> str:
     rows = [
         [(run.name, run.name), *((run.about.get(key, ""), run.about.get(key, "")) for key in keys)]
         for run in runs
+        if run.about
     ]
     return _table("Made with", ["run", *keys], rows) if keys else ""
 
@@ -215,8 +216,10 @@ def _colours() -> str:
 STYLE = """
 main { max-width: 1200px; }
 .wide { max-height: none; }
-.sorted td { white-space: nowrap; min-width: 0; }
-.sorted .number { text-align: right; }
+.sorted td { white-space: normal; overflow-wrap: break-word; min-width: 0; max-width: 24em; }
+.sorted .number { text-align: right; white-space: nowrap; }
+.sorted td:first-child { min-width: 15em; }
+@media (max-width: 600px) { .sorted td:first-child { min-width: 0; max-width: 42vw; } }
 .sorted :is(td, th):first-child { position: sticky; left: 0; background: var(--card); }
 .runs { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 6px 0; font-size: 13px; }
 .runs svg { margin-right: 6px; vertical-align: middle; }

@@ -239,12 +239,12 @@ def _seconds(value: float) -> str:
 def _events_title(history: History) -> str:
     shown = min(len(history.events), SHOWN_EVENTS)
     if shown == history.num_events:
-        return "Events"
-    return f"Events, the newest {shown:,} of {history.num_events:,}"
+        return "Events, the newest first"
+    return f"Events, the newest {shown:,} of {history.num_events:,}, the last first"
 
 
 def _events(history: History) -> Iterable[tuple[str, ...]]:
-    for line in history.events[-SHOWN_EVENTS:]:
+    for line in reversed(history.events[-SHOWN_EVENTS:]):
         details = str(line.get("sentence") or "") or ", ".join(
             f"{key} {_cell(value)}"
             for key, value in line.items()

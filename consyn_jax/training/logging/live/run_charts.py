@@ -23,6 +23,7 @@ OTHER_CURVES = {
 }
 NOT_DRAWN = {"eval/loss", "eval/perplexity", "eval/bits_per_byte", "eval/tokens"}
 MOST_EVALUATION_CHARTS = 12
+MOST_DOTS = 40  # of a curve; more hide the line
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def _loss(history: History) -> Iterator[RunChart]:
     lines = [
         Line(train, "raw", "train", dots=len(train) == 1),
         Line(smoothed, "train", "train, smoothed"),
-        Line(evaluation, "eval", "eval", dots=len(evaluation) <= 100),
+        Line(evaluation, "eval", "eval", dots=len(evaluation) <= MOST_DOTS),
         Line([lowest] if lowest else [], "best", "best", dots=True),
     ]
     limits = loss_limits(train, evaluation)
@@ -79,7 +80,7 @@ def _evaluations(history: History) -> Iterator[RunChart]:
         points = history.points(name)
         if len(points) > 1:
             title = f"Evaluation: {name.removeprefix('eval/')}"
-            lines = [Line(points, "eval", "eval", dots=len(points) <= 100)]
+            lines = [Line(points, "eval", "eval", dots=len(points) <= MOST_DOTS)]
             yield RunChart(title, "rate", lines, limits=_from_zero(points))
 
 
