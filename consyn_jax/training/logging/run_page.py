@@ -94,11 +94,12 @@ def write_report(
         OSError: the directory cannot be written.
     """
     spent = activities or {}
+    passed_s = sum(spent.values(), 0.0)
     drawn, resumed = run_charts(history, spent), _resumed(history)
     sections = [
         _state(status, history),
-        header_section(about, duration(sum(spent.values())) if spent else ""),
-        _tiles(history, sum(spent.values())),
+        header_section(about, duration(passed_s) if spent else ""),
+        _tiles(history, passed_s),
         draw_charts(drawn, resumed, THINNED if history.is_thinned else ""),
         _samples(samples),
         "<div class='pair'>",
