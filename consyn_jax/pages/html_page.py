@@ -113,15 +113,11 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere;
 table { width: 100%; border-collapse: collapse; font-size: 13.5px; }
 th { text-align: left; font-weight: 600; color: var(--soft); white-space: nowrap; }
 th, td { padding: 5px 14px; border-bottom: 1px solid var(--rule); vertical-align: top;
-  overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+  overflow-wrap: break-word; font-variant-numeric: tabular-nums; }
 tr:last-child td { border-bottom: 0; }
 .word { display: inline-block; max-width: 100%; overflow-wrap: anywhere; }
 td:first-child { white-space: nowrap; }
-td:not(:first-child) { min-width: 7.2em; }
-@media (max-width: 600px) {
-  th, td { padding: 5px 10px; }
-  td:first-child { white-space: normal; min-width: 8.8em; }
-}
+@media (max-width: 600px) { th, td { padding: 5px 10px; } }
 @media print {
   :root { color-scheme: light; --back: #fff; }
   .wide, pre { max-height: none; }

@@ -307,11 +307,12 @@ STYLE = """
 summary { cursor: pointer; margin: 14px 0 10px; color: var(--soft); }
 figure { margin: 0 0 12px; }
 .whole { max-height: none; }
+td:not(:first-child) { overflow-wrap: anywhere; min-width: 9em; }
 .events td:nth-child(-n + 3) { white-space: nowrap; min-width: 0; }
 .pair { display: grid; gap: 0 14px;
   grid-template-columns: repeat(auto-fit, minmax(min(360px, 100%), 1fr)); }
 .pair td:first-child { white-space: normal; overflow-wrap: normal; }
-.pair :is(td, th):not(:first-child) { text-align: right; white-space: nowrap; }
+.pair :is(td, th):not(:first-child) { min-width: 0; text-align: right; white-space: nowrap; }
 .plain { color: var(--soft); font-size: 12.5px; }
 pre {
   margin: 2px 0 0; padding: 12px 14px; max-height: 360px; overflow-y: auto;
