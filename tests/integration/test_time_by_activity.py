@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 FLAGS: list[object] = [*MODEL, "--max_tokens", 32, "--batch_size", 8, "--logging_steps", 1]
 FLAGS += ["--logging_backend", "none", "--validation_fraction", 0.2, "--quiet"]
-SLEEP_S = 0.1
+SLEEP_S = 0.3  # of the loader, for each step
 
 
 def train(*flags: object) -> float:
@@ -73,12 +73,10 @@ def test_evaluations_saves_and_a_resume(corpus: Path, tmp_path: Path) -> None:
 def test_accumulation_from_a_slow_loader(corpus: Path, tmp_path: Path, slow_data: None) -> None:
     flags = ["--data", corpus, "--output", tmp_path, "--gradient_accumulation_steps", 4]
     spent = check(tmp_path, train(*flags, "--max_steps", 30))
-    assert spent["data"] > 0.7 * 30 * 4 * SLEEP_S
+    assert spent["data"] > 0.5 * 30 * SLEEP_S, "the rest is hidden behind the steps"
 
 
-def test_ctrl_c(
-    corpus: Path, tmp_path: Path, slow_data: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c(corpus: Path, tmp_path: Path) -> None:
     def press() -> None:
         log = tmp_path / "metrics.jsonl"
         while not log.exists() or log.read_text().count("\n") < 30:

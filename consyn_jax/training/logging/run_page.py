@@ -102,10 +102,7 @@ def write_report(
         _tiles(history, passed_s),
         draw_charts(drawn, resumed, THINNED if history.is_thinned else ""),
         _samples(samples),
-        "<div class='pair'>",
-        _table("Time by activity", _time_rows(spent), ("activity", "time", "share")),
-        _table("Throughput", _throughput(history), ("", "median", "range")),
-        "</div>",
+        _times(spent, history),
         _table(_events_title(history), list(_events(history)), EVENT_HEAD, look="wide events"),
         *_configuration(config, origins or {}),
         _folded("All newest values", _newest(summary or {})),
@@ -209,6 +206,13 @@ def _resumed(history: History) -> list[Point]:
         for line in history.events
         if line.get("event") == "resume"
     ]
+
+
+def _times(spent: Mapping[str, float], history: History) -> str:
+    """The time by activity, and beside it the throughput."""
+    times = _table("Time by activity", _time_rows(spent), ("activity", "time", "share"))
+    throughput = _table("Throughput", _throughput(history), ("", "median", "range"))
+    return f"<div class='pair'>{times}{throughput}</div>"
 
 
 def _throughput(history: History) -> list[tuple[str, ...]]:

@@ -74,7 +74,7 @@ class Signals:
                 os.write(2, f"\n{self.message()}\n".encode())
 
     def message(self) -> str:
-        """What the first signal leads to; empty before it."""
+        """Describe what the first signal leads to; empty before it."""
         if self.received is None:
             return ""
         return (
