@@ -44,7 +44,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
     Args:
         check: called before every line; it may raise if the directory is gone.
         warn: called with a sentence if the file was written anew.
-        began: the `time.perf_counter()` at which this start of the run began; None for now.
+        began: `time.perf_counter()` at the beginning of this start of the run; None for now.
 
     Raises:
         UserError: the file cannot be written, or a line before the last one is damaged.

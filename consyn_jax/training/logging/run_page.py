@@ -171,7 +171,7 @@ def _tiles(history: History, spent_s: float) -> str:
     """The most important numbers, with a note on each.
 
     Args:
-        spent_s: the time of the run until now; 0 for that of the newest line.
+        spent_s: Time of the run until now; 0 for that of the newest line.
     """
     tiles: list[tuple[str, str, str]] = []
     if (found := history.at_best) is not None:

@@ -29,8 +29,8 @@ def header_section(about: Sequence[tuple[str, str]], duration: str) -> str:
     """The header as HTML.
 
     Args:
-        about: rows of name and text.
-        duration: the time of the run so far; empty if unknown.
+        about: Rows of name and text.
+        duration: Time of the run so far; empty if unknown.
     """
     first = [row for row in about if row[0] not in DETAILS]
     rest = [row for row in about if row[0] in DETAILS]
@@ -52,7 +52,7 @@ def command_rows(config: Mapping[str, object], origins: Mapping[str, str]) -> li
     """The command that a run was started with, as a row; none for a run from Python.
 
     Args:
-        config, origins: as they were given, before micro-batches were made to fit.
+        config, origins: As they were given, before micro-batches were made to fit.
     """
     if not origins or "keyword" in origins.values():
         return []
