@@ -73,19 +73,17 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         is atomic and may be repeated.
 
         Returns:
-            The seconds that the kept part of the run took, to which the clock adds.
+            The seconds until the end of the start that reached `step`, to which the clock adds.
         """
+        lines = [line for line in _lines(self.path) if line["step"] <= step]
         kept = [
-            line
-            for line in _lines(self.path)
-            if line["step"] < step
-            or (line["step"] == step and line.get("event") not in _AFTER_STATE)
+            line for line in lines if line["step"] < step or line.get("event") not in _AFTER_STATE
         ]
         with self._guard:
             self._file.close()
             _rewrite(self.path, kept)
             self._open()
-        time_s = _last_time(kept)
+        time_s = _last_time(lines)
         self._start_clock(time_s)
         return time_s
 

@@ -198,3 +198,7 @@ def test_the_clock_counts_from_the_beginning_of_each_start(tmp_path: Path) -> No
     with MetricsLog(tmp_path, began=time.perf_counter() - 1000) as log:
         assert 100 <= log.truncate_from(1) < 160
         assert 1100 <= log.write(2, 2)["time_s"] < 1220
+        end = log.write(2, 2, event="finish")["time_s"]
+        log.write(3, 3)
+        assert log.truncate_from(2) == end, "the work after the last step took time, too"
+        assert [line.get("event") for line in read_metrics(log.path)] == [None, None]
