@@ -55,7 +55,7 @@ def choose_precision(
 
     Args:
         wanted: "no", "bf16", "fp16", "fp8", or "auto" for what the device does well.
-        platform: "cpu", "gpu", "cuda", as in `jax.Device.platform`.
+        platform: "cpu", "gpu", "cuda", "tpu", as in `jax.Device.platform`.
         compute_capability: "9.0" for Hopper; empty if it is not known.
         device_kind: the device's name, for the reason.
 
@@ -80,6 +80,8 @@ def choose_precision(
 
 def _best(device: str, platform: str, compute_capability: str) -> tuple[str, str]:
     """Return the value of `--mixed_precision` that suits a device, and why."""
+    if platform == "tpu":
+        return "bf16", f"{device} multiplies it at full rate"
     major = int(compute_capability.split(".")[0]) if compute_capability[:1].isdigit() else 8
     if platform not in ("gpu", "cuda"):
         return "no", f"{device} gains nothing from a narrower type"

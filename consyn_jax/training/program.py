@@ -365,7 +365,7 @@ def build_program(
     unroll = _unrolls(platform, model.num_layers, remat)
     host_moments = hardware.optimizer_memory == "host"
     if host_moments:
-        check_offload(optimizer.optimizer, precision.dtype)
+        check_offload(optimizer.optimizer, precision.dtype, platform)
     types, axes = base_types(lora, precision.dtype), trained_layout(model, lora).logical_axes
     program = Program(
         model,
@@ -392,8 +392,9 @@ def _host() -> jax.Device | None:
 def _unrolls(platform: str, num_layers: int, remat: str) -> bool:
     """Whether the blocks run faster without a loop.
 
-    With recomputation, GPUs save too little for it to matter.
+    With recomputation, GPUs save too little for it to matter. For TPUs it was never measured, and
+    the compiler takes several times as long.
     """
     if platform == "cpu":
         return num_layers <= UNROLLED_LAYERS["cpu"]
-    return remat == "none" and num_layers <= UNROLLED_LAYERS["gpu"]
+    return platform != "tpu" and remat == "none" and num_layers <= UNROLLED_LAYERS["gpu"]

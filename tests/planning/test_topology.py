@@ -4,12 +4,12 @@ import pytest
 
 from consyn_jax.distributed.hardware import DESCRIBED
 from consyn_jax.errors import UserError
-from consyn_jax.planning.topology import Topology, parse_topology
+from consyn_jax.planning.topology import GpuTopology, parse_topology
 
 
 def test_hosts_and_gpus() -> None:
     topology = parse_topology("H200:8x4")
-    assert topology == Topology(DESCRIBED["h200"], hosts=8, gpus_per_host=4)
+    assert topology == GpuTopology(DESCRIBED["h200"], hosts=8, gpus_per_host=4)
     assert topology.num_devices == 32
 
 

@@ -22,11 +22,20 @@ from consyn_jax.training.step import Metrics, TrainState, Update
 LAYERS, REST, SHARED = "layers", "rest", "shared"
 
 
-def check_offload(optimizer: str, dtype: Any) -> None:
+def check_offload(optimizer: str, dtype: Any, platform: str) -> None:
     """Raise UserError if a run cannot be updated layer by layer.
 
-    Float16 cannot: its loss scale keeps the whole state of a skipped step.
+    Float16 cannot: its loss scale keeps the whole state of a skipped step. For TPUs the update does
+    not compile.
+
+    Args:
+        platform: as in `jax.Device.platform`.
     """
+    if platform == "tpu":
+        raise UserError(
+            "--optimizer_memory host does not work on TPUs. Use --optimizer_memory device, with "
+            "more chips or --moment_dtype bfloat16 if the moments do not fit."
+        )
     if not OPTIMIZERS[optimizer].layerwise:
         usable = [name for name, rule in OPTIMIZERS.items() if rule.layerwise]
         raise UserError(
