@@ -23,7 +23,8 @@ def plan(config: RunConfig, origins: dict[str, str], choice: ModelChoice) -> Non
     """
     from consyn_jax.planning.aot import packages_are_there
     from consyn_jax.planning.plan import compiled, estimate, fit
-    from consyn_jax.planning.plan_page import in_flags, page, recipe
+    from consyn_jax.planning.plan_page import page
+    from consyn_jax.planning.plan_recipe import in_flags, recipe
     from consyn_jax.planning.topology import parse_topology
 
     topology, file = config.hardware.topology, config.hardware.fit

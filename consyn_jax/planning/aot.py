@@ -89,7 +89,10 @@ class CompiledProgram:
             gathered weights.
         state_bytes: the whole training state over all GPUs, which a checkpoint holds.
         attention: the kernel that was chosen, and why.
-        kernels: executions per step of each kernel that is not XLA's own.
+        kernels: executions per step of each kernel that is not XLA's own; for TPUs, places in the
+            program.
+        collectives: None for TPUs. Their compiler writes no trip counts of loops, and splits
+            collectives into steps of the matmuls that need them.
         update_bytes: bytes that the optimizer reads and writes, gradient norm and clipping
             included; without moments in host memory. None for TPUs, whose programs name too few of
             their instructions.
@@ -107,7 +110,7 @@ class CompiledProgram:
     attention: str
     kernels: dict[str, int]
     update_bytes: int | None
-    collectives: tuple[Collective, ...]
+    collectives: tuple[Collective, ...] | None
     hidden_share: float | None
     warnings: tuple[str, ...] = ()
 
@@ -203,7 +206,7 @@ def compile_train_step(
         raise UserError(answer["mistake"])
     if "needed" in answer:
         raise NeedsMoreMemoryError(answer["needed"])
-    communicated = tuple(
+    communicated = answer["collectives"] and tuple(
         Collective(**c | {"axes": tuple(c["axes"])}) for c in answer["collectives"]
     )
     warnings = resharded(done.stderr)
@@ -250,13 +253,15 @@ def _compile(lowered: Any) -> Any:
 def refused_bytes(message: str) -> int | None:
     """Bytes that a program needs by a compiler's refusal; None if the error is another.
 
-    >>> refused_bytes("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 1.50G of "
-    ... "1.25G hbm. Exceeded hbm capacity by 256.00M.") == 1.5 * 2**30
+    >>> refused_bytes("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required "
+    ... "for HLO temporaries (1.50G) exceeds available HBM (1.25G).") == 1.5 * 2**30
+    True
+    >>> refused_bytes("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.00G of "
+    ... "15.75G hbm. Exceeded hbm capacity by 1.25G.") == 17 * 2**30
     True
     """
-    found = re.search(
-        r"RESOURCE_EXHAUSTED.*Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message, re.S
-    )
+    pattern = r"RESOURCE_EXHAUSTED.*?(?:Used |\()([\d.]+)([KMGT])(?: of|\) exceeds)"
+    found = re.search(pattern, message, re.DOTALL)
     return found and int(float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2]))))
 
 
@@ -304,8 +309,9 @@ def summary(built: Built, compiled: Any, topology: Topology) -> CompiledProgram:
 
     memory, text, state = compiled.memory_analysis(), compiled.as_text(), built.program.state_like
     program, parameters = instructions(text), jax.tree.leaves(state.params)
-    moved = hidden = None
+    moved = hidden = communicated = None
     if isinstance(topology, GpuTopology):
+        communicated = tuple(collectives(program, built.mesh.sizes))
         moved = update_bytes(program, set(map(_local_size, parameters)))
         hidden = play(text, built.mesh.sizes, topology).hidden_share
     return CompiledProgram(
@@ -320,7 +326,7 @@ def summary(built: Built, compiled: Any, topology: Topology) -> CompiledProgram:
         attention=f"{built.attention.backend}: {built.attention.reason}",
         kernels=kernels(program),
         update_bytes=moved,
-        collectives=tuple(collectives(program, built.mesh.sizes)),
+        collectives=communicated,
         hidden_share=hidden,
     )
 

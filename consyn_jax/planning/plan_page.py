@@ -1,16 +1,11 @@
-"""The page of `--dry_run --topology`: a plan in words and numbers, and the recipe of `--fit`."""
+"""The page of `--dry_run --topology`: a plan in words and numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-import yaml
-
-from consyn_jax.config import RunConfig
 from consyn_jax.distributed.auto_mesh import FITS
 from consyn_jax.distributed.hardware import DescribedGpu
-from consyn_jax.flags import flat
 from consyn_jax.model.arithmetic import (
     num_adapter_parameters,
     num_parameters,
@@ -19,6 +14,7 @@ from consyn_jax.model.arithmetic import (
 from consyn_jax.planning import network, roofline
 from consyn_jax.planning.aot import COMPILERS
 from consyn_jax.planning.plan import Alternative, Plan, alternatives
+from consyn_jax.planning.plan_recipe import in_flags, in_seconds
 from consyn_jax.planning.roofline import StepTime
 from consyn_jax.planning.topology import GpuTopology
 from consyn_jax.training.runtime.memory import device_bytes, step_memory
@@ -27,8 +23,9 @@ from consyn_jax.training.trainer import ConsynTrainer
 GIB, GB, DAY_S = 2**30, 1e9, 86_400
 SMALL_BYTES = 1e6  # smaller collectives share one line
 ALTERNATIVES = 4  # shown where a run does not fit
-NO_TIME = (
-    "step time  not given for TPUs: this program was compiled for them, but has never run on one"
+NO_TIME = "no time is given: this program was compiled for TPUs and has never run on one"
+NO_COLLECTIVES = (
+    "collectives  n/a: TPU programs have no trip counts of loops, and collectives inside matmuls"
 )
 
 
@@ -45,7 +42,7 @@ def page(plan: Plan, *, assumptions: bool = False) -> str:
         sections.append(_not_compiled(plan))
     sections += [_what(plan), _memory(plan), _collectives(plan)]
     time = plan.time
-    sections.append(iter([NO_TIME]) if time is None else _time(plan, time, assumptions))
+    sections.append(_work(plan) if time is None else _time(plan, time, assumptions))
     sections.append(_budget(plan))
     return "\n\n".join("\n".join(section) for section in sections)
 
@@ -140,14 +137,15 @@ def _what(plan: Plan) -> Iterator[str]:
         f"{work.length:,}{accumulated}; recomputed: {work.remat}"
     )
     if plan.compiled is not None:
+        counted = plan.topology.compiler == "cuda"
         calls = ", ".join(
-            f"{count} {name}"
+            f"{count} {name}" if counted else name
             for name, count in plan.compiled.kernels.items()
             if "attention" in name or "fmha" in name or "splash" in name
         )
         yield f"attention  {plan.compiled.attention}"
         if calls:
-            yield f"           kernels per step: {calls}"
+            yield f"           kernels{' per step' if counted else ''}: {calls}"
 
 
 def _memory(plan: Plan) -> Iterator[str]:
@@ -192,6 +190,9 @@ def _collectives(plan: Plan) -> Iterator[str]:
         else:
             yield "collectives  n/a, because the program was not compiled"
         return
+    if plan.compiled.collectives is None:
+        yield NO_COLLECTIVES
+        return
     if not plan.compiled.collectives:
         yield "collectives  none"
         return
@@ -214,20 +215,26 @@ def _collectives(plan: Plan) -> Iterator[str]:
         yield f"  WARNING {warning}"
 
 
+def _work(plan: Plan) -> Iterator[str]:
+    tflop = plan.work.flops / plan.topology.num_devices / 1e12
+    peak = plan.topology.device.bf16_flops / 1e12
+    yield f"step       {tflop:,.1f} TFLOP per device, whose peak is {peak:,.0f} TFLOP/s; {NO_TIME}"
+
+
 def _time(plan: Plan, time: StepTime, assumptions: bool) -> Iterator[str]:
     assert isinstance(plan.topology, GpuTopology)
     tflop = plan.work.flops / plan.topology.num_devices / 1e12
     yield (
-        f"step time, estimated: {_seconds(time.total)} for {tflop:,.1f} TFLOP per GPU, "
+        f"step time, estimated: {in_seconds(time.total)} for {tflop:,.1f} TFLOP per GPU, "
         f"{plan.peak_share(time.total):.0%} of its peak"
     )
     for name in ("matmuls", "attention", "memory", "optimizer"):
-        yield f"  {name:<12} {_seconds(getattr(time, name)):>10}"
+        yield f"  {name:<12} {in_seconds(getattr(time, name)):>10}"
     collectives = ", ".join(
-        f"{' x '.join(axes)} {_seconds(seconds)}" for axes, seconds in time.network.items()
+        f"{' x '.join(axes)} {in_seconds(seconds)}" for axes, seconds in time.network.items()
     )
     if collectives:
-        yield f"  {'network':<12} {_seconds(time.exposed):>10}   not hidden, of {collectives}"
+        yield f"  {'network':<12} {in_seconds(time.exposed):>10}   not hidden, of {collectives}"
     if plan.run.hardware.mixed_precision == "no":
         yield "  THIS RUN is in float32, and several times slower than the estimate for bfloat16"
     if not assumptions:
@@ -328,7 +335,7 @@ def _ways_out(plan: Plan) -> Iterator[str]:
 
 
 def _each_step(plan: Plan) -> str:
-    return "" if plan.time is None else f", {_seconds(plan.time.total)} per step"
+    return "" if plan.time is None else f", {in_seconds(plan.time.total)} per step"
 
 
 def _plainest(ways: list[Alternative]) -> list[Alternative]:
@@ -338,50 +345,3 @@ def _plainest(ways: list[Alternative]) -> list[Alternative]:
         if not any(set(other.changes) <= set(way.changes) for other in plain):
             plain.append(way)
     return sorted(plain, key=lambda way: way.cost)[:ALTERNATIVES]
-
-
-def in_flags(changes: dict[str, Any]) -> str:
-    """Changed flags as they are written on the command line."""
-    return " ".join(f"--{name} {value}" for name, value in changes.items()) or "no change"
-
-
-def recipe(found: Alternative, origins: dict[str, str], topology: str) -> str:
-    """The YAML recipe of a run that fits: the user's flags with the changes of `--fit`.
-
-    Args:
-        origins: the origin of each value, by flag name.
-    """
-    plan = found.plan
-    how = "as compiled" if plan.compiled is not None else "by arithmetic, not compiled"
-    given = {
-        name: value
-        for name, value in _given(plan.run, origins).items()
-        if name not in ("topology", "fit")
-    }
-    expected = "no time; nobody has measured this program on TPUs"
-    if plan.time is not None:
-        expected = (
-            f"not measured: {_seconds(plan.time.total)} per step, "
-            f"{plan.work.tokens / plan.time.total:,.0f} tokens/s."
-        )
-    head = (
-        f"# consyn-train --config THIS_FILE\n#\n"
-        f"# For {topology}: {plan.total_bytes / GIB:.1f} GiB of "
-        f"{plan.topology.device.memory_bytes / GIB:.1f} on each device, {how}.\n"
-        f"# EXPECTED, {expected}\n"
-        f"# Changed by --fit: {in_flags(found.changes) if found.changes else 'nothing'}\n"
-    )
-    return head + yaml.safe_dump(given | found.changes, sort_keys=False, allow_unicode=True)
-
-
-def _given(run: RunConfig, origins: dict[str, str]) -> dict[str, Any]:
-    values = flat(run)
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in values.items()
-        if origins[name].startswith(("flag", "file", "keyword"))
-    }
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
