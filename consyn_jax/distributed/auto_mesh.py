@@ -31,7 +31,7 @@ class Machine:
 
     @property
     def group_hosts(self) -> int:
-        """How many hosts share one copy of a large model, memory permitting."""
+        """Number of hosts that share one copy of a large model, memory permitting."""
         return GROUP_HOSTS if self.name_of_host == "host" else 1
 
 

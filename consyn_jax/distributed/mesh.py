@@ -160,7 +160,7 @@ def build_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = Non
 
 
 def across_slices(shape: Sequence[int], slices: int) -> tuple[int, ...]:
-    """How many slices each axis of a mesh is split over, the outer axes first.
+    """Numbers of slices that the axes of a mesh are split over, the outer axes first.
 
     >>> across_slices((4, 8, 1, 1), 2), across_slices((1, 16, 1, 1), 2)
     ((2, 1, 1, 1), (1, 2, 1, 1))

@@ -63,7 +63,7 @@ def verdict(plan: Plan) -> str:
 
 
 def _not_compiled(plan: Plan) -> Iterator[str]:
-    """Why the figures are by arithmetic."""
+    """The reason for figures by arithmetic."""
     if plan.refused_bytes is not None:
         yield (
             f"The compiler refused the program: it needs {plan.refused_bytes / GIB:.2f} GiB of "

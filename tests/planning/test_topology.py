@@ -67,7 +67,7 @@ def test_slices_of_tpus(text: str, topology: TpuTopology, devices: int) -> None:
         ("v5e:16x32", "has 512 chips in a slice, and v5e has at most 256. Use several slices"),
         ("v6e:3x3", "cannot be made of hosts, which have 2 x 2 chips"),
         ("v5p:2x2x2x2x2", "is not of the form GPU:HOSTSxGPUS"),
-        ("v7e:2x4", "names a device that is not in the table; did you mean v5e?"),
+        ("v7e:2x4", "names a device that is not in the table; did you mean v6e?"),
     ],
 )
 def test_impossible_slices_are_refused(text: str, words: str) -> None:

@@ -74,7 +74,7 @@ import json
 from consyn_jax.distributed.mesh import AXES, build_mesh
 from consyn_jax.planning.topology import parse_topology
 
-found = {}
+found = {{}}
 for name in {topologies}:
     topology = parse_topology(name)
     devices, slices = topology.described_devices(), topology.machine.hosts

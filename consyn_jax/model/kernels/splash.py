@@ -104,9 +104,12 @@ def _kernel(
     return make_splash_mha(
         MultiHeadMask([mask] * heads),
         block_sizes=BlockSizes(
-            *(q, k, k),
-            **{"block_q_dkv": q, "block_kv_dkv": k, "block_kv_dkv_compute": k},
-            **{"block_q_dq": q, "block_kv_dq": k},
+            block_q=q,
+            block_kv=k,
+            block_q_dkv=q,
+            block_kv_dkv=k,
+            block_q_dq=q,
+            block_kv_dq=k,
         ),
         head_shards=1,
         q_seq_shards=parts,

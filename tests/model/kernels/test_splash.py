@@ -82,7 +82,7 @@ def test_layers_of_which_some_have_a_window(context: int, has_window: bool) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length", [512, 520])
+@pytest.mark.parametrize("length", [520, pytest.param(512, marks=pytest.mark.exhaustive)])
 def test_every_mesh_of_8_devices(length: int) -> None:
     """With documents, a window and grouped heads; 520 / 8 is no multiple of a block."""
     rng = np.random.default_rng(1)
