@@ -242,7 +242,7 @@ class HardwareOptions:
         "devices per mesh axis, as in data=2,fsdp=4,context=1,tensor=1; auto: fits the machine",
     )
     topology: str | None = flag(
-        None, "with --dry_run: plan for these GPUs instead of this machine, as in h200:1x8"
+        None, "with --dry_run: plan for these GPUs or TPUs, not this machine: h200:1x8, v5e:2x4"
     )
     fit: str | None = flag(
         None,

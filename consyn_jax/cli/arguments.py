@@ -62,7 +62,7 @@ METAVARS = {
     "ladder": "N|SIZE,...",
     "predict": "flops=X|tokens=X",
     "mesh": "auto|AXIS=N,...",
-    "topology": "GPU:HOSTSxGPUS",
+    "topology": "GPU:HOSTSxGPUS|TPU:SHAPE[xSLICES]",
     "coordinator_address": "HOST:PORT",
     "fit": "FILE",
     "output": "PATH",

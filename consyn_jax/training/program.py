@@ -367,7 +367,7 @@ def build_program(
     unroll = _unrolls(platform, model.num_layers, remat)
     host_moments = hardware.optimizer_memory == "host"
     if host_moments:
-        check_offload(optimizer.optimizer, precision.dtype)
+        check_offload(optimizer.optimizer, precision.dtype, platform)
     types, axes = base_types(lora, precision.dtype), trained_layout(model, lora).logical_axes
     program = Program(
         model,
@@ -386,8 +386,9 @@ def build_program(
 def _unrolls(platform: str, num_layers: int, remat: str) -> bool:
     """Whether to unroll the loop over the blocks, because this is faster.
 
-    With recomputation, unrolling gains too little on GPUs.
+    With recomputation, unrolling gains too little on GPUs. For TPUs it was never measured, and the
+    compiler takes several times as long.
     """
     if platform == "cpu":
         return num_layers <= UNROLLED_LAYERS["cpu"]
-    return remat == "none" and num_layers <= UNROLLED_LAYERS["gpu"]
+    return platform != "tpu" and remat == "none" and num_layers <= UNROLLED_LAYERS["gpu"]

@@ -1,4 +1,4 @@
-"""The table of GPUs."""
+"""The tables of GPUs and TPUs."""
 
 import pytest
 
@@ -30,6 +30,10 @@ from consyn_jax.distributed.hardware import GPUS, bf16_peak
         ("NVIDIA L4", 121e12),
         ("NVIDIA L40S", 362e12),
         ("NVIDIA GeForce RTX 4090", 165e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU7x", 1153.5e12),
+        ("TPU v3", None),
         ("cpu", None),
         ("NVIDIA GeForce RTX 3090 Ti", None),
         ("NVIDIA GeForce RTX 4090 D", None),
