@@ -74,7 +74,7 @@ FAULTY: dict[str, tuple[Any, str]] = {
             TensorDataset(torch.tensor([[1, 5, 6]] * 2), torch.tensor([[1, 5, 6], [5, 6, 2]])),
             batch_size=2,
         ),
-        "Batch 0 of .*, row 1, has labels that do not",
+        "Batch 0 of .*, row 1, has labels that differ",
     ),
     "lists as rows of a DataLoader": (DataLoader([[1, 5], [1, 6]], batch_size=2), "turns rows of"),  # type: ignore[arg-type]
     "a batch among rows": (
@@ -101,11 +101,11 @@ FAULTY: dict[str, tuple[Any, str]] = {
     ),
     "one mask too few": (
         {"input_ids": [[1, 5], [1, 6]], "attention_mask": [[1, 1]]},
-        "its attention_mask are 1 rows",
+        "attention_mask has 1 rows",
     ),
     "one mask for all": (
         {"input_ids": [[1, 5], [1, 6]], "attention_mask": [1, 1]},
-        "its attention_mask are 2 numbers",
+        "attention_mask has 2 numbers",
     ),
     "no ids in a row": ([ROW, {"input_ids": None}], "Row 1 of train_dataloader has no input_ids."),
     "no ids at first": ([{"input_ids": None}, ROW], "Row 0 of .* has no input_ids"),
@@ -124,7 +124,7 @@ FAULTY: dict[str, tuple[Any, str]] = {
     "three levels": ([[[1, 5], [6, 2]]] * 2, "lists of lists of lists"),
     "one list": ([1, 5, 6], r"is one list of ids, .* Pass \[ids\]"),
     "bytes": (b"abc", "one list of ids"),
-    "long rows": ([ROW, {"input_ids": [1] * 20}], "Row 1 of .* needs max_tokens=19, and .* is 8"),
+    "long rows": ([ROW, {"input_ids": [1] * 20}], "Row 1 of .* needs max_tokens=19, but .* is 8"),
     "labels shifted backwards": (
         [{**ROW, "labels": [-100, 1, 5, 6]}],
         "Row 0 of train_dataloader has labels that are the tokens before its input_ids",
