@@ -2,8 +2,7 @@
 
 The optimizer's flags are in `optimizer_config`, those of documents in `prepare_config`. A resumed
 run must keep the value of a flag with `math=True` (`flags.py`). Only the standard library is
-imported, so that `consyn-train --help` is instant. `resolve` fills the tree, `validation` checks
-it.
+imported, so that `consyn-train --help` is instant; `resolve` and `validation` fill and check it.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ class ModelOptions:
     checkpoint: str | None = flag(
         None,
         "start from these weights: best/ or final/ of a run, a directory of a Hugging Face model, "
-        "or its hub id",
+        "its hub id, or the s3:// or gs:// URL of either",
         math=True,
     )
     hidden_dim: int | None = flag(None, "width of the residual stream (from --model)", math=True)
@@ -316,7 +315,8 @@ class SavingOptions:
     resume: str = flag(
         "auto", "auto: from the newest checkpoint; never: a new run; or from this step"
     )
-    overwrite: bool = flag(False, "delete the run in --output and start anew")
+    remote: str | None = flag(None, "s3:// or gs:// URL where a copy of the run is kept")
+    overwrite: bool = flag(False, "delete the run in --output and --remote, and start anew")
     replay: str | None = flag(
         None,
         "repeat the step that ended a diverged run, from its directory nonfinite/STEP, and show "

@@ -1,4 +1,4 @@
-"""Atomic writes of files and directories, which survive a crash or power cut, and file locks.
+"""Atomic writes of files and directories, which survive a crash, file locks, and the cache's place.
 
 This is the one place that opens files for writing in directories that somebody else may have made.
 No link is followed there, and what is not finished has a name that nobody can guess:
@@ -34,6 +34,14 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+
+def cache_directory() -> Path:
+    """The cache: $CONSYN_CACHE, otherwise consyn_jax in $XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("CONSYN_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "consyn_jax"
 
 
 def check_is_no_pointer(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Models and tokenizers of the Hugging Face Hub, by names as `owner/name`.
+"""Models and tokenizers elsewhere: on the Hugging Face Hub, as `owner/name`, or in buckets.
 
 Files that were downloaded before are used without a network. Nothing that is downloaded is run.
 """
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from consyn_jax.errors import UserError, brief, listed
+from consyn_jax.remote.local_copy import local_copy
+from consyn_jax.remote.urls import is_bucket_url
 
 _NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
@@ -23,6 +25,11 @@ def is_hub_id(name: str) -> bool:
     return bool(_NAME.fullmatch(name)) and not Path(name).exists()
 
 
+def is_elsewhere(name: str) -> bool:
+    """Whether a name is one of the Hub, or a place in a bucket: what `download` takes."""
+    return is_bucket_url(name) or is_hub_id(name)
+
+
 def is_hub_name(name: str) -> bool:
     """Whether a name has the form `owner/name`.
 
@@ -34,7 +41,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def download(name: str, patterns: Sequence[str]) -> Path:
-    """Return the directory with the files of a hub id, downloading those that are not cached.
+    """Return the directory with the files of a name, downloading those that are not cached.
 
     Args:
         patterns: patterns of the files that are needed.
@@ -42,6 +49,8 @@ def download(name: str, patterns: Sequence[str]) -> Path:
     Raises:
         UserError: no such model, no access to it, or no network and no copy.
     """
+    if is_bucket_url(name):
+        return local_copy(name, tuple(patterns))
     match = _NAME.fullmatch(name)
     assert match is not None
     from huggingface_hub import snapshot_download

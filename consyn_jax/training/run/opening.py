@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,11 @@ SHARED_S = 20.0  # until other hosts see a new file, at the latest
 
 
 def open_run_directory(
-    config: RunConfig, derived: dict[str, Any], *, write: bool = True
+    config: RunConfig,
+    derived: dict[str, Any],
+    *,
+    write: bool = True,
+    fetch: Callable[[Path], None] = lambda path: None,
 ) -> RunDirectory:
     """Open, and if necessary create, the run directory of `config`.
 
@@ -47,6 +52,7 @@ def open_run_directory(
     Args:
         derived: values that follow from flags and data, see `identity.DERIVED_NAMES`.
         write: whether this process may create and delete files.
+        fetch: called with the directory under its lock; it may bring a run there from elsewhere.
 
     Raises:
         UserError: it holds another run, is in use, cannot be written, or is not the same directory
@@ -63,6 +69,7 @@ def open_run_directory(
         make_directory(path)
         lock = RunLock(path)
         restore_replaced(path, ENTRIES)
+        fetch(path)
         # Check again: another process may have used the directory in the meantime.
         holds_run = check_output(config, derived)
         if config.saving.overwrite:
