@@ -1,7 +1,6 @@
 """A bucket as its callers see it, whoever stores it, and the errors of stores.
 
-Clients are made by `open_bucket`, which imports the provider's own library. Credentials are found
-by that library as its provider documents it, and appear in no message.
+Credentials are found by the provider's own library, as it documents that, and are in no message.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from consyn_jax.errors import UserError, brief
-from consyn_jax.remote.urls import BucketUrl
+from consyn_jax.errors import brief
 
 CONNECT_S, ANSWER_S = 10, 60  # until a server accepts a connection, and answers
 ATTEMPTS = 3  # of one request; what calls again has its own rule
@@ -70,27 +68,6 @@ class Bucket(Protocol):
 
     def delete(self, keys: list[str]) -> None:
         """Delete objects; those that are missing are no error."""
-
-
-def open_bucket(url: BucketUrl) -> Bucket:
-    """A client for the bucket of `url`; it sends nothing yet.
-
-    Raises:
-        UserError: the provider's library is missing, or its configuration is wrong.
-    """
-    try:
-        if url.scheme == "s3":
-            from consyn_jax.remote.s3_bucket import S3Bucket
-
-            return S3Bucket(url.bucket)
-        from consyn_jax.remote.gcs_bucket import GcsBucket
-
-        return GcsBucket(url.bucket)
-    except ImportError as error:
-        raise UserError(
-            f"{url} needs {error.name}, which is not installed. Install it with: pip install "
-            "'consyn_jax[buckets]'"
-        ) from error
 
 
 def unreachable(error: BaseException) -> BucketError:

@@ -23,7 +23,8 @@ from pathlib import Path
 
 from consyn_jax.errors import UserError, remedy
 from consyn_jax.files import aside, cache_directory, open_regular
-from consyn_jax.remote.bucket import Bucket, BucketError, Stored, open_bucket
+from consyn_jax.remote.bucket import Bucket, BucketError, Stored
+from consyn_jax.remote.bucket_clients import open_bucket
 from consyn_jax.remote.urls import BucketUrl, parse, shown
 
 _AT_ONCE = 8  # downloads

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from bucket_servers import Server, in_environment, needs, running
 
-from consyn_jax.remote.bucket import open_bucket
+from consyn_jax.remote.bucket_clients import open_bucket
 from consyn_jax.remote.urls import parse
 
 from .conftest import MODEL, Run

@@ -25,7 +25,8 @@ from consyn_jax.config import RunConfig
 from consyn_jax.errors import UserError, listed
 from consyn_jax.files import aside, restore_replaced
 from consyn_jax.integers import natural
-from consyn_jax.remote.bucket import BucketError, Stored, open_bucket
+from consyn_jax.remote.bucket import BucketError, Stored
+from consyn_jax.remote.bucket_clients import open_bucket
 from consyn_jax.remote.lease import Lease
 from consyn_jax.remote.local_copy import fetch, inside
 from consyn_jax.remote.urls import is_bucket_url, parse
