@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 from consyn_jax.remote.bucket import BucketError, Stored
 
@@ -29,7 +29,7 @@ class MemoryBucket:
         self.objects[key] = content, f"v{self._writes}"
         return self.objects[key][1]
 
-    def list(self, prefix: str) -> list[Stored]:
+    def find(self, prefix: str) -> list[Stored]:
         self.before("list", prefix)
         found = [(key, *self.objects[key]) for key in sorted(self.objects)]
         return [Stored(k, len(c), version) for k, c, version in found if k.startswith(prefix)]
@@ -45,7 +45,7 @@ class MemoryBucket:
             raise BucketError("was changed while it was read")
         path.write_bytes(content)
 
-    def upload(self, file: BinaryIO, key: str) -> None:
+    def upload(self, file: BufferedIOBase, key: str) -> None:
         self.before("upload", key)
         self.requests.append(("upload", key))
         self._write(key, file.read())

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 from consyn_jax.errors import brief
 
@@ -44,7 +45,7 @@ class Stored:
 class Bucket(Protocol):
     """The operations on a bucket. Every one raises `BucketError` if the store does not do it."""
 
-    def list(self, prefix: str) -> list[Stored]:
+    def find(self, prefix: str) -> list[Stored]:
         """All objects whose keys begin with `prefix`, sorted by key."""
 
     def read(self, key: str) -> tuple[bytes, str] | None:
@@ -53,7 +54,7 @@ class Bucket(Protocol):
     def download(self, stored: Stored, path: Path) -> None:
         """Write exactly this version of an object to a new file."""
 
-    def upload(self, file: BinaryIO, key: str) -> None:
+    def upload(self, file: BufferedIOBase, key: str) -> None:
         """Write an object of any size from the rest of an open file."""
 
     def put(self, key: str, content: bytes, expected: str | None) -> str | None:

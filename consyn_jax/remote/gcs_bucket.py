@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import google.api_core.exceptions
 import google.auth.credentials
@@ -38,14 +39,14 @@ class GcsBucket:
 
     def __init__(self, bucket: str) -> None:
         is_emulated = "STORAGE_EMULATOR_HOST" in os.environ
-        own = google.auth.credentials.AnonymousCredentials() if is_emulated else None  # type: ignore[no-untyped-call]
+        own = google.auth.credentials.AnonymousCredentials() if is_emulated else None
         with _told():
             client = google.cloud.storage.Client(project=None, credentials=own)
         self._bucket: Any = client.bucket(bucket)
         retry = google.cloud.storage.retry.DEFAULT_RETRY.with_timeout(_RETRIED_S)
         self._how: dict[str, Any] = {"timeout": (CONNECT_S, ANSWER_S), "retry": retry}
 
-    def list(self, prefix: str) -> list[Stored]:
+    def find(self, prefix: str) -> list[Stored]:
         """All objects below a prefix."""
         with _told():
             found = self._bucket.list_blobs(prefix=prefix, **self._how)
@@ -70,7 +71,7 @@ class GcsBucket:
             blob = self._bucket.blob(stored.key, generation=int(stored.version))
             blob.download_to_file(file, **self._how)
 
-    def upload(self, file: BinaryIO, key: str) -> None:
+    def upload(self, file: BufferedIOBase, key: str) -> None:
         """Write an object from an open file."""
         with _told():
             blob = self._bucket.blob(key, chunk_size=_PART_BYTES)
@@ -97,16 +98,22 @@ class GcsBucket:
                     continue
 
 
+def _refusal(error: google.api_core.exceptions.GoogleAPIError) -> BucketError:
+    """The error for what the server has said, or was last tried."""
+    cause = getattr(error, "cause", None) or error
+    if not isinstance(cause, google.api_core.exceptions.GoogleAPICallError):
+        return unreachable(cause)
+    status = None if cause.code is None else int(cause.code)
+    return refused(status, type(cause).__name__, cause.message or "")
+
+
 @contextmanager
 def _told() -> Iterator[None]:
     """Turn errors of google-cloud-storage into `BucketError`."""
     try:
         yield
-    except google.api_core.exceptions.RetryError as error:
-        raise unreachable(error.cause or error) from error
-    except google.api_core.exceptions.GoogleAPICallError as error:
-        status = None if error.code is None else int(error.code)
-        raise refused(status, type(error).__name__, error.message or "") from error
+    except google.api_core.exceptions.GoogleAPIError as error:
+        raise _refusal(error) from error
     except google.auth.exceptions.DefaultCredentialsError as error:
         raise no_credentials("gcloud") from error
     except google.auth.exceptions.RefreshError as error:

@@ -69,9 +69,9 @@ def _objects(bucket: Bucket, place: BucketUrl, names: tuple[str, ...]) -> tuple[
     if glob.has_magic(key):
         plain = key[: next(i for i, c in enumerate(key) if c in "*?[")]
         top = f"{plain.rpartition('/')[0]}/" if "/" in plain else ""
-        found = [each for each in _files(bucket.list(plain)) if _matches(each.key, key)]
+        found = [each for each in _files(bucket.find(plain)) if _matches(each.key, key)]
         return top, found
-    found = _files(bucket.list(key))
+    found = _files(bucket.find(key))
     if exact := [each for each in found if each.key == key]:
         return parent, exact
     inside = f"{key}/" if key else ""

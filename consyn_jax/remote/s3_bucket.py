@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import boto3
 import boto3.exceptions
@@ -32,6 +33,12 @@ from consyn_jax.remote.bucket import (
 _TRANSFER = TransferConfig(
     multipart_threshold=1 << 25, multipart_chunksize=1 << 25, max_concurrency=2
 )
+_CHUNK_BYTES = 1 << 20
+_BROKEN = (
+    botocore.exceptions.ResponseStreamingError,
+    botocore.exceptions.ReadTimeoutError,
+    botocore.exceptions.IncompleteReadError,
+)
 _DELETED_AT_ONCE = 1000  # the most that S3 takes
 _OURS = ("AccessKey", "Credentials", "Token", "Profile")
 
@@ -49,7 +56,7 @@ class S3Bucket:
         with _told():
             self._client: Any = boto3.session.Session().client("s3", config=settings)
 
-    def list(self, prefix: str) -> list[Stored]:
+    def find(self, prefix: str) -> list[Stored]:
         """All objects below a prefix."""
         with _told():
             pages = self._client.get_paginator("list_objects_v2")
@@ -70,17 +77,27 @@ class S3Bucket:
             return found["Body"].read(), found["ETag"]
 
     def download(self, stored: Stored, path: Path) -> None:
-        """Write this version of an object to a new file."""
+        """Write this version of an object to a new file; a broken stream goes on where it broke."""
         with _told(), path.open("xb") as file:
-            self._client.download_fileobj(
-                self._bucket,
-                stored.key,
-                _Written(file),
-                ExtraArgs={"IfMatch": stored.version},
-                Config=_TRANSFER,
-            )
+            for attempt in range(ATTEMPTS):
+                try:
+                    self._stream(stored, file)
+                except _BROKEN:
+                    if attempt == ATTEMPTS - 1:
+                        raise
+                else:
+                    return
 
-    def upload(self, file: BinaryIO, key: str) -> None:
+    def _stream(self, stored: Stored, file: BufferedIOBase) -> None:
+        start = file.tell()
+        rest = {"Range": f"bytes={start}-"} if start else {}
+        found = self._client.get_object(
+            Bucket=self._bucket, Key=stored.key, IfMatch=stored.version, **rest
+        )
+        for chunk in found["Body"].iter_chunks(_CHUNK_BYTES):
+            file.write(chunk)
+
+    def upload(self, file: BufferedIOBase, key: str) -> None:
         """Write an object from an open file."""
         with _told():
             self._client.upload_fileobj(file, self._bucket, key, Config=_TRANSFER)
@@ -112,22 +129,6 @@ class S3Bucket:
             for error in answer.get("Errors", ()):
                 status = 403 if error.get("Code") == "AccessDenied" else None
                 raise refused(status, error.get("Code", ""), error.get("Message", ""))
-
-
-class _Written:
-    """A file that is only written to: s3transfer closes no other kind when it fails."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-
-    def write(self, data: bytes) -> int:
-        return self._file.write(data)
-
-    def seek(self, place: int, whence: int = 0) -> int:
-        return self._file.seek(place, whence)
-
-    def seekable(self) -> bool:
-        return True
 
 
 def _answer(error: botocore.exceptions.ClientError) -> tuple[int | None, str, str]:

@@ -81,7 +81,7 @@ def store(server: Server, key: str, path: Path) -> None:
 def there(server: Server, key: str) -> dict[str, int]:
     """Names below a key, with their sizes."""
     with in_environment(server.environment):
-        found = open_bucket(parse(server.url(key))).list(f"{key}/")
+        found = open_bucket(parse(server.url(key))).find(f"{key}/")
     return {each.key.removeprefix(f"{key}/"): each.size for each in found}
 
 
@@ -182,9 +182,9 @@ def test_of_two_starts_one_is_refused(
     assert "Traceback" not in second.said
     assert first.wait() == 0, first.said
     assert Run(tmp_path / "one" / "run", 0, "").numbers == whole.numbers
-    third = start(nursery, server, tmp_path / "three", "two", "--lr", 1e-2)
+    third = start(nursery, server, tmp_path / "three", "two", "--seed", 7)
     assert third.wait() == 2
-    assert f"--remote {server.url('two')} holds another run: --lr was" in third.said
+    assert f"--remote {server.url('two')} holds another run: --seed was" in third.said
 
 
 @pytest.mark.parametrize("mode", ["down", "busy", "denied", "slow"])

@@ -103,7 +103,7 @@ class RemoteRun:
             BucketError: the store does not answer.
         """
         top = self.key("")
-        found = {each.key.removeprefix(top): each for each in self.bucket.list(top)}
+        found = {each.key.removeprefix(top): each for each in self.bucket.find(top)}
         found = {name: each for name, each in found.items() if name and name[-1] != "/"}
         found.pop(LEASE, None)
         record = None

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from consyn_jax.errors import UserError
 from consyn_jax.files import open_regular
@@ -219,7 +219,7 @@ class RunMirror:
         if self._models[name] == digest:
             return
         top = self._remote.key("")
-        old = {each.key.removeprefix(top) for each in self._remote.bucket.list(f"{top}{name}/")}
+        old = {each.key.removeprefix(top) for each in self._remote.bucket.find(f"{top}{name}/")}
         self._delete([mark])
         self._models[name] = None
         if manifest is None:
@@ -261,7 +261,7 @@ class RunMirror:
         for step in sorted(steps):
             self._delete([f"{MARKERS}/{step}.json"])
             self._marked.discard(step)
-            found = self._remote.bucket.list(f"{top}{CHECKPOINTS}/{step}/")
+            found = self._remote.bucket.find(f"{top}{CHECKPOINTS}/{step}/")
             self._delete([each.key.removeprefix(top) for each in found])
 
     # -------------------------------------------------------------------------------------- the end
@@ -294,8 +294,8 @@ def _clause(error: Exception) -> str:
     return f"misses a file that cannot be read here ({refused or error})"
 
 
-def _as_it_is(descriptor: int) -> BinaryIO:
-    return cast(BinaryIO, io.BufferedReader(_Bounded(descriptor), 1 << 20))
+def _as_it_is(descriptor: int) -> io.BufferedReader:
+    return io.BufferedReader(_Bounded(descriptor), 1 << 20)
 
 
 class _Bounded(io.RawIOBase):

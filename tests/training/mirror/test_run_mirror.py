@@ -449,8 +449,8 @@ def test_another_run_is_refused_by_name_and_overwritten_when_asked(
 
     empty = str(tmp_path / "empty")
     check_remote(with_(output=empty))
-    with pytest.raises(UserError, match=rf"^--remote {URL} holds another run: --lr was 0.001"):
-        check_remote(with_(output=empty, lr=1e-2))
+    with pytest.raises(UserError, match=rf"^--remote {URL} holds another run: --seed was 42 and"):
+        check_remote(with_(output=empty, seed=7))
     with pytest.raises(UserError, match=rf"^--remote {URL} already holds a run"):
         check_remote(with_(output=empty, resume="never"))
     other = with_(output=str(tmp_path / "other"))
