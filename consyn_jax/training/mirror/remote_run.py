@@ -33,7 +33,7 @@ from consyn_jax.remote.urls import is_bucket_url, parse
 from consyn_jax.training.checkpointing.checkpoint_files import damage, saved_steps
 from consyn_jax.training.checkpointing.ownership import RUN_JSON, RunRecord, short
 from consyn_jax.training.logging.console import show
-from consyn_jax.training.run.directory import CHECKPOINTS, CONFIG, delete_run, run_path
+from consyn_jax.training.run.directory import CHECKPOINTS, CONFIG, ENTRIES, delete_run, run_path
 from consyn_jax.training.run.identity import differences, read_run_config
 from consyn_jax.training.run.model_manifest import MANIFEST, disagreement
 
@@ -141,12 +141,13 @@ class RemoteRun:
         if not contents.holds_run or contents.record is None:
             return
         theirs = contents.record.run
-        if (own := own_record(path)) is not None:
-            if own.run != theirs:
+        if holds_run(path):
+            own = RunRecord.read(path)
+            if own is None or own.run != theirs:
                 raise UserError(
                     f"--remote {self.place} holds another run (its identity is {short(theirs)}, "
-                    f"and that of the run in {path} is {short(own.run)}). Name another --remote, "
-                    "or the --output of that run."
+                    f"and that of the run in {path} is {short(own and own.run)}). Name another "
+                    "--remote, or the --output of that run."
                 )
             return
         if config.saving.resume == "never":
@@ -211,9 +212,9 @@ class RemoteRun:
             marked = {str(step) for step in contents.steps}
             halves = [n for n in contents.below(CHECKPOINTS) if n.split("/")[1] not in marked]
             self.delete(halves)
-            own_steps = saved_steps(path / CHECKPOINTS) if own_record(path) else []
+            own_steps = saved_steps(path / CHECKPOINTS)
             is_behind = max(own_steps, default=-1) < max(contents.steps, default=-1)
-            if is_behind or own_record(path) is None:
+            if is_behind or not holds_run(path):
                 delete_run(path)
                 self._fetch(contents, path, say)
 
@@ -232,7 +233,7 @@ class RemoteRun:
         restore_replaced(path, [FETCHED])
         fresh = aside(path / FETCHED)
         others = set(contents.below(CHECKPOINTS, MARKERS, *MODELS))
-        names = [name for name in contents.objects if name not in others]
+        names = [n for n in contents.objects if n not in others and n.split("/")[0] in ENTRIES]
         self._download(contents, names, fresh)
         for model in contents.models:
             self._download(contents, contents.below(model), fresh)
@@ -299,10 +300,10 @@ class RemoteRun:
             self.lease.release()
 
 
-def own_record(path: Path) -> RunRecord | None:
-    """Whose run a directory holds; None if a new run would lose nothing there."""
-    holds = saved_steps(path / CHECKPOINTS) or any((path / name).exists() for name in MODELS)
-    return RunRecord.read(path) if holds else None
+def holds_run(path: Path) -> bool:
+    """Whether a run directory has anything that a new run would lose."""
+    models = any((path / name).exists() for name in MODELS)
+    return models or bool(saved_steps(path / CHECKPOINTS))
 
 
 def check_remote(config: RunConfig) -> None:
