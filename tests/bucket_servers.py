@@ -1,12 +1,8 @@
-"""Servers of S3 and of GCS on loopback for tests, behind a gate that fails as networks do.
-
-CI has both (`.ci/run` installs the extra `dev`); elsewhere the tests that need one skip.
-"""
+"""Servers of S3 and of GCS on loopback for tests, behind a gate that fails as networks do."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import select
 import socket
 import subprocess
@@ -32,19 +28,13 @@ AWS = {
 }
 
 
-def has(scheme: str) -> bool:
-    """Whether server and client are installed; in CI they must be."""
+def missing(scheme: str) -> str:
+    """What a machine lacks for a server and its client, as a reason; "" if it lacks nothing."""
     try:
         is_here = all(importlib.util.find_spec(name) for name in NEEDS[scheme])
     except ModuleNotFoundError:
         is_here = False
-    assert is_here or not os.environ.get("CI"), f"CI needs {' and '.join(NEEDS[scheme])}"
-    return is_here
-
-
-def needs(scheme: str) -> pytest.MarkDecorator:
-    reason = f"needs {' and '.join(NEEDS[scheme])}, which are in the extra dev"
-    return pytest.mark.skipif(not has(scheme), reason=reason)
+    return "" if is_here else f"needs {' and '.join(NEEDS[scheme])}, which the extra dev brings"
 
 
 def free_port() -> int:

@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bucket_servers import Server, in_environment, needs, running
+from bucket_servers import Server, in_environment, missing, running
 
 from consyn_jax.remote.bucket_clients import open_bucket
 from consyn_jax.remote.urls import parse
 
-from .conftest import MODEL, Run
+from .conftest import MODEL, Run, cannot_run
 from .nursery import Child, Nursery
 
 KILLS = int(os.environ.get("CONSYN_BUCKET_KILLS", "3"))
@@ -48,13 +48,15 @@ loader.BatchLoader.batch = batch
 """
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240 + 30 * KILLS)]
-SCHEMES = [pytest.param(scheme, marks=needs(scheme)) for scheme in ("s3", "gs")]
+SCHEMES = ("s3", "gs")
 
 
 @pytest.fixture(scope="module")
 def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, corpus: Path
 ) -> Iterator[Server]:
+    if reason := missing(request.param):
+        cannot_run(reason)
     with running(request.param, tmp_path_factory.mktemp("server")) as found:
         store(found, "corpus/documents.jsonl", corpus)
         yield found
