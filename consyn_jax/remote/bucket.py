@@ -18,15 +18,7 @@ ATTEMPTS = 3  # of one request; what calls again has its own rule
 
 
 class BucketError(RuntimeError):
-    """A request that failed, as a clause after the name of the place: "cannot be reached (...)".
-
-    Attributes:
-        may_pass: whether the same request may succeed later without a change of anything here.
-    """
-
-    def __init__(self, clause: str, *, may_pass: bool = True) -> None:
-        super().__init__(clause)
-        self.may_pass = may_pass
+    """A request that failed, as a clause after the name of the place: "cannot be reached (...)"."""
 
 
 @dataclass(frozen=True)
@@ -86,21 +78,19 @@ def refused(status: int | None, code: str, said: str) -> BucketError:
     """
     if status in (401, 403):
         return BucketError(
-            f"refuses these credentials ({code}). Check them with the provider's own tools",
-            may_pass=False,
+            f"refuses these credentials ({code}). Check them with the provider's own tools"
         )
     if status == 404:
-        return BucketError(f"is not there ({code})", may_pass=False)
+        return BucketError(f"is not there ({code})")
     if status == 429 or (status or 500) >= 500:
         return BucketError(f"does not answer now ({code})")
-    return BucketError(f"refuses the request ({code}: {without_keys(said)})", may_pass=False)
+    return BucketError(f"refuses the request ({code}: {without_keys(said)})")
 
 
 def no_credentials(tools: str) -> BucketError:
     """The error for credentials that are nowhere."""
     return BucketError(
-        f"needs credentials, and there are none in the environment or in the files of {tools}",
-        may_pass=False,
+        f"needs credentials, and there are none in the environment or in the files of {tools}"
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from consyn_jax.errors import UserError
-from consyn_jax.remote.bucket import Bucket
+from consyn_jax.errors import UserError, brief
+from consyn_jax.remote.bucket import Bucket, BucketError, without_keys
 from consyn_jax.remote.urls import BucketUrl
 
 
@@ -25,4 +25,11 @@ def open_bucket(url: BucketUrl) -> Bucket:
         raise UserError(
             f"{url} needs {error.name}, which is not installed. Install it with: pip install "
             "'consyn_jax[buckets]'"
+        ) from error
+    except BucketError as error:
+        raise UserError(f"{url} {error}.") from error
+    except ValueError as error:  # an endpoint that is no URL
+        raise UserError(
+            f"{url} cannot be opened ({without_keys(brief(error))}). Correct the variables or the "
+            "files that configure its provider's tools."
         ) from error

@@ -17,6 +17,7 @@ import botocore.config
 import botocore.exceptions
 from boto3.s3.transfer import TransferConfig
 
+from consyn_jax.errors import brief
 from consyn_jax.remote.bucket import (
     ANSWER_S,
     ATTEMPTS,
@@ -150,6 +151,8 @@ def _told() -> Iterator[None]:
         raise refused(403 if any(w in code for w in _OURS) else status, code, said) from error
     except (errors.NoCredentialsError, errors.PartialCredentialsError) as error:
         raise no_credentials("the AWS tools") from error
+    except (errors.ProfileNotFound, errors.InvalidConfigError, errors.ConfigParseError) as error:
+        raise BucketError(f"cannot be opened ({brief(error)})") from error
     except (errors.BotoCoreError, boto3.exceptions.Boto3Error) as error:
         # the transfer of a large file wraps what the server has said
         if isinstance(error.__context__, errors.ClientError):
