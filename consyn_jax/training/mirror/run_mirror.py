@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from consyn_jax.errors import UserError
+from consyn_jax.errors import Unsaved, UserError
 from consyn_jax.files import open_regular
 from consyn_jax.remote.bucket import BucketError
 from consyn_jax.training.checkpointing.checkpoint_files import saved_steps
@@ -100,8 +100,10 @@ class RunMirror:
                 self._succeeded()
                 if ends and not self._unmarked():
                     return
-            except FileNotFoundError:  # replaced or removed meanwhile: the next look sees what is
-                files_at = 0.0
+            except FileNotFoundError as error:
+                files_at = 0.0  # it was replaced or removed meanwhile, unless the run is over
+                if ends and self._gives_up(error, ends):
+                    return
             except (BucketError, OSError) as error:
                 files_at = 0.0
                 if self._gives_up(error, ends):
@@ -121,14 +123,18 @@ class RunMirror:
                 f"--remote {place} {_clause(error)}. The run goes on, and uploads the rest later."
             )
         if ends and now - self._failing_since > EXIT_S:
-            newest = max(self._marked or (), default=None)
-            there = "no checkpoint" if newest is None else f"the run to step {newest:,}"
-            self._warn(
-                f"--remote {place} still {_clause(error)}, so it has {there} and not all of "
-                f"{self._path}. The same command uploads the rest from here."
-            )
+            self._warn(f"--remote {place} still {_clause(error)}, so {self._rest()}")
             return True
         return False
+
+    def _rest(self) -> str:
+        """What is there and what is not, as a clause and a sentence."""
+        newest = max(self._marked or (), default=None)
+        there = "no checkpoint" if newest is None else f"the run to step {newest:,}"
+        return (
+            f"it has {there} and not all of {self._path}. The same command uploads the rest from "
+            "here."
+        )
 
     def _succeeded(self) -> None:
         if self._failing_since is not None:
@@ -267,11 +273,22 @@ class RunMirror:
     # -------------------------------------------------------------------------------------- the end
 
     def close(self) -> None:
-        """Upload the rest, waiting for it as `EXIT_S` says, and end the lease."""
+        """Upload the rest, waiting for it as `EXIT_S` says, and end the lease.
+
+        A signal ends the waiting; what it interrupts has ended before.
+        """
         self._stop.set()
-        while self._thread.is_alive():
-            self._thread.join(1.0)
-            self._moved()
+        try:
+            while self._thread.is_alive():
+                self._thread.join(1.0)
+                self._moved()
+        except KeyboardInterrupt as stopped:
+            if isinstance(stopped, Unsaved):
+                stopped.settle()
+            self._warn(
+                f"--remote {self._remote.place} is not waited for after a signal: {self._rest()}"
+            )
+            return
         self._remote.release()
         if self._defect is not None:
             raise self._defect

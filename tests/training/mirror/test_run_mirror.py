@@ -108,7 +108,12 @@ def model(directory: RunDirectory, name: str, content: str) -> None:
 class Mirrored:
     """A running mirror, and what it has said."""
 
-    def __init__(self, config: RunConfig, directory: RunDirectory) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: RunDirectory,
+        moved: Callable[[], None] = lambda: None,
+    ) -> None:
         self.warned: list[str] = []
         self.noted: list[str] = []
         remote = RemoteRun(URL)
@@ -116,7 +121,8 @@ class Mirrored:
         remote.lease.start()
         keep = config.saving.keep_last, config.saving.keep_every
         self.remote = remote
-        self.mirror = RunMirror(remote, directory, keep, self.warned.append, self.noted.append)
+        told = self.warned.append, self.noted.append, moved
+        self.mirror = RunMirror(remote, directory, keep, *told)
 
 
 @pytest.fixture
@@ -509,6 +515,22 @@ def test_a_defect_in_the_thread_is_raised_at_the_end_and_not_before(
     running = Mirrored(config, directory)
     with pytest.raises(ZeroDivisionError):
         running.mirror.close()
+
+
+def test_a_signal_ends_the_wait(
+    bucket: MemoryBucket, config: RunConfig, directory: RunDirectory
+) -> None:
+    def fail(name: str, key: str) -> None:
+        if name == "upload":
+            raise BucketError("cannot be reached (refused)")
+
+    def signal() -> None:
+        raise KeyboardInterrupt
+
+    bucket.before = fail
+    running = Mirrored(config, directory, signal)
+    running.mirror.close()
+    assert running.warned[-1].startswith(f"--remote {URL} is not waited for after a signal: it has")
 
 
 def test_decay_from_has_no_copy(tmp_path: Path) -> None:
