@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from consyn_jax.errors import UserError, brief, listed
-from consyn_jax.remote.local_copy import local_copy
 from consyn_jax.remote.urls import is_bucket_url
 
 _NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -50,6 +49,8 @@ def download(name: str, patterns: Sequence[str]) -> Path:
         UserError: no such model, no access to it, or no network and no copy.
     """
     if is_bucket_url(name):
+        from consyn_jax.remote.local_copy import local_copy
+
         return local_copy(name, tuple(patterns))
     match = _NAME.fullmatch(name)
     assert match is not None
