@@ -77,20 +77,21 @@ class Gate:
 
     def _serve(self, client: socket.socket) -> None:
         with client, suppress(OSError):
-            if self.mode == "down":
+            mode = self.mode
+            if mode == "down":
                 return
-            if self.mode in ANSWERS:
-                self._refuse(client)
+            if mode in ANSWERS:
+                self._refuse(client, mode)
                 return
             with socket.create_connection((HOST, self._target)) as server:
                 self._pump(client, server)
 
-    def _refuse(self, client: socket.socket) -> None:
+    def _refuse(self, client: socket.socket, mode: str) -> None:
         client.settimeout(0.3)
         with suppress(TimeoutError):
             while client.recv(1 << 16):
                 pass
-        status, code = ANSWERS[self.mode]
+        status, code = ANSWERS[mode]
         key = AWS["AWS_ACCESS_KEY_ID"]  # as real servers answer
         body = f"<Error><Code>{code}</Code><Message>no {key}</Message></Error>"
         head = (

@@ -128,10 +128,9 @@ class Lease:
             if self.lost or self._version is None or self._take(self._version):
                 return
             found = self._bucket.read(self._key)
-            if found is not None and _read(found[0]).get("holder") == self._holder:
-                self._version = found[1]  # an earlier renewal arrived, and its answer did not
-                return
-            self.lost = True
+            # An earlier renewal may have arrived, and its answer not.
+            is_own = found is not None and _read(found[0]).get("holder") == self._holder
+            self.lost = found is None or not is_own or not self._take(found[1])
 
     def start(self) -> None:
         """Renew the lease in the background until `release`."""

@@ -122,6 +122,27 @@ def await_step(child: Child, path: Path, step: int) -> None:
         time.sleep(0.005)
 
 
+def newest_mark(server: Server, key: str) -> int:
+    """The newest marked step in the bucket; 0 if there is none."""
+    return max([0, *(int(Path(name).stem) for name in there(server, f"{key}/markers"))])
+
+
+def await_mark(child: Child, server: Server, key: str, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while newest_mark(server, key) < step:
+        assert child.alive, child.said
+        assert time.monotonic() < deadline, child.said
+        time.sleep(0.1)
+
+
+def await_said(child: Child, text: str, times: int) -> None:
+    deadline = time.monotonic() + 120
+    while child.said.count(text) < times:
+        assert child.alive, child.said
+        assert time.monotonic() < deadline, child.said
+        time.sleep(0.05)
+
+
 @pytest.fixture(scope="module")
 def whole(nursery: Nursery, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The run that nobody touched, from files to a directory."""
@@ -140,15 +161,17 @@ def test_killed_and_wiped_and_resumed_from_the_copy_alone(
     for n in range(kills):
         machine = tmp_path / f"machine-{n}"
         child = start(nursery, server, machine, "killed")
-        if chance.random() < 0.2:  # while it waits for the lease, downloads, or compiles
-            time.sleep(chance.uniform(0, 4))
-        else:
-            ahead = chance.randint(1, max(6, 2 * STEPS // (kills + 1)))
-            await_step(child, machine / "run", min(STEPS - 1, marked + ahead))
-            time.sleep(chance.uniform(0, 0.3))
+        match chance.choice(["beginning", "step", "mark", "mark"]) if n else "mark":
+            case "beginning":  # it waits for the lease, downloads, or compiles
+                time.sleep(chance.uniform(0, 4))
+            case "step":
+                await_step(child, machine / "run", min(STEPS - 2, marked + chance.randint(1, 9)))
+            case "mark":
+                await_mark(child, server, "killed", min(STEPS - 10, marked + 5))
+        time.sleep(chance.uniform(0, 0.3))
         child.signal(signal.SIGKILL)
         child.wait()
-        marked = max([0, *(int(Path(name).stem) for name in there(server, "killed/markers"))])
+        marked = newest_mark(server, "killed")
         moments.append({"killed_at": last_step(machine / "run"), "marked": marked})
         shutil.rmtree(machine)
     child = start(nursery, server, tmp_path / "last", "killed")
@@ -190,26 +213,34 @@ def test_of_two_starts_one_is_refused(
     assert f"--remote {server.url('two')} holds another run: --seed was" in third.said
 
 
-@pytest.mark.parametrize("mode", ["down", "busy", "denied", "slow"])
 @pytest.mark.parametrize("server", SCHEMES[:1], indirect=True)
 def test_a_server_that_fails_for_a_while_costs_nothing_but_a_warning(
-    nursery: Nursery, server: Server, whole: Run, tmp_path: Path, mode: str
+    nursery: Nursery, server: Server, whole: Run, tmp_path: Path
 ) -> None:
-    key = f"fails-{mode}"
-    child = start(nursery, server, tmp_path / "one", key)
-    path = tmp_path / "one" / "run"
-    await_step(child, path, 7)
-    server.gate.mode = mode
-    await_step(child, path, STEPS)  # it never waits
-    time.sleep(0.5)
+    key, path = "fails", tmp_path / "one" / "run"
+    child = start(nursery, server, tmp_path / "one", key, step_s=0.3)
+    await_mark(child, server, key, 5)
+    for number, mode in enumerate(("down", "busy", "denied")):
+        began = last_step(path)
+        server.gate.mode = mode
+        await_said(child, "uploads the rest later.", number + 1)
+        assert last_step(path) > began or began == STEPS  # it does not wait
+        server.gate.mode = "open"
+        await_said(child, "succeed again.", number + 1)
+    server.gate.mode = "slow"
+    await_step(child, path, STEPS)
     server.gate.mode = "open"
     assert child.wait() == 0, child.said
     assert Run(path, 0, "").numbers == whole.numbers
     warnings = [line for line in child.said.splitlines() if "warning" in line]
-    assert len(warnings) == (mode != "slow"), child.said
+    assert [line.split("bucket/fails ")[1].split(". ")[0].split(" (")[0] for line in warnings] == [
+        "cannot be reached",
+        "does not answer now",
+        "refuses these credentials",
+    ]
     assert "Traceback" not in child.said
-    for secret in server.environment.values():
-        assert secret.startswith(("http", "us-", "true")) or secret not in child.said
+    for name, secret in server.environment.items():
+        assert "KEY" not in name or secret not in child.said
     own = {
         file.relative_to(path).as_posix(): file.stat().st_size
         for file in path.rglob("*")
@@ -224,16 +255,16 @@ def test_a_server_that_fails_for_a_while_costs_nothing_but_a_warning(
 def test_a_server_that_is_down_at_the_end_is_waited_for_and_not_for_ever(
     nursery: Nursery, server: Server, whole: Run, tmp_path: Path
 ) -> None:
-    child = start(nursery, server, tmp_path / "one", "end", exit_s=1.0)
-    await_step(child, tmp_path / "one" / "run", 12)
+    child = start(nursery, server, tmp_path / "one", "end", exit_s=1.0, step_s=0.1)
+    await_mark(child, server, "end", 5)
     server.gate.mode = "down"
     assert child.wait() == 0, child.said
     assert "The same command uploads the rest from here." in child.said
     server.gate.mode = "open"
-    assert max(int(Path(n).stem) for n in there(server, "end/markers")) < STEPS
+    assert newest_mark(server, "end") < STEPS
     again = start(nursery, server, tmp_path / "one", "end")
     assert again.wait() == 0, again.said
-    assert max(int(Path(n).stem) for n in there(server, "end/markers")) == STEPS
+    assert newest_mark(server, "end") == STEPS
     assert "final/model.safetensors" in there(server, "end")
 
 
@@ -260,7 +291,7 @@ def test_a_start_that_cannot_reach_its_bucket_is_a_sentence(
         )
 
 
-@pytest.mark.parametrize("server", SCHEMES, indirect=True)
+@pytest.mark.parametrize("server", SCHEMES[:1], indirect=True)
 def test_a_token_store_a_model_and_a_tokenizer_of_a_bucket(
     nursery: Nursery, server: Server, corpus: Path, tmp_path: Path
 ) -> None:

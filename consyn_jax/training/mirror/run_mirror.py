@@ -183,8 +183,10 @@ class RunMirror:
         lease = self._remote.lease
         if not lease.is_valid:
             lease.renew()
-        if lease.lost or not lease.is_valid:
+        if lease.lost:
             raise _LeaseLost
+        if not lease.is_valid:
+            raise BucketError("answers too slowly to renew a lease")
 
     def _send(self, file: Path, name: str) -> None:
         self._require_lease()
