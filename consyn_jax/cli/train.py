@@ -83,10 +83,11 @@ def run(argv: Sequence[str]) -> None:
         _plan(config, origins, mode)
     else:
         from consyn_jax.distributed.allocators import set_allocators
+        from consyn_jax.distributed.heartbeat import heartbeat
 
         set_allocators()
         _check_backends(config, origins)
-        with _runtime(config, mode):
+        with heartbeat(), _runtime(config, mode):
             train(config, origins, ACTIONS[mode])
 
 

@@ -24,7 +24,7 @@ AFTER |= dict.fromkeys((1, 4, 130, 134, 135, 137, 139, 143), COUNTED)
 
 
 def manifest(name: str, kind: str) -> dict[str, Any]:
-    parts = yaml.safe_load_all((MANIFESTS / name).read_text())
+    parts = yaml.safe_load_all((MANIFESTS / name.removesuffix(".yaml") / name).read_text())
     [found] = [part for part in parts if part["kind"] == kind]
     return dict(found["spec"])
 
@@ -92,4 +92,6 @@ def test_a_jobset(code: int, then: str) -> None:
 def test_a_preempted_pod_is_not_counted() -> None:
     rules = manifest("job.yaml", "Job")["podFailurePolicy"]["rules"]
     conditions = [rule for rule in rules if "onPodConditions" in rule]
-    assert conditions == [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}]
+    assert conditions == [
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    ]

@@ -101,7 +101,9 @@ def test_each_task_of_a_sweep_has_its_own_flags(tmp_path: Path) -> None:
 
 def job(name: str) -> tuple[dict[str, Any], str]:
     """The Job in a file, and the name of its first pod."""
-    parts = list(yaml.safe_load_all((SCRIPTS / "kubernetes" / name).read_text()))
+    parts = list(
+        yaml.safe_load_all((SCRIPTS / "kubernetes" / name.removesuffix(".yaml") / name).read_text())
+    )
     if parts[-1]["kind"] == "Job":
         service, found = parts
         spec = found["spec"]

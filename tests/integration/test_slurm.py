@@ -44,8 +44,10 @@ def cluster(home: Path) -> Iterator[SlurmCluster]:
 
 def submit(cluster: SlurmCluster, path: Path, flags: list[object], fault: str = "") -> Job:
     """A job of two nodes that will meet the fault, and has time for it in its first start."""
-    nodes = THERE if fault in ("preempted", "crash") else HERE
+    nodes = THERE if fault in ("preempted", "crash", "fewer nodes") else HERE
     options = f"{OPTIONS}{nodes}"
+    if fault == "fewer nodes":  # excluded are the others, as a list of nodes would want all of them
+        options = f"{OPTIONS.removesuffix('--nodelist=')}--nodes=1-2 --exclude={HERE}"
     if fault == "limit":
         options += " --time=2 --signal=USR1@45"
     environment = {"FIRST_NODE": nodes.replace("[", "").partition("-")[0]}
@@ -62,12 +64,19 @@ def preempt(job: Job) -> None:
     assert Job(job.cluster, number).ended()[0] == "COMPLETED"
 
 
+def lose_node(job: Job) -> None:
+    """Let Slurm find the last node down. The job goes on with the one that is left."""
+    node = job.cluster.nodes[-1]
+    job.cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+
+
 FAULTS: dict[str, Callable[[Job], object]] = {
     "frozen": lambda job: os.kill(job.pid(1), signal.SIGSTOP),
     "killed": lambda job: os.kill(job.pid(1), signal.SIGKILL),
     "limit": lambda job: None,
     "requeued": lambda job: job.cluster.run("scontrol", "requeue", job.number),
     "preempted": preempt,
+    "fewer nodes": lose_node,  # the last one, as the jobs before may need the node
 }
 
 
@@ -88,6 +97,7 @@ def meet_faults(cluster: SlurmCluster, place: Path, flags: list[object]) -> dict
     assert "SIGUSR1 at step" in jobs["limit"].said.replace("SIGUSR1SIGUSR1", "SIGUSR1")
     assert "has sent no heartbeat" in jobs["frozen"].said
     assert "is gone, so the run ends" in jobs["killed"].said
+    assert jobs["fewer nodes"].shown("NumNodes") == "1"
     return jobs
 
 

@@ -1,0 +1,64 @@
+"""Open MPI starts the processes of a run, passes a signal on to them, and continues the run."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from .conftest import Run, cannot_run
+from .nursery import FLAGS, SLOW
+
+pytestmark = pytest.mark.slow
+
+PROGRAM = "import sys\nfrom consyn_jax.cli.train import main\nsys.exit(main())\n"
+
+
+def start(*flags: object, before: str = "") -> subprocess.Popen[str]:
+    """Two processes of one device each, under `mpirun`."""
+    if shutil.which("mpirun") is None:
+        cannot_run("Open MPI is not installed: no mpirun")
+    # Seconds from a TERM until the processes have it, and from then until they are killed.
+    patience = ["--mca", "odls_base_sigkill_timeout", "4"]
+    options = ["--allow-run-as-root", "--oversubscribe", *patience, "-n", "2"]
+    command = [sys.executable, "-c", before + PROGRAM, *map(str, flags), "--distributed"]
+    own = {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        ["mpirun", *options, *command],
+        env=os.environ | own,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 75)])
+def test_a_stopped_run_goes_on_bit_for_bit(
+    number: signal.Signals, code: int, corpus: Path, tmp_path: Path
+) -> None:
+    """After TERM, mpirun returns its own code and not that of the processes."""
+    flags = [*FLAGS, "--eval_steps", "3", "--data", corpus, "--output"]
+    with start(*flags, tmp_path / "whole") as process:
+        said = process.communicate()[0]
+    assert process.returncode == 0, said
+    with start(*flags, tmp_path / "run", before=SLOW) as process:
+        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+        while not metrics.exists() or metrics.read_text().count('"train/loss"') < 6:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        said = process.communicate()[0]
+    assert process.returncode == code, said
+    assert f"{number.name} at step" in said
+    with start(*flags, tmp_path / "run") as process:
+        said = process.communicate()[0]
+    assert process.returncode == 0, said
+    whole, run = (Run(tmp_path / name, 0, said) for name in ("whole", "run"))
+    assert run.events.count("resume") == 1
+    assert run.numbers == whole.numbers
+    assert run.weights == whole.weights
