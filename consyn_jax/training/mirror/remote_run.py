@@ -38,6 +38,7 @@ from consyn_jax.training.run.identity import differences, read_run_config
 from consyn_jax.training.run.model_manifest import MANIFEST, disagreement
 
 LEASE, MARKERS = "lease.json", "markers"
+DIGEST = "checksums"  # in a marker: SHA-256 of the checkpoint's CHECKSUMS
 MODELS = ("best", "final")
 FETCHED = "fetched"  # what is being downloaded, below the run directory
 AT_ONCE = 8  # requests
@@ -122,6 +123,20 @@ class RemoteRun:
                 "consyn-train. Name a prefix of its own."
             )
         return Contents(found, record)
+
+    def marked(self) -> dict[int, str]:
+        """Digests of the whole checkpoints, by step; "" for a marker that cannot be read.
+
+        Raises:
+            BucketError: the store does not answer.
+        """
+        found = {}
+        for step in self.contents().steps:
+            content = self.bucket.read(self.key(f"{MARKERS}/{step}.json"))
+            with suppress(ValueError, TypeError, LookupError, RecursionError):
+                found[step] = str(json.loads(content[0] if content else b"")[DIGEST])
+            found.setdefault(step, "")
+        return found
 
     def check(
         self, contents: Contents, config: RunConfig, derived: dict[str, Any] | None = None

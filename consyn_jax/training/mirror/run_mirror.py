@@ -19,11 +19,11 @@ from typing import Any
 from consyn_jax.errors import Unsaved, UserError
 from consyn_jax.files import open_regular
 from consyn_jax.remote.bucket import BucketError
-from consyn_jax.training.checkpointing.checkpoint_files import saved_steps
+from consyn_jax.training.checkpointing.checkpoint_files import CHECKSUMS, saved_steps
 from consyn_jax.training.checkpointing.commit import kept_steps
 from consyn_jax.training.checkpointing.orbax_writes import lower_priority
 from consyn_jax.training.checkpointing.ownership import RUN_JSON, RunRecord
-from consyn_jax.training.mirror.remote_run import MARKERS, MODELS, RemoteRun
+from consyn_jax.training.mirror.remote_run import DIGEST, MARKERS, MODELS, RemoteRun
 from consyn_jax.training.run.directory import CHECKPOINTS, ENTRIES, RunDirectory
 from consyn_jax.training.run.model_manifest import MANIFEST
 
@@ -66,8 +66,9 @@ class RunMirror:
         self._keep, self._warn, self._note, self._moved = keep, warn, note, moved
         self._sent: dict[str, tuple[int, ...]] = {}
         self._models: dict[str, str | None] = {}
-        self._marked: set[int] | None = None  # not listed yet
+        self._marked: dict[int, str] | None = None  # digests by step; not listed yet
         self._failing_since: float | None = None
+        self._ends_since = 0.0
         self._defect: BaseException | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
@@ -122,7 +123,7 @@ class RunMirror:
             self._warn(
                 f"--remote {place} {_clause(error)}. The run goes on, and uploads the rest later."
             )
-        if ends and now - self._failing_since > EXIT_S:
+        if ends and now - max(self._failing_since, self._ends_since) > EXIT_S:
             self._warn(f"--remote {place} still {_clause(error)}, so {self._rest()}")
             return True
         return False
@@ -145,10 +146,19 @@ class RunMirror:
         """Steps of checkpoints that are to be uploaded, ascending."""
         if not self._is_ready():
             return []
-        known = self._marked or set()
+        known = self._marked or {}
         steps = saved_steps(self._path / CHECKPOINTS)
         kept = kept_steps(sorted({*known, *steps}), *self._keep)
-        return [step for step in steps if step in kept and step not in known]
+        return [step for step in steps if step in kept and known.get(step) != self._digest(step)]
+
+    def _digest(self, step: int) -> str:
+        """Tell a checkpoint from others of its step, which the run may have taken more than once.
+
+        Raises:
+            FileNotFoundError: it was removed meanwhile.
+        """
+        file = self._path / CHECKPOINTS / str(step) / CHECKSUMS
+        return hashlib.sha256(file.read_bytes()).hexdigest()
 
     def _is_ready(self) -> bool:
         """Whether the files in the directory are this run's: they are not at its very beginning."""
@@ -166,16 +176,20 @@ class RunMirror:
             return
         steps = saved_steps(self._path / CHECKPOINTS)
         if self._marked is None:
-            self._marked = set(self._remote.contents().steps)
+            self._marked = self._remote.marked()
         if steps:  # a run that went back has steps there that its log will not have
-            self._remove({step for step in self._marked if step > steps[-1]})
+            here = {step: self._digest(step) for step in steps if step in self._marked}
+            marked = self._marked.items()
+            self._remove(
+                {s for s, digest in marked if s > steps[-1] or here.get(s, digest) != digest}
+            )
         for name in PLAIN:
             self._send_plain(self._path / name)
         for name in MODELS:
             self._send_model(name)
         for step in [step for step in reversed(self._unmarked()) if step in steps][:1]:
             self._send_checkpoint(step)
-        self._remove(self._marked - {*kept_steps(sorted(self._marked), *self._keep)})
+        self._remove({*self._marked} - {*kept_steps(sorted(self._marked), *self._keep)})
 
     # -------------------------------------------------------------------------------------- uploads
 
@@ -240,11 +254,12 @@ class RunMirror:
 
     def _send_checkpoint(self, step: int) -> None:
         name = f"{CHECKPOINTS}/{step}"
-        new = self._send_directory(self._path / name, name)
-        about = {"run": self._directory.record.run, "step": step, "files": len(new)}
+        digest = self._digest(step)
+        self._send_directory(self._path / name, name)
+        about = {"run": self._directory.record.run, "step": step, DIGEST: digest}
         self._put(f"{MARKERS}/{step}.json", json.dumps(about).encode())
         assert self._marked is not None
-        self._marked.add(step)
+        self._marked[step] = digest
 
     def _send_directory(self, place: Path, name: str, besides: str = "") -> set[str]:
         """Upload all files of a directory that is replaced as a whole, if at all.
@@ -268,7 +283,7 @@ class RunMirror:
         top = self._remote.key("")
         for step in sorted(steps):
             self._delete([f"{MARKERS}/{step}.json"])
-            self._marked.discard(step)
+            self._marked.pop(step, None)
             found = self._remote.bucket.find(f"{top}{CHECKPOINTS}/{step}/")
             self._delete([each.key.removeprefix(top) for each in found])
 
@@ -279,6 +294,7 @@ class RunMirror:
 
         A signal ends the waiting; what it interrupts has ended before.
         """
+        self._ends_since = time.monotonic()
         self._stop.set()
         try:
             while self._thread.is_alive():

@@ -353,6 +353,28 @@ def test_a_run_that_went_back_takes_the_later_steps_from_the_bucket_before_its_l
     assert order.index(f"{TOP}markers/20.json") < order.index(f"{TOP}metrics.jsonl")
 
 
+def test_a_step_that_is_taken_again_replaces_the_one_in_the_bucket(
+    bucket: MemoryBucket,
+    directory: RunDirectory,
+    start: Callable[[RunDirectory], Mirrored],
+) -> None:
+    for step in (10, 20):
+        checkpoint(directory, step)
+    running = start(directory)
+    wait(lambda: marked(bucket) == [10, 20])
+    (directory.checkpoints / "20").rename(directory.path / ".gone")
+    bucket.requests.clear()
+    checkpoint(directory, 20, "another array")
+    array = f"{TOP}checkpoints/20/state/d/0"
+    wait(lambda: bucket.objects.get(array, (b"",))[0] == b"another array of 20")
+    wait(lambda: marked(bucket) == [10, 20])
+    running.mirror.close()
+    order = [(what, key.removeprefix(TOP)) for what, key in bucket.requests]
+    removed = order.index(("delete", "markers/20.json"))
+    assert removed < order.index(("upload", "metrics.jsonl"))
+    assert removed < order.index(("upload", "checkpoints/20/state/d/0"))
+
+
 def test_half_uploads_and_damage_are_passed_over(
     bucket: MemoryBucket,
     directory: RunDirectory,
