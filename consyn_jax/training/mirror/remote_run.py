@@ -1,4 +1,4 @@
-"""The copy of a run in a bucket: what it holds, whose it is, and how it comes to an empty machine.
+"""The copy of a run in a bucket: its content, its owner, and its way to an empty machine.
 
 URL/lease.json              its writer (`remote.lease`)
 URL/markers/STEP.json       written after all files of a checkpoint, removed before any of them
@@ -46,7 +46,7 @@ AT_ONCE = 8  # requests
 
 @dataclass(frozen=True)
 class Contents:
-    """What a bucket holds of a run.
+    """The part of a run that a bucket holds.
 
     Attributes:
         objects: by name below the URL, without the lease.

@@ -129,7 +129,7 @@ class RunMirror:
         return False
 
     def _rest(self) -> str:
-        """What is there and what is not, as a clause and a sentence."""
+        """The difference between the two copies, as a clause and a sentence."""
         newest = max(self._marked or (), default=None)
         there = "no checkpoint" if newest is None else f"the run to step {newest:,}"
         return (
