@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bucket_servers import Server, in_environment, missing, running
@@ -51,6 +52,7 @@ loader.BatchLoader.batch = batch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240 + 30 * KILLS)]
 SCHEMES = ("s3", "gs")
+WHEN = ("beginning", "step", "upload", "mark")
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +145,17 @@ def await_mark(child: Child, server: Server, key: str, step: int) -> None:
         time.sleep(0.1)
 
 
+def await_upload(child: Child, server: Server, key: str) -> None:
+    """Wait until files of a checkpoint are in the bucket, and its marker is not."""
+    deadline = time.monotonic() + 120
+    while True:
+        steps = {int(name.split("/")[0]) for name in there(server, f"{key}/checkpoints")}
+        if steps and max(steps) > newest_mark(server, key):
+            return
+        assert child.alive, child.said
+        assert time.monotonic() < deadline, child.said
+
+
 def await_said(child: Child, text: str, times: int) -> None:
     deadline = time.monotonic() + 120
     while child.said.count(text) < times:
@@ -164,28 +177,37 @@ def whole(nursery: Nursery, corpus: Path, tmp_path_factory: pytest.TempPathFacto
 def test_killed_and_wiped_and_resumed_from_the_copy_alone(
     nursery: Nursery, server: Server, whole: Run, tmp_path: Path
 ) -> None:
-    chance, moments, marked = random.Random(20), [], 0
+    chance, moments, marked = random.Random(20), list[dict[str, Any]](), 0
     kills = KILLS if server.scheme == "s3" else max(1, KILLS // 4)
     for n in range(kills):
         machine = tmp_path / f"machine-{n}"
-        child = start(nursery, server, machine, "killed")
-        match chance.choice(["beginning", "step", "mark", "mark"]) if n else "mark":
+        # Held, as the kills would otherwise all come after its end.
+        held = max(marked + 6, STEPS * (n + 1) // (kills + 1))
+        child = start(nursery, server, machine, "killed", held=held)
+        when = chance.choice(WHEN) if n else "mark"
+        match when:
             case "beginning":  # it waits for the lease, downloads, or compiles
                 time.sleep(chance.uniform(0, 4))
             case "step":
-                await_step(child, machine / "run", min(STEPS - 2, marked + chance.randint(1, 9)))
+                await_step(child, machine / "run", chance.randint(marked + 1, held))
+            case "upload":
+                await_upload(child, server, "killed")
             case "mark":
-                await_mark(child, server, "killed", min(STEPS - 10, marked + 5))
+                await_mark(child, server, "killed", min(held // 5 * 5, marked + 5))
         time.sleep(chance.uniform(0, 0.3))
+        assert child.alive, child.said
         child.signal(signal.SIGKILL)
         child.wait()
         marked = newest_mark(server, "killed")
-        moments.append({"killed_at": last_step(machine / "run"), "marked": marked})
+        step = last_step(machine / "run")
+        moments.append({"when": when, "killed_at": step, "marked": marked})
         shutil.rmtree(machine)
+    # They are spread over the run.
+    assert len({moment["marked"] for moment in moments}) > kills // 3, moments
+    assert 0 < marked < STEPS, moments
     child = start(nursery, server, tmp_path / "last", "killed")
     assert child.wait() == 0, child.said
     run = Run(tmp_path / "last" / "run", 0, child.said)
-    assert marked, moments
     assert run.numbers == whole.numbers
     assert run.weights == whole.weights
     assert "warning" not in run.said
