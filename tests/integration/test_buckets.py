@@ -145,12 +145,12 @@ def await_mark(child: Child, server: Server, key: str, step: int) -> None:
         time.sleep(0.1)
 
 
-def await_upload(child: Child, server: Server, key: str) -> None:
-    """Wait until files of a checkpoint are in the bucket, and its marker is not."""
+def await_upload(child: Child, server: Server, key: str, marked: int) -> None:
+    """Wait until a checkpoint after step `marked` is being uploaded, or until it just was."""
     deadline = time.monotonic() + 120
     while True:
-        steps = {int(name.split("/")[0]) for name in there(server, f"{key}/checkpoints")}
-        if steps and max(steps) > newest_mark(server, key):
+        steps = [int(name.split("/")[0]) for name in there(server, f"{key}/checkpoints")]
+        if max([0, *steps]) > marked:
             return
         assert child.alive, child.said
         assert time.monotonic() < deadline, child.said
@@ -191,7 +191,7 @@ def test_killed_and_wiped_and_resumed_from_the_copy_alone(
             case "step":
                 await_step(child, machine / "run", chance.randint(marked + 1, held))
             case "upload":
-                await_upload(child, server, "killed")
+                await_upload(child, server, "killed", marked)
             case "mark":
                 await_mark(child, server, "killed", min(held // 5 * 5, marked + 5))
         time.sleep(chance.uniform(0, 0.3))
