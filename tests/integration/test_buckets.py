@@ -29,6 +29,7 @@ KILLS = int(os.environ.get("CONSYN_BUCKET_KILLS", "2"))
 RECORD = os.environ.get("CONSYN_BUCKET_RECORD")
 STEPS = max(30, 8 * KILLS)
 STEP_S = 0.04
+NEVER = 1 << 30  # the loader reads ahead of the last step, so no hold may be there
 FLAGS = [*MODEL, "--max_steps", STEPS, "--max_tokens", 32, "--batch_size", 8, "--dropout", 0.1]
 FLAGS += ["--validation_fraction", 0.2, "--logging_steps", 1, "--eval_steps", 5, "--save_steps", 5]
 FLAGS += ["--logging_backend", "none"]
@@ -100,7 +101,7 @@ def start(
     step_s: float = STEP_S,
     exit_s: float = 20.0,
     environment: dict[str, str] | None = None,
-    held: int = STEPS,
+    held: int = NEVER,
 ) -> Child:
     """The run on a machine: with its own cache, and nothing of another's.
 
