@@ -1,8 +1,8 @@
-"""One run as a frozen tree of values: its flags with default and help, and the presets.
+"""The configuration of a run as frozen dataclasses: each flag's default and help, and the presets.
 
-The optimizer's flags are in `optimizer_config`, those of documents in `prepare_config`. A resumed
-run must keep the value of a flag with `math=True` (`flags.py`). Only the standard library is
-imported, so that `consyn-train --help` is instant; `resolve` and `validation` fill and check it.
+Optimizer flags are in `optimizer_config`, document flags in `prepare_config`. A resumed run must
+not change a flag with `math=True` (`flags.py`). Only the standard library is imported, so that
+`consyn-train --help` is instant. `resolve` fills in the configuration and `validation` checks it.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 # fmt: on
-# With --checkpoint: rate and decay as in Alpaca, Llama 2 and TRL; docs/finetuning.md has the
-# sources. Beta2 is AdamW's own, since batches are small and the loss is smooth.
+# With --checkpoint: rate and weight decay as in Alpaca, Llama 2 and TRL; docs/finetuning.md has the
+# sources. Beta2 is AdamW's default, because batches are small and the loss is smooth.
 FINE_TUNING = {"lr": 2e-5, "weight_decay": 0.0, "beta2": 0.999, "warmup_ratio": 0.03}
 PREFERENCE_TUNING = {"lr": 1e-6}  # TRL's DPOConfig
 # LoRA needs about ten times the rate of a full fine-tune (Schulman et al., 2025; QLoRA has 2e-4).
@@ -63,21 +63,21 @@ class ModelOptions:
 
     model: str = flag(
         "verse",
-        "haiku, verse, stanza, epic or a config.json: the architecture, with new weights; a "
-        "directory or hub id with weights: start from them, as with --checkpoint",
+        "a preset (haiku, verse, stanza, epic) or config.json: new weights in this architecture; a "
+        "model directory or hub id: start from its weights, as with --checkpoint",
     )
     checkpoint: str | None = flag(
         None,
-        "start from these weights: best/ or final/ of a run, a directory of a Hugging Face model, "
-        "its hub id, or the s3:// or gs:// URL of either",
+        "initial weights: best/ or final/ of a run, a Hugging Face model directory, a hub id, or a "
+        "bucket URL (s3://, gs://)",
         math=True,
     )
     hidden_dim: int | None = flag(None, "width of the residual stream (from --model)", math=True)
     num_layers: int | None = flag(None, "number of decoder blocks (from --model)", math=True)
-    num_heads: int | None = flag(None, "query heads (from --model)", math=True)
-    num_kv_heads: int | None = flag(None, "key-value heads (from --model)", math=True)
+    num_heads: int | None = flag(None, "number of query heads (from --model)", math=True)
+    num_kv_heads: int | None = flag(None, "number of key-value heads (from --model)", math=True)
     head_dim: int | None = flag(
-        None, "width of a head (from --model, or hidden_dim / num_heads if one is given)", math=True
+        None, "width of a head (from --model, or hidden_dim / num_heads if one is set)", math=True
     )
     mlp_dim: int | None = flag(None, "width of the feed-forward layer (from --model)", math=True)
     context: int | None = flag(
@@ -91,18 +91,18 @@ class ModelOptions:
     )
     rope_theta: float | None = flag(None, "base of the rotary embedding (from --model)", math=True)
     sliding_window: int | None = flag(
-        None, "attend to at most this many tokens, the current one included (all)", math=True
+        None, "attend to at most this many tokens, the current one included (no limit)", math=True
     )
 
 
 def architecture(
     options: ModelOptions, base: ModelConfig | None = None, **tokens: int | None
 ) -> ModelConfig:
-    """The model that the options describe: a preset, or `base` with the options' changes.
+    """Build the architecture that the options describe: a preset, or `base` changed by the options.
 
     Args:
         base: architecture read from `--model` or `--checkpoint`; None for a preset.
-        tokens: vocab_size, bos_token_id, eos_token_id and pad_token_id of the tokenizer.
+        tokens: the tokenizer's vocab_size, bos_token_id, eos_token_id and pad_token_id.
     """
     names = {f.name for f in dataclasses.fields(ModelConfig)}
     given = {k: v for k, v in dataclasses.asdict(options).items() if k in names and v is not None}
@@ -116,37 +116,37 @@ def architecture(
 
 @dataclass(frozen=True)
 class DataOptions(CorpusOptions):
-    """The corpus, and how it becomes training sequences."""
+    """The corpus, and how it is cut or packed into training sequences."""
 
     data_weights: tuple[float, ...] = flag(
         (),
-        "share of training sequences for each --data item; without it, an epoch reads all data "
-        "once",
+        "share of training sequences drawn from each --data item; without this flag, an epoch "
+        "reads all data once",
         math=True,
     )
     streaming: bool = flag(
         False,
-        "start while --data is still being tokenised; needs --max_steps or --total_tokens",
+        "start training while --data is still being tokenised; needs --max_steps or --total_tokens",
         math=True,
     )
     packing: str | None = flag(
         None,
-        "cut: sequences are cut from the stream of documents; whole: they hold whole documents "
-        "(whole for rows with prompts, otherwise cut)",
+        "cut: join all documents and cut the result into sequences; whole: fill each sequence "
+        "with whole documents (whole for rows with prompts, otherwise cut)",
         choices=("cut", "whole"),
         math=True,
     )
     on_long_rows: str | None = flag(
         None,
-        "what --packing whole does with rows longer than a sequence (truncate; documents without "
-        "a prompt continue in the next sequence)",
+        "what --packing whole does with rows longer than a sequence (truncate; without this "
+        "flag, documents without a prompt continue in the next sequence)",
         choices=("truncate", "drop", "error"),
         math=True,
     )
     max_tokens: int | None = flag(
         None,
-        "length of a training sequence, in tokens (from --model; with --checkpoint, what 99 % of "
-        "the rows need, up to the context)",
+        "length of a training sequence, in tokens (from --model; with --checkpoint, a length "
+        "that 99 % of the rows fit in, up to the model's context)",
         math=True,
     )
 
@@ -156,10 +156,12 @@ class BudgetOptions:
     """The length of the run, and the size of a step."""
 
     epochs: float | None = flag(
-        None, "passes over the data (3 if no limit is set); the first limit ends the run", math=True
+        None,
+        "passes over the data (3 if there is no other limit); the first limit ends training",
+        math=True,
     )
-    max_steps: int | None = flag(None, "optimizer steps", math=True)
-    total_tokens: int | None = flag(None, "tokens to train on", math=True)
+    max_steps: int | None = flag(None, "maximum number of optimizer steps", math=True)
+    total_tokens: int | None = flag(None, "maximum number of tokens to train on", math=True)
     batch_size: int = flag(8, "sequences per micro-batch, over all devices")
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
     seed: int = flag(42, "seed of the initial weights, the data order and dropout", math=True)
@@ -170,20 +172,19 @@ DPO_BETA = 0.1  # TRL's
 
 @dataclass(frozen=True)
 class RegularisationOptions:
-    """The objective of training, dropout, and terms beyond cross-entropy."""
+    """The training objective, dropout, and additions to the cross-entropy loss."""
 
     objective: str = flag(
         "next_token",
-        "training objective; dpo: learn from pairs of answers to prefer the chosen one; needs "
-        "--checkpoint",
+        "training objective; dpo: learn from pairs to prefer chosen answers; needs --checkpoint",
         choices=("next_token", "dpo"),
         math=True,
     )
     dpo_beta: float = flag(
-        DPO_BETA, "DPO's beta: the larger, the closer the model stays to its start", math=True
+        DPO_BETA, "DPO's beta; larger values keep the model closer to the initial one", math=True
     )
     dropout: float = flag(
-        0.0, "dropout rate of embedding, attention weights and both block branches", math=True
+        0.0, "dropout rate of embeddings, attention weights and both sublayers' outputs", math=True
     )
     label_smoothing: float = flag(
         0.0, "share of the target probability to spread over the vocabulary", math=True
@@ -199,7 +200,7 @@ class RegularisationOptions:
 
     @property
     def sequences(self) -> int:
-        """Sequences in a row of a batch."""
+        """Number of sequences in a row of a batch: 2 for a preference pair, otherwise 1."""
         return 2 if self.trains_on_pairs else 1
 
 
@@ -214,22 +215,22 @@ class HardwareOptions:
 
     mixed_precision: str = flag(
         "auto",
-        "type of activations and matmuls, while weights stay float32; auto: a type that suits the "
-        "device; fp8: bf16, with 8-bit matmuls in the blocks",
+        "number type of activations and matmuls; weights stay float32; auto: the type that "
+        "suits the device; fp8: bf16, with 8-bit matmuls in the blocks",
         choices=("auto", "no", "bf16", "fp16", "fp8"),
         math=True,
     )
     gradient_checkpointing: str = flag(
         "none",
-        "activations to recompute; minimal: all but those of matmuls and attention; attention: all "
-        "but attention's; full, or the bare flag: all; offload: as attention, and keep the others "
-        "in host memory",
+        "activations to recompute in the backward pass; minimal: all except outputs of matmuls "
+        "and attention; attention: all except attention outputs; full, or the bare flag: all; "
+        "offload: as attention, with the saved activations in host memory",
         choices=REMAT_POLICIES,
         const="full",
     )
     optimizer_memory: str = flag(
         "device",
-        "where to keep moments and momentum; host: each step moves them to the device and back",
+        "memory for moments and momentum; host: each step copies them to the device and back",
         choices=("device", "host"),
     )
     auto_batch: bool = flag(
@@ -239,7 +240,7 @@ class HardwareOptions:
     )
     mesh: str = flag(
         "auto",
-        "devices along each axis, as in data=2,fsdp=4,context=1,tensor=1; auto: suits the machine",
+        "devices per mesh axis, as in data=2,fsdp=4,context=1,tensor=1; auto: fits the machine",
     )
     topology: str | None = flag(
         None, "with --dry_run: plan for these GPUs instead of this machine, as in h200:1x8"
@@ -249,16 +250,16 @@ class HardwareOptions:
         "with --dry_run: find the fastest settings for --topology and write them to this file",
         const="recipe.yaml",
     )
-    verbose: bool = flag(False, "with --dry_run: also list what the estimated time assumes")
+    verbose: bool = flag(False, "with --dry_run: also list the assumptions of the time estimate")
     distributed: bool = flag(
         False,
         "run as one of several processes. This process's number comes from Slurm, Open MPI, "
         "Kubernetes, or the next three flags.",
     )
-    coordinator_address: str | None = flag(None, "process 0's address and a free port of its host")
+    coordinator_address: str | None = flag(None, "address and free port of process 0's host")
     num_processes: int | None = flag(None, "number of processes")
-    process_id: int | None = flag(None, "number of this process, from 0")
-    rendezvous_seconds: float = flag(40.0, "time for all processes to start and find each other")
+    process_id: int | None = flag(None, "number of this process, counted from 0")
+    rendezvous_seconds: float = flag(40.0, "seconds for all processes to start and find each other")
     watchdog_minutes: float = flag(
         10.0,
         "abort after this many minutes plus 20 step times without progress, and write the stacks "
@@ -271,28 +272,28 @@ class HardwareOptions:
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Times of evaluations, and the decisions that follow from them."""
+    """Frequency of evaluations, and decisions based on their results."""
 
     eval_steps: int | None = flag(None, "steps between evaluations (a tenth of the run)")
     eval_requests: tuple[str, ...] = flag(
         (),
-        "JSON Lines files of requests with known answers, as for consyn-evaluate; each evaluation "
-        "scores them, as eval/TASK/accuracy and other metrics",
+        "JSON Lines files of requests with known answers, in the format of consyn-evaluate "
+        "--requests; each evaluation logs their scores as eval/TASK/accuracy and other metrics",
     )
     metric_for_best_model: str = flag(
         "eval/loss",
-        f"metric for the best model, early stopping and plateau: {', '.join(EVALUATION_METRICS)}, "
-        "or one of --eval_requests",
+        "metric that selects the best model and drives early stopping and the plateau "
+        f"schedule: {', '.join(EVALUATION_METRICS)}, or a metric of --eval_requests",
         math=True,
     )
     early_stopping_patience: int | None = flag(
         None, "stop after this many evaluations in a row without improvement (never)"
     )
     early_stopping_min_delta: float = flag(
-        0.0, "an improvement counts if it is larger than this, in units of the metric"
+        0.0, "smallest improvement that counts for early stopping, in units of the metric"
     )
     early_stopping_min_steps: int = flag(0, "do not stop early before this step")
-    load_best_model_at_end: bool = flag(False, "make final/ the best model instead of the last")
+    load_best_model_at_end: bool = flag(False, "write the best model to final/, not the last one")
 
 
 @dataclass(frozen=True)
@@ -302,25 +303,26 @@ class SavingOptions:
     output: str = flag("./output", "run directory", aliases=("output_dir",))
     save_steps: int | None = flag(None, "steps between checkpoints (a tenth of the run)")
     save_minutes: float | None = flag(
-        None, "also save a checkpoint this many minutes after the last one"
+        None, "also save a checkpoint when this many minutes have passed since the last one"
     )
     save_dtype: str | None = flag(
         None,
-        "number type of the weights in best/ and final/ (that of --checkpoint, or float32); "
-        "checkpoints/ is always float32",
+        "number type of the weights in best/ and final/ (from --checkpoint, otherwise "
+        "float32); checkpoints/ is always float32",
         choices=DTYPES,
     )
     keep_last: int = flag(3, "number of newest checkpoints to keep")
     keep_every: int | None = flag(None, "also keep checkpoints whose step is a multiple of this")
     resume: str = flag(
-        "auto", "auto: from the newest checkpoint; never: a new run; or from this step"
+        "auto",
+        "auto: continue from the newest checkpoint; never: only a new run; STEP: from this step",
     )
     remote: str | None = flag(None, "s3:// or gs:// URL where a copy of the run is kept")
-    overwrite: bool = flag(False, "delete the run in --output and --remote, and start anew")
+    overwrite: bool = flag(False, "delete the run in --output and --remote and start a new one")
     replay: str | None = flag(
         None,
-        "repeat the step that ended a diverged run, from its directory nonfinite/STEP, and show "
-        "where the first non-finite value came from; does not train",
+        "repeat the last step of a diverged run, from its directory nonfinite/STEP, and show "
+        "where the first non-finite value arose; does not train",
     )
     overwrite_schedule: bool = flag(
         False, "continue a run even if its number of steps or its schedule has changed"
@@ -334,38 +336,39 @@ class LoggingOptions:
     logging_steps: int = flag(10, "steps between lines of metrics")
     logging_backend: tuple[str, ...] = flag(
         ("tensorboard",),
-        "trackers besides metrics.jsonl, one or several; module:Class is a callback of yours",
+        "one or several trackers, in addition to metrics.jsonl; module:Class names your own "
+        "callback class",
         choices=("tensorboard", "wandb", "both", "none", "module:Class"),
     )
     wandb_project: str = flag("consyn", "Weights & Biases project")
     wandb_run_name: str | None = flag(None, "Weights & Biases run name (chosen by W&B)")
     profile_steps: str | None = flag(
-        None, "trace steps A:B (both included, counted from 1), and report where the time went"
+        None, "profile steps A to B (both included, counted from 1), and report where the time went"
     )
     quiet: bool = flag(False, "show no progress bar")
 
 
 @dataclass(frozen=True)
 class ProofOptions:
-    """Inspections of an existing run; each of them replaces training."""
+    """Checks of an existing run; with one of these flags, the command does not train."""
 
     verify: str | None = flag(
         None,
-        "compare a run, a checkpoint or an exported model with its records, and name what differs",
+        "compare a run, checkpoint or exported model with its records, and name each difference",
     )
     replay_step: int | None = flag(
         None,
-        "repeat this step of the run in --output; compare loss and gradient norm with its log",
+        "repeat this step of the run in --output; compare its loss and gradient norm with the log",
     )
     documents_of: str | None = flag(
-        None, "list the documents that step A, or steps A to B, of the run in --output learned from"
+        None, "list the documents trained on in step A, or in steps A to B, of the run in --output"
     )
-    json: bool = flag(False, "print the answer of the three flags above as JSON")
+    json: bool = flag(False, "print results of --verify, --replay_step or --documents_of as JSON")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All settings of one `consyn-train` run. `resolve` fills in those that depend on the model."""
+    """All settings of a `consyn-train` run; `resolve` completes those that depend on the model."""
 
     model: ModelOptions = ModelOptions()
     data: DataOptions = DataOptions()
@@ -381,11 +384,7 @@ class RunConfig:
 
     @property
     def length(self) -> int:
-        """Length of a training sequence in tokens.
-
-        Known once the run is resolved, or, if --model is no preset, once the model's
-        `config.json` is read (`cli/choices`).
-        """
+        """Length of a training sequence, in tokens; set by `resolve`, or else by `cli/choices`."""
         assert self.data.max_tokens is not None
         return self.data.max_tokens
 
@@ -396,5 +395,5 @@ class RunConfig:
 
     @property
     def row_length(self) -> int:
-        """Tokens of a row of a batch: a sequence, or both sequences of a pair."""
+        """Tokens in a row of a batch: one sequence, or both sequences of a preference pair."""
         return self.length * self.regularisation.sequences

@@ -10,14 +10,14 @@ import yaml
 from consyn_jax.errors import UserError, parse_fault
 from consyn_jax.flags import flags
 
-# The key in config.yaml of values derived from flags and data; they too must agree on a resume.
+# The key in config.yaml for values derived from flags and data. A resumed run must not change them.
 DERIVED = "derived"
 LARGEST = 1 << 24  # characters; a list of data may have thousands of files
 DOCUMENT_END = "...\n"  # YAML writes it after a lone scalar
 
 
 def describe(config: Any, origins: dict[str, str]) -> str:
-    """Write all settings as YAML, by group, each line with the origin of its value."""
+    """Format all settings as YAML, by group, with the origin of each value in a comment."""
     lines: list[str] = []
     group = ""
     for name, f in flags(type(config)).items():
@@ -43,14 +43,14 @@ def read_config_file(path: Path) -> dict[str, Any]:
             text = file.read(LARGEST + 1)
         if len(text) > LARGEST:
             raise UserError(
-                f"--config {path} has more than {LARGEST:,} characters, more than settings need. "
-                "Give a YAML file with the names of the flags."
+                f"--config {path} has more than {LARGEST:,} characters, too many for a file of "
+                "settings. Give a YAML file whose keys are flag names."
             )
         node, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
     except OSError as error:
         raise UserError(
-            f"--config {path} cannot be read: {error.strerror}. Give a YAML file with the names of "
-            "the flags."
+            f"--config {path} cannot be read: {error.strerror}. Give a YAML file whose keys are "
+            "flag names."
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(
@@ -67,7 +67,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(
-            f"--config {path} must consist of `setting: value` lines, with the names of the flags."
+            f"--config {path} must consist of `setting: value` lines whose keys are flag names."
         )
     lines: dict[str, int] = {}
     for key, _ in node.value if node is not None else ():

@@ -1,4 +1,4 @@
-"""Errors and signals that commands turn into exit codes, and parts of sentences that they share."""
+"""Errors and signals that commands turn into exit codes, and helpers that build error messages."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from time import monotonic
 
 LONGEST_MESSAGE = 1600  # characters
 LONGEST_REASON = 200
-# A full stop after a word, and the capital of the next sentence.
+# The end of a sentence: a full stop after a word, followed by a capital letter.
 _NEXT_SENTENCE = re.compile(r"(?<=[\w)\]'`\"])[.!?] (?=[A-Z`(])")
-# At a job's time limit Slurm sends SIGTERM twice, milliseconds apart. One within this time after
-# the first does not mean to end at once.
+# At a job's time limit Slurm sends SIGTERM twice, milliseconds apart. A second signal within this
+# time is such a repeat, not a request to end at once.
 REPEAT_S = 2.0
 TOO_LONG = f"a number of more than {sys.get_int_max_str_digits():,} digits"  # for Python
-# The end of a sentence about a run that stopped, wherever no checkpoint may have been saved.
+# End of a message about a stopped run, for cases in which there may be no checkpoint.
 CONTINUES = "continues from the last checkpoint, or from the beginning if there is none"
 _DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029"
 
@@ -49,24 +49,24 @@ class Interrupted(RuntimeError):
 
 
 class Differs(RuntimeError):
-    """Something differs from the record of a run. `consyn-train` exits with 4."""
+    """A file or a repeated step differs from the record of a run. `consyn-train` exits with 4."""
 
 
 class ProcessMissing(RuntimeError):
     """Another process of the run did not start in time.
 
-    It may not be the user's mistake, and another start may succeed: commands exit with 76.
+    This need not be the user's mistake, and a new attempt may succeed: commands exit with 76.
     """
 
 
 class Repeats:
-    """Distinguishes repeats of the first signal that ends a run from a second signal."""
+    """Tells an automatic repeat of the first signal (see `REPEAT_S`) from a second signal."""
 
     def __init__(self) -> None:
         self._first_s: float | None = None
 
     def place(self) -> str:
-        """The place of a signal that comes now: `first`, `repeat` of the first, or `second`."""
+        """Classify a signal that arrives now: "first", "repeat" of the first, or "second"."""
         if self._first_s is None:
             self._first_s = monotonic()
             return "first"
@@ -76,12 +76,12 @@ class Repeats:
 class Unsaved(KeyboardInterrupt):
     """A signal that came before there was anything to save.
 
-    It unwinds like Ctrl-C, so that half-made files are removed. Python drops an exception that a
-    callback of the garbage collector, a finalizer or a bare `except` swallows, and the signal would
-    be lost with it.
+    It unwinds the stack like Ctrl-C, so that half-written files are removed. A garbage-collector
+    callback, a finalizer or a bare `except` can swallow the exception, and the signal would be
+    lost; `dropped` is called in that case.
 
     Args:
-        dropped: called with the number if the exception is dropped before it is `settle`d.
+        dropped: called with the signal's number if the exception is destroyed before `settle`.
     """
 
     def __init__(self, number: int, dropped: Callable[[int], None] = lambda number: None) -> None:
@@ -90,17 +90,17 @@ class Unsaved(KeyboardInterrupt):
         self._dropped: Callable[[int], None] | None = dropped
 
     def settle(self) -> None:
-        """Note that code which caught this has acted on the signal and goes on."""
+        """Mark the signal as handled by the code that caught this exception."""
         self._dropped = None
 
     def __del__(self) -> None:
-        """Report an exception that nobody has settled."""
+        """Call `dropped` unless `settle` was called."""
         if self._dropped is not None:
             self._dropped(self.number)
 
 
 def unsaved(error: KeyboardInterrupt) -> tuple[int, str]:
-    """The exit code, and the sentence that names the signal.
+    """The exit code for a signal with nothing saved, and a sentence that names the signal.
 
     The code is 130 for Ctrl-C. Any other signal (SIGTERM, a closed terminal's SIGHUP, Slurm's
     warning SIGUSR1) gives 143.
@@ -113,7 +113,7 @@ def unsaved(error: KeyboardInterrupt) -> tuple[int, str]:
 def brief(error: BaseException) -> str:
     """The first sentence of another library's message, on one line, without its full stop.
 
-    More of it would make our message longer than two sentences.
+    The rest is cut, so that our message around it has at most two sentences.
 
     >>> brief(ValueError("No footer. Either the file is damaged or it is something else."))
     'No footer'
@@ -123,16 +123,16 @@ def brief(error: BaseException) -> str:
 
 
 def visible(text: str) -> str:
-    r"""Replace control characters by their escapes, so that no text can drive the terminal.
+    r"""Replace control characters by escapes, so that untrusted text cannot control the terminal.
 
-    These include characters that reverse the direction of the text after them, which can make a
+    Characters that reverse the direction of text are replaced as well, because they can make one
     sentence look like another.
 
     >>> print(visible("a\x1b[2Jb\r\tc\u202ed"))
     a\x1b[2Jb\r    c\u202ed
     """
-    # str.isprintable alone would also escape joiners and direction marks, which are part of words
-    # in many scripts.
+    # str.isprintable alone would also escape joiners and direction marks, which words contain in
+    # many scripts.
     shown = (
         c
         if c == "\n"
@@ -145,7 +145,7 @@ def visible(text: str) -> str:
 
 
 def in_line(text: str) -> str:
-    r"""Escape as `visible` does, and line breaks as well, so that no name can add a line.
+    r"""Escape control characters and line breaks, so that a file name cannot add a line of output.
 
     >>> print(in_line("a\nagrees  b"))
     a\nagrees  b
@@ -154,7 +154,7 @@ def in_line(text: str) -> str:
 
 
 def remedy(error: OSError) -> str:
-    """The advice for a write that failed, as the beginning of a sentence."""
+    """Advice after a failed write, as the beginning of a sentence."""
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             return "Make room"
@@ -164,9 +164,9 @@ def remedy(error: OSError) -> str:
 
 
 def parse_fault(error: Exception, language: str = "JSON") -> str:
-    """The reason why a text could not be parsed, as a clause after its name.
+    """Describe why a text could not be parsed, as a clause that follows the file's name.
 
-    Python refuses to convert integers of thousands of digits, which JSON and YAML allow.
+    Integers of thousands of digits are one reason: JSON and YAML allow them, Python refuses them.
 
     >>> parse_fault(RecursionError()), parse_fault(ValueError("no day 32"))
     ('is nested too deeply', 'is not JSON (no day 32)')
@@ -187,7 +187,7 @@ def parse_fault(error: Exception, language: str = "JSON") -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown `word`: the closest known word, or a full stop.
+    """End a sentence about an unknown `word`: suggest the closest known word, or just end it.
 
     >>> nearest("cosin", ["linear", "cosine"]), nearest("exponential", ["linear", "cosine"])
     ('; did you mean cosine?', '.')
@@ -197,7 +197,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def counted(number: int, what: str) -> str:
-    """A number and its noun, with a plural s at its end or before " of ".
+    """A number and its noun; the plural s goes to the noun's end or before " of ".
 
     >>> counted(1, "document"), counted(2_000, "file of JSON rows")
     ('1 document', '2,000 files of JSON rows')
@@ -207,7 +207,7 @@ def counted(number: int, what: str) -> str:
 
 
 def listed(names: Sequence[object], most: int = 3) -> str:
-    """Join the first `most` names on one line, and count the rest.
+    """Join the first `most` names with commas, and count the rest.
 
     >>> listed(["a", "b"]), listed(["a", "b", "c", "d", "e"])
     ('a, b', 'a, b, c and 2 more')

@@ -1,8 +1,8 @@
-"""The metrics of evaluations, by which the best model is selected. Standard library only."""
+"""Evaluation metrics that can select the best model. Imports only the standard library."""
 
 from __future__ import annotations
 
-# The metrics of an evaluation, and whether more is better.
+# Each evaluation metric, and whether a larger value is better.
 EVALUATION_METRICS = {
     "eval/loss": False,
     "eval/perplexity": False,
@@ -11,7 +11,7 @@ EVALUATION_METRICS = {
     "eval/rewards/margins": True,
     "eval/rewards/accuracies": True,
 }
-# Those of the tasks of --eval_requests, as eval/TASK/METRIC.
+# Metrics of --eval_requests, logged as eval/TASK/METRIC: whether a larger value is better.
 REQUEST_METRICS = {
     "accuracy": True,
     "accuracy_per_character": True,
@@ -37,7 +37,7 @@ def is_greater_better(metric: str) -> bool | None:
 
 
 def is_of_requests(metric: str) -> bool:
-    """Whether a name is eval/TASK/METRIC, as those of --eval_requests are.
+    """Whether a name has the form eval/TASK/METRIC with a metric of --eval_requests.
 
     >>> is_of_requests("eval/arc/accuracy"), is_of_requests("eval/rewards/margins")
     (True, False)

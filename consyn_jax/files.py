@@ -1,8 +1,8 @@
 """Atomic writes of files and directories, which survive a crash, file locks, and the cache's place.
 
-This is the one place that opens files for writing in directories that somebody else may have made.
-No link is followed there, and what is not finished has a name that nobody can guess:
-`.NAME.16 HEX DIGITS.new`, `.old` for what it replaces, `.gone` for what is being removed.
+Only this module opens files for writing in directories that another user may have made. It follows
+no links. Temporary names cannot be guessed: `.NAME.16 HEX DIGITS.new` for a file being written,
+`.old` for the version it replaces, `.gone` for one being removed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def check_is_no_pointer(path: Path) -> None:
     """Check that a file is not a Git LFS pointer, which Git leaves where LFS is not installed.
 
     Raises:
-        UserError: it is a pointer.
+        UserError: the file is a pointer.
     """
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
@@ -68,7 +68,7 @@ def flush(directory: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and its parents, each with its name flushed to the disk."""
+    """Make a directory and its missing parents, and flush each new name to the disk."""
     missing = []
     while not path.is_dir():
         missing.append(path)
@@ -79,27 +79,27 @@ def make_directory(path: Path) -> None:
 
 
 def open_regular(path: str | Path, flags: int, mode: int = 0o644) -> int:
-    """Open a regular file; refuse symbolic links, and for writing hard ones; a pipe does not block.
+    """Open a regular file without following symbolic links and without blocking on a pipe.
 
-    It is an `opener` for Python's `open`, too.
+    It can be passed as `opener` to Python's `open`.
 
     Raises:
-        OSError: as `os.open`; or it is a link or not a file, or it is opened for writing and has a
-            hard link. `strerror` says so.
+        OSError: `os.open` fails, the path is a symbolic link or no regular file, or a file to be
+            written has another hard link; `strerror` names the reason.
     """
     try:
         safe = flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         descriptor = os.open(path, safe, mode)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            reason = "it is a link, and links are not followed here"
+            reason = "it is a symbolic link, which is not followed here"
             raise OSError(errno.ELOOP, reason, str(path)) from error
         raise
     status, reason = os.fstat(descriptor), ""
     if not stat.S_ISREG(status.st_mode):
         reason = "it is not a regular file"
     elif flags & (os.O_WRONLY | os.O_RDWR) and status.st_nlink > 1:
-        reason = "the file has another name, too (a hard link), and would change there"
+        reason = "it has a hard link, so writing would also change the file under its other name"
     if reason:
         os.close(descriptor)
         raise OSError(errno.EINVAL, reason, str(path))
@@ -109,29 +109,32 @@ def open_regular(path: str | Path, flags: int, mode: int = 0o644) -> int:
 
 
 def read_whole(path: Path, largest: int = LARGEST_TEXT) -> bytes:
-    """The content of a regular file.
+    """Read a regular file completely.
 
     Raises:
-        OSError: it cannot be read, is a link, or has more than `largest` bytes; `strerror` says so.
+        OSError: the file cannot be read, is a link, or has more than `largest` bytes; `strerror`
+            names the reason.
     """
     with open(path, "rb", opener=open_regular) as file:
         if (size := os.fstat(file.fileno()).st_size) > largest:
-            raise OSError(errno.EFBIG, f"it has {size:,} bytes, more than it can have", str(path))
+            raise OSError(
+                errno.EFBIG, f"it has {size:,} bytes, too many for this kind of file", str(path)
+            )
         return file.read()
 
 
 def aside(path: Path, kind: str = FRESH) -> Path:
-    """A hidden name beside `path` that nobody can guess, for what is being written or removed."""
+    """A hidden name beside `path` that cannot be guessed, for a file being written or removed."""
     return path.with_name(f".{path.name[:_KEPT_OF_NAME]}.{secrets.token_hex(8)}.{kind}")
 
 
 def refuse_unfinished(path: Path) -> None:
-    """Refuse a model that was being written or removed when its process was killed.
+    """Refuse a model directory whose write or removal was killed half-way.
 
-    Some of its files may be whole and others missing, and a reader cannot always tell.
+    Files may be missing from it, which a reader cannot always notice.
 
     Raises:
-        UserError: the path has a name of `aside`.
+        UserError: the path has a temporary name, as made by `aside`.
     """
     match = _ASIDE.fullmatch(path.resolve().name)
     if match is not None and match["kind"] != REPLACED:
@@ -142,10 +145,10 @@ def refuse_unfinished(path: Path) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that readers, also after a crash, see all of it or the previous content.
+    """Write a file atomically: readers see the old or the new content, also after a crash.
 
-    The content is flushed to the disk before it takes the name `path`, and the name is flushed
-    before this returns. A link of that name is replaced and not followed. Text is written as UTF-8.
+    The content is flushed to the disk before it gets the name `path`, and the name is flushed
+    before this returns. A link at `path` is replaced, not followed. Text is written as UTF-8.
     """
     data = content.encode() if isinstance(content, str) else content
     fresh = aside(path)
@@ -163,9 +166,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def replace_directory(fresh: Path, target: Path) -> None:
-    """Rename a directory that is flushed to `target`; an older one there is removed.
+    """Rename a directory, already flushed to the disk, to `target`, and remove an older `target`.
 
-    A crash at any moment leaves one of them whole: `target`, or what `restore_replaced` finds.
+    After a crash, either `target` is complete or `restore_replaced` can restore it.
     """
     old = aside(target, REPLACED)
     if target.is_symlink() or target.exists():
@@ -177,7 +180,7 @@ def replace_directory(fresh: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or directory at once: a crash leaves all of it, or nothing of that name.
+    """Remove a file or directory atomically: a crash leaves all of it, or nothing of that name.
 
     Raises:
         OSError: it cannot be removed.
@@ -199,9 +202,9 @@ def _delete(path: Path) -> None:
 
 
 def restore_replaced(directory: Path, names: Collection[str]) -> None:
-    """Clean up what a crash inside `write_whole` or `replace_directory` has left.
+    """Clean up after a crash inside `write_whole` or `replace_directory`.
 
-    A directory that was being replaced gets its name back if nothing has that name.
+    A directory that was being replaced gets its old name back, unless the new one already has it.
     """
     for name, kind, path in _asides(directory):
         if name not in names:
@@ -221,15 +224,15 @@ def _asides(directory: Path) -> Iterator[tuple[str, str, Path]]:
 
 
 def irregular(path: Path, *, inside: bool = True) -> tuple[Path, str] | None:
-    """The first of `all_irregular`; None if there is none."""
+    """The first path that `all_irregular` finds, with its kind; None if there is none."""
     return next(all_irregular(path, inside=inside), None)
 
 
 def all_irregular(path: Path, *, inside: bool = True) -> Iterator[tuple[Path, str]]:
-    """Everything at `path`, and in the directory there, that is neither a file nor a directory.
+    """Find entries that are neither regular files nor directories, at `path` and below it.
 
     Yields:
-        Its path and its kind in words ("a link").
+        The path of each, and its kind in words ("a link").
     """
     try:
         mode = os.lstat(path).st_mode
@@ -249,11 +252,11 @@ def refuse_strays(directory: Path, patterns: Collection[str], *, named: Path | N
     """Refuse an untrusted directory with a link out of it, or with a special or oversized file.
 
     Args:
-        patterns: patterns of the files that are read.
-        named: a file that the user has named, which may be a link or a pipe.
+        patterns: glob patterns of the files that will be read; others are not checked.
+        named: a file that the user named explicitly, which may be a link or a pipe.
 
     Raises:
-        UserError: there is one; the message names it.
+        UserError: there is such a file; the message names it.
     """
     for _, sentences in strays(directory, patterns, named=named):
         raise UserError(sentences)
@@ -262,37 +265,38 @@ def refuse_strays(directory: Path, patterns: Collection[str], *, named: Path | N
 def strays(
     directory: Path, patterns: Collection[str], *, named: Path | None = None
 ) -> Iterator[tuple[Path, str]]:
-    """Each link out of a directory, each special file and each file that is too large.
+    """Find each link out of a directory, each special file and each file that is too large.
 
     Args:
         patterns, named: as for `refuse_strays`.
 
     Yields:
-        Its path, and sentences about it.
+        The path of each, and a message about it.
     """
     for path in (path for pattern in patterns for path in sorted(directory.glob(pattern))):
         target = None if path == named else leads_out(path, directory)
         if target is not None:
             yield (
                 path,
-                f"{path} is a link to {target}, outside of its directory, and is not followed. "
-                "Copy the file there, or name the directory that it is in.",
+                f"{path} is a link to {target}, outside its directory, and is not followed. "
+                "Replace the link by a copy of the file, or give the directory of the link's "
+                "target.",
             )
         elif path != named and path.exists() and not (path.is_file() or path.is_dir()):
-            yield path, f"{path} is not a regular file, so it is not read. Remove it."
+            yield path, f"{path} is not a regular file, and only regular files are read. Remove it."
         elif path.suffix in _TEXTS and path.is_file() and path.stat().st_size > LARGEST_TEXT:
             yield (
                 path,
-                f"{path} has {path.stat().st_size:,} bytes, more than such a file can have. "
-                "Remove it, or put the right one there.",
+                f"{path} has {path.stat().st_size:,} bytes, too many for this kind of file. "
+                "Remove it, or replace it by the right one.",
             )
 
 
 def leads_out(path: Path, directory: Path) -> Path | None:
-    """The target of a link that leads out of a directory; None for all else.
+    """The target of a symbolic link that leads out of a directory; None for any other path.
 
-    The cache of Hugging Face's hub has links from each `snapshots/REVISION/` to `blobs/` beside it;
-    these count as inside.
+    The Hugging Face Hub's cache has links from `snapshots/REVISION/` to `blobs/`; such links count
+    as inside.
     """
     if not path.is_symlink():
         return None

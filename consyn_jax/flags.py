@@ -29,10 +29,11 @@ def flag(
     """Make a dataclass field that is also a command-line flag.
 
     Args:
-        choices: the known values; `module:Class` among them allows any class of the user.
-        const: value of the bare flag, for a flag whose value may be left out.
-        math: True if the value changes what is computed, so that a resumed run must keep it and a
-            test must show that it reaches the computation.
+        choices: the allowed values; the entry `module:Class` stands for any class that the user
+            names.
+        const: value of the bare flag, for a flag that may be given without a value.
+        math: True if the value changes the result of training: a resumed run must not change it,
+            and a test must show its effect.
     """
     metadata = {"help": help, "choices": choices, "aliases": aliases, "const": const, "math": math}
     return field(default=default, metadata=metadata)
@@ -40,9 +41,10 @@ def flag(
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag as the command line, config files and help need it.
+    """A flag as the parser, config files and help use it.
 
-    `optional` flags may be None, `many` flags take several values; `type` is the type of one value.
+    `optional`: the value may be None. `many`: the flag takes several values. `type`: the type of
+    one value.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """Names of settings in other trainers, and what to write here instead.
 
-They are the flags, config keys and keywords of transformers (`TrainingArguments`, `run_clm.py`,
+The names are flags, config keys and keywords of transformers (`TrainingArguments`, `run_clm.py`,
 config.json), TRL, accelerate and torchrun, nanoGPT, LitGPT, torchtitan and Megatron-LM. Only names
 that differ from ours are listed. Only the standard library is imported here.
 """
@@ -16,8 +16,9 @@ from typing import Any
 from consyn_jax.config import DataOptions, ModelOptions
 from consyn_jax.flags import Flag
 
-# In advice, [flag value] is written as a flag, a keyword or a line of a config file, as the
-# reader gave it. *N in it is the reader's own value, or N if that does not suit the flag.
+# Advice has markers [flag value], which `advise` writes as a flag, a Python keyword or a config
+# file line, whichever the user used. *N in a marker becomes the user's value, or N if the value
+# does not suit the flag.
 _LEAVE_OUT = "leave it out"
 _SAME_NAME = {
     "[epochs *N]": "num_train_epochs num_epochs max_epochs n_epochs epoch train.epochs",
@@ -129,13 +130,13 @@ _EXPLAINED = {
     "a step has [batch_size N] times [gradient_accumulation_steps N] sequences. Give both": (
         "global_batch_size train.global_batch_size training.global_batch_size total_batch_size"
     ),
-    f"evaluations use [batch_size N] too, and their result is the same with any. {_LEAVE_OUT}": (
+    f"evaluations also use [batch_size N], and their results do not depend on it. {_LEAVE_OUT}": (
         "per_device_eval_batch_size eval_batch_size per_gpu_eval_batch_size eval_accumulation_steps"
     ),
     f"an evaluation reads all of the validation data. {_LEAVE_OUT}, or hold out less with "
     "[validation_fraction 0.001]": "eval_iters eval.max_iters eval_batches limit_val_batches",
     "the same command with the same [output DIR] continues from its newest checkpoint. "
-    f"{_LEAVE_OUT}, or take an older checkpoint of that run with [resume STEP]": (
+    f"{_LEAVE_OUT}, or continue from an older checkpoint with [resume STEP]": (
         "resume_from_checkpoint resume_from auto_resume checkpoint.load_step resume_training"
     ),
     "[checkpoint *DIR] starts from that model's weights, and [model DIR/config.json] from its "
@@ -149,14 +150,14 @@ _EXPLAINED = {
     "[min_lr_ratio 0.1] is the last rate as a share of the highest, which is [lr X]": (
         "min_lr train.min_lr lr_end"
     ),
-    f"the rate decays until the end of the run, which [max_steps N] sets. {_LEAVE_OUT}": (
+    f"the learning rate decays until the end of the run, which [max_steps N] sets. {_LEAVE_OUT}": (
         "lr_decay_iters lr_decay_steps num_training_steps"
     ),
     "[scheduler constant] turns the decay off": "decay_lr",
     "[min_lr_ratio X], [num_cycles X] and [power X] shape the schedule": "lr_scheduler_kwargs",
     "[beta1 X], [beta2 X] and [eps X] are the optimizer's settings": "optim_args betas",
-    f"the vocabulary is that of the tokenizer. {_LEAVE_OUT}, or make one of another size with "
-    "[tokenizer train:8000]": "vocab_size padded_vocab_size",
+    f"the tokenizer sets the vocabulary size. {_LEAVE_OUT}, or train a tokenizer of another "
+    "size with [tokenizer train:8000]": "vocab_size padded_vocab_size",
     "all devices that JAX finds are used, and [mesh data=2] sets how two share the work. "
     f"{_LEAVE_OUT}, or choose devices with CUDA_VISIBLE_DEVICES=0 or JAX_PLATFORMS=cpu before the "
     "command": (
@@ -173,7 +174,8 @@ _EXPLAINED = {
     "layers are not split into stages. Split the weights with [mesh fsdp=2] or [mesh tensor=2]": (
         "pp_size pipeline_model_parallel_size parallelism.pipeline_parallel_degree"
     ),
-    f"the best choice for the device is made, and the first lines of a run name it. {_LEAVE_OUT}": (
+    "the best choice for the device is made automatically, and the first lines of a run's "
+    f"output name it. {_LEAVE_OUT}": (
         "attn_implementation use_flash_attention flash_attn use_flash_attn flash_attention tf32 "
         "torch_compile compile compile.enable training.compile use_liger_kernel jit"
     ),
@@ -191,7 +193,7 @@ _EXPLAINED = {
     "the configuration of a data set on the hub is part of its name: [data NAME:CONFIG]": (
         "dataset_config_name dataset_config subset"
     ),
-    "all data is read, and [max_steps N] makes a run shorter": (
+    "all data is read. To shorten a run, use [max_steps N]": (
         "max_train_samples max_eval_samples max_samples"
     ),
     "[temperature 0.8] draws the tokens of a text, and [temperature 0] takes the likeliest": (
@@ -200,10 +202,10 @@ _EXPLAINED = {
     "TensorBoard's files are in logs/ in [output DIR]. " + _LEAVE_OUT: "logging_dir log_dir tb_dir",
     "[validation_fraction 0.05] holds out 5 % of the documents": "validation_split_percentage",
 }
-# Keywords of transformers' and TRL's Trainer, which the command does not have.
+# Keywords of transformers' and TRL's Trainer that have no counterpart on the command line.
 _KEYWORDS = {
-    "train_dataset": "pass it as train_dataloader=, which takes data sets as well",
-    "eval_dataset": "pass it as eval_dataloader=, which takes data sets as well",
+    "train_dataset": "pass the data set as train_dataloader=",
+    "eval_dataset": "pass the data set as eval_dataloader=",
     **dict.fromkeys(
         ("args", "config"), "each setting is a keyword, such as [lr 5e-5] or [batch_size 8]"
     ),
@@ -212,8 +214,8 @@ _KEYWORDS = {
         "[eval_steps 100] sets the steps between evaluations of eval_dataloader=",
     ),
     "data_collator": (
-        "rows of unequal length are padded and masked without one. For other batches pass a torch "
-        "DataLoader with collate_fn= as train_dataloader="
+        "rows of unequal length are padded and masked without a collator. To build batches in "
+        "another way, pass a torch DataLoader with collate_fn= as train_dataloader="
     ),
     "processing_class": "pass a BPETokenizer as tokenizer=",
     "optimizers": "[optimizer adamw], [lr X] and [scheduler cosine] choose them by name",
@@ -222,18 +224,18 @@ _KEYWORDS = {
     ),
     "resume_from_checkpoint": (
         "train() with the same [output_dir DIR] continues from its newest checkpoint. "
-        f"{_LEAVE_OUT}, or take an older checkpoint with [resume STEP]"
+        f"{_LEAVE_OUT}, or continue from an older checkpoint with [resume STEP]"
     ),
 }
-# Flags that have no effect on `ConsynTrainer`, and how to set the same in Python.
+# Flags that are no keywords of `ConsynTrainer`, and how to get their effect in Python.
 ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(
         (f.name for f in dataclasses.fields(DataOptions) if f.name != "max_tokens"),
-        "it is an option of get_dataset, whose result is passed as train_dataloader=",
+        "pass it to get_dataset, and the resulting dataset as train_dataloader=",
     ),
     **dict.fromkeys(
         (f.name for f in dataclasses.fields(ModelOptions)),
-        "the model that is passed has its own; choose it in ConsynLMHeadModel.from_config or "
+        "the model that you pass determines it; set it in ConsynLMHeadModel.from_config or "
         "from_pretrained",
     ),
     "data": "pass the data as train_dataloader=, for example get_dataset(PATH)",
@@ -241,8 +243,8 @@ ELSEWHERE: Mapping[str, str] = {
     "validation_fraction": "pass get_dataset(PATH, split='validation') as eval_dataloader=",
     "data_weights": "pass a MixedDataset as train_dataloader=",
     "streaming": "only the command consyn-train starts before its data is tokenised",
-    **dict.fromkeys(("topology", "fit"), "give it to consyn-train --dry_run"),
-    "replay": "give it to the command consyn-train",
+    **dict.fromkeys(("topology", "fit"), "use consyn-train --dry_run with this flag"),
+    "replay": "use the command consyn-train with this flag",
     **dict.fromkeys(
         (
             *("distributed", "coordinator_address", "num_processes", "process_id"),
@@ -284,21 +286,21 @@ _OFF = ("false", "0", "no", "none", "off")
 
 
 def named_flags(advice: str) -> Iterator[str]:
-    """The flags that a piece of advice names."""
+    """Iterate over the names of flags in the markers of `advice`."""
     return (match[1] for match in _MARKER.finditer(advice))
 
 
 def advise(name: str, value: Any, known: Mapping[str, Flag], style: str) -> str | None:
-    """Advice on a name that another trainer uses; None if no known trainer uses it.
+    """Advise on a setting's name from another trainer.
 
     Args:
-        name: as it was given, without dashes before it.
-        value: the value that it was given; None if it had none.
+        name: the unknown name, without leading dashes.
+        value: the user's value; None if there was none.
         known: the flags of this command.
         style: "flag", "keyword" or "file": how the advice writes flags.
 
     Returns:
-        The end of a sentence about the unknown name.
+        The end of a sentence about the unknown name; None if no known trainer uses the name.
 
     >>> from consyn_jax.config import RunConfig
     >>> from consyn_jax.flags import flags
@@ -323,13 +325,13 @@ def advise(name: str, value: Any, known: Mapping[str, Flag], style: str) -> str 
 
 
 def _elsewhere(name: str, advice: str | None) -> str | None:
-    """The way to give a setting in Python if it is no keyword of `ConsynTrainer`; else None."""
+    """Advice on a flag that is no keyword of `ConsynTrainer`; None for other flags."""
     flags = [name] if advice is None else list(named_flags(advice))
     return next((ELSEWHERE[flag] for flag in flags if flag in ELSEWHERE), None)
 
 
 def _written(match: re.Match[str], value: Any, known: Mapping[str, Flag], style: str) -> str:
-    """One flag in advice with its value, as the user would write it."""
+    """Write the flag of one marker with its value, in the given style."""
     name, text = match[1], match[2] or ""
     flag = known.get(name)
     if "*" in text:

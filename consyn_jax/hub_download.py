@@ -1,6 +1,6 @@
-"""Models and tokenizers elsewhere: on the Hugging Face Hub, as `owner/name`, or in buckets.
+"""Download of models and tokenizers: from the Hugging Face Hub, as `owner/name`, or a bucket.
 
-Files that were downloaded before are used without a network. Nothing that is downloaded is run.
+Cached files are used without a network. Downloaded code is never run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is a model on the Hub: `owner/name` or `owner/name@revision`, and no path.
+    """Whether a name is a hub id, `owner/name` or `owner/name@revision`, and not an existing path.
 
     >>> is_hub_id("Qwen/Qwen3-0.6B"), is_hub_id("../models"), is_hub_id("runs/verse/final")
     (True, False, False)
@@ -40,13 +40,14 @@ def is_hub_name(name: str) -> bool:
 
 
 def download(name: str, patterns: Sequence[str]) -> Path:
-    """Return the directory with the files of a name, downloading those that are not cached.
+    """Download the files of a hub id or URL that are not cached, and return their directory.
 
     Args:
-        patterns: patterns of the files that are needed.
+        patterns: glob patterns of the files needed.
 
     Raises:
-        UserError: no such model, no access to it, or no network and no copy.
+        UserError: the model does not exist, access is denied, or there is neither a network nor a
+            cached copy.
     """
     if is_bucket_url(name):
         from consyn_jax.remote.local_copy import local_copy
@@ -78,35 +79,36 @@ def download(name: str, patterns: Sequence[str]) -> Path:
     except RepositoryNotFoundError as error:
         _check_path(repository, "is not there")
         raise UserError(
-            f"{repository} is not a directory here, and there is no such model on the Hugging Face "
-            "Hub, or it is private. Check the name, or try `hf auth login`."
+            f"{repository} is not a directory, and the Hugging Face Hub has no public model of "
+            "this name. Check the name; for a private model, log in with `hf auth login`."
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         _check_path(repository, f"cannot be reached ({hub_reason(error)})")
         raise UserError(
-            f"{repository} is not a directory here, and the Hugging Face Hub cannot be reached "
-            f"({hub_reason(error)}). Where there is a network, run `hf download {repository} "
-            "--local-dir DIR`, then give DIR instead."
+            f"{repository} is not a directory, and the Hugging Face Hub cannot be reached "
+            f"({hub_reason(error)}). On a machine with a network, run `hf download {repository} "
+            "--local-dir DIR`, copy DIR here, and give its path."
         ) from error
 
 
 def _check_path(repository: str, fault: str) -> None:
-    """Refuse a name whose first part is a directory here: it is more likely a mistyped path.
+    """Refuse a hub id whose `owner` is a local directory: it is more likely a mistyped path.
 
     Args:
-        fault: what is wrong with it as a hub id.
+        fault: why it is no usable hub id, for the message.
     """
     parent = Path(repository).parent
     if parent.is_dir():
         beside = listed(sorted(path.name for path in parent.iterdir()), 5)
         raise UserError(
             f"{repository} does not exist, and as a model of the Hugging Face Hub it {fault}. "
-            f"Correct the path or the name; the directory {parent} holds {beside or 'nothing'}."
+            f"Correct the path or the name; the directory {parent} contains "
+            f"{beside or 'nothing'}."
         )
 
 
 def hub_reason(error: Exception) -> str:
-    """An error of the Hub in a few words: the first cause that is not a wrapper."""
+    """Describe an error of the Hub in a few words, by its first cause that is not a wrapper."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__

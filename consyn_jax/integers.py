@@ -34,9 +34,9 @@ def neighbours(n: int, multiple: int) -> list[int]:
 
 
 def natural(text: str) -> int | None:
-    """Parse up to 15 decimal digits; None for any other text.
+    """Parse up to 15 decimal digits; return None for any other text.
 
-    `str.isdigit` would not do: it accepts ², which `int` refuses.
+    `str.isdigit` is not used, because it accepts ², which `int` refuses.
 
     >>> natural("12"), natural("-1"), natural("²")
     (12, None, None)
@@ -45,7 +45,7 @@ def natural(text: str) -> int | None:
 
 
 def is_whole(value: object) -> bool:
-    """Whether a value is an integer of Python or NumPy, and not a truth value.
+    """Whether a value is a Python or NumPy integer, but not a boolean.
 
     >>> is_whole(3), is_whole(3.0), is_whole(True), is_whole("3")
     (True, False, False, False)

@@ -1,4 +1,4 @@
-"""The architecture of a decoder as a frozen value, its adapter, and how its files are written."""
+"""A decoder's architecture, LoRA options and file format, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from consyn_jax.flags import flag
 from consyn_jax.integers import divisors, is_whole, round_up
 
 DTYPES = ("float32", "bfloat16", "float16")  # of weights in files, as config.json names them
-# Scalings of the rotary embedding, by the names of Hugging Face, and the values that each needs.
+# Types of rotary scaling, by their Hugging Face names, and the fields that each type needs.
 ROPE_TYPES: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -27,15 +27,16 @@ ROPE_TYPES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Stretching of the rotary embedding to a longer context; see `model/rope.py`.
+    """Scaling of the rotary embedding to a longer context; see `model/rope.py`.
 
-    The names are those of `rope_scaling` in a Hugging Face config.json.
+    The fields are named as in `rope_scaling` of a Hugging Face config.json.
 
     Attributes:
         rope_type: A key of `ROPE_TYPES`.
-        original_max_position_embeddings: The context before stretching, in tokens.
-        short_factor: For longrope, one factor per pair of a head, up to the original context.
-        long_factor: The same for documents beyond the original context.
+        original_max_position_embeddings: The context length before scaling, in tokens.
+        short_factor: For longrope, one factor per rotated pair of a head, for documents up to the
+            original context length.
+        long_factor: For longrope, the factors for longer documents.
     """
 
     rope_type: str
@@ -55,14 +56,14 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
             raise UserError(
-                f"The rotary embedding has scaling {self.rope_type!r}, which is not supported. "
-                f"Supported: {', '.join(ROPE_TYPES)}."
+                f"The rotary scaling {self.rope_type!r} is not supported. Supported types: "
+                f"{', '.join(ROPE_TYPES)}."
             )
         if not isinstance(self.truncate, bool):
-            raise UserError("Rotary scaling has a truncate that is neither true nor false.")
+            raise UserError("Rotary scaling: `truncate` must be true or false.")
         for name in ROPE_TYPES[self.rope_type]:
             if not getattr(self, name):
-                raise UserError(f"Rotary scaling {self.rope_type} needs a {name}.")
+                raise UserError(f"Rotary scaling {self.rope_type} needs a value for {name}.")
         for name, value in vars(self).items():
             numbers = value if isinstance(value, tuple) else (value,)
             for number in numbers if name not in ("rope_type", "truncate") else ():
@@ -86,11 +87,12 @@ class FileFormat:
     """The format of a model's files, which does not change what the model computes.
 
     Attributes:
-        model_type: The Hugging Face layout of its files; None for the first that can describe it.
-        dtype: The number type of its tensors, one of `DTYPES`.
-        other_dtypes: Tensors of another type, each as "name=type".
-        has_tied_head: The files also hold a copy of a tied output embedding.
-        config: The config.json that it came with.
+        model_type: The Hugging Face model type of the files; None for the first type that can
+            represent the model.
+        dtype: The number type of the tensors, one of `DTYPES`.
+        other_dtypes: Tensors with another number type, each as "name=type".
+        has_tied_head: The files also contain a copy of a tied output embedding.
+        config: The config.json that the model was loaded with.
     """
 
     model_type: str | None = None
@@ -102,22 +104,22 @@ class FileFormat:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture of a decoder, with every number known.
+    """The complete architecture of a decoder.
 
-    Pre-norm, RMSNorm, RoPE, SwiGLU and grouped-query attention: Hugging Face's `llama` layout, or
-    `qwen3` if `qk_norm` puts an RMSNorm on the queries and keys of each head; the other options are
-    those of the families in `model/pretrained/families`. Sizes are in elements, `context` and
-    `sliding_window` in tokens.
+    By default: pre-norm, RMSNorm, RoPE, SwiGLU and grouped-query attention, as in Hugging Face's
+    `llama`. `qk_norm` adds an RMSNorm on the queries and keys of each head, as in `qwen3`. The
+    other options describe the model families in `model/pretrained/families`. Sizes are in elements,
+    `context` and `sliding_window` in tokens.
 
     Attributes:
-        qkv_bias: Queries, keys and values have a bias.
-        output_bias: The output of attention has a bias.
-        mlp_bias: Gate, up and down have a bias.
-        window_layers: For each layer, whether it has the sliding window; None for all.
-        rotary_layers: For each layer, whether queries and keys are rotated; None for all.
-        rotary_fraction: The share of each head that is rotated.
-        eos_token_id: If it holds several ids, each of them ends a text.
-        generation_config: The text of a checkpoint's generation_config.json; exports keep it.
+        qkv_bias: Whether the query, key and value projections have a bias.
+        output_bias: Whether the attention output projection has a bias.
+        mlp_bias: Whether the gate, up and down projections have a bias.
+        window_layers: For each layer, whether it uses the sliding window; None: all layers do.
+        rotary_layers: For each layer, whether it rotates queries and keys; None: all layers do.
+        rotary_fraction: Share of the elements of a head that are rotated.
+        eos_token_id: Id of the end-of-text token; a tuple if several ids end a text.
+        generation_config: Text of the checkpoint's generation_config.json, which exports copy.
     """
 
     vocab_size: int
@@ -163,8 +165,8 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(
-                f"--head_dim {self.head_dim} is odd, but rotary embeddings rotate pairs of "
-                "elements. Make it even."
+                f"--head_dim {self.head_dim} is odd, but the rotary embedding rotates pairs of "
+                "elements. Give an even number."
             )
         if not (_is_number(self.rope_theta) and self.rope_theta > 0):
             raise UserError(f"--rope_theta must be greater than 0, not {self.rope_theta!r}.")
@@ -172,13 +174,13 @@ class ModelConfig:
             raise UserError(f"--norm_eps must be at least 0, not {self.norm_eps!r}.")
         if self.files.dtype not in DTYPES:
             raise UserError(
-                f"{self.files.dtype!r} is not a type of weights. Use {', '.join(DTYPES)}."
+                f"{self.files.dtype!r} is not a number type for weights. Use {', '.join(DTYPES)}."
             )
         self._check_layers()
         self._check_rotation()
 
     def _from_json(self) -> None:
-        """Restore what JSON has no type for: tuples, and the dataclasses inside."""
+        """Restore types that JSON does not have: tuples and nested dataclasses."""
         kinds: dict[str, Any] = {"rope_scaling": RopeScaling, "files": FileFormat}
         for name, kind in kinds.items():
             value = getattr(self, name)
@@ -199,11 +201,12 @@ class ModelConfig:
             if layers is not None and len(layers) != self.num_layers:
                 raise UserError(
                     f"--num_layers {self.num_layers} does not fit this model, which sets the "
-                    f"{what} of each of its {len(layers)} layers. Leave --num_layers out."
+                    f"{what} separately for each of its {len(layers)} layers. Leave "
+                    "--num_layers out."
                 )
         if self.window_layers is not None and self.sliding_window is None:
             raise UserError(
-                "Some layers of this model have a sliding window, but it has no size. Give "
+                "Some layers of this model use a sliding window, but its size is not set. Give "
                 "--sliding_window."
             )
 
@@ -211,35 +214,36 @@ class ModelConfig:
         dim, scaling = self.rotary_dim, self.rope_scaling
         if not 0 < self.rotary_fraction <= 1 or dim < 2 or dim % 2:
             raise UserError(
-                f"A rotary share of {self.rotary_fraction} of heads with {self.head_dim} elements "
-                "is not an even number from 2. Change partial_rotary_factor or --head_dim."
+                f"A share of {self.rotary_fraction} of the {self.head_dim} elements of a head "
+                "is to be rotated, but this is not an even number of at least 2. Change "
+                "partial_rotary_factor or --head_dim."
             )
         if scaling is None:
             return
         if scaling.rope_type == "dynamic" and dim == 2:
             raise UserError(
-                "Rotary scaling dynamic needs more than 2 rotated elements in a head. Give wider "
-                "heads or a larger partial_rotary_factor."
+                "Rotary scaling dynamic needs more than 2 rotated elements in a head. Raise "
+                "--head_dim or partial_rotary_factor."
             )
         for name in ("short_factor", "long_factor"):
             count = len(getattr(scaling, name))
             if scaling.rope_type == "longrope" and count != dim // 2:
                 raise UserError(
-                    f"Rotary scaling longrope has {count} values in {name}, and heads of this "
-                    f"model rotate {dim // 2} pairs. Give one value for each pair."
+                    f"Rotary scaling longrope has {count} values in {name}, but a head of this "
+                    f"model rotates {dim // 2} pairs. Give one value for each pair."
                 )
 
     def saved_as(self, dtype: str | None) -> ModelConfig:
-        """The same model, written in another number type; None keeps that of its files."""
+        """The configuration with another number type for saved weights (None: unchanged)."""
         if dtype is None:
             return self
         if dtype not in DTYPES:
-            raise UserError(f"{dtype!r} is not a type of weights. Use {', '.join(DTYPES)}.")
+            raise UserError(f"{dtype!r} is not a number type for weights. Use {', '.join(DTYPES)}.")
         return replace(self, files=replace(self.files, dtype=dtype, other_dtypes=()))
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The ids that end a text: those of generation_config if it names some.
+        """Token ids that end a text, from generation_config if it names any, else `eos_token_id`.
 
         >>> sizes = dict.fromkeys(("vocab_size", "hidden_dim", "num_layers", "num_heads"), 8)
         >>> sizes |= dict.fromkeys(("num_kv_heads", "head_dim", "mlp_dim", "context"), 8)
@@ -251,17 +255,20 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding: the vocabulary rounded up to a multiple of 128, for any mesh."""
+        """Rows of the embedding matrix: the vocabulary size, rounded up to a multiple of 128.
+
+        Any mesh can then split the rows evenly.
+        """
         return round_up(self.vocab_size, 128)
 
     @property
     def rotary_dim(self) -> int:
-        """Elements of each head that are rotated."""
+        """Number of elements of each head that are rotated."""
         return int(self.head_dim * self.rotary_fraction)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The sliding window of each layer, in tokens."""
+        """The sliding window of each layer, in tokens; None for a layer without one."""
         layers = self.window_layers or (True,) * self.num_layers
         return tuple(self.sliding_window if has else None for has in layers)
 
@@ -272,7 +279,7 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """A low-rank adapter over frozen weights, instead of training all weights."""
+    """Training of a low-rank adapter (LoRA) over frozen weights, instead of all weights."""
 
     lora_rank: int | None = flag(
         None, "train an adapter of this rank over the frozen weights (train all weights)", math=True
@@ -284,21 +291,21 @@ class LoraOptions:
     )
     lora_targets: tuple[str, ...] = flag(
         (ALL_LINEAR,),
-        f"matrices with an adapter: {ALL_LINEAR}, or some of {', '.join(LORA_TARGETS)}",
+        f"matrices that get an adapter: {ALL_LINEAR}, or some of {', '.join(LORA_TARGETS)}",
         math=True,
     )
     lora_dropout: float = flag(0.0, "dropout rate of the adapter's input", math=True)
     lora_base_dtype: str = flag(
         "auto",
-        "type in which the frozen weights are kept; auto: bfloat16 if the run computes in it, "
-        "otherwise float32; int8 and nf4 (QLoRA) round the matrices of the blocks",
+        "number type of the frozen weights in memory; auto: bfloat16 if the run computes in "
+        "bfloat16, otherwise float32; int8 and nf4 (QLoRA) quantise the matrices of the blocks",
         choices=("auto", "float32", "bfloat16", "int8", "nf4"),
         math=True,
     )
 
     @property
     def is_used(self) -> bool:
-        """Whether an adapter is trained, and not all weights."""
+        """Whether the run trains an adapter instead of all weights."""
         return self.lora_rank is not None
 
     @property
@@ -314,7 +321,7 @@ class LoraOptions:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The parameters of a block that have an adapter, in the order of `LORA_TARGETS`."""
+        """Names of the block matrices that get an adapter, in the order of `LORA_TARGETS`."""
         every = ALL_LINEAR in self.lora_targets
         return tuple(
             name.removesuffix("_proj")
@@ -323,17 +330,17 @@ class LoraOptions:
         )
 
     def check(self) -> None:
-        """Check the values, and that there are none without an adapter.
+        """Check the values, and that none is given without --lora_rank.
 
         Raises:
-            UserError: a value is wrong; the message names its flag.
+            UserError: a value is wrong or has no effect; the message names its flag.
         """
         if not self.is_used:
             given = [name for name, value in vars(NO_LORA).items() if getattr(self, name) != value]
             if given:
                 raise UserError(
-                    f"--{given[0]} is for an adapter. Give --lora_rank for one, or leave "
-                    f"--{given[0]} out."
+                    f"--{given[0]} has no effect without an adapter. Give --lora_rank to train "
+                    f"one, or leave --{given[0]} out."
                 )
             return
         if self.rank < 1:
@@ -344,7 +351,7 @@ class LoraOptions:
         for name in self.lora_targets:
             if "," in name:
                 raise UserError(
-                    f"--lora_targets {name} is one word. Separate the names by spaces: "
+                    f"--lora_targets {name} has commas. Separate the names by spaces: "
                     f"--lora_targets {name.replace(',', ' ')}."
                 )
             if name not in known:

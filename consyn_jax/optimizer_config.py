@@ -1,4 +1,4 @@
-"""The table of optimizers, and the options of the optimizer and of the learning-rate schedule."""
+"""The table of optimizers, and the flags of the optimizer and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DECAY_SHAPES = ("linear", "cosine", "sqrt")
 
 
 class BaseShape(NamedTuple):
-    """The shape of muP's base model, on which the rates were found (see `MupFactors`)."""
+    """The shape of muP's base model, on which the learning rates were tuned (see `MupFactors`)."""
 
     hidden_dim: int
     num_layers: int
@@ -27,22 +27,26 @@ class BaseShape(NamedTuple):
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Facts about an update rule, without JAX; `training.optim.optimizers.RULES` has the rule.
+    """Facts about an update rule that need no JAX; `training.optim.optimizers` has the rules.
 
     Attributes:
-        moments: arrays of a parameter's size that it keeps in `--moment_dtype`; 0 for a rule that
-            keeps its momentum only.
-        momentum: default of `--momentum`; None for a rule that has `--beta1` instead.
-        factors: by flag, what to multiply the recipe's value by, as recipes are for AdamW.
-        defaults: by flag, values that replace the recipe's.
-        first_lr: a rate to suggest if the recipe's cannot be scaled; `--lr` is then required.
-        lr_bounds: the lowest usual peak rate of pretraining, and the highest of full fine-tuning.
-        lr_range: rates for `--lr_find`, from too low to change anything to too high to train.
-        block_matrices_only: AdamW updates everything but the matrices inside the blocks.
-        layerwise: the update of a layer does not depend on the others, and the state is moments
-            only, so `--optimizer_memory host` can update one layer at a time.
-        scale_free: an update's size does not depend on the gradient's, element by element.
-        averages_weights: evaluation and export use an average of the weights, kept in float32.
+        moments: number of moment arrays, each of the parameter's size and stored in
+            `--moment_dtype`; 0 if the rule stores only a momentum.
+        momentum: default of `--momentum`; None if the rule uses `--beta1` instead.
+        factors: by flag, the factor by which to multiply the recipe's value, which is for AdamW.
+        defaults: by flag, the value that replaces the recipe's value.
+        first_lr: learning rate to suggest where the recipe's rate cannot be scaled; `--lr` is then
+            required.
+        lr_bounds: lowest usual peak rate of pretraining, and highest usual peak rate of full
+            fine-tuning.
+        lr_range: range of `--lr_find`, from a rate too low to change the loss to a rate too high to
+            train.
+        block_matrices_only: the rule updates only the matrices inside the blocks, and AdamW the
+            rest.
+        layerwise: the update of a layer does not depend on other layers, and the state has only
+            moments, so `--optimizer_memory host` can update one layer at a time.
+        scale_free: the size of an element's update does not depend on the size of its gradient.
+        averages_weights: evaluation and export use an average of the weights, stored in float32.
     """
 
     moments: int
@@ -58,8 +62,8 @@ class Optimizer:
     averages_weights: bool = False
 
 
-# Bounds of AdamW: 6e-5 for GPT-3 175B (Brown et al., 2020, table 2.1); 2e-5 is usual for a full
-# fine-tune (docs/finetuning.md), and five times that is a lot. Adafactor and Muon have AdamW's
+# lr_bounds of AdamW: GPT-3 175B used 6e-5 (Brown et al., 2020, table 2.1); a full fine-tune usually
+# takes 2e-5 (docs/finetuning.md), and five times this rate is high. Adafactor and Muon have AdamW's
 # units here. Schedule-free: AdamW's, up to 10 times higher (Defazio et al., 2024). Lion moves every
 # element by the rate, so its rate is 3 to 10 times lower and its decay as much higher (Chen et al.,
 # 2023).
@@ -99,7 +103,7 @@ OPTIMIZERS = {
 
 
 def _each(value: Callable[[Optimizer], float | None]) -> str:
-    """A value of all optimizers that have one, for the help of a flag: `0.2 for lion`."""
+    """List, for a flag's help, the optimizers that have a value, as in `0.2 for lion`."""
     found = ((name, value(rule)) for name, rule in OPTIMIZERS.items())
     return ", ".join(f"{number:g} for {name}" for name, number in found if number is not None)
 
@@ -110,37 +114,39 @@ class OptimizerOptions:
 
     optimizer: str = flag(
         "adamw",
-        "update rule (muon updates the matrices inside the blocks, and adamw the rest)",
+        "update rule (muon: for the matrices inside the blocks, with adamw for the rest)",
         choices=tuple(OPTIMIZERS),
         math=True,
     )
     lr: float | None = flag(
         None,
-        f"peak learning rate (from --model, times {_each(lambda rule: rule.factors.get('lr'))})",
+        "peak learning rate (from --model; multiplied by "
+        f"{_each(lambda rule: rule.factors.get('lr'))})",
         aliases=("learning_rate",),
         math=True,
     )
     lr_multipliers: str | None = flag(
         None,
-        f"multiples of --lr, as in embedding=2,head=0.5; groups: {', '.join(PARAMETER_GROUPS)}",
+        "factors on --lr for groups of parameters, as in embedding=2,head=0.5; groups: "
+        f"{', '.join(PARAMETER_GROUPS)}",
         math=True,
     )
     parametrization: str = flag(
         "standard",
-        "mup: scale initial values and rates by width and depth, so that --lr and --weight_decay "
-        "found on a small model suit a large one",
+        "mup: scale initial weights and learning rates by width and depth, so that --lr and "
+        "--weight_decay tuned on a small model suit a large one",
         choices=PARAMETRIZATIONS,
         math=True,
     )
     base_hidden_dim: int = flag(
-        128, "width of mup's base model, on which --lr was found", math=True
+        128, "width of mup's base model, the small model on which --lr was tuned", math=True
     )
-    base_num_layers: int = flag(4, "number of decoder blocks of that model", math=True)
-    base_head_dim: int = flag(32, "width of a head of that model", math=True)
+    base_num_layers: int = flag(4, "number of decoder blocks of mup's base model", math=True)
+    base_head_dim: int = flag(32, "width of an attention head of mup's base model", math=True)
     weight_decay: float | None = flag(
         None,
-        "decoupled weight decay of matrices, not of norms and biases (from --model, times "
-        f"{_each(lambda rule: rule.factors.get('weight_decay'))})",
+        "decoupled weight decay of matrices, not of norms and biases (from --model; multiplied "
+        f"by {_each(lambda rule: rule.factors.get('weight_decay'))})",
         math=True,
     )
     beta1: float = flag(
@@ -161,7 +167,7 @@ class OptimizerOptions:
     )
     moment_dtype: str = flag(
         "float32",
-        "type in which moments and momentum are kept",
+        "number type of the stored moments and momentum",
         choices=("float32", "bfloat16"),
         math=True,
     )
@@ -184,32 +190,35 @@ class OptimizerOptions:
     warmup_steps: int | None = flag(None, "steps of warm-up; overrides --warmup_ratio", math=True)
     min_lr_ratio: float = flag(
         0.1,
-        "final rate as a share of the peak; not for constant schedules and inverse_sqrt",
+        "final learning rate as a share of the peak; has no effect on constant schedules and "
+        "inverse_sqrt",
         math=True,
     )
     num_cycles: int = flag(3, "number of cycles of cosine_with_restarts", math=True)
-    power: float = flag(2.0, "exponent of polynomial", math=True)
+    power: float = flag(2.0, "exponent of the polynomial schedule", math=True)
     decay_ratio: float = flag(
-        0.2, "share of the steps over which wsd decays, at the end", math=True
+        0.2, "share of the steps, at the end of the run, over which wsd decays the rate", math=True
     )
-    decay_shape: str = flag("sqrt", "shape of the decay of wsd", choices=DECAY_SHAPES, math=True)
+    decay_shape: str = flag("sqrt", "shape of wsd's decay", choices=DECAY_SHAPES, math=True)
     decay_from: int | None = flag(
         None,
-        "start a new run, OUTPUT-decay-STEP, at this checkpoint of a wsd or constant run, and "
-        "decay its rate over --decay_ratio of the steps",
+        "start a new run in OUTPUT-decay-STEP from this checkpoint (a step) of the wsd or "
+        "constant run in --output, and decay the learning rate over --decay_ratio of the steps",
         math=True,
     )
     plateau_factor: float = flag(
-        0.5, "factor by which plateau lowers the rate when evaluations stop improving", math=True
+        0.5,
+        "factor by which the plateau schedule multiplies the rate when evaluations stop improving",
+        math=True,
     )
     plateau_patience: int = flag(
-        2, "evaluations without improvement before the rate is lowered", math=True
+        2, "evaluations without improvement before plateau lowers the rate", math=True
     )
     plateau_cooldown: int = flag(
         0, "evaluations that plateau ignores after it lowered the rate", math=True
     )
     plateau_threshold: float = flag(
-        1e-4, "smallest relative improvement that counts for plateau", math=True
+        1e-4, "smallest relative improvement of an evaluation that counts for plateau", math=True
     )
 
     @property
@@ -219,21 +228,22 @@ class OptimizerOptions:
 
     @property
     def base(self) -> BaseShape | None:
-        """The shape of muP's base model; None in the standard parametrization."""
+        """The shape of muP's base model; None with the standard parametrization."""
         if self.parametrization == "standard":
             return None
         return BaseShape(self.base_hidden_dim, self.base_num_layers, self.base_head_dim)
 
     @property
     def momentum_decay(self) -> float:
-        """`momentum`, or the optimizer's default; 0 for none."""
+        """Decay of the momentum: `momentum`, else the optimizer's default, else 0 (no momentum)."""
         return (self.rule.momentum or 0.0) if self.momentum is None else self.momentum
 
     @property
     def moment_bytes(self) -> int:
-        """Bytes that the optimizer keeps for one parameter.
+        """Bytes of optimizer state per parameter.
 
-        For Muon, it is the figure inside the blocks. Adafactor's factors are not counted.
+        For Muon, this holds for the matrices inside the blocks. Adafactor's factored second moments
+        are not counted.
 
         >>> OptimizerOptions().moment_bytes, OptimizerOptions(moment_dtype="bfloat16").moment_bytes
         (8, 4)

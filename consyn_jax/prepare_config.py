@@ -1,4 +1,4 @@
-"""The settings of `consyn-prepare`; those of documents are also settings of `consyn-train`."""
+"""The settings of `consyn-prepare`; `CorpusOptions` are also settings of `consyn-train`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ class CorpusOptions:
         "files, directories, globs, s3:// and gs:// URLs of them, Hugging Face datasets "
         "(NAME[@REVISION][:CONFIG[:SPLIT]]), or 'sample'",
     )
-    validation: tuple[str, ...] = flag((), "data to validate on, instead of a share of --data")
+    validation: tuple[str, ...] = flag((), "validation data, instead of a share of --data")
     validation_fraction: float = flag(
-        0.01, "share of the documents to hold out (of one long text: its last part)"
+        0.01,
+        "share of the documents held out for validation (of a single long text: its last part)",
     )
     dataset_type: str = flag(
         "auto",
@@ -36,10 +37,12 @@ class CorpusOptions:
     )
     chat_template: str = flag(
         "auto",
-        "how conversations are written; auto: with the template of --checkpoint or --tokenizer, "
-        "otherwise plain; plain: with plain-text markers; or a Jinja file",
+        "how conversations become text; auto: the chat template of --checkpoint or "
+        "--tokenizer, otherwise plain; plain: plain-text role markers; FILE: a Jinja template",
     )
-    text_key: str = flag("text", "field with the text of a row; a.b reaches into objects")
+    text_key: str = flag(
+        "text", "field with the text of a row; a.b means field b of the object in field a"
+    )
     prompt_key: str | None = flag(
         None, "field with the prompt, which is not trained on; a,b joins two fields (prompt)"
     )
@@ -50,16 +53,16 @@ class CorpusOptions:
         "messages", "field with a conversation; only the assistant's turns are trained on"
     )
     document_separator: str | None = flag(
-        None, r"text between the documents of a file, with \n for a newline (none)"
+        None, r"text that separates the documents of a file, with \n for a newline (none)"
     )
     on_bad_rows: str = flag(
         "error",
-        "error: stop at a broken row; skip: leave it out and count it",
+        "error: stop at a malformed row; skip: leave malformed rows out and count them",
         choices=("error", "skip"),
     )
     invalid_utf8: str = flag(
         "error",
-        "error: stop at bytes that are not UTF-8; replace: count them and read U+FFFD instead",
+        "error: stop at bytes that are not UTF-8; replace: read them as U+FFFD and count them",
         choices=("error", "replace"),
     )
     normalize: str | None = flag(
@@ -82,17 +85,17 @@ class CorpusOptions:
     )
     near_duplicates: float | None = flag(
         None,
-        "leave out documents at least this similar to an earlier one, by MinHash; the bare flag "
-        "means 0.8",
+        "leave out documents whose similarity to an earlier document, estimated by MinHash, is "
+        "at least this; the bare flag means 0.8",
         const="0.8",
     )
     tokenizer: str | None = flag(
         None,
         "'default' (bundled, 49,152 tokens), 'bytes', 'train:SIZE' (trained on the data), or a "
-        "path or URL. If not given: that of the checkpoint or token store, or else 'default'.",
+        "path or URL. If not given: the checkpoint's or token store's, else 'default'.",
     )
     num_workers: int | None = flag(
-        None, "processes that clean and tokenise, besides the main one (one per core)"
+        None, "number of processes that clean and tokenise, besides the main process (one per core)"
     )
 
 
@@ -101,9 +104,9 @@ class StoreOptions:
     """The token store and its test split."""
 
     output: str = flag("./tokens", "directory of the token store", aliases=("output_dir",))
-    test_fraction: float = flag(0.0, "share of the documents to keep for a test split")
-    overwrite: bool = flag(False, "delete the token store in --output and start anew")
-    quiet: bool = flag(False, "show no progress; print only how to train on the store")
+    test_fraction: float = flag(0.0, "share of the documents held out as test split")
+    overwrite: bool = flag(False, "delete the token store in --output and start a new one")
+    quiet: bool = flag(False, "show no progress; print only the command that trains on the store")
 
 
 @dataclass(frozen=True)

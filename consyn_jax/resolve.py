@@ -1,7 +1,6 @@
 """Merge defaults, presets, a config file and flags into one checked configuration.
 
-A flag overrides a `--config` file, which overrides the preset of `--model`, which overrides the
-default. The origin of each value is kept. Only the standard library is imported here.
+Flags override a `--config` file, a file the preset of `--model`, and a preset the default.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def resolve(
     """Merge defaults, preset, file and flags into one checked run.
 
     Args:
-        given: values by flag name, as strings or of the right type; they win over all others.
+        given: values by flag name, as strings or of the right type; they override all others.
         file: the content of a `--config` file, by flag name.
         given_as: how `origins` and messages name the source of `given`: "flag" or "keyword".
         defaults: values instead of the flags' own defaults; they do not count as given.
@@ -111,7 +110,7 @@ def resolve_flags(tree: type[Config], given: Mapping[str, Any]) -> Config:
 
 
 def preset_architecture(name: str, vocab_size: int = 49_152, **tokens: int | None) -> ModelConfig:
-    """Architecture of a preset.
+    """The architecture of the preset `name`.
 
     >>> preset_architecture("epic").num_kv_heads
     8
@@ -127,10 +126,10 @@ def preset_architecture(name: str, vocab_size: int = 49_152, **tokens: int | Non
 def merge(
     tree: type[Any], sources: Iterable[tuple[Mapping[str, Any], str]]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Override the defaults of `tree` by each of `sources` in turn.
+    """Override the defaults of `tree` by each of `sources` in turn; later sources win.
 
     Args:
-        sources: values by flag name, and their origin.
+        sources: pairs of values by flag name and the name of their origin.
 
     Returns:
         All values by flag name, and the origin of each.
@@ -156,10 +155,10 @@ def merge(
 
 
 def _without_recipe(file: Mapping[str, Any], origin: str, model: Any) -> Mapping[str, Any]:
-    """Leave out a config file's recipe if the flag `--model` names another model than the file.
+    """Drop a config file's recipe values if the flag `--model` names another model than the file.
 
-    A run's config.yaml and a study's recipe.yaml hold all values. Values that only repeat what the
-    file's model and optimizer imply would turn any other model into that one.
+    A run's config.yaml and a study's recipe.yaml list all values, including the defaults of their
+    model and optimizer. Applied to another model, these would override its own defaults.
     """
     own = str(file.get("model"))
     if model in (None, own) or own not in PRESETS or file.get("checkpoint") is not None:
@@ -180,7 +179,7 @@ def _without_recipe(file: Mapping[str, Any], origin: str, model: Any) -> Mapping
 def _fill_recipe(
     values: dict[str, Any], origins: dict[str, str], recipe: Mapping[str, Any], origin: str
 ) -> None:
-    """Fill in values that are not given, from the fine-tuning recipe or else the model's."""
+    """Fill in missing values from the fine-tuning recipe or else the model's recipe."""
     named = {name: (value, origin) for name, value in recipe.items() if values[name] is None}
     if values["checkpoint"] is not None:
         is_preference = values["objective"] == "dpo"
@@ -208,7 +207,7 @@ def _name_model_once(values: dict[str, Any], origins: dict[str, str]) -> None:
 
 
 def _has_weights(model: str) -> bool:
-    """Whether `--model` names a model with weights, from which training then starts."""
+    """Whether `--model` names a model with weights, not only an architecture."""
     is_directory = os.path.isdir(model)  # noqa: PTH112 (Path's raises for a name that is too long)
     if model in PRESETS and not is_directory:
         return False
@@ -217,7 +216,7 @@ def _has_weights(model: str) -> bool:
 
 
 def _fit_optimizer(values: dict[str, Any], origins: dict[str, str]) -> None:
-    """Adapt the recipe, which is for AdamW, to the optimizer; given values stay as they are."""
+    """Adapt the recipe, which is for AdamW, to the optimizer; keep the user's values."""
 
     def is_given(name: str) -> bool:
         return origins[name].startswith(("flag", "keyword", "file "))
@@ -225,9 +224,9 @@ def _fit_optimizer(values: dict[str, Any], origins: dict[str, str]) -> None:
     name, rule = values["optimizer"], OPTIMIZERS[values["optimizer"]]
     if rule.first_lr is not None and not is_given("lr"):
         raise UserError(
-            f"--optimizer {name} needs a much higher rate than the models' own, which are for "
-            f"adamw. Give --lr: start from {rule.first_lr:g}, and let --lr_find suggest a better "
-            "one."
+            f"--optimizer {name} needs a much higher learning rate than the presets have for "
+            f"adamw. Give --lr: start from {rule.first_lr:g}, and let --lr_find suggest a "
+            "better one."
         )
     scaled = {key: float(f"{factor * values[key]:.6g}") for key, factor in rule.factors.items()}
     for key, value in {**scaled, **rule.defaults}.items():
@@ -236,7 +235,7 @@ def _fit_optimizer(values: dict[str, Any], origins: dict[str, str]) -> None:
 
 
 def _fit_heads(values: dict[str, Any], origins: dict[str, str]) -> None:
-    """Adapt the preset's head sizes to a given width or number of heads."""
+    """Adapt the preset's head_dim and num_kv_heads to the user's width or number of heads."""
     preset = {name for name, origin in origins.items() if origin.startswith("preset")}
     heads, width = values["num_heads"], values["hidden_dim"]
     if "head_dim" in preset and not {"hidden_dim", "num_heads"} <= preset:
@@ -254,7 +253,7 @@ def convert(flag: Flag, value: Any, where: str) -> Any:
     """Convert a string of the command line, or a value from YAML, to the flag's type.
 
     Raises:
-        UserError: the value is not of that type; the message begins with `where`.
+        UserError: the value does not have this type; the message begins with `where`.
     """
     if flag.many:
         items = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -345,7 +344,7 @@ _PARSERS: dict[type, tuple[Callable[[Any], Any], str]] = {
 
 
 def _short(value: Any) -> str:
-    """The value, shortened to fit in a sentence; a file may have kilobytes instead of a number."""
+    """A value as text, shortened for a message; a file may have kilobytes in place of a number."""
     try:
         text = repr(value)
     except ValueError:  # an integer that Python does not convert
@@ -363,8 +362,8 @@ def _check_objective(config: RunConfig) -> None:
     if not config.trains_on_pairs:
         if options.dpo_beta != DPO_BETA:
             raise UserError(
-                f"--dpo_beta {options.dpo_beta} has no effect without --objective dpo. Add it, or "
-                "leave --dpo_beta out."
+                f"--dpo_beta {options.dpo_beta} has no effect without --objective dpo. Add "
+                "--objective dpo, or leave --dpo_beta out."
             )
         if data.row_format == "preference":
             raise UserError(
@@ -374,8 +373,8 @@ def _check_objective(config: RunConfig) -> None:
         return
     if data.row_format != "preference":
         raise UserError(
-            f"--objective dpo trains on pairs (chosen, rejected), and --row_format "
-            f"{data.row_format} reads other rows. Leave one of them out."
+            "--objective dpo needs rows with a chosen and a rejected answer, which "
+            f"--row_format {data.row_format} does not read. Leave one of the two flags out."
         )
     if data.streaming:
         raise UserError(
@@ -389,12 +388,13 @@ def _check_objective(config: RunConfig) -> None:
         )
     if data.packing is not None:
         raise UserError(
-            f"--packing {data.packing} is for single sequences; with --objective dpo, a row of a "
-            "batch is one pair. Leave one of them out."
+            f"--packing {data.packing} packs single sequences, but --objective dpo trains on "
+            "pairs. Leave one of the two flags out."
         )
     terms = {name: getattr(options, name) for name in ("dropout", "label_smoothing", "z_loss")}
     for name, value in (terms | {"lora_dropout": config.lora.lora_dropout}).items():
         if value:
             raise UserError(
-                f"--{name} {value} cannot be used with --objective dpo. Leave one of them out."
+                f"--{name} {value} cannot be used with --objective dpo. Leave one of the two "
+                "flags out."
             )

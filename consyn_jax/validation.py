@@ -1,7 +1,4 @@
-"""Checks of a configuration that read no file and ask no device, and parsers of single flags.
-
-Only the standard library is imported here.
-"""
+"""Check a configuration and parse single flags, with the standard library and no file access."""
 
 from __future__ import annotations
 
@@ -33,14 +30,14 @@ _FROM_0_BELOW_1 = (
     *("beta1", "beta2", "momentum", "warmup_ratio", "min_lr_ratio", "plateau_threshold"),
     *("dropout", "label_smoothing", "lora_dropout"),
 )
-# The metrics of an evaluation of pairs that can select the best model.
+# Metrics that can select the best model with --objective dpo.
 _OF_PAIRS = ("eval/loss", "eval/rewards/margins", "eval/rewards/accuracies")
-# Schedules with steps at the peak rate, from which --decay_from can start.
+# Schedules that stay at the peak rate, so that --decay_from can start from them.
 _STABLE_SCHEDULERS = ("wsd", "constant_with_warmup", "constant")
 
 
 def validate(config: RunConfig) -> None:
-    """Check all values of a run, and that they fit together.
+    """Check all values of a run and their combinations.
 
     Raises:
         UserError: an invalid value or combination; the message names the flags.
@@ -49,7 +46,8 @@ def validate(config: RunConfig) -> None:
     warmup_steps, max_steps = config.optimizer.warmup_steps, config.budget.max_steps
     if warmup_steps is not None and max_steps is not None and warmup_steps > max_steps:
         raise UserError(
-            f"--warmup_steps {warmup_steps} is more than --max_steps {max_steps}. Lower the first."
+            f"--warmup_steps {warmup_steps} is more than --max_steps {max_steps}. Lower "
+            "--warmup_steps."
         )
     _check_optimizer(config)
     config.lora.check()
@@ -65,7 +63,7 @@ def validate(config: RunConfig) -> None:
     if config.data.on_long_rows is not None and config.data.packing == "cut":
         raise UserError(
             f"--on_long_rows {config.data.on_long_rows} has no effect with --packing cut, which "
-            "cuts every row. Leave one of them out."
+            "cuts rows wherever a sequence ends. Leave one of the two flags out."
         )
     _check_streaming(config)
     _check_evaluation(config)
@@ -73,7 +71,7 @@ def validate(config: RunConfig) -> None:
     backends = config.logging.logging_backend
     if "none" in backends and len(backends) > 1:
         raise UserError(
-            f"--logging_backend {' '.join(backends)} names none and others. Leave one of them out."
+            f"--logging_backend {' '.join(backends)} combines none with others. Leave one out."
         )
     check_processes(config.hardware)
     resume = config.saving.resume
@@ -84,8 +82,8 @@ def validate(config: RunConfig) -> None:
         )
     if config.saving.overwrite and step is not None:
         raise UserError(
-            f"--overwrite would delete the checkpoint that --resume {step} starts from. "
-            "Leave one of them out."
+            f"--overwrite would delete the checkpoint that --resume {step} starts from. Leave "
+            "one of the two flags out."
         )
 
 
@@ -143,7 +141,7 @@ def validate_corpus(options: CorpusOptions) -> None:
 
 
 def _check_ranges(values: Mapping[str, Any]) -> None:
-    """Check the values, by flag name, whose range depends on nothing else."""
+    """Check the values, by flag name, whose allowed range does not depend on other values."""
     given = {name: value for name, value in values.items() if value is not None}
     for name in _ABOVE_0:
         if name in given and given[name] <= 0:
@@ -175,12 +173,13 @@ def _check_optimizer(config: RunConfig) -> None:
     if options.momentum is not None and options.rule.momentum is None:
         have = [name for name, rule in OPTIMIZERS.items() if rule.momentum is not None]
         raise UserError(
-            f"--momentum is for {', '.join(have)}; --optimizer {options.optimizer} has --beta1."
+            f"--momentum is for {', '.join(have)}; {options.optimizer} has --beta1 instead."
         )
     if options.base is not None and (config.lora.is_used or not options.rule.scale_free):
         suited = ", ".join(name for name, rule in OPTIMIZERS.items() if rule.scale_free)
         raise UserError(
-            f"--parametrization mup needs --optimizer {suited} and no --lora. Change one of them."
+            f"--parametrization mup needs --optimizer {suited} and cannot be combined with "
+            "--lora_rank. Change one of these flags."
         )
     if options.decay_from is not None:
         _check_decay_from(config)
@@ -188,7 +187,7 @@ def _check_optimizer(config: RunConfig) -> None:
         if options.scheduler not in ("constant", "constant_with_warmup"):
             raise UserError(
                 f"--optimizer {options.optimizer} averages its weights instead of lowering the "
-                f"rate, so it cannot have --scheduler {options.scheduler}. Use "
+                f"learning rate, so it cannot be used with --scheduler {options.scheduler}. Use "
                 "constant_with_warmup or constant."
             )
         if options.beta1 == 0:
@@ -201,8 +200,8 @@ def _check_decay_from(config: RunConfig) -> None:
     options, resume = config.optimizer, config.saving.resume
     if options.scheduler not in _STABLE_SCHEDULERS:
         raise UserError(
-            f"--decay_from starts from a rate at its peak, and --scheduler {options.scheduler} has "
-            f"no steps at the peak. It works with {', '.join(_STABLE_SCHEDULERS)}."
+            f"--decay_from starts at the peak learning rate, where --scheduler {options.scheduler} "
+            f"does not stay. Use {', '.join(_STABLE_SCHEDULERS)}."
         )
     if options.decay_ratio == 1:
         raise UserError(
@@ -211,7 +210,7 @@ def _check_decay_from(config: RunConfig) -> None:
     if natural(resume) is not None:
         raise UserError(
             f"--resume {resume} and --decay_from {options.decay_from} both name a checkpoint to "
-            "start from. Leave one of them out."
+            "start from. Leave one of the two flags out."
         )
 
 
@@ -222,7 +221,7 @@ def _check_evaluation(config: RunConfig) -> None:
     of_requests = bool(config.evaluation.eval_requests) and is_of_requests(metric)
     if metric not in known and not of_requests:
         raise UserError(
-            f"--metric_for_best_model {metric} is not a metric of evaluations of --objective "
+            f"--metric_for_best_model {metric} is not an evaluation metric of --objective "
             f"{config.regularisation.objective}{nearest(metric, known)} Known: {', '.join(known)}."
         )
     # A token store can have a validation split of its own.
@@ -257,13 +256,13 @@ def _check_mixture(config: RunConfig) -> None:
         )
     if min(data.data_weights) <= 0:
         raise UserError(
-            f"--data_weights must be greater than 0, not {min(data.data_weights)}. Take data that "
-            "should not be used out of --data."
+            f"--data_weights must be greater than 0, not {min(data.data_weights)}. Remove data "
+            "that should not be used from --data."
         )
     if (data.tokenizer or "").startswith("train:"):
         raise UserError(
-            f"--tokenizer {data.tokenizer} cannot be trained on a mixture. Train it with "
-            "consyn-prepare, and give its path."
+            f"--tokenizer {data.tokenizer} cannot be trained on a mixture. Train the tokenizer "
+            "with consyn-prepare, and give its path."
         )
 
 
@@ -276,8 +275,8 @@ def _check_streaming(config: RunConfig) -> None:
         raise UserError(f"--streaming and {other} do not work together. Leave one of them out.")
     if (data.tokenizer or "").startswith("train:"):
         raise UserError(
-            f"--tokenizer {data.tokenizer} reads all data before training, which --streaming does "
-            "not. Leave one of them out."
+            f"--tokenizer {data.tokenizer} reads all data before training, but --streaming does "
+            "not. Leave one of the two flags out."
         )
     if budget.epochs is not None or (budget.max_steps is None and budget.total_tokens is None):
         raise UserError(
@@ -287,7 +286,7 @@ def _check_streaming(config: RunConfig) -> None:
 
 
 def check_processes(hardware: HardwareOptions) -> None:
-    """Raise UserError if a flag of the rendezvous is wrong or has no effect."""
+    """Check the flags for several processes; raise UserError if one is wrong or has no effect."""
     if hardware.watchdog_minutes < 0:
         raise UserError(
             f"--watchdog_minutes must not be negative, but is {hardware.watchdog_minutes}. "
@@ -308,8 +307,8 @@ def check_processes(hardware: HardwareOptions) -> None:
         raise UserError(f"{flag} needs --distributed. Add --distributed, or leave {flag} out.")
     if missing:
         raise UserError(
-            f"--distributed has no {' and no '.join(missing)}. Give all three, or none where "
-            "Slurm, Open MPI or Kubernetes starts the processes."
+            f"--distributed lacks {' and '.join(missing)}. Give all three flags, or none if Slurm, "
+            "Open MPI or Kubernetes starts the processes."
         )
     address, total, number = given.values()
     host, _, port = address.rpartition(":")
@@ -321,13 +320,13 @@ def check_processes(hardware: HardwareOptions) -> None:
         raise UserError(f"--num_processes must be at least 1, not {total}.")
     if not 0 <= number < total:
         raise UserError(
-            f"--process_id {number} is not one of {total} processes, which are numbered from 0. "
-            "Correct one of them."
+            f"--process_id {number} is out of range for --num_processes {total}: processes are "
+            "numbered from 0. Correct one of the two flags."
         )
 
 
 def parse_multipliers(text: str | None) -> dict[str, float]:
-    """Parse `--lr_multipliers` into multipliers by group, without the groups it does not name.
+    """Parse `--lr_multipliers` into multipliers by group; groups that it does not name are absent.
 
     Raises:
         UserError: an unknown or repeated group, or a value that is negative or not a number.
@@ -344,7 +343,7 @@ def parse_multipliers(text: str | None) -> dict[str, float]:
                 f"Write it as embedding=2,head=0.5; the groups are {', '.join(PARAMETER_GROUPS)}."
             )
         if group in found:
-            raise UserError(f"--lr_multipliers has {group} twice. Leave one of them out.")
+            raise UserError(f"--lr_multipliers names {group} twice. Leave one of them out.")
         try:
             found[group] = real(value)
         except ValueError:
@@ -385,7 +384,7 @@ def check_context(max_tokens: int | None, context: int | None) -> None:
     if max_tokens is not None and context is not None and max_tokens > context:
         raise UserError(
             f"--max_tokens {max_tokens} is above the model's context of {context} tokens. Lower "
-            "it, or raise --context."
+            "--max_tokens, or raise --context."
         )
 
 

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.numpy import save_file
 
-from consyn_jax.cli.choices.model_choice import choose_model
+from consyn_jax.cli.choices.model_choice import choose_model, deferred_model
 from consyn_jax.errors import UserError
 from consyn_jax.hub_download import download, is_hub_id
 from consyn_jax.resolve import resolve
@@ -78,6 +78,8 @@ def test_a_hub_id_is_a_model_to_start_from(flag: str, hub: Path) -> None:
     choice = choose_model(config.model)
     assert choice.weights is not None
     assert choice.base == choice.stored
+    model = deferred_model(config, choice, 300, lambda shape: shape)
+    assert model.name == "Some/Model-1", "and no path in a cache"
     assert (choice.weights / "tokenizer_config.json").is_file()
     assert not (choice.weights / "modeling.py").exists(), "programs are not even downloaded"
 
@@ -92,6 +94,15 @@ def test_a_directory_with_weights_is_the_same(hub: Path) -> None:
     (hub / "hub" / "Some" / "Model-1" / "pytorch_model.bin").touch()
     with pytest.raises(UserError, match=r"only pytorch_model\.bin, a pickle"):
         choose_model(resolve({"model": directory})[0].model)
+
+
+def test_the_place_of_local_weights_is_recorded_whole(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(hub / "hub")
+    config, _ = resolve({"checkpoint": "Some/../Some/Model-1"})
+    model = deferred_model(config, choose_model(config.model), 300, lambda shape: shape)
+    assert model.name == str(hub / "hub" / "Some" / "Model-1")
 
 
 def test_a_hub_id_is_an_architecture_beside_a_checkpoint(hub: Path) -> None:
@@ -135,9 +146,9 @@ def test_without_a_network_the_way_out_is_named(hub: Path, monkeypatch: pytest.M
         with pytest.raises(UserError) as refused:
             attempt()
         assert str(refused.value) == (
-            "Some/Model-1 is not a directory here, and the Hugging Face Hub cannot be reached "
-            "([Errno -2] Name or service not known). Where there is a network, run `hf download "
-            "Some/Model-1 --local-dir DIR`, then give DIR instead."
+            "Some/Model-1 is not a directory, and the Hugging Face Hub cannot be reached "
+            "([Errno -2] Name or service not known). On a machine with a network, run `hf download "
+            "Some/Model-1 --local-dir DIR`, copy DIR here, and give its path."
         )
 
 
@@ -146,7 +157,7 @@ def test_a_model_that_the_hub_does_not_have(hub: Path, monkeypatch: pytest.Monke
         raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
-    with pytest.raises(UserError, match="there is no such model on the Hugging Face Hub"):
+    with pytest.raises(UserError, match="the Hugging Face Hub has no public model"):
         download("Some/Other", ["*"])
 
 
@@ -159,5 +170,5 @@ def test_a_mistyped_path_is_answered_with_what_is_there(
         choose_model(resolve({"checkpoint": "models/qwen"})[0].model)
     assert str(refused.value) == (
         "models/qwen does not exist, and as a model of the Hugging Face Hub it cannot be reached "
-        "(offline). Correct the path or the name; the directory models holds qwen3."
+        "(offline). Correct the path or the name; the directory models contains qwen3."
     )

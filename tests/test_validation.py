@@ -19,7 +19,8 @@ from consyn_jax.resolve import resolve
         ({"num_heads": "0"}, "--num_heads must be at least 1, not 0."),
         (
             {"head_dim": "3"},
-            "--head_dim 3 is odd, but rotary embeddings rotate pairs of elements. Make it even.",
+            "--head_dim 3 is odd, but the rotary embedding rotates pairs of elements. "
+            "Give an even number.",
         ),
         (
             {"num_kv_heads": "5"},
@@ -28,8 +29,8 @@ from consyn_jax.resolve import resolve
         ),
         (
             {"max_tokens": "4096"},
-            "--max_tokens 4096 is above the model's context of 2048 tokens. Lower it, or raise "
-            "--context.",
+            "--max_tokens 4096 is above the model's context of 2048 tokens. Lower --max_tokens, or "
+            "raise --context.",
         ),
         (
             {"tokenizer": "train:12"},
@@ -46,12 +47,12 @@ from consyn_jax.resolve import resolve
         ),
         (
             {"resume": "4", "overwrite": "true"},
-            "--overwrite would delete the checkpoint that --resume 4 starts from. Leave one of "
-            "them out.",
+            "--overwrite would delete the checkpoint that --resume 4 starts from. Leave one of the "
+            "two flags out.",
         ),
         (
             {"warmup_steps": "9", "max_steps": "8"},
-            "--warmup_steps 9 is more than --max_steps 8. Lower the first.",
+            "--warmup_steps 9 is more than --max_steps 8. Lower --warmup_steps.",
         ),
     ],
 )

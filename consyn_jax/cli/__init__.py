@@ -1,1 +1,1 @@
-"""The commands: one thin module each, from argv to configuration to call."""
+"""The commands, one module each: parse argv into a configuration, then call the library."""

@@ -1,6 +1,6 @@
 """Parse command lines with parsers made from the option dataclasses.
 
-The dataclass field is thus the only source of a flag's help, default and type.
+A dataclass field is the only source of a flag's help, default and type.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from consyn_jax.remote.urls import understood
 
 # Values may begin with a dash: numbers, and lines of dashes between documents.
 _NO_FLAG = re.compile(r"-(\d|\.\d|inf|nan)|--[^a-z]", re.IGNORECASE)
-# What a word without a flag may be meant for, in a command that has the flag.
+# Advice on a word that belongs to no flag, for commands that have the flag in the key.
 STRAYS = {
     "--data": "give files to read with --data",
     "--prompt": "give texts to continue with --prompt",
@@ -81,7 +81,7 @@ METAVARS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that raises a `UserError` of one sentence instead of printing a usage page.
+    """A parser that raises a short `UserError` instead of printing a usage page.
 
     Attributes:
         tree: the dataclass of options that the flags fill.
@@ -97,7 +97,7 @@ class _Parser(argparse.ArgumentParser):
         if missing:
             name = missing[1].split("/")[0]
             count = "at least one value" if "at least one" in missing[2] else "a value"
-            message = f"{name} needs {count}; write one that begins with a dash as {name}=VALUE"
+            message = f"{name} needs {count}; write a value that begins with a dash as {name}=VALUE"
         elif strays and strays[1].startswith("-") and strays[1].strip("- "):
             word = strays[1].split()[0]
             raise self.unknown(word, word, None)
@@ -108,7 +108,13 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
 
     def unknown(self, word: str, name: str, value: str | None) -> UserError:
-        """The error for an unknown flag, given as `word` and `value`, with a suggestion."""
+        """Make the error for an unknown flag, with a suggestion.
+
+        Args:
+            word: the argument as the user wrote it.
+            name: the name of the flag in it.
+            value: the value that the user gave; None if there was none.
+        """
         advice = advise(name.lstrip("-"), value, flags(self.tree), "flag")
         if advice is not None:
             return UserError(f"There is no flag {word}{advice}")
@@ -124,7 +130,7 @@ def build_parser(
     tree: type[Any],
     common: Sequence[str] = (),
 ) -> _Parser:
-    """Make a parser for the flags of `tree`; its namespace has only given flags, as strings.
+    """Make a parser for the flags of `tree`; it returns only flags that the user gave, as strings.
 
     Args:
         common: the flags that `--help` lists, while `--help all` lists every one; if empty, both
@@ -142,7 +148,7 @@ def build_parser(
     )
     parser.tree, parser.common = tree, common
     more = {"nargs": "?", "metavar": "all"} if common else {"nargs": 0}
-    text = "list the flags that people use most, or all, and stop" if common else "list all flags"
+    text = "list the most used flags (all: every flag), and stop" if common else "list all flags"
     parser.add_argument("-h", "--help", action=_Help, help=text, **more)
     parser.add_argument(
         "--version",
@@ -164,7 +170,9 @@ class _Help(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         if values not in (None, [], "all"):
-            raise UserError(f"--help takes all, and not {values!r}. Write --help, or --help all.")
+            raise UserError(
+                f"--help takes no value but all, so not {values!r}. Write --help, or --help all."
+            )
         if parser.common and values != "all":
             shown = {"help", "version", *parser.common}
             hidden = [action for action in parser._actions if action.dest not in shown]
@@ -190,7 +198,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return f"{', '.join(action.option_strings)} {value}"
 
 
-MODES = {"print_config": "print all values with their origins, and stop"}
+MODES = {"print_config": "print the value of every flag with its origin, and stop"}
 
 
 def read(
@@ -203,16 +211,19 @@ def read(
 
     Args:
         resolve: merges flags and the content of a `--config` file, as `resolve.resolve` does.
-        modes: flags that replace the command's usual work, with their help by name.
+        modes: help texts, by name, of flags that replace the command's usual work.
 
     Returns:
-        The mode is one of `modes`, or "" for the usual work.
+        The configuration, the origin of each value, and the mode: one of `modes`, or "" for the
+        command's usual work.
 
     Raises:
         UserError: an unknown flag, an invalid value, two modes, or an unreadable `--config` file.
     """
     parser.add_argument(
-        "--config", metavar="FILE", help="YAML file of flags and values; flags override it"
+        "--config",
+        metavar="FILE",
+        help="YAML file of flags and values; flags on the command line override it",
     )
     for name, text in modes.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
@@ -221,7 +232,7 @@ def read(
     chosen = [name for name in modes if given.pop(name, False)]
     if len(chosen) > 1:
         raise UserError(
-            f"--{chosen[0]} and --{chosen[1]} do not work together. Leave one of them out."
+            f"--{chosen[0]} and --{chosen[1]} do not work together. Leave one of the two flags out."
         )
     file: dict[str, Any] = {}
     if file_name is not None:
@@ -236,7 +247,7 @@ def read(
 def parse(parser: _Parser, argv: Sequence[str]) -> dict[str, Any]:
     """Parse a command line into its values by flag name.
 
-    Flags may be written with `_` or `-`. If one is given twice, the last counts.
+    Flags may be written with `_` or `-`. If a flag is given twice, the last value counts.
 
     Raises:
         UserError: an unknown flag, or a flag without its value.

@@ -13,9 +13,9 @@ from consyn_jax.inference.conversion.conversion_options import ConvertConfig
 from consyn_jax.resolve import resolve_flags
 
 DESCRIPTION = """\
-Write a trained model as a directory of Hugging Face, as a GGUF for llama.cpp,
-or as arrays of Orbax. What is written is read back and its logits are compared
-before it gets its name."""
+Write a trained model as a Hugging Face directory, a GGUF file for llama.cpp or
+Orbax arrays. The result is read back and its logits are compared with the
+model's before it gets its final name."""
 USAGE = "MODEL --to hf|gguf|orbax --output PATH [FLAG ...]"
 EPILOG = """\
 examples:
@@ -24,7 +24,7 @@ examples:
   consyn-convert runs/verse --step 4000 --dtype bfloat16 --output verse-4000
 
 Defaults are in brackets. If a flag is given twice, the last one counts.
-Exit codes: 0 done, 2 wrong input or a result that does not agree."""
+Exit codes: 0 done, 2 wrong input or logits that differ."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(argv: Sequence[str]) -> None:
     """Run the command line `argv`."""
     config = read_arguments(argv)
-    # Convert on the CPU: the model may not fit one GPU, and nothing here is slow.
+    # Convert on the CPU: the model may not fit one GPU, and conversion is fast enough.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from consyn_jax.inference.conversion.convert_model import convert, plan_conversion
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Check whether this machine is fit for training: driver, GPUs, CUDA, cuDNN, JAX,
-attention, speed, disk and limits. Each line is pass, warn or fail with what to
-do, or info: a figure without a known reference."""
+attention, speed, disk and limits. Each check prints pass, warn or fail, with
+advice, or info: a measured value for which there is no reference."""
 USAGE = "[FLAG ...]"
 EPILOG = """\
 examples:
@@ -32,8 +32,8 @@ examples:
   srun --ntasks-per-node=1 consyn-doctor --distributed
 
 Defaults are in brackets. If a flag is given twice, the last one counts.
-Exit codes: 0 nothing fails, 2 something fails or the command is wrong, 130 and
-143 interrupted."""
+Exit codes: 0 no check fails, 2 a check fails or the input is wrong, 130 and 143
+interrupted."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(argv: Sequence[str]) -> None:
-    """Do what the command line asks for.
+    """Run the checks of the command line `argv` and print the results.
 
     Raises:
-        UserError: something fails.
+        UserError: a check fails.
     """
     config = read_arguments(argv)
     from consyn_jax.doctor.examination import examine
@@ -68,10 +68,10 @@ def read_arguments(argv: Sequence[str]) -> DoctorConfig:
 
 
 def report(findings: Sequence[Finding], *, as_json: bool) -> None:
-    """Print the findings; nothing if there are none.
+    """Print the results of the checks; nothing if there are none.
 
     Raises:
-        UserError: one of them fails.
+        UserError: a check failed.
     """
     from consyn_jax.doctor.machine_findings import FAIL, lines
 

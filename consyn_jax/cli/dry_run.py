@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def plan(config: RunConfig, origins: dict[str, str], choice: ModelChoice) -> None:
-    """Print the page of `--topology`, and write the recipe that `--fit` finds.
+    """Print the plan for the GPUs of `--topology`, and write the recipe that `--fit` finds.
 
     Neither data nor devices are accessed.
 
@@ -53,7 +53,7 @@ def plan(config: RunConfig, origins: dict[str, str], choice: ModelChoice) -> Non
 
 
 def _vocabulary(config: RunConfig) -> int:
-    """Size of the vocabulary of `--tokenizer` or a token store, found without reading text."""
+    """Vocabulary size of `--tokenizer` or of the token store, found without reading text."""
     from consyn_jax.data.store import TokenStore
     from consyn_jax.data.store.manifest import is_store
     from consyn_jax.tokenization import load_tokenizer
@@ -68,9 +68,9 @@ def _vocabulary(config: RunConfig) -> int:
 
 
 def describe(trainer: ConsynTrainer) -> None:
-    """Print a description of the run, and the page for this machine.
+    """Print a description of the run, and its plan on this machine.
 
-    For a device that is not in the table of GPUs, print only the memory of a step.
+    For a device that is not in the table of GPUs, the plan is only the memory of a step.
     """
     from consyn_jax.planning.plan import plan_here
     from consyn_jax.planning.plan_page import memory_here, page

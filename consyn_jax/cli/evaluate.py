@@ -1,4 +1,4 @@
-"""`consyn-evaluate`: compare models by perplexity of texts and accuracy of answers."""
+"""`consyn-evaluate`: compare models by their perplexity on texts and accuracy on requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from consyn_jax.inference.scoring.evaluation_options import EvaluateConfig, vali
 from consyn_jax.resolve import resolve_flags
 
 DESCRIPTION = """\
-Measure models on texts (perplexity, bits per byte) and on requests (likelihoods
+Evaluate models on texts (perplexity, bits per byte) and on requests (likelihood
 of answers, accuracy), and compare them."""
 USAGE = "MODEL ... --data PATH ... | --requests FILE [FLAG ...]"
 EPILOG = """\

@@ -1,4 +1,4 @@
-"""The end of every command: known errors become one line and an exit code, not a traceback."""
+"""Turn known errors of a command into one line and an exit code, without a traceback."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from consyn_jax.errors import (
 
 KNOWN = (UserError, Diverged, Differs, Interrupted, ProcessMissing)
 EXIT_CODES = {UserError: 2, Diverged: 3, Differs: 4, Interrupted: 75, ProcessMissing: 76}
-# A refusal of the operating system about a file is not a defect of the program.
+# Errors of the operating system about a file: no defects of the program, so no traceback.
 OF_THE_SYSTEM = {
     errno.ENAMETOOLONG,
     errno.EROFS,
@@ -51,8 +51,8 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
     Returns:
         0 for success, 2 for the user's mistake or a file that cannot be read or written, 3 for
         divergence, 4 for a difference from a run's record, 75 for a signal after which the state
-        was saved, 76 if another process of the run did not start. With nothing saved, 130 for
-        SIGINT, and 143 for SIGTERM, a closed terminal or Slurm's warning.
+        was saved, 76 if another process of the run did not start. If a signal ends the command with
+        nothing saved: 130 for SIGINT, 143 for SIGTERM, a closed terminal or Slurm's warning.
     """
     escape_unprintable()
     os.umask(os.umask(0o022) | 0o002)  # no new file may be writable by everyone
@@ -87,18 +87,21 @@ def _refusal(error: OSError) -> str:
     if len(shown) > LONGEST_NAME:
         shown = f"{shown[:80]} ... {shown[-30:]}"
     if error.errno == errno.ENAMETOOLONG:
-        return f"{shown}: a name has at most 255 bytes, and this one is longer. Give a shorter one."
+        return (
+            f"{shown}: file names have at most 255 bytes, and this one is longer. Give a "
+            "shorter name."
+        )
     return f"{shown} cannot be used: {error.strerror}. {remedy(error)}."
 
 
 def _say(message: str) -> None:
-    """Print to stderr, escaping control characters; a closed terminal is no error."""
+    """Print to stderr with control characters escaped; ignore a closed terminal."""
     with suppress(OSError):
         print(visible(message), file=sys.stderr, flush=True)
 
 
 def _drop_lost_output() -> None:
-    """Discard output that a closed terminal refuses; otherwise Python exits with code 120."""
+    """Discard buffered output if the terminal is closed; otherwise Python would exit with 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -133,7 +136,7 @@ def _unwinding_on_sigterm() -> Iterator[None]:
 
 
 def _without_signals(report: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A `sys.unraisablehook` that omits signals which a callback swallowed; they are sent again."""
+    """Make a `sys.unraisablehook` that does not report signals; these are sent again instead."""
 
     def hook(unraisable: Any) -> None:
         if not isinstance(unraisable.exc_value, Unsaved):
@@ -145,12 +148,12 @@ def _without_signals(report: Callable[[Any], None]) -> Callable[[Any], None]:
 class _Unwinding:
     """Signal handler that raises an exception, but not in the middle of an import.
 
-    C++ libraries that run Python while they are imported do not expect an exception there, and some
-    abort. So the signal is sent again until the import is over; a second signal ends the process. A
-    repeat of the first does not count as a second: it would interrupt the unwinding.
+    Some C++ libraries run Python during their import and abort on an exception. So during an import
+    the handler sends the signal again, until the import is over; a second signal ends the process.
+    An automatic repeat of the first signal is ignored, so that it does not interrupt the unwinding.
 
-    The signal is also sent again if its exception is dropped, as in a callback of the garbage
-    collector, where Python ignores all exceptions; JAX has such a callback.
+    The signal is also sent again if its exception is swallowed. Python ignores exceptions in
+    callbacks of the garbage collector, and JAX has such a callback.
     """
 
     def __init__(self) -> None:
@@ -160,7 +163,7 @@ class _Unwinding:
         self._is_own = False  # the signal that comes now was sent by `_again`
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Raise the exception, now or after the import."""
+        """Raise `Unsaved` now, or after the import that the signal interrupted."""
         if self._is_own:
             self._is_own, number = False, self._deferred or number
         else:
@@ -175,7 +178,7 @@ class _Unwinding:
         self._defer(number)
 
     def _defer(self, number: int) -> None:
-        """Send the signal again a little later, unless the work is over by then."""
+        """Send the signal again after `DEFERRED_S` seconds, unless the command ends before."""
         if not self.is_over:
             self._deferred = number
             threading.Thread(target=self._again, args=(number,), daemon=True).start()

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from consyn_jax.inference.text_generation.sampling_choice import SamplingChoice
 
 DESCRIPTION = """\
-Continue prompts with a trained model, or talk with it. Texts go to the
-standard output or to --output; everything else goes to the standard error."""
+Continue prompts with a trained model, or chat with it. Generated text goes to
+standard output or --output; all other messages go to standard error."""
 USAGE = "MODEL --prompt TEXT|--file FILE|--interactive [FLAG ...]"
 EPILOG = """\
 examples:
@@ -98,7 +98,10 @@ def generate(config: GenerateConfig) -> None:
             _say(note)
         is_chat = config.prompts.interactive or any(p.given.messages for p in prompts)
         if is_chat and encoder.is_plain:
-            _say("The model has no chat template, so conversations are written in plain markers.")
+            _say(
+                "The model has no chat template, so conversations are formatted with "
+                "plain-text role markers."
+            )
         if config.prompts.interactive:
             _talk(config, runtime, choice, encoder)
         else:
@@ -113,7 +116,7 @@ def _output(config: GenerateConfig, model: Path) -> Any:
     path = Path(name)
     if path.exists() and path.resolve().is_relative_to(model.resolve()):
         what = "the directory" if path.is_dir() else "a file"
-        raise UserError(f"--output {path} is {what} of the model. Name another file.")
+        raise UserError(f"--output {path} is {what} of the model. Give another file.")
     return results_file(path)
 
 
@@ -131,7 +134,7 @@ def _continue(
     prompts: Sequence[EncodedPrompt],
     results: Any,
 ) -> None:
-    """Continue the prompts; print the texts in order, or write them to `--output`."""
+    """Continue the prompts; print the texts in prompt order, or write them to `--output`."""
     from consyn_jax.inference.text_generation.continuations import continuations
     from consyn_jax.inference.text_generation.printing import OrderedPrinter
 
@@ -165,12 +168,12 @@ ENDS = {
     "eos": "the model",
     "stop": "--stop",
     "length": "--max_tokens",
-    "context": "the model's context, which is full",
+    "context": "the end of the model's context",
 }
 
 
 def _row(prompt: EncodedPrompt, update: Update, include_prompt: bool) -> dict[str, Any]:
-    """Make a row of `--output`."""
+    """One row of `--output`, as a JSON object."""
     given = prompt.given
     row: dict[str, Any] = (
         {"prompt": given.text} if given.messages is None else {"messages": given.messages}
@@ -185,7 +188,7 @@ def _row(prompt: EncodedPrompt, update: Update, include_prompt: bool) -> dict[st
 def _talk(
     config: GenerateConfig, runtime: Runtime, choice: SamplingChoice, encoder: PromptEncoder
 ) -> None:
-    """Hold the conversation of `--interactive`: answer the lines of the standard input."""
+    """Chat with the user for `--interactive`: answer each line of standard input."""
     from consyn_jax.inference.text_generation.chat_session import HELP, ChatSession
     from consyn_jax.inference.text_generation.printing import shown
 
@@ -214,12 +217,12 @@ def _talk(
                 _say(f"The answer was cut off by {why}.")
 
 
-# Tokens of cache to reserve from the start, since a larger cache needs a new compilation.
+# Reserve this many tokens of KV cache from the start: each enlargement needs a compilation.
 CHAT_TOKENS = 4096
 
 
 def _asked() -> str | None:
-    """Read the next line of the standard input; None at its end."""
+    """Read the next line of standard input; None at the end of the input."""
     if sys.stdin.isatty():
         print("> ", end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
@@ -227,7 +230,7 @@ def _asked() -> str | None:
 
 
 def _say(text: str) -> None:
-    """Print a line to the standard error."""
+    """Print a line to standard error."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -1,7 +1,7 @@
 """`python -m consyn_jax.cli.lm_eval_command`: run `lm_eval` with `--model consyn` registered.
 
 Versions of lm_eval after 0.4.13 find the model by its entry point; 0.4.13 needs this registration.
-The flags are those of lm_eval.
+The command takes the flags of lm_eval.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from consyn_jax.data.preparation.corpus_report import Report
 
 DESCRIPTION = """\
-Make a token store of documents: clean them, leave duplicates out, split them
-into train, validation and test, tokenise them, and report on all of it."""
+Make a token store from documents: clean and deduplicate them, split them into
+train, validation and test, tokenise them, and write a report."""
 USAGE = "[--data PATH ...] [--output DIR] [FLAG ...]"
 EPILOG = """\
 examples:
@@ -38,7 +38,7 @@ examples:
   consyn-train --data tokens
 
 Defaults are in brackets. If a flag is given twice, the last one counts.
-Run the same command again to continue after a stop at any moment.
+If the command is stopped, run it again to continue.
 Exit codes: 0 done, 2 wrong input, 75 interrupted."""
 
 
@@ -74,7 +74,7 @@ def make(config: PrepareConfig) -> None:
     """Check `--output`, make the token store, and print a summary.
 
     Raises:
-        Interrupted: by a signal; finished work is kept.
+        Interrupted: a signal came; finished work is kept.
         UserError: `--output` or the data cannot be used.
     """
     from consyn_jax.data.preparation.cached_store import prepare
@@ -120,7 +120,7 @@ def _interruption(config: PrepareConfig, output: Path) -> str:
 def _delete_store(config: PrepareConfig, path: Path) -> None:
     """Delete the token store in `path`, for `--overwrite`.
 
-    First check all input, so that a store that cannot be made again is not deleted.
+    All input is checked first, because with wrong input no new store could replace it.
 
     Raises:
         UserError: the input cannot be used or is in `path`, or `path` holds other files.
@@ -150,8 +150,8 @@ def _delete_store(config: PrepareConfig, path: Path) -> None:
     strangers = [entry.name for entry in entries if not STORE_FILE.fullmatch(entry.name)]
     if strangers:
         raise UserError(
-            f"--overwrite would delete {listed(strangers)} in --output {path}, which is not part "
-            "of a token store. Move it elsewhere."
+            f"--overwrite would delete {listed(strangers)} in --output {path}, which does not "
+            "belong to a token store. Move it elsewhere."
         )
     _check_unused(path)
     try:
@@ -170,23 +170,23 @@ def _check_unused(path: Path) -> None:
     with suppress(OSError), (path / PREPARING / "lock").open() as lock:
         if not try_lock(lock.fileno()):
             raise UserError(
-                f"--output {path} is in use by another process. Wait for it, or name another "
-                "directory."
+                f"--output {path} is in use by another process. Wait for that process, or give "
+                "another directory."
             )
 
 
 def _header(config: PrepareConfig) -> list[tuple[str, str]]:
-    """Lines of name and text about the planned work."""
+    """Header lines, as (name, text), about the planned work."""
     data, store = config.data, config.store
     rules = {
         "NFC": data.normalize in (None, "nfc"),
         "control characters removed": data.control_characters in (None, "remove"),
         f"{data.min_chars:,} characters or more": data.min_chars > 1,
         f"at most {data.max_chars or 0:,} characters": data.max_chars is not None,
-        "duplicates left out": data.deduplicate in (None, True),
+        "exact duplicates left out": data.deduplicate in (None, True),
         f"near duplicates from {data.near_duplicates or 0:g} left out": data.near_duplicates,
     }
-    fraction = f"{data.validation_fraction:.3g} of the documents, unless files are named so"
+    fraction = f"{data.validation_fraction:.3g} of the documents, or files with validation names"
     validation = listed(data.validation) or (fraction if data.validation_fraction else "none")
     rows = [
         ("data", listed(data.data)),
@@ -199,7 +199,7 @@ def _header(config: PrepareConfig) -> list[tuple[str, str]]:
 
 
 def summary(config: PrepareConfig, prepared: Prepared, seconds: float) -> list[str]:
-    """Lines about the finished preparation."""
+    """Lines, as (name, text), about the finished token store."""
     from consyn_jax.data.preparation.corpus_page import PAGE, size
     from consyn_jax.training.logging.formats import duration
 
@@ -237,9 +237,9 @@ def _splits(report: Report) -> list[tuple[str, str]]:
         text = f"{counted(counts['documents'], 'document')}, {counted(counts['tokens'], 'token')}"
         targets = counts.get("target_tokens", counts["tokens"])
         if targets != counts["tokens"]:
-            text += f" ({targets:,} of them learned)"
+            text += f" ({targets:,} of them training targets)"
         if ratio := bytes_per_token(counts):
-            text += f", {ratio:.2f} bytes a token"
+            text += f", {ratio:.2f} bytes per token"
         rows.append((name, text))
     return rows
 

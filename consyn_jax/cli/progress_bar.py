@@ -12,12 +12,12 @@ from typing import Any
 class Bar:
     """Progress by stages on stderr: a bar on a terminal, otherwise a line every `every_s` seconds.
 
-    A context manager, and a `Progress` of consyn_jax.data.preparation.preparation_spec: called with
-    the stage, the bytes done and the bytes to do (0 if unknown).
+    It is a context manager and a `Progress` (`data/preparation/preparation_spec`): call it with the
+    stage, the bytes done and the total bytes (0 if unknown).
 
     Args:
-        introduce: called once when reading begins. Hashing before that may show that the store is
-            already complete or is a different one.
+        introduce: called once, when reading begins. The hashing before it may find that the store
+            is already complete or has other data.
         clock: returns seconds since any fixed moment.
     """
 
@@ -88,7 +88,7 @@ class Bar:
                 transient=True,
             )
             self._rich.start()
-        # Begin after the work of an earlier start, which does not count for the speed.
+        # Start the bar at the work done by an earlier start, which must not count for the speed.
         self._task = self._rich.add_task(stage, completed=done, total=total or None)
 
     def _line(self, done: int, total: int) -> str:

@@ -1,4 +1,4 @@
-"""`consyn-report`: runs side by side, on a page or in the terminal, also while they are running."""
+"""`consyn-report`: compare runs on a page and in the terminal, finished or still running."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from consyn_jax.reporting.report_options import OUTPUT, PORT, ReportConfig, vali
 from consyn_jax.resolve import resolve_flags
 
 DESCRIPTION = """\
-Show runs side by side: results, overlaid curves, and what differs in
-their configuration."""
+Compare runs: results, overlaid curves, and the differences of their
+configurations."""
 USAGE = "RUN ... | --watch DIR [FLAG ...]"
 EPILOG = """\
 examples:

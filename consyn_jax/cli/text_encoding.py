@@ -1,4 +1,4 @@
-"""Cope with file names and terminals in encodings other than UTF-8."""
+"""Support file names and terminals in encodings other than UTF-8."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def start_in_utf8() -> None:
 
 
 def escape_unprintable() -> None:
-    """Make stdout and stderr escape characters that their encoding lacks, instead of failing."""
+    """Make stdout and stderr escape characters that their encoding lacks, instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         if not isinstance(stream, io.TextIOWrapper):
             continue  # replaced by a caller, such as a notebook

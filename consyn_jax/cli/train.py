@@ -26,8 +26,9 @@ Train a decoder language model: text in, a model that transformers loads out.
 Without flags: the 124 M parameter model on text that comes with Python."""
 USAGE = "[--config FILE] [--model NAME] [--data PATH] [FLAG ...]"
 MODES = arguments.MODES | {
-    "dry_run": "print what would run and what it needs, plot its learning rates, and stop",
-    "lr_find": "train for 200 steps at rising learning rates, suggest one, and stop",
+    "dry_run": "print the run's settings and its needs of memory and time, plot the learning rate, "
+    "and stop",
+    "lr_find": "train for 200 steps at rising learning rates, suggest a learning rate, and stop",
 }
 COMMON = (  # the flags of a short --help
     "model",
@@ -54,8 +55,8 @@ examples:
 
 Defaults are in brackets. If a flag is given twice, the last one counts.
 Run the same command again to continue a run that was stopped.
-Exit codes: 0 done, 2 wrong input, 3 diverged, 4 a record does not agree,
-75 interrupted and saved, 76 another process died, is stuck or never came,
+Exit codes: 0 done, 2 wrong input, 3 diverged, 4 differs from a run's record,
+75 interrupted and saved, 76 another process died, hangs or did not start,
 130 and 143 interrupted with nothing to save."""
 
 
@@ -102,7 +103,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[RunConfig, dict[str, str], str]
 
 
 def _answer(question: str, config: RunConfig, origins: dict[str, str]) -> None:
-    """Inspect a run, and change nothing in its directory."""
+    """Run the inspection that the flags name; it changes nothing in the run's directory."""
     if question == "verify":
         from consyn_jax.cli.proof.verify_record import verify
 
@@ -119,7 +120,7 @@ def _answer(question: str, config: RunConfig, origins: dict[str, str]) -> None:
 
 
 def _plan(config: RunConfig, origins: dict[str, str], mode: str) -> None:
-    """Plan a run on GPUs that this machine need not have."""
+    """Plan a run on the GPUs of `--topology`, which this machine need not have."""
     if mode != "dry_run":
         flag = "--topology" if config.hardware.topology else "--fit"
         raise UserError(f"{flag} needs --dry_run. Add --dry_run, or leave {flag} out.")
@@ -164,7 +165,8 @@ def train(
 
     Args:
         action: called with the trainer; it trains, or does the work of one of `MODES`.
-        writes: whether it writes to the run directory, which must then be free.
+        writes: whether `action` writes to the run directory; no other process may then use the
+            directory.
     """
     check = _check_directory if writes else lambda _: None
     with prepared_run((config, origins), check) as prepared:
@@ -174,7 +176,7 @@ def train(
 
 
 def _check_backends(config: RunConfig, origins: dict[str, str]) -> None:
-    """Import the user's classes among the trackers, before slow work."""
+    """Import the user's callback classes in `--logging_backend`, before slow work."""
     if any(":" in name for name in config.logging.logging_backend):
         from consyn_jax.training.logging.tracking.backends import load_classes
 

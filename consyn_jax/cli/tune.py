@@ -16,9 +16,9 @@ from consyn_jax.tuning.tune_options import TuneConfig, largest_size, resolve_tun
 from consyn_jax.tuning.varied_run import VariedRun
 
 DESCRIPTION = """\
-Search for the values of flags with which consyn-train reaches the best metric.
-The trials of a study share data and compiled programs. Or, with --ladder, train
-a model in a few small sizes, and predict the loss of larger ones."""
+Search for the flag values of consyn-train that give the best metric. The trials
+of a study share data and compiled programs. With --ladder instead, train a
+model in a few small sizes, and predict the loss of larger sizes."""
 USAGE = "--search FLAG=VALUES ... | --ladder [N|SIZES] [FLAG ...]"
 COMMON = (  # the flags of a short --help
     *("model", "data", "validation", "tokenizer", "max_steps", "batch_size", "eval_steps"),
@@ -31,9 +31,9 @@ examples:
   consyn-tune --config recipe.yaml --search optimizer=adamw,muon lr=1e-3,1e-2
   consyn-tune --config recipe.yaml --parametrization mup --ladder 4
 
-The flags of consyn-train work here, too; those of --search vary. Defaults are
-in brackets. Run the same command again to go on with a study, or several times
-at once to work on it with several processes.
+All flags of consyn-train work here, too; the flags in --search vary. Defaults
+are in brackets. Run the same command again to continue a study, or run it
+several times at once to share a study among processes.
 Exit codes: 0 done, 2 wrong input, 75 interrupted and saved, 130 and 143
 interrupted with nothing to save."""
 
@@ -90,7 +90,7 @@ def tune(config: TuneConfig, origins: dict[str, str]) -> None:
 
 
 def _check_study(config: TuneConfig, varied: VariedRun) -> None:
-    """Check the directory of the study, and for a search Optuna and whether trials can be lanes."""
+    """Check the study's directory and, for a search, Optuna and the use of `--vectorize`."""
     from consyn_jax.tuning.study_directory import check_output
 
     if config.ladder.ladder is None:

@@ -9,16 +9,17 @@ from jaxtyping import Int64
 
 
 def best_fit_decreasing(lengths: Int64[np.ndarray, " n"], size: int) -> Int64[np.ndarray, " n"]:
-    """The bin of each item, by best-fit-decreasing; bins count from 0.
+    """Assign each item to a bin by best-fit-decreasing; return the bin numbers, from 0.
 
     Items are placed from the longest to the shortest, each in the fullest bin that has room for it,
-    or in a new one. Items of equal length are placed together: the fullest bin with room takes as
-    many of them as it can hold, then the next fullest. Bit r of one integer says whether some bin
-    has room for exactly r more, so a shift and the lowest set bit find the smallest space that is
-    large enough. Time grows with the number of distinct lengths, not with the number of items.
+    or in a new bin. Items of equal length are placed together: the fullest bin with room takes as
+    many of them as fit, then the next fullest. Bit r of one integer tells whether a bin has exactly
+    r free positions, so a shift and the lowest set bit find the smallest sufficient space. Time
+    grows with the number of distinct lengths, not with the number of items.
 
     Args:
-        lengths: each in 1 .. size.
+        lengths: lengths of the items, each in 1 .. size.
+        size: capacity of a bin.
 
     >>> best_fit_decreasing(np.array([5, 3, 4, 6, 2]), 10)
     array([1, 1, 0, 0, 1])
@@ -36,7 +37,7 @@ def best_fit_decreasing(lengths: Int64[np.ndarray, " n"], size: int) -> Int64[np
                 with_space[size] = list(range(bins, bins := bins + -(-count // each)))
                 spaces |= 1 << size
             candidates = with_space[space]
-            # Each bin takes as many as it can hold, or all that are left.
+            # Each bin takes as many items as fit, or all remaining ones.
             each = min(each, count)
             filled = min(len(candidates), count // each)
             taken = candidates[-filled:]

@@ -1,7 +1,8 @@
-"""The documents that a training step learns from, found by the arithmetic of the order.
+"""Find the documents that a training step trains on, without building its batch.
 
-No batch is made. From the stores, only the starts and origins of documents are read, and single
-tokens if the tokenizer has no BOS or documents bring their own. So any step costs the same.
+The data order is a function of the step, so any step costs the same. Only the starts and origins of
+documents are read from the stores, and single tokens if the tokenizer has no BOS or documents begin
+with their own.
 """
 
 from __future__ import annotations
@@ -27,18 +28,21 @@ from consyn_jax.errors import UserError
 
 @dataclass
 class LearnedDocument:
-    """A document from which a step learned some tokens.
+    """A document with tokens in the batch of a step.
 
     Attributes:
-        data: the item of `--data`, in a mixture; otherwise "".
-        source: the file or dataset that it comes from; the store itself if the origin is unknown.
-        row: its row in the source, from 1: the line of a file, or the row of a dataset.
-        bytes: (begin, end) of its text in the decompressed source; of its tokens in a token file.
-        document: its number in the split of the store, from 0; None in token files.
-        length: its tokens in the store, EOS included.
-        parts: (sequence of the batch, first token, stop) of each part of it in the batch.
-        targets: tokens that count in the loss of the step.
-        share: share of `targets` in all tokens that count in the loss of the step.
+        data: item of `--data` in a mixture; otherwise "".
+        source: file or dataset that the document comes from; the store itself if the origin is
+            unknown.
+        row: row of the document in the source, from 1: the line of a file, or the row of a dataset.
+        bytes: (begin, end) of the document's text in the decompressed source, or of its tokens in a
+            token file.
+        document: number of the document in the split of the store, from 0; None in token files.
+        length: number of the document's tokens in the store, EOS included.
+        parts: (sequence of the batch, first token, stop) for each part of the document in the
+            batch.
+        targets: number of the document's tokens that count in the loss of the step.
+        share: `targets` divided by all tokens that count in the loss of the step.
     """
 
     data: str
@@ -55,22 +59,22 @@ class LearnedDocument:
 def located(
     order: Order, positions: Int64[np.ndarray, " n"]
 ) -> tuple[dict[str, Any], Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
-    """Find the sequences at global positions of an order.
+    """Map positions of a data order to datasets and their sequences.
 
     Returns:
         The datasets by name ("" for a single one), and for each position the number of the dataset
         and the index of the sequence in it.
 
     Raises:
-        UserError: the positions of this kind of order cannot be computed.
+        UserError: the order does not allow computing this, as with streamed data.
     """
     if isinstance(order, Shuffled):
         indices = ids_at(order.seed, positions, len(order.dataset), order.shuffle)
         return {"": order.dataset}, np.zeros_like(positions), indices
     if not isinstance(order, Mixture):
         raise UserError(
-            "The documents of this run cannot be computed from a step's number. Only runs on "
-            "prepared data (without --streaming) can be asked for their documents."
+            "The documents of a step cannot be computed for this run. This works only for runs "
+            "on prepared data, without --streaming."
         )
     numbers, within = order.places(positions)
     indices = np.empty_like(within)
@@ -89,7 +93,7 @@ class DocumentFinder:
         sequences_per_step: number of sequences over all micro-batches and processes.
 
     Attributes:
-        used_sources: by name, the sources.json entry of each source that had a document so far.
+        used_sources: sources.json entries, by name, of the sources of all documents found so far.
     """
 
     def __init__(self, order: Order, sequences_per_step: int) -> None:
@@ -100,10 +104,10 @@ class DocumentFinder:
         self._starts = cache(_starts)
 
     def documents(self, step: int) -> list[LearnedDocument]:
-        """The documents of a step, counted from 1, in the order of the batch.
+        """Find the documents of a step (counted from 1), in the order of the batch.
 
         Raises:
-            UserError: the sequences of the run have no known places, or a file is damaged.
+            UserError: the documents cannot be computed for this kind of data, or a file is damaged.
         """
         size = self.sequences_per_step
         positions = np.arange((step - 1) * size, step * size, dtype=np.int64)
@@ -112,8 +116,8 @@ class DocumentFinder:
         for number, (name, packed) in enumerate(datasets.items()):
             if not isinstance(packed, PackedSequences):
                 raise UserError(
-                    "The sequences of this run were given in Python and are not in a token store, "
-                    "so nothing says which documents they are made of."
+                    "The sequences of this run were given in Python and are not in a token "
+                    "store, so the documents in them are unknown."
                 )
             here = np.flatnonzero(numbers == number)
             pieces = packed.pieces(indices[here])
@@ -131,9 +135,11 @@ class DocumentFinder:
     def _parts(
         self, packed: PackedSequences, start: int, stop: int
     ) -> Iterator[tuple[int, int, int, int]]:
-        """(shard, document in it, first token, stop) of the documents in a range of the stream.
+        """Find the documents in a range of the token stream.
 
-        Tokens are counted within the shard.
+        Yields:
+            (shard number, document number in the shard, first token, stop); tokens are counted
+            within the shard.
         """
         for number, offset, shard in packed.split.touched(start, stop):
             low, high = max(start - offset, 0), min(stop - offset, shard.num_tokens)
@@ -146,7 +152,7 @@ class DocumentFinder:
     def _document(
         self, packed: PackedSequences, name: str, number: int, at: int
     ) -> LearnedDocument:
-        """A document with its origin, still without parts."""
+        """Make the entry of a document, with its origin but no parts yet."""
         shard, before = packed.split.shards[number], packed.split.shards[:number]
         starts = self._starts(shard)
         begin = int(starts[at])
@@ -181,10 +187,10 @@ class DocumentFinder:
         begin: int,
         stop: int,
     ) -> None:
-        """Add the tokens begin .. stop of a shard to a document.
+        """Add the tokens begin .. stop of a shard to a document's parts and target count.
 
         Args:
-            place: the sequence of the batch, the shard, and the number of the document in it.
+            place: (sequence of the batch, shard number, document number in the shard).
         """
         sequence, number, at = place
         shard = packed.split.shards[number]
@@ -203,11 +209,11 @@ class DocumentFinder:
         document.targets += targets
 
     def _begins(self, shard: Tokens, number: int, at: int) -> bool:
-        """Whether a document begins in this shard; in token files it may continue from another."""
+        """Whether a document begins in this shard; in token files it may begin in another file."""
         return at > 0 or not isinstance(shard, RawShard) or shard.begins_document
 
 
 def _starts(shard: Tokens) -> np.ndarray:
-    """Starts of the documents of a shard; its first token counts even inside a document."""
+    """Starts of the documents of a shard; its first token always counts as a start."""
     starts = shard.starts
     return starts if len(starts) and starts[0] == 0 else np.concatenate([[0], starts])

@@ -1,9 +1,9 @@
-"""Batches of a training order, batches of one evaluation pass, and a thread that reads ahead.
+"""Batches for training and for evaluation, and a thread that prefetches them.
 
 A batch is a function of (seed, step). With A micro-batches of B sequences, step s takes the global
-positions s * A * B .. (s + 1) * A * B; within these, micro-batch a takes a * B .. (a + 1) * B. A
-process reads only its rows of each micro-batch; any number of processes reads the same global
-batch.
+positions s * A * B .. (s + 1) * A * B; within these, micro-batch a takes a * B .. (a + 1) * B. Each
+process reads only its rows of a micro-batch, so the global batch does not depend on the number of
+processes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from consyn_jax.data.order import ids_at
 from consyn_jax.data.packing import Sequences
 
 Batch = dict[str, np.ndarray]
-"""The batch that the step takes, on the host: "input_ids", "labels" and "segment_ids" in int32, and
-"loss_mask" in bool, each [accumulation_steps, sequences, T]; in evaluation [sequences, T]."""
+"""A batch on the host, the input of a training step: "input_ids", "labels" and "segment_ids" in
+int32, and "loss_mask" in bool, each [accumulation_steps, sequences, T]; in evaluation [sequences,
+T].
+"""
 Rows = slice | np.ndarray
 POLL_S = 0.2  # between two calls of `interrupted` while waiting
 In = TypeVar("In")
@@ -34,7 +36,7 @@ Out = TypeVar("Out")
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Sequences that are read by index."""
+    """A collection of training sequences, read by index."""
 
     def __len__(self) -> int: ...
 
@@ -44,20 +46,20 @@ class Dataset(Protocol):
 
 @runtime_checkable
 class Order(Protocol):
-    """An endless order of training sequences; each depends on its global position alone."""
+    """An endless order of training sequences; the sequence at a position depends only on it."""
 
     def at(self, positions: Int64[np.ndarray, " n"]) -> Sequences:
         """The sequences at any positions (not negative), each array [n, T]."""
 
     def passes(self, position: int) -> dict[str, int]:
-        """Number of whole passes over each source before `position`, by the source's name.
+        """Number of complete passes over each source before `position`, by the source's name.
 
-        A single source is called "".
+        The name of a single source is "".
         """
 
 
 class Shuffled:
-    """One dataset, epoch after epoch, each in another order (`order.ids_at`).
+    """An order that repeats one dataset, shuffled anew in each epoch (`order.ids_at`).
 
     Args:
         shuffle: False keeps the order of the dataset.
@@ -76,19 +78,19 @@ class Shuffled:
         return self.dataset.rows(ids_at(self.seed, positions, len(self.dataset), self.shuffle))
 
     def passes(self, position: int) -> dict[str, int]:
-        """Whole epochs before `position`, under the name ""."""
+        """Number of complete epochs before `position`, under the name ""."""
         return {"": position // len(self.dataset)}
 
 
 class BatchLoader:
-    """The batches of a run from `start_step` on, without end; a batch may span epochs.
+    """An endless iterator over batches from `start_step` on; a batch may span two epochs.
 
-    Iterating gives (step, batch), each array of the batch [accumulation_steps, b, T] where b is the
+    It yields (step, batch). The arrays of a batch are [accumulation_steps, b, T], where b is the
     number of `rows`.
 
     Args:
-        batch_size: rows of one micro-batch over all processes.
-        rows: which rows of each global micro-batch this process holds.
+        batch_size: number of rows of a micro-batch, over all processes.
+        rows: the rows of each global micro-batch that this process reads.
     """
 
     def __init__(
@@ -105,7 +107,7 @@ class BatchLoader:
         self._held = (np.arange(accumulation_steps)[:, None] * batch_size + held).astype(np.int64)
 
     def batch(self, step: int) -> Batch:
-        """The batch of that step, independent of what was read before."""
+        """The batch of a step; it does not depend on earlier reads."""
         positions = step * self.accumulation_steps * self.batch_size + self._held
         rows = self.order.at(positions.reshape(-1))
         return {
@@ -121,13 +123,13 @@ class BatchLoader:
 def evaluation_batches(
     dataset: Dataset, batch_size: int, rows: Rows = slice(None)
 ) -> Iterator[Batch]:
-    """The whole dataset once, in order, in batches [b, T] of one shape.
+    """Iterate over a dataset once, in order, in batches of equal shape [b, T].
 
-    The last batch is filled up with rows that have mask False and segment 0.
+    The last batch is padded with rows whose mask is False and whose segment is 0.
 
     Args:
-        batch_size: rows of a batch over all processes.
-        rows: which of them this process holds.
+        batch_size: number of rows of a batch, over all processes.
+        rows: the rows of each batch that this process reads.
     """
     held = np.arange(batch_size)[rows]
     for first in range(0, len(dataset), batch_size):
@@ -140,7 +142,7 @@ def evaluation_batches(
 
 
 class _End:
-    """The last item from the thread: the exception that ended it, or None."""
+    """The last item in the queue: the exception that ended the thread, or None."""
 
     def __init__(self, error: BaseException | None) -> None:
         self.error = error
@@ -149,16 +151,16 @@ class _End:
 class prefetch(Generic[Out]):
     """Iterate with a background thread that keeps up to `depth` items ready.
 
-    An exception in the thread is raised in the consumer, at its place in the sequence. The thread
-    ends with `close()`, at the end of a `with` block, when this object is garbage-collected, and at
-    exit.
+    An exception in the thread is raised in the consumer, after the items before it. The thread ends
+    on `close()`, at the end of a `with` block, when this object is garbage-collected, and at exit.
 
     Args:
-        transform: applied to each item in the thread.
-        interrupted: called while the consumer waits for an item; true ends the iteration.
+        transform: function applied to each item in the thread.
+        interrupted: called while the consumer waits for an item; the iteration ends if it returns
+            true.
 
     Attributes:
-        wait_s: seconds that the consumer has waited for items so far.
+        wait_s: total seconds that the consumer has waited for items.
     """
 
     def __init__(
@@ -170,8 +172,8 @@ class prefetch(Generic[Out]):
     ) -> None:
         self.wait_s = 0.0
         self._interrupted = interrupted
-        # No SimpleQueue: CPython's waits for ever when a signal handler outlasts the timeout (the
-        # time left is then negative, which means no timeout).
+        # Not a SimpleQueue: CPython's implementation waits for ever when a signal handler runs
+        # longer than the timeout (the remaining time is then negative, which means no timeout).
         self._ready: Queue[Any] = Queue()
         self._free = threading.Semaphore(depth)
         self._stop = threading.Event()
@@ -210,7 +212,7 @@ class prefetch(Generic[Out]):
                     raise StopIteration from None
 
     def close(self) -> None:
-        """End the thread after the item in progress; items that are ready are discarded."""
+        """End the thread after the item in progress, and discard the items that are ready."""
         self._ended = True
         self._finalizer()
 

@@ -1,8 +1,9 @@
 """Several datasets mixed by weight; a global position determines the source and the sequence.
 
-Positions are grouped into cycles of a few thousand. Every cycle has the same number of sequences of
-each source, in another order (`order.ids_at`), so shares hold from the start and there is no state.
-Each source keeps the order that it would have alone: all of its sequences once before any repeats.
+Positions are grouped into cycles of a few thousand. Each cycle has the same number of sequences of
+each source, shuffled anew (`order.ids_at`), so the shares hold from the first cycle on and there is
+no state. Each source is read in the order that it would have alone: all of its sequences once
+before any is repeated.
 """
 
 from __future__ import annotations
@@ -29,13 +30,12 @@ class Mixture:
 
     Args:
         datasets: the sources by name, each with at least one sequence.
-        weights: share of the sequences from each source, in the order of `datasets`; only their
-            ratios count.
-        seed: chooses the order of the cycles, and that of every source.
+        weights: relative share of the sequences from each source, in the order of `datasets`.
+        seed: seed of the order within cycles and within each source.
 
     Attributes:
-        datasets, weights, seed: as given.
-        quotas: sequences of each source in a cycle.
+        datasets, weights, seed: the arguments.
+        quotas: number of sequences of each source in a cycle.
 
     Raises:
         ValueError: there are not as many weights as sources, a weight is not above 0, or there are
@@ -56,7 +56,7 @@ class Mixture:
         self._last: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
-        """Sequences in an epoch: those of all sources together."""
+        """Number of sequences in an epoch, the sum over all sources."""
         return sum(map(len, self.datasets.values()))
 
     def at(self, positions: Int64[np.ndarray, " n"]) -> Sequences:
@@ -67,7 +67,7 @@ class Mixture:
     def places(
         self, positions: Int64[np.ndarray, " n"]
     ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
-        """The source of every position, by number, and the position within that source."""
+        """For each position, the number of its source and the position within that source."""
         cycles, offsets = np.divmod(positions, self.quotas.sum())
         sources, indices = np.empty_like(positions), np.empty_like(positions)
         for cycle in np.unique(cycles):
@@ -87,13 +87,13 @@ class Mixture:
         }
 
     def passes(self, position: int) -> dict[str, int]:
-        """Number of whole passes over each source before `position`, by the source's name."""
+        """Number of complete passes over each source before `position`, by the source's name."""
         return {
             name: count // len(self.datasets[name]) for name, count in self.counts(position).items()
         }
 
     def _cycle(self, cycle: int) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " m"]]:
-        """The source of every offset in a cycle, and how many of that source come before it."""
+        """For each offset in a cycle, its source and how many earlier offsets have that source."""
         known = self._last  # read once: another thread may replace it
         if known is None or known[0] != cycle:
             ends = np.cumsum(self.quotas)
@@ -113,7 +113,7 @@ class Mixture:
 
 
 class Joined:
-    """Several datasets one after the other, each in its own order."""
+    """The concatenation of several datasets."""
 
     def __init__(self, datasets: Sequence[Dataset]) -> None:
         self.datasets = tuple(datasets)
@@ -123,7 +123,7 @@ class Joined:
         return int(self._ends[-1])
 
     def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
-        """The sequences `indices` (each in range(len)), each array [n, T]."""
+        """The sequences with the given `indices` (each in range(len)), as arrays [n, T]."""
         wanted = np.asarray(indices, np.int64)
         first = self._ends - [len(dataset) for dataset in self.datasets]
         return _merged(
@@ -157,13 +157,13 @@ def part_seed(seed: int, number: int) -> int:
 
 
 def quotas(weights: Sequence[float | int]) -> Int64[np.ndarray, " sources"]:
-    """Sequences of each source in a cycle: integers in the ratios of `weights`, at least 1 each.
+    """Number of sequences of each source in a cycle: integers in the ratios of `weights`.
 
-    The length of the cycle is chosen to make the largest relative error smallest, so 7 : 2 : 1 is
-    met exactly. Fractions are rounded by the largest-remainder method (Hamilton).
+    Each is at least 1. The cycle's length is chosen to minimise the largest relative error, so 7 :
+    2 : 1 is met exactly. Fractions are rounded by the largest-remainder method (Hamilton).
 
     Raises:
-        ValueError: a weight that is not above 0, or too many.
+        ValueError: a weight is not above 0, or there are too many weights.
 
     >>> quotas([0.7, 0.2, 0.1]).tolist()
     [2863, 818, 409]
@@ -185,6 +185,6 @@ def quotas(weights: Sequence[float | int]) -> Int64[np.ndarray, " sources"]:
     found = np.maximum(found, 1)
     while len(over := np.flatnonzero(found.sum(1) > sizes)):
         found[over, np.argmax(found[over], axis=1)] -= 1
-    # Rounded, because the errors of ratios that are met exactly differ in their last bits.
+    # Rounded, because exact ratios have errors that differ only in their last bits.
     errors = np.abs(found / exact - 1).max(1).round(9)
     return found[np.argmin(errors)]

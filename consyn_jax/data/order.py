@@ -1,4 +1,4 @@
-"""The order of samples as arithmetic: the sample at a position depends on (seed, position) alone.
+"""Shuffled order without state: the sample at a position is a function of (seed, position).
 
 Each epoch is a keyed pseudo-random permutation of range(n): a Feistel network over the smallest
 power of two that is at least n, applied again until the result is below n (cycle walking: Black and
@@ -15,7 +15,7 @@ from jaxtyping import Int64, UInt64
 
 ROUNDS = 8
 # Halves of few bits mix slowly: with 8 rounds, the 120 orders of five samples occur 0.65 to 1.9
-# times as often as they should.
+# times as often as in a uniform shuffle.
 ROUNDS_OF_FEW = 24
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _BLOCK = 1024
@@ -24,11 +24,11 @@ _BLOCK = 1024
 def ids_at(
     seed: int, positions: Int64[np.ndarray, " count"], n: int, shuffle: bool = True
 ) -> Int64[np.ndarray, " count"]:
-    """Dataset indices of any global positions (not negative), epoch after epoch without end.
+    """Dataset indices at global positions (not negative), over an endless series of epochs.
 
     Args:
-        seed: chooses the permutations, a new one for each epoch.
-        n: samples in an epoch.
+        seed: seed of the permutations, a new one for each epoch.
+        n: number of samples in an epoch.
         shuffle: False gives 0 .. n - 1 in every epoch.
 
     Raises:
@@ -38,8 +38,8 @@ def ids_at(
         raise ValueError("There are no samples to put in order.")
     if not shuffle:
         return positions % np.int64(n)
-    # A batch needs few positions that are close together, and a call for a thousand costs no more
-    # than a call for one; so blocks of positions are cached.
+    # A batch needs a few neighbouring positions, and computing a thousand costs no more than
+    # computing one, so whole blocks of positions are computed and cached.
     if (
         len(positions)
         and len(positions) < _BLOCK
@@ -52,7 +52,7 @@ def ids_at(
 
 @lru_cache(maxsize=64)
 def _block(seed: int, number: int, n: int) -> Int64[np.ndarray, " block"]:
-    """The dataset indices of the `_BLOCK` positions of block `number`."""
+    """The dataset indices at the `_BLOCK` positions of block `number`."""
     return _shuffled(seed, np.arange(number * _BLOCK, (number + 1) * _BLOCK, dtype=np.int64), n)
 
 
@@ -68,7 +68,7 @@ def _shuffled(
 def permute(
     values: Int64[np.ndarray, " count"], n: int, keys: UInt64[np.ndarray, " count"]
 ) -> Int64[np.ndarray, " count"]:
-    """The image of each value in range(n) under the permutation that its key names."""
+    """Map each value in range(n) by the permutation of its key."""
     bits = max((n - 1).bit_length(), 1)
     walking = np.arange(len(values))
     result = values.astype(np.uint64)
@@ -81,7 +81,7 @@ def permute(
 def _feistel(
     values: UInt64[np.ndarray, " count"], keys: UInt64[np.ndarray, " count"], bits: int
 ) -> UInt64[np.ndarray, " count"]:
-    """A bijection of range(2**bits): each half in turn is xor-ed with a hash of the other half."""
+    """A bijection of range(2**bits): each half in turn is XORed with a hash of the other half."""
     low_bits = np.uint64((bits + 1) // 2)
     low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
     high_mask = (np.uint64(1) << (np.uint64(bits) - low_bits)) - np.uint64(1)

@@ -2,11 +2,11 @@
 
 At stream position p the label is tokens[p]; the input is tokens[p - 1], or BOS where a document
 begins. So the first token of a document is predicted from BOS, its EOS is predicted, and EOS is
-never an input: no document sees anything of the one before it.
+never an input: no document sees tokens of the previous document.
 
-Some tokenizers put no BOS in front (Qwen), and some documents begin with it already (a chat
-rendered with a model's template). The position at the beginning of such a document is left empty,
-as padding is, in a segment by itself; the first token is then an input only.
+Some tokenizers put no BOS in front (Qwen), and some documents already begin with BOS (a chat
+rendered with a model's template). The position at the beginning of such a document is then masked
+like padding, in a segment of its own, and the document's first token is only an input.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from consyn_jax.errors import UserError
 CONTINUE = "continue"
 Sequences = dict[str, np.ndarray]
 """Sequences [n, T]: "input_ids", "labels" and "segment_ids" in int32, and "loss_mask" in bool."""
-# Documents planned together in `WholeDocuments`: enough to find a match for every gap, and few
-# enough to plan in a moment.
+# Number of documents packed together in `WholeDocuments`: enough to fill nearly every gap, few
+# enough to plan quickly.
 GROUP_DOCUMENTS = 65_536
 
 
 class Pieces(NamedTuple):
-    """Pieces of a split's stream, each in one sequence.
+    """Pieces of a split's token stream, each within one sequence.
 
     Attributes:
-        row: for each piece, its sequence, as an index into the requested ones.
-        start: stream position of its first token.
-        length: number of its tokens.
+        row: for each piece, the sequence that contains it, as an index into the requested
+            sequences.
+        start: for each piece, the stream position of its first token.
+        length: for each piece, its number of tokens.
     """
 
     row: Int64[np.ndarray, " pieces"]
@@ -46,7 +47,7 @@ class Pieces(NamedTuple):
 
 
 class PackedSequences(ABC):
-    """A split as sequences of one length.
+    """A split of the data as sequences of equal length.
 
     The loss counts a label where "loss_mask" is true: at the targets of fine-tuning rows, and
     everywhere in other data. Tokens that are not targets are still inputs, so their "segment_ids"
@@ -55,12 +56,13 @@ class PackedSequences(ABC):
     Args:
         block_size: tokens in a sequence.
         bos_id: the input at the first token of each document; None: documents get no BOS.
-        pad_id: input and label where a sequence is padded; the mask is False there and the segment
-            0.
+        pad_id: input and label of padding, whose mask is False and whose segment is 0.
 
     Attributes:
-        num_tokens: labels in an epoch; the loss counts `num_targets` of them.
-        num_documents, num_bytes: documents in the split and bytes of their text; None if unknown.
+        num_tokens: number of labels in an epoch.
+        num_targets: number of labels that count in the loss.
+        num_documents, num_bytes: number of documents in the split, and bytes of their text; None if
+            unknown.
     """
 
     def __init__(self, split: StoreSplit, block_size: int, bos_id: int | None, pad_id: int) -> None:
@@ -77,14 +79,14 @@ class PackedSequences(ABC):
 
     @abstractmethod
     def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
-        """The sequences `indices`, each in range(len).
+        """The sequences with the given `indices`, each in range(len).
 
-        Segment ids number the documents of a sequence, or their pieces, from 1.
+        Segment ids number the documents (or pieces of documents) in a sequence from 1.
         """
 
     @abstractmethod
     def pieces(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Pieces:
-        """The pieces of the stream in the sequences `indices`; no token is read."""
+        """The pieces of the stream in the sequences with the given `indices`; reads no tokens."""
 
     def __getitem__(self, i: int) -> Sequences:
         """One sequence: int32 ids, labels and segments, and a bool mask, each [block_size]."""
@@ -93,17 +95,17 @@ class PackedSequences(ABC):
         return {name: values[0] for name, values in self.rows([i % len(self)]).items()}
 
     def _unpredicted(self, labels: np.ndarray) -> Bool[np.ndarray, "..."]:
-        """True for a document's first label where no BOS is in front to predict it from."""
+        """Mark labels that are a document's first token and have no BOS before them as input."""
         return np.full(labels.shape, True) if self.bos_id is None else labels == self.bos_id
 
     @property
     def padding_fraction(self) -> float:
-        """Share of the positions of an epoch that are padding."""
+        """Fraction of an epoch's positions that are padding."""
         return 1 - self.num_tokens / (len(self) * self.block_size) if len(self) else 0.0
 
 
 class PackedDataset(PackedSequences):
-    """The windows of a split in store order; a document continues in the next window.
+    """A split cut into windows of `block_size` tokens; documents may span several windows.
 
     Item i covers stream positions i * block_size .. (i + 1) * block_size. Only the last window may
     be padded.
@@ -113,7 +115,7 @@ class PackedDataset(PackedSequences):
         return -(-self.num_tokens // self.block_size)
 
     def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
-        """The windows `indices`, each in range(len)."""
+        """The windows with the given `indices`, each in range(len)."""
         first = np.asarray(indices, np.int64) * self.block_size
         tokens, begins, targets = self.split.windows(first, self.block_size)
         labels, inputs = tokens[:, 1:].astype(np.int32), tokens[:, :-1].astype(np.int32)
@@ -135,14 +137,14 @@ class PackedDataset(PackedSequences):
         return {"input_ids": inputs, "labels": labels, "segment_ids": segments, "loss_mask": mask}
 
     def pieces(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Pieces:
-        """The windows: one piece each, of one or more documents."""
+        """One piece for each window, which may contain several documents."""
         first = np.asarray(indices, np.int64) * self.block_size
         lengths = np.minimum(self.block_size, self.num_tokens - first)
         return Pieces(np.arange(len(first)), first, lengths)
 
 
 class _Places(NamedTuple):
-    """Places of the pieces of some sequences: piece i is in row[i], columns left[i] .. right[i]."""
+    """Places of pieces in a batch's arrays: piece i is in row[i], columns left[i] .. right[i]."""
 
     row: np.ndarray
     left: np.ndarray
@@ -152,14 +154,15 @@ class _Places(NamedTuple):
 class WholeDocuments(PackedSequences):
     """Sequences of whole documents: a document that fits in a sequence is never cut.
 
-    They are packed by best-fit-decreasing (Ding et al. 2024, "Fewer Truncations Improve Language
-    Modeling") within groups of `GROUP_DOCUMENTS` consecutive documents; what stays free is padded.
-    A document longer than `block_size` is cut into full sequences and a rest that is packed like a
-    document. The rest is a segment by itself; its first input is the token before it.
+    Documents are packed by best-fit-decreasing (Ding et al. 2024, "Fewer Truncations Improve
+    Language Modeling") within groups of `GROUP_DOCUMENTS` consecutive documents; free positions are
+    padded. A document longer than `block_size` is cut into full sequences and a remainder, which is
+    packed like a document. The remainder is a segment of its own, and its first input is the token
+    before it.
 
-    The plan depends only on the lengths of the documents. It is made in the constructor, and takes
-    13 bytes per document (or piece of a long one) and 8 bytes per sequence. It needs no tokens,
-    unless the split has no index (raw token files) and the starts of documents must be searched.
+    The packing depends only on the lengths of the documents. The constructor computes it; it takes
+    13 bytes per document (or piece of a long document) and 8 bytes per sequence. No tokens are
+    read, unless the split has no index (raw token files) and must be searched for document starts.
     """
 
     def __init__(
@@ -170,7 +173,7 @@ class WholeDocuments(PackedSequences):
         pad_id: int,
         on_long: str = CONTINUE,
     ) -> None:
-        """Plan the sequences.
+        """Assign the documents to sequences.
 
         Args:
             on_long: treatment of a document longer than `block_size`: "continue" in the next
@@ -194,7 +197,7 @@ class WholeDocuments(PackedSequences):
     def _shortened(
         self, starts: Int64[np.ndarray, " n"], lengths: Int64[np.ndarray, " n"]
     ) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " m"]]:
-        """(starts, lengths) of documents after truncating or dropping those that are too long."""
+        """Truncate or drop documents that are too long; return (starts, lengths) of the rest."""
         size, long = self.block_size, np.flatnonzero(lengths > self.block_size)
         if len(long) and self.on_long == "error":
             raise UserError(
@@ -262,7 +265,7 @@ class WholeDocuments(PackedSequences):
         return {"input_ids": inputs, "labels": labels, "segment_ids": segments, "loss_mask": mask}
 
     def pieces(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Pieces:
-        """The documents, or pieces of long ones, in each sequence."""
+        """The documents, or pieces of long documents, in each sequence."""
         which, places = self._layout(np.asarray(indices, np.int64))
         return Pieces(places.row, self._starts[which], self._lengths[which].astype(np.int64))
 
@@ -278,7 +281,7 @@ class WholeDocuments(PackedSequences):
         return targets
 
     def _layout(self, which: Int64[np.ndarray, " n"]) -> tuple[np.ndarray, _Places]:
-        """The pieces of the sequences `which`, and their places, one sequence after the other."""
+        """The numbers of the pieces in the sequences `which`, and their places in the batch."""
         low, counts = self._pieces[which], self._pieces[which + 1] - self._pieces[which]
         row, nth = _numbered(counts)
         pieces = low[row] + nth
@@ -290,7 +293,7 @@ class WholeDocuments(PackedSequences):
 
 
 def _numbered(counts: Int64[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
-    """The group of each member, and its number there, if group i has `counts[i]` members.
+    """For groups of `counts[i]` members each: every member's group, and its number in the group.
 
     >>> _numbered(np.array([2, 0, 3]))
     (array([0, 0, 2, 2, 2]), array([0, 1, 0, 1, 2]))
@@ -302,10 +305,10 @@ def _numbered(counts: Int64[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
 def document_groups(
     split: StoreSplit,
 ) -> Iterator[tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]]:
-    """(starts, lengths) of `GROUP_DOCUMENTS` consecutive documents at a time.
+    """Iterate over (starts, lengths) of `GROUP_DOCUMENTS` consecutive documents at a time.
 
-    A document of raw token files may continue in the next file, so lengths are known only once the
-    next document starts.
+    A document of raw token files may continue in the next file, so its length is known only when
+    the next document starts.
     """
     waiting = np.empty(0, np.int64)
     for starts in split.document_starts():
@@ -325,9 +328,11 @@ def _plan(
     Bool[np.ndarray, " pieces"],
     Int64[np.ndarray, " sequences"],
 ]:
-    """Pieces in the order of their sequences, and the number of pieces of each sequence.
+    """Pack documents into sequences of `size` tokens.
 
-    A piece has a stream position, a length, and whether a document begins there.
+    Returns:
+        For each piece, in the order of the sequences: its stream position, its length, and whether
+        a document begins there. For each sequence: its number of pieces.
     """
     document, nth = _numbered(-(-lengths // size))
     piece_starts = starts[document] + nth * size
@@ -352,8 +357,8 @@ def pack(
 ) -> PackedSequences:
     """Pack a split into sequences.
 
-    By default, rows with a prompt stay whole, since an answer without its prompt teaches nothing;
-    they are truncated if too long. Other documents are cut from the stream.
+    By default, rows with a prompt are kept whole, since an answer without its prompt teaches
+    nothing, and truncated if too long. Other documents are joined and cut into sequences.
 
     Args:
         packing: "cut", "whole", or None for the default.

@@ -1,7 +1,7 @@
 """Preference pairs as rows of one length: the chosen sequence, then the rejected one.
 
-A row of a pair has two halves of `block_size` positions, each with its own segment, so neither
-sequence sees anything of the other. Within a half, inputs and labels are those of `packing.py`.
+A row has two halves of `block_size` positions, each a segment of its own, so the two sequences do
+not see each other. Within a half, inputs and labels are shifted as in `packing.py`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ CHOSEN_REFERENCE, REJECTED_REFERENCE = "chosen_reference", "rejected_reference"
 
 
 class _Halves(NamedTuple):
-    """The sequences of some pairs, chosen and rejected.
+    """The chosen and rejected sequences of some pairs; each array has an entry per sequence.
 
     Attributes:
         starts: Stream position of the first token.
-        lengths: Tokens.
+        lengths: Number of tokens.
         skipped: 1 where the first token is an input only, otherwise 0.
-        answers: Label number of the first token of the answer.
+        answers: Index, among the labels, of the first token of the answer.
     """
 
     starts: Int64[np.ndarray, "n 2"]
@@ -37,11 +37,11 @@ class _Halves(NamedTuple):
 
     @property
     def labels(self) -> Int64[np.ndarray, "n 2"]:
-        """Labels of each sequence."""
+        """Number of labels of each sequence."""
         return self.lengths - self.skipped
 
     def where(self, kept: Bool[np.ndarray, " n"]) -> _Halves:
-        """The pairs that are kept."""
+        """Select the pairs where `kept` is true."""
         return _Halves(*(values[kept] for values in self))
 
 
@@ -49,17 +49,17 @@ class PairDataset(PackedSequences):
     """A split of pairs, one pair per row.
 
     Args:
-        block_size: labels of a sequence; a row has twice as many.
-        on_long: treatment of a longer sequence: "truncate" it at its end, as TRL's `keep_start`
-            does, "drop" its pair, or "error". A pair that would keep no token of an answer is
-            always dropped.
+        block_size: number of labels of a sequence; a row has twice as many.
+        on_long: treatment of a sequence that is longer: "truncate" its end, as TRL's `keep_start`
+            does, "drop" the pair, or "error". A pair is always dropped if truncation would leave no
+            token of an answer.
 
     Attributes:
         num_long: pairs with a sequence longer than `block_size`.
         num_without_answer: pairs dropped because a prompt fills the sequence.
         lost_tokens: labels that were cut off or dropped.
-        reference: log-probabilities of the answers under the model that the run starts from, for
-            each pair the chosen and the rejected one; None until they are known.
+        reference: log-probabilities of the answers under the initial model, for each pair the
+            chosen and the rejected answer; None until they are computed.
 
     Raises:
         UserError: a sequence is too long and `on_long` is "error", or a document is not a pair.
@@ -109,16 +109,16 @@ class PairDataset(PackedSequences):
         return 1 - self.num_tokens / positions if positions else 0.0
 
     def pieces(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Pieces:
-        """The pieces of the pairs `indices`: two of each."""
+        """The pieces of the pairs with the given `indices`, two for each pair."""
         which = np.asarray(indices, np.int64)
         row = np.repeat(np.arange(len(which)), 2)
         lengths = (self._sizes + self._halves.skipped)[which]
         return Pieces(row, self._halves.starts[which].reshape(-1), lengths.reshape(-1))
 
     def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
-        """The pairs `indices`, each in range(len), each array [n, 2 * block_size].
+        """The pairs with the given `indices` (each in range(len)), as arrays [n, 2 * block_size].
 
-        Once the reference is known, they include its log-probabilities [n] of each answer.
+        Once `reference` is computed, its log-probabilities [n] of each answer are included.
         """
         which = np.asarray(indices, np.int64)
         starts, skipped, answers = (
@@ -152,7 +152,7 @@ class PairDataset(PackedSequences):
 
 
 def longer_sequences(split: StoreSplit) -> Int64[np.ndarray, " n"]:
-    """The tokens of each pair's longer sequence."""
+    """Number of tokens of each pair's longer sequence."""
     found = [_halves(split, *group, False).lengths.max(1) for group in document_groups(split)]
     return np.concatenate([np.empty(0, np.int64), *found])
 
@@ -163,7 +163,7 @@ def _halves(
     lengths: Int64[np.ndarray, " n"],
     has_no_bos: bool,
 ) -> _Halves:
-    """The sequences of consecutive documents."""
+    """The chosen and rejected sequences of consecutive documents."""
     marks = np.empty(int(lengths.sum()), np.uint8)
     split.read_targets(int(starts[0]), marks)
     first, ends = starts - starts[0], starts - starts[0] + lengths

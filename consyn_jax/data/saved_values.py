@@ -23,7 +23,7 @@ def check_types(value: Any) -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type, and so are the values in it.
+    """Whether a value has a type, and all values nested in it have theirs.
 
     >>> fits({"a": [1, 2]}, dict[str, list[int]]), fits({"a": [1, "2"]}, dict[str, list[int]])
     (True, False)

@@ -1,7 +1,7 @@
-"""Train, validation or test split of a document, decided by that document alone.
+"""Assign a document to train, validation or test by a hash of its text.
 
-A document keeps its split when others are added, and duplicates share one. A corpus of a single
-document is cut by position instead: its last part is held out.
+A document stays in its split when other documents are added, and duplicates share a split. A corpus
+of a single document is split by position instead: its last part is held out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SPLITS = (TRAIN, VALIDATION, TEST)
-# Part of every cache key, because another salt gives another split.
+# The salt is part of every cache key, because another salt gives other splits.
 SALT = b"consyn_jax"
 DIGEST_BYTES = 16
 # `datasets.data_files.SPLIT_KEYWORDS` and the characters that end a word there.
@@ -25,7 +25,7 @@ _BETWEEN = re.compile(r"[-._ 0-9]+")
 
 
 def split_of_name(name: str) -> str | None:
-    """The split that the name of a file or directory contains, or None.
+    """The split whose keyword is in the name of a file or directory; None if there is none.
 
     >>> [split_of_name(name) for name in ("val.jsonl", "fw_val_000.bin", "train_sft-00.csv")]
     ['validation', 'validation', 'train']
@@ -54,8 +54,8 @@ def joined_digest(parts: Sequence[bytes]) -> bytes:
 def split_of(document: bytes, validation: float, test: float = 0.0) -> str:
     """The split of a document, from its digest read as a number in [0, 1).
 
-    A document in parts is decided by the digest of its first part. Validation takes the lower end
-    of the interval and test the upper end, so a larger share only moves documents out of train.
+    For a document in parts, it is the digest of the first part. Validation takes the lower end of
+    the interval and test the upper end, so a larger share only moves documents out of train.
 
     >>> a = digest(b"a document")
     >>> split_of(a, 0.0), split_of(a, 1.0), split_of(a, 0.0, 1.0)

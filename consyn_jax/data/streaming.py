@@ -1,10 +1,10 @@
-"""Training while the corpus is still being tokenised, in an order that does not depend on progress.
+"""Training while the corpus is still being tokenised, in an order that does not depend on speed.
 
-The sequence at a position depends on the position, the seed and the finished store. In the first
-epoch, windows are shuffled within blocks of `BLOCK_WINDOWS` consecutive ones, and a block is read
-once all of it is in the store. Later epochs are shuffled as a whole, as without streaming. So a run
-on a store that is complete from the start sees the same sequences. A resumed run continues exactly,
-however far the preparation had come.
+The sequence at a position depends only on the position, the seed and the finished store. In the
+first epoch, windows are shuffled within blocks of `BLOCK_WINDOWS` consecutive windows, and a block
+is read when all of it is in the store. Later epochs are shuffled as a whole, as without streaming.
+So a run on a store that is complete from the start sees the same sequences, and a resumed run
+continues exactly, whatever the progress of the preparation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from consyn_jax.data.split import TRAIN, VALIDATION
 from consyn_jax.data.store.store_split import StoreSplit
 from consyn_jax.errors import UserError
 
-# 1,024 windows of 1,024 tokens take about a second to tokenise, so training begins soon; and a
+# 1,024 windows of 1,024 tokens take about a second to tokenise, so training begins soon; yet a
 # batch is drawn from a million tokens, not from one or two neighbouring documents.
 BLOCK_WINDOWS = 1024
 VALIDATION_WINDOWS = 256
@@ -33,7 +33,7 @@ class Streamed:
     """The training sequences of a growing corpus, as an endless order (`loader.Order`).
 
     Args:
-        block_size: tokens in a window.
+        block_size: number of tokens in a window.
     """
 
     def __init__(self, corpus: Growing, block_size: int, seed: int) -> None:
@@ -45,21 +45,21 @@ class Streamed:
         """The sequences at any positions, each array [n, block_size]; waits until they exist.
 
         Raises:
-            UserError: the corpus has no training documents at all.
+            UserError: the complete corpus has no training documents.
         """
         if not len(positions):
             return self._packed.rows(positions)
         blocks, offsets = np.divmod(positions, np.int64(BLOCK_WINDOWS))
         packed, complete = self._with((int(blocks.max()) + 1) * BLOCK_WINDOWS)
-        # Within a block, windows are ordered like an epoch of BLOCK_WINDOWS samples.
+        # Windows within a block are shuffled like an epoch of BLOCK_WINDOWS samples.
         shuffled = ids_at(part_seed(self.seed, 0), positions, BLOCK_WINDOWS)
         if not complete:
             return packed.rows(blocks * BLOCK_WINDOWS + shuffled)
         n = len(packed)
         if not n:
             raise UserError(
-                "All documents fell on the validation split and none is left to train on. Lower "
-                "--validation_fraction, or give more data."
+                "All documents were assigned to the validation split, so none is left to train "
+                "on. Lower --validation_fraction, or give more data."
             )
         last, rest = divmod(n, BLOCK_WINDOWS)
         if rest:
@@ -71,7 +71,7 @@ class Streamed:
         return packed.rows(np.where(positions < n, first_epoch, ids_at(self.seed, positions, n)))
 
     def passes(self, position: int) -> dict[str, int]:
-        """Whole epochs before `position`, under the name "".
+        """Number of complete epochs before `position`, under the name "".
 
         Waits until it is known whether the corpus continues after the position.
         """
@@ -79,7 +79,7 @@ class Streamed:
         return {"": position // len(packed) if complete and len(packed) else 0}
 
     def _with(self, windows: int, more_tokens: int = 0) -> tuple[PackedDataset, bool]:
-        """Wait until the corpus has `windows` windows and `more_tokens` tokens more, or ends.
+        """Wait until the corpus has `windows` windows plus `more_tokens` tokens, or is complete.
 
         Returns:
             All windows so far, and whether the corpus is complete.
@@ -89,8 +89,7 @@ class Streamed:
             packed, complete = self._packed, self._complete
         if complete or packed.num_tokens >= tokens:
             return packed, complete
-        # Without the lock: one thread may wait for the next block while another reads windows that
-        # exist.
+        # Wait without the lock, so that another thread can read existing windows meanwhile.
         split, complete = self.corpus.split(TRAIN, tokens)
         packed = _pack(self.corpus, split, self.block_size)
         with self._lock:
@@ -102,8 +101,8 @@ class Streamed:
 class FirstWindows:
     """The first `VALIDATION_WINDOWS` windows of the validation split, or all if there are fewer.
 
-    The first use waits for them. The whole split exists only when the preparation ends, and a loss
-    that is compared between evaluations must always be over the same tokens.
+    The first use waits until they exist. The whole split exists only when the preparation ends, but
+    all evaluations must use the same tokens, so that their losses can be compared.
     """
 
     def __init__(self, corpus: Growing, block_size: int) -> None:
@@ -115,14 +114,14 @@ class FirstWindows:
         return min(VALIDATION_WINDOWS, len(self._windows()))
 
     def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
-        """The windows `indices` (each in range(len)), each array [n, block_size]."""
+        """The windows with the given `indices` (each in range(len)), as arrays [n, block_size]."""
         return self._windows().rows(indices)
 
     @property
     def num_bytes(self) -> int | None:
-        """Bytes of the windows' text; None if the split may have more windows.
+        """Bytes of the windows' text; None if the windows may end inside a document.
 
-        The number of bytes is unknown for a part of a document.
+        The number of bytes is known only for complete documents.
         """
         packed = self._windows()
         is_whole_split = packed.num_tokens < VALIDATION_WINDOWS * self.block_size

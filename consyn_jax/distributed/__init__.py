@@ -1,1 +1,1 @@
-"""The device mesh, the processes of one run, the table of GPUs and the compiler's settings."""
+"""The device mesh, the processes of a run, the table of GPUs, and compiler settings."""

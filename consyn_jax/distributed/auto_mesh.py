@@ -1,4 +1,4 @@
-"""`--mesh auto`: choose a mesh from the machine and from what one device would have to hold."""
+"""`--mesh auto`: choose a mesh from the number of devices and the memory that a step needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Sizes = dict[str, int]  # by axis
 
 @dataclass(frozen=True)
 class Machine:
-    """The hosts that a mesh is chosen for, and the bytes that one device may use."""
+    """Number of hosts, devices per host, and usable bytes of memory per device."""
 
     hosts: int
     per_host: int
@@ -26,7 +26,7 @@ class Machine:
 
 
 class MeshChoice(NamedTuple):
-    """Sizes of the four axes, and the reason for them."""
+    """A chosen mesh: the sizes of the four axes, and the reason for them as text."""
 
     sizes: Sizes
     reason: str
@@ -39,23 +39,24 @@ def choose_mesh(
     batch_size: int,
     splits: Mapping[str, int],
 ) -> MeshChoice:
-    """Split the weights over groups of hosts (fsdp) and copy them across the groups (data).
+    """Choose the axis sizes of the mesh: fsdp shards the weights, data replicates them.
 
-    A model that fits one device is split inside each host, where gathers are small and stay on
-    fast links. A larger one is split over up to 8 hosts, because summing its gradients over copies
-    would take longer than gathering it over the network. If that does not fit, it is split over
-    as many hosts as the memory requires.
+    - A model that would fit on one device is sharded inside each host, where the links are fast
+      and the gathers small, and replicated across hosts.
+    - A larger model is sharded over groups of up to 8 hosts, because to gather its weights over the
+      network takes less time than to sum its gradients over more replicas.
+    - If that does not fit, the model is sharded over as many hosts as it needs.
 
-    With fewer sequences than devices, devices of one host share each sequence. They split its
-    tokens (context) or, if the weights that context replicates do not fit, its heads and
-    feed-forward (tensor).
+    With fewer sequences than devices, several devices of one host share each sequence. They split
+    the tokens of the sequence (context). If the weights do not fit, because context replicates
+    them, they split heads and feed-forward instead (tensor).
 
     Args:
-        hidden_dim: width of the model; fsdp must divide it.
-        needs: estimates the bytes on one device from the sizes of the axes.
-        batch_size: sequences of a micro-batch; data x fsdp must divide it.
-        splits: the axes context and tensor, the preferred one first, with the number that each
-            must divide.
+        hidden_dim: Width of the model, which fsdp must divide.
+        needs: Function that estimates the bytes on one device, given the sizes of the axes.
+        batch_size: Sequences per micro-batch, which data x fsdp must divide.
+        splits: For the axes context and tensor, in the order of preference, the number that the
+            size of the axis must divide.
 
     >>> splits, needs = {"context": 2048, "tensor": 8}, lambda sizes: 64 // sizes["fsdp"]
     >>> choose_mesh(Machine(4, 8, 80), 4096, needs, 32, splits)
@@ -83,7 +84,7 @@ def choose_mesh(
 def _share_sequences(
     machine: Machine, hidden_dim: int, needs: Callable[[Sizes], int], axis: str, share: int
 ) -> MeshChoice:
-    """Split each sequence over `share` devices along `axis`, and the weights over the others."""
+    """Split each sequence over `share` devices by the mesh axis `axis`, and shard the weights."""
     shared = {axis: share}
     weights = _split_weights(
         replace(machine, per_host=machine.per_host // share),

@@ -1,4 +1,4 @@
-"""The place of this process in its run, from flags, Slurm, Open MPI or Kubernetes."""
+"""Detect this process's number in the run and process 0's address, from flags or the scheduler."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ PORTS_APART = 257  # a prime, so that steps of jobs with close numbers seldom ha
 
 
 class Place(NamedTuple):
-    """The place of this process among those of its run.
+    """This process's number in the run, and the address of process 0.
 
     Attributes:
-        address: host and port of process 0.
-        num_processes: number of processes of the run.
-        process_id: the number of this process, from 0.
-        start: the scheduler's identity of this launch, the same in all processes; "" if unknown.
+        address: Host and port of process 0.
+        num_processes: Number of processes of the run.
+        process_id: Number of this process, counted from 0.
+        start: Identity of this launch from the scheduler, the same in all processes; "" if unknown.
     """
 
     address: tuple[str, int]
@@ -30,10 +30,10 @@ class Place(NamedTuple):
 
 
 def find_cluster(options: HardwareOptions) -> Place:
-    """Find process 0, from the three flags or from Slurm, Open MPI or Kubernetes.
+    """Determine this process's `Place` from the three flags, Slurm, Open MPI or Kubernetes.
 
     Raises:
-        UserError: none of these is present, or not all three values are known.
+        UserError: There are neither flags nor a known scheduler, or a value is missing.
     """
     address: Any = options.coordinator_address
     count: Any = options.num_processes
@@ -57,9 +57,10 @@ def _is_of_open_mpi() -> bool:
 
 
 def _port_of_step() -> int:
-    """A port for each step of a Slurm job; for the first step, the one that JAX would take.
+    """Choose a port for a step of a Slurm job, because steps of one job may share hosts.
 
-    Steps of one job may run on the same hosts at the same time, as may jobs with close numbers.
+    The first step gets the port that JAX would choose. Jobs with close numbers may share hosts,
+    too.
     """
     job, step = (int(os.environ[f"SLURM_{name}_ID"]) for name in ("JOB", "STEP"))
     return FIRST_PORT + (job + PORTS_APART * step) % PORTS

@@ -1,8 +1,8 @@
-"""The table of XLA settings that differ from XLA's defaults.
+"""XLA compiler settings that this package changes from their defaults.
 
-Each setting was seen to improve a compiled train step; docs/design/compiled-programs.md has the
-measurements and the settings that were tried and rejected. They are passed with each program
-rather than through `XLA_FLAGS`, where a name that the installed XLA does not know ends the process.
+Each setting improves a compiled train step; docs/design/compiled-programs.md has the measurements,
+and the settings that were rejected. The settings are passed with each program and not in
+`XLA_FLAGS`, because XLA ends the process if `XLA_FLAGS` has a name that it does not know.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Options = dict[str, bool | int | str]
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of XLA.
+    """A setting of XLA.
 
     Attributes:
-        name: as in `XLA_FLAGS`, without the dashes.
-        reason: what it improves.
-        generations: the GPU generations that get it, or CPU.
+        name: Name of the setting, as in `XLA_FLAGS` but without dashes.
+        reason: What the setting improves.
+        generations: GPU generations for which the setting is used, or CPU.
     """
 
     name: str
@@ -65,9 +65,11 @@ SETTINGS = (
 def compiler_options(devices: Sequence[Any]) -> Options:
     """Options for `jax.jit(..., compiler_options=)` of a program for `devices`.
 
-    The devices may be descriptions (`Topology.described_devices`). Settings that the user's
-    `XLA_FLAGS` name are left to the user, and those that the installed XLA does not know are left
-    out.
+    Settings that the user has set in `XLA_FLAGS` are left out, and so are those that the installed
+    XLA does not know.
+
+    Args:
+        devices: Devices of this machine, or descriptions of devices (`Topology.described_devices`).
     """
     device = next(
         (each for each in devices if each.process_index == jax.process_index()), devices[0]
@@ -83,7 +85,7 @@ def compiler_options(devices: Sequence[Any]) -> Options:
 
 
 def generation_of(device: Any) -> str | None:
-    """A name of `GENERATIONS`, or CPU; None for any other device."""
+    """The GPU generation of a device, one of `GENERATIONS`, or CPU; None for any other device."""
     if device.platform == "cpu":
         return CPU
     if device.platform not in ("gpu", "cuda"):
@@ -95,7 +97,7 @@ def generation_of(device: Any) -> str | None:
 
 
 def names_in_xla_flags() -> set[str]:
-    """Names of the flags in the environment's `XLA_FLAGS`, or in the file that it names."""
+    """Names of the flags in the environment variable `XLA_FLAGS`, or in the file that it names."""
     text = os.environ.get("XLA_FLAGS", "").strip()
     if text and not text.startswith("-"):
         try:
@@ -109,9 +111,9 @@ def names_in_xla_flags() -> set[str]:
 def _known(
     device: Any, options: tuple[tuple[str, bool | int | str], ...]
 ) -> tuple[tuple[str, bool | int | str], ...]:
-    """Keep the options that the compiler knows, by compiling one addition with them.
+    """Return only the options that XLA knows, found by compiling an addition with them.
 
-    The compiler stops at the first name that it does not know, and names it.
+    XLA reports the first name that it does not know, so unknown options are removed one by one.
     """
     like = jax.ShapeDtypeStruct((), "int32", sharding=SingleDeviceSharding(device))
     while options:

@@ -1,4 +1,4 @@
-"""The table of GPUs: one row per GPU, for model FLOP utilisation, planning and compiling.
+"""The table of GPUs, with one row per GPU, for planning, compiling and model FLOP utilisation.
 
 docs/design/planning.md has the source of each number.
 """
@@ -12,12 +12,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU whose peak rate alone is known.
+    """A GPU of which only the peak rate is known.
 
     Attributes:
-        name: identifies devices whose kind contains it; where several names match, the longest
-            counts.
-        bf16_flops: FLOP/s of dense bf16 products summed in float32, as specified.
+        name: Text that the driver's name of the device (its kind) contains. If several entries
+            match a device, the longest name is used.
+        bf16_flops: Specified FLOP/s of dense bf16 matmuls with float32 accumulation.
     """
 
     name: str
@@ -25,27 +25,28 @@ class Gpu:
 
     @property
     def key(self) -> str:
-        """The name in a `--topology`, such as "rtx4090"."""
+        """Name of the GPU in `--topology`, such as "rtx4090"."""
         return self.name.lower().replace(" ", "")
 
 
 @dataclass(frozen=True)
 class DescribedGpu(Gpu):
-    """A GPU described well enough to plan and compile for without having one.
+    """A GPU with all numbers that planning and compiling need on a machine without this GPU.
 
-    Rates are per second and GPU. Defaults are what Hopper and Blackwell share.
+    Rates are per second and per GPU. The default values hold for Hopper and Blackwell.
 
     Attributes:
-        kind: the name that the driver gives the device.
-        memory_bytes: what the driver reports as the device's memory.
-        memory_bandwidth: bytes to and from the device's memory, as specified.
-        matmul_flops: best measured rate of a dense bf16 product summed in float32.
-        link_bandwidth: bytes to other GPUs of the host, one way, as specified.
-        network_bandwidth: bytes to other hosts, one way, as specified; GPUs that share a port
-            count their share of it.
-        host_bandwidth: bytes to or from the host's memory, as specified.
-        capability: the CUDA compute capability, as XLA's text format writes it.
-        cores: streaming multiprocessors; fields that end in `_per_core` count for one of them.
+        kind: The driver's name of the device.
+        memory_bytes: Device memory that the driver reports.
+        memory_bandwidth: Specified bytes/s from and to device memory.
+        matmul_flops: Best measured FLOP/s of a dense bf16 matmul with float32 accumulation.
+        link_bandwidth: Specified bytes/s to other GPUs of the host, in one direction.
+        network_bandwidth: Specified bytes/s to other hosts, in one direction, as this GPU's share
+            of a network port.
+        host_bandwidth: Specified bytes/s to or from host memory.
+        capability: CUDA compute capability, as in XLA's text format.
+        cores: Number of streaming multiprocessors; fields ending in `_per_core` are per
+            multiprocessor.
     """
 
     kind: str
@@ -259,7 +260,7 @@ DESCRIBED = {gpu.key: gpu for gpu in GPUS if isinstance(gpu, DescribedGpu)}
 
 
 def bf16_peak(device_kind: str) -> float | None:
-    """Peak FLOP/s of one device, or None if its kind is not in the table.
+    """Peak FLOP/s of a device in bf16; None if its kind is not in the table.
 
     >>> bf16_peak("NVIDIA H100 80GB HBM3")
     989000000000000.0
@@ -269,7 +270,7 @@ def bf16_peak(device_kind: str) -> float | None:
 
 
 def described_gpu(device_kind: str) -> DescribedGpu | None:
-    """The described GPU of exactly this device kind, or None.
+    """The entry of `DESCRIBED` with exactly this device kind; None if there is none.
 
     >>> described_gpu("NVIDIA H100 80GB HBM3") is DESCRIBED["h100"]
     True
@@ -278,12 +279,13 @@ def described_gpu(device_kind: str) -> DescribedGpu | None:
 
 
 def runs_triton(platform: str, compute_capability: str = "") -> bool:
-    """Whether Triton kernels can be compiled for a device: an NVIDIA GPU from Ampere on.
+    """Whether Triton kernels can be compiled for a device: an NVIDIA GPU of Ampere or newer.
 
     Args:
-        platform: "cpu", "gpu", "cuda" or "rocm", as `jax.Device.platform` and
-            `jax.default_backend` name it.
-        compute_capability: "9.0" for Hopper; empty if unknown, which counts as recent.
+        platform: "cpu", "gpu", "cuda" or "rocm", as in `jax.Device.platform` and
+            `jax.default_backend`.
+        compute_capability: The GPU's compute capability, such as "9.0" for Hopper. Empty if
+            unknown; the GPU then counts as recent.
 
     >>> runs_triton("gpu", "7.0"), runs_triton("cuda", "9.0"), runs_triton("gpu")
     (False, True, True)

@@ -1,8 +1,8 @@
 """`--distributed`: join several processes into one run.
 
-Until all processes have met (`rendezvous`), JAX is used only to detect the cluster (`cluster`). So
-a wrong launch ends every process with one sentence, where JAX would abort. docs/distributed.md has
-the reasons.
+Before JAX is initialised, the processes connect to each other (`rendezvous`) and compare flags and
+versions. A mistake in the launch thus ends every process with a one-sentence message, where JAX
+would abort with a stack trace. docs/distributed.md has the reasons.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ JAX_ERROR_S = 10.0  # time to learn whether another process's death caused JAX's
 def runtime(run: RunConfig, prog: str = "consyn-train") -> Iterator[ProcessGroup]:
     """Run JAX over all processes of the run inside the block; JAX must not be in use before.
 
-    If the block ends with an error, the other processes end too.
+    If the block raises an error in one process, the other processes end, too.
 
     Raises:
-        UserError: the processes do not find each other, or differ in versions, flags or devices.
-            All of them raise it.
+        UserError: The processes do not find each other, or differ in versions, flags or devices.
+            All processes raise it.
     """
     place = find_cluster(run.hardware)
     about = {"host": socket.gethostname(), "gpus": visible_gpus(), "facts": facts(run)}
@@ -92,7 +92,7 @@ def runtime(run: RunConfig, prog: str = "consyn-train") -> Iterator[ProcessGroup
 
 
 def _shut_down(process_group: ProcessGroup) -> None:
-    """End this process together with all others, without an error."""
+    """Disconnect from the other processes after the block has ended without an error."""
     process_group.leave()
     jax.distributed.shutdown()
     process_group.close()
@@ -100,9 +100,9 @@ def _shut_down(process_group: ProcessGroup) -> None:
 
 
 def _fail(process_group: ProcessGroup, error: BaseException) -> None:
-    """End the other processes because of `error`; this one then ends without waiting for them."""
+    """End the other processes because of `error`; this process then exits without waiting."""
     if isinstance(error, jax.errors.JaxRuntimeError):
-        # If another process died, its closed connection shows that, and the thread ends this one.
+        # If another process died, the thread notices its closed connection, and ends this process.
         process_group.await_end(JAX_ERROR_S)
     if isinstance(error, UserError):
         code, sentence = 2, str(error)
@@ -116,7 +116,7 @@ def _fail(process_group: ProcessGroup, error: BaseException) -> None:
 
 
 def _end_at_once(code: int) -> None:
-    """Exit without waiting for the other processes; JAX's own exit would wait for them."""
+    """Exit at once, without JAX's exit handlers, which would wait for the other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -126,7 +126,7 @@ def _end_at_once(code: int) -> None:
 
 
 def facts(run: RunConfig) -> dict[str, str]:
-    """Flags and versions, by name, that must be equal in all processes."""
+    """Flags and versions that must be the same in all processes, by name."""
     found = {f"--{name}": str(value) for name, value in flat(run).items() if name not in OWN}
     for package in PACKAGES:
         try:
@@ -137,13 +137,13 @@ def facts(run: RunConfig) -> dict[str, str]:
 
 
 def refuse_differences(processes: Sequence[dict[str, str]]) -> None:
-    """Check that the facts of all processes are the same.
+    """Raise an error if the processes differ in their flags or versions.
 
     Args:
-        processes: the facts of each process, by name.
+        processes: Facts of each process, by name.
 
     Raises:
-        UserError: they differ; the message names which facts and in which processes.
+        UserError: The processes differ; the message names the facts and the processes.
     """
     found = []
     for name in dict.fromkeys(name for each in processes for name in each):
@@ -162,7 +162,7 @@ def refuse_differences(processes: Sequence[dict[str, str]]) -> None:
 
 
 def _numbered(numbers: list[int]) -> str:
-    """Process numbers in words, with ranges for runs of numbers.
+    """List process numbers in words, with ranges of consecutive numbers.
 
     >>> _numbered([1]), _numbered([0, 2, 3, 4])
     ('process 1', 'processes 0, 2 to 4')
@@ -182,13 +182,16 @@ def _numbered(numbers: list[int]) -> str:
 
 
 def share_devices(processes: Sequence[tuple[str, Sequence[str]]]) -> list[list[int] | None]:
-    """Choose which of its visible GPUs each process uses; None for all.
+    """Choose which of its visible GPUs each process uses.
 
-    Processes of one host that see the same GPUs share them evenly. If a scheduler gives each
-    process its own GPUs, there is nothing to share.
+    Processes of one host that see the same GPUs share them evenly. A process that sees GPUs of its
+    own, as under some schedulers, uses all of them.
 
     Args:
-        processes: the host, and the identities of the GPUs that the process sees.
+        processes: Host name and visible GPUs (UUIDs) of each process.
+
+    Returns:
+        For each process, the indices of its GPUs in its own list; None for all.
 
     Raises:
         UserError: the number of processes on a host does not divide its GPUs.

@@ -1,4 +1,4 @@
-"""The device mesh, and the one table that maps logical axes of arrays to mesh axes."""
+"""The device mesh, and the table that maps logical axes of arrays to mesh axes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
     """The `PartitionSpec` of an array whose dimensions have these logical names.
 
     Raises:
-        ValueError: two dimensions would be split over the same mesh axis, or a name is not in
+        ValueError: Two dimensions would be sharded over the same mesh axis, or a name is not in
             `RULES`.
 
     >>> tuple(partition_spec(("batch", "sequence", None)))
@@ -55,7 +55,7 @@ def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
         axes = RULES[logical]
         if used & set(axes):
             raise ValueError(
-                f"Axes {tuple(logical_axes)} collide: two of them are split over mesh axis "
+                f"Axes {tuple(logical_axes)} collide: two of them would be sharded over mesh axis "
                 f"{(used & set(axes)).pop()!r}."
             )
         used |= set(axes)
@@ -69,7 +69,7 @@ def sharding(mesh: Mesh, logical_axes: Sequence[str | None]) -> NamedSharding:
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Constrain the sharding of `x` by the table; a no-op without a mesh in context."""
+    """Constrain the sharding of `x` by its logical axes; without a current mesh, return `x`."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(logical_axes))
@@ -78,11 +78,12 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
 def on_each_device(
     local: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any
 ) -> Callable[..., Any]:
-    """Make `local` run on each device's part of the arrays; without a mesh, on whole arrays.
+    """Run `local` on each device's shards by `shard_map`; without a current mesh, on full arrays.
 
     Args:
-        in_axes: For each argument a tree of tuples of logical axes; None for a missing array.
-        out_axes: The same for the result.
+        in_axes: Logical axes of each argument, a tuple or a tree of tuples; None for a missing
+            array.
+        out_axes: Logical axes of the result, in the same form.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return local
@@ -96,12 +97,12 @@ def on_each_device(
 
 
 def mesh_sizes() -> dict[str, int]:
-    """Axis sizes of the mesh in context (`jax.set_mesh`); all 1 without one."""
+    """Axis sizes of the current mesh (`jax.set_mesh`); all 1 if none is set."""
     return dict.fromkeys(AXES, 1) | dict(jax.sharding.get_abstract_mesh().shape)
 
 
 def split_axes(sizes: dict[str, int], *logical_axes: str) -> tuple[str, ...]:
-    """The mesh axes larger than 1 that these logical axes are split over.
+    """The mesh axes larger than 1 over which any of these logical axes is sharded.
 
     >>> split_axes({"data": 1, "fsdp": 4, "context": 2, "tensor": 1}, "batch", "sequence", "vocab")
     ('fsdp', 'context')
@@ -110,11 +111,11 @@ def split_axes(sizes: dict[str, int], *logical_axes: str) -> tuple[str, ...]:
 
 
 def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
-    """Parse a `--mesh` such as "data=2,fsdp=4" into the sizes of all four axes.
+    """Parse a value of `--mesh` such as "data=2,fsdp=4" into the sizes of all four axes.
 
     Raises:
-        UserError: an axis is unknown, a size is not a positive number, or the product is not
-            `num_devices`.
+        UserError: An axis is unknown, a size is not a positive number, or the product of the sizes
+            is not `num_devices`.
 
     >>> parse_mesh("data=2,tensor=2", 4)
     {'data': 2, 'fsdp': 1, 'context': 1, 'tensor': 2}
@@ -139,7 +140,7 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
 
 
 def build_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Build a mesh with all four axes; JAX orders the devices to suit the network."""
+    """Build a mesh with all four axes; JAX chooses the order of the devices to suit the network."""
     shape = tuple(sizes[axis] for axis in AXES)
     if devices is None:
         devices = jax.devices()
@@ -149,14 +150,14 @@ def build_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = Non
 def check_batch(
     sizes: dict[str, int], batch_size: int, max_tokens: int, sequences: int = 1
 ) -> None:
-    """Check that the mesh divides the micro-batch and the row.
+    """Check that the mesh divides the micro-batch and the length of a row.
 
     Args:
-        max_tokens: tokens of a sequence.
-        sequences: sequences in a row.
+        max_tokens: Tokens per sequence.
+        sequences: Sequences per row.
 
     Raises:
-        UserError: it does not; the message names the nearest values that work.
+        UserError: A size does not divide; the message gives the nearest values that do.
     """
     rows = sizes["data"] * sizes["fsdp"]
     if batch_size % rows:
@@ -174,10 +175,13 @@ def check_batch(
 
 
 def check_model(sizes: dict[str, int], dimensions: dict[str, int]) -> None:
-    """Check that the mesh divides the model's `dimensions`, given by flag name.
+    """Check that the mesh divides the sizes of the model.
+
+    Args:
+        dimensions: Sizes of the model, by the name of their flag.
 
     Raises:
-        UserError: it does not; the message names the dimension and the axis.
+        UserError: A size does not divide; the message names the size and the mesh axis.
     """
     for name, size in dimensions.items():
         axis = "fsdp" if name == "hidden_dim" else "tensor"
@@ -190,7 +194,7 @@ def check_model(sizes: dict[str, int], dimensions: dict[str, int]) -> None:
 
 
 def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
-    """Indices of the rows of a global batch that this process holds, ascending."""
+    """Indices of the rows of a global batch that are on this process's devices, ascending."""
     spec = sharding(mesh, ("batch",))
     index_of = spec.addressable_devices_indices_map((num_rows,))
     return np.unique(
@@ -203,9 +207,9 @@ def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
 def placer(
     mesh: Mesh, logical_axes: Sequence[str | None]
 ) -> Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]]:
-    """Make a function that puts this process's rows of a batch on its devices of `mesh`.
+    """Return a function that copies this process's rows of a batch to its devices in `mesh`.
 
-    An array with fewer dimensions has the first of `logical_axes`.
+    An array with fewer dimensions than `logical_axes` uses the first of them.
     """
     where = [sharding(mesh, logical_axes[:rank]) for rank in range(len(logical_axes) + 1)]
     return lambda batch: {

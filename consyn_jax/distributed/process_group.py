@@ -1,10 +1,11 @@
-"""The processes of one run, and their messages outside of JAX.
+"""The processes of a run, and messages between them that do not use JAX.
 
-They exchange progress, small answers, and the reason when all of them must end. JAX's own runtime
-ends a process with a stack trace when another one is missing, starts twice or dies. So process 0
-listens on the coordinator's address, every other process keeps one connection to it, and lines of
-JSON go over these connections. JAX is initialised afterwards, on a port of its own. Waits here have
-no time limit, because heartbeats show that the other processes are alive.
+The processes exchange their progress, short answers, and the reason when all of them must end.
+JAX's own runtime ends a process with a stack trace if another process is missing, starts twice or
+dies. So process 0 listens on the coordinator's address, and every other process keeps one
+connection to process 0, over which they send lines of JSON. JAX is initialised afterwards, on a
+different port. Waiting here has no time limit, because heartbeats show that the other processes are
+alive.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ AGAIN = f"The same command {CONTINUES}."
 
 
 class Connection:
-    """A connection that carries JSON arrays; their first element is the kind of message.
+    """A connection that carries JSON arrays, whose first element is the kind of message.
 
     Attributes:
-        silent_s: time since the last message.
-        left: the other process has finished its work, so a closed connection is not a failure.
-        closed: nothing more will be received.
-        progress: the other process's, as of its last heartbeat.
+        silent_s: Seconds since the last message arrived.
+        left: Whether the other process has finished, so that closing the connection is not a
+            failure.
+        closed: Whether no more messages can arrive.
+        progress: Progress of the other process in its last heartbeat.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -51,16 +53,16 @@ class Connection:
         self._sending = threading.Lock()
 
     def fileno(self) -> int:
-        """The socket's descriptor, for selectors."""
+        """File descriptor of the socket, for `selectors`."""
         return self.socket.fileno()
 
     def send(self, *message: Any) -> None:
-        """Send a message, ignoring failures: `receive` finds out that the other end is gone."""
+        """Send a message; failures are ignored, because `receive` reports a lost connection."""
         with self._sending, suppress(OSError):
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[list[Any]] | None:
-        """The messages that have arrived; None if the other end is gone or sends no JSON."""
+        """Return the messages that have arrived; None if the other end is gone or sends no JSON."""
         try:
             data = self.socket.recv(1 << 16)
             *lines, self._rest = (self._rest + data).split(b"\n")
@@ -72,7 +74,7 @@ class Connection:
         return messages if all(isinstance(message, list) for message in messages) else None
 
     def first_message(self, timeout_s: float) -> list[Any] | None:
-        """The first message, or None if there is none in time."""
+        """Return the first message; None if none arrives in time."""
         self.socket.settimeout(timeout_s)
         while (messages := self.receive()) is not None:
             if messages:
@@ -84,47 +86,50 @@ _current: ProcessGroup | None = None
 
 
 def current_process_group() -> ProcessGroup | None:
-    """The processes of this run if `launch.runtime` has joined several, otherwise None."""
+    """The process group that `launch.runtime` has set; None in a run of one process."""
     return _current
 
 
 def is_first() -> bool:
-    """Whether this process writes what only one process should write."""
+    """Whether this is process 0, which writes what only one process should write."""
     return _current is None or _current.process_id == 0
 
 
 def gather(own: str) -> list[str]:
-    """Collect one text from every process of this run, by process number; from one, `[own]`.
+    """Collect one text from every process of this run, in the order of the process numbers.
 
-    All processes must call this in the same order. Waits for the slowest.
+    All processes must make the same calls in the same order. The call waits for the slowest
+    process. In a run of one process it returns `[own]`.
     """
     return [own] if _current is None else _current.gather(own)
 
 
 def set_current_process_group(process_group: ProcessGroup | None) -> None:
-    """Set what `current_process_group` returns; for `launch.runtime`."""
+    """Set the result of `current_process_group`; called by `launch.runtime`."""
     global _current
     _current = process_group
 
 
 class ProcessGroup:
-    """The processes of this run, and a thread that listens to them.
+    """The processes of this run, with a thread that listens to the other processes.
 
-    If another process is gone, or ends with an error, the thread prints the reason on stderr and
-    ends this process.
+    If another process dies or ends with an error, the thread prints the reason on stderr and ends
+    this process.
 
     Args:
-        names: the number, pid and host of every process.
-        connections: to process 0, or from process 0 to every other process.
-        prog: the name of the command, for messages.
+        names: Number, pid and host of every process, as text.
+        connections: In process 0, connections to all other processes; elsewhere, the connection to
+            process 0.
+        prog: Name of the command, for messages.
 
     Attributes:
-        process_id: number of this process.
-        progress: progress of this process, as JSON; heartbeats carry it to process 0.
-        noted: the text that some process sent to all with `note`.
-        describe: says which process is late, given the progress of all; called in process 0.
-        before_end: called before the thread ends this process; its argument is True if the run
-            is stuck.
+        process_id: Number of this process.
+        progress: Progress of this process as JSON, which heartbeats send to process 0.
+        noted: The last text that a process has sent to all by `note`.
+        describe: Function that says which process is late, given the progress of all processes;
+            called in process 0.
+        before_end: Function that is called before the thread ends this process, with True if the
+            run is stuck.
     """
 
     def __init__(
@@ -148,9 +153,10 @@ class ProcessGroup:
         self._thread.start()
 
     def gather(self, own: str) -> list[str]:
-        """Collect one text from every process, by process number.
+        """Collect one text from every process, in the order of the process numbers.
 
-        All processes must call this in the same order. Waits for the slowest.
+        All processes must make the same calls in the same order. The call waits for the slowest
+        process.
         """
         with self._news:
             number, self._gathers = self._gathers, self._gathers + 1
@@ -163,7 +169,7 @@ class ProcessGroup:
             return self._gathered.pop(number)
 
     def note(self, text: str) -> None:
-        """Send `text` to all processes, at any time."""
+        """Send `text` to all processes, which store it in `noted`; may be called at any time."""
         if self.process_id:
             self._connections[0].send("note", text)
         else:
@@ -172,21 +178,21 @@ class ProcessGroup:
     # ------------------------------------------------------------------------------ ending the run
 
     def leave(self) -> None:
-        """Announce that this process is done, so that its closing connection is not a failure."""
+        """Announce that this process has finished, so that its closed connection is no failure."""
         for connection in self._connections.values():
             connection.send("leave")
 
     def close(self) -> None:
-        """Stop listening and close the connections."""
+        """Stop the thread, and close the connections."""
         self._closing.set()
         self._thread.join()
         for connection in self._connections.values():
             connection.socket.close()
 
     def fail(self, code: int, sentence: str) -> None:
-        """End the other processes with `code`, because this process is about to end.
+        """End the other processes with exit code `code`, because this process is about to fail.
 
-        Returns when they have ended, or after a few seconds.
+        The call returns when the other processes have ended, or after a few seconds.
         """
         if not self._begin_end():
             self.await_end(LOST_S)
@@ -197,7 +203,7 @@ class ProcessGroup:
             self._end_others(code, f"{self.names[0]}: {sentence}", stuck=False)
 
     def stuck(self) -> None:
-        """End all processes because this one makes no progress. Does not return."""
+        """End all processes because this process makes no progress; this call does not return."""
         if self.process_id:
             self._connections[0].send("stuck")
             self.await_end(2 * PARTING_S)
@@ -208,7 +214,7 @@ class ProcessGroup:
             self.await_end(LOST_S)  # another end was in progress
 
     def await_end(self, seconds: float) -> None:
-        """Give the thread time to learn why another process died, and to end this one."""
+        """Wait until the thread learns why another process died, and ends this process."""
         self._thread.join(seconds)
 
     def _begin_end(self) -> bool:
@@ -230,7 +236,7 @@ class ProcessGroup:
             self._exit(code, sentence)
 
     def _end_others(self, code: int, sentence: str, stuck: bool, origin: int | None = None) -> None:
-        """In process 0, tell the others to exit and wait for it, or they would blame process 0."""
+        """In process 0, wait until the other processes exit, or they would blame process 0."""
         connections = [
             connection
             for number, connection in self._connections.items()
@@ -318,7 +324,7 @@ class ProcessGroup:
         return f"{self.names[number]} {what}, so the run ends. {AGAIN}"
 
     def _collect(self, number: int, gather: int, text: str) -> None:
-        """Keep one process's text in process 0; once all have arrived, send them to everyone."""
+        """In process 0, store a process's text; when all have arrived, send them to everyone."""
         with self._news:
             texts = self._texts.setdefault(gather, {})
             texts[number] = text

@@ -1,4 +1,4 @@
-"""The rendezvous: how the processes of one run find each other when they start."""
+"""The rendezvous: the processes of a run connect to process 0 when they start."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ def meet(
     """Connect this process with the other processes of the run.
 
     Args:
-        place: place of this process.
-        arrive_s: seconds after which a process that has not connected is missing.
-        about: what process 0 must know about this process, as JSON.
-        answer: makes the answer to all processes, as JSON, from the `about` of every process;
-            called in process 0. A UserError from it refuses all processes.
+        place: Number of this process, and address of process 0.
+        arrive_s: Seconds after which a process that has not connected counts as missing.
+        about: JSON value about this process, for process 0.
+        answer: Function that makes the answer to all processes, a JSON value, from the `about` of
+            every process. Called in process 0; a UserError in it ends all processes.
 
     Returns:
-        The processes, and the answer.
+        The process group, and the answer.
 
     Raises:
-        UserError: processes were started twice, or `answer` refused them. Every process gets the
-            same message. If process 0 belongs to another start, it tells this process so and keeps
-            waiting for its own.
-        ProcessMissing: process 0 does not answer, or others did not connect. Every process gets
-            the same message.
+        UserError: A process was started twice, or `answer` raised the error. Every process gets the
+            same message. A process of another launch that connects by mistake is also told so,
+            while process 0 keeps waiting for its own processes.
+        ProcessMissing: Process 0 does not answer, or other processes did not connect. Every process
+            gets the same message.
     """
     hello = {
         "process_id": place.process_id,
@@ -66,8 +66,8 @@ def _be_guest(
             pass
         case ["stranger", name]:
             message = (
-                f"At --coordinator_address {address[0]}:{address[1]} answers {name}, and this is "
-                f"{_start(hello)}. Give one of them another port."
+                f"At --coordinator_address {address[0]}:{address[1]}, {name} answers, but this "
+                f"process is of {_start(hello)}. Give one of the two launches another port."
             )
         case ["missing", message]:
             connection.socket.close()
@@ -75,7 +75,7 @@ def _be_guest(
         case _:
             message = (
                 f"A program other than process 0 of this run answers at --coordinator_address "
-                f"{address[0]}:{address[1]}. Give a port that is free there."
+                f"{address[0]}:{address[1]}. Give a port that is free on that host."
             )
     connection.socket.close()
     raise UserError(message)
@@ -112,13 +112,13 @@ def _name(hello: dict[str, Any]) -> str:
 
 
 def _start(hello: dict[str, Any]) -> str:
-    return hello["start"] or "a process that no scheduler started"
+    return hello["start"] or "a launch without a scheduler"
 
 
 def _await_others(
     address: tuple[str, int], arrive_s: float, hello: dict[str, Any]
 ) -> list[tuple[dict[str, Any], Connection]]:
-    """In process 0, the greetings and connections of the processes that arrive in time."""
+    """In process 0, collect the greetings and connections of the processes that connect in time."""
     try:
         server = _listen_on(address[1])
     except OSError as error:
@@ -156,7 +156,7 @@ def _await_others(
 
 
 def _greeting(connection: Connection) -> dict[str, Any] | None:
-    """The greeting of the process that connects; None if it sends something else, or nothing."""
+    """Read the greeting of a process that connects; None if it sends something else or nothing."""
     match connection.first_message(RETRY_S * 10):
         case [
             "hello",
@@ -191,8 +191,8 @@ def _check_numbers(
     """Check that every process number occurs exactly once.
 
     Raises:
-        UserError: a number was given twice; the message names its processes.
-        ProcessMissing: a number is missing.
+        UserError: Several processes have the same number; the message names them.
+        ProcessMissing: A number is missing.
     """
     count = hello["num_processes"]
     for other in others:
@@ -215,16 +215,16 @@ def _check_numbers(
         words = f"process{'' if len(missing) == 1 else 'es'} {listed(missing, 10)}"
         raise ProcessMissing(
             f"Of {count} processes, {words} did not connect to {address[0]}:{address[1]} within "
-            f"{arrive_s:.0f} s. Start all with the same --coordinator_address, look in the output "
-            f"of the missing ones, and give slow starts a longer --rendezvous_seconds."
+            f"{arrive_s:.0f} s. Start all processes with the same --coordinator_address, look at "
+            f"the output of the missing ones, and raise --rendezvous_seconds if they start slowly."
         )
 
 
 def _connect(address: tuple[str, int], arrive_s: float, hello: dict[str, Any]) -> Connection:
-    """Connect to process 0 and greet it.
+    """Connect to process 0, and send the greeting of this process.
 
     Raises:
-        ProcessMissing: it does not answer in time.
+        ProcessMissing: Process 0 does not answer in time.
     """
     began, why = time.monotonic(), ""
     while (waited_s := time.monotonic() - began) < arrive_s:

@@ -1,9 +1,9 @@
-"""The GPUs that this process sees, as identities that all processes of the host share.
+"""The GPUs that this process can use, by UUIDs that are the same in all processes of the host.
 
-The number of a GPU does not identify it: where Slurm shows each process its own GPU through a
-control group, as with `--gpus-per-task=1`, each process sees a GPU 0. NVIDIA's driver lists all
-GPUs of the host in files, and a process can open those that it may use. CUDA is not asked, because
-it must not start before JAX does.
+The index of a GPU does not identify it: if Slurm gives each process its own GPU through a control
+group, as with `--gpus-per-task=1`, every process sees a GPU 0. NVIDIA's driver lists all GPUs of
+the host in files, and a process can open the device files of its GPUs. CUDA is not queried, because
+it must not start before JAX.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ DEVICES = Path("/dev")
 
 
 def visible_gpus(driver: Path = DRIVER, devices: Path = DEVICES) -> list[str]:
-    """UUIDs of the GPUs that this process sees, in the order of their use.
+    """UUIDs of the GPUs that this process can use, in the order in which CUDA numbers them.
 
-    Numbers in `CUDA_VISIBLE_DEVICES` count the GPUs that the process may open, by their PCI bus id.
-    CUDA counts the fastest first; on a host of equal GPUs this is the same order. Where the driver
-    lists no GPU under such a number, the identity is what `CUDA_VISIBLE_DEVICES` or the device
-    file says.
+    The numbers in `CUDA_VISIBLE_DEVICES` are indices into the GPUs that the process may open,
+    sorted by PCI bus id. CUDA sorts by speed, which is the same order if all GPUs of the host are
+    equal. For a number without an entry in the driver's list, the name in `CUDA_VISIBLE_DEVICES` or
+    of the device file is used in place of a UUID.
     """
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
@@ -58,7 +58,7 @@ def _usable(driver: Path, devices: Path) -> list[str]:
 
 
 def _opens(device: Path) -> bool:
-    """Whether the device file can be opened; a control group forbids only that."""
+    """Whether this process can open the device file, which a control group can forbid."""
     try:
         os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
     except OSError:

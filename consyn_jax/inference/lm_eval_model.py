@@ -2,8 +2,8 @@
 
 `ConsynLM` is the class behind the entry point `lm_eval.models`. It reproduces the numbers of
 lm_eval's own `hf` model (0.4.13, lm_eval/models/huggingface.py): the same tokens, with special
-tokens recognised in text; the same windows; contexts cut from the left in the same way; generated
-tokens decoded without their prompt.
+tokens recognised in text; the same windows; contexts truncated on the left in the same way;
+generated tokens decoded without their prompt.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class HarnessModel:
     """Implements lm_eval's model interface with the scorer and the generation engine.
 
     Args:
-        pretrained: A model as for `consyn-evaluate`: a directory, a run, a checkpoint, a hub id.
-        step, tokenizer, dtype, mesh: As the flags of `consyn-evaluate`.
-        batch_size: Sequences in a batch; "auto" is 8.
-        more: Other settings of lm_eval's command line.
+        pretrained: A model as for `consyn-evaluate`: a directory, a run, a checkpoint, or a hub id.
+        step, tokenizer, dtype, mesh: Values of the `consyn-evaluate` flags with these names.
+        batch_size: Sequences in a batch; "auto" means 8.
+        more: Other settings from lm_eval's command line.
 
     Raises:
         UserError: The model cannot be used, or an argument is unknown.
@@ -88,7 +88,7 @@ class HarnessModel:
 
     @property
     def _prefix(self) -> int:
-        """The token that stands for an empty context."""
+        """Id of the token used for an empty context."""
         bos = self._own.bos_token_id
         return self._own.eos_token_id if bos is None else bos
 
@@ -118,7 +118,7 @@ class HarnessModel:
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Score each continuation: its log-likelihood, and whether greedy decoding gives it."""
+        """Return each continuation's log-likelihood, and whether greedy decoding gives it."""
         context, wanted, cut = self._source.config.context, list[Wanted](), 0
         for request in requests:
             before, after = self._pair(*request.args)
@@ -144,7 +144,7 @@ class HarnessModel:
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Score each text in windows of the whole context; every token counts once."""
+        """Return each text's log-likelihood, in full-context windows; each token counts once."""
         wanted, owners = list[Wanted](), list[int]()
         for number, request in enumerate(requests):
             for window in rolling_windows(
@@ -171,7 +171,7 @@ class HarnessModel:
         return load_runtime(self._source, GenerateModelOptions(dtype=dtype, mesh=mesh), self._own)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Generate a text for each context, up to a stop string, the end or the limit."""
+        """Generate a text for each context, up to a stop string, EOS or the token limit."""
         texts = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
@@ -190,7 +190,7 @@ class HarnessModel:
         if most >= context:
             raise UserError(
                 f"max_gen_toks {most} leaves no room for a prompt in the model's context of "
-                f"{context} tokens. Lower it: --gen_kwargs max_gen_toks={context // 2}."
+                f"{context} tokens. Lower it with --gen_kwargs max_gen_toks={context // 2}."
             )
         stops.append(self._tokens.decode([self._own.eos_token_id], skip_special_tokens=False))
         encoded = [(self._encode(text) or [self._prefix])[-(context - most) :] for text in contexts]
@@ -212,7 +212,7 @@ class HarnessModel:
 
     @property
     def tokenizer_name(self) -> str:
-        """Identity of the tokenizer, for lm_eval's cache of requests."""
+        """A name that identifies the tokenizer, for lm_eval's cache of requests."""
         return f"{self._source.name.replace('/', '__')}-{self._own.sha256[:12]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -222,7 +222,7 @@ class HarnessModel:
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Render a conversation as text that ends where the answer begins.
+        """Render a conversation as text, up to the beginning of the answer.
 
         Raises:
             UserError: The model has no template, or the last message is to be continued.
@@ -233,15 +233,15 @@ class HarnessModel:
             )
         if not add_generation_prompt:
             raise UserError(
-                "Tasks with a beginning of the answer (gen_prefix) do not go with chat templates "
-                "here. Leave --apply_chat_template out."
+                "Tasks that give the beginning of the answer (gen_prefix) cannot be combined "
+                "with chat templates. Leave --apply_chat_template out."
             )
         encoder = PromptEncoder(self._own, self._own.chat_template)
         return encoder.encode(GivenPrompt("A conversation", None, chat_history)).text
 
 
 def rolling_windows(ids: list[int], prefix: int, context: int) -> Iterator[Wanted]:
-    """The windows of lm_eval's `loglikelihood_rolling`; even the last one has a whole context.
+    """The windows of lm_eval's `loglikelihood_rolling`; even the last window has a full context.
 
     >>> [(w.ids.tolist(), w.first) for w in rolling_windows([1, 2, 3, 4, 5, 6], 0, 4)]
     [([0, 1, 2, 3, 4], 1), ([2, 3, 4, 5, 6], 3)]
@@ -259,7 +259,7 @@ def generation_settings(given: dict[str, Any]) -> tuple[Sampling, int, list[str]
     """Read sampling, maximum of new tokens and stop strings from a task's `generation_kwargs`.
 
     Raises:
-        UserError: One is not supported.
+        UserError: A setting is not supported.
 
     >>> generation_settings({"until": "Q:", "max_gen_toks": 8})[1:]
     (8, ['Q:'])
@@ -302,7 +302,7 @@ def _class() -> type:
 
 
 def __getattr__(name: str) -> Any:
-    """Make `ConsynLM` only when it is asked for, as its base class comes from lm_eval."""
+    """Define `ConsynLM` on first access, because its base class is imported from lm_eval."""
     if name != "ConsynLM":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return _class()

@@ -1,4 +1,4 @@
-"""Find a model by a user's name for it: a directory, a run, a checkpoint, or a hub id."""
+"""Find the model that a user names: a directory, a run, a checkpoint, or a hub id."""
 
 from __future__ import annotations
 
@@ -50,16 +50,18 @@ Load = Callable[[Mesh | None, Any], Params]
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found and checked; its weights are not read yet.
+    """A model that was found and checked, but whose weights are not read yet.
 
     Attributes:
         name: The name that the user gave.
         taken: Description of the chosen model: "final/ of the run runs/verse".
         directory: The directory of the model or checkpoint.
         tokenizer: The model's own tokenizer; None if it has none.
-        load: Reads the weights onto a mesh (None: the first device), in a number type.
-        run, step: The run that the model comes from, and the step of a checkpoint.
-        base: The base model of an adapter, merged into the weights; None without an adapter.
+        load: Function that reads the weights onto a mesh (None: the first device), in a number
+            type.
+        run: The run that the model comes from; None for other models.
+        step: The step of a checkpoint; None for other models.
+        base: Name of the base model into which `load` merges an adapter; None without an adapter.
     """
 
     name: str
@@ -84,20 +86,20 @@ class ModelSource:
         return defaults
 
     def parameters(self, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Params:
-        """Read the weights, as a nested dict of arrays.
+        """Read the weights, as a nested dict of arrays sharded over the mesh.
 
-        Each device of the mesh gets its part. Only the weights of a checkpoint are read.
+        Of a checkpoint, only the weights are read, not the optimizer state.
 
         Args:
             dtype: float32, bfloat16 or float16; weights stored in another type are converted.
 
         Raises:
-            UserError: the files are damaged, or of another model.
+            UserError: the files are damaged, or belong to another model.
         """
         return self.load(mesh, jnp.dtype(dtype))
 
     def model(self, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> ConsynLMHeadModel:
-        """Read the weights, as a model; the arguments are those of `parameters`."""
+        """Read the weights into a model; the arguments are the same as for `parameters`."""
         model = ConsynLMHeadModel.from_parameters(self.config, self.parameters(mesh, dtype))
         model.source = self.directory if self.step is None else _tokenizer_directory(self)
         return model
@@ -110,16 +112,16 @@ def _tokenizer_directory(source: ModelSource) -> Path | None:
 def find_source(name: str | Path, step: int | None = None) -> ModelSource:
     """Find the model that a user names.
 
-    A run stands for its final/, or else best/, or else its newest checkpoint.
+    For a run, this is its final/, or else best/, or else its newest checkpoint.
 
     Args:
-        name: A directory in the layout of Hugging Face, a run directory, one of its checkpoints
+        name: A directory in the Hugging Face layout, a run directory, a checkpoint directory
             (RUN/checkpoints/STEP), a hub id (owner/name, owner/name@revision), or the URL of a
             directory in a bucket.
-        step: Take this checkpoint of a run instead.
+        step: Use the checkpoint of this step of a run.
 
     Raises:
-        UserError: There is no such model, it is of an unknown kind, or it is damaged.
+        UserError: There is no such model, its kind is unknown, or it is damaged.
     """
     path = Path(name)
     if is_elsewhere(str(name)) or not path.exists():
@@ -130,7 +132,7 @@ def find_source(name: str | Path, step: int | None = None) -> ModelSource:
         refuse_strays(path if run is None else run, RUN_FILES)
     if run is not None:
         if step is not None and step != int(path.resolve().name):
-            raise UserError(f"{path} is the checkpoint of one step. Leave --step out.")
+            raise UserError(f"{path} is already a checkpoint. Leave --step out.")
         return _from_checkpoint(str(name), run, int(path.resolve().name))
     if is_run(path):
         chosen = choose_in_run(path, step)
@@ -140,18 +142,18 @@ def find_source(name: str | Path, step: int | None = None) -> ModelSource:
         return _from_directory(str(name), chosen, taken, run=path)
     check_kind(path)
     if step is not None:
-        raise UserError(f"--step {step} is for a run, and {path} is not one. Leave --step out.")
+        raise UserError(f"--step {step} is for a run, but {path} is not one. Leave --step out.")
     return _from_directory(str(name), path, f"the directory {path}")
 
 
 def _from_elsewhere(name: str, step: int | None) -> ModelSource:
     if name in PRESETS:
         raise UserError(
-            f"{name} names an architecture, for which no weights are published. Train it with "
-            f"consyn-train --model {name}, and give the run's directory."
+            f"{name} is the name of an architecture, for which no weights are published. Train "
+            f"it with consyn-train --model {name}, and give the run's directory."
         )
     if step is not None and is_elsewhere(name):
-        raise UserError(f"--step {step} is for a run here, not for {name}. Leave --step out.")
+        raise UserError(f"--step {step} is for a local run, not for {name}. Leave --step out.")
     at_hub = "" if is_bucket_url(name) else " of the Hugging Face Hub"
     return _from_directory(name, find_model(name), f"{name}{at_hub}")
 
@@ -177,7 +179,7 @@ def _from_directory(name: str, directory: Path, taken: str, run: Path | None = N
 
 
 def _written_as_it_says(directory: Path) -> ModelConfig:
-    """The architecture of a directory without safetensors, in the number type of config.json."""
+    """The configuration of a directory without safetensors, with config.json's number type."""
     config = read_config(directory)
     original = json.loads(config.files.config)
     return config.saved_as(next((original[key] for key in DTYPE_KEYS if key in original), None))
@@ -208,7 +210,7 @@ def _from_checkpoint(name: str, run: Path, step: int) -> ModelSource:
 
 
 def shapes_on(config: ModelConfig, mesh: Mesh | None, dtype: Any) -> Params:
-    """Shapes, number types and shardings of a model's parameters; None: the first device."""
+    """Shapes, number types and shardings of a model's parameters on a mesh (None: one device)."""
     return on_mesh(layout(config), mesh, dtype)
 
 
@@ -227,6 +229,6 @@ def _check_size(where: Path, config: ModelConfig, tokenizer: BPETokenizer | None
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{where} has a tokenizer of {tokenizer.vocab_size:,} tokens, but a vocabulary of "
-            f"{config.vocab_size:,}. The tokenizer belongs to another model; put the right one "
-            "there."
+            f"{config.vocab_size:,}. The tokenizer belongs to another model; replace it by the "
+            "right one."
         )

@@ -28,7 +28,7 @@ from consyn_jax.training.run.model_files import holds_model
 EXPORTS = ("final", "best")  # in order of preference
 MODEL = "config.json"  # marks a directory as a model
 ORBAX = "orbax"  # in a model directory, instead of safetensors
-# Patterns of the files that are read in a run.
+# Glob patterns of the files that are read in a run.
 RUN_FILES = (
     CONFIG,
     "*.json",
@@ -38,9 +38,9 @@ RUN_FILES = (
     CHECKPOINTS,
     "checkpoints/**/*",
 )
-# Files that are mistaken for a model, and the advice for each.
+# Suffixes of files that users may take for a model, with a description of each.
 OTHER_KINDS = {
-    ".gguf": "a GGUF file, which is made here and not read",
+    ".gguf": "a GGUF file, which can be written but not read",
     ".safetensors": "a file of weights without its configuration",
     ".bin": "a pickle, which is never opened",
     ".pt": "a pickle, which is never opened",
@@ -54,12 +54,12 @@ def is_run(path: Path) -> bool:
 
 
 def checkpoint_run(path: Path) -> Path | None:
-    """The run whose checkpoint a path is, as RUN/checkpoints/STEP; None if it is not one."""
+    """The run of a path RUN/checkpoints/STEP; None if the path is not a checkpoint."""
     place = path.resolve()
     is_step = step_of(place.name) is not None and place.parent.name == CHECKPOINTS
     if not is_step or not (place.parent.parent / CONFIG).is_file():
         return None
-    # Keep the user's spelling, unless it is "." or a link.
+    # Keep the user's spelling of the path, unless it is "." or a link.
     return path.parent.parent if path.parts[-2:] == place.parts[-2:] else place.parent.parent
 
 
@@ -67,7 +67,7 @@ def run_steps(run: Path) -> list[int]:
     """The steps of a run's checkpoints, ascending.
 
     Raises:
-        UserError: they cannot be read.
+        UserError: the directory of checkpoints cannot be read.
     """
     try:
         return saved_steps(run / CHECKPOINTS)
@@ -78,16 +78,18 @@ def run_steps(run: Path) -> list[int]:
 
 
 def choose_in_run(run: Path, step: int | None) -> Path | int:
-    """Choose a run's exported model by directory, or a checkpoint by step.
+    """Choose the exported model of a run (its directory), or a checkpoint (its step).
 
     Raises:
-        UserError: there is none, or none of that step.
+        UserError: there is no model, or no checkpoint of the given step.
     """
     steps = run_steps(run)
     if step is not None:
         if step not in steps:
             known = ", ".join(map(str, steps)) or "none"
-            raise UserError(f"{run} has no checkpoint of step {step}; there are: {known}.")
+            raise UserError(
+                f"{run} has no checkpoint of step {step}. Its checkpoints are: {known}."
+            )
         return step
     for name in EXPORTS:
         if holds_model(run / name):
@@ -101,10 +103,10 @@ def choose_in_run(run: Path, step: int | None) -> Path | int:
 
 
 def check_kind(path: Path) -> None:
-    """Refuse a path that is neither a model directory nor a run, and say what it is.
+    """Refuse a path that is neither a model directory nor a run, and describe it.
 
     Raises:
-        UserError: it is not the directory of a model.
+        UserError: the path is not a model directory.
     """
     models = f"Give the directory of a model with its {MODEL}, or of a run"
     if not path.is_dir():
@@ -112,8 +114,8 @@ def check_kind(path: Path) -> None:
         raise UserError(f"{path} is {what}. {models}.")
     if path.name == CHECKPOINTS and (path.parent / CONFIG).is_file():
         raise UserError(
-            f"{path} holds the checkpoints of a run. Give {path.parent}, with --step for one of "
-            "them."
+            f"{path} contains the checkpoints of a run. Give {path.parent}, with --step to "
+            "choose a checkpoint."
         )
     if not holds_model(path):
         raise UserError(
@@ -122,16 +124,16 @@ def check_kind(path: Path) -> None:
 
 
 def run_tokenizer(run: Path) -> BPETokenizer | None:
-    """The tokenizer that a run has saved; None for a run on token ids."""
+    """The tokenizer that a run has saved; None for a run on token ids without a tokenizer."""
     directory = run / "tokenizer"
     return own_tokenizer(directory) if directory.is_dir() else None
 
 
 def run_architecture(run: Path, tokenizer: BPETokenizer | None) -> ModelConfig:
-    """Read the architecture that a run trains from config.yaml or from its exported model.
+    """Read the architecture of a run from its config.yaml or from its exported model.
 
     Raises:
-        UserError: config.yaml is damaged, or names a model that is no longer there.
+        UserError: config.yaml is damaged, or names a model that no longer exists.
     """
     old = read_run_config(run / CONFIG)
     known = old[DERIVED].get(ARCHITECTURE)
@@ -141,7 +143,7 @@ def run_architecture(run: Path, tokenizer: BPETokenizer | None) -> ModelConfig:
         if generation is None:
             return config
         return with_generation_config(config, generation, f"generation_config in {run / CONFIG}")
-    # Runs of older versions do not record it.
+    # Runs of older versions do not record the architecture.
     for name in EXPORTS:
         if (run / name / MODEL).is_file():
             return read_config(run / name)
@@ -149,7 +151,7 @@ def run_architecture(run: Path, tokenizer: BPETokenizer | None) -> ModelConfig:
 
 
 def run_adapter(run: Path) -> tuple[LoraOptions, Base] | None:
-    """Read the adapter that a run trains, and its base model; None if it trains all weights.
+    """Read a run's adapter options and base model; None if the run trains all weights.
 
     Raises:
         UserError: config.yaml is damaged.
@@ -179,8 +181,7 @@ def _by_flags(run: Path, old: dict[str, Any], tokenizer: BPETokenizer | None) ->
             )
         except UserError as error:
             raise UserError(
-                f"{run} was started from {options.model}, which gives its architecture and cannot "
-                f"be read: {error}"
+                f"{run} takes its architecture from {options.model}, which cannot be read: {error}"
             ) from error
     shape = architecture(options, base, vocab_size=old[DERIVED]["vocab_size"])
     shape = replace(shape, files=FileFormat(shape.files.model_type, config=shape.files.config))

@@ -1,4 +1,4 @@
-"""The decoder language model. `ConsynLMHeadModel` is imported on first use."""
+"""The decoder language model. `ConsynLMHeadModel` is imported lazily, on first access."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from consyn_jax.model_config import NO_LORA, LoraOptions, ModelConfig
 
 BF16, FLOAT32 = 2, 4
-# Bytes of a frozen weight by --lora_base_dtype on a GPU; nf4 has a float32 for 64 weights.
+# Bytes per frozen weight on a GPU, by --lora_base_dtype; nf4 adds one float32 per 64 weights.
 BASE_BYTES = {"auto": BF16, "float32": FLOAT32, "bfloat16": BF16, "int8": 1, "nf4": 0.5 + 4 / 64}
 LOGITS_AT_ONCE = 2**26  # smallest chunk of the loss on a GPU: 256 MiB in float32
 HEAD_BYTES = 2**30  # memory for logits and head weights on a GPU
@@ -21,9 +21,10 @@ LOGIT_BYTES_WITHOUT_KERNEL = 10  # if devices share the vocabulary: 2.5 float32 
 
 
 def matmul_parameters(config: ModelConfig) -> int:
-    """Number of parameters that every token is multiplied with.
+    """Number of parameters that take part in a matrix product with every token.
 
-    These are all matrices and the output embedding; the input embedding is only looked up.
+    Counted are all matrices of the blocks and the output embedding, without vocabulary padding.
+    The input embedding is not counted, because a token only looks up one row.
 
     >>> from consyn_jax.resolve import preset_architecture
     >>> matmul_parameters(preset_architecture("verse"))
@@ -37,12 +38,12 @@ def matmul_parameters(config: ModelConfig) -> int:
 def train_flops_per_token(
     config: ModelConfig, sequence_length: int, lora: LoraOptions = NO_LORA
 ) -> float:
-    """FLOPs of forward and backward pass for one token, without recomputation.
+    """FLOPs of the forward and backward pass per token, without recomputation.
 
-    They are 6 per matmul parameter (Kaplan et al., 2020), and 6 x T x heads x head_dim in each
-    layer for attention, which counts only the lower triangle, as the kernels do. A sliding window
-    shortens T in the layers that have it. Under an adapter, the frozen weights take 4 per matmul
-    parameter, as they have no gradient.
+    Each matmul parameter takes 6 FLOPs (Kaplan et al., 2020). Attention takes 6 x T x heads x
+    head_dim per layer: only the lower triangle of the scores is counted, as the kernels compute no
+    more. A sliding window shortens T in the layers that have one. When an adapter is trained, a
+    frozen matmul parameter takes 4 FLOPs, because its gradient is not computed.
     """
     lengths = sum(
         sequence_length if window is None else min(sequence_length, 2 * window)
@@ -54,7 +55,7 @@ def train_flops_per_token(
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """All parameters, vocabulary padding included.
+    """Number of parameters of the model, including the rows that pad the vocabulary.
 
     >>> from consyn_jax.resolve import preset_architecture
     >>> num_parameters(preset_architecture("stanza"))
@@ -69,7 +70,7 @@ def num_parameters(config: ModelConfig) -> int:
 
 
 def num_block_parameters(c: ModelConfig) -> int:
-    """Parameters of one block."""
+    """Number of parameters in one decoder block."""
     matrices = (
         2 * c.hidden_dim * c.head_dim * (c.num_heads + c.num_kv_heads)
         + 3 * c.hidden_dim * c.mlp_dim
@@ -85,7 +86,11 @@ def num_block_parameters(c: ModelConfig) -> int:
 def cpu_step_flops(
     config: ModelConfig, tokens: int, sequence_length: int, lora: LoraOptions = NO_LORA
 ) -> float:
-    """FLOPs of a train step on a CPU, where attention also computes what the mask hides."""
+    """FLOPs of a train step on a CPU, where attention also computes the masked scores.
+
+    Args:
+        tokens: Tokens per train step.
+    """
     attention = config.num_layers * sequence_length * config.num_heads * config.head_dim
     trained = num_adapter_parameters(config, lora) if lora.is_used else matmul_parameters(config)
     return tokens * (4.0 * matmul_parameters(config) + 2.0 * trained + 12.0 * attention)
@@ -99,18 +104,23 @@ def cpu_step_bytes(
     moment_bytes: int,
     lora: LoraOptions = NO_LORA,
 ) -> float:
-    """Memory of a train step in float32 on a CPU, by arithmetic.
+    """Estimate the bytes of memory that a train step in float32 needs on a CPU.
 
-    Within a tenth of the compiler's figure for haiku and verse
-    (tests/cli/choices/test_machine_fit.py). XLA on CPUs undoes recomputation, because it removes
-    the barriers against merging repeated computations. So each block keeps its activations and two
-    [T, T] matrices per head. Besides the state there are three arrays of the parameters' size, and
-    two of one chunk's logits. Under an adapter, these three have the adapter's size. Frozen
-    matrices are in memory twice, as stored and in float32, and so are the outputs of the matrices.
+    For the presets haiku and verse, the estimate is within a tenth of the compiler's figure
+    (tests/cli/choices/test_machine_fit.py). It is the sum of:
+
+    - the parameters and the optimizer's moments;
+    - three arrays as large as the trained parameters, or four with gradient accumulation;
+    - two arrays as large as the logits of one chunk;
+    - the activations of all blocks, and two [T, T] matrices per head. Rematerialisation does not
+      help: XLA on CPUs removes the barriers that stop it from merging repeated computations;
+    - for LoRA, a float32 copy of each frozen matrix and of each matrix product's output.
 
     Args:
-        batch_size: Sequences in a micro-batch.
-        moment_bytes: Bytes of the optimizer's moments per parameter.
+        batch_size: Sequences per micro-batch.
+        accumulation: Micro-batches per train step.
+        length: Tokens per sequence.
+        moment_bytes: Bytes of the optimizer's moments per trained parameter.
     """
     c, tokens = config, batch_size * length
     block, _ = _block_bytes(c, 1, "none")
@@ -131,15 +141,15 @@ def cpu_step_bytes(
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one device during a train step in bfloat16, by arithmetic.
+    """Estimated bytes on one device during a train step in bfloat16.
 
     Attributes:
-        parameters: The float32 parameters.
-        moments: The optimizer's moments.
-        gradients: In float32, summed over micro-batches.
-        activations: Activations of all blocks that are saved for the backward pass.
-        working: Temporary memory at the peak. The peak is either the backward pass of one block or
-            the logits, before this micro-batch has gradients.
+        parameters: Bytes of the float32 parameters, and of the frozen weights under an adapter.
+        moments: Bytes of the optimizer's moments.
+        gradients: Bytes of the float32 gradients, which are summed over micro-batches.
+        activations: Bytes of the activations that all blocks save for the backward pass.
+        working: Bytes of temporary memory at the peak of the step. The peak is either the backward
+            pass of one block, or the loss with its logits, before the micro-batch has gradients.
     """
 
     parameters: int
@@ -150,27 +160,33 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """The sum of all."""
+        """Bytes on one device in all: the sum of the fields."""
         return self.parameters + self.moments + self.gradients + self.activations + self.working
 
 
 def logits_at_once(head_bytes: int, itemsize: int = BF16) -> int:
-    """Logits that the loss holds at once on one GPU.
+    """Number of logits that the loss may hold in memory at once on one GPU.
 
-    Each chunk of tokens reads and writes the head's gradient, so few large chunks are best.
+    The loss runs over chunks of tokens. Each chunk reads and writes the gradient of the output
+    embedding (the head), so a few large chunks are faster than many small ones.
 
     Args:
-        head_bytes: Bytes of the head in the compute dtype.
-        itemsize: Bytes of a number of that dtype.
+        head_bytes: Bytes of the output embedding in the compute dtype.
+        itemsize: Bytes per element of the compute dtype.
     """
     return max(LOGITS_AT_ONCE, (HEAD_BYTES - head_bytes) // (FLOAT32 + itemsize))
 
 
 def chunk_tokens(tokens: int, words: int, logits: int) -> int:
-    """Number of tokens in a chunk of the loss with at most `logits` logits.
+    """Number of tokens per chunk of the loss, so that a chunk has at most `logits` logits.
 
-    A divisor of `tokens` that is a multiple of `TILE`, if one uses over half of `logits`; otherwise
-    the length that makes the chunks most even.
+    The result is a divisor of `tokens` that is also a multiple of `TILE`, if there is such a number
+    that uses more than half of `logits`. Otherwise it makes the chunks as even as possible.
+
+    Args:
+        tokens: Tokens of the micro-batch on one device.
+        words: Logits per token on one device.
+        logits: Number of logits that may be in memory at once.
     """
     most = max(1, logits // words)
     if tokens * words <= logits:
@@ -191,15 +207,17 @@ def estimate_memory(
     moment_bytes: int | float,
     lora: LoraOptions = NO_LORA,
 ) -> MemoryEstimate:
-    """Memory of a train step on a mesh.
+    """Estimate the memory of a train step on one device of a mesh.
 
-    For the presets on GPUs it is within a tenth of the compiler's figure (tests/planning).
+    For the presets on GPUs, the total is within a tenth of the compiler's figure (tests/planning).
 
     Args:
-        sizes: Sizes of the mesh's axes.
-        batch_size: Sequences in a micro-batch over all devices.
+        sizes: Number of devices along each mesh axis.
+        batch_size: Sequences per micro-batch, over all devices.
+        accumulation: Micro-batches per train step.
+        length: Tokens per sequence.
         remat: A value of `--gradient_checkpointing`.
-        moment_bytes: Bytes of the optimizer's moments per parameter.
+        moment_bytes: Bytes of the optimizer's moments per trained parameter.
     """
     c, tensor, fsdp = config, sizes["tensor"], sizes["fsdp"]
     tokens = batch_size * length / (sizes["data"] * fsdp * sizes["context"])
@@ -220,7 +238,7 @@ def estimate_memory(
         at_head += own * FLOAT32
         at_block += head * FLOAT32 / fsdp
     at_block += own * FLOAT32
-    # when the logits exist, this micro-batch has no gradients yet
+    # At the peak of the loss, this micro-batch has no gradients yet.
     gradients = int(own * FLOAT32) if accumulation > 1 or at_block >= at_head else 0
     return MemoryEstimate(
         parameters=int(own * FLOAT32),
@@ -239,10 +257,10 @@ def _adapter_memory(
     moment_bytes: int | float,
     lora: LoraOptions,
 ) -> MemoryEstimate:
-    """Memory of a step that trains an adapter; `parameters` includes the frozen weights.
+    """Estimate the memory of a step that trains an adapter; `parameters` includes frozen weights.
 
     Args:
-        tokens: Tokens of a micro-batch on one device.
+        tokens: Tokens per micro-batch on one device.
     """
     tensor, shards = sizes["tensor"], sizes["fsdp"] * sizes["tensor"]
     own, matrices = num_adapter_parameters(c, lora) / shards, c.num_layers * num_block_parameters(c)
@@ -250,7 +268,7 @@ def _adapter_memory(
     plain = FLOAT32 if lora.lora_base_dtype == "float32" else BF16
     frozen = matrices * BASE_BYTES[lora.lora_base_dtype] + others * plain
     block, saved = _block_bytes(c, tensor, remat)
-    # The forward pass of a block is repeated with its weights dense, and those of the next.
+    # A block's forward pass is repeated while its dense weights and the next block's are in memory.
     dense = BF16 * (2 if sizes["fsdp"] > 1 else 1) * num_block_parameters(c) / tensor
     at_block = tokens * (
         (0 if remat == "none" else block) + BF16 * 2 * (c.mlp_dim / tensor + c.hidden_dim)
@@ -266,7 +284,7 @@ def _adapter_memory(
 
 
 def num_adapter_parameters(c: ModelConfig, lora: LoraOptions) -> int:
-    """Parameters of an adapter.
+    """Number of parameters of a LoRA adapter for the model that `c` describes.
 
     >>> from consyn_jax.resolve import preset_architecture
     >>> from consyn_jax.model_config import LoraOptions
@@ -280,14 +298,14 @@ def num_adapter_parameters(c: ModelConfig, lora: LoraOptions) -> int:
 
 
 def _block_bytes(c: ModelConfig, tensor: int, remat: str) -> tuple[float, int | float]:
-    """Bytes of one block's activations per token: all of them, and those that `remat` saves."""
+    """Bytes per token of one block's activations: of all of them, and of those `remat` saves."""
     query, key, feed_forward = (
         c.num_heads * c.head_dim / tensor,
         c.num_kv_heads * c.head_dim / tensor,
         c.mlp_dim / tensor,
     )
-    # two inputs and their norms; queries and keys raw, normed and rotated; values and attention's
-    # output; gate, up and their product
+    # The inputs of both branches and their norms; queries and keys, each raw, normed and rotated;
+    # values; the output of attention; gate, up and their product.
     block = BF16 * (4 * c.hidden_dim + 3 * query + 3 * key + key + query + 3 * feed_forward)
     attended = BF16 * query + FLOAT32 * c.num_heads / tensor
     saved = {
@@ -301,7 +319,7 @@ def _block_bytes(c: ModelConfig, tensor: int, remat: str) -> tuple[float, int | 
 
 
 def _head_bytes(c: ModelConfig, tokens: float, tensor: int, is_frozen: bool = False) -> float:
-    """Memory of the loss: a chunk of logits, the head with its gradient, and the hidden states."""
+    """Bytes of the loss: one chunk of logits, the head and its gradient, and the hidden states."""
     words = c.padded_vocab_size // tensor
     at_once = logits_at_once(BF16 * words * c.hidden_dim) if tensor == 1 else LOGITS_AT_ONCE
     logits = words * chunk_tokens(max(1, round(tokens)), words, at_once)

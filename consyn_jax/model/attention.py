@@ -1,8 +1,8 @@
-"""Causal attention inside documents: the backends, and the steps that they share.
+"""Causal attention inside documents: the table of backends, and the code that backends share.
 
-A query sees the keys of its own document up to its own position, and only those inside the window
-if there is one. On a mesh with a `context` axis each device holds a part of the sequence: it
-gathers keys and values and keeps its queries.
+A query attends to the keys of its own document, up to its own position, and within the sliding
+window if there is one. On a mesh with a `context` axis, each device holds the queries of one
+section of the sequence, and gathers the keys and values of the whole sequence.
 """
 
 from __future__ import annotations
@@ -28,14 +28,17 @@ Window = int | Int[Array, ""] | None  # tokens; an array if layers differ
 
 
 class Documents(NamedTuple):
-    """First and last position of each token's document; a document is a contiguous interval."""
+    """Position in the row of the first and of the last token of each token's document."""
 
     first_BT: Int[Array, "B T"]
     last_BT: Int[Array, "B T"]
 
 
 def documents(segment_ids_BT: Int[Array, "B T"]) -> Documents:
-    """Find the documents: one starts wherever the segment id changes, even to an earlier id."""
+    """Find the documents of each row: a new one starts wherever the segment id changes.
+
+    A segment id that returns later in the row belongs to another document.
+    """
     index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
     changes = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
     starts, ends = (
@@ -53,7 +56,11 @@ def attention_mask(
     first_key_BT: Int[Array, "B T"] | None = None,
     sliding_window: Window = None,
 ) -> Bool[Array, "B 1 T S"]:
-    """True where a key is not after the query, not before `first_key_BT`, and in the window."""
+    """Mask that is True where a query attends to a key.
+
+    The key must not come after the query, nor before the query's entry in `first_key_BT`, and must
+    be less than `sliding_window` tokens away.
+    """
     distance_TS = query_positions[:, None] - key_positions[None, :]
     mask = distance_TS >= 0
     if sliding_window is not None:
@@ -71,9 +78,9 @@ def attend(
     mask: Bool[Array, "#B 1 T S"],
     drop: Drop | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention with grouped heads, scaled by H**-0.5, under an explicit mask.
+    """Softmax attention with grouped heads, scores scaled by H**-0.5, and an explicit mask.
 
-    The readable reference for the kernels.
+    Tests compare the fused kernels with this function.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
@@ -98,22 +105,23 @@ def causal_attention(
     sliding_window: Window = None,
     dropout: Dropout | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Causal self-attention inside documents, on the mesh in context if there is one.
+    """Causal self-attention inside documents, on the current mesh if one is set.
 
     Args:
-        inside: The documents; None if each row is one.
+        inside: The document of each token; None if each row is one document.
         backend: A key of `BACKENDS`.
-        sliding_window: In tokens, as an array if layers differ in it; None for no window.
+        sliding_window: Length of the window in tokens, an array if layers differ; None for no
+            window.
         dropout: Dropout of the attention weights, for backends that support it.
     """
     chosen = BACKENDS[backend]
     assert dropout is None or chosen.drops_weights
     weights = ("batch", "heads", "sequence", None)
     B, T, N, _ = q_BTNH.shape
-    # drawn for the whole array, so that every mesh draws the same; each device takes its part
+    # Draw for the whole array, so that every mesh draws the same; each device then slices it.
     kept_BNTS = None if dropout is None else dropout.kept((B, N, T, T), weights)
     heads, kv_heads = (("batch", "sequence", name, None) for name in ("heads", "kv_heads"))
-    # a device needs the first positions for its own queries, the last ones for all keys
+    # A device needs `first_BT` only for its own queries, but `last_BT` for all keys.
     spans: Any = ("batch", "sequence"), ("batch", None)
     in_axes: Any = (
         *(heads, kv_heads, kv_heads),
@@ -160,7 +168,7 @@ def _drop(weights_BKGTS: jax.Array, dropout: Dropout, kept_BNTS: Any) -> jax.Arr
 
 
 class Visible(NamedTuple):
-    """Positions, documents and window, which decide the keys that a query sees."""
+    """Positions, documents and window, which determine the keys that each query attends to."""
 
     queries_T: Int[Array, " T"]  # positions
     keys_S: Int[Array, " S"]
@@ -217,7 +225,7 @@ def _kernel_obstacle(
 
 
 def _kernel_norms(head_dim: int) -> Norms:
-    """Norm kernels; the one for heads needs a width that is a power of two, at least 16."""
+    """The fused norm kernels; heads whose width is not a power of two from 16 use plain XLA."""
     from consyn_jax.model.kernels.branched_norm import branched_norm
     from consyn_jax.model.kernels.norm_rope import norm_rope
 
@@ -227,16 +235,18 @@ def _kernel_norms(head_dim: int) -> Norms:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute attention, with everything that the rest of the model asks about it.
+    """An implementation of attention, and the properties that the rest of the model uses.
 
     Attributes:
-        attend: `attend(q, k, v, visible, drop)` on one device.
-        obstacle: Takes the arguments of `choose_attention`; returns why it cannot run, or None.
-        description: A few words for the header of a run.
-        saved_names: `checkpoint_name`s of what its backward pass needs. Rematerialisation policies
-            that keep attention save these; by default that is its output.
-        norms: Takes the width of a head; returns the norms that blocks use with this backend.
-        drops_weights: Whether `attend` applies `drop`.
+        attend: Computes attention on one device: `attend(q, k, v, visible, drop)`.
+        obstacle: Returns why the backend cannot run, or None if it can. Takes the arguments of
+            `choose_attention`.
+        description: Short name of the backend, for the header of a run.
+        saved_names: The `checkpoint_name`s of the arrays that the backward pass of attention needs,
+            by default its output. Rematerialisation policies that do not recompute attention save
+            the arrays with these names.
+        norms: Returns the norms that blocks use with this backend, given the width of a head.
+        drops_weights: Whether `attend` supports dropout of the attention weights, by `drop`.
     """
 
     attend: Callable[..., jax.Array]
@@ -247,7 +257,7 @@ class Backend:
     drops_weights: bool = False
 
 
-# The first one without an obstacle is used.
+# Fastest first: the first backend without an obstacle is used.
 BACKENDS = {
     "fused": Backend(
         _kernel_attention,
@@ -275,8 +285,8 @@ def choose_attention(
     Args:
         platform: "cpu", "gpu", "cuda" or "rocm", as in `jax.Device.platform` and
             `jax.default_backend`.
-        compute_capability: "9.0" for Hopper; empty on other platforms.
-        dropout: Share of the attention weights that training drops.
+        compute_capability: Of an NVIDIA GPU, such as "9.0" for Hopper; empty for other devices.
+        dropout: Fraction of the attention weights that training drops.
     """
     obstacles: list[str] = []
     for name, backend in BACKENDS.items():

@@ -41,7 +41,7 @@ class ConsynLMHeadModel(Decoder):
     """A decoder language model. Build it with `from_config` or `from_pretrained`.
 
     Attributes:
-        source: The directory that the weights came from; None for fresh ones.
+        source: The directory that the weights were loaded from; None for new weights.
     """
 
     source: Path | None = None
@@ -52,14 +52,14 @@ class ConsynLMHeadModel(Decoder):
         segment_ids: Any = None,
         compute: Compute | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits of the next token, float32, over the vocabulary without its padding.
+        """Compute the float32 logits of the next token, without the vocabulary's padding.
 
         Args:
-            input_ids: Ids [B, T], an array of any library or lists. Under `jax.jit` their values
-                are not checked.
-            segment_ids: The document of each token [B, T]; documents do not see each other. None if
-                each row is one document.
-            compute: Number type and kernels; by default float32 and the device's fastest kernels.
+            input_ids: Token ids [B, T], as an array of any library or as lists. Under `jax.jit`,
+                the values are not checked.
+            segment_ids: Number of each token's document, [B, T]; tokens attend only within their
+                document. None if each row is one document.
+            compute: The dtype and kernels; by default float32 and the device's fastest kernels.
 
         Raises:
             UserError: An id is outside the vocabulary, or the rows have unequal lengths.
@@ -76,7 +76,7 @@ class ConsynLMHeadModel(Decoder):
         return constrain(logits_BTV, "batch", "sequence", "vocab")[..., : self.config.vocab_size]
 
     def default_compute(self, dtype: Any = jnp.float32) -> Compute:
-        """The fastest way to compute in `dtype` on this process's devices."""
+        """Settings of the fastest forward pass in `dtype` on this process's devices."""
         device = jax.devices()[0]
         capability = getattr(device, "compute_capability", "")
         choice = choose_attention(device.platform, dtype, self.config.head_dim, capability)
@@ -86,13 +86,16 @@ class ConsynLMHeadModel(Decoder):
     def from_config(
         cls, config: ModelConfig | str, seed: int = 42, base: BaseShape | None = None
     ) -> ConsynLMHeadModel:
-        """Build an untrained model of a preset or a `ModelConfig`.
+        """Build a model with new, untrained weights.
 
         Args:
-            base: For training with `parametrization="mup"`, the shape of muP's base model.
+            config: The architecture, or the name of a preset.
+            seed: Seed of the initial weights.
+            base: Shape of muP's base model, for training with `parametrization="mup"`.
 
         Raises:
-            UserError: `config` is neither of them, or `seed` is not a whole number from 0.
+            UserError: `config` is neither a preset's name nor a `ModelConfig`, or `seed` is not a
+                whole number from 0.
         """
         made = preset_architecture(config) if isinstance(config, str) else checked_config(config)
         params = initial_parameters(made, checked_seed(seed), base=base)
@@ -100,26 +103,26 @@ class ConsynLMHeadModel(Decoder):
 
     @classmethod
     def from_parameters(cls, config: ModelConfig, params: Params) -> ConsynLMHeadModel:
-        """A model with the given parameters."""
+        """Build a model of the architecture `config` with the parameters `params`."""
         graphdef, _ = nnx.split(nnx.eval_shape(lambda: cls(config, nnx.Rngs(0))))
         return nnx.merge(graphdef, params)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, seed: int = 42) -> ConsynLMHeadModel:
-        """Load a model from a directory or by its hub id.
+        """Load a model from a directory, or from the Hugging Face hub by its id.
 
-        The name of a preset gives an untrained model and a warning, as presets have no published
-        weights.
+        For the name of a preset, return an untrained model and warn, because no weights are
+        published for presets.
 
         Raises:
-            UserError: No such model, or one that this decoder does not support.
+            UserError: There is no such model, or this decoder does not support it.
         """
         if str(name) in PRESETS and not Path(name).is_dir():
             warnings.warn(
                 f"NO PRETRAINED WEIGHTS: {name!r} names an architecture, and no weights are "
                 f"published for it. The model is freshly initialised (seed {seed}) and must be "
-                f"trained. ConsynLMHeadModel.from_config({str(name)!r}) does the same without "
-                "this warning.",
+                f"trained. To avoid this warning, call "
+                f"ConsynLMHeadModel.from_config({str(name)!r}).",
                 UserWarning,
                 stacklevel=2,
             )
@@ -132,7 +135,7 @@ class ConsynLMHeadModel(Decoder):
 
     @property
     def tokenizer(self) -> BPETokenizer | None:
-        """The tokenizer that came with the weights, if any did."""
+        """The tokenizer in the directory of the weights; None if there is none."""
         from consyn_jax.tokenization import own_tokenizer
 
         return None if self.source is None else own_tokenizer(self.source)
@@ -143,9 +146,10 @@ class ConsynLMHeadModel(Decoder):
         return nnx.to_pure_dict(nnx.split(self)[1])
 
     def take_over(self, params: Params) -> None:
-        """Replace the parameters' values, but keep their dtypes and shardings.
+        """Replace the values of the parameters with `params`.
 
-        Arrays that are split over several processes keep the sharding they come with.
+        The dtypes of the model stay. So do its shardings, unless an array is split over several
+        processes: then the model takes the sharding of `params`.
         """
 
         def like(value: jax.Array, old: jax.Array) -> jax.Array:
@@ -164,11 +168,11 @@ class ConsynLMHeadModel(Decoder):
         """Write the configuration, the weights as safetensors, and the tokenizer if given.
 
         Args:
-            dtype: float32, bfloat16 or float16; by default that of the loaded weights, and
-                float32 for fresh ones.
+            dtype: Number type of the weights in the files: float32, bfloat16 or float16. By default
+                the type of the loaded files, or float32 if the weights were not loaded.
 
         Raises:
-            UserError: The directory is a file, or the tokenizer is not one for this model.
+            UserError: `directory` is a file, or the tokenizer does not fit this model.
         """
         check_destination(Path(directory))
         check_tokenizer(tokenizer, self.config.vocab_size)
@@ -181,7 +185,7 @@ class ConsynLMHeadModel(Decoder):
     ) -> Any:
         """Continue `prompts`: ids [B, T], lists of ids, a text, or a list of texts.
 
-        See `generation.continuation.generate` for the other arguments and the result.
+        `generation.continuation.generate` documents the options and the result.
         """
         if isinstance(prompts, str):
             return self.generate([prompts], max_new_tokens, **options)[0]

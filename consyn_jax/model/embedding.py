@@ -1,4 +1,4 @@
-"""Embedding lookup with its backward pass written out for a mesh."""
+"""Embedding lookup, with a backward pass written by hand for sharded tables."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from consyn_jax.distributed.mesh import constrain, mesh_sizes, on_each_device, s
 def lookup(
     table_VD: Float[Array, "V D"], ids: Int[Array, "*B"], dtype: Any
 ) -> Float[Array, "*B D"]:
-    """Rows of a float32 table in `dtype`, the type in which devices exchange them.
+    """Look up rows of a float32 table, and return them in `dtype`.
 
-    Their gradients are summed in float32.
+    On a mesh, devices exchange the rows in `dtype`. The table's gradient is summed in float32.
     """
     return constrain(table_VD.astype(dtype), "vocab", None)[ids]
 
@@ -29,7 +29,7 @@ def _forward(table: jax.Array, ids: jax.Array, dtype: Any) -> Any:
 
 def _backward(dtype: Any, saved: Any, dx: jax.Array) -> tuple[jax.Array, None]:
     ids, table = saved
-    # by hand, as the compiler would sum whole tables over all devices before it splits them
+    # By hand: the compiler would sum the full gradient over all devices before it shards it.
     local = on_each_device(
         partial(_sum_rows, shape=table.shape, sizes=mesh_sizes()),
         (("batch", "sequence", None), ("batch", "sequence")),
@@ -44,7 +44,7 @@ lookup.defvjp(_forward, _backward)
 def _sum_rows(
     dx: jax.Array, ids: jax.Array, *, shape: tuple[int, int], sizes: dict[str, int]
 ) -> jax.Array:
-    """This device's rows and columns of the table's gradient, summed over all devices' tokens."""
+    """This device's shard of the table's gradient, summed over the tokens of all devices."""
     vocab_axes = split_axes(sizes, "vocab")
     rows = shape[0] // sizes["tensor"]
     at = ids - (jax.lax.axis_index(vocab_axes) * rows if vocab_axes else 0)
@@ -57,12 +57,12 @@ def _sum_rows(
 
 
 def sum_over_tokens(dtable_VD: jax.Array, sizes: dict[str, int]) -> jax.Array:
-    """Sum a [V, D] gradient over the devices that split the tokens, inside `shard_map`.
+    """Sum a [V, D] gradient over the devices that hold different tokens, inside `shard_map`.
 
-    If the axis `embed` is split, each device keeps only its columns.
+    If the logical axis `embed` is sharded, each device receives only its columns of the sum.
 
     Args:
-        sizes: Sizes of the mesh's axes.
+        sizes: Number of devices along each mesh axis.
     """
     embed_axes = split_axes(sizes, "embed")
     if embed_axes:

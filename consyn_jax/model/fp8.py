@@ -1,6 +1,6 @@
-"""Matrix products of 8-bit floats with one scale for each array.
+"""Matrix products in 8-bit floats, with one scale per array.
 
-Values are e4m3 forward and e5m2 for gradients (Micikevicius et al., 2022).
+The forward pass uses e4m3, and gradients use e5m2 (Micikevicius et al., 2022).
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ SMALLEST_EXPONENT = -60  # of a scale; the product of two scales then fits float
 
 
 class Quantised(NamedTuple):
-    """An array in 8 bits, equal to `values` x `scale`."""
+    """An array in 8-bit floats; its elements are `values` times `scale`."""
 
     values: jax.Array
     scale: Float[Array, ""]
 
 
 def scale_of(x: Float[Array, "..."], dtype: Any) -> Float[Array, ""]:
-    """The smallest power of two that brings `x` into the range of `dtype` by division.
+    """The smallest power of two by which to divide `x`, so that it fits the range of `dtype`.
 
-    A power of two changes no digit, so quantising twice, or in another type, gives the same
-    numbers. The scale is NaN if `x` is not finite, because some devices would round infinity to the
-    largest number.
+    Division by a power of two does not round, so quantising an array twice, or from another dtype,
+    gives the same values. The scale is NaN if `x` is not finite, because some devices would
+    round infinity to the largest finite number.
     """
     largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
     digits, exponent = jnp.frexp(largest)
@@ -40,7 +40,10 @@ def scale_of(x: Float[Array, "..."], dtype: Any) -> Float[Array, ""]:
 def quantise(
     x: Float[Array, "*shape"], dtype: Any, scale: Float[Array, ""] | None = None
 ) -> Quantised:
-    """Round `x` to nearest; the default scale fits its largest element over all devices."""
+    """Divide `x` by `scale` and round to nearest in `dtype`.
+
+    The default scale is that of the largest magnitude in the global array (`scale_of`).
+    """
     scale = scale_of(x, dtype) if scale is None else scale
     return Quantised((x.astype(jnp.float32) * (1 / scale)).astype(dtype), scale)
 
@@ -48,7 +51,7 @@ def quantise(
 def _product(
     a: Quantised, b: Quantised, axes: tuple[tuple[int, ...], tuple[int, ...]], dtype: Any
 ) -> jax.Array:
-    """Product scaled after the sum in float32, so that XLA's kernels always multiply 8 bits."""
+    """Multiply the 8-bit values, then apply both scales, so that XLA always uses 8-bit kernels."""
     product = jax.lax.dot_general(
         a.values, b.values, (axes, ((), ())), preferred_element_type=dtype
     )
@@ -59,9 +62,9 @@ def _product(
 def fp8_linear(
     x: Float[Array, "*B D"], w: Float[Array, "..."], recast: bool = False
 ) -> Float[Array, "*B F"]:
-    """`linear` in 8 bits: x and w in e4m3, the gradient of the output in e5m2.
+    """`linear` in 8-bit floats: `x` and `w` in e4m3, the gradient of the output in e5m2.
 
-    Each of the three is quantised once, from bfloat16 or float32, and `x` is saved in 8 bits.
+    Each of these arrays is quantised once. `x` is saved in 8 bits for the backward pass.
     """
     return _forward(x, w, recast)[0]
 

@@ -1,4 +1,4 @@
-"""Check what a caller gives to a model: ids, its configuration and seed, and what to save."""
+"""Checks of the arguments of `ConsynLMHeadModel`'s methods, such as ids, seed and directory."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ MASKED = "put any id of the vocabulary there and 0 in segment_ids"
 def checked_ids(
     input_ids: Any, segment_ids: Any, vocab_size: int
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The ids [B, T] and the documents of a call of a model.
+    """Check the ids and segment ids of a model call, and return them as arrays [B, T].
 
-    Traced arrays, and those that are split over several processes, have no values to check.
+    The values are not checked under `jax.jit`, nor if an array is split over several processes.
 
     Raises:
-        UserError: An id is outside the vocabulary, or the arrays have other shapes.
+        UserError: An id is outside the vocabulary, or an array is not a [B, T] array of integers.
     """
     if input_ids is None:
         raise UserError("The model needs token ids, not None. Pass ids [rows, tokens].")
@@ -78,7 +78,7 @@ def _fits(array: np.ndarray) -> bool:
 
 
 def _parts(prompt: Any) -> Sequence[Any]:
-    """The parts of a prompt that is a list; otherwise the prompt alone."""
+    """The elements of a prompt, if it is a list or tuple; otherwise a list of the prompt."""
     return prompt if isinstance(prompt, list | tuple) else [prompt]
 
 
@@ -106,10 +106,10 @@ def checked_prompts(prompts: Any, vocab_size: int) -> list[list[int]]:
 
 
 def checked_config(config: Any) -> ModelConfig:
-    """Return the configuration, once it is known to be ours.
+    """Return `config` if it is a `ModelConfig`.
 
     Raises:
-        UserError: it is something else, such as a dict or a configuration of transformers.
+        UserError: `config` has another type, such as a dict or a configuration of transformers.
     """
     if not isinstance(config, ModelConfig):
         raise UserError(
@@ -124,7 +124,7 @@ def checked_seed(seed: Any) -> int:
     """Return the seed of initial weights as an int.
 
     Raises:
-        UserError: it is not a whole number, or out of range.
+        UserError: `seed` is not a whole number from 0 to 2^32 - 1.
     """
     most = np.iinfo(np.uint32).max
     if not is_whole(seed) or not 0 <= seed <= most:
@@ -133,10 +133,10 @@ def checked_seed(seed: Any) -> int:
 
 
 def checked_compute(compute: Any) -> Compute | None:
-    """Return the settings of the forward pass, once they are known to be ours.
+    """Return `compute` if it is a `Compute` or None.
 
     Raises:
-        UserError: they are something else, such as the name of a number type.
+        UserError: `compute` has another type, for example the name of a dtype.
     """
     if not isinstance(compute, Compute | None):
         raise UserError(
@@ -147,10 +147,10 @@ def checked_compute(compute: Any) -> Compute | None:
 
 
 def check_destination(directory: Path) -> None:
-    """Check that a model can be saved there.
+    """Check that a model can be saved in `directory`.
 
     Raises:
-        UserError: it is a file.
+        UserError: `directory` is a file.
     """
     if directory.exists() and not directory.is_dir():
         raise UserError(
@@ -159,10 +159,10 @@ def check_destination(directory: Path) -> None:
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
-    """Check that a tokenizer can be saved beside a model with so many rows in its embedding.
+    """Check that a tokenizer fits a model with a vocabulary of `vocab_size` tokens.
 
     Raises:
-        UserError: it is not ours, or has more tokens.
+        UserError: The tokenizer is not a `BPETokenizer`, or has more tokens than the vocabulary.
     """
     if tokenizer is None:
         return

@@ -14,16 +14,16 @@ from jaxtyping import Array, Float
 def linear(
     x: Float[Array, "*B D"], w: Float[Array, "..."], recast: bool = False
 ) -> Float[Array, "*B F"]:
-    """`x @ w` in the dtype of `x`; the gradient of `w` is summed and returned in float32.
+    """Compute `x @ w` in the dtype of `x`; the gradient of `w` is summed and returned in float32.
 
-    Automatic differentiation would compute the gradient of `w` transposed, which takes XLA on CPUs
-    three times as long, and round it to the dtype of `x`.
+    Automatic differentiation would round the gradient of `w` to the dtype of `x`. It would also
+    compute that gradient transposed, which takes XLA on CPUs three times as long.
 
     Args:
-        w: [D, F], where D or F may be several axes, as for heads.
-        recast: Save `w` itself for the backward pass and cast it again there; saved 16-bit copies
-            would take half the weights' memory. Leave it off if the backward pass repeats the
-            forward pass: that casts again anyway, and sharded weights would be gathered twice.
+        w: [D, F], where D or F may stand for several dimensions, as for heads.
+        recast: Save `w` in float32 for the backward pass, and cast it again there. Saving the
+            16-bit copy would take half the memory of the weights. Leave it off if the backward pass
+            repeats the forward pass, which casts again: sharded weights would be gathered twice.
     """
     return x @ _matrix(x, w)
 
@@ -45,7 +45,7 @@ def _backward(recast: bool, kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Ar
         dimension_numbers=((rows, rows), ((), ())),
         preferred_element_type=jnp.float32,
     )
-    # XLA on CPUs transposes the first operand: put the smaller one first where it can, in float32
+    # XLA on CPUs transposes the first operand, so put the smaller one first (in float32 only).
     narrows = x.dtype == jnp.float32 and dy.shape[-1] < x.shape[-1]
     dw = over_rows(dy, x).T if narrows else over_rows(x, dy)
     return jnp.einsum("...f,df->...d", dy, _matrix(x, w)), dw.reshape(like.shape)
@@ -55,9 +55,9 @@ linear.defvjp(_forward, _backward)
 
 
 def add_bias(y: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`y + bias` in the dtype of `y`; the gradient of the bias is summed in float32.
+    """Compute `y + bias` in the dtype of `y`; the gradient of the bias is summed in float32.
 
     Args:
-        bias: Its dimensions are the last ones of `y`.
+        bias: Bias in the shape of the last dimensions of `y`.
     """
     return (y.astype(jnp.float32) + bias).astype(y.dtype)

@@ -1,7 +1,8 @@
 """LoRA: low-rank adapters beside the matrices of the blocks (Hu et al., 2021).
 
-The adapter is a tree like the model's parameters, with `a` and `b` in the place of each matrix that
-has one. The weights beneath it, the base, are another tree, of arrays or of matrices in fewer bits.
+The adapter is a tree with the names of the model's parameters, and holds arrays `a` and `b` for
+each adapted matrix. The frozen weights of the model (the base) are another tree, whose leaves are
+arrays or quantised matrices.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def trained_layout(config: ModelConfig, options: LoraOptions) -> Layout:
 
 @cache
 def adapter_layout(config: ModelConfig, options: LoraOptions) -> Layout:
-    """Shapes and logical axes of an adapter; the `graphdef` is that of the whole model."""
+    """Shapes and logical axes of an adapter's arrays, with the `graphdef` of the whole model."""
     whole = layout(config)
     shapes: Params = {}
     axes: Params = {}
@@ -54,9 +55,10 @@ def adapter_layout(config: ModelConfig, options: LoraOptions) -> Layout:
 
 
 def initial_adapter(config: ModelConfig, options: LoraOptions, seed: int, mesh: Mesh) -> Params:
-    """An adapter that changes nothing yet: `a` is random, and `b` is zero.
+    """Create an adapter that does not change the model's output yet: `a` is random, `b` is zero.
 
-    As in PEFT, `a` is uniform up to 1 / sqrt(inputs). A seed gives the same bits on every mesh.
+    As in PEFT, `a` is uniform between plus and minus 1 / sqrt(inputs). A seed gives the same bits
+    on every mesh.
     """
     form = adapter_layout(config, options)
 
@@ -83,7 +85,7 @@ def with_adapter(
     """Combine frozen matrices and their adapter into the parameters of a `Decoder`.
 
     Args:
-        dropout_key: Random key of a micro-batch in training; None without dropout.
+        dropout_key: Random key of the micro-batch; None without dropout.
     """
     layers: Params = dict(base["layers"])
     for number, name in enumerate(INPUTS):
@@ -107,7 +109,7 @@ def with_adapter(
 
 @partial(jax.jit, static_argnums=2)
 def merged(base: Params, adapter: Params, options: LoraOptions) -> Params:
-    """The parameters with the adapter added to them, in the dtypes of the base."""
+    """Add an adapter to the base, and return the full parameters in the dtypes of the base."""
     layers = dict(base["layers"])
     for name, own in adapter["layers"].items():
         w, cut = layers[name], 1 + INPUTS[name]
@@ -122,7 +124,7 @@ def merged(base: Params, adapter: Params, options: LoraOptions) -> Params:
 
 
 class BaseTypes(NamedTuple):
-    """The number types of the base; norms and biases are float32.
+    """Dtypes of the frozen base; norms and biases are always float32.
 
     Attributes:
         matrices: Type of the matrices of the blocks: float32, bfloat16, int8 or nf4.
@@ -134,10 +136,11 @@ class BaseTypes(NamedTuple):
 
 
 def base_types(options: LoraOptions, compute_dtype: Any) -> BaseTypes | None:
-    """The number types of the base in a run that computes in `compute_dtype`; None for no base.
+    """Dtypes of the frozen base in a run that computes in `compute_dtype`; None without LoRA.
 
-    With auto, it is the compute type: a run in bfloat16 rounds the factors of its products anyway,
-    so a base in bfloat16 changes no result. With int8 or nf4, the embeddings are as with auto.
+    If --lora_base_dtype is auto, the base has the compute dtype. This does not change a run in
+    bfloat16, because its matmuls round the weights to bfloat16 anyway. If it is int8 or nf4, the
+    matrices are quantised, and the embeddings have the compute dtype.
     """
     if not options.is_used:
         return None
@@ -147,7 +150,7 @@ def base_types(options: LoraOptions, compute_dtype: Any) -> BaseTypes | None:
 
 
 def base_like(config: ModelConfig, types: BaseTypes, mesh: Mesh) -> Params:
-    """The frozen weights as shapes, dtypes and shardings."""
+    """Shapes, dtypes and shardings of the frozen weights, as a tree of `jax.ShapeDtypeStruct`."""
     form = layout(config)
 
     def shape_of(path: Any, leaf: jax.ShapeDtypeStruct, axes: Axes) -> Any:
@@ -159,9 +162,9 @@ def base_like(config: ModelConfig, types: BaseTypes, mesh: Mesh) -> Params:
 
 
 def base_rounding(config: ModelConfig, types: BaseTypes, mesh: Mesh) -> Convert:
-    """Return a function that rounds a parameter, given its path, to its type in the frozen base.
+    """Return a function that converts a parameter, given its path, to its dtype in the frozen base.
 
-    Layers are rounded one at a time, so that at most one is held in float32.
+    Layers are rounded one at a time, so that the conversion holds at most one layer in float32.
     """
     axes_of, like = layout(config).logical_axes, base_like(config, types, mesh)
 
@@ -177,7 +180,7 @@ def base_rounding(config: ModelConfig, types: BaseTypes, mesh: Mesh) -> Convert:
 
 
 def _rounding(path: tuple[str, ...], axes: Axes, types: BaseTypes) -> Callable[[Any], Any]:
-    """The rounding of one parameter."""
+    """Return a function that rounds the parameter at `path` to its dtype in the frozen base."""
     if path[0] == "layers" and path[-1] in INPUTS:
         kinds = {"int8": quantised, "nf4": normal_floats}
         if types.matrices in kinds:
@@ -188,13 +191,17 @@ def _rounding(path: tuple[str, ...], axes: Axes, types: BaseTypes) -> Callable[[
 
 
 def _placed(like: Any, axes: Axes, mesh: Mesh, inputs: int) -> Any:
-    """Add the shardings to the shapes of a rounded parameter."""
+    """Add shardings to the shapes and dtypes of a rounded parameter.
+
+    Args:
+        inputs: Number of input dimensions of a matrix.
+    """
     if isinstance(like, Int8Matrix):
         of_scale = (axes[0], *axes[1 + inputs :])
         return Int8Matrix(_on(mesh, like.values, axes), _on(mesh, like.scale, of_scale))
     if isinstance(like, Nf4Matrix):
         outputs = axes[1 + inputs :]
-        # Only the first of the inputs' axes is split, so blocks are split as it is.
+        # Of the input axes only the first is sharded, so the axis of blocks is sharded like it.
         codes = _on(mesh, like.codes, (axes[0], axes[1], None, *outputs))
         largest = _on(mesh, like.largest, (axes[0], axes[1], *outputs))
         return Nf4Matrix(codes, largest, like.inputs)
@@ -202,7 +209,7 @@ def _placed(like: Any, axes: Axes, mesh: Mesh, inputs: int) -> Any:
 
 
 def _on(mesh: Mesh, leaf: Any, axes: Axes) -> jax.ShapeDtypeStruct:
-    """Split an array over the mesh along dimensions that divide evenly; replicate the others."""
+    """Shard an array over the mesh along dimensions that divide evenly, and replicate the rest."""
 
     def divides(axis: str | None, size: int) -> bool:
         return size % math.prod(mesh.shape[name] for name in RULES[axis]) == 0

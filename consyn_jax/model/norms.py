@@ -1,4 +1,4 @@
-"""RMS norm, and the two uses of it in a block that kernels can replace."""
+"""RMS norm, and the reference implementations of the two fused norm kernels."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def rms_norm(
 ) -> Float[Array, "*B D"]:
     """RMS norm, x / sqrt(mean(x^2) + eps) * scale, in float32 (Zhang and Sennrich, 2019).
 
-    The backward pass recomputes from `x`: saving the float32 intermediates would cost more memory
-    than everything else in a block.
+    The backward pass recomputes the norm from `x`, because saved float32 intermediates would take
+    more memory than everything else in a block.
     """
     x32 = x.astype(jnp.float32)
     return (
@@ -34,7 +34,7 @@ def norm_then_branch(
 ) -> tuple[Float[Array, "B T D"], ...]:
     """Return x and `uses` copies of its norm, one for each matmul that reads it.
 
-    The readable reference for the kernel `branched_norm`.
+    This is the reference for the kernel `branched_norm`.
     """
     return x_BTD, *[rms_norm(x_BTD, scale_D, eps)] * uses
 
@@ -46,16 +46,23 @@ def norm_then_rope(
     eps: float,
     heads: str = "heads",
 ) -> Float[Array, "B T N H"]:
-    """Norm and rotate queries or keys.
+    """Apply RMS norm, then the rotary embedding, to queries or keys.
 
-    The readable reference for the kernel `norm_rope`. Only the kernel needs `heads`, the logical
-    name of the axis N.
+    This is the reference for the kernel `norm_rope`.
+
+    Args:
+        heads: Logical name of the axis N, which only the kernel needs.
     """
     return apply_rope(rms_norm(x_BTNH, scale_H, eps), rope)
 
 
 class Norms(NamedTuple):
-    """The norms of a block: `branch` for the residual stream, `rotate` for queries and keys."""
+    """The norm functions of a block.
+
+    Attributes:
+        branch: Norms the residual stream, with the signature of `norm_then_branch`.
+        rotate: Norms and rotates queries or keys, with the signature of `norm_then_rope`.
+    """
 
     branch: Callable[[jax.Array, jax.Array, float, int], tuple[jax.Array, ...]] = norm_then_branch
     rotate: Callable[[jax.Array, jax.Array, Rope, float, str], jax.Array] = norm_then_rope

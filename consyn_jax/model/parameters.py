@@ -18,27 +18,30 @@ from consyn_jax.model_config import ModelConfig
 from consyn_jax.optimizer_config import BaseShape
 
 Params = dict[str, Any]
-# A function of a parameter's path and values, whose result is kept in its place.
+# A function that converts a parameter, given its path and values; its result is the new parameter.
 Convert = Callable[[tuple[str, ...], jax.Array], Any]
-# Initialisation runs once, so it need not run fast: on CPUs this compiles in a quarter of the time,
-# and gives the same bits.
+# Initialisation runs once, so compile time matters more than run time. On CPUs, this option
+# compiles in a quarter of the time, and gives the same bits.
 COMPILE_QUICKLY = {"cpu": {"xla_backend_optimization_level": 1}}
 
 
 def unchanged(path: tuple[str, ...], values: jax.Array) -> jax.Array:
-    """Keep a parameter as it is: a `Convert`."""
+    """Return `values` unchanged; the default conversion of `load_parameters`."""
     return values
 
 
 def map_axes(function: Callable[..., Any], logical_axes: Params, *trees: Any) -> Any:
-    """Map over a tree of logical axes, whose leaves are tuples, and trees of the same structure."""
+    """Map `function` over a tree of logical axes (tuples) and trees of the same structure."""
     return jax.tree.map(function, logical_axes, *trees, is_leaf=lambda a: isinstance(a, tuple))
 
 
 class Layout(NamedTuple):
     """Structure, shapes and logical axes of a model's parameters, without their values.
 
-    `nnx.merge(graphdef, params)` gives the `Decoder` back.
+    Attributes:
+        graphdef: Structure of the module; `nnx.merge(graphdef, params)` builds a `Decoder`.
+        shapes: Shape and dtype of each parameter.
+        logical_axes: Names of each parameter's axes, which `distributed/mesh.py` maps to the mesh.
     """
 
     graphdef: Any
@@ -51,13 +54,13 @@ class Layout(NamedTuple):
 
     @property
     def num_parameters(self) -> int:
-        """Elements of all parameters, vocabulary padding included."""
+        """Number of elements in all parameters, including the rows that pad the vocabulary."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
 
 
 @cache
 def layout(config: ModelConfig) -> Layout:
-    """The layout of the model that `config` describes; nothing is allocated.
+    """The layout of the model that `config` describes, found without allocating parameters.
 
     >>> from consyn_jax.resolve import preset_architecture
     >>> layout(preset_architecture("verse")).num_parameters
@@ -80,9 +83,11 @@ def layout(config: ModelConfig) -> Layout:
 
 @cache
 def forward_order(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Names of all parameters in the order in which the forward pass uses them.
+    """Names of all parameters, in the order in which the forward pass uses them.
 
-    The value of "layers" names the parameters of one block, the other values are empty.
+    Returns:
+        A dict with the name of each parameter outside the blocks as a key, and an empty tuple as
+        value. The key "layers" has the names of the parameters of one block.
     """
     order: dict[str, tuple[str, ...]] = {}
 
@@ -104,12 +109,13 @@ def forward_order(config: ModelConfig) -> dict[str, tuple[str, ...]]:
 def initial_parameters(
     config: ModelConfig, seed: int, mesh: Mesh | None = None, base: BaseShape | None = None
 ) -> Params:
-    """Initial values, float32, created in their final sharding.
+    """Initial float32 parameters, created in their final sharding.
 
-    A seed gives the same bits on every mesh, because threefry counts by element.
+    A seed gives the same bits on every mesh, because the random generator (threefry) derives each
+    element's bits from the element's index.
 
     Args:
-        base: the shape of muP's base model; None in the standard parametrization.
+        base: Shape of muP's base model; None in the standard parametrization.
     """
     with jax.threefry_partitionable(True):
         made: Params = _initialiser(config, mesh, base)(np.uint32(seed))
@@ -120,7 +126,10 @@ def initial_parameters(
 def _initialiser(
     config: ModelConfig, mesh: Mesh | None, base: BaseShape | None
 ) -> Callable[[np.uint32], Params]:
-    """The program that makes the values of any seed, kept for the trials of a study."""
+    """The compiled function from a seed to initial parameters.
+
+    It is cached, because the trials of a tuning study share it.
+    """
 
     def make(seed: jax.Array) -> Params:
         params = nnx.to_pure_dict(nnx.split(Decoder(config, nnx.Rngs(jax.random.key(seed))))[1])
@@ -141,16 +150,20 @@ TO_RESIDUAL = ("o", "o_bias", "down", "down_bias")
 
 
 class MupFactors(NamedTuple):
-    """Factors of muP for the initial values and the rate of a parameter.
+    """muP's factors for the initial values and the learning rate of a parameter.
 
-    With them, a rate found on a small model, the base, suits a model of any width and depth. Width
-    follows Yang et al. (2022, table 3, for Adam), depth CompleteP (Dey et al., 2025, with alpha =
-    1).
+    With these factors, a learning rate tuned on a small base model also suits a wider or deeper
+    model. The factors for width follow Yang et al. (2022, table 3, for Adam). The factors for depth
+    follow CompleteP (Dey et al., 2025, with alpha = 1).
 
-    The published tables multiply some activations by a factor m. Here the weights take it instead:
-    if an update's size does not depend on the gradient's, multiplying a weight by m wherever it is
-    used is the same as m times its initial value and rate, with its decay divided by m. So a model
-    is an ordinary one, and files hold it as it is.
+    The published tables multiply some activations by a factor m. Here, the weights are scaled
+    instead, so that the saved model is an ordinary one and needs no multipliers. This is
+    equivalent for optimizers whose update does not depend on the size of the gradient: the initial
+    values and the learning rate are multiplied by m, and weight decay is divided by m.
+
+    Attributes:
+        initial: Factor of the initial values.
+        rate: Factor of the learning rate.
     """
 
     initial: float
@@ -158,7 +171,11 @@ class MupFactors(NamedTuple):
 
 
 def mup_factors(config: ModelConfig, base: BaseShape, tree: Any) -> Any:
-    """Return the `MupFactors` of all parameters, as a tree like `tree`, of axes or of values."""
+    """Return the `MupFactors` of each parameter, in the structure of `tree`.
+
+    Args:
+        tree: Tree of parameters, or of their logical axes.
+    """
     return jax.tree_util.tree_map_with_path(
         lambda path, _: _mup_factors(path[-1].key, config, base),
         tree,

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 from jax import checkpoint_policies
 
-# `checkpoint_name`s that policies refer to
+# The `checkpoint_name`s to which policies refer.
 BLOCK_INPUT = "block input"  # the residual stream
 ATTENTION_OUTPUT = "attention output"  # of every backend
 KERNEL_RESIDUALS = "document attention"  # the kernel's output and softmax sums
 
-# Value of --gradient_checkpointing -> policy, given the names that the attention backend saves.
+# Value of --gradient_checkpointing -> function from the attention backend's names to a JAX policy.
 POLICIES: dict[str, Callable[[tuple[str, ...]], Any]] = {
     "minimal": lambda names: checkpoint_policies.save_from_both_policies(
         checkpoint_policies.save_only_these_names(*names),
@@ -21,7 +21,7 @@ POLICIES: dict[str, Callable[[tuple[str, ...]], Any]] = {
     ),
     "attention": lambda names: checkpoint_policies.save_only_these_names(*names),
     "full": lambda names: checkpoint_policies.nothing_saveable,
-    # XLA keeps a block's input on the device unless it is offloaded by name
+    # XLA keeps a block's input on the device unless the policy names it for offloading.
     "offload": lambda names: checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[*names, BLOCK_INPUT],
@@ -37,8 +37,8 @@ def rematerialise(
     """Wrap `block` so that its backward pass recomputes activations that the policy does not save.
 
     Args:
-        remat: "none" or a key of `POLICIES`.
-        saved_names: Names that the attention backend gives to what its backward pass needs.
+        remat: Name of the policy, a key of `POLICIES`; "none" returns `block` unchanged.
+        saved_names: The `checkpoint_name`s of the arrays that attention needs in its backward pass.
     """
     if remat == "none":
         return block

@@ -1,8 +1,9 @@
 """Rotary position embedding (Su et al., 2021), in the pair order of Hugging Face's llama.
 
-A model can stretch the rotations to a longer context (`RopeScaling`), and can rotate only a part of
-each head or only some layers. Elements that are not rotated have a cosine of 1 and a sine of 0, so
-one operation serves all models. The scalings follow `modeling_rope_utils.py` of transformers 5.23.
+A model can scale the rotations for a longer context (`RopeScaling`), rotate only a part of each
+head, or rotate only in some layers. Elements that are not rotated have a cosine of 1 and a sine of
+0, so the same code rotates all models. The scalings follow `modeling_rope_utils.py` of transformers
+5.23.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ Span = int | Int[Array, "B T"]  # a document's length in tokens, or one for each
 
 
 def rope_table(positions: Int[Array, "B T"], length: int, head_dim: int, theta: float) -> Rope:
-    """Cosine and sine of every rotation angle, float32.
+    """Float32 cosines and sines of the rotation angles, for heads that rotate fully.
+
+    They are read from a table with a row per position, because XLA on CPUs would otherwise
+    recompute a cosine wherever it is used.
 
     Args:
-        length: Upper bound of the positions. They index a table of this length, because XLA on CPUs
-            would otherwise recompute a cosine wherever it is used.
+        length: Upper bound of the positions, the length of the table.
+        theta: Base of the rotary embedding.
     """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
@@ -37,12 +41,12 @@ def rope_table(positions: Int[Array, "B T"], length: int, head_dim: int, theta: 
 def rope_of(
     config: ModelConfig, positions_BT: Int[Array, "B T"], length: int, span: Span | None = None
 ) -> Rope:
-    """Cosines and sines of a model; `rotated_where` then switches them off for some layers.
+    """Cosines and sines of the model's rotary embedding, as for layers that rotate.
 
     Args:
         length: Upper bound of the positions.
-        span: Length of each token's document, on which the scalings dynamic and longrope depend;
-            by default `length`.
+        span: Length in tokens of each token's document, by default `length`. The scalings dynamic
+            and longrope depend on it.
     """
     c, scaling = config, config.rope_scaling
     if scaling is None and c.rotary_dim == c.head_dim:
@@ -63,7 +67,7 @@ def rope_of(
 
 
 def spans_until(config: ModelConfig) -> int | None:
-    """Document length in tokens above which the rotations change; None if they never do."""
+    """Document length in tokens above which the rotations change; None if they never change."""
     scaling = config.rope_scaling
     if scaling is None or scaling.rope_type not in ("dynamic", "longrope"):
         return None
@@ -72,7 +76,11 @@ def spans_until(config: ModelConfig) -> int | None:
 
 
 def rotated_where(rope: Rope, rotates: Bool[Array, ""] | None) -> Rope:
-    """Return `rope`, or the angle 0 where `rotates` is false. None means that all layers rotate."""
+    """Return `rope`, with all angles replaced by 0 if `rotates` is false.
+
+    Args:
+        rotates: Whether the layer rotates; None if all layers do.
+    """
     if rotates is None:
         return rope
     return jnp.where(rotates, rope[0], 1.0), jnp.where(rotates, rope[1], 0.0)
@@ -86,10 +94,11 @@ def apply_rope(x_BTNH: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T
 
 
 def partial_order(config: ModelConfig) -> np.ndarray:
-    """For each element of our heads, its index in a model file whose heads rotate only in part.
+    """Order of a head's elements for a partial rotation: the index in the file of each element.
 
-    In the file the first r elements rotate, in pairs (i, i + r/2). Here pairs are (i, i + H/2), and
-    the rotated pairs come first. Queries and keys are permuted alike, so attention is the same.
+    In the file, the first r elements of a head rotate, in pairs (i, i + r/2). In this package pairs
+    are (i, i + H/2), and the rotated pairs come first. The same permutation of queries and keys
+    does not change attention.
     """
     rotated, half = config.rotary_dim // 2, config.head_dim // 2
     rest = np.arange(2 * rotated, config.head_dim)
@@ -103,7 +112,10 @@ def partial_order(config: ModelConfig) -> np.ndarray:
 def _table(config: ModelConfig, pairs: np.ndarray, positions: jax.Array, length: int) -> Rope:
     """Cosines and sines of the positions, if the frequencies are the same for all documents.
 
-    They are read from a table of `length` positions, as in `rope_table`.
+    They are read from a table with `length` rows, as in `rope_table`.
+
+    Args:
+        pairs: Frequencies of the rotated pairs, in radians per token.
     """
     frequencies, factors = _whole_head(config, pairs.astype(np.float32))
     angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
@@ -112,14 +124,14 @@ def _table(config: ModelConfig, pairs: np.ndarray, positions: jax.Array, length:
 
 
 def _whole_head(config: ModelConfig, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Frequency and factor of all pairs of a head; those that are not rotated have 0 and 1."""
+    """Frequency and attention factor of each pair of a head; 0 and 1 for pairs not rotated."""
     rest = (0, config.head_dim // 2 - pairs.size)
     factors = np.full(pairs.size, attention_factor(config), np.float32)
     return np.pad(pairs, rest), np.pad(factors, rest, constant_values=1)
 
 
 def _dynamic(config: ModelConfig, positions: jax.Array, span: Span, context: int) -> Rope:
-    """Rotations with a base that grows with the document beyond the context ("NTK-aware")."""
+    """Rotations for documents beyond the context: a longer one has a larger base ("NTK-aware")."""
     scaling, dim = config.rope_scaling, config.rotary_dim
     factor = _known(_known(scaling).factor)
     stretch = factor * jnp.maximum(span, context) / context - (factor - 1)
@@ -132,12 +144,13 @@ def _dynamic(config: ModelConfig, positions: jax.Array, span: Span, context: int
 
 
 def _frequencies(config: ModelConfig, is_long: bool) -> np.ndarray:
-    """Radians per token of each rotated pair, float32.
+    """Frequency of each rotated pair after scaling, in radians per token, float32.
 
-    The order of operations is that of transformers: an error in the last bit grows with position.
+    The order of operations is the same as in transformers, because a difference in the last bit
+    grows with the position.
 
     Args:
-        is_long: The document is longer than `spans_until`.
+        is_long: Whether the document is longer than `spans_until(config)`.
     """
     plain, scaling = plain_frequencies(config), config.rope_scaling
     if scaling is None:
@@ -146,13 +159,13 @@ def _frequencies(config: ModelConfig, is_long: bool) -> np.ndarray:
 
 
 def plain_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per token of each rotated pair before any scaling, float32."""
+    """Frequency of each rotated pair before scaling, in radians per token, float32."""
     dim = config.rotary_dim
     return 1 / np.float32(config.rope_theta) ** (np.arange(0, dim, 2, dtype=np.float32) / dim)
 
 
 def _known(value: Any) -> Any:
-    """A value that `RopeScaling` requires for this scaling."""
+    """Return a value that `RopeScaling` has checked to be present for this scaling."""
     assert value is not None
     return value
 
@@ -164,12 +177,12 @@ def _linear(plain: np.ndarray, s: RopeScaling, config: ModelConfig, is_long: boo
 def _dynamic_short(
     plain: np.ndarray, s: RopeScaling, config: ModelConfig, is_long: bool
 ) -> np.ndarray:
-    """Unscaled frequencies, for documents within the context; `_dynamic` serves longer ones."""
+    """Unscaled frequencies for documents within the context; `_dynamic` scales for longer ones."""
     return plain
 
 
 def _llama3(plain: np.ndarray, s: RopeScaling, config: ModelConfig, is_long: bool) -> np.ndarray:
-    """Stretch slow pairs, leave fast ones as they are, and blend in between."""
+    """Divide low frequencies by the factor, keep high ones, and interpolate between them."""
     low, high = _known(s.low_freq_factor), _known(s.high_freq_factor)
     turns = _known(s.original_max_position_embeddings) / (2 * math.pi / plain)
     share = np.clip((turns - low) / (high - low), 0, 1)
@@ -177,7 +190,7 @@ def _llama3(plain: np.ndarray, s: RopeScaling, config: ModelConfig, is_long: boo
 
 
 def _yarn(plain: np.ndarray, s: RopeScaling, config: ModelConfig, is_long: bool) -> np.ndarray:
-    """As `_llama3`, but the blend is linear in the pair's index (Peng et al., 2023)."""
+    """As in `_llama3`, but interpolate linearly in the pair's index (Peng et al., 2023)."""
     dim, original = config.rotary_dim, _known(s.original_max_position_embeddings)
     factor = s.factor or config.context / original
 
@@ -195,7 +208,7 @@ def _yarn(plain: np.ndarray, s: RopeScaling, config: ModelConfig, is_long: bool)
 
 
 def _longrope(plain: np.ndarray, s: RopeScaling, config: ModelConfig, is_long: bool) -> np.ndarray:
-    """Each pair has its own factor, found by search (Ding et al., 2024)."""
+    """Divide each frequency by a factor that was found by search (Ding et al., 2024)."""
     factors = np.array(s.long_factor if is_long else s.short_factor, np.float32)
     dim = config.rotary_dim
     powers = np.float32(config.rope_theta) ** (np.arange(0, dim, 2, dtype=np.float32) / dim)
@@ -212,7 +225,7 @@ SCALINGS: dict[str, Callable[[np.ndarray, RopeScaling, ModelConfig, bool], np.nd
 
 
 def attention_factor(config: ModelConfig) -> float:
-    """The factor of cosines and sines; its square scales the attention scores."""
+    """Factor of the cosines and sines, whose square multiplies the attention scores."""
     s = config.rope_scaling
     if s is None or s.rope_type not in ("yarn", "longrope"):
         return 1.0

@@ -1,7 +1,7 @@
 """The decoder: pre-norm, RMSNorm, RoPE, SwiGLU, grouped-query attention.
 
-Parameters carry the logical names of their axes, which `distributed/mesh.py` maps to the mesh. The
-blocks are stacked along a leading `layers` axis and run by one `jax.lax.scan`. It is unrolled if
+Parameters have logical axis names, which `distributed/mesh.py` maps to the mesh. The blocks are
+stacked along a leading `layers` axis, and one `jax.lax.scan` runs them. The scan is unrolled if
 there are few blocks; otherwise it is a loop, so that compile time does not grow with depth.
 """
 
@@ -44,7 +44,7 @@ NO_WINDOW = 2**30  # tokens; a window that no sequence fills
 
 
 class LayerKinds(NamedTuple):
-    """Settings that can differ between layers, one value per layer; None if all agree."""
+    """Settings that can differ between layers, one value per layer; None if all layers agree."""
 
     window_L: Int[Array, " L"] | None
     rotates_L: Bool[Array, " L"] | None
@@ -65,12 +65,14 @@ class Compute:
     """Settings of the forward pass.
 
     Attributes:
-        attention: A key of `attention.BACKENDS`.
-        remat: Activations that a block's backward pass recomputes. "none": none; "minimal": all but
-            matrix products and attention; "attention": all but attention; "full": all; "offload":
-            as "attention", and saved activations move to host memory.
-        fp8: Multiply 8-bit floats in the blocks (model/fp8.py).
-        unroll: Unroll the loop over the blocks. This is faster, but the program grows with depth.
+        dtype: The compute dtype.
+        attention: The attention backend, a key of `attention.BACKENDS`.
+        remat: Which activations a block's backward pass recomputes. "none": none; "minimal": all
+            except matrix products and attention; "attention": all except attention; "full": all;
+            "offload": as "attention", with the saved activations in host memory.
+        fp8: Whether the matrix products of the blocks use 8-bit floats (model/fp8.py).
+        unroll: Whether the loop over the blocks is unrolled. This is faster, but the compiled
+            program grows with depth.
     """
 
     dtype: Any = jnp.float32
@@ -122,7 +124,11 @@ class Block(nnx.Module):
         attend: Attend,
         dropout: Dropout | None = None,
     ) -> Float[Array, "B T D"]:
-        """Output of the block; `attend(q, k, v)` is the attention of training or of decoding."""
+        """Compute the output of the block.
+
+        Args:
+            attend: Attention function of q, k and v, for training or for decoding.
+        """
         return self.parts(x_BTD, rope, attend, dropout)[-1]
 
     def parts(
@@ -134,11 +140,11 @@ class Block(nnx.Module):
         product: Product = linear,
         norms: Norms = NORMS,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Both branches and the output, each [B, T, D], named in `BLOCK_PARTS`.
+        """Compute the outputs of both branches and of the block, as named in `BLOCK_PARTS`.
 
         Args:
-            product: `linear` or a replacement.
-            norms: The reference norms or kernels.
+            product: Matmul function, such as `linear`.
+            norms: The norm functions, from `attention.Backend.norms`.
         """
         with jax.named_scope("attention"):
             x_BTD, *branches = norms.branch(x_BTD, self.attention_norm[...], self.eps, 3)
@@ -175,13 +181,13 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token ids to hidden states, and the output embedding that turns these into logits."""
+    """Decoder from token ids to hidden states, with the output embedding for the logits."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         V, D = config.padded_vocab_size, config.hidden_dim
         self.config = config
-        # a tied embedding must not make the first logits large; an untied one matches what the
-        # blocks add to it
+        # A tied embedding must be small, so that the first logits are small. An untied embedding
+        # has the scale of the block outputs that are added to it.
         self.embedding = parameter(
             rngs, (V, D), ("vocab", "embed"), 0.02 if config.tie_embeddings else 1.0
         )
@@ -196,12 +202,12 @@ class Decoder(nnx.Module):
 
     @property
     def head_VD(self) -> jax.Array:
-        """The output embedding [padded V, D], which is the input embedding if they are tied."""
+        """The output embedding [padded V, D]; with tied embeddings, it is the input embedding."""
         return self.embedding[...] if self.output is None else self.output[...]
 
     @jax.named_scope("embedding")
     def embed(self, input_ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
-        """Rows of the embedding table."""
+        """Look up the embeddings of token ids."""
         return constrain(lookup(self.embedding[...], input_ids, dtype), "batch", "sequence", None)
 
     def hidden(
@@ -211,11 +217,11 @@ class Decoder(nnx.Module):
         compute: Compute,
         dropout: Dropout | None = None,
     ) -> Float[Array, "B T D"]:
-        """Hidden states after the last norm, in the compute dtype.
+        """Compute the hidden states after the final norm, in the compute dtype.
 
         Args:
-            dropout: For training: dropout of the embedding, the attention weights and the branches
-                of each block.
+            dropout: Dropout of the embedding, of the attention weights and of the branches of each
+                block, for training; None for no dropout.
         """
         return self.traced(input_ids, segment_ids, compute, dropout, lambda x_BTD: None)[0]
 
@@ -227,9 +233,11 @@ class Decoder(nnx.Module):
         dropout: Dropout | None,
         look: Callable[[jax.Array], Any],
     ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-        """Return `hidden`, and the results of `look` on the activations [B, T, D] along the way.
+        """Compute `hidden`, and apply `look` to the activations [B, T, D] along the way.
 
-        The results are named "embedding" and, stacked over the layers, as in `BLOCK_PARTS`.
+        Returns:
+            The hidden states, and the results of `look` by name: "embedding", and the names in
+            `BLOCK_PARTS`, stacked over the layers.
         """
         config, backend = self.config, BACKENDS[compute.attention]
         inside = None if segment_ids is None else documents(segment_ids)
@@ -266,7 +274,7 @@ class Decoder(nnx.Module):
         return rms_norm(x_BTD, self.norm[...], config.norm_eps), looks | blocks
 
     def _rope(self, shape: tuple[int, ...], inside: Documents | None) -> Rope:
-        """Rotations of positions inside documents."""
+        """Cosines and sines for positions that are counted from the start of each document."""
         start_BT: Any = 0 if inside is None else inside.first_BT
         positions_BT = jnp.broadcast_to(jnp.arange(shape[1]) - start_BT, shape)
         span_BT = None
@@ -277,14 +285,14 @@ class Decoder(nnx.Module):
 
 @jax.checkpoint
 def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
-    """silu(gate) * up (Shazeer, 2020); the backward pass saves only these two."""
+    """Compute silu(gate) * up (Shazeer, 2020); only `gate` and `up` are saved for backward."""
     return jax.nn.silu(gate) * up
 
 
 def _bias(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], exists: bool
 ) -> nnx.Param | None:
-    """A bias of zeros, or None if the model has no such bias."""
+    """Create a bias of zeros, or return None if the model has no such bias."""
     return parameter(rngs, shape, axes, 0.0) if exists else None
 
 
@@ -298,7 +306,8 @@ def parameter(
     """Create a float32 parameter with named axes.
 
     Args:
-        std: Standard deviation of normal values; 0 gives zeros, None gives ones.
+        axes: Logical name of each axis.
+        std: Standard deviation of normally distributed values; 0 gives zeros, None gives ones.
     """
     if std is None:
         return nnx.Param(jnp.ones(shape), axes=axes)

@@ -1,1 +1,1 @@
-"""Requests with known answers: reading them, scoring their answers, and judging generated ones."""
+"""Requests with known answers: read them, score given answers, and judge generated answers."""

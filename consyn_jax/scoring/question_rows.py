@@ -1,7 +1,7 @@
-"""Questions whose answer the model writes, and the rules that judge the text.
+"""Questions whose answer the model generates, and the rules that judge the generated text.
 
-`exact_match` compares whole texts. The two rules for numbers are those of lm_eval's `gsm8k`
-(0.4.13, lm_eval/tasks/gsm8k/gsm8k.yaml), regular expressions included: `number_strict` is its
+`exact_match` compares whole texts. The two rules for numbers come from lm_eval's `gsm8k`
+(0.4.13, lm_eval/tasks/gsm8k/gsm8k.yaml), regular expressions included: `number_strict` is gsm8k's
 filter strict-match, `number_flexible` its flexible-extract.
 """
 
@@ -28,14 +28,14 @@ NO_NUMBER = "[invalid]"
 
 @dataclass(frozen=True)
 class Question:
-    """One row.
+    """A question in a row.
 
     Attributes:
-        place: Place of the row for messages: "FILE:LINE".
+        place: Place of the row, for messages: "FILE:LINE".
         prompt: The text to continue; None for a conversation.
         messages, tools: The conversation.
-        answers: The right texts.
-        max_tokens, stop: Values of this row, which override the flags.
+        answers: The correct texts.
+        max_tokens, stop: Values in the row, which override the flags.
     """
 
     place: str
@@ -48,18 +48,18 @@ class Question:
 
 
 def is_question(row: dict[str, Any]) -> bool:
-    """Whether a row asks for a text that the model writes."""
+    """Whether a row asks for a generated text."""
     return "prompt" in row or "messages" in row
 
 
 def question(row: dict[str, Any], place: str) -> Question:
-    """The question of a row.
+    """Read the question of a row.
 
     Raises:
         BadRow: A key is missing, or a value is invalid.
     """
     if ("prompt" in row) == ("messages" in row):
-        raise BadRow("has both prompt and messages; a question has one of them.")
+        raise BadRow("has both prompt and messages; give only one of them.")
     if ("answer" in row) == ("answers" in row):
         what = "both answer and answers" if "answer" in row else "a prompt without answer"
         raise BadRow(f"has {what}; give the right text under 'answer', or several in 'answers'.")
@@ -73,10 +73,10 @@ def question(row: dict[str, Any], place: str) -> Question:
     if stop is not None and not isinstance(stop, list):
         raise BadRow(f"holds {json_type(stop)} under the key 'stop', not an array of strings.")
     if stop is not None and "" in stop:
-        raise BadRow("has an empty text under the key 'stop', which would end no answer.")
+        raise BadRow("has an empty text under the key 'stop', which cannot end an answer.")
     most = row.get("max_tokens")
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
-        raise BadRow("must have a number from 1 under the key 'max_tokens'.")
+        raise BadRow("must have a whole number of at least 1 under the key 'max_tokens'.")
     prompt = messages = tools = None
     if "prompt" in row:
         prompt = string(row["prompt"], "as the prompt", "a string")
@@ -98,7 +98,7 @@ def question(row: dict[str, Any], place: str) -> Question:
 
 
 def bare(text: str) -> str:
-    """Normalise a text or number for comparison: drop commas, dollars and all before ####.
+    """Normalise a text or number for comparison: drop commas, dollar signs and text before ####.
 
     >>> bare("3 + 4 = 7 #### $1,234."), bare("72.")
     ('1234', '72')
@@ -129,7 +129,7 @@ def flexible_number(text: str) -> str:
 
 
 def has_number(asked: Question) -> bool:
-    """Whether the right answer is a number, or ends with #### and one."""
+    """Whether the correct answer is a number, or ends with #### and a number."""
     return any(re.fullmatch(r"-?[0-9.]*[0-9]", bare(answer).strip()) for answer in asked.answers)
 
 
@@ -141,13 +141,13 @@ TAKEN: dict[str, Callable[[str], str]] = {
 
 
 def taken(metric: str, text: str) -> str:
-    """The part of a written text that a metric compares."""
+    """Extract the part of a generated text that a metric compares."""
     found = TAKEN[metric](text)
     return found if metric == "exact_match" else bare(found)
 
 
 def is_right(metric: str, asked: Question, text: str) -> bool:
-    """Whether a text is a right answer."""
+    """Whether a generated text is correct by a metric."""
     if metric == "exact_match":
         return text.strip() in {answer.strip() for answer in asked.answers}
     return taken(metric, text) in {bare(answer).strip() for answer in asked.answers}

@@ -1,4 +1,4 @@
-"""Rows of `--requests`: a context and what may follow it, or a question with its answer."""
+"""Rows of `--requests`: a context with possible continuations, or a question with its answer."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ SHOWN_KEYS = 5  # of those that are not read
 
 @dataclass(frozen=True)
 class Request:
-    """One row.
+    """A row with a context and given continuations.
 
     Attributes:
-        place: Place of the row for messages: "FILE:LINE".
+        place: Place of the row, for messages: "FILE:LINE".
         pairs: (context, continuation), in the order of the row.
-        gold: Numbers of the right ones, from 0; empty if the row does not ask for a choice.
+        gold: Indices of the correct continuations, from 0; empty if the row does not ask for a
+            choice.
     """
 
     place: str
@@ -43,12 +44,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Task:
-    """Requests that are counted together.
+    """Requests whose results are reported together.
 
     Attributes:
-        requests: Rows whose answers are given, and judged by their likelihoods.
-        unused: Keys of rows that are not read, and in how many rows.
-        questions: Rows whose answers the model writes.
+        requests: Rows with given answers, which are judged by their likelihoods.
+        unused: Keys that are not read, with the number of rows that have them.
+        questions: Rows whose answers the model generates.
     """
 
     name: str
@@ -63,18 +64,18 @@ class Task:
 
     @property
     def notes(self) -> list[str]:
-        """The keys of rows that are not read, with the number of rows that have them."""
+        """A note about keys that are not read, with the number of rows that have them."""
         if not self.unused:
             return []
         keys = listed([f"{key} ({count:,})" for key, count in self.unused.items()], SHOWN_KEYS)
-        return [f"keys of rows that are not read: {keys}"]
+        return [f"keys that are not read, with their number of rows: {keys}"]
 
 
 def read_tasks(files: tuple[str, ...]) -> list[Task]:
-    """The tasks of files: a row's `task`, or else the name of its file.
+    """Read files of requests into tasks, named by a row's `task` or else by the file.
 
     Raises:
-        UserError: A file cannot be read or is empty, or a row is wrong; the message names it.
+        UserError: A file cannot be read or is empty, or a row is invalid; the message names it.
     """
     found: dict[str, list[Request | Question]] = {}
     unused: dict[str, Counter[str]] = {}
@@ -132,7 +133,7 @@ def _read_row(row: dict[str, Any], place: str) -> Request | Question:
 
 
 def _request(row: dict[str, Any], place: str) -> Request:
-    """The request of a row.
+    """Read the request of a row.
 
     Raises:
         BadRow: A key is missing, or a value is invalid.
@@ -172,17 +173,19 @@ def _texts(row: dict[str, Any], key: str) -> list[str]:
 def _gold(row: dict[str, Any], key: str, count: int) -> tuple[int, ...]:
     if row.get("gold") is None:
         if key == "choices":
-            raise BadRow("has choices but no gold: the number of the right one, from 0.")
+            raise BadRow(
+                "has choices but no gold. Give the number of the correct choice, from 0, as gold."
+            )
         return ()
     gold = row["gold"] if isinstance(row["gold"], list) else [row["gold"]]
     right = range(count)
     if not gold or any(isinstance(n, bool) or not isinstance(n, int) for n in gold):
-        raise BadRow("must have a number or numbers from 0 under the key 'gold'.")
+        raise BadRow("must have, under the key 'gold', one or several whole numbers of at least 0.")
     wrong = next((n for n in gold if n not in right), None)
     if wrong is not None:
         raise BadRow(
             f"has gold {wrong}, and its {count} answers have the numbers 0 to {count - 1}."
         )
     if count == 1:
-        raise BadRow("has gold and a single answer, so there is nothing to choose.")
+        raise BadRow("has gold but only one answer, so there is nothing to choose.")
     return tuple(gold)

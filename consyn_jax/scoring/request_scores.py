@@ -1,4 +1,4 @@
-"""Log-likelihoods of the answers of a task, and how often the right one is chosen."""
+"""Log-likelihoods of the answers of a task, and the accuracy of choosing by them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from consyn_jax.scoring.request_rows import Request, Task
 from consyn_jax.scoring.request_tokens import Encoded
 from consyn_jax.scoring.scorer import Scorer
 
-# What the log-likelihood of an answer is divided by before the largest is chosen.
+# For each accuracy, the length by which an answer's log-likelihood is divided before choosing the
+# largest.
 NORMS = {
     "accuracy": "raw",
     "accuracy_per_character": "characters",
@@ -28,9 +29,9 @@ class Answers:
     """A model's scores of the answers to one request; arrays have one entry per answer.
 
     Attributes:
-        log_likelihood: In nats, of all tokens of the answer.
-        tokens: Number of tokens of each answer.
-        is_greedy: Whether greedy decoding gives exactly the answer.
+        log_likelihood: Sum over the tokens of the answer, in nats.
+        tokens: Number of tokens of the answer.
+        is_greedy: Whether greedy decoding gives exactly this answer.
     """
 
     log_likelihood: np.ndarray
@@ -43,9 +44,9 @@ class TaskScores:
     """One model's answers to a task.
 
     Attributes:
-        answers: One for each request.
-        notes: What a person should know: contexts that were cut, keys that were not read.
-        texts: What the model wrote, one for each question.
+        answers: The scores for each request.
+        notes: Notes for the user, about truncated contexts and keys that are not read.
+        texts: The generated text for each question.
     """
 
     task: Task
@@ -55,7 +56,7 @@ class TaskScores:
 
     @cached_property
     def choices(self) -> dict[str, np.ndarray]:
-        """The answer to each request that has a choice, and to each question, by metric."""
+        """The chosen answer of each request with a choice, and of each question, by metric."""
         found: dict[str, list[int]] = {metric: [] for metric in NORMS}
         for request, answers in self._with(gold=True):
             for metric, norm in NORMS.items():
@@ -70,7 +71,7 @@ class TaskScores:
 
     @property
     def _written(self) -> dict[str, list[tuple[Question, str]]]:
-        """The questions that a metric judges, with their texts."""
+        """Iterate over the questions that a metric judges, with the generated texts."""
         pairs = list(zip(self.task.questions, self.texts, strict=True))
         found = {
             metric: [pair for pair in pairs if metric == "exact_match" or has_number(pair[0])]
@@ -80,7 +81,10 @@ class TaskScores:
 
     @cached_property
     def units(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """By metric, a numerator and denominator per request; the sums' ratio is the metric."""
+        """For each metric, a numerator and a denominator per request.
+
+        The metric is the ratio of their sums.
+        """
         found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         gold = [request.gold for request, _ in self._with(gold=True)]
         for metric in NORMS if gold else ():
@@ -111,10 +115,10 @@ class TaskScores:
 
 
 def _lengths(request: Request, answers: Answers, norm: str) -> np.ndarray:
-    """The length of each answer.
+    """The length of each answer, in the unit of a metric.
 
-    Characters and bytes are counted without the white space in front of an answer, as lm_eval
-    counts them for acc_norm and acc_bytes.
+    Characters and bytes are counted without white space before the answer, as in lm_eval's acc_norm
+    and acc_bytes.
     """
     if norm == "raw":
         return np.ones(len(answers.tokens))
@@ -131,11 +135,11 @@ def score_task(
     encoded: Encoded,
     progress: Callable[[int, int], None] | None = None,
 ) -> TaskScores:
-    """Score all given answers of a task; its questions are not asked here.
+    """Score all given answers of a task; questions are evaluated elsewhere.
 
     Args:
         encoded: The requests of the task, from `encode_requests`.
-        progress: Called with the number of answers scored so far, and of all.
+        progress: Called with the number of answers scored so far, and their total number.
     """
     done, total = 0, len(encoded.wanted)
 

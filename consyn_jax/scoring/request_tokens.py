@@ -1,8 +1,9 @@
-"""Requests as token ids: a continuation gets the ids that follow its context in the whole text.
+"""Requests as token ids: a continuation has the ids that follow the context in the joined text.
 
-As in lm_eval (`TemplateLM._encode_pair`), white space at the end of a context belongs to the
-continuation, and both are tokenised as one text, so that a token may not begin in the context. BOS
-comes first if the model's texts begin with it; an empty context is BOS, or else the end of text.
+As in lm_eval (`TemplateLM._encode_pair`), white space at the end of a context is moved to the
+continuation, context and continuation are tokenised as one text, and the continuation's ids are
+those after as many ids as the context has alone. BOS is put in front if the model's texts begin
+with it; an empty context becomes BOS, or EOS if there is no BOS.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ TEXTS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class Encoded:
-    """All pairs of some requests.
+    """The encoded pairs of some requests.
 
     Attributes:
         wanted: The sequences to score, in the order of the requests and their pairs.
-        cut: Number of contexts that lost tokens at their beginning, to fit the model.
-        changed: Number of contexts that a continuation causes to be tokenised differently.
-        context: The model's context, in tokens.
+        cut: Number of contexts that were truncated at their beginning to fit the model.
+        changed: Number of contexts that are tokenised differently when a continuation follows.
+        context: The model's context length, in tokens.
     """
 
     wanted: list[Wanted]
@@ -38,12 +39,12 @@ class Encoded:
 
     @property
     def notes(self) -> list[str]:
-        """Changes of the contexts, with counts."""
+        """Notes about truncated and changed contexts, with counts."""
         notes = []
         if self.cut:
             notes.append(
-                f"{self.cut:,} of {len(self.wanted):,} contexts cut from the left to the model's "
-                f"{self.context:,} tokens"
+                f"{self.cut:,} of {len(self.wanted):,} contexts truncated on the left to the "
+                f"model's {self.context:,} tokens"
             )
         if self.changed:
             notes.append(f"{self.changed:,} contexts share a token with their continuation")
@@ -61,13 +62,13 @@ def encode_pair(context: str, continuation: str) -> tuple[str, str]:
 
 
 def encode_requests(requests: Iterable[Request], tokenizer: BPETokenizer, context: int) -> Encoded:
-    """Tokenise requests, and cut contexts from the left to fit the model.
+    """Tokenise requests, and truncate contexts on the left to fit the model.
 
     Args:
-        context: The model's context, in tokens.
+        context: The model's context length, in tokens.
 
     Raises:
-        UserError: A continuation has no token of its own, or is longer than the context.
+        UserError: A continuation adds no token to its context, or does not fit the model's context.
     """
     pairs = [(request.place, *encode_pair(*pair)) for request in requests for pair in request.pairs]
     contexts = _encode(tokenizer, [before for _, before, _ in pairs])
@@ -80,8 +81,9 @@ def encode_requests(requests: Iterable[Request], tokenizer: BPETokenizer, contex
         changed += whole[: len(before)] != before
         if first >= len(ids):
             raise UserError(
-                f"{place} has a continuation without a token of its own: the tokenizer joins it to "
-                "the context. Divide the text so that the continuation begins with a new word."
+                f"{place} has a continuation without tokens: the tokenizer merges it into the "
+                "last token of the context. Split the text so that the continuation begins "
+                "with a new word."
             )
         over = len(ids) - (context + 1)
         if over > 0:
@@ -100,6 +102,6 @@ def _encode(tokenizer: BPETokenizer, texts: Sequence[str]) -> list[list[int]]:
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         part = texts[start : start + TEXTS_AT_ONCE]
         ids = tokenizer.encode_batch(part)
-        # Some tokenizers put a space in front of a text, even of none.
+        # Some tokenizers put a space in front of a text, even of an empty one.
         found += [of if text else [] for of, text in zip(ids, part, strict=True)]
     return found

@@ -1,4 +1,4 @@
-"""A model on its devices that scores sequences of unlike lengths, in a few shapes."""
+"""Score sequences of different lengths with a model, compiled for only a few shapes."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ SHORTEST = 32  # tokens; shorter sequences are padded to it
 
 
 class Wanted(NamedTuple):
-    """Token ids; those from position `first` on are scored.
+    """A sequence of token ids, to be scored from position `first` on.
 
-    `first` is at least 1, because the first token has nothing before it.
+    `first` is at least 1, because nothing precedes the first token.
     """
 
     ids: Integer[np.ndarray, " n"]
@@ -36,22 +36,22 @@ class Wanted(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Scores of the tokens of a sequence from `first` on, one per token."""
+    """Scores of a sequence's tokens from position `first` on; one entry per token."""
 
     log_likelihood: Float32[np.ndarray, " scored"]
     is_greedy: Bool[np.ndarray, " scored"]
 
 
 Tick = Callable[[int], None]
-"""Called with the number of sequences that are done."""
+"""Function called with the number of sequences scored so far."""
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """Weights on a mesh, and the program that scores with them.
+    """A model's weights on a mesh, and the compiled program that scores sequences.
 
     Attributes:
-        rows: Sequences in a batch; the mesh divides them.
+        rows: Number of sequences in a batch, a multiple of the devices that split it.
     """
 
     config: ModelConfig
@@ -63,21 +63,21 @@ class Scorer:
 
     @property
     def description(self) -> str:
-        """Number type and devices, for a person to read."""
+        """The number type and the devices, as text for the user."""
         split = [f"{name}={size}" for name, size in self.mesh.shape.items() if size > 1]
         device = self.mesh.devices.flat[0].device_kind
         where = f"{self.mesh.size} x {device}" + (f" ({', '.join(split)})" if split else "")
         return f"{jnp.dtype(self.dtype).name} on {where}, batches of {self.rows}"
 
     def score(self, sequences: Sequence[Wanted], tick: Tick | None = None) -> list[Scores]:
-        """Score sequences; the result has their order.
+        """Score sequences; the scores are in the order of the sequences.
 
-        Sequences of similar lengths share a batch, and lengths are padded to a few, so that little
-        is compiled. Padding comes after the tokens, which do not see it.
+        Sequences of similar lengths share a batch and are padded to one of a few lengths, so that
+        few programs are compiled. Padding follows the tokens, so attention does not see it.
 
         Args:
             sequences: Each has at most one token more than the model's context, because the last
-                one is not an input.
+                token is not an input.
         """
         results: dict[int, Scores] = {}
         waiting: tuple[list[int], TokenScores] | None = None
@@ -104,7 +104,7 @@ class Scorer:
         return math.ceil(length / context) * context
 
     def _batches(self, sequences: Sequence[Wanted]) -> Iterator[tuple[list[int], Any]]:
-        """(numbers of the sequences, arrays [rows, T]), longest first, so memory is short early."""
+        """(indices of the sequences, arrays [rows, T]); longest first, so memory fails early."""
         lengths = [self.length_of(len(sequence.ids) - 1) for sequence in sequences]
         order = sorted(range(len(sequences)), key=lambda number: (-lengths[number], number))
         share = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
@@ -151,9 +151,9 @@ _PROGRAMS: dict[tuple[Any, ...], Any] = {}
 
 
 def _program(config: ModelConfig, dtype: str, attention: str, mesh: Mesh) -> Any:
-    """The jitted program of a configuration; JAX keeps one compiled form for each shape.
+    """The jitted program of a model configuration; JAX compiles it once for each shape.
 
-    Each device gets all scores, so that each process of a run can read them.
+    The scores are replicated on all devices, so that each process of a run can read them.
     """
     key = (config, dtype, attention, mesh)
     if key not in _PROGRAMS:
@@ -172,7 +172,7 @@ def _forward(
     segments_BT: jax.Array,
 ) -> TokenScores:
     decoder: Decoder = nnx.merge(layout(config).graphdef, params)
-    # Rotations of some models depend on the text's length, which padding must not change.
+    # Rotary embeddings of some models depend on the text's length, which padding must not change.
     segments = segments_BT if spans_until(config) is not None else None
     # By default GPUs would round the inputs of float32 products to 10 bits.
     precise = "highest" if dtype == jnp.float32 else "default"

@@ -1,4 +1,4 @@
-"""Log-likelihood of each token, and whether it is the likeliest: what every evaluation reads."""
+"""The log-likelihood of each token, and whether it is the likeliest, for all evaluations."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class TokenScores(NamedTuple):
     """Scores of the label at each position.
 
     Attributes:
-        log_likelihood: In nats, float32.
-        is_greedy: Whether the label has the largest logit; the first of equal ones counts.
+        log_likelihood: Log-likelihood of the label, in nats; float32.
+        is_greedy: Whether the label has the largest logit; among equal logits, the first counts.
     """
 
     log_likelihood: Float[Array, "*shape"]
@@ -31,7 +31,7 @@ class TokenScores(NamedTuple):
 def reference_scores(
     logits_BTV: Float[Array, "B T V"], labels_BT: Int[Array, "B T"]
 ) -> TokenScores:
-    """The readable form, which holds all logits at once."""
+    """The readable reference for `token_scores`, which needs memory for all logits at once."""
     log_probs_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32))
     of_label_BT = jnp.take_along_axis(log_probs_BTV, labels_BT[..., None], axis=-1)[..., 0]
     return TokenScores(of_label_BT, jnp.argmax(logits_BTV, axis=-1) == labels_BT)
@@ -45,10 +45,10 @@ def token_scores(
 ) -> TokenScores:
     """Scores of the labels under the logits `x @ head.T`, on the mesh in context.
 
-    Logits are made for some tokens at a time, so that a long batch needs little memory.
+    Logits are computed for some tokens at a time, so that a long batch needs little memory.
 
     Args:
-        vocab_size: Number of rows of the head that are words; later rows are padding.
+        vocab_size: Number of rows of `head` that are vocabulary entries; later rows are padding.
     """
     local = on_each_device(
         partial(_on_device, sizes=mesh_sizes(), vocab_size=vocab_size),
@@ -59,7 +59,7 @@ def token_scores(
 
 
 def _on_device(x_BTD: Any, head_VD: Any, labels_BT: Any, *, sizes: Any, vocab_size: int) -> Any:
-    """Scores of this device's tokens; its part of the vocabulary is joined with the others'."""
+    """Scores of this device's tokens, combined over the devices that split the vocabulary."""
     weight_VD = head_VD.astype(x_BTD.dtype)
     if embed_axes := split_axes(sizes, "embed"):
         weight_VD = jax.lax.all_gather(weight_VD, embed_axes, axis=1, tiled=True)

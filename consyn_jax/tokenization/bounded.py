@@ -1,7 +1,7 @@
 """Calls into the Rust library `tokenizers` that always end, whatever a tokenizer.json contains.
 
-The regular expressions that split text come with the file. One may take forever on a text, or make
-the library panic; a panic is not an `Exception`.
+A tokenizer.json contains the regular expressions that split text. Such an expression may never
+finish on some text, or make the library panic; a Rust panic is not an `Exception`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from consyn_jax.errors import UserError, brief
 
 Result = TypeVar("Result")
 PROBE_S = 5.0
-# Bounds for the time limit. Even a busy machine encodes more than ten times as fast.
+# Constants of the time limit. Even a busy machine encodes more than ten times faster.
 SLOWEST_CHARACTERS_PER_S, LEAST_S = 10_000, 60.0
 # Short texts on which nested repetitions take exponential time.
 PROBES = ("a" * 64 + "!", "A" * 64 + "\n", "0" * 64 + "x", " " * 64 + ".", "aA0 " * 16, "é" * 64)
@@ -27,7 +27,7 @@ def probe(encode: Callable[[Sequence[str]], object]) -> None:
     """Encode short texts on which nested repetitions take exponential time.
 
     Raises:
-        UserError: an expression takes forever, or the library panicked.
+        UserError: an expression does not finish in time, or the library panicked.
     """
     with _without_stderr():  # a panic prints its own message there
         bounded(lambda: encode(PROBES), PROBE_S)
@@ -47,7 +47,7 @@ def _without_stderr() -> Iterator[None]:
 
 
 def guarded(work: Callable[[], Result]) -> Result:
-    """Run `work`, and turn a panic of the library into a UserError.
+    """Run `work` and return its result; turn a panic of the library into a UserError.
 
     Raises:
         UserError: the library panicked.
@@ -67,7 +67,7 @@ def guarded(work: Callable[[], Result]) -> Result:
 def bounded(work: Callable[[], Result], limit_s: float) -> Result:
     """Run `work`, and wait at most `limit_s` seconds for its result.
 
-    A call that takes longer goes on in a thread of its own, which ends with the process.
+    A call that takes longer continues in its own thread, which ends with the process.
 
     Raises:
         UserError: it takes longer, or the library panicked.
@@ -88,12 +88,13 @@ def bounded(work: Callable[[], Result], limit_s: float) -> Result:
         raise errors[0]
     if not results:
         raise UserError(
-            f"The tokenizer did not finish within {limit_s:.0f} s on a text: an expression in its "
-            "tokenizer.json takes forever. Use another tokenizer, or repair the expression."
+            f"The tokenizer did not finish within {limit_s:.0f} s on a text: a regular "
+            "expression in its tokenizer.json does not finish. Use another tokenizer, or "
+            "correct the expression."
         )
     return results[0]
 
 
 def limit_s(characters: int) -> float:
-    """Time limit in seconds for encoding this many characters."""
+    """The time limit, in seconds, for encoding this many characters."""
     return LEAST_S + characters / SLOWEST_CHARACTERS_PER_S

@@ -1,8 +1,8 @@
-"""`BPETokenizer`: text to ids and back, exactly, on the `tokenizers` package.
+"""`BPETokenizer`: encode text and decode it exactly, based on the `tokenizers` package.
 
-In vocabularies trained here every byte has a token, so no text is unknown. The text of a special
-token inside a document stays ordinary text and never becomes the special id, so no document can
-fake its end.
+In vocabularies trained here every byte has a token, so no text is unknown. A special token's text
+inside a document is encoded as ordinary text, never as the special id, so no document can contain a
+false end-of-text token.
 """
 
 from __future__ import annotations
@@ -45,14 +45,15 @@ LARGEST_ID = 1 << 24
 
 
 class BPETokenizer:
-    """A tokenizer with a token that ends a text, and perhaps tokens that begin and pad one.
+    """A tokenizer with an EOS token, and optional BOS and padding tokens.
 
     Attributes:
-        drops_text: encoding drops text that has no token, because there is no unknown token.
-        kept_files: the files that a published tokenizer came in, by name.
+        drops_text: whether encoding drops text without a token, because there is no unknown token.
+        kept_files: the original files of a published tokenizer, by name.
 
-    `BPETokenizer()` is the bundled vocabulary of 49,152. Vocabularies made here have separate
-    `<|pad|>`, `<|bos|>` and `<|eos|>`; those from elsewhere have what their files say.
+    `BPETokenizer()` is the bundled vocabulary of 49,152 tokens. Vocabularies trained here have
+    separate `<|pad|>`, `<|bos|>` and `<|eos|>`; the files of other vocabularies define their
+    special tokens.
     """
 
     def __init__(
@@ -65,8 +66,8 @@ class BPETokenizer:
         """Make a tokenizer from the text of a tokenizer.json, by default the bundled one.
 
         Args:
-            roles: the tokens that are "bos_token", "eos_token" and "pad_token"; None if the
-                tokenizer has no such token. A missing role is looked up in the tokenizer.json.
+            roles: the tokens with the roles "bos_token", "eos_token" and "pad_token"; None for a
+                role that no token has. A missing role is looked up in the tokenizer.json.
             files: the files of a published tokenizer, instead of `json_text` and `roles`.
 
         Raises:
@@ -95,7 +96,7 @@ class BPETokenizer:
         unknown = content["model"].get("unk_token")
         self._unknown = vocabulary.get(unknown, content["model"].get("unk_id"))
         has_bytes = vocabulary.keys() >= set(BYTE_SYMBOLS) or content["model"].get("byte_fallback")
-        # Byte vocabularies need no unknown token, and some name EOS as theirs.
+        # Byte vocabularies need no unknown token, although some name EOS as the unknown token.
         if self._unknown == self.eos_token_id or vocabulary.keys() >= set(BYTE_SYMBOLS):
             self._unknown = None
         self.drops_text = self._unknown is None and not has_bytes
@@ -111,7 +112,7 @@ class BPETokenizer:
 
     @classmethod
     def bytes(cls) -> BPETokenizer:
-        """The tokenizer of bytes: byte b has id b, `<|pad|>` 256, `<|bos|>` 257, `<|eos|>` 258."""
+        """Make the byte tokenizer: byte b has id b, `<|pad|>` 256, `<|bos|>` 257, `<|eos|>` 258."""
         tokens = [*BYTE_SYMBOLS, *SPECIAL_TOKENS]
         return cls(build_json(tokens, [], SPECIAL_TOKENS, SPLIT_PATTERN))
 
@@ -123,10 +124,10 @@ class BPETokenizer:
         pattern: str = SPLIT_PATTERN,
         special_tokens: Sequence[str] = SPECIAL_TOKENS,
     ) -> BPETokenizer:
-        """Learn a vocabulary from UTF-8 text files, the same for the same text on any machine.
+        """Train a tokenizer on UTF-8 text files; the same text gives the same vocabulary anywhere.
 
         Raises:
-            UserError: a file is missing or not UTF-8, or as `train_from_iterator`.
+            UserError: a file is missing or not UTF-8, or for the reasons of `train_from_iterator`.
         """
         paths = [files] if isinstance(files, str | Path) else files
         return cls.train_from_iterator(
@@ -141,15 +142,15 @@ class BPETokenizer:
         pattern: str = SPLIT_PATTERN,
         special_tokens: Sequence[str] = SPECIAL_TOKENS,
     ) -> BPETokenizer:
-        """Learn a vocabulary: the special tokens, the 256 bytes in GPT-2's order, then merges.
+        """Train a tokenizer; its ids: special tokens, 256 bytes in GPT-2's order, merges.
 
         Args:
-            vocab_size: number of tokens; text with few different words gives fewer.
-            pattern: splits text into words; no token crosses their boundaries.
+            vocab_size: number of tokens; there may be fewer if the text has few different words.
+            pattern: splits text into words; no token crosses a word boundary.
 
         Raises:
-            UserError: the size has no room for the bytes and special tokens, or no special token
-                can end a text.
+            UserError: `vocab_size` is too small for the bytes and special tokens, or no special
+                token can end a text.
         """
         _check_room(vocab_size, special_tokens)
         return cls.train_from_counts(
@@ -164,10 +165,10 @@ class BPETokenizer:
         pattern: str = SPLIT_PATTERN,
         special_tokens: Sequence[str] = SPECIAL_TOKENS,
     ) -> BPETokenizer:
-        """Learn as `train_from_iterator` does, from word counts that may be weighted.
+        """Train as `train_from_iterator` does, from word counts, which may be weighted.
 
         Args:
-            word_counts: from `merges.count_words` with the same pattern.
+            word_counts: result of `merges.count_words` with the same pattern.
         """
         _check_room(vocab_size, special_tokens)
         reserved = [token.encode("utf-8") for token in special_tokens]
@@ -181,11 +182,10 @@ class BPETokenizer:
     def from_file(cls, path: str | Path) -> BPETokenizer:
         """Load a tokenizer.json, a SentencePiece model, or a directory with any vocabulary.
 
-        A tokenizer_config.json in the same directory names its special tokens.
+        A tokenizer_config.json in the same directory names the special tokens.
 
         Raises:
-            UserError: the tokenizer is missing, damaged, of another kind, or without end-of-text
-                token.
+            UserError: the tokenizer is missing, damaged, unsupported, or has no EOS token.
         """
         path = Path(path)
         try:
@@ -199,7 +199,7 @@ class BPETokenizer:
     # --------------------------------------------------------------------------------- text and ids
 
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
-        """Encode a text. Only `add_bos` and `add_eos` add special tokens; the text never does.
+        """Encode a text. Only `add_bos` and `add_eos` add special tokens, never the text itself.
 
         Raises:
             UserError: the text has a lone surrogate, which is not a character, or there is no BOS.
@@ -216,8 +216,8 @@ class BPETokenizer:
 
         Args:
             after: for each text, what precedes it in its document: None (nothing), "token" (a
-                special token) or "text". A space is put in front only where the whole document
-                would have one. By default every text begins a document.
+                special token) or "text". A space is put in front only where the complete document
+                would have one. By default every text is the beginning of a document.
 
         Raises:
             UserError: a text has a lone surrogate, which is not a character.
@@ -225,19 +225,19 @@ class BPETokenizer:
         return self._encoder.encode(texts, after)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Decode ids; bytes that are not UTF-8, as at the cut end of a sample, become U+FFFD."""
+        """Decode ids; invalid UTF-8, as at the end of a truncated text, becomes U+FFFD."""
         return self._tokenizer.decode(plain_ids(ids), skip_special_tokens=skip_special_tokens)
 
     # ------------------------------------------------------------------------------ size, ids, hash
 
     @property
     def vocab_size(self) -> int:
-        """Rows that an embedding needs: the largest id plus one, special tokens included."""
+        """Number of embedding rows needed: the largest id plus one, special tokens included."""
         return self._size
 
     @property
     def special_tokens(self) -> dict[str, str | None]:
-        """The token of each role: "bos_token", "eos_token", "pad_token"."""
+        """The text of the token with each role: "bos_token", "eos_token", "pad_token"."""
         return dict(self._special)
 
     @property
@@ -254,17 +254,17 @@ class BPETokenizer:
 
     @property
     def pad_token_id(self) -> int | None:
-        """Id of the token that fills up a batch; None if the tokenizer has none."""
+        """Id of the padding token; None if the tokenizer has none."""
         return self._ids["pad_token"]
 
     @property
     def unknown_id(self) -> int | None:
-        """Id for text that the vocabulary has no token for; None if every byte has a token."""
+        """Id of the unknown token; None if every byte has a token."""
         return self._unknown
 
     @property
     def first_id(self) -> int | None:
-        """Id of the token in front of every document; None if documents begin with their text.
+        """Id of the token put before every document; None if no token is put there.
 
         It is also None if the tokenizer has a BOS but does not put it in front of texts.
         """
@@ -272,14 +272,15 @@ class BPETokenizer:
 
     @property
     def fill_id(self) -> int:
-        """Id that fills up a sequence and counts in no loss: PAD, or EOS if there is no PAD."""
+        """Id for padding a sequence, which counts in no loss: PAD, or EOS if there is no PAD."""
         return self.eos_token_id if self.pad_token_id is None else self.pad_token_id
 
     @cached_property
     def sha256(self) -> str:
         """Hash of everything that affects ids and text; equal tokenizers have equal hashes."""
         content = {**self._content, **self._special}
-        # Only other programs use the post-processor, and transformers adds an empty one.
+        # Leave out the post-processor: only other programs use it, and transformers adds an empty
+        # one.
         content.pop("post_processor", None)
         if self.first_id != self.bos_token_id:
             content["begins_documents"] = False
@@ -288,48 +289,48 @@ class BPETokenizer:
 
     @property
     def _content(self) -> dict[str, Any]:
-        """The tokenizer.json as `tokenizers` writes it."""
+        """The content of the tokenizer.json that `tokenizers` writes."""
         return dict(json.loads(self._tokenizer.to_str()))
 
     def to_json(self) -> str:
-        """The tokenizer.json, as `tokenizers` and transformers read it."""
+        """The text of the tokenizer.json, which `tokenizers` and transformers can read."""
         return self._tokenizer.to_str()
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja template of conversations that came with the tokenizer, if one did.
+        """The tokenizer's Jinja chat template; None if it has none.
 
         Raises:
-            UserError: the file with it is damaged.
+            UserError: the file with the template is damaged.
         """
         return chat_templates.template_in(self._files.kept)
 
     @property
     def tool_template(self) -> str | None:
-        """The template for conversations with tools, if the tokenizer has a separate one."""
+        """The template for conversations with tools; None without a separate one."""
         return chat_templates.tool_template_in(self._files.kept)
 
     def with_chat_template(self, source: str) -> BPETokenizer:
-        """The same tokenizer, saved with this chat template."""
+        """A copy of the tokenizer that is saved with this chat template."""
         if source == self.chat_template:
             return self
         files = replace(self._files, kept=chat_templates.with_template(self._files.kept, source))
         return BPETokenizer(files=files)
 
     def settings(self) -> dict[str, Any]:
-        """Arguments of `BPETokenizer` for a worker process; they give the same ids."""
+        """Arguments with which a worker process makes a `BPETokenizer` that gives the same ids."""
         return {"json_text": self.to_json(), "roles": self._special}
 
     def save(self, directory: str | Path, model_type: str | None = None) -> None:
         """Write the files that `from_file` and transformers' AutoTokenizer load.
 
-        Files of a published tokenizer are written as they came.
+        The original files of a published tokenizer are written unchanged.
 
         Args:
-            model_type: type of the model in the directory, if there is one.
+            model_type: type of the model in the same directory; None if there is none.
 
         Raises:
-            UserError: there is a file where the directory should be.
+            UserError: the path of the directory is a file.
         """
         directory = Path(directory)
         if directory.exists() and not directory.is_dir():
@@ -349,11 +350,11 @@ class BPETokenizer:
             write_whole(directory / CONFIG, config_text)
 
     def _config(self, model_type: str | None) -> dict[str, Any] | None:
-        """The tokenizer_config.json to write; None to leave it as it came.
+        """The tokenizer_config.json to write; None to leave the original unchanged.
 
-        If it names no tokenizer class, transformers takes that of the model's type, which may split
-        text differently. So a missing class is added, unless the model has the type that the
-        tokenizer came with.
+        If it names no tokenizer class, transformers takes the class of the model type, which may
+        split text differently. So a missing class is added, unless the model has the type that the
+        tokenizer was published with.
         """
         kept = self._files.kept
         theirs = json.loads(kept[CONFIG]) if CONFIG in kept else {}
@@ -363,26 +364,26 @@ class BPETokenizer:
         config = {**self._special, "tokenizer_class": "PreTrainedTokenizerFast"}
         if kept.keys() - {chat_templates.TEMPLATE}:
             return config | theirs
-        # A template writes special tokens into the text, where they must be recognised.
+        # A chat template writes special tokens as text, which must then be recognised.
         is_split = self.chat_template is None
         return config | {"clean_up_tokenization_spaces": False, "split_special_tokens": is_split}
 
 
 @lru_cache(maxsize=2)
 def own_tokenizer(directory: Path) -> BPETokenizer | None:
-    """The tokenizer in the directory of a model; None if it has none.
+    """Load the tokenizer in a model's directory; None if there is none.
 
     Raises:
-        UserError: it is damaged, or of a kind that cannot be read.
+        UserError: the tokenizer is damaged, or of an unsupported kind.
     """
     return BPETokenizer.from_file(directory) if holds_tokenizer(directory) else None
 
 
 def load_tokenizer(spec: str | Path) -> BPETokenizer:
-    """The tokenizer that `--tokenizer` names: `default`, `bytes`, a path, a hub id or URL.
+    """Load the tokenizer that `--tokenizer` names: `default`, `bytes`, a path, a hub id or a URL.
 
     Raises:
-        UserError: as `BPETokenizer.from_file`, or it cannot be downloaded.
+        UserError: the download fails, or as for `BPETokenizer.from_file`.
     """
     if spec in ("default", "bytes"):
         return BPETokenizer() if spec == "default" else BPETokenizer.bytes()
@@ -394,6 +395,6 @@ def load_tokenizer(spec: str | Path) -> BPETokenizer:
 def _check_room(vocab_size: int, special_tokens: Sequence[str]) -> None:
     if vocab_size < 256 + len(special_tokens):
         raise UserError(
-            f"A vocabulary of {vocab_size} tokens has no room for 256 bytes and "
+            f"A vocabulary of {vocab_size} tokens is too small for 256 bytes and "
             f"{len(special_tokens)} special tokens. Make it larger."
         )

@@ -1,4 +1,4 @@
-"""Byte-level vocabularies: the symbol of each byte, the patterns that split text, and the JSON."""
+"""Byte-level vocabularies: the symbol of each byte, splitting patterns, and the tokenizer.json."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from consyn_jax.tokenization.special_tokens import BOS
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""Pattern of the words of GPT-2."""
+"""Regular expression by which GPT-2 splits text into words."""
 
 SPLIT_PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
@@ -23,15 +23,15 @@ SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""Pattern of the words of o200k (GPT-4o, Llama 4).
+"""Regular expression by which o200k (GPT-4o, Llama 4) splits text into words.
 
-Letters keep their combining marks, digits are split into groups of up to three, and runs of
-newlines or of indentation stay together.
+Letters stay together with their combining marks, digits are split into groups of up to three, and
+runs of newlines or of indentation stay together.
 """
 
 
 def _byte_symbols() -> list[str]:
-    """The printable character that stands for each byte, as in GPT-2's `bytes_to_unicode`."""
+    """The printable character that represents each byte, as in GPT-2's `bytes_to_unicode`."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
     return [chr(value) if value in printable else chr(next(others)) for value in range(256)]
@@ -51,10 +51,12 @@ def build_json(
     special_tokens: Sequence[str],
     pattern: str,
 ) -> str:
-    """The tokenizer.json of a byte-level BPE that puts BOS first if asked for special tokens.
+    """Build the tokenizer.json of a byte-level BPE.
+
+    Its post-processor puts BOS first when special tokens are requested.
 
     Args:
-        tokens: in the order of their ids.
+        tokens: all tokens, in the order of their ids.
     """
     tokenizer = Tokenizer(
         BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=list(merges))

@@ -1,7 +1,7 @@
-"""Encode documents and parts of them; a part gets the ids that it has in the whole document.
+"""Encode documents and parts of documents; a part has the same ids as in the whole document.
 
-SentencePiece and some byte vocabularies put a space in front of a text. In front of a part from the
-middle, that would add a space that the document does not have.
+SentencePiece and some byte vocabularies put a space in front of a text. Before a part from the
+middle of a document, this would add a space that the document does not have.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from consyn_jax.tokenization.sentencepiece_model import LEADING
 
 SPLITTING = ("normalizer", "pre_tokenizer")
 Before = str | None
-"""The kind of the part before a text in its document: "text", "token" (special), None if none."""
+"""What precedes a text in its document: "text", "token" (a special token), or None (nothing)."""
 
 
 class TextEncoder:
-    """Encodes texts without special tokens, depending on what precedes each in its document."""
+    """Encodes texts without special tokens, depending on their predecessor in the document."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Make the encoder of a tokenizer that `switch_off_changes` has prepared.
 
         Raises:
-            UserError: an expression of the tokenizer takes forever on a short text, or makes the
-                library panic.
+            UserError: a regular expression of the tokenizer does not finish on a short text, or
+                makes the library panic.
         """
         content = json.loads(tokenizer.to_str())
         self._whole, self._inner = tokenizer, _without_prefix(content)
@@ -51,8 +51,8 @@ class TextEncoder:
         """The ids of each text.
 
         Raises:
-            UserError: a text has a lone surrogate, which is not a character; or an expression of
-                the tokenizer takes forever on a text, or makes the library panic.
+            UserError: a text has a lone surrogate, which is not a character, or a regular
+                expression of the tokenizer does not finish or makes the library panic.
         """
         if isinstance(texts, str):
             raise UserError("encode_batch takes a list of texts, not one. Pass it as [text].")
@@ -76,10 +76,10 @@ class TextEncoder:
 
 
 def plain_ids(ids: Any) -> list[int]:
-    """The ids of a text, of any library, as a list of int.
+    """Convert the ids of a text, an array of any library, to a list of int.
 
     Raises:
-        UserError: they are not whole numbers from 0.
+        UserError: they are not whole numbers of at least 0.
     """
     try:
         found = [index(number) for number in ids]
@@ -87,16 +87,16 @@ def plain_ids(ids: Any) -> list[int]:
         found = [-1]
     if found and min(found) < 0:
         raise UserError(
-            "decode takes the ids of one text, whole numbers from 0. Pass them as a list, without "
-            "the -100 of labels."
+            "decode takes the ids of one text, whole numbers of at least 0. Pass them as a "
+            "list, without the -100 of labels."
         )
     return found
 
 
 def switch_off_changes(tokenizer: Tokenizer) -> None:
-    """Switch off settings of a published file: truncation, padding and dropout of merges.
+    """Switch off truncation, padding and merge dropout, which published files may set.
 
-    From then on, special tokens in a text are ordinary text.
+    Special tokens in a text are then encoded as ordinary text.
     """
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -125,7 +125,7 @@ def _expressions(content: Any) -> list[str]:
 
 
 def _check_surrogates(texts: Sequence[str]) -> None:
-    """Name the first text with a lone surrogate; `tokenizers` only says that it wants a str."""
+    """Raise an error that names the first text with a lone surrogate; `tokenizers` would not."""
     surrogate = re.compile("[\ud800-\udfff]")
     for text in texts:
         if isinstance(text, str) and (found := surrogate.search(text)):
@@ -136,7 +136,7 @@ def _check_surrogates(texts: Sequence[str]) -> None:
 
 
 def _without_prefix(content: Mapping[str, Any]) -> Tokenizer | None:
-    """The same tokenizer without an added space in front; None if it adds none.
+    """The tokenizer without its added space before a text; None if it adds no space.
 
     Args:
         content: content of the tokenizer.json.
@@ -152,7 +152,7 @@ def _without_prefix(content: Mapping[str, Any]) -> Tokenizer | None:
 
 
 def _unprefixed(part: Any) -> Any:
-    """Change a normalizer or pre-tokenizer so that it leaves the start of a text as it is."""
+    """Change a normalizer or pre-tokenizer so that it adds no space before a text."""
     if not isinstance(part, Mapping):
         return part
     kind = part.get("type")
@@ -170,7 +170,7 @@ def _unprefixed(part: Any) -> Any:
 
 
 def _prefixes_every_piece(content: Mapping[str, Any]) -> bool:
-    """Whether a space is also put in front of text that follows a special token.
+    """Whether a space is also put before text that follows a special token.
 
     `Prepend` and `ByteLevel` work on each piece between special tokens; `Metaspace` does so with
     the scheme "always".

@@ -24,22 +24,22 @@ Pair = tuple[int, int]
 
 
 def count_words(texts: Iterable[str], pattern: str) -> Counter[bytes]:
-    """Count the words, as UTF-8, that encoding with `pattern` splits the texts into.
+    """Count the words (as UTF-8) into which `pattern` splits the texts.
 
     A word of more than 1,000 bytes, such as a base64 blob, is counted in pieces, which keeps
-    learning linear in the text.
+    training time linear in the length of the text.
 
     Raises:
-        UserError: they are not texts.
+        UserError: `texts` has values that are not text.
     """
     split = Split(Regex(pattern), "isolated")
     words: Counter[str] = Counter()
     if isinstance(texts, str):
-        raise UserError("A vocabulary is learned from several texts. Pass them as a list: [text].")
+        raise UserError("A vocabulary is trained on a list of texts. Pass a single text as [text].")
     for text in texts:
         if not isinstance(text, str):
             raise UserError(
-                f"A vocabulary is learned from texts, not from a {type(text).__name__}. Pass the "
+                f"A vocabulary is trained on texts, not on a {type(text).__name__}. Pass the "
                 'text of each row, such as row["text"].'
             )
         for chunk in _chunks(text):
@@ -53,9 +53,9 @@ def count_words(texts: Iterable[str], pattern: str) -> Counter[bytes]:
 
 
 def _chunks(text: str) -> Iterator[str]:
-    """Split a long text where no word of either pattern is cut.
+    """Split a long text where neither pattern has a word across the cut.
 
-    It is cut after a single newline, unless a slash follows, which o200k joins to it.
+    Cuts are after a single newline, unless a slash follows, which o200k joins to the newline.
     """
     start = 0
     cut = re.compile(r"(?<=\S)\n(?=[^\s/])")
@@ -68,13 +68,13 @@ def _chunks(text: str) -> Iterator[str]:
 def learn_merges(
     word_counts: Counter[bytes], num_new_tokens: int, reserved: Collection[bytes] = ()
 ) -> list[tuple[bytes, bytes]]:
-    """Learn the merges, in order, that add `num_new_tokens` tokens to the 256 bytes.
+    """Learn merges, in order, that add `num_new_tokens` tokens to the 256 bytes.
 
-    There are fewer if the text has no more pairs. Two merges may spell the same token, which
+    There are fewer merges if the text has no more pairs. Two merges may give the same token, which
     counts once. Source: Sennrich et al. 2016, algorithm 1, with pair counts kept up to date.
 
     Args:
-        reserved: special tokens; no merge may spell one, so ordinary text cannot become one.
+        reserved: special tokens; no merge may produce one, so ordinary text cannot become one.
     """
     return _Learner(word_counts, frozenset(reserved)).learn(num_new_tokens)
 
@@ -82,7 +82,7 @@ def learn_merges(
 class _Learner:
     """Pair counts, the words of each pair, and a heap of pairs by count.
 
-    A heap entry whose count is out of date is corrected when it comes to the top.
+    A heap entry with an outdated count is corrected when it reaches the top.
     """
 
     def __init__(self, word_counts: Counter[bytes], reserved: frozenset[bytes]) -> None:
@@ -123,7 +123,8 @@ class _Learner:
             count = self.counts.get(pair, 0)
             if count == -entry[0] and count > 0:
                 return pair
-            # A count that grew was pushed then, so only a count that fell must be pushed again.
+            # Counts that grew have already been pushed, so only counts that fell must be pushed
+            # again.
             if 0 < count < -entry[0]:
                 heapq.heappush(self.heap, self._entry(pair, count))
         return None

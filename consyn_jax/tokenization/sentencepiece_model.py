@@ -1,8 +1,8 @@
-"""A `tokenizer.model` of SentencePiece, as a tokenizer.json that gives the same ids.
+"""Convert SentencePiece's `tokenizer.model` to a tokenizer.json that gives the same ids.
 
-The file is a protocol buffer. Its fields and their defaults are those of sentencepiece_model.proto
-(github.com/google/sentencepiece). It is read here because other converters drop the space in front
-of a text, or the second of two.
+The file is a protocol buffer. Its fields and their defaults are defined in
+sentencepiece_model.proto (github.com/google/sentencepiece). Other converters are not used, because
+they drop the space before a text, or the second of two spaces.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Piece:
 
 
 def read_pieces(files: Mapping[str, bytes]) -> list[Piece] | None:
-    """The pieces of the SentencePiece model among a tokenizer's files; None without one.
+    """Read the pieces of the SentencePiece model in a tokenizer's files; None without one.
 
     Args:
-        files: contents by name.
+        files: contents of the files by name.
     """
     name = next((name for name in MODEL_FILES if name in files), None)
     if name is None:
@@ -55,7 +55,7 @@ def sentencepiece_json(data: bytes) -> tuple[str, dict[str, str | None]]:
         The tokenizer.json, which puts BOS in front if there is one, and the special tokens by role.
 
     Raises:
-        UserError: the model is damaged, or of a kind that `tokenizers` does not have.
+        UserError: the model is damaged, or of a kind that `tokenizers` does not support.
     """
     try:
         fields = list(_fields(data))
@@ -64,14 +64,14 @@ def sentencepiece_json(data: bytes) -> tuple[str, dict[str, str | None]]:
         rules = dict(_fields(next((v for n, v in fields if n == 3), b"")))
     except (ValueError, IndexError, TypeError, struct.error) as error:
         raise UserError(
-            f"This is not a SentencePiece model, or it is cut off ({error}). Download it again."
+            f"This is not a SentencePiece model, or it is truncated ({error}). Download it again."
         ) from error
     kind = trainer.get(MODEL_TYPE, UNIGRAM)
     unknown = [index for index, piece in enumerate(pieces) if piece.kind == UNKNOWN]
     if kind not in (UNIGRAM, BPE) or trainer.get(SUFFIX, 0) or len(unknown) != 1:
         raise UserError(
-            "This SentencePiece model is of words, of characters, or has spaces at the ends of "
-            "words, which is not supported. Give a BPE or Unigram model."
+            "This SentencePiece model has a vocabulary of words or characters, or puts spaces "
+            "at the ends of words, which is not supported. Give a BPE or Unigram model."
         )
     roles: dict[str, str | None] = {}
     for role, (field, default) in ROLE_IDS.items():
@@ -96,7 +96,7 @@ def sentencepiece_json(data: bytes) -> tuple[str, dict[str, str | None]]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field: an integer, four or eight bytes, or a byte string."""
+    """Parse the fields: number and value (an integer, four or eight bytes, or a byte string)."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -141,7 +141,7 @@ def _piece(data: bytes) -> Piece:
 
 
 def _bpe(pieces: list[Piece], unknown: int) -> dict[str, Any]:
-    """Merges from the pieces: every pair of pieces that spells a third, best scores first."""
+    """Derive merges: every pair of pieces that together is a piece, by descending score."""
     ids = {piece.text: index for index, piece in enumerate(pieces)}
     mergeable = {p.text for p in pieces if p.kind in (NORMAL, USER_DEFINED, UNUSED)}
     merges: list[tuple[float, int, int, str, str]] = []
@@ -174,9 +174,10 @@ def _unigram(pieces: list[Piece], unknown: int) -> dict[str, Any]:
 
 
 def _split_of_controls(pieces: list[Piece]) -> dict[str, Any]:
-    """A pre-tokenizer that keeps Unigram from finding control tokens and bytes in a text.
+    """A pre-tokenizer that keeps Unigram from matching control and byte tokens in a text.
 
-    It splits their spelling before the last character. SentencePiece never looks for them.
+    It splits the text of such a token before its last character. SentencePiece never matches them
+    in a text.
     """
     spelled = [p.text for p in pieces if p.kind not in (NORMAL, USER_DEFINED) and len(p.text) > 1]
     begun = "|".join(f"{re.escape(text[:-1])}(?={re.escape(text[-1])})" for text in spelled)
@@ -187,8 +188,8 @@ def _split_of_controls(pieces: list[Piece]) -> dict[str, Any]:
 def _user_defined(pieces: list[Piece]) -> dict[str, Any] | None:
     """A pre-tokenizer that splits off user-defined pieces; None if there are none.
 
-    As added tokens, they would get a space after them. With them, words are looked up whole before
-    merging, so the spelling of a control token must be split.
+    As added tokens, the pieces would be followed by an extra space. With user-defined pieces, whole
+    words are looked up before merging, so the text of a control token must be split as well.
     """
     found = sorted((p.text for p in pieces if p.kind == USER_DEFINED), key=len, reverse=True)
     if not found:

@@ -1,9 +1,9 @@
-"""The tokens that begin, end and pad a text, by their role.
+"""Find the tokens with the roles BOS, EOS and PAD.
 
-If a file names the token of a role, that token has it; null means that no token does. Otherwise the
-tokenizer.json decides: BOS is what its post-processor puts in front of a text, EOS what it puts at
-the end. Failing that, a role goes to an added special token with a well-known name. An ordinary
-word of the vocabulary never gets a role by its name.
+If a file names the token of a role, that token has the role; null means that no token has it.
+Otherwise the tokenizer.json decides: BOS is the token that its post-processor puts before a text,
+and EOS the token that it puts at the end. Failing that, an added special token with a well-known
+name gets the role. An ordinary vocabulary entry never gets a role by its name.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from consyn_jax.errors import UserError
 PAD, BOS, EOS = SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>")
 
 Roles = Mapping[str, str | None]
-"""Role -> token; None: no token has the role. An absent role is found in the tokenizer.json."""
+"""Role -> token; None: no token has the role. A missing role is determined by the tokenizer.json.
+"""
 
-# Names in published tokenizers; the first that is an added special token wins.
+# Names in published tokenizers; the first name that is an added special token is taken.
 # fmt: off
 KNOWN_NAMES: Mapping[str, Sequence[str]] = {
     "bos_token": (
@@ -36,12 +37,12 @@ KNOWN_NAMES: Mapping[str, Sequence[str]] = {
 def find_special_tokens(
     content: Mapping[str, Any], vocabulary: Mapping[str, int], named: Roles
 ) -> dict[str, str | None]:
-    """The token of each role, or None.
+    """Find the token of each role, or None.
 
     Args:
         content: content of the tokenizer.json.
-        vocabulary: ids of all its tokens.
-        named: what files say about the roles.
+        vocabulary: ids of all tokens, by token.
+        named: roles that files assign explicitly.
 
     Raises:
         UserError: a named token is not in the vocabulary, or no token can end a text.
@@ -57,7 +58,7 @@ def find_special_tokens(
         by_place = {"bos_token": front, "eos_token": back}.get(role)
         if by_place is not None and by_place not in vocabulary:
             raise UserError(
-                f"The tokenizer.json puts {by_place!r} around texts, and its vocabulary has no "
+                f"The tokenizer.json puts {by_place!r} around texts, but its vocabulary has no "
                 "such token. Download or save it again."
             )
         found[role] = by_place or next((name for name in known if name in special), None)
@@ -71,8 +72,8 @@ def find_special_tokens(
 def begins_documents(content: Mapping[str, Any], roles: Roles, add_bos: bool | None) -> bool:
     """Whether BOS is put in front of documents.
 
-    True if the tokenizer puts it there itself, or if BOS is EOS, as with GPT-2: every document then
-    follows an EOS in pretraining.
+    True if the tokenizer itself puts it there, or if BOS is the same token as EOS, as with GPT-2:
+    in pretraining, every document then follows an EOS.
 
     Args:
         add_bos: `add_bos_token` of tokenizer_config.json, which overrides the post-processor.
@@ -86,7 +87,7 @@ def begins_documents(content: Mapping[str, Any], roles: Roles, add_bos: bool | N
 
 
 def template_token(processor: Any, front: bool) -> str | None:
-    """The token that a post-processor of a tokenizer.json puts in front of a text, or at its end.
+    """The token that a post-processor in a tokenizer.json puts before a text, or at its end.
 
     >>> template_token({"type": "RobertaProcessing", "cls": ["<s>", 0], "sep": ["</s>", 2]}, True)
     '<s>'

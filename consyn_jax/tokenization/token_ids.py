@@ -1,6 +1,6 @@
-"""Checks of rows that come from Python: token ids, and their labels and masks.
+"""Check rows that the user passes in Python: token ids, labels and masks.
 
-Messages name the row, the position in it, and the remedy.
+Messages name the row, the position in the row, and the remedy.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ NO_TARGETS = (-100, -1)  # torch's ignore_index, and that of nanoGPT
 LABELS = (
     "Give one label for each token: the same as input_ids, with -100 where a token is not a target."
 )
-# What the values of a column say about a token, besides its id and label.
+# Columns other than ids and labels, each with advice on its values.
 COLUMNS = {
     "attention_mask": "Give 1 for each token and 0 for padding; segment_ids number documents.",
     "loss_mask": "Give 1 for each token that is a target and 0 for others.",
     "segment_ids": "Number the documents of a row from 1, and give 0 for padding.",
     "position_ids": "Count the tokens of each document from 0, or leave position_ids out.",
 }
-MASKED = "put any id there, and 0 into an attention_mask that every batch has"
+MASKED = "put any id there, and mark it with 0 in an attention_mask, which every batch must have"
 
 
 def as_array(values: Any) -> np.ndarray:
-    """An array of any library, or a list, as an array of NumPy in this machine's memory."""
+    """Convert an array of any library, or a list, to a NumPy array in host memory."""
     if hasattr(values, "detach"):  # a tensor of torch, perhaps on a GPU
         values = values.detach().cpu()
     return np.asarray(values)
@@ -43,7 +43,7 @@ def are_targets(labels: np.ndarray) -> np.ndarray:
 
 
 def is_batch(fields: Mapping[str, Any]) -> bool:
-    """Whether the fields are those of several rows."""
+    """Whether the fields have several rows."""
     return _is_nested(fields.get("input_ids"))
 
 
@@ -62,13 +62,13 @@ def check_fields(
     """Check the ids of a row or batch, and that labels and masks fit them.
 
     Args:
-        fields: by name; only ids, labels and masks are checked.
-        vocab_size: ids are below it; None if that is not known yet.
+        fields: arrays by name; only ids, labels and masks are checked.
+        vocab_size: size of the vocabulary; None if not known yet.
         place: the row or batch, for messages: "Row 3 of train_dataloader".
-        masked: what to do where an id stands for padding.
+        masked: advice for an id that stands for padding.
 
     Raises:
-        UserError: an id is not one of the vocabulary, or a label or mask fits no token.
+        UserError: an id is outside the vocabulary, or labels or masks do not match the ids.
     """
     given = {
         name: fields[name]
@@ -107,7 +107,7 @@ def check_input_ids(
     """Check the ids of one row and return them as whole numbers [T].
 
     Raises:
-        UserError: they are not ids of the vocabulary.
+        UserError: they are not ids in the vocabulary.
     """
     values = _numbers(ids, "input_ids", where)
     if values.ndim != 1:
@@ -139,7 +139,7 @@ def check_input_ids(
 
 
 def _rows(given: Mapping[str, Any], place: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The rows of a batch and their places, or the row that is given."""
+    """Iterate over the rows of a batch with their places, or over the single row given."""
     if not is_batch(given):
         yield place, given
         return
@@ -148,8 +148,8 @@ def _rows(given: Mapping[str, Any], place: str) -> Iterator[tuple[str, Mapping[s
         remedy = COLUMNS.get(name, LABELS)
         if not _is_nested(values):
             raise UserError(
-                f"{place} has several rows of input_ids, and its {name} are not a list of rows. "
-                f"Give one row of {name} for each of input_ids."
+                f"{place} has several rows of input_ids, but its {name} are not a list of rows. "
+                f"Give one row of {name} for each row of input_ids."
             )
         if len(values) != count:
             raise UserError(

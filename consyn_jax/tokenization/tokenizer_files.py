@@ -1,8 +1,7 @@
-"""The files of a tokenizer in a directory: finding, reading and keeping them.
+"""Find and read the files of a tokenizer in a directory.
 
-A directory may lack a tokenizer.json. Then a SentencePiece model is read here, and other
-vocabularies (`vocab.json` with `merges.txt`) by transformers, which knows how each family splits
-text.
+If there is no tokenizer.json, a SentencePiece model is converted here, and other vocabularies
+(`vocab.json` with `merges.txt`) by transformers, which knows how each family splits text.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ VOCABULARIES = (
     *("vocab.json", "merges.txt", "vocab.txt", "tekken.json", "*.tiktoken"),
 )
 KEPT = (JSON, CONFIG, TOKEN_MAP, "added_tokens.json", *VOCABULARIES, *TEMPLATES)
-"""Patterns of the files that belong to a tokenizer. They are exported as they came."""
+"""Glob patterns of the files that belong to a tokenizer. Exports copy these files unchanged."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,11 @@ class TokenizerFiles:
     """A tokenizer as its files describe it.
 
     Attributes:
-        json_text: the tokenizer.json, or what other files were converted to.
-        roles: special tokens that the files name.
-        add_bos: `add_bos_token` of tokenizer_config.json, if it is there.
-        kept: the files as they came, by name.
-        model_type: model type in the config.json beside them, if there is one.
+        json_text: the text of the tokenizer.json, converted from other files if there is none.
+        roles: special tokens that the files name, by role.
+        add_bos: `add_bos_token` of tokenizer_config.json; None if absent.
+        kept: unchanged contents of the files, by name.
+        model_type: model type in the config.json of the same directory; None if absent.
         declared: special tokens that tokenizer_config.json declares by id.
     """
 
@@ -54,15 +53,15 @@ class TokenizerFiles:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the kept files load without an added tokenizer.json."""
+        """Whether the files can be loaded without adding a tokenizer.json."""
         return any(name in self.kept for name in (JSON, *SENTENCEPIECE))
 
 
 def read_tokenizer(path: Path) -> TokenizerFiles:
-    """Read a tokenizer.json, another vocabulary, or a directory with one.
+    """Read a tokenizer.json, another vocabulary file, or a directory with one.
 
     Raises:
-        UserError: there is none, it is damaged, or the package that converts it is missing.
+        UserError: there is no tokenizer, it is damaged, or a package to convert it is missing.
     """
     directory = path if path.is_dir() else path.parent
     refuse_strays(directory, KEPT, named=None if path.is_dir() else path)
@@ -103,7 +102,7 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
 
 
 def _sentencepiece(path: Path) -> Path | None:
-    """The SentencePiece model at `path`, or in a directory that has no tokenizer.json."""
+    """Path of the SentencePiece model: `path`, or a file in a directory without tokenizer.json."""
     if path.is_file():
         return path if path.suffix == ".model" else None
     if (path / JSON).is_file():
@@ -115,7 +114,7 @@ def _sentencepiece(path: Path) -> Path | None:
 def holds_tokenizer(directory: Path) -> bool:
     """Whether a directory has a vocabulary of any kind.
 
-    A damaged or unsupported one counts, so that it is refused by name and not passed over.
+    A damaged or unsupported vocabulary counts, so that it is reported and not silently ignored.
     """
     return any(next(directory.glob(p), None) is not None for p in (JSON, *VOCABULARIES))
 
@@ -126,7 +125,7 @@ def _kept(directory: Path) -> dict[str, bytes]:
 
 
 def _object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file."""
+    """Read the object in a JSON file; empty if there is no such file."""
     if not file.is_file():
         return {}
     try:
@@ -143,7 +142,7 @@ def _object(file: Path) -> dict[str, Any]:
 
 
 def _roles(config: Mapping[str, Any]) -> dict[str, str | None]:
-    """The roles in a tokenizer_config.json or special_tokens_map.json; null means no token."""
+    """Read the roles in a tokenizer_config.json or special_tokens_map.json; null means no token."""
     names: dict[str, str | None] = {}
     for role in KNOWN_NAMES.keys() & config.keys():
         entry = config[role]
@@ -158,7 +157,7 @@ def _roles(config: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def _declared(config: Mapping[str, Any]) -> dict[int, AddedToken]:
-    """The added tokens in tokenizer_config.json, by id."""
+    """Read the added tokens in tokenizer_config.json, by id."""
     entries = config.get("added_tokens_decoder") or {}
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     try:
@@ -176,13 +175,13 @@ def _declared(config: Mapping[str, Any]) -> dict[int, AddedToken]:
 
 
 def add_declared(tokenizer: Tokenizer, declared: Mapping[int, AddedToken]) -> None:
-    """Add the tokens that tokenizer_config.json declares beyond the tokenizer.json.
+    """Add tokens that only tokenizer_config.json declares to the tokenizer.
 
-    As in transformers, they are added in the order of their ids, and tokenizer_config.json wins
-    where the two files differ about a token.
+    As in transformers, they are added in the order of their ids, and tokenizer_config.json takes
+    precedence where the two files differ about a token.
 
     Raises:
-        UserError: a token would get another id than it was declared with.
+        UserError: a token would get another id than the declared one.
     """
     present = tokenizer.get_added_tokens_decoder()
     for number, token in declared.items():
@@ -198,7 +197,7 @@ def add_declared(tokenizer: Tokenizer, declared: Mapping[int, AddedToken]) -> No
 
 
 def _converted(directory: Path, found: list[str]) -> tuple[str, dict[str, str | None]]:
-    """Convert other files with transformers; return a tokenizer.json, and its classes' roles."""
+    """Convert other files with transformers; return the tokenizer.json and the roles."""
     what = f"{directory} has no {JSON}, only {listed(found, 4)}"
     try:
         from transformers import AutoTokenizer
@@ -218,7 +217,7 @@ def _converted(directory: Path, found: list[str]) -> tuple[str, dict[str, str | 
             str(directory), trust_remote_code=False, local_files_only=True
         )
         json_text = theirs.backend_tokenizer.to_str()
-    # transformers passes on the errors of the libraries that read each format.
+    # transformers raises various errors of the libraries that read each format.
     except Exception as error:
         raise UserError(
             f"{what}, and transformers cannot convert it ({brief(error)}). Give a "

@@ -1,4 +1,4 @@
-"""Read and parse a tokenizer.json, the bundled one or another."""
+"""Read and parse a tokenizer.json."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from consyn_jax.files import LARGEST_TEXT
 
 
 def bundled_json() -> str:
-    """The bundled tokenizer.json."""
+    """The text of the bundled tokenizer.json."""
     file = resources.files("consyn_jax.tokenization").joinpath("default.json.gz")
     return gzip.decompress(file.read_bytes()).decode("utf-8")
 
@@ -23,13 +23,13 @@ def read_text(path: Path) -> str:
     """Read a UTF-8 file.
 
     Raises:
-        UserError: it cannot be read, is too large, or is not UTF-8.
+        UserError: the file cannot be read, is too large, or is not UTF-8.
     """
     try:
         if (size := path.stat().st_size) > LARGEST_TEXT:
             raise UserError(
-                f"{path} has {size:,} bytes, more than such a file can have. Remove it, or put the "
-                "right one there."
+                f"{path} has {size:,} bytes, too many for this kind of file. Remove it, or "
+                "replace it by the right one."
             )
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -43,16 +43,17 @@ def read_text(path: Path) -> str:
 def parse(json_text: str) -> Tokenizer:
     """Parse the text of a tokenizer.json.
 
-    It is checked here first because messages of the Rust reader name lines, not mistakes.
+    The structure is checked here first, because the Rust reader's messages name lines, not
+    mistakes.
 
     Raises:
-        UserError: it is damaged, or neither a BPE nor a Unigram tokenizer.
+        UserError: the text is damaged, or neither a BPE nor a Unigram tokenizer.
     """
     try:
         content = json.loads(json_text)
     except (ValueError, RecursionError) as error:
         is_cut = isinstance(error, json.JSONDecodeError)
-        fault = "is not JSON, or it is cut off" if is_cut else parse_fault(error)
+        fault = "is not JSON, or it is truncated" if is_cut else parse_fault(error)
         raise UserError(f"This {fault}. Download or save the tokenizer.json again.") from error
     model = content.get("model") if isinstance(content, dict) else None
     kind = model.get("type", "BPE") if isinstance(model, dict) else None

@@ -1,6 +1,6 @@
-"""Training: from a model, data and settings to a trained model.
+"""Training: turn a model, data and settings into a trained model.
 
-`ConsynTrainer` is imported on first use, so that data can be prepared without JAX.
+`ConsynTrainer` is imported lazily, on first access, so that data can be prepared without JAX.
 """
 
 from __future__ import annotations

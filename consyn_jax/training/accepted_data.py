@@ -1,4 +1,4 @@
-"""Convert data of every kind that `ConsynTrainer` accepts to batches for the step."""
+"""Convert data of every kind that `ConsynTrainer` accepts to batches for the train step."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def as_source(
     vocab_size: int,
     name: str = "train_dataloader",
 ) -> BatchSource:
-    """Data of any accepted kind as a `BatchSource`.
+    """Convert data of any accepted kind to a `BatchSource`.
 
-    Accepted are a dataset of `get_dataset`, a mixture of them, a growing corpus, and what
-    `inputs.given.recognise` accepts.
+    Accepted are datasets of `get_dataset`, mixtures of them, a corpus that is still being prepared,
+    and the kinds of data that `inputs.given.recognise` accepts.
 
     Args:
-        vocab_size: ids are below it.
-        name: how messages call the data. Batches of "eval_dataloader" may have any size.
+        vocab_size: Size of the vocabulary; all ids must be below it.
+        name: Name of the data in messages. Batches of "eval_dataloader" may have any size.
 
     Raises:
-        UserError: the data is none of these, an id is outside the vocabulary, no token is learned,
+        UserError: The data has another kind, an id is outside the vocabulary, no token is a target,
             the size of sequences or batches does not fit, or token lists come without an EOS id.
     """
     data = recognise(data, name)
@@ -76,13 +76,13 @@ def as_source(
 
 
 def check_pairs(data: Sequence[Any], wants_pairs: bool) -> None:
-    """Check that DPO gets pairs of answers, and other objectives none.
+    """Check that the data has pairs of answers if the objective is DPO, and only then.
 
     Args:
-        data: training and evaluation data, as `recognise` returns it; None for none.
+        data: Training and evaluation data, as `recognise` returns them; None for missing data.
 
     Raises:
-        UserError: the data does not suit the objective.
+        UserError: The data does not suit the objective.
     """
     parts = [
         part
@@ -93,11 +93,11 @@ def check_pairs(data: Sequence[Any], wants_pairs: bool) -> None:
     are_pairs = [isinstance(getattr(part, "packed", part), PairDataset) for part in parts]
     if wants_pairs and not all(are_pairs):
         raise UserError(
-            "The data holds no pairs of answers, which objective='dpo' trains on. Pass "
+            "objective='dpo' trains on pairs of answers, but the data has none. Pass "
             "get_dataset(PATH, row_format='preference')."
         )
     if not wants_pairs and any(are_pairs):
-        raise UserError("The data holds pairs of answers. Give objective='dpo' to train on them.")
+        raise UserError("The data has pairs of answers. Pass objective='dpo' to train on them.")
 
 
 def _rows(data: Rows, block_size: int, seed: int, vocab_size: int, name: str) -> BatchSource:
@@ -121,7 +121,7 @@ def _indexed(dataset: Dataset, seed: int, fingerprint: str) -> IndexedBatches:
 
 
 def _check_targets(source: BatchSource, batch_size: int, name: str) -> None:
-    """Check that the loss over the data has at least one term; otherwise it would be 0 / 0."""
+    """Check that the data has at least one target token; otherwise the mean loss would be 0 / 0."""
     dataset = source.dataset if isinstance(source, IndexedBatches) else None
     known = getattr(dataset, "num_targets", None)
     if known is None:
@@ -137,7 +137,7 @@ def _check_targets(source: BatchSource, batch_size: int, name: str) -> None:
 
 
 def _check_block_size(tokens: int, block_size: int) -> None:
-    """Check that a packed dataset has sequences of `block_size`, as padding would waste compute."""
+    """Check that a packed dataset has sequences of `block_size`; padding would waste compute."""
     if tokens != block_size:
         raise UserError(
             f"The dataset has sequences of {tokens} tokens, and max_tokens is {block_size}. Leave "

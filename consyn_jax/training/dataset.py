@@ -1,6 +1,6 @@
-"""`ConsynDataset` and `MixedDataset`, for the command and for Python.
+"""`ConsynDataset` and `MixedDataset`, the datasets of the command line and of the Python API.
 
-`get_dataset` makes one in one call. JAX is not imported here.
+`get_dataset` makes a `ConsynDataset` in one call. This module does not import JAX.
 """
 
 from __future__ import annotations
@@ -33,16 +33,18 @@ CHOICES = {"packing": ("cut", "whole"), "on_long_rows": ("truncate", "drop", "er
 
 
 class ConsynDataset:
-    """Packed sequences of a token store in a seeded order.
+    """Packed sequences of a token store, in a shuffled order that a seed determines.
 
-    Item i is sequence `order.ids_at(seed, [i], len)` of `packed`. So it depends on the data,
-    `block_size` and (seed, i) alone, and a pass over all items has every token of the split as a
-    label exactly once. The validation split keeps the store's order. `ConsynTrainer` takes `packed`
-    and `seed`, and reshuffles every epoch; its first epoch has the order of the items here.
+    Item i is sequence `order.ids_at(seed, [i], len)` of `packed`. It depends only on the data,
+    `block_size`, `seed` and i. In a pass over all items, every token of the split is a label
+    exactly once. A validation split is not shuffled.
+
+    `ConsynTrainer` takes `packed` and `seed`, and shuffles anew in every epoch; its first epoch has
+    the order of these items.
 
     Attributes:
-        packed: the sequences in store order.
-        prepared: the token store, and the files that were read and left out.
+        packed: The sequences in the order of the store.
+        prepared: The token store, and the source files that were read or left out.
     """
 
     def __init__(
@@ -51,20 +53,23 @@ class ConsynDataset:
         self.prepared, self.packed, self.seed, self.shuffle = prepared, packed, seed, shuffle
 
     def with_seed(self, seed: int) -> ConsynDataset:
-        """The same sequences in another order."""
+        """Return the same sequences in the order of another seed."""
         return ConsynDataset(self.prepared, self.packed, seed, self.shuffle)
 
     def __len__(self) -> int:
         return len(self.packed)
 
     def __getitem__(self, i: int) -> Sequences:
-        """{"input_ids", "labels", "segment_ids"}: int32 [block_size]; "loss_mask": bool."""
+        """Return int32 arrays "input_ids", "labels" and "segment_ids", and "loss_mask", bool.
+
+        Each array has shape [block_size].
+        """
         if not -len(self) <= i < len(self):
             raise IndexError(f"Item {i} of {len(self)}.")
         return {name: values[0] for name, values in self.rows([i % len(self)]).items()}
 
     def rows(self, indices: Any) -> Sequences:
-        """The items `indices` (each in range(len)) at once, each array [n, block_size]."""
+        """Return the items `indices`, each in range(len), as arrays [n, block_size]."""
         return Shuffled(self.packed, self.seed, self.shuffle).at(np.asarray(indices, np.int64))
 
     @property
@@ -74,43 +79,43 @@ class ConsynDataset:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the tokens and their order in the store; a resumed run needs the same."""
+        """Hash of the tokens and their order in the store, which a resumed run compares."""
         return self.prepared.store.fingerprint
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the split, each a label once per epoch."""
+        """Number of tokens in the split; each is a label once per epoch."""
         return self.packed.num_tokens
 
     @property
     def num_targets(self) -> int:
-        """Tokens of the split that count in the loss."""
+        """Number of tokens in the split that count in the loss."""
         return self.packed.num_targets
 
     @property
     def num_documents(self) -> int | None:
-        """Documents of the split; None if the store does not know."""
+        """Number of documents in the split; None if the store has no count."""
         return self.packed.num_documents
 
     @property
     def num_bytes(self) -> int | None:
-        """UTF-8 bytes of the split's text, for bits per byte; None if the store does not know."""
+        """UTF-8 bytes of the split's text, for bits per byte; None if the store has no count."""
         return self.packed.num_bytes
 
 
 class MixedDataset:
-    """Several datasets as one: mixed by weight for training, one after the other for evaluation.
+    """Several datasets as one: mixed by weight in training, concatenated in evaluation.
 
     Args:
-        sources: datasets by the name that events and the header show.
-        weights: share of the training sequences from each source; only their ratios count.
-        seed: fixes the order; the seeds of the sources are not used.
+        sources: Name of each dataset, for events and the header of a run -> dataset.
+        weights: Weight of each source; the share of training sequences is proportional to it.
+        seed: Seed of the order; the seeds of the sources are not used.
 
     Attributes:
-        order: the order for training, a `data.mixture.Mixture`.
+        order: Order of the training sequences, a `data.mixture.Mixture`.
 
     Raises:
-        UserError: the sources have different tokenizers or sequence lengths, or a weight is not
+        UserError: The sources have different tokenizers or sequence lengths, or a weight is not
             above 0.
     """
 
@@ -158,14 +163,14 @@ class MixedDataset:
         self.num_bytes = None if None in sizes else sum(size for size in sizes if size is not None)
 
     def with_seed(self, seed: int) -> MixedDataset:
-        """The same sources in another order."""
+        """Return the same sources in the order of another seed."""
         return MixedDataset(self.sources, self.weights, seed)
 
     def __len__(self) -> int:
         return len(self._joined)
 
     def rows(self, indices: Any) -> Sequences:
-        """The sequences of all sources, one source after the other, each array [n, block_size]."""
+        """Return the sequences `indices` of the concatenated sources, as arrays [n, block_size]."""
         return self._joined.rows(indices)
 
 
@@ -184,29 +189,29 @@ def get_dataset(
 ) -> ConsynDataset:
     """Make a dataset of packed sequences from raw text, rows or a token store.
 
-    Raw data is tokenised once and kept in a cache.
+    Raw data is tokenised once, and the tokens are cached on disk.
 
     Args:
-        data_path: a file, directory, glob, Hugging Face dataset, token store or "sample", or
-            several.
-        tokenizer: a tokenizer, or a value of `--tokenizer`; None is the default one, or that of a
-            token store.
-        block_size: tokens in a sequence.
+        data_path: A file, directory, glob, Hugging Face dataset, token store or "sample", or a list
+            of these.
+        tokenizer: A tokenizer, or a value of `--tokenizer`; by default the tokenizer of a token
+            store, or else the default one.
+        block_size: Tokens per sequence.
         split: "train", "validation" or "test".
-        packing, on_long_rows: as the flags; None is the default, which keeps rows with prompts
-            whole.
-        test_fraction: share of the documents in the split "test".
-        options: other flags of `consyn-prepare` about reading and cleaning, by name.
+        packing, on_long_rows: Values of the flags of these names. The default (None) does not cut
+            rows with prompts.
+        test_fraction: Share of the documents in the split "test".
+        options: Other flags of `consyn-prepare` for reading and cleaning, by name.
 
     Returns:
-        Items {"input_ids", "labels", "segment_ids"}, int32 [block_size], and "loss_mask", bool
-        [block_size]; `labels[t]` is the token that follows `input_ids[t]`. With
-        row_format="preference", an item is a pair [2 * block_size]: the chosen sequence, and the
-        rejected one.
+        A dataset with items {"input_ids", "labels", "segment_ids"}, int32 [block_size], and
+        "loss_mask", bool [block_size]; `labels[t]` is the token after `input_ids[t]`. With
+        row_format="preference", an item has [2 * block_size] elements: the chosen sequence, then
+        the rejected one.
 
     Raises:
-        UserError: as `cached_store.prepare`, or an option or the split is unknown, or the split is
-            empty.
+        UserError: As in `cached_store.prepare`; or an option or the split is unknown, or the split
+            is empty.
     """
     choices = {"packing": packing, "on_long_rows": on_long_rows}
     _check_arguments(tokenizer, {"block_size": block_size, "seed": seed}, choices, options)
@@ -228,16 +233,18 @@ def pack_split(
     packing: str | None,
     on_long_rows: str | None,
 ) -> PackedSequences:
-    """The sequences of a split, or its pairs; for the arguments see `get_dataset`.
+    """Pack a split into sequences, or pairs of sequences, with the arguments of `get_dataset`.
 
     Raises:
-        UserError: nothing is learned, because all rows are too long.
+        UserError: No target is left, because all rows are too long.
     """
     tokenizer = prepared.store.tokenizer
     ids = tokenizer.first_id, tokenizer.fill_id
     if prepared.store.holds_pairs:
         if packing is not None:
-            raise UserError(f"packing {packing!r} is for single sequences; here, a row is a pair.")
+            raise UserError(
+                f"packing {packing!r} does not work for pairs of sequences. Leave packing out."
+            )
         packed: PackedSequences = PairDataset(documents, block_size, *ids, on_long_rows)
     else:
         packed = pack(documents, block_size, *ids, packing, on_long_rows)
@@ -246,7 +253,7 @@ def pack_split(
         names = listed([source.name for source in prepared.used])
         raise UserError(
             f"The rows of {names} are longer than a sequence of {block_size:,} tokens, "
-            "and nothing to learn is left. Take longer sequences (--max_tokens, or block_size in "
+            "so no target is left to learn. Use longer sequences (--max_tokens, or block_size in "
             "Python), as far as the model's context allows, or shorten the prompts."
         )
     return packed
@@ -285,8 +292,8 @@ def _split(prepared: Prepared, split: str, paths: Sequence[str]) -> StoreSplit:
         raise UserError(f"There is no split {split!r} in the data. Known: {', '.join(names)}.")
     documents = prepared.store.split(split)
     if not documents.num_tokens:
-        shares = {TRAIN: "smaller shares of the others"}
-        share = shares.get(split, f"a larger {split}_fraction")
+        shares = {TRAIN: "make the other splits smaller"}
+        share = shares.get(split, f"raise {split}_fraction")
         raise UserError(
             f"The split {split!r} of {', '.join(paths)} has no documents. Give more data, or "
             f"{share}."

@@ -1,4 +1,4 @@
-"""Loss over a whole dataset, in which every token has the same weight."""
+"""Evaluation: mean loss over a whole dataset, in which every token has the same weight."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def compile_evaluation(
     tick: Callable[[], None] = lambda: None,
     base: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[[Params], dict[str, float]]:
-    """Compile the evaluation of parameters on `source`.
+    """Compile the evaluation of a model on `source`, and return it as a function of the parameters.
 
-    Its result is that of `evaluate`, with the metrics of `source.requests`.
+    The function returns the metrics of `evaluate` and those of `source.requests`.
 
     Args:
-        batch_size: sequences in a batch.
-        length: tokens in a sequence.
-        tick: called for every batch.
-        base: the frozen weights of `Program.base_like`, if any.
+        batch_size: Sequences per batch.
+        length: Tokens per sequence.
+        tick: Function that is called for every batch.
+        base: Frozen weights as in `Program.base_like`, for an adapter run.
     """
     step = program.lower_eval_step(batch_size, length).compile()
     rows = local_rows(program.mesh, batch_size)
@@ -64,19 +64,19 @@ def compile_evaluation(
 def evaluate(
     sums_of: Callable[[Any], Sums], batches: Iterable[Any], num_bytes: int | None = None
 ) -> dict[str, float]:
-    """Metrics of one pass over the batches.
+    """Compute metrics over one pass of the batches.
 
-    These are `eval/loss` (nats per token), `eval/perplexity`, `eval/accuracy`, `eval/tokens` and
-    `eval/bits_per_byte`; for pairs, the names of `PairSums.means` after `eval/`. Sums are added in
-    float64, one batch late, so that the device never waits.
+    The metrics are `eval/loss` (nats per token), `eval/perplexity`, `eval/accuracy`, `eval/tokens`
+    and `eval/bits_per_byte`. For pairs, they are `eval/` followed by the names in `PairSums.means`.
+    Sums are added in float64 on the host, one batch late, so that the device never waits.
 
     Args:
-        sums_of: Returns the loss sums of a batch, on the device.
-        num_bytes: Bytes of source text that the tokens encode; without it there are no bits per
-            byte.
+        sums_of: Function that returns the loss sums of a batch, on the device.
+        num_bytes: Bytes of source text that the tokens encode; without it, `eval/bits_per_byte` is
+            left out.
 
     Raises:
-        UserError: no token counts in the loss.
+        UserError: No token counts in the loss.
     """
     totals: np.ndarray | float = 0.0
     pending: Sums | None = None

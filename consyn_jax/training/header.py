@@ -1,4 +1,4 @@
-"""The description of a run that is printed before it begins."""
+"""The header of a run: a description that is printed before training begins."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def header(
     notes: Sequence[Row] = (),
     cache_refusal: str | None = None,
 ) -> list[Row]:
-    """Rows of name and value: the model, the devices and what was chosen for them, the budget.
+    """Rows of name and value: the model, the devices and the settings chosen for them, the budget.
 
     Args:
-        notes: rows about the data.
-        cache_refusal: why compiled programs are not kept.
+        notes: Further rows, about the data.
+        cache_refusal: Reason why compiled programs are not cached on disk; None if they are.
     """
     program, config = built.program, built.program.config
     sizes = (
@@ -68,7 +68,7 @@ def header(
 
 
 def _adapter(lora: LoraOptions, program: Program) -> list[Row]:
-    """The adapter of a run, and the type of the frozen weights."""
+    """Describe the adapter of a run, and the dtype of the frozen weights."""
     if program.base_types is None:
         return []
     names = ", ".join(name for name in LORA_TARGETS if name.removesuffix("_proj") in lora.targets)
@@ -103,7 +103,7 @@ def _budget(run: RunConfig, lengths: Lengths) -> str:
 
 
 def _objective(run: RunConfig) -> list[Row]:
-    """Header entry for an objective other than the loss of the next token."""
+    """Describe an objective other than next-token prediction."""
     if not run.trains_on_pairs:
         return []
     beta = run.regularisation.dpo_beta
@@ -111,7 +111,7 @@ def _objective(run: RunConfig) -> list[Row]:
 
 
 def _shares(lengths: Lengths) -> list[Row]:
-    """The share of each source of a mixture in the run."""
+    """Share of each source of a mixture in the sequences of the run."""
     order, total = lengths.order, lengths.total_steps * lengths.sequences_per_step
     if not isinstance(order, Mixture):
         return []
@@ -123,10 +123,10 @@ def _shares(lengths: Lengths) -> list[Row]:
 
 
 def show_rates(schedule: optax.Schedule, total_steps: int, path: Path) -> None:
-    """Draw the learning rates of a run: as text, and as schedule.png in its directory.
+    """Draw the learning rates of a run as text, and as schedule.png in the run directory.
 
     Raises:
-        UserError: the picture cannot be written.
+        UserError: The picture cannot be written.
     """
     show(draw_schedule(schedule, total_steps))
     picture = path / "schedule.png"
@@ -135,7 +135,7 @@ def show_rates(schedule: optax.Schedule, total_steps: int, path: Path) -> None:
 
 
 def warnings(run: RunConfig, built: Built, lengths: Lengths) -> Iterator[str]:
-    """Sentences about settings that are allowed but rarely intended."""
+    """Warnings about settings that are allowed, but rarely intended."""
     rule, from_weights = run.optimizer.optimizer, run.model.checkpoint is not None
     factor = LORA_RATE if run.lora.is_used else 1.0
     if warning := lr_warning(run.optimizer.lr or 0.0, rule, from_weights, factor):

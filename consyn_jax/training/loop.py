@@ -1,6 +1,6 @@
-"""The training loop, the one place where a run's side effects are ordered.
+"""The training loop, from a new state or a checkpoint to the trained model and its report.
 
-It goes from a new state, or from a checkpoint, to the trained model and its report.
+All side effects of a run are ordered in this module.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Training:
     """One call of `train`.
 
     Args:
-        stack: closes what the run opens, after it has ended in any way.
+        stack: Closes the resources of the run, however the run ends.
     """
 
     def __init__(self, inputs: RunInputs, stack: ExitStack) -> None:
@@ -80,9 +80,9 @@ class Training:
         """Train to the end of the budget, from the newest checkpoint if there is one.
 
         Raises:
-            UserError: data, devices or the disk do not allow it.
-            Diverged: loss or gradients were not finite too often.
-            Interrupted: a signal ended the run.
+            UserError: Data, devices or the disk do not allow the run.
+            Diverged: Loss or gradients were non-finite in too many steps.
+            Interrupted: A signal ended the run.
         """
         run = self.inputs.run
         self.resumed = beginning.resume_step(run.saving.resume, self.directory, self.checkpoints)
@@ -106,7 +106,7 @@ class Training:
         return self._finish(state)
 
     def newest_params(self) -> Params | None:
-        """The parameters for evaluation after the newest step; None before the first."""
+        """The parameters to evaluate after the newest step; None before the first step."""
         if self.state is None or any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
             return None
         return self.evaluation_params(self.state.opt_state, self.state.params)
@@ -122,7 +122,7 @@ class Training:
             self.console.warn(sentence)
 
     def _begin(self) -> TrainState:
-        """Make or restore the state, and bring the run directory to the same step."""
+        """Create or restore the state, and rewind the run directory to the same step."""
         inputs, like, self.base = self.inputs, self.program.state_like, self.inputs.make_base()
         decay_from = inputs.run.optimizer.decay_from
         if self.resumed is not None:
@@ -146,14 +146,14 @@ class Training:
         return state
 
     def _before_commit(self) -> None:
-        """Flush the log before a checkpoint or a model gets its name."""
+        """Flush the log, before a checkpoint or a model is committed."""
         self.directory.check()
         self.recorder.flush()
 
     # ------------------------------------------------------------------------------------- the loop
 
     def _train(self, state: TrainState, compiling: Future[tuple[RunConfig, Any]]) -> TrainState:
-        """Take the steps that are left."""
+        """Run the remaining steps."""
         source, mesh = self.inputs.train_source, self.program.mesh
         self.console.start(self.total_steps, self.progress.step)
         self.watchdog.at(COMPILING, self.progress.step)
@@ -192,7 +192,7 @@ class Training:
         ready: prefetch[Any],
         like: dict[str, Any],
     ) -> TrainState:
-        """Take steps; the metrics of each are read while the device computes the next one."""
+        """Run steps; the metrics of each step are read while the device computes the next one."""
         step = self.progress.step
         pending: tuple[Metrics, Batch] | None = None
         self.coordinator.restart_save_clock()
@@ -225,12 +225,12 @@ class Training:
         return self._end_of_data(state)
 
     def _record(self, pending: tuple[Metrics, Batch], state: TrainState, waited_s: float) -> None:
-        """Read a step's metrics, which waits for the step, and record it.
+        """Wait for a step, read its metrics, and record them.
 
         Args:
-            pending: the metrics and the batch of the step.
-            state: the newest one.
-            waited_s: total time spent waiting for data so far.
+            pending: Metrics and batch of the step.
+            state: The newest state.
+            waited_s: Seconds spent waiting for data so far.
         """
         metrics, batch = pending
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -248,10 +248,10 @@ class Training:
         self.report.tick()
 
     def _end_step(self, state: TrainState, due: StepEnd) -> tuple[TrainState, bool]:
-        """Do the actions that are due at the end of a step.
+        """Perform the actions that are due at the end of a step.
 
         Returns:
-            The state, which a plateau changes, and whether the run is over.
+            The state, whose rate scale a plateau may have changed; and whether the run is over.
         """
         began, is_early_stop = time.perf_counter(), False
         if due.evaluate:
@@ -279,7 +279,7 @@ class Training:
         return state, due.last or ends
 
     def _evaluate(self, state: TrainState) -> TrainState:
-        """Evaluate, select the best model, and apply the plateau's scale to the state."""
+        """Evaluate, select the best model, and set the plateau's rate scale in the state."""
         source = self.inputs.eval_source
         assert source is not None
         if source.sequences == 0:  # known only now if the corpus was still growing
@@ -333,7 +333,7 @@ class Training:
             self._interrupt(signal)
 
     def _end_at_a_signal(self) -> None:
-        """Obey a signal that some process has received before the first step."""
+        """Stop if any process has received a signal before the first step."""
         self.watchdog.moved()
         received = next(filter(None, gather(self.coordinator.received or "")), None)
         if received is not None:
@@ -345,7 +345,7 @@ class Training:
     # --------------------------------------------------------------------------------------- ending
 
     def _finish(self, state: TrainState) -> Outcome:
-        """Export the model, and write the report."""
+        """Export the model and write the report."""
         inputs, recorder, progress = self.inputs, self.recorder, self.progress
         self.watchdog.at(FINISHING, progress.step)
         params, step = self._final_params(state)
@@ -362,7 +362,7 @@ class Training:
         return Outcome(recorder.summary(), params, self.run_config)
 
     def _sample(self, params: Params) -> str:
-        """Let the model write a text, and keep it; empty without a tokenizer."""
+        """Generate a sample text with the model, and store it; nothing without a tokenizer."""
         inputs, began = self.inputs, time.perf_counter()
         if inputs.tokenizer is None or not inputs.exports_model:
             return ""
@@ -372,7 +372,7 @@ class Training:
         return text
 
     def _sample_in_time(self, params: Params) -> None:
-        """Sample after an evaluation, unless samples take too much of the run's time."""
+        """Generate a sample after an evaluation, unless samples take too much of the run's time."""
         if self.progress.step == self.total_steps or self.inputs.tokenizer is None:
             return  # the end has a sample of its own
         if beginning.from_first(self.report.time_for_sample):
@@ -380,7 +380,7 @@ class Training:
             self._sample(params)
 
     def _final_params(self, state: TrainState) -> tuple[Params, int]:
-        """Parameters for final/, and their step: the last or, if asked for, the best ones."""
+        """The parameters for final/ and their step: the last, or the best if requested."""
         gather("written")  # by process 0
         best = ending.best_model(self.path, self.inputs.run.evaluation, self.recorder)
         if best is not None:

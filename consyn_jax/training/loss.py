@@ -1,8 +1,8 @@
-"""Next-token cross-entropy: a readable reference, and the fused form that training uses.
+"""Next-token cross-entropy: a readable reference, and the fused implementation for training.
 
-Everything returns sums and counts, so that the caller divides once. The fused form never holds the
-logits of all tokens: it works on chunks of tokens, and computes the gradients of a chunk while it
-holds its logits. The backward pass has nothing to recompute; it only scales the saved gradients.
+All functions return sums and counts, so that the caller divides once. The fused implementation
+never holds the logits of all tokens: it computes the gradients of a chunk of tokens while the
+chunk's logits are in memory. The backward pass then only scales the saved gradients.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from consyn_jax.distributed.mesh import mesh_sizes, on_each_device, split_axes
 from consyn_jax.model.arithmetic import LOGITS_AT_ONCE, chunk_tokens, logits_at_once
 from consyn_jax.model.embedding import sum_over_tokens
 
-# Most gradients of logits are small probabilities; float16 reaches from 6e-8 to 65,504.
+# Factor for gradients of logits in float16 (6e-8 to 65,504); most of them are small probabilities.
 FLOAT16_LIFT = 2.0**12
 
 
 class LossSums(NamedTuple):
-    """Float32 sums over tokens: negative log-likelihood in nats, tokens, correct predictions."""
+    """Float32 sums over tokens: negative log-likelihood (nats), tokens, correct predictions."""
 
     nll: Float[Array, ""]
     tokens: Float[Array, ""]
@@ -32,22 +32,22 @@ class LossSums(NamedTuple):
 
     @property
     def terms(self) -> Any:
-        """Number of terms in the sum."""
+        """Number of terms in the sum of the loss: the tokens."""
         return self.tokens
 
     def means(self, terms: Any) -> dict[str, Any]:
-        """The metrics, as means over `terms` terms."""
+        """The metrics of training, as means over `terms` terms."""
         return {"loss": self.nll / terms}
 
 
 class LogitStatistics(NamedTuple):
-    """Statistics of each token's logits, float32.
+    """Float32 statistics of each token's logits.
 
     Attributes:
         top: The largest logit.
-        log_z: Logarithm of the sum of exponentials.
-        label: The label's logit.
-        mean: Mean over the vocabulary; zero without extras.
+        log_z: Logarithm of the sum of the exponentials of all logits.
+        label: The logit of the label.
+        mean: Mean of the logits over the vocabulary; zero without `Extras`.
     """
 
     top: Float[Array, " n"]
@@ -57,15 +57,14 @@ class LogitStatistics(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """Sizes of the pieces in which logits are held.
+    """Size of the chunks of logits, and their layout in memory.
 
     Attributes:
-        elements: How many logits one device holds at a time; 0: as many as keep the kernel's memory
-            below a GiB (`logits_at_once`).
-        vocab_first: Logits are [V, n] and not [n, V].
-        kernel: Training uses the GPU kernel for softmax and gradient on devices that have the whole
-            vocabulary.
-        head_is_frozen: The head gets no gradient.
+        elements: Maximum number of logits in memory on one device; 0 for as many as keep the
+            kernel's memory below 1 GiB (`logits_at_once`).
+        vocab_first: Whether logits are [V, n] rather than [n, V].
+        kernel: Whether training uses the fused GPU kernel if a device has the whole vocabulary.
+        head_is_frozen: Whether the output embedding (the head) needs no gradient.
     """
 
     elements: int = LOGITS_AT_ONCE
@@ -76,19 +75,18 @@ class Chunks(NamedTuple):
 
 CHUNKS = Chunks()
 GPU_CHUNKS = Chunks(0, kernel=True)
-# The softmax finds a chunk in the processor's cache. Products whose rows are a multiple of 4 KiB
-# apart, as those of a vocabulary are, run at half the rate on CPUs (docs/design/cpu.md).
+# A chunk fits the processor's cache. With [n, V], rows would be a multiple of 4 KiB apart, which
+# halves the rate of matmuls on CPUs (docs/design/cpu.md).
 CPU_CHUNKS = Chunks(2**24, vocab_first=True)
 
 
 class Extras(NamedTuple):
-    """Terms that training adds to the loss of a token; 0 adds nothing.
+    """Terms that training adds to the loss of each token; a weight of 0 turns a term off.
 
     Attributes:
-        label_smoothing: Share of the target that is spread over the whole vocabulary, label
-            included (Szegedy et al., 2016), as in torch.nn.CrossEntropyLoss.
-        z_loss: Weight of log(Z)^2, which keeps the softmax's normaliser Z near 1 (Chowdhery et al.,
-            2022).
+        label_smoothing: Fraction of the target probability that is spread evenly over the
+            vocabulary, including the label (Szegedy et al., 2016), as in torch.nn.CrossEntropyLoss.
+        z_loss: Weight of log(Z)^2, which keeps the normaliser Z near 1 (Chowdhery et al., 2022).
     """
 
     label_smoothing: float = 0.0
@@ -96,14 +94,14 @@ class Extras(NamedTuple):
 
 
 class Vocabulary(NamedTuple):
-    """The part of the vocabulary that one device has, and its place in the logits.
+    """The section of the vocabulary on one device, and the layout of the logits.
 
     Attributes:
-        size: Words of the whole vocabulary, without padding.
-        words_V: Numbers of this device's words, padding included.
+        size: Number of words in the whole vocabulary, without padding.
+        words_V: Ids of this device's words, including padding.
         padded: Whether the head has rows that pad the vocabulary.
-        mesh_axes: Mesh axes that split the vocabulary.
-        axis: 0 if logits are [V, n], 1 if they are [n, V].
+        mesh_axes: Mesh axes over which the vocabulary is sharded.
+        axis: Axis of the vocabulary in the logits: 0 if they are [V, n], 1 if they are [n, V].
     """
 
     size: int
@@ -113,18 +111,18 @@ class Vocabulary(NamedTuple):
     axis: int
 
     def from_tokens(self, a_n: jax.Array) -> jax.Array:
-        """Broadcast an array of tokens against logits."""
+        """Reshape an array of one value per token, so that it broadcasts against logits."""
         return jnp.expand_dims(a_n, self.axis)
 
     def from_words(self, a_V: jax.Array) -> jax.Array:
-        """Broadcast an array of words against logits."""
+        """Reshape an array of one value per word, so that it broadcasts against logits."""
         return jnp.expand_dims(a_V, 1 - self.axis)
 
 
 def cross_entropy(
     logits_BTV: Float[Array, "B T V"], labels_BT: Int[Array, "B T"], mask_BT: Bool[Array, "B T"]
 ) -> LossSums:
-    """The reference implementation: sums over the tokens where the mask is true."""
+    """Reference implementation of the loss: sums over the tokens whose mask is true."""
     log_probs_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32))
     nll_BT = -jnp.take_along_axis(log_probs_BTV, labels_BT[..., None], axis=-1)[..., 0]
     correct_BT = jnp.argmax(logits_BTV, axis=-1) == labels_BT
@@ -143,11 +141,12 @@ def head_loss(
     vocab_size: int,
     chunks: Chunks = CHUNKS,
 ) -> LossSums:
-    """Cross-entropy of `x @ head.T` over the first `vocab_size` rows of the head.
+    """Cross-entropy of the logits `x @ head.T`, for the first `vocab_size` rows of the head.
 
-    Differentiable in `nll`. Products run in the dtype of `x`, sums and the softmax in float32.
-    Beyond the results, a device in bfloat16 needs memory for the head once more and 6 bytes for
-    each logit of a chunk (tests/planning). The head's gradient, float32, exists from here on.
+    Only `nll` of the result is differentiable. Matmuls run in the dtype of `x`; sums and the
+    softmax are float32. Besides its results, a device that computes in bfloat16 needs memory for
+    another copy of the head, and 6 bytes per logit of a chunk (tests/planning). The head's float32
+    gradient is in memory from the forward pass on.
     """
     nll, sums = head_objective(x_BTD, head_VD, labels_BT, mask_BT, vocab_size, Extras(), chunks)
     return sums._replace(nll=nll)
@@ -165,7 +164,7 @@ def head_objective(
 ) -> tuple[Float[Array, ""], LossSums]:
     """The training objective summed over tokens, and the sums of the plain loss.
 
-    Only the objective is differentiable. Memory is as for `head_loss`.
+    Only the objective is differentiable. Memory use is as in `head_loss`.
     """
     return on_mesh(
         x_BTD, head_VD, labels_BT, mask_BT, vocab_size, extras, chunks, with_gradients=False
@@ -207,7 +206,11 @@ def on_mesh(
     chunks: Chunks,
     with_gradients: bool,
 ) -> Any:
-    """The objective with its sums, and the gradients of `x` and `head`; `mask` may be weights."""
+    """Compute the objective, its sums, and the gradients of `x` and `head`, on the current mesh.
+
+    Args:
+        mask: True for targets, or a weight per token.
+    """
     tokens, hidden, weights = ("batch", "sequence"), ("batch", "sequence", None), ("vocab", "embed")
     of_head = None if chunks.head_is_frozen else weights
     local = on_each_device(
@@ -227,7 +230,7 @@ def on_mesh(
 
 
 def _on_device(x, head, labels, mask, *, sizes, vocab_size, extras, chunks, with_gradients):
-    """Sums over all devices, and this device's part of the gradients."""
+    """Compute sums over all devices, and this device's shards of the gradients."""
     token_axes = split_axes(sizes, "batch", "sequence")
     weight, vocab = gathered_head(x, head, sizes, vocab_size, chunks)
     # float16 would lose the smallest gradients; the loss scale reaches them only in the backward
@@ -261,7 +264,7 @@ def _on_device(x, head, labels, mask, *, sizes, vocab_size, extras, chunks, with
 
 
 def gathered_head(x, head, sizes: dict[str, int], vocab_size: int, chunks: Chunks):
-    """The head in the dtype of `x`, whole in its width, and this device's vocabulary."""
+    """Gather the head's columns, cast to the dtype of `x`; also return this device's vocabulary."""
     weight, mesh_axes = head.astype(x.dtype), split_axes(sizes, "vocab")
     if embed_axes := split_axes(sizes, "embed"):
         weight = jax.lax.all_gather(weight, embed_axes, axis=1, tiled=True)
@@ -272,7 +275,7 @@ def gathered_head(x, head, sizes: dict[str, int], vocab_size: int, chunks: Chunk
 
 
 def _over_chunks(chunk, weight_VD, x_nD, labels_n, mask_n, elements):
-    """Sum `chunk` over chunks of the n tokens with at most `elements` logits."""
+    """Sum the results of `chunk` over chunks of tokens, each with at most `elements` logits."""
     n, D = x_nD.shape
     length = chunk_tokens(n, weight_VD.shape[0], elements)
     num_chunks = math.ceil(n / length)
@@ -297,7 +300,7 @@ def _over_chunks(chunk, weight_VD, x_nD, labels_n, mask_n, elements):
 def _chunk(
     weight_VD, x_nD, labels_n, mask_n, *, vocab, extras, dx_dtype, kernel, with_gradients, frozen
 ):
-    """((sums of one chunk, what the extras add or None), gradients of x and of the head)."""
+    """Return (loss sums of a chunk, its extra terms or None), gradients of (x, head)."""
     logits_nV = logits_of(weight_VD, x_nD, vocab)
     lift = FLOAT16_LIFT if x_nD.dtype == jnp.float16 else 1.0
     if kernel:
@@ -327,13 +330,13 @@ def _chunk(
 
 
 def logits_of(weight_VD, x_nD, vocab: Vocabulary):
-    """Logits of a chunk in float32, in the layout of `vocab`."""
+    """Compute the float32 logits of a chunk, in the layout of `vocab`."""
     product = ("nD,VD->nV", x_nD, weight_VD) if vocab.axis else ("VD,nD->Vn", weight_VD, x_nD)
     return jnp.einsum(*product, preferred_element_type=jnp.float32)
 
 
 def softmax(logits_nV, labels_n, vocab: Vocabulary, with_mean: bool):
-    """Probabilities of the words, and the statistics of each token's logits."""
+    """Compute the softmax probabilities, and the statistics of each token's logits."""
     is_word_nV = vocab.from_words(vocab.words_V < vocab.size)
     if vocab.padded:
         logits_nV = jnp.where(is_word_nV, logits_nV, -jnp.inf)
@@ -356,10 +359,7 @@ def softmax(logits_nV, labels_n, vocab: Vocabulary, with_mean: bool):
 
 
 def _label_logits(logits_nV, labels_n, vocab: Vocabulary):
-    """The labels' logits, zero for labels of other devices.
-
-    They are looked up, as a sum over words would read all logits once more.
-    """
+    """Look up each token's label logit, without a pass over all logits; zero on other devices."""
     place_n = labels_n - vocab.words_V[0]
     here_n = (place_n >= 0) & (place_n < vocab.words_V.size)
     label_logit_n = jnp.take_along_axis(
@@ -369,7 +369,7 @@ def _label_logits(logits_nV, labels_n, vocab: Vocabulary):
 
 
 def _logit_gradient(share_nV, statistics, labels_n, vocab: Vocabulary, extras: Extras):
-    """Gradient of the objective with respect to the logits; `share_nV` are the probabilities."""
+    """Gradient of the objective with respect to the logits, from the softmax `share_nV`."""
     target_nV = vocab.from_words(vocab.words_V) == vocab.from_tokens(labels_n)
     if extras != Extras():
         share_nV = share_nV * vocab.from_tokens(1 + 2 * extras.z_loss * statistics.log_z)
@@ -382,8 +382,8 @@ def _logit_gradient(share_nV, statistics, labels_n, vocab: Vocabulary, extras: E
 
 def _loss_sums(statistics: LogitStatistics, mask_n: jax.Array, vocab_size: int) -> LossSums:
     nll_n = statistics.log_z - statistics.label
-    # A single largest logit has more than an even share. If all logits are equal, as with an output
-    # embedding of zeros, nothing is predicted.
+    # A prediction is a largest logit whose probability is above 1 / V. If all logits are equal, as
+    # with an output embedding of zeros, nothing is predicted.
     is_largest_n = statistics.label >= statistics.top
     correct_n = is_largest_n & (nll_n < math.log(vocab_size) * (1 - 1e-6)) & mask_n
     return LossSums(
@@ -394,7 +394,7 @@ def _loss_sums(statistics: LogitStatistics, mask_n: jax.Array, vocab_size: int) 
 
 
 def _penalty(statistics: LogitStatistics, mask_n: jax.Array, extras: Extras) -> jax.Array:
-    """The terms of the extras, summed over tokens."""
+    """Sum label smoothing and z-loss over tokens."""
     smoothing_n = extras.label_smoothing * (statistics.label - statistics.mean)
     penalty_n = smoothing_n + extras.z_loss * statistics.log_z**2
     return jnp.sum(jnp.where(mask_n, penalty_n, 0.0))

@@ -1,4 +1,4 @@
-"""The tokenizer of a run from Python, and the ids that begin, end and pad its documents."""
+"""The tokenizer of a run from Python, and the ids that begin, end and pad documents."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from consyn_jax.tokenization import BPETokenizer
 
 
 def model_tokenizer(model: Any, made_by: BPETokenizer | None) -> BPETokenizer | None:
-    """The tokenizer to save beside the model: its own, or that of the data.
+    """Choose the tokenizer to save with the model: the model's tokenizer, or that of the data.
 
     Args:
-        model: what is trained; a loaded one may have a tokenizer.
-        made_by: the tokenizer that made the data's ids, if it is known.
+        model: The model to train; a loaded one may have a tokenizer.
+        made_by: Tokenizer that made the ids of the data, if known.
 
     Raises:
-        UserError: a loaded model meets the ids of another tokenizer.
+        UserError: A loaded model and the data have different tokenizers.
     """
     own: BPETokenizer | None = getattr(model, "tokenizer", None)
     if own is None or made_by is None:
@@ -33,7 +33,7 @@ def model_tokenizer(model: Any, made_by: BPETokenizer | None) -> BPETokenizer | 
 def document_ids(
     tokenizer: BPETokenizer | None, config: ModelConfig
 ) -> tuple[int | None, int | None, int | None]:
-    """Ids in front of documents, at their ends, and for padding."""
+    """Return the ids that begin documents, end documents and pad sequences."""
     if tokenizer is not None:
         return tokenizer.first_id, tokenizer.eos_token_id, tokenizer.fill_id
     ends = config.eos_token_ids

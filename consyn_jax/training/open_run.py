@@ -1,4 +1,4 @@
-"""The inputs of a run, the resources open while it runs, and its outcome."""
+"""The inputs of a run, the resources that are open while it runs, and its result."""
 
 from __future__ import annotations
 
@@ -52,22 +52,23 @@ from consyn_jax.validation import parse_profile_steps
 
 @dataclass(frozen=True)
 class RunInputs:
-    """Everything that a run is given.
+    """All inputs of a run.
 
     Attributes:
-        origins: where each value of `run` comes from.
-        derived: values that follow from flags and data, by their names in config.yaml.
-        header, warnings: printed before the run begins.
-        make_parameters: makes the parameters to train on a mesh, for the state to take over.
-        make_base: makes what every batch has besides its arrays: the frozen weights under an
-            adapter, or nothing.
-        files: how best/ and final/ are written and read.
-        compile_train_step: compiles the train step of `run`, or of the same run in smaller
-            micro-batches.
-        callbacks: functions that make the user's callbacks.
-        signals: recorded by the process, if it does more than this run.
-        exports_model: whether the run writes best/, final/ and loss.png, and lets its model write
-            samples.
+        origins: Origin of each value of `run`, such as a flag or a default.
+        derived: Values that follow from flags and data, by their names in config.yaml.
+        header: Rows to print before the run begins.
+        warnings: Warnings to print before the run begins.
+        make_parameters: Function that makes the parameters to train on a mesh; the state takes them
+            over.
+        make_base: Function that makes the frozen weights of an adapter run, which every batch
+            includes; otherwise it returns an empty dict.
+        files: Format in which best/ and final/ are written and read.
+        compile_train_step: Function that compiles the train step of `run`, or of the same run in
+            smaller micro-batches.
+        callbacks: Functions that make the user's callbacks.
+        signals: Record of received signals, if the process does more than this run.
+        exports_model: Whether the run writes best/, final/ and loss.png, and generates samples.
     """
 
     run: RunConfig
@@ -94,9 +95,9 @@ class Outcome:
     """The result of a run.
 
     Attributes:
-        metrics: the newest value of every metric, with `step` and `tokens`.
-        params: the trained parameters; None if the run was complete already.
-        run: the configuration, in micro-batches that fit the devices.
+        metrics: Newest value of every metric, with `step` and `tokens`.
+        params: Trained parameters; None if the run was already complete.
+        run: Configuration of the run, with micro-batches that fit the devices.
     """
 
     metrics: dict[str, float | int]
@@ -106,10 +107,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class OpenRun:
-    """The resources that are open while a run runs.
+    """The open resources of a run.
 
     Attributes:
-        writes: whether this process writes to the run directory.
+        writes: Whether this process writes to the run directory.
     """
 
     writes: bool
@@ -122,16 +123,16 @@ class OpenRun:
 
 
 def write_beginning(inputs: RunInputs, opened: OpenRun, step: int) -> RunFacts | None:
-    """Write the files that precede a run's first step, in the process that writes.
+    """Write the files that must exist before the first step; called in the process that writes.
 
     Args:
-        step: the step from which the run starts or resumes.
+        step: Step from which the run starts or resumes.
 
     Returns:
-        The provenance facts for the run's models; None in processes that do not write.
+        Provenance facts for the run's models; None in processes that do not write.
 
     Raises:
-        UserError: the files cannot be written.
+        UserError: A file cannot be written.
     """
     if not opened.writes:
         return None
@@ -161,14 +162,14 @@ def open_records(
     facts: RunFacts | None,
     stack: ExitStack,
 ) -> tuple[Recorder, LiveReport, dict[str, int]]:
-    """Open log, callbacks and page of the run, rewound to the step that it resumes from.
+    """Open the log, the callbacks and the page of the run, and rewind them to the step `resumed`.
 
     Args:
-        facts: the provenance facts of the run; None in processes that do not write.
-        stack: closes them, and writes the final page then, however the run ends.
+        facts: Provenance facts of the run; None in processes that do not write.
+        stack: Closes the resources and writes the final page, however the run ends.
 
     Returns:
-        Also the details of lost log lines, for the event `resume`.
+        The recorder and the page; and details of lost log lines, for the event `resume`.
     """
     run, path, warn = inputs.run, opened.directory.path, opened.console.warn
     log = None
@@ -207,7 +208,7 @@ def open_records(
 def _open_callbacks(
     inputs: RunInputs, opened: OpenRun, progress: Progress, resumed: int | None
 ) -> Callbacks:
-    """Begin trackers and callbacks, in the process that writes."""
+    """Start trackers and callbacks in the process that writes."""
     if not opened.writes:
         return Callbacks()
     run = inputs.run
@@ -225,7 +226,7 @@ def _open_callbacks(
 
 
 def _advised(inputs: RunInputs) -> RunSettings:
-    """The settings that advice depends on."""
+    """Collect the settings on which advice depends."""
     run, total_steps = inputs.run, inputs.lengths.total_steps
     optimizer, budget = run.optimizer, run.budget
     return RunSettings(
@@ -242,16 +243,16 @@ def _advised(inputs: RunInputs) -> RunSettings:
 
 
 def _enter(activities: ActivityClock, console: Console, phase: str) -> None:
-    """Count and show that the run enters a phase of the watchdog."""
+    """Count and display that the run enters a phase of the watchdog."""
     activities.enter(phase)
     console.enter("" if phase in (STEPPING, WAITING) else phase, is_told=phase == COMPILING)
 
 
 def open_run(inputs: RunInputs, stack: ExitStack) -> OpenRun:
-    """Open what a run needs; `stack` closes it after the run has ended in any way.
+    """Open the resources of a run; `stack` closes them, however the run ends.
 
     Raises:
-        UserError: the processes of the run differ, or the run directory does not fit.
+        UserError: The processes of the run differ, or the run directory does not fit the run.
     """
     saving, logging = inputs.run.saving, inputs.run.logging
     derived = gather(json.dumps(describe_derived(inputs.derived)))  # the slowest prepares its data

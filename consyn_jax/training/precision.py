@@ -1,4 +1,4 @@
-"""The number type in which a run computes, and the loss scale that float16 needs.
+"""The dtype in which a run computes, and the loss scale that float16 needs.
 
 Weights, their gradients, sums over micro-batches, norms, logits, softmax and loss are always
 float32.
@@ -33,10 +33,10 @@ from consyn_jax.training.step import (
 
 @dataclass(frozen=True)
 class PrecisionChoice:
-    """The type of activations and matmuls, and why.
+    """The dtype of activations and matmuls, and the reason for it.
 
     Attributes:
-        fp8: whether the matmuls of the blocks multiply 8-bit numbers (model/fp8.py).
+        fp8: Whether the matmuls of the blocks use 8-bit floats (model/fp8.py).
     """
 
     dtype: Any
@@ -51,19 +51,20 @@ _FP8_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
 def choose_precision(
     wanted: str, platform: str, compute_capability: str = "", device_kind: str = ""
 ) -> PrecisionChoice:
-    """Choose the number type of `--mixed_precision` on a device.
+    """Choose the compute dtype for a value of `--mixed_precision` on a device.
 
     Args:
-        wanted: "no", "bf16", "fp16", "fp8", or "auto" for what the device does well.
-        platform: "cpu", "gpu", "cuda", as in `jax.Device.platform`.
-        compute_capability: "9.0" for Hopper; empty if it is not known.
-        device_kind: the device's name, for the reason.
+        wanted: "no", "bf16", "fp16", "fp8", or "auto" for the best that the device supports.
+        platform: "cpu", "gpu" or "cuda", as in `jax.Device.platform`.
+        compute_capability: The GPU's compute capability, such as "9.0" for Hopper; empty if
+            unknown.
+        device_kind: Name of the device, for the reason.
 
     Raises:
-        UserError: fp8 on a GPU without 8-bit matmuls.
+        UserError: fp8 is requested on a GPU without 8-bit matmuls.
 
     >>> choose_precision("auto", "gpu", "7.0", "Tesla V100").reason
-    'float16 over float32 weights: the Tesla V100 multiplies it faster than float32, and has no
+    'float16 over float32 weights: the Tesla V100 multiplies float16 faster than float32, and has no
     bfloat16'
     """
     device = f"the {device_kind or platform}" if platform != "cpu" else "a CPU"
@@ -79,14 +80,14 @@ def choose_precision(
 
 
 def _best(device: str, platform: str, compute_capability: str) -> tuple[str, str]:
-    """Return the value of `--mixed_precision` that suits a device, and why."""
+    """Return the best value of `--mixed_precision` for a device, and the reason."""
     major = int(compute_capability.split(".")[0]) if compute_capability[:1].isdigit() else 8
     if platform not in ("gpu", "cuda"):
         return "no", f"{device} gains nothing from a narrower type"
     if major >= 8:
-        return "bf16", f"{device} multiplies it at full rate"
+        return "bf16", f"{device} multiplies bfloat16 at full rate"
     if major == 7:
-        return "fp16", f"{device} multiplies it faster than float32, and has no bfloat16"
+        return "fp16", f"{device} multiplies float16 faster than float32, and has no bfloat16"
     return (
         "no",
         f"{device} has compute capability {compute_capability}, and narrower types are fast from "
@@ -97,34 +98,34 @@ def _best(device: str, platform: str, compute_capability: str) -> tuple[str, str
 def _fp8(device: str, platform: str, compute_capability: str) -> PrecisionChoice:
     matmuls = "bfloat16 over float32 weights, the matmuls of the blocks in 8 bits: as requested;"
     if platform == "cpu":
-        reason = f"{matmuls} {device} simulates them and gains nothing"
+        reason = f"{matmuls} {device} only simulates 8-bit matmuls, so they are not faster"
         return PrecisionChoice(jnp.bfloat16, reason, fp8=True)
     known = platform in ("gpu", "cuda") and compute_capability
     if not known or tuple(map(int, compute_capability.split("."))) < _FP8_CAPABILITY:
-        has = f"has {compute_capability}" if compute_capability else "is not one that is known"
+        has = f"has {compute_capability}" if compute_capability else "is not a known GPU"
         raise UserError(
             "--mixed_precision fp8 needs an NVIDIA GPU of compute capability 8.9 or later (Ada, "
-            f"Hopper), and {device} {has}. Use --mixed_precision auto."
+            f"Hopper), but {device} {has}. Use --mixed_precision auto."
         )
-    reason = f"{matmuls} {device} multiplies those at twice the rate"
+    reason = f"{matmuls} {device} multiplies 8-bit floats at twice the rate"
     return PrecisionChoice(jnp.bfloat16, reason, fp8=True)
 
 
 # --------------------------------------------------------------------------------------- loss scale
 
 FIRST_SCALE = 2.0**16
-# The inverse of the largest scale is still far from float32's smallest number.
+# The inverse of the largest scale is still far above float32's smallest number.
 SMALLEST_SCALE, LARGEST_SCALE = 1.0, 2.0**64
 GROWTH_STEPS = 2000  # finite steps in a row after which the scale is doubled
 
 
 class ScaledState(NamedTuple):
-    """An optimizer's state with the loss scale.
+    """The state of an optimizer, with a loss scale.
 
     Attributes:
-        scale: factor of the mean loss in the backward pass.
-        good_steps: steps in a row with finite gradients since the scale last changed.
-        skipped_steps: steps so far that changed nothing.
+        scale: Factor of the mean loss in the backward pass.
+        good_steps: Number of consecutive steps with finite gradients since the scale changed.
+        skipped_steps: Number of steps so far whose update was skipped.
     """
 
     optimizer: optax.OptState
@@ -134,11 +135,11 @@ class ScaledState(NamedTuple):
 
 
 def with_loss_scale(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Wrap `optimizer` so that it skips steps with a non-finite gradient and adapts the loss scale.
+    """Wrap `optimizer` so that it skips non-finite gradients, and adapts the loss scale.
 
-    A skipped step changes neither parameters nor the optimizer's state, its schedule's count
-    included. It halves the scale, which stays at least 1; 2,000 finite steps in a row double it
-    (Micikevicius et al., 2018, with the constants of torch.amp.GradScaler).
+    A skipped step changes neither the parameters nor the optimizer's state, including its count of
+    updates. It halves the scale, which stays at least 1. After 2,000 consecutive finite steps, the
+    scale doubles (Micikevicius et al., 2018, with the constants of torch.amp.GradScaler).
     """
 
     def init(params: Params) -> ScaledState:
@@ -169,14 +170,14 @@ def with_loss_scale(optimizer: optax.GradientTransformation) -> optax.GradientTr
 def make_scaled_train_step(
     objective: Objective, optimizer: optax.GradientTransformation, max_grad_norm: Number
 ) -> Step:
-    """Make a step like that of `make_train_step`, but differentiate the scaled loss.
+    """Make a step as `make_train_step` does, but with gradients of the scaled loss.
 
-    Further metrics are `loss_scale`, the scale of this step; `skipped`, 1 for a step that changed
-    nothing, otherwise 0; and `skipped_steps`, the number of steps skipped so far, this one
-    included. For a skipped step `grad_norm` is not finite, and `clipped` is 0.
+    The metrics also include `loss_scale`, the scale of this step; `skipped`, 1 for a step whose
+    update was skipped, otherwise 0; and `skipped_steps`, the number of skipped steps up to and
+    including this one. In a skipped step, `grad_norm` is not finite, and `clipped` is 0.
 
     Args:
-        optimizer: from `with_loss_scale`.
+        optimizer: Optimizer from `with_loss_scale`.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -198,7 +199,7 @@ def make_scaled_train_step(
 
 
 def _scaled(objective: Objective, factor: Float[Array, ""]) -> Objective:
-    """Return the same function, whose gradient is `factor` times as large in the backward pass."""
+    """Return a function with the same value, whose gradient is multiplied by `factor`."""
 
     def scaled(params: Params, batch: Batch) -> tuple[jax.Array, Sums]:
         divided = jax.tree.map(lambda p: _times_in_backward(p, 1 / factor), params)

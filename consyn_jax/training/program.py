@@ -1,7 +1,7 @@
-"""The programs of a run, where model, loss and step meet, ready to compile.
+"""The programs of a run: model, loss and train step, combined and ready to compile.
 
-No device is needed: on a mesh of a described topology, the same programs compile for machines that
-are not present.
+No device is needed: on a mesh of described devices, the same programs can be compiled for a machine
+that is not present.
 """
 
 from __future__ import annotations
@@ -80,26 +80,27 @@ BATCH_DTYPES = {
 _Parts = tuple[Any, Any, Any, Any, int]
 TRAIN_AXES = (None, "batch", "sequence")  # [A, B, T]
 EVAL_AXES = ("batch", "sequence")  # [B, T]
-# Up to this many layers the blocks are unrolled: a step is then a fifth faster on CPUs, and on GPUs
-# the saved activations of each layer need not be copied into one array of all layers and back.
-# Beyond that, compiling takes too long.
+# The blocks of models with up to this many layers are unrolled; for deeper ones, compiling would
+# take too long. Unrolled, a step is a fifth faster on CPUs, and on GPUs the saved activations need
+# not be copied into one array for all layers and back.
 UNROLLED_LAYERS = {"cpu": CPU_UNROLLED_LAYERS, "gpu": 24}
 
 
 @dataclass(frozen=True)
 class Program:
-    """The model, loss, optimizer and mesh of a run, from which its steps are made.
+    """The model, loss, optimizer and mesh of a run, from which its programs are made.
 
     Args:
-        optimizer: the optimizer, its schedule included.
-        max_grad_norm: 0 for no clipping.
-        regularisation: for training; evaluation has none.
-        seed: seed of dropout.
-        max_nonfinite_steps: after this many non-finite steps in a row the state no longer changes.
-        host_moments: the optimizer's moments are in host memory (training/optim/offload.py).
-        schedule: the optimizer's, for `learning_rate`; None if its steps need not be counted.
-        lora: if it is used, the parameters are those of an adapter, and every batch carries the
-            frozen weights as `BASE`, in the number types of `base_types`.
+        optimizer: The optimizer, including its schedule.
+        max_grad_norm: Maximum norm for gradient clipping; 0 for no clipping.
+        regularisation: Dropout and extra loss terms, for training only.
+        seed: Random seed of dropout.
+        max_nonfinite_steps: Number of consecutive non-finite steps after which the state is frozen.
+        host_moments: Whether the moments are in host memory (training/optim/offload.py).
+        schedule: Learning-rate schedule, for `learning_rate`; None if updates need not be counted.
+        lora: Options of an adapter. If one is used, the parameters are those of the adapter, and
+            every batch includes the frozen weights as `BASE`.
+        base_types: Dtypes of the frozen weights; None without an adapter.
     """
 
     config: ModelConfig
@@ -117,12 +118,12 @@ class Program:
 
     @cached_property
     def layout(self) -> Layout:
-        """Shapes and logical axes of the parameters that are trained."""
+        """Shapes and logical axes of the trained parameters."""
         return trained_layout(self.config, self.lora)
 
     @cached_property
     def base_like(self) -> dict[str, Any]:
-        """Shapes of the frozen weights that every batch carries; empty without an adapter."""
+        """Shapes of the frozen weights that every batch includes; empty without an adapter."""
         if self.base_types is None:
             return {}
         return {BASE: base_like(self.config, self.base_types, self.mesh)}
@@ -130,28 +131,28 @@ class Program:
     def whole(
         self, params: Params, base: Any = None, dropout_key: jax.Array | None = None
     ) -> Params:
-        """The parameters of a `Decoder`: `params`, or `params` as an adapter on its base.
+        """Return the parameters of a `Decoder`: `params`, or the base with `params` as its adapter.
 
         Args:
-            dropout_key: key of a micro-batch.
+            dropout_key: Random key of a micro-batch; None without dropout.
         """
         return params if base is None else with_adapter(base, params, self.lora, dropout_key)
 
     @property
     def draws(self) -> bool:
-        """Whether a step draws random numbers, for dropout."""
+        """Whether a step needs random numbers, for dropout."""
         of_lora = self.lora.is_used and self.lora.lora_dropout
         return is_used(self.regularisation.dropout) or bool(of_lora)
 
     @cached_property
     def rule(self) -> optax.GradientTransformation:
-        """The optimizer, with the loss scale around it if the run computes in float16."""
+        """The update rule: the optimizer, with a loss scale if the run computes in float16."""
         return (
             with_loss_scale(self.optimizer) if self.compute.dtype == jnp.float16 else self.optimizer
         )
 
     def learning_rate(self, updates: int) -> float:
-        """The schedule's rate after a number of updates."""
+        """The schedule's learning rate after a number of updates."""
         assert self.schedule is not None
         with jax.default_device(_host()):
             return float(self.schedule(updates))
@@ -160,7 +161,7 @@ class Program:
     def chunks(self) -> Chunks:
         """The layout of the logits that suits the devices.
 
-        CPUs only simulate narrow types, and XLA may lack those matmuls in the CPU's layout.
+        CPUs only simulate narrow dtypes, and XLA may lack such matmuls in the CPU's layout.
         """
         device = self.mesh.devices.flat[0]
         is_plain_cpu = device.platform == "cpu" and self.compute.dtype == jnp.float32
@@ -171,16 +172,16 @@ class Program:
 
     @property
     def trains_on_pairs(self) -> bool:
-        """Whether a row of a batch is a pair of answers, side by side."""
+        """Whether a row of a batch is a pair of answers, one after the other."""
         return self.regularisation.trains_on_pairs
 
     @property
     def batch_dtypes(self) -> dict[str, Any]:
-        """Dtypes of a batch's arrays: one number per token, or for `PAIR_DTYPES` one per row."""
+        """Dtypes of a batch's arrays: one value per token, or per row in `PAIR_DTYPES`."""
         return BATCH_DTYPES | (PAIR_DTYPES if self.trains_on_pairs else {})
 
     def _parts(self, params: Params, batch: Batch, base: Any, dropout: Any = None) -> _Parts:
-        """Hidden states, head, labels, mask and size of the vocabulary, as losses take them."""
+        """Compute the arguments of losses: hidden states, head, labels, mask, vocabulary size."""
         whole = self.whole(params, base, batch.get("dropout_key"))
         model: Decoder = nnx.merge(self.layout.graphdef, whole)
         x_BTD = model.hidden(batch["input_ids"], batch["segment_ids"], self.compute, dropout)
@@ -188,11 +189,11 @@ class Program:
         return x_BTD, head_VD, batch["labels"], batch["loss_mask"], size
 
     def log_probs(self, params: Params, batch: Batch, base: Params | None = None) -> jax.Array:
-        """Return the log-probability [B, 2] of each answer of a micro-batch of pairs."""
+        """Compute the log-probability [B, 2] of each answer of a micro-batch of pairs."""
         return answer_log_probs(*self._parts(params, batch, base), self.chunks)
 
     def loss(self, params: Params, batch: Batch) -> Sums:
-        """Return the loss sums of one micro-batch [B, T] for evaluation."""
+        """Compute the loss sums of one micro-batch [B, T], for evaluation."""
         base = batch.get(BASE)
         if self.trains_on_pairs:
             return self.objective(params, batch, base)[1]
@@ -201,11 +202,11 @@ class Program:
     def objective(
         self, params: Params, batch: Batch, base: Params | None = None
     ) -> tuple[jax.Array, Sums]:
-        """Return what training minimises, summed over one micro-batch [B, T], and the loss sums.
+        """Compute the training objective, summed over one micro-batch [B, T], and the loss sums.
 
         Args:
-            batch: the arrays, with a `dropout_key` if there is dropout.
-            base: the frozen weights, if the parameters are those of an adapter.
+            batch: Arrays of the micro-batch, including a `dropout_key` if there is dropout.
+            base: The frozen weights, if the parameters are those of an adapter.
         """
         options = self.regularisation
         if self.trains_on_pairs:
@@ -217,7 +218,7 @@ class Program:
 
     @cached_property
     def state_like(self) -> Any:
-        """The training state as shapes, dtypes and shardings."""
+        """Shapes, dtypes and shardings of the training state."""
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         shapes, shardings = self.layout.shapes, self.layout.shardings(self.mesh)
         params = jax.tree.map(
@@ -232,7 +233,7 @@ class Program:
         return TrainState(count, params, opt_state, count)
 
     def initial_state(self, params: Params) -> TrainState:
-        """Return step 0 with these parameters, which the state takes over."""
+        """Create the state of step 0 with these parameters, which must not be used afterwards."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_like)
         opt_state = new_state(self.rule, params, shardings.opt_state, self.host_moments)
         # With several processes, `device_put` compares them first, and the other one may still be
@@ -244,17 +245,17 @@ class Program:
         return TrainState(step, params, opt_state, nonfinite)
 
     def step(self, rule: optax.GradientTransformation, max_grad_norm: Number) -> Step:
-        """Return the step of an update rule, without the skipping of non-finite steps.
+        """Make the train step with an update rule, without the skipping of non-finite steps.
 
         Args:
-            rule: its state is a `ScaledState` in float16.
+            rule: Update rule; for float16, its state is a `ScaledState`.
         """
         is_scaled = self.compute.dtype == jnp.float16
         make = make_scaled_train_step if is_scaled else make_train_step
         return self._of_objective(lambda objective: make(objective, rule, max_grad_norm))
 
     def _of_objective(self, make: Callable[[Objective], Step]) -> Step:
-        """Make a step whose objective gets the frozen weights and dropout keys, if any."""
+        """Make a step with an objective that gets the frozen weights and dropout keys, if any."""
         step = make(self.objective)
         if self.lora.is_used:
 
@@ -266,7 +267,7 @@ class Program:
         return with_dropout(step, self.seed) if self.draws else step
 
     def train_step(self) -> Step:
-        """Return `step(state, batch [A, B, T]) -> (state, metrics)`."""
+        """Make `step(state, batch [A, B, T]) -> (state, metrics)`."""
         if self.host_moments:
             update, norm = layerwise_update(self.rule, self.layout), self.max_grad_norm
             step = self._of_objective(lambda objective: make_step(objective, update, norm))
@@ -287,11 +288,11 @@ class Program:
         return self.lower_step(self.train_step(), batch)
 
     def lower_step(self, step: Step, batch: Batch) -> jax.stages.Lowered:
-        """Lower a step, which the state is donated to, with the settings for the mesh's devices."""
+        """Lower a step with compiler settings for the mesh's devices; the state is donated."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_like)
         options = compiler_options(list(self.mesh.devices.flat)) or None
         out = shardings, None
-        # Random numbers are counted by element, however the arrays are split.
+        # Random bits depend on an element's index, and not on the sharding of the array.
         with jax.set_mesh(self.mesh), jax.threefry_partitionable(True):
             jitted = jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
             return jitted.lower(self.state_like, batch)
@@ -303,7 +304,7 @@ class Program:
     def lower_forward(
         self, forward: Callable[..., Any], batch: dict[str, Any], where: Any = None
     ) -> jax.stages.Lowered:
-        """Lower `forward(params, batch)`; `where` is the sharding of its result, or None."""
+        """Lower `forward(params, batch)`; `where` is the sharding of the result, or None."""
         options = compiler_options(list(self.mesh.devices.flat)) or None
         with jax.set_mesh(self.mesh):
             return jax.jit(forward, out_shardings=where, compiler_options=options).lower(
@@ -311,7 +312,7 @@ class Program:
             )
 
     def batch_like(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> dict[str, Any]:
-        """Return a batch as shapes, dtypes and shardings."""
+        """Shapes, dtypes and shardings of a batch."""
         found = {}
         for name, dtype in self.batch_dtypes.items():
             rank = len(shape) - (name in PAIR_DTYPES)
@@ -321,7 +322,7 @@ class Program:
 
 
 class Built(NamedTuple):
-    """The programs of a run, and what was chosen for them."""
+    """The programs of a run, and the settings that were chosen for them."""
 
     program: Program
     attention: AttentionChoice
@@ -345,13 +346,13 @@ def build_program(
     """Build the programs of resolved options on `devices`, which need not be present.
 
     Args:
-        length: tokens of a sequence.
-        devices: devices of this machine, or of a described topology.
-        machine: the one that has the devices; None for this one.
+        length: Tokens per sequence.
+        devices: Devices of this machine, or of a described topology.
+        machine: The machine with the devices; None for this machine.
 
     Raises:
-        UserError: the mesh, batch or precision does not work on these devices, or no file layout
-            can hold the model.
+        UserError: The mesh, batch or precision does not work on these devices, or no file layout
+            can describe the model.
     """
     family_of(model)  # refuses a model that could not be written at the end
     device, rest = devices[0], (length, machine or this_machine(), lora, regularisation.sequences)
@@ -382,7 +383,7 @@ def build_program(
 
 
 def _host() -> jax.Device | None:
-    """The CPU, which no step on a GPU keeps busy; None if JAX_PLATFORMS leaves the CPU out."""
+    """The CPU device, which is free while a GPU computes; None if JAX_PLATFORMS excludes it."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
@@ -390,9 +391,9 @@ def _host() -> jax.Device | None:
 
 
 def _unrolls(platform: str, num_layers: int, remat: str) -> bool:
-    """Whether the blocks run faster without a loop.
+    """Whether to unroll the loop over the blocks, because this is faster.
 
-    With recomputation, GPUs save too little for it to matter.
+    With recomputation, unrolling gains too little on GPUs.
     """
     if platform == "cpu":
         return num_layers <= UNROLLED_LAYERS["cpu"]

@@ -1,4 +1,4 @@
-"""The mesh of a run: as its flags give it, or the one that suits the machine."""
+"""The mesh of a run: as its flags specify, or the best one for the machine."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from consyn_jax.training.runtime.memory import device_bytes
 def this_machine() -> Machine:
     """Describe this machine as JAX sees it; all processes get the same answer.
 
-    A host is a group of devices with fast links, which several processes may share. Found once,
-    because all processes must gather in the same order and programs are compiled concurrently.
+    A host is a group of devices with fast links, which several processes may share. The result is
+    cached, because all processes must gather in the same order, and programs are compiled in
+    several threads.
     """
     hosts = len({getattr(device, "slice_index", 0) for device in jax.devices()})
     if jax.device_count() % hosts:  # hosts that are not alike
@@ -44,14 +45,14 @@ def choose_run_mesh(
     lora: LoraOptions = NO_LORA,
     sequences: int = 1,
 ) -> MeshChoice:
-    """Choose the mesh of a run on `machine`: that of `--mesh`, or the best one for `--mesh auto`.
+    """Choose the mesh of a run on `machine`: the value of `--mesh`, or for `--mesh auto` the best.
 
     Args:
-        length: tokens of a row.
-        sequences: sequences in a row.
+        length: Tokens per row.
+        sequences: Sequences per row.
 
     Raises:
-        UserError: a mesh or batch that does not fit the model or the devices.
+        UserError: The mesh or the batch does not fit the model or the devices.
     """
     devices = machine.hosts * machine.per_host
     batch_size, accumulation = budget.batch_size, budget.gradient_accumulation_steps

@@ -1,4 +1,4 @@
-"""One optimizer step as a pure function, and the state that it maps to the next."""
+"""One optimizer step as a pure function from a training state to the next."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from consyn_jax.training.preference.pair_loss import PairSums
 
 
 class TrainState(NamedTuple):
-    """All that changes from step to step and is saved.
+    """All values that change from step to step and are saved.
 
     Attributes:
-        nonfinite: steps in a row, up to the last, whose loss or gradients were not finite
-            (training/optim/skip_nonfinite.py).
+        nonfinite: Number of consecutive steps, up to the last one, whose loss or gradients were not
+            finite (training/optim/skip_nonfinite.py).
     """
 
     step: Int[Array, ""]
@@ -50,7 +50,7 @@ _DROPOUT = 0x0D409  # sets these random numbers apart from others with the same 
 
 
 def is_used(number: Number) -> bool:
-    """Whether a number turns its feature on: a constant 0 does not, any argument does.
+    """Whether a number enables its feature: a constant 0 does not; a traced value always does.
 
     >>> is_used(0.0), is_used(0.1), is_used(jnp.zeros(()))
     (False, True, True)
@@ -59,9 +59,10 @@ def is_used(number: Number) -> bool:
 
 
 def clip_factor(norm: Float[Array, ""], max_norm: Number) -> Float[Array, ""]:
-    """Return the factor that scales gradients of global norm `norm` down to `max_norm`.
+    """Return the factor that scales gradients of global norm `norm` down to at most `max_norm`.
 
-    0 turns clipping off. The 1e-6 is that of `torch.nn.utils.clip_grad_norm_`.
+    A `max_norm` of 0 turns clipping off. The constant 1e-6 is as in
+    `torch.nn.utils.clip_grad_norm_`.
     """
     if not is_used(max_norm):
         return jnp.ones_like(norm)
@@ -69,10 +70,11 @@ def clip_factor(norm: Float[Array, ""], max_norm: Number) -> Float[Array, ""]:
 
 
 def accumulate(objective: Objective, params: Params, batch: Batch) -> tuple[Any, Params]:
-    """Sum the loss and the objective's gradients over the micro-batches, one at a time.
+    """Sum the loss and the gradients of the objective over micro-batches, one at a time.
 
-    It needs the memory of one set of gradients. Dividing both sums by the total count of tokens (or
-    pairs) gives every real one the same weight, however the padding is spread over micro-batches.
+    This needs memory for one set of gradients. Divide both sums by the total number of target
+    tokens (or pairs): each of these then has the same weight, however padding is distributed over
+    the micro-batches.
     """
     first = jax.tree.map(lambda x: x[0], batch)
     if batch["labels"].shape[0] == 1:
@@ -96,9 +98,9 @@ def accumulate(objective: Objective, params: Params, batch: Batch) -> tuple[Any,
 def make_step(objective: Objective, update: Update, max_grad_norm: Number) -> Step:
     """Make `step(state, batch) -> (state, {"loss", "tokens", "grad_norm", "clipped"})`.
 
-    The loss is in nats per token, or per pair, which adds further metrics. The norm is taken before
-    clipping, and `clipped` is 1 for a step whose gradients were scaled down, otherwise 0. Wrappers
-    in program.py add `nonfinite`, `updates` and others.
+    The loss is in nats per token, or a mean over pairs, which also have other metrics. `grad_norm`
+    is taken before clipping. `clipped` is 1 if the gradients were scaled down, otherwise 0.
+    Wrappers in program.py add `nonfinite`, `updates` and other metrics.
     """
     largest = max_grad_norm if is_used(max_grad_norm) else jnp.inf
 
@@ -123,7 +125,7 @@ def make_step(objective: Objective, update: Update, max_grad_norm: Number) -> St
 def make_train_step(
     objective: Objective, optimizer: optax.GradientTransformation, max_grad_norm: Number
 ) -> Step:
-    """Make the step of `make_step` whose optimizer updates all parameters at once."""
+    """Make a step as `make_step` does, with an optimizer that updates all parameters at once."""
 
     def update(
         gradients: Params, factor: Float[Array, ""], state: TrainState, _: Metrics
@@ -136,7 +138,7 @@ def make_train_step(
 
 
 def with_dropout(step: Step, seed: int | UInt[Array, ""]) -> Step:
-    """Wrap `step` so that its batch has `dropout_key` [A], a key for each micro-batch."""
+    """Wrap `step` so that its batch includes `dropout_key` [A], a random key per micro-batch."""
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         keys = dropout_keys(seed, state.step, batch["labels"].shape[0])

@@ -1,4 +1,4 @@
-"""`ConsynTrainer`: a model, data and settings as a run."""
+"""`ConsynTrainer`: train a model on data with given settings."""
 
 from __future__ import annotations
 
@@ -71,25 +71,25 @@ from consyn_jax.validation import what_needs_evaluations
 
 
 class ConsynTrainer:
-    """Train a model. After `train()`, the model that was passed is the trained one.
+    """Train a model; after `train()`, the model that was passed has the trained parameters.
 
     Args:
-        model: a `ConsynLMHeadModel`, or a `DeferredModel`.
-        train_dataloader: a dataset of `get_dataset`, a `MixedDataset` of them, a list of token
-            lists or an array of them, rows or columns with input_ids (a list, a `BatchEncoding`, a
+        model: A `ConsynLMHeadModel`, or a `DeferredModel`.
+        train_dataloader: A dataset of `get_dataset`, a `MixedDataset`, lists or arrays of token ids
+            (one document per row), rows or columns with input_ids (a list, a `BatchEncoding`, a
             dataset of torch or datasets), or any iterable of batches, such as a torch DataLoader.
-        eval_dataloader: the same kinds; without it there is no evaluation.
-        num_epochs, max_steps: the budget; 3 epochs if none is given. The smallest counts.
-        learning_rate: 5e-5 for adamw by default.
-        tokenizer: saved beside the model, and used for samples; data of `get_dataset` has its own.
-        run: a resolved run and the origins of its values, as `consyn-train` makes them; the other
-            settings are then ignored.
-        notes: rows of name and value for the header that is printed at the start.
-        callbacks: objects with any of the methods of `Callback`.
-        settings: the flags of `consyn-train` by name.
+        eval_dataloader: Evaluation data of the same kinds; None for no evaluation.
+        num_epochs, max_steps: Budget; the smaller one counts. 3 epochs if neither is given.
+        learning_rate: Peak learning rate; by default 5e-5 for adamw.
+        tokenizer: Tokenizer to save and for samples; not needed for data of `get_dataset`.
+        run: A resolved configuration and the origins of its values, as `consyn-train` makes them.
+            The other settings are then ignored.
+        notes: Rows of name and value for the header, which is printed at the start.
+        callbacks: Objects with any of the methods of `Callback`.
+        settings: Flags of `consyn-train`, by name.
 
     Raises:
-        UserError: a setting or the data is wrong. `train` raises it for devices and directories.
+        UserError: A setting or the data is wrong; `train` checks devices and directories.
     """
 
     def __init__(
@@ -145,12 +145,12 @@ class ConsynTrainer:
 
     @property
     def sequences_per_step(self) -> int:
-        """Sequences in one optimizer step."""
+        """Number of sequences per optimizer step."""
         return self.run.budget.batch_size * self.run.budget.gradient_accumulation_steps
 
     @property
     def lengths(self) -> Lengths:
-        """Lengths of the run, its steps and its epochs."""
+        """Lengths of the run, in steps and sequences."""
         return Lengths(
             self.total_steps,
             self.run.logging.logging_steps,
@@ -161,14 +161,14 @@ class ConsynTrainer:
 
     @property
     def schedule(self) -> optax.Schedule:
-        """The learning rate at each step of the run."""
+        """The learning-rate schedule of the run."""
         return build_schedule(self.run.optimizer, self.total_steps)
 
     def build(self, schedule: optax.Schedule | None = None) -> Built:
-        """The programs of this run on the local devices, not compiled yet.
+        """Build the programs of this run on the local devices, without compiling them.
 
         Args:
-            schedule: the learning-rate schedule; None for the run's own.
+            schedule: Learning-rate schedule; None for that of the run.
         """
         if self.eval_source is None and (needs := what_needs_evaluations(self.run)):
             raise UserError(
@@ -185,8 +185,8 @@ class ConsynTrainer:
         """Compile the train step of `run`.
 
         Args:
-            run: this trainer's, or one that differs from it in batch, memory or precision.
-            schedule: as for `build`.
+            run: This trainer's configuration, possibly with another batch, memory or precision.
+            schedule: As for `build`.
         """
         program = self._build(run, schedule).program
         return program.lower_train_step(
@@ -225,11 +225,11 @@ class ConsynTrainer:
 
     @cached_property
     def _weights(self) -> str | None:
-        """Identify the weights as they were passed; cached, as `train` changes them."""
+        """Fingerprint of the original weights; cached, because `train` changes the weights."""
         return weights_of(self.model)
 
     def parameters(self, mesh: Mesh) -> Params:
-        """The parameters to train on `mesh`: the model's current ones, or those of an adapter."""
+        """Make the parameters to train on `mesh`: those of the model, or of a new adapter."""
         lora = self.run.lora
         if lora.is_used:
             return initial_adapter(self.model.config, lora, self.run.budget.seed, mesh)
@@ -237,7 +237,7 @@ class ConsynTrainer:
 
     @cached_property
     def _untrained(self) -> Params | None:
-        """The parameters of the passed model, which its adapter is added to; None without one."""
+        """Original parameters of the model, to which an adapter is added; None without one."""
         if not self.run.lora.is_used or isinstance(self.model, DeferredModel):
             return None
         return self.model.parameters
@@ -257,7 +257,7 @@ class ConsynTrainer:
         return header(self.run, built, self.lengths, notes, self.cache_refusal)
 
     def run_inputs(self) -> RunInputs:
-        """Everything that a run is given."""
+        """All inputs of the run."""
         built, lengths = self.build(), self.lengths
         return RunInputs(
             run=self.run,
@@ -281,19 +281,19 @@ class ConsynTrainer:
     def train(self, **unknown: Any) -> dict[str, float | int]:
         """Train to the end of the budget, from the newest checkpoint if there is one.
 
-        However the run ends, the passed model then has the newest parameters, in its own dtype and
-        on its own devices. The checkpoints have them in float32.
+        However the run ends, the model that was passed then has the newest parameters, in the dtype
+        and on the devices that it had. The checkpoints have the parameters in float32.
 
         Args:
-            unknown: refused; settings are keywords of the trainer.
+            unknown: Not allowed; settings are keywords of `ConsynTrainer`.
 
         Returns:
-            The last training and evaluation metrics by their names in metrics.jsonl.
+            The last training and evaluation metrics, with their names in metrics.jsonl.
 
         Raises:
-            UserError: devices or a directory do not fit this run.
-            Diverged: loss or gradients were not finite too often.
-            Interrupted: a signal ended the run; the state is saved.
+            UserError: The devices or the directory do not fit this run.
+            Diverged: Loss or gradients were non-finite in too many steps.
+            Interrupted: A signal ended the run; the state is saved.
         """
         if unknown:  # settings are keywords of the trainer; this names the right one
             resolve(unknown, given_as="keyword")
@@ -315,28 +315,28 @@ class ConsynTrainer:
         return outcome.metrics
 
     def _take_over(self, params: Params | None) -> None:
-        """Give the model the parameters that were trained."""
+        """Give the model the trained parameters."""
         if params is not None:
             self.model = give_parameters(self.model, params, self.run.lora, self._untrained)
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The lines of the run's `metrics.jsonl` so far, also those of its earlier starts.
+        """The lines of the run's `metrics.jsonl` so far, including those of earlier starts.
 
-        Events have a key "event". Empty before the first line, and on hosts that do not write.
+        Events have a key "event". The list is empty on hosts that do not write the log.
 
         Raises:
-            UserError: the file is damaged.
+            UserError: The file is damaged.
         """
         return metrics_of(run_path(self.run))
 
     def describe(self) -> None:
-        """Print what `train` would do, and draw its learning rates.
+        """Print what `train` would do, and draw the learning rates.
 
-        They are drawn as text, and as schedule.png in the run directory.
+        The learning rates are drawn as text, and as schedule.png in the run directory.
 
         Raises:
-            UserError: as for `train`.
+            UserError: As for `train`.
         """
         built, path = self.build(), run_path(self.run)
         check_output(self.run, self.derived())
@@ -347,13 +347,13 @@ class ConsynTrainer:
         show_rates(self.schedule, self.total_steps, path)
 
     def find_rate(self) -> Suggestion:
-        """Test rising learning rates from the beginning of this run, and suggest one.
+        """Run a learning-rate range test from the beginning of this run, and suggest a rate.
 
-        The result is printed, and written as lr_find.json and lr_find.png to the run directory,
-        which does not make it a run.
+        The result is printed, and written to lr_find.json and lr_find.png in the run directory. The
+        directory can still be used for a new run.
 
         Raises:
-            UserError: devices or a directory do not fit, or --decay_from is given.
+            UserError: The devices or the directory do not fit, or --decay_from is given.
         """
         if self.run.optimizer.decay_from is not None:
             raise UserError(
@@ -390,7 +390,7 @@ class ConsynTrainer:
         return suggestion
 
     def evaluate(self) -> dict[str, float]:
-        """Metrics of the model as it is now over the evaluation data."""
+        """Compute the metrics of the model, as it is now, over the evaluation data."""
         if self.eval_source is None:
             raise UserError("There is no evaluation data: pass eval_dataloader.")
         ready_to_evaluate(self.run_inputs(), run_path(self.run))

@@ -1,9 +1,9 @@
-"""Optuna's side of a study: storage, sampler, pruner, and the trials that a process works on.
+"""Optuna's part of a study: storage, sampler, pruner, and the trials that a process works on.
 
-The states of the trials are Optuna's. A process that works on a trial also holds a lock. The
-operating system releases it if the process is killed, and the trial is then taken up again under
-its number. Optuna's own heartbeats would fail the trial and start another one
-(docs/design/libraries.md).
+Optuna stores the states of the trials. A process that works on a trial also holds a file lock. The
+operating system releases the lock if the process is killed; another process then continues the
+trial under its number. Optuna's heartbeats, in contrast, would mark the trial as failed and start
+another one (docs/design/libraries.md).
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ class Claim:
     """A trial that this process works on, until `release`.
 
     Attributes:
-        trial: Optuna's.
-        reported: its evaluations so far, by number from 0; some if an earlier process began it.
+        number: number of the trial in the study.
+        values: values of the varied flags, by flag name.
+        trial: Optuna's trial object.
+        reported: evaluations reported so far, by number from 0; not empty if an earlier process
+            started the trial.
     """
 
     number: int
@@ -47,23 +50,23 @@ class Claim:
     lock: RunLock
 
     def release(self) -> None:
-        """Let another process have it."""
+        """Release the trial's lock, so that another process may continue it."""
         self.lock.release()
 
 
 class OptunaStudy:
-    """The study of a directory, which several processes may work on at once.
+    """The study in a directory; several processes may work on it at the same time.
 
     Args:
         output: the directory of the study.
-        definition: what all trials have in common; another start must have the same.
-        num_evaluations: evaluations of a trial that is not pruned.
+        definition: settings common to all trials, which must be the same at every start.
+        num_evaluations: number of evaluations of a trial that is not pruned.
         seed: the sampler's seed.
-        overwrite: delete a study of this name in a database first.
+        overwrite: whether to delete an existing study of this name in a database first.
 
     Raises:
-        UserError: Optuna is not installed, the storage cannot be used, the directory holds another
-            study.
+        UserError: Optuna is not installed, the storage cannot be used, or the directory contains
+            another study.
     """
 
     def __init__(
@@ -102,27 +105,28 @@ class OptunaStudy:
 
     @property
     def trials(self) -> list[Any]:
-        """All trials so far, as Optuna's `FrozenTrial`."""
+        """All trials so far, as Optuna's `FrozenTrial` objects."""
         found: list[Any] = self.study.get_trials(deepcopy=False)
         return found
 
     def tell(self, claim: Claim, value: float | None) -> None:
-        """End a trial.
+        """Report the end of a trial to Optuna.
 
         Args:
-            value: the result; None for a trial without one, which samplers treat as bad.
+            value: the result; None for a trial without a result, which samplers treat as bad.
         """
         state = self._optuna.trial.TrialState
         try:
             ended = state.PRUNED if value is None else state.COMPLETE
             self.study.tell(claim.trial, value, state=ended)
         except RuntimeError:
-            # After its last point, GridSampler stops the loop of `optimize`, which is not used.
+            # After its last point, GridSampler tries to stop Optuna's `optimize` loop, which is not
+            # used here.
             if self._options.sampler != "grid":
                 raise
 
     def importance(self) -> dict[str, float]:
-        """The share of each flag in what sets good trials apart; empty if too few are done."""
+        """Importance of each flag for good trials, as shares; empty if too few are done."""
         importance = self._optuna.importance
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the evaluator is marked as experimental
@@ -135,17 +139,18 @@ class OptunaStudy:
 
     @property
     def address(self) -> str:
-        """The storage's address, in the form that `optuna-dashboard` takes."""
+        """The storage's address, in the form that `optuna-dashboard` accepts."""
         return self._options.storage or str(self._place / JOURNAL)
 
     def claim(self, limit: float) -> Claim | None:
-        """Take up a trial that nobody works on any more, or begin a new one.
+        """Claim a trial that was interrupted, or begin a new trial.
 
         Args:
-            limit: the number of trials after which no new one begins.
+            limit: number of trials after which no new trial begins.
 
         Returns:
-            None if no trial is left to take up or begin; other processes may still work on some.
+            The claim; None if there is no trial to continue or begin (other processes may still be
+            working on some).
         """
         with self._asking():
             trials = self.trials
@@ -161,14 +166,14 @@ class OptunaStudy:
         return running
 
     def _claimed(self, number: int, known: int | None) -> Claim | None:
-        """Take the lock of a trial, and its values.
+        """Acquire the lock of a trial, and read its values.
 
         Args:
-            known: Optuna's id of a trial that was running; None for a new one.
+            known: Optuna's id of a trial that was running; None for a new trial.
 
         Returns:
-            None if the trial has ended meanwhile: its process reports the end before it releases
-            the lock.
+            The claim; None if the trial has ended meanwhile (its process reports the end before it
+            releases the lock).
         """
         place = self._claims(number)
         with _usable(place):
@@ -181,7 +186,8 @@ class OptunaStudy:
                 if not self._is_running(frozen):
                     return None
                 reported = dict(frozen.intermediate_values)
-            # Seeded by number, so that a study that is continued does not repeat what it has drawn.
+            # Seeded by the trial's number, so that a continued study does not repeat its earlier
+            # draws.
             self.study.sampler = self._sampler(number)
             if known is None:
                 trial = self.study.ask()
@@ -206,7 +212,7 @@ class OptunaStudy:
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        """Hold the lock of the one process that may count, take up and begin trials."""
+        """A context with the lock under which only one process counts, claims and begins trials."""
         place = self._place / "asking"
         with _usable(place):
             make_directory(place)
@@ -245,7 +251,8 @@ class OptunaStudy:
             case "grid":  # the seed numbers its points, so it stays the same
                 grid = {d.name: list(d.choices) for d in self._space}
                 return samplers.GridSampler(grid, self._seed)
-        # Trials that other processes are at count as bad ones, so that none is done twice.
+        # The sampler treats other processes' running trials as bad results, so that no values are
+        # tried twice.
         return samplers.TPESampler(seed=seed, constant_liar=True)
 
     def _pruner(self, name: str) -> Any:
@@ -262,20 +269,20 @@ class OptunaStudy:
 
 @contextmanager
 def _usable(place: Path) -> Iterator[None]:
-    """Name a directory that cannot be made or locked, such as one that is a file."""
+    """A context that turns errors about the study's directory into a `UserError` that names it."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"{error.filename or place} cannot be used: {error.strerror}. Name another --output."
+            f"{error.filename or place} cannot be used: {error.strerror}. Give another --output."
         ) from error
 
 
 def import_optuna() -> Any:
-    """Import Optuna, which then logs warnings only.
+    """Import Optuna, and let it log only warnings.
 
     Raises:
-        UserError: it is not installed.
+        UserError: Optuna is not installed.
     """
     try:
         optuna = importlib.import_module("optuna")
@@ -288,7 +295,7 @@ def import_optuna() -> Any:
 
 
 def grid_size(space: Sequence[Dimension]) -> int:
-    """Points of the grid of `--sampler grid`."""
+    """Number of points in the grid of `--sampler grid`."""
     size = 1
     for dimension in space:
         size *= len(dimension.choices)
@@ -296,7 +303,7 @@ def grid_size(space: Sequence[Dimension]) -> int:
 
 
 def _check_definition(study: Any, definition: Definition, output: Path) -> None:
-    """Write the definition into a new study, or compare it with that of an old one."""
+    """Write the definition into a new study, or compare it with an existing study's."""
     old: Mapping[str, Any] | None = study.user_attrs.get(DEFINITION)
     if not isinstance(old, Mapping):
         study.set_user_attr(DEFINITION, definition)
@@ -308,6 +315,6 @@ def _check_definition(study: Any, definition: Definition, output: Path) -> None:
     ]
     if changes:
         raise UserError(
-            f"--output {output} holds another study: {'; '.join(changes)}. Name another directory, "
-            "use the old values, or delete that study with --overwrite."
+            f"--output {output} contains another study: {'; '.join(changes)}. Give another "
+            "directory, use the old values, or delete that study with --overwrite."
         )

@@ -1,4 +1,4 @@
-"""The search space: what `--search` says, checked against the flags of training."""
+"""Parse the search space of `--search`, and check it against the flags of training."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ MOST_CORNERS = 256  # of the search space, that are checked before the first tri
 
 @dataclass(frozen=True)
 class Dimension:
-    """A flag that varies: over the values from `low` to `high`, or over `choices`.
+    """A flag that varies: over the range from `low` to `high`, or over `choices`.
 
     Attributes:
-        is_log: whether the logarithm of the value is drawn.
+        is_log: whether values are drawn uniformly on a logarithmic scale.
     """
 
     name: str
@@ -43,11 +43,11 @@ class Dimension:
 
     @property
     def ends(self) -> tuple[Any, ...]:
-        """The values that are checked before the first trial."""
+        """The extreme values, which are checked before the first trial."""
         return self.choices or (self.low, self.high)
 
     def text(self) -> str:
-        """The dimension as it is written for `--search`.
+        """The dimension in the syntax of `--search`.
 
         >>> Dimension("lr", 1e-4, 1e-2, True).text()
         'lr=0.0001:0.01:log'
@@ -59,7 +59,7 @@ class Dimension:
 
 
 def as_text(value: Any) -> str:
-    """A value as people type it.
+    """A value as the user would type it.
 
     >>> as_text(0.001), as_text(True), as_text("muon")
     ('0.001', 'true', 'muon')
@@ -73,7 +73,7 @@ def parse_search(items: Sequence[str]) -> list[Dimension]:
     """Parse `--search`.
 
     Raises:
-        UserError: an unknown flag, one that cannot vary, or an empty or invalid range.
+        UserError: a flag is unknown or cannot vary, or a range is empty or invalid.
     """
     found: dict[str, Dimension] = {}
     for item in items:
@@ -85,7 +85,7 @@ def parse_search(items: Sequence[str]) -> list[Dimension]:
                 f":log or {flag.name}=A,B."
             )
         if flag.name in found:
-            raise UserError(f"--search has {flag.name} twice. Leave one of them out.")
+            raise UserError(f"--search has {flag.name} twice. Leave one of the two out.")
         is_range = ":" in values and flag.type in (int, float)
         found[flag.name] = (_range if is_range else _choice)(item, flag, values)
     return list(found.values())
@@ -104,9 +104,9 @@ def _flag(item: str, given: str) -> Flag:
     if flag.group == "data":
         reason = "the data is prepared once, for all trials"
     elif flag.group not in _GROUPS or flag.many:
-        reason = "it does not change what is learned"
+        reason = "it does not change the training result"
     if reason is not None:
-        raise UserError(f"--search {item}: --{name} cannot vary, as {reason}. Leave it out.")
+        raise UserError(f"--search {item}: --{name} cannot vary, because {reason}. Leave it out.")
     return flag
 
 
@@ -132,23 +132,23 @@ def _range(item: str, flag: Flag, text: str) -> Dimension:
 
 
 def _choice(item: str, flag: Flag, text: str) -> Dimension:
-    # The values of --lr_multipliers have commas themselves.
+    # A value of --lr_multipliers itself contains commas.
     words = [word.strip() for word in text.split(";" if flag.name == "lr_multipliers" else ",")]
     choices = tuple(convert(flag, word, f"--search {flag.name}") for word in words)
     if len(set(choices)) < len(choices):
-        raise UserError(f"--search {item} has a value twice. Leave one of them out.")
+        raise UserError(f"--search {item} has a value twice. Leave one of the two out.")
     if len(choices) == 1:
         raise UserError(
-            f"--search {item} has one value only. Give --{flag.name} {words[0]}, or a second value."
+            f"--search {item} has only one value. Give --{flag.name} {words[0]}, or a second value."
         )
     return Dimension(flag.name, choices=choices)
 
 
 def check_corners(space: Sequence[Dimension], check: Callable[[Mapping[str, Any]], object]) -> None:
-    """Check runs at all ends of ranges with all choices; in a large space, each end by itself.
+    """Check runs at all combinations of range ends and choices; in a large space, one at a time.
 
     Args:
-        check: resolves a run with these values by flag name.
+        check: function that resolves a run with values by flag name.
 
     Raises:
         UserError: a run is refused; the message names its values.

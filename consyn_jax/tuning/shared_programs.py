@@ -1,7 +1,7 @@
-"""Programs that trials share: one compilation serves all trials that differ only in numbers.
+"""Compiled programs shared by trials: one compilation serves trials that differ only in numbers.
 
-In a run of its own, rates, decay, betas, clipping, dropout and seed are constants of the train
-step. Here they are arrays in its batch, under `NUMBERS`. The step is made from the same code:
+In `consyn-train`, learning rates, decay, betas, clipping, dropout and seed are constants of the
+train step. Here they are arrays in its batch, under `NUMBERS`. The step comes from the same code:
 `Program.train_step` of a program whose numbers are arguments.
 """
 
@@ -33,23 +33,23 @@ Numbers = dict[str, Any]
 
 _OF_OPTIMIZER = ("weight_decay", "beta1", "beta2", "eps", "momentum")
 _ARGUMENTS = {*_OF_OPTIMIZER, "max_grad_norm", "dropout", "seed"}
-# The host lowers the rate on a plateau, so the program does not have its settings.
+# The host applies the plateau schedule, so the program does not depend on these settings.
 _OF_HOST = {"plateau_factor", "plateau_patience", "plateau_cooldown", "plateau_threshold"}
 _GROUPS = {"model", "budget", "optimizer", "regularisation", "lora", "hardware"}
-# Flags whose values a trial may change without another program, apart from whether dropout and
-# momentum are 0 and whether the schedule is plateau.
+# Flags whose values trials may change without another program. Exceptions: whether dropout and
+# momentum are 0, and whether the schedule is plateau.
 FREE_FLAGS = frozenset(SCHEDULE_FLAGS | {"decay_from"} | _ARGUMENTS | _OF_HOST)
 Made = TypeVar("Made")
 
 
 def numbers_of(run: RunConfig, total_steps: int, num_rates: int | None = None) -> Numbers:
-    """The numbers of a run, in the form that its train step takes.
+    """The numbers of a run, in the form in which its train step takes them.
 
-    Dropout and momentum are left out if they are 0, as their code is then left out of the program.
+    Dropout and momentum are left out if they are 0, because the program then has no code for them.
 
     Args:
-        num_rates: rates in the array, for a program that longer runs share; those after the end of
-            the run are not used. None for the steps of the run.
+        num_rates: length of the array of learning rates, for a program shared with longer runs;
+            rates after the end of the run are not used. None: the number of steps of the run.
     """
     options = run.optimizer
     rates = build_schedule(options, total_steps)(np.arange(total_steps))
@@ -65,7 +65,7 @@ def numbers_of(run: RunConfig, total_steps: int, num_rates: int | None = None) -
 
 
 def with_numbers(program: Program, run: RunConfig, numbers: Numbers) -> Program:
-    """Return `program`, which belongs to `run`, with other numbers; these may be traced."""
+    """Return `program`, the program of `run`, with other numbers, which may be traced values."""
     rates = numbers[RATES]
     own = {name: numbers[name] for name in _OF_OPTIMIZER if name in numbers}
     axes, options = program.layout.logical_axes, replace(run.optimizer, **own)
@@ -80,16 +80,16 @@ def with_numbers(program: Program, run: RunConfig, numbers: Numbers) -> Program:
 
 
 def program_key(run: RunConfig, model: ModelConfig, total_steps: int) -> Hashable:
-    """Identify the program of a trial: trials with equal keys differ only in numbers.
+    """A key that identifies a trial's program: trials with equal keys differ only in numbers.
 
-    Every flag counts unless it is known to be such a number, so that a new flag costs a compilation
-    at worst.
+    Every flag is part of the key unless it is known to be such a number, so that a new flag at
+    worst costs a compilation.
     """
     return repr(model), constants_of(run), run.row_length, total_steps
 
 
 def constants_of(run: RunConfig) -> Hashable:
-    """The values of a run's flags that are constants of its program."""
+    """Values of those flags that are constants of a run's program."""
     known = flags(RunConfig)
     constants = tuple(
         (name, getattr(getattr(run, flag.group), name))
@@ -107,21 +107,21 @@ def constants_of(run: RunConfig) -> Hashable:
 
 @dataclass(frozen=True)
 class BoundStep:
-    """A train step bound to the numbers of a trial, and called like any other.
+    """A train step bound to the numbers of a trial; it is called like any train step.
 
     Attributes:
-        compiled: a `jax.stages.Compiled`, or what stands for one.
+        compiled: a `jax.stages.Compiled`, or an object with its interface.
     """
 
     compiled: Any
     numbers: Numbers
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """Take a step."""
+        """Take an optimizer step with the trial's numbers."""
         return self.compiled(state, batch | {NUMBERS: self.numbers})
 
     def memory_analysis(self) -> Any:
-        """Memory of the compiled program."""
+        """Memory analysis of the compiled program."""
         return self.compiled.memory_analysis()
 
     def as_text(self) -> str | None:
@@ -132,17 +132,17 @@ class BoundStep:
 
 @dataclass(frozen=True)
 class _Ready:
-    """A compiled program that stands in for a lowered one."""
+    """A compiled program with the interface of a lowered one."""
 
     compiled: Any
 
     def compile(self) -> Any:
-        """The compiled program."""
+        """Return the compiled program."""
         return self.compiled
 
 
 class SharedPrograms:
-    """Compiled programs by the key of the trials that can use them."""
+    """Compiled programs, by the key of the trials that can share them."""
 
     def __init__(self) -> None:
         self._made: dict[Hashable, Any] = {}
@@ -160,10 +160,10 @@ class SharedPrograms:
     def bound_step(
         self, program: Program, run: RunConfig, total_steps: int, num_rates: int | None = None
     ) -> BoundStep:
-        """The train step of a trial.
+        """The compiled train step of a trial, bound to its numbers.
 
         Args:
-            program: the trial's own, which is not compiled.
+            program: the trial's program, not yet compiled.
             num_rates: as for `numbers_of`.
         """
         numbers = placed(numbers_of(run, total_steps, num_rates), program.mesh)
@@ -176,11 +176,11 @@ class SharedPrograms:
         return BoundStep(self.once("step", key, make), numbers)
 
     def evaluation(self, program: Program, key: Hashable, batch_size: int, length: int) -> Any:
-        """The evaluation of a batch by a trial.
+        """The compiled evaluation of a batch, for a trial.
 
         Args:
-            program: the trial's own, which is not compiled.
-            key: of that program.
+            program: the trial's program, not yet compiled.
+            key: key of the program.
         """
 
         def make() -> jax.stages.Compiled:
@@ -190,14 +190,14 @@ class SharedPrograms:
 
 
 def placed(numbers: Numbers, mesh: Mesh) -> Numbers:
-    """The numbers on all devices of a mesh."""
+    """Put the numbers on all devices of a mesh."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     found: Numbers = jax.device_put(numbers, everywhere)
     return found
 
 
 def numbered_step(program: Program, run: RunConfig) -> Step:
-    """The train step of a run, with the numbers of any trial like it in its batch."""
+    """A train step that takes the numbers of a trial from its batch."""
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         arrays = {name: values for name, values in batch.items() if name != NUMBERS}
@@ -207,7 +207,7 @@ def numbered_step(program: Program, run: RunConfig) -> Step:
 
 
 def batch_of_step(program: Program, run: RunConfig, numbers: Numbers) -> Batch:
-    """The batch of `numbered_step` as shapes, dtypes and shardings."""
+    """Shapes, dtypes and shardings of the batch of `numbered_step`."""
     budget = run.budget
     shape = budget.gradient_accumulation_steps, budget.batch_size, run.row_length
     batch = program.batch_like(shape, TRAIN_AXES) | program.base_like
@@ -219,12 +219,12 @@ def batch_of_step(program: Program, run: RunConfig, numbers: Numbers) -> Batch:
 
 @dataclass(frozen=True)
 class TrialProgram(Program):
-    """The program of a trial, whose parts are compiled once for all trials like it.
+    """The program of a trial, compiled once for all trials with the same key.
 
     Args:
         shared: the compiled programs.
-        run: the trial.
-        total_steps: its steps.
+        run: the configuration of the trial.
+        total_steps: number of steps of the trial.
     """
 
     shared: SharedPrograms | None = None
@@ -238,7 +238,7 @@ class TrialProgram(Program):
         return self.shared, self.run, program_key(self.run, self.config, self.total_steps)
 
     def initial_state(self, params: Params) -> TrainState:
-        """Step 0 with these parameters, as `Program.initial_state` returns it."""
+        """The state at step 0 with these parameters, as in `Program.initial_state`."""
         if self.host_moments:  # made one by one, as the device cannot hold all of them
             return super().initial_state(params)
         shared, run, key = self._key
@@ -255,6 +255,6 @@ class TrialProgram(Program):
         return TrainState(step, params, opt_state, nonfinite)
 
     def lower_eval_step(self, batch_size: int, length: int) -> Any:
-        """Do what `Program.lower_eval_step` does, but the program may be compiled already."""
+        """Lower the evaluation as `Program.lower_eval_step` does, or return a compiled program."""
         shared, _, key = self._key
         return _Ready(shared.evaluation(self, key, batch_size, length))

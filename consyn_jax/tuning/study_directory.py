@@ -1,4 +1,4 @@
-"""The directory of a study: names of its entries, and when a new study may use it."""
+"""The directory of a study: names of its entries, and checks before a study uses it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ JOURNAL = "journal.log"  # in `STUDY`: what Optuna knows of the trials
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Check that a directory is free for a study, or holds one.
+    """Check that a directory is free for a study, or already has one.
 
     Raises:
-        UserError: it holds a run, cannot be made, or, with `overwrite`, is in use by another
-            process.
+        UserError: the directory has a run or cannot be created, or, with `overwrite`, another
+            process uses it.
     """
     check_writable(output)
     if (output / CONFIG).exists() or (output / FILE_NAME).exists():
         raise UserError(
-            f"--output {output} holds a run of consyn-train, and a study needs a directory of its "
-            "own. Name another one."
+            f"--output {output} contains a run of consyn-train, but a study needs its own "
+            "directory. Give another directory."
         )
     claims = output / STUDY / CLAIMS
     if overwrite and claims.is_dir():
@@ -37,6 +37,6 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def delete_study(output: Path) -> None:
-    """Delete only what a study has written to its directory."""
+    """Delete the files of a study, and no others, in its directory."""
     for name in (PAGE, RECIPE, TRIALS_DIRECTORY, STUDY):
         remove(output / name)

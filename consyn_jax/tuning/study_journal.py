@@ -1,4 +1,4 @@
-"""The journal of a study, where Optuna keeps the trials: a file that anybody may have written."""
+"""Open and check a study's journal, the file of Optuna's trials, which may be untrusted."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from consyn_jax.tuning.study_results import OUTCOME, OUTCOMES, STEP, STEPS
 
 LOCK = JOURNAL + ".lock"  # Optuna's: a link to the journal
 LEFT_S = 1.0  # seconds; a lock that is no link to the journal, and still there then, is stale
-AGAIN = "Put a good copy of it there, or delete the study with --overwrite."
+AGAIN = "Replace it by a good copy, or delete the study with --overwrite."
 
 
 def refuse_links(output: Path) -> None:
-    """Refuse a study that holds anything but files and directories, and Optuna's lock.
+    """Refuse a study directory with links (except Optuna's lock) or special files.
 
     Raises:
         UserError: there is a link, a pipe or a device; the message names it.
@@ -33,19 +33,19 @@ def refuse_links(output: Path) -> None:
         for path, kind in all_irregular(output / name):
             if not path.name.startswith(LOCK):
                 raise UserError(
-                    f"{path} is {kind}, and a study writes only to files of its own. Remove it, or "
-                    "name another --output."
+                    f"{path} is {kind}, but a study must contain only files and directories. "
+                    "Remove it, or give another --output."
                 )
 
 
 def open_journal(optuna: Any, directory: Path) -> Any:
-    """Optuna's storage in a file.
+    """Open Optuna's storage in a journal file.
 
     Raises:
-        UserError: the file is no journal, or cannot be used.
+        UserError: the file is not a journal, or cannot be used.
     """
     path = directory / JOURNAL
-    # Absolute, as Optuna's lock is a link to this path, wherever it stands.
+    # An absolute path, because Optuna's lock is a symbolic link to this path.
     file = str(directory.resolve() / JOURNAL)
     journal = optuna.storages.journal
     try:
@@ -62,10 +62,11 @@ def open_journal(optuna: Any, directory: Path) -> Any:
 
 
 def _remove_left_lock(lock: Path, file: str) -> None:
-    """Remove a lock that is no link to the journal.
+    """Remove a lock file that is not a link to the journal.
 
-    Optuna waits for a link to nowhere without an end. One is left if a process is killed and the
-    directory moved. Another process may use the directory by another path, for a moment.
+    Optuna would wait forever for a broken link, which is left if a process is killed and the
+    directory is moved. A lock that exists only for a moment may belong to another process that uses
+    another path to the directory.
     """
     before = None
     for seconds in (LEFT_S, 0.0):
@@ -81,16 +82,16 @@ def _remove_left_lock(lock: Path, file: str) -> None:
 
 
 def cut_torn_line(file: Path, lock: Any) -> None:
-    """Cut off an unfinished last line of a journal, such as a full disk leaves.
+    """Cut off an incomplete last line of a journal, as a full disk leaves it.
 
-    Optuna reads past a bad last line once and refuses the journal after the next line was added.
+    Optuna ignores a bad last line once, but refuses the journal after another line is added.
 
     Args:
-        lock: Optuna's, held by any process while it writes a line.
+        lock: Optuna's lock, which a process holds while it writes a line.
 
     Raises:
         OSError: the file cannot be read, is a link, or has more bytes than a journal can have.
-        ValueError, RecursionError: its last line is whole and no JSON.
+        ValueError, RecursionError: the last line is complete but not JSON.
     """
     if not os.path.lexists(file):
         return
@@ -111,14 +112,14 @@ def cut_torn_line(file: Path, lock: Any) -> None:
 
 
 def check_trials(trials: Sequence[Any], space: Sequence[Dimension], place: str) -> None:
-    """Check trials that were read from a storage, as Optuna accepts any values.
+    """Check trials that were read from a storage, because Optuna accepts any values.
 
     Args:
-        trials: Optuna's objects.
-        place: the storage, for the message.
+        trials: Optuna's trial objects.
+        place: name of the storage, for the message.
 
     Raises:
-        UserError: a trial has values that no study gives it.
+        UserError: a trial has values that a study never writes.
     """
     by_name = {dimension.name: dimension for dimension in space}
     for trial in trials:
@@ -135,7 +136,7 @@ def _fault(trial: Any, space: Mapping[str, Dimension]) -> str:
         ),
         "parameters that nobody drew": "fixed_params" not in trial.system_attrs,
         "no value, or several": len(values) == 1 or (not values and trial.state.name != "COMPLETE"),
-        "a value that is no number": all(map(_is_number, [*values, *curve.values()])),
+        "a value that is not a number": all(map(_is_number, [*values, *curve.values()])),
         "evaluations without a number": all(type(key) is int and key >= 0 for key in curve),
         f"no number as its {STEP} or {STEPS}": all(
             type(attrs.get(name, 0)) is int and attrs.get(name, 0) >= 0 for name in (STEP, STEPS)

@@ -1,4 +1,4 @@
-"""The page of a study: its trials in order, each flag against the metric, and what matters."""
+"""The HTML page of a study: trials in order, flags against the metric, and importances."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WORST_SHOWN = 4.0  # times the distance from the best to the middle; worse point
 
 @dataclass(frozen=True)
 class Spot:
-    """A trial in a chart: its place from 0 to 1 along x, and its value."""
+    """A trial in a chart: its x position from 0 to 1, and its metric value."""
 
     x: float
     trial: TrialResult
@@ -40,7 +40,7 @@ def study_page(
 
     Args:
         importance: share of the metric's variance by flag; empty if it is unknown.
-        command: trains with the best values.
+        command: the command that trains with the best values.
     """
     sections = [_tiles(results), _command(results, command)]
     if any(trial.value is not None for trial in results.trials):
@@ -128,7 +128,7 @@ def _table(results: StudyResults) -> str:
 
 
 def _place(dimension: Dimension, value: Any) -> float:
-    """The place of a value on the axis of its flag, from 0 to 1.
+    """The position of a value on the axis of its flag, from 0 to 1.
 
     >>> _place(Dimension("lr", 1e-4, 1e-2, True), 1e-3), _place(Dimension("a", choices=(1, 2)), 2)
     (0.5, 0.75)
@@ -142,7 +142,7 @@ def _place(dimension: Dimension, value: Any) -> float:
 
 
 def _value(dimension: Dimension, place: float) -> float:
-    """The inverse of `_place` for a range."""
+    """The value at a position on a range's axis, the inverse of `_place`."""
     low, high = dimension.low, dimension.high
     if dimension.is_log:
         return float(low * (high / low) ** place)
@@ -154,7 +154,7 @@ def _whole_ticks(most: int) -> range:
 
 
 def _limits(results: StudyResults) -> tuple[float, float]:
-    """The range of values to show; a few hopeless trials must not flatten the others."""
+    """The range of metric values to show; a few very bad trials must not compress the rest."""
     values = sorted(
         (trial.value for trial in results.trials if trial.value is not None),
         reverse=results.maximize,
@@ -173,7 +173,7 @@ def _scatter(
     ticks: Sequence[tuple[float, str]],
     results: StudyResults,
 ) -> str:
-    """A chart with a dot for each trial; its value is in the dot's title."""
+    """A chart with a dot for each trial; the dot's title shows the value."""
     low, high = _limits(results)
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 

@@ -1,4 +1,4 @@
-"""The results of a study: its trials in order, the best one as a recipe, and the table."""
+"""The results of a study: its trials in order, a table, and the best trial as a recipe."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ class TrialResult:
     """The result of a trial.
 
     Attributes:
-        outcome: how it ended, or `RUNNING`.
-        value: the best of its evaluations if it is done, otherwise the last; None before the first.
-        curve: values of its evaluations by their number from 0.
-        step, steps: the steps that it took, and those of a whole trial.
+        outcome: how the trial ended, or `RUNNING`.
+        value: the best evaluation if the trial is done, otherwise the last; None before the first.
+        curve: values of the evaluations, by their number from 0.
+        step: number of steps taken.
+        steps: number of steps of a complete trial.
     """
 
     number: int
@@ -40,7 +41,7 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class StudyResults:
-    """All trials of a study; the best have the lowest or, if maximised, the highest metric."""
+    """All trials of a study; the best has the lowest metric (with `maximize`, the highest)."""
 
     trials: list[TrialResult]
     space: Sequence[Dimension]
@@ -49,7 +50,7 @@ class StudyResults:
 
     @property
     def done(self) -> list[TrialResult]:
-        """Trials that were not ended early, the best first."""
+        """Trials that ran to their end, the best first."""
         sign = -1 if self.maximize else 1
         found = [trial for trial in self.trials if trial.outcome == DONE]
         return sorted(found, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
@@ -61,7 +62,7 @@ class StudyResults:
 
     @property
     def saved(self) -> float:
-        """Share of the steps of all ended trials that pruning and divergence have saved."""
+        """Share of the steps of all ended trials that were saved by pruning and divergence."""
         ended = [trial for trial in self.trials if trial.steps]
         all_steps = sum(trial.steps for trial in ended)
         return 1 - sum(trial.step for trial in ended) / all_steps if all_steps else 0.0
@@ -74,7 +75,7 @@ class StudyResults:
 def results_of(
     trials: Sequence[Any], space: Sequence[Dimension], metric: str, maximize: bool
 ) -> StudyResults:
-    """The results of Optuna's trials."""
+    """Convert Optuna's trials to results."""
     found = []
     for trial in trials:
         ended = trial.state.is_finished()
@@ -107,14 +108,14 @@ def table(results: StudyResults, most: int = MOST_ROWS) -> list[str]:
 
 
 def row(trial: TrialResult, space: Sequence[Dimension]) -> list[str]:
-    """A trial as cells of a table."""
+    """A trial as the cells of a table row."""
     values = [as_text(trial.values[d.name]) if d.name in trial.values else "" for d in space]
     shown = "" if trial.value is None else decimals(trial.value)
     return [str(trial.number), shown, *values, f"{trial.step:,}", trial.outcome]
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Rows of cells as lines of text."""
+    """Format rows of cells as aligned lines of text."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for cells in rows:
         yield "  ".join(
@@ -128,8 +129,8 @@ def recipe(
     """A recipe for `consyn-train --config` with the values of the best trial.
 
     Args:
-        run: the run with these values.
-        origins: where each of its values comes from.
+        run: the configuration with the values of the best trial.
+        origins: the origin of each value.
     """
     assert best.value is not None
     tuned = {dimension.name: f"trial {best.number}" for dimension in results.space}

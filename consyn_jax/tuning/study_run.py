@@ -1,6 +1,7 @@
-"""A study from its definition to its best values: the trials that this process works on.
+"""Run this process's part of a study, from its definition to its best values.
 
-They train one after the other, or side by side in lanes, of which each works like a process.
+Trials train one after the other, or side by side in lanes, each of which works like a separate
+process.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class Tuning:
 
     Args:
         varied: the run that the trials vary.
-        base: that run with the first values of the search, prepared.
-        trainer_inputs: keywords of a trainer of such a run.
+        base: the prepared run with the first values of the search.
+        trainer_inputs: function that returns the keyword arguments of a trainer, for a run.
 
     Raises:
         UserError: the search space, the metric, the pruner or the directory does not fit.
@@ -91,7 +92,7 @@ class Tuning:
         self.quiet = config.logging.quiet
 
     def run(self) -> StudyResults:
-        """Work on trials until there is none left to begin, and write the results.
+        """Work on trials until no trial is left to begin, and write the results.
 
         Raises:
             Interrupted: a signal ended the current trials; the same command continues them.
@@ -107,7 +108,7 @@ class Tuning:
         return results
 
     def _num_lanes(self, asked: str) -> int:
-        """Trials to train side by side, as `--vectorize` says or as measured."""
+        """Number of trials to train side by side, given by `--vectorize` or measured."""
         ended = sum(trial.state.is_finished() for trial in self.study.trials)
         most = max(1, self.limit - ended)
         if (number := parse_lanes(asked)) is not None:
@@ -136,7 +137,7 @@ class Tuning:
             self._note(claim, outcome, results)
 
     def results(self) -> StudyResults:
-        """The trials so far."""
+        """The results of the trials so far."""
         return results_of(self.study.trials, self.space, self.metric, self.maximize)
 
     def _train(self, claim: Claim, lanes: int, lane: Lane | None) -> str:
@@ -156,20 +157,20 @@ class Tuning:
             raise UserError(f"Trial {claim.number}: {error}") from error
 
     def _trial_settings(self, values: Mapping[str, Any], path: Path, is_alone: bool) -> Settings:
-        """The settings of a trial's run, which exports no model and saves by the clock."""
+        """Settings of a trial's run, which exports no model and saves checkpoints by time."""
         run, origins = self.varied.with_values(values)
         saving = replace(run.saving, output=str(path), overwrite=False, keep_last=1)
         if saving.save_steps is None and saving.save_minutes is None:
             steps = 2**31 - 1  # at the end, at a signal, and by the clock
             saving = replace(saving, save_steps=steps, save_minutes=SAVE_MINUTES)
         evaluation = replace(run.evaluation, load_best_model_at_end=False)
-        # Without a terminal, or in a lane, a trial is the one line that `_note` prints.
+        # Without a terminal, or in a lane, a trial prints only the line of `_note`.
         quiet = run.logging.quiet or not sys.stderr.isatty() or not is_alone
         logging = replace(run.logging, quiet=quiet)
         return replace(run, saving=saving, evaluation=evaluation, logging=logging), origins
 
     def _definition(self, trainer: ConsynTrainer) -> dict[str, Any]:
-        """Values that every start of the study must share, by their names in messages."""
+        """Values that must be equal at every start of the study, by their names in messages."""
         varied = {dimension.name for dimension in self.space}
         run, known = flat(trainer.run), flags(RunConfig)
         own = {
@@ -190,7 +191,7 @@ class Tuning:
     # -------------------------------------------------------------------------------------- results
 
     def write_results(self) -> StudyResults:
-        """Write page and recipe.
+        """Write the page and the recipe of the best trial.
 
         Raises:
             UserError: the files cannot be written.
@@ -207,8 +208,8 @@ class Tuning:
                 write_whole(self.output / RECIPE, text)
         except OSError as error:
             raise UserError(
-                f"--output {self.output} cannot be written: {error.strerror}. Make room; the same "
-                "command goes on with the study."
+                f"--output {self.output} cannot be written: {error.strerror}. Free some space; "
+                "the same command continues the study."
             ) from error
         return results
 
@@ -245,7 +246,7 @@ class Tuning:
         running = [trial for trial in results.trials if trial.outcome == "running"]
         lines = []
         if running:
-            lines.append(f"Trials that other processes work on: {len(running)}.")
+            lines.append(f"Trials running in other processes: {len(running)}.")
         if (best := results.best) is not None and best.value is not None:
             lines += [
                 f"Best: trial {best.number}, {self.metric} {decimals(best.value)}. Steps saved by "
@@ -259,7 +260,7 @@ class Tuning:
 
 
 def _num_evaluations(trainer: ConsynTrainer, options: StudyOptions) -> int:
-    """Evaluations of a whole trial.
+    """Number of evaluations of a complete trial.
 
     Raises:
         UserError: there are no evaluations, they lack the metric, or they are too few for the
@@ -268,8 +269,8 @@ def _num_evaluations(trainer: ConsynTrainer, options: StudyOptions) -> int:
     source, steps = trainer.eval_source, trainer.total_steps
     if source is None:
         raise UserError(
-            "A study compares evaluations, and there is no evaluation data: no document fell into "
-            "the validation split. Give --validation or a larger --validation_fraction."
+            "A study compares evaluations, but there is no evaluation data: the validation "
+            "split has no document. Give --validation or a larger --validation_fraction."
         )
     if options.metric == "eval/bits_per_byte" and not source.num_bytes:
         raise UserError(
@@ -279,9 +280,9 @@ def _num_evaluations(trainer: ConsynTrainer, options: StudyOptions) -> int:
     found = math.ceil(steps / interval(trainer.run.evaluation.eval_steps, steps))
     if options.pruner != "none" and found < 2:
         raise UserError(
-            f"--pruner {options.pruner} compares evaluations during training, and a trial of "
-            f"{steps} steps with --eval_steps {trainer.run.evaluation.eval_steps} has only its "
-            "last one. Lower --eval_steps, or use --pruner none."
+            f"--pruner {options.pruner} compares evaluations during training, but a trial of "
+            f"{steps} steps with --eval_steps {trainer.run.evaluation.eval_steps} has only one, "
+            "at its end. Lower --eval_steps, or use --pruner none."
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Run one trial from its claim to its outcome, also if an earlier process began it."""
+"""Run one trial to its outcome, including a trial that an earlier process started."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TrialRun:
         metric: the name of the metric that the study optimises.
         maximize: whether a larger value is better.
         path: the run directory.
-        trainer: the trial's. It does not train if an earlier process has taken all steps.
+        trainer: trainer of the trial. It is not used if an earlier process has taken all steps.
     """
 
     study: OptunaStudy
@@ -44,16 +44,17 @@ class TrialRun:
         self.trainer.add_callback(self)
 
     def run(self) -> str:
-        """Train the trial, or what is left of it, and tell the study how it ended.
+        """Train the remaining steps of the trial, and report its end to the study.
 
         Returns:
             The outcome, as reported to the study.
 
         Raises:
-            Interrupted: a signal ended it; another start takes it up again.
+            Interrupted: a signal ended the trial; another start continues it.
         """
         lines = self._reported_log()
-        # A kill can come between the end of the run, or the decision to end it, and the study.
+        # The process may have been killed after the run's end, or the decision to end it, but
+        # before the report to the study.
         outcome = _recorded_outcome(lines)
         if outcome is None and self.claim.reported and self._is_pruned():
             outcome = PRUNED
@@ -66,7 +67,7 @@ class TrialRun:
         return self._tell(outcome)
 
     def _reported_log(self) -> Sequence[Mapping[str, Any]]:
-        """Report every evaluation in the log to the study, and return the log."""
+        """Report all evaluations in the log to the study, and return the log."""
         lines = metrics_of(self.path)
         for line in lines:
             if self.metric in line and "event" not in line:
@@ -74,13 +75,13 @@ class TrialRun:
         return lines
 
     def on_evaluate(self, run: RunView, values: Mapping[str, Any]) -> None:
-        """Report an evaluation of the run, and end the run if the pruner says so."""
+        """Report an evaluation to the study, and end the run if the pruner decides so."""
         self._report(values["step"], values[self.metric])
         if values["step"] < self.total_steps and self._is_pruned():
             run.stop(PRUNED)
 
     def _is_pruned(self) -> bool:
-        """Whether the pruner ends the trial early; False after its last evaluation."""
+        """Whether the pruner ends the trial early; False after the trial's last evaluation."""
         last = math.ceil(self.total_steps / self.eval_steps) - 1
         return max(self.claim.reported, default=-1) < last and bool(self.claim.trial.should_prune())
 
@@ -92,7 +93,7 @@ class TrialRun:
             self.claim.reported[number] = value
 
     def _tell(self, outcome: str) -> str:
-        """Tell the study how the trial ended, and return it."""
+        """Report to the study how the trial ended, and return the outcome."""
         finite = [value for value in self.claim.reported.values() if math.isfinite(value)]
         reached = max((line["step"] for line in metrics_of(self.path)), default=0)
         if outcome == DONE and not finite:  # the metric overflowed, or a callback ended the run
@@ -109,7 +110,7 @@ class TrialRun:
 def _recorded_outcome(lines: Sequence[Mapping[str, Any]]) -> str | None:
     """The outcome of a trial according to its log; None if its run has not ended.
 
-    A trial that a callback of the user ends is done, as with early stopping.
+    If a user's callback ends a trial, the trial counts as done, as with early stopping.
     """
     reasons = {line["event"]: line.get("reason") for line in lines if "event" in line}
     if "finish" not in reasons:

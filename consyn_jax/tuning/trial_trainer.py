@@ -1,4 +1,4 @@
-"""A trial as a run: the trainer of `consyn-train`, with programs that it shares with others."""
+"""Train a trial with the trainer of `consyn-train` and programs shared with other trials."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from consyn_jax.tuning.shared_programs import SharedPrograms, TrialProgram
 
 
 class TrialTrainer(ConsynTrainer):
-    """Train one trial.
+    """The trainer of one trial.
 
     Args:
-        shared: compiled programs of the study so far, which this trial adds to.
+        shared: compiled programs of the study so far; this trial adds its programs.
         header: rows of name and value, printed before the trial begins.
-        signals: recorded by the process; None if the trial is to record its own.
-        inputs: the keywords of `ConsynTrainer`.
+        signals: signals recorded by the process; None: the trial records signals itself.
+        inputs: keyword arguments of `ConsynTrainer`.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class TrialTrainer(ConsynTrainer):
         self.shared, self.header, self.signals = shared, header, signals
 
     def add_callback(self, callback: Any) -> None:
-        """Add a callback, which sees the trial's evaluations and may end the trial."""
+        """Add a callback, which receives the trial's evaluations and may end the trial."""
         self._callbacks = (*self._callbacks, callback)
 
     def _build(self, run: RunConfig, schedule: optax.Schedule | None) -> Built:
@@ -50,9 +50,9 @@ class TrialTrainer(ConsynTrainer):
         return self.shared.bound_step(self._build(run, schedule).program, run, self.total_steps)
 
     def run_inputs(self) -> RunInputs:
-        """Everything that the trial's run is given.
+        """All inputs of the trial's run.
 
-        Remarks and warnings about settings are left out, since bad settings are part of a search.
+        Notes and warnings about settings are left out, because bad settings are part of a search.
         """
         return replace(
             super().run_inputs(),

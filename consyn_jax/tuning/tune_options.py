@@ -1,4 +1,4 @@
-"""The settings of `consyn-tune`: those of a run, and those of the search. JAX is not imported."""
+"""The settings of `consyn-tune`: settings of a run, and of the search. JAX is not imported."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ PRUNERS = ("median", "halving", "hyperband", "none")
 AUTO = "auto"
 TRIALS = 20  # of a study without a limit
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-# Flags of training that have no place in a study.
+# Flags of training that a study does not support, with the reason.
 _NOT_HERE = {
     "streaming": "a study prepares its data once, for all trials",
     "distributed": "a trial runs in one process; start consyn-tune several times on one --output",
     "decay_from": "a trial starts at step 0",
     "remote": "a study is many runs, and a place in a bucket holds one",
     "resume": "consyn-tune always continues the study in --output",
-    "overwrite_schedule": "every trial has a schedule of its own",
+    "overwrite_schedule": "every trial has its own schedule",
     **dict.fromkeys(
         ("topology", "fit", "verbose", "replay", "verify", "replay_step", "documents_of", "json"),
         "it is for consyn-train",
@@ -46,35 +46,38 @@ _NOT_HERE = {
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """The search space, its budget, and the methods of Optuna."""
+    """The search space, the budget of the study, and Optuna's methods."""
 
     search: tuple[str, ...] = flag(
         (),
-        "flags to vary, as lr=1e-4:1e-2:log (a range, on a logarithmic scale), weight_decay=0:0.3 "
-        "or optimizer=adamw,muon",
+        "flags to vary and their values, as in lr=1e-4:1e-2:log (a range on a logarithmic "
+        "scale), weight_decay=0:0.3 (a range) or optimizer=adamw,muon (a list)",
     )
     trials: int | None = flag(
         None,
-        f"trials of the study, over all its processes and starts ({TRIALS}; all points of "
-        "--sampler grid; no limit with --time_budget)",
+        f"total number of trials of the study, over all its processes and starts ({TRIALS}; "
+        "with --sampler grid, all points; with --time_budget, no limit)",
     )
     time_budget: str | None = flag(
-        None, "begin no trial after this time, as 90s, 30m, 8h or 2d, since the command started"
+        None,
+        "begin no new trial when this time has passed since the start of the command, as "
+        "in 90s, 30m, 8h or 2d",
     )
-    metric: str | None = flag(
-        None, "evaluation metric to optimise (that of --metric_for_best_model)"
+    metric: str | None = flag(None, "evaluation metric to optimise (from --metric_for_best_model)")
+    sampler: str = flag(
+        "tpe", "Optuna's method of choosing the values of the next trial", choices=SAMPLERS
     )
-    sampler: str = flag("tpe", "how Optuna chooses the values of the next trial", choices=SAMPLERS)
-    pruner: str = flag("median", "how Optuna chooses which trials to end early", choices=PRUNERS)
+    pruner: str = flag("median", "Optuna's method of choosing trials to end early", choices=PRUNERS)
     vectorize: str | None = flag(
         None,
-        "trials of a small model that train side by side in one program: a number, or auto for as "
-        "many as raise the trials an hour and fit the memory (one after the other)",
+        "train several trials of a small model side by side in one program; N: number of "
+        "trials; auto: the number with the most trials per hour that fits in memory (without "
+        "this flag: one trial after the other)",
     )
     storage: str | None = flag(
         None,
-        "URL of a database that holds the study, for processes on several hosts, which must also "
-        "share --output (a journal in --output)",
+        "URL of a database for the study, to use processes on several hosts, which must also "
+        "share --output (a journal file in --output)",
     )
 
 
@@ -103,10 +106,12 @@ def resolve_tuning(
 ) -> tuple[TuneConfig, dict[str, str]]:
     """Merge defaults, preset, file and flags, as `resolve.resolve` does for a run.
 
-    A flag that varies has its first value. With `--ladder`, the run is the one that is scaled.
+    In the resulting run, a flag that varies has its first value. With `--ladder`, the result is the
+    base run.
 
     Raises:
-        UserError: an unknown name, an invalid value, or a search space with an invalid run in it.
+        UserError: a name is unknown, a value is invalid, or the search space contains an invalid
+            run.
     """
     of_flags, own = _split(given)
     of_file, own_of_file = _split(file or {})
@@ -137,10 +142,10 @@ def resolve_tuning(
 
 
 def scaled_run(run: VariedRun) -> Settings:
-    """The run that a ladder scales.
+    """The base run that a ladder scales.
 
     Raises:
-        UserError: it does not suit a ladder.
+        UserError: the run does not suit a ladder.
     """
     config, origins = run.with_values(_OF_ALL_SIZES)
     check_run(config)
@@ -151,14 +156,14 @@ def largest_size(run: VariedRun, sizes: str) -> Settings:
     """The run of the largest size of a ladder.
 
     Raises:
-        UserError: the sizes do not suit.
+        UserError: the sizes do not suit the model.
     """
     shapes = ladder_shapes(scaled_run(run)[0].model, parse_sizes(sizes))
     return run.with_values({**_OF_ALL_SIZES, **shapes[-1].flags})
 
 
 def _split(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of a run, and of the study."""
+    """Split values into the settings of the run and of the study."""
     own = flags(StudyConfig)
     of_study = {name: value for name, value in settings.items() if name.replace("-", "_") in own}
     return {name: value for name, value in settings.items() if name not in of_study}, of_study
@@ -167,7 +172,7 @@ def _split(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 def _with_metric(
     given: Mapping[str, Any], file: Mapping[str, Any], metric: str | None
 ) -> dict[str, Any]:
-    """The flags of a run, which selects its best evaluation by `--metric`.
+    """The flags of a run, with `--metric` as metric of the best model.
 
     Raises:
         UserError: `--metric_for_best_model` names another metric.
@@ -178,17 +183,17 @@ def _with_metric(
         return dict(given)
     if other is not None and other != metric:
         raise UserError(
-            f"--metric {metric} and --{name} {other} differ, and a study has one metric. Leave one "
-            "of them out."
+            f"--metric {metric} and --{name} {other} differ, but a study has only one metric. "
+            "Leave one of the two flags out."
         )
     return {**given, name: metric}
 
 
 def seconds(text: str) -> float:
-    """Parse `--time_budget`.
+    """Parse `--time_budget` into seconds.
 
     Raises:
-        UserError: it is not a number and a unit.
+        UserError: the value is not a number with a unit.
 
     >>> seconds("90s"), seconds("1.5h")
     (90.0, 5400.0)
@@ -200,10 +205,10 @@ def seconds(text: str) -> float:
 
 
 def parse_lanes(text: str) -> int | None:
-    """Parse `--vectorize`: the number of lanes, or None for auto.
+    """Parse `--vectorize` into the number of lanes, or None for auto.
 
     Raises:
-        UserError: it is neither.
+        UserError: the value is neither a number nor auto.
 
     >>> parse_lanes("8"), parse_lanes("auto")
     (8, None)
@@ -215,14 +220,14 @@ def parse_lanes(text: str) -> int | None:
 
 
 def _check_study(study: StudyOptions) -> None:
-    """Check the settings of the study by themselves.
+    """Check the settings of the study, independently of the run.
 
     Raises:
-        UserError: one is missing or wrong.
+        UserError: a setting is missing or wrong.
     """
     if not study.search:
         raise UserError(
-            "There is nothing to vary. Give --search, as in --search lr=1e-4:1e-2:log "
+            "There is no flag to vary. Give --search, as in --search lr=1e-4:1e-2:log "
             "weight_decay=0:0.3, or --ladder."
         )
     if study.trials is not None and study.trials < 1:
@@ -234,8 +239,8 @@ def _check_study(study: StudyOptions) -> None:
     if study.metric is not None and is_greater_better(study.metric) is None:
         known = tuple(EVALUATION_METRICS)
         raise UserError(
-            f"--metric {study.metric} is not a metric of evaluations{nearest(study.metric, known)} "
-            f"Known: {', '.join(known)}, or one of --eval_requests."
+            f"--metric {study.metric} is not an evaluation metric{nearest(study.metric, known)} "
+            f"Known: {', '.join(known)}, or a metric of --eval_requests."
         )
 
 
@@ -243,20 +248,20 @@ def check_sampler(sampler: str, space: Sequence[Dimension]) -> None:
     """Check that a sampler can draw from a search space.
 
     Raises:
-        UserError: it cannot.
+        UserError: the sampler needs lists of values, but a flag has a range.
     """
     if sampler == "grid" and (ranges := [d.text() for d in space if not d.choices]):
         raise UserError(
-            f"--sampler grid needs values, and --search {ranges[0]} is a range. Write "
+            f"--sampler grid needs lists of values, but --search {ranges[0]} is a range. Give "
             f"{ranges[0].partition('=')[0]}=A,B,C, or use --sampler qmc."
         )
 
 
 def _check_run(config: RunConfig) -> None:
-    """Check that the run that varies suits a study.
+    """Check that the run suits a study.
 
     Raises:
-        UserError: a flag has no place in a study, or there are no evaluations.
+        UserError: a study does not support one of its flags, or there are no evaluations.
     """
     known = flags(RunConfig)
     for name, reason in _NOT_HERE.items():
@@ -265,6 +270,6 @@ def _check_run(config: RunConfig) -> None:
     data = config.data
     if not (data.validation or data.validation_fraction > 0 or data.dataset_type == "sharded"):
         raise UserError(
-            "A study compares evaluations, and --validation_fraction 0 leaves no data for them. "
-            "Give --validation or a larger fraction."
+            "A study compares evaluations, but --validation_fraction 0 leaves no data for "
+            "them. Give --validation or a larger fraction."
         )

@@ -16,15 +16,16 @@ SEARCH = "search"  # the origin of a value that varies
 
 @dataclass(frozen=True)
 class VariedRun:
-    """A run as the user gave it, to be resolved again with other values.
+    """The user's flags of a run, to be resolved again with other values.
 
-    Recipes depend on flags (the rate of a model on the optimizer, for one), so a trial is resolved
-    like a command line of its own.
+    Recipes depend on flags (the learning rate of a preset depends on the optimizer, for example),
+    so each trial is resolved like a separate command line.
 
     Attributes:
-        given, file: the values of flags and of a `--config` file, by flag name.
-        file_name: the name of that file, for origins.
-        from_data: values that follow from the data, which all trials share, with their origins.
+        given: values of flags on the command line, by flag name.
+        file: values in the `--config` file, by flag name.
+        file_name: name of the `--config` file, for origins.
+        from_data: values chosen from the data, common to all trials, with their origins.
     """
 
     given: Mapping[str, Any]
@@ -34,7 +35,7 @@ class VariedRun:
 
     @classmethod
     def of(cls, settings: Settings) -> VariedRun:
-        """The run behind resolved settings: only the values that the user gave."""
+        """Recover the user's values from resolved settings."""
         config, origins = settings
         run = {name: getattr(getattr(config, f.group), name) for name, f in _FLAGS.items()}
         given = {name: value for name, value in run.items() if origins[name] == "flag"}
@@ -46,7 +47,7 @@ class VariedRun:
         """Resolve the run with these values by flag name.
 
         Raises:
-            UserError: they do not fit together.
+            UserError: the values do not fit together.
         """
         run, origins = resolve({**self.given, **values}, self.file, file_name=self.file_name)
         more = {name: found for name, found in self.from_data.items() if name not in values}
@@ -55,11 +56,11 @@ class VariedRun:
         return with_flags(run, {name: v for name, (v, _) in more.items()}), origins | named
 
     def with_data(self, before: RunConfig, after: Settings) -> VariedRun:
-        """Take over what the data has decided.
+        """Add the values that were chosen from the data.
 
         Args:
             before: the run before its data was read.
-            after: the same run, with what follows from the data.
+            after: the same run, with the values chosen from the data.
         """
         old, new = flat(before), flat(after[0])
         found = {n: (value, after[1][n]) for n, value in new.items() if value != old[n]}

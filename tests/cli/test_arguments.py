@@ -114,7 +114,7 @@ def test_the_help_of_training_and_tuning_is_short(
 
 def test_help_of_something_else_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help", "lr"]) == 2
-    assert "--help takes all, and not 'lr'" in capsys.readouterr().err
+    assert "--help takes no value but all, so not 'lr'" in capsys.readouterr().err
 
 
 LOADED = """
@@ -248,12 +248,14 @@ def test_values_may_begin_with_a_dash() -> None:
         (["-lr", "3"], "There is no flag -lr; did you mean --lr? See consyn-train --help."),
         (
             ["--lr"],
-            "--lr needs a value; write one that begins with a dash as --lr=VALUE. See consyn-train "
+            "--lr needs a value; write a value that begins with a dash as --lr=VALUE. See "
+            "consyn-train "
             "--help.",
         ),
         (
             ["--data"],
-            "--data needs at least one value; write one that begins with a dash as --data=VALUE. "
+            "--data needs at least one value; write a value that begins with a dash as "
+            "--data=VALUE. "
             "See consyn-train --help.",
         ),
         (

@@ -142,7 +142,7 @@ def refused(argv: list[str], capfd: pytest.CaptureFixture[str]) -> str:
         ),
         (
             "--data other.jsonl",
-            "other.jsonl:1 has no key 'text'; its keys are 'body', 'id'. Name the field that holds "
+            "other.jsonl:1 has no key 'text'; its keys are 'body', 'id'. Name the field that has "
             "the text, as in --text_key body.",
         ),
         (
@@ -214,11 +214,12 @@ def refused(argv: list[str], capfd: pytest.CaptureFixture[str]) -> str:
         ),
         (
             "--model run",
-            "--model run is a run, which holds several models. Use run/final or run/best.",
+            "--model run is a run directory, which contains several models. Use run/final or "
+            "run/best.",
         ),
         (
             "--checkpoint run --model haiku",
-            "--checkpoint run is a run, which holds several models.",
+            "--checkpoint run is a run directory, which contains several models.",
         ),
         (
             "--checkpoint haiku",
@@ -234,13 +235,13 @@ def refused(argv: list[str], capfd: pytest.CaptureFixture[str]) -> str:
             "There is no tokenizer at nope. Give a tokenizer.json or a directory that contains "
             "one.",
         ),
-        ("--tokenizer good.txt", "good.txt: This is not JSON, or it is cut off."),
+        ("--tokenizer good.txt", "good.txt: This is not JSON, or it is truncated."),
         ("--output good.txt", "--output good.txt is a file. Name a directory."),
         ("--output good.txt/run", "is a file. Name another directory."),
         ("--output /proc/run", "--output /proc/run cannot be"),
         (
             "--resume 4",
-            "--resume 4: output/checkpoints has no checkpoint of that step; there are: none.",
+            "--resume 4: output/checkpoints has no checkpoint of that step. Saved steps: none.",
         ),
         ("--epochs 1 --max_steps= --warmup_steps 5", "--max_steps must be a whole number, not ''."),
     ],
@@ -274,12 +275,12 @@ LLAMA = ["--max_tokens", "32", "--quiet", "--data", "good.txt"]
         ),
         (
             "--checkpoint llama",
-            "--checkpoint llama has no tokenizer (it holds config.json, model.safetensors). Name "
-            "the one that it was trained with: --tokenizer DIR, or a hub id.",
+            "--checkpoint llama has no tokenizer (its files: config.json, model.safetensors). Give "
+            "the tokenizer that it was trained with: --tokenizer and a directory or hub id.",
         ),
         (
             "--model llama",
-            "--checkpoint llama has no tokenizer (it holds config.json, model.safetensors).",
+            "--checkpoint llama has no tokenizer (its files: config.json, model.safetensors).",
         ),
         (
             "--checkpoint llama --tokenizer default",
@@ -288,15 +289,15 @@ LLAMA = ["--max_tokens", "32", "--quiet", "--data", "good.txt"]
         (
             "--checkpoint large --data /no/such",
             "The tokenizer has 301 tokens, but --checkpoint large has a vocabulary of 300. Remove "
-            "the tokens that were added to its tokenizer, or enlarge its embedding with ",
+            "the tokens that were added to the checkpoint's tokenizer, or enlarge ",
         ),
         (
             "--checkpoint own --tokenizer bytes",
-            "--tokenizer bytes does not fit --checkpoint own, which was trained with another.",
+            "--tokenizer bytes does not fit --checkpoint own, which was trained with another ",
         ),
         (
             "--checkpoint own --tokenizer train:300",
-            "--tokenizer train:300 does not fit --checkpoint own, which has its own.",
+            "--tokenizer train:300 does not fit --checkpoint own, which has a tokenizer.",
         ),
         (
             "--checkpoint llama --tokenizer bytes --hidden_dim 64",
@@ -397,7 +398,7 @@ class TestTheDirectoryOfAnotherRun:
     def test_resuming_from_a_step_without_a_checkpoint(
         self, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        assert "has no checkpoint of that step; there are: 5." in refused(
+        assert "has no checkpoint of that step. Saved steps: 5." in refused(
             ["--model", "haiku", "--output", "old", "--lr", "1e-3", "--resume", "4"], capfd
         )
 

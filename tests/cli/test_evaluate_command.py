@@ -64,8 +64,8 @@ def test_two_models_side_by_side(
     printed = capsys.readouterr()
     assert "sums.jsonl (3 requests)" in printed.out
     assert "of answers changed" in printed.out
-    assert "1 of 5 contexts cut from the left to the model's 64 tokens" in printed.out
-    assert "keys of rows that are not read: id (1)" in printed.out
+    assert "1 of 5 contexts truncated on the left to the model's 64 tokens" in printed.out
+    assert "keys that are not read, with their number of rows: id (1)" in printed.out
     assert "150 tokens scored in windows of 64, stride 32" in printed.out
     content = json.loads(output.read_text())
     text, sums = content["sections"]
@@ -125,8 +125,8 @@ def test_keys_that_are_not_read_are_counted_for_questions_alone(
     flags = ["--requests", written(tmp_path / "rows.jsonl", rows)]
     assert main([models[0], *flags, "--bootstrap", "0"]) == 0
     said = capsys.readouterr().out
-    assert said.count("keys of rows that are not read") == 1
-    assert "keys of rows that are not read: id (2)" in said
+    assert said.count("keys that are not read") == 1
+    assert "keys that are not read, with their number of rows: id (2)" in said
     assert " and 1 more" in said
 
 
@@ -172,7 +172,7 @@ def test_a_wrong_row_is_named(
     ("words", "message"),
     [
         ([], "There is no model to evaluate"),
-        (["m"], "There is nothing to evaluate on"),
+        (["m"], "There is no data to evaluate on"),
         (["m", "m", "--data", "x"], "m is given twice"),
         (["m", "--data", "x", "--window", "1"], "--window must be at least 2, not 1"),
         (["m", "--data", "x", "--window", "8", "--stride", "9"], "--stride 9 is more than"),
@@ -189,7 +189,7 @@ def test_a_wrong_row_is_named(
         (["m", "--requests", "x", "--stop", ""], "--stop has an empty text"),
         (
             ["m", "--requests", "rows.jsonl", "--max_tokens", "5"],
-            "--max_tokens is for rows with prompt and answer, and --requests has none. Leave it",
+            "--max_tokens is for rows with prompt and answer, but --requests has no such",
         ),
         (["m", "--requests", "rows.jsonl", "rows.jsonl"], "rows.jsonl is given twice"),
     ],

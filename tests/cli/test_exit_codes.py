@@ -48,7 +48,7 @@ def test_no_text_of_a_message_drives_the_terminal(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("number", "said"),
     [
-        (errno.ENAMETOOLONG, "a name has at most 255 bytes"),
+        (errno.ENAMETOOLONG, "file names have at most 255 bytes"),
         (errno.EROFS, "cannot be used: Read-only file system"),
     ],
 )

@@ -81,7 +81,7 @@ def test_texts_of_a_file_and_the_same_from_python(
     assert "6 texts with " in err
     assert "temperature 1, top_k 50" in err
     assert "no chat template" in err
-    assert "keys of rows that are not read: id (2)" in err
+    assert "keys that are not read, with their number of rows: id (2)" in err
     alone = ConsynLMHeadModel.from_pretrained(model).generate(
         "c", CONFIG.context - 2, temperature=1.0, top_k=50
     )
@@ -107,7 +107,7 @@ def test_a_conversation(
     out, err = capfd.readouterr()
     first, second = out.splitlines()
     assert first == second
-    assert "the model's context is 48. Start anew with /reset." in err
+    assert "the model's context is 48. Start a new" in err
     assert "The answer was cut off by --max_tokens." in err
 
 
@@ -135,7 +135,7 @@ def test_ctrl_c_stops_the_answer_and_other_signals_the_conversation(
 def test_mistakes_are_one_line(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     name = str(model)
     assert "--model is missing" in refused(capfd, "--prompt", "x")
-    assert "nothing to continue" in refused(capfd, name)
+    assert "There is no prompt" in refused(capfd, name)
     assert "Leave --prompt and --file out" in refused(capfd, name, "--interactive", "--prompt", "x")
     assert "'Once' belongs to no flag; give texts to continue with --prompt." in refused(
         capfd, name, "Once"

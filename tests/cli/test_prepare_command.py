@@ -78,7 +78,7 @@ class TestMessages:
         assert re.search(r"documents +100 read, 98 kept; left out: 1 too short, 1 duplicate\n", err)
         for split in ("train", "validation", "test"):
             assert re.search(
-                rf"{split} +\d+ documents, [\d,]+ tokens, 1\.00 bytes a token\n", err
+                rf"{split} +\d+ documents, [\d,]+ tokens, 1\.00 bytes per token\n", err
             ), split
         assert re.search(r"report +tokens/report\.html\n", err)
         assert err.endswith("Train on it with: consyn-train --data tokens\n")
@@ -102,7 +102,8 @@ class TestMessages:
         prepared("--data", "pairs.json", "--validation_fraction", "0")
         err = capfd.readouterr().err
         assert re.search(
-            r"train +2 documents, 35 tokens \(11 of them learned\), 1\.00 bytes a token\n", err
+            r"train +2 documents, 35 tokens \(11 of them training targets\), 1\.00 bytes per token\n",
+            err,
         )
         assert "read       1 file of JSON rows\n" in err
         assert "empty" not in err, "no validation was wanted"
@@ -181,12 +182,12 @@ class TestRefusals:
             ("--output /proc/tokens", "/proc/tokens cannot be"),
             (
                 "--output corpus",
-                "--output corpus is not a token store: it holds a.txt, b.txt, picture.png. Name "
+                "--output corpus is not a token store: it contains a.txt, b.txt, picture.png. Give "
                 "another directory.",
             ),
             (
                 "--output corpus --overwrite",
-                "--output corpus is not a token store: it holds a.txt, b.txt, picture.png. Name "
+                "--output corpus is not a token store: it contains a.txt, b.txt, picture.png. Give "
                 "another directory.",
             ),
             ("--tokenizer nope", "There is no tokenizer at nope."),
@@ -210,7 +211,7 @@ class TestRefusals:
         Path("tokens").mkdir()
         Path("tokens/manifest.json").write_text('{"name": "my web page"}')
         for flags in ((), ("--overwrite",)):
-            assert "--output tokens is not a token store: it holds manifest.json." in refused(
+            assert "--output tokens is not a token store: it contains manifest.json." in refused(
                 capfd, "--data", "rows.jsonl", *flags
             )
         assert Path("tokens/manifest.json").read_text() == '{"name": "my web page"}'
@@ -260,8 +261,8 @@ class TestOverwrite:
         message = refused(capfd, "--data", "rows.jsonl", "--overwrite")
         assert (
             message
-            == "--overwrite would delete notes.md in --output tokens, which is not part of a token "
-            "store. Move it elsewhere."
+            == "--overwrite would delete notes.md in --output tokens, which does not belong to a "
+            "token store. Move it elsewhere."
         )
         assert Path("tokens/notes.md").exists()
 

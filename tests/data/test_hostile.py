@@ -276,7 +276,7 @@ def test_bytes_that_are_not_utf_8_in_rows(tmp_path: Path, name: str) -> None:
         tmp_path, name, b"\n".join(rows) if name.endswith("l") else b"[" + b",\n".join(rows) + b"]"
     )
     assert (
-        f"{path}:2 is not UTF-8 (byte 11 of the row; --invalid_utf8 replace would take it)"
+        f"{path}:2 is not UTF-8 (byte 11 of the row; --invalid_utf8 replace would repair it)"
         in refused(tmp_path, path)
     )
     skipped = run(tmp_path, path, on_bad_rows="skip")
@@ -409,7 +409,11 @@ def test_bad_rows(tmp_path: Path, row: str, message: str) -> None:
             "Fix the row, or give --on_bad",
         ),
         ('{"txt": "a"}\n' * 3, {"on_bad_rows": "skip"}, "All 3 rows of "),
-        ('{"txt": "a"}', {"on_bad_rows": "skip"}, ":1 has no key 'text'; its keys are 'txt'. Mend"),
+        (
+            '{"txt": "a"}',
+            {"on_bad_rows": "skip"},
+            ":1 has no key 'text'; its keys are 'txt'. Correct",
+        ),
     ],
 )
 def test_what_to_do_about_bad_rows(
@@ -529,7 +533,7 @@ def test_files_that_change_between_recognition_and_reading(
                 prepared = run(tmp_path, path)
             except UserError as fault:
                 assert re.search(
-                    rf"{path} (cannot be read|is a directory)|changed while|There is no text",
+                    rf"{path} (cannot be|can no longer be) read|{path} is a dir|changed while|There is ",
                     str(fault),
                 ), (what, moment, fault)
             else:  # what is read must be what was hashed
@@ -567,7 +571,7 @@ def test_links_in_a_circle(tmp_path: Path) -> None:
     prepared = run(tmp_path, corpus)
     assert texts(prepared) == ["text"]
     assert {Path(name).name: reason for name, reason in prepared.left_out} == {
-        "up": "is a link to a directory; name it by itself",
+        "up": "is a link to a directory; give its path to use it",
         "self": "is not a regular file",
         "nowhere": "is not a regular file",
     }
@@ -587,7 +591,7 @@ def test_links_out_of_a_directory_are_left_out_and_those_of_the_hubs_cache_are_n
     (corpus / "c.txt").symlink_to("a.txt")
     prepared = run(tmp_path, corpus)
     assert texts(prepared) == ["text"]  # c.txt is the same document
-    reason = f"is a link to {outside}, outside of it; name that by itself"
+    reason = f"is a link to {outside}, outside the directory; give that path to use it"
     assert list(prepared.left_out) == [(str(corpus / "b.txt"), reason)]
     assert texts(run(tmp_path, corpus / "b.txt")) == ["theirs"]
 

@@ -92,7 +92,7 @@ def test_another_program_at_the_address() -> None:
         (outcome,) = together(1, count=2, port=port, arrive_s=SHORT)
     assert outcome == (
         f"A program other than process 0 of this run answers at --coordinator_address "
-        f"localhost:{port}. Give a port that is free there."
+        f"localhost:{port}. Give a port that is free on that host."
     )
 
 
@@ -105,11 +105,12 @@ def test_two_starts_at_one_port_do_not_join() -> None:
         connection(port).close()
         (stranger,) = together(1, count=2, port=port, start="step 1 of Slurm job 17, restart 1")
         assert stranger == (
-            f"At --coordinator_address localhost:{port} answers process 0 (pid {os.getpid()} on "
-            f"{socket.gethostname()}) of step 0 of Slurm job 17, restart 1, and this is step 1 of "
-            "Slurm job 17, restart 1. Give one of them another port."
+            f"At --coordinator_address localhost:{port}, process 0 (pid {os.getpid()} on "
+            f"{socket.gethostname()}) of step 0 of Slurm job 17, restart 1 answers, but this "
+            "process is of step 1 of Slurm job 17, restart 1. Give one of the two launches another "
+            "port."
         )
         (by_hand,) = together(1, count=2, port=port)
-        assert "and this is a process that no scheduler started." in by_hand
+        assert "but this process is of a launch without a scheduler." in by_hand
         (guest, _), (host, _) = (together(1, count=2, port=port, start=step_0)[0], waiting.result())
     close([host, guest])

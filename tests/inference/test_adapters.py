@@ -65,7 +65,7 @@ def test_another_model_in_the_place_of_the_base_is_refused(run: Path) -> None:
         other = ConsynLMHeadModel.from_config(CONFIG, seed=9)
         other.save_pretrained(run.parent / "base", BPETokenizer.bytes())
         for step in (None, 4):
-            with pytest.raises(UserError, match="an adapter of other weights than those"):
+            with pytest.raises(UserError, match="an adapter that was trained on other weights"):
                 find_source(run, step)
     finally:
         weights.write_bytes(kept)

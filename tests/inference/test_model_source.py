@@ -104,16 +104,16 @@ def test_the_files_of_a_directory_are_read_only_when_they_are_asked_for(run: Pat
 @pytest.mark.parametrize(
     ("name", "step", "message"),
     [
-        ("verse", None, "names an architecture, for which no weights are published"),
+        ("verse", None, "is the name of an architecture, for which no weights are published"),
         ("nothing", None, "nothing is not a model: no such directory"),
-        ("Some/Model", 4, "--step 4 is for a run, and Some/Model is a hub id"),
-        ("run", 3, "has no checkpoint of step 3; there are: 2, 4"),
-        ("run/final", 2, "--step 2 is for a run, and run/final is not one"),
-        ("run/checkpoints", None, "holds the checkpoints of a run. Give run, with --step"),
-        ("run/checkpoints/2", 4, "is the checkpoint of one step. Leave --step out"),
+        ("Some/Model", 4, "--step 4 is for a run, but Some/Model is a hub id"),
+        ("run", 3, "has no checkpoint of step 3. Its checkpoints are: 2, 4"),
+        ("run/final", 2, "--step 2 is for a run, but run/final is not one"),
+        ("run/checkpoints", None, "contains the checkpoints of a run. Give run, with --step"),
+        ("run/checkpoints/2", 4, "is already a checkpoint. Leave --step out"),
         ("run/logs", None, "has neither a config.json nor the config.yaml of a run"),
         ("run/final/model.safetensors", None, "a file of weights without its configuration"),
-        ("run/model.gguf", None, "is a GGUF file, which is made here and not read"),
+        ("run/model.gguf", None, "is a GGUF file, which can be written but not read"),
     ],
 )
 def test_what_is_no_model_is_refused(
@@ -159,5 +159,5 @@ def test_damage_is_named(copy: Path) -> None:
 def test_a_renamed_checkpoint_is_refused(copy: Path) -> None:
     (copy / "checkpoints/4").rename(copy / "checkpoints/5")
     for source in (find_source(copy, 5), find_source(copy / "checkpoints/5")):
-        with pytest.raises(UserError, match="the name of step 5 and holds the state of step 4"):
+        with pytest.raises(UserError, match="the name of step 5, but contains the state of step 4"):
             source.parameters()

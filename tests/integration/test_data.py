@@ -433,7 +433,7 @@ def test_fine_tuning_rows_are_trained_on_at_their_targets_only(
     }
     assert events(run, "end_of_data") == ends(order)
     assert re.search(
-        r"packing +sequences are made of whole documents, with "
+        r"packing +sequences consist of whole documents, with "
         rf"{dataset.packed.padding_fraction:.1%} padding",
         run.said,
     )

@@ -172,7 +172,7 @@ def test_it_goes_on_without_a_checkpoint_and_without_a_report(
     )
     assert (
         second
-        == "loss.png could not be written (No space left on device); the model and metrics.jsonl are whole."
+        == "loss.png could not be written (No space left on device); the model and metrics.jsonl are complete."
     )
     assert third.startswith(
         "report.html could not be written (No space left on device); the run goes on"

@@ -86,8 +86,8 @@ def await_moment(path: Path, moment: str, children: list[Child], mark: Path) -> 
             marks=[pytest.mark.exhaustive] if "copied" in what and processes == 2 else [],
         )
         for what, said in (
-            ("directory replaced", "holds another run now"),
-            ("lock removed", "was started again by another process"),
+            ("directory replaced", "now has another run"),
+            ("lock removed", "is now used by another process"),
             ("checkpoint copied in", "500 is a checkpoint of another run"),
             ("metrics copied in", "was changed by another program"),
         )

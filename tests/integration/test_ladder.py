@@ -54,7 +54,7 @@ def test_a_ladder_goes_on_after_a_kill_and_its_runs_are_those_of_consyn_train(
     said = capfd.readouterr()
     assert (sizes / "3392" / "metrics.jsonl").read_bytes() == before
     assert "reads the training data" in said.err
-    assert "--tokens_per_parameter is 20, and the largest size gets only 0.764, as" in said.err
+    assert "--tokens_per_parameter is 20, but the largest size gets only 0.764," in said.err
     assert "The shortest run has 5 steps" in said.err
     assert said.out.splitlines()[0].split()[:2] == ["parameters", "tokens"]
     found = json.loads((output / "ladder.json").read_text())
@@ -106,7 +106,7 @@ def test_a_ladder_goes_on_after_a_kill_and_its_runs_are_those_of_consyn_train(
         (["--max_steps", "80"], "total_steps was 40 and is 80"),
     ):
         assert tune.main(flags(corpus, output, *more)) == 2
-        assert f"holds another run: {change}" in capfd.readouterr().err
+        assert f"contains another run: {change}" in capfd.readouterr().err
 
 
 @pytest.mark.slow
@@ -124,7 +124,7 @@ def test_a_size_that_was_cut_short_goes_on_with_its_own_flags_only(
     assert process.wait() == -signal.SIGKILL
     assert tune.main(flags(corpus, output, "--max_steps", "80")) == 2
     said = capfd.readouterr().err
-    assert f"{size} holds another run: total_steps was 40 and is 80. Name another --output" in said
+    assert f"{size} contains another run: total_steps was 40 and is 80. Give another" in said
 
 
 def test_a_ladder_that_another_process_trains_is_not_deleted(

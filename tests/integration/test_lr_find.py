@@ -72,7 +72,7 @@ def test_rates_without_effect_suggest_nothing(
 ) -> None:
     still = ["--lr_multipliers", "embedding=0,attention=0,mlp=0,norms=0"]
     assert main([*map(str, flags), *still, "--lr_find", "--output", str(tmp_path)]) == 0
-    assert "No rate up to 1 made the loss fall by more than its noise." in capfd.readouterr().out
+    assert "No rate up to 1 lowered the loss by more than its noise." in capfd.readouterr().out
     assert found_in(tmp_path)["rate"] is None
 
 

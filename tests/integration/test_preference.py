@@ -1,6 +1,7 @@
 """`consyn-train --objective dpo` on a real model and pairs of real text."""
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,13 @@ def command(story_model: Path, pairs: dict[str, Path], output: Path, *more: str)
     ]
 
 
+def test_lr_find_trains_on_pairs(story_model: Path, pairs: dict[str, Path], tmp_path: Path) -> None:
+    """Rates rise over the loss of the pairs, with the reference of the model before step 1."""
+    assert main([*command(story_model, pairs, tmp_path), "--lr_find"]) == 0
+    found = json.loads((tmp_path / "lr_find.json").read_text())
+    assert found["losses"][0] == pytest.approx(math.log(2), rel=1e-2)
+
+
 @pytest.mark.timeout(900)
 def test_100_steps_raise_the_margin_of_held_out_pairs(
     story_model: Path, pairs: dict[str, Path], tmp_path: Path
@@ -70,10 +78,10 @@ def test_100_steps_raise_the_margin_of_held_out_pairs(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--packing", "whole"), "--packing whole is for single sequences; with --objective dpo"),
+        (("--packing", "whole"), "--packing whole packs single sequences, but --objective dpo"),
         (("--streaming", "--max_steps", "2"), "--streaming and --objective dpo do not work"),
         (("--z_loss", "1e-4"), "--z_loss 0.0001 cannot be used with --objective dpo"),
-        (("--row_format", "messages"), "--objective dpo trains on pairs (chosen, rejected), and"),
+        (("--row_format", "messages"), "--objective dpo needs rows with a chosen and"),
         (("--metric_for_best_model", "eval/perplexity"), "Known: eval/loss, eval/rewards/margins"),
         (("--objective", "next_token"), "which --objective dpo trains on"),
         (("--objective", "next_token", "--dpo_beta", "0.2"), "--dpo_beta 0.2 has no effect"),

@@ -250,7 +250,7 @@ def test_a_worker_that_is_killed(
     )
     said, complaint = process.communicate(timeout=60)
     assert said.startswith(
-        "A process that tokenises was killed by signal 9, as happens when memory runs out. Lower "
+        "A worker process was killed by signal 9; running out of memory is the usual cause. Lower "
         "--num_workers"
     )
     assert complaint == ""

@@ -68,7 +68,7 @@ def test_a_decay_starts_from_the_stable_part_and_leaves_the_run_alone(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--decay_from", "7"], "has no checkpoint of that step; there are: 5, 10, 15, 20."),
+        (["--decay_from", "7"], "has no checkpoint of that step. Saved steps: 5, 10, 15, 20."),
         (["--decay_from", "20"], "--decay_from 20: at this step the learning rate of the run"),
         (
             ["--decay_from", "10", "--seed", "1"],

@@ -230,7 +230,7 @@ def test_without_validation_data_it_says_so_and_trains(
     )
     assert run.code == 0
     assert re.search(
-        r"^  validation +none: no document fell into it; give --validation PATH",
+        r"^  validation +none: the validation split has no document; give --validation PATH",
         run.said,
         re.MULTILINE,
     )
@@ -369,7 +369,7 @@ class TestStartingFromWeights:
         ]
         refused = here(tmp_path / "run", *flags)
         assert refused.code == 2
-        assert "has no tokenizer (it holds config.json, model.safetensors)" in refused.said
+        assert "has no tokenizer (its files: config.json, model.safetensors)" in refused.said
         run = here(tmp_path / "run", *flags, "--tokenizer", "bytes")
         assert run.code == 0, run.said
         assert json.loads((run.path / "final" / "config.json").read_text())["vocab_size"] == 512

@@ -126,7 +126,7 @@ def test_a_mistake_that_only_the_data_shows_comes_before_the_first_trial(
     output.mkdir(exist_ok=True)
     (output / "metrics.jsonl").write_text("")
     assert tune.main(flags(corpus, output)) == 2
-    assert "holds a run of consyn-train" in capfd.readouterr().err
+    assert "contains a run of consyn-train" in capfd.readouterr().err
 
 
 @pytest.mark.slow
@@ -212,7 +212,7 @@ def test_a_signal_saves_every_lane_and_the_same_command_goes_on(
         time.sleep(0.02)
     process.signal(signal.SIGTERM)
     assert process.wait() == 75, process.said
-    assert "SIGTERM: 3 trials were under way" in process.said
+    assert "SIGTERM: 3 trials were running" in process.said
     assert trials(output) == dict.fromkeys(range(3), "RUNNING")
     again = nursery.start(*given, "--vectorize", "auto", command="tune", devices=1)
     assert again.wait(280) == 0, again.said

@@ -60,9 +60,9 @@ def test_no_file_of_a_run_is_writable_by_all(run: Run) -> None:
         ("weights are NUL", "model.safetensors is not what was written"),
         ("weights are empty", "model.safetensors has 0 bytes"),
         ("no manifest", "consyn_manifest.json is missing"),
-        ("no finish", "does not say that it finished"),
-        ("no log", "does not say that it finished"),
-        ("empty log", "does not say that it finished"),
+        ("no finish", "has no finish event"),
+        ("no log", "has no finish event"),
+        ("empty log", "has no finish event"),
     ],
 )
 def test_an_end_that_is_not_whole_is_done_again(
@@ -178,6 +178,6 @@ def test_a_run_of_a_version_without_identities_and_manifests_goes_on(
     again = here(run.path, *flags, "--data", corpus)
     assert again.code == 0, again.said
     assert "was started by a version that gave runs no identity; it gets one now" in again.said
-    assert "was exported by a version that wrote no manifest" in again.said
+    assert "was exported by an older version, without a manifest" in again.said
     assert again.weights == whole.weights
     assert "This run is complete" in here(run.path, *FLAGS, "--data", corpus).said

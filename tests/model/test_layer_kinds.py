@@ -176,11 +176,11 @@ def test_an_architecture_survives_json(config: ModelConfig) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_layers": 3}, "which sets the window of each of its 4 layers"),
-        ({"sliding_window": None}, "it has no size. Give --sliding_window"),
-        ({"rotary_fraction": 0.4}, "heads with 8 elements is not an even number"),
-        ({"rotary_fraction": 1.5}, "A rotary share of 1.5"),
-        ({"rope_scaling": replace(LONG, long_factor=(1.0,))}, "rotate 4 pairs"),
+        ({"num_layers": 3}, "which sets the window separately for each of its 4 layers"),
+        ({"sliding_window": None}, "its size is not set. Give --sliding_window"),
+        ({"rotary_fraction": 0.4}, "of the 8 elements of a head"),
+        ({"rotary_fraction": 1.5}, "A share of 1.5 of the"),
+        ({"rope_scaling": replace(LONG, long_factor=(1.0,))}, "rotates 4 pairs"),
         (
             {"rotary_fraction": 0.25, "rope_scaling": DYNAMIC.rope_scaling},
             "more than 2 rotated elements",

@@ -57,7 +57,7 @@ def test_tools_of_a_question(none: dict[str, object]) -> None:
         ({"messages": [{"role": "assistant", "content": "x"}], "answer": "b"}, "nothing to answer"),
         ({"messages": ASKED, "answer": "b", "tools": {}}, "holds an object under the key 'tools'"),
         ({"messages": ASKED, "answer": "b", "tools": 0}, "holds a number under the key 'tools'"),
-        ({"prompt": "a", "answer": "b", "tools": [{}]}, "has tools, and its prompt is text"),
+        ({"prompt": "a", "answer": "b", "tools": [{}]}, "has tools, but its prompt is text"),
         ({"prompt": "a", "answer": "b", "max_tokens": 0}, "under the key 'max_tokens'"),
         ({"prompt": "a", "answer": "b", "stop": 3}, "under the key 'stop'"),
         ({"prompt": "a", "answer": "b", "stop": ["c", ""]}, "an empty text under the key 'stop'"),

@@ -147,7 +147,7 @@ def test_training_is_deterministic_and_reads_files_whole(tmp_path: Path) -> None
 
 
 def test_a_vocabulary_without_room_for_bytes_is_refused() -> None:
-    with pytest.raises(UserError, match="no room"):
+    with pytest.raises(UserError, match="too small for 256 bytes"):
         BPETokenizer.train_from_iterator(iter(["never read"]), 258)
 
 
@@ -297,8 +297,8 @@ def test_encode_refuses_what_is_not_a_text(text: Any) -> None:
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ("text", "from several texts. Pass them as a list"),
-        ([{"text": "a"}], "not from a dict. Pass"),
+        ("text", "trained on a list of texts. Pass a single"),
+        ([{"text": "a"}], "not on a dict. Pass"),
     ],
 )
 def test_a_vocabulary_is_learned_from_texts(texts: Any, message: str) -> None:

@@ -10,7 +10,9 @@ from consyn_jax.errors import UserError
 from consyn_jax.tokenization.token_ids import check_fields
 
 TOKENIZER = r"vocabulary ends at 259\. Use the tokenizer that the model was made with\.$"
-PADDING = r"put any id there, and 0 into an attention_mask that every batch has\.$"
+PADDING = (
+    r"put any id there, and mark it with 0 in an attention_mask, which every batch must have\.$"
+)
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [1, 5000, 2]}, r"^Row 3 has token id 5,000 in input_ids at position 1, "),
     ({"input_ids": [1, 260]}, TOKENIZER),
@@ -44,7 +46,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [1, 2], "labels": [1, 2, 3]}, r"with -100 where a token is not a target\.$"),
     (
         {"input_ids": [[1], [2]], "labels": [1, 2]},
-        r"^Row 3 has several rows of input_ids, and its labels are not a list of rows\. Give",
+        r"^Row 3 has several rows of input_ids, but its labels are not a list of rows\. Give",
     ),
     ({"input_ids": [[1], [2]], "labels": [[1]]}, r"^Row 3 has 1 rows of labels for 2 rows"),
     ({"input_ids": [[1], [2, 3]], "labels": [[1], [2]]}, r"^Row 3, row 1, has labels of shape"),

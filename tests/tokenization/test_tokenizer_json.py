@@ -27,7 +27,7 @@ def saved(content: dict[str, Any], folder: Path, config: str | None = None) -> P
 def test_a_file_that_is_far_too_large_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "tokenizer.json").open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(UserError, match="has 1,099,511,627,776 bytes, more than such a file"):
+    with pytest.raises(UserError, match="has 1,099,511,627,776 bytes, too many for this"):
         BPETokenizer.from_file(tmp_path / "tokenizer.json")
 
 
@@ -150,5 +150,5 @@ def test_a_token_around_texts_that_the_vocabulary_lacks_is_answered() -> None:
     content = json.loads(BPETokenizer.bytes().to_json())
     around = {"type": "TemplateProcessing", "pair": [], "special_tokens": {}}
     around["single"] = [{"SpecialToken": {"id": "<|bosl>", "type_id": 0}}]
-    with pytest.raises(UserError, match=r"puts '<\|bosl>' around texts, and its vocabulary has no"):
+    with pytest.raises(UserError, match=r"puts '<\|bosl>' around texts, but its vocabulary has no"):
         find_special_tokens({**content, "post_processor": around}, {"<|eos|>": 1}, {})

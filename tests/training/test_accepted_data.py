@@ -465,7 +465,7 @@ def test_halved_batches_give_the_same_steps_and_evaluation() -> None:
     ids=["batches", "items", "items with labels", "an item among others", "a batch among others"],
 )
 def test_longer_sequences_are_refused_and_shorter_ones_are_padded(data: Any) -> None:
-    with pytest.raises(UserError, match=r"needs max_tokens=8, and max_tokens is 7\. Cut it"):
+    with pytest.raises(UserError, match=r"needs max_tokens=8, but max_tokens is 7\. Shorten it"):
         source_of(data, block_size=7)
     source = source_of(data, block_size=11)
     for batch in (next(source.training(0, 4, 1, ALL)), next(source.evaluation(4, ALL))):
@@ -506,7 +506,7 @@ def test_rows_that_turn_out_to_be_longer_are_cut_and_said_once() -> None:
         batches = list(source.evaluation(4, ALL))
         assert {batch["labels"].shape for batch in batches} == {(4, 8)}
         assert len(said) == 1
-        assert said[0].startswith("A row of the data has 9 tokens; this and all other rows are cut")
+        assert said[0].startswith("A row of the data has 9 tokens; rows are cut to max_tokens")
 
 
 def ragged(rows: list[dict[str, torch.Tensor]]) -> dict[str, list[torch.Tensor]]:

@@ -147,7 +147,9 @@ def test_what_long_rows_lose_is_said(tokenizer: BPETokenizer, tmp_path: Path) ->
         get_dataset(rows, tokenizer, 16, validation_fraction=0.0)
     rows.write_text(f"{long}\n" * 2)
     for on_long_rows in (None, "drop"):
-        with pytest.raises(UserError, match=r"sequence of 16 tokens, and nothing to learn is left"):
+        with pytest.raises(
+            UserError, match=r"sequence of 16 tokens, so no target is left to learn"
+        ):
             get_dataset(rows, tokenizer, 16, validation_fraction=0.0, on_long_rows=on_long_rows)
 
 

@@ -73,7 +73,7 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
             "9.0",
             "NVIDIA H100",
             jnp.bfloat16,
-            "bfloat16 over float32 weights: the NVIDIA H100 multiplies it at full rate",
+            "bfloat16 over float32 weights: the NVIDIA H100 multiplies bfloat16 at full rate",
         ),
         (
             "auto",
@@ -81,7 +81,7 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
             "8.6",
             "RTX 3090",
             jnp.bfloat16,
-            "bfloat16 over float32 weights: the RTX 3090 multiplies it at full rate",
+            "bfloat16 over float32 weights: the RTX 3090 multiplies bfloat16 at full rate",
         ),
         (
             "auto",
@@ -89,7 +89,7 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
             "10.0",
             "B200",
             jnp.bfloat16,
-            "bfloat16 over float32 weights: the B200 multiplies it at full rate",
+            "bfloat16 over float32 weights: the B200 multiplies bfloat16 at full rate",
         ),
         (
             "auto",
@@ -97,7 +97,7 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
             "7.5",
             "T4",
             jnp.float16,
-            "float16 over float32 weights: the T4 multiplies it faster than float32, and has no "
+            "float16 over float32 weights: the T4 multiplies float16 faster than float32, and has no "
             "bfloat16",
         ),
         (
@@ -114,7 +114,7 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
             "",
             "",
             jnp.bfloat16,
-            "bfloat16 over float32 weights: the gpu multiplies it at full rate",
+            "bfloat16 over float32 weights: the gpu multiplies bfloat16 at full rate",
         ),
         (
             "auto",
@@ -146,7 +146,7 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
             "9.0",
             "H100",
             jnp.bfloat16,
-            "bfloat16 over float32 weights: the H100 multiplies it at full rate",
+            "bfloat16 over float32 weights: the H100 multiplies bfloat16 at full rate",
         ),
         (
             "bf16",
@@ -369,6 +369,23 @@ def test_scaling_alone_changes_no_gradient() -> None:
         "skipped": 0,
         "skipped_steps": 0,
     }
+
+
+def test_the_scale_is_that_of_the_mean() -> None:
+    """With 100 tokens the backward pass starts at 2**16 / 100, which float16 holds."""
+
+    def objective(params: Params, batch: Batch) -> tuple[jax.Array, LossSums]:
+        nll = params["x"].astype(jnp.float16).astype(jnp.float32)
+        return nll, LossSums(nll, jnp.sum(batch["loss_mask"], dtype=jnp.float32), jnp.float32(0))
+
+    params, rule = {"x": jnp.float32(2.5)}, with_loss_scale(optax.sgd(1.0))
+    ones = jnp.ones((1, 10, 10), bool)
+    batch = {"loss_mask": ones, "labels": ones.astype(jnp.int32)}
+    after, metrics = make_scaled_train_step(objective, rule, 0.0)(
+        TrainState(jnp.int32(0), params, rule.init(params), jnp.int32(0)), batch
+    )
+    assert (float(metrics["loss_scale"]), int(metrics["skipped"])) == (2.0**16, 0)
+    assert float(after.params["x"]) == pytest.approx(2.5 - 1 / 100, rel=1e-3)
 
 
 # ----------------------------------------------------------------------- whole steps of the decoder

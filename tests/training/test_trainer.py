@@ -638,7 +638,7 @@ def test_the_smallest_budget_wins(budget: dict[str, Any], steps: int, tmp_path: 
         ({"learning_rate": 1e-3, "lr": 1e-4}, r"^learning_rate and lr are the same setting\. Give"),
         ({"num_epochs": 2, "epochs": 1}, r"^num_epochs and epochs are the same setting\. Give"),
         ({"num_train_epochs": 1}, r"num_train_epochs is not a setting; write epochs=1\."),
-        ({"optimizer": "sgd", "learning_rate": None}, "--optimizer sgd needs a much higher rate"),
+        ({"optimizer": "sgd", "learning_rate": None}, "--optimizer sgd needs a much higher"),
         ({"max_tokens": 65}, "--max_tokens 65 is above the model's context of 64"),
         (
             {

@@ -186,13 +186,13 @@ def test_a_signal_ends_every_lane() -> None:
             if lane.signals.received:
                 raise Interrupted(f"{lane.signals.received} at step 3.")
 
-    with pytest.raises(Interrupted, match=r"SIGTERM: 3 trials were under way\. .* last checkpoint"):
+    with pytest.raises(Interrupted, match=r"SIGTERM: 3 trials were running\. .* last checkpoint"):
         run_lanes(3, work)
     assert len(step.seen) == 2
 
 
 def test_a_signal_that_cuts_no_trial_short_still_ends_the_command() -> None:
-    with pytest.raises(Interrupted, match="SIGTERM: no trial was under way"):
+    with pytest.raises(Interrupted, match="SIGTERM: no trial was running"):
         run_lanes(2, lambda lane: lane.number or os.kill(os.getpid(), signal.SIGTERM))
 
 
@@ -212,7 +212,7 @@ def test_a_signal_that_cuts_no_trial_short_still_ends_the_command() -> None:
         ("--gradient_accumulation_steps 2", "--gradient_accumulation_steps does not work"),
         ("--profile_steps 2:3", "--profile_steps does not work with --vectorize"),
         ("--logging_backend wandb", "--logging_backend wandb does not work with --vectorize"),
-        ("", "--vectorize uses one device, and there are 8. Start the command once for each"),
+        ("", "--vectorize uses one device, but there are 8. Start the command once for each"),
     ],
 )
 def test_what_lanes_cannot_do_is_named_before_the_data_is_read(

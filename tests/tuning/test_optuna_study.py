@@ -108,7 +108,7 @@ def test_the_grid_has_every_point_once(tmp_path: Path) -> None:
 
 def test_another_study_is_refused_and_named(tmp_path: Path) -> None:
     study(tmp_path)
-    with pytest.raises(UserError, match=r"holds another study: --epochs was 3\.0 and is 4\.0"):
+    with pytest.raises(UserError, match=r"contains another study: --epochs was 3\.0 and is 4\.0"):
         study(tmp_path, {"--epochs": 4.0})
 
 
@@ -174,7 +174,7 @@ def test_a_link_is_named_and_what_it_leads_to_is_left_alone(tmp_path: Path, name
     if elsewhere.is_file():
         elsewhere.write_text("precious, without an end of line")
     before = sorted(elsewhere.rglob("*")), elsewhere.is_file() and elsewhere.read_text()
-    with pytest.raises(UserError, match=f"{output / name} is a link, and a study writes only to"):
+    with pytest.raises(UserError, match=f"{output / name} is a link, but a study must contain"):
         study(output)
     assert before == (sorted(elsewhere.rglob("*")), elsewhere.is_file() and elsewhere.read_text())
 
@@ -200,7 +200,7 @@ def test_a_file_for_a_directory_and_the_other_way_round_are_named(
         shutil.rmtree(place)
     place.unlink(missing_ok=True)
     makes(place)
-    with pytest.raises(UserError, match=f"{place}.* cannot be used: .*Name another --output"):
+    with pytest.raises(UserError, match=f"{place}.* cannot be used: .*Give another --output"):
         study(tmp_path).claim(5)
 
 
@@ -210,7 +210,7 @@ def test_a_hard_link_to_another_file_is_not_written_to(tmp_path: Path) -> None:
     journal.unlink()
     elsewhere.write_text("precious, without an end of line")
     journal.hardlink_to(elsewhere)
-    with pytest.raises(UserError, match=r"journal\.log cannot be used: the file has another name"):
+    with pytest.raises(UserError, match=r"journal\.log cannot be used: it has a hard link"):
         study(tmp_path / "output")
     assert elsewhere.read_text() == "precious, without an end of line"
 
@@ -234,12 +234,12 @@ def test_a_lock_that_was_left_is_removed(tmp_path: Path, target: str | None) -> 
         ('"values":[', '"values"', "is damaged"),  # in the last line, which Optuna passes over
         ('"op_code":4', '"op_code":4,"-":' + "[" * 9999 + "]" * 9999, "is damaged"),
         ('"values":[', '"values":["x",', "trial 0 has no value, or several"),
-        ('"values":[', '"values":["x"],"-":[', "trial 0 has a value that is no number"),
+        ('"values":[', '"values":["x"],"-":[', "trial 0 has a value that is not a number"),
         ('"param_name":"lr"', '"param_name":"rate"', "trial 0 has parameters of another search"),
         ('"low\\": 0.0001', '"low\\": \\"x\\"', "is damaged"),
         ('"steps":9', '"steps":"many"', "trial 0 has no number as its step or steps"),
         ('"steps":9', '"outcome":"great"', "trial 0 has an unknown outcome"),
-        ('"intermediate_value":1.5', '"intermediate_value":{}', "a value that is no number"),
+        ('"intermediate_value":1.5', '"intermediate_value":{}', "a value that is not a number"),
         ('"step":0', '"step":"first"', "trial 0 has evaluations without a number"),
     ],
 )
@@ -263,5 +263,5 @@ def test_a_journal_that_no_study_wrote_is_refused(
 def test_a_journal_of_any_size_is_not_read_whole(tmp_path: Path) -> None:
     done(study(tmp_path))
     os.truncate(tmp_path / "study" / "journal.log", 1 << 40)
-    with pytest.raises(UserError, match=r"it has 1,099,511,627,776 bytes, more than it can"):
+    with pytest.raises(UserError, match=r"it has 1,099,511,627,776 bytes, too many for"):
         study(tmp_path)

@@ -1,1 +1,1 @@
-"""Choices that a run's flags make: its model, tokenizer, data, length and batch."""
+"""Choose a run's model, tokenizer, data, sequence length and batch size from its flags."""

@@ -1,4 +1,4 @@
-"""Length and batch of a fine-tune, from the rows; the sources are in docs/finetuning.md."""
+"""Choose the sequence length and batch size of a fine-tune; sources in docs/finetuning.md."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ TOKENS_PER_MICRO_BATCH = 16_384
 STEPS_PER_EPOCH = 32  # a small data set gets smaller batches instead of fewer steps
 
 Settings = tuple[RunConfig, dict[str, str]]
-"""A run, and the origins of its values."""
+"""A configuration, and the origins of its values by flag name."""
 
 
 def with_length(
     settings: Settings, splits: Sequence[StoreSplit], context: int
 ) -> tuple[Settings, str]:
-    """Choose the length of sequences if it is not given yet, and say why.
+    """Choose the sequence length from the rows, unless the user gave it, and explain the choice.
 
     Args:
         splits: the training documents.
-        context: context of the model.
+        context: context length of the model, in tokens.
     """
     config, _ = settings
     if config.data.max_tokens is not None:
@@ -46,10 +46,10 @@ def with_length(
 
 
 def with_batch(settings: Settings, num_sequences: int, num_devices: int) -> Settings:
-    """Choose the batch if neither of its flags is given.
+    """Choose the batch size of a fine-tune, unless the user gave one of its two flags.
 
     Args:
-        num_sequences: sequences or pairs in an epoch.
+        num_sequences: number of sequences or preference pairs in an epoch.
     """
     config, origins = settings
     chosen_by_user = {origins["batch_size"], origins["gradient_accumulation_steps"]} != {"default"}
@@ -64,10 +64,10 @@ def with_batch(settings: Settings, num_sequences: int, num_devices: int) -> Sett
 
 
 def shortest(settings: Settings, context: int | None) -> Settings:
-    """The smallest length and batch that may be chosen once the rows are read.
+    """The smallest sequence length and batch size that may be chosen once the rows are read.
 
     Args:
-        context: context of the model; None for a preset.
+        context: context length of the model, in tokens; None for a preset.
     """
     if context is None or settings[0].data.max_tokens is not None:
         return settings
@@ -81,7 +81,7 @@ def _set(settings: Settings, changes: dict[str, Any], origin: str) -> Settings:
 
 
 def _lengths(splits: Sequence[StoreSplit], are_pairs: bool) -> Any:
-    """The lengths of all documents, or of the longer sequence of each pair, sorted."""
+    """Sorted lengths, in tokens, of all documents, or of the longer sequence of each pair."""
     import numpy as np
 
     from consyn_jax.data.pairs import longer_sequences

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CORE_FLOPS = 60e9  # per second and core in a train step; docs/design/cpu.md: 73e9 with AVX-512
 ESTIMATE_SHARE = 0.9  # an estimate up to a tenth too high refuses nothing that fits
-# Share of the memory for a suggestion, as malloc keeps up to three times the memory of a step.
+# Share of the memory that a suggested run may need; malloc keeps up to three times a step's memory.
 COMFORT_SHARE = 0.3
 DAY_S, HALF_HOUR_S = 86_400, 1_800
 FEWEST_STEPS = 200  # of a suggested run
@@ -38,11 +38,11 @@ DEVICES = (Path("/proc/driver/nvidia"), Path("/dev/dxg"), Path("/dev/kfd"), Path
 
 @dataclass(frozen=True)
 class Need:
-    """Memory and time that a run needs on a CPU, by arithmetic.
+    """Estimated memory and time of a run on a CPU.
 
     Attributes:
-        memory: bytes that a step needs.
-        steps: steps of the run; None if unknown.
+        memory: memory of a step, in bytes.
+        steps: number of steps of the run; None if unknown.
     """
 
     memory: float
@@ -51,7 +51,7 @@ class Need:
 
     @property
     def run_s(self) -> float:
-        """Duration of the run in seconds; infinite if its steps are unknown."""
+        """Duration of the run in seconds; infinite if its number of steps is unknown."""
         return self.step_s * (self.steps or float("inf"))
 
 
@@ -61,9 +61,9 @@ def check_machine(
     choice: ModelChoice,
     tokenizer: BPETokenizer | str | None,
 ) -> None:
-    """Check that a run fits this machine's memory, if there is no GPU to run it.
+    """Check that a run fits the memory of a machine without a GPU.
 
-    The default model must also be trained within a day, as the user did not choose it.
+    If the user did not choose the model, the run must also finish within a day.
 
     Raises:
         UserError: it does not fit; the message suggests flags with which the command runs.
@@ -104,7 +104,7 @@ def check_machine(
 
 
 def _given(config: RunConfig, origins: Mapping[str, str]) -> dict[str, Any]:
-    """Settings that a suggestion keeps, by flag name."""
+    """The user's settings, which a suggestion must not change, by flag name."""
     given = {
         name: value
         for name, value in flat(config).items()
@@ -116,7 +116,7 @@ def _given(config: RunConfig, origins: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _advice(found: list[tuple[dict[str, Any], Need]], fits: bool, config: RunConfig) -> str:
-    """Advice on what to do instead, as one sentence."""
+    """Write the suggestions `found` as one sentence of advice."""
     if not found:
         return "Use a smaller model, or a machine with a GPU."
     texts = [
@@ -124,7 +124,7 @@ def _advice(found: list[tuple[dict[str, Any], Need]], fits: bool, config: RunCon
         f"{_gib(need.memory)} and {_duration(need.run_s)})"
         for changes, need in found
     ]
-    more = f", or give --model {config.model.model} to train it all the same" if fits else ""
+    more = f", or give --model {config.model.model} to train this model anyway" if fits else ""
     return f"Add {' or '.join(texts)}{more}."
 
 
@@ -136,7 +136,11 @@ def _suggestion(
     memory: int,
     tokens: float | None,
 ) -> list[tuple[dict[str, Any], Need]]:
-    """The first change of flags that fits the memory and a day, with its needs."""
+    """The first of `candidates` (changes of flags) that fits the memory, and its needs.
+
+    A run that would take more than a day is limited to about half an hour by `max_steps`. The list
+    is empty if no candidate fits.
+    """
     for changes in candidates:
         with suppress(UserError):  # dimensions that were given may not fit another preset
             need = _need(resolve(given | changes)[0], choice.base, vocab_size, tokens)
@@ -152,7 +156,7 @@ def _suggestion(
 
 
 def _batches(config: RunConfig, changes: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Changes of length and micro-batch; those that keep the result come first."""
+    """Candidate sequence lengths and micro-batch sizes; those that keep the result come first."""
     length = PRESETS[changes["model"]]["max_tokens"] if changes else config.length
     for max_tokens in (length, *(short for short in LENGTHS if short < length)):
         shorter = changes | ({} if max_tokens == length else {"max_tokens": max_tokens})
@@ -166,7 +170,7 @@ def _batches(config: RunConfig, changes: dict[str, Any]) -> Iterator[dict[str, A
 
 
 def _smaller_models(config: RunConfig, choice: ModelChoice) -> Iterator[dict[str, Any]]:
-    """Changes to smaller presets, the largest first; none if the weights are given."""
+    """Candidate smaller presets, the largest first; none if the run starts from given weights."""
     names = list(PRESETS)
     if config.model.model in names and choice.weights is None:
         for name in reversed(names[: names.index(config.model.model)]):
@@ -176,10 +180,10 @@ def _smaller_models(config: RunConfig, choice: ModelChoice) -> Iterator[dict[str
 def _need(
     config: RunConfig, base: ModelConfig | None, vocab_size: int, tokens: float | None = None
 ) -> Need:
-    """Return the memory and time that a run needs.
+    """Estimate the memory and time of a run.
 
     Args:
-        tokens: tokens of the data; None if unknown.
+        tokens: number of tokens in the data; None if unknown.
     """
     base = None if config.model.model in PRESETS else base
     model = architecture(config.model, base, vocab_size=vocab_size)
@@ -200,13 +204,13 @@ def _need(
 
 
 def _has_loop(config: RunConfig, choice: ModelChoice) -> bool:
-    """Whether blocks run in a loop; recomputation then saves memory that is not estimated here."""
+    """Whether the blocks run in a loop; if so, recomputation saves memory not counted here."""
     base = None if config.model.model in PRESETS else choice.base
     return architecture(config.model, base, vocab_size=1).num_layers > CPU_UNROLLED_LAYERS
 
 
 def _has_accelerator() -> bool:
-    """Whether JAX will find a device other than a CPU; JAX is not imported."""
+    """Whether JAX will find a device other than a CPU, judged without importing JAX."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms:
         return platforms.split(",")[0] != "cpu"
@@ -217,7 +221,7 @@ def _has_accelerator() -> bool:
 
 
 def _machine_bytes() -> int:
-    """Memory of this machine, or of the container that this process is in."""
+    """Memory in bytes of this machine, or of the container that this process runs in."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError):  # without cgroups, or "max"
         machine = min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
@@ -248,7 +252,7 @@ def _vocab_size(
 
 
 def _data_tokens(data: DataOptions) -> float | None:
-    """Tokens of the data, estimated from its bytes if it is text; None before it is downloaded."""
+    """Number of tokens in the data, for text estimated from its size; None before a download."""
     from consyn_jax.data.sources.discovery import find_sources
     from consyn_jax.data.store.manifest import read_manifest, totals
 

@@ -1,4 +1,4 @@
-"""The model of a run, as `--model` and `--checkpoint` choose it."""
+"""Choose the model of a run from `--model` and `--checkpoint`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Tokens = Callable[[ModelConfig], ModelConfig]
 
-# What must agree with the weights; context, rotation and windows can change without them.
+# Fields that must agree with the weights; context, rotation and windows may differ.
 WEIGHT_SHAPES = (
     *("hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"),
     *("qk_norm", "tie_embeddings", "qkv_bias", "output_bias", "mlp_bias"),
@@ -27,12 +27,12 @@ WEIGHT_SHAPES = (
 
 
 class ModelChoice(NamedTuple):
-    """The architectures and weights of `--model` and `--checkpoint`.
+    """The architectures and weights that `--model` and `--checkpoint` name.
 
     Attributes:
-        base: architecture of `--model`, unless it is a preset.
-        stored: architecture of `--checkpoint`.
-        weights: directory of `--checkpoint`.
+        base: architecture of `--model`; None for a preset.
+        stored: architecture of `--checkpoint`; None without one.
+        weights: directory of `--checkpoint`; None without one.
     """
 
     base: ModelConfig | None = None
@@ -41,10 +41,10 @@ class ModelChoice(NamedTuple):
 
 
 def choose_model(options: ModelOptions) -> ModelChoice:
-    """Find and check what `--model` and `--checkpoint` name.
+    """Find and check the models that `--model` and `--checkpoint` name.
 
     Raises:
-        UserError: nothing usable is there, or the checkpoint does not fit the architecture.
+        UserError: there is no usable model, or the checkpoint does not fit the architecture.
     """
     is_preset = options.model in PRESETS
     if options.checkpoint is None and is_preset:
@@ -60,8 +60,9 @@ def choose_model(options: ModelOptions) -> ModelChoice:
     weights = find_model(options.checkpoint)
     if is_adapter(weights):
         raise UserError(
-            f"--checkpoint {options.checkpoint} is an adapter. Merge it with consyn-convert "
-            f"{options.checkpoint} --merge_lora --output MERGED, and start from MERGED."
+            f"--checkpoint {options.checkpoint} is an adapter. Merge it into its base model "
+            f"with consyn-convert {options.checkpoint} --merge_lora --output MERGED, and give "
+            "--checkpoint MERGED."
         )
     stored = read_checkpoint(weights)
     if is_preset:
@@ -77,37 +78,37 @@ def choose_model(options: ModelOptions) -> ModelChoice:
     ]
     if wrong:
         raise UserError(
-            f"--checkpoint {options.checkpoint} has {'; '.join(wrong)}. Leave --model and these "
-            "flags out, or leave --checkpoint out."
+            f"--checkpoint {options.checkpoint} has {'; '.join(wrong)}. Leave out --model and "
+            "the flags of these values, or leave out --checkpoint."
         )
     return ModelChoice(base, stored, weights)
 
 
 def check_start(config: RunConfig, *, is_planned: bool = False) -> None:
-    """Check that a run that needs a trained model to start from has one.
+    """Check that DPO or LoRA starts from trained weights.
 
     Args:
-        is_planned: nothing will run, so an adapter needs no weights.
+        is_planned: whether the run is only planned; LoRA then needs no weights.
 
     Raises:
-        UserError: the weights would be new ones.
+        UserError: the run would start from new weights.
     """
     if config.trains_on_pairs and config.model.checkpoint is None:
         raise UserError(
             "--objective dpo tunes a model that can already answer, but --model "
-            f"{config.model.model} has new weights. Give --checkpoint, for example the final/ of "
-            "a fine-tuned model."
+            f"{config.model.model} has new weights. Give --checkpoint, for example the final/ "
+            "directory of a fine-tuning run."
         )
     if config.lora.is_used and config.model.checkpoint is None and not is_planned:
         raise UserError(
             f"--lora_rank {config.lora.rank} adapts trained weights, but --model "
-            f"{config.model.model} starts from new ones. Give --checkpoint, or leave --lora_rank "
-            "out."
+            f"{config.model.model} starts from new weights. Give --checkpoint, or leave "
+            "--lora_rank out."
         )
 
 
 def _architecture_of(model: str) -> ModelConfig:
-    """The architecture of a config.json, a directory or a hub id."""
+    """Read the architecture of a config.json, a model directory or a hub id."""
     from consyn_jax.model.pretrained.config_json import read_config
     from consyn_jax.model.pretrained.weights import find_model
 
@@ -115,7 +116,7 @@ def _architecture_of(model: str) -> ModelConfig:
 
 
 def _check_names(options: ModelOptions) -> None:
-    """Refuse names that look like a mistake, with the name that was probably meant."""
+    """Refuse names that look like a mistake, and suggest the name that was probably meant."""
     model, checkpoint = options.model, options.checkpoint
     known = model in (*PRESETS, checkpoint) or Path(model).exists() or is_elsewhere(model)
     if not known:
@@ -134,26 +135,26 @@ def _check_names(options: ModelOptions) -> None:
         is_run = not (path / "config.json").exists() and any(map(Path.is_file, finals))
         if given and is_run:
             raise UserError(
-                f"--{name} {given} is a run, which holds several models. "
-                f"Use {path / 'final'} or {path / 'best'}."
+                f"--{name} {given} is a run directory, which contains several models. Use "
+                f"{path / 'final'} or {path / 'best'}."
             )
 
 
 def context_of(config: RunConfig, base: ModelConfig | None) -> int | None:
-    """The context of an architecture that is not a preset; None for a preset."""
+    """Context length, in tokens, of a model that is not a preset; None for a preset."""
     return None if base is None else config.model.context or base.context
 
 
 def with_sequence_length(
     config: RunConfig, base: ModelConfig | None, *, from_rows: bool = False
 ) -> RunConfig:
-    """Fill in the length of training sequences from an architecture that is not a preset.
+    """Fill in the length of training sequences for a model that is not a preset.
 
     Args:
-        from_rows: with `--checkpoint`, leave the length open until the data is read.
+        from_rows: with `--checkpoint`, leave the length unset until the data is read.
 
     Raises:
-        UserError: the given length is above the context.
+        UserError: the user's length is above the model's context.
     """
     context = context_of(config, base)
     if context is None:
@@ -165,7 +166,7 @@ def with_sequence_length(
 
 
 def weights_note(options: ModelOptions, origin: str, seed: int) -> tuple[str, str]:
-    """The line of the header about the weights that the run begins with.
+    """The header line (name, text) about the initial weights.
 
     Args:
         origin: origin of the value of `--checkpoint`.
@@ -173,18 +174,22 @@ def weights_note(options: ModelOptions, origin: str, seed: int) -> tuple[str, st
     place = options.checkpoint
     if place is None:
         return "weights", f"new, drawn with seed {seed}"
-    alone = f"; {place}/config.json names its architecture alone" if origin == "model" else ""
-    return "weights", f"start from those in {place}{alone if Path(place).is_dir() else ''}"
+    alone = (
+        f"; to use only its architecture, give --model {place}/config.json"
+        if origin == "model"
+        else ""
+    )
+    return "weights", f"initial weights from {place}{alone if Path(place).is_dir() else ''}"
 
 
 def deferred_model(
     config: RunConfig, choice: ModelChoice, vocab_size: int, with_tokens: Tokens
 ) -> DeferredModel:
-    """The model to train: fresh weights, or those of `--checkpoint`.
+    """The model to train, with new weights or the weights of `--checkpoint`, loaded when needed.
 
     Args:
-        vocab_size: vocabulary size of fresh weights.
-        with_tokens: sets the ids that begin, end and pad texts.
+        vocab_size: vocabulary size of new weights.
+        with_tokens: function that sets the BOS, EOS and padding ids in an architecture.
     """
     from consyn_jax.model.parameters import initial_parameters
     from consyn_jax.model.pretrained.safetensors_files import weights_hash
@@ -195,7 +200,8 @@ def deferred_model(
     if stored is not None:
         vocab_size = stored.vocab_size
     shape = with_tokens(architecture(config.model, base, vocab_size=vocab_size))
-    # a run is written as its checkpoint was; a new model in float32, whatever --model says
+    # Exports have the file format of --checkpoint; a new model is written in float32, whatever
+    # --model says.
     files = FileFormat(model_type=shape.files.model_type, config=shape.files.config)
     shape = replace(shape, files=files if stored is None else stored.files)
     if weights is None:

@@ -1,4 +1,4 @@
-"""A run up to its trainer: everything checked before slow work, then data and model prepared."""
+"""Check all input of a run before slow work, then prepare its data and model for the trainer."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ class PreparedRun:
     """Data, tokenizer and architecture of a run.
 
     Attributes:
-        exported: the tokenizer that is written beside the model.
+        choice: architectures and weights of the run.
+        data: datasets and their header lines.
+        exported: tokenizer to write into the directory of each exported model.
     """
 
     choice: ModelChoice
@@ -48,14 +50,14 @@ class PreparedRun:
 
     @property
     def settings(self) -> Settings:
-        """The run and the origins of its values, with those that follow from the data."""
+        """The configuration and its values' origins, including values chosen from the data."""
         return self.data.settings
 
     def trainer_inputs(self, settings: Settings) -> dict[str, Any]:
-        """Keywords of a `ConsynTrainer`.
+        """Keyword arguments for `ConsynTrainer`.
 
         Args:
-            settings: the settings of this run, or of one with the same data.
+            settings: the settings of this run, or of another run with the same data.
         """
         config, origins = settings
         choice, made_by, training = self.choice, self.data.tokenizer, self.data.training
@@ -81,10 +83,11 @@ class PreparedRun:
 def prepared_run(
     settings: Settings, check_directory: Callable[[RunConfig], None]
 ) -> Iterator[PreparedRun]:
-    """Check all input before slow work, and prepare the data; streaming ends with the `with` block.
+    """Check all input, then prepare the data; streaming stops at the end of the `with` block.
 
     Args:
-        check_directory: checks `--output`, after the flags and before the data.
+        check_directory: function that checks `--output`; called after the checks of the flags and
+            before the checks of the data.
     """
     config, origins = settings
     choice = choose_model(config.model)
@@ -112,7 +115,7 @@ def prepared_run(
 def _check_devices(config: RunConfig) -> None:
     """Check that the mesh fits the devices and divides the batch.
 
-    Devices that share a sequence are checked in `choose_run_mesh`, once the model is known.
+    `choose_run_mesh` checks the split of a sequence over devices later, when the model is known.
     """
     import jax
 
@@ -129,6 +132,6 @@ def _check_devices(config: RunConfig) -> None:
         if batch_size < num_devices and not config.hardware.auto_batch:
             return
         mesh = f"fsdp={num_devices}"
-    # A length chosen from the rows is a multiple of 128, or the context.
+    # A length that is chosen from the rows is a multiple of 128, or the model's context.
     length = config.data.max_tokens or 128
     check_batch(parse_mesh(mesh, num_devices), batch_size, length)

@@ -1,4 +1,4 @@
-"""Lines of the header about rows: their format, and an example."""
+"""Header lines about rows of the data: their format, and an example."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SHOWN_KEYS = 5  # of those that are not read
 def row_notes(
     report: Report, options: CorpusOptions, tokenizer: BPETokenizer
 ) -> list[tuple[str, str]]:
-    """(name, text) of each line; no lines if the data is not rows.
+    """Header lines about rows, each as (name, text); none if the data has no rows.
 
     Args:
-        tokenizer: the store's, with the chat template that was used.
+        tokenizer: the token store's tokenizer, with the chat template that formatted the rows.
     """
     from consyn_jax.data.preparation.corpus_report import CHANGES, NOTICES
     from consyn_jax.data.sources.rows import CONVERSATIONS
@@ -34,12 +34,17 @@ def row_notes(
         notes.append(("rows", f"read {found}{by}"))
     if report.unread:
         unread = listed([f"{key} ({count:,})" for key, count in report.unread.items()], SHOWN_KEYS)
-        notes.append(("not read", f"fields of the rows, with their numbers: {unread}"))
+        notes.append(
+            (
+                "not read",
+                f"fields that no option uses, with the number of rows that have them: {unread}",
+            )
+        )
     if any(name in CONVERSATIONS for name in report.formats):
         notes.append(("chat template", _template(options.chat_template, tokenizer)))
         notes += _date(tokenizer)
     elif options.chat_template != "auto":
-        unused = "has no effect, as there are no conversations"
+        unused = "has no effect, because the data has no conversations"
         notes.append(("chat template", f"--chat_template {options.chat_template} {unused}"))
     if report.example:
         _, prompt, target = report.example
@@ -60,12 +65,12 @@ def _template(given: str, tokenizer: BPETokenizer) -> str:
     if given not in ("auto", "plain"):
         return given
     if tokenizer.chat_template == PLAIN:
-        return "plain markers, exported with the model"
+        return "plain-text role markers, exported with the model"
     return "the model's own"
 
 
 def _date(tokenizer: BPETokenizer) -> list[tuple[str, str]]:
-    """The line about a template that writes the date, for which all rows get the same one."""
+    """Header line about a chat template that writes the date; all rows get the same date."""
     from consyn_jax.tokenization.chat.sandbox import RENDERED_DAY, writes_date
 
     sources = (tokenizer.chat_template, tokenizer.tool_template)
@@ -75,8 +80,8 @@ def _date(tokenizer: BPETokenizer) -> list[tuple[str, str]]:
     return [
         (
             "noticed",
-            f"the chat template writes the day: {day} in all rows, so that they are the same on "
-            "any day",
+            f"the chat template writes today's date; all rows get {day}, so that the data does "
+            "not depend on the day",
         )
     ]
 

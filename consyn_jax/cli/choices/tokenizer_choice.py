@@ -1,4 +1,4 @@
-"""The tokenizer of a run, as `--tokenizer`, `--checkpoint` and the data choose it."""
+"""Choose the tokenizer of a run from `--tokenizer`, `--checkpoint` and the data."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from consyn_jax.model_config import ModelConfig
 if TYPE_CHECKING:
     from consyn_jax.tokenization import BPETokenizer
 
-ANOTHER = "Set --tokenizer to the one it was trained with, or to a smaller one such as bytes."
+ANOTHER = (
+    "Set --tokenizer to the tokenizer that the checkpoint was trained with, or to a smaller "
+    "one such as bytes."
+)
 ENLARGE = (
-    "Remove the tokens that were added to its tokenizer, or enlarge its embedding with "
-    "resize_token_embeddings of transformers."
+    "Remove the tokens that were added to the checkpoint's tokenizer, or enlarge the "
+    "checkpoint's embedding with resize_token_embeddings of transformers."
 )
 PREPARE = "Give --data as text, or prepare it with the tokenizer of the checkpoint."
 Note = tuple[str, str]  # a line of the header: its name and its text
@@ -25,13 +28,17 @@ Note = tuple[str, str]  # a line of the header: its name and its text
 def choose_tokenizer(
     config: RunConfig, choice: ModelChoice, is_store: bool
 ) -> BPETokenizer | str | None:
-    """The tokenizer to use, or "train:SIZE" unchanged; None for the bundled one or the store's.
+    """Choose the tokenizer of a run.
 
     A checkpoint is trained with its own tokenizer. If it has none, the bundled one is used only if
     the user names it.
 
     Args:
         is_store: whether `--data` is a token store.
+
+    Returns:
+        A tokenizer, or "train:SIZE" if one is to be trained, or None for the bundled tokenizer or
+        the token store's.
 
     Raises:
         UserError: the tokenizer does not fit the checkpoint, or the checkpoint has none.
@@ -44,26 +51,29 @@ def choose_tokenizer(
         if own is None and choice.weights is not None and not is_store:
             found = sorted(file.name for file in choice.weights.iterdir())
             raise UserError(
-                f"--checkpoint {checkpoint} has no tokenizer (it holds {', '.join(found[:8])}). "
-                "Name the one that it was trained with: --tokenizer DIR, or a hub id."
+                f"--checkpoint {checkpoint} has no tokenizer (its files: "
+                f"{', '.join(found[:8])}). Give the tokenizer that it was trained with: "
+                "--tokenizer and a directory or hub id."
             )
         return own
     misfit = f"--tokenizer {spec} does not fit --checkpoint {checkpoint}, which"
     if spec.startswith("train:"):
         if own is not None:
-            raise UserError(f"{misfit} has its own. Leave --tokenizer out.")
+            raise UserError(f"{misfit} has a tokenizer. Leave --tokenizer out to use it.")
         return spec
     chosen = load_tokenizer(spec)
     if own is None:
         _check_size(chosen, choice.stored, config, ANOTHER)
         return chosen
     if chosen.sha256 != own.sha256:
-        raise UserError(f"{misfit} was trained with another. Leave --tokenizer out to use its own.")
+        raise UserError(
+            f"{misfit} was trained with another tokenizer. Leave --tokenizer out to use that one."
+        )
     return own
 
 
 def check_own_tokenizer(config: RunConfig, choice: ModelChoice) -> None:
-    """Check the tokenizer that came with the weights, before any data is read.
+    """Check the tokenizer in the checkpoint's directory, before any data is read.
 
     Raises:
         UserError: it is damaged, of an unknown kind, or larger than the embedding.
@@ -74,17 +84,17 @@ def check_own_tokenizer(config: RunConfig, choice: ModelChoice) -> None:
 
 
 def own_tokenizer(choice: ModelChoice) -> BPETokenizer | None:
-    """The tokenizer that came with the weights, if any did."""
+    """The tokenizer in the checkpoint's directory; None if there is none."""
     from consyn_jax import tokenization
 
     return None if choice.weights is None else tokenization.own_tokenizer(choice.weights)
 
 
 def with_tokens(shape: ModelConfig, choice: ModelChoice, tokenizer: BPETokenizer) -> ModelConfig:
-    """An architecture with the ids that begin, end and pad texts.
+    """Set the BOS, EOS and padding ids of an architecture.
 
-    A checkpoint keeps what it came with, `generation_config` included, unless it is trained with a
-    tokenizer whose end of text it does not know.
+    A checkpoint keeps its ids and its `generation_config`, unless it does not know the EOS token of
+    the tokenizer that it is trained with.
     """
     stored = choice.stored
     if stored is not None and (_is_own(tokenizer, choice) or _knows_end(stored, tokenizer)):
@@ -101,7 +111,7 @@ def with_tokens(shape: ModelConfig, choice: ModelChoice, tokenizer: BPETokenizer
 
 
 def tokenizer_notes(choice: ModelChoice, tokenizer: BPETokenizer) -> list[Note]:
-    """Lines of the header: how documents begin and end, and where the checkpoint differs."""
+    """Header lines: how documents begin and end, and how the checkpoint's tokens differ."""
     names = {role: repr(name) for role, name in tokenizer.special_tokens.items() if name}
     begin = names["bos_token"] if tokenizer.first_id is not None else "no BOS"
     notes = [
@@ -112,11 +122,14 @@ def tokenizer_notes(choice: ModelChoice, tokenizer: BPETokenizer) -> list[Note]:
         )
     ]
     if tokenizer.drops_text:
-        lost = "it has no tokens for some bytes and no unknown token, so such text is left out"
+        lost = (
+            "the tokenizer has no tokens for some bytes and no unknown token, so text with "
+            "these bytes is left out"
+        )
         notes.append(("left out text", lost))
     stored = choice.stored
     if stored is not None and stored.eos_token_ids and not _knows_end(stored, tokenizer):
-        kept = "stay as they came" if _is_own(tokenizer, choice) else "take the tokenizer's ids"
+        kept = "are not changed" if _is_own(tokenizer, choice) else "get the tokenizer's id"
         notes.append(
             (
                 "end of text",
@@ -128,7 +141,7 @@ def tokenizer_notes(choice: ModelChoice, tokenizer: BPETokenizer) -> list[Note]:
 
 
 def listed_ids(ids: tuple[int, ...]) -> str:
-    """Ids in a sentence.
+    """Join token ids with "or", for a sentence.
 
     >>> listed_ids((5, 7))
     '5 or 7'
@@ -156,9 +169,9 @@ def _check_size(
 
 
 def check_store(tokenizer: BPETokenizer, choice: ModelChoice, config: RunConfig) -> None:
-    """Check the tokenizer of a token store, which is known only once the store is opened.
+    """Check the tokenizer of a token store, after the store is opened.
 
     Raises:
-        UserError: it has more tokens than the checkpoint.
+        UserError: the tokenizer has more tokens than the checkpoint's vocabulary.
     """
     _check_size(tokenizer, choice.stored, config, PREPARE)

@@ -1,4 +1,4 @@
-"""The data of a run: checked, prepared or streamed, and described for the header."""
+"""Check, prepare or stream the data of a run, and describe it for the header."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ USED_WITH_TOKENS = {
     *("data", "validation", "validation_fraction", "dataset_type", "tokenizer", "num_workers"),
 }
 EMPTY_VALIDATION = (
-    "no document fell into it; give --validation PATH or a larger --validation_fraction"
+    "the validation split has no document; give --validation PATH or a larger --validation_fraction"
 )
 
-CUT = "sequences are cut from the stream of documents"
+CUT = "documents are joined and cut into sequences"
 SHOWN_REASONS = 4
 
 Note = tuple[str, str]  # a line of the header: its name and its text
 
 
 class TrainingData(NamedTuple):
-    """Data in the form that `ConsynTrainer` takes, and its lines of the header.
+    """Datasets for `ConsynTrainer`, and header lines about them.
 
     Attributes:
-        settings: the run and the origins of its values, with those that follow from the data.
+        settings: the configuration and the origins of its values, including values chosen from the
+            data.
     """
 
     training: Any
@@ -58,8 +59,8 @@ def check_data(data: DataOptions) -> bool:
     for item in data.data:
         if data.data_weights and data.data.count(item) > 1:
             raise UserError(
-                f"--data names {item} twice, but a mixture has one weight for each item. Name it "
-                "once."
+                f"--data names {item} twice, but a mixture has one weight for each item. Give "
+                "it once."
             )
     corpora = [
         find_sources(part, data.dataset_type, invalid_utf8=data.invalid_utf8)
@@ -82,7 +83,7 @@ def check_data(data: DataOptions) -> bool:
 
 
 def _parts(data: DataOptions) -> list[tuple[str, ...]]:
-    """The items of `--data`, grouped by the token store that they become part of."""
+    """Group the items of `--data` by token store: one store for each, if they have weights."""
     return [(item,) for item in data.data] if data.data_weights else [data.data]
 
 
@@ -93,8 +94,8 @@ def training_data(
     """Prepare the data, or begin to stream it; streaming stops at the end of the `with` block.
 
     Args:
-        tokenizer: a tokenizer, or as `--tokenizer` names it.
-        context: context of the model; None for a preset.
+        tokenizer: a tokenizer, or a value of `--tokenizer`.
+        context: context length of the model, in tokens; None for a preset.
     """
     config, _ = settings
     fields = dataclasses.fields(CorpusOptions)
@@ -118,7 +119,7 @@ def _prepared(
     tokenizer: BPETokenizer | None,
     context: int | None,
 ) -> TrainingData:
-    """One token store for all of `--data`, or a mixture with a store for each item."""
+    """Prepare one token store for all of `--data`, or one for each item of a mixture."""
     config, _ = settings
     stores = [
         _prepare(config, dataclasses.replace(options, data=part), tokenizer)
@@ -137,16 +138,16 @@ def _prepared(
 
 
 def _check_pairs(config: RunConfig, stores: Sequence[Prepared]) -> None:
-    """Check that token stores hold what the objective trains on."""
+    """Check that token stores contain pairs of answers if and only if the objective is dpo."""
     for prepared in stores:
         if prepared.store.holds_pairs == config.trains_on_pairs:
             continue
         name = prepared.used[0].name
         if prepared.store.holds_pairs:
-            raise UserError(f"--data {name} holds pairs of answers. Add --objective dpo.")
+            raise UserError(f"--data {name} contains pairs of answers. Add --objective dpo.")
         raise UserError(
-            f"--data {name} holds no pairs of answers, which --objective dpo trains on. Prepare "
-            "them with consyn-prepare --row_format preference, or give the rows themselves."
+            f"--data {name} contains no pairs of answers, which --objective dpo needs. Prepare "
+            "the data with consyn-prepare --row_format preference, or give files of rows."
         )
 
 
@@ -160,7 +161,7 @@ def _num_devices(config: RunConfig) -> int:
 def _datasets(
     config: RunConfig, stores: Sequence[Prepared]
 ) -> tuple[Any, Any, list[ConsynDataset]]:
-    """(training, validation, training data of each store)."""
+    """The training and the validation dataset (or None), and each store's training dataset."""
     from consyn_jax.training.dataset import ConsynDataset, MixedDataset, pack_split
 
     data, seed = config.data, config.budget.seed
@@ -190,7 +191,7 @@ def _datasets(
 
 
 def _streamed(settings: Settings, corpus: Growing) -> TrainingData:
-    """The data while it is being tokenised."""
+    """Datasets that can be read while `corpus` is still being tokenised."""
     config, _ = settings
     from consyn_jax.data.streaming import BLOCK_WINDOWS, VALIDATION_WINDOWS, FirstWindows, Streamed
 
@@ -214,21 +215,23 @@ def _streamed(settings: Settings, corpus: Growing) -> TrainingData:
 
 
 def _begun(corpus: Growing, config: RunConfig) -> tuple[BPETokenizer, list[Note]]:
-    """The tokenizer to export, and the rows' format, judged by the first part of the data."""
+    """The tokenizer to export and header lines about the rows, from the first part of the data."""
     from consyn_jax.data.sources.rows import CONVERSATIONS
 
     tokenizer, report = corpus.tokenizer, corpus.beginning()
     if any(name in CONVERSATIONS for name in report.formats):
-        # Whoever loads the model must write conversations as they were trained on.
+        # Users of the exported model must format conversations as in training.
         tokenizer = tokenizer.with_chat_template(corpus.chat_template)
     notes = row_notes(report, config.data, tokenizer)
     if corpus.prepared is None and report.formats:
-        notes.append(("rows", "counted in the first part of the data, as the rest is read later"))
+        notes.append(
+            ("rows", "counted in the first part of the data; the rest is read during training")
+        )
     return tokenizer, notes
 
 
 def _prepare(config: RunConfig, options: CorpusOptions, tokenizer: BPETokenizer | None) -> Prepared:
-    """A token store, with a progress bar while it is made."""
+    """Make a token store, with a progress bar."""
     from consyn_jax.cli.progress_bar import Bar
     from consyn_jax.data.preparation.cached_store import prepare
 
@@ -237,7 +240,7 @@ def _prepare(config: RunConfig, options: CorpusOptions, tokenizer: BPETokenizer 
 
 
 def _notes(prepared: Prepared, options: CorpusOptions) -> list[Note]:
-    """Lines of the header about one token store."""
+    """Header lines about one token store."""
     from consyn_jax.data.preparation.corpus_report import CHANGES
 
     store, report = prepared.store, prepared.report
@@ -246,7 +249,7 @@ def _notes(prepared: Prepared, options: CorpusOptions) -> list[Note]:
         split = store.split(name)
         size = f"{name} {split.num_tokens:,} tokens"
         if split.num_targets != split.num_tokens:
-            size += f" ({split.num_targets:,} of them learned)"
+            size += f"  ({split.num_targets:,} of them training targets)"
         if split.num_documents is not None:
             size += f" of {counted(split.num_documents, 'document')}"
         sizes.append(size)
@@ -271,7 +274,7 @@ def _notes(prepared: Prepared, options: CorpusOptions) -> list[Note]:
 
 
 def left_out_files(files: Sequence[tuple[str, str]]) -> str:
-    """Number of files left out, and for each reason the number and the first names."""
+    """Text about files left out: for each reason, their number and the first names."""
     reasons: dict[str, list[str]] = {}
     for name, reason in files:
         reasons.setdefault(reason, []).append(name)
@@ -285,7 +288,7 @@ def left_out_files(files: Sequence[tuple[str, str]]) -> str:
 def noticed(
     sources: Sequence[Source], options: CorpusOptions, tokenizer: BPETokenizer
 ) -> list[Note]:
-    """Lines about text files whose structure is ignored, with the flags that would read it."""
+    """Header lines about text files whose structure is ignored, with flags that would read it."""
     from consyn_jax.data.sources.recognition.unread_structure import unread_structure
 
     end_text = tokenizer.decode([tokenizer.eos_token_id], False)
@@ -293,7 +296,7 @@ def noticed(
 
 
 def by_name(validation: Sequence[Source], options: CorpusOptions) -> list[Note]:
-    """The line about files of `--data` whose names make them validation data."""
+    """Header line about files of `--data` that are validation data because of their names."""
     if not validation or options.validation:
         return []
     names = listed([source.name for source in validation])
@@ -305,7 +308,7 @@ def _left_out(files: Sequence[tuple[str, str]]) -> list[Note]:
 
 
 def _packing(datasets: Sequence[ConsynDataset]) -> list[Note]:
-    """Header entry: how sequences are made, and what happens to longer rows."""
+    """Header lines about packing documents into sequences, and about rows that are too long."""
     from consyn_jax.data.packing import CONTINUE, WholeDocuments
     from consyn_jax.data.pairs import PairDataset
 
@@ -316,23 +319,27 @@ def _packing(datasets: Sequence[ConsynDataset]) -> list[Note]:
     if not whole:
         return [("packing", CUT)]
     padding = sum(len(d) * d.padding_fraction for d in whole) / max(sum(map(len, whole)), 1)
-    notes = [("packing", f"sequences are made of whole documents, with {padding:.1%} padding")]
+    notes = [("packing", f"sequences consist of whole documents, with {padding:.1%} padding")]
     if len(whole) < len(datasets):
         notes.append(("packing", f"documents without prompts: {CUT}"))
     num_long = sum(d.num_long for d in whole)
     if num_long:
-        what = {CONTINUE: "they continue in the next", "truncate": "truncated", "drop": "dropped"}
+        what = {
+            CONTINUE: "continued in the next sequence",
+            "truncate": "truncated",
+            "drop": "dropped",
+        }
         lost, total = sum(d.lost_tokens for d in whole), sum(d.num_tokens for d in whole)
         text = f"{num_long:,} longer than {whole[0].block_size:,} tokens: {what[whole[0].on_long]}"
         share = f", {lost:,} tokens ({lost / max(lost + total, 1):.1%}) left out" if lost else ""
         if targets := sum(d.lost_targets for d in whole):
-            share += f", {targets:,} of them to be learned"
+            share += f", {targets:,} of them training targets"
         notes.append(("long rows", text + share))
     return notes
 
 
 def _pair_notes(datasets: Sequence[PairDataset]) -> list[Note]:
-    """Header entry: how pairs become rows, and what happens to those that are too long."""
+    """Header lines about preference pairs, and about pairs that are too long."""
     num_pairs, size = sum(map(len, datasets)), datasets[0].block_size
     padding = sum(len(d) * d.padding_fraction for d in datasets) / max(num_pairs, 1)
     row = f"a row is a pair: two sequences of up to {size:,} tokens"
@@ -344,6 +351,6 @@ def _pair_notes(datasets: Sequence[PairDataset]) -> list[Note]:
         text = f"{num_long:,} with a sequence of more than {size:,} tokens: {what}"
         text += f", {lost:,} tokens ({lost / max(lost + total, 1):.1%}) left out"
         if without := sum(d.num_without_answer for d in datasets):
-            text += f"; {without:,} of them dropped, as no token of an answer would be left"
+            text += f"; {without:,} of them dropped, because no token of an answer would be left"
         notes.append(("long pairs", text))
     return notes

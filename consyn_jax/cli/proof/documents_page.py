@@ -1,4 +1,4 @@
-"""`consyn-train --documents_of`: the documents that steps of a run learned from."""
+"""`consyn-train --documents_of`: list the documents that steps of a run trained on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def list_documents(config: RunConfig) -> None:
     """Print the documents of the steps that `--documents_of` names.
 
     Raises:
-        UserError: there is no such run or step, or its documents were not recorded.
+        UserError: there is no such run or step, or the run did not record its documents.
     """
     from consyn_jax.data.learned_documents import DocumentFinder
     from consyn_jax.training.provenance.data_record import open_order
@@ -47,7 +47,7 @@ def list_documents(config: RunConfig) -> None:
 
 
 class SourceChanges:
-    """Compares the sources of documents with what was prepared, and warns once of each change."""
+    """Finds source files that changed since the data was prepared; warns of each one once."""
 
     def __init__(self, finder: DocumentFinder) -> None:
         self._finder = finder
@@ -55,7 +55,7 @@ class SourceChanges:
         self._changed: dict[str, str] = {}
 
     def among(self, documents: Iterable[LearnedDocument]) -> list[str]:
-        """Names of the changed sources of documents that the finder has just found."""
+        """Names of changed source files of `documents`, which the finder has just found."""
         from consyn_jax.training.provenance.data_check import changed_sources
 
         used = self._finder.used_sources
@@ -82,15 +82,15 @@ def recorded_facts(place: Path) -> dict[str, Any]:
     """Read the provenance.json of a run or model.
 
     Raises:
-        UserError: it has none.
+        UserError: there is no such file.
     """
     from consyn_jax.training.provenance.run_facts import read_facts
 
     facts = read_facts(place)
     if facts is None:
         raise UserError(
-            f"--output {place} has no provenance.json: it is not a run, or an older version wrote "
-            "it. Name the directory of a run."
+            f"--output {place} has no provenance.json: it is not a run, or an older version "
+            "wrote it. Give the directory of a run."
         )
     return facts
 
@@ -100,21 +100,22 @@ def _steps(text: str) -> tuple[int, int]:
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= first <= last:
         raise UserError(
-            f"--documents_of {text} is neither a step nor a range of steps, of at most 15 digits. "
-            "Give 12, or 12:20 for steps 12 to 20; the first step is 1."
+            f"--documents_of {text} is neither a step nor a range of steps. Give, for example, "
+            "12, or 12:20 for steps 12 to 20; the first step is 1, and numbers have at most 15 "
+            "digits."
         )
     return first, last
 
 
 def as_json(documents: Sequence[LearnedDocument]) -> list[dict[str, Any]]:
-    """Documents as JSON objects."""
+    """The documents as JSON objects, one for each."""
     return [asdict(document) for document in documents]
 
 
 def lines(step: int, documents: Sequence[LearnedDocument]) -> Iterator[str]:
     """A heading, and a line for each document, the largest share first."""
     targets = sum(document.targets for document in documents)
-    yield f"Step {step:,}: {counted(len(documents), 'document')}, {targets:,} tokens learned"
+    yield f"Step {step:,}: {counted(len(documents), 'document')}, {targets:,} training targets"
     for document in sorted(documents, key=lambda document: -document.share):
         place = in_line(document.source)
         if document.row is not None:

@@ -1,4 +1,4 @@
-"""The flags of `consyn-train` that inspect a finished run instead of training."""
+"""The flags of `consyn-train` that inspect an existing run instead of training."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ def asked(config: RunConfig, mode: str) -> str | None:
     """Return the inspection flag on the command line; None if there is none.
 
     Raises:
-        UserError: two are given, one is combined with a mode, or --json is given without one.
+        UserError: there are two such flags, or one together with a mode, or --json without any.
     """
     found = [name for name in QUESTIONS if getattr(config.proof, name) is not None]
     if config.proof.json and not found:
         raise UserError("--json belongs to --documents_of, --replay_step or --verify. Add one.")
     if len(found) + bool(mode) > 1 and found:
         other = mode or found[1]
-        raise UserError(f"--{found[0]} and --{other} do not work together. Leave one of them out.")
+        raise UserError(
+            f"--{found[0]} and --{other} do not work together. Leave one of the two flags out."
+        )
     return found[0] if found else None

@@ -24,7 +24,7 @@ CLOSE = 1e-5  # accepted relative difference between devices or versions
 def settings_of_run(
     config: RunConfig, origins: dict[str, str]
 ) -> tuple[RunConfig, dict[str, str], Path]:
-    """Resolve the run in `--output` with the other given flags.
+    """Resolve the configuration of the run in `--output`, overridden by the user's other flags.
 
     Returns:
         The configuration, the origins of its values, and the run directory.
@@ -45,7 +45,7 @@ def settings_of_run(
 
 
 def replay(trainer: ConsynTrainer, place: Path) -> None:
-    """Repeat the step, compare it with the log, and print its documents.
+    """Repeat the step of `--replay_step`, compare it with the log, and print its documents.
 
     Args:
         trainer: trainer of the run in `place`.
@@ -101,20 +101,27 @@ def _check(trainer: ConsynTrainer, place: Path, step: int) -> None:
         changes.append("the number of steps changed")
     if changes:
         raise UserError(
-            f"--replay_step {step}: the run in {place} differs: {'; '.join(changes)}. Put the "
-            "run's own data and weights back, and leave flags that change the mathematics out."
+            f"--replay_step {step}: the run in {place} differs: {'; '.join(changes)}. Restore "
+            "the run's data and weights, and leave out flags that change the computation."
         )
 
 
 def _documents(
     trainer: ConsynTrainer, step: int
 ) -> tuple[list[LearnedDocument] | None, str, list[str]]:
-    """The documents of the step or the reason why they are unknown, and its changed sources."""
+    """The documents of a step (or None and the reason), and names of their changed sources."""
     from consyn_jax.data.learned_documents import DocumentFinder
 
     order = trainer.train_source.order
     if order is None:
-        return None, "Nothing is known of the documents: the data has no positions.", []
+        return (
+            None,
+            (
+                "The documents of the step are unknown, because the data does not record document "
+                "positions."
+            ),
+            [],
+        )
     finder = DocumentFinder(order, trainer.sequences_per_step)
     try:
         documents = finder.documents(step)
@@ -124,7 +131,7 @@ def _documents(
 
 
 def _surroundings(place: Path, step: int, mesh: dict[str, int]) -> list[str]:
-    """Names of the facts that differ between this start and the one that took the step."""
+    """Names of recorded facts that differ between this start and the start that ran the step."""
     import jax
 
     from consyn_jax.training.provenance.code_files import code_digests, combined
@@ -133,7 +140,7 @@ def _surroundings(place: Path, step: int, mesh: dict[str, int]) -> list[str]:
     facts = read_facts(place)
     starts = [start for start in (facts or {}).get("starts", []) if start["step"] < step]
     if not starts or "mesh" not in starts[-1]:
-        return ["the record of the start"]
+        return ["the record of the start is missing"]
     then = starts[-1]
     now = record_start(0, combined(code_digests()), mesh, jax.devices())
     return [
@@ -147,13 +154,13 @@ def _verdict(again: RepeatedRun, others: list[str]) -> tuple[bool, str]:
 
     compared = [step for step in again.steps if step.logged is not None]
     if not compared:
-        return True, "The run logged none of these steps, so there is nothing to compare with."
+        return True, "The run logged none of the repeated steps, so nothing can be compared."
     worst, which = max(step.difference for step in compared), _which(compared, again.steps[-1])
     if worst == 0 and all(step.is_finite for step in compared):
         return True, f"{which} with the log, bit for bit."
     if worst == 0:
-        return True, f"{which} with the log, which has no digits of values that are not finite."
-    changed = f" Different from then: {', '.join(others)}." if others else ""
+        return True, f"{which} with the log; non-finite values are logged without digits."
+    changed = f"  Different from the run: {', '.join(others)}." if others else ""
     if worst <= CLOSE and (others or jax.default_backend() != "cpu"):
         return True, f"{which} with the log within {worst:.1g}.{changed}"
     how = f"by up to {worst:.2g}" if math.isfinite(worst) else "about which values are finite"
@@ -161,7 +168,7 @@ def _verdict(again: RepeatedRun, others: list[str]) -> tuple[bool, str]:
 
 
 def _which(compared: list[Comparison], last: Comparison) -> str:
-    """The steps that were compared, as the beginning of a sentence."""
+    """Name the compared steps, as the beginning of a sentence that ends in "agree"."""
     if last.logged is None:
         about = f"The run did not log step {last.step:,}; the steps before it that it logged "
         return f"{about}({', '.join(f'{step.step:,}' for step in compared)}) agree"
@@ -183,7 +190,7 @@ def _then(step: Comparison, name: str) -> str:
     if step.logged is None:
         return "not logged"
     logged = step.logged[name]
-    return f"in the run {logged!r}" if math.isfinite(logged) else "in the run not finite"
+    return f"in the run {logged!r}" if math.isfinite(logged) else "in the run: not finite"
 
 
 def _as_json(
@@ -213,5 +220,5 @@ def _as_json(
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:
-    """Replace NaN and infinities by None, as JSON has neither."""
+    """Replace NaN and infinity by None, because JSON has neither."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""`consyn-train --replay`: repeat the step that ended a run, with the statistics of every layer."""
+"""`consyn-train --replay`: repeat the last step of a diverged run, with layer statistics."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def replay(config: RunConfig, origins: dict[str, str]) -> None:
-    """Repeat the step of the bundle `--replay`, and print its metrics and diagnosis.
+    """Repeat the step in the directory `--replay`, and print its metrics and diagnosis.
 
     Args:
-        config: a run whose flags, such as a mesh, override the settings in the bundle.
+        config: a configuration; its flags, such as the mesh, override the recorded settings.
 
     Raises:
         UserError: the bundle is missing or damaged, or does not fit the devices.
@@ -43,7 +43,10 @@ def replay(config: RunConfig, origins: dict[str, str]) -> None:
             ",".join(f"{axis}={size}" for axis, size in mesh.items())
             for mesh in (bundle.mesh, again.mesh)
         )
-        print(f"The run's mesh was {there}, and this is {here}: the last digits may differ.")
+        print(
+            f"The run's mesh was {there}, and the mesh of this repeat is {here}: the last "
+            "digits may differ."
+        )
     found = again.diagnosis
     print("\n".join(_table("activations", {"": found.activations})))
     print("\n".join(_table("parameters", {"gradient": found.gradients, "weight": found.weights})))
@@ -51,7 +54,7 @@ def replay(config: RunConfig, origins: dict[str, str]) -> None:
 
 
 def _under_adapter(run: RunConfig, vocab_size: int) -> DeferredModel | None:
-    """The model under the adapter that a run trains; None if it trains all weights."""
+    """The base model of the adapter that a run trains; None if the run trains all weights."""
     from consyn_jax.cli.choices.model_choice import choose_model, deferred_model
 
     if not run.lora.is_used:
@@ -60,7 +63,7 @@ def _under_adapter(run: RunConfig, vocab_size: int) -> DeferredModel | None:
 
 
 def _table(title: str, columns: dict[str, Sequence[Row]]) -> Iterator[str]:
-    """Lines of a table: one for each place in the model; all `columns` have the same places."""
+    """Lines of a table with a row for each place in the model; `columns` have equal places."""
     places = [row.place for row in next(iter(columns.values()))]
     width = max(map(len, [title, *places]))
     yield f"\n{title:<{width}}" + "".join(

@@ -12,11 +12,11 @@ from consyn_jax.errors import Differs, counted, in_line
 
 
 def verify(config: RunConfig) -> None:
-    """Print one line for everything that differs, could not be checked, or agrees.
+    """Print a line for each part of the record: it differs, could not be checked, or agrees.
 
     Raises:
         UserError: `--verify` names neither a run nor a model.
-        Differs: something differs.
+        Differs: a part of the record differs.
     """
     from consyn_jax.training.provenance.verification import verify_directory
 

@@ -1,4 +1,4 @@
-"""A store being written: the workers' results in the order of the documents, and a journal."""
+"""Write a token store from the workers' results, in document order, with a journal."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ from consyn_jax.tokenization import BPETokenizer
 JOURNAL_SECONDS = 2.0
 
 Publish = Callable[[TokenStoreWriter | None, Report | None], bool]
-"""Called after each block with the writer (None while its documents must not be read yet) and the
-counts so far (None if unknown); returning true stops the preparation."""
+"""Function called after each block with the writer (None while its documents must not be read yet)
+and the counts so far (None if unknown). The preparation stops if it returns true.
+"""
 
 
 class Stopped(Exception):
@@ -45,11 +46,11 @@ class Stopped(Exception):
 
 
 class Preparation:
-    """A store that is being written.
+    """A token store that is being written.
 
     Args:
-        state: the beginning, or the journal of an earlier process; updated along the way.
-        resumed: whether an earlier process left `state`.
+        state: the initial state, or the journal of an earlier process; it is updated in place.
+        resumed: whether `state` is the journal of an earlier process.
 
     Raises:
         UserError: `directory` cannot be written, or does not fit the journal.
@@ -85,7 +86,7 @@ class Preparation:
 
     @property
     def is_one_row(self) -> bool:
-        """Whether the corpus turned out to be a single row that was not cut by position."""
+        """Whether the corpus was found to be a single row, which was not split by position."""
         read = self.report.documents - self.report.dropped.get("empty", 0)
         rows = [source["documents"] for source in self.report.sources if source["kind"] != "text"]
         held_out = self.spec.options.validation_fraction + self.spec.test_fraction
@@ -132,7 +133,7 @@ class Preparation:
         )
 
     def close(self) -> None:
-        """Close all files; what is written stays."""
+        """Close all files; their content stays."""
         self.writer.close()
         self.duplicates.close()
 
@@ -140,7 +141,7 @@ class Preparation:
         """Write the report and the manifest, which makes the directory a store.
 
         Raises:
-            UserError: no document is left, or the files of the data changed meanwhile.
+            UserError: no document is left, or the files of the data changed during the preparation.
         """
         silent = dataclasses.replace(self.spec, progress=lambda stage, done, total: None)
         contents = contents_of(silent)
@@ -150,7 +151,7 @@ class Preparation:
             raise UserError(fault)
         self.report.splits = self.writer.totals
         if any(name in CONVERSATIONS for name in self.report.formats):
-            # Whoever loads the model must write conversations as they were trained on.
+            # Users of an exported model must format conversations as in training.
             templated = self.tokenizer.with_chat_template(self.spec.chat_template)
             templated.save(self.directory / "tokenizer")
         report = self.report.in_order()
@@ -177,10 +178,10 @@ class Preparation:
         )
 
     def _fault(self, key: str) -> str:
-        """The reason why the written files cannot become a store; "" if they can.
+        """The reason why the written files cannot become a store; "" if there is none.
 
         Args:
-            key: key of the sources as they are now.
+            key: cache key computed from the present content of the sources.
         """
         report, names = self.report, listed([source.name for source in self.spec.sources])
         if not report.kept and not report.dropped.keys() - {"empty"}:
@@ -189,28 +190,29 @@ class Preparation:
             if list(report.dropped) == ["bad row"]:
                 first = report.examples["bad row"][0].rstrip(".")
                 return (
-                    f"All {report.documents:,} rows of {names} are bad, the first: {first}. Mend "
-                    "the rows, or leave --on_bad_rows out to be told how to read them."
+                    f"All {report.documents:,} rows of {names} are bad, the first: {first}. "
+                    "Correct the rows, or leave --on_bad_rows out to get advice on how to read "
+                    "them."
                 )
             left_out = ", ".join(f"{count:,} {rule}" for rule, count in report.dropped.items())
             return (
-                f"Nothing is left of the {report.documents:,} documents in {names}: {left_out}. "
-                "Give other --data, or other rules."
+                f"No document is left of the {report.documents:,} documents in {names}: "
+                f"{left_out}. Give other --data, or change the rules for documents."
             )
         if key != self.state.key:
             return (
-                f"The files of --data changed while {self.directory} was made from them. Leave "
-                "them alone, and run the same command again."
+                f"The files of --data changed while {self.directory} was made from them. Do not "
+                "change the files, and run the same command again."
             )
         return ""
 
     def _end_block(self, publish: Publish | None, resumable: bool) -> None:
-        """Publish what is written, and every few seconds write the journal.
+        """Publish the documents written so far, and every few seconds write the journal.
 
         Args:
             resumable: whether an interrupted preparation could resume after this block.
         """
-        # A single row is cut by position once it is known to be the only one, so it is not
+        # A single row is split by position once it is known to be the only row, so it is not
         # published before that.
         shown = (
             self.writer if resumable and (self.state.single or self.report.documents > 1) else None
@@ -242,7 +244,7 @@ class Preparation:
         source["kept"] += kept
 
     def _write_documents(self, index: int, block: Block, documents: EncodedDocuments) -> int:
-        """Write the documents that are not duplicates, and return how many they are."""
+        """Write the documents that are not duplicates, and return their number."""
         keep = np.ones(len(documents.numbers), bool)
         may_repeat = documents.have_prompts.astype(bool)
         if self.spec.options.deduplicate is not None:
@@ -271,16 +273,16 @@ class Preparation:
     ) -> None:
         ends = np.cumsum(documents.lengths)
         for at in dropped:
-            # A token stands for at least one byte, so this many cover the characters to show.
+            # A token has at least one byte, so this many tokens cover the characters to show.
             ids = documents.ids[ends[at] - documents.lengths[at] : ends[at]][:EXAMPLE_CHARS]
             wanted = len(self.report.examples.get(rule, [])) < EXAMPLES
             text = self.tokenizer.decode(ids.tolist()) if wanted else ""
             self.report.drop(rule, f"{block.name}:{documents.numbers[at]}", text)
 
     def _write_part(self, index: int, block: Block, part: EncodedDocuments, is_blank: bool) -> int:
-        """Write a part of a long document; return 1 if it completes one that is kept, else 0.
+        """Write a part of a long document; return 1 if it completes a document to keep, else 0.
 
-        The rules are applied at the document's end, when its parts are kept or removed again.
+        The rules are applied at the document's end, and may then remove all of its parts.
         """
         if block.begins:
             beginning = self.tokenizer.decode(part.ids[:EXAMPLE_CHARS].tolist())
@@ -313,7 +315,7 @@ class Preparation:
         return next((rule for rule, repeated in found.items() if len(repeated)), "")
 
     def write_journal(self) -> None:
-        """Record how far the store is valid, after bringing all its files to the disk.
+        """Flush the store's files to the disk, then record in the journal how far they are valid.
 
         Raises:
             UserError: a file cannot be written.
@@ -337,10 +339,11 @@ class Preparation:
 
 
 class Duplicates:
-    """Exact and near duplicates among the documents so far, as far as the options ask for them.
+    """Finds exact and near duplicates of earlier documents, if the options ask for that.
 
     Args:
-        num_digests, num_signatures: valid records in the files; later ones are cut off.
+        num_digests, num_signatures: number of valid records in the files; later records are cut
+            off.
     """
 
     def __init__(
@@ -364,10 +367,10 @@ class Duplicates:
         signatures: UInt32[np.ndarray, "n 128"],
         may_repeat: Bool[np.ndarray, " n"],
     ) -> dict[str, Int64[np.ndarray, " m"]]:
-        """Indices of documents that repeat an earlier one, by rule; the others are recorded.
+        """Find the documents that repeat an earlier one (indices by rule), and record the others.
 
         Args:
-            may_repeat: documents that may equal an earlier one.
+            may_repeat: True for documents that are kept even if they equal an earlier one.
         """
         found, left = {}, np.arange(len(digests))
         for rule, index in self._indices.items():
@@ -378,7 +381,7 @@ class Duplicates:
         return found
 
     def flush(self) -> tuple[int, int]:
-        """Bring everything to the disk; returns how many digests and signatures there are."""
+        """Flush both files to the disk; return the numbers of digests and signatures."""
         for index in self._indices.values():
             index.flush()
         counts = {rule: index.count for rule, index in self._indices.items()}

@@ -1,13 +1,13 @@
-"""The token store of some data, made once and kept in a cache or where `--output` says.
+"""Make the token store of some data once, in a cache or in `--output`.
 
 Stages: sources, blocks, documents, cleaning, duplicates, splits, token ids, shards. Workers process
-single documents. This process reads, drops duplicates and writes, all in the order of the
-documents, so the store does not depend on the number of workers. Every few seconds a journal
-records how far the store is valid. If the preparation is killed, the next one cuts the store back
-to that point, continues from there, and ends with the same bytes.
+single documents. The main process reads, drops duplicates and writes in document order, so the
+store does not depend on the number of workers. Every few seconds a journal records how far the
+store is valid. If the preparation is killed, the next one cuts the store back to that point,
+continues from there, and ends with the same bytes.
 
-Nothing is printed here: `Prepared` holds what the user should know, and `progress` is called along
-the way.
+This module prints nothing: `Prepared` has the facts for the user, and `progress` is called during
+the work.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ from consyn_jax.tokenization import BPETokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class Prepared:
-    """A token store and how it came about.
+    """A token store, and the sources and counts of its preparation.
 
     Attributes:
         store: the tokens; `store.tokenizer` made them.
-        used, left_out: the sources that were read, and files of directories that were not, with
-            the reason.
+        used, left_out: the sources that were read, and the files of directories that were left out,
+            each with the reason.
         report: counts of the preparation, empty for data that was tokenised already.
-        from_cache: the store was complete before.
-        validation: those of `used` that are validation data.
+        from_cache: whether the store was already complete in the cache.
+        validation: the sources in `used` that are validation data.
     """
 
     store: TokenStore | JoinedStores | RawTokens
@@ -74,9 +74,9 @@ class Prepared:
 
     @property
     def validation_is_empty(self) -> bool:
-        """Whether no document is held out.
+        """Whether no document is held out for validation.
 
-        `--validation` or a larger `--validation_fraction` helps.
+        Remedies are `--validation` and a larger `--validation_fraction`.
         """
         return self.store.split(VALIDATION).num_tokens == 0
 
@@ -92,13 +92,13 @@ def prepare(
     """Return the token store of `options.data`: the data itself, a cached store, or a new one.
 
     Args:
-        tokenizer: replaces the one that the options name.
+        tokenizer: used instead of the tokenizer that the options name.
         output: directory of the store; None puts it into the cache, under a hash of its content.
         test_fraction: share of the documents that becomes the split "test".
 
     Raises:
-        UserError: the data is missing, unusable or without any text; the tokenizer is not that of
-            the given store; or `output` cannot be written or holds something else.
+        UserError: the data is missing, unusable or without text; the tokenizer differs from the
+            given store's; or `output` cannot be written or contains other files.
     """
     corpus, held_out = find(options)
     if corpus.sources[0].kind == "sharded":
@@ -144,10 +144,10 @@ class Growing:
 
     Attributes:
         tokenizer: the tokenizer of the store.
-        chat_template: the Jinja text that conversations are written with.
+        chat_template: the Jinja template that formats conversations.
         key: hash of the data, the rules and the tokenizer; known before the data is read.
-        left_out: files of directories that are not read, with the reason.
-        sources, validation: the sources that are read, and those of them for validation.
+        left_out: files of directories that are not read, each with the reason.
+        sources, validation: all sources that are read, and those for validation.
         prepared: the result of `prepare`, once the preparation is complete.
     """
 
@@ -156,7 +156,8 @@ class Growing:
         self.tokenizer, self.key, self.left_out = spec.tokenizer, destination.key, spec.left_out
         self.chat_template = spec.chat_template
         self.sources, self.validation = spec.sources, spec.sources[: spec.num_validation]
-        # The only document cannot be a duplicate, so it will not be taken back once it has begun.
+        # The only document cannot be a duplicate, so it is never removed and can be read while it
+        # is written.
         self._is_one_text = spec.is_one_text
         self.prepared: Prepared | None = None
         self._splits: dict[str, StoreSplit] = {}
@@ -170,9 +171,9 @@ class Growing:
         self._thread.start()
 
     def split(self, name: str, tokens: int | None) -> tuple[StoreSplit, bool]:
-        """The documents of a split so far, and whether these are all of them.
+        """The documents of a split so far, and whether the split is complete.
 
-        The split only grows: documents that were there before stay in place.
+        The split only grows: the positions of earlier documents do not change.
 
         Args:
             tokens: wait until the split has this many, or the preparation is complete; None waits
@@ -196,7 +197,7 @@ class Growing:
                 self._changed.wait()
 
     def beginning(self) -> Report:
-        """Wait for the first part of the data; return its counts, or the final ones if prepared.
+        """Wait for the first part of the data; return its counts, or the final counts if complete.
 
         Raises:
             UserError: the preparation failed.
@@ -215,7 +216,7 @@ class Growing:
             return self._begun
 
     def close(self) -> None:
-        """Stop the preparation; a later one continues it. Threads that wait get an exception."""
+        """Stop the preparation, which can be continued later. Waiting threads get an exception."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -251,12 +252,12 @@ class Growing:
 def _given(
     corpus: Corpus, held_out: Corpus, options: CorpusOptions, tokenizer: BPETokenizer | None
 ) -> Prepared:
-    """Data that is tokenised already: token stores, or files of tokens."""
+    """Open data that is already tokenised: token stores, or token files of other programs."""
     name = corpus.sources[0].name
     if options.tokenizer is not None and options.tokenizer.startswith("train:"):
         raise UserError(
-            f"--data {name} is tokenised already, so --tokenizer {options.tokenizer} cannot be. "
-            "Leave --tokenizer out."
+            f"--data {name} is tokenised already, so --tokenizer {options.tokenizer} cannot be "
+            "trained on it. Leave --tokenizer out."
         )
     if tokenizer is None and options.tokenizer is not None:
         tokenizer = load_tokenizer(options.tokenizer)
@@ -264,8 +265,8 @@ def _given(
     if not corpus.sources[0].is_store:
         if tokenizer is None:
             raise UserError(
-                f"--data {name} holds tokens, and not the tokenizer that made them. Name it with "
-                "--tokenizer PATH."
+                f"--data {name} contains tokens but no tokenizer. Give the tokenizer that made "
+                "them with --tokenizer PATH."
             )
         train, validation = (
             [Path(source.name) for source in found.sources] for found in (corpus, held_out)
@@ -290,24 +291,24 @@ def _given(
     stores = [TokenStore(source.name) for source in sources]
     if tokenizer is not None and tokenizer.sha256 != stores[0].manifest["tokenizer_sha256"]:
         raise UserError(
-            f"The token store {name} was made with another tokenizer than the one given by "
-            "--tokenizer or --checkpoint. Prepare the text again with that one, as in "
-            "consyn-prepare --tokenizer PATH, or give neither flag."
+            f"The token store {name} was made with another tokenizer than --tokenizer or "
+            "--checkpoint gives. Prepare the text again with consyn-prepare --tokenizer PATH, "
+            "or leave both flags out."
         )
     store = stores[0] if len(stores) == 1 else JoinedStores(stores)
     return Prepared(store, sources, left_out, Report(), from_cache=False)
 
 
 def _named(raw: RawTokens, sources: Sequence[Source], split: str) -> tuple[Source, ...]:
-    """The files of `--data` that belong to a split by their names."""
+    """The files of `--data` whose names assign them to `split`."""
     return tuple(source for source in sources if Path(source.name) in raw.paths[split])
 
 
 def _entry(key: str, options: CorpusOptions) -> Path:
-    """The directory in the cache for the store of `key`.
+    """The cache directory for the store with this key.
 
-    If a store there treated rows that are not UTF-8 differently, the new one gets another name: a
-    run may be reading the old one.
+    If a store there was made with another `--invalid_utf8`, the new store gets another name,
+    because a run may be reading the old store.
     """
     directory = cache_directory() / "stores" / key
     with suppress(UserError, OSError, ValueError, TypeError):  # damaged, and made again
@@ -324,7 +325,8 @@ def _build(spec: Spec, destination: Destination, publish: Publish | None = None)
     if not destination.in_cache:
         check_output(destination.directory)
     with destination.locked(stop=lambda: publish is not None and publish(None, None)):
-        # Another process may have completed it meanwhile, or have been killed before tidying up.
+        # Meanwhile, another process may have completed the store, or been killed before it cleaned
+        # up.
         was_complete = destination.is_complete()
         if not was_complete:
             destination.remove_manifest()
@@ -340,7 +342,7 @@ def _make(spec: Spec, destination: Destination, publish: Publish | None) -> None
     state = journal or Journal.begin(spec, destination.key, spec.is_one_text)
     try:
         if not _fill(spec, destination, state, journal is not None, publish):
-            # The files are written anew, so their old journal must go first.
+            # The files are rewritten from the start, so remove their old journal first.
             (destination.preparing / JOURNAL).unlink(missing_ok=True)
             state = Journal.begin(spec, destination.key, single=True)
             _fill(spec, destination, state, False, publish)
@@ -352,10 +354,10 @@ def _make(spec: Spec, destination: Destination, publish: Publish | None) -> None
 def _fill(
     spec: Spec, destination: Destination, state: Journal, resumed: bool, publish: Publish | None
 ) -> bool:
-    """Write the store and return True.
+    """Write the store; return whether it is complete.
 
-    Return False, with the store unfinished, if the corpus turns out to be one row. The caller then
-    starts again and splits that row by position.
+    If the corpus is found to be a single row, the store stays unfinished. The caller then starts
+    again and splits that row by position.
     """
     with closing(Preparation(spec, destination.directory, state, resumed)) as preparation:
         preparation.run(publish)
@@ -369,8 +371,8 @@ def _prepared(spec: Spec, directory: Path, from_cache: bool) -> Prepared:
     store = TokenStore(directory)
     if not store.split(TRAIN).num_tokens:
         raise UserError(
-            "All documents fell on the validation split and none is left to train on. Lower "
-            "--validation_fraction, or give more data."
+            "All documents were assigned to the validation split, so none is left to train on. "
+            "Lower --validation_fraction, or give more data."
         )
     report = read_report(directory)
     check_leniency(report, spec.options)

@@ -1,4 +1,4 @@
-"""`report.html` of a token store: the content of `report.json` for people.
+"""`report.html` of a token store: `report.json` as a page to read.
 
 The page needs no network and no script. It shows neither times nor the store's path, so equal
 inputs give equal bytes.
@@ -18,11 +18,11 @@ Rows = Iterable[tuple[object, ...]]
 
 
 def page(report: Report, title: str, settings: Mapping[str, object]) -> str:
-    """The page: documents in and out by rule, splits, lengths, examples, sources and settings.
+    """Make the HTML page: documents kept and left out, splits, lengths, examples, settings.
 
     Args:
-        settings: values by flag name; only those that decide the content, so that equal stores have
-            equal pages.
+        settings: values by flag name; only settings that determine the store's content, so that
+            equal stores have equal pages.
     """
     sections = [
         _tiles(report),
@@ -44,9 +44,9 @@ def page(report: Report, title: str, settings: Mapping[str, object]) -> str:
 
 
 def bytes_per_token(counts: Mapping[str, int]) -> float | None:
-    """Bytes per token of a split; None without a token of text.
+    """Bytes of text per token of a split; None if the split has no token of text.
 
-    EOS tokens are not counted, because they stand for no text.
+    EOS tokens are not counted, because they have no text.
 
     >>> bytes_per_token({"documents": 1, "tokens": 11, "bytes": 42})
     4.2
@@ -70,10 +70,10 @@ def size(num_bytes: int | float) -> str:
 
 
 _SPLIT_HEAD = ("split", "documents", "share", "tokens", "trained on", "bytes", "bytes per token")
-_FORMATS_NOTE = "Rows by format: that of --row_format, or the one recognised by their keys."
+_FORMATS_NOTE = "Rows by format, from --row_format or recognised by their keys."
 _SPLIT_NOTE = (
-    "Tokens include one EOS for each document; bytes per token are computed without it. Trained "
-    "on: the share of the tokens that count in the loss."
+    "Tokens include one EOS for each document; bytes per token are computed without EOS. "
+    "Trained on: share of the tokens that count in the loss."
 )
 
 
@@ -94,7 +94,7 @@ def _tiles(report: Report) -> str:
 
 
 def _documents(report: Report) -> str:
-    """A bar, and a table of the documents in and out of each rule, in the order of the rules."""
+    """A bar, and a table of the documents before and after each rule, in the order of the rules."""
     rows: list[tuple[object, ...]] = []
     parts, left = [("kept", report.kept, "kept")], report.documents
     for number, rule in enumerate(_rules(report)):
@@ -123,7 +123,7 @@ def _named(counts: Mapping[str, int], names: Mapping[str, str]) -> Rows:
 
 
 def _example(report: Report) -> str:
-    """The first row with a prompt, as it is trained on."""
+    """The section with the first row that has a prompt, as the model is trained on it."""
     if not report.example:
         return ""
     _, prompt, target = report.example
@@ -154,7 +154,7 @@ def _lengths(report: Report) -> str:
 
 
 def _histogram(title: str, counts: Mapping[str, int]) -> str:
-    """Horizontal bars, one for each power of two from the first to the last, also if empty."""
+    """Horizontal bars, one for each power of two in the range of lengths, also if empty."""
     known = {int(key): count for key, count in counts.items()}
     if not known:
         return ""
@@ -235,7 +235,7 @@ def _ratio(counts: Mapping[str, int]) -> str:
 
 
 def _share(part: int, whole: int) -> str:
-    """A percentage; a part is never rounded to 0 %, nor up to 100 %.
+    """`part` of `whole` as a percentage; a proper part is never rounded to 0 % or 100 %.
 
     >>> _share(1, 3), _share(1, 10**6), _share(10**6 - 1, 10**6), _share(0, 0)
     ('33.3 %', '< 0.1 %', '> 99.9 %', '0 %')

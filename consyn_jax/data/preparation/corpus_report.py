@@ -1,4 +1,4 @@
-"""Counts of a preparation: documents in and out by rule, examples of what was left out, lengths."""
+"""Counts of a preparation: documents kept and left out by rule, examples, and lengths."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ UNREAD_KEYS = 100
 RULES = ("bad row", "empty", "too short", "too long", "duplicate", "near duplicate")
 CHANGES = {
     "invalid_utf8": "places that were not UTF-8, replaced by U+FFFD",
-    "normalized": "texts brought to the Unicode normal form",
+    "normalized": "texts converted to the Unicode normal form",
     "control_characters": "control characters removed",
-    "unknown": "places that the tokenizer has no token for, learned as its unknown token",
+    "unknown": "places for which the tokenizer has no token, trained on as its unknown token",
 }
 NOTICES = {
     "unwritten": "conversations with messages, tool calls or tools that the chat template leaves "
     "out",
     "equal": "pairs whose chosen and rejected answers are equal, so that nothing is learned",
-    "prompt_end": "pairs whose prompt ends with other tokens when an answer follows, which count "
-    "as part of the answers",
+    "prompt_end": "pairs whose prompt has other tokens at its end when an answer follows; these "
+    "tokens count as part of the answers",
     "markers": "rows with a chat model's markers, which are read as plain text; give such rows as "
     "messages",
 }
@@ -38,26 +38,26 @@ NOTICES = {
 
 @dataclass
 class Report:
-    """Counts of one preparation, in reading order and without times: equal inputs, equal reports.
+    """Counts of one preparation; without times, so that equal inputs give equal reports.
 
     Attributes:
-        documents: documents read, including those in `dropped`.
+        documents: number of documents read, including those in `dropped`.
         file_bytes: bytes of the files read, before decompression.
-        dropped: documents left out, by the names of `RULES`.
-        changed: by the names of `CHANGES`; each message of a chat and each part of a long document
-            counts as one text.
-        noticed: documents with something unusual, by the names of `NOTICES`.
+        dropped: number of documents left out, by the names of `RULES`.
+        changed: number of changes, by the names of `CHANGES`; each message of a chat and each part
+            of a long document counts as one text.
+        noticed: number of documents with an unusual feature, by the names of `NOTICES`.
         formats: number of documents by the format of their rows.
         unread: for each key that a row's format does not use, the number of rows with it; at most
             `UNREAD_KEYS` keys.
         example: format, end of the prompt and beginning of the target of the first row with a
             prompt; empty if there is none.
-        examples: by rule, the first few as "place: beginning of the text".
-        splits: by split: documents, tokens (including each document's EOS), target_tokens, and
-            bytes of text in UTF-8.
-        document_bytes, document_tokens: histograms of the kept documents' lengths; the key n, a
-            power of two or 0, counts lengths from n to below 2 n.
-        sources: name, kind, documents read and kept, for each input.
+        examples: by rule, the first few documents left out, as "place: beginning of the text".
+        splits: for each split, its number of documents, tokens (including each document's EOS),
+            target_tokens, and bytes of text in UTF-8.
+        document_bytes, document_tokens: histograms of the lengths of kept documents; the bin with
+            key n (a power of two, or 0) counts lengths from n to below 2 n.
+        sources: for each source, its name, its kind, and its numbers of documents read and kept.
         left_out: files that were not read, each with the reason.
         rows_not_utf8: rows that were not UTF-8, whether left out as bad rows or repaired.
     """
@@ -80,10 +80,10 @@ class Report:
 
     @classmethod
     def of(cls, saved: Any) -> Report:
-        """The report that was saved as JSON.
+        """Restore a report from its JSON.
 
         Raises:
-            TypeError, ValueError, KeyError: it is damaged.
+            TypeError, ValueError, KeyError: the content is damaged.
         """
         report = cls(**saved)
         check_types(report)
@@ -96,21 +96,22 @@ class Report:
 
     @property
     def kept(self) -> int:
-        """Documents in the store."""
+        """Number of documents that were kept."""
         return self.documents - sum(self.dropped.values())
 
     def drop(self, rule: str, place: str, text: str) -> None:
-        """Count one document that is left out, and keep the first few as examples."""
+        """Count a document that is left out, and record the first few as examples."""
         self.dropped[rule] = self.dropped.get(rule, 0) + 1
         shown = self.examples.setdefault(rule, [])
         if len(shown) < EXAMPLES:
-            # The message about a bad row continues the place; any other text is a quotation.
+            # A message about a bad row follows the place directly; other text is quoted after a
+            # colon.
             shown.append(
                 f"{place} {text}" if rule == "bad row" else f"{place}: {text[:EXAMPLE_CHARS]}"
             )
 
     def add(self, name: str, counts: Mapping[str, int]) -> None:
-        """Add to one of the tables: "changed", "noticed", "formats" or "unread"."""
+        """Add counts to one of the tables: "changed", "noticed", "formats" or "unread"."""
         table = getattr(self, name)
         for key, count in counts.items():
             if name == "unread" and key not in table and len(table) == UNREAD_KEYS:
@@ -118,7 +119,7 @@ class Report:
             table[key] = table.get(key, 0) + count
 
     def keep(self, num_bytes: np.ndarray, num_tokens: np.ndarray) -> None:
-        """Count the lengths of documents that are kept: bytes and tokens of each, int [n]."""
+        """Add documents that are kept to the histograms: bytes and tokens of each, int [n]."""
         for lengths, histogram in (
             (num_bytes, self.document_bytes),
             (num_tokens, self.document_tokens),
@@ -132,10 +133,10 @@ class Report:
                 histogram[key] = histogram.get(key, 0) + count
 
     def in_order(self) -> Report:
-        """A copy with every table in a fixed order.
+        """A copy of the report with sorted tables.
 
-        The order in which rules first applied depends on where blocks ended, which changes when a
-        preparation is resumed.
+        Otherwise their order would depend on where blocks end, which changes when a preparation is
+        resumed.
         """
         orders: dict[str, Callable[[str], Any]] = {
             "dropped": RULES.index,
@@ -168,7 +169,7 @@ def check_leniency(report: Report, options: CorpusOptions) -> None:
     """Refuse a store in which bad rows were skipped or repaired, if `options` make them an error.
 
     Raises:
-        UserError: naming the first bad row, or how many places are not UTF-8.
+        UserError: there were such rows; the message names the first, or counts invalid UTF-8.
     """
     if options.on_bad_rows == "error" and report.dropped.get("bad row"):
         raise UserError(f"{report.examples['bad row'][0]} Fix the row, or give --on_bad_rows skip.")
@@ -182,7 +183,7 @@ def check_leniency(report: Report, options: CorpusOptions) -> None:
 def is_as_lenient(report: Report, options: CorpusOptions) -> bool:
     """Whether rows that are not UTF-8 were treated as `options` would treat them.
 
-    Also true where `options` make such rows an error, which `check_leniency` then raises.
+    Also true if `options` make such rows an error; `check_leniency` raises that error.
     """
     repaired = "invalid_utf8" in report.changed
     stops = options.on_bad_rows == options.invalid_utf8 == "error"

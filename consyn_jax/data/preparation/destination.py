@@ -1,4 +1,4 @@
-"""The directory in which a store is made: what it holds, who may write there, and the lock."""
+"""The directory in which a store is made: its content, its lock, and checks before writing."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from consyn_jax.prepare_config import CorpusOptions
 LOCK_POLL_SECONDS = 0.2
 LOCK_TRIES = 10  # to open the lock file, which another process may just be removing
 
-# Contents of a directory, compared with the store that is wanted.
+# States of a directory, compared with the store to make.
 ABSENT, COMPLETE, OTHER, DAMAGED = "absent", "complete", "other", "damaged"
-# Errors for JSON that does not hold what it should.
+# Errors that reading JSON of the wrong structure may raise.
 DAMAGED_TYPES = (ValueError, TypeError, LookupError, AttributeError, OverflowError)
 
 
@@ -39,12 +39,13 @@ DAMAGED_TYPES = (ValueError, TypeError, LookupError, AttributeError, OverflowErr
 class Destination:
     """The directory of one store.
 
-    In the cache, a damaged or outdated entry is rebuilt, and a process that is making the same
-    store is waited for. In a directory that the user named, both are errors, so that no user data
-    is lost.
+    In the cache, a damaged or outdated entry is rebuilt, and if another process is making the same
+    store, this process waits. In a directory that the user named, both are errors, so that no user
+    data is lost.
 
     Attributes:
-        key: the name of the store by content (`spec.key_of`).
+        key: hash of the store's content (`preparation_spec.key_of`), which is its name in the
+            cache.
     """
 
     directory: Path
@@ -54,14 +55,14 @@ class Destination:
 
     @property
     def preparing(self) -> Path:
-        """The files that only an unfinished store has."""
+        """The directory of the files that only an unfinished store has."""
         return self.directory / PREPARING
 
     def is_complete(self) -> bool:
         """Whether the store exists and is complete.
 
         Raises:
-            UserError: the user's directory holds another store, or a damaged one.
+            UserError: the user's directory contains another store, or a damaged one.
         """
         found = self._look()
         if self.in_cache or found in (ABSENT, COMPLETE):
@@ -72,8 +73,8 @@ class Destination:
                 "give another --output."
             )
         raise UserError(
-            f"{self.directory} holds a token store of other data or made by other rules. Give "
-            "another --output, or delete it with --overwrite."
+            f"{self.directory} contains a token store of other data, or made by other rules. "
+            "Give another --output, or delete this store with --overwrite."
         )
 
     def _look(self) -> str:
@@ -90,25 +91,25 @@ class Destination:
         return COMPLETE if is_wanted else OTHER
 
     def refuse_links(self) -> None:
-        """Refuse to write to a directory in which someone else has put a link.
+        """Refuse to write to a store that contains a link or a special file.
 
         Raises:
-            UserError: something of the store is neither a file nor a directory; it is named.
+            UserError: an entry is neither a file nor a directory; the message names it.
         """
         entries = self.directory.iterdir() if self.directory.is_dir() else ()
         for entry in sorted(entries):
             if STORE_FILE.fullmatch(entry.name) and (found := irregular(entry)):
                 raise UserError(
-                    f"{found[0]} is {found[1]}, and a store is written only to files of its own. "
-                    "Remove it, and run the same command again."
+                    f"{found[0]} is {found[1]}, and a token store must not contain this. Remove "
+                    "it, and run the same command again."
                 )
 
     def journal(self) -> Journal | None:
-        """The journal of an earlier process that was making this store; None to start anew.
+        """The journal of an earlier process that was making this store; None if there is none.
 
         Raises:
-            UserError: it cannot be read, or the user's directory holds another unfinished store or
-                a damaged one.
+            UserError: the journal cannot be read, or the user's directory contains another
+                unfinished store or a damaged one.
         """
         path = self.preparing / JOURNAL
         try:
@@ -120,7 +121,8 @@ class Destination:
             return None
         except OSError as error:
             raise UserError(
-                f"{path} cannot be read: {error.strerror}. Repair that, or give another --output."
+                f"{path} cannot be read: {error.strerror}. Make it readable, or give another "
+                "--output."
             ) from error
         except (*DAMAGED_TYPES, RecursionError) as error:
             if self.in_cache:
@@ -131,8 +133,8 @@ class Destination:
         if self.in_cache:
             return None
         raise UserError(
-            f"{self.directory} holds an unfinished preparation of other data or by other rules. "
-            "Give another --output, or --overwrite."
+            f"{self.directory} contains an unfinished preparation of other data or with other "
+            "rules. Give another --output, or delete it with --overwrite."
         )
 
     def remove_manifest(self) -> None:
@@ -146,26 +148,27 @@ class Destination:
             ) from error
 
     def remove_preparing(self) -> None:
-        """Remove what a complete store does not need."""
+        """Remove the files that only an unfinished store needs."""
         shutil.rmtree(self.preparing, ignore_errors=True)
 
     def remove_fragment(self) -> None:
-        """After a failure, remove an unfinished store that no process could continue."""
+        """After a failure, remove an unfinished store that cannot be continued."""
         if not (self.preparing / JOURNAL).exists() and not (self.directory / MANIFEST).exists():
             with suppress(OSError):  # where nothing can be written, nothing can be deleted
                 delete_store(self.directory)
 
     @contextmanager
     def locked(self, stop: Callable[[], bool]) -> Iterator[None]:
-        """Keep other processes from preparing the same store.
+        """Lock the store against other processes that prepare it.
 
         The kernel releases the lock however this process ends.
 
         Args:
-            stop: called while waiting for another process; true ends the waiting.
+            stop: called while waiting for another process; the wait ends if it returns true.
 
         Raises:
-            UserError: the directory cannot be written, or is the user's and in use.
+            UserError: the directory cannot be written, or it is the user's and another process uses
+                it.
             Stopped: `stop` returned true.
         """
         lock = self._wait_for_lock(stop)
@@ -181,8 +184,8 @@ class Destination:
             try:
                 lock, failures = self._try_lock(), 0
             except (FileNotFoundError, FileExistsError) as error:
-                # Another process may just be removing the directory. A link that leads nowhere
-                # gives the same errors every time.
+                # Another process may be removing the directory at this moment, so try again. With a
+                # broken link the error persists.
                 failures += 1
                 if failures == LOCK_TRIES:
                     raise self._unwritable(error) from error
@@ -195,21 +198,21 @@ class Destination:
             time.sleep(LOCK_POLL_SECONDS)
 
     def _try_lock(self) -> int | None:
-        """The descriptor of the lock file; None where another process holds or removes it."""
+        """Lock the lock file; return its descriptor, or None if another process has the lock."""
         self.preparing.mkdir(parents=True, exist_ok=True)
         path = self.preparing / "lock"
         lock = open_regular(path, os.O_RDWR | os.O_CREAT)
         is_free = try_lock(lock)
         if is_free:
-            # Its holder may have finished and removed the file after it was opened here.
+            # Another process may have finished and removed the file after it was opened here.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock), path.stat()):
                     return lock
         os.close(lock)
         if not is_free and not self.in_cache:
             raise UserError(
-                f"{self.directory} is being prepared by another process. Wait for it, or give "
-                "another --output."
+                f"{self.directory} is being prepared by another process. Wait for that process, "
+                "or give another --output."
             )
         return None
 
@@ -221,32 +224,31 @@ class Destination:
         )
         if isinstance(error, FileExistsError):
             return UserError(
-                f"{error.filename} is a file and not a directory, or a link that leads nowhere. "
-                f"{elsewhere}"
+                f"{error.filename} is a file and not a directory, or a broken link. {elsewhere}"
             )
         return UserError(f"{self.directory} cannot be written: {error.strerror}. {elsewhere}")
 
 
 def check_output(directory: Path) -> None:
-    """Refuse a directory with files that are not a token store, so that none of them is lost.
+    """Refuse a directory that contains other files than a token store's, to protect them.
 
-    Only the data can tell whether a store in it is the wanted one (`Destination.is_complete`).
+    Whether a store there has the same data is checked later (`Destination.is_complete`).
 
     Raises:
-        UserError: the directory holds something other than a token store or an unfinished one.
+        UserError: the directory contains anything but a complete or unfinished token store.
     """
     names = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
     if names and not _is_ours(directory):
         raise UserError(
-            f"--output {directory} is not a token store: it holds {listed(names)}. Name another "
-            "directory."
+            f"--output {directory} is not a token store: it contains {listed(names)}. Give "
+            "another directory."
         )
 
 
 def _is_ours(directory: Path) -> bool:
-    """Whether there is a token store, or one that a preparation has begun to make."""
+    """Whether the directory is a complete or unfinished token store."""
     if has_manifest(directory):
         return True
     preparing = directory / PREPARING
-    # A preparation that is killed at its very beginning leaves a directory without a lock.
+    # A preparation that is killed at its start leaves a directory without a lock file.
     return preparing.is_dir() and ((preparing / "lock").is_file() or not any(preparing.iterdir()))

@@ -17,11 +17,11 @@ from consyn_jax.data.sources.text_reader import separator
 def document_origins(
     block: Block, numbers: Int64[np.ndarray, " n"], source: int, spec: Spec
 ) -> Int64[np.ndarray, "n 3"]:
-    """The origins of documents of a block of whole documents, as `store.manifest` describes them.
+    """The origins of the documents of a block, in the format of `store/manifest.py`.
 
     Args:
         numbers: numbers of the documents or rows in their source, from 1.
-        source: the number of their source.
+        source: number of the source.
     """
     found = np.zeros((len(numbers), 3), np.int64)
     found[:, 0] = source

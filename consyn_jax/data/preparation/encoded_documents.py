@@ -1,4 +1,4 @@
-"""Cleaned documents tokenised, assigned to a split, and kept as arrays."""
+"""Tokenise cleaned documents, assign them to splits, and store them as arrays."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class CleanedSegment:
     """A segment of a document after cleaning.
 
     Attributes:
-        texts: the text, in parts where it is long.
-        trained: as in `rows.Segment`.
+        texts: the text; a long one in several parts.
+        trained: whether its tokens are targets of the loss.
     """
 
     texts: list[str]
@@ -43,8 +43,8 @@ class Document:
 
     Attributes:
         number: number of the document or line in its source.
-        segments: the text in parts; a conversation has one, the text that its template writes.
-        split: the document's split, if its text does not decide it.
+        segments: the document's text in segments; a conversation has one, its rendered text.
+        split: the document's split; None if the hash of its text decides.
         chat: the ids and targets of a conversation; None for other documents.
         format: the row's format, a value of `--row_format`; empty if the document is not a row.
     """
@@ -57,17 +57,17 @@ class Document:
 
     @property
     def has_prompt(self) -> bool:
-        """Whether it is a row with parts that are not learned."""
+        """Whether the document is a row with a prompt, which is not trained on."""
         return self.chat is not None or len(self.segments) > 1
 
     @cached_property
     def text(self) -> str:
-        """The text of all segments."""
+        """The texts of all segments, joined."""
         return "".join([text for segment in self.segments for text in segment.texts])
 
     @cached_property
     def digests(self) -> list[bytes]:
-        """The digests of the parts; one for all of a document with several segments.
+        """The digests of the document's parts; a single one if it has several segments.
 
         Documents with the same text and different targets are not duplicates, so the digest of
         several segments covers their targets too.
@@ -83,7 +83,7 @@ class Document:
     def signature(self) -> UInt32[np.ndarray, "128"]:
         """The MinHash signature; for a long document, the minimum over its parts.
 
-        So a text has the same signature as in a file, which is read in parts.
+        A long text thus has the same signature whether it is read at once or in parts.
         """
         texts = self.segments[0].texts if len(self.segments) == 1 else [self.text]
         return np.minimum.reduce([signature(text) for text in texts])
@@ -91,19 +91,19 @@ class Document:
 
 @dataclass
 class EncodedDocuments:
-    """The kept documents of a block.
+    """The documents of a block that are kept.
 
-    `ids` and `targets` have one entry per token, the other arrays one per document.
+    `ids` and `targets` have one entry per token; the other arrays have one per document.
 
     Attributes:
         numbers: number of the document or line in its source.
-        lengths: tokens, EOS included. A document in parts has EOS only in its last part.
+        lengths: number of tokens, EOS included. A document in parts has EOS only in its last part.
         num_bytes, num_chars: sizes of the cleaned text.
         splits: indices into `SPLITS`.
-        signatures: [0, 128] where near duplicates are not looked for.
+        signatures: MinHash signatures [n, 128]; [0, 128] if near duplicates are not searched for.
         have_prompts: 1 for rows with tokens that are not targets.
-        ids: uint16 or uint32, one document after the other.
-        targets: 1 where a token is a target of the loss; empty where all are.
+        ids: token ids of all documents, concatenated; uint16 or uint32.
+        targets: 1 where a token is a target of the loss; empty if all tokens are.
     """
 
     numbers: Int64[np.ndarray, " n"]
@@ -119,7 +119,7 @@ class EncodedDocuments:
 
     @classmethod
     def none(cls) -> EncodedDocuments:
-        """No documents."""
+        """An empty result, without documents."""
         return cls(*[np.zeros(0)] * len(fields(cls)))
 
     def arrays(self) -> list[np.ndarray]:
@@ -138,17 +138,18 @@ class DocumentEncoder:
         self._signed = options.near_duplicates is not None
 
     def split(self, block: Block, document: Document, first_digest: bytes) -> str:
-        """The split of a document: the one that its row or file has, or one drawn from its text.
+        """The split of a document, from its row or file, or else drawn by a hash of its text.
 
         Args:
-            first_digest: digest of the first part of the text, which decides the draw.
+            first_digest: digest of the first part of the text, which determines the draw.
         """
         return document.split or block.split or split_of(first_digest, *self._shares)
 
     def encode(self, block: Block, documents: list[Document]) -> EncodedDocuments:
         """Tokenise and measure the documents of `block`."""
         ids, targets, lengths = self._ids(documents, block.begins, block.last)
-        # A block that is a part has one digest; the main process joins those of all parts.
+        # A block that is a part of a document has one digest; the main process joins the digests of
+        # all parts.
         is_part = block.kind == "part"
         digests = [[digest(d.text.encode())] if is_part else d.digests for d in documents]
         splits = [
@@ -173,11 +174,11 @@ class DocumentEncoder:
     def _ids(
         self, documents: list[Document], begun: bool, ended: bool
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ids, targets, lengths) of the documents.
+        """Tokenise documents; return (ids, targets, lengths).
 
         Args:
-            begun: the first segment of each document is its beginning.
-            ended: the last segment of each document is its end, so EOS follows.
+            begun: whether the first segment of each document is its beginning.
+            ended: whether the last segment of each document is its end, so that EOS follows.
         """
         pieces = _Pieces()
         for document in documents:
@@ -201,14 +202,14 @@ class DocumentEncoder:
 
 
 class _Pieces:
-    """The texts of documents, each to be tokenised by itself.
+    """The texts of documents, to be tokenised one by one.
 
     Attributes:
-        after: what precedes each text in its document.
-        trained: whether its tokens are targets.
+        after: for each text, the kind of its predecessor in the document (`TextEncoder`).
+        trained: for each text, whether its tokens are targets.
         first: index of the first text of each document.
-        eos_at: texts that stand for EOS.
-        chats: conversations, which are tokenised already, by their place among the texts.
+        eos_at: indices of entries that stand for EOS.
+        chats: conversations, which are tokenised already, by their index among the texts.
     """
 
     def __init__(self) -> None:
@@ -241,7 +242,7 @@ class _Pieces:
         self.trained.append(trained)
 
     def targets(self, sizes: Int64[np.ndarray, " texts"]) -> UInt8[np.ndarray, " tokens"]:
-        """The targets of all texts, the i-th of `sizes[i]` tokens; empty if all are targets."""
+        """The targets of all texts; text i has `sizes[i]` tokens. Empty if all are targets."""
         if all(self.trained):
             return np.zeros(0, np.uint8)
         targets = np.repeat(np.array(self.trained, np.uint8), sizes)

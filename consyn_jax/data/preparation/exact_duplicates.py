@@ -1,9 +1,9 @@
-"""Exact duplicates by digest: 16 bytes of memory each, and a file to resume a killed run from.
+"""Exact duplicates by digest: 16 bytes of memory each, and a file from which to resume.
 
-The file holds one record after another. The journal says how many of them are valid; the rest is
-cut off. In memory, keys are in sorted runs. A run is merged with the run before it once it is as
-long: a log-structured merge (O'Neil et al. 1996, "The log-structured merge-tree") without the disk.
-So n keys are in at most log2(n) runs, a key is moved log2(n) times, and no key is a Python object.
+The file is a sequence of records. The journal says how many of them are valid; later ones are cut
+off. In memory, keys are in sorted runs. A run is merged with its predecessor as soon as it is as
+long: a log-structured merge (O'Neil et al. 1996, "The log-structured merge-tree") in memory. So n
+keys are in at most log2(n) runs, a key is moved log2(n) times, and no key is a Python object.
 `near_duplicates` keeps its band keys in the same structure.
 """
 
@@ -19,23 +19,23 @@ from jaxtyping import Bool, Int64, UInt, UInt8, UInt64
 from consyn_jax.data.split import DIGEST_BYTES
 from consyn_jax.files import open_regular
 
-# Records read at once when a file is opened, and matches compared in one step.
+# Number of records read at once when a file is opened, and of matches compared at once.
 CHUNK = 1 << 14
 
 
 class Recorded:
-    """An index whose entries are recorded in a file, which only one process uses at a time."""
+    """An index whose entries are stored in a file, used by one process at a time."""
 
     def __init__(self, records: RecordFile) -> None:
         self._records = records
 
     @property
     def count(self) -> int:
-        """Entries recorded."""
+        """Number of entries in the file."""
         return self._records.count
 
     def flush(self) -> None:
-        """Bring everything recorded to the disk."""
+        """Flush all entries to the disk."""
         self._records.flush()
 
     def close(self) -> None:
@@ -44,14 +44,14 @@ class Recorded:
 
 
 class ExactDuplicates(Recorded):
-    """The digests of the documents so far.
+    """An index of the digests of all documents so far.
 
     Memory is 16 bytes per digest, and twice that while the longest runs are merged. A call of 4,000
     digests takes about 3.5 ms with 5 million stored.
 
     Args:
         path: the file, created if missing.
-        count: valid digests in the file; later ones are cut off.
+        count: number of valid digests in the file; later ones are cut off.
 
     Raises:
         ValueError: the file holds fewer digests than `count`.
@@ -65,7 +65,7 @@ class ExactDuplicates(Recorded):
             self._runs.add(*_halves(self._records.read(start, min(CHUNK, count - start))))
 
     def first(self, digests: UInt8[np.ndarray, "n 16"]) -> Bool[np.ndarray, " n"]:
-        """Record the digests; True where one occurs for the first time, within this call too."""
+        """Record digests; return True for each that is new, compared with this call's as well."""
         high, low = _halves(digests)
         order = np.lexsort((low, high))  # stable: of equal digests the earliest comes first
         repeated = np.zeros(len(order), bool)
@@ -115,9 +115,9 @@ class SortedRuns:
     def find(
         self, keys: UInt64[np.ndarray, " n"]
     ) -> Iterator[tuple[Int64[np.ndarray, " m"], UInt[np.ndarray, " m"]]]:
-        """Every (position in `keys`, value stored under that key), in arrays of at most `CHUNK`.
+        """Yield (positions in `keys`, values stored under these keys), up to `CHUNK` at a time.
 
-        Sorted keys are found fastest.
+        Lookup is fastest if `keys` are sorted.
         """
         for run_keys, values in self._runs:
             start = np.searchsorted(run_keys, keys)
@@ -147,12 +147,12 @@ def _merged(
 
 
 class RecordFile:
-    """A file of records of one size, read anywhere and written at its end.
+    """A file of records of equal size, read at any position and extended at its end.
 
     Args:
         path: the file, created if missing.
         size: bytes of a record.
-        count: valid records; later ones are cut off.
+        count: number of valid records; later ones are cut off.
 
     Raises:
         ValueError: the file holds fewer records than `count`.
@@ -182,7 +182,7 @@ class RecordFile:
         self.count += len(records)
 
     def read(self, start: int, n: int) -> UInt8[np.ndarray, "n size"]:
-        """Records `start` to `start + n`, all of which must exist."""
+        """Read the records from `start` to before `start + n`, all of which must exist."""
         self._file.flush()
         data = os.pread(self._file.fileno(), n * self._size, start * self._size)
         if len(data) < n * self._size:
@@ -193,12 +193,12 @@ class RecordFile:
         return np.frombuffer(data, np.uint8).reshape(n, self._size)
 
     def take(self, indices: UInt[np.ndarray, " n"]) -> UInt8[np.ndarray, "n size"]:
-        """The records with these numbers, all of which must exist."""
+        """Read the records with the given numbers, all of which must exist."""
         rows = [self.read(index, 1) for index in indices.tolist()]
         return np.concatenate(rows) if rows else np.empty((0, self._size), np.uint8)
 
     def flush(self) -> None:
-        """Bring everything written to the disk."""
+        """Flush all records to the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 

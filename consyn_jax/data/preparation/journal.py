@@ -23,14 +23,16 @@ JOURNAL = "journal.json"
 
 @dataclass
 class LongDocument:
-    """A document that comes in parts, as far as it has been read.
+    """A document that is read in parts, up to the last part read.
 
     Attributes:
-        split, place: where it goes, and where it was found.
-        beginning: its first characters, for the report.
-        digests: digests of its parts.
-        signature: the smallest of its parts' signatures; None where none are needed.
-        begin: the first byte of its text in the source.
+        split: the split that the document is written to.
+        place: source and number of the document, for the report.
+        beginning: first characters of the document, for the report.
+        digests: digests of the parts.
+        signature: element-wise minimum of the parts' signatures; None if near duplicates are not
+            searched for.
+        begin: first byte of the document's text in the source.
     """
 
     split: str
@@ -45,7 +47,7 @@ class LongDocument:
     begin: int = 0
 
     def add(self, part: EncodedDocuments, is_blank: bool) -> None:
-        """Count another part."""
+        """Add the next part."""
         self.digests.append(part.digests[0].tobytes())
         self.is_blank = self.is_blank and is_blank
         self.num_bytes += int(part.num_bytes[0])
@@ -72,12 +74,12 @@ class Journal:
     """The state of a preparation between two blocks.
 
     Attributes:
-        key: the name of the store by content (`spec.key_of`).
-        single: the corpus is one document, which is cut by position.
-        source, position: where reading continues.
-        long: the long document that the next block continues, if any.
+        key: hash of the store's content (`preparation_spec.key_of`).
+        single: whether the corpus is one document, which is split by position.
+        source, position: number of the source, and position in it, where reading continues.
+        long: the long document that the next block continues; None if there is none.
         writer: the `state` of the `TokenStoreWriter`.
-        seen, near: valid records in the files of digests and of signatures.
+        seen, near: numbers of valid records in the files of digests and of signatures.
     """
 
     key: str
@@ -102,10 +104,10 @@ class Journal:
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> Journal:
-        """The journal that `write` encoded.
+        """Parse a journal that `write` encoded.
 
         Raises:
-            KeyError, TypeError, ValueError, OverflowError, AttributeError: it is damaged.
+            KeyError, TypeError, ValueError, OverflowError, AttributeError: the journal is damaged.
         """
         long = saved["long"]
         if long is not None:
@@ -131,7 +133,7 @@ class Journal:
         return journal
 
     def write(self, path: Path) -> None:
-        """Write it as JSON; the files that it describes must be on the disk already."""
+        """Write the journal as JSON; the files that it describes must already be on the disk."""
         long = self.long and {
             **vars(self.long),
             "digests": [digest.hex() for digest in self.long.digests],

@@ -5,12 +5,12 @@ permutations. The share of equal entries of two signatures estimates the Jaccard
 two sets (Broder 1997, "On the resemblance and containment of documents") with a standard deviation
 of sqrt(s (1 - s) / 128), 0.035 at 0.8. The permutations are multiplications of 32-bit hashes by odd
 numbers, applied to about a thousand hashes at a time. One-permutation hashing (Li, Owen and Zhang
-2012) would save only a sixth of the time, as most goes into finding and hashing words; it needs
-densification, and its error in short documents is larger.
+2012) would save only a sixth of the time, because finding and hashing words takes the most; it also
+needs densification and has a larger error for short documents.
 
 The signature is cut into bands of rows. A document is compared only with documents that agree with
-it in all rows of some band, which has probability 1 - (1 - s^rows)^bands (Leskovec, Rajaraman and
-Ullman, "Mining of Massive Datasets", section 3.4); see `bands_and_rows`.
+it in all rows of some band, which happens with probability 1 - (1 - s^rows)^bands (Leskovec,
+Rajaraman and Ullman, "Mining of Massive Datasets", section 3.4); see `bands_and_rows`.
 
 xxhash hashes the words. Words are runs of `\w`, so punctuation and spacing make no difference. In
 a language without spaces, a word is the text between punctuation marks, and only documents that
@@ -37,7 +37,8 @@ RECALL = 0.98
 EMPTY = 2**32 - 1
 _STEP = 1024  # hashes permuted at once; 128 times as many fit a core's cache
 _WORDS = re.compile(r"\w+")
-# Never change these: signatures are stored in files. Odd, so that each is a permutation.
+# Never change these multipliers: signatures are stored in files. They are odd, so that each is a
+# permutation.
 _CONSTANTS = mix(
     np.arange(1, 2 * PERMUTATIONS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 ) | np.uint64(1)
@@ -47,9 +48,9 @@ _MULTIPLIERS = (_CONSTANTS[:PERMUTATIONS, None] >> np.uint64(32)).astype(np.uint
 def signature(text: str) -> UInt32[np.ndarray, "128"]:
     """The MinHash signature of a text's lower-cased word 5-grams.
 
-    Fewer than five words count as one gram; without words all entries are `EMPTY`. A long document
-    has the element-wise minimum of the signatures of its parts. About 20 MB/s on one core, with
-    about 15 bytes of memory per byte of text.
+    Fewer than five words count as one gram; without words all entries are `EMPTY`. The signature of
+    a long document is the element-wise minimum over its parts. Speed: about 20 MB/s on one core,
+    with about 15 bytes of memory per byte of text.
     """
     words = _WORDS.findall(text.lower())
     smallest = np.full(PERMUTATIONS, EMPTY, np.uint32)
@@ -61,8 +62,8 @@ def signature(text: str) -> UInt32[np.ndarray, "128"]:
     mixed = np.zeros(count, np.uint64)
     for i in range(gram):
         mixed += hashes[i : i + count] * _CONSTANTS[i]
-    # The high bits depend on every bit of every word. The result is made odd, because zero would be
-    # the smallest in every permutation.
+    # The high bits depend on every bit of every word. The hash is made odd, because zero would be
+    # the smallest value under every permutation.
     grams = (mixed >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
     permuted = np.empty((PERMUTATIONS, min(_STEP, count)), np.uint32)
     for start in range(0, count, _STEP):
@@ -73,11 +74,11 @@ def signature(text: str) -> UInt32[np.ndarray, "128"]:
 
 
 def bands_and_rows(threshold: float) -> tuple[int, int]:
-    """(bands, rows per band): the most rows with which a pair at the threshold is still found.
+    """Choose (bands, rows per band): the most rows with which pairs at the threshold are found.
 
-    A pair of that similarity agrees in all rows of some band with probability
-    1 - (1 - threshold^rows)^bands, which must be at least `RECALL`. More rows mean fewer needless
-    comparisons and fewer keys to keep.
+    A pair of that similarity agrees in all rows of some band with probability 1 - (1 -
+    threshold^rows)^bands, which must be at least `RECALL`. More rows mean fewer needless
+    comparisons and fewer keys in memory.
 
     >>> bands_and_rows(0.8), bands_and_rows(0.5), bands_and_rows(1.0)
     ((18, 7), (42, 3), (1, 128))
@@ -90,7 +91,7 @@ def bands_and_rows(threshold: float) -> tuple[int, int]:
 
 
 class NearDuplicates(Recorded):
-    """The signatures of the documents kept so far.
+    """An index of the signatures of all documents kept so far.
 
     Memory is 12 bytes per band and kept document (216 at a threshold of 0.8), and twice that while
     the longest runs are merged; the signatures, 512 bytes per kept document, stay in the file. In a
@@ -124,11 +125,11 @@ class NearDuplicates(Recorded):
             self._index(self._records.read(start, min(chunk, count - start)).view("<u4"), start)
 
     def first(self, signatures: UInt32[np.ndarray, "n 128"]) -> Bool[np.ndarray, " n"]:
-        """Record the documents, in order, that resemble no earlier one; True where recorded.
+        """Record, in order, each document that resembles no recorded one; return True for these.
 
-        Earlier documents are all recorded ones, also those of this call. A document without words
-        is always kept, because its signature does not describe it. Decisions do not depend on how
-        documents are divided into calls.
+        Documents recorded in the same call count as well, so decisions do not depend on how
+        documents are divided into calls. A document without words is always kept, because its
+        signature does not describe it.
         """
         keys = self._keys(signatures)
         kept = ~self._resemble_stored(signatures, keys)
@@ -171,7 +172,7 @@ class NearDuplicates(Recorded):
         return np.count_nonzero(a == b, axis=1) >= self._threshold * PERMUTATIONS
 
     def _keys(self, signatures: UInt32[np.ndarray, "n 128"]) -> UInt64[np.ndarray, "n bands"]:
-        """A hash of each band's rows and of the band's number."""
+        """The key of each band: a hash of its rows and of its number."""
         bands = (
             signatures[:, : self._bands * self._rows]
             .astype(np.uint64)

@@ -1,4 +1,4 @@
-"""The specification of a preparation, and the name of its store, which depends on content only."""
+"""The specification of a preparation, and the content hash that names its store."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from consyn_jax.tokenization.chat.sandbox import RENDERED_DAY, ChatTemplate, wri
 from consyn_jax.tokenization.chat.template_files import read_template
 from consyn_jax.validation import validate_corpus
 
-# Increase it when the same input gives other documents, splits or ids than before, so that old
-# entries of the cache are not found.
+# Increase this number when the same input gives other documents, splits or ids than before, so that
+# old cache entries are not used.
 PIPELINE_VERSION = 4
 # With less input, starting processes takes longer than the work.
 FEW_BYTES = 4 << 20
-# Options that do not affect the store, or whose content is in its key. Those about bad rows matter
-# only if there are such rows, which `corpus_report.check_leniency` checks.
+# Options left out of the key: they do not affect the store, or the key has their content. Options
+# about bad rows matter only if there are bad rows, which `corpus_report.check_leniency` checks.
 _NOT_IN_KEY = {
     "data",
     "validation",
@@ -50,21 +50,23 @@ RECIPE = {f.name for f in dataclasses.fields(CorpusOptions)} - _NOT_IN_KEY
 USED_FOR_VALIDATION = "is validation data"
 
 Progress = Callable[[str, int, int], None]
-"""Called with the stage ("hash", "train tokenizer" or "tokenize"), the bytes done, and the bytes in
-all (0 if unknown)."""
+"""Function called with the stage ("hash", "train tokenizer" or "tokenize"), the bytes done, and the
+total bytes (0 if unknown).
+"""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Everything that a preparation needs to know.
+    """All inputs of a preparation.
 
     Attributes:
-        sources: those of `--validation` first, so that a document in both is kept there.
-        num_validation: how many of the sources are those of `--validation`.
-        left_out: files that are not read, with the reason.
+        sources: all sources, those of `--validation` first, so that a document in both stays in the
+            validation split.
+        num_validation: number of sources from `--validation`.
+        left_out: files that are not read, each with the reason.
         tokenizer: a tokenizer, or "train:SIZE" to train one on the data.
-        streaming: read a dataset of the Hub over the network, without downloading it first.
-        chat_template: the Jinja text that conversations are written with.
+        streaming: whether to read Hub datasets over the network, without downloading them first.
+        chat_template: the Jinja template that formats conversations.
         tool_template: the template for conversations with tools, if there is a separate one.
     """
 
@@ -81,18 +83,18 @@ class Spec:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all sources on disk."""
+        """Size of all sources on disk, in bytes."""
         return sum(source.num_bytes for source in self.sources)
 
     @property
     def is_one_text(self) -> bool:
-        """Whether the corpus is one document, which is cut by position."""
+        """Whether the corpus is a single document, which is split by position."""
         return len(self.sources) == 1 and self.sources[0].reader.is_one_document(self.options)
 
     def blocks(
         self, index: int, position: Position, tokenizer: BPETokenizer, single: bool
     ) -> Iterator[tuple[int, Block]]:
-        """The blocks after a position in source number `index`, each with its source's number."""
+        """Iterate over (source number, block), from a position in source number `index` on."""
         reading = Reading(self.options, tokenizer, single, self.test_fraction, self.streaming)
         for number in range(index, len(self.sources)):
             for block in self.sources[number].blocks(position, reading):
@@ -102,7 +104,7 @@ class Spec:
 
     @property
     def num_workers(self) -> int:
-        """Processes to start; 0 works in this one."""
+        """Number of worker processes to start; 0 means that this process does the work."""
         if self.options.num_workers is not None:
             return self.options.num_workers
         total = self.num_bytes
@@ -110,11 +112,11 @@ class Spec:
 
 
 def find(options: CorpusOptions) -> tuple[Corpus, Corpus]:
-    """The sources of `--data`, and those of `--validation`.
+    """Find the sources of `--data` and of `--validation`.
 
-    Files that are in both are only in the latter: `--data DIR --validation DIR/valid.txt` must not
-    train on valid.txt. Without `--validation`, files of `--data` that are named as validation data
-    are used for it, unless nothing is to be held out.
+    A file in both is used only for validation: `--data DIR --validation DIR/valid.txt` must not
+    train on valid.txt. Without `--validation`, files of `--data` whose names say validation are
+    used for it, unless `--validation_fraction` is 0.
 
     Raises:
         UserError: data is missing or unusable, or an option is out of its range.
@@ -138,8 +140,8 @@ def find(options: CorpusOptions) -> tuple[Corpus, Corpus]:
     sharded = {source.kind == "sharded" for source in (*corpus.sources, *held_out.sources)}
     if len(sharded) > 1:
         raise UserError(
-            "One of --data and --validation is tokens and the other is not. Give both as text or "
-            "rows, or both as files of tokens."
+            "Only one of --data and --validation is tokenised. Give both as text or rows, or "
+            "both as files of tokens."
         )
     reserved = set(map(_place, held_out.sources))
     kept = tuple(source for source in corpus.sources if _place(source) not in reserved)
@@ -157,7 +159,7 @@ def find(options: CorpusOptions) -> tuple[Corpus, Corpus]:
 
 
 def _place(source: Source) -> str:
-    """Identify a source; all paths to the same file give the same answer."""
+    """A key that identifies a source; all paths to the same file give the same key."""
     return source.name if source.kind == SAMPLE else _path_of(source.name)
 
 
@@ -173,16 +175,16 @@ def build_spec(
     test_fraction: float,
     progress: Progress | None,
 ) -> Spec:
-    """The specification for what `find` found; loads the tokenizer unless it is to be learned.
+    """Build the specification from the result of `find`; load the tokenizer unless it is trained.
 
     Args:
-        tokenizer: replaces the one that the options name.
+        tokenizer: used instead of the tokenizer that the options name.
     """
     unlike = [s for s in (*held_out.sources, *corpus.sources) if s.kind in ("text", SAMPLE)]
     if options.row_format == "preference" and unlike:
         raise UserError(
-            f"{unlike[0].name} is plain text, and pairs are rows. Give JSON Lines, Parquet or CSV "
-            "with prompt, chosen and rejected."
+            f"{unlike[0].name} is plain text, but pairs are read from rows. Give JSON Lines, "
+            "Parquet or CSV with prompt, chosen and rejected."
         )
     if held_out.sources:
         options = dataclasses.replace(options, validation_fraction=0.0)
@@ -207,10 +209,10 @@ def build_spec(
 
 
 def _template(given: str, own: str | None) -> str:
-    """The Jinja text that `--chat_template` names.
+    """The Jinja template that `--chat_template` names.
 
     Args:
-        own: the template that came with the tokenizer.
+        own: the template that came with the tokenizer; None if there is none.
 
     Raises:
         UserError: the file cannot be read, or is not Jinja.
@@ -224,7 +226,7 @@ def _template(given: str, own: str | None) -> str:
 
 
 def _in_key(spec: Spec) -> Any:
-    """Return the part of the cache key that says how conversations are written."""
+    """The entry of the cache key for the format of conversations."""
     templates = [spec.chat_template, *filter(None, [spec.tool_template])]
     if any(map(writes_date, templates)):
         return [*templates, RENDERED_DAY.isoformat()]
@@ -232,7 +234,7 @@ def _in_key(spec: Spec) -> Any:
 
 
 def contents_of(spec: Spec) -> list[list[Any]]:
-    """The identity of each source, as `Reader.identity` returns it: the hashes of its files last.
+    """The identity of each source, from `Reader.identity`, which ends with its file hashes.
 
     Raises:
         UserError: a file cannot be read.
@@ -248,9 +250,9 @@ def contents_of(spec: Spec) -> list[list[Any]]:
 
 
 def key_of(spec: Spec, contents: Sequence[Sequence[Any]]) -> str:
-    """The name of the store of `spec`: a hash of the files' contents, their order, and the rules.
+    """The store's cache key: a hash of the files' contents, their order, and the rules.
 
-    Names and places of files do not count.
+    The names and directories of the files do not count.
 
     Args:
         contents: what `contents_of` returns.
@@ -259,7 +261,7 @@ def key_of(spec: Spec, contents: Sequence[Sequence[Any]]) -> str:
         name: value for name, value in dataclasses.asdict(spec.options).items() if name in RECIPE
     }
     if isinstance(spec.tokenizer, str):
-        # A tokenizer that is learned depends on whether bytes that are not UTF-8 were repaired.
+        # A trained tokenizer depends on whether bytes that are not UTF-8 were repaired.
         repaired = " replace" if spec.options.invalid_utf8 == "replace" else ""
         tokenizer = spec.tokenizer + repaired
     else:

@@ -1,7 +1,7 @@
-"""A worker's part of the preparation: the bytes of a block become cleaned, tokenised documents.
+"""The work of a worker: turn the bytes of a block into cleaned, tokenised documents.
 
-The result is a pure function of the block and the options, so it does not depend on how many
-workers there are or which of them gets a block.
+The result is a pure function of the block and the options, so it does not depend on the number of
+workers or on which worker gets a block.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Result:
-    """The outcome of one block.
+    """The result of one block.
 
     Attributes:
-        kept: the documents that the rules about single documents keep.
+        kept: the documents that pass the rules about single documents.
         dropped: (rule, place, beginning of the text) of each document that was left out.
         changed, noticed, rows_not_utf8: as in `Report`.
         formats, unread: as in `Report`.
         example: format, prompt and target of the first row with a prompt.
-        fault: an error that stops the preparation, with its place; "" for none.
-        is_blank: the block is a part with nothing but white space.
+        fault: an error that stops the preparation, with its place; "" if there is none.
+        is_blank: whether the block is a part of a document and only white space.
     """
 
     kept: EncodedDocuments
@@ -76,12 +76,12 @@ class Result:
 
     @property
     def documents(self) -> int:
-        """Documents in the block, kept or not."""
+        """Number of documents in the block, kept or dropped."""
         return len(self.kept.numbers) + len(self.dropped)
 
 
 _Found = tuple[int, Content, str | None, str]
-"""Number, content as it was read, the split where the text does not decide it, and the format."""
+"""A document as read: number, content, split (None: its text decides) and format."""
 
 
 class _Fault(Exception):
@@ -92,9 +92,9 @@ class Worker:
     """Turns blocks into tokens.
 
     Args:
-        single: the corpus is one document; a row is then cut by position, and its last part held
-            out.
-        chat_template: the Jinja text that conversations are written with.
+        single: whether the corpus is one document; a row is then split by position, and its last
+            part is held out.
+        chat_template: the Jinja template that formats conversations.
         tool_template: the template for conversations with tools, if there is a separate one.
     """
 
@@ -114,7 +114,7 @@ class Worker:
         self._encoder = DocumentEncoder(options, tokenizer, test_fraction)
 
     def work(self, block: Block) -> Result:
-        """The documents of `block` as tokens."""
+        """Clean and tokenise the documents of `block`."""
         documents, result = self._documents(block)
         result.kept = self._encoder.encode(block, documents)
         unknown = self.tokenizer.unknown_id
@@ -126,7 +126,7 @@ class Worker:
         return result
 
     def texts(self, block: Block) -> list[tuple[str, str]]:
-        """(split, text) of the documents of `block`, for learning a tokenizer.
+        """(split, text) of the documents of `block`, for training a tokenizer.
 
         Raises:
             UserError: an error in the data that stops the preparation.
@@ -137,7 +137,7 @@ class Worker:
         return [(self._encoder.split(block, d, d.digests[0]), d.text) for d in documents]
 
     def _documents(self, block: Block) -> tuple[list[Document], Result]:
-        """The cleaned documents that the rules about single documents keep, and the counts."""
+        """The cleaned documents that pass the rules about single documents, and the counts."""
         kept, result = [], Result(EncodedDocuments.none())
         read = self._rows if block.kind == "rows" else self._texts
         try:
@@ -166,7 +166,7 @@ class Worker:
         kind: str,
         result: Result,
     ) -> Document:
-        """Clean what was read; by default, rows with prompts stay as they are."""
+        """Clean a document; by default, rows with prompts are not changed."""
         if isinstance(content, Conversation | Pair):
             chat = (
                 self._pair(content, result)
@@ -179,12 +179,12 @@ class Worker:
         return Document(number, segments, split, None, kind)
 
     def _chat(self, found: Conversation, result: Result) -> EncodedChat:
-        """The ids and targets of a conversation, as the chat template writes it."""
+        """The ids and targets of a conversation rendered by the chat template."""
         messages = self._clean_values(found.messages, result)
         try:
             chat = self._chats.encode(Chat(messages, found.learned, found.tools, found.variables))
         except TemplateFault as fault:
-            raise BadRow(f"cannot be written with the chat template: {fault}.") from None
+            raise BadRow(f"cannot be rendered with the chat template: {fault}.") from None
         if chat.unwritten:
             result.noticed["unwritten"] = result.noticed.get("unwritten", 0) + 1
         return chat
@@ -199,7 +199,7 @@ class Worker:
         try:
             pair = encode_pair(cleaned, self.tokenizer, lambda: self._chats)
         except TemplateFault as fault:
-            raise BadRow(f"cannot be written with the chat template: {fault}.") from None
+            raise BadRow(f"cannot be rendered with the chat template: {fault}.") from None
         for name in pair.notices:
             result.noticed[name] = result.noticed.get(name, 0) + 1
         return pair.document
@@ -209,7 +209,7 @@ class Worker:
         return ChatEncoder(self.tokenizer, *self._templates)
 
     def _look(self, found: Document, result: Result) -> None:
-        """Count the format of a row, keep the first example, and notice markers in plain text."""
+        """Count the format of a row, record the first example, and notice markers in plain text."""
         if not found.format:
             return
         result.formats[found.format] = result.formats.get(found.format, 0) + 1
@@ -243,7 +243,7 @@ class Worker:
         return CleanedSegment(texts, segment.trained)
 
     def _cleaned(self, text: str, as_is: bool, result: Result) -> str:
-        """A text after cleaning, which by default leaves rows with prompts alone."""
+        """Clean a text; by default, texts of rows with prompts are not changed."""
         normalize = self.options.normalize or ("none" if as_is else "nfc")
         controls = self.options.control_characters or ("keep" if as_is else "remove")
         text, counts = clean(text, normalize, controls)
@@ -264,7 +264,7 @@ class Worker:
     def _parts(self, text: str) -> list[str]:
         """Split the text exactly where the same text in a file would be split.
 
-        So equal documents have equal parts, wherever they come from.
+        Equal documents thus have equal parts, whatever their source.
         """
         if len(text) <= LIMIT // 4:  # a character has at most four bytes
             return [text]
@@ -311,7 +311,7 @@ class Worker:
                 row = read_row(self._parse(line, result), keys, block.unread)
             except BadRow as fault:
                 if not is_first and "--" in fault.remedy:
-                    # Rows before it suit the flags, so other flags are no remedy.
+                    # Earlier rows suit the flags, so do not advise other flags.
                     fault = BadRow(str(fault), FIX)
                 elif isinstance(fault, MissingKey) and is_table(block.name, self.options):
                     fault.remedy = fault.remedy[:-1] + HEADLESS
@@ -329,7 +329,7 @@ class Worker:
             result.unread |= dict.fromkeys(block.unread, num_read)
 
     def _cut(self, text: str) -> Iterator[tuple[str, str]]:
-        """(split, text) of the only document, split by position: its last bytes are held out."""
+        """(split, text) for the parts of the only document, whose last bytes are held out."""
         data, test = text.encode(), self.test_fraction
         held_out = self.options.validation_fraction + test
         ends = [0, cut(data, held_out), cut(data, test), len(data)]
@@ -345,7 +345,7 @@ class Worker:
             if self.options.invalid_utf8 != "replace":
                 raise BadRow(
                     f"is not UTF-8 (byte {error.start} of the row; --invalid_utf8 replace would "
-                    "take it)."
+                    "repair it)."
                 ) from None
             text = _repaired(line, result)
         return decoded(text)
@@ -369,7 +369,7 @@ def _line(path: Path, at: int) -> int:
 
 
 def learn_tokenizer(spec: Spec, single: bool) -> BPETokenizer:
-    """Train the tokenizer that `--tokenizer train:SIZE` asks for, on the data's train split."""
+    """Train the tokenizer of `--tokenizer train:SIZE` on the train split of the data."""
     assert isinstance(spec.tokenizer, str)
     size = int(spec.tokenizer.removeprefix("train:"))
     plain = BPETokenizer.bytes()  # long documents may be cut anywhere for this
@@ -381,7 +381,7 @@ def learn_tokenizer(spec: Spec, single: bool) -> BPETokenizer:
         shown_percent, split_of_long = -1, TRAIN
         for index, block in spec.blocks(0, START, plain, single):
             for split, text in worker.texts(block):
-                # The first part of a long document decides for all of it.
+                # The first part of a long document decides the split of the whole document.
                 split_of_long = split if block.begins else split_of_long
                 if split_of_long == TRAIN:
                     yield text

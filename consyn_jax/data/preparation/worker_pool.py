@@ -2,8 +2,8 @@
 
 Each worker is a new interpreter that runs this module, not a fork: a fork of a process with threads
 (such as JAX's) may hang, and `multiprocessing` would run the user's script again. Workers exchange
-JSON and arrays with the main process over pipes. A worker ends when its input ends, so none
-outlives the main process, however that ended.
+JSON and arrays with the main process over pipes. A worker ends when its input ends, so no worker
+outlives the main process.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class WorkerPool:
         self._threads = ThreadPoolExecutor(max(count, 1), "data worker")
 
     def results(self, blocks: Iterable[tuple[Any, Block]]) -> Iterator[tuple[Any, Block, Result]]:
-        """(tag, block, result) for each (tag, block), in order.
+        """Process (tag, block) pairs; yield (tag, block, result) in the same order.
 
         About two blocks per process are in progress at a time.
         """
@@ -128,7 +128,7 @@ class _Process:
     """One worker process.
 
     Args:
-        settings: sent along with the first block.
+        settings: settings of the worker, sent with the first block.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -141,8 +141,8 @@ class _Process:
         }
         # -P: a file json.py in the user's directory must not be imported.
         command = [sys.executable, "-P", "-c", _BOOT, package]
-        # Ctrl-C reaches the whole process group, and the main process alone decides what happens
-        # then. So the child starts with these signals blocked.
+        # Ctrl-C reaches the whole process group, but only the main process may react to it. So the
+        # child starts with these signals blocked.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             self._child = subprocess.Popen(
@@ -153,7 +153,7 @@ class _Process:
         self._settings: dict[str, Any] | None = settings
 
     def work(self, block: Block) -> Result:
-        """The result for `block`, as `Worker.work` gives it."""
+        """Send `block` to the process, and return the result of its `Worker.work`."""
         sent = {**dataclasses.asdict(block), "data": None, "settings": self._settings}
         self._settings = None
         try:
@@ -166,8 +166,8 @@ class _Process:
                     f"A data worker exited with {code}; its traceback is above."
                 ) from error
             raise UserError(
-                f"A process that tokenises was killed by signal {-code}, as happens when memory "
-                "runs out. Lower --num_workers, and run the command again."
+                f"A worker process was killed by signal {-code}; running out of memory is the "
+                "usual cause. Lower --num_workers, and run the command again."
             ) from error
         arrays = [
             np.frombuffer(data, kind).reshape(shape)
@@ -236,7 +236,7 @@ def _read(pipe: BinaryIO) -> tuple[dict[str, Any], list[bytes]]:
     """Read a message: its JSON object, and its buffers.
 
     Raises:
-        EOFError: the other side is gone.
+        EOFError: the other process has closed the pipe.
     """
     length, count = struct.unpack("<QQ", _exactly(pipe, 16))
     sizes = struct.unpack(f"<{count}Q", _exactly(pipe, 8 * count))

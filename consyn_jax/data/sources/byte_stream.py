@@ -1,4 +1,4 @@
-"""The bytes of a file, decompressed, and converted to UTF-8 from UTF-16 and UTF-32."""
+"""Read the bytes of a file, decompressed and converted from UTF-16 or UTF-32 to UTF-8."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHUNK_BYTES = 1 << 18
 GZIP, ZSTANDARD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 XZ, BZIP2 = b"\xfd7zXZ\0", b"BZh"
 MAGIC_BYTES = 6
-# The order matters: the mark of UTF-32 begins with that of UTF-16.
+# The order matters: UTF-32's byte order mark begins with UTF-16's.
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32-le",
     codecs.BOM_UTF32_BE: "utf-32-be",
@@ -30,11 +30,11 @@ MARKS = {
 class ByteStream:
     """The bytes of a file without a byte order mark, decompressed and in UTF-8.
 
-    Gzip, Zstandard, xz and bzip2 are decompressed. A file that begins with the mark of UTF-16 or
-    UTF-32 is read as UTF-8; half of a surrogate pair becomes bytes that are not valid UTF-8.
+    Gzip, Zstandard, xz and bzip2 are decompressed. A file with a UTF-16 or UTF-32 byte order mark
+    is converted to UTF-8; a lone half of a surrogate pair becomes invalid UTF-8.
 
     Raises:
-        UserError: the file cannot be read, or is cut off or damaged; also while reading.
+        UserError: the file cannot be read, or is truncated or damaged; every method may raise it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,7 +51,7 @@ class ByteStream:
         self.is_plain = self._bytes is self.file and self._decoder is None
 
     def _take_mark(self) -> None:
-        """Remove the byte order mark, and decode what follows accordingly."""
+        """Remove the byte order mark, and decode the rest of the file by it."""
         for mark, encoding in MARKS.items():
             if self._ahead.startswith(mark):
                 self._decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
@@ -60,7 +60,7 @@ class ByteStream:
         self._ahead = self._ahead.removeprefix(codecs.BOM_UTF8)
 
     def read(self, size: int) -> bytes:
-        """The next `size` bytes; fewer only at the end of the file."""
+        """Read the next `size` bytes; fewer only at the end of the file."""
         data, self._ahead = self._ahead[:size], self._ahead[size:]
         while len(data) < size and (more := self._read(size - len(data))):
             data += more
@@ -77,7 +77,7 @@ class ByteStream:
 
     @property
     def file_bytes(self) -> int:
-        """Bytes read so far of the file on disk, which may be compressed."""
+        """Number of bytes read so far from the file on disk, which may be compressed."""
         return self.file.tell()
 
     def _read(self, size: int) -> bytes:
@@ -129,7 +129,7 @@ class _Streams:
         self._file, self._start, self._stream = file, start, start()
 
     def read(self, size: int) -> bytes:
-        """At most `size` bytes, and none only at the end of the file."""
+        """Read at most `size` bytes; the result is empty only at the end of the file."""
         data = b""
         while not data:
             more = b""
@@ -141,7 +141,7 @@ class _Streams:
                     return b""
                 self._stream = self._start()
             elif self._stream.needs_input and not (more := self._file.read(CHUNK_BYTES)):
-                raise EOFError("it ends inside a stream")
+                raise EOFError("it ends inside a compressed stream")
             data = self._stream.decompress(more, size)
         return data
 

@@ -1,8 +1,8 @@
-"""Long documents in parts of about a megabyte, cut where no token would span the cut.
+"""Split long documents into parts of about a megabyte, where no token would span the cut.
 
 A document of any length can then be cleaned and tokenised in bounded memory and by several
-processes, and its ids are those of the whole. Only the text decides where it is cut, so equal
-documents have equal parts, whatever file they come from.
+processes, with the same ids as in one piece. The cuts depend only on the text, so equal documents
+have equal parts, whatever file they come from.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from collections.abc import Iterable, Iterator
 from consyn_jax.tokenization import BPETokenizer
 
 PART_BYTES = 1 << 20
-# A place to cut is searched for in this many bytes after the first `PART_BYTES`.
+# Number of bytes, after the first `PART_BYTES`, in which to search for a place to cut.
 SEARCH_BYTES = 1 << 16
 LIMIT = PART_BYTES + SEARCH_BYTES
 WINDOW = 256
 TRIES = 16
-# Places where byte-level vocabularies separate words, in order of preference: a single
-# newline before a letter, a space between letters, any newline, and any single space before
-# something visible. A part must not begin with a control character (some begin with C2) or a byte
-# order mark (EF begins it), since cleaning would take it for the first of the document.
+# Places where byte-level vocabularies separate words, in order of preference: a single newline
+# before a letter, a space between letters, any newline, and any single space before something
+# visible. A part must not begin with a control character (some start with byte C2) or a byte order
+# mark (byte EF), because cleaning would treat it as the beginning of the document.
 PLACES = (
     re.compile(rb"(?<=[^\s])\n(?=[A-Za-z])"),
     re.compile(rb"(?<=[a-z])(?= [A-Za-z])"),
@@ -33,7 +33,7 @@ PLACES = (
 def parts(chunks: Iterable[bytes], tokenizer: BPETokenizer) -> Iterator[tuple[bytes, bool]]:
     """Cut one document, given in chunks of any size, into parts: (bytes, whether it is the last).
 
-    A document of up to `LIMIT` bytes is one part. The last part is empty only if the document is.
+    A document of up to `LIMIT` bytes is one part. No part is empty, unless the document is.
     """
     buffer = bytearray()
     for chunk in chunks:
@@ -46,11 +46,10 @@ def parts(chunks: Iterable[bytes], tokenizer: BPETokenizer) -> Iterator[tuple[by
 
 
 def _cut(data: bytes, tokenizer: BPETokenizer) -> int:
-    """End of the first part of `data`; `data` has `LIMIT` bytes.
+    """Find the end of the first part of `data`, which has `LIMIT` bytes.
 
-    The cut is where the text around it has the same ids in one piece and in two. Text without such
-    a place, like a megabyte of one letter, is cut anyway: otherwise neither time nor memory would
-    be bounded.
+    At the cut, the surrounding text has the same ids in one piece as in two. Text without such a
+    place, such as a megabyte of one letter, is cut anyway, to bound time and memory.
     """
     for place in PLACES:
         for tried, match in enumerate(place.finditer(data, PART_BYTES)):

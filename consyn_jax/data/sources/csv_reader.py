@@ -1,4 +1,4 @@
-"""Tables of comma- or tab-separated values as sources: a row is an object by column."""
+"""Tables of comma- or tab-separated values as sources; a row becomes an object by column."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ HEADLESS = "; if its first line is a row already, put one with names above it."
 class CsvReader(Reader):
     """CSV and TSV with a first line of column names, which may be compressed.
 
-    The delimiter is a tab in .tsv files whose first line has one, otherwise the one of `DELIMITERS`
-    that occurs most often in the first line. Fields in double quotes may contain line breaks; in a
-    file with unpaired quotes, quotes have no meaning.
+    The delimiter of a .tsv file whose first line has a tab is the tab; otherwise it is the most
+    frequent of `DELIMITERS` in the first line. Fields in double quotes may contain line breaks; in
+    a file with unpaired quotes, quotes have no meaning.
     """
 
     kind, noun, unit = "csv", "a table of columns", "table of columns"
@@ -65,7 +65,7 @@ def is_table(name: str, options: CorpusOptions) -> bool:
 
 
 class _Form:
-    """Delimiter, quoting and columns of a table, as its beginning shows them."""
+    """Delimiter, quoting and columns of a table, detected from its beginning."""
 
     def __init__(self, path: Path) -> None:
         with ByteStream(path) as stream:
@@ -85,18 +85,18 @@ class _Form:
             raise UserError(f"{path} has more than one column {twice[0]!r}. Rename one of them.")
 
     def parsed(self, lines: Iterator[str] | Sequence[str]) -> Iterator[list[str]]:
-        """The fields of each record in lines of text."""
+        """Parse lines of text into records, each a list of fields."""
         return csv.reader(iter(lines), delimiter=self.delimiter, quoting=self.quoting, strict=True)
 
     def row(self, fields: Sequence[str]) -> dict[str, str] | str:
-        """A row as an object, or its fault for the worker."""
+        """Convert a record into a JSON object, or into a message about its fault."""
         if len(fields) == len(self.columns):
             return dict(zip(self.columns, fields, strict=True))
         counts = f"{len(fields)} fields where the first line has {len(self.columns)}"
         return f"{FAULT}has {counts}."
 
     def _is_even(self, lines: Sequence[str]) -> bool:
-        """Whether the first records have as many fields as there are columns."""
+        """Whether the first records have as many fields as the header."""
         found: list[int] = []
         try:
             for fields in self.parsed(lines):
@@ -113,7 +113,7 @@ class _Form:
 def _records(
     name: str, stream: ByteStream, start: Position, form: _Form
 ) -> Iterator[tuple[int, list[str], Position]]:
-    """(line, fields, position after it) of each record from `start` on; positions count lines."""
+    """Yield (line, fields, position after the record) from `start` on; positions count lines."""
     stream.skip(start[0])
     at, line = start
     taken: list[int] = []
@@ -142,7 +142,7 @@ def _records(
 
 
 def _lines(stream: ByteStream) -> Iterator[bytes]:
-    """The lines of a stream, each with its end."""
+    """The lines of a stream, each with its line end."""
     buffer = b""
     while data := stream.read(CHUNK_BYTES):
         *whole, buffer = (buffer + data).split(b"\n")

@@ -1,4 +1,4 @@
-"""Sources of `--data`: paths, globs, URLs, Hub names and "sample", and what is left out.
+"""Find the sources that `--data` names: paths, globs, URLs, Hub names and "sample".
 
 Files are recognised by their content, compressed files by their decompressed content. Sources are
 in the order of the names given, and sorted within a directory or glob.
@@ -33,11 +33,11 @@ from consyn_jax.remote.urls import is_bucket_url
 TOKENS = TokenReader.kind
 FILE_SUFFIXES = {*COMPRESSED_SUFFIXES, *(s for r in READERS.values() for s in r.suffixes)}
 _NOUNS = [reader.noun for kind, reader in reversed(READERS.items()) if kind != SAMPLE]
-# Remedies by words of a file's fault.
+# Advice, by words that occur in the description of a file's fault.
 _REMEDIES = (
     ("UTF-16", "Convert the file to UTF-8, or write it with a byte order mark."),
     ("UTF-8", REMEDY),
-    ("has to be", "Give the files that come of it."),
+    ("has to be", "Give the resulting files."),
     ("cut off", "Make or download the file again."),
     ("is JSON but not rows", "Write the rows as JSON Lines, or as one array."),
 )
@@ -49,7 +49,7 @@ class Corpus:
     """The sources in reading order, and files that were left out, each with the reason.
 
     Attributes:
-        validation: sources whose names say that they are for validation.
+        validation: sources that are validation data by their names.
     """
 
     sources: tuple[Source, ...]
@@ -65,12 +65,12 @@ def find_sources(
     Args:
         data: paths, directories, globs (`**` also matches subdirectories), names of Hub datasets,
             or "sample" (`./sample` is a file of that name).
-        dataset_type: the type that everything must have, or "auto".
-        flag: the flag that `data` was given to, for messages.
+        dataset_type: the type that all sources must have, or "auto".
+        flag: name of the flag whose value `data` is, for messages.
         invalid_utf8: "replace" accepts text files that are not all UTF-8.
 
     Raises:
-        UserError: a name does not exist, nothing is usable, or a type is not the one asked for.
+        UserError: a name does not exist, no file is usable, or a source has another type.
     """
     found: dict[str, Found] = {}
     twice: list[tuple[str, str]] = []
@@ -82,9 +82,7 @@ def find_sources(
                 found[item.source.name] = item
     parted = by_split(without_companions(list(found.values())), flag)
     if not parted.train:
-        raise UserError(
-            f"--{flag} names nothing to read. Give a file, a directory, a glob or 'sample'."
-        )
+        raise UserError(f"--{flag} is empty. Give a file, a directory, a glob or 'sample'.")
     train, validation = (
         tuple(item.source for item in items) for items in (parted.train, parted.validation)
     )
@@ -95,7 +93,7 @@ def find_sources(
 
 
 def _check_alike(sources: Iterable[Source], flag: str) -> None:
-    """Refuse tokens among documents, and token files among stores."""
+    """Refuse mixtures of tokens and documents, and of token files and token stores."""
     kinds = {
         source.reader.describe(source.name) if source.kind == TOKENS else "": source.name
         for source in sources
@@ -103,13 +101,13 @@ def _check_alike(sources: Iterable[Source], flag: str) -> None:
     if len(kinds) > 1:
         found, name = next((found, name) for found, name in kinds.items() if found)
         raise UserError(
-            f"{name} in --{flag} is {found}, and the others are not. "
-            f"Name one kind in --{flag}, or mix training data by --data_weights."
+            f"{name} in --{flag} is {found}, but other items are not. Give items of one kind in "
+            f"--{flag}, or mix training data with --data_weights."
         )
 
 
 def _found_by(name: str, dataset_type: str, flag: str, invalid_utf8: str) -> Iterator[Found]:
-    """The sources that `name` stands for, each with the reason to leave it out, or ""."""
+    """Find the sources that `name` matches, each with a reason to leave it out, or ""."""
     if is_bucket_url(name):
         name = str(local_copy(name))
     if name == SAMPLE:
@@ -120,7 +118,7 @@ def _found_by(name: str, dataset_type: str, flag: str, invalid_utf8: str) -> Ite
     expanded = _expand(name, dataset_type, flag)
     for found in expanded:
         if isinstance(found, Source):
-            # The name of one of several splits on the network ends with the split.
+            # If a Hub dataset has several splits, each name ends with its split.
             is_one = len(expanded) == 1
             inside = Path(found.name if is_one else found.name.rpartition(":")[2])
             yield Found(found, "", inside, name, is_named=is_one)
@@ -132,7 +130,7 @@ def _found_by(name: str, dataset_type: str, flag: str, invalid_utf8: str) -> Ite
 
 
 def _inside(name: str, found: Path, place: Path) -> Path:
-    """The path of a source below `place`; for one split of several, the split's name."""
+    """The path of a source relative to `place`; the split's name for a split of a dataset."""
     if name == str(found) and any(r.other_splits(found) for r in READERS.values()):
         return Path(TRAIN)
     if name.startswith(f"{found}:"):
@@ -143,7 +141,7 @@ def _inside(name: str, found: Path, place: Path) -> Path:
 
 
 def _beginning(name: str) -> Path:
-    """The directory that a name or pattern begins with; paths below it decide the splits.
+    """The directory at the beginning of a name or pattern; paths below it decide the splits.
 
     >>> _beginning("test/*/a.txt"), _beginning("corpus")
     (PosixPath('test'), PosixPath('corpus'))
@@ -156,7 +154,7 @@ def _beginning(name: str) -> Path:
 
 
 def _expand(name: str, dataset_type: str, flag: str) -> Sequence[Path | Source]:
-    """The paths that a name expands to, as in a shell, or a source that is not a path."""
+    """Expand a name to paths, as in a shell, or to sources that are not paths."""
     path = Path(name).expanduser()
     try:
         exists = path.exists()
@@ -175,8 +173,8 @@ def _expand(name: str, dataset_type: str, flag: str) -> Sequence[Path | Source]:
         found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (may be absolute)
         if not found:
             raise UserError(
-                f"The pattern {name} in --{flag} matches no file. "
-                "Correct it; a pattern without a leading / begins at the current directory."
+                f"The pattern {name} in --{flag} matches no file. Correct it; a pattern without "
+                "a leading / is relative to the current directory."
             )
         return [Path(match) for match in found]
     if dataset_type != "auto" or _may_be_remote(name):
@@ -191,10 +189,10 @@ def _expand(name: str, dataset_type: str, flag: str) -> Sequence[Path | Source]:
 
 
 def _may_be_remote(name: str) -> bool:
-    """Whether a name that is not a path looks like owner/name of a dataset.
+    """Whether a name that does not exist as a path may be owner/name of a Hub dataset.
 
-    A single word, the name of a file, and a path into a directory that exists are more likely
-    typing errors.
+    A single word, the name of a file, and a path into an existing directory are more likely
+    mistyped paths.
     """
     owner, slash, rest = re.split("[@:]", name)[0].partition("/")
     is_file = Path(rest).suffix.lower() in FILE_SUFFIXES
@@ -202,24 +200,24 @@ def _may_be_remote(name: str) -> bool:
 
 
 def _remote_names(reader: Reader, name: str, flag: str) -> tuple[str, ...]:
-    """The name of data on the network, and those of its other splits."""
+    """The names of a remote dataset's splits, the default split first; () if it is not remote."""
     try:
         remote = reader.remote_name(name)
         return () if remote is None else (remote, *reader.remote_splits(name, remote))
     except UserError as error:
         raise UserError(
-            f"{name} in --{flag} is not a path here; as {reader.noun}: "
+            f"{name} in --{flag} is not an existing path; as {reader.noun}: "
             f"{str(error)[:1].lower()}{str(error)[1:]}"
         ) from error
 
 
 def _look_into(path: Path, dataset_type: str, invalid_utf8: str) -> Iterator[tuple[Source, str]]:
-    """The sources of an existing path; a file that the user named is never left out."""
+    """Find the sources at an existing path; raise if a file that the user named is unusable."""
     if not path.is_dir():
         kind, fault = recognise(path, dataset_type, invalid_utf8)
         if fault:
             raise UserError(f"{path} {fault}. {_remedy(path, fault, dataset_type)}")
-        # A file of that name is not the built-in sample.
+        # A file named `sample` is not the built-in sample.
         yield Source(f"./{SAMPLE}" if str(path) == SAMPLE else str(path), kind), ""
         return
     reader = next((reader for reader in READERS.values() if reader.is_source(path)), None)
@@ -231,15 +229,15 @@ def _look_into(path: Path, dataset_type: str, invalid_utf8: str) -> Iterator[tup
             yield Source(f"{path}:{split}", reader.kind), ""
     elif (path / PREPARING).is_dir():
         raise UserError(
-            f"{path} is an unfinished token store. Run the same consyn-prepare command again; it "
-            "continues where it stopped."
+            f"{path} is an unfinished token store. Run its consyn-prepare command again to "
+            "complete it."
         )
     else:
         yield from _look_into_directory(path, dataset_type, invalid_utf8)
 
 
 def _remedy(path: Path, fault: str, dataset_type: str) -> str:
-    """A sentence with what to do about a file that the user named."""
+    """Advice, as a sentence, about an unusable file that the user named."""
     if fault.endswith(f"--dataset_type {dataset_type} wants"):
         return "Leave --dataset_type out."
     if path.suffix.lower() in (*TOKEN_SUFFIXES, *PICKLES) and fault != "is empty":
@@ -262,9 +260,12 @@ def _look_into_directory(
         if file.is_dir():
             kind, reason = "", _passed_over(file)
         elif file.is_file() and (target := leads_out(file, path)):
-            kind, reason = "", f"is a link to {target}, outside of it; name that by itself"
+            kind, reason = (
+                "",
+                f"is a link to {target}, outside the directory; give that path to use it",
+            )
         elif file.name.endswith(PARTIAL):
-            kind, reason = "", "is not finished; name it by itself"
+            kind, reason = "", "is an unfinished file; give its path to use it"
         else:
             kind, reason = recognise(file, dataset_type, invalid_utf8)
         found.append((Source(str(file), kind), reason))
@@ -278,12 +279,12 @@ def _look_into_directory(
         )
     for source, reason in found:
         if source.kind == TOKENS and kinds != {TOKENS}:
-            reason = "is a file of tokens among others; name it by itself"
+            reason = "is a token file among other files; give its path to use it"
         yield source, reason
 
 
 def _files_in(directory: Path) -> list[Path]:
-    """The files below a directory, and the subdirectories that are not searched, sorted.
+    """List, sorted, the files below a directory and the subdirectories that are not searched.
 
     Hidden files and directories are ignored.
     """
@@ -298,11 +299,11 @@ def _files_in(directory: Path) -> list[Path]:
 
 
 def _passed_over(directory: Path) -> str:
-    """The reason not to search a subdirectory, or "": a link, or made by one of our commands."""
+    """The reason not to search a subdirectory (a link, a token store, a run), or ""."""
     if directory.is_symlink():
-        return "is a link to a directory; name it by itself"
+        return "is a link to a directory; give its path to use it"
     if is_store(directory) or (directory / PREPARING).is_dir():
-        return "is a token store; name it by itself"
+        return "is a token store; give its path to use it"
     is_run = (directory / "config.yaml").is_file() and (directory / "metrics.jsonl").is_file()
     return "is a run of consyn-train" if is_run else ""
 
@@ -310,7 +311,7 @@ def _passed_over(directory: Path) -> str:
 def recognise(
     path: Path, dataset_type: str = "auto", invalid_utf8: str = "error"
 ) -> tuple[str, str]:
-    """Return (type, "") of a file, or ("", reason) if unusable; only its beginning is read."""
+    """Return (type, "") of a file, or ("", reason) if it is unusable; read only its beginning."""
     if not path.is_file():
         return "", "is not a regular file"
     file = Candidate(path, dataset_type, invalid_utf8)

@@ -31,23 +31,23 @@ class HuggingFaceReader(Reader):
         return dataset_rows.is_dataset(path)
 
     def other_splits(self, path: Path) -> tuple[str, ...]:
-        """Splits of a saved `DatasetDict` besides train; each is read as PATH:SPLIT."""
+        """Splits of a saved `DatasetDict` besides train, to be read as PATH:SPLIT."""
         return dataset_rows.other_splits(path)
 
     def remote_name(self, name: str) -> str | None:
-        """The name of a dataset of the Hub with its commit."""
+        """The name of a Hub dataset including its commit; None for other names."""
         return hub.identity(name) if parse_hub_name(name) else None
 
     def remote_splits(self, name: str, remote: str) -> tuple[str, ...]:
-        """The splits besides train of a dataset of the Hub, each as a name."""
+        """Names of the splits of a Hub dataset besides train."""
         return () if names_split(name) else hub.other_splits(remote)
 
     def files(self, name: str) -> tuple[Path, ...]:
-        """The local files; none for a dataset of the Hub, whose name has the commit."""
+        """The local files; none for a Hub dataset, which the commit in its name identifies."""
         return dataset_rows.files(Path(name)) if dataset_rows.is_dataset(Path(name)) else ()
 
     def size(self, name: str) -> int:
-        """Bytes of the files, or of the copy in the cache."""
+        """Size of the files, or of the copy in the cache, in bytes."""
         return dataset_rows.size(name)
 
     def blocks(self, name: str, start: Position, reading: Reading) -> Iterator[Block]:
@@ -68,9 +68,9 @@ class HuggingFaceReader(Reader):
 
 
 def _in_json(value: Any) -> str:
-    r"""A string for a value that JSON lacks.
+    r"""Convert a value that JSON cannot represent to a string.
 
-    Binary values are taken as text, with their bytes unchanged; others are written as by `str`.
+    Binary values are decoded as text such that their bytes do not change; others use `str`.
 
     >>> _in_json("é".encode()), _in_json(b"\xff"), _in_json(3 + 4j)
     ('é', '\udcff', '(3+4j)')

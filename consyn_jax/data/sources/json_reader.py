@@ -24,10 +24,10 @@ from consyn_jax.data.sources.reader import (
 from consyn_jax.errors import TOO_LONG, UserError, parse_fault
 
 LINES_SUFFIXES = (".jsonl", ".ndjson")
-# A row is parsed in one piece. No corpus for a language model has a row of this size, but a file
-# without line ends may look like one.
+# Largest size of a row, which is parsed at once. No text corpus has such rows, but a file without
+# line ends may look like one.
 LONGEST_ROW = 64 << 20
-# An object whose first key has an array of objects.
+# Matches an object whose first key has an array of objects.
 INNER_ROWS = re.compile(rb'\{\s*"([^"\\]{1,60})"\s*:\s*\[\s*\{')
 SPACE, BETWEEN = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n]*[,\[]?[ \t\r\n]*")
 
@@ -41,7 +41,7 @@ class JsonReader(Reader):
     def recognise(self, file: Candidate) -> str | None:
         """Recognise rows by the suffix or by their first lines.
 
-        Bytes that are not UTF-8 are not a fault, because single rows can be left out.
+        Invalid UTF-8 is no fault of the file, because single rows can be left out.
         """
         if _has_rows(file):
             return file.text_fault(check_utf8=False)
@@ -53,7 +53,7 @@ class JsonReader(Reader):
         return file.text_fault() or no_rows
 
     def identity(self, name: str, file_hash: Callable[[Path], str]) -> list[Any]:
-        """Kind, whether the file is read as an array, and its hash."""
+        """The kind, whether the file is read as an array, and the file's hash."""
         kind, _, hashes = super().identity(name, file_hash)
         return [kind, is_array(Path(name)), hashes]
 
@@ -65,10 +65,10 @@ class JsonReader(Reader):
 
 
 def is_array(path: Path) -> bool:
-    """Whether a file of JSON rows is one array, and not JSON Lines."""
+    """Whether a file of JSON rows is one array, rather than JSON Lines."""
     with ByteStream(path) as stream:
         head = stream.read(HEAD_BYTES).lstrip()
-    # In JSON Lines, a row that is an array is a fault; an array of rows may have this name.
+    # A .jsonl file may be one array of rows; in real JSON Lines, a row that is an array is a fault.
     begins = b"[" if inner_suffix(path) not in LINES_SUFFIXES else b"[{"
     return b"".join(head[:100].split()).startswith(begins)
 
@@ -83,7 +83,7 @@ def _has_rows(file: Candidate) -> bool:
         return False
     line, _, rest = body.partition(b"\n")
     try:
-        # One object alone is more likely a file of settings than a corpus of one row.
+        # A single object is more likely a settings file than a corpus of one row.
         return isinstance(json.loads(line), dict) and bool(rest.strip())
     except (ValueError, RecursionError):
         return False
@@ -109,7 +109,7 @@ def _lines(name: str, stream: ByteStream, start: Position) -> Iterator[Block]:
         if not more:
             return
         if len(buffer) > LONGEST_ROW:
-            # The row is not parsed, so this is not a case for --on_bad_rows.
+            # The row is too long to parse, so --on_bad_rows does not apply.
             raise UserError(
                 f"{name}:{number + 1} is a line of more than {LONGEST_ROW >> 20} MiB, which cannot "
                 "be a row. Fix the file, or give --dataset_type text."
@@ -120,12 +120,12 @@ def _lines(name: str, stream: ByteStream, start: Position) -> Iterator[Block]:
 
 
 def _array(name: str, stream: ByteStream, start: Position) -> Iterator[Block]:
-    """The elements of one JSON array as rows.
+    """Read the elements of one JSON array as rows.
 
-    The next row cannot be found after broken JSON, so `on_bad_rows` does not apply to it.
+    After broken JSON, the next row cannot be found, so `--on_bad_rows` does not apply.
     """
     rows = (
-        # A JSON string cannot hold a plain newline, so these are white space.
+        # A JSON string cannot contain a raw newline, so all newlines are white space.
         (line, row.replace("\n", " ").encode("utf-8", "surrogateescape"), end)
         for line, row, end in _elements(name, stream, start)
     )
@@ -135,10 +135,10 @@ def _array(name: str, stream: ByteStream, start: Position) -> Iterator[Block]:
 def _elements(
     name: str, stream: ByteStream, start: Position
 ) -> Iterator[tuple[int, str, Position]]:
-    """(line, element as written, position after it); positions count bytes and lines."""
+    """Yield (line, element as text, position after it); positions count bytes and lines."""
     stream.skip(start[0])
     at, line = start[0], start[1] + 1
-    # Bytes that are not UTF-8 are kept; the workers repair or refuse the row.
+    # Invalid UTF-8 is passed on; the workers repair or refuse the row.
     text = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     decoder, buffer, size = json.JSONDecoder(), "", CHUNK_BYTES
     mark = "," if start[0] else "["
@@ -174,7 +174,7 @@ def _elements(
 
 
 def _fault(error: Exception, length: int, more: bool) -> str:
-    """The fault of an element that does not parse, or "" if it may only be incomplete.
+    """The fault of an element that does not parse; "" if more data may complete it.
 
     Args:
         length: characters read since the previous element.
@@ -190,7 +190,7 @@ def _fault(error: Exception, length: int, more: bool) -> str:
 
 
 def _check_rest(name: str, line: int, stream: ByteStream, text: str) -> None:
-    """Refuse anything after the array: ignoring it might lose half the data."""
+    """Refuse text after the array: ignoring it might lose half the data."""
     rest = text.encode("utf-8", "surrogateescape")
     while rest.isspace() or not rest:
         rest = stream.read(CHUNK_BYTES)
@@ -203,7 +203,7 @@ def _check_rest(name: str, line: int, stream: ByteStream, text: str) -> None:
 
 
 def _element(decoder: json.JSONDecoder, buffer: str, position: int, mark: str) -> tuple[int, int]:
-    """(start, end) of the next element, which follows `mark`; the end is -1 after the last one.
+    """(start, end) of the next element, which follows `mark`; the end is -1 if there is none.
 
     Raises:
         ValueError: the element is broken or incomplete.

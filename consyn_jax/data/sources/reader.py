@@ -1,8 +1,8 @@
 """The interface of a dataset type: a `Reader` recognises its files and reads them as blocks.
 
-A new type is one module with a `Reader`, and one line in the table of `source.py`. The main process
-reads, decompresses and finds where documents end; what is in a document is left to the workers.
-Reading can resume at the end of any block, and holds a few megabytes whatever the input.
+A new type needs one module with a `Reader`, and one line in the table of `source.py`. The main
+process reads, decompresses and finds the ends of documents; workers process the documents. Reading
+can resume at the end of any block, and needs a few megabytes of memory for any input.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from consyn_jax.files import LFS_POINTER
 from consyn_jax.prepare_config import CorpusOptions
 from consyn_jax.tokenization import BPETokenizer
 
-# Files with these names are read as text, whatever they begin with.
+# Files with these suffixes are read as text, whatever their content.
 TEXT_SUFFIXES = (".txt", ".md")
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
 ARCHIVES = {b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf": "a 7z archive", b"Rar!": "a rar archive"}
-# What holds text, and is named like this, is not text itself; zip archives are told apart by name.
+# Files with these suffixes contain text but are not plain text; zip archives are told apart by
+# suffix.
 OFFICE = {
     ".xlsx": "an Excel workbook, which has to be exported as CSV",
     ".ods": "a spreadsheet, which has to be exported as CSV",
@@ -42,14 +43,15 @@ HEAD_BYTES = 65_536
 BLOCK_BYTES = 1 << 20
 
 Position = tuple[int, int]
-"""Bytes of the decompressed file (or rows of a Hugging Face dataset) before a place, and documents
-or lines before it."""
+"""(Bytes of the decompressed file, or rows of a Hugging Face dataset, before a position; documents
+or lines before it.)
+"""
 START: Position = (0, 0)
 
 
 @dataclass(frozen=True)
 class Block:
-    """The unit of work of one worker: some whole documents, or a part of a long one.
+    """The unit of work of a worker: some whole documents, or a part of a long document.
 
     Attributes:
         kind: "text" for documents between separators, "part" for a part of one document, "rows" for
@@ -57,12 +59,12 @@ class Block:
         name: the source, for messages.
         first: number of the first document or line in the source, from 1.
         offset: position of `data` in the source in bytes, for messages.
-        end: where reading resumes after the block; None inside a long document that shares its
-            file.
+        end: position at which reading resumes after the block; None inside a long document that is
+            not alone in its file.
         file_bytes: bytes of the source's file read so far, for progress.
-        begins, last: for a part, whether it is the first and the last part of its document.
-        split: the split of the documents, if their text does not decide it.
-        numbers: for rows that were not lines of a file, the number of each in the source.
+        begins, last: for a part, whether it is the first or the last part of its document.
+        split: the split of the documents; None if the hash of their text decides.
+        numbers: number of each row in the source, for rows that were not lines of a file.
         unread: columns of a table that were not read, because no option needs them.
     """
 
@@ -83,7 +85,7 @@ class Block:
     def each_of_rows(
         cls, name: str, rows: Iterable[tuple[int, bytes, Position]], stream: ByteStream
     ) -> Iterator[Block]:
-        """Blocks of rows from (number, JSON object without newlines, position after it)."""
+        """Make blocks from rows: (number, JSON without newlines, position after the row)."""
         found: list[bytes] = []
         numbers: list[int] = []
         size, end = 0, START
@@ -107,7 +109,7 @@ class Block:
         file_bytes: int,
         unread: tuple[str, ...] = (),
     ) -> Block:
-        """A block of rows, each a JSON object without newlines; at least one."""
+        """Make a block of at least one row, each a JSON object without newlines."""
         data = b"".join(row + b"\n" for row in rows)
         return cls(
             *("rows", name, data, numbers[0], 0, end, file_bytes),
@@ -122,11 +124,11 @@ class Reading:
 
     Attributes:
         options: the user's flags.
-        tokenizer: long documents are cut where it gives the same ids.
-        single: the whole corpus is one document, which is cut by position: its last shares are held
-            out for validation and test.
-        test_fraction: share for test.
-        streaming: read a dataset of the Hub over the network, without downloading it first.
+        tokenizer: the tokenizer whose ids a cut in a long document must not change.
+        single: whether the corpus is one document, which is split by position: its last parts are
+            held out for validation and test.
+        test_fraction: share held out for test.
+        streaming: whether to read Hub datasets over the network, without downloading them first.
     """
 
     options: CorpusOptions
@@ -137,15 +139,15 @@ class Reading:
 
 
 class Reader(ABC):
-    """One dataset type.
+    """The interface of a dataset type.
 
     A source of this type is named by a string, usually its path.
 
     Attributes:
         kind: name of the type: a value of `--dataset_type`, and part of cache keys.
-        noun: its content, for messages: "holds NOUN".
-        unit: one source of it, for reports: "2 UNITs".
-        suffixes: endings of its files' names.
+        noun: the content of a source, for messages: "holds NOUN".
+        unit: one source, for reports: "2 UNITs".
+        suffixes: suffixes of file names of this type.
     """
 
     kind: ClassVar[str]
@@ -154,30 +156,30 @@ class Reader(ABC):
     suffixes: ClassVar[tuple[str, ...]] = ()
 
     def recognise(self, file: Candidate) -> str | None:
-        """Recognise a regular file: None if it is not of this type, otherwise "" or its fault.
+        """Recognise a regular file: None if it has another type, otherwise "" or its fault.
 
         A fault ("is empty") completes a sentence that begins with the name of the file.
         """
         return None
 
     def is_source(self, path: Path) -> bool:
-        """Whether a directory, or a path that does not exist (PATH:SPLIT), is one source."""
+        """Whether a directory or a name PATH:SPLIT is one source of this type."""
         return False
 
     def other_splits(self, path: Path) -> tuple[str, ...]:
-        """Splits of a directory that is one source, besides the one read by default."""
+        """Splits of a directory that is one source, besides its default split."""
         return ()
 
     def remote_name(self, name: str) -> str | None:
-        """The name of the data at its present version, if `name` is data on the network.
+        """The name of remote data including its present version; None if `name` is not remote.
 
         Raises:
-            UserError: `name` may be such data, and cannot be found.
+            UserError: `name` may be remote data, but cannot be found.
         """
         return None
 
     def remote_splits(self, name: str, remote: str) -> tuple[str, ...]:
-        """Names of the other splits of data on the network, if `name` chooses none.
+        """Names of the other splits of remote data, if `name` chooses no split.
 
         Args:
             remote: the result of `remote_name`.
@@ -188,15 +190,15 @@ class Reader(ABC):
         return ()
 
     def describe(self, name: str) -> str:
-        """A source, for messages: "a token store"."""
+        """Describe a source for messages, as in "a token store"."""
         return self.noun
 
     def files(self, name: str) -> tuple[Path, ...]:
-        """The files whose bytes decide what is read; none if the name decides."""
+        """The files whose bytes determine the data; none if the name determines it."""
         return (Path(name),)
 
     def size(self, name: str) -> int:
-        """Bytes to read, for progress; 0 if unknown.
+        """Number of bytes to read, for progress; 0 if unknown.
 
         Raises:
             OSError: a file cannot be read.
@@ -204,7 +206,7 @@ class Reader(ABC):
         return Path(name).stat().st_size
 
     def identity(self, name: str, file_hash: Callable[[Path], str]) -> list[Any]:
-        """The source's part of the cache key: kind, whether it is an array, hashes of files."""
+        """The source's entry in the cache key: kind, whether JSON is an array, file hashes."""
         return [self.kind, False, [file_hash(file) for file in self.files(name)] or [name]]
 
     def is_one_document(self, options: CorpusOptions) -> bool:
@@ -213,7 +215,7 @@ class Reader(ABC):
 
     @abstractmethod
     def blocks(self, name: str, start: Position, reading: Reading) -> Iterator[Block]:
-        """The blocks of a source from `start` on.
+        """Read the blocks of a source from position `start` on.
 
         Raises:
             UserError: the source cannot be read; the message names the file and the fault.
@@ -225,8 +227,8 @@ class Candidate:
 
     Attributes:
         path: the file.
-        dataset_type: the type that the user asked for, or "auto".
-        suffix: the file's suffix in lower case; that of a compression is left out.
+        dataset_type: the value of `--dataset_type`.
+        suffix: the file's suffix in lower case, without a compression suffix.
     """
 
     def __init__(self, path: Path, dataset_type: str = "auto", invalid_utf8: str = "error") -> None:
@@ -235,7 +237,7 @@ class Candidate:
 
     @property
     def head(self) -> bytes:
-        """The first `HEAD_BYTES` bytes, decompressed; none if the file cannot be read."""
+        """The first `HEAD_BYTES` bytes, decompressed; empty if the file cannot be read."""
         return self._beginning[0]
 
     def text_fault(self, *, check_utf8: bool = True) -> str:
@@ -244,7 +246,7 @@ class Candidate:
         if not head:
             return fault or "is empty"
         if head.startswith(LFS_POINTER):
-            return "is a Git LFS pointer, not the data itself, which git lfs pull fetches"
+            return "is a Git LFS pointer, not the data; git lfs pull fetches the data"
         if head.startswith(PDF):
             return "is a PDF, which has to be converted to text"
         if head.startswith(b"PK") and self.suffix in OFFICE:
@@ -266,7 +268,7 @@ class Candidate:
 
 
 def inner_suffix(path: Path) -> str:
-    """The suffix of a file in lower case, without that of its compression.
+    """The suffix of a file in lower case, without a compression suffix.
 
     >>> inner_suffix(Path("a.JSONL.gz")), inner_suffix(Path("a.txt"))
     ('.jsonl', '.txt')
@@ -280,7 +282,7 @@ def binary_fault(data: bytes, *, complete: bool) -> str:
 
     Args:
         data: the beginning of a file.
-        complete: whether it is the whole file, and must not end within a character.
+        complete: whether `data` is the whole file, which must not end within a character.
 
     >>> binary_fault(b"a\x00", complete=True)
     'is binary: byte 1 is NUL'
@@ -299,7 +301,7 @@ def binary_fault(data: bytes, *, complete: bool) -> str:
 
 
 def _is_utf16(data: bytes) -> bool:
-    """Whether most pairs of bytes are an ASCII character and a zero."""
+    """Whether most pairs of bytes are an ASCII character and a zero byte."""
     if len(data) < FEWEST_UTF16:
         return False
     halves = sorted((data[::2], data[1::2]), key=lambda half: half.count(0))

@@ -1,16 +1,16 @@
-"""Rows to documents: the format of a row, which texts are read, and which are trained on.
+"""Turn rows into documents: choose a row's format, its texts, and which are trained on.
 
-The keys of a row decide its format, or `--row_format` does:
+`--row_format` or the keys of a row decide its format:
 
-    messages            {"messages": [{"role", "content"}]}: the assistant's messages are learned
-    sharegpt            {"conversations": [{"from", "value"}]}: likewise
-    alpaca              {"instruction", "input", "output"}: the output is learned
-    prompt_completion   {"prompt", "completion"}, as text or as messages: the completion is learned
-    text                {"text"}: all of it is learned
+    messages            {"messages": [{"role", "content"}]}: trains on the assistant's messages
+    sharegpt            {"conversations": [{"from", "value"}]}: trains on the assistant's messages
+    alpaca              {"instruction", "input", "output"}: trains on the output
+    prompt_completion   {"prompt", "completion"}, text or messages: trains on the completion
+    text                {"text"}: trains on all of it
 
-They are looked for in this order, because files of the first four often carry the rendered row
-under `text` as well. A document is a sequence of segments of text, or a conversation, which a chat
-template writes. With `--row_format preference`, which `--objective dpo` sets, every row is a pair
+The formats are tried in this order, because files of the first four often also have the rendered
+row under `text`. A document is a sequence of text segments, or a conversation, which a chat
+template renders. With `--row_format preference`, which `--objective dpo` sets, every row is a pair
 of answers ({"prompt", "chosen", "rejected"}).
 """
 
@@ -51,7 +51,7 @@ CONVERSATIONS = (MESSAGES, SHAREGPT, PROMPT_MESSAGES, PREFERENCE_MESSAGES)
 
 @dataclass(frozen=True)
 class RowKeys:
-    """The keys of a row's texts; `a.b` reaches into objects.
+    """The keys of a row's texts; `a.b` means key `b` of the object under `a`.
 
     Attributes:
         text: the whole document.
@@ -70,7 +70,7 @@ class RowKeys:
 
     @classmethod
     def of(cls, options: CorpusOptions) -> RowKeys:
-        """The keys that the flags name."""
+        """The keys from the user's flags."""
         return cls(
             options.text_key,
             options.prompt_key,
@@ -81,13 +81,13 @@ class RowKeys:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """All keys that any format looks at, for tables that are read by column."""
+        """All keys that any format uses; of a table, only these columns are read."""
         prompts = (self.prompt or "prompt").split(",")
         own = (self.text, *map(str.strip, prompts), self.completion or "completion", self.messages)
         return (*own, *COLUMNS)
 
 
-# Keys that formats look at besides those that flags name.
+# Keys that formats use in addition to those named by flags.
 COLUMNS = (
     *("conversations", "system", "tools", "functions", "chat_template_kwargs"),
     *("instruction", "input", "output", "history"),
@@ -101,7 +101,7 @@ class Segment:
     """A piece of a document.
 
     Attributes:
-        text: tokenised by itself; may be empty.
+        text: text of the segment, tokenised separately; may be empty.
         trained: whether its tokens are targets of the loss.
     """
 
@@ -117,9 +117,9 @@ class Row:
     """A row as it was recognised.
 
     Attributes:
-        format: a value of `--row_format`, or as in "preference of messages" for messages.
-        content: segments of text, after which the document ends, a conversation, or a pair.
-        unread: keys of the row that its format has no use for.
+        format: a value of `--row_format`; for pairs of messages, "preference of messages".
+        content: the document: text segments, a conversation, or a pair.
+        unread: keys of the row that its format does not use.
     """
 
     format: str
@@ -131,11 +131,11 @@ def read_row(row: Any, keys: RowKeys, absent: Sequence[str] = ()) -> Row:
     """Turn a row into a document.
 
     Args:
-        row: a decoded row; a caller that could not decode it passes the `BadRow` with the reason.
+        row: a decoded row, or the `BadRow` with the reason why it could not be decoded.
         absent: names of columns that were not read, for the message about a missing key.
 
     Raises:
-        BadRow: the row has no format that is known, is broken, or has nothing to train on.
+        BadRow: the row's format is unknown, it is malformed, or it has nothing to train on.
 
     >>> read_row({"prompt": "2 + 2 =", "completion": " 4"}, RowKeys())
     Row(format='prompt_completion', content=(Segment(text='2 + 2 =', trained=False),
@@ -164,7 +164,7 @@ def _recognised(row: dict, keys: RowKeys) -> Row:
 
 
 def _read(row: dict, found: str, keys: RowKeys) -> tuple[str, Content]:
-    """The name of a row's format, and its content."""
+    """Read a row; return the name of its format and its content."""
     if found == PREFERENCE:
         content = pair(row, keys.prompt)
         return found if isinstance(content.prompt, str) else PREFERENCE_MESSAGES, content
@@ -183,7 +183,7 @@ def _read(row: dict, found: str, keys: RowKeys) -> tuple[str, Content]:
 
 
 def _used(row: dict, found: str, keys: RowKeys) -> set[str]:
-    """The keys that a format reads, or looks at."""
+    """The keys of a row that its format uses."""
     prompts = {keys.prompt or "prompt", *map(str.strip, (keys.prompt or "prompt").split(","))}
     chat = {"tools", "functions", "chat_template_kwargs"}
     return {
@@ -197,7 +197,7 @@ def _used(row: dict, found: str, keys: RowKeys) -> set[str]:
 
 
 def _sharegpt_key(row: dict, keys: RowKeys) -> str:
-    """The key of a ShareGPT conversation; some files have it under OpenAI's name."""
+    """The key of a ShareGPT conversation; some files use OpenAI's key `messages`."""
     if keys.messages != RowKeys.messages:
         return keys.messages
     return "messages" if "messages" in row and "conversations" not in row else "conversations"
@@ -208,10 +208,10 @@ def _answered(prompt: str, answer: str) -> tuple[Segment, ...]:
 
 
 def _format(row: dict, keys: RowKeys) -> str:
-    """The format of a row, by the keys that flags name, and otherwise by the keys it has.
+    """Choose the format of a row, by keys named in flags, or else by the row's keys.
 
     Raises:
-        BadRow: no format is found, or one that cannot be trained on.
+        BadRow: no format matches, or the matching one cannot be trained on.
     """
     if keys.prompt is not None or keys.completion is not None:
         return PROMPT_COMPLETION
@@ -220,7 +220,7 @@ def _format(row: dict, keys: RowKeys) -> str:
     if keys.text != "text" and has(row, keys.text):
         return TEXT
     check_preference(row)
-    # A column that only other rows fill is null here.
+    # In a table, a column that only other rows use is null here.
     filled = {name for name, value in row.items() if value is not None}
     if keys.messages in filled:
         return _conversation_format(row, keys.messages)

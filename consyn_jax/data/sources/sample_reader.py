@@ -1,4 +1,4 @@
-"""The data that every machine has: `--data sample`."""
+"""`--data sample`: text that comes with every Python."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SampleReader(Reader):
         return ()
 
     def size(self, name: str) -> int:
-        """Bytes of its texts."""
+        """Size of the sample's texts, in bytes."""
         return sum(len(text.encode()) for text in sample_texts())
 
     def identity(self, name: str, file_hash: Callable[[Path], str]) -> list[Any]:
@@ -32,7 +32,7 @@ class SampleReader(Reader):
         return [SAMPLE, False, [hashlib.sha256("\0".join(sample_texts()).encode()).hexdigest()]]
 
     def blocks(self, name: str, start: Position, reading: Reading) -> Iterator[Block]:
-        """All texts as one block of rows."""
+        """Read all texts of the sample, as one block of rows."""
         texts = sample_texts()[start[1] :]
         lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
         end = (0, start[1] + len(texts))
@@ -40,9 +40,9 @@ class SampleReader(Reader):
 
 
 def sample_texts() -> list[str]:
-    """The documents of the sample: the language reference that Python carries for `help()`.
+    """The documents of the sample: Python's language reference, as used by `help()`.
 
-    They are sorted by topic.
+    The documents are sorted by topic.
 
     Raises:
         UserError: this Python was installed without `pydoc_data`.

@@ -16,7 +16,7 @@ from consyn_jax.data.sources.text_reader import TextReader
 from consyn_jax.data.sources.token_reader import TokenReader
 from consyn_jax.errors import UserError
 
-# The first reader that recognises a file reads it, so the most general one is the last.
+# The first reader that recognises a file reads it, so the most general reader comes last.
 READERS: dict[str, Reader] = {
     reader.kind: reader
     for reader in (
@@ -44,12 +44,12 @@ class Source:
 
     @property
     def reader(self) -> Reader:
-        """The reader of its type."""
+        """The reader of the source's type."""
         return READERS[self.kind]
 
     @cached_property
     def num_bytes(self) -> int:
-        """Bytes to read, for progress; 0 for a dataset that is not downloaded.
+        """Number of bytes to read, for progress; 0 for a dataset that is not downloaded.
 
         Raises:
             UserError: a file cannot be read.
@@ -58,13 +58,13 @@ class Source:
             return self.reader.size(self.name)
         except OSError as error:
             raise UserError(
-                f"{self.name} cannot be read any more: {error.strerror}. Put it back, and do not "
-                "change the data while it is read."
+                f"{self.name} can no longer be read: {error.strerror}. Restore the file, and do "
+                "not change the data while it is read."
             ) from error
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files whose bytes decide what is read; none if the name decides."""
+        """The files whose bytes determine the data; none if the name determines it."""
         return self.reader.files(self.name)
 
     @property
@@ -73,9 +73,9 @@ class Source:
         return isinstance(self.reader, TokenReader) and Path(self.name).is_dir()
 
     def blocks(self, start: Position, reading: Reading) -> Iterator[Block]:
-        """Its blocks from `start` on.
+        """Read the source's blocks from position `start` on.
 
         Raises:
-            UserError: it cannot be read; the message names the file and the fault.
+            UserError: the source cannot be read; the message names the file and the fault.
         """
         return self.reader.blocks(self.name, start, reading)

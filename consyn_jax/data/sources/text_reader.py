@@ -28,15 +28,15 @@ class TextReader(Reader):
     suffixes = TEXT_SUFFIXES
 
     def recognise(self, file: Candidate) -> str | None:
-        """Take any file that is UTF-8."""
+        """Recognise any file of UTF-8 text."""
         return file.text_fault()
 
     def is_one_document(self, options: CorpusOptions) -> bool:
-        """Whether there is no separator."""
+        """Whether each file is one document, because there is no `--document_separator`."""
         return options.document_separator is None
 
     def blocks(self, name: str, start: Position, reading: Reading) -> Iterator[Block]:
-        """Whole documents, or parts of long ones."""
+        """Read whole documents, or parts of long documents."""
         with ByteStream(Path(name)) as stream:
             read = _whole if reading.options.document_separator is None else _separated
             yield from read(name, stream, start, reading)
@@ -51,10 +51,10 @@ def separator(options: CorpusOptions) -> bytes:
 
 
 def _whole(name: str, stream: ByteStream, start: Position, reading: Reading) -> Iterator[Block]:
-    """A file as one document, or with `reading.single` as one document for each split.
+    """Read a file as one document, or with `reading.single` as one document for each split.
 
-    Reading can resume at any part, because the end of a part depends only on the text from its
-    start on. A position inside the file counts no documents, and the one at its end counts one.
+    Reading can resume at any part, because the end of a part depends only on the text after its
+    start. The document count of a position is 0 inside the file, and 1 at its end.
     """
     if start[1]:
         return
@@ -74,7 +74,7 @@ def _whole(name: str, stream: ByteStream, start: Position, reading: Reading) -> 
 
 
 def _spans(path: Path, reading: Reading) -> list[tuple[str | None, int, int]]:
-    """(split, start, stop) of the documents in a file; a stop of -1 is the end of the file."""
+    """(split, start, stop) of each document in a file; a stop of -1 means the end of the file."""
     if not reading.single:
         return [(None, 0, -1)]
     with ByteStream(path) as stream:
@@ -87,14 +87,14 @@ def _spans(path: Path, reading: Reading) -> list[tuple[str | None, int, int]]:
 
 
 def _chunks(stream: ByteStream, length: int) -> Iterator[bytes]:
-    """The next `length` bytes, or all if negative."""
+    """Read the next `length` bytes in chunks; all bytes if `length` is negative."""
     while length and (data := stream.read(CHUNK_BYTES if length < 0 else min(CHUNK_BYTES, length))):
         length -= len(data) if length > 0 else 0
         yield data
 
 
 def _character(path: Path, at: int) -> int:
-    """Start of the character at byte `at`."""
+    """Start of the UTF-8 character that contains byte `at`."""
     with ByteStream(path) as stream:
         stream.skip(max(at - 3, 0))
         data = stream.read(min(at, 3) + 1)
@@ -105,9 +105,9 @@ def _character(path: Path, at: int) -> int:
 
 
 def _separated(name: str, stream: ByteStream, start: Position, reading: Reading) -> Iterator[Block]:
-    """Blocks of whole documents, each followed by its separator.
+    """Read blocks of whole documents, each followed by its separator.
 
-    A document above `LIMIT` comes in parts, the same as if it were a file.
+    A document above `LIMIT` bytes is split into parts, as if it were a file.
     """
     stream.skip(start[0])
     at, number = start
@@ -115,8 +115,8 @@ def _separated(name: str, stream: ByteStream, start: Position, reading: Reading)
     while True:
         more = stream.read(BLOCK_BYTES)
         buffer += more
-        # Separators are found from the left. Where they overlap, as in three newlines, the first
-        # counts, and the ends of blocks must not change that.
+        # Separators are found from left to right. If two overlap, as in three newlines, the first
+        # counts, wherever blocks end.
         documents = buffer.split(ends)
         if more or not documents[-1]:
             documents.pop()
@@ -139,7 +139,7 @@ def _separated(name: str, stream: ByteStream, start: Position, reading: Reading)
 def _long(
     name: str, document: _Document, number: int, at: int, reading: Reading
 ) -> Generator[Block, None, int]:
-    """One document in parts, and its end; `at` and `number` are its position."""
+    """Read one long document in parts; `at` and `number` are its position."""
     begins = True
     for data, last in parts(document, reading.tokenizer):
         stop = at + len(data)
@@ -151,7 +151,7 @@ def _long(
 
 
 class _Document:
-    """The bytes up to the next separator; afterwards `rest` is what was read beyond it."""
+    """Iterates over bytes up to the next separator; `rest` then has the bytes after it."""
 
     def __init__(self, stream: ByteStream, begun: bytes, separator: bytes) -> None:
         self.stream, self.begun, self.separator = stream, begun, separator

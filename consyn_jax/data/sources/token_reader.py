@@ -11,7 +11,7 @@ from consyn_jax.data.store.token_files import PICKLES, TOKEN_SUFFIXES, UnusableE
 
 
 class TokenReader(Reader):
-    """Tokens. They are not read as documents: training reads them in place."""
+    """Tokenised data, which is not prepared: training reads it in place."""
 
     kind, noun, unit = "sharded", "tokens", "store or file of tokens"
     suffixes = TOKEN_SUFFIXES
@@ -27,7 +27,7 @@ class TokenReader(Reader):
         return ""
 
     def is_source(self, path: Path) -> bool:
-        """Whether it is a token store."""
+        """Whether the path is a token store."""
         return path.is_dir() and is_store(path)
 
     def describe(self, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Token stores: shards of token ids on disk, with what writes and reads them."""
+"""Token stores: reading and writing of token ids in shards on disk."""
 
 from consyn_jax.data.store.store_writer import TokenStoreWriter
 from consyn_jax.data.store.token_store import TokenStore

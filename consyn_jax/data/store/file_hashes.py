@@ -1,4 +1,4 @@
-"""SHA-256 hashes of files, remembered until a file changes."""
+"""SHA-256 hashes of files, cached until a file changes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from consyn_jax.files import cache_directory, write_whole
 MEMORY = "digests.json"
 MOST = 100_000
 SMALL = 1 << 20
-# A file that changes twice within one tick of the file system's clock keeps its time stamp. Two
-# seconds is the coarsest clock in use (FAT).
+# A file that changes twice within one tick of the file system's clock has the same time stamp after
+# both changes. Two seconds is the coarsest clock in use (FAT).
 SETTLED_NS = 2_000_000_000
 
 
 class FileHashes:
-    """Hexadecimal SHA-256 of files, as a context manager.
+    """A context manager that returns hexadecimal SHA-256 hashes of files and caches them.
 
-    A file is read again only if its path, inode, size or times of change are new. Reading takes
-    about a second per GB. Leaving the context stores the new hashes for the next process.
+    A file is read again only if its path, inode, size or time stamps are new. Reading takes about a
+    second per GB. New hashes are stored for later processes at the end of the context.
     """
 
     def __init__(self) -> None:

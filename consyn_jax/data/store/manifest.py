@@ -15,8 +15,8 @@
                            prepared from sources
     sources.json           the sources, in order: name, kind, SHA-256 of each file
 
-In version 3, each document is a pair of answers to the same prompt: prompt and chosen answer, one
-token whose target is 3 (`BETWEEN`) and which belongs to neither, prompt and rejected answer.
+In version 3, each document is a pair of answers to the same prompt: prompt and chosen answer, then
+a separator token with target 3 (`BETWEEN`), then prompt and rejected answer.
 
 Documents are never split between shards. The manifest is written last: a directory without one is
 not a store yet. docs/design/data.md has the reasons.
@@ -42,12 +42,12 @@ FORMAT = "consyn token store"
 VERSION = 2
 PAIRS_VERSION = 3  # of stores of pairs
 READABLE = (1, 2, PAIRS_VERSION)  # version 1 has no 2 among the targets
-# In the targets: the first token of a document, which is an input only and needs no BOS before it.
+# Target value of a document's first token if it is only an input and needs no BOS before it.
 GIVEN = 2
-# In the targets of a pair: the token that parts its two sequences.
+# Target value of the token that separates the two sequences of a pair.
 BETWEEN = 3
 MANIFEST = "manifest.json"
-# Directory in an unfinished token store with the state needed to resume.
+# Directory, in an unfinished token store, of the state needed to resume.
 PREPARING = "preparing"
 SOURCES = "sources.json"
 ORIGIN_BYTES = 24  # of a document in .origins
@@ -55,7 +55,7 @@ STORE_FILE = re.compile(
     r"manifest\.json|report\.json|report\.html|sources\.json|tokenizer|preparing"
     r"|[a-z][a-z0-9_]*-\d{5,}\.(tokens|index|targets|origins)|\..*\.new"
 )
-# Patterns of the files that are read.
+# Glob patterns of the files that are read from a store.
 READ = (
     *(MANIFEST, "report.json", SOURCES, "tokenizer", "tokenizer/*"),
     *("*.tokens", "*.index", "*.targets", "*.origins"),
@@ -68,7 +68,7 @@ _HEAD_BYTES = 1 << 16
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The type of tokens on disk.
+    """The number type of tokens on disk, for a vocabulary size.
 
     >>> token_dtype(65_536), token_dtype(65_537)
     (dtype('uint16'), dtype('uint32'))
@@ -77,7 +77,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def totals(shards: Iterable[dict[str, Any]]) -> dict[str, int]:
-    """Counts of a split, summed over the manifest entries of its shards."""
+    """Sum the counts in the manifest entries of a split's shards."""
     shards = list(shards)
     counts = {
         name: sum(shard[name] for shard in shards) for name in ("tokens", "documents", "bytes")
@@ -89,9 +89,9 @@ def totals(shards: Iterable[dict[str, Any]]) -> dict[str, int]:
 def is_store(directory: Path) -> bool:
     """Whether a directory is a token store, even one with a damaged manifest.
 
-    A damaged store is recognised by its token files, so that it is reported as damaged and not read
-    as text. Other programs also write files called `manifest.json`, some of them gigabytes long, so
-    only the beginning is read.
+    A damaged store is recognised by its token files, so that it is reported as damaged instead of
+    being read as text. Other programs also write files called `manifest.json`, some of them
+    gigabytes long, so only the beginning is read.
     """
     if not (directory / MANIFEST).is_file():
         return False
@@ -99,7 +99,10 @@ def is_store(directory: Path) -> bool:
 
 
 def has_manifest(directory: Path) -> bool:
-    """Whether a manifest begins as that of a token store; a link out of it is not followed."""
+    """Whether a directory's manifest begins like the manifest of a token store.
+
+    A link out of the directory is not followed.
+    """
     path = directory / MANIFEST
     if not path.is_file() or leads_out(path, directory):
         return False
@@ -109,7 +112,7 @@ def has_manifest(directory: Path) -> bool:
 
 
 def delete_store(directory: Path) -> None:
-    """Delete the files of a token store, finished or not, and the directory if that empties it.
+    """Delete the files of a token store, finished or not, and its directory if then empty.
 
     The entries that mark a directory as a store are deleted last, so that an interrupted deletion
     can be repeated.
@@ -130,15 +133,15 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """Read and check the manifest of the token store in `directory`.
 
     Raises:
-        UserError: not a token store, another version, a damaged manifest, or a directory with links
-            out of it.
+        UserError: the directory is not a token store or has links out of it, or the manifest is
+            damaged or of an unknown version.
     """
     refuse_strays(directory, READ)
     return checked_manifest(directory)
 
 
 def checked_manifest(directory: Path) -> dict[str, Any]:
-    """Read and check the manifest as `read_manifest` does, but no other file."""
+    """Read and check the manifest as `read_manifest` does, without checking other files."""
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
@@ -167,19 +170,19 @@ def checked_manifest(directory: Path) -> dict[str, Any]:
 
 
 def read_sources(directory: Path) -> list[dict[str, Any]]:
-    """The sources that the token store in `directory` was prepared from; none if it does not say.
+    """Read the sources that a token store was prepared from; none if they were not recorded.
 
     Returns:
-        For each its "name", "kind", "is_validation", and the "sha256" of each of its files.
+        For each source, its "name", "kind", "is_validation", and the "sha256" of each of its files.
 
     Raises:
-        UserError: the file is missing or is not what the manifest says.
+        UserError: sources.json is missing or does not match the manifest.
     """
     return checked_sources(directory, read_manifest(directory))
 
 
 def checked_sources(directory: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """Do what `read_sources` does, with a manifest that was read already."""
+    """Read the sources as `read_sources` does, with a manifest that is already read."""
     expected, path = manifest.get("sources_sha256"), directory / SOURCES
     if expected is None:
         return []
@@ -203,9 +206,9 @@ def checked_sources(directory: Path, manifest: dict[str, Any]) -> list[dict[str,
 
 
 def _manifest_fault(manifest: dict[str, Any]) -> str:
-    """The first fault of a manifest, or "".
+    """The first fault of a manifest; "" if there is none.
 
-    Everything that later code relies on is checked here, file names above all.
+    All assumptions of later code are checked here, above all about file names.
     """
     vocab_size, splits = manifest.get("vocab_size"), manifest.get("splits")
     if type(vocab_size) is not int or not 0 < vocab_size <= 1 << 32:
@@ -224,7 +227,7 @@ def _manifest_fault(manifest: dict[str, Any]) -> str:
 
 
 def split_fault(name: str, split: Any) -> str:
-    """The first fault of a split in a manifest, or ""."""
+    """The first fault of a split in a manifest; "" if there is none."""
     shards = split.get("shards") if isinstance(split, dict) else None
     if not isinstance(shards, list):
         return f"split {name!r} has no list of shards"

@@ -1,9 +1,9 @@
 """Files of numbers, read in place.
 
-They are read with `pread` and not through a memory map. Mapped pages count as the process's memory,
-and a map dies with SIGBUS when its file is cut short; a read of 4 KB takes about a microsecond
-either way. So the memory for reading does not grow with the store: one buffer per thread while a
-shard is checked, and a bounded number of open files.
+They are read with `pread`, not through a memory map. Mapped pages count as the process's memory,
+and access to a map fails with SIGBUS when its file is truncated; a read of 4 KB takes about a
+microsecond either way. The memory for reading does not grow with the store: one buffer per thread
+while a shard is checked, and a bounded number of open files.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class NumberFile:
     The file stays open only while it is among those read most recently.
 
     Args:
-        count: numbers in the file.
-        offset: bytes before the first number.
+        count: number of numbers in the file.
+        offset: number of bytes before the first number.
     """
 
     def __init__(self, path: str, dtype: np.dtype, count: int, offset: int = 0) -> None:
@@ -40,7 +40,7 @@ class NumberFile:
         self.opened: _OpenFile | None = None  # set and reset by `_open_files`
 
     def read(self, start: int, out: np.ndarray) -> None:
-        """Fill a contiguous `out` with the numbers from `start` on, converted to its type.
+        """Fill the contiguous `out` with the numbers from `start` on, converted to its dtype.
 
         Raises:
             UserError: the file cannot be read, or has become shorter.
@@ -53,8 +53,8 @@ class NumberFile:
                 more = os.preadv(file.descriptor, [target.data.cast("B")[found:]], position + found)
                 if not more:
                     raise UserError(
-                        f"{self.path} is shorter than it was when it was opened. "
-                        "Leave the data alone during a run, and start again."
+                        f"{self.path} is shorter than it was when it was opened. Do not change "
+                        "the data during a run, and start again."
                     )
                 found += more
         except OSError as error:
@@ -66,9 +66,9 @@ class NumberFile:
             out[:] = target
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        """The numbers start .. stop in order, `CHUNK_BYTES` at a time.
+        """Iterate over the numbers start .. stop, `CHUNK_BYTES` at a time.
 
-        All chunks share one buffer: the next overwrites the last.
+        All chunks share one buffer: each overwrites the previous one.
         """
         stop = self.count if stop is None else stop
         buffer = np.empty(max(min(CHUNK_BYTES // self.dtype.itemsize, stop - start), 0), self.dtype)
@@ -78,7 +78,7 @@ class NumberFile:
             yield part
 
     def mapped(self) -> np.ndarray:
-        """A memory map of all numbers, for whole files and for searching, not for windows."""
+        """A memory map of all numbers, for reading whole files and for searching."""
         if not self.count:
             return np.empty(0, self.dtype)
         return np.memmap(self.path, self.dtype, "r", offset=self.offset, shape=(self.count,)).view(
@@ -87,7 +87,7 @@ class NumberFile:
 
 
 class _OpenFile:
-    """A file descriptor that is closed with its last reference."""
+    """A file descriptor that is closed when its last reference goes."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
@@ -98,9 +98,9 @@ class _OpenFile:
 
 
 class _OpenFiles:
-    """Keeps the `limit` files that were read last open.
+    """Keeps only the `limit` most recently read files open.
 
-    A store of terabytes has more shards than a process may open files.
+    A store of terabytes has more shards than a process may have open files.
     """
 
     def __init__(self, limit: int) -> None:

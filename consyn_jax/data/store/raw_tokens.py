@@ -1,4 +1,4 @@
-"""Token files of other programs read in place, with the interface of a token store."""
+"""Read token files of other programs in place, with the interface of a token store."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ SAMPLES, SAMPLE_TOKENS = 16, 2048  # per file, compared at every check
 
 
 class _RawFile:
-    """A token file; the first read checks all of it, at about 3 GB/s.
+    """A token file; the first read checks the whole file, at about 3 GB/s.
 
-    Such a file has no checksum. So changes during a run are detected by its size, its modification
-    time, samples of its content, and ids outside the vocabulary.
+    Such files have no checksum. So changes during a run are detected by size, modification time,
+    samples of the content, and ids outside the vocabulary.
     """
 
     def __init__(self, path: Path, vocab_size: int) -> None:
@@ -52,8 +52,8 @@ class _RawFile:
             count = size // dtype.itemsize
             if size % dtype.itemsize:
                 raise UserError(
-                    f"{path} has {size:,} bytes, not a multiple of 4, as a vocabulary "
-                    f"of {vocab_size:,} needs. Give the --tokenizer that made it."
+                    f"{path} has {size:,} bytes, but with a vocabulary of {vocab_size:,} tokens "
+                    "it needs a multiple of 4. Give the --tokenizer that made it."
                 )
         self.numbers = NumberFile(str(path), dtype, count, head.offset)
         self.verified = False
@@ -70,9 +70,9 @@ class _RawFile:
             for tokens in self.numbers.chunks():
                 if place == 0 and self._is_bare and _is_wider(tokens):
                     raise UserError(
-                        f"{self.path} holds numbers of 32 bits or more, and with a vocabulary of "
-                        f"{self.vocab_size:,} tokens a .bin file has 16 bits for each. Write it as "
-                        "uint16, or as .npy."
+                        f"{self.path} contains numbers of 32 bits or more, but with a "
+                        f"vocabulary of {self.vocab_size:,} tokens a .bin file has 16 bits for "
+                        "each. Write it as uint16, or as .npy."
                     )
                 if int(tokens.max()) >= self.vocab_size or int(tokens.min()) < 0:
                     wrong = (tokens < 0) | (tokens >= self.vocab_size)
@@ -81,7 +81,7 @@ class _RawFile:
                     if self._is_bare and tokens.dtype.itemsize == 4:
                         advice = f"{advice[:-1]}, or write it as uint32 for this one."
                     if tokens[at] < 0:
-                        advice = "Write the file without it; it may be padding."
+                        advice = "Write the file without this id, which may be padding."
                     raise UserError(
                         f"{self.path} has token id {tokens[at]} at {self._named(place + at)}, and "
                         f"the vocabulary has {self.vocab_size:,} tokens. {advice}"
@@ -91,17 +91,17 @@ class _RawFile:
             self.verified = True
 
     def _named(self, place: int) -> str:
-        """Name a position for the user: row and column of a table, or position in a stream."""
+        """Describe a position for the user: row and column of a table, or position in a stream."""
         if self._row_tokens is None:
             return f"position {place:,}"
         row, column = divmod(place, self._row_tokens)
         return f"row {row:,}, column {column:,}"
 
     def read(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` with the numbers from `start` on, once all of the file has been checked.
+        """Check the whole file on the first call, then fill `out` with the numbers from `start` on.
 
         Raises:
-            UserError: the file has changed since.
+            UserError: the file has changed since the check.
         """
         if not self.verified:
             self.verify()
@@ -110,7 +110,7 @@ class _RawFile:
             self._look()
         self.numbers.read(start, out)
         if len(out) and not (int(out.min()) >= 0 and int(out.max()) < self.vocab_size):
-            raise self._changed("it has token ids outside the vocabulary now")
+            raise self._changed("it now has token ids outside the vocabulary")
 
     def _look(self) -> None:
         state = self._looked_at()
@@ -122,7 +122,7 @@ class _RawFile:
             raise self._changed("its content changed")
 
     def _looked_at(self) -> tuple[int, int]:
-        """Size in bytes, and modification time in ns."""
+        """The file's size in bytes, and its modification time in ns."""
         try:
             status = self.path.stat()
         except OSError as error:
@@ -149,15 +149,15 @@ class _RawFile:
 
 
 def _is_wider(tokens: np.ndarray) -> bool:
-    """Whether numbers that were read as uint16 were written with more bits: every second is 0."""
+    """Whether numbers read as uint16 were written with more bits: then every second one is 0."""
     return tokens.dtype.itemsize == 2 and len(tokens) >= FEWEST_WIDE and not tokens[1::2].any()
 
 
 class RawShard(Tokens):
-    """The tokens start .. stop of a file. A document begins after every EOS.
+    """The tokens start .. stop of a file, as a shard; a document begins after every EOS.
 
     Args:
-        follows: the shard before this one in its split; None for the first, where a document always
+        follows: the previous shard in the split; None for the first shard, where a document always
             begins.
     """
 
@@ -175,7 +175,7 @@ class RawShard(Tokens):
 
     @property
     def starts(self) -> Int64[np.ndarray, " documents"]:
-        """Start of each document, searched for on every call at about a gigabyte a second."""
+        """Start of each document, found by a search on every call, at about 1 GB/s."""
         self.verify()
         found, base = [np.zeros(1 if self.begins_document else 0, np.int64)], 1
         for tokens in self._file.numbers.chunks(self._start, self._start + self.num_tokens - 1):
@@ -195,7 +195,7 @@ class RawShard(Tokens):
 
     @property
     def vocab_size(self) -> int:
-        """Ids are below it."""
+        """Size of the vocabulary; all ids are below it."""
         return self._file.vocab_size
 
     def byte_range(self, start: int, stop: int) -> tuple[int, int]:
@@ -208,7 +208,7 @@ class RawShard(Tokens):
 
     @property
     def begins_document(self) -> bool:
-        """Whether a document begins at the first token, not one continued from another file."""
+        """Whether a document begins at the first token, rather than in an earlier file."""
         return self._follows is None or self._follows.ends_document
 
     @property
@@ -223,10 +223,10 @@ class RawShard(Tokens):
         self._file.read(self._start + start, out)
 
     def verify(self) -> None:
-        """Look for ids outside the vocabulary on the first call.
+        """Search for ids outside the vocabulary, on the first call.
 
         Raises:
-            UserError: there is one; the message names the file and the id.
+            UserError: there is such an id; the message names the file and the id.
         """
         self._file.verify()
 
@@ -235,10 +235,10 @@ class RawTokens:
     """Token files with the interface of a `TokenStore`, without index and checksums.
 
     Documents end with the tokenizer's EOS, which for GPT-2 is `<|endoftext|>`. llm.c puts EOS
-    before documents and not after them, which gives the same stream, except that the first
-    "document" is EOS alone and the last has none. A document continues in the next file, as llm.c
-    cuts them. The rows of a two-dimensional `.npy` are read as one stream, because rows of equal
-    length are more often cut from a stream than documents. nanoGPT's `meta.pkl` is not read.
+    before documents, not after them; this gives the same stream, except that the first "document"
+    is only an EOS and the last one has no EOS. A document may continue in the next file, as in
+    llm.c's files. The rows of a two-dimensional `.npy` are read as one stream, because rows of
+    equal length are more often cut from a stream than documents. nanoGPT's `meta.pkl` is not read.
 
     Args:
         paths: files in order. The name of a file decides its split (`data.split.split_of_name`,
@@ -246,8 +246,9 @@ class RawTokens:
         tokenizer: the tokenizer that made the ids. With more than 65,536 tokens, nanoGPT's files
             are read as uint32.
         validation: files for the split "validation".
-        validation_fraction: share that is held out if there are no validation files: the stream
-            from `int((1 - fraction) * tokens)` on, or from the next document start if there is one.
+        validation_fraction: share of the tokens held out if there are no validation files: the
+            stream from `int((1 - fraction) * tokens)` on, or from the next document start if there
+            is one.
 
     Attributes:
         paths: files by split.
@@ -273,8 +274,8 @@ class RawTokens:
             self.paths[split or TRAIN].append(path)
         if not self.paths[TRAIN]:
             raise UserError(
-                "All token files are validation or test data by their names "
-                f"({paths[0]} for one). Name those to train on too."
+                "All token files are validation or test data by their names (for example "
+                f"{paths[0]}). Give files to train on as well."
             )
         files = {
             name: [_RawFile(path, self.vocab_size) for path in paths]
@@ -293,14 +294,14 @@ class RawTokens:
         self.splits = {name: split for name, split in whole.items() if split.num_tokens}
 
     def split(self, name: str) -> StoreSplit:
-        """The split of that name; an empty one if there is none."""
+        """The split `name`; an empty split if there is none."""
         return self.splits.get(name, StoreSplit([]))
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the files' bytes in order, of their splits, and of the tokenizer.
 
-        It does not depend on where the files are.
+        It does not depend on the paths of the files.
         """
         with FileHashes() as file_hash:
             content: dict[str, Any] = {
@@ -348,7 +349,7 @@ def _cut(split: StoreSplit, fraction: float, eos_id: int) -> int:
 def _parts_around(
     files: Sequence[_RawFile], cut: int
 ) -> tuple[list[tuple[_RawFile, int, int]], list[tuple[_RawFile, int, int]]]:
-    """(file, start, stop) of the stream before `cut`, and of the stream from `cut` on."""
+    """Divide the stream at `cut`; return (file, start, stop) of the parts before and after."""
     front, tail, offset = [], [], 0
     for file in files:
         count = file.numbers.count

@@ -1,4 +1,4 @@
-"""One shard of a token store while it is written, readable meanwhile."""
+"""Write one shard of a token store; the shard can be read at the same time."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ ONES_BYTES = 1 << 20
 
 
 class ShardWriter:
-    """Appends documents to the files of one shard; counts include only whole documents.
+    """Appends documents to the files of one shard; counts include only complete documents.
 
     Args:
         name: the shard's files are `name`.tokens, `name`.index, `name`.targets and `name`.origins.
-        state: a result of `state()`; the files are cut back to it.
+        state: a result of `state()`; the files are truncated to it.
 
     Raises:
         UserError: a file is shorter than `state` says.
@@ -90,9 +90,9 @@ class ShardWriter:
 
     def _open(self, kind: str, size: int) -> BufferedRandom:
         path = self._paths[kind]
-        # `truncate` would fill a file that is too short with zeros.
+        # Check the size, because `truncate` would extend a short file with zeros.
         if size and (not path.is_file() or path.stat().st_size < size):
-            raise UserError(f"{path} is not as the interrupted preparation left it. {AGAIN}")
+            raise UserError(f"{path} was changed after the preparation was interrupted. {AGAIN}")
         file = open(path, "r+b" if size else "w+b", opener=open_regular)  # noqa: SIM115
         file.truncate(size)
         file.seek(size)
@@ -106,7 +106,7 @@ class ShardWriter:
         targets: np.ndarray | None,
         origins: np.ndarray | None = None,
     ) -> None:
-        """Append whole documents, as `TokenStoreWriter.append` takes them."""
+        """Append complete documents, given as for `TokenStoreWriter.append`."""
         self._write_origins(origins)
         starts = self.tokens + np.cumsum(lengths) - lengths
         self._files["index"].write(starts.astype("<u8").tobytes())
@@ -131,7 +131,7 @@ class ShardWriter:
         self.pending += len(ids)
 
     def end_document(self, num_bytes: int, origin: np.ndarray | None = None) -> None:
-        """Count the unfinished document, whose text has `num_bytes` bytes."""
+        """Complete the unfinished document, whose text has `num_bytes` bytes."""
         self._write_origins(origin)
         length = self.pending or 0
         if "targets" in self._files:
@@ -141,7 +141,7 @@ class ShardWriter:
         self.num_bytes += num_bytes
 
     def _write_origins(self, origins: np.ndarray | None) -> None:
-        """Write the origins of documents; a shard has them for all of its documents or for none.
+        """Write the origins of documents; a shard has origins for all of its documents or none.
 
         Raises:
             ValueError: only some documents of the shard have origins.
@@ -151,7 +151,7 @@ class ShardWriter:
         if "origins" not in self._files:
             return
         if origins is None:
-            raise ValueError(f"Documents of {self.name} come with origins and without.")
+            raise ValueError(f"Some documents of {self.name} have origins and others have none.")
         self._files["origins"].write(np.ascontiguousarray(origins, "<u8").data)
 
     def _write_ones(self, count: int) -> None:
@@ -167,7 +167,7 @@ class ShardWriter:
         self.pending = None
 
     def counts(self) -> dict[str, int]:
-        """Counts of the whole documents, under the manifest's names."""
+        """Counts of the complete documents, by the names in the manifest."""
         return {
             "tokens": self.tokens,
             "documents": self.documents,
@@ -187,14 +187,14 @@ class ShardWriter:
         }
 
     def flush(self, sync: bool = False) -> None:
-        """Hand what was written to the operating system, and with `sync` to the disk."""
+        """Flush written data to the operating system, and with `sync` to the disk."""
         for file in self._files.values():
             file.flush()
             if sync:
                 os.fsync(file.fileno())
 
     def written(self, begun: bool) -> Tokens:
-        """The whole documents so far, and with `begun` the unfinished one as well."""
+        """The complete documents so far, and with `begun` the unfinished one as well."""
         counts = self.counts()
         if begun and self.pending:
             counts |= {
@@ -235,7 +235,7 @@ class ShardWriter:
         return entry
 
     def abandon(self) -> None:
-        """Close the files as they are."""
+        """Close the files without completing the shard."""
         for file in self._files.values():
             with suppress(OSError):  # content that cannot be flushed has not counted yet
                 file.close()
@@ -244,7 +244,7 @@ class ShardWriter:
 class OpenShard(Shard):
     """A snapshot of a shard that is still being written.
 
-    It needs no checks, because this process has written it.
+    Its content needs no checks, because this process has written it.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Runs of tokens, on disk and in memory."""
+"""Shards of a split: runs of tokens on disk or in memory."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Tokens(ABC):
 
     Attributes:
         num_tokens: number of tokens.
-        num_targets: how many of them are targets of the loss.
-        num_documents, num_bytes: documents that begin in the run, and the size of their text in
-            UTF-8; None if unknown.
+        num_targets: number of tokens that are targets of the loss.
+        num_documents, num_bytes: number of documents that begin in the run, and the size of their
+            text in UTF-8; None if unknown.
         dtype: the type of the tokens.
         verified: whether `verify` has succeeded.
         delimiter: once verified, an id that precedes every document start and occurs nowhere else;
-            None if there is no such id. It saves looking up document starts.
+            None if there is no such id. It saves a lookup of document starts.
     """
 
     num_tokens: int
@@ -51,26 +51,27 @@ class Tokens(ABC):
     @property
     @abstractmethod
     def starts(self) -> Int64[np.ndarray, " num_documents"]:
-        """Checked start of each document in the run; a new memory map if the run is on disk."""
+        """Start of each document in the run, checked; a new memory map if the run is on disk."""
 
     @abstractmethod
     def read(self, start: int, out: np.ndarray) -> None:
         """Fill `out` with the tokens from `start` on, converted to its type."""
 
     def read_targets(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` for each token from `start` on: 1 for a target of the loss, else 0 or `GIVEN`.
+        """Fill `out` with the target values of the tokens from `start` on.
 
-        `GIVEN` marks the first token of a document that needs no BOS in front of it; this token is
-        an input only. `BETWEEN` separates the two sequences of a pair.
+        They are 1 for a target of the loss and 0 for other tokens. `GIVEN` marks the first token of
+        a document that needs no BOS before it; this token is only an input. `BETWEEN` separates the
+        two sequences of a pair.
         """
         out[:] = 1
 
     def peek(self, start: int, out: np.ndarray) -> None:
-        """Do what `read` does, without checking the run of tokens first."""
+        """Read tokens as `read` does, without first checking the run."""
         self.read(start, out)
 
     def peek_targets(self, start: int, out: np.ndarray) -> None:
-        """Do what `read_targets` does, without checking the run of tokens first."""
+        """Read targets as `read_targets` does, without first checking the run."""
         self.read_targets(start, out)
 
     def origins(self) -> UInt64[np.ndarray, "num_documents 3"] | None:
@@ -79,7 +80,7 @@ class Tokens(ABC):
 
     @abstractmethod
     def verify(self) -> None:
-        """Check the content on the first call. Any thread may call it at any time.
+        """Check the content, on the first call only. Thread-safe.
 
         Raises:
             UserError: the content is damaged; the message names the file.
@@ -89,8 +90,8 @@ class Tokens(ABC):
 class Shard(Tokens):
     """One shard of a token store: a file of tokens, its index and, for fine-tuning rows, targets.
 
-    Opening checks the sizes of the files. The first read checks their checksums, and also the
-    content, because the store may come from someone else.
+    Opening checks the sizes of the files. The first read checks their checksums and their content,
+    because the store may come from an untrusted source.
 
     Args:
         entry: the shard's entry in the manifest; "targets", "targets_sha256" and "target_tokens"
@@ -114,7 +115,8 @@ class Shard(Tokens):
         self.verified = self._index_verified = False
 
         def numbers(name: str, dtype: np.dtype[Any], count: int) -> NumberFile:
-            # A store has tens of thousands of files, and strings are much faster than paths.
+            # Strings, because a store has tens of thousands of files and `Path` objects are much
+            # slower.
             return NumberFile(os.path.join(str(directory), name), dtype, count)  # noqa: PTH118
 
         self._tokens = numbers(entry["file"], self.dtype, self.num_tokens)
@@ -139,7 +141,7 @@ class Shard(Tokens):
 
     @property
     def starts(self) -> Int64[np.ndarray, " num_documents"]:
-        """Start of each document, in a new memory map. Only the index is checked for it."""
+        """Start of each document, in a new memory map. Only the index file is checked."""
         with self._lock:
             self._verify_index()
         return self._index.mapped()
@@ -185,9 +187,9 @@ class Shard(Tokens):
         return self._origins.mapped().reshape(-1, ORIGIN_BYTES // 8)
 
     def verify(self) -> None:
-        """Check all files of the shard on the first call, at about a gigabyte a second.
+        """Check all files of the shard, on the first call only, at about 1 GB/s.
 
-        The file of origins is checked by `origins` instead, since training does not use it.
+        The file of origins is checked by `origins` instead, because training does not use it.
 
         Raises:
             UserError: a file does not match its checksum, or its content is invalid.
@@ -220,7 +222,7 @@ class Shard(Tokens):
     def _verify_tokens(self) -> None:
         """Check the tokens, and find out whether the last id is the `delimiter` of the documents.
 
-        One pass computes the checksum, the largest id, and the positions of the last id.
+        A single pass computes the checksum, the largest id, and the positions of the last id.
         """
         final = np.empty(1, self.dtype)
         self._tokens.read(self.num_tokens - 1, final)
@@ -237,7 +239,7 @@ class Shard(Tokens):
                 document += len(ends)
             base += len(tokens)
         self._compare(digest, self._tokens, "sha256")
-        # An id beyond the vocabulary would silently read another embedding.
+        # An id outside the vocabulary would silently select a wrong embedding.
         if top >= self._vocab_size:
             raise _damaged(
                 f"{self._tokens.path} has token id {top} and a vocabulary of {self._vocab_size}"
@@ -285,10 +287,10 @@ def _damaged(fault: str) -> UserError:
 
 
 class MemoryShard(Tokens):
-    """Documents in memory, with an EOS added to each that lacks one.
+    """Documents in memory; an EOS is appended to each document that lacks one.
 
     Args:
-        documents: the ids of each, without BOS.
+        documents: the ids of each document, without BOS.
         targets: for each document, 1 where a token is a target of the loss, else 0; an added EOS is
             a target.
     """
@@ -312,7 +314,7 @@ class MemoryShard(Tokens):
             ]
             self._targets = np.concatenate(padded).astype(np.uint8)
             if len(self._targets) != len(self._tokens):
-                raise ValueError("Every document needs as many targets as it has tokens.")
+                raise ValueError("Each document must have as many targets as tokens.")
         self.dtype, self.num_bytes = self._tokens.dtype, None
         self.num_tokens, self.num_documents = len(self._tokens), len(ended)
         self.num_targets = (

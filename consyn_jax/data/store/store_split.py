@@ -1,4 +1,4 @@
-"""A split: runs of tokens read as one stream of documents."""
+"""A split of a token store, read as one stream of documents."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from consyn_jax.data.store.shards import Tokens
 
 
 class StoreSplit:
-    """The runs of tokens of one split, read as one stream.
+    """The shards of one split, read as one token stream.
 
-    The documents come in store order, and each ends with EOS.
+    The documents are in store order, and each ends with EOS.
 
     Attributes:
-        num_targets: tokens that are targets of the loss.
-        num_documents: None if unknown (raw token files).
+        num_targets: number of tokens that are targets of the loss.
+        num_documents: number of documents; None if unknown (raw token files).
         num_bytes: size of the documents' text in UTF-8; None if unknown for a shard.
-        dtype: a type that holds every shard's tokens.
+        dtype: a number type that can represent the tokens of all shards.
     """
 
     def __init__(self, shards: Sequence[Tokens]) -> None:
         self.shards = tuple(shards)
-        # Stream positions of the shards, and of the end.
+        # Stream positions of the beginning of each shard, and of the end.
         self._offsets = [0, *accumulate(shard.num_tokens for shard in shards)]
         self.num_tokens = self._offsets[-1]
         self.num_targets = sum(shard.num_targets for shard in shards)
@@ -64,11 +64,11 @@ class StoreSplit:
         Bool[np.ndarray, "n width"],
         UInt8[np.ndarray, "n width"] | None,
     ]:
-        """Windows of the stream from positions `first` on: (tokens, begins, targets).
+        """Read windows of the stream from the positions `first` on: (tokens, begins, targets).
 
-        Each row of `tokens` starts with the token before the window (0 before the stream).
-        `begins` is true where a document starts. `targets` is None if all tokens are targets.
-        Positions after the end of the stream hold zeros.
+        Each row of `tokens` starts with the token before the window (0 before the stream). `begins`
+        is true where a document starts. `targets` is None if all tokens are targets. Positions
+        after the end of the stream are 0.
         """
         n, starts = len(first), first.tolist()
         stops = [min(start + width, self.num_tokens) for start in starts]
@@ -90,12 +90,12 @@ class StoreSplit:
         return tokens, self._begins(first, touched, tokens), targets
 
     def verify(self, starts: Iterable[int], stops: Iterable[int]) -> list[int]:
-        """Verify the shards that the ranges start .. stop touch, and return their numbers.
+        """Verify the shards that overlap the ranges start .. stop, and return their numbers.
 
         Shards are verified in parallel, because hashing releases the interpreter lock.
 
         Raises:
-            UserError: a shard is damaged; the message is about the first.
+            UserError: a shard is damaged; the message names the first such shard.
         """
         numbers: set[int] = set()
         for start, stop in zip(starts, stops, strict=True):
@@ -112,7 +112,7 @@ class StoreSplit:
         return touched
 
     def touched(self, start: int, stop: int) -> Iterator[tuple[int, int, Tokens]]:
-        """(number, stream position, shard) of the shards that a range touches, in order."""
+        """(number, stream position, shard) of the shards that overlap a range, in order."""
         for number in range(self._number(start), self._number(stop - 1) + 1):
             yield number, self._offsets[number], self.shards[number]
 
@@ -125,7 +125,7 @@ class StoreSplit:
         return bisect_right(self._offsets, position) - 1
 
     def _parts(self, start: int, out: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(shard, position in it, part of `out`) for each shard that a range touches."""
+        """(shard number, position in the shard, part of `out`) for each shard in a range."""
         number, length, done = self._number(start), len(out), 0
         while done < length:
             at = start + done - self._offsets[number]
@@ -155,6 +155,6 @@ class StoreSplit:
 
 
 def _sum(numbers: Iterable[int | None]) -> int | None:
-    """The sum, or None if one of the numbers is unknown."""
+    """The sum of the numbers; None if one of them is None."""
     known = list(numbers)
     return None if None in known else sum(number for number in known if number is not None)

@@ -1,4 +1,4 @@
-"""Writing of a token store. `manifest.py` describes its files."""
+"""Write a token store; `manifest.py` describes its files."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class TokenStoreWriter:
     exception.
 
     Args:
-        directory: where the store is written; it must not exist yet, unless `state` is given.
-        tokenizer: the tokenizer that made the ids; its EOS is put after every document, and a copy
-            of it goes into the store.
+        directory: directory of the store; it must not exist yet, unless `state` is given.
+        tokenizer: the tokenizer that made the ids. Its EOS is appended to every document, and a
+            copy of the tokenizer is written into the store.
         shard_tokens: a shard is closed at the first document end after this many tokens.
         state: a result of `checkpoint()` for an unfinished store in `directory`. Writing resumes
-            there, and later content of the files is cut off.
+            from this state, and later content of the files is cut off.
 
     Raises:
         UserError: the directory exists or cannot be written.
@@ -63,8 +63,8 @@ class TokenStoreWriter:
         self.directory = Path(directory)
         if state is None and self.directory.exists():
             raise UserError(
-                f"{self.directory} exists already. "
-                "Give the token store a new directory, or delete that one."
+                f"{self.directory} exists already. Choose a new directory for the token store, "
+                "or delete this one."
             )
         self._tokenizer = tokenizer
         self._shard_tokens = shard_tokens
@@ -90,7 +90,7 @@ class TokenStoreWriter:
     # --------------------------------------------------------------------------------------- adding
 
     def add(self, split: str, token_ids: Sequence[int], num_bytes: int) -> None:
-        """Append one document: its ids without EOS, and the size of its text in UTF-8."""
+        """Append one document: its ids without EOS, and the size of its text in UTF-8 bytes."""
         self.add_many(split, [token_ids], [num_bytes])
 
     def add_many(
@@ -99,7 +99,7 @@ class TokenStoreWriter:
         """Append documents in order.
 
         Raises:
-            UserError: an id outside the vocabulary, or the disk is full.
+            UserError: an id is outside the vocabulary, or the disk is full.
         """
         if len(num_bytes) != len(documents):
             raise ValueError(f"{len(documents)} documents came with {len(num_bytes)} sizes.")
@@ -133,11 +133,11 @@ class TokenStoreWriter:
 
         Args:
             ids: valid ids, which are not checked again.
-            lengths: tokens of each document.
-            num_bytes: size of each document's text in UTF-8.
+            lengths: number of tokens of each document.
+            num_bytes: size of each document's text in UTF-8 bytes.
             targets: 1 where a token is a target of the loss; None if all are.
             origins: origin of each document, in the format of `manifest.py`; None if unknown. A
-                shard has them for all of its documents or for none.
+                shard has origins for all of its documents or none.
 
         Raises:
             UserError: the disk is full.
@@ -158,7 +158,7 @@ class TokenStoreWriter:
             start, token = stop, last
 
     def append_part(self, split: str, ids: Integer[np.ndarray, " tokens"]) -> None:
-        """Append the next part of a long document; its EOS counts as part of it.
+        """Append the next part of a long document; the last part includes the EOS.
 
         `end_document` or `drop_document` must follow the last part.
         """
@@ -168,13 +168,13 @@ class TokenStoreWriter:
     def end_document(
         self, split: str, num_bytes: int, origin: Int64[np.ndarray, "3"] | None = None
     ) -> None:
-        """Make the parts since the last document one document; `origin` is as for `append`."""
+        """Complete the document whose parts were appended; `origin` is as for `append`."""
         with self._writing():
             self._shard(split).end_document(num_bytes, origin)
         self._close_if_full(split)
 
     def drop_document(self, split: str) -> None:
-        """Remove the parts since the last document."""
+        """Remove the parts of the unfinished document."""
         with self._writing():
             self._shard(split).drop_document()
 
@@ -182,7 +182,8 @@ class TokenStoreWriter:
         if split not in self._open_shards:
             if not SPLIT_NAME.fullmatch(split):
                 raise UserError(
-                    f"The name of a split has lower-case letters, digits and _, unlike {split!r}."
+                    "The name of a split must consist of lower-case letters, digits and _, but "
+                    f"is {split!r}."
                 )
             if self._finished:
                 raise ValueError(
@@ -217,13 +218,13 @@ class TokenStoreWriter:
 
     @staticmethod
     def check_state(state: dict[str, Any]) -> None:
-        """Check a `state` that was read from a file, its file names above all.
+        """Check a `state` that was read from a file, above all its file names.
 
         Raises:
             KeyError, TypeError, ValueError: no writer returned it.
         """
         if not fits(state, dict[str, dict[str, Any]]):
-            raise TypeError("shards or open is no object")
+            raise TypeError("`shards` or `open` is not an object")
         for split, entries in state["shards"].items():
             fault = split_fault(split, {"shards": entries, **totals(entries)})
             if fault:
@@ -252,11 +253,11 @@ class TokenStoreWriter:
                 path.unlink()
 
     def snapshot(self, split: str, begun: bool = False) -> StoreSplit:
-        """The documents of a split so far, readable while more are added.
+        """The documents of a split so far, which can be read while more are added.
 
         Args:
-            begun: include the parts of an unfinished document; only for callers who know that it
-                will not be dropped.
+            begun: whether to include the parts of an unfinished document, which must then not be
+                dropped.
         """
         if split in self._open_shards:
             with self._writing():
@@ -274,7 +275,7 @@ class TokenStoreWriter:
 
     @property
     def totals(self) -> dict[str, dict[str, int]]:
-        """Tokens, documents, bytes and target_tokens so far, by split."""
+        """Numbers of tokens, documents, bytes and target_tokens so far, by split."""
         open_shards = {
             split: [shard.counts()] for split, shard in self._open_shards.items() if shard.documents
         }
@@ -289,8 +290,8 @@ class TokenStoreWriter:
         """Close the shards and write the manifest, which makes the directory a store.
 
         Args:
-            extra_files: more text files to put into the store, by name.
-            extra: more entries for the manifest.
+            extra_files: contents of further text files for the store, by name.
+            extra: further entries for the manifest.
         """
         for split in list(self._open_shards):
             self._close(split)
@@ -314,13 +315,13 @@ class TokenStoreWriter:
         return TokenStore(self.directory)
 
     def close(self) -> None:
-        """Close the files and keep what is written, so that writing can be resumed."""
+        """Close the files and keep their content, so that writing can be resumed."""
         for shard in self._open_shards.values():
             shard.abandon()
         self._open_shards.clear()
 
     def abandon(self) -> None:
-        """Remove what was written so far."""
+        """Close and remove all files written so far."""
         self.close()
         with suppress(OSError):
             delete_store(self.directory)
@@ -349,5 +350,5 @@ class TokenStoreWriter:
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(
             f"The token store cannot be written to {self.directory}: {error.strerror or error}. "
-            f"{remedy(error)}, or choose another place."
+            f"{remedy(error)}, or choose another directory."
         )

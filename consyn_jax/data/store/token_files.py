@@ -1,4 +1,4 @@
-"""Recognition of token files that other programs write: nanoGPT's and llm.c's `.bin`, and `.npy`.
+"""Recognise token files of other programs: nanoGPT's and llm.c's `.bin`, and `.npy`.
 
 Nothing is unpickled: a file that could hold a pickle is refused by its name, by its first bytes, or
 by the type in its header.
@@ -28,12 +28,12 @@ _LLM_C: dict[int, tuple[int, np.dtype]] = {
 }
 _LLM_C_HEADER_BYTES = 1024
 _NPY_MAGIC = b"\x93NUMPY"
-# NumPy's own limit: its header is Python text, which is slow to parse when it is long.
+# NumPy's own limit for the header, a Python literal that is slow to parse when it is long.
 _NPY_HEADER_LIMIT = 10_000
 
 
 class UnusableError(Exception):
-    """A fault of a file, as the rest of a sentence that begins with its name."""
+    """A fault of a file, as the end of a sentence that begins with the file's name."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Head:
     Attributes:
         kind: "nanogpt", "llm.c" or "npy".
         dtype: the type of the numbers; None if it depends on the vocabulary size (nanoGPT).
-        count: numbers in the file; None if it depends on the vocabulary size (nanoGPT).
-        offset: bytes before the first number.
-        row_tokens: numbers in a row of a table; None for a stream.
+        count: number of tokens in the file; None if it depends on the vocabulary size (nanoGPT).
+        offset: number of bytes before the first token.
+        row_tokens: number of tokens in a row of a table; None for a stream.
     """
 
     kind: str
@@ -59,21 +59,21 @@ def read_head(path: Path) -> Head:
     """Read the header of a token file.
 
     Raises:
-        UnusableError: it is not a token file, or damaged.
+        UnusableError: the file is not a token file, or is damaged.
         UserError: the file cannot be read.
     """
     suffix = path.suffix.lower()
     if path.name == "meta.pkl":
         raise UnusableError(
-            "is nanoGPT's vocabulary in a pickle, which could run code when it is opened, "
-            "and is not needed"
+            "is nanoGPT's vocabulary, which is not needed, in a pickle, which could run code "
+            "when it is opened"
         )
     if suffix in PICKLES:
         raise UnusableError(
             f"is not opened, because a {suffix} file can hold a pickle, which could run code"
         )
     if suffix not in TOKEN_SUFFIXES:
-        raise UnusableError("is not named like a token file, which ends in .bin or .npy")
+        raise UnusableError("has no suffix of a token file (.bin or .npy)")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -123,12 +123,11 @@ def _is_pickle(head: bytes) -> bool:
 
 def _npy(head: bytes, size: int) -> Head:
     if head[:6] != _NPY_MAGIC:
-        raise UnusableError("is not a NumPy file, though its name ends in .npy")
+        raise UnusableError("is not a NumPy file, although its name ends in .npy")
     shape, fortran_order, dtype, offset = _npy_header(head)
     if dtype.hasobject:
         raise UnusableError(
-            "is not opened, because it holds Python objects, which are a pickle, "
-            "which could run code"
+            "is not opened, because it contains pickled Python objects, which could run code"
         )
     if dtype.name not in _NPY_TYPES or dtype != dtype.newbyteorder("<"):
         raise UnusableError(f"holds {dtype}, and tokens are {', '.join(_NPY_TYPES)}, little-endian")
@@ -167,4 +166,4 @@ def _npy_header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
         OverflowError,
         tokenize.TokenError,
     ) as error:
-        raise UnusableError("has no NumPy header that can be read") from error
+        raise UnusableError("has no readable NumPy header") from error

@@ -1,4 +1,4 @@
-"""Token stores opened for reading, one or several as one. `manifest.py` describes the files."""
+"""Read a token store, or several as one; `manifest.py` describes the files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from consyn_jax.tokenization import BPETokenizer
 class TokenStore:
     """A token store on disk.
 
-    Opening it reads the manifest and the sizes of its files; tokens are read in place.
+    Opening it reads the manifest and the sizes of its files; tokens are read later, in place.
 
     Attributes:
-        holds_pairs: each document is a pair of answers, as `manifest.py` describes them.
+        holds_pairs: whether each document is a pair of answers, in the format of `manifest.py`.
 
     Raises:
-        UserError: not a token store, another version, or damaged; the message names the file.
+        UserError: it is not a token store, has an unknown version, or is damaged; the message names
+            the file.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -44,16 +45,17 @@ class TokenStore:
         }
 
     def split(self, name: str) -> StoreSplit:
-        """The split of that name; an empty one if the store does not have it."""
+        """The split `name`; an empty split if the store does not have it."""
         return self.splits.get(name, StoreSplit([]))
 
     @cached_property
     def tokenizer(self) -> BPETokenizer:
-        """The store's copy of the tokenizer that made the tokens."""
+        """The tokenizer that made the tokens, from the store's copy."""
         tokenizer = BPETokenizer.from_file(self.directory / "tokenizer")
         if tokenizer.sha256 != self.manifest["tokenizer_sha256"]:
             raise UserError(
-                f"The tokenizer in {self.directory} is not the one its manifest names. {AGAIN}"
+                f"The tokenizer in {self.directory} is not the tokenizer that its manifest "
+                f"names. {AGAIN}"
             )
         return tokenizer
 
@@ -61,7 +63,7 @@ class TokenStore:
     def fingerprint(self) -> str:
         """A hash of everything that determines the tokens and their order.
 
-        Equal stores have equal fingerprints, in whatever directory they are.
+        Equal stores have equal fingerprints in any directory.
         """
         return fingerprint_of(self.manifest)
 
@@ -81,10 +83,10 @@ def fingerprint_of(manifest: dict[str, Any]) -> str:
 
 
 class JoinedStores:
-    """Several token stores read as one: the documents of the first, then of the second, and so on.
+    """Several token stores, read as one by concatenating their documents.
 
     Raises:
-        UserError: their tokenizers differ, or only some hold pairs of answers.
+        UserError: their tokenizers differ, or only some contain pairs of answers.
     """
 
     def __init__(self, stores: Sequence[TokenStore]) -> None:
@@ -95,13 +97,13 @@ class JoinedStores:
             if store.holds_pairs != first.holds_pairs:
                 one, other = (store, first) if store.holds_pairs else (first, store)
                 raise UserError(
-                    f"{one.directory} holds pairs of answers, and {other.directory} does not. "
-                    "Train on them one after the other."
+                    f"{one.directory} contains pairs of answers, and {other.directory} does "
+                    "not. Train on each of them in a run of its own."
                 )
             if store.manifest["tokenizer_sha256"] != first.manifest["tokenizer_sha256"]:
                 raise UserError(
-                    f"{first.directory} and {store.directory} were made with different tokenizers. "
-                    "Prepare one of them again with the other's."
+                    f"{first.directory} and {store.directory} were made with different "
+                    "tokenizers. Prepare one store again with the tokenizer of the other."
                 )
         names = sorted({name for store in stores for name in store.splits})
         self.splits = {
@@ -110,12 +112,12 @@ class JoinedStores:
         }
 
     def split(self, name: str) -> StoreSplit:
-        """The split of that name; an empty one if no store has it."""
+        """The split `name`, over all stores; an empty split if no store has it."""
         return self.splits.get(name, StoreSplit([]))
 
     @property
     def tokenizer(self) -> BPETokenizer:
-        """The tokenizer of all the stores."""
+        """The common tokenizer of the stores."""
         return self.stores[0].tokenizer
 
     @property

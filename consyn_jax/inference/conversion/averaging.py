@@ -18,7 +18,7 @@ from consyn_jax.model.parameters import Params
 
 
 def chosen_steps(run: Path, spec: str) -> list[int]:
-    """Return the steps of `--average`: those of the newest N checkpoints, or the listed ones.
+    """Return the steps that `--average` means: of the newest N checkpoints, or as listed.
 
     Raises:
         UserError: The value is neither a number nor a list of steps, or the run lacks a step.
@@ -26,8 +26,8 @@ def chosen_steps(run: Path, spec: str) -> list[int]:
     numbers = [natural(part.strip()) for part in spec.split(",")]
     if not numbers or any(number is None for number in numbers):
         raise UserError(
-            f"--average {spec} is neither a number of checkpoints nor a list of steps, of at most "
-            "15 digits each. Write it as 5 or as 100,200,300."
+            f"--average {spec} is neither a number of checkpoints nor a list of steps (of at "
+            "most 15 digits each). Give, for example, 5 or 100,200,300."
         )
     if not is_run(run):
         raise UserError(f"--average needs the checkpoints of a run, and {run} is not a run.")
@@ -35,7 +35,7 @@ def chosen_steps(run: Path, spec: str) -> list[int]:
     known = ", ".join(map(str, steps)) or "none"
     if len(given) == 1 and given[0] < 2:
         what = "is one checkpoint" if given[0] else "averages nothing"
-        raise UserError(f"--average {spec} {what}. Use --step for a single one.")
+        raise UserError(f"--average {spec} {what}. Use --step for a single checkpoint.")
     if len(given) == 1:
         if given[0] > len(steps):
             raise UserError(f"--average {spec}: {run} has checkpoints of steps {known} only.")
@@ -51,7 +51,7 @@ def averaged_source(name: str, spec: str) -> ModelSource:
     """Make a source whose weights are the float32 mean of several checkpoints.
 
     Raises:
-        UserError: As `chosen_steps`; when loading, a checkpoint is damaged.
+        UserError: For the reasons of `chosen_steps`; when loading, if a checkpoint is damaged.
     """
     steps = chosen_steps(Path(name), spec)
     sources = [find_source(name, step) for step in steps]

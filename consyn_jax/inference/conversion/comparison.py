@@ -1,4 +1,4 @@
-"""Compare the logits of a written model with those of its source."""
+"""Compare the logits of a written model with its source's logits."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from consyn_jax.model.parameters import Params
 from consyn_jax.model_config import ModelConfig
 
 ROWS, LENGTH = 2, 64  # of the ids that are compared
-# Largest accepted relative difference of the logits (root mean squares). Rounding changes a weight
-# by up to 2^-24, 2^-11, 2^-8 and 2^-7; errors add up over layers. A lost or misplaced tensor gives
-# a difference near 1.
+# Largest accepted relative difference of the logits (ratio of root mean squares). Rounding changes
+# a weight by up to 2^-24, 2^-11, 2^-8 and 2^-7; errors add up over layers. A lost or misplaced
+# tensor gives a difference near 1.
 TOLERANCE = {"float32": 1e-5, "float16": 0.02, "bfloat16": 0.15, "q8_0": 0.15}
 
 
@@ -37,18 +37,18 @@ def check_logits(before: np.ndarray, after: np.ndarray, dtype: str, where: Path)
 
     Args:
         dtype: A key of `TOLERANCE`.
-        where: The written path, for the message.
+        where: Path of the written model, for the message.
 
     Returns:
         The relative difference.
 
     Raises:
-        UserError: The logits disagree, or the source's are not finite.
+        UserError: The logits differ too much, or the source's logits are not finite.
     """
     if not np.isfinite(before).all():
         raise UserError(
-            "The model gives logits that are not finite, so a conversion of it cannot be checked. "
-            "Take an earlier checkpoint."
+            "The model's logits are not finite, so its conversion cannot be checked. Convert "
+            "an earlier checkpoint."
         )
     size = float(np.sqrt(np.mean(np.square(before, dtype=np.float64))))
     apart = float(np.sqrt(np.mean(np.square(after.astype(np.float64) - before))))

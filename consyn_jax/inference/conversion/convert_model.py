@@ -1,4 +1,4 @@
-"""Convert a model: check, load, write aside, read back, compare, rename."""
+"""Convert a model: check, load, write to a temporary path, read back, compare, rename."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Conversion:
     """A planned conversion, checked except for the weights.
 
     Attributes:
-        name: Name of the model for its card.
-        dtype: The number type to write; None for those of the source's files.
-        exact: The number type that holds the source's weights without rounding.
+        name: Name of the model in its card.
+        dtype: The number type to write; None to keep the number types of the source's files.
+        exact: The number type that represents the source's weights without rounding.
         shard_bytes: Maximum size of a file of weights.
     """
 
@@ -86,15 +86,15 @@ def plan_conversion(config: ConvertConfig) -> Conversion:
 
 
 def _check_format(options: TargetOptions) -> None:
-    """Check that each option is one of the format that is written."""
+    """Check that all given options apply to the chosen format."""
     if options.to != "gguf" and options.dtype == "q8_0":
-        raise UserError(f"--dtype q8_0 is a type of --to gguf, and {options.to} does not have it.")
+        raise UserError(f"--dtype q8_0 needs --to gguf; --to {options.to} does not support it.")
     if options.to != "gguf" and options.context is not None:
         raise UserError("--context is for --to gguf. Leave it out.")
     if options.to != "gguf" and str(options.output).endswith(".gguf"):
         raise UserError(
-            f"--output {options.output} is the name of a GGUF file, and --to {options.to} writes a "
-            "directory. Add --to gguf, or name a directory."
+            f"--output {options.output} is the name of a GGUF file, but --to {options.to} "
+            "writes a directory. Add --to gguf, or give a directory."
         )
     if options.to != "hf" and options.shard_size != TargetOptions.shard_size:
         raise UserError("--shard_size is for --to hf. Leave it out.")
@@ -117,21 +117,21 @@ def _check_adapter(source: ModelSource, merge: bool) -> None:
     """Check that --merge_lora is given exactly for adapters."""
     if source.base is not None and not merge:
         raise UserError(
-            f"{source.name} is an adapter over {source.base}. Add --merge_lora to write one model "
-            "of both; its own files are in PEFT's layout already."
+            f"{source.name} is an adapter over {source.base}. Add --merge_lora to write the "
+            "merged model; the adapter's files already have PEFT's layout."
         )
     if merge and source.base is None:
         raise UserError(
-            f"--merge_lora is for an adapter, and {source.name} is not one. Leave it out."
+            f"--merge_lora is for an adapter, but {source.name} is not one. Leave --merge_lora out."
         )
 
 
 def _check_manifest(directory: Path) -> None:
-    """Check a model that was exported with a manifest; checkpoints are verified when read."""
+    """Check a model against the manifest of its export; checkpoints are verified when read."""
     if has_manifest(directory) and (reason := disagreement(directory)):
         raise UserError(
-            f"{directory} is damaged: {reason}. Take another model of the run, or delete its "
-            f"{MANIFEST} if you have changed the files yourself."
+            f"{directory} is damaged: {reason}. Use another model of the run, or delete its "
+            f"{MANIFEST} if you changed the files yourself."
         )
 
 
@@ -162,7 +162,7 @@ def _bytes(size: str) -> int:
 
 
 def convert(plan: Conversion, say: Say) -> None:
-    """Write the model aside, read it back, compare the logits, and then rename it.
+    """Write the model to a temporary path, read it back, compare the logits, and rename it.
 
     Raises:
         UserError: The model cannot be written, or its logits disagree with the source's.

@@ -31,14 +31,14 @@ def file_config(source: ModelSource, dtype: str | None) -> ModelConfig:
 
 
 def tensor_bytes(config: ModelConfig) -> int:
-    """Bytes of all tensors in a model's files."""
+    """Total size of the tensors in a model's files, in bytes."""
     return sum(tensor.num_bytes for tensor in hf_tensors(config))
 
 
 def write_hf(
     directory: Path, source: ModelSource, params: Params, dtype: str | None, shard_bytes: int
 ) -> None:
-    """Write a directory in the layout of Hugging Face, with all that the source brought.
+    """Write a directory in the Hugging Face layout, including the source's other files.
 
     Raises:
         UserError: A weight is too large for float16.
@@ -49,17 +49,17 @@ def write_hf(
 
 
 def read_hf(directory: Path) -> tuple[ModelConfig, Params]:
-    """Read what `write_hf` has written, as `from_pretrained` does.
+    """Read a directory written by `write_hf`, as `from_pretrained` does.
 
     Raises:
-        UserError: It is incomplete.
+        UserError: The directory is incomplete.
     """
     config = read_checkpoint(directory)
     return config, load_parameters(directory, config)
 
 
 def write_orbax(directory: Path, source: ModelSource, params: Params, dtype: str | None) -> None:
-    """Write config.json, the tokenizer, and the parameters as arrays of Orbax in orbax/.
+    """Write config.json, the tokenizer, and the parameters as Orbax arrays in orbax/.
 
     The arrays have the names and shapes of `ConsynLMHeadModel.parameters`. There is no optimizer
     state.
@@ -72,7 +72,8 @@ def write_orbax(directory: Path, source: ModelSource, params: Params, dtype: str
     write_generation_config(directory, config)
     _write_tokenizer(directory, source)
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(config.files.dtype)), params)
-    # Keep it after a failure: writes that Orbax abandons end later, with a traceback.
+    # Keep the directory after a failure: Orbax finishes abandoned writes later, and would print a
+    # traceback.
     report = sys.unraisablehook
     sys.unraisablehook = WithoutAbandonedWork(report)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -82,10 +83,10 @@ def write_orbax(directory: Path, source: ModelSource, params: Params, dtype: str
 
 
 def read_orbax(directory: Path, config: ModelConfig) -> Params:
-    """Read what `write_orbax` has written, in float32.
+    """Read a directory written by `write_orbax`, in float32.
 
     Raises:
-        UserError: It is incomplete.
+        UserError: The directory is incomplete.
     """
     return read_arrays(directory / ORBAX, shapes_on(config, None, jnp.float32))
 

@@ -25,9 +25,10 @@ class Architecture:
 
     Attributes:
         name: Value of `general.architecture`.
-        biases: Fields of `ModelConfig` whose biases it reads.
+        biases: Supported bias options, fields of `ModelConfig`.
         scalings: Supported scalings of the rotary embedding.
-        is_interleaved: Whether it rotates pairs (2i, 2i+1), so that queries and keys are reordered.
+        is_interleaved: Whether it rotates pairs (2i, 2i+1), so that rows of queries and keys must
+            be reordered.
         is_square: Whether heads x head_dim must equal the width.
     """
 
@@ -38,7 +39,7 @@ class Architecture:
     is_square: bool = False
 
 
-# Layouts of Hugging Face -> architectures of llama.cpp. None has its layout's windows.
+# Hugging Face layout -> llama.cpp architecture. None of them supports the layout's sliding windows.
 LLAMA = Architecture(
     "llama",
     ("qkv_bias", "output_bias", "mlp_bias"),
@@ -61,7 +62,7 @@ def architecture_of(config: ModelConfig, context: int) -> Architecture:
     """Find the llama.cpp architecture that computes `config` for texts up to `context` tokens.
 
     Raises:
-        UserError: There is none.
+        UserError: No architecture computes this model.
     """
     family = family_of(config).model_type
     own = ARCHITECTURES[family]
@@ -76,8 +77,7 @@ def _reasons(config: ModelConfig, context: int, family: str, own: Architecture) 
     if window is not None and window < context:
         reasons.append(
             f"it has no sliding window for this layout, but the model has one of {window:,} "
-            f"tokens. With --context {window} it is written for texts up to that length, for "
-            "which both agree."
+            f"tokens. Give --context {window}: up to this length, the results agree."
         )
     for name, what in (
         ("qkv_bias", "queries, keys and values"),
@@ -99,7 +99,7 @@ def _reasons(config: ModelConfig, context: int, family: str, own: Architecture) 
     if list(rotates) != known:
         reasons.append(
             f"it leaves every {SMOLLM3_INTERVAL}th layer of a smollm3 unrotated, but this model "
-            "leaves others. Convert it to hf."
+            "has other unrotated layers. Convert it to hf."
         )
     scaling = config.rope_scaling
     if scaling is not None:
@@ -109,8 +109,9 @@ def _reasons(config: ModelConfig, context: int, family: str, own: Architecture) 
             )
         if scaling.rope_type == "dynamic" and context > config.context:
             reasons.append(
-                f"it has no dynamic scaling, which begins after {config.context:,} tokens. Give "
-                f"--context {config.context}, up to which it changes nothing."
+                f"it has no dynamic scaling, which this model uses beyond {config.context:,} "
+                f"tokens. Give --context {config.context}: up to this length, the scaling "
+                "changes nothing."
             )
         if not scaling.truncate:
             reasons.append(
@@ -150,13 +151,13 @@ def model_keys(writer: Any, config: ModelConfig, context: int) -> None:
     if scaling.rope_type == "yarn":
         writer.add_rope_scaling_yarn_beta_fast(float(scaling.beta_fast or 32))
         writer.add_rope_scaling_yarn_beta_slow(float(scaling.beta_slow or 1))
-    # llama.cpp itself multiplies by yarn's default factor.
+    # llama.cpp multiplies by yarn's default attention factor itself.
     implied = 0.1 * math.log(factor) + 1 if scaling.rope_type == "yarn" and factor > 1 else 1.0
     writer.add_rope_scaling_attn_factors(attention_factor(config) / implied)
 
 
 def rope_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
-    """Divisors of the rotary frequencies, for scalings without keys in llama.cpp."""
+    """Tensors that divide the rotary frequencies, for scalings without keys in llama.cpp."""
     scaling = config.rope_scaling
     if scaling is None:
         return {}
@@ -173,7 +174,7 @@ def rope_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def tensor_names(config: ModelConfig, own: Architecture) -> Callable[[str], str]:
-    """Return a function that maps tensor names of Hugging Face to those of GGUF."""
+    """Return a function that maps Hugging Face tensor names to GGUF tensor names."""
     import gguf
 
     by_name = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -190,11 +191,11 @@ def tensor_names(config: ModelConfig, own: Architecture) -> Callable[[str], str]
 def reordered(
     config: ModelConfig, own: Architecture, name: str, value: np.ndarray, *, back: bool = False
 ) -> np.ndarray:
-    """Reorder the rows of queries and keys to the rotation order of the architecture.
+    """Reorder the rows of query and key projections to the architecture's rotation order.
 
     Args:
         name: Hugging Face's name of the tensor; other tensors are returned unchanged.
-        back: Reorder from GGUF to Hugging Face instead.
+        back: Whether to reorder from GGUF to Hugging Face instead.
     """
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
     number = next((n for part, n in heads.items() if f".{part}." in name), None)

@@ -28,7 +28,7 @@ from consyn_jax.tokenization import BPETokenizer
 if TYPE_CHECKING:
     from consyn_jax.inference.model_source import ModelSource
 
-# Number types of `--dtype`, by their names in gguf.
+# Number types: the value of `--dtype`, and its name in gguf.
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 BLOCK = 32  # elements of a row that share a scale in Q8_0
 
@@ -37,7 +37,7 @@ def require_gguf() -> None:
     """Check that the `gguf` package is installed.
 
     Raises:
-        UserError: It is missing.
+        UserError: The package is missing.
     """
     try:
         import gguf  # noqa: F401
@@ -51,7 +51,7 @@ def require_gguf() -> None:
 def type_of(tensor: Tensor, dtype: str) -> str:
     """Choose the type of a tensor in a file of `dtype`, as llama.cpp's own converter does.
 
-    Norms and biases are always F32. Rows that Q8_0 cannot divide into blocks are F16.
+    Norms and biases are always F32. Tensors whose rows Q8_0 cannot divide into blocks are F16.
     """
     if len(tensor.shape) == 1:
         return "F32"
@@ -61,7 +61,7 @@ def type_of(tensor: Tensor, dtype: str) -> str:
 
 
 def gguf_bytes(config: ModelConfig, dtype: str) -> int:
-    """Bytes of the tensors of a GGUF."""
+    """Total size of the tensors in a GGUF file, in bytes."""
     per_element = {"F32": 4.0, "F16": 2.0, "BF16": 2.0, "Q8_0": 34 / BLOCK}
     return int(
         sum(
@@ -81,13 +81,13 @@ def write_gguf(
 ) -> tuple[str, ...]:
     """Write a model as one GGUF file.
 
-    Tensors are converted one by one, so that the host holds only one at a time.
+    Tensors are converted one by one, so that only one is in host memory at a time.
 
     Args:
         params: The weights of `source`.
         dtype: A key of `TYPES`.
-        context: The longest text in tokens; by default the model's.
-        about: Values of "name" and "license".
+        context: Context length to declare, in tokens; by default the model's.
+        about: Values of the metadata "name" and "license".
 
     Returns:
         Sentences about differences in llama.cpp.
@@ -153,11 +153,11 @@ def _add_tokenizer(
     if tokenizer is not None:
         return add_tokenizer(writer, tokenizer, config)
     writer.add_tokenizer_model("none")
-    return ("the model has no tokenizer, so llama.cpp takes and gives ids only",)
+    return ("the model has no tokenizer, so llama.cpp reads and writes token ids only",)
 
 
 def _declare(writer: Any, name: str, tensor: Tensor, kind: str) -> None:
-    """Declare a tensor, whose data is written later."""
+    """Declare a tensor; its data is written later."""
     import gguf
 
     raw = gguf.GGMLQuantizationType[kind]
@@ -182,14 +182,13 @@ def _quantised(tensor: Tensor, value: np.ndarray, kind: str) -> np.ndarray:
         stored = gguf.quants.quantize(value, gguf.GGMLQuantizationType[kind])
     if kind == "F16" and np.isinf(stored).any():
         raise UserError(
-            f"{tensor.name} has values that float16 cannot hold. Set --dtype to bfloat16 or "
-            "float32."
+            f"{tensor.name} has values too large for float16. Set --dtype to bfloat16 or float32."
         )
     return np.ascontiguousarray(stored)
 
 
 def read_back(file: Path, config: ModelConfig, context: int | None = None) -> Params:
-    """Read the weights of a GGUF that `write_gguf` has written, as float32 parameters.
+    """Read the weights of a GGUF file written by `write_gguf`, as float32 parameters.
 
     Raises:
         UserError: A tensor is missing or has another shape.

@@ -1,7 +1,7 @@
 """Describe a tokenizer to llama.cpp: byte-level BPE ("gpt2") or SentencePiece BPE ("llama").
 
-A GGUF does not contain the regular expression that splits text into words. llama.cpp knows some by
-name, in `src/llama-vocab.cpp`; a tokenizer that splits in another way is refused.
+A GGUF file cannot contain the regular expression that splits text into words. llama.cpp knows some
+expressions by name, in `src/llama-vocab.cpp`; a tokenizer with another expression is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CL100K = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Splitting steps -> `tokenizer.ggml.pre`, without and with `ignore_merges`.
+# Splitting steps -> values of `tokenizer.ggml.pre` without and with `ignore_merges`.
 SPLITS: Mapping[tuple[str, ...], tuple[str | None, str | None]] = {
     (GPT2_PATTERN,): ("gpt-2", None),
     (CL100K,): ("dbrx", "llama-bpe"),
@@ -44,12 +44,13 @@ LOWEST_SCORE = -1e4  # of tokens that no text becomes
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The keys of a tokenizer in a GGUF.
+    """The tokenizer metadata of a GGUF file.
 
     Attributes:
         model: "gpt2" or "llama".
         pre: Name of the rule that splits text.
-        merges, scores: Merges of a "gpt2", scores of a "llama".
+        merges: Merges of a "gpt2" vocabulary.
+        scores: Scores of a "llama" vocabulary.
         adds_space: Whether a space is put in front of a text.
         notes: Sentences about differences in llama.cpp.
     """
@@ -68,22 +69,22 @@ def vocabulary(tokenizer: BPETokenizer, size: int) -> Vocabulary:
     """Convert the vocabulary of a tokenizer, padded to `size` tokens.
 
     Raises:
-        UserError: llama.cpp would give other ids.
+        UserError: llama.cpp would give other ids than this tokenizer.
     """
     content = json.loads(tokenizer.to_json())
     kind = content["model"].get("type", "BPE")
     if kind != "BPE":
-        raise _refused(f"it is a {kind} model, and only BPE is written")
+        raise _refused(f"it is a {kind} model, but only BPE can be written")
     if content["model"].get("byte_fallback") or not _has_bytes(content):
         return _sentencepiece(tokenizer, content, size)
     return _byte_level(content, size)
 
 
 def add_tokenizer(writer: Any, tokenizer: BPETokenizer, config: ModelConfig) -> tuple[str, ...]:
-    """Add the keys of a tokenizer to a `gguf.GGUFWriter`; returns the notes of its vocabulary.
+    """Add the metadata of a tokenizer to a `gguf.GGUFWriter`; return notes for the user.
 
     Raises:
-        UserError: llama.cpp would give other ids.
+        UserError: llama.cpp would give other ids than this tokenizer.
     """
     found = vocabulary(tokenizer, config.vocab_size)
     writer.add_tokenizer_model(found.model)
@@ -109,7 +110,8 @@ def add_tokenizer(writer: Any, tokenizer: BPETokenizer, config: ModelConfig) -> 
             getattr(writer, f"add_{role}_token_id")(number)
     if ends[2:]:
         notes.append(
-            f"llama.cpp has room for three tokens that end a text; {listed(ends[2:])} are left out"
+            f"llama.cpp supports at most three tokens that end a text; {listed(ends[2:])} are "
+            "left out"
         )
     writer.add_add_bos_token(tokenizer.first_id is not None)
     writer.add_add_eos_token(False)
@@ -125,7 +127,7 @@ def _refused(reason: str) -> UserError:
 
 
 def _filled(tokens: dict[int, tuple[str, int]], size: int) -> tuple[list[str], list[int]]:
-    """Texts and types of all ids; an unused id gets a text that is never produced."""
+    """Texts and types of all ids; an unused id gets a text that no tokenizer output contains."""
     rows = [tokens.get(i, (f"[PAD{i}]", UNUSED)) for i in range(size)]
     texts = [text for text, _ in rows]
     if len(set(texts)) < size:
@@ -158,32 +160,34 @@ def _split_name(content: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     """The name of the pre-tokenizer, and notes about differences in llama.cpp."""
     steps = tuple(_steps(content.get("pre_tokenizer")))
     if steps not in SPLITS:
-        raise _refused(f"no text of it is split there by {listed([repr(s) for s in steps])}")
+        raise _refused(
+            f"llama.cpp has no rule that splits text by {listed([repr(s) for s in steps])}"
+        )
     normalizer = content.get("normalizer") or {}
     kinds = [part["type"] for part in normalizer.get("normalizers", [normalizer]) if part]
     if set(kinds) - {"NFC"}:
-        raise _refused(f"it changes text first ({', '.join(kinds)})")
+        raise _refused(f"it changes text before splitting ({', '.join(kinds)})")
     ignores = bool(content["model"].get("ignore_merges"))
     name = SPLITS[steps][ignores]
     if name is None:
         raise _refused(
-            "it takes whole words from its vocabulary before it merges"
+            "it looks up whole words in its vocabulary before it merges"
             if ignores
-            else "it merges words that are whole tokens"
+            else "it applies merges to words that are themselves tokens"
         )
     notes = []
     if kinds:
         notes.append("llama.cpp does not normalise text to NFC, as this tokenizer does")
     if name == "gpt-4o":
         notes.append(
-            "llama.cpp splits words with combining marks, or with capitals beyond A-Z inside, in "
+            "llama.cpp splits words that have combining marks or inner capitals beyond A-Z at "
             "other places than this tokenizer"
         )
     return name, tuple(notes)
 
 
 def _steps(part: Mapping[str, Any] | None) -> Iterator[str]:
-    """The steps by which a pre-tokenizer splits text; an unknown step is given by its name."""
+    """Iterate over the steps by which a pre-tokenizer splits text; an unknown step by its type."""
     part = part or {}
     kind = part.get("type")
     if kind == "Sequence":
@@ -243,7 +247,7 @@ def _pieces(content: Mapping[str, Any]) -> Iterator[Piece]:
         if {text[:cut], text[cut:]} <= usable and (text[:cut], text[cut:]) not in known
     ]
     if ranks != sorted(ranks) or missing:
-        raise _refused("its merges are in an order that scores of tokens do not give")
+        raise _refused("the order of its merges cannot be expressed by scores of tokens")
     for text, _ in sorted(model["vocab"].items(), key=lambda item: item[1]):
         is_byte = len(text) == 6 and text.startswith("<0x") and text.endswith(">")
         kind = BYTE if is_byte else NORMAL
@@ -254,7 +258,7 @@ def _check_spaces(content: Mapping[str, Any]) -> bool:
     """Whether a space is put in front of a text.
 
     Raises:
-        UserError: Text is changed in a way that llama.cpp does not have.
+        UserError: The tokenizer changes text in a way that llama.cpp does not support.
     """
     normalizer, splitter = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
     steps = [step for step in normalizer.get("normalizers", [normalizer]) if step]

@@ -9,13 +9,16 @@ from consyn_jax.hub_download import hub_reason, is_hub_name
 
 
 def check_hub_name(name: str) -> None:
-    """Check the form of `--push_to_hub`, before anything slow.
+    """Check the form of `--push_to_hub`, before slow work.
 
     Raises:
-        UserError: It is not owner/name.
+        UserError: The value does not have the form owner/name.
     """
     if not is_hub_name(name):
-        raise UserError(f"--push_to_hub {name} is not a name on the Hub. Write it as owner/name.")
+        raise UserError(
+            f"--push_to_hub {name} is not a valid name on the Hub. Give a name of the form "
+            "owner/name."
+        )
 
 
 def push(path: Path, name: str, card: str) -> str:
@@ -25,7 +28,7 @@ def push(path: Path, name: str, card: str) -> str:
     unchanged.
 
     Raises:
-        UserError: The Hub refuses it or cannot be reached.
+        UserError: The Hub refuses the upload or cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -43,8 +46,8 @@ def push(path: Path, name: str, card: str) -> str:
         done = api.create_commit(name, operations, commit_message="Upload by consyn-convert")
     except LocalTokenNotFoundError as error:
         raise UserError(
-            f"{path} is written, but not uploaded: nobody is logged in to the Hub. Run `hf auth "
-            f"login`, then `hf upload {name} {path}`."
+            f"{path} is written, but not uploaded, because you are not logged in to the Hub. "
+            f"Run `hf auth login`, then `hf upload {name} {path}`."
         ) from error
     # huggingface_hub wraps errors of an upload in a RuntimeError.
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:

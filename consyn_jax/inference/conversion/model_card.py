@@ -21,12 +21,12 @@ from consyn_jax.training.run.identity import read_run_config
 CARD = "README.md"
 LARGEST_CARD = 1 << 20  # characters that are kept
 METRICS = ("train/loss", "eval/loss", "eval/perplexity", "eval/bits_per_byte", "eval/accuracy")
-# Settings of a run that readers look for first.
+# Settings of a run to list in the card.
 RECIPE = ("optimizer", "lr", "scheduler", "batch_size", "max_tokens", "mixed_precision", "seed")
 
 
 def model_card(source: ModelSource, name: str, dtype: str, license: str | None) -> str:
-    """The text of README.md: front matter for the Hub, then facts about the model.
+    """Make the text of README.md: front matter for the Hub, then facts about the model.
 
     A card that came with the model is kept, with a new section about the conversion.
 
@@ -52,7 +52,7 @@ def model_card(source: ModelSource, name: str, dtype: str, license: str | None) 
         made,
         "## Model\n\n" + _rows(_size(source, family, dtype)),
         *_training(source.run),
-        "## License\n\n" + (license or "Not stated by whoever converted the model."),
+        "## License\n\n" + (license or "Not stated when the model was converted."),
         "## Versions\n\n" + _rows({"consyn_jax": __version__, "JAX": jax.__version__}),
     ]
     return "\n\n".join(sections) + "\n"
@@ -64,7 +64,7 @@ def _rows(values: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Escape a value for a cell of a Markdown table."""
+    """Format a value for a cell of a Markdown table."""
     text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 

@@ -23,7 +23,8 @@ def check_target(output: Path, size: int, hub_name: str | None = None) -> None:
     """Check, before slow work, that `output` can be made and has room for `size` bytes.
 
     Args:
-        hub_name: where it is to be uploaded, perhaps for the second time.
+        hub_name: Name of the Hub repository to upload to, for advice on repeating an upload; None
+            without upload.
 
     Raises:
         UserError: The output exists or cannot be created, or the disk is too full.
@@ -38,12 +39,14 @@ def check_target(output: Path, size: int, hub_name: str | None = None) -> None:
     there = next(above)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = "no permission" if there.is_dir() else "it is a file"
-        raise UserError(f"--output {output} cannot be made in {there}: {why}. Name another place.")
+        raise UserError(
+            f"--output {output} cannot be created in {there}: {why}. Give another path."
+        )
     free = shutil.disk_usage(there).free
     if free < size + SPARE_BYTES:
         raise UserError(
             f"--output {output} needs {size / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free "
-            "there. Make room, or name another place."
+            "there. Free some space, or give another path."
         )
 
 
@@ -51,9 +54,9 @@ def check_target(output: Path, size: int, hub_name: str | None = None) -> None:
 def written_aside(output: Path) -> Iterator[Path]:
     """Yield a hidden path beside `output` to write to, and rename it to `output` on success.
 
-    Before that, a directory gets a manifest, and the files are flushed to the disk. An error
-    removes the path. After a kill it keeps its hidden name, which no command takes for a model,
-    until the next conversion to `output` removes it.
+    Before the renaming, a directory gets a manifest, and the files are flushed to the disk. An
+    error removes the path. After a kill, the path stays under its hidden name, which no command
+    accepts as a model, until the next conversion to `output` removes it.
 
     Raises:
         UserError: The output cannot be written.
@@ -78,7 +81,9 @@ def written_aside(output: Path) -> Iterator[Path]:
 
 def _give_name(aside: Path, output: Path) -> None:
     if os.path.lexists(output):
-        raise UserError(f"--output {output} has appeared in the meantime. Name another.")
+        raise UserError(
+            f"--output {output} was created by another process in the meantime. Give another path."
+        )
     aside.rename(output)
     flush(output.parent)
 

@@ -16,11 +16,12 @@ from consyn_jax.scoring.request_scores import TaskScores
 
 @dataclass(frozen=True)
 class Value:
-    """One number of one model.
+    """A metric's value for one model.
 
     Attributes:
         interval: 95 % interval; None without resamples.
-        difference: From the first model, and its interval; None for the first.
+        difference: Difference from the first model's value; None for the first model.
+        difference_interval: 95 % interval of the difference.
         changed: Share of the requests whose answer differs from the first model's.
     """
 
@@ -33,12 +34,12 @@ class Value:
 
 @dataclass(frozen=True)
 class Section:
-    """The numbers of one data source or task.
+    """The results for one data source or task.
 
     Attributes:
-        size: Size of the data in words: "500 requests".
-        values: By metric, one for each model; None if a model has no such number.
-        notes: Remarks about each model.
+        size: Size of the data, as text: "500 requests".
+        values: By metric, a value for each model; None if the model has no value.
+        notes: Notes about each model.
     """
 
     name: str
@@ -60,9 +61,9 @@ class Section:
 
 
 def text_section(name: str, scores: Sequence[TextScores], resamples: int, seed: int) -> Section:
-    """The numbers of the texts.
+    """The results for texts.
 
-    Tokens may differ between models, so only bits per byte are compared.
+    Models may have different tokens, so only bits per byte are compared.
     """
     metrics = list(dict.fromkeys(metric for each in scores for metric in each.metrics))
     values: dict[str, list[Value | None]] = {}
@@ -100,12 +101,14 @@ def _text_notes(scores: TextScores) -> tuple[str, ...]:
         f"intervals resample {len(scores.nll):,} {scores.unit}s",
     ]
     if scores.unscored:
-        notes.append(f"{scores.unscored:,} tokens not scored, as nothing precedes them in a window")
+        notes.append(
+            f"{scores.unscored:,} tokens not scored, because nothing precedes them in a window"
+        )
     return (*notes, *scores.notes)
 
 
 def task_section(scores: Sequence[TaskScores], resamples: int, seed: int) -> Section:
-    """The numbers of a task."""
+    """The results for a task."""
     task, first = scores[0].task, scores[0]
     values: dict[str, list[Value | None]] = {}
     for metric in first.units:
@@ -165,7 +168,7 @@ def as_lines(sections: Sequence[Section], models: Sequence[str]) -> list[str]:
 
 
 def shown(value: Value) -> str:
-    """A number with its interval and its difference from the first model's."""
+    """Format a value with its interval and its difference from the first model's value."""
     text = f"{value.value:.6g}"
     if value.interval is not None:
         text += f"  [{value.interval.low:.4g}, {value.interval.high:.4g}]"

@@ -21,7 +21,10 @@ from consyn_jax.tokenization import BPETokenizer
 
 
 class TokenDocument(NamedTuple):
-    """A document, after BOS if the model's texts begin with it, and 1 for each token to score."""
+    """The ids of a document, with BOS if the model's texts begin with it, and scoring marks.
+
+    A mark is 1 for a token to score.
+    """
 
     ids: Int32[np.ndarray, " n"]
     scored: Bool[np.ndarray, " n"]
@@ -32,8 +35,9 @@ class Documents:
     """All documents that `--data` names, for one tokenizer.
 
     Attributes:
-        num_bytes: Bytes of their text in UTF-8; None if unknown, or if only a part is scored.
-        notes: Remarks for the report.
+        num_bytes: Size of the documents' text in UTF-8 bytes; None if unknown, or if only a part is
+            scored.
+        notes: Notes for the report.
     """
 
     split: StoreSplit
@@ -68,10 +72,10 @@ class Documents:
 def find_documents(
     options: EvaluateTextOptions, tokenizer: BPETokenizer, progress: Progress | None = None
 ) -> Documents:
-    """Tokenise the data, or find it in the cache.
+    """Tokenise the data, or load it from the cache.
 
     Texts are not cleaned: they are not normalised, no character is removed, and duplicates stay. In
-    rows with prompts only the answers are scored, as in training.
+    rows with prompts, only the answers are scored, as in training.
 
     Raises:
         UserError: The data is missing or unusable, or was tokenised with another tokenizer.
@@ -89,14 +93,14 @@ def find_documents(
     prepared = prepare(corpus, tokenizer, progress=progress)
     if prepared.store.holds_pairs:
         raise UserError(
-            f"{prepared.used[0].name} holds pairs of answers, which have no perplexity. Evaluate "
-            "on text, or on rows with messages."
+            f"{prepared.used[0].name} contains pairs of answers, which cannot be evaluated as "
+            "texts. Give texts, or rows with messages."
         )
     is_store = prepared.used[0].is_store
     if options.split != "auto" and not is_store:
         raise UserError(
-            f"--split {options.split} is for a token store, and {prepared.used[0].name} is not "
-            "one. Leave it out; all of the data is evaluated."
+            f"--split {options.split} is for a token store, but {prepared.used[0].name} is not "
+            "one. Leave --split out to evaluate all of the data."
         )
     name = TRAIN if not is_store else options.split
     if name == "auto":
@@ -123,6 +127,6 @@ def _notes(prepared: Prepared, split: StoreSplit) -> Iterator[str]:
         shown = ", ".join(f"{name} {reason}" for name, reason in prepared.left_out[:3])
         yield f"{len(prepared.left_out):,} files left out: {shown}"
     if unknown := prepared.report.changed.get("unknown"):
-        yield f"{unknown:,} tokens are unknown to the vocabulary"
+        yield f"{unknown:,} tokens are the unknown token"
     if split.num_targets < split.num_tokens:
         yield "of rows with prompts only the answers are scored"

@@ -58,7 +58,7 @@ class Evaluation:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The models as the user named them."""
+        """The names of the models, as the user gave them."""
         return tuple(model.source.name for model in self.models)
 
     def as_json(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def _answers(model: Evaluated) -> dict[str, list[dict[str, Any]]]:
 
 
 def _judged(asked: Question, text: str) -> dict[str, bool]:
-    """Whether a text is right, by each metric that judges it."""
+    """For each metric that judges a question, whether the text is correct."""
     metrics = TAKEN if has_number(asked) else ("exact_match",)
     return {metric: is_right(metric, asked, text) for metric in metrics}
 
@@ -115,14 +115,16 @@ def evaluate_models(config: EvaluateConfig, say: Say) -> Evaluation:
     """Do all quick checks, then load and score each model.
 
     Args:
-        say: Prints a line of progress.
+        say: Function that prints a line of progress.
 
     Raises:
         UserError: A model, the data or a row cannot be used.
     """
     tasks = read_tasks(config.questions.requests)
     if not any(task.questions for task in tasks):
-        refuse_given(config.answers, "is for rows with prompt and answer, and --requests has none")
+        refuse_given(
+            config.answers, "is for rows with prompt and answer, but --requests has no such rows"
+        )
     sources = [find_source(name, config.models.step) for name in config.models.model]
     tokenizers = [evaluation_tokenizer(source, config.models.tokenizer) for source in sources]
     models = []
@@ -203,29 +205,29 @@ class _Clock:
 
 
 def evaluation_tokenizer(source: ModelSource, given: str | None) -> BPETokenizer:
-    """Return the tokenizer of a model: its own, or that of `--tokenizer` if it has none.
+    """Return the model's tokenizer, or the tokenizer of `--tokenizer` if the model has none.
 
     Raises:
-        UserError: There is no tokenizer, or the given one is not the model's own.
+        UserError: There is no tokenizer, or `--tokenizer` differs from the model's tokenizer.
     """
     own = source.tokenizer
     if given is None:
         if own is None:
             raise UserError(
-                f"{source.name} has no tokenizer. Name the one that it was trained with: "
+                f"{source.name} has no tokenizer. Give the tokenizer that it was trained with: "
                 "--tokenizer PATH."
             )
         return own
     chosen = load_tokenizer(given)
     if own is not None and own.sha256 != chosen.sha256:
         raise UserError(
-            f"--tokenizer {given} is not that of {source.name}, which has its own. Leave "
-            "--tokenizer out."
+            f"--tokenizer {given} is not the tokenizer of {source.name}, which comes with one. "
+            "Leave --tokenizer out."
         )
     if chosen.vocab_size > source.config.vocab_size:
         raise UserError(
-            f"--tokenizer {given} has {chosen.vocab_size:,} tokens, and {source.name} only "
-            f"{source.config.vocab_size:,}. Give the one that it was trained with."
+            f"--tokenizer {given} has {chosen.vocab_size:,} tokens, but {source.name} only "
+            f"{source.config.vocab_size:,}. Give the tokenizer that it was trained with."
         )
     return chosen
 
@@ -234,11 +236,11 @@ def check_files(results: EvaluateResultOptions) -> None:
     """Check early that `--output` and `--page` can be written.
 
     Raises:
-        UserError: One is a directory, or is in a directory that does not exist.
+        UserError: One of them is a directory, or is in a directory that does not exist.
     """
     for flag, name in (("output", results.output), ("page", results.page)):
         if name is not None and Path(name).is_dir():
-            raise UserError(f"--{flag} {name} is a directory. Name a file in it.")
+            raise UserError(f"--{flag} {name} is a directory. Give the path of a file.")
         if name is not None and not Path(name).parent.is_dir():
             raise UserError(
                 f"--{flag} {name} is in a directory that does not exist. Create it first."
@@ -264,6 +266,6 @@ def _write(flag: str, name: str, text: str) -> None:
         write_whole(Path(name), text.encode("utf-8", "replace"))
     except OSError as error:
         raise UserError(
-            f"--{flag} {name} cannot be written: {error.strerror}. Free some space, or name "
+            f"--{flag} {name} cannot be written: {error.strerror}. Free some space, or give "
             "another file."
         ) from error

@@ -1,4 +1,4 @@
-"""The settings of `consyn-evaluate`, and checks of them that read no file."""
+"""The settings of `consyn-evaluate`, and checks of the settings that read no file."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class EvaluateModelOptions:
 
     model: tuple[str, ...] = flag(
         (),
-        "models to compare, also without this flag's name: model directories, runs (their final/, "
+        "models to compare (--model may be left out): model directories, runs (their final/, "
         "or else best/, or else newest checkpoint), RUN/checkpoints/STEP, or hub ids",
     )
-    step: int | None = flag(None, "take this checkpoint of each run")
+    step: int | None = flag(None, "use the checkpoint of this step of each run")
     tokenizer: str | None = flag(
-        None, "tokenizer of models that come without one: a path, a hub id, default or bytes"
+        None, "tokenizer for models that have none: a path, a hub id, default or bytes"
     )
     dtype: str = flag(
         "auto",
@@ -29,7 +29,8 @@ class EvaluateModelOptions:
     )
     mesh: str = flag(
         "auto",
-        "devices to spread a model over; auto: a copy on each, or a part if a copy does not fit",
+        "devices along each mesh axis; auto: a copy of the model on each device, or sharded "
+        "weights if a copy does not fit",
     )
     batch_size: int = flag(8, "sequences per batch; does not change results")
 
@@ -40,31 +41,34 @@ class EvaluateTextOptions:
 
     data: tuple[str, ...] = flag(
         (),
-        "texts: files, directories, globs, Hugging Face datasets, token stores, or 'sample', as "
-        "for consyn-train, and read as they are: nothing is cleaned or deduplicated",
+        "texts to evaluate: files, directories, globs, Hugging Face datasets, token stores, or "
+        "'sample', as for consyn-train, but without cleaning and deduplication",
     )
     split: str = flag(
         "auto",
-        "split of a token store; auto: validation, or train if that is empty",
+        "split of a token store; auto: validation, or train if validation is empty",
         choices=("auto", "train", "validation", "test"),
     )
     window: int | None = flag(None, "tokens in a window (the model's context)")
     stride: int | None = flag(
         None,
-        "tokens from one window of a long document to the next; a smaller one gives tokens more "
-        "context and takes longer (half the window)",
+        "tokens between the starts of consecutive windows of a long document; a smaller stride "
+        "gives tokens more context and takes longer (half the window)",
     )
     score_end: bool = flag(
-        False, "also score the end of each text, as the evaluations of consyn-train do"
+        False,
+        "also score the end-of-text token of each text, as the evaluations of consyn-train do",
     )
     row_format: str = flag(
         "auto",
         "format of the rows; auto: recognised by their keys",
         choices=("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"),
     )
-    text_key: str = flag("text", "field with the text of a row; a.b reaches into objects")
+    text_key: str = flag(
+        "text", "field with the text of a row; a.b means field b of the object in field a"
+    )
     document_separator: str | None = flag(
-        None, r"text between the documents of a file, with \n for a newline (none)"
+        None, r"text that separates the documents of a file, with \n for a newline (none)"
     )
 
 
@@ -74,20 +78,24 @@ class EvaluateRequestOptions:
 
     requests: tuple[str, ...] = flag(
         (),
-        "JSON Lines with context and continuation, with context, choices and gold, or with prompt "
-        "(or messages) and answer",
+        "JSON Lines files; each row has context and continuation, or context, choices and "
+        "gold, or prompt (or messages) and answer",
     )
 
 
 @dataclass(frozen=True)
 class EvaluateAnswerOptions:
-    """Answers that the model writes."""
+    """Generation of answers."""
 
-    max_tokens: int = flag(256, "maximum tokens of an answer, if the row has no max_tokens")
-    stop: tuple[str, ...] = flag(
-        (), r"texts that end an answer, if the row has no stop; \n is a newline"
+    max_tokens: int = flag(
+        256, "maximum number of tokens of a generated answer, if the row has no max_tokens"
     )
-    temperature: float = flag(0.0, "sampling temperature; 0 takes the likeliest token")
+    stop: tuple[str, ...] = flag(
+        (), r"stop strings of generated answers, if the row has no stop; \n is a newline"
+    )
+    temperature: float = flag(
+        0.0, "sampling temperature of generated answers; 0 always takes the likeliest token"
+    )
 
 
 @dataclass(frozen=True)
@@ -95,11 +103,14 @@ class EvaluateResultOptions:
     """Options of the report."""
 
     output: str | None = flag(
-        None, "JSON file with all numbers, the log-likelihood of every answer, and every text"
+        None,
+        "JSON file for all metrics, the log-likelihood of every answer, and every generated text",
     )
-    page: str | None = flag(None, "HTML file with the table, for a browser; it needs no network")
-    bootstrap: int = flag(1000, "resamples for the 95 % intervals; 0: none")
-    seed: int = flag(0, "seed of the resamples, and of sampling with --temperature")
+    page: str | None = flag(None, "HTML file for the table; it needs no network")
+    bootstrap: int = flag(
+        1000, "number of bootstrap resamples for the 95 % intervals; 0: no intervals"
+    )
+    seed: int = flag(0, "seed of the resamples, and of the sampling with --temperature")
     quiet: bool = flag(False, "show no progress")
 
 
@@ -129,7 +140,7 @@ def validate_evaluation(config: EvaluateConfig) -> None:
     if twice is not None:
         raise UserError(f"{twice} is given twice. Give each model once.")
     if not texts.data and not config.questions.requests:
-        raise UserError("There is nothing to evaluate on. Give --data or --requests.")
+        raise UserError("There is no data to evaluate on. Give --data or --requests.")
     above_0 = {
         "batch_size": models.batch_size,
         "window": None if texts.window is None else texts.window - 1,
@@ -144,7 +155,7 @@ def validate_evaluation(config: EvaluateConfig) -> None:
     if texts.window is not None and texts.stride is not None and texts.stride > texts.window:
         raise UserError(
             f"--stride {texts.stride} is more than --window {texts.window}, so tokens would be "
-            "left out. Lower it."
+            "left out. Lower --stride."
         )
     not_negative: dict[str, float] = {
         "bootstrap": results.bootstrap,
@@ -170,7 +181,7 @@ def refuse_given(options: Any, why: str) -> None:
     """Refuse the flags of a group that have no effect.
 
     Raises:
-        UserError: One of them has another value than its default.
+        UserError: A flag of the group has another value than its default.
     """
     for each in fields(options):
         if getattr(options, each.name) != each.default:

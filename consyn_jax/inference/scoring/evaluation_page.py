@@ -20,8 +20,8 @@ WIDTH, HEIGHT, EDGE = 160, 10, 4  # of the drawing of an interval
 def evaluation_page(content: Mapping[str, Any], sections: Sequence[Section]) -> str:
     """Make the page from `Evaluation.as_json`.
 
-    Each metric is a row and each model a column: the value, its interval with a drawing on the
-    row's own scale, the difference from the first model and the share of answers that changed.
+    Each metric is a row and each model a column. A cell has the value, its interval (also drawn, on
+    a scale for the row), the difference from the first model and the share of changed answers.
     """
     models = [model["name"] for model in content["models"]]
     body = [_models(content["models"])]

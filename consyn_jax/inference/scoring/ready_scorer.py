@@ -22,16 +22,16 @@ WEIGHT_SHARE = 0.6  # share of a device's memory for weights; the rest is for ac
 def load_scorer(
     source: ModelSource, dtype: str = "auto", mesh: str = "auto", batch_size: int = 8
 ) -> Scorer:
-    """Read a model onto the devices.
+    """Load a model onto the devices.
 
     Args:
-        dtype: float32, bfloat16 or float16; "auto" is float32 on a CPU and bfloat16 on a GPU.
-        mesh: As `--mesh`; "auto" gives each device its own sequences and a copy of the weights, or
-            a part of them if a copy does not fit.
-        batch_size: Sequences in a batch, rounded up to a multiple that the mesh divides.
+        dtype: float32, bfloat16 or float16; "auto" means float32 on a CPU and bfloat16 on a GPU.
+        mesh: A value of `--mesh`; "auto" splits the batch over the devices and gives each a copy of
+            the weights, or shards the weights if a copy does not fit.
+        batch_size: Sequences in a batch, rounded up so that the mesh divides it.
 
     Raises:
-        UserError: The model is damaged, or the mesh does not suit it.
+        UserError: The model is damaged, or the mesh does not suit the model.
     """
     device = jax.devices()[0]
     if dtype == "auto":
@@ -54,7 +54,7 @@ def load_scorer(
 
 
 def scoring_mesh(config: ModelConfig, text: str, weight_bytes: int) -> dict[str, int]:
-    """The mesh of `--mesh`, as sizes of its axes.
+    """Choose the mesh of `--mesh`, as sizes of its axes.
 
     Args:
         weight_bytes: Bytes of one weight.

@@ -22,14 +22,14 @@ def ratio_interval(
 ) -> Interval | None:
     """Compute the 95 % interval of sum(over) / sum(under) from units drawn with replacement.
 
-    For the same seed and number of units the draws are the same, so that models are compared on the
+    The draws depend only on the seed and the number of units, so that models are compared on the
     same resamples.
 
     Args:
         over, under: [n], one value per unit; `under` is all ones for a mean.
 
     Returns:
-        None without resamples, or with fewer than two units.
+        The interval; None without resamples, or with fewer than two units.
 
     >>> ratio_interval(np.array([0.0, 1.0] * 50), np.ones(100), 1000, 0)
     Interval(low=0.4, high=0.6)

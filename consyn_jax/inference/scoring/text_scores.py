@@ -16,7 +16,7 @@ from consyn_jax.scoring.scorer import Scorer, Wanted
 GROUP_TOKENS = 1 << 20  # tokens of windows that are sorted by length together
 
 Progress = Callable[[int, int], None]
-"""Called with the number of tokens read so far, and of all documents."""
+"""Function called with the number of tokens read so far, and the total number of tokens."""
 
 
 @dataclass
@@ -24,12 +24,13 @@ class TextScores:
     """Sums over the scored tokens of a data source.
 
     Attributes:
-        window, stride: The settings in use, in tokens.
-        nll: Negative log-likelihood in nats of each document, or of each window if there is only
-            one document, float64.
-        tokens: Number of scored tokens of each.
-        greedy: Number of scored tokens that were the likeliest.
-        unscored: Number of tokens that are not scored, as nothing precedes them in their window.
+        window, stride: Length and stride of the windows, in tokens.
+        nll: Negative log-likelihood, in nats, of each document, or of each window if there is only
+            one document; float64.
+        tokens: Number of scored tokens of each document or window.
+        greedy: Number of scored tokens that were the model's likeliest token.
+        unscored: Number of tokens that are not scored because nothing precedes them in their
+            window.
         num_bytes: Bytes of the text; None if unknown.
     """
 
@@ -46,12 +47,12 @@ class TextScores:
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
+        """Mean negative log-likelihood, in nats per token."""
         return float(self.nll.sum() / self.tokens.sum())
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Loss, perplexity, bits per token and, where the bytes are known, bits per byte."""
+        """Loss, perplexity, bits per token and, if the number of bytes is known, bits per byte."""
         loss = self.loss
         found = {
             "perplexity": math.exp(loss) if loss < 700 else math.inf,
@@ -92,7 +93,7 @@ def score_texts(
 
     Args:
         window: Tokens in a window; None for the model's context.
-        stride: Tokens from one window to the next; None for half a window.
+        stride: Tokens between the starts of consecutive windows; None for half a window.
 
     Raises:
         UserError: The window does not fit the model, or nothing is scored.
@@ -143,13 +144,13 @@ def _checked(scorer: Scorer, window: int | None, stride: int | None) -> tuple[in
     if size > context + 1:
         raise UserError(
             f"--window {size} is more than {context + 1}: the model's context of {context} tokens, "
-            "and one to predict. Lower it."
+            "plus one token to predict. Lower --window."
         )
     step = max(size // 2, 1) if stride is None else stride
     if step > size:
         raise UserError(
             f"--stride {step} is more than the window of {size} tokens, so tokens would be left "
-            "out. Lower it."
+            "out. Lower --stride."
         )
     return size, step
 
@@ -157,15 +158,15 @@ def _checked(scorer: Scorer, window: int | None, stride: int | None) -> tuple[in
 def _by_unit(
     sums: list[tuple[int, float, int]], documents: int
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """Nats and tokens of each document, or of each window if there is only one document.
+    """Nats and number of tokens of each document, or of each window of a single document.
 
     Raises:
         UserError: No token is scored.
     """
     if not sum(number for _, _, number in sums):
         raise UserError(
-            "No token of --data can be scored: each text has a single token, or none that counts. "
-            "Give longer texts."
+            "No token of --data can be scored: each text has only one token, or no token to "
+            "score. Give longer texts."
         )
     owners = np.array([owner for owner, _, _ in sums], np.int64)
     nats = np.array([value for _, value, _ in sums], np.float64)

@@ -1,4 +1,4 @@
-"""Generate a model's answers to the questions of a task; they are judged later."""
+"""Generate a model's answers to the questions of a task; `request_scores` judges them."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def with_texts(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> TaskScores:
-    """Add the model's texts to the scores of a task.
+    """Generate the answers to a task's questions, and add them to its scores.
 
     Args:
-        prompts: From `encoded_questions`.
-        batch_size: Texts to generate at once.
+        prompts: Result of `encoded_questions`.
+        batch_size: Number of texts to generate at once.
         seed: Seed of the sampling, if the temperature is not 0.
     """
     asked = scores.task.questions
@@ -93,5 +93,7 @@ def with_texts(
         text.format(count=ends[end], total=len(asked)) for end, text in LIMITS.items() if ends[end]
     ]
     if any(question.messages for question in asked) and runtime.tokenizer.chat_template is None:
-        notes.append("the model has no chat template, so conversations are in plain markers")
+        notes.append(
+            "the model has no chat template, so conversations have plain-text role markers"
+        )
     return replace(scores, texts=tuple(texts), notes=(*scores.notes, *notes))

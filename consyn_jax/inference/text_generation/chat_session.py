@@ -1,4 +1,4 @@
-"""A conversation in the terminal: its history, and streamed answers."""
+"""A chat in the terminal: its history, and streamed answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ChatSession:
     """A conversation with a model.
 
     Args:
-        say: Prints a piece of an answer, without a line end.
+        say: Function that prints a piece of an answer, without a line end.
     """
 
     def __init__(
@@ -35,12 +35,12 @@ class ChatSession:
         self.messages: list[dict[str, Any]] = []
 
     def answer(self, text: str) -> str:
-        """Send a message, print the answer, and keep both.
+        """Send a message, print the answer, and add both to the history.
 
-        If Ctrl-C stops the answer, the printed part is kept.
+        If Ctrl-C stops the answer, the history has the part that was printed.
 
         Returns:
-            Why the answer ended: a value of `Update.ends`, or "interrupted".
+            The reason why the answer ended: a value of `Update.ends`, or "interrupted".
 
         Raises:
             UserError: The conversation does not fit the model's context; the history is unchanged.
@@ -51,7 +51,7 @@ class ChatSession:
         if len(prompt.ids) >= context:
             raise UserError(
                 f"The conversation has {len(prompt.ids):,} tokens with this message, and the "
-                f"model's context is {context:,}. Start anew with /reset."
+                f"model's context is {context:,}. Start a new conversation with /reset."
             )
         said, ends = "", ""
         try:

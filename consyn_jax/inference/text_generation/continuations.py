@@ -1,4 +1,4 @@
-"""Continue prompts, each until its end or a stop string."""
+"""Continue prompts, each up to its EOS token, a stop string or a limit."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Wish:
     """Settings of the continuations of each prompt.
 
     Attributes:
-        max_tokens: Maximum of new tokens; fewer if the context is full before.
-        sequences: Texts for each prompt.
-        stop: Texts that end a continuation and are left out of it.
+        max_tokens: Maximum number of new tokens; fewer if the context is full earlier.
+        sequences: Number of continuations of each prompt.
+        stop: Stop strings, which end a continuation and are left out of it.
         streams: Whether to yield new text as soon as possible.
     """
 
@@ -36,12 +36,12 @@ class Update(NamedTuple):
     """New text of a continuation.
 
     Attributes:
-        prompt, sequence: Numbers of the continuation, from 0.
-        new: The new text.
-        text: The whole text so far.
-        tokens: The number of its tokens.
-        ends: "" before its end; then "eos", "stop" (a stop string), "length" (`max_tokens`) or
-            "context" (the model's context is full).
+        prompt, sequence: Index of the prompt, and of the continuation of that prompt, from 0.
+        new: Text added since the last update.
+        text: The complete text so far.
+        tokens: Number of tokens of `text`.
+        ends: "" while it continues; then the reason of its end: "eos", "stop" (a stop string),
+            "length" (`max_tokens`) or "context" (the model's context is full).
     """
 
     prompt: int
@@ -90,7 +90,7 @@ def continuations(
 
 
 def _take(stream: TextStream, tokens: Sequence[int], last: bool) -> tuple[int, str]:
-    """Number of the text's tokens before a stop string, and the new text."""
+    """Push tokens; return how many were used, up to a stop string, and the new text."""
     new, taken = "", 0
     for token in tokens:
         new += stream.push([token])

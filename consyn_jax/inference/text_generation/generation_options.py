@@ -14,21 +14,21 @@ class GenerateModelOptions:
 
     model: str | None = flag(
         None,
-        "a model directory, a run (its final/, or else best/, or its newest checkpoint), a "
-        "checkpoint of a run, or a hub id",
+        "the model (--model may be left out): a model directory, a run (its final/, or else "
+        "best/, or else its newest checkpoint), RUN/checkpoints/STEP, or a hub id",
     )
-    step: int | None = flag(None, "take this checkpoint of a run")
+    step: int | None = flag(None, "use the checkpoint of this step of the run")
     dtype: str = flag(
         "auto",
-        "number type of the matmuls; int8: the blocks' weights in 8 bits, one scale per output; "
-        "auto: bfloat16 on a GPU, float32 on a CPU",
+        "number type of the matmuls; int8: 8-bit weights in the blocks, with one scale per "
+        "output channel; auto: bfloat16 on a GPU, float32 on a CPU",
         choices=("auto", "float32", "bfloat16", "int8"),
     )
     mesh: str = flag(
         "auto",
-        "devices to spread the model over; auto: one device if the model fits it, otherwise all",
+        "devices along each mesh axis; auto: one device if the model fits, otherwise all",
     )
-    batch_size: int = flag(8, "texts to generate at the same time")
+    batch_size: int = flag(8, "number of texts to generate at the same time")
 
 
 @dataclass(frozen=True)
@@ -37,36 +37,38 @@ class PromptOptions:
 
     prompt: tuple[str, ...] = flag((), "texts to continue")
     file: str | None = flag(
-        None, "prompts from a file: one per line, or JSON Lines with prompt or messages"
+        None, "file of prompts: one per line, or JSON Lines with prompt or messages"
     )
-    interactive: bool = flag(False, "hold a conversation in the terminal")
+    interactive: bool = flag(False, "chat with the model in the terminal")
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Choice of the next token; by default as the model's generation_config.json says."""
+    """Choice of the next token; the defaults come from the model's generation_config.json."""
 
     max_tokens: int | None = flag(None, "maximum number of new tokens (256)")
     temperature: float | None = flag(
         None,
-        "sampling temperature; 0 takes the likeliest token (0, or 1 with --top_k, --top_p or "
-        "--min_p)",
+        "sampling temperature; 0 always takes the likeliest token (0, or 1 with --top_k, "
+        "--top_p or --min_p)",
     )
-    top_k: int | None = flag(None, "sample from this many likeliest tokens")
+    top_k: int | None = flag(None, "sample from this many of the likeliest tokens")
     top_p: float | None = flag(
-        None, "sample from the fewest tokens whose probabilities sum to this"
+        None, "sample from the smallest set of tokens whose probabilities sum to at least this"
     )
     min_p: float | None = flag(
-        None, "sample from tokens with at least this share of the likeliest one's probability"
+        None, "sample from tokens whose probability is at least this share of the likeliest token's"
     )
     repetition_penalty: float | None = flag(
         None,
-        "divide positive logits of tokens that are already in the text by this, and multiply "
-        "negative ones (1)",
+        "penalise tokens that are already in the text: divide their positive logits by this, "
+        "and multiply their negative logits (1)",
     )
-    seed: int = flag(0, "sampling seed; every sequence of every prompt has its own draws")
+    seed: int = flag(0, "sampling seed; each text has independent draws")
     num_return_sequences: int = flag(1, "texts for each prompt", aliases=("n",))
-    stop: tuple[str, ...] = flag((), r"texts that end a continuation, and are left out of it")
+    stop: tuple[str, ...] = flag(
+        (), r"stop strings: texts that end a continuation, and are left out of it"
+    )
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,12 @@ class ResultOptions:
     """Destination of the texts."""
 
     output: str | None = flag(
-        None, "JSON Lines file, one line per text; NAME.partial until it is complete"
+        None, "JSON Lines file to write, one line per text; named NAME.partial until complete"
     )
     include_prompt: bool = flag(False, "begin each text with its prompt")
-    stream: bool | None = flag(None, "print text as it is made (true for one text on a terminal)")
+    stream: bool | None = flag(
+        None, "print text while it is generated (true for a single text on a terminal)"
+    )
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class GenerateConfig:
 
 
 def validate_generation(config: GenerateConfig) -> None:
-    """Check all values, and that they fit together.
+    """Check all values and their combinations.
 
     Raises:
         UserError: an invalid value or combination; the message names the flags.
@@ -114,12 +118,12 @@ def validate_generation(config: GenerateConfig) -> None:
         raise UserError(
             "--interactive asks for its prompts. Leave --prompt and --file out."
             if has_prompts
-            else "There is nothing to continue. Give --prompt, --file or --interactive."
+            else "There is no prompt. Give --prompt, --file or --interactive."
         )
     if not prompts.interactive:
         return
     for name in ("output", "include_prompt", "stream"):
         if getattr(config.results, name):
-            raise UserError(f"--{name} has no effect on --interactive. Leave it out.")
+            raise UserError(f"--{name} has no effect with --interactive. Leave it out.")
     if config.sampling.num_return_sequences > 1:
         raise UserError("--interactive gives single answers. Leave --num_return_sequences out.")

@@ -11,12 +11,12 @@ from consyn_jax.inference.text_generation.prompts import EncodedPrompt
 
 
 def shown(text: str, stream: TextIO) -> str:
-    """Escape characters that would control the terminal, if the output is one."""
+    """Escape control characters if the output is a terminal."""
     return visible(text) if stream.isatty() else text
 
 
 class OrderedPrinter:
-    """Prints texts in order, and streams the first unfinished one.
+    """Prints texts in order, and streams the first unfinished text.
 
     With several texts, a line before each names its prompt.
     """
@@ -30,7 +30,7 @@ class OrderedPrinter:
         self._finished: set[int] = set()
 
     def add(self, update: Update) -> None:
-        """Take new text, and print the texts whose turn it is."""
+        """Add new text, and print all text that is next in order."""
         place = update.prompt * self._wish.sequences + update.sequence
         self._waiting[place] = self._waiting.get(place, "") + update.new
         if update.ends:

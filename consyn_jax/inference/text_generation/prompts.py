@@ -1,4 +1,4 @@
-"""Read and encode prompts: texts, lines of a file, or JSON rows with a prompt or conversation."""
+"""Read and encode prompts: texts, lines of a file, or JSON rows with a prompt or messages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class GivenPrompt(NamedTuple):
     """A prompt as the user gave it.
 
     Attributes:
-        where: The place to name in messages: "--prompt 2", "questions.txt, line 7".
+        where: Origin of the prompt, for messages: "--prompt 2", "questions.txt, line 7".
         text: The prompt; None for a conversation.
         messages, tools: The conversation; None for a text.
         unread: Keys of the row that are not read.
@@ -49,7 +49,7 @@ class GivenPrompt(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt, its text after the template, and its token ids."""
+    """A prompt, its text as rendered by the chat template, and its token ids."""
 
     given: GivenPrompt
     text: str
@@ -76,17 +76,17 @@ def given_prompts(texts: Sequence[str], file: str | None) -> list[GivenPrompt]:
 
 
 def unread_keys(prompts: Sequence[GivenPrompt]) -> list[str]:
-    """A note on the keys of rows that are not read, with the number of rows that have them."""
+    """A note about keys that are not read, with the number of rows that have them."""
     counts = Counter(key for prompt in prompts for key in sorted(prompt.unread))
     named = listed([f"{visible(key)} ({count:,})" for key, count in counts.most_common()], 5)
-    return [f"keys of rows that are not read: {named}"] if counts else []
+    return [f"keys that are not read, with their number of rows: {named}"] if counts else []
 
 
 def _file_prompts(path: Path) -> list[GivenPrompt]:
     if path.suffix.lower() in TABLES:
         raise UserError(
-            f"--file {path} is a table, not prompts. Write one prompt on each line of a .txt, or "
-            'rows {"prompt": "..."} as .jsonl.'
+            f"--file {path} is a table, not a file of prompts. Write one prompt per line in a "
+            '.txt file, or rows {"prompt": "..."} in a .jsonl file.'
         )
     try:
         content = path.read_text(encoding="utf-8-sig")
@@ -140,7 +140,7 @@ class PromptEncoder:
     """Encodes prompts and conversations for a model.
 
     Attributes:
-        is_plain: Whether the model has no template, so that conversations get plain markers.
+        is_plain: Whether the model has no template, so that plain-text role markers are used.
     """
 
     def __init__(self, tokenizer: BPETokenizer, template: str | None) -> None:
@@ -187,7 +187,7 @@ def check_lengths(prompts: Sequence[EncodedPrompt], context: int) -> None:
     """Check that each prompt leaves room for a token in the model's context.
 
     Raises:
-        UserError: A prompt fills the context.
+        UserError: A prompt fills the model's context.
     """
     for prompt in _too_long(prompts, context):
         raise UserError(

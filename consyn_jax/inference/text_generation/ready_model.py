@@ -36,13 +36,13 @@ class NumberType(NamedTuple):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of a weight."""
+        """Bytes per weight of the blocks."""
         return 1 if self.int8 else jnp.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Weights on their devices, with everything needed to generate text."""
+    """A model's weights on their devices, with everything needed to generate text."""
 
     config: ModelConfig
     weights: Weights
@@ -51,7 +51,7 @@ class Runtime:
     description: str
 
     def engine(self, slots: int, sampling: Sampling) -> Engine:
-        """Build an engine that generates this many texts at once."""
+        """Build an engine that generates up to this many texts at once."""
         ends: Iterable[int] = self.config.eos_token_ids or (self.tokenizer.eos_token_id,)
         return Engine(
             self.config, self.weights, slots, sampling, attention=self.attention, ends=ends
@@ -61,13 +61,13 @@ class Runtime:
 def load_runtime(
     source: ModelSource, options: GenerateModelOptions, tokenizer: BPETokenizer | None = None
 ) -> Runtime:
-    """Read the weights of a model onto the devices.
+    """Load a model onto the devices.
 
     Args:
-        tokenizer: By default the model's own.
+        tokenizer: Tokenizer to use; by default the model's.
 
     Raises:
-        UserError: The model has no tokenizer or is damaged, or the mesh does not suit it.
+        UserError: The model has no tokenizer or is damaged, or the mesh does not suit the model.
     """
     tokenizer = tokenizer or known_tokenizer(source)
     device = jax.devices()[0]
@@ -90,12 +90,12 @@ def known_tokenizer(source: ModelSource) -> BPETokenizer:
     """Return the tokenizer of a model.
 
     Raises:
-        UserError: The model has none.
+        UserError: The model has no tokenizer.
     """
     if source.tokenizer is None:
         raise UserError(
             f"{source.name} has no tokenizer, so it cannot read or write text. Put the files of "
-            "its tokenizer beside it."
+            "its tokenizer into the model's directory."
         )
     return source.tokenizer
 
@@ -113,11 +113,12 @@ def number_type(name: str, platform: str) -> NumberType:
 def choose_generation_mesh(config: ModelConfig, text: str, weight_bytes: int) -> Mesh | None:
     """Build the mesh of `--mesh`; None for one device.
 
-    "auto" takes one device if the weights fit. Otherwise as many devices as possible split the
-    heads and the feed-forward, and the others split the width.
+    "auto" takes one device if the weights fit. Otherwise the tensor axis, which splits heads and
+    feed-forward layers, is as large as possible, and the fsdp axis splits the width over the
+    remaining devices.
 
     Args:
-        weight_bytes: Bytes of a weight.
+        weight_bytes: Bytes per weight.
 
     Raises:
         UserError: The mesh does not fit the devices or the model.
@@ -137,8 +138,8 @@ def choose_generation_mesh(config: ModelConfig, text: str, weight_bytes: int) ->
         sizes = parse_mesh(text, count)
         if sizes["context"] > 1:
             raise UserError(
-                f"--mesh {text} splits sequences (context), but tokens are made one at a time. "
-                "Use tensor or fsdp."
+                f"--mesh {text} splits sequences (context), but tokens are generated one at a "
+                "time. Use tensor or fsdp."
             )
     check_model(sizes, dimensions)
     return build_mesh(sizes) if count > 1 else None

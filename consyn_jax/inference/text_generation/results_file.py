@@ -16,8 +16,8 @@ from consyn_jax.files import PARTIAL, flush
 class ResultsFile:
     """Collects rows in any order, and writes them in order.
 
-    A row goes to `NAME.partial` once all rows before it are there. The file becomes `NAME` when all
-    rows are written, so an interruption leaves only `NAME.partial`.
+    A row is written to `NAME.partial` when all earlier rows are written. The file becomes `NAME`
+    when all rows are written, so an interruption leaves only `NAME.partial`.
     """
 
     def __init__(self, path: Path, file: TextIO) -> None:
@@ -49,7 +49,7 @@ def results_file(path: Path) -> Iterator[ResultsFile]:
     partial = path.with_name(path.name + PARTIAL)
     with _refusals(path):
         if path.is_dir():
-            raise UserError(f"--output {path} is a directory. Name a file.")
+            raise UserError(f"--output {path} is a directory. Give the path of a file.")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)  # a link of that name is not followed
         file = partial.open("x", encoding="utf-8")
@@ -80,6 +80,6 @@ def _refusals(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"--output {path} cannot be written: {error.strerror}. What is finished is in "
+            f"--output {path} cannot be written: {error.strerror}. Finished texts are in "
             f"{path.name}{PARTIAL}."
         ) from error

@@ -21,7 +21,7 @@ NEUTRAL: tuple[Any, ...] = (None, 0, 1, 0.0, 1.0, [])
 
 
 class SamplingChoice(NamedTuple):
-    """Settings of the sampling, with the origin of each.
+    """The sampling settings, and notes for the user.
 
     Attributes:
         notes: Sentences about settings in the model's generation_config.json.
@@ -36,21 +36,21 @@ def choose_sampling(options: SamplingOptions, defaults: Mapping[str, Any]) -> Sa
     """Merge the flags with the defaults of the model.
 
     As in transformers, decoding is greedy if the file does not set do_sample. A flag that filters
-    tokens then implies sampling at temperature 1.
+    tokens (--top_k, --top_p, --min_p) then implies sampling at temperature 1.
 
     Args:
         defaults: The content of generation_config.json.
 
     Raises:
-        UserError: A value is out of range, or decoding is greedy and a filter or several texts for
-            a prompt are asked for.
+        UserError: A value is out of range, or decoding is greedy although a filter or several texts
+            per prompt are requested.
     """
     given = {name: getattr(options, name) for name in (*FILTERS, "temperature")}
     filters = [name for name in FILTERS if given[name] is not None]
     if given["temperature"] == 0 and filters:
         raise UserError(
-            f"--{filters[0]} has no effect at --temperature 0, which takes the likeliest token. "
-            "Leave one of them out."
+            f"--{filters[0]} has no effect at --temperature 0, which always takes the likeliest "
+            "token. Leave one of the two flags out."
         )
     draws = bool(defaults.get("do_sample"))
     theirs = {name: defaults[name] for name in given if draws and defaults.get(name) is not None}
@@ -63,8 +63,8 @@ def choose_sampling(options: SamplingOptions, defaults: Mapping[str, Any]) -> Sa
         penalty = theirs.get("repetition_penalty", 1.0)
     if not values["temperature"] and options.num_return_sequences > 1:
         raise UserError(
-            f"--num_return_sequences {options.num_return_sequences} would give the same text each "
-            "time, as the likeliest token is taken. Add --temperature 1, or leave it out."
+            f"--num_return_sequences {options.num_return_sequences} would repeat one text, "
+            "because decoding is greedy. Add --temperature 1, or leave it out."
         )
     values |= {name: None for name in FILTERS if values[name] == OFF[name]}
     sampling = _checked({**values, "repetition_penalty": penalty, "seed": options.seed})
@@ -92,7 +92,7 @@ def _checked(values: Mapping[str, Any]) -> Sampling:
 
 
 def described(sampling: Sampling) -> str:
-    """Describe the sampling in a few words."""
+    """Describe the sampling settings in a few words."""
     names = ("temperature", *FILTERS)
     values = [f"{name} {getattr(sampling, name):g}" for name in names if getattr(sampling, name)]
     if not sampling.temperature:

@@ -1,8 +1,8 @@
-"""Decode a stream of tokens to text: whole characters only, and up to a stop string.
+"""Decode a stream of tokens to text, in complete characters and up to a stop string.
 
 A character may span several tokens, and the text of a token may depend on earlier ones
 (SentencePiece drops a space at the beginning, and reads bytes in runs). So new tokens are decoded
-together with earlier ones, and text is released once later tokens cannot change it.
+together with earlier ones, and text is released when later tokens can no longer change it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Decoder:
-    """The state that all streams of a tokenizer share: which tokens are single bytes.
+    """Makes streams for a tokenizer; they share the table of tokens that are single bytes.
 
-    A run of bytes is decoded as a whole: if it is not UTF-8, each byte becomes U+FFFD.
+    A run of byte tokens is decoded as a unit: if it is not UTF-8, each byte becomes U+FFFD.
     """
 
     def __init__(self, tokenizer: BPETokenizer) -> None:
@@ -36,15 +36,15 @@ class Decoder:
         self.run_bytes = {i for token, i in tokens if falls_back and _BYTE.fullmatch(token)}
 
     def stream(self, before: Sequence[int] = (), stop: Sequence[str] = ()) -> TextStream:
-        """Begin a text that follows the tokens `before`."""
+        """Begin the stream of a text that follows the tokens `before`."""
         return TextStream(self, before, stop)
 
 
 class TextStream:
-    """The text of one continuation, token by token.
+    """The text of one continuation, extended token by token.
 
     Attributes:
-        text: The released text, without a stop string.
+        text: The text released so far, without a stop string.
         stopped: Whether a stop string was found.
     """
 
@@ -56,7 +56,7 @@ class TextStream:
         self._forget()
 
     def push(self, tokens: Sequence[int]) -> str:
-        """Add tokens, and return the text that later tokens cannot change."""
+        """Add tokens, and return the new text that later tokens cannot change."""
         if self.stopped:
             return ""
         for token in tokens:
@@ -65,7 +65,7 @@ class TextStream:
         return self._give(last=False)
 
     def finish(self) -> str:
-        """Return the rest of the text, including broken characters."""
+        """Return the rest of the text, including incomplete characters."""
         if self.stopped:
             return ""
         self._take(last=True)
@@ -76,7 +76,7 @@ class TextStream:
         self._ids, self._start, self._read = [], 0, 0
 
     def _take(self, last: bool) -> None:
-        """Decode the complete characters, and add them to `_pending`."""
+        """Decode the characters that are complete, and add them to `_pending`."""
         if self._read == len(self._ids):
             return
         if not last and self._ids[-1] in self._decoder.run_bytes:

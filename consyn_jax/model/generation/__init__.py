@@ -1,1 +1,1 @@
-"""Generation: a static cache of keys and values, and slots that each extend one text."""
+"""Text generation with a KV cache of fixed size, in slots that each extend one text."""

@@ -1,4 +1,4 @@
-"""`generate`: continue prompts to the end, as ids or as text."""
+"""`generate`: continue prompts, given as token ids or as text, and return the full sequences."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ if TYPE_CHECKING:
 
 MOST_SLOTS = 32  # texts that are continued at the same time
 FILTERS = ("top_k", "top_p", "min_p")
-# What to do instead of giving an argument of transformers' `generate`.
+# Advice for arguments of transformers' `generate` that this function does not have.
 ELSEWHERE = {
     "attention_mask": "Pass lists of ids without padding, which may have any lengths.",
-    "do_sample": "Give temperature=1.0 to draw tokens, or leave it out for the likeliest ones.",
-    "generation_config": "Give its values, such as temperature=0.8, themselves.",
+    "do_sample": "Pass temperature=1.0 to sample tokens. Without it, decoding is greedy.",
+    "generation_config": "Pass each setting as an argument, such as temperature=0.8.",
     "input_ids": "Pass the ids first: generate(input_ids).",
     "inputs": "Pass the prompts first: generate(prompts).",
-    "max_length": "Give max_new_tokens, which does not count the prompt.",
-    "num_return_sequences": "Repeat the prompt, and give a temperature: generate([text] * 3).",
+    "max_length": "Pass max_new_tokens, which does not count the prompt.",
+    "num_return_sequences": "Repeat the prompt, and pass a temperature: generate([text] * 3, "
+    "temperature=1.0).",
     "pad_token_id": "Pass lists of ids without padding, which may have any lengths.",
-    "tokenizer": "Texts need the model's own; with another one, pass lists of its ids.",
+    "tokenizer": "Texts are encoded by the model's tokenizer. To use another one, encode the "
+    "prompts with it and pass lists of ids.",
 }
 
 
@@ -49,24 +51,24 @@ def generate(
     stop_at_eos: bool = True,
     **sampling: Any,
 ) -> Any:
-    """Continue prompts by up to `max_new_tokens` tokens each, by default with the likeliest ones.
+    """Continue each prompt by up to `max_new_tokens` tokens, by default by greedy decoding.
 
     Args:
         prompts: Ids [B, T], lists of ids of any lengths, or texts.
-        compute: The number type and attention of the products.
+        compute: The dtype and the attention backend to compute with.
         own_tokenizer: Returns the model's tokenizer, or None; called only for texts.
-        eos_token_id: Each of these ids ends a text; by default the model's.
-        stop_at_eos: False continues after such an id.
+        eos_token_id: The id, or several ids, that end a text; by default those of the model.
+        stop_at_eos: Whether a text stops at such an id; if not, it has `max_new_tokens` new tokens.
         sampling: The fields of `Sampling`, such as temperature and seed.
 
     Returns:
-        Prompts with their continuations, in the form of `prompts`: ids [B, T + n] with n <=
-        `max_new_tokens`, shorter rows filled with the first end id; lists of ids; or texts without
-        special tokens.
+        The prompts with their continuations, in the form of `prompts`. An array has shape
+        [B, T + n] with n <= `max_new_tokens`, and its shorter rows are filled with the first end
+        id. Texts have no special tokens in the continuation.
 
     Raises:
-        UserError: An empty prompt, an id outside the vocabulary, more positions than the model's
-            context, or texts for a model without a tokenizer.
+        UserError: A prompt is empty, an id is outside the vocabulary, prompt and new tokens exceed
+            the model's context, or the prompts are texts and the model has no tokenizer.
     """
     prompts = _check_call(prompts, max_new_tokens, sampling)
     chosen = Sampling(**sampling)
@@ -91,21 +93,21 @@ def generate(
 
 
 def _check_call(prompts: Any, max_new_tokens: Any, sampling: Mapping[str, Any]) -> Any:
-    """The prompts, as an array or a list; `Sampling` must have the other arguments."""
+    """Check the arguments of `generate`, and return the prompts as an array or a list."""
     if isinstance(prompts, Mapping):
         raise UserError(
-            "Prompts are a dict, but must be texts or rows of ids. Pass its 'input_ids' as lists "
-            "without padding."
+            "The prompts are a dict, but must be texts or rows of ids. Pass its 'input_ids' as "
+            "lists without padding."
         )
     known = sorted(field.name for field in fields(Sampling))
     for name in [name for name in sampling if name not in known]:
         arguments = ("max_new_tokens", "compute", "eos_token_id", "stop_at_eos", *known)
-        remedy = ELSEWHERE.get(name, f"Its arguments are prompts, {', '.join(arguments)}.")
+        remedy = ELSEWHERE.get(name, f"The arguments are prompts, {', '.join(arguments)}.")
         raise UserError(f"generate takes no {name}. {remedy}")
     given = [name for name in FILTERS if sampling.get(name) is not None]
     if given and sampling.get("temperature", 0) == 0:
         raise UserError(
-            f"{given[0]} has no effect at temperature 0, which takes the likeliest token. Give "
+            f"{given[0]} has no effect at temperature 0, where the likeliest token is chosen. Pass "
             f"temperature=1.0, or leave {given[0]} out."
         )
     if not is_whole(max_new_tokens) or max_new_tokens < 1:
@@ -114,12 +116,12 @@ def _check_call(prompts: Any, max_new_tokens: Any, sampling: Mapping[str, Any]) 
         raise UserError("The prompts are bytes. Pass text: prompts.decode().")
     if not isinstance(prompts, Iterable):
         raise UserError(
-            f"Prompts of type {type(prompts).__name__} are not supported. Give a text, texts, or "
-            "rows of ids."
+            f"Prompts of type {type(prompts).__name__} are not supported. Pass a text, a list of "
+            "texts, or rows of ids."
         )
     found: Any = prompts if hasattr(prompts, "ndim") else list(prompts)
     if not len(found):
-        raise UserError("There are no prompts. Give at least one.")
+        raise UserError("There are no prompts. Pass at least one.")
     return found
 
 
@@ -134,8 +136,8 @@ def _ends(model: Decoder, given: int | Sequence[int] | None) -> tuple[int, ...]:
     for found in ids:
         if not is_whole(found) or not 0 <= found < model.config.vocab_size:
             raise UserError(
-                f"eos_token_id must be an id of the vocabulary, from 0 to "
-                f"{model.config.vocab_size - 1:,}, or several, and not {found!r}."
+                f"eos_token_id must be one or several ids of the vocabulary, from 0 to "
+                f"{model.config.vocab_size - 1:,}, not {found!r}."
             )
     return tuple(map(int, ids))
 
@@ -151,8 +153,8 @@ def _known(tokenizer: Callable[[], BPETokenizer | None]) -> BPETokenizer:
     found = tokenizer()
     if found is None:
         raise UserError(
-            "The model came without a tokenizer, so it cannot continue text. Give ids, or load it "
-            "from a directory that has one."
+            "The model has no tokenizer, so it cannot continue text. Pass token ids, or load the "
+            "model from a directory that has a tokenizer."
         )
     return found
 
@@ -163,9 +165,10 @@ def _encoded(texts: Sequence[str], tokenizer: Callable[[], Any]) -> list[list[in
 
 
 def prompt_ids(text: str, tokenizer: BPETokenizer) -> list[int]:
-    """Encode a prompt, after the token that begins a document if the tokenizer adds one.
+    """Encode a prompt, preceded by the first token of a document if the tokenizer adds one.
 
-    An empty prompt becomes that token, else BOS, else EOS: without BOS, texts begin after EOS.
+    An empty prompt becomes that token, or else BOS, or else EOS, because in training data without
+    BOS each document follows an EOS.
     """
     begin = [] if tokenizer.first_id is None else [tokenizer.first_id]
     first = (tokenizer.first_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
@@ -175,7 +178,12 @@ def prompt_ids(text: str, tokenizer: BPETokenizer) -> list[int]:
 def _decoded(
     prompts: Sequence[str], texts: list[list[int]], encoded: list[list[int]], tokenizer: Any
 ) -> list[str]:
-    """Each prompt, unchanged, followed by the text of its new tokens."""
+    """Each prompt, unchanged, followed by the decoded text of its new tokens.
+
+    Args:
+        texts: Ids of each prompt with its new tokens.
+        encoded: Ids of each prompt.
+    """
     known, found = _known(tokenizer), []
     for prompt, ids, before in zip(prompts, texts, encoded, strict=True):
         old, whole = known.decode(before), known.decode(ids)

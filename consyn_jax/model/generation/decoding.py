@@ -1,7 +1,8 @@
-"""The two programs of generation: prefill puts prompts into slots, decode adds tokens to all slots.
+"""The two compiled programs of generation: prefill and decode.
 
-Each slot has its own position, and sees the cache up to there. Both programs choose the next token
-on the device, so that one call adds many tokens.
+Prefill puts prompts into slots; decode adds tokens to all slots. Each slot has its own position,
+up to which its queries attend to the cache. Both programs choose the next token on the device, so
+one call of decode can add many tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ UNROLLED_ROWS = 16  # up to this many rows, each row is written to the cache sep
 
 
 class Plan(NamedTuple):
-    """Everything that the programs are compiled for, besides shapes."""
+    """Static arguments of the compiled programs; another plan means another compilation."""
 
     config: ModelConfig
     filters: Filters
@@ -43,13 +44,16 @@ class Slots(NamedTuple):
     """The state of all slots, on the device.
 
     Attributes:
-        k, v: The cache, one array [B, K, S, H] per layer.
-        token_B: The newest token, which is not in the cache yet, and `position_B` its position.
-        active_B: Whether the slot's text is still growing.
-        index_B: Number of new tokens so far; the slot stops at `limit_B`.
-        long_B: Index into the rotation tables: 1 for a long text, else 0.
-        keys_B2: Random key of the slot's draws.
-        seen_BV: Tokens that the text contains; None unless repetition is penalised.
+        k, v: The KV cache, one array [B, K, S, H] per layer.
+        token_B: The newest token of each text. Its keys and values are not in the cache yet.
+        position_B: Position of `token_B` in the text.
+        active_B: Whether the slot adds tokens; False if it is empty or its text has ended.
+        index_B: Number of new tokens so far.
+        limit_B: Number of new tokens at which the slot stops.
+        long_B: Row of the tables of `rotations`: 1 if the rotary embedding is the one for texts
+            beyond the limit of `spans_until`, else 0.
+        keys_B2: Random key from which the slot's tokens are drawn.
+        seen_BV: True for tokens that occur in the text; None unless repetition is penalised.
     """
 
     k: tuple[Float[Array, "B K S H"], ...]
@@ -65,7 +69,15 @@ class Slots(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """Prompts for `prefill`, one per row; rows whose slot is the number of slots are padding."""
+    """Prompts for `prefill`, one per row; a padding row has the number of slots as its slot.
+
+    Attributes:
+        ids_PT: Token ids, padded at the end.
+        length_P: Number of ids without padding.
+        slot_P: Index of the slot to fill.
+        index_P, limit_P, long_P: As in `Slots`.
+        prompt_P, sequence_P: Numbers of the request, from which its random key is derived.
+    """
 
     ids_PT: Any
     length_P: Any
@@ -79,7 +91,7 @@ class Prompts(NamedTuple):
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def empty_slots(plan: Plan, count: int, size: int, dtype: Any) -> Slots:
-    """Slots without a text, with a cache for `size` positions each."""
+    """Create `count` empty slots, each with a KV cache for `size` positions."""
     c = plan.config
 
     def zeros(kind: Any, *shape: int) -> jax.Array:
@@ -97,7 +109,7 @@ def empty_slots(plan: Plan, count: int, size: int, dtype: Any) -> Slots:
 
 
 def spread(mesh: Mesh | None, x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Split an array over the mesh along dimensions that divide evenly; replicate the others."""
+    """Shard an array over the mesh along dimensions that divide evenly, and replicate the rest."""
     if mesh is None:
         return x
     names = []
@@ -112,7 +124,11 @@ def spread(mesh: Mesh | None, x: jax.Array, *logical_axes: str | None) -> jax.Ar
 
 @partial(jax.jit, static_argnums=(0, 1))
 def rotations(config: ModelConfig, size: int) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, each [X, S, h]; X is 2 if long texts rotate by angles of their own."""
+    """Cosines and sines of the rotary embedding, each [X, S, h].
+
+    X is 2 if texts beyond the limit of `spans_until` have other angles, which are in the second
+    row; otherwise X is 1.
+    """
     limit, positions = spans_until(config), jnp.arange(size)[None]
     spans = [size] if limit is None or size <= limit else [limit, limit + 1]
     tables = [rope_of(config, positions, size, span) for span in spans]
@@ -136,7 +152,11 @@ def _logits(config: ModelConfig, weights: Weights, x_BD: jax.Array) -> jax.Array
 def _hidden(
     config: ModelConfig, weights: Weights, ids_BT: jax.Array, rope: Rope, attends: list[Attend]
 ) -> jax.Array:
-    """Hidden states [B, T, D] before the last norm; `attends` has the attention of each layer."""
+    """Hidden states [B, T, D] before the final norm.
+
+    Args:
+        attends: The attention function of each layer.
+    """
     x_BTD = lookup(weights["embedding"], ids_BT, weights["embedding"].dtype)
     rotates = config.rotary_layers or (True,) * config.num_layers
     still = rotated_where(rope, jnp.array(False))
@@ -159,7 +179,11 @@ def prefill(
     base: Any,
     values: Any,
 ) -> tuple[Slots, Int[Array, " P"]]:
-    """Put prompts into their slots, and return the first token of each."""
+    """Run the prompts through the model, fill their slots, and choose a first token for each.
+
+    Returns:
+        The updated slots, and the first new token of each row.
+    """
     c, p = plan.config, prompts
     P, T = p.ids_PT.shape
     rope = tuple(table[p.long_P, :T, None] for table in tables)
@@ -213,7 +237,7 @@ def _ends(plan: Plan, token_B: jax.Array) -> jax.Array:
 
 
 def _whole(plan: Plan, x: jax.Array) -> jax.Array:
-    """A copy on every device, and so in every process."""
+    """Replicate `x` on all devices of the mesh, so that every process can read it."""
     return spread(plan.mesh, x)
 
 
@@ -231,14 +255,18 @@ def decode(
     enough: Any,
     values: FilterValues,
 ) -> tuple[Slots, Int[Array, "C B"], Int[Array, ""]]:
-    """Add up to `steps` tokens to all active slots, while at least `enough` are active.
+    """Add up to `steps` tokens to each active slot; stop when fewer than `enough` are active.
 
     Args:
-        running_B: Slots to continue; the others are stopped.
-        steps: At most `CHUNK`.
+        tables: Rotation tables (`rotations`).
+        running_B: True for slots to continue; the others become inactive.
+        steps: Number of decoding steps, at most `CHUNK`.
+        enough: Number of active slots that are needed for another step.
+        values: The values of the active filters.
 
     Returns:
-        The slots, the tokens of each step (-1 where a slot is not active), and the step count.
+        The updated slots; the token of each step and slot, or -1 where the slot was inactive; and
+        the number of steps that were run.
     """
     slots = slots._replace(active_B=slots.active_B & running_B)
     tokens_CB = jnp.full((CHUNK, slots.token_B.size), -1, jnp.int32)
@@ -260,7 +288,7 @@ def decode(
 
 
 def _step(plan: Plan, weights: Weights, tables: Any, slots: Slots, values: Any) -> Slots:
-    """One more token for each active slot."""
+    """Run one decoding step, which adds a token to each active slot."""
     c, s = plan.config, slots
     rope = tuple(table[s.long_B, s.position_B][:, None, None] for table in tables)
     written: list[tuple[jax.Array, jax.Array]] = []
@@ -291,7 +319,7 @@ def _step(plan: Plan, weights: Weights, tables: Any, slots: Slots, values: Any) 
 def write_token(
     plan: Plan, cache_BKSH: jax.Array, new_BKH: jax.Array, position_B: jax.Array
 ) -> jax.Array:
-    """Write each row's new keys or values into the cache at the row's position."""
+    """Write the new key or value vectors of each row into the cache at the row's position."""
     B = position_B.size
     if plan.mesh is None and B <= UNROLLED_ROWS:  # a scatter is slower on CPUs
         for row in range(B):
@@ -312,9 +340,10 @@ def attend_to_cache(
     position_B: Int[Array, " B"],
     window: int | None,
 ) -> Float[Array, "B 1 N H"]:
-    """Attention of one query per row to the cached keys up to the query's position.
+    """Attention of one query per row to the cached keys, up to the query's position.
 
-    Equals `attention.attend`, but the cache has heads before positions: nothing is transposed.
+    It computes the same as `attention.attend`, but reads the cache in its layout, with heads before
+    positions, so that no array has to be transposed.
     """
     B, _, N, H = q_B1NH.shape
     K, S = k_BKSH.shape[1:3]

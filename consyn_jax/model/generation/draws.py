@@ -1,7 +1,7 @@
-"""The choice of the next token: filters on its distribution, then a draw.
+"""Choice of the next token: filter the logits, then sample.
 
-The filters and their order are those of transformers' logits processors: repetition penalty,
-temperature, top_k, top_p, min_p (transformers 5.23, generation/logits_process.py).
+The filters and their order are the same as in transformers: repetition penalty, temperature, top_k,
+top_p, min_p (transformers 5.23, generation/logits_process.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,16 @@ MAX_SEED = 2**32 - 1
 
 
 class Filters(NamedTuple):
-    """The active filters. A program is compiled for them and takes their values as arguments."""
+    """The set of active filters.
+
+    A program is compiled for one set of active filters. Except for `top_k`, it takes the values of
+    the filters as arguments (`FilterValues`), so other values need no new compilation.
+
+    Attributes:
+        draws: Whether the token is sampled; otherwise the likeliest one is chosen.
+        top_k: Value of the filter; None if it is off.
+        penalises: Whether the repetition penalty is active.
+    """
 
     draws: bool
     top_k: int | None
@@ -32,7 +41,7 @@ class Filters(NamedTuple):
 
 
 class FilterValues(NamedTuple):
-    """The values of the filters, as numbers that a compiled program takes."""
+    """Values of the filters, which a compiled program takes as arguments."""
 
     temperature: Any
     top_p: Any
@@ -45,14 +54,16 @@ class Sampling:
     """Settings for the choice of the next token.
 
     Attributes:
-        temperature: Logits are divided by it; at 0 the likeliest token is taken.
-        top_k: Draw from this many likeliest tokens; those that tie with the last of them stay too.
-        top_p: Draw from the fewest tokens whose probabilities sum to at least this.
-        min_p: Draw from the tokens with at least this share of the likeliest token's probability.
-        repetition_penalty: Positive logits of tokens that the text has, prompt included, are
-            divided by it, and negative ones multiplied (Keskar et al., 2019).
-        seed: A draw depends only on this seed and on the numbers of the prompt, the sequence and
-            the token.
+        temperature: Divisor of the logits; 0 chooses the likeliest token.
+        top_k: Number of likeliest tokens to sample from. Tokens that tie with the last of these are
+            included.
+        top_p: Sample from the smallest set of likeliest tokens whose probabilities sum to at least
+            this value.
+        min_p: Sample from tokens whose probability is at least this fraction of the highest one.
+        repetition_penalty: Penalty for tokens that already occur in the text or its prompt: their
+            positive logits are divided by it, negative ones are multiplied (Keskar et al., 2019).
+        seed: Random seed. A draw depends only on the seed, the index of the prompt, the index of
+            the sequence among those of the prompt, and the index of the token.
     """
 
     temperature: float = 0.0
@@ -84,7 +95,7 @@ class Sampling:
                 raise UserError(f"{name} must be {range_}, not {value!r}.")
 
     def filters(self, vocab_size: int) -> Filters:
-        """The filters that have an effect on a vocabulary of this size."""
+        """Determine which filters have an effect, for a vocabulary of this size."""
         draws = self.temperature > 0
         top_k = self.top_k if draws and self.top_k is not None else vocab_size
         return Filters(
@@ -96,7 +107,7 @@ class Sampling:
         )
 
     def values(self) -> FilterValues:
-        """The values that `filtered` takes."""
+        """The values of the filters as float32; 1 for filters that are not set."""
         numbers = (self.temperature, self.top_p, self.min_p, self.repetition_penalty)
         return FilterValues(*(np.float32(1 if number is None else number) for number in numbers))
 
@@ -107,10 +118,10 @@ def filtered(
     values: FilterValues,
     seen_BV: Bool[Array, "B V"] | None = None,
 ) -> Float[Array, "B V"]:
-    """Apply the filters to the logits; tokens that are filtered out get -inf.
+    """Apply the filters to the logits; excluded tokens get -inf.
 
     Args:
-        seen_BV: Tokens that each row contains so far; required if `filters.penalises`.
+        seen_BV: True for tokens that occur in the row so far; required if `filters.penalises`.
     """
     if filters.penalises:
         assert seen_BV is not None
@@ -135,10 +146,13 @@ def filtered(
 def _likeliest(
     logits_BV: jax.Array, kept_BV: jax.Array, best_BM: jax.Array, ids_BM: jax.Array, top_p: Any
 ) -> jax.Array:
-    """Mask of the fewest kept tokens whose shares sum to `top_p`; ties go to lower ids.
+    """Mask of the likeliest tokens whose probabilities just reach the sum `top_p`.
+
+    Of tokens with equal logits, those with lower ids come first.
 
     Args:
-        best_BM, ids_BM: Logits and ids of the kept tokens, the likeliest first.
+        kept_BV: Tokens that earlier filters kept; their probabilities are normalised to 1.
+        best_BM, ids_BM: Logits and ids of the likeliest tokens, in descending order.
     """
     total_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True, where=kept_BV)
     shares_BM = jnp.exp(best_BM - total_B1)
@@ -153,7 +167,13 @@ def _likeliest(
 def row_keys(
     base: UInt32[Array, "2"], prompt_B: Int[Array, " B"], sequence_B: Int[Array, " B"]
 ) -> UInt32[Array, "B 2"]:
-    """Random key of each row, from the seed's key and the row's prompt and sequence numbers."""
+    """Derive the random key of each row.
+
+    Args:
+        base: Key of the seed (`seed_key`).
+        prompt_B: Index of the row's prompt.
+        sequence_B: Index of the row's sequence among those of the prompt.
+    """
 
     def one(prompt: jax.Array, sequence: jax.Array) -> jax.Array:
         key = jax.random.wrap_key_data(base)
@@ -163,7 +183,7 @@ def row_keys(
 
 
 def seed_key(seed: int) -> np.ndarray:
-    """The key of a seed, as `row_keys` takes it."""
+    """The raw key data of a seed, for `row_keys`."""
     return np.asarray(jax.random.key_data(jax.random.key(np.uint32(seed))))
 
 
@@ -173,10 +193,10 @@ def draw(
     index_B: Int[Array, " B"],
     filters: Filters,
 ) -> Int[Array, " B"]:
-    """Draw a token per row from filtered logits; take the likeliest if `draws` is off.
+    """Sample one token per row from filtered logits; without `filters.draws`, take the likeliest.
 
     Args:
-        index_B: Number of the token in its text; each number has its own draw.
+        index_B: Index of the token among the new tokens of its text, which is folded into the key.
     """
     if not filters.draws:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)

@@ -1,6 +1,6 @@
-"""Continuous batching: each slot extends one text, and takes the next one when it is finished.
+"""Continuous batching: when the text of a slot is finished, the slot starts on the next request.
 
-A continuation depends only on the text's own tokens and draws, not on its slot or other texts.
+A continuation depends only on its prompt and random key, not on its slot or on other texts.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ SMALLEST_BUCKET = 16  # tokens
 
 
 class Request(NamedTuple):
-    """A text to continue.
+    """A prompt to continue, and how far.
 
     Attributes:
-        ids: The prompt, at least one token.
-        max_tokens: Number of tokens to add at most; they must fit the context after the prompt.
-        prompt, sequence: Numbers that the text's draws depend on.
+        ids: Token ids of the prompt, at least one.
+        max_tokens: Maximum number of new tokens; prompt and new tokens must fit the context.
+        prompt: Index of the prompt, which seeds the draws.
+        sequence: Index of this continuation among those of the same prompt, which also seeds them.
     """
 
     ids: Sequence[int]
@@ -48,12 +49,13 @@ class Request(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """New tokens of a request.
+    """New tokens of one request, yielded by `Engine.run`.
 
     Attributes:
-        request: Index of the request in the call.
-        ends: Why the text ends here: "eos" (the last token ends texts) or "length"; "" if it
-            continues.
+        request: Index of the request in the list given to `Engine.run`.
+        tokens: The new tokens.
+        ends: Why the text ends after these tokens: "eos" for an end-of-text id, "length" for
+            `max_tokens`; "" if the text goes on.
     """
 
     request: int
@@ -63,7 +65,13 @@ class Piece(NamedTuple):
 
 @dataclass
 class _Text:
-    """A request in progress: its tokens so far; the last `count` are new."""
+    """A request in progress.
+
+    Attributes:
+        number: Index of the request in the list given to `Engine.run`.
+        ids: The prompt and the new tokens so far.
+        count: Number of new tokens so far.
+    """
 
     number: int
     request: Request
@@ -72,7 +80,7 @@ class _Text:
 
 
 def bucket(tokens: int, most: int) -> int:
-    """Round a length up to one that programs are compiled for: 2^n, 1.5 x 2^n, or `most`.
+    """Round a length up to 2^n or 1.5 x 2^n, at most `most`, so that few lengths are compiled.
 
     >>> [bucket(n, 100) for n in (1, 17, 25, 33, 49, 65, 97)]
     [16, 24, 32, 48, 64, 96, 100]
@@ -84,14 +92,16 @@ def bucket(tokens: int, most: int) -> int:
 
 
 class Engine:
-    """A model with slots for texts. Programs are compiled for the shapes that requests need.
+    """A model that generates several texts at the same time, one per slot.
+
+    Programs are compiled when requests first need their shapes, and are then reused.
 
     Args:
-        weights: From `runtime_weights`.
-        num_slots: Texts to generate at the same time.
-        sampling: Settings for the choice of tokens.
-        attention: The backend of prefill, a key of `attention.BACKENDS`.
-        ends: Ids that end a text; by default the model's.
+        weights: Weights of the model, as `runtime_weights` returns them.
+        num_slots: Number of texts to generate at the same time.
+        sampling: Settings for the choice of the next token.
+        attention: Attention backend of prefill, a key of `attention.BACKENDS`.
+        ends: Token ids that end a text; by default those of the model.
     """
 
     def __init__(
@@ -118,19 +128,19 @@ class Engine:
     # ------------------------------------------------------------------------------------- running
 
     def run(self, requests: Sequence[Request], steps: int = CHUNK) -> Iterator[Piece]:
-        """Continue all requests, and yield their tokens as they come.
+        """Continue all requests, and yield their new tokens as they are generated.
 
         Args:
-            steps: Tokens in a piece at most, up to `CHUNK`.
+            steps: Maximum number of tokens per piece; at most `CHUNK`.
 
         Raises:
-            UserError: An empty prompt, or one that leaves no room in the context.
+            UserError: A prompt is empty, or prompt and new tokens exceed the model's context.
         """
         for request in requests:
             check_request(request, self.plan.config.context)
         self._stopped.clear()
         context = self.plan.config.context
-        # sized by the prompt's bucket: other prompts in that bucket can use the same cache
+        # Sized by the prompt's bucket, so that other prompts in that bucket can reuse the cache.
         needs = (bucket(len(r.ids), context) + r.max_tokens for r in requests)
         self.reserve(min(max(needs, default=0), context))
         waiting = deque(
@@ -142,11 +152,11 @@ class Engine:
             yield from self._decode(places, waiting, steps)
 
     def stop(self, request: int) -> None:
-        """End a request of the running call after the piece that was yielded last."""
+        """Stop generating for a request of the current `run`; it yields no further pieces."""
         self._stopped.add(request)
 
     def reserve(self, tokens: int) -> None:
-        """Grow the cache to hold texts of this many tokens; a larger cache is kept."""
+        """Grow the KV cache to texts of this many tokens, unless it is already large enough."""
         config, weights = self.plan.config, self._weights
         size = min(round_up(bucket(max(tokens, 1), config.context), 8), config.context)
         if size > self._size:
@@ -158,7 +168,10 @@ class Engine:
     # ------------------------------------------------------------------------------------- prefill
 
     def _fill(self, places: list[_Text | None], waiting: deque[_Text]) -> Iterator[Piece]:
-        """Put waiting texts into free places; a text that ends at once frees its place again."""
+        """Prefill waiting texts into free slots until no slot is free or no text is waiting.
+
+        A text that ends with its first new token frees its slot again.
+        """
         while waiting and None in places:
             free = [slot for slot, text in enumerate(places) if text is None]
             taken: dict[int, list[tuple[int, _Text]]] = {}
@@ -222,7 +235,7 @@ class Engine:
             np.int32(enough),
             self._values,
         )
-        assert int(count) > 0, "no slot is active, and texts are not finished"
+        assert int(count) > 0, "texts are unfinished, but no slot is active"
         columns = np.asarray(tokens)[: int(count)].T
         for slot in np.flatnonzero(running).tolist():
             new = columns[slot]
@@ -232,7 +245,7 @@ class Engine:
     # --------------------------------------------------------------------------------------- texts
 
     def _added(self, places: list[_Text | None], slot: int, tokens: list[int]) -> Piece:
-        """Add tokens to the text in a slot, and free the slot if they are the text's last ones."""
+        """Append tokens to the text in a slot, and free the slot if the text ends with them."""
         text = places[slot]
         assert text is not None
         text.ids += tokens
@@ -247,23 +260,24 @@ class Engine:
         return Piece(text.number, tuple(tokens), ends)
 
     def _requeue(self, places: list[_Text | None], waiting: deque[_Text]) -> None:
-        """Queue texts whose rotary embedding changes for a new prefill, as in transformers."""
+        """Queue texts for a new prefill if their rotary embedding changes, as in transformers."""
         for slot, text in enumerate(places):
             if text is not None and len(text.ids) == self._segment_end(text):
                 places[slot] = None
                 waiting.appendleft(text)
 
     def _segment_end(self, text: _Text) -> int | None:
-        """Length at which the text's rotary embedding changes and it needs a new prefill, or None.
+        """Length at which the text's rotary embedding changes, or None if it never does.
 
-        It is one above the limit, because the last token is predicted by the tokens before it.
+        At this length the text needs a new prefill. It is one above the limit of `spans_until`,
+        because the newest token is not in the cache yet.
         """
         limit = spans_until(self.plan.config)
         prompt = len(text.ids) - text.count
         return None if limit is None or prompt > limit else limit + 1
 
     def _limit(self, text: _Text) -> int:
-        """Number of new tokens at which the text's slot must stop."""
+        """Number of new tokens after which the text ends or needs a new prefill."""
         end, prompt = self._segment_end(text), len(text.ids) - text.count
         whole = text.request.max_tokens
         return whole if end is None or len(text.ids) >= end else min(whole, end - prompt)
@@ -274,20 +288,20 @@ class Engine:
 
 
 def check_request(request: Request, context: int) -> None:
-    """Check that a request can be continued within the context.
+    """Check that the prompt and new tokens of a request fit the context.
 
     Raises:
-        UserError: It is empty or too long.
+        UserError: The prompt is empty, or prompt and new tokens exceed `context`.
     """
     T, where = len(request.ids), f"Prompt {request.prompt}"
     if T < 1:
         raise UserError(f"{where} is empty. Start it with the BOS token.")
     if context <= T:
         raise UserError(
-            f"{where} has {T:,} tokens, and the model's context is {context:,}. Shorten it."
+            f"{where} has {T:,} tokens, and the model's context is {context:,}. Shorten the prompt."
         )
     if T + request.max_tokens > context:
         raise UserError(
             f"{where} has {T:,} tokens, which with {request.max_tokens:,} new ones exceed the "
-            f"model's context of {context:,}. Ask for at most {context - T:,}."
+            f"model's context of {context:,}. Ask for at most {context - T:,} new tokens."
         )

@@ -1,7 +1,7 @@
-"""Weights as generation reads them: one dict per layer, in the compute dtype.
+"""Weights in the layout for generation: one dict per layer, in the compute dtype.
 
-Training stacks the layers in one array per parameter. A loop over tokens would copy each layer's
-part out of it for every token.
+Training stacks the layers of a parameter in one array. With that layout, generation would copy each
+layer out of the stack for every token.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ Weights = dict[str, Any]  # "embedding", "norm", "output" if untied, "layers": a
 
 
 def product(x: jax.Array, w: Any) -> jax.Array:
-    """`x @ w` for an array or an int8 matrix; an int8 product is scaled after the sum."""
+    """`x @ w` for an array, an int8 matrix or a matrix with an adapter.
+
+    The product with an int8 matrix is scaled after the sum.
+    """
     if isinstance(w, FrozenMatrix):
         return w.times(x)
     if not isinstance(w, Int8Matrix):
         return linear(x, w)
-    # Ties the weights to x; else the compiler would keep a wide copy of all of them in the loop.
+    # Makes the weights depend on x; else the compiler would move the dequantisation of all layers
+    # out of the loop, and keep the dequantised weights in memory.
     values, x = jax.lax.optimization_barrier((w.values, x))
     y = jnp.matmul(
         x, values.reshape(x.shape[-1], -1).astype(x.dtype), preferred_element_type=jnp.float32
@@ -38,7 +42,7 @@ def product(x: jax.Array, w: Any) -> jax.Array:
 
 
 def mesh_of(params: Params) -> Mesh | None:
-    """The mesh that parameters are spread over; None if they are on one device."""
+    """The mesh over which parameters are sharded; None if they are on one device."""
     found = getattr(jax.tree.leaves(params)[0], "sharding", None)
     spread = isinstance(found, NamedSharding) and found.mesh.size > 1
     return found.mesh if spread else None  # type: ignore[union-attr]
@@ -47,13 +51,16 @@ def mesh_of(params: Params) -> Mesh | None:
 def runtime_weights(
     config: ModelConfig, params: Params, dtype: Any, int8: bool = False, consume: bool = False
 ) -> Weights:
-    """The weights of a model for generation.
+    """Convert the parameters of a model to the weights that generation uses.
 
     Args:
-        params: A tree as in `layout(config)`, on one device or on a mesh; they are not moved.
-        dtype: Type of the products, and of all weights that are not in int8.
-        int8: Keep the matrices of the blocks in int8; embeddings and norms are small or sensitive.
-        consume: Empty `params` along the way, so that at most one parameter is in memory twice.
+        params: Parameters in the structure of `layout(config)`, on one device or on a mesh; their
+            sharding is kept.
+        dtype: Compute dtype, and the dtype of all weights that are not in int8.
+        int8: Quantise the matrices of the blocks to int8. Embeddings and norms stay in `dtype`,
+            because they are sensitive or small.
+        consume: Remove each parameter from `params` when it is converted, so that at most one is in
+            memory twice.
     """
     mesh, axes = mesh_of(params), layout(config).logical_axes
     layers: list[dict[str, Any]] = [{} for _ in range(config.num_layers)]
@@ -77,9 +84,13 @@ def runtime_weights(
 def _unstacked(
     value: Any, axes: tuple[str | None, ...], mesh: Mesh | None, dtype: Any, inputs: int | None
 ) -> tuple[Any, ...]:
-    """The layers of a stacked parameter; in int8 if `inputs` are given (see `quantised`).
+    """Split a stacked parameter into its layers, and convert them to `dtype` or to int8.
 
-    The layers of a matrix with an adapter are not converted.
+    A matrix with an adapter is split, but not converted.
+
+    Args:
+        axes: Logical axes of the stacked parameter.
+        inputs: For int8, the number of input dimensions of a matrix (see `quantised`); else None.
     """
     if isinstance(value, FrozenMatrix):
         layers = range(jax.tree.leaves(value)[0].shape[0])
@@ -95,7 +106,11 @@ def _unstacked(
 
 @cache
 def _split(where: Any, dtype: Any, inputs: int | None) -> Any:
-    """The program that `_unstacked` runs, compiled once for all values of a shape."""
+    """The jitted function that splits and converts a parameter for `_unstacked`.
+
+    Args:
+        where: Shardings of the layers.
+    """
 
     def split(value: jax.Array) -> tuple[Any, ...]:
         layers = (value[i] for i in range(value.shape[0]))

@@ -1,1 +1,1 @@
-"""Pallas kernels for GPUs; a readable reference for each is beside the code that uses it."""
+"""Pallas kernels for GPUs. Each has a reference implementation in plain JAX in `model/`."""

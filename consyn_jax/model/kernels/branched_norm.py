@@ -1,8 +1,8 @@
-"""RMS norm of the residual stream for several readers, in Pallas for Triton.
+"""RMS norm of the residual stream for several matmuls, in Pallas for Triton.
 
-The backward kernel sums the gradients of all readers. XLA adds these in one pass, reduces in a
-second and adds the residual's gradient in a third. Here each of them is read once, and the stream's
-gradient is written once. The backward pass recomputes from the stream.
+In the backward pass, XLA adds up the gradients from all matmuls in one pass over memory, computes
+the norm's gradient in a second, and adds the residual's gradient in a third. This kernel reads each
+of these gradients once, and writes the sum once. The norm is recomputed from its input.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 
 from consyn_jax.distributed.mesh import mesh_sizes, on_each_device, split_axes
 
-# Rows that a program handles one after another. The preset verse then has 2,000 programs, and only
-# as many partial sums of the scale's gradient. No other value was tried.
+# Rows that one program processes in turn. For the preset verse this makes 2,000 programs, and as
+# many partial sums of the scale's gradient. No other value was tried.
 ROWS = 32
 # Elements of a row for each thread, 16 bytes of bf16, unless that takes more than `MAX_WARPS`. No
 # other value was tried.
@@ -31,14 +31,15 @@ MAX_WARPS = 16
 def branched_norm(
     x_BTD: Float[Array, "B T D"], scale_D: Float[Array, " D"], eps: float, uses: int
 ) -> tuple[Float[Array, "B T D"], ...]:
-    """Return x, and `uses` times `rms_norm(x, scale, eps)`, one for each reader.
+    """Return x and `uses` copies of `rms_norm(x, scale, eps)`, one for each matmul that reads it.
 
-    It runs on the mesh in context if there is one. The kernel sums the readers' gradients in
-    float32. If a mesh axis splits the readers, each has only a part of its gradient; XLA then adds
-    up the readers before it sums over devices, so that it does so once and not for each reader.
+    The kernel runs on the current mesh, if one is set, and adds up the gradients of the copies in
+    float32. With tensor parallelism, a gradient must also be summed over devices. XLA then adds up
+    the copies' gradients first, so that it sums over devices once and not once per copy.
 
     Args:
-        eps: Above zero.
+        eps: Added to the mean square; must be above zero.
+        uses: Number of matmuls that read the norm.
     """
     sizes = mesh_sizes()
     if math.prod(sizes.values()) > math.prod(
@@ -71,10 +72,10 @@ _branched_norm.defvjp(_forward, _backward)
 def _on_the_mesh(
     kernel: Any, scale: Any, arrays: tuple[jax.Array, ...], eps: float, sums: int
 ) -> Any:
-    """Run a kernel on each device's tokens, inside the custom derivative.
+    """Run a forward or backward kernel on each device's tokens, by `shard_map`.
 
-    Differentiating the `shard_map` itself would also sum over the mesh axis `tensor`, though no
-    array is split along it here.
+    The `shard_map` is inside the custom derivative. If JAX differentiated it, the gradient would
+    also be summed over the mesh axis `tensor`, along which no array is sharded here.
     """
     axes = split_axes(mesh_sizes(), "batch", "sequence")
 
@@ -88,11 +89,11 @@ def _on_the_mesh(
 
 
 def _call(kernel: Any, scale: Any, arrays: tuple[jax.Array, ...], eps: float, sums: int) -> Any:
-    """Run a kernel: returns an array like `arrays`, and `sums` float32 arrays [programs, D]."""
+    """Run a kernel; return an array [B, T, D] and `sums` float32 arrays [programs, D]."""
     B, T, D = arrays[0].shape
     assert B * T * D < 2**31, "kernels count elements in 32 bits"
     width, programs = pl.next_power_of_2(D), pl.cdiv(B * T, ROWS)
-    # wider than the array if D is not a power of two; kernels mask the rest
+    # Blocks are wider than the array if D is not a power of two; the kernels mask the excess.
     rows = pl.BlockSpec((ROWS, width), lambda i: (i, 0))
     out, *summed = pl.pallas_call(
         partial(kernel, num_rows=B * T, dim=D, eps=eps),
@@ -115,20 +116,20 @@ def _call(kernel: Any, scale: Any, arrays: tuple[jax.Array, ...], eps: float, su
 
 
 def _load_common(scale_ref: Any, num_rows: int, dim: int) -> Any:
-    """Mask of the columns, None if all exist; number of the program's rows; scale."""
+    """Load the scale; return the mask of real columns or None, the number of rows, the scale."""
     (width,) = scale_ref.shape
     exists = None if width == dim else jnp.arange(width) < dim
     return exists, jnp.minimum(ROWS, num_rows - pl.program_id(0) * ROWS), load(scale_ref, exists)
 
 
 def load(ref: Any, exists: Any) -> jax.Array:
-    """Load as float32, with zeros outside the mask, which add nothing to sums."""
+    """Load as float32; elements outside the mask `exists` are zero, and so do not change sums."""
     other = None if exists is None else 0.0
     return pltriton.load(ref, mask=exists, other=other).astype(jnp.float32)
 
 
 def store(ref: Any, value: jax.Array, exists: Any) -> None:
-    """Store the values inside the mask in the dtype of `ref`."""
+    """Store in the dtype of `ref`, except elements outside the mask `exists`."""
     pltriton.store(ref, value.astype(ref.dtype), mask=exists)
 
 

@@ -1,10 +1,11 @@
 """Causal attention inside documents, in Pallas for Triton, without a mask or scores in memory.
 
-A query sees an interval of keys: from the first key of its document, or of its window, to itself.
-So a mask is two numbers for each token, and a block of queries visits only the blocks of keys that
-it sees: a row of many documents takes less time than a row of one. Softmax and sums are float32.
-The forward pass is that of FlashAttention-2 (Dao, 2023). The backward pass is one kernel for the
-gradient of queries and one for keys and values, which sums over the query heads of a key head.
+A query attends to an interval of keys: from the first key of its document or window to its own
+position. So two numbers per token describe the mask, and a block of queries skips blocks of keys
+that are masked for all of them: a row of many documents takes less time than a row of one. Softmax
+and sums are float32. The forward pass is FlashAttention-2 (Dao, 2023). The backward pass has one
+kernel for the gradient of queries, and one for the gradients of keys and values, which sums over
+the query heads of each key head.
 """
 
 from __future__ import annotations
@@ -23,18 +24,21 @@ from jaxtyping import Array, Float, Int
 
 from consyn_jax.model.rematerialisation import KERNEL_RESIDUALS
 
-# Score of a hidden key. It is finite and a power of two, which scaling does not round, so that a
-# block with only hidden keys gives no NaN.
+# Score of a masked key. It is finite, and a power of two so that scaling does not round it; a block
+# in which all keys are masked then gives no NaN.
 NEVER = -(2.0**100)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Sizes of one kernel.
+    """Block sizes and launch parameters of one kernel.
 
     Attributes:
-        own: Queries (or keys) that a program holds.
-        step: Keys (or queries) that it reads at once.
+        own: Number of queries whose result a program computes (keys in the kernel of their
+            gradient).
+        step: Number of keys that a program reads per loop iteration (queries in that kernel).
+        num_warps: Warps per program.
+        num_stages: Stages of the software pipeline.
     """
 
     own: int
@@ -45,16 +49,16 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Sizes of the three kernels: forward, gradient of queries, gradient of keys and values."""
+    """Tiles of the three kernels: forward, gradient of queries, gradient of keys and values."""
 
     forward: Tile
     queries: Tile
     keys: Tile
 
 
-# By width of a head: the fastest on an H200 of about thirty sizes that fit 99 KiB of shared memory
-# (docs/design/attention.md). That is the limit on Ada and on small Amperes and Blackwells, where
-# speed was not measured.
+# Tiles by head width: the fastest on an H200 among about thirty that fit 99 KiB of shared memory
+# (docs/design/attention.md). 99 KiB is the limit of Ada and of small Ampere and Blackwell GPUs, on
+# which no speed was measured.
 TILES = {
     64: Tiles(Tile(64, 128, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     128: Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
@@ -70,23 +74,26 @@ def document_attention(
     first_position: Int[Array, ""] | int = 0,
     tiles: Tiles | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention with grouped heads, scaled by H**-0.5.
+    """Softmax attention with grouped heads, scores scaled by H**-0.5.
 
-    The query at position p sees the keys s with first_key[p] <= s <= p.
+    The query at position p attends to the keys s with first_key[p] <= s <= p.
 
     Args:
-        first_key_BT: The first key that each query sees; it does not decrease along T.
-        last_query_BS: Position of the last query that sees each key; it must agree with
-            `first_key_BT`. It does not decrease along S.
-        first_position: Position of the first query among the keys.
+        first_key_BT: Position of the first key that each query attends to; must not decrease along
+            T.
+        last_query_BS: Position of the last query that attends to each key; must agree with
+            `first_key_BT`, and must not decrease along S.
+        first_position: Position of the first query. It is above 0 if this device holds only a later
+            section of the queries.
+        tiles: Block sizes; by default those in `TILES`.
     """
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     tiles = tiles or TILES[64 if H <= 64 else 128]
     queries = math.lcm(tiles.forward.own, tiles.queries.own, tiles.keys.step)
     keys = math.lcm(tiles.forward.step, tiles.queries.step, tiles.keys.own)
     width = max(16, pl.next_power_of_2(H))
-    # Padding changes nothing: it adds keys after all real queries, queries whose gradient is zero,
-    # and zeros to every sum over a head.
+    # Padding does not change the result: padded keys come after all real queries, the gradients of
+    # padded queries are zero, and padding of a head adds zeros to its sums.
     q = _padded(q_BTNH, queries, width)
     k, v = _padded(k_BSKH, keys, width), _padded(v_BSKH, keys, width)
     first_key, last_query = (
@@ -170,7 +177,7 @@ _SCALAR = pl.BlockSpec((1,), lambda i, n, b: (0,))
 
 
 def _query_blocks(tile: Tile, H: int, S: int, group: int) -> tuple[pl.BlockSpec, ...]:
-    """Blocks of program (i, n, b): a tile of a head, of its sums, of the tokens, and all keys."""
+    """Block specs for program (i, n, b): queries of a head, sums, per-token values, all keys."""
     return (
         pl.BlockSpec((None, tile.own, None, H), lambda i, n, b: (b, i, n, 0)),
         pl.BlockSpec((None, None, tile.own), lambda i, n, b: (b, n, i)),
@@ -197,7 +204,7 @@ def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array
 
 
 class Blocks(NamedTuple):
-    """The blocks that a program visits; from whole_start to whole_stop they need no mask."""
+    """Range of the blocks that a program reads; no mask is needed in the inner, `whole` range."""
 
     start: Any
     stop: Any
@@ -206,7 +213,7 @@ class Blocks(NamedTuple):
 
 
 def _over_blocks(blocks: Blocks, block: Any, carry: Any) -> Any:
-    """Run `block(index, carry, masked)` for all blocks."""
+    """Fold `carry` over all blocks by `block(index, carry, masked)`; masked ones come first."""
     start, stop, whole_start, whole_stop = blocks
     whole_start = jnp.clip(whole_start, start, stop)
     whole_stop = jnp.clip(whole_stop, whole_start, stop)
@@ -222,12 +229,22 @@ def _over_blocks(blocks: Blocks, block: Any, carry: Any) -> Any:
 
 
 def _masked(scores: Any, at: Any, first: Any, last: Any) -> Any:
-    """Scores where the columns' positions `at` are between `first` and `last` of the row."""
+    """Replace scores by `NEVER` where the column's position is outside [first, last] of the row.
+
+    Args:
+        at: Positions of the columns.
+    """
     return jnp.where((at >= first[:, None]) & (at <= last[:, None]), scores, NEVER)
 
 
 def _visible_keys(first_key_ref: Any, first: Any, step: int, num_keys: int) -> Blocks:
-    """The blocks of keys for the queries at `first` and after it."""
+    """The blocks of keys to which a tile of queries attends.
+
+    Args:
+        first_key_ref: First key of each query of the tile.
+        first: Position of the tile's first query.
+        step: Keys per block.
+    """
     own = first_key_ref.shape[0]
     earliest, latest = first_key_ref[0], first_key_ref[own - 1]
     last = first + own - 1
@@ -250,7 +267,7 @@ def _forward_kernel(
             at = j * step + jnp.arange(step)[None, :]
             scores = _masked(scores, at, first_key, positions)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-        # scaled here, because scaling and difference are one instruction
+        # Scaled here, because the GPU scales and subtracts in one instruction.
         shrunk = jnp.exp2((top - new_top) * scale)
         weights = jnp.exp2(scores * scale - (new_top * scale)[:, None])
         acc = acc * shrunk[:, None] + _product(weights.astype(v_ref.dtype), v_ref[keys, :], (1, 0))
@@ -308,9 +325,16 @@ def _queries_kernel(
 def _seeing_queries(
     last_query_ref: Any, first: Any, offset: Any, step: int, num_queries: int
 ) -> Blocks:
-    """The blocks of queries for the keys at `first` and after it.
+    """The blocks of queries that attend to a tile of keys.
 
-    The device's queries begin at `offset`, which may be after these keys, and may end before them.
+    On a mesh with a `context` axis, there may be none: all queries of the device may come before or
+    after these keys.
+
+    Args:
+        last_query_ref: Position of the last query for each key of the tile.
+        first: Position of the tile's first key.
+        offset: Position of the device's first query.
+        step: Queries per block.
     """
     own = last_query_ref.shape[0]
     start = jnp.maximum(first - offset, 0) // step

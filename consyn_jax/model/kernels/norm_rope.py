@@ -1,8 +1,8 @@
 """RMS norm and rotary embedding of queries or keys in one kernel, in Pallas for Triton.
 
-XLA makes several passes, with float32 arrays between them, and moves three times the bytes. Here
-only the heads are read and written, and cosines and sines are read once for all heads of a token.
-The backward pass recomputes from the input.
+XLA makes several passes, writes float32 arrays between them, and moves three times the bytes. This
+kernel reads each head once and writes it once, and reads cosines and sines once for all heads of a
+token. The backward pass recomputes the norm from the input.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from consyn_jax.distributed.mesh import on_each_device
 from consyn_jax.model.kernels.branched_norm import load, store
 from consyn_jax.model.rope import Rope
 
-# Elements of each half of a head that a program has at once: 32 tokens of heads of 64, 16 bytes of
-# bf16 for each thread. On an H200 it is within 4 % of the best of seven values.
+# Elements that a program processes at once of each half of a head: with heads of 64 these are 32
+# tokens, and 16 bytes of bf16 per thread. On an H200, the speed is within 4 % of the best of seven
+# values.
 ELEMENTS = 1024
 NUM_WARPS = 4
 
@@ -33,13 +34,13 @@ def norm_rope(
     eps: float,
     heads: str = "heads",
 ) -> Float[Array, "B T N H"]:
-    """`apply_rope(rms_norm(x, scale, eps), rope)`, rounded only once, at the end.
+    """Compute `apply_rope(rms_norm(x, scale, eps), rope)`, rounded only once, at the end.
 
-    It runs on the mesh in context if there is one.
+    The kernel runs on the current mesh, if one is set.
 
     Args:
-        rope: From `rope_table`; it gets no gradient.
-        eps: Above zero.
+        rope: Cosines and sines from `rope_table`, which get no gradient.
+        eps: Added to the mean square; must be above zero.
         heads: Logical name of the axis N.
     """
     axes, angles = ("batch", "sequence", heads, None), ("batch", "sequence", None, None)
@@ -78,9 +79,9 @@ def _call(
     eps: float,
     sums: int,
 ) -> Any:
-    """Run a kernel; each of its programs handles all heads of a few tokens.
+    """Run a kernel in which each program processes all heads of a few tokens.
 
-    Returns an array like `arrays`, and `sums` float32 arrays [programs, H].
+    Returns an array [B, T, N, H], and `sums` float32 arrays [programs, H].
     """
     B, T, N, H = arrays[0].shape
     assert pl.next_power_of_2(H) == H >= 16, "tiles are powers of two"
@@ -114,9 +115,13 @@ def _call(
 
 
 def _load_common(scale_ref: Any, cos_ref: Any, sin_ref: Any, num_tokens: int) -> Any:
-    """Slices of both halves of a head, mask of the tokens, and scale, cosines and sines.
+    """Load the arrays that all heads share.
 
-    The halves are separate, as Triton cannot join arrays.
+    The halves of a head are processed separately, because Triton cannot concatenate arrays.
+
+    Returns:
+        The slices of both halves of a head, the mask of real tokens, the scale of each half,
+        cosines and sines.
     """
     own, h = cos_ref.shape
     a, b = pl.ds(0, h), pl.ds(h, h)

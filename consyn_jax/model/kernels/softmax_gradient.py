@@ -1,6 +1,7 @@
-"""Softmax of logits and gradient of its cross-entropy in one kernel, in Pallas for Triton.
+"""Softmax of the logits and gradient of the cross-entropy in one kernel, in Pallas for Triton.
 
-XLA reads the logits four times for that. Here a program handles one token and reads its row twice.
+XLA reads the logits four times to compute them. Here a program handles the logits of one token, and
+reads them twice.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
-# Logits that a program reads at once: the fastest on an H200 of nine pairs of size and threads.
+# Logits that a program reads at once: on an H200 the fastest of nine pairs of size and threads.
 WIDTH = 16384
-# Logit of padding; finite, so that a thread that sees only padding gives no NaN.
+# Logit of padding. It is finite, so that a thread with padding only gives no NaN.
 NEVER = -(2.0**100)
 LOG2_E = math.log2(math.e)
 
@@ -34,16 +35,18 @@ def softmax_gradient(
     z_loss: float,
     dtype: Any,
 ) -> tuple[Float[Array, "n V"], PerToken, PerToken, PerToken, PerToken]:
-    """Gradient of cross-entropy with label smoothing and z-loss with respect to the logits.
-
-    Returns:
-        The gradient in `dtype`; and for each token, in float32, its largest logit, log(Z), its
-        label's logit and, with label smoothing, its mean logit.
+    """Gradient of the loss with respect to the logits: cross-entropy, label smoothing and z-loss.
 
     Args:
-        labels_n: Labels below `vocab_size`; those of tokens of weight 0 may be anything.
-        weights_n: Factors of the tokens' gradients.
-        vocab_size: Number of real logits; those after them are padding.
+        labels_n: Label of each token, below `vocab_size`; tokens of weight 0 may have any label.
+        weights_n: Weight of each token in the loss, a factor of its gradient.
+        vocab_size: Number of real logits per token; the remaining columns are padding.
+        dtype: The dtype of the gradient.
+
+    Returns:
+        The gradient [n, V] in `dtype`, and four float32 values per token: the largest logit,
+        log(Z), the logit of the label, and the mean logit, which is valid only with label
+        smoothing.
     """
     n, V = logits_nV.shape
     assert n * V < 2**31, "kernels count elements in 32 bits"
@@ -119,10 +122,10 @@ def _kernel(
 
 
 def _reduce_row(load: Callable, blocks: int, width: int, vocab_size: int, with_mean: bool) -> Any:
-    """Largest logit, log(Z), and the sum of logits `with_mean`.
+    """Return the largest logit of a row, log(Z) and, `with_mean`, the sum of the logits.
 
-    Each thread has its own largest logit and sum of exponentials; they are combined at the end, so
-    that threads wait for each other only once.
+    Each thread reduces its own logits. The threads' results are combined at the end, so threads
+    wait for each other only once.
     """
 
     def add_block(j, carry):

@@ -1,1 +1,1 @@
-"""Weights that are not trained: in fewer bits, and with an adapter beside them."""
+"""Frozen weights: quantised matrices, and matrices with a LoRA adapter."""

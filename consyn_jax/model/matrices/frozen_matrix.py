@@ -1,4 +1,4 @@
-"""Matrices that are not trained, with a low-rank adapter beside them (Hu et al., 2021)."""
+"""Frozen matrices with a trained low-rank adapter (Hu et al., 2021)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ INPUTS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FrozenMatrix:
-    """A matrix that is not trained, with or without an adapter; it replaces an array in a block.
+    """A frozen matrix with an optional adapter, which a block uses in place of an array.
 
     Attributes:
-        base: An array, or a matrix in fewer bits.
-        a: [inputs..., R], with `b`, [R, outputs...], the adapter; None without an adapter.
+        base: The frozen matrix, as an array or quantised.
+        a: First matrix of the adapter, [inputs..., R]; None without an adapter.
+        b: Second matrix of the adapter, [R, outputs...]; None without an adapter.
         key: Random key for dropout of the adapter's input; None without dropout.
         scale: Factor of the adapter's output.
-        dropout: Rate of that dropout.
+        dropout: Dropout rate of the adapter's input.
     """
 
     base: Any
@@ -48,7 +49,13 @@ class FrozenMatrix:
         return self
 
     def times(self, x: Float[Array, "*B D"], product: Callable[..., Any] = linear) -> jax.Array:
-        """Return `x @ (base + scale * a @ b)`, in the dtype of `x`."""
+        """Return `x @ base + scale * (x @ a) @ b` in the dtype of `x`.
+
+        If `key` is set, dropout is applied to the input of `a`.
+
+        Args:
+            product: Function that multiplies by `a` and by `b`.
+        """
         y = frozen_linear(x, self.base)
         if self.a is None:
             return y
@@ -60,7 +67,7 @@ class FrozenMatrix:
 
 
 def over_frozen(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Extend a product of arrays to frozen matrices; adapters are multiplied by it."""
+    """Extend a matmul function to frozen matrices; it then also multiplies by their adapters."""
 
     def either(x: jax.Array, w: Any) -> jax.Array:
         return w.times(x, product) if isinstance(w, FrozenMatrix) else product(x, w)
@@ -70,13 +77,13 @@ def over_frozen(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 @jax.custom_vjp
 def frozen_linear(x: Float[Array, "*B D"], w: Any) -> Float[Array, "*B F"]:
-    """`x @ w` in the dtype of `x`, without a gradient of `w`.
+    """Compute `x @ w` in the dtype of `x`, without a gradient of `w`.
 
-    For the backward pass `w` is saved as it is stored, and made dense once more. So no more than
-    one layer is dense at a time, and `x` need not be kept.
+    The backward pass dequantises `w` again, so that at most one layer is dequantised at a time. It
+    does not need `x`.
 
     Args:
-        w: [D, F], where D or F may be several axes: an array or a matrix in fewer bits.
+        w: Array or quantised matrix [D, F], where D or F may stand for several dimensions.
     """
     return x @ _dense(w, x)
 
@@ -92,7 +99,7 @@ def _forward(x: jax.Array, w: Any) -> Any:
 
 def _backward(kept: Any, dy: jax.Array) -> tuple[jax.Array, None]:
     w, like_x = kept
-    # Ties w to dy; else the compiler would keep the dense matrix of the forward pass.
+    # Makes w depend on dy; else the compiler would keep the dense matrix from the forward pass.
     w, dy = jax.lax.optimization_barrier((w, dy))
     return jnp.einsum("...f,df->...d", dy, _dense(w, like_x)), None
 

@@ -1,4 +1,4 @@
-"""Matrices in 8 and 4 bits that replace arrays in a block."""
+"""Quantised matrices, in 8 and 4 bits per weight, which a block uses in place of arrays."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Quantiles of the normal distribution, scaled to 1 (Dettmers et al., 2023, appendix E): the table
-# of bitsandbytes.
+# The table of bitsandbytes: quantiles of the normal distribution, scaled to a maximum of 1
+# (Dettmers et al., 2023, appendix E).
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -25,11 +25,11 @@ BLOCK = 64  # weights with one factor
 class Int8Matrix:
     """A matrix in 8-bit integers, with one scale per output.
 
-    It replaces an array in a block, so it has the array methods that blocks use.
+    Blocks can use it in place of an array, because it has the array methods that they call.
 
     Attributes:
-        values: int8, in the shape of the matrix.
-        scale: float32, in the shape of the outputs.
+        values: Rounded weights, int8, in the shape of the matrix.
+        scale: Factor of each output's weights, float32, in the shape of the outputs.
     """
 
     values: Any
@@ -51,7 +51,7 @@ class Int8Matrix:
 
 
 def quantised(w: jax.Array, inputs: int) -> Int8Matrix:
-    """Round a matrix to int8, with one scale per output, set by its largest weight.
+    """Round a matrix to int8, with a scale per output that maps its largest magnitude to 127.
 
     Args:
         inputs: Number of leading dimensions that the product sums over.
@@ -65,16 +65,16 @@ def quantised(w: jax.Array, inputs: int) -> Int8Matrix:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Nf4Matrix:
-    """A matrix in 4-bit normal floats: 64 weights of an output share a factor.
+    """A matrix in 4-bit normal floats, quantised in blocks of 64 weights with the same output.
 
-    These are the blocks of bitsandbytes if the inputs are a multiple of 64, because torch stores a
-    matrix as [outputs, inputs]. Otherwise the last block of each output is shorter here.
+    If the number of inputs is a multiple of 64, bitsandbytes uses the same blocks. Otherwise they
+    differ: here the last block of each output is padded, and there blocks span several outputs.
 
     Attributes:
-        codes: uint8 [blocks, 32, outputs...]: two places in the table `NF4`, the first one in the
-            higher bits.
-        largest: float32 [blocks, outputs...]: the largest magnitude of each block.
-        inputs: The shape of the inputs.
+        codes: Indices into the table `NF4`, uint8 [blocks, 32, outputs...]. Each byte holds two,
+            the first in its higher 4 bits.
+        largest: Largest magnitude of each block, float32 [blocks, outputs...].
+        inputs: Shape of the input dimensions.
     """
 
     codes: Any
@@ -102,7 +102,7 @@ class Nf4Matrix:
 
 
 def normal_floats(w: jax.Array, inputs: int) -> Nf4Matrix:
-    """Round a matrix to 4-bit normal floats, to nearest.
+    """Round a matrix to the nearest 4-bit normal floats.
 
     Args:
         inputs: Number of leading dimensions that the product sums over.

@@ -21,22 +21,22 @@ from consyn_jax.model.pretrained.families.rotary import KEYS, write_rotary
 from consyn_jax.model.pretrained.families.smollm3 import SMOLLM3
 from consyn_jax.model_config import ModelConfig
 
-# A model is written in the layout that it was read from, else in the first that can describe it.
+# A model is saved in the layout from which it was loaded, or else in the first that supports it.
 LAYOUTS = (LLAMA, MISTRAL, QWEN3, QWEN2, MINISTRAL, SMOLLM3, PHI3)
 FAMILIES = {family.model_type: family for family in LAYOUTS}
 GENERATION = "generation_config.json"
-# Its values that are used, besides the ids that end a text.
+# Keys of generation_config.json that are used, besides eos_token_id.
 WHOLE = ("top_k", "max_new_tokens")
 NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
 READ = ("*.json", "*.safetensors", "orbax", "orbax/**/*")  # patterns of a model's files
 DTYPE_KEYS = ("torch_dtype", "dtype")  # of transformers 4 and 5
 QUANTISED = ("quantization_config", "compression_config")
-# Not written: auto_map names code beside the model, which is neither copied nor executed.
+# Keys that are not written; auto_map names code in the directory, which is not copied or executed.
 DROPPED = ("auto_map", "_name_or_path")
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The layout in which a model is written.
+    """The Hugging Face layout in which a model is saved.
 
     Raises:
         UserError: No layout can describe the model.
@@ -46,15 +46,15 @@ def family_of(config: ModelConfig) -> Family:
         if family.holds(config):
             return family
     raise UserError(
-        "No Hugging Face layout holds a model with these norms, biases, windows and rotations "
-        f"together, so it could not be saved. Set them as in one of {', '.join(FAMILIES)}."
+        "No Hugging Face layout supports this combination of norms, biases, windows and rotations, "
+        f"so the model could not be saved. Set them as in one of {', '.join(FAMILIES)}."
     )
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     """The content of `config.json` for transformers, vLLM and llama.cpp.
 
-    A config.json that the model was read from is kept, except for values that have changed.
+    If the model was loaded from a config.json, its content is kept, except for changed values.
     """
     family, original = family_of(config), json.loads(config.files.config)
     kept = {key: value for key, value in original.items() if key not in DROPPED}
@@ -87,7 +87,7 @@ def _architecture(family: Family, config: ModelConfig) -> dict[str, Any]:
 
 
 def _read(hf: dict[str, Any], family: Family) -> Fields:
-    """All fields of `ModelConfig` except `files`."""
+    """Read all fields of `ModelConfig`, except `files`, from a config.json of this family."""
     complete = family.complete(hf)
     options = ARCHITECTURE | TOKENS
     read = {name: option.read(complete) for name, option in options.items()}
@@ -95,20 +95,21 @@ def _read(hf: dict[str, Any], family: Family) -> Fields:
 
 
 def from_hf_config(hf: dict[str, Any], where: str) -> ModelConfig:
-    """The architecture that a `config.json` describes.
+    """Convert the content of a `config.json` to a `ModelConfig`.
 
     Args:
-        where: The file, for error messages.
+        hf: Content of the file.
+        where: Path of the file, for error messages.
 
     Raises:
-        UserError: An unsupported family or feature, or a missing or wrong value.
+        UserError: The family or a feature is not supported, or a value is missing or wrong.
     """
     for key in QUANTISED:
         if hf.get(key):
             method = hf[key].get("quant_method", "") if isinstance(hf[key], dict) else ""
             raise UserError(
-                f"{where} has a {key} ({method or 'no method'}): its weights are quantised, and "
-                "cannot be trained. Use the model that it was made from."
+                f"{where} has a {key} ({method or 'no method'}): the weights are quantised, and "
+                "cannot be trained. Use the original model, before quantisation."
             )
     family = FAMILIES.get(str(hf.get("model_type")))
     if family is None:
@@ -119,7 +120,7 @@ def from_hf_config(hf: dict[str, Any], where: str) -> ModelConfig:
     if hf.get("hidden_act", "silu") != "silu":
         raise UserError(
             f"{where} has hidden_act {hf['hidden_act']!r}, and only 'silu' is supported. Give a "
-            "model that has it."
+            "model with 'silu'."
         )
     try:
         config = ModelConfig(**_read(hf, family))
@@ -139,21 +140,22 @@ def from_hf_config(hf: dict[str, Any], where: str) -> ModelConfig:
 
 
 def _in_its_keys(message: str) -> str:
-    """A message about flags with the names that config.json has for them."""
+    """Replace names of flags in an error message by the corresponding keys of config.json."""
     for name, option in ARCHITECTURE.items():
         message = message.replace(f"--{name} ", f"{option.key} ")
     return message
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The architecture in a model directory or a config.json.
+    """Read the configuration of a model from its directory, or from a config.json.
 
-    In a directory, generation_config.json is read as well; a config.json gives the architecture
-    only.
+    Args:
+        path: A directory, where generation_config.json is read as well, or a config.json, which
+            gives only the architecture.
 
     Raises:
-        UserError: No such file, not the configuration of a supported model, or a directory with
-            links out of it.
+        UserError: There is no config.json, the model is not supported, or the directory has links
+            to files outside of it.
     """
     if path.is_dir():
         refuse_strays(path, READ)
@@ -173,20 +175,21 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def with_generation_config(config: ModelConfig, text: Any, where: str) -> ModelConfig:
-    """The architecture with the text of a generation_config.json, whose values are checked.
+    """Check the text of a generation_config.json, and add it to the configuration of the model.
 
     Args:
-        where: Its place, for messages.
+        text: Content of the file.
+        where: Path of the file, for error messages.
 
     Raises:
-        UserError: It is not a JSON object, or a value that is used has the wrong type.
+        UserError: `text` is not a JSON object, or one of its values has the wrong type.
     """
     try:
         content = json.loads(text)
     except (TypeError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise UserError(f"{where} is not a JSON object. Put a good copy there.")
+        raise UserError(f"{where} is not a JSON object. Replace it by a good copy.")
     ends = content.get("eos_token_id")
     values = [("eos_token_id", end) for end in (ends if isinstance(ends, list) else [ends])]
     values += [(name, content.get(name)) for name in (*WHOLE, *NUMBERS)]
@@ -202,7 +205,7 @@ def with_generation_config(config: ModelConfig, text: Any, where: str) -> ModelC
 
 
 def write_generation_config(directory: Path, config: ModelConfig) -> None:
-    """Write generation_config.json: the loaded one, or the configuration's special tokens."""
+    """Write generation_config.json: the loaded one, or else one with the special tokens' ids."""
     if config.generation_config is not None:
         (directory / GENERATION).write_text(config.generation_config, encoding="utf-8")
         return
@@ -214,10 +217,10 @@ def write_generation_config(directory: Path, config: ModelConfig) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
-        UserError: Not JSON, or not an object.
+        UserError: The file is not valid JSON, or its value is not an object.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

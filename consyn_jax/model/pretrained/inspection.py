@@ -1,18 +1,19 @@
-"""Check of a model directory: config.json against the headers of its safetensors files.
+"""Check that the tensors of a model directory match its config.json.
 
-Tensors that do not fit are refused here by name, before any weights are read.
+Only the headers of the safetensors files are read, so that an error is reported before any weights
+are loaded.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, counted, listed
 from consyn_jax.model.pretrained.config_json import read_config
 from consyn_jax.model.pretrained.families.llama import OUTSIDE_BLOCKS
 from consyn_jax.model.pretrained.peft_files import check_adapter, is_adapter, read_adapter
@@ -21,20 +22,21 @@ from consyn_jax.model.pretrained.tensors import hf_tensors
 from consyn_jax.model.pretrained.weights import base_of
 from consyn_jax.model_config import ModelConfig
 
-# Names in safetensors of the number types that can be trained.
+# Dtypes that can be trained, by their names in safetensors.
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-# Tables that older versions of transformers saved, and newer ones compute.
+# Ending of tensors that older versions of transformers saved, but that are computed today.
 COMPUTED = ".rotary_emb.inv_freq"
 HEAD, EMBEDDING = OUTSIDE_BLOCKS["output"], OUTSIDE_BLOCKS["embedding"]
 
 
 def read_checkpoint(directory: Path) -> ModelConfig:
-    """Read the architecture of a model directory; check that its files hold exactly its tensors.
+    """Read the configuration of a model, and check that its files have exactly the right tensors.
 
-    For an adapter, this is the architecture of its base, whose tensors it must fit.
+    For an adapter, return the configuration of its base model, and check that the adapter fits it.
 
     Raises:
-        UserError: A tensor is missing, surplus or wrong, or the model is not supported.
+        UserError: A tensor is missing, unexpected, or of the wrong shape or dtype; or the model is
+            not supported.
     """
     if is_adapter(directory):
         adapter = read_adapter(directory)
@@ -61,13 +63,13 @@ def _check_types(directory: Path, found: Mapping[str, Header]) -> None:
     if other:
         name, dtype = next(iter(other.items()))
         raise UserError(
-            f"{directory} has {_count(other, 'tensor')} of a type that cannot be trained, such as "
-            f"{name} of {dtype}. Use a model in float32, bfloat16 or float16."
+            f"{directory} has {counted(len(other), 'tensor')} of a type that cannot be trained, "
+            f"such as {name} of {dtype}. Use a model in float32, bfloat16 or float16."
         )
 
 
 def _check_tied(directory: Path, found: Mapping[str, Header]) -> None:
-    """Check that a stored output embedding, if the model ties it, equals the input embedding."""
+    """Check that a stored output embedding of a tied model equals the input embedding."""
     same = HEAD in found and found.get(EMBEDDING) == found[HEAD]
     if same:
         read = open_weights(directory)
@@ -77,9 +79,9 @@ def _check_tied(directory: Path, found: Mapping[str, Header]) -> None:
         same = np.array_equal(head, embedding)
     if not same:
         raise UserError(
-            f"{directory} has an output embedding of its own, {HEAD}, but its config.json ties it "
-            "to the input embedding. Set tie_word_embeddings to false there if the tensor is "
-            "right."
+            f"{directory} has an output embedding, {HEAD}, that differs from the input embedding, "
+            "but config.json ties the two. If the tensor is right, set tie_word_embeddings to "
+            "false in config.json."
         )
 
 
@@ -92,24 +94,26 @@ def _check_tensors(directory: Path, config: ModelConfig, found: Mapping[str, Hea
         )
         if missing == [HEAD]:
             hint = "Set tie_word_embeddings to true in config.json if it is the input embedding."
-        raise UserError(f"{directory} lacks {_count(missing, 'tensor')}: {_few(missing)}. {hint}")
+        lacking = f"{counted(len(missing), 'tensor')}: {listed(missing)}"
+        raise UserError(f"{directory} lacks {lacking}. {hint}")
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise UserError(
                 f"{directory}: {name} has shape {found[name].shape}, "
-                f"and config.json asks for {shape}. Correct config.json, or put its weights there."
+                f"and config.json asks for {shape}. Correct config.json, or download the model "
+                "again."
             )
     surplus = [name for name in found if name not in expected]
     if surplus:
         raise UserError(
-            f"{directory} has {_count(surplus, 'tensor')} that its config.json does not describe: "
-            f"{_few(surplus)}. Correct config.json, which has {config.num_layers} layers and "
-            f"{_biases(config)}."
+            f"{directory} has {counted(len(surplus), 'tensor')} that its config.json does not "
+            f"describe: {listed(surplus)}. Correct config.json, which has {config.num_layers} "
+            f"layers and {_biases(config)}."
         )
 
 
 def _dtypes(found: Mapping[str, Header]) -> tuple[str, tuple[str, ...]]:
-    """The dtype of most elements, and the tensors that have another, as name=dtype."""
+    """Return the dtype of most elements, and a list of "name=dtype" for tensors of other dtypes."""
     sizes: Counter[str] = Counter()
     for header in found.values():
         sizes[DTYPE_NAMES[header.dtype]] += int(np.prod(header.shape))
@@ -122,13 +126,3 @@ def _biases(config: ModelConfig) -> str:
     named = {"attention": config.qkv_bias or config.output_bias, "the MLP": config.mlp_bias}
     found = [name for name, has in named.items() if has]
     return f"biases in {' and '.join(found)}" if found else "no biases"
-
-
-def _few(names: Iterable[str]) -> str:
-    first = list(names)
-    return ", ".join(first[:3]) + (f" and {len(first) - 3} more" if len(first) > 3 else "")
-
-
-def _count(items: Iterable[object], noun: str) -> str:
-    number = len(list(items))
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,9 +1,11 @@
 """Adapters in the layout of PEFT: adapter_config.json and adapter_model.safetensors.
 
-An adapter of a tensor is two matrices, `a` [rank, inputs] and `b` [outputs, rank]. Where a layout
-fuses several parameters into one tensor, as phi3 does, each parameter has its own adapter here. The
-files hold one adapter for the fused tensor: its rank is the sum of the parameters' ranks, and its
-`b` is zero between the outputs of one parameter and the ranks of another.
+The adapter of a tensor is two matrices, `a` [rank, inputs] and `b` [outputs, rank].
+
+Some layouts, such as phi3, fuse several parameters into one tensor. In this package each of the
+parameters has its own adapter, but the files have one adapter for the fused tensor. Its rank is the
+sum of the ranks of the parameters' adapters. Its `b` is block-diagonal: it is zero where the row
+belongs to one parameter and the column to another.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from consyn_jax.model_config import LoraOptions, ModelConfig
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"  # of a tensor's name
 BASE_HASH = "base_sha256"  # in the metadata of the weights: the hash of the base's
-# Settings of PEFT that change what an adapter computes, and the values that are supported.
+# Settings of PEFT that change the computation of an adapter, with the supported values.
 PLAIN: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -44,7 +46,7 @@ PLAIN: Mapping[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
     "alora_invocation_tokens": (None, []),
-    # The others (pissa, olora, corda, loftq, lora_ga) also change the weights under the adapter.
+    # Unsupported values (pissa, olora, corda, loftq, lora_ga) also change the base's weights.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
     "kasa_config": (None,),
     "velora_config": (None,),
@@ -55,11 +57,11 @@ PLAIN: Mapping[str, tuple[Any, ...]] = {
 
 
 class Base(NamedTuple):
-    """The model under an adapter.
+    """The model to which an adapter belongs.
 
     Attributes:
-        name: A directory or a hub id; None if unknown.
-        sha256: The hash of its weights (`safetensors_files.weights_hash`), if known.
+        name: Directory or hub id of the model; None if unknown.
+        sha256: Hash of the model's weights (`safetensors_files.weights_hash`); None if unknown.
     """
 
     name: str | None
@@ -67,7 +69,12 @@ class Base(NamedTuple):
 
 
 class Change(NamedTuple):
-    """The adapter of one tensor, to which `scale * b @ a` is added."""
+    """The adapter of one tensor, which adds `scale * b @ a` to the tensor.
+
+    Attributes:
+        a: Matrix [rank, inputs].
+        b: Matrix [outputs, rank].
+    """
 
     a: np.ndarray
     b: np.ndarray
@@ -76,13 +83,18 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as it was read; `changes` are by the names of the base's tensors."""
+    """An adapter in the layout of the files.
+
+    Attributes:
+        base: The model to which the adapter belongs.
+        changes: Name of a tensor of the base -> adapter of the tensor.
+    """
 
     base: Base
     changes: dict[str, Change]
 
     def added_to(self, read: Read) -> Read:
-        """Return a function that reads tensors of the base, or parts, with the adapter added."""
+        """Wrap the function that reads tensors of the base, so that it adds the adapter to them."""
 
         def merged(name: str, *index: slice) -> np.ndarray:
             values, change = read(name, *index), self.changes.get(name)
@@ -96,7 +108,7 @@ class Adapter:
 
 
 def is_adapter(directory: Path) -> bool:
-    """Whether a directory holds an adapter and not a whole model."""
+    """Whether a directory contains an adapter rather than a full model."""
     return (directory / ADAPTER_CONFIG).is_file()
 
 
@@ -104,10 +116,11 @@ def is_adapter(directory: Path) -> bool:
 
 
 def read_adapter(directory: Path) -> Adapter:
-    """Read an adapter of PEFT or of this package.
+    """Read an adapter that PEFT or this package has written.
 
     Raises:
-        UserError: It is damaged, not a plain LoRA, or has links out of its directory.
+        UserError: The adapter is damaged, is not a plain LoRA, or has links to files outside its
+            directory.
     """
     refuse_strays(directory, (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
     config = read_json(directory / ADAPTER_CONFIG)
@@ -122,7 +135,7 @@ def read_adapter(directory: Path) -> Adapter:
     if not isinstance(base, str | None) or not isinstance(revision, str | None):
         raise UserError(
             f"{directory / ADAPTER_CONFIG} has a base_model_name_or_path or a revision that is "
-            "not text. Put a good copy there."
+            "not text. Replace the file by a good copy."
         )
     name = f"{base}@{revision}" if base and revision else base
     pairs: dict[str, dict[str, np.ndarray]] = {}
@@ -140,7 +153,7 @@ def read_adapter(directory: Path) -> Adapter:
         if not _is_whole(pair):
             raise UserError(
                 f"{directory / ADAPTER_WEIGHTS} lacks lora_A or lora_B of {module}, or their "
-                "shapes do not fit each other. Put a good copy there."
+                "shapes do not fit each other. Replace the file by a good copy."
             )
         scale = _scale(directory, config, module, pair[A].shape[0])
         changes[f"{module}.weight"] = Change(pair[A], pair[B], scale)
@@ -148,7 +161,7 @@ def read_adapter(directory: Path) -> Adapter:
 
 
 def _is_whole(pair: Mapping[str, np.ndarray]) -> bool:
-    """Whether two matrices form an adapter."""
+    """Whether `pair` has both matrices of an adapter, with the same rank."""
     if pair.keys() != {A, B} or not pair[A].ndim == pair[B].ndim == 2:
         return False
     return 0 < pair[A].shape[0] == pair[B].shape[1]
@@ -168,7 +181,11 @@ def _read_tensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def _scale(directory: Path, config: dict[str, Any], module: str, rank: int) -> float:
-    """The factor of a module's adapter; patterns of modules are matched as in PEFT."""
+    """Return the scale of a module's adapter, from lora_alpha, alpha_pattern and use_rslora.
+
+    Args:
+        config: Content of adapter_config.json.
+    """
     try:
         patterns = config.get("alpha_pattern") or {}
         own = (v for key, v in patterns.items() if _names(key, module))
@@ -176,17 +193,17 @@ def _scale(directory: Path, config: dict[str, Any], module: str, rank: int) -> f
         int(alpha)  # raises for one without end
     except (LookupError, TypeError, ArithmeticError, ValueError, AttributeError, re.error) as wrong:
         raise UserError(
-            f"{directory / ADAPTER_CONFIG} gives no lora_alpha for {module}: {wrong}. Put a good "
-            "copy there."
+            f"{directory / ADAPTER_CONFIG} gives no lora_alpha for {module}: {wrong}. Replace the "
+            "file by a good copy."
         ) from None
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def _names(pattern: str, module: str) -> bool:
-    """Whether a pattern of PEFT matches a module.
+    """Whether a key of alpha_pattern, a regular expression, matches a module's name as in PEFT.
 
     Raises:
-        ValueError: The pattern repeats so much that a match could take forever.
+        ValueError: The pattern has so many repetitions that matching could take forever.
     """
     if re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
         raise ValueError(f"the pattern {pattern[:60]} repeats too much")
@@ -194,20 +211,20 @@ def _names(pattern: str, module: str) -> bool:
 
 
 def check_adapter(directory: Path, adapter: Adapter, config: ModelConfig) -> None:
-    """Check that an adapter is for tensors of the model that `config` describes.
+    """Check that an adapter fits the model that `config` describes.
 
     Raises:
-        UserError: A tensor is missing in the model, or has another shape.
+        UserError: The model lacks a tensor of the adapter, or the tensor has another shape.
     """
     shapes = {tensor.name: tensor.shape for tensor in hf_tensors(config)}
     for name, change in adapter.changes.items():
         shape = (change.b.shape[0], change.a.shape[1])
         if shapes.get(name) != shape:
-            has = f"of shape {shapes[name]}" if name in shapes else "not there"
+            has = f"has shape {shapes[name]}" if name in shapes else "is missing"
             raise UserError(
-                f"{directory} adapts {name} of shape {shape}, which in its base "
-                f"{adapter.base.name} is {has}. Correct base_model_name_or_path in its "
-                f"{ADAPTER_CONFIG}."
+                f"{directory} is an adapter for {name} of shape {shape}, but in the base model "
+                f"{adapter.base.name} this tensor {has}. Correct base_model_name_or_path in "
+                f"{directory / ADAPTER_CONFIG}."
             )
 
 
@@ -215,10 +232,12 @@ def check_adapter(directory: Path, adapter: Adapter, config: ModelConfig) -> Non
 
 
 class _Place(NamedTuple):
-    """The place of a parameter's adapter in its tensor's adapter.
+    """Position of one parameter's adapter in the adapter of the tensor that holds the parameter.
 
     Attributes:
-        columns: Its columns of b, which are its rows of a.
+        tensor: The tensor in the files of the base.
+        part: The parameter's rows of the tensor.
+        columns: The parameter's columns of `b`, which are also its rows of `a`.
     """
 
     tensor: Tensor
@@ -231,7 +250,7 @@ class _Place(NamedTuple):
 
 
 def _places(config: ModelConfig, options: LoraOptions) -> Iterator[list[_Place]]:
-    """The parts of each tensor that has an adapter, in file order."""
+    """Yield the positions of the adapters in each tensor that has one, in file order."""
     for tensor in hf_tensors(config):
         parts = [p for p in tensor.parts if p.layer is not None and p.path[-1] in options.targets]
         if parts:
@@ -240,9 +259,9 @@ def _places(config: ModelConfig, options: LoraOptions) -> Iterator[list[_Place]]
 
 
 def adapter_of(config: ModelConfig, params: Params, options: LoraOptions, base: Base) -> Adapter:
-    """Convert the parameters of an adapter to changes of tensors, on this host.
+    """Convert the parameters of an adapter to the layout of the files, in host memory.
 
-    All processes of a run must call this.
+    All processes of a run must call this function.
     """
     host, changes = jax.tree.map(on_host, params["layers"]), {}
     for places in _places(config, options):
@@ -264,10 +283,10 @@ def adapter_of(config: ModelConfig, params: Params, options: LoraOptions, base: 
 def save_adapter(
     directory: Path, config: ModelConfig, params: Params, options: LoraOptions, base: Base
 ) -> None:
-    """Write an adapter for PEFT, with a README.
+    """Write an adapter in PEFT's layout, with a README.
 
-    The number type is that of `config.files`. All processes of a run must call this; process 0
-    writes.
+    The weights are written in the dtype of `config.files`. All processes of a run must call this
+    function; process 0 writes.
 
     Raises:
         UserError: A value is too large for float16.
@@ -292,10 +311,10 @@ def save_adapter(
 
 
 def _adapter_config(options: LoraOptions, base: Base, ranks: dict[str, int]) -> dict[str, Any]:
-    """The content of adapter_config.json, with the keys of PEFT's own.
+    """The content of adapter_config.json, with the same keys as PEFT writes.
 
     Args:
-        ranks: Rank of the adapter of each module.
+        ranks: Name of each adapted module -> rank of the adapter.
     """
     name, _, revision = (base.name or "").partition("@")
     is_hub = not Path(name).is_absolute()
@@ -338,21 +357,21 @@ def _readme(options: LoraOptions, base: Base) -> str:
     return (
         "---\n" + "\n".join(lines) + "\n---\n\n# Adapter\n\n"
         f"A LoRA adapter of rank {options.rank} and alpha {options.scale * options.rank:g} for "
-        f"{of}, trained with consyn_jax. It holds no other weights.\n\n"
+        f"{of}, trained with consyn_jax. The base model's weights are not included.\n\n"
         "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
         'model = AutoPeftModelForCausalLM.from_pretrained("this directory")\n```\n\n'
-        "`consyn-convert DIRECTORY --merge_lora --output MERGED` writes a model without an "
-        "adapter.\n"
+        "`consyn-convert DIRECTORY --merge_lora --output MERGED` merges the adapter into the base "
+        "model, and writes the full model.\n"
     )
 
 
 def load_adapter(
     directory: Path, config: ModelConfig, options: LoraOptions, mesh: Mesh | None = None
 ) -> Params:
-    """Read what `save_adapter` has written into the parameters of an adapter, in float32.
+    """Load an adapter that `save_adapter` has written, as float32 parameters.
 
     Raises:
-        UserError: It is damaged, or an adapter of another shape.
+        UserError: The adapter is damaged, or has another rank or other tensors.
     """
     adapter, form = read_adapter(directory), adapter_layout(config, options)
     host = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), form.shapes)
@@ -361,8 +380,8 @@ def load_adapter(
         change = adapter.changes.get(name)
         if change is None or change.a.shape[0] != rank:
             raise UserError(
-                f"{directory} has no adapter of rank {rank} for {name}. It does not belong to "
-                "this run; put the right one there."
+                f"{directory} has no adapter of rank {rank} for {name}, so it does not belong to "
+                "this run. Replace it by the adapter of this run."
             )
         for place in places:
             own, layer = host["layers"][place.key], place.part.layer

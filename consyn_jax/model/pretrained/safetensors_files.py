@@ -26,11 +26,11 @@ Read = Callable[..., np.ndarray]
 
 @contextmanager
 def open_file(file: Path) -> Iterator[Any]:
-    """Open a safetensors file, which stays mapped into memory inside the `with` block.
+    """Open a safetensors file and map it into memory for the duration of the `with` block.
 
     Raises:
-        UserError: the file is larger than what this process may map.
-        SafetensorError, OSError: the file is damaged or missing.
+        UserError: The file is too large for this process to map.
+        SafetensorError, OSError: The file is damaged or missing.
     """
     from safetensors import safe_open
 
@@ -39,7 +39,7 @@ def open_file(file: Path) -> Iterator[Any]:
     except MemoryError as wrong:
         raise UserError(
             f"{file} of {file.stat().st_size:,} bytes cannot be mapped into memory: {wrong}. Raise "
-            "the limit (ulimit -v), or put a good copy of the file there."
+            "the limit (ulimit -v), or replace the file by a good copy."
         ) from None
     with opened as handle:
         yield handle
@@ -48,10 +48,11 @@ def open_file(file: Path) -> Iterator[Any]:
 def open_weights(directory: Path) -> Read:
     """Return a function that reads one tensor by name, from a single file or from shards.
 
-    Slices after the name read only that part of the tensor.
+    The function also takes slices after the name, and then reads only that part of the tensor. It
+    raises `UserError` if the tensor is damaged or missing.
 
     Raises:
-        UserError: No safetensors, or a bad index; when reading, a damaged or missing tensor.
+        UserError: There is no safetensors file, or the index is wrong.
     """
     from safetensors import SafetensorError
 
@@ -72,10 +73,10 @@ def open_weights(directory: Path) -> Read:
 
 
 def weights_hash(directory: Path) -> str:
-    """A SHA-256 of the weights of a model, whatever its directory is called.
+    """SHA-256 of a model's safetensors files; it does not depend on the directory's name.
 
     Raises:
-        UserError: They cannot be read.
+        UserError: A file cannot be read.
     """
     from consyn_jax.data.store.file_hashes import FileHashes
 
@@ -85,18 +86,18 @@ def weights_hash(directory: Path) -> str:
 
 
 class Header(NamedTuple):
-    """Type, in the names of safetensors, and shape of a tensor."""
+    """Dtype of a tensor, as safetensors names it ("BF16"), and shape."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 def read_headers(directory: Path) -> dict[str, Header]:
-    """All tensors of a model by name; only the headers of its files are read.
+    """Read the dtype and shape of all tensors of a model, by name, from the headers of its files.
 
     Raises:
-        UserError: No safetensors, a bad index, a damaged file, or a file without a tensor that the
-            index promises.
+        UserError: There is no safetensors file, the index is wrong, a file is damaged, or a file
+            lacks a tensor that the index lists for it.
     """
     from safetensors import SafetensorError
 
@@ -106,7 +107,7 @@ def read_headers(directory: Path) -> dict[str, Header]:
     absent = [name for name in named if not (directory / name).is_file()]
     if absent:
         raise UserError(
-            f"{directory} lacks {listed(absent)}, which its {INDEX} names. Download or copy the "
+            f"{directory} lacks {listed(absent)}, which {INDEX} lists. Download or copy the "
             "model again."
         )
     for name in named:
@@ -135,15 +136,15 @@ def read_headers(directory: Path) -> dict[str, Header]:
 
 
 def _files(directory: Path) -> Mapping[str, str] | None:
-    """The file of each tensor by the index; None without an index."""
+    """Name of each tensor -> name of its file, from the index; None if there is a single file."""
     if (directory / INDEX).is_file():
         files = read_json(directory / INDEX).get("weight_map")
         if not isinstance(files, dict) or not all(
             isinstance(file, str) and Path(file).name == file for file in files.values()
         ):
             raise UserError(
-                f"{directory / INDEX} has no weight_map that names files beside it. Download the "
-                "model again."
+                f"{directory / INDEX} has no weight_map from tensors to files in its directory. "
+                "Download the model again."
             )
         return files
     if (directory / SINGLE).is_file():
@@ -163,7 +164,10 @@ def assign_shards(sizes: Mapping[str, int], max_bytes: int | None = None) -> Sha
 
     Args:
         sizes: Bytes of each tensor.
-        max_bytes: Size limit of a file, by default 5 GB; a larger tensor has a file to itself.
+        max_bytes: Size limit of a file, by default 5 GB; a larger tensor gets a file to itself.
+
+    Returns:
+        Name of each file -> name and bytes of each of its tensors.
     """
     most = MAX_SHARD_BYTES if max_bytes is None else max_bytes
     groups: list[dict[str, int]] = [{}]
@@ -180,14 +184,17 @@ def assign_shards(sizes: Mapping[str, int], max_bytes: int | None = None) -> Sha
 
 
 def write_index(directory: Path, shards: Shards) -> None:
-    """Write the index, which names the shard of each tensor."""
+    """Write the index file, which maps each tensor to its shard."""
     total = sum(num_bytes for sizes in shards.values() for num_bytes in sizes.values())
     files = {name: file for file, sizes in shards.items() for name in sizes}
     write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
 
 
 def delete_weights(directory: Path) -> None:
-    """Delete an earlier model's files; its index would take precedence over the new weights."""
+    """Delete the weight files of an earlier model.
+
+    An old index would take precedence over the new weights when the model is loaded.
+    """
     (directory / INDEX).unlink(missing_ok=True)
     for file in directory.iterdir():
         if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", file.name):

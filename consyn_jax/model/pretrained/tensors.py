@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face layout, and the parameters that they hold."""
+"""Mapping between the tensors of a Hugging Face checkpoint and the parameters of the model."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ ROTATED = ("q", "q_bias", "q_norm", "k", "k_bias", "k_norm")  # parameters whose
 
 
 class Part(NamedTuple):
-    """The rows of a tensor that hold a parameter, or a layer of it.
+    """Rows of a tensor that hold a parameter, or one layer of a stacked parameter.
 
     Attributes:
-        path: Keys of the parameter in the tree.
-        layer: None for a parameter outside the blocks.
+        path: Keys of the parameter in the tree of parameters.
+        layer: Index of the layer; None for a parameter outside the blocks.
         shape: Shape of the rows in torch's layout: [outputs, inputs] or [elements].
-        own_shape: Shape of the parameter, or of one layer of it.
-        order: For each element of our heads, its index in the tensor; None for the same order.
+        own_shape: Shape of the parameter, or of one of its layers.
+        order: Index in the file of each element of a head; None if the order is the same.
     """
 
     path: tuple[str, ...]
@@ -40,12 +40,12 @@ class Part(NamedTuple):
     def read(
         self, read: Callable[[slice, slice | None], np.ndarray], index: tuple[slice, ...]
     ) -> np.ndarray:
-        """The values at `index` of the parameter, or of a layer of it, in the type of the file.
+        """Read the slice `index` of the parameter, or of its layer, in the dtype of the file.
 
         Args:
-            read: Reads a slice of this part's rows, and of their columns; for a vector, the columns
-                are None.
-            index: Slices with a start and a stop, one per dimension.
+            read: Reads a slice of this part's rows and a slice of its columns, which is None for a
+                vector.
+            index: Slices with a start and a stop, one per dimension of the parameter.
         """
         if self.layer is None:
             return self._padded(read, index)
@@ -61,7 +61,7 @@ class Part(NamedTuple):
         return value[of_columns.wanted + of_rows.wanted]
 
     def _padded(self, read: Callable[..., np.ndarray], index: tuple[slice, ...]) -> np.ndarray:
-        """Rows of a parameter [V, D] outside the blocks; the vocabulary's padding is zeros."""
+        """Read a slice of a parameter outside the blocks; rows that pad the vocabulary are zero."""
         first, *rest = index
         stop = min(first.stop, self.shape[0])
         value = read(slice(min(first.start, stop), stop), rest[0] if rest else None)
@@ -69,7 +69,7 @@ class Part(NamedTuple):
         return np.pad(value, [(0, missing)] + [(0, 0)] * len(rest)) if missing else value
 
     def to_rows(self, value: np.ndarray) -> np.ndarray:
-        """Convert the whole parameter, or one whole layer of it, to rows of the tensor."""
+        """Convert a full parameter, or one full layer of it, to rows of the tensor."""
         if self.layer is None:
             return value[: self.shape[0]]
         if self.order is not None:
@@ -78,16 +78,16 @@ class Part(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """Shape of the elements to read, and the index of the wanted ones among them."""
+    """Shape of a range of elements to read, and the index of the required ones within it."""
 
     shape: tuple[int, ...]
     wanted: tuple[slice, ...]
 
 
 def _span(shape: tuple[int, ...], index: tuple[slice, ...]) -> tuple[slice, _Span]:
-    """Contiguous run of flattened elements that covers `index`.
+    """Find a contiguous range of the flattened array that covers `index`.
 
-    It is the whole array, unless only the first dimension is cut.
+    The range is the entire array, unless `index` slices only the first dimension.
     """
     inner = math.prod(shape[1:])
     if index and all(i == slice(0, size) for i, size in zip(index[1:], shape[1:], strict=True)):
@@ -99,7 +99,7 @@ def _span(shape: tuple[int, ...], index: tuple[slice, ...]) -> tuple[slice, _Spa
 
 
 class Tensor(NamedTuple):
-    """A tensor in a file: the rows of its parts, concatenated."""
+    """A tensor of a checkpoint, whose rows are the concatenated rows of its parts."""
 
     name: str
     parts: tuple[Part, ...]
@@ -107,12 +107,12 @@ class Tensor(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape in the file."""
+        """Shape of the tensor in the file."""
         return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
 
     @property
     def num_bytes(self) -> int:
-        """Size in the file, in bytes."""
+        """Size of the tensor in the file, in bytes."""
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
     def rows(self, part: Part) -> slice:
@@ -122,7 +122,7 @@ class Tensor(NamedTuple):
 
 
 def hf_tensors(config: ModelConfig) -> Iterator[Tensor]:
-    """All tensors of a checkpoint of this architecture, in file order."""
+    """Yield all tensors of a checkpoint of this architecture, in file order."""
     others = dict(item.rsplit("=", 1) for item in config.files.other_dtypes)
     for name, parts in _named_parts(config):
         yield Tensor(name, parts, others.get(name, config.files.dtype))
@@ -135,7 +135,7 @@ def _named_parts(config: ModelConfig) -> Iterator[tuple[str, tuple[Part, ...]]]:
         key = "embedding" if is_copy else key
         if key in form.shapes:
             rows, *rest = form.shapes[key].shape
-            # the files have no rows that pad the vocabulary
+            # Files do not contain the rows that pad the vocabulary.
             shape = (config.vocab_size if rest else rows, *rest)
             yield name, (Part((key,), None, shape, form.shapes[key].shape),)
     shapes, axes = form.shapes["layers"], form.logical_axes["layers"]
@@ -156,7 +156,10 @@ def _named_parts(config: ModelConfig) -> Iterator[tuple[str, tuple[Part, ...]]]:
 
 
 def _torch_shape(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> tuple[int, ...]:
-    """[outputs, inputs] of a matrix from or to the residual stream, whose axis is "embed"."""
+    """Shape of a parameter in torch's layout: [outputs, inputs], or [elements] of a vector.
+
+    The axis "embed" is the residual stream; it is the input or the output of every matrix.
+    """
     if "embed" not in axes:
         return (math.prod(shape),)
     inputs = shape[0] if axes[0] == "embed" else math.prod(shape[:-1])
@@ -164,7 +167,7 @@ def _torch_shape(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> tuple[
 
 
 def on_host(values: jax.Array | np.ndarray) -> np.ndarray:
-    """Copy an array to this host, from all processes of a run, which must all call this."""
+    """Gather a sharded array in host memory; all processes of a run must call this function."""
     from jax.experimental import multihost_utils
 
     if jax.process_count() == 1:
@@ -173,7 +176,7 @@ def on_host(values: jax.Array | np.ndarray) -> np.ndarray:
 
 
 def rounded(name: str, values: np.ndarray, dtype: str) -> np.ndarray:
-    """Round the values of the tensor `name` to the number type that a file has.
+    """Round the values of the tensor `name` to the dtype of the file.
 
     Raises:
         UserError: A value is too large for float16.

@@ -1,4 +1,4 @@
-"""The parameters of a model directory, read and written tensor by tensor."""
+"""Load and save the parameters of a model directory, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from consyn_jax.tokenization.tokenizer_files import KEPT
 
 
 def find_model(name: str) -> Path:
-    """Find the directory of a model, downloading what is elsewhere and not cached.
+    """Find the directory of a model; download it if `name` is a hub id or URL that is not cached.
 
     Raises:
-        UserError: `name` is neither a directory nor a model elsewhere, or its model is not
-            finished.
+        UserError: `name` is neither a directory nor a model on the hub or in a bucket, or the
+            model in the directory was not written completely.
     """
     if is_elsewhere(name):
         return download(name, ["*.json", "*.safetensors", *KEPT])
@@ -57,47 +57,49 @@ def find_model(name: str) -> Path:
 
 
 def base_directory(base: Base, owner: Path, named: str) -> Path:
-    """The directory of the model under an adapter, with the same weights as in training.
+    """Find the directory of an adapter's base model, and check that its weights are unchanged.
 
     Args:
-        owner, named: For messages: the holder of the adapter, and the setting that names its base.
+        owner: Directory of the adapter, for error messages.
+        named: Setting that names the base, for error messages.
 
     Raises:
-        UserError: The base is missing, or has been replaced by another model.
+        UserError: The base is missing, is an adapter itself, or has other weights than those on
+            which the adapter was trained.
     """
     if base.name is None or not (Path(base.name).is_dir() or is_elsewhere(base.name)):
-        where = "named nowhere" if base.name is None else f"not there: {base.name}"
-        raise UserError(f"{owner} is an adapter, and its base is {where}. Correct {named}.")
+        where = "has no name" if base.name is None else f"{base.name} does not exist"
+        raise UserError(f"{owner} is an adapter, but its base model {where}. Correct {named}.")
     found = find_model(base.name)
     if is_adapter(found):
         raise UserError(
-            f"{owner} is an adapter whose base {found} is an adapter, too. Merge that one with "
-            f"consyn-convert --merge_lora, and correct {named}."
+            f"{owner} is an adapter, and its base {found} is an adapter, too. Merge {found} with "
+            f"consyn-convert --merge_lora, and name the merged model in {named}."
         )
     if base.sha256 is not None and weights_hash(found) != base.sha256:
         raise UserError(
-            f"{owner} is an adapter of other weights than those in {found}. Put the model back "
-            f"that it was trained on, or correct {named}."
+            f"{owner} is an adapter that was trained on other weights than those in {found}. "
+            f"Restore the original weights in {found}, or name another base in {named}."
         )
     return found
 
 
 def base_of(directory: Path, adapter: Adapter) -> Path:
-    """The directory of the model under the adapter in `directory`; errors as `base_directory`."""
+    """Find the base model of the adapter in `directory`, as in `base_directory`."""
     named = f"base_model_name_or_path in {directory / ADAPTER_CONFIG}"
     return base_directory(adapter.base, directory, named)
 
 
 def _no_model(path: Path) -> UserError:
-    """The error for a path that is not a directory."""
+    """Build the error for a model path that is not a directory."""
     if path.suffix == ".gguf" and path.is_file():
         return UserError(
-            f"{path} is a GGUF file, and only safetensors are read. Give the Hugging Face model "
-            "that it was made from."
+            f"{path} is a GGUF file, but only safetensors can be read. Give the Hugging Face model "
+            "from which it was converted."
         )
     if path.is_file():
         return UserError(
-            f"{path} is a file, and a model is a directory with config.json and safetensors. "
+            f"{path} is a file, but a model is a directory with config.json and safetensors. "
             f"Give {path.parent}."
         )
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
@@ -116,18 +118,20 @@ def load_parameters(
     convert: Convert = unchanged,
     adapter: Adapter | None = None,
 ) -> Params:
-    """Read a checkpoint into parameters of `dtype`; each device gets only its part.
+    """Load the parameters of a model as arrays of `dtype`, sharded over `mesh`.
 
-    Besides the arrays, the host holds at most one device's part of one parameter, and the slice of
-    a tensor that it is read from.
+    Host memory needs room for only one device's shard of one parameter at a time, and for the slice
+    of a tensor from which the shard is read.
 
     Args:
         directory: Directory of a model, or of an adapter, which is added to its base.
-        convert: Applied to each parameter before the next one is read; its result is kept.
-        adapter: What to add to the weights in float32, before they are rounded to `dtype`.
+        mesh: Mesh over which to shard the parameters; None to load them on one device.
+        convert: Function that converts each parameter before the next one is loaded.
+        adapter: Adapter to add to the weights, in float32, before they are rounded to `dtype`.
 
     Raises:
-        UserError: No safetensors, a damaged file, or tensors that do not fit the configuration.
+        UserError: There is no safetensors file, a file is damaged, or the tensors do not match
+            `config`.
     """
     if is_adapter(directory):
         adapter = read_adapter(directory)
@@ -147,11 +151,11 @@ def parameters_of(
     dtype: Any = np.float32,
     convert: Convert = unchanged,
 ) -> Params:
-    """Assemble the parameters from the tensors of a Hugging Face layout.
+    """Assemble the parameters from the tensors of a Hugging Face checkpoint.
 
     Args:
-        read_tensor: Returns a tensor by name, or the part that slices after the name select.
-        convert: As for `load_parameters`.
+        read_tensor: Function that reads a tensor by name, as `open_weights` returns it.
+        mesh, dtype, convert: As in `load_parameters`.
     """
     form = layout(config)
     places: dict[tuple[str, ...], list[tuple[Tensor, Part]]] = {}
@@ -172,7 +176,7 @@ def parameters_of(
 
 
 def _check_shape(directory: Path, tensor: Tensor, headers: Mapping[str, Header]) -> None:
-    """Check that a tensor exists, in the shape that config.json asks for."""
+    """Check that a tensor is in the files, with the shape that config.json implies."""
     if tensor.name not in headers:
         raise UserError(
             f"{directory} has no tensor {tensor.name}, which config.json asks for. Download the "
@@ -181,15 +185,22 @@ def _check_shape(directory: Path, tensor: Tensor, headers: Mapping[str, Header])
     if headers[tensor.name].shape != tensor.shape:
         raise UserError(
             f"{directory}: {tensor.name} has shape {headers[tensor.name].shape}, "
-            f"and config.json asks for {tensor.shape}. Correct config.json, or put its weights "
-            "there."
+            f"and config.json asks for {tensor.shape}. Correct config.json, or download the model "
+            "again."
         )
 
 
 def _placed(
     shape: tuple[int, ...], where: Sharding, read: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> jax.Array:
-    """Build a sharded array; each part is read once, and is on its devices before the next."""
+    """Build a sharded array from shards that are read and copied to their devices one by one.
+
+    A shard that several devices replicate is read only once.
+
+    Args:
+        where: Sharding of the array.
+        read: Function that reads a slice of the array.
+    """
     owners: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in where.addressable_devices_indices_map(shape).items():
         assert index is not None
@@ -213,7 +224,11 @@ def _at(tree: Params, path: tuple[str, ...]) -> Any:
 def _reader(
     places: list[tuple[Tensor, Part]], read_tensor: Read, dtype: np.dtype
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
-    """Return a function that reads the parameter's values at an index."""
+    """Return a function that reads a slice of a parameter from the tensors that hold its layers.
+
+    Args:
+        places: For each layer, the tensor and the rows in it; one entry outside the blocks.
+    """
 
     def one(tensor: Tensor, part: Part, index: tuple[slice, ...]) -> np.ndarray:
         start = tensor.rows(part).start
@@ -241,12 +256,12 @@ def save_parameters(
 ) -> None:
     """Write config.json, generation_config.json and the weights in safetensors.
 
-    The layout and the number types are those of `config.files`. Weights above `max_shard_bytes`,
-    by default 5 GB, are split into shards with an index. Weights of an earlier model in the
-    directory are deleted. All processes of a run must call this; process 0 writes.
+    The layout and the dtypes are those of `config.files`. Weights larger than `max_shard_bytes`, by
+    default 5 GB, are split into shards with an index. Weights of an earlier model in the directory
+    are deleted. All processes of a run must call this function; process 0 writes.
 
     Raises:
-        UserError: A weight is too large for float16, or no layout holds the model.
+        UserError: A weight is too large for float16, or no layout can describe the model.
     """
     from safetensors.numpy import save_file
 
@@ -268,9 +283,9 @@ def save_parameters(
 
 
 def to_host(params: Params, tensor: Tensor) -> np.ndarray:
-    """The values of a tensor on this host, in its number type.
+    """Gather the values of a tensor in host memory, in the dtype of the file.
 
-    All processes of a run must call this.
+    All processes of a run must call this function.
 
     Raises:
         UserError: A value is too large for float16.

@@ -1,1 +1,1 @@
-"""Conversations as a model writes them: chat templates, and the turns that are learned."""
+"""Conversations as model text: chat templates, and the turns that are trained on."""

@@ -1,8 +1,9 @@
-"""Conversations to ids and targets, equal to those of transformers' chat templates.
+"""Encode conversations to ids and targets, with the same results as transformers.
 
-A special token counts where the template writes it. The same text inside a message is ordinary
-text, as with `apply_chat_template(sanitize_control_tokens=True)`: before rendering it is put
-between marks from Unicode's private use area, and text between marks is encoded as ordinary text.
+Special tokens are recognised where the template writes them. The same text inside a message is
+ordinary text, as with `apply_chat_template(sanitize_control_tokens=True)`: before rendering, it is
+put between marks from Unicode's private use area, and text between marks is encoded as ordinary
+text.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _OPEN, _CLOSE = "\U000f0000", "\U000f0001"
 _STRING_ARGUMENTS = re.compile(r"arguments\s+is\s+string")
 _Token = tuple[int, tuple[int, int]]  # id, (start, end) in characters
 _LAST_WORD = re.compile(r"\w+(?=\W*\Z)")
-# Target value of the first token. It is an input only, as no BOS is put before a rendered template.
+# Target value of the first token, which is only an input: no BOS precedes a rendered template.
 GIVEN = 2
 
 
@@ -37,9 +38,9 @@ class EncodedChat:
     """A conversation as a document.
 
     Attributes:
-        text: what the template writes.
-        ids: ids of the whole text, as in transformers.
-        targets: 1 for tokens of the turns that are learned, 0 for others, `GIVEN` for the first.
+        text: the text rendered by the template.
+        ids: token ids of the text, as in transformers.
+        targets: 1 for tokens of turns that are trained on, 0 for others, `GIVEN` for the first.
         unwritten: number of messages, tool calls and tools that the template left out.
     """
 
@@ -49,7 +50,7 @@ class EncodedChat:
     unwritten: int
 
     def first_turn(self) -> tuple[list[int], list[int]]:
-        """The ids before the first learned turn, and the ids of that turn."""
+        """The ids before the first turn that is trained on, and the ids of this turn."""
         learned = self.targets == 1
         start = int(learned.argmax())
         stop = start + int(np.append(~learned[start:], True).argmax())
@@ -60,8 +61,8 @@ class ChatEncoder:
     """Renders conversations with a template and encodes them.
 
     Args:
-        source: the Jinja text of the template.
-        tool_source: the template for conversations with tools; by default the same one.
+        source: the Jinja template.
+        tool_source: the template for conversations with tools; by default the same template.
 
     Raises:
         UserError: a template is not Jinja.
@@ -82,10 +83,10 @@ class ChatEncoder:
             self._tool_template = ChatTemplate(marked(tool_source), variables)
 
     def encode(self, chat: Chat) -> EncodedChat:
-        """The ids and targets of a conversation.
+        """Encode a conversation to ids and targets.
 
         Raises:
-            TemplateFault: the template refuses it, or nothing of it would be learned.
+            TemplateFault: the template refuses the conversation, or it has no text to train on.
         """
         template = self._template_of(chat)
         chat, holds_special = self._prepared(chat, template)
@@ -93,22 +94,24 @@ class ChatEncoder:
         encode = self._encode if holds_special else self._encode_whole
         text, ids, targets = encode(written, spans)
         if not (targets == 1).any():
-            raise TemplateFault("it writes no text of the assistant, so nothing would be learned")
+            raise TemplateFault(
+                "it renders no text of the assistant, so there is nothing to train on"
+            )
         return EncodedChat(text, ids, targets, _unwritten(chat, written))
 
     def prompt(self, chat: Chat) -> tuple[str, list[int]]:
-        """Text and ids of a conversation, ending with the prompt for the model's answer.
+        """Text and ids of a conversation, up to the generation prompt for the model's answer.
 
         Raises:
-            TemplateFault: the template refuses it.
+            TemplateFault: the template refuses the conversation.
         """
         return self._all(chat, generation_prompt=True)[:2]
 
     def whole(self, chat: Chat) -> tuple[str, list[int], int]:
-        """Text and ids of a conversation, and what the template left out (`EncodedChat.unwritten`).
+        """Text and ids of a conversation, and its number of items that the template omits.
 
         Raises:
-            TemplateFault: the template refuses it.
+            TemplateFault: the template refuses the conversation.
         """
         return self._all(chat, generation_prompt=False)
 
@@ -124,7 +127,7 @@ class ChatEncoder:
         return self._template if chat.tools is None else self._tool_template
 
     def _prepared(self, chat: Chat, template: ChatTemplate) -> tuple[Chat, bool]:
-        """The conversation to render, and whether there are marks around special tokens in it."""
+        """The conversation to render, and whether its special tokens are put between marks."""
         takes_strings = bool(_STRING_ARGUMENTS.search(template.source))
         chat = Chat(
             [_with_objects(message, takes_strings) for message in chat.messages],
@@ -164,7 +167,7 @@ class ChatEncoder:
         return text, encoding.ids, _targets(encoding.offsets, spans)
 
     def _encode(self, written: str, spans: Spans) -> tuple[str, list[int], np.ndarray]:
-        """Do what `_encode_whole` does, for a text with marks around what must be ordinary text."""
+        """Encode as `_encode_whole` does, for a text with marks around ordinary text."""
         texts: list[str] = []
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
@@ -185,7 +188,7 @@ class ChatEncoder:
         return "".join(texts), ids, _targets(offsets, kept)
 
     def _piece(self, piece: str, is_text: bool) -> list[_Token]:
-        """Encode a piece from the middle of a text, without a space that tokenizers put first."""
+        """Encode a piece from the middle of a text, without a space that tokenizers prepend."""
         tokenizer = self._plain if is_text else self._full
         newline, found = _encoded(self._full, "\n"), _encoded(tokenizer, "\n" + piece)
         if [index for index, _ in found[: len(newline)]] == [index for index, _ in newline]:
@@ -199,7 +202,7 @@ class ChatEncoder:
         return any(self._special.search(t) or _OPEN in t or _CLOSE in t for t in texts)
 
     def _protected(self, value: Any) -> Any:
-        """A copy with marks around special tokens in all strings that are values."""
+        """A copy of `value` with marks around special tokens in all of its strings, except keys."""
         if isinstance(value, str):
             value = value.replace(_OPEN, "").replace(_CLOSE, "")
             return self._special.sub(f"{_OPEN}\\g<0>{_CLOSE}", value)
@@ -209,7 +212,7 @@ class ChatEncoder:
 
 
 def special_tokens(tokenizer: BPETokenizer) -> dict[str, str]:
-    """Variables of a template for special tokens: the text of each, by role."""
+    """Template variables for special tokens: the text of each token, by role."""
     ids = {
         "bos_token": tokenizer.bos_token_id,
         "eos_token": tokenizer.eos_token_id,
@@ -244,7 +247,7 @@ def _pieces(
 
 
 def _targets(offsets: Sequence[tuple[int, int]], spans: Spans) -> UInt8[np.ndarray, " tokens"]:
-    """Targets of the tokens that the character spans cover, by the rule of transformers."""
+    """Targets of tokens: 1 inside the character spans, by the rule of transformers."""
     marks = np.zeros(len(offsets), np.uint8)
     stops = np.maximum.accumulate(np.array([stop for _, stop in offsets], np.int64))
 
@@ -273,10 +276,10 @@ def _strings(value: Any) -> Sequence[str]:
 
 
 def _with_objects(message: Mapping[str, Any], takes_strings: bool) -> dict[str, Any]:
-    """A message whose tool calls have objects as arguments, not JSON in a string.
+    """A message whose tool calls have objects as arguments, instead of JSON strings.
 
-    OpenAI's API writes a string, which most templates would encode a second time; servers
-    decode it before they render (vLLM's `parse_chat_messages`).
+    OpenAI's API returns a JSON string, which most templates would encode a second time; servers
+    decode it before rendering (vLLM's `parse_chat_messages`).
     """
     message = dict(message)
     calls = message.get("tool_calls")
@@ -287,7 +290,7 @@ def _with_objects(message: Mapping[str, Any], takes_strings: bool) -> dict[str, 
 
 
 def _decoded(call: Any) -> Any:
-    """A tool call with its arguments as an object, if they came as JSON in a string."""
+    """A tool call with its arguments as an object, decoded if they are a JSON string."""
     if not isinstance(call, dict):
         return call
     function = call.get("function", call)
@@ -305,9 +308,9 @@ def _decoded(call: Any) -> Any:
 
 
 def _unwritten(chat: Chat, written: str) -> int:
-    """Count the messages, tool calls and tools that left no trace in the written text.
+    """Count the messages, tool calls and tools that are missing from the rendered text.
 
-    A message has left a trace if its last word is in the text.
+    A message counts as present if its last word is in the text.
     """
     count = 0
     for message in chat.messages:

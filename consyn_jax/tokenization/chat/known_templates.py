@@ -1,8 +1,8 @@
-"""`generation` marks for published templates without them, as in TRL's `assistant_only_loss`.
+"""Add `generation` blocks to published templates, as for TRL's `assistant_only_loss`.
 
-A template is recognised by the lines that write the assistant's turns, not as a whole, so that
-another system prompt or a later revision makes no difference. In Qwen3's template, TRL also lets
-every turn, not only the last one, begin with its reasoning, as the model writes it.
+A template is recognised by its lines for the assistant's turns, so that another system prompt or a
+later revision of the rest makes no difference. As in TRL, Qwen3's template is also changed so that
+every turn, not only the last one, begins with its reasoning, as the model writes it.
 Source: trl 1.16, `chat_templates/qwen2_5_training.jinja` and `qwen3_training.jinja`.
 """
 
@@ -36,7 +36,7 @@ _MARKS = {
 
 
 def marked(source: str) -> str:
-    """Add `generation` blocks to a template that is known; return others unchanged."""
+    """Add `generation` blocks to a known template; return other templates unchanged."""
     for changes in _MARKS.values():
         text = source
         for pattern, put in changes:

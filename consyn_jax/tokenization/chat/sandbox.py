@@ -1,7 +1,7 @@
-"""Chat templates as transformers renders them, in Jinja's sandbox and within bounds.
+"""Render chat templates as transformers does, in Jinja's sandbox and within limits.
 
-A template comes with a model, so it is an untrusted program. It sees plain JSON values only, cannot
-reach Python's internals, and is stopped if it writes or computes too much. The helpers are those of
+A template comes with a model, so it is an untrusted program. It sees only plain JSON values, cannot
+reach Python's internals, and is stopped if it writes or computes too much. The helpers come from
 `transformers.utils.chat_template_utils`: `raise_exception`, `strftime_now`, `tojson`, `dict`,
 `namespace`, loop controls, and `generation` blocks around what the model itself writes.
 """
@@ -24,8 +24,8 @@ from jinja2.utils import Namespace
 
 from consyn_jax.errors import UserError, brief
 
-# The date in every rendering, so that the same rows make the same tokens on any day. Llama 3.2's
-# template writes this date if there is no clock; transformers and TRL give today's.
+# The date in every rendering, so that the same rows give the same tokens on any day. Llama 3.2's
+# template writes this date if it has no clock; transformers and TRL supply the current date.
 RENDERED_DAY = datetime.datetime(2024, 7, 26)
 LONGEST_TEXT = 16 << 20  # characters of a rendered conversation
 LONGEST_S = 20.0
@@ -33,11 +33,11 @@ MOST_ITERATIONS = 1_000_000  # of all `range` loops of one rendering
 
 
 class TemplateFault(Exception):
-    """A conversation that its template refuses, or a template that fails."""
+    """The template refuses a conversation, or fails."""
 
 
 def writes_date(source: str) -> bool:
-    """Whether a template writes the date, which is always `RENDERED_DAY`."""
+    """Whether a template writes the current date, which is always rendered as `RENDERED_DAY`."""
     return "strftime_now" in source
 
 
@@ -56,8 +56,8 @@ class ChatTemplate:
     """A compiled chat template.
 
     Args:
-        source: the Jinja text.
-        variables: values for every rendering besides the conversation, such as `bos_token`.
+        source: the Jinja template.
+        variables: values for every rendering, in addition to the conversation, such as `bos_token`.
 
     Raises:
         UserError: the text is not Jinja.
@@ -77,7 +77,7 @@ class ChatTemplate:
 
     @property
     def has_marks(self) -> bool:
-        """Whether `generation` blocks mark what the model writes."""
+        """Whether the template has `generation` blocks around the model's text."""
         return self._environment.has_marks
 
     def render(
@@ -87,15 +87,15 @@ class ChatTemplate:
         generation_prompt: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> Rendered:
-        """The text of a conversation.
+        """Render a conversation.
 
         Args:
             messages: plain JSON values, without nulls.
-            generation_prompt: end with the prompt for the model's answer.
-            variables: further values; they override those of the template.
+            generation_prompt: whether to end with the prompt for the model's answer.
+            variables: further values, which override the values of the constructor.
 
         Raises:
-            TemplateFault: the template refuses the conversation, fails, or exceeds the bounds.
+            TemplateFault: the template refuses the conversation, fails, or exceeds a limit.
         """
         values = {**self.variables, **(variables or {})}
         values |= {"tools": tools, "documents": values.get("documents")}
@@ -117,7 +117,7 @@ class ChatTemplate:
 
 
 def _with_reasoning(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Copy each message's reasoning to every name under which templates read it."""
+    """Copy each message's reasoning to all keys under which templates look for it."""
     names = ("reasoning_content", "thinking", "reasoning")
     found = []
     for message in messages:
@@ -132,7 +132,7 @@ def _with_reasoning(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class _Count:
-    """The progress of one rendering: text written, loop iterations, and marks."""
+    """Counters of one rendering: length of the text, loop iterations, and generation blocks."""
 
     def __init__(self) -> None:
         self.written, self.iterations, self.blocks = 0, 0, list[tuple[int, int]]()
@@ -150,7 +150,7 @@ class _Count:
 
 
 class _Code(CodeGenerator):
-    """Compiles `a ~ b` to a call of the environment, which checks the length."""
+    """Compiles `a ~ b` to a call of `_Environment.joined`, which checks the length."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.joined((")
@@ -161,7 +161,7 @@ class _Code(CodeGenerator):
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`: what the model itself writes."""
+    """Jinja extension for `{% generation %}...{% endgeneration %}`, the model's own text."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's attribute)
 
@@ -178,7 +178,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with transformers' helpers, and with bounds."""
+    """Jinja's sandbox with transformers' helpers and with limits."""
 
     code_generator_class = _Code
     intercepted_binops = frozenset(["+", "*", "**", "%"])
@@ -203,7 +203,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     @contextmanager
     def counting(self) -> Iterator[_Count]:
-        """Count what one rendering does."""
+        """A context that counts the work of one rendering."""
         self._count = _Count()
         try:
             yield self._count
@@ -211,7 +211,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             self._count = None
 
     def mark(self, length: int) -> None:
-        """Record a generation block of `length` characters at the end of what is written."""
+        """Record that the next `length` characters of the text are a generation block."""
         if self._count is not None:
             self._count.blocks.append((self._count.written, self._count.written + length))
 
@@ -240,7 +240,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return result
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """Call a function, unless the time is up."""
+        """Call a function, unless the time limit is exceeded."""
         if self._count is not None:
             self._count.check_time()
         return super().call(*args, **kwargs)
@@ -266,7 +266,7 @@ def _tojson(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without Jinja's escapes for HTML."""
+    """Encode a value as JSON, without Jinja's escapes for HTML."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -281,13 +281,13 @@ def _raise(message: str) -> None:
 
 
 class _Dict:
-    """`dict(...)` without the class, whose attributes lead to Python's internals."""
+    """A function for `dict(...)`: the class has attributes that lead to Python's internals."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
 
     def fromkeys(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        """As `dict.fromkeys`."""
+        """Do the same as `dict.fromkeys`."""
         return dict.fromkeys(*args, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Reading and replacing the chat template in a model's files."""
+"""Read and replace the chat template in a model's files."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ DEFAULT, TOOL_USE = "default", "tool_use"
 
 
 def template_in(files: Mapping[str, bytes]) -> str | None:
-    """The chat template among a tokenizer's files; None if there is none.
+    """The chat template in a tokenizer's files; None if there is none.
 
-    If several have names, it is the one named "default".
+    Of several named templates, it is the one named "default".
 
     Args:
-        files: contents by name.
+        files: contents of the files by name.
 
     Raises:
         UserError: the template in a file is not text.
@@ -31,9 +31,9 @@ def template_in(files: Mapping[str, bytes]) -> str | None:
 
 
 def tool_template_in(files: Mapping[str, bytes]) -> str | None:
-    """The template for conversations with tools, if the tokenizer has a separate one.
+    """The template for conversations with tools; None without a separate one.
 
-    transformers takes the one named "tool_use" (`get_chat_template`).
+    As in transformers (`get_chat_template`), it is the template named "tool_use".
 
     Raises:
         UserError: as for `template_in`.
@@ -42,7 +42,7 @@ def tool_template_in(files: Mapping[str, bytes]) -> str | None:
 
 
 def _named(files: Mapping[str, bytes]) -> dict[str, str]:
-    """The templates by name; one without a name is "default"."""
+    """The templates by name; a template without a name is "default"."""
     if TEMPLATE in files:
         extra = {
             Path(name).stem: _text(name, data)
@@ -77,7 +77,8 @@ def _text(name: str, content: bytes) -> str:
 def with_template(files: Mapping[str, bytes], source: str) -> dict[str, bytes]:
     """A tokenizer's files with another chat template, as transformers 4.43 and later read it.
 
-    split_special_tokens is set to false, or the template's special tokens would be plain text.
+    split_special_tokens is set to false, because otherwise the template's special tokens would be
+    encoded as ordinary text.
     """
     changed = {
         name: content
@@ -96,7 +97,7 @@ def with_template(files: Mapping[str, bytes], source: str) -> dict[str, bytes]:
 
 
 def read_template(path: str) -> str:
-    """The Jinja text of `--chat_template FILE`.
+    """Read the Jinja template of `--chat_template FILE`.
 
     Raises:
         UserError: the file cannot be read.

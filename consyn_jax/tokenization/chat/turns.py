@@ -1,12 +1,13 @@
-"""The assistant's turns in a rendered conversation: by the template's marks, or by difference.
+"""Find the assistant's turns in a rendered conversation, by blocks or by difference.
 
 If a template has `generation` blocks, they are the turns. Otherwise a turn is the difference
-between two renderings: the conversation through the turn, and the conversation before it with the
-generation prompt. The difference is just what the model writes when it answers.
+between two renderings: the conversation up to and including the turn, and the conversation before
+it with the generation prompt. The difference is exactly the text that the model generates as its
+answer.
 
-Some templates write an earlier turn differently from the last one (Qwen3 and DeepSeek-R1 leave the
-reasoning out of history). Then every turn is rendered as if it were the last one, so that each is
-learned as the model writes it.
+Some templates render earlier turns differently from the last one (Qwen3 and DeepSeek-R1 leave the
+reasoning out of the history). Then every turn is rendered as if it were the last one, so that the
+model is trained on each turn as it would generate it.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from consyn_jax.tokenization.chat.sandbox import ChatTemplate, Rendered, Templat
 
 Message = dict[str, Any]
 Spans = list[tuple[int, int]]
-# Stands in for a message's text where only what follows it matters.
+# Placeholder for a message's text when only the text after it is needed.
 STAND_IN = "a7c1f0e95b3d4826"
 REWRITTEN = (
-    "it writes earlier turns in a way that hides where they end; mark what the model writes with "
+    "the ends of earlier turns cannot be found in its text; put the model's text into "
     "generation blocks"
 )
 
@@ -32,7 +33,7 @@ class Chat:
     """A conversation to render.
 
     Attributes:
-        messages: as chat templates take them.
+        messages: messages in the form that chat templates expect.
         learned: for each message, whether it is trained on.
         tools, variables: further values for the template.
     """
@@ -44,10 +45,10 @@ class Chat:
 
 
 def write(template: ChatTemplate, chat: Chat) -> tuple[str, Spans]:
-    """Render a conversation; return its text and the (start, end) in characters of learned turns.
+    """Render a conversation; return its text and the turns to train on, as character ranges.
 
     Raises:
-        TemplateFault: the template refuses the conversation, or hides the turns.
+        TemplateFault: the template refuses the conversation, or the turns cannot be found.
     """
 
     def render(messages: list[Message], generation_prompt: bool = False) -> Rendered:
@@ -72,7 +73,7 @@ def _marked(render: Callable[..., Rendered], chat: Chat) -> tuple[str, Spans]:
         spans += blocks[seen:upto] if chat.learned[i] else []
         seen = upto
     if seen != len(blocks):
-        raise TemplateFault("its generation blocks cannot be told apart by message")
+        raise TemplateFault("its generation blocks cannot be assigned to messages")
     return text, spans
 
 
@@ -89,7 +90,7 @@ def _by_difference(render: Callable[..., str], chat: Chat) -> tuple[str, Spans]:
 
 
 def _turn(render: Callable[..., str], messages: list[Message], i: int) -> tuple[int, str]:
-    """(start, text): the conversation through turn `i`, and where that turn starts in it."""
+    """The text of the conversation up to and including turn `i`, and where the turn starts."""
     after = render(messages[: i + 1])
     if i:
         return _common_length(render(messages[:i], True), after), after
@@ -97,12 +98,14 @@ def _turn(render: Callable[..., str], messages: list[Message], i: int) -> tuple[
     prompt = render(messages[:1], True).removeprefix(after)
     start = after.find(prompt) if prompt and prompt != render(messages[:1], True) else -1
     if start < 0:
-        raise TemplateFault("it does not show where the first message, the assistant's, begins")
+        raise TemplateFault(
+            "the beginning of the first message, the assistant's, cannot be found in its text"
+        )
     return start + len(prompt), after
 
 
 def _turn_by_turn(render: Callable[..., str], chat: Chat) -> tuple[str, Spans]:
-    """Render each turn as if it were the last one, and join them with the text between them."""
+    """Render each turn as if it were the last one, and join the turns with the text between."""
     messages, text, spans = chat.messages, "", Spans()
     last: int | None = None
     for i, message in enumerate(messages):
@@ -136,7 +139,7 @@ def _between(render: Callable[..., str], messages: list[Message], a: int, b: int
 
 
 def _rest(text: str) -> str:
-    """The text after the stand-in for a message."""
+    """The text after the placeholder of a message."""
     _, found, rest = text.partition(STAND_IN)
     if not found or STAND_IN in rest:
         raise TemplateFault(REWRITTEN)
@@ -144,7 +147,7 @@ def _rest(text: str) -> str:
 
 
 def _common_length(a: str, b: str) -> int:
-    """Length of the longest common beginning."""
+    """Length of the longest common prefix."""
     if b.startswith(a):
         return len(a)
     return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(b))

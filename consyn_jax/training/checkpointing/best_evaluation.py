@@ -12,13 +12,13 @@ from consyn_jax.evaluation_metrics import is_greater_better
 class Selection:
     """The best evaluation so far, and the number of evaluations without improvement.
 
-    All of it is in every checkpoint, so that a resumed run takes the same decisions.
+    Every checkpoint has these values, so that a resumed run makes the same decisions.
 
     Attributes:
-        best_value, best_step: None before the first evaluation.
-        stale: consecutive evaluations that did not improve on `reference` by more than the minimum.
-        reference: the value that early stopping compares with. A best model that is better by less
-            than the minimum does not change it.
+        best_value, best_step: Value and step of the best evaluation; None before the first.
+        stale: Number of evaluations since `reference` was last improved by more than `min_delta`.
+        reference: Value with which early stopping compares. An improvement by less than `min_delta`
+            gives a new best model, but does not change the reference.
     """
 
     best_value: float | None = None
@@ -27,10 +27,10 @@ class Selection:
     reference: float | None = None
 
     def update(self, metric: str, value: float, step: int, min_delta: float = 0.0) -> bool:
-        """Take in an evaluation, and return whether it is the best; NaN never is.
+        """Record an evaluation; return whether it is the best so far, which NaN never is.
 
         Args:
-            min_delta: early stopping counts an improvement above this, in units of the metric.
+            min_delta: Smallest improvement that resets early stopping, in units of the metric.
         """
         sign = 1.0 if is_greater_better(metric) else -1.0
         improved = not math.isnan(value) and (
@@ -51,7 +51,8 @@ class Selection:
         """Whether early stopping ends the run at `step`.
 
         Args:
-            patience: consecutive evaluations without improvement; None never stops.
-            min_steps: the first step at which it may stop.
+            patience: Number of consecutive evaluations without improvement that ends the run; None
+                never ends it.
+            min_steps: First step at which the run may end.
         """
         return patience is not None and self.stale >= patience and step >= min_steps

@@ -1,4 +1,4 @@
-"""Files of checkpoints: saved steps, checksums, damage. Does not import JAX."""
+"""The files of checkpoints: saved steps, checksums and damage; does not import JAX."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from consyn_jax.integers import natural
 CHECKSUMS = "CHECKSUMS"
 STATE = "state"  # the arrays of a checkpoint
 PROVENANCE = "provenance.json"  # of a run, a checkpoint or a model
-# Parts of a name between step and attempt: a checkpoint that is being written or removed.
+# Text after the step in the name of a checkpoint that is being written or removed.
 UNFINISHED = ".orbax-checkpoint-tmp"
 DAMAGED = ".damaged"  # after the step: set aside
 READ_BYTES = 1 << 20
@@ -24,7 +24,7 @@ LARGEST_CHECKSUMS = 1 << 26  # bytes: half a million files
 
 
 def step_of(name: str) -> int | None:
-    """The step that a directory's name says; None if no checkpoint has such a name.
+    """The step in the name of a checkpoint's directory; None if no checkpoint has such a name.
 
     >>> step_of("20"), step_of("020"), step_of("20.damaged-1")
     (20, None, None)
@@ -34,7 +34,7 @@ def step_of(name: str) -> int | None:
 
 
 def saved_steps(directory: Path) -> list[int]:
-    """Steps that have a checkpoint, ascending; one still being written has another name."""
+    """Steps that have a checkpoint, ascending; a checkpoint being written has another name."""
     if not directory.exists():
         return []
     return sorted(
@@ -45,7 +45,7 @@ def saved_steps(directory: Path) -> list[int]:
 
 
 def misnamed(directory: Path) -> Path | None:
-    """A directory whose name is a number, but not one that a checkpoint can have: `020`."""
+    """Find a directory whose name is a number, but not that of a checkpoint, such as `020`."""
     if not directory.exists():
         return None
     others = (path for path in directory.iterdir() if step_of(path.name) is None)
@@ -66,13 +66,13 @@ def file_names(directory: Path) -> list[str]:
 
 
 def is_hollow(file: Path) -> bool:
-    """Whether a large file is sparse: we never write one, and reading it could take hours."""
+    """Whether a large file is sparse: no run writes such files, and reading could take hours."""
     status = file.stat()
     return status.st_size > LARGE and status.st_blocks * 512 < status.st_size // 1000
 
 
 def file_hash(file: Path, flush: bool = False) -> str:
-    """XXH3-128 of a file; `flush` also flushes the file to the disk."""
+    """XXH3-128 hash of a file; `flush` also flushes the file to the disk."""
     content_hash, buffer = xxhash.xxh3_128(), memoryview(bytearray(READ_BYTES))
     with file.open("rb", buffering=0) as opened:
         while count := opened.readinto(buffer):
@@ -83,13 +83,13 @@ def file_hash(file: Path, flush: bool = False) -> str:
 
 
 def damage(directory: Path, part: int = 0, parts: int = 1, only: str | None = None) -> str | None:
-    """Verify the files of a checkpoint, and return the first fault, or None.
+    """Verify the files of a checkpoint; return the first fault as text, or None.
 
-    A link, a pipe or a device in it is a fault: none is written there, and none is followed.
+    A link, a pipe or a device among the files is a fault, and is not opened.
 
     Args:
-        part, parts: read every `parts`-th file, beginning with the `part`-th.
-        only: read only this file.
+        part, parts: Read only every `parts`-th file, starting with file number `part`.
+        only: Read only the file of this name.
     """
     try:
         for stray in filter(None, map(irregular, sorted(directory.iterdir()))):

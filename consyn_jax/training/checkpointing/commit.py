@@ -1,8 +1,8 @@
 """Commit written files as a checkpoint, and remove old checkpoints.
 
-All files are written under a temporary name and flushed to the disk. Renaming the directory to its
-step makes it a checkpoint. An old checkpoint is renamed before it is removed. A kill at any moment
-thus leaves only whole checkpoints, and leftovers under other names.
+All files are written to a directory with a temporary name, and flushed to the disk. Renaming the
+directory to its step commits the checkpoint. An old checkpoint is renamed before it is removed. So
+after a kill at any moment, every directory with the name of a step is a complete checkpoint.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ BEGUN = ".begun"  # a file in a directory that is being written; Orbax makes a d
 
 
 def unfinished(step: int, mark: str = "") -> str:
-    """The name of a checkpoint that is being written or removed."""
+    """Name of the directory of a checkpoint that is being written or removed."""
     return f"{step}{UNFINISHED}{mark}"
 
 
 def prepare(target: Path, size: int) -> None:
-    """Make an empty directory to write to.
+    """Create an empty directory for a checkpoint's files.
 
     Raises:
-        OSError: the disk has less room than `size` bytes, or cannot be written.
+        OSError: The disk has less than `size` bytes free, or cannot be written.
     """
     make_directory(target.parent)
     remove_unfinished(target.parent)
@@ -70,11 +70,11 @@ def remove_unfinished(directory: Path) -> None:
 
 @dataclass(frozen=True)
 class WrittenPart:
-    """The part of a checkpoint that one process has written.
+    """The result of one process's write: the files that it has written, or its error.
 
     Attributes:
-        hashes: by the name of the file.
-        error: what went wrong.
+        hashes: Name of each file -> hash.
+        error: The error that ended the write; None after success.
     """
 
     hashes: dict[str, str] = field(default_factory=dict)
@@ -82,16 +82,16 @@ class WrittenPart:
 
     @property
     def defect(self) -> Exception | None:
-        """The error, if it is a defect and not an error of the operating system."""
+        """The error, unless the operating system caused it (such as a full disk); then None."""
         return None if refusal(self.error) else self.error
 
     def message(self) -> str:
-        """The part, serialised for the other processes."""
+        """Serialise this result for the other processes."""
         return json.dumps([refusal(self.error), self.error and repr(self.error), self.hashes])
 
 
 def write_part(target: Path, futures: list[Any]) -> WrittenPart:
-    """Wait until Orbax has written this process's part of the arrays, and hash its files."""
+    """Wait until Orbax has written this process's share of the arrays, and hash the files."""
     own = f"{STATE}/ocdbt.process_{jax.process_index()}/"
     try:
         write_at_low_priority(futures)
@@ -105,14 +105,21 @@ def write_part(target: Path, futures: list[Any]) -> WrittenPart:
 
 
 def deleted(target: Path) -> OSError | None:
-    """The error for a directory that was deleted during the write; Orbax raises various errors."""
+    """The error to raise if `target` was deleted during the write, or None.
+
+    Orbax raises various errors in this case.
+    """
     if (target / BEGUN).exists():
         return None
     return FileNotFoundError(errno.ENOENT, f"{target} was deleted")
 
 
 def discard(target: Path) -> None:
-    """Remove the written files, and those that Orbax wrote again after a deletion."""
+    """Remove the files of a failed write.
+
+    If the directory was deleted during the write, Orbax may have created parents of it again; these
+    are removed if they are empty.
+    """
     was_deleted = deleted(target) is not None
     shutil.rmtree(target, ignore_errors=True)
     if was_deleted:
@@ -124,13 +131,15 @@ def discard(target: Path) -> None:
 def merge_parts(
     own: WrittenPart, messages: list[str], step: int
 ) -> tuple[str | None, dict[str, str]]:
-    """Combine the parts of all processes.
+    """Combine the results of all processes.
 
     Returns:
-        The operating system's error in any process, and the hashes of all.
+        An error of the operating system in any process, as text, or None; and the hashes of all
+        files.
 
     Raises:
-        Exception: any other error; a process without one raises RuntimeError.
+        Exception: A process had another error. That process raises its own error, the others raise
+            RuntimeError.
     """
     parts = [json.loads(message) for message in messages]
     if defects := [
@@ -152,12 +161,13 @@ def give_name(
     hashes: dict[str, str],
     provenance: Callable[[dict[str, str]], str] | None = None,
 ) -> None:
-    """Complete the files in `target`, and rename it to `place`, which makes it a checkpoint.
+    """Write the remaining files to `target`, and rename it to `place` to commit the checkpoint.
 
     Args:
-        run: the run record.
-        hashes: hashes of the files that are on the disk already.
-        provenance: makes the content of provenance.json from the hashes of the state's files.
+        run: The run record.
+        hashes: Hashes of files that are already flushed to the disk.
+        provenance: Function that makes the content of provenance.json from the hashes of the
+            state's files.
     """
 
     def hashed(name: str) -> str:
@@ -187,19 +197,24 @@ def _write(file: Path, text: str) -> None:
 
 
 def kept_steps(steps: list[int], last: int, every: int | None) -> list[int]:
-    """The steps to keep, out of ascending `steps`."""
+    """Steps of the checkpoints to keep, out of ascending `steps`.
+
+    Args:
+        last: Number of newest checkpoints to keep.
+        every: Also keep checkpoints whose step is a multiple of this.
+    """
     return [step for step in steps if step in steps[-last:] or (every and step % every == 0)]
 
 
 def rotate(directory: Path, old: list[int], damaged: Collection[int]) -> None:
-    """Remove old checkpoints after the rename of the new one is on the disk."""
+    """Remove old checkpoints, once the rename of the new one has reached the disk."""
     flush(directory)
     remove_unfinished(directory)  # Orbax may have written after the removal of a failed attempt
     remove(directory, old, damaged)
 
 
 def remove(directory: Path, steps: list[int], damaged: Collection[int]) -> None:
-    """Remove checkpoints; only rename the damaged ones."""
+    """Remove checkpoints; damaged ones are renamed instead."""
     for step in steps:
         place = directory / str(step)
         if step in damaged:

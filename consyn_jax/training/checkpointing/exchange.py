@@ -1,4 +1,4 @@
-"""Messages between the processes of a run, which any thread may send."""
+"""Messages between the processes of a run, which threads other than the main one may send."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import jax
 
 from consyn_jax.training.checkpointing.orbax_writes import refusal
 
-# How long processes wait for the slowest write. JAX reports a dead process earlier.
+# Time that processes wait for the slowest write. JAX reports a dead process earlier.
 TIMEOUT_MS = 6 * 3600 * 1000
 
 _OBJECTS = itertools.count()
 
 
 class Exchange:
-    """Exchanges texts through JAX's coordination service, without the devices.
+    """Exchanges texts through JAX's coordination service, without using the devices.
 
     All processes must make the same calls in the same order.
     """
@@ -25,7 +25,7 @@ class Exchange:
         self._prefix, self._count = f"consyn_jax/checkpoints/{next(_OBJECTS)}", 0
 
     def gather(self, text: str) -> list[str]:
-        """Exchange texts, and return those of all processes by process number."""
+        """Send a text, and return the texts of all processes in the order of their numbers."""
         if jax.process_count() == 1:
             return [text]
         import orbax.checkpoint as ocp
@@ -42,10 +42,10 @@ class Exchange:
         return texts
 
     def on_first(self, work: Callable[[], None]) -> str | None:
-        """Do `work` in the first process only.
+        """Call `work` in process 0 only.
 
         Returns:
-            The operating system's error, the same in every process; None for success.
+            The operating system's error in `work`, as text, in every process; None after success.
         """
         reason = None
         if jax.process_index() == 0:

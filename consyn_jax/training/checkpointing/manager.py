@@ -1,6 +1,7 @@
-"""The checkpoints of a run: asynchronous, atomic, verified, rotated, restored onto any mesh.
+"""`Checkpoints`: asynchronous, atomic, verified checkpoints, which can be restored to any mesh.
 
-Orbax writes and reads the arrays, and `commit` names them (docs/design/checkpoints.md).
+Orbax writes and reads the arrays; `commit` makes a directory of written files a checkpoint
+(docs/design/checkpoints.md).
 """
 
 from __future__ import annotations
@@ -51,28 +52,30 @@ SPARE_BYTES = 1 << 20  # of a checkpoint, besides its arrays
 class Checkpoints:
     """The checkpoints of one run, in `directory/STEP/`.
 
-    Every process of the run must make the same calls in the same order. If the operating system
-    refuses to write a checkpoint (no space, no permission, a broken disk), the run continues
-    without it. `warn` is called once until a save succeeds again. The next `save`, `wait` or
-    `close` raises any other error of the background thread.
+    Every process of the run must make the same calls in the same order.
+
+    If the operating system refuses to write a checkpoint (disk full, no permission, broken disk),
+    the run continues without it. Then `warn` is called, but not again until a save has succeeded.
+    Any other error of the background thread is raised by the next `save`, `wait` or `close`.
 
     Args:
-        keep_last: how many of the newest are kept.
-        keep_every: checkpoints whose step is a multiple of it are kept, too.
-        warn: called in the caller's thread with a sentence about checkpoints that could not be
-            written or are damaged.
-        owner: the run that these checkpoints must belong to; None accepts any run.
-        before_commit: called in the first process, from the background thread, before a checkpoint
-            gets its name. It flushes what belongs to the checkpoint, and raises `UserError` if the
-            directory is not this run's any more.
+        keep_last: Number of newest checkpoints to keep.
+        keep_every: Also keep checkpoints whose step is a multiple of this.
+        warn: Function for warnings about checkpoints that are damaged or could not be written;
+            called in the thread of the caller.
+        owner: The run to which the checkpoints must belong; None accepts any run.
+        before_commit: Function that flushes other files of the run before a checkpoint is
+            committed, and raises `UserError` if the directory no longer belongs to this run. Called
+            in process 0, in the background thread.
 
     Attributes:
-        provenance: makes the content of provenance.json from a step and the hashes of its files;
-            None for checkpoints without one.
-        damaged: by step, why `newest` skipped a checkpoint, until `delete_after` sets it aside.
+        provenance: Function that makes the content of provenance.json from a step and the hashes of
+            the state's files; None for checkpoints without this file.
+        damaged: Step of each damaged checkpoint that `newest` has found -> reason. `delete_after`
+            renames these checkpoints.
 
     Raises:
-        UserError: the directory cannot be read.
+        UserError: The directory cannot be read.
     """
 
     def __init__(
@@ -89,7 +92,7 @@ class Checkpoints:
         self._keep_last, self._keep_every, self._warn = keep_last, keep_every, warn
         self._owner, self.before_commit = owner, before_commit
         self.provenance: Callable[[int, dict[str, str]], str] | None = None
-        # Part of temporary names, so that no other start takes these files for its own.
+        # Part of temporary names, so that another start does not mistake these files for its own.
         self._mark = "" if owner is None else f"-{owner.start[:12]}"
         self._verified: set[int] = set()
         self._half_removed: set[int] = set()  # the last removal failed part way
@@ -103,7 +106,7 @@ class Checkpoints:
         found: list[int] = []
         if reason := self._exchange.on_first(lambda: found.extend(saved_steps(self.directory))):
             raise UserError(f"{self.directory} cannot be read: {reason}.")
-        # All processes take the view of process 0, as file systems cache directories.
+        # All processes use the list of process 0, because network file systems cache directories.
         self._steps: list[int] = json.loads(self._exchange.gather(json.dumps(found))[0])
 
     @cached_property
@@ -128,18 +131,19 @@ class Checkpoints:
         run: dict[str, Any],
         begun: Callable[[], None] = lambda: None,
     ) -> bool:
-        """Copy the state, and write it in the background.
+        """Copy the state, and write the checkpoint in the background.
 
         Args:
-            run: the run record, as JSON: what a resumed run needs besides the state.
-            begun: called once the state is copied, before the checkpoint can get its name.
+            run: The run record: JSON values that a resumed run needs besides the state.
+            begun: Called after the state is copied and before the checkpoint is committed.
 
         Returns:
-            Whether the checkpoint is being written or exists. False if there is too little space,
-            or the directory cannot be written.
+            Whether the checkpoint exists or is being written. False if the disk has too little
+            space, or the directory cannot be written.
 
         Raises:
-            UserError: there is a checkpoint of another run, or with the name of another step.
+            UserError: The directory has a checkpoint of another run, or one with the name of a
+                wrong step.
         """
         self.wait()
         self._forget_deleted()
@@ -147,7 +151,7 @@ class Checkpoints:
         if step in self._steps:  # a signal came right after that save
             return True
         assert step > max(self._steps, default=-1), self._steps
-        # Every attempt has its own directory: an earlier, failed one may still be writing.
+        # Every attempt has its own directory, because a failed one may still be writing.
         self._attempts += 1
         target = self.directory / unfinished(step, f"{self._mark}-{self._attempts}")
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + SPARE_BYTES
@@ -172,13 +176,13 @@ class Checkpoints:
         return True
 
     def _begin(self, begun: Callable[[], None]) -> None:
-        """Call `begun`; if it raises, note that no thread will wait for Orbax's write."""
+        """Call `begun`; if it raises an error, note that nothing waits for Orbax's write."""
         earlier, self._has_abandoned_work = self._has_abandoned_work, True
         begun()
         self._has_abandoned_work = earlier
 
     def _forget_deleted(self) -> None:
-        """Forget checkpoints that were deleted from outside."""
+        """Remove checkpoints from the list of steps that someone has deleted from the disk."""
         gone = [step for step in self._steps if not (self.directory / str(step)).is_dir()]
         gone = json.loads(self._exchange.gather(json.dumps(gone))[0])
         self._steps = [step for step in self._steps if step not in gone]
@@ -186,11 +190,11 @@ class Checkpoints:
             self._warn(
                 f"{counted(len(gone), 'checkpoint')} of this run, up to step {max(gone):,}, "
                 f"{'was' if len(gone) == 1 else 'were'} deleted from {self.directory}; the run "
-                "goes on and saves the next one."
+                "continues, and saves the next checkpoint."
             )
 
     def _refuse_strangers(self) -> None:
-        """Refuse checkpoints of another run, or of another step, that were put here."""
+        """Raise an error if someone has added checkpoints of another run, or with a wrong name."""
         if self._owner is None or jax.process_index() or not self.directory.is_dir():
             return
         for step in sorted({*saved_steps(self.directory)} - {*self._steps}):
@@ -203,7 +207,7 @@ class Checkpoints:
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Wait until the checkpoint that is being written is on the disk or has failed."""
+        """Wait until the checkpoint that is being written is committed or has failed."""
         if self._thread is None:
             return
         self._thread.join()
@@ -214,7 +218,7 @@ class Checkpoints:
         self._report(outcome)
 
     def close(self) -> None:
-        """Wait for the write, and release Orbax's resources."""
+        """Wait for the current write, and release Orbax's resources."""
         try:
             if not is_left_alone(self._thread):
                 self.wait()
@@ -227,10 +231,10 @@ class Checkpoints:
                 self._hook.remove(self)
 
     def _not_written(self, step: int, reason: str) -> str:
-        newest = f"The newest is that of step {self._steps[-1]}" if self._steps else ""
+        newest = f"The newest checkpoint is that of step {self._steps[-1]}" if self._steps else ""
         return (
             f"The checkpoint of step {step} could not be written to {self.directory}: {reason}. "
-            f"{newest or 'There is none yet'}."
+            f"{newest or 'There is no checkpoint yet'}."
         )
 
     def _report(self, sentence: str | None) -> None:
@@ -240,7 +244,7 @@ class Checkpoints:
         self._has_abandoned_work |= self._is_failing
 
     def _commit(self, *about: Any) -> None:
-        """Commit in the background thread; `wait` reports or raises the outcome."""
+        """Run `_commit_on_all` in the background thread; store its result or error for `wait`."""
         try:
             self._outcome = self._commit_on_all(*about)
         except BaseException as defect:  # noqa: BLE001 - raised by `wait`
@@ -254,10 +258,11 @@ class Checkpoints:
         futures: list[Any],
         error: Exception | None,
     ) -> str | None:
-        """Make a checkpoint of the arrays once every process has written its part.
+        """Commit a checkpoint, once every process has written its share of the arrays.
 
         Returns:
-            A sentence about what was refused, the same in every process; None for success.
+            A sentence about an error of the operating system, the same in every process; None after
+            success.
         """
         part = WrittenPart(error=error) if error else write_part(target, futures)
         reason, hashes = merge_parts(part, self._exchange.gather(part.message()), step)
@@ -271,7 +276,7 @@ class Checkpoints:
             discard(target)
             raise
         if reason:
-            # The next save removes what is still written after this removal.
+            # The next save removes files that Orbax still writes after this removal.
             self._exchange.on_first(lambda: discard(target))
             return self._not_written(step, reason)
         steps = [*self._steps, step]
@@ -280,12 +285,12 @@ class Checkpoints:
         reason = self._exchange.on_first(lambda: rotate(self.directory, old, self.damaged))
         self._steps, self._half_removed = steps if reason else kept, set(old) if reason else set()
         return reason and (
-            f"An older checkpoint than that of step {step} could not be removed from "
-            f"{self.directory}: {reason}."
+            f"A checkpoint from before step {step} could not be removed from {self.directory}: "
+            f"{reason}."
         )
 
     def _finish(self, step: int, target: Path, run: dict[str, Any], hashes: dict[str, str]) -> None:
-        """Merge the parts of all processes, and commit the checkpoint."""
+        """Merge the files of all processes, and commit the checkpoint."""
         try:
             self._handler.finalize(epath.Path(target / STATE))
         except Exception as error:
@@ -299,13 +304,13 @@ class Checkpoints:
     # -------------------------------------------------------------------------------------- reading
 
     def newest(self) -> int | None:
-        """The step of the newest intact checkpoint, or None if there is no checkpoint.
+        """The step of the newest intact checkpoint; None if there is no checkpoint.
 
-        All files of a checkpoint are verified, and nothing is changed. Newer damaged checkpoints
-        are reported to `warn` and recorded in `damaged`.
+        All files of each candidate are verified, and none are changed. Newer, damaged checkpoints
+        are reported by `warn` and recorded in `damaged`.
 
         Raises:
-            UserError: all are damaged.
+            UserError: All checkpoints are damaged.
         """
         for step in reversed(self._steps):
             if (reason := self.damaged.get(step) or self._damage(step)) is None:
@@ -326,14 +331,16 @@ class Checkpoints:
         """Restore the state and the run record of `step`.
 
         Args:
-            like: shapes, dtypes and shardings of the state to return.
+            like: Shapes, dtypes and shardings of the state to return.
 
         Raises:
-            UserError: the checkpoint is missing, damaged, or of another model.
+            UserError: The checkpoint is missing, damaged, or of another model.
         """
         if step not in self._steps:
             own = ", ".join(map(str, self._steps)) or "none"
-            raise UserError(f"{self.directory} has no checkpoint of step {step}; there are: {own}.")
+            raise UserError(
+                f"{self.directory} has no checkpoint of step {step}. Saved steps: {own}."
+            )
         place = self.directory / str(step)
         if reason := self._damage(step):
             raise UserError(f"{place} is damaged: {reason}. {OTHER}")
@@ -349,10 +356,10 @@ class Checkpoints:
             raise UserError(f"{place} cannot be restored: {reason}.") from error
 
     def record(self, step: int) -> dict[str, Any]:
-        """Read the run record of `step`, and verify no other file.
+        """Read the run record of `step`; only this file is verified.
 
         Raises:
-            UserError: it is damaged, or of another run or step.
+            UserError: The record is damaged, or belongs to another run or step.
         """
         place = self.directory / str(step)
         record = read_record(place)
@@ -360,12 +367,12 @@ class Checkpoints:
         return record
 
     def delete_after(self, step: int) -> None:
-        """Remove the checkpoints later than `step`, from which the run resumes.
+        """Remove the checkpoints after `step`, because the run resumes from `step`.
 
         Damaged checkpoints are renamed instead.
 
         Raises:
-            UserError: they cannot be removed.
+            UserError: A checkpoint cannot be removed.
         """
         self.wait()
         later = [other for other in self._steps if other > step]
@@ -378,7 +385,10 @@ class Checkpoints:
         self.damaged = {other: reason for other, reason in self.damaged.items() if other <= step}
 
     def _damage(self, step: int) -> str | None:
-        """The first fault of a checkpoint, the same in every process; each verifies a share."""
+        """Verify a checkpoint, and return its first fault or None, the same in every process.
+
+        Each process verifies a share of the files.
+        """
         if step in self._verified:
             return None
         found = damage(self.directory / str(step), jax.process_index(), jax.process_count())

@@ -1,4 +1,4 @@
-"""Orbax's background writes: their threads, their priority, and their errors."""
+"""Helpers for Orbax's background writes: threads, their priority, and errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SYSTEM_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")  # in messages of Tensor
 
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:
-    """Drop log records of Orbax, such as tracebacks of errors that it raises anyway."""
+    """Filter for log records: False for those of Orbax, which also logs errors that it raises."""
     _, error, trace = record.exc_info or (None, None, None)
     places = (record.pathname, *(frame.filename for frame in traceback.extract_tb(trace)))
     return not (SYSTEM_ERROR.search(str(error)) or any(ORBAX in place for place in places))
@@ -47,18 +47,19 @@ warnings.filterwarnings("ignore", NEVER_AWAITED, RuntimeWarning)
 
 
 def writing_thread(write: Callable[[], None], name: str) -> threading.Thread:
-    """A thread, not started yet; with several processes a daemon, as it may never end.
+    """Create a thread, without starting it; with several processes it is a daemon thread.
 
-    Python's exit waits for all other threads, which would defeat `is_left_alone`.
+    At exit, Python waits for all threads that are not daemons. This thread may never end, and would
+    then defeat `is_left_alone`.
     """
     return threading.Thread(target=write, name=name, daemon=jax.process_count() > 1)
 
 
 def is_left_alone(write: threading.Thread | None) -> bool:
-    """Whether to abandon a write because an error in this process alone ends the run.
+    """Whether to abandon a write, because an error in this process alone ends the run.
 
-    The other processes may be waiting for this one in a collective, and the write is waiting for
-    them. If this process waited for the write, they would never learn of the error.
+    The write waits for the other processes, which may be waiting for this process in a collective.
+    If this process waited for the write, the others would never learn of the error.
     """
     if write is None or jax.process_count() == 1 or type(sys.exc_info()[1]) is not UserError:
         return False
@@ -67,9 +68,9 @@ def is_left_alone(write: threading.Thread | None) -> bool:
 
 
 def refusal(error: BaseException | None) -> str | None:
-    """The operating system's reason for an error; None if the error is a defect.
+    """Return the operating system's reason for an error; None if the error has another cause.
 
-    TensorStore raises ValueError or KeyError for every failure, with the errno in the text.
+    TensorStore raises ValueError or KeyError for every failure, with the errno in the message.
     """
     if isinstance(error, OSError):
         return error.strerror or str(error)
@@ -78,10 +79,7 @@ def refusal(error: BaseException | None) -> str | None:
 
 
 def lower_priority(thread: int | None = None) -> None:
-    """Lower the priority of a thread, by default the calling one.
-
-    Only Linux gives each thread a priority.
-    """
+    """Lower the priority of a thread, by default the current one; does nothing except on Linux."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, thread or threading.get_native_id(), LOW)
 
@@ -89,8 +87,9 @@ def lower_priority(thread: int | None = None) -> None:
 def write_at_low_priority(futures: list[Any]) -> None:
     """Wait for Orbax to write, with its threads at low priority.
 
-    On a CPU these threads compete with training for the cores. TensorStore starts and ends threads
-    as needed, so look for new ones repeatedly. Lower only those: a priority cannot be raised again.
+    On a CPU, these threads compete with training for the cores. TensorStore starts and ends threads
+    as needed, so new ones are looked for repeatedly. Only these are lowered, because a priority
+    cannot be raised again.
     """
     known: set[Path] = set()
     with ThreadPoolExecutor(1) as thread:
@@ -107,28 +106,30 @@ def write_at_low_priority(futures: list[Any]) -> None:
 
 
 def outlast_abandoned_work() -> None:
-    """Give Orbax's threads time to finish abandoned work.
+    """Wait at exit until Orbax's threads have probably finished abandoned writes.
 
-    An error during Python's shutdown bypasses all hooks, and prints a traceback after the run's
-    last message. Nothing signals that they are done; after a failed write, they took 0.05 s.
+    An error in such a thread during Python's shutdown bypasses all hooks, and prints a traceback
+    after the run's last message. Nothing signals that the threads have finished; after a failed
+    write, this took 0.05 s.
     """
     time.sleep(ABANDONED_S)
 
 
 def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run a coroutine, even if the caller's thread has a running event loop, as in a notebook."""
+    """Run a coroutine, even if the thread has a running event loop, as in a notebook."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, coroutine).result()
 
 
 class WithoutAbandonedWork:
-    """A `sys.unraisablehook` that ignores the reads and writes that Orbax abandoned.
+    """A `sys.unraisablehook` that ignores errors of reads and writes that Orbax has abandoned.
 
-    When one write fails, the others finish later, after their event loop has closed, and each
-    prints a traceback. With warnings as errors, writes that never began are reported as well.
+    When one write fails, Orbax abandons the others. They finish after their event loop has closed,
+    and each of them prints a traceback. If warnings are errors, writes that were never started are
+    reported, too.
 
     Args:
-        report: the hook for everything else.
+        report: Hook for all other errors.
     """
 
     def __init__(self, report: Callable[[Any], None]) -> None:
@@ -137,7 +138,7 @@ class WithoutAbandonedWork:
 
     @classmethod
     def install(cls, user: object) -> WithoutAbandonedWork:
-        """Install the hook, or share the one that runs beside this one have installed."""
+        """Install the hook; if it is installed already, share it."""
         hook = sys.unraisablehook
         found = hook if isinstance(hook, cls) else cls(hook)
         found._users.add(user)
@@ -145,13 +146,13 @@ class WithoutAbandonedWork:
         return found
 
     def remove(self, user: object) -> None:
-        """Put the earlier hook back, unless there are other users."""
+        """Stop using the hook; when it has no other users, restore the earlier hook."""
         self._users.discard(user)
         if not self._users and sys.unraisablehook is self:
             sys.unraisablehook = self._report
 
     def __call__(self, unraisable: Any) -> None:
-        """Report an error that Python cannot raise."""
+        """Ignore an unraisable error of abandoned work; pass any other to `report`."""
         message = str(unraisable.exc_value)
         is_abandoned = (
             message == "Event loop is closed"

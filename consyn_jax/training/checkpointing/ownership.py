@@ -1,7 +1,7 @@
-"""The identity of a run, which distinguishes its files from those of another run.
+"""The identity of a run, by which its files are told from files of other runs.
 
-It is random, so that two runs of the same configuration differ. It is in `run.json`, in every
-checkpoint, in the lock and in the `start` events of metrics.jsonl.
+The identity is random, because two runs may have the same configuration. It is stored in
+`run.json`, in every checkpoint, in the lock file, and in the `start` events of metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ SHOWN = 8  # digits of an identity in messages
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The content of a run directory's `run.json`.
+    """The content of `run.json` in a run directory.
 
     Attributes:
-        run: the identity, the same for all starts of a run.
-        start: random identity of the newest start of the command.
-        unsigned_until: for a run that an older version began, its newest step when it got its
-            identity; checkpoints up to this step carry no identity. -1 for all other runs.
+        run: Random identity of the run, the same each time the run is started or resumed.
+        start: Random identity of the newest start of the run.
+        unsigned_until: Newest step without an identity in its checkpoint, for a run that an older
+            version of this package started; -1 for all other runs.
     """
 
     run: str
@@ -39,22 +39,27 @@ class RunRecord:
 
     @classmethod
     def new(cls, unsigned_until: int = -1) -> RunRecord:
-        """A new identity."""
+        """Create the record of a new run, with random identities."""
         return cls(secrets.token_hex(16), secrets.token_hex(16), unsigned_until)
 
     def started_again(self) -> RunRecord:
-        """The same run, started once more."""
+        """Return the record of the same run with a new `start`."""
         return replace(self, start=secrets.token_hex(16))
 
     def owns(self, run: object, step: int) -> bool:
-        """Whether a file of `step` with this identity, which may be None, belongs to the run."""
+        """Whether a file belongs to this run.
+
+        Args:
+            run: Identity in the file; None if the file has none.
+            step: Step of the file.
+        """
         return run == self.run or (run is None and step <= self.unsigned_until)
 
     def write(self, directory: Path) -> None:
-        """Write run.json, flushed to the disk.
+        """Write run.json to a directory, and flush it to the disk.
 
         Raises:
-            OSError: the file cannot be written.
+            OSError: The file cannot be written.
         """
         write_whole(directory / RUN_JSON, json.dumps(asdict(self), indent=1) + "\n")
 
@@ -63,7 +68,7 @@ class RunRecord:
         """Read the run.json of a directory; None if there is none.
 
         Raises:
-            UserError: it is damaged or cannot be read.
+            UserError: The file is damaged or cannot be read.
         """
         file = directory / RUN_JSON
         try:
@@ -78,16 +83,17 @@ class RunRecord:
             ) from error
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(
-                f"{file} is damaged, so the owner of these checkpoints is unknown. Put a copy "
-                "back, or delete the file: the run then has the identity in its newest checkpoint."
+                f"{file} is damaged, so the run that owns these checkpoints is unknown. Restore "
+                "the file from a copy, or delete it; the run then takes its identity from its "
+                "newest checkpoint."
             ) from error
 
     @classmethod
     def from_json(cls, values: Any) -> RunRecord:
-        """Rebuild the record from the JSON of `dataclasses.asdict`.
+        """Build the record from the parsed content of run.json.
 
         Raises:
-            TypeError: the content is not a record.
+            TypeError: The content is not a run record.
         """
         record = cls(**values)
         is_valid = (
@@ -101,7 +107,7 @@ class RunRecord:
 
 
 def short(run: object) -> str:
-    """An identity as messages show it.
+    """Shorten an identity for messages.
 
     >>> short("0123456789abcdef"), short(None)
     ('01234567', 'none')
@@ -110,47 +116,47 @@ def short(run: object) -> str:
 
 
 def check_owner(place: Path, run: object, step: int, own: RunRecord) -> None:
-    """Check that the checkpoint in `place` belongs to this run.
+    """Check that the checkpoint in `place` belongs to the run `own`.
 
     Args:
-        run: the identity in it; None if it has none.
+        run: Identity in the checkpoint; None if it has none.
 
     Raises:
-        UserError: it belongs to another run.
+        UserError: The checkpoint belongs to another run.
     """
     if not own.owns(run, step):
         raise UserError(
-            f"{place} is a checkpoint of another run (its identity is {short(run)}, and that of "
-            f"the run in {place.parent.parent} is {short(own.run)}). Move it elsewhere and run the "
-            "same command again, or resume from another one with --resume STEP."
+            f"{place} is a checkpoint of another run (with identity {short(run)}; the run in "
+            f"{place.parent.parent} has identity {short(own.run)}). Move the checkpoint elsewhere "
+            "and run the same command again, or resume from another one with --resume STEP."
         )
 
 
 def check_step(place: Path, record: Mapping[str, Any]) -> None:
-    """Check that a checkpoint has the name of the step in its run record.
+    """Check that a checkpoint's directory has the name of the step in the run record.
 
     Raises:
-        UserError: it was renamed.
+        UserError: The directory was renamed.
     """
     recorded = record.get("step", place.name)
     if str(recorded) != place.name:
         raise UserError(
-            f"{place} has the name of step {place.name} and holds the state of step "
-            f"{recorded!s:.20}. Give the directory the name of its step again."
+            f"{place} has the name of step {place.name}, but contains the state of step "
+            f"{recorded!s:.20}. Rename the directory to its step."
         )
 
 
 def check_checkpoint(
     place: Path, record: Mapping[str, Any], step: int, own: RunRecord | None
 ) -> None:
-    """Check that a checkpoint is of this run, and of the step of its name.
+    """Check that a checkpoint belongs to the run, and that its directory has the name of its step.
 
     Args:
-        record: its run record.
-        own: the run that it must belong to; None accepts any run.
+        record: Run record of the checkpoint.
+        own: The run to which it must belong; None accepts any run.
 
     Raises:
-        UserError: it is of another run, or of another step.
+        UserError: The checkpoint belongs to another run, or has the name of another step.
     """
     if own is not None:
         check_owner(place, record.get("run"), step, own)
@@ -158,22 +164,22 @@ def check_checkpoint(
 
 
 def check_log(path: Path, lines: Iterable[dict[str, Any]], own: RunRecord) -> None:
-    """Check that the starts in metrics.jsonl are those of this run.
+    """Check that all start events in metrics.jsonl have the identity of the run `own`.
 
     Raises:
-        UserError: one belongs to another run.
+        UserError: A start event belongs to another run.
     """
     for line in lines:
         if line.get("event") in ("start", "resume") and not own.owns(line.get("run"), line["step"]):
             raise UserError(
-                f"{path} is the log of another run (its identity is {short(line.get('run'))}, and "
-                f"that of the run in {path.parent} is {short(own.run)}). Put this run's log back, "
-                "or delete the file to continue with an empty log."
+                f"{path} is the log of another run (with identity {short(line.get('run'))}; the "
+                f"run in {path.parent} has identity {short(own.run)}). Restore this run's log, or "
+                "delete the file to continue with an empty log."
             )
 
 
 def record_in(file: Path) -> dict[str, Any]:
-    """The run record of a checkpoint, without a look at its checksum; empty if unreadable."""
+    """Read the run record of a checkpoint without verifying its checksum; empty if unreadable."""
     try:
         with open(file, "rb", opener=open_regular) as opened:
             values = json.loads(opened.read(LARGEST_RECORD))

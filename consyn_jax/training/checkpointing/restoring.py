@@ -20,7 +20,7 @@ def read_record(place: Path) -> dict[str, Any]:
     """Verify and read the run record of a checkpoint.
 
     Raises:
-        UserError: it is damaged.
+        UserError: The record is damaged.
     """
     if reason := damage(place, only=RECORD):
         raise UserError(f"{place} is damaged: {reason}. {OTHER}")
@@ -39,13 +39,13 @@ def read_state(handler: Any, place: Path, like: TrainState) -> TrainState:
     """Read the arrays of a checkpoint.
 
     Args:
-        handler: Orbax's handler.
-        like: shapes, dtypes and shardings of the state to return; its mesh may differ from the one
-            that saved it.
+        handler: Orbax's checkpoint handler.
+        like: Shapes, dtypes and shardings of the state to return; the mesh may differ from that of
+            the saved state.
 
     Raises:
-        UserError: they belong to another model.
-        Exception: anything that Orbax raises if another version of it wrote the files.
+        UserError: The arrays belong to another model.
+        Exception: Any error that Orbax raises for files of another version of Orbax.
     """
     import orbax.checkpoint as ocp
 
@@ -56,10 +56,10 @@ def read_state(handler: Any, place: Path, like: TrainState) -> TrainState:
 
 
 def check_model(place: Path, old: dict[str, str], new: dict[str, str]) -> None:
-    """Check that the arrays of a checkpoint, `old`, are the expected ones.
+    """Check that the arrays `old` of a checkpoint have the shapes and dtypes of the model.
 
     Raises:
-        UserError: they are of another model.
+        UserError: The arrays belong to another model.
     """
     names = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
     if names:
@@ -71,7 +71,7 @@ def check_model(place: Path, old: dict[str, str], new: dict[str, str]) -> None:
 
 
 def array_types(state: Any) -> dict[str, str]:
-    """Dtype and shape of every array, by its path."""
+    """Path of each array -> dtype and shape."""
     import orbax.checkpoint as ocp
 
     tree = ocp.tree.serialize_tree(state, keep_empty_nodes=True)

@@ -1,4 +1,4 @@
-"""The run record: the part of a checkpoint besides the state."""
+"""The run record: the part of a checkpoint that is not in the training state."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from consyn_jax.training.optim.schedules import Plateau
 
 @dataclass
 class Progress:
-    """Progress of a run; everything else follows from its configuration.
+    """The progress of a run, as far as it does not follow from the configuration.
 
     Attributes:
-        clipped, unlogged: since the last line of metrics, steps with clipped gradients and all
-            steps.
-        left_out: steps whose update was skipped because the loss or a gradient was not finite.
-        recent: the last losses, to detect spikes.
-        stopped_of: steps of the budget, if a callback ended the run before them; otherwise None.
-        run: the identity of the run; None in checkpoints of older versions.
+        clipped: Steps with clipped gradients since the last line of metrics.
+        unlogged: Steps since the last line of metrics.
+        left_out: Steps whose update was skipped because the loss or a gradient was not finite.
+        recent: The last losses, in which spikes are detected.
+        stopped_of: Total steps of the budget, if a callback ended the run early; otherwise None.
+        run: Identity of the run; None in checkpoints of older versions.
     """
 
     step: int = 0
@@ -42,10 +42,10 @@ class Progress:
 
     @classmethod
     def from_json(cls, record: Any) -> Progress:
-        """Read the record that `dataclasses.asdict` made, after JSON.
+        """Build the progress from the parsed JSON of `dataclasses.asdict`.
 
         Raises:
-            UserError: the record is damaged.
+            UserError: The record is damaged.
         """
         try:
             _ = record["step"]  # its default is for a new run, not for a damaged record
@@ -58,18 +58,18 @@ class Progress:
 
 
 def _checked_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...]:
-    """Make a tuple from the list that JSON has for it, and check the types of its items."""
+    """Convert a list from JSON to a tuple, and check the types of its items."""
     if not all(isinstance(item, (kind, int) if kind is float else kind) for item in value):
         raise TypeError(f"{name} is {value!r:.50}")
     return tuple(value)
 
 
 def checked(kind: Any, values: Any) -> Any:
-    """Make a dataclass from the dictionary of its fields, and check their types.
+    """Build a dataclass from a dictionary of its fields, and check their types.
 
     Raises:
-        TypeError: a value has another type.
-        KeyError: a field is unknown.
+        TypeError: A value has another type.
+        KeyError: A field is unknown.
     """
     if not isinstance(values, dict):
         raise TypeError(f"{kind.__name__} is {type(values).__name__}")

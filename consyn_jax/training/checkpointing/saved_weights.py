@@ -25,14 +25,15 @@ WEIGHT, AVERAGED_WITH = "b1", "z"
 def read_weights(place: Path, like: Params) -> Params:
     """Verify a checkpoint, and read the parameters that its run would export.
 
-    The optimizer's state is read only with schedule-free training, whose averaged weights are
-    computed from a part of it.
+    The optimizer's state is read only for schedule-free training, where the exported weights are an
+    average that is computed from this state.
 
     Args:
-        like: shapes, dtypes and shardings of the parameters to return.
+        like: Shapes, dtypes and shardings of the parameters to return.
 
     Raises:
-        UserError: it is damaged, of another model, or has the name of another step.
+        UserError: The checkpoint is damaged, belongs to another model, or has the name of another
+            step.
     """
     import orbax.checkpoint as ocp
 
@@ -62,13 +63,13 @@ def read_weights(place: Path, like: Params) -> Params:
 
 
 def read_arrays(place: Path, like: Params) -> Params:
-    """Read a directory in which Orbax has written these arrays and no others.
+    """Read a directory in which Orbax has written exactly these arrays.
 
     Args:
-        like: shapes, dtypes and shardings of the arrays to return.
+        like: Shapes, dtypes and shardings of the arrays to return.
 
     Raises:
-        UserError: they are damaged, or of another model.
+        UserError: The arrays are damaged, or belong to another model.
     """
     import orbax.checkpoint as ocp
 
@@ -94,7 +95,7 @@ def read_arrays(place: Path, like: Params) -> Params:
 
 
 def _read(handler: Any, place: Path, wanted: Params) -> Params:
-    """Read the arrays in `wanted`, and nothing else."""
+    """Read only the arrays in `wanted` from a checkpoint."""
     import orbax.checkpoint as ocp
 
     arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
@@ -106,7 +107,7 @@ def _read(handler: Any, place: Path, wanted: Params) -> Params:
 
 
 def _read_averaged(handler: Any, place: Path, like: Params, path: list[str]) -> Params:
-    """Read the averaged weights of schedule-free training, whose state is at `path`."""
+    """Read the averaged weights of schedule-free training from the state at `path`."""
     whole = _in_float32(like)
     everywhere = _replicated(jax.tree.leaves(like)[0].sharding)
     weight = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
@@ -122,14 +123,14 @@ def _read_averaged(handler: Any, place: Path, like: Params, path: list[str]) -> 
 
 
 def _replicated(sharding: Sharding) -> Sharding:
-    """The sharding of a scalar beside arrays with `sharding`."""
+    """The sharding that replicates a scalar over the same devices as `sharding`."""
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, PartitionSpec())
     return sharding
 
 
 def _in_float32(like: Params) -> Params:
-    """The same shapes and shardings as they are stored."""
+    """Return the same shapes and shardings with dtype float32, in which arrays are stored."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), like
     )

@@ -1,1 +1,1 @@
-"""Diagnostics of a run: profiles, learning-rate tests, non-finite values and their replay."""
+"""Diagnostics: profiles, learning-rate range tests, non-finite values, and replay of steps."""

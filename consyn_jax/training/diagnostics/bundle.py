@@ -1,15 +1,15 @@
-"""The replay bundle of a step that ended a run.
+"""The replay bundle: everything needed to repeat the step at which a run diverged.
 
     OUTPUT/nonfinite/STEP/
-      replay.json         what happened, where it began, samples, versions; written last, so a
+      replay.json         metrics, first non-finite value, samples, versions; written last, so a
                           directory without it is not a bundle
-      config.yaml         the run
-      batch.npz           input_ids, labels, segment_ids, loss_mask, each [A, B, T], and of pairs
+      config.yaml         configuration of the run
+      batch.npz           input_ids, labels, segment_ids, loss_mask, each [A, B, T]; for pairs also
                           chosen_reference, rejected_reference [A, B]
-      checkpoints/STEP/   the state before the step, in the layout of any checkpoint
+      checkpoints/STEP/   the state before the step, as a checkpoint
 
-A bundle can be moved, and needs neither the data nor the run directory. Everything read from it is
-checked, and nothing is unpickled.
+A bundle can be moved, and works without the data and the run directory. All files are checked when
+they are read, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ VERSIONS = ("consyn_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 
 @dataclass(frozen=True)
 class Incident:
-    """The step that ended a run.
+    """The step at which a run diverged.
 
     Attributes:
-        step: counted from 1. The state has seen all steps before it, except those that
-            --on_nonfinite skip left out.
-        metrics: metrics of the step.
-        total_steps: steps of the run, on which its schedule depends.
-        samples: the name of each sequence of the batch, [A, B]; None if sequences have no names.
+        step: Number of the step, counted from 1. The state before it includes the updates of all
+            earlier steps, except those that `--on_nonfinite skip` skipped.
+        metrics: Metrics of the step.
+        total_steps: Number of steps of the run, on which the learning-rate schedule depends.
+        samples: Name of each sequence of the batch, [A, B]; None if sequences have no names.
     """
 
     step: int
@@ -80,20 +80,21 @@ def write_bundle(
     config: Path,
     warn: Callable[[str], None],
 ) -> str:
-    """Write the bundle of a step and locate its first non-finite value.
+    """Write the bundle of a step, and locate its first non-finite value.
 
-    Every process of a run must call this. A full disk, or too little device memory to repeat the
-    step, raises no error here, because it would hide that the run has diverged.
+    Every process of a run must call this function. A full disk, or too little device memory to
+    repeat the step, raises no error here, because such an error would hide the divergence.
 
     Args:
-        place: the directory to write; an older bundle there is replaced.
-        state: the state before the step; it is not changed.
-        batch: at least the arrays of `Program.batch_dtypes`, and the frozen weights if any.
-        config: the run's config.yaml.
-        warn: called with a sentence if the bundle could not be written.
+        place: Directory to write; an older bundle in it is replaced.
+        state: State before the step; it is not changed.
+        batch: Arrays of `Program.batch_dtypes`, and the frozen weights of an adapter run.
+        config: Path of the run's config.yaml.
+        warn: Function for a warning if the bundle could not be written.
 
     Returns:
-        Sentences: where the first non-finite value is, if known, and how to repeat the step.
+        Sentences that say where the first non-finite value is, if known, and how to repeat the
+        step.
     """
     kept = {name: batch[name] for name in program.batch_dtypes}
     state = state._replace(nonfinite=jax.device_put(np.int32(0), state.nonfinite.sharding))
@@ -123,7 +124,7 @@ def write_bundle(
 
 
 def _record(program: Program, batch: Batch, incident: Incident) -> dict[str, Any]:
-    """Everything in replay.json except the diagnosis."""
+    """Return the content of replay.json, except for the diagnosis."""
     A, before = batch["labels"].shape[0], incident.step - 1
     keys = (
         jax.random.key_data(dropout_keys(program.seed, before, A)).tolist()
@@ -169,7 +170,7 @@ def _write_record(place: Path, record: dict[str, Any], where: str | None, text: 
 
 
 def _save_state(directory: Path, state: TrainState, step: int) -> str | None:
-    """Save the state; return the reason of a failure, the same in every process."""
+    """Save the state; return the reason of a failure or None, the same in every process."""
     warnings: list[str] = []
     try:
         checkpoints = Checkpoints(directory, warn=warnings.append)
@@ -183,7 +184,7 @@ def _save_state(directory: Path, state: TrainState, step: int) -> str | None:
 
 
 def _on_first_process(work: Callable[[], None]) -> str | None:
-    """Do `work` in the first process; every process returns the reason of a failure there."""
+    """Call `work` in process 0; return the reason of its failure or None, in every process."""
     reason = ""
     if is_first():
         try:
@@ -198,11 +199,12 @@ def sample_names(
 ) -> list[list[str]] | None:
     """Name the sequences of a step's batch, [A, B].
 
-    A name is the index in the dataset, followed by the source if there are several. None for
-    batches of unknown origin and for a corpus that is still growing.
+    A name is the index of the sequence in the dataset; in a mixture, the name of the source
+    follows. Return None if the data has no fixed order, or is a corpus that is still being
+    prepared.
 
     Args:
-        step: counted from 1.
+        step: Number of the step, counted from 1.
     """
     count = accumulation * batch_size
     positions = np.arange((step - 1) * count, step * count, dtype=np.int64)
@@ -227,7 +229,7 @@ def sample_names(
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle as it was read, without its state."""
+    """The content of a replay bundle, without the state."""
 
     path: Path
     step: int
@@ -243,7 +245,8 @@ def read_bundle(path: Path) -> Bundle:
     """Read and check a bundle.
 
     Raises:
-        UserError: it is not a bundle, is damaged, or has anything but files and directories.
+        UserError: The directory is not a bundle, is damaged, or contains anything but regular files
+            and directories.
     """
     if not (path / RECORD).is_file():
         raise UserError(
@@ -306,7 +309,7 @@ def _positive(value: Any) -> int:
 
 
 def _read_batch(file: Path, of_tokens: tuple[int, ...]) -> HostBatch:
-    """The arrays of a batch; nothing is unpickled, and the file's size bounds the memory."""
+    """Read the arrays of a batch without unpickling; the file's size bounds the memory."""
     batch = {}
     with zipfile.ZipFile(file) as archive:
         are_pairs = any(f"{name}.npy" in archive.namelist() for name in PAIR_DTYPES)

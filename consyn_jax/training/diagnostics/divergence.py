@@ -1,6 +1,6 @@
-"""Steps whose loss or gradients are not finite, as a run reports them.
+"""Reports of steps whose loss or gradients are not finite.
 
-Whether such a step changes the state is decided on the device (training/optim/skip_nonfinite.py).
+The device decides whether such a step changes the state (training/optim/skip_nonfinite.py).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def report_skipped_step(recorder: Recorder, values: dict[str, float], limit: int
     """Record that the update of the current step was skipped.
 
     Args:
-        values: the step's metrics.
-        limit: number of such steps in a row that ends the run.
+        values: Metrics of the step.
+        limit: Number of consecutive skipped steps that ends the run.
     """
     recorder.progress.left_out += 1
     recorder.event("nonfinite", {"action": "skip", **_details(values)})
@@ -39,14 +39,14 @@ def report_divergence(
     program: Program,
     directory: Path,
 ) -> Diverged:
-    """Record the step that ends the run, and write its replay bundle.
+    """Record the step at which the run diverged, and write the replay bundle.
 
-    Every process of a run must call this.
+    Every process of a run must call this function.
 
     Args:
-        values: the step's metrics.
-        state: the state before the step.
-        directory: the run directory.
+        values: Metrics of the step.
+        state: State before the step.
+        directory: The run directory.
 
     Returns:
         The error to raise.

@@ -1,4 +1,4 @@
-"""Locating the first non-finite value of a step, from the step's statistics."""
+"""Locate the first non-finite value of a step, from statistics of all its arrays."""
 
 from __future__ import annotations
 
@@ -25,9 +25,13 @@ from consyn_jax.training.step import BASE, Batch, TrainState
 
 @dataclass(frozen=True)
 class Row:
-    """Statistics of one place: a part of the forward pass or a parameter.
+    """Statistics of the activations in one part of the forward pass, or of one parameter.
 
-    Places within blocks name their layer, counted from 0.
+    Attributes:
+        place: Name of the part or parameter; inside a block, with the index of its layer from 0.
+        rms: Root mean square of the finite elements.
+        largest: Largest magnitude of the finite elements.
+        nonfinite: Number of non-finite elements.
     """
 
     place: str
@@ -38,11 +42,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Statistics of a step by place, in the order of the forward pass.
+    """Statistics of a step, in the order of the forward pass.
 
     Attributes:
-        sequences: (micro-batch, row) of each sequence with non-finite activations.
-        devices: the devices that hold a non-finite weight.
+        sequences: (Micro-batch, row) of each sequence with non-finite activations.
+        devices: Names of the devices that hold a non-finite weight.
     """
 
     loss: float
@@ -57,12 +61,12 @@ class Diagnosis:
 
 
 def diagnose(program: Program, state: TrainState, batch: Batch) -> Diagnosis:
-    """Repeat the step from `state` and `batch` [A, B, T] and collect its statistics.
+    """Repeat the step from `state` and `batch` [A, B, T], and collect its statistics.
 
-    Every process of a run must call this. The state is not changed.
+    Every process of a run must call this function. The state is not changed.
 
     Raises:
-        jax.errors.JaxRuntimeError: a device fails, for example because it is out of memory.
+        jax.errors.JaxRuntimeError: A device fails, for example because it is out of memory.
     """
     batch = {name: batch[name] for name in (*program.batch_dtypes, BASE) if name in batch}
     observe = lower_step_statistics(program, *batch["labels"].shape).compile()
@@ -87,9 +91,9 @@ def diagnose(program: Program, state: TrainState, batch: Batch) -> Diagnosis:
 
 
 def _activation_rows(parts: dict[str, Statistics]) -> Iterable[Row]:
-    """Table rows of the activations: embedding, parts of each layer, final norm, head.
+    """Table rows of the activations: embedding, parts of each layer, final norm, and head.
 
-    Each covers all micro-batches and chunks.
+    Each row covers all micro-batches and all chunks of the sequence.
     """
     layers = parts[BLOCK_PARTS[0]].rms.shape[1]
     yield _row("embedding", parts["embedding"])
@@ -103,7 +107,7 @@ def _activation_rows(parts: dict[str, Statistics]) -> Iterable[Row]:
 
 
 def _parameter_rows(config: ModelConfig, tree: dict[str, Any]) -> Iterable[Row]:
-    """Table rows of the parameters, except those frozen under an adapter."""
+    """Table rows of the trained parameters."""
     for name, inner in forward_order(config).items():
         if name in tree and not inner:
             yield _row(name, tree[name])
@@ -129,10 +133,10 @@ def locate_first_nonfinite(
     """Locate the first non-finite value of a step, and describe it in sentences.
 
     Args:
-        samples: the name of each sequence of the batch, [A, B].
+        samples: Name of each sequence of the batch, [A, B].
 
     Returns:
-        The place, None if everything is finite, and the description.
+        The name of the part or parameter, None if everything is finite; and the description.
     """
     place, text = _origin(found)
     if place is None:
@@ -159,7 +163,7 @@ def locate_first_nonfinite(
 
 
 def _origin(found: Diagnosis) -> tuple[str | None, str]:
-    """The first non-finite place: forward pass, backward pass, weights, loss, gradient norm."""
+    """Find the first non-finite value, in the order forward, backward, weights, loss, norm."""
     if rows := _nonfinite(found.activations):
         place = rows[0].place
         return place, f"The first non-finite activations are in {place}: {_count(rows[0])}."

@@ -1,9 +1,9 @@
-"""The simple noise scale of McCandlish et al. (2018): how many tokens a step can average usefully.
+"""The simple noise scale of McCandlish et al. (2018): the useful batch size, in tokens.
 
-A batch below it has a gradient that is mostly noise, so doubling the batch nearly halves the steps;
-above it, more tokens in a step hardly help. It is tr(S) / |G|^2, with the true gradient G and the
-covariance S of the gradient of a token. Both are estimated from micro-batches without bias
-(appendix A.1 there).
+With a batch smaller than the noise scale, the gradient is mostly noise, and doubling the batch
+nearly halves the number of steps. With a larger batch, more tokens per step hardly help. The noise
+scale is tr(S) / |G|^2, where G is the true gradient and S is the covariance of the gradient of a
+single token. Both are estimated from micro-batches without bias (McCandlish et al., appendix A.1).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ MICRO_BATCHES = 32  # in one measurement
 
 @dataclass(frozen=True)
 class GradientNoise:
-    """The gradient's signal and noise at one place in training.
+    """Signal and noise of the gradient at one step of training.
 
     Attributes:
-        signal: estimate of |G|^2, which noise can make negative.
-        noise: estimate of tr(S), of the gradient of a single token.
+        signal: Estimate of |G|^2, which noise can make negative.
+        noise: Estimate of tr(S), for the gradient of a single token.
     """
 
     signal: float
@@ -40,9 +40,9 @@ class GradientNoise:
 
     @property
     def scale(self) -> float | None:
-        """The noise scale in tokens; None if the signal is lost in the noise, or there is none.
+        """The noise scale in tokens; None if the signal is lost in the noise, or there is no noise.
 
-        Micro-batches that all have the whole of a tiny text differ by rounding alone.
+        There is no noise, except for rounding, if every micro-batch contains all of a tiny text.
         """
         return self.noise / self.signal if min(self.signal, self.noise) > 0 else None
 
@@ -52,14 +52,14 @@ def gradient_noise(
 ) -> GradientNoise:
     """Estimate signal and noise from the gradients of micro-batches.
 
-    A gradient over b tokens has the expected squared norm |G|^2 + tr(S) / b; two values of b give
-    both. Tokens that depend on each other, as those of a sequence do, count as the fewer tokens
-    that would have as much noise.
+    The squared norm of a gradient over b tokens has the expected value |G|^2 + tr(S) / b, so two
+    values of b determine both. The tokens of a sequence are not independent; they count as the
+    smaller number of independent tokens that would give as much noise.
 
     Args:
-        mean_square: mean of the squared norms.
-        square_of_mean: squared norm of the mean.
-        tokens: in a micro-batch.
+        mean_square: Mean of the micro-batches' squared gradient norms.
+        square_of_mean: Squared norm of the mean gradient.
+        tokens: Number of tokens per micro-batch.
 
     >>> gradient_noise(3.0, 2.0, 2, 10.0)
     GradientNoise(signal=1.0, noise=20.0)
@@ -77,10 +77,10 @@ def measured_noise(
     step: int,
     micro_batches: int = MICRO_BATCHES,
 ) -> GradientNoise:
-    """Measure the noise on the micro-batches that a run reads after `step`, without dropout.
+    """Measure the noise, without dropout, on the micro-batches that a run reads after `step`.
 
     Args:
-        program: of the run; its parameters are not changed.
+        program: Program of the run.
     """
     budget, mesh = run.budget, program.mesh
     calm = replace(program, regularisation=replace(program.regularisation, dropout=0.0))
@@ -101,11 +101,11 @@ def measured_noise(
 def squared_norms(
     objective: Objective, params: Params, batch: Batch
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """Gradients of the mean loss of each micro-batch of [A, B, T], one at a time.
+    """Compute the gradients of the mean loss, one micro-batch of [A, B, T] at a time.
 
     Returns:
-        The mean of their squared norms, the squared norm of their mean, and the mean tokens of a
-        micro-batch.
+        The mean of the squared norms, the squared norm of the mean gradient, and the mean number of
+        tokens per micro-batch.
     """
 
     def add(total: Params, part: Batch) -> tuple[Params, tuple[jax.Array, jax.Array]]:

@@ -1,4 +1,4 @@
-"""A step of a run repeated from the checkpoint before it; the run directory is only read."""
+"""Repeat a logged step of a run from the checkpoint before it; the run directory is only read."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ LOGGED = "train/learning_rate"  # of every logged step, also of one whose loss i
 
 @dataclass
 class Comparison:
-    """One step, as it was logged and as it was repeated.
+    """The logged and the repeated values of one step.
 
     Attributes:
-        logged: loss and gradient norm in metrics.jsonl; NaN for a value that was not finite, which
-            the log leaves out; None if the run did not log the step.
-        repeated: loss and gradient norm of the repetition.
+        logged: Loss and gradient norm from metrics.jsonl, as NaN if the log omits a value because
+            it was not finite; None if the run did not log the step.
+        repeated: Loss and gradient norm of the repeated step.
     """
 
     step: int
@@ -59,9 +59,9 @@ class Comparison:
 
 
 def _apart(logged: float, repeated: float) -> float:
-    """Relative difference; infinite if only one of them is finite.
+    """Relative difference of two values; infinite if only one of them is finite.
 
-    Two values that are not finite agree: the log does not say whether it was NaN or infinity.
+    Two non-finite values count as equal, because the log does not distinguish NaN from infinity.
     """
     finite = math.isfinite(logged), math.isfinite(repeated)
     if logged == repeated or not any(finite):
@@ -71,13 +71,13 @@ def _apart(logged: float, repeated: float) -> float:
 
 @dataclass
 class RepeatedRun:
-    """The repeated steps, from a checkpoint to the requested step.
+    """Steps of a run that were repeated, from a checkpoint to the requested step.
 
     Attributes:
-        start: the step of the checkpoint; 0 for the beginning.
-        steps: the steps that the run logged, and the last one.
-        mesh: the mesh that they were repeated on.
-        skipped: sentences about checkpoints that could not be used.
+        start: Step of the checkpoint; 0 for the beginning of the run.
+        steps: Comparisons of the steps that the run logged, and of the requested step.
+        mesh: Mesh on which the steps were repeated.
+        skipped: Messages about checkpoints that could not be used.
     """
 
     start: int
@@ -96,15 +96,15 @@ def repeat_logged_step(
     make_base: Callable[[], dict[str, Any]],
     compile_train_step: Callable[[RunConfig], Any],
 ) -> RepeatedRun:
-    """Repeat the steps of the run in `path` from the newest checkpoint before `step` up to `step`.
+    """Repeat the steps of the run in `path`, from the newest checkpoint before `step` up to `step`.
 
     Args:
-        run: the run's configuration.
-        make_parameters: makes the parameters that the run begins with, on a mesh.
-        make_base: makes the frozen weights under an adapter, which every batch carries.
+        run: Configuration of the run.
+        make_parameters: Function that makes the initial parameters of the run on a mesh.
+        make_base: Function that makes the frozen weights of an adapter run, for every batch.
 
     Raises:
-        UserError: the log, the state or the data cannot be read.
+        UserError: The log, the state or the data cannot be read.
     """
     log = read_metrics(path / FILE_NAME)
     logged = {line["step"]: line for line in log if LOGGED in line}
@@ -139,7 +139,7 @@ def _compared(step: int, line: dict[str, Any] | None, values: dict[str, float]) 
 
 
 def _after_evaluation(state: TrainState, plateau: Plateau, value: float) -> TrainState:
-    """The state after the run's own evaluation, which may have lowered the rate."""
+    """Return the state after the run's own evaluation, which may have lowered the learning rate."""
     return state._replace(opt_state=with_rate_scale(state.opt_state, plateau.update(value)))
 
 
@@ -150,7 +150,7 @@ def _state_before(
     program: Program,
     make_parameters: Callable[[Any], Params],
 ) -> tuple[TrainState, Progress, list[str]]:
-    """The newest state before a step, its progress, and messages about unusable checkpoints."""
+    """Return the newest state before a step, its progress, and notes on unusable checkpoints."""
     skipped: list[str] = []
     with closing(Checkpoints(path / CHECKPOINTS, owner=RunRecord.read(path))) as checkpoints:
         for saved in reversed([saved for saved in checkpoints.steps() if saved < step]):

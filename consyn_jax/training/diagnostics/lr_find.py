@@ -1,6 +1,6 @@
 """The learning-rate range test (Smith, 2017).
 
-A short run at rising learning rates gives a curve of losses, which suggests a peak rate.
+A short run with a rising learning rate gives a curve of losses, which suggests a peak rate.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ WIDTH = 1 / 40  # standard deviation of the smoothing kernel, as a share of the 
 SIGNIFICANT = 5.0  # standard errors that a fall must exceed
 LEAST_FALL = 1e-3  # share of the loss before training that a fall must exceed
 RULES = {
-    "valley": "midway between the next two, in the logarithm",
+    "valley": "midway between steepest and lowest, in the logarithm",
     "steepest": "where the loss falls fastest",
     "lowest": "where the loss is lowest",
-    "lowest / 10": "a tenth of that",
+    "lowest / 10": "a tenth of lowest",
 }
 CHOSEN = "valley"
 
@@ -56,7 +56,7 @@ CHOSEN = "valley"
 
 
 def rising_rates(optimizer: str, num_steps: int = NUM_STEPS) -> Float[np.ndarray, " steps"]:
-    """Rates that rise by a constant factor over the decades that matter to `optimizer`.
+    """Rates that rise by a constant factor over the range that is relevant for `optimizer`.
 
     >>> rising_rates("adamw", 8).round(7).tolist()
     [1e-07, 1e-06, 1e-05, 0.0001, 0.001, 0.01, 0.1, 1.0]
@@ -65,7 +65,7 @@ def rising_rates(optimizer: str, num_steps: int = NUM_STEPS) -> Float[np.ndarray
 
 
 def rising_schedule(rates: Float[np.ndarray, " steps"]) -> optax.Schedule:
-    """The schedule with `rates[i]` at step i."""
+    """A schedule with the rate `rates[i]` at step i."""
     table = np.asarray(rates, np.float32)
     return lambda step: jnp.asarray(table)[jnp.minimum(step, len(table) - 1)]
 
@@ -77,20 +77,21 @@ def range_test(
     rates: Float[np.ndarray, " steps"],
     on_step: Callable[[int, float], None] = lambda done, loss: None,
 ) -> Curve:
-    """Train at rising rates until they or the batches end, or the loss diverges.
+    """Train with rising rates until the rates or the batches are used up, or the loss diverges.
 
-    The loss diverges when it or the gradient is not finite, or when its running mean is a quarter
-    above the loss before training, because by then nothing learned is left. A multiple of the best
-    loss, such as fastai's four, is less useful for losses in nats: a short run that starts at ln V
-    ends above half of it.
+    The loss counts as diverged if it or the gradient is not finite, or if its running mean is a
+    quarter above the loss before training, because the model has then lost all that it learned. A
+    multiple of the best loss, such as fastai's factor of four, works less well for losses in nats:
+    a short run that starts at ln V ends above half of ln V.
 
     Args:
-        step: a compiled train step whose optimizer has `rising_schedule(rates)`.
-        state: the state before the first step; the train step consumes it.
-        on_step: called after each step with the number of steps and the loss.
+        step: Compiled train step whose optimizer has the schedule `rising_schedule(rates)`.
+        state: State before the first step, which is donated to the train step.
+        on_step: Function that is called after each step with the number of steps and the loss.
 
     Returns:
-        Rate and loss of every step. The last loss is NaN if it or the gradient was not finite.
+        Rate and loss of every step. The last loss is NaN if the loss or the gradient was not
+        finite.
     """
     curve: Curve = []
     mean = 0.0
@@ -122,12 +123,13 @@ def measure_curve(
     rates: Float[np.ndarray, " steps"],
     show: Callable[[int, float, float], None],
 ) -> Curve:
-    """Run the range test on training data from its beginning, and close the data.
+    """Run the range test on training data from the beginning of the data, then close the data.
 
     Args:
-        train_step, state, rates: as for `range_test`.
-        shape: shape of a batch, (A, B, T).
-        show: called after each step with the number of steps, the loss and tokens/s.
+        train_step, state, rates: As for `range_test`.
+        shape: Shape of a batch, (A, B, T).
+        show: Function that is called after each step with the number of steps, the loss and
+            tokens/s.
     """
     accumulation, batch_size, _ = shape
     batches = source.training(0, batch_size, accumulation, local_rows(mesh, batch_size))
@@ -144,7 +146,7 @@ def measure_curve(
 
 
 def _num_settled(num_steps: int) -> int:
-    """Number of steps at the beginning whose rates are too low to change the loss."""
+    """Number of steps at the beginning at which the rate is too low to change the loss."""
     return max(FEWEST_STEPS // 4, round(LEVEL_SHARE * num_steps))
 
 
@@ -153,14 +155,14 @@ def _num_settled(num_steps: int) -> int:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """The outcome of a range test.
+    """The result of a range test.
 
     Attributes:
-        rate: the suggested peak rate; None if no rate made the loss fall.
-        reason: a sentence for the user.
-        rule: the key in `candidates` of the suggested rate.
-        candidates: the rate by each of `RULES`.
-        smoothed: the finite losses, smoothed.
+        rate: The suggested peak learning rate; None if no rate lowered the loss.
+        reason: A sentence for the user.
+        rule: The rule behind `rate`, a key of `candidates`.
+        candidates: Learning rate that each of `RULES` suggests.
+        smoothed: Smoothed losses, where they are finite.
     """
 
     rate: float | None
@@ -171,18 +173,23 @@ class Suggestion:
 
 
 def suggest(curve: Curve) -> Suggestion:
-    """Suggest a peak learning rate from the losses over rising rates.
+    """Suggest a peak learning rate, from the losses at rising rates.
 
-    Losses are smoothed by a symmetric kernel over the steps; a running mean would lag and shift
-    every rate up. The rules look at the part up to the lowest smoothed loss, at slopes over the
-    logarithm of the rate. Lightning suggests the steepest descent, and fastai's first rule is a
-    tenth of the rate of the lowest loss. Both are several times too low for a run from random
-    weights, where the steepest part is learning which tokens are frequent. The valley is fastai's
-    later rule, midway along the descent. Here it begins where the descent is steepest; fastai's
-    begins where the curve begins, so its suggestion depends on the first rate tried.
+    The losses are smoothed with a symmetric kernel over the steps, because a running mean would lag
+    and shift every suggestion up. The rules use the curve up to its lowest point, and slopes with
+    respect to the logarithm of the rate:
+
+    - "steepest", as in Lightning: the rate at which the loss falls fastest.
+    - "lowest / 10", fastai's first rule: a tenth of the rate with the lowest loss.
+    - "valley", fastai's later rule: a rate midway along the descent. Here, the descent begins where
+      it is steepest. In fastai it begins at the start of the curve, so that the result depends on
+      the first rate that was tried.
+
+    The first two rules suggest rates that are several times too low for a model with random
+    weights, in which the loss falls fastest while the model learns which tokens are frequent.
 
     Args:
-        curve: rates, which rise by a constant factor, and losses; only the last loss may be
+        curve: Rates, which rise by a constant factor, and losses; only the last loss may be
             non-finite.
     """
     is_finite = all(math.isfinite(loss) for _, loss in curve)
@@ -190,8 +197,8 @@ def suggest(curve: Curve) -> Suggestion:
     length = len(y)
     if length < FEWEST_STEPS:
         reason = (
-            f"The test ended after {length} steps with a finite loss, and a curve needs "
-            f"{FEWEST_STEPS}."
+            f"The test ended after {length} steps with a finite loss, but a suggestion needs at "
+            f"least {FEWEST_STEPS}."
         )
         return Suggestion(None, reason, smoothed=y.tolist())
     before, width = float(np.median(y[: _num_settled(length)])), WIDTH * length
@@ -201,7 +208,7 @@ def suggest(curve: Curve) -> Suggestion:
     if lowest < _num_settled(length) or fall < max(
         SIGNIFICANT * _standard_error(y[: lowest + 1], width), LEAST_FALL * before
     ):
-        reason = f"No rate up to {10 ** x[-1]:.2g} made the loss fall by more than its noise."
+        reason = f"No rate up to {10 ** x[-1]:.2g} lowered the loss by more than its noise."
         return Suggestion(None, reason, smoothed=smoothed.tolist())
     candidates = _candidates(x, smoothed, lowest)
     reason = (
@@ -216,7 +223,7 @@ def suggest(curve: Curve) -> Suggestion:
 def _candidates(
     x: Float[np.ndarray, " steps"], smoothed: Float[np.ndarray, " steps"], lowest: int
 ) -> dict[str, float]:
-    """The rate by each of `RULES`, to two digits."""
+    """The learning rate that each of `RULES` suggests, rounded to two digits."""
     steepest = int(np.argmin(np.gradient(smoothed, x)[: lowest + 1]))
     rates = {
         "valley": 10 ** ((x[steepest] + x[lowest]) / 2),
@@ -234,14 +241,14 @@ def _arrays(curve: Curve) -> tuple[Float[np.ndarray, " steps"], Float[np.ndarray
 
 
 def _smooth(y: Float[np.ndarray, " steps"], width: float) -> Float[np.ndarray, " steps"]:
-    """Smooth with a Gaussian whose standard deviation is `width` steps, cut off at the ends."""
+    """Smooth with a Gaussian of standard deviation `width` steps, cut off at both ends."""
     distance = np.subtract.outer(np.arange(len(y)), np.arange(len(y))) / width
     weights = np.exp(-(distance**2) / 2)
     return weights @ y / weights.sum(axis=1)
 
 
 def _standard_error(y: Float[np.ndarray, " steps"], width: float) -> float:
-    """Standard error of a smoothed loss, without outliers and the trend."""
+    """Standard error of a smoothed loss, from the losses without trend and outliers."""
     jumps = np.diff(y)
     noise = 1.4826 * float(np.median(np.abs(jumps - np.median(jumps)))) / math.sqrt(2)
     return noise / math.sqrt(2 * math.sqrt(math.pi) * width)
@@ -251,9 +258,9 @@ def _standard_error(y: Float[np.ndarray, " steps"], width: float) -> float:
 
 
 def draw_curve(curve: Curve, suggestion: Suggestion, width: int = 64, height: int = 10) -> str:
-    """Draw the smoothed losses as text, and list the rates by rule.
+    """Draw the smoothed losses as text, and list the rate that each rule suggests.
 
-    The chart has the logarithm of the rate as its axis, and at most `width` + 11 columns.
+    The horizontal axis is the logarithm of the rate. A line has at most `width` + 11 columns.
     """
     lines = []
     if suggestion.smoothed:
@@ -281,12 +288,12 @@ def draw_curve(curve: Curve, suggestion: Suggestion, width: int = 64, height: in
 
 
 def write_results(directory: Path, curve: Curve, suggestion: Suggestion) -> None:
-    """Write `lr_find.json` and `lr_find.png`; the directory is made if necessary.
+    """Write `lr_find.json` and `lr_find.png` to a directory, which is created if it does not exist.
 
-    The former has suggestion and curve, with null for a non-finite loss.
+    The JSON file has the suggestion and the curve; a non-finite loss is null.
 
     Raises:
-        UserError: the directory cannot be written.
+        UserError: The directory cannot be written.
     """
     losses = [loss if math.isfinite(loss) else None for _, loss in curve]
     rates = [rate for rate, _ in curve]
@@ -304,7 +311,7 @@ def write_results(directory: Path, curve: Curve, suggestion: Suggestion) -> None
 
 
 def _picture(curve: Curve, suggestion: Suggestion) -> bytes:
-    """A PNG of the losses, the smoothed losses and the rates by rule."""
+    """Draw the losses, the smoothed losses and the rates of all rules as a PNG."""
     rates, losses = [rate for rate, _ in curve], [loss for _, loss in curve]
 
     def draw(figure: Any) -> None:

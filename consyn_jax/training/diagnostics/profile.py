@@ -1,4 +1,4 @@
-"""`--profile_steps A:B`: trace those steps, and summarise the trace on one page."""
+"""`--profile_steps A:B`: trace the steps from A to B, and summarise the trace on one page."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ SUMMARY = "summary.txt"
 
 
 def check_profile(steps: str | None, total_steps: int) -> None:
-    """Check that `--profile_steps` begins before the run ends.
+    """Check that the first step of `--profile_steps` is not after the end of the run.
 
     Raises:
-        UserError: it begins later.
+        UserError: The profile would begin after the end of the run.
     """
     traced = parse_profile_steps(steps)
     if traced is not None and traced[0] > total_steps:
@@ -37,12 +37,12 @@ def check_profile(steps: str | None, total_steps: int) -> None:
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """The train step that is traced.
+    """The compiled train step that is traced.
 
     Attributes:
-        text: returns its compiled text.
-        flops: FLOPs that the model needs for one step on one device.
-        peak: peak FLOP/s of a device; None if unknown.
+        text: Function that returns the text of the compiled program.
+        flops: FLOPs that the model needs per step on one device.
+        peak: Peak FLOP/s of a device; None if unknown.
     """
 
     text: Callable[[], str]
@@ -51,7 +51,7 @@ class CompiledStep:
 
 
 def page(summary: Summary, program: CompiledStep, steps: tuple[int, int]) -> str:
-    """The content of `summary.txt`."""
+    """Compose the content of `summary.txt`."""
     first, last = steps
     each, idle = summary.total_s / summary.steps, sum(summary.idle.values())
     achieved = program.flops / each
@@ -99,17 +99,18 @@ def _idle(summary: Summary) -> str:
 
 
 class Profile:
-    """Traces the requested steps and writes the page at the end.
+    """Traces the requested steps, and writes a summary page at the end.
 
-    Failures are reported with `warn` and do not end the run.
+    Failures are reported by `warn`, and do not end the run.
 
     Args:
-        steps: the first and the last step, counted from 1; None traces nothing.
-        directory: the directory for trace and page.
-        tell, warn: called with sentences about the result and about failures.
+        steps: First and last step, counted from 1; None for no trace.
+        directory: Directory for the trace and the page.
+        tell: Function for messages about the result.
+        warn: Function for warnings about failures.
 
     Attributes:
-        program: must be set before the trace ends.
+        program: The compiled train step; must be set before the trace ends.
     """
 
     def __init__(
@@ -126,7 +127,11 @@ class Profile:
         self._last: Any = None
 
     def step(self, number: int, before: Any) -> AbstractContextManager[Any]:
-        """A context for the dispatch of step `number` from the state `before`."""
+        """Return a context in which to dispatch step `number`; if requested, it traces the step.
+
+        Args:
+            before: State before the step.
+        """
         if self._wanted is None or not self._wanted[0] <= number <= self._wanted[1]:
             return nullcontext()
         if not self._is_tracing:
@@ -138,14 +143,18 @@ class Profile:
         return StepTraceAnnotation(STEP, step_num=number)
 
     def ended(self, number: int, after: Any) -> None:
-        """Call this after the dispatch of step `number` with its results `after`."""
+        """Stop the trace if `number` is its last step; call this after the dispatch of every step.
+
+        Args:
+            after: Results of the step.
+        """
         if self._is_tracing and self._wanted is not None:
             self._last = after
             if number >= self._wanted[1]:
                 self._guard(self._stop)
 
     def close(self) -> None:
-        """End a running trace, and write the page."""
+        """Stop a running trace, and write the page."""
         if self._is_tracing:
             self._guard(self._stop)
         if self._wanted is not None and self._traced:
@@ -198,12 +207,12 @@ class Profile:
 
 
 def activity(name: str) -> TraceAnnotation:
-    """Name the host's activity in a trace; costs a microsecond without a trace."""
+    """Return a context that names the host's activity in a trace; it costs a microsecond."""
     return TraceAnnotation(name)
 
 
 def trace_waits(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Yield `batches`, and record the waits for them in the trace."""
+    """Yield `batches`, and record the time of waiting for each batch in the trace."""
     while True:
         with activity(WAITING):
             batch = next(batches, None)

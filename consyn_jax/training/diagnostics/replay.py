@@ -1,4 +1,4 @@
-"""Repeating the step of a replay bundle."""
+"""Repeat the step of a replay bundle."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ from consyn_jax.training.step import Batch
 
 @dataclass(frozen=True)
 class RepeatedStep:
-    """A step of a bundle, run again.
+    """The result of repeating the step of a bundle.
 
     Attributes:
-        metrics: metrics of the train step itself, compiled as in the run.
-        mesh: the mesh that it ran on. On another mesh than the run's, the last digits differ.
-        text: sentences about the first non-finite value.
+        metrics: Metrics of the train step, compiled as in the run.
+        mesh: Mesh on which the step was repeated; on another mesh than the run's, the last digits
+            differ.
+        text: Sentences about the first non-finite value.
     """
 
     metrics: dict[str, float]
@@ -44,11 +45,11 @@ def repeat_step(
     """Repeat the step of a bundle on the local devices.
 
     Args:
-        run: the bundle's configuration, possibly with another mesh or precision.
-        under_adapter: the model with the frozen weights, for a run that trains an adapter.
+        run: Configuration in the bundle, possibly with another mesh or precision.
+        under_adapter: The model with the frozen weights, for an adapter run.
 
     Raises:
-        UserError: the state is damaged or of another model, or does not fit the devices.
+        UserError: The state is damaged, belongs to another model, or does not fit the devices.
     """
     A, B, T = bundle.batch["labels"].shape
     length = T // 2 if run.trains_on_pairs else T

@@ -1,4 +1,7 @@
-"""Statistics of every layer's activations, gradients and weights in one step, on the devices."""
+"""Statistics of the activations, gradients and weights of every layer in one step.
+
+They are computed on the devices.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +25,12 @@ from consyn_jax.training.step import BASE, Batch, Params, TrainState, dropout_ke
 
 
 class Statistics(NamedTuple):
-    """Statistics of an array, or of each array of a stack, float32.
+    """Float32 statistics of an array, or of each array of a stack.
 
     Attributes:
-        rms, largest: root mean square and largest magnitude of the finite elements.
-        nonfinite: number of the other elements.
+        rms: Root mean square of the finite elements.
+        largest: Largest magnitude of the finite elements.
+        nonfinite: Number of non-finite elements.
     """
 
     rms: Float[Array, "*stack"]
@@ -35,7 +39,7 @@ class Statistics(NamedTuple):
 
 
 def statistics(x: Float[Array, "..."], stacked: bool = False) -> Statistics:
-    """Statistics of `x`, or of each x[i] of a stack; squares neither overflow nor underflow."""
+    """Compute the statistics of `x`, or of each x[i] of a stack, without overflow or underflow."""
     axes = tuple(range(int(stacked), x.ndim))
     finite = jnp.isfinite(x)
     sizes = jnp.where(finite, jnp.abs(x.astype(jnp.float32)), 0.0)
@@ -53,12 +57,13 @@ class StepStatistics(NamedTuple):
     """Statistics of a step, replicated to every process.
 
     Attributes:
-        activations: by part: [A, L] for the blocks, [A, chunks of positions] for the head, [A] for
-            the others.
-        sequences: whether an activation of a sequence is not finite.
-        gradients, weights: trees like the parameters; [L] for stacked ones.
-        devices: by device of the mesh, whether all of the weights that it holds are finite. Copies
-            of a weight should be equal, but may not be.
+        activations: Statistics by part of the forward pass, with shape [A, L] for the blocks, [A,
+            chunks] for the head (chunks of positions), and [A] for other parts.
+        sequences: Whether each sequence has a non-finite activation.
+        gradients, weights: Trees of statistics in the structure of the parameters; with shape [L]
+            for stacked parameters.
+        devices: Whether all weights on each device of the mesh are finite. Replicas of a weight
+            should be equal, but a faulty device may differ.
     """
 
     loss: Float[Array, ""]
@@ -73,10 +78,10 @@ class StepStatistics(NamedTuple):
 def lower_step_statistics(
     program: Program, accumulation: int, batch_size: int, length: int
 ) -> jax.stages.Lowered:
-    """Lower `observe(state, batch [A, B, T]) -> StepStatistics`.
+    """Lower the program `observe(state, batch [A, B, T]) -> StepStatistics`.
 
-    It repeats the step's forward and backward pass without an update. Gradients are those of the
-    mean loss before clipping, as in the train step.
+    The program repeats the forward and backward pass of the step, without an update. The gradients
+    are those of the mean loss before clipping, as in the train step.
     """
 
     def observe(state: TrainState, batch: Batch) -> StepStatistics:
@@ -112,7 +117,7 @@ def lower_step_statistics(
 def _record_gradients(
     layout: Layout, gradients: Params, state: Any, params: Params | None = None
 ) -> tuple[Params, Any]:
-    """An optimizer's update that changes nothing; its state becomes the gradients' statistics."""
+    """An update rule that changes no parameter, and returns gradient statistics as its state."""
     found = _parameter_statistics(layout, gradients)
     updates = jax.tree.map(jnp.zeros_like, gradients)
     return updates, state._replace(optimizer=found) if isinstance(state, ScaledState) else found
@@ -137,7 +142,7 @@ def _finite_by_device(program: Program, params: Params) -> Bool[Array, " devices
 def _activations(
     program: Program, params: Params, base: Any, batch: Batch
 ) -> tuple[dict[str, Statistics], Bool[Array, " B"]]:
-    """Statistics by part of a micro-batch's forward pass, and the sequences that end non-finite."""
+    """Compute statistics by part of a micro-batch's forward pass, and find non-finite sequences."""
     rate = program.regularisation.dropout
     whole = program.whole(params, base, batch.get("dropout_key"))
     model: Decoder = nnx.merge(program.layout.graphdef, whole)
@@ -155,7 +160,7 @@ def _activations(
 def _logits(
     x_BTD: Float[Array, "B T D"], head_VD: Float[Array, "V D"], vocab_size: int
 ) -> Statistics:
-    """Statistics of the logits, in chunks of positions to save memory."""
+    """Compute statistics of the logits, in chunks of positions to save memory."""
     B, T, D = x_BTD.shape
     length = next(
         (n for n in range(T, 1, -1) if T % n == 0 and B * n * head_VD.shape[0] <= LOGITS_AT_ONCE), 1

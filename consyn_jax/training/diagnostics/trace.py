@@ -1,4 +1,4 @@
-"""Reading a profiler's trace: a device's time by part of the model and by cause of idling."""
+"""Read a profiler's trace: device time by part of the model, and idle time by cause."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 from consyn_jax.training.runtime.watchdog import EVALUATING, SAVING, WAITING
 
 STEP = "train step"
-# The model and the step wrap their parts in `jax.named_scope`s with these names, which the compiler
-# keeps with each operation.
+# Names of the `jax.named_scope`s in the model and the step, which the compiler attaches to each
+# operation.
 SCOPES = ("attention", "mlp", "head", "norm", "embedding", "optimizer")
 COLLECTIVES, OTHER = "collectives", "other"
-# Activities of the host, by their name in the trace, and the cause of idling that they stand for.
+# Name of a host activity in the trace -> cause of the device's idle time.
 CAUSES = {
     WAITING: WAITING,
     EVALUATING: EVALUATING,
@@ -39,13 +39,14 @@ Event = tuple[Any, Mapping[str, Any]]  # an event of the profiler, and its stati
 
 
 class Operation(NamedTuple):
-    """One execution of an operation on the device, times in ns.
+    """One execution of an operation on the device, with times in ns.
 
     Attributes:
-        name: its name in the compiled program, or the kernel's if the trace lacks it.
-        kernel: the kernel that ran; on CPUs the same.
-        path: the scopes that it came from, outermost first; empty if unknown.
-        own: duration without the operations inside it, such as those of a loop's body.
+        name: Name of the operation in the compiled program; if the trace lacks it, name of the
+            kernel.
+        kernel: Name of the kernel; on CPUs, the same as `name`.
+        path: Named scopes of the operation, outermost first; empty if unknown.
+        own: Duration without nested operations, such as those in the body of a loop.
     """
 
     name: str
@@ -57,7 +58,7 @@ class Operation(NamedTuple):
 
     @property
     def title(self) -> str:
-        """Name and kernel, for reports."""
+        """Name of the operation and of its kernel, for reports."""
         return self.name if self.name == self.kernel else f"{self.name}: {self.kernel[:80]}"
 
     @property
@@ -71,13 +72,15 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True)
 class Summary:
-    """A device's time in a trace, in seconds.
+    """The time of a device in a trace, in seconds.
 
     Attributes:
-        steps: number of traced steps.
-        idle: idle time by cause.
-        parts: busy time by part, largest first. Concurrent operations count each.
-        largest: the operations that took longest: name, part, seconds and executions.
+        steps: Number of traced steps.
+        idle: Idle time by cause.
+        parts: Busy time by part of the model, largest first. If operations run concurrently, each
+            counts.
+        largest: Operations with the longest total time: name, part, seconds and number of
+            executions.
     """
 
     device: str
@@ -90,7 +93,7 @@ class Summary:
 
 
 def scopes_of(program: str) -> dict[str, str]:
-    """Scopes of each instruction, by name, from the text of a compiled program.
+    """Map the name of each instruction to its scopes, from the text of a compiled program.
 
     An exchange between devices has the scope `COLLECTIVES`.
 
@@ -102,14 +105,14 @@ def scopes_of(program: str) -> dict[str, str]:
 
 
 def summarise(trace: Any, scopes: Mapping[str, str]) -> Summary:
-    """Summarise the time of the first device in a trace of some steps.
+    """Summarise the time of the first device in a trace.
 
     Args:
-        trace: a `jax.profiler.ProfileData` whose host annotates each step as `STEP`.
-        scopes: from `scopes_of`.
+        trace: A `jax.profiler.ProfileData` in which the host annotates each step as `STEP`.
+        scopes: Scopes of each instruction, from `scopes_of`.
 
     Raises:
-        ValueError: it has no step, or no operation of a device.
+        ValueError: The trace has no step, or no operation of a device.
     """
     planes = list(trace.planes)
     host = [
@@ -147,13 +150,13 @@ def summarise(trace: Any, scopes: Mapping[str, str]) -> Summary:
 
 
 def _seconds(nanoseconds: Mapping[str, float]) -> dict[str, float]:
-    """Times in seconds, largest first."""
+    """Convert times from ns to seconds, largest first."""
     ordered = sorted(nanoseconds.items(), key=lambda each: -each[1])
     return {name: spent / 1e9 for name, spent in ordered}
 
 
 def _idle_by_cause(idle: Spans, host: Iterable[Any]) -> dict[str, float]:
-    """Idle time in ns by cause; where several overlap, the first in `CAUSES` counts."""
+    """Idle time in ns by cause; where several causes overlap, the first in `CAUSES` counts."""
     found = defaultdict[str, float](float)
     found[BETWEEN] = sum(end - begin for begin, end in idle if end - begin < BETWEEN_NS)
     idle = [(begin, end) for begin, end in idle if end - begin >= BETWEEN_NS]
@@ -173,7 +176,7 @@ def _idle_by_cause(idle: Spans, host: Iterable[Any]) -> dict[str, float]:
 def _operations(
     planes: Sequence[Any], scopes: Mapping[str, str], since: float
 ) -> tuple[str, list[Operation]]:
-    """The name of the first device, and its operations from `since` on."""
+    """Return the name of the first device, and its operations from time `since` on."""
     name, lines = _gpu_lines(planes) or _cpu_lines(planes)
     return name, [
         operation
@@ -198,7 +201,7 @@ def _gpu_lines(planes: Sequence[Any]) -> tuple[str, list[list[Event]]] | None:
 
 
 def _cpu_lines(planes: Sequence[Any]) -> tuple[str, list[list[Event]]]:
-    """The name of the first CPU device, and the operations of each of its threads."""
+    """Return the name of the first CPU device, and the operations of each of its threads."""
     lines = [line for plane in planes if plane.name.startswith("/host:CPU") for line in plane.lines]
     events = [
         [
@@ -215,7 +218,7 @@ def _cpu_lines(planes: Sequence[Any]) -> tuple[str, list[list[Event]]]:
 
 
 def _in_line(events: Iterable[Event], scopes: Mapping[str, str]) -> list[Operation]:
-    """Operations of one thread or stream; an outer one does not count the time of inner ones."""
+    """Return the operations of one thread or stream; `own` excludes the time of nested ones."""
     found: list[Operation] = []
     around: list[int] = []  # indices in `found` of operations that the next may be inside
     for event, stats in sorted(events, key=lambda each: (each[0].start_ns, -each[0].duration_ns)):
@@ -248,7 +251,7 @@ def _union(spans: Iterable[tuple[float, float]]) -> Spans:
 
 
 def _without(spans: Spans, others: Spans) -> Spans:
-    """Cut `others` out of `spans`.
+    """Remove the parts of `spans` that overlap with `others`.
 
     >>> _without([(0.0, 10.0)], [(1.0, 2.0), (8.0, 12.0)])
     [(0.0, 1.0), (2.0, 8.0)]

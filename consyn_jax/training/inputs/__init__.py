@@ -1,1 +1,1 @@
-"""Data that a Python caller passes; data of a store is read by `indexed_batches`."""
+"""Data that the Python API accepts, converted to batches, and the model that a run starts from."""

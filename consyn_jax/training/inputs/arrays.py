@@ -1,4 +1,4 @@
-"""The four arrays of a batch, derived from those that the caller gives."""
+"""The four arrays of a batch, derived from the arrays that the caller gives."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from consyn_jax.training.inputs.content import documents
 
 IGNORED = NO_TARGETS[0]
 COMPARED = 3  # targets; from fewer, it is not judged which tokens the labels are
-# What to do with an id that stands for padding, where each row is given by itself.
+# Advice for an id that stands for padding, if rows are passed one by one.
 UNPADDED = "leave it out, since rows may have any length"
 USED = ("input_ids", "labels", "segment_ids", "loss_mask", "attention_mask", "position_ids")
 
 
 def complete(raw: Any, labels_are_ids: bool | None = None) -> Batch:
-    """A batch [b, T] with all four arrays, derived from those that `raw` has.
+    """Derive all four arrays of a batch [b, T] from the arrays in `raw`.
 
-    Without labels, the labels are the sequence itself, shifted by one. Labels that equal the
-    input_ids are shifted, too: transformers' collators make such labels, for its models to shift. A
-    token is a target if its label is not -100 or -1, its loss_mask is true, and it is not padding.
-    Without segment_ids, a row is one document, and `attention_mask` marks its padding; where
-    `position_ids` restart, another document begins. Rows of unequal length are padded.
+    Without labels, the labels are the next tokens of the sequence. Labels that equal the input_ids
+    are shifted by one, because transformers' collators make such labels for models that shift them.
+    A token is a target if its label is neither -100 nor -1, its loss_mask is true, and it is not
+    padding. Without segment_ids, a row is one document, and `attention_mask` marks its padding;
+    another document begins where `position_ids` restart. Rows of unequal length are padded.
 
     Args:
-        raw: a mapping such as a dict or a `BatchEncoding`, or input_ids alone, or a pair of
+        raw: A mapping such as a dict or a `BatchEncoding`, the input_ids alone, or a pair of
             input_ids and labels.
-        labels_are_ids: whether the labels equal the input_ids, as other batches of the same data
-            have shown; None if that is not known.
+        labels_are_ids: Whether labels equal the input_ids in other batches of the same data; None
+            if unknown.
 
     Raises:
-        UserError: there are no input_ids, or the arrays have other shapes.
+        UserError: There are no input_ids, or the shapes of the arrays differ.
     """
     arrays = _arrays(raw)
     ids = arrays["input_ids"]
@@ -60,7 +60,7 @@ def complete(raw: Any, labels_are_ids: bool | None = None) -> Batch:
 
 
 def are_ids(ids: np.ndarray, labels: np.ndarray) -> bool | None:
-    """Whether the labels are the input_ids, not shifted; None if these arrays do not show it.
+    """Whether the labels equal the input_ids, without a shift; None if these arrays do not show it.
 
     >>> are_ids(np.array([5, 6, 7]), np.array([-100, 6, 7]))
     True
@@ -74,19 +74,19 @@ def are_ids(ids: np.ndarray, labels: np.ndarray) -> bool | None:
 
 
 def shown_labels(raw: Any) -> bool | None:
-    """`are_ids` for a batch as the caller gives it; None also if it has no labels."""
+    """Apply `are_ids` to a batch from the caller; None also if the batch has no labels."""
     arrays = _arrays(raw)
     return are_ids(arrays["input_ids"], arrays["labels"]) if "labels" in arrays else None
 
 
 def described_labels(batch: Batch, labels_are_ids: bool | None) -> str:
-    """Say for the header what the labels are, unless they are simply the next tokens.
+    """Describe the labels for the header; "" if they are the next tokens, as usual.
 
-    Labels of a causal language model are the next tokens for at least one of two targets; the rest
-    are ends of documents. Labels of a collator for masked language models are not next tokens.
+    Labels count as next tokens if at least half of them are; other labels may be at the end of a
+    document. A collator for masked language models makes labels that are not next tokens.
 
     Args:
-        batch: the first one, or the first row, from `complete`.
+        batch: The first batch or row, from `complete`.
     """
     if labels_are_ids:
         return "; labels shifted by one"
@@ -99,49 +99,50 @@ def described_labels(batch: Batch, labels_are_ids: bool | None) -> str:
 
 
 def check_labels_agree(shown: bool | None, known: bool | None, where: str) -> bool | None:
-    """Check that labels are of the same kind as in earlier rows or batches of the data.
+    """Check that all rows or batches agree whether their labels equal the input_ids.
 
     Args:
-        shown, known: `are_ids` of these labels, and of the earlier ones.
+        shown: Result of `are_ids` for these labels.
+        known: Result of `are_ids` for earlier labels of the data.
 
     Returns:
-        The kind that is known now.
+        The result that is known from now on.
 
     Raises:
-        UserError: they are of the other kind.
+        UserError: The two results differ.
     """
     if shown is None or known is None:
         return known if shown is None else shown
     if shown != known:
-        here, earlier = ("equal", "do not") if shown else ("do not equal", "do")
+        here, earlier = ("equal", "differ from") if shown else ("differ from", "equal")
         raise UserError(
-            f"{where} has labels that {here} its input_ids, and those of earlier ones {earlier}. "
+            f"{where} has labels that {here} the input_ids, but earlier labels {earlier} them. "
             "Give labels of one kind: the input_ids, or the tokens after them."
         )
     return known
 
 
 def fit(batch: Batch, block_size: int, rows: int) -> Batch:
-    """The batch [rows, block_size]: padded with masked rows and columns, longer rows cut."""
+    """Pad a batch to [rows, block_size] with masked rows and columns, and cut longer rows."""
     given, tokens = batch["labels"].shape
     padding = ((0, rows - given), (0, max(0, block_size - tokens)))
     return {name: np.pad(values[:, :block_size], padding) for name, values in batch.items()}
 
 
 class CutRows:
-    """Warns once that rows longer than a sequence are cut."""
+    """Warns once if rows are longer than a sequence, and are therefore cut."""
 
     def __init__(self, block_size: int) -> None:
         self._block_size, self._is_said = block_size, False
 
     def look(self, batch: Batch, warn: Callable[[str], None]) -> None:
-        """Look for longer rows in a batch that is not fitted yet."""
+        """Warn if a batch that is not cut yet has longer rows."""
         tokens = batch["labels"].shape[1]
         if tokens > self._block_size and not self._is_said:
             self._is_said = True
             warn(
-                f"A row of the data has {tokens:,} tokens; this and all other rows are cut to "
-                f"max_tokens, {self._block_size:,}. Give a larger max_tokens to keep them whole."
+                f"A row of the data has {tokens:,} tokens; rows are cut to max_tokens, "
+                f"{self._block_size:,}. Set a larger max_tokens to keep all of their tokens."
             )
 
 
@@ -149,23 +150,24 @@ def check_length(tokens: int, block_size: int, where: str) -> None:
     """Check that a sequence is not longer than `block_size`.
 
     Args:
-        tokens: tokens that the model reads: one less than the ids if there are no labels.
+        tokens: Number of tokens that the model reads; without labels, this is one less than the
+            ids.
 
     Raises:
-        UserError: it is longer.
+        UserError: The sequence is longer.
     """
     if tokens > block_size:
         raise UserError(
-            f"{where} needs max_tokens={tokens}, and max_tokens is {block_size}. Cut it, or give "
-            "that max_tokens and a model whose context is at least as long."
+            f"{where} needs max_tokens={tokens}, but max_tokens is {block_size}. Shorten it, or "
+            f"set max_tokens={tokens} and use a model whose context is at least as long."
         )
 
 
 def check_columns(fields: Mapping[str, Any], first: Mapping[str, Any], where: str) -> None:
-    """Check that a row or batch has labels and masks exactly if the first one has.
+    """Check that a row or batch has labels and masks if the first one has them, and only then.
 
     Raises:
-        UserError: it differs from the first one.
+        UserError: The row or batch differs from the first one.
     """
     for name in USED:
         if (fields.get(name) is None) != (first.get(name) is None):
@@ -177,13 +179,13 @@ def check_columns(fields: Mapping[str, Any], first: Mapping[str, Any], where: st
 
 
 def fields_of(raw: Any, where: str = "A batch") -> Mapping[str, Any]:
-    """The arrays of a batch or an item by name.
+    """Return the arrays of a batch or an item, by name.
 
     Args:
-        where: its name in messages.
+        where: Name of the batch or item in messages.
 
     Raises:
-        UserError: it is neither a mapping with input_ids, nor input_ids alone, nor a pair.
+        UserError: The item is neither a mapping with input_ids, nor input_ids alone, nor a pair.
     """
     if isinstance(raw, Mapping):
         if raw.get("input_ids") is not None:
@@ -208,12 +210,12 @@ def fields_of(raw: Any, where: str = "A batch") -> Mapping[str, Any]:
 
 
 def one_row(fields: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The batch of one row."""
+    """Make a batch of one row."""
     return {name: [values] for name, values in fields.items() if values is not None}
 
 
 def each_row(fields: Mapping[str, Any]) -> list[dict[str, list[Any]]]:
-    """Split a batch into batches of one row, each with its ids and labels."""
+    """Split a batch into its rows; each is a batch of one row with its ids and labels."""
     ids, labels = fields["input_ids"], fields["labels"]
     return [{"input_ids": [ids[i]], "labels": [labels[i]]} for i in range(len(ids))]
 
@@ -246,7 +248,7 @@ def _arrays(raw: Any) -> dict[str, np.ndarray]:
 
 
 def _rows(values: Any) -> np.ndarray | list[np.ndarray]:
-    """A column as one array, or as its rows if they are not equally long."""
+    """Return a column as one array, or as a list of rows if their lengths differ."""
     if isinstance(values, Sequence) or getattr(values, "dtype", None) == np.dtype(object):
         rows = [as_array(row) for row in values]
         if all(row.ndim == 1 for row in rows) and len({len(row) for row in rows}) > 1:

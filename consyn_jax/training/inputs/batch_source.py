@@ -1,4 +1,4 @@
-"""The interface that the loop and the evaluation read data through."""
+"""`BatchSource`: the interface through which training and evaluation read data."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ class BatchSource(ABC):
     """Training or evaluation data as batches.
 
     Attributes:
-        order: the order of training sequences; None if the data has no positions.
-        fingerprint: equal for equal data.
-        content_is_known: whether the fingerprint covers all of the data.
-        packing: how documents became sequences, as `--packing`; None for the caller's sequences.
-        description: for the header; empty for data that the header describes otherwise.
-        warn: called with a sentence about data that turns out to be unusual.
-        requests: requests that evaluations also score; None without requests.
+        order: Order of the training sequences; None if the data cannot be read by position.
+        fingerprint: Text that is equal for equal data.
+        content_is_known: Whether the fingerprint covers the content of all data.
+        packing: How documents were packed into sequences, as in `--packing`; None if the caller
+            made the sequences.
+        description: Description of the data for the header; empty if the header has one already.
+        warn: Function for warnings about unusual data.
+        requests: Requests with known answers that evaluations also score; None if there are none.
     """
 
     order: Order | None
@@ -35,12 +36,12 @@ class BatchSource(ABC):
 
     @property
     def sequences(self) -> int | None:
-        """Sequences in an epoch; None if unknown."""
+        """Number of sequences in an epoch; None if unknown."""
         return None
 
     @property
     def tokens(self) -> int | None:
-        """Tokens in an epoch, without padding; None if unknown."""
+        """Number of tokens in an epoch, without padding; None if unknown."""
         return None
 
     @property
@@ -52,26 +53,27 @@ class BatchSource(ABC):
     def training(
         self, start_step: int, batch_size: int, accumulation: int, rows: np.ndarray
     ) -> Iterator[Batch]:
-        """Batches [accumulation, b, T] from step `start_step` on.
+        """Yield batches [accumulation, b, T], beginning with the one for step `start_step`.
 
-        A store seeks; batches that a caller made are read again and skipped up to that step.
+        Data in a store is read from the right position. Batches from the caller are read from the
+        beginning, and skipped up to that step.
 
         Args:
-            batch_size: sequences of a micro-batch over all processes.
-            rows: which of them this process holds.
+            batch_size: Sequences per micro-batch, over all processes.
+            rows: Indices of the rows of a micro-batch that this process holds.
         """
 
     @abstractmethod
     def evaluation(self, batch_size: int, rows: np.ndarray) -> Iterator[Batch]:
-        """All data once, in batches [b, T]."""
+        """Yield all data once, in batches [b, T]."""
 
     @abstractmethod
     def close(self) -> None:
-        """Stop reading. A thread that waits for data gets an exception."""
+        """Stop reading; a thread that waits for data gets an exception."""
 
 
 def described(**sources: BatchSource | None) -> list[tuple[str, str]]:
-    """Rows for the header about the sources that describe themselves, and their requests."""
+    """Make header rows about the sources that have a description, and about their requests."""
     found = []
     for name, source in sources.items():
         if source is not None and source.description:

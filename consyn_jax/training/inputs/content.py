@@ -1,4 +1,4 @@
-"""Find the documents in the caller's rows by their positions, and fingerprint the rows."""
+"""Find documents in the caller's rows by their position_ids, and fingerprint the rows."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ DIGEST_BYTES = 16
 
 
 def documents(segments: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Split segments [b, T] further where positions [b, T] restart at 0; padding stays 0.
+    """Split segments [b, T] into documents where positions [b, T] restart at 0; padding stays 0.
 
-    Attention depends on the distance of positions only, so where they begin makes no difference.
+    Attention depends only on differences of positions, so the first position of a document does not
+    matter.
 
     >>> documents(np.array([[1, 1, 1, 1, 0]]), np.array([[0, 1, 0, 1, 0]]))
     array([[1, 1, 2, 2, 0]])
@@ -31,13 +32,13 @@ def documents(segments: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 class Fingerprint:
-    """A hash of everything that is added, in order; None once something has no content to hash."""
+    """A hash of all added values, in order; None once a value without content was added."""
 
     def __init__(self) -> None:
         self._hash, self._is_known = hashlib.blake2b(digest_size=DIGEST_BYTES), True
 
     def add(self, value: Any) -> None:
-        """Add a number, text, array, or a sequence or mapping of them."""
+        """Add a number, text or array, or a sequence or mapping of such values."""
         if isinstance(value, Mapping):
             for key in sorted(value, key=str):
                 self._tag("key", str(key))
@@ -77,17 +78,19 @@ class Fingerprint:
 
     @property
     def value(self) -> str | None:
-        """The hash in hexadecimal digits."""
+        """The hash as hexadecimal digits, or None."""
         return self._hash.hexdigest() if self._is_known else None
 
 
 def fingerprint_of(rows: Any, look: Callable[[int, Any], None] | None = None) -> str | None:
-    """A fingerprint of rows of any kind; None if they cannot be read twice with the same content.
-
-    It is also None for more than `MOST_ROWS` rows, because reading them might take hours.
+    """Fingerprint rows of any kind.
 
     Args:
-        look: called with each number and row that is read.
+        look: Function that is called with the index and content of each row.
+
+    Returns:
+        The hash; None if a second read gives other content, or if there are more than `MOST_ROWS`
+        rows, because reading them could take hours.
     """
     count = len(rows)
     if not count or (count > MOST_ROWS and look is None):

@@ -1,4 +1,4 @@
-"""Classify the caller's data before the run's settings are known."""
+"""Classify the caller's data, before the settings of the run are known."""
 
 from __future__ import annotations
 
@@ -35,27 +35,29 @@ HARMLESS = (
 
 
 class TokenLists:
-    """Documents as lists of token ids, to be packed into sequences."""
+    """Documents as lists of token ids, which are packed into sequences later."""
 
     def __init__(self, documents: Sequence[Any]) -> None:
         self.documents = documents
 
 
 class Rows(Sequence[Mapping[str, Any]]):
-    """Rows of unequal length, each one sequence: of a list, a mapping of columns, or a dataset.
+    """Rows of unequal length, each one sequence: a list, a mapping of columns or a dataset.
 
     Args:
-        name: their name in messages.
+        rows: The data.
+        name: Name of the data in messages.
 
     Attributes:
-        longest, longest_row: positions of the longest row that was seen, and its index.
-        empty: rows without tokens among those that were seen.
-        labels_are_ids: whether the labels are the input_ids, as for transformers' models; None if
-            the rows do not show it.
-        unused: columns that are not read.
+        longest: Length in tokens of the longest row that was read.
+        longest_row: Index of the longest row that was read.
+        empty: Number of rows without tokens among those that were read.
+        labels_are_ids: Whether the labels equal the input_ids, as transformers' models expect; None
+            if the rows do not show it.
+        unused: Names of columns that are not used.
 
     Raises:
-        UserError: labels or masks of a row that was read do not fit its ids.
+        UserError: Labels or masks of a row do not match its ids.
     """
 
     def __init__(self, rows: Any, name: str) -> None:
@@ -85,14 +87,14 @@ class Rows(Sequence[Mapping[str, Any]]):
         return len(self._rows)
 
     def __getitem__(self, i: Any) -> Any:
-        """Row i: its columns by name."""
+        """Return the columns of row i by name."""
         if isinstance(self._rows, Mapping):
             return {name: self._rows[name][i] for name in USED if name in self._rows}
         return fields_of(self._rows[i], f"Row {i} of {self._name}")
 
     @property
     def natural_length(self) -> int:
-        """A length that holds the longest row."""
+        """Length of a sequence that holds the longest row, rounded up."""
         return round_up(self.longest, LENGTH_MULTIPLE)
 
     def describe(self, block_size: int) -> str:
@@ -104,19 +106,23 @@ class Rows(Sequence[Mapping[str, Any]]):
 
 
 class Begun(Iterable[Any]):
-    """Batches or rows whose first one is already read; the first pass continues after it.
+    """An iterable of batches or rows whose first item has been read already.
+
+    The first pass yields that item, and then continues.
 
     Args:
-        name: their name in messages.
+        data: The iterable.
+        name: Name of the data in messages.
 
     Attributes:
-        first: the first one.
-        name: their name in messages.
-        is_iterator: whether they can be read only once, as from a generator.
-        are_rows: whether each is one sequence and not a batch.
+        first: The first item.
+        name: Name of the data in messages.
+        is_iterator: Whether the data can be read only once, as from a generator.
+        are_rows: Whether each item is one sequence, and not a batch.
 
     Raises:
-        UserError: there are none, or they are read again although they can be read only once.
+        UserError: The iterable is empty, or is read a second time although it can be read only
+            once.
     """
 
     def __init__(self, data: Iterable[Any], name: str) -> None:
@@ -128,7 +134,7 @@ class Begun(Iterable[Any]):
             self.first = next(begun)
         except StopIteration:
             raise UserError(
-                f"{name} is empty. Give data, or an iterable that has not been read before."
+                f"{name} is empty. Pass data, or an iterable that has not been read before."
             ) from None
         if _is_token_list(self.first):
             raise UserError(f"{name} yields token lists, one by one. Pass list({name}).")
@@ -141,16 +147,16 @@ class Begun(Iterable[Any]):
         self.unused = sorted({*map(str, fields)} - {*USED, *HARMLESS})
 
     def place(self, i: int) -> str:
-        """Item `i` in messages."""
+        """Name of item `i` in messages."""
         return f"{'Row' if self.are_rows else 'Batch'} {i} of {self.name}"
 
     def check(self, fields: Mapping[str, Any], vocab_size: int | None, i: int) -> None:
-        """`check_fields` of item `i`."""
+        """Run `check_fields` on item `i`."""
         masked = UNPADDED if self.are_rows else MASKED
         check_fields(fields, vocab_size, self.place(i), masked)
 
     def _check_collation(self) -> None:
-        """Refuse torch's default collation of lists, which turns rows into lists of positions."""
+        """Refuse torch's default collation, which transposes lists into lists of positions."""
         if getattr(self.collate, "__name__", "") != "default_collate":
             return
         try:
@@ -161,7 +167,7 @@ class Begun(Iterable[Any]):
         if isinstance(values, list | tuple) and not any(hasattr(v, "ndim") for v in values):
             raise UserError(
                 f"{self.name} has torch's default collate_fn, which turns rows of lists into "
-                "lists of positions. Pass the rows themselves, or make the lists in them tensors."
+                "lists of positions. Pass the rows themselves, or convert their lists to tensors."
             )
 
     def __iter__(self) -> Iterator[Any]:
@@ -185,7 +191,7 @@ class Begun(Iterable[Any]):
 
     @property
     def in_memory(self) -> Sequence[Any]:
-        """All of them, if they are a list."""
+        """All items, if the data is a list; otherwise None."""
         return self._data if isinstance(self._data, list | tuple) else []
 
     @property
@@ -206,7 +212,7 @@ class Begun(Iterable[Any]):
 
     @property
     def batch_size(self) -> int | None:
-        """Sequences in a batch, as a DataLoader or the first batch says; None for rows."""
+        """Sequences per batch, from a DataLoader or the first batch; None if items are rows."""
         if self.are_rows:
             return None
         declared = getattr(self._data, "batch_size", None)
@@ -214,7 +220,7 @@ class Begun(Iterable[Any]):
 
     @property
     def natural_length(self) -> int:
-        """A length that holds the first batch, and the rows of a DataLoader's dataset."""
+        """Length that holds the sequences of the first batch and of a DataLoader's dataset."""
         fields = fields_of(self.first)
         if self.are_rows:
             fields = one_row(fields)
@@ -229,13 +235,13 @@ Given = TokenLists | Rows | Begun
 
 
 def recognise(data: Any, name: str) -> Any:
-    """Classify the caller's data; a dataset of this package, a `Given` or None stays as it is.
+    """Classify the caller's data; None, a dataset of this package or a `Given` stays as it is.
 
     Args:
-        name: its name in messages.
+        name: Name of the data in messages.
 
     Raises:
-        UserError: it is empty, or cannot be trained on.
+        UserError: The data is empty, or is of a kind that cannot be trained on.
     """
     if data is None or isinstance(data, OWN | Given):
         return data
@@ -263,7 +269,7 @@ def recognise(data: Any, name: str) -> Any:
 
 
 def _columns(data: Mapping[str, Any], name: str) -> Given:
-    """A mapping of columns, such as what a tokenizer of transformers returns."""
+    """Classify a mapping of columns, such as the result of a transformers tokenizer."""
     if not data:
         raise UserError(f"{name} is an empty dict. Give data that has at least one sequence.")
     if "input_ids" not in data:
@@ -281,20 +287,20 @@ def _columns(data: Mapping[str, Any], name: str) -> Given:
     for key, values in columns.items():
         if key in USED and (np.ndim(values[0]) == 0 or len(values) != count):
             raise UserError(
-                f"{name} has {count:,} rows of input_ids, and its {key} are {len(values):,} "
+                f"{name} has {count:,} rows of input_ids, but {key} has {len(values):,} "
                 f"{'numbers' if np.ndim(values[0]) == 0 else 'rows'}. Give {key} for each row."
             )
     return Rows(columns, name)
 
 
 def _array(data: Any, name: str) -> Given:
-    """An array of token ids of any library: one document a row, as in a list of token lists."""
+    """Classify an array of token ids of any library; each row is a document."""
     if 0 in data.shape:
         raise UserError(f"{name} is empty. Give data that has at least one sequence.")
     if hasattr(data, "columns"):
         raise UserError(
-            f"{name} is a table. Pass its columns, of which input_ids has a list of ids in each "
-            "row: table.to_dict('list')."
+            f"{name} is a table. Pass table.to_dict('list'), where the column input_ids must have "
+            "a list of ids in each row."
         )
     if data.dtype == object:
         change = "list(array)" if data.ndim == 1 else "array.astype('int32')"

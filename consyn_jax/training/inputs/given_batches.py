@@ -1,4 +1,4 @@
-"""Batches that the caller makes, such as those of a torch DataLoader."""
+"""Batches from the caller, such as those of a torch DataLoader."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ KEPT_TOKENS = 100_000_000  # of evaluation data that can be read only once: 1.3 
 
 
 class GivenBatches(BatchSource):
-    """Any iterable of batches, or of rows, which it puts into batches.
+    """Batches from an iterable of batches, or from an iterable of rows, which are put into batches.
 
-    It has no positions, so a resume reads and skips the batches of earlier steps. A batch with
-    fewer sequences than `batch_size` is filled up with masked rows, and one with more is split.
-    Shorter rows are filled up with masked tokens.
+    The data has no positions, so a resumed run reads and skips the batches of earlier steps. A
+    batch with fewer than `batch_size` sequences is filled up with masked rows; a batch with more is
+    split. Shorter rows are filled up with masked tokens.
 
     Args:
-        batch_size: sequences in each batch. Micro-batches may be smaller and divide it, as with
-            `--auto_batch`.
-        block_size: tokens in a sequence.
-        vocab_size: ids are below it.
+        batch_size: Sequences per batch. Micro-batches may be smaller if their size divides this, as
+            with `--auto_batch`.
+        block_size: Tokens per sequence.
+        vocab_size: Size of the vocabulary; all ids must be below it.
 
     Raises:
-        UserError: sequences that are known now are longer, or have an id outside the vocabulary.
+        UserError: A sequence that has been read is too long, or has an id outside the vocabulary.
     """
 
     def __init__(self, batches: Begun, batch_size: int, block_size: int, vocab_size: int) -> None:
@@ -67,17 +67,17 @@ class GivenBatches(BatchSource):
 
     @property
     def sequences(self) -> int | None:
-        """Sequences in a pass over a DataLoader or list, a short last batch counted as whole."""
+        """Sequences in a pass over a DataLoader or list; a short last batch counts as full."""
         items = self.batches.length
         if items is None:
             return None
         return items if self.batches.are_rows else items * self.batch_size
 
     def check_batch_size(self) -> None:
-        """Check that the given batches have the size that training takes.
+        """Check that the caller's batches have `batch_size` sequences.
 
         Raises:
-            UserError: their size differs from `batch_size`.
+            UserError: The batches have another size.
         """
         size = self.batches.batch_size
         is_only_batch = self.batches.length == 1
@@ -91,13 +91,13 @@ class GivenBatches(BatchSource):
     def training(
         self, start_step: int, batch_size: int, accumulation: int, rows: np.ndarray
     ) -> Iterator[Batch]:
-        """Batches of the iterable, after skipping those before `start_step`."""
+        """Yield batches of the iterable, after skipping those of steps before `start_step`."""
         micro = itertools.islice(self._endless(batch_size), start_step * accumulation, None)
         while len(group := list(itertools.islice(micro, accumulation))) == accumulation:
             yield {name: np.stack([batch[name][rows] for batch in group]) for name in group[0]}
 
     def evaluation(self, batch_size: int, rows: np.ndarray) -> Iterator[Batch]:
-        """One pass over the iterable; what can be read only once is kept in memory."""
+        """Yield one pass over the iterable; data that can be read only once is kept in memory."""
         for batch in self._kept_batches() if self.batches.is_iterator else self._whole_batches():
             for piece in self._pieces(batch, batch_size):
                 yield {name: values[rows] for name, values in piece.items()}
@@ -106,7 +106,7 @@ class GivenBatches(BatchSource):
         """Do nothing; the caller owns the iterable."""
 
     def _endless(self, batch_size: int) -> Iterator[Batch]:
-        """Pass after pass; an iterable that cannot start again, such as a generator, ends."""
+        """Yield pass after pass; stop if the iterable cannot start again, as a generator."""
         for _ in itertools.count():
             empty = True
             for batch in self._whole_batches():
@@ -128,7 +128,7 @@ class GivenBatches(BatchSource):
         return self._kept
 
     def _whole_batches(self) -> Iterator[Batch]:
-        """One pass, in batches [batch_size, block_size]."""
+        """Yield one pass in batches [batch_size, block_size]."""
         size = self.batch_size
         items = map(self._check, itertools.count(), self.batches)
         for raw in self._rows_in_batches(items) if self.batches.are_rows else items:
@@ -147,7 +147,7 @@ class GivenBatches(BatchSource):
             }
 
     def _check(self, i: int, raw: Any) -> Mapping[str, Any]:
-        """The arrays of item `i` of the iterable, checked to have the same columns as the first."""
+        """Check that item `i` has the same columns as the first, and return its arrays."""
         where = self.batches.place(i)
         fields = fields_of(raw, where)
         self.batches.check(fields, self._vocab_size, i)
@@ -174,12 +174,12 @@ class GivenBatches(BatchSource):
 
 
 def fingerprint_of_batches(batches: Begun) -> str | None:
-    """A fingerprint of a list of batches, or of a DataLoader; None for others.
+    """Fingerprint a list of batches, or a DataLoader; None for other iterables.
 
-    A DataLoader's fingerprint covers its rows, its collator (by the output for the first rows) and
-    its sampler (by its class and public numbers, such as indices and weights). It does not cover
-    the order of a shuffled DataLoader. It is None if the collator draws at random or the sampler
-    holds anything else.
+    The fingerprint of a DataLoader covers its rows, its collator (by the output for the first
+    rows), and its sampler (by its class and its public numbers, such as indices and weights). It
+    does not cover the order of a shuffled DataLoader. It is None if the collator draws random
+    numbers, or if the sampler has other state.
     """
     if batches.in_memory:
         return fingerprint_of(batches.in_memory)
@@ -198,7 +198,7 @@ def fingerprint_of_batches(batches: Begun) -> str | None:
 
 
 def _collated(batches: Begun, rows: Any) -> str | None:
-    """Fingerprint of the collator's output for the first rows; None if the output varies."""
+    """Fingerprint the collator's output for the first rows; None if the output varies."""
     if batches.collate is None:
         return ""
     first = [rows[i] for i in range(min(len(rows), COLLATED_ROWS))]
@@ -209,7 +209,7 @@ def _collated(batches: Begun, rows: Any) -> str | None:
 
 
 def _sampler(sampler: Any) -> str | None:
-    """The order of a DataLoader: the classes of its samplers and the numbers that they hold."""
+    """Describe the order of a DataLoader: the classes of its samplers, and their numbers."""
     names, held = [], Fingerprint()
     while sampler is not None:
         names.append(f"{type(sampler).__module__}.{type(sampler).__qualname__}")

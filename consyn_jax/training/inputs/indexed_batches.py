@@ -1,4 +1,4 @@
-"""Data whose sequences have positions, so that any step can be read at once."""
+"""Batches of sequences that can be read by position, so that training can start at any step."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from consyn_jax.training.inputs.batch_source import BatchSource
 
 
 class IndexedBatches(BatchSource):
-    """Sequences in an arithmetic order, so any step can be read at once.
+    """Batches of sequences that can be read by position, so that training can start at any step.
 
     Args:
-        order: the order of training; None for data that is only evaluated on.
-        dataset: the sequences of an epoch or evaluation; None if they are not known yet.
-        close: called by `close`.
+        order: Order of the training sequences; None for data that is used only for evaluation.
+        dataset: Sequences of an epoch or of an evaluation; None if they are not known yet.
+        close: Function that `close` calls.
     """
 
     def __init__(
@@ -35,17 +35,17 @@ class IndexedBatches(BatchSource):
 
     @property
     def sequences(self) -> int | None:
-        """Length of the dataset; None if there is none yet."""
+        """Number of sequences in the dataset; None if there is no dataset yet."""
         return None if self.dataset is None else len(self.dataset)
 
     @property
     def tokens(self) -> int | None:
-        """Tokens of the dataset, if it counts them."""
+        """Number of tokens in the dataset, if it counts them."""
         return getattr(self.dataset, "num_tokens", None)
 
     @property
     def num_bytes(self) -> int | None:
-        """Bytes of the dataset's text; None if it is only partly a target of the loss."""
+        """Bytes of the dataset's text; None if only a part of the text is a target of the loss."""
         if getattr(self.dataset, "num_targets", self.tokens) != self.tokens:
             return None
         return getattr(self.dataset, "num_bytes", None) or None
@@ -53,7 +53,7 @@ class IndexedBatches(BatchSource):
     def training(
         self, start_step: int, batch_size: int, accumulation: int, rows: np.ndarray
     ) -> Iterator[Batch]:
-        """Batches from the order's position at `start_step` on."""
+        """Yield batches in training order, beginning with the one for step `start_step`."""
         if self.order is None:
             raise UserError(
                 "The training data has no sequences, or is a FirstWindows, which is for "
@@ -63,7 +63,7 @@ class IndexedBatches(BatchSource):
         return (batch for _, batch in loader)
 
     def evaluation(self, batch_size: int, rows: np.ndarray) -> Iterator[Batch]:
-        """The dataset once, in its own order."""
+        """Yield the dataset once, in the order of the dataset."""
         if self.dataset is None:
             raise UserError(
                 "The evaluation data is a corpus that is still being prepared, which has no end "
@@ -72,12 +72,12 @@ class IndexedBatches(BatchSource):
         return evaluation_batches(self.dataset, batch_size, rows)
 
     def close(self) -> None:
-        """Stop a corpus that is still being prepared."""
+        """Stop the preparation of a growing corpus, if there is one."""
         self._close()
 
 
 def _packing(data: Any) -> str | None:
-    """The packing of the documents; "whole" if any of several datasets is packed that way."""
+    """The packing of the dataset; of several datasets, "whole" if any of them has that packing."""
     mixed = getattr(data, "sources", None)
     found = [one.packed for one in mixed.values()] if isinstance(mixed, Mapping) else [data]
     if any(isinstance(packed, WholeDocuments) for packed in found):

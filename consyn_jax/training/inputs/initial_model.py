@@ -1,4 +1,4 @@
-"""The model that a run begins with, and a fingerprint of its weights."""
+"""The model that a run starts from, and a fingerprint of its weights."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from consyn_jax.training.step import BASE
 
 @dataclass(frozen=True)
 class DeferredModel:
-    """A model whose parameters are made only on the run's mesh.
+    """A model whose parameters are not created before the mesh of the run is known.
 
     Attributes:
-        make: makes the parameters on a mesh one after the other, and passes each through a
-            `Convert`.
-        weights: fingerprint of the weights; None if the seed decides them.
-        name: directory or hub id of the weights; None if the seed decides them.
+        make: Function that makes the parameters on a mesh, one after the other, and applies a
+            `Convert` to each.
+        weights: Fingerprint of the weights; None if the seed determines them.
+        name: Directory or hub id of the weights; None if the seed determines them.
     """
 
     config: ModelConfig
@@ -41,22 +41,22 @@ class DeferredModel:
 
 
 def checked(model: Any, tokenizer: Any) -> ConsynLMHeadModel | DeferredModel:
-    """Return the model, once it and the tokenizer are known to be ours.
+    """Check the types of the model and the tokenizer, and return the model.
 
     Raises:
-        UserError: one of them is a path, or of another library.
+        UserError: One of them is a path, or an object of another library.
     """
     if isinstance(model, str | os.PathLike):
         raise UserError(
-            f"model is a name. Pass ConsynLMHeadModel.from_pretrained({os.fspath(model)!r}), or "
-            "from_config for new weights."
+            f"model is a path or a name. Pass ConsynLMHeadModel.from_pretrained("
+            f"{os.fspath(model)!r}), or use from_config for new weights."
         )
     if not isinstance(model, ConsynLMHeadModel | DeferredModel):
         is_theirs = hasattr(model, "save_pretrained") and not isinstance(model, type)
-        first = "Write it with save_pretrained(DIR), and pass" if is_theirs else "Pass"
+        first = "Save it with save_pretrained(DIR), and pass" if is_theirs else "Pass"
         raise UserError(
             f"model is a {type(model).__name__}, not a ConsynLMHeadModel. {first} "
-            "ConsynLMHeadModel.from_pretrained(DIR), or from_config for new weights."
+            "ConsynLMHeadModel.from_pretrained(DIR), or use from_config for new weights."
         )
     if not isinstance(tokenizer, BPETokenizer | None):
         raise UserError(
@@ -69,10 +69,10 @@ def checked(model: Any, tokenizer: Any) -> ConsynLMHeadModel | DeferredModel:
 def parameters_on(
     model: ConsynLMHeadModel | DeferredModel, mesh: Mesh, convert: Convert = unchanged
 ) -> Params:
-    """The model's current parameters in float32 on a mesh, for the train step to consume.
+    """Copy the model's current parameters to a mesh in float32, for the train step to consume.
 
     Args:
-        convert: applied to each parameter before the next one is made.
+        convert: Function that converts each parameter before the next one is made.
     """
     if isinstance(model, DeferredModel):
         return model.make(mesh, convert)
@@ -93,11 +93,11 @@ def base_on(
     types: BaseTypes | None,
     mesh: Mesh,
 ) -> dict[str, Any]:
-    """The frozen weights under an adapter, as every batch carries them; empty without an adapter.
+    """Make the frozen weights of an adapter run, as an entry of every batch; empty for other runs.
 
     Args:
-        untrained: for a model in memory, its parameters as they were passed.
-        types: the number types of the frozen weights; None without an adapter.
+        untrained: Original parameters of a model in memory.
+        types: Dtypes of the frozen weights; None without an adapter.
     """
     if types is None:
         return {}
@@ -109,9 +109,9 @@ def base_on(
 def give_parameters(
     model: ConsynLMHeadModel | DeferredModel, params: Params, lora: LoraOptions, base: Params | None
 ) -> ConsynLMHeadModel | DeferredModel:
-    """Give a model what a run has trained: all parameters, or the adapter added to `base`.
+    """Give a model its trained parameters: all of them, or `base` with the adapter added.
 
-    A model that does not exist yet becomes one, unless an adapter was trained.
+    A `DeferredModel` becomes a `ConsynLMHeadModel`, unless an adapter was trained.
     """
     if isinstance(model, ConsynLMHeadModel):
         model.take_over(params if base is None else merged(base, params, lora))
@@ -120,9 +120,10 @@ def give_parameters(
 
 
 def base_of_adapter(model: ConsynLMHeadModel | DeferredModel) -> Base:
-    """The model under a run's adapter, as its files name it.
+    """The base model of a run's adapter, as adapter_config.json names it.
 
-    The weights of a model in memory may have changed since they were read, so they have no hash.
+    For a model in memory there is no hash, because its weights may have changed since it was
+    loaded.
     """
     if isinstance(model, DeferredModel):
         return Base(model.name, model.weights)
@@ -130,9 +131,9 @@ def base_of_adapter(model: ConsynLMHeadModel | DeferredModel) -> Base:
 
 
 def weights_of(model: ConsynLMHeadModel | DeferredModel) -> str | None:
-    """A fingerprint of the weights that a run begins with; None if its seed decides.
+    """Fingerprint the weights that a run starts from; None if its seed determines them.
 
-    Arrays that this process holds only in part count by their names and shapes only.
+    If this process holds only a part of an array, the array counts by its name and shape only.
     """
     if isinstance(model, DeferredModel):
         return model.weights

@@ -1,4 +1,4 @@
-"""Rows and documents of the caller as sequences that are read by index."""
+"""The caller's rows and documents as datasets of sequences that are read by index."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class ItemDataset:
     """Rows that are read one by one, such as those of a torch or datasets Dataset.
 
     Args:
-        block_size: tokens in a sequence; shorter rows are padded.
-        vocab_size: ids are below it.
-        name: the rows' name in messages.
+        block_size: Tokens per sequence; shorter rows are padded.
+        vocab_size: Size of the vocabulary; all ids must be below it.
+        name: Name of the rows in messages.
 
     Attributes:
-        fingerprint: hash of all rows; None if it cannot be known.
-        warn: called once if rows are cut that were not seen before the run.
+        fingerprint: Hash of all rows; None if it cannot be computed.
+        warn: Function that is called once if rows are cut that were not read before the run.
 
     Raises:
-        UserError: a row that was read is too long, or has an id outside the vocabulary.
+        UserError: A row that was read is too long, or has an id outside the vocabulary.
     """
 
     def __init__(self, items: Rows, block_size: int, vocab_size: int, name: str) -> None:
@@ -58,13 +58,13 @@ class ItemDataset:
         return len(self.items)
 
     def rows(self, indices: Any) -> Sequences:
-        """The items `indices` at once, each array [n, block_size]."""
+        """Return the items `indices` as arrays [n, block_size]."""
         found = [self._row(int(i), self.items[int(i)]) for i in indices]
         return {name: np.concatenate([row[name] for row in found]) for name in found[0]}
 
     @cached_property
     def _first(self) -> Any:
-        """The first row, read once: it may be costly, or drawn at random."""
+        """The first row; it is read only once, as it may be slow to read or random."""
         return self.items[0]
 
     def _check(self, i: int, item: Any) -> None:
@@ -93,9 +93,9 @@ def pack_token_lists(
     """Pack documents, given as lists of ids, into sequences.
 
     Args:
-        special_ids: the ids of BOS, EOS and padding.
-        vocab_size: ids are below it.
-        name: the data's name in messages.
+        special_ids: Ids of BOS, EOS and padding.
+        vocab_size: Size of the vocabulary; all ids must be below it.
+        name: Name of the data in messages.
 
     Returns:
         The sequences, and a fingerprint of the documents.

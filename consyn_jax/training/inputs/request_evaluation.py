@@ -1,4 +1,4 @@
-"""Requests with known answers as a part of a run's evaluations: `--eval_requests`."""
+"""`--eval_requests`: requests with known answers that every evaluation of a run scores."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class EvalRequests:
     """The tasks of `--eval_requests`, tokenised once for all evaluations of a run.
 
     Attributes:
-        tasks: By the name that metrics have: eval/NAME/accuracy.
-        encoded: The requests of each task as token ids.
+        tasks: Tasks by the name in metrics, as in eval/NAME/accuracy.
+        encoded: Requests of each task as token ids.
     """
 
     tasks: dict[str, Task]
@@ -41,7 +41,7 @@ class EvalRequests:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal requests."""
+        """Text that is equal for equal requests."""
         content = {
             name: [(request.pairs, request.gold) for request in task.requests]
             for name, task in self.tasks.items()
@@ -50,7 +50,7 @@ class EvalRequests:
 
     @property
     def description(self) -> str:
-        """The number of requests, and what a person should know about those of each task."""
+        """The number of requests, and remarks about those of each task, for the header."""
         size = counted(sum(task.size for task in self.tasks.values()), "request")
         notes = [
             f"{name}: {note}"
@@ -61,7 +61,7 @@ class EvalRequests:
 
     @property
     def metrics(self) -> list[str]:
-        """All names of metrics that an evaluation adds."""
+        """Names of all metrics that the requests add to an evaluation."""
         found = []
         for name, task in self.tasks.items():
             has_choice = {bool(request.gold) for request in task.requests}
@@ -75,7 +75,7 @@ class EvalRequests:
         scorer: Scorer,
         tick: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
-        """The metrics of all tasks."""
+        """Compute the metrics of all tasks."""
         found: dict[str, float] = {}
         for name, task in self.tasks.items():
             scored = score_task(scorer, task, self.encoded[name], lambda done, total: tick())
@@ -94,11 +94,11 @@ def _values(scored: TaskScores) -> list[tuple[str, float]]:
 def read_eval_requests(
     options: EvaluationOptions, tokenizer: BPETokenizer | None, config: ModelConfig
 ) -> EvalRequests | None:
-    """Read and encode the requests of a run, so that a wrong row is refused before step 1.
+    """Read and encode the requests of a run, so that a wrong row is reported before step 1.
 
     Raises:
         UserError: A file or row is wrong, the run has no tokenizer, or the metric that selects the
-            best model is not among those of the requests.
+            best model is unknown.
     """
     if not options.eval_requests:
         return None
@@ -132,10 +132,10 @@ def read_eval_requests(
 
 
 def requests_identity(options: EvaluationOptions, source: Any) -> str | None:
-    """Identity of requests that decide which model is best; None where they do not.
+    """Identity of the requests, if one of their metrics selects the best model; otherwise None.
 
     Args:
-        source: The evaluation data, with its `requests`; None without evaluations.
+        source: Evaluation data with its `requests`; None without evaluations.
     """
     requests: EvalRequests | None = getattr(source, "requests", None)
     if requests is None or options.metric_for_best_model in EVALUATION_METRICS:
@@ -146,6 +146,6 @@ def requests_identity(options: EvaluationOptions, source: Any) -> str | None:
 def request_scorer(
     config: ModelConfig, mesh: Mesh, params: Params, kind: Any, attention: str, batch_size: int
 ) -> Scorer:
-    """A scorer over the parameters of an evaluation, on the mesh of the run."""
+    """Return a function that scores the requests with given parameters, on the mesh of the run."""
     share = int(np.prod([mesh.shape[axis] for axis in ("data", "fsdp")]))
     return Scorer(config, params, mesh, kind, attention, math.ceil(batch_size / share) * share)

@@ -1,1 +1,1 @@
-"""Optimizers as one table, schedules, skipped steps, and moments in host memory."""
+"""Optimizers, learning-rate schedules, skipping of non-finite steps, and optimizer offload."""

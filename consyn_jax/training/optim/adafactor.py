@@ -1,4 +1,4 @@
-"""Adafactor: second moments as a row and a column of each matrix."""
+"""Adafactor: second moments factored into a row and a column per matrix."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ SMALLEST_FACTORED = 32
 
 
 def adafactor(options: OptimizerOptions, logical_axes: Params) -> optax.GradientTransformation:
-    """Transformation of gradients to Adafactor's update directions (Shazeer and Stern, 2018).
+    """Optax transformation from gradients to Adafactor's update directions.
 
-    The relative step and the parameter scale are left out (Zhai et al., 2022, section 3.4), so that
-    AdamW's rates suit it. Each layer's matrix is factored, as [inputs, outputs], and clipped on its
-    own, even though the layers are stacked.
+    Source: Shazeer and Stern, 2018. The relative step size and the scaling by parameter size are
+    left out (Zhai et al., 2022, section 3.4), so that learning rates for AdamW also suit Adafactor.
+    Although layers are stacked in one array, each layer's matrix [inputs, outputs] is factored and
+    clipped separately.
     """
 
     def as_matrices(tree: Any) -> Any:
@@ -55,7 +56,7 @@ def adafactor(options: OptimizerOptions, logical_axes: Params) -> optax.Gradient
 
 
 def _as_matrix(axes: Axes, x: jax.Array) -> jax.Array:
-    """Reshape a matrix with several input or output dimensions to [(layers,) inputs, outputs]."""
+    """Merge the input and the output dimensions of a matrix, to [(layers,) inputs, outputs]."""
     if not is_matrix(axes):
         return x
     layers = x.shape[:1] if "layers" in axes else ()
@@ -64,6 +65,6 @@ def _as_matrix(axes: Axes, x: jax.Array) -> jax.Array:
 
 
 def _clip(axes: Axes, x: jax.Array) -> jax.Array:
-    """Scale down to a root mean square of 1, each layer by itself."""
+    """Scale each layer's update down to a root mean square of at most 1."""
     own = tuple(range("layers" in axes, x.ndim))
     return x / jnp.maximum(1.0, jnp.sqrt(jnp.mean(jnp.square(x), axis=own, keepdims=True)))

@@ -1,4 +1,4 @@
-"""Adam's directions, with second moments in bfloat16 if asked for."""
+"""Adam's update directions, with an option for second moments in bfloat16."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from consyn_jax.training.step import Number
 
 
 def adam(options: OptimizerOptions) -> optax.GradientTransformation:
-    """Transformation of gradients to Adam's update directions (Kingma and Ba, 2015)."""
+    """Optax transformation from gradients to Adam's update directions (Kingma and Ba, 2015)."""
     dtype = jnp.dtype(options.moment_dtype)
     rule = optax.scale_by_adam(
         b1=options.beta1, b2=_beta2(options), eps=options.eps, mu_dtype=dtype
@@ -23,7 +23,7 @@ def adam(options: OptimizerOptions) -> optax.GradientTransformation:
 
 
 def scaled_gradients(options: OptimizerOptions) -> optax.GradientTransformation:
-    """Transformation that divides gradients by Adam's denominator, without a first moment."""
+    """Optax transformation that divides gradients by Adam's denominator, without first moments."""
     rule = optax.scale_by_rms(
         decay=_beta2(options), eps=options.eps, eps_in_sqrt=False, bias_correction=True
     )
@@ -36,13 +36,14 @@ def _beta2(options: OptimizerOptions) -> Number:
 
 
 def _narrow_second_moment(rule: Any, dtype: Any) -> optax.GradientTransformation:
-    """Keep the second moment of `rule` in `dtype`, rounded stochastically between steps.
+    """Wrap `rule` so that its second moments are stored in `dtype`, with stochastic rounding.
 
-    Rounded to nearest, it would stand still once it changes by less than half of bfloat16's last
-    place (0.2 %) a step. First moments change faster, and Optax rounds them to nearest.
+    If they were rounded to nearest, a second moment would stop changing as soon as it changes by
+    less than half of bfloat16's last digit (0.2 %) per step. First moments change faster, and Optax
+    rounds them to nearest.
 
     Args:
-        rule: its state has `nu` and `count`.
+        rule: Optax transformation whose state has the fields `nu` and `count`.
     """
     if dtype == jnp.float32:
         return rule
@@ -57,7 +58,7 @@ def _narrow_second_moment(rule: Any, dtype: Any) -> optax.GradientTransformation
     def update(
         updates: Any, state: Any, params: Any = None, *, layer: Any = None, **_: Any
     ) -> tuple[Any, Any]:
-        """Update all parameters, or those of one `layer`; each layer has its own random numbers."""
+        """Update all parameters, or those of one layer; each layer has its own random numbers."""
         updates, state = rule.update(
             updates, state._replace(nu=cast(state.nu, jnp.float32)), params
         )
@@ -72,9 +73,9 @@ def _narrow_second_moment(rule: Any, dtype: Any) -> optax.GradientTransformation
 
 
 def round_stochastically(x: Float[Array, "*shape"], key: jax.Array) -> Float[Array, "*shape"]:
-    """Round finite float32 to bfloat16, up or down with chances that keep the mean exact.
+    """Round finite float32 values to bfloat16, randomly up or down, so that the mean stays exact.
 
-    Gupta et al. (2015).
+    Source: Gupta et al. (2015).
     """
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     bits = (jax.lax.bitcast_convert_type(x, jnp.uint32) + noise) & jnp.uint32(0xFFFF0000)

@@ -1,4 +1,4 @@
-"""Cautious AdamW: Adam's directions, where they agree in sign with the gradient."""
+"""Cautious AdamW: Adam, without elements of the update that oppose the gradient in sign."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from consyn_jax.training.optim.groups import Axes
 
 
 def cautious_adamw(options: OptimizerOptions, logical_axes: Params) -> optax.GradientTransformation:
-    """Adam's transformation, without the elements that would increase the loss to first order.
+    """Optax transformation to Adam's update directions, masked where they would increase the loss.
 
-    Liang et al. (2024), algorithm 2: elements whose sign differs from the gradient's become 0. If n
-    of d elements are left, they are scaled by d / (n + 1). Each layer's array is masked on its own,
-    even though the layers are stacked.
+    Source: Liang et al. (2024), algorithm 2. Elements of the direction whose sign differs from that
+    of the gradient become 0. If n of d elements remain, they are multiplied by d / (n + 1).
+    Although layers are stacked in one array, each layer is masked and scaled separately.
     """
     rule = optax.with_extra_args_support(adam(options))
 

@@ -1,4 +1,4 @@
-"""Groups of parameters: which ones decay, and which have another learning rate."""
+"""Groups of parameters, by which weight decay and learning rates can differ."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ Axes = tuple[str | None, ...]
 
 
 def is_matrix(axes: Axes) -> bool:
-    """Whether a parameter is a matrix, as opposed to norms and biases.
+    """Whether a parameter is a matrix, rather than the scale of a norm or a bias.
 
-    It maps from or to the residual stream, or from or to the rank of an adapter.
+    A matrix has an axis for the residual stream or for the rank of an adapter, and at least one
+    more.
     """
     dims = [axis for axis in axes if axis != "layers"]
     return ("embed" in dims or "rank" in dims) and len(dims) > 1
 
 
 def is_block_matrix(axes: Axes) -> bool:
-    """Whether a parameter holds a matrix of every block."""
+    """Whether a parameter is a stack of matrices, one per block."""
     return "layers" in axes and is_matrix(axes)
 
 
 def matrix_sides(axes: Axes) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Positions of a matrix's input and output dimensions.
+    """Indices of a matrix's input dimensions, and of its output dimensions.
 
-    One side is the rank of an adapter, or else the residual stream.
+    One of the two sides is the rank of an adapter; in a matrix without one, it is the residual
+    stream.
 
     >>> matrix_sides(("layers", "embed", "heads", "head_dim"))
     ((1,), (2, 3))
@@ -47,18 +49,19 @@ def matrix_sides(axes: Axes) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def decay_mask(logical_axes: Params) -> Any:
-    """Return a tree like `logical_axes` that holds True for matrices, False for norms and biases.
+    """Return a tree like `logical_axes`: True for matrices, which decay, False for the rest.
 
-    The embeddings decay like all matrices, as in nanoGPT and its successors (Brown et al., 2020).
-    OLMo 2 (2025) leaves them out; here that would also leave out a tied output embedding.
+    Norms and biases do not decay. Embeddings do, as in nanoGPT and its successors (Brown et al.,
+    2020). OLMo 2 (2025) does not decay embeddings; here this would also affect a tied output
+    embedding.
     """
     return map_axes(is_matrix, logical_axes)
 
 
 def parameter_groups(logical_axes: Params) -> Any:
-    """Return a tree like `logical_axes` that holds the name of each parameter's group.
+    """Return a tree like `logical_axes` with the name of each parameter's group.
 
-    The names are those of `--lr_multipliers`, `optimizer_config.PARAMETER_GROUPS`.
+    The names are those of `--lr_multipliers`, in `optimizer_config.PARAMETER_GROUPS`.
     """
 
     def group(path: Any, axes: Axes) -> str:
@@ -75,10 +78,10 @@ def parameter_groups(logical_axes: Params) -> Any:
 
 
 def rate_multipliers(multipliers: Mapping[str, float], logical_axes: Params) -> Any:
-    """Return a tree like `logical_axes` that holds each parameter's learning-rate multiplier.
+    """Return a tree like `logical_axes` with the learning-rate multiplier of each parameter.
 
     Raises:
-        UserError: a multiplier for a group that the model does not have.
+        UserError: There is a multiplier for a group that the model does not have.
     """
     groups = parameter_groups(logical_axes)
     present = set(jax.tree.leaves(groups))
@@ -93,7 +96,7 @@ def rate_multipliers(multipliers: Mapping[str, float], logical_axes: Params) -> 
 
 
 def mup_rates(config: ModelConfig, options: OptimizerOptions, logical_axes: Params) -> Any:
-    """Return a tree like `logical_axes` with muP's rate factors; None without muP."""
+    """Return a tree like `logical_axes` with muP's learning-rate factors; None without muP."""
     if options.base is None:
         return None
     # An orthogonal update is as large in all directions, not in a few as Adam's: its largest
@@ -108,10 +111,10 @@ def mup_rates(config: ModelConfig, options: OptimizerOptions, logical_axes: Para
 
 
 def describe_groups(options: OptimizerOptions, shapes: Params, logical_axes: Params) -> str:
-    """Describe how the optimizer treats which parameters, with counts.
+    """Describe the groups of parameters, with their counts and how the optimizer treats them.
 
     Args:
-        shapes: the parameters, or their shapes.
+        shapes: The parameters, or their shapes.
     """
 
     def count(mask: Any) -> str:

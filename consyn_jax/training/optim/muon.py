@@ -1,4 +1,4 @@
-"""Muon: orthogonal updates of the matrices inside the blocks."""
+"""Muon: orthogonalised updates for the matrices inside the blocks."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ UPDATE_RMS = 0.2
 
 
 def muon(options: OptimizerOptions, logical_axes: Params) -> optax.GradientTransformation:
-    """Muon's transformation for the matrices inside the blocks, and Adam's for the rest.
+    """Optax transformation with Muon for the matrices inside the blocks, and Adam for the rest.
 
-    Jordan et al. (2024). Each layer's matrix is taken as [inputs, outputs].
+    Source: Jordan et al. (2024). Each layer's matrix is reshaped to [inputs, outputs].
     """
     labels = map_axes(lambda axes: "muon" if is_block_matrix(axes) else "adamw", logical_axes)
     numbers = map_axes(

@@ -1,4 +1,4 @@
-"""The optimizer's moments in host memory: each update moves one layer's to the device and back."""
+"""Optimizer offload: moments are in host memory, and are moved to the device layer by layer."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from consyn_jax.training.optim.skip_nonfinite import updates_state
 from consyn_jax.training.optim.state import of_parameters
 from consyn_jax.training.step import Metrics, TrainState, Update
 
-# What an array belongs to: all layers, another parameter, or no parameter.
+# Kinds of arrays: a parameter stacked over layers, another parameter, or of no parameter.
 LAYERS, REST, SHARED = "layers", "rest", "shared"
 
 
 def check_offload(optimizer: str, dtype: Any) -> None:
-    """Raise UserError if a run cannot be updated layer by layer.
+    """Check that the parameters of a run can be updated layer by layer.
 
-    Float16 cannot: its loss scale keeps the whole state of a skipped step.
+    Raises:
+        UserError: The run computes in float16, where the loss scale keeps a copy of the whole state
+            until it is known whether the step is skipped.
     """
     if not OPTIMIZERS[optimizer].layerwise:
         usable = [name for name, rule in OPTIMIZERS.items() if rule.layerwise]
@@ -41,7 +43,7 @@ def check_offload(optimizer: str, dtype: Any) -> None:
 
 
 def in_host_memory(place: NamedSharding) -> NamedSharding:
-    """Return the same sharding in the host's memory."""
+    """Return the same sharding, but in host memory."""
     kind = "pinned_host"
     there = place.with_memory_kind(kind)
     if there.memory_kind == kind:
@@ -52,7 +54,11 @@ def in_host_memory(place: NamedSharding) -> NamedSharding:
 
 
 class _Part(NamedTuple):
-    """A part that is updated together: layer `number`, or if None everything outside the layers."""
+    """Parameters that are updated together.
+
+    Attributes:
+        number: Index of the layer; None for all parameters outside the layers.
+    """
 
     number: Any
 
@@ -61,13 +67,13 @@ class _Part(NamedTuple):
         return REST if self.number is None else LAYERS
 
     def cut(self, kind: str, x: jax.Array) -> jax.Array:
-        """Return this part of an array; an empty array if it has none."""
+        """Return the slice of an array that belongs to this part, or an empty array."""
         if kind not in (self.kind, SHARED):
             return jnp.zeros((0, *x.shape[1:]), x.dtype)
         return jax.lax.dynamic_slice_in_dim(x, self.number, 1) if kind == LAYERS else x
 
     def paste(self, kind: str, x: jax.Array, new: jax.Array) -> jax.Array:
-        """Put the part back; arrays of no parameter change only with what is outside the layers."""
+        """Write the slice back; arrays of no parameter change only with those outside layers."""
         if (kind == LAYERS) != (self.kind == LAYERS):
             return x
         if kind == LAYERS:
@@ -76,11 +82,12 @@ class _Part(NamedTuple):
 
 
 def layerwise_update(rule: optax.GradientTransformation, layout: Layout) -> Update:
-    """Apply `rule`, whose moments are in host memory, to one layer at a time, then to the rest.
+    """Make an update that applies `rule` to one layer at a time, then to the other parameters.
 
-    The device holds the moments of one layer at a time, or of everything outside the layers. The
-    rule sees the tree of the whole model, with size 0 for all that is not updated, so what it does
-    to a layer must not depend on the others. A step that leaves the state alone moves nothing.
+    The moments of `rule` are in host memory. The device holds those of one layer at a time, or
+    those of all parameters outside the layers. In each call, the rule gets a tree with the
+    structure of the whole model, where arrays that are not updated have size 0; so its update of a
+    layer must not depend on other layers. A step that does not change the state moves nothing.
     """
     rule = optax.with_extra_args_support(rule)
     kinds = map_axes(lambda axes: LAYERS if LAYERS in axes else REST, layout.logical_axes)

@@ -1,6 +1,6 @@
-"""The table of update rules, and the optimizer that a run's options describe.
+"""The table of update rules, and the optimizer that the options of a run describe.
 
-Decay, multipliers and the rate are applied here, for all rules.
+Weight decay, multipliers and the learning rate are applied in this module, for all rules.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from consyn_jax.validation import parse_multipliers
 
 
 def _lion(options: OptimizerOptions, _: Params) -> optax.GradientTransformation:
-    """Transformation of gradients to Lion's update directions (Chen et al., 2023)."""
+    """Optax transformation from gradients to Lion's update directions (Chen et al., 2023)."""
     assert options.beta2 is not None
     dtype = jnp.dtype(options.moment_dtype)
     return optax.scale_by_lion(b1=options.beta1, b2=options.beta2, mu_dtype=dtype)
 
 
 def _sgd(options: OptimizerOptions, _: Params) -> optax.GradientTransformation:
-    """Transformation of gradients to their sum with momentum."""
+    """Optax transformation from gradients to their accumulated sum with momentum."""
     if not is_used(options.momentum_decay):
         return optax.identity()
     dtype = jnp.dtype(options.moment_dtype)
     return optax.trace(decay=options.momentum_decay, accumulator_dtype=dtype)
 
 
-# The direction of each optimizer, from its options and the logical axes of the parameters. Every
-# optimizer also has an entry in `optimizer_config.OPTIMIZERS`.
+# Name of each optimizer -> function from its options and the parameters' logical axes to an Optax
+# transformation. Every optimizer also has an entry in `optimizer_config.OPTIMIZERS`.
 RULES: dict[str, Callable[[OptimizerOptions, Params], optax.GradientTransformation]] = {
     "adamw": lambda options, _: adam(options),
     "adafactor": adafactor,
     "lion": _lion,
     "muon": muon,
     "sgd": _sgd,
-    # The average of the weights takes the place of a first moment (Defazio et al., 2024).
+    # Averaging of the weights replaces the first moment (Defazio et al., 2024).
     "schedule_free_adamw": lambda options, _: scaled_gradients(options),
     "cautious_adamw": cautious_adamw,
 }
@@ -60,13 +60,16 @@ def build_optimizer(
     logical_axes: Params,
     rate_factors: Any = None,
 ) -> optax.GradientTransformation:
-    """Build the optimizer of resolved options.
+    """Build the optimizer that resolved options describe.
 
-    Updates are -rate x multiplier x (factor x direction + weight_decay x p): decoupled decay, of
-    matrices only (Loshchilov and Hutter, 2019). `schedule` gives the rate.
+    The update of a parameter p is -rate x multiplier x (factor x direction + weight_decay x p). The
+    decay is decoupled from the gradient (Loshchilov and Hutter, 2019), and applies only to
+    matrices.
 
     Args:
-        rate_factors: a tree like `logical_axes` with muP's factor of each parameter, or None.
+        schedule: Learning rate as a function of the step.
+        rate_factors: muP's factor of each parameter, in the structure of `logical_axes`; None
+            without muP.
 
     Raises:
         UserError: `--lr_multipliers` names a group that the model does not have.
@@ -87,15 +90,15 @@ def build_optimizer(
 
 
 def _multiplied(factors: Any) -> optax.GradientTransformation:
-    """Multiply the update of each parameter by its number in the tree `factors`."""
+    """Optax transformation that multiplies each parameter's update by its factor in `factors`."""
     return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors))
 
 
 def lr_warning(lr: float, optimizer: str, from_weights: bool, factor: float = 1.0) -> str | None:
-    """Warn if the peak rate is more usual for the other kind of training.
+    """Warn if the peak rate is too low for training from scratch, or too high for fine-tuning.
 
     Args:
-        factor: multiplies the usual rates, for an adapter.
+        factor: Factor of the usual rates, for an adapter.
 
     >>> lr_warning(3e-5, "adamw", from_weights=False)
     '--lr 3e-05 is low for training from scratch with adamw; 5e-05 or more is usual. Rates as low as

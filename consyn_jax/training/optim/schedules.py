@@ -1,6 +1,6 @@
-"""Learning-rate schedules by number of updates, and the plateau rule that watches evaluations.
+"""Learning-rate schedules, and the plateau rule that lowers the rate after evaluations.
 
-Skipped steps are not updates and do not count.
+Schedules are functions of the number of updates, so skipped steps do not count.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TIMESCALE_WITHOUT_WARMUP = 10_000  # steps, for inverse_sqrt (Raffel et al., 202
 
 
 def warmup_length(total_steps: int, warmup_steps: int | None, warmup_ratio: float) -> int:
-    """Return the steps of warm-up: as given, or a share of the run.
+    """Return the number of warm-up steps: as given, or a fraction of the run.
 
     >>> warmup_length(1000, None, 0.02)
     20
@@ -37,14 +37,14 @@ def warmup_length(total_steps: int, warmup_steps: int | None, warmup_ratio: floa
 
 
 class StepTime(NamedTuple):
-    """The place of a step in a schedule.
+    """The position of a step in a schedule.
 
     Attributes:
-        since_warmup: steps since warm-up, 0 during warm-up.
-        done: the share of the decay that is over, from 0 to 1.
-        before_end: whether the step is before the end of the run.
-        warmup_steps: steps of warm-up.
-        decay_steps: steps of the decay, at least 1.
+        since_warmup: Steps since the end of warm-up; 0 during warm-up.
+        done: Fraction of the decay that has passed, from 0 to 1.
+        before_end: Whether the step is before the end of the run.
+        warmup_steps: Number of warm-up steps.
+        decay_steps: Number of steps of the decay, at least 1.
     """
 
     since_warmup: Float[Array, "..."]
@@ -67,14 +67,14 @@ def _constant(time: StepTime, _: OptimizerOptions) -> jax.Array:
 
 
 def _restarts(time: StepTime, options: OptimizerOptions) -> jax.Array:
-    """A cosine over each of `num_cycles` equal parts; the run ends at the end of the last."""
-    # The product is whole, so no rounding misses a restart; there is none at the very end.
+    """A cosine decay over each of `num_cycles` equal parts of the time after warm-up."""
+    # The product is an integer, so rounding cannot miss a restart. The run ends without a restart.
     part = time.since_warmup * options.num_cycles % time.decay_steps / time.decay_steps
     return DECAYS["cosine"](jnp.where(time.before_end, part, 1.0))
 
 
 def _inverse_sqrt(time: StepTime, _: OptimizerOptions) -> jax.Array:
-    """Vaswani et al. (2017): sqrt(w / (w + steps since warm-up)) for w steps of warm-up."""
+    """sqrt(w / (w + steps since warm-up)) for w steps of warm-up (Vaswani et al., 2017)."""
     timescale = time.warmup_steps or TIMESCALE_WITHOUT_WARMUP
     return jnp.sqrt(timescale / (timescale + time.since_warmup))
 
@@ -83,10 +83,11 @@ class ScheduleRule(NamedTuple):
     """An entry of the table of schedules.
 
     Attributes:
-        shape: the rate over the peak, from 1 down to 0, after warm-up.
-        has_warmup: False to start at the peak.
-        has_floor: whether `--min_lr_ratio` is the lowest rate; otherwise 0 is.
-        decays_late: decay over the last `--decay_ratio` of the run instead of all after warm-up.
+        shape: Function for the time after warm-up, which falls from 1 to 0.
+        has_warmup: Whether the schedule begins with warm-up; otherwise it begins at the peak.
+        has_floor: Whether the lowest rate is set by `--min_lr_ratio`; otherwise it is 0.
+        decays_late: Whether only the last fraction `--decay_ratio` of the run is a decay; otherwise
+            all steps after warm-up are.
     """
 
     shape: Shape
@@ -112,14 +113,14 @@ SCHEDULES = {
 
 
 def build_schedule(options: OptimizerOptions, total_steps: int) -> optax.Schedule:
-    """Build the function from a step to its learning rate that resolved options describe.
+    """Build the learning-rate schedule that resolved options describe, a function of the step.
 
     In warm-up, step s has the rate peak x (s + 1) / (warmup + 1), so that no step has a rate of 0.
-    Then the rate is peak x (floor + (1 - floor) x shape). With `--decay_from`, it is the schedule
-    of the decay alone, and steps count from the beginning of the run that is decayed.
+    After warm-up, the rate is peak x (floor + (1 - floor) x shape). With `--decay_from`, the
+    schedule has only the decay, and steps are counted from the beginning of the original run.
 
     Raises:
-        UserError: warm-up is longer than the run.
+        UserError: Warm-up is longer than the run.
     """
     assert options.lr is not None
     peak = options.lr
@@ -151,7 +152,7 @@ def build_schedule(options: OptimizerOptions, total_steps: int) -> optax.Schedul
 
 
 def decay_end(decay_from: int, decay_ratio: float) -> int:
-    """Return the last step of a run that decays from `decay_from` over `decay_ratio` of its steps.
+    """Return the last step of a run whose last fraction `decay_ratio` begins at `decay_from`.
 
     >>> decay_end(800, 0.2)
     1000
@@ -160,10 +161,10 @@ def decay_end(decay_from: int, decay_ratio: float) -> int:
 
 
 def countable(steps: int) -> int:
-    """Return the steps of a run, which schedules and optimizers count in 32 bits.
+    """Return `steps` if schedules and optimizers can count that many steps in 32 bits.
 
     Raises:
-        UserError: there are more.
+        UserError: The number of steps is too large.
     """
     if steps > MOST_STEPS:
         about = f"{steps:,}" if steps < 10**18 else f"more than {10**18:,}"
@@ -183,11 +184,11 @@ def count_steps(
     """Count the steps of a run: the smallest of its budgets, or the end of its decay.
 
     Args:
-        tokens_per_sequence: tokens in a row of a batch.
-        sequences_per_epoch: None if unknown.
+        tokens_per_sequence: Tokens in a row of a batch.
+        sequences_per_epoch: Sequences in an epoch; None if unknown.
 
     Raises:
-        UserError: nothing limits the run, or it has too many steps.
+        UserError: The run has no limit, or too many steps.
     """
     size = budget.batch_size * budget.gradient_accumulation_steps
     if optimizer.decay_from is not None:
@@ -211,20 +212,21 @@ def count_steps(
 class Plateau:
     """Lowers the learning rate when a metric stops improving.
 
-    It is torch's `ReduceLROnPlateau` with a relative threshold. All state is in the fields, so it
-    continues from `Plateau(**json.loads(json.dumps(asdict(plateau))))`.
+    The rule is that of torch's `ReduceLROnPlateau` with a relative threshold. All of its state is
+    in the fields, so `Plateau(**json.loads(json.dumps(asdict(plateau))))` continues from the same
+    point.
 
     Attributes:
-        factor: multiplies the scale.
-        patience: updates in a row without improvement before the rate is lowered.
-        cooldown: updates after a reduction that do not count.
-        threshold: smallest relative change that counts as an improvement.
-        min_scale: lowest scale.
-        greater_is_better: whether larger values of the metric are better.
-        scale: multiplies the schedule's rate.
-        best: best value so far; None before the first.
-        num_bad: updates in a row without improvement.
-        cooling: updates of the cool-down that are left.
+        factor: Factor by which `scale` is multiplied when the rate is lowered.
+        patience: Number of consecutive evaluations without improvement before the rate is lowered.
+        cooldown: Number of evaluations after a reduction that do not count towards `patience`.
+        threshold: Smallest relative change that counts as an improvement.
+        min_scale: Lowest value of `scale`.
+        greater_is_better: Whether larger values of the metric are better.
+        scale: Current factor of the schedule's learning rate.
+        best: Best value so far; None before the first evaluation.
+        num_bad: Number of consecutive evaluations without improvement.
+        cooling: Number of evaluations that are left in the cool-down.
     """
 
     factor: float = 0.5
@@ -239,9 +241,9 @@ class Plateau:
     cooling: int = 0
 
     def update(self, metric: float) -> float:
-        """Take one evaluation's value and return the scale from now on.
+        """Take the value of an evaluation, and return the scale from now on.
 
-        A value that is not finite never counts as an improvement.
+        A non-finite value never counts as an improvement.
         """
         if self._is_better(metric):
             self.best, self.num_bad = metric, 0
@@ -266,9 +268,9 @@ class Plateau:
 
 
 def build_plateau(options: OptimizerOptions, greater_is_better: bool = False) -> Plateau | None:
-    """Build the plateau rule of resolved options at its start; None for another scheduler.
+    """Build the plateau rule of resolved options in its initial state; None for other schedulers.
 
-    `--min_lr_ratio` is the lowest scale.
+    The lowest scale is `--min_lr_ratio`.
     """
     if options.scheduler != "plateau":
         return None
@@ -288,7 +290,9 @@ def build_plateau(options: OptimizerOptions, greater_is_better: bool = False) ->
 def draw_schedule(
     schedule: optax.Schedule, total_steps: int, width: int = 64, height: int = 10
 ) -> str:
-    """Draw the rates of a run as text: `height` lines and an axis, at most `width` + 11 columns.
+    """Draw the learning rates of a run as text.
+
+    The drawing has `height` lines and an axis, and at most `width` + 11 columns.
 
     >>> options = OptimizerOptions(scheduler="linear", lr=1e-3, warmup_steps=0, min_lr_ratio=0.0)
     >>> print(draw_schedule(build_schedule(options, 100), 100, width=10, height=3))
@@ -315,7 +319,7 @@ def draw_schedule(
 
 
 def write_schedule_plot(schedule: optax.Schedule, total_steps: int, path: Path) -> None:
-    """Draw the rates of a run over its steps as a PNG; its directory is made if missing.
+    """Draw the learning rates of a run as a PNG; create the directory if it does not exist.
 
     Raises:
         UserError: `path` cannot be written.

@@ -1,6 +1,6 @@
-"""Skipping of steps whose loss or gradients are not finite.
+"""Skip the update of a step whose loss or gradients are not finite.
 
-The device decides, so the host need not wait for the values.
+The decision is made on the device, so the host need not wait for the values.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ def is_finite(metrics: Metrics) -> Bool[Array, ""]:
 
 
 def updates_state(state: TrainState, metrics: Metrics) -> Bool[Array, ""]:
-    """Whether a step with these metrics changes parameters and optimizer."""
+    """Whether a step with these metrics changes the parameters and the optimizer's state."""
     return is_finite(metrics) & (state.nonfinite != HALTED)
 
 
 def skip_nonfinite(step: Step, limit: int, keeps_state: bool = False) -> Step:
-    """Wrap `step` so that only finite updates change the state.
+    """Wrap `step` so that non-finite updates are discarded.
 
-    A step whose loss or gradient norm is not finite leaves parameters and optimizer as they were
-    and is counted. After `limit` of them in a row the state halts: that step and all later ones
-    return the state before it. So the host can still examine that state, although it reads metrics
-    a step late. An overflow that a smaller loss scale may cure (training/precision.py) does
-    not count, except at the smallest scale.
+    A step whose loss or gradient norm is not finite leaves the parameters and the optimizer's state
+    unchanged, and is counted. After `limit` such steps in a row, the state is frozen: the last of
+    these steps and all later ones return the state before it. So the host can still examine this
+    state, although it reads metrics a step late. Overflows that a smaller loss scale may cure do
+    not count (training/precision.py), except at the smallest scale.
 
-    The metrics get `nonfinite`, the number of such steps in a row up to this one; 0 for a finite
-    step. `clipped` is 0 for a step that is not finite.
+    Two metrics change. `nonfinite` is the number of consecutive non-finite steps up to this one,
+    and 0 for a finite step. `clipped` is 0 for a non-finite step.
 
     Args:
-        keeps_state: whether `step` itself keeps parameters and optimizer where `updates_state` is
-            false; a choice here would hold two copies of them.
+        keeps_state: Whether `step` already keeps the parameters and the optimizer's state when
+            `updates_state` is false; a selection here would need memory for two copies of them.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -1,4 +1,4 @@
-"""The state of an optimizer: matching its arrays to parameters, reading and changing it."""
+"""Read and change the state of an optimizer, and match its arrays to parameters."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from consyn_jax.training.step import Batch, Metrics, Step, TrainState
 
 
 class RateScale(NamedTuple):
-    """State of the optimizer's plateau part: the factor that scales its updates."""
+    """State of the optimizer's last part: the factor of the learning rate that a plateau lowers."""
 
     scale: Float[Array, ""]
 
 
 def scale_by_plateau() -> optax.GradientTransformation:
-    """Multiply updates by a scale in the state, 1 until `with_rate_scale` changes it."""
+    """Optax transformation that multiplies updates by a factor in its state, initially 1.
+
+    `with_rate_scale` changes the factor.
+    """
 
     def update(updates: Any, state: RateScale, params: Any = None) -> tuple[Any, RateScale]:
         return jax.tree.map(lambda u: u * state.scale, updates), state
@@ -31,7 +34,7 @@ def scale_by_plateau() -> optax.GradientTransformation:
 
 
 def with_rate_scale(opt_state: optax.OptState, scale: float) -> optax.OptState:
-    """Replace the scale of the learning rate; keep its sharding, as the compiled step expects."""
+    """Replace the factor of the learning rate; its sharding stays, as the compiled step expects."""
 
     def replace(part: Any) -> Any:
         if not isinstance(part, RateScale):
@@ -42,11 +45,10 @@ def with_rate_scale(opt_state: optax.OptState, scale: float) -> optax.OptState:
 
 
 def with_update_count(step: Step) -> Step:
-    """Wrap `step` so that its metrics have `updates`, the number of updates before the step.
+    """Wrap `step` so that its metrics include `updates`, the number of updates before the step.
 
-    It is the optimizer's own count, so steps that changed nothing do not count. The rate itself is
-    not among the metrics, because that would change the order and the memory of the compiled
-    update.
+    The number is the optimizer's own count, which does not include skipped steps. The learning rate
+    is not a metric, because it would change the order and the memory of the compiled update.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -60,22 +62,22 @@ def with_update_count(step: Step) -> Step:
 def evaluation_params(opt_state: optax.OptState, params: Params) -> Params:
     """Return the parameters to evaluate and to export.
 
-    They are the average of schedule-free training, and `params` for every other rule. This takes a
-    few operations an element; compile the call.
+    For schedule-free training, these are the averaged parameters; otherwise they are `params`. The
+    average takes a few operations per element, so calls should be compiled.
     """
     average = _find(ScheduleFreeState, opt_state)
     return params if average is None else averaged(params, average.b1, average.z)
 
 
 def averaged(params: Params, weight: Float[Array, ""], z: Params) -> Params:
-    """Return schedule-free training's average of the trained parameters and the iterate `z`."""
+    """Compute schedule-free training's average from the trained parameters and the iterate `z`."""
     blank = jnp.zeros(())
     state = ScheduleFreeState(weight, blank, blank, blank, optax.EmptyState(), z)
     return schedule_free_eval_params(state, params)
 
 
 def _find(kind: type, opt_state: optax.OptState) -> Any:
-    """Return the first part of the state of type `kind`, or None."""
+    """Find the first part of an optimizer's state of type `kind`; None if there is none."""
     parts = jax.tree.leaves(opt_state, is_leaf=lambda part: isinstance(part, kind))
     return next((part for part in parts if isinstance(part, kind)), None)
 
@@ -85,8 +87,8 @@ def place_state(
 ) -> optax.OptState:
     """Add shardings to the shapes of an optimizer's state.
 
-    A moment gets its parameter's sharding from `shardings`. Counts and Adafactor's factors (a row
-    and a column of each matrix) get `otherwise`.
+    Moments get the sharding of their parameter in `shardings`. Counts, and Adafactor's factors (a
+    row and a column per matrix), get `otherwise`.
     """
     places = of_parameters(opt_state, shapes, shardings, otherwise)
     return jax.tree.map(
@@ -97,16 +99,17 @@ def place_state(
 
 
 def of_parameters(opt_state: optax.OptState, shapes: Params, values: Any, otherwise: Any) -> Any:
-    """Give each array of an optimizer's state the value of its parameter.
+    """Map each array of an optimizer's state to the value of the parameter that it belongs to.
 
-    An array belongs to a parameter if its path ends with the parameter's and the shapes are equal.
+    An array belongs to a parameter if its path ends with the path of the parameter, and both have
+    the same shape.
 
     Args:
-        values: a tree with one value for each parameter; no value is a tree itself.
-        otherwise: the value for an array of no parameter.
+        values: Tree with one value per parameter; a value must not be a tree itself.
+        otherwise: Value for arrays that belong to no parameter.
 
     Returns:
-        A tree with the structure of `opt_state`.
+        A tree of values in the structure of `opt_state`.
     """
     paths = jax.tree_util.tree_leaves_with_path(shapes)
     known = {
@@ -124,10 +127,11 @@ def of_parameters(opt_state: optax.OptState, shapes: Params, values: Any, otherw
 def new_state(
     rule: optax.GradientTransformation, params: Params, shardings: Any, one_by_one: bool
 ) -> Any:
-    """The state of `rule` at step 0.
+    """Create the state of `rule` at step 0.
 
     Args:
-        one_by_one: only one array at a time passes through the devices, on its way to the host.
+        one_by_one: Whether to create one array at a time, so that devices hold only one before it
+            moves to the host.
     """
     if not one_by_one:
         return jax.jit(rule.init, out_shardings=shardings)(params)

@@ -1,1 +1,1 @@
-"""Direct preference optimisation: its loss, and the log-probabilities that it compares with."""
+"""Direct preference optimisation: the loss, and the reference log-probabilities."""

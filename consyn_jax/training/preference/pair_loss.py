@@ -1,10 +1,10 @@
 """The loss of direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290).
 
-A row [2T] of a batch has the chosen sequence in its first half and the rejected one in its second.
-The log-probability of an answer is the sum over its tokens. Its reward is beta times its difference
-from the reference, the log-probability under the model that the run started from. The loss of a
-pair is -log sigmoid(reward of the chosen answer - reward of the rejected one), as TRL's
-`DPOTrainer` with `loss_type="sigmoid"` computes it.
+A row [2T] of a batch has the chosen sequence in its first half, and the rejected one in its second.
+The log-probability of an answer is the sum over its tokens. The reference is the log-probability of
+the answer under the model that the run started from. The reward of an answer is beta times the
+difference of the two. The loss of a pair is -log sigmoid(reward of the chosen answer - reward of
+the rejected answer), as in TRL's `DPOTrainer` with `loss_type="sigmoid"`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from consyn_jax.training.loss import (
 
 
 class PairSums(NamedTuple):
-    """Float32 sums over pairs; `tokens` are those of the answers.
+    """Float32 sums over pairs.
 
     Attributes:
-        wins: Pairs whose chosen answer has the larger reward.
+        tokens: Number of tokens of the answers.
+        wins: Number of pairs whose chosen answer has the larger reward.
     """
 
     loss: Float[Array, ""]
@@ -48,11 +49,11 @@ class PairSums(NamedTuple):
 
     @property
     def terms(self) -> Any:
-        """Number of terms in the sum that is minimised."""
+        """Number of terms in the sum that training minimises."""
         return self.pairs
 
     def means(self, terms: Any) -> dict[str, Any]:
-        """The metrics, as means over `terms` pairs, by TRL's names."""
+        """The metrics as means over `terms` pairs, with the names that TRL uses."""
         return {
             "loss": self.loss / terms,
             "rewards/chosen": self.chosen_rewards / terms,
@@ -70,7 +71,8 @@ def pair_objective(
     """The loss summed over the pairs of a micro-batch, and the sums to report.
 
     Args:
-        batch: With the reference of each pair. A row without a target pads the batch.
+        batch: Arrays of the micro-batch, with the reference of each pair. A row without targets is
+            padding.
     """
     reference_B2 = jnp.stack([batch[CHOSEN_REFERENCE], batch[REJECTED_REFERENCE]], 1)
     is_pair_B = jnp.any(batch["loss_mask"], axis=-1)
@@ -93,7 +95,7 @@ def pair_objective(
 
 
 def num_terms(batch: dict[str, Any]) -> Float[Array, ""]:
-    """Number of terms in the objective of a batch: its pairs, or the tokens that count."""
+    """Number of terms in the objective of a batch: its pairs, or its target tokens."""
     counted = batch["loss_mask"]
     if CHOSEN_REFERENCE in batch:
         counted = jnp.any(counted, axis=-1)
@@ -108,7 +110,7 @@ def answer_log_probs(
     vocab_size: int,
     chunks: Chunks,
 ) -> Float[Array, "B 2"]:
-    """Log-probability of each answer: the sum over its tokens, where the mask is true."""
+    """Log-probability of each answer: the sum over the tokens whose mask is true."""
     token_BT = token_log_probs(x_BTD, head_VD, labels_BT, vocab_size, chunks)
     B, T = labels_BT.shape
     return jnp.sum(jnp.where(mask_BT, token_BT, 0.0).reshape(B, 2, T // 2), axis=-1)
@@ -124,8 +126,8 @@ def token_log_probs(
 ) -> Float[Array, "B T"]:
     """Log-probability of each label under the logits `x @ head.T`, in float32.
 
-    Neither pass holds the logits of all tokens; the backward pass makes them once more, as the
-    gradient of a token depends on its whole sequence.
+    Neither the forward nor the backward pass holds the logits of all tokens. The backward pass
+    computes them again, because the gradient of a token depends on its whole sequence.
     """
     tokens, hidden, weights = ("batch", "sequence"), ("batch", "sequence", None), ("vocab", "embed")
     local = on_each_device(
@@ -158,7 +160,7 @@ token_log_probs.defvjp(_forward, _backward)
 
 @jax.named_scope("head")
 def _on_device(x, head, labels, *, sizes, vocab_size, chunks):
-    """The log-probabilities of this device's tokens."""
+    """Compute the log-probabilities of this device's tokens."""
     weight_VD, vocab = gathered_head(x, head, sizes, vocab_size, chunks)
     B, T, D = x.shape
     length = chunk_tokens(B * T, weight_VD.shape[0], chunks.elements or LOGITS_AT_ONCE)

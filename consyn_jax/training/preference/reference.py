@@ -1,7 +1,7 @@
-"""The log-probabilities of all answers under the model that a DPO run starts from.
+"""The reference log-probabilities of a DPO run: those of all answers under the initial model.
 
-They are computed once, before step 1, with the program that the step computes with, and written to
-the run directory. A run that is resumed reads them there, since its own model is trained by then.
+They are computed once, before step 1, by the same program as in the training step, and are written
+to the run directory. A resumed run reads them from there, because its model has been trained since.
 """
 
 from __future__ import annotations
@@ -49,20 +49,21 @@ def make_ready(
 ) -> None:
     """Load the reference log-probabilities of a run's pairs, or compute them.
 
-    Other objectives need none. Every process of a run must call this.
+    For other objectives than DPO, nothing is done. Every process of a run must call this function.
 
     Args:
-        inputs: inputs of the run; `derived` identifies data, tokenizer and initial weights.
-        run: the configuration, in micro-batches that fit the devices.
-        path: the run directory.
-        params, base: weights of the model that the run starts from, frozen ones in `base`; `params`
-            is None for a resumed run.
-        before_write: called before the file is written; None writes none.
-        tick, note: `tick` is called before every batch, `note` with a sentence before the first.
-        splits: the splits whose pairs are needed.
+        inputs: Inputs of the run; `derived` identifies the data, the tokenizer and the initial
+            weights.
+        run: Configuration of the run, with micro-batches that fit the devices.
+        path: The run directory.
+        params: Parameters of the initial model; None for a resumed run.
+        base: Frozen weights of the initial model.
+        before_write: Called before the file is written; None to write no file.
+        tick, note: `tick` is called before every batch, `note` with a message before the first.
+        splits: Names of the splits whose pairs are needed.
 
     Raises:
-        UserError: a run is resumed, and the file is missing, damaged or of another run.
+        UserError: The run is resumed, and the file is missing, damaged, or from another run.
     """
     program = inputs.program
     if not program.trains_on_pairs:
@@ -88,7 +89,7 @@ def make_ready(
 
 
 def _look(file: Path, key: str, counts: Mapping[str, int]) -> tuple[Found, str]:
-    """The reference in a run's file, and why a process of the run cannot read it, or ""."""
+    """Read the references in a run's file; also return why a process cannot read it, or ""."""
     found: Found = {}
     fault = ""
     try:
@@ -99,12 +100,12 @@ def _look(file: Path, key: str, counts: Mapping[str, int]) -> tuple[Found, str]:
 
 
 def ready_to_evaluate(inputs: RunInputs, path: Path) -> None:
-    """Load the reference of the validation pairs from the run directory, or compute it there.
+    """Load the reference of the validation pairs from the run directory, or compute it.
 
-    Without a run in the directory, the reference is that of the model as it is.
+    If the directory has no reference, it is computed with the model as it is, and not written.
 
     Raises:
-        UserError: the model cannot be read, or the directory has the reference of another model.
+        UserError: The model cannot be read, or the directory has the reference of another model.
     """
     if not inputs.program.trains_on_pairs:
         return
@@ -115,7 +116,7 @@ def ready_to_evaluate(inputs: RunInputs, path: Path) -> None:
 
 
 def _pairs(source: BatchSource) -> list[PairDataset]:
-    """The datasets of a source, one after the other as in its evaluation."""
+    """The datasets of pairs of a source, in the order in which an evaluation reads them."""
     dataset = source.dataset if isinstance(source, IndexedBatches) else None
     mixed = getattr(dataset, "sources", None)
     found = [dataset] if mixed is None else [one.packed for one in mixed.values()]
@@ -134,7 +135,7 @@ def _set(source: BatchSource, reference: Float32[np.ndarray, "n 2"] | None) -> N
 
 
 def _key(program: Program, run: RunConfig, derived: Mapping[str, Any]) -> str:
-    """A hash of everything that decides the numbers, apart from the order of sums."""
+    """Hash of everything that determines the reference, except for the order of sums."""
     content = {name: derived.get(name) for name in ("data", "validation", "tokenizer", "weights")}
     content |= {
         "length": run.length,
@@ -190,29 +191,30 @@ def _write(file: Path, key: str, found: Found) -> None:
 
 
 def _read(file: Path, key: str, counts: Mapping[str, int]) -> Found:
-    """The reference in a run's file.
+    """Read the references from a run's file.
 
     Raises:
-        UserError: it is missing, damaged, or of other data, weights, length or precision.
+        UserError: The file is missing or damaged, or was computed with other data, weights, lengths
+            or precision.
     """
     from safetensors import SafetensorError
 
-    about = "the log-probabilities that this run compares with"
+    about = "the reference log-probabilities of this run"
     if not file.is_file():
-        raise UserError(f"{file} is missing, which holds {about}.")
+        raise UserError(f"{file}, with {about}, is missing.")
     try:
         with open_file(file) as opened:
             record = opened.metadata() or {}
             found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}, which holds {about}, cannot be read ({error}).") from error
+        raise UserError(f"{file}, with {about}, cannot be read ({error}).") from error
     if record.get("key") != key:
         raise UserError(
             f"{file} was computed with other data, initial weights, --max_tokens or "
-            "--mixed_precision than this run has."
+            "--mixed_precision than those of this run."
         )
     shapes = {name: (values.shape, values.dtype.name) for name, values in found.items()}
     wanted = {name: ((count, 2), "float32") for name, count in counts.items()}
     if {n: shapes.get(n) for n in wanted} != wanted or record.get("sha256") != _digest(found):
-        raise UserError(f"{file}, which holds {about}, is damaged.")
+        raise UserError(f"{file}, with {about}, is damaged.")
     return found

@@ -1,1 +1,1 @@
-"""Provenance of a run: its record beside the weights, and the verification of that record."""
+"""Provenance: the record of a run's inputs, stored with the weights, and its verification."""

@@ -1,4 +1,4 @@
-"""The facts of a run at its start, with the history of its earlier starts."""
+"""The facts about a run at its start, including the history of earlier starts."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def begin_facts(
     """Gather the provenance of a run, once its config.yaml and its tokenizer are written.
 
     Args:
-        order: order of the training sequences; None if they have no positions.
-        devices: all devices of the run.
-        step: the step that the run starts or resumes from.
+        order: Order of the training sequences; None if the data cannot be read by position.
+        devices: All devices of the run.
+        step: Step from which the run starts or resumes.
 
     Raises:
-        UserError: a store or a record of an earlier start cannot be read.
+        UserError: A token store, or the record of an earlier start, cannot be read.
     """
     code = record_code()
     tokenizer = directory.path / TOKENIZER
@@ -77,7 +77,7 @@ def begin_facts(
 
 
 def _initial_weights(run: RunConfig, derived: dict[str, Any]) -> dict[str, Any]:
-    """Record of the weights before the run's first step."""
+    """Describe the weights before the run's first step."""
     step = run.optimizer.decay_from
     if step is not None:
         origin = Path(run.saving.output).resolve() / CHECKPOINTS / str(step)
@@ -95,9 +95,9 @@ def _initial_weights(run: RunConfig, derived: dict[str, Any]) -> dict[str, Any]:
 def _history(
     path: Path, run: RunConfig, derived: dict[str, Any], step: int
 ) -> tuple[dict[str, Any], list[Any]]:
-    """The initial weights of the run, and the starts that led to the state at `step`.
+    """Return the record of the initial weights, and the starts that led to the state at `step`.
 
-    A resumed run keeps the record of its first start, since the weights may have moved.
+    A resumed run copies the record from its first start, because the weights may have moved since.
     """
     branches = run.optimizer.decay_from == step
     place = (Path(run.saving.output) if branches else path) / CHECKPOINTS / str(step)

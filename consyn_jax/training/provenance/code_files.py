@@ -1,4 +1,4 @@
-"""The code that determines a run's numbers: this package and the libraries it computes with."""
+"""The code that determines the numbers of a run: this package and the libraries that it uses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40,64}")
 
 @cache
 def code_digests() -> dict[str, str]:
-    """SHA-256 of each Python file of this package, by its path in the package."""
+    """Path of each Python file in this package -> SHA-256."""
     return {
         file.relative_to(PACKAGE).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(PACKAGE.rglob("*.py"))
@@ -37,7 +37,7 @@ def code_digests() -> dict[str, str]:
 
 
 def combined(digests: dict[str, str]) -> str:
-    """One digest for several files: the SHA-256 of the lines that `sha256sum` would print.
+    """Combine the hashes of several files: the SHA-256 of the lines that `sha256sum` would print.
 
     >>> combined({"b": "22", "a": "11"}) == combined({"a": "11", "b": "22"})
     True
@@ -47,7 +47,7 @@ def combined(digests: dict[str, str]) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python, of this package and of the libraries that compute."""
+    """Versions of Python, of this package, and of the libraries that do the computation."""
     found = {"python": platform.python_version(), "consyn_jax": consyn_jax.__version__}
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
@@ -56,10 +56,10 @@ def library_versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of this package's code; None if it does not come from a repository.
+    """The Git commit of this package's code; None if unknown.
 
-    `direct_url.json` (PEP 610) names it if the package was installed from a repository, and `.git`
-    does in a working tree. Uncommitted changes show only in the digests of the files.
+    If the package was installed from a repository, `direct_url.json` (PEP 610) has the commit. In a
+    working tree, `.git` has it. Uncommitted changes are visible only in the hashes of the files.
     """
     with suppress(PackageNotFoundError, OSError, ValueError, AttributeError):
         text = distribution("consyn_jax").read_text("direct_url.json") or "{}"
@@ -72,10 +72,11 @@ def commit() -> str | None:
 
 
 def _commit_of_tree(git: Path) -> str | None:
-    """The commit that a repository has checked out.
+    """The commit that is checked out in a repository.
 
     Args:
-        git: the path `.git`; in a linked working tree it is a file that names the directory.
+        git: The path `.git`. In a linked working tree, it is a file that contains the path of the
+            directory.
     """
     if git.is_file():
         git = (git.parent / git.read_text().strip().removeprefix("gitdir: ")).resolve()

@@ -1,4 +1,4 @@
-"""Compare the data of a run with its record: stores, their source files, token files."""
+"""Compare the data of a run with its record: token stores, their source files, and token files."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ KINDS = {
 
 
 def check_data(data: dict[str, Any], found: Findings) -> None:
-    """Read all data again and compare it with its digests.
+    """Read all data of a run again, and compare it with the recorded hashes.
 
     Args:
-        data: the value of "data" in provenance.json.
+        data: The value of "data" in provenance.json.
+        found: Findings, to which the results are added.
     """
     if "sources" not in data:
-        found.unchecked.append("data: it was streamed, or given in Python")
+        found.unchecked.append("data: it was streamed, or passed in Python")
         return
     for source in data["sources"]:
         if "stores" in source:
@@ -68,9 +69,9 @@ def _check_store(store: dict[str, Any], found: Findings) -> None:
     manifest = checked_manifest(directory)
     sources = checked_sources(directory, manifest)
     if fingerprint_of(manifest) != store["fingerprint"]:
-        found.differs.append(f"data: {directory / MANIFEST} describes other data than the run's")
+        found.differs.append(f"data: {directory / MANIFEST} describes data of another run")
     if manifest.get("sources_sha256") != store["sources_sha256"]:
-        found.differs.append(f"data: {directory / SOURCES} names other sources than the run's")
+        found.differs.append(f"data: {directory / SOURCES} lists sources of another run")
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
     files = {
         directory / shard[kind]: shard[digest]
@@ -85,15 +86,15 @@ def _check_store(store: dict[str, Any], found: Findings) -> None:
 
 
 def changed_sources(entries: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """Find the sources whose files have changed since a store was prepared from them.
+    """Find the sources whose files have changed since a token store was prepared from them.
 
-    A file that was hashed before and has not changed since is not read again.
+    A file whose hash is cached, and which has not been modified since, is not read again.
 
     Args:
-        entries: entries of sources.json.
+        entries: Entries of sources.json.
 
     Returns:
-        A sentence for each such source, by its name.
+        Name of each changed or missing source -> a sentence about it.
     """
     with FileHashes() as file_hash:
         found = {entry["name"]: _source_fault(entry, file_hash) for entry in entries}
@@ -104,10 +105,11 @@ def _source_fault(entry: dict[str, Any], file_hash: Callable[[Path], str]) -> st
     name, kind, digests = entry["name"], entry["kind"], entry["sha256"]
     if not digests or kind not in READERS:  # a dataset of the Hub, whose name has its commit
         return ""
-    source, then = Source(name, kind), "when the data was prepared: what follows is of then."
+    source = Source(name, kind)
+    then = "since the data was prepared; the documents shown are from before the change."
     if kind == SAMPLE:
         is_same = source.reader.identity(name, str)[-1] == digests
-        return "" if is_same else f"The sample of this Python is not what it was {then}"
+        return "" if is_same else f"The sample of this Python has changed {then}"
     faults, missing = changed_files(dict(zip(source.files, digests, strict=False)), file_hash)
     if missing or len(source.files) != len(digests):
         return f"{name} does not exist here, so it cannot be compared with what was prepared."
@@ -115,9 +117,9 @@ def _source_fault(entry: dict[str, Any], file_hash: Callable[[Path], str]) -> st
 
 
 def _check_sources(sources: list[dict[str, Any]], directory: Path, found: Findings) -> None:
-    """Compare the source files of a store, if they are still in their place."""
+    """Compare the source files of a token store with their recorded hashes, if they still exist."""
     if not sources:
-        found.unchecked.append(f"data: {directory} does not say what it was prepared from")
+        found.unchecked.append(f"data: {directory} has no record of its sources")
     expected: dict[Path, str] = {}
     missing: list[Path] = []
     for entry in sources:
@@ -126,7 +128,7 @@ def _check_sources(sources: list[dict[str, Any]], directory: Path, found: Findin
             files = source.files if entry["kind"] in READERS else ()
             if not files and entry["kind"] == SAMPLE:
                 if source.reader.identity(source.name, str)[-1] != digests:
-                    found.differs.append("data: the sample of this Python is not the run's")
+                    found.differs.append("data: the sample of this Python is not that of the run")
             elif len(files) != len(digests):  # it is gone, or it is on the Hub
                 missing.append(Path(entry["name"]))
             else:

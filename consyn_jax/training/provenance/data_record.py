@@ -1,4 +1,7 @@
-"""Record the training data of a run as JSON, and rebuild its order from that, without JAX."""
+"""Record the training data of a run as JSON, and rebuild the order of its sequences from it.
+
+JAX is not imported.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ ONE, MIXTURE, UNKNOWN = "one", "mixture", "unknown"
 
 
 def record_order(order: Order | None) -> dict[str, Any]:
-    """Record the order of sequences for `open_order`, with fingerprints and digests of the data."""
+    """Record an order of sequences for `open_order`, with fingerprints and hashes of the data."""
     if isinstance(order, Shuffled) and isinstance(order.dataset, PackedSequences):
         datasets, kind = {"": order.dataset}, ONE
     elif isinstance(order, Mixture):
@@ -60,7 +63,7 @@ def _packing(packed: PackedSequences) -> str:
 
 
 def _record_split(split: StoreSplit) -> dict[str, Any]:
-    """Record a split of token stores or token files; empty for tokens that are only in memory."""
+    """Record a split of token stores or token files; return {} for tokens in memory."""
     shards = split.shards
     if shards and all(isinstance(shard, Shard) for shard in shards):
         return _record_stores([shard for shard in shards if isinstance(shard, Shard)])
@@ -101,19 +104,19 @@ def _record_files(shards: Sequence[RawShard]) -> dict[str, Any]:
 
 
 def open_order(record: dict[str, Any], place: Path) -> Order:
-    """Rebuild the order of training sequences from the record of `record_order`.
+    """Rebuild the order of the training sequences from the record of `record_order`.
 
     Args:
-        place: the directory of the record, for messages.
+        place: Directory with the record, for messages.
 
     Raises:
-        UserError: the data is missing or has changed, or was never in stores or files.
+        UserError: The data is missing or has changed, or was neither in stores nor in files.
     """
     if record["order"] not in (ONE, MIXTURE):
         raise UserError(
-            f"{place} does not know which documents a step learned from: its data was "
-            "streamed, or given in Python as batches or token lists. Only runs on prepared data "
-            "can be asked for their documents."
+            f"{place} has no record of the documents that a step learned from, because its data "
+            "was streamed, or passed in Python as batches or token lists. Use --documents_of with "
+            "a run on prepared data."
         )
     try:
         datasets = {source["item"]: _open_packed(source) for source in record["sources"]}
@@ -146,15 +149,15 @@ def _open_stores(source: dict[str, Any]) -> StoreSplit:
         directory = Path(entry["directory"])
         if not directory.is_dir():
             raise UserError(
-                f"The token store {directory} of this run no longer exists. Put it back, or make "
-                "it again with the run's own command and --dry_run."
+                f"The token store {directory} of this run no longer exists. Restore it, or make "
+                "it again with the command of the run and --dry_run."
             )
         store = TokenStore(directory)
         if store.fingerprint != entry["fingerprint"]:
             raise UserError(
-                f"The token store {directory} is no longer the run's: its fingerprint is "
-                f"{store.fingerprint[:16]}, and the run's was {entry['fingerprint'][:16]}. Put the "
-                "run's store back."
+                f"The token store {directory} has changed since the run: its fingerprint is "
+                f"{store.fingerprint[:16]}, and was {entry['fingerprint'][:16]}. Restore the store "
+                "of the run."
             )
         shards += store.split(source["split"]).shards
     return StoreSplit(shards)
@@ -165,7 +168,7 @@ def _open_files(source: dict[str, Any]) -> StoreSplit:
         for entry in source["files"]:
             if file_hash(Path(entry["path"])) != entry["sha256"]:
                 raise UserError(
-                    f"{entry['path']} has changed since the run began. Put the run's file back."
+                    f"{entry['path']} has changed since the run began. Restore the original file."
                 )
     parts = [(Path(entry["path"]), *entry["tokens"]) for entry in source["files"]]
     return raw_split(parts, source["vocab_size"], source["eos_id"])

@@ -1,4 +1,4 @@
-"""Findings of a verification."""
+"""The findings of a verification."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ MISSING = "does not exist"
 
 @dataclass
 class Findings:
-    """Lines about what differs, what could not be checked, and what agrees.
+    """Lines about what differs from the records, what could not be checked, and what agrees.
 
     Attributes:
-        differs, agrees: each line begins with the kind of thing: "data: ...".
-        unchecked: each line gives the reason.
+        differs: Differences. Each line begins with the kind of thing, as in "data: ...".
+        unchecked: Things that could not be checked, with the reason.
+        agrees: Things that agree, in the form of `differs`.
     """
 
     differs: list[str] = field(default_factory=list)
@@ -33,7 +34,11 @@ class Findings:
 
     @contextmanager
     def checking(self, kind: str, place: Path) -> Iterator[None]:
-        """Note what stops a check, so that the others still run."""
+        """Return a context that turns an error into a finding, so that other checks still run.
+
+        Args:
+            place: Path to name if the error has none.
+        """
         try:
             yield
         except OSError as error:
@@ -42,25 +47,25 @@ class Findings:
             self.differs.append(f"{kind}: {error}")
 
     def unreadable(self, kind: str, place: Path, error: OSError) -> None:
-        """Note that a file or directory cannot be read.
+        """Add the finding that a file or directory cannot be read.
 
         Args:
-            place: the path to name if the error has none.
+            place: Path to name if the error has none.
         """
         reason = error.strerror or type(error).__name__
         self.differs.append(f"{kind}: {error.filename or place} cannot be read ({reason})")
 
     def is_regular(self, kind: str, path: Path) -> bool:
-        """Note a link, a pipe or a device in the place of a file or directory; none is read."""
+        """Return whether a path is a regular file or a directory; if not, add a finding."""
         if (stray := irregular(path, inside=False)) is not None:
             self.differs.append(f"{kind}: {path} is {stray[1]}, and is not read")
         return stray is None
 
     def files(self, kind: str, faults: Iterable[str], count: int, what: str) -> None:
-        """Note the faults of some of `count` files, or that all of them agree.
+        """Add findings about faulty files; if there are none, add that all `count` files agree.
 
         Args:
-            what: the noun for one file, for the line that says that all agree.
+            what: Noun for one file.
         """
         found = sorted(faults)
         self.differs += [f"{kind}: {fault}" for fault in found[:SHOWN]]
@@ -79,13 +84,13 @@ def sha256_of(file: Path) -> str:
 def changed_files(
     expected: dict[Path, str], sha256: Callable[[Path], str] = sha256_of
 ) -> tuple[list[str], list[Path]]:
-    """Compare files with their SHA-256.
+    """Compare files with their expected SHA-256.
 
     Args:
-        sha256: computes the SHA-256 of a file, or remembers it.
+        sha256: Function that returns the SHA-256 of a file, computed or from a cache.
 
     Returns:
-        A clause about each file that differs or cannot be read, and the files that do not exist.
+        A clause about each file that differs or cannot be read; and the files that do not exist.
     """
 
     def look(item: tuple[Path, str]) -> str | None:
@@ -100,7 +105,7 @@ def changed_files(
             return f"{path} cannot be read ({error.strerror})"
         except UserError:
             return f"{path} cannot be read"
-        return None if is_same else f"{path} is not what it was"
+        return None if is_same else f"{path} has changed"
 
     with ThreadPoolExecutor(READERS) as readers:
         faults = dict(zip(expected, readers.map(look, expected.items()), strict=True))

@@ -1,4 +1,4 @@
-"""Compare the identity of a run in run.json with those in its record and its log."""
+"""Compare the identity of a run in run.json with that in its record and its log."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from consyn_jax.training.run.directory import CHECKPOINTS
 
 
 def check_identity(place: Path, facts: dict[str, Any] | None, found: Findings) -> RunRecord | None:
-    """Compare run.json with provenance.json and with the starts in metrics.jsonl.
+    """Compare the identity in run.json with that in provenance.json and in the log's start events.
 
     Args:
-        facts: the run's record; None if it has none that can be read.
+        facts: Record of the run; None if there is none that can be read.
 
     Returns:
-        The identity that the checkpoints must have, by the record if it has one; None if unknown.
+        The identity that checkpoints must have: from the record if there is one, otherwise from
+            run.json; None if unknown.
     """
     before, owner = len(found.differs), _owner(place, facts, found)
     if owner is None:
@@ -45,7 +46,7 @@ def check_identity(place: Path, facts: dict[str, Any] | None, found: Findings) -
 
 
 def _check_log(place: Path, owner: RunRecord, found: Findings) -> None:
-    """Check the starts in the log, and that it reaches the newest checkpoint."""
+    """Check the start events in the log, and whether the log reaches the newest checkpoint."""
     log = place / FILE_NAME
     newest = _newest(place / CHECKPOINTS)
     if not os.path.lexists(log):
@@ -53,12 +54,12 @@ def _check_log(place: Path, owner: RunRecord, found: Findings) -> None:
         kind.append(f"identity: {log} does not exist")
         return
     if log.is_file() and is_hollow(log):
-        found.differs.append(f"identity: {log} is mostly a hole, and is not read")
+        found.differs.append(f"identity: {log} is a large sparse file, and is not read")
         return
     lines = read_metrics(log)
     check_log(log, lines, owner)
     if owner.unsigned_until < 0 and not any(line.get("event") == "start" for line in lines):
-        found.differs.append(f"identity: {log} has no start of the run")
+        found.differs.append(f"identity: {log} has no start event of the run")
     ends = max((line["step"] for line in lines), default=0)
     if ends < newest:
         found.differs.append(
@@ -68,7 +69,7 @@ def _check_log(place: Path, owner: RunRecord, found: Findings) -> None:
 
 
 def _newest(checkpoints: Path) -> int:
-    """The newest step that a checkpoint records, whatever its name is; 0 for none."""
+    """The newest step in the records of all checkpoints, whatever their names; 0 for none."""
     if checkpoints.is_symlink() or not checkpoints.is_dir():
         return 0
     places = (checkpoints / str(step) for step in saved_steps(checkpoints))

@@ -1,8 +1,7 @@
-"""`provenance.json`: digests of all inputs of a run, a checkpoint or a model.
+"""`provenance.json`: hashes of all inputs of a run, a checkpoint or a model.
 
-It is written beside the run's configuration at every start, and into every checkpoint and model,
-whose checksums cover it. It is not a signature: anyone who can write to the whole directory can
-forge it.
+The file is written to the run directory at every start, and to every checkpoint and model, whose
+checksums include it. It is not a signature: anyone who can write to the directory can forge it.
 """
 
 from __future__ import annotations
@@ -74,43 +73,43 @@ class RunFacts:
     """Facts about a run that are known when it starts.
 
     Attributes:
-        facts: the content of the file without step and weights.
+        facts: Content of provenance.json, without the step and the hashes of the weights.
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
 
     def text(self, **about: Any) -> str:
-        """The content of the file.
+        """Compose the content of provenance.json.
 
         Args:
-            about: further values: the step, the digests of the weights.
+            about: Further values: the step, and the hashes of the weights.
         """
         return json.dumps({"format": FORMAT, **about, **self.facts}, indent=1) + "\n"
 
     def made_with(self) -> list[tuple[str, str]]:
-        """Versions and commit of the newest start, as rows of name and value."""
+        """Rows of name and value with the versions and the commit of the newest start."""
         return made_with(self.facts)
 
     def of_checkpoint(self, step: int, files: Mapping[str, str]) -> str:
-        """The content of the file in a checkpoint.
+        """Compose the provenance.json of a checkpoint.
 
         Args:
-            files: checksums (XXH3-128) of the files of the state, by name.
+            files: Name of each file of the state -> XXH3-128 hash.
         """
         weights = {"digest": combined(dict(files)), "of": "the XXH3-128 of each file of state/"}
         return self.text(step=step, weights=weights)
 
     def of_model(self, step: int, files: Mapping[str, str]) -> str:
-        """The content of the file in a model.
+        """Compose the provenance.json of a model.
 
         Args:
-            files: SHA-256 of each file of weights, by name.
+            files: Name of each file of weights -> SHA-256.
         """
         return self.text(step=step, weights={"digest": combined(dict(files)), "files": dict(files)})
 
 
 def record_code() -> dict[str, Any]:
-    """Record the running code: its version, its commit if known, and the digest of each file."""
+    """Describe the running code: its version, its commit if known, and the hash of each file."""
     digests = code_digests()
     versions = library_versions()
     return {
@@ -122,11 +121,11 @@ def record_code() -> dict[str, Any]:
 
 
 def record_start(step: int, code: str, mesh: Mapping[str, int], devices: Sequence[Any]) -> Any:
-    """Record one start of a run: its first step, its code, its devices.
+    """Describe one start of a run: its first step, code and devices.
 
     Args:
-        code: the digest of the code.
-        devices: all devices of the run.
+        code: Hash of the code.
+        devices: All devices of the run.
     """
     first = devices[0]
     return {
@@ -146,16 +145,16 @@ def record_start(step: int, code: str, mesh: Mapping[str, int], devices: Sequenc
 
 
 def made_with(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Versions and commit of the newest start in a record, as rows of name and value."""
+    """Rows of name and value with the versions and the commit of the newest start in a record."""
     versions = facts["starts"][-1].get("versions") or {} if facts["starts"] else {}
     said = ", ".join(f"{name} {version}" for name, version in versions.items())
     return [("versions", said), ("commit", str(facts["code"].get("commit") or "unknown"))]
 
 
 def digests_of(directory: Path, leave_out: Collection[Path] = ()) -> dict[str, str]:
-    """SHA-256 of the files in a directory, by name.
+    """Name of each file in a directory -> SHA-256.
 
-    Hidden files are left out, too, and large sparse ones, which no run writes.
+    Hidden files are left out. So are large sparse files, which no run writes.
     """
     found = {}
     for file in sorted(directory.rglob("*")):
@@ -168,10 +167,10 @@ def digests_of(directory: Path, leave_out: Collection[Path] = ()) -> dict[str, s
 
 
 def read_facts(directory: Path) -> dict[str, Any] | None:
-    """The provenance.json of a run, a checkpoint or a model; None if it has none.
+    """Read the provenance.json of a run, a checkpoint or a model; None if there is none.
 
     Raises:
-        UserError: it cannot be read or is damaged.
+        UserError: The file is damaged or cannot be read.
     """
     place = directory / PROVENANCE
     try:
@@ -193,11 +192,11 @@ def read_facts(directory: Path) -> dict[str, Any] | None:
 
 
 def _fault(value: Any, shape: Any, name: str) -> str:
-    """Describe where a JSON value departs from the expected shape; "" if it does not.
+    """Describe where a JSON value differs from the expected shape; "" if it does not.
 
     Args:
-        shape: a type or several; a dictionary of shapes by key, where "?" marks an optional key; or
-            a list with the shape of all items.
+        shape: A type; a tuple of types; a dictionary from keys to shapes, where "?" marks an
+            optional key; or a list with the shape of all items.
     """
     if isinstance(shape, dict):
         if not isinstance(value, dict):

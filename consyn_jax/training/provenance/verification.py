@@ -1,4 +1,4 @@
-"""Compare a run or a model with its records by recomputing every digest."""
+"""Compare a run or a model with its records, by computing all hashes again."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ class Saved:
     """A kind of saved weights: the checkpoints of a run, or exported models.
 
     Attributes:
-        sums: name of the file with the checksums of all others.
-        faults: finds where a directory disagrees with that file.
-        added: finds the files that it does not list.
-        weights: reads the checksums of the files of weights, by name.
+        sums: Name of the file with the checksums of all other files.
+        faults: Function that finds files which differ from their checksums.
+        added: Function that finds files without a checksum.
+        weights: Function that reads the checksums of the files of weights, by name.
     """
 
     sums: str
@@ -97,13 +97,13 @@ MODEL = Saved(MANIFEST, disagreements, added, weights_digests)
 
 
 def verify_directory(place: Path) -> Findings:
-    """Compare a run, one of its checkpoints, or an exported model, with its records.
+    """Compare a run, one of its checkpoints, or an exported model with its records.
 
-    A part that cannot be read becomes one line, and the other parts are still compared. So does a
-    link, a pipe or a device, of which nothing is read.
+    A part that cannot be read becomes one finding, and the other parts are still compared. A link,
+    a pipe or a device becomes a finding, too, and is not read.
 
     Raises:
-        UserError: the directory is neither.
+        UserError: The directory is neither a run, nor a checkpoint, nor a model.
     """
     found = Findings()
     if any(os.path.lexists(place / name) for name in (CONFIG, CHECKPOINTS)):
@@ -168,7 +168,7 @@ def _check_run(place: Path, facts: dict[str, Any] | None, found: Findings) -> No
 def _check_checkpoints(
     place: Path, facts: dict[str, Any] | None, owner: RunRecord | None, found: Findings
 ) -> None:
-    """Check all checkpoints, their names and their identities."""
+    """Check all checkpoints of a run, with their names and identities."""
     entries = sorted(place.iterdir()) if os.path.lexists(place) else []
     if not any(step_of(entry.name) is not None for entry in entries):
         found.unchecked.append(f"weights: {place} has no checkpoint")
@@ -186,7 +186,7 @@ def _check_checkpoints(
 def _check_checkpoint(
     place: Path, facts: dict[str, Any] | None, owner: RunRecord | None, found: Findings
 ) -> dict[str, Any] | None:
-    """Check a checkpoint, its name and its identity, and return its record."""
+    """Check one checkpoint, with its name and identity, and return its record."""
     before = len(found.differs)
     named = place if step_of(place.name) is not None else place.resolve()
     with found.checking("weights", place):
@@ -198,7 +198,7 @@ def _check_checkpoint(
 
 def _check_tokenizer(place: Path, expected: dict[str, str], found: Findings) -> None:
     stray = dict(all_irregular(place))
-    stray |= {f: "mostly a hole" for f in place.rglob("*") if f not in stray and is_hollow(f)}
+    stray |= {f: "a large sparse file" for f in place.rglob("*") if f not in stray and is_hollow(f)}
     found.differs += [f"tokenizer: {path} is {stray[path]}, and is not read" for path in stray]
     now = digests_of(place, leave_out=stray) if place.exists() else {}
     faults = [
@@ -219,8 +219,9 @@ def _check_saved(
     """Check a checkpoint or a model, and return its record.
 
     Args:
-        facts: the record of the run, which it is compared with.
-        before: the number of differences before those of this checkpoint; by default, all so far.
+        facts: Record of the run, to compare with.
+        before: Number of differences that were found before this checkpoint; by default, all so
+            far.
     """
     own, before = None, len(found.differs) if before is None else before
     with found.checking("weights", place):
@@ -254,7 +255,7 @@ def _compare_record(
     facts: dict[str, Any] | None,
     found: Findings,
 ) -> None:
-    """Compare the record in a checkpoint or a model with its weights and with the run's record."""
+    """Compare the record of a checkpoint or a model with its weights, and with the run's record."""
     if own.get("weights", {}).get("digest") != weights:
         found.differs.append(f"weights: {place / PROVENANCE} is about other weights")
     if facts is not None:
@@ -262,14 +263,14 @@ def _compare_record(
         if own["starts"] != facts["starts"]:
             own, facts = _lasting(own), _lasting(facts)
         found.differs += [
-            f"record: {place / PROVENANCE} and that of the run differ in {key.replace('_', ' ')}"
+            f"record: {place / PROVENANCE} and the run's record differ in {key.replace('_', ' ')}"
             for key in facts
             if own.get(key) != facts[key]
         ]
 
 
 def _lasting(facts: dict[str, Any]) -> dict[str, Any]:
-    """The part of a record that all starts of the run share."""
+    """The part of a record that is the same for all starts of the run."""
     return {
         key: {name: facts[key].get(name) for name in names} if names else facts.get(key)
         for key, names in LASTING.items()
@@ -297,7 +298,7 @@ def _note_initial(is_same: bool, origin: Path, found: Findings) -> None:
     if is_same:
         found.agrees.append(f"initial weights: {origin}")
     else:
-        found.differs.append(f"initial weights: those in {origin} are not those of the run")
+        found.differs.append(f"initial weights: {origin} has other weights than the run began with")
 
 
 def _sha256(file: Path) -> str:
@@ -331,7 +332,7 @@ def _check_configuration(file: Path, recorded: dict[str, Any], found: Findings) 
     ]
     if not changed:
         found.differs.append(
-            f"configuration: {file} has the run's values for all flags, but is another text"
+            f"configuration: {file} has the same flags as the run, but its text has changed"
         )
 
 
@@ -352,10 +353,10 @@ def _check_code(facts: dict[str, Any], found: Findings) -> None:
     ]
     earlier = {known["code"] for known in facts["starts"] if known["code"]}
     if len(earlier) > 1:
-        found.unchecked.append(f"code: that of the {len(earlier) - 1} earlier versions of the run")
+        found.unchecked.append(f"code: {len(earlier) - 1} earlier versions that the run used")
 
 
 def _how(was_there: bool, is_there: bool) -> str:
     if was_there and is_there:
-        return "is not what it was"
+        return "has changed"
     return "is missing" if was_there else "is new"

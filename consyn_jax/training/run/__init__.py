@@ -1,1 +1,1 @@
-"""The run directory: its identity, its lock, opening it, and exporting models to it."""
+"""The run directory: identity, lock, opening, and export of models."""

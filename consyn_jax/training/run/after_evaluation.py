@@ -1,6 +1,6 @@
-"""Decisions after an evaluation: best model, early stopping, plateau of the learning rate.
+"""Decisions after an evaluation: best model, early stopping, and plateau of the learning rate.
 
-A callback may end a run, too.
+This module also records that a callback ends a run.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ def record_evaluation(
     recorder: Recorder,
     export_best: Callable[[], None],
 ) -> dict[str, Any]:
-    """Record an evaluation, export the model if it is the best, and update the plateau.
+    """Record an evaluation, export the model if it is the best so far, and update the plateau.
 
     Returns:
         The line of the log; empty in processes that do not write.
 
     Raises:
-        UserError: the metric that selects the best model is not among the values.
+        UserError: The metric that selects the best model is not among the evaluation's values.
     """
     metric, progress = options.metric_for_best_model, recorder.progress
     if metric not in values:
@@ -54,25 +54,28 @@ def record_evaluation(
 
 
 def stops_early(progress: Progress, options: EvaluationOptions) -> bool:
-    """Whether early stopping ends the run after the evaluations so far."""
+    """Whether early stopping ends the run, given the evaluations so far."""
     return progress.selection.should_stop(
         options.early_stopping_patience, progress.step, options.early_stopping_min_steps
     )
 
 
 def is_over(progress: Progress, total_steps: int, options: EvaluationOptions) -> bool:
-    """Whether no step is left: by the budget, by early stopping, or because a callback said so.
+    """Whether the run has no steps left: by the budget, by early stopping, or by a callback.
 
     Args:
-        total_steps: steps of the budget. A run that a callback ended goes on if its budget has
-            changed since.
+        total_steps: Total steps of the budget. A run that a callback ended continues if the budget
+            has changed since.
     """
     is_used_up = progress.step >= total_steps or progress.stopped_of == total_steps
     return is_used_up or stops_early(progress, options)
 
 
 def record_stop(recorder: Recorder, total_steps: int) -> None:
-    """Record that a callback ends the run; call this before saving, so the checkpoint says so."""
+    """Record that a callback ends the run.
+
+    Call this before saving, so that the checkpoint contains the record.
+    """
     progress, request = recorder.progress, recorder.callbacks.run.stop_request
     progress.stopped_of = total_steps
     recorder.event("stop", dict(request))

@@ -1,4 +1,4 @@
-"""The beginning of a run: the step that it resumes from, its state, and its files."""
+"""The beginning of a run: the step from which it resumes, its state, and its files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def resume_step(resume: str, directory: RunDirectory, checkpoints: Checkpoints) 
     """The step of the checkpoint to resume from; None for a new run.
 
     Args:
-        resume: the value of `--resume`; unless it is a step, the newest intact checkpoint counts.
+        resume: Value of `--resume`: a step, or else the newest intact checkpoint is used.
     """
     step = natural(resume)
     if step is not None:
@@ -42,7 +42,7 @@ def resume_step(resume: str, directory: RunDirectory, checkpoints: Checkpoints) 
 
 
 def from_first(look: Callable[[], str]) -> str:
-    """Broadcast a value from process 0; all processes of the run must call this."""
+    """Send a value from process 0 to all processes of the run, which must all call this."""
     return gather(look() if is_first() else "")[0]
 
 
@@ -55,16 +55,16 @@ def is_complete(
     data_is_known: bool,
     warn: Callable[[str], None],
 ) -> bool:
-    """Whether the run is done: last step saved, and all work after it up to the event `finish`.
+    """Whether the run is complete: the last step is saved, and so is the work up to event `finish`.
 
     Args:
-        path: the run directory.
-        resumed: the step that the run would resume from.
-        data_is_known: whether the training data was compared with the run's.
-        warn: called with a sentence if the work after the last step must be done again.
+        path: The run directory.
+        resumed: Step from which the run would resume.
+        data_is_known: Whether the training data was compared with that of the run.
+        warn: Function for a warning if the work after the last step must be repeated.
 
     Raises:
-        UserError: it is done, but this data cannot be compared with the run's.
+        UserError: The run is complete, but the data cannot be compared with that of the run.
     """
     if resumed is None:
         return False
@@ -77,16 +77,16 @@ def is_complete(
     if not data_is_known:
         raise UserError(
             f"The run in {path} is complete, but this data is an iterator or varies, so it cannot "
-            "be compared with the run's. Give another output_dir, or overwrite=True."
+            "be compared with the data of that run. Pass another output_dir, or overwrite=True."
         )
     return True
 
 
 def unfinished(path: Path) -> str:
-    """Describe the missing part of a run's end as a clause; empty if nothing is missing.
+    """Describe what is missing at the end of a run, as a clause; "" if nothing is missing.
 
     Raises:
-        UserError: the log is damaged.
+        UserError: The log is damaged.
     """
     final, log = path / "final", path / FILE_NAME
     if not holds_model(final):
@@ -95,12 +95,12 @@ def unfinished(path: Path) -> str:
         return f"{final / reason}"
     lines = read_metrics(log) if log.exists() else []
     if not any(line.get("event") == "finish" for line in lines):
-        return f"{log} does not say that it finished"
+        return f"{log} has no finish event"
     return ""
 
 
 def restore(checkpoints: Checkpoints, step: int, like: TrainState) -> tuple[TrainState, Progress]:
-    """Restore this run's state and progress at `step`, and remove later checkpoints."""
+    """Restore the state and the progress of this run at `step`, and remove later checkpoints."""
     state, record = checkpoints.restore(step, like)
     progress = Progress.from_json(record)
     checkpoints.delete_after(step)
@@ -116,14 +116,17 @@ def new_progress(run: RunConfig) -> Progress:
 def branch(
     directory: Path, step: int, like: TrainState, new: Progress
 ) -> tuple[TrainState, Progress]:
-    """Restore the state of another run at `step`, with the progress of a new run from there.
+    """Restore the state of another run at `step`, for a new run that continues from there.
 
-    The other run may still be training, so its checkpoints are only read. The new run ignores its
-    best model.
+    The checkpoints of the other run are only read, because it may still be training. The new run
+    does not use its best model.
 
     Args:
-        directory: the other run's checkpoints.
-        new: the progress of a run that starts at step 0.
+        directory: Directory of the other run's checkpoints.
+        new: Progress of a run at step 0.
+
+    Returns:
+        The state, and the progress of the new run at `step`.
     """
     with closing(Checkpoints(directory)) as others:
         state, record = others.restore(step, like)
@@ -132,7 +135,7 @@ def branch(
 
 
 def report_smaller_batches(asked: RunConfig, found: RunConfig, console: Console) -> None:
-    """Report if micro-batches were made smaller to fit the devices."""
+    """Report that micro-batches were made smaller to fit the devices, if they were."""
     budget = found.budget
     if budget.batch_size != asked.budget.batch_size:
         console.note(
@@ -148,10 +151,10 @@ def rewind(
     """Rewind the log and the best model to `step`; -1 for a new run.
 
     Returns:
-        Details for the event `resume`: the last step of the log, if it was before `step`.
+        Details for the event `resume`: the last step of the log, if it is before `step`.
 
     Raises:
-        UserError: the log is another run's.
+        UserError: The log belongs to another run.
     """
     lines = read_metrics(log.path)
     if step >= 0:
@@ -170,9 +173,9 @@ def rewind(
 
 
 def forget_missing_best(progress: Progress, directory: Path) -> None:
-    """Forget the best evaluation if its model is missing, so that the next one is the best.
+    """Forget the best evaluation if its model is missing, so that the next evaluation is the best.
 
-    Every process of a run must call this; process 0 looks.
+    Every process of a run must call this function; process 0 checks for the model.
     """
     if from_first(lambda: str(holds_model(directory / "best"))) != "True":
         progress.selection = replace(progress.selection, best_value=None, best_step=None)
@@ -186,11 +189,11 @@ def open_callbacks(
     warn: Callable[[str], None],
     checkpoints: Checkpoints,
 ) -> Callbacks:
-    """Begin the trackers, or continue those of the checkpoint, and begin the user's callbacks.
+    """Start trackers, or continue those in the checkpoint, and start the user's callbacks.
 
     Args:
-        run: the view of the run that they get.
-        own: functions that make the user's callbacks.
+        run: View of the run, which the callbacks receive.
+        own: Functions that make the user's callbacks.
     """
     resumed = run.resumed_from
     if resumed is None and (run.directory / "logs").exists():
@@ -221,7 +224,7 @@ def open_callbacks(
 
 
 def recorded_summary(path: Path) -> dict[str, float | int]:
-    """The newest value of every metric in a `metrics.jsonl`, with its last step and tokens."""
+    """The newest value of every metric in a `metrics.jsonl`, with the last step and its tokens."""
     last = read_metrics(path)[-1]
     return {**last_values(path), "step": last["step"], "tokens": last["tokens"]}
 

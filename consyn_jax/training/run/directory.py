@@ -1,4 +1,4 @@
-"""A run directory: names of its files, its owner, its config.yaml, and its deletion."""
+"""The run directory: names of files, owner, config.yaml, and deletion."""
 
 from __future__ import annotations
 
@@ -67,25 +67,26 @@ PER_START_FLAGS = (
 
 
 def run_path(config: RunConfig) -> Path:
-    """The run directory: --output, or with --decay_from a directory beside it."""
+    """The run directory: --output, or with --decay_from a directory next to --output."""
     output, step = Path(config.saving.output), config.optimizer.decay_from
     return output if step is None else output.with_name(f"{output.name}-decay-{step}")
 
 
 @dataclass
 class RunDirectory:
-    """A directory that only this run's processes may write to until it is closed.
+    """A directory to which only the processes of one run may write, until it is closed.
 
     Attributes:
-        holds_run: whether it holds an earlier start of the same run, which this one resumes.
-        record: the identity of the run and of this start.
-        lock: held by the process that writes.
-        is_adopted: whether the run had no identity, as an older version began it.
-        config: the content of config.yaml, once it and run.json are written.
-        tokenizer: the content of tokenizer/, once it is written.
-        lost: the reason why this process may no longer write here; None if it may.
-        place: the directory, kept open by the process that writes, to notice if another takes its
-            name.
+        holds_run: Whether the directory has an earlier start of the same run, which is resumed.
+        record: Identity of the run and of this start.
+        lock: The lock, in the process that writes.
+        is_adopted: Whether the run had no identity, because an older version of this package
+            started it.
+        config: Content of config.yaml, once config.yaml and run.json are written.
+        tokenizer: Content of tokenizer/, once it is written.
+        lost: Error that says why this process may no longer write to the directory; None if it may.
+        place: File descriptor of the directory in the process that writes, to detect that another
+            directory has taken its path.
     """
 
     path: Path
@@ -108,12 +109,12 @@ class RunDirectory:
     def write_config(
         self, config: RunConfig, origins: dict[str, str], derived: dict[str, Any]
     ) -> None:
-        """Write config.yaml and run.json. `consyn-train --config` reads config.yaml back.
+        """Write config.yaml and run.json, and flush them to the disk.
 
-        config.yaml has every value with its origin. Both are on the disk when this returns.
+        config.yaml has every value with its origin; `consyn-train --config` can read it.
 
         Raises:
-            UserError: the files cannot be written, or another process has taken the directory.
+            UserError: A file cannot be written, or another process has taken the directory.
         """
         self.check()
         defaults = {name: flags(RunConfig)[name].default for name in PER_START_FLAGS}
@@ -127,14 +128,14 @@ class RunDirectory:
 
     @property
     def config_digest(self) -> str:
-        """SHA-256 of config.yaml as it was written."""
+        """SHA-256 of the config.yaml that this process has written."""
         return hashlib.sha256(self.config.encode()).hexdigest()
 
     def write_provenance(self, text: str) -> None:
         """Write provenance.json.
 
         Raises:
-            UserError: the file cannot be written.
+            UserError: The file cannot be written.
         """
         self._write(PROVENANCE, text)
 
@@ -151,10 +152,10 @@ class RunDirectory:
             ) from error
 
     def write_tokenizer(self, tokenizer: BPETokenizer) -> None:
-        """Write tokenizer/.
+        """Write the tokenizer to tokenizer/.
 
         Raises:
-            UserError: the files cannot be written.
+            UserError: A file cannot be written.
         """
         try:
             tokenizer.save(self.path / TOKENIZER)
@@ -166,14 +167,14 @@ class RunDirectory:
         self.tokenizer = tokenizer  # set last, as the heartbeat may call `check` meanwhile
 
     def check(self) -> None:
-        """Check before a write that the directory still belongs to this run; from any thread.
+        """Check before a write that the directory still belongs to this run; thread-safe.
 
-        Restore the lock, config.yaml, run.json or tokenizer/ if only they were deleted, as the run
-        could not be resumed or read without them.
+        If only the lock, config.yaml, run.json or tokenizer/ were deleted, they are written again,
+        because without them the run could not be resumed or read.
 
         Raises:
-            UserError: the directory was deleted, moved or replaced, or another process has taken
-                it. From then on every check raises.
+            UserError: The directory was deleted, moved or replaced, or another process has taken
+                it. All later checks then raise the same error.
         """
         with self._guard:
             if self.lost is None and self.lock is not None:
@@ -184,10 +185,10 @@ class RunDirectory:
         self.raise_if_lost()
 
     def raise_if_lost(self) -> None:
-        """Raise the error that an earlier check has found.
+        """Raise the error that an earlier check has found, if any.
 
         Raises:
-            UserError: this process may no longer write to the directory.
+            UserError: This process may no longer write to the directory.
         """
         if self.lost is not None:
             raise self.lost
@@ -232,8 +233,9 @@ class RunDirectory:
             if (found := RunRecord.read(self.path)) is not None:
                 self._check_record(found, has_lock=True)  # which names the other run
             raise UserError(
-                f"--output {self.path} is not the directory that the run began in, so "
-                "the run ends here. Move that one back, and run the same command again."
+                f"--output {self.path} is not the directory in which the run began, so "
+                "the run ends here. Move the original directory back, and run the same command "
+                "again."
             )
         if self.checkpoints.is_symlink():
             raise UserError(
@@ -249,20 +251,20 @@ class RunDirectory:
             self._write(RUN_JSON, None)
             return
         if found is not None and found.run == own.run:
-            what = "was started again by another process, which has the directory now"
+            what = "is now used by another process, which has started the run again"
         else:
             theirs = "none" if found is None else short(found.run)
             what = (
-                f"holds another run now (its identity is {theirs}, and that of this run is "
+                f"now has another run (with identity {theirs}; this run has identity "
                 f"{short(own.run)})"
             )
         raise UserError(
-            f"--output {self.path} {what}, so this run ends here and has written nothing to it "
-            "since. Start it again with another --output."
+            f"--output {self.path} {what}, so this run ends here, and has not written to the "
+            "directory since. Start this run again with another --output."
         )
 
     def close(self) -> None:
-        """Let other processes write to the directory."""
+        """Release the directory, so that other processes may write to it."""
         if self.lock is not None and self.lost is None:
             self.lock.release()
         if self.place is not None:
@@ -270,9 +272,9 @@ class RunDirectory:
             self.place = None
 
     def beat(self) -> None:
-        """Show that this process is alive, and check the directory; call it every few seconds.
+        """Update this process's heartbeat, and check the directory; call this every few seconds.
 
-        `raise_if_lost` raises the error that is found.
+        If the check finds an error, `raise_if_lost` raises it.
         """
         if self.lock is not None:
             # The next write reports a disk that does not answer.
@@ -282,19 +284,19 @@ class RunDirectory:
 
 
 def refuse_links(path: Path) -> None:
-    """Refuse a run directory that holds anything but files and directories.
+    """Check that a run directory contains only regular files and directories.
 
     A link would redirect the run's writes to another place.
 
     Raises:
-        UserError: there is a link, a pipe or a device; the message names it.
+        UserError: There is a link, a pipe or a device; the message names it.
     """
     for name in (LOCK, *ENTRIES):
         # Weights & Biases creates links there.
         if found := irregular(path / name, inside=name != "wandb"):
             raise UserError(
-                f"{found[0]} is {found[1]}, and a run writes only to files of its own. Remove it, "
-                "or name another --output."
+                f"{found[0]} is {found[1]}, but a run writes only to regular files of its own. "
+                "Remove it, or name another --output."
             )
 
 

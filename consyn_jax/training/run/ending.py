@@ -1,4 +1,4 @@
-"""The end of a run: its sample, report and closing lines, or the signal that interrupts it."""
+"""The end of a run: sample, report and closing lines, or the signal that interrupts it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SAMPLE_TOKENS = 200
 def sample(config: ModelConfig, params: Params, tokenizer: BPETokenizer, seed: int) -> str:
     """Sample a document from a model.
 
-    The first token is BOS, or the end-of-text token if documents have no BOS.
+    The first token is BOS; if documents have no BOS, it is the end-of-text token.
     """
     model = ConsynLMHeadModel.from_parameters(config, params)
     begins = (tokenizer.first_id, model.config.bos_token_id, tokenizer.eos_token_id)
@@ -45,13 +45,13 @@ def sample(config: ModelConfig, params: Params, tokenizer: BPETokenizer, seed: i
 def record_end(
     directory: Path, report: LiveReport, recorder: Recorder, *, draws: bool = True
 ) -> None:
-    """Write report and picture, and then the event `finish`, which marks the run as done.
+    """Write the report and the picture, then the event `finish`, which marks the run as complete.
 
     Args:
-        draws: whether to write loss.png.
+        draws: Whether to write loss.png.
 
     Raises:
-        UserError: the event cannot be written. The next start repeats this work.
+        UserError: The event cannot be written. The next start repeats this work.
     """
     best_step = recorder.progress.selection.best_step
     if recorder.log is not None and draws:
@@ -70,26 +70,26 @@ def record_end(
 
 
 def draw_losses(directory: Path, recorder: Recorder) -> None:
-    """Write loss.png. A failure is only a warning."""
+    """Write loss.png; if this fails, only warn."""
     try:
         write_loss_plot(read_metrics(directory / "metrics.jsonl"), directory / "loss.png")
-    # The model and the log are whole, so a missing picture is not a failure of the run.
+    # The model and the log are complete, so a missing picture is not a failure of the run.
     except Exception as error:  # noqa: BLE001
         refused = isinstance(error, OSError) and error.strerror
         recorder.console.warn(
             f"loss.png could not be written ({refused or f'{type(error).__name__}: {error}'}); "
-            "the model and metrics.jsonl are whole."
+            "the model and metrics.jsonl are complete."
         )
 
 
 def best_model(directory: Path, options: EvaluationOptions, recorder: Recorder) -> Path | None:
-    """Choose the best model for final/; None for the last one.
+    """Choose the directory of the best model for final/; None to export the last model.
 
-    A deleted best model is reported. All processes of a run must call this; process 0 reads the
-    files.
+    If the best model was deleted, warn. All processes of a run must call this function; process 0
+    reads the files.
 
     Raises:
-        UserError: the best model has changed since it was exported.
+        UserError: The files of the best model have changed since it was exported.
     """
     if not options.load_best_model_at_end:
         return None
@@ -100,19 +100,19 @@ def best_model(directory: Path, options: EvaluationOptions, recorder: Recorder) 
         case "missing":
             if recorder.progress.selection.best_step is not None:
                 recorder.console.warn(
-                    f"{best} was deleted, so final/ is the last model and not the best."
+                    f"{best} was deleted, so final/ has the last model and not the best one."
                 )
             return None
         case "unknown":
             recorder.console.warn(
-                f"{best} was exported by a version that wrote no manifest, so later changes to "
-                "its files cannot be detected."
+                f"{best} was exported by an older version, without a manifest, so later changes "
+                "to its files cannot be detected."
             )
             return best
         case reason:
             raise UserError(
-                f"{best / reason}, so this model is not exported as the best one. Put a copy of "
-                f"{best} back and run the same command again, or delete it to export the last "
+                f"{best / reason}, so this model is not exported as the best one. Restore {best} "
+                f"from a copy and run the same command again, or delete {best} to export the last "
                 "model as final/."
             )
 
@@ -126,11 +126,11 @@ def _fault(best: Path) -> str:
 def closing_lines(
     directory: Path, run: RunConfig, origins: Mapping[str, str], recorder: Recorder
 ) -> list[str]:
-    """Sentences about the outcome: steps and loss, what to type next, the places of the files.
+    """Sentences about the result: steps and loss, what to type next, and paths of the files.
 
     Args:
-        run: the configuration as it was given.
-        origins: the origin of each of its values.
+        run: Configuration of the run, as given by the user.
+        origins: Origin of each value of `run`.
     """
     progress, selection = recorder.progress, recorder.progress.selection
     loss = recorder.last.get("train/loss", math.nan)
@@ -149,9 +149,9 @@ def closing_lines(
 
 
 def next_commands(directory: Path, run: RunConfig, origins: Mapping[str, str]) -> list[str]:
-    """Commands that use the model, score it, and train it twice as long.
+    """Commands that use the model, that evaluate it, and that train it twice as long.
 
-    There is no command to train longer for a run from Python or one with --decay_from.
+    The last command is left out for a run from Python, and for a run with --decay_from.
     """
     final = shlex.quote(str(directory / "final"))
     texts = " ".join(map(shlex.quote, run.data.validation)) or "TEXT_FILE"
@@ -182,7 +182,7 @@ def _number(value: float | int) -> str:
 def interruption(
     signal: str, checkpoints: Checkpoints, recorder: Recorder, run: RunConfig
 ) -> Interrupted:
-    """Record the signal that ends the run, once its checkpoint is written.
+    """Record the signal that ends the run, after its checkpoint is written.
 
     Returns:
         The error to raise.
@@ -208,9 +208,9 @@ def interruption(
 
 
 def _same_command(options: SavingOptions) -> str:
-    """The command that continues the run, in words.
+    """Describe the command that continues the run.
 
-    --overwrite would delete what was saved, and --resume STEP would go back to that step.
+    --overwrite would delete the saved state, and --resume STEP would return to that step.
     """
     if options.overwrite:
         return "the same command without --overwrite"

@@ -33,16 +33,17 @@ def export_model(
 ) -> None:
     """Write a model and its tokenizer atomically to the directory `target`.
 
-    The files are written aside with a manifest, flushed to the disk, and then renamed. An older
-    model there is replaced. All processes of a run must call this; process 0 writes.
+    The files are written to a temporary directory with a manifest, and flushed to the disk. Then
+    the directory is renamed to `target`, and replaces an older model. All processes of a run must
+    call this function; process 0 writes.
 
     Args:
-        before_name: called in process 0 before the rename.
-        provenance: as for `seal`.
-        save: writes the parameters to a directory.
+        before_name: Function that process 0 calls before the rename.
+        provenance: As for `seal`.
+        save: Function that writes the parameters to a directory.
 
     Raises:
-        UserError: the files cannot be written. An older model there stays intact.
+        UserError: The files cannot be written. An older model in `target` stays intact.
     """
     fresh = aside(target)
     try:

@@ -1,4 +1,4 @@
-"""Compare the config.yaml of a run with the run that is starting."""
+"""Compare the config.yaml of an existing run with the run that is starting."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ DERIVED_NAMES = {
 
 
 def describe_derived(derived: dict[str, Any]) -> dict[str, str]:
-    """Derived values by the names that messages use; hashes are shortened."""
+    """Rename derived values for messages, and shorten hashes."""
     names = DERIVED_NAMES | {"total_steps": "the number of steps"}
     return {names[key]: str(value)[:16] for key, value in derived.items() if key in names}
 
@@ -59,10 +59,10 @@ def read_run_config(file: Path, remedy: str = "Name another --output.") -> dict[
     """Read the config.yaml of a run.
 
     Args:
-        remedy: the advice for a file that cannot be read.
+        remedy: Advice for a file that cannot be read.
 
     Raises:
-        UserError: it cannot be read, or is not the config.yaml of a run.
+        UserError: The file cannot be read, or is not the config.yaml of a run.
     """
     try:
         old = yaml.safe_load(read_whole(file, LARGEST).decode())
@@ -80,9 +80,9 @@ def read_run_config(file: Path, remedy: str = "Name another --output.") -> dict[
 def differences(
     old: dict[str, Any], config: RunConfig, derived: dict[str, Any] | None
 ) -> list[str]:
-    """Describe what differs between the run of config.yaml `old` and this one.
+    """Describe the differences between a run with the config.yaml `old` and this run.
 
-    Only changes of the mathematics count. `check_schedule` compares the learning rates.
+    Only differences in the mathematics count. Learning rates are compared by `check_schedule`.
     """
     # YAML has no tuples
     new = {
@@ -116,7 +116,7 @@ def differences(
 def _packing_differences(
     old: dict[str, Any], new: dict[str, Any], derived: dict[str, Any]
 ) -> list[str]:
-    """Compare how sequences were and are made; older runs recorded the old default, `cut`."""
+    """Compare how sequences were and are packed; for older runs, the recorded default is `cut`."""
     before = old.get("packing") or old[DERIVED].get("packing")
     now = new["packing"] or derived.get("packing")
     if before is None or now is None or before == now:
@@ -126,7 +126,7 @@ def _packing_differences(
 
 
 def recorded_schedule(old: dict[str, Any]) -> tuple[Callable[[Any], Any], int]:
-    """The learning rate by step and the number of steps in config.yaml `old`."""
+    """Return the learning-rate schedule and the number of steps of the config.yaml `old`."""
     from consyn_jax.training.optim.schedules import build_schedule
 
     known = flags(RunConfig)
@@ -140,11 +140,11 @@ def recorded_schedule(old: dict[str, Any]) -> tuple[Callable[[Any], Any], int]:
 def check_schedule(
     old: dict[str, Any], config: RunConfig, derived: dict[str, Any], step: int
 ) -> None:
-    """Check that resuming at `step` keeps the schedule of config.yaml `old`.
+    """Check that resuming at `step` does not change the schedule of the config.yaml `old`.
 
     Raises:
-        UserError: the learning rates differ and --overwrite_schedule is not given, or the run has
-            already passed its new end.
+        UserError: The learning rates differ and --overwrite_schedule is not set, or the run has
+            already passed its new last step.
     """
     from consyn_jax.training.optim.schedules import build_schedule
 

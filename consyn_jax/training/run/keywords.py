@@ -1,4 +1,7 @@
-"""Turn the keywords of `ConsynTrainer` into a run; model and data give further defaults."""
+"""Convert the keywords of `ConsynTrainer` to the configuration of a run.
+
+The model and the data determine some of the defaults.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ DEFAULT_RATE = 5e-5  # for adamw
 
 
 def given_once(own: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Merge the parameters of `ConsynTrainer`, under their flag names, with the other settings.
+    """Merge the parameters of `ConsynTrainer`, under their flags' names, with other settings.
 
     Raises:
-        UserError: a setting is given by both names, or output_dir is no path.
+        UserError: A setting is given under both names, or output_dir is not a path.
     """
     if not isinstance(own["output"], str | os.PathLike):
         kind = type(own["output"]).__name__
@@ -35,10 +38,10 @@ def given_once(own: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
 def resolve_keywords(
     config: ModelConfig, data: tuple[Any, Any], settings: dict[str, Any]
 ) -> tuple[RunConfig, dict[str, str]]:
-    """Resolve keywords of `ConsynTrainer` into a run and the origins of its values.
+    """Convert keywords of `ConsynTrainer` to a configuration and the origins of its values.
 
     Args:
-        data: training and evaluation data, as `recognise` returns them.
+        data: Training and evaluation data, as `recognise` returns them.
     """
     names = [f.name for f in fields(ModelOptions) if hasattr(config, f.name)]
     shape = {name: getattr(config, name) for name in names}

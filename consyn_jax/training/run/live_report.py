@@ -1,4 +1,4 @@
-"""Keep `report.html` and `samples.jsonl` of a run up to date while it runs."""
+"""Keep `report.html` and `samples.jsonl` up to date while a run is in progress."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ TICK_S = 60.0  # a page is also written after a logged step if the last one is s
 class LiveReport:
     """The page of a run, and the samples on it.
 
-    A process that has no log writes nothing. A failure to write is reported once and does not end
-    the run. The page is rewritten as long as writing takes no more than `PAGE_SHARE` of the run's
+    A process without a log writes nothing. A failure to write is reported once, and does not end
+    the run. The page is rewritten as long as this takes no more than `PAGE_SHARE` of the run's
     time; the first and the last version are always written.
 
     Args:
-        directory: checked before every write.
-        config, origins: the run's values by flag, and the origin of each.
-        about: rows that say what the run is.
-        left_s: seconds until the run ends; None if unknown.
-        clock: seconds since some moment.
+        directory: The run directory, which is checked before every write.
+        config: Values of the run, by flag.
+        origins: Origin of each value.
+        about: Rows of name and value that describe the run.
+        left_s: Function that returns the remaining seconds of the run; None if unknown.
+        clock: Clock in seconds, with any starting point.
     """
 
     def __init__(
@@ -61,27 +62,27 @@ class LiveReport:
 
     @property
     def path(self) -> Path:
-        """The page."""
+        """Path of the page."""
         return self._directory.path / "report.html"
 
     def refresh(self) -> None:
-        """Rewrite the page, unless its writes have taken too much of the run's time."""
+        """Rewrite the page, unless writing it has taken too much of the run's time."""
         passed = self._clock() - self._began
         if self._spent_s <= PAGE_SHARE * passed or not self._spent_s:
             self._write("running", is_alive=True)
 
     def tick(self) -> None:
-        """Write the page if the last one is a minute old; call it after every step."""
+        """Write the page if the last version is a minute old; call this after every step."""
         if self._clock() - self._written >= TICK_S:
             self.refresh()
 
     def finish(self) -> None:
-        """Write the last page of a run that is complete."""
+        """Write the last version of the page of a complete run."""
         self._write("complete", is_alive=False)
         self._is_over = True
 
     def close(self) -> None:
-        """Write the last page of a run that ends in another way; after `finish` do nothing."""
+        """Write the last version of the page if the run is incomplete; no effect after `finish`."""
         if not self._is_over:
             self._is_over = True
             self._write(ending(self._recorder.history.events), is_alive=False)
@@ -91,18 +92,18 @@ class LiveReport:
     def time_for_sample(self) -> str:
         """Return "yes" if another sample keeps within `SAMPLE_SHARE` of the run's time, else "".
 
-        The first one, which waits for the compiler, is always allowed. The next ones are assumed to
-        take a tenth of it, until one is measured.
+        The first sample, which waits for the compiler, is always allowed. Later samples are assumed
+        to take a tenth of its time, until one has been measured.
         """
         passed = self._clock() - self._began
         in_time = self._sample_spent_s + self._sample_s <= SAMPLE_SHARE * passed
         return "yes" if in_time else ""
 
     def add_sample(self, text: str, took_s: float = 0.0) -> None:
-        """Keep a text that the model wrote after the current step.
+        """Store a text that the model generated after the current step.
 
         Args:
-            took_s: the time that it took.
+            took_s: Time for generating the text, in seconds.
         """
         progress = self._recorder.progress
         if self.samples and self.samples[-1]["step"] == progress.step:
@@ -148,7 +149,7 @@ class LiveReport:
             write()
         except UserError:  # the loop ends the run with this error
             return
-        # The model and the log are whole, so a missing page is not a failure of the run.
+        # The model and the log are complete, so a missing page is not a failure of the run.
         except Exception as error:  # noqa: BLE001
             if not self._has_warned:
                 refused = isinstance(error, OSError) and error.strerror
@@ -161,7 +162,7 @@ class LiveReport:
 
 
 def read_samples(path: Path) -> tuple[list[dict[str, Any]], str]:
-    """The samples of a run, and a clause about what is wrong with the file; "" if nothing is."""
+    """Read the samples of a run; also return a clause about a fault in the file, or ""."""
     try:
         with open(path, "rb", opener=open_regular) as file:
             lines = [json.loads(line) for line in file.read().splitlines()]

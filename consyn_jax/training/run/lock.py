@@ -27,18 +27,18 @@ WATCH_S = 60.0  # how long to watch for a touch by a holder on another host
 
 
 class RunLock:
-    """Keep all other processes out of a directory until `release`, or until this process ends.
+    """Keep all other processes out of a directory, until `release` or the end of this process.
 
-    The operating system's lock decides. On a file system without locks, the content of the file
-    decides: its holder is gone if its process on this host has ended, or if it is on another host
-    and no longer touches the file.
+    The lock is an advisory lock of the operating system. If the file system has no locks, the
+    content of the file decides. Its holder then counts as gone if it is a process of this host that
+    has ended, or a process of another host that no longer touches the file.
 
     Attributes:
-        holder: the content of the file.
+        holder: Content of the file.
 
     Raises:
-        UserError: another process holds it. The message names that process.
-        OSError: the directory cannot be written.
+        UserError: Another process has the lock; the message names that process.
+        OSError: The directory cannot be written.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -68,16 +68,16 @@ class RunLock:
             os.pwrite(self._descriptor, self.holder.encode(), 0)
 
     def sign(self, run: str) -> None:
-        """Write the identity of the run into the file.
+        """Write the identity of the run to the file.
 
         Raises:
-            OSError: the directory cannot be written.
+            OSError: The directory cannot be written.
         """
         self.holder = json.dumps({**self._about, "run": run})
         self._write()
 
     def beat(self) -> None:
-        """Touch the file on a file system without locks; call it every few seconds."""
+        """Touch the file, if the file system has no locks; call this every few seconds."""
         if self._descriptor is None and time.monotonic() - self._beat_at >= BEAT_S:
             self._beat_at = time.monotonic()
             with suppress(OSError):
@@ -98,8 +98,8 @@ class RunLock:
         """Take the lock again after the file was deleted.
 
         Raises:
-            UserError: another process holds it.
-            OSError: the directory cannot be written.
+            UserError: Another process has the lock.
+            OSError: The directory cannot be written.
         """
         if self._descriptor is not None:
             os.close(self._descriptor)
@@ -107,7 +107,7 @@ class RunLock:
         self._take()
 
     def release(self) -> None:
-        """Let other processes have the directory."""
+        """Release the lock, so that other processes can take it."""
         with suppress(OSError):  # such as of a disk that has become read-only
             if not self.is_lost:
                 self._file.unlink()
@@ -116,7 +116,7 @@ class RunLock:
             self._descriptor = None
 
     def _claim(self) -> None:
-        """Take a free lock without the operating system's help."""
+        """Take the lock on a file system without locks, if it is free."""
         holder = read_holder(self._file.parent)
         if holder and _is_alive(self._file, holder):
             raise _in_use(self._file, holder)
@@ -131,7 +131,7 @@ def check_free(directory: Path) -> None:
     """Check early, without changing anything, that no other process writes to a directory.
 
     Raises:
-        UserError: another process does.
+        UserError: Another process has the lock.
     """
     # A missing permission is reported where the directory is opened.
     with suppress(FileNotFoundError, PermissionError):
@@ -140,9 +140,9 @@ def check_free(directory: Path) -> None:
 
 
 def is_held(directory: Path) -> bool:
-    """Whether a process holds a directory, judged with read access only.
+    """Whether any process has the lock of a directory; needs only read access.
 
-    Nothing is changed or waited for.
+    Nothing is changed, and the call does not wait.
     """
     with suppress(OSError):
         descriptor = open_regular(directory / LOCK, os.O_RDONLY)
@@ -157,7 +157,7 @@ def is_held(directory: Path) -> bool:
 
 
 def read_holder(directory: Path) -> str:
-    """The content of the lock file; empty if there is none."""
+    """Read the content of the lock file; empty if there is none."""
     with (
         suppress(OSError, UnicodeDecodeError),
         open(directory / LOCK, encoding="utf-8", opener=open_regular) as file,
@@ -169,8 +169,8 @@ def read_holder(directory: Path) -> str:
 def _locked(file: Path, shared: bool = False) -> int | None:
     """Open and lock the file; None if the file system has no locks.
 
-    Try several times, as a process that only checks, or is just releasing the file, blocks it for
-    a moment.
+    This is tried several times, because a process that only checks the lock, or that is releasing
+    it, blocks it for a moment.
     """
     for left in reversed(range(TRIES)):
         descriptor = open_regular(file, os.O_RDWR | (0 if shared else os.O_CREAT))
@@ -212,7 +212,7 @@ def _parsed(holder: str) -> dict[str, Any]:
 
 
 def _is_alive(file: Path, holder: str) -> bool:
-    """Whether the process named in the lock file is still running."""
+    """Whether the process that the lock file names is still running."""
     about = _parsed(holder)
     if about.get("host") == socket.gethostname():
         pid = about.get("pid")
@@ -230,9 +230,9 @@ def _is_alive(file: Path, holder: str) -> bool:
 
 
 def _start_time(pid: int) -> str | None:
-    """Start time of a process of this host; None if it does not exist.
+    """Start time of a process of this host; None if there is no such process.
 
-    It distinguishes a process from a later one with the same id.
+    The start time distinguishes the process from a later one with the same process id.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,4 +1,4 @@
-"""Files that a run writes to best/ and final/: a whole model, or an adapter."""
+"""Formats in which a run writes best/ and final/: a full model, or only an adapter."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ MODEL_CONFIGS = ("config.json", ADAPTER_CONFIG)  # marks a directory as a model
 
 
 def holds_model(directory: Path) -> bool:
-    """Whether a directory holds a model or an adapter."""
+    """Whether a directory contains a model or an adapter."""
     return any((directory / name).is_file() for name in MODEL_CONFIGS)
 
 
 @dataclass(frozen=True)
 class WholeModel:
-    """All parameters, in the layout of Hugging Face."""
+    """The format with all parameters, in the layout of Hugging Face."""
 
     def save(self, directory: Path, config: ModelConfig, params: Params) -> None:
         """Write config.json and the weights."""
@@ -40,11 +40,11 @@ class WholeModel:
 
 @dataclass(frozen=True)
 class AdapterOnly:
-    """An adapter, in the layout of PEFT.
+    """The format with only the adapter, in the layout of PEFT.
 
     Attributes:
         base: The base model, as adapter_config.json names it.
-        dtype: Number type of its files, whatever type the base has.
+        dtype: Dtype of the adapter's files, independent of the dtype of the base.
     """
 
     options: LoraOptions

@@ -21,13 +21,14 @@ LARGEST = 1 << 26  # bytes of a manifest
 
 
 def seal(directory: Path, provenance: Callable[[Mapping[str, str]], str] | None = None) -> None:
-    """Flush every file and directory of a model to the disk, with a manifest of its files.
+    """Write a manifest of a model's files, and flush all files and directories to the disk.
 
     Args:
-        provenance: makes the content of provenance.json from the SHA-256 of each file of weights.
+        provenance: Function that makes the content of provenance.json from the SHA-256 of each file
+            of weights.
 
     Raises:
-        OSError: a file cannot be read or written.
+        OSError: A file cannot be read or written.
     """
     names = sorted(
         path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()
@@ -61,15 +62,15 @@ def has_manifest(directory: Path) -> bool:
 
 
 def disagreement(directory: Path) -> str | None:
-    """Find the first difference between a model and its manifest, as a clause; None for none.
+    """Find the first difference between a model and its manifest, as a clause; None if they agree.
 
-    All files of the manifest are read. Added files are ignored.
+    All files in the manifest are read. Files that are not in the manifest are ignored.
     """
     return next(disagreements(directory), None)
 
 
 def disagreements(directory: Path) -> Iterator[str]:
-    """Each difference between a model and its manifest, as a clause."""
+    """Find all differences between a model and its manifest, each as a clause."""
     expected = _listed(directory)
     if isinstance(expected, str):
         yield expected
@@ -80,9 +81,9 @@ def disagreements(directory: Path) -> Iterator[str]:
 
 
 def added(directory: Path) -> Iterator[str]:
-    """Each file in a model's directory that its manifest does not list, as a clause.
+    """Find files in a model's directory that are not in its manifest, each as a clause.
 
-    Hidden files are left out, as file managers and downloads create them.
+    Hidden files are left out, because file managers and downloads create them.
     """
     expected = _listed(directory)
     names = (path.relative_to(directory) for path in sorted(directory.rglob("*")))
@@ -94,7 +95,7 @@ def added(directory: Path) -> Iterator[str]:
 
 
 def _listed(directory: Path) -> dict[str, dict[str, Any]] | str:
-    """The entries of a manifest, by file; a clause if it cannot be used."""
+    """Read the entries of a manifest, by file; or return a clause that says why it is unusable."""
     try:
         with open(directory / MANIFEST, "rb", opener=open_regular) as opened:
             files = json.loads(opened.read(LARGEST))["files"]
@@ -118,7 +119,7 @@ def _difference(directory: Path, name: str, expected: dict[str, Any]) -> str | N
         if links := [parent for parent in parents if parent.is_symlink()]:
             return f"{links[-1].relative_to(directory).as_posix()} is a link"
         if is_hollow(directory / name):
-            return f"{name} is mostly a hole"
+            return f"{name} is a large sparse file"
         size = (directory / name).stat().st_size
         if size != expected.get("size"):
             return f"{name} has {size:,} bytes and not {expected.get('size'):,}"
@@ -133,6 +134,6 @@ def _difference(directory: Path, name: str, expected: dict[str, Any]) -> str | N
 
 
 def weights_digests(directory: Path) -> dict[str, str]:
-    """SHA-256 of each file of weights, read from the manifest of a model that agrees with it."""
+    """SHA-256 of each file of weights, from the manifest of a model that agrees with it."""
     files = json.loads((directory / MANIFEST).read_bytes())["files"]
     return {name: entry["sha256"] for name, entry in files.items() if name.endswith(WEIGHTS)}

@@ -1,4 +1,4 @@
-"""Check that the run directory may be used, before the data is read and again under the lock."""
+"""Check that the run directory may be used: before the data is read, and again under the lock."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ def open_run_directory(
     write: bool = True,
     fetch: Callable[[Path], None] = lambda path: None,
 ) -> RunDirectory:
-    """Open, and if necessary create, the run directory of `config`.
+    """Open the run directory of `config`, and create it if necessary.
 
-    With several processes, process 0 opens it, and the others wait for its lock to appear.
+    With several processes, process 0 opens it, and the others wait until they see its lock.
 
     Args:
-        derived: values that follow from flags and data, see `identity.DERIVED_NAMES`.
-        write: whether this process may create and delete files.
-        fetch: called with the directory under its lock; it may bring a run there from elsewhere.
+        derived: Values that follow from flags and data, see `identity.DERIVED_NAMES`.
+        write: Whether this process may create and delete files.
+        fetch: Called with the directory under its lock; it may bring a run there from elsewhere.
 
     Raises:
-        UserError: it holds another run, is in use, cannot be written, or differs by process.
+        UserError: It has another run, is in use, cannot be written, or differs by process.
     """
     path, process_group = run_path(config), current_process_group()
     if process_group is not None and not write:
@@ -91,7 +91,7 @@ def open_run_directory(
 
 
 def _record(path: Path, holds_run: bool) -> RunRecord:
-    """The identity of the run that starts or resumes in a directory."""
+    """Return the identity of the run that starts, or is resumed, in a directory."""
     if not holds_run:
         return RunRecord.new()
     if (found := RunRecord.read(path)) is not None:
@@ -103,28 +103,28 @@ def _record(path: Path, holds_run: bool) -> RunRecord:
 
 
 def _opened_by_first(path: Path, process_group: ProcessGroup) -> RunDirectory:
-    """Wait until the lock of process 0 is visible here, and return its directory."""
+    """Wait until this process sees the lock of process 0, and return the run directory."""
     holds_run, holder, record = json.loads(process_group.gather("")[0])
     deadline = time.monotonic() + SHARED_S
     while read_holder(path) != holder:
         if time.monotonic() > deadline:
             raise UserError(
-                f"--output {path} is not the same directory here as in process 0. Name one on a "
-                "file system that all hosts share."
+                f"--output {path} is not the same directory here as in process 0. Name a directory "
+                "on a file system that all hosts share."
             )
         time.sleep(0.2)
     return RunDirectory(path, holds_run, RunRecord.from_json(record))
 
 
 def check_output(config: RunConfig, derived: dict[str, Any] | None = None) -> bool:
-    """Check that this run may use --output, and return whether it resumes a run there.
+    """Check that this run may use --output; return whether it resumes a run in that directory.
 
     Args:
-        derived: as for `open_run_directory`. None before the data is known: only flags are
+        derived: As for `open_run_directory`. None before the data is known; then only flags are
             compared.
 
     Raises:
-        UserError: it holds another run, or cannot be written.
+        UserError: The directory has another run, or cannot be written.
     """
     saving, path = config.saving, run_path(config)
     check_writable(path)
@@ -169,8 +169,8 @@ def check_writable(path: Path) -> None:
     """Check that --output can be created and written, without creating anything.
 
     Raises:
-        UserError: the path is a file or below one, may not be written, or has a name that is not
-            text.
+        UserError: The path is a file or inside of one, may not be written, or has a name that this
+            locale cannot encode.
     """
     _check_name(path)
     if path.exists() and not path.is_dir():
@@ -187,7 +187,7 @@ def check_writable(path: Path) -> None:
 
 
 def _check_name(path: Path) -> None:
-    """Refuse a name that this locale cannot encode, since JAX and Orbax cannot use it."""
+    """Refuse a name that this locale cannot encode, because JAX and Orbax cannot use it."""
     try:
         os.fsencode(path).decode("utf-8")
         str(path).encode("utf-8")
@@ -200,13 +200,13 @@ def _check_name(path: Path) -> None:
 
 
 def _check_decay_origin(config: RunConfig, derived: dict[str, Any] | None) -> None:
-    """Check that --output holds the run of --decay_from, saved at a step of its peak rate."""
+    """Check that --output has the run to decay, with a checkpoint at a step of its peak rate."""
     path, step = Path(config.saving.output), config.optimizer.decay_from
     assert step is not None
     if not (path / CONFIG).is_file():
         raise UserError(
-            f"--decay_from {step} continues a run, but --output {path} holds none. Give the flags "
-            "of that run and its --output."
+            f"--decay_from {step} continues a run, but --output {path} has none. Repeat the flags "
+            "of the run to decay, including its --output."
         )
     old, steps = read_run_config(path / CONFIG), _saved_steps(path)
     if step not in steps:
@@ -216,15 +216,15 @@ def _check_decay_origin(config: RunConfig, derived: dict[str, Any] | None) -> No
     )
     if changes := differences(old, undecayed, derived):
         raise UserError(
-            f"--decay_from {step}: --output {path} holds another run: {'; '.join(changes)}. Give "
-            "the flags that it was started with."
+            f"--decay_from {step}: --output {path} has another run: {'; '.join(changes)}. Repeat "
+            "the flags with which that run was started."
         )
     schedule, total = recorded_schedule(old)
     peak = max(float(schedule(s)) for s in range(0, total, max(1, total // 1000)))
     if float(schedule(step)) < 0.999 * peak:
         raise UserError(
             f"--decay_from {step}: at this step the learning rate of the run in {path} is not at "
-            f"its peak of {peak:g}. Take another of its checkpoints: {steps}."
+            f"its peak of {peak:g}. Choose another step with a checkpoint: {steps}."
         )
 
 
@@ -254,8 +254,8 @@ def _saved_steps(path: Path) -> list[int]:
     try:
         if (other := misnamed(path / CHECKPOINTS)) is not None:
             raise UserError(
-                f"{other} is no name of a checkpoint: a step of at most 15 digits, without leading "
-                "zeros. Give it the name of its step, or move it elsewhere."
+                f"{other} is not a valid name for a checkpoint, which is a step of at most 15 "
+                "digits without leading zeros. Rename the directory, or move it elsewhere."
             )
         return saved_steps(path / CHECKPOINTS)
     except OSError as error:
@@ -266,4 +266,4 @@ def _saved_steps(path: Path) -> list[int]:
 
 def _no_checkpoint(path: Path, steps: list[int]) -> str:
     known = ", ".join(map(str, steps)) or "none"
-    return f"{path / CHECKPOINTS} has no checkpoint of that step; there are: {known}."
+    return f"{path / CHECKPOINTS} has no checkpoint of that step. Saved steps: {known}."

@@ -1,4 +1,4 @@
-"""Record a run in its log, through its callbacks and on the screen."""
+"""Record a run in its log, by its callbacks, and on the screen."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from consyn_jax.training.logging.tracking.callbacks import Callbacks
 
 @dataclass(frozen=True)
 class Lengths:
-    """The lengths of a run, its steps and its epochs.
+    """The lengths of a run, in steps and sequences.
 
     Attributes:
-        total_steps: optimizer steps of the run.
-        logging_steps: steps between two lines of metrics.
-        sequences_per_step: sequences in one optimizer step.
-        sequences_per_epoch: None if unknown.
-        order: order of the training data; None if it has no positions.
+        total_steps: Number of optimizer steps in the run.
+        logging_steps: Number of steps between two lines of metrics.
+        sequences_per_step: Number of sequences per optimizer step.
+        sequences_per_epoch: Number of sequences per epoch; None if unknown.
+        order: Order of the training data; None if the data cannot be read by position.
     """
 
     total_steps: int
@@ -43,17 +43,18 @@ class Lengths:
 
 @dataclass
 class Recorder:
-    """Counts steps and records metrics and events.
+    """Counts steps, and records metrics and events.
 
     Attributes:
-        log: None in processes that do not write one.
-        callbacks: none in processes that do not write; trackers are among them.
-        last: the newest value of every metric.
-        learning_rate: the rate after a number of updates, before the scale of plateaus.
-        settings: what advice depends on.
-        stopwatch: restarted when the loop begins.
-        activities: the time by activity.
-        history: the log so far, for the page of the run; kept only by the process that writes.
+        log: The log; None in processes that do not write one.
+        callbacks: Callbacks, including trackers; none in processes that do not write.
+        last: Newest value of every metric.
+        learning_rate: Function from a number of updates to the learning rate, without the factor of
+            a plateau.
+        settings: Settings on which advice depends.
+        stopwatch: Stopwatch that is restarted when the loop begins.
+        activities: Time spent on each activity.
+        history: The log so far, for the page of the run; kept only in the process that writes.
     """
 
     progress: Progress
@@ -94,29 +95,29 @@ class Recorder:
         self.event("save", self.sources_taken())
 
     def flush(self) -> None:
-        """Flush the log to the disk; may be called from any thread.
+        """Flush the log to the disk; any thread may call this.
 
         Raises:
-            OSError: the log cannot be written.
+            OSError: The log cannot be written.
         """
         if self.log is not None:
             self.log.flush()
 
     def sources_taken(self) -> dict[str, Any]:
-        """Sequences taken so far from each source of a mixture, for events."""
+        """Number of sequences so far from each source of a mixture, for events."""
         order, size = self.lengths.order, self.lengths.sequences_per_step
         if not isinstance(order, Mixture):
             return {}
         return {"sources": order.counts(self.progress.step * size)}
 
     def summary(self) -> dict[str, float | int]:
-        """The newest value of every metric, with step and tokens."""
+        """The newest value of every metric, with the step and the number of tokens."""
         return {**self.last, "step": self.progress.step, "tokens": self.progress.tokens}
 
     # ------------------------------------------------------------------------------------- one step
 
     def count(self, values: dict[str, float]) -> None:
-        """Count a step with its metrics."""
+        """Count a step, and add its metrics to the running sums."""
         progress, tokens = self.progress, int(values["tokens"])
         progress.step += 1
         progress.tokens += tokens
@@ -132,11 +133,11 @@ class Recorder:
         progress.unlogged += 1
 
     def ended_passes(self, *, resumed: bool = False) -> None:
-        """Record every pass over a source that ended within the current step.
+        """Record every epoch of a source that ended within the current step.
 
         Args:
-            resumed: whether the run resumes from a checkpoint of this step. Its events were cut
-                off with the end of the log, but were already printed.
+            resumed: Whether the run resumes from a checkpoint of this step. The events were then
+                cut off with the end of the log, but had been printed.
         """
         order, step, size = self.lengths.order, self.progress.step, self.lengths.sequences_per_step
         if order is None or step == 0:
@@ -155,7 +156,7 @@ class Recorder:
         """Record the counted step, if a line of metrics is due.
 
         Args:
-            waited_s: total time spent waiting for data so far.
+            waited_s: Seconds spent waiting for data so far.
         """
         self._look_for_spike(values)
         self.callbacks.tick()
@@ -171,7 +172,11 @@ class Recorder:
         self._advise(progress.adviser.line(progress.step, clipped, losses, usage, self.settings))
 
     def evaluation(self, values: dict[str, float]) -> dict[str, Any]:
-        """Record the metrics of an evaluation, and advise on its loss; as `metrics`."""
+        """Record the metrics of an evaluation, and print advice about its loss.
+
+        Returns:
+            The line of the log; empty in processes that do not write.
+        """
         line = self.metrics(values)
         if "eval/loss" in values:
             progress = self.progress
@@ -180,7 +185,7 @@ class Recorder:
         return line
 
     def _usage(self, line: dict[str, float]) -> Usage:
-        """The time by activity since this process's first line, and its device's memory."""
+        """Time by activity since the first line of this process, and memory of its device."""
         self._first_line = first = self._first_line or line
         spent = {name: line[key(name)] - first[key(name)] for name in ACTIVITIES}
         memory = jax.local_devices()[0].memory_stats() or {}
@@ -199,7 +204,7 @@ class Recorder:
             self.console.note(advice.sentence)
 
     def _line(self, values: dict[str, float], waited_s: float) -> dict[str, float]:
-        """A line of training metrics, without those that are not finite."""
+        """Compose a line of training metrics; non-finite values are left out."""
         progress, lengths, lap = self.progress, self.lengths, self.stopwatch.lap(waited_s)
         clipped, progress.clipped, progress.unlogged = progress.clipped / progress.unlogged, 0, 0
         rate_scale = 1.0 if progress.plateau is None else progress.plateau.scale
@@ -242,7 +247,7 @@ class Recorder:
 
 
 def _peak_bytes(device: jax.Device) -> int:
-    """Peak memory of the device, or of this process if the device does not report its own."""
+    """Peak memory of the device in bytes; of this process if the device does not report it."""
     memory = device.memory_stats() or {}
     return int(
         memory.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -1,4 +1,4 @@
-"""Plan the actions at the end of a step before any of them is done."""
+"""Plan the actions at the end of a step, before any of them is performed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from consyn_jax.training.runtime.signals import StopCoordinator
 
 @dataclass(frozen=True)
 class StepEnd:
-    """The actions due at the end of a step.
+    """The actions that are due at the end of a step.
 
     Attributes:
-        stop: whether a signal or a callback ends the run.
-        last: whether the budget is used up.
+        stop: Whether a signal or a callback ends the run.
+        last: Whether this is the last step of the budget.
     """
 
     evaluate: bool = False
@@ -34,11 +34,11 @@ def plan_step_end(
     save_steps: int,
     coordinator: StopCoordinator,
 ) -> StepEnd:
-    """Plan the end of `step`, counted from 1.
+    """Plan the actions at the end of `step`, counted from 1.
 
     Args:
-        eval_steps: steps between evaluations; None for no evaluations.
-        save_steps: steps between checkpoints.
+        eval_steps: Steps between evaluations; None for no evaluations.
+        save_steps: Steps between checkpoints.
     """
     last = step == total_steps
     return StepEnd(
@@ -50,7 +50,7 @@ def plan_step_end(
 
 
 def interval(steps: int | None, total_steps: int) -> int:
-    """Steps between two evaluations or checkpoints; by default a tenth of the run.
+    """Number of steps between evaluations or checkpoints; by default a tenth of the run.
 
     >>> interval(7, 200), interval(None, 200), interval(None, 3)
     (7, 20, 1)

@@ -1,1 +1,1 @@
-"""Around the loop: signals, watchdog, device memory and the compilation cache."""
+"""The surroundings of the loop: signals, watchdog, device memory, and compilation cache."""

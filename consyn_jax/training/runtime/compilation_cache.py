@@ -1,8 +1,9 @@
-"""Compiled programs on disk, so that the next start loads what an earlier one compiled.
+"""Compiled programs on disk, so that a start loads programs that an earlier start compiled.
 
-This is JAX's own cache in the user's cache directory. JAX can limit the size itself, but then every
-read waits for a lock on the whole directory, and one process that is killed between the two files
-of an entry stops all writing. So the directory is tidied here, once a day.
+The cache is JAX's own, in the user's cache directory. JAX can also limit its size. But then every
+read waits for a lock on the whole directory, and if a process is killed between the two files of an
+entry, nothing is written to the cache any more. So this module tidies the directory instead, once a
+day.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ SETTINGS: Mapping[str, float] = {
 
 
 def enable_compilation_cache() -> str | None:
-    """Load programs that were compiled before, and keep those compiled from now on.
+    """Load programs that were compiled before, and store those that are compiled from now on.
 
-    The user's own `jax_compilation_cache_dir` and `jax_enable_compilation_cache` (or their
-    environment variables) win.
+    If the user has set `jax_compilation_cache_dir` or `jax_enable_compilation_cache` (or their
+    environment variables), nothing is changed.
 
     Returns:
-        Why the cache cannot be used; None if it is in use or the user has decided.
+        Reason why the cache cannot be used; None if it is in use, or if the user has set it.
     """
     # An entry that cannot be read or written only means that the program is compiled again.
     warnings.filterwarnings(
@@ -64,7 +65,7 @@ def enable_compilation_cache() -> str | None:
 def _processor() -> str:
     """Name this CPU by its features.
 
-    XLA compiles for exactly these, and a program for another CPU may be refused or crash.
+    XLA compiles for exactly these features. A program for another CPU may be refused, or crash.
     """
     features = platform.machine()
     with suppress(OSError):
@@ -76,7 +77,7 @@ def _processor() -> str:
 
 
 def _refusal(directory: Path) -> str | None:
-    """Make `directory`; return why it is not fit or not safe for programs, or None."""
+    """Create `directory`; return why it is not fit or not safe for programs, or None."""
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         found = directory.stat()
@@ -94,9 +95,10 @@ def _refusal(directory: Path) -> str | None:
 def tidy(
     directory: Path, limit_bytes: int = LIMIT_BYTES, limit_entries: int = LIMIT_ENTRIES
 ) -> None:
-    """Delete entries that a kill cut short, then the least recently used ones above the limits.
+    """Delete incomplete entries, then the least recently used entries above the limits.
 
-    Does nothing within a day of the last time. Never raises.
+    Incomplete entries are left by kills. If the directory was tidied within the last day, nothing
+    is done. No error is raised.
     """
     stamp, now = directory / STAMP, time.time()
     with suppress(OSError), stamp.open("a+") as file:
@@ -120,7 +122,10 @@ def tidy(
 
 
 def _whole_entries(directory: Path, before: float, now: float) -> list[tuple[float, int, Path]]:
-    """Delete damaged entries written since `before`; (last use, size, path), latest first."""
+    """Delete damaged entries written since `before`; return the others as (last use, size, path).
+
+    The most recently used entry comes first.
+    """
     entries = []
     for path in directory.rglob("*"):
         with suppress(OSError):  # another process may be tidying, too
@@ -139,7 +144,7 @@ def _whole_entries(directory: Path, before: float, now: float) -> list[tuple[flo
 def _is_whole(entry: Path) -> bool:
     """Whether an entry can be decompressed.
 
-    Zstandard, which JAX uses if it is installed, is not checked.
+    Entries compressed with Zstandard, which JAX uses if it is installed, are not checked.
     """
     content = entry.read_bytes()
     if not content.startswith(b"\x78"):

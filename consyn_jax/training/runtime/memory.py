@@ -1,4 +1,4 @@
-"""Whether a compiled train step fits the devices, and which options would make it fit."""
+"""Check that a compiled train step fits the devices; if not, find options that make it fit."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Compiled = Any  # a jax.stages.Compiled, of which only `memory_analysis` is used
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one device must hold to run a step.
+    """Bytes of memory that a step needs on one device.
 
     Attributes:
-        state: parameters, optimizer state and one batch.
-        temporary: everything else alive at the peak: activations, gradients, gathered weights.
+        state: Bytes of the parameters, the optimizer state and one batch.
+        temporary: Bytes of everything else at the peak: activations, gradients, gathered weights.
     """
 
     state: int
@@ -32,12 +32,12 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """State and temporaries."""
+        """Bytes in all: state and temporary memory."""
         return self.state + self.temporary
 
 
 def step_memory(compiled: Compiled) -> Memory:
-    """Memory of a compiled step; the state is donated, so it counts once."""
+    """Memory of a compiled step; the state counts once, because it is donated."""
     sizes: Any = compiled.memory_analysis()
     return Memory(
         sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
@@ -46,7 +46,7 @@ def step_memory(compiled: Compiled) -> Memory:
 
 
 def device_bytes() -> int:
-    """Memory that one local device may use; a CPU device has its share of the machine's."""
+    """Bytes that one local device may use; a CPU device has its share of the machine's memory."""
     stats = jax.local_devices()[0].memory_stats() or {}
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(stats.get("bytes_limit", machine // jax.local_device_count()))
@@ -55,19 +55,19 @@ def device_bytes() -> int:
 def compile_to_fit(
     run: RunConfig, compile: Callable[[RunConfig], Compiled]
 ) -> tuple[RunConfig, Compiled]:
-    """Compile the train step of `run`, in smaller micro-batches if `--auto_batch` allows them.
+    """Compile the train step of `run`; with `--auto_batch`, in smaller micro-batches if necessary.
 
-    Micro-batches are halved, and their number doubled, until the step fits.
+    The size of micro-batches is halved, and their number doubled, until the step fits.
 
     Args:
-        compile: compiles the train step of a run.
+        compile: Function that compiles the train step of a run.
 
     Returns:
-        The run in micro-batches that fit, and its train step.
+        The run with micro-batches that fit, and its train step.
 
     Raises:
-        UserError: it does not fit. The message says what it needs, what there is, and what each
-            alternative would need.
+        UserError: The step does not fit. The message says how much memory it needs, how much there
+            is, and how much each alternative would need.
     """
     compiled, limit = compile(run), device_bytes()
     while (needs := step_memory(compiled)).total > limit:
@@ -86,7 +86,7 @@ def compile_to_fit(
 
 
 def _with_half_batches(run: RunConfig) -> RunConfig | None:
-    """The same steps in twice as many micro-batches of half the size; None if the size is odd."""
+    """The same run in twice as many micro-batches of half the size; None if the size is odd."""
     budget = run.budget
     if budget.batch_size % 2:
         return None
@@ -102,7 +102,7 @@ def _with_half_batches(run: RunConfig) -> RunConfig | None:
 def _alternatives(
     run: RunConfig, smaller: RunConfig | None, compile: Callable[[RunConfig], Compiled]
 ) -> str:
-    """Memory needed with other flags, found by compiling each."""
+    """Describe the memory that the step would need with other flags, by compiling each variant."""
     candidates = {}
     if smaller is not None:
         budget = smaller.budget
@@ -133,12 +133,12 @@ def _alternatives(
 def explain_out_of_memory(
     smaller: str = "a smaller --batch_size and a larger --gradient_accumulation_steps",
 ) -> Iterator[None]:
-    """Turn a device's out-of-memory error into a `UserError`.
+    """Convert a device's out-of-memory error to a `UserError`.
 
-    A step that fits can still run out of memory beside other programs.
+    A step that fits can still run out of memory if other programs use the device.
 
     Args:
-        smaller: flags that make the program smaller.
+        smaller: Flags that reduce the memory of the program.
     """
     try:
         yield

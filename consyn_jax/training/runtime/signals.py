@@ -1,4 +1,4 @@
-"""Signals and the save clock: all processes of a run stop, and save, after the same step."""
+"""Signals and the save clock: all processes of a run stop, or save, after the same step."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ SIGNALS = "signals"  # the array in a batch that carries each process's message,
 
 
 class Signals:
-    """Records SIGINT, SIGTERM, SIGUSR1 and SIGHUP instead of dying.
+    """Records SIGINT, SIGTERM, SIGUSR1 and SIGHUP, which would otherwise end the process.
 
-    A second SIGINT or SIGTERM ends the process at once, unless it comes so soon that it is a repeat
-    of the first (`Repeats`). SIGUSR1 is a warning, and a closing terminal repeats SIGHUP, so these
-    count neither as the first nor as the second. SIGHUP stays ignored where it is, as under
-    `nohup`.
+    A second SIGINT or SIGTERM ends the process at once, unless it follows so soon that it is a
+    repeat of the first (`Repeats`). SIGUSR1 is only a warning, and a closing terminal repeats
+    SIGHUP, so these two count neither as first nor as second signal. If SIGHUP is ignored, as under
+    `nohup`, it stays ignored.
 
     Attributes:
-        received: the name of the first signal.
+        received: Name of the first signal; None if there was none.
     """
 
     def __init__(self) -> None:
@@ -64,8 +64,8 @@ class Signals:
         if self.received is not None:
             return
         self.received = signal.Signals(number).name
-        # Not through the console: a handler runs between any two instructions, and the console may
-        # be in the middle of a line.
+        # Not through the console, which may be in the middle of a line: a signal handler can run
+        # between any two instructions.
         message = (
             f"\n{self.received}: the run will save after this step and stop. A second signal, "
             f"after {REPEAT_S:.0f} seconds, stops it at once, without saving.\n"
@@ -78,14 +78,14 @@ class Signals:
 
 
 def is_shared(mesh: Mesh) -> bool:
-    """Whether the devices of `mesh` belong to several processes."""
+    """Whether the devices of `mesh` belong to more than one process."""
     return len({device.process_index for device in mesh.devices.flat}) > 1
 
 
 def signals_like(mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """Shape of the messages in a batch: int32 [devices, 3], one row per device.
+    """Shape of the messages in a batch: int32 [devices, 3], with one row per device.
 
-    The devices of one process have equal rows.
+    All devices of a process have the same row.
     """
     return jax.ShapeDtypeStruct(
         (mesh.size, 3), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(mesh.axis_names))
@@ -93,15 +93,16 @@ def signals_like(mesh: Mesh) -> jax.ShapeDtypeStruct:
 
 
 def with_signals(step: Step) -> Step:
-    """Wrap `step` so that it also carries one message from each process to all of them.
+    """Wrap `step` so that it also sends one message from each process to all processes.
 
-    The batch gets `signals` [devices, 3]: the number of the signal that the device's process
-    received, 1 if that process has no data, and its request: 1 for a checkpoint, 2 for the end of
-    the run. The metrics `signalled`, `idle` and `requested` are the maxima over all devices.
+    The batch gets an array `signals` [devices, 3]. A row has the number of the signal that the
+    device's process received; 1 if that process has no data; and the process's request, which is 1
+    for a checkpoint and 2 for the end of the run. The metrics `signalled`, `idle` and `requested`
+    are the maxima over all devices.
 
-    A step in which any process has no data is idle: it leaves the state unchanged. A process that
-    must stop while it waits for data takes part in such a step, because the other processes have
-    already started it.
+    If any process has no data, the step is idle: it leaves the state unchanged. A process that must
+    stop while it waits for data runs such a step, because the other processes have already started
+    it.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -116,15 +117,15 @@ def with_signals(step: Step) -> Step:
 
 
 class StopCoordinator:
-    """Decides when to stop and when to save by the clock, at the same step everywhere.
+    """Decides when to stop, and when to save by the clock, at the same step in all processes.
 
-    A run stops for a signal, or because a callback asks for its end. A single process acts on its
-    own signals, clock and callbacks. Several processes exchange messages in every
-    step (`with_signals`) and act only on what they read back with its metrics, so all of them act
-    at the same place of the same loop. The save clock and the callbacks are those of process 0.
+    A run stops after a signal, or when a callback asks for its end. A single process acts on its
+    own signals, clock and callbacks. Several processes exchange messages in every step
+    (`with_signals`), and act only on the messages that they read from the step's metrics, so all of
+    them act after the same step. Only the save clock and the callbacks of process 0 count.
 
     Args:
-        save_minutes: minutes between two checkpoints; None for no save clock.
+        save_minutes: Minutes between two checkpoints; None for no save clock.
     """
 
     def __init__(self, signals: Signals, mesh: Mesh, save_minutes: float | None = None) -> None:
@@ -138,12 +139,12 @@ class StopCoordinator:
 
     @property
     def received(self) -> str | None:
-        """The signal that this process has received."""
+        """Name of the signal that this process has received; None if there was none."""
         return self._signals.received
 
     @property
     def stop_signal(self) -> str | None:
-        """The signal for which all processes stop now."""
+        """Name of the signal for which all processes stop now; None if there is none."""
         return self._agreed_signal if self._shared else self._signals.received
 
     @property
@@ -157,11 +158,11 @@ class StopCoordinator:
         return self._agreed_to_end if self._shared else self._asked_to_end
 
     def ask_to_end(self) -> None:
-        """Ask for the end of the run, in process 0."""
+        """Request the end of the run; called in process 0."""
         self._asked_to_end = True
 
     def restart_save_clock(self) -> None:
-        """Count the time to the next checkpoint from now."""
+        """Restart the time to the next checkpoint."""
         self._saved_at, self._agreed_to_save = monotonic(), False
 
     @property
@@ -171,8 +172,8 @@ class StopCoordinator:
     def stops_waiting(self) -> bool:
         """Whether to stop waiting for the next batch; called while the process waits.
 
-        True in all processes once one of them has received a signal, because any process may be the
-        one without data.
+        The result becomes true in all processes once one of them has received a signal, because any
+        of them may be the process without data.
         """
         received = self._signals.received
         if self._process_group is not None:
@@ -183,18 +184,18 @@ class StopCoordinator:
         return self._idle
 
     def batches(self, ready: prefetch[Batch], like: Mapping[str, Any]) -> Iterator[Batch]:
-        """Batches of `ready`, then batches of zeros for idle steps if this process stops waiting.
+        """Yield the batches of `ready`; if this process stops waiting, yield zeros for idle steps.
 
         Args:
-            ready: calls `stops_waiting` while it waits.
-            like: a batch as shapes, dtypes and shardings.
+            ready: Iterator over batches that calls `stops_waiting` while it waits.
+            like: Shapes, dtypes and shardings of a batch.
         """
         yield from ready
         while self._shared and self._idle:
             yield {name: _zeros(values) for name, values in like.items()}
 
     def message(self) -> Batch:
-        """This process's message, to be added to the batch that was just taken."""
+        """Return this process's message, to be added to the batch that was just read."""
         if not self._shared:
             return {}
         group = self._process_group
@@ -214,7 +215,7 @@ class StopCoordinator:
         return {SIGNALS: self._messages[content]}
 
     def read(self, metrics: Mapping[str, float]) -> bool:
-        """Read the messages of all processes from a step's metrics; False if the step was idle."""
+        """Read all processes' messages from a step's metrics; return False for an idle step."""
         if number := int(metrics.get("signalled", 0)):
             self._agreed_signal = signal.Signals(number).name
         self._agreed_to_save |= metrics.get("requested") == SAVE

@@ -1,4 +1,4 @@
-"""End a run that makes no progress, and name the process that the others wait for."""
+"""End a run that makes no progress, and name the process for which the others wait."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ QUICK_PHASES = (STEPPING, WAITING, EVALUATING)
 class Watchdog:
     """A thread that checks whether the run makes progress.
 
-    After too long without any, every process writes the stacks of all its threads to `stacks/` in
-    the run directory and exits with `LOST`. Time in which this process was stopped, or its computer
-    slept, does not count.
+    If there is no progress for too long, every process writes the stack traces of all its threads
+    to `stacks/` in the run directory, and exits with code `LOST`. Time in which the process or the
+    computer was suspended does not count.
 
     Args:
-        directory: the run directory.
-        minutes: the least time without progress that ends the run; 0 never ends it.
-        process_group: the processes of this run, if there are several.
-        beat: called every few seconds.
+        directory: The run directory.
+        minutes: Minimum time without progress after which the run is ended; 0 to never end it.
+        process_group: The processes of this run; None if there is only one.
+        beat: Function that is called every few seconds.
 
     Attributes:
-        entered: called with the name of every phase that the run enters.
+        entered: Function that is called with the name of every phase that the run enters.
     """
 
     entered: Callable[[str], None]
@@ -72,7 +72,7 @@ class Watchdog:
         self._thread.start()
 
     def at(self, phase: str, step: int) -> None:
-        """Record that the run has entered a phase of a step, which is progress."""
+        """Record progress: the run has entered a phase of a step."""
         self._phase, self._step = phase, step
         self.entered(phase)
         if phase == STEPPING:
@@ -83,7 +83,7 @@ class Watchdog:
         self.moved()
 
     def moved(self) -> None:
-        """Record progress within the same phase."""
+        """Record progress within the current phase."""
         self._moves += 1
         if self._process_group is not None:
             self._process_group.progress = {"phase": self._phase, "step": self._step}
@@ -97,7 +97,7 @@ class Watchdog:
 
     @property
     def limit_s(self) -> float:
-        """Seconds without progress that are allowed now."""
+        """Seconds that the run may currently spend without progress."""
         least = max(60 * self._minutes, STEP_TIMES * self._median_s)
         is_quick = self._phase in QUICK_PHASES and len(self._step_times_s) > 1
         return least if is_quick else SLOW_FACTOR * least
@@ -136,7 +136,7 @@ class Watchdog:
         return f"The stack traces are in {self._directory}. {AGAIN}"
 
     def _compare(self, everyone: list[dict[str, Any]]) -> str:
-        """Describe which processes the others wait for; called in process 0."""
+        """Describe for which processes the others wait; called in process 0."""
         assert self._process_group is not None
         late = stragglers(everyone)
         if len(late) == len(everyone):
@@ -177,10 +177,10 @@ def _place(progress: dict[str, Any]) -> str:
 
 
 def stragglers(everyone: list[dict[str, Any]]) -> list[int]:
-    """Processes that the others wait for.
+    """Find the processes for which the others wait.
 
-    These are the processes at the earliest step. Those of them that are stepping only wait for the
-    devices, so they are left out if any other process at that step does something else.
+    These are the processes at the earliest step. A process in the phase "stepping" only waits for
+    its devices, so it is left out if another process at the same step is in another phase.
 
     >>> stragglers([{"step": 7, "phase": "stepping"}, {"step": 6, "phase": "stepping"}])
     [1]

@@ -1,1 +1,1 @@
-"""The ladder: small models in several sizes, whose losses predict those of larger ones."""
+"""The ladder: train small models of several sizes, and predict the losses of larger models."""

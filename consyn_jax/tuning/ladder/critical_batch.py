@@ -1,4 +1,4 @@
-"""The critical batch by tokens trained on: a power law through the measured noise scales."""
+"""The critical batch size as a function of training tokens: a power law fitted to noise scales."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ FEWEST = 3  # measurements
 
 @dataclass(frozen=True)
 class BatchPoint:
-    """A measured noise scale.
+    """A measured gradient noise scale.
 
     Attributes:
-        parameters: of the model, without embeddings.
-        tokens: that it had been trained on.
-        scale: in tokens.
-        run_tokens: of the run whose rate begins to decay there.
+        parameters: number of parameters of the model, without embeddings.
+        tokens: number of tokens trained on at the measurement.
+        scale: the noise scale, in tokens.
+        run_tokens: total tokens of the run whose learning rate begins to decay at the measurement.
     """
 
     parameters: float
@@ -31,21 +31,21 @@ class BatchPoint:
 
 @dataclass(frozen=True)
 class CriticalBatch:
-    """Tokens of the critical batch after training on D: factor x D^exponent.
+    """The critical batch size after training on D tokens: factor x D^exponent, in tokens.
 
-    It grows with the data and hardly depends on the size of the model (Zhang et al., 2024).
+    It grows with the data and hardly depends on the model size (Zhang et al., 2024).
     """
 
     factor: float
     exponent: float
 
     def tokens(self, trained: float) -> float:
-        """The critical batch, in tokens."""
+        """The critical batch size, in tokens, after training on this many tokens."""
         return float(self.factor * trained**self.exponent)
 
 
 def fit_batch(points: Sequence[BatchPoint]) -> CriticalBatch | None:
-    """Fit the law to the logarithms; None with too few points.
+    """Fit the power law to logarithms of the points; None if there are too few points.
 
     >>> fit_batch([BatchPoint(1e6, t, 3 * t**0.5) for t in (1e6, 4e6, 9e6)])
     CriticalBatch(factor=3.0, exponent=0.5)

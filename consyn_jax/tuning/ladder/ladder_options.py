@@ -1,4 +1,4 @@
-"""The settings of `consyn-tune --ladder`, checked before anything is read. JAX is not imported."""
+"""The settings of `consyn-tune --ladder`, with checks that read no data. JAX is not imported."""
 
 from __future__ import annotations
 
@@ -15,55 +15,55 @@ from consyn_jax.integers import natural
 RUNGS, FEWEST_RUNGS, MOST_RUNGS = 4, 3, 32
 TOKENS_PER_PARAMETER = 20.0  # compute-optimal in Hoffmann et al. (2022)
 BUDGETS = ("flops", "tokens")
-# Flags of training and of a search that have no place in a ladder.
+# Flags of training and of a search that a ladder does not support, with the reason.
 _NOT_HERE = {
-    "checkpoint": "sizes start from new weights",
-    "lora_rank": "sizes start from new weights",
-    "early_stopping_patience": "every run of a size goes to its end",
-    "save_steps": "checkpoints are where the runs of a size branch",
-    "keep_every": "checkpoints are where the runs of a size branch",
+    "checkpoint": "all sizes start from new weights",
+    "lora_rank": "all sizes start from new weights",
+    "early_stopping_patience": "every run must reach its last step",
+    "save_steps": "a ladder saves checkpoints where its shorter runs start",
+    "keep_every": "a ladder saves checkpoints where its shorter runs start",
     **dict.fromkeys(
         ("trials", "time_budget", "sampler", "pruner", "vectorize", "storage"), "it is for --search"
     ),
-    "metric": "a scaling law is of eval/loss",
-    "metric_for_best_model": "a scaling law is of eval/loss",
+    "metric": "a scaling law predicts eval/loss",
+    "metric_for_best_model": "a scaling law predicts eval/loss",
 }
 
 
 @dataclass(frozen=True)
 class LadderOptions:
-    """The sizes of a ladder, their budget, and the budgets that are predicted."""
+    """The sizes of a ladder, their training budget, and the budgets to predict for."""
 
     ladder: str | None = flag(
         None,
-        f"instead of --search: train this many sizes ({RUNGS}), the largest being --model, and "
-        "predict the loss of larger ones; or the sizes in parameters without embeddings, as in "
-        "1e5,2e5,4e5",
+        "instead of --search: train models of several sizes, and predict the loss of larger "
+        f"ones; N: number of sizes, the largest of which is --model ({RUNGS}); SIZE,...: sizes "
+        "in parameters without embeddings, as in 1e5,2e5,4e5",
         const=str(RUNGS),
     )
     tokens_per_parameter: float = flag(
-        TOKENS_PER_PARAMETER, "with --ladder: tokens of a size for each of its parameters"
+        TOKENS_PER_PARAMETER, "with --ladder: training tokens per parameter, for every size"
     )
     predict: tuple[str, ...] = flag(
         (),
-        "with --ladder: budgets to predict losses and the best size for, as flops=1e20 or "
-        "tokens=20e9 (--tokens_per_parameter for each of verse, stanza and epic)",
+        "with --ladder: budgets for which to predict losses and the best model size, as "
+        "flops=1e20 or tokens=20e9 (--tokens_per_parameter for each of verse, stanza and epic)",
     )
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A budget to predict: `amount` of `kind`, one of `BUDGETS`."""
+    """A budget for which to predict: an `amount` of `kind`, one of `BUDGETS`."""
 
     kind: str
     amount: float
 
 
 def parse_sizes(text: str) -> int | tuple[float, ...]:
-    """The number of sizes, or their parameters, ascending.
+    """Parse `--ladder` into the number of sizes, or into their parameters, ascending.
 
     Raises:
-        UserError: it is neither, or there are too few.
+        UserError: the value is neither, or gives too few sizes.
 
     >>> parse_sizes("4"), parse_sizes("4e5,1e5,2e5")
     (4, (100000.0, 200000.0, 400000.0))
@@ -89,10 +89,10 @@ def parse_sizes(text: str) -> int | tuple[float, ...]:
 
 
 def parse_budgets(words: tuple[str, ...]) -> tuple[Budget, ...]:
-    """The budgets of `--predict`.
+    """Parse the budgets of `--predict`.
 
     Raises:
-        UserError: one is not flops=X or tokens=X.
+        UserError: a budget is not flops=X or tokens=X.
 
     >>> parse_budgets(("flops=1e20",))
     (Budget(kind='flops', amount=1e+20),)
@@ -110,10 +110,10 @@ def parse_budgets(words: tuple[str, ...]) -> tuple[Budget, ...]:
 
 
 def check_ladder(options: LadderOptions, search: tuple[str, ...]) -> None:
-    """Check the settings of a ladder by themselves.
+    """Check the settings of a ladder, independently of the run.
 
     Raises:
-        UserError: one is wrong, or makes no sense without the others.
+        UserError: a setting is wrong, or has no effect without --ladder.
     """
     if options.ladder is None:
         for name, default in vars(LadderOptions()).items():
@@ -134,39 +134,40 @@ def check_ladder(options: LadderOptions, search: tuple[str, ...]) -> None:
 
 
 def check_given(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Check that flags and file name nothing that a ladder decides itself.
+    """Check that the user has set no flag that a ladder does not support.
 
     Args:
-        values: theirs, by flag name, with the defaults of what they leave out.
+        values: values of all flags by name, defaults included.
 
     Raises:
-        UserError: they do.
+        UserError: such a flag is set.
     """
     for name, reason in _NOT_HERE.items():
         if values[name] != defaults[name]:
             raise UserError(f"--{name} does not work with --ladder: {reason}. Leave it out.")
     if values["scheduler"] not in ("wsd", defaults["scheduler"]):
         raise UserError(
-            f"--scheduler {values['scheduler']} does not work with --ladder: its runs branch off a "
-            "constant rate, which wsd has. Leave it out."
+            f"--scheduler {values['scheduler']} does not work with --ladder, whose shorter runs "
+            "start from a constant learning rate, as wsd has. Leave --scheduler out."
         )
 
 
 def check_run(run: RunConfig) -> None:
-    """Check that the run that is scaled suits a ladder.
+    """Check that the base run suits a ladder.
 
     Raises:
-        UserError: its model has no family, or its optimizer no decay.
+        UserError: its model is not a preset, or its optimizer does not decay the learning rate.
     """
     if run.model.model not in PRESETS:
         raise UserError(
-            f"--ladder scales a preset, and --model {run.model.model} is none"
-            f"{nearest(run.model.model, PRESETS)} Use {', '.join(PRESETS)}."
+            f"--ladder scales a preset, but --model {run.model.model} is not "
+            f"one{nearest(run.model.model, PRESETS)} Use {', '.join(PRESETS)}."
         )
     if run.optimizer.rule.averages_weights:
         raise UserError(
-            f"--optimizer {run.optimizer.optimizer} averages its weights instead of lowering the "
-            "rate, and the runs of a ladder end with a decay. Use adamw or muon."
+            f"--optimizer {run.optimizer.optimizer} averages its weights instead of lowering "
+            "the learning rate, but the runs of a ladder end with a decay of the rate. Use "
+            "adamw or muon."
         )
     if run.optimizer.decay_ratio == 1:
         raise UserError(

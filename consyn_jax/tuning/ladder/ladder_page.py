@@ -1,4 +1,4 @@
-"""The page of a ladder: loss against compute, predictions, and the critical batch."""
+"""The HTML page of a ladder: loss against compute, predictions, and critical batch size."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def ladder_page(results: LadderResults, title: str, doubts: Sequence[str]) -> st
     """Make the page.
 
     Args:
-        doubts: sentences about what limits the predictions.
+        doubts: sentences about the limits of the predictions.
     """
     said = "".join(f"<p class='plain'>{escape(sentence)}</p>" for sentence in doubts)
     best = ""
@@ -100,7 +100,7 @@ def _tiles(results: LadderResults) -> str:
 
 
 def _losses(results: LadderResults) -> str:
-    """Loss against compute: the runs, the curve of each size, and the best that any size does."""
+    """The chart of loss against compute: runs, a curve for each size, and the best of any size."""
     forecast, law = results.forecast, results.forecast.law
     markers = [
         Marker(
@@ -134,11 +134,12 @@ def _batches(results: LadderResults) -> str:
     curves = [Curve([(float(x), law.tokens(float(x))) for x in places], "eval")]
     legend = [("eval", "fitted"), ("best", "measured")]
     chart = _chart(
-        "tokens of the critical batch by tokens trained on", markers, curves, legend, compact
+        "critical batch size in tokens, by tokens trained on", markers, curves, legend, compact
     )
     note = (
-        "The simple noise scale of the gradient: with a smaller batch, twice the batch nearly "
-        "halves the steps; with a larger one, more tokens in a step hardly help."
+        "The critical batch size is measured as the gradient's simple noise scale. Below it, "
+        "doubling the batch nearly halves the number of steps; above it, more tokens per step "
+        "hardly help."
     )
     return f"<section><h2>Critical batch</h2>{chart}<p class='plain'>{note}</p></section>"
 
@@ -159,7 +160,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 @dataclass(frozen=True)
 class _Axis:
-    """The mapping from values to pixels, from `start` to `end`."""
+    """Maps values in `low` .. `high` to pixels in `start` .. `end`."""
 
     low: float
     high: float

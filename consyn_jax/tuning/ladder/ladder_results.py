@@ -17,14 +17,14 @@ FAR = 100.0  # times the FLOPs of the largest run, from where a prediction needs
 
 @dataclass(frozen=True)
 class LadderResults:
-    """A fitted ladder, with what it predicts.
+    """A fitted ladder and its predictions.
 
     Attributes:
-        flops: of a token, by parameters of a size.
-        tokens_per_step: of all runs.
-        predicted: verse, stanza and epic, for each budget.
-        best: the best size for each budget of FLOPs.
-        left_out: losses of runs of few steps, which the fit does not use.
+        flops: training FLOPs per token, by the parameters of a size.
+        tokens_per_step: tokens per optimizer step, the same in all runs.
+        predicted: predictions for verse, stanza and epic, for each budget.
+        best: prediction for the best size, for each budget of FLOPs.
+        left_out: losses of runs with few steps, which the fit does not use.
     """
 
     forecast: Forecast
@@ -36,7 +36,7 @@ class LadderResults:
 
     @property
     def largest_flops(self) -> float:
-        """FLOPs of the run that had most."""
+        """Largest number of FLOPs of any run."""
         return max(point.tokens * self.flops[point.parameters] for point in self.forecast.points)
 
 
@@ -53,7 +53,7 @@ def table(results: LadderResults) -> Iterator[str]:
 
 
 def law_text(forecast: Forecast) -> str:
-    """The law and its error in one sentence."""
+    """The scaling law and its error, as a sentence."""
     return (
         f"{forecast.law.text()}, with N parameters without embeddings and D tokens; median error "
         f"{forecast.error:.2%}."
@@ -64,9 +64,9 @@ POINT_HEAD = ["parameters", "tokens", "FLOPs", "eval/loss", "fitted", "critical 
 
 
 def point_rows(results: LadderResults) -> list[list[str]]:
-    """The end of each run: measured, and fitted unless the fit left it out.
+    """Table rows: the loss at the end of each run, and its fitted value if used in the fit.
 
-    The critical batch of a run was measured where its rate began to decay.
+    The critical batch size of a run was measured where its learning rate began to decay.
     """
     forecast, rows = results.forecast, []
     points = [*forecast.points, *results.left_out]
@@ -88,7 +88,7 @@ def point_rows(results: LadderResults) -> list[list[str]]:
 
 
 def batch_of(point: LossPoint, batches: Sequence[BatchPoint]) -> float | None:
-    """The noise scale that was measured before the decay of a run; None if it was not."""
+    """The noise scale measured at the beginning of a run's decay; None if not measured."""
     run = point.parameters, point.tokens
     return next((b.scale for b in batches if (b.parameters, b.run_tokens) == run), None)
 
@@ -97,7 +97,7 @@ PREDICTION_HEAD = ["model", "parameters", "tokens", "FLOPs", "eval/loss", "90 % 
 
 
 def prediction_row(found: Prediction) -> list[str]:
-    """A predicted loss as cells of a table."""
+    """A prediction as the cells of a table row."""
     return [
         found.target.name,
         compact(found.target.parameters),
@@ -113,7 +113,7 @@ BEST_HEAD = ["FLOPs", "best size", "90 % of fits", "tokens", "eval/loss", "90 % 
 
 
 def best_row(found: Prediction) -> list[str]:
-    """The best size for a budget as cells of a table."""
+    """The best size for a budget, as the cells of a table row."""
     assert found.sizes is not None
     return [
         f"{found.flops:.1e}",
@@ -127,7 +127,7 @@ def best_row(found: Prediction) -> list[str]:
 
 
 def between(values: tuple[float, float]) -> str:
-    """An interval of losses."""
+    """An interval of losses, as text."""
     return f"{decimals(values[0])} to {decimals(values[1])}"
 
 
@@ -135,7 +135,7 @@ NEXT = "Next, with the data and the recipe of this ladder:"
 
 
 def command(found: Prediction) -> str:
-    """The command that trains the best size for a budget, without data and recipe."""
+    """The command that trains the best size for a budget, without flags for data and recipe."""
     words = [f"--{name} {value}" for name, value in found.target.shape.flags.items()]
     return (
         f"consyn-train --model {found.target.name} {' '.join(words)} --scheduler wsd "
@@ -144,7 +144,7 @@ def command(found: Prediction) -> str:
 
 
 def notes(results: LadderResults) -> list[str]:
-    """Sentences about what makes the predictions doubtful."""
+    """Sentences about the limits of the predictions."""
     said = []
     furthest = max((p.flops for p in (*results.predicted, *results.best)), default=0.0)
     distance = furthest / results.largest_flops
@@ -157,17 +157,20 @@ def notes(results: LadderResults) -> list[str]:
     noisy = sum(batch.scale < size for batch in batches)
     if noisy:
         said.append(
-            f"A step has {size:,} tokens, more than the critical batch of {noisy} of "
-            f"{len(batches)} runs, so these learned less from their tokens than they could. Lower "
+            f"A step has {size:,} tokens, more than the critical batch size of {noisy} of "
+            f"{len(batches)} runs, so these runs used their tokens inefficiently. Lower "
             "--batch_size."
         )
     if results.forecast.batch is None:
-        said.append("Too few measurements found a gradient above its noise for a critical batch.")
+        said.append(
+            "The critical batch size is unknown: in too few measurements, the gradient "
+            "exceeded its noise."
+        )
     return said
 
 
 def as_json(results: LadderResults) -> dict[str, Any]:
-    """Everything that was measured, fitted and predicted."""
+    """All measurements, fits and predictions, as JSON values."""
     forecast = results.forecast
     constants = {
         name: interval([getattr(law, name) for law in forecast.laws])

@@ -1,4 +1,4 @@
-"""A ladder from its plan to its predictions: sizes one after the other, in this process."""
+"""Run a ladder: plan it, train its sizes one after the other in this process, and predict."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Ladder:
     """One start of `consyn-tune --ladder`.
 
     Args:
-        varied: the run that is scaled.
-        base: the run of the largest size, prepared.
-        trainer_inputs: keywords of a trainer of such a run.
+        varied: the base run, which is scaled.
+        base: the prepared run of the largest size.
+        trainer_inputs: function that returns the keyword arguments of a trainer, for a run.
 
     Raises:
         UserError: the budget is too small, there is no evaluation data, or the ladder to delete is
@@ -67,8 +67,9 @@ class Ladder:
         trainer = ConsynTrainer(**trainer_inputs(base))
         if trainer.eval_source is None:
             raise UserError(
-                "A ladder compares evaluations, and there is no evaluation data: no document fell "
-                "into the validation split. Give --validation or a larger --validation_fraction."
+                "A ladder compares evaluations, but there is no evaluation data: the "
+                "validation split has no document. Give --validation or a larger "
+                "--validation_fraction."
             )
         self.vocab_size = trainer.model.config.vocab_size
         self.run_config, origins = scaled_run(varied)
@@ -90,10 +91,10 @@ class Ladder:
             delete_ladder(self.output)
 
     def run(self) -> LadderResults:
-        """Train what is not trained yet, fit the curve, and write the results.
+        """Train the runs that are not finished, fit the curve, and write the results.
 
         Raises:
-            Interrupted: a signal ended a run; the same command goes on with it.
+            Interrupted: a signal ended a run; the same command continues it.
             Diverged: the loss of a run was not finite.
         """
         self._print_header()
@@ -106,17 +107,18 @@ class Ladder:
         return results
 
     def results(self) -> LadderResults:
-        """The fit and its predictions, from all runs that have ended.
+        """Fit the curve to all finished runs, and predict.
 
         Raises:
-            UserError: too few of them have a loss.
+            UserError: too few runs have a loss.
         """
         measured = [point for rung in self.runs for point in rung.points()]
         if not can_fit(measured):
             raise UserError(
-                f"Only {len(measured)} of {sum(len(rung.paths) for rung in self.runs)} runs have a "
-                "loss at their last step, too few to fit a curve. If a callback ended the others, "
-                "leave it out, and begin again with --overwrite."
+                f"Only {len(measured)} of {sum(len(rung.paths) for rung in self.runs)} runs "
+                "have a loss at their last step, too few to fit a curve. If a callback ended "
+                "the other runs early, leave the callback out, and start again with "
+                "--overwrite."
             )
         tokens = self.rungs[0].tokens_per_step
         points = long_enough(measured, tokens)
@@ -133,7 +135,7 @@ class Ladder:
         return LadderResults(forecast, self._flops(), tokens, predicted, best, left_out)
 
     def _batches(self) -> list[BatchPoint]:
-        """The noise scales of all sizes, where the signal was above the noise."""
+        """The noise scales of all sizes, where the gradient exceeded its noise."""
         found = []
         for run in self.runs:
             rung, measured = run.rung, run.noise()
@@ -144,7 +146,7 @@ class Ladder:
         return found
 
     def _flops(self) -> dict[float, float]:
-        """FLOPs of a token, by parameters of a size."""
+        """Training FLOPs per token, by the parameters of a size."""
         models = [model_of(self.run_config.model, r.shape, self.vocab_size) for r in self.rungs]
         length = self.run_config.length
         return {
@@ -175,8 +177,8 @@ class Ladder:
             write_whole(self.output / PAGE, page.encode("utf-8", "replace"))
         except OSError as error:
             raise UserError(
-                f"--output {self.output} cannot be written: {error.strerror}. Make room; the same "
-                "command goes on with the ladder."
+                f"--output {self.output} cannot be written: {error.strerror}. Free some space; "
+                "the same command continues the ladder."
             ) from error
 
     def _doubts(self, results: LadderResults) -> list[str]:
@@ -188,29 +190,32 @@ class Ladder:
         largest, ratio = self.rungs[-1], self.options.tokens_per_parameter
         if ratio * largest.parameters > self.most_steps * largest.tokens_per_step:
             said.append(
-                f"--tokens_per_parameter is {ratio:g}, and the largest size gets only "
-                f"{largest.tokens[-1] / largest.parameters:.3g}, as --max_steps, --total_tokens or "
-                "--epochs ends its runs. To train longer, leave these out, of --config too."
+                f"--tokens_per_parameter is {ratio:g}, but the largest size gets only "
+                f"{largest.tokens[-1] / largest.parameters:.3g}, because --max_steps, "
+                "--total_tokens or --epochs ends its runs. To train longer, remove these from "
+                "the command and from --config."
             )
         if self.passes > 1:
             worth = (
-                f"up to about {PASSES} passes, repeated data is nearly as good as new."
+                f"up to about {PASSES} passes, repeated data is nearly as good as new data."
                 if self.passes <= PASSES
-                else f"after about {PASSES} passes, repeated data is worth clearly less than new, "
-                "so predictions are for data that repeats as much."
+                else f"after about {PASSES} passes, repeated data is clearly worse than new "
+                "data, so predictions hold only for data that is repeated as often."
             )
             said.append(
                 f"The largest size reads the training data {self.passes:.1f} times; {worth}"
             )
         if (fewest := self.rungs[0].ends[0]) < FEW_STEPS:
             said.append(
-                f"The shortest run has {fewest} steps. Runs of fewer than {FEW_STEPS} are left out "
-                "of the fit if enough others are there; lower --batch_size to use them."
+                f"The shortest run has {fewest} steps. Runs of fewer than {FEW_STEPS} are left "
+                "out of the fit if there are enough longer runs; lower --batch_size to use "
+                "them."
             )
         if self.run_config.optimizer.parametrization == "standard":
             said.append(
-                "All sizes have the same rate, whose best value falls with width in the standard "
-                "parametrization. With --parametrization mup one rate suits them all."
+                "All sizes have the same learning rate, but in the standard parametrization "
+                "the best rate falls with width. With --parametrization mup, one rate suits "
+                "all sizes."
             )
         return said
 
@@ -220,7 +225,11 @@ class Ladder:
         rows = [
             ("sizes", ", ".join(f"{rung.parameters:,}" for rung in self.rungs)),
             ("tokens", f"{compact(steps)} in all, {done} of {len(self.rungs)} sizes done"),
-            ("schedule", "wsd; each run branches off the longest, and ends with a decay"),
+            (
+                "schedule",
+                "wsd; shorter runs start from checkpoints of the longest run, and each run "
+                "ends with a decay",
+            ),
         ]
         with Console(quiet=self.quiet) as console:
             console.header(rows, "consyn-tune")
@@ -244,7 +253,7 @@ class Ladder:
 
 
 def _most_steps(run: RunConfig, epochs: float | None, sequences: int | None) -> float:
-    """Steps of a run by the budgets that were given."""
+    """Maximum steps of a run by the user's budgets."""
     budget = replace(run.budget, epochs=epochs)
     if (budget.epochs, budget.max_steps, budget.total_tokens) == (None, None, None):
         return math.inf
@@ -252,10 +261,10 @@ def _most_steps(run: RunConfig, epochs: float | None, sequences: int | None) -> 
 
 
 def delete_ladder(output: Path) -> None:
-    """Delete only what a ladder has written to its directory.
+    """Delete the files of a ladder, and no others, in its directory.
 
     Raises:
-        UserError: another process trains one of its sizes.
+        UserError: another process trains one of the sizes.
     """
     for path in filter(Path.is_dir, sorted((output / SIZES).glob("*"))):
         check_free(path)

@@ -1,4 +1,4 @@
-"""Smaller and larger models of the same kind: width and depth change, heads stay as wide."""
+"""Scale a model to smaller and larger sizes: width and depth change, the head width does not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VOCABULARY = 256  # where the vocabulary makes no difference
 
 @dataclass(frozen=True)
 class Shape:
-    """The dimensions of a model, as the flags of their names have them."""
+    """The dimensions of a model; the fields have the names of flags."""
 
     hidden_dim: int
     num_layers: int
@@ -33,12 +33,12 @@ class Shape:
 
     @property
     def flags(self) -> dict[str, Any]:
-        """The values by flag name."""
+        """The dimensions by flag name."""
         return dict(vars(self))
 
 
 def model_of(options: ModelOptions, shape: Shape, vocab_size: int = VOCABULARY) -> ModelConfig:
-    """The model of this shape, otherwise like `options`."""
+    """Return `options` with the dimensions of this shape."""
     return architecture(replace(options, **shape.flags), vocab_size=vocab_size)
 
 
@@ -46,33 +46,33 @@ def num_body_parameters(model: ModelConfig) -> int:
     """The size of a model in a scaling law: its parameters without embeddings.
 
     Embeddings grow with the vocabulary and hardly add to what a model can compute; in small models
-    they would be most of it (Kaplan et al., 2020).
+    they would be most of the size (Kaplan et al., 2020).
     """
     return model.num_layers * num_block_parameters(model)
 
 
 def shape_of(options: ModelOptions) -> Shape:
-    """The shape of a preset, or of one with other dimensions.
+    """The shape of a model, given by its options.
 
     Raises:
-        UserError: its heads are wider or narrower together than the model, so that it cannot be
-            scaled.
+        UserError: the total width of its heads is not the model's width, so it cannot be scaled.
     """
     model = architecture(options, vocab_size=VOCABULARY)
     if model.num_heads * model.head_dim != model.hidden_dim:
         raise UserError(
-            f"--ladder keeps --head_dim, and {model.num_heads} heads of {model.head_dim} do not "
-            f"make up --hidden_dim {model.hidden_dim}. Change one of these flags."
+            "--ladder does not change --head_dim, so the heads must be as wide together as the "
+            f"model, but {model.num_heads} heads of {model.head_dim} are not --hidden_dim "
+            f"{model.hidden_dim}. Change one of these flags."
         )
     names = Shape.__dataclass_fields__
     return Shape(**{name: getattr(model, name) for name in names})
 
 
 def scaled(options: ModelOptions, parameters: float) -> Shape:
-    """The model of the family of `options` that is closest to a size, without embeddings.
+    """Scale a model to the shape closest to a size in parameters without embeddings.
 
-    Width and depth change by the same factor, as far as whole heads and layers allow. Groups of
-    queries that share a key, and the ratio of feed-forward and model width, stay.
+    Width and depth change by the same factor, as far as whole heads and layers allow. The number of
+    queries per key, and the ratio of feed-forward width to model width, stay the same.
 
     >>> from consyn_jax.resolve import resolve
     >>> haiku = resolve({"model": "haiku"})[0].model
@@ -91,7 +91,7 @@ def scaled(options: ModelOptions, parameters: float) -> Shape:
 
 
 def _candidates(options: ModelOptions, base: Shape, parameters: float) -> Iterator[Shape]:
-    """The base, and all widths up to twice the ideal one, with the depths that fit the size."""
+    """Candidate shapes: the base, and all widths up to twice the ideal, with fitting depths."""
     yield base
     group = base.num_heads // base.num_kv_heads
     whole = num_body_parameters(model_of(options, base))
@@ -111,12 +111,12 @@ def ladder_shapes(options: ModelOptions, sizes: int | Sequence[float]) -> list[S
     """The shapes of a ladder, the smallest first.
 
     Args:
-        options: the model that is scaled.
-        sizes: their number, so that the largest is the model itself; or their parameters, without
-            embeddings.
+        options: the model to scale.
+        sizes: the number of sizes, the largest of which is the model itself; or their parameters,
+            without embeddings.
 
     Raises:
-        UserError: two of them are the same.
+        UserError: two sizes give the same shape.
     """
     if isinstance(sizes, int):
         whole = num_body_parameters(model_of(options, shape_of(options)))
@@ -141,9 +141,9 @@ class Target:
     """A model whose loss is predicted.
 
     Attributes:
-        name: of the preset that it is, or that it is scaled from.
-        parameters: without embeddings.
-        flops: of a token in training.
+        name: name of the preset that it is or that it is scaled from.
+        parameters: number of parameters, without embeddings.
+        flops: training FLOPs per token.
     """
 
     name: str
@@ -153,10 +153,10 @@ class Target:
 
 
 def target(name: str, shape: Shape | None, vocab_size: int, length: int) -> Target:
-    """A preset, or the preset in another shape.
+    """Make the target for a preset, or for a preset in another shape.
 
     Args:
-        length: tokens of a sequence.
+        length: number of tokens in a sequence.
     """
     options = preset(name)
     shape = shape or shape_of(options)
@@ -171,7 +171,7 @@ def preset(name: str) -> ModelOptions:
 
 
 def scaled_target(parameters: float, vocab_size: int, length: int) -> Target:
-    """A model of any size: that of the preset nearest to it, scaled."""
+    """Make the target for any size, by scaling the preset nearest to it."""
     sizes = {name: target(name, None, vocab_size, length).parameters for name in PRESETS}
     name = min(sizes, key=lambda each: abs(math.log(sizes[each] / parameters)))
     return target(name, scaled(preset(name), parameters), vocab_size, length)

@@ -18,12 +18,12 @@ SIZES = np.geomspace(1e4, 1e13, 181)  # among which the best one is sought
 
 @dataclass(frozen=True)
 class Prediction:
-    """The loss of a model after some tokens.
+    """The predicted loss of a model after training on a number of tokens.
 
     Attributes:
-        interval: holds the loss of nine tenths of the bootstrap.
-        sizes: for the best size of a budget, holds that of nine tenths of the bootstrap; else None.
-        batch: the critical batch, in tokens; None if the noise was not measured.
+        interval: 90 % bootstrap interval of the loss.
+        sizes: for the best size of a budget, its 90 % bootstrap interval; otherwise None.
+        batch: critical batch size, in tokens; None if the noise was not measured.
     """
 
     target: Target
@@ -35,7 +35,7 @@ class Prediction:
 
     @property
     def flops(self) -> float:
-        """FLOPs of the training."""
+        """Total training FLOPs."""
         return self.tokens * self.target.flops
 
 
@@ -46,8 +46,9 @@ class Forecast:
     Args:
         points: losses at the ends of runs.
         batches: measured noise scales.
-        vocab_size, length: of the data, and of its sequences.
-        draws: of the bootstrap.
+        vocab_size: vocabulary size of the data.
+        length: length of the data's sequences, in tokens.
+        draws: number of bootstrap resamples.
     """
 
     points: Sequence[LossPoint]
@@ -58,39 +59,39 @@ class Forecast:
 
     @cached_property
     def law(self) -> ScalingLaw:
-        """The law of all points."""
+        """The scaling law fitted to all points."""
         return fit(self.points)
 
     @cached_property
     def laws(self) -> list[ScalingLaw]:
-        """Laws of the bootstrap."""
+        """Scaling laws fitted to bootstrap resamples."""
         return bootstrap(self.points, self.draws)
 
     @cached_property
     def batch(self) -> CriticalBatch | None:
-        """The critical batch by tokens."""
+        """The law of the critical batch size; None if there are too few measurements."""
         return fit_batch(self.batches)
 
     @cached_property
     def error(self) -> float:
-        """The median error of the law at its points, as a share of the loss."""
+        """The median error of the law at the fitted points, as a share of the loss."""
         errors = [self.law.loss(p.parameters, p.tokens) / p.loss - 1 for p in self.points]
         return float(np.median(np.abs(errors)))
 
     def predicted(
         self, model: Target, tokens: float, sizes: tuple[float, float] | None = None
     ) -> Prediction:
-        """The loss of a model after these tokens."""
+        """Predict the loss of a model after training on this many tokens."""
         losses = [law.loss(model.parameters, tokens) for law in self.laws]
         loss = self.law.loss(model.parameters, tokens)
         batch = None if self.batch is None else self.batch.tokens(tokens)
         return Prediction(model, tokens, loss, interval(losses), batch, sizes)
 
     def targets(self, budget: Budget | None, tokens_per_parameter: float) -> list[Prediction]:
-        """The losses of verse, stanza and epic for a budget.
+        """Predict the losses of verse, stanza and epic for a budget.
 
         Args:
-            budget: None for `tokens_per_parameter` each.
+            budget: the budget; None for `tokens_per_parameter` each.
         """
         found = []
         for name in TARGETS:
@@ -103,7 +104,7 @@ class Forecast:
         return found
 
     def best(self, flops: float) -> Prediction:
-        """The size that reaches the lowest loss with these FLOPs, and its tokens."""
+        """Predict the size with the lowest loss for these FLOPs, and its number of tokens."""
         sizes = [self._best_size(law, flops) for law in self.laws]
         model = scaled_target(self._best_size(self.law, flops), self.vocab_size, self.length)
         return self.predicted(model, flops / model.flops, interval(sizes))
@@ -119,6 +120,6 @@ class Forecast:
 
     @cached_property
     def _family(self) -> tuple[np.ndarray, np.ndarray]:
-        """Parameters of models of all sizes, and FLOPs of their tokens."""
+        """Parameters of models over the range of sizes, and their training FLOPs per token."""
         models = [scaled_target(size, self.vocab_size, self.length) for size in SIZES]
         return np.array([m.parameters for m in models]), np.array([m.flops for m in models])

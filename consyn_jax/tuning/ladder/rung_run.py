@@ -1,4 +1,4 @@
-"""The runs of a size: ordinary runs, each of which goes on where a kill ended it."""
+"""The runs of a size: ordinary runs, which continue after an interruption."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ ORIGIN = "ladder"  # of values that a size sets
 
 
 class RungTrainer(TrialTrainer):
-    """Train one of the runs of a size, with the programs of its longest run.
+    """Train one of the runs of a size, with the compiled programs of the longest run.
 
     Args:
-        longest: steps of that run.
-        inputs: of a `TrialTrainer`.
+        longest: number of steps of the longest run.
+        inputs: keyword arguments of `TrialTrainer`.
     """
 
     def __init__(self, longest: int, *inputs: Any, **keywords: Any) -> None:
@@ -51,21 +51,21 @@ class RungTrainer(TrialTrainer):
     def _build(self, run: RunConfig, schedule: optax.Schedule | None) -> Built:
         built = super()._build(run, schedule)
         assert isinstance(built.program, TrialProgram)
-        # Only the longest run makes an initial state; the others share the evaluation.
+        # Only the longest run compiles the initial state; all runs share the evaluation.
         return built._replace(program=replace(built.program, total_steps=self.longest))
 
     def compile_train_step(self, run: RunConfig, schedule: optax.Schedule | None = None) -> Any:
-        """The train step of `run`, compiled unless another run of the size has done so."""
+        """The train step of `run`, compiled unless another run of the size has compiled it."""
         program = self._build(run, schedule).program
         return self.shared.bound_step(program, run, self.total_steps, self.longest)
 
 
 class RungRun:
-    """Train the runs of a size, or what is left of them, and measure their gradients' noise.
+    """Train the unfinished runs of a size, and measure the gradient noise.
 
     Args:
-        settings: makes the run with other values by flag name.
-        path: directory of the longest run; the others are beside it.
+        settings: function that resolves the run with other values, by flag name.
+        path: directory of the longest run; the directories of the other runs are beside it.
     """
 
     def __init__(
@@ -80,12 +80,12 @@ class RungRun:
         self.shared = SharedPrograms()
 
     def run(self) -> None:
-        """Do all that is not done.
+        """Do all training and measurements that are not done yet.
 
         Raises:
-            Interrupted: a signal ended a run; the same command goes on with it.
+            Interrupted: a signal ended a run; the same command continues it.
             Diverged: the loss of a run was not finite.
-            UserError: the directory holds a run with other flags or data.
+            UserError: the directory contains a run with other flags or data.
         """
         try:
             if is_finished(self.path) or saved_steps(self.path / CHECKPOINTS):
@@ -103,10 +103,10 @@ class RungRun:
             remove(path / CHECKPOINTS)
 
     def _check_same(self) -> None:
-        """Check that the longest run, which has begun, is the one of these flags and data.
+        """Check that the longest run, already started, has the same flags and data.
 
         Raises:
-            UserError: it is another one.
+            UserError: it has other flags or data.
         """
         old, run = read_run_config(self.path / CONFIG), self._whole.run
         derived = self._whole.derived()
@@ -118,8 +118,8 @@ class RungRun:
                 changes.append(f"{name} was {recorded.get(name)} and is {new[name]}")
         if changes:
             raise UserError(
-                f"{self.path} holds another run: {'; '.join(changes)}. Name another --output, use "
-                "the old values, or delete the ladder with --overwrite."
+                f"{self.path} contains another run: {'; '.join(changes)}. Give another "
+                "--output, use the old values, or delete the ladder with --overwrite."
             )
 
     @property
@@ -158,7 +158,7 @@ class RungRun:
             ) from error
 
     def _measure_noise(self, step: int) -> None:
-        """Measure the noise after a step, unless it is measured or its checkpoint is gone."""
+        """Measure the noise after a step, unless already measured or without its checkpoint."""
         found = self.noise()
         if step in found or step not in saved_steps(self.path / CHECKPOINTS):
             return
@@ -175,7 +175,7 @@ class RungRun:
 
     @cached_property
     def _whole(self) -> RungTrainer:
-        """The trainer of the longest run, for its data and programs."""
+        """The trainer of the longest run, used for its data and programs."""
         return self._trainer(None)
 
     @cached_property
@@ -196,7 +196,7 @@ class RungRun:
         """Values of a run by flag name.
 
         Args:
-            decay_from: the step that it branches off from the longest run; None for that one.
+            decay_from: step of the longest run from which the run starts; None for the longest run.
         """
         first = self.rung.starts[0]  # and all starts are multiples of it
         return {
@@ -218,7 +218,7 @@ def is_finished(path: Path) -> bool:
 
 
 def with_intervals(run: RunConfig) -> RunConfig:
-    """Return the run, saved by the clock, too, and evaluated at its end without `--eval_steps`."""
+    """Set a run's intervals: save also by time; without `--eval_steps`, evaluate at the end."""
     saving, evaluation = run.saving, replace(run.evaluation, load_best_model_at_end=False)
     if saving.save_minutes is None:
         saving = replace(saving, save_minutes=SAVE_MINUTES)

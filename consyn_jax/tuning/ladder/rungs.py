@@ -1,9 +1,9 @@
-"""The sizes of a ladder, and the runs of each: one long run, and shorter ones that branch off.
+"""Plan the sizes of a ladder, and the runs of each: a long run, and shorter ones from it.
 
-A rate that is still high hides part of what a model has learned, so only the end of a decay tells
-what its tokens are worth. A size therefore trains once at a constant rate (wsd), and from some of
-its checkpoints the rate decays in a run of its own (--decay_from). That gives the losses of several
-lengths for little more than the price of the longest (Hägele et al., 2024).
+While the learning rate is high, the loss hides part of a model's progress, so losses are comparable
+only after a decay. Each size therefore trains once at a constant rate (wsd), and from some of its
+checkpoints a separate run decays the rate (--decay_from). That gives the losses of several lengths
+for little more than the cost of the longest run (Hägele et al., 2024).
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ class Rung:
     """A size of the ladder, and its runs.
 
     Attributes:
-        parameters: without embeddings.
-        starts: for each run, the step at which its rate begins to decay, the shortest run first.
+        parameters: number of parameters, without embeddings.
+        starts: for each run, the step at which its learning rate begins to decay, the shortest run
+            first.
         ends: for each run, its last step.
-        tokens_per_step: of all its runs.
+        tokens_per_step: tokens per optimizer step, the same for all runs.
     """
 
     shape: Shape
@@ -40,18 +41,18 @@ class Rung:
 
     @property
     def steps(self) -> int:
-        """The steps of the longest run."""
+        """Number of steps of the longest run."""
         return self.ends[-1]
 
     @property
     def all_steps(self) -> int:
-        """The steps of all runs, of which those before a decay are shared."""
+        """Number of steps of all runs together; shared steps, before a decay, count once."""
         decays = (end - start for start, end in zip(self.starts, self.ends, strict=True))
         return self.starts[-1] + sum(decays)
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """The tokens of each run."""
+        """Number of training tokens of each run."""
         return tuple(end * self.tokens_per_step for end in self.ends)
 
 
@@ -59,8 +60,8 @@ def plan_rung(run: RunConfig, shape: Shape, tokens_per_parameter: float, most_st
     """Plan the runs of a size.
 
     Args:
-        run: with the batch and the schedule of all sizes.
-        most_steps: of a run, by its other budgets.
+        run: a run with the batch size and the schedule of all sizes.
+        most_steps: maximum number of steps of a run, by its other budgets.
 
     Raises:
         UserError: the budget is too small.

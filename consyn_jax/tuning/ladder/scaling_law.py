@@ -1,7 +1,7 @@
-"""Loss as a function of parameters and tokens: fitted to runs, with its uncertainty.
+"""Fit loss as a function of parameters and tokens, with its uncertainty.
 
-L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al., 2022, approach 3): the loss that no model
-avoids, what a model of N parameters lacks in size, and what D tokens lack in number.
+L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al., 2022, approach 3): the irreducible loss,
+the excess due to the limited size of N parameters, and the excess due to limited data of D tokens.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Numbers = Any  # a float or an array
 
 @dataclass(frozen=True)
 class LossPoint:
-    """The evaluation at the end of a run whose rate has decayed.
+    """The evaluation at the end of a run, after the learning rate has decayed.
 
     Attributes:
-        parameters: of the model, without embeddings.
-        tokens: that it was trained on.
-        loss: in nats a token.
+        parameters: number of parameters of the model, without embeddings.
+        tokens: number of tokens trained on.
+        loss: evaluation loss, in nats per token.
     """
 
     parameters: float
@@ -52,7 +52,7 @@ class ScalingLaw:
     beta: float
 
     def loss(self, parameters: Numbers, tokens: Numbers) -> Numbers:
-        """The loss of a model of this size after these tokens.
+        """The loss of a model of this size after training on this many tokens.
 
         >>> round(ScalingLaw(1.69, 406.4, 410.7, 0.34, 0.28).loss(70e9, 1.4e12), 3)  # Chinchilla
         1.937
@@ -68,7 +68,7 @@ class ScalingLaw:
 
 
 class _Problem:
-    """The residuals of a law in log(loss), in unknowns of similar size.
+    """The least-squares problem of the fit: residuals in log(loss), with well-scaled unknowns.
 
     The unknowns are log E, the logarithms of the other two terms at the middle of the points, alpha
     and beta.
@@ -101,7 +101,7 @@ class _Problem:
         return np.stack([e, a, b, -a * self.n, -b * self.d], axis=1)
 
     def starts(self, count: int) -> list[np.ndarray]:
-        """The best of a grid of exponents; with these given, the loss is linear in E, A and B."""
+        """Starting points: the best exponents on a grid; for fixed exponents, L is linear."""
         found = []
         one = np.ones_like(self.n)
         for alpha in EXPONENTS:
@@ -114,7 +114,7 @@ class _Problem:
         return [start for _, start in found[:count]]
 
     def solved(self, starts: Sequence[np.ndarray]) -> tuple[float, np.ndarray]:
-        """The least Huber loss from these starting points, and the unknowns there."""
+        """Minimise the Huber loss from these starting points; return its minimum and unknowns."""
         best: tuple[float, np.ndarray] | None = None
         margin = 1e-6
         for start in starts:
@@ -133,7 +133,7 @@ class _Problem:
         return best
 
     def law(self, x: np.ndarray) -> ScalingLaw:
-        """The law with these unknowns."""
+        """The scaling law for these values of the unknowns."""
         e, a, b, alpha, beta = x
         n, d = self.middle
         return ScalingLaw(
@@ -142,35 +142,35 @@ class _Problem:
 
 
 def can_fit(points: Sequence[LossPoint]) -> bool:
-    """Whether the points are enough for the five constants: several sizes and lengths."""
+    """Whether the points suffice to fit the five constants: several sizes and lengths."""
     sizes, lengths = {p.parameters for p in points}, {p.tokens for p in points}
     enough = len(set(points)) >= FEWEST_POINTS
     return enough and min(len(sizes), len(lengths)) >= FEWEST_SIZES
 
 
 def long_enough(points: Sequence[LossPoint], tokens_per_step: int) -> list[LossPoint]:
-    """The points of runs of at least `FEW_STEPS` steps; all points if these are too few to fit.
+    """The points of runs of at least `FEW_STEPS` steps; all points if too few to fit.
 
-    The loss of a shorter run says more about the number of steps than about its tokens.
+    The loss of a shorter run depends more on its number of steps than on its tokens.
     """
     found = [point for point in points if point.tokens >= FEW_STEPS * tokens_per_step]
     return found if can_fit(found) and len(found) >= FEWEST_LEFT else list(points)
 
 
 def fit(points: Sequence[LossPoint]) -> ScalingLaw:
-    """Fit a law: the least Huber loss of the error in log(loss), from several starting points.
+    """Fit a law by minimising the Huber loss of log(loss) errors, from several starting points.
 
-    A least-squares solver with bounds takes the place of the paper's L-BFGS. It minimises the same
-    sum, which is so flat that L-BFGS may stop before its end (Besiroglu et al., 2024).
+    A least-squares solver with bounds replaces the paper's L-BFGS. It minimises the same sum, which
+    is so flat that L-BFGS may stop before the minimum (Besiroglu et al., 2024).
     """
     problem = _Problem(points)
     return problem.law(problem.solved(problem.starts(STARTS))[1])
 
 
 def bootstrap(points: Sequence[LossPoint], draws: int = DRAWS, seed: int = 0) -> list[ScalingLaw]:
-    """Laws fitted to points that are drawn with replacement; their spread is the uncertainty.
+    """Fit laws to points drawn with replacement; the spread of the laws is the uncertainty.
 
-    Draws that have too few sizes or lengths are drawn again.
+    Draws with too few sizes or lengths are repeated.
     """
     random, laws = np.random.default_rng(seed), list[ScalingLaw]()
     while len(laws) < draws:
@@ -182,7 +182,7 @@ def bootstrap(points: Sequence[LossPoint], draws: int = DRAWS, seed: int = 0) ->
 
 
 def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """The range with nine tenths of the values.
+    """The 90 % interval of the values: from the 5th to the 95th percentile.
 
     >>> interval(range(101))
     (5.0, 95.0)

@@ -1,14 +1,14 @@
 """Lanes: trials that train side by side, with programs that run for all of them at once.
 
-A lane is a thread that works on one trial after the other with the training loop of
-`consyn-train`. Lanes take turns: only one runs at a time, until it calls a program that all share.
-When every lane has, the program runs once, with the state and the batch of each, and the turns
-begin again. So evaluations, log, checkpoints, pruning and resuming are those of a trial alone,
-nothing that a lane uses needs to be safe for threads, and trials end in the same order every time.
+A lane is a thread that works on one trial after the other, with the training loop of
+`consyn-train`. Lanes take turns: only one runs at a time, until it calls a shared program. When all
+lanes have called the program, it runs once, with the states and batches of all lanes, and the turns
+begin again. So evaluations, log, checkpoints, pruning and resuming work as in a single trial, code
+that a lane uses need not be thread-safe, and trials end in a deterministic order.
 
-States stay apart outside of the program, which stacks them. That costs a copy of them in each step.
-In return a lane is refilled by passing another state, lanes may be at different steps, and
-checkpoints and evaluations take the state of a lane as it is.
+The program stacks the states; outside of it, each lane has its own state. That costs a copy of all
+states in each step. In return, a lane can start a new trial by passing another state, lanes may be
+at different steps, and checkpoints and evaluations use the state of a lane directly.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class LanesProgram(Protocol):
     """A program that runs for all lanes at once.
 
     Attributes:
-        waits: whether it runs only when no lane calls another program.
+        waits: whether the program runs only when no lane calls a program of another kind.
     """
 
     waits: bool
 
     def __call__(self, calls: Mapping[int, tuple[Any, ...]]) -> Mapping[int, Any]:
-        """Run for the lanes with these numbers and arguments, and return a result for each."""
+        """Run for the lanes with these numbers and arguments; return a result for each lane."""
 
 
 class _Closed(BaseException):
@@ -40,15 +40,15 @@ class _Closed(BaseException):
 
 
 class Lane:
-    """A thread of its own, which runs only in its turn.
+    """A thread that works on trials, and runs only in its turn.
 
     Args:
-        signals: received by the process, for the runs of this lane.
+        signals: signals received by the process, for the runs of this lane.
 
     Attributes:
-        program: the one that the lane waits for; None if it has ended.
-        arguments: those of the call.
-        error: the one that has ended the lane.
+        program: the program that the lane has called and waits for; None if the lane has ended.
+        arguments: arguments of this call.
+        error: the error that has ended the lane; None if there is none.
     """
 
     def __init__(self, number: int, signals: Signals, work: Callable[[Lane], None]) -> None:
@@ -62,7 +62,7 @@ class Lane:
         self._thread = threading.Thread(target=self._run, args=(work,), name=f"lane {number}")
 
     def call(self, program: LanesProgram, *arguments: Any) -> Any:
-        """Call a program of all lanes from this lane's thread, and wait for the result."""
+        """Call a shared program from this lane's thread, and wait for the result."""
         self.program, self.arguments = program, arguments
         del arguments  # the state is donated
         self._turn_over.release()
@@ -73,7 +73,7 @@ class Lane:
         return result
 
     def go_on(self, result: Any = None) -> None:
-        """Give the lane its turn, with the result of its call, and wait until that is over."""
+        """Give the lane its turn, with the result of its call, and wait for the end of the turn."""
         self.program, self.arguments, self._result = None, (), result
         del result
         if self._thread.ident is None:
@@ -83,7 +83,7 @@ class Lane:
         self._turn_over.acquire()
 
     def close(self) -> None:
-        """End the lane, whose trial goes on from its newest checkpoint another time."""
+        """End the lane; its trial can later continue from its newest checkpoint."""
         self._closes = True
         while self.program is not None:
             self.go_on()
@@ -98,11 +98,11 @@ class Lane:
 
 
 def run_lanes(number: int, work: Callable[[Lane], None]) -> None:
-    """Let a number of lanes do `work` until all of them have ended.
+    """Run `work` in a number of lanes until all lanes have ended.
 
     Raises:
-        Interrupted: a signal has come; it ends their trials.
-        BaseException: that of the first lane which failed; the others are closed.
+        Interrupted: a signal came and ended the trials.
+        BaseException: the error of the first lane that failed; the other lanes are closed.
     """
     with Signals() as signals:
         lanes = [Lane(i, signals, work) for i in range(number)]
@@ -120,7 +120,7 @@ def run_lanes(number: int, work: Callable[[Lane], None]) -> None:
 
 
 def _run_program(waiting: Sequence[Lane]) -> None:
-    """Run a program for the lanes that have called it, and let each of them go on."""
+    """Run a program for the lanes that have called it, then give each of them its turn."""
     first = next((lane for lane in waiting if not _waits(lane)), waiting[0])
     program, called = first.program, [lane for lane in waiting if lane.program is first.program]
     assert program is not None
@@ -141,12 +141,12 @@ def _raise_failure(lane: Lane) -> None:
 
 
 def _interruption(signal: str, lanes: Sequence[Lane]) -> BaseException:
-    """One error for all lanes whose trials a signal has ended; there may be none."""
+    """The common error for all lanes (perhaps none) whose trials a signal has ended."""
     stopped = [lane.error for lane in lanes if lane.error is not None]
     if len(stopped) == 1:
         return stopped[0]
     if not stopped:
-        return Interrupted(f"{signal}: no trial was under way. The same command goes on.")
+        return Interrupted(f"{signal}: no trial was running. The same command continues the study.")
     return Interrupted(
-        f"{signal}: {len(stopped)} trials were under way. With the same command, each {CONTINUES}."
+        f"{signal}: {len(stopped)} trials were running. With the same command, each {CONTINUES}."
     )

@@ -1,4 +1,4 @@
-"""Programs of all lanes: the step and the evaluation of a trial, mapped by `jax.vmap`."""
+"""Shared programs of lanes: the train step and the evaluation of a trial, mapped by `jax.vmap`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from consyn_jax.tuning.varied_run import VariedRun
 
 GROWTH = 1.1  # of the steps a second, for which `auto` doubles the lanes
 FEWEST, MEASURED_S = 4, 1.0  # measured steps, and their time, at least
-# Flags that may vary, but for one value that changes the program.
+# Flags that may vary, except to one value that changes the program; advice for each flag.
 _REMEDIES = {
     **dict.fromkeys(("dropout", "momentum"), "Begin it above 0"),
     "scheduler": "Take plateau out of it",
@@ -52,10 +52,11 @@ _REMEDIES = {
 
 @dataclass
 class LanesStep:
-    """The train step of all lanes, called with a state, which is donated, and a batch of each.
+    """The train step of all lanes, called with a state (which is donated) and a batch per lane.
 
     Attributes:
-        spare: states for lanes that have ended, which the program needs, too.
+        spare: placeholder states for lanes that have ended; the program needs a state for each
+            lane.
     """
 
     compiled: jax.stages.Compiled
@@ -65,7 +66,7 @@ class LanesStep:
     waits = True
 
     def __call__(self, calls: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
-        """Take a step in each of these lanes."""
+        """Take an optimizer step in each of these lanes."""
         batch = next(iter(calls.values()))[1]
         ended = [i for i in range(self.lanes) if i not in calls]
         states = {i: self.spare.get(i) or _zeros(self.state_like) for i in ended}
@@ -80,7 +81,7 @@ class LanesStep:
 
 @dataclass(frozen=True)
 class LanesEvaluation:
-    """The evaluation of all lanes, called with the parameters and a batch of each."""
+    """The evaluation of all lanes, called with parameters and a batch per lane."""
 
     compiled: jax.stages.Compiled
     lanes: int
@@ -96,17 +97,17 @@ class LanesEvaluation:
 
 @dataclass(frozen=True)
 class LaneCall:
-    """A program of all lanes as one of them calls it."""
+    """A shared program, in the form in which one lane calls it."""
 
     lane: Lane
     program: LanesStep | LanesEvaluation
 
     def __call__(self, *arguments: Any) -> Any:
-        """Call the program with this lane's arguments; it runs once all lanes have called it."""
+        """Call the program with this lane's arguments; it runs when all lanes have called it."""
         return self.lane.call(self.program, *arguments)
 
     def memory_analysis(self) -> Any:
-        """Sizes, as the compiled program has them."""
+        """Memory analysis of the compiled program."""
         return self.program.compiled.memory_analysis()
 
     def as_text(self) -> str | None:
@@ -119,8 +120,8 @@ class LanePrograms(SharedPrograms):
 
     Args:
         shared: the programs of the study.
-        lanes: the number of lanes.
-        lane: the lane of the trial.
+        lanes: number of lanes.
+        lane: the lane in which the trial runs.
     """
 
     def __init__(self, shared: SharedPrograms, lanes: int, lane: Lane) -> None:
@@ -129,13 +130,13 @@ class LanePrograms(SharedPrograms):
     def bound_step(
         self, program: Program, run: RunConfig, total_steps: int, num_rates: int | None = None
     ) -> BoundStep:
-        """Do what `SharedPrograms.bound_step` does, for all lanes at once."""
+        """The train step as in `SharedPrograms.bound_step`, but for all lanes at once."""
         numbers = placed(numbers_of(run, total_steps, num_rates), program.mesh)
         step = lanes_step(self, program, run, numbers, self._lanes)
         return BoundStep(LaneCall(self._lane, step), numbers)
 
     def evaluation(self, program: Program, key: Hashable, batch_size: int, length: int) -> Any:
-        """Do what `SharedPrograms.evaluation` does, for all lanes at once."""
+        """The evaluation as in `SharedPrograms.evaluation`, but for all lanes at once."""
 
         def make() -> LanesEvaluation:
             arguments = (
@@ -152,12 +153,12 @@ class LanePrograms(SharedPrograms):
 def lanes_step(
     shared: SharedPrograms, program: Program, run: RunConfig, numbers: Numbers, lanes: int
 ) -> LanesStep:
-    """The train step of a number of lanes, compiled unless a trial before had the same.
+    """The train step of a number of lanes, compiled unless an earlier trial compiled it.
 
     Args:
-        program: the program of any trial, not compiled.
-        run: the run of that trial.
-        numbers: the numbers of that trial.
+        program: the program of any trial, not yet compiled.
+        run: the run of this trial.
+        numbers: the numbers of this trial.
 
     Raises:
         UserError: the device has too little memory.
@@ -175,7 +176,7 @@ def lanes_step(
                 who = f"{lanes} trials side by side need"
                 remedy = "Give a smaller number to --vectorize, or auto."
             raise UserError(
-                f"{who} {needs / GIB:.1f} GiB, and a device has {limit / GIB:.1f}. {remedy}"
+                f"{who} {needs / GIB:.1f} GiB, but a device has {limit / GIB:.1f}. {remedy}"
             )
         return LanesStep(compiled, lanes, state)
 
@@ -190,11 +191,11 @@ def _lowered(
     lanes: int,
     places: Any = None,
 ) -> jax.stages.Lowered:
-    """Lower a function of two arguments for tuples of them, one of each lane.
+    """Lower a function of two arguments for tuples of arguments, one entry per lane.
 
     Args:
-        arguments: as shapes, dtypes and shardings.
-        places: shardings of the first of two results, which the first argument is donated to.
+        arguments: shapes, dtypes and shardings of the two arguments.
+        places: shardings of the first of two results, which reuses the donated first argument.
     """
 
     def of_lanes(*each: tuple[Any, ...]) -> Any:
@@ -206,31 +207,31 @@ def _lowered(
     donated: dict[str, Any] = {}
     if places is not None:
         donated = {"donate_argnums": 0, "out_shardings": ((places, None),) * lanes}
-    # As in `Program.lower_step`, random numbers are counted by element.
+    # As in `Program.lower_step`: random numbers depend on the index of the element.
     with jax.set_mesh(program.mesh), jax.threefry_partitionable(True):
         jitted = jax.jit(of_lanes, compiler_options=options, **donated)
         return jitted.lower(*((argument,) * lanes for argument in arguments))
 
 
 def _zeros(like: Any) -> Any:
-    """Arrays of zeros on the device."""
+    """Arrays of zeros on the device, with the given shapes."""
     return jax.tree.map(
         lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), like
     )
 
 
 def step_seconds(trainer: TrialTrainer, most: int) -> dict[int, float]:
-    """Seconds of a step by the number of lanes.
+    """Measure the seconds per step, by number of lanes.
 
-    The numbers are 1, 2, 4 and so on, while each raises the steps a second by `GROWTH` and fits the
-    memory. The last one may be too slow.
+    The numbers of lanes are 1, 2, 4 and so on, as long as each raises the steps per second by the
+    factor `GROWTH` and fits in memory. The last number may have failed to raise it.
 
     Args:
-        trainer: of any trial.
-        most: lanes that there is work for.
+        trainer: the trainer of any trial.
+        most: largest useful number of lanes.
 
     Raises:
-        UserError: the device has too little memory for one.
+        UserError: the device has too little memory for one lane.
     """
     run, steps, found = trainer.run, trainer.total_steps, dict[int, float]()
     program, lanes = trainer.build().program, 1
@@ -253,7 +254,7 @@ def step_seconds(trainer: TrialTrainer, most: int) -> dict[int, float]:
 
 
 def pays(seconds: Mapping[int, float], lanes: int) -> bool:
-    """Whether as many lanes take enough more steps a second than half of them.
+    """Whether this number of lanes takes sufficiently more steps per second than half as many.
 
     >>> pays({1: 1.0, 2: 1.5}, 2), pays({1: 1.0, 2: 1.9}, 2)
     (True, False)
@@ -262,7 +263,7 @@ def pays(seconds: Mapping[int, float], lanes: int) -> bool:
 
 
 def _fastest(step: LanesStep, states: list[Any], batch: Batch) -> float:
-    """Seconds of the fastest of several steps."""
+    """Seconds per step, of the fastest of several steps."""
     times: list[float] = []
     while len(times) < FEWEST or sum(times) < MEASURED_S:
         began = time.perf_counter()
@@ -277,31 +278,33 @@ def check_lanes(config: TuneConfig, varied: VariedRun) -> None:
     """Check that the trials of a study can train side by side.
 
     Raises:
-        UserError: a flag of the search changes the program, or another one does not go with it.
+        UserError: a flag of the search changes the program, or another flag does not work with
+            `--vectorize`.
     """
     space, logging = parse_search(config.study.search), config.logging
     refused = {
         "lora_rank": config.lora.is_used,
         "optimizer_memory host": config.hardware.optimizer_memory == "host",
         "auto_batch": config.hardware.auto_batch,
-        # JAX cannot map the accumulation in place, `step.accumulate`, over lanes.
+        # JAX cannot map the in-place gradient accumulation of `step.accumulate` over lanes.
         "gradient_accumulation_steps": config.budget.gradient_accumulation_steps > 1,
         "profile_steps": logging.profile_steps is not None,
         "logging_backend wandb": bool({"wandb", "both"} & set(logging.logging_backend)),
     }
     for name in (name for name, is_given in refused.items() if is_given):
-        raise UserError(f"--{name} does not work with --vectorize. Leave one of them out.")
+        raise UserError(f"--{name} does not work with --vectorize. Leave one of the two flags out.")
     first = {dimension.name: dimension.ends[0] for dimension in space}
     for dimension in space:
         runs = (varied.with_values({**first, dimension.name: end})[0] for end in dimension.ends)
         if len({constants_of(run) for run in runs}) > 1:
             remedy = _REMEDIES.get(dimension.name, "Leave it out of --search")
             raise UserError(
-                f"--vectorize needs one program for all trials, and --search {dimension.text()} "
-                f"changes it. {remedy}, or leave --vectorize out."
+                "--vectorize needs the same program for all trials, but --search "
+                f"{dimension.text()} changes it. {remedy}, or leave --vectorize out."
             )
     if (devices := jax.device_count()) > 1:
         raise UserError(
-            f"--vectorize uses one device, and there are {devices}. Start the command once for "
-            "each, with CUDA_VISIBLE_DEVICES=0, 1 and so on; all work on the study in --output."
+            f"--vectorize uses one device, but there are {devices}. Start the command once for "
+            "each device, with CUDA_VISIBLE_DEVICES=0, 1 and so on; all of them work on the "
+            "study in --output."
         )

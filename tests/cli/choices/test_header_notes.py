@@ -62,9 +62,11 @@ def test_training_files_are_named_before_validation_files(tmp_path: Path) -> Non
 def test_what_is_not_read_and_what_is_cut_is_said(tmp_path: Path) -> None:
     long, short = ({"prompt": "p" * size, "completion": "c", "id": 1} for size in (40, 4))
     lines, _ = made(write(tmp_path / "rows.jsonl", long, *[short] * 9), validation_fraction=0.0)
-    assert lines["not read"] == ["fields of the rows, with their numbers: id (10)"]
+    assert lines["not read"] == [
+        "fields that no option uses, with the number of rows that have them: id (10)"
+    ]
     assert lines["long rows"] == [
-        "1 longer than 32 tokens: truncated, 10 tokens (10.4%) left out, 2 of them to be learned"
+        "1 longer than 32 tokens: truncated, 10 tokens (10.4%) left out, 2 of them training targets"
     ]
 
 
@@ -75,7 +77,7 @@ def test_a_chat_template_without_conversations_is_said_to_have_no_effect(tmp_pat
     for given in (str(template), "plain"):
         lines, _ = made(file, chat_template=given)
         assert lines["chat template"] == [
-            f"--chat_template {given} has no effect, as there are no conversations"
+            f"--chat_template {given} has no effect, because the data has no conversations"
         ]
     assert "chat template" not in made(file)[0]
 
@@ -89,7 +91,7 @@ def test_a_template_that_writes_the_day_writes_the_same_and_says_so(tmp_path: Pa
     )
     lines, _ = made(write(tmp_path / "chats.jsonl", CHAT, CHAT), chat_template=str(template))
     assert lines["prompt"] == ['"26 Jul 2024Why?"']
-    assert any("writes the day: 26 Jul 2024 in all rows" in text for text in lines["noticed"])
+    assert any("writes today's date; all rows get 26 Jul 2024" in text for text in lines["noticed"])
 
 
 def test_the_weights_that_a_run_begins_with_are_named(tmp_path: Path) -> None:
@@ -102,8 +104,8 @@ def test_the_weights_that_a_run_begins_with_are_named(tmp_path: Path) -> None:
         config, origins = resolve(flags)
         return weights_note(config.model, origins["checkpoint"], config.budget.seed)[1]
 
-    alone = f"; {model}/config.json names its architecture alone"
-    assert note(model=str(model)) == f"start from those in {model}{alone}"
-    assert note(checkpoint=str(model)) == f"start from those in {model}"
+    alone = f"; to use only its architecture, give --model {model}/config.json"
+    assert note(model=str(model)) == f"initial weights from {model}{alone}"
+    assert note(checkpoint=str(model)) == f"initial weights from {model}"
     assert note(model=f"{model}/config.json", seed=3) == "new, drawn with seed 3"
     assert note(model="haiku") == "new, drawn with seed 42"

@@ -130,7 +130,8 @@ def test_the_default_model_needs_a_day_at_most_and_a_chosen_one_any_time(
     machine.setattr(machine_fit, "_machine_bytes", lambda: 10**12)
     Path(text).write_text("Some text. " * 10_000_000)
     with pytest.raises(
-        UserError, match=r"takes about \d+ days on this machine.* or give --model verse to train it"
+        UserError,
+        match=r"takes about \d+ days on this machine.* or give --model verse to train this model",
     ):
         check("--data", text)
     check("--data", text, "--model", "verse")

@@ -72,7 +72,7 @@ def test_ids_and_generation_config_stay(has_own: bool, weights: Path, tmp_path: 
     if has_own:
         assert notes["end of text"] == (
             "the checkpoint ends texts with 258 or 7, not with 0; its config.json and "
-            "generation_config.json stay as they came"
+            "generation_config.json are not changed"
         )
 
 
@@ -80,12 +80,12 @@ def test_another_vocabulary_brings_its_own_ids(weights: Path) -> None:
     found = choice(weights)
     made = with_tokens(shape(found), found, OTHER)
     assert (made.bos_token_id, made.eos_token_id, made.generation_config) == (0, 0, None)
-    assert "take the tokenizer's ids" in dict(tokenizer_notes(found, OTHER))["end of text"]
+    assert "get the tokenizer's id" in dict(tokenizer_notes(found, OTHER))["end of text"]
 
 
 def test_a_model_never_meets_the_bundled_vocabulary_unasked(weights: Path) -> None:
     config, _ = resolve({"checkpoint": str(weights)})
-    with pytest.raises(UserError, match=r"has no tokenizer \(it holds config\.json, generation"):
+    with pytest.raises(UserError, match=r"has no tokenizer \(its files: config\.json, generation"):
         choose_tokenizer(config, choice(weights), is_store=False)
     assert choose_tokenizer(config, choice(weights), is_store=True) is None
     config, _ = resolve({"checkpoint": str(weights), "tokenizer": "bytes"})

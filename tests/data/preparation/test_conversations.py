@@ -72,7 +72,7 @@ def test_texts_are_cleaned_and_deduplicated_beside_conversations(tmp_path: Path)
     assert prepared.report.noticed == {"markers": 2}
     notes = dict(row_notes(prepared.report, CorpusOptions(), prepared.store.tokenizer))
     assert notes["rows"] == "read 2 as messages, 2 as text"
-    assert notes["chat template"] == "plain markers, exported with the model"
+    assert notes["chat template"] == "plain-text role markers, exported with the model"
     assert notes["noticed"].startswith("2 rows with a chat model's markers")
     assert json.loads(notes["prompt"]).endswith("<|assistant|>\n")
     assert json.loads(notes["target"]) == "yes<|eos|>"
@@ -106,7 +106,9 @@ def test_workers_write_the_same(tmp_path: Path, workers: int) -> None:
 def test_what_a_template_refuses_is_a_bad_row(tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text("{{ raise_exception('No system role') }}", encoding="utf-8")
     file = str(tmp_path / "t.jinja")
-    with pytest.raises(UserError, match=r"rows\.jsonl:1 cannot be written.*: No system role\. Fix"):
+    with pytest.raises(
+        UserError, match=r"rows\.jsonl:1 cannot be rendered.*: No system role\. Fix"
+    ):
         made(tmp_path, CHAT, chat_template=file)
     kept = made(tmp_path, CHAT, {"text": "x"}, chat_template=file, on_bad_rows="skip")
     assert kept.report.dropped == {"bad row": 1}

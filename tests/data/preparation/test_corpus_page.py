@@ -113,7 +113,7 @@ def test_splits_lengths_changes_sources_and_settings(tmp_path: Path) -> None:
     assert ["4 to 7", "", "2"] in read.rows
     assert ["8 to 15", "", "0"] in read.rows, "empty ranges between others are shown"
     assert ["131,072 to 262,143", "", "1"] in read.rows  # tokens
-    assert ["texts brought to the Unicode normal form", "2"] in read.rows
+    assert ["texts converted to the Unicode normal form", "2"] in read.rows
     assert ["places that were not UTF-8, replaced by U+FFFD", "7"] in read.rows
     assert ["a.txt", "text", "9", "5"] in read.rows
     assert ["c.png", "is binary: byte 4 is NUL"] in read.rows

@@ -122,9 +122,9 @@ def test_directories_are_sorted_and_list_what_is_left_out(tmp_path: Path) -> Non
         reasons["settings.json"]
         == "is JSON but not rows (neither JSON Lines of two or more rows nor one array)"
     )
-    assert reasons["t.bin"] == "is a file of tokens among others; name it by itself"
+    assert reasons["t.bin"] == "is a token file among other files; give its path to use it"
     assert "pickle" in reasons["model.pt"]
-    assert reasons["texts.jsonl.partial"] == "is not finished; name it by itself"
+    assert reasons["texts.jsonl.partial"] == "is an unfinished file; give its path to use it"
 
 
 def test_globs_are_sorted_and_a_file_named_twice_is_read_once(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_globs_are_sorted_and_a_file_named_twice_is_read_once(tmp_path: Path) ->
             {},
             r"is an Excel workbook, which has to be exported as CSV\.",
         ),
-        (b"PK\x03\x04...", "a.txt", {}, r"is a zip archive, .*\. Give the files that come of it"),
+        (b"PK\x03\x04...", "a.txt", {}, r"is a zip archive, .*\. Give the resulting files"),
         (b"%PDF-1.7\n", "a.pdf", {}, r"is a PDF, which has to be converted to text"),
         (
             "one two three".encode("utf-16-le"),
@@ -209,11 +209,11 @@ def test_text_with_invalid_bytes_is_text_if_they_are_replaced(tmp_path: Path) ->
         (["*.xyz"], r"\*\.xyz in --data matches no file"),
         (["hollow"], r"Nothing in the directory .*hollow can be used: it holds no files"),
         (["binaries"], r"Nothing in the directory .*binaries can be used: x\.dat is binary"),
-        (["corpus", "store"], r"store in --data is a token store, and the others are not"),
+        (["corpus", "store"], r"store in --data is a token store, but other items are not"),
         (
             ["unfinished"],
             r"unfinished is an unfinished token store\. "
-            r"Run the same consyn-prepare command again",
+            r"Run its consyn-prepare command again",
         ),
     ],
 )
@@ -269,14 +269,14 @@ def test_a_manifest_of_another_program_makes_no_store(tmp_path: Path) -> None:
         Path(name).relative_to(tmp_path / "corpus").as_posix(): reason
         for name, reason in corpus.left_out
     }
-    assert reasons["damaged"] == reasons["ours"] == "is a token store; name it by itself"
+    assert reasons["damaged"] == reasons["ours"] == "is a token store; give its path to use it"
     assert "is JSON but not rows" in reasons["manifest.json"]
 
 
 def test_the_corpora_of_the_shared_data(shared_data: Path) -> None:
     corpus = find(shared_data / "gutenberg")
     assert len(corpus.sources) + len(corpus.left_out) == 15
-    assert all("UTF-8" in why or "beside" in why for _, why in corpus.left_out)
+    assert all("UTF-8" in why or "accompanies" in why for _, why in corpus.left_out)
     assert kinds(shared_data / "enwik8") == {"enwik8.gz": "text"}
     assert kinds(shared_data / "jsonl") == {
         "alpaca_en_demo.json": "jsonl",

@@ -80,14 +80,14 @@ def test_tools_and_variables_come_along() -> None:
     [
         (
             {"prompt": "Hi", "chosen": "a", "rejected": "b", "tools": [{"name": "f"}]},
-            "has tools, and its prompt is text; give the prompt as messages.",
+            "has tools, but its prompt is text; give the prompt as messages.",
         ),
         ({"prompt": "a", "chosen": "b"}, "has no key 'rejected'; its keys are 'chosen', 'prompt'"),
         ({"text": "a"}, "has no key 'chosen'"),
         ({"prompt": "a", "chosen": "b", "rejected": 3}, "holds a number under 'rejected'"),
         (
             {"question": "a", "chosen": "b", "rejected": "c"},
-            "has no key 'prompt', and 'question' may be it",
+            "has no key 'prompt', but the prompt may be under 'question'",
         ),
         (
             {"chosen": [told("a")], "rejected": [told("b")]},

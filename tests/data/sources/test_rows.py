@@ -219,8 +219,8 @@ def test_prompt_and_completion_may_be_messages() -> None:
         ({"chosen": [{"role": "assistant", "content": "c"}], "rejected": []}, "preference pair", "--messages_key chosen"),
         ({"chosen": "c", "rejected": "r"}, "preference pair", "--text_key chosen"),
         ({"question": "q", "chosen": "c", "rejected": "r", "text": "t"}, "preference pair", "--prompt_key question"),
-        ({"prompt": "p", "completion": "c", "label": False}, "verdict", "whose label is true"),
-        ({"prompt": "p", "completions": ["c"], "labels": [True]}, "judges the steps", "prompt and completion"),
+        ({"prompt": "p", "completion": "c", "label": False}, "labelled", "whose label is true"),
+        ({"prompt": "p", "completions": ["c"], "labels": [True]}, "the steps", "and completion"),
     ],
 )  # fmt: skip
 def test_preferences_are_refused_by_name(row: dict, message: str, remedy: str) -> None:
@@ -245,10 +245,11 @@ def test_likely_pairs_are_named() -> None:
     [
         (
             {"id": "7", "a review": "long enough"},
-            "as in --text_key 'a review', or those of prompt and answer with --prompt_key and ",
+            "as in --text_key 'a review', or name the fields with prompt and answer, with "
+            "--prompt_key and ",
         ),
-        ({"body": "b", "id": 7}, "Name the field that holds the text, as in --text_key body."),
-        ({"content": None, "id": None}, "as in --text_key content, or those of prompt and answer"),
+        ({"body": "b", "id": 7}, "Name the field that has the text, as in --text_key body."),
+        ({"content": None, "id": None}, "as in --text_key content, or name the fields with"),
         ({"id": 7}, "Give a --row_format, --text_key, --prompt_key, "),
         ({"dialog": [{"role": "user", "content": "q"}]}, "Give --messages_key dialog."),
         ({"dialog": '[{"from": "human", "value": "q"}]'}, "Give --messages_key dialog."),
@@ -286,7 +287,7 @@ def test_what_to_do_about_an_unknown_row_is_said(row: dict, remedy: str) -> None
 def test_flags_that_such_rows_do_not_need_are_told_so(row: dict, keys: dict[str, Any]) -> None:
     with pytest.raises(BadRow) as fault:
         read_row(row, RowKeys(**keys))
-    assert fault.value.remedy.startswith("Leave the flags of keys and --row_format out")
+    assert fault.value.remedy.startswith("Leave out --row_format and the flags")
     read_row(row, RowKeys())
 
 
@@ -480,7 +481,7 @@ NO_ROW = {f"column {i:02d}": 0 for i in range(11)} | {"a" * 100: 0}
         (
             {"instruction": "a", "output": "b", "history": [["q", "a"]]},
             RowKeys(),
-            "holds an array under 'history', which Alpaca's prompt has no place for;",
+            "holds an array under 'history', which Alpaca's prompt cannot include;",
         ),
         (
             {"messages": [{"role": "user"}]},

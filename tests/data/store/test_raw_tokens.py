@@ -77,7 +77,7 @@ def test_large_vocabularies_make_nanogpts_tokens_four_bytes(tmp_path: Path) -> N
         file.write(b"12")
     with pytest.raises(
         UserError,
-        match=r"odd\.bin has 18 bytes, not a multiple of 4, as a vocabulary of 100,000",
+        match=r"odd\.bin has 18 bytes, but with a vocabulary of 100,000",
     ):
         RawTokens([tmp_path / "odd.bin"], Large())
 

@@ -103,7 +103,7 @@ def test_pickles_under_other_names_are_not_run(tmp_path: Path) -> None:
         out.write(pickle.dumps([Trap()]))
     assert look(tmp_path / "objects.npy") == (
         "",
-        "is not opened, because it holds Python objects, which are a pickle, which could run code",
+        "is not opened, because it contains pickled Python objects, which could run code",
     )
 
 
@@ -112,8 +112,8 @@ def test_nanogpts_meta_is_refused_with_the_reason(tmp_path: Path) -> None:
     kind, reason = look(tmp_path / "meta.pkl")
     assert not kind
     assert reason == (
-        "is nanoGPT's vocabulary in a pickle, which could run code when it is opened, "
-        "and is not needed"
+        "is nanoGPT's vocabulary, which is not needed, in a pickle, which could run code "
+        "when it is opened"
     )
 
 
@@ -130,7 +130,7 @@ def test_nanogpts_meta_is_refused_with_the_reason(tmp_path: Path) -> None:
         (
             "x.txt",
             lambda path, _: path.write_bytes(b"abc"),
-            "is not named like a token file, which ends in .bin or .npy",
+            "has no suffix of a token file (.bin or .npy)",
         ),
         (
             "x.bin",
@@ -160,17 +160,17 @@ def test_nanogpts_meta_is_refused_with_the_reason(tmp_path: Path) -> None:
         (
             "x.npy",
             lambda path, _: path.write_bytes(b"abc"),
-            "is not a NumPy file, though its name ends in .npy",
+            "is not a NumPy file, although its name ends in .npy",
         ),
         (
             "x.npy",
             lambda path, _: path.write_bytes(b"\x93NUMPY\1\0"),
-            "has no NumPy header that can be read",
+            "has no readable NumPy header",
         ),
         (
             "x.npy",
             lambda path, _: path.write_bytes(b"\x93NUMPY\1\0\xff\xff{" + b"[" * 9000),
-            "has no NumPy header that can be read",
+            "has no readable NumPy header",
         ),
         (
             "x.npy",

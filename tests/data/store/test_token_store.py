@@ -346,12 +346,12 @@ def test_links_out_of_a_store_are_not_followed(
 def test_a_manifest_without_end_is_refused(tmp_path: Path, tokenizer: BPETokenizer) -> None:
     store = build(tmp_path / "store", tokenizer).directory
     os.truncate(store / "manifest.json", 1 << 40)
-    with pytest.raises(UserError, match=r"has 1,099,511,627,776 bytes, more than such a file can"):
+    with pytest.raises(UserError, match=r"has 1,099,511,627,776 bytes, too many for this kind"):
         TokenStore(store)
 
 
 def test_another_tokenizer_in_the_store_is_refused(tmp_path: Path, tokenizer: BPETokenizer) -> None:
     store = build(tmp_path / "store", tokenizer)
     BPETokenizer.train_from_iterator(TEXTS, 270).save(store.directory / "tokenizer")
-    with pytest.raises(UserError, match="is not the one its manifest names"):
+    with pytest.raises(UserError, match="is not the tokenizer that its manifest"):
         _ = TokenStore(store.directory).tokenizer

@@ -59,7 +59,7 @@ WRITTEN = {
     ),
 }
 REFUSED = {
-    "qwen3 window": "no sliding window for this layout, but the model has one of 5 tokens. With --context 5",
+    "qwen3 window": "no sliding window for this layout, but the model has one of 5 tokens. Give --",
     "mistral": "no sliding window for this layout",
     "ministral": "no sliding window for this layout",
     "smollm3": "no sliding window for this layout",
@@ -148,10 +148,10 @@ def test_vocabularies(shared_data: Path) -> None:
     assert found.tokens[-3:] == ["[PAD50257]", "[PAD50258]", "[PAD50259]"]
     content = json.loads(gpt2.to_json())
     content["pre_tokenizer"] = {"type": "Whitespace"}
-    with pytest.raises(UserError, match="no text of it is split there by 'Whitespace'"):
+    with pytest.raises(UserError, match="has no rule that splits text by 'Whitespace'"):
         vocabulary(BPETokenizer(json.dumps(content)), gpt2.vocab_size)
     own = BPETokenizer.train_from_iterator(["some words some"], 262, GPT2_PATTERN)
     content = json.loads(own.to_json())
     content["normalizer"] = {"type": "Lowercase"}
-    with pytest.raises(UserError, match="it changes text first"):
+    with pytest.raises(UserError, match="it changes text before"):
         vocabulary(BPETokenizer(json.dumps(content)), 262)

@@ -42,6 +42,6 @@ def test_a_message_that_does_not_fit_leaves_the_history(session: ChatSession) ->
     for text in ("a", "b", "c"):
         session.answer(text)
     kept = list(session.messages)
-    with pytest.raises(UserError, match=r"has 7 tokens with this message, .* is 6\. Start anew"):
+    with pytest.raises(UserError, match=r"has 7 tokens with this message, .* is 6\. Start a new"):
         session.answer("d")
     assert session.messages == kept

@@ -51,7 +51,7 @@ def test_lines_and_rows_are_prompts(tmp_path: Path) -> None:
         ({"messages": ASKED, "tools": {"a": 1}}, "holds an object under the key 'tools', not an"),
         ({"messages": ASKED, "tools": False}, "holds true or false under the key 'tools'"),
         ({"messages": ASKED, "functions": 3}, "holds a number under the key 'functions'"),
-        ({"prompt": "x", "tools": [{}]}, "has tools, and its prompt is text"),
+        ({"prompt": "x", "tools": [{}]}, "has tools, but its prompt is text"),
     ],
 )
 def test_a_wrong_row_is_named(tmp_path: Path, row: object, message: str) -> None:
@@ -60,7 +60,7 @@ def test_a_wrong_row_is_named(tmp_path: Path, row: object, message: str) -> None
 
 
 def test_files_that_hold_no_prompts_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is a table, not prompts"):
+    with pytest.raises(UserError, match="is a table, not a file"):
         given_prompts([], str(tmp_path / "prompts.csv"))
     with pytest.raises(UserError, match="has no prompts: it is empty"):
         given_prompts([], written(tmp_path / "a.txt", "", "  "))

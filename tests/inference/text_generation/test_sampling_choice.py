@@ -33,7 +33,7 @@ def test_without_do_sample_the_likeliest_token_is_taken() -> None:
 def test_what_has_no_effect_is_refused_or_said() -> None:
     with pytest.raises(UserError, match="--top_p has no effect at --temperature 0"):
         choose_sampling(SamplingOptions(temperature=0.0, top_p=0.5), QWEN)
-    several = r"^--num_return_sequences 3 would give the same text.* Add --temperature 1, or leave"
+    several = r"^--num_return_sequences 3 would repeat one text.* Add --temperature 1, or leave"
     for defaults in ({}, {"temperature": 0.6}):
         with pytest.raises(UserError, match=several):
             choose_sampling(SamplingOptions(num_return_sequences=3), defaults)

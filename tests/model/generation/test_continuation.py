@@ -106,11 +106,11 @@ def test_prompts_that_do_not_fit_are_refused(params: Params) -> None:
         (jnp.array([3, 4]), r"^The prompts are one row of ids\. Pass \[ids\]"),
         (np.ones((1, 1, 1), int), r"^Prompt 0 has input_ids of shape \(1, 1\)"),
         ([[3], "a"], r"^Prompt 1 is a text, and others are ids"),
-        ({"input_ids": [[3]], "attention_mask": [[1]]}, r"^Prompts are a dict, .* 'input_ids'"),
+        ({"input_ids": [[3]], "attention_mask": [[1]]}, r"^The prompts are a dict, .* 'input_ids'"),
         ([{"role": "user", "content": "a"}], r"^The prompts are messages of a conversation\. Use"),
         ([[{"role": "user", "content": "a"}]], r"^The prompts are messages of a conversation\."),
         (b"a", r"^The prompts are bytes\. Pass text: prompts\.decode\(\)"),
-        (None, r"^Prompts of type NoneType are not supported\. Give a text"),
+        (None, r"^Prompts of type NoneType are not supported\. Pass a text"),
     ],
 )
 def test_prompts_that_cannot_be_are_answered_with_a_remedy(
@@ -125,12 +125,12 @@ def test_prompts_that_cannot_be_are_answered_with_a_remedy(
     ("options", "message"),
     [
         ({"attention_mask": [[1]]}, r"takes no attention_mask\. Pass lists of ids without padding"),
-        ({"do_sample": True}, r"takes no do_sample\. Give temperature=1\.0 to draw"),
-        ({"max_length": 9}, r"takes no max_length\. Give max_new_tokens"),
+        ({"do_sample": True}, r"takes no do_sample\. Pass temperature=1\.0 to sample"),
+        ({"max_length": 9}, r"takes no max_length\. Pass max_new_tokens"),
         ({"num_return_sequences": 3}, r"takes no num_return_sequences\. Repeat the prompt"),
-        ({"tokenizer": "a"}, r"takes no tokenizer\. Texts need the model's own"),
-        ({"beams": 2}, r"takes no beams\. Its arguments are prompts, max_new_tokens, compute"),
-        ({"top_k": 5}, r"^top_k has no effect at temperature 0.*Give temperature=1\.0, or leave"),
+        ({"tokenizer": "a"}, r"takes no tokenizer\. Texts are encoded by the model's tokenizer"),
+        ({"beams": 2}, r"takes no beams\. The arguments are prompts, max_new_tokens, compute"),
+        ({"top_k": 5}, r"^top_k has no effect at temperature 0.*Pass temperature=1\.0, or leave"),
         ({"top_p": 0.5, "temperature": 0.0}, r"^top_p has no effect at temperature 0"),
         (
             {"compute": "bfloat16"},
@@ -173,5 +173,5 @@ def test_a_number_of_new_tokens_that_cannot_be_is_refused(count: Any) -> None:
 @pytest.mark.parametrize("eos", [-1, 10**6, [2, -1], True])
 def test_an_end_that_cannot_be_is_refused(eos: Any) -> None:
     model = ConsynLMHeadModel.from_config(CONFIG, seed=0)
-    with pytest.raises(UserError, match="eos_token_id must be an id of the vocabulary"):
+    with pytest.raises(UserError, match="eos_token_id must be one or several ids"):
         model.generate([[3, 4]], 1, eos_token_id=eos)

@@ -66,7 +66,7 @@ def test_a_layout_that_is_asked_for_is_used_and_no_wrong_one_is(name: str) -> No
 
 def test_a_model_that_no_layout_holds_is_refused_before_training() -> None:
     config = replace(LAYOUTS["qwen3"][0], rotary_layers=(True, False))
-    with pytest.raises(UserError, match="No Hugging Face layout holds"):
+    with pytest.raises(UserError, match="No Hugging Face layout supports"):
         family_of(config)
 
 
@@ -103,7 +103,7 @@ def test_a_model_that_no_layout_holds_is_refused_before_training() -> None:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5, which llama lacks"),
         ({"attention_bias": "yes"}, "attention_bias is 'yes'"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "(bitsandbytes)"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "its weights are quantised"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "the weights are quantised"),
         ({"compression_config": {}, "quantization_config": {"bits": 4}}, "(no method)"),
         ({"hidden_act": "gelu"}, "has hidden_act 'gelu'"),
         ({"model_type": "bert", "hidden_act": "gelu"}, "has model_type 'bert'"),
@@ -118,7 +118,7 @@ def test_a_model_that_no_layout_holds_is_refused_before_training() -> None:
         ),
         (
             {"model_type": "mistral", "layer_types": ["sliding_attention", "full_attention"]},
-            "transformers ignores in a mistral",
+            "transformers ignores for mistral",
         ),
         ({"model_type": "smollm3", "no_rope_layers": [1]}, "num_hidden_layers is 2. Correct one"),
         (

@@ -88,8 +88,8 @@ def changed(place: Path, **values: Any) -> None:
         ({"bias": "all"}, "bias 'all'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa', which is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"base_model_name_or_path": None}, "its base is named nowhere"),
-        ({"base_model_name_or_path": "/nowhere/at/all"}, "not there: /nowhere/at/all"),
+        ({"base_model_name_or_path": None}, "its base model has no name"),
+        ({"base_model_name_or_path": "/nowhere/at/all"}, "/nowhere/at/all does not exist"),
         ({"lora_alpha": "much"}, "gives no lora_alpha"),
         ({"alpha_pattern": {"(": 1}}, "gives no lora_alpha"),
         ({"alpha_pattern": {"(.*)*x": 1}}, "repeats too much"),
@@ -110,7 +110,7 @@ def test_what_is_no_plain_lora_is_refused(
 def test_another_base_is_refused(tmp_path: Path) -> None:
     config, base, _ = written(tmp_path, "llama tied")
     save_parameters(tmp_path / "base", config, {**base, "norm": base["norm"] + 1})
-    with pytest.raises(UserError, match="an adapter of other weights than those"):
+    with pytest.raises(UserError, match="an adapter that was trained on other weights"):
         read_checkpoint(tmp_path / "adapter")
     changed(tmp_path, base_model_name_or_path=str(tmp_path / "adapter"))
     with pytest.raises(UserError, match="is an adapter, too"):
@@ -124,7 +124,7 @@ def test_a_model_of_other_sizes_is_refused(tmp_path: Path) -> None:
     save_adapter(
         tmp_path / "adapter", config, random_adapter(config), OPTIONS, Base(str(tmp_path / "wider"))
     )
-    with pytest.raises(UserError, match=r"which in its base .* is of shape"):
+    with pytest.raises(UserError, match=r"in the base model .* this tensor has shape"):
         read_checkpoint(tmp_path / "adapter")
 
 
@@ -147,7 +147,7 @@ def test_links_out_of_an_adapter_are_not_followed(name: str, tmp_path: Path) -> 
     written(tmp_path, "qwen3")
     (tmp_path / "adapter" / name).rename(tmp_path / "elsewhere")
     (tmp_path / "adapter" / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=f"{name} is a link to .*elsewhere, outside of its direc"):
+    with pytest.raises(UserError, match=f"{name} is a link to .*elsewhere, outside its direc"):
         read_checkpoint(tmp_path / "adapter")
 
 

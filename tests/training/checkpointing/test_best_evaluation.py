@@ -65,7 +65,7 @@ def test_a_metric_that_is_never_logged() -> None:
     resolve({"metric_for_best_model": "eval/accuracy"})
     with pytest.raises(
         UserError,
-        match=r"eval/los is not a metric of evaluations of --objective next_token; "
+        match=r"eval/los is not an evaluation metric of --objective next_token; "
         r"did you mean eval/loss\? Known: eval/loss, eval/perplexity",
     ):
         resolve({"metric_for_best_model": "eval/los"})

@@ -195,10 +195,10 @@ def test_later_steps_are_removed(checkpoints: Checkpoints) -> None:
 
 
 def test_a_step_that_is_not_there_is_named_with_those_that_are(checkpoints: Checkpoints) -> None:
-    with pytest.raises(UserError, match=r"has no checkpoint of step 5; there are: none\."):
+    with pytest.raises(UserError, match=r"has no checkpoint of step 5\. Saved steps: none\."):
         checkpoints.restore(5, like(state_of(5)))
     save(checkpoints, 4)
-    with pytest.raises(UserError, match=r"has no checkpoint of step 5; there are: 4\."):
+    with pytest.raises(UserError, match=r"has no checkpoint of step 5\. Saved steps: 4\."):
         checkpoints.restore(5, like(state_of(5)))
 
 
@@ -523,7 +523,7 @@ def test_without_room_a_save_is_not_begun(
             assert not checkpoints.save(step, state_of(step), {})
         checkpoints.wait()
         assert not checkpoints.save(7, state_of(7), {})
-    told = "The checkpoint of step 5 could not be written to {}: it needs 1 MB, and 0 MB are free. The newest is that of step 4."
+    told = "The checkpoint of step 5 could not be written to {}: it needs 1 MB, and 0 MB are free. The newest checkpoint is that of step 4."
     assert warnings == [told.format(checkpoints.directory)]
     assert [path.name for path in checkpoints.directory.iterdir()] == ["4"]
     save(checkpoints, 8)
@@ -588,7 +588,9 @@ def test_whatever_the_system_refuses_the_run_goes_on_and_the_last_good_one_stays
         assert len(warnings) == before + 1, asked[at]
         assert os.strerror(code) in warnings[-1]
         steps = checkpoints.steps()
-        assert steps[-1] == (step if "An older checkpoint" in warnings[-1] else good), asked[at]
+        assert steps[-1] == (step if "A checkpoint from before" in warnings[-1] else good), asked[
+            at
+        ]
         again = Checkpoints(checkpoints.directory)  # what another process would find
         assert again.newest() in (steps[-1], step), asked[at]
         again.close()
@@ -647,7 +649,7 @@ def test_older_ones_that_cannot_be_removed_are_tried_again(
         )
         save(checkpoints, 3)
     assert warnings == [
-        f"An older checkpoint than that of step 3 could not be removed from {checkpoints.directory}: Permission denied."
+        f"A checkpoint from before step 3 could not be removed from {checkpoints.directory}: Permission denied."
     ]
     save(checkpoints, 5)
     assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["3", "5"]
@@ -704,7 +706,9 @@ def test_a_renamed_checkpoint_is_refused_with_both_steps(copied: Path) -> None:
         lambda: checkpoints.record(12),
         lambda: checkpoints.restore(12, like(state_of(6))),
     ):
-        with pytest.raises(UserError, match="the name of step 12 and holds the state of step 6"):
+        with pytest.raises(
+            UserError, match="the name of step 12, but contains the state of step 6"
+        ):
             refused()
     checkpoints.close()
 
@@ -715,7 +719,7 @@ def test_a_checkpoint_that_is_renamed_under_a_run_ends_it(tmp_path: Path) -> Non
     checkpoints.save(1, state_of(1), {"step": 1, "run": own.run})
     checkpoints.wait()
     (tmp_path / "1").rename(tmp_path / "2")
-    with pytest.raises(UserError, match="the name of step 2 and holds the state of step 1"):
+    with pytest.raises(UserError, match="the name of step 2, but contains the state of step 1"):
         checkpoints.save(2, state_of(2), {"step": 2, "run": own.run})
     checkpoints.close()
 

@@ -198,7 +198,7 @@ def test_a_loss_that_never_falls_suggests_nothing() -> None:
         assert found.rate is None
         assert found.rule is None
         assert found.candidates == {}
-        assert "No rate up to 1 made the loss fall by more than its noise." in found.reason
+        assert "No rate up to 1 lowered the loss by more than its noise." in found.reason
     rising_from_the_first = suggest(with_losses([*np.linspace(5, 8, 30), math.inf]))
     assert "No rate up to 1e-06 made" in rising_from_the_first.reason
 
@@ -223,7 +223,7 @@ def test_too_few_steps(length: int) -> None:
         assert found.rate is None
         assert (
             found.reason
-            == f"The test ended after {length} steps with a finite loss, and a curve needs 20."
+            == f"The test ended after {length} steps with a finite loss, but a suggestion needs at least 20."
         )
         assert draw_curve(curve, found).endswith(found.reason)
 

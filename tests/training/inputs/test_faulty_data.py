@@ -51,23 +51,23 @@ FAULTY: dict[str, tuple[Any, str]] = {
     "lists in a DataLoader": (DataLoader([ROW, ROW], batch_size=2), "turns rows of lists into"),  # type: ignore[arg-type]
     "two kinds of labels": (
         [{**ROW, "labels": [1, 5, 6, 2]}, {**ROW, "labels": [5, 6, 2, -100]}],
-        "Row 1 of train_dataloader has labels that do not equal its input_ids, and those of "
-        "earlier ones do. Give labels of one kind",
+        "Row 1 of train_dataloader has labels that differ from the input_ids, but earlier "
+        "labels equal them. Give labels of one kind",
     ),
     "two kinds, the other way": (
         [{**ROW, "labels": [5, 6, 2, -100]}, {**ROW, "labels": [1, 5, 6, 2]}],
-        "Row 1 of .* that equal its input_ids, and those of earlier ones do not",
+        "Row 1 of .* that equal the input_ids, but earlier labels differ from them",
     ),
     "two kinds in batches": (
         [
             {"input_ids": np.array([[1, 5, 6]] * 2), "labels": np.array([[1, 5, 6]] * 2)},
             {"input_ids": np.array([[1, 5, 6]] * 2), "labels": np.array([[5, 6, 2]] * 2)},
         ],
-        "Batch 1 of .* labels that do not equal",
+        "Batch 1 of .* labels that differ from",
     ),
     "two kinds in a batch": (
         [{"input_ids": np.array([[1, 5, 6]] * 2), "labels": np.array([[1, 5, 6], [5, 6, 2]])}],
-        "Batch 0 of train_dataloader, row 1, has labels that do not equal",
+        "Batch 0 of train_dataloader, row 1, has labels that differ from",
     ),
     "two kinds from a DataLoader": (
         DataLoader(
@@ -97,7 +97,7 @@ FAULTY: dict[str, tuple[Any, str]] = {
     ),
     "one mask too many": (
         {"input_ids": [[1, 5], [1, 6]], "attention_mask": [[1, 1]] * 3},
-        "2 rows of input_ids, and its attention_mask are 3 rows. Give attention_mask for each row",
+        "2 rows of input_ids, but attention_mask has 3 rows. Give attention_mask for each row",
     ),
     "one mask too few": (
         {"input_ids": [[1, 5], [1, 6]], "attention_mask": [[1, 1]]},

@@ -166,6 +166,25 @@ def decay_of(value: np.ndarray) -> float:
     return DECAY if value.ndim > 1 else 0.0
 
 
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"adafactor"}))
+def test_scale_free_rules_forget_the_size_of_gradients(name: str) -> None:
+    """muP is refused for the others. Adafactor's bound on an update is that of a whole matrix."""
+    shape = {"layers": {"q": jnp.ones((2, 8, 8))}, "embedding": jnp.ones((16, 8))}
+    axes = {"layers": {"q": ("layers", "embed", "heads")}, "embedding": ("vocab", "embed")}
+    options = resolve({"model": "haiku", "optimizer": name, "lr": 0.1})[0].optimizer
+    rule = build_optimizer(options, 0.1, axes)
+    gradients = jax.tree.map(
+        lambda x: jnp.asarray(np.random.default_rng(0).normal(size=x.shape), jnp.float32), shape
+    )
+    moves = []
+    for scale in (1.0, 100.0):
+        scaled = jax.tree.map(lambda g, scale=scale: g * scale, gradients)
+        updates, _ = rule.update(scaled, rule.init(shape), shape)
+        moves.append(np.concatenate([np.ravel(u) for u in jax.tree.leaves(updates)]))
+    is_free = np.allclose(*moves, rtol=1e-3, atol=1e-5)
+    assert is_free == OPTIMIZERS[name].scale_free
+
+
 @pytest.mark.slow
 @pytest.mark.users_compiler
 def test_adamw_is_torchs(stories: tuple[Params, list[Params], Any]) -> None:
@@ -359,12 +378,12 @@ def test_recipes_are_adapted_to_the_optimizer() -> None:
             {"optimizer": "adam"},
             r"--optimizer 'adam' is not known; did you mean adamw\? Known: adamw, adafactor, ",
         ),
-        ({"optimizer": "sgd"}, "--optimizer sgd needs a much higher rate"),
+        ({"optimizer": "sgd"}, "--optimizer sgd needs a much higher learning rate"),
         ({"lr": -1}, "--lr must be greater than 0"),
         ({"eps": 0}, "--eps must be greater than 0"),
         (
             {"momentum": 0.9},
-            "--momentum is for adafactor, muon, sgd; --optimizer adamw has --beta1",
+            "--momentum is for adafactor, muon, sgd; adamw has --beta1",
         ),
         ({"momentum": 1, "optimizer": "muon"}, "--momentum must be at least 0 and below 1"),
         (
@@ -377,11 +396,11 @@ def test_recipes_are_adapted_to_the_optimizer() -> None:
             "--lr_multipliers embedding must be a number, not 'nan'",
         ),
         ({"lr_multipliers": "head=-1"}, "--lr_multipliers head must not be negative"),
-        ({"lr_multipliers": "head=1,head=2"}, "--lr_multipliers has head twice"),
+        ({"lr_multipliers": "head=1,head=2"}, "--lr_multipliers names head twice"),
         ({"lr_multipliers": ""}, "--lr_multipliers has no group ''"),
         (
             {"optimizer": "schedule_free_adamw", "scheduler": "cosine"},
-            "averages its weights instead of lowering the rate, so it cannot have --scheduler",
+            "averages its weights instead of lowering the learning rate",
         ),
         (
             {"optimizer": "schedule_free_adamw", "beta1": 0},

@@ -159,10 +159,12 @@ def test_without_its_file_or_with_a_damaged_one_a_run_is_not_resumed(
     shutil.copytree(finished, output)
     file = output / FILE
     file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\0")
-    with pytest.raises(UserError, match=r"reference\.safetensors, which holds .* is damaged\. Res"):
+    with pytest.raises(UserError, match=r"reference\.safetensors, with .* is damaged\. Res"):
         trainer(rows, output, resume="2").train()
     file.unlink()
-    with pytest.raises(UserError, match=r"is missing, which holds the log-probabilities that"):
+    with pytest.raises(
+        UserError, match=r"with the reference log-probabilities of this run, is missing"
+    ):
         trainer(rows, output, resume="2").train()
 
 
@@ -237,7 +239,7 @@ def test_mesh_batch_and_accumulation_make_no_difference(
 
 
 def test_pairs_need_the_objective_and_the_objective_needs_pairs(rows: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds pairs of answers\. Give objective='dpo'"):
+    with pytest.raises(UserError, match=r"has pairs of answers\. Pass objective='dpo'"):
         ConsynTrainer(model(), data(rows), output_dir=tmp_path / "run")
     text = get_dataset(rows, TOKENIZER, 16, prompt_key="prompt", completion_key="chosen")
     with pytest.raises(UserError, match="holds no pairs of answers"):

@@ -171,7 +171,7 @@ def test_one_byte_of_the_data_that_changed_is_named(made: Path, run: Path, patte
         (only,) = verify_directory(run / "final").differs
     finally:
         path.write_bytes(content)
-    assert only == f"data: {path} is not what it was"
+    assert only == f"data: {path} has changed"
 
 
 def test_a_changed_value_of_the_configuration_is_named(run: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_changed_value_of_the_configuration_is_named(run: Path) -> None:
         (run / "config.yaml").read_text().replace("\nlr: 0.004", "\nlr: 0.003") + "\n"
     )
     (only,) = verify_directory(run).differs
-    assert "another text" in only
+    assert "its text has changed" in only
 
 
 def test_one_byte_of_the_code_that_changed_is_named(
@@ -199,7 +199,7 @@ def test_one_byte_of_the_code_that_changed_is_named(
     found = verify_directory(run / "final").differs
     assert found[:2] == [
         "code: consyn_jax/other.py is new",
-        "code: consyn_jax/training/step.py is not what it was",
+        "code: consyn_jax/training/step.py has changed",
     ]
     assert any(line.startswith("library: jax is 9, and was ") for line in found)
 
@@ -215,7 +215,7 @@ def test_a_link_in_a_store_is_named_and_all_else_is_compared(
     finally:
         link.unlink()
     (only,) = found.differs
-    assert only.startswith(f"data: {link} is a link to {tmp_path}, outside of its directory")
+    assert only.startswith(f"data: {link} is a link to {tmp_path}, outside its directory")
     assert any(line.endswith(f"of {store}") for line in found.agrees)
 
 
@@ -248,7 +248,7 @@ def test_a_record_of_the_run_that_was_edited_is_not_that_of_its_models(run: Path
     edit(run, lambda facts: facts["initial_weights"].update({"from": "seed 7"}))
     found = verify_directory(run).differs
     assert any(
-        "final/provenance.json and that of the run differ in initial weights" in f for f in found
+        "final/provenance.json and the run's record differ in initial weights" in f for f in found
     )
 
 
@@ -328,7 +328,7 @@ def test_a_source_that_changed_since_is_named(
     told = capsys.readouterr()
     steps = [json.loads(line) for line in told.out.splitlines()]
     assert [step["changed_sources"] for step in steps] == 2 * [[str(source)]]
-    said = "does not exist here" if is_gone else "is not what it was when the data was prepared"
+    said = "does not exist here" if is_gone else "has changed since the data was prepared"
     assert told.err.count("warning: ") == 1
     assert f"warning: {source} {said}" in told.err
     assert command("--output", run, "--documents_of", "3:4", "--json") == 0
@@ -347,7 +347,7 @@ def test_documents_need_no_device(run: Path, made: Path) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("tokens learned") == 2
+    assert done.stdout.count("training targets") == 2
     assert f"{made / 'b.jsonl'}, row " in done.stdout
 
 
@@ -378,7 +378,7 @@ def test_a_run_on_data_without_places_says_so(
 ) -> None:
     edit(run, lambda facts: facts["data"].update(order="unknown"))
     assert command("--output", run, "--documents_of", 3) == 2
-    assert "its data was streamed, or given in Python" in capsys.readouterr().err
+    assert "its data was streamed, or passed in Python" in capsys.readouterr().err
 
 
 def test_a_store_that_is_gone_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

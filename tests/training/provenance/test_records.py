@@ -219,7 +219,7 @@ def changed(file: Path, **values: Any) -> None:
         (
             lambda run: (run / "metrics.jsonl").write_text(""),
             [
-                "identity: RUN/metrics.jsonl has no start of the run",
+                "identity: RUN/metrics.jsonl has no start event of the run",
                 "identity: RUN/metrics.jsonl ends at step 0, and the newest checkpoint is of step 2",
             ],
         ),
@@ -245,19 +245,21 @@ def changed(file: Path, **values: Any) -> None:
         ),
         (
             lambda run: os.truncate(run / "final/model.safetensors", 1 << 40),
-            ["weights: RUN/final/model.safetensors is mostly a hole"],
+            ["weights: RUN/final/model.safetensors is a large sparse file"],
         ),
         (
             lambda run: os.truncate(run / "tokenizer/t.json", 1 << 40),
-            ["tokenizer: RUN/tokenizer/t.json is mostly a hole, and is not read"],
+            ["tokenizer: RUN/tokenizer/t.json is a large sparse file, and is not read"],
         ),
         (
             lambda run: os.truncate(run / "metrics.jsonl", 1 << 40),
-            ["identity: RUN/metrics.jsonl is mostly a hole, and is not read"],
+            ["identity: RUN/metrics.jsonl is a large sparse file, and is not read"],
         ),
         (
             lambda run: (run / "checkpoints/2").rename(run / "checkpoints/20"),
-            ["weights: RUN/checkpoints/20 has the name of step 20 and holds the state of step 2"],
+            [
+                "weights: RUN/checkpoints/20 has the name of step 20, but contains the state of step 2"
+            ],
         ),
         (
             lambda run: (run / "checkpoints/02").mkdir(),
@@ -378,7 +380,7 @@ def test_a_repeated_step_whose_values_may_not_be_finite(
     finite = [value if math.isfinite(value) else None for value in repeated]
     assert list(told["repeated"].values()) == finite
     assert told["logged"] == {key: line.get(f"train/{key}") for key in ("loss", "grad_norm")}
-    assert ("in the run not finite" in "".join(_page(again, Path("run"), ""))) == (len(line) < 2)
+    assert ("in the run: not finite" in "".join(_page(again, Path("run"), ""))) == (len(line) < 2)
 
 
 def test_the_steps_before_a_repeated_one_are_counted() -> None:

@@ -64,7 +64,7 @@ def test_a_copy_in_the_place_of_the_directory_ends_the_run(
     path.rename(path.with_name("moved"))
     path.with_name("copy").rename(path)
     before = sorted(path.rglob("*"))
-    with pytest.raises(UserError, match="is not the directory that the run began in"):
+    with pytest.raises(UserError, match="is not the directory in which the run began"):
         opened.check()
     assert sorted(path.rglob("*")) == before
 
@@ -85,7 +85,7 @@ def test_a_run_that_takes_its_place_during_a_check_is_named(
         return own
 
     monkeypatch.setattr(RunRecord, "read", first_the_own)
-    with pytest.raises(UserError, match="holds another run now"):
+    with pytest.raises(UserError, match="now has another run"):
         opened.check()
     other.close()
 

@@ -27,7 +27,7 @@ def test_names_beside_the_checkpoints_that_are_not_steps_are_ignored(tmp_path: P
 def test_a_number_that_no_checkpoint_has_for_a_name_is_refused(name: str, tmp_path: Path) -> None:
     begin(tmp_path)
     (tmp_path / "checkpoints" / name).mkdir()
-    with pytest.raises(UserError, match=rf"{name} is no name of a checkpoint"):
+    with pytest.raises(UserError, match=rf"{name} is not a valid name for a checkpoint"):
         holds_run(run(tmp_path)[0])
 
 
@@ -82,7 +82,7 @@ def test_resume_by_step_needs_that_checkpoint_and_never_needs_no_run(tmp_path: P
         open_run_directory(run(tmp_path / "run", resume="never")[0], DERIVED)
     assert not holds_run(run(tmp_path / "new", resume="never")[0])
     with pytest.raises(
-        UserError, match=r"--resume 5: .* has no checkpoint of that step; there are: 3\."
+        UserError, match=r"--resume 5: .* has no checkpoint of that step. Saved steps: 3\."
     ):
         open_run_directory(run(tmp_path / "run", resume="5")[0], DERIVED)
     assert holds_run(run(tmp_path / "run", resume="3")[0])
@@ -94,7 +94,7 @@ def test_only_directories_named_by_a_step_are_checkpoints(tmp_path: Path) -> Non
     (checkpoints / "3²").mkdir()
     (checkpoints / "²").mkdir()
     (checkpoints / "5").write_text("")
-    with pytest.raises(UserError, match=r"there are: 3\."):
+    with pytest.raises(UserError, match=r"Saved steps: 3\."):
         open_run_directory(run(tmp_path / "run", resume="5")[0], DERIVED)
     shutil.rmtree(checkpoints)
     checkpoints.write_text("")

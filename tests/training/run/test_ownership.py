@@ -96,7 +96,7 @@ def test_a_checkpoint_of_another_run_is_named(tmp_path: Path) -> None:
 def test_a_checkpoint_with_the_name_of_another_step_is_named(tmp_path: Path) -> None:
     check_step(tmp_path / "7", {"step": 7})
     for recorded in (8, "07", None, 10**400):
-        with pytest.raises(UserError, match=r"the name of step 7 and holds the state of step "):
+        with pytest.raises(UserError, match=r"the name of step 7, but contains the state of step "):
             check_step(tmp_path / "7", {"step": recorded})
 
 
@@ -141,7 +141,7 @@ def test_a_run_whose_directory_another_start_has_taken_writes_nothing_more(
     else:
         with pytest.raises(UserError):
             log.write(2, 20)
-    with pytest.raises(UserError, match=r"another|was started again") as caught:
+    with pytest.raises(UserError, match=r"another|started the run again") as caught:
         first.raise_if_lost()
     assert str(path) in str(caught.value)
     with pytest.raises(UserError):

@@ -64,7 +64,7 @@ def test_sizes_that_are_the_same_are_refused() -> None:
 
 def test_a_model_whose_heads_do_not_make_up_its_width_is_refused() -> None:
     options = run_of(hidden_dim=128, num_heads=2, head_dim=32).model
-    with pytest.raises(UserError, match="2 heads of 32 do not make up --hidden_dim 128"):
+    with pytest.raises(UserError, match="2 heads of 32 are not --hidden_dim 128"):
         scaled(options, 1e5)
 
 

@@ -1,7 +1,7 @@
 """Read Parquet and Arrow files as tables, starting at any row, and convert tables to Python rows.
 
-Files are read by Parquet row groups and Arrow record batches. Reaching a row costs at most one of
-them, and memory holds one. Only JSON columns are decoded.
+Files are read by Parquet row groups and Arrow record batches. Reaching a row reads at most one of
+these, and only one is in memory at a time. Only JSON columns are decoded.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any, NamedTuple
 from consyn_jax.errors import UserError, brief
 
 BATCH_ROWS = 256
-# Python objects take several times the memory of the Arrow values that they are made from.
+# Python objects take several times the memory of the Arrow values they are made from.
 BATCH_BYTES = 4 << 20
 READ_BYTES = 1 << 20
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 _Read = tuple[Any, Sequence[str], int, int]
-"""Record batch, all columns of the file, rows skipped before the batch, bytes up to its end."""
+"""(Record batch, all columns of the file, rows skipped before the batch, bytes up to its end.)"""
 
 
 class Part(NamedTuple):
-    """Consecutive rows of a file or of a dataset of the Hub.
+    """Consecutive rows of a file or of a Hub dataset.
 
     Attributes:
-        table: the columns that are needed; if the file has none of them, all columns with nulls.
-        names: all columns of the file.
-        bytes_done: bytes read up to its end; 0 while streaming.
+        table: the needed columns; if the file has none of them, all columns, filled with nulls.
+        names: names of all columns of the file.
+        bytes_done: bytes of the file read up to the end of this part; 0 while streaming.
         place: the file or dataset, for messages.
     """
 
@@ -41,7 +41,7 @@ class Part(NamedTuple):
 
 
 def tables(paths: tuple[Path, ...], start: int, columns: Sequence[str]) -> Iterator[Part]:
-    """The rows of all files from row `start` on."""
+    """Read the rows of all files from row `start` on, as parts."""
     before = 0
     for path in paths:
         read = _parquet if path.suffix.lower() == ".parquet" else _arrow
@@ -75,7 +75,7 @@ def _damage(path: Path) -> Iterator[None]:
 
 
 def _parquet(path: Path, start: int, columns: Sequence[str]) -> Iterator[_Read]:
-    """The rows of a file from `start` on; row groups before it are not read."""
+    """Read a Parquet file from row `start` on; earlier row groups are not read."""
     import pyarrow.parquet as pq
 
     num_bytes = path.stat().st_size
@@ -93,8 +93,8 @@ def _parquet(path: Path, start: int, columns: Sequence[str]) -> Iterator[_Read]:
                 done += left
                 yield without_values(names, left), names, skip, num_bytes * done // total
                 continue
-            # The size of all columns, which errs on the safe side: asking for that of one column
-            # aborts the process if the file is damaged (pyarrow 26).
+            # The size of all columns is a safe upper bound; reading the size of one column aborts
+            # the process if the file is damaged (pyarrow 26).
             row_bytes = max(group.total_byte_size, 1)
             num_rows = min(max(BATCH_BYTES * group.num_rows // row_bytes, 1), 4 * BATCH_ROWS)
             unread = skip
@@ -108,7 +108,7 @@ def _parquet(path: Path, start: int, columns: Sequence[str]) -> Iterator[_Read]:
 
 
 def _arrow(path: Path, start: int, columns: Sequence[str]) -> Iterator[_Read]:
-    """The rows of an Arrow file from `start` on; record batches before it are not read."""
+    """Read an Arrow file from row `start` on; earlier record batches are not read."""
     chosen: list[str] | None = None
     names: list[str] = []
     for table, num_bytes in _record_batches(path):
@@ -121,15 +121,15 @@ def _arrow(path: Path, start: int, columns: Sequence[str]) -> Iterator[_Read]:
             yield without_values(names, table.num_rows - skip), names, skip, num_bytes
             continue
         table = table.select(chosen)
-        # An unchecked wrong offset in a file would read arbitrary memory.
+        # Check the offsets: a wrong offset in a file would read arbitrary memory.
         table.validate(full=True)
         yield table.slice(skip), names, skip, num_bytes
 
 
 def _record_batches(path: Path) -> Iterator[tuple[Any, int]]:
-    """(record batch, bytes up to its end) of an Arrow file.
+    """Yield (record batch, bytes up to its end) of an Arrow file.
 
-    It is in the IPC file format, or in the stream format, which `datasets` writes.
+    The file has the IPC file format, or the stream format, which `datasets` writes.
     """
     import pyarrow as pa
 
@@ -151,7 +151,7 @@ def _record_batches(path: Path) -> Iterator[tuple[Any, int]]:
 
 
 def choose(names: Sequence[str], columns: Sequence[str], place: Path | str) -> list[str]:
-    """The columns among `names` that the keys `columns` need."""
+    """The columns in `names` that are needed for the keys `columns`."""
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"{place} has more than one column {twice[0]!r}. Rename one of them.")
@@ -160,9 +160,9 @@ def choose(names: Sequence[str], columns: Sequence[str], place: Path | str) -> l
 
 
 def without_values(names: Sequence[str], num_rows: int) -> Any:
-    """Rows of nulls, for a table without any column that is needed.
+    """A table of nulls with all columns, for a file that has no needed column.
 
-    The names go into the message about the missing key.
+    The message about the missing key lists the column names.
     """
     import pyarrow as pa
 
@@ -170,7 +170,7 @@ def without_values(names: Sequence[str], num_rows: int) -> Any:
 
 
 def pieces(table: Any) -> Iterator[Any]:
-    """`table` in pieces of at most `BATCH_ROWS` rows and `BATCH_BYTES` bytes.
+    """Split `table` into pieces of at most `BATCH_ROWS` rows and `BATCH_BYTES` bytes.
 
     Pieces that are too large are halved, down to a single row.
     """
@@ -197,10 +197,10 @@ def python_rows(table: Any) -> list[dict[str, Any]]:
 
 
 def _json_decoder(kind: Any) -> Callable[[Any], Any] | None:
-    """A function that decodes the JSON in values of an Arrow type; None if they hold none.
+    """Make a function that decodes JSON in values of an Arrow type; None if there is no JSON.
 
-    It does what `datasets.Json` does. `datasets` gives this type to fields that differ from row to
-    row, such as the arguments of tool calls in `messages`.
+    It decodes like `datasets.Json`, the type that `datasets` gives to fields whose structure
+    differs between rows, such as the arguments of tool calls in `messages`.
     """
     import pyarrow as pa
 

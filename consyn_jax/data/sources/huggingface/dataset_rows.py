@@ -1,7 +1,7 @@
 """Rows of Parquet files, Arrow files, saved datasets and Hub datasets, starting at any row.
 
-A position counts the rows before it, over all files in reading order. Nothing that comes with the
-data is run or unpickled.
+A position is a number of rows, counted over all files in reading order. No code from the data is
+run, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class RowBatch:
 
     Attributes:
         rows: a dictionary for each row, by column.
-        position: number of rows up to the end of this batch; `rows(name, position)` continues after
-            it.
-        bytes_done: bytes read so far, out of `size(name)`; 0 while streaming.
-        unread: columns that were not read, because no option needs them.
+        position: number of rows up to the end of this batch; `rows(name, position)` continues
+            there.
+        bytes_done: bytes read so far, of `size(name)` in total; 0 while streaming.
+        unread: names of columns that were not read, because no option needs them.
     """
 
     rows: list[dict[str, Any]]
@@ -45,7 +45,7 @@ class RowBatch:
 def is_dataset(path: Path) -> bool:
     """Whether `path` is a Parquet file, an Arrow file, or a dataset written by `save_to_disk`.
 
-    `PATH:SPLIT` is one split of a saved dataset with several.
+    `PATH:SPLIT` names one split of a saved dataset with several splits.
     """
     return _local(str(path)) is not None
 
@@ -54,7 +54,7 @@ def files(path: Path) -> tuple[Path, ...]:
     """The files with the rows of a local `path` (or `PATH:SPLIT`), in reading order.
 
     Raises:
-        UserError: a split that does not exist, or a saved dataset with missing or damaged files.
+        UserError: the split does not exist, or files of a saved dataset are missing or damaged.
     """
     found = _local(str(path))
     if found is None:
@@ -71,10 +71,11 @@ def files(path: Path) -> tuple[Path, ...]:
         place = place / (split or DEFAULT_SPLIT)
     state = saved(place / "state.json")
     if state.get("_indices_data_files") or state.get("_indices_files"):
-        # `datasets` itself has stopped reading these, and silently gives the rows in another order.
+        # `datasets` no longer reads these order files, and silently returns the rows in another
+        # order.
         raise UserError(
-            f"{place} was saved by an old version of datasets, with its order in a separate file. "
-            "Load it with that version, call flatten_indices, and save it again."
+            f"{place} was saved by an old version of datasets, with the order of its rows in a "
+            "separate file. Load it with that version, call flatten_indices, and save it again."
         )
     data = [
         entry.get("filename") if isinstance(entry, dict) else None
@@ -88,7 +89,7 @@ def files(path: Path) -> tuple[Path, ...]:
 
 
 def other_splits(path: Path) -> tuple[str, ...]:
-    """Splits of a directory with several, besides the default one; none for other paths.
+    """Splits of a saved dataset besides the default split; none for other paths.
 
     Raises:
         UserError: the list of splits is damaged.
@@ -100,9 +101,9 @@ def other_splits(path: Path) -> tuple[str, ...]:
 
 
 def size(name: str) -> int:
-    """Bytes of the files of `name`; for a dataset of the Hub, bytes of its files in the cache.
+    """Size of the files of `name` in bytes; for a Hub dataset, of its files in the cache.
 
-    The latter is 0 until the dataset is downloaded, and if it is streamed.
+    The size of a Hub dataset is 0 before the download, and if it is streamed.
     """
     found = files(Path(name)) if _local(name) else files_in_cache(hub_name(name))
     return sum(file.stat().st_size for file in found if file.is_file())
@@ -111,17 +112,17 @@ def size(name: str) -> int:
 def rows(
     name: str, start: int, columns: Sequence[str], streaming: bool = False
 ) -> Iterator[RowBatch]:
-    """The rows of `name` from position `start` on.
+    """Read the rows of `name` from position `start` on, in batches.
 
-    A batch has at most `BATCH_ROWS` rows and `BATCH_BYTES` bytes, or is a single longer row.
+    A batch has at most `BATCH_ROWS` rows and `BATCH_BYTES` bytes, or is a single larger row.
 
     Args:
         name: a local path, `PATH:SPLIT`, or the name of a dataset of the Hub.
-        columns: the keys that are needed. A column is read if its name is a key, or the part of a
-            key before the first dot. If there is no such column, the rows have all columns, each
-            with None.
-        streaming: read a dataset of the Hub without keeping it. It has no effect on files, or on a
-            cached copy when the Hub is out of reach.
+        columns: the needed keys. A column is read if its name is a key, or the part of a key before
+            the first dot. If there is no such column, the rows have all columns, with None as
+            values.
+        streaming: read a Hub dataset without storing it on the disk. This has no effect on files,
+            or on a cached copy when the Hub cannot be reached.
 
     Raises:
         UserError: a damaged file, or a dataset of the Hub that cannot be reached or read.
@@ -150,7 +151,7 @@ def rows(
 
 
 def _local(name: str) -> tuple[Path, str | None] | None:
-    """(file or directory, split) of a local name, or None."""
+    """(file or directory, split) of a local name; None if nothing local has that name."""
     path = Path(name)
     if path.is_dir():
         whole = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()

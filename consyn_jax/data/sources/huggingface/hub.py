@@ -1,11 +1,11 @@
 """Datasets of the Hugging Face Hub: their commits and rows, from the cache or the network.
 
-`datasets` downloads a dataset into its cache as Arrow files, which are then read like any others.
-`stream` keeps nothing on the disk, but must skip the rows before a position. Nothing that comes
-with the data is run.
+`datasets` downloads a dataset into its cache as Arrow files, which are then read like local files.
+`stream` stores nothing on the disk, but must skip all rows before a position. No code from the data
+is run.
 
-The commit of a dataset is found once, by `identity`. The result is itself a name, so the commit
-that was hashed is also the one that is read.
+`identity` finds the commit of a dataset once. It returns a name that includes the commit, so the
+hashed commit is also the one that is read.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def identity(name: str) -> str:
-    """The name of a dataset with its commit, which names exactly these rows.
+    """The name of a dataset including its commit, which determines the rows.
 
-    If the Hub cannot be reached, the commit is the one last seen, or that of the newest copy in the
-    cache of `datasets`.
+    If the Hub cannot be reached, the commit is the last one seen, or the commit of the newest copy
+    in the cache of `datasets`.
 
     Raises:
-        UserError: no such dataset or revision, or no access to it; or neither the Hub nor a copy of
-            the dataset can be reached.
+        UserError: the dataset or revision does not exist, access is denied, or the Hub cannot be
+            reached and the cache has no copy.
     """
     hub, _ = _find(hub_name(name))
     if hub.revision is None or not _COMMIT.fullmatch(hub.revision):
@@ -57,9 +57,9 @@ def identity(name: str) -> str:
 
 
 def other_splits(name: str) -> tuple[str, ...]:
-    """Names of the splits of a dataset besides the one that `name` has, without reading any.
+    """Names of the other splits of the dataset `name`; no rows are read.
 
-    If the Hub cannot be reached, they are read from the copy in the cache of `datasets`.
+    If the Hub cannot be reached, the splits of the copy in the cache of `datasets` are listed.
 
     Raises:
         UserError: as for `identity`, or the dataset has several configurations.
@@ -77,7 +77,7 @@ def other_splits(name: str) -> tuple[str, ...]:
 
 
 def downloaded_files(hub: HubName) -> tuple[Path, ...]:
-    """The Arrow files of a dataset, which is downloaded if it is not in the cache."""
+    """The Arrow files of a dataset, downloaded first if they are not in the cache."""
     hub, reached = _find(hub)
     with suppress(OutOfReachError):
         if reached:
@@ -109,7 +109,7 @@ def stream(hub: HubName, start: int, columns: Sequence[str]) -> Iterator[Part]:
                 table = next(batches, None)
         except OutOfReachError as error:
             raise UserError(
-                f"The Hugging Face Hub cannot be reached any more while {place} is streamed: "
+                f"The Hugging Face Hub can no longer be reached while {place} is streamed: "
                 f"{error}. Run the same command again."
             ) from error
         if table is None:
@@ -121,9 +121,9 @@ def stream(hub: HubName, start: int, columns: Sequence[str]) -> Iterator[Part]:
 
 
 def _find(hub: HubName) -> tuple[HubName, bool]:
-    """`hub` with its full name and its commit, and whether the Hub was reached.
+    """Complete `hub` with its full name and commit; return it and whether the Hub was reached.
 
-    Without the Hub, the commit is the last one seen, if any.
+    Without the Hub, the commit is the last one seen; None if there is none.
     """
     try:
         with hub_errors(hub):
@@ -132,7 +132,7 @@ def _find(hub: HubName) -> tuple[HubName, bool]:
 
             info = dataset_info(hub.repository, revision=hub.revision, timeout=ANSWER_S)
             if hub.revision is None or not _COMMIT.fullmatch(hub.revision):
-                # This records in the cache which commit the revision is, for use offline.
+                # Record the revision's commit in the cache, for use offline.
                 with suppress(EntryNotFoundError):
                     hf_hub_download(
                         info.id, "README.md", repo_type="dataset", revision=hub.revision
@@ -153,11 +153,11 @@ def _find(hub: HubName) -> tuple[HubName, bool]:
 
 
 def _builder(hub: HubName) -> Any:
-    """The builder of `datasets` for the repository at a commit."""
+    """The `datasets` builder for the repository at a commit."""
     with hub_errors(hub):
         import datasets
 
-        # A local directory of that name is not meant: it would have been found before.
+        # The name cannot mean a local directory, which would have been found earlier.
         place = f"hf://datasets/{hub.repository}"
         try:
             builder = datasets.load_dataset_builder(place, hub.config, revision=hub.revision)

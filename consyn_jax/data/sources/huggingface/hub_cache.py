@@ -1,4 +1,4 @@
-"""The cache of `datasets`, and the files that `datasets` writes."""
+"""Read the cache of `datasets`, and the JSON files that `datasets` writes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ SHOWN_NAMES = 20
 
 
 def files_in_cache(hub: HubName) -> tuple[Path, ...]:
-    """The Arrow files of a dataset that are in the cache; none before it is downloaded."""
+    """The Arrow files of a dataset in the cache; none before the dataset is downloaded."""
     copy = _newest(_copies(hub))
     return cached_files(hub, copy) if copy else ()
 
 
 def cached_copy(hub: HubName) -> Path:
-    """The directory in the cache to read without the Hub: that of the commit, or the newest one.
+    """The cache directory to read when the Hub cannot be reached: of the commit, or the newest.
 
     Raises:
-        UserError: there is none, or `hub` does not choose one of several configurations.
+        UserError: the cache has no copy, or has several configurations and `hub` names none.
     """
     copies = _copies(hub)
     if not copies:
@@ -45,7 +45,7 @@ def cached_copy(hub: HubName) -> Path:
     if newest is None:
         configs = ", ".join(sorted({path.parent.parent.name for path in copies}))
         raise UserError(
-            f"The cache holds several configurations of the dataset {hub.repository}: {configs}. "
+            f"The cache has several configurations of the dataset {hub.repository}: {configs}. "
             f"Choose one with {hub.repository}:CONFIG."
         )
     return newest
@@ -71,9 +71,9 @@ def cached_splits(directory: Path) -> tuple[str, ...]:
 
 
 def _copies(hub: HubName) -> list[Path]:
-    """Directories NAME/CONFIG/VERSION/COMMIT in the cache that fit `hub`, oldest first.
+    """Directories NAME/CONFIG/VERSION/COMMIT in the cache that match `hub`, oldest first.
 
-    A tag or branch that this machine has not seen yet fits none of them.
+    A tag or branch that was never resolved on this machine matches none.
     """
     import datasets
     from datasets.naming import camelcase_to_snakecase
@@ -97,8 +97,7 @@ def _copies(hub: HubName) -> list[Path]:
 def _newest(copies: Sequence[Path]) -> Path | None:
     """The cached copy of the newest commit.
 
-    If it has several configurations, the one named "default" is taken; None if there is no such
-    configuration.
+    If it has several configurations, the configuration "default" is taken; None without one.
     """
     last = [path for path in copies if path.name == copies[-1].name]
     default = [path for path in last if path.parent.parent.name == "default"]
@@ -107,7 +106,7 @@ def _newest(copies: Sequence[Path]) -> Path | None:
 
 
 def saved(path: Path, key: str | None = None) -> Any:
-    """The object in a JSON file that `datasets` wrote, or the list under `key` in it."""
+    """Read the object in a JSON file written by `datasets`, or the list under its `key`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         value = content if key is None else content[key]
@@ -122,13 +121,17 @@ def saved(path: Path, key: str | None = None) -> Any:
 
 
 def check_split(hub: HubName, splits: Sequence[str]) -> None:
-    """Raise a `UserError` if a dataset of the Hub does not have the split of its name."""
+    """Raise a `UserError` if a Hub dataset does not have the split that its name chooses."""
     form = f"{hub.repository}:{hub.config or ''}:SPLIT"
     check_name("split", hub.split, splits, f"The dataset {hub.repository}", form)
 
 
 def check_name(what: str, name: str, names: Sequence[str], place: str, form: str) -> None:
-    """Raise a `UserError` if `place` has no `what` called `name`; `form` is how to choose one."""
+    """Check that `name` is among `names`.
+
+    Raises:
+        UserError: it is not; the message lists the names, and `form`, the way to choose one.
+    """
     if name not in names:
         raise UserError(
             f"{place} has no {what} {name!r}; it has {listed(names, SHOWN_NAMES) or 'none'}"

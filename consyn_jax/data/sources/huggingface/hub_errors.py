@@ -1,4 +1,4 @@
-"""Errors of the Hugging Face libraries as sentences for the user."""
+"""Turn errors of the Hugging Face libraries into messages for the user."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from consyn_jax.errors import UserError, brief
 
 
 class OutOfReachError(Exception):
-    """The Hub cannot be reached; the data may be in the cache."""
+    """The Hub cannot be reached; a cached copy may still be usable."""
 
 
 @contextmanager
 def hub_errors(hub: HubName) -> Iterator[None]:
-    """Silence the libraries, and turn their errors into a `UserError` or `OutOfReachError`."""
+    """A context that silences the libraries, and raises `UserError` or `OutOfReachError`."""
     import datasets
     import huggingface_hub.utils
 
@@ -66,8 +66,8 @@ def _explained(error: Exception, hub: HubName) -> UserError | OutOfReachError:
         )
     if "Dataset scripts are no longer supported" in text:
         return UserError(
-            f"The dataset {name} is read by a script of its own, which is never run. Try "
-            f"{name}@refs/convert/parquet, which may hold its rows as files."
+            f"The dataset {name} needs a script from its repository, and such scripts are never "
+            f"run. Try {name}@refs/convert/parquet, which may have the rows as Parquet files."
         )
     answered = any(isinstance(e, HfHubHTTPError) and not _is_out_of_reach(e) for e in chain)
     if not answered and any(map(_is_out_of_reach, chain)):
@@ -96,7 +96,7 @@ def _is_out_of_reach(error: Exception) -> bool:
 
     if isinstance(error, HfHubHTTPError):
         return error.response is None or error.response.status_code >= 500
-    # By name, since `huggingface_hub` has used three HTTP libraries so far.
+    # Compare class names, since `huggingface_hub` has used three HTTP libraries so far.
     transport = any(
         kind.__name__ in ("TransportError", "RequestException") for kind in type(error).__mro__
     )

@@ -23,10 +23,10 @@ class HubName:
     """A dataset of the Hugging Face Hub, as in `owner/name@revision:config:split`.
 
     Attributes:
-        repository: `owner/name`, or the `name` of one of the oldest datasets, which have no owner.
-        revision: a branch, tag or commit; None is the newest commit of the main branch.
-        config: one of the dataset's configurations; None is the default one, or the only one.
-        split: one of its splits.
+        repository: `owner/name`, or only `name` for some old datasets.
+        revision: a branch, tag or commit; None: the newest commit of the main branch.
+        config: a configuration of the dataset; None: the default or the only configuration.
+        split: a split of the dataset; None: the default split.
     """
 
     repository: str
@@ -35,7 +35,7 @@ class HubName:
     split: str = DEFAULT_SPLIT
 
     def __str__(self) -> str:
-        """The text that `parse_hub_name` reads back."""
+        """The name in the form that `parse_hub_name` parses."""
         revision = f"@{self.revision}" if self.revision else ""
         return f"{self.repository}{revision}:{self.config or ''}:{self.split}"
 
@@ -43,7 +43,7 @@ class HubName:
 def parse_hub_name(spec: str) -> HubName | None:
     """Parse `NAME[@REVISION][:CONFIG[:SPLIT]]`; None if no dataset can have that name.
 
-    CONFIG may be empty. The rules for NAME are those of `huggingface_hub.utils.validate_repo_id`.
+    CONFIG may be empty. NAME follows the rules of `huggingface_hub.utils.validate_repo_id`.
 
     >>> parse_hub_name("allenai/c4:en:validation")
     HubName(repository='allenai/c4', revision=None, config='en', split='validation')
@@ -86,7 +86,7 @@ def hub_name(name: str) -> HubName:
     hub = parse_hub_name(name)
     if hub is None:
         raise UserError(
-            f"{name} is neither a file nor the name of a dataset of the Hugging Face Hub. "
-            "Those are as in owner/name or owner/name:config:split."
+            f"{name} is neither a file nor the name of a Hugging Face Hub dataset. Such names "
+            "have the form owner/name or owner/name:config:split."
         )
     return hub

@@ -1,1 +1,1 @@
-"""Recognition of splits, files beside the data and missed separators, by names and contents."""
+"""Recognise splits, non-data files beside the data, and overlooked structure in text."""

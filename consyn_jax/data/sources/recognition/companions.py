@@ -1,4 +1,4 @@
-"""Files beside the data that are not data: descriptions, licences, scripts, settings."""
+"""Recognise files beside the data that are not data: descriptions, licences, scripts, settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from consyn_jax.data.sources.recognition.found import Found
 from consyn_jax.data.sources.recognition.splits import carries_split, split_of_path
 from consyn_jax.data.sources.text_reader import TextReader
 
-REASON = "is beside the data; name it by itself to train on it"
+REASON = "accompanies the data; give its path to train on it"
 MANY_TIMES = 10
 _DESCRIPTIONS = re.compile(
     r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|authors|code_of_conduct"
@@ -36,12 +36,13 @@ _SCRIPT_NAMES = (
 
 
 def without_companions(found: Sequence[Found]) -> list[Found]:
-    """Mark files that only accompany the data with the reason to leave them out.
+    """Mark files that only accompany the data with a reason to leave them out.
 
     Descriptions and licences accompany rows, tables and `.txt` files in their directory or below
     it. Scripts and settings accompany rows, tables and text files named after a split, and `.txt`
-    files of ten times their size in the same directory, such as a corpus and its download script.
-    In a directory of programs they are the data. A file that the user named itself is always data.
+    files of at least ten times their size in the same directory (a download script beside its
+    corpus). In a directory of programs, scripts are the data. A file whose path the user gave is
+    always data.
     """
     used = [item for item in found if item.is_used]
     data = {item for item in used if not _is_description(item) and not _is_script(item)}
@@ -65,7 +66,7 @@ def _is_description(item: Found) -> bool:
 
 
 def _is_script(item: Found) -> bool:
-    """A script or a file of settings, which can only be read as text."""
+    """Whether a file is a script or settings, which can be read only as text."""
     name = item.inside.name.lower()
     is_script = item.inside.suffix.lower() in _SCRIPTS or name in _SCRIPT_NAMES
     return item.source.kind == TextReader.kind and is_script
@@ -78,19 +79,19 @@ def _is_rows(item: Found) -> bool:
 
 
 def _directories(items: Sequence[Found]) -> set[Path]:
-    """The directories that hold one of the files, in themselves or further below."""
+    """The directories that contain one of the files, directly or in a subdirectory."""
     return {parent for item in items for parent in Path(item.source.name).parents}
 
 
 def _corpora(data: Collection[Found], scripts: Sequence[Found]) -> set[Path]:
-    """The directories whose own `.txt` files have many times the bytes of their scripts."""
+    """The directories whose `.txt` files have many times the bytes of their scripts."""
     texts = [item for item in data if inner_suffix(item.inside) == ".txt"]
     of_texts, of_scripts = _sizes(texts), _sizes(scripts)
     return {place for place in of_scripts if of_texts[place] >= MANY_TIMES * of_scripts[place]}
 
 
 def _sizes(items: Sequence[Found]) -> Counter[Path]:
-    """The bytes of files by directory; a file that has just been deleted has none."""
+    """The total size of files by directory, in bytes; a file that was just deleted counts as 0."""
     sizes: Counter[Path] = Counter()
     for item in items:
         path = Path(item.source.name)

@@ -1,4 +1,4 @@
-"""A path that `--data` names, before its use is decided."""
+"""A path that `--data` matches, before its use is decided."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from consyn_jax.data.sources.source import Source
 
 @dataclass(frozen=True)
 class Found:
-    """A file, dataset or store that a name stands for.
+    """A file, dataset or store that a name in `--data` matches.
 
     Attributes:
-        source: the source that it is.
-        reason: why it cannot be used, or "".
-        inside: its path below the directory or glob that was named, or its own name.
-        given: the name that it was found by.
-        is_named: the user named it itself, and not a directory or glob that it is in.
+        source: the file, dataset or store.
+        reason: why it cannot be used; "" if it can.
+        inside: path relative to the given directory or glob; its own name if it was given itself.
+        given: the name in `--data` that matched.
+        is_named: whether the user gave its own path, not a directory or glob.
     """
 
     source: Source
@@ -28,5 +28,5 @@ class Found:
 
     @property
     def is_used(self) -> bool:
-        """Whether there is no reason to leave it out."""
+        """Whether it is used, that is, `reason` is empty."""
         return not self.reason

@@ -1,9 +1,9 @@
-"""Splits from the names of files and directories, by the rules of Hugging Face `datasets`.
+"""Recognise splits by names of files and directories, with the rules of Hugging Face `datasets`.
 
-The keywords are those of `datasets.data_files.SPLIT_KEYWORDS`. A keyword must be a whole word of a
-name, between `-`, `.`, `_`, spaces, digits or the ends. A directory's name counts for everything
-below it, and precedes the names of files. Unlike in `datasets`, capitals make no difference, and a
-name with two keywords belongs to the first. Files without a keyword are left out only beside both
+The keywords come from `datasets.data_files.SPLIT_KEYWORDS`. A keyword must be a whole word of a
+name, between `-`, `.`, `_`, spaces, digits or the ends. A directory's name applies to everything
+below it, and takes precedence over names of files. Unlike in `datasets`, case is ignored, and of
+two keywords in a name the first counts. Files without a keyword are left out only beside both
 training and held-out data. Only rows, tables and `.txt` files have splits, so that a directory of
 programs is not split by its `test_*.py`.
 """
@@ -29,7 +29,7 @@ NO_SPLIT = "has no split in its name, unlike the files beside it"
 
 @dataclasses.dataclass(frozen=True)
 class Parted:
-    """Files for training, files for validation, and those that are not used, with reasons.
+    """Files for training, files for validation, and unused files with reasons.
 
     Attributes:
         train, validation: sorted by their names.
@@ -42,18 +42,18 @@ class Parted:
 
 
 def by_split(found: Sequence[Found], flag: str) -> Parted:
-    """Sort what was found into splits by name.
+    """Assign files to splits by their names.
 
-    Files without a split are training data too, unless the same directory has files for training
-    and files for validation or test. If all are files that the user named, and all are held out by
-    their names, they are trained on anyway.
+    Files without a split in their name are training data too, unless the same directory has files
+    for training and files for validation or test. If the user gave the paths of all files, and all
+    names say validation or test, they are trained on anyway.
 
     Args:
-        flag: "data" or "validation". For the latter, files of other splits are left out if there
-            are any for validation.
+        flag: "data" or "validation". For "validation", files of other splits are left out if there
+            are any validation files.
 
     Raises:
-        UserError: nothing is left to train on.
+        UserError: no file is left to train on.
     """
     used = [item for item in found if item.is_used]
     rest = [item for item in found if not item.is_used]
@@ -79,8 +79,8 @@ def by_split(found: Sequence[Found], flag: str) -> Parted:
     ]
     if used and not train:
         raise UserError(
-            f"Nothing in --{flag} is training data by its name ({used[0].source.name} is "
-            f"{splits[used[0]]} data). Name the files themselves to train on them."
+            f"No file in --{flag} is training data by its name ({used[0].source.name} is "
+            f"{splits[used[0]]} data). Give the paths of the files to train on them."
         )
     validation = [item for item in used if splits[item] == VALIDATION]
     others = [
@@ -92,9 +92,9 @@ def by_split(found: Sequence[Found], flag: str) -> Parted:
 
 
 def carries_split(item: Found) -> bool:
-    """Whether a source's name can give its split, as for rows, tables and `.txt` files.
+    """Whether a source's name may determine its split, as for rows, tables and `.txt` files.
 
-    Files of tokens are split when they are read, and stores have splits of their own.
+    Token files are split when they are read, and token stores already have splits.
     """
     if item.source.kind in (TokenReader.kind, SAMPLE):
         return False
@@ -102,7 +102,7 @@ def carries_split(item: Found) -> bool:
 
 
 def split_of_path(path: Path) -> str | None:
-    """The split of a file by its path below what the user named.
+    """The split of a file by its path, relative to the directory that the user gave.
 
     >>> split_of_path(Path("data/test-00000-of-00001.parquet")), split_of_path(Path("dev/a.txt"))
     ('test', 'validation')
@@ -114,7 +114,7 @@ def split_of_path(path: Path) -> str | None:
 
 
 def _splits(used: Sequence[Found]) -> dict[Found, str | None]:
-    """The split of each; if several directories are named, their own names count too."""
+    """The split of each file; if several directories are given, their names count as well."""
     own = {item.given: split_of_name(Path(item.given).name) for item in used if not item.is_named}
     beside = TRAIN in own.values() and len(own) > 1
     return {

@@ -1,4 +1,4 @@
-"""Structure in files read as plain text: ends of documents, tables, rows, notebooks."""
+"""Detect structure that plain text ignores: ends of documents, tables, rows, notebooks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from consyn_jax.data.sources.text_reader import TextReader
 from consyn_jax.errors import UserError, counted, listed
 from consyn_jax.prepare_config import CorpusOptions
 
-# Texts that programs put between documents: GPT-2 and its successors, Llama 2, Llama 3, Gemma, chat
-# templates.
+# Markers that programs put between documents: GPT-2 and its successors, Llama 2, Llama 3, Gemma,
+# chat templates.
 END_MARKERS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>")
-# Bytes looked at in all files together, and at least in each file; number of files at most.
+# Limits of the search: bytes in all files together, least bytes in each file, number of files.
 TOTAL_BYTES, LEAST_BYTES, MOST_FILES = 64 << 20, 1 << 16, 1000
 FEWEST_MARKERS = 2
 TABLE_LINES = 10
@@ -27,10 +27,10 @@ TABLE_LINES = 10
 def unread_structure(
     sources: Sequence[Source], options: CorpusOptions, end_text: str | None = None
 ) -> list[str]:
-    """Describe text files whose structure plain text ignores, each with the flag that reads it.
+    """Describe text files with structure that plain text ignores, and flags that read it.
 
     Args:
-        end_text: the tokenizer's own end-of-document token.
+        end_text: the tokenizer's EOS token.
     """
     if options.document_separator is not None:
         return []
@@ -44,7 +44,7 @@ def unread_structure(
 
 
 def _structure(source: Source, markers: Sequence[str], size: int) -> Counter[tuple[str, str]]:
-    """Count the structures (what, detail) that one file holds."""
+    """Count the structures (kind, detail) in one file."""
     path, found = Path(source.name), Counter[tuple[str, str]]()
     try:
         with ByteStream(path) as stream:
@@ -60,7 +60,7 @@ def _structure(source: Source, markers: Sequence[str], size: int) -> Counter[tup
         found["notebook", ""] = 1
     elif _are_rows(lines):
         found["rows", "jsonl"] = 1
-    # Bars in markers would look like columns.
+    # Without this, bars in markers would look like column separators.
     elif not found and "csv" in READERS and (columns := _columns(lines[: 2 * TABLE_LINES])):
         found["table", "csv"] = columns
     return found
@@ -75,7 +75,7 @@ def _are_rows(lines: Sequence[bytes]) -> bool:
 
 
 def _columns(lines: Sequence[bytes]) -> int:
-    """The number of columns that many lines agree on; 0 for a text that is not a table."""
+    """The number of columns in which most lines agree; 0 if the text is not a table."""
     if len(lines) < TABLE_LINES:
         return 0
     for delimiter, fewest in ((b"\t", 1), (b",", 2), (b";", 2), (b"|", 2)):
@@ -92,15 +92,15 @@ def _sentence(what: str, detail: str, places: Sequence[tuple[str, int]]) -> str:
         read = "are read as one document each" if many else "is read as one document"
         return (
             f"{names} {read}, although {detail!r} occurs {counted(count, 'time')} in the part "
-            "looked at. To end documents there, add "
-            f"--document_separator {shlex.quote(detail)}."
+            "that was checked. To end documents there, add --document_separator "
+            f"{shlex.quote(detail)}."
         )
     if what == "notebook":
         noun, them = ("notebooks", "them") if many else ("a notebook", "it")
         verb = "are" if many else "is"
         return (
-            f"{names} {verb} read as plain text, with the JSON of {noun}. "
-            f"To learn from the cells only, convert {them} to text or scripts."
+            f"{names} {verb} read as plain text, with the JSON of {noun}. To train on the cells "
+            f"only, convert {them} to text or scripts."
         )
     read = f"{names} {'are' if many else 'is'} read as plain text and {'look' if many else 'looks'}"
     if what == "rows":

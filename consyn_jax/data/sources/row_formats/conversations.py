@@ -1,8 +1,8 @@
 """Conversations: OpenAI's `messages`, ShareGPT's `conversations`, and TRL's prompts of messages.
 
-All become messages as chat templates take them: objects with a role, and with content, tool calls
-or both. A key whose value is null counts as missing, as in transformers. `weight` is
-OpenAI's: 0 keeps an assistant's message out of the loss.
+All become messages for chat templates: objects with a role, and with content, tool calls or both. A
+key whose value is null counts as missing, as in transformers. `weight` is OpenAI's: an assistant
+message of weight 0 does not count in the loss.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from consyn_jax.data.sources.row_formats.fields import (
 )
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# The names of ShareGPT files, and of OpenAI's older format.
+# Role names in ShareGPT files and in OpenAI's older format.
 SYNONYMS = {
     "human": "user",
     "gpt": "assistant",
@@ -46,9 +46,9 @@ class Conversation:
     """One row as messages for a chat template.
 
     Attributes:
-        messages: objects with the role, the content and whatever else the row has.
+        messages: objects with role, content and the other keys of the row's messages.
         learned: for each message, whether it is trained on.
-        tools: descriptions of functions, as the template takes them.
+        tools: descriptions of functions, in the form that chat templates expect.
         variables: further values for the template (`chat_template_kwargs`).
     """
 
@@ -59,19 +59,19 @@ class Conversation:
 
 
 def openai(row: dict, key: str) -> Conversation:
-    """The conversation under `messages`.
+    """Read the conversation under `messages`.
 
     Raises:
-        BadRow: it is broken, or has nothing to train on.
+        BadRow: it is malformed, or has no message to train on.
     """
     return _conversation(row, messages_of(value_of(row, key), key))
 
 
 def sharegpt(row: dict, key: str) -> Conversation:
-    """The conversation under `conversations`, whose messages have `from` and `value`.
+    """Read the conversation under `conversations`, whose messages have `from` and `value`.
 
     Raises:
-        BadRow: it is broken, or has nothing to train on.
+        BadRow: it is malformed, or has no message to train on.
     """
     found = messages_of(value_of(row, key), key)
     if optional(row, "system") is not None:
@@ -85,10 +85,10 @@ def sharegpt(row: dict, key: str) -> Conversation:
 
 
 def prompt_and_completion(row: dict, prompt: str, completion: str) -> Conversation:
-    """A prompt of messages, and its completion as messages or as the assistant's text.
+    """Read a prompt of messages, and its completion: messages, or the assistant's text.
 
     Raises:
-        BadRow: it is broken, or has nothing to train on.
+        BadRow: it is malformed, or has no message to train on.
     """
     given = [(message, False) for message, _ in messages_of(value_of(row, prompt), prompt)]
     answer = parsed_messages(value_of(row, completion), completion)
@@ -98,7 +98,7 @@ def prompt_and_completion(row: dict, prompt: str, completion: str) -> Conversati
 
 
 def parsed_messages(value: Any, key: str) -> Any:
-    """`value`, decoded if it is an array written as a string, as in a column of a table."""
+    """`value`, decoded from JSON if it is a string with an array, as in a column of a table."""
     if isinstance(value, str) and value.lstrip()[:2] in ("[{", "[]"):
         return parsed(value, f"under the key {key!r}")
     return value
@@ -114,10 +114,10 @@ def _conversation(row: dict, found: list[tuple[dict[str, Any], bool]]) -> Conver
 
 
 def variables_of(row: dict) -> dict[str, Any]:
-    """Further values for the chat template.
+    """Read further values for the chat template (`chat_template_kwargs`).
 
     Raises:
-        BadRow: they are not an object.
+        BadRow: the value is not an object.
     """
     variables = optional(row, "chat_template_kwargs")
     if variables is None:
@@ -128,10 +128,10 @@ def variables_of(row: dict) -> dict[str, Any]:
 
 
 def tools_of(row: dict) -> list[Any] | None:
-    """The functions that a conversation may call; OpenAI's older format has `functions`.
+    """Read the functions that a conversation may call; OpenAI's older format has `functions`.
 
     Raises:
-        BadRow: they are not an array.
+        BadRow: the value is not an array.
     """
     older = optional(row, "tools") is None and optional(row, "functions") is not None
     name = "functions" if older else "tools"
@@ -144,10 +144,10 @@ def tools_of(row: dict) -> list[Any] | None:
 
 
 def messages_of(messages: Any, key: str) -> list[tuple[dict[str, Any], bool]]:
-    """(message, whether it is trained on) for each message of an array.
+    """Read an array of messages; return (message, whether it is trained on) for each.
 
     Raises:
-        BadRow: it is not an array of messages, or one of them is broken.
+        BadRow: the value is not an array of messages, or a message is malformed.
     """
     messages = parsed_messages(messages, key)
     if not isinstance(messages, list):
@@ -161,12 +161,13 @@ def messages_of(messages: Any, key: str) -> list[tuple[dict[str, Any], bool]]:
 
 
 def messages_to_answer(messages: Any, key: str) -> list[dict[str, Any]]:
-    """Messages that the model is to answer, as templates take them: with a role, without nulls.
+    """Read messages for the model to answer: each must have a role; nulls are removed.
 
-    Roles and other keys are left to the template.
+    Roles and other keys are not checked; the template may refuse them.
 
     Raises:
-        BadRow: it is not an array of messages, one is broken, or the last is the assistant's.
+        BadRow: the value is not an array of messages, a message is malformed, or the last one is
+            the assistant's.
     """
     if not isinstance(messages, list) or not messages:
         found = "an empty array" if messages == [] else json_type(messages)
@@ -183,13 +184,13 @@ def messages_to_answer(messages: Any, key: str) -> list[dict[str, Any]]:
 
 
 def no_tools(row: dict) -> None:
-    """Check that a row whose prompt is text has no tools, which only a template can write.
+    """Check that a row whose prompt is text has no tools, which only a template can render.
 
     Raises:
-        BadRow: it has some.
+        BadRow: the row has tools.
     """
     if tools_of(row) is not None:
-        raise BadRow("has tools, and its prompt is text; give the prompt as messages.")
+        raise BadRow("has tools, but its prompt is text; give the prompt as messages.")
 
 
 def _message(given: Any, where: str) -> tuple[dict[str, Any], bool]:
@@ -220,7 +221,7 @@ def _message(given: Any, where: str) -> tuple[dict[str, Any], bool]:
 
 
 def _check_keys(given: dict, message: dict, where: str) -> None:
-    """Check that a message has a role, and content unless it is an assistant's tool call."""
+    """Check that a message has a role, and content or tool calls."""
     if "role" not in message and not {"role", "from"} & given.keys():
         raise BadRow(f"has no key 'role' {where}; its keys are {_names(given)}.")
     role = message.get("role")
@@ -244,7 +245,7 @@ def _role(role: Any, where: str) -> str:
 
 
 def _called(content: Any, where: str) -> dict[str, Any]:
-    """A message of ShareGPT's role function_call, whose value is one call in JSON, or several."""
+    """Convert a ShareGPT message of role function_call, whose value is JSON of the calls."""
     calls = parsed(content, f"as function call {where}")
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) for call in calls):
@@ -283,7 +284,7 @@ def _check_texts(value: Any, where: str) -> None:
 
 
 def is_conversation(row: dict, key: str) -> bool:
-    """Whether the value at `key` is a list of messages, or a string that looks like one in JSON."""
+    """Whether the value at `key` is a list of messages, or a string that looks like its JSON."""
     if not has(row, key):
         return False
     value = value_of(row, key)

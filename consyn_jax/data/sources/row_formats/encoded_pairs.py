@@ -1,9 +1,9 @@
-"""Preference pairs to ids and targets, as TRL's `DPOTrainer` encodes them.
+"""Encode preference pairs to ids and targets, as TRL's `DPOTrainer` does.
 
-The prompt is encoded alone, and with each answer. An answer begins where its ids first differ from
-those of the prompt alone, at the same place for both answers: a tokenizer may join the end of a
-prompt with the beginning of an answer, and a template may write a prompt otherwise when an answer
-follows.
+The prompt is encoded alone and with each answer. An answer begins where the ids first differ from
+the ids of the prompt alone, at the same position for both answers. This position may be inside the
+prompt: a tokenizer may merge the end of the prompt with the beginning of the answer, and a template
+may render the prompt differently when an answer follows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from consyn_jax.tokenization.chat.turns import Chat
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A pair as one document, and what is unusual about it.
+    """A pair as one document, and its unusual features.
 
     Attributes:
         document: prompt and chosen answer, a token marked `BETWEEN`, prompt and rejected answer.
@@ -38,13 +38,13 @@ class EncodedPair:
 def encode_pair(
     pair: Pair, tokenizer: BPETokenizer, chats: Callable[[], ChatEncoder]
 ) -> EncodedPair:
-    """The ids and targets of a pair.
+    """Encode a pair to ids and targets.
 
     Args:
-        chats: makes the encoder of conversations, for pairs of messages.
+        chats: function that makes the encoder of conversations, for pairs of messages.
 
     Raises:
-        TemplateFault: the chat template refuses it.
+        TemplateFault: the chat template refuses a conversation.
     """
     if isinstance(pair.prompt, str):
         texts, ids = _of_text(pair, tokenizer)
@@ -56,7 +56,9 @@ def encode_pair(
     marks = []
     for answer in answers:
         if len(answer) == size:
-            raise TemplateFault("it writes nothing of an answer, so nothing would be learned")
+            raise TemplateFault(
+                "it renders no text of an answer, so there would be nothing to train on"
+            )
         own = np.ones(len(answer), np.uint8)
         own[:size] = 0
         if not isinstance(pair.prompt, str):
@@ -79,7 +81,7 @@ def encode_pair(
 
 
 def _of_text(pair: Pair, tokenizer: BPETokenizer) -> tuple[list[str], list[list[int]]]:
-    """Texts with each answer; ids of the prompt alone, and with each answer and EOS."""
+    """Encode a pair of texts: each whole text, ids of the prompt, and ids with each answer."""
     assert isinstance(pair.prompt, str)
     texts = [f"{pair.prompt}{answer}" for answer in (pair.chosen, pair.rejected)]
     prompt, *answers = tokenizer.encode_batch([pair.prompt, *texts])
@@ -87,7 +89,7 @@ def _of_text(pair: Pair, tokenizer: BPETokenizer) -> tuple[list[str], list[list[
 
 
 def _of_messages(pair: Pair, chats: ChatEncoder) -> tuple[list[str], list[list[int]], int]:
-    """The results of `_of_text`, and the number of messages that the template leaves out."""
+    """Encode a pair of messages as `_of_text` does; also count messages the template omits."""
 
     def chat(messages: Messages) -> Chat:
         return Chat(messages, [False] * len(messages), pair.tools, pair.variables)
@@ -105,7 +107,7 @@ def _of_messages(pair: Pair, chats: ChatEncoder) -> tuple[list[str], list[list[i
 
 
 def _common_length(a: list[int], b: list[int]) -> int:
-    """Number of ids at the beginning that are the same in both.
+    """Length of the longest common prefix of two lists of ids.
 
     >>> _common_length([1, 2, 3], [1, 2, 4, 5])
     2

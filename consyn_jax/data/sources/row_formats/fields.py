@@ -1,4 +1,4 @@
-"""Values of a row by key, and the messages about faults in them."""
+"""Read values of a row by key, and describe their faults."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import shlex
 from typing import Any
 
 from consyn_jax.data.sources.row_formats.suggestions import flags_for, is_dialogue
-from consyn_jax.errors import parse_fault
+from consyn_jax.errors import listed, parse_fault
 
 REMEDY = "Fix the row, or give --on_bad_rows skip."
 FAULT = "\0"
-"""Beginning of a row that a reader has replaced by the message about its fault."""
+"""Prefix of a row that a reader has replaced by a message about the row's fault."""
 SHOWN_KEYS = 8
 SHOWN_CHARACTERS = 40
 
@@ -20,7 +20,7 @@ class BadRow(Exception):
     """A fault of one row: "has no key 'text'; ...", to be preceded by the row's place.
 
     Args:
-        remedy: a sentence that says what to do; the default is for a row that is just broken.
+        remedy: a sentence of advice; the default suits any malformed row.
     """
 
     def __init__(self, fault: str, remedy: str = REMEDY) -> None:
@@ -29,11 +29,11 @@ class BadRow(Exception):
 
 
 class MissingKey(BadRow):
-    """A row without the key that is looked for, with the flags that would read it."""
+    """A row lacks the key to read; the message suggests flags that would read the row."""
 
 
 def text_of(row: dict, key: str) -> str:
-    """The text under a key.
+    """Read the text under a key.
 
     Raises:
         BadRow: there is no such key, or its value is not text.
@@ -46,10 +46,10 @@ def text_of(row: dict, key: str) -> str:
 
 
 def string(value: Any, where: str, wanted: str) -> str:
-    """`value` if it is text that can be encoded.
+    """Return `value` if it is text that UTF-8 can encode.
 
     Raises:
-        BadRow: it is something else.
+        BadRow: it is not.
     """
     if not isinstance(value, str):
         raise BadRow(f"holds {json_type(value)} {where}, not {wanted}.")
@@ -61,7 +61,7 @@ def string(value: Any, where: str, wanted: str) -> str:
 
 
 def has(row: dict, key: str) -> bool:
-    """Whether a row has a key; `a.b` reaches into objects."""
+    """Whether a row has a key; `a.b` means key `b` of the object under `a`."""
     try:
         value_of(row, key)
     except BadRow:
@@ -70,7 +70,7 @@ def has(row: dict, key: str) -> bool:
 
 
 def value_of(row: dict, key: str) -> Any:
-    """The value of a key; `a.b` reaches into objects.
+    """Read the value of a key; `a.b` means key `b` of the object under `a`.
 
     Raises:
         BadRow: the row has no such key.
@@ -84,7 +84,7 @@ def value_of(row: dict, key: str) -> Any:
 
 
 def optional(row: dict, key: str) -> Any:
-    """The value of a key; None if there is none, or the empty string of an empty table cell."""
+    """The value of a key; None if the key is missing or its value is an empty string."""
     value = row.get(key)
     return None if value == "" else value
 
@@ -95,10 +95,10 @@ def missing(row: dict, key: str) -> MissingKey:
 
 
 def parsed(value: Any, where: str) -> Any:
-    """`value`, decoded if it is JSON in a string, as in a column of a table.
+    """`value`, decoded if it is a string of JSON, as in a column of a table.
 
     Raises:
-        BadRow: it is a string and not JSON.
+        BadRow: it is a string that is not JSON.
     """
     if not isinstance(value, str):
         return value
@@ -109,7 +109,7 @@ def parsed(value: Any, where: str) -> Any:
 
 
 def decoded(line: str) -> Any:
-    """The value of a line of JSON.
+    """Decode a line of JSON.
 
     Raises:
         BadRow: the line is not JSON.
@@ -131,9 +131,7 @@ def decoded(line: str) -> Any:
 
 def shown(row: dict) -> str:
     """The keys of a row, shortened if they are long or many."""
-    names = sorted(map(short, row))
-    more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
-    return (", ".join(names[:SHOWN_KEYS]) or "none") + more
+    return listed(sorted(map(short, row)), SHOWN_KEYS) or "none"
 
 
 def short(name: Any) -> str:
@@ -153,5 +151,5 @@ def json_type(value: Any) -> str:
         float: "a number",
         type(None): "null",
     }
-    # Rows of Hugging Face datasets hold more than JSON has.
+    # Rows of Hugging Face datasets may have values of types that JSON lacks.
     return names.get(type(value), f"a value of type {type(value).__name__}")

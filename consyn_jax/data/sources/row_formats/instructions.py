@@ -16,7 +16,7 @@ ALPACA_WITH_INPUT = (
 
 
 def completion(row: dict, prompt_keys: str, completion_key: str) -> tuple[str, str]:
-    """(prompt, answer) under the given keys; several prompt keys are joined by a blank line.
+    """Read (prompt, answer) under the given keys; a blank line joins several prompt texts.
 
     Raises:
         BadRow: a key is missing, or the answer is blank.
@@ -29,17 +29,17 @@ def completion(row: dict, prompt_keys: str, completion_key: str) -> tuple[str, s
 
 
 def alpaca(row: dict) -> tuple[str, str]:
-    """(prompt, answer) of an Alpaca row, with the prompt that its authors train with.
+    """Read (prompt, answer) of an Alpaca row, with the original Alpaca prompt around it.
 
     Raises:
-        BadRow: a field is missing or not text, or the row has turns that the prompt has no place
-            for.
+        BadRow: a field is missing or not text, or the row has earlier turns, which do not fit the
+            prompt.
     """
     for name in ("history", "system"):
         if row.get(name):
             raise BadRow(
-                f"holds {json_type(row[name])} under {name!r}, which Alpaca's prompt has no place "
-                "for; write the row as messages."
+                f"holds {json_type(row[name])} under {name!r}, which Alpaca's prompt cannot "
+                "include; write the row as messages."
             )
     instruction = text_of(row, "instruction")
     given = "" if row.get("input") is None else text_of(row, "input")

@@ -1,4 +1,4 @@
-"""Markers of chat models in texts that are read as plain text."""
+"""Detect the role markers of chat models in texts that are read as plain text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KNOWN = (
 
 
 def pattern(special_tokens: Iterable[str] = ()) -> re.Pattern[str]:
-    """A pattern that finds the known markers and the special tokens of a tokenizer.
+    """Make a pattern that finds known markers and a tokenizer's special tokens.
 
     >>> bool(pattern().search("<|im_start|>user"))
     True

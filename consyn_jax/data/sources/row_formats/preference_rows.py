@@ -1,7 +1,7 @@
 """Preference pairs: a prompt with a chosen and a rejected answer, as TRL has them.
 
 {"prompt", "chosen", "rejected"}   texts, or arrays of messages
-{"chosen", "rejected"}             the prompt is what both begin with
+{"chosen", "rejected"}             the prompt is the common beginning of both
 {"messages", "chosen", "rejected"} an array of messages, and one message for each answer
 """
 
@@ -29,7 +29,7 @@ from consyn_jax.data.sources.row_formats.fields import (
 )
 
 Messages = list[dict[str, Any]]
-# Fields that hold the prompt in some data sets, under a name that only a flag can choose.
+# Fields that have the prompt in some data sets, but are read only if a flag names them.
 LIKELY_PROMPTS = ("question", "instruction", "query", "input")
 CONVERSATIONS = ("messages", "conversations")
 
@@ -50,13 +50,14 @@ class Pair:
 
 
 def pair(row: dict, prompt_keys: str | None) -> Pair:
-    """The pair of a row.
+    """Read the pair of a row.
 
     Args:
-        prompt_keys: `--prompt_key`; None for "prompt", or what both answers begin with.
+        prompt_keys: value of `--prompt_key`; None: the key "prompt", or else the common beginning
+            of both answers.
 
     Raises:
-        BadRow: the row is not a pair, or is broken.
+        BadRow: the row is not a pair, or is malformed.
     """
     for key in ("chosen", "rejected"):
         if row.get(key) is None:
@@ -78,7 +79,7 @@ def pair(row: dict, prompt_keys: str | None) -> Pair:
 
 
 def shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
-    """Items that both answers begin with, as TRL's `extract_prompt` counts them.
+    """Length of the common beginning of both answers, as TRL's `extract_prompt` counts it.
 
     >>> shared("It is blue", "It is green"), shared([1, 2], [1, 2])
     (5, 1)
@@ -91,7 +92,7 @@ def shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
 
 
 def _answer(value: Any, key: str) -> Any:
-    """A text, or an array of messages; an answer may be one message alone."""
+    """Read a text or an array of messages; an answer may also be a single message."""
     value = parsed_messages(value, key)
     if isinstance(value, dict):
         return [value]
@@ -101,7 +102,7 @@ def _answer(value: Any, key: str) -> Any:
 
 
 def _prompt(row: dict, keys: str | None, answers: list[Any]) -> Any:
-    """The prompt under its key; None if only the answers have it."""
+    """The prompt under its key; None if it is only at the beginning of the answers."""
     if keys is not None and not has(row, keys):
         return "\n\n".join(text_of(row, name.strip()) for name in keys.split(","))
     if keys is not None or row.get("prompt") is not None:
@@ -114,7 +115,7 @@ def _prompt(row: dict, keys: str | None, answers: list[Any]) -> Any:
     likely = next((name for name in LIKELY_PROMPTS if isinstance(row.get(name), str)), None)
     if likely is not None and row[likely]:
         raise BadRow(
-            f"has no key 'prompt', and {likely!r} may be it.",
+            f"has no key 'prompt', but the prompt may be under {likely!r}.",
             f"Give --prompt_key {likely}, or leave that field out of the rows.",
         )
     return None
@@ -144,7 +145,7 @@ def _of_messages(row: dict, prompt: Any, answers: list[Any]) -> tuple[Messages, 
 
 
 def _spoken(answer: Any, key: str) -> Messages:
-    """An answer as messages; a text is the assistant's."""
+    """Convert an answer to messages; a text becomes an assistant message."""
     if isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
     found = messages_of(answer, key)
@@ -157,7 +158,7 @@ def _spoken(answer: Any, key: str) -> Messages:
 
 
 def _with_text(given: Messages, prompt: str) -> Messages:
-    """The prompt as messages: those that both answers begin with; they must contain `prompt`."""
+    """The prompt as messages, the common ones of both answers; `prompt` must be among them."""
     if not given:
         return [{"role": "user", "content": string(prompt, "as prompt", "a string")}]
     if not any(str(m.get("content", "")).strip() == prompt.strip() for m in given):

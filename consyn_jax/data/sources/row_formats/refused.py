@@ -1,4 +1,4 @@
-"""Refuse rows that fine-tuning cannot use whole, and name the part that it can use."""
+"""Refuse rows that fine-tuning cannot use as they are, and suggest how to use a part of them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from consyn_jax.data.sources.row_formats.fields import BadRow, missing, shown
 
 
 def check_preference(row: dict) -> None:
-    """Refuse preference data: pairs of a better and a worse answer, and answers with a verdict.
+    """Refuse preference data: pairs of a better and a worse answer, and labelled answers.
 
     Raises:
-        BadRow: it is preference data; the message names flags to train on the better answer.
+        BadRow: the row is preference data; the message names flags to train on the better answer.
     """
     if "chosen" in row and "rejected" in row:
         raise BadRow(
@@ -19,14 +19,14 @@ def check_preference(row: dict) -> None:
         )
     if {"prompt", "completion", "label"} <= row.keys() and isinstance(row["label"], bool):
         raise BadRow(
-            "is an answer with a verdict (prompt, completion, label), and bad answers would be "
-            "learned too.",
-            "Keep the rows whose label is true, without that field.",
+            "is a labelled answer (prompt, completion, label), and training would also learn "
+            "bad answers.",
+            "Keep only rows whose label is true, and remove the field label.",
         )
     if {"prompt", "completions", "labels"} <= row.keys():
         raise BadRow(
-            "judges the steps of an answer (prompt, completions, labels), which this command does "
-            "not train on.",
+            "has labels for the steps of an answer (prompt, completions, labels), which cannot "
+            "be trained on.",
             "Write the good answers as prompt and completion.",
         )
 

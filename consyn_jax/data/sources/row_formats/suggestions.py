@@ -1,4 +1,4 @@
-"""Advice on a row without the key that is looked for: the flags that would read it."""
+"""For a row that lacks the key to read, suggest flags that would read the row."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ PAIRS = (
     *(("prompt", "output"), ("prompt", "answer"), ("input", "output"), ("problem", "solution")),
     *(("source", "target"), ("inputs", "targets"), ("context", "response")),
 )
-# Fields that belong to a prompt besides the question or instruction itself.
+# Fields that belong to a prompt in addition to its question or instruction.
 PARTS_OF_PROMPTS = ("context", "passage", "input")
 USUAL_TEXTS = ("content", "body", "document", "article", "story", "markdown", "code")
-# What is read without flags; `rows.py` decides.
+# Keys that are read without flags, as `rows.py` decides.
 KNOWN = (("instruction", "output"), ("prompt", "completion"), ("text",))
 CHOOSE = (
     "Give a --row_format, --text_key, --prompt_key, --completion_key or --messages_key that suits "
@@ -36,12 +36,12 @@ def flags_for(row: dict) -> str:
     if found:
         return f"Give {found}."
     if any(set(keys) <= row.keys() for keys in KNOWN) or _dialogue(row) is not None:
-        return "Leave the flags of keys and --row_format out, which such rows do not need."
+        return "Leave out --row_format and the flags that name keys, which such rows do not need."
     return _text_field(row) or CHOOSE
 
 
 def is_dialogue(value: Any) -> bool:
-    """Whether a value is an array of messages, or the beginning of one in JSON in a string."""
+    """Whether a value is an array of messages, or a string that begins like its JSON."""
     if isinstance(value, str):
         return value.lstrip()[:2] == "[{"
     first = value[0] if isinstance(value, list) and value else None
@@ -49,7 +49,7 @@ def is_dialogue(value: Any) -> bool:
 
 
 def _flags(row: dict, prefix: str = "") -> str:
-    """The flags alone, or "" if there are none; `prefix` is the path to `row` in an outer row."""
+    """Flags that would read `row`, or ""; `prefix` is the path to `row` in an outer row."""
     dialogue = _dialogue(row)
     if dialogue is not None:
         usual = not prefix and dialogue in ("messages", "conversations")
@@ -79,7 +79,7 @@ def _dialogue(row: dict) -> str | None:
 
 
 def _text_field(row: dict) -> str:
-    """A sentence with the field that is most likely the text, or "".
+    """A sentence that suggests the most likely text field, or "".
 
     If no column of a table was read, all values are None.
     """
@@ -89,10 +89,13 @@ def _text_field(row: dict) -> str:
     if not (texts or unread):
         return ""
     likely = max(texts, key=lambda name: len(texts[name])) if texts else (usual or unread)[0]
-    name = f"Name the field that holds the text, as in --text_key {shlex.quote(likely)}"
+    name = f"Name the field that has the text, as in --text_key {shlex.quote(likely)}"
     if len(texts) + len(unread) == 1:
         return f"{name}."
-    return f"{name}, or those of prompt and answer with --prompt_key and --completion_key."
+    return (
+        f"{name}, or name the fields with prompt and answer, with --prompt_key and "
+        "--completion_key."
+    )
 
 
 def _is_shown(name: Any) -> bool:

@@ -1,1 +1,1 @@
-"""One file for each Hugging Face layout: its config.json and its tensors."""
+"""Supported Hugging Face layouts, one per file: keys of config.json and names of tensors."""

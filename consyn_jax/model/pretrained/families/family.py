@@ -1,4 +1,4 @@
-"""The description of one Hugging Face layout: its config.json and its tensors."""
+"""`Family`: how a Hugging Face layout names the keys of config.json and the tensors."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from consyn_jax.model_config import ModelConfig
 
 @dataclass(frozen=True)
 class Family:
-    """One layout, an entry of `config_json.FAMILIES`.
+    """A Hugging Face layout, an entry of `config_json.FAMILIES`.
 
     Attributes:
-        model_type: Its name in config.json.
-        architecture: Its class in transformers.
-        read: Reads from a config.json the fields of `ModelConfig` that not all families have. It
-            raises `Unsupported`, or the errors of `Option.read`.
-        write: Returns the keys of config.json for these fields.
-        block: Parameter of a block -> tensor. A tensor may hold several parameters, concatenated in
-            this order.
-        defaults: Values of keys that a config.json may lack, as in its class in transformers.
-        renewed: Replaces old spellings of this layout in a config.json.
-        rotates_in_part: Whether the layout can rotate only a part of each head.
+        model_type: The layout's value of model_type in config.json.
+        architecture: Name of the model class in transformers.
+        read: Reads from a config.json the fields of `ModelConfig` that not all families have.
+            Raises `Unsupported`, or the errors of `Option.read`.
+        write: Returns the keys and values of config.json for these fields.
+        block: Name of each parameter of a block -> name of its tensor. Parameters with the same
+            tensor are concatenated in it, in this order.
+        defaults: Values of keys that config.json may omit, as in transformers.
+        renewed: Replaces keys that older versions of transformers wrote by the current ones.
+        rotates_in_part: Whether the layout supports rotating only a part of each head.
     """
 
     model_type: str
@@ -39,15 +39,18 @@ class Family:
     rotates_in_part: bool = False
 
     def complete(self, hf: HfConfig) -> HfConfig:
-        """A config.json with missing values filled in."""
+        """Return the content of a config.json with missing values filled in."""
         return self.defaults | dict(self.renewed(hf))
 
     def read_more(self, hf: HfConfig) -> Fields:
-        """Read the fields other than sizes and tokens from a complete config.json.
+        """Read the fields that not all families have, and the rotary embedding.
+
+        Args:
+            hf: Content of a config.json, as `complete` returns it.
 
         Raises:
-            Unsupported: A feature that this decoder or this layout lacks.
-            UserError: A rotary scaling with wrong values.
+            Unsupported: This decoder or this layout lacks a feature.
+            UserError: The rotary scaling has wrong values.
         """
         fields = read_rotary(hf) | self.read(hf)
         share = fields["rotary_fraction"]
@@ -56,7 +59,7 @@ class Family:
         return fields
 
     def holds(self, config: ModelConfig) -> bool:
-        """Whether this layout can describe `config`: it must read back what it writes."""
+        """Whether this layout can describe `config`: reading what it writes gives equal fields."""
         sizes = {
             "num_hidden_layers": config.num_layers,
             "max_position_embeddings": config.context,

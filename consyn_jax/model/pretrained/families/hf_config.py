@@ -1,4 +1,4 @@
-"""Reading a config.json of Hugging Face, key by key."""
+"""Readers for the keys of a Hugging Face config.json."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ Fields = dict[str, Any]  # of `ModelConfig`
 
 
 class Option(NamedTuple):
-    """The key of config.json that holds a field of `ModelConfig`, and the function that reads it.
+    """A field of `ModelConfig` in config.json.
 
-    `read` raises KeyError for a missing key, and TypeError or ValueError for a wrong value.
+    Attributes:
+        key: Key of config.json.
+        read: Returns the field's value from the content of config.json. Raises KeyError for a
+            missing key, and TypeError or ValueError for a wrong value.
     """
 
     key: str
@@ -20,17 +23,21 @@ class Option(NamedTuple):
 
 
 def required(key: str, kind: type) -> Option:
-    """An option that config.json must have."""
+    """A field whose key must be in config.json; `kind` converts the value."""
     return Option(key, lambda hf: kind(hf[key]))
 
 
 def optional(key: str, kind: type, default: Callable[[HfConfig], Any]) -> Option:
-    """An option with a default if it is missing, null or zero."""
+    """A field with a default, for when the key is missing, null or zero; `kind` converts it."""
     return Option(key, lambda hf: kind(hf.get(key) or default(hf)))
 
 
 def truth(hf: HfConfig, key: str) -> bool:
-    """A key that is true or false; false if it is missing or null."""
+    """Read a Boolean key of config.json; a missing or null key is false.
+
+    Raises:
+        TypeError: The value is not a Boolean.
+    """
     value = hf.get(key)
     if not isinstance(value, bool | None):
         raise TypeError(f"{key} is {value!r}")
@@ -38,4 +45,7 @@ def truth(hf: HfConfig, key: str) -> bool:
 
 
 class Unsupported(Exception):
-    """A feature in config.json that this decoder lacks; the text completes "config.json has"."""
+    """config.json has a feature that this decoder lacks.
+
+    The message is a phrase that continues a sentence which begins with "config.json has".
+    """

@@ -1,4 +1,4 @@
-"""The llama layout, on which the others build. SmolLM and SmolLM2 are llama models."""
+"""The llama layout, from which the other layouts are derived; SmolLM and SmolLM2 use it, too."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _head_dim(hf: HfConfig) -> int:
 
 
 def _eos_token_id(hf: HfConfig) -> int | tuple[int, ...] | None:
-    """The id of EOS, or a tuple of them if there is a list, as in chat models of Llama 3."""
+    """The EOS id; a tuple of ids if config.json has a list, as in chat models of Llama 3."""
     ids = hf.get("eos_token_id")
     return (tuple(map(int, ids)) or None) if isinstance(ids, list) else ids
 
@@ -49,7 +49,7 @@ OUTSIDE_BLOCKS = {
     "norm": "model.norm.weight",
     "output": "lm_head.weight",
 }
-# Values of the remaining fields in a layout that has no keys for them.
+# Values of fields for which a layout has no keys.
 PLAIN: Fields = {
     "qk_norm": False,
     "qkv_bias": False,
@@ -72,12 +72,17 @@ def read_biases(hf: HfConfig) -> Fields:
 
 
 def write_biases(config: ModelConfig) -> dict[str, Any]:
-    """The keys attention_bias and mlp_bias."""
+    """The keys attention_bias and mlp_bias of config.json, with their values."""
     return {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
 
 
 def attention(part: str, kind: str = "weight") -> str:
-    """Name of an attention tensor, without the prefix of its layer."""
+    """Name of an attention tensor in a file, without the prefix of the layer.
+
+    Args:
+        part: "q", "k", "v" or "o".
+        kind: "weight" or "bias".
+    """
     return f"self_attn.{part}_proj.{kind}"
 
 

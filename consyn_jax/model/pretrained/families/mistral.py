@@ -19,8 +19,8 @@ def _read(hf: HfConfig) -> Fields:
     kinds = layer_types(hf)
     if kinds is not None and (len(set(kinds)) > 1 or (window is not None) != (kinds[0] != FULL)):
         raise Unsupported(
-            "layer_types, which transformers ignores in a mistral. Set its model_type to "
-            "ministral, which has them, or take them out"
+            "layer_types, which transformers ignores for mistral. Set model_type to "
+            "ministral, which supports layer_types, or remove layer_types"
         )
     num_layers = int(hf["num_hidden_layers"])
     return PLAIN | windows(window, [window is not None] * num_layers)

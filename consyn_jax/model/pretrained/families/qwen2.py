@@ -1,4 +1,4 @@
-"""The layout of qwen2 and qwen2.5: llama with biases of queries, keys and values, and a window."""
+"""The qwen2 layout, for qwen2 and qwen2.5: llama with query, key and value biases and a window."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The qwen3 layout: llama with a norm of queries and keys, and a window on some layers."""
+"""The qwen3 layout: llama with query and key norms, and a sliding window on some layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rotary embedding in config.json, in the spellings of transformers 4 and 5."""
+"""The keys of the rotary embedding in config.json, as transformers 4 and 5 write them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from consyn_jax.model_config import ModelConfig, RopeScaling
 KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 DEFAULT_THETA = 10_000.0
 NAMES = {field.name for field in fields(RopeScaling)}
-# Keys that repeat other values, or that are read separately from the scaling.
+# Keys that repeat another key, or that are read separately from the scaling.
 BESIDE = {"type", "rope_theta", "partial_rotary_factor", "finetuned"}
 ORIGINAL = "original_max_position_embeddings"
 
 
 def parameters(hf: HfConfig) -> Mapping[str, Any]:
-    """Parameters of the rotary embedding: rope_scaling, else rope_parameters, as in transformers.
+    """Read the object with the rotary parameters: rope_scaling, or else rope_parameters.
 
     Raises:
         Unsupported: The value is not an object, or differs between kinds of layers.
@@ -32,7 +32,7 @@ def parameters(hf: HfConfig) -> Mapping[str, Any]:
 
 
 def read_rotary(hf: HfConfig) -> Fields:
-    """Base, scaling and rotated share of the rotary embedding."""
+    """Read the base, the scaling and the rotated fraction of the rotary embedding."""
     rope = parameters(hf)
     theta = rope.get("rope_theta") or hf.get("rope_theta") or DEFAULT_THETA
     share = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
@@ -62,7 +62,7 @@ def _scaling(hf: HfConfig, rope: Mapping[str, Any]) -> RopeScaling | None:
 
 
 def write_rotary(config: ModelConfig) -> dict[str, Any]:
-    """The keys of config.json, spelt so that transformers 4 and 5, vLLM and llama.cpp read them."""
+    """The rotary keys of config.json, in a form for transformers 4 and 5, vLLM and llama.cpp."""
     scaling = config.rope_scaling
     written = None
     if scaling is not None:

@@ -1,4 +1,4 @@
-"""The smollm3 layout: llama with layers that do not rotate, and windows on some layers."""
+"""The smollm3 layout: llama with layers without rotary embedding, and windows on some layers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from consyn_jax.model_config import ModelConfig
 
 
 def _rotates(hf: HfConfig) -> list[bool]:
-    """Whether each layer has rotary embedding; no_rope_layers has a 1 for those that have."""
+    """Whether each layer has a rotary embedding; despite its name, no_rope_layers has 1 for yes."""
     num_layers = int(hf["num_hidden_layers"])
     given = hf.get("no_rope_layers")
     if given is None:

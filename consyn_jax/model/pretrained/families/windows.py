@@ -1,4 +1,4 @@
-"""Sliding windows in config.json, on all layers or on some."""
+"""The keys of sliding windows in config.json, for windows on all layers or on some."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def sliding_window(hf: HfConfig) -> int | None:
-    """The window, in tokens."""
+    """Length of the sliding window in tokens; None if there is none."""
     window = hf.get("sliding_window")
     return None if window is None else int(window)
 
 
 def layer_types(hf: HfConfig) -> list[str] | None:
-    """The kind of each layer, if config.json lists them.
+    """The kind of attention of each layer; None if config.json does not list them.
 
     Raises:
-        Unsupported: A kind that is neither full nor sliding attention.
+        Unsupported: A layer has neither full nor sliding attention.
     """
     kinds = hf.get("layer_types")
     if kinds is None:
@@ -44,10 +44,14 @@ def check_one_each(key: str, given: Any, num_layers: int) -> None:
 
 
 def windows(window: int | None, has_window: list[bool]) -> Fields:
-    """Window fields for a model whose layers have a window where `has_window` is true.
+    """The window fields of `ModelConfig`.
+
+    Args:
+        window: Length of the window in tokens, if known.
+        has_window: Whether each layer has a window.
 
     Raises:
-        Unsupported: Layers have a window, but its size is missing.
+        Unsupported: A layer has a window, but the length is missing.
     """
     if not any(has_window):
         return {"sliding_window": None, "window_layers": None}
@@ -60,18 +64,25 @@ def windows(window: int | None, has_window: list[bool]) -> Fields:
 
 
 def read_typed(hf: HfConfig, window: int | None, implied: list[bool]) -> Fields:
-    """Window fields from layer_types; without that key, `implied` says which layers have one."""
+    """Read the window fields of `ModelConfig` from layer_types.
+
+    Args:
+        implied: Whether each layer has a window if the key layer_types is missing.
+    """
     kinds = layer_types(hf)
     return windows(window, implied if kinds is None else [kind == SLIDING for kind in kinds])
 
 
 def write_typed(config: ModelConfig) -> list[str]:
-    """The value of layer_types."""
+    """The value of layer_types in config.json."""
     return [FULL if window is None else SLIDING for window in config.windows]
 
 
 def read_late(hf: HfConfig) -> Fields:
-    """Window fields of qwen; by default the layers from max_window_layers on have a window."""
+    """Read the window fields of a qwen model.
+
+    Without layer_types, the layers with an index from max_window_layers on have a window.
+    """
     used = hf.get("use_sliding_window", False)
     first = int(hf["max_window_layers"])
     layers = int(hf["num_hidden_layers"])
@@ -80,7 +91,7 @@ def read_late(hf: HfConfig) -> Fields:
 
 
 def write_late(config: ModelConfig) -> dict[str, Any]:
-    """The keys of qwen's window."""
+    """The window keys of a qwen model in config.json, with their values."""
     kinds = write_typed(config)
     return {
         "sliding_window": config.sliding_window,

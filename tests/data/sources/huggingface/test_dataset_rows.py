@@ -329,7 +329,9 @@ def test_other_files_are_not_recognised(tmp_path: Path) -> None:
         UserError, match=r"a\.txt is neither a Parquet file, an Arrow file nor a dataset"
     ):
         files(tmp_path / "a.txt")
-    with pytest.raises(UserError, match=r"a\.txt is neither a file nor the name of a dataset"):
+    with pytest.raises(
+        UserError, match=r"a\.txt is neither a file nor the name of a Hugging Face Hub"
+    ):
         read(tmp_path / "a.txt")
 
 

@@ -375,8 +375,9 @@ def test_errors_of_the_hub_are_explained(tmp_path: Path, hub: str) -> None:
         "Check the name, or try `hf auth login`."
     )
     script = (
-        "UserError: The dataset owner/script is read by a script of its own, which is never run. "
-        "Try owner/script@refs/convert/parquet, which may hold its rows as files."
+        "UserError: The dataset owner/script needs a script from its repository, and such scripts "
+        "are never run. Try owner/script@refs/convert/parquet, which may have the rows as Parquet "
+        "files."
     )
     gated = (
         "UserError: The dataset owner/gated is gated. Ask for access at "
@@ -435,7 +436,7 @@ def test_one_of_several_configurations_in_the_cache_must_be_chosen(
         ("rows", "owner/choice:large", 899, ["text"]),
         ("size", "owner/choice"),
     ) == [
-        "UserError: The cache holds several configurations of the dataset owner/choice: "
+        "UserError: The cache has several configurations of the dataset owner/choice: "
         "large, small. Choose one with owner/choice:CONFIG.",
         [TEXTS[899:], 900],
         0,

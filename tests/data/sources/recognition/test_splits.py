@@ -158,7 +158,7 @@ def test_a_file_that_is_named_is_read_whatever_its_name(tmp_path: Path) -> None:
     assert found[TRAIN] == ["train.jsonl", "more.jsonl"]
     (tmp_path / "only").mkdir()
     make(tmp_path / "only", "test-0.jsonl")
-    with pytest.raises(UserError, match=r"Nothing in --data is training data by its name"):
+    with pytest.raises(UserError, match=r"No file in --data is training data by its name"):
         find_sources([str(tmp_path / "only")])
 
 

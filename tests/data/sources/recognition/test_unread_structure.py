@@ -103,7 +103,7 @@ def test_notebooks_are_read_as_text_which_is_said(tmp_path: Path) -> None:
     (sentence,) = noticed(tmp_path / "a.ipynb", notebook)
     assert sentence == (
         f"{tmp_path / 'a.ipynb'} is read as plain text, with the JSON of a notebook. "
-        "To learn from the cells only, convert it to text or scripts."
+        "To train on the cells only, convert it to text or scripts."
     )
     (tmp_path / "b.ipynb").write_text(notebook)
     (sentence,) = unread_structure(sources(tmp_path, "a.ipynb", "b.ipynb"), CorpusOptions())
