@@ -68,7 +68,8 @@ class ModelOptions:
     )
     checkpoint: str | None = flag(
         None,
-        "initial weights: best/ or final/ of a run, a Hugging Face model directory, or a hub id",
+        "initial weights: best/ or final/ of a run, a Hugging Face model directory, a hub id, or a "
+        "bucket URL (s3://, gs://)",
         math=True,
     )
     hidden_dim: int | None = flag(None, "width of the residual stream (from --model)", math=True)
@@ -316,7 +317,8 @@ class SavingOptions:
         "auto",
         "auto: continue from the newest checkpoint; never: only a new run; STEP: from this step",
     )
-    overwrite: bool = flag(False, "delete the run in --output and start a new one")
+    remote: str | None = flag(None, "s3:// or gs:// URL where a copy of the run is kept")
+    overwrite: bool = flag(False, "delete the run in --output and --remote and start a new one")
     replay: str | None = flag(
         None,
         "repeat the last step of a diverged run, from its directory nonfinite/STEP, and show "

@@ -192,6 +192,7 @@ def _check_backends(config: RunConfig, origins: dict[str, str]) -> None:
 def _check_directory(config: RunConfig) -> None:
     """Check that the run may use its directory, and that no other process uses it."""
     from consyn_jax.distributed.process_group import is_first
+    from consyn_jax.training.mirror.remote_run import check_remote
     from consyn_jax.training.run.directory import run_path
     from consyn_jax.training.run.lock import check_free
     from consyn_jax.training.run.opening import check_output
@@ -199,6 +200,7 @@ def _check_directory(config: RunConfig) -> None:
     if is_first():
         check_output(config)
         check_free(run_path(config))
+        check_remote(config)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ from consyn_jax.training.logging.live.history import History, earlier_activities
 from consyn_jax.training.logging.live.page_header import command_rows, now
 from consyn_jax.training.logging.metrics import MetricsLog, ending, read_metrics
 from consyn_jax.training.logging.tracking.callbacks import Callbacks, Maker, RunView
+from consyn_jax.training.mirror.remote_run import NO_REMOTE, open_remote
+from consyn_jax.training.mirror.run_mirror import RunMirror
 from consyn_jax.training.optim.schedules import warmup_length
 from consyn_jax.training.program import Program
 from consyn_jax.training.provenance.beginning_facts import begin_facts
@@ -259,7 +261,8 @@ def open_run(inputs: RunInputs, stack: ExitStack) -> OpenRun:
     derived = gather(json.dumps(describe_derived(inputs.derived)))  # the slowest prepares its data
     refuse_differences([json.loads(text) for text in derived])
     writes = jax.process_index() == 0
-    directory = open_run_directory(inputs.run, inputs.derived, write=writes)
+    remote, fetch = open_remote(inputs.run, inputs.derived, stack) if writes else NO_REMOTE
+    directory = open_run_directory(inputs.run, inputs.derived, write=writes, fetch=fetch)
     stack.callback(directory.close)
     path, minutes = directory.path, inputs.run.hardware.watchdog_minutes
     watchdog = stack.enter_context(Watchdog(path, minutes, current_process_group(), directory.beat))
@@ -271,6 +274,9 @@ def open_run(inputs: RunInputs, stack: ExitStack) -> OpenRun:
             f"The run in {path} was started by a version that gave runs no identity; it gets one "
             "now."
         )
+    if remote is not None:
+        keep, say = (saving.keep_last, saving.keep_every), (console.warn, console.note)
+        stack.callback(RunMirror(remote, directory, keep, *say, watchdog.moved).close)
     traced = parse_profile_steps(logging.profile_steps) if writes else None
     profile = Profile(traced, path / "profile", console.note, console.warn)
     stack.callback(profile.close)
