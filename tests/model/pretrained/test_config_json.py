@@ -78,11 +78,17 @@ def test_a_model_that_no_layout_holds_is_refused_before_training() -> None:
             "model_type 'gpt2', which is not supported. Give a model of llama, mistral, qwen3, "
             "qwen2, ministral, smollm3, phi3.",
         ),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "needs a value for low_freq_factor"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}},
+            "needs a value for low_freq_factor",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "needs a value for factor"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor '2', which must be a number"),
         ({"rope_scaling": {"type": "linear", "factor": -2}}, "must be a number above 0"),
-        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, "needs a value for long_factor"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}},
+            "needs a value for long_factor",
+        ),
         (
             {
                 "rope_scaling": {
@@ -93,7 +99,10 @@ def test_a_model_that_no_layout_holds_is_refused_before_training() -> None:
             },
             "rotates 8 pairs",
         ),
-        ({"rope_scaling": {"type": "proportional", "factor": 2.0}}, "'proportional' is not supported"),
+        (
+            {"rope_scaling": {"type": "proportional", "factor": 2.0}},
+            "'proportional' is not supported",
+        ),
         (
             {"rope_scaling": {"type": "default", "mrope_section": [1, 2]}},
             "a rotary embedding with mrope_section",

@@ -217,7 +217,9 @@ def test_links_and_pipes_in_a_run_directory_are_refused_by_name(
     else:
         target.symlink_to(outside)
     what = "a pipe" if kind == "pipe" else "a link"
-    with pytest.raises(UserError, match=f"{name} is {what}, but a run writes only to regular files"):
+    with pytest.raises(
+        UserError, match=f"{name} is {what}, but a run writes only to regular files"
+    ):
         open_run_directory(run(path)[0], DERIVED)
     assert not list(outside.iterdir())
 
