@@ -68,7 +68,8 @@ class ModelOptions:
     )
     checkpoint: str | None = flag(
         None,
-        "initial weights: best/ or final/ of a run, a Hugging Face model directory, or a hub id",
+        "initial weights: best/ or final/ of a run, a Hugging Face model directory, a hub id, or a "
+        "bucket URL (s3://, gs://)",
         math=True,
     )
     hidden_dim: int | None = flag(None, "width of the residual stream (from --model)", math=True)
@@ -242,7 +243,7 @@ class HardwareOptions:
         "devices per mesh axis, as in data=2,fsdp=4,context=1,tensor=1; auto: fits the machine",
     )
     topology: str | None = flag(
-        None, "with --dry_run: plan for these GPUs instead of this machine, as in h200:1x8"
+        None, "with --dry_run: plan for these GPUs or TPUs, not this machine: h200:1x8, v5e:2x4"
     )
     fit: str | None = flag(
         None,
@@ -316,7 +317,8 @@ class SavingOptions:
         "auto",
         "auto: continue from the newest checkpoint; never: only a new run; STEP: from this step",
     )
-    overwrite: bool = flag(False, "delete the run in --output and start a new one")
+    remote: str | None = flag(None, "s3:// or gs:// URL where a copy of the run is kept")
+    overwrite: bool = flag(False, "delete the run in --output and --remote and start a new one")
     replay: str | None = flag(
         None,
         "repeat the last step of a diverged run, from its directory nonfinite/STEP, and show "

@@ -1,4 +1,4 @@
-"""Atomic writes of files and directories, which survive a crash or power cut, and file locks.
+"""Atomic writes of files and directories, which survive a crash, file locks, and the cache's place.
 
 Only this module opens files for writing in directories that another user may have made. It follows
 no links. Temporary names cannot be guessed: `.NAME.16 HEX DIGITS.new` for a file being written,
@@ -34,6 +34,14 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+
+def cache_directory() -> Path:
+    """The cache: $CONSYN_CACHE, otherwise consyn_jax in $XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("CONSYN_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "consyn_jax"
 
 
 def check_is_no_pointer(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Download of models and tokenizers from the Hugging Face Hub, named `owner/name`.
+"""Download of models and tokenizers: from the Hugging Face Hub, as `owner/name`, or a bucket.
 
 Cached files are used without a network. Downloaded code is never run.
 """
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from consyn_jax.errors import UserError, brief, listed
+from consyn_jax.remote.urls import is_bucket_url
 
 _NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
@@ -23,6 +24,11 @@ def is_hub_id(name: str) -> bool:
     return bool(_NAME.fullmatch(name)) and not Path(name).exists()
 
 
+def is_elsewhere(name: str) -> bool:
+    """Whether a name is one of the Hub, or a place in a bucket: what `download` takes."""
+    return is_bucket_url(name) or is_hub_id(name)
+
+
 def is_hub_name(name: str) -> bool:
     """Whether a name has the form `owner/name`.
 
@@ -34,7 +40,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def download(name: str, patterns: Sequence[str]) -> Path:
-    """Download the files of a hub id that are not cached, and return their directory.
+    """Download the files of a hub id or URL that are not cached, and return their directory.
 
     Args:
         patterns: glob patterns of the files needed.
@@ -43,6 +49,10 @@ def download(name: str, patterns: Sequence[str]) -> Path:
         UserError: the model does not exist, access is denied, or there is neither a network nor a
             cached copy.
     """
+    if is_bucket_url(name):
+        from consyn_jax.remote.local_copy import local_copy
+
+        return local_copy(name, tuple(patterns))
     match = _NAME.fullmatch(name)
     assert match is not None
     from huggingface_hub import snapshot_download

@@ -13,8 +13,8 @@ class CorpusOptions:
 
     data: tuple[str, ...] = flag(
         ("sample",),
-        "files, directories, globs, Hugging Face datasets (NAME[@REVISION][:CONFIG[:SPLIT]]), or "
-        "'sample'",
+        "files, directories, globs, s3:// and gs:// URLs of them, Hugging Face datasets "
+        "(NAME[@REVISION][:CONFIG[:SPLIT]]), or 'sample'",
     )
     validation: tuple[str, ...] = flag((), "validation data, instead of a share of --data")
     validation_fraction: float = flag(
@@ -92,7 +92,7 @@ class CorpusOptions:
     tokenizer: str | None = flag(
         None,
         "'default' (bundled, 49,152 tokens), 'bytes', 'train:SIZE' (trained on the data), or a "
-        "path. If not given: the checkpoint's or token store's, else 'default'.",
+        "path or URL. If not given: the checkpoint's or token store's, else 'default'.",
     )
     num_workers: int | None = flag(
         None, "number of processes that clean and tokenise, besides the main process (one per core)"

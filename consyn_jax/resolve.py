@@ -1,7 +1,6 @@
 """Merge defaults, presets, a config file and flags into one checked configuration.
 
-A flag overrides a `--config` file, which overrides the preset of `--model`, which overrides the
-default. The origin of each value is recorded. Only the standard library is imported here.
+Flags override a `--config` file, a file the preset of `--model`, and a preset the default.
 """
 
 from __future__ import annotations
@@ -27,11 +26,12 @@ from consyn_jax.config import (
 from consyn_jax.errors import TOO_LONG, UserError, nearest
 from consyn_jax.flags import Config, Flag, flags, grouped
 from consyn_jax.foreign_flags import ELSEWHERE, advise
-from consyn_jax.hub_download import is_hub_id
+from consyn_jax.hub_download import is_elsewhere
 from consyn_jax.integers import neighbours
 from consyn_jax.model_config import ModelConfig
 from consyn_jax.optimizer_config import OPTIMIZERS
 from consyn_jax.prepare_config import PrepareConfig
+from consyn_jax.remote.urls import understood
 from consyn_jax.validation import real, validate, validate_preparation
 
 DEFAULT_EPOCHS = 3.0  # of a run without a budget
@@ -151,7 +151,7 @@ def merge(
                 hint = advise(name, value, known, style) or nearest(name, [*known, *by_alias])
                 raise UserError(f"{where} is not a setting{' here' if name in known else ''}{hint}")
             values[name], origins[name] = convert(known[name], value, where), origin
-    return values, origins
+    return values | understood(values), origins
 
 
 def _without_recipe(file: Mapping[str, Any], origin: str, model: Any) -> Mapping[str, Any]:
@@ -212,7 +212,7 @@ def _has_weights(model: str) -> bool:
     if model in PRESETS and not is_directory:
         return False
     kinds = ("*.safetensors", "*.bin", "*.pt", "*.pth") if is_directory else ()
-    return is_hub_id(model) or any(next(Path(model).glob(kind), None) for kind in kinds)
+    return is_elsewhere(model) or any(next(Path(model).glob(kind), None) for kind in kinds)
 
 
 def _fit_optimizer(values: dict[str, Any], origins: dict[str, str]) -> None:

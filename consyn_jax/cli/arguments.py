@@ -16,6 +16,7 @@ from consyn_jax import __version__
 from consyn_jax.errors import UserError, nearest
 from consyn_jax.flags import Config, Flag, flags
 from consyn_jax.foreign_flags import advise
+from consyn_jax.remote.urls import understood
 
 # Values may begin with a dash: numbers, and lines of dashes between documents.
 _NO_FLAG = re.compile(r"-(\d|\.\d|inf|nan)|--[^a-z]", re.IGNORECASE)
@@ -62,7 +63,7 @@ METAVARS = {
     "ladder": "N|SIZE,...",
     "predict": "flops=X|tokens=X",
     "mesh": "auto|AXIS=N,...",
-    "topology": "GPU:HOSTSxGPUS",
+    "topology": "GPU:HOSTSxGPUS|TPU:SHAPE[xSLICES]",
     "coordinator_address": "HOST:PORT",
     "fit": "FILE",
     "output": "PATH",
@@ -70,6 +71,7 @@ METAVARS = {
     "shard_size": "SIZE",
     "license": "NAME",
     "push_to_hub": "OWNER/NAME",
+    "remote": "URL",
     "resume": "auto|never|STEP",
     "profile_steps": "A:B",
     "logging_backend": "NAME",
@@ -236,6 +238,7 @@ def read(
     if file_name is not None:
         from consyn_jax.config_file import read_config_file
 
+        understood({"config": file_name})
         file = read_config_file(Path(file_name))
     config, origins = resolve(given, file, file_name=file_name or "")
     return config, origins, "".join(chosen)

@@ -1,4 +1,4 @@
-"""`consyn-train --dry_run`: describe a run and its needs, here or on the GPUs of `--topology`."""
+"""`consyn-train --dry_run`: describe a run and its needs, here or on described devices."""
 
 from __future__ import annotations
 
@@ -23,20 +23,23 @@ def plan(config: RunConfig, origins: dict[str, str], choice: ModelChoice) -> Non
     """
     from consyn_jax.planning.aot import packages_are_there
     from consyn_jax.planning.plan import compiled, estimate, fit
-    from consyn_jax.planning.plan_page import in_flags, page, recipe
+    from consyn_jax.planning.plan_page import page
+    from consyn_jax.planning.plan_recipe import in_flags, recipe
     from consyn_jax.planning.topology import parse_topology
 
-    topology, found, file = config.hardware.topology, packages_are_there(), config.hardware.fit
+    topology, file = config.hardware.topology, config.hardware.fit
     if topology is None:
         raise UserError(
-            "--fit needs --topology, the GPUs to fit: h200:1x8 is one host with eight H200."
+            "--fit needs --topology, the devices to fit: h200:1x8 is one host with eight H200."
         )
+    machine = parse_topology(topology)
+    found = packages_are_there(machine.compiler)
     if file is not None and Path(file).exists():
         raise UserError(f"--fit would overwrite {file}. Name another file for the recipe.")
     config = with_sequence_length(config, choice.base)
     vocab_size = _vocabulary(config) if choice.stored is None else choice.stored.vocab_size
     model = architecture(config.model, choice.base, vocab_size=vocab_size)
-    planned = estimate(model, config, parse_topology(topology))
+    planned = estimate(model, config, machine)
     if found:
         planned = compiled(planned, topology)
     print(page(planned, assumptions=config.hardware.verbose))
@@ -49,7 +52,8 @@ def plan(config: RunConfig, origins: dict[str, str], choice: ModelChoice) -> Non
         raise UserError(
             f"--fit cannot write {file}: {error.strerror}. Name another file."
         ) from error
-    print(f"\nThe fastest that fits: {in_flags(best.changes)}. The recipe is in {file}.")
+    rank = "simplest" if best.plan.time is None else "fastest"
+    print(f"\nThe {rank} that fits: {in_flags(best.changes)}. The recipe is in {file}.")
 
 
 def _vocabulary(config: RunConfig) -> int:

@@ -16,6 +16,23 @@ DESCRIPTION = """\
 Evaluate models on texts (perplexity, bits per byte) and on requests (likelihood
 of answers, accuracy), and compare them."""
 USAGE = "MODEL ... --data PATH ... | --requests FILE [FLAG ...]"
+COMMON = (  # the flags of a short --help
+    "model",
+    "step",
+    "tokenizer",
+    "dtype",
+    "batch_size",
+    "data",
+    "window",
+    "stride",
+    "text_key",
+    "requests",
+    "max_tokens",
+    "stop",
+    "output",
+    "page",
+    "seed",
+)
 EPILOG = """\
 examples:
   consyn-evaluate runs/verse --data wikitext/test.txt --stride 512
@@ -48,7 +65,7 @@ def read_arguments(argv: Sequence[str]) -> EvaluateConfig:
     models = list(takewhile(lambda word: not word.startswith("-"), argv))
     if models:
         argv = ["--model", *argv]
-    parser = build_parser("consyn-evaluate", DESCRIPTION, USAGE, EPILOG, EvaluateConfig)
+    parser = build_parser("consyn-evaluate", DESCRIPTION, USAGE, EPILOG, EvaluateConfig, COMMON)
     config = resolve_flags(EvaluateConfig, parse(parser, argv))
     validate_evaluation(config)
     return config

@@ -29,6 +29,23 @@ DESCRIPTION = """\
 Continue prompts with a trained model, or chat with it. Generated text goes to
 standard output or --output; all other messages go to standard error."""
 USAGE = "MODEL --prompt TEXT|--file FILE|--interactive [FLAG ...]"
+COMMON = (  # the flags of a short --help
+    "model",
+    "prompt",
+    "file",
+    "interactive",
+    "batch_size",
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+    "seed",
+    "num_return_sequences",
+    "stop",
+    "output",
+    "stream",
+)
 EPILOG = """\
 examples:
   consyn-generate runs/verse --prompt "Once upon a time" --temperature 0.8
@@ -60,7 +77,7 @@ def read_arguments(argv: Sequence[str]) -> GenerateConfig:
     """
     if argv and not argv[0].startswith("-"):
         argv = ["--model", *argv]
-    parser = build_parser("consyn-generate", DESCRIPTION, USAGE, EPILOG, GenerateConfig)
+    parser = build_parser("consyn-generate", DESCRIPTION, USAGE, EPILOG, GenerateConfig, COMMON)
     config = resolve_flags(GenerateConfig, parse(parser, argv))
     validate_generation(config)
     return config

@@ -30,6 +30,23 @@ DESCRIPTION = """\
 Make a token store from documents: clean and deduplicate them, split them into
 train, validation and test, tokenise them, and write a report."""
 USAGE = "[--data PATH ...] [--output DIR] [FLAG ...]"
+COMMON = (  # the flags of a short --help
+    "config",
+    "data",
+    "validation",
+    "validation_fraction",
+    "test_fraction",
+    "dataset_type",
+    "row_format",
+    "text_key",
+    "document_separator",
+    "deduplicate",
+    "near_duplicates",
+    "tokenizer",
+    "num_workers",
+    "output",
+    "overwrite",
+)
 EPILOG = """\
 examples:
   consyn-prepare --data corpus/ --output tokens
@@ -66,7 +83,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[PrepareConfig, dict[str, str], 
     Raises:
         UserError: an unknown flag, an invalid value, or an unreadable `--config` file.
     """
-    parser = build_parser("consyn-prepare", DESCRIPTION, USAGE, EPILOG, PrepareConfig)
+    parser = build_parser("consyn-prepare", DESCRIPTION, USAGE, EPILOG, PrepareConfig, COMMON)
     return read(parser, argv, resolve_preparation)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str]) -> None:
     """Run the command line: train, or one of the other modes."""
+    began = time.perf_counter()
     config, origins, mode = read_arguments(argv)
     if mode == "print_config":
         from consyn_jax.config_file import describe
@@ -89,7 +91,7 @@ def run(argv: Sequence[str]) -> None:
         set_allocators()
         _check_backends(config, origins)
         with heartbeat(), _runtime(config, mode):
-            train(config, origins, ACTIONS[mode])
+            train(config, origins, ACTIONS[mode], began=began)
 
 
 def read_arguments(argv: Sequence[str]) -> tuple[RunConfig, dict[str, str], str]:
@@ -160,6 +162,7 @@ def train(
     action: Callable[[ConsynTrainer], object],
     *,
     writes: bool = True,
+    began: float | None = None,
 ) -> None:
     """Check all input before slow work, prepare data and model, and run `action`.
 
@@ -167,12 +170,15 @@ def train(
         action: called with the trainer; it trains, or does the work of one of `MODES`.
         writes: whether `action` writes to the run directory; no other process may then use the
             directory.
+        began: `time.perf_counter()` at the beginning of the command.
     """
     check = _check_directory if writes else lambda _: None
     with prepared_run((config, origins), check) as prepared:
         from consyn_jax.training.trainer import ConsynTrainer
 
-        action(ConsynTrainer(**prepared.trainer_inputs(prepared.settings)))
+        trainer = ConsynTrainer(**prepared.trainer_inputs(prepared.settings))
+        trainer.began = began
+        action(trainer)
 
 
 def _check_backends(config: RunConfig, origins: dict[str, str]) -> None:
@@ -186,6 +192,7 @@ def _check_backends(config: RunConfig, origins: dict[str, str]) -> None:
 def _check_directory(config: RunConfig) -> None:
     """Check that the run may use its directory, and that no other process uses it."""
     from consyn_jax.distributed.process_group import is_first
+    from consyn_jax.training.mirror.remote_run import check_remote
     from consyn_jax.training.run.directory import run_path
     from consyn_jax.training.run.lock import check_free
     from consyn_jax.training.run.opening import check_output
@@ -193,6 +200,7 @@ def _check_directory(config: RunConfig) -> None:
     if is_first():
         check_output(config)
         check_free(run_path(config))
+        check_remote(config)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,21 @@ Sizes = dict[str, int]  # by axis
 
 @dataclass(frozen=True)
 class Machine:
-    """Number of hosts, devices per host, and usable bytes of memory per device."""
+    """Number of hosts, devices per host, and usable bytes of memory per device.
+
+    A host is a group of devices with fast links, whatever processes it has. For TPUs it is a
+    slice, which is so large that weights are split over several slices only if they must be.
+    """
 
     hosts: int
     per_host: int
     memory_bytes: int
+    name_of_host: str = "host"
+
+    @property
+    def group_hosts(self) -> int:
+        """Number of hosts that share one copy of a large model, memory permitting."""
+        return GROUP_HOSTS if self.name_of_host == "host" else 1
 
 
 class MeshChoice(NamedTuple):
@@ -103,23 +113,25 @@ def _split_weights(machine: Machine, hidden_dim: int, needs: Callable[[Sizes], i
 
     groups = [n for n in divisors(hosts) if hidden_dim % (n * per_host) == 0] or [hosts]
     alone = fits(_sizes(hosts * per_host, 1))
-    wide = [n for n in groups if n <= GROUP_HOSTS] or groups[:1]
+    wide = [n for n in groups if n <= machine.group_hosts] or groups[:1]
     first = groups[0] if alone else wide[-1]
     meshes = [_sizes(hosts // n, n * per_host) for n in groups if n >= first]
     sizes = next(filter(fits, meshes), meshes[-1])
-    return MeshChoice(sizes, _reason(hosts, per_host, sizes["data"], alone))
+    return MeshChoice(sizes, _reason(machine, sizes["data"], alone))
 
 
-def _reason(hosts: int, per_host: int, copies: int, alone: bool) -> str:
+def _reason(machine: Machine, copies: int, alone: bool) -> str:
+    hosts, per_host, name = machine.hosts, machine.per_host, f"{machine.name_of_host}s"
     if hosts == 1:
         return f"weights split over {per_host} devices" if per_host > 1 else "one device"
     if copies == hosts:
-        return f"weights split inside each of {hosts} hosts and copied across them"
-    why = "as the memory requires" if alone else "because one device could not hold them"
+        return f"weights split inside each of {hosts} {name} and copied across them"
+    requires = alone or machine.group_hosts == 1
+    why = "as the memory requires" if requires else "because one device could not hold them"
     if copies == 1:
-        return f"weights split over all {hosts} hosts, {why}"
+        return f"weights split over all {hosts} {name}, {why}"
     return (
-        f"weights split over groups of {hosts // copies} hosts, {why}, "
+        f"weights split over groups of {hosts // copies} {name}, {why}, "
         f"and copied across {copies} such groups"
     )
 

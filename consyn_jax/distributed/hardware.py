@@ -1,4 +1,4 @@
-"""The table of GPUs, with one row per GPU, for planning, compiling and model FLOP utilisation.
+"""The tables of GPUs and TPUs: one row each, for planning, compiling and model FLOP utilisation.
 
 docs/design/planning.md has the source of each number.
 """
@@ -255,16 +255,74 @@ GPUS: tuple[Gpu, ...] = (
     ),
     Gpu("B300", 2250e12),
     Gpu("H100 PCIe", 756e12),
+    Gpu("H100 NVL", 835e12),
+    Gpu("H200 NVL", 836e12),
+    Gpu("GH200", 989e12),
+    Gpu("A800", 312e12),
+    Gpu("A40", 149.7e12),
+    Gpu("A30", 165e12),
+    Gpu("A10", 125e12),
+    Gpu("L40", 181e12),
+    Gpu("RTX 5090", 209.5e12),
 )
 DESCRIBED = {gpu.key: gpu for gpu in GPUS if isinstance(gpu, DescribedGpu)}
 
 
-def bf16_peak(device_kind: str) -> float | None:
-    """Peak FLOP/s of a device in bf16; None if its kind is not in the table.
+# Chips that share the name of one in the table, and parts of one.
+OTHER_CHIPS = re.compile(r"\b(D|Ti|SUPER|Laptop|Max-Q|MIG)\b", re.IGNORECASE)
 
-    >>> bf16_peak("NVIDIA H100 80GB HBM3")
-    989000000000000.0
+
+@dataclass(frozen=True)
+class Tpu:
+    """A generation of TPUs. Rates and bytes are of one device, as JAX counts devices.
+
+    A device is a chip; of tpu7x it is half a chip.
+
+    Attributes:
+        key: Name in a `--topology` and in libtpu.
+        kind: Name of the device in JAX.
+        bf16_flops: Specified FLOP/s of bf16 products that are summed in float32.
+        memory_bytes: Bytes that the compiler lets a program use.
+        memory_bandwidth: Specified bytes per second to and from the device's memory.
+        dimensions: Dimensions of the network of a slice.
+        max_chips: Largest number of chips of one slice.
+        devices_per_chip: Number of devices of a chip.
     """
+
+    key: str
+    kind: str
+    bf16_flops: float
+    memory_bytes: int
+    memory_bandwidth: float
+    dimensions: int
+    max_chips: int
+    devices_per_chip: int = 1
+
+
+TPUS = {
+    tpu.key: tpu
+    for tpu in (
+        Tpu("v5e", "TPU v5 lite", 197e12, int(15.75 * 2**30), 819e9, 2, 256),
+        Tpu("v6e", "TPU v6 lite", 918e12, int(31.25 * 2**30), 1638e9, 2, 256),
+        Tpu("v5p", "TPU v5", 459e12, int(95.74 * 2**30), 2765e9, 3, 6144),
+        Tpu("tpu7x", "TPU7x", 2307e12 / 2, int(94.75 * 2**30), 7380e9 / 2, 3, 9216, 2),
+    )
+}
+
+
+def bf16_peak(device_kind: str) -> float | None:
+    """Peak FLOP/s of a device in bf16; None if its kind is not in the tables.
+
+    >>> bf16_peak("NVIDIA H100 80GB HBM3"), bf16_peak("NVIDIA H100 80GB HBM3 MIG 1g.10gb")
+    (989000000000000.0, None)
+    >>> bf16_peak("TPU v5 lite")
+    197000000000000.0
+    """
+    if OTHER_CHIPS.search(device_kind):
+        return None
+    for tpu in TPUS.values():
+        if tpu.kind == device_kind:
+            return tpu.bf16_flops
     found = [gpu for gpu in GPUS if re.search(rf"\b{gpu.name}\b", device_kind)]
     return max(found, key=lambda gpu: len(gpu.name)).bf16_flops if found else None
 

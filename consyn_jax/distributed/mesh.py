@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from consyn_jax.errors import UserError, nearest
@@ -140,11 +141,36 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
 
 
 def build_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Build a mesh with all four axes; JAX chooses the order of the devices to suit the network."""
+    """Build a mesh with all four axes; JAX chooses the order of the devices to suit the network.
+
+    The outermost axes that can be are split over the slices of TPUs, whose network is slower than
+    the links inside a slice. `jax.make_mesh` refuses several slices.
+    """
     shape = tuple(sizes[axis] for axis in AXES)
-    if devices is None:
-        devices = jax.devices()
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    devices = list(jax.devices() if devices is None else devices)[: math.prod(shape)]
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform == "tpu" and slices > 1:
+        outer = across_slices(shape, slices)
+        inner = [size // over for size, over in zip(shape, outer, strict=True)]
+        arranged = mesh_utils.create_hybrid_device_mesh(
+            inner, outer, devices, allow_split_physical_axes=True
+        )
+    else:
+        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def across_slices(shape: Sequence[int], slices: int) -> tuple[int, ...]:
+    """Numbers of slices that the axes of a mesh are split over, the outer axes first.
+
+    >>> across_slices((4, 8, 1, 1), 2), across_slices((1, 16, 1, 1), 2)
+    ((2, 1, 1, 1), (1, 2, 1, 1))
+    """
+    outer = []
+    for size in shape:
+        outer.append(math.gcd(size, slices))
+        slices //= outer[-1]
+    return tuple(outer)
 
 
 def check_batch(

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from consyn_jax.config import PRESETS
 from consyn_jax.errors import UserError
 from consyn_jax.files import refuse_strays, refuse_unfinished
-from consyn_jax.hub_download import is_hub_id
+from consyn_jax.hub_download import is_elsewhere
 from consyn_jax.inference.run_models import (
     ORBAX,
     RUN_FILES,
@@ -40,6 +40,7 @@ from consyn_jax.model.pretrained.weights import (
     load_parameters,
 )
 from consyn_jax.model_config import ModelConfig
+from consyn_jax.remote.urls import is_bucket_url
 from consyn_jax.tokenization import BPETokenizer, own_tokenizer
 from consyn_jax.training.checkpointing.saved_weights import read_arrays, read_weights
 from consyn_jax.training.run.directory import CONFIG
@@ -115,15 +116,16 @@ def find_source(name: str | Path, step: int | None = None) -> ModelSource:
 
     Args:
         name: A directory in the Hugging Face layout, a run directory, a checkpoint directory
-            (RUN/checkpoints/STEP), or a hub id (owner/name, owner/name@revision).
+            (RUN/checkpoints/STEP), a hub id (owner/name, owner/name@revision), or the URL of a
+            directory in a bucket.
         step: Use the checkpoint of this step of a run.
 
     Raises:
         UserError: There is no such model, its kind is unknown, or it is damaged.
     """
     path = Path(name)
-    if not path.exists():
-        return _from_hub(str(name), step)
+    if is_elsewhere(str(name)) or not path.exists():
+        return _from_elsewhere(str(name), step)
     refuse_unfinished(path)
     run = checkpoint_run(path)
     if run is not None or is_run(path):
@@ -144,15 +146,16 @@ def find_source(name: str | Path, step: int | None = None) -> ModelSource:
     return _from_directory(str(name), path, f"the directory {path}")
 
 
-def _from_hub(name: str, step: int | None) -> ModelSource:
+def _from_elsewhere(name: str, step: int | None) -> ModelSource:
     if name in PRESETS:
         raise UserError(
             f"{name} is the name of an architecture, for which no weights are published. Train "
             f"it with consyn-train --model {name}, and give the run's directory."
         )
-    if step is not None and is_hub_id(name):
-        raise UserError(f"--step {step} is for a run, but {name} is a hub id. Leave --step out.")
-    return _from_directory(name, find_model(name), f"{name} of the Hugging Face Hub")
+    if step is not None and is_elsewhere(name):
+        raise UserError(f"--step {step} is for a local run, not for {name}. Leave --step out.")
+    at_hub = "" if is_bucket_url(name) else " of the Hugging Face Hub"
+    return _from_directory(name, find_model(name), f"{name}{at_hub}")
 
 
 def _from_directory(name: str, directory: Path, taken: str, run: Path | None = None) -> ModelSource:

@@ -24,7 +24,7 @@ from consyn_jax.model.norms import NORMS, Norms, norm_then_rope
 from consyn_jax.model.rematerialisation import ATTENTION_OUTPUT, KERNEL_RESIDUALS
 
 Drop = Callable[[jax.Array], jax.Array]  # dropout of attention weights [B, K, N / K, T, S]
-Window = int | Int[Array, ""] | None  # tokens; an array if layers differ
+NO_WINDOW = 2**30  # tokens; a window that no sequence fills
 
 
 class Documents(NamedTuple):
@@ -54,7 +54,7 @@ def attention_mask(
     query_positions: Int[Array, " T"],
     key_positions: Int[Array, " S"],
     first_key_BT: Int[Array, "B T"] | None = None,
-    sliding_window: Window = None,
+    sliding_window: int | Int[Array, ""] | None = None,
 ) -> Bool[Array, "B 1 T S"]:
     """Mask that is True where a query attends to a key.
 
@@ -102,7 +102,8 @@ def causal_attention(
     inside: Documents | None,
     *,
     backend: str,
-    sliding_window: Window = None,
+    sliding_window: int | None = None,
+    has_window: Bool[Array, ""] | None = None,
     dropout: Dropout | None = None,
 ) -> Float[Array, "B T N H"]:
     """Causal self-attention inside documents, on the current mesh if one is set.
@@ -110,8 +111,8 @@ def causal_attention(
     Args:
         inside: The document of each token; None if each row is one document.
         backend: A key of `BACKENDS`.
-        sliding_window: Length of the window in tokens, an array if layers differ; None for no
-            window.
+        sliding_window: Length of the window in tokens; None for no window.
+        has_window: Whether this layer has the window, if layers differ in it.
         dropout: Dropout of the attention weights, for backends that support it.
     """
     chosen = BACKENDS[backend]
@@ -129,11 +130,9 @@ def causal_attention(
         weights,
     )
     arrays: Any = (q_BTNH, k_BTKH, v_BTKH, inside, kept_BNTS)
-    run = partial(_local_attention, backend=chosen, dropout=dropout)
-    if isinstance(sliding_window, jax.Array):
-        arrays, in_axes = (*arrays, sliding_window), (*in_axes, ())
-    else:
-        run = partial(run, window=sliding_window)
+    run = partial(_local_attention, backend=chosen, dropout=dropout, sliding_window=sliding_window)
+    if has_window is not None:
+        arrays, in_axes = (*arrays, has_window), (*in_axes, ())
     local = on_each_device(run, in_axes, heads)
     return checkpoint_name(local(*arrays), ATTENTION_OUTPUT)
 
@@ -144,23 +143,24 @@ def _local_attention(
     v_BSKH: jax.Array,
     inside: Documents | None,
     kept_BNTS: jax.Array | None,
-    window: Window = None,
+    has_window: jax.Array | None = None,
     *,
     backend: Backend,
     dropout: Dropout | None,
+    sliding_window: int | None,
 ) -> jax.Array:
     T = q_BTNH.shape[1]
-    first: Any = 0
+    part: Any = 0
     if mesh_sizes()["context"] > 1:
-        first = jax.lax.axis_index("context") * T
+        part = jax.lax.axis_index("context")
         k_BSKH, v_BSKH = (
             jax.lax.all_gather(x, axis_name="context", axis=1, tiled=True) for x in (k_BSKH, v_BSKH)
         )
     drop = None
     if dropout is not None:
         drop = partial(_drop, dropout=dropout, kept_BNTS=kept_BNTS)
-    queries_T, keys_S = first + jnp.arange(T), jnp.arange(k_BSKH.shape[1])
-    return backend.attend(q_BTNH, k_BSKH, v_BSKH, Visible(queries_T, keys_S, inside, window), drop)
+    visible = Visible(part, T, k_BSKH.shape[1], inside, sliding_window, has_window)
+    return backend.attend(q_BTNH, k_BSKH, v_BSKH, visible, drop)
 
 
 def _drop(weights_BKGTS: jax.Array, dropout: Dropout, kept_BNTS: Any) -> jax.Array:
@@ -168,19 +168,47 @@ def _drop(weights_BKGTS: jax.Array, dropout: Dropout, kept_BNTS: Any) -> jax.Arr
 
 
 class Visible(NamedTuple):
-    """Positions, documents and window, which determine the keys that each query attends to."""
+    """Positions, documents and window, which determine the keys that each query attends to.
 
-    queries_T: Int[Array, " T"]  # positions
-    keys_S: Int[Array, " S"]
+    Attributes:
+        part: The queries are the sequence's part of this number, among parts of `T` tokens.
+        T: Number of queries.
+        S: Number of keys, which are the whole sequence's.
+        inside: The first positions of the queries' documents and the last of the keys'.
+        sliding_window: In tokens.
+        has_window: Whether this layer has the window, if layers differ in it.
+    """
+
+    part: Int[Array, ""] | int
+    T: int
+    S: int
     inside: Documents | None
-    window: Window
+    sliding_window: int | None
+    has_window: Bool[Array, ""] | None
+
+    @property
+    def queries_T(self) -> Int[Array, " T"]:
+        """Positions of the queries."""
+        return self.part * self.T + jnp.arange(self.T)
+
+    @property
+    def keys_S(self) -> Int[Array, " S"]:
+        """Positions of the keys."""
+        return jnp.arange(self.S)
+
+    @property
+    def window(self) -> int | Int[Array, ""] | None:
+        """This layer's window in tokens; None if there is none."""
+        if self.has_window is None or self.sliding_window is None:
+            return self.sliding_window
+        return jnp.where(self.has_window, self.sliding_window, NO_WINDOW)
 
 
 def _masked_attention(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible: Visible, drop: Drop | None
 ) -> jax.Array:
-    queries_T, keys_S, inside, window = visible
-    mask = attention_mask(queries_T, keys_S, None if inside is None else inside.first_BT, window)
+    first_BT = None if visible.inside is None else visible.inside.first_BT
+    mask = attention_mask(visible.queries_T, visible.keys_S, first_BT, visible.window)
     return attend(q_BTNH, k_BSKH, v_BSKH, mask, drop)
 
 
@@ -190,7 +218,8 @@ def _kernel_attention(
     # Pallas takes half a second to import, and only GPUs need it
     from consyn_jax.model.kernels.document_attention import document_attention
 
-    queries_T, keys_S, inside, window = visible
+    queries_T, keys_S = visible.queries_T, visible.keys_S
+    inside, window = visible.inside, visible.window
     B = q_BTNH.shape[0]
     first_BT, last_BS = (0, keys_S.size - 1) if inside is None else inside
     if window is not None:
@@ -201,6 +230,17 @@ def _kernel_attention(
     return document_attention(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BS, queries_T[0])
 
 
+def _splash_attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible: Visible, drop: Drop | None
+) -> jax.Array:
+    # Pallas takes half a second to import
+    from consyn_jax.model.kernels.splash import splash_attention
+
+    last_BS = None if visible.inside is None else visible.inside.last_BT
+    window = visible.sliding_window, visible.has_window
+    return splash_attention(q_BTNH, k_BSKH, v_BSKH, last_BS, *window, visible.part)
+
+
 # ----------------------------------------------------------------------------------------- backends
 
 
@@ -208,8 +248,6 @@ def _kernel_obstacle(
     platform: str, dtype: Any, head_dim: int, compute_capability: str, dropout: float
 ) -> str | None:
     obstacle = None
-    if platform not in ("gpu", "cuda"):
-        return f"the {platform} has no fused kernel"
     if dtype not in (jnp.bfloat16, jnp.float16):
         obstacle = f"needs bf16 or fp16, and the run computes in {jnp.dtype(dtype).name}"
     elif not runs_triton(platform, compute_capability):
@@ -221,6 +259,16 @@ def _kernel_obstacle(
     return obstacle and (
         f"fused attention {obstacle}; plain XLA is slower, "
         "and its memory grows with the square of the sequence"
+    )
+
+
+def _splash_obstacle(
+    platform: str, dtype: Any, head_dim: int, compute_capability: str, dropout: float
+) -> str | None:
+    if not dropout:
+        return None
+    return (
+        "splash attention has no dropout; plain XLA's memory grows with the square of the sequence"
     )
 
 
@@ -239,6 +287,7 @@ class Backend:
 
     Attributes:
         attend: Computes attention on one device: `attend(q, k, v, visible, drop)`.
+        platforms: Platforms that the backend is for, as in `choose_attention`; empty for all.
         obstacle: Returns why the backend cannot run, or None if it can. Takes the arguments of
             `choose_attention`.
         description: Short name of the backend, for the header of a run.
@@ -255,9 +304,10 @@ class Backend:
     saved_names: tuple[str, ...] = (ATTENTION_OUTPUT,)
     norms: Callable[[int], Norms] = lambda head_dim: NORMS
     drops_weights: bool = False
+    platforms: tuple[str, ...] = ()
 
 
-# Fastest first: the first backend without an obstacle is used.
+# Fastest first: the first backend for the platform without an obstacle is used.
 BACKENDS = {
     "fused": Backend(
         _kernel_attention,
@@ -265,9 +315,20 @@ BACKENDS = {
         "this package's kernel",
         saved_names=(KERNEL_RESIDUALS,),
         norms=_kernel_norms,
+        platforms=("gpu", "cuda"),
+    ),
+    "splash": Backend(
+        _splash_attention,
+        _splash_obstacle,
+        "JAX's splash attention",
+        saved_names=(KERNEL_RESIDUALS,),
+        platforms=("tpu",),
     ),
     "xla": Backend(_masked_attention, lambda *_: None, "XLA's operations", drops_weights=True),
 }
+
+
+NO_KERNEL = "the {} has no fused kernel"
 
 
 class AttentionChoice(NamedTuple):
@@ -283,15 +344,18 @@ def choose_attention(
     """Choose the fastest backend that is correct on a device.
 
     Args:
-        platform: "cpu", "gpu", "cuda" or "rocm", as in `jax.Device.platform` and
+        platform: "cpu", "gpu", "cuda", "rocm" or "tpu", as in `jax.Device.platform` and
             `jax.default_backend`.
         compute_capability: Of an NVIDIA GPU, such as "9.0" for Hopper; empty for other devices.
         dropout: Fraction of the attention weights that training drops.
     """
     obstacles: list[str] = []
     for name, backend in BACKENDS.items():
+        if backend.platforms and platform not in backend.platforms:
+            continue
         obstacle = backend.obstacle(platform, dtype, head_dim, compute_capability, dropout)
         if obstacle is None:
-            return AttentionChoice(name, "; ".join(obstacles) or backend.description)
+            chosen = backend.description if backend.platforms else NO_KERNEL.format(platform)
+            return AttentionChoice(name, "; ".join(obstacles) or chosen)
         obstacles.append(obstacle)
     raise AssertionError("the last backend runs everywhere")

@@ -40,13 +40,12 @@ from consyn_jax.model_config import ModelConfig
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 BLOCK_PARTS = ("attention", "MLP", "residual stream")
-NO_WINDOW = 2**30  # tokens; a window that no sequence fills
 
 
 class LayerKinds(NamedTuple):
     """Settings that can differ between layers, one value per layer; None if all layers agree."""
 
-    window_L: Int[Array, " L"] | None
+    has_window_L: Bool[Array, " L"] | None
     rotates_L: Bool[Array, " L"] | None
 
 
@@ -54,7 +53,7 @@ def layer_kinds(config: ModelConfig) -> LayerKinds:
     """Windows and rotations as arrays over the layers, so that one loop runs all layers."""
     windows = rotates = None
     if config.window_layers is not None:
-        windows = jnp.array([window or NO_WINDOW for window in config.windows], jnp.int32)
+        windows = jnp.array(config.window_layers)
     if config.rotary_layers is not None:
         rotates = jnp.array(config.rotary_layers)
     return LayerKinds(windows, rotates)
@@ -250,8 +249,9 @@ class Decoder(nnx.Module):
 
         def body(x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, dict[str, Any]]:
             layer, number, kind = xs
-            window = config.sliding_window if kind.window_L is None else kind.window_L
-            attend_here = partial(attend, sliding_window=window)
+            attend_here = partial(
+                attend, sliding_window=config.sliding_window, has_window=kind.has_window_L
+            )
             here = None if dropout is None else dropout.at(number)
             weights = None if here is None else here.at(ATTENTION)
             x_BTD = checkpoint_name(x_BTD, BLOCK_INPUT)

@@ -58,6 +58,14 @@ def escape(text: str) -> str:
     )
 
 
+def unbroken(text: str) -> str:
+    """Escape text for HTML so that browsers do not break `--flag` or `a-b` after a hyphen."""
+    return " ".join(
+        f"<span class='word'>{escape(word)}</span>" if "-" in word else escape(word)
+        for word in text.split(" ")
+    )
+
+
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -81,7 +89,7 @@ _STYLE = """
 :root { color-scheme: light dark; --back: #fbfbfc; --card: #fff; --ink: #1d2430;
   --soft: #667080; --rule: #e2e5ea; }
 :root { --blue: #3b6fb6; --orange: #d9731a; --green: #2f8f5b; }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root { --back: #14171c; --card: #1b1f26; --ink: #e4e7ec; --soft: #98a2b0; --rule: #2d333d;
     --blue: #7aa7e6; --orange: #f0a05a; --green: #63c58f; }
 }
@@ -91,8 +99,8 @@ body { margin: 0; background: var(--back); color: var(--ink);
 main { max-width: 900px; margin: 0 auto; padding: 28px 16px 48px; }
 h1 { font-size: 26px; margin: 0 0 16px; overflow-wrap: anywhere; }
 h2 { font-size: 18px; margin: 32px 0 10px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px;
-  margin: 14px 0; }
+.tiles { display: grid; gap: 10px; margin: 14px 0;
+  grid-template-columns: repeat(auto-fit, minmax(min(190px, 46%), 1fr)); }
 .tiles div { background: var(--card); border: 1px solid var(--rule); border-radius: 8px;
   padding: 10px 14px; }
 .tiles span, .tiles small { display: block; color: var(--soft); font-size: 12.5px; }
@@ -103,11 +111,18 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere;
 .wide { overflow: auto; max-height: 480px; background: var(--card);
   border: 1px solid var(--rule); border-radius: 8px; }
 table { width: 100%; border-collapse: collapse; font-size: 13.5px; }
-th { text-align: left; font-weight: 600; color: var(--soft); }
+th { text-align: left; font-weight: 600; color: var(--soft); white-space: nowrap; }
 th, td { padding: 5px 14px; border-bottom: 1px solid var(--rule); vertical-align: top;
-  overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+  overflow-wrap: break-word; font-variant-numeric: tabular-nums; }
 tr:last-child td { border-bottom: 0; }
+.word { display: inline-block; max-width: 100%; overflow-wrap: anywhere; }
 td:first-child { white-space: nowrap; }
-@media print { .wide, pre { max-height: none; } }
+@media (max-width: 600px) { th, td { padding: 5px 10px; } }
+@media print {
+  :root { color-scheme: light; --back: #fff; }
+  .wide, pre { max-height: none; }
+  h2, h3, summary { break-after: avoid; }
+  tr, .tiles div { break-inside: avoid; }
+}
 footer { margin-top: 32px; color: var(--soft); font-size: 12.5px; }
 """

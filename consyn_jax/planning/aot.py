@@ -1,8 +1,8 @@
-"""Compile the train step of a run for GPUs that are not here, and summarise the program.
+"""Compile the train step of a run for devices that are not here, and summarise the program.
 
-The CUDA plugin compiles for a described machine without a driver if the environment says so before
-JAX starts. So compiling runs in a process of its own, and the calling process can use JAX on any
-devices. It needs the packages of the `cuda13` extra.
+The CUDA plugin and libtpu compile for a described machine without a driver if the environment says
+so before JAX starts. So compiling runs in a process of its own, and the calling process can use JAX
+on any devices. It needs the packages of the extra `cuda13` or `tpu`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from consyn_jax.config import RunConfig
 from consyn_jax.errors import UserError
@@ -30,7 +31,7 @@ from consyn_jax.planning.compiled import (
     update_bytes,
 )
 from consyn_jax.planning.timeline import play
-from consyn_jax.planning.topology import Topology, parse_topology
+from consyn_jax.planning.topology import GpuTopology, Topology, parse_topology
 from consyn_jax.resolve import resolve
 
 if TYPE_CHECKING:
@@ -41,6 +42,35 @@ ENVIRONMENT = {
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # or the plugin asks the driver for its version
     "CUDA_VISIBLE_DEVICES": "-1",
     "TF_CPP_MIN_LOG_LEVEL": "1",  # show warnings: `resharded` reads them
+    "TPU_SKIP_MDS_QUERY": "1",  # or libtpu asks the metadata server of a cloud what machine this is
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or one process at a time may load it
+    "TPU_LOG_DIR": "disabled",  # or it writes into /tmp/tpu_logs
+}
+
+
+class Compiler(NamedTuple):
+    """One compiler for devices that are not here.
+
+    Attributes:
+        devices: what it compiles for, in words.
+        extra: the extra of this package that brings it.
+        module: a module that is there if it is installed.
+    """
+
+    devices: str
+    extra: str
+    module: str
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether its packages are there."""
+        package = self.module.partition(".")[0]
+        return all(map(importlib.util.find_spec, dict.fromkeys((package, self.module))))
+
+
+COMPILERS = {
+    "cuda": Compiler("NVIDIA GPUs", "cuda13", "jax_plugins.xla_cuda13"),
+    "tpu": Compiler("TPUs", "tpu", "libtpu"),
 }
 # The partitioner's warning of an array that every device gets whole while its layout is changed.
 RESHARDING = "Involuntary full rematerialization"
@@ -50,7 +80,7 @@ TOTAL_STEPS = 10_000  # of the schedule: a constant in the program that hardly m
 
 @dataclass(frozen=True)
 class CompiledProgram:
-    """A train step as XLA compiled it. Bytes are per GPU.
+    """A train step as XLA compiled it. Bytes are per device.
 
     Attributes:
         parameter_bytes, optimizer_bytes: the training state, without moments in host memory.
@@ -59,11 +89,15 @@ class CompiledProgram:
             gathered weights.
         state_bytes: the whole training state over all GPUs, which a checkpoint holds.
         attention: the kernel that was chosen, and why.
-        kernels: executions per step of each kernel that is not XLA's own.
+        kernels: executions per step of each kernel that is not XLA's own; for TPUs, places in the
+            program.
+        collectives: None for TPUs. Their compiler writes no trip counts of loops, and splits
+            collectives into steps of the matmuls that need them.
         update_bytes: bytes that the optimizer reads and writes, gradient norm and clipping
-            included; without moments in host memory.
+            included; without moments in host memory. None for TPUs, whose programs name too few of
+            their instructions.
         hidden_share: the share of the collectives' time that the compiler's schedule overlaps with
-            matmuls (planning/timeline.py).
+            matmuls (planning/timeline.py); None for TPUs, whose times are not known.
         warnings: from the SPMD partitioner, one for each array it must gather whole to reshard.
     """
 
@@ -75,19 +109,20 @@ class CompiledProgram:
     num_parameters: int
     attention: str
     kernels: dict[str, int]
-    update_bytes: int
-    collectives: tuple[Collective, ...]
-    hidden_share: float
+    update_bytes: int | None
+    collectives: tuple[Collective, ...] | None
+    hidden_share: float | None
     warnings: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
-        """The memory that one GPU needs for the step."""
+        """The memory that one device needs for the step."""
         return self.argument_bytes + self.temporary_bytes
 
     @property
     def update_passes(self) -> float:
         """Bytes that the update moves, relative to reading gradients and rewriting the state."""
+        assert self.update_bytes is not None
         return self.update_bytes / (3 * self.parameter_bytes + 2 * self.optimizer_bytes)
 
 
@@ -98,25 +133,35 @@ def environment() -> dict[str, str]:
     return os.environ | ENVIRONMENT | {"XLA_FLAGS": flags}
 
 
-def packages_are_there() -> bool:
-    """Whether the packages of the `cuda13` extra are installed."""
-    return (
-        importlib.util.find_spec("jax_plugins") is not None
-        and importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
-    )
+def packages_are_there(compiler: str = "cuda") -> bool:
+    """Whether the packages of a compiler, a key of `COMPILERS`, are installed."""
+    return COMPILERS[compiler].is_installed
 
 
-def check_packages() -> None:
-    """Check that the packages of the `cuda13` extra are installed; no GPU or driver is needed.
+def check_packages(compiler: str = "cuda") -> None:
+    """Check that the packages of a compiler are installed; no device or driver is needed.
 
     Raises:
         UserError: they are not installed.
     """
-    if not packages_are_there():
+    devices, extra, _ = COMPILERS[compiler]
+    if not packages_are_there(compiler):
         raise UserError(
-            "Compiling for NVIDIA GPUs needs the CUDA packages, even without a GPU. "
-            "Install them with: pip install 'consyn_jax[cuda13]'."
+            f"Compiling for {devices} needs the packages of the extra {extra}, on a machine with "
+            f"or without such devices. Install them with: pip install 'consyn_jax[{extra}]'."
         )
+
+
+class NeedsMoreMemoryError(Exception):
+    """The compiler refuses a program that needs more memory than a device has.
+
+    Attributes:
+        needed: bytes that it needs.
+    """
+
+    def __init__(self, needed: int):
+        super().__init__(f"needs {needed:,} bytes")
+        self.needed = needed
 
 
 def compile_train_step(
@@ -131,11 +176,13 @@ def compile_train_step(
         text_file: where to write the program's text, if anywhere.
 
     Raises:
-        UserError: the CUDA packages are missing, or the run does not fit the topology's devices.
+        UserError: the compiler's packages are missing, or the mesh or batch does not suit the
+            topology.
+        NeedsMoreMemoryError: the compiler found that the devices have too little memory. That for
+            GPUs does not look.
         RuntimeError: the compiler failed; the message ends with its output.
     """
-    parse_topology(topology)
-    check_packages()
+    check_packages(parse_topology(topology).compiler)
     request = {
         "model": dataclasses.asdict(model),
         "run": flat(run),
@@ -157,7 +204,9 @@ def compile_train_step(
     answer = json.loads(done.stdout.splitlines()[-1])
     if "mistake" in answer:
         raise UserError(answer["mistake"])
-    communicated = tuple(
+    if "needed" in answer:
+        raise NeedsMoreMemoryError(answer["needed"])
+    communicated = answer["collectives"] and tuple(
         Collective(**c | {"axes": tuple(c["axes"])}) for c in answer["collectives"]
     )
     warnings = resharded(done.stderr)
@@ -177,14 +226,43 @@ def _child() -> None:
     topology = parse_topology(request["topology"])
     try:
         built = build(ModelConfig(**request["model"]), run, topology)
-        compiled = lower(built, run).compile()
+        compiled = _compile(lower(built, run))
         answer = dataclasses.asdict(summary(built, compiled, topology))
     except UserError as mistake:
         answer = {"mistake": str(mistake)}
+    except NeedsMoreMemoryError as refused:
+        answer = {"needed": refused.needed}
     else:
         if request["text_file"]:
             Path(request["text_file"]).write_text(compiled.as_text(), encoding="utf-8")
     print(json.dumps(answer))
+
+
+def _compile(lowered: Any) -> Any:
+    import jax
+
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = refused_bytes(str(error))
+        if needed is None:
+            raise
+        raise NeedsMoreMemoryError(needed) from error
+
+
+def refused_bytes(message: str) -> int | None:
+    """Bytes that a program needs by a compiler's refusal; None if the error is another.
+
+    >>> refused_bytes("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required "
+    ... "for HLO temporaries (1.50G) exceeds available HBM (1.25G).") == 1.5 * 2**30
+    True
+    >>> refused_bytes("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.00G of "
+    ... "15.75G hbm. Exceeded hbm capacity by 1.25G.") == 17 * 2**30
+    True
+    """
+    pattern = r"RESOURCE_EXHAUSTED.*?(?:Used |\()([\d.]+)([KMGT])(?: of|\) exceeds)"
+    found = re.search(pattern, message, re.DOTALL)
+    return found and int(float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2]))))
 
 
 def build(model: ModelConfig, run: RunConfig, topology: Topology) -> Built:
@@ -231,6 +309,11 @@ def summary(built: Built, compiled: Any, topology: Topology) -> CompiledProgram:
 
     memory, text, state = compiled.memory_analysis(), compiled.as_text(), built.program.state_like
     program, parameters = instructions(text), jax.tree.leaves(state.params)
+    moved = hidden = communicated = None
+    if isinstance(topology, GpuTopology):
+        communicated = tuple(collectives(program, built.mesh.sizes))
+        moved = update_bytes(program, set(map(_local_size, parameters)))
+        hidden = play(text, built.mesh.sizes, topology).hidden_share
     return CompiledProgram(
         parameter_bytes=_local_bytes(state.params),
         optimizer_bytes=0 if built.program.host_moments else _local_bytes(state.opt_state),
@@ -242,9 +325,9 @@ def summary(built: Built, compiled: Any, topology: Topology) -> CompiledProgram:
         num_parameters=built.program.layout.num_parameters,
         attention=f"{built.attention.backend}: {built.attention.reason}",
         kernels=kernels(program),
-        update_bytes=update_bytes(program, set(map(_local_size, parameters))),
-        collectives=tuple(collectives(program, built.mesh.sizes)),
-        hidden_share=play(text, built.mesh.sizes, topology).hidden_share,
+        update_bytes=moved,
+        collectives=communicated,
+        hidden_share=hidden,
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from consyn_jax.model.arithmetic import BF16, FLOAT32, num_block_parameters, num_parameters
 from consyn_jax.planning.compiled import Collective
-from consyn_jax.planning.topology import Topology
+from consyn_jax.planning.topology import GpuTopology
 from consyn_jax.planning.workload import Workload
 
 # The share of a link's specified bandwidth that NCCL reaches with large messages (nccl-tests,
@@ -25,7 +25,7 @@ Axes = tuple[str, ...]
 
 
 def ring_seconds(
-    payload: Number, axes: Axes, sizes: Mapping[str, int], topology: Topology
+    payload: Number, axes: Axes, sizes: Mapping[str, int], topology: GpuTopology
 ) -> float:
     """Seconds of an all-gather or reduce-scatter along axes of the mesh.
 
@@ -43,7 +43,7 @@ def ring_seconds(
 
 
 def all_reduce_seconds(
-    payload: Number, axes: Axes, sizes: Mapping[str, int], topology: Topology
+    payload: Number, axes: Axes, sizes: Mapping[str, int], topology: GpuTopology
 ) -> float:
     """Seconds of an all-reduce of `payload` bytes along axes of the mesh.
 
@@ -57,7 +57,7 @@ def all_reduce_seconds(
     return 2 * _transfer_seconds(payload, size, hosts, topology) + delay
 
 
-def _transfer_seconds(payload: Number, size: int, hosts: int, topology: Topology) -> float:
+def _transfer_seconds(payload: Number, size: int, hosts: int, topology: GpuTopology) -> float:
     link = topology.gpu.link_bandwidth if size > hosts else float("inf")
     ports = size / hosts * topology.gpu.network_bandwidth if hosts > 1 else float("inf")
     return (size - 1) / size * payload / (min(link, ports) * LINK_EFFICIENCY) if size > 1 else 0.0
@@ -75,7 +75,7 @@ def _group(axes: Axes, sizes: tuple[tuple[str, int], ...], gpus_per_host: int) -
 
 
 def network_of(
-    communicated: Iterable[Collective], sizes: Mapping[str, int], topology: Topology
+    communicated: Iterable[Collective], sizes: Mapping[str, int], topology: GpuTopology
 ) -> dict[Axes, float]:
     """Seconds of a compiled step's collectives, by axes; unknown axes count as all axes."""
     network: dict[Axes, float] = {}
@@ -88,7 +88,7 @@ def network_of(
     return network
 
 
-def estimated_network(work: Workload, topology: Topology) -> dict[Axes, float]:
+def estimated_network(work: Workload, topology: GpuTopology) -> dict[Axes, float]:
     """Seconds of a step's collectives by arithmetic, as this package's program makes them."""
     c, sizes, tensor = work.model, work.sizes, work.sizes["tensor"]
     parameters = num_parameters(c) / tensor

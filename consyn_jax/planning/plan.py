@@ -17,10 +17,16 @@ from consyn_jax.distributed.hardware import described_gpu
 from consyn_jax.errors import UserError
 from consyn_jax.flags import with_flags
 from consyn_jax.model_config import ModelConfig
-from consyn_jax.planning.aot import CompiledProgram, compile_train_step, summary
+from consyn_jax.planning.aot import (
+    CompiledProgram,
+    NeedsMoreMemoryError,
+    compile_train_step,
+    summary,
+)
 from consyn_jax.planning.roofline import StepTime, estimate_step
-from consyn_jax.planning.topology import Topology
+from consyn_jax.planning.topology import GpuTopology, Topology
 from consyn_jax.planning.workload import Workload, workload
+from consyn_jax.training.optim.offload import check_offload
 from consyn_jax.training.run_mesh import choose_run_mesh, this_machine
 from consyn_jax.training.trainer import ConsynTrainer
 
@@ -33,7 +39,9 @@ class Plan:
 
     Attributes:
         steps: steps of the budget; None if it counts epochs, because planning reads no data.
-        compiled: None if the plan is by arithmetic alone.
+        time: None for TPUs, for which nobody has compared estimates with measurements.
+        compiled: None if the plan is by arithmetic alone, or the compiler refused the program.
+        refused_bytes: what a device would need, if the compiler refused the program for it.
     """
 
     model: ModelConfig
@@ -41,25 +49,27 @@ class Plan:
     topology: Topology
     mesh: MeshChoice
     work: Workload
-    time: StepTime
+    time: StepTime | None
     steps: int | None
     compiled: CompiledProgram | None = None
+    refused_bytes: int | None = None
 
     @property
     def total_bytes(self) -> int:
-        """Bytes that one GPU needs, as compiled or else by arithmetic."""
+        """Bytes that one device needs, as compiled or else by arithmetic."""
+        if self.refused_bytes is not None:
+            return self.refused_bytes
         return self.work.memory.total if self.compiled is None else self.compiled.total_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether it needs at most `auto_mesh.FITS` of the GPU's memory."""
-        return self.total_bytes <= FITS * self.topology.gpu.memory_bytes
+        """Whether it needs at most `auto_mesh.FITS` of the device's memory."""
+        return self.total_bytes <= FITS * self.topology.device.memory_bytes
 
-    @property
-    def peak_share(self) -> float:
-        """Model FLOP utilisation, relative to the specified peak."""
+    def peak_share(self, seconds: float) -> float:
+        """Model FLOP utilisation of a step that takes `seconds`, relative to the specified peak."""
         return self.work.flops / (
-            self.time.total * self.topology.num_devices * self.topology.gpu.bf16_flops
+            seconds * self.topology.num_devices * self.topology.device.bf16_flops
         )
 
 
@@ -67,8 +77,10 @@ def estimate(model: ModelConfig, run: RunConfig, topology: Topology) -> Plan:
     """Plan a resolved run by arithmetic.
 
     Raises:
-        UserError: the mesh or batch is impossible on this topology.
+        UserError: the mesh, batch or place of the moments is impossible on this topology.
     """
+    if topology.compiler == "tpu" and run.hardware.optimizer_memory == "host":
+        check_offload(run.optimizer.optimizer, None, topology.compiler)
     mesh = choose_run_mesh(
         *(model, run.budget, run.hardware, run.optimizer, run.row_length),
         *(topology.machine, run.lora, run.regularisation.sequences),
@@ -77,9 +89,8 @@ def estimate(model: ModelConfig, run: RunConfig, topology: Topology) -> Plan:
     limits = [budget.max_steps] if budget.max_steps is not None else []
     if budget.total_tokens is not None:
         limits.append(math.ceil(budget.total_tokens / work.tokens))
-    return Plan(
-        model, run, topology, mesh, work, estimate_step(work, topology), min(limits, default=None)
-    )
+    time = estimate_step(work, topology) if isinstance(topology, GpuTopology) else None
+    return Plan(model, run, topology, mesh, work, time, min(limits, default=None))
 
 
 def compiled(plan: Plan, topology: str) -> Plan:
@@ -89,12 +100,16 @@ def compiled(plan: Plan, topology: str) -> Plan:
         topology: the plan's topology as text.
 
     Raises:
-        UserError: the CUDA packages are missing.
+        UserError: the compiler's packages are missing.
     """
-    program = compile_train_step(plan.model, plan.run, topology)
-    return dataclasses.replace(
-        plan, compiled=program, time=estimate_step(plan.work, plan.topology, program.collectives)
-    )
+    try:
+        program = compile_train_step(plan.model, plan.run, topology)
+    except NeedsMoreMemoryError as refused:
+        return dataclasses.replace(plan, refused_bytes=refused.needed)
+    if isinstance(plan.topology, GpuTopology):
+        time = estimate_step(plan.work, plan.topology, program.collectives)
+        plan = dataclasses.replace(plan, time=time)
+    return dataclasses.replace(plan, compiled=program)
 
 
 def plan_here(trainer: ConsynTrainer) -> Plan | None:
@@ -106,11 +121,10 @@ def plan_here(trainer: ConsynTrainer) -> Plan | None:
     gpu = described_gpu(device.device_kind)
     if gpu is None:
         return None
-    plan = estimate(
-        trainer.model.config, trainer.run, Topology(gpu, machine.hosts, machine.per_host)
-    )
-    program = summary(trainer.build(), trainer.compile_train_step(trainer.run), plan.topology)
-    time = estimate_step(plan.work, plan.topology, program.collectives)
+    topology = GpuTopology(gpu, machine.hosts, machine.per_host)
+    plan = estimate(trainer.model.config, trainer.run, topology)
+    program = summary(trainer.build(), trainer.compile_train_step(trainer.run), topology)
+    time = estimate_step(plan.work, topology, program.collectives)
     return dataclasses.replace(plan, compiled=program, time=time, steps=trainer.total_steps)
 
 
@@ -130,8 +144,14 @@ class Alternative:
 
     @property
     def cost(self) -> tuple[bool, float, int]:
-        """Sort key: first variants with the same result, then shorter steps, then fewer changes."""
-        return "moment_dtype" in self.changes, self.plan.time.total, len(self.changes)
+        """Sort key: first variants with the same result, then shorter steps, then fewer changes.
+
+        Without estimated times, less recomputation counts as shorter, then fewer micro-batches.
+        """
+        time, work = self.plan.time, self.plan.work
+        recomputed = REMAT_POLICIES.index(work.remat)  # from none to most
+        length = recomputed + 1 - 1 / work.accumulation if time is None else time.total
+        return "moment_dtype" in self.changes, length, len(self.changes)
 
 
 def alternatives(plan: Plan) -> list[Alternative]:
@@ -184,7 +204,8 @@ def _moments(plan: Plan) -> Iterator[dict[str, Any]]:
         yield {"moment_dtype": "bfloat16"}
     hardware = plan.run.hardware
     if (
-        hardware.optimizer_memory == "device"
+        plan.topology.compiler != "tpu"
+        and hardware.optimizer_memory == "device"
         and hardware.mixed_precision != "fp16"
         and plan.run.optimizer.rule.layerwise
     ):
@@ -205,7 +226,7 @@ def fit(plan: Plan, topology: str, *, compile: bool) -> Alternative:
     for candidate in alternatives(plan):
         if not compile:
             return candidate
-        if candidate.plan.total_bytes * correction > FITS * plan.topology.gpu.memory_bytes:
+        if candidate.plan.total_bytes * correction > FITS * plan.topology.device.memory_bytes:
             continue
         confirmed = compiled(candidate.plan, topology)
         if confirmed.fits:
@@ -216,5 +237,5 @@ def fit(plan: Plan, topology: str, *, compile: bool) -> Alternative:
             break
     raise UserError(
         f"No choice of micro-batch, recomputation, mesh, or place and type of the moments makes "
-        f"this run fit {topology}. Use more or larger GPUs, or a smaller model."
+        f"this run fit {topology}. Use more or larger devices, or a smaller model."
     )

@@ -1,33 +1,31 @@
-"""The page of `--dry_run --topology`: a plan in words and numbers, and the recipe of `--fit`."""
+"""The page of `--dry_run --topology`: a plan in words and numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-import yaml
-
-from consyn_jax.config import RunConfig
 from consyn_jax.distributed.auto_mesh import FITS
 from consyn_jax.distributed.hardware import DescribedGpu
-from consyn_jax.flags import flat
 from consyn_jax.model.arithmetic import (
     num_adapter_parameters,
     num_parameters,
     train_flops_per_token,
 )
 from consyn_jax.planning import network, roofline
+from consyn_jax.planning.aot import COMPILERS
 from consyn_jax.planning.plan import Alternative, Plan, alternatives
+from consyn_jax.planning.plan_recipe import in_flags, in_seconds
+from consyn_jax.planning.roofline import StepTime
+from consyn_jax.planning.topology import GpuTopology
 from consyn_jax.training.runtime.memory import device_bytes, step_memory
 from consyn_jax.training.trainer import ConsynTrainer
 
 GIB, GB, DAY_S = 2**30, 1e9, 86_400
 SMALL_BYTES = 1e6  # smaller collectives share one line
 ALTERNATIVES = 4  # shown where a run does not fit
-NOT_INSTALLED = (
-    "Not compiled, because the CUDA packages are not installed: memory and collectives below are "
-    "estimated by arithmetic.\nWith pip install 'consyn_jax[cuda13]', on any machine, they come "
-    "from the compiler, with the kernels."
+NO_TIME = "no time is given: this program was compiled for TPUs and has never run on one"
+NO_COLLECTIVES = (
+    "collectives  n/a: TPU programs have no trip counts of loops, and collectives inside matmuls"
 )
 
 
@@ -41,23 +39,47 @@ def page(plan: Plan, *, assumptions: bool = False) -> str:
     if not plan.fits:
         sections.append(_ways_out(plan))
     if plan.compiled is None:
-        sections.append(iter([NOT_INSTALLED]))
-    sections += [_what(plan), _memory(plan), _collectives(plan), _time(plan, assumptions)]
+        sections.append(_not_compiled(plan))
+    sections += [_what(plan), _memory(plan), _collectives(plan)]
+    time = plan.time
+    sections.append(_work(plan) if time is None else _time(plan, time, assumptions))
     sections.append(_budget(plan))
     return "\n\n".join("\n".join(section) for section in sections)
 
 
 def verdict(plan: Plan) -> str:
     """The plan in one line: whether it fits, how fast it is, and how long the run takes."""
-    share = plan.total_bytes / plan.topology.gpu.memory_bytes
+    share = plan.total_bytes / plan.topology.device.memory_bytes
+    fits = f"{'Fits' if plan.fits else 'DOES NOT FIT'} ({share:.0%} of the memory)"
+    if plan.time is None:
+        return fits
     rate = plan.work.tokens / plan.time.total
     if plan.steps is None:
         long = f"{rate * DAY_S / GB:,.3g} billion tokens a day"
     else:
         tokens = plan.steps * plan.work.tokens
         long = f"{_duration(tokens / rate)} for {_tokens(tokens)}"
-    fits = "Fits" if plan.fits else "DOES NOT FIT"
-    return f"{fits} ({share:.0%} of the memory); {rate:,.0f} tokens/s; {long}"
+    return f"{fits}; {rate:,.0f} tokens/s; {long}"
+
+
+def _not_compiled(plan: Plan) -> Iterator[str]:
+    """The reason for figures by arithmetic."""
+    if plan.refused_bytes is not None:
+        yield (
+            f"The compiler refused the program: it needs {plan.refused_bytes / GIB:.2f} GiB of "
+            f"{plan.topology.device.memory_bytes / GIB:.2f} on each device. What follows is by "
+            "arithmetic."
+        )
+        return
+    devices, extra, _ = COMPILERS[plan.topology.compiler]
+    yield (
+        f"Not compiled, because XLA's compiler for {devices} is not installed: memory and "
+        "collectives below are estimated by arithmetic."
+    )
+    yield (
+        f"With pip install 'consyn_jax[{extra}]', on any machine, they come from the compiler, "
+        "with the kernels."
+    )
 
 
 def _duration(seconds: float) -> str:
@@ -108,26 +130,28 @@ def _what(plan: Plan) -> Iterator[str]:
             f"adapter    LoRA of rank {work.lora.rank}: "
             f"{num_adapter_parameters(model, work.lora):,} parameters are trained"
         )
-    yield f"machine    {topology.hosts} x {topology.gpus_per_host} {topology.gpu.kind}"
+    yield f"machine    {topology.description}"
     yield f"mesh       {axes or 'no split'} ({plan.mesh.reason})"
     yield (
         f"step       {work.tokens:,} tokens: {budget.batch_size} {rows} of "
         f"{work.length:,}{accumulated}; recomputed: {work.remat}"
     )
     if plan.compiled is not None:
+        counted = plan.topology.compiler == "cuda"
         calls = ", ".join(
-            f"{count} {name}"
+            f"{count} {name}" if counted else name
             for name, count in plan.compiled.kernels.items()
-            if "attention" in name or "fmha" in name
+            if "attention" in name or "fmha" in name or "splash" in name
         )
         yield f"attention  {plan.compiled.attention}"
         if calls:
-            yield f"           kernels per step: {calls}"
+            yield f"           kernels{' per step' if counted else ''}: {calls}"
 
 
 def _memory(plan: Plan) -> Iterator[str]:
-    limit, found, memory = plan.topology.gpu.memory_bytes, plan.compiled, plan.work.memory
-    yield f"memory of one GPU{', by arithmetic' if found is None else ''}"
+    limit, found, memory = plan.topology.device.memory_bytes, plan.compiled, plan.work.memory
+    device = "TPU" if plan.topology.compiler == "tpu" else "GPU"
+    yield f"memory of one {device}{', by arithmetic' if found is None else ''}"
     if found is None:
         yield _row("parameters", memory.parameters)
         yield _row("optimizer", memory.moments)
@@ -146,6 +170,8 @@ def _memory(plan: Plan) -> Iterator[str]:
             + f"{rest / GIB:.2f} gradients and working memory"
         )
     fits = "fits" if plan.fits else "DOES NOT FIT"
+    if plan.refused_bytes is not None:
+        yield _row("by compiler", plan.refused_bytes)
     yield _total(plan.total_bytes, limit, f"{fits} (a plan may use at most {FITS:.0%})")
 
 
@@ -159,7 +185,13 @@ def _total(size: int, limit: int, verdict: str) -> str:
 
 def _collectives(plan: Plan) -> Iterator[str]:
     if plan.compiled is None:
-        yield "collectives  see the network's share of the step time"
+        if plan.time is not None:
+            yield "collectives  see the network's share of the step time"
+        else:
+            yield "collectives  n/a, because the program was not compiled"
+        return
+    if plan.compiled.collectives is None:
+        yield NO_COLLECTIVES
         return
     if not plan.compiled.collectives:
         yield "collectives  none"
@@ -177,25 +209,32 @@ def _collectives(plan: Plan) -> Iterator[str]:
         )
     if small:
         yield f"  and {small / 1e3:,.0f} kB in small ones"
-    hidden = plan.compiled.hidden_share
-    yield f"  in the compiler's order, matmuls hide at least {hidden:.0%} of their time"
+    if (hidden := plan.compiled.hidden_share) is not None:
+        yield f"  in the compiler's order, matmuls hide at least {hidden:.0%} of their time"
     for warning in plan.compiled.warnings:
         yield f"  WARNING {warning}"
 
 
-def _time(plan: Plan, assumptions: bool) -> Iterator[str]:
-    time, tflop = plan.time, plan.work.flops / plan.topology.num_devices / 1e12
+def _work(plan: Plan) -> Iterator[str]:
+    tflop = plan.work.flops / plan.topology.num_devices / 1e12
+    peak = plan.topology.device.bf16_flops / 1e12
+    yield f"step       {tflop:,.1f} TFLOP per device, whose peak is {peak:,.0f} TFLOP/s; {NO_TIME}"
+
+
+def _time(plan: Plan, time: StepTime, assumptions: bool) -> Iterator[str]:
+    assert isinstance(plan.topology, GpuTopology)
+    tflop = plan.work.flops / plan.topology.num_devices / 1e12
     yield (
-        f"step time, estimated: {_seconds(time.total)} for {tflop:,.1f} TFLOP per GPU, "
-        f"{plan.peak_share:.0%} of its peak"
+        f"step time, estimated: {in_seconds(time.total)} for {tflop:,.1f} TFLOP per GPU, "
+        f"{plan.peak_share(time.total):.0%} of its peak"
     )
     for name in ("matmuls", "attention", "memory", "optimizer"):
-        yield f"  {name:<12} {_seconds(getattr(time, name)):>10}"
+        yield f"  {name:<12} {in_seconds(getattr(time, name)):>10}"
     collectives = ", ".join(
-        f"{' x '.join(axes)} {_seconds(seconds)}" for axes, seconds in time.network.items()
+        f"{' x '.join(axes)} {in_seconds(seconds)}" for axes, seconds in time.network.items()
     )
     if collectives:
-        yield f"  {'network':<12} {_seconds(time.exposed):>10}   not hidden, of {collectives}"
+        yield f"  {'network':<12} {in_seconds(time.exposed):>10}   not hidden, of {collectives}"
     if plan.run.hardware.mixed_precision == "no":
         yield "  THIS RUN is in float32, and several times slower than the estimate for bfloat16"
     if not assumptions:
@@ -237,22 +276,12 @@ def _assumptions(gpu: DescribedGpu, precision: str, stretch: float) -> Iterator[
 
 
 def _budget(plan: Plan) -> Iterator[str]:
-    devices, rate = plan.topology.num_devices, plan.work.tokens / plan.time.total
-    yield (
-        f"speed      {rate:,.0f} tokens/s, {rate / devices:,.0f} per GPU; "
-        f"{rate * DAY_S / GB:,.2f} billion per day"
-    )
-    if plan.steps is None:
+    if plan.time is not None:
+        yield from _speed(plan, plan.time.total)
+    elif plan.steps is not None:
         yield (
-            "budget     unknown, because epochs need the data; "
-            "--total_tokens or --max_steps gives days and GPU-hours"
-        )
-    else:
-        seconds = plan.steps * plan.time.total
-        tokens = plan.steps * plan.work.tokens
-        yield (
-            f"budget     {plan.steps:,} steps, {tokens / GB:,.2f} billion tokens: "
-            f"{seconds / DAY_S:,.2f} days, {seconds * devices / 3600:,.0f} GPU-hours"
+            f"budget     {plan.steps:,} steps, {plan.steps * plan.work.tokens / GB:,.2f} billion "
+            "tokens"
         )
     lora = plan.work.lora
     trained = num_adapter_parameters(plan.model, lora) if lora.is_used else None
@@ -268,21 +297,45 @@ def _budget(plan: Plan) -> Iterator[str]:
     )
 
 
+def _speed(plan: Plan, seconds: float) -> Iterator[str]:
+    """Tokens per second and the length of the run, for steps of `seconds`."""
+    devices, rate = plan.topology.num_devices, plan.work.tokens / seconds
+    yield (
+        f"speed      {rate:,.0f} tokens/s, {rate / devices:,.0f} per GPU; "
+        f"{rate * DAY_S / GB:,.2f} billion per day"
+    )
+    if plan.steps is None:
+        yield (
+            "budget     unknown, because epochs need the data; "
+            "--total_tokens or --max_steps gives days and GPU-hours"
+        )
+        return
+    whole, tokens = plan.steps * seconds, plan.steps * plan.work.tokens
+    yield (
+        f"budget     {plan.steps:,} steps, {tokens / GB:,.2f} billion tokens: "
+        f"{whole / DAY_S:,.2f} days, {whole * devices / 3600:,.0f} GPU-hours"
+    )
+
+
 def _ways_out(plan: Plan) -> Iterator[str]:
-    limit = FITS * plan.topology.gpu.memory_bytes
+    limit = FITS * plan.topology.device.memory_bytes
     # The compiler may need more than the arithmetic.
     correction = max(1.0, plan.total_bytes / plan.work.memory.total)
     ways = [way for way in alternatives(plan) if way.plan.total_bytes * correction <= limit]
     if not ways:
-        yield "what would fit: nothing on these GPUs; use more or larger ones, or a smaller model"
+        yield "what would fit: nothing on these devices. Use more, larger ones, or a smaller model"
         return
     yield "what would fit, cheapest first, by arithmetic (--fit compiles it and writes a recipe)"
     for way in _plainest(ways):
         other = "   (rounded moments change the result)" if "moment_dtype" in way.changes else ""
         yield (
-            f"  {way.plan.total_bytes / GIB:6.1f} GiB, {_seconds(way.plan.time.total)} per step: "
+            f"  {way.plan.total_bytes / GIB:6.1f} GiB{_each_step(way.plan)}: "
             f"{in_flags(way.changes)}{other}"
         )
+
+
+def _each_step(plan: Plan) -> str:
+    return "" if plan.time is None else f", {in_seconds(plan.time.total)} per step"
 
 
 def _plainest(ways: list[Alternative]) -> list[Alternative]:
@@ -292,45 +345,3 @@ def _plainest(ways: list[Alternative]) -> list[Alternative]:
         if not any(set(other.changes) <= set(way.changes) for other in plain):
             plain.append(way)
     return sorted(plain, key=lambda way: way.cost)[:ALTERNATIVES]
-
-
-def in_flags(changes: dict[str, Any]) -> str:
-    """Changed flags as they are written on the command line."""
-    return " ".join(f"--{name} {value}" for name, value in changes.items()) or "no change"
-
-
-def recipe(found: Alternative, origins: dict[str, str], topology: str) -> str:
-    """The YAML recipe of a run that fits: the user's flags with the changes of `--fit`.
-
-    Args:
-        origins: the origin of each value, by flag name.
-    """
-    plan = found.plan
-    how = "as compiled" if plan.compiled is not None else "by arithmetic, not compiled"
-    given = {
-        name: value
-        for name, value in _given(plan.run, origins).items()
-        if name not in ("topology", "fit")
-    }
-    head = (
-        f"# consyn-train --config THIS_FILE\n#\n"
-        f"# For {topology}: {plan.total_bytes / GIB:.1f} GiB of "
-        f"{plan.topology.gpu.memory_bytes / GIB:.1f} on each GPU, {how}.\n"
-        f"# EXPECTED, not measured: {_seconds(plan.time.total)} per step, "
-        f"{plan.work.tokens / plan.time.total:,.0f} tokens/s.\n"
-        f"# Changed by --fit: {in_flags(found.changes) if found.changes else 'nothing'}\n"
-    )
-    return head + yaml.safe_dump(given | found.changes, sort_keys=False, allow_unicode=True)
-
-
-def _given(run: RunConfig, origins: dict[str, str]) -> dict[str, Any]:
-    values = flat(run)
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in values.items()
-        if origins[name].startswith(("flag", "file", "keyword"))
-    }
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"

@@ -27,7 +27,7 @@ from consyn_jax.planning.network import (
     estimated_network,
     network_of,
 )
-from consyn_jax.planning.topology import Topology
+from consyn_jax.planning.topology import GpuTopology
 from consyn_jax.planning.workload import Workload
 
 # The share of the specified memory bandwidth that streaming kernels reach (BabelStream on A100 and
@@ -90,7 +90,7 @@ class StepTime:
 
 
 def estimate_step(
-    work: Workload, topology: Topology, communicated: Iterable[Collective] | None = None
+    work: Workload, topology: GpuTopology, communicated: Iterable[Collective] | None = None
 ) -> StepTime:
     """Estimate the time of a step on a topology.
 
@@ -121,7 +121,7 @@ def estimate_step(
     )
 
 
-def stretch_of(work: Workload, topology: Topology) -> float:
+def stretch_of(work: Workload, topology: GpuTopology) -> float:
     """Factor by which all kernels together take longer than their rates say."""
     return ALONE_STRETCH if work.this_package and topology.num_devices == 1 else STRETCH
 

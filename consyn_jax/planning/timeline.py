@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from consyn_jax.planning.compiled import Array, Instruction, collectives_of, computations
 from consyn_jax.planning.network import network_of
-from consyn_jax.planning.topology import Topology
+from consyn_jax.planning.topology import GpuTopology
 
 _CONTRACTED = re.compile(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)')
 
@@ -34,7 +34,7 @@ class Schedule:
         return 1 - self.waits / self.collectives if self.collectives else 1.0
 
 
-def play(program: str, sizes: Mapping[str, int], topology: Topology) -> Schedule:
+def play(program: str, sizes: Mapping[str, int], topology: GpuTopology) -> Schedule:
     """Simulate a compiled program, given as text.
 
     Args:
@@ -48,7 +48,7 @@ def play(program: str, sizes: Mapping[str, int], topology: Topology) -> Schedule
 class _Player:
     bodies: Mapping[str, list[Instruction]]
     sizes: Mapping[str, int]
-    topology: Topology
+    topology: GpuTopology
     _flops: dict[str, int] = field(default_factory=dict)
 
     def run(self, computation: str) -> Schedule:

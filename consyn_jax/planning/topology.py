@@ -1,14 +1,16 @@
-"""Described machines: number of hosts, GPUs in each, and their model."""
+"""Described machines: hosts with GPUs of one model, or slices of TPUs."""
 
 from __future__ import annotations
 
+import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from consyn_jax.distributed.auto_mesh import Machine
-from consyn_jax.distributed.hardware import DESCRIBED, DescribedGpu
+from consyn_jax.distributed.hardware import DESCRIBED, TPUS, DescribedGpu, Tpu
 from consyn_jax.errors import UserError, nearest
 
 # `stream_executor.GpuTargetConfigProto` as text.
@@ -40,29 +42,69 @@ _TARGET = """
 """
 
 
+class Topology(ABC):
+    """A machine that need not be present, for which JAX can compile.
+
+    Attributes:
+        compiler: a key of `aot.COMPILERS`.
+    """
+
+    compiler: str
+
+    @property
+    @abstractmethod
+    def device(self) -> DescribedGpu | Tpu:
+        """The row of one of its devices, which are all alike."""
+
+    @property
+    @abstractmethod
+    def machine(self) -> Machine:
+        """The hosts and memory that `--mesh auto` chooses a mesh for."""
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """The machine in a few words."""
+
+    @abstractmethod
+    def described_devices(self) -> Sequence[Any]:
+        """Devices that JAX can compile for ahead of time though none is present.
+
+        The process must have started with `aot.environment(self.compiler)`.
+        """
+
+    @property
+    def num_devices(self) -> int:
+        """Devices in all, as JAX counts them."""
+        return self.machine.hosts * self.machine.per_host
+
+
 @dataclass(frozen=True)
-class Topology:
+class GpuTopology(Topology):
     """`hosts` machines with `gpus_per_host` GPUs of one model each."""
 
     gpu: DescribedGpu
     hosts: int
     gpus_per_host: int
+    compiler = "cuda"
 
     @property
-    def num_devices(self) -> int:
-        """GPUs in all."""
-        return self.hosts * self.gpus_per_host
+    def device(self) -> DescribedGpu:
+        """The GPU's row."""
+        return self.gpu
 
     @property
     def machine(self) -> Machine:
-        """The hosts and memory that `--mesh auto` chooses a mesh for."""
+        """The hosts and their GPUs."""
         return Machine(self.hosts, self.gpus_per_host, self.gpu.memory_bytes)
 
-    def described_devices(self) -> Sequence[Any]:
-        """Devices that JAX can compile for ahead of time though none is present.
+    @property
+    def description(self) -> str:
+        """Hosts, GPUs of each, and the driver's name of the GPU."""
+        return f"{self.hosts} x {self.gpus_per_host} {self.gpu.kind}"
 
-        The process must have started with `aot.environment()`.
-        """
+    def described_devices(self) -> Sequence[Any]:
+        """GPUs described to XLA's compiler."""
         from jax.experimental import topologies
 
         return topologies.get_topology_desc(
@@ -72,31 +114,108 @@ class Topology:
         ).devices
 
 
-def parse_topology(text: str) -> Topology:
-    """Parse a `--topology` such as "h200:2x8": the GPU's name, hosts x GPUs in each.
+@dataclass(frozen=True)
+class TpuTopology(Topology):
+    """`slices` slices of TPUs whose chips form a torus of `shape`."""
 
-    A single number is the GPUs of one host; without a number, it is one GPU. Spaces and capitals do
-    not count.
+    tpu: Tpu
+    shape: tuple[int, ...]
+    slices: int
+    compiler = "tpu"
+
+    @property
+    def device(self) -> Tpu:
+        """The row of the generation."""
+        return self.tpu
+
+    @property
+    def machine(self) -> Machine:
+        """The slices, which take the place of hosts, and the devices of each."""
+        devices = math.prod(self.shape) * self.tpu.devices_per_chip
+        return Machine(self.slices, devices, self.tpu.memory_bytes, name_of_host="slice")
+
+    @property
+    def description(self) -> str:
+        """Slices and their shape, and JAX's name of the device."""
+        name, shape = f"{self.tpu.key} ({self.tpu.kind})", "x".join(map(str, self.shape))
+        slices = "1 slice" if self.slices == 1 else f"{self.slices} slices"
+        each = self.tpu.devices_per_chip
+        devices = f", {each} devices a chip" if each > 1 else ""
+        return f"{slices} of {shape} chips {name}{devices}"
+
+    def described_devices(self) -> Sequence[Any]:
+        """TPUs as libtpu describes them."""
+        from jax.experimental import topologies
+
+        # libtpu assumes hosts of 2x2 chips
+        alone: Any = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(self.shape) == 1 else {}
+        return topologies.get_topology_desc(
+            platform="tpu",
+            topology_name=f"{self.tpu.key}:{'x'.join(map(str, self.shape))}",
+            num_slices=self.slices,
+            **alone,
+        ).devices
+
+
+FORMS = (
+    "Write it as h200:2x8, two hosts with eight H200 each, as rtx4090:1, one GPU, as v5e:2x4, a "
+    "slice of 2 x 4 TPUs, or as v5e:2x4x2, two of them; slices of v5p and tpu7x have three "
+    "dimensions."
+)
+
+
+def parse_topology(text: str) -> Topology:
+    """Parse a `--topology` such as "h200:2x8" (GPU:HOSTSxGPUS) or "v5e:2x4" (TPU:SHAPE[xSLICES]).
+
+    For GPUs a single number is the GPUs of one host; without a number, it is one GPU. Spaces and
+    capitals do not count.
 
     Raises:
-        UserError: the text has another form, or names a GPU that is not described.
+        UserError: the text has another form, or names a device that is not described.
 
     >>> parse_topology("h200:2x8").num_devices
     16
     >>> parse_topology("RTX 4090:2") == parse_topology("rtx4090:1x2")
     True
+    >>> parse_topology("v5e:2x4x2").num_devices, parse_topology("tpu7x:2x2x1").num_devices
+    (16, 8)
     """
     plain = "".join(text.lower().split())
-    match = re.fullmatch(r"(\w+)(?::(?:([1-9]\d{0,7})x)?([1-9]\d{0,7}))?", plain)
+    match = re.fullmatch(r"(\w+)(?::([1-9]\d{0,7}(?:x[1-9]\d{0,7}){0,3}))?", plain)
     if match is None:
-        raise UserError(
-            f"The topology {text!r} is not of the form GPU:HOSTSxGPUS. Write it as h200:2x8, "
-            f"two hosts with eight H200 each, or as rtx4090:1, one GPU."
-        )
-    name, hosts, gpus_per_host = match.groups()
+        raise UserError(f"The topology {text!r} is not of the form GPU:HOSTSxGPUS. {FORMS}")
+    name, numbers = match[1], tuple(map(int, (match[2] or "1").split("x")))
+    if name in TPUS:
+        return _tpus(TPUS[name], numbers, text)
     if name not in DESCRIBED:
+        known = (*DESCRIBED, *TPUS)
         raise UserError(
-            f"The topology {text!r} names a GPU that is not in the table{nearest(name, DESCRIBED)} "
-            f"Known: {', '.join(DESCRIBED)}."
+            f"The topology {text!r} names a device that is not in the table{nearest(name, known)} "
+            f"Known: {', '.join(known)}."
         )
-    return Topology(DESCRIBED[name], int(hosts or 1), int(gpus_per_host or 1))
+    if len(numbers) > 2:
+        raise UserError(f"The topology {text!r} is not of the form GPU:HOSTSxGPUS. {FORMS}")
+    return GpuTopology(DESCRIBED[name], *((1, *numbers)[-2:]))
+
+
+def _tpus(tpu: Tpu, numbers: tuple[int, ...], text: str) -> TpuTopology:
+    shape, rest = numbers[: tpu.dimensions], numbers[tpu.dimensions :]
+    one = "2x4" if tpu.dimensions == 2 else "2x2x2"
+    forms = f"{tpu.key}:{one}, or as {tpu.key}:{one}x2 for two slices"
+    if len(shape) < tpu.dimensions or len(rest) > 1:
+        raise UserError(
+            f"The topology {text!r} is not a slice of {tpu.key}, which has {tpu.dimensions} "
+            f"dimensions. Write it as {forms}."
+        )
+    chips = math.prod(shape)
+    if chips > tpu.max_chips:
+        raise UserError(
+            f"The topology {text!r} has {chips:,} chips in a slice, and {tpu.key} has at most "
+            f"{tpu.max_chips:,}. Use several slices: {tpu.key}:{one}x2 is two."
+        )
+    if chips > 1 and any(size % 2 for size in shape[:2]):
+        raise UserError(
+            f"The topology {text!r} cannot be made of hosts, which have 2 x 2 chips. Use even "
+            f"numbers for the first two, as in {tpu.key}:{one}."
+        )
+    return TpuTopology(tpu, shape, *(rest or (1,)))

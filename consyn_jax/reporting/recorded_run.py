@@ -55,7 +55,10 @@ class RecordedRun:
 
     @property
     def results(self) -> dict[str, float | str | None]:
-        """The outcome by column; None for what was not logged."""
+        """The outcome by column; None for what was not logged.
+
+        The training loss is smoothed, tokens/s is the median, and time has seconds.
+        """
         train, speed = curve(self.metrics, "train/loss"), "throughput/tokens_per_s"
         last: Mapping[str, Any] = self.metrics[-1] if self.metrics else {}
         lowest, speeds = self.best, [point.value for point in curve(self.metrics, speed)]
@@ -66,9 +69,9 @@ class RecordedRun:
             "tokens": last.get("tokens"),
             "best eval loss": None if lowest is None else lowest.value,
             "at step": None if lowest is None else lowest.step,
-            "train loss, smoothed": smooth(train)[-1].value if train else None,
-            "tokens/s, median": statistics.median(speeds) if speeds else None,
-            "seconds": last.get("time_s"),
+            "train loss": smooth(train)[-1].value if train else None,
+            "tokens/s": statistics.median(speeds) if speeds else None,
+            "time": last.get("time_s"),
         }
 
 
@@ -134,11 +137,24 @@ def short_names(places: Sequence[Path]) -> list[str]:
 def differing(runs: Sequence[RecordedRun]) -> list[tuple[str, list[str]]]:
     """Flags whose values are not the same in all runs, with the value in each."""
     names = dict.fromkeys(name for run in runs for name in run.values)
-    rows = [(name, [_text(run.values.get(name)) for run in runs]) for name in names]
-    return [(n, texts) for n, texts in rows if n not in NOT_COMPARED and len(set(texts)) > 1]
+    rows = [(name, [run.values.get(name) for run in runs]) for name in names]
+    texts = [(name, _texts(values)) for name, values in rows if name not in NOT_COMPARED]
+    return [(name, found) for name, found in texts if len(set(found)) > 1]
+
+
+def _texts(values: Sequence[Any]) -> list[str]:
+    """The values as texts; numbers are as short as they may be and still differ."""
+    whole = [_text(value) for value in values]
+    short = [
+        f"{value:.6g}" if isinstance(value, float) else text
+        for value, text in zip(values, whole, strict=True)
+    ]
+    return short if len(set(short)) == len(set(whole)) else whole
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, list):
         return " ".join(map(str, value)) or "none"
     return "none" if value is None else str(value)

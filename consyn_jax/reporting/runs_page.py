@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from consyn_jax.pages import escape, html_page
 from consyn_jax.reporting.recorded_run import RecordedRun, differing
-from consyn_jax.training.logging.charts import CHART_STYLE, Line, chart
+from consyn_jax.training.logging.charts import CHART_STYLE, Line
 from consyn_jax.training.logging.curves import Point, curve, loss_limits, smooth, thin
 from consyn_jax.training.logging.formats import duration
+from consyn_jax.training.logging.live.chart_script import CHART_PAGE_STYLE, SCRIPT
+from consyn_jax.training.logging.live.run_charts import RunChart, draw_charts, points_json
 
-MAX_DRAWN = 12  # runs in a chart; more cannot be told apart
+QUIET_S = 1 << 30  # the page is written anew at every request
+MAX_DRAWN = 18  # runs in a chart; more cannot be told apart
 CURVES = {
-    "train/learning_rate": "Learning rate",
-    "train/grad_norm": "Gradient norm, before clipping",
-    "throughput/tokens_per_s": "Tokens per second",
+    "train/learning_rate": ("Learning rate", "rate"),
+    "train/grad_norm": ("Gradient norm, before clipping", "rate"),
+    "throughput/tokens_per_s": ("Tokens per second", "count"),
+    "throughput/mfu": ("Model FLOP/s utilisation (MFU)", "share"),
 }
 
 
@@ -32,11 +37,31 @@ def runs_page(
         reload_s: seconds after which the page loads itself again.
     """
     faults = "".join(f"<p class='fault'>{escape(sentence)}</p>" for sentence in unreadable)
-    sections = [faults, _results(runs), _charts(runs), _differences(runs), _about(runs)]
+    drawn = _drawn(runs)
+    points = points_json(
+        drawn,
+        [],
+        alive=reload_s is not None,
+        written=round(time.time(), 1),
+        reload_s=reload_s,
+        quiet_s=QUIET_S,
+    )
+    sections = [
+        faults,
+        _results(runs),
+        draw_charts(drawn, [], _left_out(runs), _legend(runs)),
+        _differences(runs),
+        _about(runs),
+    ]
     body = "\n".join(filter(None, sections)) or "<p>There is no run yet.</p>"
-    style = CHART_STYLE + STYLE + _colours()
-    source = "metrics.jsonl and config.yaml of each run"
-    return html_page(title, style, body, source, script=SORTING, reload_s=reload_s)
+    return html_page(
+        title,
+        CHART_STYLE + CHART_PAGE_STYLE + STYLE + _colours(),
+        f'{body}\n<script type="application/json" id="points">{points}</script>',
+        "metrics.jsonl and config.yaml of each run",
+        script=SCRIPT + SORTING,
+        reload_without_script_s=reload_s,
+    )
 
 
 def _results(runs: Sequence[RecordedRun]) -> str:
@@ -55,36 +80,32 @@ def shown(name: str, value: float | str | None) -> str:
         return ""
     if isinstance(value, str):
         return value
-    if name == "seconds":
+    if name == "time":
         return duration(value)
     return f"{value:.4f}" if "loss" in name else f"{value:,.0f}"
 
 
-def _charts(runs: Sequence[RecordedRun]) -> str:
+def _drawn(runs: Sequence[RecordedRun]) -> list[RunChart]:
+    """The charts, with a line for each of the first runs."""
     drawn = runs[:MAX_DRAWN]
     train = [smooth(curve(run.metrics, "train/loss")) for run in drawn]
     evaluation = [curve(run.metrics, "eval/loss") for run in drawn]
     charts = []
-    for title, curves in (
-        ("Evaluation loss, nats per token", evaluation),
-        ("Training loss, smoothed, nats per token", train),
+    for title, curves, dots in (
+        ("Evaluation loss, nats per token", evaluation, 100),
+        ("Training loss, smoothed, nats per token", train, 1),
     ):
         limits = [loss_limits(points, []) for points in curves if points]
         if limits:
-            low, high = min(low for low, _ in limits), max(high for _, high in limits)
-            dots = 100 if curves is evaluation else 1
-            charts.append(chart(title, _lines(drawn, curves, dots), 300, (low, high)))
-    for key, title in CURVES.items():
+            span = min(low for low, _ in limits), max(high for _, high in limits)
+            charts.append(RunChart(title, "number", _lines(drawn, curves, dots), 300, span))
+    for key, (title, unit) in CURVES.items():
         curves = [curve(run.metrics, key) for run in drawn]
         values = [point.value for points in curves for point in points]
         if len(values) > 1:
-            limits_of = min(0.0, *values), 1.08 * max(values)
-            charts.append(chart(title, _lines(drawn, curves), 150, limits_of))
-    if not charts:
-        return ""
-    left_out = len(runs) - len(drawn)
-    note = f"<p class='plain'>The first {MAX_DRAWN} runs are drawn.</p>" if left_out else ""
-    return f"<section><h2>Curves</h2>{note}{''.join(charts)}</section>"
+            span = min(0.0, *values), 1.08 * max(values)
+            charts.append(RunChart(title, unit, _lines(drawn, curves), limits=span))
+    return charts
 
 
 def _lines(
@@ -94,6 +115,19 @@ def _lines(
         Line(thin(points), f"run{i}", run.name, dots=len(points) <= max_dots)
         for i, (run, points) in enumerate(zip(runs, curves, strict=True))
     ]
+
+
+def _left_out(runs: Sequence[RecordedRun]) -> str:
+    return f"The first {MAX_DRAWN} runs are drawn." if len(runs) > MAX_DRAWN else ""
+
+
+def _legend(runs: Sequence[RecordedRun]) -> str:
+    names = "".join(
+        f"<span><svg width='26' height='8'><path class='run{i}' d='M0 4H26'/></svg>"
+        f"{escape(run.name)}</span>"
+        for i, run in enumerate(runs[:MAX_DRAWN])
+    )
+    return f"<p class='runs'>{names}</p>"
 
 
 def _differences(runs: Sequence[RecordedRun]) -> str:
@@ -122,6 +156,7 @@ def _about(runs: Sequence[RecordedRun]) -> str:
     rows = [
         [(run.name, run.name), *((run.about.get(key, ""), run.about.get(key, "")) for key in keys)]
         for run in runs
+        if run.about
     ]
     return _table("Made with", ["run", *keys], rows) if keys else ""
 
@@ -138,12 +173,17 @@ def _table(
         rows: cells as text and as the value to sort by.
         first: `mark` for the colour of the run in front of its name.
     """
-    heads = "".join(f"<th tabindex='0'>{escape(name)}</th>" for name in head)
+    numeric = [any(isinstance(row[n][1], (int, float)) for row in rows) for n in range(len(head))]
+    heads = "".join(
+        f"<th{NUMBER * is_number} tabindex='0'>{escape(name)}</th>"
+        for name, is_number in zip(head, numeric, strict=True)
+    )
     lines = []
     for i, row in enumerate(rows):
         mark = f"<i class='run{i}'></i>" if first and i < MAX_DRAWN else ""
         cells = [
-            f"<td data-value='{escape('' if value is None else str(value))}'>"
+            f"<td{NUMBER * isinstance(value, (int, float))} "
+            f"data-value='{escape('' if value is None else str(value))}'>"
             f"{'' if n else mark}{escape(text)}</td>"
             for n, (text, value) in enumerate(row)
         ]
@@ -154,25 +194,36 @@ def _table(
     )
 
 
-# Hues of Okabe and Ito (2008), which colour-blind people can tell apart, then the same dashed.
+# Hues of Okabe and Ito (2008), which colour-blind people can tell apart: solid, dashed, dotted.
 _HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+
+
+_DASHES = ("none", "7 4", "2 3")
+NUMBER = " class='number'"
 
 
 def _colours() -> str:
     rules = []
     for i in range(MAX_DRAWN):
-        hue, dash = _HUES[i % len(_HUES)], "6 4" if i >= len(_HUES) else "none"
+        hue, dash = _HUES[i % len(_HUES)], _DASHES[i // len(_HUES)]
         rules += [
             f"path.run{i} {{ stroke: {hue}; stroke-width: 1.8; stroke-dasharray: {dash}; }}",
             f"circle.run{i}, i.run{i} {{ fill: {hue}; background: {hue}; }}",
-            f".legend .run{i}::before {{ background: {hue}; }}",
         ]
     return "\n".join(rules)
 
 
 STYLE = """
 main { max-width: 1200px; }
-.sorted td { white-space: nowrap; }
+.wide { max-height: none; }
+.sorted td { white-space: normal; overflow-wrap: break-word; min-width: 0; max-width: 24em; }
+.sorted .number { text-align: right; white-space: nowrap; }
+.sorted td:first-child { min-width: 15em; }
+@media (max-width: 600px) { .sorted td:first-child { min-width: 0; max-width: 42vw; } }
+.sorted :is(td, th):first-child { position: sticky; left: 0; background: var(--card); }
+.runs { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 6px 0; font-size: 13px; }
+.runs svg { margin-right: 6px; vertical-align: middle; }
+.runs path { fill: none; }
 th { cursor: pointer; white-space: nowrap; }
 th[aria-sort=ascending]::after { content: " \\25b2"; }
 th[aria-sort=descending]::after { content: " \\25bc"; }

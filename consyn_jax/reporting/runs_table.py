@@ -7,22 +7,49 @@ from collections.abc import Iterator, Sequence
 from consyn_jax.reporting.recorded_run import RecordedRun, differing
 from consyn_jax.reporting.runs_page import shown
 
+WIDTH = 80
+
 
 def as_lines(runs: Sequence[RecordedRun]) -> list[str]:
-    """A table with a line for each run, and one with a line for each flag that differs."""
+    """A table of results and one of the flags that differ, with a line for each run."""
     head = ["run", *(runs[0].results if runs else ())]
     rows = [[run.name, *(shown(*item) for item in run.results.items())] for run in runs]
-    lines = list(_aligned([head, *rows]))
+    lines = list(_in_blocks([head, *rows]))
     found = differing(runs) if len(runs) > 1 else []
     if found:
-        values = [[name, *texts] for name, texts in found]
-        lines += ["", *_aligned([["what differs", *(run.name for run in runs)], *values])]
+        values = [[run.name, *(texts[i] for _, texts in found)] for i, run in enumerate(runs)]
+        lines += ["", "What differs:", *_in_blocks([["run", *(n for n, _ in found)], *values])]
     return lines
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def _in_blocks(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The rows with aligned columns, in blocks of at most `WIDTH` columns of text if possible.
+
+    Each block begins with the first column.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    numeric = [all(_is_number(row[n]) for row in rows[1:]) for n in range(len(widths))]
+    blocks = [[0]]
+    for n in range(1, len(widths)):
+        if sum(widths[i] + 2 for i in [*blocks[-1], n]) - 2 > WIDTH and len(blocks[-1]) > 1:
+            blocks.append([0])
+        blocks[-1].append(n)
+    for number, block in enumerate(blocks):
+        if number:
+            yield ""
+        yield from _aligned(rows, block, widths, numeric)
+
+
+def _aligned(
+    rows: Sequence[Sequence[str]],
+    block: Sequence[int],
+    widths: Sequence[int],
+    numeric: Sequence[bool],
+) -> Iterator[str]:
     for row in rows:
-        yield "  ".join(
-            f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)
-        ).rstrip()
+        cells = (f"{row[n]:{'>' if numeric[n] else '<'}{widths[n]}}" for n in block)
+        yield "  ".join(cells).rstrip()
+
+
+def _is_number(text: str) -> bool:
+    return not text or text[0] in "-.0123456789"

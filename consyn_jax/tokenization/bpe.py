@@ -19,7 +19,7 @@ from typing import Any
 
 from consyn_jax.errors import UserError
 from consyn_jax.files import write_whole
-from consyn_jax.hub_download import download, is_hub_id
+from consyn_jax.hub_download import download, is_elsewhere
 from consyn_jax.tokenization.byte_level import BYTE_SYMBOLS, SPLIT_PATTERN, build_json, spelling
 from consyn_jax.tokenization.chat import template_files as chat_templates
 from consyn_jax.tokenization.encoding import TextEncoder, plain_ids, switch_off_changes
@@ -380,14 +380,14 @@ def own_tokenizer(directory: Path) -> BPETokenizer | None:
 
 
 def load_tokenizer(spec: str | Path) -> BPETokenizer:
-    """Load the tokenizer that `--tokenizer` names: `default`, `bytes`, a path, or a hub id.
+    """Load the tokenizer that `--tokenizer` names: `default`, `bytes`, a path, a hub id or a URL.
 
     Raises:
         UserError: the download fails, or as for `BPETokenizer.from_file`.
     """
     if spec in ("default", "bytes"):
         return BPETokenizer() if spec == "default" else BPETokenizer.bytes()
-    if is_hub_id(name := str(spec)):
+    if is_elsewhere(name := str(spec)):
         return BPETokenizer.from_file(download(name, [*KEPT, "config.json"]))
     return BPETokenizer.from_file(spec)
 

@@ -56,6 +56,8 @@ def header(
         ("budget", _budget(run, lengths)),
         ("output", str(run_path(run))),
     ]
+    if run.saving.remote is not None:
+        rows.append(("remote", f"a copy of the output is kept at {run.saving.remote}"))
     if cache_refusal is not None:
         rows.append(("compiled programs", cache_refusal))
     if run.optimizer.decay_from is not None:

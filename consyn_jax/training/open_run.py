@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,9 +27,11 @@ from consyn_jax.training.logging.advice import RunSettings
 from consyn_jax.training.logging.console import Console
 from consyn_jax.training.logging.live.activities import ActivityClock
 from consyn_jax.training.logging.live.history import History, earlier_activities
+from consyn_jax.training.logging.live.page_header import command_rows, now
 from consyn_jax.training.logging.metrics import MetricsLog, ending, read_metrics
-from consyn_jax.training.logging.run_page import command_rows
 from consyn_jax.training.logging.tracking.callbacks import Callbacks, Maker, RunView
+from consyn_jax.training.mirror.remote_run import NO_REMOTE, open_remote
+from consyn_jax.training.mirror.run_mirror import RunMirror
 from consyn_jax.training.optim.schedules import warmup_length
 from consyn_jax.training.program import Program
 from consyn_jax.training.provenance.beginning_facts import begin_facts
@@ -67,6 +69,8 @@ class RunInputs:
         callbacks: Functions that make the user's callbacks.
         signals: Record of received signals, if the process does more than this run.
         exports_model: Whether the run writes best/, final/ and loss.png, and generates samples.
+        began: `time.perf_counter()` at the beginning of this start, before the preparation of data
+            and model; the time of the run counts from there.
     """
 
     run: RunConfig
@@ -86,6 +90,7 @@ class RunInputs:
     callbacks: tuple[Maker, ...] = ()
     signals: Signals | None = None
     exports_model: bool = True
+    began: float = field(default_factory=time.perf_counter)
 
 
 @dataclass(frozen=True)
@@ -175,12 +180,12 @@ def open_records(
     lost_lines: dict[str, int] = {}
     activities = ActivityClock()
     if opened.writes:
-        log = stack.enter_context(MetricsLog(path, opened.directory.check, warn))
+        log = stack.enter_context(MetricsLog(path, opened.directory.check, warn, inputs.began))
         step = -1 if resumed is None else resumed
         lost_lines = beginning.rewind(log, opened.directory, step, warn)
         lines = read_metrics(log.path)
         earlier = earlier_activities(lines)
-        # The log's clock began a moment ago, when it was rewound.
+        # The log's clock began with the preparation of data and model.
         since = log.time_s - sum(earlier.values())
         activities.begin(earlier | {"other": earlier.get("other", 0.0) + since})
     if inputs.exports_model:
@@ -193,7 +198,7 @@ def open_records(
     recorder.history = History(lines)
     made_with = [] if facts is None else facts.made_with()
     command = command_rows(flat(run), inputs.origins)
-    start = ("this start", time.strftime("%Y-%m-%d %H:%M:%S %z"))
+    start = ("started" if resumed is None else "resumed", now())
     about = [*inputs.header, *made_with, *command, start]
     told = flat(run), inputs.origins, about, opened.console.left_s
     report = LiveReport(opened.directory, recorder, *told)
@@ -256,7 +261,8 @@ def open_run(inputs: RunInputs, stack: ExitStack) -> OpenRun:
     derived = gather(json.dumps(describe_derived(inputs.derived)))  # the slowest prepares its data
     refuse_differences([json.loads(text) for text in derived])
     writes = jax.process_index() == 0
-    directory = open_run_directory(inputs.run, inputs.derived, write=writes)
+    remote, fetch = open_remote(inputs.run, inputs.derived, stack) if writes else NO_REMOTE
+    directory = open_run_directory(inputs.run, inputs.derived, write=writes, fetch=fetch)
     stack.callback(directory.close)
     path, minutes = directory.path, inputs.run.hardware.watchdog_minutes
     watchdog = stack.enter_context(Watchdog(path, minutes, current_process_group(), directory.beat))
@@ -268,6 +274,9 @@ def open_run(inputs: RunInputs, stack: ExitStack) -> OpenRun:
             f"The run in {path} was started by a version that gave runs no identity; it gets one "
             "now."
         )
+    if remote is not None:
+        keep, say = (saving.keep_last, saving.keep_every), (console.warn, console.note)
+        stack.callback(RunMirror(remote, directory, keep, *say, watchdog.moved).close)
     traced = parse_profile_steps(logging.profile_steps) if writes else None
     profile = Profile(traced, path / "profile", console.note, console.warn)
     stack.callback(profile.close)
@@ -280,5 +289,6 @@ def open_run(inputs: RunInputs, stack: ExitStack) -> OpenRun:
     )
     stack.callback(checkpoints.close)
     signals = inputs.signals or stack.enter_context(Signals())
+    signals.is_shown, console.alert = (lambda: console.is_live), signals.message
     coordinator = StopCoordinator(signals, inputs.program.mesh, saving.save_minutes)
     return OpenRun(writes, directory, watchdog, console, profile, checkpoints, coordinator)

@@ -55,7 +55,7 @@ def choose_precision(
 
     Args:
         wanted: "no", "bf16", "fp16", "fp8", or "auto" for the best that the device supports.
-        platform: "cpu", "gpu" or "cuda", as in `jax.Device.platform`.
+        platform: "cpu", "gpu", "cuda" or "tpu", as in `jax.Device.platform`.
         compute_capability: The GPU's compute capability, such as "9.0" for Hopper; empty if
             unknown.
         device_kind: Name of the device, for the reason.
@@ -81,6 +81,8 @@ def choose_precision(
 
 def _best(device: str, platform: str, compute_capability: str) -> tuple[str, str]:
     """Return the best value of `--mixed_precision` for a device, and the reason."""
+    if platform == "tpu":
+        return "bf16", f"{device} multiplies it at full rate"
     major = int(compute_capability.split(".")[0]) if compute_capability[:1].isdigit() else 8
     if platform not in ("gpu", "cuda"):
         return "no", f"{device} gains nothing from a narrower type"

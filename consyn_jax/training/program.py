@@ -45,6 +45,7 @@ from consyn_jax.training.loss import (
 from consyn_jax.training.optim.groups import mup_rates
 from consyn_jax.training.optim.offload import check_offload, in_host_memory, layerwise_update
 from consyn_jax.training.optim.optimizers import build_optimizer
+from consyn_jax.training.optim.schedules import RatesAhead
 from consyn_jax.training.optim.skip_nonfinite import skip_nonfinite
 from consyn_jax.training.optim.state import new_state, place_state, with_update_count
 from consyn_jax.training.precision import (
@@ -151,11 +152,11 @@ class Program:
             with_loss_scale(self.optimizer) if self.compute.dtype == jnp.float16 else self.optimizer
         )
 
-    def learning_rate(self, updates: int) -> float:
+    @cached_property
+    def learning_rate(self) -> Callable[[int], float]:
         """The schedule's learning rate after a number of updates."""
         assert self.schedule is not None
-        with jax.default_device(_host()):
-            return float(self.schedule(updates))
+        return RatesAhead(self.schedule)
 
     @property
     def chunks(self) -> Chunks:
@@ -366,7 +367,7 @@ def build_program(
     unroll = _unrolls(platform, model.num_layers, remat)
     host_moments = hardware.optimizer_memory == "host"
     if host_moments:
-        check_offload(optimizer.optimizer, precision.dtype)
+        check_offload(optimizer.optimizer, precision.dtype, platform)
     types, axes = base_types(lora, precision.dtype), trained_layout(model, lora).logical_axes
     program = Program(
         model,
@@ -382,19 +383,12 @@ def build_program(
     return Built(program, attention, precision, mesh)
 
 
-def _host() -> jax.Device | None:
-    """The CPU device, which is free while a GPU computes; None if JAX_PLATFORMS excludes it."""
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:
-        return None
-
-
 def _unrolls(platform: str, num_layers: int, remat: str) -> bool:
     """Whether to unroll the loop over the blocks, because this is faster.
 
-    With recomputation, unrolling gains too little on GPUs.
+    With recomputation, unrolling gains too little on GPUs. For TPUs it was never measured, and the
+    compiler takes several times as long.
     """
     if platform == "cpu":
         return num_layers <= UNROLLED_LAYERS["cpu"]
-    return remat == "none" and num_layers <= UNROLLED_LAYERS["gpu"]
+    return platform != "tpu" and remat == "none" and num_layers <= UNROLLED_LAYERS["gpu"]

@@ -32,7 +32,8 @@ def this_machine() -> Machine:
     if hosts > 1:
         # Drivers leave a little more or less free, and all processes must choose the same mesh.
         memory_bytes = min(map(int, gather(str(memory_bytes))))
-    return Machine(hosts, jax.device_count() // hosts, memory_bytes)
+    name = "slice" if jax.devices()[0].platform == "tpu" else "host"
+    return Machine(hosts, jax.device_count() // hosts, memory_bytes, name)
 
 
 def choose_run_mesh(

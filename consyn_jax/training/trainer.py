@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,11 +23,11 @@ from consyn_jax.model.lora import initial_adapter
 from consyn_jax.model.parameters import Params
 from consyn_jax.model.pretrained.config_json import to_hf_config
 from consyn_jax.model_config import NO_LORA
-from consyn_jax.resolve import resolve
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.accepted_data import as_source, check_pairs
 from consyn_jax.training.diagnostics.lr_find import (
     Suggestion,
+    check_beginning,
     draw_curve,
     measure_curve,
     rising_rates,
@@ -61,7 +62,7 @@ from consyn_jax.training.preference.reference import make_ready, ready_to_evalua
 from consyn_jax.training.program import Built, Program, build_program
 from consyn_jax.training.run.directory import run_path
 from consyn_jax.training.run.identity import ARCHITECTURE, GENERATION
-from consyn_jax.training.run.keywords import given_once, resolve_keywords
+from consyn_jax.training.run.keywords import given_once, refuse_settings, resolve_keywords
 from consyn_jax.training.run.model_files import AdapterOnly, ModelFiles, WholeModel
 from consyn_jax.training.run.opening import check_output
 from consyn_jax.training.run.recording import Lengths
@@ -91,6 +92,8 @@ class ConsynTrainer:
     Raises:
         UserError: A setting or the data is wrong; `train` checks devices and directories.
     """
+
+    began: float | None = None  # `time.perf_counter()` of the run's beginning; None: at `train`
 
     def __init__(
         self,
@@ -258,6 +261,7 @@ class ConsynTrainer:
 
     def run_inputs(self) -> RunInputs:
         """All inputs of the run."""
+        began = time.perf_counter() if self.began is None else self.began
         built, lengths = self.build(), self.lengths
         return RunInputs(
             run=self.run,
@@ -274,6 +278,7 @@ class ConsynTrainer:
             make_base=partial(self._base, built.program),
             files=self._files,
             compile_train_step=self.compile_train_step,
+            began=began,
         )
 
     # -------------------------------------------------------------------------------------- running
@@ -295,9 +300,7 @@ class ConsynTrainer:
             Diverged: Loss or gradients were non-finite in too many steps.
             Interrupted: A signal ended the run; the state is saved.
         """
-        if unknown:  # settings are keywords of the trainer; this names the right one
-            resolve(unknown, given_as="keyword")
-            raise UserError(f"{next(iter(unknown))} is a setting of ConsynTrainer, not of train().")
+        refuse_settings(unknown)
         makers = user_makers(self.run.logging, self.origins, self._callbacks)
         training: Training | None = None
         try:
@@ -355,15 +358,10 @@ class ConsynTrainer:
         Raises:
             UserError: The devices or the directory do not fit, or --decay_from is given.
         """
-        if self.run.optimizer.decay_from is not None:
-            raise UserError(
-                "--lr_find starts at the beginning of a run, but --decay_from in the middle of "
-                "one. Leave one of them out."
-            )
+        check_beginning(self.run.optimizer)
         rates, path = rising_rates(self.run.optimizer.optimizer), run_path(self.run)
         writes, options = jax.process_index() == 0, self.run.logging
-        schedule = rising_schedule(rates)
-        built = self.build(schedule)
+        built = self.build(schedule := rising_schedule(rates))
         quiet = options.quiet or not writes
         with (
             explain_out_of_memory(),
@@ -385,8 +383,8 @@ class ConsynTrainer:
         suggestion = suggest(curve)
         if writes:
             write_results(path, curve, suggestion)
-            show(draw_curve(curve, suggestion))
-            show(f"The curve is in {path}: lr_find.png, lr_find.json.")
+            text = draw_curve(curve, suggestion)
+            show(f"{text}\nThe curve is in {path}: lr_find.png, lr_find.json.")
         return suggestion
 
     def evaluate(self) -> dict[str, float]:

@@ -26,18 +26,20 @@ from consyn_jax.training.optim.schedules import build_schedule
 from consyn_jax.training.program import TRAIN_AXES, Program
 from consyn_jax.training.run.identity import SCHEDULE_FLAGS
 from consyn_jax.training.step import Batch, Metrics, Step, TrainState, is_used
+from consyn_jax.validation import parse_multipliers
 
 NUMBERS = "numbers"  # in a batch: the numbers of the trial, by flag, and its rates
 RATES = "rates"  # the learning rate of each update [steps]
+MULTIPLIERS = "lr_multipliers"  # by group
 Numbers = dict[str, Any]
 
 _OF_OPTIMIZER = ("weight_decay", "beta1", "beta2", "eps", "momentum")
-_ARGUMENTS = {*_OF_OPTIMIZER, "max_grad_norm", "dropout", "seed"}
+_ARGUMENTS = {*_OF_OPTIMIZER, "max_grad_norm", "dropout", "seed", MULTIPLIERS}
 # The host applies the plateau schedule, so the program does not depend on these settings.
 _OF_HOST = {"plateau_factor", "plateau_patience", "plateau_cooldown", "plateau_threshold"}
 _GROUPS = {"model", "budget", "optimizer", "regularisation", "lora", "hardware"}
 # Flags whose values trials may change without another program. Exceptions: whether dropout and
-# momentum are 0, and whether the schedule is plateau.
+# momentum are 0, whether the schedule is plateau, and which groups have a multiplier.
 FREE_FLAGS = frozenset(SCHEDULE_FLAGS | {"decay_from"} | _ARGUMENTS | _OF_HOST)
 Made = TypeVar("Made")
 
@@ -61,6 +63,8 @@ def numbers_of(run: RunConfig, total_steps: int, num_rates: int | None = None) -
     rates = np.broadcast_to(np.asarray(jax.device_get(rates), np.float32), (total_steps,))
     if num_rates is not None:
         rates = np.pad(rates, (0, num_rates - total_steps))
+    multipliers = parse_multipliers(options.lr_multipliers)
+    used |= {MULTIPLIERS: jax.tree.map(np.float32, multipliers)}
     return {**used, RATES: rates, "seed": np.uint32(run.budget.seed)}
 
 
@@ -69,10 +73,12 @@ def with_numbers(program: Program, run: RunConfig, numbers: Numbers) -> Program:
     rates = numbers[RATES]
     own = {name: numbers[name] for name in _OF_OPTIMIZER if name in numbers}
     axes, options = program.layout.logical_axes, replace(run.optimizer, **own)
-    factors = mup_rates(program.config, options, axes)
+    factors, multipliers = mup_rates(program.config, options, axes), numbers[MULTIPLIERS]
     return replace(
         program,
-        optimizer=build_optimizer(options, lambda updates: rates[updates], axes, factors),
+        optimizer=build_optimizer(
+            options, lambda updates: rates[updates], axes, factors, multipliers
+        ),
         max_grad_norm=numbers["max_grad_norm"],
         regularisation=replace(program.regularisation, dropout=numbers.get("dropout", 0.0)),
         seed=numbers["seed"],
@@ -101,6 +107,7 @@ def constants_of(run: RunConfig) -> Hashable:
         is_used(options.momentum_decay),
         is_used(run.regularisation.dropout),
         options.scheduler == "plateau",
+        tuple(sorted(parse_multipliers(options.lr_multipliers))),
     )
     return constants, features
 

@@ -21,7 +21,7 @@ from consyn_jax.tuning.study_results import (
     row,
 )
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 260, 64, 16, 12, 32
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 260, 84, 20, 12, 36
 WORST_SHOWN = 4.0  # times the distance from the best to the middle; worse points are at the edge
 
 
@@ -82,7 +82,7 @@ def _history(results: StudyResults) -> str:
     spots = [Spot(trial.number / most, trial) for trial in results.trials]
     ticks = [(i / most, str(i)) for i in _whole_ticks(most)]
     chart = _scatter(f"{results.metric} by trial", spots, ticks, results)
-    return f"<section><h2>History</h2>{chart}</section>"
+    return f"<section><h2>History</h2><div class='charts'>{chart}</div></section>"
 
 
 def _slices(results: StudyResults) -> str:
@@ -98,7 +98,7 @@ def _slices(results: StudyResults) -> str:
         else:
             ticks = [(part / 4, compact(_value(dimension, part / 4))) for part in range(5)]
         charts.append(_scatter(dimension.name, spots, ticks, results))
-    return f"<section><h2>Flags</h2>{''.join(charts)}</section>"
+    return f"<section><h2>Flags</h2><div class='charts'>{''.join(charts)}</div></section>"
 
 
 def _importance(importance: Mapping[str, float]) -> str:
@@ -185,7 +185,7 @@ def _scatter(
         return round(LEFT + (right - LEFT) * place, 1)
 
     parts = [
-        f"<h3>{escape(title)}</h3>",
+        f"<figure><h3>{escape(title)}</h3>",
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
         f"<title>{escape(title)}</title>",
     ]
@@ -193,11 +193,11 @@ def _scatter(
         value = low + (high - low) * (part + 0.5) / 5
         parts.append(f'<path class="grid" d="M{LEFT} {y(value)}H{right}"/>')
         parts.append(
-            f'<text x="{LEFT - 8}" y="{y(value) + 4}" text-anchor="end">{decimals(value)}</text>'
+            f'<text x="{LEFT - 8}" y="{y(value) + 5}" text-anchor="end">{decimals(value)}</text>'
         )
     for place, text in ticks:
         parts.append(
-            f'<text x="{x(place)}" y="{bottom + 18}" text-anchor="middle">{escape(text)}</text>'
+            f'<text x="{x(place)}" y="{bottom + 22}" text-anchor="middle">{escape(text)}</text>'
         )
     best = results.best
     for spot in sorted(spots, key=lambda spot: spot.trial is best):
@@ -210,12 +210,17 @@ def _scatter(
             f'<circle class="{look}" cx="{x(spot.x)}" cy="{y(trial.value)}" '
             f'r="{6 if look == "best" else 4}"><title>{escape(name)}</title></circle>'
         )
-    return "".join([*parts, "</svg>"])
+    return "".join([*parts, "</svg></figure>"])
 
 
 STYLE = """
+figure { margin: 0; }
+.charts { display: grid; gap: 0 14px;
+  grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); }
+.charts svg text { font-size: 15px; }
 circle.raw { opacity: .38; }
 .plain { color: var(--soft); font-size: 12.5px; }
+.bars td:last-child { white-space: nowrap; text-align: right; }
 .bars td:nth-child(2) { width: 70%; }
 .bars i { display: block; height: 12px; margin-top: 5px; border-radius: 3px;
   background: var(--blue); }

@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ASSETS = ROOT / "docs" / "assets"
-COLUMNS, ROWS = 92, 60
+COLUMNS, ROWS = 80, 60
 SHOWN_AT = re.compile(r"step 2(4[1-9]|5\d)/300")  # the moment that is drawn
 SIZE, ADVANCE, LINE, MARGIN = 13, 7.8, 18, 14  # pixels
 INK, PAPER = "#d4d4d4", "#1b1d1e"

@@ -1,6 +1,6 @@
-"""GPU kernels, interpreted on a CPU."""
+"""Kernels of GPUs and TPUs, interpreted on a CPU."""
 
-from functools import partial
+from typing import Any
 
 import pytest
 from jax.experimental import pallas
@@ -13,6 +13,11 @@ SMALL = Tiles(Tile(16, 16, 4, 2), Tile(16, 16, 4, 2), Tile(16, 16, 4, 2))
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpret Pallas kernels, with tiles that split even short sequences."""
-    monkeypatch.setattr(pallas, "pallas_call", partial(pallas.pallas_call, interpret=True))
+    compiled = pallas.pallas_call
+
+    def interpreted_call(*given: Any, **named: Any) -> Any:
+        return compiled(*given, **named | {"interpret": True})
+
+    monkeypatch.setattr(pallas, "pallas_call", interpreted_call)
     for width in TILES:
         monkeypatch.setitem(TILES, width, SMALL)

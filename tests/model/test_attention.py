@@ -92,6 +92,12 @@ def test_grouped_attention_equals_torch() -> None:
     np.testing.assert_allclose(ours, theirs.transpose(1, 2), atol=1e-6)
 
 
+def test_with_dropout_tpus_get_the_plain_backend() -> None:
+    choice = choose_attention("tpu", jnp.bfloat16, 64, dropout=0.1)
+    assert choice.backend == "xla"
+    assert "splash attention has no dropout" in choice.reason
+
+
 def test_scores_are_scaled_by_the_root_of_the_head_dim() -> None:
     q = jnp.zeros((1, 2, 1, 16)).at[0, 1, 0, 0].set(8.0)
     k = jnp.zeros((1, 2, 1, 16)).at[0, 1, 0, 0].set(1.0)
@@ -104,7 +110,8 @@ def test_scores_are_scaled_by_the_root_of_the_head_dim() -> None:
     ("platform", "dtype", "head_dim", "capability", "backend", "words"),
     [
         ("cpu", jnp.bfloat16, 64, "", "xla", "the cpu has no fused kernel"),
-        ("tpu", jnp.bfloat16, 64, "", "xla", "the tpu has no fused kernel"),
+        ("tpu", jnp.bfloat16, 64, "", "splash", "JAX's splash attention"),
+        ("rocm", jnp.bfloat16, 64, "", "xla", "the rocm has no fused kernel"),
         ("gpu", jnp.bfloat16, 64, "9.0", "fused", "this package's kernel"),
         ("cuda", jnp.float16, 128, "8.0", "fused", "this package's kernel"),
         (

@@ -1,4 +1,4 @@
-"""Compiling for GPUs: as users do, and only where the CUDA packages are installed."""
+"""Compiling for GPUs and TPUs: as users do, and only where the compiler is installed."""
 
 import os
 
@@ -13,12 +13,23 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     item.add_marker("users_compiler")
 
 
-@pytest.fixture
-def cuda_packages() -> None:
-    """Require the CUDA packages; skip where they are missing, unless CI demands them."""
+def require(compiler: str) -> None:
+    """Skip where the packages of a compiler are missing, unless CI demands them."""
     try:
-        aot.check_packages()
+        aot.check_packages(compiler)
     except UserError as missing:
-        if os.environ.get("CONSYN_TEST_CUDA_PACKAGES") == "required":
+        if os.environ.get(f"CONSYN_TEST_{compiler.upper()}_PACKAGES") == "required":
             pytest.fail(str(missing))
         pytest.skip(str(missing))
+
+
+@pytest.fixture
+def cuda_packages() -> None:
+    """Require the compiler for NVIDIA GPUs."""
+    require("cuda")
+
+
+@pytest.fixture
+def tpu_packages() -> None:
+    """Require the compiler for TPUs."""
+    require("tpu")

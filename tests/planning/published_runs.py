@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from consyn_jax.distributed.hardware import DESCRIBED, DescribedGpu
 from consyn_jax.model_config import ModelConfig
 from consyn_jax.planning.roofline import estimate_step
-from consyn_jax.planning.topology import Topology
+from consyn_jax.planning.topology import GpuTopology
 from consyn_jax.planning.workload import Workload
 
 PER_HOST = 8
@@ -78,7 +78,7 @@ class Published:
             self.remat,
             this_package=False,
         )
-        topology = Topology(self.gpu, devices // PER_HOST, PER_HOST)
+        topology = GpuTopology(self.gpu, devices // PER_HOST, PER_HOST)
         return work.tokens / devices / estimate_step(work, topology).total
 
 

@@ -56,7 +56,7 @@ def logits_elements(model: ModelConfig, run: RunConfig, topology: str) -> Iterat
 
 
 def memory_share(program: CompiledProgram, topology: str) -> float:
-    return program.total_bytes / parse_topology(topology).gpu.memory_bytes
+    return program.total_bytes / parse_topology(topology).device.memory_bytes
 
 
 @pytest.mark.parametrize(("name", "topology", "changes"), [*CASES, *ON_ONE])

@@ -12,7 +12,7 @@ from consyn_jax.model.arithmetic import matmul_parameters, num_parameters
 from consyn_jax.model.parameters import layout
 from consyn_jax.planning.network import HOP_SECONDS, LINK_EFFICIENCY, ring_seconds
 from consyn_jax.planning.roofline import estimate_step, stretch_of
-from consyn_jax.planning.topology import Topology, parse_topology
+from consyn_jax.planning.topology import GpuTopology, parse_topology
 from consyn_jax.planning.workload import Workload, workload
 from consyn_jax.resolve import preset_architecture, resolve
 
@@ -63,10 +63,12 @@ def test_a_ring_over_hosts_shares_their_ports() -> None:
 
 
 def test_split_work_takes_its_share_of_the_time_and_the_network_adds_what_is_not_hidden() -> None:
-    alone = estimate_step(stanza(), Topology(H200, 1, 1))
-    shared = estimate_step(stanza(fsdp=8), Topology(H200, 1, 8))
+    alone = estimate_step(stanza(), GpuTopology(H200, 1, 1))
+    shared = estimate_step(stanza(fsdp=8), GpuTopology(H200, 1, 8))
     assert alone.exposed == 0
-    longer = stretch_of(stanza(), Topology(H200, 1, 8)) / stretch_of(stanza(), Topology(H200, 1, 1))
+    longer = stretch_of(stanza(), GpuTopology(H200, 1, 8)) / stretch_of(
+        stanza(), GpuTopology(H200, 1, 1)
+    )
     assert longer > 1, "several GPUs of this package have not been measured"
     assert 8 * shared.matmuls == pytest.approx(longer * alone.matmuls)
     assert 8 * (shared.total - shared.exposed - shared.optimizer) == pytest.approx(
@@ -97,13 +99,13 @@ def test_steps_measured_on_one_h200_take_the_estimated_time(
         }
     )
     work = workload(architecture(run.model, vocab_size=49_152), run, ONE)
-    assert estimate_step(work, Topology(H200, 1, 1)).total == pytest.approx(measured_s, rel=0.1)
+    assert estimate_step(work, GpuTopology(H200, 1, 1)).total == pytest.approx(measured_s, rel=0.1)
 
 
 @pytest.mark.parametrize("remat", ["none", "minimal", "attention", "full"])
 def test_every_matmul_of_a_block_but_the_last_is_recomputed(remat: str) -> None:
     """As in the compiled programs: nothing in the backward pass needs the block's output."""
-    work, topology = replace(stanza(), remat=remat), Topology(H200, 1, 1)
+    work, topology = replace(stanza(), remat=remat), GpuTopology(H200, 1, 1)
     c, tokens = work.model, 64 * 4096
     block = (matmul_parameters(c) - c.vocab_size * c.hidden_dim) // c.num_layers
     again = block - c.mlp_dim * c.hidden_dim if remat in ("attention", "full") else 0
@@ -119,7 +121,7 @@ def test_every_matmul_of_a_block_but_the_last_is_recomputed(remat: str) -> None:
 
 
 def test_fp8_halves_the_matmuls_of_the_blocks_and_pays_for_quantising() -> None:
-    eight = Topology(H200, 1, 8)
+    eight = GpuTopology(H200, 1, 8)
     bf16, fp8 = (estimate_step(replace(stanza(fsdp=8), fp8=fp8), eight) for fp8 in (False, True))
     assert 1.6 < bf16.matmuls / fp8.matmuls < 2
     assert fp8.memory > bf16.memory

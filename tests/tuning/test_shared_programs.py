@@ -149,7 +149,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "multipliers": (
         {"lr": 1e-2, "lr_multipliers": "embedding=2"},
-        {"lr": 2e-2, "lr_multipliers": "embedding=2", "beta1": 0.7},
+        {"lr": 2e-2, "lr_multipliers": "embedding=0.5", "beta1": 0.7},
     ),
 }
 
@@ -195,6 +195,14 @@ def test_numbers_alone_need_no_other_program() -> None:
     assert program_key(run_of(dropout=0.1), MODEL, STEPS) == program_key(
         run_of(**other), MODEL, STEPS
     )
+
+
+def test_multipliers_of_the_same_groups_share_a_program() -> None:
+    def key(multipliers: str) -> Any:
+        return program_key(run_of(lr_multipliers=multipliers), MODEL, STEPS)
+
+    assert key("embedding=2,norms=3") == key("norms=1,embedding=0")
+    assert key("embedding=2,norms=3") != key("embedding=2")
 
 
 def test_every_free_flag_is_a_flag() -> None:

@@ -16,6 +16,7 @@ from consyn_jax.errors import UserError
 from consyn_jax.flags import flat
 from consyn_jax.model.arithmetic import CPU_UNROLLED_LAYERS, cpu_step_bytes, cpu_step_flops
 from consyn_jax.model_config import ModelConfig
+from consyn_jax.remote.urls import is_bucket_url
 from consyn_jax.resolve import resolve
 
 if TYPE_CHECKING:
@@ -241,8 +242,10 @@ def _vocab_size(
     if tokenizer is not None:
         return tokenizer.vocab_size
     from consyn_jax.data.store.manifest import is_store, read_manifest
+    from consyn_jax.remote.local_copy import local_copy
 
-    path = Path(config.data.data[0])
+    name = config.data.data[0]
+    path = local_copy(name) if is_bucket_url(name) else Path(name)
     if path.is_dir() and is_store(path):
         return int(read_manifest(path)["vocab_size"])
     return DEFAULT_VOCABULARY

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from consyn_jax.config import PRESETS, ModelOptions, RunConfig, architecture
 from consyn_jax.errors import UserError, nearest
 from consyn_jax.flags import with_flags
-from consyn_jax.hub_download import is_hub_id
+from consyn_jax.hub_download import is_elsewhere
 from consyn_jax.model_config import FileFormat, ModelConfig
 from consyn_jax.validation import check_context
 
@@ -112,13 +112,13 @@ def _architecture_of(model: str) -> ModelConfig:
     from consyn_jax.model.pretrained.config_json import read_config
     from consyn_jax.model.pretrained.weights import find_model
 
-    return read_config(find_model(model) if is_hub_id(model) else Path(model))
+    return read_config(find_model(model) if is_elsewhere(model) else Path(model))
 
 
 def _check_names(options: ModelOptions) -> None:
     """Refuse names that look like a mistake, and suggest the name that was probably meant."""
     model, checkpoint = options.model, options.checkpoint
-    known = model in (*PRESETS, checkpoint) or Path(model).exists() or is_hub_id(model)
+    known = model in (*PRESETS, checkpoint) or Path(model).exists() or is_elsewhere(model)
     if not known:
         raise UserError(
             f"--model {model} is neither a preset nor a path{nearest(model, PRESETS)} "

@@ -42,12 +42,12 @@ from consyn_jax.data.sources.recognition.splits import IS_TEST
 from consyn_jax.data.sources.source import Source
 from consyn_jax.data.split import SPLITS, TEST, TRAIN, VALIDATION
 from consyn_jax.data.store import TokenStore, TokenStoreWriter
-from consyn_jax.data.store.file_hashes import cache_directory
 from consyn_jax.data.store.manifest import MANIFEST
 from consyn_jax.data.store.raw_tokens import RawTokens
 from consyn_jax.data.store.store_split import StoreSplit
 from consyn_jax.data.store.token_store import JoinedStores
 from consyn_jax.errors import UserError
+from consyn_jax.files import cache_directory
 from consyn_jax.prepare_config import CorpusOptions
 from consyn_jax.tokenization import BPETokenizer, load_tokenizer
 

@@ -1,4 +1,4 @@
-"""Find the sources that `--data` names: paths, globs, directories, Hub names and "sample".
+"""Find the sources that `--data` names: paths, globs, URLs, Hub names and "sample".
 
 Files are recognised by their content, compressed files by their decompressed content. Sources are
 in the order of the names given, and sorted within a directory or glob.
@@ -27,6 +27,8 @@ from consyn_jax.data.store.manifest import PREPARING, is_store
 from consyn_jax.data.store.token_files import PICKLES, TOKEN_SUFFIXES
 from consyn_jax.errors import UserError, listed, nearest
 from consyn_jax.files import PARTIAL, leads_out
+from consyn_jax.remote.local_copy import local_copy
+from consyn_jax.remote.urls import is_bucket_url
 
 TOKENS = TokenReader.kind
 FILE_SUFFIXES = {*COMPRESSED_SUFFIXES, *(s for r in READERS.values() for s in r.suffixes)}
@@ -106,6 +108,8 @@ def _check_alike(sources: Iterable[Source], flag: str) -> None:
 
 def _found_by(name: str, dataset_type: str, flag: str, invalid_utf8: str) -> Iterator[Found]:
     """Find the sources that `name` matches, each with a reason to leave it out, or ""."""
+    if is_bucket_url(name):
+        name = str(local_copy(name))
     if name == SAMPLE:
         if dataset_type not in ("auto", TextReader.kind):
             raise _wrong_type("--data sample", READERS[SAMPLE], SAMPLE, dataset_type)

@@ -1,17 +1,16 @@
-"""SHA-256 hashes of files, cached until a file changes, and the cache directory."""
+"""SHA-256 hashes of files, cached until a file changes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from consyn_jax.errors import UserError
-from consyn_jax.files import write_whole
+from consyn_jax.files import cache_directory, write_whole
 
 MEMORY = "digests.json"
 MOST = 100_000
@@ -19,14 +18,6 @@ SMALL = 1 << 20
 # A file that changes twice within one tick of the file system's clock has the same time stamp after
 # both changes. Two seconds is the coarsest clock in use (FAT).
 SETTLED_NS = 2_000_000_000
-
-
-def cache_directory() -> Path:
-    """The cache: $CONSYN_CACHE, otherwise consyn_jax in $XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("CONSYN_CACHE")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "consyn_jax"
 
 
 class FileHashes:

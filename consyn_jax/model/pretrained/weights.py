@@ -12,7 +12,7 @@ from jax.sharding import Mesh, Sharding
 
 from consyn_jax.errors import UserError, nearest
 from consyn_jax.files import refuse_unfinished
-from consyn_jax.hub_download import download, is_hub_id
+from consyn_jax.hub_download import download, is_elsewhere
 from consyn_jax.model.parameters import Convert, Params, layout, unchanged
 from consyn_jax.model.pretrained.config_json import (
     to_hf_config,
@@ -42,18 +42,18 @@ from consyn_jax.tokenization.tokenizer_files import KEPT
 
 
 def find_model(name: str) -> Path:
-    """Find the directory of a model; download it if `name` is a hub id that is not cached.
+    """Find the directory of a model; download it if `name` is a hub id or URL that is not cached.
 
     Raises:
-        UserError: `name` is neither a directory nor a model on the hub, or the model in the
-            directory was not written completely.
+        UserError: `name` is neither a directory nor a model on the hub or in a bucket, or the
+            model in the directory was not written completely.
     """
-    if Path(name).is_dir():
-        refuse_unfinished(Path(name))
-        return Path(name)
-    if not is_hub_id(name):
+    if is_elsewhere(name):
+        return download(name, ["*.json", "*.safetensors", *KEPT])
+    if not Path(name).is_dir():
         raise _no_model(Path(name))
-    return download(name, ["*.json", "*.safetensors", *KEPT])
+    refuse_unfinished(Path(name))
+    return Path(name)
 
 
 def base_directory(base: Base, owner: Path, named: str) -> Path:
@@ -67,7 +67,7 @@ def base_directory(base: Base, owner: Path, named: str) -> Path:
         UserError: The base is missing, is an adapter itself, or has other weights than those on
             which the adapter was trained.
     """
-    if base.name is None or not (Path(base.name).is_dir() or is_hub_id(base.name)):
+    if base.name is None or not (Path(base.name).is_dir() or is_elsewhere(base.name)):
         where = "has no name" if base.name is None else f"{base.name} does not exist"
         raise UserError(f"{owner} is an adapter, but its base model {where}. Correct {named}.")
     found = find_model(base.name)

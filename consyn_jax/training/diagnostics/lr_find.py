@@ -20,6 +20,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from consyn_jax.config import OptimizerOptions
 from consyn_jax.data.loader import prefetch
 from consyn_jax.distributed.mesh import local_rows, placer
 from consyn_jax.errors import UserError
@@ -53,6 +54,19 @@ CHOSEN = "valley"
 
 
 # ----------------------------------------------------------------------------------------- the test
+
+
+def check_beginning(options: OptimizerOptions) -> None:
+    """Check that the run starts at step 0.
+
+    Raises:
+        UserError: --decay_from is given.
+    """
+    if options.decay_from is not None:
+        raise UserError(
+            "--lr_find starts at the beginning of a run, but --decay_from in the middle of one. "
+            "Leave one of them out."
+        )
 
 
 def rising_rates(optimizer: str, num_steps: int = NUM_STEPS) -> Float[np.ndarray, " steps"]:

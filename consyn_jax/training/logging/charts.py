@@ -79,10 +79,11 @@ def chart(
 
 
 def _grid(frame: Frame) -> Iterable[str]:
-    for tick in _ticks(frame.low, frame.high, 6 if frame.height > 200 else 3):
+    ticks = _ticks(frame.low, frame.high, 6 if frame.height > 200 else 3)
+    for tick, text in zip(ticks, _tick_texts(ticks), strict=True):
         at = frame.y(tick)
         yield f'<path class="grid" d="M{LEFT} {at}H{WIDTH - RIGHT}"/>'
-        yield f'<text x="{LEFT - 8}" y="{at + 4}" text-anchor="end">{_tick_text(tick)}</text>'
+        yield f'<text x="{LEFT - 8}" y="{at + 4}" text-anchor="end">{text}</text>'
     bottom = frame.height - BOTTOM
     for tick in _ticks(0.0, float(frame.right), 8):
         at = frame.x(tick)
@@ -135,11 +136,25 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     ]
 
 
-def _tick_text(value: float) -> str:
+def _tick_texts(ticks: Sequence[float]) -> list[str]:
+    """Numbers with as many digits as tell them apart.
+
+    >>> _tick_texts([0.0, 0.5]), _tick_texts([5.552, 5.554]), _tick_texts([0.0, 2e-5])
+    (['0', '0.5'], ['5.552', '5.554'], ['0', '2e-5'])
+    """
+    texts = [_tick_text(tick, 3) for tick in ticks]
+    for digits in range(4, 10):
+        if len(set(texts)) == len(texts):
+            break
+        texts = [_tick_text(tick, digits) for tick in ticks]
+    return texts
+
+
+def _tick_text(value: float, digits: int) -> str:
     if value == 0 or abs(value) >= 1e-3:
-        return compact(value)
-    digits, _, exponent = f"{value:.1e}".partition("e")
-    return f"{float(digits):g}e{int(exponent)}"
+        return compact(value, digits)
+    text, _, exponent = f"{value:.{digits - 2}e}".partition("e")
+    return f"{float(text):g}e{int(exponent)}"
 
 
 CHART_STYLE = """

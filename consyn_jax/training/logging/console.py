@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -51,6 +52,9 @@ class Console(AbstractContextManager["Console"]):
         file: the text file to print to; None for stderr. A terminal or disk that disappears
             silences the view and does not end the run.
         clock: seconds since some moment.
+
+    Attributes:
+        alert: a sentence that the live line shows until the end; empty for none.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Console(AbstractContextManager["Console"]):
         self._pace = _Pace(0, clock())
         self._lines_begun = False
         self._rich: RichConsole | None = None
+        self.alert: Callable[[], str] = str
         if (
             not quiet
             and self._stream.isatty()
@@ -199,7 +204,14 @@ class Console(AbstractContextManager["Console"]):
         elif self._evaluated:
             shown = fitted([self._evaluated], [self._best], "", width)
             lines.append(Text(shown[:width], "green", no_wrap=True))
+        if alert := self.alert():
+            lines += [Text(part, "bold yellow") for part in _wrapped(alert, width)]
         return Group(*lines)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the live line is being drawn."""
+        return self._live is not None
 
     def left_s(self) -> float | None:
         """Seconds that are left at the present pace; None if unknown."""
@@ -217,13 +229,14 @@ class Console(AbstractContextManager["Console"]):
             return
         parts = [f"step {values.get('step', self._step):,}"]
         parts += [
-            f"{name} {decimals(values[key])}"
+            f"{name} {decimals(values[key], 4 if key == 'eval/loss' else 3)}"
             for key, name in EVALUATION_NAMES.items()
             if values.get(key) is not None
         ]
-        parts += ["(best)"] if best else []
         self._evaluated = f"{' '.join(parts[1:2])} at {parts[0]}"
         self._best = f"best {self._evaluated}" if best else self._best
+        if best:  # as wide as "eval loss", so that lines stay aligned
+            parts[1:2] = [part.replace("eval loss", "best eval") for part in parts[1:2]]
         width = None if self._rich is None else self._rich.width - 1
         lines = ["  ".join(parts)] if width is None else rows(parts, width)
         for line in lines:
@@ -245,20 +258,21 @@ class Console(AbstractContextManager["Console"]):
         """
         if self._quiet:
             return
-        body = [f"  {line}" for line in visible(text).split("\n")]
         if self._rich is None:
-            self._plain(f"{title}:", *body)
+            self._plain(f"{title}:", *(f"  {line}" for line in visible(text).split("\n")))
             return
+        from rich.padding import Padding
         from rich.text import Text
 
         self._rich.print(Text(f"{title}:", "bold"))
-        self._rich.print(Text("\n".join(body), "italic"))
+        self._rich.print(Padding(Text(visible(text), "italic"), (0, 0, 0, 2), expand=False))
 
     def finish(self, lines: Sequence[str]) -> None:
         """End the progress line and print the outcome.
 
         The last line says where everything is. With `quiet` it is the only one.
         """
+        self._phase = ""
         self.close()
         if self._quiet:
             self._plain(*lines[-1:])
@@ -283,12 +297,21 @@ class Console(AbstractContextManager["Console"]):
             return
         from rich.text import Text
 
-        self._rich.print(Text(text, style))
+        width = self._rich.width - 1
+        for line in text.split("\n"):
+            # Paths stay whole, and commands as they are, so that both can be copied.
+            wrapped = [line] if line.startswith("  ") else _wrapped(line, width)
+            for part in wrapped:
+                self._rich.print(Text(part, style), soft_wrap=True)
 
     def _plain(self, *lines: str) -> None:
         for line in lines:
             self._stream.write(line + "\n")
         self._stream.flush()
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    return textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 class _Pace:

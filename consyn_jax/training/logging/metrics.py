@@ -44,6 +44,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
     Args:
         check: called before every line; it may raise if the directory is gone.
         warn: called with a sentence if the file was written anew.
+        began: `time.perf_counter()` at the beginning of this start of the run; None for now.
 
     Raises:
         UserError: the file cannot be written, or a line before the last one is damaged.
@@ -54,8 +55,10 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         directory: Path,
         check: Callable[[], None] = lambda: None,
         warn: Callable[[str], None] = lambda text: None,
+        began: float | None = None,
     ) -> None:
         self.path, self._check, self._warn = directory / FILE_NAME, check, warn
+        self._start_began = began
         lines = _lines(self.path)
         _rewrite(self.path, lines)
         self._guard = threading.Lock()  # `flush` is called from another thread
@@ -70,19 +73,17 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         is atomic and may be repeated.
 
         Returns:
-            The seconds that the kept part of the run took, to which the clock adds.
+            The seconds until the end of the start that reached `step`, to which the clock adds.
         """
+        lines = [line for line in _lines(self.path) if line["step"] <= step]
         kept = [
-            line
-            for line in _lines(self.path)
-            if line["step"] < step
-            or (line["step"] == step and line.get("event") not in _AFTER_STATE)
+            line for line in lines if line["step"] < step or line.get("event") not in _AFTER_STATE
         ]
         with self._guard:
             self._file.close()
             _rewrite(self.path, kept)
             self._open()
-        time_s = _last_time(kept)
+        time_s = _last_time(lines)
         self._start_clock(time_s)
         return time_s
 
@@ -193,7 +194,8 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         self._warn(f"{self.path} was deleted or replaced, and is written anew with all its lines.")
 
     def _start_clock(self, earlier_s: float) -> None:
-        self._earlier_s, self._began = earlier_s, time.perf_counter()
+        now = time.perf_counter() if self._start_began is None else self._start_began
+        self._earlier_s, self._began = earlier_s, now
 
     def _undo(self, size: int, error: OSError) -> NoReturn:
         self._size = size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from consyn_jax.files import write_whole
-from consyn_jax.pages import escape, html_page
+from consyn_jax.pages import escape, html_page, unbroken
 from consyn_jax.training.logging.charts import CHART_STYLE
 from consyn_jax.training.logging.curves import Point
 from consyn_jax.training.logging.formats import compact, duration
@@ -18,6 +17,7 @@ from consyn_jax.training.logging.live.activities import ACTIVITIES
 from consyn_jax.training.logging.live.activities import key as activity_key
 from consyn_jax.training.logging.live.chart_script import CHART_PAGE_STYLE, SCRIPT
 from consyn_jax.training.logging.live.history import History
+from consyn_jax.training.logging.live.page_header import HEADER_STYLE, header_section, now
 from consyn_jax.training.logging.live.run_charts import (
     RunChart,
     draw_charts,
@@ -94,23 +94,23 @@ def write_report(
         OSError: the directory cannot be written.
     """
     spent = activities or {}
+    passed_s = sum(spent.values(), 0.0)
     drawn, resumed = run_charts(history, spent), _resumed(history)
     sections = [
         _state(status, history),
-        _table("", [*about, ("page of", _now())], look="wide whole"),
-        _tiles(history),
+        header_section(about, duration(passed_s) if spent else ""),
+        _tiles(history, passed_s),
         draw_charts(drawn, resumed, THINNED if history.is_thinned else ""),
         _samples(samples),
-        _table("Time by activity", _time_rows(spent), ("activity", "time", "share")),
-        _table("Throughput", _throughput(history), ("", "median", "range")),
-        _table(_events_title(history), list(_events(history)), EVENT_HEAD),
+        _times(spent, history),
+        _table(_events_title(history), list(_events(history)), EVENT_HEAD, look="wide events"),
         *_configuration(config, origins or {}),
         _folded("All newest values", _newest(summary or {})),
         _points(drawn, resumed, status),
     ]
     page = html_page(
         f"Run {directory.resolve().name}",
-        CHART_STYLE + STYLE + CHART_PAGE_STYLE,
+        CHART_STYLE + STYLE + HEADER_STYLE + CHART_PAGE_STYLE,
         "\n".join(filter(None, sections)),
         "metrics.jsonl",
         script=SCRIPT,
@@ -160,15 +160,19 @@ def _state(status: Status, history: History) -> str:
     place = f"step {step:,} of {total:,}{share}{left}"
     words = status.words[:1].upper() + status.words[1:]
     look = "" if status.is_alive or status.words == "complete" else " stopped"
-    news = f"<small id='news'>As of {_now()}. This page loads itself again.</small>"
+    news = f"<small id='news'>As of {now()}. This page loads itself again.</small>"
     return (
         f"<section class='state{look}'><b>{escape(words)}</b>: {place}"
         f"{news if status.is_alive else ''}</section>"
     )
 
 
-def _tiles(history: History) -> str:
-    """The most important numbers, with a note on each."""
+def _tiles(history: History, spent_s: float) -> str:
+    """The most important numbers, with a note on each.
+
+    Args:
+        spent_s: Time of the run until now; 0 for that of the newest line.
+    """
     tiles: list[tuple[str, str, str]] = []
     if (found := history.at_best) is not None:
         tiles.append(("best eval loss", f"{found['eval/loss']:.4f}", f"step {found['step']:,}"))
@@ -183,7 +187,8 @@ def _tiles(history: History) -> str:
     if history.num_events or history.curves:
         last = history.last
         tiles.append(("trained on", compact(last["tokens"]), f"tokens, {last['step']:,} steps"))
-        tiles.append(("time", duration(float(last["time_s"])), "with evaluations and saves"))
+        passed = duration(spent_s or float(last["time_s"]))
+        tiles.append(("time", passed, "from start to now" if spent_s else "at the last line"))
     if speeds := history.values["throughput/tokens_per_s"]:
         tiles.append(("speed", compact(statistics.median(speeds)), "tokens/s, median"))
     if not tiles:
@@ -203,29 +208,11 @@ def _resumed(history: History) -> list[Point]:
     ]
 
 
-def command_rows(config: Mapping[str, object], origins: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The command that a run was started with, as a row; none for a run from Python.
-
-    Args:
-        config, origins: as they were given, before micro-batches were made to fit.
-    """
-    if not origins or "keyword" in origins.values():
-        return []
-    files = {o.removeprefix("file ") for o in origins.values() if o.startswith("file ")}
-    words = ["consyn-train", *(word for file in sorted(files) for word in ("--config", file))]
-    for name, value in config.items():
-        if origins.get(name) == "flag" and value is not None:
-            values = value if isinstance(value, (list, tuple)) else [value]
-            words += [f"--{name}", *(_word(one) for one in values)]
-    return [("command", shlex.join(words))]
-
-
-def _word(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%d %H:%M %z")
+def _times(spent: Mapping[str, float], history: History) -> str:
+    """The time by activity, and beside it the throughput."""
+    times = _table("Time by activity", _time_rows(spent), ("activity", "time", "share"))
+    throughput = _table("Throughput", _throughput(history), ("", "median", "range"))
+    return f"<div class='pair'>{times}{throughput}</div>"
 
 
 def _throughput(history: History) -> list[tuple[str, ...]]:
@@ -257,13 +244,13 @@ def _seconds(value: float) -> str:
 def _events_title(history: History) -> str:
     shown = min(len(history.events), SHOWN_EVENTS)
     if shown == history.num_events:
-        return "Events"
-    return f"Events, the newest {shown:,} of {history.num_events:,}"
+        return "Events, the newest first"
+    return f"Events, the newest {shown:,} of {history.num_events:,}, the last first"
 
 
 def _events(history: History) -> Iterable[tuple[str, ...]]:
-    for line in history.events[-SHOWN_EVENTS:]:
-        details = ", ".join(
+    for line in reversed(history.events[-SHOWN_EVENTS:]):
+        details = str(line.get("sentence") or "") or ", ".join(
             f"{key} {_cell(value)}"
             for key, value in line.items()
             if key not in ("step", "tokens", "time_s", "event")
@@ -305,7 +292,7 @@ def _folded(title: str, section: str) -> str:
 
 
 def _row(tag: str, cells: tuple[str, ...]) -> str:
-    return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
+    return f"<tr>{''.join(f'<{tag}>{unbroken(cell)}</{tag}>' for cell in cells)}</tr>"
 
 
 def _cell(value: object) -> str:
@@ -315,6 +302,8 @@ def _cell(value: object) -> str:
         return f"{value:,}"
     if isinstance(value, (list, tuple)):
         return " ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return str(value).lower()
     return "none" if value is None else str(value)
 
 
@@ -322,6 +311,12 @@ STYLE = """
 summary { cursor: pointer; margin: 14px 0 10px; color: var(--soft); }
 figure { margin: 0 0 12px; }
 .whole { max-height: none; }
+td:not(:first-child) { overflow-wrap: anywhere; min-width: 9em; }
+.events td:nth-child(-n + 3) { white-space: nowrap; min-width: 0; }
+.pair { display: grid; gap: 0 14px;
+  grid-template-columns: repeat(auto-fit, minmax(min(360px, 100%), 1fr)); }
+.pair td:first-child { white-space: normal; overflow-wrap: normal; }
+.pair :is(td, th):not(:first-child) { min-width: 0; text-align: right; white-space: nowrap; }
 .plain { color: var(--soft); font-size: 12.5px; }
 pre {
   margin: 2px 0 0; padding: 12px 14px; max-height: 360px; overflow-y: auto;

@@ -11,6 +11,7 @@ from consyn_jax.errors import UserError
 from consyn_jax.model.parameters import MupFactors, Params, map_axes, mup_factors
 from consyn_jax.model_config import ModelConfig
 from consyn_jax.optimizer_config import OptimizerOptions
+from consyn_jax.training.step import Number
 from consyn_jax.validation import parse_multipliers
 
 Axes = tuple[str | None, ...]
@@ -77,7 +78,7 @@ def parameter_groups(logical_axes: Params) -> Any:
     )
 
 
-def rate_multipliers(multipliers: Mapping[str, float], logical_axes: Params) -> Any:
+def rate_multipliers(multipliers: Mapping[str, Number], logical_axes: Params) -> Any:
     """Return a tree like `logical_axes` with the learning-rate multiplier of each parameter.
 
     Raises:

@@ -22,13 +22,22 @@ from consyn_jax.training.step import Metrics, TrainState, Update
 LAYERS, REST, SHARED = "layers", "rest", "shared"
 
 
-def check_offload(optimizer: str, dtype: Any) -> None:
+def check_offload(optimizer: str, dtype: Any, platform: str) -> None:
     """Check that the parameters of a run can be updated layer by layer.
+
+    Args:
+        platform: Platform of the devices, as in `jax.Device.platform`.
 
     Raises:
         UserError: The run computes in float16, where the loss scale keeps a copy of the whole state
-            until it is known whether the step is skipped.
+            until it is known whether the step is skipped; or it runs on TPUs, for which the update
+            does not compile.
     """
+    if platform == "tpu":
+        raise UserError(
+            "--optimizer_memory host does not work on TPUs. Use --optimizer_memory device, with "
+            "more chips or --moment_dtype bfloat16 if the moments do not fit."
+        )
     if not OPTIMIZERS[optimizer].layerwise:
         usable = [name for name, rule in OPTIMIZERS.items() if rule.layerwise]
         raise UserError(

@@ -5,7 +5,7 @@ Weight decay, multipliers and the learning rate are applied in this module, for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from consyn_jax.training.optim.cautious_adamw import cautious_adamw
 from consyn_jax.training.optim.groups import decay_mask, rate_multipliers
 from consyn_jax.training.optim.muon import muon
 from consyn_jax.training.optim.state import scale_by_plateau
-from consyn_jax.training.step import is_used
+from consyn_jax.training.step import Number, is_used
 from consyn_jax.validation import parse_multipliers
 
 
@@ -59,6 +59,7 @@ def build_optimizer(
     schedule: optax.ScalarOrSchedule,
     logical_axes: Params,
     rate_factors: Any = None,
+    multipliers: Mapping[str, Number] | None = None,
 ) -> optax.GradientTransformation:
     """Build the optimizer that resolved options describe.
 
@@ -70,6 +71,7 @@ def build_optimizer(
         schedule: Learning rate as a function of the step.
         rate_factors: muP's factor of each parameter, in the structure of `logical_axes`; None
             without muP.
+        multipliers: Multiplier of the learning rate, by group; None for those of the options.
 
     Raises:
         UserError: `--lr_multipliers` names a group that the model does not have.
@@ -79,7 +81,9 @@ def build_optimizer(
     if rate_factors is not None:
         parts.append(_multiplied(rate_factors))
     parts.append(optax.add_decayed_weights(options.weight_decay, decay_mask(logical_axes)))
-    if multipliers := parse_multipliers(options.lr_multipliers):
+    if multipliers is None:
+        multipliers = parse_multipliers(options.lr_multipliers)
+    if multipliers:
         parts.append(_multiplied(rate_multipliers(multipliers, logical_axes)))
     rule = optax.chain(*parts, optax.scale_by_learning_rate(schedule))
     if options.rule.averages_weights:

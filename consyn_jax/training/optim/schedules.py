@@ -24,6 +24,7 @@ from consyn_jax.optimizer_config import OptimizerOptions
 from consyn_jax.training.logging.plots import bars, png
 
 MOST_STEPS = 2**31 - 1
+RATES_AHEAD = 256  # learning rates that are computed at once
 TIMESCALE_WITHOUT_WARMUP = 10_000  # steps, for inverse_sqrt (Raffel et al., 2020)
 
 
@@ -149,6 +150,35 @@ def build_schedule(options: OptimizerOptions, total_steps: int) -> optax.Schedul
         return peak * rise * (floor + (1 - floor) * rule.shape(time, options))
 
     return rate
+
+
+class RatesAhead:
+    """Learning rates by the number of updates, computed on the host for many updates at once.
+
+    One rate takes a dozen calls of JAX, which on a CPU wait for the running step. Blocks begin at
+    multiples of their length, so a resumed run has the same rates to the last bit.
+    """
+
+    def __init__(self, schedule: optax.Schedule) -> None:
+        self._schedule, self._block, self._rates = schedule, -1, np.empty(0)
+
+    def __call__(self, updates: int) -> float:
+        """Return the rate after `updates` updates."""
+        block, place = divmod(updates, RATES_AHEAD)
+        if block != self._block:
+            first = block * RATES_AHEAD
+            with jax.default_device(_host()):
+                found = np.asarray(self._schedule(np.arange(first, first + RATES_AHEAD)))
+            self._block, self._rates = block, np.broadcast_to(found, (RATES_AHEAD,))
+        return float(self._rates[place])
+
+
+def _host() -> jax.Device | None:
+    """The CPU device, which is free while a GPU computes; None if JAX_PLATFORMS excludes it."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def decay_end(decay_from: int, decay_ratio: float) -> int:

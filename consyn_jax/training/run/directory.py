@@ -51,6 +51,7 @@ ENTRIES = (
 PER_START_FLAGS = (
     "overwrite",
     "overwrite_schedule",
+    "remote",
     "resume",
     "replay",
     "verify",

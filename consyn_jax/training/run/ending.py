@@ -17,6 +17,7 @@ from consyn_jax.model.parameters import Params
 from consyn_jax.model_config import ModelConfig
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.checkpointing.manager import Checkpoints
+from consyn_jax.training.logging.formats import typed
 from consyn_jax.training.logging.loss_plot import write_loss_plot
 from consyn_jax.training.logging.metrics import read_metrics
 from consyn_jax.training.run.beginning import from_first
@@ -141,7 +142,7 @@ def closing_lines(
             f"best {metric} {selection.best_value:.4f} at step "
             f"{selection.best_step:,}: {directory / 'best'}"
         )
-    lines += ["Next:", *(f"  {command}" for command in next_commands(directory, run, origins))]
+    lines += ["Next:", *(typed(command) for command in next_commands(directory, run, origins))]
     lines.append(
         f"Everything is in {directory}: final/ (the model), report.html, loss.png, metrics.jsonl."
     )

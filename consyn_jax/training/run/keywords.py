@@ -35,6 +35,18 @@ def given_once(own: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     return {**own, "output": os.fspath(own["output"]), **settings}
 
 
+def refuse_settings(settings: dict[str, Any]) -> None:
+    """Refuse keywords of `train`; those of a mistyped name get the right one named.
+
+    Raises:
+        UserError: there is one.
+    """
+    if settings:
+        resolve(settings, given_as="keyword")
+        name = next(iter(settings))
+        raise UserError(f"{name} is a setting of ConsynTrainer, not of train().")
+
+
 def resolve_keywords(
     config: ModelConfig, data: tuple[Any, Any], settings: dict[str, Any]
 ) -> tuple[RunConfig, dict[str, str]]:

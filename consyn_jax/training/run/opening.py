@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +39,23 @@ SHARED_S = 20.0  # until other hosts see a new file, at the latest
 
 
 def open_run_directory(
-    config: RunConfig, derived: dict[str, Any], *, write: bool = True
+    config: RunConfig,
+    derived: dict[str, Any],
+    *,
+    write: bool = True,
+    fetch: Callable[[Path], None] = lambda path: None,
 ) -> RunDirectory:
     """Open the run directory of `config`, and create it if necessary.
 
-    With several processes, process 0 opens the directory, and the others wait until they see its
-    lock.
+    With several processes, process 0 opens it, and the others wait until they see its lock.
 
     Args:
         derived: Values that follow from flags and data, see `identity.DERIVED_NAMES`.
         write: Whether this process may create and delete files.
+        fetch: Called with the directory under its lock; it may bring a run there from elsewhere.
 
     Raises:
-        UserError: The directory has another run, is in use, cannot be written, or is not the same
-            directory in all processes.
+        UserError: It has another run, is in use, cannot be written, or differs by process.
     """
     path, process_group = run_path(config), current_process_group()
     if process_group is not None and not write:
@@ -64,6 +68,7 @@ def open_run_directory(
         make_directory(path)
         lock = RunLock(path)
         restore_replaced(path, ENTRIES)
+        fetch(path)
         # Check again: another process may have used the directory in the meantime.
         holds_run = check_output(config, derived)
         if config.saving.overwrite:

@@ -21,8 +21,7 @@ from typing import Any
 
 import jax
 
-from consyn_jax.data.store.file_hashes import cache_directory
-from consyn_jax.files import try_lock
+from consyn_jax.files import cache_directory, try_lock
 
 LIMIT_BYTES, LIMIT_ENTRIES = 2 << 30, 10_000
 TIDY_EVERY_S = 24 * 3600

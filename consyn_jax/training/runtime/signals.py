@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from time import monotonic
 from types import FrameType
@@ -39,10 +39,13 @@ class Signals:
 
     Attributes:
         received: Name of the first signal; None if there was none.
+        is_shown: Function that tells whether the live line shows `message`; it would draw over text
+            that is written here.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self.is_shown: Callable[[], bool] = lambda: False
         self._repeats = Repeats()
 
     def __enter__(self) -> Signals:
@@ -66,12 +69,18 @@ class Signals:
         self.received = signal.Signals(number).name
         # Not through the console, which may be in the middle of a line: a signal handler can run
         # between any two instructions.
-        message = (
-            f"\n{self.received}: the run will save after this step and stop. A second signal, "
-            f"after {REPEAT_S:.0f} seconds, stops it at once, without saving.\n"
+        if not self.is_shown():
+            with suppress(OSError):  # the terminal may be closed
+                os.write(2, f"\n{self.message()}\n".encode())
+
+    def message(self) -> str:
+        """Describe what the first signal leads to; empty before it."""
+        if self.received is None:
+            return ""
+        return (
+            f"{self.received}: the run will save after this step and stop. A second signal, "
+            f"after {REPEAT_S:.0f} seconds, stops it at once, without saving."
         )
-        with suppress(OSError):  # the terminal may be closed
-            os.write(2, message.encode())
 
 
 # ---------------------------------------------------------------------------- inside the train step

@@ -10,8 +10,8 @@ from consyn_jax.data.preparation import build, cached_store
 from consyn_jax.data.preparation.cached_store import Prepared
 from consyn_jax.data.sources import json_reader
 from consyn_jax.data.store import TokenStoreWriter
-from consyn_jax.data.store.file_hashes import cache_directory
 from consyn_jax.errors import UserError
+from consyn_jax.files import cache_directory
 from consyn_jax.prepare_config import CorpusOptions
 
 

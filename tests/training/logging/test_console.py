@@ -4,6 +4,7 @@ import math
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from collections.abc import Callable
 import pytest
 
 from consyn_jax.training.logging.console import Console, show
+from consyn_jax.training.logging.formats import typed
 from consyn_jax.training.logging.live.live_line import LossTrend, details
 
 
@@ -55,7 +57,7 @@ def test_without_a_terminal_it_prints_plain_lines_at_logging_steps() -> None:
         for line in lines
         if line.startswith("step") and "/" in line.split("  ")[0]
     ] == ["step 1/20", "step 10/20", "step 20/20"]
-    assert "step 10  eval loss 3.2100  perplexity 24.80  bits/byte 1.5200  (best)" in lines
+    assert "step 10  best eval 3.2100  perplexity 24.80  bits/byte 1.520" in lines
     assert "warning: careful [red]" in lines
     assert "  model   haiku [bold]" in lines
     assert r"  \x1b[2Jor not" in lines
@@ -113,7 +115,7 @@ def test_on_a_terminal_there_is_a_bar_and_the_cursor_is_restored(
     assert "\x1b[2J" not in text  # the model's text does not drive the terminal
     seen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     assert "haiku [bold]" in seen
-    assert "step 10  eval loss 3.2100" in seen
+    assert "step 10  best eval 3.2100" in seen
     assert seen.rstrip().endswith("Everything is in ./out")
 
 
@@ -204,6 +206,52 @@ def long_run(console: Console) -> None:
         }
         console.evaluation(values, True)
         console.step(99_041, 3.0, 1_234_567)
+
+
+def test_an_alert_stays_on_the_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def alerted(console: Console) -> None:
+        with console:
+            console.start(10)
+            assert console.is_live
+            console.alert = lambda: "SIGINT: the run will save."
+            console.step(1, 2.0, 3.0)
+            console.finish(["done"])
+        assert not console.is_live
+
+    text = on_a_terminal(monkeypatch, alerted)
+    assert "SIGINT: the run will save." in text[text.rindex("step 1/10") :]
+
+
+LONG = "/data/" + "a-directory-with-a-long-name/" * 5 + "run"
+
+
+def test_paths_and_commands_at_the_end_can_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = typed(
+        f"consyn-train --config {LONG}/config.yaml --max_steps 500 --overwrite_schedule"
+    )
+
+    def ended(console: Console) -> None:
+        with console:
+            console.start(1)
+            console.finish(["Next:", command, f"Everything is in {LONG}: final/ (the model)."])
+
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", on_a_terminal(monkeypatch, ended, COLUMNS="80"))
+    text = text.replace("\r\n", "\n")
+    assert f"\n{command}\n" in text
+    assert LONG + ":" in text
+    pasted = text.partition("Next:\n")[2].partition("\nEverything")[0]
+    assert shlex.split(pasted.replace("\\\n", "")) == [
+        *("consyn-train", "--config", f"{LONG}/config.yaml"),
+        *("--max_steps", "500", "--overwrite_schedule"),
+    ]
+    assert max(len(line) for line in text.splitlines() if LONG not in line) <= 80
+
+
+def test_a_sample_is_indented_where_it_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = on_a_terminal(monkeypatch, lambda c: c.sample("to be " * 40), COLUMNS="80")
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).split("\r\n")[1:-1]
+    assert len(lines) > 2
+    assert all(re.match(r"  \S", line) and len(line.rstrip()) <= 80 for line in lines)
 
 
 @pytest.mark.parametrize("columns", [60, 80, 132])

@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,15 @@ def test_a_log_of_any_size_is_not_read_whole(tmp_path: Path) -> None:
         file.truncate(1 << 40)
     with pytest.raises(UserError, match="cannot be read: it has 1,099,511,627,776 bytes, more"):
         MetricsLog(tmp_path)
+
+
+def test_the_clock_counts_from_the_beginning_of_each_start(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path, began=time.perf_counter() - 100) as log:
+        assert 100 <= log.write(1, 1)["time_s"] < 160
+    with MetricsLog(tmp_path, began=time.perf_counter() - 1000) as log:
+        assert 100 <= log.truncate_from(1) < 160
+        assert 1100 <= log.write(2, 2)["time_s"] < 1220
+        end = log.write(2, 2, event="finish")["time_s"]
+        log.write(3, 3)
+        assert log.truncate_from(2) == end, "the work after the last step took time, too"
+        assert [line.get("event") for line in read_metrics(log.path)] == [None, None]

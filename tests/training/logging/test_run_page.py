@@ -11,7 +11,8 @@ from logged_runs import CASES, HOSTILE, run
 from consyn_jax.flags import flat
 from consyn_jax.resolve import resolve
 from consyn_jax.training.logging.live.history import History
-from consyn_jax.training.logging.run_page import Status, command_rows, write_report
+from consyn_jax.training.logging.live.page_header import command_rows
+from consyn_jax.training.logging.run_page import Status, write_report
 
 DONE, RUNNING = Status("complete", False, 30), Status("running", True, 40, left_s=75.0)
 

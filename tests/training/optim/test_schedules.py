@@ -24,6 +24,7 @@ from consyn_jax.training.optim.schedules import (
     MOST_STEPS,
     SCHEDULES,
     Plateau,
+    RatesAhead,
     build_plateau,
     build_schedule,
     countable,
@@ -400,3 +401,13 @@ def test_the_png_is_written(tmp_path: Path) -> None:
     write_schedule_plot(scheduled("cosine", 6e-4, 1, 0, 0.0), 1, tmp_path / "short.png")
     for name in ("schedule.png", "short.png"):
         assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULES)
+def test_rates_ahead_are_those_of_each_update(scheduler: str) -> None:
+    config, _ = resolve({"model": "haiku", "scheduler": scheduler, "warmup_steps": 7})
+    schedule = build_schedule(config.optimizer, 600)
+    rates = RatesAhead(schedule)
+    for updates in (0, 1, 6, 7, 255, 256, 599, 600, 300):
+        assert rates(updates) == pytest.approx(float(schedule(updates)), rel=1e-6, abs=1e-12)
+    assert RatesAhead(lambda step: 0.5)(1000) == 0.5

@@ -14,22 +14,33 @@ const make = (name, attributes, parent, text) => {
   if (parent) parent.append(node);
   return node;
 };
-const units = (value, sizes) => {
+const units = (value, digits, sizes) => {
   for (const [size, unit] of sizes)
-    if (Math.abs(value) >= size) return Number((value / size).toPrecision(3)) + unit;
-  return String(Number(value.toPrecision(3)));
+    if (Math.abs(value) >= size) return Number((value / size).toPrecision(digits)) + unit;
+  return String(Number(value.toPrecision(digits)));
 };
-const compact = value => units(value, [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]]);
-const time = s => Math.abs(s) < 60 ? Number(s.toPrecision(3)) + " s" :
-  units(s, [[86400, " d"], [3600, " h"], [60, " min"]]);
+const compact = (value, digits = 3) =>
+  units(value, digits, [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]]);
+const time = (s, digits = 3) => Math.abs(s) < 60 ? Number(s.toPrecision(digits)) + " s" :
+  units(s, digits, [[86400, " d"], [3600, " h"], [60, " min"]]);
+const binarySizes = [[2 ** 40, " TiB"], [2 ** 30, " GiB"], [2 ** 20, " MiB"], [1, " B"]];
 const show = {
-  number: (v, fine) => fine ? v.toFixed(4) : compact(v),
-  rate: (v, fine) => v === 0 ? "0" :
-    Math.abs(v) < 1e-3 ? v.toExponential(fine ? 3 : 1).replace(".0e", "e") :
-    String(Number(v.toPrecision(fine ? 4 : 3))),
-  count: v => compact(v),
-  share: (v, fine) => (100 * v).toFixed(fine ? 1 : 0) + " %",
-  bytes: v => units(v, [[2 ** 40, " TiB"], [2 ** 30, " GiB"], [2 ** 20, " MiB"], [1, " B"]]),
+  number: compact,
+  rate: (v, digits = 3) => v === 0 ? "0" :
+    Math.abs(v) < 1e-3 ? v.toExponential(digits - 1).replace(/\.?0*e/, "e") :
+    String(Number(v.toPrecision(digits))),
+  count: compact,
+  share: (v, digits = 3) => Number((100 * v).toPrecision(digits)) + " %",
+  bytes: (v, digits = 3) => units(v, digits, binarySizes),
+};
+const fine = (v, unit) => unit === "number" ? v.toFixed(4) : show[unit](v, 4);
+const labels = (values, format) => {  // with as many digits as tell them apart
+  let found = [];
+  for (let digits = 3; digits < 10; digits++) {
+    found = values.map(v => format(v, digits));
+    if (new Set(found).size === found.length) break;
+  }
+  return found;
 };
 const axes = { step: compact, tokens: compact, time };
 const state = { axis: "tokens", from: null, to: null };
@@ -63,8 +74,9 @@ const ticks = (low, high, count, axis) => {
   return found;
 };
 const binary = (low, high, count) => {
-  const unit = high >= 2 ** 30 ? 2 ** 30 : 2 ** 20;
-  return ticks(low / unit, high / unit, count).map(tick => tick * unit);
+  const gap = 2 ** Math.ceil(Math.log2((high - low) / count)), found = [];
+  for (let tick = Math.ceil(low / gap) * gap; tick <= high; tick += gap) found.push(tick);
+  return found;
 };
 const all = data.charts.flatMap(chart => chart.lines.map(line => line.x));
 const ends = axis => Math.max(...all.map(x => x[axis][x[axis].length - 1] || 0), 0) || 1;
@@ -102,16 +114,20 @@ const draw = figure => {
   svg.replaceChildren();
   make("title", {}, svg, chart.title);
   const format = show[chart.unit], rows = H > 200 ? 6 : 4;
-  for (const tick of (chart.unit === "bytes" ? binary : ticks)(low, high, rows)) {
-    make("path", { class: "grid", d: `M${left} ${y(tick)}H${W - right}` }, svg);
-    make("text", { x: left - 8, y: y(tick) + 4, "text-anchor": "end" }, svg, format(tick));
-  }
-  for (const tick of ticks(from, to, Math.floor((W - left) / 85), state.axis)) {
+  const heights = (chart.unit === "bytes" ? binary : ticks)(low, high, rows);
+  labels(heights, format).forEach((text, i) => {
+    const at = y(heights[i]);
+    make("path", { class: "grid", d: `M${left} ${at}H${W - right}` }, svg);
+    make("text", { x: left - 8, y: at + 4, "text-anchor": "end" }, svg, text);
+  });
+  const places = ticks(from, to, Math.floor((W - left) / 85), state.axis);
+  labels(places, axes[state.axis]).forEach((text, i) => {
+    const tick = places[i];
     make("path", { class: "grid", d: `M${x(tick)} ${top}V${H - bottom}` }, svg);
     const anchor = x(tick) > W - 34 ? "end" : "middle";
     const at = { x: Math.min(x(tick), W - 4), y: H - bottom + 21, "text-anchor": anchor };
-    make("text", at, svg, axes[state.axis](tick));
-  }
+    make("text", at, svg, text);
+  });
   const name = { step: "steps", tokens: "tokens", time: "time" }[state.axis];
   make("text", { x: W - right, y: H - 6, "text-anchor": "end" }, svg, name);
   const size = { width: W - left - right, height: H - top - bottom };
@@ -173,8 +189,14 @@ const nearest = (xs, at) => {
   for (let i = 1; i < xs.length; i++) if (Math.abs(xs[i] - at) < Math.abs(xs[best] - at)) best = i;
   return best;
 };
-const read = (figure, at) => {
-  const chart = figure.chart, place = figure.place, x = place.x(at).toFixed(1);
+const closest = (figure, at, height) => {  // of many lines the one under the pointer
+  const apart = line => Math.abs(figure.place.y(line.y[nearest(line.x[state.axis], at)]) - height);
+  return figure.chart.lines.reduce((a, b) => apart(b) < apart(a) ? b : a);
+};
+const read = (figure, at, height) => {
+  const place = figure.place, x = place.x(at).toFixed(1), many = figure.chart.lines.length > 6;
+  const chart = !many || figure.chart.kind === "stack" ? figure.chart :
+    { ...figure.chart, lines: [closest(figure, at, height)] };
   figure.cursor.setAttribute("d", `M${x} ${place.top}V${place.H - place.bottom}`);
   const lead = chart.lines.reduce((a, b) => b.y.length > a.y.length ? b : a);
   const i = nearest(lead.x[state.axis], at), xs = lead.x;
@@ -183,12 +205,13 @@ const read = (figure, at) => {
   if (chart.kind === "stack") {
     const found = shares(chart, i);
     chart.lines.forEach((line, k) => {
-      if (found[k] >= 0.0005) parts.push(`${line.name} ${show.share(found[k], true)}`);
+      if (found[k] >= 0.0005) parts.push(`${line.name} ${show.share(found[k])}`);
     });
   } else for (const line of chart.lines)
-    if (line.look !== "best")
-      parts.push(`${line.name} ${show[chart.unit](
-        line.y[nearest(line.x[state.axis], at)], true)}`);
+    if (line.look !== "best") {
+      const text = fine(line.y[nearest(line.x[state.axis], at)], chart.unit);
+      parts.push(figure.chart.lines.length > 1 ? `${line.name} ${text}` : text);
+    }
   figure.querySelector(".read").textContent = parts.join(" · ");
 };
 const forget = figure => {
@@ -203,8 +226,8 @@ const wire = figure => {
     svg.setPointerCapture(event.pointerId);
   });
   svg.addEventListener("pointermove", event => {
-    const at = value(figure, event);
-    read(figure, at);
+    const at = value(figure, event), box = svg.getBoundingClientRect();
+    read(figure, at, (event.clientY - box.top) * figure.place.H / box.height);
     if (!dragging || dragging.figure !== figure) return;
     const [a, b] = [figure.place.x(dragging.from), figure.place.x(at)];
     figure.chosen.setAttribute("x", Math.min(a, b));
@@ -265,7 +288,15 @@ if (data.alive) {
 """
 
 CHART_PAGE_STYLE = """
-figure.chart { margin: 0 0 14px; }
+figure.chart { margin: 0; min-width: 0; }
+.charts { display: grid; gap: 0 14px; }
+@media print, (min-width: 900px) {
+  .scripted .charts { grid-template-columns: 1fr 1fr; }
+  .charts .tall, .charts .needs-script { grid-column: 1 / -1; }
+}
+@media (max-width: 600px) {
+  .tall .read, .needs-script .read { min-height: 3em; }
+}
 figure.chart svg { touch-action: pan-y; cursor: crosshair; user-select: none; }
 svg.inner { overflow: hidden; }
 .read { margin: 3px 0 0; color: var(--soft); font-size: 12.5px; min-height: 1.5em;
@@ -282,7 +313,7 @@ rect.chosen { fill: var(--blue); opacity: .16; }
 #axis button[aria-pressed=true] { border-color: var(--blue); color: var(--blue); }
 svg path.area { stroke: none; }
 :root { --purple: #7b5bb5; --gold: #b3861b; --grey: #9aa3af; }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root { --purple: #b79be8; --gold: #d9b45a; --grey: #6d7683; }
 }
 path.compute { fill: var(--blue); } path.data { fill: var(--orange); }

@@ -23,6 +23,7 @@ OTHER_CURVES = {
 }
 NOT_DRAWN = {"eval/loss", "eval/perplexity", "eval/bits_per_byte", "eval/tokens"}
 MOST_EVALUATION_CHARTS = 12
+MOST_DOTS = 40  # of a curve; more hide the line
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def _loss(history: History) -> Iterator[RunChart]:
     lines = [
         Line(train, "raw", "train", dots=len(train) == 1),
         Line(smoothed, "train", "train, smoothed"),
-        Line(evaluation, "eval", "eval", dots=len(evaluation) <= 100),
+        Line(evaluation, "eval", "eval", dots=len(evaluation) <= MOST_DOTS),
         Line([lowest] if lowest else [], "best", "best", dots=True),
     ]
     limits = loss_limits(train, evaluation)
@@ -79,7 +80,7 @@ def _evaluations(history: History) -> Iterator[RunChart]:
         points = history.points(name)
         if len(points) > 1:
             title = f"Evaluation: {name.removeprefix('eval/')}"
-            lines = [Line(points, "eval", "eval", dots=len(points) <= 100)]
+            lines = [Line(points, "eval", "eval", dots=len(points) <= MOST_DOTS)]
             yield RunChart(title, "rate", lines, limits=_from_zero(points))
 
 
@@ -111,24 +112,28 @@ def _activities(history: History, now: Mapping[str, float]) -> Iterator[RunChart
     yield RunChart("Time by activity, as shares", "share", lines, 170, (0.0, 1.0), "stack")
 
 
-def draw_charts(charts: Sequence[RunChart], resumed: Sequence[Point], note: str) -> str:
+def draw_charts(
+    charts: Sequence[RunChart], resumed: Sequence[Point], note: str, legend: str = ""
+) -> str:
     """The section of the curves, drawn over tokens; the script draws it again with choices.
 
     Args:
         resumed: places to mark.
         note: a sentence about what is drawn; empty for none.
+        legend: HTML of the legend of all charts; empty if each has its own.
     """
     if not charts:
         return ""
     figures = []
     for i, each in enumerate(charts):
-        has_legend = sum(bool(line.points) for line in each.lines) > 1
+        has_legend = sum(bool(line.points) for line in each.lines) > 1 and not legend
         lines = [
             Line(thin(x.points, STATIC_BUCKETS), x.look, x.label if has_legend else "", x.dots)
             for x in each.lines
         ]
         drawn = chart(each.title, lines, each.height, each.limits or (0.0, 1.0), resumed)
         look = "chart needs-script" if each.kind == "stack" else "chart"
+        look += " tall" if each.height > 200 else ""
         read = "<p class='read'></p>"
         figures.append(f'<figure class="{look}" id="chart{i}">{drawn}{read}</figure>')
     buttons = "".join(
@@ -137,7 +142,8 @@ def draw_charts(charts: Sequence[RunChart], resumed: Sequence[Point], note: str)
     )
     tools = f'<div id="axis" hidden>{buttons}<button type="button" data-all hidden>Show all'
     said = f"<p class='plain'>{escape(note)}</p>" if note else ""
-    return f"<section><h2>Curves</h2>{tools}</button></div>{said}{''.join(figures)}</section>"
+    drawn = f"<div class='charts'>{''.join(figures)}</div>"
+    return f"<section><h2>Curves</h2>{tools}</button></div>{said}{legend}{drawn}</section>"
 
 
 def points_json(charts: Sequence[RunChart], resumed: Sequence[Point], **about: Any) -> str:

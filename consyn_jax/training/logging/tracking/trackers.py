@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from consyn_jax.training.logging.tracking.callbacks import Maker, RunView
+from consyn_jax.training.logging.tracking.event_file import EventFile
 from consyn_jax.training.logging.tracking.wandb_rows import Row, row_of, written_rows
 
 Table = tuple[list[str], list[list[Any]]]  # names of the columns, and rows
@@ -28,7 +29,7 @@ class TensorBoardTracker:
 
     def __init__(self, logs_dir: Path, purge_step: int | None = None) -> None:
         self._logs_dir, self._purge_step = logs_dir, purge_step
-        self._writer: Any = None  # opened for the first event, as the import takes seconds
+        self._file: EventFile | None = None  # opened for the first event: the import takes seconds
         self._samples = NewSamples(None if purge_step is None else purge_step - 1)
 
     def on_step(self, run: RunView, values: Mapping[str, Any]) -> None:
@@ -40,10 +41,15 @@ class TensorBoardTracker:
         metrics = {name: value for name, value in numbers(values).items() if "/" in name}
         self._line(run, values["step"], metrics)
 
+    def on_save(self, run: RunView, path: Path) -> None:
+        """Bring the events to the disk, as a power cut would lose what a resume does not repeat."""
+        if self._file is not None:
+            self._file.flush()
+
     def _line(self, run: RunView, step: int, values: Mapping[str, float]) -> None:
         from tensorboardX.proto.summary_pb2 import Summary
 
-        if self._writer is None and run.resumed_from is None:
+        if self._file is None and run.resumed_from is None:
             rows = [[name, value] for name, value in run.config.items()]
             self._text(0, "config", markdown((["flag", "value"], rows)))
         scalars = [Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
@@ -55,43 +61,37 @@ class TensorBoardTracker:
 
     def on_end(self, run: RunView, ending: str) -> None:
         """Write the table of evaluations, and close the file."""
-        if self._writer is None:  # nothing was logged
+        if self._file is None:  # nothing was logged
             return
         if (table := evaluations(run.history))[1]:
             self._text(run.step, "evaluations", markdown(table))
-        self._writer.close()
+        self._file.close()
 
     def _text(self, step: int, tag: str, text: str) -> None:
         from tensorboardX.summary import text as text_summary
 
         self._write(step, text_summary(tag, text))
 
-    def _open(self) -> Any:
-        # SummaryWriter queues events for a thread. Once that thread has died of a full disk, the
-        # queue fills and training hangs. The writer below it writes at once, and raises errors.
-        from tensorboardX.event_file_writer import EventsWriter
+    def _open(self) -> EventFile:
         from tensorboardX.proto import event_pb2
 
         self._logs_dir.mkdir(parents=True, exist_ok=True)
         self._event = event_pb2.Event
-        # Two starts within a second would share a name, and the second would overwrite the first.
-        suffix = f".{os.getpid()}.{time.time_ns() % 10**9:09d}"
-        writer = EventsWriter(str(self._logs_dir / "events"), suffix)
+        file = EventFile(self._logs_dir)
+        file.write(self._event(wall_time=time.time(), file_version="brain.Event:2"))
         if self._purge_step is not None:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.SessionStatus.Value("START"))
-            writer.write_event(
-                event_pb2.Event(wall_time=time.time(), step=self._purge_step, session_log=start)
-            )
-        return writer
+            purge = {"wall_time": time.time(), "step": self._purge_step, "session_log": start}
+            file.write(self._event(**purge))
+        return file
 
     def _write(self, step: int, summary: Any) -> None:
-        if self._writer is not None and not self._logs_dir.is_dir():  # deleted under the run
-            self._writer.close()
-            self._writer = None
-        if self._writer is None:
-            self._writer = self._open()
-        self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
-        self._writer.flush()
+        if self._file is not None and not self._logs_dir.is_dir():  # deleted under the run
+            self._file.close()
+            self._file = None
+        if self._file is None:
+            self._file = self._open()
+        self._file.write(self._event(wall_time=time.time(), step=step, summary=summary))
 
 
 class WandbTracker:

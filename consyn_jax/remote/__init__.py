@@ -1,0 +1,1 @@
+"""Buckets: their URLs, clients, copies in the cache, and the lease of a writer."""

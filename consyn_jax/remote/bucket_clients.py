@@ -1,0 +1,35 @@
+"""The client for the store of a URL; its provider's library is imported only here."""
+
+from __future__ import annotations
+
+from consyn_jax.errors import UserError, brief
+from consyn_jax.remote.bucket import Bucket, BucketError, without_keys
+from consyn_jax.remote.urls import BucketUrl
+
+
+def open_bucket(url: BucketUrl) -> Bucket:
+    """A client for the bucket of `url`; it sends nothing yet.
+
+    Raises:
+        UserError: the provider's library is missing, or its configuration is wrong.
+    """
+    try:
+        if url.scheme == "s3":
+            from consyn_jax.remote.s3_bucket import S3Bucket
+
+            return S3Bucket(url.bucket)
+        from consyn_jax.remote.gcs_bucket import GcsBucket
+
+        return GcsBucket(url.bucket)
+    except ImportError as error:
+        raise UserError(
+            f"{url} needs {error.name}, which is not installed. Install it with: pip install "
+            "'consyn_jax[buckets]'"
+        ) from error
+    except BucketError as error:
+        raise UserError(f"{url} {error}.") from error
+    except ValueError as error:  # an endpoint that is no URL
+        raise UserError(
+            f"{url} cannot be opened ({without_keys(brief(error))}). Correct the variables or the "
+            "files that configure its provider's tools."
+        ) from error

@@ -1,0 +1,146 @@
+"""Copies of objects in the cache."""
+
+from pathlib import Path
+
+import pytest
+from memory_bucket import MemoryBucket
+
+from consyn_jax.data.sources.discovery import find_sources
+from consyn_jax.errors import UserError
+from consyn_jax.files import cache_directory
+from consyn_jax.remote import local_copy as module
+from consyn_jax.remote.bucket import BucketError, Stored, without_keys
+from consyn_jax.remote.local_copy import local_copy
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryBucket:
+    monkeypatch.setenv("CONSYN_CACHE", str(tmp_path / "cache"))
+    found = MemoryBucket()
+    monkeypatch.setattr(module, "open_bucket", lambda place: found)
+    local_copy.cache_clear()
+    for name in ("corpus/a.txt", "corpus/deep/b.txt", "corpus/c.jsonl", "corpus2/d.txt"):
+        found._write(name, f'{{"text": "of {name}"}}'.encode())
+    found._write("corpus/", b"")  # as consoles make directories
+    return found
+
+
+def names(path: Path) -> list[str]:
+    return sorted(p.relative_to(path).as_posix() for p in path.rglob("*.*") if p.name != ".lock")
+
+
+def test_an_object_a_directory_and_the_whole_bucket(bucket: MemoryBucket) -> None:
+    assert local_copy("s3://bucket/corpus/a.txt").read_bytes() == b'{"text": "of corpus/a.txt"}'
+    assert names(local_copy("s3://bucket/corpus")) == ["a.txt", "c.jsonl", "deep/b.txt"]
+    assert len(names(local_copy("s3://bucket"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("corpus/*.txt", ["corpus/a.txt"]),
+        ("corpus/**/*.txt", ["corpus/a.txt", "corpus/deep/b.txt"]),
+        ("corpus*/?.txt", ["corpus/a.txt", "corpus2/d.txt"]),
+    ],
+)
+def test_a_pattern_copies_what_matches(
+    bucket: MemoryBucket, pattern: str, found: list[str]
+) -> None:
+    sources = find_sources([f"s3://bucket/{pattern}"]).sources
+    assert [s.name.rpartition("buckets/s3/bucket/")[2].partition("/")[2] for s in sources] == [
+        name.removeprefix("corpus/" if pattern.startswith("corpus/") else "") for name in found
+    ]
+
+
+def test_what_is_in_the_cache_is_not_downloaded_again(bucket: MemoryBucket) -> None:
+    first = local_copy("s3://bucket/corpus")
+    local_copy.cache_clear()
+
+    def refuse(name: str, key: str) -> None:
+        assert name == "list"
+
+    bucket.before = refuse
+    assert local_copy("s3://bucket/corpus") == first
+
+
+def test_a_change_gives_another_copy_and_leaves_the_old_one(bucket: MemoryBucket) -> None:
+    first = local_copy("s3://bucket/corpus/a.txt")
+    bucket._write("corpus/a.txt", b'{"text": "OF corpus/a.txt"}')
+    assert local_copy("s3://bucket/corpus/a.txt") == first  # one start reads one version
+    local_copy.cache_clear()
+    second = local_copy("s3://bucket/corpus/a.txt")
+    assert second.read_bytes() != first.read_bytes()
+
+
+def test_a_download_that_fails_leaves_what_is_whole_and_continues(bucket: MemoryBucket) -> None:
+    def fail(name: str, key: str) -> None:
+        if key == "corpus/c.jsonl":
+            raise BucketError("cannot be reached (x)")
+
+    bucket.before = fail
+    with pytest.raises(UserError, match=r"^s3://bucket/corpus cannot be reached \(x\)\.$"):
+        local_copy("s3://bucket/corpus")
+    (copy,) = (cache_directory() / "buckets/s3/bucket").iterdir()
+    assert "corpus/c.jsonl" not in names(copy)
+    asked: list[str] = []
+    bucket.before = lambda name, key: asked.append(key) if name == "download" else None
+    assert len(names(local_copy("s3://bucket/corpus"))) == 3
+    assert "corpus/c.jsonl" in asked
+
+
+def test_an_object_that_changes_meanwhile_is_said(bucket: MemoryBucket) -> None:
+    def change(name: str, key: str) -> None:
+        if name == "download":
+            bucket._write(key, b"another")
+
+    bucket.before = change
+    with pytest.raises(UserError, match="was changed while it was read"):
+        local_copy("s3://bucket/corpus/a.txt")
+
+
+@pytest.mark.parametrize(
+    "key", ["../../evil.txt", "corpus3/a//b.txt", "corpus3/x\ny", "corpus3/.."]
+)
+def test_a_key_leads_nowhere_else(bucket: MemoryBucket, key: str) -> None:
+    bucket._write(key, b"text")
+    with pytest.raises(UserError, match="no file can have"):
+        local_copy("s3://bucket/" + ("corpus3" if key.startswith("corpus3") else ""))
+
+
+def test_nothing_there_is_said_with_what_was_looked_for(bucket: MemoryBucket) -> None:
+    with pytest.raises(UserError, match="s3://bucket/corpu: nothing is there"):
+        local_copy("s3://bucket/corpu")
+    with pytest.raises(UserError, match=r"there is no \*\.safetensors"):
+        local_copy("s3://bucket/corpus", ("*.safetensors",))
+
+
+def test_only_wanted_files_of_a_model_are_copied(bucket: MemoryBucket) -> None:
+    for name in ("config.json", "model.safetensors", "optimizer.pt", "deep/other.json"):
+        bucket._write(f"model/{name}", b"{}")
+    copy = local_copy("s3://bucket/model", ("*.json", "*.safetensors"))
+    assert names(copy) == ["config.json", "model.safetensors"]
+
+
+def test_an_object_of_another_size_than_listed_gets_no_name(
+    bucket: MemoryBucket, tmp_path: Path
+) -> None:
+    with pytest.raises(BucketError, match="another number of bytes"):
+        module.fetch(
+            bucket, Stored("corpus/a.txt", 3, bucket.objects["corpus/a.txt"][1]), tmp_path / "x"
+        )
+    assert not (tmp_path / "x").exists()
+    assert list(tmp_path.glob("*.new")) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The key AKIAIOSFODNN7EXAMPLE is unknown",
+        "GET https://h/b/k?X-Amz-Credential=AKIAIOSFODNN7EXAMPLE&x=1",
+        "token: FwoGZXIvYXdzEBYaDHqa0AP1hJv3MbF2yyLA=",
+    ],
+)
+def test_no_key_of_an_answer_gets_into_a_message(text: str) -> None:
+    shown = without_keys(text)
+    assert "AKIA" not in shown
+    assert "FwoGZX" not in shown
