@@ -188,7 +188,7 @@ def test_a_log_of_any_size_is_not_read_whole(tmp_path: Path) -> None:
     """Found by the search for trees of strangers: a MemoryError."""
     with (tmp_path / "metrics.jsonl").open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(UserError, match="cannot be read: it has 1,099,511,627,776 bytes, more"):
+    with pytest.raises(UserError, match="cannot be read: it has 1,099,511,627,776 bytes, too many"):
         MetricsLog(tmp_path)
 
 

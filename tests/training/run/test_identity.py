@@ -72,7 +72,7 @@ def test_a_config_yaml_of_any_size_is_not_read_whole(tmp_path: Path) -> None:
     """Found by the search for trees of strangers: a MemoryError."""
     with (tmp_path / "config.yaml").open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(UserError, match="cannot be read: it has 1,099,511,627,776 bytes, more"):
+    with pytest.raises(UserError, match="cannot be read: it has 1,099,511,627,776 bytes, too many"):
         read_run_config(tmp_path / "config.yaml")
 
 
