@@ -281,7 +281,7 @@ def test_the_vocabulary_is_that_of_the_token_store(tmp_path: Path) -> None:
     ("given", "sentence"),
     [
         (["--topology", "h200:1x8"], "--topology needs --dry_run"),
-        (["--dry_run", "--fit"], "--fit needs --topology, the GPUs to fit"),
+        (["--dry_run", "--fit"], "--fit needs --topology, the devices to fit"),
         (["--dry_run", "--topology", "h200:3x"], "is not of the form GPU:HOSTSxGPUS"),
         (["--dry_run", "--topology", "h200:1x3"], "--batch_size 8 does not divide over 3 devices"),
         (
