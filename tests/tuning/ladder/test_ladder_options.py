@@ -23,7 +23,10 @@ from consyn_jax.tuning.tune_options import resolve_tuning
         ({"scheduler": "linear"}, "--scheduler linear does not work with --ladder"),
         ({"save_steps": "10"}, "--save_steps does not work with --ladder"),
         ({"early_stopping_patience": "3"}, "--early_stopping_patience does not work with"),
-        ({"checkpoint": "x/y"}, "--checkpoint does not work with --ladder: all sizes start from new"),
+        (
+            {"checkpoint": "x/y"},
+            "--checkpoint does not work with --ladder: all sizes start from new",
+        ),
         ({"optimizer": "schedule_free_adamw", "lr": "1e-3"}, "averages its weights instead of"),
         ({"decay_ratio": "1"}, "--decay_ratio 1 leaves no steps before the decay"),
         ({"model": "some.json"}, "--ladder scales a preset, but --model some.json is not one"),
