@@ -339,6 +339,11 @@ class LoggingOptions:
     )
     wandb_project: str = flag("consyn", "Weights & Biases project")
     wandb_run_name: str | None = flag(None, "Weights & Biases run name (chosen by W&B)")
+    histograms: bool = flag(
+        False,
+        "at each evaluation, also give trackers histograms of the weights and of the optimizer's "
+        "mean gradients",
+    )
     profile_steps: str | None = flag(
         None, "trace steps A:B (both included, counted from 1), and report where the time went"
     )

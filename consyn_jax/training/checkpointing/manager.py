@@ -20,6 +20,7 @@ from consyn_jax.errors import UserError, brief, counted
 from consyn_jax.training.checkpointing.checkpoint_files import STATE, damage, saved_steps
 from consyn_jax.training.checkpointing.commit import (
     RECORD,
+    Written,
     WrittenPart,
     deleted,
     discard,
@@ -69,6 +70,7 @@ class Checkpoints:
     Attributes:
         provenance: makes the content of provenance.json from a step and the hashes of its files;
             None for checkpoints without one.
+        written: the last two writes of this process.
         damaged: by step, why `newest` skipped a checkpoint, until `delete_after` sets it aside.
 
     Raises:
@@ -86,6 +88,7 @@ class Checkpoints:
     ) -> None:
         self.directory = directory.absolute()
         self.damaged: dict[int, str] = {}
+        self.written: tuple[Written, ...] = ()
         self._keep_last, self._keep_every, self._warn = keep_last, keep_every, warn
         self._owner, self.before_commit = owner, before_commit
         self.provenance: Callable[[int, dict[str, str]], str] | None = None
@@ -274,6 +277,7 @@ class Checkpoints:
             # The next save removes what is still written after this removal.
             self._exchange.on_first(lambda: discard(target))
             return self._not_written(step, reason)
+        self.written = (*self.written[-1:], *filter(None, [part.written]))
         steps = [*self._steps, step]
         kept = kept_steps(steps, self._keep_last, self._keep_every)
         old = [other for other in steps if other not in kept]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 AT_ONCE = 3  # sentences at one moment; others wait for the next line
@@ -21,6 +21,9 @@ FLAT_SHARE, FLAT_EVALUATIONS = 0.001, 5
 # Shares of the time. Below these seconds of training none of them is judged.
 LEAST_SECONDS, WAITING_SHARE, EVALUATING_SHARE, SAVING_SHARE = 60.0, 0.2, 0.3, 0.1
 FULL_SHARE, SPARE_SHARE = 0.95, 0.45  # of the device's memory
+LOW_MFU = 0.2  # half of what small models reach on a GPU
+SLOW_WRITE, LONG_WRITE_S = 50e6, 10.0  # bytes per second, as consyn-doctor judges a disk
+LATE_SHARE, IN_TIME_SHARE = 0.2, 0.05  # of a process's time, waiting for its own data
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,9 @@ class Usage:
         seconds: all of the time.
         waiting, evaluating, saving: seconds of it.
         memory_share: the device's peak memory as a share of what JAX may use; None if unknown.
+        mfu: model FLOP/s as a share of the device's peak; None if unknown.
+        writes: bytes and seconds of the last two checkpoints.
+        throttled: which GPU lowers its clock and why; empty if none does.
     """
 
     seconds: float
@@ -71,6 +77,25 @@ class Usage:
     evaluating: float
     saving: float
     memory_share: float | None
+    mfu: float | None = None
+    writes: Sequence[tuple[int, float]] = ()
+    throttled: str = ""
+
+
+@dataclass(frozen=True)
+class ProcessUsage:
+    """What one of several processes has measured of itself.
+
+    Attributes:
+        seconds: since its first line.
+        waiting: seconds of them spent waiting for its data.
+        throttled: as in `Usage`.
+    """
+
+    host: str
+    seconds: float
+    waiting: float
+    throttled: str = ""
 
 
 @dataclass
@@ -115,8 +140,19 @@ class Adviser:
                 *self._of_rate(step, losses, facts),
                 *_of_time(usage, facts),
                 *_of_memory(usage, facts),
+                *_of_writes(usage),
+                *_of_clocks(usage.throttled),
             ]
         )
+
+    def processes(self, usages: Sequence[ProcessUsage]) -> list[Advice]:
+        """Take in the measurements of all processes, which wait for the slowest in every step."""
+        slow = [
+            f"process {i} ({each.host}), {each.throttled}"
+            for i, each in enumerate(usages)
+            if each.throttled
+        ]
+        return self._new([*_of_lateness(usages), *_of_clocks("; ".join(slow[:3]))])
 
     def spike(self, step: int, facts: RunSettings) -> list[Advice]:
         """Take in the step at which a loss spike began."""
@@ -224,7 +260,7 @@ def _of_time(usage: Usage, facts: RunSettings) -> Iterator[Advice]:
 
 def _of_memory(usage: Usage, facts: RunSettings) -> Iterator[Advice]:
     share, count = usage.memory_share, facts.gradient_accumulation_steps
-    if share is None:
+    if share is None or usage.seconds < LEAST_SECONDS:
         return
     if share >= FULL_SHARE:
         yield Advice(
@@ -244,4 +280,58 @@ def _of_memory(usage: Usage, facts: RunSettings) -> Iterator[Advice]:
             f"Only {share:.0%} of the memory is used. --batch_size {facts.batch_size * 2} "
             f"--gradient_accumulation_steps {count // 2} computes the same in larger pieces, which "
             "is faster.",
+        )
+    elif (
+        share < SPARE_SHARE
+        and count == 1
+        and usage.mfu is not None
+        and usage.mfu < LOW_MFU
+        and usage.waiting < WAITING_SHARE * usage.seconds
+    ):
+        yield Advice(
+            "small batch",
+            f"The device computes at {usage.mfu:.0%} of its peak and uses {share:.0%} of its "
+            f"memory: the batch is small for it. Try --batch_size {facts.batch_size * 2}; a step "
+            "then has twice the tokens, so the run needs fewer steps and perhaps a higher --lr.",
+        )
+
+
+def _of_writes(usage: Usage) -> Iterator[Advice]:
+    if len(usage.writes) < 2 or any(
+        seconds < LONG_WRITE_S or num_bytes > SLOW_WRITE * seconds
+        for num_bytes, seconds in usage.writes
+    ):
+        return
+    num_bytes, seconds = usage.writes[-1]
+    yield Advice(
+        "slow storage",
+        f"The last checkpoints were written at {num_bytes / seconds / 1e6:.2g} MB/s; the newest "
+        f"took {seconds:.0f} s. Give --output on a faster disk (consyn-doctor --output DIR "
+        "measures one), or save less often with --save_steps.",
+    )
+
+
+def _of_clocks(throttled: str) -> Iterator[Advice]:
+    if throttled:
+        yield Advice(
+            "a GPU throttles",
+            f"A GPU lowers its clock: {throttled}. The run is as fast as its slowest GPU. Check "
+            "its cooling and power with nvidia-smi -q -d PERFORMANCE, or leave it out with "
+            "CUDA_VISIBLE_DEVICES.",
+        )
+
+
+def _of_lateness(usages: Sequence[ProcessUsage]) -> Iterator[Advice]:
+    if len(usages) < 2 or min(each.seconds for each in usages) < LEAST_SECONDS:
+        return
+    shares = [each.waiting / each.seconds for each in usages]
+    latest = max(range(len(shares)), key=shares.__getitem__)
+    usual = statistics.median(shares[:latest] + shares[latest + 1 :])
+    if shares[latest] >= LATE_SHARE and usual < IN_TIME_SHARE:
+        yield Advice(
+            "imbalance between processes",
+            f"Process {latest} ({usages[latest].host}) waits {shares[latest]:.0%} of its time for "
+            f"its data, the others {usual:.0%}, and all wait for it in every step. Compare the "
+            "hosts with consyn-doctor --distributed, and give all of them --data on an equally "
+            "fast disk.",
         )

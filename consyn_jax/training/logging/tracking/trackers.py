@@ -39,6 +39,11 @@ class TensorBoardTracker:
         """Write one event with the metrics, as `tokens` and `time_s` have a point there already."""
         metrics = {name: value for name, value in numbers(values).items() if "/" in name}
         self._line(run, values["step"], metrics)
+        if run.histograms:
+            from tensorboardX.proto.summary_pb2 import Summary
+
+            shown = [_summary(name, each) for name, each in run.histograms.items()]
+            self._write(values["step"], Summary(value=shown))
 
     def _line(self, run: RunView, step: int, values: Mapping[str, float]) -> None:
         from tensorboardX.proto.summary_pb2 import Summary
@@ -188,7 +193,17 @@ class WandbTracker:
             shown = wandb.Html(page, inject=False)
             self._run.log({"step": sample["step"], "sample": shown})
 
-    on_evaluate = on_step
+    def on_evaluate(self, run: RunView, values: Mapping[str, Any]) -> None:
+        """Write a row of the history with the metrics, and one with the histograms."""
+        import wandb
+
+        self.on_step(run, values)
+        if run.histograms:
+            shown = {
+                name: wandb.Histogram(np_histogram=(each.counts, each.edges))
+                for name, each in run.histograms.items()
+            }
+            self._run.log({"step": values["step"], **shown})
 
     def _row(self, line: Mapping[str, Any]) -> None:
         """Write a line of metrics, unless an earlier start of the run has written it."""
@@ -209,6 +224,14 @@ class WandbTracker:
             artifact.add_file(str(page))
             self._run.log_artifact(artifact)
         self._run.finish(exit_code=0 if ending.startswith(("complete", "stopped")) else 1)
+
+
+def _summary(name: str, histogram: Any) -> Any:
+    from tensorboardX.summary import histogram_raw
+
+    counts, edges = histogram.counts, histogram.edges
+    about = edges[0], edges[-1], int(counts.sum()), histogram.total, histogram.squares
+    return histogram_raw(name, *about, edges[1:].tolist(), counts.tolist()).value[0]
 
 
 SAMPLE = ("step", "tokens", "text")
