@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import sys
 import threading
@@ -49,7 +50,7 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
     """Do `work` and return the exit code.
 
     Returns:
-        0 for success, 2 for the user's mistake or a file that cannot be read or written, 3 for
+        0 for success, also if the reader of a pipe has seen enough; 2 for the user's mistake or a file that cannot be read or written, 3 for
         divergence, 4 for a difference from a run's record, 75 for a signal after which the state
         was saved, 76 if another process of the run did not start. With nothing saved, 130 for
         SIGINT, and 143 for SIGTERM, a closed terminal or Slurm's warning.
@@ -74,11 +75,22 @@ def _outcome(prog: str, work: Callable[[], None]) -> int:
             raise
         _say(f"{prog}: {_refusal(refused)}")
         return EXIT_CODES[UserError]
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 0
     except KeyboardInterrupt as stopped:
         code, sentence = unsaved(stopped)
         _say(f"{prog}: {sentence}")
         return code
     return 0
+
+
+def _reader_is_gone() -> bool:
+    """Whether the program that reads our standard output has ended, such as `head`."""
+    ready = select.poll()
+    ready.register(1, 0)
+    return any(events & select.POLLERR for _, events in ready.poll(0))
 
 
 def _refusal(error: OSError) -> str:
