@@ -50,10 +50,11 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
     """Do `work` and return the exit code.
 
     Returns:
-        0 for success, also if the reader of a pipe has seen enough; 2 for the user's mistake or a file that cannot be read or written, 3 for
-        divergence, 4 for a difference from a run's record, 75 for a signal after which the state
-        was saved, 76 if another process of the run did not start. With nothing saved, 130 for
-        SIGINT, and 143 for SIGTERM, a closed terminal or Slurm's warning.
+        0 for success, also if the reader of a pipe has seen enough; 2 for the user's mistake or a
+        file that cannot be read or written, 3 for divergence, 4 for a difference from a run's
+        record, 75 for a signal after which the state was saved, 76 if another process of the run
+        did not start. With nothing saved, 130 for SIGINT, and 143 for SIGTERM, a closed terminal
+        or Slurm's warning.
     """
     escape_unprintable()
     os.umask(os.umask(0o022) | 0o002)  # no new file may be writable by everyone
@@ -70,15 +71,15 @@ def _outcome(prog: str, work: Callable[[], None]) -> int:
     except KNOWN as known:
         _say(f"{prog}: {known}")
         return EXIT_CODES[type(known)]
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 0
     except OSError as refused:
         if refused.errno not in OF_THE_SYSTEM or not refused.filename:
             raise
         _say(f"{prog}: {_refusal(refused)}")
         return EXIT_CODES[UserError]
-    except BrokenPipeError:
-        if not _reader_is_gone():
-            raise
-        return 0
     except KeyboardInterrupt as stopped:
         code, sentence = unsaved(stopped)
         _say(f"{prog}: {sentence}")
