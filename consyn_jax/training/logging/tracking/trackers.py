@@ -28,16 +28,20 @@ class TensorBoardTracker:
 
     def __init__(self, logs_dir: Path, purge_step: int | None = None) -> None:
         self._logs_dir, self._purge_step = logs_dir, purge_step
+        self._newest = -1  # step of the last line of training
         self._writer: Any = None  # opened for the first event, as the import takes seconds
         self._samples = NewSamples(None if purge_step is None else purge_step - 1)
 
     def on_step(self, run: RunView, values: Mapping[str, Any]) -> None:
         """Write one event with all numbers of the line, and the samples that are new."""
+        self._newest = values["step"]
         self._line(run, values["step"], numbers(values))
 
     def on_evaluate(self, run: RunView, values: Mapping[str, Any]) -> None:
-        """Write one event with the metrics, as `tokens` and `time_s` have a point there already."""
-        metrics = {name: value for name, value in numbers(values).items() if "/" in name}
+        """Write one event with the metrics, and one with the histograms."""
+        metrics = numbers(values)
+        if values["step"] == self._newest:  # a line of training has `tokens` and `time_s` there
+            metrics = {name: value for name, value in metrics.items() if "/" in name}
         self._line(run, values["step"], metrics)
         if run.histograms:
             from tensorboardX.proto.summary_pb2 import Summary
