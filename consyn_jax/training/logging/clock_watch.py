@@ -10,7 +10,7 @@ import jax
 from consyn_jax.distributed.gpu_clocks import HALVED, HOT, read_clocks, reasons_in_words
 from consyn_jax.distributed.visible_gpus import visible_gpus
 
-EVERY_S = 10.0
+EVERY_S = 30.0
 IN_A_ROW = 3  # looks at which a GPU must throttle, so that a short peak is not one
 
 
@@ -20,7 +20,7 @@ def gpus_in_use() -> list[str]:
 
 
 class ClockWatch:
-    """Reads the clocks every ten seconds, while the next step computes.
+    """Reads the clocks every half minute, while the next step computes.
 
     Args:
         gpus: their UUIDs.

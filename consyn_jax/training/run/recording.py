@@ -6,7 +6,7 @@ import json
 import math
 import resource
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,7 +16,6 @@ from consyn_jax.data.loader import Order
 from consyn_jax.data.mixture import Mixture
 from consyn_jax.distributed.process_group import gather
 from consyn_jax.training.checkpointing.run_state import Progress
-from consyn_jax.training.diagnostics.histograms import Histogram
 from consyn_jax.training.logging.advice import Advice, ProcessUsage, RunSettings, Usage
 from consyn_jax.training.logging.clock_watch import ClockWatch
 from consyn_jax.training.logging.console import Console
@@ -76,7 +75,7 @@ class Recorder:
     learning_rate: Callable[[int], float]
     settings: RunSettings
     writes: Callable[[], Sequence[tuple[int, float]]] = tuple
-    histograms: Callable[[TrainState], dict[str, Histogram]] | None = None
+    histograms: Callable[[TrainState], Mapping[str, Any]] | None = None
     clocks: ClockWatch = field(default_factory=ClockWatch)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     activities: ActivityClock = field(default_factory=ActivityClock)
