@@ -339,11 +339,7 @@ class LoggingOptions:
     )
     wandb_project: str = flag("consyn", "Weights & Biases project")
     wandb_run_name: str | None = flag(None, "Weights & Biases run name (chosen by W&B)")
-    histograms: bool = flag(
-        False,
-        "at each evaluation, also give trackers histograms of the weights and of the optimizer's "
-        "mean gradients",
-    )
+    histograms: bool = flag(False, "trackers get histograms of weights and mean gradients, too")
     profile_steps: str | None = flag(
         None, "trace steps A:B (both included, counted from 1), and report where the time went"
     )
@@ -359,8 +355,7 @@ class ProofOptions:
         "compare a run, a checkpoint or an exported model with its records, and name what differs",
     )
     replay_step: int | None = flag(
-        None,
-        "repeat this step of the run in --output; compare loss and gradient norm with its log",
+        None, "repeat this step of the run in --output; compare loss and gradient norm with its log"
     )
     documents_of: str | None = flag(
         None, "list the documents that step A, or steps A to B, of the run in --output learned from"

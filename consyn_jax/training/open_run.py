@@ -191,12 +191,7 @@ def open_records(
     parts = (progress, inputs.lengths, opened.console, log, callbacks, newest_values(lines))
     rate, advised = inputs.program.learning_rate, _advised(inputs)
     recorder = Recorder(*parts, rate, advised, activities=activities)
-    recorder.writes = partial(_writes, opened.checkpoints)
-    if run.logging.histograms:
-        recorder.histograms = histogram_maker(inputs.program)
-        if inputs.eval_source is None:
-            warn("--histograms has no effect, because there is no evaluation.")
-    recorder.clocks = ClockWatch(gpus_in_use())
+    _measure(recorder, inputs, opened)
     recorder.history = History(lines)
     made_with = [] if facts is None else facts.made_with()
     command = command_rows(flat(run), inputs.origins)
@@ -247,8 +242,15 @@ def _advised(inputs: RunInputs) -> RunSettings:
     )
 
 
-def _writes(checkpoints: Checkpoints) -> list[tuple[int, float]]:
-    return [(each.num_bytes, each.seconds) for each in checkpoints.written]
+def _measure(recorder: Recorder, inputs: RunInputs, opened: OpenRun) -> None:
+    """Let the recorder see writes, clocks and, if they are wanted, histograms."""
+    checkpoints = opened.checkpoints
+    recorder.writes = lambda: [(each.num_bytes, each.seconds) for each in checkpoints.written]
+    recorder.clocks = ClockWatch(gpus_in_use())
+    if inputs.run.logging.histograms:
+        recorder.histograms = histogram_maker(inputs.program)
+        if inputs.eval_source is None:
+            opened.console.warn("--histograms has no effect, because there is no evaluation.")
 
 
 def _enter(activities: ActivityClock, console: Console, phase: str) -> None:

@@ -10,7 +10,6 @@ import dataclasses
 import gzip
 import io
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -68,12 +67,19 @@ def text(i: int) -> str:
     return f"Page {i} says that the run {'goes on and ' * (i % 5 + 1)}ends well.\n"
 
 
+def chat(i: int) -> list[dict[str, str]]:
+    said = {"user": f"Where is my parcel {i}?", "assistant": f"Number {i} is on its way."}
+    return [{"role": role, "content": content} for role, content in said.items()]
+
+
 def write_inputs(here: Path) -> None:
     """What the pages assume that the reader has."""
     for folder in ("notes", "corpus", "books", "web", "held-out", "dumps/a"):
         for i in range(40 if folder in ("notes", "corpus", "web", "books") else 4):
             (here / folder).mkdir(parents=True, exist_ok=True)
             (here / folder / f"{i}.md").write_text(f"# {folder} {i}\n\n" + text(i) * 20)
+    for page in (ROOT / "docs").glob("*.md"):  # enough text for a vocabulary of its own
+        shutil.copy(page, here / "notes")
     with gzip.open(here / "dumps" / "a" / "b.txt.gz", "wt") as file:
         file.write(text(1) * 9)
     with gzip.open(here / "enwik8.gz", "wt") as file:
@@ -90,21 +96,21 @@ def write_inputs(here: Path) -> None:
         writer = csv.DictWriter(table, ["question", "answer"])
         writer.writeheader()
         writer.writerows(asked)
-    user, answer = [
-        [{"role": role, "content": content}]
-        for role, content in (("user", "Where is my parcel?"), ("assistant", "Its number?"))
-    ]
-    rows(here / "chats.jsonl", [{"messages": user + answer}] * 300)
+    chats = [chat(i) for i in range(300)]
+    rows(here / "chats.jsonl", [{"messages": chat} for chat in chats])
     other = [{"role": "assistant", "content": "No idea."}]
-    rows(here / "pairs.jsonl", [{"prompt": user, "chosen": answer, "rejected": other}] * 60)
+    pairs = [{"prompt": c[:1], "chosen": c[1:], "rejected": other} for c in chats[:60]]
+    rows(here / "pairs.jsonl", pairs)
     choices = {"context": "The sky is", "choices": [" blue", " late"], "gold": 0}
     for name in ("arc", "lambada"):
         rows(here / f"{name}.jsonl", [choices] * 4)
     rows(here / "gsm8k.jsonl", [{"prompt": "What is 1 + 1?", "answer": "#### 2"}] * 2)
     (here / "prompts.txt").write_text("The run\nA page\n")
-    rows(here / "questions.jsonl", [{"messages": user}, {"prompt": "The run"}])
+    rows(here / "questions.jsonl", [{"messages": chats[0][:1]}, {"prompt": "The run"}])
     import numpy as np
+    from datasets import Dataset
 
+    Dataset.from_dict({"text": [text(i) for i in range(30)]}).save_to_disk(here / "saved")
     (here / "data" / "openwebtext").mkdir(parents=True)
     for name, count in (("train", 4000), ("val", 400)):
         ids = np.random.default_rng(0).integers(0, 300, count).astype(np.uint16)
@@ -122,7 +128,8 @@ def world(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
     here.mkdir()
     write_inputs(here)
     patch.chdir(here)
-    patch.setattr(os, "environ", {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"})
+    patch.setenv("WANDB_MODE", "offline")
+    patch.setenv("WANDB_SILENT", "true")
     from consyn_jax.cli import prepare, train
 
     def run(command: Any, *words: str) -> None:
@@ -192,12 +199,11 @@ def test_the_commands_of_a_page_run(
     here = tmp_path / "here"
     shutil.copytree(world, here, symlinks=True)
     monkeypatch.chdir(here)
-    for made in _outputs(page):
-        shutil.rmtree(here / made, ignore_errors=True)
     for number, command in enumerate(commands(page)):
         if is_elsewhere(command):
             continue
         words = reduced(command, number)
+        _clear(command)
         monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n/exit\n"))
         code = command.module.main(words)
         assert code == 0, f"{command.place}: {command.name} {' '.join(words)}"
@@ -206,16 +212,14 @@ def test_the_commands_of_a_page_run(
         run_python(block, names, monkeypatch)
 
 
-def _outputs(page: Path) -> list[str]:
-    """The directories that the page's own commands write to."""
-    return [
-        command.arguments[command.arguments.index("--output") + 1]
-        for command in commands(page)
-        if "--output" in command.arguments
-        and not is_elsewhere(command)
-        and not {"--documents_of", "--verify"} & {*command.arguments}
-        and command.name != "consyn-doctor"
-    ]
+def _clear(command: Command) -> None:
+    """Remove what the world or an earlier command of the page has where this one writes."""
+    words = command.arguments
+    if {"--documents_of", "--verify", "--dry_run"} & {*words} or "--output" not in words:
+        return
+    if command.name in ("consyn-prepare", "consyn-train", "consyn-convert"):
+        made = Path(words[words.index("--output") + 1])
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def run_python(block: str, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def remove_unfinished(directory: Path) -> None:
 
 @dataclass(frozen=True)
 class Written:
-    """How much a process wrote for a checkpoint, and how long the disk took for it.
+    """Bytes that a process wrote for a checkpoint, and the seconds that the disk took.
 
     Attributes:
         seconds: of the whole write; of its flushes alone on a CPU, where the write has few

@@ -84,7 +84,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class ProcessUsage:
-    """What one of several processes has measured of itself.
+    """Measurements of one of several processes.
 
     Attributes:
         seconds: since its first line.

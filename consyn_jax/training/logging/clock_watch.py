@@ -20,7 +20,7 @@ def gpus_in_use() -> list[str]:
 
 
 class ClockWatch:
-    """Reads the clocks every half minute, while the next step computes.
+    """A look at the clocks every half minute, while the next step computes.
 
     Args:
         gpus: their UUIDs.
@@ -35,7 +35,7 @@ class ClockWatch:
         self._found = ""
 
     def throttled(self) -> str:
-        """Which GPUs have throttled at the last three looks, and why; empty if none has."""
+        """Name the GPUs that throttled at the last three looks, and why; "" if none did."""
         if not self._gpus or self._clock() < self._next:
             return self._found
         self._next = self._clock() + EVERY_S

@@ -274,5 +274,5 @@ class Recorder:
 
 
 def memory_stats() -> dict[str, int]:
-    """What the first device reports about its memory; empty where it does not, as on CPUs."""
+    """The first device's own report of its memory; empty where it has none, as on CPUs."""
     return jax.local_devices()[0].memory_stats() or {}
