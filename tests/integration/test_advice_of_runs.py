@@ -188,18 +188,21 @@ def test_overfitting(advised: Advised, tmp_path: Path, stories: Path) -> None:
     assert advised(600, *flags, data=stories) == []
 
 
-def test_plateau(advised: Advised, tmp_path: Path) -> None:
+def test_plateau(advised: Advised, tmp_path: Path, stories: Path) -> None:
     draw = random.Random(0)  # nothing to learn but how often each letter is there
-    noise = ["".join(draw.choices("abcdefghijklmnop", k=400)) for _ in range(600)]
-    flags = ["--eval_steps", 20, "--validation_fraction", 0.3]
-    assert advised(400, *flags, data=write(tmp_path / "noise.jsonl", noise)) == ["plateau"]
-    assert advised(400, *flags) == []
+    noise = ["".join(draw.choices("abcdefghijklmnop", k=400)) for _ in range(300)]
+    held_out = write(tmp_path / "held-out.jsonl", noise[:10])
+    flags = ["--eval_steps", 15, "--lr", 0.01, "--validation"]
+    data = write(tmp_path / "noise.jsonl", noise[10:])
+    assert advised(300, *flags, held_out, data=data) == ["plateau"]
+    assert advised(150, *flags, write(tmp_path / "more.jsonl", [words(40, -1)])) == []
 
 
-def test_evaluations_too_frequent(advised: Advised) -> None:
-    many = ["--validation_fraction", 0.5, "--eval_steps"]
-    assert advised(80, *many, 2, before=slow_steps(0.03)) == ["evaluations too frequent"]
-    assert advised(80, *many, 40, before=slow_steps(0.03)) == []
+def test_evaluations_too_frequent(advised: Advised, tmp_path: Path) -> None:
+    held_out = write(tmp_path / "held-out.jsonl", [words(600, -1)])
+    flags = ["--validation", held_out, "--eval_steps"]
+    assert advised(80, *flags, 2, before=slow_steps(0.01)) == ["evaluations too frequent"]
+    assert advised(80, *flags, 40, before=slow_steps(0.03)) == []
 
 
 def test_saves_too_frequent(advised: Advised) -> None:

@@ -191,7 +191,16 @@ class Adviser:
         return new
 
     def _of_rate(self, step: int, losses: list[float], facts: RunSettings) -> Iterator[Advice]:
-        is_warm, since = step > facts.warmup_steps, self.clipped_since
+        first, since = self.first_loss, self.clipped_since
+        now = statistics.fmean(losses) if losses else 0.0
+        is_judged = first is not None and step >= facts.warmup_steps + UNCHANGED_STEPS
+        if is_judged and first and abs(first - now) < UNCHANGED_SHARE * first:
+            yield Advice(
+                "rate too low",
+                f"The loss has hardly changed since the beginning: {first:.4g} then, {now:.4g} "
+                "now. The learning rate may be too low; consyn-train --lr_find suggests one.",
+            )
+            return  # gradients are large where nothing is learned, and clipped for that reason
         lasts = since is not None and step >= max(since, facts.warmup_steps) + CLIPPED_STEPS
         if lasts and facts.max_grad_norm is not None:
             yield Advice(
@@ -199,16 +208,6 @@ class Adviser:
                 f"The gradients of nearly all steps are larger than --max_grad_norm "
                 f"{facts.max_grad_norm:g} and are clipped. Try --lr "
                 f"{facts.learning_rate / 2:.2g}, or a larger --max_grad_norm.",
-            )
-        first = self.first_loss
-        if not is_warm or first is None or step < facts.warmup_steps + UNCHANGED_STEPS:
-            return
-        now = statistics.fmean(losses)
-        if abs(first - now) < UNCHANGED_SHARE * first:
-            yield Advice(
-                "rate too low",
-                f"The loss has hardly changed since the beginning: {first:.4g} then, {now:.4g} "
-                "now. The learning rate may be too low; consyn-train --lr_find suggests one.",
             )
 
     def _of_evaluations(
