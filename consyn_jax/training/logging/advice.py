@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-AT_ONCE = 3  # sentences at one moment; others wait for the next line
+AT_ONCE = 3  # sentences at one step; others wait for the next line
 # Steps before the loss can be called unchanged, and how little of it counts as that.
 UNCHANGED_STEPS, UNCHANGED_SHARE = 200, 0.01
 CLIPPED_SHARE, CLIPPED_STEPS = 0.9, 200
@@ -108,6 +108,7 @@ class Adviser:
         clipped_since: the step from which on nearly every step was clipped; None if not so now.
         spikes: steps at which the last loss spikes began.
         best, train_at_best: the lowest evaluation loss, and the training loss then.
+        newest_step, at_newest_step: the step of the newest advice, and the advice given there.
         worse, flat: consecutive evaluations clearly above the lowest, and about equal to it.
     """
 
@@ -119,6 +120,8 @@ class Adviser:
     train_at_best: float | None = None
     worse: int = 0
     flat: int = 0
+    newest_step: int = 0
+    at_newest_step: int = 0
 
     def line(
         self, step: int, clipped: float, losses: list[float], usage: Usage, facts: RunSettings
@@ -136,23 +139,24 @@ class Adviser:
         elif self.clipped_since is None:
             self.clipped_since = step
         return self._new(
+            step,
             [
                 *self._of_rate(step, losses, facts),
                 *_of_time(usage, facts),
                 *_of_memory(usage, facts),
                 *_of_writes(usage),
                 *_of_clocks(usage.throttled),
-            ]
+            ],
         )
 
-    def processes(self, usages: Sequence[ProcessUsage]) -> list[Advice]:
+    def processes(self, step: int, usages: Sequence[ProcessUsage]) -> list[Advice]:
         """Take in the measurements of all processes, which wait for the slowest in every step."""
         slow = [
             f"process {i} ({each.host}), {each.throttled}"
             for i, each in enumerate(usages)
             if each.throttled
         ]
-        return self._new([*_of_lateness(usages), *_of_clocks("; ".join(slow[:3]))])
+        return self._new(step, [*_of_lateness(usages), *_of_clocks("; ".join(slow[:3]))])
 
     def spike(self, step: int, facts: RunSettings) -> list[Advice]:
         """Take in the step at which a loss spike began."""
@@ -160,13 +164,14 @@ class Adviser:
         if len(self.spikes) < SPIKES:
             return []
         return self._new(
+            step,
             [
                 Advice(
                     "rate too high",
                     f"The loss jumped {len(self.spikes)} times within {SPIKE_STEPS} steps. Try "
                     f"--lr {facts.learning_rate / 2:.2g}, or a longer warm-up.",
                 )
-            ]
+            ],
         )
 
     def evaluation(
@@ -183,11 +188,15 @@ class Adviser:
             memorises = loss > (1 + WORSE_SHARE) * before and train < (self.train_at_best or 0)
             self.worse = self.worse + 1 if memorises else 0
             self.flat = self.flat + 1 if loss < (1 + FLAT_SHARE) * before else 0
-        return self._new(self._of_evaluations(step, loss, train, facts))
+        return self._new(step, self._of_evaluations(step, loss, train, facts))
 
-    def _new(self, found: Iterable[Advice]) -> list[Advice]:
-        new = [advice for advice in found if advice.about not in self.given][:AT_ONCE]
+    def _new(self, step: int, found: Iterable[Advice]) -> list[Advice]:
+        if step != self.newest_step:
+            self.newest_step, self.at_newest_step = step, 0
+        left = AT_ONCE - self.at_newest_step
+        new = [advice for advice in found if advice.about not in self.given][:left]
         self.given = [*self.given, *(advice.about for advice in new)]
+        self.at_newest_step += len(new)
         return new
 
     def _of_rate(self, step: int, losses: list[float], facts: RunSettings) -> Iterator[Advice]:

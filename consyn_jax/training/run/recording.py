@@ -222,7 +222,7 @@ class Recorder:
         own = ProcessUsage(socket.gethostname(), usage.seconds, usage.waiting, usage.throttled)
         texts = gather(json.dumps(asdict(own)))
         everyone = [ProcessUsage(**json.loads(text)) for text in texts]
-        self._advise(self.progress.adviser.processes(everyone))
+        self._advise(self.progress.adviser.processes(self.progress.step, everyone))
 
     def _advise(self, found: list[Advice]) -> None:
         for advice in found:

@@ -139,15 +139,15 @@ def test_processes(waiting: list[float], throttled: str, about: list[str]) -> No
     usages = [ProcessUsage(f"node{i}", 100.0, seconds) for i, seconds in enumerate(waiting)]
     usages[2] = replace(usages[2], throttled=throttled)
     adviser = Adviser()
-    found = adviser.processes(usages)
+    found = adviser.processes(40, usages)
     assert names(found) == about
-    assert adviser.processes(usages) == []
+    assert adviser.processes(40, usages) == []
     if throttled:
         assert "process 2 (node2), GPU 0: too hot" in found[0].sentence
     elif found:
         assert "Process 1 (node1) waits 21%" in found[0].sentence
     short = [replace(each, seconds=59.0) for each in usages]
-    assert throttled or Adviser().processes(short) == []
+    assert throttled or Adviser().processes(40, short) == []
 
 
 def test_everything_is_said_once_and_at_most_three_at_a_time() -> None:
@@ -155,8 +155,11 @@ def test_everything_is_said_once_and_at_most_three_at_a_time() -> None:
     worst = replace(USAGE, waiting=30.0, evaluating=31.0, saving=12.0, memory_share=0.99)
     first = adviser.line(500, 0.0, FALLING, worst, FACTS)
     assert len(first) == 3
+    late = [ProcessUsage("a", 100.0, 0.0), ProcessUsage("b", 100.0, 30.0)]
+    assert adviser.processes(500, late) == [], "three at a step, whoever gives them"
     assert names(adviser.line(501, 0.0, FALLING, worst, FACTS)) == ["memory nearly full"]
     assert adviser.line(502, 0.0, FALLING, worst, FACTS) == []
+    assert names(adviser.processes(502, late)) == ["imbalance between processes"]
 
 
 def test_sentences_name_what_to_try() -> None:
