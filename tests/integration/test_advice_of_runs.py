@@ -17,7 +17,7 @@ from .nursery import MODEL, Nursery, of_process
 pytestmark = pytest.mark.slow
 
 FLAGS = [*MODEL, "--max_tokens", "32", "--batch_size", "8", "--logging_backend", "none"]
-FLAGS += ["--logging_steps", "1", "--lr", "0.003", "--warmup_steps", "10", "--quiet"]
+FLAGS += ["--logging_steps", "1", "--lr", "0.003", "--warmup_steps", "10"]
 # Flags that follow override these.
 RARELY = ["--eval_steps", "1000000", "--save_steps", "1000000"]
 
@@ -166,8 +166,8 @@ def test_a_gpu_that_throttles(advised: Advised) -> None:
 
 def test_spikes(advised: Advised) -> None:
     flags = ["--max_grad_norm", 0, "--scheduler", "constant", "--optimizer", "sgd", "--lr"]
-    assert "rate too high" in advised(500, *flags, 4)
-    assert advised(500, *flags, 0.4) == []
+    assert "rate too high" in advised(500, *flags, 0.4)
+    assert advised(500, *flags, 0.04) == []
 
 
 def test_most_steps_clipped(advised: Advised) -> None:
@@ -240,9 +240,9 @@ def test_slow_storage(advised: Advised) -> None:
 def test_imbalance_between_processes(
     late: str, expected: list[str], nursery: Nursery, stories: Path, tmp_path: Path
 ) -> None:
-    slow = slow_data(0.2)
+    slow = slow_data(0.8)  # longer than a step over gloo takes beside other load
     before = SOON + (slow if late == "all" else of_process(1, slow))
-    flags = [*FLAGS, *RARELY, "--max_steps", 45, "--data", stories, "--output", tmp_path / "run"]
+    flags = [*FLAGS, *RARELY, "--max_steps", 25, "--data", stories, "--output", tmp_path / "run"]
     children = nursery.together(*flags, before=before)
     assert [child.wait() for child in children] == [0, 0], [child.said for child in children]
     lines = Run(tmp_path / "run", 0, "").lines

@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.torch, pytest.mark.timeout(900)]
 
 SMALL = ["--hidden_dim", "32", "--num_layers", "1", "--num_heads", "2", "--num_kv_heads", "2"]
 SMALL += ["--head_dim", "16", "--mlp_dim", "64"]
-SHORT = ["--max_steps", "4", "--max_tokens", "32", "--batch_size", "8", "--warmup_steps", "1"]
+SHORT = ["--max_steps", "6", "--max_tokens", "32", "--batch_size", "8", "--warmup_steps", "1"]
 SHORT += ["--gradient_accumulation_steps", "1", "--save_steps", "1", "--keep_last", "5", "--quiet"]
 STAND_INS = {"Qwen/Qwen3-0.6B": "qwen3", "gpt2/tokenizer.json": "qwen3/tokenizer.json"}
 STAND_INS |= {"120": "2", "20:24": "2:3", "epic-64xh200": "epic-64xh200"}
@@ -119,6 +119,9 @@ def write_inputs(here: Path) -> None:
     for kind in ("qwen3", "llama-8b"):
         (here / kind).mkdir()
         chat_model(here / kind, "Qwen3" if kind == "qwen3" else "Llama")
+        config = json.loads((here / kind / "config.json").read_text())
+        config["max_position_embeddings"] = 4096
+        (here / kind / "config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +177,8 @@ def reduced(command: Command, number: int) -> list[str]:
         return words
     is_new = not ({"--checkpoint", "qwen3"} & {*words})
     short = SHORT[2:] if "--lr_find" in words else SHORT
-    more = [] if "--data" in words else ["--data", "tokens"]
+    text = "notes" if "--config" in words else "tokens"
+    more = [] if "--data" in words else ["--data", text]
     more += [] if "--output" in words else ["--output", f"runs/unnamed-{number}"]
     return [*words, *more, *(SMALL if is_new else []), *short]
 
@@ -237,7 +241,7 @@ def run_python(block: str, names: dict[str, Any], monkeypatch: pytest.MonkeyPatc
     if "train_dataloader=dataset" in block and "dataset" not in names:
         names["ConsynTrainer"] = ConsynTrainer
         names["dataset"] = datasets.get_dataset("corpus", BPETokenizer.bytes(), block_size=32)
-        names["model"] = small_model(ConsynLMHeadModel.from_config, 257)
+        names["model"] = small_model(ConsynLMHeadModel.from_config, 259)
     with monkeypatch.context() as patch:
         patch.setattr(ConsynTrainer, "__init__", short)
         patch.setattr(ConsynLMHeadModel, "from_config", lambda _: small_model(build))
