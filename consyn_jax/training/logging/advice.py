@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 AT_ONCE = 3  # sentences at one step; others wait for the next line
 # Steps before the loss can be called unchanged, and how little of it counts as that.
-UNCHANGED_STEPS, UNCHANGED_SHARE = 200, 0.01
+UNCHANGED_STEPS, UNCHANGED_SHARE, STIRRED = 200, 0.01, 3.0
 CLIPPED_SHARE, CLIPPED_STEPS = 0.9, 200
 SPIKES, SPIKE_STEPS = 3, 500
 WORSE_SHARE, WORSE_EVALUATIONS = 0.02, 3
@@ -104,7 +104,8 @@ class Adviser:
 
     Attributes:
         given: names of the advice that was given.
-        first_loss: mean of the first losses; None before there are enough.
+        first_loss, first_spread: mean and deviation of the first losses; None before there are
+            enough.
         clipped_since: the step from which on nearly every step was clipped; None if not so now.
         spikes: steps at which the last loss spikes began.
         best, train_at_best: the lowest evaluation loss, and the training loss then.
@@ -114,6 +115,7 @@ class Adviser:
 
     given: list[str] = field(default_factory=list)
     first_loss: float | None = None
+    first_spread: float | None = None
     clipped_since: int | None = None
     spikes: list[int] = field(default_factory=list)
     best: float | None = None
@@ -134,6 +136,7 @@ class Adviser:
         """
         if self.first_loss is None and len(losses) >= 20:
             self.first_loss = statistics.fmean(losses[:20])
+            self.first_spread = statistics.pstdev(losses[:20])
         if clipped < CLIPPED_SHARE:
             self.clipped_since = None
         elif self.clipped_since is None:
@@ -203,7 +206,12 @@ class Adviser:
         first, since = self.first_loss, self.clipped_since
         now = statistics.fmean(losses) if losses else 0.0
         is_judged = first is not None and step >= facts.warmup_steps + UNCHANGED_STEPS
-        if is_judged and first and abs(first - now) < UNCHANGED_SHARE * first:
+        if (
+            is_judged
+            and first
+            and abs(first - now) < UNCHANGED_SHARE * first
+            and self._calm(losses)
+        ):
             yield Advice(
                 "rate too low",
                 f"The loss has hardly changed since the beginning: {first:.4g} then, {now:.4g} "
@@ -218,6 +226,11 @@ class Adviser:
                 f"{facts.max_grad_norm:g} and are clipped. Try --lr "
                 f"{facts.learning_rate / 2:.2g}, or a larger --max_grad_norm.",
             )
+
+    def _calm(self, losses: list[float]) -> bool:
+        """Whether the losses vary as at the beginning; a rate that is too high stirs them up."""
+        usual = max(self.first_spread or 0.0, UNCHANGED_SHARE * (self.first_loss or 0.0))
+        return statistics.pstdev(losses) < STIRRED * usual
 
     def _of_evaluations(
         self, step: int, loss: float, train: float, facts: RunSettings

@@ -75,6 +75,12 @@ def test_steps_that_are_clipped(clipped: float, about: list[str]) -> None:
     assert names(found) == about
 
 
+def test_a_loss_that_jumps_about_its_beginning_has_no_low_rate() -> None:
+    adviser = Adviser()
+    assert adviser.line(20, 0.0, [3.0] * 20, USAGE, FACTS) == []
+    assert adviser.line(220, 0.0, [2.5, 3.5] * 50, USAGE, FACTS) == []
+
+
 def test_no_lower_rate_is_advised_where_nothing_is_learned() -> None:
     adviser, found = Adviser(), []
     for step in (20, 100, 219, 220, 230):
