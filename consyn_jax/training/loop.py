@@ -305,7 +305,7 @@ class Training:
             partial(self._export, "best", params, self.progress.step),
         )
         self._sample_in_time(params)
-        self.recorder.callbacks.evaluate(line)
+        self.recorder.tell_evaluation(line, state)
         if self.progress.plateau is None:
             return state
         scale = self.progress.plateau.scale
