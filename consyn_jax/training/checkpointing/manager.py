@@ -55,7 +55,7 @@ class Checkpoints:
 
     Every process of the run must make the same calls in the same order.
 
-    If the system refuses to write a checkpoint, as on a full disk, the run continues without it, and
+    If the system refuses to write a checkpoint, as on a full disk, the run continues without it and
     `warn` is called once until a save succeeds. The next `save`, `wait` or `close` raises any other
     error of the background thread.
 
