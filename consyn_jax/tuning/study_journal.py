@@ -84,7 +84,7 @@ def _remove_left_lock(lock: Path, file: str) -> None:
 def cut_torn_line(file: Path, lock: Any) -> None:
     """Cut off an incomplete last line of a journal, as a full disk leaves it.
 
-    Optuna ignores a bad last line once, but refuses the journal after another line is added.
+    Optuna ignores an incomplete line while it is the last, and refuses the journal afterwards.
 
     Args:
         lock: Optuna's lock, which a process holds while it writes a line.
