@@ -216,7 +216,9 @@ class Shard(Tokens):
             last = int(starts[-1])
         self._compare(digest, self._index, "index_sha256")
         if not rising or last >= self.num_tokens:
-            raise _damaged(f"the positions of documents in {self._index.path} do not begin at 0 and increase")
+            raise _damaged(
+                f"the positions of documents in {self._index.path} do not begin at 0 and increase"
+            )
         self._index_verified = True
 
     def _verify_tokens(self) -> None:
