@@ -218,8 +218,6 @@ class OptimizerOptions:
         0,
         "number of evaluations that --scheduler plateau ignores after it lowers the rate",
         math=True,
-        "number of evaluations that --scheduler plateau ignores after it lowers the rate",
-        math=True,
     )
     plateau_threshold: float = flag(
         1e-4, "smallest relative improvement of an evaluation that counts for plateau", math=True
