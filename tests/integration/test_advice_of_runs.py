@@ -50,10 +50,12 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def advised(nursery: Nursery, stories: Path, tmp_path: Path) -> Advised:
     """The names of the advice that a run gives; `before` is Python that it runs first."""
 
-    def train(steps: int, *flags: object, data: Path = stories, before: str = "") -> list[str]:
+    def train(
+        steps: int, *flags: object, data: Path = stories, before: str | None = None
+    ) -> list[str]:
         path = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
         all_flags = [*FLAGS, *RARELY, "--data", data, "--max_steps", steps, *flags]
-        child = nursery.start(*all_flags, "--output", path, devices=1, before=SOON + before)
+        child = nursery.start(*all_flags, "--output", path, devices=1, before=before or "")
         assert child.wait() == 0, child.said
         found = [line for line in Run(path, 0, "").lines if line.get("event") == "advice"]
         said = " ".join(child.said.split())
@@ -63,7 +65,7 @@ def advised(nursery: Nursery, stories: Path, tmp_path: Path) -> Advised:
     return train
 
 
-# Python for a run: the least time to judge, and slow parts.
+# Python for a run whose shares of the time are judged: it is short, and parts of it are slow.
 SOON = """
 from consyn_jax.training.logging import advice
 advice.LEAST_SECONDS = 1.0
@@ -71,7 +73,9 @@ advice.LEAST_SECONDS = 1.0
 
 
 def slow_data(seconds: float) -> str:
-    return f"""
+    return (
+        SOON
+        + f"""
 import time
 from consyn_jax.data import loader
 read = loader.BatchLoader.batch
@@ -80,10 +84,13 @@ def batch(self, step):
     return read(self, step)
 loader.BatchLoader.batch = batch
 """
+    )
 
 
 def slow_steps(seconds: float) -> str:
-    return f"""
+    return (
+        SOON
+        + f"""
 import time
 from consyn_jax.training.run import recording
 count = recording.Recorder.count
@@ -92,6 +99,7 @@ def slowly(self, values):
     count(self, values)
 recording.Recorder.count = slowly
 """
+    )
 
 
 def test_waiting_for_data(advised: Advised) -> None:
@@ -165,9 +173,9 @@ def test_a_gpu_that_throttles(advised: Advised) -> None:
 
 
 def test_spikes(advised: Advised) -> None:
-    flags = ["--max_grad_norm", 0, "--scheduler", "constant", "--optimizer", "sgd", "--lr"]
-    assert "rate too high" in advised(500, *flags, 0.1)
-    assert advised(500, *flags, 0.02) == []
+    flags = ["--max_grad_norm", 0, "--scheduler", "constant", "--optimizer", "adamw"]
+    assert advised(150, *flags, "--lr", 0.1, "--beta2", 0.5) == ["rate too high"]
+    assert advised(150, *flags, "--lr", 0.003) == []
 
 
 def test_most_steps_clipped(advised: Advised) -> None:
@@ -177,7 +185,7 @@ def test_most_steps_clipped(advised: Advised) -> None:
 
 def test_rate_too_low(advised: Advised) -> None:
     assert advised(230, "--lr", 1e-9) == ["rate too low"]
-    assert advised(230, "--lr", 1e-4) == []
+    assert advised(230, "--lr", 1e-4, "--max_grad_norm", 0) == []
 
 
 def test_overfitting(advised: Advised, tmp_path: Path, stories: Path) -> None:
@@ -188,21 +196,19 @@ def test_overfitting(advised: Advised, tmp_path: Path, stories: Path) -> None:
     assert advised(600, *flags, data=stories) == []
 
 
-def test_plateau(advised: Advised, tmp_path: Path, stories: Path) -> None:
-    draw = random.Random(0)  # nothing to learn but how often each letter is there
-    noise = ["".join(draw.choices("abcdefghijklmnop", k=400)) for _ in range(300)]
-    held_out = write(tmp_path / "held-out.jsonl", noise[:10])
-    flags = ["--eval_steps", 15, "--lr", 0.01, "--validation"]
-    data = write(tmp_path / "noise.jsonl", noise[10:])
-    assert advised(300, *flags, held_out, data=data) == ["plateau"]
-    assert advised(150, *flags, write(tmp_path / "more.jsonl", [words(40, -1)])) == []
+def test_plateau(advised: Advised, tmp_path: Path) -> None:
+    """A rate that lets nothing happen any more; too few steps to say that it never did."""
+    held_out = write(tmp_path / "held-out.jsonl", [words(40, -1)])
+    flags = ["--eval_steps", 15, "--validation", held_out, "--lr"]
+    assert advised(150, *flags, 1e-9) == ["plateau"]
+    assert advised(150, *flags, 0.01) == []
 
 
 def test_evaluations_too_frequent(advised: Advised, tmp_path: Path) -> None:
     held_out = write(tmp_path / "held-out.jsonl", [words(600, -1)])
     flags = ["--validation", held_out, "--eval_steps"]
-    assert advised(80, *flags, 2, before=slow_steps(0.01)) == ["evaluations too frequent"]
-    assert advised(80, *flags, 40, before=slow_steps(0.03)) == []
+    assert advised(40, *flags, 2, before=slow_steps(0.01)) == ["evaluations too frequent"]
+    assert advised(80, *flags, 60, before=slow_steps(0.2)) == []
 
 
 def test_saves_too_frequent(advised: Advised) -> None:
@@ -229,7 +235,7 @@ commit.os.fsync = fsync
 
 
 def test_slow_storage(advised: Advised) -> None:
-    assert advised(40, "--save_steps", 13, before=slow_disk(0.4)) == ["slow storage"]
+    assert "slow storage" in advised(40, "--save_steps", 13, before=slow_disk(0.4))
     assert advised(40, "--save_steps", 13, before=slow_disk(0.0)) == []
 
 

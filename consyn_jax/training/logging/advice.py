@@ -145,7 +145,7 @@ class Adviser:
             step,
             [
                 *self._of_rate(step, losses, facts),
-                *_of_time(usage, facts),
+                *_of_time(step, usage, facts),
                 *_of_memory(usage, facts),
                 *_of_writes(usage),
                 *_of_clocks(usage.throttled),
@@ -251,7 +251,7 @@ class Adviser:
             )
 
 
-def _of_time(usage: Usage, facts: RunSettings) -> Iterator[Advice]:
+def _of_time(step: int, usage: Usage, facts: RunSettings) -> Iterator[Advice]:
     if usage.seconds < LEAST_SECONDS:
         return
     waiting, evaluating, saving = (
@@ -263,15 +263,16 @@ def _of_time(usage: Usage, facts: RunSettings) -> Iterator[Advice]:
             f"{waiting:.0%} of the time is spent waiting for data. Prepare it once with "
             "consyn-prepare, keep it on a faster disk, or give your data loader more workers.",
         )
-    if evaluating >= EVALUATING_SHARE and facts.eval_steps is not None:
-        rarer = math.ceil(facts.eval_steps * evaluating / (1 - evaluating) * 9)
+    if evaluating >= EVALUATING_SHARE and step > (facts.eval_steps or step):
+        rarer = math.ceil((facts.eval_steps or 0) * evaluating / (1 - evaluating) * 9)
         yield Advice(
             "evaluations too frequent",
             f"{evaluating:.0%} of the time is spent on evaluations. --eval_steps {rarer} would "
             "bring this to about a tenth, and so would less --validation data.",
         )
-    if saving >= SAVING_SHARE and facts.save_steps is not None:
-        rarer = math.ceil(facts.save_steps * saving / (1 - saving) * 49)
+    # best/ and the page are written, too; without a checkpoint so far they were it.
+    if saving >= SAVING_SHARE and step > (facts.save_steps or step):
+        rarer = math.ceil((facts.save_steps or 0) * saving / (1 - saving) * 49)
         yield Advice(
             "saves too frequent",
             f"{saving:.0%} of the time is spent on writing checkpoints. --save_steps {rarer} "
