@@ -193,7 +193,8 @@ def _executions(bodies: dict[str, list[Instruction]], entry: str) -> dict[str, i
 def kernels(program: list[Instruction]) -> dict[str, int]:
     """Execution counts of the kernels that XLA did not generate itself.
 
-    Library kernels are named by their custom-call target, Triton kernels by their own name.
+    Library kernels are named by their custom-call target, Triton kernels by their own name, and
+    kernels for TPUs by their instruction, which has the kernel's name.
     """
     found: collections.Counter[str] = collections.Counter()
     for instruction in program:
@@ -201,6 +202,8 @@ def kernels(program: list[Instruction]) -> dict[str, int]:
         if target is not None:
             triton = "triton" in target[1]
             own = re.search(r', name = "([^"]+)"', instruction.rest) if triton else None
+            if target[1] == "tpu_custom_call":
+                own = re.match(r"(.*?)(?:\.[\d.]+|\.clone)*$", instruction.name)
             found[(own or target)[1]] += instruction.times
     return dict(found)
 
