@@ -29,13 +29,13 @@ def header(
     built: Built,
     lengths: Lengths,
     notes: Sequence[Row] = (),
-    cache_refusal: str | None = None,
+    cache_rows: Sequence[Row] = (),
 ) -> list[Row]:
     """Rows of name and value: the model, the devices and what was chosen for them, the budget.
 
     Args:
         notes: rows about the data.
-        cache_refusal: why compiled programs are not kept.
+        cache_rows: rows about compiled programs.
     """
     program, config = built.program, built.program.config
     sizes = (
@@ -55,9 +55,8 @@ def header(
         *_shares(lengths),
         ("budget", _budget(run, lengths)),
         ("output", str(run_path(run))),
+        *cache_rows,
     ]
-    if cache_refusal is not None:
-        rows.append(("compiled programs", cache_refusal))
     if run.optimizer.decay_from is not None:
         rows.append(
             ("decays", f"from step {run.optimizer.decay_from:,} of the run in {run.saving.output}")
