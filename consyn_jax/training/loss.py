@@ -60,18 +60,18 @@ class Chunks(NamedTuple):
     """Sizes of the pieces in which logits are held.
 
     Attributes:
-        elements: How many logits one device holds at a time; 0: as many as keep the kernel's memory
-            below a GiB (`logits_at_once`).
+        elements: How many logits one device holds at a time; 0: by `logits_at_once`.
         vocab_first: Logits are [V, n] and not [n, V].
-        kernel: Training uses the GPU kernel for softmax and gradient on devices that have the whole
-            vocabulary.
+        kernel: Training uses the GPU kernel where a device has the whole vocabulary.
         head_is_frozen: The head gets no gradient.
+        gpu_bytes: Memory of a described GPU, or 0.
     """
 
     elements: int = LOGITS_AT_ONCE
     vocab_first: bool = False
     kernel: bool = False
     head_is_frozen: bool = False
+    gpu_bytes: int = 0
 
 
 CHUNKS = Chunks()
@@ -230,8 +230,7 @@ def _on_device(x, head, labels, mask, *, sizes, vocab_size, extras, chunks, with
     """Sums over all devices, and this device's part of the gradients."""
     token_axes = split_axes(sizes, "batch", "sequence")
     weight, vocab = gathered_head(x, head, sizes, vocab_size, chunks)
-    # float16 would lose the smallest gradients; the loss scale reaches them only in the backward
-    # pass
+    # float16 would lose the smallest gradients; the loss scale is applied in the backward pass
     dx_dtype = jnp.float32 if x.dtype == jnp.float16 else x.dtype
     kernel = chunks.kernel and with_gradients and not vocab.mesh_axes
     chunk = partial(
@@ -244,9 +243,10 @@ def _on_device(x, head, labels, mask, *, sizes, vocab_size, extras, chunks, with
         frozen=chunks.head_is_frozen,
     )
     B, T, D = x.shape
-    elements = chunks.elements or (
-        logits_at_once(weight.nbytes, weight.dtype.itemsize) if kernel else LOGITS_AT_ONCE
-    )
+    elements = chunks.elements or LOGITS_AT_ONCE
+    if kernel and not chunks.elements:
+        size = {"words": weight.shape[0], "gpu_bytes": chunks.gpu_bytes}
+        elements = logits_at_once(weight.nbytes, weight.dtype.itemsize, **size)
     sums, dx, dhead = _over_chunks(
         chunk, weight, x.reshape(B * T, D), labels.reshape(B * T), mask.reshape(B * T), elements
     )
