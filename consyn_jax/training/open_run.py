@@ -47,6 +47,7 @@ from consyn_jax.training.run.model_files import ModelFiles
 from consyn_jax.training.run.opening import open_run_directory
 from consyn_jax.training.run.recording import Lengths, Recorder
 from consyn_jax.training.run.step_end import interval
+from consyn_jax.training.runtime.kernel_choices import keep_kernels
 from consyn_jax.training.runtime.signals import Signals, StopCoordinator
 from consyn_jax.training.runtime.watchdog import COMPILING, STEPPING, WAITING, Watchdog
 from consyn_jax.validation import parse_profile_steps
@@ -125,6 +126,13 @@ class OpenRun:
     profile: Profile
     checkpoints: Checkpoints
     coordinator: StopCoordinator
+
+    def before_commit(self, recorder: Recorder) -> None:
+        """Write the log and the choice of kernels before a checkpoint or a model gets its name."""
+        self.directory.check()
+        recorder.flush()
+        if self.writes:
+            keep_kernels(self.directory.path)
 
 
 def write_beginning(inputs: RunInputs, opened: OpenRun, step: int) -> RunFacts | None:
