@@ -1,8 +1,7 @@
 """Next-token cross-entropy: a readable reference, and the fused implementation for training.
 
 All functions return sums and counts, so that the caller divides once. The fused implementation
-never holds the logits of all tokens: it computes the gradients of a chunk of tokens while the
-chunk's logits are in memory. The backward pass then only scales the saved gradients.
+computes a chunk's gradients while its logits are in memory; the backward pass scales them.
 """
 
 from __future__ import annotations
@@ -60,12 +59,11 @@ class Chunks(NamedTuple):
     """Size of the chunks of logits, and their layout in memory.
 
     Attributes:
-        elements: Maximum number of logits in memory on one device; 0 for the limit of
-            `logits_at_once`.
+        elements: Most logits in memory on one device; 0 for the limit of `logits_at_once`.
         vocab_first: Whether logits are [V, n] rather than [n, V].
         kernel: Whether training uses the fused GPU kernel if a device has the whole vocabulary.
         head_is_frozen: Whether the output embedding (the head) needs no gradient.
-        gpu_bytes: Memory of a described GPU, or 0.
+        gpu_bytes: Memory of the GPU; 0 if unknown.
     """
 
     elements: int = LOGITS_AT_ONCE
