@@ -216,9 +216,7 @@ def estimate_memory(
     lora: LoraOptions = NO_LORA,
     gpu_bytes: int = 0,
 ) -> MemoryEstimate:
-    """Estimate the memory of a train step on one device of a mesh.
-
-    For the presets on GPUs, the total is within a tenth of the compiler's figure (tests/planning).
+    """Estimate a train step's memory on one device, within a tenth for presets (tests/planning).
 
     Args:
         sizes: Number of devices along each mesh axis.
@@ -227,7 +225,7 @@ def estimate_memory(
         length: Tokens per sequence.
         remat: A value of `--gradient_checkpointing`.
         moment_bytes: Bytes of the optimizer's moments per trained parameter.
-        gpu_bytes: Memory of a GPU of the table (distributed/hardware.py), or 0.
+        gpu_bytes: Memory of the GPU; 0 if it is not known.
     """
     c, tensor, fsdp = config, sizes["tensor"], sizes["fsdp"]
     tokens = batch_size * length / (sizes["data"] * fsdp * sizes["context"])
@@ -236,9 +234,8 @@ def estimate_memory(
     own = num_parameters(c) / (fsdp * tensor)
     head = c.padded_vocab_size * c.hidden_dim / tensor
     block, saved = _block_bytes(c, tensor, remat)
-    weights = (  # one block's weight gradients, its weights, and the next block's
-        num_block_parameters(c) / tensor * (FLOAT32 + BF16 * (2 if fsdp > 1 else 1))
-    )
+    # One block's weight gradients, its weights, and the next block's.
+    weights = num_block_parameters(c) / tensor * (FLOAT32 + BF16 * (2 if fsdp > 1 else 1))
     activation_gradients = BF16 * 2 * (c.mlp_dim / tensor + c.hidden_dim)
     at_block = tokens * ((0 if remat == "none" else block) + activation_gradients) + weights
     at_head = _head_bytes(c, tokens, tensor, gpu_bytes)

@@ -256,10 +256,7 @@ class Decoder(nnx.Module):
         rope, kinds = self._rope(input_ids.shape, inside), layer_kinds(config)
         recast, norms = compute.remat == "none", backend.norms(config.head_dim)
         matmul = partial(fp8_linear if compute.fp8 else linear, recast=recast)
-        # fp8's products have a scale each. Where weights are split, gradients of single matrices
-        # are exchanged sooner.
-        merges = norms.merges and not compute.fp8 and mesh_sizes()["fsdp"] == 1
-        pair = partial(linear_pair, recast=recast) if merges else None
+        pair = partial(linear_pair, recast=recast) if self._merges(norms, compute) else None
         graphdef, stacked = nnx.split(self.layers)
         numbers_L = None if dropout is None else jnp.arange(1, config.num_layers + 1)
 
@@ -289,6 +286,14 @@ class Decoder(nnx.Module):
         unroll = config.num_layers if compute.unroll else 1
         x_BTD, blocks = jax.lax.scan(body, x_BTD, (stacked, numbers_L, kinds), unroll=unroll)
         return rms_norm(x_BTD, self.norm[...], config.norm_eps), looks | blocks
+
+    @staticmethod
+    def _merges(norms: Norms, compute: Compute) -> bool:
+        """Whether two matmuls that read the same norm are computed as one.
+
+        In fp8 each has a scale. If fsdp shards weights, single gradients are exchanged sooner.
+        """
+        return norms.merges and not compute.fp8 and mesh_sizes()["fsdp"] == 1
 
     def _rope(self, shape: tuple[int, ...], inside: Documents | None) -> Rope:
         """Cosines and sines for positions that are counted from the start of each document."""
