@@ -13,7 +13,8 @@ from documented_commands import FENCE, ROOT
 
 from .conftest import TINY
 
-pytestmark = pytest.mark.slow
+# The packages warn of what they use themselves.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 PAGE = (ROOT / "docs" / "callbacks.md").read_text(encoding="utf-8")
 # The first start ends by a signal, after a checkpoint; the second one resumes.
@@ -89,7 +90,9 @@ def test_mlflow(corpus: Path, tmp_path: Path) -> None:
 def test_aim(corpus: Path, tmp_path: Path) -> None:
     aim = installed("aim")
     lines = trained(tmp_path, corpus, "Aim")
-    (run,) = aim.Repo(str(tmp_path)).iter_runs()
+    repo = aim.Repo.from_path(str(tmp_path))
+    (own,) = repo.list_all_runs()
+    run = repo.get_run(own)
     assert run["config"]["max_steps"] == "6"
     found = {
         metric.name: sorted(zip(*metric.values.sparse_numpy(), strict=True))
