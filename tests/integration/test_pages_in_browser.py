@@ -53,6 +53,7 @@ figures.map(figure => ({
     text.getAttribute("x") === "50").map(text => [text.textContent, text.getAttribute("y") - 4]),
 }))
 """
+STATE = "document.querySelector('.state b').textContent"
 UNITS = {"k": 1e3, "M": 1e6, "%": 0.01, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -76,13 +77,13 @@ def test_pages_of_runs(
             assert done.code == 0, done.said
             _wait_for_curves(live / "report.html")
             _look(browser, live / "report.html", lambda: _run_curves(browser, live, total=None))
+            assert browser.evaluate(STATE) == "Running"
             _reloads_itself(browser)
         finally:
             run.send_signal(signal.SIGINT)
         run.communicate(timeout=60)
-    assert browser.evaluate("document.querySelector('.state b').textContent") == "Running"
     _look(browser, live / "report.html", lambda: _run_curves(browser, live, total=None))
-    assert browser.evaluate("document.querySelector('.state b').textContent") == "Stopped by SIGINT"
+    assert browser.evaluate(STATE) == "Stopped by SIGINT"
     _look(browser, done.path / "report.html", lambda: _run_curves(browser, done.path, total=30))
     _is_read_and_zoomed(browser, done.lines)
     assert browser.printed().startswith(b"%PDF")
