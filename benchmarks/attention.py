@@ -13,6 +13,7 @@ only pairs of tokens that attend to each other.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -63,9 +64,9 @@ def contestants() -> Iterator[tuple[str, bool, Attention]]:
         return
     fused = partial(causal_attention, backend="fused")
     yield "cuDNN, causal", False, causal_cudnn
-    yield "cuDNN, mask", True, masked_cudnn
     yield "kernel", False, fused
     yield "kernel", True, fused
+    yield "cuDNN, mask", True, masked_cudnn
     yield "XLA", True, xla
 
 
@@ -129,33 +130,46 @@ def both_ways(
     return (out, *pull(dout))
 
 
-def distance(
-    attention: Attention, given: tuple[jax.Array, ...], inside: Documents, group: int
-) -> float:
-    """Largest relative error of output and gradients in one row and one group of heads."""
-    q, k, v, dout = (x[:1, :, :heads] for x, heads in zip(given, (group, 1, 1, group), strict=True))
+def one_group(given: tuple[jax.Array, ...], group: int) -> tuple[jax.Array, ...]:
+    """Inputs and output gradient of one row and one group of heads."""
+    return tuple(x[:1, :, :heads] for x, heads in zip(given, (group, 1, 1, group), strict=True))
+
+
+def reference(part: tuple[jax.Array, ...], inside: Documents) -> tuple[jax.Array, ...]:
+    """Output and gradients in float32."""
     row = Documents(*(a[:1] for a in inside))
-    positions = jnp.arange(q.shape[1])
+    positions = jnp.arange(part[0].shape[1])
 
     def exact(q: Any, k: Any, v: Any, inside: Documents) -> jax.Array:
         return attend(q, k, v, attention_mask(positions, positions, inside.first_BT))
 
     with jax.default_matmul_precision("highest"):
-        expected = jax.jit(partial(both_ways, exact))(
-            *(x.astype(jnp.float32) for x in (q, k, v, dout)), row
-        )
-    found = jax.jit(partial(both_ways, attention))(q, k, v, dout, row)
+        found = jax.jit(partial(both_ways, exact))(*(x.astype(jnp.float32) for x in part), row)
+    return jax.block_until_ready(found)
+
+
+def distance(
+    attention: Attention,
+    part: tuple[jax.Array, ...],
+    inside: Documents,
+    expected: tuple[jax.Array, ...],
+) -> float:
+    """Largest relative error of output and gradients."""
+    row = Documents(*(a[:1] for a in inside))
+    found = jax.jit(partial(both_ways, attention))(*part, row)
     return max(
         float(jnp.linalg.norm(f.astype(jnp.float32) - e) / jnp.linalg.norm(e))
         for f, e in zip(found, expected, strict=True)
     )
 
 
-def measure(tiny: bool = False, other_tiles: bool = False) -> dict[str, Any]:
+def measure(tiny: bool = False, other_tiles: bool = False, budget_s: float = 1e9) -> dict[str, Any]:
     """Milliseconds of forward and backward pass together, temporary memory and errors.
 
     Args:
         other_tiles: also measure those of `with_tiles`.
+        budget_s: seconds for everything; each layer has its share, and attentions that begin after
+            it are left out and named.
     """
     on_gpu = jax.default_backend() == "gpu"
     layers = LAYERS if on_gpu and not tiny else SMALL
@@ -163,8 +177,10 @@ def measure(tiny: bool = False, other_tiles: bool = False) -> dict[str, Any]:
     optional = [(name, docs, attention) for name, attention in tiles for docs in (False, True)]
     rows: list[dict[str, Any]] = []
     absent: dict[str, str] = {}
-    for preset, layer in layers.items():
-        found, failed = measure_layer(layer, optional, tiny)
+    ends = time.monotonic() + budget_s
+    for number, (preset, layer) in enumerate(layers.items()):
+        share_s = (ends - time.monotonic()) / (len(layers) - number)
+        found, failed = measure_layer(layer, optional, tiny, share_s)
         rows += [{"layer": preset, **row} for row in found]
         absent |= {f"{preset}, {label}": error for label, error in failed.items()}
     return {
@@ -176,13 +192,15 @@ def measure(tiny: bool = False, other_tiles: bool = False) -> dict[str, Any]:
 
 
 def measure_layer(
-    layer: Layer, optional: list[tuple[str, bool, Attention]], tiny: bool
+    layer: Layer, optional: list[tuple[str, bool, Attention]], tiny: bool, budget_s: float
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """The rows of one layer, and the errors of attentions that this GPU cannot run.
 
     Args:
         optional: attentions that may fail, because their tiles do not fit.
+        budget_s: after this many seconds no other attention begins.
     """
+    ends = time.monotonic() + 0.7 * budget_s  # the rest is for taking turns
     keys, heads = jax.random.split(jax.random.key(0), 4), (layer.N, layer.K, layer.K, layer.N)
     given = tuple(
         jax.random.normal(key, (layer.B, layer.T, n, layer.H), jnp.bfloat16)
@@ -190,12 +208,17 @@ def measure_layer(
     )
     segments = {False: np.zeros((layer.B, layer.T), np.int32), True: packed(layer)}
     inside = {docs: documents(jnp.asarray(ids)) for docs, ids in segments.items()}
-    calls, rounds = (3, 3) if tiny else (20, 7)
+    part = one_group(given, layer.N // layer.K)
+    expected = {docs: reference(part, inside[docs]) for docs in inside}
+    calls, rounds = (3, 3) if tiny else (10, 5)
     turns, about, failed = {}, {}, {}
     for name, docs, attention in [*contestants(), *optional]:
         label = f"{name}, {'documents' if docs else 'whole rows'}"
+        if turns and time.monotonic() > ends:
+            failed[label] = "no time was left"
+            continue
         try:
-            error = distance(attention, given, inside[docs], layer.N // layer.K)
+            error = distance(attention, part, inside[docs], expected[docs])
             step = jax.jit(partial(both_ways, attention)).lower(*given, inside[docs]).compile()
         except jax.errors.JaxRuntimeError as failure:
             if attention not in [tried for _, _, tried in optional]:

@@ -1,15 +1,14 @@
-"""All that one GPU can tell about this code in nine minutes: whether it is correct, and how fast.
+"""All that one GPU can tell about this code: whether it is exact and correct, and how fast.
 
-Each part is a process of its own, so that a failure or a hang costs only that part. Everything that
-is not timed runs first and at once: the checks, and compiling what will be timed, to fill the
-caches of JAX and torch. The other parts follow one at a time, in order of importance; a part whose
-estimate no longer fits the budget is left out and listed. JSON and a page are rewritten after every
-part. Without a GPU this is a rehearsal with small sizes on the CPU.
+The parts follow in order of importance, in chapters of at most three minutes, so that a short slot
+gives a whole answer. Each part is a process of its own, so that a failure or a hang costs only that
+part; one whose estimate no longer fits the budget is left out and listed. JSON and a page are
+rewritten after every part. Without a GPU this is a rehearsal with small sizes on the CPU.
 
     # writes benchmarks/results/<gpu>-<date>.json and .md
     python benchmarks/gpu_report.py
-    # some parts; the rest of the day's report stays
-    python benchmarks/gpu_report.py --only stanza vs_stanza
+    # some chapters or parts; the rest of the day's report stays
+    python benchmarks/gpu_report.py --only exactness verse --budget_s 240
 """
 
 from __future__ import annotations
@@ -68,53 +67,61 @@ class Part:
     gpu: Literal["alone", "two", "all"] = "alone"
 
 
-PARTS = (
-    Part("model", "gpu_checks:model", 140, gpu="all"),
-    Part("attention checks", "gpu_checks:attention", 120, gpu="all"),
-    Part("optimizers", "gpu_checks:optimizer", 80, gpu="all"),
-    Part("training", "gpu_checks:training", 60, gpu="all"),
-    Part(
-        "programs",
-        "programs:compile_ahead",
-        130,
-        {"models": ("verse", "stanza", "epic", "stanza, fp8")},
-        gpu="all",
+# In order of importance. Each chapter fits a slot of `CHAPTER_S` seconds, programs compiled; what is
+# timed is compiled alone, as XLA and torch choose its kernels by timing them.
+CHAPTERS: dict[str, tuple[Part, ...]] = {
+    "exactness": (Part("exactness", "gpu_checks:exactness", 150),),
+    "verse": (Part("verse", "train_step:measure", 60, {"models": ("verse",), "rounds": 4}, {}),),
+    "stanza": (Part("stanza", "train_step:measure", 70, {"models": ("stanza",), "rounds": 4}, {}),),
+    "documents": (
+        Part(
+            "vs_verse",
+            "vs_pytorch:measure",
+            160,
+            {"models": ("verse",), "rounds": 4},
+            {"compiles": False},
+            gpu="two",
+        ),
     ),
-    Part(
-        "torch programs",
-        "vs_pytorch:compile_ahead",
-        135,
-        {"models": ("verse", "stanza")},
-        gpu="all",
+    "attention": (
+        Part("attention", "attention:measure", 100, {"budget_s": 90.0}, {}),
+        Part("attention checks", "gpu_checks:attention", 80),
     ),
-    Part("verse", "train_step:measure", 30, {"models": ("verse",), "rounds": 4}, {}),
-    Part(
-        "vs_verse",
-        "vs_pytorch:measure",
-        80,
-        {"models": ("verse",), "rounds": 4},
-        {"compiles": False},
-        gpu="two",
+    "fp8": (Part("fp8", "train_step:fp8", 90, {"rounds": 4}),),
+    "against torch": (
+        Part(
+            "vs_stanza",
+            "vs_pytorch:measure",
+            175,
+            {"models": ("stanza",), "rounds": 3},
+            {},
+            gpu="two",
+        ),
     ),
-    Part("stanza", "train_step:measure", 35, {"models": ("stanza",), "rounds": 4}, {}),
-    Part("epic", "train_step:measure", 35, {"models": ("epic",), "rounds": 4}, {}),
-    Part(
-        "vs_stanza", "vs_pytorch:measure", 110, {"models": ("stanza",), "rounds": 3}, {}, gpu="two"
+    "epic": (
+        Part("epic", "train_step:measure", 60, {"models": ("epic",), "rounds": 4}, {}),
+        Part("cross_entropy", "cross_entropy:measure", 25),
+        Part("optimizer", "optimizer:measure", 35, {"rounds": 5}, {}),
     ),
-    Part("generate", "generate:on_gpu", 90, gpu="two"),
-    Part("cross_entropy", "cross_entropy:measure", 25),
-    Part(
-        "startup",
-        "startup:measure",
-        60,
-        {"flags": ["--model", "verse", "--data", "sample"], "starts": 2},
-        {"flags": SMALLEST.split(), "starts": 1},
+    "checks": (
+        Part("model", "gpu_checks:model", 140, gpu="all"),
+        Part("optimizers", "gpu_checks:optimizer", 80, gpu="all"),
+        Part("training", "gpu_checks:training", 60, gpu="all"),
     ),
-    Part("fp8", "train_step:fp8", 40, {"rounds": 4}),
-    Part("attention", "attention:measure", 30),
-    Part("optimizer", "optimizer:measure", 35, {"rounds": 5}, {}),
-    Part("compile_time", "compile_time:measure", 90),
-)
+    "start": (
+        Part(
+            "startup",
+            "startup:measure",
+            60,
+            {"flags": ["--model", "verse", "--data", "sample"], "starts": 2},
+            {"flags": SMALLEST.split(), "starts": 1},
+        ),
+        Part("compile_time", "compile_time:measure", 90),
+    ),
+    "generate": (Part("generate", "generate:on_gpu", 90, gpu="two"),),
+}
+PARTS = tuple(part for parts in CHAPTERS.values() for part in parts)
+CHAPTER_S = 180.0
 
 
 @dataclass(frozen=True)
@@ -326,8 +333,13 @@ class Report:
 
 
 def chosen(only: list[str] | None, tiny: bool) -> list[Part]:
-    """The parts to run; a rehearsal runs each function once."""
-    wanted = [part for part in PARTS if not only or part.name in only]
+    """The parts to run, by their names or those of chapters; a rehearsal runs a function once."""
+    wanted = [
+        part
+        for chapter, parts in CHAPTERS.items()
+        for part in parts
+        if not only or part.name in only or chapter in only
+    ]
     if not tiny:
         return wanted
     firsts: dict[str, Part] = {}
@@ -355,14 +367,16 @@ def run(given: argparse.Namespace) -> bool:
             limit = left if report.tiny else min(left, LATEST * part.estimate_s)
             return run_part(part, report.tiny, limit, environment)
 
-        together = [part for part in wanted if part.gpu == "all"]
-        with ThreadPoolExecutor(max(1, len(together))) as pool:
-            running = {pool.submit(measured, part): part for part in together}
-            for done in as_completed(running):
-                report.keep(running[done], done.result())
-        for part in wanted:
-            if part not in together:
-                report.keep(part, measured(part))
+        for parts in CHAPTERS.values():
+            here = [part for part in parts if part in wanted]
+            together = [part for part in here if part.gpu == "all"]
+            with ThreadPoolExecutor(max(1, len(together))) as pool:
+                running = {pool.submit(measured, part): part for part in together}
+                for done in as_completed(running):
+                    report.keep(running[done], done.result())
+            for part in here:
+                if part not in together:
+                    report.keep(part, measured(part))
     print(page(report.found))
     print(f"Written: {report.out}, {report.out.with_suffix('.md')}")
     states = {report.found["parts"][part.name]["state"] for part in wanted}
@@ -375,8 +389,8 @@ def parse_arguments() -> argparse.Namespace:
         "--only",
         nargs="+",
         metavar="PART",
-        choices=[part.name for part in PARTS],
-        help="these parts: %(choices)s",
+        choices=list(dict.fromkeys([*CHAPTERS, *(part.name for part in PARTS)])),
+        help="these chapters or parts: %(choices)s",
     )
     made.add_argument(
         "--budget_s", type=float, default=BUDGET_S, help="seconds for everything (%(default)s)"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,18 +199,6 @@ class RecipeRun:
     def batches(self) -> Iterable[dict[str, np.ndarray]]:
         """Endless batches of the training data, on the host."""
         return self.trainer.train_source.training(0, self.rows.size, 1, self.rows)
-
-
-def compile_ahead(models: Iterable[str], tiny: bool = False) -> dict[str, Any]:
-    """Compile the train steps of several models in parallel, to fill JAX's cache."""
-
-    def seconds(name: str) -> dict[str, Any]:
-        began, made = time.perf_counter(), trainer(CASES[name].flags, CASES[name].vocab_size)
-        made.compile_train_step(made.run)
-        return {"model": name, "seconds": time.perf_counter() - began}
-
-    with ThreadPoolExecutor() as pool:
-        return {"rows": list(pool.map(seconds, ("tiny",) if tiny else models))}
 
 
 def make_batch(

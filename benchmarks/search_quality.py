@@ -28,13 +28,14 @@ from consyn_jax.tuning.shared_programs import SharedPrograms
 from consyn_jax.tuning.study_results import StudyResults
 
 NEAR_GRID, SAVED, LOST = 0.005, 0.4, 0.002  # at most, at least, at most
-LR, DECAY = (1e-3, 1e-1), (0.0, 0.3)
-TRIALS, STEPS, POINTS = 16, 250, 8
+LR, DECAY = (5e-3, 2e-1), (0.0, 0.3)
+TRIALS, STEPS, POINTS = 16, 300, 8
 SAMPLER_SEEDS = (1, 2, 3)
 FLAGS = (
     *("--model", "haiku", "--num_layers", "2", "--hidden_dim", "32", "--num_heads", "2"),
     *("--mlp_dim", "88", "--tokenizer", "bytes", "--validation_fraction", "0.02"),
-    *("--max_tokens", "64", "--batch_size", "8", "--optimizer", "adamw"),
+    *("--max_tokens", "64", "--batch_size", "12", "--tie_embeddings", "false"),
+    *("--optimizer", "muon", "--momentum", "0.9", "--beta2", "0.99"),
     *("--scheduler", "linear", "--min_lr_ratio", "0", "--logging_backend", "none", "--quiet"),
 )
 

@@ -25,10 +25,8 @@ import resource
 import statistics
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -295,30 +293,6 @@ def _row(
         "tokens/s": 1e3 * tokens / time_ms["median"],
         "ours is faster by": statistics.median(ratios),
     }
-
-
-def compile_ahead(models: Iterable[str], tiny: bool = False) -> dict[str, Any]:
-    """Compile the models with `torch.compile` in parallel processes, to fill its cache."""
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        return {"rows": list(pool.map(_compile_once, ("tiny",) if tiny else models))}
-
-
-def _compile_once(name: str) -> dict[str, Any]:
-    import torch
-    from programs import CASES, trainer
-    from torch_model import Decoder
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    began, made = time.perf_counter(), trainer(CASES[name].flags, CASES[name].vocab_size)
-    model = torch.compile(Decoder(made.model.config, device))
-    shape = (made.run.budget.batch_size, made.run.data.max_tokens)
-    # Two arrays, since one for both would be another graph.
-    ids, labels = (torch.zeros(shape, dtype=torch.long, device=device) for _ in range(2))
-    precision = made.run.hardware.mixed_precision
-    torch.set_float32_matmul_precision("highest" if precision == "no" else "high")
-    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-        model(ids, labels).backward()
-    return {"model": name, "seconds": time.perf_counter() - began}
 
 
 def measure(

@@ -342,6 +342,7 @@ class LoggingOptions:
     )
     wandb_project: str = flag("consyn", "Weights & Biases project")
     wandb_run_name: str | None = flag(None, "Weights & Biases run name (chosen by W&B)")
+    histograms: bool = flag(False, "trackers get histograms of weights and mean gradients, too")
     profile_steps: str | None = flag(
         None, "profile steps A to B (both included, counted from 1), and report where the time went"
     )
@@ -357,8 +358,7 @@ class ProofOptions:
         "compare a run, checkpoint or exported model with its records, and name each difference",
     )
     replay_step: int | None = flag(
-        None,
-        "repeat this step of the run in --output; compare its loss and gradient norm with the log",
+        None, "repeat this step of the run in --output; compare loss and gradient norm with the log"
     )
     documents_of: str | None = flag(
         None, "list the documents trained on in step A, or in steps A to B, of the run in --output"

@@ -204,7 +204,8 @@ def _delete(path: Path) -> None:
 def restore_replaced(directory: Path, names: Collection[str]) -> None:
     """Clean up after a crash inside `write_whole` or `replace_directory`.
 
-    A directory that was being replaced gets its old name back, unless the new one already has it.
+    A directory that was being replaced gets its old name back, unless the
+    new directory already has it.
     """
     for name, kind, path in _asides(directory):
         if name not in names:

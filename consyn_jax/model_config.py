@@ -286,7 +286,7 @@ class LoraOptions:
     )
     lora_alpha: float | None = flag(
         None,
-        "LoRA's alpha: the adapter's output is multiplied by alpha / rank (twice the rank)",
+        "the adapter's output is multiplied by this alpha divided by the rank (twice the rank)",
         math=True,
     )
     lora_targets: tuple[str, ...] = flag(

@@ -215,7 +215,9 @@ class OptimizerOptions:
         2, "evaluations without improvement before plateau lowers the rate", math=True
     )
     plateau_cooldown: int = flag(
-        0, "evaluations that plateau ignores after it lowered the rate", math=True
+        0,
+        "number of evaluations that --scheduler plateau ignores after it lowers the rate",
+        math=True,
     )
     plateau_threshold: float = flag(
         1e-4, "smallest relative improvement of an evaluation that counts for plateau", math=True

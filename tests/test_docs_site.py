@@ -10,6 +10,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from consyn_jax.foreign_flags import FOREIGN
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -86,6 +88,14 @@ def test_every_flag_of_every_command_is_in_the_reference(site: Path) -> None:
         names = re.findall(r": --(\w+) =", snapshot.read_text())
         assert names
         assert [name for name in names if f"<code>--{name}</code>" not in text] == []
+
+
+@pytest.mark.slow
+def test_settings_of_other_trainers_have_a_page(site: Path) -> None:
+    text = (site / "reference" / "other-trainers.html").read_text(encoding="utf-8")
+    assert [name for name in FOREIGN if f"<code>{name}</code>" not in text] == []
+    for flag in ("--epochs N", "--mesh fsdp=N", "--lora_rank 16", "--optimizer VALUE"):
+        assert f"<code>{flag}</code>" in text
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -128,7 +128,7 @@ def test_a_name_that_resembles_none_is_answered_as_before() -> None:
     assert answer("--lrr", "3") == (
         "There is no flag --lrr; did you mean --lr? See consyn-train --help."
     )
-    assert answer("--frobnicate") == "There is no flag --frobnicate. See consyn-train --help."
+    assert answer("--xyzzy") == "There is no flag --xyzzy. See consyn-train --help."
 
 
 def test_consyn_prepare_names_only_its_own_flags() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import sys
 import threading
@@ -49,10 +50,11 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
     """Do `work` and return the exit code.
 
     Returns:
-        0 for success, 2 for the user's mistake or a file that cannot be read or written, 3 for
-        divergence, 4 for a difference from a run's record, 75 for a signal after which the state
-        was saved, 76 if another process of the run did not start. If a signal ends the command with
-        nothing saved: 130 for SIGINT, 143 for SIGTERM, a closed terminal or Slurm's warning.
+        0 for success, also if the reader of a pipe ends it; 2 for the user's mistake or a file that
+        cannot be read or written, 3 for divergence, 4 for a difference from a run's record, 75 for
+        a signal after which the state was saved, 76 if another process of the run did not start. If
+        a signal ends the command with nothing saved: 130 for SIGINT, 143 for SIGTERM, a closed
+        terminal or Slurm's warning.
     """
     escape_unprintable()
     os.umask(os.umask(0o022) | 0o002)  # no new file may be writable by everyone
@@ -69,6 +71,10 @@ def _outcome(prog: str, work: Callable[[], None]) -> int:
     except KNOWN as known:
         _say(f"{prog}: {known}")
         return EXIT_CODES[type(known)]
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 0
     except OSError as refused:
         if refused.errno not in OF_THE_SYSTEM or not refused.filename:
             raise
@@ -79,6 +85,13 @@ def _outcome(prog: str, work: Callable[[], None]) -> int:
         _say(f"{prog}: {sentence}")
         return code
     return 0
+
+
+def _reader_is_gone() -> bool:
+    """Whether the program that reads our standard output has ended, such as `head`."""
+    ready = select.poll()
+    ready.register(1, 0)
+    return any(events & select.POLLERR for _, events in ready.poll(0))
 
 
 def _refusal(error: OSError) -> str:

@@ -336,6 +336,16 @@ def described_gpu(device_kind: str) -> DescribedGpu | None:
     return next((gpu for gpu in DESCRIBED.values() if gpu.kind == device_kind), None)
 
 
+def described_memory(device_kind: str) -> int:
+    """Memory of a described GPU in bytes; 0 for any other device.
+
+    >>> described_memory("NVIDIA H200"), described_memory("cpu")
+    (150754820096, 0)
+    """
+    found = described_gpu(device_kind)
+    return 0 if found is None else found.memory_bytes
+
+
 def runs_triton(platform: str, compute_capability: str = "") -> bool:
     """Whether Triton kernels can be compiled for a device: an NVIDIA GPU of Ampere or newer.
 

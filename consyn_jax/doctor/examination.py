@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from consyn_jax.config import HardwareOptions
+from consyn_jax.distributed.gpu_clocks import ClockState, read_clocks
 from consyn_jax.doctor.doctor_options import DoctorConfig, HostOptions
 from consyn_jax.doctor.gpu_checks import check_clocks, check_driver, check_gpus
-from consyn_jax.doctor.gpu_facts import ClockState, DriverState, read_clocks, read_driver
+from consyn_jax.doctor.gpu_facts import DriverState, read_driver
 from consyn_jax.doctor.host_checks import check_hosts
 from consyn_jax.doctor.machine_findings import FAIL, INFO, Finding
 from consyn_jax.doctor.software_checks import check_attention, check_software

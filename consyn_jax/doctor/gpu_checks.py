@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from consyn_jax.distributed.gpu_clocks import HALVED, HOT, ClockState, reasons_in_words
 from consyn_jax.distributed.hardware import described_gpu
-from consyn_jax.doctor.gpu_facts import HALVED, HOT, REASONS, ClockState, DriverState, GpuState
+from consyn_jax.doctor.gpu_facts import DriverState, GpuState
 from consyn_jax.doctor.machine_findings import FAIL, INFO, PASS, WARN, Finding, size
 from consyn_jax.errors import counted, listed
 
@@ -183,19 +184,15 @@ def check_clocks(gpus: Sequence[GpuState], clocks: Sequence[ClockState]) -> list
         advice = (
             "Check cooling and power supply; until then the GPU runs at half its speed or less."
         )
-        return [Finding("throttling", FAIL, f"{found}: {_named(reasons)}", advice)]
+        return [Finding("throttling", FAIL, f"{found}: {reasons_in_words(clocks)}", advice)]
     slow = any(
         (clock.clock_mhz or 0) < LOW_CLOCK * (gpu.max_clock_mhz or 0)
         for gpu, clock in zip(gpus, clocks, strict=True)
         if clock.clock_mhz
     )
     if slow or any(bits & HOT for bits in reasons):
-        named = _named(reasons) or "no reason given"
+        named = reasons_in_words(clocks) or "no reason given"
         advice = "Check cooling, power limit and clock limits with nvidia-smi -q -d PERFORMANCE."
         return [Finding("throttling", WARN, f"{found}: {named}", advice)]
-    named = _named(reasons)
+    named = reasons_in_words(clocks)
     return [Finding("throttling", PASS, f"{found}{f'; limited by {named}' if named else ''}")]
-
-
-def _named(reasons: Sequence[int]) -> str:
-    return "; ".join(text for bit, text in REASONS.items() if any(bits & bit for bits in reasons))

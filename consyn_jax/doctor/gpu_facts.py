@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from consyn_jax.distributed.gpu_clocks import open_nvml
 
 NVIDIA_VENDOR, DISPLAY_CLASSES = "0x10de", ("0x0300", "0x0302")  # PCI codes: VGA and 3D
 
@@ -63,14 +65,6 @@ class DriverState:
         return len(self.gpus) or self.devices
 
 
-@dataclass(frozen=True)
-class ClockState:
-    """The clock of a GPU at work, and NVML's bits for why it is not higher."""
-
-    clock_mhz: int | None
-    reasons: int
-
-
 def read_driver(root: Path = Path("/")) -> DriverState:
     """Read the state of the driver and of all GPUs that it shows to this process.
 
@@ -82,7 +76,7 @@ def read_driver(root: Path = Path("/")) -> DriverState:
         devices=len(list((root / "dev").glob("nvidia[0-9]*"))),
         on_the_bus=_on_the_bus(root / "sys/bus/pci/devices"),
     )
-    nvml = _nvml()
+    nvml = open_nvml()
     if isinstance(nvml, str):
         return replace(state, problem=nvml)
     try:
@@ -96,35 +90,6 @@ def read_driver(root: Path = Path("/")) -> DriverState:
         nvml.nvmlShutdown()
     supported = (cuda // 1000, cuda % 1000 // 10)
     return replace(state, version=version, cuda=supported, gpus=gpus)
-
-
-def read_clocks() -> tuple[ClockState, ...]:
-    """Read clocks and throttling of all GPUs; to be called while they work. Empty without NVML."""
-    nvml = _nvml()
-    if isinstance(nvml, str):
-        return ()
-    try:
-        return tuple(
-            _clock(nvml, nvml.nvmlDeviceGetHandleByIndex(i))
-            for i in range(nvml.nvmlDeviceGetCount())
-        )
-    except nvml.NVMLError:  # read_driver has reported that NVML cannot be asked
-        return ()
-    finally:
-        nvml.nvmlShutdown()
-
-
-def _nvml() -> Any:
-    """The module `pynvml`, ready to be asked; or why it cannot be, as a string."""
-    try:
-        import pynvml
-    except ImportError:
-        return "the package nvidia-ml-py is missing"
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return str(error)
-    return pynvml
 
 
 def _gpu(nvml: Any, handle: Any) -> GpuState:
@@ -157,14 +122,6 @@ def _gpu(nvml: Any, handle: Any) -> GpuState:
     )
 
 
-def _clock(nvml: Any, handle: Any) -> ClockState:
-    try:
-        clock = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
-        return ClockState(clock, nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
-    except nvml.NVMLError:  # virtual GPUs have no clock
-        return ClockState(None, 0)
-
-
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
@@ -191,15 +148,3 @@ def _on_the_bus(directory: Path) -> int:
         and read(device / "class").startswith(DISPLAY_CLASSES)
         for device in devices
     )
-
-
-# NVML's bits (nvml.h, NvmlClocksEventReasons), in words.
-REASONS: Mapping[int, str] = {
-    0x8: "hardware slowdown",
-    0x40: "the GPU is too hot, and the hardware has halved its clock or more",
-    0x80: "the power supply asks for less (power brake)",
-    0x20: "the GPU or its memory is too hot",
-    0x4: "the power limit",
-    0x2: "a clock limit that was set (application clocks)",
-}
-HALVED, HOT = 0x8 | 0x40 | 0x80, 0x20

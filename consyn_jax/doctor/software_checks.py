@@ -109,7 +109,7 @@ def _cudnn_version(number: int) -> str:
 def _devices(software: Software, num_gpus: int) -> Finding:
     if software.problem:
         advice = "Correct what is reported above, or check JAX_PLATFORMS."
-        return Finding("devices", FAIL, f"JAX finds none: {software.problem}", advice)
+        return Finding("devices", FAIL, f"JAX finds no device: {software.problem}", advice)
     count, kinds = len(software.device_kinds), sorted(set(software.device_kinds))
     found = f"{count} x {listed(kinds)} ({software.platform})"
     limits = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import shutil
@@ -73,11 +74,25 @@ def read_limits(shared_memory: Path = Path("/dev/shm")) -> Limits:
     return Limits(
         float("inf") if soft == infinite else soft,
         float("inf") if hard == infinite else hard,
-        len(os.sched_getaffinity(0)),
+        _cores(Path("/sys/fs/cgroup/cpu.max")),
         _memory(),
         None if usage is None else usage.total,
         None if usage is None else usage.free,
     )
+
+
+def _cores(quota: Path) -> int:
+    """Cores that this process may use; a container's quota is rounded up.
+
+    Args:
+        quota: a file like `cpu.max` of a control group: microseconds in each period, or "max".
+    """
+    cores = len(os.sched_getaffinity(0))
+    try:
+        microseconds, period = quota.read_text().split()
+        return min(cores, math.ceil(int(microseconds) / int(period)))
+    except (OSError, ValueError):  # without control groups, or "max"
+        return cores
 
 
 def _memory() -> int:

@@ -12,7 +12,9 @@ BF16, FLOAT32 = 2, 4
 # Bytes per frozen weight on a GPU, by --lora_base_dtype; nf4 adds one float32 per 64 weights.
 BASE_BYTES = {"auto": BF16, "float32": FLOAT32, "bfloat16": BF16, "int8": 1, "nf4": 0.5 + 4 / 64}
 LOGITS_AT_ONCE = 2**26  # smallest chunk of the loss on a GPU: 256 MiB in float32
-HEAD_BYTES = 2**30  # memory for logits and head weights on a GPU
+HEAD_BYTES = 2**30  # memory for logits and head weights on a GPU, or a larger share of its memory
+HEAD_SHARE = 0.05
+MOST_TOKENS = 8192  # in a chunk; more would save less than 1 % of the loss's products
 CPU_LOGITS = 2**24  # in a chunk of the loss on a CPU (docs/design/cpu.md)
 CPU_UNROLLED_LAYERS = 12  # deeper models run their blocks in a loop
 TILE = 128  # tokens; products whose sizes are whole tiles waste nothing
@@ -164,7 +166,9 @@ class MemoryEstimate:
         return self.parameters + self.moments + self.gradients + self.activations + self.working
 
 
-def logits_at_once(head_bytes: int, itemsize: int = BF16) -> int:
+def logits_at_once(
+    head_bytes: int, itemsize: int = BF16, *, words: int = 0, gpu_bytes: int = 0
+) -> int:
     """Number of logits that the loss may hold in memory at once on one GPU.
 
     The loss runs over chunks of tokens. Each chunk reads and writes the gradient of the output
@@ -173,8 +177,12 @@ def logits_at_once(head_bytes: int, itemsize: int = BF16) -> int:
     Args:
         head_bytes: Bytes of the output embedding in the compute dtype.
         itemsize: Bytes per element of the compute dtype.
+        words: Rows of the output embedding.
+        gpu_bytes: Memory of the GPU; 0 if it is not known.
     """
-    return max(LOGITS_AT_ONCE, (HEAD_BYTES - head_bytes) // (FLOAT32 + itemsize))
+    room = max(HEAD_BYTES, int(HEAD_SHARE * gpu_bytes)) - head_bytes
+    most = max(MOST_TOKENS * words, HEAD_BYTES // (FLOAT32 + itemsize))
+    return max(LOGITS_AT_ONCE, min(most, room // (FLOAT32 + itemsize)))
 
 
 def chunk_tokens(tokens: int, words: int, logits: int) -> int:
@@ -206,10 +214,9 @@ def estimate_memory(
     remat: str,
     moment_bytes: int | float,
     lora: LoraOptions = NO_LORA,
+    gpu_bytes: int = 0,
 ) -> MemoryEstimate:
-    """Estimate the memory of a train step on one device of a mesh.
-
-    For the presets on GPUs, the total is within a tenth of the compiler's figure (tests/planning).
+    """Estimate a train step's memory on one device, within a tenth for presets (tests/planning).
 
     Args:
         sizes: Number of devices along each mesh axis.
@@ -218,20 +225,20 @@ def estimate_memory(
         length: Tokens per sequence.
         remat: A value of `--gradient_checkpointing`.
         moment_bytes: Bytes of the optimizer's moments per trained parameter.
+        gpu_bytes: Memory of the GPU; 0 if it is not known.
     """
     c, tensor, fsdp = config, sizes["tensor"], sizes["fsdp"]
     tokens = batch_size * length / (sizes["data"] * fsdp * sizes["context"])
     if lora.is_used:
-        return _adapter_memory(c, sizes, tokens, remat, moment_bytes, lora)
+        return _adapter_memory(c, sizes, tokens, remat, moment_bytes, lora, gpu_bytes)
     own = num_parameters(c) / (fsdp * tensor)
     head = c.padded_vocab_size * c.hidden_dim / tensor
     block, saved = _block_bytes(c, tensor, remat)
-    weights = (  # one block's weight gradients, its weights, and the next block's
-        num_block_parameters(c) / tensor * (FLOAT32 + BF16 * (2 if fsdp > 1 else 1))
-    )
+    # One block's weight gradients, its weights, and the next block's.
+    weights = num_block_parameters(c) / tensor * (FLOAT32 + BF16 * (2 if fsdp > 1 else 1))
     activation_gradients = BF16 * 2 * (c.mlp_dim / tensor + c.hidden_dim)
     at_block = tokens * ((0 if remat == "none" else block) + activation_gradients) + weights
-    at_head = _head_bytes(c, tokens, tensor)
+    at_head = _head_bytes(c, tokens, tensor, gpu_bytes)
     if fsdp > 1:  # the gradient of the input embedding is whole until the end
         at_block += head * FLOAT32
     if accumulation > 1:  # added to the accumulated gradients, except the embeddings'
@@ -256,6 +263,7 @@ def _adapter_memory(
     remat: str,
     moment_bytes: int | float,
     lora: LoraOptions,
+    gpu_bytes: int,
 ) -> MemoryEstimate:
     """Estimate the memory of a step that trains an adapter; `parameters` includes frozen weights.
 
@@ -273,7 +281,7 @@ def _adapter_memory(
     at_block = tokens * (
         (0 if remat == "none" else block) + BF16 * 2 * (c.mlp_dim / tensor + c.hidden_dim)
     )
-    at_head = _head_bytes(c, tokens, tensor, is_frozen=True)
+    at_head = _head_bytes(c, tokens, tensor, gpu_bytes, is_frozen=True)
     return MemoryEstimate(
         parameters=int(own * FLOAT32 + frozen / shards),
         moments=int(own * moment_bytes),
@@ -318,10 +326,14 @@ def _block_bytes(c: ModelConfig, tensor: int, remat: str) -> tuple[float, int | 
     return block, saved[remat]
 
 
-def _head_bytes(c: ModelConfig, tokens: float, tensor: int, is_frozen: bool = False) -> float:
+def _head_bytes(
+    c: ModelConfig, tokens: float, tensor: int, gpu_bytes: int, is_frozen: bool = False
+) -> float:
     """Bytes of the loss: one chunk of logits, the head and its gradient, and the hidden states."""
     words = c.padded_vocab_size // tensor
-    at_once = logits_at_once(BF16 * words * c.hidden_dim) if tensor == 1 else LOGITS_AT_ONCE
+    at_once = LOGITS_AT_ONCE
+    if tensor == 1:
+        at_once = logits_at_once(BF16 * words * c.hidden_dim, words=words, gpu_bytes=gpu_bytes)
     logits = words * chunk_tokens(max(1, round(tokens)), words, at_once)
     logit_bytes, stream_bytes = (
         (LOGIT_BYTES, BF16) if tensor == 1 else (LOGIT_BYTES_WITHOUT_KERNEL, FLOAT32)

@@ -278,7 +278,7 @@ def _kernel_norms(head_dim: int) -> Norms:
     from consyn_jax.model.kernels.norm_rope import norm_rope
 
     fits = head_dim >= 16 and head_dim.bit_count() == 1
-    return Norms(branched_norm, norm_rope if fits else norm_then_rope)
+    return Norms(branched_norm, norm_rope if fits else norm_then_rope, merges=True)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from consyn_jax.distributed.mesh import constrain, mesh_sizes, on_each_device, split_axes
 
+BLOCK = 128  # rows; a tile of a matrix product
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def lookup(
@@ -48,12 +50,69 @@ def _sum_rows(
     vocab_axes = split_axes(sizes, "vocab")
     rows = shape[0] // sizes["tensor"]
     at = ids - (jax.lax.axis_index(vocab_axes) * rows if vocab_axes else 0)
-    dtable = (
-        jnp.zeros((rows, shape[1]))
-        .at[jnp.where((at >= 0) & (at < rows), at, rows)]
-        .add(dx.astype(jnp.float32), mode="drop")
+    dx_nD, at_n = dx.reshape(-1, shape[1]), jnp.where((at >= 0) & (at < rows), at, rows).reshape(-1)
+    dtable = jax.lax.platform_dependent(
+        *(dx_nD, at_n),
+        cuda=partial(sum_rows_in_order, rows=rows),
+        default=partial(scatter_rows, rows=rows),
     )
     return sum_over_tokens(dtable, sizes)
+
+
+def scatter_rows(
+    x_nD: Float[Array, "n D"], at_n: Int[Array, " n"], rows: int
+) -> Float[Array, "rows D"]:
+    """Add each row of `x` to the row `at` of a float32 table of zeros; those beyond it are dropped.
+
+    On a GPU the rows would be added by atomic operations, in another order each time.
+    """
+    return jnp.zeros((rows, x_nD.shape[1])).at[at_n].add(x_nD.astype(jnp.float32), mode="drop")
+
+
+def sum_rows_in_order(
+    x_nD: Float[Array, "n D"], at_n: Int[Array, " n"], rows: int
+) -> Float[Array, "rows D"]:
+    """`scatter_rows` in a fixed order, so that a GPU gives the same bits each time."""
+    order_n = jnp.argsort(at_n, stable=True)
+    table_VD = jnp.zeros((rows, x_nD.shape[1]))
+    return _add_runs(table_VD, x_nD[order_n], at_n[order_n])
+
+
+def _add_runs(table_VD: jax.Array, x_nD: jax.Array, at_n: jax.Array) -> jax.Array:
+    """Add rows, sorted by their place, to the table.
+
+    Each block of `BLOCK` rows sums its runs of equal places by a product with a matrix of zeros and
+    ones. A run belongs to the block in which it begins; what later blocks have of it is added in
+    the same way, one row for each block.
+    """
+    (n, D), rows = x_nD.shape, table_VD.shape[0]
+    block = min(BLOCK, 1 << (n - 1).bit_length())
+    pad = -n % block
+    x_brD = jnp.pad(x_nD, ((0, pad), (0, 0))).reshape(-1, block, D)
+    at_br = jnp.pad(at_n, (0, pad), constant_values=rows).reshape(-1, block)
+    is_next_br = at_br != jnp.pad(at_br, ((0, 0), (1, 0)), mode="edge")[:, :-1]
+    in_run_brk = jnp.cumsum(is_next_br, axis=1)[:, None, :] == jnp.arange(block)[:, None]
+    sums_brD = jnp.einsum(
+        "brk,bkD->brD",
+        in_run_brk.astype(x_nD.dtype),
+        x_brD,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    place_br = jnp.min(jnp.where(in_run_brk, at_br[:, None, :], rows), axis=2)
+    last_b = jnp.pad(at_br[:-1, -1], (1, 0), constant_values=-1)
+    goes_on_b = at_br[:, 0] == last_b
+    place_br = place_br.at[:, 0].set(jnp.where(goes_on_b, rows, place_br[:, 0]))
+    # all different, which makes atomic operations unnecessary; those from `rows` on are dropped
+    place_n = jnp.where(
+        place_br < rows, place_br, rows + jnp.arange(at_br.size).reshape(at_br.shape)
+    )
+    table_VD = table_VD.at[place_n.reshape(-1)].add(
+        sums_brD.reshape(-1, D), mode="drop", unique_indices=True
+    )
+    if at_br.shape[0] == 1:
+        return table_VD
+    return _add_runs(table_VD, jnp.where(goes_on_b[:, None], sums_brD[:, 0], 0), at_br[:, 0])
 
 
 def sum_over_tokens(dtable_VD: jax.Array, sizes: dict[str, int]) -> jax.Array:

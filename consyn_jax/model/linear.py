@@ -54,6 +54,46 @@ def _backward(recast: bool, kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Ar
 linear.defvjp(_forward, _backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def linear_pair(
+    x: Float[Array, "*B D"], w: Float[Array, "D F"], v: Float[Array, "D F"], recast: bool = False
+) -> Float[Array, "*B 2 F"]:
+    """`linear` of one input with two matrices as one product, also in the backward pass.
+
+    The gradient of `x` is then summed inside the product, and not by its reader. The results stay
+    together, since cutting them apart would copy them.
+    """
+    return _pair_forward(x, w, v, recast)[0]
+
+
+def _pair(x: jax.Array, w: jax.Array, v: jax.Array) -> jax.Array:
+    """Both matrices as [D, 2, F], so that a mesh can split F."""
+    return jnp.stack([w, v], axis=1).astype(x.dtype)
+
+
+def _pair_forward(x: jax.Array, w: jax.Array, v: jax.Array, recast: bool) -> Any:
+    pair_D2F = _pair(x, w, v)
+    y = jnp.einsum("...d,dgf->...gf", x, pair_D2F)
+    return y, (x, (w, v) if recast else pair_D2F)
+
+
+def _pair_backward(
+    recast: bool, kept: Any, dy: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, pair_D2F = kept
+    if recast:
+        pair_D2F = _pair(x, *pair_D2F)
+    rows = tuple(range(x.ndim - 1))
+    dpair_D2F = jax.lax.dot_general(
+        x, dy, ((rows, rows), ((), ())), preferred_element_type=jnp.float32
+    )
+    dx = jnp.einsum("...gf,dgf->...d", dy, pair_D2F)
+    return dx, dpair_D2F[:, 0], dpair_D2F[:, 1]
+
+
+linear_pair.defvjp(_pair_forward, _pair_backward)
+
+
 def add_bias(y: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, "..."]:
     """Compute `y + bias` in the dtype of `y`; the gradient of the bias is summed in float32.
 

@@ -30,12 +30,18 @@ def rms_norm(
 
 
 def norm_then_branch(
-    x_BTD: Float[Array, "B T D"], scale_D: Float[Array, " D"], eps: float, uses: int
+    x_BTD: Float[Array, "B T D"],
+    scale_D: Float[Array, " D"],
+    eps: float,
+    uses: int,
+    added_BTD: Float[Array, "B T D"] | None = None,
 ) -> tuple[Float[Array, "B T D"], ...]:
-    """Return x and `uses` copies of its norm, one for each matmul that reads it.
+    """Return x + added, and `uses` copies of its norm, one for each matmul that reads it.
 
     This is the reference for the kernel `branched_norm`.
     """
+    if added_BTD is not None:
+        x_BTD = x_BTD + added_BTD
     return x_BTD, *[rms_norm(x_BTD, scale_D, eps)] * uses
 
 
@@ -62,10 +68,12 @@ class Norms(NamedTuple):
     Attributes:
         branch: Norms the residual stream, with the signature of `norm_then_branch`.
         rotate: Norms and rotates queries or keys, with the signature of `norm_then_rope`.
+        merges: Whether matmuls that read the same norm are faster as one.
     """
 
-    branch: Callable[[jax.Array, jax.Array, float, int], tuple[jax.Array, ...]] = norm_then_branch
+    branch: Callable[..., tuple[jax.Array, ...]] = norm_then_branch
     rotate: Callable[[jax.Array, jax.Array, Rope, float, str], jax.Array] = norm_then_rope
+    merges: bool = False
 
 
 NORMS = Norms()

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from consyn_jax.distributed.mesh import constrain
+from consyn_jax.distributed.mesh import constrain, mesh_sizes
 from consyn_jax.model.attention import BACKENDS, Documents, causal_attention, documents
 from consyn_jax.model.dropout import (
     ATTENTION,
@@ -30,7 +30,7 @@ from consyn_jax.model.dropout import (
 )
 from consyn_jax.model.embedding import lookup
 from consyn_jax.model.fp8 import fp8_linear
-from consyn_jax.model.linear import add_bias, linear
+from consyn_jax.model.linear import add_bias, linear, linear_pair
 from consyn_jax.model.matrices.frozen_matrix import over_frozen
 from consyn_jax.model.norms import NORMS, Norms, rms_norm
 from consyn_jax.model.rematerialisation import BLOCK_INPUT, rematerialise
@@ -39,6 +39,7 @@ from consyn_jax.model_config import ModelConfig
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Product = Callable[[jax.Array, jax.Array], jax.Array]
+Pair = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 BLOCK_PARTS = ("attention", "MLP", "residual stream")
 
 
@@ -138,21 +139,25 @@ class Block(nnx.Module):
         dropout: Dropout | None,
         product: Product = linear,
         norms: Norms = NORMS,
+        pair: Pair | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Compute the outputs of both branches and of the block, as named in `BLOCK_PARTS`.
 
         Args:
             product: Matmul function, such as `linear`.
             norms: The norm functions, from `attention.Backend.norms`.
+            pair: `linear_pair`, if two products of trained matrices are faster as one.
         """
         with jax.named_scope("attention"):
             x_BTD, *branches = norms.branch(x_BTD, self.attention_norm[...], self.eps, 3)
             attention_BTD = self._attention(branches, rope, attend, product, norms)
             attention_BTD = drop_out(attention_BTD, dropout, ATTENTION_BRANCH)
-            x_BTD = x_BTD + attention_BTD
         with jax.named_scope("mlp"):
-            x_BTD, to_gate_BTD, to_up_BTD = norms.branch(x_BTD, self.mlp_norm[...], self.eps, 2)
-            mlp_BTD = drop_out(self._mlp(to_gate_BTD, to_up_BTD, product), dropout, MLP_BRANCH)
+            pair = pair if isinstance(self.gate[...], jax.Array) else None
+            uses = 2 if pair is None else 1
+            scale_D = self.mlp_norm[...]
+            x_BTD, *branches = norms.branch(x_BTD, scale_D, self.eps, uses, attention_BTD)
+            mlp_BTD = drop_out(self._mlp(branches, product, pair), dropout, MLP_BRANCH)
         return attention_BTD, mlp_BTD, x_BTD + mlp_BTD
 
     def _attention(
@@ -172,9 +177,16 @@ class Block(nnx.Module):
         out_BTD = product(attend(q_BTNH, k_BTKH, v_BTKH).reshape(B, T, -1), self.o[...])
         return _biased(constrain(out_BTD, "batch", "sequence", None), self.o_bias)
 
-    def _mlp(self, to_gate_BTD: jax.Array, to_up_BTD: jax.Array, product: Product) -> jax.Array:
-        gate_BTF = _biased(product(to_gate_BTD, self.gate[...]), self.gate_bias)
-        hidden_BTF = swiglu(gate_BTF, _biased(product(to_up_BTD, self.up[...]), self.up_bias))
+    def _mlp(self, branches: list[jax.Array], product: Product, pair: Pair | None) -> jax.Array:
+        gate, up = self.gate[...], self.up[...]
+        if pair is None:
+            gate_BTF, up_BTF = product(branches[0], gate), product(branches[1], up)
+            hidden_BTF = swiglu(_biased(gate_BTF, self.gate_bias), _biased(up_BTF, self.up_bias))
+        else:
+            both_BT2F = pair(branches[0], gate, up)
+            if self.gate_bias is not None and self.up_bias is not None:
+                both_BT2F = add_bias(both_BT2F, jnp.stack([self.gate_bias[...], self.up_bias[...]]))
+            hidden_BTF = swiglu_of_pair(both_BT2F)
         out_BTD = product(constrain(hidden_BTF, "batch", "sequence", "mlp"), self.down[...])
         return _biased(constrain(out_BTD, "batch", "sequence", None), self.down_bias)
 
@@ -242,8 +254,9 @@ class Decoder(nnx.Module):
         inside = None if segment_ids is None else documents(segment_ids)
         attend = partial(causal_attention, inside=inside, backend=compute.attention)
         rope, kinds = self._rope(input_ids.shape, inside), layer_kinds(config)
-        matmul = partial(fp8_linear if compute.fp8 else linear, recast=compute.remat == "none")
-        norms = backend.norms(config.head_dim)
+        recast, norms = compute.remat == "none", backend.norms(config.head_dim)
+        matmul = partial(fp8_linear if compute.fp8 else linear, recast=recast)
+        pair = partial(linear_pair, recast=recast) if self._merges(norms, compute) else None
         graphdef, stacked = nnx.split(self.layers)
         numbers_L = None if dropout is None else jnp.arange(1, config.num_layers + 1)
 
@@ -262,6 +275,7 @@ class Decoder(nnx.Module):
                 here,
                 over_frozen(matmul),
                 norms,
+                pair,
             )
             return parts[-1], dict(zip(BLOCK_PARTS, map(look, parts), strict=True))
 
@@ -272,6 +286,14 @@ class Decoder(nnx.Module):
         unroll = config.num_layers if compute.unroll else 1
         x_BTD, blocks = jax.lax.scan(body, x_BTD, (stacked, numbers_L, kinds), unroll=unroll)
         return rms_norm(x_BTD, self.norm[...], config.norm_eps), looks | blocks
+
+    @staticmethod
+    def _merges(norms: Norms, compute: Compute) -> bool:
+        """Whether two matmuls that read the same norm are computed as one.
+
+        In fp8 each has a scale. If fsdp shards weights, single gradients are exchanged sooner.
+        """
+        return norms.merges and not compute.fp8 and mesh_sizes()["fsdp"] == 1
 
     def _rope(self, shape: tuple[int, ...], inside: Documents | None) -> Rope:
         """Cosines and sines for positions that are counted from the start of each document."""
@@ -287,6 +309,12 @@ class Decoder(nnx.Module):
 def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
     """Compute silu(gate) * up (Shazeer, 2020); only `gate` and `up` are saved for backward."""
     return jax.nn.silu(gate) * up
+
+
+@jax.checkpoint
+def swiglu_of_pair(both: Float[Array, "*B 2 F"]) -> Float[Array, "*B F"]:
+    """`swiglu` of one array."""
+    return jax.nn.silu(both[..., 0, :]) * both[..., 1, :]
 
 
 def _bias(

@@ -57,6 +57,7 @@ class Instruction:
         rest: the text from its operands on.
         in_entry: it is in the program itself, not in a loop, branch or fusion.
         times: how often one run of the program executes it.
+        computation: the computation that it is in.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Instruction:
     rest: str
     in_entry: bool
     times: int = 1
+    computation: str = ""
 
     @property
     def operands(self) -> list[str]:
@@ -148,7 +150,14 @@ def _parse(program: str) -> tuple[dict[str, list[Instruction]], str]:
         if parsed is not None and current:
             name, type_text, operation, rest = parsed.groups()
             bodies[current].append(
-                Instruction(name, operation, tuple(_arrays(type_text)), rest, current == entry)
+                Instruction(
+                    name,
+                    operation,
+                    tuple(_arrays(type_text)),
+                    rest,
+                    current == entry,
+                    computation=current,
+                )
             )
     if not entry:
         raise ValueError("This is not the text of a compiled program: it has no ENTRY.")
@@ -193,7 +202,8 @@ def _executions(bodies: dict[str, list[Instruction]], entry: str) -> dict[str, i
 def kernels(program: list[Instruction]) -> dict[str, int]:
     """Execution counts of the kernels that XLA did not generate itself.
 
-    Library kernels are named by their custom-call target, Triton kernels by their own name.
+    Library kernels are named by their custom-call target, Triton kernels by their own name, and
+    kernels for TPUs by their instruction, which has the kernel's name.
     """
     found: collections.Counter[str] = collections.Counter()
     for instruction in program:
@@ -201,6 +211,8 @@ def kernels(program: list[Instruction]) -> dict[str, int]:
         if target is not None:
             triton = "triton" in target[1]
             own = re.search(r', name = "([^"]+)"', instruction.rest) if triton else None
+            if target[1] == "tpu_custom_call":
+                own = re.match(r"(.*?)(?:\.[\d.]+|\.clone)*$", instruction.name)
             found[(own or target)[1]] += instruction.times
     return dict(found)
 
@@ -220,6 +232,9 @@ def update_bytes(program: list[Instruction], sizes: Container[int]) -> int:
         sizes: the numbers of elements of the parameters' arrays on one device.
     """
     arrays = {instruction.name: instruction.arrays for instruction in program}
+    bodies: dict[str, list[Instruction]] = {}
+    for instruction in program:
+        bodies.setdefault(instruction.computation, []).append(instruction)
     entry = [instruction for instruction in program if instruction.in_entry]
     last_loop = max(
         (i for i, instruction in enumerate(entry) if instruction.operation == "while"), default=-1
@@ -233,8 +248,39 @@ def update_bytes(program: list[Instruction], sizes: Container[int]) -> int:
         if not in_update or communicates or kind in _FREE:
             continue
         if any(math.prod(dimensions) in sizes for _, dimensions in read):
-            total += sum(map(array_bytes, (*read, *instruction.arrays)))
+            whole = sum(map(array_bytes, (*read, *instruction.arrays)))
+            total += whole - _unread_bytes(instruction, arrays, bodies)
     return total
+
+
+def _unread_bytes(
+    fusion: Instruction,
+    arrays: Mapping[str, tuple[Array, ...]],
+    bodies: Mapping[str, list[Instruction]],
+) -> int:
+    """Bytes of the operands of a fusion that are outside of the slices that it reads."""
+    unread = 0
+    for _, callee in fusion.calls if fusion.operation == "fusion" else ():
+        for parameter in bodies[callee]:
+            if parameter.operation != "parameter":
+                continue
+            of = fusion.operands[int(parameter.rest.partition(")")[0])]
+            whole = sum(map(array_bytes, arrays.get(of, ())))
+            unread += whole - min(whole, _sliced_bytes(parameter, bodies[callee], whole))
+    return unread
+
+
+def _sliced_bytes(array: Instruction, body: list[Instruction], whole: int) -> int:
+    """Bytes of the slices that a computation cuts from an array, or `whole` if it reads all."""
+    total = 0
+    for reader in (each for each in body if array.name in each.operands):
+        if reader.operation == "slice":
+            total += array_bytes(reader.arrays[0])
+        elif reader.operation == "bitcast":
+            total += _sliced_bytes(reader, body, whole)
+        else:
+            return whole
+    return total or whole
 
 
 def array_bytes(array: Array) -> int:

@@ -85,7 +85,8 @@ def estimate(model: ModelConfig, run: RunConfig, topology: Topology) -> Plan:
         *(model, run.budget, run.hardware, run.optimizer, run.row_length),
         *(topology.machine, run.lora, run.regularisation.sequences),
     )
-    work, budget = workload(model, run, mesh.sizes), run.budget
+    gpu_bytes = topology.gpu.memory_bytes if isinstance(topology, GpuTopology) else 0
+    work, budget = workload(model, run, mesh.sizes, gpu_bytes), run.budget
     limits = [budget.max_steps] if budget.max_steps is not None else []
     if budget.total_tokens is not None:
         limits.append(math.ceil(budget.total_tokens / work.tokens))

@@ -81,7 +81,7 @@ class Topology(ABC):
 
 @dataclass(frozen=True)
 class GpuTopology(Topology):
-    """`hosts` machines with `gpus_per_host` GPUs of one model each."""
+    """`hosts` machines, each with `gpus_per_host` GPUs, all of the same kind."""
 
     gpu: DescribedGpu
     hosts: int

@@ -25,6 +25,7 @@ class Workload:
         fp8: the blocks' matmuls are of 8-bit numbers.
         this_package: the step is this package's program, whose attention kernel works inside
             documents; a document is taken to be as long as the sequence.
+        gpu_bytes: memory of a GPU of the table, or 0.
     """
 
     model: ModelConfig
@@ -38,6 +39,7 @@ class Workload:
     fp8: bool = False
     this_package: bool = True
     lora: LoraOptions = NO_LORA
+    gpu_bytes: int = 0
 
     @property
     def tokens(self) -> int:
@@ -70,10 +72,13 @@ class Workload:
             self.remat,
             0 if self.host_moments else self.moment_bytes,
             self.lora,
+            self.gpu_bytes,
         )
 
 
-def workload(model: ModelConfig, run: RunConfig, sizes: Mapping[str, int]) -> Workload:
+def workload(
+    model: ModelConfig, run: RunConfig, sizes: Mapping[str, int], gpu_bytes: int = 0
+) -> Workload:
     """The workload of a resolved run on a mesh with these axis sizes."""
     return Workload(
         model,
@@ -86,4 +91,5 @@ def workload(model: ModelConfig, run: RunConfig, sizes: Mapping[str, int]) -> Wo
         run.hardware.optimizer_memory == "host",
         run.hardware.mixed_precision == "fp8",
         lora=run.lora,
+        gpu_bytes=gpu_bytes,
     )

@@ -45,7 +45,7 @@ class BucketUrl:
     def holds(self, other: BucketUrl) -> bool:
         """Whether the other place is this one or below it.
 
-        >>> parse("s3://b/run").holds(parse("s3://b/run/final"))
+        >>> parse("s3://bucket/run").holds(parse("s3://bucket/run/final"))
         True
         """
         is_same = (self.scheme, self.bucket) == (other.scheme, other.bucket)

@@ -245,8 +245,8 @@ def _check_direction(ids: np.ndarray, labels: np.ndarray, where: str) -> None:
     forward = are_targets(labels[:-1])
     if not np.array_equal(labels[:-1][forward], ids[1:][forward]):
         raise UserError(
-            f"{where} has labels that are the tokens before its input_ids. Give the input_ids "
-            "themselves as labels, or the tokens after them."
+            f"{where} has labels that are shifted the wrong way: each is the previous token. Give "
+            "labels that equal the input_ids, or of which each is the next token."
         )
 
 

@@ -29,13 +29,13 @@ def header(
     built: Built,
     lengths: Lengths,
     notes: Sequence[Row] = (),
-    cache_refusal: str | None = None,
+    cache_rows: Sequence[Row] = (),
 ) -> list[Row]:
     """Rows of name and value: the model, the devices and the settings chosen for them, the budget.
 
     Args:
         notes: Further rows, about the data.
-        cache_refusal: Reason why compiled programs are not cached on disk; None if they are.
+        cache_rows: Rows about compiled programs.
     """
     program, config = built.program, built.program.config
     sizes = (
@@ -55,11 +55,10 @@ def header(
         *_shares(lengths),
         ("budget", _budget(run, lengths)),
         ("output", str(run_path(run))),
+        *cache_rows,
     ]
     if run.saving.remote is not None:
         rows.append(("remote", f"a copy of the output is kept at {run.saving.remote}"))
-    if cache_refusal is not None:
-        rows.append(("compiled programs", cache_refusal))
     if run.optimizer.decay_from is not None:
         rows.append(
             ("decays", f"from step {run.optimizer.decay_from:,} of the run in {run.saving.output}")

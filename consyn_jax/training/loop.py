@@ -141,14 +141,9 @@ class Training:
             self.recorder.ended_passes(resumed=True)
         event = "start" if self.resumed is None else "resume"
         self.recorder.event(event, {"run": self.progress.run, **lost_lines})
-        self.checkpoints.before_commit = self._before_commit
+        self.checkpoints.before_commit = partial(self.opened.before_commit, self.recorder)
         self.report.refresh()
         return state
-
-    def _before_commit(self) -> None:
-        """Flush the log, before a checkpoint or a model is committed."""
-        self.directory.check()
-        self.recorder.flush()
 
     # ------------------------------------------------------------------------------------- the loop
 
@@ -305,7 +300,7 @@ class Training:
             partial(self._export, "best", params, self.progress.step),
         )
         self._sample_in_time(params)
-        self.recorder.callbacks.evaluate(line)
+        self.recorder.tell_evaluation(line, state)
         if self.progress.plateau is None:
             return state
         scale = self.progress.plateau.scale
@@ -395,6 +390,6 @@ class Training:
         self.watchdog.at(SAVING, step)
         config = self.program.config.saved_as(self.inputs.run.saving.save_dtype)
         facts = None if self.facts is None else partial(self.facts.of_model, step)
-        parts = self.inputs.tokenizer, self._before_commit, facts, self.inputs.files.save
+        parts = self.inputs.tokenizer, self.checkpoints.before_commit, facts, self.inputs.files.save
         export_model(self.path / name, config, params, *parts)
         self.recorder.callbacks.save(self.path / name)

@@ -1,8 +1,7 @@
 """Next-token cross-entropy: a readable reference, and the fused implementation for training.
 
 All functions return sums and counts, so that the caller divides once. The fused implementation
-never holds the logits of all tokens: it computes the gradients of a chunk of tokens while the
-chunk's logits are in memory. The backward pass then only scales the saved gradients.
+computes a chunk's gradients while its logits are in memory; the backward pass scales them.
 """
 
 from __future__ import annotations
@@ -60,17 +59,18 @@ class Chunks(NamedTuple):
     """Size of the chunks of logits, and their layout in memory.
 
     Attributes:
-        elements: Maximum number of logits in memory on one device; 0 for as many as keep the
-            kernel's memory below 1 GiB (`logits_at_once`).
+        elements: Most logits in memory on one device; 0 for the limit of `logits_at_once`.
         vocab_first: Whether logits are [V, n] rather than [n, V].
         kernel: Whether training uses the fused GPU kernel if a device has the whole vocabulary.
         head_is_frozen: Whether the output embedding (the head) needs no gradient.
+        gpu_bytes: Memory of the GPU; 0 if unknown.
     """
 
     elements: int = LOGITS_AT_ONCE
     vocab_first: bool = False
     kernel: bool = False
     head_is_frozen: bool = False
+    gpu_bytes: int = 0
 
 
 CHUNKS = Chunks()
@@ -233,8 +233,7 @@ def _on_device(x, head, labels, mask, *, sizes, vocab_size, extras, chunks, with
     """Compute sums over all devices, and this device's shards of the gradients."""
     token_axes = split_axes(sizes, "batch", "sequence")
     weight, vocab = gathered_head(x, head, sizes, vocab_size, chunks)
-    # float16 would lose the smallest gradients; the loss scale reaches them only in the backward
-    # pass
+    # float16 would lose the smallest gradients; the loss scale is applied in the backward pass
     dx_dtype = jnp.float32 if x.dtype == jnp.float16 else x.dtype
     kernel = chunks.kernel and with_gradients and not vocab.mesh_axes
     chunk = partial(
@@ -247,9 +246,10 @@ def _on_device(x, head, labels, mask, *, sizes, vocab_size, extras, chunks, with
         frozen=chunks.head_is_frozen,
     )
     B, T, D = x.shape
-    elements = chunks.elements or (
-        logits_at_once(weight.nbytes, weight.dtype.itemsize) if kernel else LOGITS_AT_ONCE
-    )
+    elements = chunks.elements or LOGITS_AT_ONCE
+    if kernel and not chunks.elements:
+        size = {"words": weight.shape[0], "gpu_bytes": chunks.gpu_bytes}
+        elements = logits_at_once(weight.nbytes, weight.dtype.itemsize, **size)
     sums, dx, dhead = _over_chunks(
         chunk, weight, x.reshape(B * T, D), labels.reshape(B * T), mask.reshape(B * T), elements
     )

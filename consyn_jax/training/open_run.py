@@ -21,9 +21,11 @@ from consyn_jax.model.parameters import Params
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.checkpointing.manager import Checkpoints
 from consyn_jax.training.checkpointing.run_state import Progress
+from consyn_jax.training.diagnostics.histograms import histogram_maker
 from consyn_jax.training.diagnostics.profile import Profile
 from consyn_jax.training.inputs.batch_source import BatchSource
 from consyn_jax.training.logging.advice import RunSettings
+from consyn_jax.training.logging.clock_watch import ClockWatch, gpus_in_use
 from consyn_jax.training.logging.console import Console
 from consyn_jax.training.logging.live.activities import ActivityClock
 from consyn_jax.training.logging.live.history import History, earlier_activities
@@ -45,6 +47,7 @@ from consyn_jax.training.run.model_files import ModelFiles
 from consyn_jax.training.run.opening import open_run_directory
 from consyn_jax.training.run.recording import Lengths, Recorder
 from consyn_jax.training.run.step_end import interval
+from consyn_jax.training.runtime.kernel_choices import keep_kernels
 from consyn_jax.training.runtime.signals import Signals, StopCoordinator
 from consyn_jax.training.runtime.watchdog import COMPILING, STEPPING, WAITING, Watchdog
 from consyn_jax.validation import parse_profile_steps
@@ -124,6 +127,13 @@ class OpenRun:
     checkpoints: Checkpoints
     coordinator: StopCoordinator
 
+    def before_commit(self, recorder: Recorder) -> None:
+        """Write the log and the choice of kernels before a checkpoint or a model gets its name."""
+        self.directory.check()
+        recorder.flush()
+        if self.writes:
+            keep_kernels(self.directory.path)
+
 
 def write_beginning(inputs: RunInputs, opened: OpenRun, step: int) -> RunFacts | None:
     """Write the files that must exist before the first step; called in the process that writes.
@@ -195,6 +205,7 @@ def open_records(
     parts = (progress, inputs.lengths, opened.console, log, callbacks, newest_values(lines))
     rate, advised = inputs.program.learning_rate, _advised(inputs)
     recorder = Recorder(*parts, rate, advised, activities=activities)
+    _measure(recorder, inputs, opened)
     recorder.history = History(lines)
     made_with = [] if facts is None else facts.made_with()
     command = command_rows(flat(run), inputs.origins)
@@ -243,6 +254,17 @@ def _advised(inputs: RunInputs) -> RunSettings:
         eval_steps=interval(run.evaluation.eval_steps, total_steps),
         save_steps=interval(run.saving.save_steps, total_steps),
     )
+
+
+def _measure(recorder: Recorder, inputs: RunInputs, opened: OpenRun) -> None:
+    """Let the recorder see writes, clocks and, if they are wanted, histograms."""
+    checkpoints = opened.checkpoints
+    recorder.writes = lambda: [(each.num_bytes, each.seconds) for each in checkpoints.written]
+    recorder.clocks = ClockWatch(gpus_in_use())
+    if inputs.run.logging.histograms:
+        recorder.histograms = histogram_maker(inputs.program)
+        if inputs.eval_source is None:
+            opened.console.warn("--histograms has no effect, because there is no evaluation.")
 
 
 def _enter(activities: ActivityClock, console: Console, phase: str) -> None:

@@ -22,7 +22,7 @@ from consyn_jax.config import BudgetOptions, HardwareOptions, RegularisationOpti
 from consyn_jax.data.pairs import CHOSEN_REFERENCE, REJECTED_REFERENCE
 from consyn_jax.distributed.auto_mesh import Machine, MeshChoice
 from consyn_jax.distributed.compiler import compiler_options
-from consyn_jax.distributed.hardware import runs_triton
+from consyn_jax.distributed.hardware import described_memory, runs_triton
 from consyn_jax.distributed.mesh import build_mesh, sharding
 from consyn_jax.model.arithmetic import CPU_UNROLLED_LAYERS
 from consyn_jax.model.attention import AttentionChoice, choose_attention
@@ -168,7 +168,7 @@ class Program:
         is_plain_cpu = device.platform == "cpu" and self.compute.dtype == jnp.float32
         chunks = CPU_CHUNKS if is_plain_cpu else CHUNKS
         if runs_triton(device.platform, getattr(device, "compute_capability", "")):
-            chunks = GPU_CHUNKS
+            chunks = GPU_CHUNKS._replace(gpu_bytes=described_memory(device.device_kind))
         return chunks._replace(head_is_frozen=self.lora.is_used)
 
     @property

@@ -64,7 +64,10 @@ def choose_run_mesh(
 
     def needed_bytes(sizes: dict[str, int]) -> int:
         batch = (batch_size, accumulation, length)
-        return estimate_memory(model, sizes, *batch, remat, moments, lora).total
+        # The machine's own memory differs a little from that of the table; the chunks do not.
+        return estimate_memory(
+            model, sizes, *batch, remat, moments, lora, machine.memory_bytes
+        ).total
 
     if hardware.mesh != "auto":
         choice = MeshChoice(parse_mesh(hardware.mesh, devices), "as requested")

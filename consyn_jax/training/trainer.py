@@ -66,7 +66,7 @@ from consyn_jax.training.run.keywords import given_once, refuse_settings, resolv
 from consyn_jax.training.run.model_files import AdapterOnly, ModelFiles, WholeModel
 from consyn_jax.training.run.opening import check_output
 from consyn_jax.training.run.recording import Lengths
-from consyn_jax.training.runtime.compilation_cache import enable_compilation_cache
+from consyn_jax.training.runtime.compilation_cache import prepare_caches
 from consyn_jax.training.runtime.memory import compile_to_fit, explain_out_of_memory
 from consyn_jax.validation import what_needs_evaluations
 
@@ -144,7 +144,7 @@ class ConsynTrainer:
         lengths = self.run.row_length, self.train_source.sequences
         self.total_steps = count_steps(self.run.budget, self.run.optimizer, *lengths)
         check_profile(self.run.logging.profile_steps, self.total_steps)
-        self.cache_refusal: str | None = None  # why compiled programs are not kept
+        self._cache_rows: list[tuple[str, str]] = []  # of the header
 
     @property
     def sequences_per_step(self) -> int:
@@ -179,7 +179,7 @@ class ConsynTrainer:
                 f"--validation, or leave {needs} out."
             )
         set_allocators()
-        self.cache_refusal = enable_compilation_cache()
+        self._cache_rows = prepare_caches(run_path(self.run), not self.run.saving.overwrite)
         return self._build(self.run, schedule)
 
     def compile_train_step(
@@ -257,7 +257,7 @@ class ConsynTrainer:
 
     def _header(self, built: Built) -> list[tuple[str, str]]:
         notes = (*self.notes, *described(data=self.train_source, evaluation=self.eval_source))
-        return header(self.run, built, self.lengths, notes, self.cache_refusal)
+        return header(self.run, built, self.lengths, notes, self._cache_rows)
 
     def run_inputs(self) -> RunInputs:
         """All inputs of the run."""

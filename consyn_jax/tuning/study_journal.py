@@ -55,7 +55,7 @@ def open_journal(optuna: Any, directory: Path) -> Any:
         return optuna.storages.JournalStorage(journal.JournalFileBackend(file, lock_obj=lock))
     except OSError as error:
         raise UserError(
-            f"{path} cannot be used: {error.strerror or error}. Name another --output."
+            f"{path} cannot be used: {error.strerror or error}. Give another --output."
         ) from error
     except Exception as error:  # Optuna checks no line that it reads
         raise UserError(f"{path} is damaged ({brief(error)}). {AGAIN}") from error
@@ -84,7 +84,7 @@ def _remove_left_lock(lock: Path, file: str) -> None:
 def cut_torn_line(file: Path, lock: Any) -> None:
     """Cut off an incomplete last line of a journal, as a full disk leaves it.
 
-    Optuna ignores a bad last line once, but refuses the journal after another line is added.
+    Optuna ignores an incomplete line while it is the last, and refuses the journal afterwards.
 
     Args:
         lock: Optuna's lock, which a process holds while it writes a line.

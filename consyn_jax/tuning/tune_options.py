@@ -227,7 +227,7 @@ def _check_study(study: StudyOptions) -> None:
     """
     if not study.search:
         raise UserError(
-            "There is no flag to vary. Give --search, as in --search lr=1e-4:1e-2:log "
+            "No flag varies. Give --search, as in --search lr=1e-4:1e-2:log "
             "weight_decay=0:0.3, or --ladder."
         )
     if study.trials is not None and study.trials < 1:

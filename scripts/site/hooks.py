@@ -1,8 +1,8 @@
 """Hooks of mkdocs: pages that are made from the code, and links that leave docs/.
 
-Made at every build, so they cannot be out of date: a page for each command from its parser, and the
-page of the notebook. A link from docs/ to another file of the repository (a test, a record, the
-README) leads to a copy of that file in the site.
+Made at every build, so they cannot be out of date: a page for each command from its parser, the
+settings of other trainers, and the page of the notebook. A link from docs/ to another file of the
+repository (a test, a record, the README) leads to a copy of that file in the site.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from command_pages import command_modules, command_page
+from foreign_page import foreign_page
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from notebook_page import notebook_page
@@ -27,6 +28,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
     for name, module in command_modules().items():
         add(f"reference/{name}.md", content=command_page(name, module))
+    add("reference/other-trainers.md", content=foreign_page())
     for file in list(files):
         if file.src_uri.endswith(".ipynb"):
             content = notebook_page((ROOT / "docs" / file.src_uri).read_text(encoding="utf-8"))

@@ -231,6 +231,24 @@ def test_a_closed_terminal_changes_no_exit_code(tmp_path: Path) -> None:
     assert child.wait(60) == 75
 
 
+PIPED = """
+import sys
+from consyn_jax.cli.exit_codes import exit_code
+sys.exit(exit_code("consyn-x", lambda: [print("line") for _ in range(100_000)]))
+"""
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = [sys.executable, "-c", PIPED]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        assert child.stdout.readline() == b"line\n"
+        child.stdout.close()
+        assert child.stderr.read() == b""
+        assert child.wait(60) == 0
+
+
 def test_in_a_thread_no_handlers_are_set() -> None:
     codes: list[int] = []
     thread = threading.Thread(target=lambda: codes.append(exit_code("consyn-x", lambda: None)))

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from consyn_jax.distributed.gpu_clocks import ClockState
 from consyn_jax.doctor.gpu_checks import check_clocks, check_driver, check_gpus
-from consyn_jax.doctor.gpu_facts import ClockState, DriverState, GpuState
+from consyn_jax.doctor.gpu_facts import DriverState, GpuState
 from consyn_jax.doctor.machine_findings import FAIL, INFO, PASS, WARN, Finding
 
 H100 = GpuState(

@@ -7,13 +7,8 @@ from typing import Any
 
 import pytest
 
-from consyn_jax.doctor.gpu_facts import (
-    ClockState,
-    DriverState,
-    GpuState,
-    read_clocks,
-    read_driver,
-)
+from consyn_jax.distributed.gpu_clocks import ClockState, read_clocks
+from consyn_jax.doctor.gpu_facts import DriverState, GpuState, read_driver
 
 
 class NVMLError(Exception):
@@ -49,6 +44,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         nvmlShutdown=lambda: None,
         nvmlDeviceGetCount=lambda: 2,
         nvmlDeviceGetHandleByIndex=lambda i: i,
+        nvmlDeviceGetHandleByUUID=lambda uuid: int(uuid[-1]),
         nvmlSystemGetCudaDriverVersion_v2=lambda: 12040,
         nvmlSystemGetDriverVersion=lambda: b"550.54.14",
         nvmlDeviceGetName=lambda handle: b"NVIDIA A100-SXM4-80GB",
@@ -77,6 +73,7 @@ def test_what_nvml_reports(nvml: Any, tmp_path: Path) -> None:
         ),
     )
     assert read_clocks() == (ClockState(1200, 0x24), ClockState(None, 0))
+    assert read_clocks(["GPU-1"]) == (ClockState(None, 0),)
 
 
 def test_linux_says_something_without_nvml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,8 @@
 import jax
 import pytest
 
+from consyn_jax.distributed.gpu_clocks import ClockState
 from consyn_jax.doctor.examination import under_load
-from consyn_jax.doctor.gpu_facts import ClockState
 from consyn_jax.doctor.machine_findings import FAIL, INFO, PASS, WARN
 from consyn_jax.doctor.speed_checks import check_speeds
 from consyn_jax.doctor.speed_facts import Speed, Work, measure_speed

@@ -124,6 +124,12 @@ def test_the_limits_of_this_machine_are_the_systems_own() -> None:
     assert check_limits(found, 0)[1].status == FAIL
 
 
+@pytest.mark.parametrize(("text", "most"), [("150000 100000\n", 2), ("max 100000\n", 10**6)])
+def test_the_quota_of_a_container_counts(text: str, most: int, tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text(text)
+    assert system_facts._cores(tmp_path / "cpu.max") == min(most, len(os.sched_getaffinity(0)))
+
+
 def test_the_disk_of_this_machine(tmp_path: Path) -> None:
     found = read_storage(tmp_path / "no" / "such", measure=True, probe_bytes=16 << 20)
     usage = shutil.disk_usage(tmp_path)

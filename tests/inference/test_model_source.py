@@ -106,7 +106,7 @@ def test_the_files_of_a_directory_are_read_only_when_they_are_asked_for(run: Pat
     [
         ("verse", None, "is the name of an architecture, for which no weights are published"),
         ("nothing", None, "nothing is not a model: no such directory"),
-        ("Some/Model", 4, "--step 4 is for a run, but Some/Model is a hub id"),
+        ("Some/Model", 4, "--step 4 is for a local run, not for Some/Model"),
         ("run", 3, "has no checkpoint of step 3. Its checkpoints are: 2, 4"),
         ("run/final", 2, "--step 2 is for a run, but run/final is not one"),
         ("run/checkpoints", None, "contains the checkpoints of a run. Give run, with --step"),

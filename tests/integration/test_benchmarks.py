@@ -51,6 +51,40 @@ def test_a_rehearsal_runs_all_parts(tmp_path: Path) -> None:
         assert f"## {name}" in out.with_suffix(".md").read_text()
 
 
+def test_chapters_fit_a_short_slot_and_exactness_comes_first(gpu_report: Any) -> None:
+    """Parts that share the GPU run at once; what is timed runs alone."""
+    names = list(gpu_report.CHAPTERS)
+    assert names[:6] == ["exactness", "verse", "stanza", "documents", "attention", "fp8"]
+    for parts in gpu_report.CHAPTERS.values():
+        together = [part.estimate_s for part in parts if part.gpu == "all"]
+        alone = sum(part.estimate_s for part in parts if part.gpu != "all")
+        assert alone + max(together, default=0.0) <= gpu_report.CHAPTER_S
+    assert [part.name for part in gpu_report.chosen(["exactness", "fp8"], tiny=False)] == [
+        "exactness",
+        "fp8",
+    ]
+
+
+def test_attention_ends_in_its_budget(gpu_report: Any) -> None:
+    """What does not fit is named."""
+    import attention
+
+    found = attention.measure(tiny=True, budget_s=0.0)
+    assert len(found["rows"]) == 1
+    assert set(found["not_here"].values()) == {"no time was left"}
+    assert all(row["right"] for row in attention.measure(tiny=True)["rows"])
+
+
+@pytest.mark.slow
+def test_exactness_at_a_small_size(gpu_report: Any) -> None:
+    """On a CPU nothing is chosen by timing."""
+    import gpu_checks
+
+    found = gpu_checks.exactness(tiny=True)
+    assert [row["ok"] for row in found["rows"]] == [True] * 4
+    assert found["choices_kept"] == 0
+
+
 def test_a_part_that_hangs_or_fails_is_reported(gpu_report: Any) -> None:
     hangs = gpu_report.run_part(
         gpu_report.PARTS[0], tiny=True, limit_s=0.05, environment=dict(os.environ)

@@ -286,9 +286,10 @@ def test_a_server_that_fails_for_a_while_costs_nothing_but_a_warning(
 def test_a_server_that_is_down_at_the_end_is_waited_for_and_not_for_ever(
     nursery: Nursery, server: Server, whole: Run, tmp_path: Path
 ) -> None:
-    child = start(nursery, server, tmp_path / "one", "end", exit_s=1.0, step_s=0.1)
+    child = start(nursery, server, tmp_path / "one", "end", exit_s=1.0, held=11)
     await_mark(child, server, "end", 5)
     server.gate.mode = "down"
+    (tmp_path / "one" / "go").touch()
     assert child.wait() == 0, child.said
     assert "The same command uploads the rest from here." in child.said
     server.gate.mode = "open"

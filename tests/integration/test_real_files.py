@@ -254,7 +254,7 @@ KINDS: list[tuple[Callable[[Path], Path], tuple[str, ...]]] = [
         (
             r"rows +read 50 as text\n",
             r"validation +1 file by name: .*validation\.jsonl",
-            r"README\.md \(is beside the data",
+            r"README\.md \(accompanies the data",
             r"test\.jsonl \(is test data",
         ),
     ),

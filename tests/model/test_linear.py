@@ -1,9 +1,11 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from consyn_jax.model.linear import linear
+from consyn_jax.model.linear import linear, linear_pair
 
 
 @pytest.mark.parametrize("lead", [(7,), (2, 5), (2, 3, 4)])
@@ -29,3 +31,22 @@ def test_in_bf16_the_weights_gradient_is_summed_in_float32() -> None:
     np.testing.assert_allclose(
         dw, np.asarray(x, np.float64).T @ np.asarray(dy, np.float64), rtol=1e-4, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("recast", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_pair_is_two_products(dtype: Any, recast: bool) -> None:
+    """Outputs and gradients; that of the input is summed before it is rounded."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (2, 8, 16), dtype)
+    w, v = (jax.random.normal(key, (16, 24)) for key in keys[1:3])
+    dy = jax.random.normal(keys[3], (2, 8, 2, 24), dtype)
+    both, pull = jax.vjp(lambda *given: linear_pair(*given, recast), x, w, v)
+    expected, pull_each = jax.vjp(lambda x, w, v: (linear(x, w), linear(x, v)), x, w, v)
+    found = both[..., 0, :], both[..., 1, :]
+    gradients = zip(pull(dy), pull_each((dy[..., 0, :], dy[..., 1, :])), strict=True)
+    bound = 1e-6 if dtype == jnp.float32 else 1e-2
+    for a, b in (*zip(found, expected, strict=True), *gradients):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        error = jnp.linalg.norm((a - b).astype(jnp.float32))
+        assert float(error / jnp.linalg.norm(b.astype(jnp.float32))) <= bound

@@ -45,3 +45,13 @@ def with_length_twice(program: list[Instruction], prime: int) -> list[tuple[str,
         for shape in shapes
         if math.prod(shape) and math.prod(shape) % prime**2 == 0
     ]
+
+
+def unordered(program: list[Instruction]) -> list[str]:
+    """Operations whose results can depend on the order in which the threads of a GPU come."""
+    return [
+        instruction.name
+        for instruction in program
+        if instruction.operation == "select-and-scatter"
+        or (instruction.operation == "scatter" and "unique_indices=true" not in instruction.rest)
+    ]

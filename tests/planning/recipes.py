@@ -1,9 +1,14 @@
 """The shipped recipes, compiled once for GPUs that are not here."""
 
+import os
+import re
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
 
 from consyn_jax.config import RunConfig, architecture
 from consyn_jax.config_file import read_config_file
@@ -13,6 +18,16 @@ from consyn_jax.planning.compiled import Instruction, instructions
 from consyn_jax.resolve import resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+VERSE, STANZA = "verse-1xh200", "stanza-8xh200"  # heads of 64 and 128
+# The default steps on the GPUs whose kernels are looked at.
+STEPS = [
+    *((VERSE, gpu) for gpu in ("h200", "b200", "a100", "rtx4090", "rtx3090", "l40s")),
+    (STANZA, "h200"),
+    *(
+        pytest.param(STANZA, gpu, marks=[pytest.mark.slow, pytest.mark.exhaustive])
+        for gpu in ("b200", "a100", "rtx4090", "rtx3090", "l40s")
+    ),
+]
 
 
 def recipe(name: str, changes: dict[str, Any]) -> tuple[ModelConfig, RunConfig]:
@@ -47,3 +62,24 @@ def attention_calls(kernels: dict[str, int]) -> tuple[int, ...]:
     names = [f"document_attention_{kernel}" for kernel in ("forward", "queries", "keys")]
     assert {name for name in kernels if "attention" in name or "fmha" in name} == set(names)
     return tuple(kernels[name] for name in names)
+
+
+class Dumped(NamedTuple):
+    """A step as it was compiled, its instructions, and the PTX of each kernel by its name."""
+
+    program: CompiledProgram
+    instructions: list[Instruction]
+    ptx: dict[str, str]
+
+
+@cache
+def dumped(name: str, gpu: str) -> Dumped:
+    """One layer of a recipe's step for one GPU, with the kernels' code."""
+    changes = {"num_layers": 1, "batch_size": 4, "gradient_accumulation_steps": 1}
+    with tempfile.TemporaryDirectory() as place:
+        text = Path(place) / "program"
+        with mock.patch.dict(os.environ, XLA_FLAGS=f"--xla_dump_to={place}/dump"):
+            program = compile_train_step(*recipe(name, changes), f"{gpu}:1x1", text)
+        files = [path.read_text() for path in Path(place).glob("dump/*train_step*.ptx")]
+        ptx = {kernel: file for file in files for kernel in re.findall(r"\.entry (\w+)", file)}
+        return Dumped(program, instructions(text.read_text()), ptx)

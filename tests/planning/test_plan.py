@@ -15,6 +15,7 @@ from consyn_jax.cli.train import main
 from consyn_jax.config import REMAT_POLICIES, RunConfig, architecture
 from consyn_jax.data.store import TokenStoreWriter
 from consyn_jax.distributed.auto_mesh import FITS
+from consyn_jax.distributed.hardware import DESCRIBED
 from consyn_jax.distributed.mesh import AXES, check_batch, check_model
 from consyn_jax.errors import UserError
 from consyn_jax.flags import with_flags
@@ -237,6 +238,17 @@ def test_a_small_head_leaves_room_for_more_logits() -> None:
     )
 
 
+def test_a_large_gpu_holds_more_logits_at_once() -> None:
+    """A twentieth of its memory, up to 8,192 tokens; never less than on an unknown one."""
+    head, words, h200 = 2 * 49_152 * 768, 49_152, DESCRIBED["h200"].memory_bytes
+    large = logits_at_once(head, words=words, gpu_bytes=h200)
+    assert large == 8192 * words
+    assert chunk_tokens(65_536, words, large) == 8192
+    small = logits_at_once(head, words=words, gpu_bytes=8 * 2**30)
+    assert small == logits_at_once(head, words=words) == logits_at_once(head)
+    assert logits_at_once(2**31, words=2**18, gpu_bytes=h200) * 6 + 2**31 <= 0.05 * h200
+
+
 def test_the_command_prints_the_page_and_can_read_the_recipe_it_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -281,7 +293,7 @@ def test_the_vocabulary_is_that_of_the_token_store(tmp_path: Path) -> None:
     ("given", "sentence"),
     [
         (["--topology", "h200:1x8"], "--topology needs --dry_run"),
-        (["--dry_run", "--fit"], "--fit needs --topology, the GPUs to fit"),
+        (["--dry_run", "--fit"], "--fit needs --topology, the devices to fit"),
         (["--dry_run", "--topology", "h200:3x"], "is not of the form GPU:HOSTSxGPUS"),
         (["--dry_run", "--topology", "h200:1x3"], "--batch_size 8 does not divide over 3 devices"),
         (

@@ -18,7 +18,11 @@ from consyn_jax.planning.plan_page import page
 from consyn_jax.planning.topology import parse_topology
 from consyn_jax.resolve import resolve
 
-KERNELS = {f"splash_mha_{part}" for part in ("fwd_residuals", "dq", "dkv")}
+KERNELS = {  # of attention in documents, forward and backward for queries and for keys
+    "splash_mha_fwd_segmented_residuals",
+    "splash_mha_dq_segmented_no_residuals",
+    "splash_mha_dkv_segmented_no_residuals",
+}
 
 
 def planned(model: str, topology: str, **flags: Any) -> Plan:

@@ -343,3 +343,18 @@ def test_recomputing_and_unrolling_change_nothing(packed: dict[str, np.ndarray])
         assert float(loss) == pytest.approx(float(again), rel=1e-6)
         for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(kept), strict=True):
             assert np.linalg.norm(ours - theirs) <= 1e-6 * np.linalg.norm(theirs)
+
+
+def test_the_learning_rate_of_a_logged_step_is_computed_on_the_host() -> None:
+    """A device that computes a step would answer only after it."""
+    seen: set[jax.Device] = set()
+
+    def schedule(count: Any) -> jax.Array:
+        rate = jnp.float32(0.5) * count
+        seen.update(rate.devices())
+        return rate
+
+    program = Program(TINY, Compute(), adamw(TINY, 0.1), 1.0, mesh_of(fsdp=8), schedule=schedule)
+    with jax.default_device(jax.devices()[5]):  # in the place of a GPU
+        assert program.learning_rate(3) == 1.5
+    assert seen == {jax.local_devices(backend="cpu")[0]}

@@ -57,7 +57,7 @@ def test_the_text_of_a_dimension_reads_back() -> None:
         ("--search eval_steps=1:5", "--eval_steps cannot vary"),
         ("--search max_steps=1:5", "--max_steps cannot vary"),
         ("--search output=a,b", "--output cannot vary"),
-        ("", "no flag to vary"),
+        ("", "No flag varies"),
         ("--search lr=1:2 --metric eval/los", "did you mean eval/loss?"),
         ("--search lr=1:2 --metric train/loss", "not an evaluation metric"),
         ("--search lr=1:2 --metric eval/rewards/margins", "is refused"),

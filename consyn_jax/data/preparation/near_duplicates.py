@@ -74,11 +74,11 @@ def signature(text: str) -> UInt32[np.ndarray, "128"]:
 
 
 def bands_and_rows(threshold: float) -> tuple[int, int]:
-    """Choose (bands, rows per band): the most rows with which pairs at the threshold are found.
+    """Choose (bands, rows per band).
 
-    A pair of that similarity agrees in all rows of some band with probability 1 - (1 -
-    threshold^rows)^bands, which must be at least `RECALL`. More rows mean fewer needless
-    comparisons and fewer keys in memory.
+    A pair of documents whose similarity is `threshold` agrees in all rows of some band with
+    probability 1 - (1 - threshold^rows)^bands. This must be at least `RECALL`. Of the choices that
+    reach it, the one with the most rows has the fewest needless comparisons and keys in memory.
 
     >>> bands_and_rows(0.8), bands_and_rows(0.5), bands_and_rows(1.0)
     ((18, 7), (42, 3), (1, 128))

@@ -284,9 +284,10 @@ def _look_into_directory(
 
 
 def _files_in(directory: Path) -> list[Path]:
-    """List, sorted, the files below a directory and the subdirectories that are not searched.
+    """List, sorted, all files below a directory.
 
-    Hidden files and directories are ignored.
+    A subdirectory that is not searched is listed itself, in place of its files. Hidden files and
+    directories are left out.
     """
     found: list[Path] = []
     for place, directories, names in os.walk(directory):

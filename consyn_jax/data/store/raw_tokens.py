@@ -115,7 +115,7 @@ class _RawFile:
     def _look(self) -> None:
         state = self._looked_at()
         if state[0] != self._state[0]:
-            raise self._changed(f"it had {self._state[0]:,} bytes and has {state[0]:,}")
+            raise self._changed(f"it had {self._state[0]:,} bytes and now has {state[0]:,}")
         if state != self._state:
             raise self._changed("its modification time changed")
         if self._sampled() != self._samples:

@@ -216,13 +216,15 @@ class Shard(Tokens):
             last = int(starts[-1])
         self._compare(digest, self._index, "index_sha256")
         if not rising or last >= self.num_tokens:
-            raise _damaged(f"the document starts in {self._index.path} do not rise from 0")
+            raise _damaged(
+                f"the positions of documents in {self._index.path} do not begin at 0 and increase"
+            )
         self._index_verified = True
 
     def _verify_tokens(self) -> None:
-        """Check the tokens, and find out whether the last id is the `delimiter` of the documents.
+        """Check the tokens, and find out whether the final token is the documents' `delimiter`.
 
-        A single pass computes the checksum, the largest id, and the positions of the last id.
+        One pass computes the checksum, the largest id, and all positions of the final token's id.
         """
         final = np.empty(1, self.dtype)
         self._tokens.read(self.num_tokens - 1, final)

@@ -269,7 +269,7 @@ def _check_spaces(content: Mapping[str, Any]) -> bool:
         elif step["type"] == "Replace" and step["content"] == SPACE:
             replaces = replaces or step["pattern"] == {"String": " "}
         else:
-            raise _refused(f"it changes text first ({step['type']} of {step.get('pattern')})")
+            raise _refused(f"it changes text before it splits it (normalizer {step['type']})")
     if splitter.get("type") == "Metaspace":
         replaces = splitter["replacement"] == SPACE
         adds = adds or splitter.get("prepend_scheme", "always") != "never"

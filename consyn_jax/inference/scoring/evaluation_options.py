@@ -91,7 +91,7 @@ class EvaluateAnswerOptions:
         256, "maximum number of tokens of a generated answer, if the row has no max_tokens"
     )
     stop: tuple[str, ...] = flag(
-        (), r"stop strings of generated answers, if the row has no stop; \n is a newline"
+        (), r"stop strings of generated answers, if the row has no field stop; \n is a newline"
     )
     temperature: float = flag(
         0.0, "sampling temperature of generated answers; 0 always takes the likeliest token"

@@ -65,7 +65,7 @@ class SamplingOptions:
         "and multiply their negative logits (1)",
     )
     seed: int = flag(0, "sampling seed; each text has independent draws")
-    num_return_sequences: int = flag(1, "texts for each prompt", aliases=("n",))
+    num_return_sequences: int = flag(1, "number of texts for each prompt", aliases=("n",))
     stop: tuple[str, ...] = flag(
         (), r"stop strings: texts that end a continuation, and are left out of it"
     )

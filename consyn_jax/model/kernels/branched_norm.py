@@ -29,7 +29,11 @@ MAX_WARPS = 16
 
 
 def branched_norm(
-    x_BTD: Float[Array, "B T D"], scale_D: Float[Array, " D"], eps: float, uses: int
+    x_BTD: Float[Array, "B T D"],
+    scale_D: Float[Array, " D"],
+    eps: float,
+    uses: int,
+    added_BTD: Float[Array, "B T D"] | None = None,
 ) -> tuple[Float[Array, "B T D"], ...]:
     """Return x and `uses` copies of `rms_norm(x, scale, eps)`, one for each matmul that reads it.
 
@@ -40,14 +44,18 @@ def branched_norm(
     Args:
         eps: Added to the mean square; must be above zero.
         uses: Number of matmuls that read the norm.
+        added_BTD: A branch that is added to x first, rounded to the dtype of x.
     """
     sizes = mesh_sizes()
-    if math.prod(sizes.values()) > math.prod(
+    splits_readers = math.prod(sizes.values()) > math.prod(
         sizes[axis] for axis in split_axes(sizes, "batch", "sequence")
-    ):
-        x, normed = _branched_norm(x_BTD, scale_D, eps, 1)
-        return x, *[normed] * uses
-    return _branched_norm(x_BTD, scale_D, eps, uses)
+    )
+    kernel_uses = 1 if splits_readers else uses
+    if added_BTD is None:
+        x, *normed = _branched_norm(x_BTD, scale_D, eps, kernel_uses)
+    else:
+        x, *normed = _added_norm(x_BTD, added_BTD, scale_D, eps, kernel_uses)
+    return x, *(normed * uses if splits_readers else normed)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -69,8 +77,31 @@ def _backward(eps: float, uses: int, saved: Any, gradients: tuple[jax.Array, ...
 _branched_norm.defvjp(_forward, _backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _added_norm(x: Any, added: Any, scale: Any, eps: float, uses: int) -> Any:
+    return _added_forward(x, added, scale, eps, uses)[0]
+
+
+def _added_forward(x: Any, added: Any, scale: Any, eps: float, uses: int) -> Any:
+    x, normed = _on_the_mesh(_added_norm_forward, scale, (x, added), eps, sums=0, outputs=2)
+    return (x, *[normed] * uses), (x, scale)
+
+
+def _added_backward(eps: float, uses: int, saved: Any, gradients: tuple[jax.Array, ...]) -> Any:
+    dx, dscale = _backward(eps, uses, saved, gradients)
+    return dx, dx, dscale
+
+
+_added_norm.defvjp(_added_forward, _added_backward)
+
+
 def _on_the_mesh(
-    kernel: Any, scale: Any, arrays: tuple[jax.Array, ...], eps: float, sums: int
+    kernel: Any,
+    scale: Any,
+    arrays: tuple[jax.Array, ...],
+    eps: float,
+    sums: int,
+    outputs: int = 1,
 ) -> Any:
     """Run a forward or backward kernel on each device's tokens, by `shard_map`.
 
@@ -80,28 +111,31 @@ def _on_the_mesh(
     axes = split_axes(mesh_sizes(), "batch", "sequence")
 
     def local(scale: Any, *arrays: Any) -> Any:
-        out, *partial_sums = _call(kernel, scale, arrays, eps, sums)
-        return out, *(jax.lax.psum(jnp.sum(a, axis=0), axes) for a in partial_sums)
+        found = _call(kernel, scale, arrays, eps, sums, outputs)
+        summed = (jax.lax.psum(jnp.sum(a, axis=0), axes) for a in found[outputs:])
+        return *found[:outputs], *summed
 
     tokens, whole = ("batch", "sequence", None), (None,)
-    inputs, outputs = (whole, *[tokens] * len(arrays)), (tokens, *[whole] * sums)
-    return on_each_device(local, inputs, outputs)(scale, *arrays)
+    inputs, results = (whole, *[tokens] * len(arrays)), (*[tokens] * outputs, *[whole] * sums)
+    return on_each_device(local, inputs, results)(scale, *arrays)
 
 
-def _call(kernel: Any, scale: Any, arrays: tuple[jax.Array, ...], eps: float, sums: int) -> Any:
-    """Run a kernel; return an array [B, T, D] and `sums` float32 arrays [programs, D]."""
+def _call(
+    kernel: Any, scale: Any, arrays: tuple[jax.Array, ...], eps: float, sums: int, outputs: int
+) -> Any:
+    """Run a kernel; return `outputs` arrays [B, T, D] and `sums` float32 arrays [programs, D]."""
     B, T, D = arrays[0].shape
     assert B * T * D < 2**31, "kernels count elements in 32 bits"
     width, programs = pl.next_power_of_2(D), pl.cdiv(B * T, ROWS)
     # Blocks are wider than the array if D is not a power of two; the kernels mask the excess.
     rows = pl.BlockSpec((ROWS, width), lambda i: (i, 0))
-    out, *summed = pl.pallas_call(
+    found = pl.pallas_call(
         partial(kernel, num_rows=B * T, dim=D, eps=eps),
         grid=(programs,),
         in_specs=[pl.BlockSpec((width,), lambda i: (0,)), *[rows] * len(arrays)],
-        out_specs=[rows, *[pl.BlockSpec((None, width), lambda i: (i, 0))] * sums],
+        out_specs=[*[rows] * outputs, *[pl.BlockSpec((None, width), lambda i: (i, 0))] * sums],
         out_shape=[
-            jax.ShapeDtypeStruct((B * T, D), arrays[0].dtype),
+            *[jax.ShapeDtypeStruct((B * T, D), arrays[0].dtype)] * outputs,
             *[jax.ShapeDtypeStruct((programs, D), jnp.float32)] * sums,
         ],
         compiler_params=pltriton.CompilerParams(
@@ -109,7 +143,7 @@ def _call(kernel: Any, scale: Any, arrays: tuple[jax.Array, ...], eps: float, su
         ),
         name=kernel.__name__.strip("_"),
     )(scale, *(a.reshape(B * T, D) for a in arrays))
-    return out.reshape(B, T, D), *summed
+    return *(a.reshape(B, T, D) for a in found[:outputs]), *found[outputs:]
 
 
 # ------------------------------------------------------------------------------------------ kernels
@@ -138,6 +172,19 @@ def _branched_norm_forward(scale_ref, x_ref, out_ref, *, num_rows, dim, eps):
 
     def row_step(row, carry):
         x = load(x_ref.at[row], exists)
+        store(out_ref.at[row], x * jax.lax.rsqrt(jnp.sum(x * x) / dim + eps) * scale, exists)
+        return carry
+
+    jax.lax.fori_loop(0, rows, row_step, 0)
+
+
+def _added_norm_forward(scale_ref, x_ref, added_ref, sum_ref, out_ref, *, num_rows, dim, eps):
+    exists, rows, scale = _load_common(scale_ref, num_rows, dim)
+
+    def row_step(row, carry):
+        x = load(x_ref.at[row], exists) + load(added_ref.at[row], exists)
+        x = x.astype(sum_ref.dtype).astype(jnp.float32)  # the norm is that of the stored sum
+        store(sum_ref.at[row], x, exists)
         store(out_ref.at[row], x * jax.lax.rsqrt(jnp.sum(x * x) / dim + eps) * scale, exists)
         return carry
 

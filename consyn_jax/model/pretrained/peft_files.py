@@ -250,7 +250,7 @@ class _Place(NamedTuple):
 
 
 def _places(config: ModelConfig, options: LoraOptions) -> Iterator[list[_Place]]:
-    """Yield the positions of the adapters in each tensor that has one, in file order."""
+    """Yield, for each weight tensor with adapters, their positions; in the order of the file."""
     for tensor in hf_tensors(config):
         parts = [p for p in tensor.parts if p.layer is not None and p.path[-1] in options.targets]
         if parts:

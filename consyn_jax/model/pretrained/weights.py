@@ -227,7 +227,8 @@ def _reader(
     """Return a function that reads a slice of a parameter from the tensors that hold its layers.
 
     Args:
-        places: For each layer, the tensor and the rows in it; one entry outside the blocks.
+        places: The tensor and its rows, for each layer; a single entry for a parameter outside
+            the blocks.
     """
 
     def one(tensor: Tensor, part: Part, index: tuple[slice, ...]) -> np.ndarray:

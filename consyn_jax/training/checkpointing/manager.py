@@ -21,6 +21,7 @@ from consyn_jax.errors import UserError, brief, counted
 from consyn_jax.training.checkpointing.checkpoint_files import STATE, damage, saved_steps
 from consyn_jax.training.checkpointing.commit import (
     RECORD,
+    Written,
     WrittenPart,
     deleted,
     discard,
@@ -54,23 +55,22 @@ class Checkpoints:
 
     Every process of the run must make the same calls in the same order.
 
-    If the operating system refuses to write a checkpoint (disk full, no permission, broken disk),
-    the run continues without it. Then `warn` is called, but not again until a save has succeeded.
-    Any other error of the background thread is raised by the next `save`, `wait` or `close`.
+    If the system refuses to write a checkpoint, as on a full disk, the run continues without it and
+    `warn` is called once until a save succeeds. The next `save`, `wait` or `close` raises any other
+    error of the background thread.
 
     Args:
         keep_last: Number of newest checkpoints to keep.
         keep_every: Also keep checkpoints whose step is a multiple of this.
-        warn: Function for warnings about checkpoints that are damaged or could not be written;
-            called in the thread of the caller.
+        warn: Called in the caller's thread with warnings about damaged or unwritten checkpoints.
         owner: The run to which the checkpoints must belong; None accepts any run.
-        before_commit: Function that flushes other files of the run before a checkpoint is
-            committed, and raises `UserError` if the directory no longer belongs to this run. Called
-            in process 0, in the background thread.
+        before_commit: Flushes other files of the run before a checkpoint is committed, in process
+            0's background thread; raises `UserError` if the directory belongs to another run.
 
     Attributes:
         provenance: Function that makes the content of provenance.json from a step and the hashes of
             the state's files; None for checkpoints without this file.
+        written: The last two writes of this process.
         damaged: Step of each damaged checkpoint that `newest` has found -> reason. `delete_after`
             renames these checkpoints.
 
@@ -89,6 +89,7 @@ class Checkpoints:
     ) -> None:
         self.directory = directory.absolute()
         self.damaged: dict[int, str] = {}
+        self.written: tuple[Written, ...] = ()
         self._keep_last, self._keep_every, self._warn = keep_last, keep_every, warn
         self._owner, self.before_commit = owner, before_commit
         self.provenance: Callable[[int, dict[str, str]], str] | None = None
@@ -279,6 +280,7 @@ class Checkpoints:
             # The next save removes files that Orbax still writes after this removal.
             self._exchange.on_first(lambda: discard(target))
             return self._not_written(step, reason)
+        self.written = (*self.written[-1:], *filter(None, [part.written]))
         steps = [*self._steps, step]
         kept = kept_steps(steps, self._keep_last, self._keep_every)
         old = [other for other in steps if other not in kept]

@@ -57,8 +57,8 @@ class StepStatistics(NamedTuple):
     """Statistics of a step, replicated to every process.
 
     Attributes:
-        activations: Statistics by part of the forward pass, with shape [A, L] for the blocks, [A,
-            chunks] for the head (chunks of positions), and [A] for other parts.
+        activations: Statistics by part of the forward pass, for each of the A micro-batches: [A, L]
+            for the blocks, [A, chunks] for the head (chunks of positions), [A] for other parts.
         sequences: Whether each sequence has a non-finite activation.
         gradients, weights: Trees of statistics in the structure of the parameters; with shape [L]
             for stacked parameters.

@@ -102,7 +102,7 @@ def lr_warning(lr: float, optimizer: str, from_weights: bool, factor: float = 1.
     """Warn if the peak rate is too low for training from scratch, or too high for fine-tuning.
 
     Args:
-        factor: Factor of the usual rates, for an adapter.
+        factor: Multiplies the usual rates; above 1 for an adapter.
 
     >>> lr_warning(3e-5, "adamw", from_weights=False)
     '--lr 3e-05 is low for training from scratch with adamw; 5e-05 or more is usual. Rates as low as

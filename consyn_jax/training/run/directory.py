@@ -30,6 +30,7 @@ ENTRIES = (
     CONFIG,
     RUN_JSON,
     PROVENANCE,
+    "kernels.json",
     "metrics.jsonl",
     TOKENIZER,
     CHECKPOINTS,

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
 import resource
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
 
 from consyn_jax.data.loader import Order
 from consyn_jax.data.mixture import Mixture
+from consyn_jax.distributed.process_group import gather
 from consyn_jax.training.checkpointing.run_state import Progress
-from consyn_jax.training.logging.advice import Advice, RunSettings, Usage
+from consyn_jax.training.logging.advice import Advice, ProcessUsage, RunSettings, Usage
+from consyn_jax.training.logging.clock_watch import ClockWatch
 from consyn_jax.training.logging.console import Console
 from consyn_jax.training.logging.live.activities import ACTIVITIES, ActivityClock, key
 from consyn_jax.training.logging.live.history import History
 from consyn_jax.training.logging.metrics import MetricsLog
 from consyn_jax.training.logging.stopwatch import Stopwatch
 from consyn_jax.training.logging.tracking.callbacks import Callbacks
+from consyn_jax.training.step import TrainState
+
+COMPARED = 20  # lines between two comparisons of the processes
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,9 @@ class Recorder:
         learning_rate: Function from a number of updates to the learning rate, without the factor of
             a plateau.
         settings: Settings on which advice depends.
+        writes: Bytes and seconds of the last two checkpoints.
+        histograms: Function that makes histograms of a state; None if they are not wanted.
+        clocks: Watches the GPUs for throttling.
         stopwatch: Stopwatch that is restarted when the loop begins.
         activities: Time spent on each activity.
         history: The log so far, for the page of the run; kept only in the process that writes.
@@ -65,6 +75,9 @@ class Recorder:
     last: dict[str, float]
     learning_rate: Callable[[int], float]
     settings: RunSettings
+    writes: Callable[[], Sequence[tuple[int, float]]] = tuple
+    histograms: Callable[[TrainState], Mapping[str, Any]] | None = None
+    clocks: ClockWatch = field(default_factory=ClockWatch)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     activities: ActivityClock = field(default_factory=ActivityClock)
     history: History = field(default_factory=History)
@@ -170,6 +183,8 @@ class Recorder:
         clipped, losses = line["train/clipped_fraction"], progress.recent.losses
         usage = self._usage(line)
         self._advise(progress.adviser.line(progress.step, clipped, losses, usage, self.settings))
+        if jax.process_count() > 1 and progress.step % (COMPARED * lengths.logging_steps) == 0:
+            self._compare_processes(usage)
 
     def evaluation(self, values: dict[str, float]) -> dict[str, Any]:
         """Record the metrics of an evaluation, and print advice about its loss.
@@ -184,11 +199,17 @@ class Recorder:
             self._advise(progress.adviser.evaluation(*known))
         return line
 
+    def tell_evaluation(self, line: dict[str, Any], state: TrainState) -> None:
+        """Tell the callbacks of an evaluation, with histograms of the state if they are wanted."""
+        if self.histograms is not None:
+            self.callbacks.run.histograms = self.histograms(state)
+        self.callbacks.evaluate(line)
+
     def _usage(self, line: dict[str, float]) -> Usage:
         """Time by activity since the first line of this process, and memory of its device."""
         self._first_line = first = self._first_line or line
         spent = {name: line[key(name)] - first[key(name)] for name in ACTIVITIES}
-        memory = jax.local_devices()[0].memory_stats() or {}
+        memory = memory_stats()
         limit = memory.get("bytes_limit")
         return Usage(
             seconds=sum(spent.values()),
@@ -196,7 +217,17 @@ class Recorder:
             evaluating=spent["evaluation"],
             saving=spent["saving"],
             memory_share=limit and memory["peak_bytes_in_use"] / limit,
+            mfu=line.get("throughput/mfu"),
+            writes=self.writes(),
+            throttled=self.clocks.throttled(),
         )
+
+    def _compare_processes(self, usage: Usage) -> None:
+        """Exchange what the processes measured; all of them call it at the same step."""
+        own = ProcessUsage(socket.gethostname(), usage.seconds, usage.waiting, usage.throttled)
+        texts = gather(json.dumps(asdict(own)))
+        everyone = [ProcessUsage(**json.loads(text)) for text in texts]
+        self._advise(self.progress.adviser.processes(self.progress.step, everyone))
 
     def _advise(self, found: list[Advice]) -> None:
         for advice in found:
@@ -230,7 +261,8 @@ class Recorder:
             )
         if lap.mfu is not None:
             line["throughput/mfu"] = lap.mfu
-        line["memory/peak_bytes"] = _peak_bytes(jax.local_devices()[0])
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        line["memory/peak_bytes"] = int(memory_stats().get("peak_bytes_in_use", own))
         return line | self.activities.values()
 
     def _look_for_spike(self, values: dict[str, float]) -> None:
@@ -246,9 +278,6 @@ class Recorder:
             self._advise(self.progress.adviser.spike(self.progress.step, self.settings))
 
 
-def _peak_bytes(device: jax.Device) -> int:
-    """Peak memory of the device in bytes; of this process if the device does not report it."""
-    memory = device.memory_stats() or {}
-    return int(
-        memory.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    )
+def memory_stats() -> dict[str, int]:
+    """The first device's own report of its memory; empty if it has none, as on CPUs."""
+    return jax.local_devices()[0].memory_stats() or {}

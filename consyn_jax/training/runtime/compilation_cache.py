@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shutil
 import time
 import warnings
 import zlib
@@ -22,6 +23,14 @@ from typing import Any
 import jax
 
 from consyn_jax.files import cache_directory, try_lock
+from consyn_jax.training.runtime.kernel_choices import (
+    CHOICES,
+    KERNELS,
+    MOST_CHOICES,
+    KernelChoices,
+    made_here,
+    read_kernels,
+)
 
 LIMIT_BYTES, LIMIT_ENTRIES = 2 << 30, 10_000
 TIDY_EVERY_S = 24 * 3600
@@ -34,11 +43,55 @@ SETTINGS: Mapping[str, float] = {
 }
 
 
-def enable_compilation_cache() -> str | None:
+def prepare_caches(run_directory: Path, continues: bool) -> list[tuple[str, str]]:
+    """Enable the cache for a run, with the kernels that its earlier starts used.
+
+    Args:
+        continues: whether a run in the directory would be resumed.
+
+    Returns:
+        Rows of the header: why programs are not kept, and on a GPU which bits are promised.
+
+    Raises:
+        UserError: the run's record of kernels is damaged.
+    """
+    kept = read_kernels(run_directory) if continues else None
+    refusal = enable_compilation_cache(kept)
+    rows = [] if refusal is None else [("compiled programs", refusal)]
+    on_gpu = jax.local_devices()[0].platform in ("gpu", "cuda")
+    return [*rows, ("kernels", _promise(kept))] if on_gpu else rows
+
+
+def _promise(kept: KernelChoices | None) -> str:
+    """Say when a resumed run on a GPU has the same bits."""
+    options: Any = jax.config
+    directory, here = options.jax_compilation_cache_dir, made_here()
+    differ = "so a resumed run can differ in the last bits"
+    if jax.process_count() > 1:
+        return f"chosen by each process for itself, {differ}"
+    if directory is None or not options.jax_enable_compilation_cache:
+        return f"chosen anew at each start, as compiled programs are not kept, {differ}"
+    if kept is None:
+        return (
+            f"chosen by timing on this machine and kept in {KERNELS}; a resumed run has the bits "
+            "of one that was never stopped"
+        )
+    if other := [f"{n} {kept.made_with.get(n)}" for n in here if here[n] != kept.made_with.get(n)]:
+        return f"those in {KERNELS} were chosen with {', '.join(other)}, {differ}"
+    if kept.conflicts(Path(directory) / CHOICES):
+        return f"others than in {KERNELS}, as this process has a cache with others, {differ}"
+    return f"those of {KERNELS}, so the run has the bits of one that was never stopped"
+
+
+def enable_compilation_cache(kept: KernelChoices | None = None) -> str | None:
     """Load programs that were compiled before, and store those that are compiled from now on.
 
     If the user has set `jax_compilation_cache_dir` or `jax_enable_compilation_cache` (or their
     environment variables), nothing is changed.
+
+    Args:
+        kept: the kernels of the run that is resumed. If this machine has chosen others, its
+            programs are left alone, and the run gets a directory of its own.
 
     Returns:
         Reason why the cache cannot be used; None if it is in use, or if the user has set it.
@@ -51,10 +104,17 @@ def enable_compilation_cache() -> str | None:
     if options.jax_compilation_cache_dir is not None or not options.jax_enable_compilation_cache:
         return None
     directory = cache_directory() / "programs" / _processor()
+    if kept is not None and kept.conflicts(directory / CHOICES):
+        directory = directory.with_name(f"{directory.name}-{kept.digest[:16]}")
     if reason := _refusal(directory):
         return f"not kept, as {directory} {reason}"
     if jax.process_index() == 0:  # JAX writes to the cache in this process only
         tidy(directory)
+        if kept is not None:
+            try:
+                kept.put(directory / CHOICES)
+            except OSError as error:
+                return f"not kept, as {directory} cannot be written ({error.strerror})"
     for name, value in SETTINGS.items():
         if name.upper() not in os.environ:
             jax.config.update(name, value)
@@ -97,8 +157,9 @@ def tidy(
 ) -> None:
     """Delete incomplete entries, then the least recently used entries above the limits.
 
-    Incomplete entries are left by kills. If the directory was tidied within the last day, nothing
-    is done. No error is raised.
+    A program and the choices of its kernels belong together, so choices are deleted only with all
+    programs, if there are too many. Incomplete entries are left by kills. If the directory was
+    tidied within the last day, nothing is done. No error is raised.
     """
     stamp, now = directory / STAMP, time.time()
     with suppress(OSError), stamp.open("a+") as file:
@@ -113,6 +174,9 @@ def tidy(
         file.write("tidied\n" if is_first else "")
         file.flush()
         os.utime(stamp, (now, now))
+        if sum(1 for _ in (directory / CHOICES).rglob("*")) > MOST_CHOICES:
+            shutil.rmtree(directory / CHOICES, ignore_errors=True)
+            limit_entries = 0
         total = 0
         for count, (_, size, path) in enumerate(_whole_entries(directory, before, now), 1):
             total += size
@@ -130,7 +194,8 @@ def _whole_entries(directory: Path, before: float, now: float) -> list[tuple[flo
     for path in directory.rglob("*"):
         with suppress(OSError):  # another process may be tidying, too
             found = path.stat()
-            if not path.is_file() or path == directory / STAMP:
+            is_choice = path.is_relative_to(directory / CHOICES)
+            if is_choice or not path.is_file() or path == directory / STAMP:
                 continue
             is_settled = now - found.st_mtime > SETTLED_S
             is_new = found.st_mtime > before - SETTLED_S

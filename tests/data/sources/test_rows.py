@@ -476,7 +476,7 @@ NO_ROW = {f"column {i:02d}": 0 for i in range(11)} | {"a" * 100: 0}
         (
             {"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]},
             RowKeys(),
-            "holds the weight 0.5 in message 1 under 'messages'; known are 0 and 1.",
+            "holds the weight 0.5 in message 1 under 'messages'; a weight must be 0 or 1.",
         ),
         (
             {"instruction": "a", "output": "b", "history": [["q", "a"]]},

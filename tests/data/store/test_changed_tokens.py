@@ -38,7 +38,7 @@ def read(split: StoreSplit, start: int = 50_000) -> np.ndarray:
     ("how", "said"),
     [
         ("ids out of range", "token ids outside the vocabulary|modification time"),
-        ("shorter", "it had 400,000 bytes and has 390,000"),
+        ("shorter", "it had 400,000 bytes and now has 390,000"),
         ("other tokens", "its modification time changed"),
         ("other tokens at the same time", "its content changed"),
         ("ids out of range at the same time", "token ids outside the vocabulary"),

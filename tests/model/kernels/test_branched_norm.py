@@ -74,6 +74,28 @@ def test_outputs_and_gradients_equal_the_reference(B: int, T: int, D: int, uses:
     assert max(errors(jax.jit(kernels)(*given), reference(*given))) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_branch_that_is_added_is_added_before_the_norm(dtype: Any) -> None:
+    """Sum and norm have the bits of the two steps; the branch has the gradient of the stream."""
+    scale, x, added, *given = inputs(2, ROWS // 2 + 3, 48, 2, dtype)
+    given.append(given[0] * 2)
+
+    def together(x: jax.Array, added: jax.Array, scale: jax.Array) -> Arrays:
+        return branched_norm(x, scale, EPS, 2, added)
+
+    def apart(x: jax.Array, added: jax.Array, scale: jax.Array) -> Arrays:
+        return branched_norm(x + added, scale, EPS, 2)
+
+    found, pull = jax.vjp(together, x, added, scale)
+    expected, pull_apart = jax.vjp(apart, x, added, scale)
+    gradients = tuple(given)
+    for a, b in (
+        *zip(found, expected, strict=True),
+        *zip(pull(gradients), pull_apart(gradients), strict=True),
+    ):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
 def test_half_precision_is_rounded_once() -> None:
     """Results are rounded at the end, with unit roundoff 2^-9; sums are not rounded."""
     given = inputs(2, 35, 48, 3, jnp.bfloat16)

@@ -200,7 +200,7 @@ def test_a_loss_that_never_falls_suggests_nothing() -> None:
         assert found.candidates == {}
         assert "No rate up to 1 lowered the loss by more than its noise." in found.reason
     rising_from_the_first = suggest(with_losses([*np.linspace(5, 8, 30), math.inf]))
-    assert "No rate up to 1e-06 made" in rising_from_the_first.reason
+    assert "No rate up to 1e-06 lowered" in rising_from_the_first.reason
 
 
 def test_noise_alone_suggests_nothing() -> None:

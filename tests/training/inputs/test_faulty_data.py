@@ -127,7 +127,7 @@ FAULTY: dict[str, tuple[Any, str]] = {
     "long rows": ([ROW, {"input_ids": [1] * 20}], "Row 1 of .* needs max_tokens=19, but .* is 8"),
     "labels shifted backwards": (
         [{**ROW, "labels": [-100, 1, 5, 6]}],
-        "Row 0 of train_dataloader has labels that are the tokens before its input_ids",
+        "Row 0 of train_dataloader has labels that are shifted the wrong way",
     ),
     "two masks that differ": (
         [{**ROW, "segment_ids": [1, 1, 2, 2], "attention_mask": [1, 1, 1, 0]}],

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from consyn_jax.training.logging.advice import Adviser, RunSettings, Usage
+from consyn_jax.training.logging.advice import Adviser, ProcessUsage, RunSettings, Usage
 
 FACTS = RunSettings(
     total_steps=1000,
@@ -19,6 +19,7 @@ FACTS = RunSettings(
     save_steps=10,
 )
 USAGE = Usage(seconds=100.0, waiting=0.0, evaluating=0.0, saving=0.0, memory_share=None)
+ALONE = {"gradient_accumulation_steps": 1}
 FALLING = [3.0 - 0.01 * i for i in range(100)]
 
 
@@ -47,6 +48,17 @@ def names(found: list[Any]) -> list[str]:
             "recomputation without need",
         ),
         ({"memory_share": 0.5}, {"gradient_checkpointing": "full"}, None),
+        ({"memory_share": 0.4, "seconds": 59.0}, {"gradient_checkpointing": "full"}, None),
+        ({"memory_share": 0.4, "mfu": 0.19}, ALONE, "small batch"),
+        ({"memory_share": 0.4, "mfu": 0.21}, ALONE, None),
+        ({"memory_share": 0.4, "mfu": None}, ALONE, None),
+        ({"memory_share": 0.4, "mfu": 0.1, "waiting": 21.0}, ALONE, "waiting for data"),
+        ({"writes": [(10**9, 21.0)] * 2}, {}, "slow storage"),
+        ({"writes": [(10**9, 19.0)] * 2}, {}, None),
+        ({"writes": [(10**9, 21.0)]}, {}, None),
+        ({"writes": [(10**9, 19.0), (10**9, 21.0)]}, {}, None),
+        ({"writes": [(10**8, 9.0)] * 2}, {}, None),
+        ({"throttled": "GPU 1: too hot"}, {}, "a GPU throttles"),
     ],
 )
 def test_time_and_memory(usage: dict[str, Any], facts: dict[str, Any], about: str | None) -> None:
@@ -61,6 +73,19 @@ def test_steps_that_are_clipped(clipped: float, about: list[str]) -> None:
         assert adviser.line(step, clipped, FALLING, USAGE, FACTS) == []
     found += adviser.line(220, clipped, FALLING, USAGE, FACTS)
     assert names(found) == about
+
+
+def test_a_loss_that_jumps_about_its_beginning_has_no_low_rate() -> None:
+    adviser = Adviser()
+    assert adviser.line(20, 0.0, [3.0] * 20, USAGE, FACTS) == []
+    assert adviser.line(220, 0.0, [2.5, 3.5] * 50, USAGE, FACTS) == []
+
+
+def test_no_lower_rate_is_advised_where_nothing_is_learned() -> None:
+    adviser, found = Adviser(), []
+    for step in (20, 100, 219, 220, 230):
+        found += adviser.line(step, 1.0, [3.0] * 20, USAGE, FACTS)
+    assert names(found) == ["rate too low"]
 
 
 def test_a_step_that_is_not_clipped_begins_anew() -> None:
@@ -107,13 +132,40 @@ def test_evaluations(evaluations: list[float], trains: list[float], about: list[
         assert not any(late)
 
 
+@pytest.mark.parametrize(
+    ("waiting", "throttled", "about"),
+    [
+        ([1.0, 21.0, 4.0], "", ["imbalance between processes"]),
+        ([1.0, 19.0, 4.0], "", []),
+        ([20.0, 21.0, 22.0], "", []),  # all of them wait for data
+        ([1.0, 1.0, 1.0], "GPU 0: too hot", ["a GPU throttles"]),
+    ],
+)
+def test_processes(waiting: list[float], throttled: str, about: list[str]) -> None:
+    usages = [ProcessUsage(f"node{i}", 100.0, seconds) for i, seconds in enumerate(waiting)]
+    usages[2] = replace(usages[2], throttled=throttled)
+    adviser = Adviser()
+    found = adviser.processes(40, usages)
+    assert names(found) == about
+    assert adviser.processes(40, usages) == []
+    if throttled:
+        assert "process 2 (node2), GPU 0: too hot" in found[0].sentence
+    elif found:
+        assert "Process 1 (node1) waits 21%" in found[0].sentence
+    short = [replace(each, seconds=59.0) for each in usages]
+    assert throttled or Adviser().processes(40, short) == []
+
+
 def test_everything_is_said_once_and_at_most_three_at_a_time() -> None:
     adviser = Adviser()
     worst = replace(USAGE, waiting=30.0, evaluating=31.0, saving=12.0, memory_share=0.99)
     first = adviser.line(500, 0.0, FALLING, worst, FACTS)
     assert len(first) == 3
+    late = [ProcessUsage("a", 100.0, 0.0), ProcessUsage("b", 100.0, 30.0)]
+    assert adviser.processes(500, late) == [], "three at a step, whoever gives them"
     assert names(adviser.line(501, 0.0, FALLING, worst, FACTS)) == ["memory nearly full"]
     assert adviser.line(502, 0.0, FALLING, worst, FACTS) == []
+    assert names(adviser.processes(502, late)) == ["imbalance between processes"]
 
 
 def test_sentences_name_what_to_try() -> None:

@@ -242,7 +242,7 @@ def test_pairs_need_the_objective_and_the_objective_needs_pairs(rows: Path, tmp_
     with pytest.raises(UserError, match=r"has pairs of answers\. Pass objective='dpo'"):
         ConsynTrainer(model(), data(rows), output_dir=tmp_path / "run")
     text = get_dataset(rows, TOKENIZER, 16, prompt_key="prompt", completion_key="chosen")
-    with pytest.raises(UserError, match="holds no pairs of answers"):
+    with pytest.raises(UserError, match="pairs of answers, but the data has none"):
         ConsynTrainer(model(), text, output_dir=tmp_path / "run", objective="dpo")
 
 

@@ -88,7 +88,9 @@ def test_a_config_yaml_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     """Found by the search for trees of strangers: --replay_step read where it led to."""
     (tmp_path / "elsewhere").write_text("derived: {}\n")
     (tmp_path / "config.yaml").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="cannot be read: it is a link, and links are not"):
+    with pytest.raises(
+        UserError, match="cannot be read: it is a symbolic link, which is not followed"
+    ):
         read_run_config(tmp_path / "config.yaml")
 
 

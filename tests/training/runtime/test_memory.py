@@ -198,9 +198,9 @@ def test_a_run_in_half_batches_is_the_same_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     data = [list(map(int, np.random.default_rng(i).integers(1, 250, 33))) for i in range(32)]
-    model = ConsynLMHeadModel.from_config(TINY, seed=1)
 
     def trained(name: str, **flags: Any) -> dict[str, float]:
+        model = ConsynLMHeadModel.from_config(TINY, seed=1)
         settings = {
             "max_tokens": 32,
             "batch_size": 8,

@@ -27,7 +27,7 @@ TABLE_LINES = 10
 def unread_structure(
     sources: Sequence[Source], options: CorpusOptions, end_text: str | None = None
 ) -> list[str]:
-    """Describe text files with structure that plain text ignores, and flags that read it.
+    """Name text files whose structure is lost if they are read as plain text, and flags to use.
 
     Args:
         end_text: the tokenizer's EOS token.

@@ -205,7 +205,7 @@ def _message(given: Any, where: str) -> tuple[dict[str, Any], bool]:
         message["content"] = message.pop("value")
     weight = message.pop("weight", 1)
     if weight not in (0, 1):
-        raise BadRow(f"holds the weight {short(weight)} {where}; known are 0 and 1.")
+        raise BadRow(f"holds the weight {short(weight)} {where}; a weight must be 0 or 1.")
     _check_keys(given, message, where)
     if message["role"] == "function_call":
         message = _called(message["content"], where)

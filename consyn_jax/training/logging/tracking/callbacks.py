@@ -76,6 +76,8 @@ class RunView:
         config: every setting by flag name.
         total_steps: the steps of the whole run.
         resumed_from: the step that this start resumed from; None for a new run.
+        histograms: with `--histograms`, those of the newest evaluation by name (`weights/q/0`),
+            each with `counts`, `edges`, `total` and `squares`; otherwise empty.
         samples: the texts that the model wrote so far, as `{"step", "tokens", "text"}`.
         stop_request: the callback that asked first for the end of the run (`by`) and its `reason`;
             empty if none did.
@@ -94,6 +96,7 @@ class RunView:
     ) -> None:
         self.directory, self.run_id, self.config = directory, run_id, config or {}
         self.total_steps, self.resumed_from = total_steps, resumed_from
+        self.histograms: Mapping[str, Any] = {}
         self.samples: Sequence[Mapping[str, Any]] = ()
         self.stop_request: Mapping[str, str] = {}
         self._place, self._ask_to_stop = place, ask_to_stop

@@ -29,17 +29,26 @@ class TensorBoardTracker:
 
     def __init__(self, logs_dir: Path, purge_step: int | None = None) -> None:
         self._logs_dir, self._purge_step = logs_dir, purge_step
+        self._newest = -1  # step of the last line of training
         self._file: EventFile | None = None  # opened for the first event: the import takes seconds
         self._samples = NewSamples(None if purge_step is None else purge_step - 1)
 
     def on_step(self, run: RunView, values: Mapping[str, Any]) -> None:
         """Write one event with all numbers of the line, and the samples that are new."""
+        self._newest = values["step"]
         self._line(run, values["step"], numbers(values))
 
     def on_evaluate(self, run: RunView, values: Mapping[str, Any]) -> None:
-        """Write one event with the metrics, as `tokens` and `time_s` have a point there already."""
-        metrics = {name: value for name, value in numbers(values).items() if "/" in name}
+        """Write one event with the metrics, and one with the histograms."""
+        metrics = numbers(values)
+        if values["step"] == self._newest:  # a line of training has `tokens` and `time_s` there
+            metrics = {name: value for name, value in metrics.items() if "/" in name}
         self._line(run, values["step"], metrics)
+        if run.histograms:
+            from tensorboardX.proto.summary_pb2 import Summary
+
+            shown = [_summary(name, each) for name, each in run.histograms.items()]
+            self._write(values["step"], Summary(value=shown))
 
     def on_save(self, run: RunView, path: Path) -> None:
         """Bring the events to the disk, as a power cut would lose what a resume does not repeat."""
@@ -188,7 +197,17 @@ class WandbTracker:
             shown = wandb.Html(page, inject=False)
             self._run.log({"step": sample["step"], "sample": shown})
 
-    on_evaluate = on_step
+    def on_evaluate(self, run: RunView, values: Mapping[str, Any]) -> None:
+        """Write a row of the history with the metrics, and one with the histograms."""
+        import wandb
+
+        self.on_step(run, values)
+        if run.histograms:
+            shown = {
+                name: wandb.Histogram(np_histogram=(each.counts, each.edges))
+                for name, each in run.histograms.items()
+            }
+            self._run.log({"step": values["step"], **shown})
 
     def _row(self, line: Mapping[str, Any]) -> None:
         """Write a line of metrics, unless an earlier start of the run has written it."""
@@ -209,6 +228,14 @@ class WandbTracker:
             artifact.add_file(str(page))
             self._run.log_artifact(artifact)
         self._run.finish(exit_code=0 if ending.startswith(("complete", "stopped")) else 1)
+
+
+def _summary(name: str, histogram: Any) -> Any:
+    from tensorboardX.summary import histogram_raw
+
+    counts, edges = histogram.counts, histogram.edges
+    about = edges[0], edges[-1], int(counts.sum()), histogram.total, histogram.squares
+    return histogram_raw(name, *about, edges[1:].tolist(), counts.tolist()).value[0]
 
 
 SAMPLE = ("step", "tokens", "text")

@@ -38,7 +38,7 @@ def written_rows(directory: Path, run_id: str, except_in: Path) -> set[Row]:
 
 
 def _records(data: bytes) -> Iterator[bytes]:
-    """The records of a file; what a kill has torn at its end is left out."""
+    """Yield the records of a file, without an incomplete last record."""
     at, record = FILE_HEADER, b""
     while at + HEAD <= len(data):
         if BLOCK - at % BLOCK < HEAD:  # nothing begins so near the end of a block

@@ -1,0 +1,111 @@
+"""Steps for GPUs that are not here give the same bits each time, by their programs.
+
+No result may depend on the order in which threads come, and a resume runs the kernels that were
+chosen first. Only a GPU shows that its libraries keep their promise of reproducible results.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from analyses import unordered
+from recipes import STEPS, dumped
+
+from consyn_jax.planning import aot
+from consyn_jax.planning.compiled import instructions, kernels
+
+pytestmark = pytest.mark.usefixtures("cuda_packages")
+
+ATOMIC = re.compile(r"\b(?:atom|red)\.[\w.]+")
+# Besides this package's kernels: matmuls, and the sort of the embedding's gradient.
+LIBRARIES = {"__cublas$lt$matmul", "__cub$DeviceRadixSort", "__cub$DeviceRadixSortPairs"}
+
+
+@pytest.mark.parametrize(("name", "gpu"), STEPS)
+def test_nothing_depends_on_the_order_of_threads(name: str, gpu: str) -> None:
+    """No scatter to places that can be equal, and no atomic operation in any kernel."""
+    _, program, ptx = dumped(name, gpu)
+    assert unordered(program) == []
+    assert len(ptx) > 20
+    assert [found for text in ptx.values() for found in ATOMIC.findall(text)] == []
+    named = {kernel for kernel in kernels(program) if kernel.startswith("__")}
+    assert named <= LIBRARIES
+
+
+SCATTER = """
+import jax, jax.numpy as jnp
+from consyn_jax.planning.topology import parse_topology
+place = jax.sharding.SingleDeviceSharding(parse_topology("h200:1x1").described_devices()[0])
+table, at, x = (
+    jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    for shape, dtype in (((512, 64), "float32"), ((4096,), "int32"), ((4096, 64), "float32"))
+)
+print(jax.jit(lambda t, i, x: t.at[i].add(x)).lower(table, at, x).compile().as_text())
+"""
+
+
+def test_an_atomic_scatter_is_found(tmp_path: Path) -> None:
+    text = run_child(SCATTER, XLA_FLAGS=f"--xla_dump_to={tmp_path}")[0]
+    assert unordered(instructions(text))
+    assert any(ATOMIC.search(path.read_text()) for path in tmp_path.glob("*.ptx"))
+
+
+TUNED = """
+import sys
+from pathlib import Path
+import jax, jax.numpy as jnp
+from consyn_jax.planning.topology import parse_topology
+from consyn_jax.training.runtime.compilation_cache import enable_compilation_cache
+from consyn_jax.training.runtime.kernel_choices import keep_kernels, read_kernels
+run = Path(sys.argv[1])
+enable_compilation_cache(read_kernels(run))
+place = jax.sharding.SingleDeviceSharding(parse_topology("h200:1x1").described_devices()[0])
+x, w = (
+    jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+    for shape in ((512, 1024), (1024, 256))
+)
+print(jax.jit(jnp.matmul).lower(x, w).compile().as_text())
+keep_kernels(run)
+"""
+CHOICE = "triton { block_m: 64 block_n: 32 block_k: 128 num_stages: 3 num_warps: 8 num_ctas: 1 }"
+
+
+def test_kept_choices_are_loaded(tmp_path: Path) -> None:
+    """A choice that is in kernels.json decides the kernel on a machine with an empty cache.
+
+    Without a GPU nothing is timed, so the test writes a choice that XLA's default is not, to the
+    file whose name XLA asks for.
+    """
+    run = tmp_path / "run"
+    run.mkdir()
+    default, log = run_child(TUNED, str(run), CONSYN_CACHE=str(tmp_path / "here"), **LOG)
+    assert '"num_warps":"8"' not in default
+    wanted = re.findall(r"result file not found: (\S+)", log)
+    assert wanted  # the product's, and then that of the sum of its parts, if XLA splits it
+    Path(wanted[0]).parent.mkdir(parents=True, exist_ok=True)
+    Path(wanted[0]).write_text(CHOICE)
+    chosen, _ = run_child(TUNED, str(run), CONSYN_CACHE=str(tmp_path / "here"))
+    resumed, _ = run_child(TUNED, str(run), CONSYN_CACHE=str(tmp_path / "another machine"))
+    for text in (chosen, resumed):
+        assert '"num_warps":"8"' in text
+        assert '"num_stages":3' in text
+
+
+LOG = {"TF_CPP_MIN_LOG_LEVEL": "0", "TF_CPP_VMODULE": "autotuner_cache=1"}
+
+
+def run_child(code: str, *arguments: str, **variables: str) -> tuple[str, str]:
+    """What a process that compiles prints, and its log."""
+    environment = aot.environment() | {"XLA_FLAGS": ""} | variables
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # the tests' own
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout, done.stderr

@@ -1,0 +1,69 @@
+"""Kernels of this package for the GPUs that people have: which run, and that none spills."""
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from recipes import STEPS, dumped
+
+pytestmark = pytest.mark.usefixtures("cuda_packages")
+
+# Executions in a step of one layer, but for the chunks of the loss.
+OURS = {
+    "document_attention_forward": 1,
+    "document_attention_queries": 1,
+    "document_attention_keys": 1,
+    "branched_norm_forward": 1,
+    "added_norm_forward": 1,
+    "branched_norm_backward": 2,
+    "norm_rope_forward": 2,
+    "norm_rope_backward": 2,
+    "softmax_gradient": None,
+}
+# Bytes that a kernel spills all the same.
+SPILLED = {("a100", "document_attention_keys"): 4}
+RESOURCES = re.compile(
+    r"(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers", re.S
+)
+
+
+def ptxas() -> Path:
+    """The assembler of the CUDA packages."""
+    found = importlib.util.find_spec("nvidia")
+    assert found is not None
+    [path] = (
+        p
+        for place in found.submodule_search_locations or ()
+        for p in Path(place).glob("*/bin/ptxas")
+    )
+    return path
+
+
+def resources(ptx: str, tmp_path: Path) -> tuple[int, int, int]:
+    """Bytes of the stack frame, bytes that are spilled, and registers of a kernel."""
+    (tmp_path / "kernel.ptx").write_text(ptx)
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert target is not None
+    command = [ptxas(), "-v", f"-arch={target[1]}", "kernel.ptx", "-o", "kernel.cubin"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = RESOURCES.search(done.stderr)
+    assert found is not None, done.stderr
+    stack, spilled, registers = map(int, found.groups())
+    return stack, spilled, registers
+
+
+@pytest.mark.parametrize(("name", "gpu"), STEPS)
+def test_the_step_runs_this_packages_kernels_and_none_spills(
+    name: str, gpu: str, tmp_path: Path
+) -> None:
+    program, _, ptx = dumped(name, gpu)
+    assert program.attention.startswith("fused: ")
+    for kernel, times in OURS.items():
+        assert program.kernels[kernel] == (times or program.kernels[kernel]), kernel
+        stack, spilled, registers = resources(ptx[kernel], tmp_path)
+        most = SPILLED.get((gpu, kernel), 0)
+        assert spilled <= most, (kernel, spilled)
+        assert stack <= 2 * most, (kernel, stack)
+        assert registers <= 255
