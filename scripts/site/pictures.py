@@ -171,7 +171,7 @@ def train(output: Path) -> str:
 
 
 def photograph(page: Path, target: Path) -> None:
-    """A picture of the top of a page, as headless Chromium shows it, in 128 colours."""
+    """A picture of the top of a page, as headless Chromium shows it, in 256 colours."""
     from PIL import Image
 
     with tempfile.TemporaryDirectory() as directory:
@@ -181,7 +181,9 @@ def photograph(page: Path, target: Path) -> None:
         place = [f"--user-data-dir={directory}/profile", f"--screenshot={picture}"]
         command = ["chromium", *options, *place, page.resolve().as_uri()]
         subprocess.run(command, check=True, capture_output=True)
-        Image.open(picture).convert("RGB").quantize(128).save(target, optimize=True)
+        # The octree keeps rare colours, such as the green of a dot.
+        drawn = Image.open(picture).convert("RGB")
+        drawn.quantize(256, Image.Quantize.FASTOCTREE).save(target, optimize=True)
 
 
 def main() -> None:
