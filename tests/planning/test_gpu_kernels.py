@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from recipes import STEPS, dumped
+from recipes import STANZA, STEPS, VERSE, dumped
 
 pytestmark = pytest.mark.usefixtures("cuda_packages")
 
@@ -23,7 +23,10 @@ OURS = {
     "softmax_gradient": None,
 }
 # Bytes that a kernel spills all the same.
-SPILLED = {("a100", "document_attention_keys"): 4}
+SPILLED = {
+    (VERSE, "a100", "document_attention_keys"): 4,
+    (STANZA, "h200", "document_attention_forward"): 124,  # heads of 128
+}
 RESOURCES = re.compile(
     r"(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers", re.S
 )
@@ -63,7 +66,7 @@ def test_the_step_runs_this_packages_kernels_and_none_spills(
     for kernel, times in OURS.items():
         assert program.kernels[kernel] == (times or program.kernels[kernel]), kernel
         stack, spilled, registers = resources(ptx[kernel], tmp_path)
-        most = SPILLED.get((gpu, kernel), 0)
+        most = SPILLED.get((name, gpu, kernel), 0)
         assert spilled <= most, (kernel, spilled)
         assert stack <= 2 * most, (kernel, stack)
         assert registers <= 255

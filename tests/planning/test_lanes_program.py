@@ -25,10 +25,10 @@ STEPS, kernels = 50, {}
 run = resolve({"model": "haiku", "max_tokens": 256, "batch_size": 16, "max_steps": STEPS})[0]
 program = aot.build(preset_architecture("haiku", 256), run, parse_topology("h200:1x1")).program
 place = NamedSharding(program.mesh, PartitionSpec())
-numbers = {
-    name: jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=place)
-    for name, values in numbers_of(run, STEPS).items()
-}
+numbers = jax.tree.map(
+    lambda values: jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=place),
+    numbers_of(run, STEPS),
+)
 for lanes in (1, 4):
     step = lanes_step(SharedPrograms(), program, run, numbers, lanes)
     kernels[lanes] = step.compiled.as_text().count("xla.gpu.triton")
