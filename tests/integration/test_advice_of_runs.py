@@ -236,7 +236,8 @@ commit.os.fsync = fsync
 
 def test_slow_storage(advised: Advised) -> None:
     assert "slow storage" in advised(40, "--save_steps", 13, before=slow_disk(0.4))
-    assert advised(40, "--save_steps", 13, before=slow_disk(0.0)) == []
+    # Saves of a busy machine may be long without a slow disk, and are then too frequent.
+    assert "slow storage" not in advised(40, "--save_steps", 13, before=slow_disk(0.0))
 
 
 @pytest.mark.parametrize(

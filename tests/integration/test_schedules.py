@@ -72,11 +72,11 @@ def test_a_decay_starts_from_the_stable_part_and_leaves_the_run_alone(
         (["--decay_from", "20"], "--decay_from 20: at this step the learning rate of the run"),
         (
             ["--decay_from", "10", "--seed", "1"],
-            "holds another run: --seed was 42 and is 1.",
+            "has another run: --seed was 42 and is 1.",
         ),
         (
             ["--decay_from", "10", "--scheduler", "cosine"],
-            "It works with wsd, constant_with_warmup, constant.",
+            "Use wsd, constant_with_warmup, constant.",
         ),
         (["--decay_from", "0"], "--decay_from must be at least 1, not 0."),
     ],

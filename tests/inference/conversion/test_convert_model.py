@@ -139,7 +139,7 @@ def test_a_checkpoint_and_a_mean_of_them(convert: Convert, run: Path) -> None:
         (["{run}", "--output", "x", "--average", "all"], "neither a number of checkpoints nor"),
         (["{run}/final", "--output", "x", "--average", "2"], "is not a run"),
         (["{run}", "--output", "x", "--average", "2", "--step", "2"], "do not work together"),
-        (["{run}", "--output", "x", "--push_to_hub", "me"], "Write it as owner/name"),
+        (["{run}", "--output", "x", "--push_to_hub", "me"], "of the form owner/name"),
         (
             ["{run}", "--output", "x", "--to", "ggml"],
             "--to 'ggml' is not known. Known: hf, gguf, orbax",
