@@ -291,11 +291,9 @@ class Decoder(nnx.Module):
     def _merges(norms: Norms, compute: Compute) -> bool:
         """Whether two matmuls that read the same norm are computed as one.
 
-        In fp8 each has a scale. If fsdp shards weights, single gradients are exchanged sooner. With
-        recomputation, both the joint product and its halves would be saved.
+        In fp8 each has a scale. If fsdp shards weights, single gradients are exchanged sooner.
         """
-        is_plain = not compute.fp8 and compute.remat == "none"
-        return norms.merges and is_plain and mesh_sizes()["fsdp"] == 1
+        return norms.merges and not compute.fp8 and mesh_sizes()["fsdp"] == 1
 
     def _rope(self, shape: tuple[int, ...], inside: Documents | None) -> Rope:
         """Cosines and sines for positions that are counted from the start of each document."""

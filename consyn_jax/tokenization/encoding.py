@@ -22,7 +22,7 @@ from consyn_jax.tokenization.sentencepiece_model import LEADING
 
 SPLITTING = ("normalizer", "pre_tokenizer")
 Before = str | None
-"""What precedes a text in its document: "text", "token" (a special token), or None (nothing)."""
+"""The predecessor of a text in its document: "text", "token" (a special token) or None."""
 
 
 class TextEncoder:

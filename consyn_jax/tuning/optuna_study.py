@@ -276,7 +276,7 @@ def _usable(place: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{error.filename or place} cannot be used: {error.strerror}. Give another --output."
+            f"{error.filename or place} cannot be used: {error.strerror}. Name another --output."
         ) from error
 
 

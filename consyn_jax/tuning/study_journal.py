@@ -55,7 +55,7 @@ def open_journal(optuna: Any, directory: Path) -> Any:
         return optuna.storages.JournalStorage(journal.JournalFileBackend(file, lock_obj=lock))
     except OSError as error:
         raise UserError(
-            f"{path} cannot be used: {error.strerror or error}. Give another --output."
+            f"{path} cannot be used: {error.strerror or error}. Name another --output."
         ) from error
     except Exception as error:  # Optuna checks no line that it reads
         raise UserError(f"{path} is damaged ({brief(error)}). {AGAIN}") from error
