@@ -5,18 +5,15 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.monitoring
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from consyn_jax.training.runtime import compilation_cache as module
 from consyn_jax.training.runtime.compilation_cache import (
-    SETTINGS,
     SETTLED_S,
     STAMP,
     TIDY_EVERY_S,
@@ -24,19 +21,7 @@ from consyn_jax.training.runtime.compilation_cache import (
     tidy,
 )
 
-
-@pytest.fixture(autouse=True)
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache directory, and JAX with no cache configured yet."""
-    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache", *SETTINGS)
-    before = {name: getattr(jax.config, name) for name in names}
-    monkeypatch.setenv("CONSYN_CACHE", str(tmp_path / "cache"))
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
-    yield tmp_path / "cache" / "programs"
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("programs")
 
 
 def hits() -> int:
@@ -58,17 +43,17 @@ def entries(directory: Path) -> list[Path]:
     return sorted(directory.rglob("*-cache"))
 
 
-def test_even_a_small_program_is_kept_and_loaded(fresh: Path) -> None:
+def test_even_a_small_program_is_kept_and_loaded(programs: Path) -> None:
     assert enable_compilation_cache() is None
     assert hits() == 0
-    kept = entries(fresh)
+    kept = entries(programs)
     assert kept
-    assert {path.stat().st_mode & 0o777 for path in fresh.iterdir()} == {0o700}
+    assert {path.stat().st_mode & 0o777 for path in programs.iterdir()} == {0o700}
     assert hits() >= 1
-    assert entries(fresh) == kept
+    assert entries(programs) == kept
 
 
-def test_the_users_own_settings_win(fresh: Path, tmp_path: Path) -> None:
+def test_the_users_own_settings_win(programs: Path, tmp_path: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "theirs"))
     assert enable_compilation_cache() is None
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "theirs")
@@ -76,7 +61,7 @@ def test_the_users_own_settings_win(fresh: Path, tmp_path: Path) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     assert enable_compilation_cache() is None
     assert jax.config.jax_compilation_cache_dir is None
-    assert not fresh.exists()
+    assert not programs.exists()
 
 
 @pytest.mark.parametrize(
@@ -102,40 +87,40 @@ print(jax.config.jax_compilation_cache_dir)
 @pytest.mark.parametrize(
     "content", [b"", b"\x78\x9c torn", b"no program at all"], ids=["empty", "torn", "other"]
 )
-def test_a_damaged_entry_is_compiled_again(content: bytes, fresh: Path) -> None:
+def test_a_damaged_entry_is_compiled_again(content: bytes, programs: Path) -> None:
     enable_compilation_cache()
     hits()
-    for path in entries(fresh):
+    for path in entries(programs):
         path.write_bytes(content)
     assert hits() == 0
 
 
-def test_a_directory_that_cannot_be_made_is_reported(fresh: Path) -> None:
-    fresh.parent.mkdir()
-    fresh.write_text("a file")
+def test_a_directory_that_cannot_be_made_is_reported(programs: Path) -> None:
+    programs.parent.mkdir()
+    programs.write_text("a file")
     assert "cannot be made" in (enable_compilation_cache() or "")
     assert jax.config.jax_compilation_cache_dir is None
 
 
-def test_a_directory_that_others_can_write_is_refused(fresh: Path) -> None:
+def test_a_directory_that_others_can_write_is_refused(programs: Path) -> None:
     enable_compilation_cache()
-    [place] = fresh.iterdir()
+    [place] = programs.iterdir()
     jax.config.update("jax_compilation_cache_dir", None)
     place.chmod(0o777)
     assert enable_compilation_cache() == f"not kept, as {place} can be written by others"
     assert jax.config.jax_compilation_cache_dir is None
 
 
-def test_a_directory_that_disappears_is_ignored(fresh: Path) -> None:
+def test_a_directory_that_disappears_is_ignored(programs: Path) -> None:
     enable_compilation_cache()
     hits()
-    shutil.rmtree(fresh)
-    fresh.write_text("a file")
+    shutil.rmtree(programs)
+    programs.write_text("a file")
     assert hits() == 0
 
 
 def test_another_processor_has_another_directory(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch
+    programs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """XLA compiles for exactly the features of a CPU."""
     here = module._processor()

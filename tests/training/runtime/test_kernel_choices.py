@@ -1,16 +1,13 @@
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from consyn_jax.errors import UserError
 from consyn_jax.training.runtime.compilation_cache import (
-    SETTINGS,
     enable_compilation_cache,
     prepare_caches,
     tidy,
@@ -28,18 +25,7 @@ OLD_NAME, NEW_NAME = "DcSae3w1K4gh7BrFNI6AS-ei29flhmRc0B6tsTL2aNM.textproto", "g
 FILES = {OLD_NAME: b"triton { block_m: 64 }", NEW_NAME: b"\x0a\xff\x00"}
 
 
-@pytest.fixture(autouse=True)
-def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The directory of programs of a machine, and JAX with no cache configured yet."""
-    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache", *SETTINGS)
-    before = {name: getattr(jax.config, name) for name in names}
-    monkeypatch.setenv("CONSYN_CACHE", str(tmp_path / "cache"))
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
-    yield tmp_path / "cache" / "programs"
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("programs")
 
 
 def used() -> Path:
