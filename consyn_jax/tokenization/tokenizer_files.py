@@ -116,7 +116,9 @@ def holds_tokenizer(directory: Path) -> bool:
 
     A damaged or unsupported vocabulary counts, so that it is reported and not silently ignored.
     """
-    return any(next(directory.glob(p), None) is not None for p in (JSON, *VOCABULARIES))
+    return (directory / JSON).exists() or any(
+        next(directory.glob(pattern), None) is not None for pattern in VOCABULARIES
+    )
 
 
 def _kept(directory: Path) -> dict[str, bytes]:

@@ -5,6 +5,7 @@ All side effects of a run are ordered in this module.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -156,6 +157,8 @@ class Training:
         self.report.config = flat(self.run_config)
         beginning.report_smaller_batches(self.inputs.run, self.run_config, self.console)
         gather("compiled")  # a collective waits only for a short time
+        gc.freeze()  # a collection would look through a million objects of imports, for 0.2 s
+        self.stack.callback(gc.unfreeze)
         params = state.params if self.resumed is None else None
         calls = self.directory.check, self._end_at_a_signal, self.console.note
         reference.make_ready(self.inputs, self.run_config, self.path, params, self.base, *calls)

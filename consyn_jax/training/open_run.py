@@ -190,7 +190,9 @@ def open_records(
     lost_lines: dict[str, int] = {}
     activities = ActivityClock()
     if opened.writes:
-        log = stack.enter_context(MetricsLog(path, opened.directory.check, warn, inputs.began))
+        log = stack.enter_context(
+            MetricsLog(path, opened.directory.check_for_line, warn, inputs.began)
+        )
         step = -1 if resumed is None else resumed
         lost_lines = beginning.rewind(log, opened.directory, step, warn)
         lines = read_metrics(log.path)

@@ -64,12 +64,12 @@ def slow_data(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_evaluations_saves_and_a_resume(corpus: Path, tmp_path: Path) -> None:
-    flags = ["--data", corpus, "--eval_steps", 10, "--save_steps", 10]
+    flags = ["--data", corpus, "--eval_steps", 100, "--save_steps", 100]
     flags += ["--scheduler", "constant"]
-    first = train(tmp_path, *flags, "--max_steps", 40)
+    first = train(tmp_path, *flags, "--max_steps", 400)
     spent = check(tmp_path, first)
     assert min(spent[name] for name in ("compute", "evaluation", "saving", "compiling")) > 0
-    second = train(tmp_path, *flags, "--max_steps", 60, "--overwrite_schedule")
+    second = train(tmp_path, *flags, "--max_steps", 600, "--overwrite_schedule")
     check(tmp_path, first + second)
 
 
@@ -82,7 +82,7 @@ def test_accumulation_from_a_slow_loader(corpus: Path, tmp_path: Path, slow_data
 def test_ctrl_c(corpus: Path, tmp_path: Path) -> None:
     def press() -> None:
         log = tmp_path / "metrics.jsonl"
-        while not log.exists() or log.read_text().count("\n") < 30:
+        while not log.exists() or log.read_text().count("\n") < 300:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 

@@ -6,7 +6,9 @@ The identity is random, because two runs may have the same configuration. It is 
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -61,7 +63,25 @@ class RunRecord:
         Raises:
             OSError: The file cannot be written.
         """
-        write_whole(directory / RUN_JSON, json.dumps(asdict(self), indent=1) + "\n")
+        write_whole(directory / RUN_JSON, self._content)
+
+    @functools.cached_property
+    def _content(self) -> bytes:
+        return (json.dumps(asdict(self), indent=1) + "\n").encode()
+
+    def is_in(self, path: str) -> bool:
+        """Whether a file is this record, byte for byte, as `write` writes it.
+
+        It is asked before each line of the log, so nothing is parsed.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        descriptor = open_regular(path, os.O_RDONLY)
+        try:
+            return os.read(descriptor, LARGEST) == self._content
+        finally:
+            os.close(descriptor)
 
     @classmethod
     def read(cls, directory: Path) -> RunRecord | None:

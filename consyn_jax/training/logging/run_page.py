@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def write_report(
     status: Status,
     *,
     summary: Mapping[str, object] | None = None,
-    activities: Mapping[str, float] | None = None,
+    activities: Callable[[], Mapping[str, float]] = dict,
     origins: Mapping[str, str] | None = None,
     about: Sequence[tuple[str, str]] = (),
 ) -> Path:
@@ -86,14 +86,19 @@ def write_report(
         config: values by flag name, from `flags.flat`.
         samples: step and text.
         summary: rows of the result, by label.
-        activities: seconds of each activity until now, by their names in `metrics.jsonl`.
+        activities: returns the seconds of each activity until now, by their names in
+            `metrics.jsonl`; called late, so that they count most of the drawing.
         origins: the origin of each value of the configuration, from `resolve.resolve`.
         about: rows that say what the run is: its model, devices, data, versions.
 
     Raises:
         OSError: the directory cannot be written.
     """
-    spent = activities or {}
+    shown_samples, newest = _samples(samples), _folded("All newest values", _newest(summary or {}))
+    event_rows = list(_events(history))
+    events = _table(_events_title(history), event_rows, EVENT_HEAD, look="wide events")
+    settings = _configuration(config, origins or {})
+    spent = activities()
     passed_s = sum(spent.values(), 0.0)
     drawn, resumed = run_charts(history, spent), _resumed(history)
     sections = [
@@ -101,11 +106,11 @@ def write_report(
         header_section(about, duration(passed_s) if spent else ""),
         _tiles(history, passed_s),
         draw_charts(drawn, resumed, THINNED if history.is_thinned else ""),
-        _samples(samples),
+        shown_samples,
         _times(spent, history),
-        _table(_events_title(history), list(_events(history)), EVENT_HEAD, look="wide events"),
-        *_configuration(config, origins or {}),
-        _folded("All newest values", _newest(summary or {})),
+        events,
+        *settings,
+        newest,
         _points(drawn, resumed, status),
     ]
     page = html_page(

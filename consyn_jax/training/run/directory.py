@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import math
 import os
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +26,7 @@ from consyn_jax.training.checkpointing.checkpoint_files import PROVENANCE
 from consyn_jax.training.checkpointing.ownership import RUN_JSON, RunRecord, short
 from consyn_jax.training.run.lock import LOCK, RunLock
 
+CHECK_S = 1.0
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
@@ -100,7 +104,16 @@ class RunDirectory:
     lost: UserError | None = None
     place: int | None = None
     # The heartbeat and the commit of a checkpoint call `check` from their own threads.
+    _checked: float = -math.inf  # when a line of the log last had the whole check
     _guard: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @functools.cached_property
+    def _root(self) -> str:
+        return str(self.path)
+
+    def _file(self, name: str) -> str:
+        # Files are looked at before each line of the log; making a `Path` takes longer than that.
+        return f"{self._root}/{name}"
 
     @property
     def checkpoints(self) -> Path:
@@ -167,6 +180,21 @@ class RunDirectory:
             ) from error
         self.tokenizer = tokenizer  # set last, as the heartbeat may call `check` meanwhile
 
+    def check_for_line(self) -> None:
+        """Check before a line of the log that this process has its lock, and more once a second.
+
+        Another start can take the directory only if the lock was deleted, so nothing is missed. A
+        whole check would take a quarter of the time for recording a step.
+
+        Raises:
+            UserError: As `check`.
+        """
+        is_old = time.monotonic() - self._checked >= CHECK_S
+        if self.lock is not None and (is_old or self.lock.is_lost):
+            self._checked = time.monotonic()
+            self.check()
+        self.raise_if_lost()
+
     def check(self) -> None:
         """Check before a write that the directory still belongs to this run; thread-safe.
 
@@ -205,7 +233,8 @@ class RunDirectory:
             )
         if not self.config:
             return
-        self._check_record(RunRecord.read(self.path), has_lock)
+        if not self._holds_own_record():
+            self._check_record(RunRecord.read(self.path), has_lock)
         self._check_place()
         if not has_lock:
             try:
@@ -217,7 +246,7 @@ class RunDirectory:
                 ) from error
             # Another start may have come and gone before this process took the lock again.
             self._check_record(RunRecord.read(self.path), has_lock)
-        if not (self.path / CONFIG).is_file():
+        if not os.path.isfile(self._file(CONFIG)):  # noqa: PTH113
             self._write(CONFIG, self.config)
         if self.tokenizer is not None and not holds_tokenizer(self.path / TOKENIZER):
             self.write_tokenizer(self.tokenizer)
@@ -225,7 +254,8 @@ class RunDirectory:
     def _check_place(self) -> None:
         try:
             is_other = self.place is not None and not os.path.samestat(
-                self.path.stat(), os.fstat(self.place)
+                os.stat(self._root),  # noqa: PTH116
+                os.fstat(self.place),
             )
         except OSError:  # it is gone, which the lock shows, or does not answer
             return
@@ -238,11 +268,17 @@ class RunDirectory:
                 "the run ends here. Move the original directory back, and run the same command "
                 "again."
             )
-        if self.checkpoints.is_symlink():
+        if os.path.islink(self._file(CHECKPOINTS)):  # noqa: PTH114
             raise UserError(
                 f"{self.checkpoints} has become a link, which is not followed, so the run ends "
                 "here. Put the directory back, and run the same command again."
             )
+
+    def _holds_own_record(self) -> bool:
+        try:
+            return self.record.is_in(self._file(RUN_JSON))
+        except OSError:  # which reading the record names
+            return False
 
     def _check_record(self, found: RunRecord | None, has_lock: bool) -> None:
         own = self.record

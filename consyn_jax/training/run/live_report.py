@@ -132,7 +132,7 @@ class LiveReport:
                 [(line["step"], line["text"]) for line in self.samples],
                 status,
                 summary=recorder.summary(),
-                activities=recorder.activities.values(),
+                activities=recorder.activities.values,
                 origins=self._origins,
                 about=self._about,
             ),

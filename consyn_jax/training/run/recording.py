@@ -83,6 +83,7 @@ class Recorder:
     history: History = field(default_factory=History)
     _has_warned_of_no_tokens: bool = False
     _first_line: dict[str, float] | None = None  # of this process
+    _memory: Mapping[str, int] = field(default_factory=dict)  # at the newest line
 
     def metrics(self, values: dict[str, float]) -> dict[str, Any]:
         """Record metrics at the current step.
@@ -209,14 +210,13 @@ class Recorder:
         """Time by activity since the first line of this process, and memory of its device."""
         self._first_line = first = self._first_line or line
         spent = {name: line[key(name)] - first[key(name)] for name in ACTIVITIES}
-        memory = memory_stats()
-        limit = memory.get("bytes_limit")
+        limit = self._memory.get("bytes_limit")
         return Usage(
             seconds=sum(spent.values()),
             waiting=spent["data"],
             evaluating=spent["evaluation"],
             saving=spent["saving"],
-            memory_share=limit and memory["peak_bytes_in_use"] / limit,
+            memory_share=limit and self._memory["peak_bytes_in_use"] / limit,
             mfu=line.get("throughput/mfu"),
             writes=self.writes(),
             throttled=self.clocks.throttled(),
@@ -262,7 +262,8 @@ class Recorder:
         if lap.mfu is not None:
             line["throughput/mfu"] = lap.mfu
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        line["memory/peak_bytes"] = int(memory_stats().get("peak_bytes_in_use", own))
+        self._memory = memory_stats()
+        line["memory/peak_bytes"] = int(self._memory.get("peak_bytes_in_use", own))
         return line | self.activities.values()
 
     def _look_for_spike(self, values: dict[str, float]) -> None:

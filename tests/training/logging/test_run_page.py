@@ -116,7 +116,7 @@ def test_the_report_says_what_happened(tmp_path: Path) -> None:
             [(15, "To be"), (30, "or not")],
             DONE,
             summary={"parameters": 3_145_728},
-            activities={"time/compute_s": 12.0, "time/data_s": 3.0},
+            activities=lambda: {"time/compute_s": 12.0, "time/data_s": 3.0},
             origins=origins,
             about=[("devices", "8 x cpu")],
         )

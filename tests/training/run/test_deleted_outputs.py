@@ -76,15 +76,13 @@ def test_a_run_that_takes_its_place_during_a_check_is_named(
     config, origins = run(path.with_name("other"))
     other = open_run_directory(config, DERIVED)
     other.write_config(config, origins, DERIVED)
-    read, own = RunRecord.read, RunRecord.read(path)
 
-    def first_the_own(directory: Path) -> RunRecord | None:
+    def first_the_own(record: RunRecord, file: str) -> bool:
         path.rename(path.with_name("moved"))
         path.with_name("other").rename(path)
-        monkeypatch.setattr(RunRecord, "read", read)
-        return own
+        return True
 
-    monkeypatch.setattr(RunRecord, "read", first_the_own)
+    monkeypatch.setattr(RunRecord, "is_in", first_the_own)
     with pytest.raises(UserError, match="now has another run"):
         opened.check()
     other.close()

@@ -122,7 +122,7 @@ def test_a_run_whose_directory_another_start_has_taken_writes_nothing_more(
     path = tmp_path / "run"
     first = opened(path)
     (first.checkpoints / "3").mkdir(parents=True)
-    log = MetricsLog(path, first.check)
+    log = MetricsLog(path, first.check_for_line)
     log.write(1, 10)
     if how == "directory replaced":
         shutil.rmtree(path)
