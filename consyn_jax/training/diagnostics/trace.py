@@ -125,7 +125,7 @@ def summarise(trace: Any, scopes: Mapping[str, str]) -> Summary:
     begins = [event.start_ns for event in host if event.name == STEP]
     if not begins:
         raise ValueError("the trace has no step")
-    device, operations = _operations(planes, scopes, min(begins))
+    device, operations = operations_of(planes, scopes, min(begins))
     if not operations:
         raise ValueError("the trace has no operation of a device")
     window = [(min(begins), max(operation.end for operation in operations))]
@@ -173,7 +173,7 @@ def _idle_by_cause(idle: Spans, host: Iterable[Any]) -> dict[str, float]:
     return {cause: spent for cause, spent in found.items() if spent}
 
 
-def _operations(
+def operations_of(
     planes: Sequence[Any], scopes: Mapping[str, str], since: float
 ) -> tuple[str, list[Operation]]:
     """Return the name of the first device, and its operations from time `since` on."""
