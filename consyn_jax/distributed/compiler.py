@@ -84,6 +84,19 @@ def compiler_options(devices: Sequence[Any]) -> Options:
     return dict(_known(device, tuple(wanted.items()))) if wanted else {}
 
 
+def traced_options(devices: Sequence[Any]) -> dict[str, bool | str]:
+    """Options for a program whose operations a profiler's trace is to name; none except on GPUs.
+
+    XLA otherwise launches most kernels of a step as command buffers (CUDA graphs), and a trace has
+    only the name of the buffer for each of its kernels.
+    """
+    name = "xla_gpu_enable_command_buffer"
+    is_gpu = devices[0].platform in ("gpu", "cuda")
+    if not is_gpu or name in names_in_xla_flags():
+        return {}
+    return {name: ""} if _known(devices[0], ((name, ""),)) else {}
+
+
 def generation_of(device: Any) -> str | None:
     """The GPU generation of a device, one of `GENERATIONS`, or CPU; None for any other device."""
     if device.platform == "cpu":

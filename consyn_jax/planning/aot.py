@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from consyn_jax.config import RunConfig
-from consyn_jax.errors import UserError
-from consyn_jax.flags import flat
-from consyn_jax.model_config import ModelConfig
-from consyn_jax.planning.compiled import (
+from consyn_jax.distributed.compiled import (
     Collective,
     collectives,
     instructions,
     kernels,
     update_bytes,
 )
+from consyn_jax.errors import UserError
+from consyn_jax.flags import flat
+from consyn_jax.model_config import ModelConfig
 from consyn_jax.planning.timeline import play
 from consyn_jax.planning.topology import GpuTopology, Topology, parse_topology
 from consyn_jax.resolve import resolve

@@ -8,8 +8,8 @@ from functools import cache
 
 import numpy as np
 
+from consyn_jax.distributed.compiled import Collective
 from consyn_jax.model.arithmetic import BF16, FLOAT32, num_block_parameters, num_parameters
-from consyn_jax.planning.compiled import Collective
 from consyn_jax.planning.topology import GpuTopology
 from consyn_jax.planning.workload import Workload
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from consyn_jax.distributed.compiled import Collective
 from consyn_jax.distributed.hardware import DescribedGpu
 from consyn_jax.model.arithmetic import (
     BF16,
@@ -19,7 +20,6 @@ from consyn_jax.model.arithmetic import (
     num_block_parameters,
     num_parameters,
 )
-from consyn_jax.planning.compiled import Collective
 from consyn_jax.planning.network import (
     LINK_EFFICIENCY,
     Axes,

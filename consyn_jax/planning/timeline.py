@@ -8,16 +8,13 @@ bound.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from consyn_jax.planning.compiled import Array, Instruction, collectives_of, computations
+from consyn_jax.distributed.compiled import Instruction, collectives_of, computations
 from consyn_jax.planning.network import network_of
 from consyn_jax.planning.topology import GpuTopology
-
-_CONTRACTED = re.compile(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)')
+from consyn_jax.training.diagnostics.operation_costs import MatmulFlops
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,10 @@ class _Player:
     bodies: Mapping[str, list[Instruction]]
     sizes: Mapping[str, int]
     topology: GpuTopology
-    _flops: dict[str, int] = field(default_factory=dict)
+    _flops: MatmulFlops = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._flops = MatmulFlops(self.bodies)
 
     def run(self, computation: str) -> Schedule:
         """Simulate from idle network to idle network: no collective crosses a loop's boundary."""
@@ -71,7 +71,7 @@ class _Player:
                 collectives += times * once.collectives
                 now += times * (once.matmuls + once.waits)
             else:
-                seconds = self._matmul_flops(each, arrays) / self.topology.gpu.matmul_flops
+                seconds = self._flops.of(each, arrays) / self.topology.gpu.matmul_flops
                 now, matmuls = now + seconds, matmuls + seconds
         return Schedule(matmuls, collectives, max(now, free) - matmuls)
 
@@ -83,23 +83,3 @@ class _Player:
         payload = sum(one.payload_bytes for one in communicated)
         together = replace(communicated[0], payload_bytes=payload)
         return sum(network_of([together], self.sizes, self.topology).values())
-
-    def _matmul_flops(self, each: Instruction, arrays: Mapping[str, tuple[Array, ...]]) -> int:
-        if each.operation in ("fusion", "call"):
-            called = (name for attribute, name in each.calls if attribute in ("calls", "to_apply"))
-            return sum(map(self._fused_flops, called))
-        if each.operation != "dot" and "__cublas$" not in each.rest:
-            return 0
-        contracted = _CONTRACTED.search(each.rest)
-        if contracted is None or not each.first_operand:
-            return 0
-        dimensions = arrays[each.first_operand][0][1]
-        summed = math.prod(dimensions[int(d)] for d in re.findall(r"\d+", contracted[1]))
-        return 2 * math.prod(each.arrays[0][1]) * summed
-
-    def _fused_flops(self, computation: str) -> int:
-        if computation not in self._flops:
-            body = self.bodies[computation]
-            arrays = {each.name: each.arrays for each in body}
-            self._flops[computation] = sum(self._matmul_flops(each, arrays) for each in body)
-        return self._flops[computation]

@@ -169,9 +169,9 @@ class Training:
         tokens = self.inputs.lengths.sequences_per_step * length / jax.device_count()
         shape = self.program.config, self.run_config.length, self.run_config.lora
         flops = train_flops_per_token(*shape) * tokens
-        peak = bf16_peak(jax.local_devices()[0].device_kind)
-        self.profile.program = profile.CompiledStep(train_step.as_text, flops, peak)
-        self.recorder.stopwatch = Stopwatch(flops, peak)
+        kind = jax.local_devices()[0].device_kind
+        self.profile.program = profile.CompiledStep(train_step.as_text, flops, kind)
+        self.recorder.stopwatch = Stopwatch(flops, bf16_peak(kind))
         like = self.program.batch_like((accumulation, batch_size, length), TRAIN_AXES)
         with prefetch(
             batches,

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from consyn_jax.config import RunConfig
 from consyn_jax.distributed.allocators import set_allocators
+from consyn_jax.distributed.compiler import traced_options
 from consyn_jax.errors import Diverged, Interrupted, UserError
 from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.model.given_values import check_tokenizer
@@ -192,9 +193,10 @@ class ConsynTrainer:
             schedule: As for `build`.
         """
         program = self._build(run, schedule).program
+        is_traced = run.logging.profile_steps is not None
         return program.lower_train_step(
             run.budget.gradient_accumulation_steps, run.budget.batch_size, run.row_length
-        ).compile()
+        ).compile(traced_options(jax.local_devices()) if is_traced else None)
 
     def _build(self, run: RunConfig, schedule: optax.Schedule | None) -> Built:
         return build_program(

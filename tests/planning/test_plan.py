@@ -15,6 +15,7 @@ from consyn_jax.cli.train import main
 from consyn_jax.config import REMAT_POLICIES, RunConfig, architecture
 from consyn_jax.data.store import TokenStoreWriter
 from consyn_jax.distributed.auto_mesh import FITS
+from consyn_jax.distributed.compiled import Collective
 from consyn_jax.distributed.hardware import DESCRIBED
 from consyn_jax.distributed.mesh import AXES, check_batch, check_model
 from consyn_jax.errors import UserError
@@ -24,7 +25,6 @@ from consyn_jax.model.arithmetic import LOGITS_AT_ONCE, chunk_tokens, logits_at_
 from consyn_jax.model.parameters import layout
 from consyn_jax.optimizer_config import OPTIMIZERS
 from consyn_jax.planning import aot
-from consyn_jax.planning.compiled import Collective
 from consyn_jax.planning.network import all_reduce_seconds, network_of, ring_seconds
 from consyn_jax.planning.plan import Plan, alternatives, estimate, fit
 from consyn_jax.planning.plan_page import page

@@ -8,13 +8,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from consyn_jax.distributed.hardware import DescribedGpu
+from consyn_jax.training.diagnostics.operation_costs import Cost
 from consyn_jax.training.runtime.watchdog import EVALUATING, SAVING, WAITING
 
 STEP = "train step"
 # Names of the `jax.named_scope`s in the model and the step, which the compiler attaches to each
 # operation.
 SCOPES = ("attention", "mlp", "head", "norm", "embedding", "optimizer")
-COLLECTIVES, OTHER = "collectives", "other"
+COLLECTIVES, MATMULS, OTHER = "collectives", "matmuls", "other"
+# Parts of kernels whose operation the trace does not name, as in a command buffer (CUDA graph).
+KERNELS = {
+    "document_attention": "attention",
+    "softmax_gradient": "head",
+    "norm_rope|branched_norm|added_norm": "norm",
+    "^nvjet|gemm|cutlass|cublas": MATMULS,
+}
+COMMAND_BUFFER = "command_buffer"
 # Name of a host activity in the trace -> cause of the device's idle time.
 CAUSES = {
     WAITING: WAITING,
@@ -66,8 +76,10 @@ class Operation(NamedTuple):
         """The part of the model or step: one of `SCOPES`, collectives, or other."""
         if self.path == COLLECTIVES or _COLLECTIVE.search(f"{self.name} {self.kernel}"):
             return COLLECTIVES
-        found = _SCOPE.findall(self.path)
-        return found[-1] if found else OTHER
+        if found := _SCOPE.findall(self.path):
+            return found[-1]
+        named = (part for kernel, part in KERNELS.items() if re.search(kernel, self.kernel))
+        return next(named, OTHER)
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,7 @@ class Summary:
             counts.
         largest: Operations with the longest total time: name, part, seconds and number of
             executions.
+        least: By part, the least seconds that the device needs for its FLOPs and its bytes.
     """
 
     device: str
@@ -90,6 +103,28 @@ class Summary:
     idle: dict[str, float]
     parts: dict[str, float]
     largest: tuple[tuple[str, str, float, int], ...]
+    least: dict[str, Least]
+
+
+class Least(NamedTuple):
+    """The least time of a part of the model, in seconds.
+
+    Attributes:
+        total_s: Sum over operations of the larger of the following two.
+        compute_s: Time for the FLOPs at the device's peak rate.
+        memory_s: Time for the bytes at the bandwidth of its memory.
+    """
+
+    total_s: float
+    compute_s: float
+    memory_s: float
+
+    def plus(self, cost: Cost, gpu: DescribedGpu) -> Least:
+        """Add one execution of an operation."""
+        compute, memory = cost.flops / gpu.bf16_flops, cost.bytes / gpu.memory_bandwidth
+        return Least(
+            self.total_s + max(compute, memory), self.compute_s + compute, self.memory_s + memory
+        )
 
 
 def scopes_of(program: str) -> dict[str, str]:
@@ -104,12 +139,19 @@ def scopes_of(program: str) -> dict[str, str]:
     return dict(_INSTRUCTION.findall(program)) | dict.fromkeys(collectives, COLLECTIVES)
 
 
-def summarise(trace: Any, scopes: Mapping[str, str]) -> Summary:
+def summarise(
+    trace: Any,
+    scopes: Mapping[str, str],
+    costs: Mapping[str, Cost] | None = None,
+    gpu: DescribedGpu | None = None,
+) -> Summary:
     """Summarise the time of the first device in a trace.
 
     Args:
         trace: A `jax.profiler.ProfileData` in which the host annotates each step as `STEP`.
         scopes: Scopes of each instruction, from `scopes_of`.
+        costs: Work of each instruction, from `operation_costs`.
+        gpu: The rates of the device; None if they are unknown.
 
     Raises:
         ValueError: The trace has no step, or no operation of a device.
@@ -146,7 +188,22 @@ def summarise(trace: Any, scopes: Mapping[str, str]) -> Summary:
         _seconds(_idle_by_cause(_without(window, busy), host)),
         _seconds(parts),
         tuple(largest[:LARGEST]),
+        {} if gpu is None else _least(operations, costs or {}, gpu),
     )
+
+
+def _least(
+    operations: Sequence[Operation], costs: Mapping[str, Cost], gpu: DescribedGpu
+) -> dict[str, Least]:
+    """The least time of each part; the network bounds collectives, so they have none."""
+    least, before = dict[str, Least](), ""
+    for operation in operations:
+        # One operation may run several kernels, such as a matmul and the sum of its pieces.
+        is_new, before = operation.name != before, operation.name
+        if is_new and operation.name in costs and operation.part != COLLECTIVES:
+            known = least.get(operation.part, Least(0.0, 0.0, 0.0))
+            least[operation.part] = known.plus(costs[operation.name], gpu)
+    return least
 
 
 def _seconds(nanoseconds: Mapping[str, float]) -> dict[str, float]:
@@ -223,13 +280,17 @@ def _in_line(events: Iterable[Event], scopes: Mapping[str, str]) -> list[Operati
     around: list[int] = []  # indices in `found` of operations that the next may be inside
     for event, stats in sorted(events, key=lambda each: (each[0].start_ns, -each[0].duration_ns)):
         name = str(stats.get("hlo_op", event.name))
+        if name.startswith(COMMAND_BUFFER):  # XLA names a kernel by its operation, without dots
+            name = ".".join(event.name.rsplit("_", 1))
+            name = name if name in scopes else event.name
         path = scopes.get(name, str(stats.get("tf_op", "")))
         begin, end = event.start_ns, event.start_ns + event.duration_ns
         while around and found[around[-1]].end <= begin:
             around.pop()
         if around:
-            outer = found[around[-1]]
-            found[around[-1]] = outer._replace(own=max(0.0, outer.own - (end - begin)))
+            outer = found[around[-1]]  # or a kernel that ends while this one already begins
+            shared = min(end, outer.end) - begin
+            found[around[-1]] = outer._replace(own=max(0.0, outer.own - shared))
         around.append(len(found))
         found.append(Operation(name, event.name, path, begin, end, end - begin))
     return found
@@ -273,4 +334,4 @@ def _without(spans: Spans, others: Spans) -> Spans:
 
 
 def _length(spans: Spans) -> float:
-    return sum(end - begin for begin, end in spans)
+    return sum((end - begin for begin, end in spans), 0.0)

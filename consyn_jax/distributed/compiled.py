@@ -199,6 +199,18 @@ def _executions(bodies: dict[str, list[Instruction]], entry: str) -> dict[str, i
     return times
 
 
+def kernel_name(instruction: Instruction) -> str:
+    """Name of a kernel that XLA did not generate itself, as in `kernels`; empty for others."""
+    target = re.search(r'custom_call_target="([^"]+)"', instruction.rest)
+    if target is None:
+        return ""
+    triton = "triton" in target[1]
+    own = re.search(r', name = "([^"]+)"', instruction.rest) if triton else None
+    if target[1] == "tpu_custom_call":
+        own = re.match(r"(.*?)(?:\.[\d.]+|\.clone)*$", instruction.name)
+    return (own or target)[1]
+
+
 def kernels(program: list[Instruction]) -> dict[str, int]:
     """Execution counts of the kernels that XLA did not generate itself.
 
@@ -207,13 +219,8 @@ def kernels(program: list[Instruction]) -> dict[str, int]:
     """
     found: collections.Counter[str] = collections.Counter()
     for instruction in program:
-        target = re.search(r'custom_call_target="([^"]+)"', instruction.rest)
-        if target is not None:
-            triton = "triton" in target[1]
-            own = re.search(r', name = "([^"]+)"', instruction.rest) if triton else None
-            if target[1] == "tpu_custom_call":
-                own = re.match(r"(.*?)(?:\.[\d.]+|\.clone)*$", instruction.name)
-            found[(own or target)[1]] += instruction.times
+        if name := kernel_name(instruction):
+            found[name] += instruction.times
     return dict(found)
 
 
@@ -249,16 +256,21 @@ def update_bytes(program: list[Instruction], sizes: Container[int]) -> int:
             continue
         if any(math.prod(dimensions) in sizes for _, dimensions in read):
             whole = sum(map(array_bytes, (*read, *instruction.arrays)))
-            total += whole - _unread_bytes(instruction, arrays, bodies)
+            total += whole - unread_bytes(instruction, arrays, bodies)
     return total
 
 
-def _unread_bytes(
+def unread_bytes(
     fusion: Instruction,
     arrays: Mapping[str, tuple[Array, ...]],
     bodies: Mapping[str, list[Instruction]],
 ) -> int:
-    """Bytes of the operands of a fusion that are outside of the slices that it reads."""
+    """Bytes of the operands of a fusion that are outside of the slices that it reads.
+
+    Args:
+        arrays: arrays by name of the instruction.
+        bodies: instructions by computation.
+    """
     unread = 0
     for _, callee in fusion.calls if fusion.operation == "fusion" else ():
         for parameter in bodies[callee]:
@@ -272,15 +284,19 @@ def _unread_bytes(
 
 def _sliced_bytes(array: Instruction, body: list[Instruction], whole: int) -> int:
     """Bytes of the slices that a computation cuts from an array, or `whole` if it reads all."""
+    readers = [each for each in body if array.name in each.operands]
     total = 0
-    for reader in (each for each in body if array.name in each.operands):
-        if reader.operation == "slice":
+    for reader in readers:
+        is_first = reader.operands.index(array.name) == 0
+        if reader.operation in ("slice", "dynamic-slice") and is_first:
             total += array_bytes(reader.arrays[0])
         elif reader.operation == "bitcast":
             total += _sliced_bytes(reader, body, whole)
+        elif reader.operation == "dynamic-update-slice" and is_first:
+            continue  # the rest of the array stays where it is
         else:
             return whole
-    return total or whole
+    return total if readers else whole
 
 
 def array_bytes(array: Array) -> int:
