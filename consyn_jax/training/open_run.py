@@ -185,14 +185,12 @@ def open_records(
         The recorder and the page; and details of lost log lines, for the event `resume`.
     """
     run, path, warn = inputs.run, opened.directory.path, opened.console.warn
-    log = None
-    lines: list[dict[str, Any]] = []
+    log, lines = None, list[dict[str, Any]]()
     lost_lines: dict[str, int] = {}
     activities = ActivityClock()
     if opened.writes:
-        log = stack.enter_context(
-            MetricsLog(path, opened.directory.check_for_line, warn, inputs.began)
-        )
+        log = MetricsLog(path, opened.directory.check_for_line, warn, inputs.began)
+        stack.enter_context(log)
         step = -1 if resumed is None else resumed
         lost_lines = beginning.rewind(log, opened.directory, step, warn)
         lines = read_metrics(log.path)

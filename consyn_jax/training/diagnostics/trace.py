@@ -172,14 +172,9 @@ def summarise(
         raise ValueError("the trace has no operation of a device")
     window = [(min(begins), max(operation.end for operation in operations))]
     busy = _union((operation.begin, operation.end) for operation in operations)
-    parts, kernels = defaultdict[str, float](float), defaultdict[tuple[str, str], list[float]](list)
+    parts = defaultdict[str, float](float)
     for operation in operations:
         parts[operation.part] += operation.own
-        kernels[operation.title, operation.part].append(operation.own)
-    largest = sorted(
-        ((name, part, sum(times) / 1e9, len(times)) for (name, part), times in kernels.items()),
-        key=lambda each: -each[2],
-    )
     return Summary(
         device,
         len(begins),
@@ -187,9 +182,21 @@ def summarise(
         _length(busy) / 1e9,
         _seconds(_idle_by_cause(_without(window, busy), host)),
         _seconds(parts),
-        tuple(largest[:LARGEST]),
+        _largest(operations),
         {} if gpu is None else _least(operations, costs or {}, gpu),
     )
+
+
+def _largest(operations: Iterable[Operation]) -> tuple[tuple[str, str, float, int], ...]:
+    """The operations with the longest total time, as `Summary.largest`."""
+    found = defaultdict[tuple[str, str], list[float]](list)
+    for operation in operations:
+        found[operation.title, operation.part].append(operation.own)
+    largest = sorted(
+        ((name, part, sum(times) / 1e9, len(times)) for (name, part), times in found.items()),
+        key=lambda each: -each[2],
+    )
+    return tuple(largest[:LARGEST])
 
 
 def _least(

@@ -87,17 +87,15 @@ def write_report(
         samples: step and text.
         summary: rows of the result, by label.
         activities: returns the seconds of each activity until now, by their names in
-            `metrics.jsonl`; called late, so that they count most of the drawing.
+            `metrics.jsonl`. It is called late, so that the drawing counts.
         origins: the origin of each value of the configuration, from `resolve.resolve`.
         about: rows that say what the run is: its model, devices, data, versions.
 
     Raises:
         OSError: the directory cannot be written.
     """
-    shown_samples, newest = _samples(samples), _folded("All newest values", _newest(summary or {}))
-    event_rows = list(_events(history))
-    events = _table(_events_title(history), event_rows, EVENT_HEAD, look="wide events")
-    settings = _configuration(config, origins or {})
+    shown, newest = _samples(samples), _folded("All newest values", _newest(summary or {}))
+    events, settings = _event_table(history), _configuration(config, origins or {})
     spent = activities()
     passed_s = sum(spent.values(), 0.0)
     drawn, resumed = run_charts(history, spent), _resumed(history)
@@ -106,7 +104,7 @@ def write_report(
         header_section(about, duration(passed_s) if spent else ""),
         _tiles(history, passed_s),
         draw_charts(drawn, resumed, THINNED if history.is_thinned else ""),
-        shown_samples,
+        shown,
         _times(spent, history),
         events,
         *settings,
@@ -123,6 +121,11 @@ def write_report(
     )
     write_whole(directory / PAGE, page.encode("utf-8", "replace"))
     return directory / PAGE
+
+
+def _event_table(history: History) -> str:
+    rows = list(_events(history))
+    return _table(_events_title(history), rows, EVENT_HEAD, look="wide events")
 
 
 def _newest(summary: Mapping[str, object]) -> str:
