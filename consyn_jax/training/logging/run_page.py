@@ -111,16 +111,20 @@ def write_report(
         newest,
         _points(drawn, resumed, status),
     ]
-    page = html_page(
+    page = _page(directory, "\n".join(filter(None, sections)), status)
+    write_whole(directory / PAGE, page.encode("utf-8", "replace"))
+    return directory / PAGE
+
+
+def _page(directory: Path, sections: str, status: Status) -> str:
+    return html_page(
         f"Run {directory.resolve().name}",
         CHART_STYLE + STYLE + HEADER_STYLE + CHART_PAGE_STYLE,
-        "\n".join(filter(None, sections)),
+        sections,
         "metrics.jsonl",
         script=SCRIPT,
         reload_without_script_s=_reload_s(status) if status.is_alive else None,
     )
-    write_whole(directory / PAGE, page.encode("utf-8", "replace"))
-    return directory / PAGE
 
 
 def _event_table(history: History) -> str:
