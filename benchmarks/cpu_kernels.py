@@ -113,7 +113,7 @@ class TorchProfiled(Torch):
 
     def __init__(self, given: dict[str, Any], exported: Path) -> None:
         one_core()
-        super().__init__(given, exported, compiles=True)
+        super().__init__(given, exported, [COMPILED])
         self.torch.set_num_threads(1)
 
     def profile(self, steps: int) -> Found:

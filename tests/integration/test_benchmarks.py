@@ -46,7 +46,8 @@ def test_a_rehearsal_runs_all_parts(tmp_path: Path) -> None:
     report = json.loads(out.read_text())
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert {part["state"] for part in report["parts"].values()} <= {"done", "absent"}
-    for name in ("model", "attention checks", "optimizers", "training", "verse", "vs_verse"):
+    names = ("model", "attention checks", "optimizers", "training", "verse", "vs_verse")
+    for name in (*names, "vs_verse_documents"):
         assert report["parts"][name]["rows"], name
         assert f"## {name}" in out.with_suffix(".md").read_text()
 
