@@ -15,7 +15,7 @@ from consyn_jax.distributed.hardware import bf16_peak, described_gpu
 from consyn_jax.errors import UserError
 from consyn_jax.files import write_whole
 from consyn_jax.training.diagnostics.operation_costs import operation_costs
-from consyn_jax.training.diagnostics.trace import STEP, Summary, scopes_of, summarise
+from consyn_jax.training.diagnostics.trace import COLLECTIVES, STEP, Summary, scopes_of, summarise
 from consyn_jax.training.runtime.watchdog import WAITING
 from consyn_jax.training.step import Batch
 from consyn_jax.validation import parse_profile_steps
@@ -94,6 +94,8 @@ def _share(spent: float, together: float, steps: int) -> str:
 
 def _least(summary: Summary, part: str, spent: float) -> str:
     """The least time of a part on this device, and what bounds it; empty if it is unknown."""
+    if part == COLLECTIVES and summary.hidden_share is not None:
+        return f"; {summary.hidden_share:.0%} of it beside other operations"
     if (least := summary.least.get(part)) is None or not spent:
         return ""
     bound = "compute" if least.compute_s > least.memory_s else "memory"

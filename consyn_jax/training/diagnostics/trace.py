@@ -94,6 +94,8 @@ class Summary:
         largest: Operations with the longest total time: name, part, seconds and number of
             executions.
         least: By part, the least seconds that the device needs for its FLOPs and its bytes.
+        hidden_share: Share of the time of collectives in which other operations ran; None without
+            collectives.
     """
 
     device: str
@@ -104,6 +106,7 @@ class Summary:
     parts: dict[str, float]
     largest: tuple[tuple[str, str, float, int], ...]
     least: dict[str, Least]
+    hidden_share: float | None = None
 
 
 class Least(NamedTuple):
@@ -184,7 +187,19 @@ def summarise(
         _seconds(parts),
         _largest(operations),
         {} if gpu is None else _least(operations, costs or {}, gpu),
+        _hidden_share(operations),
     )
+
+
+def _hidden_share(operations: Sequence[Operation]) -> float | None:
+    spans: dict[bool, Spans] = {True: [], False: []}
+    for each in operations:
+        spans[each.part == COLLECTIVES].append((each.begin, each.end))
+    collectives = _union(spans[True])
+    if not collectives:
+        return None
+    exposed = _without(collectives, _union(spans[False]))
+    return 1 - _length(exposed) / _length(collectives)
 
 
 def _largest(operations: Iterable[Operation]) -> tuple[tuple[str, str, float, int], ...]:

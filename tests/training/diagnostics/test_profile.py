@@ -24,9 +24,10 @@ def test_the_page_has_the_achieved_rate_and_the_shares_of_time() -> None:
         2.0,
         1.5,
         {"host": 0.5},
-        {"mlp": 1.2, "head": 0.4},
+        {"mlp": 1.2, "head": 0.4, "collectives": 0.0},
         (("fusion.7", "mlp", 0.8, 48),),
         {"mlp": Least(0.9, 0.8, 0.5), "head": Least(0.3, 0.1, 0.3)},
+        0.71,
     )
     text = page(summary, CompiledStep(str, 400e12, "NVIDIA H200"), (10, 11))
     assert "Steps 10 to 11 on gpu:0, 1,000.0 ms each." in text
@@ -34,6 +35,7 @@ def test_the_page_has_the_achieved_rate_and_the_shares_of_time() -> None:
     assert re.search(r"busy +75.0%\n +idle +25.0%  \(host 25.0%\)", text)
     assert re.search(r"mlp +75.0% +600.00 ms per step; at least 450.00 ms, bound by comp", text)
     assert re.search(r"head +25.0% +200.00 ms per step; at least 150.00 ms, bound by memory", text)
+    assert re.search(r"collectives +0.0% +0.00 ms per step; 71% of it beside other", text)
     assert "Most is lost in mlp: 150.00 ms per step, because its matmuls run below the" in text
     assert re.search(
         r"The 1 largest kernels:\n +50.0% +400.00 ms in 24 per step  fusion.7 \(mlp\)", text

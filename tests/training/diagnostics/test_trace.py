@@ -24,6 +24,7 @@ from consyn_jax.training.runtime.watchdog import WAITING
 pytestmark = pytest.mark.users_compiler
 
 MS = 10**9  # picoseconds
+GEMM = ("gemm", 0, 4, "fusion.1")
 # The compiler's scopes of the operations below.
 SCOPE_OF = {
     "fusion.1": "jit(train_step)/jvp()/while/body/attention/dot_general",
@@ -130,6 +131,17 @@ def test_time_inside_a_loop_counts_for_the_operations_in_it() -> None:
     assert found.device == "cpu:0"
     assert found.parts == pytest.approx({"attention": 0.003, "norm": 0.003, "other": 0.002})
     assert found.busy_s == pytest.approx(0.008)
+
+
+def test_a_collective_is_hidden_while_other_operations_run() -> None:
+    streams = {
+        "Stream #1": [("gemm", 0, 4, "fusion.1"), ("gemm", 6, 1, "fusion.1")],
+        "Stream #2": [("ncclDevKernel_AllReduce", 2, 8, "all-reduce.1")],
+    }
+    planes = {"/host:CPU": {"python": [(STEP, 0, 1)]}, "/device:GPU:0": streams}
+    assert summarise(xspace(planes), SCOPE_OF).hidden_share == pytest.approx(3 / 8)
+    alone = {"/host:CPU": {"python": [(STEP, 0, 1)]}, "/device:GPU:0": {"Stream #1": [GEMM]}}
+    assert summarise(xspace(alone), SCOPE_OF).hidden_share is None
 
 
 def test_a_kernel_that_begins_before_the_last_one_ends_counts_from_there() -> None:
