@@ -558,5 +558,5 @@ def test_a_signal_ends_the_wait(
 
 def test_decay_from_has_no_copy(tmp_path: Path) -> None:
     flags = {"decay_from": 10, "scheduler": "wsd", "remote": URL, "output": str(tmp_path / "x")}
-    with pytest.raises(UserError, match="--decay_from continues a run"):
+    with pytest.raises(UserError, match="--remote does not work with --decay_from"):
         check_remote(resolve(flags)[0])

@@ -149,7 +149,7 @@ def test_the_header_says_which_bits_are_promised(
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    assert "a resumed run has the bits of one that was never stopped" in promise(run)
+    assert "a resumed run has the same bits as an uninterrupted run" in promise(run)
     choose(FILES)
     keep_kernels(run)
     assert promise(run).startswith("those of kernels.json, so the run has the bits")
