@@ -67,7 +67,8 @@ def evaluate(
     """Compute metrics over one pass of the batches.
 
     The metrics are `eval/loss` (nats per token), `eval/perplexity`, `eval/accuracy`, `eval/tokens`
-    and `eval/bits_per_byte`. For pairs, they are `eval/` followed by the names in `PairSums.means`.
+    and `eval/bits_per_byte`. For pairs, they are `eval/pairs`, `eval/tokens`, and those of
+    `PairSums.means` with the prefix `eval/`.
     The host adds up the sums in float64, one batch late, so that the device never waits for it.
 
     Args:

@@ -50,7 +50,7 @@ from consyn_jax.training.step import Batch, Metrics, TrainState
 
 
 class Training:
-    """One call of `train`.
+    """A training run: the work of one call of `ConsynTrainer.train`.
 
     Args:
         stack: Stack that closes the resources of the run, however the run ends.

@@ -46,7 +46,7 @@ class LogitStatistics(NamedTuple):
         top: The largest logit.
         log_z: Logarithm of the sum of the exponentials of all logits.
         label: The logit of the label.
-        mean: Mean of the logits over the vocabulary; zero without `Extras`.
+        mean: Mean of the logits over the vocabulary; zero unless training uses `Extras`.
     """
 
     top: Float[Array, " n"]
@@ -233,7 +233,7 @@ def _on_device(x, head, labels, mask, *, sizes, vocab_size, extras, chunks, with
     """Compute sums over all devices, and this device's shards of the gradients."""
     token_axes = split_axes(sizes, "batch", "sequence")
     weight, vocab = gathered_head(x, head, sizes, vocab_size, chunks)
-    # In float16, the smallest gradients would underflow: the backward pass applies the loss scale.
+    # In float16, the smallest gradients would underflow, as the loss scale is applied only later.
     dx_dtype = jnp.float32 if x.dtype == jnp.float16 else x.dtype
     kernel = chunks.kernel and with_gradients and not vocab.mesh_axes
     chunk = partial(
@@ -382,8 +382,8 @@ def _logit_gradient(share_nV, statistics, labels_n, vocab: Vocabulary, extras: E
 
 def _loss_sums(statistics: LogitStatistics, mask_n: jax.Array, vocab_size: int) -> LossSums:
     nll_n = statistics.log_z - statistics.label
-    # A label is predicted if its logit is the largest and its probability is above 1 / V. If all
-    # logits are equal, as with an output embedding of zeros, no label is.
+    # A label is predicted if its logit is the largest and its probability is above 1 / V. So equal
+    # logits, as with an output embedding of zeros, predict nothing.
     is_largest_n = statistics.label >= statistics.top
     correct_n = is_largest_n & (nll_n < math.log(vocab_size) * (1 - 1e-6)) & mask_n
     return LossSums(

@@ -62,8 +62,8 @@ class RunInputs:
         derived: Values that follow from flags and data, by their names in config.yaml.
         header: Rows to print before the run begins.
         warnings: Warnings to print before the run begins.
-        make_parameters: Function that places the parameters to train on a mesh. The training state
-            then owns them.
+        make_parameters: Function that makes the trainable parameters, placed on a mesh. The
+            training state then owns them.
         make_base: Function that returns the frozen weights of an adapter run, which are added to
             every batch; an empty dict for other runs.
         files: Format in which best/ and final/ are written and read.
@@ -128,7 +128,7 @@ class OpenRun:
     coordinator: StopCoordinator
 
     def before_commit(self, recorder: Recorder) -> None:
-        """Flush the log and keep the kernel choices, before a checkpoint or model is renamed."""
+        """Flush the log and save the kernel choices, before a checkpoint or model is committed."""
         self.directory.check()
         recorder.flush()
         if self.writes:

@@ -125,7 +125,7 @@ class ScaledState(NamedTuple):
     """The state of an optimizer, with a loss scale.
 
     Attributes:
-        scale: Factor of the mean loss in the backward pass.
+        scale: Factor by which the mean loss is multiplied in the backward pass.
         good_steps: Number of consecutive steps with finite gradients since the scale changed.
         skipped_steps: Number of steps so far whose update was skipped.
     """

@@ -163,7 +163,7 @@ class Program:
     def chunks(self) -> Chunks:
         """The layout of the logits that suits the devices.
 
-        `CPU_CHUNKS` is for float32 only, because XLA may lack matmuls of narrower dtypes for it.
+        `CPU_CHUNKS` is for float32 only: in its layout, XLA may lack matmuls of narrower dtypes.
         """
         device = self.mesh.devices.flat[0]
         is_plain_cpu = device.platform == "cpu" and self.compute.dtype == jnp.float32

@@ -71,7 +71,7 @@ def _apart(logged: float, repeated: float) -> float:
 
 @dataclass
 class RepeatedRun:
-    """Steps of a run that were repeated, from a checkpoint to the requested step.
+    """The result of repeating the steps of a run, from a checkpoint to the requested step.
 
     Attributes:
         start: Step of the checkpoint; 0 for the beginning of the run.

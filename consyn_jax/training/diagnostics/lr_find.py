@@ -160,7 +160,7 @@ def measure_curve(
 
 
 def _num_settled(num_steps: int) -> int:
-    """Return the number of first steps, whose rate is too low to change the loss."""
+    """Return how many steps at the start have a rate that is too low to change the loss."""
     return max(FEWEST_STEPS // 4, round(LEVEL_SHARE * num_steps))
 
 

@@ -32,7 +32,7 @@ class EvalRequests:
     """The tasks of `--eval_requests`, tokenised once for all evaluations of a run.
 
     Attributes:
-        tasks: Tasks by the name in metrics, as in eval/NAME/accuracy.
+        tasks: Tasks by name; metrics are named eval/NAME/accuracy, for example.
         encoded: Requests of each task as token ids.
     """
 

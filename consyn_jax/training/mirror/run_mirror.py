@@ -50,8 +50,8 @@ class RunMirror:
 
     Args:
         remote: The copy; this process must hold its lease.
-        keep: How many of the newest checkpoints to keep in the bucket, and the step of which all
-            multiples are kept (None for none).
+        keep: Number of newest checkpoints to keep in the bucket, and a number of steps: checkpoints
+            at its multiples are kept, too (None for none).
         warn, note: Functions that the thread calls with a sentence.
         moved: Function that is called every second while `close` waits.
     """
@@ -155,7 +155,7 @@ class RunMirror:
         return [step for step in steps if step in kept and known.get(step) != self._digest(step)]
 
     def _digest(self, step: int) -> str:
-        """Return a digest of a checkpoint. If a step is saved again, its digest may be another.
+        """Return a digest that tells a checkpoint from an earlier one of the same step.
 
         Raises:
             FileNotFoundError: The checkpoint was removed meanwhile.

@@ -183,7 +183,7 @@ def _host() -> jax.Device | None:
 
 
 def decay_end(decay_from: int, decay_ratio: float) -> int:
-    """Return the last step of a run that decays from `decay_from`, for a fraction `decay_ratio`.
+    """Return the last step of a run that decays from `decay_from`, for `decay_ratio` of its steps.
 
     >>> decay_end(800, 0.2)
     1000

@@ -110,7 +110,7 @@ def open_order(record: dict[str, Any], place: Path) -> Order:
         place: Directory with the record, for messages.
 
     Raises:
-        UserError: The data is missing or has changed, or was neither in stores nor in files.
+        UserError: The data is missing or has changed, or the record names no data.
     """
     if record["order"] not in (ONE, MIXTURE):
         raise UserError(

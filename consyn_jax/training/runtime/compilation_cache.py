@@ -1,9 +1,9 @@
 """Compiled programs on disk, so that a start loads programs that an earlier start compiled.
 
-The cache is JAX's own, in the user's cache directory. JAX's limit of its size is not used: with it,
-every read waits for a lock on the whole directory, and if a process is killed between the two files
-of an entry, nothing more is written to the cache. Instead, this module tidies the directory once a
-day.
+The cache is JAX's own, in the user's cache directory. JAX can limit the size of the cache, but then
+every read waits for a lock on the whole directory. Also, if a process is killed between the two
+files of an entry, JAX writes nothing more to the cache. So this module limits the size instead, by
+tidying the directory once a day.
 """
 
 from __future__ import annotations

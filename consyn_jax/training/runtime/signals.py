@@ -126,7 +126,7 @@ def with_signals(step: Step) -> Step:
 
 
 class StopCoordinator:
-    """Decides when to stop and when to save by the clock, at the same step in all processes.
+    """Decides after which step all processes stop, or save because `save_minutes` have passed.
 
     A run stops after a signal, or when a callback asks for its end. A single process acts on its
     own signals, clock and callbacks. Several processes exchange messages in every step

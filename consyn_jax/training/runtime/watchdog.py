@@ -41,7 +41,8 @@ class Watchdog:
 
     Args:
         directory: The run directory.
-        minutes: Minutes without progress before the run is ended, at least; 0 to never end it.
+        minutes: Minimum time without progress, in minutes, before the run is ended; 0 to never end
+            it.
         process_group: The processes of this run; None if there is only one.
         beat: Function that is called every few seconds.
 
