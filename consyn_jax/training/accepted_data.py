@@ -37,16 +37,17 @@ def as_source(
 ) -> BatchSource:
     """Convert data of any accepted kind to a `BatchSource`.
 
-    Accepted are datasets of `get_dataset`, mixtures of them, a corpus that is still being prepared,
-    and the kinds of data that `inputs.given.recognise` accepts.
+    The data may be a dataset of `get_dataset`, a mixture of such datasets, a corpus that is still
+    being prepared, or any kind that `inputs.given.recognise` accepts.
 
     Args:
         vocab_size: Size of the vocabulary; all ids must be below it.
-        name: Name of the data in messages. Batches of "eval_dataloader" may have any size.
+        name: Name of the data in messages. If it is "eval_dataloader", the caller's batches may
+            have any size.
 
     Raises:
-        UserError: The data has another kind, an id is outside the vocabulary, no token is a target,
-            the size of sequences or batches does not fit, or token lists come without an EOS id.
+        UserError: The data is of another kind, an id is outside the vocabulary, no token is a
+            target, sequences or batches have the wrong size, or there is no EOS id for token lists.
     """
     data = recognise(data, name)
     _check_block_size(getattr(getattr(data, "packed", data), "block_size", block_size), block_size)
@@ -76,10 +77,11 @@ def as_source(
 
 
 def check_pairs(data: Sequence[Any], wants_pairs: bool) -> None:
-    """Check that the data has pairs of answers if the objective is DPO, and only then.
+    """Check that the data has pairs of answers if, and only if, the objective is DPO.
 
     Args:
         data: Training and evaluation data, as `recognise` returns them; None for missing data.
+        wants_pairs: Whether the objective is DPO.
 
     Raises:
         UserError: The data does not suit the objective.
@@ -137,7 +139,10 @@ def _check_targets(source: BatchSource, batch_size: int, name: str) -> None:
 
 
 def _check_block_size(tokens: int, block_size: int) -> None:
-    """Check that a packed dataset has sequences of `block_size`; padding would waste compute."""
+    """Check that the sequences of a packed dataset have `block_size` tokens.
+
+    Shorter sequences are not padded, because padding would waste compute.
+    """
     if tokens != block_size:
         raise UserError(
             f"The dataset has sequences of {tokens} tokens, and max_tokens is {block_size}. Leave "

@@ -21,7 +21,7 @@ from consyn_jax.training.run.directory import run_path
 from consyn_jax.training.run.recording import Lengths
 
 Row = tuple[str, str]
-LORA_RATE = 10.0  # of an adapter, in rates of a full fine-tune (Schulman et al., 2025)
+LORA_RATE = 10.0  # best rate of an adapter / best rate of a full fine-tune (Schulman et al., 2025)
 
 
 def header(
@@ -31,7 +31,7 @@ def header(
     notes: Sequence[Row] = (),
     cache_rows: Sequence[Row] = (),
 ) -> list[Row]:
-    """Rows of name and value: the model, the devices and the settings chosen for them, the budget.
+    """Make the header's rows, (name, value): model, devices, chosen settings, and budget of a run.
 
     Args:
         notes: Further rows, about the data.
@@ -110,7 +110,7 @@ def _objective(run: RunConfig) -> list[Row]:
 
 
 def _shares(lengths: Lengths) -> list[Row]:
-    """Share of each source of a mixture in the sequences of the run."""
+    """Describe how many of the run's sequences each source of a mixture provides."""
     order, total = lengths.order, lengths.total_steps * lengths.sequences_per_step
     if not isinstance(order, Mixture):
         return []
@@ -130,11 +130,11 @@ def show_rates(schedule: optax.Schedule, total_steps: int, path: Path) -> None:
     show(draw_schedule(schedule, total_steps))
     picture = path / "schedule.png"
     write_schedule_plot(schedule, total_steps, picture)
-    show(f"The learning rate by step; as a picture: {picture}.")
+    show(f"This is the learning rate by step. A picture of it is in {picture}.")
 
 
 def warnings(run: RunConfig, built: Built, lengths: Lengths) -> Iterator[str]:
-    """Warnings about settings that are allowed, but rarely intended."""
+    """Yield warnings about settings that are allowed, but rarely intended."""
     rule, from_weights = run.optimizer.optimizer, run.model.checkpoint is not None
     factor = LORA_RATE if run.lora.is_used else 1.0
     if warning := lr_warning(run.optimizer.lr or 0.0, rule, from_weights, factor):
@@ -144,6 +144,6 @@ def warnings(run: RunConfig, built: Built, lengths: Lengths) -> Iterator[str]:
     batch_size, epoch = run.budget.batch_size, lengths.sequences_per_epoch
     if run.budget.total_tokens is None and epoch is not None and batch_size > epoch:
         yield (
-            f"One batch of {batch_size} sequences is more than the whole data, which has {epoch}. "
-            "Lower --batch_size, or each step learns some of them twice."
+            f"One batch has {batch_size} sequences, but the whole data has only {epoch}, so each "
+            "step trains on some of them twice. Lower --batch_size."
         )

@@ -81,11 +81,11 @@ class ConsynTrainer:
             (one document per row), rows or columns with input_ids (a list, a `BatchEncoding`, a
             dataset of torch or datasets), or any iterable of batches, such as a torch DataLoader.
         eval_dataloader: Evaluation data of the same kinds; None for no evaluation.
-        num_epochs, max_steps: Budget; the smaller one counts. 3 epochs if neither is given.
+        num_epochs, max_steps: Budget; the smaller one applies. 3 epochs if neither is given.
         learning_rate: Peak learning rate; by default 5e-5 for adamw.
-        tokenizer: Tokenizer to save and for samples; not needed for data of `get_dataset`.
+        tokenizer: Tokenizer for samples and to save; not needed for data of `get_dataset`.
         run: A resolved configuration and the origins of its values, as `consyn-train` makes them.
-            The other settings are then ignored.
+            All arguments that are settings are then ignored.
         notes: Rows of name and value for the header, which is printed at the start.
         callbacks: Objects with any of the methods of `Callback`.
         settings: Flags of `consyn-train`, by name.
@@ -94,7 +94,7 @@ class ConsynTrainer:
         UserError: A setting or the data is wrong; `train` checks devices and directories.
     """
 
-    began: float | None = None  # `time.perf_counter()` of the run's beginning; None: at `train`
+    began: float | None = None  # `time.perf_counter()` when the run began; None if at `train`
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class ConsynTrainer:
         lengths = self.run.row_length, self.train_source.sequences
         self.total_steps = count_steps(self.run.budget, self.run.optimizer, *lengths)
         check_profile(self.run.logging.profile_steps, self.total_steps)
-        self._cache_rows: list[tuple[str, str]] = []  # of the header
+        self._cache_rows: list[tuple[str, str]] = []  # header rows about compiled programs
 
     @property
     def sequences_per_step(self) -> int:
@@ -234,7 +234,7 @@ class ConsynTrainer:
         return weights_of(self.model)
 
     def parameters(self, mesh: Mesh) -> Params:
-        """Make the parameters to train on `mesh`: those of the model, or of a new adapter."""
+        """Make the trainable parameters on `mesh`: those of the model, or of a new adapter."""
         lora = self.run.lora
         if lora.is_used:
             return initial_adapter(self.model.config, lora, self.run.budget.seed, mesh)
@@ -242,7 +242,7 @@ class ConsynTrainer:
 
     @cached_property
     def _untrained(self) -> Params | None:
-        """Original parameters of the model, to which an adapter is added; None without one."""
+        """Original parameters of a model in memory, for an adapter run; otherwise None."""
         if not self.run.lora.is_used or isinstance(self.model, DeferredModel):
             return None
         return self.model.parameters
@@ -288,14 +288,14 @@ class ConsynTrainer:
     def train(self, **unknown: Any) -> dict[str, float | int]:
         """Train to the end of the budget, from the newest checkpoint if there is one.
 
-        However the run ends, the model that was passed then has the newest parameters, in the dtype
-        and on the devices that it had. The checkpoints have the parameters in float32.
+        However the run ends, the passed model then has the newest parameters, in its previous dtype
+        and on its previous devices. The checkpoints have the parameters in float32.
 
         Args:
             unknown: Not allowed; settings are keywords of `ConsynTrainer`.
 
         Returns:
-            The last training and evaluation metrics, with their names in metrics.jsonl.
+            The last training and evaluation metrics, under their names in metrics.jsonl.
 
         Raises:
             UserError: The devices or the directory do not fit this run.
@@ -352,7 +352,7 @@ class ConsynTrainer:
         show_rates(self.schedule, self.total_steps, path)
 
     def find_rate(self) -> Suggestion:
-        """Run a learning-rate range test from the beginning of this run, and suggest a rate.
+        """Run a learning-rate range test from this run's initial state, and suggest a rate.
 
         The result is printed, and written to lr_find.json and lr_find.png in the run directory. The
         directory can still be used for a new run.

@@ -227,8 +227,8 @@ class Profile:
         )
         idle = _idle(summary).replace("(", "(idle: ")
         self._tell(text.splitlines()[0])
-        self._tell(f"Busy {summary.busy_s / summary.total_s:.0%} {idle}; of that {shares}.")
-        self._tell(f"More in {self._directory / SUMMARY}; the trace is beside it.")
+        self._tell(f"Busy {summary.busy_s / summary.total_s:.0%} {idle}. Busy time: {shares}.")
+        self._tell(f"The summary is {self._directory / SUMMARY}; the trace is in the same folder.")
 
     def _guard(self, do: Callable[[], None]) -> None:
         try:

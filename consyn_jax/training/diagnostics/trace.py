@@ -33,7 +33,7 @@ CAUSES = {
     "backend_compile_and_load": "compiling",
 }
 BETWEEN, HOST = "between operations", "host"
-BETWEEN_NS = 20_000.0  # a device that idles for less only waits for the launch of an operation
+BETWEEN_NS = 20_000.0  # shorter idle times count as the launch latency of operations
 LARGEST = 3
 
 _SCOPE = re.compile(rf"\b({'|'.join(SCOPES)})\b")
@@ -89,8 +89,8 @@ class Summary:
     Attributes:
         steps: Number of traced steps.
         idle: Idle time by cause.
-        parts: Busy time by part of the model, largest first. If operations run concurrently, each
-            counts.
+        parts: Busy time by part of the model, largest first. Operations that run concurrently each
+            count in full.
         largest: Operations with the longest total time: name, part, seconds and number of
             executions.
         least: By part, the least seconds that the device needs for its FLOPs and its bytes.
@@ -133,7 +133,7 @@ class Least(NamedTuple):
 def scopes_of(program: str) -> dict[str, str]:
     """Map the name of each instruction to its scopes, from the text of a compiled program.
 
-    An exchange between devices has the scope `COLLECTIVES`.
+    Collective operations get the scope `COLLECTIVES`.
 
     >>> scopes_of('  ROOT %dot.1 = f32[8]{0} dot(%a, %b), metadata={op_name="jit(step)/mlp/dot"}')
     {'dot.1': 'jit(step)/mlp/dot'}
@@ -235,7 +235,7 @@ def _seconds(nanoseconds: Mapping[str, float]) -> dict[str, float]:
 
 
 def _idle_by_cause(idle: Spans, host: Iterable[Any]) -> dict[str, float]:
-    """Idle time in ns by cause; where several causes overlap, the first in `CAUSES` counts."""
+    """Compute idle time in ns by cause; where causes overlap, the first in `CAUSES` counts."""
     found = defaultdict[str, float](float)
     found[BETWEEN] = sum(end - begin for begin, end in idle if end - begin < BETWEEN_NS)
     idle = [(begin, end) for begin, end in idle if end - begin >= BETWEEN_NS]
@@ -270,7 +270,7 @@ def _gpu_lines(planes: Sequence[Any]) -> tuple[str, list[list[Event]]] | None:
         return None
     number = min(gpus)
     lines = list(gpus[number].lines)
-    # Each stream of the GPU is a line. Other lines repeat the same by operation, module or step.
+    # Each stream of the GPU is a line. Other lines show the same time by operation, module or step.
     streams = [line for line in lines if _STREAM.match(line.name)] or [
         line for line in lines if line.name == "XLA Ops"
     ]
@@ -299,7 +299,7 @@ def _cpu_lines(planes: Sequence[Any]) -> tuple[str, list[list[Event]]]:
 def _in_line(events: Iterable[Event], scopes: Mapping[str, str]) -> list[Operation]:
     """Return the operations of one thread or stream; `own` excludes the time of nested ones."""
     found: list[Operation] = []
-    around: list[int] = []  # indices in `found` of operations that the next may be inside
+    around: list[int] = []  # indices in `found` of operations that may enclose the next one
     for event, stats in sorted(events, key=lambda each: (each[0].start_ns, -each[0].duration_ns)):
         name = str(stats.get("hlo_op", event.name))
         if name.startswith(COMMAND_BUFFER):  # XLA names a kernel by its operation, without dots
