@@ -20,12 +20,12 @@ class CheckOptions:
 
 @dataclass(frozen=True)
 class HostOptions:
-    """Several hosts: how the processes find each other, as with consyn-train."""
+    """How the processes of several hosts find each other; the same flags as in consyn-train."""
 
     distributed: bool = flag(
         False,
-        "run as one of several processes, one on each host, to compare clocks and try the "
-        "network. This process's number comes from Slurm, Open MPI, Kubernetes, or the next three "
+        "run as one of several processes, one on each host, to compare clocks and test the "
+        "network. Address and numbers come from Slurm, Open MPI, Kubernetes, or the next three "
         "flags.",
     )
     coordinator_address: str | None = flag(

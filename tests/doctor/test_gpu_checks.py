@@ -77,7 +77,7 @@ def test_a_gpu_without_a_driver(cuda: int | None, status: str) -> None:
     (found,) = check_driver(DriverState(on_the_bus=4), cuda)
     assert (found.status, found.found) == (
         status,
-        "no driver shows the 4 GPUs on the PCI bus here",
+        "4 GPUs on the PCI bus, but no driver is loaded",
     )
     assert "--gpus all" in found.advice
     (found,) = check_driver(DriverState("580.65.06"), cuda)

@@ -78,7 +78,7 @@ def test_another_cudnn_on_the_library_path() -> None:
     ("plugins", "words"),
     [
         ({}, "JAX has none"),
-        ({"jax-cuda13-plugin": "0.9.1"}, "which jaxlib 0.10.2 does not use"),
+        ({"jax-cuda13-plugin": "0.9.1"}, "of another version than jaxlib 0.10.2"),
         ({"jax-cuda13-plugin": "0.10.2", "jax-cuda12-plugin": "0.10.2"}, "two are installed"),
     ],
 )
