@@ -12,7 +12,8 @@ BF16, FLOAT32 = 2, 4
 # Bytes per frozen weight on a GPU, by --lora_base_dtype; nf4 adds one float32 per 64 weights.
 BASE_BYTES = {"auto": BF16, "float32": FLOAT32, "bfloat16": BF16, "int8": 1, "nf4": 0.5 + 4 / 64}
 LOGITS_AT_ONCE = 2**26  # smallest chunk of the loss on a GPU: 256 MiB in float32
-HEAD_BYTES = 2**30  # memory for logits and head weights on a GPU, or a larger share of its memory
+# Logits and head weights may take the larger of these on a GPU: bytes, share of its memory.
+HEAD_BYTES = 2**30
 HEAD_SHARE = 0.05
 MOST_TOKENS = 8192  # in a chunk; more would save less than 1 % of the loss's products
 CPU_LOGITS = 2**24  # in a chunk of the loss on a CPU (docs/design/cpu.md)
@@ -25,8 +26,8 @@ LOGIT_BYTES_WITHOUT_KERNEL = 10  # if devices share the vocabulary: 2.5 float32 
 def matmul_parameters(config: ModelConfig) -> int:
     """Number of parameters that take part in a matrix product with every token.
 
-    Counted are all matrices of the blocks and the output embedding, without vocabulary padding.
-    The input embedding is not counted, because a token only looks up one row.
+    This counts all matrices of the blocks, and the output embedding without vocabulary padding. It
+    does not count the input embedding, because a token only looks up one row.
 
     >>> from consyn_jax.resolve import preset_architecture
     >>> matmul_parameters(preset_architecture("verse"))
@@ -114,8 +115,8 @@ def cpu_step_bytes(
     - the parameters and the optimizer's moments;
     - three arrays as large as the trained parameters, or four with gradient accumulation;
     - two arrays as large as the logits of one chunk;
-    - the activations of all blocks, and two [T, T] matrices per head. Rematerialisation does not
-      help: XLA on CPUs removes the barriers that stop it from merging repeated computations;
+    - the activations of all blocks, and two [T, T] matrices per head. Rematerialisation saves
+      nothing, because XLA on CPUs merges the repeated computation with the first one;
     - for LoRA, a float32 copy of each frozen matrix and of each matrix product's output.
 
     Args:
@@ -188,8 +189,8 @@ def logits_at_once(
 def chunk_tokens(tokens: int, words: int, logits: int) -> int:
     """Number of tokens per chunk of the loss, so that a chunk has at most `logits` logits.
 
-    The result is a divisor of `tokens` that is also a multiple of `TILE`, if there is such a number
-    that uses more than half of `logits`. Otherwise it makes the chunks as even as possible.
+    If possible, the result divides `tokens`, is a multiple of `TILE`, and uses more than half of
+    `logits`. Otherwise it makes the chunks as even as possible.
 
     Args:
         tokens: Tokens of the micro-batch on one device.
@@ -276,7 +277,8 @@ def _adapter_memory(
     plain = FLOAT32 if lora.lora_base_dtype == "float32" else BF16
     frozen = matrices * BASE_BYTES[lora.lora_base_dtype] + others * plain
     block, saved = _block_bytes(c, tensor, remat)
-    # A block's forward pass is repeated while its dense weights and the next block's are in memory.
+    # While the backward pass repeats a block's forward pass, the block's weights are in memory in 16
+    # bits, and with fsdp those of the next block, too.
     dense = BF16 * (2 if sizes["fsdp"] > 1 else 1) * num_block_parameters(c) / tensor
     at_block = tokens * (
         (0 if remat == "none" else block) + BF16 * 2 * (c.mlp_dim / tensor + c.hidden_dim)
@@ -306,7 +308,7 @@ def num_adapter_parameters(c: ModelConfig, lora: LoraOptions) -> int:
 
 
 def _block_bytes(c: ModelConfig, tensor: int, remat: str) -> tuple[float, int | float]:
-    """Bytes per token of one block's activations: of all of them, and of those `remat` saves."""
+    """Bytes per token of one block's activations: (all, only those that `remat` saves)."""
     query, key, feed_forward = (
         c.num_heads * c.head_dim / tensor,
         c.num_kv_heads * c.head_dim / tensor,

@@ -41,7 +41,7 @@ def rope_table(positions: Int[Array, "B T"], length: int, head_dim: int, theta: 
 def rope_of(
     config: ModelConfig, positions_BT: Int[Array, "B T"], length: int, span: Span | None = None
 ) -> Rope:
-    """Cosines and sines of the model's rotary embedding, as for layers that rotate.
+    """Cosines and sines of the model's rotary embedding, for layers that rotate.
 
     Args:
         length: Upper bound of the positions.
@@ -131,7 +131,7 @@ def _whole_head(config: ModelConfig, pairs: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _dynamic(config: ModelConfig, positions: jax.Array, span: Span, context: int) -> Rope:
-    """Rotations for documents beyond the context: a longer one has a larger base ("NTK-aware")."""
+    """Rotations whose base grows with a document's length beyond the context ("NTK-aware")."""
     scaling, dim = config.rope_scaling, config.rotary_dim
     factor = _known(_known(scaling).factor)
     stretch = factor * jnp.maximum(span, context) / context - (factor - 1)

@@ -123,7 +123,7 @@ class CompiledProgram:
 
     @property
     def update_passes(self) -> float:
-        """`update_bytes`, relative to reading the gradients and reading and writing the state once."""
+        """Ratio of `update_bytes` to one read of the gradients and one read and write of the state."""
         assert self.update_bytes is not None
         return self.update_bytes / (3 * self.parameter_bytes + 2 * self.optimizer_bytes)
 

@@ -18,7 +18,7 @@ from consyn_jax.model.parameters import Params
 
 
 def chosen_steps(run: Path, spec: str) -> list[int]:
-    """Return the steps that `--average` means: of the newest N checkpoints, or as listed.
+    """Return the steps that `--average` selects: those of the newest N, or the listed ones.
 
     Raises:
         UserError: The value is neither a number nor a list of steps, or the run lacks a step.
@@ -38,7 +38,9 @@ def chosen_steps(run: Path, spec: str) -> list[int]:
         raise UserError(f"--average {spec} {what}. Use --step for a single checkpoint.")
     if len(given) == 1:
         if given[0] > len(steps):
-            raise UserError(f"--average {spec}: {run} has checkpoints of steps {known} only.")
+            raise UserError(
+                f"--average {spec}: {run} has checkpoints of steps {known} only. Average fewer."
+            )
         return steps[-given[0] :]
     missing = [step for step in given if step not in steps]
     if missing or len(set(given)) < len(given):
@@ -51,7 +53,7 @@ def averaged_source(name: str, spec: str) -> ModelSource:
     """Make a source whose weights are the float32 mean of several checkpoints.
 
     Raises:
-        UserError: For the reasons of `chosen_steps`; when loading, if a checkpoint is damaged.
+        UserError: `chosen_steps` refuses the steps. Loading raises it if a checkpoint is damaged.
     """
     steps = chosen_steps(Path(name), spec)
     sources = [find_source(name, step) for step in steps]

@@ -29,7 +29,7 @@ class Architecture:
         scalings: Supported scalings of the rotary embedding.
         is_interleaved: Whether it rotates pairs (2i, 2i+1), so that rows of queries and keys must
             be reordered.
-        is_square: Whether heads x head_dim must equal the width.
+        is_square: Whether num_heads x head_dim must equal hidden_dim.
     """
 
     name: str
@@ -115,7 +115,7 @@ def _reasons(config: ModelConfig, context: int, family: str, own: Architecture) 
             )
         if not scaling.truncate:
             reasons.append(
-                "its yarn always truncates, but this model's does not. Convert it to hf."
+                "its YaRN scaling always truncates, but this model's does not. Convert it to hf."
             )
     return reasons
 

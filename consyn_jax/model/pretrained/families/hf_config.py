@@ -47,5 +47,5 @@ def truth(hf: HfConfig, key: str) -> bool:
 class Unsupported(Exception):
     """config.json has a feature that this decoder lacks.
 
-    The message is a phrase that continues a sentence which begins with "config.json has".
+    The message completes the sentence "config.json has ...".
     """
