@@ -25,8 +25,8 @@ class HostOptions:
     distributed: bool = flag(
         False,
         "run as one of several processes, one on each host, to compare clocks and test the "
-        "network. Address and numbers come from Slurm, Open MPI, Kubernetes, or the next three "
-        "flags.",
+        "network. The address and the process numbers come from Slurm, Open MPI, Kubernetes, or "
+        "the next three flags.",
     )
     coordinator_address: str | None = flag(
         None, "address of process 0, with a port that is free; the same for all processes"

@@ -45,7 +45,7 @@ def examine(config: DoctorConfig) -> list[Finding]:
 def examine_machine(config: DoctorConfig) -> list[Finding]:
     """Check the machine on which this process runs."""
     measures = not config.checks.quick
-    driver = read_driver()  # before JAX takes memory of the GPUs
+    driver = read_driver()  # before JAX uses memory of the GPUs
     limits = read_limits()
     storage = read_storage(Path(config.checks.output), measure=measures)
     # Otherwise JAX would reserve GPU memory that another run on this machine needs.

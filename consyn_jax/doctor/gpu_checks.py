@@ -15,9 +15,9 @@ from consyn_jax.errors import counted, listed
 
 # The oldest Linux driver that supports each major version of CUDA.
 OLDEST_DRIVER = {12: (525, 60, 13), 13: (580,)}
-BUSY_SHARE = 0.1  # of a GPU's memory, in use before this process takes any
-LOW_CLOCK = 0.6  # of the highest clock, under load
-SWITCHED = 200e9  # bytes per second: GPUs of the table that are sold with NVLink have more
+BUSY_SHARE = 0.1  # share of a GPU's memory that other processes may use without a warning
+LOW_CLOCK = 0.6  # share of its highest clock below which a loaded GPU counts as slow
+SWITCHED = 200e9  # bytes per second; in the table, only links of GPUs with NVLink are faster
 
 
 def check_driver(driver: DriverState, cuda: int | None) -> list[Finding]:

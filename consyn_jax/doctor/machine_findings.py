@@ -21,7 +21,7 @@ class Finding:
         status: "pass", "warn", "fail", or "info" for a figure without a known reference.
         found: the state that the check found.
         advice: what to do, one sentence; empty unless the status is "warn" or "fail".
-        host: name of the host, or of several; empty if only one machine is checked.
+        host: names of the hosts that the finding is about; empty if one machine is checked.
     """
 
     name: str

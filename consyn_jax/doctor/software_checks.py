@@ -92,14 +92,14 @@ def _cudnn(software: Software) -> Finding:
     # A different major version has a different interface; an older minor may lack functions.
     new, old = (tuple(map(int, text.split(".")[:2])) for text in (version, built))
     if new[0] != old[0] or new < old:
-        return Finding("cuDNN", FAIL, found, f"Install a newer one: {install}.")
+        return Finding("cuDNN", FAIL, found, f"Install a matching version: {install}.")
     return Finding("cuDNN", PASS, found)
 
 
 def _cudnn_version(number: int) -> str:
     """Format the number that cuDNN gives as its version.
 
-    From cuDNN 9 on, the number is 10,000 x major + 100 x minor + patch; before, 1,000 x major.
+    The number is 10,000 x major + 100 x minor + patch; before cuDNN 9, it had 1,000 x major.
 
     >>> _cudnn_version(92801), _cudnn_version(8907)
     ('9.28.1', '8.9.7')

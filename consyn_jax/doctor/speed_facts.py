@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import jax
 
-MEASURE_S = 0.3  # of work that is timed, after compiling and one untimed call
+MEASURE_S = 0.3  # seconds of timed work, after compiling and one untimed call
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from consyn_jax.files import try_lock
 
-# The speed test writes 256 MB or for 5 s, in blocks like those of a checkpoint.
+# The speed test writes 256 MB, or as much as it can in 5 s, in blocks like those of a checkpoint.
 PROBE_BYTES, BLOCK_BYTES, PROBE_S = 256 << 20, 8 << 20, 5.0
 EXCLUSIVE, SHARED_BY_ALL, MISSING = "exclusive", "shared by all", "missing"
-# Run in a second process: on some file systems, locks work within one process only.
+# Code for a second process, because on some file systems locks work within one process only.
 SECOND_LOCK = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
 
 
@@ -51,9 +51,12 @@ class Storage:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of this process and machine; memory in bytes, open files perhaps infinite.
+    """Limits of this process and machine; sizes in bytes.
 
     Attributes:
+        open_files: number of files that this process may open; may be infinite.
+        most_open_files: largest such limit that this user may set; may be infinite.
+        cores: number of cores that this process may use.
         memory: memory of the machine, or the container's limit if it is smaller.
         shared_memory: size of `/dev/shm`; None if there is none.
     """

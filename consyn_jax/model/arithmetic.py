@@ -15,11 +15,11 @@ LOGITS_AT_ONCE = 2**26  # smallest chunk of the loss on a GPU: 256 MiB in float3
 # Logits and head weights may take the larger of these on a GPU: bytes, share of its memory.
 HEAD_BYTES = 2**30
 HEAD_SHARE = 0.05
-MOST_TOKENS = 8192  # in a chunk; more would save less than 1 % of the loss's products
+MOST_TOKENS = 8192  # largest chunk; more would speed up the loss's matmuls by less than 1 %
 CPU_LOGITS = 2**24  # in a chunk of the loss on a CPU (docs/design/cpu.md)
 CPU_UNROLLED_LAYERS = 12  # deeper models run their blocks in a loop
 TILE = 128  # tokens; products whose sizes are whole tiles waste nothing
-LOGIT_BYTES = FLOAT32 + BF16  # a logit and its gradient
+LOGIT_BYTES = FLOAT32 + BF16  # bytes of a logit and of its gradient
 LOGIT_BYTES_WITHOUT_KERNEL = 10  # if devices share the vocabulary: 2.5 float32 arrays of logits
 
 
@@ -44,9 +44,9 @@ def train_flops_per_token(
     """FLOPs of the forward and backward pass per token, without recomputation.
 
     Each matmul parameter takes 6 FLOPs (Kaplan et al., 2020). Attention takes 6 x T x heads x
-    head_dim per layer: only the lower triangle of the scores is counted, as the kernels compute no
-    more. A sliding window shortens T in the layers that have one. When an adapter is trained, a
-    frozen matmul parameter takes 4 FLOPs, because its gradient is not computed.
+    head_dim per layer: only the lower triangle of the scores is counted, because the kernels
+    compute only that. A sliding window shortens T in the layers that have one. When an adapter is
+    trained, a frozen matmul parameter takes 4 FLOPs, because its gradient is not computed.
     """
     lengths = sum(
         sequence_length if window is None else min(sequence_length, 2 * window)
@@ -240,9 +240,9 @@ def estimate_memory(
     activation_gradients = BF16 * 2 * (c.mlp_dim / tensor + c.hidden_dim)
     at_block = tokens * ((0 if remat == "none" else block) + activation_gradients) + weights
     at_head = _head_bytes(c, tokens, tensor, gpu_bytes)
-    if fsdp > 1:  # the gradient of the input embedding is whole until the end
+    if fsdp > 1:  # the input embedding's gradient is sharded only at the end
         at_block += head * FLOAT32
-    if accumulation > 1:  # added to the accumulated gradients, except the embeddings'
+    if accumulation > 1:  # added to accumulated gradients in place, except the embeddings'
         at_head += own * FLOAT32
         at_block += head * FLOAT32 / fsdp
     at_block += own * FLOAT32
@@ -277,8 +277,8 @@ def _adapter_memory(
     plain = FLOAT32 if lora.lora_base_dtype == "float32" else BF16
     frozen = matrices * BASE_BYTES[lora.lora_base_dtype] + others * plain
     block, saved = _block_bytes(c, tensor, remat)
-    # While the backward pass repeats a block's forward pass, the block's weights are in memory in 16
-    # bits, and with fsdp those of the next block, too.
+    # While the backward pass repeats a block's forward pass, the block's weights are in memory in
+    # 16 bits, and with fsdp those of the next block, too.
     dense = BF16 * (2 if sizes["fsdp"] > 1 else 1) * num_block_parameters(c) / tensor
     at_block = tokens * (
         (0 if remat == "none" else block) + BF16 * 2 * (c.mlp_dim / tensor + c.hidden_dim)
@@ -341,5 +341,5 @@ def _head_bytes(
         (LOGIT_BYTES, BF16) if tensor == 1 else (LOGIT_BYTES_WITHOUT_KERNEL, FLOAT32)
     )
     head = c.padded_vocab_size * c.hidden_dim / tensor
-    weights = 0 if is_frozen else head * (BF16 + FLOAT32)  # cast, and its gradient
+    weights = 0 if is_frozen else head * (BF16 + FLOAT32)  # in bf16, and the float32 gradient
     return logit_bytes * logits + weights + tokens * c.hidden_dim * stream_bytes

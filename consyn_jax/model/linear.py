@@ -1,4 +1,4 @@
-"""The matrix product of all layers, with its backward pass written out."""
+"""The matmul that all layers use, with a backward pass written by hand."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from consyn_jax.model_config import ModelConfig
 from consyn_jax.optimizer_config import BaseShape
 
 Params = dict[str, Any]
-# A function that converts a parameter, given its path and values; its result is the new parameter.
+# Type of functions that convert a parameter: they take its path and values, and return new values.
 Convert = Callable[[tuple[str, ...], jax.Array], Any]
 # Initialisation runs once, so compile time matters more than run time. On CPUs, this option
 # compiles in a quarter of the time, and gives the same bits.
@@ -95,7 +95,7 @@ def forward_order(config: ModelConfig) -> dict[str, tuple[str, ...]]:
         for name, value in vars(Decoder(config, nnx.Rngs(0))).items():
             if isinstance(value, nnx.Param):
                 order[name] = ()
-            elif isinstance(value, Block):  # stacking sorts the names
+            elif isinstance(value, Block):  # not from the stacked block, whose names are sorted
                 order[name] = tuple(
                     inner
                     for inner, parameter in vars(Block(config, nnx.Rngs(0))).items()

@@ -225,7 +225,7 @@ SCALINGS: dict[str, Callable[[np.ndarray, RopeScaling, ModelConfig, bool], np.nd
 
 
 def attention_factor(config: ModelConfig) -> float:
-    """Factor of the cosines and sines, whose square multiplies the attention scores."""
+    """Factor of the cosines and sines; its square multiplies the attention scores."""
     s = config.rope_scaling
     if s is None or s.rope_type not in ("yarn", "longrope"):
         return 1.0

@@ -146,7 +146,7 @@ class Block(nnx.Module):
         Args:
             product: Matmul function, such as `linear`.
             norms: The norm functions, from `attention.Backend.norms`.
-            pair: `linear_pair`, if two products of trained matrices are faster as one.
+            pair: `linear_pair` if two matmuls with trained matrices are faster as one, else None.
         """
         with jax.named_scope("attention"):
             x_BTD, *branches = norms.branch(x_BTD, self.attention_norm[...], self.eps, 3)

@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # the default backend; the CUDA plugin is loaded nevertheless
-    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # or the plugin asks the driver for its version
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # otherwise the plugin asks the driver
     "CUDA_VISIBLE_DEVICES": "-1",
     "TF_CPP_MIN_LOG_LEVEL": "1",  # show warnings: `resharded` reads them
-    "TPU_SKIP_MDS_QUERY": "1",  # or libtpu asks the metadata server of a cloud what machine this is
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or one process at a time may load it
-    "TPU_LOG_DIR": "disabled",  # or it writes into /tmp/tpu_logs
+    "TPU_SKIP_MDS_QUERY": "1",  # otherwise libtpu asks a cloud's metadata server
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise one process at a time may load libtpu
+    "TPU_LOG_DIR": "disabled",  # otherwise libtpu writes into /tmp/tpu_logs
 }
 
 
@@ -72,10 +72,10 @@ COMPILERS = {
     "cuda": Compiler("NVIDIA GPUs", "cuda13", "jax_plugins.xla_cuda13"),
     "tpu": Compiler("TPUs", "tpu", "libtpu"),
 }
-# XLA's SPMD partitioner warns so of an array that it gathers on every device to reshard it.
+# Part of the SPMD partitioner's warning that it gathers an array on every device to reshard it.
 RESHARDING = "Involuntary full rematerialization"
 NO_TUNING = "--xla_gpu_autotune_level=0"  # tuning would have to run kernels
-TOTAL_STEPS = 10_000  # of the schedule: a constant in the program that hardly matters
+TOTAL_STEPS = 10_000  # steps of the schedule; the number hardly affects the program
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class CompiledProgram:
         collectives: the collectives of a step. None for TPUs, because their compiler writes no trip
             counts of loops and splits collectives into pieces inside matmuls.
         update_bytes: bytes that the optimizer reads and writes, including gradient norm and
-            clipping, without moments in host memory. None for TPUs, whose programs lack the names
-            of instructions that would show them.
+            clipping, without moments in host memory. None for TPUs, because their programs
+            do not name the optimizer's instructions.
         hidden_share: the share of the collectives' time that the compiler's schedule overlaps with
             matmuls (planning/timeline.py). None for TPUs, whose times are unknown.
         warnings: warnings of the SPMD partitioner, one per array that it gathers to reshard it.
@@ -123,7 +123,10 @@ class CompiledProgram:
 
     @property
     def update_passes(self) -> float:
-        """Ratio of `update_bytes` to one read of the gradients and one read and write of the state."""
+        """Ratio of `update_bytes` to its minimum.
+
+        The minimum is one read of the gradients, and one read and one write of the state.
+        """
         assert self.update_bytes is not None
         return self.update_bytes / (3 * self.parameter_bytes + 2 * self.optimizer_bytes)
 

@@ -183,7 +183,7 @@ def _executions(bodies: dict[str, list[Instruction]], entry: str) -> dict[str, i
     order: list[str] = []
     seen: set[str] = set()
 
-    def visit(name: str) -> None:  # callees first; computations do not recurse, and nest a few deep
+    def visit(name: str) -> None:  # callees first; calls nest only a few deep
         if name in seen:
             return
         seen.add(name)
@@ -340,8 +340,8 @@ def _whole_arrays(instruction: Instruction, kind: str) -> tuple[Array, ...]:
 def first_group(rest: str) -> list[int]:
     """Parse the first group of communicating devices, or the first pair of a permutation.
 
-    XLA writes groups as a list, as the rows of a reshaped iota ("V2"), or as axes of a mesh that it
-    defines there ("V3"). The result is empty if the text has another form.
+    XLA writes groups as a list, as the rows of a reshaped iota ("V2"), or as axes of a mesh in the
+    same attribute ("V3"). The result is empty if the text has another form.
 
     >>> first_group("replica_groups={{0,2},{1,3}}")
     [0, 2]

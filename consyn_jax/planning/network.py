@@ -1,4 +1,4 @@
-"""Estimate the time of collectives between GPUs, over links inside a host and a network."""
+"""Estimate the time of collectives between GPUs, over links inside a host and over a network."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _transfer_seconds(payload: Number, size: int, hosts: int, topology: GpuTopol
 def _group(axes: Axes, sizes: tuple[tuple[str, int], ...], gpus_per_host: int) -> tuple[int, int]:
     """Count the GPUs and the hosts of a group that communicates along `axes`.
 
-    The number of a GPU grows fastest along the last axis of the mesh.
+    GPUs are numbered so that the last axis of the mesh varies fastest.
     """
     ids = np.arange(math.prod(size for _, size in sizes)).reshape([size for _, size in sizes])
     group = ids[tuple(slice(None) if axis in axes else 0 for axis, _ in sizes)]

@@ -22,7 +22,7 @@ from consyn_jax.training.trainer import ConsynTrainer
 
 GIB, GB, DAY_S = 2**30, 1e9, 86_400
 SMALL_BYTES = 1e6  # smaller collectives share one line
-ALTERNATIVES = 4  # shown where a run does not fit
+ALTERNATIVES = 4  # variants to show if a run does not fit
 NO_TIME = "no time is given, because this program has never run on a TPU"
 NO_COLLECTIVES = "collectives  n/a: the text of a TPU program does not say how often its loops run"
 
@@ -184,7 +184,7 @@ def _total(size: int, limit: int, verdict: str) -> str:
 def _collectives(plan: Plan) -> Iterator[str]:
     if plan.compiled is None:
         if plan.time is not None:
-            yield "collectives  not compiled; the step time below has an estimate as network"
+            yield "collectives  not compiled; network in the step time below is an estimate"
         else:
             yield "collectives  n/a, because the program was not compiled"
         return
@@ -232,7 +232,7 @@ def _time(plan: Plan, time: StepTime, assumptions: bool) -> Iterator[str]:
         f"{' x '.join(axes)} {in_seconds(seconds)}" for axes, seconds in time.network.items()
     )
     if collectives:
-        yield f"  {'network':<12} {in_seconds(time.exposed):>10}   not hidden, of {collectives}"
+        yield f"  {'network':<12} {in_seconds(time.exposed):>10}   exposed part of {collectives}"
     if plan.run.hardware.mixed_precision == "no":
         yield "  THIS RUN is in float32, several times slower than this estimate for bfloat16"
     if not assumptions:

@@ -1,4 +1,4 @@
-"""Quantities of one train step that memory and time depend on, and its split over a mesh."""
+"""The work of one train step: the quantities that determine its memory and time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from consyn_jax.model_config import NO_LORA, LoraOptions, ModelConfig
 
 @dataclass(frozen=True)
 class Workload:
-    """The quantities of one train step that its memory and time depend on.
+    """The quantities that determine the memory and time of one train step.
 
     Attributes:
         sizes: size of each mesh axis.

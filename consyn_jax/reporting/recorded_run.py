@@ -122,7 +122,7 @@ def read_runs(directories: Sequence[Path]) -> list[RecordedRun]:
 
 
 def short_names(places: Sequence[Path]) -> list[str]:
-    """Shorten paths to their last parts, with as few parts as keep all names different.
+    """Shorten all paths to their last n parts, with the smallest n that gives unique names.
 
     >>> short_names([Path("/a/x/run"), Path("/a/y/run")])
     ['x/run', 'y/run']
@@ -143,7 +143,7 @@ def differing(runs: Sequence[RecordedRun]) -> list[tuple[str, list[str]]]:
 
 
 def _texts(values: Sequence[Any]) -> list[str]:
-    """Format values as text; numbers get 6 digits, or all if different values would look equal."""
+    """Format values as text, with 6 digits, or with all if 6 would make two values look equal."""
     whole = [_text(value) for value in values]
     short = [
         f"{value:.6g}" if isinstance(value, float) else text

@@ -13,7 +13,7 @@ from consyn_jax.training.logging.formats import duration
 from consyn_jax.training.logging.live.chart_script import CHART_PAGE_STYLE, SCRIPT
 from consyn_jax.training.logging.live.run_charts import RunChart, draw_charts, points_json
 
-QUIET_S = 1 << 30  # the page is written anew at every request
+QUIET_S = 1 << 30  # never stale: the server writes the page anew for each request
 MAX_DRAWN = 18  # runs in a chart; more cannot be told apart
 CURVES = {
     "train/learning_rate": ("Learning rate", "rate"),

@@ -11,7 +11,7 @@ WIDTH = 80
 
 
 def as_lines(runs: Sequence[RecordedRun]) -> list[str]:
-    """Return two tables as lines: the results, and the flags that differ. A run is a row."""
+    """Return two tables as lines, with a row per run: the results, and the flags that differ."""
     head = ["run", *(runs[0].results if runs else ())]
     rows = [[run.name, *(shown(*item) for item in run.results.items())] for run in runs]
     lines = list(_in_blocks([head, *rows]))

@@ -17,7 +17,7 @@ from consyn_jax.training.logging.metrics import FILE_NAME
 from consyn_jax.training.run.directory import CONFIG
 
 HERE = "127.0.0.1"
-DEPTH = 4  # of directories between the watched one and a run
+DEPTH = 4  # levels of directories below the watched one
 RELOAD_S = 10
 
 
@@ -109,7 +109,8 @@ def open_server(top: Path, port: int) -> ThreadingHTTPServer:
             self._answer(with_body=False)
 
         def _answer(self, with_body: bool) -> None:
-            # Any other host name is DNS rebinding: a foreign page uses a name for this machine.
+            # Any other host name shows DNS rebinding: a web page elsewhere points its own host name
+            # at this machine.
             host = (self.headers.get("Host") or "").rsplit(":", 1)[0]
             if host not in (HERE, "localhost"):
                 self.send_error(HTTPStatus.FORBIDDEN)

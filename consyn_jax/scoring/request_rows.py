@@ -23,7 +23,7 @@ from consyn_jax.scoring.question_rows import Question, is_question, question
 ANSWERS = ("continuation", "continuations", "choices")
 KEYS = ("context", "contexts", *ANSWERS, "gold", "task", *question_rows.KEYS)
 REMEDY = "Fix the row; docs/evaluate.md has the format."
-SHOWN_KEYS = 5  # of those that are not read
+SHOWN_KEYS = 5  # unread keys that a note lists
 
 
 @dataclass(frozen=True)

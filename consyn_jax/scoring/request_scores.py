@@ -140,7 +140,7 @@ def score_task(
     encoded: Encoded,
     progress: Callable[[int, int], None] | None = None,
 ) -> TaskScores:
-    """Score all given answers of a task; questions are evaluated elsewhere.
+    """Score all given answers of a task; leave its questions out.
 
     Args:
         encoded: The requests of the task, from `encode_requests`.

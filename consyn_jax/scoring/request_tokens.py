@@ -90,7 +90,7 @@ def encode_requests(requests: Iterable[Request], tokenizer: BPETokenizer, contex
             if first - over < 1:
                 raise UserError(
                     f"{place} has a continuation of {len(ids) - first:,} tokens, more than the "
-                    f"model's context of {context:,}. Shorten it."
+                    f"model's context of {context:,}. Shorten the continuation."
                 )
             cut, ids, first = cut + 1, ids[over:], first - over
         wanted.append(Wanted(np.array(ids, np.int32), first))

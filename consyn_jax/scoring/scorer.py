@@ -93,8 +93,8 @@ class Scorer:
     def length_of(self, tokens: int) -> int:
         """Round a number of input tokens up to one of a few lengths.
 
-        These are powers of two and, from 128 on, also 1.5 times a power of two. The model's context
-        is the largest. The result is a multiple of the mesh's `context` axis.
+        These are powers of two and, from 128 on, also 1.5 times a power of two. The largest is the
+        model's context. The result is a multiple of the mesh's `context` axis.
         """
         length = SHORTEST
         while length < tokens:
@@ -113,7 +113,7 @@ class Scorer:
         lengths = [self.length_of(len(sequence.ids) - 1) for sequence in sequences]
         order = sorted(range(len(sequences)), key=lambda number: (-lengths[number], number))
         share = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        rows = min(self.rows, math.ceil(len(order) / share) * share)  # no empty groups of rows
+        rows = min(self.rows, math.ceil(len(order) / share) * share)  # fewer for few sequences
         start = 0
         while start < len(order):
             length = lengths[order[start]]

@@ -30,7 +30,10 @@ def chosen_steps(run: Path, spec: str) -> list[int]:
             "most 15 digits each). Give, for example, 5 or 100,200,300."
         )
     if not is_run(run):
-        raise UserError(f"--average needs the checkpoints of a run, and {run} is not a run.")
+        raise UserError(
+            f"--average needs the checkpoints of a run, and {run} is not a run. Give the directory "
+            "of a run."
+        )
     steps, given = run_steps(run), [number for number in numbers if number is not None]
     known = ", ".join(map(str, steps)) or "none"
     if len(given) == 1 and given[0] < 2:
@@ -44,8 +47,12 @@ def chosen_steps(run: Path, spec: str) -> list[int]:
         return steps[-given[0] :]
     missing = [step for step in given if step not in steps]
     if missing or len(set(given)) < len(given):
-        wrong = f"no checkpoint of step {listed(missing)}" if missing else "a step given twice"
-        raise UserError(f"--average {spec}: there is {wrong}. {run} has: {known}.")
+        wrong = (
+            f"there is no checkpoint of step {listed(missing)}"
+            if missing
+            else "a step is given twice"
+        )
+        raise UserError(f"--average {spec}: {wrong}. {run} has checkpoints of steps {known}.")
     return given
 
 

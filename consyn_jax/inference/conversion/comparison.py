@@ -53,7 +53,7 @@ def check_logits(before: np.ndarray, after: np.ndarray, dtype: str, where: Path)
     size = float(np.sqrt(np.mean(np.square(before, dtype=np.float64))))
     apart = float(np.sqrt(np.mean(np.square(after.astype(np.float64) - before))))
     share = apart / max(size, 1e-30)
-    if not share <= TOLERANCE[dtype]:  # NaN is not
+    if not share <= TOLERANCE[dtype]:  # also refuses NaN
         raise UserError(
             f"{where} was not written, because the logits of the new files differ from the model's "
             f"by {share:.2g} of their size; {dtype} allows {TOLERANCE[dtype]:g}. Try another disk "

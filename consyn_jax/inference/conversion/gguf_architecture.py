@@ -55,7 +55,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "smollm3": Architecture("smollm3", ("qkv_bias",), is_interleaved=True),
     "phi3": Architecture("phi3", (), ("dynamic", "longrope"), is_square=True),
 }
-SMOLLM3_INTERVAL = 4  # llama.cpp skips rotation in every fourth layer; no key changes that
+SMOLLM3_INTERVAL = 4  # llama.cpp skips rotation in every fourth layer; no GGUF key changes this
 
 
 def architecture_of(config: ModelConfig, context: int) -> Architecture:

@@ -47,8 +47,8 @@ def norm_rope(
     local = on_each_device(
         lambda *arrays: _norm_rope(*arrays, eps), (axes, (None,), angles, angles), axes
     )
-    # JAX 0.12 cannot accumulate in place the gradient of an argument of shard_map that is replicated
-    # on all devices. Multiplying the scale by 1.0 avoids this accumulation.
+    # JAX 0.12 cannot accumulate in place the gradient of a shard_map argument that is replicated on
+    # all devices. Multiplying the scale by 1.0 avoids this accumulation.
     return local(x_BTNH, scale_H * 1.0, *rope)
 
 
