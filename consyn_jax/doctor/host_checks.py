@@ -46,4 +46,4 @@ def _network(processes: Sequence[Process]) -> Finding:
         return Finding("network", FAIL, f"no connection: {listed(failed, 4)}", advice)
     count = len({each.host for each in processes})
     hosts = f"{count} host{'' if count == 1 else 's'}"
-    return Finding("network", PASS, f"{hosts}; every process reaches every other on a new port")
+    return Finding("network", PASS, f"{hosts}; every process can connect to every other")

@@ -47,7 +47,7 @@ def _plugin(software: Software) -> Finding:
     (version,) = software.plugins.values()
     if _numbers(version) != _numbers(software.jaxlib):
         advice = f"Install both in one version: {_install(software)}."
-        found = f"{shown}, of another version than jaxlib {software.jaxlib}, which ignores it"
+        found = f"{shown}; jaxlib {software.jaxlib} ignores it because the versions differ"
         return Finding("CUDA plugin", FAIL, found, advice)
     return Finding("CUDA plugin", PASS, shown)
 

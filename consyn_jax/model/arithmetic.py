@@ -12,7 +12,7 @@ BF16, FLOAT32 = 2, 4
 # Bytes per frozen weight on a GPU, by --lora_base_dtype; nf4 adds one float32 per 64 weights.
 BASE_BYTES = {"auto": BF16, "float32": FLOAT32, "bfloat16": BF16, "int8": 1, "nf4": 0.5 + 4 / 64}
 LOGITS_AT_ONCE = 2**26  # smallest chunk of the loss on a GPU: 256 MiB in float32
-# Logits and head weights may take the larger of these on a GPU: bytes, share of its memory.
+# Memory of logits and head weights on a GPU: 1 GiB, or 5 % of the GPU's memory if that is more.
 HEAD_BYTES = 2**30
 HEAD_SHARE = 0.05
 MOST_TOKENS = 8192  # largest chunk; more would speed up the loss's matmuls by less than 1 %
@@ -163,7 +163,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Bytes on one device in all: the sum of the fields."""
+        """Bytes on one device: the sum of all fields."""
         return self.parameters + self.moments + self.gradients + self.activations + self.working
 
 

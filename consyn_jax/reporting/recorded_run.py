@@ -29,7 +29,7 @@ class RecordedRun:
         name: a short name, unique among the runs of the report.
         metrics: the lines of metrics.jsonl.
         values: the value of each flag.
-        total_steps: number of steps that the run plans; 0 if unknown.
+        total_steps: planned number of steps; 0 if unknown.
         about: devices, versions and commit at the latest start of the run.
         is_running: whether a process holds the lock of the run directory.
     """

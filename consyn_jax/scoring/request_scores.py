@@ -88,7 +88,7 @@ class TaskScores:
         """For each metric, a numerator and a denominator per request.
 
         The metric is the sum of the numerators divided by the sum of the denominators. For
-        perplexity, this ratio is its logarithm.
+        perplexity, the ratio is the logarithm of the metric.
         """
         found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         gold = [request.gold for request, _ in self._with(gold=True)]

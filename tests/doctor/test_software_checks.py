@@ -78,7 +78,7 @@ def test_another_cudnn_on_the_library_path() -> None:
     ("plugins", "words"),
     [
         ({}, "none is installed"),
-        ({"jax-cuda13-plugin": "0.9.1"}, "of another version than jaxlib 0.10.2"),
+        ({"jax-cuda13-plugin": "0.9.1"}, "jaxlib 0.10.2 ignores it"),
         ({"jax-cuda13-plugin": "0.10.2", "jax-cuda12-plugin": "0.10.2"}, "two are installed"),
     ],
 )

@@ -157,7 +157,7 @@ def model_keys(writer: Any, config: ModelConfig, context: int) -> None:
 
 
 def rope_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
-    """Tensors that divide the rotary frequencies, for scalings without keys in llama.cpp."""
+    """Return divisors of the rotary frequencies, for scalings that have no GGUF key."""
     scaling = config.rope_scaling
     if scaling is None:
         return {}

@@ -107,7 +107,7 @@ def _remove(path: Path) -> None:
 
 
 def _flush_all(path: Path) -> None:
-    """Flush a file, or a directory with a new manifest of its files, to the disk."""
+    """Flush a file to the disk; for a directory, write a manifest and flush all its files."""
     if path.is_dir():
         seal(path)
         return

@@ -112,7 +112,7 @@ def _judged(asked: Question, text: str) -> dict[str, bool]:
 
 
 def evaluate_models(config: EvaluateConfig, say: Say) -> Evaluation:
-    """Do all quick checks, then load and score each model.
+    """Make all quick checks, then load and score one model after the other.
 
     Args:
         say: Function that prints a line of progress.

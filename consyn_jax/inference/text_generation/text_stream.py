@@ -19,7 +19,7 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Decoder:
-    """Makes streams for a tokenizer; they share the table of tokens that are single bytes.
+    """Creates text streams for a tokenizer, which share one table of its single-byte tokens.
 
     A run of byte tokens is decoded as a unit: if it is not UTF-8, each byte becomes U+FFFD.
     """

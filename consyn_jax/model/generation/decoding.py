@@ -69,7 +69,9 @@ class Slots(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """Prompts for `prefill`, one per row; a padding row has the number of slots as its slot.
+    """Prompts for `prefill`, one per row.
+
+    A padding row has the number of slots as `slot_P`, so that its results are dropped.
 
     Attributes:
         ids_PT: Token ids, padded at the end.
