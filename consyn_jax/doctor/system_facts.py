@@ -147,7 +147,7 @@ def file_system(directory: Path, mounts: Path) -> str:
     here, best, kind = directory.resolve(), -1, ""
     for row in rows:
         point = row[4].encode().decode("unicode_escape")  # a blank is \040
-        if here.is_relative_to(point) and len(point) >= best:  # the last one covers the others
+        if here.is_relative_to(point) and len(point) >= best:  # a later mount hides earlier ones
             best, kind = len(point), row[row.index("-") + 1]
     return kind
 

@@ -29,7 +29,7 @@ from consyn_jax.model.parameters import Convert, Layout, Params, layout
 from consyn_jax.model_config import LoraOptions, ModelConfig
 
 Axes = tuple[str | None, ...]
-_ADAPTER = 0x10A4  # sets these random numbers apart from others with the same seed
+_ADAPTER = 0x10A4  # folded into keys, so that these draws differ from others of the same seed
 
 
 def trained_layout(config: ModelConfig, options: LoraOptions) -> Layout:

@@ -318,7 +318,7 @@ def collectives_of(
         return []
     group = first_group(instruction.rest)
     axes = () if mesh is None else _axes(group, mesh)
-    # A synchronous reduce-scatter lists its results, each one device's share of the array.
+    # A synchronous reduce-scatter lists its result, which is one device's share of the array.
     parts = len(group) if instruction.operation == "reduce-scatter" else 1
     return [
         Collective(kind, array[0], axes, 1, array_bytes(array) * parts)

@@ -42,7 +42,8 @@ class Plan:
         time: estimated time of a step; None for TPUs, where estimates were never compared with
             measurements.
         compiled: facts of the compiled step; None if it was not compiled or the compiler refused.
-        refused_bytes: bytes that the step needs on a device, or None if it was not refused.
+        refused_bytes: bytes that the step needs on a device, if the compiler refused it because
+            a device has fewer; otherwise None.
     """
 
     model: ModelConfig
