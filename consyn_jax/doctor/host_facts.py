@@ -14,7 +14,7 @@ from typing import Any
 from consyn_jax.distributed.process_group import ProcessGroup
 
 REACH_S = 5.0  # time limit of one connection attempt
-ROUNDS = 3  # of comparing clocks; the one with the quickest gather counts
+ROUNDS = 3  # comparisons of clocks; the one with the quickest gather counts
 
 
 @dataclass(frozen=True)

@@ -341,5 +341,5 @@ def _head_bytes(
         (LOGIT_BYTES, BF16) if tensor == 1 else (LOGIT_BYTES_WITHOUT_KERNEL, FLOAT32)
     )
     head = c.padded_vocab_size * c.hidden_dim / tensor
-    weights = 0 if is_frozen else head * (BF16 + FLOAT32)  # in bf16, and the float32 gradient
+    weights = 0 if is_frozen else head * (BF16 + FLOAT32)  # head in bf16, gradient in float32
     return logit_bytes * logits + weights + tokens * c.hidden_dim * stream_bytes

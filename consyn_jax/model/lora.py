@@ -201,7 +201,8 @@ def _placed(like: Any, axes: Axes, mesh: Mesh, inputs: int) -> Any:
         return Int8Matrix(_on(mesh, like.values, axes), _on(mesh, like.scale, of_scale))
     if isinstance(like, Nf4Matrix):
         outputs = axes[1 + inputs :]
-        # Only the first input axis is sharded; codes and scales have an axis of blocks instead.
+        # Only the first input axis is sharded. In codes and scales, the axis of blocks takes its
+        # place.
         codes = _on(mesh, like.codes, (axes[0], axes[1], None, *outputs))
         largest = _on(mesh, like.largest, (axes[0], axes[1], *outputs))
         return Nf4Matrix(codes, largest, like.inputs)

@@ -75,8 +75,8 @@ def _not_compiled(plan: Plan) -> Iterator[str]:
         "collectives below are estimated by arithmetic."
     )
     yield (
-        f"Run pip install 'consyn_jax[{extra}]', which works on any machine, to get them and the "
-        "kernels from the compiler."
+        f"Run pip install 'consyn_jax[{extra}]', which works on any machine, to get these figures "
+        "and the kernels from the compiler."
     )
 
 

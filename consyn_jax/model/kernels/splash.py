@@ -119,7 +119,7 @@ def _kernel(
 
 
 def _part(x: Any, part: Any, parts: int) -> Any:
-    """Select a part of a kernel's array: along axis 0 of positions, along axis 1 of block data."""
+    """Select a part of a kernel's array, on axis 0 of positions or on axis 1 of block data."""
     axis = 0 if x.ndim == 1 else 1
     size = x.shape[axis] // parts
     return x if parts == 1 else jax.lax.dynamic_slice_in_dim(x, part * size, size, axis)
