@@ -1,9 +1,9 @@
-"""Simulate a compiled step in the compiler's order, to find how much of its collectives is hidden.
+"""Simulate a compiled step's schedule, to find how much of its collectives overlaps with matmuls.
 
-An asynchronous collective starts when the network has finished those before it. Its `-done`
-instruction waits for it; other instructions run in between. Only matmuls take time here, at the
-best measured rate. Attention and everything else would hide more, so the hidden share is a lower
-bound.
+An asynchronous collective starts when the network has finished earlier collectives. Its `-done`
+instruction waits for its end; other instructions run in between. Besides collectives, only matmuls
+take time here, at the best measured rate. In reality attention and other kernels overlap too, so
+the hidden share is a lower bound.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from consyn_jax.training.diagnostics.operation_costs import MatmulFlops
 
 @dataclass(frozen=True)
 class Schedule:
-    """Seconds of a step: its matmuls, its collectives, and the time that matmuls wait for them."""
+    """Seconds of a step's matmuls and collectives, and of waiting for collectives."""
 
     matmuls: float
     collectives: float
@@ -52,7 +52,7 @@ class _Player:
         self._flops = MatmulFlops(self.bodies)
 
     def run(self, computation: str) -> Schedule:
-        """Simulate from idle network to idle network: no collective crosses a loop's boundary."""
+        """Simulate a computation from its first instruction until the network is idle again."""
         now = free = matmuls = collectives = 0.0
         ends: dict[str, float] = {}
         arrays = {each.name: each.arrays for each in self.bodies[computation]}
@@ -76,7 +76,7 @@ class _Player:
         return Schedule(matmuls, collectives, max(now, free) - matmuls)
 
     def _collective_seconds(self, each: Instruction) -> float | None:
-        """Seconds of an instruction's collective; None if it has none."""
+        """Seconds of the collective that an instruction performs; None if it performs none."""
         communicated = collectives_of(each, self.sizes)
         if not communicated:
             return None

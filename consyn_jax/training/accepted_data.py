@@ -42,8 +42,7 @@ def as_source(
 
     Args:
         vocab_size: Size of the vocabulary; all ids must be below it.
-        name: Name of the data in messages. If it is "eval_dataloader", the caller's batches may
-            have any size.
+        name: Name of the data in messages; batches of "eval_dataloader" may have any size.
 
     Raises:
         UserError: The data is of another kind, an id is outside the vocabulary, no token is a

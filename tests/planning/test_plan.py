@@ -160,7 +160,7 @@ def test_the_page_shows_what_would_fit() -> None:
         "--gradient_checkpointing attention",
         "--batch_size 16 --gradient_accumulation_steps 4",
     ]
-    assert "nothing on these devices" in page(planned("epic", "rtx4090:1x1"))
+    assert "what would fit: nothing here" in page(planned("epic", "rtx4090:1x1"))
 
 
 def test_alternatives_are_sorted_by_cost_and_keep_the_step() -> None:

@@ -19,7 +19,7 @@ from consyn_jax.training.run.directory import CONFIG
 from consyn_jax.training.run.identity import read_run_config
 
 CARD = "README.md"
-LARGEST_CARD = 1 << 20  # characters that are kept
+LARGEST_CARD = 1 << 20  # characters of the model's own card that are kept
 METRICS = ("train/loss", "eval/loss", "eval/perplexity", "eval/bits_per_byte", "eval/accuracy")
 # Settings of a run to list in the card.
 RECIPE = ("optimizer", "lr", "scheduler", "batch_size", "max_tokens", "mixed_precision", "seed")

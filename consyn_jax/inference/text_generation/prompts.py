@@ -192,7 +192,7 @@ def check_lengths(prompts: Sequence[EncodedPrompt], context: int) -> None:
     for prompt in _too_long(prompts, context):
         raise UserError(
             f"{prompt.given.where} has {len(prompt.ids):,} tokens, and the model's context is "
-            f"{context:,}. Shorten it."
+            f"{context:,}. Shorten the prompt."
         )
 
 

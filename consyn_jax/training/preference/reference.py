@@ -53,8 +53,7 @@ def make_ready(
     Do nothing if the objective is not DPO. Every process of a run must call this function.
 
     Args:
-        inputs: Inputs of the run; `derived` identifies the data, the tokenizer and the initial
-            weights.
+        inputs: Inputs of the run; `derived` identifies data, tokenizer and initial weights.
         run: Configuration of the run, with micro-batches that fit the devices.
         path: The run directory.
         params: Parameters of the initial model; None for a resumed run.
