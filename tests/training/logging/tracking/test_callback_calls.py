@@ -239,9 +239,9 @@ def test_a_class_of_the_working_directory_is_imported(here: Path) -> None:
     [
         ("own_tracker:Trakcer", r"own_tracker.py has no class Trakcer; did you mean Tracker\?"),
         ("own_tracker:function", r"own_tracker.py has no class function"),
-        ("own_tracker:Needs", "is made without arguments, but missing a required argument: 'url'"),
+        ("own_tracker:Needs", "must work without arguments, but missing a required argument: 'url'"),
         ("own_tracker:Other", "has a method on_epoch_end, which is never called"),
-        ("own_trackers:Tracker", "there is no module own_trackers. Modules are looked for among"),
+        ("own_trackers:Tracker", "there is no module own_trackers, neither installed nor in"),
         ("own_tracker.deep:Tracker", "there is no module own_tracker.deep"),
         (
             "broken_tracker:Tracker",
@@ -263,6 +263,6 @@ def test_a_wrong_name_is_refused_in_one_sentence(name: str, said: str, here: Pat
 
 @pytest.mark.parametrize("origin", ["file run/config.yaml", "default", "preset haiku"])
 def test_code_that_a_file_names_is_not_imported(origin: str, here: Path) -> None:
-    with pytest.raises(UserError, match="a class that only a file names is not imported"):
+    with pytest.raises(UserError, match="a class named only in a file is not imported"):
         load_classes(["exits_tracker:Tracker"], origin)
     assert "exits_tracker" not in sys.modules
