@@ -54,7 +54,7 @@ PREFERENCE_TUNING = {"lr": 1e-6}  # TRL's DPOConfig
 # LoRA needs about ten times the rate of a full fine-tune (Schulman et al., 2025; QLoRA has 2e-4).
 LORA_TUNING = {"lr": 2e-4}
 LORA_PREFERENCE_TUNING = {"lr": 1e-5}
-OTHER_RECIPE = {"lr": 3e-4, "weight_decay": 0.1, "beta2": 0.95}  # of a --model that is not a preset
+OTHER_RECIPE = {"lr": 3e-4, "weight_decay": 0.1, "beta2": 0.95}  # if --model is not a preset
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,8 @@ class DataOptions(CorpusOptions):
     )
     on_long_rows: str | None = flag(
         None,
-        "what --packing whole does with rows longer than a sequence (truncate; without this "
-        "flag, documents without a prompt continue in the next sequence)",
+        "what --packing whole does with a row longer than a sequence (truncate rows with "
+        "prompts, and continue other documents in the next sequence)",
         choices=("truncate", "drop", "error"),
         math=True,
     )

@@ -45,7 +45,7 @@ def saved_steps(directory: Path) -> list[int]:
 
 
 def misnamed(directory: Path) -> Path | None:
-    """Find a directory whose name is a number, but not that of a checkpoint, such as `020`."""
+    """Find a directory named by a number that is not a valid checkpoint name, such as `020`."""
     if not directory.exists():
         return None
     others = (path for path in directory.iterdir() if step_of(path.name) is None)

@@ -107,7 +107,7 @@ class Checkpoints:
         found: list[int] = []
         if reason := self._exchange.on_first(lambda: found.extend(saved_steps(self.directory))):
             raise UserError(f"{self.directory} cannot be read: {reason}.")
-        # All processes use the list of process 0, because network file systems cache directories.
+        # All processes use the list of process 0: other hosts may see an old, cached directory.
         self._steps: list[int] = json.loads(self._exchange.gather(json.dumps(found))[0])
 
     @cached_property

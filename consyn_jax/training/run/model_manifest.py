@@ -109,7 +109,7 @@ def _listed(directory: Path) -> dict[str, dict[str, Any]] | str:
     if not expected:
         return f"{MANIFEST} names no file"
     if outside := [name for name in expected if ".." in Path(name).parts or name.startswith("/")]:
-        return f"{MANIFEST} names {outside[0]}, which is outside"
+        return f"{MANIFEST} names {outside[0]}, which is outside the directory"
     return expected
 
 

@@ -239,7 +239,10 @@ def test_a_class_of_the_working_directory_is_imported(here: Path) -> None:
     [
         ("own_tracker:Trakcer", r"own_tracker.py has no class Trakcer; did you mean Tracker\?"),
         ("own_tracker:function", r"own_tracker.py has no class function"),
-        ("own_tracker:Needs", "must work without arguments, but missing a required argument: 'url'"),
+        (
+            "own_tracker:Needs",
+            "must work without arguments, but missing a required argument: 'url'",
+        ),
         ("own_tracker:Other", "has a method on_epoch_end, which is never called"),
         ("own_trackers:Tracker", "there is no module own_trackers, neither installed nor in"),
         ("own_tracker.deep:Tracker", "there is no module own_tracker.deep"),
