@@ -102,7 +102,7 @@ class TrialRun:
             self.claim.trial.set_user_attr(name, value)
         best = max if self.maximize else min
         self.study.tell(self.claim, best(finite) if outcome == DONE else None)
-        for name in (CHECKPOINTS, "nonfinite"):  # states of a trial that does not go on
+        for name in (CHECKPOINTS, "nonfinite"):  # the trial has ended and needs no saved states
             remove(self.path / name)
         return outcome
 

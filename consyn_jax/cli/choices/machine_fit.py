@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from consyn_jax.tokenization import BPETokenizer
 
 CORE_FLOPS = 60e9  # per second and core in a train step; docs/design/cpu.md: 73e9 with AVX-512
-ESTIMATE_SHARE = 0.9  # an estimate up to a tenth too high refuses nothing that fits
-# Share of the memory that a suggested run may need; malloc keeps up to three times a step's memory.
+ESTIMATE_SHARE = 0.9  # an estimate may be 10 % too high, and must not refuse a run that fits
+# Largest share of the memory for a suggested run; malloc may keep three times a step's memory.
 COMFORT_SHARE = 0.3
 DAY_S, HALF_HOUR_S = 86_400, 1_800
-FEWEST_STEPS = 200  # of a suggested run
+FEWEST_STEPS = 200  # fewest steps of a suggested run
 BYTES_PER_TOKEN = 4  # of text
 DEFAULT_VOCABULARY = 49_152  # of the bundled tokenizer
 LENGTHS = (1024, 512, 256)
@@ -110,7 +110,7 @@ def _given(config: RunConfig, origins: Mapping[str, str]) -> dict[str, Any]:
         for name, value in flat(config).items()
         if origins[name] in GIVEN or origins[name].startswith("file ")
     }
-    if config.model.model not in PRESETS:  # no preset has its length
+    if config.model.model not in PRESETS:  # its sequence length is not a default of any preset
         given["max_tokens"] = config.length
     return given
 
@@ -142,7 +142,7 @@ def _suggestion(
     is empty if no candidate fits.
     """
     for changes in candidates:
-        with suppress(UserError):  # dimensions that were given may not fit another preset
+        with suppress(UserError):  # the user's dimensions may not fit another preset
             need = _need(resolve(given | changes)[0], choice.base, vocab_size, tokens)
             if need.memory > COMFORT_SHARE * memory:
                 continue
@@ -252,7 +252,10 @@ def _vocab_size(
 
 
 def _data_tokens(data: DataOptions) -> float | None:
-    """Number of tokens in the data, for text estimated from its size; None before a download."""
+    """Number of tokens in the data; None if it is not downloaded yet.
+
+    For text, the number is estimated from the size in bytes.
+    """
     from consyn_jax.data.sources.discovery import find_sources
     from consyn_jax.data.store.manifest import read_manifest, totals
 

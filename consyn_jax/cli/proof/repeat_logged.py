@@ -39,7 +39,7 @@ def settings_of_run(
     place = Path(config.saving.output)
     read_run_config(place / CONFIG)
     given = {name: value for name, value in flat(config).items() if origins[name] == "flag"}
-    given.pop("output", None)  # with --decay_from, config.yaml has that of the origin
+    given.pop("output", None)  # with --decay_from, config.yaml has the --output of the first run
     run, found = resolve(given, read_config_file(place / CONFIG), file_name=str(place / CONFIG))
     return run, found, place
 
@@ -149,7 +149,7 @@ def _surroundings(place: Path, step: int, mesh: dict[str, int]) -> list[str]:
 
 
 def _verdict(again: RepeatedRun, others: list[str]) -> tuple[bool, str]:
-    """Whether the numbers agree, and the sentence that reports it."""
+    """Whether the repeated numbers agree with the log, and a sentence about the comparison."""
     import jax
 
     compared = [step for step in again.steps if step.logged is not None]

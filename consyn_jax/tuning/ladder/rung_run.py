@@ -29,11 +29,11 @@ from consyn_jax.tuning.shared_programs import SharedPrograms, TrialProgram
 from consyn_jax.tuning.trial_trainer import TrialTrainer
 from consyn_jax.tuning.varied_run import Settings
 
-NOISE = "gradient_noise.json"  # in the longest run: the measurements by step
+NOISE = "gradient_noise.json"  # measurements by step, in the directory of the longest run
 METRIC = "eval/loss"
-BUDGETS = {"epochs", "max_steps", "total_tokens"}  # which may differ, as the steps are compared
+BUDGETS = {"epochs", "max_steps", "total_tokens"}  # not compared: the number of steps is
 SAVE_MINUTES = 5.0  # between checkpoints of a run, unless a flag says otherwise
-ORIGIN = "ladder"  # of values that a size sets
+ORIGIN = "ladder"  # origin of the values that the ladder sets
 
 
 class RungTrainer(TrialTrainer):
@@ -99,7 +99,7 @@ class RungRun:
                     self._trainer(start).train()
         except UserError as error:
             raise UserError(f"Size of {self.rung.parameters:,} parameters: {error}") from error
-        for path in self.paths:  # states that no run goes on from
+        for path in self.paths:  # no run continues from these checkpoints
             remove(path / CHECKPOINTS)
 
     def _check_same(self) -> None:
@@ -198,7 +198,7 @@ class RungRun:
         Args:
             decay_from: step of the longest run from which the run starts; None for the longest run.
         """
-        first = self.rung.starts[0]  # and all starts are multiples of it
+        first = self.rung.starts[0]  # all starts are multiples of the first
         return {
             **self.rung.shape.flags,
             "scheduler": "wsd",

@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares, nnls
 
-HUBER_DELTA = 1e-3  # of errors in log(loss), as in the paper
-EXPONENTS = np.geomspace(0.05, 1.6, 11)  # of which all pairs are tried as starting points
-STARTS, STARTS_OF_A_DRAW = 6, 2  # the best of them, from which the fit goes on
+HUBER_DELTA = 1e-3  # for errors in log(loss), as in the paper
+EXPONENTS = np.geomspace(0.05, 1.6, 11)  # grid of (alpha, beta) for the starting points
+STARTS, STARTS_OF_A_DRAW = 6, 2  # starting points of a fit, and of a fit to a bootstrap draw
 LOWEST_EXPONENT, HIGHEST_EXPONENT = 0.01, 2.0
 FEWEST_SIZES, FEWEST_POINTS = 3, 6  # a law has five constants
-FEWEST_LEFT = 8  # points without those of few steps; draws of fewer hardly differ
-FEW_STEPS = 100  # below which losses were far from the curve (benchmarks/ladder.py)
+FEW_STEPS = 100  # losses of shorter runs were far from the curve (benchmarks/ladder.py)
+# Points that must be left without those of shorter runs: bootstrap draws of fewer hardly differ.
+FEWEST_LEFT = 8
 DRAWS = 200
-COVERED = (0.05, 0.95)  # of the bootstrap's values are within an interval
+COVERED = (0.05, 0.95)  # quantiles of the bootstrap values at the ends of an interval
 Numbers = Any  # a float or an array
 
 
@@ -101,7 +102,10 @@ class _Problem:
         return np.stack([e, a, b, -a * self.n, -b * self.d], axis=1)
 
     def starts(self, count: int) -> list[np.ndarray]:
-        """Starting points: the best exponents on a grid; for fixed exponents, L is linear."""
+        """Find starting points: the exponents on a grid that fit best.
+
+        For fixed exponents, L is linear in the other constants, which linear least squares finds.
+        """
         found = []
         one = np.ones_like(self.n)
         for alpha in EXPONENTS:
@@ -168,9 +172,9 @@ def fit(points: Sequence[LossPoint]) -> ScalingLaw:
 
 
 def bootstrap(points: Sequence[LossPoint], draws: int = DRAWS, seed: int = 0) -> list[ScalingLaw]:
-    """Fit laws to points drawn with replacement; the spread of the laws is the uncertainty.
+    """Fit laws to points drawn with replacement; the spread of the laws shows the uncertainty.
 
-    Draws with too few sizes or lengths are repeated.
+    A draw with too few sizes or run lengths is replaced by another.
     """
     random, laws = np.random.default_rng(seed), list[ScalingLaw]()
     while len(laws) < draws:
