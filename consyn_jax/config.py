@@ -98,7 +98,7 @@ class ModelOptions:
 def architecture(
     options: ModelOptions, base: ModelConfig | None = None, **tokens: int | None
 ) -> ModelConfig:
-    """Build the architecture that the options describe: a preset, or `base` changed by the options.
+    """Build an architecture from the options of a preset, or from `base` changed by the options.
 
     Args:
         base: architecture read from `--model` or `--checkpoint`; None for a preset.
@@ -176,7 +176,7 @@ class RegularisationOptions:
 
     objective: str = flag(
         "next_token",
-        "training objective; dpo: learn from pairs to prefer chosen answers; needs --checkpoint",
+        "training objective; dpo (needs --checkpoint): learn to prefer the chosen answer of a pair",
         choices=("next_token", "dpo"),
         math=True,
     )

@@ -37,7 +37,7 @@ _KINDS = {
 
 
 def cache_directory() -> Path:
-    """The cache: $CONSYN_CACHE, otherwise consyn_jax in $XDG_CACHE_HOME or ~/.cache."""
+    """The cache directory: $CONSYN_CACHE, otherwise consyn_jax in $XDG_CACHE_HOME or ~/.cache."""
     own = os.environ.get("CONSYN_CACHE")
     if own:
         return Path(own)

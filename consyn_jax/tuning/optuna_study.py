@@ -172,8 +172,8 @@ class OptunaStudy:
             known: Optuna's id of a trial that was running; None for a new trial.
 
         Returns:
-            The claim; None if the trial has ended meanwhile (its process reports the end before it
-            releases the lock).
+            The claim; None if the trial has ended meanwhile. Its process reports the end before it
+            releases the lock.
         """
         place = self._claims(number)
         with _usable(place):

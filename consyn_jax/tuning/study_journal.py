@@ -134,7 +134,7 @@ def _fault(trial: Any, space: Mapping[str, Dimension]) -> str:
         "parameters of another search": all(
             name in space and _is_of(value, space[name]) for name, value in trial.params.items()
         ),
-        "parameters that nobody drew": "fixed_params" not in trial.system_attrs,
+        "parameters that no sampler drew": "fixed_params" not in trial.system_attrs,
         "no value, or several": len(values) == 1 or (not values and trial.state.name != "COMPLETE"),
         "a value that is not a number": all(map(_is_number, [*values, *curve.values()])),
         "evaluations without a number": all(type(key) is int and key >= 0 for key in curve),

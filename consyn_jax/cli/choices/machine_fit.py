@@ -136,10 +136,13 @@ def _suggestion(
     memory: int,
     tokens: float | None,
 ) -> list[tuple[dict[str, Any], Need]]:
-    """The first of `candidates` (changes of flags) that fits the memory, and its needs.
+    """Find the first of `candidates` that fits the memory, and estimate its needs.
 
-    A run that would take more than a day is limited to about half an hour by `max_steps`. The list
-    is empty if no candidate fits.
+    A candidate is a set of changed flags. A run that would take more than a day is limited to about
+    half an hour by `max_steps`.
+
+    Returns:
+        A list with one candidate and its needs; empty if no candidate fits.
     """
     for changes in candidates:
         with suppress(UserError):  # the user's dimensions may not fit another preset
@@ -156,7 +159,7 @@ def _suggestion(
 
 
 def _batches(config: RunConfig, changes: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Candidate sequence lengths and micro-batch sizes; those that keep the result come first."""
+    """Candidate sequence lengths and micro-batch sizes; for each length, large batches first."""
     length = PRESETS[changes["model"]]["max_tokens"] if changes else config.length
     for max_tokens in (length, *(short for short in LENGTHS if short < length)):
         shorter = changes | ({} if max_tokens == length else {"max_tokens": max_tokens})
@@ -170,7 +173,7 @@ def _batches(config: RunConfig, changes: dict[str, Any]) -> Iterator[dict[str, A
 
 
 def _smaller_models(config: RunConfig, choice: ModelChoice) -> Iterator[dict[str, Any]]:
-    """Candidate smaller presets, the largest first; none if the run starts from given weights."""
+    """Candidates with smaller presets, the largest first; none if the run starts from weights."""
     names = list(PRESETS)
     if config.model.model in names and choice.weights is None:
         for name in reversed(names[: names.index(config.model.model)]):
@@ -204,7 +207,7 @@ def _need(
 
 
 def _has_loop(config: RunConfig, choice: ModelChoice) -> bool:
-    """Whether the blocks run in a loop; if so, recomputation saves memory not counted here."""
+    """Whether the blocks run in a loop; recomputation then saves memory that `_need` ignores."""
     base = None if config.model.model in PRESETS else choice.base
     return architecture(config.model, base, vocab_size=1).num_layers > CPU_UNROLLED_LAYERS
 

@@ -115,8 +115,7 @@ class Checkpoints:
         # The import takes a second, and a new run needs it only for its first checkpoint.
         import orbax.checkpoint as ocp
 
-        # Weights hardly compress: level 1 takes ten times the CPU time to save 7 % of the
-        # size.
+        # Weights hardly compress: level 1 saves 7 % of the size for ten times the CPU time.
         return ocp.PyTreeCheckpointHandler(use_compression=False)
 
     def steps(self) -> list[int]:
@@ -355,7 +354,7 @@ class Checkpoints:
             # The files are intact, but another version of Orbax may have written them.
             self._has_abandoned_work = True
             reason = refusal(error) or brief(error)
-            raise UserError(f"{place} cannot be restored: {reason}.") from error
+            raise UserError(f"{place} cannot be restored: {reason}. {OTHER}") from error
 
     def record(self, step: int) -> dict[str, Any]:
         """Read the run record of `step`; only this file is verified.
@@ -380,7 +379,8 @@ class Checkpoints:
         later = [other for other in self._steps if other > step]
         if reason := self._exchange.on_first(lambda: remove(self.directory, later, self.damaged)):
             raise UserError(
-                f"{self.directory}: checkpoints later than step {step} cannot be removed: {reason}."
+                f"{self.directory}: checkpoints after step {step} cannot be removed: {reason}. "
+                "Remove them, and run the same command again."
             )
         self._steps = [other for other in self._steps if other <= step]
         self._verified -= set(later)  # the resumed run will save these steps again

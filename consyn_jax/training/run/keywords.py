@@ -44,7 +44,9 @@ def refuse_settings(settings: dict[str, Any]) -> None:
     if settings:
         resolve(settings, given_as="keyword")
         name = next(iter(settings))
-        raise UserError(f"{name} is a setting of ConsynTrainer, not of train().")
+        raise UserError(
+            f"{name} is a setting of ConsynTrainer, not of train(). Pass it to ConsynTrainer."
+        )
 
 
 def resolve_keywords(

@@ -142,7 +142,7 @@ class Target:
     """A model whose loss is predicted.
 
     Attributes:
-        name: name of the preset that it is or that it is scaled from.
+        name: name of the preset, or of the preset from which the model is scaled.
         parameters: number of parameters, without embeddings.
         flops: training FLOPs per token.
     """
@@ -154,10 +154,10 @@ class Target:
 
 
 def target(name: str, shape: Shape | None, vocab_size: int, length: int) -> Target:
-    """Make the target for a preset, or for a preset in another shape.
+    """Make the target for a preset, or for a preset scaled to `shape`.
 
     Args:
-        length: number of tokens in a sequence.
+        length: number of tokens in a sequence, which determines the FLOPs of attention.
     """
     options = preset(name)
     shape = shape or shape_of(options)

@@ -218,7 +218,7 @@ def is_finished(path: Path) -> bool:
 
 
 def with_intervals(run: RunConfig) -> RunConfig:
-    """Set a run's intervals: save also by time; without `--eval_steps`, evaluate at the end."""
+    """Make a run also save by time and, without `--eval_steps`, evaluate only at its end."""
     saving, evaluation = run.saving, replace(run.evaluation, load_best_model_at_end=False)
     if saving.save_minutes is None:
         saving = replace(saving, save_minutes=SAVE_MINUTES)

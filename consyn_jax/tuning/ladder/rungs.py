@@ -74,9 +74,9 @@ def plan_rung(run: RunConfig, shape: Shape, tokens_per_parameter: float, most_st
     first = math.floor(steps * stable / _PARTS)
     if first < (fewest := math.ceil(FEWEST_STEPS * stable)):
         raise UserError(
-            f"The budget of the size of {parameters:,} parameters is {steps:,} steps of {tokens:,} "
-            f"tokens, and its {LENGTHS} runs need {math.ceil(fewest * _PARTS / stable)}. Lower "
-            "--batch_size, or raise --tokens_per_parameter or the budget."
+            f"With {parameters:,} parameters, the budget is {steps:,} steps of {tokens:,} tokens, "
+            f"but the {LENGTHS} runs of this size need {math.ceil(fewest * _PARTS / stable)}. "
+            "Lower --batch_size, or raise --tokens_per_parameter or the budget."
         )
     starts = tuple(first * 2**power for power in range(LENGTHS))
     ends = tuple(decay_end(start, options.decay_ratio) for start in starts)
@@ -84,7 +84,7 @@ def plan_rung(run: RunConfig, shape: Shape, tokens_per_parameter: float, most_st
     if warmup > first:
         flag = "warmup_ratio" if options.warmup_steps is None else "warmup_steps"
         raise UserError(
-            f"Warm-up of {warmup} steps is longer than the shortest run of the size of "
-            f"{parameters:,} parameters, whose rate decays after {first}. Lower --{flag}."
+            f"Warm-up of {warmup} steps is too long for the shortest run with {parameters:,} "
+            f"parameters, whose learning rate decays after step {first}. Lower --{flag}."
         )
     return Rung(shape, parameters, starts, ends, tokens)

@@ -1,7 +1,8 @@
 """Fit loss as a function of parameters and tokens, with its uncertainty.
 
-L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al., 2022, approach 3): the irreducible loss,
-the excess due to the limited size of N parameters, and the excess due to limited data of D tokens.
+L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al., 2022, approach 3). E is the irreducible
+loss. The other terms are the excess loss of a model with only N parameters, and the excess loss of
+training on only D tokens.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ def can_fit(points: Sequence[LossPoint]) -> bool:
 
 
 def long_enough(points: Sequence[LossPoint], tokens_per_step: int) -> list[LossPoint]:
-    """The points of runs of at least `FEW_STEPS` steps; all points if too few to fit.
+    """The points of runs with at least `FEW_STEPS` steps; all points if these are too few to fit.
 
     The loss of a shorter run depends more on its number of steps than on its tokens.
     """

@@ -201,8 +201,8 @@ class Callbacks:
         text = " ".join(str(error).split()).rstrip(".!")[:LONGEST_REASON]
         reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
         self._warn(
-            f"{what} raised {reason} ({_place_of(called, error)}), so it is switched off; the run "
-            f"and {FILE_NAME} go on."
+            f"{what} raised {reason} ({_place_of(called, error)}). This callback is switched off; "
+            f"the run and {FILE_NAME} continue."
         )
 
 
@@ -249,7 +249,7 @@ def check_methods(callback: Any, name: str) -> None:
         except TypeError as error:
             takes = ", ".join([*inspect.signature(getattr(Callback, method)).parameters])
             raise UserError(
-                f"{name}: {method} must take ({takes}), and here it has {error}."
+                f"{name}: {method} must take ({takes}), but a call with these fails: {error}."
             ) from error
 
 

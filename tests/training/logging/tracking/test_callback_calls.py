@@ -84,7 +84,7 @@ def test_a_failing_callback_is_reported_once_and_the_others_continue(
         if text.strip() == "raise self.error"
     )
     assert said.startswith(f"Recorder.{method} raised {reason} (")
-    assert f"{Path(__file__).name}:{line}), so it is switched off; the run and" in said
+    assert f"{Path(__file__).name}:{line}). This callback is switched off; the run and" in said
 
 
 def test_one_that_cannot_be_made_is_reported_and_an_interrupt_is_not_swallowed() -> None:
