@@ -180,7 +180,7 @@ def replace_directory(fresh: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or directory atomically: a crash leaves all of it, or nothing of that name.
+    """Remove a file or directory atomically: after a crash, `path` is complete or missing.
 
     Raises:
         OSError: it cannot be removed.
@@ -312,7 +312,7 @@ def leads_out(path: Path, directory: Path) -> Path | None:
 def try_lock(descriptor: int, *, shared: bool = False) -> bool:
     """Take an advisory lock without waiting; False if another process holds it.
 
-    The kernel releases it when the descriptor is closed, however the process ends.
+    The kernel releases the lock when the descriptor is closed, however the process ends.
 
     Raises:
         OSError: the file system has no locks.

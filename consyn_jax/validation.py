@@ -380,7 +380,7 @@ def check_context(max_tokens: int | None, context: int | None) -> None:
     """Check that training sequences fit the model's context, if both are known.
 
     Raises:
-        UserError: they are longer.
+        UserError: the sequences are longer than the context.
     """
     if max_tokens is not None and context is not None and max_tokens > context:
         raise UserError(

@@ -45,7 +45,7 @@ Made = TypeVar("Made")
 
 
 def numbers_of(run: RunConfig, total_steps: int, num_rates: int | None = None) -> Numbers:
-    """The numbers of a run, in the form in which its train step takes them.
+    """The numbers of a run, as arguments of its train step.
 
     Dropout and momentum are left out if they are 0, because the program then has no code for them.
 
@@ -158,7 +158,7 @@ class SharedPrograms:
         return len(self._made)
 
     def once(self, kind: str, key: Hashable, make: Callable[[], Made]) -> Made:
-        """Return the result of `make` for this kind and key, made only the first time."""
+        """Return the result of `make` for this kind and key; call `make` only the first time."""
         if (kind, key) not in self._made:
             self._made[kind, key] = make()
         found: Made = self._made[kind, key]

@@ -1,4 +1,4 @@
-"""Run one trial to its outcome, including a trial that an earlier process started."""
+"""Run one trial to its end, also if an earlier process has started it."""
 
 from __future__ import annotations
 

@@ -109,7 +109,12 @@ def _check(trainer: ConsynTrainer, place: Path, step: int) -> None:
 def _documents(
     trainer: ConsynTrainer, step: int
 ) -> tuple[list[LearnedDocument] | None, str, list[str]]:
-    """The documents of a step (or None and the reason), and names of their changed sources."""
+    """Find the documents of a step.
+
+    Returns:
+        The documents, or None if they are unknown; the reason why they are unknown, or ""; names of
+        source files that have changed.
+    """
     from consyn_jax.data.learned_documents import DocumentFinder
 
     order = trainer.train_source.order

@@ -1,6 +1,6 @@
 """`Checkpoints`: asynchronous, atomic, verified checkpoints, which can be restored to any mesh.
 
-Orbax writes and reads the arrays; `commit` makes a directory of written files a checkpoint
+Orbax writes and reads the arrays; `commit` turns the written files into a checkpoint
 (docs/design/checkpoints.md).
 """
 
@@ -55,9 +55,9 @@ class Checkpoints:
 
     Every process of the run must make the same calls in the same order.
 
-    If the system refuses to write a checkpoint, as on a full disk, the run continues without it and
-    `warn` is called once until a save succeeds. The next `save`, `wait` or `close` raises any other
-    error of the background thread.
+    If the operating system refuses to write a checkpoint, for example on a full disk, the run
+    continues, and only the first failure in a row calls `warn`. The next `save`, `wait` or `close`
+    raises any other error of the background thread.
 
     Args:
         keep_last: Number of newest checkpoints to keep.
@@ -176,13 +176,13 @@ class Checkpoints:
         return True
 
     def _begin(self, begun: Callable[[], None]) -> None:
-        """Call `begun`; if it raises an error, note that nothing waits for Orbax's write."""
+        """Call `begun`; if it raises an error, note that Orbax's write is abandoned."""
         earlier, self._has_abandoned_work = self._has_abandoned_work, True
         begun()
         self._has_abandoned_work = earlier
 
     def _forget_deleted(self) -> None:
-        """Remove checkpoints from the list of steps that someone has deleted from the disk."""
+        """Update the list of steps if someone has deleted checkpoints from the disk."""
         gone = [step for step in self._steps if not (self.directory / str(step)).is_dir()]
         gone = json.loads(self._exchange.gather(json.dumps(gone))[0])
         self._steps = [step for step in self._steps if step not in gone]
@@ -194,7 +194,7 @@ class Checkpoints:
             )
 
     def _refuse_strangers(self) -> None:
-        """Raise an error if someone has added checkpoints of another run, or with a wrong name."""
+        """Raise an error if there are new checkpoints of another run or with a wrong name."""
         if self._owner is None or jax.process_index() or not self.directory.is_dir():
             return
         for step in sorted({*saved_steps(self.directory)} - {*self._steps}):

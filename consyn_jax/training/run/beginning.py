@@ -152,10 +152,13 @@ def report_smaller_batches(asked: RunConfig, found: RunConfig, console: Console)
 def rewind(
     log: MetricsLog, directory: RunDirectory, step: int, warn: Callable[[str], None]
 ) -> dict[str, int]:
-    """Rewind the log and the best model to `step`; -1 for a new run.
+    """Remove what the run logged after `step`, and a best model from a later step.
+
+    Args:
+        step: Step from which the run resumes; -1 for a new run.
 
     Returns:
-        Details for the event `resume`: the last step of the log, if it is before `step`.
+        Details for the event `resume`: the last step in the log, if the log ends before `step`.
 
     Raises:
         UserError: The log belongs to another run.

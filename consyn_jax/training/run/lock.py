@@ -30,8 +30,8 @@ class RunLock:
     """Keep all other processes out of a directory, until `release` or the end of this process.
 
     The lock is an advisory lock of the operating system. If the file system has no locks, the
-    content of the file decides. Its holder then counts as gone if it is a process of this host that
-    has ended, or a process of another host that no longer touches the file.
+    process named in the file has the lock. That process loses the lock when it has ended (on this
+    host) or no longer touches the file (on another host).
 
     Attributes:
         holder: Content of the file.
@@ -169,8 +169,8 @@ def read_holder(directory: Path) -> str:
 def _locked(file: Path, shared: bool = False) -> int | None:
     """Open and lock the file; None if the file system has no locks.
 
-    This is tried several times, because a process that only checks the lock, or that is releasing
-    it, blocks it for a moment.
+    The attempt is repeated, because another process blocks the lock for a moment while it checks or
+    releases the lock.
     """
     for left in reversed(range(TRIES)):
         descriptor = open_regular(file, os.O_RDWR | (0 if shared else os.O_CREAT))

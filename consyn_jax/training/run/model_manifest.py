@@ -134,6 +134,6 @@ def _difference(directory: Path, name: str, expected: dict[str, Any]) -> str | N
 
 
 def weights_digests(directory: Path) -> dict[str, str]:
-    """SHA-256 of each file of weights, from the manifest of a model that agrees with it."""
+    """SHA-256 of each weights file, as the manifest of an already verified model lists it."""
     files = json.loads((directory / MANIFEST).read_bytes())["files"]
     return {name: entry["sha256"] for name, entry in files.items() if name.endswith(WEIGHTS)}

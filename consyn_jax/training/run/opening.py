@@ -171,7 +171,7 @@ def check_writable(path: Path) -> None:
     """Check that --output can be created and written, without creating anything.
 
     Raises:
-        UserError: The path is a file or inside of one, may not be written, or has a name that this
+        UserError: The path is a file or inside a file, may not be written, or has a name that this
             locale cannot encode.
     """
     _check_name(path)
@@ -202,7 +202,7 @@ def _check_name(path: Path) -> None:
 
 
 def _check_decay_origin(config: RunConfig, derived: dict[str, Any] | None) -> None:
-    """Check that --output has the run to decay, with a checkpoint at a step of its peak rate."""
+    """Check that --output has the run to decay, and a checkpoint where its rate is at the peak."""
     path, step = Path(config.saving.output), config.optimizer.decay_from
     assert step is not None
     if not (path / CONFIG).is_file():

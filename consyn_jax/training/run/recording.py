@@ -118,7 +118,7 @@ class Recorder:
             self.log.flush()
 
     def sources_taken(self) -> dict[str, Any]:
-        """Number of sequences so far from each source of a mixture, for events."""
+        """Number of sequences taken from each source of a mixture; empty without a mixture."""
         order, size = self.lengths.order, self.lengths.sequences_per_step
         if not isinstance(order, Mixture):
             return {}
@@ -167,7 +167,7 @@ class Recorder:
                 self.console.note(f"{epoch_of} {passes} is over at step {step:,}.")
 
     def step(self, values: dict[str, float], waited_s: float) -> None:
-        """Record the counted step, if a line of metrics is due.
+        """Record a line of metrics for the step just counted, if a line is due.
 
         Args:
             waited_s: Seconds spent waiting for data so far.

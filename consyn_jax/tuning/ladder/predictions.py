@@ -42,7 +42,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A fitted ladder.
+    """A fitted ladder, and the predictions from it.
 
     Args:
         points: losses at the ends of runs.
@@ -121,6 +121,6 @@ class Forecast:
 
     @cached_property
     def _family(self) -> tuple[np.ndarray, np.ndarray]:
-        """Parameters of models over the range of sizes, and their training FLOPs per token."""
+        """Number of parameters, and training FLOPs per token, of a model of each of `SIZES`."""
         models = [scaled_target(size, self.vocab_size, self.length) for size in SIZES]
         return np.array([m.parameters for m in models]), np.array([m.flops for m in models])

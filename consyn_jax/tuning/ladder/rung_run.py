@@ -1,4 +1,4 @@
-"""The runs of a size: ordinary runs, which continue after an interruption."""
+"""Train the runs of one size of a ladder: ordinary runs, which resume after an interruption."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class RungTrainer(TrialTrainer):
         return built._replace(program=replace(built.program, total_steps=self.longest))
 
     def compile_train_step(self, run: RunConfig, schedule: optax.Schedule | None = None) -> Any:
-        """The train step of `run`, compiled unless another run of the size has compiled it."""
+        """Compile the train step of `run`, or reuse that of another run of the size."""
         program = self._build(run, schedule).program
         return self.shared.bound_step(program, run, self.total_steps, self.longest)
 
@@ -145,7 +145,7 @@ class RungRun:
         return found
 
     def noise(self) -> dict[int, GradientNoise]:
-        """The measurements so far, by step."""
+        """The gradient noise measured so far, by step."""
         try:
             text = (self.path / NOISE).read_text(encoding="utf-8")
             return {int(step): GradientNoise(**values) for step, values in json.loads(text).items()}
@@ -158,7 +158,10 @@ class RungRun:
             ) from error
 
     def _measure_noise(self, step: int) -> None:
-        """Measure the noise after a step, unless already measured or without its checkpoint."""
+        """Measure the gradient noise after a step, and store it.
+
+        Skip this if the step is already measured or has no checkpoint.
+        """
         found = self.noise()
         if step in found or step not in saved_steps(self.path / CHECKPOINTS):
             return
@@ -175,7 +178,7 @@ class RungRun:
 
     @cached_property
     def _whole(self) -> RungTrainer:
-        """The trainer of the longest run, used for its data and programs."""
+        """The trainer of the longest run, whose data and programs all runs of the size use."""
         return self._trainer(None)
 
     @cached_property

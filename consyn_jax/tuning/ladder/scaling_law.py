@@ -72,8 +72,8 @@ class ScalingLaw:
 class _Problem:
     """The least-squares problem of the fit: residuals in log(loss), with well-scaled unknowns.
 
-    The unknowns are log E, the logarithms of the other two terms at the middle of the points, alpha
-    and beta.
+    The unknowns are log E, alpha, beta, and the logarithms of the two terms with N and D. These two
+    terms are taken at the middle of the points.
     """
 
     def __init__(self, points: Sequence[LossPoint]) -> None:
@@ -147,7 +147,7 @@ class _Problem:
 
 
 def can_fit(points: Sequence[LossPoint]) -> bool:
-    """Whether the points suffice to fit the five constants: several sizes and lengths."""
+    """Whether there are enough points, sizes and run lengths to fit the five constants."""
     sizes, lengths = {p.parameters for p in points}, {p.tokens for p in points}
     enough = len(set(points)) >= FEWEST_POINTS
     return enough and min(len(sizes), len(lengths)) >= FEWEST_SIZES

@@ -141,7 +141,7 @@ def _raise_failure(lane: Lane) -> None:
 
 
 def _interruption(signal: str, lanes: Sequence[Lane]) -> BaseException:
-    """The common error for all lanes (perhaps none) whose trials a signal has ended."""
+    """Make one error for all lanes whose trials a signal has ended; there may be no such lane."""
     stopped = [lane.error for lane in lanes if lane.error is not None]
     if len(stopped) == 1:
         return stopped[0]

@@ -97,7 +97,7 @@ class LanesEvaluation:
 
 @dataclass(frozen=True)
 class LaneCall:
-    """A shared program, in the form in which one lane calls it."""
+    """A shared program as one lane calls it: with the arguments of this lane alone."""
 
     lane: Lane
     program: LanesStep | LanesEvaluation
@@ -153,7 +153,7 @@ class LanePrograms(SharedPrograms):
 def lanes_step(
     shared: SharedPrograms, program: Program, run: RunConfig, numbers: Numbers, lanes: int
 ) -> LanesStep:
-    """The train step of a number of lanes, compiled unless an earlier trial compiled it.
+    """Compile the train step for this number of lanes, or reuse that of an earlier trial.
 
     Args:
         program: the program of any trial, not yet compiled.
