@@ -186,7 +186,7 @@ class FewArguments:
         ([Recorder], r"callbacks\[0\] is the class Recorder. Pass Recorder\(\)."),
         ([Recorder(), Wrong()], r"callbacks\[1\] has a method on_log, which is never called"),
         ([object()], r"callbacks\[0\] has none of the methods on_step, on_evaluate, on_save"),
-        ([FewArguments()], r"callbacks\[0\]: on_step must take \(self, run, values\), and"),
+        ([FewArguments()], r"callbacks\[0\]: on_step must take \(self, run, values\), but"),
     ],
 )
 def test_what_would_never_be_called_is_refused(callbacks: Any, said: str) -> None:
