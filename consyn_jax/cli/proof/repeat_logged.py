@@ -93,7 +93,8 @@ def _check(trainer: ConsynTrainer, place: Path, step: int) -> None:
 
     if not 1 <= step <= trainer.total_steps:
         raise UserError(
-            f"--replay_step {step}: the run in {place} has {trainer.total_steps} steps."
+            f"--replay_step {step}: the run in {place} has {trainer.total_steps} steps. Give a "
+            "step from 1 to this number."
         )
     old = read_run_config(place / CONFIG)
     changes = differences(old, trainer.run, trainer.derived())

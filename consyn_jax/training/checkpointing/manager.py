@@ -106,7 +106,7 @@ class Checkpoints:
         self._hook = WithoutAbandonedWork.install(self)
         found: list[int] = []
         if reason := self._exchange.on_first(lambda: found.extend(saved_steps(self.directory))):
-            raise UserError(f"{self.directory} cannot be read: {reason}.")
+            raise UserError(f"{self.directory} cannot be read: {reason}. Check the permissions.")
         # All processes use the list of process 0: other hosts may see an old, cached directory.
         self._steps: list[int] = json.loads(self._exchange.gather(json.dumps(found))[0])
 

@@ -170,7 +170,10 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
             self._file = os.fdopen(descriptor, "a+b", buffering=0)
             self._size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
-            raise UserError(f"{self.path} cannot be written: {error.strerror}.") from error
+            raise UserError(
+                f"{self.path} cannot be written: {error.strerror}. Check the disk and the "
+                "permissions."
+            ) from error
 
     def _checked_size(self) -> int:
         size = os.fstat(self._file.fileno()).st_size
@@ -250,7 +253,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}. Check the disk and the permissions."
+        ) from error
     rows = raw.split(b"\n")
     rows.pop()  # empty, or an incomplete last line
     lines = []
@@ -280,7 +285,9 @@ def _replace(path: Path, data: bytes) -> None:
         make_directory(path.parent)
         write_whole(path, data)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}. Check the disk and the permissions."
+        ) from error
 
 
 def _encode(line: Mapping[str, Any]) -> bytes:

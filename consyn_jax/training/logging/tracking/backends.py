@@ -120,4 +120,7 @@ def _failed(name: str, error: BaseException) -> UserError:
     ]
     place = f" ({shown_place(outside[-1])})" if outside else ""
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    return UserError(f"--logging_backend {name} cannot be imported: {text}{place}.")
+    return UserError(
+        f"--logging_backend {name} cannot be imported: {text}{place}. Correct the module, or leave "
+        "the class out."
+    )

@@ -249,7 +249,8 @@ def check_methods(callback: Any, name: str) -> None:
         except TypeError as error:
             takes = ", ".join([*inspect.signature(getattr(Callback, method)).parameters])
             raise UserError(
-                f"{name}: {method} must take ({takes}), but a call with these fails: {error}."
+                f"{name}: {method} must take ({takes}), but a call with these fails: {error}. "
+                "Correct its arguments."
             ) from error
 
 
