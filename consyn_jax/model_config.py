@@ -191,7 +191,7 @@ class ModelConfig:
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         for name in ("window_layers", "rotary_layers"):
             value = getattr(self, name)
-            if value is not None:  # None instead of True for all layers: equal models compare equal
+            if value is not None:  # None if all are true, so that equal models compare equal
                 layers = tuple(map(bool, value))
                 object.__setattr__(self, name, None if all(layers) else layers)
 

@@ -393,7 +393,7 @@ def real(value: Any) -> float:
     """Convert a value to a finite number.
 
     Raises:
-        ValueError: the value is not a finite number, or is a boolean.
+        ValueError: it is not a finite number; a boolean is not one either.
     """
     if isinstance(value, bool) or not math.isfinite(float(value)):
         raise ValueError(value)
