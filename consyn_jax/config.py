@@ -342,7 +342,7 @@ class LoggingOptions:
     )
     wandb_project: str = flag("consyn", "Weights & Biases project")
     wandb_run_name: str | None = flag(None, "Weights & Biases run name (chosen by W&B)")
-    histograms: bool = flag(False, "trackers get histograms of weights and mean gradients, too")
+    histograms: bool = flag(False, "also send histograms of weights and mean gradients to trackers")
     profile_steps: str | None = flag(
         None, "profile steps A to B (both included, counted from 1), and report where the time went"
     )

@@ -132,9 +132,9 @@ def _unwinding_on_sigterm() -> Iterator[None]:
         return
     unwind = _Unwinding()
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
         numbers.append(signal.SIGHUP)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a shell ignores it
         numbers.remove(signal.SIGINT)
     before = {number: signal.signal(number, unwind) for number in numbers}
     report = sys.unraisablehook

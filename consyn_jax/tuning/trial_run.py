@@ -53,8 +53,8 @@ class TrialRun:
             Interrupted: a signal ended the trial; another start continues it.
         """
         lines = self._reported_log()
-        # The process may have been killed after the run's end, or the decision to end it, but
-        # before the report to the study.
+        # An earlier process may have ended the run, or decided to end it, and been killed before it
+        # reported this to the study.
         outcome = _recorded_outcome(lines)
         if outcome is None and self.claim.reported and self._is_pruned():
             outcome = PRUNED

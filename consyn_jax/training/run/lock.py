@@ -22,8 +22,8 @@ GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
 TRIES, RETRY_S = 5, 0.1
 # On file systems without locks:
 SETTLE_S = 1.0  # if two processes take the lock at once, the later one has it after this time
-BEAT_S = 15.0  # between two touches of the file by its holder
-WATCH_S = 60.0  # how long to watch for a touch by a holder on another host
+BEAT_S = 15.0  # seconds between two touches of the file by its holder
+WATCH_S = 60.0  # seconds to wait for a touch by a holder on another host
 
 
 class RunLock:
@@ -148,7 +148,7 @@ def is_held(directory: Path) -> bool:
         descriptor = open_regular(directory / LOCK, os.O_RDONLY)
         try:
             return not try_lock(descriptor, shared=True)
-        except OSError:  # no locks here: its content decides
+        except OSError:  # the file system has no locks, so the content of the file decides
             holder = read_holder(directory)
             return bool(holder) and _is_alive(directory / LOCK, holder)
         finally:

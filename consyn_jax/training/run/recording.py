@@ -82,8 +82,8 @@ class Recorder:
     activities: ActivityClock = field(default_factory=ActivityClock)
     history: History = field(default_factory=History)
     _has_warned_of_no_tokens: bool = False
-    _first_line: dict[str, float] | None = None  # of this process
-    _memory: Mapping[str, int] = field(default_factory=dict)  # at the newest line
+    _first_line: dict[str, float] | None = None  # the first line of metrics of this process
+    _memory: Mapping[str, int] = field(default_factory=dict)  # statistics at the newest line
 
     def metrics(self, values: dict[str, float]) -> dict[str, Any]:
         """Record metrics at the current step.

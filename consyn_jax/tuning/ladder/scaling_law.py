@@ -21,7 +21,7 @@ STARTS, STARTS_OF_A_DRAW = 6, 2  # starting points of a fit, and of a fit to a b
 LOWEST_EXPONENT, HIGHEST_EXPONENT = 0.01, 2.0
 FEWEST_SIZES, FEWEST_POINTS = 3, 6  # a law has five constants
 FEW_STEPS = 100  # losses of shorter runs were far from the curve (benchmarks/ladder.py)
-# Points that must be left without those of shorter runs: bootstrap draws of fewer hardly differ.
+# Fewest points for a fit without shorter runs; bootstrap draws of fewer points hardly differ.
 FEWEST_LEFT = 8
 DRAWS = 200
 COVERED = (0.05, 0.95)  # quantiles of the bootstrap values at the ends of an interval

@@ -43,7 +43,7 @@ from consyn_jax.tuning.varied_run import VariedRun
 
 GROWTH = 1.1  # least growth of the steps per second for which `auto` doubles the number of lanes
 FEWEST, MEASURED_S = 4, 1.0  # least number of steps, and of seconds, of a measurement
-# Advice for flags that may vary, except for one value that needs another program.
+# One value of each of these flags needs another program: advice to leave this value out.
 _REMEDIES = {
     **dict.fromkeys(("dropout", "momentum"), "Begin it above 0"),
     "scheduler": "Remove plateau from its values",
