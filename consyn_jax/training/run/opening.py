@@ -55,8 +55,7 @@ def open_run_directory(
         fetch: Called with the directory under its lock; it may bring a run there from elsewhere.
 
     Raises:
-        UserError: The directory has another run, is in use, cannot be written, or is not the same
-            directory in all processes.
+        UserError: It has another run, is in use, cannot be written, or differs between processes.
     """
     path, process_group = run_path(config), current_process_group()
     if process_group is not None and not write:
