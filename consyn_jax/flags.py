@@ -1,7 +1,7 @@
-"""Flags: fields of the option dataclasses, which are also config-file keys and help text.
+"""Define command-line flags as fields of dataclasses.
 
-A command's options are a tree: a frozen dataclass whose fields are groups, each a frozen dataclass
-whose fields are made by `flag`. Parser, config files and help all read the tree through `flags`.
+A command's options form a tree of frozen dataclasses. The fields of its root are groups; the fields
+of a group are made by `flag`. The parser, config files and help read the tree through `flags`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def flag(
     Args:
         choices: the allowed values; the entry `module:Class` stands for any class that the user
             names.
-        const: value of the bare flag, for a flag that may be given without a value.
-        math: True if the value changes the result of training: a resumed run must not change it,
-            and a test must show its effect.
+        const: the value if the user gives the flag without a value; "" if a value is required.
+        math: True if the value changes the result of training. A resumed run must not change such
+            a flag, and a test must show its effect.
     """
     metadata = {"help": help, "choices": choices, "aliases": aliases, "const": const, "math": math}
     return field(default=default, metadata=metadata)
@@ -66,7 +66,7 @@ def flags(tree: Any) -> Mapping[str, Flag]:
     Args:
         tree: `RunConfig` or `PrepareConfig`.
     """
-    return _flags(tree)  # mypy does not take a dataclass for hashable, as `cache` asks for
+    return _flags(tree)  # mypy does not know that dataclass types are hashable, as `cache` requires
 
 
 @cache
@@ -102,6 +102,6 @@ def grouped(tree: type[Config], values: Mapping[str, Any]) -> Config:
 
 
 def with_flags(config: Config, changes: Mapping[str, Any]) -> Config:
-    """`config` with the values in `changes`, which are given by flag name."""
+    """Return `config` with other values, given by flag name."""
     assert changes.keys() <= flags(type(config)).keys()
     return grouped(type(config), {**flat(config), **changes})

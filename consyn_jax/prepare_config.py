@@ -92,7 +92,7 @@ class CorpusOptions:
     tokenizer: str | None = flag(
         None,
         "'default' (bundled, 49,152 tokens), 'bytes', 'train:SIZE' (trained on the data), or a "
-        "path or URL. If not given: the checkpoint's or token store's, else 'default'.",
+        "path or URL. Without this flag: that of the checkpoint or token store, else 'default'.",
     )
     num_workers: int | None = flag(
         None, "number of processes that clean and tokenise, besides the main process (one per core)"

@@ -1,6 +1,6 @@
 """Merge defaults, presets, a config file and flags into one checked configuration.
 
-Flags override a `--config` file, a file the preset of `--model`, and a preset the default.
+Priority: flags, then the `--config` file, then the preset of `--model`, then the defaults.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def validate(config: RunConfig) -> None:
     backends = config.logging.logging_backend
     if "none" in backends and len(backends) > 1:
         raise UserError(
-            f"--logging_backend {' '.join(backends)} combines none with others. Leave one out."
+            f"--logging_backend {' '.join(backends)} combines none with a tracker. Leave one out."
         )
     check_processes(config.hardware)
     resume = config.saving.resume
@@ -200,8 +200,8 @@ def _check_decay_from(config: RunConfig) -> None:
     options, resume = config.optimizer, config.saving.resume
     if options.scheduler not in _STABLE_SCHEDULERS:
         raise UserError(
-            f"--decay_from starts at the peak learning rate, where --scheduler {options.scheduler} "
-            f"does not stay. Use {', '.join(_STABLE_SCHEDULERS)}."
+            "--decay_from needs a schedule that stays at the peak learning rate, which --scheduler "
+            f"{options.scheduler} does not. Use {', '.join(_STABLE_SCHEDULERS)}."
         )
     if options.decay_ratio == 1:
         raise UserError(
@@ -326,7 +326,7 @@ def check_processes(hardware: HardwareOptions) -> None:
 
 
 def parse_multipliers(text: str | None) -> dict[str, float]:
-    """Parse `--lr_multipliers` into multipliers by group; groups that it does not name are absent.
+    """Parse `--lr_multipliers` into a dictionary: a multiplier for each group that it names.
 
     Raises:
         UserError: an unknown or repeated group, or a value that is negative or not a number.
@@ -350,7 +350,8 @@ def parse_multipliers(text: str | None) -> dict[str, float]:
             raise UserError(f"--lr_multipliers {group} must be a number, not {value!r}.") from None
         if found[group] < 0:
             raise UserError(
-                f"--lr_multipliers {group} must not be negative, but is {value}. 0 freezes it."
+                f"--lr_multipliers {group} must not be negative, but is {value}. 0 freezes the "
+                "group."
             )
     return found
 
@@ -379,7 +380,7 @@ def check_context(max_tokens: int | None, context: int | None) -> None:
     """Check that training sequences fit the model's context, if both are known.
 
     Raises:
-        UserError: they are longer.
+        UserError: the sequences are longer than the context.
     """
     if max_tokens is not None and context is not None and max_tokens > context:
         raise UserError(

@@ -137,7 +137,7 @@ def _interruption(config: PrepareConfig, output: Path) -> str:
 def _delete_store(config: PrepareConfig, path: Path) -> None:
     """Delete the token store in `path`, for `--overwrite`.
 
-    All input is checked first, because with wrong input no new store could replace it.
+    All input is checked first, so that wrong input does not lead to the deletion of the old store.
 
     Raises:
         UserError: the input cannot be used or is in `path`, or `path` holds other files.

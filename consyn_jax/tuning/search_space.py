@@ -19,7 +19,7 @@ _FIXED = {
     **dict.fromkeys(("epochs", "max_steps", "total_tokens"), "all trials have the same budget"),
     "decay_from": "a trial starts at step 0",
 }
-MOST_CORNERS = 256  # of the search space, that are checked before the first trial
+MOST_CORNERS = 256  # corners of the search space to check before the first trial
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,9 @@ def _choice(item: str, flag: Flag, text: str) -> Dimension:
 
 
 def check_corners(space: Sequence[Dimension], check: Callable[[Mapping[str, Any]], object]) -> None:
-    """Check runs at all combinations of range ends and choices; in a large space, one at a time.
+    """Check runs at the corners of the search space: combinations of range ends and choices.
+
+    If there are more than `MOST_CORNERS`, only one flag at a time is varied.
 
     Args:
         check: function that resolves a run with values by flag name.

@@ -14,8 +14,8 @@ from consyn_jax.tuning.search_space import Dimension, as_text
 
 STEP, STEPS, OUTCOME = "step", "steps", "outcome"  # user attributes of a trial
 DONE, PRUNED, DIVERGED, RUNNING, FAILED = "done", "pruned", "diverged", "running", "failed"
-OUTCOMES = (DONE, PRUNED, DIVERGED)  # of trials that the study has ended
-MOST_ROWS = 20  # of the table in the terminal
+OUTCOMES = (DONE, PRUNED, DIVERGED)  # outcomes of trials that have ended
+MOST_ROWS = 20  # rows of the table in the terminal
 
 
 @dataclass(frozen=True)

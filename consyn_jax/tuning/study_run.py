@@ -161,7 +161,7 @@ class Tuning:
         run, origins = self.varied.with_values(values)
         saving = replace(run.saving, output=str(path), overwrite=False, keep_last=1)
         if saving.save_steps is None and saving.save_minutes is None:
-            steps = 2**31 - 1  # at the end, at a signal, and by the clock
+            steps = 2**31 - 1  # save only at the end, at a signal, and by time
             saving = replace(saving, save_steps=steps, save_minutes=SAVE_MINUTES)
         evaluation = replace(run.evaluation, load_best_model_at_end=False)
         # Without a terminal, or in a lane, a trial prints only the line of `_note`.

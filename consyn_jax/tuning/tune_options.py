@@ -34,7 +34,7 @@ _NOT_HERE = {
     "streaming": "a study prepares its data once, for all trials",
     "distributed": "a trial runs in one process; start consyn-tune several times on one --output",
     "decay_from": "a trial starts at step 0",
-    "remote": "a study is many runs, and a place in a bucket holds one",
+    "remote": "a study has many runs, but a bucket URL stores only one",
     "resume": "consyn-tune always continues the study in --output",
     "overwrite_schedule": "every trial has its own schedule",
     **dict.fromkeys(

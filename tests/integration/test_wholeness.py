@@ -86,7 +86,7 @@ def test_an_end_that_is_not_whole_is_done_again(
     again = here(run.path, *FLAGS, "--data", corpus)
     assert again.code == 0, again.said
     assert said in again.said
-    assert "; the work after it is repeated" in again.said
+    assert ". The end of the run is repeated" in again.said
     assert again.weights == whole.weights
     assert disagreement(run.path / "final") is None
     assert again.events[-1] == "finish"

@@ -200,8 +200,8 @@ def deferred_model(
     if stored is not None:
         vocab_size = stored.vocab_size
     shape = with_tokens(architecture(config.model, base, vocab_size=vocab_size))
-    # Exports have the file format of --checkpoint; a new model is written in float32, whatever
-    # --model says.
+    # Exports have the file format of --checkpoint. A new model is exported in float32, even if the
+    # config.json in --model names another type.
     files = FileFormat(model_type=shape.files.model_type, config=shape.files.config)
     shape = replace(shape, files=files if stored is None else stored.files)
     if weights is None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from consyn_jax.tokenization import BPETokenizer
 
 SHOWN = 160  # characters of the example's prompt and target
-SHOWN_KEYS = 5  # of those that are not read
+SHOWN_KEYS = 5  # number of unread fields to name
 
 
 def row_notes(

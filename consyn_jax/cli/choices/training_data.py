@@ -72,7 +72,7 @@ def check_data(data: DataOptions) -> bool:
         return False
     for f in dataclasses.fields(CorpusOptions):
         given = getattr(data, f.name)
-        if f.name == "row_format" and given == "preference":  # that of --objective dpo
+        if f.name == "row_format" and given == "preference":  # set by --objective dpo
             continue
         if f.name not in USED_WITH_TOKENS and given != f.default:
             raise UserError(
@@ -83,7 +83,7 @@ def check_data(data: DataOptions) -> bool:
 
 
 def _parts(data: DataOptions) -> list[tuple[str, ...]]:
-    """Group the items of `--data` by token store: one store for each, if they have weights."""
+    """Group the items of `--data` by token store: with weights, each item has its own store."""
     return [(item,) for item in data.data] if data.data_weights else [data.data]
 
 
@@ -138,7 +138,7 @@ def _prepared(
 
 
 def _check_pairs(config: RunConfig, stores: Sequence[Prepared]) -> None:
-    """Check that token stores contain pairs of answers if and only if the objective is dpo."""
+    """Check that token stores contain pairs of answers with --objective dpo, and only then."""
     for prepared in stores:
         if prepared.store.holds_pairs == config.trains_on_pairs:
             continue
@@ -161,7 +161,7 @@ def _num_devices(config: RunConfig) -> int:
 def _datasets(
     config: RunConfig, stores: Sequence[Prepared]
 ) -> tuple[Any, Any, list[ConsynDataset]]:
-    """The training and the validation dataset (or None), and each store's training dataset."""
+    """The training dataset, the validation dataset or None, and the training dataset per store."""
     from consyn_jax.training.dataset import ConsynDataset, MixedDataset, pack_split
 
     data, seed = config.data, config.budget.seed

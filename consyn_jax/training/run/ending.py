@@ -169,7 +169,8 @@ def next_commands(directory: Path, run: RunConfig, origins: Mapping[str, str]) -
     longer = [f"--{name} {_number(2 * n)}" for name, n in limits.items() if n is not None]
     if "keyword" not in origins.values() and run.optimizer.decay_from is None and longer:
         recipe = shlex.quote(str(directory / CONFIG))
-        if any(":" in name for name in run.logging.logging_backend):  # code must be typed again
+        # Classes named only in a file are not imported, so the flag must be typed again.
+        if any(":" in name for name in run.logging.logging_backend):
             longer.append(f"--logging_backend {' '.join(run.logging.logging_backend)}")
         flags = " ".join(longer)
         commands.append(f"consyn-train --config {recipe} {flags} --overwrite_schedule")

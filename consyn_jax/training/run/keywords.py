@@ -36,15 +36,17 @@ def given_once(own: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_settings(settings: dict[str, Any]) -> None:
-    """Refuse keywords of `train`; those of a mistyped name get the right one named.
+    """Refuse settings given to `train`, which takes none.
 
     Raises:
-        UserError: there is one.
+        UserError: There is a setting. If its name is unknown, the message suggests a similar name.
     """
     if settings:
         resolve(settings, given_as="keyword")
         name = next(iter(settings))
-        raise UserError(f"{name} is a setting of ConsynTrainer, not of train().")
+        raise UserError(
+            f"{name} is a setting of ConsynTrainer, not of train(). Pass it to ConsynTrainer."
+        )
 
 
 def resolve_keywords(

@@ -39,7 +39,7 @@ from consyn_jax.tuning.tune_options import TuneConfig, scaled_run
 from consyn_jax.tuning.varied_run import Settings, VariedRun
 
 SIZES, PAGE, JSON = "sizes", "ladder.html", "ladder.json"
-PASSES = 4  # up to which repeated data is nearly as good as new (Muennighoff et al., 2023)
+PASSES = 4  # repeated data is nearly as good as new up to here (Muennighoff et al., 2023)
 
 
 class Ladder:
@@ -135,7 +135,7 @@ class Ladder:
         return LadderResults(forecast, self._flops(), tokens, predicted, best, left_out)
 
     def _batches(self) -> list[BatchPoint]:
-        """The noise scales of all sizes, where the gradient exceeded its noise."""
+        """The measured noise scales of all sizes, without points where noise hid the gradient."""
         found = []
         for run in self.runs:
             rung, measured = run.rung, run.noise()
@@ -146,7 +146,7 @@ class Ladder:
         return found
 
     def _flops(self) -> dict[float, float]:
-        """Training FLOPs per token, by the parameters of a size."""
+        """Training FLOPs per token of each size, by number of parameters."""
         models = [model_of(self.run_config.model, r.shape, self.vocab_size) for r in self.rungs]
         length = self.run_config.length
         return {
