@@ -1,1 +1,1 @@
-"""Training data: sources, their preparation into token stores, and batches from the stores."""
+"""Training data: read sources, prepare them into token stores, and build batches from the stores."""

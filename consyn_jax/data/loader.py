@@ -1,8 +1,8 @@
 """Batches for training and for evaluation, and a thread that prefetches them.
 
 A batch is a function of (seed, step). With A micro-batches of B sequences, step s takes the global
-positions s * A * B .. (s + 1) * A * B; within these, micro-batch a takes a * B .. (a + 1) * B. Each
-process reads only its rows of a micro-batch, so the global batch does not depend on the number of
+positions s * A * B .. (s + 1) * A * B. Of these, micro-batch a takes a * B .. (a + 1) * B. Each
+process reads only its own rows of a micro-batch. The global batch is the same for any number of
 processes.
 """
 
@@ -24,9 +24,9 @@ from consyn_jax.data.order import ids_at
 from consyn_jax.data.packing import Sequences
 
 Batch = dict[str, np.ndarray]
-"""A batch on the host, the input of a training step: "input_ids", "labels" and "segment_ids" in
-int32, and "loss_mask" in bool, each [accumulation_steps, sequences, T]; in evaluation [sequences,
-T].
+"""A batch in host memory, the input of a training step: "input_ids", "labels" and "segment_ids" in
+int32, and "loss_mask" in bool. Each has the shape [accumulation_steps, sequences, T] in training and
+[sequences, T] in evaluation.
 """
 Rows = slice | np.ndarray
 POLL_S = 0.2  # between two calls of `interrupted` while waiting
@@ -41,12 +41,12 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def rows(self, indices: Any) -> Sequences:
-        """The sequences at many indices at once, each array [n, T]."""
+        """Read the sequences with the given indices, as arrays [n, T]."""
 
 
 @runtime_checkable
 class Order(Protocol):
-    """An endless order of training sequences; the sequence at a position depends only on it."""
+    """An endless order of training sequences. The position alone determines the sequence."""
 
     def at(self, positions: Int64[np.ndarray, " n"]) -> Sequences:
         """The sequences at any positions (not negative), each array [n, T]."""

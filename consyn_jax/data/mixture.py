@@ -1,9 +1,9 @@
-"""Several datasets mixed by weight; a global position determines the source and the sequence.
+"""Mix several datasets by weight; a global position determines the source and the sequence.
 
-Positions are grouped into cycles of a few thousand. Each cycle has the same number of sequences of
-each source, shuffled anew (`order.ids_at`), so the shares hold from the first cycle on and there is
-no state. Each source is read in the order that it would have alone: all of its sequences once
-before any is repeated.
+Positions are grouped into cycles of a few thousand. Each source has the same number of sequences in
+every cycle, and each cycle is shuffled anew (`order.ids_at`). So the shares hold from the first
+cycle on, without any state. Within a source, the order is the same as without a mixture: all of its
+sequences are read once before any is repeated.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from consyn_jax.data.loader import Dataset, Shuffled
 from consyn_jax.data.order import ids_at, mix
 from consyn_jax.data.packing import Sequences
 
-# A compromise: shares hold exactly only over whole cycles, so cycles should be short; but the
-# smallest possible share is one sequence in a cycle.
+# A compromise: shares are exact only over whole cycles, so cycles should be short. But a source has
+# at least one sequence per cycle, so small shares need long cycles.
 LONGEST_CYCLE = 4096
 
 
 class Mixture:
     """An endless order of sequences (`loader.Order`) from several sources.
 
-    An epoch of a mixture has as many sequences as all sources together; the weights decide how
-    often it passes over each source.
+    The length of an epoch is the number of sequences in all sources together. The weights decide
+    how often each source is read in an epoch.
 
     Args:
         datasets: the sources by name, each with at least one sequence.
@@ -67,7 +67,7 @@ class Mixture:
     def places(
         self, positions: Int64[np.ndarray, " n"]
     ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
-        """For each position, the number of its source and the position within that source."""
+        """Return the number of the source of each position, and the position within that source."""
         cycles, offsets = np.divmod(positions, self.quotas.sum())
         sources, indices = np.empty_like(positions), np.empty_like(positions)
         for cycle in np.unique(cycles):
@@ -93,7 +93,7 @@ class Mixture:
         }
 
     def _cycle(self, cycle: int) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " m"]]:
-        """For each offset in a cycle, its source and how many earlier offsets have that source."""
+        """Return the source of each offset in a cycle, and its rank among the offsets of that source."""
         known = self._last  # read once: another thread may replace it
         if known is None or known[0] != cycle:
             ends = np.cumsum(self.quotas)
@@ -135,11 +135,12 @@ class Joined:
 def _merged(
     sources: Int64[np.ndarray, " n"], read: Callable[[int, np.ndarray], Sequences]
 ) -> Sequences:
-    """Read sequences of several sources into common arrays, in the order of `sources`.
+    """Read sequences from several sources into common arrays, in the order of `sources`.
 
     Args:
-        sources: the source of each sequence, by number.
-        read: called with each source and the places of its sequences among the n.
+        sources: number of the source of each sequence.
+        read: function that reads sequences, given the number of a source and the indices in
+            `sources` where this source occurs.
     """
     merged: Sequences = {}
     for number in np.unique(sources):
@@ -157,10 +158,11 @@ def part_seed(seed: int, number: int) -> int:
 
 
 def quotas(weights: Sequence[float | int]) -> Int64[np.ndarray, " sources"]:
-    """Number of sequences of each source in a cycle: integers in the ratios of `weights`.
+    """Compute the number of sequences of each source in a cycle: integers in the ratios of `weights`.
 
-    Each is at least 1. The cycle's length is chosen to minimise the largest relative error, so 7 :
-    2 : 1 is met exactly. Fractions are rounded by the largest-remainder method (Hamilton).
+    Each number is at least 1. The length of the cycle minimises the largest relative error of a
+    share, so the ratios 7 : 2 : 1 are exact. Fractions are rounded by the largest-remainder method
+    (Hamilton).
 
     Raises:
         ValueError: a weight is not above 0, or there are too many weights.
@@ -185,6 +187,6 @@ def quotas(weights: Sequence[float | int]) -> Int64[np.ndarray, " sources"]:
     found = np.maximum(found, 1)
     while len(over := np.flatnonzero(found.sum(1) > sizes)):
         found[over, np.argmax(found[over], axis=1)] -= 1
-    # Rounded, because exact ratios have errors that differ only in their last bits.
+    # Round the errors: those of exact ratios differ only by floating-point noise.
     errors = np.abs(found / exact - 1).max(1).round(9)
     return found[np.argmin(errors)]
