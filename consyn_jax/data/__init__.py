@@ -1,1 +1,1 @@
-"""Training data: read sources, prepare them into token stores, and build batches from the stores."""
+"""Training data: readers of sources, preparation of token stores, and batches from the stores."""

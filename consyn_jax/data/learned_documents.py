@@ -34,9 +34,10 @@ class LearnedDocument:
         data: in a mixture, the item of `--data` that the document comes from; otherwise "".
         source: file or dataset that the document comes from; the store itself if the origin is
             unknown.
-        row: line of the file or row of the dataset, from 1; None if the source has no rows.
+        row: line of the file or row of the dataset, from 1; None for plain text, token files and
+            unknown origins.
         bytes: (begin, end) of the document's text in the decompressed source, or of its tokens in a
-            token file; None if the source has rows.
+            token file; None for rows and unknown origins.
         document: number of the document in the split of the store, from 0; None in token files.
         length: number of the document's tokens in the store, EOS included.
         parts: for each part of the document in the batch, the index of the sequence in the batch,

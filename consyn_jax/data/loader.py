@@ -25,7 +25,7 @@ from consyn_jax.data.packing import Sequences
 
 Batch = dict[str, np.ndarray]
 """A batch in host memory, the input of a training step: "input_ids", "labels" and "segment_ids" in
-int32, and "loss_mask" in bool. Each has the shape [accumulation_steps, sequences, T] in training and
+int32, and "loss_mask" in bool. Their shape is [accumulation_steps, sequences, T] in training, and
 [sequences, T] in evaluation.
 """
 Rows = slice | np.ndarray

@@ -93,7 +93,7 @@ class Mixture:
         }
 
     def _cycle(self, cycle: int) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " m"]]:
-        """Return the source of each offset in a cycle, and its rank among the offsets of that source."""
+        """Return the source of each offset in a cycle, and the offset's rank within that source."""
         known = self._last  # read once: another thread may replace it
         if known is None or known[0] != cycle:
             ends = np.cumsum(self.quotas)
@@ -158,7 +158,7 @@ def part_seed(seed: int, number: int) -> int:
 
 
 def quotas(weights: Sequence[float | int]) -> Int64[np.ndarray, " sources"]:
-    """Compute the number of sequences of each source in a cycle: integers in the ratios of `weights`.
+    """Compute the number of sequences of each source in a cycle, in the ratios of `weights`.
 
     Each number is at least 1. The length of the cycle minimises the largest relative error of a
     share, so the ratios 7 : 2 : 1 are exact. Fractions are rounded by the largest-remainder method

@@ -144,7 +144,7 @@ class PackedDataset(PackedSequences):
 
 
 class _Places(NamedTuple):
-    """Places of pieces in the arrays of a batch: piece i fills columns left[i] .. right[i] of row[i]."""
+    """Places of pieces in a batch: piece i fills the columns left[i] .. right[i] of row row[i]."""
 
     row: np.ndarray
     left: np.ndarray
@@ -280,7 +280,7 @@ class WholeDocuments(PackedSequences):
         return targets
 
     def _layout(self, which: Int64[np.ndarray, " n"]) -> tuple[np.ndarray, _Places]:
-        """Return the numbers of the pieces in the sequences `which`, and their places in the batch."""
+        """Return the numbers of the pieces in sequences `which`, and their places in the batch."""
         low, counts = self._pieces[which], self._pieces[which + 1] - self._pieces[which]
         row, nth = _numbered(counts)
         pieces = low[row] + nth
@@ -292,7 +292,7 @@ class WholeDocuments(PackedSequences):
 
 
 def _numbered(counts: Int64[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
-    """Number the members of groups of sizes `counts`: return each member's group, and its rank there.
+    """Number the members of groups of sizes `counts`; return each member's group and rank in it.
 
     >>> _numbered(np.array([2, 0, 3]))
     (array([0, 0, 2, 2, 2]), array([0, 1, 0, 1, 2]))

@@ -116,7 +116,7 @@ class PairDataset(PackedSequences):
         return Pieces(row, self._halves.starts[which].reshape(-1), lengths.reshape(-1))
 
     def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
-        """Read the pairs with the given `indices` (each in range(len)), as arrays [n, 2 * block_size].
+        """Read the pairs with the given `indices`, each in range(len): arrays [n, 2 * block_size].
 
         Once `reference` is computed, the log-probabilities of the chosen and of the rejected
         answers are included, each [n].

@@ -25,7 +25,7 @@ _BETWEEN = re.compile(r"[-._ 0-9]+")
 
 
 def split_of_name(name: str) -> str | None:
-    """Return the split that a keyword in the name of a file or directory names; None without keyword.
+    """Find the keyword of a split in the name of a file or directory; None if there is none.
 
     >>> [split_of_name(name) for name in ("val.jsonl", "fw_val_000.bin", "train_sft-00.csv")]
     ['validation', 'validation', 'train']
@@ -47,7 +47,7 @@ def digest(data: bytes) -> bytes:
 
 
 def joined_digest(parts: Sequence[bytes]) -> bytes:
-    """Compute the digest of a document from the digests of its parts (see `sources/chunking.py`)."""
+    """Compute a document's digest from the digests of its parts (see `sources/chunking.py`)."""
     return parts[0] if len(parts) == 1 else digest(b"".join(parts))
 
 

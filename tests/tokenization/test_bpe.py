@@ -290,7 +290,7 @@ def test_decode_refuses_what_is_not_the_ids_of_a_text(ids: Any) -> None:
 def test_encode_refuses_what_is_not_a_text(text: Any) -> None:
     with pytest.raises(UserError, match="A tokenizer encodes text, not"):
         BPETokenizer.bytes().encode(text)
-    with pytest.raises(UserError, match="encode_batch takes a list of texts, not one"):
+    with pytest.raises(UserError, match="encode_batch takes a list of texts, not a single text"):
         BPETokenizer.bytes().encode_batch("text")
 
 

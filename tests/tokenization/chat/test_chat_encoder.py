@@ -127,13 +127,13 @@ def test_a_template_that_takes_long_is_stopped(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_template_that_is_not_jinja_is_refused() -> None:
-    with pytest.raises(UserError, match=r"not Jinja.*--chat_template"):
+    with pytest.raises(UserError, match=r"not valid Jinja.*--chat_template"):
         ChatTemplate("{% if %}")
     with pytest.raises(UserError) as refused:  # Jinja says three sentences about it
         ChatTemplate("{% for message in messages %}{{ message.content }}")
     assert str(refused.value) == (
-        "The chat template is not Jinja: Unexpected end of template (line 1). Give another one "
-        "with --chat_template FILE, or use --chat_template plain."
+        "The chat template is not valid Jinja: Unexpected end of template (line 1). Give another "
+        "template with --chat_template FILE, or use --chat_template plain."
     )
 
 
