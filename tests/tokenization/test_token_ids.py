@@ -16,7 +16,7 @@ PADDING = (
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [1, 5000, 2]}, r"^Row 3 has token id 5,000 in input_ids at position 1, "),
     ({"input_ids": [1, 260]}, TOKENIZER),
-    ({"input_ids": [1, -1, 2]}, r"^Row 3 has token id -1 in input_ids at position 1, and ids beg"),
+    ({"input_ids": [1, -1, 2]}, r"^Row 3 has token id -1 in input_ids at position 1, but ids beg"),
     ({"input_ids": [1, 2, -7]}, r"-7 in input_ids at position 2, .*" + PADDING),
     ({"input_ids": [1, -1], "attention_mask": [1, 0]}, PADDING),
     ({"input_ids": [-100, 2]}, r"^Row 3 has -100 in input_ids at position 0, which only labels"),
@@ -25,7 +25,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [[1, 2], [3]], "labels": [[1, -1], [999]]}, r"row 1, has token id 999 in lab"),
     (
         {"input_ids": [1.5, 2.0]},
-        r"has 1\.5 in input_ids at position 0, and ids are whole numbers\. Pass",
+        r"has 1\.5 in input_ids at position 0, but ids are whole numbers\. Pass",
     ),
     (
         {"input_ids": np.array([1, 2], np.float16)},
@@ -40,7 +40,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": 5}, r"^Row 3 has input_ids of shape \(\)\. Give the ids of one row as a list"),
     ({"input_ids": [1, 2], "labels": [260, -100]}, r"^Row 3 has token id 260 in labels at posi"),
     ({"input_ids": [1, 2], "labels": [-2, -1]}, r"label -2 at position 0, .* target with -100\.$"),
-    ({"input_ids": [1, 2], "labels": [1.0, 2.0]}, r"labels of float64, and labels are token ids"),
+    ({"input_ids": [1, 2], "labels": [1.0, 2.0]}, r"labels of float64, but labels are token ids"),
     ({"input_ids": [1, 2], "labels": [1]}, r"labels of shape \(1,\) for 2 input_ids\. Give one"),
     ({"input_ids": [1, 2], "labels": 1}, r"labels of shape \(\) for 2 input_ids\. Give one label"),
     ({"input_ids": [1, 2], "labels": [1, 2, 3]}, r"with -100 where a token is not a target\.$"),
