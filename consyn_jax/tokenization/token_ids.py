@@ -128,7 +128,7 @@ def check_input_ids(
         if values[position] == NO_TARGETS[0]:
             raise UserError(
                 f"{where} has -100 in input_ids at position {position:,}, which only labels may "
-                f"have. Give the token's id there. If it stands for padding, {masked}."
+                f"have. Give the token's id there; if it stands for padding, {masked}."
             )
         raise UserError(
             f"{where} has token id {values[position]:,} in input_ids at position {position:,}, but "

@@ -115,7 +115,7 @@ def test_a_lone_surrogate_is_named() -> None:
         lambda: BYTES.encode("ab\ud800"),
         lambda: BYTES.encode_batch(["fine", "ab\ud800"]),
     ):
-        with pytest.raises(UserError, match=r"U\+D800 at character 2"):
+        with pytest.raises(UserError, match=r"U\+D800 at position 2"):
             encode()
 
 

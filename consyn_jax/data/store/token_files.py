@@ -66,8 +66,8 @@ def read_head(path: Path) -> Head:
     suffix = path.suffix.lower()
     if path.name == "meta.pkl":
         raise UnusableError(
-            "is a pickle with nanoGPT's vocabulary. It is not needed, and opening a pickle could "
-            "run code"
+            "is a pickle with nanoGPT's vocabulary, which is not needed and could run code when it "
+            "is opened"
         )
     if suffix in PICKLES:
         raise UnusableError(

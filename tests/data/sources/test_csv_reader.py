@@ -101,7 +101,9 @@ def test_a_table_without_names_of_columns_is_told_what_to_do(tmp_path: Path) -> 
     path.write_text("what is 1?,one\nwhat is 2?,two\n", encoding="utf-8")
     (block,) = CsvReader().blocks(str(path), START, READING)
     fault = Worker(READING.options, BYTES).work(block).fault
-    assert fault.endswith("if the first line is a row of data, add a line of column names above it.")
+    assert fault.endswith(
+        "if the first line is a row of data, add a line of column names above it."
+    )
     path.write_text("question,answer\n" + path.read_text("utf-8"), encoding="utf-8")
     (block,) = CsvReader().blocks(str(path), START, READING)
     assert (

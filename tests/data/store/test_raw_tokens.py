@@ -77,7 +77,7 @@ def test_large_vocabularies_make_nanogpts_tokens_four_bytes(tmp_path: Path) -> N
         file.write(b"12")
     with pytest.raises(
         UserError,
-        match=r"odd\.bin has 18 bytes, but with a vocabulary of 100,000",
+        match=r"odd\.bin has 18 bytes, which is not a multiple of 4, the size",
     ):
         RawTokens([tmp_path / "odd.bin"], Large())
 
@@ -269,7 +269,7 @@ def test_a_wrong_id_is_refused_with_its_place(
     np.save(tmp_path / "c.npy", np.where(ids == 300, -1, ids).astype(np.int64))
     for name, words in {
         "a.bin": "token id 300 at position 4, but the vocabulary has 259",
-        "b.npy": "token id 300 at row 2, column 0, and",
+        "b.npy": "token id 300 at row 2, column 0, but",
         "c.npy": "token id -1 at position 4, and",
     }.items():
         with pytest.raises(UserError, match=f"{name} has {words}"):

@@ -174,7 +174,7 @@ def test_a_file_that_becomes_shorter_is_an_error(tmp_path: Path) -> None:
     split = opened(tmp_path, several(tmp_path, 1))
     split.read(0, np.empty(5, np.uint16))
     os.truncate(tmp_path / "s000.tokens", 6)
-    with pytest.raises(UserError, match=r"s000\.tokens is shorter than it was"):
+    with pytest.raises(UserError, match=r"s000\.tokens was truncated while it was read"):
         split.read(0, np.empty(5, np.uint16))
 
 

@@ -112,8 +112,8 @@ def test_nanogpts_meta_is_refused_with_the_reason(tmp_path: Path) -> None:
     kind, reason = look(tmp_path / "meta.pkl")
     assert not kind
     assert reason == (
-        "is a pickle with nanoGPT's vocabulary. It is not needed, and opening a pickle could "
-        "run code"
+        "is a pickle with nanoGPT's vocabulary, which is not needed and could run code when it "
+        "is opened"
     )
 
 

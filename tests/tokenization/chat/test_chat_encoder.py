@@ -104,7 +104,7 @@ def test_arguments_in_a_string_are_not_encoded_twice() -> None:
         ("{{ raise_exception('no system') }}", "no system"),
         ("{{ messages[9].content + 'x' }}", "no element 9"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
-        ("{{ namespace(_x=1) }}", "not a name"),
+        ("{{ namespace(_x=1) }}", "not allowed as the name"),
         ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "loops"),
         ("{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}", "million"),
         ("{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}", "million"),
