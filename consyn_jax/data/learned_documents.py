@@ -1,8 +1,8 @@
 """Find the documents that a training step trains on, without building its batch.
 
-The data order is a function of the step, so any step costs the same. Only the starts and origins of
-documents are read from the stores. The first tokens of documents are read as well, to see which of
-them count in the loss.
+The data order is a function of the step, so any step costs the same. Only starts, origins and
+targets of documents are read from the stores, and first tokens of documents. A first token shows
+whether it counts in the loss.
 """
 
 from __future__ import annotations

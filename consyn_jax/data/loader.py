@@ -151,8 +151,9 @@ class _End:
 class prefetch(Generic[Out]):
     """Iterate with a background thread that keeps up to `depth` items ready.
 
-    An exception in the thread is raised in the consumer, after the items before it. The thread ends
-    on `close()`, at the end of a `with` block, when this object is garbage-collected, and at exit.
+    If the thread raises an exception, the consumer gets the earlier items and then the exception.
+    The thread ends on `close()`, at the end of a `with` block, when this object is
+    garbage-collected, and at exit.
 
     Args:
         transform: function applied to each item in the thread.
@@ -172,8 +173,8 @@ class prefetch(Generic[Out]):
     ) -> None:
         self.wait_s = 0.0
         self._interrupted = interrupted
-        # Not a SimpleQueue: CPython's implementation waits for ever when a signal handler runs
-        # longer than the timeout (the remaining time is then negative, which means no timeout).
+        # Do not use SimpleQueue. If a signal handler runs longer than the timeout, CPython's
+        # SimpleQueue waits for ever, because it treats the negative remaining time as no timeout.
         self._ready: Queue[Any] = Queue()
         self._free = threading.Semaphore(depth)
         self._stop = threading.Event()

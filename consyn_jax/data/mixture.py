@@ -38,8 +38,8 @@ class Mixture:
         quotas: number of sequences of each source in a cycle.
 
     Raises:
-        ValueError: there are not as many weights as sources, a weight is not above 0, or there are
-            more sources than half a cycle.
+        ValueError: the numbers of weights and sources differ, a weight is not above 0, or there are
+            more than `LONGEST_CYCLE` / 2 sources.
     """
 
     def __init__(

@@ -5,8 +5,8 @@ begins, the input is BOS instead. So the model predicts the first token of a doc
 predicts its EOS. EOS is never an input.
 
 Some tokenizers have no BOS (Qwen), and some documents already contain BOS (a chat rendered with a
-model's template). Their first token is only an input. The position where it would be a label is
-masked like padding, and is a segment of its own.
+model's template). In both cases, the first token of the document is only an input. The position
+where this token would be a label is masked like padding, and is a segment of its own.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class PackedSequences(ABC):
     Args:
         block_size: tokens in a sequence.
         bos_id: the input before the first token of each document; None if the tokenizer has no BOS.
-        pad_id: input and label at padding; the mask is False and the segment 0 there.
+        pad_id: id of inputs and labels at padding positions, where the mask is False and the
+            segment is 0.
 
     Attributes:
         num_tokens: number of labels in an epoch.
@@ -95,7 +96,7 @@ class PackedSequences(ABC):
         return {name: values[0] for name, values in self.rows([i % len(self)]).items()}
 
     def _unpredicted(self, labels: np.ndarray) -> Bool[np.ndarray, "..."]:
-        """Mark labels that, as the first token of a document, have no BOS to be predicted from."""
+        """Mark labels that, at the beginning of a document, have no BOS as input and are not predicted."""
         return np.full(labels.shape, True) if self.bos_id is None else labels == self.bos_id
 
     @property

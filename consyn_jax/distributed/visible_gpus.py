@@ -1,9 +1,9 @@
 """The GPUs that this process can use, by UUIDs that are the same in all processes of the host.
 
 The index of a GPU does not identify it: if Slurm gives each process its own GPU through a control
-group, as with `--gpus-per-task=1`, every process sees a GPU 0. NVIDIA's driver lists all GPUs of
-the host in files, and a process can open the device files of its GPUs. CUDA is not queried, because
-it must not start before JAX.
+group, as with `--gpus-per-task=1`, every process sees a GPU 0. So the GPUs are found in files of
+NVIDIA's driver, which list all GPUs of the host. A process can use the GPUs whose device files it
+can open. CUDA is not queried, because it must not start before JAX.
 """
 
 from __future__ import annotations

@@ -18,25 +18,15 @@ PAD, BOS, EOS = SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>")
 Roles = Mapping[str, str | None]
 """Role -> token, or None if no token has the role. The tokenizer.json decides missing roles."""
 
-# Names in published tokenizers. The first name that is an added special token is used. fmt: off
+# Names in published tokenizers. The first name that is an added special token is used.
+# fmt: off
 KNOWN_NAMES: Mapping[str, Sequence[str]] = {
     "bos_token": (
-        BOS,
-        "<|begin_of_text|>",
-        "<|startoftext|>",
-        "<|begin▁of▁sentence|>",
-        "<s>",
-        "<bos>",
+        BOS, "<|begin_of_text|>", "<|startoftext|>", "<|begin▁of▁sentence|>", "<s>", "<bos>",
         "[BOS]",
     ),
     "eos_token": (
-        EOS,
-        "<|end_of_text|>",
-        "<|endoftext|>",
-        "<|end▁of▁sentence|>",
-        "</s>",
-        "<eos>",
-        "[EOS]",
+        EOS, "<|end_of_text|>", "<|endoftext|>", "<|end▁of▁sentence|>", "</s>", "<eos>", "[EOS]",
     ),
     "pad_token": (PAD, "<|finetune_right_pad_id|>", "<|padding|>", "<pad>", "[PAD]"),
 }

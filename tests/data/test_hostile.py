@@ -892,7 +892,7 @@ def test_a_flipped_byte_in_any_file_is_named(made: Path, tmp_path: Path) -> None
                     else path
                 )
                 assert str(store if path.name == "manifest.json" else named) in str(fault).replace(
-                    f"{store} is", f"{store / 'tokenizer'} is"
+                    f"{store} does", f"{store / 'tokenizer'} does"
                 ), fault
             else:
                 same = path.name in (

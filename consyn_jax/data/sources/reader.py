@@ -226,8 +226,7 @@ class Candidate:
 
     Attributes:
         path: path of the file.
-
-            dataset_type: the value of `--dataset_type`.
+        dataset_type: the value of `--dataset_type`.
         suffix: the file's suffix in lower case, without a compression suffix.
     """
 
@@ -270,7 +269,8 @@ class Candidate:
 def inner_suffix(path: Path) -> str:
     """Return the suffix of a file in lower case, ignoring a compression suffix.
 
-    >>> inner_suffix(Path("a.JSONL.gz")), inner_suffix(Path("a.txt")) ('.jsonl', '.txt')
+    >>> inner_suffix(Path("a.JSONL.gz")), inner_suffix(Path("a.txt"))
+    ('.jsonl', '.txt')
     """
     is_compressed = path.suffix.lower() in COMPRESSED_SUFFIXES
     return (Path(path.stem) if is_compressed else path).suffix.lower()

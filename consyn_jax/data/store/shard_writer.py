@@ -1,4 +1,4 @@
-"""Write one shard of a token store, which can already be read."""
+"""Write one shard of a token store; its documents can be read before the shard is complete."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ShardWriter:
         state: an earlier result of `state()`; the files are truncated to the sizes at that time.
 
     Raises:
-        UserError: a file is shorter than it was at `state`.
+        UserError: a file is shorter than `state` requires.
     """
 
     def __init__(

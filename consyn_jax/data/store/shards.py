@@ -56,7 +56,7 @@ class Tokens(ABC):
 
     @abstractmethod
     def read(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` with the tokens from `start` on, converted to its type."""
+        """Fill `out` with the tokens from `start` on, converted to the dtype of `out`."""
 
     def read_targets(self, start: int, out: np.ndarray) -> None:
         """Fill `out` with the target values of the tokens from `start` on.

@@ -270,7 +270,7 @@ def test_a_wrong_id_is_refused_with_its_place(
     for name, words in {
         "a.bin": "token id 300 at position 4, but the vocabulary has 259",
         "b.npy": "token id 300 at row 2, column 0, but",
-        "c.npy": "token id -1 at position 4, and",
+        "c.npy": "token id -1 at position 4, but",
     }.items():
         with pytest.raises(UserError, match=f"{name} has {words}"):
             all_of(RawTokens([tmp_path / name], BYTES, validation_fraction=0.0).split("train"))

@@ -1,7 +1,8 @@
 """Read Parquet and Arrow files as tables, starting at any row, and convert tables to Python rows.
 
 Files are read by Parquet row group or Arrow record batch. Only one of these is in memory at a time.
-Starting at any row costs the reading of at most one of them. Only columns of type JSON are decoded.
+To start at a row, at most one of them is read and partly skipped. Only columns of type JSON are
+decoded.
 """
 
 from __future__ import annotations

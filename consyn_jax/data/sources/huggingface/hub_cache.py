@@ -130,7 +130,8 @@ def check_name(what: str, name: str, names: Sequence[str], place: str, form: str
     """Check that `name` is among `names`.
 
     Raises:
-        UserError: it is not. The message lists the names, and tells to choose one as in `form`.
+        UserError: there is no such name. The message lists the names, and shows how to choose one
+            (`form`).
     """
     if name not in names:
         raise UserError(

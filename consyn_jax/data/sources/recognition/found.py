@@ -29,5 +29,5 @@ class Found:
 
     @property
     def is_used(self) -> bool:
-        """Whether the source is used; it is unless there is a `reason`."""
+        """Whether the source is used, that is, whether `reason` is empty."""
         return not self.reason

@@ -60,7 +60,7 @@ def _structure(source: Source, markers: Sequence[str], size: int) -> Counter[tup
         found["notebook", ""] = 1
     elif _are_rows(lines):
         found["rows", "jsonl"] = 1
-    # Not if markers were found, because their bars look like column separators.
+    # Look for a table only if no markers were found: their bars look like column separators.
     elif not found and "csv" in READERS and (columns := _columns(lines[: 2 * TABLE_LINES])):
         found["table", "csv"] = columns
     return found

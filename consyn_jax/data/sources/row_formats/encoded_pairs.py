@@ -1,9 +1,9 @@
 """Encode preference pairs to ids and targets, as TRL's `DPOTrainer` does.
 
 The prompt is encoded alone and with each answer. An answer begins at the first id that differs from
-those of the prompt alone. Both answers begin at the same position, the smaller one. This position
-may be inside the prompt. A tokenizer may merge the end of the prompt with the beginning of the
-answer, or a template may render the prompt differently if an answer follows.
+those of the prompt alone. If this position differs between the answers, the smaller one counts for
+both. It may be inside the prompt. A tokenizer may merge the end of the prompt with the beginning of
+the answer, or a template may render the prompt differently if an answer follows.
 """
 
 from __future__ import annotations
