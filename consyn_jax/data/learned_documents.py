@@ -1,7 +1,7 @@
 """Find the documents that a training step trains on, without building its batch.
 
-The data order is a function of the step, so any step costs the same. Only starts, origins and
-targets of documents are read from the stores, and first tokens of documents. A first token shows
+The data order is a function of the step, so any step costs the same. From the stores, only the
+starts, origins, targets and first tokens of documents are read. The first token is needed to decide
 whether it counts in the loss.
 """
 

@@ -49,17 +49,17 @@ class Order(Protocol):
     """An endless order of training sequences. The position alone determines the sequence."""
 
     def at(self, positions: Int64[np.ndarray, " n"]) -> Sequences:
-        """The sequences at any positions (not negative), each array [n, T]."""
+        """Read the sequences at the given positions (at least 0), as arrays [n, T]."""
 
     def passes(self, position: int) -> dict[str, int]:
-        """Number of complete passes over each source before `position`, by the source's name.
+        """Return the number of complete passes over each source before `position`, by its name.
 
         The name of a single source is "".
         """
 
 
 class Shuffled:
-    """An order that repeats one dataset, shuffled anew in each epoch (`order.ids_at`).
+    """An endless order that repeats one dataset and shuffles it anew in each epoch.
 
     Args:
         shuffle: False keeps the order of the dataset.
@@ -74,11 +74,11 @@ class Shuffled:
         self.dataset, self.seed, self.shuffle = dataset, seed, shuffle
 
     def at(self, positions: Int64[np.ndarray, " n"]) -> Sequences:
-        """The sequences at any positions, each array [n, T]."""
+        """Read the sequences at the given positions (at least 0), as arrays [n, T]."""
         return self.dataset.rows(ids_at(self.seed, positions, len(self.dataset), self.shuffle))
 
     def passes(self, position: int) -> dict[str, int]:
-        """Number of complete epochs before `position`, under the name ""."""
+        """Return the number of complete epochs before `position`, under the name ""."""
         return {"": position // len(self.dataset)}
 
 
@@ -107,7 +107,7 @@ class BatchLoader:
         self._held = (np.arange(accumulation_steps)[:, None] * batch_size + held).astype(np.int64)
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step; it does not depend on earlier reads."""
+        """Build the batch of a step; it does not depend on earlier calls."""
         positions = step * self.accumulation_steps * self.batch_size + self._held
         rows = self.order.at(positions.reshape(-1))
         return {

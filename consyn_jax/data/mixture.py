@@ -60,7 +60,7 @@ class Mixture:
         return sum(map(len, self.datasets.values()))
 
     def at(self, positions: Int64[np.ndarray, " n"]) -> Sequences:
-        """The sequences at any positions, each array [n, T]."""
+        """Read the sequences at the given positions (at least 0), as arrays [n, T]."""
         sources, indices = self.places(positions)
         return _merged(sources, lambda number, at: self._orders[number].at(indices[at]))
 
@@ -78,7 +78,7 @@ class Mixture:
         return sources, indices
 
     def counts(self, position: int) -> dict[str, int]:
-        """Number of sequences of each source before `position`; they sum to `position`."""
+        """Count the sequences of each source before `position`; the sum is `position`."""
         cycle, offset = divmod(position, int(self.quotas.sum()))
         partial = np.bincount(self._cycle(cycle)[0][:offset], minlength=len(self.quotas))
         return {
@@ -87,7 +87,7 @@ class Mixture:
         }
 
     def passes(self, position: int) -> dict[str, int]:
-        """Number of complete passes over each source before `position`, by the source's name."""
+        """Return the number of complete passes over each source before `position`, by its name."""
         return {
             name: count // len(self.datasets[name]) for name, count in self.counts(position).items()
         }
@@ -123,7 +123,7 @@ class Joined:
         return int(self._ends[-1])
 
     def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
-        """The sequences with the given `indices` (each in range(len)), as arrays [n, T]."""
+        """Read the sequences with the given `indices`, each in range(len), as arrays [n, T]."""
         wanted = np.asarray(indices, np.int64)
         first = self._ends - [len(dataset) for dataset in self.datasets]
         return _merged(

@@ -81,7 +81,7 @@ def permute(
 def _feistel(
     values: UInt64[np.ndarray, " count"], keys: UInt64[np.ndarray, " count"], bits: int
 ) -> UInt64[np.ndarray, " count"]:
-    """A bijection of range(2**bits): each half in turn is XORed with a hash of the other half."""
+    """Permute range(2**bits): XOR each half of the bits in turn with a hash of the other."""
     low_bits = np.uint64((bits + 1) // 2)
     low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
     high_mask = (np.uint64(1) << (np.uint64(bits) - low_bits)) - np.uint64(1)
@@ -98,7 +98,7 @@ def _feistel(
 def mix(values: UInt64[np.ndarray, " count"]) -> UInt64[np.ndarray, " count"]:
     """Hash 64-bit values so that every input bit affects every output bit.
 
-    The finalizer of SplitMix64 (Steele, Lea and Flood 2014).
+    This is the finalizer of SplitMix64 (Steele, Lea and Flood 2014).
     """
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -96,7 +96,7 @@ class PackedSequences(ABC):
         return {name: values[0] for name, values in self.rows([i % len(self)]).items()}
 
     def _unpredicted(self, labels: np.ndarray) -> Bool[np.ndarray, "..."]:
-        """Mark labels that, at the beginning of a document, have no BOS as input and are not predicted."""
+        """Mark labels that, at the beginning of a document, have no BOS as input."""
         return np.full(labels.shape, True) if self.bos_id is None else labels == self.bos_id
 
     @property

@@ -42,7 +42,7 @@ class Streamed:
         self._packed, self._complete = _pack(corpus, StoreSplit([]), block_size), False
 
     def at(self, positions: Int64[np.ndarray, " n"]) -> Sequences:
-        """The sequences at any positions, each array [n, block_size]; waits until they exist.
+        """Read the sequences at the given positions, as arrays [n, block_size]; wait for them.
 
         Raises:
             UserError: the complete corpus has no training documents.
@@ -71,7 +71,7 @@ class Streamed:
         return packed.rows(np.where(positions < n, first_epoch, ids_at(self.seed, positions, n)))
 
     def passes(self, position: int) -> dict[str, int]:
-        """Number of complete epochs before `position`, under the name "".
+        """Return the number of complete epochs before `position`, under the name "".
 
         The call waits until it is known whether the corpus continues after the position.
         """
@@ -114,7 +114,7 @@ class FirstWindows:
         return min(VALIDATION_WINDOWS, len(self._windows()))
 
     def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
-        """The windows with the given `indices` (each in range(len)), as arrays [n, block_size]."""
+        """Read the windows with the given `indices`, each in range(len): arrays [n, block_size]."""
         return self._windows().rows(indices)
 
     @property

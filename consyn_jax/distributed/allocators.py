@@ -38,7 +38,7 @@ def keep_freed_memory() -> None:
 
     On CPUs, XLA allocates a step's temporary memory with malloc, and frees it at the end of the
     step. By default, glibc returns such memory to the kernel, which zeroes every page when it is
-    allocated again. This takes a third of the time of a small model's step.
+    allocated again. Returning and zeroing memory takes a third of a small model's step time.
 
     Call this function before JAX starts threads: a thread that has already allocated memory has its
     own arena, and these settings do not affect blocks over 64 MiB of such an arena.

@@ -56,7 +56,7 @@ class Bucket(Protocol):
             expected: the required current version; None if the object must not exist yet.
 
         Returns:
-            The new version; None if the version was another one, so that nothing was written.
+            The new version; None if the current version was not `expected` and nothing was written.
         """
 
     def delete(self, keys: list[str]) -> None:

@@ -132,7 +132,7 @@ def inside(directory: Path, name: str) -> Path:
 
 
 def _complete(bucket: Bucket, copy: Path, wanted: dict[Path, Stored]) -> None:
-    """Download missing files, under a lock against other processes that need the same files."""
+    """Download missing files; other processes that need the same files wait at a lock."""
     if all(_is_there(path, stored) for path, stored in wanted.items()):
         return
     copy.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,8 @@
 
 If a file assigns a token to a role, that token is used; null means that there is none. Otherwise
 the post-processor in the tokenizer.json decides: BOS is the token that it puts before a text, and
-EOS is the token that it puts after it. Without such a post-processor, an added special token with a
-well-known name gets the role. An ordinary vocabulary entry never gets a role by its name.
+EOS is the token that it puts after a text. Without such a post-processor, an added special token
+with a well-known name gets the role. An ordinary vocabulary entry never gets a role by its name.
 """
 
 from __future__ import annotations

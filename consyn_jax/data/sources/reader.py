@@ -123,7 +123,8 @@ class Reading:
 
     Attributes:
         options: the user's flags.
-        tokenizer: the tokenizer. Long documents are cut where this does not change its ids.
+        tokenizer: the tokenizer. Long documents are cut at places where a cut does not change its
+            ids.
         single: whether the corpus is one document. Its last parts are then held out for validation
             and test.
         test_fraction: share of the text held out for test.

@@ -43,7 +43,7 @@ class TextReader(Reader):
 
 
 def separator(options: CorpusOptions) -> bytes:
-    r"""`--document_separator` as bytes, with \n and \t read as newline and tab."""
+    r"""Return `--document_separator` as bytes; \n and \t in it mean newline and tab."""
     return (options.document_separator or "").replace("\\n", "\n").replace("\\t", "\t").encode()
 
 

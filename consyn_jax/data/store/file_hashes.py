@@ -15,9 +15,9 @@ from consyn_jax.files import cache_directory, write_whole
 MEMORY = "digests.json"
 MOST = 100_000
 SMALL = 1 << 20
-# Two changes of a file within one tick of the file system's clock give the same time stamp. So
-# hashes of files changed less than this long ago are not cached. FAT has the coarsest clock, two
-# seconds.
+# Two changes of a file within one tick of the file system's clock give the same time stamp. So a
+# hash is cached only if the last change of the file is older than this. The coarsest clock is that
+# of FAT, two seconds.
 SETTLED_NS = 2_000_000_000
 
 

@@ -294,7 +294,7 @@ class TokenStoreWriter:
         """Close the shards and write the manifest, which makes the directory a store.
 
         Args:
-            extra_files: further text files for the store: content by name.
+            extra_files: contents of further text files for the store, by file name.
             extra: further entries of the manifest.
         """
         for split in list(self._open_shards):
