@@ -1,1 +1,1 @@
-"""Recognise splits, non-data files beside the data, and overlooked structure in text."""
+"""Recognise splits, files beside the data that are not data, and structure that text ignores."""
