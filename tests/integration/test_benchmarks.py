@@ -77,6 +77,15 @@ def test_attention_ends_in_its_budget(gpu_report: Any) -> None:
 
 
 @pytest.mark.slow
+def test_only_the_attention_of_this_device_is_checked(gpu_report: Any) -> None:
+    import gpu_checks
+
+    rows = gpu_checks.attention(tiny=True)["rows"]
+    assert {row["check"].partition(",")[0] for row in rows} == {"xla"}
+    assert all(row["ok"] for row in rows)
+
+
+@pytest.mark.slow
 def test_exactness_at_a_small_size(gpu_report: Any) -> None:
     """On a CPU nothing is chosen by timing."""
     import gpu_checks
