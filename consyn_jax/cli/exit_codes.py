@@ -165,9 +165,10 @@ def _without_signals(report: Callable[[Any], None]) -> Callable[[Any], None]:
 class _Unwinding:
     """Signal handler that raises an exception, but not in the middle of an import.
 
-    Some C++ libraries run Python during their import and abort on an exception. So during an import
-    the handler sends the signal again, until the import is over; a second signal ends the process.
-    An automatic repeat of the first signal is ignored, so that it does not interrupt the unwinding.
+    Some C++ libraries run Python during their import and abort on an exception. During an import
+    the handler therefore waits: it sends the signal to its own process again until the import is
+    over. A second signal from outside ends the process. Some launchers send the first signal twice;
+    that repeat is ignored, so that it does not interrupt the unwinding.
 
     The signal is also sent again if its exception is swallowed. Python ignores exceptions in
     callbacks of the garbage collector, and JAX has such a callback.

@@ -211,7 +211,7 @@ class DocumentFinder:
         document.targets += targets
 
     def _begins(self, shard: Tokens, number: int, at: int) -> bool:
-        """Whether document `at` begins in this shard, and not in an earlier token file."""
+        """Whether the document at index `at` of shard `number` begins there, and not earlier."""
         return at > 0 or not isinstance(shard, RawShard) or shard.begins_document
 
 

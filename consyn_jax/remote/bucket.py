@@ -18,7 +18,7 @@ ATTEMPTS = 3  # per request; callers may retry as well
 
 
 class BucketError(RuntimeError):
-    """A failed request. The message, such as "cannot be reached (...)", follows the URL."""
+    """A failed request. Its message, such as "cannot be reached (...)", is put after the URL."""
 
 
 @dataclass(frozen=True)

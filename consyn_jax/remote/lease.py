@@ -65,14 +65,14 @@ class Lease:
         return held and self._clock() < self._valid_from + LEASE_S - MARGIN_S
 
     def acquire(self, say: Callable[[str], None] = lambda sentence: None) -> None:
-        """Take the lease; if another process holds it, wait until that lease can have expired.
+        """Take the lease; if another process holds it, wait as long as a lease lasts.
 
         Args:
             say: called with a message for the user before waiting.
 
         Raises:
-            UserError: another running process holds the lease, or the server ignores the condition
-                of a write.
+            UserError: another process has renewed the lease meanwhile, or the server does not
+                support conditional writes.
         """
         while not self._take(None):
             if (seen := self._bucket.read(self._key)) is None:

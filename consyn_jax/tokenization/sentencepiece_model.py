@@ -111,7 +111,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
         else:
             size = {1: 8, 5: 4}.get(wire, -1)
         if size < 0 or at + size > len(data):
-            raise ValueError(f"a field of wire type {wire} has {size} bytes at byte {at}")
+            fault = f"of wire type {wire}, has the impossible length {size}"
+            raise ValueError(f"the field at byte {at}, {fault}")
         yield number, data[at : at + size]
         at += size
 

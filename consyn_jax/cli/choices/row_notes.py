@@ -65,7 +65,7 @@ def _template(given: str, tokenizer: BPETokenizer) -> str:
     if given not in ("auto", "plain"):
         return given
     if tokenizer.chat_template == PLAIN:
-        return "plain-text role markers, exported with the model"
+        return "roles are marked by plain text; the template is exported with the model"
     return "the model's own"
 
 

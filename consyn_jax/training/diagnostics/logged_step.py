@@ -54,7 +54,7 @@ class Comparison:
 
     @property
     def is_finite(self) -> bool:
-        """Whether the repeated values are finite."""
+        """Whether all values are finite that the repetition of the step has computed."""
         return all(map(math.isfinite, self.repeated.values()))
 
 

@@ -294,9 +294,9 @@ class RemoteRun:
                 pass
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete files: first markers and manifests, last run.json.
+        """Delete files in this order: markers and manifests, all others, and then run.json.
 
-        So an interrupted deletion leaves no incomplete checkpoint or model that seems complete.
+        An interrupted deletion thus leaves no incomplete checkpoint or model that looks complete.
 
         Raises:
             BucketError: The store refuses the deletion.

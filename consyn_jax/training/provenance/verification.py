@@ -120,7 +120,7 @@ def verify_directory(place: Path) -> Findings:
         )
     if facts is None:
         found.unchecked.append(
-            f"code, data, configuration: {place} has no {PROVENANCE} that can be read"
+            f"code, data, configuration: not compared, as {place} has no readable {PROVENANCE}"
         )
         return found
     _check_code(facts, found)

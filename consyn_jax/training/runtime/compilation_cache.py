@@ -71,7 +71,7 @@ def _promise(kept: KernelChoices | None) -> str:
     if jax.process_count() > 1:
         return f"chosen by each process for itself, {differ}"
     if directory is None or not options.jax_enable_compilation_cache:
-        return f"chosen anew at each start, as compiled programs are not kept, {differ}"
+        return f"chosen again at each start, because compiled programs are not kept, {differ}"
     if kept is None:
         return (
             f"chosen by timing on this machine and kept in {KERNELS}, so a resumed run has the "

@@ -156,9 +156,9 @@ def lanes_step(
     """Compile the train step for this number of lanes, or reuse that of an earlier trial.
 
     Args:
-        program: the program of any trial, not yet compiled.
+        program: the program before it is compiled, which is the same for all trials.
         run: the run of this trial.
-        numbers: the numbers of this trial.
+        numbers: hyperparameters of this trial that the compiled step takes as arguments.
 
     Raises:
         UserError: the device has too little memory.

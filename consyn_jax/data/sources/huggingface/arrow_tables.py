@@ -29,7 +29,8 @@ class Part(NamedTuple):
     """Consecutive rows of a file or of a Hub dataset.
 
     Attributes:
-        table: the needed columns; if the file has none of them, all columns, filled with nulls.
+        table: the needed columns. If the file has none of them: all of the file's columns, with
+            nulls instead of their values.
         names: names of all columns of the file.
         bytes_done: bytes of the file read up to the end of this part; 0 while streaming.
         place: the file or dataset, for messages.

@@ -1,1 +1,1 @@
-"""Recognise splits, files beside the data that are not data, and structure that text ignores."""
+"""Recognise splits, files that are not data, and fields that reading as text would lose."""

@@ -3,9 +3,10 @@
 The keywords come from `datasets.data_files.SPLIT_KEYWORDS`. A keyword must be a whole word of a
 name, delimited by `-`, `.`, `_`, spaces, digits or the ends of the name. The name of a directory
 applies to everything below it, and takes precedence over names of files. Unlike in `datasets`, case
-is ignored, and if a name has two keywords, the first counts. Files without a keyword are left out
-only if there are both training and held-out files beside them. Only rows, tables and `.txt` files
-have splits, so a directory of programs is not split by its `test_*.py`.
+is ignored, and if a name has two keywords, the first counts. A file without a keyword is training
+data, but it is not used if there are both training and held-out files beside it. Only files of
+rows (such as .jsonl), tables and `.txt` files have splits, so a directory of programs is not split
+by its `test_*.py`.
 """
 
 from __future__ import annotations
