@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from consyn_jax.cli.choices.model_choice import weights_note
+from consyn_jax.cli.choices.model_choice import file_notes, weights_note
 from consyn_jax.cli.choices.training_data import training_data
 from consyn_jax.resolve import resolve
 from consyn_jax.tokenization import BPETokenizer
@@ -109,3 +109,11 @@ def test_the_weights_that_a_run_begins_with_are_named(tmp_path: Path) -> None:
     assert note(checkpoint=str(model)) == f"initial weights from {model}"
     assert note(model=f"{model}/config.json", seed=3) == "new, drawn with seed 3"
     assert note(model="haiku") == "new, drawn with seed 42"
+
+
+def test_sizes_and_budgets_of_a_file_are_named_where_a_flag_names_the_model() -> None:
+    file = {"model": "haiku", "hidden_dim": 192, "max_steps": 50, "lr": 0.1}
+    said = file_notes(*resolve({"model": "verse"}, file, file_name="a.yaml"))
+    assert said == [("config", "for verse, too, a.yaml sets hidden_dim 192, max_steps 50")]
+    assert file_notes(*resolve({}, file, file_name="a.yaml")) == []
+    assert file_notes(*resolve({"model": "verse"}, {"lr": 0.1}, file_name="a.yaml")) == []
