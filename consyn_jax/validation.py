@@ -223,8 +223,7 @@ def _check_evaluation(config: RunConfig) -> None:
             f"--metric_for_best_model {metric} is not an evaluation metric of --objective "
             f"{config.regularisation.objective}{nearest(metric, known)} Known: {', '.join(known)}."
         )
-    # A token store can have a validation split of its own.
-    if data.validation or data.validation_fraction > 0 or data.dataset_type == "sharded":
+    if data.validation or data.validation_fraction > 0:
         return
     if needs := what_needs_evaluations(config):
         raise UserError(

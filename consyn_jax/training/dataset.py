@@ -294,6 +294,8 @@ def _split(prepared: Prepared, split: str, paths: Sequence[str]) -> StoreSplit:
     if not documents.num_tokens:
         shares = {TRAIN: "make the other splits smaller"}
         share = shares.get(split, f"raise {split}_fraction")
+        if prepared.used[0].is_store:
+            share = f"prepare it again with consyn-prepare: {share}"
         raise UserError(
             f"The split {split!r} of {', '.join(paths)} has no documents. Give more data, or "
             f"{share}."

@@ -23,6 +23,7 @@ from consyn_jax.model.lora import initial_adapter
 from consyn_jax.model.parameters import Params
 from consyn_jax.model.pretrained.config_json import to_hf_config
 from consyn_jax.model_config import NO_LORA
+from consyn_jax.prepare_config import HOLD_OUT
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.accepted_data import as_source, check_pairs
 from consyn_jax.training.diagnostics.lr_find import (
@@ -174,10 +175,8 @@ class ConsynTrainer:
             schedule: Learning-rate schedule; None for that of the run.
         """
         if self.eval_source is None and (needs := what_needs_evaluations(self.run)):
-            raise UserError(
-                f"{needs} needs evaluations, and there is no evaluation data. Give some with "
-                f"--validation, or leave {needs} out."
-            )
+            remedy = "Give eval_dataloader." if "keyword" in self.origins.values() else HOLD_OUT
+            raise UserError(f"{needs} needs evaluations, and there is no evaluation data. {remedy}")
         set_allocators()
         self._cache_rows = prepare_caches(run_path(self.run), not self.run.saving.overwrite)
         return self._build(self.run, schedule)

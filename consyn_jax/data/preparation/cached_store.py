@@ -48,7 +48,7 @@ from consyn_jax.data.store.store_split import StoreSplit
 from consyn_jax.data.store.token_store import JoinedStores
 from consyn_jax.errors import UserError
 from consyn_jax.files import cache_directory
-from consyn_jax.prepare_config import CorpusOptions
+from consyn_jax.prepare_config import HELD_OUT, CorpusOptions
 from consyn_jax.tokenization import BPETokenizer, load_tokenizer
 
 
@@ -74,11 +74,18 @@ class Prepared:
 
     @property
     def validation_is_empty(self) -> bool:
-        """Whether no document is held out for validation.
-
-        Remedies are `--validation` and a larger `--validation_fraction`.
-        """
+        """Whether no document is held out for validation."""
         return self.store.split(VALIDATION).num_tokens == 0
+
+    @property
+    def validation_remedy(self) -> str:
+        """What to do if no document is held out for validation."""
+        if not self.used[0].is_store:
+            return "give --validation PATH or a larger --validation_fraction"
+        return (
+            "prepare the data again with consyn-prepare --validation PATH or a larger "
+            "--validation_fraction"
+        )
 
 
 def prepare(
@@ -287,6 +294,12 @@ def _given(
             Report(),
             from_cache=False,
             validation=named or held_out.sources,
+        )
+    if options.validation_fraction not in (HELD_OUT, 0.0):
+        raise UserError(
+            f"--data {name} is a token store, whose splits were made with it, so "
+            f"--validation_fraction {options.validation_fraction} has no effect. Give it to "
+            "consyn-prepare and prepare the data again, or leave it out."
         )
     stores = [TokenStore(source.name) for source in sources]
     if tokenizer is not None and tokenizer.sha256 != stores[0].manifest["tokenizer_sha256"]:
