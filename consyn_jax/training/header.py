@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
@@ -131,6 +132,23 @@ def show_rates(schedule: optax.Schedule, total_steps: int, path: Path) -> None:
     picture = path / "schedule.png"
     write_schedule_plot(schedule, total_steps, picture)
     show(f"The learning rate by step; as a picture: {picture}.")
+
+
+def unused_evaluations(
+    has_data: bool, run: RunConfig, origins: Mapping[str, str], callbacks: Sequence[Any]
+) -> list[str]:
+    """Warnings about settings of a run from Python that have no effect without evaluation data."""
+    steps = run.evaluation.eval_steps
+    unused = [f"eval_steps={steps}"] if steps and origins["eval_steps"] == "keyword" else []
+    heard = [type(each).__name__ for each in callbacks if hasattr(each, "on_evaluate")]
+    unused += [f"{name}.on_evaluate" for name in heard]
+    if has_data or not unused:
+        return []
+    return [
+        f"{' and '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect without "
+        "evaluation data. Pass it as eval_dataloader, for example get_dataset(PATH, "
+        "split='validation')."
+    ]
 
 
 def warnings(run: RunConfig, built: Built, lengths: Lengths) -> Iterator[str]:

@@ -25,7 +25,7 @@ from consyn_jax.model.pretrained.config_json import to_hf_config
 from consyn_jax.model_config import NO_LORA
 from consyn_jax.prepare_config import HOLD_OUT
 from consyn_jax.tokenization import BPETokenizer
-from consyn_jax.training.accepted_data import as_source, check_pairs
+from consyn_jax.training.accepted_data import as_source, check_held_out, check_pairs
 from consyn_jax.training.diagnostics.lr_find import (
     Suggestion,
     check_beginning,
@@ -38,7 +38,7 @@ from consyn_jax.training.diagnostics.lr_find import (
 )
 from consyn_jax.training.diagnostics.profile import check_profile
 from consyn_jax.training.evaluation import compile_evaluation
-from consyn_jax.training.header import header, show_rates, warnings
+from consyn_jax.training.header import header, show_rates, unused_evaluations, warnings
 from consyn_jax.training.inputs.batch_source import described
 from consyn_jax.training.inputs.given import recognise
 from consyn_jax.training.inputs.initial_model import (
@@ -120,6 +120,7 @@ class ConsynTrainer:
             own = [("epochs", num_epochs), ("max_steps", max_steps), ("lr", learning_rate)]
             given = {"output": output_dir, **{n: v for n, v in own if v is not None}}
             data = (train_dataloader, eval_dataloader)
+            check_held_out(*data)
             run = resolve_keywords(model.config, data, given_once(given, settings))
         (self.run, self.origins), made_by = run, getattr(train_dataloader, "tokenizer", None)
         self.tokenizer = tokenizer or model_tokenizer(model, made_by)
@@ -262,6 +263,8 @@ class ConsynTrainer:
         """All inputs of the run."""
         began = time.perf_counter() if self.began is None else self.began
         built, lengths = self.build(), self.lengths
+        asked = self.run, self.origins, self._callbacks
+        unused = unused_evaluations(self.eval_source is not None, *asked)
         return RunInputs(
             run=self.run,
             origins=self.origins,
@@ -272,7 +275,7 @@ class ConsynTrainer:
             train_source=self.train_source,
             eval_source=self.eval_source,
             header=self._header(built),
-            warnings=list(warnings(self.run, built, lengths)),
+            warnings=[*warnings(self.run, built, lengths), *unused],
             make_parameters=self.parameters,
             make_base=partial(self._base, built.program),
             files=self._files,
