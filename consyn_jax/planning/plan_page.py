@@ -13,7 +13,7 @@ from consyn_jax.model.arithmetic import (
 )
 from consyn_jax.planning import network, roofline
 from consyn_jax.planning.aot import COMPILERS
-from consyn_jax.planning.plan import Alternative, Plan, alternatives
+from consyn_jax.planning.plan import Alternative, Plan, adapter_that_fits, alternatives, in_memory
 from consyn_jax.planning.plan_recipe import in_flags, in_seconds
 from consyn_jax.planning.roofline import StepTime
 from consyn_jax.planning.topology import GpuTopology
@@ -324,6 +324,8 @@ def _ways_out(plan: Plan) -> Iterator[str]:
     ways = [way for way in alternatives(plan) if way.plan.total_bytes * correction <= limit]
     if not ways:
         yield "what would fit: nothing on these devices. Use more, larger ones, or a smaller model"
+        if (adapter := adapter_that_fits(plan)) is not None:
+            yield f"an adapter would fit: {in_memory(adapter)}"
         return
     yield "what would fit, cheapest first, by arithmetic (--fit compiles it and writes a recipe)"
     for way in _plainest(ways):
