@@ -71,6 +71,29 @@ def num_parameters(config: ModelConfig) -> int:
     )
 
 
+def padding_parameters(config: ModelConfig) -> int:
+    """Number of parameters in the rows that pad the vocabulary; exported models do not have them.
+
+    >>> from consyn_jax.resolve import preset_architecture
+    >>> padding_parameters(preset_architecture("haiku", 259))
+    16000
+    """
+    rows = config.padded_vocab_size - config.vocab_size
+    return rows * config.hidden_dim * (1 if config.tie_embeddings else 2)
+
+
+def counted_parameters(config: ModelConfig) -> str:
+    """The number of parameters as text, apart from those that pad the vocabulary.
+
+    >>> from consyn_jax.resolve import preset_architecture
+    >>> counted_parameters(preset_architecture("haiku", 49_000))
+    '7,125,376 parameters (and 3,072 that pad the vocabulary)'
+    """
+    padding = padding_parameters(config)
+    note = f" (and {padding:,} that pad the vocabulary)" if padding else ""
+    return f"{num_parameters(config) - padding:,} parameters{note}"
+
+
 def num_block_parameters(c: ModelConfig) -> int:
     """Number of parameters in one decoder block."""
     matrices = (

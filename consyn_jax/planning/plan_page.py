@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from consyn_jax.distributed.auto_mesh import FITS
 from consyn_jax.distributed.hardware import DescribedGpu
 from consyn_jax.model.arithmetic import (
+    counted_parameters,
     num_adapter_parameters,
     num_parameters,
     train_flops_per_token,
@@ -122,7 +123,7 @@ def _what(plan: Plan) -> Iterator[str]:
     accumulated = f", {accumulation} micro-batches" if accumulation > 1 else ""
     rows = "pairs of two sequences" if plan.run.trains_on_pairs else "sequences"
     yield (
-        f"model      {plan.run.model.model}: {num_parameters(model):,} parameters, "
+        f"model      {plan.run.model.model}: {counted_parameters(model)}, "
         f"{model.num_layers} layers, {model.hidden_dim} wide"
     )
     if work.lora.is_used:

@@ -11,7 +11,7 @@ import optax
 
 from consyn_jax.config import RunConfig
 from consyn_jax.data.mixture import Mixture
-from consyn_jax.model.parameters import layout
+from consyn_jax.model.arithmetic import counted_parameters
 from consyn_jax.model_config import LORA_TARGETS, LoraOptions
 from consyn_jax.training.logging.console import show
 from consyn_jax.training.optim.groups import describe_groups
@@ -40,7 +40,7 @@ def header(
     """
     program, config = built.program, built.program.config
     sizes = (
-        f"{layout(config).num_parameters:,} parameters, {config.num_layers} layers, "
+        f"{counted_parameters(config)}, {config.num_layers} layers, "
         f"{config.hidden_dim} wide, vocabulary {config.vocab_size:,}"
     )
     groups = describe_groups(run.optimizer, program.layout.shapes, program.layout.logical_axes)
