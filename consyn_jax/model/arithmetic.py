@@ -314,6 +314,20 @@ def _adapter_memory(
     )
 
 
+def useful_ranks(c: ModelConfig, lora: LoraOptions) -> dict[str, int]:
+    """The highest rank of an update of each adapted matrix: the length of its shorter side.
+
+    >>> from consyn_jax.resolve import preset_architecture
+    >>> from consyn_jax.model_config import LoraOptions
+    >>> lora = LoraOptions(lora_rank=16, lora_targets=("q_proj", "k_proj", "up_proj"))
+    >>> useful_ranks(preset_architecture("stanza"), lora)
+    {'q': 2048, 'k': 1024, 'up': 2048}
+    """
+    query, key = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    outer = {"q": query, "k": key, "v": key, "o": query}  # the other side has the model's width
+    return {name: min(outer.get(name, c.mlp_dim), c.hidden_dim) for name in lora.targets}
+
+
 def num_adapter_parameters(c: ModelConfig, lora: LoraOptions) -> int:
     """Number of parameters of a LoRA adapter for the model that `c` describes.
 

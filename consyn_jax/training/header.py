@@ -11,8 +11,9 @@ import optax
 
 from consyn_jax.config import RunConfig
 from consyn_jax.data.mixture import Mixture
-from consyn_jax.model.arithmetic import counted_parameters
-from consyn_jax.model_config import LORA_TARGETS, LoraOptions
+from consyn_jax.errors import listed
+from consyn_jax.model.arithmetic import counted_parameters, useful_ranks
+from consyn_jax.model_config import LORA_TARGETS, LoraOptions, ModelConfig
 from consyn_jax.training.logging.console import show
 from consyn_jax.training.optim.groups import describe_groups
 from consyn_jax.training.optim.optimizers import lr_warning
@@ -134,6 +135,18 @@ def show_rates(schedule: optax.Schedule, total_steps: int, path: Path) -> None:
     show(f"The learning rate by step; as a picture: {picture}.")
 
 
+def _rank_warnings(lora: LoraOptions, config: ModelConfig) -> Iterator[str]:
+    """Warn of a rank that costs memory and time, and lets the adapter express nothing more."""
+    ranks = useful_ranks(config, lora)
+    small = [name for name, rank in ranks.items() if lora.rank > rank]
+    if small:
+        names = listed([name for name in LORA_TARGETS if name.removesuffix("_proj") in small], 7)
+        yield (
+            f"--lora_rank {lora.rank} is more than an update of {names} can have: their shorter "
+            f"side is {min(ranks.values())}. Lower --lora_rank; the usual ones are 8 to 64."
+        )
+
+
 def unused_evaluations(
     has_data: bool, run: RunConfig, origins: Mapping[str, str], callbacks: Sequence[Any]
 ) -> list[str]:
@@ -157,6 +170,8 @@ def warnings(run: RunConfig, built: Built, lengths: Lengths) -> Iterator[str]:
     factor = LORA_RATE if run.lora.is_used else 1.0
     if warning := lr_warning(run.optimizer.lr or 0.0, rule, from_weights, factor):
         yield warning
+    if run.lora.is_used:
+        yield from _rank_warnings(run.lora, built.program.config)
     if built.attention.backend == "xla" and jax.default_backend() == "gpu":
         yield f"Attention falls back to XLA: {built.attention.reason}."
     batch_size, epoch = run.budget.batch_size, lengths.sequences_per_epoch

@@ -163,7 +163,7 @@ def messages_of(messages: Any, key: str) -> list[tuple[dict[str, Any], bool]]:
 def messages_to_answer(messages: Any, key: str) -> list[dict[str, Any]]:
     """Read messages for the model to answer: each must have a role; nulls are removed.
 
-    Roles and other keys are not checked; the template may refuse them.
+    Roles are checked with the template, and the template may refuse other keys.
 
     Raises:
         BadRow: the value is not an array of messages, a message is malformed, or the last one is
