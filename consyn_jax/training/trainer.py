@@ -117,22 +117,23 @@ class ConsynTrainer:
         train_dataloader = recognise(train_dataloader, "train_dataloader")
         eval_dataloader = recognise(eval_dataloader, "eval_dataloader")
         if run is None:
-            data = (train_dataloader, eval_dataloader)
-            check_held_out(*data)
+            check_held_out(train_dataloader, eval_dataloader)
             own = {"epochs": num_epochs, "max_steps": max_steps, "lr": learning_rate}
             given = given_once({"output": output_dir, **own}, settings)
-            run = resolve_keywords(model.config, data, given)
+            run = resolve_keywords(model.config, (train_dataloader, eval_dataloader), given)
         (self.run, self.origins), made_by = run, getattr(train_dataloader, "tokenizer", None)
         self.tokenizer = tokenizer or model_tokenizer(model, made_by)
         check_tokenizer(self.tokenizer, model.config.vocab_size)
-        ids = document_ids(self.tokenizer, model.config)
+        bos_id, eos_id, pad_id = document_ids(self.tokenizer, model.config)
         check_pairs((train_dataloader, eval_dataloader), self.run.trains_on_pairs)
         source = partial(
             as_source,
             batch_size=self.run.budget.batch_size,
             block_size=self.run.length,
             seed=self.run.budget.seed,
-            **dict(zip(("bos_id", "eos_id", "pad_id"), ids, strict=True)),
+            bos_id=bos_id,
+            eos_id=eos_id,
+            pad_id=pad_id,
             vocab_size=model.config.vocab_size,
         )
         self.train_source = source(train_dataloader)
