@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from consyn_jax.config import PRESETS, HardwareOptions, RunConfig, architecture
 from consyn_jax.errors import UserError, nearest
 from consyn_jax.evaluation_metrics import EVALUATION_METRICS, is_of_requests
-from consyn_jax.flags import flat
+from consyn_jax.flags import flat, real
 from consyn_jax.integers import natural
 from consyn_jax.optimizer_config import OPTIMIZERS, PARAMETER_GROUPS
 from consyn_jax.prepare_config import CorpusOptions, PrepareConfig
@@ -224,8 +223,7 @@ def _check_evaluation(config: RunConfig) -> None:
             f"--metric_for_best_model {metric} is not an evaluation metric of --objective "
             f"{config.regularisation.objective}{nearest(metric, known)} Known: {', '.join(known)}."
         )
-    # A token store can have a validation split of its own.
-    if data.validation or data.validation_fraction > 0 or data.dataset_type == "sharded":
+    if data.validation or data.validation_fraction > 0:
         return
     if needs := what_needs_evaluations(config):
         raise UserError(
@@ -387,14 +385,3 @@ def check_context(max_tokens: int | None, context: int | None) -> None:
             f"--max_tokens {max_tokens} is above the model's context of {context} tokens. Lower "
             "--max_tokens, or raise --context."
         )
-
-
-def real(value: Any) -> float:
-    """Convert a value to a finite number.
-
-    Raises:
-        ValueError: it is not a finite number; a boolean is not one either.
-    """
-    if isinstance(value, bool) or not math.isfinite(float(value)):
-        raise ValueError(value)
-    return float(value)

@@ -72,6 +72,29 @@ def num_parameters(config: ModelConfig) -> int:
     )
 
 
+def padding_parameters(config: ModelConfig) -> int:
+    """Number of parameters in the rows that pad the vocabulary; exported models do not have them.
+
+    >>> from consyn_jax.resolve import preset_architecture
+    >>> padding_parameters(preset_architecture("haiku", 259))
+    16000
+    """
+    rows = config.padded_vocab_size - config.vocab_size
+    return rows * config.hidden_dim * (1 if config.tie_embeddings else 2)
+
+
+def counted_parameters(config: ModelConfig) -> str:
+    """The number of parameters as text, apart from those that pad the vocabulary.
+
+    >>> from consyn_jax.resolve import preset_architecture
+    >>> counted_parameters(preset_architecture("haiku", 49_000))
+    '7,125,376 parameters (and 3,072 that pad the vocabulary)'
+    """
+    padding = padding_parameters(config)
+    note = f" (and {padding:,} that pad the vocabulary)" if padding else ""
+    return f"{num_parameters(config) - padding:,} parameters{note}"
+
+
 def num_block_parameters(c: ModelConfig) -> int:
     """Number of parameters in one decoder block."""
     matrices = (
@@ -291,6 +314,20 @@ def _adapter_memory(
         activations=int(tokens * c.num_layers * saved),
         working=int(max(at_head, at_block + dense)),
     )
+
+
+def useful_ranks(c: ModelConfig, lora: LoraOptions) -> dict[str, int]:
+    """The highest rank of an update of each adapted matrix: the length of its shorter side.
+
+    >>> from consyn_jax.resolve import preset_architecture
+    >>> from consyn_jax.model_config import LoraOptions
+    >>> lora = LoraOptions(lora_rank=16, lora_targets=("q_proj", "k_proj", "up_proj"))
+    >>> useful_ranks(preset_architecture("stanza"), lora)
+    {'q': 2048, 'k': 1024, 'up': 2048}
+    """
+    query, key = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    outer = {"q": query, "k": key, "v": key, "o": query}  # the other side has the model's width
+    return {name: min(outer.get(name, c.mlp_dim), c.hidden_dim) for name in lora.targets}
 
 
 def num_adapter_parameters(c: ModelConfig, lora: LoraOptions) -> int:

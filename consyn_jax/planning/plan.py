@@ -29,8 +29,10 @@ from consyn_jax.planning.workload import Workload, workload
 from consyn_jax.training.optim.offload import check_offload
 from consyn_jax.training.run_mesh import choose_run_mesh, this_machine
 from consyn_jax.training.trainer import ConsynTrainer
+from consyn_jax.validation import validate
 
 MAX_COMPILED = 4  # candidates that one search compiles
+ADAPTER_RANK = 16  # of an adapter that is suggested
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,28 @@ def alternatives(plan: Plan) -> list[Alternative]:
     return sorted(found, key=lambda a: a.cost)
 
 
+def adapter_that_fits(plan: Plan) -> Alternative | None:
+    """The cheapest run that trains an adapter instead, over the most exact frozen weights that fit.
+
+    It is for a run that does not fit with any choice of `alternatives`; None if an adapter does not
+    fit either. The changes contain only what the plan does not have.
+    """
+    lora, rank = plan.run.lora, {}
+    if not lora.is_used:
+        rank = {"lora_rank": ADAPTER_RANK}
+    for dtype in ("auto", "int8", "nf4"):
+        changes = rank | ({} if dtype == lora.lora_base_dtype else {"lora_base_dtype": dtype})
+        run = with_flags(plan.run, changes)
+        try:
+            validate(run)
+            other = estimate(plan.model, run, plan.topology)
+        except UserError:  # an adapter does not go together with other flags of the run
+            return None
+        if found := alternatives(other):
+            return Alternative(changes | found[0].changes, found[0].plan)
+    return None
+
+
 def _micro_batches(plan: Plan) -> Iterator[dict[str, Any]]:
     size, number = plan.run.budget.batch_size, plan.run.budget.gradient_accumulation_steps
     yield {}
@@ -238,7 +262,17 @@ def fit(plan: Plan, topology: str, *, compile: bool) -> Alternative:
         tried += 1
         if tried == MAX_COMPILED:
             break
+    adapter = adapter_that_fits(plan)
+    remedy = "" if adapter is None else f", or train only an adapter: {in_memory(adapter)}"
     raise UserError(
         f"No choice of micro-batch, recomputation, mesh, or place and type of the moments makes "
-        f"this run fit {topology}. Use more or larger devices, or a smaller model."
+        f"this run fit {topology}. Use more or larger devices, or a smaller model{remedy}."
     )
+
+
+def in_memory(adapter: Alternative) -> str:
+    """The flags of an adapter, and the memory that it needs by arithmetic."""
+    run, gib = adapter.plan.run, adapter.plan.total_bytes / 2**30
+    over = "" if run.model.checkpoint else ", over the weights that --checkpoint names"
+    flags = " ".join(f"--{name} {value}" for name, value in adapter.changes.items())
+    return f"{flags} needs {gib:.1f} GiB by arithmetic{over}"

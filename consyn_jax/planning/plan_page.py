@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from consyn_jax.distributed.auto_mesh import FITS
 from consyn_jax.distributed.hardware import DescribedGpu
 from consyn_jax.model.arithmetic import (
+    counted_parameters,
     num_adapter_parameters,
     num_parameters,
     train_flops_per_token,
 )
 from consyn_jax.planning import network, roofline
 from consyn_jax.planning.aot import COMPILERS
-from consyn_jax.planning.plan import Alternative, Plan, alternatives
+from consyn_jax.planning.plan import Alternative, Plan, adapter_that_fits, alternatives, in_memory
 from consyn_jax.planning.plan_recipe import in_flags, in_seconds
 from consyn_jax.planning.roofline import StepTime
 from consyn_jax.planning.topology import GpuTopology
@@ -120,7 +121,7 @@ def _what(plan: Plan) -> Iterator[str]:
     accumulated = f", {accumulation} micro-batches" if accumulation > 1 else ""
     rows = "pairs of two sequences" if plan.run.trains_on_pairs else "sequences"
     yield (
-        f"model      {plan.run.model.model}: {num_parameters(model):,} parameters, "
+        f"model      {plan.run.model.model}: {counted_parameters(model)}, "
         f"{model.num_layers} layers, {model.hidden_dim} wide"
     )
     if work.lora.is_used:
@@ -322,6 +323,8 @@ def _ways_out(plan: Plan) -> Iterator[str]:
     ways = [way for way in alternatives(plan) if way.plan.total_bytes * correction <= limit]
     if not ways:
         yield "what would fit: nothing here. Use more or larger devices, or a smaller model"
+        if (adapter := adapter_that_fits(plan)) is not None:
+            yield f"an adapter would fit: {in_memory(adapter)}"
         return
     yield "what would fit, cheapest first, by arithmetic (--fit compiles it and writes a recipe)"
     for way in _plainest(ways):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from consyn_jax.data.loader import Dataset, Shuffled
 from consyn_jax.data.packing import PackedSequences
 from consyn_jax.data.pairs import PairDataset
 from consyn_jax.data.streaming import FirstWindows, Streamed
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, listed
 from consyn_jax.training.dataset import ConsynDataset, MixedDataset
 from consyn_jax.training.inputs.batch_source import BatchSource
 from consyn_jax.training.inputs.content import fingerprint_of
@@ -85,12 +86,7 @@ def check_pairs(data: Sequence[Any], wants_pairs: bool) -> None:
     Raises:
         UserError: The data does not suit the objective.
     """
-    parts = [
-        part
-        for given in data
-        if given is not None
-        for part in (given.sources.values() if isinstance(given, MixedDataset) else [given])
-    ]
+    parts = [part for given in data if given is not None for part in _parts(given)]
     are_pairs = [isinstance(getattr(part, "packed", part), PairDataset) for part in parts]
     if wants_pairs and not all(are_pairs):
         raise UserError(
@@ -99,6 +95,30 @@ def check_pairs(data: Sequence[Any], wants_pairs: bool) -> None:
         )
     if not wants_pairs and any(are_pairs):
         raise UserError("The data has pairs of answers. Pass objective='dpo' to train on them.")
+
+
+def _parts(given: Any) -> Sequence[Any]:
+    return list(given.sources.values()) if isinstance(given, MixedDataset) else [given]
+
+
+def check_held_out(training: Any, evaluation: Any) -> None:
+    """Check that evaluation data of `get_dataset` was held out from the training data.
+
+    Documents are held out by a share, so two calls with different shares of the same files overlap.
+
+    Raises:
+        UserError: both have been prepared from the same source, but differently.
+    """
+    for train, held_out in itertools.product(_parts(training), _parts(evaluation)):
+        both = isinstance(train, ConsynDataset) and isinstance(held_out, ConsynDataset)
+        if not both or train.fingerprint == held_out.fingerprint:
+            continue
+        if shared := sorted(train.read & held_out.read):
+            raise UserError(
+                f"eval_dataloader is made from {listed(shared)} with other options than "
+                "train_dataloader, so it can contain documents that are trained on. Pass the same "
+                "validation_fraction and the same other options to both calls of get_dataset."
+            )
 
 
 def _rows(data: Rows, block_size: int, seed: int, vocab_size: int, name: str) -> BatchSource:

@@ -20,6 +20,7 @@ from consyn_jax.data.mixture import Joined, Mixture
 from consyn_jax.data.packing import PackedSequences, Sequences, WholeDocuments, pack
 from consyn_jax.data.pairs import PairDataset
 from consyn_jax.data.preparation.cached_store import Prepared, prepare
+from consyn_jax.data.preparation.preparation_spec import place_of
 from consyn_jax.data.split import TRAIN, VALIDATION
 from consyn_jax.data.store.store_split import StoreSplit
 from consyn_jax.errors import UserError, counted, listed, nearest
@@ -81,6 +82,14 @@ class ConsynDataset:
     def fingerprint(self) -> str:
         """Hash of the tokens and their order in the store; a resumed run must find the same."""
         return self.prepared.store.fingerprint
+
+    @property
+    def read(self) -> set[str]:
+        """Names of the sources whose documents are in the split, or could be."""
+        by_name = {place_of(source) for source in self.prepared.validation}
+        if by_name and not self.shuffle:
+            return by_name
+        return {place_of(source) for source in self.prepared.used} - by_name
 
     @property
     def num_tokens(self) -> int:
@@ -297,6 +306,8 @@ def _split(prepared: Prepared, split: str, paths: Sequence[str]) -> StoreSplit:
     if not documents.num_tokens:
         shares = {TRAIN: "make the other splits smaller"}
         share = shares.get(split, f"raise {split}_fraction")
+        if prepared.used[0].is_store:
+            share = f"prepare it again with consyn-prepare: {share}"
         raise UserError(
             f"The split {split!r} of {', '.join(paths)} has no documents. Give more data, or "
             f"{share}."

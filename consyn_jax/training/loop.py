@@ -355,8 +355,8 @@ class Training:
         if self.writes and inputs.exports_model:
             if text:
                 self.console.sample(text)
-            told = ending.closing_lines(self.path, inputs.run, inputs.origins, recorder)
-            self.console.finish(told)
+            known = inputs.run, inputs.origins, recorder, inputs.tokenizer
+            self.console.finish(ending.closing_lines(self.path, *known))
         return Outcome(recorder.summary(), params, self.run_config)
 
     def _sample(self, params: Params) -> str:

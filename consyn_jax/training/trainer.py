@@ -24,8 +24,9 @@ from consyn_jax.model.lora import initial_adapter
 from consyn_jax.model.parameters import Params
 from consyn_jax.model.pretrained.config_json import to_hf_config
 from consyn_jax.model_config import NO_LORA
+from consyn_jax.prepare_config import HOLD_OUT
 from consyn_jax.tokenization import BPETokenizer
-from consyn_jax.training.accepted_data import as_source, check_pairs
+from consyn_jax.training.accepted_data import as_source, check_held_out, check_pairs
 from consyn_jax.training.diagnostics.lr_find import (
     Suggestion,
     check_beginning,
@@ -38,7 +39,7 @@ from consyn_jax.training.diagnostics.lr_find import (
 )
 from consyn_jax.training.diagnostics.profile import check_profile
 from consyn_jax.training.evaluation import compile_evaluation
-from consyn_jax.training.header import header, show_rates, warnings
+from consyn_jax.training.header import header, show_rates, unused_evaluations, warnings
 from consyn_jax.training.inputs.batch_source import described
 from consyn_jax.training.inputs.given import recognise
 from consyn_jax.training.inputs.initial_model import (
@@ -117,10 +118,10 @@ class ConsynTrainer:
         train_dataloader = recognise(train_dataloader, "train_dataloader")
         eval_dataloader = recognise(eval_dataloader, "eval_dataloader")
         if run is None:
-            own = [("epochs", num_epochs), ("max_steps", max_steps), ("lr", learning_rate)]
-            given = {"output": output_dir, **{n: v for n, v in own if v is not None}}
-            data = (train_dataloader, eval_dataloader)
-            run = resolve_keywords(model.config, data, given_once(given, settings))
+            check_held_out(train_dataloader, eval_dataloader)
+            own = {"epochs": num_epochs, "max_steps": max_steps, "lr": learning_rate}
+            given = given_once({"output": output_dir, **own}, settings)
+            run = resolve_keywords(model.config, (train_dataloader, eval_dataloader), given)
         (self.run, self.origins), made_by = run, getattr(train_dataloader, "tokenizer", None)
         self.tokenizer = tokenizer or model_tokenizer(model, made_by)
         check_tokenizer(self.tokenizer, model.config.vocab_size)
@@ -175,10 +176,8 @@ class ConsynTrainer:
             schedule: Learning-rate schedule; None for that of the run.
         """
         if self.eval_source is None and (needs := what_needs_evaluations(self.run)):
-            raise UserError(
-                f"{needs} needs evaluations, and there is no evaluation data. Give some with "
-                f"--validation, or leave {needs} out."
-            )
+            remedy = "Give eval_dataloader." if "keyword" in self.origins.values() else HOLD_OUT
+            raise UserError(f"{needs} needs evaluations, and there is no evaluation data. {remedy}")
         set_allocators()
         self._cache_rows = prepare_caches(run_path(self.run), not self.run.saving.overwrite)
         return self._build(self.run, schedule)
@@ -265,6 +264,8 @@ class ConsynTrainer:
         """All inputs of the run."""
         began = time.perf_counter() if self.began is None else self.began
         built, lengths = self.build(), self.lengths
+        asked = self.run, self.origins, self._callbacks
+        unused = unused_evaluations(self.eval_source is not None, *asked)
         return RunInputs(
             run=self.run,
             origins=self.origins,
@@ -275,7 +276,7 @@ class ConsynTrainer:
             train_source=self.train_source,
             eval_source=self.eval_source,
             header=self._header(built),
-            warnings=list(warnings(self.run, built, lengths)),
+            warnings=[*warnings(self.run, built, lengths), *unused],
             make_parameters=self.parameters,
             make_base=partial(self._base, built.program),
             files=self._files,

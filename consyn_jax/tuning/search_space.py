@@ -9,8 +9,7 @@ from typing import Any
 
 from consyn_jax.config import RunConfig
 from consyn_jax.errors import UserError, nearest
-from consyn_jax.flags import Flag, flags
-from consyn_jax.resolve import convert
+from consyn_jax.flags import Flag, convert, flags
 
 _GROUPS = ("model", "budget", "optimizer", "regularisation", "lora")
 _SAME = "it is the same in all trials"

@@ -21,6 +21,7 @@ from consyn_jax.errors import UserError
 from consyn_jax.evaluation_metrics import is_greater_better
 from consyn_jax.files import write_whole
 from consyn_jax.flags import flags, flat
+from consyn_jax.prepare_config import HOLD_OUT
 from consyn_jax.training.logging.console import Console, show
 from consyn_jax.training.logging.formats import decimals
 from consyn_jax.training.optim.schedules import build_schedule
@@ -270,7 +271,7 @@ def _num_evaluations(trainer: ConsynTrainer, options: StudyOptions) -> int:
     if source is None:
         raise UserError(
             "A study compares evaluations, but there is no evaluation data: the validation "
-            "split has no document. Give --validation or a larger --validation_fraction."
+            f"split has no document. {HOLD_OUT}"
         )
     if options.metric == "eval/bits_per_byte" and not source.num_bytes:
         raise UserError(

@@ -268,7 +268,7 @@ def _check_run(config: RunConfig) -> None:
         if getattr(getattr(config, known[name].group), name) != known[name].default:
             raise UserError(f"--{name} does not work with consyn-tune: {reason}. Leave it out.")
     data = config.data
-    if not (data.validation or data.validation_fraction > 0 or data.dataset_type == "sharded"):
+    if not (data.validation or data.validation_fraction > 0):
         raise UserError(
             "A study compares evaluations, but --validation_fraction 0 leaves no data for "
             "them. Give --validation or a larger fraction."

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 USED_WITH_TOKENS = {
     *("data", "validation", "validation_fraction", "dataset_type", "tokenizer", "num_workers"),
 }
-EMPTY_VALIDATION = (
-    "the validation split has no document; give --validation PATH or a larger --validation_fraction"
-)
 
 CUT = "documents are joined and cut into sequences"
 SHOWN_REASONS = 4
@@ -166,6 +163,10 @@ def _datasets(
 
     data, seed = config.data, config.budget.seed
 
+    def is_without_validation(prepared: Prepared) -> bool:
+        ignored = prepared.used[0].is_store and not data.validation_fraction
+        return ignored or prepared.validation_is_empty
+
     def split(prepared: Prepared, name: str) -> ConsynDataset:
         documents = prepared.store.split(name)
         packed = pack_split(prepared, documents, config.length, data.packing, data.on_long_rows)
@@ -174,12 +175,15 @@ def _datasets(
     if not data.data_weights:
         only = stores[0]
         training = split(only, "train")
-        return training, None if only.validation_is_empty else split(only, "validation"), [training]
+        without = is_without_validation(only)
+        return training, None if without else split(only, "validation"), [training]
     items = dict(zip(data.data, stores, strict=True))
     weights = dict(zip(data.data, data.data_weights, strict=True))
     sources = {item: split(one, "train") for item, one in items.items()}
     held_out = {
-        item: split(one, "validation") for item, one in items.items() if not one.validation_is_empty
+        item: split(one, "validation")
+        for item, one in items.items()
+        if not is_without_validation(one)
     }
     if data.validation:  # all stores hold the same documents
         held_out = dict(list(held_out.items())[:1])
@@ -259,8 +263,11 @@ def _notes(prepared: Prepared, options: CorpusOptions) -> list[Note]:
     notes += row_notes(report, options, store.tokenizer)
     notes += noticed(prepared.used, options, store.tokenizer)
     notes += by_name(prepared.validation, options)
-    if prepared.validation_is_empty:
-        notes.append(("validation", f"none: {EMPTY_VALIDATION}"))
+    if prepared.used[0].is_store and not options.validation_fraction:
+        notes.append(("validation", "none: --validation_fraction is 0"))
+    elif prepared.validation_is_empty:
+        remedy = f"the validation split has no document; {prepared.validation_remedy}"
+        notes.append(("validation", f"none: {remedy}"))
     notes += _left_out(prepared.left_out)
     if unknown := report.changed.get("unknown"):
         notes.append(("unknown text", f"{unknown:,} {CHANGES['unknown']}"))

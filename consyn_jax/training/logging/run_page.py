@@ -198,7 +198,9 @@ def _tiles(history: History, spent_s: float) -> str:
         tiles.append(("train loss", f"{loss:.4f}", "smoothed, at the end"))
     if history.num_events or history.curves:
         last = history.last
-        tiles.append(("trained on", compact(last["tokens"]), f"tokens, {last['step']:,} steps"))
+        tiles.append(
+            ("trained on", compact(last["tokens"]), f"target tokens, {last['step']:,} steps")
+        )
         passed = duration(spent_s or float(last["time_s"]))
         tiles.append(("time", passed, "from start to now" if spent_s else "at the last line"))
     if speeds := history.values["throughput/tokens_per_s"]:

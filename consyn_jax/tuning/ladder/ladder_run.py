@@ -14,6 +14,7 @@ from consyn_jax.config import RunConfig
 from consyn_jax.errors import UserError
 from consyn_jax.files import make_directory, remove, write_whole
 from consyn_jax.model.arithmetic import train_flops_per_token
+from consyn_jax.prepare_config import HOLD_OUT
 from consyn_jax.training.logging.console import Console, show
 from consyn_jax.training.logging.formats import compact, decimals
 from consyn_jax.training.optim.schedules import count_steps
@@ -68,8 +69,7 @@ class Ladder:
         if trainer.eval_source is None:
             raise UserError(
                 "A ladder compares evaluations, but there is no evaluation data: the "
-                "validation split has no document. Give --validation or a larger "
-                "--validation_fraction."
+                f"validation split has no document. {HOLD_OUT}"
             )
         self.vocab_size = trainer.model.config.vocab_size
         self.run_config, origins = scaled_run(varied)

@@ -163,7 +163,7 @@ def messages_of(messages: Any, key: str) -> list[tuple[dict[str, Any], bool]]:
 def messages_to_answer(messages: Any, key: str) -> list[dict[str, Any]]:
     """Read messages for the model to answer, and remove nulls. Each message must have a role.
 
-    Values of roles and other keys are not checked here; the template may refuse them.
+    Values of roles are checked with the template, which may refuse other keys.
 
     Raises:
         BadRow: the value is not an array of messages, a message is malformed, or the last message
