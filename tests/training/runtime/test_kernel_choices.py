@@ -163,6 +163,6 @@ def test_the_header_says_which_bits_are_promised(
     )
     assert "were chosen with jaxlib 0.1, so a resumed run can differ" in promise(run)
     jax.config.update("jax_enable_compilation_cache", False)
-    assert "chosen anew at each start" in promise(run)
+    assert "chosen again at each start" in promise(run)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert "chosen by each process for itself" in promise(run)
