@@ -117,11 +117,10 @@ class ConsynTrainer:
         train_dataloader = recognise(train_dataloader, "train_dataloader")
         eval_dataloader = recognise(eval_dataloader, "eval_dataloader")
         if run is None:
-            own = [("epochs", num_epochs), ("max_steps", max_steps), ("lr", learning_rate)]
-            given = {"output": output_dir, **{n: v for n, v in own if v is not None}}
-            data = (train_dataloader, eval_dataloader)
-            check_held_out(*data)
-            run = resolve_keywords(model.config, data, given_once(given, settings))
+            check_held_out(train_dataloader, eval_dataloader)
+            own = {"epochs": num_epochs, "max_steps": max_steps, "lr": learning_rate}
+            given = given_once({"output": output_dir, **own}, settings)
+            run = resolve_keywords(model.config, (train_dataloader, eval_dataloader), given)
         (self.run, self.origins), made_by = run, getattr(train_dataloader, "tokenizer", None)
         self.tokenizer = tokenizer or model_tokenizer(model, made_by)
         check_tokenizer(self.tokenizer, model.config.vocab_size)

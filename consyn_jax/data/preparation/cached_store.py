@@ -79,7 +79,7 @@ class Prepared:
 
     @property
     def validation_remedy(self) -> str:
-        """What to do if no document is held out for validation."""
+        """Advice for data of which no document is held out for validation."""
         if not self.used[0].is_store:
             return "give --validation PATH or a larger --validation_fraction"
         return (
@@ -256,6 +256,27 @@ class Growing:
             return self._stopped
 
 
+def _raw(
+    corpus: Corpus, held_out: Corpus, validation_fraction: float, tokenizer: BPETokenizer
+) -> Prepared:
+    """Open token files of other programs."""
+    train, validation = (
+        [Path(source.name) for source in found.sources] for found in (corpus, held_out)
+    )
+    raw = RawTokens(train, tokenizer, validation, validation_fraction)
+    test, named = (_named(raw, corpus.sources, split) for split in (TEST, VALIDATION))
+    left_out = (*corpus.left_out, *held_out.left_out, *((each.name, IS_TEST) for each in test))
+    used = tuple(source for source in corpus.sources if source not in test)
+    return Prepared(
+        raw,
+        (*used, *held_out.sources),
+        left_out,
+        Report(),
+        from_cache=False,
+        validation=named or held_out.sources,
+    )
+
+
 def _given(
     corpus: Corpus, held_out: Corpus, options: CorpusOptions, tokenizer: BPETokenizer | None
 ) -> Prepared:
@@ -268,33 +289,14 @@ def _given(
         )
     if tokenizer is None and options.tokenizer is not None:
         tokenizer = load_tokenizer(options.tokenizer)
-    sources, left_out = corpus.sources, (*corpus.left_out, *held_out.left_out)
     if not corpus.sources[0].is_store:
         if tokenizer is None:
             raise UserError(
                 f"--data {name} contains tokens but no tokenizer. Give the tokenizer that made "
                 "them with --tokenizer PATH."
             )
-        train, validation = (
-            [Path(source.name) for source in found.sources] for found in (corpus, held_out)
-        )
-        raw = RawTokens(
-            train,
-            tokenizer,
-            validation=validation,
-            validation_fraction=options.validation_fraction,
-        )
-        test, named = (_named(raw, sources, split) for split in (TEST, VALIDATION))
-        left_out += tuple((source.name, IS_TEST) for source in test)
-        used = tuple(source for source in sources if source not in test)
-        return Prepared(
-            raw,
-            (*used, *held_out.sources),
-            left_out,
-            Report(),
-            from_cache=False,
-            validation=named or held_out.sources,
-        )
+        return _raw(corpus, held_out, options.validation_fraction, tokenizer)
+    sources, left_out = corpus.sources, (*corpus.left_out, *held_out.left_out)
     if options.validation_fraction not in (HELD_OUT, 0.0):
         raise UserError(
             f"--data {name} is a token store, whose splits were made with it, so "
