@@ -44,6 +44,8 @@ COMMON = (  # the flags of a short --help
     "near_duplicates",
     "tokenizer",
     "num_workers",
+    "engine",
+    "ray_address",
     "output",
     "overwrite",
 )
@@ -113,7 +115,11 @@ def make(config: PrepareConfig) -> None:
     ):
         try:
             prepared = prepare(
-                config.data, output=output, test_fraction=config.store.test_fraction, progress=bar
+                config.data,
+                output=output,
+                test_fraction=config.store.test_fraction,
+                progress=bar,
+                engine=config.workers,
             )
         except KeyboardInterrupt as stopped:
             raise Interrupted(_interruption(config, output)) from stopped
