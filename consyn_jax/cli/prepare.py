@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,6 +108,7 @@ def make(config: PrepareConfig) -> None:
         _delete_store(config, output)
     began = time.monotonic()
     with (
+        redirect_stdout(sys.stderr),  # Ray prints its notes about lost workers and nodes
         Console(quiet=config.store.quiet) as console,
         Bar(
             lambda: console.header(_header(config), "consyn-prepare"), quiet=config.store.quiet

@@ -46,6 +46,8 @@ def connect(address: str | None, processors: int | None) -> Any:
         _check(name, given)
         found: dict[str, Any] = {"address": given}
     else:
+        # Ray's own niceness of 15 keeps a node's other work alive; here the workers are the work.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         cores = len(os.sched_getaffinity(0))
         found = {"address": "local", "num_cpus": processors or cores, "include_dashboard": False}
     try:
@@ -102,12 +104,13 @@ def _refusal(place: str, error: Exception) -> UserError:
             f"A Ray of this machine cannot be started: {brief(error)}. Leave --engine ray out to "
             "work without."
         )
-    if "uthenticat" in text or "token" in text:
-        return UserError(
-            f"The Ray cluster at {place} refused this machine: {brief(error)}. Set "
-            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH as on the head node."
-        )
-    return UserError(f"No Ray cluster answers at {place}: {brief(error)}. {_START}")
+    if place.endswith(" auto"):
+        return UserError(f"No Ray cluster answers at {place}: {brief(error)}. {_START}")
+    return UserError(
+        f"Ray at {place} refused this machine: {brief(error)}. It takes machines that are nodes of "
+        "the cluster (ray start --address HEAD:PORT) and have its token (RAY_AUTH_MODE=token and "
+        "RAY_AUTH_TOKEN_PATH as on the head node)."
+    )
 
 
 @contextmanager
