@@ -21,8 +21,8 @@ from consyn_jax.data.preparation.exact_duplicates import ExactDuplicates
 from consyn_jax.data.preparation.journal import JOURNAL, Journal, LongDocument
 from consyn_jax.data.preparation.near_duplicates import PERMUTATIONS, NearDuplicates
 from consyn_jax.data.preparation.preparation_spec import RECIPE, Spec, contents_of, key_of
-from consyn_jax.data.preparation.workers.worker_engines import start_workers
 from consyn_jax.data.preparation.workers.worker import Result, learn_tokenizer
+from consyn_jax.data.preparation.workers.worker_engines import start_workers
 from consyn_jax.data.sources.reader import Block
 from consyn_jax.data.sources.rows import CONVERSATIONS, PREFERENCE
 from consyn_jax.data.sources.sample_reader import SAMPLE
