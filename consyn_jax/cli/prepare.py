@@ -44,8 +44,6 @@ COMMON = (  # the flags of a short --help
     "near_duplicates",
     "tokenizer",
     "num_workers",
-    "engine",
-    "ray_address",
     "output",
     "overwrite",
 )
