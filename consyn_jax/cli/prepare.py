@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
@@ -217,6 +218,9 @@ def _header(config: PrepareConfig) -> list[tuple[str, str]]:
     ]
     if store.test_fraction:
         rows.append(("test", f"{store.test_fraction:.3g} of the documents"))
+    if config.workers.engine == "ray":
+        address = config.workers.ray_address or os.environ.get("RAY_ADDRESS") or "this machine"
+        rows.append(("workers", f"tasks of Ray on {address}"))
     return [*rows, ("tokenizer", data.tokenizer or "default"), ("output", store.output)]
 
 

@@ -50,15 +50,20 @@ class RayPool(Workers):
     """
 
     def __init__(self, count: int | None, settings: WorkerSettings, address: str | None) -> None:
-        self._ray, self._settings, self._count = connect(address, count), settings, count
+        self._settings, self._count = settings, count
         self._looked_s, self._processors = -LOOK_SECONDS, 0
         shared = json.dumps({"settings": settings.to_json(), "versions": versions()}).encode()
         self._key = hashlib.sha256(shared).hexdigest()
-        # As an array, each worker reads it in place, where bytes would be copied for each task.
-        with self._errors_as_sentences():
-            self._shared = self._ray.put(np.frombuffer(shared, np.uint8))
-        options = {"num_cpus": 1, "max_retries": RETRIES}
-        self._task = self._ray.remote(**options)(_task(_strangers()))
+        self._ray = connect(address, count)
+        try:
+            with self._errors_as_sentences():
+                # As an array, each worker reads it in place; bytes would be copied for each task.
+                self._shared = self._ray.put(np.frombuffer(shared, np.uint8))
+            task = _task(_strangers())
+            self._task = self._ray.remote(num_cpus=1, max_retries=RETRIES)(task)
+        except BaseException:
+            self.close()
+            raise
 
     def results(self, blocks: Iterable[tuple[Any, Block]]) -> Iterator[tuple[Any, Block, Result]]:
         """As `Workers.results`, with about two blocks per processor in progress at a time."""

@@ -255,6 +255,15 @@ def test_the_users_directory_is_not_searched_for_imports(
     assert str(tmp_path) not in path
 
 
+@pytest.mark.usefixtures("ray")
+def test_the_header_says_where_the_workers_are(
+    capfd: pytest.CaptureFixture[str], data: Path, tmp_path: Path
+) -> None:
+    flags = ("--data", str(data), "--output", str(tmp_path / "store"), "--tokenizer", "bytes")
+    assert main([*flags, "--engine", "ray"]) == 0
+    assert "workers     tasks of Ray on this machine\n" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
