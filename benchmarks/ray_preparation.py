@@ -18,6 +18,8 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -74,48 +76,61 @@ def hashes(directory: Path) -> dict[str, str]:
     }
 
 
-def contest(data: Path, small: Path, place: Path, name: str, nodes: Nodes | None) -> dict[str, Any]:
-    """The row of one contestant, and the hashes of its store."""
-    start = run(small, place / f"{name}-start", nodes)
-    found = run(data, place / name, nodes)
-    size = data.stat().st_size / 1e6
-    main = found["main_cpu_s"] - start["main_cpu_s"]
-    row = {
-        "workers": name,
-        "MB": size,
-        "start_s": start["seconds"],
-        "seconds": found["seconds"],
-        "MB_per_s": size / found["seconds"],
-        "main_cpu_s": main,
-        "main_MB_per_cpu_s": size / max(main, 1e-3),
-    }
-    print(json.dumps(row), flush=True)
-    return {"row": row, "sha256": hashes(place / name)}
+def contest(text: Path, small: Path, rounds: int, clusters: dict[str, Nodes | None]) -> Any:
+    """Rows of all contestants, who take turns, and the hashes of their last stores."""
+    place, size = text.parent, text.stat().st_size / 1e6
+    starts = {name: run(small, place / f"{name}-start", nodes) for name, nodes in clusters.items()}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in clusters}
+    for number in range(rounds):
+        names = list(clusters) if number % 2 == 0 else list(reversed(clusters))
+        for name in names:
+            shutil.rmtree(place / name, ignore_errors=True)
+            runs[name].append(run(text, place / name, clusters[name]))
+            print(name, json.dumps(runs[name][-1]), flush=True)
+    rows = []
+    for name in clusters:
+        seconds = statistics.median(one["seconds"] for one in runs[name])
+        main = statistics.median(one["main_cpu_s"] for one in runs[name])
+        main -= starts[name]["main_cpu_s"]
+        rows.append(
+            {
+                "workers": name,
+                "MB": size,
+                "start_s": starts[name]["seconds"],
+                "seconds": seconds,
+                "MB_per_s": size / seconds,
+                "main_cpu_s": main,
+                "main_MB_per_cpu_s": size / max(main, 1e-3),
+            }
+        )
+    return rows, {name: hashes(place / name) for name in clusters}, runs
 
 
-def measure(tiny: bool = False, data: Path = ENWIK8) -> dict[str, Any]:
+def measure(
+    tiny: bool = False, data: Path = ENWIK8, limit: int | None = None, rounds: int = 1
+) -> dict[str, Any]:
     """Run the contestants; the table, the hashes, and whether the stores are equal."""
+    limit = TINY_BYTES if tiny else limit
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         text, small = place / "text.txt", place / "small.txt"
         with gzip.open(data) as file:
-            content = file.read(TINY_BYTES) if tiny else file.read()
-        text.write_bytes(content)
+            content = file.read() if limit is None else file.read(limit)
+        # A limit may cut a character.
+        text.write_bytes(content.decode("utf-8", "ignore").encode())
         small.write_bytes(content[:1000])
-        found = {"local": contest(text, small, place, "local", None)}
-        with running(PROCESSORS) as nodes:
-            found["one node"] = contest(text, small, place, "one node", nodes)
-        with running(PROCESSORS // 2) as nodes:
-            nodes.add()
-            nodes.wait(2)
-            found["two nodes"] = contest(text, small, place, "two nodes", nodes)
+        with running(PROCESSORS) as one, running(PROCESSORS // 2) as two:
+            two.add()
+            two.wait(2)
+            clusters = {"local": None, "one node": one, "two nodes": two}
+            rows, found, runs = contest(text, small, rounds, clusters)
         report = json.loads((place / "local" / "report.json").read_text())
-    local = found["local"]["sha256"]
     return {
-        "rows": [contestant["row"] for contestant in found.values()],
+        "rows": rows,
         "documents": {name: report[name] for name in ("documents", "dropped")},
-        "stores_equal": {name: each["sha256"] == local for name, each in found.items()},
-        "sha256": local,
+        "stores_equal": {name: each == found["local"] for name, each in found.items()},
+        "sha256": found["local"],
+        "runs": runs,
     }
 
 
@@ -123,8 +138,12 @@ def main() -> None:
     """Run, print the table, write JSON."""
     parser = harness.parser(__doc__)
     parser.add_argument("--data", type=Path, default=ENWIK8, help="enwik8.gz")
+    parser.add_argument(
+        "--bytes", type=lambda text: int(float(text)), help="use only the first BYTES"
+    )
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each, in turns")
     arguments = parser.parse_args()
-    result = measure(arguments.tiny, arguments.data)
+    result = measure(arguments.tiny, arguments.data, arguments.bytes, arguments.rounds)
     print(result["stores_equal"])
     harness.report(result, arguments.out)
 
