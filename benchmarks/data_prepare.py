@@ -38,7 +38,8 @@ import harness
 import tokenizers
 from harness import facts, write
 
-from consyn_jax.data.preparation.worker_pool import WorkerPool
+from consyn_jax.data.preparation.workers.messages import WorkerSettings
+from consyn_jax.data.preparation.workers.worker_pool import WorkerPool
 from consyn_jax.data.sources.reader import START, Reading
 from consyn_jax.data.sources.source import Source
 from consyn_jax.prepare_config import CorpusOptions
@@ -215,7 +216,7 @@ def race(pages: list[str], rounds: int, directory: Path) -> dict[str, Any]:
     startups = [
         run_command(one, directory / f"startup-{number}", cache)["seconds"] for number in range(3)
     ]
-    with WorkerPool(os.cpu_count() or 1, options, tokenizer, 0.0, False) as workers:
+    with WorkerPool(os.cpu_count() or 1, WorkerSettings(options, tokenizer)) as workers:
         run_pipeline(workers, options, tokenizer, one)  # starts the processes
         encode_raw(raw, pages[:20], "encode_batch")
         for number in range(rounds):

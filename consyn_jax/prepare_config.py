@@ -106,6 +106,22 @@ class CorpusOptions:
 
 
 @dataclass(frozen=True)
+class EngineOptions:
+    """Where documents are cleaned and tokenised."""
+
+    engine: str = flag(
+        "local",
+        "where the workers run; local: processes of this machine; ray: tasks of a Ray cluster",
+        choices=("local", "ray"),
+    )
+    ray_address: str | None = flag(
+        None,
+        "HOST:PORT of a Ray cluster's head node, or auto for the cluster of this machine "
+        "(RAY_ADDRESS, or a Ray of this machine alone)",
+    )
+
+
+@dataclass(frozen=True)
 class StoreOptions:
     """The token store and its test split."""
 
@@ -121,3 +137,4 @@ class PrepareConfig:
 
     data: CorpusOptions = CorpusOptions()
     store: StoreOptions = StoreOptions()
+    workers: EngineOptions = EngineOptions()

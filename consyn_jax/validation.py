@@ -93,6 +93,16 @@ def validate_preparation(config: PrepareConfig) -> None:
         UserError: an invalid value or combination; the message names the flags.
     """
     validate_corpus(config.data)
+    engine, address = config.workers.engine, config.workers.ray_address
+    if engine != "ray" and address is not None:
+        raise UserError(
+            f"--ray_address {address} needs --engine ray. Add it, or leave --ray_address out."
+        )
+    if engine == "ray" and config.data.num_workers == 0:
+        raise UserError(
+            "--num_workers 0 leaves no tasks to --engine ray. Give the number of tasks at a time, "
+            "or leave it out for one on each processor of the cluster."
+        )
     held_out = 0.0 if config.data.validation else config.data.validation_fraction
     test = config.store.test_fraction
     if not 0 <= test < 1:

@@ -65,6 +65,7 @@ METAVARS = {
     "mesh": "auto|AXIS=N,...",
     "topology": "GPU:HOSTSxGPUS|TPU:SHAPE[xSLICES]",
     "coordinator_address": "HOST:PORT",
+    "ray_address": "auto|HOST:PORT",
     "fit": "FILE",
     "output": "PATH",
     "average": "N|STEP,...",

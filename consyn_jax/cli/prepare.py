@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,6 +107,7 @@ def make(config: PrepareConfig) -> None:
         _delete_store(config, output)
     began = time.monotonic()
     with (
+        redirect_stdout(sys.stderr),  # Ray prints its notes about lost workers and nodes
         Console(quiet=config.store.quiet) as console,
         Bar(
             lambda: console.header(_header(config), "consyn-prepare"), quiet=config.store.quiet
@@ -113,7 +115,11 @@ def make(config: PrepareConfig) -> None:
     ):
         try:
             prepared = prepare(
-                config.data, output=output, test_fraction=config.store.test_fraction, progress=bar
+                config.data,
+                output=output,
+                test_fraction=config.store.test_fraction,
+                progress=bar,
+                engine=config.workers,
             )
         except KeyboardInterrupt as stopped:
             raise Interrupted(_interruption(config, output)) from stopped
@@ -212,6 +218,9 @@ def _header(config: PrepareConfig) -> list[tuple[str, str]]:
     ]
     if store.test_fraction:
         rows.append(("test", f"{store.test_fraction:.3g} of the documents"))
+    if config.workers.engine == "ray":
+        address = config.workers.ray_address or os.environ.get("RAY_ADDRESS") or "this machine"
+        rows.append(("workers", f"tasks of Ray on {address}"))
     return [*rows, ("tokenizer", data.tokenizer or "default"), ("output", store.output)]
 
 

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from consyn_jax.data.preparation import cached_store as prepare_module
 from consyn_jax.data.preparation.cached_store import Prepared, prepare
-from consyn_jax.data.preparation.worker_pool import WorkerPool
+from consyn_jax.data.preparation.workers.worker_pool import WorkerPool
 from consyn_jax.data.sources import discovery as sources
 from consyn_jax.data.store import TokenStore
 from consyn_jax.data.store.manifest import read_sources

@@ -21,8 +21,8 @@ from consyn_jax.data.preparation.exact_duplicates import ExactDuplicates
 from consyn_jax.data.preparation.journal import JOURNAL, Journal, LongDocument
 from consyn_jax.data.preparation.near_duplicates import PERMUTATIONS, NearDuplicates
 from consyn_jax.data.preparation.preparation_spec import RECIPE, Spec, contents_of, key_of
-from consyn_jax.data.preparation.worker import Result, learn_tokenizer
-from consyn_jax.data.preparation.worker_pool import WorkerPool
+from consyn_jax.data.preparation.workers.worker import Result, learn_tokenizer
+from consyn_jax.data.preparation.workers.worker_engines import start_workers
 from consyn_jax.data.sources.reader import Block
 from consyn_jax.data.sources.rows import CONVERSATIONS, PREFERENCE
 from consyn_jax.data.sources.sample_reader import SAMPLE
@@ -109,16 +109,8 @@ class Preparation:
         sizes = np.cumsum([0, *(source.num_bytes for source in spec.sources)]).tolist()
         blocks = spec.blocks(state.source, state.position, self.tokenizer, state.single)
         try:
-            with WorkerPool(
-                spec.num_workers,
-                spec.options,
-                self.tokenizer,
-                spec.test_fraction,
-                state.single,
-                spec.chat_template,
-                spec.tool_template,
-            ) as pool:
-                for index, block, result in pool.results(blocks):
+            with start_workers(spec, self.tokenizer, state.single) as workers:
+                for index, block, result in workers.results(blocks):
                     self._take(index, block, result)
                     self.report.file_bytes = sizes[index] + block.file_bytes
                     spec.progress("tokenize", self.report.file_bytes, sizes[-1])

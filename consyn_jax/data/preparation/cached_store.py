@@ -48,7 +48,7 @@ from consyn_jax.data.store.store_split import StoreSplit
 from consyn_jax.data.store.token_store import JoinedStores
 from consyn_jax.errors import UserError
 from consyn_jax.files import cache_directory
-from consyn_jax.prepare_config import HELD_OUT, CorpusOptions
+from consyn_jax.prepare_config import HELD_OUT, CorpusOptions, EngineOptions
 from consyn_jax.tokenization import BPETokenizer, load_tokenizer
 
 
@@ -95,6 +95,7 @@ def prepare(
     output: Path | None = None,
     test_fraction: float = 0.0,
     progress: Progress | None = None,
+    engine: EngineOptions | None = None,
 ) -> Prepared:
     """Return the token store of `options.data`: the data itself, a cached store, or a new one.
 
@@ -102,6 +103,7 @@ def prepare(
         tokenizer: used instead of the tokenizer that the options name.
         output: directory of the store; None puts it into the cache, under a hash of its content.
         test_fraction: share of the documents that becomes the split "test".
+        engine: where the workers run; None for processes of this machine.
 
     Raises:
         UserError: the data is missing, unusable or without text; the tokenizer differs from the
@@ -115,6 +117,8 @@ def prepare(
             )
         return _given(corpus, held_out, options, tokenizer)
     spec = build_spec(corpus, held_out, options, tokenizer, test_fraction, progress)
+    if engine is not None:
+        spec = dataclasses.replace(spec, engine=engine)
     key = key_of(spec, contents_of(spec))
     directory = _entry(key, options) if output is None else output
     destination = Destination(directory, key, spec.options, in_cache=output is None)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from consyn_jax.data.split import SALT, VALIDATION
 from consyn_jax.data.store.file_hashes import FileHashes
 from consyn_jax.data.store.manifest import VERSION
 from consyn_jax.errors import UserError
-from consyn_jax.prepare_config import CorpusOptions
+from consyn_jax.prepare_config import CorpusOptions, EngineOptions
 from consyn_jax.tokenization import BPETokenizer, load_tokenizer
 from consyn_jax.tokenization.chat.plain_template import PLAIN
 from consyn_jax.tokenization.chat.sandbox import RENDERED_DAY, ChatTemplate, writes_date
@@ -68,6 +68,7 @@ class Spec:
         streaming: whether to read Hub datasets over the network, without downloading them first.
         chat_template: the Jinja template that formats conversations.
         tool_template: the template for conversations with tools, if there is a separate one.
+        engine: where the workers run, which does not affect the store.
     """
 
     sources: tuple[Source, ...]
@@ -80,6 +81,7 @@ class Spec:
     streaming: bool = False
     chat_template: str = PLAIN
     tool_template: str | None = None
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
     @property
     def num_bytes(self) -> int:

@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from consyn_jax.data.preparation import build, cached_store
+from consyn_jax.data.preparation import cached_store
 from consyn_jax.data.preparation.cached_store import Prepared
 from consyn_jax.data.preparation.preparation_spec import Progress
+from consyn_jax.data.preparation.workers.worker_pool import WorkerPool
 from consyn_jax.data.sources import json_reader
 from consyn_jax.data.store import TokenStore, TokenStoreWriter
 from consyn_jax.errors import UserError
@@ -193,7 +194,7 @@ def test_a_learned_tokenizer_depends_on_the_current_flags_only(
         return cached_store.prepare(options, output=output).store.tokenizer.sha256
 
     with monkeypatch.context() as patch:
-        patch.setattr(build.WorkerPool, "results", interrupt)
+        patch.setattr(WorkerPool, "results", interrupt)
         with pytest.raises((KeyboardInterrupt, UserError)):
             learned(before, None)
     assert learned(now, None) == learned(now, tmp_path / "fresh")

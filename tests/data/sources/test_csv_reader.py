@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consyn_jax.data.preparation.worker import Worker
+from consyn_jax.data.preparation.workers.worker import Worker
 from consyn_jax.data.sources import csv_reader, reader
 from consyn_jax.data.sources.csv_reader import CsvReader
 from consyn_jax.data.sources.discovery import find_sources

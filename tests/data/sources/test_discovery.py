@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from consyn_jax.data.preparation.worker import Worker
+from consyn_jax.data.preparation.workers.worker import Worker
 from consyn_jax.data.sources.discovery import Corpus, find_sources
 from consyn_jax.data.sources.huggingface import hub
 from consyn_jax.data.sources.json_reader import is_array

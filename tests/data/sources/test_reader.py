@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consyn_jax.data.preparation import worker as worker_module
-from consyn_jax.data.preparation.worker import Result, Worker
+from consyn_jax.data.preparation.workers import worker as worker_module
+from consyn_jax.data.preparation.workers.worker import Result, Worker
 from consyn_jax.data.sources import byte_stream, chunking, json_reader, reader, text_reader
 from consyn_jax.data.sources.byte_stream import ByteStream
 from consyn_jax.data.sources.huggingface import dataset_rows

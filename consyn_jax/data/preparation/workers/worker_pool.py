@@ -1,4 +1,4 @@
-"""Worker processes, and their results in the order of the blocks.
+"""Worker processes of this machine.
 
 Each worker is a new interpreter that runs this module, not a fork: a fork of a process with threads
 (such as JAX's) may hang, and `multiprocessing` would run the user's script again. Workers exchange
@@ -8,14 +8,12 @@ outlives the main process.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
 import struct
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -25,49 +23,34 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from consyn_jax.data.preparation.encoded_documents import EncodedDocuments
-from consyn_jax.data.preparation.worker import Result, Worker
+from consyn_jax.data.preparation.workers.messages import (
+    WorkerSettings,
+    block_from,
+    block_head,
+    result_from,
+    result_head,
+)
+from consyn_jax.data.preparation.workers.ordered_results import Workers, in_order
+from consyn_jax.data.preparation.workers.worker import Result, Worker
 from consyn_jax.data.sources.reader import Block
 from consyn_jax.errors import UserError
-from consyn_jax.prepare_config import CorpusOptions
-from consyn_jax.tokenization import BPETokenizer
-from consyn_jax.tokenization.chat.plain_template import PLAIN
 
 _BOOT = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
-    "from consyn_jax.data.preparation.worker_pool import main; main()"
+    "from consyn_jax.data.preparation.workers.worker_pool import main; main()"
 )
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
-class WorkerPool:
+class WorkerPool(Workers):
     """`count` worker processes; with a count of 0, this process does the work.
 
     Raises:
         UserError: the processes cannot be started, or one was killed.
     """
 
-    def __init__(
-        self,
-        count: int,
-        options: CorpusOptions,
-        tokenizer: BPETokenizer,
-        test_fraction: float,
-        single: bool,
-        chat_template: str = PLAIN,
-        tool_template: str | None = None,
-    ) -> None:
-        self._here: Worker | None = None
-        if count == 0:
-            templates = chat_template, tool_template
-            self._here = Worker(options, tokenizer, test_fraction, single, *templates)
-        settings = {
-            "options": dataclasses.asdict(options),
-            "tokenizer": tokenizer.settings(),
-            "test_fraction": test_fraction,
-            "single": single,
-            "templates": [chat_template, tool_template],
-        }
+    def __init__(self, count: int, settings: WorkerSettings) -> None:
+        self._here = settings.worker() if count == 0 else None
         self._processes: list[_Process] = []
         try:
             for _ in range(count):
@@ -85,24 +68,17 @@ class WorkerPool:
         self._threads = ThreadPoolExecutor(max(count, 1), "data worker")
 
     def results(self, blocks: Iterable[tuple[Any, Block]]) -> Iterator[tuple[Any, Block, Result]]:
-        """Process (tag, block) pairs; yield (tag, block, result) in the same order.
-
-        About two blocks per process are in progress at a time.
-        """
+        """As `Workers.results`, with about two blocks per process in progress at a time."""
         if self._here is not None:
             for tag, block in blocks:
                 yield tag, block, self._here.work(block)
             return
-        pending: deque[tuple[Any, Block, Future[Result]]] = deque()
-        for tag, block in blocks:
-            pending.append((tag, block, self._threads.submit(self._work, block)))
-            most = 2 * len(self._processes) + 1
-            while pending and (len(pending) > most or pending[0][2].done()):
-                tag, block, future = pending.popleft()
-                yield tag, block, future.result()
-        while pending:
-            tag, block, future = pending.popleft()
-            yield tag, block, future.result()
+        most = 2 * len(self._processes) + 1
+        # A block has about a megabyte; the longest row of 64 MiB is in one, too.
+        yield from in_order(blocks, self._submit, lambda: most, sys.maxsize)
+
+    def _submit(self, block: Block) -> Future[Result]:
+        return self._threads.submit(self._work, block)
 
     def _work(self, block: Block) -> Result:
         process = self._idle.get()
@@ -117,12 +93,6 @@ class WorkerPool:
             process.close()
         self._threads.shutdown(cancel_futures=True)
 
-    def __enter__(self) -> WorkerPool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 class _Process:
     """One worker process.
@@ -131,8 +101,8 @@ class _Process:
         settings: settings of the worker, sent with the first block.
     """
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        package = str(Path(__file__).parents[3])
+    def __init__(self, settings: WorkerSettings) -> None:
+        package = str(Path(__file__).parents[4])
         environment = {
             **os.environ,
             "TOKENIZERS_PARALLELISM": "false",
@@ -150,11 +120,12 @@ class _Process:
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        self._settings: dict[str, Any] | None = settings
+        self._settings: WorkerSettings | None = settings
 
     def work(self, block: Block) -> Result:
         """Send `block` to the process, and return the result of its `Worker.work`."""
-        sent = {**dataclasses.asdict(block), "data": None, "settings": self._settings}
+        settings = None if self._settings is None else self._settings.to_json()
+        sent = {"block": block_head(block), "settings": settings}
         self._settings = None
         try:
             _write(cast(BinaryIO, self._child.stdin), sent, [block.data])
@@ -171,10 +142,9 @@ class _Process:
             ) from error
         arrays = [
             np.frombuffer(data, kind).reshape(shape)
-            for data, (kind, shape) in zip(buffers, head.pop("arrays"), strict=True)
+            for data, (kind, shape) in zip(buffers, head["arrays"], strict=True)
         ]
-        dropped = [(rule, place, text) for rule, place, text in head.pop("dropped")]
-        return Result(EncodedDocuments(*arrays), dropped, **head)
+        return result_from(head["result"], arrays)
 
     def close(self) -> None:
         """Kill the process."""
@@ -195,33 +165,15 @@ def main() -> None:
             head, (data,) = _read(incoming)
         except EOFError:
             return
-        settings = head.pop("settings")
-        if settings is not None:
-            worker = Worker(
-                _options(settings["options"]),
-                BPETokenizer(**settings["tokenizer"]),
-                settings["test_fraction"],
-                settings["single"],
-                *settings["templates"],
-            )
+        if head["settings"] is not None:
+            worker = WorkerSettings.from_json(head["settings"]).worker()
         assert worker is not None
-        end = tuple(head["end"]) if head["end"] else None
-        lists = {name: tuple(head[name]) for name in ("numbers", "unread")}
-        result = worker.work(Block(**{**head, **lists, "data": data, "end": end}))
-        arrays = result.kept.arrays()
-        answer = {**vars(result), "arrays": [(array.dtype.str, array.shape) for array in arrays]}
-        del answer["kept"]
+        result, arrays = result_head(worker.work(block_from(head["block"], data)))
+        answer = {"result": result, "arrays": [(array.dtype.str, array.shape) for array in arrays]}
         try:
-            _write(outgoing, answer, [np.ascontiguousarray(array).tobytes() for array in arrays])
+            _write(outgoing, answer, [array.tobytes() for array in arrays])
         except BrokenPipeError:
             os._exit(0)  # the main process is gone, and a normal exit would complain of the buffer
-
-
-def _options(values: dict[str, Any]) -> CorpusOptions:
-    chosen: dict[str, Any] = {}
-    for name in (f.name for f in dataclasses.fields(CorpusOptions)):
-        chosen[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
-    return CorpusOptions(**chosen)
 
 
 def _write(pipe: BinaryIO, head: dict[str, Any], buffers: Sequence[bytes]) -> None:

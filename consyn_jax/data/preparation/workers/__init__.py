@@ -1,0 +1,1 @@
+"""Processes that turn blocks into tokens: on this machine, or on a Ray cluster."""

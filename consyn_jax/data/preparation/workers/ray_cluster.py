@@ -1,0 +1,130 @@
+"""Connecting to a Ray cluster, or starting a Ray of this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from consyn_jax.errors import UserError, brief
+from consyn_jax.integers import natural
+
+LONGEST_S = 20.0  # for an answer of the head node
+_START = (
+    "Start Ray on this machine (ray start --head, or ray start --address HEAD:6379 beside others), "
+    "or leave --ray_address out for a Ray of this machine alone."
+)
+
+
+def connect(address: str | None, processors: int | None) -> Any:
+    """The module `ray`, connected to a cluster.
+
+    Args:
+        address: HOST:PORT of the head node, or "auto"; None takes the cluster of RAY_ADDRESS, or
+            else starts a Ray of this machine, without a dashboard and without usage statistics.
+        processors: number of tasks at a time of a Ray that is started here; None for one per core.
+
+    Raises:
+        UserError: Ray is not installed, no cluster answers, or it has other versions.
+    """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError(
+            f"--engine ray needs {error.name}, which is not installed. Install it on all nodes "
+            "with: pip install 'consyn_jax[cluster]'"
+        ) from error
+    name, given = _named(address)
+    if given:
+        _check(name, given)
+        found: dict[str, Any] = {"address": given}
+    else:
+        # Ray's own niceness of 15 keeps a node's other work alive; here the workers are the work.
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        cores = len(os.sched_getaffinity(0))
+        found = {"address": "local", "num_cpus": processors or cores, "include_dashboard": False}
+    try:
+        with _keeping_sigterm():
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **found)
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        raise _refusal(f"{name} {given}" if given else "", error) from error
+    return ray
+
+
+def _named(address: str | None) -> tuple[str, str]:
+    """What names the cluster, and its address; empty for a Ray of this machine."""
+    if address:
+        return "--ray_address", address
+    given = os.environ.get("RAY_ADDRESS", "")
+    return "RAY_ADDRESS", "" if given == "local" else given
+
+
+def _check(name: str, address: str) -> None:
+    """Ask whether anything listens at an address; Ray itself tries for a minute, and may abort."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or "/" in address or not 0 < (natural(port) or 0) < 65536:
+        raise UserError(
+            f"{name} must be auto or HOST:PORT of the head node, as in node1:6379, not {address!r}."
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=LONGEST_S).close()
+    except OSError as error:
+        reason = error.strerror or brief(error)
+        raise UserError(
+            f"No Ray cluster answers at {name} {address} ({reason}). {_START}"
+        ) from error
+
+
+def _refusal(place: str, error: Exception) -> UserError:
+    """The sentence for an error of `ray.init`.
+
+    Args:
+        place: the name and the address of the cluster; empty for a Ray of this machine.
+    """
+    text = " ".join(str(error).split())
+    if "Version mismatch" in text:
+        found = re.findall(r"Ray: (\S+) Python: ([\d.]*\d)", text)
+        sides = [f"Ray {number} and Python {python}" for number, python in found]
+        of_cluster, ours = sides if len(sides) == 2 else ("other versions", "not")
+        return UserError(
+            f"The Ray cluster runs {of_cluster}, this machine {ours}. Install the same versions on "
+            "all nodes."
+        )
+    if not place:
+        return UserError(
+            f"A Ray of this machine cannot be started: {brief(error)}. Leave --engine ray out to "
+            "work without."
+        )
+    if place.endswith(" auto"):
+        return UserError(f"No Ray cluster answers at {place}: {brief(error)}. {_START}")
+    return UserError(
+        f"Ray at {place} refused this machine: {brief(error)}. It takes machines that are nodes of "
+        "the cluster (ray start --address HEAD:PORT) and have its token (RAY_AUTH_MODE=token and "
+        "RAY_AUTH_TOKEN_PATH as on the head node)."
+    )
+
+
+@contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Keep this program's own handler of SIGTERM, which `ray.init` replaces by `sys.exit`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler, came = signal.getsignal(signal.SIGTERM), False
+    try:
+        yield
+    except SystemExit:
+        came = True
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    if came:
+        signal.raise_signal(signal.SIGTERM)

@@ -1,0 +1,73 @@
+"""The side of a Ray task: a worker for each process, made by its first task."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+import consyn_jax
+from consyn_jax.data.preparation.workers.messages import (
+    Head,
+    WorkerSettings,
+    block_from,
+    result_head,
+)
+from consyn_jax.data.preparation.workers.worker import Worker
+
+Answer = tuple[Head, list[np.ndarray]]
+"""A result as `result_head` makes it; or "node" and "differ", the versions that are not those of
+the main process.
+"""
+
+_workers: dict[str, Worker] = {}
+
+
+def work(key: str, shared: np.ndarray, head: str, data: bytes) -> Answer:
+    """Work on one block.
+
+    Args:
+        key: hash of `shared`, under which the worker is kept.
+        shared: JSON with the settings and the versions of the main process.
+        head: `block_head` of the block, as JSON.
+    """
+    if key not in _workers:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Ray counts this task as one processor
+        values = json.loads(shared.tobytes())
+        differ = {
+            name: f"{value} ({values['versions'][name]} is here)"
+            for name, value in versions().items()
+            if value != values["versions"][name]
+        }
+        if differ:
+            return {"node": socket.gethostname(), "differ": differ}, []
+        _workers.clear()
+        _workers[key] = WorkerSettings.from_json(values["settings"]).worker()
+    return result_head(_workers[key].work(block_from(json.loads(head), data)))
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of what decides the bytes of a store, by name.
+
+    Python has the tables of Unicode. The code counts beside the version of this package, for
+    checkouts of one version with different changes.
+    """
+    package = Path(consyn_jax.__file__).parent
+    code = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        code.update(path.relative_to(package).as_posix().encode() + b"\0")
+        code.update(path.read_bytes())
+    names = ("tokenizers", "jinja2", "numpy", "xxhash")
+    return {
+        "consyn_jax": f"{consyn_jax.__version__} with code {code.hexdigest()[:12]}",
+        "Python": ".".join(platform.python_version_tuple()[:2]),
+        **{name: importlib.metadata.version(name) for name in names},
+    }

@@ -1,0 +1,300 @@
+"""Tasks of Ray with a Ray that is not there: what is sent, and how its errors are said.
+
+tests/integration/test_ray.py has the real one.
+"""
+
+import json
+import os
+import pickle
+import signal
+import sys
+import types
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from consyn_jax.cli.prepare import main
+from consyn_jax.data.preparation.cached_store import prepare
+from consyn_jax.data.preparation.workers import ray_cluster, ray_pool, ray_worker
+from consyn_jax.data.preparation.workers.messages import WorkerSettings
+from consyn_jax.errors import UserError
+from consyn_jax.prepare_config import CorpusOptions, EngineOptions
+from consyn_jax.tokenization import BPETokenizer
+
+
+class FakeRay(types.ModuleType):
+    """A module that computes each task at once, in this process, on copies as Ray sends them."""
+
+    def __init__(self) -> None:
+        super().__init__("ray")
+        self.exceptions = errors = types.ModuleType("ray.exceptions")
+        errors.RayError = type("RayError", (Exception,), {})
+        names = ("RayTaskError", "WorkerCrashedError", "OutOfMemoryError", "NodeDiedError")
+        for name in names:
+            setattr(errors, name, type(name, (errors.RayError,), {}))
+        self.given: dict[str, Any] = {}
+        self.calls: list[str] = []
+        self.failure: Exception | None = None
+        self.on_init: Callable[[], object] = lambda: None
+
+    def init(self, **given: Any) -> None:
+        self.given = given
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as Ray puts a handler of its own
+        self.on_init()
+
+    def put(self, value: np.ndarray) -> np.ndarray:
+        return value
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 3.0}
+
+    def shutdown(self) -> None:
+        self.calls.append("shutdown")
+
+    def remote(self, **options: Any) -> Callable[..., Any]:
+        self.options = options
+
+        def made(function: Callable[..., Any]) -> Any:
+            def remote(*arguments: Any) -> Any:
+                self.calls.append("task")
+                future: Future[Any] = Future()
+                if self.failure is not None:
+                    future.set_exception(self.failure)
+                else:
+                    sent = pickle.loads(pickle.dumps(arguments))  # noqa: S301
+                    future.set_result(pickle.loads(pickle.dumps(function(*sent))))  # noqa: S301
+                return types.SimpleNamespace(future=lambda: future)
+
+            return types.SimpleNamespace(remote=remote)
+
+        return made
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
+    fake = FakeRay()
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray_worker._workers.clear()
+    return fake
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": f"Row {n % 290} of many, which has words of its own"} for n in range(300)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def made(data: Path, output: Path, engine: EngineOptions, **more: Any) -> dict[str, bytes]:
+    options = CorpusOptions(data=(str(data),), tokenizer="bytes", near_duplicates=0.9, **more)
+    prepare(options, output=output, engine=engine)
+    return {str(p.relative_to(output)): p.read_bytes() for p in output.rglob("*") if p.is_file()}
+
+
+def test_the_store_is_that_of_local_workers(ray: FakeRay, data: Path, tmp_path: Path) -> None:
+    local = made(data, tmp_path / "local", EngineOptions(), num_workers=0)
+    assert made(data, tmp_path / "ray", EngineOptions("ray")) == local
+    assert ray.calls == ["task", "shutdown"]
+    assert ray.options == {"num_cpus": 1, "max_retries": ray_pool.RETRIES}
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    cores = len(os.sched_getaffinity(0))
+    expected = {"address": "local", "num_cpus": cores, "include_dashboard": False}
+    assert {name: ray.given[name] for name in expected} == expected
+
+
+def test_where_the_cluster_is(
+    ray: FakeRay, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_cluster.socket, "create_connection", lambda *_, **__: Closed())
+    for number, (flag, variable, found) in enumerate(
+        [
+            ("auto", "", "auto"),
+            ("node1:6379", "node2:6379", "node1:6379"),
+            (None, "node2:6379", "node2:6379"),
+            (None, "local", "local"),
+        ]
+    ):
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+        made(data, tmp_path / str(number), EngineOptions("ray", flag), num_workers=4)
+        assert ray.given["address"] == found
+        assert ray.given.get("num_cpus") == (4 if found == "local" else None)
+
+
+class Closed:
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("WorkerCrashedError", "was killed 6 times at the same block; running out of memory"),
+        ("OutOfMemoryError", "was killed 6 times at the same block; running out of memory"),
+        ("NodeDiedError", "The Ray cluster lost a block: the reason. Look at `ray status`"),
+        ("ModuleNotFoundError", "A node of the Ray cluster cannot import consyn_jax. Install"),
+    ],
+)
+def test_what_ray_reports_is_said_in_a_sentence(
+    ray: FakeRay, data: Path, tmp_path: Path, name: str, sentence: str
+) -> None:
+    if name == "ModuleNotFoundError":  # Ray raises a class made of its own error and the cause's
+        cause = ModuleNotFoundError("the reason", name="consyn_jax")
+        kind = type("RayTaskError", (ray.exceptions.RayTaskError, ImportError), {"cause": cause})
+        ray.failure = kind("the reason")
+    else:
+        ray.failure = getattr(ray.exceptions, name)("the reason. More of it.")
+    with pytest.raises(UserError, match=sentence):
+        made(data, tmp_path / "store", EngineOptions("ray"))
+    assert ray.calls[-1] == "shutdown"
+    assert made(data, tmp_path / "store", EngineOptions(), num_workers=0)
+
+
+def test_a_defect_keeps_its_traceback(ray: FakeRay, data: Path, tmp_path: Path) -> None:
+    ray.failure = ray.exceptions.RayTaskError("a traceback of the worker")
+    with pytest.raises(ray.exceptions.RayTaskError, match="a traceback of the worker"):
+        made(data, tmp_path / "store", EngineOptions("ray"))
+
+
+@pytest.mark.parametrize(
+    ("error", "address", "sentence"),
+    [
+        (
+            RuntimeError(
+                "Version mismatch: The cluster was started with:\n    Ray: 2.59.0\n    Python: "
+                "3.12.1\nThis process on node 10.0.0.1 was started with:\n    Ray: 2.60.0\n    "
+                "Python: 3.11.7\n"
+            ),
+            "auto",
+            "runs Ray 2.59.0 and Python 3.12.1, this machine Ray 2.60.0 and Python 3.11.7. Install",
+        ),
+        (
+            ConnectionError("Could not find any. Start one."),
+            "auto",
+            "--ray_address auto: Could not",
+        ),
+        (ConnectionError("Failed to connect"), "node1:1", "Ray at --ray_address node1:1 refused"),
+        (OSError("No room"), None, "A Ray of this machine cannot be started: No room. Leave"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined(
+    ray: FakeRay,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    address: str | None,
+    sentence: str,
+) -> None:
+    monkeypatch.setattr(ray_cluster.socket, "create_connection", lambda *_, **__: Closed())
+
+    def fail() -> None:
+        raise error
+
+    ray.on_init = fail
+    with pytest.raises(UserError) as refused:
+        ray_cluster.connect(address, None)
+    assert sentence in str(refused.value)
+
+
+def test_sigterm_stays_ours(ray: FakeRay) -> None:
+    """Also when it comes while Ray starts, whose handler would end the process with another code."""
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    try:
+        ours = signal.getsignal(signal.SIGTERM)
+        ray_cluster.connect(None, None)
+        assert signal.getsignal(signal.SIGTERM) is ours
+        assert came == []
+        ray.on_init = lambda: sys.exit(15)
+        ray_cluster.connect(None, None)
+        assert came == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_node_with_other_packages_is_named(
+    ray: FakeRay, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = ray_worker.versions()
+    theirs = {**ours, "tokenizers": "0.1"}
+    monkeypatch.setattr(ray_worker, "versions", lambda: theirs)
+    with pytest.raises(UserError) as refused:
+        made(data, tmp_path / "store", EngineOptions("ray"))
+    said = str(refused.value)
+    assert f"of the Ray cluster has tokenizers 0.1 ({ours['tokenizers']} is here). Install" in said
+
+
+def test_a_worker_is_made_once_for_the_settings(ray: FakeRay) -> None:
+    options = CorpusOptions(tokenizer="bytes", document_separator="\n")
+    settings = WorkerSettings(options, BPETokenizer.bytes())
+    again = WorkerSettings.from_json(json.loads(json.dumps(settings.to_json())))
+    assert again.options == options
+    assert again.tokenizer.sha256 == settings.tokenizer.sha256
+    values = json.dumps({"settings": settings.to_json(), "versions": ray_worker.versions()})
+    shared = np.frombuffer(values.encode(), np.uint8)
+    head = json.dumps(ray_pool.block_head(ray_pool.Block("text", "a.txt", b"", 1, 0, (9, 2), 9)))
+    results = [ray_worker.work(key, shared, head, b"one\ntwo\n") for key in ("a", "a", "b")]
+    assert list(ray_worker._workers) == ["b"]
+    assert [arrays[1].tolist() for _, arrays in results] == [[4, 4]] * 3
+
+
+def test_the_users_directory_is_not_searched_for_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(ray_worker, "work", lambda *given: (given, list(sys.path)))
+    _, path = ray_pool._task(ray_pool._strangers())("key", None, "head", b"")  # type: ignore[arg-type]
+    assert str(tmp_path) not in path
+
+
+@pytest.mark.usefixtures("ray")
+def test_the_header_says_where_the_workers_are(
+    capfd: pytest.CaptureFixture[str], data: Path, tmp_path: Path
+) -> None:
+    flags = ("--data", str(data), "--output", str(tmp_path / "store"), "--tokenizer", "bytes")
+    assert main([*flags, "--engine", "ray"]) == 0
+    assert "workers     tasks of Ray on this machine\n" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--ray_address", "auto"), "--ray_address auto needs --engine ray"),
+        (("--engine", "ray", "--num_workers", "0"), "--num_workers 0 leaves no tasks"),
+        (("--engine", "ray", "--ray_address", "node1"), "must be auto or HOST:PORT"),
+        (("--engine", "ray", "--ray_address", "ray://a:1"), "must be auto or HOST:PORT"),
+        (("--engine", "ray", "--ray_address", "127.0.0.1:9"), "No Ray cluster answers at"),
+    ],
+)
+@pytest.mark.usefixtures("ray")
+def test_flags_that_cannot_be_used(
+    capfd: pytest.CaptureFixture[str],
+    data: Path,
+    tmp_path: Path,
+    flags: tuple[str, ...],
+    sentence: str,
+) -> None:
+    common = ("--data", str(data), "--output", str(tmp_path / "store"), "--tokenizer", "bytes")
+    assert main([*common, *flags, "--quiet"]) == 2
+    said = capfd.readouterr()
+    assert sentence in said.err
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+def test_without_ray(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray: FakeRay
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(
+        UserError, match=r"needs ray, which is not installed.*consyn_jax\[cluster\]"
+    ):
+        made(data, tmp_path / "store", EngineOptions("ray"))
