@@ -107,7 +107,7 @@ class CorpusOptions:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Where documents are cleaned and tokenised."""
+    """The processes that clean and tokenise documents."""
 
     engine: str = flag(
         "local",

@@ -146,10 +146,8 @@ class BPETokenizer:
         """Train a tokenizer. Order of ids: special tokens, 256 bytes in GPT-2's order, merges.
 
         Args:
-            vocab_size: number of tokens. The vocabulary is smaller if the text has too few
-                different words.
-            pattern: regular expression that splits text into words; no token crosses a word
-                boundary.
+            vocab_size: most tokens; fewer are found if the text has few different words.
+            pattern: regular expression for words; no token crosses a word boundary.
 
         Raises:
             UserError: `vocab_size` is too small for the bytes and special tokens, or there is no
@@ -219,9 +217,8 @@ class BPETokenizer:
 
         Args:
             after: what precedes each text in its document: None (nothing), "token" (a special
-                token) or "text". If the tokenizer adds a space before texts, it is added only where
-                the complete document would have it. By default, every text is the beginning of a
-                document.
+                token) or "text". It decides whether the space is added that some tokenizers put
+                before a document. By default, every text is the beginning of a document.
 
         Raises:
             UserError: a text contains a lone surrogate.
@@ -283,8 +280,7 @@ class BPETokenizer:
     def sha256(self) -> str:
         """Hash of everything that affects encoding and decoding, for comparing tokenizers."""
         content = {**self._content, **self._special}
-        # Leave out the post-processor, because encoding does not use it and transformers adds an
-        # empty post-processor to files.
+        # Encoding does not use the post-processor, and transformers adds an empty one to files.
         content.pop("post_processor", None)
         if self.first_id != self.bos_token_id:
             content["begins_documents"] = False

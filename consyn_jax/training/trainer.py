@@ -78,9 +78,8 @@ class ConsynTrainer:
 
     Args:
         model: A `ConsynLMHeadModel`, or a `DeferredModel`.
-        train_dataloader: A dataset of `get_dataset`, a `MixedDataset`, lists or arrays of token ids
-            (one document per row), rows or columns with input_ids (a list, a `BatchEncoding`, a
-            dataset of torch or datasets), or any iterable of batches, such as a torch DataLoader.
+        train_dataloader: A dataset of `get_dataset`, a `MixedDataset`, a list or array of token ids
+            for each document, rows or columns with input_ids, or an iterable of batches.
         eval_dataloader: Evaluation data of the same kinds; None for no evaluation.
         num_epochs, max_steps: Budget; the smaller one applies. 3 epochs if neither is given.
         learning_rate: Peak learning rate; by default 5e-5 for adamw.

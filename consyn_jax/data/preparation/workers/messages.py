@@ -1,4 +1,4 @@
-"""What workers exchange with the main process: JSON and arrays, never pickles of our classes.
+"""Messages between workers and the main process: JSON and arrays, never pickled classes.
 
 A message is a JSON object and a few buffers, for pipes and for Ray alike.
 """

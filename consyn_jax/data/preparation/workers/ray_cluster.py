@@ -59,7 +59,7 @@ def connect(address: str | None, processors: int | None) -> Any:
 
 
 def _named(address: str | None) -> tuple[str, str]:
-    """What names the cluster, and its address; empty for a Ray of this machine."""
+    """The flag or variable that names the cluster, and its address; "" to start Ray here."""
     if address:
         return "--ray_address", address
     given = os.environ.get("RAY_ADDRESS", "")
