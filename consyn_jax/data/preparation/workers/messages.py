@@ -24,7 +24,7 @@ Head = dict[str, Any]
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What all workers of a preparation share; the attributes are those of `Worker`."""
+    """Settings that all workers of a preparation share; the attributes are those of `Worker`."""
 
     options: CorpusOptions
     tokenizer: BPETokenizer
