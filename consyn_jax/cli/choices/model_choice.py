@@ -24,7 +24,7 @@ WEIGHT_SHAPES = (
     *("hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"),
     *("qk_norm", "tie_embeddings", "qkv_bias", "output_bias", "mlp_bias"),
 )
-_NOT_SIZES = ("model", "checkpoint", "batch_size", "gradient_accumulation_steps", "seed")
+_NOT_SIZES = ("model", "checkpoint", "gradient_accumulation_steps", "seed")
 
 
 class ModelChoice(NamedTuple):
@@ -184,12 +184,13 @@ def weights_note(options: ModelOptions, origin: str, seed: int) -> tuple[str, st
 
 
 def file_notes(config: RunConfig, origins: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The header line about sizes and budget that a config file sets for a `--model` of a flag."""
+    """The header line about sizes and budget that a config file sets for a model of a flag."""
     groups = (config.model, config.budget)
     names = [f.name for group in groups for f in fields(group) if f.name not in _NOT_SIZES]
+    names.append("max_tokens")
     values = flat(config)
     of_file = [n for n in names if origins[n].startswith("file ") and values[n] is not None]
-    if origins["model"] != "flag" or not of_file:
+    if "flag" not in (origins["model"], origins["checkpoint"]) or not of_file:
         return []
     listed = ", ".join(f"{name} {values[name]}" for name in of_file)
     place = origins[of_file[0]].removeprefix("file ")

@@ -158,9 +158,9 @@ def closing_lines(
         )
     is_chat = tokenizer is not None and tokenizer.chat_template is not None
     commands = next_commands(directory, run, origins, is_chat=is_chat)
-    is_seen = TEXTS not in commands[1] and not _held_out(run.data)
-    advice = " (texts that were not trained on give a better evaluation)" if is_seen else ""
-    lines += [f"Next{advice}:", *map(typed, commands)]
+    lines += ["Next:", *map(typed, commands)]
+    if TEXTS not in commands[1] and not _held_out(run.data):
+        lines.append("(Texts that were not trained on give a better evaluation.)")
     lines.append(
         f"Everything is in {directory}: final/ (the model), report.html, loss.png, metrics.jsonl."
     )
