@@ -59,7 +59,8 @@ def driver(
 ) -> "subprocess.Popen[str]":
     """A preparation with small blocks, on a cluster or with the workers of this machine."""
     where = ("ray", nodes.address) if nodes else ("local", "")
-    command = [sys.executable, "-c", SMALL + before + DRIVER, corpus, output, *where]
+    code = SMALL + before + DRIVER
+    command = [sys.executable, "-X", "faulthandler", "-c", code, corpus, output, *where]
     return subprocess.Popen(
         [*map(str, command), str(share), str(seconds)],
         env=nodes.environment if nodes else None,

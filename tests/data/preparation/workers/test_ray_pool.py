@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -288,6 +289,12 @@ def test_flags_that_cannot_be_used(
     assert sentence in said.err
     assert said.err.count("\n") == 1
     assert said.out == ""
+
+
+def test_local_workers_do_not_import_it() -> None:
+    code = "import sys; from consyn_jax.data.preparation import cached_store; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"ray", ray_pool.__name__, ray_cluster.__name__} & set(done.stdout.split())
 
 
 def test_without_ray(
