@@ -2,8 +2,8 @@
 
 Models are trained on the bytes of a text, each from the same seed on the same batches. Three
 measurements: the root mean square of the activations after ten steps by width (the coordinate
-check of Yang et al., 2022), and the training loss over a grid of rates by width and by depth, whose
-minimum is fitted with a parabola in log(rate).
+check of Yang et al., 2022), and the training loss over a grid of rates by width and by depth, the
+mean of three seeds, whose minimum is fitted with a parabola in log(rate).
 
     python benchmarks/mup.py --data PATH/TO/input.txt --out benchmarks/results/NAME.json
 """
@@ -23,6 +23,7 @@ from flax import nnx
 from programs import RecipeRun
 
 from consyn_jax.model.transformer import Compute
+from consyn_jax.tuning.shared_programs import SharedPrograms
 
 HEAD = 32
 BASE = {"base_hidden_dim": 64, "base_num_layers": 2, "base_head_dim": HEAD}
@@ -37,18 +38,25 @@ COMMON: dict[str, Any] = {
     **{"scheduler": "constant_with_warmup", "warmup_steps": 10, "weight_decay": 0.1},
 }
 KINDS = ("mup", "standard")
-SEEDS = (1, 2, 3)  # of the coordinate check
+SEEDS = (1, 2, 3)
 LAST = 30  # steps whose mean loss judges a rate
 
 
 def run_of(
-    data: Path, kind: str, width: int, layers: int, lr: float, steps: int, seed: int = 1
+    data: Path,
+    kind: str,
+    width: int,
+    layers: int,
+    lr: float,
+    steps: int,
+    seed: int = 1,
+    shared: SharedPrograms | None = None,
 ) -> RecipeRun:
     """A run of a model of this width and depth."""
     sizes = {"hidden_dim": width, "num_layers": layers, "mlp_dim": 3 * width}
     heads = {"num_heads": width // HEAD, "num_kv_heads": width // HEAD}
     own = {"parametrization": kind, "lr": lr, "max_steps": steps, "seed": seed, **BASE}
-    return RecipeRun(data, COMMON, {**sizes, **heads, **own})
+    return RecipeRun(data, COMMON, {**sizes, **heads, **own}, shared)
 
 
 def trained(run: RecipeRun, steps: int) -> tuple[Any, list[float]]:
@@ -92,20 +100,30 @@ def coordinate_check(data: Path, widths: Sequence[int], steps: int) -> list[dict
     return rows
 
 
+def mean_loss(
+    data: Path, kind: str, width: int, layers: int, lr: float, steps: int, shared: SharedPrograms
+) -> float:
+    """The training loss of the last steps, the mean of all seeds; of one seed in a tiny run."""
+    seeds = SEEDS if steps > LAST else SEEDS[:1]
+    runs = (run_of(data, kind, width, layers, lr, steps, seed, shared) for seed in seeds)
+    return statistics.fmean(np.mean(trained(run, steps)[1][-LAST:]) for run in runs)
+
+
 def best_rates(
-    data: Path, name: str, sizes: Sequence[tuple[int, int]], rates: Sequence[float], steps: int
+    data: Path,
+    name: str,
+    sizes: Sequence[tuple[int, int]],
+    rates: Sequence[float],
+    steps: int,
+    kinds: Sequence[str],
 ) -> list[dict[str, Any]]:
     """The best rate of each size (width, layers), and its ratio to that of the first."""
     rows: list[dict[str, Any]] = []
-    for kind in KINDS:
+    for kind in kinds:
         first = 0.0
         for width, layers in sizes:
-            losses = [
-                float(
-                    np.mean(trained(run_of(data, kind, width, layers, lr, steps), steps)[1][-LAST:])
-                )
-                for lr in rates
-            ]
+            shared = SharedPrograms()  # one compilation for all rates and seeds of a size
+            losses = [mean_loss(data, kind, width, layers, lr, steps, shared) for lr in rates]
             best = minimum(rates, losses)
             first = first or best
             by_rate = {f"{lr:.2g}": loss for lr, loss in zip(rates, losses, strict=True)}
@@ -128,20 +146,28 @@ def minimum(rates: Sequence[float], losses: Sequence[float]) -> float:
     return float(np.exp(np.clip(-b / (2 * a), lowest, highest))) if a > 0 else float(rates[i])
 
 
-def measure(data: Path, parts: Sequence[str], tiny: bool = False) -> dict[str, Any]:
-    """The rows of all measurements."""
+def measure(
+    data: Path,
+    parts: Sequence[str],
+    kinds: Sequence[str] = KINDS,
+    powers: Sequence[float] = range(10, 4, -1),
+    tiny: bool = False,
+) -> dict[str, Any]:
+    """The rows of all measurements, at the rates 2^-power."""
     widths, depths, steps = (64, 128, 256, 512), (2, 4, 8, 16), 150
-    rates = [2.0**-power for power in range(10, 4, -1)]
+    rates = [2.0**-power for power in powers]
     if tiny:
         widths, depths, steps, rates = (32, 64), (1, 2), 12, rates[2:5]
+    by_size = {
+        "width": [(width, 2) for width in widths],
+        "depth": [(64, layers) for layers in depths],
+    }
     rows: list[dict[str, Any]] = []
     if "activations" in parts:
         rows += coordinate_check(data, widths if tiny else (*widths, 1024), 10)
-    if "width" in parts:
-        rows += best_rates(data, "rate by width", [(width, 2) for width in widths], rates, steps)
-    if "depth" in parts:
-        rows += best_rates(data, "rate by depth", [(64, layers) for layers in depths], rates, steps)
-    return {"steps": steps, "base": BASE, "rows": rows}
+    for part in filter(by_size.__contains__, parts):
+        rows += best_rates(data, f"rate by {part}", by_size[part], rates, steps, kinds)
+    return {"steps": steps, "seeds": SEEDS, "base": BASE, "rows": rows}
 
 
 def main() -> None:
@@ -150,8 +176,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a text, such as tiny Shakespeare")
     parts = ("activations", "width", "depth")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
-    arguments = parser.parse_args()
-    harness.report(measure(arguments.data, arguments.parts, arguments.tiny), arguments.out)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of the rates")
+    parser.add_argument(
+        "--powers", nargs="+", type=float, default=range(10, 4, -1), help="rates are 2^-POWER"
+    )
+    a = parser.parse_args()
+    harness.report(measure(a.data, a.parts, a.kinds, a.powers, a.tiny), a.out)
 
 
 if __name__ == "__main__":

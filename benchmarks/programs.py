@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from consyn_jax.training.inputs.initial_model import DeferredModel
 from consyn_jax.training.optim.schedules import build_schedule
 from consyn_jax.training.program import Program, build_program
 from consyn_jax.training.trainer import ConsynTrainer
+from consyn_jax.tuning.shared_programs import SharedPrograms
 
 Batch = dict[str, np.ndarray]  # input_ids, labels, segment_ids, loss_mask, each [A, B, T]
 TOTAL_STEPS = 1000  # of the schedule
@@ -170,10 +172,15 @@ class RecipeRun:
         data: a text file.
         recipe: from `read_config_file`.
         given: flags that override the recipe.
+        shared: compiled train steps, for runs that differ only in numbers such as the rate.
     """
 
     def __init__(
-        self, data: Path, recipe: Mapping[str, Any], given: Mapping[str, Any] | None = None
+        self,
+        data: Path,
+        recipe: Mapping[str, Any],
+        given: Mapping[str, Any] | None = None,
+        shared: SharedPrograms | None = None,
     ) -> None:
         run = resolve({"data": [str(data)], **(given or {})}, recipe)
         config, tokenizer = run[0], BPETokenizer.bytes()
@@ -191,9 +198,19 @@ class RecipeRun:
         self.rows = np.arange(config.budget.batch_size)
         self.program = self.trainer.build().program
         self.state: Any = self.program.initial_state(source.make(self.program.mesh, unchanged))
-        self.step = self.program.lower_train_step(1, self.rows.size, config.length).compile()
-        self.evaluation = compile_evaluation(
-            self.program, self.trainer.eval_source, self.rows.size, config.length
+        self.length, self.step = config.length, self._train_step(config, shared)
+
+    def _train_step(self, config: RunConfig, shared: SharedPrograms | None) -> Any:
+        if shared is None:
+            return self.program.lower_train_step(1, self.rows.size, config.length).compile()
+        assert config.budget.max_steps is not None
+        return shared.bound_step(self.program, config, config.budget.max_steps)
+
+    @cached_property
+    def evaluation(self) -> Callable[[Any], dict[str, float]]:
+        """The compiled evaluation on the whole validation part."""
+        return compile_evaluation(
+            self.program, self.trainer.eval_source, self.rows.size, self.length
         )
 
     def batches(self) -> Iterable[dict[str, np.ndarray]]:
