@@ -118,7 +118,9 @@ def attention(tiny: bool = False) -> dict[str, Any]:
     T, B = (64, 1) if tiny else (1024, 2)
     several = documents(jnp.asarray(make_batch((1, B, T), VOCABULARY, 0, 5)["segment_ids"][0]))
     backends = [
-        backend for backend in BACKENDS if backend != "fused" or jax.default_backend() != "cpu"
+        name
+        for name, backend in BACKENDS.items()
+        if not backend.platforms or jax.default_backend() in backend.platforms
     ]
     rows = []
     for backend, (head_dim, kv_heads) in product(backends, ((64, 4), (128, 2))):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from consyn_jax.model_config import ModelConfig
 
@@ -26,6 +27,36 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
+Mask = Tensor | BlockMask | None  # None: causal, one document a row
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """Which keys a query sees [B, 1, T, T], for documents numbered in each row [B, T]."""
+    T = documents.shape[1]
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    return same & torch.ones(T, T, dtype=torch.bool, device=documents.device).tril()
+
+
+def document_blocks(documents: Tensor) -> BlockMask:
+    """The same for FlexAttention, which skips blocks that no query of a tile sees."""
+
+    def seen(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return (documents[b, q] == documents[b, kv]) & (q >= kv)
+
+    B, T = documents.shape
+    return create_block_mask(seen, B, None, T, T, device=documents.device.type)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Attention of [B, N, T, H], with fewer heads in `k` and `v` if they are shared."""
+    shares = q.shape[1] != k.shape[1]
+    if isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=shares)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shares
+    )
+
+
 class Block(nn.Module):
     """Attention and SwiGLU; one matmul for queries, keys and values, one for gate and up."""
 
@@ -44,15 +75,13 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(c.hidden_dim, 2 * c.mlp_dim, bias=False)
         self.down = nn.Linear(c.mlp_dim, c.hidden_dim, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
         B, T, _ = x.shape
         heads = self.qkv(self.attention_norm(x)).view(B, T, -1, self.head_dim)
         q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads
-        )
+        out = attend(q, k, v, mask)
         x = x + self.o(out.transpose(1, 2).reshape(B, T, -1))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
@@ -78,13 +107,13 @@ class Decoder(nn.Module):
             self.register_buffer("cos", angles.cos()[:, None], persistent=False)
             self.register_buffer("sin", angles.sin()[:, None], persistent=False)
 
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, labels: Tensor, mask: Mask = None) -> Tensor:
         x = self.embedding(ids)
         if torch.is_autocast_enabled(x.device.type):  # the residual stream is narrow, too
             x = x.to(torch.get_autocast_dtype(x.device.type))
         cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
         for block in self.blocks:
-            x = block(x, cos, sin)
+            x = block(x, cos, sin, mask)
         logits = self.head(self.norm(x))
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 

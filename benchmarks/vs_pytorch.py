@@ -2,8 +2,9 @@
 
 Model, weights, batches, precision and schedule are the same, and blocks of steps take turns. Ours
 is the step of `consyn-train`. PyTorch's is written as its users would: SDPA, fused projections,
-autocast, clipping, fused AdamW, eager and with `torch.compile`. Each framework has a process of its
-own, which waits while the other one is timed. First their losses over some steps, from the same
+autocast, clipping, fused AdamW, eager and with `torch.compile`. With several documents a row,
+compiled PyTorch runs FlexAttention, with a mask that is made for each batch, and eager PyTorch SDPA
+with a whole mask. Each framework has a process of its own, which waits while the other is timed. First their losses over some steps, from the same
 weights on the same batches, must agree. Under other load torch's threads lose whole time slices
 spinning for each other; OMP_WAIT_POLICY=passive avoids that and is set here unless it is given.
 "processor ms" is the processor time of a step, which other load hardly changes.
@@ -14,6 +15,8 @@ spinning for each other; OMP_WAIT_POLICY=passive avoids that and is set here unl
     python benchmarks/vs_pytorch.py --models haiku --rounds 5 --no_compile
     # one GPU, bfloat16
     python benchmarks/vs_pytorch.py --models verse stanza
+    # rows of eight documents, and the slower search for kernels of torch.compile
+    python benchmarks/vs_pytorch.py --models verse --documents 8 --max_autotune
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import statistics
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ from harness import alternate, facts, parser, spread, table, write
 
 THREADS, LOSS_STEPS, BATCHES, BLOCK_S = 2, 8, 4, 2.0
 OURS, EAGER, COMPILED = "consyn_jax", "torch eager", "torch.compile"
+AUTOTUNED = "torch.compile, max-autotune"
 # Relative, over the first steps: rounding differs, and accumulates from step to step.
 LOSS_TOLERANCE = {"no": 1e-3, "bf16": 1e-2}
 
@@ -47,9 +51,12 @@ class Ours:
     Args:
         flags: of `consyn-train`.
         exported: directory for the initial weights, in the layout of Hugging Face.
+        documents: in each row.
     """
 
-    def __init__(self, flags: dict[str, Any], vocab_size: int, exported: Path) -> None:
+    def __init__(
+        self, flags: dict[str, Any], vocab_size: int, exported: Path, documents: int = 1
+    ) -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")  # the rest is torch's
         import numpy as np
         from programs import TOTAL_STEPS, TrainStep, make_batch
@@ -61,7 +68,7 @@ class Ours:
 
         step = self.train_step = TrainStep(flags, vocab_size, export)
         optimizer, shape = step.run.optimizer, (1, step.run.budget.batch_size, step.length)
-        self.batches = [step.batch(seed) for seed in range(BATCHES)]
+        self.batches = [step.batch(seed, documents) for seed in range(BATCHES)]
         names = ("beta1", "beta2", "eps", "weight_decay", "max_grad_norm")
         self.facts = {
             "config": step.config,
@@ -69,7 +76,8 @@ class Ours:
             "precision": step.run.hardware.mixed_precision,
             "optimizer": {name: getattr(optimizer, name) for name in names},
             "rates": np.asarray(step.schedule(np.arange(TOTAL_STEPS))).tolist(),
-            "batches": [make_batch(shape, vocab_size, seed) for seed in range(BATCHES)],
+            "documents": documents,
+            "batches": [make_batch(shape, vocab_size, seed, documents) for seed in range(BATCHES)],
         }
 
     def losses(self, name: str, steps: int) -> list[float]:
@@ -90,13 +98,14 @@ class Torch:
 
     Args:
         given: `Ours.facts`.
+        compiled: the contestants beside the eager one.
     """
 
-    def __init__(self, given: dict[str, Any], exported: Path, compiles: bool) -> None:
+    def __init__(self, given: dict[str, Any], exported: Path, compiled: Sequence[str]) -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         import torch
         from safetensors.torch import load_file
-        from torch_model import Decoder, adamw
+        from torch_model import Decoder, adamw, document_blocks, document_mask
 
         self.torch, self.given, self.adamw = torch, given, adamw
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,9 +118,12 @@ class Torch:
         self.model = Decoder(given["config"], self.device)
         self.weights, self.options = weights, given["optimizer"]
         self.models = {EAGER: self.model}
-        if compiles:
-            self.models[COMPILED] = torch.compile(self.model)
-        names = ("input_ids", "labels")
+        modes = {COMPILED: "default", AUTOTUNED: "max-autotune"}
+        for name in compiled:
+            self.models[name] = torch.compile(self.model, mode=modes[name])
+        self.masks = {name: torch.compile(document_blocks) for name in compiled}
+        self.masks[EAGER] = document_mask
+        names = ("input_ids", "labels", "segment_ids")
         self.batches = [
             tuple(torch.from_numpy(batch[name][0]).long().to(self.device) for name in names)
             for batch in given["batches"]
@@ -130,8 +142,10 @@ class Torch:
         torch, number = self.torch, self.step_number
         for group in self.optimizer.param_groups:
             group["lr"] = self.given["rates"][min(number, len(self.given["rates"]) - 1)]
+        ids, labels, documents = self.batches[number % BATCHES]
+        mask = self.masks[name](documents) if self.given["documents"] > 1 else None
         with torch.autocast(self.device, torch.bfloat16, enabled=self.given["precision"] == "bf16"):
-            loss = self.models[name](*self.batches[number % BATCHES])
+            loss = self.models[name](ids, labels, mask)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options["max_grad_norm"])
         self.optimizer.step()
@@ -210,15 +224,22 @@ def _cpu_seconds() -> float:
 # --------------------------------------------------------------------------------------------- race
 
 
-def race(name: str, rounds: int, compiles: bool, batch_size: int | None = None) -> dict[str, Any]:
+def race(
+    name: str,
+    rounds: int,
+    compiled: Sequence[str] = (COMPILED,),
+    batch_size: int | None = None,
+    documents: int = 1,
+) -> dict[str, Any]:
     """Compare the losses of one model, then time blocks of steps in turn."""
     from programs import CASES
 
     case, given = CASES[name], {} if batch_size is None else {"batch_size": batch_size}
     with tempfile.TemporaryDirectory() as directory:
-        ours = Worker(Ours, case.flags | given, case.vocab_size, Path(directory))
-        torch = Worker(Torch, ours.facts, Path(directory), compiles)
-    workers = {OURS: ours, EAGER: torch} | ({COMPILED: torch} if compiles else {})
+        flags = case.flags | given
+        ours = Worker(Ours, flags, case.vocab_size, Path(directory), documents)
+        torch = Worker(Torch, ours.facts, Path(directory), compiled)
+    workers = {OURS: ours} | dict.fromkeys((EAGER, *compiled), torch)
     precision, shape = ours.facts["precision"], ours.facts["batches"][0]["labels"].shape
     try:
         losses, apart = compare_losses(workers, LOSS_TOLERANCE[precision])
@@ -234,6 +255,7 @@ def race(name: str, rounds: int, compiles: bool, batch_size: int | None = None) 
     return {
         "parameters": ours.facts["parameters"],
         "batch": shape,
+        "documents": documents,
         "precision": precision,
         "steps_a_block": steps,
         "note": case.note,
@@ -298,14 +320,15 @@ def _row(
 def measure(
     models: Iterable[str] = ("haiku", "27m"),
     rounds: int = 7,
-    compiles: bool = True,
+    compiled: Sequence[str] = (COMPILED,),
     batch_size: int | None = None,
+    documents: int = 1,
     tiny: bool = False,
 ) -> dict[str, Any]:
     """Race each model."""
     if tiny:
         models, rounds = ("tiny",), 2
-    found = {name: race(name, rounds, compiles, batch_size) for name in models}
+    found = {name: race(name, rounds, compiled, batch_size, documents) for name in models}
     return {"rows": [row for one in found.values() for row in one.pop("rows")], "models": found}
 
 
@@ -318,8 +341,15 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=7)
     arguments.add_argument("--batch_size", type=int, help="in place of the model's own")
     arguments.add_argument("--no_compile", action="store_true", help="leave torch.compile out")
+    arguments.add_argument(
+        "--max_autotune", action="store_true", help="also torch.compile(mode='max-autotune')"
+    )
+    arguments.add_argument("--documents", type=int, default=1, help="documents in each row")
     given = arguments.parse_args()
-    result = measure(given.models, given.rounds, not given.no_compile, given.batch_size, given.tiny)
+    compiled = () if given.no_compile else (COMPILED, AUTOTUNED)[: 1 + given.max_autotune]
+    result = measure(
+        given.models, given.rounds, compiled, given.batch_size, given.documents, given.tiny
+    )
     if given.out is not None:
         write(given.out, {**facts(), **result})
 

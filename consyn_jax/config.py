@@ -54,7 +54,7 @@ PREFERENCE_TUNING = {"lr": 1e-6}  # TRL's DPOConfig
 # LoRA needs about ten times the rate of a full fine-tune (Schulman et al., 2025; QLoRA has 2e-4).
 LORA_TUNING = {"lr": 2e-4}
 LORA_PREFERENCE_TUNING = {"lr": 1e-5}
-OTHER_RECIPE = {"lr": 3e-4, "weight_decay": 0.1, "beta2": 0.95}  # of a --model that is not a preset
+OTHER_RECIPE = {"lr": 3e-4, "weight_decay": 0.1, "beta2": 0.95}  # if --model is not a preset
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class ModelOptions:
 def architecture(
     options: ModelOptions, base: ModelConfig | None = None, **tokens: int | None
 ) -> ModelConfig:
-    """Build the architecture that the options describe: a preset, or `base` changed by the options.
+    """Build an architecture from the options of a preset, or from `base` changed by the options.
 
     Args:
         base: architecture read from `--model` or `--checkpoint`; None for a preset.
@@ -138,8 +138,8 @@ class DataOptions(CorpusOptions):
     )
     on_long_rows: str | None = flag(
         None,
-        "what --packing whole does with rows longer than a sequence (truncate; without this "
-        "flag, documents without a prompt continue in the next sequence)",
+        "what --packing whole does with a row longer than a sequence (truncate rows with "
+        "prompts, and continue other documents in the next sequence)",
         choices=("truncate", "drop", "error"),
         math=True,
     )
@@ -176,7 +176,7 @@ class RegularisationOptions:
 
     objective: str = flag(
         "next_token",
-        "training objective; dpo: learn from pairs to prefer chosen answers; needs --checkpoint",
+        "training objective; dpo (needs --checkpoint): learn to prefer the chosen answer of a pair",
         choices=("next_token", "dpo"),
         math=True,
     )
@@ -342,7 +342,7 @@ class LoggingOptions:
     )
     wandb_project: str = flag("consyn", "Weights & Biases project")
     wandb_run_name: str | None = flag(None, "Weights & Biases run name (chosen by W&B)")
-    histograms: bool = flag(False, "trackers get histograms of weights and mean gradients, too")
+    histograms: bool = flag(False, "also send histograms of weights and mean gradients to trackers")
     profile_steps: str | None = flag(
         None, "profile steps A to B (both included, counted from 1), and report where the time went"
     )

@@ -1,4 +1,4 @@
-"""Settings as YAML: written with the origin of each value, and read for `--config`."""
+"""Write settings as YAML, with the origin of each value, and read them for `--config`."""
 
 from __future__ import annotations
 

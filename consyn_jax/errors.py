@@ -60,7 +60,7 @@ class ProcessMissing(RuntimeError):
 
 
 class Repeats:
-    """Tells an automatic repeat of the first signal (see `REPEAT_S`) from a second signal."""
+    """Distinguishes a second signal from an automatic repeat of the first (see `REPEAT_S`)."""
 
     def __init__(self) -> None:
         self._first_s: float | None = None
@@ -76,9 +76,9 @@ class Repeats:
 class Unsaved(KeyboardInterrupt):
     """A signal that came before there was anything to save.
 
-    It unwinds the stack like Ctrl-C, so that half-written files are removed. A garbage-collector
-    callback, a finalizer or a bare `except` can swallow the exception, and the signal would be
-    lost; `dropped` is called in that case.
+    It unwinds the stack like Ctrl-C, so that half-written files are removed. If a garbage-collector
+    callback, a finalizer or a bare `except` swallows the exception, `dropped` is called, so that
+    the signal is not lost.
 
     Args:
         dropped: called with the signal's number if the exception is destroyed before `settle`.
@@ -182,7 +182,7 @@ def parse_fault(error: Exception, language: str = "JSON") -> str:
     if isinstance(error, json.JSONDecodeError):
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         return f"is not {language} ({error.msg}, {line}column {error.colno})"
-    told = getattr(error, "problem", None) or getattr(error, "reason", None)  # those of YAML
+    told = getattr(error, "problem", None) or getattr(error, "reason", None)  # set by YAML errors
     return f"is not {language} ({told or brief(error)})"
 
 
@@ -197,7 +197,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def counted(number: int, what: str) -> str:
-    """A number and its noun; the plural s goes to the noun's end or before " of ".
+    """Format a number with its noun; a plural s is added to the noun, before any " of ".
 
     >>> counted(1, "document"), counted(2_000, "file of JSON rows")
     ('1 document', '2,000 files of JSON rows')

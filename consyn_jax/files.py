@@ -1,8 +1,8 @@
-"""Atomic writes of files and directories, which survive a crash, file locks, and the cache's place.
+"""Crash-safe, atomic writes of files and directories; file locks; the cache directory.
 
 Only this module opens files for writing in directories that another user may have made. It follows
 no links. Temporary names cannot be guessed: `.NAME.16 HEX DIGITS.new` for a file being written,
-`.old` for the version it replaces, `.gone` for one being removed.
+`.old` for the version it replaces, `.gone` for a file being removed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pathlib import Path
 
 from consyn_jax.errors import UserError
 
-PARTIAL = ".partial"  # after the name of a file that people may read while it grows
+PARTIAL = ".partial"  # suffix of a file that users may read while it is being written
 FRESH, REPLACED, REMOVED = "new", "old", "gone"
 _ASIDE = re.compile(r"\.(?P<name>.+?)(\.[0-9a-f]{16})?\.(?P<kind>new|old|gone)")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LARGEST_TEXT = 1 << 30  # bytes of a file that is read whole; tokenizers have up to 35 MB
 _TEXTS = {".json", ".yaml", ".jinja", ".model", ".txt"}
-_KEPT_OF_NAME = 60  # characters, at most four bytes each: file systems allow 255 bytes a name
+_KEPT_OF_NAME = 60  # characters of up to four bytes; file systems allow 255 bytes per name
 _KINDS = {
     stat.S_IFLNK: "a link",
     stat.S_IFIFO: "a pipe",
@@ -37,7 +37,7 @@ _KINDS = {
 
 
 def cache_directory() -> Path:
-    """The cache: $CONSYN_CACHE, otherwise consyn_jax in $XDG_CACHE_HOME or ~/.cache."""
+    """The cache directory: $CONSYN_CACHE, otherwise consyn_jax in $XDG_CACHE_HOME or ~/.cache."""
     own = os.environ.get("CONSYN_CACHE")
     if own:
         return Path(own)
@@ -103,7 +103,7 @@ def open_regular(path: str | Path, flags: int, mode: int = 0o644) -> int:
     if reason:
         os.close(descriptor)
         raise OSError(errno.EINVAL, reason, str(path))
-    if flags & os.O_TRUNC:  # not before it is known to be no other file
+    if flags & os.O_TRUNC:  # truncate only after the checks, which protect other files
         os.ftruncate(descriptor, 0)
     return descriptor
 
@@ -180,7 +180,7 @@ def replace_directory(fresh: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or directory atomically: a crash leaves all of it, or nothing of that name.
+    """Remove a file or directory atomically: after a crash, `path` is complete or missing.
 
     Raises:
         OSError: it cannot be removed.
@@ -250,7 +250,9 @@ def all_irregular(path: Path, *, inside: bool = True) -> Iterator[tuple[Path, st
 
 
 def refuse_strays(directory: Path, patterns: Collection[str], *, named: Path | None = None) -> None:
-    """Refuse an untrusted directory with a link out of it, or with a special or oversized file.
+    """Refuse an untrusted directory that contains a link out of it or an unusual file.
+
+    Unusual files are special files, such as pipes, and files that are too large.
 
     Args:
         patterns: glob patterns of the files that will be read; others are not checked.
@@ -310,7 +312,7 @@ def leads_out(path: Path, directory: Path) -> Path | None:
 def try_lock(descriptor: int, *, shared: bool = False) -> bool:
     """Take an advisory lock without waiting; False if another process holds it.
 
-    The kernel releases it when the descriptor is closed, however the process ends.
+    The kernel releases the lock when the descriptor is closed, however the process ends.
 
     Raises:
         OSError: the file system has no locks.

@@ -16,8 +16,8 @@ from typing import Any
 from consyn_jax.config import DataOptions, ModelOptions
 from consyn_jax.flags import Flag
 
-# Advice has markers [flag value], which `advise` writes as a flag, a Python keyword or a config
-# file line, whichever the user used. *N in a marker becomes the user's value, or N if the value
+# Advice contains markers such as [epochs *N]. `advise` writes a marker in the user's style: as a
+# flag, a Python keyword or a line of a config file. *N becomes the user's value, or N if the value
 # does not suit the flag.
 _LEAVE_OUT = "leave it out"
 _SAME_NAME = {
@@ -124,13 +124,13 @@ _SAME_NAME = {
 _LEAVE_OUT = "Leave it out"
 _EXPLAINED = {
     "[batch_size *N] counts the sequences of all devices together. With several devices, multiply "
-    "the number by theirs": (
+    "your number by the number of devices": (
         "per_device_train_batch_size training.local_batch_size device_batch_size"
     ),
     "a step has [batch_size N] times [gradient_accumulation_steps N] sequences. Give both": (
         "global_batch_size train.global_batch_size training.global_batch_size total_batch_size"
     ),
-    f"evaluations also use [batch_size N], and their results do not depend on it. {_LEAVE_OUT}": (
+    f"evaluations also use [batch_size N], which does not change their results. {_LEAVE_OUT}": (
         "per_device_eval_batch_size eval_batch_size per_gpu_eval_batch_size eval_accumulation_steps"
     ),
     f"an evaluation reads all of the validation data. {_LEAVE_OUT}, or hold out less with "
@@ -147,7 +147,7 @@ _EXPLAINED = {
         "save_strategy always_save_checkpoint checkpoint.enable"
     ),
     "[logging_steps N] sets the steps between lines of metrics": "logging_strategy",
-    "[min_lr_ratio 0.1] is the last rate as a share of the highest, which is [lr X]": (
+    "[min_lr_ratio 0.1] sets the final rate as a share of the peak rate [lr X]": (
         "min_lr train.min_lr lr_end"
     ),
     f"the learning rate decays until the end of the run, which [max_steps N] sets. {_LEAVE_OUT}": (
@@ -158,7 +158,7 @@ _EXPLAINED = {
     "[beta1 X], [beta2 X] and [eps X] are the optimizer's settings": "optim_args betas",
     f"the tokenizer sets the vocabulary size. {_LEAVE_OUT}, or train a tokenizer of another "
     "size with [tokenizer train:8000]": "vocab_size padded_vocab_size",
-    "all devices that JAX finds are used, and [mesh data=2] sets how two share the work. "
+    "all devices that JAX finds are used, and [mesh data=2] sets how they share the work. "
     f"{_LEAVE_OUT}, or choose devices with CUDA_VISIBLE_DEVICES=0 or JAX_PLATFORMS=cpu before the "
     "command": (
         "device devices gpus gpu num_gpus n_gpu ngpu nproc_per_node use_cpu no_cuda cuda "
@@ -196,7 +196,7 @@ _EXPLAINED = {
     "all data is read. To shorten a run, use [max_steps N]": (
         "max_train_samples max_eval_samples max_samples"
     ),
-    "[temperature 0.8] draws the tokens of a text, and [temperature 0] takes the likeliest": (
+    "[temperature 0.8] samples tokens, and [temperature 0] always takes the likeliest": (
         "do_sample num_beams num_beam_groups"
     ),
     "TensorBoard's files are in logs/ in [output DIR]. " + _LEAVE_OUT: "logging_dir log_dir tb_dir",
@@ -227,7 +227,7 @@ _KEYWORDS = {
         f"{_LEAVE_OUT}, or continue from an older checkpoint with [resume STEP]"
     ),
 }
-# Flags that are no keywords of `ConsynTrainer`, and how to get their effect in Python.
+# Flags that are not keywords of `ConsynTrainer`, and how to get their effect in Python.
 ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(
         (f.name for f in dataclasses.fields(DataOptions) if f.name != "max_tokens"),

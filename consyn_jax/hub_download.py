@@ -1,4 +1,4 @@
-"""Download of models and tokenizers: from the Hugging Face Hub, as `owner/name`, or a bucket.
+"""Download models and tokenizers from the Hugging Face Hub (`owner/name`) or from a bucket.
 
 Cached files are used without a network. Downloaded code is never run.
 """
@@ -25,7 +25,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def is_elsewhere(name: str) -> bool:
-    """Whether a name is one of the Hub, or a place in a bucket: what `download` takes."""
+    """Whether a name is a hub id or a bucket URL, which `download` accepts."""
     return is_bucket_url(name) or is_hub_id(name)
 
 
@@ -95,7 +95,7 @@ def _check_path(repository: str, fault: str) -> None:
     """Refuse a hub id whose `owner` is a local directory: it is more likely a mistyped path.
 
     Args:
-        fault: why it is no usable hub id, for the message.
+        fault: what is wrong with the hub id, as the end of the clause "as a model of the Hub it".
     """
     parent = Path(repository).parent
     if parent.is_dir():
@@ -108,7 +108,7 @@ def _check_path(repository: str, fault: str) -> None:
 
 
 def hub_reason(error: Exception) -> str:
-    """Describe an error of the Hub in a few words, by its first cause that is not a wrapper."""
+    """Describe the root cause of an error of the Hub in a few words."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__

@@ -191,7 +191,7 @@ class ModelConfig:
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         for name in ("window_layers", "rotary_layers"):
             value = getattr(self, name)
-            if value is not None:  # the same for all layers is one value, so that it compares equal
+            if value is not None:  # None if all are true, so that equal models compare equal
                 layers = tuple(map(bool, value))
                 object.__setattr__(self, name, None if all(layers) else layers)
 
@@ -286,7 +286,7 @@ class LoraOptions:
     )
     lora_alpha: float | None = flag(
         None,
-        "the adapter's output is multiplied by this alpha divided by the rank (twice the rank)",
+        "the adapter's output is multiplied by lora_alpha / lora_rank (twice the rank)",
         math=True,
     )
     lora_targets: tuple[str, ...] = flag(
@@ -316,7 +316,7 @@ class LoraOptions:
 
     @property
     def scale(self) -> float:
-        """The factor of the adapter's output."""
+        """The factor on the adapter's output: alpha divided by the rank."""
         return 2.0 if self.lora_alpha is None else self.lora_alpha / self.rank
 
     @property
@@ -330,7 +330,7 @@ class LoraOptions:
         )
 
     def check(self) -> None:
-        """Check the values, and that none is given without --lora_rank.
+        """Check the values, and refuse any that is given without --lora_rank.
 
         Raises:
             UserError: a value is wrong or has no effect; the message names its flag.

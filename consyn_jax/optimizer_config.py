@@ -62,11 +62,11 @@ class Optimizer:
     averages_weights: bool = False
 
 
-# lr_bounds of AdamW: GPT-3 175B used 6e-5 (Brown et al., 2020, table 2.1); a full fine-tune usually
-# takes 2e-5 (docs/finetuning.md), and five times this rate is high. Adafactor and Muon have AdamW's
-# units here. Schedule-free: AdamW's, up to 10 times higher (Defazio et al., 2024). Lion moves every
-# element by the rate, so its rate is 3 to 10 times lower and its decay as much higher (Chen et al.,
-# 2023).
+# Sources of lr_bounds. AdamW: GPT-3 175B was pretrained at 6e-5 (Brown et al., 2020, table 2.1); a
+# full fine-tune usually uses 2e-5 (docs/finetuning.md), and five times this rate is high. Adafactor
+# and Muon have the same scale as AdamW here. Schedule-free AdamW: up to 10 times AdamW's rate
+# (Defazio et al., 2024). Lion changes every element by the full rate, so its rate is 3 to 10 times
+# lower and its weight decay 3 to 10 times higher (Chen et al., 2023).
 _ADAMW_BOUNDS = (5e-5, 1e-4)
 OPTIMIZERS = {
     "adamw": Optimizer(moments=2, lr_bounds=_ADAMW_BOUNDS, layerwise=True, scale_free=True),
@@ -151,8 +151,8 @@ class OptimizerOptions:
     )
     beta1: float = flag(
         0.9,
-        "decay of the first moment; schedule_free_adamw takes gradients at "
-        "beta1 * average + (1 - beta1) * iterate of the weights",
+        "decay of the first moment; schedule_free_adamw computes gradients at "
+        "beta1 * x + (1 - beta1) * z, with averaged weights x and updated weights z",
         math=True,
     )
     beta2: float | None = flag(

@@ -6,6 +6,12 @@ from dataclasses import dataclass
 
 from consyn_jax.flags import flag
 
+HELD_OUT = 0.01  # default share of the documents
+HOLD_OUT = (  # advice for a run without evaluation data
+    "Give --validation or a larger --validation_fraction: to consyn-prepare if --data is a token "
+    "store, otherwise to this command."
+)
+
 
 @dataclass(frozen=True)
 class CorpusOptions:
@@ -18,7 +24,7 @@ class CorpusOptions:
     )
     validation: tuple[str, ...] = flag((), "validation data, instead of a share of --data")
     validation_fraction: float = flag(
-        0.01,
+        HELD_OUT,
         "share of the documents held out for validation (of a single long text: its last part)",
     )
     dataset_type: str = flag(
@@ -92,7 +98,7 @@ class CorpusOptions:
     tokenizer: str | None = flag(
         None,
         "'default' (bundled, 49,152 tokens), 'bytes', 'train:SIZE' (trained on the data), or a "
-        "path or URL. If not given: the checkpoint's or token store's, else 'default'.",
+        "path or URL. Without this flag: that of the checkpoint or token store, else 'default'.",
     )
     num_workers: int | None = flag(
         None, "number of processes that clean and tokenise, besides the main process (one per core)"

@@ -1,14 +1,12 @@
 """Merge defaults, presets, a config file and flags into one checked configuration.
 
-Flags override a `--config` file, a file the preset of `--model`, and a preset the default.
+Priority: flags, then the `--config` file, then the preset of `--model`, then the defaults.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,8 @@ from consyn_jax.config import (
     RunConfig,
     architecture,
 )
-from consyn_jax.errors import TOO_LONG, UserError, nearest
-from consyn_jax.flags import Config, Flag, flags, grouped
+from consyn_jax.errors import UserError, nearest
+from consyn_jax.flags import Config, convert, flags, grouped
 from consyn_jax.foreign_flags import ELSEWHERE, advise
 from consyn_jax.hub_download import is_elsewhere
 from consyn_jax.integers import neighbours
@@ -32,10 +30,21 @@ from consyn_jax.model_config import ModelConfig
 from consyn_jax.optimizer_config import OPTIMIZERS
 from consyn_jax.prepare_config import PrepareConfig
 from consyn_jax.remote.urls import understood
-from consyn_jax.validation import real, validate, validate_preparation
+from consyn_jax.validation import validate, validate_preparation
 
 DEFAULT_EPOCHS = 3.0  # of a run without a budget
-LONGEST_WHOLE = 1000  # characters
+_BUDGETS = ("epochs", "max_steps", "total_tokens")
+# Values that depend on the model and on each other, and are filled in last.
+_FITTED = ("head_dim", "num_kv_heads", "max_tokens")
+# Flags whose values follow from other flags if the user does not give them.
+FOLLOWERS = frozenset(
+    {"checkpoint", "epochs", "row_format"}.union(
+        *PRESETS.values(),
+        *(FINE_TUNING, PREFERENCE_TUNING, LORA_TUNING, LORA_PREFERENCE_TUNING, OTHER_RECIPE),
+        *(rule.factors for rule in OPTIMIZERS.values()),
+        *(rule.defaults for rule in OPTIMIZERS.values()),
+    )
+)
 
 
 def resolve(
@@ -62,23 +71,12 @@ def resolve(
         UserError: an unknown name or an invalid value.
     """
     of_file = f"file {file_name}"
-    kept = _without_recipe(file or {}, of_file, given.get("model"))
+    kept = _without_followers(file or {}, of_file, given)
     sources = ((defaults or {}, "default"), (kept, of_file), (given, given_as))
     values, origins = merge(RunConfig, sources)
     _name_model_once(values, origins)
-    if values["objective"] == "dpo" and values["row_format"] == "auto":
-        values["row_format"], origins["row_format"] = "preference", "objective"
-    preset = PRESETS.get(values["model"])
-    origin = "default" if preset is None else f"preset {values['model']}"
-    _fill_recipe(values, origins, OTHER_RECIPE if preset is None else preset, origin)
-    _fit_optimizer(values, origins)
-    if preset is not None:
-        _fit_heads(values, origins)
-        if origins["max_tokens"] == origin and 0 < values["context"] < values["max_tokens"]:
-            values["max_tokens"], origins["max_tokens"] = values["context"], "context"
-    budgets = (values["epochs"], values["max_steps"], values["total_tokens"])
-    if not values["streaming"] and budgets == (None, None, None):
-        values["epochs"] = DEFAULT_EPOCHS
+    _fill(values, origins)
+    _fit_model(values, origins)
     config = grouped(RunConfig, values)
     validate(config)
     _check_objective(config)
@@ -154,32 +152,60 @@ def merge(
     return values | understood(values), origins
 
 
-def _without_recipe(file: Mapping[str, Any], origin: str, model: Any) -> Mapping[str, Any]:
-    """Drop a config file's recipe values if the flag `--model` names another model than the file.
+def _without_followers(
+    file: Mapping[str, Any], origin: str, given: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Drop the values of a run's config.yaml that follow from its others.
 
-    A run's config.yaml and a study's recipe.yaml list all values, including the defaults of their
-    model and optimizer. Applied to another model, these would override its own defaults.
+    It lists all values, with the defaults of its model and optimizer, which would override those
+    of another model. In other files, all values are chosen.
     """
-    own = str(file.get("model"))
-    if model in (None, own) or own not in PRESETS or file.get("checkpoint") is not None:
+    if not file.keys() >= {"model", *FOLLOWERS}:
         return file
-    chosen = {name: value for name, value in file.items() if name not in PRESETS[own]}
-    values, origins = merge(RunConfig, ((chosen, origin),))
-    _fill_recipe(values, origins, PRESETS[own], "recipe")
-    if OPTIMIZERS[values["optimizer"]].first_lr is None:
-        _fit_optimizer(values, origins)
+    chosen, start = _chosen(file, origin), {"model", "checkpoint"}
+    names = {str(key).lstrip("-").replace("-", "_") for key in given}
+    if names & start and file["checkpoint"] in (None, file["model"]):  # one of them names both
+        return {name: value for name, value in chosen.items() if name not in start}
+    return chosen
+
+
+def _chosen(file: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """The values of a config file that do not follow from its other values."""
     written, _ = merge(RunConfig, ((file, origin),))
-    return {
-        name: value
-        for name, value in file.items()
-        if name not in PRESETS[own] or written[name] != values[name]
-    }
+    needs_rate = OPTIMIZERS[written["optimizer"]].first_lr is not None
+    first = {"checkpoint", *(("lr",) if needs_rate else ())}
+    chosen = {n: value for n, value in file.items() if n not in FOLLOWERS or n in first}
+    values, origins = merge(RunConfig, ((chosen, origin),))
+    _fill(values, origins)
+
+    def choose(names: Iterable[str]) -> None:
+        for name in names:
+            if written[name] not in (None, values[name]):
+                chosen[name] = file[name]
+                values[name], origins[name] = written[name], origin
+
+    choose(n for n in file if n in FOLLOWERS and n not in first and n not in _FITTED)
+    try:
+        _fit_model(values, origins)
+    except UserError:  # the width has no whole share for a head
+        values["head_dim"] = None
+    choose(n for n in file if n in _FITTED)
+    return chosen
 
 
-def _fill_recipe(
-    values: dict[str, Any], origins: dict[str, str], recipe: Mapping[str, Any], origin: str
-) -> None:
+def _fill(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Fill in missing values from the recipe, the optimizer, the objective and the budget."""
+    if values["objective"] == "dpo" and values["row_format"] == "auto":
+        values["row_format"], origins["row_format"] = "preference", "objective"
+    _fill_recipe(values, origins)
+    _fit_optimizer(values, origins)
+    if not values["streaming"] and all(values[name] is None for name in _BUDGETS):
+        values["epochs"] = DEFAULT_EPOCHS
+
+
+def _fill_recipe(values: dict[str, Any], origins: dict[str, str]) -> None:
     """Fill in missing values from the fine-tuning recipe or else the model's recipe."""
+    recipe, origin = PRESETS.get(values["model"], OTHER_RECIPE), _recipe_origin(values["model"])
     named = {name: (value, origin) for name, value in recipe.items() if values[name] is None}
     if values["checkpoint"] is not None:
         is_preference = values["objective"] == "dpo"
@@ -234,6 +260,20 @@ def _fit_optimizer(values: dict[str, Any], origins: dict[str, str]) -> None:
             values[key], origins[key] = value, f"{origins[key]}, for {name}"
 
 
+def _fit_model(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Adapt a preset's heads and sequence length to the user's width, heads or context."""
+    if values["model"] not in PRESETS:
+        return
+    _fit_heads(values, origins)
+    is_own = origins["max_tokens"] == _recipe_origin(values["model"])
+    if is_own and 0 < values["context"] < values["max_tokens"]:
+        values["max_tokens"], origins["max_tokens"] = values["context"], "context"
+
+
+def _recipe_origin(model: str) -> str:
+    return f"preset {model}" if model in PRESETS else "default"
+
+
 def _fit_heads(values: dict[str, Any], origins: dict[str, str]) -> None:
     """Adapt the preset's head_dim and num_kv_heads to the user's width or number of heads."""
     preset = {name for name, origin in origins.items() if origin.startswith("preset")}
@@ -241,7 +281,8 @@ def _fit_heads(values: dict[str, Any], origins: dict[str, str]) -> None:
     if "head_dim" in preset and not {"hidden_dim", "num_heads"} <= preset:
         if min(heads, width) > 0 and width % heads:
             raise UserError(
-                f"--hidden_dim {width} is not a multiple of --num_heads {heads}. "
+                f"--hidden_dim {width}{_of_file(origins['hidden_dim'])} is not a multiple of "
+                f"--num_heads {heads}{_of_file(origins['num_heads'])}. "
                 f"Use {' or '.join(map(str, neighbours(width, heads)))}, or give --head_dim."
             )
         values["head_dim"], origins["head_dim"] = width // max(heads, 1), "hidden_dim / num_heads"
@@ -249,107 +290,8 @@ def _fit_heads(values: dict[str, Any], origins: dict[str, str]) -> None:
         values["num_kv_heads"], origins["num_kv_heads"] = heads, "num_heads"
 
 
-def convert(flag: Flag, value: Any, where: str) -> Any:
-    """Convert a string of the command line, or a value from YAML, to the flag's type.
-
-    Raises:
-        UserError: the value does not have this type; the message begins with `where`.
-    """
-    if flag.many:
-        items = list(value) if isinstance(value, (list, tuple)) else [value]
-        if flag.type is float and all(isinstance(item, str) for item in items):
-            items = [part for item in items for part in item.split(",")]  # as clear as with spaces
-        return tuple(_scalar(flag, item, where) for item in items)
-    if value is None and flag.optional:
-        return None
-    return _scalar(flag, value, where)
-
-
-def _scalar(flag: Flag, value: Any, where: str) -> Any:
-    if flag.const and str(value).lower() in ("true", "false"):  # as flags of other trainers
-        value = str(value).lower() == "true"
-    if isinstance(value, bool) and flag.choices:  # YAML reads no, yes, on and off as booleans
-        words = (flag.const, "yes", "on") if value else ("no", "off", "none")
-        value = next((word for word in words if word in flag.choices), value)
-    parse, kind = _PARSERS[flag.type]
-    try:
-        converted = parse(value)
-    except OverflowError:
-        limit = "2**63" if flag.type is int else "1.8e308"
-        raise UserError(f"{where} must be below {limit}, and {_short(value)} is not.") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{where} must be {kind}, not {_short(value)}.") from None
-    is_own = ":" in str(converted) and "module:Class" in flag.choices
-    if flag.choices and converted not in flag.choices and not is_own:
-        raise UserError(
-            f"{where} {_short(converted)} is not known{nearest(converted, flag.choices)} "
-            f"Known: {', '.join(flag.choices)}."
-        )
-    return converted
-
-
-def _whole(value: Any) -> int:
-    """Convert to a whole number; budgets may be written as 1e9.
-
-    Raises:
-        ValueError, TypeError: it is not a whole number.
-        OverflowError: it is too large for NumPy and XLA.
-    """
-    if isinstance(value, bool):
-        raise TypeError(value)
-    number: float = 0
-    if isinstance(value, int):
-        number = value
-    elif re.fullmatch(r"[+-]?[\d_]+", text := str(value).strip(), re.ASCII):
-        if len(text) > LONGEST_WHOLE:  # Python converts at most 4,300 digits
-            raise OverflowError(value)
-        number = int(text)
-    else:
-        number = real(text.replace("_", ""))
-    if number != int(number):
-        raise ValueError(value)
-    if abs(number) >= 2**63:
-        raise OverflowError(value)
-    return int(number)
-
-
-def _number(value: Any) -> float:
-    """Convert to a finite number.
-
-    Raises:
-        ValueError: it is not a number.
-        OverflowError: it is too large.
-    """
-    if isinstance(value, str) and re.search(r"\d", value) and math.isinf(float(value)):
-        raise OverflowError(value)
-    return real(value)
-
-
-def _truth(value: Any) -> bool:
-    return {"true": True, "false": False}[str(value).lower()]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, dict | list) or value is None:
-        raise ValueError(value)
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-_PARSERS: dict[type, tuple[Callable[[Any], Any], str]] = {
-    int: (_whole, "a whole number"),
-    float: (_number, "a number"),
-    bool: (_truth, "true or false"),
-    str: (_text, "text"),
-}
-
-
-def _short(value: Any) -> str:
-    """A value as text, shortened for a message; a file may have kilobytes in place of a number."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer that Python does not convert
-        return TOO_LONG
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _of_file(origin: str) -> str:
+    return f" ({origin})" if origin.startswith("file ") else ""
 
 
 def _check_objective(config: RunConfig) -> None:

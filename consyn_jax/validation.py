@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from consyn_jax.config import PRESETS, HardwareOptions, RunConfig, architecture
 from consyn_jax.errors import UserError, nearest
 from consyn_jax.evaluation_metrics import EVALUATION_METRICS, is_of_requests
-from consyn_jax.flags import flat
+from consyn_jax.flags import flat, real
 from consyn_jax.integers import natural
 from consyn_jax.optimizer_config import OPTIMIZERS, PARAMETER_GROUPS
 from consyn_jax.prepare_config import CorpusOptions, PrepareConfig
@@ -71,7 +70,7 @@ def validate(config: RunConfig) -> None:
     backends = config.logging.logging_backend
     if "none" in backends and len(backends) > 1:
         raise UserError(
-            f"--logging_backend {' '.join(backends)} combines none with others. Leave one out."
+            f"--logging_backend {' '.join(backends)} combines none with a tracker. Leave one out."
         )
     check_processes(config.hardware)
     resume = config.saving.resume
@@ -210,8 +209,8 @@ def _check_decay_from(config: RunConfig) -> None:
     options, resume = config.optimizer, config.saving.resume
     if options.scheduler not in _STABLE_SCHEDULERS:
         raise UserError(
-            f"--decay_from starts at the peak learning rate, where --scheduler {options.scheduler} "
-            f"does not stay. Use {', '.join(_STABLE_SCHEDULERS)}."
+            "--decay_from needs a schedule that stays at the peak learning rate, which --scheduler "
+            f"{options.scheduler} does not. Use {', '.join(_STABLE_SCHEDULERS)}."
         )
     if options.decay_ratio == 1:
         raise UserError(
@@ -234,8 +233,7 @@ def _check_evaluation(config: RunConfig) -> None:
             f"--metric_for_best_model {metric} is not an evaluation metric of --objective "
             f"{config.regularisation.objective}{nearest(metric, known)} Known: {', '.join(known)}."
         )
-    # A token store can have a validation split of its own.
-    if data.validation or data.validation_fraction > 0 or data.dataset_type == "sharded":
+    if data.validation or data.validation_fraction > 0:
         return
     if needs := what_needs_evaluations(config):
         raise UserError(
@@ -336,7 +334,7 @@ def check_processes(hardware: HardwareOptions) -> None:
 
 
 def parse_multipliers(text: str | None) -> dict[str, float]:
-    """Parse `--lr_multipliers` into multipliers by group; groups that it does not name are absent.
+    """Parse `--lr_multipliers` into a dictionary: a multiplier for each group that it names.
 
     Raises:
         UserError: an unknown or repeated group, or a value that is negative or not a number.
@@ -360,7 +358,8 @@ def parse_multipliers(text: str | None) -> dict[str, float]:
             raise UserError(f"--lr_multipliers {group} must be a number, not {value!r}.") from None
         if found[group] < 0:
             raise UserError(
-                f"--lr_multipliers {group} must not be negative, but is {value}. 0 freezes it."
+                f"--lr_multipliers {group} must not be negative, but is {value}. 0 freezes the "
+                "group."
             )
     return found
 
@@ -389,21 +388,10 @@ def check_context(max_tokens: int | None, context: int | None) -> None:
     """Check that training sequences fit the model's context, if both are known.
 
     Raises:
-        UserError: they are longer.
+        UserError: the sequences are longer than the context.
     """
     if max_tokens is not None and context is not None and max_tokens > context:
         raise UserError(
             f"--max_tokens {max_tokens} is above the model's context of {context} tokens. Lower "
             "--max_tokens, or raise --context."
         )
-
-
-def real(value: Any) -> float:
-    """Convert a value to a finite number.
-
-    Raises:
-        ValueError: it is not a finite number; a boolean is not one either.
-    """
-    if isinstance(value, bool) or not math.isfinite(float(value)):
-        raise ValueError(value)
-    return float(value)

@@ -114,3 +114,9 @@ def test_the_readme_fits_a_screen_and_leads_to_files_that_exist() -> None:
     assert [link for link in links if ":" not in link and not (ROOT / link).is_file()] == []
     for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", text):
         assert (ROOT / picture).stat().st_size < 300_000
+
+
+def test_the_slurm_page_prints_the_script() -> None:
+    """Word for word: the page explains its lines."""
+    script = (ROOT / "scripts" / "slurm" / "train.sbatch").read_text().rstrip()
+    assert f"```\n{script}\n```" in (ROOT / "docs" / "slurm.md").read_text()

@@ -1,8 +1,13 @@
 """The origins of the values of a run, and refused values."""
 
+import itertools
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from consyn_jax.config import PRESETS, RunConfig, architecture
+from consyn_jax.config_file import describe, read_config_file
 from consyn_jax.errors import UserError
 from consyn_jax.flags import flags, flat
 from consyn_jax.resolve import preset_architecture, resolve
@@ -196,6 +201,85 @@ def test_another_model_takes_the_place_of_the_files_with_its_recipe(optimizer: s
     narrow = flat(resolve({"model": "haiku", "mlp_dim": 256, "lr": 0.02, "optimizer": "adamw"})[0])
     other = resolve({"model": "stanza"}, narrow)[0]
     assert (other.model.hidden_dim, other.model.mlp_dim, other.optimizer.lr) == (2048, 256, 0.02)
+
+
+CHOSEN = (
+    {},
+    {"hidden_dim": 192},
+    {"hidden_dim": 120, "num_heads": 6},
+    {"hidden_dim": 70, "num_heads": 7, "num_kv_heads": 1, "head_dim": 12, "mlp_dim": 100},
+    {"hidden_dim": 960, "head_dim": 16},
+    {"num_heads": 8, "context": 128, "lr": 0.02},
+    {"optimizer": "lion", "max_tokens": 96, "epochs": 3},
+    {"optimizer": "sgd", "lr": 0.1, "max_steps": 7, "weight_decay": 0.3},
+)
+
+
+def written(given: dict[str, Any]) -> dict[str, Any]:
+    """The content of the recipe that a run with these flags writes."""
+    return flat(resolve(given)[0])
+
+
+def outcome(given: dict[str, Any], file: dict[str, Any] | None = None) -> RunConfig | str:
+    try:
+        return resolve(given, file)[0]
+    except UserError as error:
+        return str(error).replace(" (file )", "")
+
+
+@pytest.mark.parametrize("chosen", CHOSEN, ids=str)
+def test_a_written_recipe_gives_another_model_what_the_user_chose_and_nothing_else(
+    chosen: dict[str, Any],
+) -> None:
+    """For each pair of presets: the values that followed from the earlier one are not fixed."""
+    for own, other in itertools.product(PRESETS, repeat=2):
+        made = outcome({"model": own, **chosen})
+        if isinstance(made, str):
+            continue  # no run could have written this
+        file = written({"model": own, **chosen})
+        assert outcome({}, file) == made
+        assert outcome({"model": other}, file) == outcome({"model": other, **chosen})
+
+
+@pytest.mark.parametrize(
+    ("before", "added"),
+    [
+        ({}, {"checkpoint": "there"}),
+        ({"checkpoint": "there"}, {"model": "haiku"}),
+        ({"checkpoint": "there"}, {"checkpoint": "elsewhere"}),
+        ({"checkpoint": "there"}, {"lora_rank": 8}),
+        ({"checkpoint": "there"}, {"objective": "dpo"}),
+        ({"checkpoint": "there", "objective": "dpo"}, {"objective": "next_token"}),
+        ({"model": "haiku"}, {"optimizer": "lion"}),
+        ({"model": "haiku", "optimizer": "lion"}, {"optimizer": "adamw"}),
+        ({"model": "haiku"}, {"hidden_dim": 256}),
+        ({"model": "haiku"}, {"num_heads": 8}),
+        ({"model": "haiku"}, {"context": 64}),
+        ({"model": "haiku"}, {"max_steps": 10**6}),
+    ],
+    ids=str,
+)
+def test_what_followed_from_a_value_of_a_recipe_does_not_outlive_it(
+    tmp_path: Path, before: dict[str, Any], added: dict[str, Any]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(describe(*resolve({"batch_size": 4, **before})))
+    file = read_config_file(path)
+    merged = before | added
+    if {"model", "checkpoint"} & added.keys():  # one of the two names the other
+        merged = {n: v for n, v in merged.items() if n in added or n != "checkpoint"}
+    assert outcome(added, file) == outcome({"batch_size": 4, **merged})
+
+
+def test_values_written_by_hand_are_all_chosen() -> None:
+    by_hand = {"hidden_dim": 256, "head_dim": 64, "epochs": 3}
+    run, _ = resolve({"model": "haiku", "num_heads": 8, "max_steps": 9}, by_hand)
+    assert (run.model.head_dim, run.budget.epochs) == (64, 3)
+
+
+def test_a_width_from_a_file_that_does_not_fit_is_named_with_the_file() -> None:
+    with pytest.raises(UserError, match=r"--hidden_dim 64 \(file a\.yaml\) is not a multiple of"):
+        resolve({"model": "verse"}, {"model": "haiku", "hidden_dim": 64}, file_name="a.yaml")
 
 
 def test_presets_are_architectures() -> None:

@@ -20,7 +20,7 @@ from consyn_jax.remote.urls import understood
 
 # Values may begin with a dash: numbers, and lines of dashes between documents.
 _NO_FLAG = re.compile(r"-(\d|\.\d|inf|nan)|--[^a-z]", re.IGNORECASE)
-# Advice on a word that belongs to no flag, for commands that have the flag in the key.
+# Advice about a word that belongs to no flag; it applies to commands that have the flag in the key.
 STRAYS = {
     "--data": "give files to read with --data",
     "--prompt": "give texts to continue with --prompt",
@@ -85,8 +85,8 @@ class _Parser(argparse.ArgumentParser):
     """A parser that raises a short `UserError` instead of printing a usage page.
 
     Attributes:
-        tree: the dataclass of options that the flags fill.
-        common: the flags that `--help` lists; if empty, it lists all.
+        tree: the dataclass of the options.
+        common: the flags that `--help` lists; if empty, `--help` lists all flags.
     """
 
     tree: Any
@@ -112,8 +112,8 @@ class _Parser(argparse.ArgumentParser):
         """Make the error for an unknown flag, with a suggestion.
 
         Args:
-            word: the argument as the user wrote it.
-            name: the name of the flag in it.
+            word: the command-line argument as the user wrote it.
+            name: the flag's name in `word`, without dashes.
             value: the value that the user gave; None if there was none.
         """
         advice = advise(name.lstrip("-"), value, flags(self.tree), "flag")
@@ -131,11 +131,11 @@ def build_parser(
     tree: type[Any],
     common: Sequence[str] = (),
 ) -> _Parser:
-    """Make a parser for the flags of `tree`; it returns only flags that the user gave, as strings.
+    """Make a parser for the flags of `tree`. It returns only flags that the user gave, as strings.
 
     Args:
-        common: the flags that `--help` lists, while `--help all` lists every one; if empty, both
-            list all.
+        common: the flags that `--help` lists; `--help all` lists every flag. If empty, `--help`
+            lists every flag.
     """
     parser = _Parser(
         prog=prog,
@@ -172,7 +172,7 @@ class _Help(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         if values not in (None, [], "all"):
             raise UserError(
-                f"--help takes no value but all, so not {values!r}. Write --help, or --help all."
+                f"--help takes no value except all, not {values!r}. Write --help, or --help all."
             )
         if parser.common and values != "all":
             shown = {"help", "version", *parser.common}

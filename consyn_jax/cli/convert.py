@@ -14,8 +14,8 @@ from consyn_jax.resolve import resolve_flags
 
 DESCRIPTION = """\
 Write a trained model as a Hugging Face directory, a GGUF file for llama.cpp or
-Orbax arrays. The result is read back and its logits are compared with the
-model's before it gets its final name."""
+Orbax arrays. Before the result gets its final name, it is read back, and its
+logits are compared with the model's."""
 USAGE = "MODEL --to hf|gguf|orbax --output PATH [FLAG ...]"
 EPILOG = """\
 examples:

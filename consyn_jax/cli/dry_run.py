@@ -57,7 +57,7 @@ def plan(config: RunConfig, origins: dict[str, str], choice: ModelChoice) -> Non
 
 
 def _vocabulary(config: RunConfig) -> int:
-    """Vocabulary size of `--tokenizer` or of the token store, found without reading text."""
+    """Find the vocabulary size of `--tokenizer` or of the token store without reading text."""
     from consyn_jax.data.store import TokenStore
     from consyn_jax.data.store.manifest import is_store
     from consyn_jax.tokenization import load_tokenizer

@@ -29,7 +29,8 @@ from consyn_jax.errors import (
 
 KNOWN = (UserError, Diverged, Differs, Interrupted, ProcessMissing)
 EXIT_CODES = {UserError: 2, Diverged: 3, Differs: 4, Interrupted: 75, ProcessMissing: 76}
-# Errors of the operating system about a file: no defects of the program, so no traceback.
+# Errors of the operating system about a file. They are not defects of this program, so no traceback
+# is printed.
 OF_THE_SYSTEM = {
     errno.ENAMETOOLONG,
     errno.EROFS,
@@ -42,7 +43,7 @@ OF_THE_SYSTEM = {
     errno.EPERM,
     errno.ELOOP,
 }
-DEFERRED_S = 0.05  # seconds between two checks whether an import has ended
+DEFERRED_S = 0.05  # seconds until a signal that came during an import is sent again
 LONGEST_NAME = 120  # characters of a file name in a message
 
 
@@ -50,11 +51,11 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
     """Do `work` and return the exit code.
 
     Returns:
-        0 for success, also if the reader of a pipe ends it; 2 for the user's mistake or a file that
-        cannot be read or written, 3 for divergence, 4 for a difference from a run's record, 75 for
-        a signal after which the state was saved, 76 if another process of the run did not start. If
-        a signal ends the command with nothing saved: 130 for SIGINT, 143 for SIGTERM, a closed
-        terminal or Slurm's warning.
+        0 for success, also if the reader of a pipe has closed it. 2 for the user's mistake or a
+        file that cannot be read or written. 3 for divergence. 4 for a difference from a run's
+        record. 75 for a signal after which the state was saved. 76 if another process of the run
+        did not start. If a signal ends the command with nothing saved: 130 for SIGINT, 143 for
+        SIGTERM, a closed terminal or Slurm's warning.
     """
     escape_unprintable()
     os.umask(os.umask(0o022) | 0o002)  # no new file may be writable by everyone
@@ -88,7 +89,7 @@ def _outcome(prog: str, work: Callable[[], None]) -> int:
 
 
 def _reader_is_gone() -> bool:
-    """Whether the program that reads our standard output has ended, such as `head`."""
+    """Whether the program that reads our standard output, such as `head`, has ended."""
     ready = select.poll()
     ready.register(1, 0)
     return any(events & select.POLLERR for _, events in ready.poll(0))
@@ -126,14 +127,14 @@ def _drop_lost_output() -> None:
 
 @contextmanager
 def _unwinding_on_sigterm() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
+    if threading.current_thread() is not threading.main_thread():  # only it may set handlers
         yield
         return
     unwind = _Unwinding()
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
         numbers.append(signal.SIGHUP)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a shell ignores it
         numbers.remove(signal.SIGINT)
     before = {number: signal.signal(number, unwind) for number in numbers}
     report = sys.unraisablehook
@@ -149,7 +150,10 @@ def _unwinding_on_sigterm() -> Iterator[None]:
 
 
 def _without_signals(report: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Make a `sys.unraisablehook` that does not report signals; these are sent again instead."""
+    """Make a `sys.unraisablehook` that passes all errors to `report` except signals.
+
+    A signal whose exception is swallowed is not reported, because it is sent again.
+    """
 
     def hook(unraisable: Any) -> None:
         if not isinstance(unraisable.exc_value, Unsaved):
@@ -161,9 +165,10 @@ def _without_signals(report: Callable[[Any], None]) -> Callable[[Any], None]:
 class _Unwinding:
     """Signal handler that raises an exception, but not in the middle of an import.
 
-    Some C++ libraries run Python during their import and abort on an exception. So during an import
-    the handler sends the signal again, until the import is over; a second signal ends the process.
-    An automatic repeat of the first signal is ignored, so that it does not interrupt the unwinding.
+    Some C++ libraries run Python during their import and abort on an exception. During an import
+    the handler therefore waits: it sends the signal to its own process again until the import is
+    over. A second signal from outside ends the process. Some launchers send the first signal twice;
+    that repeat is ignored, so that it does not interrupt the unwinding.
 
     The signal is also sent again if its exception is swallowed. Python ignores exceptions in
     callbacks of the garbage collector, and JAX has such a callback.
@@ -173,7 +178,7 @@ class _Unwinding:
         self.is_over = False
         self._repeats = Repeats()
         self._deferred: int | None = None
-        self._is_own = False  # the signal that comes now was sent by `_again`
+        self._is_own = False  # whether `_again` sent the signal being handled
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Raise `Unsaved` now, or after the import that the signal interrupted."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from consyn_jax.cli.arguments import build_parser, read
 from consyn_jax.cli.choices.row_notes import row_notes
-from consyn_jax.cli.choices.training_data import EMPTY_VALIDATION, by_name, left_out_files, noticed
+from consyn_jax.cli.choices.training_data import by_name, left_out_files, noticed
 from consyn_jax.cli.exit_codes import exit_code
 from consyn_jax.cli.progress_bar import Bar
 from consyn_jax.cli.text_encoding import start_in_utf8
@@ -143,7 +143,7 @@ def _interruption(config: PrepareConfig, output: Path) -> str:
 def _delete_store(config: PrepareConfig, path: Path) -> None:
     """Delete the token store in `path`, for `--overwrite`.
 
-    All input is checked first, because with wrong input no new store could replace it.
+    All input is checked first, so that wrong input does not lead to the deletion of the old store.
 
     Raises:
         UserError: the input cannot be used or is in `path`, or `path` holds other files.
@@ -239,7 +239,8 @@ def summary(config: PrepareConfig, prepared: Prepared, seconds: float) -> list[s
     ]
     wanted = config.data.validation or config.data.validation_fraction
     if wanted and not report.splits.get("validation", {}).get("documents"):
-        rows.append(("validation", f"empty: {EMPTY_VALIDATION}"))
+        remedy = f"the validation split has no document; {prepared.validation_remedy}"
+        rows.append(("validation", f"empty: {remedy}"))
     rows += by_name(prepared.validation, config.data)
     rows += noticed(prepared.used, config.data, prepared.store.tokenizer)
     if prepared.left_out:

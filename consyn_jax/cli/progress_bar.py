@@ -16,9 +16,9 @@ class Bar:
     stage, the bytes done and the total bytes (0 if unknown).
 
     Args:
-        introduce: called once, when reading begins. The hashing before it may find that the store
-            is already complete or has other data.
-        clock: returns seconds since any fixed moment.
+        introduce: called once, when reading begins. It is not called if the stage before, hashing,
+            finds that the store is complete or has other data.
+        clock: clock in seconds, with any starting point.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Bar:
         self._quiet = quiet
         self._every_s, self._clock = every_s, clock
         self._stage = ""
-        self._first = (0.0, 0)  # when this stage began here, and the bytes done before
+        self._first = (0.0, 0)  # time at which the stage began, and the bytes done before
         self._printed = 0.0
         self._rich: Any = None
         self._task: Any = None
@@ -88,7 +88,7 @@ class Bar:
                 transient=True,
             )
             self._rich.start()
-        # Start the bar at the work done by an earlier start, which must not count for the speed.
+        # Start at the bytes done by an earlier start of the command; they must not count as speed.
         self._task = self._rich.add_task(stage, completed=done, total=total or None)
 
     def _line(self, done: int, total: int) -> str:

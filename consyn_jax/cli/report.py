@@ -1,4 +1,4 @@
-"""`consyn-report`: compare runs on a page and in the terminal, finished or still running."""
+"""`consyn-report`: compare finished or running runs, on a page and in the terminal."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ UTF8_MODE = ["-X", "utf8"]
 def start_in_utf8() -> None:
     """Restart this command in Python's UTF-8 mode, unless file names are in UTF-8 already.
 
-    In the locale C without that mode (`LC_ALL=C PYTHONUTF8=0`), Python cannot pass a file name with
-    characters beyond ASCII to JAX and other libraries. The process keeps its id.
+    In the locale C without UTF-8 mode (`LC_ALL=C PYTHONUTF8=0`), Python cannot pass file names with
+    non-ASCII characters to JAX and other libraries. The process keeps its id.
     """
     if sys.getfilesystemencoding().lower() in ("utf-8", "utf8"):
         return

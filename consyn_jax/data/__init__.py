@@ -1,1 +1,1 @@
-"""Training data: sources, their preparation into token stores, and batches from the stores."""
+"""Training data: readers of sources, preparation of token stores, and batches from the stores."""

@@ -1,4 +1,4 @@
-"""Best-fit-decreasing: pack items of given lengths into few bins of one size."""
+"""Pack items of given lengths into bins of equal size by the best-fit-decreasing heuristic."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from jaxtyping import Int64
 def best_fit_decreasing(lengths: Int64[np.ndarray, " n"], size: int) -> Int64[np.ndarray, " n"]:
     """Assign each item to a bin by best-fit-decreasing; return the bin numbers, from 0.
 
-    Items are placed from the longest to the shortest, each in the fullest bin that has room for it,
-    or in a new bin. Items of equal length are placed together: the fullest bin with room takes as
-    many of them as fit, then the next fullest. Bit r of one integer tells whether a bin has exactly
-    r free positions, so a shift and the lowest set bit find the smallest sufficient space. Time
-    grows with the number of distinct lengths, not with the number of items.
+    Items are placed from the longest to the shortest. Each item goes into the fullest bin that has
+    enough space, or into a new bin. Items of equal length are placed together: the fullest bin
+    takes as many as fit, then the next fullest. One integer serves as a set of free spaces: bit r
+    is set if a bin has exactly r free positions. A shift and the lowest set bit then give the
+    smallest sufficient space. Time grows with the number of distinct lengths, not of items.
 
     Args:
         lengths: lengths of the items, each in 1 .. size.
@@ -25,7 +25,7 @@ def best_fit_decreasing(lengths: Int64[np.ndarray, " n"], size: int) -> Int64[np
     array([1, 1, 0, 0, 1])
     """
     with_space: defaultdict[int, list[int]] = defaultdict(list)
-    spaces, bins = 0, 0  # bit r of `spaces`: some bin has room for exactly r more
+    spaces, bins = 0, 0  # bit r of `spaces`: some bin has r free positions
     chosen: list[int] = []
     values, counts = np.unique(lengths, return_counts=True)
     for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
@@ -37,7 +37,7 @@ def best_fit_decreasing(lengths: Int64[np.ndarray, " n"], size: int) -> Int64[np
                 with_space[size] = list(range(bins, bins := bins + -(-count // each)))
                 spaces |= 1 << size
             candidates = with_space[space]
-            # Each bin takes as many items as fit, or all remaining ones.
+            # If fewer items remain than fit in one bin, that bin takes all of them.
             each = min(each, count)
             filled = min(len(candidates), count // each)
             taken = candidates[-filled:]

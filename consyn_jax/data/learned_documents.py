@@ -1,8 +1,8 @@
 """Find the documents that a training step trains on, without building its batch.
 
-The data order is a function of the step, so any step costs the same. Only the starts and origins of
-documents are read from the stores, and single tokens if the tokenizer has no BOS or documents begin
-with their own.
+The data order is a function of the step, so any step costs the same. From the stores, only the
+starts, origins, targets and first tokens of documents are read. The first token is needed to decide
+whether it counts in the loss.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ class LearnedDocument:
     """A document with tokens in the batch of a step.
 
     Attributes:
-        data: item of `--data` in a mixture; otherwise "".
+        data: in a mixture, the item of `--data` that the document comes from; otherwise "".
         source: file or dataset that the document comes from; the store itself if the origin is
             unknown.
-        row: row of the document in the source, from 1: the line of a file, or the row of a dataset.
+        row: line of the file or row of the dataset, from 1; None for plain text, token files and
+            unknown origins.
         bytes: (begin, end) of the document's text in the decompressed source, or of its tokens in a
-            token file.
+            token file; None for rows and unknown origins.
         document: number of the document in the split of the store, from 0; None in token files.
         length: number of the document's tokens in the store, EOS included.
-        parts: (sequence of the batch, first token, stop) for each part of the document in the
-            batch.
+        parts: for each part of the document in the batch, the index of the sequence in the batch,
+            and the part's range (start, stop) in tokens of the document.
         targets: number of the document's tokens that count in the loss of the step.
         share: `targets` divided by all tokens that count in the loss of the step.
     """
@@ -59,22 +60,22 @@ class LearnedDocument:
 def located(
     order: Order, positions: Int64[np.ndarray, " n"]
 ) -> tuple[dict[str, Any], Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
-    """Map positions of a data order to datasets and their sequences.
+    """Find the dataset, and the sequence in it, at each position of a data order.
 
     Returns:
-        The datasets by name ("" for a single one), and for each position the number of the dataset
-        and the index of the sequence in it.
+        The datasets by name ("" for a single dataset). For each position, the number of its
+        dataset. For each position, the index of its sequence in the dataset.
 
     Raises:
-        UserError: the order does not allow computing this, as with streamed data.
+        UserError: the order is not known in advance, as with streamed data.
     """
     if isinstance(order, Shuffled):
         indices = ids_at(order.seed, positions, len(order.dataset), order.shuffle)
         return {"": order.dataset}, np.zeros_like(positions), indices
     if not isinstance(order, Mixture):
         raise UserError(
-            "The documents of a step cannot be computed for this run. This works only for runs "
-            "on prepared data, without --streaming."
+            "The documents of a step cannot be computed for this run. Train on prepared data "
+            "without --streaming to compute them."
         )
     numbers, within = order.places(positions)
     indices = np.empty_like(within)
@@ -86,14 +87,15 @@ def located(
 
 
 class DocumentFinder:
-    """Finds the documents of steps.
+    """Finds the documents that training steps train on.
 
     Args:
-        order: order of the training sequences, over packed splits.
+        order: order of the training sequences, whose datasets must be `PackedSequences`.
         sequences_per_step: number of sequences over all micro-batches and processes.
 
     Attributes:
-        used_sources: sources.json entries, by name, of the sources of all documents found so far.
+        used_sources: for the sources of all documents found so far, their entries in sources.json,
+            by name.
     """
 
     def __init__(self, order: Order, sequences_per_step: int) -> None:
@@ -117,7 +119,7 @@ class DocumentFinder:
             if not isinstance(packed, PackedSequences):
                 raise UserError(
                     "The sequences of this run were given in Python and are not in a token "
-                    "store, so the documents in them are unknown."
+                    "store, so their documents are unknown. Prepare the data with consyn-prepare."
                 )
             here = np.flatnonzero(numbers == number)
             pieces = packed.pieces(indices[here])
@@ -135,11 +137,11 @@ class DocumentFinder:
     def _parts(
         self, packed: PackedSequences, start: int, stop: int
     ) -> Iterator[tuple[int, int, int, int]]:
-        """Find the documents in a range of the token stream.
+        """Find the parts of documents in a range of the token stream.
 
         Yields:
-            (shard number, document number in the shard, first token, stop); tokens are counted
-            within the shard.
+            (shard number, document number in the shard, start, stop), where start and stop are
+            token positions in the shard.
         """
         for number, offset, shard in packed.split.touched(start, stop):
             low, high = max(start - offset, 0), min(stop - offset, shard.num_tokens)
@@ -152,7 +154,7 @@ class DocumentFinder:
     def _document(
         self, packed: PackedSequences, name: str, number: int, at: int
     ) -> LearnedDocument:
-        """Make the entry of a document, with its origin but no parts yet."""
+        """Build the entry of a document, with its origin and without parts."""
         shard, before = packed.split.shards[number], packed.split.shards[:number]
         starts = self._starts(shard)
         begin = int(starts[at])
@@ -187,7 +189,7 @@ class DocumentFinder:
         begin: int,
         stop: int,
     ) -> None:
-        """Add the tokens begin .. stop of a shard to a document's parts and target count.
+        """Add tokens begin .. stop of a shard to the parts and the target count of their document.
 
         Args:
             place: (sequence of the batch, shard number, document number in the shard).
@@ -209,11 +211,11 @@ class DocumentFinder:
         document.targets += targets
 
     def _begins(self, shard: Tokens, number: int, at: int) -> bool:
-        """Whether a document begins in this shard; in token files it may begin in another file."""
+        """Whether the document at index `at` of shard `number` begins there, and not earlier."""
         return at > 0 or not isinstance(shard, RawShard) or shard.begins_document
 
 
 def _starts(shard: Tokens) -> np.ndarray:
-    """Starts of the documents of a shard; its first token always counts as a start."""
+    """Return the starts of the documents of a shard, with 0 added if it is missing."""
     starts = shard.starts
     return starts if len(starts) and starts[0] == 0 else np.concatenate([[0], starts])

@@ -1,8 +1,8 @@
 """Batches for training and for evaluation, and a thread that prefetches them.
 
 A batch is a function of (seed, step). With A micro-batches of B sequences, step s takes the global
-positions s * A * B .. (s + 1) * A * B; within these, micro-batch a takes a * B .. (a + 1) * B. Each
-process reads only its rows of a micro-batch, so the global batch does not depend on the number of
+positions s * A * B .. (s + 1) * A * B. Of these, micro-batch a takes a * B .. (a + 1) * B. Each
+process reads only its own rows of a micro-batch. The global batch is the same for any number of
 processes.
 """
 
@@ -24,9 +24,9 @@ from consyn_jax.data.order import ids_at
 from consyn_jax.data.packing import Sequences
 
 Batch = dict[str, np.ndarray]
-"""A batch on the host, the input of a training step: "input_ids", "labels" and "segment_ids" in
-int32, and "loss_mask" in bool, each [accumulation_steps, sequences, T]; in evaluation [sequences,
-T].
+"""A batch in host memory, the input of a training step: "input_ids", "labels" and "segment_ids" in
+int32, and "loss_mask" in bool. Their shape is [accumulation_steps, sequences, T] in training, and
+[sequences, T] in evaluation.
 """
 Rows = slice | np.ndarray
 POLL_S = 0.2  # between two calls of `interrupted` while waiting
@@ -41,25 +41,25 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def rows(self, indices: Any) -> Sequences:
-        """The sequences at many indices at once, each array [n, T]."""
+        """Read the sequences with the given indices, as arrays [n, T]."""
 
 
 @runtime_checkable
 class Order(Protocol):
-    """An endless order of training sequences; the sequence at a position depends only on it."""
+    """An endless order of training sequences. The position alone determines the sequence."""
 
     def at(self, positions: Int64[np.ndarray, " n"]) -> Sequences:
-        """The sequences at any positions (not negative), each array [n, T]."""
+        """Read the sequences at the given positions (at least 0), as arrays [n, T]."""
 
     def passes(self, position: int) -> dict[str, int]:
-        """Number of complete passes over each source before `position`, by the source's name.
+        """Return the number of complete passes over each source before `position`, by its name.
 
         The name of a single source is "".
         """
 
 
 class Shuffled:
-    """An order that repeats one dataset, shuffled anew in each epoch (`order.ids_at`).
+    """An endless order that repeats one dataset and shuffles it anew in each epoch.
 
     Args:
         shuffle: False keeps the order of the dataset.
@@ -74,11 +74,11 @@ class Shuffled:
         self.dataset, self.seed, self.shuffle = dataset, seed, shuffle
 
     def at(self, positions: Int64[np.ndarray, " n"]) -> Sequences:
-        """The sequences at any positions, each array [n, T]."""
+        """Read the sequences at the given positions (at least 0), as arrays [n, T]."""
         return self.dataset.rows(ids_at(self.seed, positions, len(self.dataset), self.shuffle))
 
     def passes(self, position: int) -> dict[str, int]:
-        """Number of complete epochs before `position`, under the name ""."""
+        """Return the number of complete epochs before `position`, under the name ""."""
         return {"": position // len(self.dataset)}
 
 
@@ -107,7 +107,7 @@ class BatchLoader:
         self._held = (np.arange(accumulation_steps)[:, None] * batch_size + held).astype(np.int64)
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step; it does not depend on earlier reads."""
+        """Build the batch of a step; it does not depend on earlier calls."""
         positions = step * self.accumulation_steps * self.batch_size + self._held
         rows = self.order.at(positions.reshape(-1))
         return {
@@ -151,8 +151,9 @@ class _End:
 class prefetch(Generic[Out]):
     """Iterate with a background thread that keeps up to `depth` items ready.
 
-    An exception in the thread is raised in the consumer, after the items before it. The thread ends
-    on `close()`, at the end of a `with` block, when this object is garbage-collected, and at exit.
+    If the thread raises an exception, the consumer gets the earlier items and then the exception.
+    The thread ends on `close()`, at the end of a `with` block, when this object is
+    garbage-collected, and at exit.
 
     Args:
         transform: function applied to each item in the thread.
@@ -172,8 +173,8 @@ class prefetch(Generic[Out]):
     ) -> None:
         self.wait_s = 0.0
         self._interrupted = interrupted
-        # Not a SimpleQueue: CPython's implementation waits for ever when a signal handler runs
-        # longer than the timeout (the remaining time is then negative, which means no timeout).
+        # Do not use SimpleQueue. If a signal handler runs longer than the timeout, CPython's
+        # SimpleQueue waits for ever, because it treats the negative remaining time as no timeout.
         self._ready: Queue[Any] = Queue()
         self._free = threading.Semaphore(depth)
         self._stop = threading.Event()

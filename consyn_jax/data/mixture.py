@@ -1,9 +1,9 @@
-"""Several datasets mixed by weight; a global position determines the source and the sequence.
+"""Mix several datasets by weight; a global position determines the source and the sequence.
 
-Positions are grouped into cycles of a few thousand. Each cycle has the same number of sequences of
-each source, shuffled anew (`order.ids_at`), so the shares hold from the first cycle on and there is
-no state. Each source is read in the order that it would have alone: all of its sequences once
-before any is repeated.
+Positions are grouped into cycles of a few thousand. Each source has the same number of sequences in
+every cycle, and each cycle is shuffled anew (`order.ids_at`). So the shares hold from the first
+cycle on, without any state. Within a source, the order is the same as without a mixture: all of its
+sequences are read once before any is repeated.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from consyn_jax.data.loader import Dataset, Shuffled
 from consyn_jax.data.order import ids_at, mix
 from consyn_jax.data.packing import Sequences
 
-# A compromise: shares hold exactly only over whole cycles, so cycles should be short; but the
-# smallest possible share is one sequence in a cycle.
+# A compromise: shares are exact only over whole cycles, so cycles should be short. But a source has
+# at least one sequence per cycle, so small shares need long cycles.
 LONGEST_CYCLE = 4096
 
 
 class Mixture:
     """An endless order of sequences (`loader.Order`) from several sources.
 
-    An epoch of a mixture has as many sequences as all sources together; the weights decide how
-    often it passes over each source.
+    The length of an epoch is the number of sequences in all sources together. The weights decide
+    how often each source is read in an epoch.
 
     Args:
         datasets: the sources by name, each with at least one sequence.
@@ -38,8 +38,8 @@ class Mixture:
         quotas: number of sequences of each source in a cycle.
 
     Raises:
-        ValueError: there are not as many weights as sources, a weight is not above 0, or there are
-            more sources than half a cycle.
+        ValueError: the numbers of weights and sources differ, a weight is not above 0, or there are
+            more than `LONGEST_CYCLE` / 2 sources.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class Mixture:
         return sum(map(len, self.datasets.values()))
 
     def at(self, positions: Int64[np.ndarray, " n"]) -> Sequences:
-        """The sequences at any positions, each array [n, T]."""
+        """Read the sequences at the given positions (at least 0), as arrays [n, T]."""
         sources, indices = self.places(positions)
         return _merged(sources, lambda number, at: self._orders[number].at(indices[at]))
 
     def places(
         self, positions: Int64[np.ndarray, " n"]
     ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
-        """For each position, the number of its source and the position within that source."""
+        """Return the number of the source of each position, and the position within that source."""
         cycles, offsets = np.divmod(positions, self.quotas.sum())
         sources, indices = np.empty_like(positions), np.empty_like(positions)
         for cycle in np.unique(cycles):
@@ -78,7 +78,7 @@ class Mixture:
         return sources, indices
 
     def counts(self, position: int) -> dict[str, int]:
-        """Number of sequences of each source before `position`; they sum to `position`."""
+        """Count the sequences of each source before `position`; the sum is `position`."""
         cycle, offset = divmod(position, int(self.quotas.sum()))
         partial = np.bincount(self._cycle(cycle)[0][:offset], minlength=len(self.quotas))
         return {
@@ -87,13 +87,13 @@ class Mixture:
         }
 
     def passes(self, position: int) -> dict[str, int]:
-        """Number of complete passes over each source before `position`, by the source's name."""
+        """Return the number of complete passes over each source before `position`, by its name."""
         return {
             name: count // len(self.datasets[name]) for name, count in self.counts(position).items()
         }
 
     def _cycle(self, cycle: int) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " m"]]:
-        """For each offset in a cycle, its source and how many earlier offsets have that source."""
+        """Return the source of each offset in a cycle, and the offset's rank within that source."""
         known = self._last  # read once: another thread may replace it
         if known is None or known[0] != cycle:
             ends = np.cumsum(self.quotas)
@@ -123,7 +123,7 @@ class Joined:
         return int(self._ends[-1])
 
     def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
-        """The sequences with the given `indices` (each in range(len)), as arrays [n, T]."""
+        """Read the sequences with the given `indices`, each in range(len), as arrays [n, T]."""
         wanted = np.asarray(indices, np.int64)
         first = self._ends - [len(dataset) for dataset in self.datasets]
         return _merged(
@@ -135,11 +135,12 @@ class Joined:
 def _merged(
     sources: Int64[np.ndarray, " n"], read: Callable[[int, np.ndarray], Sequences]
 ) -> Sequences:
-    """Read sequences of several sources into common arrays, in the order of `sources`.
+    """Read sequences from several sources into common arrays, in the order of `sources`.
 
     Args:
-        sources: the source of each sequence, by number.
-        read: called with each source and the places of its sequences among the n.
+        sources: number of the source of each sequence.
+        read: function that reads sequences, given the number of a source and the indices in
+            `sources` where this source occurs.
     """
     merged: Sequences = {}
     for number in np.unique(sources):
@@ -157,10 +158,11 @@ def part_seed(seed: int, number: int) -> int:
 
 
 def quotas(weights: Sequence[float | int]) -> Int64[np.ndarray, " sources"]:
-    """Number of sequences of each source in a cycle: integers in the ratios of `weights`.
+    """Compute the number of sequences of each source in a cycle, in the ratios of `weights`.
 
-    Each is at least 1. The cycle's length is chosen to minimise the largest relative error, so 7 :
-    2 : 1 is met exactly. Fractions are rounded by the largest-remainder method (Hamilton).
+    Each number is at least 1. The length of the cycle minimises the largest relative error of a
+    share, so the ratios 7 : 2 : 1 are exact. Fractions are rounded by the largest-remainder method
+    (Hamilton).
 
     Raises:
         ValueError: a weight is not above 0, or there are too many weights.
@@ -185,6 +187,6 @@ def quotas(weights: Sequence[float | int]) -> Int64[np.ndarray, " sources"]:
     found = np.maximum(found, 1)
     while len(over := np.flatnonzero(found.sum(1) > sizes)):
         found[over, np.argmax(found[over], axis=1)] -= 1
-    # Rounded, because exact ratios have errors that differ only in their last bits.
+    # Round the errors: those of exact ratios differ only by floating-point noise.
     errors = np.abs(found / exact - 1).max(1).round(9)
     return found[np.argmin(errors)]

@@ -1,12 +1,12 @@
-"""Documents packed into sequences of fixed length: every token is a label once per epoch.
+"""Pack documents into sequences of fixed length; every token is a label once per epoch.
 
-At stream position p the label is tokens[p]; the input is tokens[p - 1], or BOS where a document
-begins. So the first token of a document is predicted from BOS, its EOS is predicted, and EOS is
-never an input: no document sees tokens of the previous document.
+At stream position p, the label is tokens[p] and the input is tokens[p - 1]. Where a document
+begins, the input is BOS instead. So the model predicts the first token of a document from BOS, and
+predicts its EOS. EOS is never an input.
 
-Some tokenizers put no BOS in front (Qwen), and some documents already begin with BOS (a chat
-rendered with a model's template). The position at the beginning of such a document is then masked
-like padding, in a segment of its own, and the document's first token is only an input.
+Some tokenizers have no BOS (Qwen), and some documents already contain BOS (a chat rendered with a
+model's template). In both cases, the first token of the document is only an input. The position
+where this token would be a label is masked like padding, and is a segment of its own.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from consyn_jax.errors import UserError
 
 CONTINUE = "continue"
 Sequences = dict[str, np.ndarray]
-"""Sequences [n, T]: "input_ids", "labels" and "segment_ids" in int32, and "loss_mask" in bool."""
-# Number of documents packed together in `WholeDocuments`: enough to fill nearly every gap, few
-# enough to plan quickly.
+"""Arrays [n, T]: "input_ids", "labels" and "segment_ids" in int32, and "loss_mask" in bool."""
+# Number of documents that `WholeDocuments` packs together: enough to leave little padding, and few
+# enough to pack quickly.
 GROUP_DOCUMENTS = 65_536
 
 
 class Pieces(NamedTuple):
-    """Pieces of a split's token stream, each within one sequence.
+    """Contiguous ranges of a split's token stream; each belongs to one sequence.
 
     Attributes:
         row: for each piece, the sequence that contains it, as an index into the requested
@@ -49,14 +49,15 @@ class Pieces(NamedTuple):
 class PackedSequences(ABC):
     """A split of the data as sequences of equal length.
 
-    The loss counts a label where "loss_mask" is true: at the targets of fine-tuning rows, and
-    everywhere in other data. Tokens that are not targets are still inputs, so their "segment_ids"
-    are above 0; only padding is 0.
+    The loss counts the labels where "loss_mask" is true. In fine-tuning rows these are the targets;
+    in other data, all tokens. Tokens that are not targets are still inputs, so their "segment_ids"
+    are above 0. Only padding has segment 0.
 
     Args:
         block_size: tokens in a sequence.
-        bos_id: the input at the first token of each document; None: documents get no BOS.
-        pad_id: input and label of padding, whose mask is False and whose segment is 0.
+        bos_id: the input before the first token of each document; None if the tokenizer has no BOS.
+        pad_id: id of inputs and labels at padding positions, where the mask is False and the
+            segment is 0.
 
     Attributes:
         num_tokens: number of labels in an epoch.
@@ -79,28 +80,28 @@ class PackedSequences(ABC):
 
     @abstractmethod
     def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
-        """The sequences with the given `indices`, each in range(len).
+        """Read the sequences with the given `indices`, each in range(len).
 
-        Segment ids number the documents (or pieces of documents) in a sequence from 1.
+        Segment ids number the documents, or pieces of documents, of a sequence from 1.
         """
 
     @abstractmethod
     def pieces(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Pieces:
-        """The pieces of the stream in the sequences with the given `indices`; reads no tokens."""
+        """Return the pieces of the sequences with the given `indices`, without reading tokens."""
 
     def __getitem__(self, i: int) -> Sequences:
-        """One sequence: int32 ids, labels and segments, and a bool mask, each [block_size]."""
+        """Read one sequence: int32 ids, labels and segments, and a bool mask, each [block_size]."""
         if not -len(self) <= i < len(self):
             raise IndexError(f"Item {i} of {len(self)}.")
         return {name: values[0] for name, values in self.rows([i % len(self)]).items()}
 
     def _unpredicted(self, labels: np.ndarray) -> Bool[np.ndarray, "..."]:
-        """Mark labels that are a document's first token and have no BOS before them as input."""
+        """Mark labels that, at the beginning of a document, have no BOS as input."""
         return np.full(labels.shape, True) if self.bos_id is None else labels == self.bos_id
 
     @property
     def padding_fraction(self) -> float:
-        """Fraction of an epoch's positions that are padding."""
+        """Fraction of the positions of an epoch that are padding."""
         return 1 - self.num_tokens / (len(self) * self.block_size) if len(self) else 0.0
 
 
@@ -115,7 +116,7 @@ class PackedDataset(PackedSequences):
         return -(-self.num_tokens // self.block_size)
 
     def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
-        """The windows with the given `indices`, each in range(len)."""
+        """Read the windows with the given `indices`, each in range(len)."""
         first = np.asarray(indices, np.int64) * self.block_size
         tokens, begins, targets = self.split.windows(first, self.block_size)
         labels, inputs = tokens[:, 1:].astype(np.int32), tokens[:, :-1].astype(np.int32)
@@ -127,7 +128,7 @@ class PackedDataset(PackedSequences):
         opens = begins.copy()
         opens[:, 1:] |= empty[:, :-1]
         segments = np.cumsum(opens, axis=1, dtype=np.int32)
-        # Segments also count from 1 in a window that begins inside a document.
+        # Start segments at 1 also in a window that begins inside a document.
         segments += 1 - begins[:, :1]
         mask = ~empty if targets is None else (targets == 1) & ~empty
         for row in np.flatnonzero(first + self.block_size > self.num_tokens):
@@ -137,14 +138,14 @@ class PackedDataset(PackedSequences):
         return {"input_ids": inputs, "labels": labels, "segment_ids": segments, "loss_mask": mask}
 
     def pieces(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Pieces:
-        """One piece for each window, which may contain several documents."""
+        """Return one piece per window; a piece may contain several documents."""
         first = np.asarray(indices, np.int64) * self.block_size
         lengths = np.minimum(self.block_size, self.num_tokens - first)
         return Pieces(np.arange(len(first)), first, lengths)
 
 
 class _Places(NamedTuple):
-    """Places of pieces in a batch's arrays: piece i is in row[i], columns left[i] .. right[i]."""
+    """Places of pieces in a batch: piece i fills the columns left[i] .. right[i] of row row[i]."""
 
     row: np.ndarray
     left: np.ndarray
@@ -154,15 +155,14 @@ class _Places(NamedTuple):
 class WholeDocuments(PackedSequences):
     """Sequences of whole documents: a document that fits in a sequence is never cut.
 
-    Documents are packed by best-fit-decreasing (Ding et al. 2024, "Fewer Truncations Improve
-    Language Modeling") within groups of `GROUP_DOCUMENTS` consecutive documents; free positions are
-    padded. A document longer than `block_size` is cut into full sequences and a remainder, which is
-    packed like a document. The remainder is a segment of its own, and its first input is the token
-    before it.
+    Each group of `GROUP_DOCUMENTS` consecutive documents is packed by best-fit-decreasing (Ding et
+    al. 2024, "Fewer Truncations Improve Language Modeling"). Free positions are padded. A document
+    longer than `block_size` is cut into full sequences and a remainder. The remainder is packed
+    like a document, as a segment of its own; its first input is the token before it.
 
-    The packing depends only on the lengths of the documents. The constructor computes it; it takes
-    13 bytes per document (or piece of a long document) and 8 bytes per sequence. No tokens are
-    read, unless the split has no index (raw token files) and must be searched for document starts.
+    The packing depends only on the lengths of the documents. The constructor computes it, without
+    reading tokens; only raw token files, which have no index, are searched for document starts. The
+    packing takes 13 bytes per document or piece, and 8 bytes per sequence.
     """
 
     def __init__(
@@ -176,8 +176,8 @@ class WholeDocuments(PackedSequences):
         """Assign the documents to sequences.
 
         Args:
-            on_long: treatment of a document longer than `block_size`: "continue" in the next
-                sequence, "truncate", "drop" or "error".
+            on_long: treatment of a document longer than `block_size`: "continue" it in further
+                sequences, "truncate" or "drop" it, or raise an "error".
 
         Raises:
             UserError: a document is too long, and `on_long` is "error".
@@ -197,7 +197,7 @@ class WholeDocuments(PackedSequences):
     def _shortened(
         self, starts: Int64[np.ndarray, " n"], lengths: Int64[np.ndarray, " n"]
     ) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " m"]]:
-        """Truncate or drop documents that are too long; return (starts, lengths) of the rest."""
+        """Truncate or drop documents that are too long; return the new starts and lengths."""
         size, long = self.block_size, np.flatnonzero(lengths > self.block_size)
         if len(long) and self.on_long == "error":
             raise UserError(
@@ -228,7 +228,7 @@ class WholeDocuments(PackedSequences):
         return len(self._pieces) - 1
 
     def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
-        """The sequences `indices`, each in range(len)."""
+        """Read the sequences with the given `indices`, each in range(len)."""
         pieces, places = self._layout(np.asarray(indices, np.int64))
         starts, begins = self._starts[pieces], self._begins[pieces]
         shape = len(indices), self.block_size
@@ -265,14 +265,14 @@ class WholeDocuments(PackedSequences):
         return {"input_ids": inputs, "labels": labels, "segment_ids": segments, "loss_mask": mask}
 
     def pieces(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Pieces:
-        """The documents, or pieces of long documents, in each sequence."""
+        """Return the documents, or pieces of long documents, in the given sequences."""
         which, places = self._layout(np.asarray(indices, np.int64))
         return Pieces(places.row, self._starts[which], self._lengths[which].astype(np.int64))
 
     def _read_targets(
         self, spans: Sequence[tuple[int, ...]], shape: tuple[int, int]
     ) -> UInt8[np.ndarray, "n T"] | None:
-        """The targets of pieces (row, left, right, start); None if all tokens are targets."""
+        """Read the targets of pieces (row, left, right, start); None if all tokens are targets."""
         if self.split.num_targets == self.split.num_tokens:
             return None
         targets = np.zeros(shape, np.uint8)
@@ -281,7 +281,7 @@ class WholeDocuments(PackedSequences):
         return targets
 
     def _layout(self, which: Int64[np.ndarray, " n"]) -> tuple[np.ndarray, _Places]:
-        """The numbers of the pieces in the sequences `which`, and their places in the batch."""
+        """Return the numbers of the pieces in sequences `which`, and their places in the batch."""
         low, counts = self._pieces[which], self._pieces[which + 1] - self._pieces[which]
         row, nth = _numbered(counts)
         pieces = low[row] + nth
@@ -293,7 +293,7 @@ class WholeDocuments(PackedSequences):
 
 
 def _numbered(counts: Int64[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
-    """For groups of `counts[i]` members each: every member's group, and its number in the group.
+    """Number the members of groups of sizes `counts`; return each member's group and rank in it.
 
     >>> _numbered(np.array([2, 0, 3]))
     (array([0, 0, 2, 2, 2]), array([0, 1, 0, 1, 2]))
@@ -305,9 +305,9 @@ def _numbered(counts: Int64[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
 def document_groups(
     split: StoreSplit,
 ) -> Iterator[tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]]:
-    """Iterate over (starts, lengths) of `GROUP_DOCUMENTS` consecutive documents at a time.
+    """Iterate over the documents of a split: (starts, lengths) of `GROUP_DOCUMENTS` at a time.
 
-    A document of raw token files may continue in the next file, so its length is known only when
+    In raw token files, a document may continue in the next file. So its length is known only when
     the next document starts.
     """
     waiting = np.empty(0, np.int64)
@@ -332,7 +332,7 @@ def _plan(
 
     Returns:
         For each piece, in the order of the sequences: its stream position, its length, and whether
-        a document begins there. For each sequence: its number of pieces.
+        it begins a document. For each sequence: its number of pieces.
     """
     document, nth = _numbered(-(-lengths // size))
     piece_starts = starts[document] + nth * size
@@ -357,12 +357,14 @@ def pack(
 ) -> PackedSequences:
     """Pack a split into sequences.
 
-    By default, rows with a prompt are kept whole, since an answer without its prompt teaches
-    nothing, and truncated if too long. Other documents are joined and cut into sequences.
+    By default, rows with a prompt are never cut in two, because an answer without its prompt
+    teaches nothing; rows that are too long are truncated. Other documents are joined and cut into
+    sequences.
 
     Args:
-        packing: "cut", "whole", or None for the default.
-        on_long: for "whole", "truncate", "drop" or "error"; None is the default.
+        packing: "cut" (`PackedDataset`), "whole" (`WholeDocuments`), or None for the default.
+        on_long: treatment of long documents with "whole": "truncate", "drop" or "error"; None for
+            the default.
 
     Raises:
         UserError: as `WholeDocuments`.

@@ -1,7 +1,7 @@
-"""Preference pairs as rows of one length: the chosen sequence, then the rejected one.
+"""Build rows of equal length from preference pairs: the chosen sequence, then the rejected one.
 
-A row has two halves of `block_size` positions, each a segment of its own, so the two sequences do
-not see each other. Within a half, inputs and labels are shifted as in `packing.py`.
+A row has two halves of `block_size` positions. Each half is a segment of its own, so the two
+sequences do not attend to each other. Inputs and labels are shifted as in `packing.py`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class _Halves(NamedTuple):
     Attributes:
         starts: Stream position of the first token.
         lengths: Number of tokens.
-        skipped: 1 where the first token is an input only, otherwise 0.
-        answers: Index, among the labels, of the first token of the answer.
+        skipped: 1 if the first token is only an input and not a label, otherwise 0.
+        answers: Index of the first token of the answer among the labels.
     """
 
     starts: Int64[np.ndarray, "n 2"]
@@ -50,16 +50,16 @@ class PairDataset(PackedSequences):
 
     Args:
         block_size: number of labels of a sequence; a row has twice as many.
-        on_long: treatment of a sequence that is longer: "truncate" its end, as TRL's `keep_start`
-            does, "drop" the pair, or "error". A pair is always dropped if truncation would leave no
-            token of an answer.
+        on_long: treatment of a longer sequence: "truncate" its end, as TRL's `keep_start` does,
+            "drop" the pair, or raise an "error". A pair is also dropped if truncation would remove
+            a whole answer.
 
     Attributes:
-        num_long: pairs with a sequence longer than `block_size`.
-        num_without_answer: pairs dropped because a prompt fills the sequence.
-        lost_tokens: labels that were cut off or dropped.
-        reference: log-probabilities of the answers under the initial model, for each pair the
-            chosen and the rejected answer; None until they are computed.
+        num_long: number of pairs with a sequence longer than `block_size`.
+        num_without_answer: number of pairs dropped because truncation would remove a whole answer.
+        lost_tokens: number of labels that were truncated or dropped.
+        reference: log-probabilities [pairs, 2] of the chosen and the rejected answers under the
+            initial model; None until they are computed.
 
     Raises:
         UserError: a sequence is too long and `on_long` is "error", or a document is not a pair.
@@ -109,16 +109,17 @@ class PairDataset(PackedSequences):
         return 1 - self.num_tokens / positions if positions else 0.0
 
     def pieces(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Pieces:
-        """The pieces of the pairs with the given `indices`, two for each pair."""
+        """Return the pieces of the pairs with the given `indices`, two per pair."""
         which = np.asarray(indices, np.int64)
         row = np.repeat(np.arange(len(which)), 2)
         lengths = (self._sizes + self._halves.skipped)[which]
         return Pieces(row, self._halves.starts[which].reshape(-1), lengths.reshape(-1))
 
     def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
-        """The pairs with the given `indices` (each in range(len)), as arrays [n, 2 * block_size].
+        """Read the pairs with the given `indices`, each in range(len): arrays [n, 2 * block_size].
 
-        Once `reference` is computed, its log-probabilities [n] of each answer are included.
+        Once `reference` is computed, the log-probabilities of the chosen and of the rejected
+        answers are included, each [n].
         """
         which = np.asarray(indices, np.int64)
         starts, skipped, answers = (
@@ -152,7 +153,7 @@ class PairDataset(PackedSequences):
 
 
 def longer_sequences(split: StoreSplit) -> Int64[np.ndarray, " n"]:
-    """Number of tokens of each pair's longer sequence."""
+    """Return the number of tokens in the longer sequence of each pair."""
     found = [_halves(split, *group, False).lengths.max(1) for group in document_groups(split)]
     return np.concatenate([np.empty(0, np.int64), *found])
 
@@ -163,7 +164,7 @@ def _halves(
     lengths: Int64[np.ndarray, " n"],
     has_no_bos: bool,
 ) -> _Halves:
-    """The chosen and rejected sequences of consecutive documents."""
+    """Find the chosen and rejected sequences in consecutive documents."""
     marks = np.empty(int(lengths.sum()), np.uint8)
     split.read_targets(int(starts[0]), marks)
     first, ends = starts - starts[0], starts - starts[0] + lengths

@@ -6,13 +6,13 @@ import types
 import typing
 from typing import Any
 
-LARGEST = 1 << 62  # of a count or a position
+LARGEST = 1 << 62  # no count or position reaches this
 
 
 def check_types(value: Any) -> None:
-    """Check every field of a dataclass.
+    """Check that every field of a dataclass has its annotated type.
 
-    Whole numbers must be counts or positions: at least 0, and below `LARGEST`.
+    Integers must be counts or positions: at least 0, and below `LARGEST`.
 
     Raises:
         TypeError: a field is not of its type; the message names it.
@@ -23,7 +23,7 @@ def check_types(value: Any) -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value has a type, and all values nested in it have theirs.
+    """Whether a value and all values nested in it have the types of the annotation `hint`.
 
     >>> fits({"a": [1, 2]}, dict[str, list[int]]), fits({"a": [1, "2"]}, dict[str, list[int]])
     (True, False)

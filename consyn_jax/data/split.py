@@ -1,7 +1,7 @@
-"""Assign a document to train, validation or test by a hash of its text.
+"""Assign documents to train, validation or test by a hash of their text.
 
-A document stays in its split when other documents are added, and duplicates share a split. A corpus
-of a single document is split by position instead: its last part is held out.
+A document stays in its split when other documents are added, and duplicates are in the same split.
+If the corpus is a single document, its last part is held out instead.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SPLITS = (TRAIN, VALIDATION, TEST)
-# The salt is part of every cache key, because another salt gives other splits.
+# Cache keys include the salt, because it determines the splits.
 SALT = b"consyn_jax"
 DIGEST_BYTES = 16
-# `datasets.data_files.SPLIT_KEYWORDS` and the characters that end a word there.
+# Keywords (`SPLIT_KEYWORDS`) and word separators from `datasets.data_files`.
 KEYWORDS = {
     TRAIN: ("train", "training"),
     VALIDATION: ("validation", "valid", "dev", "val"),
@@ -25,7 +25,7 @@ _BETWEEN = re.compile(r"[-._ 0-9]+")
 
 
 def split_of_name(name: str) -> str | None:
-    """The split whose keyword is in the name of a file or directory; None if there is none.
+    """Find the keyword of a split in the name of a file or directory; None if there is none.
 
     >>> [split_of_name(name) for name in ("val.jsonl", "fw_val_000.bin", "train_sft-00.csv")]
     ['validation', 'validation', 'train']
@@ -38,7 +38,7 @@ def split_of_name(name: str) -> str | None:
 
 
 def digest(data: bytes) -> bytes:
-    """A 16-byte hash of a document's text, which finds duplicates and decides the split.
+    """Compute a 16-byte hash of a document's text, for finding duplicates and choosing the split.
 
     >>> digest(b"a document").hex()
     'b269d408a40c463c0046790c79c99920'
@@ -47,15 +47,16 @@ def digest(data: bytes) -> bytes:
 
 
 def joined_digest(parts: Sequence[bytes]) -> bytes:
-    """The digest of a document from the digests of its parts (see `sources/chunking.py`)."""
+    """Compute a document's digest from the digests of its parts (see `sources/chunking.py`)."""
     return parts[0] if len(parts) == 1 else digest(b"".join(parts))
 
 
 def split_of(document: bytes, validation: float, test: float = 0.0) -> str:
-    """The split of a document, from its digest read as a number in [0, 1).
+    """Choose the split of a document by its digest, which is read as a number in [0, 1).
 
-    For a document in parts, it is the digest of the first part. Validation takes the lower end of
-    the interval and test the upper end, so a larger share only moves documents out of train.
+    For a document in parts, the digest of the first part decides. Validation takes the lower end of
+    the interval and test the upper end. So a larger held-out share only moves documents out of
+    train.
 
     >>> a = digest(b"a document")
     >>> split_of(a, 0.0), split_of(a, 1.0), split_of(a, 0.0, 1.0)
@@ -68,7 +69,7 @@ def split_of(document: bytes, validation: float, test: float = 0.0) -> str:
 
 
 def cut(data: bytes, fraction: float) -> int:
-    """Start of the last `fraction` of one UTF-8 document, moved back to a character boundary.
+    """Return the start of the last `fraction` of a UTF-8 document, at a character boundary.
 
     >>> cut(b"0123456789", 0.1), cut("aaa\u00e9".encode(), 0.2)
     (9, 3)
@@ -78,7 +79,7 @@ def cut(data: bytes, fraction: float) -> int:
 
 
 def torn(data: bytes) -> int:
-    """Distance from the last byte of `data` back to the first byte of its character.
+    """Return the distance from the last byte of `data` back to the first byte of its character.
 
     >>> torn(b"ab"), torn("a\u20ac".encode())
     (0, 2)

@@ -1,10 +1,10 @@
-"""Training while the corpus is still being tokenised, in an order that does not depend on speed.
+"""Train while the corpus is still being tokenised, in an order that does not depend on timing.
 
-The sequence at a position depends only on the position, the seed and the finished store. In the
-first epoch, windows are shuffled within blocks of `BLOCK_WINDOWS` consecutive windows, and a block
-is read when all of it is in the store. Later epochs are shuffled as a whole, as without streaming.
-So a run on a store that is complete from the start sees the same sequences, and a resumed run
-continues exactly, whatever the progress of the preparation.
+The sequence at a position depends only on the position, the seed and the content of the finished
+store. In the first epoch, windows are shuffled within blocks of `BLOCK_WINDOWS` consecutive
+windows. A block is read once all of it is in the store. Later epochs are shuffled as a whole, as
+without streaming. A run on a finished store therefore sees the same sequences, and a resumed run
+continues exactly, however far the preparation is.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from consyn_jax.data.split import TRAIN, VALIDATION
 from consyn_jax.data.store.store_split import StoreSplit
 from consyn_jax.errors import UserError
 
-# 1,024 windows of 1,024 tokens take about a second to tokenise, so training begins soon; yet a
-# batch is drawn from a million tokens, not from one or two neighbouring documents.
+# Tokenising 1,024 windows of 1,024 tokens takes about a second, so training begins soon. Yet a
+# batch is drawn from a million tokens and not from one or two neighbouring documents.
 BLOCK_WINDOWS = 1024
 VALIDATION_WINDOWS = 256
 
@@ -42,7 +42,7 @@ class Streamed:
         self._packed, self._complete = _pack(corpus, StoreSplit([]), block_size), False
 
     def at(self, positions: Int64[np.ndarray, " n"]) -> Sequences:
-        """The sequences at any positions, each array [n, block_size]; waits until they exist.
+        """Read the sequences at the given positions, as arrays [n, block_size]; wait for them.
 
         Raises:
             UserError: the complete corpus has no training documents.
@@ -71,9 +71,9 @@ class Streamed:
         return packed.rows(np.where(positions < n, first_epoch, ids_at(self.seed, positions, n)))
 
     def passes(self, position: int) -> dict[str, int]:
-        """Number of complete epochs before `position`, under the name "".
+        """Return the number of complete epochs before `position`, under the name "".
 
-        Waits until it is known whether the corpus continues after the position.
+        The call waits until it is known whether the corpus continues after the position.
         """
         packed, complete = self._with(position, 1)
         return {"": position // len(packed) if complete and len(packed) else 0}
@@ -89,7 +89,7 @@ class Streamed:
             packed, complete = self._packed, self._complete
         if complete or packed.num_tokens >= tokens:
             return packed, complete
-        # Wait without the lock, so that another thread can read existing windows meanwhile.
+        # Release the lock while waiting, so that another thread can read existing windows.
         split, complete = self.corpus.split(TRAIN, tokens)
         packed = _pack(self.corpus, split, self.block_size)
         with self._lock:
@@ -101,8 +101,8 @@ class Streamed:
 class FirstWindows:
     """The first `VALIDATION_WINDOWS` windows of the validation split, or all if there are fewer.
 
-    The first use waits until they exist. The whole split exists only when the preparation ends, but
-    all evaluations must use the same tokens, so that their losses can be compared.
+    The first use waits until these windows exist. The whole split exists only when the preparation
+    ends, but all evaluations must use the same tokens, so that their losses can be compared.
     """
 
     def __init__(self, corpus: Growing, block_size: int) -> None:
@@ -114,14 +114,14 @@ class FirstWindows:
         return min(VALIDATION_WINDOWS, len(self._windows()))
 
     def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
-        """The windows with the given `indices` (each in range(len)), as arrays [n, block_size]."""
+        """Read the windows with the given `indices`, each in range(len): arrays [n, block_size]."""
         return self._windows().rows(indices)
 
     @property
     def num_bytes(self) -> int | None:
-        """Bytes of the windows' text; None if the windows may end inside a document.
+        """Size of the windows' text in bytes; None if the windows may end inside a document.
 
-        The number of bytes is known only for complete documents.
+        The size is known only for complete documents.
         """
         packed = self._windows()
         is_whole_split = packed.num_tokens < VALIDATION_WINDOWS * self.block_size

@@ -1,1 +1,1 @@
-"""The device mesh, the processes of a run, the table of GPUs, and compiler settings."""
+"""Devices and processes of a run: mesh, launch, tables of GPUs and TPUs, compiler settings."""

@@ -1,4 +1,4 @@
-"""Settings of the allocators: the C library's on a CPU, XLA's on a GPU."""
+"""Settings of memory allocators: glibc's malloc for CPUs, and XLA's allocator for GPUs."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import os
 import sys
 from pathlib import Path
 
-# From glibc's malloc.h. Use one arena and no mmap, because glibc returns blocks of other arenas and
-# large blocks from mmap to the kernel as soon as they are freed.
+# Names from glibc's malloc.h. Memory of other arenas or from mmap returns to the kernel as soon as
+# it is freed, so one arena without mmap is used.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 NEVER = -1
-# Fraction of a GPU's memory that XLA may use, 0.75 by default; plans use at most `auto_mesh.FITS`.
+# Fraction of a GPU's memory that XLA may use. XLA's default is 0.75; memory plans use at most
+# `auto_mesh.FITS`.
 GPU_SHARE = "0.92"
 GPU_SHARE_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-GPU_DRIVERS = (Path("/proc/driver/nvidia"), Path("/dev/dxg"))  # Linux, and Windows seen from WSL
+GPU_DRIVERS = (Path("/proc/driver/nvidia"), Path("/dev/dxg"))  # on Linux, and on Windows in WSL
 
 
 def set_allocators() -> None:
@@ -24,7 +25,7 @@ def set_allocators() -> None:
 
 
 def use_gpu_memory() -> None:
-    """Let JAX use as much of each GPU's memory as a plan may need that is reported to fit.
+    """Let JAX use the share of GPU memory that the memory plan assumes.
 
     Values that the user has set in the environment are kept.
     """
@@ -37,12 +38,12 @@ def keep_freed_memory() -> None:
 
     On CPUs, XLA allocates a step's temporary memory with malloc, and frees it at the end of the
     step. By default, glibc returns such memory to the kernel, which zeroes every page when it is
-    allocated again. This takes a third of the time of a small model's step.
+    allocated again. Returning and zeroing memory takes a third of a small model's step time.
 
     Call this function before JAX starts threads: a thread that has already allocated memory has its
     own arena, and these settings do not affect blocks over 64 MiB of such an arena.
 
-    Without glibc, or with a GPU driver, nothing is done.
+    Nothing is done without glibc, or if a GPU driver is present.
     """
     if not sys.platform.startswith("linux") or any(driver.exists() for driver in GPU_DRIVERS):
         return

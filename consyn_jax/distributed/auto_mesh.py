@@ -11,7 +11,7 @@ from consyn_jax.integers import divisors
 
 # Usable share of a device's memory. The rest is for the driver, NCCL and fragmentation.
 FITS = 0.9
-GROUP_HOSTS = 8  # a wider ring gathers no faster, and its delay grows
+GROUP_HOSTS = 8  # a larger ring gathers no faster and has more latency
 
 Sizes = dict[str, int]  # by axis
 
@@ -20,8 +20,9 @@ Sizes = dict[str, int]  # by axis
 class Machine:
     """Number of hosts, devices per host, and usable bytes of memory per device.
 
-    A host is a group of devices with fast links, whatever processes it has. For TPUs it is a
-    slice, which is so large that weights are split over several slices only if they must be.
+    A host is a group of devices with fast links, however many processes use them. For TPUs, a slice
+    counts as a host. A slice has many devices, so weights are split over several slices only if one
+    slice has too little memory.
     """
 
     hosts: int
@@ -31,7 +32,7 @@ class Machine:
 
     @property
     def group_hosts(self) -> int:
-        """Number of hosts that share one copy of a large model, memory permitting."""
+        """Largest number of hosts per copy of the weights, unless the memory requires more."""
         return GROUP_HOSTS if self.name_of_host == "host" else 1
 
 
@@ -53,20 +54,20 @@ def choose_mesh(
 
     - A model that would fit on one device is sharded inside each host, where the links are fast
       and the gathers small, and replicated across hosts.
-    - A larger model is sharded over groups of up to 8 hosts, because to gather its weights over the
-      network takes less time than to sum its gradients over more replicas.
-    - If that does not fit, the model is sharded over as many hosts as it needs.
+    - A larger model is sharded over groups of up to 8 hosts, because gathering its weights over the
+      network is faster than summing its gradients over more replicas.
+    - A model that does not fit in such a group is sharded over as many hosts as it needs.
 
     With fewer sequences than devices, several devices of one host share each sequence. They split
-    the tokens of the sequence (context). If the weights do not fit, because context replicates
-    them, they split heads and feed-forward instead (tensor).
+    the tokens of the sequence (context). This replicates the weights. If the replicas do not fit,
+    the devices split attention heads and feed-forward layers instead (tensor).
 
     Args:
-        hidden_dim: Width of the model, which fsdp must divide.
-        needs: Function that estimates the bytes on one device, given the sizes of the axes.
-        batch_size: Sequences per micro-batch, which data x fsdp must divide.
-        splits: For the axes context and tensor, in the order of preference, the number that the
-            size of the axis must divide.
+        hidden_dim: Width of the model; the size of fsdp must divide it.
+        needs: Function that estimates the bytes of memory per device, given the sizes of the axes.
+        batch_size: Sequences per micro-batch; the product of data and fsdp must divide it.
+        splits: The axes that may split a sequence (context, tensor), in order of preference. The
+            size of each axis must divide the number given for it here.
 
     >>> splits, needs = {"context": 2048, "tensor": 8}, lambda sizes: 64 // sizes["fsdp"]
     >>> choose_mesh(Machine(4, 8, 80), 4096, needs, 32, splits)
@@ -84,7 +85,7 @@ def choose_mesh(
     axes = [
         axis for axis, size in splits.items() if size % share == 0 and machine.per_host % share == 0
     ]
-    if share == 1 or not axes:  # where the batch does not divide, `check_batch` refuses it later
+    if share == 1 or not axes:  # if the batch is not divisible, `check_batch` refuses it later
         return _split_weights(machine, hidden_dim, needs)
     choices = [_share_sequences(machine, hidden_dim, needs, axis, share) for axis in axes]
     fitting = (choice for choice in choices if needs(choice.sizes) <= FITS * machine.memory_bytes)

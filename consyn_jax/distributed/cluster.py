@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from consyn_jax.config import HardwareOptions
 from consyn_jax.errors import UserError, brief
 
-FIRST_PORT, PORTS = 61440, 4096  # as JAX takes them for Slurm
-PORTS_APART = 257  # a prime, so that steps of jobs with close numbers seldom have one port
+FIRST_PORT, PORTS = 61440, 4096  # the range that JAX uses under Slurm
+PORTS_APART = 257  # a prime, so that steps of jobs with close numbers seldom get the same port
 
 
 class Place(NamedTuple):
@@ -57,10 +57,10 @@ def _is_of_open_mpi() -> bool:
 
 
 def _port_of_step() -> int:
-    """Choose a port for a step of a Slurm job, because steps of one job may share hosts.
+    """Choose a port for a step of a Slurm job; steps that may share a host get different ports.
 
-    The first step gets the port that JAX would choose. Jobs with close numbers may share hosts,
-    too.
+    Steps of one job may share hosts, and so may jobs with close numbers. Step 0 gets the port that
+    JAX would choose.
     """
     job, step = (int(os.environ[f"SLURM_{name}_ID"]) for name in ("JOB", "STEP"))
     return FIRST_PORT + (job + PORTS_APART * step) % PORTS
@@ -92,15 +92,13 @@ def _detected() -> tuple[Any, Any, Any]:
         return address, count, number
     if _is_of_open_mpi():
         raise UserError(
-            "--distributed: this Open MPI does not tell where process 0 is. Inside mpirun, give "
-            "--coordinator_address HOST:PORT --num_processes $OMPI_COMM_WORLD_SIZE "
-            "--process_id $OMPI_COMM_WORLD_RANK."
+            "--distributed: this version of Open MPI does not provide the address of process 0. "
+            "Inside mpirun, give --coordinator_address HOST:PORT --num_processes "
+            "$OMPI_COMM_WORLD_SIZE --process_id $OMPI_COMM_WORLD_RANK."
         )
     if any("kubernetes" in str(warning.message).lower() for warning in caught):
         raise UserError(
             f"--distributed needs the package kubernetes to ask the cluster. Install it with "
             f"pip install kubernetes, or give {flags}."
         )
-    raise UserError(
-        f"--distributed finds no Slurm, Open MPI or Kubernetes around this process. Give {flags}."
-    )
+    raise UserError(f"--distributed does not find Slurm, Open MPI or Kubernetes. Give {flags}.")

@@ -1,8 +1,8 @@
 """XLA compiler settings that this package changes from their defaults.
 
-Each setting improves a compiled train step; docs/design/compiled-programs.md has the measurements,
-and the settings that were rejected. The settings are passed with each program and not in
-`XLA_FLAGS`, because XLA ends the process if `XLA_FLAGS` has a name that it does not know.
+Each setting improves a compiled train step. docs/design/compiled-programs.md lists the measurements
+and the rejected settings. The settings are passed with each program and not in `XLA_FLAGS`, because
+XLA ends the process if `XLA_FLAGS` contains an unknown name.
 """
 
 from __future__ import annotations
@@ -48,25 +48,25 @@ SETTINGS = (
     Setting(
         "xla_gpu_reduce_scatter_combine_threshold_bytes",
         1,
-        "Each gradient of a block is scattered as soon as it is computed, overlapped with the "
-        "matmuls that follow. By default one exchange waits for the last gradient, and no compute "
-        "is left to overlap it with.",
+        "Reduce-scatter each gradient of a block as soon as it is computed, overlapped with the "
+        "following matmuls. By default, XLA combines all of them into one exchange after the last "
+        "gradient, when no compute is left to overlap with.",
     ),
     Setting(
         "xla_cpu_experimental_ynn_fusion_type",
         "",
-        "Eigen multiplies the matrices of a block in three quarters of YNNPACK's time "
-        "(docs/design/cpu.md).",
+        "Use Eigen for matmuls: those of a block take three quarters of the time that YNNPACK "
+        "takes (docs/design/cpu.md).",
         (CPU,),
     ),
 )
 
 
 def compiler_options(devices: Sequence[Any]) -> Options:
-    """Options for `jax.jit(..., compiler_options=)` of a program for `devices`.
+    """Return the `compiler_options` of `jax.jit` for a program on `devices`.
 
-    Settings that the user has set in `XLA_FLAGS` are left out, and so are those that the installed
-    XLA does not know.
+    Settings that the user has set in `XLA_FLAGS` are left out. Settings that the installed XLA does
+    not know are left out as well.
 
     Args:
         devices: Devices of this machine, or descriptions of devices (`Topology.described_devices`).
@@ -82,6 +82,19 @@ def compiler_options(devices: Sequence[Any]) -> Options:
         if generation in s.generations and s.name not in set_by_user
     }
     return dict(_known(device, tuple(wanted.items()))) if wanted else {}
+
+
+def traced_options(devices: Sequence[Any]) -> dict[str, bool | str]:
+    """Options for a program whose operations a profiler's trace is to name; none except on GPUs.
+
+    XLA otherwise launches most kernels of a step as command buffers (CUDA graphs), and a trace has
+    only the name of the buffer for each of its kernels.
+    """
+    name = "xla_gpu_enable_command_buffer"
+    is_gpu = devices[0].platform in ("gpu", "cuda")
+    if not is_gpu or name in names_in_xla_flags():
+        return {}
+    return {name: ""} if _known(devices[0], ((name, ""),)) else {}
 
 
 def generation_of(device: Any) -> str | None:
@@ -111,7 +124,7 @@ def names_in_xla_flags() -> set[str]:
 def _known(
     device: Any, options: tuple[tuple[str, bool | int | str], ...]
 ) -> tuple[tuple[str, bool | int | str], ...]:
-    """Return only the options that XLA knows, found by compiling an addition with them.
+    """Return only the options that the installed XLA knows, found by compiling a trivial program.
 
     XLA reports the first name that it does not know, so unknown options are removed one by one.
     """

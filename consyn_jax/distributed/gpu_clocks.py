@@ -1,4 +1,4 @@
-"""Clocks of GPUs and the reasons why they are not higher, as NVML reports them."""
+"""Read the clocks of GPUs, and the reasons for throttling, from NVML."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# NVML's bits (nvml.h, NvmlClocksEventReasons), in words.
+# Bits of NVML's mask of throttle reasons (nvml.h, NvmlClocksEventReasons), with descriptions.
 REASONS: Mapping[int, str] = {
     0x8: "hardware slowdown",
     0x40: "the GPU is too hot, and the hardware has halved its clock or more",
-    0x80: "the power supply asks for less (power brake)",
+    0x80: "the power supply demands a lower clock (power brake)",
     0x20: "the GPU or its memory is too hot",
     0x4: "the power limit",
-    0x2: "a clock limit that was set (application clocks)",
+    0x2: "a clock limit set by the user (application clocks)",
 }
 HALVED, HOT = 0x8 | 0x40 | 0x80, 0x20
 
 
 @dataclass(frozen=True)
 class ClockState:
-    """The clock of a GPU at work, and NVML's bits for why it is not higher."""
+    """Clock of a GPU under load, and NVML's bit mask of throttle reasons."""
 
     clock_mhz: int | None
     reasons: int
 
 
 def open_nvml() -> Any:
-    """The module `pynvml`, ready to be asked; or why it cannot be, as a string."""
+    """Initialise NVML and return the module `pynvml`, or the reason for a failure as a string."""
     try:
         import pynvml
     except ImportError:
@@ -40,10 +40,10 @@ def open_nvml() -> Any:
 
 
 def read_clocks(gpus: Sequence[str] | None = None) -> tuple[ClockState, ...]:
-    """Read clocks and throttling of GPUs; to be called while they work. Empty without NVML.
+    """Read the clocks and throttle reasons of GPUs, which must be under load; empty without NVML.
 
     Args:
-        gpus: their UUIDs, as `visible_gpus` finds them; None for all GPUs of the host.
+        gpus: UUIDs of the GPUs, from `visible_gpus`; None for all GPUs of the host.
     """
     nvml = open_nvml()
     if isinstance(nvml, str):
@@ -55,7 +55,7 @@ def read_clocks(gpus: Sequence[str] | None = None) -> tuple[ClockState, ...]:
             else [nvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in gpus]
         )
         return tuple(_clock(nvml, handle) for handle in handles)
-    except nvml.NVMLError:  # the caller can do without
+    except nvml.NVMLError:  # the caller does not need the clocks
         return ()
     finally:
         nvml.nvmlShutdown()
@@ -70,7 +70,7 @@ def _clock(nvml: Any, handle: Any) -> ClockState:
 
 
 def reasons_in_words(clocks: Sequence[ClockState], bits: int = ~0) -> str:
-    """The reasons of any of the GPUs in words, restricted to `bits`; empty if there is none.
+    """Describe the throttle reasons in `bits` that hold for at least one GPU; "" if none does.
 
     >>> reasons_in_words([ClockState(345, 0x24)], HALVED | HOT)
     'the GPU or its memory is too hot'

@@ -1,4 +1,4 @@
-"""The tables of GPUs and TPUs: one row each, for planning, compiling and model FLOP utilisation.
+"""Tables of GPUs and TPUs for memory planning, compiling and model FLOP utilisation.
 
 docs/design/planning.md has the source of each number.
 """
@@ -12,11 +12,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU of which only the peak rate is known.
+    """A GPU for which only the peak FLOP/s are known.
 
     Attributes:
-        name: Text that the driver's name of the device (its kind) contains. If several entries
-            match a device, the longest name is used.
+        name: Part of the device kind, which is the name that the driver reports. If several entries
+            match a device, the one with the longest name is used.
         bf16_flops: Specified FLOP/s of dense bf16 matmuls with float32 accumulation.
     """
 
@@ -36,7 +36,7 @@ class DescribedGpu(Gpu):
     Rates are per second and per GPU. The default values hold for Hopper and Blackwell.
 
     Attributes:
-        kind: The driver's name of the device.
+        kind: Full name of the device that the driver reports.
         memory_bytes: Device memory that the driver reports.
         memory_bandwidth: Specified bytes/s from and to device memory.
         matmul_flops: Best measured FLOP/s of a dense bf16 matmul with float32 accumulation.
@@ -66,7 +66,7 @@ class DescribedGpu(Gpu):
     shared_memory_per_core: int = 233_472
 
 
-# Cards of Ampere and Ada with GDDR memory: PCIe 4.0 x16, and a port of 100 Gb/s for eight of them.
+# Ampere and Ada cards with GDDR memory, on PCIe 4.0 x16. Eight cards share one port of 100 Gb/s.
 _ONE_OF_EIGHT_ON_PCIE: Any = {
     "network_bandwidth": 1.5625e9,
     "host_bandwidth": 32e9,
@@ -268,23 +268,23 @@ GPUS: tuple[Gpu, ...] = (
 DESCRIBED = {gpu.key: gpu for gpu in GPUS if isinstance(gpu, DescribedGpu)}
 
 
-# Chips that share the name of one in the table, and parts of one.
+# Words in the names of other variants of a chip in the table, and of parts of a chip (MIG).
 OTHER_CHIPS = re.compile(r"\b(D|Ti|SUPER|Laptop|Max-Q|MIG)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Tpu:
-    """A generation of TPUs. Rates and bytes are of one device, as JAX counts devices.
+    """A generation of TPUs. Rates and bytes are per JAX device.
 
-    A device is a chip; of tpu7x it is half a chip.
+    A device is a chip, except for tpu7x, where a chip has two devices.
 
     Attributes:
         key: Name in a `--topology` and in libtpu.
-        kind: Name of the device in JAX.
-        bf16_flops: Specified FLOP/s of bf16 products that are summed in float32.
+        kind: Name of the device in JAX (`device_kind`).
+        bf16_flops: Specified FLOP/s of dense bf16 matmuls with float32 accumulation.
         memory_bytes: Bytes that the compiler lets a program use.
         memory_bandwidth: Specified bytes per second to and from the device's memory.
-        dimensions: Dimensions of the network of a slice.
+        dimensions: Number of dimensions of the network of a slice.
         max_chips: Largest number of chips of one slice.
         devices_per_chip: Number of devices of a chip.
     """

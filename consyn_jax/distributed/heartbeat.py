@@ -1,4 +1,4 @@
-"""Show an orchestrator that this process is alive: a file that is touched every few seconds."""
+"""Touch a file every few seconds to show an orchestrator that this process is alive."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ BEAT_S = 5.0
 def heartbeat() -> Iterator[None]:
     """Touch the file named by the variable `CONSYN_HEARTBEAT` every 5 seconds, from a thread.
 
-    A frozen process, and one whose interpreter is blocked, stops touching the file. A run that is
-    alive without making progress does not: the watchdog ends that one. A variable and no flag,
-    because it belongs to the container and not to the run.
+    The file stays untouched if the process is frozen or its interpreter is blocked. It is still
+    touched if the run makes no progress; the watchdog ends such a run. The name comes from a
+    variable and not from a flag, because it belongs to the container and not to the run.
 
     Raises:
         UserError: the file cannot be written at the start.
@@ -35,7 +35,8 @@ def heartbeat() -> Iterator[None]:
         file.touch()
     except OSError as error:
         raise UserError(
-            f"The heartbeat file {name} ({VARIABLE}) cannot be written: {brief(error)}."
+            f"The heartbeat file {name} ({VARIABLE}) cannot be written: {brief(error)}. Set the "
+            "variable to a file that can be written."
         ) from None
     stop = threading.Event()
     thread = threading.Thread(target=_beat, args=(file, stop), name="heartbeat", daemon=True)

@@ -1,7 +1,7 @@
 """`--distributed`: join several processes into one run.
 
 Before JAX is initialised, the processes connect to each other (`rendezvous`) and compare flags and
-versions. A mistake in the launch thus ends every process with a one-sentence message, where JAX
+versions. After a mistake in the launch, every process ends with a one-sentence message. JAX alone
 would abort with a stack trace. docs/distributed.md has the reasons.
 """
 
@@ -38,8 +38,8 @@ PACKAGES = (
     "orbax-checkpoint",
     "numpy",
 )
-# Flags that may differ between processes. Paths of data and models may, too: the trainer compares
-# their contents.
+# Flags that may differ between processes. Paths of data and models may differ as well, because the
+# trainer compares their contents.
 OWN = {
     "process_id",
     "coordinator_address",
@@ -52,18 +52,19 @@ OWN = {
     "model",
     "checkpoint",
 }
-JAX_ERROR_S = 10.0  # time to learn whether another process's death caused JAX's error
+JAX_ERROR_S = 10.0  # time to find out whether the death of another process caused JAX's error
 
 
 @contextmanager
 def runtime(run: RunConfig, prog: str = "consyn-train") -> Iterator[ProcessGroup]:
-    """Run JAX over all processes of the run inside the block; JAX must not be in use before.
+    """Run JAX over all processes of the run inside a `with` block.
 
-    If the block raises an error in one process, the other processes end, too.
+    JAX must not be initialised before the block. If the block raises an error in one process, the
+    other processes end as well.
 
     Raises:
         UserError: The processes do not find each other, or differ in versions, flags or devices.
-            All processes raise it.
+            Every process raises the error.
     """
     place = find_cluster(run.hardware)
     about = {"host": socket.gethostname(), "gpus": visible_gpus(), "facts": facts(run)}
@@ -100,9 +101,10 @@ def _shut_down(process_group: ProcessGroup) -> None:
 
 
 def _fail(process_group: ProcessGroup, error: BaseException) -> None:
-    """End the other processes because of `error`; this process then exits without waiting."""
+    """End the other processes because of `error`, and let this process exit without waiting."""
     if isinstance(error, jax.errors.JaxRuntimeError):
-        # If another process died, the thread notices its closed connection, and ends this process.
+        # If another process died, the thread of the process group notices its closed connection and
+        # ends this process.
         process_group.await_end(JAX_ERROR_S)
     if isinstance(error, UserError):
         code, sentence = 2, str(error)
@@ -194,7 +196,7 @@ def share_devices(processes: Sequence[tuple[str, Sequence[str]]]) -> list[list[i
         For each process, the indices of its GPUs in its own list; None for all.
 
     Raises:
-        UserError: the number of processes on a host does not divide its GPUs.
+        UserError: the processes of a host cannot share its GPUs evenly.
 
     >>> share_devices([("a", "01"), ("a", "01"), ("b", "01")])
     [[0], [1], None]
@@ -225,8 +227,8 @@ def _bracketed(host: str) -> str:
 
 
 def _initialize(place: Place, port: int, devices: list[int] | None) -> None:
-    # training/runtime/signals.py handles SIGTERM. JAX's preemption service would take the signal
-    # away from it.
+    # training/runtime/signals.py handles SIGTERM. JAX's preemption service would replace that
+    # handler.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         f"{_bracketed(place.address[0])}:{port}",

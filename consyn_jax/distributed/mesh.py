@@ -79,7 +79,7 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
 def on_each_device(
     local: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any
 ) -> Callable[..., Any]:
-    """Run `local` on each device's shards by `shard_map`; without a current mesh, on full arrays.
+    """Wrap `local` in `shard_map` to run on each device's shards; without a mesh, return `local`.
 
     Args:
         in_axes: Logical axes of each argument, a tuple or a tree of tuples; None for a missing
@@ -93,7 +93,8 @@ def on_each_device(
         return isinstance(node, tuple) and all(a is None or isinstance(a, str) for a in node)
 
     in_specs, out_specs = jax.tree.map(partition_spec, (in_axes, out_axes), is_leaf=is_axes)
-    # check_vma off: the kernels' custom calls do not say over which axes their results vary
+    # check_vma is off because custom calls of kernels do not declare over which mesh axes their
+    # results vary.
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
@@ -103,7 +104,7 @@ def mesh_sizes() -> dict[str, int]:
 
 
 def split_axes(sizes: dict[str, int], *logical_axes: str) -> tuple[str, ...]:
-    """The mesh axes larger than 1 over which any of these logical axes is sharded.
+    """Return the mesh axes, of size above 1, over which any of these logical axes is sharded.
 
     >>> split_axes({"data": 1, "fsdp": 4, "context": 2, "tensor": 1}, "batch", "sequence", "vocab")
     ('fsdp', 'context')
@@ -143,8 +144,8 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
 def build_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Build a mesh with all four axes; JAX chooses the order of the devices to suit the network.
 
-    The outermost axes that can be are split over the slices of TPUs, whose network is slower than
-    the links inside a slice. `jax.make_mesh` refuses several slices.
+    For several TPU slices, the outer axes are split over the slices, because the network between
+    slices is slower than the links inside a slice. `jax.make_mesh` does not support several slices.
     """
     shape = tuple(sizes[axis] for axis in AXES)
     devices = list(jax.devices() if devices is None else devices)[: math.prod(shape)]
@@ -161,7 +162,7 @@ def build_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = Non
 
 
 def across_slices(shape: Sequence[int], slices: int) -> tuple[int, ...]:
-    """Numbers of slices that the axes of a mesh are split over, the outer axes first.
+    """Return the number of slices over which each axis is split; outer axes are split first.
 
     >>> across_slices((4, 8, 1, 1), 2), across_slices((1, 16, 1, 1), 2)
     ((2, 1, 1, 1), (1, 2, 1, 1))
@@ -183,7 +184,7 @@ def check_batch(
         sequences: Sequences per row.
 
     Raises:
-        UserError: A size does not divide; the message gives the nearest values that do.
+        UserError: A size is not divisible; the message gives the nearest sizes that are.
     """
     rows = sizes["data"] * sizes["fsdp"]
     if batch_size % rows:
@@ -207,7 +208,7 @@ def check_model(sizes: dict[str, int], dimensions: dict[str, int]) -> None:
         dimensions: Sizes of the model, by the name of their flag.
 
     Raises:
-        UserError: A size does not divide; the message names the size and the mesh axis.
+        UserError: A size is not divisible; the message names the size and the mesh axis.
     """
     for name, size in dimensions.items():
         axis = "fsdp" if name == "hidden_dim" else "tensor"
@@ -220,7 +221,7 @@ def check_model(sizes: dict[str, int], dimensions: dict[str, int]) -> None:
 
 
 def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
-    """Indices of the rows of a global batch that are on this process's devices, ascending."""
+    """Return the sorted indices of the rows of a global batch on this process's devices."""
     spec = sharding(mesh, ("batch",))
     index_of = spec.addressable_devices_indices_map((num_rows,))
     return np.unique(
@@ -235,7 +236,7 @@ def placer(
 ) -> Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]]:
     """Return a function that copies this process's rows of a batch to its devices in `mesh`.
 
-    An array with fewer dimensions than `logical_axes` uses the first of them.
+    An array with fewer dimensions than `logical_axes` uses the first axes.
     """
     where = [sharding(mesh, logical_axes[:rank]) for rank in range(len(logical_axes) + 1)]
     return lambda batch: {

@@ -3,9 +3,8 @@
 The processes exchange their progress, short answers, and the reason when all of them must end.
 JAX's own runtime ends a process with a stack trace if another process is missing, starts twice or
 dies. So process 0 listens on the coordinator's address, and every other process keeps one
-connection to process 0, over which they send lines of JSON. JAX is initialised afterwards, on a
-different port. Waiting here has no time limit, because heartbeats show that the other processes are
-alive.
+connection to process 0. Messages are lines of JSON. JAX is initialised afterwards, on a different
+port. Waiting here has no time limit, because heartbeats show that the other processes are alive.
 """
 
 from __future__ import annotations
@@ -24,9 +23,10 @@ from typing import Any
 from consyn_jax.errors import CONTINUES, visible
 
 BEAT_S = 2.0  # between two heartbeats
-LOST_S = 40.0  # without a heartbeat, a process counts as dead: it is frozen, or its host is gone
+LOST_S = 40.0  # a process without a heartbeat for this long counts as dead
 PARTING_S = 5.0  # time for the other processes to receive the reason for the end
-# srun ends a step as soon as its last task has ended, and may drop what that wrote just before.
+# srun ends a step as soon as its last task has exited, and may drop output that the task wrote just
+# before.
 OUTPUT_S = 1.0
 LONGEST = 1 << 24  # bytes of a message
 LOST = 76  # exit code of the surviving processes: EX_PROTOCOL of sysexits.h
@@ -125,11 +125,11 @@ class ProcessGroup:
     Attributes:
         process_id: Number of this process.
         progress: Progress of this process as JSON, which heartbeats send to process 0.
-        noted: The last text that a process has sent to all by `note`.
-        describe: Function that says which process is late, given the progress of all processes;
-            called in process 0.
-        before_end: Function that is called before the thread ends this process, with True if the
-            run is stuck.
+        noted: The latest text that any process has sent by `note`.
+        describe: Function that names the process that is late, given the progress of all processes.
+            It is called in process 0.
+        before_end: Function that is called before the thread ends this process. Its argument is
+            True if the run is stuck.
     """
 
     def __init__(
@@ -211,10 +211,10 @@ class ProcessGroup:
             self._exit(LOST, f"No progress, and {self.names[0]} does not answer. {AGAIN}")
         else:
             self._end_stuck()
-            self.await_end(LOST_S)  # another end was in progress
+            self.await_end(LOST_S)  # the run was already ending for another reason
 
     def await_end(self, seconds: float) -> None:
-        """Wait until the thread learns why another process died, and ends this process."""
+        """Wait up to `seconds` for the thread to learn why a process died and to end this one."""
         self._thread.join(seconds)
 
     def _begin_end(self) -> bool:
@@ -230,13 +230,17 @@ class ProcessGroup:
         self, code: int, sentence: str, *, stuck: bool = False, origin: int | None = None
     ) -> None:
         if self._begin_end():
-            # Called before the others end, because collectives of this process fail without them.
+            # Call this before the other processes end, because collectives of this process fail
+            # without them.
             self.before_end(stuck)
             self._end_others(code, sentence, stuck, origin)
             self._exit(code, sentence)
 
     def _end_others(self, code: int, sentence: str, stuck: bool, origin: int | None = None) -> None:
-        """In process 0, wait until the other processes exit, or they would blame process 0."""
+        """In process 0, end the other processes and wait for their exit.
+
+        If process 0 exited first, the other processes would report it as the cause.
+        """
         connections = [
             connection
             for number, connection in self._connections.items()
@@ -285,7 +289,8 @@ class ProcessGroup:
                         self._handle(key.data, connection, message)
                 if (passed := time.monotonic() - last) >= BEAT_S:
                     last = time.monotonic()
-                    # A longer time means that this process itself was frozen and heard nothing.
+                    # A longer time means that this process itself was frozen and could not receive
+                    # heartbeats.
                     self._beat(min(passed, 2 * BEAT_S))
 
     def _handle(self, number: int, connection: Connection, message: list[Any]) -> None:

@@ -28,19 +28,19 @@ def meet(
     Args:
         place: Number of this process, and address of process 0.
         arrive_s: Seconds after which a process that has not connected counts as missing.
-        about: JSON value about this process, for process 0.
-        answer: Function that makes the answer to all processes, a JSON value, from the `about` of
-            every process. Called in process 0; a UserError in it ends all processes.
+        about: JSON value that describes this process to process 0.
+        answer: Function that receives the `about` of every process and returns a JSON value for all
+            processes. It is called in process 0. If it raises a UserError, all processes end.
 
     Returns:
         The process group, and the answer.
 
     Raises:
-        UserError: A process was started twice, or `answer` raised the error. Every process gets the
-            same message. A process of another launch that connects by mistake is also told so,
-            while process 0 keeps waiting for its own processes.
+        UserError: A process was started twice, or `answer` raised the error. Every process raises
+            the same message. A process of another launch that connects by mistake raises an error
+            of its own, and process 0 keeps waiting for its own processes.
         ProcessMissing: Process 0 does not answer, or other processes did not connect. Every process
-            gets the same message.
+            raises the same message.
     """
     hello = {
         "process_id": place.process_id,
@@ -67,7 +67,7 @@ def _be_guest(
         case ["stranger", name]:
             message = (
                 f"At --coordinator_address {address[0]}:{address[1]}, {name} answers, but this "
-                f"process is of {_start(hello)}. Give one of the two launches another port."
+                f"process belongs to {_start(hello)}. Give one of the two launches another port."
             )
         case ["missing", message]:
             connection.socket.close()
@@ -118,7 +118,7 @@ def _start(hello: dict[str, Any]) -> str:
 def _await_others(
     address: tuple[str, int], arrive_s: float, hello: dict[str, Any]
 ) -> list[tuple[dict[str, Any], Connection]]:
-    """In process 0, collect the greetings and connections of the processes that connect in time."""
+    """In process 0, accept the other processes in time; return their greetings and connections."""
     try:
         server = _listen_on(address[1])
     except OSError as error:
@@ -150,13 +150,13 @@ def _await_others(
                 connection.socket.close()
             else:
                 arrived.append((other, connection))
-                # The first process to start waits no longer than `arrive_s`.
+                # Each process waits no longer than `arrive_s` after its own start.
                 deadline = min(deadline, time.monotonic() + arrive_s - other["waited_s"])
     return arrived
 
 
 def _greeting(connection: Connection) -> dict[str, Any] | None:
-    """Read the greeting of a process that connects; None if it sends something else or nothing."""
+    """Read the greeting of a process that has connected; None if no valid greeting arrives."""
     match connection.first_message(RETRY_S * 10):
         case [
             "hello",
@@ -233,7 +233,7 @@ def _connect(address: tuple[str, int], arrive_s: float, hello: dict[str, Any]) -
         except OSError as error:  # process 0 may not have started yet
             why = error.strerror or str(error)
         else:
-            # Now and then the kernel connects a free port to itself.
+            # While nothing listens on the port, TCP may connect a socket on this host to itself.
             if opened.getsockname() != opened.getpeername():
                 connection = Connection(opened)
                 connection.send("hello", hello | {"waited_s": waited_s})
@@ -241,7 +241,7 @@ def _connect(address: tuple[str, int], arrive_s: float, hello: dict[str, Any]) -
             opened.close()
         time.sleep(RETRY_S)
     raise ProcessMissing(
-        f"Process 0 does not answer at --coordinator_address {address[0]}:{address[1]}: {why}, for "
-        f"{arrive_s:.0f} s. Check the address, that process 0 runs there, and that no firewall "
-        f"blocks the port."
+        f"Process 0 does not answer at --coordinator_address {address[0]}:{address[1]} within "
+        f"{arrive_s:.0f} s ({why}). Check the address, that process 0 runs there, and that no "
+        f"firewall blocks the port."
     )

@@ -1,9 +1,9 @@
 """The GPUs that this process can use, by UUIDs that are the same in all processes of the host.
 
 The index of a GPU does not identify it: if Slurm gives each process its own GPU through a control
-group, as with `--gpus-per-task=1`, every process sees a GPU 0. NVIDIA's driver lists all GPUs of
-the host in files, and a process can open the device files of its GPUs. CUDA is not queried, because
-it must not start before JAX.
+group, as with `--gpus-per-task=1`, every process sees a GPU 0. So the GPUs are found in files of
+NVIDIA's driver, which list all GPUs of the host. A process can use the GPUs whose device files it
+can open. CUDA is not queried, because it must not start before JAX.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def visible_gpus(driver: Path = DRIVER, devices: Path = DEVICES) -> list[str]:
 
     The numbers in `CUDA_VISIBLE_DEVICES` are indices into the GPUs that the process may open,
     sorted by PCI bus id. CUDA sorts by speed, which is the same order if all GPUs of the host are
-    equal. For a number without an entry in the driver's list, the name in `CUDA_VISIBLE_DEVICES` or
-    of the device file is used in place of a UUID.
+    equal. If the driver's list does not give the UUID of a GPU, a name replaces it: the entry in
+    `CUDA_VISIBLE_DEVICES`, the PCI bus id, or the name of the device file.
     """
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
@@ -33,7 +33,7 @@ def visible_gpus(driver: Path = DRIVER, devices: Path = DEVICES) -> list[str]:
     if visible is None:
         return usable or sorted(path.name for path in devices.glob("nvidia[0-9]*"))
     listed = (name.strip() for name in visible.split(",") if name.strip())
-    names = takewhile(lambda name: not name.startswith("-"), listed)  # CUDA ends the list there
+    names = takewhile(lambda name: not name.startswith("-"), listed)  # CUDA stops reading there
     return [
         usable[int(name)] if name.isdecimal() and int(name) < len(usable) else name
         for name in names
@@ -52,7 +52,7 @@ def _usable(driver: Path, devices: Path) -> list[str]:
         if minor is None or not _opens(devices / f"nvidia{minor[1]}"):
             continue
         uuid = re.search(r"^GPU UUID:\s*(GPU-\S+)", text, re.MULTILINE)
-        # The driver writes question marks before it has first read the GPU.
+        # The UUID consists of question marks until the driver has first read the GPU.
         found.append(uuid[1] if uuid and "?" not in uuid[1] else path.parent.name)
     return found
 

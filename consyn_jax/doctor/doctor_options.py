@@ -20,13 +20,13 @@ class CheckOptions:
 
 @dataclass(frozen=True)
 class HostOptions:
-    """Several hosts: how the processes find each other, as with consyn-train."""
+    """Flags by which the processes of several hosts find each other, as in consyn-train."""
 
     distributed: bool = flag(
         False,
-        "run as one of several processes, one on each host, to compare clocks and try the "
-        "network. This process's number comes from Slurm, Open MPI, Kubernetes, or the next three "
-        "flags.",
+        "run as one of several processes, one on each host, to compare clocks and test the "
+        "network. The address and the process numbers come from Slurm, Open MPI, Kubernetes, or "
+        "the next three flags.",
     )
     coordinator_address: str | None = flag(
         None, "address of process 0, with a port that is free; the same for all processes"

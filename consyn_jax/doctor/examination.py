@@ -1,4 +1,4 @@
-"""Read the facts of this machine, and of the other hosts if there are several, and judge them."""
+"""Run the checks of `consyn-doctor` on this machine, or on all hosts of a group."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ PROG = "consyn-doctor"
 
 
 def examine(config: DoctorConfig) -> list[Finding]:
-    """Examine this machine, or all hosts of `--distributed`.
+    """Check this machine or, with `--distributed`, all hosts.
 
     Returns:
-        All findings; in a process other than process 0, none, because process 0 reports them.
+        All findings in process 0, which reports them; an empty list in every other process.
 
     Raises:
         UserError: the processes of `--distributed` were started wrongly.
@@ -43,12 +43,12 @@ def examine(config: DoctorConfig) -> list[Finding]:
 
 
 def examine_machine(config: DoctorConfig) -> list[Finding]:
-    """The findings of the machine that this process is on."""
+    """Check the machine on which this process runs."""
     measures = not config.checks.quick
-    driver = read_driver()  # before JAX takes memory of the GPUs
+    driver = read_driver()  # before JAX uses memory of the GPUs
     limits = read_limits()
     storage = read_storage(Path(config.checks.output), measure=measures)
-    # Measuring must not take the memory of a run beside it.
+    # Otherwise JAX would reserve GPU memory that another run on this machine needs.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     software = read_software()
     speeds, clocks = _measured(driver) if measures and not software.problem else ([], ())
@@ -65,7 +65,7 @@ def examine_machine(config: DoctorConfig) -> list[Finding]:
 
 
 def _measured(driver: DriverState) -> tuple[list[Speed], tuple[ClockState, ...]]:
-    """Speed of every device, and the clocks of all GPUs while they were measured."""
+    """Measure the speed of every device, and the clocks of all GPUs meanwhile."""
     import jax
 
     seen: list[tuple[ClockState, ...]] = []
@@ -79,10 +79,10 @@ def _measured(driver: DriverState) -> tuple[list[Speed], tuple[ClockState, ...]]
 
 
 def under_load(samples: list[tuple[ClockState, ...]]) -> tuple[ClockState, ...]:
-    """For each GPU the sample with the highest clock, with the reasons of all samples.
+    """Merge the samples of each GPU: its highest clock, and all reasons for throttling.
 
-    One GPU works at a time, and the others wait with low clocks. Samples that NVML failed to take
-    are empty.
+    GPUs are measured one at a time, and an idle GPU has a low clock. A sample that NVML could not
+    take is empty.
     """
     together = []
     for each in zip(*filter(None, samples), strict=True):
@@ -114,7 +114,7 @@ def _examine_hosts(config: DoctorConfig) -> list[Finding]:
         )
         return [*examine_machine(config), Finding("network", FAIL, str(missing), advice)]
     between = check_hosts(read_hosts(group))
-    # Several processes of one host would measure the same devices at the same time.
+    # One process per host: two would disturb each other's measurements of the same devices.
     is_first_here = hosts.index(own_host) == place.process_id
     own = examine_machine(config) if is_first_here else []
     everyone = group.gather(json.dumps([dataclasses.asdict(each) for each in own]))
@@ -130,7 +130,7 @@ def _hardware(options: HostOptions) -> HardwareOptions:
 
 
 def _by_host(hosts: list[str], everyone: list[list[dict[str, Any]]]) -> list[Finding]:
-    """The findings of all hosts with their names; equal findings of several hosts are merged."""
+    """Add the names of hosts to their findings; merge equal findings of several hosts."""
     places: dict[Finding, list[str]] = {}
     for host, findings in zip(hosts, everyone, strict=True):
         for each in findings:

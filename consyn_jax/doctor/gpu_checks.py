@@ -13,15 +13,15 @@ from consyn_jax.doctor.gpu_facts import DriverState, GpuState
 from consyn_jax.doctor.machine_findings import FAIL, INFO, PASS, WARN, Finding, size
 from consyn_jax.errors import counted, listed
 
-# The oldest driver for a major version of CUDA, on Linux.
+# The oldest Linux driver that supports each major version of CUDA.
 OLDEST_DRIVER = {12: (525, 60, 13), 13: (580,)}
-BUSY_SHARE = 0.1  # of a GPU's memory, in use before this process takes any
-LOW_CLOCK = 0.6  # of the highest clock, under load
-SWITCHED = 200e9  # bytes per second: GPUs of the table that are sold with NVLink have more
+BUSY_SHARE = 0.1  # share of a GPU's memory that other processes may use without a warning
+LOW_CLOCK = 0.6  # share of its highest clock below which a loaded GPU counts as slow
+SWITCHED = 200e9  # bytes per second; in the table, only links of GPUs with NVLink are faster
 
 
 def check_driver(driver: DriverState, cuda: int | None) -> list[Finding]:
-    """The driver, alone and together with the CUDA of JAX's plugin.
+    """Judge the driver, and whether it supports the CUDA version of JAX's plugin.
 
     Args:
         cuda: major version of CUDA that JAX's plugin needs; None without a plugin.
@@ -51,9 +51,9 @@ def _no_gpu(driver: DriverState, cuda: int | None) -> Finding:
     if not driver.on_the_bus and not driver.version:
         advice = "Train small models here, or plan for GPUs with consyn-train --dry_run --topology."
         return Finding("GPU", WARN, "this machine has no NVIDIA GPU", advice)
-    found = f"no driver shows the {counted(driver.on_the_bus, 'GPU')} on the PCI bus here"
+    found = f"{counted(driver.on_the_bus, 'GPU')} on the PCI bus, but no driver is loaded"
     if driver.version:
-        found = f"{driver.version} is loaded, but shows no GPU here"
+        found = f"{driver.version} is loaded, but shows no GPU"
     advice = "Install NVIDIA's driver, or start the container with --gpus all."
     return Finding("driver", WARN if cuda is None else FAIL, found, advice)
 
@@ -78,9 +78,9 @@ def _version(driver: DriverState, cuda: int | None, supports: str) -> Finding:
         return Finding("driver", FAIL, f"{found}, too old for JAX's CUDA {cuda}", advice)
     if is_old:
         advice = (
-            "Update the driver when you can; until then leave the compat libraries as they are."
+            "Update the driver when you can; until then keep CUDA's compat libraries installed."
         )
-        return Finding("driver", WARN, f"{found}, by forward compatibility", advice)
+        return Finding("driver", WARN, f"{found}, through CUDA's forward compatibility", advice)
     return Finding("driver", PASS, f"{found}; JAX needs CUDA {cuda}")
 
 
@@ -92,13 +92,15 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def check_gpus(gpus: Sequence[GpuState]) -> list[Finding]:
-    """Number, memory, ECC and NVLink of the GPUs; no line if there are none."""
+    """Judge the number, memory, ECC and NVLink of the GPUs; no findings without GPUs."""
     if not gpus:
         return []
     kinds = sorted({gpu.name for gpu in gpus})
     count = Finding("GPUs", PASS, f"{len(gpus)} x {kinds[0]}")
     if len(kinds) > 1:
-        advice = "Give a run GPUs of one kind with CUDA_VISIBLE_DEVICES: all wait for the slowest."
+        advice = (
+            "Select GPUs of one kind with CUDA_VISIBLE_DEVICES; otherwise all wait for the slowest."
+        )
         count = Finding("GPUs", WARN, f"{len(gpus)} of several kinds: {listed(kinds)}", advice)
     found = [count, _memory(gpus), _ecc(gpus)]
     if (links := _links(gpus)) is not None:
@@ -111,8 +113,8 @@ def _memory(gpus: Sequence[GpuState]) -> Finding:
     used = [i for i, gpu in enumerate(gpus) if gpu.memory_used > BUSY_SHARE * gpu.memory_bytes]
     if used:
         each = [f"GPU {i}: {size(gpus[i].memory_used)}" for i in used]
-        found = f"{size(least)} each, and others use {listed(each)}"
-        advice = "nvidia-smi names the processes: end yours, or take other GPUs."
+        found = f"{size(least)} each, but other processes use {listed(each)}"
+        advice = "Find the processes with nvidia-smi; end those that are yours, or use other GPUs."
         return Finding("GPU memory", WARN, found, advice)
     return Finding("GPU memory", PASS, f"{size(least)} each, and free")
 
@@ -129,15 +131,15 @@ def _ecc(gpus: Sequence[GpuState]) -> Finding:
     if any(wrong):
         count = sum(gpu.uncorrected or 0 for gpu in gpus)
         found = f"{numbers(wrong)}: {count:,} uncorrected memory error{'' if count == 1 else 's'}"
-        advice = "Reset the GPU (nvidia-smi --gpu-reset) or reboot; if they return, replace it."
+        advice = "Reset the GPU (nvidia-smi --gpu-reset) or reboot; replace it if errors return."
         return Finding("ECC", FAIL, found, advice)
     pending = [bool(gpu.remap_pending) for gpu in gpus]
     if any(pending):
-        found = f"{numbers(pending)}: a damaged row of memory is to be replaced"
+        found = f"{numbers(pending)}: a damaged row of memory will be replaced at the next reset"
         return Finding("ECC", WARN, found, "Reset the GPU before a long run, or reboot.")
     off = [gpu.ecc is not True for gpu in gpus]
     if any(off):
-        return Finding("ECC", INFO, f"{numbers(off)}: off or not there")
+        return Finding("ECC", INFO, f"{numbers(off)}: off or not supported")
     return Finding("ECC", PASS, "on, and no uncorrected error since the driver was loaded")
 
 
@@ -159,9 +161,9 @@ def _links(gpus: Sequence[GpuState]) -> Finding | None:
     if not most:
         known = described_gpu(gpus[0].name)
         if known is not None and known.link_bandwidth > SWITCHED:
-            found = f"no link works, and {gpus[0].name} is built for it"
+            found = f"no link works, although {gpus[0].name} supports NVLink"
             return Finding("NVLink", FAIL, found, advice)
-        return Finding("NVLink", INFO, "none: GPUs exchange over PCIe")
+        return Finding("NVLink", INFO, "none; the GPUs communicate over PCIe")
     return Finding("NVLink", PASS, f"{most} links for each GPU, all up")
 
 
@@ -170,7 +172,7 @@ def _all(gpu: GpuState) -> int:
 
 
 def check_clocks(gpus: Sequence[GpuState], clocks: Sequence[ClockState]) -> list[Finding]:
-    """Clocks and throttling, read while the GPUs worked; no line if they were not read."""
+    """Judge clocks and throttling under load; no findings if clocks were not read."""
     if not clocks or len(clocks) != len(gpus):
         return []
     reasons = [clock.reasons for clock in clocks]
@@ -181,9 +183,7 @@ def check_clocks(gpus: Sequence[GpuState], clocks: Sequence[ClockState]) -> list
     ]
     found = listed(shown, 8) if shown else "clocks are not reported"
     if any(bits & HALVED for bits in reasons):
-        advice = (
-            "Check cooling and power supply; until then the GPU runs at half its speed or less."
-        )
+        advice = "Check cooling and power supply; the GPU now runs at half its speed or less."
         return [Finding("throttling", FAIL, f"{found}: {reasons_in_words(clocks)}", advice)]
     slow = any(
         (clock.clock_mhz or 0) < LOW_CLOCK * (gpu.max_clock_mhz or 0)

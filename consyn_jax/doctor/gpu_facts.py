@@ -1,4 +1,4 @@
-"""The driver and its GPUs, as NVML reports them; without NVML, as far as Linux knows them."""
+"""Read the state of driver and GPUs from NVML; without NVML, from /proc, /dev and /sys."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ NVIDIA_VENDOR, DISPLAY_CLASSES = "0x10de", ("0x0300", "0x0302")  # PCI codes: VG
 
 @dataclass(frozen=True)
 class GpuState:
-    """One GPU. None where the GPU or its driver does not report a value.
+    """State of one GPU; a value is None if the GPU or its driver does not report it.
 
     Attributes:
-        memory_used: bytes in use by all processes, before this one uses the GPU.
-        ecc: whether memory errors are corrected.
-        uncorrected: memory errors since the driver was loaded that were not corrected.
-        remap_pending: a damaged row is replaced at the next reset of the GPU.
-        remap_failed: a damaged row could not be replaced.
-        links_up: NVLinks that work.
-        links_down: NVLinks that the GPU has and that do not work.
+        memory_used: bytes that other processes use, read before this process uses the GPU.
+        ecc: whether ECC, the correction of memory errors, is on.
+        uncorrected: number of uncorrected memory errors since the driver was loaded.
+        remap_pending: whether the next reset will replace a damaged row of memory.
+        remap_failed: whether a damaged row of memory could not be replaced.
+        links_up: number of NVLinks that work.
+        links_down: number of the GPU's NVLinks that do not work.
     """
 
     name: str
@@ -42,14 +42,14 @@ class GpuState:
 
 @dataclass(frozen=True)
 class DriverState:
-    """The driver.
+    """State of the NVIDIA driver.
 
     Attributes:
         version: as in "580.65.06"; empty if no driver is loaded.
         cuda: the newest CUDA that the driver's library supports; None if unknown.
-        problem: why NVML cannot be asked; empty if it was asked.
-        devices: device files of GPUs, `/dev/nvidia0` and so on.
-        on_the_bus: NVIDIA GPUs on the PCI bus, which a container sees even if it may not use them.
+        problem: why NVML could not be queried; empty if it was.
+        devices: number of device files of GPUs (`/dev/nvidia0` and so on).
+        on_the_bus: number of NVIDIA GPUs on the PCI bus; a container sees all, usable or not.
     """
 
     version: str = ""
@@ -61,7 +61,7 @@ class DriverState:
 
     @property
     def count(self) -> int:
-        """GPUs that a process may use, as far as is known."""
+        """Number of GPUs that a process may use: those that NVML reports, or else device files."""
         return len(self.gpus) or self.devices
 
 
@@ -69,7 +69,7 @@ def read_driver(root: Path = Path("/")) -> DriverState:
     """Read the state of the driver and of all GPUs that it shows to this process.
 
     Args:
-        root: below which `proc`, `dev` and `sys` are.
+        root: the directory that contains `proc`, `dev` and `sys`.
     """
     state = DriverState(
         _version_of_the_kernel_module(root / "proc/driver/nvidia/version"),
@@ -127,7 +127,7 @@ def _text(value: str | bytes) -> str:
 
 
 def _version_of_the_kernel_module(file: Path) -> str:
-    """The driver's version; empty if it is not loaded."""
+    """Read the driver's version; empty if the driver is not loaded."""
     try:
         found = re.search(r"Kernel Module\D*([\d.]+)", file.read_text())
     except OSError:

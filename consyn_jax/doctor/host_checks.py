@@ -8,18 +8,18 @@ from consyn_jax.doctor.host_facts import Process
 from consyn_jax.doctor.machine_findings import FAIL, PASS, WARN, Finding
 from consyn_jax.errors import listed
 
-# Hosts that follow NTP differ by milliseconds. Munge, and so Slurm, and Kerberos refuse a
-# credential that is 300 s off.
+# Hosts that follow NTP differ by milliseconds. Kerberos and Munge, which Slurm uses, refuse a
+# credential whose time is 300 s off.
 APART_S, BROKEN_S = 0.5, 300.0
 
 
 def check_hosts(processes: Sequence[Process]) -> list[Finding]:
-    """Clocks against process 0's, and connections between all hosts."""
+    """Judge the clocks relative to process 0's, and the connections between all hosts."""
     return [_clocks(processes), _network(processes)]
 
 
 def _clocks(processes: Sequence[Process]) -> Finding:
-    # What the comparison itself may be wrong by is taken off, so that a busy host is not blamed.
+    # Subtract the uncertainty of the comparison, so that a busy host gets no warning.
     sure = [max(0.0, abs(each.offset_s) - each.uncertainty_s) for each in processes]
     apart = [
         f"{each.host}: {each.offset_s:+.3g} s"
@@ -27,7 +27,7 @@ def _clocks(processes: Sequence[Process]) -> Finding:
         if offset > APART_S
     ]
     if apart:
-        found = f"apart from {processes[0].host}'s: {listed(apart, 8)}"
+        found = f"differ from {processes[0].host}'s: {listed(apart, 8)}"
         advice = "Set the clocks by NTP (chronyc makestep, or timedatectl set-ntp true)."
         return Finding("clocks", FAIL if max(sure) > BROKEN_S else WARN, found, advice)
     most = max(abs(each.offset_s) + each.uncertainty_s for each in processes)
@@ -40,10 +40,10 @@ def _network(processes: Sequence[Process]) -> Finding:
     ]
     if failed:
         advice = (
-            "Open all ports between the hosts in the firewall, and check that each host resolves "
-            "the others' names: NCCL and JAX choose ports themselves."
+            "Open all ports between the hosts in the firewall, because NCCL and JAX choose ports "
+            "themselves. Check that each host resolves the others' names."
         )
         return Finding("network", FAIL, f"no connection: {listed(failed, 4)}", advice)
     count = len({each.host for each in processes})
     hosts = f"{count} host{'' if count == 1 else 's'}"
-    return Finding("network", PASS, f"{hosts}; every process reaches every other on a new port")
+    return Finding("network", PASS, f"{hosts}; every process can connect to every other")

@@ -1,4 +1,4 @@
-"""The hosts of a distributed run: their clocks, and which of them reach each other."""
+"""Compare the clocks of several hosts, and test the connections between them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Any
 
 from consyn_jax.distributed.process_group import ProcessGroup
 
-REACH_S = 5.0  # for one connection
-ROUNDS = 3  # of comparing clocks; the quickest counts
+REACH_S = 5.0  # time limit of one connection attempt
+ROUNDS = 3  # comparisons of clocks; the one with the quickest gather counts
 
 
 @dataclass(frozen=True)
 class Process:
-    """One process of several, and its view of the others.
+    """One process of the group: its host, its clock, and the hosts that it cannot reach.
 
     Attributes:
         offset_s: how far this host's clock is ahead of process 0's.
-        uncertainty_s: the offset is right within this time.
-        unreachable: the hosts to which this one could not connect, each with the reason.
+        uncertainty_s: the largest possible error of `offset_s`.
+        unreachable: the hosts to which this process could not connect, each with the reason.
     """
 
     host: str
@@ -34,7 +34,10 @@ class Process:
 
 
 def read_hosts(group: ProcessGroup) -> list[Process]:
-    """Compare clocks and try every connection; all processes call it, and all get the answer."""
+    """Compare the clocks and test all connections.
+
+    All processes must call this; each gets the full list, in the order of the process ids.
+    """
     offsets = _offsets(group)
     unreachable = _try_connections(group)
     own = [offsets[0], offsets[1], *unreachable]
@@ -51,14 +54,14 @@ def _names(group: ProcessGroup) -> list[str]:
 
 
 def _offsets(group: ProcessGroup) -> tuple[float, float]:
-    """This clock minus process 0's, and its uncertainty.
+    """Return this clock minus process 0's and the uncertainty of the difference, in seconds.
 
-    All processes read their clocks when a gather releases them. Process 0 and this one are released
-    within the time that a gather takes.
+    Each process reads its clock when a gather returns. The gather returns in this process and in
+    process 0 at times that differ by at most the duration of the gather.
     """
     best = (0.0, float("inf"))
     for _ in range(ROUNDS):
-        group.gather("")  # so that the next one waits for nobody
+        group.gather("")  # so that the next gather waits for no late process
         began = time.monotonic()
         group.gather("")
         took, now = time.monotonic() - began, time.time()
@@ -69,7 +72,7 @@ def _offsets(group: ProcessGroup) -> tuple[float, float]:
 
 
 def _try_connections(group: ProcessGroup) -> list[str]:
-    """Connect to a new port of every other host; return those that fail, with the reasons."""
+    """Connect to a new port of every other process; return the hosts that fail, with reasons."""
     with _listening() as server:
         address = [socket.gethostname(), server.getsockname()[1], group.process_id]
         everyone = [json.loads(text) for text in group.gather(json.dumps(address))]
@@ -92,7 +95,7 @@ def _unreachable(everyone: Sequence[Any], own: int) -> list[str]:
 
 
 class _listening:
-    """A port that accepts connections while the block runs."""
+    """Context manager that opens a port and accepts connections until the block ends."""
 
     def __enter__(self) -> socket.socket:
         if socket.has_dualstack_ipv6():

@@ -1,4 +1,4 @@
-"""Findings: one line each about the machine, and their text."""
+"""Findings about a machine, and their layout as text."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ INDENT = " " * (6 + NAME_WIDTH)
 
 @dataclass(frozen=True)
 class Finding:
-    """One line.
+    """The result of one check, shown as one line.
 
     Attributes:
-        name: the thing that was looked at, unique on a host.
+        name: what was checked; unique on a host.
         status: "pass", "warn", "fail", or "info" for a figure without a known reference.
-        found: what was found.
+        found: the state that the check found.
         advice: what to do, one sentence; empty unless the status is "warn" or "fail".
-        host: the host, if there are several.
+        host: names of the hosts that the finding is about; empty if one machine is checked.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Finding:
 
 
 def lines(findings: Sequence[Finding]) -> list[str]:
-    """The findings as text, each with its advice below, and a last line with the counts."""
+    """Format findings as lines: the advice is below its finding, and the counts come last."""
     shown = []
     for each in findings:
         found = f"{each.host}: {each.found}" if each.host else each.found
@@ -47,13 +47,13 @@ def lines(findings: Sequence[Finding]) -> list[str]:
 
 def _wrapped(head: str, text: str) -> list[str]:
     width = LINE_WIDTH - len(INDENT)
-    # A name that is longer than its column pushes only its own line.
+    # A name that is longer than its column shifts the first line of its own finding only.
     parts = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
     return [f"{head} {parts[0]}".rstrip(), *(f"{INDENT} {part}" for part in parts[1:])]
 
 
 def verdict(findings: Iterable[Finding]) -> str:
-    """The counts in a sentence.
+    """Count the findings by status, in a sentence.
 
     >>> verdict([Finding("disk", PASS, "fine"), Finding("ECC", FAIL, "3 errors", "Reset it.")])
     '2 checks: 1 pass, 1 fail.'
@@ -65,7 +65,7 @@ def verdict(findings: Iterable[Finding]) -> str:
 
 
 def size(number: float) -> str:
-    """A number of bytes.
+    """Format a number of bytes.
 
     >>> size(84_942_979_072), size(512)
     ('84.9 GB', '512 bytes')

@@ -1,4 +1,4 @@
-"""Judge JAX, its plugin, CUDA's packages, and the attention kernel that would run."""
+"""Judge JAX, its CUDA plugin, CUDA's packages, and the attention kernel of training."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ INSTALL = "pip install -U 'jax[cuda{cuda}]'"
 
 
 def check_software(software: Software, num_gpus: int) -> list[Finding]:
-    """Versions, and whether JAX uses the GPUs of the machine.
+    """Judge the versions, and whether JAX uses the machine's GPUs.
 
     Args:
-        num_gpus: GPUs that the driver shows.
+        num_gpus: number of GPUs that the driver shows.
     """
     found = [Finding("JAX", INFO, _versions(software))]
     if software.plugins or num_gpus:
@@ -38,7 +38,7 @@ def _install(software: Software) -> str:
 def _plugin(software: Software) -> Finding:
     if not software.plugins:
         advice = f"Install it: {_install(software)}."
-        return Finding("CUDA plugin", FAIL, "JAX has none, so it does not see GPUs", advice)
+        return Finding("CUDA plugin", FAIL, "none is installed, so JAX does not see GPUs", advice)
     shown = listed([f"{name} {version}" for name, version in software.plugins.items()])
     if len(software.plugins) > 1:
         spare = list(software.plugins)[1]
@@ -47,13 +47,13 @@ def _plugin(software: Software) -> Finding:
     (version,) = software.plugins.values()
     if _numbers(version) != _numbers(software.jaxlib):
         advice = f"Install both in one version: {_install(software)}."
-        found = f"{shown}, which jaxlib {software.jaxlib} does not use"
+        found = f"{shown}; jaxlib {software.jaxlib} ignores it because the versions differ"
         return Finding("CUDA plugin", FAIL, found, advice)
     return Finding("CUDA plugin", PASS, shown)
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The dotted numbers that a version begins with, as jaxlib compares them."""
+    """Parse the dotted numbers at the start of a version; jaxlib compares only these."""
     found = re.match(r"\d+(\.\d+)*", version)
     return tuple(map(int, found[0].split("."))) if found else ()
 
@@ -67,7 +67,7 @@ def _packages(software: Software) -> Finding:
         if package.installed and not package.fits
     ]
     if len(missing) == len(packages):
-        return Finding("CUDA packages", INFO, "none from pip: JAX takes the system's CUDA")
+        return Finding("CUDA packages", INFO, "none from pip; JAX uses the system's CUDA")
     if missing or wrong:
         found = "; ".join(
             f"{word} {listed(names)}"
@@ -82,22 +82,24 @@ def _cudnn(software: Software) -> Finding:
     path = software.environment.get("LD_LIBRARY_PATH", "")
     install = f"{_install(software)}{', and unset LD_LIBRARY_PATH' if path else ''}"
     if software.cudnn is None:
-        found = "it cannot be loaded, and JAX does not use a GPU without it"
+        found = "it cannot be loaded, and JAX needs it to use a GPU"
         return Finding("cuDNN", FAIL, found, f"Install it: {install}.")
     version = _cudnn_version(software.cudnn)
     if software.cudnn_built is None:
-        return Finding("cuDNN", INFO, f"{version}; the plugin does not say what it needs")
+        return Finding("cuDNN", INFO, f"{version}; the plugin does not say which version it needs")
     built = _cudnn_version(software.cudnn_built)
-    found = f"{version}, and JAX is built with {built}"
-    # Another major version has another interface; an older minor version may lack functions.
+    found = f"{version}; JAX is built with {built}"
+    # A different major version has a different interface; an older minor may lack functions.
     new, old = (tuple(map(int, text.split(".")[:2])) for text in (version, built))
     if new[0] != old[0] or new < old:
-        return Finding("cuDNN", FAIL, found, f"Install a newer one: {install}.")
+        return Finding("cuDNN", FAIL, found, f"Install a matching version: {install}.")
     return Finding("cuDNN", PASS, found)
 
 
 def _cudnn_version(number: int) -> str:
-    """The version in digits, from cuDNN's number; until version 8, a major version was 1,000.
+    """Format the number that cuDNN gives as its version.
+
+    The number is 10,000 x major + 100 x minor + patch; before cuDNN 9, it had 1,000 x major.
 
     >>> _cudnn_version(92801), _cudnn_version(8907)
     ('9.28.1', '8.9.7')
@@ -123,13 +125,15 @@ def _devices(software: Software, num_gpus: int) -> Finding:
         if limits:
             advice = f"Unset {limits[0].partition('=')[0]} if the run should use all of them."
             return Finding("devices", WARN, f"{found}; {', '.join(limits)}", advice)
-        advice = "Correct what fails above; import jax prints why it leaves GPUs out."
+        advice = (
+            "Correct what fails above; python -c 'import jax; jax.devices()' prints the reason."
+        )
         return Finding("devices", FAIL, found, advice)
     return Finding("devices", PASS, found)
 
 
 def check_attention(software: Software) -> list[Finding]:
-    """The attention kernel that training would use, with heads of 128 as most models have."""
+    """Judge the attention kernel that training would use for heads of size 128, the usual one."""
     if not software.platform:
         return []
     import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""JAX, its plugin and CUDA's packages, as installed and as loaded."""
+"""Read the versions of JAX, its CUDA plugin and CUDA's packages, installed and loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 
 @dataclass(frozen=True)
 class CudaPackage:
-    """A package that JAX's plugin asks for; `installed` is empty if it is missing."""
+    """A package that JAX's plugin requires; `installed` is empty if it is missing."""
 
     name: str
     wanted: str
@@ -30,13 +30,13 @@ class Software:
 
     Attributes:
         plugins: versions of JAX's CUDA plugins by name.
-        cuda_packages: packages that the first plugin asks for when CUDA comes from pip.
+        cuda_packages: packages that the first plugin requires if CUDA comes from pip.
         platform: the platform that JAX uses, as in "cpu" or "gpu"; empty if it has none.
-        problem: why JAX has no platform.
-        device_kinds: one for each device of this process.
-        cudnn: the version that was loaded, as cuDNN writes it (92801 is 9.28.1); None if none was.
-        cudnn_built: the version that the plugin was built with; None without a plugin.
-        environment: variables that decide which devices and libraries are used.
+        problem: why JAX finds no device; empty if it finds one.
+        device_kinds: the kind of each device of this process.
+        cudnn: the loaded version as cuDNN's number (92801 is 9.28.1); None if not loaded.
+        cudnn_built: the number of the version that the plugin was built with, or None.
+        environment: variables that select devices and libraries, with their values.
     """
 
     python: str = ""
@@ -63,7 +63,7 @@ VARIABLES = ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
 
 
 def read_software() -> Software:
-    """Ask JAX for its devices, which loads CUDA's libraries, and read all versions."""
+    """Read all versions and JAX's devices; this loads CUDA's libraries."""
     import jax
     import jaxlib.version
 
@@ -90,7 +90,7 @@ def read_software() -> Software:
 
 
 def installed_version(package: str) -> str:
-    """Version of a package; empty if it is not installed."""
+    """Return the version of a package; empty if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -98,7 +98,7 @@ def installed_version(package: str) -> str:
 
 
 def cuda_packages(plugin: str) -> tuple[CudaPackage, ...]:
-    """The packages that a plugin's own metadata asks for in its extra `with-cuda`."""
+    """List the packages that the plugin's extra `with-cuda` requires."""
     from packaging.requirements import Requirement
 
     found = []
@@ -115,7 +115,7 @@ def cuda_packages(plugin: str) -> tuple[CudaPackage, ...]:
 
 
 def _cudnn(plugin: str) -> tuple[int | None, int | None]:
-    """The version of cuDNN that was loaded, and the one that the plugin was built with."""
+    """Return cuDNN's loaded version, and the version that the plugin was built with."""
     if not plugin:
         return None, None
     try:

@@ -8,8 +8,9 @@ from consyn_jax.distributed.hardware import described_gpu
 from consyn_jax.doctor.machine_findings import FAIL, INFO, PASS, WARN, Finding, size
 from consyn_jax.doctor.speed_facts import Speed
 
-# Shares of the table's best measured matmul, and of its specified memory bandwidth. Both are
-# judged: one shape is not the best one, and good cards differ by some percent.
+# Thresholds as shares of the table's values, which are the best measured matmul rate and the
+# specified memory bandwidth. They leave room, because one shape is rarely the fastest and good
+# cards differ by some percent.
 LOW, BROKEN = 0.75, 0.5
 ADVICE = (
     "Look for other processes on the GPU (nvidia-smi), throttling, power and clock limits; if "
@@ -18,7 +19,7 @@ ADVICE = (
 
 
 def check_speeds(speeds: Sequence[Speed]) -> list[Finding]:
-    """A line for the matmul and one for the copy; the slowest device decides."""
+    """Judge the matmul rate and the copy rate of the slowest device."""
     if not speeds:
         return []
     problems = [f"device {i}: {each.problem}" for i, each in enumerate(speeds) if each.problem]

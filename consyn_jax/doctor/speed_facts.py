@@ -1,4 +1,4 @@
-"""The speed of each device: one large matmul, and one copy in its memory."""
+"""Measure the speed of a device: a large matmul, and a copy in its memory."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import jax
 
-MEASURE_S = 0.3  # of work that is timed, after compiling and one untimed call
+MEASURE_S = 0.3  # seconds of timed work, after compiling and one untimed call
 
 
 @dataclass(frozen=True)
 class Work:
-    """The sizes that are timed.
+    """Sizes of the timed operations.
 
     Attributes:
-        matmul: both matrices have this many rows and columns.
+        matmul: number of rows and of columns of both matrices.
         copy_bytes: size of the array that is copied.
     """
 
@@ -27,8 +27,8 @@ class Work:
     copy_bytes: int
 
 
-# On a GPU a product of 8192 takes about a millisecond, and a copy of 1 GB passes its caches. Train
-# steps on the CPU compute in float32.
+# On a GPU, a matmul of size 8192 takes about a millisecond, and 1 GB does not fit into the caches.
+# The CPU is measured in float32, because training uses float32 there.
 GPU_WORK = Work(8192, "bfloat16", 1 << 30)
 CPU_WORK = Work(1024, "float32", 1 << 26)
 
@@ -40,8 +40,8 @@ class Speed:
     Attributes:
         kind: the device's name.
         matmul_flops: FLOP/s, counting a product of n x n as 2 n^3.
-        copy_bandwidth: bytes per second, read and written together.
-        problem: why it could not be measured; empty if it was.
+        copy_bandwidth: bytes per second, the sum of reads and writes.
+        problem: why the device could not be measured; empty if it was.
     """
 
     kind: str
@@ -57,8 +57,8 @@ def measure_speed(
     """Time a matmul and a copy on one device, for about a second in all.
 
     Args:
-        work: the sizes; None for those that suit the device.
-        while_busy: called while the device computes products.
+        work: the sizes; None selects them by the device's platform.
+        while_busy: called once while the device computes matmuls.
     """
     import jax
     import jax.numpy as jnp
@@ -67,7 +67,7 @@ def measure_speed(
     try:
         with jax.default_device(device):
             n, dtype = work.matmul, jnp.dtype(work.dtype)
-            # Random numbers: a GPU is faster with zeros, as these take less power.
+            # Random inputs, because zeros take less power and so make a GPU faster.
             a, b = (jax.random.normal(jax.random.key(seed), (n, n), dtype) for seed in range(2))
             product_s = _seconds(jax.jit(jnp.matmul), (a, b), while_busy)
             del a, b
@@ -81,7 +81,7 @@ def measure_speed(
 def _seconds(
     call: Callable[..., Any], inputs: Any, while_busy: Callable[[], None] = lambda: None
 ) -> float:
-    """Seconds of one call among many that are dispatched together."""
+    """Return the mean time of a call in seconds, when many calls are dispatched together."""
     call(*inputs).block_until_ready()
     began = time.perf_counter()
     call(*inputs).block_until_ready()

@@ -5,16 +5,16 @@ from __future__ import annotations
 from consyn_jax.doctor.machine_findings import FAIL, INFO, PASS, WARN, Finding, size
 from consyn_jax.doctor.system_facts import MISSING, SHARED_BY_ALL, Limits, Storage
 
-# The state of a run takes 12 bytes a parameter, and a save needs it once more: haiku 40 MB, verse
-# 1.5 GB, stanza 16 GB a checkpoint.
+# A checkpoint takes 12 bytes per parameter: haiku 40 MB, verse 1.5 GB, stanza 16 GB. A save needs
+# room for one checkpoint more.
 LEAST_FREE, LITTLE_FREE = 1e9, 20e9  # bytes
 LEAST_FILES, FEW_FILES = 1_000, 100_000  # files that can still be created
 SLOW_WRITE = 50e6  # bytes per second; a checkpoint of verse then takes half a minute
-# Linux gives 1,024 by default. Tens are in use before a run has opened its data.
+# Linux allows 1,024 open files by default. A run has tens of them open before it opens its data.
 LEAST_OPEN, FEW_OPEN = 256, 1024
 # NCCL's guide asks for --shm-size=1g in containers, where Docker gives 64 MB by default.
 SHARED_MEMORY, LEAST_SHARED_MEMORY = 1 << 30, 16 << 20
-VOLATILE = {"tmpfs": "memory", "ramfs": "memory", "overlay": "the container"}
+VOLATILE = {"tmpfs": "a reboot", "ramfs": "a reboot", "overlay": "the container"}
 
 
 def check_storage(storage: Storage) -> list[Finding]:
@@ -38,7 +38,7 @@ def check_storage(storage: Storage) -> list[Finding]:
             Finding(
                 "file system",
                 WARN,
-                f"{storage.kind}, which is gone with {lasts}",
+                f"{storage.kind}, whose files do not outlive {lasts}",
                 "Give --output a directory on a disk that outlives the run, or mount one there.",
             )
         )
@@ -58,15 +58,15 @@ def _space(storage: Storage) -> Finding:
         return Finding("disk space", FAIL, found, advice)
     if storage.free < LITTLE_FREE:
         advice = (
-            "Count 12 bytes per parameter for each checkpoint, and for one more during a save; "
-            "--keep_last 1 keeps fewer."
+            "Plan 12 bytes per parameter for each checkpoint, and for one more during a save; "
+            "--keep_last 1 keeps fewer checkpoints."
         )
         return Finding("disk space", WARN, found, advice)
     return Finding("disk space", PASS, found)
 
 
 def _files(storage: Storage) -> Finding | None:
-    """A finding about the files that can still be created, if they are few."""
+    """Warn if only few more files can be created; otherwise None."""
     count = storage.free_files
     if count is None or count >= FEW_FILES:
         return None
@@ -86,21 +86,21 @@ def _speed(write_rate: float, read_rate: float) -> Finding:
 def _locks(storage: Storage) -> Finding:
     if storage.locks == MISSING:
         advice = (
-            "Start no two runs with the same --output: the file system has no locks, and a run "
-            "then notices another one only after some seconds."
+            "Do not start two runs with the same --output; without file locks, a run notices "
+            "another one only after some seconds."
         )
         return Finding("file locks", WARN, f"none ({storage.kind})", advice)
     if storage.locks == SHARED_BY_ALL:
         advice = (
-            "Mount the file system with locks that hold between processes (flock), or use another "
-            "--output: two runs could write into one directory."
+            "Mount the file system with locks that work between processes (flock), or use another "
+            "--output; otherwise two runs could write into one directory."
         )
         return Finding("file locks", FAIL, "a second process got a lock that was held", advice)
     return Finding("file locks", PASS, "a held lock keeps other processes out")
 
 
 def check_limits(limits: Limits, num_gpus: int) -> list[Finding]:
-    """Cores, memory, open files and shared memory."""
+    """Judge cores, memory, open files and shared memory."""
     machine = f"{limits.cores} core{'' if limits.cores == 1 else 's'}, {size(limits.memory)} memory"
     return [
         Finding("machine", INFO, machine),
@@ -111,7 +111,7 @@ def check_limits(limits: Limits, num_gpus: int) -> list[Finding]:
 
 def _open_files(limits: Limits) -> Finding:
     soft, hard = limits.open_files, limits.most_open_files
-    found = f"{_number(soft)} at once; this user may raise it to {_number(hard)}"
+    found = f"limit {_number(soft)}, which this user may raise to {_number(hard)}"
     if soft >= FEW_OPEN:
         return Finding("open files", PASS, found)
     if hard >= FEW_OPEN:

@@ -1,4 +1,4 @@
-"""The disk below a directory, its locks, and the limits of the operating system."""
+"""Read the state of a directory's file system, and the limits of the operating system."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pathlib import Path
 
 from consyn_jax.files import try_lock
 
-# 256 MB and no more than a few seconds, in blocks as a checkpoint is written.
+# The speed test writes 256 MB, or as much as it can in 5 s, in blocks like those of a checkpoint.
 PROBE_BYTES, BLOCK_BYTES, PROBE_S = 256 << 20, 8 << 20, 5.0
 EXCLUSIVE, SHARED_BY_ALL, MISSING = "exclusive", "shared by all", "missing"
-# Another process: some file systems keep a process from its own locks only.
+# Code for a second process, because on some file systems locks work within one process only.
 SECOND_LOCK = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
 
 
@@ -31,7 +31,7 @@ class Storage:
         kind: type of the file system, as in "ext4" or "nfs4"; empty if unknown.
         free: bytes that this user may still write.
         free_files: files that this user may still create; None if there is no such limit.
-        refusal: why nothing can be written there; empty if it can.
+        refusal: why nothing can be written there; empty if writing works.
         write_rate: bytes per second, flushed to the disk; None if it was not measured.
         read_rate: bytes per second; None if it was not measured.
         locks: "exclusive" if locks work, "shared by all" if a second process gets a held lock,
@@ -51,10 +51,13 @@ class Storage:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of this process and machine, in bytes; `open_files` is a count, perhaps infinite.
+    """Limits of this process and machine; sizes in bytes.
 
     Attributes:
-        memory: memory of the machine, or of the container.
+        open_files: number of files that this process may open; may be infinite.
+        most_open_files: largest such limit that this user may set; may be infinite.
+        cores: number of cores that this process may use.
+        memory: memory of the machine, or the container's limit if it is smaller.
         shared_memory: size of `/dev/shm`; None if there is none.
     """
 
@@ -82,10 +85,10 @@ def read_limits(shared_memory: Path = Path("/dev/shm")) -> Limits:
 
 
 def _cores(quota: Path) -> int:
-    """Cores that this process may use; a container's quota is rounded up.
+    """Count the cores that this process may use; a container's quota is rounded up.
 
     Args:
-        quota: a file like `cpu.max` of a control group: microseconds in each period, or "max".
+        quota: a file like `cpu.max` of a cgroup: CPU time (or "max") and period, in microseconds.
     """
     cores = len(os.sched_getaffinity(0))
     try:
@@ -104,9 +107,9 @@ def _memory() -> int:
 
 
 def read_storage(output: Path, *, measure: bool, probe_bytes: int = PROBE_BYTES) -> Storage:
-    """Look at the file system of `output`, and try to write, lock and read there.
+    """Read the state of `output`'s file system, and try to write, lock and read there.
 
-    What is written is removed again. `output` itself is not made.
+    All files that this writes are removed again. `output` itself is not created.
 
     Args:
         measure: whether to measure speed, which writes up to `probe_bytes`.
@@ -132,7 +135,7 @@ def read_storage(output: Path, *, measure: bool, probe_bytes: int = PROBE_BYTES)
 
 
 def file_system(directory: Path, mounts: Path) -> str:
-    """The type of the file system that `directory` is on; empty if `mounts` does not say.
+    """Return the type of `directory`'s file system; empty if `mounts` does not say.
 
     Args:
         mounts: a file like `/proc/self/mountinfo`.
@@ -144,7 +147,7 @@ def file_system(directory: Path, mounts: Path) -> str:
     here, best, kind = directory.resolve(), -1, ""
     for row in rows:
         point = row[4].encode().decode("unicode_escape")  # a blank is \040
-        if here.is_relative_to(point) and len(point) >= best:  # the last one covers the others
+        if here.is_relative_to(point) and len(point) >= best:  # a later mount hides earlier ones
             best, kind = len(point), row[row.index("-") + 1]
     return kind
 
@@ -164,7 +167,7 @@ def _try_locks(file: Path) -> str:
 
 
 def _rates(file: Path, num_bytes: int) -> tuple[float, float]:
-    """Bytes per second of writing until all is on the disk, and of reading without the cache."""
+    """Measure bytes per second of writes to the disk, and of reads without the page cache."""
     block, written = os.urandom(BLOCK_BYTES), 0
     began = time.monotonic()
     with file.open("wb", buffering=0) as target:

@@ -32,7 +32,7 @@ from consyn_jax.scoring.scorer import Scorer, Wanted
 if TYPE_CHECKING:
     ConsynLM: type
 
-MAX_TOKENS = 256  # of generated text, where a task does not say; as in lm_eval
+MAX_TOKENS = 256  # of generated text, if the task sets no limit; as in lm_eval
 STOP_STEPS = 16  # tokens between two checks for a stop string
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 DRAWS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -124,8 +124,8 @@ class HarnessModel:
             before, after = self._pair(*request.args)
             if not after or len(after) > context:
                 raise UserError(
-                    f"{request.task_name} has a continuation of {len(after):,} tokens, and the "
-                    f"model takes 1 to {context:,}: {request.args[1][:60]!r}."
+                    f"{request.task_name} has a continuation of {len(after):,} tokens, but the "
+                    f"model takes 1 to {context:,} tokens: {request.args[1][:60]!r}."
                 )
             ids = (before + after)[-(context + 1) :]
             cut += len(ids) < len(before) + len(after)

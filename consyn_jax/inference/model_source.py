@@ -88,7 +88,7 @@ class ModelSource:
     def parameters(self, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Params:
         """Read the weights, as a nested dict of arrays sharded over the mesh.
 
-        Of a checkpoint, only the weights are read, not the optimizer state.
+        From a checkpoint, this reads only the weights, not the optimizer state.
 
         Args:
             dtype: float32, bfloat16 or float16; weights stored in another type are converted.
@@ -179,7 +179,7 @@ def _from_directory(name: str, directory: Path, taken: str, run: Path | None = N
 
 
 def _written_as_it_says(directory: Path) -> ModelConfig:
-    """Read the configuration of a model without safetensors files; config.json has their dtype."""
+    """Read the configuration of a model in Orbax format; its number type is in config.json."""
     config = read_config(directory)
     original = json.loads(config.files.config)
     return config.saved_as(next((original[key] for key in DTYPE_KEYS if key in original), None))
@@ -229,6 +229,5 @@ def _check_size(where: Path, config: ModelConfig, tokenizer: BPETokenizer | None
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{where} has a tokenizer of {tokenizer.vocab_size:,} tokens, but a vocabulary of "
-            f"{config.vocab_size:,}. The tokenizer belongs to another model; replace it by the "
-            "right one."
+            f"{config.vocab_size:,}. The tokenizer belongs to another model; replace it."
         )

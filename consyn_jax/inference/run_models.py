@@ -40,7 +40,7 @@ RUN_FILES = (
 )
 # Suffixes of files that users may take for a model, with a description of each.
 OTHER_KINDS = {
-    ".gguf": "a GGUF file, which can be written but not read",
+    ".gguf": "a GGUF file, which consyn-convert writes but no command reads",
     ".safetensors": "a file of weights without its configuration",
     ".bin": "a pickle, which is never opened",
     ".pt": "a pickle, which is never opened",
@@ -59,7 +59,7 @@ def checkpoint_run(path: Path) -> Path | None:
     is_step = step_of(place.name) is not None and place.parent.name == CHECKPOINTS
     if not is_step or not (place.parent.parent / CONFIG).is_file():
         return None
-    # Keep the user's spelling of the path, unless it is "." or a link.
+    # Return the run as the user wrote it; if the user wrote "." or a link, resolve it.
     return path.parent.parent if path.parts[-2:] == place.parts[-2:] else place.parent.parent
 
 
@@ -78,7 +78,7 @@ def run_steps(run: Path) -> list[int]:
 
 
 def choose_in_run(run: Path, step: int | None) -> Path | int:
-    """Choose the exported model of a run (its directory), or a checkpoint (its step).
+    """Choose a model of a run: the directory of an export, or the step of a checkpoint.
 
     Raises:
         UserError: there is no model, or no checkpoint of the given step.

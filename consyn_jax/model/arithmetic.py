@@ -12,21 +12,22 @@ BF16, FLOAT32 = 2, 4
 # Bytes per frozen weight on a GPU, by --lora_base_dtype; nf4 adds one float32 per 64 weights.
 BASE_BYTES = {"auto": BF16, "float32": FLOAT32, "bfloat16": BF16, "int8": 1, "nf4": 0.5 + 4 / 64}
 LOGITS_AT_ONCE = 2**26  # smallest chunk of the loss on a GPU: 256 MiB in float32
-HEAD_BYTES = 2**30  # memory for logits and head weights on a GPU, or a larger share of its memory
+# Memory of logits and head weights on a GPU: 1 GiB, or 5 % of the GPU's memory if that is more.
+HEAD_BYTES = 2**30
 HEAD_SHARE = 0.05
-MOST_TOKENS = 8192  # in a chunk; more would save less than 1 % of the loss's products
+MOST_TOKENS = 8192  # largest chunk; more would speed up the loss's matmuls by less than 1 %
 CPU_LOGITS = 2**24  # in a chunk of the loss on a CPU (docs/design/cpu.md)
 CPU_UNROLLED_LAYERS = 12  # deeper models run their blocks in a loop
 TILE = 128  # tokens; products whose sizes are whole tiles waste nothing
-LOGIT_BYTES = FLOAT32 + BF16  # a logit and its gradient
+LOGIT_BYTES = FLOAT32 + BF16  # bytes of a logit and of its gradient
 LOGIT_BYTES_WITHOUT_KERNEL = 10  # if devices share the vocabulary: 2.5 float32 arrays of logits
 
 
 def matmul_parameters(config: ModelConfig) -> int:
     """Number of parameters that take part in a matrix product with every token.
 
-    Counted are all matrices of the blocks and the output embedding, without vocabulary padding.
-    The input embedding is not counted, because a token only looks up one row.
+    This counts all matrices of the blocks, and the output embedding without vocabulary padding. It
+    does not count the input embedding, because a token only looks up one row.
 
     >>> from consyn_jax.resolve import preset_architecture
     >>> matmul_parameters(preset_architecture("verse"))
@@ -43,9 +44,9 @@ def train_flops_per_token(
     """FLOPs of the forward and backward pass per token, without recomputation.
 
     Each matmul parameter takes 6 FLOPs (Kaplan et al., 2020). Attention takes 6 x T x heads x
-    head_dim per layer: only the lower triangle of the scores is counted, as the kernels compute no
-    more. A sliding window shortens T in the layers that have one. When an adapter is trained, a
-    frozen matmul parameter takes 4 FLOPs, because its gradient is not computed.
+    head_dim per layer: only the lower triangle of the scores is counted, because the kernels
+    compute only that. A sliding window shortens T in the layers that have one. When an adapter is
+    trained, a frozen matmul parameter takes 4 FLOPs, because its gradient is not computed.
     """
     lengths = sum(
         sequence_length if window is None else min(sequence_length, 2 * window)
@@ -69,6 +70,29 @@ def num_parameters(config: ModelConfig) -> int:
         + c.padded_vocab_size * c.hidden_dim * (1 if c.tie_embeddings else 2)
         + c.hidden_dim
     )
+
+
+def padding_parameters(config: ModelConfig) -> int:
+    """Number of parameters in the rows that pad the vocabulary; exported models do not have them.
+
+    >>> from consyn_jax.resolve import preset_architecture
+    >>> padding_parameters(preset_architecture("haiku", 259))
+    16000
+    """
+    rows = config.padded_vocab_size - config.vocab_size
+    return rows * config.hidden_dim * (1 if config.tie_embeddings else 2)
+
+
+def counted_parameters(config: ModelConfig) -> str:
+    """The number of parameters as text, apart from those that pad the vocabulary.
+
+    >>> from consyn_jax.resolve import preset_architecture
+    >>> counted_parameters(preset_architecture("haiku", 49_000))
+    '7,125,376 parameters (and 3,072 that pad the vocabulary)'
+    """
+    padding = padding_parameters(config)
+    note = f" (and {padding:,} that pad the vocabulary)" if padding else ""
+    return f"{num_parameters(config) - padding:,} parameters{note}"
 
 
 def num_block_parameters(c: ModelConfig) -> int:
@@ -114,8 +138,8 @@ def cpu_step_bytes(
     - the parameters and the optimizer's moments;
     - three arrays as large as the trained parameters, or four with gradient accumulation;
     - two arrays as large as the logits of one chunk;
-    - the activations of all blocks, and two [T, T] matrices per head. Rematerialisation does not
-      help: XLA on CPUs removes the barriers that stop it from merging repeated computations;
+    - the activations of all blocks, and two [T, T] matrices per head. Rematerialisation saves
+      nothing, because XLA on CPUs merges the repeated computation with the first one;
     - for LoRA, a float32 copy of each frozen matrix and of each matrix product's output.
 
     Args:
@@ -162,7 +186,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Bytes on one device in all: the sum of the fields."""
+        """Bytes on one device: the sum of all fields."""
         return self.parameters + self.moments + self.gradients + self.activations + self.working
 
 
@@ -188,8 +212,8 @@ def logits_at_once(
 def chunk_tokens(tokens: int, words: int, logits: int) -> int:
     """Number of tokens per chunk of the loss, so that a chunk has at most `logits` logits.
 
-    The result is a divisor of `tokens` that is also a multiple of `TILE`, if there is such a number
-    that uses more than half of `logits`. Otherwise it makes the chunks as even as possible.
+    If possible, the result divides `tokens`, is a multiple of `TILE`, and uses more than half of
+    `logits`. Otherwise it makes the chunks as even as possible.
 
     Args:
         tokens: Tokens of the micro-batch on one device.
@@ -239,9 +263,9 @@ def estimate_memory(
     activation_gradients = BF16 * 2 * (c.mlp_dim / tensor + c.hidden_dim)
     at_block = tokens * ((0 if remat == "none" else block) + activation_gradients) + weights
     at_head = _head_bytes(c, tokens, tensor, gpu_bytes)
-    if fsdp > 1:  # the gradient of the input embedding is whole until the end
+    if fsdp > 1:  # the input embedding's gradient is sharded only at the end
         at_block += head * FLOAT32
-    if accumulation > 1:  # added to the accumulated gradients, except the embeddings'
+    if accumulation > 1:  # added to accumulated gradients in place, except the embeddings'
         at_head += own * FLOAT32
         at_block += head * FLOAT32 / fsdp
     at_block += own * FLOAT32
@@ -276,7 +300,8 @@ def _adapter_memory(
     plain = FLOAT32 if lora.lora_base_dtype == "float32" else BF16
     frozen = matrices * BASE_BYTES[lora.lora_base_dtype] + others * plain
     block, saved = _block_bytes(c, tensor, remat)
-    # A block's forward pass is repeated while its dense weights and the next block's are in memory.
+    # While the backward pass repeats a block's forward pass, the block's weights are in memory in
+    # 16 bits, and with fsdp those of the next block, too.
     dense = BF16 * (2 if sizes["fsdp"] > 1 else 1) * num_block_parameters(c) / tensor
     at_block = tokens * (
         (0 if remat == "none" else block) + BF16 * 2 * (c.mlp_dim / tensor + c.hidden_dim)
@@ -289,6 +314,20 @@ def _adapter_memory(
         activations=int(tokens * c.num_layers * saved),
         working=int(max(at_head, at_block + dense)),
     )
+
+
+def useful_ranks(c: ModelConfig, lora: LoraOptions) -> dict[str, int]:
+    """The highest rank of an update of each adapted matrix: the length of its shorter side.
+
+    >>> from consyn_jax.resolve import preset_architecture
+    >>> from consyn_jax.model_config import LoraOptions
+    >>> lora = LoraOptions(lora_rank=16, lora_targets=("q_proj", "k_proj", "up_proj"))
+    >>> useful_ranks(preset_architecture("stanza"), lora)
+    {'q': 2048, 'k': 1024, 'up': 2048}
+    """
+    query, key = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    outer = {"q": query, "k": key, "v": key, "o": query}  # the other side has the model's width
+    return {name: min(outer.get(name, c.mlp_dim), c.hidden_dim) for name in lora.targets}
 
 
 def num_adapter_parameters(c: ModelConfig, lora: LoraOptions) -> int:
@@ -306,7 +345,7 @@ def num_adapter_parameters(c: ModelConfig, lora: LoraOptions) -> int:
 
 
 def _block_bytes(c: ModelConfig, tensor: int, remat: str) -> tuple[float, int | float]:
-    """Bytes per token of one block's activations: of all of them, and of those `remat` saves."""
+    """Bytes per token of one block's activations: (all, only those that `remat` saves)."""
     query, key, feed_forward = (
         c.num_heads * c.head_dim / tensor,
         c.num_kv_heads * c.head_dim / tensor,
@@ -339,5 +378,5 @@ def _head_bytes(
         (LOGIT_BYTES, BF16) if tensor == 1 else (LOGIT_BYTES_WITHOUT_KERNEL, FLOAT32)
     )
     head = c.padded_vocab_size * c.hidden_dim / tensor
-    weights = 0 if is_frozen else head * (BF16 + FLOAT32)  # cast, and its gradient
+    weights = 0 if is_frozen else head * (BF16 + FLOAT32)  # head in bf16, gradient in float32
     return logit_bytes * logits + weights + tokens * c.hidden_dim * stream_bytes

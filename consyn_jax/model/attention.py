@@ -28,7 +28,7 @@ NO_WINDOW = 2**30  # tokens; a window that no sequence fills
 
 
 class Documents(NamedTuple):
-    """Position in the row of the first and of the last token of each token's document."""
+    """For each token, the positions in its row of the first and the last token of its document."""
 
     first_BT: Int[Array, "B T"]
     last_BT: Int[Array, "B T"]
@@ -37,7 +37,7 @@ class Documents(NamedTuple):
 def documents(segment_ids_BT: Int[Array, "B T"]) -> Documents:
     """Find the documents of each row: a new one starts wherever the segment id changes.
 
-    A segment id that returns later in the row belongs to another document.
+    A segment id that reappears later in the row starts another document.
     """
     index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
     changes = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
@@ -171,11 +171,12 @@ class Visible(NamedTuple):
     """Positions, documents and window, which determine the keys that each query attends to.
 
     Attributes:
-        part: The queries are the sequence's part of this number, among parts of `T` tokens.
+        part: Index of the part that has the queries, if the sequence is split into parts of `T`
+            tokens.
         T: Number of queries.
-        S: Number of keys, which are the whole sequence's.
-        inside: The first positions of the queries' documents and the last of the keys'.
-        sliding_window: In tokens.
+        S: Number of keys; they cover the whole sequence.
+        inside: First position of each query's document, and last position of each key's document.
+        sliding_window: Length of the window in tokens; None for no window.
         has_window: Whether this layer has the window, if layers differ in it.
     """
 
@@ -255,7 +256,7 @@ def _kernel_obstacle(
     elif head_dim > 128 or head_dim % 8:
         obstacle = f"takes heads up to 128 wide in multiples of 8, not {head_dim}"
     elif dropout:
-        obstacle = "has no dropout that draws the same on every mesh"
+        obstacle = "has no dropout with the same draws on every mesh"
     return obstacle and (
         f"fused attention {obstacle}; plain XLA is slower, "
         "and its memory grows with the square of the sequence"
@@ -273,7 +274,7 @@ def _splash_obstacle(
 
 
 def _kernel_norms(head_dim: int) -> Norms:
-    """The fused norm kernels; heads whose width is not a power of two from 16 use plain XLA."""
+    """Select the fused norm kernels; `norm_rope` needs a power of two from 16 as head width."""
     from consyn_jax.model.kernels.branched_norm import branched_norm
     from consyn_jax.model.kernels.norm_rope import norm_rope
 
@@ -346,7 +347,8 @@ def choose_attention(
     Args:
         platform: "cpu", "gpu", "cuda", "rocm" or "tpu", as in `jax.Device.platform` and
             `jax.default_backend`.
-        compute_capability: Of an NVIDIA GPU, such as "9.0" for Hopper; empty for other devices.
+        compute_capability: Compute capability of an NVIDIA GPU, such as "9.0" for Hopper; empty
+            for other devices.
         dropout: Fraction of the attention weights that training drops.
     """
     obstacles: list[str] = []

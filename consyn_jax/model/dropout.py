@@ -18,7 +18,7 @@ class Dropout(NamedTuple):
     """Dropout: zeroes elements with probability `rate`, and divides the rest by 1 - `rate`.
 
     Source: Srivastava et al., 2014. The draw for an element depends on the key and on the element's
-    position in the global array. So it is the same on every mesh, and when it is recomputed in the
+    position in the global array. So it is the same on every mesh, and in the recomputation of a
     backward pass.
     """
 
@@ -26,10 +26,10 @@ class Dropout(NamedTuple):
     rate: float
 
     def at(self, number: int | Int[Array, ""]) -> Dropout:
-        """Derive a dropout whose random key is folded with `number`.
+        """Derive a dropout with other draws, by folding `number` into the random key.
 
-        Derive a layer's dropout from a micro-batch's with the number of the layer. Derive the
-        dropout of a site in the layer from the layer's, with a constant such as `EMBEDDING`.
+        The number of a layer turns the dropout of a micro-batch into that of the layer. A constant
+        such as `EMBEDDING` turns the dropout of a layer into that of a site in the layer.
         """
         return Dropout(jax.random.fold_in(self.key, number), self.rate)
 

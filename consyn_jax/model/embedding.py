@@ -31,7 +31,7 @@ def _forward(table: jax.Array, ids: jax.Array, dtype: Any) -> Any:
 
 def _backward(dtype: Any, saved: Any, dx: jax.Array) -> tuple[jax.Array, None]:
     ids, table = saved
-    # By hand: the compiler would sum the full gradient over all devices before it shards it.
+    # Written by hand, because the compiler would sum the full gradient over all devices first.
     local = on_each_device(
         partial(_sum_rows, shape=table.shape, sizes=mesh_sizes()),
         (("batch", "sequence", None), ("batch", "sequence")),
@@ -46,7 +46,7 @@ lookup.defvjp(_forward, _backward)
 def _sum_rows(
     dx: jax.Array, ids: jax.Array, *, shape: tuple[int, int], sizes: dict[str, int]
 ) -> jax.Array:
-    """This device's shard of the table's gradient, summed over the tokens of all devices."""
+    """Compute this device's shard of the table's gradient, summed over all devices' tokens."""
     vocab_axes = split_axes(sizes, "vocab")
     rows = shape[0] // sizes["tensor"]
     at = ids - (jax.lax.axis_index(vocab_axes) * rows if vocab_axes else 0)
@@ -62,9 +62,10 @@ def _sum_rows(
 def scatter_rows(
     x_nD: Float[Array, "n D"], at_n: Int[Array, " n"], rows: int
 ) -> Float[Array, "rows D"]:
-    """Add each row of `x` to the row `at` of a float32 table of zeros; those beyond it are dropped.
+    """Sum the rows of `x` into a float32 table of zeros, each at its row index in `at`.
 
-    On a GPU the rows would be added by atomic operations, in another order each time.
+    Rows with an index outside the table are dropped. A GPU would use atomic operations, which add
+    the rows in another order each time.
     """
     return jnp.zeros((rows, x_nD.shape[1])).at[at_n].add(x_nD.astype(jnp.float32), mode="drop")
 
@@ -72,18 +73,18 @@ def scatter_rows(
 def sum_rows_in_order(
     x_nD: Float[Array, "n D"], at_n: Int[Array, " n"], rows: int
 ) -> Float[Array, "rows D"]:
-    """`scatter_rows` in a fixed order, so that a GPU gives the same bits each time."""
+    """Compute `scatter_rows` in a fixed order, so that a GPU gives the same bits each time."""
     order_n = jnp.argsort(at_n, stable=True)
     table_VD = jnp.zeros((rows, x_nD.shape[1]))
     return _add_runs(table_VD, x_nD[order_n], at_n[order_n])
 
 
 def _add_runs(table_VD: jax.Array, x_nD: jax.Array, at_n: jax.Array) -> jax.Array:
-    """Add rows, sorted by their place, to the table.
+    """Add rows to the table; they are sorted by their index in it.
 
-    Each block of `BLOCK` rows sums its runs of equal places by a product with a matrix of zeros and
-    ones. A run belongs to the block in which it begins; what later blocks have of it is added in
-    the same way, one row for each block.
+    A run is a sequence of rows with the same index. Each block of `BLOCK` rows sums its runs by a
+    matmul with a matrix of zeros and ones. If a block begins with the rest of an earlier block's
+    run, the sum of that rest is kept apart. A recursive call adds these sums, one row per block.
     """
     (n, D), rows = x_nD.shape, table_VD.shape[0]
     block = min(BLOCK, 1 << (n - 1).bit_length())
@@ -103,7 +104,7 @@ def _add_runs(table_VD: jax.Array, x_nD: jax.Array, at_n: jax.Array) -> jax.Arra
     last_b = jnp.pad(at_br[:-1, -1], (1, 0), constant_values=-1)
     goes_on_b = at_br[:, 0] == last_b
     place_br = place_br.at[:, 0].set(jnp.where(goes_on_b, rows, place_br[:, 0]))
-    # all different, which makes atomic operations unnecessary; those from `rows` on are dropped
+    # All indices differ, so no atomic operations are needed. Indices from `rows` on are dropped.
     place_n = jnp.where(
         place_br < rows, place_br, rows + jnp.arange(at_br.size).reshape(at_br.shape)
     )

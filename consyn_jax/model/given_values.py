@@ -78,7 +78,7 @@ def _fits(array: np.ndarray) -> bool:
 
 
 def _parts(prompt: Any) -> Sequence[Any]:
-    """The elements of a prompt, if it is a list or tuple; otherwise a list of the prompt."""
+    """Return the elements of a prompt that is a list or tuple; otherwise the prompt in a list."""
     return prompt if isinstance(prompt, list | tuple) else [prompt]
 
 
@@ -93,12 +93,12 @@ def checked_prompts(prompts: Any, vocab_size: int) -> list[list[int]]:
         if any(isinstance(part, Mapping) and "role" in part for part in _parts(ids)):
             raise UserError(
                 "The prompts are messages of a conversation. Use consyn-generate with --file, or "
-                "pass the ids that apply_chat_template of transformers gives."
+                "pass ids from apply_chat_template of transformers."
             )
         if isinstance(ids, Mapping):
             raise UserError(f"Prompt {i} is a dict, but must be ids. Pass its 'input_ids'.")
         if isinstance(ids, str):
-            raise UserError(f"Prompt {i} is a text, and others are ids. Pass one or the other.")
+            raise UserError(f"Prompt {i} is a text, and others are ids. Pass either texts or ids.")
         if isinstance(ids, int) or getattr(ids, "ndim", 1) == 0:
             raise UserError("The prompts are one row of ids. Pass [ids] to continue one prompt.")
         found.append(check_input_ids(ids, vocab_size, f"Prompt {i}", UNPADDED).tolist())

@@ -1,4 +1,4 @@
-"""The matrix product of all layers, with its backward pass written out."""
+"""The matmul that all layers use, with a backward pass written by hand."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def linear(
 
     Args:
         w: [D, F], where D or F may stand for several dimensions, as for heads.
-        recast: Save `w` in float32 for the backward pass, and cast it again there. Saving the
-            16-bit copy would take half the memory of the weights. Leave it off if the backward pass
-            repeats the forward pass, which casts again: sharded weights would be gathered twice.
+        recast: Whether the backward pass casts the float32 `w` again. Otherwise the forward pass
+            saves a 16-bit copy, which takes half the weights' memory. Set it to False if the
+            backward pass repeats the forward pass: a second cast would gather sharded weights
+            twice.
     """
     return x @ _matrix(x, w)
 
@@ -58,16 +59,16 @@ linear.defvjp(_forward, _backward)
 def linear_pair(
     x: Float[Array, "*B D"], w: Float[Array, "D F"], v: Float[Array, "D F"], recast: bool = False
 ) -> Float[Array, "*B 2 F"]:
-    """`linear` of one input with two matrices as one product, also in the backward pass.
+    """Compute `linear(x, w)` and `linear(x, v)` in one matmul, also in the backward pass.
 
-    The gradient of `x` is then summed inside the product, and not by its reader. The results stay
-    together, since cutting them apart would copy them.
+    The backward matmul then also adds the two gradients of `x`, so that no later operation has to
+    read both. The results stay in one array, because splitting it would copy them.
     """
     return _pair_forward(x, w, v, recast)[0]
 
 
 def _pair(x: jax.Array, w: jax.Array, v: jax.Array) -> jax.Array:
-    """Both matrices as [D, 2, F], so that a mesh can split F."""
+    """Stack both matrices as [D, 2, F], so that a mesh can split F."""
     return jnp.stack([w, v], axis=1).astype(x.dtype)
 
 

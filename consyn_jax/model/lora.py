@@ -29,7 +29,7 @@ from consyn_jax.model.parameters import Convert, Layout, Params, layout
 from consyn_jax.model_config import LoraOptions, ModelConfig
 
 Axes = tuple[str | None, ...]
-_ADAPTER = 0x10A4  # sets these random numbers apart from others with the same seed
+_ADAPTER = 0x10A4  # folded into keys, so that these draws differ from others of the same seed
 
 
 def trained_layout(config: ModelConfig, options: LoraOptions) -> Layout:
@@ -201,7 +201,8 @@ def _placed(like: Any, axes: Axes, mesh: Mesh, inputs: int) -> Any:
         return Int8Matrix(_on(mesh, like.values, axes), _on(mesh, like.scale, of_scale))
     if isinstance(like, Nf4Matrix):
         outputs = axes[1 + inputs :]
-        # Of the input axes only the first is sharded, so the axis of blocks is sharded like it.
+        # Only the first input axis is sharded. In codes and scales, the axis of blocks takes its
+        # place.
         codes = _on(mesh, like.codes, (axes[0], axes[1], None, *outputs))
         largest = _on(mesh, like.largest, (axes[0], axes[1], *outputs))
         return Nf4Matrix(codes, largest, like.inputs)

@@ -68,7 +68,7 @@ class Norms(NamedTuple):
     Attributes:
         branch: Norms the residual stream, with the signature of `norm_then_branch`.
         rotate: Norms and rotates queries or keys, with the signature of `norm_then_rope`.
-        merges: Whether matmuls that read the same norm are faster as one.
+        merges: Whether two matmuls of the same normed input are faster as one.
     """
 
     branch: Callable[..., tuple[jax.Array, ...]] = norm_then_branch

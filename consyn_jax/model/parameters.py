@@ -18,7 +18,7 @@ from consyn_jax.model_config import ModelConfig
 from consyn_jax.optimizer_config import BaseShape
 
 Params = dict[str, Any]
-# A function that converts a parameter, given its path and values; its result is the new parameter.
+# Type of functions that convert a parameter: they take its path and values, and return new values.
 Convert = Callable[[tuple[str, ...], jax.Array], Any]
 # Initialisation runs once, so compile time matters more than run time. On CPUs, this option
 # compiles in a quarter of the time, and gives the same bits.
@@ -95,7 +95,7 @@ def forward_order(config: ModelConfig) -> dict[str, tuple[str, ...]]:
         for name, value in vars(Decoder(config, nnx.Rngs(0))).items():
             if isinstance(value, nnx.Param):
                 order[name] = ()
-            elif isinstance(value, Block):  # stacking sorts the names
+            elif isinstance(value, Block):  # not from the stacked block, whose names are sorted
                 order[name] = tuple(
                     inner
                     for inner, parameter in vars(Block(config, nnx.Rngs(0))).items()
@@ -188,12 +188,12 @@ def _mup_factors(name: str, config: ModelConfig, base: BaseShape) -> MupFactors:
     depth = config.num_layers / base.num_layers
     initial, m = 1.0, 1.0
     if name in TO_RESIDUAL:
-        m = 1 / depth  # the sum of all branches stays as large, even where they agree
+        m = 1 / depth  # keeps the sum of all branches as large as in the base, even if they agree
         initial = depth**0.5  # replaces the model's own factor (2 L)^-0.5 by the base's
     elif name == "norm" and config.tie_embeddings:
-        m = 1 / width  # of the logits; their embedding has the factors of the input's
+        m = 1 / width  # scales the logits; a tied output embedding has the input's factors
     elif name in (("q_norm",) if config.qk_norm else ("q", "q_bias")):
-        m = (base.head_dim / config.head_dim) ** 0.5  # for scores divided by head_dim, not its root
+        m = (base.head_dim / config.head_dim) ** 0.5  # divides scores by head_dim, not its root
     rate = 1 / width if name in IN_BLOCKS or name == "output" else 1.0
     return MupFactors(initial * m, rate * m)
 

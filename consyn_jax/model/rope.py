@@ -41,7 +41,7 @@ def rope_table(positions: Int[Array, "B T"], length: int, head_dim: int, theta: 
 def rope_of(
     config: ModelConfig, positions_BT: Int[Array, "B T"], length: int, span: Span | None = None
 ) -> Rope:
-    """Cosines and sines of the model's rotary embedding, as for layers that rotate.
+    """Cosines and sines of the model's rotary embedding, for layers that rotate.
 
     Args:
         length: Upper bound of the positions.
@@ -131,7 +131,7 @@ def _whole_head(config: ModelConfig, pairs: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _dynamic(config: ModelConfig, positions: jax.Array, span: Span, context: int) -> Rope:
-    """Rotations for documents beyond the context: a longer one has a larger base ("NTK-aware")."""
+    """Rotations whose base grows with a document's length beyond the context ("NTK-aware")."""
     scaling, dim = config.rope_scaling, config.rotary_dim
     factor = _known(_known(scaling).factor)
     stretch = factor * jnp.maximum(span, context) / context - (factor - 1)
@@ -225,7 +225,7 @@ SCALINGS: dict[str, Callable[[np.ndarray, RopeScaling, ModelConfig, bool], np.nd
 
 
 def attention_factor(config: ModelConfig) -> float:
-    """Factor of the cosines and sines, whose square multiplies the attention scores."""
+    """Factor of the cosines and sines; its square multiplies the attention scores."""
     s = config.rope_scaling
     if s is None or s.rope_type not in ("yarn", "longrope"):
         return 1.0

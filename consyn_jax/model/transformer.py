@@ -146,7 +146,7 @@ class Block(nnx.Module):
         Args:
             product: Matmul function, such as `linear`.
             norms: The norm functions, from `attention.Backend.norms`.
-            pair: `linear_pair`, if two products of trained matrices are faster as one.
+            pair: `linear_pair` if two matmuls with trained matrices are faster as one, else None.
         """
         with jax.named_scope("attention"):
             x_BTD, *branches = norms.branch(x_BTD, self.attention_norm[...], self.eps, 3)
@@ -291,7 +291,8 @@ class Decoder(nnx.Module):
     def _merges(norms: Norms, compute: Compute) -> bool:
         """Whether two matmuls that read the same norm are computed as one.
 
-        In fp8 each has a scale. If fsdp shards weights, single gradients are exchanged sooner.
+        Not in fp8, where each matrix has its own scale. Not if fsdp shards weights, because the
+        gradient of a single matrix is ready for its collective sooner.
         """
         return norms.merges and not compute.fp8 and mesh_sizes()["fsdp"] == 1
 
@@ -313,7 +314,7 @@ def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array,
 
 @jax.checkpoint
 def swiglu_of_pair(both: Float[Array, "*B 2 F"]) -> Float[Array, "*B F"]:
-    """`swiglu` of one array."""
+    """Compute `swiglu` of `gate` and `up` that are stacked in one array."""
     return jax.nn.silu(both[..., 0, :]) * both[..., 1, :]
 
 

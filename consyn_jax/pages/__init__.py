@@ -1,4 +1,4 @@
-"""The parts that all HTML pages share: reports of runs, corpora and evaluations."""
+"""The HTML template that the report pages of runs, corpora and evaluations share."""
 
 from consyn_jax.pages.html_page import escape as escape
 from consyn_jax.pages.html_page import html_page as html_page

@@ -1,4 +1,4 @@
-"""HTML pages for reports: a single file each, without network access."""
+"""HTML pages for reports; each is a single file and loads nothing from the network."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def html_page(
     reload_s: int | None = None,
     reload_without_script_s: int | None = None,
 ) -> str:
-    """Make a page.
+    """Return a complete HTML page.
 
     Args:
         style: CSS to add to the common style.
         body: HTML, already escaped.
-        source: name of the file that the page shows.
-        script: JavaScript, the only one that the page allows.
-        reload_s: seconds after which the page loads itself again; None for never.
-        reload_without_script_s: the same where scripts do not run.
+        source: the file that the page is drawn from, named in the footer.
+        script: JavaScript of the page; browsers block every other script in it.
+        reload_s: seconds after which the browser reloads the page; None for never.
+        reload_without_script_s: the same for browsers that do not run scripts.
     """
     policy, head, foot = "default-src 'none'; style-src 'unsafe-inline'", "", ""
     if script:

@@ -1,1 +1,1 @@
-"""Memory and time of a run on machines that are not here."""
+"""Plan the memory and time of a run on absent machines."""

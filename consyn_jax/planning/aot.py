@@ -1,8 +1,8 @@
-"""Compile the train step of a run for devices that are not here, and summarise the program.
+"""Compile the train step of a run for absent devices, and summarise the program.
 
-The CUDA plugin and libtpu compile for a described machine without a driver if the environment says
-so before JAX starts. So compiling runs in a process of its own, and the calling process can use JAX
-on any devices. It needs the packages of the extra `cuda13` or `tpu`.
+The CUDA plugin and libtpu can compile for a described machine without a driver. This needs
+environment variables that JAX reads at its start, so compiling runs in a process of its own. It
+also needs the packages of the extra `cuda13` or `tpu`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from consyn_jax.config import RunConfig
-from consyn_jax.errors import UserError
-from consyn_jax.flags import flat
-from consyn_jax.model_config import ModelConfig
-from consyn_jax.planning.compiled import (
+from consyn_jax.distributed.compiled import (
     Collective,
     collectives,
     instructions,
     kernels,
     update_bytes,
 )
+from consyn_jax.errors import UserError
+from consyn_jax.flags import flat
+from consyn_jax.model_config import ModelConfig
 from consyn_jax.planning.timeline import play
 from consyn_jax.planning.topology import GpuTopology, Topology, parse_topology
 from consyn_jax.resolve import resolve
@@ -39,22 +39,22 @@ if TYPE_CHECKING:
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # the default backend; the CUDA plugin is loaded nevertheless
-    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # or the plugin asks the driver for its version
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # otherwise the plugin asks the driver
     "CUDA_VISIBLE_DEVICES": "-1",
     "TF_CPP_MIN_LOG_LEVEL": "1",  # show warnings: `resharded` reads them
-    "TPU_SKIP_MDS_QUERY": "1",  # or libtpu asks the metadata server of a cloud what machine this is
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or one process at a time may load it
-    "TPU_LOG_DIR": "disabled",  # or it writes into /tmp/tpu_logs
+    "TPU_SKIP_MDS_QUERY": "1",  # otherwise libtpu asks a cloud's metadata server
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise one process at a time may load libtpu
+    "TPU_LOG_DIR": "disabled",  # otherwise libtpu writes into /tmp/tpu_logs
 }
 
 
 class Compiler(NamedTuple):
-    """One compiler for devices that are not here.
+    """A compiler for absent devices.
 
     Attributes:
-        devices: what it compiles for, in words.
-        extra: the extra of this package that brings it.
-        module: a module that is there if it is installed.
+        devices: the kind of devices that it compiles for, in words.
+        extra: the extra of this package that installs it.
+        module: a module whose presence shows that the compiler is installed.
     """
 
     devices: str
@@ -63,7 +63,7 @@ class Compiler(NamedTuple):
 
     @property
     def is_installed(self) -> bool:
-        """Whether its packages are there."""
+        """Whether the compiler's packages are installed."""
         package = self.module.partition(".")[0]
         return all(map(importlib.util.find_spec, dict.fromkeys((package, self.module))))
 
@@ -72,33 +72,35 @@ COMPILERS = {
     "cuda": Compiler("NVIDIA GPUs", "cuda13", "jax_plugins.xla_cuda13"),
     "tpu": Compiler("TPUs", "tpu", "libtpu"),
 }
-# The partitioner's warning of an array that every device gets whole while its layout is changed.
+# Part of the SPMD partitioner's warning that it gathers an array on every device to reshard it.
 RESHARDING = "Involuntary full rematerialization"
 NO_TUNING = "--xla_gpu_autotune_level=0"  # tuning would have to run kernels
-TOTAL_STEPS = 10_000  # of the schedule: a constant in the program that hardly matters
+TOTAL_STEPS = 10_000  # steps of the schedule; the number hardly affects the program
 
 
 @dataclass(frozen=True)
 class CompiledProgram:
-    """A train step as XLA compiled it. Bytes are per device.
+    """Facts about a compiled train step; bytes are per device unless stated.
 
     Attributes:
-        parameter_bytes, optimizer_bytes: the training state, without moments in host memory.
-        argument_bytes: the training state and one batch; the new state reuses the old one's memory.
+        parameter_bytes, optimizer_bytes: size of the parameters and of the optimizer's state,
+            without moments in host memory.
+        argument_bytes: the training state and one batch; the new state reuses the old state's
+            memory.
         temporary_bytes: peak memory of everything else, such as activations, gradients and
             gathered weights.
-        state_bytes: the whole training state over all GPUs, which a checkpoint holds.
+        state_bytes: the whole training state over all devices, as in a checkpoint.
         attention: the kernel that was chosen, and why.
-        kernels: executions per step of each kernel that is not XLA's own; for TPUs, places in the
-            program.
-        collectives: None for TPUs. Their compiler writes no trip counts of loops, and splits
-            collectives into steps of the matmuls that need them.
-        update_bytes: bytes that the optimizer reads and writes, gradient norm and clipping
-            included; without moments in host memory. None for TPUs, whose programs name too few of
-            their instructions.
+        kernels: executions per step of each kernel that XLA did not generate; for TPUs, the number
+            of instructions that call it.
+        collectives: the collectives of a step. None for TPUs, because their compiler writes no trip
+            counts of loops and splits collectives into pieces inside matmuls.
+        update_bytes: bytes that the optimizer reads and writes, including gradient norm and
+            clipping, without moments in host memory. None for TPUs, because their programs
+            do not name the optimizer's instructions.
         hidden_share: the share of the collectives' time that the compiler's schedule overlaps with
-            matmuls (planning/timeline.py); None for TPUs, whose times are not known.
-        warnings: from the SPMD partitioner, one for each array it must gather whole to reshard.
+            matmuls (planning/timeline.py). None for TPUs, whose times are unknown.
+        warnings: warnings of the SPMD partitioner, one per array that it gathers to reshard it.
     """
 
     parameter_bytes: int
@@ -121,13 +123,16 @@ class CompiledProgram:
 
     @property
     def update_passes(self) -> float:
-        """Bytes that the update moves, relative to reading gradients and rewriting the state."""
+        """Ratio of `update_bytes` to its minimum.
+
+        The minimum is one read of the gradients, and one read and one write of the state.
+        """
         assert self.update_bytes is not None
         return self.update_bytes / (3 * self.parameter_bytes + 2 * self.optimizer_bytes)
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, changed for a process that compiles; keeps `XLA_FLAGS`."""
+    """Return environment variables for a process that compiles; `XLA_FLAGS` are kept."""
     own = os.environ.get("XLA_FLAGS", "")
     flags = f"{own} {NO_TUNING}".strip() if own.startswith("-") else NO_TUNING
     return os.environ | ENVIRONMENT | {"XLA_FLAGS": flags}
@@ -153,10 +158,10 @@ def check_packages(compiler: str = "cuda") -> None:
 
 
 class NeedsMoreMemoryError(Exception):
-    """The compiler refuses a program that needs more memory than a device has.
+    """The compiler refused a program because it needs more memory than a device has.
 
     Attributes:
-        needed: bytes that it needs.
+        needed: bytes that the program needs.
     """
 
     def __init__(self, needed: int):
@@ -170,16 +175,15 @@ def compile_train_step(
     """Compile the train step of `run` for `topology` in a process of its own.
 
     Args:
-        run: the resolved run; its batch, precision, mesh, optimizer and gradient checkpointing
-            matter.
-        topology: such as "h200:1x8", hosts x GPUs.
-        text_file: where to write the program's text, if anywhere.
+        run: the resolved run.
+        topology: the devices as text, such as "h200:1x8" (one host with eight H200).
+        text_file: file for the text of the compiled program; None writes none.
 
     Raises:
         UserError: the compiler's packages are missing, or the mesh or batch does not suit the
             topology.
-        NeedsMoreMemoryError: the compiler found that the devices have too little memory. That for
-            GPUs does not look.
+        NeedsMoreMemoryError: the devices have too little memory. Only the compiler for TPUs checks
+            this.
         RuntimeError: the compiler failed; the message ends with its output.
     """
     check_packages(parse_topology(topology).compiler)
@@ -189,7 +193,7 @@ def compile_train_step(
         "topology": topology,
         "text_file": text_file and str(text_file),
     }
-    # The child must import this very package, whatever the working directory holds.
+    # The child must import this copy of the package, not one in the working directory.
     path = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]
     done = subprocess.run(
         [sys.executable, "-P", "-c", "from consyn_jax.planning.aot import _child; _child()"],
@@ -214,7 +218,7 @@ def compile_train_step(
 
 
 def resharded(stderr: str) -> tuple[str, ...]:
-    """The partitioner's warnings on stderr of arrays that are gathered to change their layout."""
+    """Find the partitioner's warnings about resharded arrays in a compiler's stderr."""
     return tuple(
         line.partition("] ")[2] or line for line in stderr.splitlines() if RESHARDING in line
     )
@@ -251,7 +255,7 @@ def _compile(lowered: Any) -> Any:
 
 
 def refused_bytes(message: str) -> int | None:
-    """Bytes that a program needs by a compiler's refusal; None if the error is another.
+    """Parse the bytes that a program needs from an out-of-memory error; None for other errors.
 
     >>> refused_bytes("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required "
     ... "for HLO temporaries (1.50G) exceeds available HBM (1.25G).") == 1.5 * 2**30
@@ -271,7 +275,7 @@ def build(model: ModelConfig, run: RunConfig, topology: Topology) -> Built:
     The process must have started with `environment()`.
 
     Raises:
-        UserError: the run does not fit the topology's devices.
+        UserError: the mesh or batch of the run does not suit the topology's devices.
     """
     from consyn_jax.training.optim.schedules import build_schedule
     from consyn_jax.training.program import build_program
@@ -292,7 +296,7 @@ def build(model: ModelConfig, run: RunConfig, topology: Topology) -> Built:
 
 
 def lower(built: Built, run: RunConfig) -> Any:
-    """The train step of `run`, ready to be compiled: a `jax.stages.Lowered`."""
+    """Lower the train step of `run`; return a `jax.stages.Lowered`."""
     budget = run.budget
     return built.program.lower_train_step(
         budget.gradient_accumulation_steps, budget.batch_size, run.row_length
@@ -332,12 +336,12 @@ def summary(built: Built, compiled: Any, topology: Topology) -> CompiledProgram:
 
 
 def _local_size(leaf: Any) -> int:
-    """Elements on one device, from a shape with its sharding."""
+    """Count the elements on one device of an array, given as a shape with a sharding."""
     return math.prod(leaf.sharding.shard_shape(leaf.shape))
 
 
 def _local_bytes(tree: Any) -> int:
-    """Bytes on one device, from shapes with their shardings."""
+    """Count the bytes on one device of arrays, given as shapes with shardings."""
     import jax
 
     return sum(_local_size(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,4 +1,4 @@
-"""Time of collectives between GPUs: rings and trees over links and networks."""
+"""Estimate the time of collectives between GPUs, over links inside a host and over a network."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from functools import cache
 
 import numpy as np
 
+from consyn_jax.distributed.compiled import Collective
 from consyn_jax.model.arithmetic import BF16, FLOAT32, num_block_parameters, num_parameters
-from consyn_jax.planning.compiled import Collective
 from consyn_jax.planning.topology import GpuTopology
 from consyn_jax.planning.workload import Workload
 
 # The share of a link's specified bandwidth that NCCL reaches with large messages (nccl-tests,
 # all-gather on eight H100: 360 of 450 GB/s).
 LINK_EFFICIENCY = 0.8
-# Seconds that one hop of a ring adds to a collective, inside a host and between hosts (NCCL,
-# src/graph/tuning.cc: ring, protocol Simple).
+# Seconds that one hop of a ring adds to a collective: (inside a host, between hosts). From NCCL,
+# src/graph/tuning.cc, for rings with the protocol Simple.
 HOP_SECONDS = (3.4e-6, 14e-6)
 
 Number = int | float
@@ -27,11 +27,11 @@ Axes = tuple[str, ...]
 def ring_seconds(
     payload: Number, axes: Axes, sizes: Mapping[str, int], topology: GpuTopology
 ) -> float:
-    """Seconds of an all-gather or reduce-scatter along axes of the mesh.
+    """Seconds of an all-gather or reduce-scatter along axes of the mesh, by a ring.
 
-    A ring of n GPUs moves (n - 1) / n of the payload through each. If it crosses hosts, all of its
-    GPUs in a host share the host's ports, and the slower of link and ports counts. Each GPU on the
-    way adds its delay.
+    Each of the n GPUs sends (n - 1) / n of the payload. If the ring crosses hosts, it can use the
+    network ports of all its GPUs in a host; the slower of link and ports sets the rate. Each hop
+    adds its delay.
 
     Args:
         payload: bytes of the whole arrays.
@@ -47,8 +47,8 @@ def all_reduce_seconds(
 ) -> float:
     """Seconds of an all-reduce of `payload` bytes along axes of the mesh.
 
-    It moves twice as much as a ring, and across hosts has the delay of a tree, which NCCL uses
-    there since version 2.4.
+    It sends twice the bytes of an all-gather. Across hosts, its delay is that of a tree, which NCCL
+    uses since version 2.4.
     """
     size, hosts = _group(axes, tuple(sizes.items()), topology.gpus_per_host)
     delay = 2 * (
@@ -65,9 +65,9 @@ def _transfer_seconds(payload: Number, size: int, hosts: int, topology: GpuTopol
 
 @cache
 def _group(axes: Axes, sizes: tuple[tuple[str, int], ...], gpus_per_host: int) -> tuple[int, int]:
-    """The numbers of GPUs and of hosts in a group along `axes`.
+    """Count the GPUs and the hosts of a group that communicates along `axes`.
 
-    GPUs are numbered with the last axis fastest.
+    GPUs are numbered so that the last axis of the mesh varies fastest.
     """
     ids = np.arange(math.prod(size for _, size in sizes)).reshape([size for _, size in sizes])
     group = ids[tuple(slice(None) if axis in axes else 0 for axis, _ in sizes)]
@@ -77,7 +77,7 @@ def _group(axes: Axes, sizes: tuple[tuple[str, int], ...], gpus_per_host: int) -
 def network_of(
     communicated: Iterable[Collective], sizes: Mapping[str, int], topology: GpuTopology
 ) -> dict[Axes, float]:
-    """Seconds of a compiled step's collectives, by axes; unknown axes count as all axes."""
+    """Seconds of the given collectives by mesh axes; unknown axes count as all axes."""
     network: dict[Axes, float] = {}
     for found in communicated:
         axes = found.axes or tuple(axis for axis, size in sizes.items() if size > 1)
@@ -89,24 +89,24 @@ def network_of(
 
 
 def estimated_network(work: Workload, topology: GpuTopology) -> dict[Axes, float]:
-    """Seconds of a step's collectives by arithmetic, as this package's program makes them."""
+    """Seconds of a step's collectives by mesh axes, estimated without a compiled program."""
     c, sizes, tensor = work.model, work.sizes, work.sizes["tensor"]
     parameters = num_parameters(c) / tensor
-    parts = 2 + c.num_layers  # the weights of each block and the two embeddings travel separately
+    parts = 2 + c.num_layers  # one collective per block and per embedding
     passes = 2 if work.remat == "none" else 3
     activations = BF16 * work.local_tokens * c.hidden_dim
 
     def in_parts(seconds: Callable[..., float], payload: Number, axis: str) -> float:
         return parts * seconds(payload / parts, (axis,), sizes, topology)
 
-    # in fp8 the blocks' weights travel in 8 bits
+    # In fp8, the weights of blocks are gathered with 1 byte each instead of 2.
     narrower = c.num_layers * num_block_parameters(c) / tensor if work.fp8 else 0
     gathered = min(passes, 2) * in_parts(ring_seconds, BF16 * parameters - narrower, "fsdp")
     scattered = in_parts(ring_seconds, FLOAT32 * parameters, "fsdp")
     summed = in_parts(all_reduce_seconds, FLOAT32 * parameters / sizes["fsdp"], "data")
     keys = 2 * BF16 * work.local_tokens * sizes["context"] * c.num_kv_heads * c.head_dim / tensor
-    # Keys and values are gathered, again if recomputed, and their gradients scattered. In each
-    # direction and recomputation, a block sums the residual stream twice over tensor.
+    # Context: keys and values are gathered in the forward pass and in recomputation, and their
+    # gradients scattered. Tensor: each pass of a block sums the residual stream twice.
     context = c.num_layers * passes * ring_seconds(keys, ("context",), sizes, topology)
     sums = c.num_layers * 2 * passes * all_reduce_seconds(activations, ("tensor",), sizes, topology)
     found = {"data": summed, "fsdp": gathered + scattered, "context": context, "tensor": sums}

@@ -1,4 +1,4 @@
-"""Memory and time of a run on machines that need not be here, and choices that would fit."""
+"""Plan the memory and time of a run on any machine, and find settings with which it fits."""
 
 from __future__ import annotations
 
@@ -29,19 +29,23 @@ from consyn_jax.planning.workload import Workload, workload
 from consyn_jax.training.optim.offload import check_offload
 from consyn_jax.training.run_mesh import choose_run_mesh, this_machine
 from consyn_jax.training.trainer import ConsynTrainer
+from consyn_jax.validation import validate
 
 MAX_COMPILED = 4  # candidates that one search compiles
+ADAPTER_RANK = 16  # of an adapter that is suggested
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on a topology.
+    """A run on a topology, with its memory and time.
 
     Attributes:
-        steps: steps of the budget; None if it counts epochs, because planning reads no data.
-        time: None for TPUs, for which nobody has compared estimates with measurements.
-        compiled: None if the plan is by arithmetic alone, or the compiler refused the program.
-        refused_bytes: what a device would need, if the compiler refused the program for it.
+        steps: number of steps; None for a budget of epochs, because planning reads no data.
+        time: estimated time of a step; None for TPUs, where estimates were never compared with
+            measurements.
+        compiled: facts of the compiled step; None if it was not compiled or the compiler refused.
+        refused_bytes: bytes that the step needs on a device, if the compiler refused it because
+            a device has fewer; otherwise None.
     """
 
     model: ModelConfig
@@ -56,14 +60,14 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes that one device needs, as compiled or else by arithmetic."""
+        """Bytes that one device needs, from the compiler or else estimated by arithmetic."""
         if self.refused_bytes is not None:
             return self.refused_bytes
         return self.work.memory.total if self.compiled is None else self.compiled.total_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether it needs at most `auto_mesh.FITS` of the device's memory."""
+        """Whether the step needs at most the share `auto_mesh.FITS` of a device's memory."""
         return self.total_bytes <= FITS * self.topology.device.memory_bytes
 
     def peak_share(self, seconds: float) -> float:
@@ -74,10 +78,10 @@ class Plan:
 
 
 def estimate(model: ModelConfig, run: RunConfig, topology: Topology) -> Plan:
-    """Plan a resolved run by arithmetic.
+    """Plan a resolved run by arithmetic, without compiling.
 
     Raises:
-        UserError: the mesh, batch or place of the moments is impossible on this topology.
+        UserError: mesh, batch or `--optimizer_memory` is impossible on this topology.
     """
     if topology.compiler == "tpu" and run.hardware.optimizer_memory == "host":
         check_offload(run.optimizer.optimizer, None, topology.compiler)
@@ -95,7 +99,7 @@ def estimate(model: ModelConfig, run: RunConfig, topology: Topology) -> Plan:
 
 
 def compiled(plan: Plan, topology: str) -> Plan:
-    """The same plan with memory and collectives from the compiler.
+    """Compile the train step, and return the plan with the compiler's memory and collectives.
 
     Args:
         topology: the plan's topology as text.
@@ -114,9 +118,9 @@ def compiled(plan: Plan, topology: str) -> Plan:
 
 
 def plan_here(trainer: ConsynTrainer) -> Plan | None:
-    """Plan a run on this machine's GPUs, with its compiled train step.
+    """Compile the train step for this machine's GPUs, and plan the run on them.
 
-    None if the table of GPUs does not describe them.
+    Returns None if the GPUs are not in the table of GPUs.
     """
     device, machine = jax.devices()[0], this_machine()
     gpu = described_gpu(device.device_kind)
@@ -134,10 +138,10 @@ def plan_here(trainer: ConsynTrainer) -> Plan | None:
 
 @dataclass(frozen=True)
 class Alternative:
-    """The same training with other flags.
+    """A variant of a plan, with some flags changed.
 
     Attributes:
-        changes: values by flag name.
+        changes: the new values, by flag name.
     """
 
     changes: dict[str, Any]
@@ -145,9 +149,10 @@ class Alternative:
 
     @property
     def cost(self) -> tuple[bool, float, int]:
-        """Sort key: first variants with the same result, then shorter steps, then fewer changes.
+        """Sort key of a variant; the smallest is the best.
 
-        Without estimated times, less recomputation counts as shorter, then fewer micro-batches.
+        Variants that do not round the moments come first, then shorter steps, then fewer changes.
+        Without estimated times, steps are ordered by recomputation, then by micro-batches.
         """
         time, work = self.plan.time, self.plan.work
         recomputed = REMAT_POLICIES.index(work.remat)  # from none to most
@@ -156,11 +161,10 @@ class Alternative:
 
 
 def alternatives(plan: Plan) -> list[Alternative]:
-    """All variants of the plan that fit by arithmetic, the cheapest first.
+    """List the variants of a plan that fit by arithmetic, the cheapest first.
 
-    They split the same step into other micro-batches, recompute other activations, use another
-    mesh, or keep the moments elsewhere or in another type. The plan itself is among them if it
-    fits.
+    A variant has other micro-batches for the same step, another recomputation policy, another mesh,
+    or moments in host memory or in bfloat16. The unchanged plan is in the list if it fits.
     """
     found = []
     for choice in product(
@@ -174,6 +178,28 @@ def alternatives(plan: Plan) -> list[Alternative]:
         if other.fits:
             found.append(Alternative(changes, other))
     return sorted(found, key=lambda a: a.cost)
+
+
+def adapter_that_fits(plan: Plan) -> Alternative | None:
+    """The cheapest run that trains an adapter instead, over the most exact frozen weights that fit.
+
+    It is for a run that does not fit with any choice of `alternatives`; None if an adapter does not
+    fit either. The changes contain only what the plan does not have.
+    """
+    lora, rank = plan.run.lora, {}
+    if not lora.is_used:
+        rank = {"lora_rank": ADAPTER_RANK}
+    for dtype in ("auto", "int8", "nf4"):
+        changes = rank | ({} if dtype == lora.lora_base_dtype else {"lora_base_dtype": dtype})
+        run = with_flags(plan.run, changes)
+        try:
+            validate(run)
+            other = estimate(plan.model, run, plan.topology)
+        except UserError:  # an adapter does not go together with other flags of the run
+            return None
+        if found := alternatives(other):
+            return Alternative(changes | found[0].changes, found[0].plan)
+    return None
 
 
 def _micro_batches(plan: Plan) -> Iterator[dict[str, Any]]:
@@ -218,7 +244,7 @@ def fit(plan: Plan, topology: str, *, compile: bool) -> Alternative:
 
     Args:
         topology: the plan's topology as text.
-        compile: whether to confirm it with the compiler.
+        compile: whether the compiler must confirm that it fits.
 
     Raises:
         UserError: nothing fits.
@@ -236,7 +262,17 @@ def fit(plan: Plan, topology: str, *, compile: bool) -> Alternative:
         tried += 1
         if tried == MAX_COMPILED:
             break
+    adapter = adapter_that_fits(plan)
+    remedy = "" if adapter is None else f", or train only an adapter: {in_memory(adapter)}"
     raise UserError(
         f"No choice of micro-batch, recomputation, mesh, or place and type of the moments makes "
-        f"this run fit {topology}. Use more or larger devices, or a smaller model."
+        f"this run fit {topology}. Use more or larger devices, or a smaller model{remedy}."
     )
+
+
+def in_memory(adapter: Alternative) -> str:
+    """The flags of an adapter, and the memory that it needs by arithmetic."""
+    run, gib = adapter.plan.run, adapter.plan.total_bytes / 2**30
+    over = "" if run.model.checkpoint else ", over the weights that --checkpoint names"
+    flags = " ".join(f"--{name} {value}" for name, value in adapter.changes.items())
+    return f"{flags} needs {gib:.1f} GiB by arithmetic{over}"

@@ -1,4 +1,4 @@
-"""The page of `--dry_run --topology`: a plan in words and numbers."""
+"""Format a plan as the text that `--dry_run --topology` prints."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from consyn_jax.distributed.auto_mesh import FITS
 from consyn_jax.distributed.hardware import DescribedGpu
 from consyn_jax.model.arithmetic import (
+    counted_parameters,
     num_adapter_parameters,
     num_parameters,
     train_flops_per_token,
 )
 from consyn_jax.planning import network, roofline
 from consyn_jax.planning.aot import COMPILERS
-from consyn_jax.planning.plan import Alternative, Plan, alternatives
+from consyn_jax.planning.plan import Alternative, Plan, adapter_that_fits, alternatives, in_memory
 from consyn_jax.planning.plan_recipe import in_flags, in_seconds
 from consyn_jax.planning.roofline import StepTime
 from consyn_jax.planning.topology import GpuTopology
@@ -22,18 +23,16 @@ from consyn_jax.training.trainer import ConsynTrainer
 
 GIB, GB, DAY_S = 2**30, 1e9, 86_400
 SMALL_BYTES = 1e6  # smaller collectives share one line
-ALTERNATIVES = 4  # shown where a run does not fit
-NO_TIME = "no time is given: this program was compiled for TPUs and has never run on one"
-NO_COLLECTIVES = (
-    "collectives  n/a: TPU programs have no trip counts of loops, and collectives inside matmuls"
-)
+ALTERNATIVES = 4  # variants to show if a run does not fit
+NO_TIME = "no time is given, because this program has never run on a TPU"
+NO_COLLECTIVES = "collectives  n/a: the text of a TPU program does not say how often its loops run"
 
 
 def page(plan: Plan, *, assumptions: bool = False) -> str:
-    """The whole page: the verdict, then the figures behind it.
+    """Format a plan: a one-line verdict, then the figures.
 
     Args:
-        assumptions: also list the rates behind the estimated step time.
+        assumptions: whether to list the rates that the estimated step time assumes.
     """
     sections = [iter([verdict(plan)])]
     if not plan.fits:
@@ -48,7 +47,7 @@ def page(plan: Plan, *, assumptions: bool = False) -> str:
 
 
 def verdict(plan: Plan) -> str:
-    """The plan in one line: whether it fits, how fast it is, and how long the run takes."""
+    """Say in one line whether the run fits, how fast it is, and how long it takes."""
     share = plan.total_bytes / plan.topology.device.memory_bytes
     fits = f"{'Fits' if plan.fits else 'DOES NOT FIT'} ({share:.0%} of the memory)"
     if plan.time is None:
@@ -63,12 +62,12 @@ def verdict(plan: Plan) -> str:
 
 
 def _not_compiled(plan: Plan) -> Iterator[str]:
-    """The reason for figures by arithmetic."""
+    """Explain why the figures are not the compiler's."""
     if plan.refused_bytes is not None:
         yield (
             f"The compiler refused the program: it needs {plan.refused_bytes / GIB:.2f} GiB of "
-            f"{plan.topology.device.memory_bytes / GIB:.2f} on each device. What follows is by "
-            "arithmetic."
+            f"{plan.topology.device.memory_bytes / GIB:.2f} on each device. The figures below are "
+            "estimated by arithmetic."
         )
         return
     devices, extra, _ = COMPILERS[plan.topology.compiler]
@@ -77,8 +76,8 @@ def _not_compiled(plan: Plan) -> Iterator[str]:
         "collectives below are estimated by arithmetic."
     )
     yield (
-        f"With pip install 'consyn_jax[{extra}]', on any machine, they come from the compiler, "
-        "with the kernels."
+        f"Run pip install 'consyn_jax[{extra}]', which works on any machine, to get these figures "
+        "and the kernels from the compiler."
     )
 
 
@@ -93,7 +92,7 @@ def _tokens(count: float) -> str:
 
 
 def memory_here(trainer: ConsynTrainer) -> str:
-    """The memory that the compiled train step of a run needs on one device of this machine."""
+    """Format the memory that the compiled train step needs on one device of this machine."""
     needs, limit = step_memory(trainer.compile_train_step(trainer.run)), device_bytes()
     flops = (
         trainer.sequences_per_step
@@ -122,7 +121,7 @@ def _what(plan: Plan) -> Iterator[str]:
     accumulated = f", {accumulation} micro-batches" if accumulation > 1 else ""
     rows = "pairs of two sequences" if plan.run.trains_on_pairs else "sequences"
     yield (
-        f"model      {plan.run.model.model}: {num_parameters(model):,} parameters, "
+        f"model      {plan.run.model.model}: {counted_parameters(model)}, "
         f"{model.num_layers} layers, {model.hidden_dim} wide"
     )
     if work.lora.is_used:
@@ -186,7 +185,7 @@ def _total(size: int, limit: int, verdict: str) -> str:
 def _collectives(plan: Plan) -> Iterator[str]:
     if plan.compiled is None:
         if plan.time is not None:
-            yield "collectives  see the network's share of the step time"
+            yield "collectives  not compiled; network in the step time below is an estimate"
         else:
             yield "collectives  n/a, because the program was not compiled"
         return
@@ -208,9 +207,9 @@ def _collectives(plan: Plan) -> Iterator[str]:
             f"{found.payload_bytes / GB:10.3f} GB"
         )
     if small:
-        yield f"  and {small / 1e3:,.0f} kB in small ones"
+        yield f"  and {small / 1e3:,.0f} kB in smaller collectives"
     if (hidden := plan.compiled.hidden_share) is not None:
-        yield f"  in the compiler's order, matmuls hide at least {hidden:.0%} of their time"
+        yield f"  at least {hidden:.0%} of their time overlaps with matmuls in the schedule"
     for warning in plan.compiled.warnings:
         yield f"  WARNING {warning}"
 
@@ -234,11 +233,11 @@ def _time(plan: Plan, time: StepTime, assumptions: bool) -> Iterator[str]:
         f"{' x '.join(axes)} {in_seconds(seconds)}" for axes, seconds in time.network.items()
     )
     if collectives:
-        yield f"  {'network':<12} {in_seconds(time.exposed):>10}   not hidden, of {collectives}"
+        yield f"  {'network':<12} {in_seconds(time.exposed):>10}   exposed part of {collectives}"
     if plan.run.hardware.mixed_precision == "no":
-        yield "  THIS RUN is in float32, and several times slower than the estimate for bfloat16"
+        yield "  THIS RUN is in float32, several times slower than this estimate for bfloat16"
     if not assumptions:
-        yield "  --verbose lists what is assumed"
+        yield "  --verbose lists the assumptions"
         return
     stretch = roofline.stretch_of(plan.work, plan.topology)
     lines = _assumptions(plan.topology.gpu, plan.run.hardware.mixed_precision, stretch)
@@ -249,8 +248,8 @@ def _assumptions(gpu: DescribedGpu, precision: str, stretch: float) -> Iterator[
     yield "bfloat16, with attention in a fused kernel"
     if precision == "fp8":
         yield (
-            f"8-bit matmuls in the blocks at {roofline.FP8_SPEEDUP} x the rate below, as data "
-            f"sheets say; activations as large as in bfloat16"
+            f"8-bit matmuls in the blocks at {roofline.FP8_SPEEDUP} x the rate below (from data "
+            f"sheets); activations as large as in bfloat16"
         )
     bandwidth = gpu.memory_bandwidth * roofline.MEMORY_EFFICIENCY / 1e12
     yield (
@@ -270,9 +269,9 @@ def _assumptions(gpu: DescribedGpu, precision: str, stretch: float) -> Iterator[
     yield f"links at {link:.0f} GB/s inside a host, {ports:.3g} GB/s per GPU between hosts"
     yield (
         f"collectives of weights and gradients overlap with at most {roofline.OVERLAP:.0%} of the "
-        f"kernels' time, and slow them by {roofline.CONTENTION:.0%} of their own"
+        f"kernels' time, and slow the kernels by {roofline.CONTENTION:.0%} of the overlap"
     )
-    yield f"all kernels together take {stretch} x their sum; see docs/planning.md for the sources"
+    yield f"all kernels together take {stretch} x the sum of their times; sources: docs/planning.md"
 
 
 def _budget(plan: Plan) -> Iterator[str]:
@@ -298,7 +297,7 @@ def _budget(plan: Plan) -> Iterator[str]:
 
 
 def _speed(plan: Plan, seconds: float) -> Iterator[str]:
-    """Tokens per second and the length of the run, for steps of `seconds`."""
+    """Format the tokens per second and the length of the run, if a step takes `seconds`."""
     devices, rate = plan.topology.num_devices, plan.work.tokens / seconds
     yield (
         f"speed      {rate:,.0f} tokens/s, {rate / devices:,.0f} per GPU; "
@@ -307,7 +306,7 @@ def _speed(plan: Plan, seconds: float) -> Iterator[str]:
     if plan.steps is None:
         yield (
             "budget     unknown, because epochs need the data; "
-            "--total_tokens or --max_steps gives days and GPU-hours"
+            "give --total_tokens or --max_steps to see days and GPU-hours"
         )
         return
     whole, tokens = plan.steps * seconds, plan.steps * plan.work.tokens
@@ -319,11 +318,13 @@ def _speed(plan: Plan, seconds: float) -> Iterator[str]:
 
 def _ways_out(plan: Plan) -> Iterator[str]:
     limit = FITS * plan.topology.device.memory_bytes
-    # The compiler may need more than the arithmetic.
+    # The compiled program may need more memory than the arithmetic says.
     correction = max(1.0, plan.total_bytes / plan.work.memory.total)
     ways = [way for way in alternatives(plan) if way.plan.total_bytes * correction <= limit]
     if not ways:
-        yield "what would fit: nothing on these devices. Use more, larger ones, or a smaller model"
+        yield "what would fit: nothing here. Use more or larger devices, or a smaller model"
+        if (adapter := adapter_that_fits(plan)) is not None:
+            yield f"an adapter would fit: {in_memory(adapter)}"
         return
     yield "what would fit, cheapest first, by arithmetic (--fit compiles it and writes a recipe)"
     for way in _plainest(ways):
@@ -339,7 +340,7 @@ def _each_step(plan: Plan) -> str:
 
 
 def _plainest(ways: list[Alternative]) -> list[Alternative]:
-    """The cheapest few, leaving out those that only add changes to another one."""
+    """Select the cheapest few, without those that extend the changes of another one."""
     plain: list[Alternative] = []
     for way in sorted(ways, key=lambda way: (len(way.changes), way.cost)):
         if not any(set(other.changes) <= set(way.changes) for other in plain):

@@ -1,4 +1,4 @@
-"""The recipe that `--fit` writes, and changes of flags in words."""
+"""Write the recipe of `--fit`, and format changed flags and times."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ GIB = 2**30
 
 
 def in_flags(changes: dict[str, Any]) -> str:
-    """Changed flags as they are written on the command line."""
+    """Format changed flags as on a command line."""
     return " ".join(f"--{name} {value}" for name, value in changes.items()) or "no change"
 
 
 def recipe(found: Alternative, origins: dict[str, str], topology: str) -> str:
-    """The YAML recipe of a run that fits: the user's flags with the changes of `--fit`.
+    """Return a YAML recipe: the values that the user set, with the changes of `--fit`.
 
     Args:
         origins: the origin of each value, by flag name.
@@ -31,7 +31,7 @@ def recipe(found: Alternative, origins: dict[str, str], topology: str) -> str:
         for name, value in _given(plan.run, origins).items()
         if name not in ("topology", "fit")
     }
-    expected = "no time; nobody has measured this program on TPUs"
+    expected = "no time: this program was never measured on a TPU"
     if plan.time is not None:
         expected = (
             f"not measured: {in_seconds(plan.time.total)} per step, "
@@ -57,5 +57,5 @@ def _given(run: RunConfig, origins: dict[str, str]) -> dict[str, Any]:
 
 
 def in_seconds(seconds: float) -> str:
-    """A time in seconds or milliseconds."""
+    """Format a time in seconds or milliseconds."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"

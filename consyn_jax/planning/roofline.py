@@ -1,9 +1,10 @@
-"""Time of a train step, by arithmetic: matmuls, memory traffic and network at stated rates.
+"""Estimate the time of a train step from the rates of matmuls, memory and network.
 
-A step is the time of its kernels one after the other, stretched by one factor for what the rates do
-not explain, plus the collectives that the kernels do not hide, plus the optimizer. Rates that are
-not in the table of GPUs are constants here and in planning/network.py. docs/design/planning.md has
-their sources, and docs/planning.md compares estimates with runs that others have published.
+The estimate is a sum of three times. First, the kernels one after the other, multiplied by a factor
+for losses that the rates do not explain. Second, the part of the collectives that does not overlap
+with kernels. Third, the optimizer. Rates that are not in the table of GPUs are constants here and
+in planning/network.py; docs/design/planning.md has their sources. docs/planning.md compares
+estimates with published runs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from consyn_jax.distributed.compiled import Collective
 from consyn_jax.distributed.hardware import DescribedGpu
 from consyn_jax.model.arithmetic import (
     BF16,
@@ -19,7 +21,6 @@ from consyn_jax.model.arithmetic import (
     num_block_parameters,
     num_parameters,
 )
-from consyn_jax.planning.compiled import Collective
 from consyn_jax.planning.network import (
     LINK_EFFICIENCY,
     Axes,
@@ -33,34 +34,34 @@ from consyn_jax.planning.workload import Workload
 # The share of the specified memory bandwidth that streaming kernels reach (BabelStream on A100 and
 # H100: 0.88 to 0.94).
 MEMORY_EFFICIENCY = 0.9
-# The share of `bf16_flops` that fused causal attention reaches, forward and backward together, by
-# the width of a head (FlashAttention-3 on H100, sequences of 2k to 8k, backward taking 5 of 7
-# matmuls: about 0.45 for heads of 128, 0.33 for heads of 64).
+# The share of `bf16_flops` that fused causal attention reaches in forward and backward together, by
+# the size of a head. From FlashAttention-3 on H100 with sequences of 2k to 8k; the backward pass
+# has 5 of the 7 matmuls.
 ATTENTION_EFFICIENCY = {64: 0.33, 128: 0.45}
-# The share of ATTENTION_EFFICIENCY that the kernel for documents reaches
-# (model/kernels/document_attention.py): 0.82 for heads of 64, 0.79 for 128, measured on an H200.
+# This package's attention kernel (model/kernels/document_attention.py) reaches this share of
+# ATTENTION_EFFICIENCY. Measured on an H200: 0.82 for heads of 64, 0.79 for heads of 128.
 DOCUMENT_SHARE = 0.8
-# The share of the kernels' time that collectives of weights and gradients can overlap with; others
-# (of activations) overlap with nothing.
+# Collectives of weights and gradients can overlap with this share of the kernels' time. Collectives
+# of activations do not overlap with kernels.
 OVERLAP = 0.8
-# The share of a collective's time by which it slows the kernels that it overlaps with, because NCCL
-# takes multiprocessors and memory bandwidth from them. An estimate, not measured, made with the
-# runs of docs/planning.md in view.
+# A collective prolongs the kernels that it overlaps with by this share of its own time, because
+# NCCL uses multiprocessors and memory bandwidth. Not measured: estimated from the runs in
+# docs/planning.md.
 CONTENTION = 0.3
-# How much longer all kernels take together than one by one at their rates: launches, gaps, tails of
-# waves, and a clock lowered by the power limit. STRETCH is fitted to the runs of others that
-# docs/planning.md marks; ALONE_STRETCH is measured, for this package's program on one GPU.
+# The time of all kernels relative to the sum of their times at the rates above. Launches, gaps,
+# tails of waves and a clock lowered by the power limit make it longer. STRETCH is fitted to the
+# published runs that docs/planning.md marks; ALONE_STRETCH is measured here on one GPU.
 STRETCH, ALONE_STRETCH = 1.36, 1.09
-# Bytes that an optimizer step reads and writes for each parameter besides its moments: the gradient
-# is read twice (first for its norm), the weight read and written.
+# Bytes per parameter that an optimizer step reads and writes, without the moments: it reads the
+# gradient twice (first for the norm), and reads and writes the weight.
 UPDATE_BYTES = 16
-# Matmul rate of 8-bit numbers relative to bfloat16: from data sheets of Ada, Hopper and Blackwell,
-# not measured.
+# Matmul rate in 8 bits relative to bfloat16, from the data sheets of Ada, Hopper and Blackwell; not
+# measured.
 FP8_SPEEDUP = 2
-# Bytes read and written per logit: float32 written and read twice, its bfloat16 gradient likewise,
-# rounded up.
+# Bytes read and written per logit, rounded up: the float32 logit is written once and read twice,
+# and so is its bfloat16 gradient.
 LOGIT_BYTES = 16
-HOST: Axes = ("host",)  # in place of mesh axes: host memory
+HOST: Axes = ("host",)  # key for transfers to host memory, beside the mesh axes
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,13 @@ class StepTime:
     """Seconds of one optimizer step on every GPU.
 
     Attributes:
-        matmuls, attention, memory: matmuls, attention kernels and memory-bound kernels, stretched.
-        optimizer: the update, adding up the gradients of micro-batches, and the transfer of moments
+        matmuls, attention, memory: matmuls, attention kernels and memory-bound kernels, each
+            multiplied by the factor of `stretch_of`.
+        optimizer: the update, the sum of the micro-batches' gradients, and the transfer of moments
             in host memory.
-        network: collectives by mesh axes, and transfers of activations to host memory, as if the
-            kernels hid none.
-        exposed: the part of the network's time that the kernels do not hide.
+        network: collectives by mesh axes, and transfers of activations to host memory, including
+            the part that overlaps with kernels.
+        exposed: the part of the network's time that adds to the step.
     """
 
     matmuls: float
@@ -85,7 +87,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """The whole step."""
+        """Seconds of the whole step."""
         return self.matmuls + self.attention + self.memory + self.optimizer + self.exposed
 
 
@@ -95,7 +97,7 @@ def estimate_step(
     """Estimate the time of a step on a topology.
 
     Args:
-        communicated: the collectives of the compiled step; None to estimate them, too.
+        communicated: the collectives of the compiled step; None to estimate them as well.
     """
     gpu, stretch = topology.gpu, stretch_of(work, topology)
     matmuls, attention = _matmul_seconds(work, gpu), _attention_seconds(work, gpu)
@@ -122,7 +124,7 @@ def estimate_step(
 
 
 def stretch_of(work: Workload, topology: GpuTopology) -> float:
-    """Factor by which all kernels together take longer than their rates say."""
+    """Return the time of all kernels relative to the sum of their times at the rates."""
     return ALONE_STRETCH if work.this_package and topology.num_devices == 1 else STRETCH
 
 
@@ -134,10 +136,10 @@ def _bandwidth(gpu: DescribedGpu) -> float:
 
 
 def _matmul_seconds(work: Workload, gpu: DescribedGpu) -> float:
-    """Seconds of the matmuls of a step: forward, backward with twice the work, and recomputation.
+    """Seconds of a step's matmuls: forward, backward with twice the work, and recomputation.
 
-    The policy minimal recomputes no matmul, and no policy recomputes the last one of a block. Under
-    an adapter, the backward pass has no gradients of the weights.
+    No policy recomputes the last matmul of a block, and `minimal` recomputes none. With LoRA, the
+    backward pass computes no gradients of the frozen weights.
     """
     passes = 2 if work.lora.is_used else 3
     speedup = FP8_SPEEDUP if work.fp8 else 1
@@ -163,7 +165,7 @@ def _block_matmuls(work: Workload) -> Iterator[tuple[Number, Number]]:
 
 
 def _head_matmul(work: Workload) -> tuple[Number, Number]:
-    """FLOPs and bytes of the logits' matmul."""
+    """FLOPs and bytes of the matmul that computes the logits, on one GPU."""
     words = work.model.padded_vocab_size / work.sizes["tensor"]
     return _matmul(work.local_tokens, work.model.hidden_dim, words)
 
@@ -173,7 +175,7 @@ def _matmul(rows: Number, inputs: Number, outputs: Number) -> tuple[Number, Numb
 
 
 def _widths(work: Workload) -> tuple[float, float, float]:
-    """The widths of queries, of keys or values, and of feed-forward on one GPU."""
+    """Widths on one GPU of the queries, of the keys or values, and of the feed-forward layer."""
     c, tensor = work.model, work.sizes["tensor"]
     return (
         c.num_heads * c.head_dim / tensor,
@@ -188,7 +190,7 @@ def _widths(work: Workload) -> tuple[float, float, float]:
 def _attention_seconds(work: Workload, gpu: DescribedGpu) -> float:
     """Seconds of the attention kernels of a step.
 
-    A backward pass does 5 matmuls to the forward pass's 2; the policy full repeats the latter.
+    The forward pass has 2 matmuls, the backward pass 5. The policy `full` runs forward twice.
     """
     passes = 4.5 if work.remat == "full" else 3.5
     efficiency = ATTENTION_EFFICIENCY[128 if work.model.head_dim >= 96 else 64] * (
@@ -199,13 +201,14 @@ def _attention_seconds(work: Workload, gpu: DescribedGpu) -> float:
 
 
 def _attention_flops(work: Workload) -> Number:
-    """FLOPs of a block's forward pass on one GPU: two matmuls over the computed scores.
+    """FLOPs of attention in a block's forward pass on one GPU: two matmuls.
 
-    The value is the mean over the blocks, because only some may have a window.
+    Masked scores are not counted. The result is the mean over the blocks, of which some may have a
+    sliding window.
     """
     c = work.model
     windows = [min(work.length, window or work.length) for window in c.windows]
-    # Half of the square; with a window, w keys per query except for the first w queries.
+    # Keys per query. Causal: half of the sequence. Window w: w keys, fewer for the first w queries.
     seen = sum(w - w * w / (2 * work.length) for w in windows) / c.num_layers
     return 4 * work.local_tokens * seen * c.num_heads * c.head_dim / work.sizes["tensor"]
 
@@ -224,19 +227,19 @@ def _memory_seconds(work: Workload, gpu: DescribedGpu) -> float:
 def _elementwise_bytes(work: Workload) -> Number:
     """Bytes that a block's forward pass reads and writes outside its matmuls.
 
-    These are norms, residual sums, rotations and the gated unit.
+    They belong to norms, residual sums, rotary embeddings and the gated unit.
     """
     c, tensor = work.model, work.sizes["tensor"]
     stream = 2 * 2 + 2 * 3  # two norms: read, written; two sums: two arrays read, one written
-    # Queries and keys are normed and rotated, each time read and written.
+    # Queries and keys are read and written twice: for their norm and for the rotary embedding.
     heads = 4 * (c.num_heads + c.num_kv_heads) * c.head_dim / tensor
     return BF16 * work.local_tokens * (stream * c.hidden_dim + heads + 3 * c.mlp_dim / tensor)
 
 
 def _quantising_bytes(work: Workload) -> Number:
-    """Bytes that fp8 reads and writes besides its matmuls, for one block in both directions.
+    """Bytes that fp8's quantisation reads and writes, for a block's forward and backward pass.
 
-    Each array is read once for its maximum and once to be quantised.
+    Each array is read twice, first for its maximum, and written once in 8 bits.
     """
     if not work.fp8:
         return 0
@@ -252,7 +255,7 @@ def _quantising_bytes(work: Workload) -> Number:
 
 
 def _optimizer_seconds(work: Workload, gpu: DescribedGpu) -> float:
-    """Seconds of the update on one GPU, with adding up the gradients of micro-batches."""
+    """Seconds of the update on one GPU, including the sum of the micro-batches' gradients."""
     whole = num_parameters(work.model)
     trained = num_adapter_parameters(work.model, work.lora) if work.lora.is_used else whole
     parameters = trained / (work.sizes["fsdp"] * work.sizes["tensor"])
@@ -265,10 +268,10 @@ def _optimizer_seconds(work: Workload, gpu: DescribedGpu) -> float:
 
 
 def _offload_seconds(work: Workload, gpu: DescribedGpu) -> float:
-    """Seconds to move activations to host memory and back under the policy offload.
+    """Seconds to move activations to host memory and back, with the policy `offload`.
 
-    For each block, these are its input, and attention's output with the softmax sums for the
-    backward pass.
+    Each block moves its input, the output of attention, and the log-sum-exp of the softmax that the
+    backward pass needs.
     """
     c, tensor = work.model, work.sizes["tensor"]
     kept = work.local_tokens * (

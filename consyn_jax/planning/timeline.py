@@ -1,28 +1,25 @@
-"""Simulate a compiled step in the compiler's order, to find how much of its collectives is hidden.
+"""Simulate a compiled step's schedule, to find how much of its collectives overlaps with matmuls.
 
-An asynchronous collective starts when the network has finished those before it. Its `-done`
-instruction waits for it; other instructions run in between. Only matmuls take time here, at the
-best measured rate. Attention and everything else would hide more, so the hidden share is a lower
-bound.
+An asynchronous collective starts when the network has finished earlier collectives. Its `-done`
+instruction waits for its end; other instructions run in between. Besides collectives, only matmuls
+take time here, at the best measured rate. In reality attention and other kernels overlap too, so
+the hidden share is a lower bound.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from consyn_jax.planning.compiled import Array, Instruction, collectives_of, computations
+from consyn_jax.distributed.compiled import Instruction, collectives_of, computations
 from consyn_jax.planning.network import network_of
 from consyn_jax.planning.topology import GpuTopology
-
-_CONTRACTED = re.compile(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)')
+from consyn_jax.training.diagnostics.operation_costs import MatmulFlops
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Seconds of a step: its matmuls, its collectives, and the time that matmuls wait for them."""
+    """Seconds of a step's matmuls and collectives, and of waiting for collectives."""
 
     matmuls: float
     collectives: float
@@ -49,10 +46,13 @@ class _Player:
     bodies: Mapping[str, list[Instruction]]
     sizes: Mapping[str, int]
     topology: GpuTopology
-    _flops: dict[str, int] = field(default_factory=dict)
+    _flops: MatmulFlops = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._flops = MatmulFlops(self.bodies)
 
     def run(self, computation: str) -> Schedule:
-        """Simulate from idle network to idle network: no collective crosses a loop's boundary."""
+        """Simulate a computation from its first instruction until the network is idle again."""
         now = free = matmuls = collectives = 0.0
         ends: dict[str, float] = {}
         arrays = {each.name: each.arrays for each in self.bodies[computation]}
@@ -71,35 +71,15 @@ class _Player:
                 collectives += times * once.collectives
                 now += times * (once.matmuls + once.waits)
             else:
-                seconds = self._matmul_flops(each, arrays) / self.topology.gpu.matmul_flops
+                seconds = self._flops.of(each, arrays) / self.topology.gpu.matmul_flops
                 now, matmuls = now + seconds, matmuls + seconds
         return Schedule(matmuls, collectives, max(now, free) - matmuls)
 
     def _collective_seconds(self, each: Instruction) -> float | None:
-        """Seconds of an instruction's collective; None if it has none."""
+        """Seconds of the collective that an instruction performs; None if it performs none."""
         communicated = collectives_of(each, self.sizes)
         if not communicated:
             return None
         payload = sum(one.payload_bytes for one in communicated)
         together = replace(communicated[0], payload_bytes=payload)
         return sum(network_of([together], self.sizes, self.topology).values())
-
-    def _matmul_flops(self, each: Instruction, arrays: Mapping[str, tuple[Array, ...]]) -> int:
-        if each.operation in ("fusion", "call"):
-            called = (name for attribute, name in each.calls if attribute in ("calls", "to_apply"))
-            return sum(map(self._fused_flops, called))
-        if each.operation != "dot" and "__cublas$" not in each.rest:
-            return 0
-        contracted = _CONTRACTED.search(each.rest)
-        if contracted is None or not each.first_operand:
-            return 0
-        dimensions = arrays[each.first_operand][0][1]
-        summed = math.prod(dimensions[int(d)] for d in re.findall(r"\d+", contracted[1]))
-        return 2 * math.prod(each.arrays[0][1]) * summed
-
-    def _fused_flops(self, computation: str) -> int:
-        if computation not in self._flops:
-            body = self.bodies[computation]
-            arrays = {each.name: each.arrays for each in body}
-            self._flops[computation] = sum(self._matmul_flops(each, arrays) for each in body)
-        return self._flops[computation]

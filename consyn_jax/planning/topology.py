@@ -1,4 +1,4 @@
-"""Described machines: hosts with GPUs of one model, or slices of TPUs."""
+"""Descriptions of machines for planning: hosts with GPUs of one model, or slices of TPUs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from consyn_jax.distributed.auto_mesh import Machine
 from consyn_jax.distributed.hardware import DESCRIBED, TPUS, DescribedGpu, Tpu
 from consyn_jax.errors import UserError, nearest
 
-# `stream_executor.GpuTargetConfigProto` as text.
+# A `stream_executor.GpuTargetConfigProto` in text format.
 _TARGET = """
     platform_name: "CUDA"
     device_description_str: "{kind}"
@@ -43,7 +43,7 @@ _TARGET = """
 
 
 class Topology(ABC):
-    """A machine that need not be present, for which JAX can compile.
+    """A machine, present or absent, for which JAX can compile.
 
     Attributes:
         compiler: a key of `aot.COMPILERS`.
@@ -54,12 +54,12 @@ class Topology(ABC):
     @property
     @abstractmethod
     def device(self) -> DescribedGpu | Tpu:
-        """The row of one of its devices, which are all alike."""
+        """Row of the hardware table for the devices, which are all of one kind."""
 
     @property
     @abstractmethod
     def machine(self) -> Machine:
-        """The hosts and memory that `--mesh auto` chooses a mesh for."""
+        """Hosts, devices and memory, in the form that `--mesh auto` reads."""
 
     @property
     @abstractmethod
@@ -68,14 +68,14 @@ class Topology(ABC):
 
     @abstractmethod
     def described_devices(self) -> Sequence[Any]:
-        """Devices that JAX can compile for ahead of time though none is present.
+        """Return absent devices for which JAX can compile ahead of time.
 
         The process must have started with `aot.environment(self.compiler)`.
         """
 
     @property
     def num_devices(self) -> int:
-        """Devices in all, as JAX counts them."""
+        """Number of all devices, as JAX counts them."""
         return self.machine.hosts * self.machine.per_host
 
 
@@ -90,21 +90,21 @@ class GpuTopology(Topology):
 
     @property
     def device(self) -> DescribedGpu:
-        """The GPU's row."""
+        """Row of the GPU in the hardware table."""
         return self.gpu
 
     @property
     def machine(self) -> Machine:
-        """The hosts and their GPUs."""
+        """Hosts, GPUs per host, and memory of a GPU."""
         return Machine(self.hosts, self.gpus_per_host, self.gpu.memory_bytes)
 
     @property
     def description(self) -> str:
-        """Hosts, GPUs of each, and the driver's name of the GPU."""
+        """Number of hosts, GPUs per host, and the driver's name of the GPU."""
         return f"{self.hosts} x {self.gpus_per_host} {self.gpu.kind}"
 
     def described_devices(self) -> Sequence[Any]:
-        """GPUs described to XLA's compiler."""
+        """Return absent GPUs for which XLA can compile."""
         from jax.experimental import topologies
 
         return topologies.get_topology_desc(
@@ -116,7 +116,7 @@ class GpuTopology(Topology):
 
 @dataclass(frozen=True)
 class TpuTopology(Topology):
-    """`slices` slices of TPUs whose chips form a torus of `shape`."""
+    """`slices` slices of TPUs; the chips of a slice form a torus of `shape`."""
 
     tpu: Tpu
     shape: tuple[int, ...]
@@ -125,18 +125,18 @@ class TpuTopology(Topology):
 
     @property
     def device(self) -> Tpu:
-        """The row of the generation."""
+        """Row of the TPU generation in the hardware table."""
         return self.tpu
 
     @property
     def machine(self) -> Machine:
-        """The slices, which take the place of hosts, and the devices of each."""
+        """Slices (in place of hosts), devices per slice, and memory of a device."""
         devices = math.prod(self.shape) * self.tpu.devices_per_chip
         return Machine(self.slices, devices, self.tpu.memory_bytes, name_of_host="slice")
 
     @property
     def description(self) -> str:
-        """Slices and their shape, and JAX's name of the device."""
+        """Number and shape of the slices, and JAX's name of the device."""
         name, shape = f"{self.tpu.key} ({self.tpu.kind})", "x".join(map(str, self.shape))
         slices = "1 slice" if self.slices == 1 else f"{self.slices} slices"
         each = self.tpu.devices_per_chip
@@ -144,10 +144,10 @@ class TpuTopology(Topology):
         return f"{slices} of {shape} chips {name}{devices}"
 
     def described_devices(self) -> Sequence[Any]:
-        """TPUs as libtpu describes them."""
+        """Return absent TPUs for which libtpu can compile."""
         from jax.experimental import topologies
 
-        # libtpu assumes hosts of 2x2 chips
+        # By default libtpu assumes hosts of 2 x 2 chips, which one chip cannot fill.
         alone: Any = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(self.shape) == 1 else {}
         return topologies.get_topology_desc(
             platform="tpu",
@@ -158,20 +158,19 @@ class TpuTopology(Topology):
 
 
 FORMS = (
-    "Write it as h200:2x8, two hosts with eight H200 each, as rtx4090:1, one GPU, as v5e:2x4, a "
-    "slice of 2 x 4 TPUs, or as v5e:2x4x2, two of them; slices of v5p and tpu7x have three "
-    "dimensions."
+    "Examples: h200:2x8 (two hosts with eight H200 each), rtx4090:1 (one GPU), v5e:2x4 (a slice of "
+    "2 x 4 TPUs), v5e:2x4x2 (two such slices). Slices of v5p and tpu7x have three dimensions."
 )
 
 
 def parse_topology(text: str) -> Topology:
     """Parse a `--topology` such as "h200:2x8" (GPU:HOSTSxGPUS) or "v5e:2x4" (TPU:SHAPE[xSLICES]).
 
-    For GPUs a single number is the GPUs of one host; without a number, it is one GPU. Spaces and
-    capitals do not count.
+    A single number is the number of GPUs on one host; no number means one GPU. Spaces and upper
+    case are ignored.
 
     Raises:
-        UserError: the text has another form, or names a device that is not described.
+        UserError: the text has another form, or names a device that is not in the hardware table.
 
     >>> parse_topology("h200:2x8").num_devices
     16
@@ -216,6 +215,6 @@ def _tpus(tpu: Tpu, numbers: tuple[int, ...], text: str) -> TpuTopology:
     if chips > 1 and any(size % 2 for size in shape[:2]):
         raise UserError(
             f"The topology {text!r} cannot be made of hosts, which have 2 x 2 chips. Use even "
-            f"numbers for the first two, as in {tpu.key}:{one}."
+            f"numbers for the first two dimensions, as in {tpu.key}:{one}."
         )
     return TpuTopology(tpu, shape, *(rest or (1,)))

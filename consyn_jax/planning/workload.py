@@ -1,4 +1,4 @@
-"""The work of one train step, and how it is split over a mesh."""
+"""The work of one train step: the quantities that determine its memory and time."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from consyn_jax.model_config import NO_LORA, LoraOptions, ModelConfig
 
 @dataclass(frozen=True)
 class Workload:
-    """The work of one step, and how it is split.
+    """The quantities that determine the memory and time of one train step.
 
     Attributes:
-        sizes: sizes of the mesh's axes.
-        batch_size: sequences of one micro-batch over all GPUs; a pair has two.
-        accumulation: micro-batches in a step.
-        length: tokens of a sequence.
+        sizes: size of each mesh axis.
+        batch_size: number of sequences in a micro-batch over all GPUs; a preference pair has two.
+        accumulation: number of micro-batches in a step.
+        length: number of tokens in a sequence.
         remat: the recomputation policy, a value of `--gradient_checkpointing`.
-        moment_bytes: bytes of all moments of a parameter together.
-        host_moments: the moments are in host memory, and travel to the GPU and back in each step.
-        fp8: the blocks' matmuls are of 8-bit numbers.
-        this_package: the step is this package's program, whose attention kernel works inside
-            documents; a document is taken to be as long as the sequence.
-        gpu_bytes: memory of a GPU of the table, or 0.
+        moment_bytes: bytes per parameter of all its moments together.
+        host_moments: whether moments are in host memory and copied to the GPU and back each step.
+        fp8: whether the matmuls of the blocks are in 8 bits.
+        this_package: whether the step is this package's program, whose attention kernel keeps
+            documents apart. A document is assumed to be as long as the sequence.
+        gpu_bytes: memory of the GPU if it is in the hardware table, otherwise 0.
     """
 
     model: ModelConfig
@@ -43,26 +43,26 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step, over all GPUs."""
+        """Number of tokens in a step, over all GPUs."""
         return self.batch_size * self.accumulation * self.length
 
     @property
     def local_tokens(self) -> float:
-        """Tokens of a micro-batch on one GPU."""
+        """Number of tokens of a micro-batch on one GPU."""
         devices = self.sizes["data"] * self.sizes["fsdp"] * self.sizes["context"]
         return self.batch_size * self.length / devices
 
     @property
     def flops(self) -> float:
-        """FLOPs of a step over all GPUs, as model FLOP utilisation counts them.
+        """FLOPs of a step over all GPUs, as counted for model FLOP utilisation.
 
-        Attention is causal, and nothing is recomputed.
+        Masked scores of causal attention and recomputation are not counted.
         """
         return self.tokens * train_flops_per_token(self.model, self.length, self.lora)
 
     @property
     def memory(self) -> MemoryEstimate:
-        """The memory of one GPU, by arithmetic."""
+        """Memory that the step needs on one GPU, estimated by arithmetic."""
         return estimate_memory(
             self.model,
             self.sizes,
@@ -79,7 +79,7 @@ class Workload:
 def workload(
     model: ModelConfig, run: RunConfig, sizes: Mapping[str, int], gpu_bytes: int = 0
 ) -> Workload:
-    """The workload of a resolved run on a mesh with these axis sizes."""
+    """Return the workload of a resolved run on a mesh with the axis sizes `sizes`."""
     return Workload(
         model,
         sizes,

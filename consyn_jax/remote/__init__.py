@@ -1,1 +1,1 @@
-"""Buckets: their URLs, clients, copies in the cache, and the lease of a writer."""
+"""Cloud storage buckets: URLs, clients, cached copies, and a lease that allows one writer."""

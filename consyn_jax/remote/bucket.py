@@ -1,6 +1,6 @@
-"""A bucket as its callers see it, whoever stores it, and the errors of stores.
+"""The interface of a bucket, the same for every provider, and the errors of its requests.
 
-Credentials are found by the provider's own library, as it documents that, and are in no message.
+The provider's own library finds the credentials. Error messages never contain credentials.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Protocol
 
 from consyn_jax.errors import brief
 
-CONNECT_S, ANSWER_S = 10, 60  # until a server accepts a connection, and answers
-ATTEMPTS = 3  # of one request; what calls again has its own rule
+CONNECT_S, ANSWER_S = 10, 60  # time limits for a connection and for a response
+ATTEMPTS = 3  # per request; callers may retry as well
 
 
 class BucketError(RuntimeError):
-    """A request that failed, as a clause after the name of the place: "cannot be reached (...)"."""
+    """A failed request. Its message, such as "cannot be reached (...)", is put after the URL."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Stored:
     """An object in a bucket.
 
     Attributes:
-        version: changes with the content: an ETag of S3, a generation of GCS.
+        version: the ETag in S3 or the generation in GCS, which changes with the content.
     """
 
     key: str
@@ -35,46 +35,46 @@ class Stored:
 
 
 class Bucket(Protocol):
-    """The operations on a bucket. Every one raises `BucketError` if the store does not do it."""
+    """The operations on a bucket. Each raises `BucketError` if the request fails."""
 
     def find(self, prefix: str) -> list[Stored]:
-        """All objects whose keys begin with `prefix`, sorted by key."""
+        """List all objects whose keys begin with `prefix`, sorted by key."""
 
     def read(self, key: str) -> tuple[bytes, str] | None:
-        """The content and version of a small object; None if there is none."""
+        """Read the content and version of a small object; None if it does not exist."""
 
     def download(self, stored: Stored, path: Path) -> None:
-        """Write exactly this version of an object to a new file."""
+        """Download exactly this version of an object to a new file."""
 
     def upload(self, file: BufferedIOBase, key: str) -> None:
-        """Write an object of any size from the rest of an open file."""
+        """Upload an object of any size: the open file from its current position to its end."""
 
     def put(self, key: str, content: bytes, expected: str | None) -> str | None:
-        """Write a small object on a condition.
+        """Write a small object if its current version is `expected`.
 
         Args:
-            expected: the version that is there now; None if no object may be there.
+            expected: the required current version; None if the object must not exist yet.
 
         Returns:
-            The new version; None if the condition did not hold, and nothing was written.
+            The new version; None if the current version was not `expected` and nothing was written.
         """
 
     def delete(self, keys: list[str]) -> None:
-        """Delete objects; those that are missing are no error."""
+        """Delete objects; missing objects are no error."""
 
 
 def unreachable(error: BaseException) -> BucketError:
-    """The error for a server that does not answer."""
+    """Build the error for a server that does not respond."""
     return BucketError(f"cannot be reached ({without_keys(brief(error))})")
 
 
 def refused(status: int | None, code: str, said: str) -> BucketError:
-    """The error for a request that the server has refused.
+    """Build the error for a request that the server refused.
 
     Args:
         status: HTTP status; None if unknown.
-        code: the provider's word for it, such as AccessDenied.
-        said: the provider's sentence.
+        code: the provider's error code, such as AccessDenied.
+        said: the provider's error message.
     """
     if status in (401, 403):
         return BucketError(
@@ -88,14 +88,14 @@ def refused(status: int | None, code: str, said: str) -> BucketError:
 
 
 def no_credentials(tools: str) -> BucketError:
-    """The error for credentials that are nowhere."""
+    """Build the error for missing credentials."""
     return BucketError(
         f"needs credentials, and there are none in the environment or in the files of {tools}"
     )
 
 
 def without_keys(text: str) -> str:
-    """Leave out what may be part of a key or a signature: long words, and queries of URLs.
+    """Replace everything that may contain a key or signature: long words, and queries of URLs.
 
     >>> without_keys("GET http://h/b?X-Amz-Signature=0123 by AKIAIOSFODNN7EXAMPLE failed")
     'GET http://h/b?... by ... failed'

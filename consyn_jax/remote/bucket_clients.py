@@ -1,4 +1,4 @@
-"""The client for the store of a URL; its provider's library is imported only here."""
+"""Create the client for a bucket URL; only the library of its provider is imported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from consyn_jax.remote.urls import BucketUrl
 
 
 def open_bucket(url: BucketUrl) -> Bucket:
-    """A client for the bucket of `url`; it sends nothing yet.
+    """Create a client for the bucket of `url`, without sending a request.
 
     Raises:
         UserError: the provider's library is missing, or its configuration is wrong.
@@ -28,7 +28,7 @@ def open_bucket(url: BucketUrl) -> Bucket:
         ) from error
     except BucketError as error:
         raise UserError(f"{url} {error}.") from error
-    except ValueError as error:  # an endpoint that is no URL
+    except ValueError as error:  # such as an endpoint that is not a URL
         raise UserError(
             f"{url} cannot be opened ({without_keys(brief(error))}). Correct the variables or the "
             "files that configure its provider's tools."

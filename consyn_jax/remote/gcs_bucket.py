@@ -1,6 +1,6 @@
-"""Google Cloud Storage, by google-cloud-storage.
+"""Buckets of Google Cloud Storage, by the library google-cloud-storage.
 
-Credentials are the application-default ones; `STORAGE_EMULATOR_HOST` names another server.
+Application default credentials are used. `STORAGE_EMULATOR_HOST` selects another server.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from consyn_jax.remote.bucket import (
     unreachable,
 )
 
-_PART_BYTES = 1 << 25  # of a resumable upload: what is sent again after a failure
+_PART_BYTES = 1 << 25  # of a resumable upload; a failed part is sent again
 _RETRIED_S = 20.0
 
 
@@ -47,14 +47,14 @@ class GcsBucket:
         self._how: dict[str, Any] = {"timeout": (CONNECT_S, ANSWER_S), "retry": retry}
 
     def find(self, prefix: str) -> list[Stored]:
-        """All objects below a prefix."""
+        """List all objects below a prefix."""
         with _told():
             found = self._bucket.list_blobs(prefix=prefix, **self._how)
             each = [Stored(blob.name, blob.size, str(blob.generation)) for blob in found]
         return sorted(each, key=lambda stored: stored.key)
 
     def read(self, key: str) -> tuple[bytes, str] | None:
-        """A small object and its generation."""
+        """Read a small object and its generation."""
         with _told():
             blob = self._bucket.blob(key)
             try:
@@ -66,19 +66,19 @@ class GcsBucket:
             return content, str(blob.generation)
 
     def download(self, stored: Stored, path: Path) -> None:
-        """Write this version of an object to a new file."""
+        """Download this version of an object to a new file."""
         with _told(), path.open("xb") as file:
             blob = self._bucket.blob(stored.key, generation=int(stored.version))
             blob.download_to_file(file, **self._how)
 
     def upload(self, file: BufferedIOBase, key: str) -> None:
-        """Write an object from an open file."""
+        """Upload an object from an open file."""
         with _told():
             blob = self._bucket.blob(key, chunk_size=_PART_BYTES)
             blob.upload_from_file(file, **self._how)
 
     def put(self, key: str, content: bytes, expected: str | None) -> str | None:
-        """Write a small object on a condition."""
+        """Write a small object if its current version is `expected`."""
         with _told():
             blob = self._bucket.blob(key)
             try:
@@ -99,7 +99,7 @@ class GcsBucket:
 
 
 def _refusal(error: google.api_core.exceptions.GoogleAPIError) -> BucketError:
-    """The error for what the server has said, or was last tried."""
+    """Build the error for a server's response, or for the last failed attempt."""
     cause = getattr(error, "cause", None) or error
     if not isinstance(cause, google.api_core.exceptions.GoogleAPICallError):
         return unreachable(cause)

@@ -1,9 +1,10 @@
-"""One writer for a place in a bucket: a lease that is taken and renewed by conditional writes.
+"""A lease that allows one writer below a prefix of a bucket, based on conditional writes.
 
-The lease is an object that its holder writes again every `RENEW_S`. Clocks of different machines
-are not compared: a process that wants the lease of another watches the object by its own clock. It
-takes the lease over once the object has not changed for `LEASE_S`, on the condition that it is the
-one that was watched. The holder stops writing `MARGIN_S` before anybody can have waited so long.
+The lease is an object in the bucket. Its holder rewrites the object every `RENEW_S` seconds. A
+process that wants the lease reads the object repeatedly. If the object has not changed for
+`LEASE_S` seconds, the process takes the lease by a write that requires the unchanged version. Each
+process uses only its own clock, because clocks of machines differ. A holder that cannot renew its
+lease stops writing `MARGIN_S` seconds before another process can take it.
 """
 
 from __future__ import annotations
@@ -19,22 +20,23 @@ from typing import Any
 from consyn_jax.errors import UserError, in_line
 from consyn_jax.remote.bucket import Bucket, BucketError
 
-# A lost process keeps others out for LEASE_S. A server that is down for less costs nothing.
+# Seconds. After a crash of the holder, others wait for LEASE_S. A shorter outage of the server has
+# no effect.
 LEASE_S, RENEW_S, MARGIN_S = 90.0, 15.0, 15.0
-POLLS = 3  # looks at another's lease in the time between two of its renewals
+POLLS = 3  # reads of another process's lease per RENEW_S
 
 
 class Lease:
     """The right to write below a prefix of a bucket.
 
     Args:
-        key: the object of the lease.
+        key: key of the object that represents the lease.
         place: the prefix, for messages.
-        holder: a random word that no other start has.
-        clock, sleep: as of `time`; seconds.
+        holder: a random string that identifies this process.
+        clock, sleep: functions such as `time.monotonic` and `time.sleep`, in seconds.
 
     Attributes:
-        lost: whether another process has taken it, which is final.
+        lost: whether another process has taken the lease; it stays true from then on.
     """
 
     def __init__(
@@ -63,21 +65,21 @@ class Lease:
         return held and self._clock() < self._valid_from + LEASE_S - MARGIN_S
 
     def acquire(self, say: Callable[[str], None] = lambda sentence: None) -> None:
-        """Take the lease, waiting for the end of one that a process has left without releasing it.
+        """Take the lease; if another process holds it, wait as long as a lease lasts.
 
         Args:
-            say: called with a sentence before it waits.
+            say: called with a message for the user before waiting.
 
         Raises:
-            UserError: another process holds it, or the store does not keep to conditions.
-            BucketError: the store does not answer.
+            UserError: another process has renewed the lease meanwhile, or the server does not
+                support conditional writes.
         """
         while not self._take(None):
             if (seen := self._bucket.read(self._key)) is None:
                 continue  # released between the two requests
             say(
-                f"{self._place} has the lease of {_holder(seen[0])}; if that process is gone, it "
-                f"ends within {LEASE_S:g} s."
+                f"{self._place} is leased by {_holder(seen[0])}. If that process is gone, its "
+                f"lease ends within {LEASE_S:g} s."
             )
             self._watch(*seen)
             if self._take(seen[1]):
@@ -85,14 +87,14 @@ class Lease:
         if self._bucket.put(self._key, self._content(), None) is not None:
             raise UserError(
                 f"The store of {self._place} ignores the condition If-None-Match, so two runs "
-                "could write there at once. Use one that has conditional writes."
+                "could write there at once. Use a store that supports conditional writes."
             )
 
     def _watch(self, content: bytes, version: str) -> None:
-        """Wait until another's lease has ended, or is gone.
+        """Wait until another process's lease has expired or is deleted.
 
         Raises:
-            UserError: its holder renews it.
+            UserError: the other process renews the lease.
         """
         until = self._clock() + LEASE_S
         while self._clock() < until:
@@ -101,8 +103,8 @@ class Lease:
                 return
             if found[1] != version:
                 raise UserError(
-                    f"{self._place} is in use by {_holder(content)}, which renews its lease there. "
-                    "Wait for its end, or name another --remote."
+                    f"{self._place} is in use by {_holder(content)}, which is still running. "
+                    "Wait until that process ends, or give another --remote."
                 )
 
     def _take(self, expected: str | None) -> bool:
@@ -113,22 +115,22 @@ class Lease:
         return version is not None
 
     def _content(self) -> bytes:
-        self._renewals += 1  # so that no two writes have the same ETag, which is a hash
+        self._renewals += 1  # makes every ETag new: an ETag is a hash of the content
         host = socket.gethostname()
         about = {"holder": self._holder, "host": host, "pid": os.getpid(), "n": self._renewals}
         return json.dumps(about).encode()
 
     def renew(self) -> None:
-        """Renew the lease, or find that it is lost.
+        """Renew the lease; set `lost` if another process has taken it.
 
         Raises:
-            BucketError: the store does not answer; the lease is valid for as long as it was.
+            BucketError: the request fails; the lease stays valid until its earlier end.
         """
         with self._guard:
             if self.lost or self._version is None or self._take(self._version):
                 return
             found = self._bucket.read(self._key)
-            # An earlier renewal may have arrived, and its answer not.
+            # The version is also new if an earlier renewal succeeded but its response was lost.
             is_own = found is not None and _read(found[0]).get("holder") == self._holder
             self.lost = found is None or not is_own or not self._take(found[1])
 
@@ -140,20 +142,20 @@ class Lease:
         while not self._stop.wait(RENEW_S):
             try:
                 self.renew()
-            except BucketError:  # what is uploaded meanwhile fails with the same, and warns
+            except BucketError:  # uploads fail with the same error and print a warning
                 continue
 
     def release(self) -> None:
-        """End the lease, so that another process need not wait for it.
+        """Delete the lease, so that another process can take it at once.
 
         Raises:
-            BucketError: the store does not answer; the lease ends by itself.
+            BucketError: the request fails; the lease then expires after `LEASE_S`.
         """
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
         with self._guard:
-            # Nobody else can have taken a valid one.
+            # While the lease is valid, the object cannot belong to another process.
             if self.is_valid:
                 self._bucket.delete([self._key])
             self._version = None

@@ -1,10 +1,10 @@
-"""Copies of objects in the cache: a file, or a directory with all objects below a prefix.
+"""Copy objects of a bucket to the cache: one object, or all objects below a prefix.
 
     CACHE/buckets/SCHEME/BUCKET/DIGEST/NAME...
 
-The digest is of key, size and version of every object, so that a change of any gives a new copy
-and no copy changes while a run reads it. A file has its name once it is whole: a download that was
-killed continues with the files that are missing.
+DIGEST is a hash of the keys, sizes and versions of all objects. If an object changes, the copy gets
+a new directory, so the files that a run is reading never change. A file gets its final name when
+its download is complete. After an interruption, only missing files are downloaded.
 """
 
 from __future__ import annotations
@@ -27,19 +27,21 @@ from consyn_jax.remote.bucket import Bucket, BucketError, Stored
 from consyn_jax.remote.bucket_clients import open_bucket
 from consyn_jax.remote.urls import BucketUrl, parse, shown
 
-_AT_ONCE = 8  # downloads
+_AT_ONCE = 8  # parallel downloads
 _LOCK = ".lock"
 
 
-@cache  # so that all of one start reads the same versions
+@cache  # so that one process reads the same versions everywhere
 def local_copy(url: str, names: tuple[str, ...] = ("**",)) -> Path:
-    """The path of a copy of what a bucket's URL names; for a pattern, a pattern of paths.
+    """Copy the objects of a URL to the cache, and return the path of the copy.
+
+    If the URL is a glob pattern, the result is a glob pattern of the copied files.
 
     Args:
-        names: patterns of the files that are needed of a directory.
+        names: glob patterns that select files if the URL is a directory.
 
     Raises:
-        UserError: nothing is there, or it cannot be downloaded.
+        UserError: no object matches, or a download fails.
     """
     place = parse(url)
     try:
@@ -48,7 +50,7 @@ def local_copy(url: str, names: tuple[str, ...] = ("**",)) -> Path:
         if not found:
             what = "nothing is there" if names == ("**",) else f"there is no {' or '.join(names)}"
             raise UserError(
-                f"{place}: {what}. Correct the URL; of a run, name its final/ or best/."
+                f"{place}: {what}. Correct the URL; for a run, add /final or /best to it."
             )
         copy = _directory(place, top, found)
         _complete(bucket, copy, {inside(copy, each.key.removeprefix(top)): each for each in found})
@@ -57,13 +59,13 @@ def local_copy(url: str, names: tuple[str, ...] = ("**",)) -> Path:
     except OSError as error:
         raise UserError(
             f"{place} cannot be copied to the cache: {error.strerror}. "
-            f"{remedy(error)}, or set CONSYN_CACHE to a directory with room."
+            f"{remedy(error)}, or set CONSYN_CACHE to a directory with enough space."
         ) from error
     return copy / place.key.removeprefix(top)
 
 
 def _objects(bucket: Bucket, place: BucketUrl, names: tuple[str, ...]) -> tuple[str, list[Stored]]:
-    """The objects that a URL names, and the part of their keys that the copy leaves out."""
+    """Find the objects of a URL; return the prefix to remove from their keys, and the objects."""
     key = place.key
     parent = f"{key.rpartition('/')[0]}/" if "/" in key else ""
     if glob.has_magic(key):
@@ -84,12 +86,12 @@ def _objects(bucket: Bucket, place: BucketUrl, names: tuple[str, ...]) -> tuple[
 
 
 def _files(found: list[Stored]) -> list[Stored]:
-    """Leave out the markers that consoles make for directories."""
+    """Remove the empty objects by which web consoles represent directories."""
     return [each for each in found if not each.key.endswith("/")]
 
 
 def _matches(key: str, pattern: str) -> bool:
-    """Whether a key matches as a path does: `*` within a part, `**` over any number of parts.
+    """Whether a key matches a glob pattern; `**` matches any number of path components.
 
     >>> _matches("a/b/c.txt", "a/*.txt"), _matches("a/b/c.txt", "a/**/*.txt")
     (False, True)
@@ -113,22 +115,24 @@ def _directory(place: BucketUrl, top: str, found: list[Stored]) -> Path:
 
 
 def inside(directory: Path, name: str) -> Path:
-    """The path of an object below a directory; a key may come from anyone, and leads nowhere else.
+    """Return the path of an object's copy below a directory.
+
+    Keys are untrusted, so a key that would lead out of the directory is refused.
 
     Raises:
-        UserError: no file can have such a name.
+        UserError: the key is not a valid file name.
     """
     parts = name.split("/")
     if any(part in ("", ".", "..", _LOCK) or not part.isprintable() for part in parts):
         raise UserError(
-            f"The object {shown(name)} has a name that no file can have. Rename it, or name the "
-            "others alone."
+            f"The object {shown(name)} has a name that is not valid for a file. Rename it, or give "
+            "a URL that does not include it."
         )
     return directory.joinpath(*parts)
 
 
 def _complete(bucket: Bucket, copy: Path, wanted: dict[Path, Stored]) -> None:
-    """Download what is missing; other processes that want the same wait for it."""
+    """Download missing files; other processes that need the same files wait at a lock."""
     if all(_is_there(path, stored) for path, stored in wanted.items()):
         return
     copy.mkdir(parents=True, exist_ok=True)
@@ -144,11 +148,11 @@ def _is_there(path: Path, stored: Stored) -> bool:
 
 
 def fetch(bucket: Bucket, stored: Stored, path: Path) -> None:
-    """Download an object to `path`, which appears once it is whole.
+    """Download an object to `path`; the file appears only when it is complete.
 
     Raises:
-        BucketError: it cannot be downloaded, or was changed meanwhile.
-        OSError: the disk refuses it.
+        BucketError: the download fails, or the object was replaced.
+        OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = aside(path)
@@ -160,7 +164,7 @@ def fetch(bucket: Bucket, stored: Stored, path: Path) -> None:
     finally:
         fresh.unlink(missing_ok=True)
     if not is_whole:
-        raise BucketError(f"sent another number of bytes than it has for {shown(stored.key)}")
+        raise BucketError(f"sent too few or too many bytes for {shown(stored.key)}")
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""S3, and servers that speak its language, by boto3.
+"""Buckets of S3 and of compatible servers, by the library boto3.
 
-Region, profile, endpoint (`AWS_ENDPOINT_URL`) and credentials come from where boto3 looks for them.
+boto3 finds the region, profile, endpoint (`AWS_ENDPOINT_URL`) and credentials.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from consyn_jax.remote.bucket import (
     unreachable,
 )
 
-# Parts of 32 MiB keep a file of 300 GB below the limit of 10,000 parts. Two threads fill 1 Gbit/s,
-# and leave the cores to training.
+# With parts of 32 MiB, a file of 300 GB stays below the limit of 10,000 parts. Two threads saturate
+# 1 Gbit/s and leave the other cores to training.
 _TRANSFER = TransferConfig(
     multipart_threshold=1 << 25, multipart_chunksize=1 << 25, max_concurrency=2
 )
@@ -40,7 +40,7 @@ _BROKEN = (
     botocore.exceptions.ReadTimeoutError,
     botocore.exceptions.IncompleteReadError,
 )
-_DELETED_AT_ONCE = 1000  # the most that S3 takes
+_DELETED_AT_ONCE = 1000  # the limit of S3 for one request
 _OURS = ("AccessKey", "Credentials", "Token", "Profile")
 
 
@@ -58,7 +58,7 @@ class S3Bucket:
             self._client: Any = boto3.session.Session().client("s3", config=settings)
 
     def find(self, prefix: str) -> list[Stored]:
-        """All objects below a prefix."""
+        """List all objects below a prefix."""
         with _told():
             pages = self._client.get_paginator("list_objects_v2")
             found = [
@@ -69,7 +69,7 @@ class S3Bucket:
         return sorted(found, key=lambda stored: stored.key)
 
     def read(self, key: str) -> tuple[bytes, str] | None:
-        """A small object and its ETag."""
+        """Read a small object and its ETag."""
         with _told():
             try:
                 found = self._client.get_object(Bucket=self._bucket, Key=key)
@@ -78,7 +78,7 @@ class S3Bucket:
             return found["Body"].read(), found["ETag"]
 
     def download(self, stored: Stored, path: Path) -> None:
-        """Write this version of an object to a new file; a broken stream goes on where it broke."""
+        """Download this version of an object to a new file; resume after a broken connection."""
         with _told(), path.open("xb") as file:
             for attempt in range(ATTEMPTS):
                 try:
@@ -99,12 +99,12 @@ class S3Bucket:
             file.write(chunk)
 
     def upload(self, file: BufferedIOBase, key: str) -> None:
-        """Write an object from an open file."""
+        """Upload an object from an open file."""
         with _told():
             self._client.upload_fileobj(file, self._bucket, key, Config=_TRANSFER)
 
     def put(self, key: str, content: bytes, expected: str | None) -> str | None:
-        """Write a small object on a condition."""
+        """Write a small object if its current version is `expected`."""
         condition = {"IfNoneMatch": "*"} if expected is None else {"IfMatch": expected}
         with _told():
             try:
@@ -113,7 +113,7 @@ class S3Bucket:
                 )
             except botocore.exceptions.ClientError as error:
                 status, code, _ = _answer(error)
-                # 404: nothing is there to match. 409: another conditional write is under way.
+                # 404: the object does not exist. 409: another conditional write is in progress.
                 if status in (409, 412) or (code == "NoSuchKey" and expected is not None):
                     return None
                 raise
@@ -154,7 +154,7 @@ def _told() -> Iterator[None]:
     except (errors.ProfileNotFound, errors.InvalidConfigError, errors.ConfigParseError) as error:
         raise BucketError(f"cannot be opened ({brief(error)})") from error
     except (errors.BotoCoreError, boto3.exceptions.Boto3Error) as error:
-        # the transfer of a large file wraps what the server has said
+        # boto3 wraps the server's error when it transfers a large file
         if isinstance(error.__context__, errors.ClientError):
             raise refused(*_answer(error.__context__)) from error
         raise unreachable(error) from error

@@ -1,4 +1,4 @@
-"""URLs of buckets, and the flags that understand them. Standard library only."""
+"""Parse bucket URLs, and check which flags accept them. Only the standard library is imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BUCKETS = ("s3", "gs")
 HUB = "hf"
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
-# By name: the same flag means the same in every command.
+# Flags that accept bucket URLs, and flags that accept only local paths, in every command.
 READ = frozenset({"data", "validation", "checkpoint", "model", "tokenizer"})
 LOCAL = frozenset(
     {
@@ -24,15 +24,15 @@ LOCAL = frozenset(
 )
 REMOTE = "remote"
 _LONGEST = 200  # characters of a URL in a message
-MOST_KEY_BYTES = 1024  # of S3 and of GCS
+MOST_KEY_BYTES = 1024  # the limit of S3 and of GCS
 
 
 @dataclass(frozen=True)
 class BucketUrl:
-    """The place of an object, or of all objects below a prefix.
+    """The URL of an object, or of a prefix of objects.
 
     Attributes:
-        key: without a slash at its beginning or end; "" for the whole bucket.
+        key: key or prefix, without slashes at its ends; "" for the whole bucket.
     """
 
     scheme: str
@@ -43,7 +43,7 @@ class BucketUrl:
         return f"{self.scheme}://{self.bucket}{f'/{self.key}' if self.key else ''}"
 
     def holds(self, other: BucketUrl) -> bool:
-        """Whether the other place is this one or below it.
+        """Whether the other URL is the same as this one or below it.
 
         >>> parse("s3://bucket/run").holds(parse("s3://bucket/run/final"))
         True
@@ -53,7 +53,7 @@ class BucketUrl:
 
 
 def is_url(text: str) -> bool:
-    """Whether a value has the form of a URL.
+    """Whether a string has the form of a URL.
 
     >>> is_url("s3://bucket/corpus"), is_url("runs/verse"), is_url("owner/name")
     (True, False, False)
@@ -62,7 +62,7 @@ def is_url(text: str) -> bool:
 
 
 def is_bucket_url(text: str) -> bool:
-    """Whether a value names a place in a bucket.
+    """Whether a string is the URL of a bucket or of objects in one.
 
     >>> is_bucket_url("gs://bucket/corpus"), is_bucket_url("hf://owner/name")
     (True, False)
@@ -75,10 +75,10 @@ def parse(text: str, flag: str = "") -> BucketUrl:
     """Parse the URL of a bucket.
 
     Args:
-        flag: the flag that it was given to, for messages; "" if unknown.
+        flag: name of the flag with this value, for messages; "" if unknown.
 
     Raises:
-        UserError: it is not one. The message shows no user or key that the URL may have.
+        UserError: the text is not a valid bucket URL. The message hides a user name or key in it.
     """
     match, place = _URL.fullmatch(text), f"--{flag} {shown(text)}" if flag else shown(text)
     scheme = "" if match is None else match[1].lower()
@@ -89,7 +89,7 @@ def parse(text: str, flag: str = "") -> BucketUrl:
     bucket, _, key = match[2].partition("/")
     if "@" in bucket:
         raise UserError(
-            f"{place} has a user or a key in it. Leave them out: credentials come from the "
+            f"{place} contains a user name or a key. Remove it; credentials come from the "
             "environment or from the files of the provider's own tools."
         )
     if not _BUCKET.fullmatch(bucket):
@@ -98,14 +98,14 @@ def parse(text: str, flag: str = "") -> BucketUrl:
     is_plain = key.isprintable() and all(part not in ("", ".", "..") for part in key.split("/"))
     if key and (not is_plain or len(key.encode(errors="replace")) > MOST_KEY_BYTES):
         raise UserError(
-            f"{place} has a path that no file can have. Write it without //, . and "
-            ".. between its parts."
+            f"{place} has a path that is not valid for a file. Write it in printable characters, "
+            f"without //, . or .. between its parts, and in at most {MOST_KEY_BYTES} bytes."
         )
     return BucketUrl(scheme, bucket, key)
 
 
 def shown(text: str) -> str:
-    """A URL as messages show it: on one line, not too long, and without a user or key in it.
+    """Format a URL for messages: on one line, shortened, without a user name or key.
 
     >>> shown("s3://me:secret@bucket/x")
     's3://...@bucket/x'
@@ -115,16 +115,16 @@ def shown(text: str) -> str:
 
 
 def understood(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Check that no flag has a URL that it does not understand.
+    """Check the URLs in the values of flags, and replace hf:// URLs by names on the Hub.
 
     Args:
-        values: by flag name.
+        values: values of all flags, by name.
 
     Returns:
-        The values with hf:// URLs, as the names on the Hub that they stand for.
+        New values of the flags that accept URLs of data or models, or local paths.
 
     Raises:
-        UserError: a flag has such a URL.
+        UserError: a flag has a URL that it does not accept.
     """
     changed: dict[str, Any] = {}
     for name in values.keys() & (READ | LOCAL | {REMOTE}):
@@ -143,24 +143,24 @@ def _understood(name: str, value: Any) -> Any:
         return value
     if name in LOCAL:
         raise UserError(
-            f"--{name} {shown(value)} is a URL, and --{name} takes a path on this machine. Give "
-            "one, and let consyn-train --remote URL copy the run to a bucket, or copy other files "
-            "with the bucket's own tools."
+            f"--{name} {shown(value)} is a URL, but --{name} needs a path on this machine. Give a "
+            "path; consyn-train --remote URL copies a run to a bucket, and the bucket's own tools "
+            "copy other files."
         )
     scheme = value.partition(":")[0].lower()
     if scheme == HUB:
         return _hub_name(name, value)
     if scheme not in BUCKETS:
         raise UserError(
-            f"--{name} {shown(value)}: {scheme}:// is not read here; s3://, gs:// and hf:// are. "
-            "Download it, and give its path (consyn-train --remote writes to buckets)."
+            f"--{name} {shown(value)}: {scheme}:// is not supported; s3://, gs:// and hf:// are. "
+            "Download the data, and give its path (consyn-train --remote writes to buckets)."
         )
     parse(value, name)
     return value
 
 
 def _hub_name(flag: str, url: str) -> str:
-    """The name on the Hugging Face Hub that an hf:// URL stands for."""
+    """Convert an hf:// URL to a name on the Hugging Face Hub."""
     kind = "datasets/" if flag in ("data", "validation") else ""
     name = url.partition("://")[2].strip("/")
     if not name.startswith(kind) or name.removeprefix(kind).partition("@")[0].count("/") != 1:
@@ -170,7 +170,7 @@ def _hub_name(flag: str, url: str) -> str:
     name = name.removeprefix(kind)
     if Path(name).exists():
         raise UserError(
-            f"--{flag} {shown(url)} has the name of a path here, too. Run the command elsewhere, "
-            f"or give ./{name} if you mean that one."
+            f"--{flag} {shown(url)} is ambiguous, because a local path {name} exists. Run the "
+            f"command in another directory, or give ./{name} for the local path."
         )
     return name

@@ -1,1 +1,1 @@
-"""`consyn-report`: runs read back from their directories, and shown side by side."""
+"""`consyn-report`: read runs from their directories and compare them side by side."""

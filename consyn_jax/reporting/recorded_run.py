@@ -1,4 +1,4 @@
-"""Read a run from its directory, also while it is running."""
+"""Read finished and running runs from their directories."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from consyn_jax.training.run.directory import CONFIG
 from consyn_jax.training.run.identity import read_run_config
 from consyn_jax.training.run.lock import is_held
 
-# Flags of one start of a command; runs that differ in them only are the same experiment.
+# Flags that do not change the experiment, so they are left out of comparisons.
 NOT_COMPARED = {"output", "overwrite", "resume", "quiet", "wandb_project", "wandb_run_name"}
 
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """The content of a run directory that a report shows.
+    """One run, as read from its directory for a report.
 
     Attributes:
-        name: unique among the runs that are shown.
+        name: a short name, unique among the runs of the report.
         metrics: the lines of metrics.jsonl.
-        values: the configuration, by flag.
-        total_steps: steps of the whole run.
-        about: devices, versions and commit of its newest start.
-        is_running: whether a process holds the directory's lock.
+        values: the value of each flag.
+        total_steps: planned number of steps; 0 if unknown.
+        about: devices, versions and commit at the latest start of the run.
+        is_running: whether a process holds the lock of the run directory.
     """
 
     name: str
@@ -50,14 +50,14 @@ class RecordedRun:
 
     @property
     def best(self) -> Point | None:
-        """The lowest evaluation loss."""
+        """The point of the lowest evaluation loss; None if the run has no evaluation."""
         return best(curve(self.metrics, "eval/loss"))
 
     @property
     def results(self) -> dict[str, float | str | None]:
-        """The outcome by column; None for what was not logged.
+        """The results of the run by column name; None for values that were not logged.
 
-        The training loss is smoothed, tokens/s is the median, and time has seconds.
+        The training loss is smoothed, tokens/s is the median of the run, and time is in seconds.
         """
         train, speed = curve(self.metrics, "train/loss"), "throughput/tokens_per_s"
         last: Mapping[str, Any] = self.metrics[-1] if self.metrics else {}
@@ -76,13 +76,13 @@ class RecordedRun:
 
 
 def read_run(directory: Path, name: str = "") -> RecordedRun:
-    """Read a run from its directory; nothing is changed there.
+    """Read a run from its directory, which stays unchanged.
 
     Args:
-        name: the name to show; by default, the directory's.
+        name: the name to show; if empty, the name of the directory.
 
     Raises:
-        UserError: it is not the directory of a run, or a file there is damaged.
+        UserError: the directory holds no run, or a file in it is damaged.
     """
     if not (directory / CONFIG).is_file():
         raise UserError(f"{directory} is not the directory of a run: it has no {CONFIG}.")
@@ -108,10 +108,10 @@ def _about(facts: dict[str, Any] | None) -> dict[str, str]:
 
 
 def read_runs(directories: Sequence[Path]) -> list[RecordedRun]:
-    """Read several runs, and name each by the shortest end of its path that is unique.
+    """Read several runs, and give each a short unique name from its path.
 
     Raises:
-        UserError: one is given twice, or is not a run that can be read.
+        UserError: a directory is given twice, or holds no readable run.
     """
     places = [directory.resolve() for directory in directories]
     twice = next((place for place in places if places.count(place) > 1), None)
@@ -122,7 +122,7 @@ def read_runs(directories: Sequence[Path]) -> list[RecordedRun]:
 
 
 def short_names(places: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as many as all of them need to differ.
+    """Shorten all paths to their last n parts, with the smallest n that gives unique names.
 
     >>> short_names([Path("/a/x/run"), Path("/a/y/run")])
     ['x/run', 'y/run']
@@ -135,7 +135,7 @@ def short_names(places: Sequence[Path]) -> list[str]:
 
 
 def differing(runs: Sequence[RecordedRun]) -> list[tuple[str, list[str]]]:
-    """Flags whose values are not the same in all runs, with the value in each."""
+    """Flags whose values differ between the runs, each with its value in every run."""
     names = dict.fromkeys(name for run in runs for name in run.values)
     rows = [(name, [run.values.get(name) for run in runs]) for name in names]
     texts = [(name, _texts(values)) for name, values in rows if name not in NOT_COMPARED]
@@ -143,7 +143,7 @@ def differing(runs: Sequence[RecordedRun]) -> list[tuple[str, list[str]]]:
 
 
 def _texts(values: Sequence[Any]) -> list[str]:
-    """The values as texts; numbers are as short as they may be and still differ."""
+    """Format values as text, with 6 digits, or with all if 6 would make two values look equal."""
     whole = [_text(value) for value in values]
     short = [
         f"{value:.6g}" if isinstance(value, float) else text

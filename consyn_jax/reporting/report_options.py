@@ -16,7 +16,7 @@ class ReportRunOptions:
     """The runs to show."""
 
     run: tuple[str, ...] = flag(
-        (), "run directories, also without this flag's name; running ones too"
+        (), "directories of finished or running runs; the name of this flag may be left out"
     )
     watch: str | None = flag(
         None, "show all runs below this directory on a local page that reloads itself"
@@ -25,11 +25,11 @@ class ReportRunOptions:
 
 @dataclass(frozen=True)
 class ReportPageOptions:
-    """The page and its place."""
+    """Place where the page is written or served."""
 
     output: str | None = flag(None, "file of the page; an older one is replaced (comparison.html)")
     port: int | None = flag(
-        None, "port of the page of --watch, on this machine only; 0: a free one (6060)"
+        None, "port of the --watch page, which only this machine can open; 0: any free port (6060)"
     )
     quiet: bool = flag(False, "print nothing but the tables")
 
@@ -46,18 +46,21 @@ def validate_report(config: ReportConfig) -> None:
     """Check the settings.
 
     Raises:
-        UserError: there is nothing to show, or a value makes no sense.
+        UserError: no run is given, flags contradict each other, or a value is invalid.
     """
     runs, page = config.runs, config.page
     if not runs.run and runs.watch is None:
-        raise UserError("No run is given. Name run directories, or a directory of runs as --watch.")
+        raise UserError("No run is given. Name run directories, or use --watch DIRECTORY.")
     if runs.run and runs.watch is not None:
         raise UserError("--run and --watch do not work together. Leave one of them out.")
     if runs.watch is not None:
         if page.output is not None:
             raise UserError("--watch writes no file, so --output has no use. Leave it out.")
         if page.port is not None and not 0 <= page.port <= LARGEST_PORT:
-            raise UserError(f"--port {page.port} is not in 0 to {LARGEST_PORT}.")
+            raise UserError(
+                f"--port {page.port} is not in 0 to {LARGEST_PORT}. Name another, or 0 for any "
+                "free port."
+            )
         return
     if page.port is not None:
         raise UserError("--port is for --watch. Leave it out.")

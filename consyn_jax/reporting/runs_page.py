@@ -1,4 +1,4 @@
-"""The page of several runs: results, overlaid curves, and what differs between them."""
+"""HTML page that compares runs: their results, curves, and configuration differences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from consyn_jax.training.logging.formats import duration
 from consyn_jax.training.logging.live.chart_script import CHART_PAGE_STYLE, SCRIPT
 from consyn_jax.training.logging.live.run_charts import RunChart, draw_charts, points_json
 
-QUIET_S = 1 << 30  # the page is written anew at every request
+QUIET_S = 1 << 30  # never stale: the server writes the page anew for each request
 MAX_DRAWN = 18  # runs in a chart; more cannot be told apart
 CURVES = {
     "train/learning_rate": ("Learning rate", "rate"),
@@ -29,12 +29,12 @@ def runs_page(
     unreadable: Sequence[str] = (),
     reload_s: int | None = None,
 ) -> str:
-    """Make the page.
+    """Return the HTML page that compares the runs.
 
     Args:
-        runs: in the order of the tables and of the colours.
-        unreadable: sentences about runs that could not be read.
-        reload_s: seconds after which the page loads itself again.
+        runs: the runs, in the order of the table rows and the colours.
+        unreadable: a sentence about each run that could not be read.
+        reload_s: seconds after which the browser reloads the page; None for never.
     """
     faults = "".join(f"<p class='fault'>{escape(sentence)}</p>" for sentence in unreadable)
     drawn = _drawn(runs)
@@ -75,7 +75,7 @@ def _results(runs: Sequence[RecordedRun]) -> str:
 
 
 def shown(name: str, value: float | str | None) -> str:
-    """A result as text; empty for None."""
+    """Format a result as text; None becomes an empty text."""
     if value is None:
         return ""
     if isinstance(value, str):
@@ -86,7 +86,7 @@ def shown(name: str, value: float | str | None) -> str:
 
 
 def _drawn(runs: Sequence[RecordedRun]) -> list[RunChart]:
-    """The charts, with a line for each of the first runs."""
+    """Charts with one line for each of the first `MAX_DRAWN` runs."""
     drawn = runs[:MAX_DRAWN]
     train = [smooth(curve(run.metrics, "train/loss")) for run in drawn]
     evaluation = [curve(run.metrics, "eval/loss") for run in drawn]
@@ -167,11 +167,11 @@ def _table(
     rows: Sequence[Sequence[tuple[str, float | str | None]]],
     first: str = "",
 ) -> str:
-    """A table that a click on its head sorts.
+    """Return an HTML table; a click on a column's head sorts the rows by that column.
 
     Args:
-        rows: cells as text and as the value to sort by.
-        first: `mark` for the colour of the run in front of its name.
+        rows: the cells of each row, as (text, value to sort by).
+        first: "mark" to put a dot in the colour of the run before its name.
     """
     numeric = [any(isinstance(row[n][1], (int, float)) for row in rows) for n in range(len(head))]
     heads = "".join(
@@ -194,7 +194,8 @@ def _table(
     )
 
 
-# Hues of Okabe and Ito (2008), which colour-blind people can tell apart: solid, dashed, dotted.
+# Colours of Okabe and Ito (2008), which colour-blind people can tell apart. After six runs they
+# repeat with dashed lines, then with dotted ones.
 _HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 

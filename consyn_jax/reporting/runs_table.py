@@ -1,4 +1,4 @@
-"""The results of runs, and what differs between them, as lines of text."""
+"""Text tables of the results of runs, and of the flags that differ between them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WIDTH = 80
 
 
 def as_lines(runs: Sequence[RecordedRun]) -> list[str]:
-    """A table of results and one of the flags that differ, with a line for each run."""
+    """Return two tables as lines, with a row per run: the results, and the flags that differ."""
     head = ["run", *(runs[0].results if runs else ())]
     rows = [[run.name, *(shown(*item) for item in run.results.items())] for run in runs]
     lines = list(_in_blocks([head, *rows]))
@@ -23,9 +23,9 @@ def as_lines(runs: Sequence[RecordedRun]) -> list[str]:
 
 
 def _in_blocks(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """The rows with aligned columns, in blocks of at most `WIDTH` columns of text if possible.
+    """Align the columns, and split a table wider than `WIDTH` characters into several blocks.
 
-    Each block begins with the first column.
+    Each block repeats the first column and has at least one other, even if that exceeds `WIDTH`.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     numeric = [all(_is_number(row[n]) for row in rows[1:]) for n in range(len(widths))]

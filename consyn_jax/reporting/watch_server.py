@@ -1,4 +1,4 @@
-"""The runs below a directory on a local page, read anew for every request."""
+"""Local web server for a page of all runs below a directory, up to date at each request."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from consyn_jax.training.logging.metrics import FILE_NAME
 from consyn_jax.training.run.directory import CONFIG
 
 HERE = "127.0.0.1"
-DEPTH = 4  # of directories between the watched one and a run
+DEPTH = 4  # levels of directories below the watched one
 RELOAD_S = 10
 
 
 def find_runs(top: Path, faults: list[str]) -> dict[str, Path]:
-    """Run directories below `top` or `top` itself, by relative path; links are not followed.
+    """Find run directories at and below `top`, by their path relative to `top`.
+
+    Symbolic links are not followed.
 
     Args:
-        faults: gets a sentence about each directory that cannot be listed.
+        faults: list to which a sentence is added for each directory that cannot be listed.
     """
     found: dict[str, Path] = {}
 
@@ -48,7 +50,7 @@ def _unreadable(path: Path | str, error: OSError) -> str:
 
 
 class Watched:
-    """The runs below a directory; each is read again only after its log has changed."""
+    """The runs below a directory; a run is read again if it is running or its log has changed."""
 
     def __init__(self, top: Path) -> None:
         self.top = top
@@ -56,7 +58,7 @@ class Watched:
         self._lock = Lock()  # requests come in threads
 
     def page(self) -> str:
-        """The page of all runs as they are now, the one with the newest log first."""
+        """Return the HTML page of all runs; the run with the newest log comes first."""
         runs: list[tuple[tuple[int, int], RecordedRun]] = []
         faults: list[str] = []
         with self._lock:
@@ -79,24 +81,24 @@ class Watched:
 
     def _read(self, path: Path, name: str) -> RecordedRun:
         changed, kept = self._changed(path), self._kept.get(path)
-        # A run that stands still may have ended without a word.
+        # A killed run logs no end: only its lock, which is read with the run, shows that it ended.
         if kept is None or kept[0] != changed or kept[1].is_running:
             self._kept[path] = kept = changed, read_run(path, name)
         return kept[1]
 
 
 def open_server(top: Path, port: int) -> ThreadingHTTPServer:
-    """Make the server, which answers this machine only; `serve_forever` runs it.
+    """Build the server, which this machine only can reach; `serve_forever` starts it.
 
     Raises:
-        UserError: there is no such directory, or the port is taken.
+        UserError: `top` is not a directory, or the port cannot be used.
     """
     if not top.is_dir():
         raise UserError(f"--watch {top} is not a directory. Name one that has runs in it.")
     watched = Watched(top)
 
     class Handler(BaseHTTPRequestHandler):
-        """Answers GET and HEAD of the one page."""
+        """Answer GET and HEAD requests for the page, which has the path `/`."""
 
         server_version = "consyn-report"
 
@@ -107,7 +109,8 @@ def open_server(top: Path, port: int) -> ThreadingHTTPServer:
             self._answer(with_body=False)
 
         def _answer(self, with_body: bool) -> None:
-            # Another name means that a page elsewhere has pointed its own name at this machine.
+            # Any other host name shows DNS rebinding: a web page elsewhere points its own host name
+            # at this machine.
             host = (self.headers.get("Host") or "").rsplit(":", 1)[0]
             if host not in (HERE, "localhost"):
                 self.send_error(HTTPStatus.FORBIDDEN)
@@ -125,7 +128,7 @@ def open_server(top: Path, port: int) -> ThreadingHTTPServer:
                         self.wfile.write(content)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Say nothing: the page asks every few seconds."""
+            """Log nothing, because the page sends a request every few seconds."""
 
     try:
         return ThreadingHTTPServer((HERE, port), Handler)

@@ -73,7 +73,7 @@ def question(row: dict[str, Any], place: str) -> Question:
     if stop is not None and not isinstance(stop, list):
         raise BadRow(f"holds {json_type(stop)} under the key 'stop', not an array of strings.")
     if stop is not None and "" in stop:
-        raise BadRow("has an empty text under the key 'stop', which cannot end an answer.")
+        raise BadRow("has an empty text under the key 'stop'. Give a text that ends an answer.")
     most = row.get("max_tokens")
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
         raise BadRow("must have a whole number of at least 1 under the key 'max_tokens'.")
@@ -98,7 +98,7 @@ def question(row: dict[str, Any], place: str) -> Question:
 
 
 def bare(text: str) -> str:
-    """Normalise a text or number for comparison: drop commas, dollar signs and text before ####.
+    """Normalise a text or number for comparison: drop commas, dollar signs and text up to ####.
 
     >>> bare("3 + 4 = 7 #### $1,234."), bare("72.")
     ('1234', '72')

@@ -23,7 +23,7 @@ from consyn_jax.scoring.question_rows import Question, is_question, question
 ANSWERS = ("continuation", "continuations", "choices")
 KEYS = ("context", "contexts", *ANSWERS, "gold", "task", *question_rows.KEYS)
 REMEDY = "Fix the row; docs/evaluate.md has the format."
-SHOWN_KEYS = 5  # of those that are not read
+SHOWN_KEYS = 5  # unread keys that a note lists
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ class Task:
 
 
 def read_tasks(files: tuple[str, ...]) -> list[Task]:
-    """Read files of requests into tasks, named by a row's `task` or else by the file.
+    """Read files of requests, and group their rows into tasks.
+
+    The key `task` of a row names its task; without the key, the file's name does.
 
     Raises:
         UserError: A file cannot be read or is empty, or a row is invalid; the message names it.
@@ -157,7 +159,7 @@ def _request(row: dict[str, Any], place: str) -> Request:
     else:
         contexts = [text_of(row, "context")] * len(answers)
     if "" in answers:
-        raise BadRow(f"has an empty text under the key {key!r}, which has no token.")
+        raise BadRow(f"has an empty text under the key {key!r}. It has no token to score.")
     pairs = tuple(zip(contexts, answers, strict=True))
     return Request(place, pairs, _gold(row, key, len(pairs)))
 
@@ -180,11 +182,11 @@ def _gold(row: dict[str, Any], key: str, count: int) -> tuple[int, ...]:
     gold = row["gold"] if isinstance(row["gold"], list) else [row["gold"]]
     right = range(count)
     if not gold or any(isinstance(n, bool) or not isinstance(n, int) for n in gold):
-        raise BadRow("must have, under the key 'gold', one or several whole numbers of at least 0.")
+        raise BadRow("must have one or several whole numbers of at least 0 under the key 'gold'.")
     wrong = next((n for n in gold if n not in right), None)
     if wrong is not None:
         raise BadRow(
-            f"has gold {wrong}, and its {count} answers have the numbers 0 to {count - 1}."
+            f"has gold {wrong}, but its {count} answers have the numbers 0 to {count - 1}."
         )
     if count == 1:
         raise BadRow("has gold but only one answer, so there is nothing to choose.")

@@ -1,4 +1,4 @@
-"""Log-likelihoods of the answers of a task, and the accuracy of choosing by them."""
+"""Log-likelihoods of a task's answers, and the accuracy of choosing the likeliest answer."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from consyn_jax.scoring.request_rows import Request, Task
 from consyn_jax.scoring.request_tokens import Encoded
 from consyn_jax.scoring.scorer import Scorer
 
-# For each accuracy, the length by which an answer's log-likelihood is divided before choosing the
-# largest.
+# For each accuracy metric, the unit of an answer's length. The model's choice is the answer with
+# the largest log-likelihood per unit; "raw" does not divide.
 NORMS = {
     "accuracy": "raw",
     "accuracy_per_character": "characters",
@@ -56,7 +56,11 @@ class TaskScores:
 
     @cached_property
     def choices(self) -> dict[str, np.ndarray]:
-        """The chosen answer of each request with a choice, and of each question, by metric."""
+        """The model's choices by metric.
+
+        For a request with `gold`, a choice is the index of an answer. For a question, it is the
+        part of the generated text that the metric compares.
+        """
         found: dict[str, list[int]] = {metric: [] for metric in NORMS}
         for request, answers in self._with(gold=True):
             for metric, norm in NORMS.items():
@@ -71,7 +75,7 @@ class TaskScores:
 
     @property
     def _written(self) -> dict[str, list[tuple[Question, str]]]:
-        """Iterate over the questions that a metric judges, with the generated texts."""
+        """For each metric, the questions that it judges, with the generated texts."""
         pairs = list(zip(self.task.questions, self.texts, strict=True))
         found = {
             metric: [pair for pair in pairs if metric == "exact_match" or has_number(pair[0])]
@@ -83,7 +87,8 @@ class TaskScores:
     def units(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """For each metric, a numerator and a denominator per request.
 
-        The metric is the ratio of their sums.
+        The metric is the sum of the numerators divided by the sum of the denominators. For
+        perplexity, the ratio is the logarithm of the metric.
         """
         found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         gold = [request.gold for request, _ in self._with(gold=True)]
@@ -115,7 +120,7 @@ class TaskScores:
 
 
 def _lengths(request: Request, answers: Answers, norm: str) -> np.ndarray:
-    """The length of each answer, in the unit of a metric.
+    """The length of each answer in the unit `norm`, one of the values of `NORMS`.
 
     Characters and bytes are counted without white space before the answer, as in lm_eval's acc_norm
     and acc_bytes.
@@ -135,7 +140,7 @@ def score_task(
     encoded: Encoded,
     progress: Callable[[int, int], None] | None = None,
 ) -> TaskScores:
-    """Score all given answers of a task; questions are evaluated elsewhere.
+    """Score all given answers of a task; leave its questions out.
 
     Args:
         encoded: The requests of the task, from `encode_requests`.

@@ -1,9 +1,9 @@
-"""Requests as token ids: a continuation has the ids that follow the context in the joined text.
+"""Tokenise requests as lm_eval does (`TemplateLM._encode_pair`).
 
-As in lm_eval (`TemplateLM._encode_pair`), white space at the end of a context is moved to the
-continuation, context and continuation are tokenised as one text, and the continuation's ids are
-those after as many ids as the context has alone. BOS is put in front if the model's texts begin
-with it; an empty context becomes BOS, or EOS if there is no BOS.
+White space at the end of a context is moved to the continuation. Then context and continuation are
+tokenised as one text. If the context alone has n ids, the continuation has the ids after the first
+n. BOS is put in front if the model's training texts begin with it. An empty context becomes BOS, or
+EOS if there is no BOS.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ TEXTS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class Encoded:
-    """The encoded pairs of some requests.
+    """Requests as token ids.
 
     Attributes:
         wanted: The sequences to score, in the order of the requests and their pairs.
         cut: Number of contexts that were truncated at their beginning to fit the model.
-        changed: Number of contexts that are tokenised differently when a continuation follows.
+        changed: Number of contexts whose ids change when the continuation follows.
         context: The model's context length, in tokens.
     """
 
@@ -90,7 +90,7 @@ def encode_requests(requests: Iterable[Request], tokenizer: BPETokenizer, contex
             if first - over < 1:
                 raise UserError(
                     f"{place} has a continuation of {len(ids) - first:,} tokens, more than the "
-                    f"model's context of {context:,}. Shorten it."
+                    f"model's context of {context:,}. Shorten the continuation."
                 )
             cut, ids, first = cut + 1, ids[over:], first - over
         wanted.append(Wanted(np.array(ids, np.int32), first))
@@ -102,6 +102,6 @@ def _encode(tokenizer: BPETokenizer, texts: Sequence[str]) -> list[list[int]]:
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         part = texts[start : start + TEXTS_AT_ONCE]
         ids = tokenizer.encode_batch(part)
-        # Some tokenizers put a space in front of a text, even of an empty one.
+        # Some tokenizers add a leading space even to an empty text, which must have no ids here.
         found += [of if text else [] for of, text in zip(ids, part, strict=True)]
     return found

@@ -51,7 +51,7 @@ class Scorer:
     """A model's weights on a mesh, and the compiled program that scores sequences.
 
     Attributes:
-        rows: Number of sequences in a batch, a multiple of the devices that split it.
+        rows: Number of sequences in a batch, a multiple of the devices that shard the batch.
     """
 
     config: ModelConfig
@@ -91,9 +91,10 @@ class Scorer:
         return [results[number] for number in range(len(sequences))]
 
     def length_of(self, tokens: int) -> int:
-        """The padded length of a sequence of `tokens` inputs.
+        """Round a number of input tokens up to one of a few lengths.
 
-        A power of two, or from 128 on 1.5 times a power of two, and at most the context.
+        These are powers of two and, from 128 on, also 1.5 times a power of two. The largest is the
+        model's context. The result is a multiple of the mesh's `context` axis.
         """
         length = SHORTEST
         while length < tokens:
@@ -104,11 +105,15 @@ class Scorer:
         return math.ceil(length / context) * context
 
     def _batches(self, sequences: Sequence[Wanted]) -> Iterator[tuple[list[int], Any]]:
-        """(indices of the sequences, arrays [rows, T]); longest first, so memory fails early."""
+        """Yield batches as (indices of the sequences, int32 array [3, rows, T]).
+
+        The array holds inputs, labels and segment ids. The longest batch comes first, so that a
+        lack of memory shows at once.
+        """
         lengths = [self.length_of(len(sequence.ids) - 1) for sequence in sequences]
         order = sorted(range(len(sequences)), key=lambda number: (-lengths[number], number))
         share = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        rows = min(self.rows, math.ceil(len(order) / share) * share)  # no larger than what is there
+        rows = min(self.rows, math.ceil(len(order) / share) * share)  # fewer for few sequences
         start = 0
         while start < len(order):
             length = lengths[order[start]]
@@ -174,7 +179,7 @@ def _forward(
     decoder: Decoder = nnx.merge(layout(config).graphdef, params)
     # Rotary embeddings of some models depend on the text's length, which padding must not change.
     segments = segments_BT if spans_until(config) is not None else None
-    # By default GPUs would round the inputs of float32 products to 10 bits.
+    # By default, GPUs round the inputs of float32 matmuls to 10 bits of mantissa (TF32).
     precise = "highest" if dtype == jnp.float32 else "default"
     with jax.default_matmul_precision(precise):
         x_BTD = decoder.hidden(inputs_BT, segments, Compute(dtype, attention))

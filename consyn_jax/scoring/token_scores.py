@@ -31,7 +31,7 @@ class TokenScores(NamedTuple):
 def reference_scores(
     logits_BTV: Float[Array, "B T V"], labels_BT: Int[Array, "B T"]
 ) -> TokenScores:
-    """The readable reference for `token_scores`, which needs memory for all logits at once."""
+    """Readable reference for `token_scores`; it keeps all logits in memory at once."""
     log_probs_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32))
     of_label_BT = jnp.take_along_axis(log_probs_BTV, labels_BT[..., None], axis=-1)[..., 0]
     return TokenScores(of_label_BT, jnp.argmax(logits_BTV, axis=-1) == labels_BT)

@@ -1,4 +1,4 @@
-"""Encode text to token ids and decode it: BPE with bundled, loaded or trained vocabularies."""
+"""Encode text to token ids and decode ids, with bundled, published or trained vocabularies."""
 
 from consyn_jax.tokenization.bpe import BPETokenizer, load_tokenizer, own_tokenizer
 from consyn_jax.tokenization.byte_level import GPT2_PATTERN, SPLIT_PATTERN

@@ -1,7 +1,8 @@
-"""Calls into the Rust library `tokenizers` that always end, whatever a tokenizer.json contains.
+"""Call the Rust library `tokenizers` with a time limit and a guard against panics.
 
-A tokenizer.json contains the regular expressions that split text. Such an expression may never
-finish on some text, or make the library panic; a Rust panic is not an `Exception`.
+A tokenizer.json is untrusted. Its regular expressions, which split text into words, may never
+finish on some text, or may make the library panic. Python code sees a Rust panic as a
+`BaseException` that is not an `Exception`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from consyn_jax.errors import UserError, brief
 
 Result = TypeVar("Result")
 PROBE_S = 5.0
-# Constants of the time limit. Even a busy machine encodes more than ten times faster.
+# The time limit assumes this speed. Even a busy machine encodes more than ten times faster.
 SLOWEST_CHARACTERS_PER_S, LEAST_S = 10_000, 60.0
-# Short texts on which nested repetitions take exponential time.
+# Short texts on which regular expressions with nested repetitions take exponential time.
 PROBES = ("a" * 64 + "!", "A" * 64 + "\n", "0" * 64 + "x", " " * 64 + ".", "aA0 " * 16, "é" * 64)
 
 
@@ -27,9 +28,9 @@ def probe(encode: Callable[[Sequence[str]], object]) -> None:
     """Encode short texts on which nested repetitions take exponential time.
 
     Raises:
-        UserError: an expression does not finish in time, or the library panicked.
+        UserError: a regular expression does not finish in time, or the library panics.
     """
-    with _without_stderr():  # a panic prints its own message there
+    with _without_stderr():  # the library prints panics to stderr
         bounded(lambda: encode(PROBES), PROBE_S)
 
 
@@ -55,22 +56,22 @@ def guarded(work: Callable[[], Result]) -> Result:
     try:
         return work()
     except BaseException as error:
-        # A PanicException is not an Exception and cannot be imported.
+        # A PanicException is not an Exception and cannot be imported, so compare its name.
         if isinstance(error, Exception) or type(error).__name__ != "PanicException":
             raise
         raise UserError(
             f"The tokenizer.json makes the tokenizers library fail ({brief(error)}). Use another "
-            "tokenizer, or repair the expressions in it."
+            "tokenizer, or correct its regular expressions."
         ) from error
 
 
 def bounded(work: Callable[[], Result], limit_s: float) -> Result:
     """Run `work`, and wait at most `limit_s` seconds for its result.
 
-    A call that takes longer continues in its own thread, which ends with the process.
+    If `work` takes longer, it continues in its own thread, which ends with the process.
 
     Raises:
-        UserError: it takes longer, or the library panicked.
+        UserError: `work` takes longer, or the library panics.
     """
     results: list[Result] = []
     errors: list[BaseException] = []
@@ -88,13 +89,12 @@ def bounded(work: Callable[[], Result], limit_s: float) -> Result:
         raise errors[0]
     if not results:
         raise UserError(
-            f"The tokenizer did not finish within {limit_s:.0f} s on a text: a regular "
-            "expression in its tokenizer.json does not finish. Use another tokenizer, or "
-            "correct the expression."
+            f"The tokenizer did not finish a text within {limit_s:.0f} s, because of a regular "
+            "expression in its tokenizer.json. Use another tokenizer, or correct the expression."
         )
     return results[0]
 
 
 def limit_s(characters: int) -> float:
-    """The time limit, in seconds, for encoding this many characters."""
+    """Return the time limit, in seconds, for encoding this many characters."""
     return LEAST_S + characters / SLOWEST_CHARACTERS_PER_S

@@ -1,8 +1,8 @@
 """`BPETokenizer`: encode text and decode it exactly, based on the `tokenizers` package.
 
-In vocabularies trained here every byte has a token, so no text is unknown. A special token's text
-inside a document is encoded as ordinary text, never as the special id, so no document can contain a
-false end-of-text token.
+Vocabularies trained here have a token for every byte, so any text can be encoded. If a document
+contains the text of a special token, it is encoded as ordinary text and never as the special id. So
+no document can contain a false end-of-text token.
 """
 
 from __future__ import annotations
@@ -48,12 +48,13 @@ class BPETokenizer:
     """A tokenizer with an EOS token, and optional BOS and padding tokens.
 
     Attributes:
-        drops_text: whether encoding drops text without a token, because there is no unknown token.
+        drops_text: whether encoding drops text that the vocabulary cannot represent; true if it has
+            neither an unknown token nor a token for every byte.
         kept_files: the original files of a published tokenizer, by name.
 
-    `BPETokenizer()` is the bundled vocabulary of 49,152 tokens. Vocabularies trained here have
-    separate `<|pad|>`, `<|bos|>` and `<|eos|>`; the files of other vocabularies define their
-    special tokens.
+    `BPETokenizer()` is the bundled vocabulary of 49,152 tokens. Vocabularies trained here have the
+    special tokens `<|pad|>`, `<|bos|>` and `<|eos|>`. The files of other vocabularies define their
+    own special tokens.
     """
 
     def __init__(
@@ -66,8 +67,8 @@ class BPETokenizer:
         """Make a tokenizer from the text of a tokenizer.json, by default the bundled one.
 
         Args:
-            roles: the tokens with the roles "bos_token", "eos_token" and "pad_token"; None for a
-                role that no token has. A missing role is looked up in the tokenizer.json.
+            roles: the token of each role "bos_token", "eos_token" and "pad_token", or None if no
+                token has the role. A missing role is looked up in the tokenizer.json.
             files: the files of a published tokenizer, instead of `json_text` and `roles`.
 
         Raises:
@@ -84,8 +85,8 @@ class BPETokenizer:
         self._size = max(vocabulary.values()) + 1
         if self._size > LARGEST_ID:
             raise UserError(
-                f"The tokenizer has token id {self._size - 1}, more than any embedding holds. "
-                "Check the ids in its tokenizer.json."
+                f"The tokenizer has token id {self._size - 1}, which is above the limit of "
+                f"{LARGEST_ID - 1}. Check the ids in its tokenizer.json."
             )
         content = self._content
         self._special = find_special_tokens(content, vocabulary, files.roles)
@@ -96,7 +97,7 @@ class BPETokenizer:
         unknown = content["model"].get("unk_token")
         self._unknown = vocabulary.get(unknown, content["model"].get("unk_id"))
         has_bytes = vocabulary.keys() >= set(BYTE_SYMBOLS) or content["model"].get("byte_fallback")
-        # Byte vocabularies need no unknown token, although some name EOS as the unknown token.
+        # Byte vocabularies need no unknown token. Some still declare EOS as their unknown token.
         if self._unknown == self.eos_token_id or vocabulary.keys() >= set(BYTE_SYMBOLS):
             self._unknown = None
         self.drops_text = self._unknown is None and not has_bytes
@@ -112,7 +113,7 @@ class BPETokenizer:
 
     @classmethod
     def bytes(cls) -> BPETokenizer:
-        """Make the byte tokenizer: byte b has id b, `<|pad|>` 256, `<|bos|>` 257, `<|eos|>` 258."""
+        """Build the byte tokenizer: byte b has id b; `<|pad|>`, `<|bos|>`, `<|eos|>` follow."""
         tokens = [*BYTE_SYMBOLS, *SPECIAL_TOKENS]
         return cls(build_json(tokens, [], SPECIAL_TOKENS, SPLIT_PATTERN))
 
@@ -124,10 +125,10 @@ class BPETokenizer:
         pattern: str = SPLIT_PATTERN,
         special_tokens: Sequence[str] = SPECIAL_TOKENS,
     ) -> BPETokenizer:
-        """Train a tokenizer on UTF-8 text files; the same text gives the same vocabulary anywhere.
+        """Train a tokenizer on UTF-8 text files. The vocabulary depends only on the text.
 
         Raises:
-            UserError: a file is missing or not UTF-8, or for the reasons of `train_from_iterator`.
+            UserError: a file is missing or not UTF-8, or as for `train_from_iterator`.
         """
         paths = [files] if isinstance(files, str | Path) else files
         return cls.train_from_iterator(
@@ -142,15 +143,17 @@ class BPETokenizer:
         pattern: str = SPLIT_PATTERN,
         special_tokens: Sequence[str] = SPECIAL_TOKENS,
     ) -> BPETokenizer:
-        """Train a tokenizer; its ids: special tokens, 256 bytes in GPT-2's order, merges.
+        """Train a tokenizer. Order of ids: special tokens, 256 bytes in GPT-2's order, merges.
 
         Args:
-            vocab_size: number of tokens; there may be fewer if the text has few different words.
-            pattern: splits text into words; no token crosses a word boundary.
+            vocab_size: number of tokens. The vocabulary is smaller if the text has too few
+                different words.
+            pattern: regular expression that splits text into words; no token crosses a word
+                boundary.
 
         Raises:
-            UserError: `vocab_size` is too small for the bytes and special tokens, or no special
-                token can end a text.
+            UserError: `vocab_size` is too small for the bytes and special tokens, or there is no
+                end-of-text token among the special tokens.
         """
         _check_room(vocab_size, special_tokens)
         return cls.train_from_counts(
@@ -165,7 +168,7 @@ class BPETokenizer:
         pattern: str = SPLIT_PATTERN,
         special_tokens: Sequence[str] = SPECIAL_TOKENS,
     ) -> BPETokenizer:
-        """Train as `train_from_iterator` does, from word counts, which may be weighted.
+        """Train as `train_from_iterator` does, given word counts, which may be weighted.
 
         Args:
             word_counts: result of `merges.count_words` with the same pattern.
@@ -180,7 +183,7 @@ class BPETokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> BPETokenizer:
-        """Load a tokenizer.json, a SentencePiece model, or a directory with any vocabulary.
+        """Load a tokenizer.json, a SentencePiece model, or the vocabulary in a directory.
 
         A tokenizer_config.json in the same directory names the special tokens.
 
@@ -199,13 +202,13 @@ class BPETokenizer:
     # --------------------------------------------------------------------------------- text and ids
 
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
-        """Encode a text. Only `add_bos` and `add_eos` add special tokens, never the text itself.
+        """Encode a text. Only `add_bos` and `add_eos` add special tokens; the text never does.
 
         Raises:
-            UserError: the text has a lone surrogate, which is not a character, or there is no BOS.
+            UserError: the text contains a lone surrogate, or `add_bos` is set and there is no BOS.
         """
         if add_bos and self.bos_token_id is None:
-            raise UserError("The tokenizer has no BOS token. Leave add_bos out.")
+            raise UserError("The tokenizer has no BOS token. Call encode without add_bos.")
         begin = [self.bos_token_id] if add_bos and self.bos_token_id is not None else []
         return begin + self.encode_batch([text])[0] + [self.eos_token_id] * add_eos
 
@@ -215,17 +218,18 @@ class BPETokenizer:
         """Encode many texts on all cores, without special tokens.
 
         Args:
-            after: for each text, what precedes it in its document: None (nothing), "token" (a
-                special token) or "text". A space is put in front only where the complete document
-                would have one. By default every text is the beginning of a document.
+            after: what precedes each text in its document: None (nothing), "token" (a special
+                token) or "text". If the tokenizer adds a space before texts, it is added only where
+                the complete document would have it. By default, every text is the beginning of a
+                document.
 
         Raises:
-            UserError: a text has a lone surrogate, which is not a character.
+            UserError: a text contains a lone surrogate.
         """
         return self._encoder.encode(texts, after)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Decode ids; invalid UTF-8, as at the end of a truncated text, becomes U+FFFD."""
+        """Decode ids. Invalid UTF-8, as at the end of a truncated text, becomes U+FFFD."""
         return self._tokenizer.decode(plain_ids(ids), skip_special_tokens=skip_special_tokens)
 
     # ------------------------------------------------------------------------------ size, ids, hash
@@ -242,12 +246,12 @@ class BPETokenizer:
 
     @property
     def bos_token_id(self) -> int | None:
-        """Id of the token that begins a text; None if the tokenizer has none."""
+        """Id of the BOS token, which begins a text; None if the tokenizer has none."""
         return self._ids["bos_token"]
 
     @property
     def eos_token_id(self) -> int:
-        """Id of the token that ends a text."""
+        """Id of the EOS token, which ends a text."""
         eos = self._ids["eos_token"]
         assert eos is not None
         return eos
@@ -264,23 +268,23 @@ class BPETokenizer:
 
     @property
     def first_id(self) -> int | None:
-        """Id of the token put before every document; None if no token is put there.
+        """Id of the token to put before every document; None for no token.
 
-        It is also None if the tokenizer has a BOS but does not put it in front of texts.
+        It is also None if the tokenizer has a BOS that it does not put before texts.
         """
         return self.bos_token_id if self._begins else None
 
     @property
     def fill_id(self) -> int:
-        """Id for padding a sequence, which counts in no loss: PAD, or EOS if there is no PAD."""
+        """Id for padding, which never counts in the loss: PAD, or EOS if there is no PAD."""
         return self.eos_token_id if self.pad_token_id is None else self.pad_token_id
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of everything that affects ids and text; equal tokenizers have equal hashes."""
+        """Hash of everything that affects encoding and decoding, for comparing tokenizers."""
         content = {**self._content, **self._special}
-        # Leave out the post-processor: only other programs use it, and transformers adds an empty
-        # one.
+        # Leave out the post-processor, because encoding does not use it and transformers adds an
+        # empty post-processor to files.
         content.pop("post_processor", None)
         if self.first_id != self.bos_token_id:
             content["begins_documents"] = False
@@ -289,11 +293,11 @@ class BPETokenizer:
 
     @property
     def _content(self) -> dict[str, Any]:
-        """The content of the tokenizer.json that `tokenizers` writes."""
+        """The parsed tokenizer.json that `tokenizers` writes."""
         return dict(json.loads(self._tokenizer.to_str()))
 
     def to_json(self) -> str:
-        """The text of the tokenizer.json, which `tokenizers` and transformers can read."""
+        """Return the text of a tokenizer.json that `tokenizers` and transformers can read."""
         return self._tokenizer.to_str()
 
     @property
@@ -307,18 +311,18 @@ class BPETokenizer:
 
     @property
     def tool_template(self) -> str | None:
-        """The template for conversations with tools; None without a separate one."""
+        """The separate chat template for conversations with tools; None if there is none."""
         return chat_templates.tool_template_in(self._files.kept)
 
     def with_chat_template(self, source: str) -> BPETokenizer:
-        """A copy of the tokenizer that is saved with this chat template."""
+        """Return a copy of the tokenizer with another chat template."""
         if source == self.chat_template:
             return self
         files = replace(self._files, kept=chat_templates.with_template(self._files.kept, source))
         return BPETokenizer(files=files)
 
     def settings(self) -> dict[str, Any]:
-        """Arguments with which a worker process makes a `BPETokenizer` that gives the same ids."""
+        """Return the arguments from which a worker process builds a tokenizer with the same ids."""
         return {"json_text": self.to_json(), "roles": self._special}
 
     def save(self, directory: str | Path, model_type: str | None = None) -> None:
@@ -350,11 +354,11 @@ class BPETokenizer:
             write_whole(directory / CONFIG, config_text)
 
     def _config(self, model_type: str | None) -> dict[str, Any] | None:
-        """The tokenizer_config.json to write; None to leave the original unchanged.
+        """Return the tokenizer_config.json to write; None to keep the original unchanged.
 
-        If it names no tokenizer class, transformers takes the class of the model type, which may
-        split text differently. So a missing class is added, unless the model has the type that the
-        tokenizer was published with.
+        If the file names no tokenizer class, transformers uses the class of the model type, which
+        may split text differently. So a missing class is added, unless the type of the model is the
+        one that the tokenizer was published with.
         """
         kept = self._files.kept
         theirs = json.loads(kept[CONFIG]) if CONFIG in kept else {}
@@ -364,7 +368,7 @@ class BPETokenizer:
         config = {**self._special, "tokenizer_class": "PreTrainedTokenizerFast"}
         if kept.keys() - {chat_templates.TEMPLATE}:
             return config | theirs
-        # A chat template writes special tokens as text, which must then be recognised.
+        # A chat template renders special tokens as text. Encoding must then recognise them.
         is_split = self.chat_template is None
         return config | {"clean_up_tokenization_spaces": False, "split_special_tokens": is_split}
 
@@ -380,7 +384,7 @@ def own_tokenizer(directory: Path) -> BPETokenizer | None:
 
 
 def load_tokenizer(spec: str | Path) -> BPETokenizer:
-    """Load the tokenizer that `--tokenizer` names: `default`, `bytes`, a path, a hub id or a URL.
+    """Load the tokenizer of `--tokenizer`: `default`, `bytes`, a path, a Hub name or a URL.
 
     Raises:
         UserError: the download fails, or as for `BPETokenizer.from_file`.
@@ -396,5 +400,5 @@ def _check_room(vocab_size: int, special_tokens: Sequence[str]) -> None:
     if vocab_size < 256 + len(special_tokens):
         raise UserError(
             f"A vocabulary of {vocab_size} tokens is too small for 256 bytes and "
-            f"{len(special_tokens)} special tokens. Make it larger."
+            f"{len(special_tokens)} special tokens. Give a larger size."
         )

@@ -1,4 +1,4 @@
-"""Byte-level vocabularies: the symbol of each byte, splitting patterns, and the tokenizer.json."""
+"""Byte-level vocabularies: symbols of bytes, patterns that split text, and the tokenizer.json."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from consyn_jax.tokenization.special_tokens import BOS
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""Regular expression by which GPT-2 splits text into words."""
+"""Regular expression with which GPT-2 splits text into words."""
 
 SPLIT_PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
@@ -23,7 +23,7 @@ SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""Regular expression by which o200k (GPT-4o, Llama 4) splits text into words.
+"""Regular expression with which o200k (GPT-4o, Llama 4) splits text into words.
 
 Letters stay together with their combining marks, digits are split into groups of up to three, and
 runs of newlines or of indentation stay together.
@@ -31,7 +31,7 @@ runs of newlines or of indentation stay together.
 
 
 def _byte_symbols() -> list[str]:
-    """The printable character that represents each byte, as in GPT-2's `bytes_to_unicode`."""
+    """List the printable character that represents each byte, as in GPT-2's `bytes_to_unicode`."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
     return [chr(value) if value in printable else chr(next(others)) for value in range(256)]
@@ -41,7 +41,7 @@ BYTE_SYMBOLS = _byte_symbols()
 
 
 def spelling(token: bytes) -> str:
-    """Spell a token with the symbols of its bytes, as in a vocabulary."""
+    """Convert the bytes of a token to their symbols, as in a vocabulary file."""
     return "".join(BYTE_SYMBOLS[value] for value in token)
 
 
@@ -53,7 +53,7 @@ def build_json(
 ) -> str:
     """Build the tokenizer.json of a byte-level BPE.
 
-    Its post-processor puts BOS first when special tokens are requested.
+    Its post-processor puts BOS before a text if the caller asks for special tokens.
 
     Args:
         tokens: all tokens, in the order of their ids.

@@ -1,7 +1,7 @@
-"""Encode documents and parts of documents; a part has the same ids as in the whole document.
+"""Encode documents and parts of documents; a part gets the same ids as in the whole document.
 
-SentencePiece and some byte vocabularies put a space in front of a text. Before a part from the
-middle of a document, this would add a space that the document does not have.
+SentencePiece and some byte vocabularies put a space before a text. For a part from the middle of a
+document, this space is left out, because the document does not contain it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from consyn_jax.tokenization.sentencepiece_model import LEADING
 
 SPLITTING = ("normalizer", "pre_tokenizer")
 Before = str | None
-"""The predecessor of a text in its document: "text", "token" (a special token) or None."""
+"""Kind of what precedes a text in its document: "text", "token" (a special token) or None."""
 
 
 class TextEncoder:
-    """Encodes texts without special tokens, depending on their predecessor in the document."""
+    """Encodes texts without special tokens, considering what precedes them in their document."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Make the encoder of a tokenizer that `switch_off_changes` has prepared.
+        """Build the encoder of a tokenizer that `switch_off_changes` has prepared.
 
         Raises:
             UserError: a regular expression of the tokenizer does not finish on a short text, or
-                makes the library panic.
+                makes the library `tokenizers` panic.
         """
         content = json.loads(tokenizer.to_str())
         self._whole, self._inner = tokenizer, _without_prefix(content)
@@ -48,18 +48,18 @@ class TextEncoder:
     def encode(
         self, texts: Sequence[str], after: Sequence[Before] | None = None
     ) -> list[list[int]]:
-        """The ids of each text.
+        """Encode texts; return the ids of each text.
 
         Raises:
-            UserError: a text has a lone surrogate, which is not a character, or a regular
-                expression of the tokenizer does not finish or makes the library panic.
+            UserError: a text contains a lone surrogate, or a regular expression of the tokenizer
+                does not finish or makes the library panic.
         """
         if isinstance(texts, str):
-            raise UserError("encode_batch takes a list of texts, not one. Pass it as [text].")
+            raise UserError("encode_batch takes a list of texts, not a single text. Pass [text].")
         if not all(isinstance(text, str) for text in texts):
             kind = next(type(text).__name__ for text in texts if not isinstance(text, str))
             raise UserError(
-                f"A tokenizer encodes text, not {kind}. Pass a text to encode, and a list of texts "
+                f"A tokenizer encodes text, not {kind}. Pass a str to encode, or a list of str "
                 "to encode_batch."
             )
         if self._has_expressions:
@@ -76,10 +76,10 @@ class TextEncoder:
 
 
 def plain_ids(ids: Any) -> list[int]:
-    """Convert the ids of a text, an array of any library, to a list of int.
+    """Convert the ids of a text, such as an array of any library, to a list of int.
 
     Raises:
-        UserError: they are not whole numbers of at least 0.
+        UserError: the ids are not whole numbers of at least 0.
     """
     try:
         found = [index(number) for number in ids]
@@ -87,8 +87,8 @@ def plain_ids(ids: Any) -> list[int]:
         found = [-1]
     if found and min(found) < 0:
         raise UserError(
-            "decode takes the ids of one text, whole numbers of at least 0. Pass them as a "
-            "list, without the -100 of labels."
+            "decode takes the ids of one text, which are whole numbers of at least 0. Pass "
+            "a list of ids, without the -100 of labels."
         )
     return found
 
@@ -96,7 +96,7 @@ def plain_ids(ids: Any) -> list[int]:
 def switch_off_changes(tokenizer: Tokenizer) -> None:
     """Switch off truncation, padding and merge dropout, which published files may set.
 
-    Special tokens in a text are then encoded as ordinary text.
+    Also make the tokenizer encode special tokens in a text as ordinary text.
     """
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -115,7 +115,7 @@ def _ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _expressions(content: Any) -> list[str]:
-    """All regular expressions in a tokenizer.json."""
+    """Collect all regular expressions in a part of a tokenizer.json."""
     if isinstance(content, Mapping):
         own = [content["Regex"]] if isinstance(content.get("Regex"), str) else []
         return own + [each for value in content.values() for each in _expressions(value)]
@@ -125,18 +125,18 @@ def _expressions(content: Any) -> list[str]:
 
 
 def _check_surrogates(texts: Sequence[str]) -> None:
-    """Raise an error that names the first text with a lone surrogate; `tokenizers` would not."""
+    """Raise an error that names the first lone surrogate; the error of `tokenizers` does not."""
     surrogate = re.compile("[\ud800-\udfff]")
     for text in texts:
         if isinstance(text, str) and (found := surrogate.search(text)):
             raise UserError(
-                f"A text has the lone surrogate U+{ord(found.group()):04X} at character "
+                f"A text has the lone surrogate U+{ord(found.group()):04X} at position "
                 f"{found.start()}, which is not a character. Remove it from the data."
             )
 
 
 def _without_prefix(content: Mapping[str, Any]) -> Tokenizer | None:
-    """The tokenizer without its added space before a text; None if it adds no space.
+    """Copy the tokenizer so that it adds no space before a text; None if it never adds a space.
 
     Args:
         content: content of the tokenizer.json.
@@ -152,7 +152,7 @@ def _without_prefix(content: Mapping[str, Any]) -> Tokenizer | None:
 
 
 def _unprefixed(part: Any) -> Any:
-    """Change a normalizer or pre-tokenizer so that it adds no space before a text."""
+    """Change a normalizer or pre-tokenizer to add no space before a text; None removes it."""
     if not isinstance(part, Mapping):
         return part
     kind = part.get("type")
@@ -170,10 +170,10 @@ def _unprefixed(part: Any) -> Any:
 
 
 def _prefixes_every_piece(content: Mapping[str, Any]) -> bool:
-    """Whether a space is also put before text that follows a special token.
+    """Whether the tokenizer also adds a space before text that follows a special token.
 
-    `Prepend` and `ByteLevel` work on each piece between special tokens; `Metaspace` does so with
-    the scheme "always".
+    `Prepend` and `ByteLevel` add it to each piece between special tokens. `Metaspace` does so only
+    with the scheme "always".
     """
 
     def every(part: Any) -> bool:

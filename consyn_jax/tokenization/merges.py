@@ -1,7 +1,8 @@
 """Learn byte-pair merges: count words, then merge the most frequent pair until there are enough.
 
-The trainer of `tokenizers` breaks ties by ids, which depend on earlier merges. Here a tie goes to
-the pair with the lexicographically greater bytes, so the merges depend only on the text.
+If several pairs are equally frequent, the pair with the lexicographically greater bytes is merged,
+so the merges depend only on the text. The trainer of `tokenizers` breaks such ties by ids, which
+depend on earlier merges.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ Pair = tuple[int, int]
 
 
 def count_words(texts: Iterable[str], pattern: str) -> Counter[bytes]:
-    """Count the words (as UTF-8) into which `pattern` splits the texts.
+    """Split texts into words by `pattern`, and count the words (in UTF-8).
 
-    A word of more than 1,000 bytes, such as a base64 blob, is counted in pieces, which keeps
+    A word of more than 1,000 bytes, such as a base64 blob, is counted in pieces. This keeps the
     training time linear in the length of the text.
 
     Raises:
-        UserError: `texts` has values that are not text.
+        UserError: `texts` is a single text, or has values that are not text.
     """
     split = Split(Regex(pattern), "isolated")
     words: Counter[str] = Counter()
@@ -53,9 +54,9 @@ def count_words(texts: Iterable[str], pattern: str) -> Counter[bytes]:
 
 
 def _chunks(text: str) -> Iterator[str]:
-    """Split a long text where neither pattern has a word across the cut.
+    """Split a long text at places where no word of either splitting pattern is cut.
 
-    Cuts are after a single newline, unless a slash follows, which o200k joins to the newline.
+    A cut is after a single newline, unless a slash follows, which o200k keeps with the newline.
     """
     start = 0
     cut = re.compile(r"(?<=\S)\n(?=[^\s/])")
@@ -70,19 +71,21 @@ def learn_merges(
 ) -> list[tuple[bytes, bytes]]:
     """Learn merges, in order, that add `num_new_tokens` tokens to the 256 bytes.
 
-    There are fewer merges if the text has no more pairs. Two merges may give the same token, which
-    counts once. Source: Sennrich et al. 2016, algorithm 1, with pair counts kept up to date.
+    Learning ends earlier if no pairs are left. Two merges may give the same token, which then
+    counts once. Source: Sennrich et al. 2016, algorithm 1; here pair counts are updated after each
+    merge and not computed anew.
 
     Args:
-        reserved: special tokens; no merge may produce one, so ordinary text cannot become one.
+        reserved: special tokens, which no merge may produce, so that ordinary text never becomes
+            one.
     """
     return _Learner(word_counts, frozenset(reserved)).learn(num_new_tokens)
 
 
 class _Learner:
-    """Pair counts, the words of each pair, and a heap of pairs by count.
+    """State of the training: counts of pairs, the words of each pair, and a heap of pairs by count.
 
-    A heap entry with an outdated count is corrected when it reaches the top.
+    A heap entry with an outdated count is replaced when it reaches the top.
     """
 
     def __init__(self, word_counts: Counter[bytes], reserved: frozenset[bytes]) -> None:
@@ -123,8 +126,7 @@ class _Learner:
             count = self.counts.get(pair, 0)
             if count == -entry[0] and count > 0:
                 return pair
-            # Counts that grew have already been pushed, so only counts that fell must be pushed
-            # again.
+            # Pairs whose counts grew have already been pushed again. Push pairs whose counts fell.
             if 0 < count < -entry[0]:
                 heapq.heappush(self.heap, self._entry(pair, count))
         return None
@@ -171,5 +173,5 @@ def _merge_in_word(word: list[int], pair: Pair, merged: int) -> list[int]:
 
 
 def _descending_key(token: bytes) -> str:
-    """A string that sorts in reverse: greater bytes come first, and longer tokens."""
+    """Return a key that sorts tokens in descending order of their bytes."""
     return "".join(chr(255 - value) for value in token) + chr(256)

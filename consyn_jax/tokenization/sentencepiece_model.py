@@ -1,8 +1,8 @@
 """Convert SentencePiece's `tokenizer.model` to a tokenizer.json that gives the same ids.
 
-The file is a protocol buffer. Its fields and their defaults are defined in
-sentencepiece_model.proto (github.com/google/sentencepiece). Other converters are not used, because
-they drop the space before a text, or the second of two spaces.
+The file is a protocol buffer, defined in sentencepiece_model.proto
+(github.com/google/sentencepiece). Other converters are not used, because their results drop the
+space before a text, or the second of two spaces.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROLE_IDS = {"bos_token": (41, 1), "eos_token": (42, 2), "pad_token": (43, -1)}  
 
 @dataclass(frozen=True)
 class Piece:
-    """A token of the vocabulary; `kind` is one of NORMAL to BYTE."""
+    """A token of the vocabulary; `kind` is one of the constants NORMAL to BYTE."""
 
     text: str
     score: float
@@ -52,7 +52,8 @@ def sentencepiece_json(data: bytes) -> tuple[str, dict[str, str | None]]:
     """Convert a SentencePiece model.
 
     Returns:
-        The tokenizer.json, which puts BOS in front if there is one, and the special tokens by role.
+        The tokenizer.json, whose post-processor puts BOS before texts if the model has BOS. The
+        special tokens by role.
 
     Raises:
         UserError: the model is damaged, or of a kind that `tokenizers` does not support.
@@ -70,8 +71,8 @@ def sentencepiece_json(data: bytes) -> tuple[str, dict[str, str | None]]:
     unknown = [index for index, piece in enumerate(pieces) if piece.kind == UNKNOWN]
     if kind not in (UNIGRAM, BPE) or trainer.get(SUFFIX, 0) or len(unknown) != 1:
         raise UserError(
-            "This SentencePiece model has a vocabulary of words or characters, or puts spaces "
-            "at the ends of words, which is not supported. Give a BPE or Unigram model."
+            "This SentencePiece model is not supported: it has a vocabulary of words or "
+            "characters, or puts spaces at the ends of words. Give a BPE or Unigram model."
         )
     roles: dict[str, str | None] = {}
     for role, (field, default) in ROLE_IDS.items():
@@ -96,7 +97,7 @@ def sentencepiece_json(data: bytes) -> tuple[str, dict[str, str | None]]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Parse the fields: number and value (an integer, four or eight bytes, or a byte string)."""
+    """Parse the fields of a message: (field number, value); values are integers or bytes."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -110,7 +111,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
         else:
             size = {1: 8, 5: 4}.get(wire, -1)
         if size < 0 or at + size > len(data):
-            raise ValueError(f"a field of kind {wire} and {size} bytes at byte {at}")
+            fault = f"of wire type {wire}, has the impossible length {size}"
+            raise ValueError(f"the field at byte {at}, {fault}")
         yield number, data[at : at + size]
         at += size
 
@@ -132,7 +134,7 @@ def _signed(value: int) -> int:
 def _piece(data: bytes) -> Piece:
     fields = dict(_fields(data))
     if not isinstance(fields.get(1), bytes):
-        raise TypeError("a piece without a text")
+        raise TypeError("a piece has no text")
     score = struct.unpack("<f", fields[2])[0] if 2 in fields else 0.0
     return Piece(fields[1].decode("utf-8"), score, fields.get(3, NORMAL))
 
@@ -141,7 +143,7 @@ def _piece(data: bytes) -> Piece:
 
 
 def _bpe(pieces: list[Piece], unknown: int) -> dict[str, Any]:
-    """Derive merges: every pair of pieces that together is a piece, by descending score."""
+    """Derive the merges: pairs of pieces that together form a piece, by its descending score."""
     ids = {piece.text: index for index, piece in enumerate(pieces)}
     mergeable = {p.text for p in pieces if p.kind in (NORMAL, USER_DEFINED, UNUSED)}
     merges: list[tuple[float, int, int, str, str]] = []
@@ -174,10 +176,10 @@ def _unigram(pieces: list[Piece], unknown: int) -> dict[str, Any]:
 
 
 def _split_of_controls(pieces: list[Piece]) -> dict[str, Any]:
-    """A pre-tokenizer that keeps Unigram from matching control and byte tokens in a text.
+    """Build a pre-tokenizer that keeps Unigram from matching control and byte tokens in a text.
 
-    It splits the text of such a token before its last character. SentencePiece never matches them
-    in a text.
+    SentencePiece never matches these tokens in a text. The pre-tokenizer splits the text of such a
+    token before its last character.
     """
     spelled = [p.text for p in pieces if p.kind not in (NORMAL, USER_DEFINED) and len(p.text) > 1]
     begun = "|".join(f"{re.escape(text[:-1])}(?={re.escape(text[-1])})" for text in spelled)
@@ -186,10 +188,11 @@ def _split_of_controls(pieces: list[Piece]) -> dict[str, Any]:
 
 
 def _user_defined(pieces: list[Piece]) -> dict[str, Any] | None:
-    """A pre-tokenizer that splits off user-defined pieces; None if there are none.
+    """Build a pre-tokenizer that splits off user-defined pieces; None if there are none.
 
-    As added tokens, the pieces would be followed by an extra space. With user-defined pieces, whole
-    words are looked up before merging, so the text of a control token must be split as well.
+    If the pieces were added tokens, an extra space would follow them. If there are user-defined
+    pieces, whole words are looked up before merging. So the text of control tokens is split as
+    well.
     """
     found = sorted((p.text for p in pieces if p.kind == USER_DEFINED), key=len, reverse=True)
     if not found:

@@ -1,9 +1,9 @@
 """Find the tokens with the roles BOS, EOS and PAD.
 
-If a file names the token of a role, that token has the role; null means that no token has it.
-Otherwise the tokenizer.json decides: BOS is the token that its post-processor puts before a text,
-and EOS the token that it puts at the end. Failing that, an added special token with a well-known
-name gets the role. An ordinary vocabulary entry never gets a role by its name.
+If a file assigns a token to a role, that token is used; null means that there is none. Otherwise
+the post-processor in the tokenizer.json decides: BOS is the token that it puts before a text, and
+EOS is the token that it puts after a text. Without such a post-processor, an added special token
+with a well-known name gets the role. An ordinary vocabulary entry never gets a role by its name.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from consyn_jax.errors import UserError
 PAD, BOS, EOS = SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>")
 
 Roles = Mapping[str, str | None]
-"""Role -> token; None: no token has the role. A missing role is determined by the tokenizer.json.
-"""
+"""Role -> token, or None if no token has the role. The tokenizer.json decides missing roles."""
 
-# Names in published tokenizers; the first name that is an added special token is taken.
+# Names in published tokenizers. The first name that is an added special token is used.
 # fmt: off
 KNOWN_NAMES: Mapping[str, Sequence[str]] = {
     "bos_token": (
@@ -37,12 +36,12 @@ KNOWN_NAMES: Mapping[str, Sequence[str]] = {
 def find_special_tokens(
     content: Mapping[str, Any], vocabulary: Mapping[str, int], named: Roles
 ) -> dict[str, str | None]:
-    """Find the token of each role, or None.
+    """Find the token of each role; None for roles without a token.
 
     Args:
         content: content of the tokenizer.json.
         vocabulary: ids of all tokens, by token.
-        named: roles that files assign explicitly.
+        named: tokens of the roles that the tokenizer's files assign explicitly.
 
     Raises:
         UserError: a named token is not in the vocabulary, or no token can end a text.
@@ -64,16 +63,16 @@ def find_special_tokens(
         found[role] = by_place or next((name for name in known if name in special), None)
     if found["eos_token"] is None:
         raise UserError(_no_end(named))
-    if special == [found["eos_token"]]:  # the only one has all roles, as in GPT-2
+    if special == [found["eos_token"]]:  # a single special token has all roles, as in GPT-2
         found |= dict.fromkeys(found.keys() - named.keys(), special[0])
     return found
 
 
 def begins_documents(content: Mapping[str, Any], roles: Roles, add_bos: bool | None) -> bool:
-    """Whether BOS is put in front of documents.
+    """Whether to put BOS before documents.
 
-    True if the tokenizer itself puts it there, or if BOS is the same token as EOS, as with GPT-2:
-    in pretraining, every document then follows an EOS.
+    True if the tokenizer itself puts BOS before texts. Also true if BOS is the same token as EOS,
+    as in GPT-2, because in its pretraining every document follows an EOS.
 
     Args:
         add_bos: `add_bos_token` of tokenizer_config.json, which overrides the post-processor.
@@ -87,7 +86,7 @@ def begins_documents(content: Mapping[str, Any], roles: Roles, add_bos: bool | N
 
 
 def template_token(processor: Any, front: bool) -> str | None:
-    """The token that a post-processor in a tokenizer.json puts before a text, or at its end.
+    """Return the token that a post-processor puts before a text (`front`) or after it.
 
     >>> template_token({"type": "RobertaProcessing", "cls": ["<s>", 0], "sep": ["</s>", 2]}, True)
     '<s>'
@@ -116,10 +115,10 @@ def _named(role: str, name: str | None, vocabulary: Mapping[str, int]) -> str | 
 
 def _no_end(named: Roles) -> str:
     if "eos_token" in named:
-        reason = "its tokenizer_config.json says that eos_token is null"
+        reason = "eos_token is null in its tokenizer_config.json"
     else:
         tried = ", ".join(KNOWN_NAMES["eos_token"])
-        reason = f"looked for {tried} among its added special tokens"
+        reason = f"none of its added special tokens is {tried}"
     return (
         f"The tokenizer has no end-of-text token ({reason}). Name its eos_token in a "
         "tokenizer_config.json in the same directory."

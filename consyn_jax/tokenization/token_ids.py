@@ -12,13 +12,13 @@ import numpy as np
 
 from consyn_jax.errors import UserError
 
-NO_TARGETS = (-100, -1)  # torch's ignore_index, and that of nanoGPT
+NO_TARGETS = (-100, -1)  # the ignore_index of torch and that of nanoGPT
 LABELS = (
     "Give one label for each token: the same as input_ids, with -100 where a token is not a target."
 )
-# Columns other than ids and labels, each with advice on its values.
+# Columns other than ids and labels, each with the advice that messages give about its values.
 COLUMNS = {
-    "attention_mask": "Give 1 for each token and 0 for padding; segment_ids number documents.",
+    "attention_mask": "Give 1 for each token and 0 for padding; number documents in segment_ids.",
     "loss_mask": "Give 1 for each token that is a target and 0 for others.",
     "segment_ids": "Number the documents of a row from 1, and give 0 for padding.",
     "position_ids": "Count the tokens of each document from 0, or leave position_ids out.",
@@ -27,14 +27,14 @@ MASKED = "put any id there, and mark it with 0 in an attention_mask, which every
 
 
 def as_array(values: Any) -> np.ndarray:
-    """Convert an array of any library, or a list, to a NumPy array in host memory."""
+    """Convert a list, or an array of any library, to a NumPy array in host memory."""
     if hasattr(values, "detach"):  # a tensor of torch, perhaps on a GPU
         values = values.detach().cpu()
     return np.asarray(values)
 
 
 def are_targets(labels: np.ndarray) -> np.ndarray:
-    """Return which labels count in the loss.
+    """Return a mask of the labels that count in the loss.
 
     >>> are_targets(np.array([5, -100, -1, 0])).tolist()
     [True, False, False, True]
@@ -59,13 +59,13 @@ def _is_nested(values: Any) -> bool:
 def check_fields(
     fields: Mapping[str, Any], vocab_size: int | None, place: str, masked: str = MASKED
 ) -> None:
-    """Check the ids of a row or batch, and that labels and masks fit them.
+    """Check the ids of a row or batch, and that its labels and masks match the ids.
 
     Args:
         fields: arrays by name; only ids, labels and masks are checked.
         vocab_size: size of the vocabulary; None if not known yet.
-        place: the row or batch, for messages: "Row 3 of train_dataloader".
-        masked: advice for an id that stands for padding.
+        place: name of the row or batch in messages, such as "Row 3 of train_dataloader".
+        masked: advice on padding for the message about a negative id.
 
     Raises:
         UserError: an id is outside the vocabulary, or labels or masks do not match the ids.
@@ -107,7 +107,7 @@ def check_input_ids(
     """Check the ids of one row and return them as whole numbers [T].
 
     Raises:
-        UserError: they are not ids in the vocabulary.
+        UserError: the values are not ids in the vocabulary.
     """
     values = _numbers(ids, "input_ids", where)
     if values.ndim != 1:
@@ -120,7 +120,7 @@ def check_input_ids(
     if values.dtype.kind not in "iu":
         position = int(np.argmax(values != np.round(values))) if values.dtype.kind == "f" else 0
         raise UserError(
-            f"{where} has {values[position]} in input_ids at position {position:,}, and ids are "
+            f"{where} has {values[position]} in input_ids at position {position:,}, but ids are "
             "whole numbers. Pass them as int32 or int64, as the tokenizer gives them."
         )
     if values.min() < 0:
@@ -128,10 +128,10 @@ def check_input_ids(
         if values[position] == NO_TARGETS[0]:
             raise UserError(
                 f"{where} has -100 in input_ids at position {position:,}, which only labels may "
-                f"have. Give the token's id there; where it is padding, {masked}."
+                f"have. Give the token's id there; if it stands for padding, {masked}."
             )
         raise UserError(
-            f"{where} has token id {values[position]:,} in input_ids at position {position:,}, and "
+            f"{where} has token id {values[position]:,} in input_ids at position {position:,}, but "
             f"ids begin at 0. If it stands for padding, {masked}."
         )
     _check_below(values, vocab_size, "input_ids", where)
@@ -139,7 +139,7 @@ def check_input_ids(
 
 
 def _rows(given: Mapping[str, Any], place: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Iterate over the rows of a batch with their places, or over the single row given."""
+    """Iterate over the rows of a batch, each with its name for messages, or over a single row."""
     if not is_batch(given):
         yield place, given
         return
@@ -187,7 +187,7 @@ def _check_labels(values: np.ndarray, vocab_size: int | None, where: str) -> Non
         return
     if values.dtype.kind not in "iu":
         raise UserError(
-            f"{where} has labels of {values.dtype}, and labels are token ids or -100. Pass them as "
+            f"{where} has labels of {values.dtype}, but labels are token ids or -100. Pass them as "
             "int32 or int64."
         )
     wrong = (values < 0) & are_targets(values)
@@ -205,7 +205,7 @@ def _check_below(values: np.ndarray, vocab_size: int | None, name: str, where: s
         return
     position = int(np.argmax(values >= vocab_size))
     raise UserError(
-        f"{where} has token id {values[position]:,} in {name} at position {position:,}, and the "
+        f"{where} has token id {values[position]:,} in {name} at position {position:,}, but the "
         f"vocabulary ends at {vocab_size - 1:,}. Use the tokenizer that the model was made with."
     )
 
@@ -214,7 +214,7 @@ def _check_mask(values: np.ndarray, name: str, where: str) -> None:
     if values.dtype.kind == "b":
         return
     wrong = values != np.round(values)
-    if name != "position_ids":  # those of padding may be anything
+    if name != "position_ids":  # positions of padding may have any value
         wrong |= values < 0
     if name in ("loss_mask", "attention_mask"):
         wrong |= values > 1
@@ -226,7 +226,7 @@ def _check_mask(values: np.ndarray, name: str, where: str) -> None:
 
 
 def _check_padding_agrees(row: Mapping[str, Any], where: str) -> None:
-    """Check that segment_ids and attention_mask say the same about padding."""
+    """Check that segment_ids and attention_mask mark the same positions as padding."""
     wrong = (as_array(row["segment_ids"]) > 0) != (as_array(row["attention_mask"]) > 0)
     if wrong.any():
         raise UserError(
@@ -236,22 +236,22 @@ def _check_padding_agrees(row: Mapping[str, Any], where: str) -> None:
 
 
 def _check_direction(ids: np.ndarray, labels: np.ndarray, where: str) -> None:
-    """Check that labels are not the tokens before the input_ids: shifted the wrong way."""
+    """Check that labels are not shifted the wrong way, to the previous token of each input."""
     targets = are_targets(labels[1:])
     told = labels[1:][targets]
     is_backward = np.array_equal(told, ids[:-1][targets])
     if not is_backward or len(np.unique(told)) < 2 or np.array_equal(told, ids[1:][targets]):
-        return  # of one repeated token, no direction is known
+        return  # a single repeated token does not show the direction
     forward = are_targets(labels[:-1])
     if not np.array_equal(labels[:-1][forward], ids[1:][forward]):
         raise UserError(
             f"{where} has labels that are shifted the wrong way: each is the previous token. Give "
-            "labels that equal the input_ids, or of which each is the next token."
+            "labels that equal the input_ids, or labels that are each the next token."
         )
 
 
 def _check_positions(row: Mapping[str, Any], where: str) -> None:
-    """Check that positions count up by one, and restart only where a document begins."""
+    """Check that position_ids count up by one, and restart at 0 only where a document begins."""
     positions = as_array(row["position_ids"])
     marks = row.get("segment_ids", row.get("attention_mask"))
     segments = np.ones_like(positions) if marks is None else as_array(marks)
@@ -261,12 +261,12 @@ def _check_positions(row: Mapping[str, Any], where: str) -> None:
     wrong = np.zeros(positions.shape, bool)
     wrong[1:] = goes_on & ~restarts & (positions[1:] != positions[:-1] + 1)
     wrong |= attended & (positions < 0)
-    if restarts.any() and not positions[attended].any():  # one number throughout
+    if restarts.any() and not positions[attended].any():  # all positions are 0
         wrong[1:] |= restarts
     if wrong.any():
         position = int(np.argmax(wrong))
         raise UserError(
             f"{where} has position_ids that neither count up by one nor restart at 0 with a "
-            f"document, first at position {position:,}. Leave position_ids out, or mark documents "
-            "with segment_ids."
+            f"document; the first is at position {position:,}. Leave position_ids out, or mark "
+            "documents with segment_ids."
         )

@@ -1,7 +1,8 @@
 """Find and read the files of a tokenizer in a directory.
 
-If there is no tokenizer.json, a SentencePiece model is converted here, and other vocabularies
-(`vocab.json` with `merges.txt`) by transformers, which knows how each family splits text.
+Without a tokenizer.json, a SentencePiece model is converted by this package. Other vocabularies
+(`vocab.json` with `merges.txt`) are converted by transformers, which knows how each model family
+splits text.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ KEPT = (JSON, CONFIG, TOKEN_MAP, "added_tokens.json", *VOCABULARIES, *TEMPLATES)
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """A tokenizer as its files describe it.
+    """The content of a tokenizer's files.
 
     Attributes:
         json_text: the text of the tokenizer.json, converted from other files if there is none.
-        roles: special tokens that the files name, by role.
+        roles: special tokens that the files assign to roles, by role.
         add_bos: `add_bos_token` of tokenizer_config.json; None if absent.
-        kept: unchanged contents of the files, by name.
+        kept: original content of the files, by name.
         model_type: model type in the config.json of the same directory; None if absent.
         declared: special tokens that tokenizer_config.json declares by id.
     """
@@ -53,7 +54,7 @@ class TokenizerFiles:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the files can be loaded without adding a tokenizer.json."""
+        """Whether the original files can be loaded without an added tokenizer.json."""
         return any(name in self.kept for name in (JSON, *SENTENCEPIECE))
 
 
@@ -61,7 +62,7 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
     """Read a tokenizer.json, another vocabulary file, or a directory with one.
 
     Raises:
-        UserError: there is no tokenizer, it is damaged, or a package to convert it is missing.
+        UserError: there is no tokenizer, it is damaged, or transformers is needed and missing.
     """
     directory = path if path.is_dir() else path.parent
     refuse_strays(directory, KEPT, named=None if path.is_dir() else path)
@@ -102,7 +103,7 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
 
 
 def _sentencepiece(path: Path) -> Path | None:
-    """Path of the SentencePiece model: `path`, or a file in a directory without tokenizer.json."""
+    """Find the SentencePiece model: `path`, or a file in a directory without a tokenizer.json."""
     if path.is_file():
         return path if path.suffix == ".model" else None
     if (path / JSON).is_file():
@@ -112,7 +113,7 @@ def _sentencepiece(path: Path) -> Path | None:
 
 
 def holds_tokenizer(directory: Path) -> bool:
-    """Whether a directory has a vocabulary of any kind.
+    """Whether a directory contains a vocabulary of any kind.
 
     A damaged or unsupported vocabulary counts, so that it is reported and not silently ignored.
     """
@@ -151,8 +152,8 @@ def _roles(config: Mapping[str, Any]) -> dict[str, str | None]:
         name = entry.get("content") if isinstance(entry, dict) else entry
         if not isinstance(name, str | None):
             raise UserError(
-                f"The tokenizer's {CONFIG} gives {entry!r} as {role}, which is not a token. Give "
-                "the text of the token."
+                f"The tokenizer's {CONFIG} has {entry!r} as {role}, which is not a token. Write "
+                "the text of the token there."
             )
         names[role] = name
     return names
@@ -177,13 +178,13 @@ def _declared(config: Mapping[str, Any]) -> dict[int, AddedToken]:
 
 
 def add_declared(tokenizer: Tokenizer, declared: Mapping[int, AddedToken]) -> None:
-    """Add tokens that only tokenizer_config.json declares to the tokenizer.
+    """Add to the tokenizer the tokens that only tokenizer_config.json declares.
 
-    As in transformers, they are added in the order of their ids, and tokenizer_config.json takes
-    precedence where the two files differ about a token.
+    As in transformers, they are added in the order of their ids. If the two files differ about a
+    token, tokenizer_config.json takes precedence.
 
     Raises:
-        UserError: a token would get another id than the declared one.
+        UserError: a token would get an id other than the declared id.
     """
     present = tokenizer.get_added_tokens_decoder()
     for number, token in declared.items():
@@ -199,19 +200,19 @@ def add_declared(tokenizer: Tokenizer, declared: Mapping[int, AddedToken]) -> No
 
 
 def _converted(directory: Path, found: list[str]) -> tuple[str, dict[str, str | None]]:
-    """Convert other files with transformers; return the tokenizer.json and the roles."""
+    """Convert other vocabulary files with transformers; return the tokenizer.json and the roles."""
     what = f"{directory} has no {JSON}, only {listed(found, 4)}"
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise UserError(
-            f"{what}, which transformers converts. Install it with pip install transformers, or "
+            f"{what}, which need transformers. Install it with pip install transformers, or "
             "give a directory with a tokenizer.json."
         ) from error
     named = any((directory / name).is_file() for name in (CONFIG, "config.json"))
     if not named:
         raise UserError(
-            f"{what}, and these do not say how text is split. Put the model's {CONFIG} and "
+            f"{what}, which do not define how to split text. Put the model's {CONFIG} and "
             "config.json beside them, or give a directory with a tokenizer.json."
         )
     try:
@@ -219,10 +220,10 @@ def _converted(directory: Path, found: list[str]) -> tuple[str, dict[str, str | 
             str(directory), trust_remote_code=False, local_files_only=True
         )
         json_text = theirs.backend_tokenizer.to_str()
-    # transformers raises various errors of the libraries that read each format.
+    # transformers raises errors of many kinds, from the libraries that read each format.
     except Exception as error:
         raise UserError(
-            f"{what}, and transformers cannot convert it ({brief(error)}). Give a "
+            f"{what}, which transformers cannot convert ({brief(error)}). Give a "
             "directory with a tokenizer.json."
         ) from error
     return json_text, {role: getattr(theirs, role) for role in KNOWN_NAMES}

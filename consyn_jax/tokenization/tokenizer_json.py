@@ -14,7 +14,7 @@ from consyn_jax.files import LARGEST_TEXT
 
 
 def bundled_json() -> str:
-    """The text of the bundled tokenizer.json."""
+    """Return the text of the bundled tokenizer.json."""
     file = resources.files("consyn_jax.tokenization").joinpath("default.json.gz")
     return gzip.decompress(file.read_bytes()).decode("utf-8")
 
@@ -28,13 +28,13 @@ def read_text(path: Path) -> str:
     try:
         if (size := path.stat().st_size) > LARGEST_TEXT:
             raise UserError(
-                f"{path} has {size:,} bytes, too many for this kind of file. Remove it, or "
-                "replace it by the right one."
+                f"{path} has {size:,} bytes, but such a file has at most {LARGEST_TEXT:,}. Remove "
+                "it, or replace it by the right file."
             )
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is not UTF-8 text (byte {error.start}). Convert it or leave it out."
+            f"{path} is not UTF-8 text (byte {error.start}). Convert it to UTF-8 or leave it out."
         ) from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}. Check the path.") from error
@@ -43,8 +43,8 @@ def read_text(path: Path) -> str:
 def parse(json_text: str) -> Tokenizer:
     """Parse the text of a tokenizer.json.
 
-    The structure is checked here first, because the Rust reader's messages name lines, not
-    mistakes.
+    The structure is checked first, because messages of the Rust parser give the line of a fault but
+    not its cause.
 
     Raises:
         UserError: the text is damaged, or neither a BPE nor a Unigram tokenizer.
@@ -61,14 +61,14 @@ def parse(json_text: str) -> Tokenizer:
     is_bpe = kind == "BPE" and isinstance(vocabulary, dict) and "merges" in (model or {})
     if not is_bpe and not (kind == "Unigram" and isinstance(vocabulary, list)):
         raise UserError(
-            "This is not a BPE or Unigram tokenizer.json, which has a 'model' of that type with "
-            "'vocab' (and 'merges'). Give one that is."
+            "This is not a BPE or Unigram tokenizer.json: its 'model' must have that type, and "
+            "'vocab' (BPE also 'merges'). Give a BPE or Unigram tokenizer."
         )
     try:
         return Tokenizer.from_str(json_text)
     except BaseException as error:
-        # The Rust reader raises a plain Exception. Where it panics, it raises a PanicException,
-        # which is not an Exception and cannot be imported.
+        # The Rust parser raises a plain Exception, or a PanicException if it panics. A
+        # PanicException is not an Exception and cannot be imported, so compare its name.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(

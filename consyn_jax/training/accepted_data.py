@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from consyn_jax.data.loader import Dataset, Shuffled
 from consyn_jax.data.packing import PackedSequences
 from consyn_jax.data.pairs import PairDataset
 from consyn_jax.data.streaming import FirstWindows, Streamed
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, listed
 from consyn_jax.training.dataset import ConsynDataset, MixedDataset
 from consyn_jax.training.inputs.batch_source import BatchSource
 from consyn_jax.training.inputs.content import fingerprint_of
@@ -37,16 +38,16 @@ def as_source(
 ) -> BatchSource:
     """Convert data of any accepted kind to a `BatchSource`.
 
-    Accepted are datasets of `get_dataset`, mixtures of them, a corpus that is still being prepared,
-    and the kinds of data that `inputs.given.recognise` accepts.
+    The data may be a dataset of `get_dataset`, a mixture of such datasets, a corpus that is still
+    being prepared, or any kind that `inputs.given.recognise` accepts.
 
     Args:
         vocab_size: Size of the vocabulary; all ids must be below it.
-        name: Name of the data in messages. Batches of "eval_dataloader" may have any size.
+        name: Name of the data in messages; batches of "eval_dataloader" may have any size.
 
     Raises:
-        UserError: The data has another kind, an id is outside the vocabulary, no token is a target,
-            the size of sequences or batches does not fit, or token lists come without an EOS id.
+        UserError: The data is of another kind, an id is outside the vocabulary, no token is a
+            target, sequences or batches have the wrong size, or there is no EOS id for token lists.
     """
     data = recognise(data, name)
     _check_block_size(getattr(getattr(data, "packed", data), "block_size", block_size), block_size)
@@ -76,20 +77,16 @@ def as_source(
 
 
 def check_pairs(data: Sequence[Any], wants_pairs: bool) -> None:
-    """Check that the data has pairs of answers if the objective is DPO, and only then.
+    """Check that the data has pairs of answers if, and only if, the objective is DPO.
 
     Args:
         data: Training and evaluation data, as `recognise` returns them; None for missing data.
+        wants_pairs: Whether the objective is DPO.
 
     Raises:
         UserError: The data does not suit the objective.
     """
-    parts = [
-        part
-        for given in data
-        if given is not None
-        for part in (given.sources.values() if isinstance(given, MixedDataset) else [given])
-    ]
+    parts = [part for given in data if given is not None for part in _parts(given)]
     are_pairs = [isinstance(getattr(part, "packed", part), PairDataset) for part in parts]
     if wants_pairs and not all(are_pairs):
         raise UserError(
@@ -98,6 +95,30 @@ def check_pairs(data: Sequence[Any], wants_pairs: bool) -> None:
         )
     if not wants_pairs and any(are_pairs):
         raise UserError("The data has pairs of answers. Pass objective='dpo' to train on them.")
+
+
+def _parts(given: Any) -> Sequence[Any]:
+    return list(given.sources.values()) if isinstance(given, MixedDataset) else [given]
+
+
+def check_held_out(training: Any, evaluation: Any) -> None:
+    """Check that evaluation data of `get_dataset` was held out from the training data.
+
+    Documents are held out by a share, so two calls with different shares of the same files overlap.
+
+    Raises:
+        UserError: both have been prepared from the same source, but differently.
+    """
+    for train, held_out in itertools.product(_parts(training), _parts(evaluation)):
+        both = isinstance(train, ConsynDataset) and isinstance(held_out, ConsynDataset)
+        if not both or train.fingerprint == held_out.fingerprint:
+            continue
+        if shared := sorted(train.read & held_out.read):
+            raise UserError(
+                f"eval_dataloader is made from {listed(shared)} with other options than "
+                "train_dataloader, so it can contain documents that are trained on. Pass the same "
+                "validation_fraction and the same other options to both calls of get_dataset."
+            )
 
 
 def _rows(data: Rows, block_size: int, seed: int, vocab_size: int, name: str) -> BatchSource:
@@ -137,7 +158,10 @@ def _check_targets(source: BatchSource, batch_size: int, name: str) -> None:
 
 
 def _check_block_size(tokens: int, block_size: int) -> None:
-    """Check that a packed dataset has sequences of `block_size`; padding would waste compute."""
+    """Check that the sequences of a packed dataset have `block_size` tokens.
+
+    Shorter sequences are not padded, because padding would waste compute.
+    """
     if tokens != block_size:
         raise UserError(
             f"The dataset has sequences of {tokens} tokens, and max_tokens is {block_size}. Leave "

@@ -20,6 +20,7 @@ from consyn_jax.data.mixture import Joined, Mixture
 from consyn_jax.data.packing import PackedSequences, Sequences, WholeDocuments, pack
 from consyn_jax.data.pairs import PairDataset
 from consyn_jax.data.preparation.cached_store import Prepared, prepare
+from consyn_jax.data.preparation.preparation_spec import place_of
 from consyn_jax.data.split import TRAIN, VALIDATION
 from consyn_jax.data.store.store_split import StoreSplit
 from consyn_jax.errors import UserError, counted, listed, nearest
@@ -39,7 +40,7 @@ class ConsynDataset:
     `block_size`, `seed` and i. In a pass over all items, every token of the split is a label
     exactly once. A validation split is not shuffled.
 
-    `ConsynTrainer` takes `packed` and `seed`, and shuffles anew in every epoch; its first epoch has
+    `ConsynTrainer` uses `packed` and `seed`, and shuffles anew in every epoch. Its first epoch has
     the order of these items.
 
     Attributes:
@@ -60,7 +61,7 @@ class ConsynDataset:
         return len(self.packed)
 
     def __getitem__(self, i: int) -> Sequences:
-        """Return int32 arrays "input_ids", "labels" and "segment_ids", and "loss_mask", bool.
+        """Return item i: int32 arrays "input_ids", "labels", "segment_ids", and a bool "loss_mask".
 
         Each array has shape [block_size].
         """
@@ -69,7 +70,7 @@ class ConsynDataset:
         return {name: values[0] for name, values in self.rows([i % len(self)]).items()}
 
     def rows(self, indices: Any) -> Sequences:
-        """Return the items `indices`, each in range(len), as arrays [n, block_size]."""
+        """Return the items at n `indices`, each in range(len(self)), as arrays [n, block_size]."""
         return Shuffled(self.packed, self.seed, self.shuffle).at(np.asarray(indices, np.int64))
 
     @property
@@ -79,8 +80,16 @@ class ConsynDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the tokens and their order in the store, which a resumed run compares."""
+        """Hash of the tokens and their order in the store; a resumed run must find the same."""
         return self.prepared.store.fingerprint
+
+    @property
+    def read(self) -> set[str]:
+        """Names of the sources whose documents are in the split, or could be."""
+        by_name = {place_of(source) for source in self.prepared.validation}
+        if by_name and not self.shuffle:
+            return by_name
+        return {place_of(source) for source in self.prepared.used} - by_name
 
     @property
     def num_tokens(self) -> int:
@@ -107,8 +116,8 @@ class MixedDataset:
     """Several datasets as one: mixed by weight in training, concatenated in evaluation.
 
     Args:
-        sources: Name of each dataset, for events and the header of a run -> dataset.
-        weights: Weight of each source; the share of training sequences is proportional to it.
+        sources: The datasets by name. The names appear in events and in the header of a run.
+        weights: Weight of each source. Its share of the training sequences is proportional to it.
         seed: Seed of the order; the seeds of the sources are not used.
 
     Attributes:
@@ -170,7 +179,7 @@ class MixedDataset:
         return len(self._joined)
 
     def rows(self, indices: Any) -> Sequences:
-        """Return the sequences `indices` of the concatenated sources, as arrays [n, block_size]."""
+        """Return the sequences at n `indices` of the joined sources, as arrays [n, block_size]."""
         return self._joined.rows(indices)
 
 
@@ -194,24 +203,24 @@ def get_dataset(
     Args:
         data_path: A file, directory, glob, Hugging Face dataset, token store or "sample", or a list
             of these.
-        tokenizer: A tokenizer, or a value of `--tokenizer`; by default the tokenizer of a token
-            store, or else the default one.
+        tokenizer: A tokenizer, or a value of `--tokenizer`. By default, a token store keeps its
+            tokenizer, and other data gets the default of that flag.
         block_size: Tokens per sequence.
         split: "train", "validation" or "test".
         packing, on_long_rows: Values of the flags of these names. The default (None) does not cut
             rows with prompts.
-        test_fraction: Share of the documents in the split "test".
+        test_fraction: Share of the documents that goes into the split "test".
         options: Other flags of `consyn-prepare` for reading and cleaning, by name.
 
     Returns:
-        A dataset with items {"input_ids", "labels", "segment_ids"}, int32 [block_size], and
-        "loss_mask", bool [block_size]; `labels[t]` is the token after `input_ids[t]`. With
-        row_format="preference", an item has [2 * block_size] elements: the chosen sequence, then
-        the rejected one.
+        A dataset whose items have the arrays "input_ids", "labels" and "segment_ids", int32
+        [block_size], and "loss_mask", bool [block_size]. `labels[t]` is the token after
+        `input_ids[t]`. With row_format="preference", arrays are [2 * block_size]: the chosen
+        sequence, then the rejected one.
 
     Raises:
-        UserError: As in `cached_store.prepare`; or an option or the split is unknown, or the split
-            is empty.
+        UserError: The data cannot be prepared (see `cached_store.prepare`), an option or the split
+            is unknown, or the split is empty.
     """
     choices = {"packing": packing, "on_long_rows": on_long_rows}
     _check_arguments(tokenizer, {"block_size": block_size, "seed": seed}, choices, options)
@@ -233,7 +242,10 @@ def pack_split(
     packing: str | None,
     on_long_rows: str | None,
 ) -> PackedSequences:
-    """Pack a split into sequences, or pairs of sequences, with the arguments of `get_dataset`.
+    """Pack the documents of a split into sequences, or into pairs of sequences.
+
+    Args:
+        packing, on_long_rows: As for `get_dataset`.
 
     Raises:
         UserError: No target is left, because all rows are too long.
@@ -294,6 +306,8 @@ def _split(prepared: Prepared, split: str, paths: Sequence[str]) -> StoreSplit:
     if not documents.num_tokens:
         shares = {TRAIN: "make the other splits smaller"}
         share = shares.get(split, f"raise {split}_fraction")
+        if prepared.used[0].is_store:
+            share = f"prepare it again with consyn-prepare: {share}"
         raise UserError(
             f"The split {split!r} of {', '.join(paths)} has no documents. Give more data, or "
             f"{share}."

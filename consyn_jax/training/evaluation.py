@@ -30,15 +30,15 @@ def compile_evaluation(
     tick: Callable[[], None] = lambda: None,
     base: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[[Params], dict[str, float]]:
-    """Compile the evaluation of a model on `source`, and return it as a function of the parameters.
+    """Compile the evaluation on `source`, and return it as a function of the model's parameters.
 
-    The function returns the metrics of `evaluate` and those of `source.requests`.
+    That function returns the metrics of `evaluate` and those of `source.requests`.
 
     Args:
         batch_size: Sequences per batch.
         length: Tokens per sequence.
         tick: Function that is called for every batch.
-        base: Frozen weights as in `Program.base_like`, for an adapter run.
+        base: Frozen weights of an adapter run, as in `Program.base_like`; empty for other runs.
     """
     step = program.lower_eval_step(batch_size, length).compile()
     rows = local_rows(program.mesh, batch_size)
@@ -67,8 +67,9 @@ def evaluate(
     """Compute metrics over one pass of the batches.
 
     The metrics are `eval/loss` (nats per token), `eval/perplexity`, `eval/accuracy`, `eval/tokens`
-    and `eval/bits_per_byte`. For pairs, they are `eval/` followed by the names in `PairSums.means`.
-    Sums are added in float64 on the host, one batch late, so that the device never waits.
+    and `eval/bits_per_byte`. For pairs, they are `eval/pairs`, `eval/tokens`, and those of
+    `PairSums.means` with the prefix `eval/`.
+    The host adds up the sums in float64, one batch late, so that the device never waits for it.
 
     Args:
         sums_of: Function that returns the loss sums of a batch, on the device.
@@ -89,7 +90,7 @@ def evaluate(
     if pending is not None:
         totals += np.array(jax.device_get(pending), np.float64)
     found = kind(*np.broadcast_to(totals, len(kind._fields)).tolist())
-    if not found.terms:  # 0 / 0 would be taken for a loss that does not improve
+    if not found.terms:  # a loss of 0 / 0 would count as a loss that does not improve
         raise UserError(
             "No token of the evaluation data counts in the loss: all are masked. Check its labels, "
             "loss_mask and attention_mask."

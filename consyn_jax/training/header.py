@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
 
 from consyn_jax.config import RunConfig
 from consyn_jax.data.mixture import Mixture
-from consyn_jax.model.parameters import layout
-from consyn_jax.model_config import LORA_TARGETS, LoraOptions
+from consyn_jax.errors import listed
+from consyn_jax.model.arithmetic import counted_parameters, useful_ranks
+from consyn_jax.model_config import LORA_TARGETS, LoraOptions, ModelConfig
 from consyn_jax.training.logging.console import show
 from consyn_jax.training.optim.groups import describe_groups
 from consyn_jax.training.optim.optimizers import lr_warning
@@ -21,7 +23,7 @@ from consyn_jax.training.run.directory import run_path
 from consyn_jax.training.run.recording import Lengths
 
 Row = tuple[str, str]
-LORA_RATE = 10.0  # of an adapter, in rates of a full fine-tune (Schulman et al., 2025)
+LORA_RATE = 10.0  # best rate of an adapter / best rate of a full fine-tune (Schulman et al., 2025)
 
 
 def header(
@@ -31,7 +33,7 @@ def header(
     notes: Sequence[Row] = (),
     cache_rows: Sequence[Row] = (),
 ) -> list[Row]:
-    """Rows of name and value: the model, the devices and the settings chosen for them, the budget.
+    """Make the header's rows, (name, value): model, devices, chosen settings, and budget of a run.
 
     Args:
         notes: Further rows, about the data.
@@ -39,7 +41,7 @@ def header(
     """
     program, config = built.program, built.program.config
     sizes = (
-        f"{layout(config).num_parameters:,} parameters, {config.num_layers} layers, "
+        f"{counted_parameters(config)}, {config.num_layers} layers, "
         f"{config.hidden_dim} wide, vocabulary {config.vocab_size:,}"
     )
     groups = describe_groups(run.optimizer, program.layout.shapes, program.layout.logical_axes)
@@ -110,7 +112,7 @@ def _objective(run: RunConfig) -> list[Row]:
 
 
 def _shares(lengths: Lengths) -> list[Row]:
-    """Share of each source of a mixture in the sequences of the run."""
+    """Describe how many of the run's sequences each source of a mixture provides."""
     order, total = lengths.order, lengths.total_steps * lengths.sequences_per_step
     if not isinstance(order, Mixture):
         return []
@@ -130,20 +132,51 @@ def show_rates(schedule: optax.Schedule, total_steps: int, path: Path) -> None:
     show(draw_schedule(schedule, total_steps))
     picture = path / "schedule.png"
     write_schedule_plot(schedule, total_steps, picture)
-    show(f"The learning rate by step; as a picture: {picture}.")
+    show(f"This is the learning rate by step. A picture of it is in {picture}.")
+
+
+def _rank_warnings(lora: LoraOptions, config: ModelConfig) -> Iterator[str]:
+    """Warn of a rank that costs memory and time, and lets the adapter express nothing more."""
+    ranks = useful_ranks(config, lora)
+    small = [name for name, rank in ranks.items() if lora.rank > rank]
+    if small:
+        names = listed([name for name in LORA_TARGETS if name.removesuffix("_proj") in small], 7)
+        yield (
+            f"--lora_rank {lora.rank} is more than an update of {names} can have: their shorter "
+            f"side is {min(ranks.values())}. Lower --lora_rank; the usual ones are 8 to 64."
+        )
+
+
+def unused_evaluations(
+    has_data: bool, run: RunConfig, origins: Mapping[str, str], callbacks: Sequence[Any]
+) -> list[str]:
+    """Warnings about settings of a run from Python that have no effect without evaluation data."""
+    steps = run.evaluation.eval_steps
+    unused = [f"eval_steps={steps}"] if steps and origins["eval_steps"] == "keyword" else []
+    heard = [type(each).__name__ for each in callbacks if hasattr(each, "on_evaluate")]
+    unused += [f"{name}.on_evaluate" for name in heard]
+    if has_data or not unused:
+        return []
+    return [
+        f"{' and '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect without "
+        "evaluation data. Pass it as eval_dataloader, for example get_dataset(PATH, "
+        "split='validation')."
+    ]
 
 
 def warnings(run: RunConfig, built: Built, lengths: Lengths) -> Iterator[str]:
-    """Warnings about settings that are allowed, but rarely intended."""
+    """Yield warnings about settings that are allowed, but rarely intended."""
     rule, from_weights = run.optimizer.optimizer, run.model.checkpoint is not None
     factor = LORA_RATE if run.lora.is_used else 1.0
     if warning := lr_warning(run.optimizer.lr or 0.0, rule, from_weights, factor):
         yield warning
+    if run.lora.is_used:
+        yield from _rank_warnings(run.lora, built.program.config)
     if built.attention.backend == "xla" and jax.default_backend() == "gpu":
         yield f"Attention falls back to XLA: {built.attention.reason}."
     batch_size, epoch = run.budget.batch_size, lengths.sequences_per_epoch
     if run.budget.total_tokens is None and epoch is not None and batch_size > epoch:
         yield (
-            f"One batch of {batch_size} sequences is more than the whole data, which has {epoch}. "
-            "Lower --batch_size, or each step learns some of them twice."
+            f"One batch has {batch_size} sequences, but the whole data has only {epoch}, so each "
+            "step trains on some of them twice. Lower --batch_size."
         )

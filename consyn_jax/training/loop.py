@@ -50,10 +50,10 @@ from consyn_jax.training.step import Batch, Metrics, TrainState
 
 
 class Training:
-    """One call of `train`.
+    """A training run: the work of one call of `ConsynTrainer.train`.
 
     Args:
-        stack: Closes the resources of the run, however the run ends.
+        stack: Stack that closes the resources of the run, however the run ends.
     """
 
     def __init__(self, inputs: RunInputs, stack: ExitStack) -> None:
@@ -98,10 +98,10 @@ class Training:
             return Outcome(beginning.recorded_summary(self.path / "metrics.jsonl"), None, run)
         compiler = ThreadPoolExecutor(1, "compiler")
         self.stack.callback(compiler.shutdown)
-        # It compiles while the state is made or read.
+        # Compile the train step while the state is created or restored.
         compiling = compiler.submit(compile_to_fit, run, self.inputs.compile_train_step)
         state = self._begin()
-        # A run that ended between its last checkpoint and its model has no step left.
+        # No step is left if an earlier start saved its last checkpoint but did not write the model.
         if not after_evaluation.is_over(self.progress, self.total_steps, run.evaluation):
             state = self._train(state, compiling)
         return self._finish(state)
@@ -132,7 +132,7 @@ class Training:
             origin = Path(inputs.run.saving.output) / CHECKPOINTS
             state, self.progress = beginning.branch(origin, decay_from, like, self.progress)
         else:
-            gather("begins")  # Gloo compares a caller's model, and waits only briefly
+            gather("begins")  # else Gloo's comparison of a caller's model could time out
             state = self.program.initial_state(inputs.make_parameters(self.program.mesh))
         self.facts = write_beginning(inputs, self.opened, self.progress.step)
         self.progress.run = self.directory.record.run
@@ -156,8 +156,8 @@ class Training:
         self.run_config, train_step = compiling.result()
         self.report.config = flat(self.run_config)
         beginning.report_smaller_batches(self.inputs.run, self.run_config, self.console)
-        gather("compiled")  # a collective waits only for a short time
-        gc.freeze()  # a collection would look through a million objects of imports, for 0.2 s
+        gather("compiled")  # else the step's collectives could time out while others compile
+        gc.freeze()  # else each collection takes 0.2 s for a million objects of imported modules
         self.stack.callback(gc.unfreeze)
         params = state.params if self.resumed is None else None
         calls = self.directory.check, self._end_at_a_signal, self.console.note
@@ -169,9 +169,9 @@ class Training:
         tokens = self.inputs.lengths.sequences_per_step * length / jax.device_count()
         shape = self.program.config, self.run_config.length, self.run_config.lora
         flops = train_flops_per_token(*shape) * tokens
-        peak = bf16_peak(jax.local_devices()[0].device_kind)
-        self.profile.program = profile.CompiledStep(train_step.as_text, flops, peak)
-        self.recorder.stopwatch = Stopwatch(flops, peak)
+        kind = jax.local_devices()[0].device_kind
+        self.profile.program = profile.CompiledStep(train_step.as_text, flops, kind)
+        self.recorder.stopwatch = Stopwatch(flops, bf16_peak(kind))
         like = self.program.batch_like((accumulation, batch_size, length), TRAIN_AXES)
         with prefetch(
             batches,
@@ -180,8 +180,8 @@ class Training:
         ) as ready:
             try:
                 return self._loop(state, train_step, ready, like)
-            finally:  # before `prefetch` waits for its thread, which may be waiting for data
-                source.close()
+            finally:
+                source.close()  # else `prefetch` would join a thread that may wait for data
 
     def _loop(
         self,
@@ -190,7 +190,7 @@ class Training:
         ready: prefetch[Any],
         like: dict[str, Any],
     ) -> TrainState:
-        """Run steps; the metrics of each step are read while the device computes the next one."""
+        """Run steps, and read each step's metrics while the device computes the next step."""
         step = self.progress.step
         pending: tuple[Metrics, Batch] | None = None
         self.coordinator.restart_save_clock()
@@ -212,7 +212,7 @@ class Training:
             if due.is_due:
                 self._record(pending, state, ready.wait_s)
                 pending = None
-                if self.progress.step < step:  # idle: the last step did not count
+                if self.progress.step < step:  # the last step was idle, and does not count
                     step, due = self.progress.step, StepEnd(stop=True)
                 state, is_over = self._end_step(state, due)
                 if is_over:
@@ -263,7 +263,7 @@ class Training:
         if is_stopped:
             after_evaluation.record_stop(self.recorder, self.total_steps)
         ends = is_early_stop or is_stopped
-        # A signal may have come since the plan was made.
+        # A signal may have arrived after `due` was planned.
         saves = due.save or ends or self.coordinator.stop_signal is not None
         if saves:
             with profile.activity(SAVING):
@@ -313,12 +313,12 @@ class Training:
         self.watchdog.at(SAVING, self.progress.step)
         self.coordinator.restart_save_clock()
         self.directory.check()
-        if self.progress.step in self.checkpoints.steps():  # a signal came right after it
+        if self.progress.step in self.checkpoints.steps():  # a signal arrived right after saving
             return
         self.checkpoints.save(self.progress.step, state, asdict(self.progress), self.recorder.save)
 
     def _end_of_data(self, state: TrainState) -> TrainState:
-        if self.coordinator.stop_signal is not None:  # it came during the wait for the next batch
+        if self.coordinator.stop_signal is not None:  # a signal ended the wait for a batch
             self.checkpoints.wait()
             self._save(state)
             self._raise_if_stopped()
@@ -355,12 +355,12 @@ class Training:
         if self.writes and inputs.exports_model:
             if text:
                 self.console.sample(text)
-            told = ending.closing_lines(self.path, inputs.run, inputs.origins, recorder)
-            self.console.finish(told)
+            known = inputs.run, inputs.origins, recorder, inputs.tokenizer
+            self.console.finish(ending.closing_lines(self.path, *known))
         return Outcome(recorder.summary(), params, self.run_config)
 
     def _sample(self, params: Params) -> str:
-        """Generate a sample text with the model, and store it; nothing without a tokenizer."""
+        """Generate and store a sample text; "" without a tokenizer or if no model is exported."""
         inputs, began = self.inputs, time.perf_counter()
         if inputs.tokenizer is None or not inputs.exports_model:
             return ""
@@ -372,14 +372,14 @@ class Training:
     def _sample_in_time(self, params: Params) -> None:
         """Generate a sample after an evaluation, unless samples take too much of the run's time."""
         if self.progress.step == self.total_steps or self.inputs.tokenizer is None:
-            return  # the end has a sample of its own
+            return  # `_finish` generates the last sample
         if beginning.from_first(self.report.time_for_sample):
             self.watchdog.at(EVALUATING, self.progress.step)
             self._sample(params)
 
     def _final_params(self, state: TrainState) -> tuple[Params, int]:
-        """The parameters for final/ and their step: the last, or the best if requested."""
-        gather("written")  # by process 0
+        """Return the parameters for final/ and their step: the newest, or the best if requested."""
+        gather("written")  # process 0 must have written best/
         best = ending.best_model(self.path, self.inputs.run.evaluation, self.recorder)
         if best is not None:
             step = self.progress.selection.best_step or self.progress.step

@@ -1,7 +1,7 @@
 """Next-token cross-entropy: a readable reference, and the fused implementation for training.
 
 All functions return sums and counts, so that the caller divides once. The fused implementation
-computes a chunk's gradients while its logits are in memory; the backward pass scales them.
+computes gradients while a chunk's logits are in memory. Its backward pass only scales them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from consyn_jax.distributed.mesh import mesh_sizes, on_each_device, split_axes
 from consyn_jax.model.arithmetic import LOGITS_AT_ONCE, chunk_tokens, logits_at_once
 from consyn_jax.model.embedding import sum_over_tokens
 
-# Factor for gradients of logits in float16 (6e-8 to 65,504); most of them are small probabilities.
+# In float16 (6e-8 to 65,504), logit gradients are multiplied by this, because most are tiny.
 FLOAT16_LIFT = 2.0**12
 
 
@@ -35,7 +35,7 @@ class LossSums(NamedTuple):
         return self.tokens
 
     def means(self, terms: Any) -> dict[str, Any]:
-        """The metrics of training, as means over `terms` terms."""
+        """Return the training metrics, as means over `terms` terms."""
         return {"loss": self.nll / terms}
 
 
@@ -46,7 +46,7 @@ class LogitStatistics(NamedTuple):
         top: The largest logit.
         log_z: Logarithm of the sum of the exponentials of all logits.
         label: The logit of the label.
-        mean: Mean of the logits over the vocabulary; zero without `Extras`.
+        mean: Mean of the logits over the vocabulary; zero unless training uses `Extras`.
     """
 
     top: Float[Array, " n"]
@@ -59,9 +59,9 @@ class Chunks(NamedTuple):
     """Size of the chunks of logits, and their layout in memory.
 
     Attributes:
-        elements: Most logits in memory on one device; 0 for the limit of `logits_at_once`.
+        elements: Maximum number of logits in memory on a device; 0 to use `logits_at_once`.
         vocab_first: Whether logits are [V, n] rather than [n, V].
-        kernel: Whether training uses the fused GPU kernel if a device has the whole vocabulary.
+        kernel: Whether training uses the fused GPU kernel where the vocabulary is not sharded.
         head_is_frozen: Whether the output embedding (the head) needs no gradient.
         gpu_bytes: Memory of the GPU; 0 if unknown.
     """
@@ -144,9 +144,9 @@ def head_loss(
     """Cross-entropy of the logits `x @ head.T`, for the first `vocab_size` rows of the head.
 
     Only `nll` of the result is differentiable. Matmuls run in the dtype of `x`; sums and the
-    softmax are float32. Besides its results, a device that computes in bfloat16 needs memory for
-    another copy of the head, and 6 bytes per logit of a chunk (tests/planning). The head's float32
-    gradient is in memory from the forward pass on.
+    softmax are float32. In bfloat16, a device needs memory for the results, for a copy of the head,
+    and for 6 bytes per logit of a chunk (tests/planning). The head's float32 gradient stays in
+    memory from the forward pass on.
     """
     nll, sums = head_objective(x_BTD, head_VD, labels_BT, mask_BT, vocab_size, Extras(), chunks)
     return sums._replace(nll=nll)
@@ -162,7 +162,7 @@ def head_objective(
     extras: Extras,
     chunks: Chunks = CHUNKS,
 ) -> tuple[Float[Array, ""], LossSums]:
-    """The training objective summed over tokens, and the sums of the plain loss.
+    """Compute the training objective, summed over tokens, and the sums of the plain loss.
 
     Only the objective is differentiable. Memory use is as in `head_loss`.
     """
@@ -209,7 +209,7 @@ def on_mesh(
     """Compute the objective, its sums, and the gradients of `x` and `head`, on the current mesh.
 
     Args:
-        mask: True for targets, or a weight per token.
+        mask: Boolean mask of the targets, or a weight per token.
     """
     tokens, hidden, weights = ("batch", "sequence"), ("batch", "sequence", None), ("vocab", "embed")
     of_head = None if chunks.head_is_frozen else weights
@@ -233,14 +233,14 @@ def _on_device(x, head, labels, mask, *, sizes, vocab_size, extras, chunks, with
     """Compute sums over all devices, and this device's shards of the gradients."""
     token_axes = split_axes(sizes, "batch", "sequence")
     weight, vocab = gathered_head(x, head, sizes, vocab_size, chunks)
-    # float16 would lose the smallest gradients; the loss scale is applied in the backward pass
+    # In float16, the smallest gradients would underflow, as the loss scale is applied only later.
     dx_dtype = jnp.float32 if x.dtype == jnp.float16 else x.dtype
     kernel = chunks.kernel and with_gradients and not vocab.mesh_axes
     chunk = partial(
         _chunk,
         vocab=vocab,
         extras=extras,
-        dx_dtype=jnp.float32 if vocab.mesh_axes else dx_dtype,  # rounded after it is summed
+        dx_dtype=jnp.float32 if vocab.mesh_axes else dx_dtype,  # rounded after the psum below
         kernel=kernel,
         with_gradients=with_gradients,
         frozen=chunks.head_is_frozen,
@@ -264,7 +264,7 @@ def _on_device(x, head, labels, mask, *, sizes, vocab_size, extras, chunks, with
 
 
 def gathered_head(x, head, sizes: dict[str, int], vocab_size: int, chunks: Chunks):
-    """Gather the head's columns, cast to the dtype of `x`; also return this device's vocabulary."""
+    """Return the head with all columns in the dtype of `x`, and this device's `Vocabulary`."""
     weight, mesh_axes = head.astype(x.dtype), split_axes(sizes, "vocab")
     if embed_axes := split_axes(sizes, "embed"):
         weight = jax.lax.all_gather(weight, embed_axes, axis=1, tiled=True)
@@ -300,7 +300,7 @@ def _over_chunks(chunk, weight_VD, x_nD, labels_n, mask_n, elements):
 def _chunk(
     weight_VD, x_nD, labels_n, mask_n, *, vocab, extras, dx_dtype, kernel, with_gradients, frozen
 ):
-    """Return (loss sums of a chunk, its extra terms or None), gradients of (x, head)."""
+    """Return ((loss sums, penalty or None), gradient of x, gradient of the head) of a chunk."""
     logits_nV = logits_of(weight_VD, x_nD, vocab)
     lift = FLOAT16_LIFT if x_nD.dtype == jnp.float16 else 1.0
     if kernel:
@@ -359,7 +359,7 @@ def softmax(logits_nV, labels_n, vocab: Vocabulary, with_mean: bool):
 
 
 def _label_logits(logits_nV, labels_n, vocab: Vocabulary):
-    """Look up each token's label logit, without a pass over all logits; zero on other devices."""
+    """Look up the logit of each token's label; zero if the label is on another device."""
     place_n = labels_n - vocab.words_V[0]
     here_n = (place_n >= 0) & (place_n < vocab.words_V.size)
     label_logit_n = jnp.take_along_axis(
@@ -382,8 +382,8 @@ def _logit_gradient(share_nV, statistics, labels_n, vocab: Vocabulary, extras: E
 
 def _loss_sums(statistics: LogitStatistics, mask_n: jax.Array, vocab_size: int) -> LossSums:
     nll_n = statistics.log_z - statistics.label
-    # A prediction is a largest logit whose probability is above 1 / V. If all logits are equal, as
-    # with an output embedding of zeros, nothing is predicted.
+    # A label is predicted if its logit is the largest and its probability is above 1 / V. So equal
+    # logits, as with an output embedding of zeros, predict nothing.
     is_largest_n = statistics.label >= statistics.top
     correct_n = is_largest_n & (nll_n < math.log(vocab_size) * (1 - 1e-6)) & mask_n
     return LossSums(

@@ -1,4 +1,4 @@
-"""The tokenizer of a run from Python, and the ids that begin, end and pad documents."""
+"""Choose the tokenizer of a run from Python, and the ids that begin, end and pad documents."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def model_tokenizer(model: Any, made_by: BPETokenizer | None) -> BPETokenizer | 
     if own.sha256 != made_by.sha256:
         raise UserError(
             f"The data was made with another tokenizer than the model in {model.source}. Pass "
-            "tokenizer=model.tokenizer to get_dataset, or name the other one with tokenizer= here."
+            "tokenizer=model.tokenizer to get_dataset, or the data's tokenizer to ConsynTrainer."
         )
     return own
 

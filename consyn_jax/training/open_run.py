@@ -62,18 +62,18 @@ class RunInputs:
         derived: Values that follow from flags and data, by their names in config.yaml.
         header: Rows to print before the run begins.
         warnings: Warnings to print before the run begins.
-        make_parameters: Function that makes the parameters to train on a mesh; the state takes them
-            over.
-        make_base: Function that makes the frozen weights of an adapter run, which every batch
-            includes; otherwise it returns an empty dict.
+        make_parameters: Function that makes the trainable parameters, placed on a mesh. The
+            training state then owns them.
+        make_base: Function that returns the frozen weights of an adapter run, which are added to
+            every batch; an empty dict for other runs.
         files: Format in which best/ and final/ are written and read.
         compile_train_step: Function that compiles the train step of `run`, or of the same run in
             smaller micro-batches.
         callbacks: Functions that make the user's callbacks.
-        signals: Record of received signals, if the process does more than this run.
+        signals: Record of received signals, if the process already keeps one; otherwise None.
         exports_model: Whether the run writes best/, final/ and loss.png, and generates samples.
-        began: `time.perf_counter()` at the beginning of this start, before the preparation of data
-            and model; the time of the run counts from there.
+        began: `time.perf_counter()` when this start began, before it prepared data and model. The
+            run's time counts from then.
     """
 
     run: RunConfig
@@ -128,7 +128,7 @@ class OpenRun:
     coordinator: StopCoordinator
 
     def before_commit(self, recorder: Recorder) -> None:
-        """Write the log and the choice of kernels before a checkpoint or a model gets its name."""
+        """Flush the log and save the kernel choices, before a checkpoint or model is committed."""
         self.directory.check()
         recorder.flush()
         if self.writes:
@@ -136,7 +136,7 @@ class OpenRun:
 
 
 def write_beginning(inputs: RunInputs, opened: OpenRun, step: int) -> RunFacts | None:
-    """Write the files that must exist before the first step; called in the process that writes.
+    """Write the files that must exist before the first step, if this process writes.
 
     Args:
         step: Step from which the run starts or resumes.
@@ -179,25 +179,23 @@ def open_records(
 
     Args:
         facts: Provenance facts of the run; None in processes that do not write.
-        stack: Closes the resources and writes the final page, however the run ends.
+        stack: Stack that closes the resources and writes the final page, however the run ends.
 
     Returns:
-        The recorder and the page; and details of lost log lines, for the event `resume`.
+        The recorder, the page, and details of lost log lines for the event `resume`.
     """
     run, path, warn = inputs.run, opened.directory.path, opened.console.warn
-    log = None
-    lines: list[dict[str, Any]] = []
+    log, lines = None, list[dict[str, Any]]()
     lost_lines: dict[str, int] = {}
     activities = ActivityClock()
     if opened.writes:
-        log = stack.enter_context(
-            MetricsLog(path, opened.directory.check_for_line, warn, inputs.began)
-        )
+        log = MetricsLog(path, opened.directory.check_for_line, warn, inputs.began)
+        stack.enter_context(log)
         step = -1 if resumed is None else resumed
         lost_lines = beginning.rewind(log, opened.directory, step, warn)
         lines = read_metrics(log.path)
         earlier = earlier_activities(lines)
-        # The log's clock began with the preparation of data and model.
+        # The log's clock includes the preparation of data and model, which counts as "other".
         since = log.time_s - sum(earlier.values())
         activities.begin(earlier | {"other": earlier.get("other", 0.0) + since})
     if inputs.exports_model:
@@ -259,7 +257,7 @@ def _advised(inputs: RunInputs) -> RunSettings:
 
 
 def _measure(recorder: Recorder, inputs: RunInputs, opened: OpenRun) -> None:
-    """Let the recorder see writes, clocks and, if they are wanted, histograms."""
+    """Give the recorder access to checkpoint writes, GPU clocks and, if requested, histograms."""
     checkpoints = opened.checkpoints
     recorder.writes = lambda: [(each.num_bytes, each.seconds) for each in checkpoints.written]
     recorder.clocks = ClockWatch(gpus_in_use())
@@ -270,7 +268,7 @@ def _measure(recorder: Recorder, inputs: RunInputs, opened: OpenRun) -> None:
 
 
 def _enter(activities: ActivityClock, console: Console, phase: str) -> None:
-    """Count and display that the run enters a phase of the watchdog."""
+    """Start to count the time of a phase of the watchdog, and display the phase."""
     activities.enter(phase)
     console.enter("" if phase in (STEPPING, WAITING) else phase, is_told=phase == COMPILING)
 
@@ -282,7 +280,8 @@ def open_run(inputs: RunInputs, stack: ExitStack) -> OpenRun:
         UserError: The processes of the run differ, or the run directory does not fit the run.
     """
     saving, logging = inputs.run.saving, inputs.run.logging
-    derived = gather(json.dumps(describe_derived(inputs.derived)))  # the slowest prepares its data
+    # This waits until every process has prepared its data.
+    derived = gather(json.dumps(describe_derived(inputs.derived)))
     refuse_differences([json.loads(text) for text in derived])
     writes = jax.process_index() == 0
     remote, fetch = open_remote(inputs.run, inputs.derived, stack) if writes else NO_REMOTE
@@ -295,8 +294,8 @@ def open_run(inputs: RunInputs, stack: ExitStack) -> OpenRun:
     )
     if directory.is_adopted:
         console.note(
-            f"The run in {path} was started by a version that gave runs no identity; it gets one "
-            "now."
+            f"The run in {path} was started by a version that gave runs no identity, so it gets "
+            "one now."
         )
     if remote is not None:
         keep, say = (saving.keep_last, saving.keep_every), (console.warn, console.note)

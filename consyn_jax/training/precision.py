@@ -72,7 +72,7 @@ def choose_precision(
         return _fp8(device, platform, compute_capability)
     best, reason = _best(device, platform, compute_capability)
     if wanted not in ("auto", best):
-        usual = f"{jnp.dtype(_DTYPES[best]).name} is what {device} does well"
+        usual = f"the default for {device} is {jnp.dtype(_DTYPES[best]).name}"
         reason = f"as requested; {reason if best == 'no' else usual}"
     dtype = _DTYPES[best if wanted == "auto" else wanted]
     weights = "" if dtype == jnp.float32 else " over float32 weights"
@@ -82,7 +82,7 @@ def choose_precision(
 def _best(device: str, platform: str, compute_capability: str) -> tuple[str, str]:
     """Return the best value of `--mixed_precision` for a device, and the reason."""
     if platform == "tpu":
-        return "bf16", f"{device} multiplies it at full rate"
+        return "bf16", f"{device} multiplies bfloat16 at full rate"
     major = int(compute_capability.split(".")[0]) if compute_capability[:1].isdigit() else 8
     if platform not in ("gpu", "cuda"):
         return "no", f"{device} gains nothing from a narrower type"
@@ -125,7 +125,7 @@ class ScaledState(NamedTuple):
     """The state of an optimizer, with a loss scale.
 
     Attributes:
-        scale: Factor of the mean loss in the backward pass.
+        scale: Factor by which the mean loss is multiplied in the backward pass.
         good_steps: Number of consecutive steps with finite gradients since the scale changed.
         skipped_steps: Number of steps so far whose update was skipped.
     """
@@ -184,7 +184,7 @@ def make_scaled_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         before: Any = state.opt_state
-        # The objective is a sum over tokens or pairs; the scale is that of the mean.
+        # The objective is a sum over tokens or pairs, but the scale is for their mean.
         factor = before.scale / jnp.maximum(num_terms(batch), 1.0)
         step = make_train_step(_scaled(objective, factor), optimizer, max_grad_norm)
         after, metrics = step(state, batch)

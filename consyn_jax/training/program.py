@@ -1,7 +1,7 @@
 """The programs of a run: model, loss and train step, combined and ready to compile.
 
-No device is needed: on a mesh of described devices, the same programs can be compiled for a machine
-that is not present.
+The devices need not be present: on a mesh of described devices, the programs can be compiled for
+another machine.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ from consyn_jax.training.step import (
     with_dropout,
 )
 
-PAIR_DTYPES = {CHOSEN_REFERENCE: jnp.float32, REJECTED_REFERENCE: jnp.float32}  # of each row
+# Arrays of a batch of pairs with one value per row.
+PAIR_DTYPES = {CHOSEN_REFERENCE: jnp.float32, REJECTED_REFERENCE: jnp.float32}
 BATCH_DTYPES = {
     "input_ids": jnp.int32,
     "labels": jnp.int32,
@@ -81,9 +82,9 @@ BATCH_DTYPES = {
 _Parts = tuple[Any, Any, Any, Any, int]
 TRAIN_AXES = (None, "batch", "sequence")  # [A, B, T]
 EVAL_AXES = ("batch", "sequence")  # [B, T]
-# The blocks of models with up to this many layers are unrolled; for deeper ones, compiling would
-# take too long. Unrolled, a step is a fifth faster on CPUs, and on GPUs the saved activations need
-# not be copied into one array for all layers and back.
+# The loop over blocks is unrolled up to this many layers; deeper models take too long to compile.
+# Unrolling makes a step a fifth faster on CPUs. On GPUs it avoids copying the saved activations of
+# all layers into one array and back.
 UNROLLED_LAYERS = {"cpu": CPU_UNROLLED_LAYERS, "gpu": 24}
 
 
@@ -98,7 +99,7 @@ class Program:
         seed: Random seed of dropout.
         max_nonfinite_steps: Number of consecutive non-finite steps after which the state is frozen.
         host_moments: Whether the moments are in host memory (training/optim/offload.py).
-        schedule: Learning-rate schedule, for `learning_rate`; None if updates need not be counted.
+        schedule: Learning-rate schedule, for `learning_rate`; None if the step counts no updates.
         lora: Options of an adapter. If one is used, the parameters are those of the adapter, and
             every batch includes the frozen weights as `BASE`.
         base_types: Dtypes of the frozen weights; None without an adapter.
@@ -154,7 +155,7 @@ class Program:
 
     @cached_property
     def learning_rate(self) -> Callable[[int], float]:
-        """The schedule's learning rate after a number of updates."""
+        """Function that returns the schedule's learning rate after a number of updates."""
         assert self.schedule is not None
         return RatesAhead(self.schedule)
 
@@ -162,7 +163,7 @@ class Program:
     def chunks(self) -> Chunks:
         """The layout of the logits that suits the devices.
 
-        CPUs only simulate narrow dtypes, and XLA may lack such matmuls in the CPU's layout.
+        `CPU_CHUNKS` is for float32 only: in its layout, XLA may lack matmuls of narrower dtypes.
         """
         device = self.mesh.devices.flat[0]
         is_plain_cpu = device.platform == "cpu" and self.compute.dtype == jnp.float32
@@ -178,11 +179,11 @@ class Program:
 
     @property
     def batch_dtypes(self) -> dict[str, Any]:
-        """Dtypes of a batch's arrays: one value per token, or per row in `PAIR_DTYPES`."""
+        """Dtypes of a batch's arrays; those in `PAIR_DTYPES` have one value per row."""
         return BATCH_DTYPES | (PAIR_DTYPES if self.trains_on_pairs else {})
 
     def _parts(self, params: Params, batch: Batch, base: Any, dropout: Any = None) -> _Parts:
-        """Compute the arguments of losses: hidden states, head, labels, mask, vocabulary size."""
+        """Compute what losses take: hidden states, head, labels, mask, and vocabulary size."""
         whole = self.whole(params, base, batch.get("dropout_key"))
         model: Decoder = nnx.merge(self.layout.graphdef, whole)
         x_BTD = model.hidden(batch["input_ids"], batch["segment_ids"], self.compute, dropout)
@@ -237,8 +238,8 @@ class Program:
         """Create the state of step 0 with these parameters, which must not be used afterwards."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_like)
         opt_state = new_state(self.rule, params, shardings.opt_state, self.host_moments)
-        # With several processes, `device_put` compares them first, and the other one may still be
-        # compiling for longer than Gloo waits.
+        # `device_put` would compare the values across processes. While another process compiles,
+        # that comparison could time out in Gloo.
         step, nonfinite = jax.jit(
             lambda: (jnp.int32(0), jnp.int32(0)),
             out_shardings=(shardings.step, shardings.nonfinite),
@@ -246,17 +247,17 @@ class Program:
         return TrainState(step, params, opt_state, nonfinite)
 
     def step(self, rule: optax.GradientTransformation, max_grad_norm: Number) -> Step:
-        """Make the train step with an update rule, without the skipping of non-finite steps.
+        """Make the train step with an update rule; it does not skip non-finite steps.
 
         Args:
-            rule: Update rule; for float16, its state is a `ScaledState`.
+            rule: Update rule. If the run computes in float16, its state must be a `ScaledState`.
         """
         is_scaled = self.compute.dtype == jnp.float16
         make = make_scaled_train_step if is_scaled else make_train_step
         return self._of_objective(lambda objective: make(objective, rule, max_grad_norm))
 
     def _of_objective(self, make: Callable[[Objective], Step]) -> Step:
-        """Make a step with an objective that gets the frozen weights and dropout keys, if any."""
+        """Make a step that passes frozen weights and dropout keys to the objective, if needed."""
         step = make(self.objective)
         if self.lora.is_used:
 
@@ -282,18 +283,18 @@ class Program:
     def lower_train_step(
         self, accumulation: int, batch_size: int, length: int
     ) -> jax.stages.Lowered:
-        """Lower the train step for a batch."""
+        """Lower the train step for batches [accumulation, batch_size, length]."""
         batch = self.batch_like((accumulation, batch_size, length), TRAIN_AXES) | self.base_like
         if is_shared(self.mesh):
             batch |= {SIGNALS: signals_like(self.mesh)}
         return self.lower_step(self.train_step(), batch)
 
     def lower_step(self, step: Step, batch: Batch) -> jax.stages.Lowered:
-        """Lower a step with compiler settings for the mesh's devices; the state is donated."""
+        """Lower a step, which donates the state, with compiler settings for the mesh's devices."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_like)
         options = compiler_options(list(self.mesh.devices.flat)) or None
         out = shardings, None
-        # Random bits depend on an element's index, and not on the sharding of the array.
+        # Partitionable: random bits depend on an element's index, not on the array's sharding.
         with jax.set_mesh(self.mesh), jax.threefry_partitionable(True):
             jitted = jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
             return jitted.lower(self.state_like, batch)
@@ -344,7 +345,7 @@ def build_program(
     devices: Sequence[Any],
     machine: Machine | None = None,
 ) -> Built:
-    """Build the programs of resolved options on `devices`, which need not be present.
+    """Build the programs for resolved options on `devices`, which need not be present.
 
     Args:
         length: Tokens per sequence.
@@ -355,7 +356,7 @@ def build_program(
         UserError: The mesh, batch or precision does not work on these devices, or no file layout
             can describe the model.
     """
-    family_of(model)  # refuses a model that could not be written at the end
+    family_of(model)  # raises now if the model could not be written at the end
     device, rest = devices[0], (length, machine or this_machine(), lora, regularisation.sequences)
     mesh = choose_run_mesh(model, budget, hardware, optimizer, *rest)
     platform, capability = device.platform, getattr(device, "compute_capability", "")
@@ -384,10 +385,10 @@ def build_program(
 
 
 def _unrolls(platform: str, num_layers: int, remat: str) -> bool:
-    """Whether to unroll the loop over the blocks, because this is faster.
+    """Whether to unroll the loop over the blocks, which is faster but takes longer to compile.
 
-    With recomputation, unrolling gains too little on GPUs. For TPUs it was never measured, and the
-    compiler takes several times as long.
+    On GPUs, unrolling gains too little if activations are recomputed. On TPUs, the gain has not
+    been measured, and compiling takes several times as long.
     """
     if platform == "cpu":
         return num_layers <= UNROLLED_LAYERS["cpu"]

@@ -1,4 +1,4 @@
-"""The mesh of a run: as its flags specify, or the best one for the machine."""
+"""The mesh of a run: as `--mesh` specifies, or the best mesh for the machine."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from consyn_jax.training.runtime.memory import device_bytes
 def this_machine() -> Machine:
     """Describe this machine as JAX sees it; all processes get the same answer.
 
-    A host is a group of devices with fast links, which several processes may share. The result is
-    cached, because all processes must gather in the same order, and programs are compiled in
-    several threads.
+    A host is a group of devices with fast links; several processes may share it. The result is
+    cached, because threads that compile programs call this function at any time, while `gather`
+    must be called in the same order in all processes.
     """
     hosts = len({getattr(device, "slice_index", 0) for device in jax.devices()})
-    if jax.device_count() % hosts:  # hosts that are not alike
+    if jax.device_count() % hosts:  # hosts of different sizes count as one
         hosts = 1
     memory_bytes = device_bytes()
     if hosts > 1:
-        # Drivers leave a little more or less free, and all processes must choose the same mesh.
+        # Free memory differs a little by host, but all processes must choose the same mesh.
         memory_bytes = min(map(int, gather(str(memory_bytes))))
     name = "slice" if jax.devices()[0].platform == "tpu" else "host"
     return Machine(hosts, jax.device_count() // hosts, memory_bytes, name)
@@ -46,7 +46,7 @@ def choose_run_mesh(
     lora: LoraOptions = NO_LORA,
     sequences: int = 1,
 ) -> MeshChoice:
-    """Choose the mesh of a run on `machine`: the value of `--mesh`, or for `--mesh auto` the best.
+    """Choose the mesh of a run on `machine`: the value of `--mesh`, or the best for "auto".
 
     Args:
         length: Tokens per row.
@@ -57,14 +57,15 @@ def choose_run_mesh(
     """
     devices = machine.hosts * machine.per_host
     batch_size, accumulation = budget.batch_size, budget.gradient_accumulation_steps
-    if hardware.auto_batch:  # the mesh must not change when the batch does
+    if hardware.auto_batch:  # the mesh must not change when --auto_batch changes the batch
         batch_size, accumulation = devices, 2
     moments = optimizer.moment_bytes if hardware.optimizer_memory == "device" else 0
     remat = hardware.gradient_checkpointing
 
     def needed_bytes(sizes: dict[str, int]) -> int:
         batch = (batch_size, accumulation, length)
-        # The machine's own memory differs a little from that of the table; the chunks do not.
+        # Training reads the GPU's memory from a table to choose the size of loss chunks. The
+        # measured memory differs a little from the table, but gives chunks of the same size.
         return estimate_memory(
             model, sizes, *batch, remat, moments, lora, machine.memory_bytes
         ).total

@@ -32,7 +32,7 @@ class TrainState(NamedTuple):
 
 # input_ids, labels, segment_ids and loss_mask, each [A, B, T]: A micro-batches of B sequences.
 Batch = dict[str, Any]
-BASE = "base"  # in a batch of a run that trains an adapter: the frozen weights under it
+BASE = "base"  # key of the frozen weights in the batches of a run that trains an adapter
 Metrics = dict[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 Sums = LossSums | PairSums
@@ -40,8 +40,8 @@ Sums = LossSums | PairSums
 # sums to report.
 Objective = Callable[[Params, Batch], tuple[Float[Array, ""], Sums]]
 # Maps (summed gradients, factor, state, the step's metrics so far) to new parameters and optimizer
-# state. The factor makes the sums clipped means; it is applied where the gradients are used, so
-# that they are not written again.
+# state. The gradients times the factor are clipped means. The update multiplies them where it reads
+# them, which saves writing them to memory once more.
 Update = Callable[[Params, Float[Array, ""], TrainState, Metrics], tuple[Params, optax.OptState]]
 
 Number = float | Float[Array, ""]  # a constant of the program, or one of its arguments
@@ -72,9 +72,9 @@ def clip_factor(norm: Float[Array, ""], max_norm: Number) -> Float[Array, ""]:
 def accumulate(objective: Objective, params: Params, batch: Batch) -> tuple[Any, Params]:
     """Sum the loss and the gradients of the objective over micro-batches, one at a time.
 
-    This needs memory for one set of gradients. Divide both sums by the total number of target
-    tokens (or pairs): each of these then has the same weight, however padding is distributed over
-    the micro-batches.
+    This needs memory for one set of gradients. The caller divides both sums by the total number of
+    target tokens (or pairs), so that each token has the same weight, however padding is distributed
+    over the micro-batches.
     """
     first = jax.tree.map(lambda x: x[0], batch)
     if batch["labels"].shape[0] == 1:
@@ -98,9 +98,10 @@ def accumulate(objective: Objective, params: Params, batch: Batch) -> tuple[Any,
 def make_step(objective: Objective, update: Update, max_grad_norm: Number) -> Step:
     """Make `step(state, batch) -> (state, {"loss", "tokens", "grad_norm", "clipped"})`.
 
-    The loss is in nats per token, or a mean over pairs, which also have other metrics. `grad_norm`
-    is taken before clipping. `clipped` is 1 if the gradients were scaled down, otherwise 0.
-    Wrappers in program.py add `nonfinite`, `updates` and other metrics.
+    The loss is in nats per token. If rows are pairs of answers, it is a mean over pairs, and there
+    are further metrics (`PairSums.means`). `grad_norm` is taken before clipping. `clipped` is 1 if
+    the gradients were scaled down, otherwise 0. Wrappers in program.py add `nonfinite`, `updates`
+    and other metrics.
     """
     largest = max_grad_norm if is_used(max_grad_norm) else jnp.inf
 
@@ -150,6 +151,6 @@ def with_dropout(step: Step, seed: int | UInt[Array, ""]) -> Step:
 def dropout_keys(
     seed: int | UInt[Array, ""], step: int | Int[Array, ""], accumulation: int
 ) -> jax.Array:
-    """Return the keys [A] of the micro-batches in the step after the first `step` steps."""
+    """Return the dropout keys [A] of the micro-batches of the step that follows `step` steps."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT), step)
     return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(accumulation))

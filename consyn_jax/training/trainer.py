@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from consyn_jax.config import RunConfig
 from consyn_jax.distributed.allocators import set_allocators
+from consyn_jax.distributed.compiler import traced_options
 from consyn_jax.errors import Diverged, Interrupted, UserError
 from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.model.given_values import check_tokenizer
@@ -23,8 +24,9 @@ from consyn_jax.model.lora import initial_adapter
 from consyn_jax.model.parameters import Params
 from consyn_jax.model.pretrained.config_json import to_hf_config
 from consyn_jax.model_config import NO_LORA
+from consyn_jax.prepare_config import HOLD_OUT
 from consyn_jax.tokenization import BPETokenizer
-from consyn_jax.training.accepted_data import as_source, check_pairs
+from consyn_jax.training.accepted_data import as_source, check_held_out, check_pairs
 from consyn_jax.training.diagnostics.lr_find import (
     Suggestion,
     check_beginning,
@@ -37,7 +39,7 @@ from consyn_jax.training.diagnostics.lr_find import (
 )
 from consyn_jax.training.diagnostics.profile import check_profile
 from consyn_jax.training.evaluation import compile_evaluation
-from consyn_jax.training.header import header, show_rates, warnings
+from consyn_jax.training.header import header, show_rates, unused_evaluations, warnings
 from consyn_jax.training.inputs.batch_source import described
 from consyn_jax.training.inputs.given import recognise
 from consyn_jax.training.inputs.initial_model import (
@@ -80,11 +82,11 @@ class ConsynTrainer:
             (one document per row), rows or columns with input_ids (a list, a `BatchEncoding`, a
             dataset of torch or datasets), or any iterable of batches, such as a torch DataLoader.
         eval_dataloader: Evaluation data of the same kinds; None for no evaluation.
-        num_epochs, max_steps: Budget; the smaller one counts. 3 epochs if neither is given.
+        num_epochs, max_steps: Budget; the smaller one applies. 3 epochs if neither is given.
         learning_rate: Peak learning rate; by default 5e-5 for adamw.
-        tokenizer: Tokenizer to save and for samples; not needed for data of `get_dataset`.
+        tokenizer: Tokenizer for samples and to save; not needed for data of `get_dataset`.
         run: A resolved configuration and the origins of its values, as `consyn-train` makes them.
-            The other settings are then ignored.
+            All arguments that are settings are then ignored.
         notes: Rows of name and value for the header, which is printed at the start.
         callbacks: Objects with any of the methods of `Callback`.
         settings: Flags of `consyn-train`, by name.
@@ -93,7 +95,7 @@ class ConsynTrainer:
         UserError: A setting or the data is wrong; `train` checks devices and directories.
     """
 
-    began: float | None = None  # `time.perf_counter()` of the run's beginning; None: at `train`
+    began: float | None = None  # `time.perf_counter()` when the run began; None if at `train`
 
     def __init__(
         self,
@@ -116,10 +118,10 @@ class ConsynTrainer:
         train_dataloader = recognise(train_dataloader, "train_dataloader")
         eval_dataloader = recognise(eval_dataloader, "eval_dataloader")
         if run is None:
-            own = [("epochs", num_epochs), ("max_steps", max_steps), ("lr", learning_rate)]
-            given = {"output": output_dir, **{n: v for n, v in own if v is not None}}
-            data = (train_dataloader, eval_dataloader)
-            run = resolve_keywords(model.config, data, given_once(given, settings))
+            check_held_out(train_dataloader, eval_dataloader)
+            own = {"epochs": num_epochs, "max_steps": max_steps, "lr": learning_rate}
+            given = given_once({"output": output_dir, **own}, settings)
+            run = resolve_keywords(model.config, (train_dataloader, eval_dataloader), given)
         (self.run, self.origins), made_by = run, getattr(train_dataloader, "tokenizer", None)
         self.tokenizer = tokenizer or model_tokenizer(model, made_by)
         check_tokenizer(self.tokenizer, model.config.vocab_size)
@@ -144,7 +146,7 @@ class ConsynTrainer:
         lengths = self.run.row_length, self.train_source.sequences
         self.total_steps = count_steps(self.run.budget, self.run.optimizer, *lengths)
         check_profile(self.run.logging.profile_steps, self.total_steps)
-        self._cache_rows: list[tuple[str, str]] = []  # of the header
+        self._cache_rows: list[tuple[str, str]] = []  # header rows about compiled programs
 
     @property
     def sequences_per_step(self) -> int:
@@ -174,10 +176,8 @@ class ConsynTrainer:
             schedule: Learning-rate schedule; None for that of the run.
         """
         if self.eval_source is None and (needs := what_needs_evaluations(self.run)):
-            raise UserError(
-                f"{needs} needs evaluations, and there is no evaluation data. Give some with "
-                f"--validation, or leave {needs} out."
-            )
+            remedy = "Give eval_dataloader." if "keyword" in self.origins.values() else HOLD_OUT
+            raise UserError(f"{needs} needs evaluations, and there is no evaluation data. {remedy}")
         set_allocators()
         self._cache_rows = prepare_caches(run_path(self.run), not self.run.saving.overwrite)
         return self._build(self.run, schedule)
@@ -192,9 +192,10 @@ class ConsynTrainer:
             schedule: As for `build`.
         """
         program = self._build(run, schedule).program
+        is_traced = run.logging.profile_steps is not None
         return program.lower_train_step(
             run.budget.gradient_accumulation_steps, run.budget.batch_size, run.row_length
-        ).compile()
+        ).compile(traced_options(jax.local_devices()) if is_traced else None)
 
     def _build(self, run: RunConfig, schedule: optax.Schedule | None) -> Built:
         return build_program(
@@ -232,7 +233,7 @@ class ConsynTrainer:
         return weights_of(self.model)
 
     def parameters(self, mesh: Mesh) -> Params:
-        """Make the parameters to train on `mesh`: those of the model, or of a new adapter."""
+        """Make the trainable parameters on `mesh`: those of the model, or of a new adapter."""
         lora = self.run.lora
         if lora.is_used:
             return initial_adapter(self.model.config, lora, self.run.budget.seed, mesh)
@@ -240,7 +241,7 @@ class ConsynTrainer:
 
     @cached_property
     def _untrained(self) -> Params | None:
-        """Original parameters of the model, to which an adapter is added; None without one."""
+        """Original parameters of a model in memory, for an adapter run; otherwise None."""
         if not self.run.lora.is_used or isinstance(self.model, DeferredModel):
             return None
         return self.model.parameters
@@ -263,6 +264,8 @@ class ConsynTrainer:
         """All inputs of the run."""
         began = time.perf_counter() if self.began is None else self.began
         built, lengths = self.build(), self.lengths
+        asked = self.run, self.origins, self._callbacks
+        unused = unused_evaluations(self.eval_source is not None, *asked)
         return RunInputs(
             run=self.run,
             origins=self.origins,
@@ -273,7 +276,7 @@ class ConsynTrainer:
             train_source=self.train_source,
             eval_source=self.eval_source,
             header=self._header(built),
-            warnings=list(warnings(self.run, built, lengths)),
+            warnings=[*warnings(self.run, built, lengths), *unused],
             make_parameters=self.parameters,
             make_base=partial(self._base, built.program),
             files=self._files,
@@ -286,14 +289,14 @@ class ConsynTrainer:
     def train(self, **unknown: Any) -> dict[str, float | int]:
         """Train to the end of the budget, from the newest checkpoint if there is one.
 
-        However the run ends, the model that was passed then has the newest parameters, in the dtype
-        and on the devices that it had. The checkpoints have the parameters in float32.
+        However the run ends, the passed model then has the newest parameters, in its previous dtype
+        and on its previous devices. The checkpoints have the parameters in float32.
 
         Args:
             unknown: Not allowed; settings are keywords of `ConsynTrainer`.
 
         Returns:
-            The last training and evaluation metrics, with their names in metrics.jsonl.
+            The last training and evaluation metrics, under their names in metrics.jsonl.
 
         Raises:
             UserError: The devices or the directory do not fit this run.
@@ -350,7 +353,7 @@ class ConsynTrainer:
         show_rates(self.schedule, self.total_steps, path)
 
     def find_rate(self) -> Suggestion:
-        """Run a learning-rate range test from the beginning of this run, and suggest a rate.
+        """Run a learning-rate range test from this run's initial state, and suggest a rate.
 
         The result is printed, and written to lr_find.json and lr_find.png in the run directory. The
         directory can still be used for a new run.

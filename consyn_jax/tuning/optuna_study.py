@@ -26,7 +26,7 @@ from consyn_jax.tuning.study_journal import check_trials, open_journal, refuse_l
 from consyn_jax.tuning.tune_options import StudyOptions
 
 DEFINITION = "definition"  # a user attribute of the study: what all its trials have in common
-ASKING_S = 0.05  # between two tries to be the process that asks for a trial
+ASKING_S = 0.05  # seconds between two attempts to get the lock for asking for a trial
 LARGEST_SEED = 2**32
 Definition = dict[str, Any]
 
@@ -113,7 +113,7 @@ class OptunaStudy:
         """Report the end of a trial to Optuna.
 
         Args:
-            value: the result; None for a trial without a result, which samplers treat as bad.
+            value: the result; None for a trial without one, which samplers treat as bad.
         """
         state = self._optuna.trial.TrialState
         try:
@@ -126,7 +126,7 @@ class OptunaStudy:
                 raise
 
     def importance(self) -> dict[str, float]:
-        """Importance of each flag for good trials, as shares; empty if too few are done."""
+        """Importance of each flag, as a share; empty if too few trials are done."""
         importance = self._optuna.importance
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the evaluator is marked as experimental
@@ -172,8 +172,8 @@ class OptunaStudy:
             known: Optuna's id of a trial that was running; None for a new trial.
 
         Returns:
-            The claim; None if the trial has ended meanwhile (its process reports the end before it
-            releases the lock).
+            The claim; None if the trial has ended meanwhile. Its process reports the end before it
+            releases the lock.
         """
         place = self._claims(number)
         with _usable(place):
@@ -186,12 +186,12 @@ class OptunaStudy:
                 if not self._is_running(frozen):
                     return None
                 reported = dict(frozen.intermediate_values)
-            # Seeded by the trial's number, so that a continued study does not repeat its earlier
-            # draws.
+            # The seed depends on the trial's number, so that a continued study does not draw the
+            # same values again.
             self.study.sampler = self._sampler(number)
             if known is None:
                 trial = self.study.ask()
-            else:  # its values were drawn, or a kill left some of them out
+            else:  # the killed process had drawn all values or some of them
                 trial = self._optuna.trial.Trial(self.study, known)
             assert trial.number == number
             values = {dimension.name: self._suggest(trial, dimension) for dimension in self._space}
@@ -220,7 +220,7 @@ class OptunaStudy:
                 try:
                     lock = RunLock(place)
                     break
-                except UserError:  # another process asks, for a moment
+                except UserError:  # another process has the lock for a moment
                     time.sleep(ASKING_S)
         try:
             yield
@@ -244,11 +244,11 @@ class OptunaStudy:
         match self._options.sampler:
             case "random":
                 return samplers.RandomSampler(seed)
-            case "qmc":  # one sequence, of which the storage keeps the place
+            case "qmc":  # all trials share one sequence; the storage keeps the position in it
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # it is marked as experimental
                     return samplers.QMCSampler(seed=self._seed, warn_independent_sampling=False)
-            case "grid":  # the seed numbers its points, so it stays the same
+            case "grid":  # all trials need the same seed, because it orders the points
                 grid = {d.name: list(d.choices) for d in self._space}
                 return samplers.GridSampler(grid, self._seed)
         # The sampler treats other processes' running trials as bad results, so that no values are
@@ -264,8 +264,9 @@ class OptunaStudy:
                 return pruners.HyperbandPruner(max_resource=most)
             case "none":
                 return pruners.NopPruner()
-        # After Optuna's 5 trials and a fifth of the evaluations, a study of 16 saves 30 % of its
-        # steps, after these 48 % (benchmarks/search_quality.py).
+        # Pruning begins after 3 trials and a tenth of a trial's evaluations, so that a study of 16
+        # trials saves 48 % of its steps. After 5 trials (Optuna's default) and a fifth of the
+        # evaluations, it would save 30 % (benchmarks/search_quality.py).
         return pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=most // 10)
 
 

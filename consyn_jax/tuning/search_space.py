@@ -9,8 +9,7 @@ from typing import Any
 
 from consyn_jax.config import RunConfig
 from consyn_jax.errors import UserError, nearest
-from consyn_jax.flags import Flag, flags
-from consyn_jax.resolve import convert
+from consyn_jax.flags import Flag, convert, flags
 
 _GROUPS = ("model", "budget", "optimizer", "regularisation", "lora")
 _SAME = "it is the same in all trials"
@@ -19,7 +18,7 @@ _FIXED = {
     **dict.fromkeys(("epochs", "max_steps", "total_tokens"), "all trials have the same budget"),
     "decay_from": "a trial starts at step 0",
 }
-MOST_CORNERS = 256  # of the search space, that are checked before the first trial
+MOST_CORNERS = 256  # corners of the search space to check before the first trial
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,9 @@ def _choice(item: str, flag: Flag, text: str) -> Dimension:
 
 
 def check_corners(space: Sequence[Dimension], check: Callable[[Mapping[str, Any]], object]) -> None:
-    """Check runs at all combinations of range ends and choices; in a large space, one at a time.
+    """Check runs at the corners of the search space: combinations of range ends and choices.
+
+    If there are more than `MOST_CORNERS`, only one flag at a time is varied.
 
     Args:
         check: function that resolves a run with values by flag name.

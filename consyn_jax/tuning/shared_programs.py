@@ -1,4 +1,4 @@
-"""Compiled programs shared by trials: one compilation serves trials that differ only in numbers.
+"""Compiled programs shared by trials that differ only in numbers, such as the learning rate.
 
 In `consyn-train`, learning rates, decay, betas, clipping, dropout and seed are constants of the
 train step. Here they are arrays in its batch, under `NUMBERS`. The step comes from the same code:
@@ -45,7 +45,7 @@ Made = TypeVar("Made")
 
 
 def numbers_of(run: RunConfig, total_steps: int, num_rates: int | None = None) -> Numbers:
-    """The numbers of a run, in the form in which its train step takes them.
+    """The numbers of a run, as arguments of its train step.
 
     Dropout and momentum are left out if they are 0, because the program then has no code for them.
 
@@ -88,14 +88,14 @@ def with_numbers(program: Program, run: RunConfig, numbers: Numbers) -> Program:
 def program_key(run: RunConfig, model: ModelConfig, total_steps: int) -> Hashable:
     """A key that identifies a trial's program: trials with equal keys differ only in numbers.
 
-    Every flag is part of the key unless it is known to be such a number, so that a new flag at
-    worst costs a compilation.
+    Every flag is part of the key unless it is listed in `FREE_FLAGS`. If a new flag is not listed,
+    the only cost is an additional compilation.
     """
     return repr(model), constants_of(run), run.row_length, total_steps
 
 
 def constants_of(run: RunConfig) -> Hashable:
-    """Values of those flags that are constants of a run's program."""
+    """Values of the flags that are constants in a run's program."""
     known = flags(RunConfig)
     constants = tuple(
         (name, getattr(getattr(run, flag.group), name))
@@ -158,7 +158,7 @@ class SharedPrograms:
         return len(self._made)
 
     def once(self, kind: str, key: Hashable, make: Callable[[], Made]) -> Made:
-        """Return the result of `make` for this kind and key, made only the first time."""
+        """Return the result of `make` for this kind and key; call `make` only the first time."""
         if (kind, key) not in self._made:
             self._made[kind, key] = make()
         found: Made = self._made[kind, key]
@@ -246,7 +246,7 @@ class TrialProgram(Program):
 
     def initial_state(self, params: Params) -> TrainState:
         """The state at step 0 with these parameters, as in `Program.initial_state`."""
-        if self.host_moments:  # made one by one, as the device cannot hold all of them
+        if self.host_moments:  # made one by one, because the device cannot hold all moments
             return super().initial_state(params)
         shared, run, key = self._key
         numbers = placed(numbers_of(run, self.total_steps), self.mesh)

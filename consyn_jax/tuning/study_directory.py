@@ -12,8 +12,8 @@ from consyn_jax.training.run.lock import check_free, is_held
 from consyn_jax.training.run.opening import check_writable
 
 STUDY, TRIALS_DIRECTORY, PAGE, RECIPE, BEST = "study", "trials", "study.html", "recipe.yaml", "best"
-CLAIMS = "claims"  # in `STUDY`: a lock for each trial
-JOURNAL = "journal.log"  # in `STUDY`: what Optuna knows of the trials
+CLAIMS = "claims"  # directory in `STUDY` with a lock for each trial
+JOURNAL = "journal.log"  # file in `STUDY` with Optuna's record of the trials
 
 
 def check_output(output: Path, overwrite: bool) -> None:

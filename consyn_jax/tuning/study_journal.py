@@ -18,8 +18,8 @@ from consyn_jax.tuning.search_space import Dimension
 from consyn_jax.tuning.study_directory import JOURNAL, STUDY, TRIALS_DIRECTORY
 from consyn_jax.tuning.study_results import OUTCOME, OUTCOMES, STEP, STEPS
 
-LOCK = JOURNAL + ".lock"  # Optuna's: a link to the journal
-LEFT_S = 1.0  # seconds; a lock that is no link to the journal, and still there then, is stale
+LOCK = JOURNAL + ".lock"  # Optuna's lock file, a link to the journal
+LEFT_S = 1.0  # a lock that is not a link to the journal counts as left over after this time
 AGAIN = "Replace it by a good copy, or delete the study with --overwrite."
 
 
@@ -99,7 +99,7 @@ def cut_torn_line(file: Path, lock: Any) -> None:
     try:
         content = read_whole(file)
         end = content.rfind(b"\n") + 1
-        descriptor = open_regular(file, os.O_RDWR)  # refuses what would change elsewhere, too
+        descriptor = open_regular(file, os.O_RDWR)  # refuses links, which lead to another file
         try:
             if end < len(content):
                 os.ftruncate(descriptor, end)
@@ -134,7 +134,7 @@ def _fault(trial: Any, space: Mapping[str, Dimension]) -> str:
         "parameters of another search": all(
             name in space and _is_of(value, space[name]) for name, value in trial.params.items()
         ),
-        "parameters that nobody drew": "fixed_params" not in trial.system_attrs,
+        "parameters that no sampler drew": "fixed_params" not in trial.system_attrs,
         "no value, or several": len(values) == 1 or (not values and trial.state.name != "COMPLETE"),
         "a value that is not a number": all(map(_is_number, [*values, *curve.values()])),
         "evaluations without a number": all(type(key) is int and key >= 0 for key in curve),

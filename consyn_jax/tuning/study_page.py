@@ -22,7 +22,9 @@ from consyn_jax.tuning.study_results import (
 )
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 260, 84, 20, 12, 36
-WORST_SHOWN = 4.0  # times the distance from the best to the middle; worse points are at the edge
+# The chart ends at this multiple of the distance from the best to the median value. Worse points
+# are drawn at its edge.
+WORST_SHOWN = 4.0
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def _importance(importance: Mapping[str, float]) -> str:
         f"<td>{share:.0%}</td></tr>"
         for name, share in sorted(importance.items(), key=lambda item: -item[1])
     )
-    note = "<p class='plain'>Share of each flag in what makes good trials differ from the rest.</p>"
+    note = "<p class='plain'>How much each flag decides whether a trial is good, as a share.</p>"
     return f"<section><h2>Importance</h2>{note}<table class='bars'>{bars}</table></section>"
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from consyn_jax.config import RunConfig
 from consyn_jax.config_file import describe
+from consyn_jax.resolve import FOLLOWERS
 from consyn_jax.training.logging.formats import decimals
 from consyn_jax.tuning.search_space import Dimension, as_text
 
 STEP, STEPS, OUTCOME = "step", "steps", "outcome"  # user attributes of a trial
 DONE, PRUNED, DIVERGED, RUNNING, FAILED = "done", "pruned", "diverged", "running", "failed"
-OUTCOMES = (DONE, PRUNED, DIVERGED)  # of trials that the study has ended
-MOST_ROWS = 20  # of the table in the terminal
+OUTCOMES = (DONE, PRUNED, DIVERGED)  # outcomes of trials that have ended
+MOST_ROWS = 20  # rows of the table in the terminal
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,8 @@ def recipe(
 ) -> str:
     """A recipe for `consyn-train --config` with the values of the best trial.
 
+    Values that follow from others are comments, so that another `--model` takes its own.
+
     Args:
         run: the configuration with the values of the best trial.
         origins: the origin of each value.
@@ -138,4 +141,10 @@ def recipe(
         f"# Trial {best.number}, the best of {len(results.trials)}: {results.metric} "
         f"{decimals(best.value)}.\n\n"
     )
-    return head + describe(run, origins | tuned)
+    given = ("flag", "file ", "trial ")
+    origins = origins | tuned
+    followers = {name for name in FOLLOWERS if not origins[name].startswith(given)}
+    lines = describe(run, origins).splitlines(keepends=True)
+    return head + "".join(
+        f"# {line}" if line.partition(":")[0] in followers else line for line in lines
+    )

@@ -21,6 +21,7 @@ from consyn_jax.errors import UserError
 from consyn_jax.evaluation_metrics import is_greater_better
 from consyn_jax.files import write_whole
 from consyn_jax.flags import flags, flat
+from consyn_jax.prepare_config import HOLD_OUT
 from consyn_jax.training.logging.console import Console, show
 from consyn_jax.training.logging.formats import decimals
 from consyn_jax.training.optim.schedules import build_schedule
@@ -161,7 +162,7 @@ class Tuning:
         run, origins = self.varied.with_values(values)
         saving = replace(run.saving, output=str(path), overwrite=False, keep_last=1)
         if saving.save_steps is None and saving.save_minutes is None:
-            steps = 2**31 - 1  # at the end, at a signal, and by the clock
+            steps = 2**31 - 1  # save only at the end, at a signal, and by time
             saving = replace(saving, save_steps=steps, save_minutes=SAVE_MINUTES)
         evaluation = replace(run.evaluation, load_best_model_at_end=False)
         # Without a terminal, or in a lane, a trial prints only the line of `_note`.
@@ -270,7 +271,7 @@ def _num_evaluations(trainer: ConsynTrainer, options: StudyOptions) -> int:
     if source is None:
         raise UserError(
             "A study compares evaluations, but there is no evaluation data: the validation "
-            "split has no document. Give --validation or a larger --validation_fraction."
+            f"split has no document. {HOLD_OUT}"
         )
     if options.metric == "eval/bits_per_byte" and not source.num_bytes:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Run one trial to its outcome, including a trial that an earlier process started."""
+"""Run one trial to its end, also if an earlier process has started it."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class TrialRun:
             Interrupted: a signal ended the trial; another start continues it.
         """
         lines = self._reported_log()
-        # The process may have been killed after the run's end, or the decision to end it, but
-        # before the report to the study.
+        # An earlier process may have ended the run, or decided to end it, and been killed before it
+        # reported this to the study.
         outcome = _recorded_outcome(lines)
         if outcome is None and self.claim.reported and self._is_pruned():
             outcome = PRUNED
@@ -102,7 +102,7 @@ class TrialRun:
             self.claim.trial.set_user_attr(name, value)
         best = max if self.maximize else min
         self.study.tell(self.claim, best(finite) if outcome == DONE else None)
-        for name in (CHECKPOINTS, "nonfinite"):  # states of a trial that does not go on
+        for name in (CHECKPOINTS, "nonfinite"):  # the trial has ended and needs no saved states
             remove(self.path / name)
         return outcome
 

@@ -34,7 +34,7 @@ _NOT_HERE = {
     "streaming": "a study prepares its data once, for all trials",
     "distributed": "a trial runs in one process; start consyn-tune several times on one --output",
     "decay_from": "a trial starts at step 0",
-    "remote": "a study is many runs, and a place in a bucket holds one",
+    "remote": "a study has many runs, but a bucket URL stores only one",
     "resume": "consyn-tune always continues the study in --output",
     "overwrite_schedule": "every trial has its own schedule",
     **dict.fromkeys(
@@ -268,7 +268,7 @@ def _check_run(config: RunConfig) -> None:
         if getattr(getattr(config, known[name].group), name) != known[name].default:
             raise UserError(f"--{name} does not work with consyn-tune: {reason}. Leave it out.")
     data = config.data
-    if not (data.validation or data.validation_fraction > 0 or data.dataset_type == "sharded"):
+    if not (data.validation or data.validation_fraction > 0):
         raise UserError(
             "A study compares evaluations, but --validation_fraction 0 leaves no data for "
             "them. Give --validation or a larger fraction."

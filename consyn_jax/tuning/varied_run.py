@@ -16,10 +16,10 @@ SEARCH = "search"  # the origin of a value that varies
 
 @dataclass(frozen=True)
 class VariedRun:
-    """The user's flags of a run, to be resolved again with other values.
+    """The user's flags of a run, from which each trial is resolved with its own values.
 
-    Recipes depend on flags (the learning rate of a preset depends on the optimizer, for example),
-    so each trial is resolved like a separate command line.
+    A trial is resolved like a separate command line, because defaults depend on flags. For example,
+    the default learning rate depends on the optimizer.
 
     Attributes:
         given: values of flags on the command line, by flag name.

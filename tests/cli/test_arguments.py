@@ -116,7 +116,7 @@ def test_the_help_of_commands_with_many_flags_is_short(
 
 def test_help_of_something_else_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help", "lr"]) == 2
-    assert "--help takes no value but all, so not 'lr'" in capsys.readouterr().err
+    assert "--help takes no value except all, not 'lr'" in capsys.readouterr().err
 
 
 LOADED = """

@@ -142,7 +142,7 @@ def refused(argv: list[str], capfd: pytest.CaptureFixture[str]) -> str:
         ),
         (
             "--data other.jsonl",
-            "other.jsonl:1 has no key 'text'; its keys are 'body', 'id'. Name the field that has "
+            "other.jsonl:1 has no key 'text'; its keys are 'body', 'id'. Give the key of "
             "the text, as in --text_key body.",
         ),
         (

@@ -44,7 +44,7 @@ def test_a_fault_is_a_line_and_exit_code_2(
     assert doctor.main(["--quick", "--output", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert "fail  CUDA plugin" in out
-    assert "JAX has none" in out
+    assert "none is installed, so JAX does not see GPUs" in out
     assert "-> Install it: pip install -U 'jax[cuda13]'." in out
     assert err.startswith("consyn-doctor: Not fit for training: CUDA plugin")
     assert err.count("\n") == 1

@@ -892,7 +892,7 @@ def test_a_flipped_byte_in_any_file_is_named(made: Path, tmp_path: Path) -> None
                     else path
                 )
                 assert str(store if path.name == "manifest.json" else named) in str(fault).replace(
-                    f"{store} is", f"{store / 'tokenizer'} is"
+                    f"{store} does", f"{store / 'tokenizer'} does"
                 ), fault
             else:
                 same = path.name in (
@@ -1000,11 +1000,11 @@ ANSWERED = {
     "gpu/verse-h200.metrics.jsonl": "has no key 'text'",
     "gpu/verse-h200.trace.json.gz": "is JSON but not rows",
     "parity/stories260K/golden.json": "is JSON but not rows",
-    "parity/stories260K/golden.npz": "can hold a pickle",
-    "parity/stories260K/grads.npz": "can hold a pickle",
+    "parity/stories260K/golden.npz": "can contain a pickle",
+    "parity/stories260K/grads.npz": "can contain a pickle",
     "parity/stories260K/hf/config.json": "is JSON but not rows",
     "parity/stories260K/hf/model.safetensors": "is binary",
-    "parity/stories260K/tok512.bin": "not a whole number of tokens",
+    "parity/stories260K/tok512.bin": "an odd number, but tokens have",
     "tokenizers/gpt2/tokenizer.json": "is JSON but not rows",
 }
 LATIN_1 = {"shakespeare-caesar.txt"}

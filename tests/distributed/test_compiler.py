@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
@@ -14,6 +15,7 @@ from consyn_jax.distributed.compiler import (
     Setting,
     compiler_options,
     generation_of,
+    traced_options,
 )
 
 KNOWN, UNKNOWN = (
@@ -74,6 +76,19 @@ def test_a_generation_gets_only_its_own_settings(on_hopper: pytest.MonkeyPatch) 
         compiler, "SETTINGS", (KNOWN, Setting("xla_gpu_enable_triton_gemm", False, "", ("Ada",)))
     )
     assert compiler_options(jax.devices()) == {KNOWN.name: 7}
+
+
+def test_a_traced_program_of_a_gpu_has_no_command_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    option = "xla_gpu_enable_command_buffer"
+    gpu: Any = SimpleNamespace(platform="gpu")
+    monkeypatch.setattr(compiler, "_known", lambda device, options: options)
+    assert traced_options([gpu]) == {option: ""}
+    assert traced_options(jax.devices()) == {}
+    monkeypatch.setenv("XLA_FLAGS", f"--{option}=FUSION")
+    assert traced_options([gpu]) == {}
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setattr(compiler, "_known", lambda device, options: ())
+    assert traced_options([gpu]) == {}
 
 
 @pytest.mark.parametrize("in_a_file", [False, True])

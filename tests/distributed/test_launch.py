@@ -102,7 +102,7 @@ class _Fails:
 
 def test_no_cluster_is_one_sentence(no_scheduler: pytest.MonkeyPatch) -> None:
     words = (
-        r"--distributed finds no Slurm, Open MPI or Kubernetes around this process\. "
+        r"--distributed does not find Slurm, Open MPI or Kubernetes\. "
         r"Give --coordinator_address HOST:PORT"
     )
     with pytest.raises(UserError, match=words):

@@ -75,7 +75,7 @@ def test_nobody_at_the_address() -> None:
     (outcome,) = together(1, count=2, arrive_s=SHORT)
     assert "Process 0 does not answer at --coordinator_address localhost:" in outcome
     assert (
-        "Connection refused, for 1 s. Check the address, that process 0 runs there, "
+        "within 1 s (Connection refused). Check the address, that process 0 runs there, "
         "and that no firewall blocks the port."
     ) in outcome
 
@@ -107,10 +107,10 @@ def test_two_starts_at_one_port_do_not_join() -> None:
         assert stranger == (
             f"At --coordinator_address localhost:{port}, process 0 (pid {os.getpid()} on "
             f"{socket.gethostname()}) of step 0 of Slurm job 17, restart 1 answers, but this "
-            "process is of step 1 of Slurm job 17, restart 1. Give one of the two launches another "
-            "port."
+            "process belongs to step 1 of Slurm job 17, restart 1. Give one of the two launches "
+            "another port."
         )
         (by_hand,) = together(1, count=2, port=port)
-        assert "but this process is of a launch without a scheduler." in by_hand
+        assert "but this process belongs to a launch without a scheduler." in by_hand
         (guest, _), (host, _) = (together(1, count=2, port=port, start=step_0)[0], waiting.result())
     close([host, guest])

@@ -106,7 +106,7 @@ def test_every_fault_is_named(played: Path, outside: Path) -> None:
         "CUDA packages": ("fail", "missing: nvidia-cudnn-cu13"),
         "cuDNN": ("fail", "it cannot be loaded"),
         "devices": ("warn", "the driver shows 2 GPUs; JAX_PLATFORMS=cpu"),
-        "open files": ("fail", "64 at once"),
+        "open files": ("fail", "limit 64,"),
         "shared memory": ("warn", "/dev/shm: 67.1 MB of 67.1 MB"),
         "disk space": ("fail", "4.2 MB"),
         "file system": ("warn", "tmpfs"),

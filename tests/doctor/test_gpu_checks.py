@@ -77,11 +77,11 @@ def test_a_gpu_without_a_driver(cuda: int | None, status: str) -> None:
     (found,) = check_driver(DriverState(on_the_bus=4), cuda)
     assert (found.status, found.found) == (
         status,
-        "no driver shows the 4 GPUs on the PCI bus here",
+        "4 GPUs on the PCI bus, but no driver is loaded",
     )
     assert "--gpus all" in found.advice
     (found,) = check_driver(DriverState("580.65.06"), cuda)
-    assert (found.status, found.found) == (status, "580.65.06 is loaded, but shows no GPU here")
+    assert (found.status, found.found) == (status, "580.65.06 is loaded, but shows no GPU")
 
 
 def test_nvml_that_cannot_be_asked_is_said() -> None:
@@ -101,7 +101,7 @@ def test_nvml_that_cannot_be_asked_is_said() -> None:
     [
         ({"uncorrected": 3}, "ECC", FAIL, "GPU 2: 3 uncorrected memory errors"),
         ({"remap_failed": True}, "ECC", FAIL, "GPU 2: a damaged row of memory could not be"),
-        ({"remap_pending": True}, "ECC", WARN, "GPU 2: a damaged row of memory is to be"),
+        ({"remap_pending": True}, "ECC", WARN, "GPU 2: a damaged row of memory will be"),
         ({"ecc": False}, "ECC", INFO, "GPU 2: off"),
         ({"links_up": 16, "links_down": 2}, "NVLink", FAIL, "GPU 2: 2 of 18 down"),
         ({"links_up": 0}, "NVLink", FAIL, "links differ"),

@@ -18,8 +18,8 @@ from consyn_jax.doctor.machine_findings import FAIL, PASS, WARN
     [
         (0.003, PASS, "3 processes, at most 0.005 s apart"),
         (-0.4, PASS, "at most 0.402 s apart"),
-        (-2.5, WARN, "apart from a's: b: -2.5 s"),
-        (3600.0, FAIL, "apart from a's: b: +3.6e+03 s"),
+        (-2.5, WARN, "differ from a's: b: -2.5 s"),
+        (3600.0, FAIL, "differ from a's: b: +3.6e+03 s"),
     ],
 )
 def test_clocks(offset: float, status: str, words: str) -> None:

@@ -45,7 +45,7 @@ def test_a_good_installation_passes() -> None:
     found = check()
     assert bad(found) == {}
     assert found["JAX"].found == "0.10.2, jaxlib 0.10.2, Python 3.11.7"
-    assert found["cuDNN"].found == "9.28.1, and JAX is built with 9.12.0"
+    assert found["cuDNN"].found == "9.28.1; JAX is built with 9.12.0"
     assert found["CUDA packages"].found == "all 3 that the plugin asks for"
     assert found["devices"].found == "8 x NVIDIA H100 80GB HBM3 (gpu)"
 
@@ -70,15 +70,15 @@ def test_versions_of_cudnn(version: int, status: str) -> None:
 
 def test_another_cudnn_on_the_library_path() -> None:
     found = check(cudnn=8907, environment={"LD_LIBRARY_PATH": "/usr/local/cuda/lib64"})
-    assert found["cuDNN"].found == "8.9.7, and JAX is built with 9.12.0"
+    assert found["cuDNN"].found == "8.9.7; JAX is built with 9.12.0"
     assert "unset LD_LIBRARY_PATH" in found["cuDNN"].advice
 
 
 @pytest.mark.parametrize(
     ("plugins", "words"),
     [
-        ({}, "JAX has none"),
-        ({"jax-cuda13-plugin": "0.9.1"}, "which jaxlib 0.10.2 does not use"),
+        ({}, "none is installed"),
+        ({"jax-cuda13-plugin": "0.9.1"}, "jaxlib 0.10.2 ignores it"),
         ({"jax-cuda13-plugin": "0.10.2", "jax-cuda12-plugin": "0.10.2"}, "two are installed"),
     ],
 )

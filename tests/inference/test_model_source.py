@@ -113,7 +113,11 @@ def test_the_files_of_a_directory_are_read_only_when_they_are_asked_for(run: Pat
         ("run/checkpoints/2", 4, "is already a checkpoint. Leave --step out"),
         ("run/logs", None, "has neither a config.json nor the config.yaml of a run"),
         ("run/final/model.safetensors", None, "a file of weights without its configuration"),
-        ("run/model.gguf", None, "is a GGUF file, which can be written but not read"),
+        (
+            "run/model.gguf",
+            None,
+            "is a GGUF file, which consyn-convert writes but no command reads",
+        ),
     ],
 )
 def test_what_is_no_model_is_refused(

@@ -46,7 +46,8 @@ def test_a_rehearsal_runs_all_parts(tmp_path: Path) -> None:
     report = json.loads(out.read_text())
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert {part["state"] for part in report["parts"].values()} <= {"done", "absent"}
-    for name in ("model", "attention checks", "optimizers", "training", "verse", "vs_verse"):
+    names = ("model", "attention checks", "optimizers", "training", "verse", "vs_verse")
+    for name in (*names, "vs_verse_documents"):
         assert report["parts"][name]["rows"], name
         assert f"## {name}" in out.with_suffix(".md").read_text()
 
@@ -73,6 +74,15 @@ def test_attention_ends_in_its_budget(gpu_report: Any) -> None:
     assert len(found["rows"]) == 1
     assert set(found["not_here"].values()) == {"no time was left"}
     assert all(row["right"] for row in attention.measure(tiny=True)["rows"])
+
+
+@pytest.mark.slow
+def test_only_the_attention_of_this_device_is_checked(gpu_report: Any) -> None:
+    import gpu_checks
+
+    rows = gpu_checks.attention(tiny=True)["rows"]
+    assert {row["check"].partition(",")[0] for row in rows} == {"xla"}
+    assert all(row["ok"] for row in rows)
 
 
 @pytest.mark.slow

@@ -242,7 +242,10 @@ def run_python(block: str, names: dict[str, Any], monkeypatch: pytest.MonkeyPatc
 
     if "train_dataloader=dataset" in block and "dataset" not in names:
         names["ConsynTrainer"] = ConsynTrainer
-        names["dataset"] = datasets.get_dataset("corpus", BPETokenizer.bytes(), block_size=32)
+        for name, split in (("dataset", "train"), ("held_out", "validation")):
+            names[name] = datasets.get_dataset(
+                "corpus", BPETokenizer.bytes(), 32, split=split, validation_fraction=0.1
+            )
         names["model"] = small_model(ConsynLMHeadModel.from_config, 259)
     with monkeypatch.context() as patch:
         patch.setattr(ConsynTrainer, "__init__", short)

@@ -162,9 +162,9 @@ def test_a_mistake_that_only_the_plan_shows_comes_before_the_first_size(
 ) -> None:
     output = tmp_path / "ladder"
     for more, sentence in (
-        (["--max_steps", 39], "is 39 steps of 256 tokens, and its 4 runs need 40."),
-        (["--epochs", 1], "tokens, and its 4 runs need 40."),
-        (["--warmup_steps", 5], "Warm-up of 5 steps is longer than the shortest run"),
+        (["--max_steps", 39], "is 39 steps of 256 tokens, but the 4 runs of this size need 40."),
+        (["--epochs", 1], "tokens, but the 4 runs of this size need 40."),
+        (["--warmup_steps", 5], "Warm-up of 5 steps is too long for the shortest run"),
         (["--ladder", "3.3e3,3.4e3,1e5"], "has no two sizes around 3,400 parameters"),
     ):
         assert tune.main(flags(corpus, output, *more)) == 2

@@ -86,7 +86,7 @@ def test_an_end_that_is_not_whole_is_done_again(
     again = here(run.path, *FLAGS, "--data", corpus)
     assert again.code == 0, again.said
     assert said in again.said
-    assert "; the work after it is repeated" in again.said
+    assert ". The end of the run is repeated" in again.said
     assert again.weights == whole.weights
     assert disagreement(run.path / "final") is None
     assert again.events[-1] == "finish"
@@ -177,7 +177,7 @@ def test_a_run_of_a_version_without_identities_and_manifests_goes_on(
     flags = [flag for flag in FLAGS if flag != "--quiet"]
     again = here(run.path, *flags, "--data", corpus)
     assert again.code == 0, again.said
-    assert "was started by a version that gave runs no identity; it gets one now" in again.said
+    assert "was started by a version that gave runs no identity, so it gets one now" in again.said
     assert "was exported by an older version, without a manifest" in again.said
     assert again.weights == whole.weights
     assert "This run is complete" in here(run.path, *FLAGS, "--data", corpus).said

@@ -4,7 +4,7 @@ import collections
 import math
 import re
 
-from consyn_jax.planning.compiled import BYTES, Instruction
+from consyn_jax.distributed.compiled import BYTES, Instruction
 
 Shape = tuple[int, ...]
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")

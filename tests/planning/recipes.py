@@ -12,9 +12,9 @@ import pytest
 
 from consyn_jax.config import RunConfig, architecture
 from consyn_jax.config_file import read_config_file
+from consyn_jax.distributed.compiled import Instruction, instructions
 from consyn_jax.model_config import ModelConfig
 from consyn_jax.planning.aot import CompiledProgram, compile_train_step
-from consyn_jax.planning.compiled import Instruction, instructions
 from consyn_jax.resolve import resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -50,8 +50,12 @@ def compiled(name: str, topology: str, changes: dict[str, Any]) -> CompiledProgr
     return _compiled(name, topology, tuple(changes.items()))[0]
 
 
+def compiled_text(name: str, topology: str, changes: dict[str, Any]) -> str:
+    return _compiled(name, topology, tuple(changes.items()))[1]
+
+
 def compiled_instructions(name: str, topology: str, changes: dict[str, Any]) -> list[Instruction]:
-    return instructions(_compiled(name, topology, tuple(changes.items()))[1])
+    return instructions(compiled_text(name, topology, changes))
 
 
 def attention_calls(kernels: dict[str, int]) -> tuple[int, ...]:

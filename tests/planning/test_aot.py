@@ -348,7 +348,7 @@ CUBLAS = """
 import json
 import jax, jax.numpy as jnp
 from consyn_jax.model.fp8 import fp8_linear
-from consyn_jax.planning.compiled import instructions, kernels
+from consyn_jax.distributed.compiled import instructions, kernels
 from consyn_jax.planning.topology import parse_topology
 
 place = jax.sharding.SingleDeviceSharding(parse_topology("h200:1x1").described_devices()[0])

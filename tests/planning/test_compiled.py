@@ -3,7 +3,7 @@
 import pytest
 from analyses import array_shapes, matmul_flops
 
-from consyn_jax.planning.compiled import (
+from consyn_jax.distributed.compiled import (
     Collective,
     collectives,
     first_group,

@@ -12,8 +12,8 @@ import pytest
 from analyses import array_shapes, with_length_twice
 from recipes import attention_calls
 
+from consyn_jax.distributed.compiled import Instruction, instructions, kernels
 from consyn_jax.planning import aot
-from consyn_jax.planning.compiled import Instruction, instructions, kernels
 
 pytestmark = pytest.mark.usefixtures("cuda_packages")
 

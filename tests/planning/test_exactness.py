@@ -13,8 +13,8 @@ import pytest
 from analyses import unordered
 from recipes import STEPS, dumped
 
+from consyn_jax.distributed.compiled import instructions, kernels
 from consyn_jax.planning import aot
-from consyn_jax.planning.compiled import instructions, kernels
 
 pytestmark = pytest.mark.usefixtures("cuda_packages")
 

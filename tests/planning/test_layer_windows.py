@@ -8,8 +8,8 @@ import pytest
 from analyses import array_shapes, with_length_twice
 from recipes import attention_calls, recipe
 
+from consyn_jax.distributed.compiled import instructions
 from consyn_jax.planning.aot import compile_train_step
-from consyn_jax.planning.compiled import instructions
 
 pytestmark = [pytest.mark.usefixtures("cuda_packages"), pytest.mark.slow]
 LENGTH, PRIME = 1664, 13  # 13 divides the length, and no other size

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from recipes import VERSE, compiled_instructions
 
-from consyn_jax.planning.compiled import Instruction, collectives_of
+from consyn_jax.distributed.compiled import Instruction, collectives_of
 from consyn_jax.training.optim.muon import ITERATIONS
 
 pytestmark = pytest.mark.usefixtures("cuda_packages")

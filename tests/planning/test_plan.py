@@ -15,6 +15,7 @@ from consyn_jax.cli.train import main
 from consyn_jax.config import REMAT_POLICIES, RunConfig, architecture
 from consyn_jax.data.store import TokenStoreWriter
 from consyn_jax.distributed.auto_mesh import FITS
+from consyn_jax.distributed.compiled import Collective
 from consyn_jax.distributed.hardware import DESCRIBED
 from consyn_jax.distributed.mesh import AXES, check_batch, check_model
 from consyn_jax.errors import UserError
@@ -24,9 +25,8 @@ from consyn_jax.model.arithmetic import LOGITS_AT_ONCE, chunk_tokens, logits_at_
 from consyn_jax.model.parameters import layout
 from consyn_jax.optimizer_config import OPTIMIZERS
 from consyn_jax.planning import aot
-from consyn_jax.planning.compiled import Collective
 from consyn_jax.planning.network import all_reduce_seconds, network_of, ring_seconds
-from consyn_jax.planning.plan import Plan, alternatives, estimate, fit
+from consyn_jax.planning.plan import Plan, adapter_that_fits, alternatives, estimate, fit
 from consyn_jax.planning.plan_page import page
 from consyn_jax.planning.roofline import estimate_step
 from consyn_jax.planning.topology import parse_topology
@@ -160,7 +160,43 @@ def test_the_page_shows_what_would_fit() -> None:
         "--gradient_checkpointing attention",
         "--batch_size 16 --gradient_accumulation_steps 4",
     ]
-    assert "nothing on these devices" in page(planned("epic", "rtx4090:1x1"))
+    assert "what would fit: nothing here" in page(planned("epic", "rtx4090:1x1"))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "given", "dtype"),
+    [
+        ("rtx4090:1x1", {}, "int8"),
+        ("l40s:1x1", {"checkpoint": "there"}, None),
+        ("l4:1x1", {"lora_rank": 8, "optimizer_memory": "host"}, "int8"),
+    ],
+)
+def test_where_nothing_fits_an_adapter_that_would_is_named_with_its_memory(
+    gpu: str, given: dict[str, Any], dtype: str | None
+) -> None:
+    plan = planned("epic", gpu, **given)
+    found = adapter_that_fits(plan)
+    assert found is not None
+    assert found.changes.get("lora_base_dtype") == dtype
+    assert found.changes.get("lora_rank") == (None if "lora_rank" in given else 16)
+    again = planned("epic", gpu, **{**given, **found.changes})
+    assert again.fits
+    needs = f"{again.total_bytes / 2**30:.1f} GiB by arithmetic"
+    with pytest.raises(UserError, match=rf"a smaller model, or train only an adapter: .*{needs}"):
+        fit(plan, gpu, compile=False)
+    (line,) = [line for line in page(plan).splitlines() if line.startswith("an adapter would fit")]
+    assert needs in line
+    assert line.endswith("over the weights that --checkpoint names") == ("checkpoint" not in given)
+
+
+def test_no_adapter_is_named_where_none_fits_or_another_flag_rules_it_out() -> None:
+    for plan in (
+        planned("epic", "rtx4090:1x1", mixed_precision="fp8"),
+        planned("epic", "rtx4090:1x1", max_tokens=4096, num_layers=160),
+    ):
+        assert adapter_that_fits(plan) is None
+        assert "nothing here" in page(plan)
+        assert "adapter" not in page(plan)
 
 
 def test_alternatives_are_sorted_by_cost_and_keep_the_step() -> None:

@@ -14,10 +14,10 @@ import pytest
 from analyses import array_shapes
 from recipes import attention_calls, recipe
 
+from consyn_jax.distributed.compiled import Instruction, instructions, kernels
 from consyn_jax.flags import flat
 from consyn_jax.model_config import ModelConfig
 from consyn_jax.planning import aot
-from consyn_jax.planning.compiled import Instruction, instructions, kernels
 
 pytestmark = pytest.mark.usefixtures("cuda_packages")
 

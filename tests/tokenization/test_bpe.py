@@ -115,7 +115,7 @@ def test_a_lone_surrogate_is_named() -> None:
         lambda: BYTES.encode("ab\ud800"),
         lambda: BYTES.encode_batch(["fine", "ab\ud800"]),
     ):
-        with pytest.raises(UserError, match=r"U\+D800 at character 2"):
+        with pytest.raises(UserError, match=r"U\+D800 at position 2"):
             encode()
 
 
@@ -290,7 +290,7 @@ def test_decode_refuses_what_is_not_the_ids_of_a_text(ids: Any) -> None:
 def test_encode_refuses_what_is_not_a_text(text: Any) -> None:
     with pytest.raises(UserError, match="A tokenizer encodes text, not"):
         BPETokenizer.bytes().encode(text)
-    with pytest.raises(UserError, match="encode_batch takes a list of texts, not one"):
+    with pytest.raises(UserError, match="encode_batch takes a list of texts, not a single text"):
         BPETokenizer.bytes().encode_batch("text")
 
 

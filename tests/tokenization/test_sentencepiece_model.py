@@ -121,5 +121,5 @@ def test_a_tiktoken_file_of_that_name_is_refused(tmp_path: Path) -> None:
 
 def test_a_piece_without_a_text_is_answered() -> None:
     piece = b"\x15\x00\x00\x00\x00"  # a score alone
-    with pytest.raises(UserError, match="a piece without a text"):
+    with pytest.raises(UserError, match="a piece has no text"):
         sentencepiece_json(b"\x0a" + bytes([len(piece)]) + piece)

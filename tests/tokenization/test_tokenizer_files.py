@@ -150,7 +150,7 @@ def test_vocabulary_and_merges_are_read_through_transformers(tmp_path: Path) -> 
     assert (tmp_path / "saved" / "merges.txt").read_text() == "\n".join(lines)
     assert BPETokenizer.from_file(tmp_path / "saved").sha256 == tokenizer.sha256
     (tmp_path / "tokenizer_config.json").unlink()
-    with pytest.raises(UserError, match=r"only vocab\.json, merges\.txt, and these do not say how"):
+    with pytest.raises(UserError, match=r"only vocab\.json, merges\.txt, which do not define how"):
         BPETokenizer.from_file(tmp_path)
 
 

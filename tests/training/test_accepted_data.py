@@ -239,7 +239,7 @@ def test_ids_that_may_be_rounded_are_refused(way: str, name: str, dtype: Any) ->
         ),
         ([-100], "Document 1 of .* has -100 in input_ids at position 0"),
         ([3, 300], "Document 1 of .* token id 300 .* Use the tokenizer"),
-        ([3.0, 1.5], "Document 1 of .* has 1.5 in input_ids at position 1, and ids are whole"),
+        ([3.0, 1.5], "Document 1 of .* has 1.5 in input_ids at position 1, but ids are whole"),
         ([[3], [4]], r"Document 1 of .* input_ids of shape \(2, 1\)"),
         (
             [[3], [4, 5]],

@@ -160,3 +160,27 @@ def test_wrong_callbacks_are_refused_before_anything_is_written(tmp_path: Path) 
     with pytest.raises(UserError, match="there is no module no_such_module_at_all"):
         wrong.train()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"eval_steps": None, "callbacks": [Seen()]}, ["Seen.on_evaluate has no effect without"]),
+        ({"eval_steps": 4, "callbacks": [Raises()]}, ["eval_steps=4 has no effect without"]),
+        (
+            {"eval_steps": 4, "callbacks": [Seen()]},
+            ["eval_steps=4 and Seen.on_evaluate have no effect without"],
+        ),
+    ],
+)
+def test_evaluations_that_never_come_are_announced_before_the_run(
+    given: dict[str, Any], named: list[str], tmp_path: Path
+) -> None:
+    without = trainer(tmp_path, eval_dataloader=None, **given).run_inputs().warnings
+    assert [text.partition(" evaluation data. Pass it as eval_")[0] for text in without] == named
+    assert trainer(tmp_path, **given).run_inputs().warnings == []
+
+
+def test_a_run_that_is_not_meant_to_be_evaluated_is_not_warned(tmp_path: Path) -> None:
+    given = {"eval_dataloader": None, "eval_steps": None, "callbacks": [Raises()]}
+    assert trainer(tmp_path, **given).run_inputs().warnings == []

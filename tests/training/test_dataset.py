@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from consyn_jax.data.order import ids_at
 from consyn_jax.data.packing import WholeDocuments
 from consyn_jax.errors import UserError
 from consyn_jax.tokenization import BPETokenizer
+from consyn_jax.training.accepted_data import check_held_out
 from consyn_jax.training.dataset import ConsynDataset, MixedDataset, _check_arguments, get_dataset
 
 
@@ -247,3 +249,36 @@ def test_jax_is_not_imported() -> None:
 
 def test_the_type_is_public(tokenizer: BPETokenizer) -> None:
     assert isinstance(get_dataset("sample", tokenizer), ConsynDataset)
+
+
+def test_evaluation_data_that_was_not_held_out_from_the_training_data_is_refused(
+    tmp_path: Path,
+) -> None:
+    tokenizer = BPETokenizer.bytes()
+    files = [texts(tmp_path / f"{name}.jsonl", name, 60) for name in ("one", "two")]
+
+    def data(*paths: Path, share: float = 0.2, **more: Any) -> ConsynDataset:
+        return get_dataset(list(paths), tokenizer, 16, validation_fraction=share, **more)
+
+    training = data(files[0])
+    for held_out in (
+        data(files[0], split="validation", share=0.4),
+        data(*files, split="validation"),
+        data(files[0], split="test", test_fraction=0.3),
+        data(files[0], share=0.0),
+        MixedDataset({"one": data(files[0], split="validation", share=0.4)}, [1], seed=0),
+    ):
+        with pytest.raises(UserError, match=r"one\.jsonl with other options than train_data"):
+            check_held_out(training, held_out)
+    for held_out in (
+        data(files[0], split="validation"),
+        data(files[1], split="validation", share=0.4),
+        data(files[1], share=0.0),
+        None,
+    ):
+        check_held_out(training, held_out)
+    named = data(files[0], validation=[str(files[1])], share=0.0)
+    check_held_out(named, data(files[1], share=0.0))
+    check_held_out(
+        data(files[0], share=0.0), data(files[0], validation=[str(files[1])], split="validation")
+    )

@@ -182,9 +182,9 @@ def test_a_wrong_class_ends_the_command_before_slow_work(
     (here / "recipe.yaml").write_text("logging_backend: [my_trackers:Mlflow]\n")
     sys.modules.pop("my_trackers")
     assert main([*words[:-1], "--config", "recipe.yaml"]) == 2
-    assert "a class that only a file names is not imported" in capfd.readouterr().err
+    assert "a class named only in a file is not imported" in capfd.readouterr().err
     assert "my_trackers" not in sys.modules
     assert main([*words, "none", "wandb"]) == 2
-    assert "--logging_backend none wandb combines none with others" in capfd.readouterr().err
+    assert "--logging_backend none wandb combines none with a tracker" in capfd.readouterr().err
     assert main([*words, "tensorbord"]) == 2
     assert "did you mean tensorboard?" in capfd.readouterr().err

@@ -1,5 +1,6 @@
 """Runs that train an adapter: what is trained, saved, resumed and exported."""
 
+import dataclasses
 import json
 import shutil
 from dataclasses import replace
@@ -81,6 +82,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("lora") / "run"
     run(path, mesh="fsdp=8")
     return path
+
+
+def test_a_rank_that_no_update_can_have_is_warned_of(tmp_path: Path) -> None:
+    """The keys of one head are narrower than the model."""
+    model = ConsynLMHeadModel.from_config(dataclasses.replace(CONFIG, num_kv_heads=1), seed=3)
+
+    def warned(rank: int) -> list[str]:
+        return trainer_of(tmp_path / str(rank), model, lora_rank=rank).run_inputs().warnings
+
+    assert warned(32) == []
+    assert warned(33) == [
+        "--lora_rank 33 is more than an update of k_proj, v_proj can have: their shorter side is "
+        "32. Lower --lora_rank; the usual ones are 8 to 64."
+    ]
+    (all_matrices,) = warned(4096)
+    assert "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in all_matrices
 
 
 @pytest.mark.slow

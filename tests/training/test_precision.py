@@ -130,7 +130,7 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
             "9.0",
             "H100",
             jnp.float32,
-            "float32: as requested; bfloat16 is what the H100 does well",
+            "float32: as requested; the default for the H100 is bfloat16",
         ),
         (
             "fp16",
@@ -154,7 +154,7 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
             "7.0",
             "V100",
             jnp.bfloat16,
-            "bfloat16 over float32 weights: as requested; float16 is what the V100 does well",
+            "bfloat16 over float32 weights: as requested; the default for the V100 is float16",
         ),
     ],
 )

@@ -206,7 +206,7 @@ def test_a_signal_that_cuts_no_trial_short_still_ends_the_command() -> None:
         ("--search batch_size=8,16", "--search batch_size=8,16 changes it"),
         ("--search label_smoothing=0:0.1", "--search label_smoothing=0:0.1 changes it"),
         ("--search dropout=0:0.1", "dropout=0:0.1 changes it. Begin it above 0, or leave --vec"),
-        ("--search scheduler=cosine,plateau", "Take plateau out of it"),
+        ("--search scheduler=cosine,plateau", "Remove plateau from its values"),
         ("--optimizer_memory host", "--optimizer_memory host does not work with --vectorize"),
         ("--auto_batch", "--auto_batch does not work with --vectorize"),
         ("--gradient_accumulation_steps 2", "--gradient_accumulation_steps does not work"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from consyn_jax.cli.train import read_arguments
+from consyn_jax.config import PRESETS
 from consyn_jax.resolve import resolve
 from consyn_jax.tuning.search_space import Dimension
 from consyn_jax.tuning.study_page import study_page
@@ -66,3 +67,17 @@ def test_consyn_train_takes_the_recipe(tmp_path: Path) -> None:
     text = file.read_text()
     assert text.startswith("# Trial 2, the best of 5: eval/loss 1.5000.\n")
     assert re.search(r"^lr: 0\.002 +# trial 2$", text, re.MULTILINE)
+    assert re.search(r"^# head_dim: 32 +# preset haiku$", text, re.MULTILINE)
+
+
+def test_another_model_takes_from_a_recipe_what_was_tuned_and_given_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    """A tuned value stays, also one that the trials' model had anyway."""
+    tuned = {"lr": 3e-3, "optimizer": "adamw"}
+    run, origins = resolve({"model": "haiku", "hidden_dim": 480, "max_steps": 50, **tuned})
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe(results(), TRIALS[2], run, origins))
+    for model in PRESETS:
+        chosen, _ = resolve({"model": model, "hidden_dim": 480, "max_steps": 50, **tuned})
+        assert read_arguments(["--config", str(file), "--model", model])[0] == chosen

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 COVERED = 0.99  # share of the rows that fit in a sequence
 LENGTH_STEP = 128
-LONGEST_TEXT = 2048  # of documents without prompts, which may continue in the next sequence
+LONGEST_TEXT = 2048  # longest sequence for documents without prompts, which may be split
 TOKENS_PER_STEP = 65_536
 TOKENS_PER_MICRO_BATCH = 16_384
 STEPS_PER_EPOCH = 32  # a small data set gets smaller batches instead of fewer steps
@@ -64,7 +64,9 @@ def with_batch(settings: Settings, num_sequences: int, num_devices: int) -> Sett
 
 
 def shortest(settings: Settings, context: int | None) -> Settings:
-    """The smallest sequence length and batch size that may be chosen once the rows are read.
+    """Set the smallest sequence length and batch size that the rows may lead to.
+
+    The rows are not read yet. Settings given by the user stay.
 
     Args:
         context: context length of the model, in tokens; None for a preset.

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from consyn_jax.tokenization import BPETokenizer
 
 CORE_FLOPS = 60e9  # per second and core in a train step; docs/design/cpu.md: 73e9 with AVX-512
-ESTIMATE_SHARE = 0.9  # an estimate up to a tenth too high refuses nothing that fits
-# Share of the memory that a suggested run may need; malloc keeps up to three times a step's memory.
+ESTIMATE_SHARE = 0.9  # an estimate may be 10 % too high, and must not refuse a run that fits
+# Largest share of the memory for a suggested run; malloc may keep three times a step's memory.
 COMFORT_SHARE = 0.3
 DAY_S, HALF_HOUR_S = 86_400, 1_800
-FEWEST_STEPS = 200  # of a suggested run
+FEWEST_STEPS = 200  # fewest steps of a suggested run
 BYTES_PER_TOKEN = 4  # of text
 DEFAULT_VOCABULARY = 49_152  # of the bundled tokenizer
 LENGTHS = (1024, 512, 256)
@@ -110,7 +110,7 @@ def _given(config: RunConfig, origins: Mapping[str, str]) -> dict[str, Any]:
         for name, value in flat(config).items()
         if origins[name] in GIVEN or origins[name].startswith("file ")
     }
-    if config.model.model not in PRESETS:  # no preset has its length
+    if config.model.model not in PRESETS:  # its sequence length is not a default of any preset
         given["max_tokens"] = config.length
     return given
 
@@ -136,13 +136,16 @@ def _suggestion(
     memory: int,
     tokens: float | None,
 ) -> list[tuple[dict[str, Any], Need]]:
-    """The first of `candidates` (changes of flags) that fits the memory, and its needs.
+    """Find the first of `candidates` that fits the memory, and estimate its needs.
 
-    A run that would take more than a day is limited to about half an hour by `max_steps`. The list
-    is empty if no candidate fits.
+    A candidate is a set of changed flags. A run that would take more than a day is limited to about
+    half an hour by `max_steps`.
+
+    Returns:
+        A list with one candidate and its needs; empty if no candidate fits.
     """
     for changes in candidates:
-        with suppress(UserError):  # dimensions that were given may not fit another preset
+        with suppress(UserError):  # the user's dimensions may not fit another preset
             need = _need(resolve(given | changes)[0], choice.base, vocab_size, tokens)
             if need.memory > COMFORT_SHARE * memory:
                 continue
@@ -156,7 +159,7 @@ def _suggestion(
 
 
 def _batches(config: RunConfig, changes: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Candidate sequence lengths and micro-batch sizes; those that keep the result come first."""
+    """Candidate sequence lengths and micro-batch sizes; for each length, large batches first."""
     length = PRESETS[changes["model"]]["max_tokens"] if changes else config.length
     for max_tokens in (length, *(short for short in LENGTHS if short < length)):
         shorter = changes | ({} if max_tokens == length else {"max_tokens": max_tokens})
@@ -170,7 +173,7 @@ def _batches(config: RunConfig, changes: dict[str, Any]) -> Iterator[dict[str, A
 
 
 def _smaller_models(config: RunConfig, choice: ModelChoice) -> Iterator[dict[str, Any]]:
-    """Candidate smaller presets, the largest first; none if the run starts from given weights."""
+    """Candidates with smaller presets, the largest first; none if the run starts from weights."""
     names = list(PRESETS)
     if config.model.model in names and choice.weights is None:
         for name in reversed(names[: names.index(config.model.model)]):
@@ -204,7 +207,7 @@ def _need(
 
 
 def _has_loop(config: RunConfig, choice: ModelChoice) -> bool:
-    """Whether the blocks run in a loop; if so, recomputation saves memory not counted here."""
+    """Whether the blocks run in a loop; recomputation then saves memory that `_need` ignores."""
     base = None if config.model.model in PRESETS else choice.base
     return architecture(config.model, base, vocab_size=1).num_layers > CPU_UNROLLED_LAYERS
 
@@ -252,7 +255,10 @@ def _vocab_size(
 
 
 def _data_tokens(data: DataOptions) -> float | None:
-    """Number of tokens in the data, for text estimated from its size; None before a download."""
+    """Number of tokens in the data; None if it is not downloaded yet.
+
+    For text, the number is estimated from the size in bytes.
+    """
     from consyn_jax.data.sources.discovery import find_sources
     from consyn_jax.data.store.manifest import read_manifest, totals
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from consyn_jax.config import PRESETS, ModelOptions, RunConfig, architecture
 from consyn_jax.errors import UserError, nearest
-from consyn_jax.flags import with_flags
+from consyn_jax.flags import flat, with_flags
 from consyn_jax.hub_download import is_elsewhere
 from consyn_jax.model_config import FileFormat, ModelConfig
 from consyn_jax.validation import check_context
@@ -24,6 +24,7 @@ WEIGHT_SHAPES = (
     *("hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"),
     *("qk_norm", "tie_embeddings", "qkv_bias", "output_bias", "mlp_bias"),
 )
+_NOT_SIZES = ("model", "checkpoint", "batch_size", "gradient_accumulation_steps", "seed")
 
 
 class ModelChoice(NamedTuple):
@@ -182,6 +183,19 @@ def weights_note(options: ModelOptions, origin: str, seed: int) -> tuple[str, st
     return "weights", f"initial weights from {place}{alone if Path(place).is_dir() else ''}"
 
 
+def file_notes(config: RunConfig, origins: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The header line about sizes and budget that a config file sets for a `--model` of a flag."""
+    groups = (config.model, config.budget)
+    names = [f.name for group in groups for f in fields(group) if f.name not in _NOT_SIZES]
+    values = flat(config)
+    of_file = [n for n in names if origins[n].startswith("file ") and values[n] is not None]
+    if origins["model"] != "flag" or not of_file:
+        return []
+    listed = ", ".join(f"{name} {values[name]}" for name in of_file)
+    place = origins[of_file[0]].removeprefix("file ")
+    return [("config", f"for {config.model.model}, too, {place} sets {listed}")]
+
+
 def deferred_model(
     config: RunConfig, choice: ModelChoice, vocab_size: int, with_tokens: Tokens
 ) -> DeferredModel:
@@ -200,8 +214,8 @@ def deferred_model(
     if stored is not None:
         vocab_size = stored.vocab_size
     shape = with_tokens(architecture(config.model, base, vocab_size=vocab_size))
-    # Exports have the file format of --checkpoint; a new model is written in float32, whatever
-    # --model says.
+    # Exports have the file format of --checkpoint. A new model is exported in float32, even if the
+    # config.json in --model names another type.
     files = FileFormat(model_type=shape.files.model_type, config=shape.files.config)
     shape = replace(shape, files=files if stored is None else stored.files)
     if weights is None:

@@ -15,6 +15,7 @@ from consyn_jax.cli.choices.model_choice import (
     choose_model,
     context_of,
     deferred_model,
+    file_notes,
     weights_note,
     with_sequence_length,
 )
@@ -73,6 +74,7 @@ class PreparedRun:
             "run": settings,
             "notes": (
                 weights_note(config.model, origins["checkpoint"], config.budget.seed),
+                *file_notes(config, origins),
                 *self.data.notes,
                 *tokenizer_notes(choice, made_by),
             ),

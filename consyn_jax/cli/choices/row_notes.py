@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from consyn_jax.tokenization import BPETokenizer
 
 SHOWN = 160  # characters of the example's prompt and target
-SHOWN_KEYS = 5  # of those that are not read
+SHOWN_KEYS = 5  # number of unread fields to name
 
 
 def row_notes(
@@ -65,7 +65,7 @@ def _template(given: str, tokenizer: BPETokenizer) -> str:
     if given not in ("auto", "plain"):
         return given
     if tokenizer.chat_template == PLAIN:
-        return "plain-text role markers, exported with the model"
+        return "roles are marked by plain text; the template is exported with the model"
     return "the model's own"
 
 

@@ -93,8 +93,8 @@ def own_tokenizer(choice: ModelChoice) -> BPETokenizer | None:
 def with_tokens(shape: ModelConfig, choice: ModelChoice, tokenizer: BPETokenizer) -> ModelConfig:
     """Set the BOS, EOS and padding ids of an architecture.
 
-    A checkpoint keeps its ids and its `generation_config`, unless it does not know the EOS token of
-    the tokenizer that it is trained with.
+    A checkpoint keeps its own ids and `generation_config` if it is trained with its own tokenizer,
+    or if its EOS ids include the EOS token of `tokenizer`.
     """
     stored = choice.stored
     if stored is not None and (_is_own(tokenizer, choice) or _knows_end(stored, tokenizer)):

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 USED_WITH_TOKENS = {
     *("data", "validation", "validation_fraction", "dataset_type", "tokenizer", "num_workers"),
 }
-EMPTY_VALIDATION = (
-    "the validation split has no document; give --validation PATH or a larger --validation_fraction"
-)
 
 CUT = "documents are joined and cut into sequences"
 SHOWN_REASONS = 4
@@ -72,7 +69,7 @@ def check_data(data: DataOptions) -> bool:
         return False
     for f in dataclasses.fields(CorpusOptions):
         given = getattr(data, f.name)
-        if f.name == "row_format" and given == "preference":  # that of --objective dpo
+        if f.name == "row_format" and given == "preference":  # set by --objective dpo
             continue
         if f.name not in USED_WITH_TOKENS and given != f.default:
             raise UserError(
@@ -83,7 +80,7 @@ def check_data(data: DataOptions) -> bool:
 
 
 def _parts(data: DataOptions) -> list[tuple[str, ...]]:
-    """Group the items of `--data` by token store: one store for each, if they have weights."""
+    """Group the items of `--data` by token store: with weights, each item has its own store."""
     return [(item,) for item in data.data] if data.data_weights else [data.data]
 
 
@@ -138,7 +135,7 @@ def _prepared(
 
 
 def _check_pairs(config: RunConfig, stores: Sequence[Prepared]) -> None:
-    """Check that token stores contain pairs of answers if and only if the objective is dpo."""
+    """Check that token stores contain pairs of answers with --objective dpo, and only then."""
     for prepared in stores:
         if prepared.store.holds_pairs == config.trains_on_pairs:
             continue
@@ -161,10 +158,14 @@ def _num_devices(config: RunConfig) -> int:
 def _datasets(
     config: RunConfig, stores: Sequence[Prepared]
 ) -> tuple[Any, Any, list[ConsynDataset]]:
-    """The training and the validation dataset (or None), and each store's training dataset."""
+    """The training dataset, the validation dataset or None, and the training dataset per store."""
     from consyn_jax.training.dataset import ConsynDataset, MixedDataset, pack_split
 
     data, seed = config.data, config.budget.seed
+
+    def is_without_validation(prepared: Prepared) -> bool:
+        ignored = prepared.used[0].is_store and not data.validation_fraction
+        return ignored or prepared.validation_is_empty
 
     def split(prepared: Prepared, name: str) -> ConsynDataset:
         documents = prepared.store.split(name)
@@ -174,12 +175,15 @@ def _datasets(
     if not data.data_weights:
         only = stores[0]
         training = split(only, "train")
-        return training, None if only.validation_is_empty else split(only, "validation"), [training]
+        without = is_without_validation(only)
+        return training, None if without else split(only, "validation"), [training]
     items = dict(zip(data.data, stores, strict=True))
     weights = dict(zip(data.data, data.data_weights, strict=True))
     sources = {item: split(one, "train") for item, one in items.items()}
     held_out = {
-        item: split(one, "validation") for item, one in items.items() if not one.validation_is_empty
+        item: split(one, "validation")
+        for item, one in items.items()
+        if not is_without_validation(one)
     }
     if data.validation:  # all stores hold the same documents
         held_out = dict(list(held_out.items())[:1])
@@ -259,8 +263,11 @@ def _notes(prepared: Prepared, options: CorpusOptions) -> list[Note]:
     notes += row_notes(report, options, store.tokenizer)
     notes += noticed(prepared.used, options, store.tokenizer)
     notes += by_name(prepared.validation, options)
-    if prepared.validation_is_empty:
-        notes.append(("validation", f"none: {EMPTY_VALIDATION}"))
+    if prepared.used[0].is_store and not options.validation_fraction:
+        notes.append(("validation", "none: --validation_fraction is 0"))
+    elif prepared.validation_is_empty:
+        remedy = f"the validation split has no document; {prepared.validation_remedy}"
+        notes.append(("validation", f"none: {remedy}"))
     notes += _left_out(prepared.left_out)
     if unknown := report.changed.get("unknown"):
         notes.append(("unknown text", f"{unknown:,} {CHANGES['unknown']}"))

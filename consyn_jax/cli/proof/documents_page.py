@@ -32,7 +32,9 @@ def list_documents(config: RunConfig) -> None:
     facts = recorded_facts(place)
     total = facts["configuration"]["total_steps"]
     if last > total:
-        raise UserError(f"--documents_of {last}: the run in {place} has {total:,} steps.")
+        raise UserError(
+            f"--documents_of {last}: the run in {place} has {total:,} steps. Give earlier steps."
+        )
     data = facts["data"]
     finder = DocumentFinder(open_order(data, place), data["sequences_per_step"])
     changes = SourceChanges(finder)

@@ -12,7 +12,7 @@ def asked(config: RunConfig, mode: str) -> str | None:
     """Return the inspection flag on the command line; None if there is none.
 
     Raises:
-        UserError: there are two such flags, or one together with a mode, or --json without any.
+        UserError: the command line has two such flags, such a flag and a mode, or --json alone.
     """
     found = [name for name in QUESTIONS if getattr(config.proof, name) is not None]
     if config.proof.json and not found:

@@ -39,7 +39,7 @@ def settings_of_run(
     place = Path(config.saving.output)
     read_run_config(place / CONFIG)
     given = {name: value for name, value in flat(config).items() if origins[name] == "flag"}
-    given.pop("output", None)  # with --decay_from, config.yaml has that of the origin
+    given.pop("output", None)  # with --decay_from, config.yaml has the --output of the first run
     run, found = resolve(given, read_config_file(place / CONFIG), file_name=str(place / CONFIG))
     return run, found, place
 
@@ -93,7 +93,8 @@ def _check(trainer: ConsynTrainer, place: Path, step: int) -> None:
 
     if not 1 <= step <= trainer.total_steps:
         raise UserError(
-            f"--replay_step {step}: the run in {place} has {trainer.total_steps} steps."
+            f"--replay_step {step}: the run in {place} has {trainer.total_steps} steps. Give a "
+            "step from 1 to this number."
         )
     old = read_run_config(place / CONFIG)
     changes = differences(old, trainer.run, trainer.derived())
@@ -109,7 +110,12 @@ def _check(trainer: ConsynTrainer, place: Path, step: int) -> None:
 def _documents(
     trainer: ConsynTrainer, step: int
 ) -> tuple[list[LearnedDocument] | None, str, list[str]]:
-    """The documents of a step (or None and the reason), and names of their changed sources."""
+    """Find the documents of a step.
+
+    Returns:
+        The documents, or None if they are unknown; the reason why they are unknown, or ""; names of
+        source files that have changed.
+    """
     from consyn_jax.data.learned_documents import DocumentFinder
 
     order = trainer.train_source.order
@@ -149,7 +155,7 @@ def _surroundings(place: Path, step: int, mesh: dict[str, int]) -> list[str]:
 
 
 def _verdict(again: RepeatedRun, others: list[str]) -> tuple[bool, str]:
-    """Whether the numbers agree, and the sentence that reports it."""
+    """Whether the repeated numbers agree with the log, and a sentence about the comparison."""
     import jax
 
     compared = [step for step in again.steps if step.logged is not None]

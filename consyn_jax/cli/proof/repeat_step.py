@@ -20,7 +20,8 @@ def replay(config: RunConfig, origins: dict[str, str]) -> None:
     """Repeat the step in the directory `--replay`, and print its metrics and diagnosis.
 
     Args:
-        config: a configuration; its flags, such as the mesh, override the recorded settings.
+        config: the configuration from the command line. Its flags, such as the mesh, override the
+            recorded settings.
 
     Raises:
         UserError: the bundle is missing or damaged, or does not fit the devices.
@@ -63,7 +64,7 @@ def _under_adapter(run: RunConfig, vocab_size: int) -> DeferredModel | None:
 
 
 def _table(title: str, columns: dict[str, Sequence[Row]]) -> Iterator[str]:
-    """Lines of a table with a row for each place in the model; `columns` have equal places."""
+    """Lines of a table with a row for each place in the model, the same places in all columns."""
     places = [row.place for row in next(iter(columns.values()))]
     width = max(map(len, [title, *places]))
     yield f"\n{title:<{width}}" + "".join(

@@ -48,7 +48,11 @@ from consyn_jax.data.store.store_split import StoreSplit
 from consyn_jax.data.store.token_store import JoinedStores
 from consyn_jax.errors import UserError
 from consyn_jax.files import cache_directory
+<<<<<<< HEAD
 from consyn_jax.prepare_config import CorpusOptions, EngineOptions
+=======
+from consyn_jax.prepare_config import HELD_OUT, CorpusOptions
+>>>>>>> main
 from consyn_jax.tokenization import BPETokenizer, load_tokenizer
 
 
@@ -74,11 +78,18 @@ class Prepared:
 
     @property
     def validation_is_empty(self) -> bool:
-        """Whether no document is held out for validation.
-
-        Remedies are `--validation` and a larger `--validation_fraction`.
-        """
+        """Whether no document is held out for validation."""
         return self.store.split(VALIDATION).num_tokens == 0
+
+    @property
+    def validation_remedy(self) -> str:
+        """Advice for data of which no document is held out for validation."""
+        if not self.used[0].is_store:
+            return "give --validation PATH or a larger --validation_fraction"
+        return (
+            "prepare the data again with consyn-prepare --validation PATH or a larger "
+            "--validation_fraction"
+        )
 
 
 def prepare(
@@ -253,6 +264,27 @@ class Growing:
             return self._stopped
 
 
+def _raw(
+    corpus: Corpus, held_out: Corpus, validation_fraction: float, tokenizer: BPETokenizer
+) -> Prepared:
+    """Open token files of other programs."""
+    train, validation = (
+        [Path(source.name) for source in found.sources] for found in (corpus, held_out)
+    )
+    raw = RawTokens(train, tokenizer, validation, validation_fraction)
+    test, named = (_named(raw, corpus.sources, split) for split in (TEST, VALIDATION))
+    left_out = (*corpus.left_out, *held_out.left_out, *((each.name, IS_TEST) for each in test))
+    used = tuple(source for source in corpus.sources if source not in test)
+    return Prepared(
+        raw,
+        (*used, *held_out.sources),
+        left_out,
+        Report(),
+        from_cache=False,
+        validation=named or held_out.sources,
+    )
+
+
 def _given(
     corpus: Corpus, held_out: Corpus, options: CorpusOptions, tokenizer: BPETokenizer | None
 ) -> Prepared:
@@ -265,32 +297,19 @@ def _given(
         )
     if tokenizer is None and options.tokenizer is not None:
         tokenizer = load_tokenizer(options.tokenizer)
-    sources, left_out = corpus.sources, (*corpus.left_out, *held_out.left_out)
     if not corpus.sources[0].is_store:
         if tokenizer is None:
             raise UserError(
                 f"--data {name} contains tokens but no tokenizer. Give the tokenizer that made "
                 "them with --tokenizer PATH."
             )
-        train, validation = (
-            [Path(source.name) for source in found.sources] for found in (corpus, held_out)
-        )
-        raw = RawTokens(
-            train,
-            tokenizer,
-            validation=validation,
-            validation_fraction=options.validation_fraction,
-        )
-        test, named = (_named(raw, sources, split) for split in (TEST, VALIDATION))
-        left_out += tuple((source.name, IS_TEST) for source in test)
-        used = tuple(source for source in sources if source not in test)
-        return Prepared(
-            raw,
-            (*used, *held_out.sources),
-            left_out,
-            Report(),
-            from_cache=False,
-            validation=named or held_out.sources,
+        return _raw(corpus, held_out, options.validation_fraction, tokenizer)
+    sources, left_out = corpus.sources, (*corpus.left_out, *held_out.left_out)
+    if options.validation_fraction not in (HELD_OUT, 0.0):
+        raise UserError(
+            f"--data {name} is a token store, whose splits were made with it, so "
+            f"--validation_fraction {options.validation_fraction} has no effect. Give it to "
+            "consyn-prepare and prepare the data again, or leave it out."
         )
     stores = [TokenStore(source.name) for source in sources]
     if tokenizer is not None and tokenizer.sha256 != stores[0].manifest["tokenizer_sha256"]:

@@ -145,8 +145,8 @@ def find(options: CorpusOptions) -> tuple[Corpus, Corpus]:
             "Only one of --data and --validation is tokenised. Give both as text or rows, or "
             "both as files of tokens."
         )
-    reserved = set(map(_place, held_out.sources))
-    kept = tuple(source for source in corpus.sources if _place(source) not in reserved)
+    reserved = set(map(place_of, held_out.sources))
+    kept = tuple(source for source in corpus.sources if place_of(source) not in reserved)
     if not kept:
         raise UserError(
             "--validation names all of --data, so nothing is left to train on. Give other files to "
@@ -160,7 +160,7 @@ def find(options: CorpusOptions) -> tuple[Corpus, Corpus]:
     return Corpus(kept, reasons), held_out
 
 
-def _place(source: Source) -> str:
+def place_of(source: Source) -> str:
     """A key that identifies a source; all paths to the same file give the same key."""
     return source.name if source.kind == SAMPLE else _path_of(source.name)
 

@@ -1,1 +1,1 @@
-"""Sources of documents: files, datasets and the Hugging Face Hub, with one reader for each type."""
+"""Read documents from files, datasets and the Hugging Face Hub, with one reader for each type."""

@@ -1,4 +1,4 @@
-"""Read the bytes of a file, decompressed and converted from UTF-16 or UTF-32 to UTF-8."""
+"""Read the bytes of a file, decompressed, and converted to UTF-8 from UTF-16 or UTF-32."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ MARKS = {
 
 
 class ByteStream:
-    """The bytes of a file without a byte order mark, decompressed and in UTF-8.
+    """The bytes of a file, decompressed, in UTF-8 and without a byte order mark.
 
     Gzip, Zstandard, xz and bzip2 are decompressed. A file with a UTF-16 or UTF-32 byte order mark
-    is converted to UTF-8; a lone half of a surrogate pair becomes invalid UTF-8.
+    is converted to UTF-8. A lone surrogate becomes invalid UTF-8.
 
     Raises:
-        UserError: the file cannot be read, or is truncated or damaged; every method may raise it.
+        UserError: the file cannot be read, is truncated or is damaged. All methods may raise this.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,7 +51,7 @@ class ByteStream:
         self.is_plain = self._bytes is self.file and self._decoder is None
 
     def _take_mark(self) -> None:
-        """Remove the byte order mark, and decode the rest of the file by it."""
+        """Remove the byte order mark, and choose the decoder that it indicates."""
         for mark, encoding in MARKS.items():
             if self._ahead.startswith(mark):
                 self._decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
@@ -67,7 +67,7 @@ class ByteStream:
         return data
 
     def skip(self, size: int) -> None:
-        """Move `size` bytes forward."""
+        """Skip the next `size` bytes."""
         if self.is_plain and size >= len(self._ahead):
             self.file.seek(size - len(self._ahead), io.SEEK_CUR)
             self._ahead = b""
@@ -86,15 +86,15 @@ class ByteStream:
             if self._decoder is None:
                 return data
             while data and not (decoded := self._decode(data)):
-                data = bytes(self._bytes.read(size))  # less than a character so far
+                data = bytes(self._bytes.read(size))  # the bytes so far are an incomplete character
             return decoded if data else self._decode(b"")
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{self.path} begins like {error.encoding} but is not ({error.reason}). Convert "
-                "the file to UTF-8."
+                f"{self.path} has the byte order mark of {error.encoding}, but cannot be decoded "
+                f"({error.reason}). Convert the file to UTF-8."
             ) from error
         except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-            # pyarrow's errors and gzip.BadGzipFile are OSErrors too, without an errno.
+            # Errors of pyarrow and gzip.BadGzipFile are OSErrors as well, but without an errno.
             if isinstance(error, OSError) and error.errno is not None:
                 raise UserError(
                     f"{self.path} cannot be read: {error.strerror}. "
@@ -118,9 +118,9 @@ class ByteStream:
 
 
 class _Streams:
-    """Streams of xz or bzip2, one after another.
+    """Decompress a file of consecutive xz or bzip2 streams.
 
-    Python's own file objects end silently if the bytes after a stream do not begin another one.
+    Python's own file objects end silently if the bytes after a stream are not another stream.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class _Streams:
         while not data:
             more = b""
             if self._stream.eof:
-                more = self._stream.unused_data.lstrip(b"\0")  # zeros may fill up a stream of xz
+                more = self._stream.unused_data.lstrip(b"\0")  # xz streams may be padded with zeros
                 while not more and (chunk := self._file.read(CHUNK_BYTES)):
                     more = chunk.lstrip(b"\0")
                 if not more:
@@ -147,7 +147,7 @@ class _Streams:
 
 
 def _decompressed(file: BinaryIO) -> BinaryIO:
-    """The file itself, or a stream of its decompressed content."""
+    """Return the file itself, or a stream of its decompressed content."""
     magic = file.read(MAGIC_BYTES)
     file.seek(0)
     if magic.startswith(GZIP):

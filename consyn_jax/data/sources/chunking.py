@@ -1,8 +1,8 @@
-"""Split long documents into parts of about a megabyte, where no token would span the cut.
+"""Split long documents into parts of about a megabyte, at places that no token spans.
 
-A document of any length can then be cleaned and tokenised in bounded memory and by several
-processes, with the same ids as in one piece. The cuts depend only on the text, so equal documents
-have equal parts, whatever file they come from.
+So a document of any length can be cleaned and tokenised in bounded memory and by several processes,
+with the same ids as in one piece. The cuts depend only on the text, so equal documents from
+different files have equal parts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from consyn_jax.tokenization import BPETokenizer
 
 PART_BYTES = 1 << 20
-# Number of bytes, after the first `PART_BYTES`, in which to search for a place to cut.
+# Number of bytes after the first `PART_BYTES` that are searched for a place to cut.
 SEARCH_BYTES = 1 << 16
 LIMIT = PART_BYTES + SEARCH_BYTES
 WINDOW = 256
@@ -31,9 +31,9 @@ PLACES = (
 
 
 def parts(chunks: Iterable[bytes], tokenizer: BPETokenizer) -> Iterator[tuple[bytes, bool]]:
-    """Cut one document, given in chunks of any size, into parts: (bytes, whether it is the last).
+    """Split one document, given in chunks of any size, into parts: (bytes, whether it is the last).
 
-    A document of up to `LIMIT` bytes is one part. No part is empty, unless the document is.
+    A document of up to `LIMIT` bytes is one part. Only an empty document has an empty part.
     """
     buffer = bytearray()
     for chunk in chunks:
@@ -46,9 +46,9 @@ def parts(chunks: Iterable[bytes], tokenizer: BPETokenizer) -> Iterator[tuple[by
 
 
 def _cut(data: bytes, tokenizer: BPETokenizer) -> int:
-    """Find the end of the first part of `data`, which has `LIMIT` bytes.
+    """Find where to end the first part of `data`, which has `LIMIT` bytes.
 
-    At the cut, the surrounding text has the same ids in one piece as in two. Text without such a
+    The text around the cut has the same ids in one piece as in two pieces. Text without such a
     place, such as a megabyte of one letter, is cut anyway, to bound time and memory.
     """
     for place in PLACES:
@@ -67,7 +67,7 @@ def _cut(data: bytes, tokenizer: BPETokenizer) -> int:
 
 
 def _begun(data: bytes) -> int:
-    """Length of an incomplete UTF-8 character at the end of `data`."""
+    """Return the number of bytes of an incomplete UTF-8 character at the end of `data`."""
     for back in range(1, 4):
         byte = data[-back]
         if byte >= 0xC0:

@@ -1,4 +1,4 @@
-"""Tables of comma- or tab-separated values as sources; a row becomes an object by column."""
+"""Read tables of comma- or tab-separated values; a row becomes an object with a key per column."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from consyn_jax.prepare_config import CorpusOptions
 LONGEST_FIELD = 64 << 20
 DELIMITERS = ",;\t|"
 HEAD_ROWS = 100
-HEADLESS = "; if its first line is a row already, put one with names above it."
+HEADLESS = "; if the first line is a row of data, add a line of column names above it."
 
 
 class CsvReader(Reader):
-    """CSV and TSV with a first line of column names, which may be compressed.
+    """CSV and TSV files, which may be compressed; their first line has the column names.
 
-    The delimiter of a .tsv file whose first line has a tab is the tab; otherwise it is the most
-    frequent of `DELIMITERS` in the first line. Fields in double quotes may contain line breaks; in
-    a file with unpaired quotes, quotes have no meaning.
+    The delimiter is the most frequent of `DELIMITERS` in the first line. In a .tsv file whose first
+    line has a tab, it is the tab. Fields in double quotes may contain line breaks. In a file with
+    unpaired quotes, quotes are ordinary characters.
     """
 
     kind, noun, unit = "csv", "a table of columns", "table of columns"
@@ -45,14 +45,14 @@ class CsvReader(Reader):
         return file.text_fault()
 
     def blocks(self, name: str, start: Position, reading: Reading) -> Iterator[Block]:
-        """Rows as JSON Lines."""
+        """Read rows as JSON Lines."""
         csv.field_size_limit(LONGEST_FIELD)
         form = _Form(Path(name))
         with ByteStream(Path(name)) as stream:
             rows = (
                 (number, json.dumps(form.row(fields), ensure_ascii=False), end)
                 for number, fields, end in _records(name, stream, start, form)
-                if number > 1  # the names of the columns
+                if number > 1  # line 1 has the column names
             )
             encoded = ((n, row.encode("utf-8", "surrogateescape"), end) for n, row, end in rows)
             yield from Block.each_of_rows(name, encoded, stream)
@@ -92,7 +92,7 @@ class _Form:
         """Convert a record into a JSON object, or into a message about its fault."""
         if len(fields) == len(self.columns):
             return dict(zip(self.columns, fields, strict=True))
-        counts = f"{len(fields)} fields where the first line has {len(self.columns)}"
+        counts = f"{len(fields)} fields, but the first line has {len(self.columns)}"
         return f"{FAULT}has {counts}."
 
     def _is_even(self, lines: Sequence[str]) -> bool:
@@ -104,7 +104,7 @@ class _Form:
                 if len(found) == HEAD_ROWS:
                     break
         except csv.Error:
-            # The head may end inside a field.
+            # The part of the file that was read may end inside a field.
             return self.quoting == csv.QUOTE_MINIMAL and len(found) >= HEAD_ROWS // 2
         found = [count for count in found if count]
         return len(set(found[:-1])) <= 1
@@ -113,7 +113,7 @@ class _Form:
 def _records(
     name: str, stream: ByteStream, start: Position, form: _Form
 ) -> Iterator[tuple[int, list[str], Position]]:
-    """Yield (line, fields, position after the record) from `start` on; positions count lines."""
+    """Yield (line, fields, position after the record); positions are (bytes, lines)."""
     stream.skip(start[0])
     at, line = start
     taken: list[int] = []
@@ -142,7 +142,7 @@ def _records(
 
 
 def _lines(stream: ByteStream) -> Iterator[bytes]:
-    """The lines of a stream, each with its line end."""
+    """Iterate over the lines of a stream, each with its line end."""
     buffer = b""
     while data := stream.read(CHUNK_BYTES):
         *whole, buffer = (buffer + data).split(b"\n")

@@ -1,7 +1,7 @@
 """Find the sources that `--data` names: paths, globs, URLs, Hub names and "sample".
 
-Files are recognised by their content, compressed files by their decompressed content. Sources are
-in the order of the names given, and sorted within a directory or glob.
+Files are recognised by their content, after decompression. Sources are in the order of the given
+names, and sorted within a directory or glob.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from consyn_jax.remote.urls import is_bucket_url
 TOKENS = TokenReader.kind
 FILE_SUFFIXES = {*COMPRESSED_SUFFIXES, *(s for r in READERS.values() for s in r.suffixes)}
 _NOUNS = [reader.noun for kind, reader in reversed(READERS.items()) if kind != SAMPLE]
-# Advice, by words that occur in the description of a file's fault.
+# Words in the description of a file's fault, and the advice for this fault.
 _REMEDIES = (
     ("UTF-16", "Convert the file to UTF-8, or write it with a byte order mark."),
     ("UTF-8", REMEDY),
@@ -46,10 +46,10 @@ USABLE = f"{', '.join(_NOUNS[:-1])} or {_NOUNS[-1]}"
 
 @dataclass(frozen=True)
 class Corpus:
-    """The sources in reading order, and files that were left out, each with the reason.
+    """The sources in reading order, and the files that were left out, each with a reason.
 
     Attributes:
-        validation: sources that are validation data by their names.
+        validation: sources that their names mark as validation data.
     """
 
     sources: tuple[Source, ...]
@@ -60,14 +60,14 @@ class Corpus:
 def find_sources(
     data: Sequence[str], dataset_type: str = "auto", flag: str = "data", invalid_utf8: str = "error"
 ) -> Corpus:
-    """Find the sources that `data` names, each with its type.
+    """Find the sources that `data` names, and their types.
 
     Args:
         data: paths, directories, globs (`**` also matches subdirectories), names of Hub datasets,
             or "sample" (`./sample` is a file of that name).
         dataset_type: the type that all sources must have, or "auto".
-        flag: name of the flag whose value `data` is, for messages.
-        invalid_utf8: "replace" accepts text files that are not all UTF-8.
+        flag: name of the flag that has the value `data`, for messages.
+        invalid_utf8: "replace" to accept text files with invalid UTF-8, otherwise "error".
 
     Raises:
         UserError: a name does not exist, no file is usable, or a source has another type.
@@ -107,7 +107,7 @@ def _check_alike(sources: Iterable[Source], flag: str) -> None:
 
 
 def _found_by(name: str, dataset_type: str, flag: str, invalid_utf8: str) -> Iterator[Found]:
-    """Find the sources that `name` matches, each with a reason to leave it out, or ""."""
+    """Find the sources that `name` matches; each has a reason to leave it out, or ""."""
     if is_bucket_url(name):
         name = str(local_copy(name))
     if name == SAMPLE:
@@ -118,7 +118,7 @@ def _found_by(name: str, dataset_type: str, flag: str, invalid_utf8: str) -> Ite
     expanded = _expand(name, dataset_type, flag)
     for found in expanded:
         if isinstance(found, Source):
-            # If a Hub dataset has several splits, each name ends with its split.
+            # If a Hub dataset has several splits, the name of each source ends with its split.
             is_one = len(expanded) == 1
             inside = Path(found.name if is_one else found.name.rpartition(":")[2])
             yield Found(found, "", inside, name, is_named=is_one)
@@ -130,7 +130,7 @@ def _found_by(name: str, dataset_type: str, flag: str, invalid_utf8: str) -> Ite
 
 
 def _inside(name: str, found: Path, place: Path) -> Path:
-    """The path of a source relative to `place`; the split's name for a split of a dataset."""
+    """Return the path of a source relative to `place`, or the name of a dataset's split."""
     if name == str(found) and any(r.other_splits(found) for r in READERS.values()):
         return Path(TRAIN)
     if name.startswith(f"{found}:"):
@@ -141,7 +141,7 @@ def _inside(name: str, found: Path, place: Path) -> Path:
 
 
 def _beginning(name: str) -> Path:
-    """The directory at the beginning of a name or pattern; paths below it decide the splits.
+    """Return the directory at the beginning of a path or pattern. Names below it decide the splits.
 
     >>> _beginning("test/*/a.txt"), _beginning("corpus")
     (PosixPath('test'), PosixPath('corpus'))
@@ -170,7 +170,7 @@ def _expand(name: str, dataset_type: str, flag: str) -> Sequence[Path | Source]:
         if reader.is_source(path):
             return [Source(str(path), reader.kind)]
     if glob.has_magic(name):
-        found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (may be absolute)
+        found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (the pattern may be absolute)
         if not found:
             raise UserError(
                 f"The pattern {name} in --{flag} matches no file. Correct it; a pattern without "
@@ -189,7 +189,7 @@ def _expand(name: str, dataset_type: str, flag: str) -> Sequence[Path | Source]:
 
 
 def _may_be_remote(name: str) -> bool:
-    """Whether a name that does not exist as a path may be owner/name of a Hub dataset.
+    """Whether a name that is not an existing path may be owner/name of a Hub dataset.
 
     A single word, the name of a file, and a path into an existing directory are more likely
     mistyped paths.
@@ -200,19 +200,19 @@ def _may_be_remote(name: str) -> bool:
 
 
 def _remote_names(reader: Reader, name: str, flag: str) -> tuple[str, ...]:
-    """The names of a remote dataset's splits, the default split first; () if it is not remote."""
+    """List the splits of a remote dataset, the default split first; () if `name` is not remote."""
     try:
         remote = reader.remote_name(name)
         return () if remote is None else (remote, *reader.remote_splits(name, remote))
     except UserError as error:
         raise UserError(
-            f"{name} in --{flag} is not an existing path; as {reader.noun}: "
+            f"{name} in --{flag} is not an existing path, and cannot be read as {reader.noun}: "
             f"{str(error)[:1].lower()}{str(error)[1:]}"
         ) from error
 
 
 def _look_into(path: Path, dataset_type: str, invalid_utf8: str) -> Iterator[tuple[Source, str]]:
-    """Find the sources at an existing path; raise if a file that the user named is unusable."""
+    """Find the sources at an existing path; raise an error if the path is an unusable file."""
     if not path.is_dir():
         kind, fault = recognise(path, dataset_type, invalid_utf8)
         if fault:
@@ -237,7 +237,7 @@ def _look_into(path: Path, dataset_type: str, invalid_utf8: str) -> Iterator[tup
 
 
 def _remedy(path: Path, fault: str, dataset_type: str) -> str:
-    """Advice, as a sentence, about an unusable file that the user named."""
+    """Return a sentence of advice about an unusable file."""
     if fault.endswith(f"--dataset_type {dataset_type} wants"):
         return "Leave --dataset_type out."
     if path.suffix.lower() in (*TOKEN_SUFFIXES, *PICKLES) and fault != "is empty":
@@ -286,7 +286,7 @@ def _look_into_directory(
 def _files_in(directory: Path) -> list[Path]:
     """List, sorted, all files below a directory.
 
-    A subdirectory that is not searched is listed itself, in place of its files. Hidden files and
+    If a subdirectory is not searched, it is listed in place of its files. Hidden files and
     directories are left out.
     """
     found: list[Path] = []
@@ -300,7 +300,7 @@ def _files_in(directory: Path) -> list[Path]:
 
 
 def _passed_over(directory: Path) -> str:
-    """The reason not to search a subdirectory (a link, a token store, a run), or ""."""
+    """Return the reason not to search a subdirectory (a link, a token store, a run), or ""."""
     if directory.is_symlink():
         return "is a link to a directory; give its path to use it"
     if is_store(directory) or (directory / PREPARING).is_dir():
@@ -312,7 +312,7 @@ def _passed_over(directory: Path) -> str:
 def recognise(
     path: Path, dataset_type: str = "auto", invalid_utf8: str = "error"
 ) -> tuple[str, str]:
-    """Return (type, "") of a file, or ("", reason) if it is unusable; read only its beginning."""
+    """Recognise a file by its beginning: (type, ""), or ("", reason) if the file is unusable."""
     if not path.is_file():
         return "", "is not a regular file"
     file = Candidate(path, dataset_type, invalid_utf8)

@@ -1,4 +1,4 @@
-"""Hugging Face datasets as sources."""
+"""The reader of Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from consyn_jax.data.sources.rows import RowKeys
 class HuggingFaceReader(Reader):
     """Parquet and Arrow files, directories of `save_to_disk`, and datasets of the Hub.
 
-    Their rows are converted to JSON Lines.
+    Rows are converted to JSON Lines.
     """
 
     kind, noun, unit = "huggingface", "a Hugging Face dataset", "Hugging Face dataset"
@@ -27,31 +27,31 @@ class HuggingFaceReader(Reader):
         return "" if dataset_rows.is_dataset(file.path) else None
 
     def is_source(self, path: Path) -> bool:
-        """Whether it is a directory of `save_to_disk`, or a split of one."""
+        """Whether `path` is a dataset written by `save_to_disk`, or its split PATH:SPLIT."""
         return dataset_rows.is_dataset(path)
 
     def other_splits(self, path: Path) -> tuple[str, ...]:
-        """Splits of a saved `DatasetDict` besides train, to be read as PATH:SPLIT."""
+        """List the splits of a saved `DatasetDict` besides train, which are read as PATH:SPLIT."""
         return dataset_rows.other_splits(path)
 
     def remote_name(self, name: str) -> str | None:
-        """The name of a Hub dataset including its commit; None for other names."""
+        """Return the name of a Hub dataset including its commit; None for other names."""
         return hub.identity(name) if parse_hub_name(name) else None
 
     def remote_splits(self, name: str, remote: str) -> tuple[str, ...]:
-        """Names of the splits of a Hub dataset besides train."""
+        """List the names of the splits of a Hub dataset besides train."""
         return () if names_split(name) else hub.other_splits(remote)
 
     def files(self, name: str) -> tuple[Path, ...]:
-        """The local files; none for a Hub dataset, which the commit in its name identifies."""
+        """List the local files; none for a Hub dataset, whose name includes its commit."""
         return dataset_rows.files(Path(name)) if dataset_rows.is_dataset(Path(name)) else ()
 
     def size(self, name: str) -> int:
-        """Size of the files, or of the copy in the cache, in bytes."""
+        """Return the size in bytes of the files, or of the copy in the cache."""
         return dataset_rows.size(name)
 
     def blocks(self, name: str, start: Position, reading: Reading) -> Iterator[Block]:
-        """Rows as JSON Lines; only the columns that the options name are read."""
+        """Read rows as JSON Lines; only the columns that the options need are read."""
         number, columns = start[1], RowKeys.of(reading.options).columns
         batches = dataset_rows.rows(name, start[0], columns, streaming=reading.streaming)
         for batch in batches:
@@ -70,7 +70,8 @@ class HuggingFaceReader(Reader):
 def _in_json(value: Any) -> str:
     r"""Convert a value that JSON cannot represent to a string.
 
-    Binary values are decoded as text such that their bytes do not change; others use `str`.
+    Binary values are decoded as text without loss: their bytes can be recovered. Other values are
+    converted by `str`.
 
     >>> _in_json("é".encode()), _in_json(b"\xff"), _in_json(3 + 4j)
     ('é', '\udcff', '(3+4j)')

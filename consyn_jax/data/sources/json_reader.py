@@ -1,4 +1,4 @@
-"""Files of JSON rows as sources: JSON Lines, or one array."""
+"""Read files of JSON rows: JSON Lines, or one array."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from consyn_jax.data.sources.reader import (
 from consyn_jax.errors import TOO_LONG, UserError, parse_fault
 
 LINES_SUFFIXES = (".jsonl", ".ndjson")
-# Largest size of a row, which is parsed at once. No text corpus has such rows, but a file without
-# line ends may look like one.
+# Largest size of a row in bytes, because a row is parsed in memory. No text corpus has longer rows,
+# but a file without line ends may look like one long row.
 LONGEST_ROW = 64 << 20
-# Matches an object whose first key has an array of objects.
+# Matches an object that begins with a key whose value is an array of objects.
 INNER_ROWS = re.compile(rb'\{\s*"([^"\\]{1,60})"\s*:\s*\[\s*\{')
 SPACE, BETWEEN = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n]*[,\[]?[ \t\r\n]*")
 
 
 class JsonReader(Reader):
-    """JSON rows, which may be compressed."""
+    """Files of JSON rows, which may be compressed."""
 
     kind, noun, unit = "jsonl", "JSON rows", "file of JSON rows"
     suffixes = (*LINES_SUFFIXES, ".json")
 
     def recognise(self, file: Candidate) -> str | None:
-        """Recognise rows by the suffix or by their first lines.
+        """Recognise a file of rows by its suffix or its first lines.
 
-        Invalid UTF-8 is no fault of the file, because single rows can be left out.
+        Invalid UTF-8 does not make the file unusable, because single rows can be left out.
         """
         if _has_rows(file):
             return file.text_fault(check_utf8=False)
@@ -53,22 +53,22 @@ class JsonReader(Reader):
         return file.text_fault() or no_rows
 
     def identity(self, name: str, file_hash: Callable[[Path], str]) -> list[Any]:
-        """The kind, whether the file is read as an array, and the file's hash."""
+        """Return the kind, whether the file is read as an array, and the hashes of its bytes."""
         kind, _, hashes = super().identity(name, file_hash)
         return [kind, is_array(Path(name)), hashes]
 
     def blocks(self, name: str, start: Position, reading: Reading) -> Iterator[Block]:
-        """Rows as JSON Lines."""
+        """Read rows as JSON Lines."""
         with ByteStream(Path(name)) as stream:
             read = _array if is_array(Path(name)) else _lines
             yield from read(name, stream, start)
 
 
 def is_array(path: Path) -> bool:
-    """Whether a file of JSON rows is one array, rather than JSON Lines."""
+    """Whether a file of JSON rows is one array and not JSON Lines."""
     with ByteStream(path) as stream:
         head = stream.read(HEAD_BYTES).lstrip()
-    # A .jsonl file may be one array of rows; in real JSON Lines, a row that is an array is a fault.
+    # A .jsonl file may be one array of objects. In other .jsonl files, an array is a faulty row.
     begins = b"[" if inner_suffix(path) not in LINES_SUFFIXES else b"[{"
     return b"".join(head[:100].split()).startswith(begins)
 
@@ -109,7 +109,7 @@ def _lines(name: str, stream: ByteStream, start: Position) -> Iterator[Block]:
         if not more:
             return
         if len(buffer) > LONGEST_ROW:
-            # The row is too long to parse, so --on_bad_rows does not apply.
+            # The end of the row is not known, so --on_bad_rows cannot skip it.
             raise UserError(
                 f"{name}:{number + 1} is a line of more than {LONGEST_ROW >> 20} MiB, which cannot "
                 "be a row. Fix the file, or give --dataset_type text."
@@ -122,7 +122,7 @@ def _lines(name: str, stream: ByteStream, start: Position) -> Iterator[Block]:
 def _array(name: str, stream: ByteStream, start: Position) -> Iterator[Block]:
     """Read the elements of one JSON array as rows.
 
-    After broken JSON, the next row cannot be found, so `--on_bad_rows` does not apply.
+    After broken JSON, the start of the next row is unknown, so `--on_bad_rows` does not apply.
     """
     rows = (
         # A JSON string cannot contain a raw newline, so all newlines are white space.
@@ -138,14 +138,14 @@ def _elements(
     """Yield (line, element as text, position after it); positions count bytes and lines."""
     stream.skip(start[0])
     at, line = start[0], start[1] + 1
-    # Invalid UTF-8 is passed on; the workers repair or refuse the row.
+    # Keep invalid UTF-8 here; the workers repair or refuse the row.
     text = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     decoder, buffer, size = json.JSONDecoder(), "", CHUNK_BYTES
     mark = "," if start[0] else "["
     while True:
         more = stream.read(size)
         buffer += text.decode(more, final=not more)
-        # Doubling keeps the time linear in the length of a row.
+        # Double the size, so that the time is linear in the length of a row.
         size = max(min(size * 2, LONGEST_ROW - len(buffer)), CHUNK_BYTES)
         position = 0
         while True:
@@ -174,10 +174,10 @@ def _elements(
 
 
 def _fault(error: Exception, length: int, more: bool) -> str:
-    """The fault of an element that does not parse; "" if more data may complete it.
+    """Describe why an element does not parse; "" if more data may complete it.
 
     Args:
-        length: characters read since the previous element.
+        length: number of characters after the previous element.
         more: whether the file continues.
     """
     if isinstance(error, RecursionError):
@@ -190,7 +190,7 @@ def _fault(error: Exception, length: int, more: bool) -> str:
 
 
 def _check_rest(name: str, line: int, stream: ByteStream, text: str) -> None:
-    """Refuse text after the array: ignoring it might lose half the data."""
+    """Refuse text after the array, because ignoring it could lose half of the data."""
     rest = text.encode("utf-8", "surrogateescape")
     while rest.isspace() or not rest:
         rest = stream.read(CHUNK_BYTES)
@@ -203,7 +203,7 @@ def _check_rest(name: str, line: int, stream: ByteStream, text: str) -> None:
 
 
 def _element(decoder: json.JSONDecoder, buffer: str, position: int, mark: str) -> tuple[int, int]:
-    """(start, end) of the next element, which follows `mark`; the end is -1 if there is none.
+    """Find (start, end) of the element after `mark`; end is -1 if no element is left.
 
     Raises:
         ValueError: the element is broken or incomplete.

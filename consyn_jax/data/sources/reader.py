@@ -1,8 +1,8 @@
-"""The interface of a dataset type: a `Reader` recognises its files and reads them as blocks.
+"""The interface of a dataset type. A `Reader` recognises files of its type and reads blocks.
 
 A new type needs one module with a `Reader`, and one line in the table of `source.py`. The main
-process reads, decompresses and finds the ends of documents; workers process the documents. Reading
-can resume at the end of any block, and needs a few megabytes of memory for any input.
+process reads, decompresses and finds the ends of documents. Worker processes clean and tokenise the
+documents. Reading can resume at the end of any block, and needs only a few megabytes of memory.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from consyn_jax.files import LFS_POINTER
 from consyn_jax.prepare_config import CorpusOptions
 from consyn_jax.tokenization import BPETokenizer
 
-# Files with these suffixes are read as text, whatever their content.
+# Files with these suffixes are recognised as text, even if they begin like JSON rows.
 TEXT_SUFFIXES = (".txt", ".md")
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
 ARCHIVES = {b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf": "a 7z archive", b"Rar!": "a rar archive"}
-# Files with these suffixes contain text but are not plain text; zip archives are told apart by
-# suffix.
+# Office files, which are zip archives and are recognised by their suffix.
 OFFICE = {
     ".xlsx": "an Excel workbook, which has to be exported as CSV",
     ".ods": "a spreadsheet, which has to be exported as CSV",
@@ -36,35 +35,35 @@ OFFICE = {
     ".epub": "a book, which has to be converted to text",
 }
 PDF = b"%PDF-"
-UTF16_SHARE = 0.9  # of the characters of a text in UTF-16 that are ASCII
-FEWEST_UTF16 = 16  # bytes by which UTF-16 is recognised
+UTF16_SHARE = 0.9  # share of ASCII characters from which text counts as UTF-16
+FEWEST_UTF16 = 16  # bytes needed to recognise UTF-16
 REMEDY = "Convert the file to UTF-8, leave it out, or give --invalid_utf8 replace."
 HEAD_BYTES = 65_536
 BLOCK_BYTES = 1 << 20
 
 Position = tuple[int, int]
-"""(Bytes of the decompressed file, or rows of a Hugging Face dataset, before a position; documents
-or lines before it.)
+"""Two counts before a position in a source. The first counts bytes of the decompressed file, or
+rows of a Hugging Face dataset. The second counts documents or lines.
 """
 START: Position = (0, 0)
 
 
 @dataclass(frozen=True)
 class Block:
-    """The unit of work of a worker: some whole documents, or a part of a long document.
+    """The unit of work for a worker process: several whole documents, or a part of a long document.
 
     Attributes:
-        kind: "text" for documents between separators, "part" for a part of one document, "rows" for
-            JSON Lines, one row per document (see `rows.py`).
-        name: the source, for messages.
+        kind: "text" for documents with separators between them, "part" for a part of one document,
+            "rows" for JSON Lines with one row per document (see `rows.py`).
+        name: name of the source, for messages.
         first: number of the first document or line in the source, from 1.
         offset: position of `data` in the source in bytes, for messages.
-        end: position at which reading resumes after the block; None inside a long document that is
-            not alone in its file.
-        file_bytes: bytes of the source's file read so far, for progress.
-        begins, last: for a part, whether it is the first or the last part of its document.
-        split: the split of the documents; None if the hash of their text decides.
-        numbers: number of each row in the source, for rows that were not lines of a file.
+        end: position at which reading can resume after the block. It is None inside a long document
+            of a file with separators, where reading cannot resume.
+        file_bytes: number of bytes of the source's file read so far, for progress.
+        begins, last: whether a part is the first, and whether it is the last part of its document.
+        split: the split of the documents; None if a hash of their text decides.
+        numbers: number of each row in the source, if rows are not lines of a file.
         unread: columns of a table that were not read, because no option needs them.
     """
 
@@ -85,7 +84,7 @@ class Block:
     def each_of_rows(
         cls, name: str, rows: Iterable[tuple[int, bytes, Position]], stream: ByteStream
     ) -> Iterator[Block]:
-        """Make blocks from rows: (number, JSON without newlines, position after the row)."""
+        """Group rows into blocks; a row is (number, JSON without newlines, position after it)."""
         found: list[bytes] = []
         numbers: list[int] = []
         size, end = 0, START
@@ -109,7 +108,7 @@ class Block:
         file_bytes: int,
         unread: tuple[str, ...] = (),
     ) -> Block:
-        """Make a block of at least one row, each a JSON object without newlines."""
+        """Build a block of one or more rows, each a JSON object without newlines."""
         data = b"".join(row + b"\n" for row in rows)
         return cls(
             *("rows", name, data, numbers[0], 0, end, file_bytes),
@@ -120,14 +119,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Reading:
-    """Settings for reading all sources of a preparation.
+    """Settings for reading the sources of a preparation, the same for all sources.
 
     Attributes:
         options: the user's flags.
-        tokenizer: the tokenizer whose ids a cut in a long document must not change.
-        single: whether the corpus is one document, which is split by position: its last parts are
-            held out for validation and test.
-        test_fraction: share held out for test.
+        tokenizer: the tokenizer. Long documents are cut at places where a cut does not change its
+            ids.
+        single: whether the corpus is one document. Its last parts are then held out for validation
+            and test.
+        test_fraction: share of the text held out for test.
         streaming: whether to read Hub datasets over the network, without downloading them first.
     """
 
@@ -141,12 +141,12 @@ class Reading:
 class Reader(ABC):
     """The interface of a dataset type.
 
-    A source of this type is named by a string, usually its path.
+    A source of this type has a string as its name, usually its path.
 
     Attributes:
-        kind: name of the type: a value of `--dataset_type`, and part of cache keys.
-        noun: the content of a source, for messages: "holds NOUN".
-        unit: one source, for reports: "2 UNITs".
+        kind: name of the type, a value of `--dataset_type` and part of cache keys.
+        noun: description of the content of a source in messages, as in "holds NOUN".
+        unit: name of one source in reports, as in "2 UNITs".
         suffixes: suffixes of file names of this type.
     """
 
@@ -156,9 +156,9 @@ class Reader(ABC):
     suffixes: ClassVar[tuple[str, ...]] = ()
 
     def recognise(self, file: Candidate) -> str | None:
-        """Recognise a regular file: None if it has another type, otherwise "" or its fault.
+        """Recognise a regular file: None if it has another type, "" if it is usable, or its fault.
 
-        A fault ("is empty") completes a sentence that begins with the name of the file.
+        A fault, such as "is empty", completes a sentence that begins with the name of the file.
         """
         return None
 
@@ -167,19 +167,19 @@ class Reader(ABC):
         return False
 
     def other_splits(self, path: Path) -> tuple[str, ...]:
-        """Splits of a directory that is one source, besides its default split."""
+        """List the splits of a directory that is one source, besides its default split."""
         return ()
 
     def remote_name(self, name: str) -> str | None:
-        """The name of remote data including its present version; None if `name` is not remote.
+        """Return the name of remote data with its current version; None if `name` is not remote.
 
         Raises:
-            UserError: `name` may be remote data, but cannot be found.
+            UserError: `name` has the form of a remote name, but cannot be found.
         """
         return None
 
     def remote_splits(self, name: str, remote: str) -> tuple[str, ...]:
-        """Names of the other splits of remote data, if `name` chooses no split.
+        """List the names of the other splits of remote data; none if `name` includes a split.
 
         Args:
             remote: the result of `remote_name`.
@@ -190,15 +190,15 @@ class Reader(ABC):
         return ()
 
     def describe(self, name: str) -> str:
-        """Describe a source for messages, as in "a token store"."""
+        """Describe a source for messages, such as "a token store"."""
         return self.noun
 
     def files(self, name: str) -> tuple[Path, ...]:
-        """The files whose bytes determine the data; none if the name determines it."""
+        """List the files whose bytes determine the data; none if the name alone determines it."""
         return (Path(name),)
 
     def size(self, name: str) -> int:
-        """Number of bytes to read, for progress; 0 if unknown.
+        """Return the number of bytes to read, for progress; 0 if unknown.
 
         Raises:
             OSError: a file cannot be read.
@@ -206,11 +206,11 @@ class Reader(ABC):
         return Path(name).stat().st_size
 
     def identity(self, name: str, file_hash: Callable[[Path], str]) -> list[Any]:
-        """The source's entry in the cache key: kind, whether JSON is an array, file hashes."""
+        """Return the source's entry in the cache key: [kind, is a JSON array, file hashes]."""
         return [self.kind, False, [file_hash(file) for file in self.files(name)] or [name]]
 
     def is_one_document(self, options: CorpusOptions) -> bool:
-        """Whether each source is exactly one document."""
+        """Whether each source of this type is exactly one document."""
         return False
 
     @abstractmethod
@@ -226,7 +226,7 @@ class Candidate:
     """A file whose type is not known yet.
 
     Attributes:
-        path: the file.
+        path: path of the file.
         dataset_type: the value of `--dataset_type`.
         suffix: the file's suffix in lower case, without a compression suffix.
     """
@@ -237,11 +237,11 @@ class Candidate:
 
     @property
     def head(self) -> bytes:
-        """The first `HEAD_BYTES` bytes, decompressed; empty if the file cannot be read."""
+        """The first `HEAD_BYTES` bytes after decompression; empty if the file cannot be read."""
         return self._beginning[0]
 
     def text_fault(self, *, check_utf8: bool = True) -> str:
-        """The reason why the file cannot be read as text, or ""."""
+        """Return the reason why the file cannot be read as text, or ""."""
         head, fault = self._beginning
         if not head:
             return fault or "is empty"
@@ -259,16 +259,16 @@ class Candidate:
 
     @cached_property
     def _beginning(self) -> tuple[bytes, str]:
-        """The head, and the fault that prevents reading it."""
+        """The head of the file, and the fault that prevents reading it, or ""."""
         try:
             with ByteStream(self.path) as stream:
                 return stream.read(HEAD_BYTES), ""
-        except UserError as error:  # its text names the file, a fault must not
+        except UserError as error:  # remove the name of the file, which a fault must not contain
             return b"", str(error).removeprefix(f"{self.path} ").split(". ")[0].rstrip(".")
 
 
 def inner_suffix(path: Path) -> str:
-    """The suffix of a file in lower case, without a compression suffix.
+    """Return the suffix of a file in lower case, ignoring a compression suffix.
 
     >>> inner_suffix(Path("a.JSONL.gz")), inner_suffix(Path("a.txt"))
     ('.jsonl', '.txt')
@@ -278,11 +278,11 @@ def inner_suffix(path: Path) -> str:
 
 
 def binary_fault(data: bytes, *, complete: bool) -> str:
-    r"""The reason why `data` is not UTF-8 text, with the position, or "".
+    r"""Return the reason, with the position, why `data` is not UTF-8 text, or "".
 
     Args:
         data: the beginning of a file.
-        complete: whether `data` is the whole file, which must not end within a character.
+        complete: whether `data` is the whole file. If not, its last character may be incomplete.
 
     >>> binary_fault(b"a\x00", complete=True)
     'is binary: byte 1 is NUL'
@@ -301,7 +301,7 @@ def binary_fault(data: bytes, *, complete: bool) -> str:
 
 
 def _is_utf16(data: bytes) -> bool:
-    """Whether most pairs of bytes are an ASCII character and a zero byte."""
+    """Whether nearly all pairs of bytes are an ASCII character and a zero byte."""
     if len(data) < FEWEST_UTF16:
         return False
     halves = sorted((data[::2], data[1::2]), key=lambda half: half.count(0))

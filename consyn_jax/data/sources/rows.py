@@ -1,6 +1,6 @@
-"""Turn rows into documents: choose a row's format, its texts, and which are trained on.
+"""Turn rows into documents: choose the format of a row, its texts, and the texts to train on.
 
-`--row_format` or the keys of a row decide its format:
+`--row_format` or the keys of a row determine its format:
 
     messages            {"messages": [{"role", "content"}]}: trains on the assistant's messages
     sharegpt            {"conversations": [{"from", "value"}]}: trains on the assistant's messages
@@ -8,8 +8,8 @@
     prompt_completion   {"prompt", "completion"}, text or messages: trains on the completion
     text                {"text"}: trains on all of it
 
-The formats are tried in this order, because files of the first four often also have the rendered
-row under `text`. A document is a sequence of text segments, or a conversation, which a chat
+The formats are tried in this order, because rows of the first four formats often also have the
+rendered text under `text`. A document is a sequence of text segments, or a conversation that a chat
 template renders. With `--row_format preference`, which `--objective dpo` sets, every row is a pair
 of answers ({"prompt", "chosen", "rejected"}).
 """
@@ -54,12 +54,12 @@ class RowKeys:
     """The keys of a row's texts; `a.b` means key `b` of the object under `a`.
 
     Attributes:
-        text: the whole document.
-        prompt: text before the completion; several keys may be separated by commas, and their texts
-            are joined by a blank line.
-        completion: the text after the prompt, which is trained on.
-        messages: a conversation.
-        format: the format that every row has, or "auto".
+        text: key of the whole document.
+        prompt: key of the text before the completion. Several keys may be separated by commas;
+            their texts are joined by a blank line.
+        completion: key of the text after the prompt, which is trained on.
+        messages: key of a conversation.
+        format: the format of all rows, or "auto".
     """
 
     text: str = "text"
@@ -70,7 +70,7 @@ class RowKeys:
 
     @classmethod
     def of(cls, options: CorpusOptions) -> RowKeys:
-        """The keys from the user's flags."""
+        """Build the keys from the user's flags."""
         return cls(
             options.text_key,
             options.prompt_key,
@@ -81,7 +81,7 @@ class RowKeys:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """All keys that any format uses; of a table, only these columns are read."""
+        """All keys that any format uses. Only these columns of a table are read."""
         prompts = (self.prompt or "prompt").split(",")
         own = (self.text, *map(str.strip, prompts), self.completion or "completion", self.messages)
         return (*own, *COLUMNS)
@@ -92,7 +92,7 @@ COLUMNS = (
     *("conversations", "system", "tools", "functions", "chat_template_kwargs"),
     *("instruction", "input", "output", "history"),
     *("chosen", "rejected", "label", "completions", "labels", *LIKELY_PROMPTS),
-    *(*PARTS_OF_PROMPTS, *(name for pair in PAIRS for name in pair)),  # for advice
+    *(*PARTS_OF_PROMPTS, *(name for pair in PAIRS for name in pair)),  # for suggestions of flags
 )
 
 
@@ -114,7 +114,7 @@ Content = tuple[Segment, ...] | Conversation | Pair
 
 @dataclass(frozen=True)
 class Row:
-    """A row as it was recognised.
+    """A row whose format was recognised.
 
     Attributes:
         format: a value of `--row_format`; for pairs of messages, "preference of messages".
@@ -131,11 +131,11 @@ def read_row(row: Any, keys: RowKeys, absent: Sequence[str] = ()) -> Row:
     """Turn a row into a document.
 
     Args:
-        row: a decoded row, or the `BadRow` with the reason why it could not be decoded.
-        absent: names of columns that were not read, for the message about a missing key.
+        row: a decoded row, or a `BadRow` with the reason why the row could not be decoded.
+        absent: names of columns that were not read; messages about a missing key list them.
 
     Raises:
-        BadRow: the row's format is unknown, it is malformed, or it has nothing to train on.
+        BadRow: the row has an unknown format, is malformed, or has nothing to train on.
 
     >>> read_row({"prompt": "2 + 2 =", "completion": " 4"}, RowKeys())
     Row(format='prompt_completion', content=(Segment(text='2 + 2 =', trained=False),
@@ -183,7 +183,7 @@ def _read(row: dict, found: str, keys: RowKeys) -> tuple[str, Content]:
 
 
 def _used(row: dict, found: str, keys: RowKeys) -> set[str]:
-    """The keys of a row that its format uses."""
+    """Return the keys of a row that its format uses."""
     prompts = {keys.prompt or "prompt", *map(str.strip, (keys.prompt or "prompt").split(","))}
     chat = {"tools", "functions", "chat_template_kwargs"}
     return {
@@ -197,7 +197,7 @@ def _used(row: dict, found: str, keys: RowKeys) -> set[str]:
 
 
 def _sharegpt_key(row: dict, keys: RowKeys) -> str:
-    """The key of a ShareGPT conversation; some files use OpenAI's key `messages`."""
+    """Return the key of a ShareGPT conversation; some files use OpenAI's key `messages`."""
     if keys.messages != RowKeys.messages:
         return keys.messages
     return "messages" if "messages" in row and "conversations" not in row else "conversations"
@@ -208,10 +208,10 @@ def _answered(prompt: str, answer: str) -> tuple[Segment, ...]:
 
 
 def _format(row: dict, keys: RowKeys) -> str:
-    """Choose the format of a row, by keys named in flags, or else by the row's keys.
+    """Choose the format of a row by the keys in flags, or otherwise by the keys of the row.
 
     Raises:
-        BadRow: no format matches, or the matching one cannot be trained on.
+        BadRow: no format matches, or the matching format cannot be trained on.
     """
     if keys.prompt is not None or keys.completion is not None:
         return PROMPT_COMPLETION
@@ -220,7 +220,7 @@ def _format(row: dict, keys: RowKeys) -> str:
     if keys.text != "text" and has(row, keys.text):
         return TEXT
     check_preference(row)
-    # In a table, a column that only other rows use is null here.
+    # In a table, columns that only other rows use are null.
     filled = {name for name, value in row.items() if value is not None}
     if keys.messages in filled:
         return _conversation_format(row, keys.messages)

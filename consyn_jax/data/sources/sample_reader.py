@@ -1,4 +1,4 @@
-"""`--data sample`: text that comes with every Python."""
+"""The reader of `--data sample`, which is text that is part of Python."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ SAMPLE = "sample"
 
 
 class SampleReader(Reader):
-    """The sample, which is text."""
+    """The built-in sample of text."""
 
     kind, noun, unit = SAMPLE, "text", SAMPLE
 
     def files(self, name: str) -> tuple[Path, ...]:
-        """No files: the texts are part of Python."""
+        """Return no files, because the texts are part of Python."""
         return ()
 
     def size(self, name: str) -> int:
-        """Size of the sample's texts, in bytes."""
+        """Return the size of the sample's texts in bytes."""
         return sum(len(text.encode()) for text in sample_texts())
 
     def identity(self, name: str, file_hash: Callable[[Path], str]) -> list[Any]:
-        """Kind and a hash of the texts."""
+        """Return the kind and a hash of the texts."""
         return [SAMPLE, False, [hashlib.sha256("\0".join(sample_texts()).encode()).hexdigest()]]
 
     def blocks(self, name: str, start: Position, reading: Reading) -> Iterator[Block]:
-        """Read all texts of the sample, as one block of rows."""
+        """Read all texts of the sample as one block of rows."""
         texts = sample_texts()[start[1] :]
         lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
         end = (0, start[1] + len(texts))
@@ -40,7 +40,7 @@ class SampleReader(Reader):
 
 
 def sample_texts() -> list[str]:
-    """The documents of the sample: Python's language reference, as used by `help()`.
+    """Return the documents of the sample: the topics of Python's `help()`.
 
     The documents are sorted by topic.
 

@@ -1,4 +1,4 @@
-"""The table of dataset types, and a source: one input of `--data`."""
+"""The table of dataset types, and `Source`: one input of `--data`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from consyn_jax.data.sources.text_reader import TextReader
 from consyn_jax.data.sources.token_reader import TokenReader
 from consyn_jax.errors import UserError
 
-# The first reader that recognises a file reads it, so the most general reader comes last.
+# Readers are tried in this order, so the most general reader comes last.
 READERS: dict[str, Reader] = {
     reader.kind: reader
     for reader in (
@@ -35,8 +35,8 @@ class Source:
     """One input: a file, a dataset, a token store, or the sample.
 
     Attributes:
-        name: the path; for a dataset of the Hub, its name with its commit; or "sample".
-        kind: its type, a key of `READERS`.
+        name: path of the input; name and commit of a Hub dataset; or "sample".
+        kind: type of the input, a key of `READERS`.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Source:
 
     @cached_property
     def num_bytes(self) -> int:
-        """Number of bytes to read, for progress; 0 for a dataset that is not downloaded.
+        """Number of bytes to read, for progress; 0 for a dataset that is not downloaded yet.
 
         Raises:
             UserError: a file cannot be read.
@@ -59,17 +59,17 @@ class Source:
         except OSError as error:
             raise UserError(
                 f"{self.name} can no longer be read: {error.strerror}. Restore the file, and do "
-                "not change the data while it is read."
+                "not change data while they are read."
             ) from error
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files whose bytes determine the data; none if the name determines it."""
+        """The files whose bytes determine the data; none if the name alone determines it."""
         return self.reader.files(self.name)
 
     @property
     def is_store(self) -> bool:
-        """Whether this is a token store, and not a file of tokens."""
+        """Whether the source is a token store and not a file of tokens."""
         return isinstance(self.reader, TokenReader) and Path(self.name).is_dir()
 
     def blocks(self, start: Position, reading: Reading) -> Iterator[Block]:

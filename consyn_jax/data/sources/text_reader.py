@@ -1,4 +1,4 @@
-"""Text files as sources: a file is one document, or several with separators between them."""
+"""Read text files: a file is one document, or several documents with separators between them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TextReader(Reader):
 
 
 def separator(options: CorpusOptions) -> bytes:
-    r"""`--document_separator` as bytes, with \n and \t read as newline and tab."""
+    r"""Return `--document_separator` as bytes; \n and \t in it mean newline and tab."""
     return (options.document_separator or "").replace("\\n", "\n").replace("\\t", "\t").encode()
 
 
@@ -51,10 +51,10 @@ def separator(options: CorpusOptions) -> bytes:
 
 
 def _whole(name: str, stream: ByteStream, start: Position, reading: Reading) -> Iterator[Block]:
-    """Read a file as one document, or with `reading.single` as one document for each split.
+    """Read a file as one document; with `reading.single`, as one document for each split.
 
-    Reading can resume at any part, because the end of a part depends only on the text after its
-    start. The document count of a position is 0 inside the file, and 1 at its end.
+    Reading can resume at the start of any part, because the end of a part depends only on the text
+    from there on. The document count of a position is 0 inside the file, and 1 at its end.
     """
     if start[1]:
         return
@@ -74,7 +74,7 @@ def _whole(name: str, stream: ByteStream, start: Position, reading: Reading) -> 
 
 
 def _spans(path: Path, reading: Reading) -> list[tuple[str | None, int, int]]:
-    """(split, start, stop) of each document in a file; a stop of -1 means the end of the file."""
+    """List the documents of a file as (split, start, stop); stop -1 means the end of the file."""
     if not reading.single:
         return [(None, 0, -1)]
     with ByteStream(path) as stream:
@@ -94,7 +94,7 @@ def _chunks(stream: ByteStream, length: int) -> Iterator[bytes]:
 
 
 def _character(path: Path, at: int) -> int:
-    """Start of the UTF-8 character that contains byte `at`."""
+    """Return the start of the UTF-8 character that contains byte `at`."""
     with ByteStream(path) as stream:
         stream.skip(max(at - 3, 0))
         data = stream.read(min(at, 3) + 1)
@@ -107,7 +107,7 @@ def _character(path: Path, at: int) -> int:
 def _separated(name: str, stream: ByteStream, start: Position, reading: Reading) -> Iterator[Block]:
     """Read blocks of whole documents, each followed by its separator.
 
-    A document above `LIMIT` bytes is split into parts, as if it were a file.
+    A document of more than `LIMIT` bytes is split into parts, as if it were a file.
     """
     stream.skip(start[0])
     at, number = start
@@ -115,8 +115,8 @@ def _separated(name: str, stream: ByteStream, start: Position, reading: Reading)
     while True:
         more = stream.read(BLOCK_BYTES)
         buffer += more
-        # Separators are found from left to right. If two overlap, as in three newlines, the first
-        # counts, wherever blocks end.
+        # Separators are found from left to right. If two separators overlap, as in three newlines,
+        # the first one counts, also at the end of a block.
         documents = buffer.split(ends)
         if more or not documents[-1]:
             documents.pop()
@@ -139,7 +139,7 @@ def _separated(name: str, stream: ByteStream, start: Position, reading: Reading)
 def _long(
     name: str, document: _Document, number: int, at: int, reading: Reading
 ) -> Generator[Block, None, int]:
-    """Read one long document in parts; `at` and `number` are its position."""
+    """Read one long document in parts; it starts at byte `at`, after `number` documents."""
     begins = True
     for data, last in parts(document, reading.tokenizer):
         stop = at + len(data)
@@ -151,7 +151,7 @@ def _long(
 
 
 class _Document:
-    """Iterates over bytes up to the next separator; `rest` then has the bytes after it."""
+    """Iterates over the bytes before the next separator; the bytes after it go to `rest`."""
 
     def __init__(self, stream: ByteStream, begun: bytes, separator: bytes) -> None:
         self.stream, self.begun, self.separator = stream, begun, separator

@@ -1,4 +1,4 @@
-"""Data that is tokenised already: token stores, and token files of other programs."""
+"""The reader of tokenised data: token stores, and token files of other programs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from consyn_jax.data.store.token_files import PICKLES, TOKEN_SUFFIXES, UnusableE
 
 
 class TokenReader(Reader):
-    """Tokenised data, which is not prepared: training reads it in place."""
+    """Tokenised data. It needs no preparation, because training reads it in place."""
 
     kind, noun, unit = "sharded", "tokens", "store or file of tokens"
     suffixes = TOKEN_SUFFIXES
 
     def recognise(self, file: Candidate) -> str | None:
-        """Recognise `.bin` and `.npy`, and refuse pickles."""
+        """Recognise `.bin` and `.npy` files, and refuse pickles."""
         if file.path.suffix.lower() not in TOKEN_SUFFIXES + PICKLES:
             return None
         try:
@@ -31,9 +31,9 @@ class TokenReader(Reader):
         return path.is_dir() and is_store(path)
 
     def describe(self, name: str) -> str:
-        """A token store or a file of tokens."""
+        """Return "a token store" or "a file of tokens"."""
         return "a token store" if Path(name).is_dir() else "a file of tokens"
 
     def blocks(self, name: str, start: Position, reading: Reading) -> Iterator[Block]:
-        """Refuse: there is nothing to prepare."""
+        """Raise an error, because tokenised data needs no preparation."""
         raise ValueError(f"{name} is tokenised already.")

@@ -15,16 +15,17 @@ from consyn_jax.files import cache_directory, write_whole
 MEMORY = "digests.json"
 MOST = 100_000
 SMALL = 1 << 20
-# A file that changes twice within one tick of the file system's clock has the same time stamp after
-# both changes. Two seconds is the coarsest clock in use (FAT).
+# Two changes of a file within one tick of the file system's clock give the same time stamp. So a
+# hash is cached only if the last change of the file is older than this. The coarsest clock is that
+# of FAT, two seconds.
 SETTLED_NS = 2_000_000_000
 
 
 class FileHashes:
     """A context manager that returns hexadecimal SHA-256 hashes of files and caches them.
 
-    A file is read again only if its path, inode, size or time stamps are new. Reading takes about a
-    second per GB. New hashes are stored for later processes at the end of the context.
+    A file is read again only if its path, inode, size or time stamps have changed. Reading takes
+    about a second per GB. At the end of the context, new hashes are stored for later processes.
     """
 
     def __init__(self) -> None:
@@ -37,10 +38,10 @@ class FileHashes:
         self._new: dict[str, list[Any]] = {}
 
     def __call__(self, path: Path) -> str:
-        """The hash of one file.
+        """Return the hash of one file.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the file cannot be read.
         """
         try:
             status, name = path.stat(), str(path.resolve())
@@ -67,6 +68,6 @@ class FileHashes:
             return
         kept = {name: entry for name, entry in self._known.items() if name not in self._new}
         entries = list({**kept, **self._new}.items())[-MOST:]
-        with suppress(OSError):  # the hashes only save time
+        with suppress(OSError):  # the cache only saves time
             self._place.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self._place, json.dumps(dict(entries)))

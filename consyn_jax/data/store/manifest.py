@@ -6,20 +6,20 @@
     SPLIT-00000.tokens     little-endian uint16 (vocabulary up to 65,536) or uint32; every document
                            ends with EOS
     SPLIT-00000.index      little-endian uint64: start of each document in the shard
-    SPLIT-00000.targets    uint8, 1 where a token is a target of the loss, otherwise 0, or 2 for
-                           the first token of a document that needs no BOS in front of it; only
-                           for shards where some tokens are not targets
-    SPLIT-00000.origins    three little-endian uint64 for each document: the number of its source in
-                           sources.json, and its row and 0, or the first and the last byte of its
-                           text (begin, end) in the decompressed source; only in stores that were
-                           prepared from sources
+    SPLIT-00000.targets    only for shards where some tokens are not targets; uint8: 1 for a target
+                           of the loss, 2 for the first token of a document that needs no BOS in
+                           front of it, 0 for other tokens
+    SPLIT-00000.origins    only in stores that were prepared from sources; three little-endian
+                           uint64 for each document. The first is the number of its source in
+                           sources.json. The others are its row and 0, or the range (begin, end)
+                           of its text in bytes of the decompressed source
     sources.json           the sources, in order: name, kind, SHA-256 of each file
 
 In version 3, each document is a pair of answers to the same prompt: prompt and chosen answer, then
 a separator token with target 3 (`BETWEEN`), then prompt and rejected answer.
 
-Documents are never split between shards. The manifest is written last: a directory without one is
-not a store yet. docs/design/data.md has the reasons.
+Documents are never split between shards. The manifest is written last, so a directory without a
+manifest is not a finished store. docs/design/data.md has the reasons.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ from consyn_jax.files import leads_out, refuse_strays
 
 FORMAT = "consyn token store"
 VERSION = 2
-PAIRS_VERSION = 3  # of stores of pairs
-READABLE = (1, 2, PAIRS_VERSION)  # version 1 has no 2 among the targets
-# Target value of a document's first token if it is only an input and needs no BOS before it.
+PAIRS_VERSION = 3  # for stores of preference pairs
+READABLE = (1, 2, PAIRS_VERSION)  # version 1 has no target value 2
+# Target value of the first token of a document that needs no BOS; the token is only an input.
 GIVEN = 2
-# Target value of the token that separates the two sequences of a pair.
+# Target value of the token between the two sequences of a pair.
 BETWEEN = 3
 MANIFEST = "manifest.json"
-# Directory, in an unfinished token store, of the state needed to resume.
+# Subdirectory of an unfinished token store, with the state needed to resume.
 PREPARING = "preparing"
 SOURCES = "sources.json"
-ORIGIN_BYTES = 24  # of a document in .origins
+ORIGIN_BYTES = 24  # per document
 STORE_FILE = re.compile(
     r"manifest\.json|report\.json|report\.html|sources\.json|tokenizer|preparing"
     r"|[a-z][a-z0-9_]*-\d{5,}\.(tokens|index|targets|origins)|\..*\.new"
 )
-# Glob patterns of the files that are read from a store.
+# Glob patterns of the files of a store that are read.
 READ = (
     *(MANIFEST, "report.json", SOURCES, "tokenizer", "tokenizer/*"),
     *("*.tokens", "*.index", "*.targets", "*.origins"),
@@ -68,7 +68,7 @@ _HEAD_BYTES = 1 << 16
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The number type of tokens on disk, for a vocabulary size.
+    """Return the dtype of tokens on disk for a vocabulary size.
 
     >>> token_dtype(65_536), token_dtype(65_537)
     (dtype('uint16'), dtype('uint32'))
@@ -89,9 +89,9 @@ def totals(shards: Iterable[dict[str, Any]]) -> dict[str, int]:
 def is_store(directory: Path) -> bool:
     """Whether a directory is a token store, even one with a damaged manifest.
 
-    A damaged store is recognised by its token files, so that it is reported as damaged instead of
-    being read as text. Other programs also write files called `manifest.json`, some of them
-    gigabytes long, so only the beginning is read.
+    A store with a damaged manifest is recognised by its token files, so that it is reported as
+    damaged and not read as text. Only the beginning of `manifest.json` is read, because other
+    programs write files of that name too, some of them gigabytes long.
     """
     if not (directory / MANIFEST).is_file():
         return False
@@ -99,9 +99,9 @@ def is_store(directory: Path) -> bool:
 
 
 def has_manifest(directory: Path) -> bool:
-    """Whether a directory's manifest begins like the manifest of a token store.
+    """Whether the manifest in a directory begins like that of a token store.
 
-    A link out of the directory is not followed.
+    A symbolic link out of the directory is not followed.
     """
     path = directory / MANIFEST
     if not path.is_file() or leads_out(path, directory):
@@ -112,7 +112,7 @@ def has_manifest(directory: Path) -> bool:
 
 
 def delete_store(directory: Path) -> None:
-    """Delete the files of a token store, finished or not, and its directory if then empty.
+    """Delete the files of a finished or unfinished token store, and its directory if then empty.
 
     The entries that mark a directory as a store are deleted last, so that an interrupted deletion
     can be repeated.
@@ -161,7 +161,7 @@ def checked_manifest(directory: Path) -> dict[str, Any]:
     version = manifest.get("version")
     if type(version) is not int or version not in READABLE:
         raise UserError(
-            f"{path} has format version {version!r}, and this consyn_jax reads 1, 2 and 3. {AGAIN}"
+            f"{path} has format version {version!r}, but this consyn_jax reads 1, 2 and 3. {AGAIN}"
         )
     fault = _manifest_fault(manifest)
     if fault:
@@ -170,19 +170,19 @@ def checked_manifest(directory: Path) -> dict[str, Any]:
 
 
 def read_sources(directory: Path) -> list[dict[str, Any]]:
-    """Read the sources that a token store was prepared from; none if they were not recorded.
+    """Read the sources that a token store was prepared from; [] if they were not recorded.
 
     Returns:
         For each source, its "name", "kind", "is_validation", and the "sha256" of each of its files.
 
     Raises:
-        UserError: sources.json is missing or does not match the manifest.
+        UserError: the manifest or sources.json is missing or damaged, or they do not match.
     """
     return checked_sources(directory, read_manifest(directory))
 
 
 def checked_sources(directory: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """Read the sources as `read_sources` does, with a manifest that is already read."""
+    """Read the sources as `read_sources` does, given the manifest."""
     expected, path = manifest.get("sources_sha256"), directory / SOURCES
     if expected is None:
         return []
@@ -206,9 +206,9 @@ def checked_sources(directory: Path, manifest: dict[str, Any]) -> list[dict[str,
 
 
 def _manifest_fault(manifest: dict[str, Any]) -> str:
-    """The first fault of a manifest; "" if there is none.
+    """Describe the first fault of a manifest; "" if there is none.
 
-    All assumptions of later code are checked here, above all about file names.
+    Later code relies on these checks, above all on those of file names.
     """
     vocab_size, splits = manifest.get("vocab_size"), manifest.get("splits")
     if type(vocab_size) is not int or not 0 < vocab_size <= 1 << 32:
@@ -216,7 +216,7 @@ def _manifest_fault(manifest: dict[str, Any]) -> str:
     dtype = token_dtype(vocab_size).name
     if manifest.get("dtype") != dtype:
         found = manifest.get("dtype")
-        return f"dtype is {found!r}, and a vocabulary of {vocab_size} needs {dtype}"
+        return f"dtype is {found!r}, but a vocabulary of {vocab_size} needs {dtype}"
     if not isinstance(manifest.get("tokenizer_sha256"), str) or not isinstance(splits, dict):
         return "tokenizer_sha256 or splits is missing"
     for name, split in splits.items():
@@ -227,7 +227,7 @@ def _manifest_fault(manifest: dict[str, Any]) -> str:
 
 
 def split_fault(name: str, split: Any) -> str:
-    """The first fault of a split in a manifest; "" if there is none."""
+    """Describe the first fault of a split in a manifest; "" if there is none."""
     shards = split.get("shards") if isinstance(split, dict) else None
     if not isinstance(shards, list):
         return f"split {name!r} has no list of shards"

@@ -1,9 +1,9 @@
-"""Files of numbers, read in place.
+"""Read files of numbers in place.
 
-They are read with `pread`, not through a memory map. Mapped pages count as the process's memory,
-and access to a map fails with SIGBUS when its file is truncated; a read of 4 KB takes about a
-microsecond either way. The memory for reading does not grow with the store: one buffer per thread
-while a shard is checked, and a bounded number of open files.
+Files are read with `pread` and not through a memory map. Mapped pages would count as memory of the
+process, and access to a map of a truncated file would fail with SIGBUS. A read of 4 KB takes about
+a microsecond either way. Memory does not grow with the size of the store: it is one buffer per
+thread while a shard is checked, and a bounded number of open files.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import numpy as np
 from consyn_jax.errors import UserError
 
 OPEN_FILES = 128
-# Large enough that other threads run most of the time while one hashes, small enough for the
-# processor's cache.
+# Large enough that other threads run most of the time while one thread hashes, and small enough for
+# the processor's cache.
 CHUNK_BYTES = 1 << 19
 
 
 class NumberFile:
     """Numbers of one type in a file, read in place from any thread.
 
-    The file stays open only while it is among those read most recently.
+    The file stays open only while it is among the `OPEN_FILES` most recently read files.
 
     Args:
         count: number of numbers in the file.
@@ -40,10 +40,10 @@ class NumberFile:
         self.opened: _OpenFile | None = None  # set and reset by `_open_files`
 
     def read(self, start: int, out: np.ndarray) -> None:
-        """Fill the contiguous `out` with the numbers from `start` on, converted to its dtype.
+        """Fill the contiguous array `out` with the numbers from `start` on, converted to its dtype.
 
         Raises:
-            UserError: the file cannot be read, or has become shorter.
+            UserError: the file cannot be read, or was truncated.
         """
         target = out if out.dtype == self.dtype else np.empty(len(out), self.dtype)
         try:
@@ -53,7 +53,7 @@ class NumberFile:
                 more = os.preadv(file.descriptor, [target.data.cast("B")[found:]], position + found)
                 if not more:
                     raise UserError(
-                        f"{self.path} is shorter than it was when it was opened. Do not change "
+                        f"{self.path} was truncated while it was read. Do not change "
                         "the data during a run, and start again."
                     )
                 found += more
@@ -68,7 +68,7 @@ class NumberFile:
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         """Iterate over the numbers start .. stop, `CHUNK_BYTES` at a time.
 
-        All chunks share one buffer: each overwrites the previous one.
+        All chunks share one buffer, so each chunk overwrites the previous one.
         """
         stop = self.count if stop is None else stop
         buffer = np.empty(max(min(CHUNK_BYTES // self.dtype.itemsize, stop - start), 0), self.dtype)
@@ -78,7 +78,7 @@ class NumberFile:
             yield part
 
     def mapped(self) -> np.ndarray:
-        """A memory map of all numbers, for reading whole files and for searching."""
+        """Return a memory map of all numbers, for searching and for reading the whole file."""
         if not self.count:
             return np.empty(0, self.dtype)
         return np.memmap(self.path, self.dtype, "r", offset=self.offset, shape=(self.count,)).view(
@@ -87,7 +87,7 @@ class NumberFile:
 
 
 class _OpenFile:
-    """A file descriptor that is closed when its last reference goes."""
+    """A file descriptor that is closed when the last reference to this object is gone."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
@@ -100,7 +100,7 @@ class _OpenFile:
 class _OpenFiles:
     """Keeps only the `limit` most recently read files open.
 
-    A store of terabytes has more shards than a process may have open files.
+    A store of terabytes has more shards than the limit of open files per process.
     """
 
     def __init__(self, limit: int) -> None:
@@ -114,8 +114,8 @@ class _OpenFiles:
             opened = file.opened
             if opened is None:
                 opened = file.opened = _OpenFile(file.path)
-                # A deleted file may have had the same id; the new entry must not take its place in
-                # the order.
+                # A deleted `NumberFile` may have had the same id. Remove its entry, so that the new
+                # entry does not inherit its position.
                 self._recent.pop(id(file), None)
                 self._recent[id(file)] = weakref.ref(file)
                 while len(self._recent) > self.limit:

@@ -1,4 +1,4 @@
-"""Read token files of other programs in place, with the interface of a token store."""
+"""Read token files of other programs in place, through the interface of a token store."""
 
 from __future__ import annotations
 
@@ -25,16 +25,19 @@ from consyn_jax.errors import UserError
 from consyn_jax.tokenization import BPETokenizer
 
 SEARCH_TOKENS = 1 << 18
-LOOK_S = 5.0  # between two checks of a file that is being read
-FEWEST_WIDE = 16  # numbers by which a wider type is recognised
-SAMPLES, SAMPLE_TOKENS = 16, 2048  # per file, compared at every check
+LOOK_S = 5.0  # between two checks for changes of a file
+FEWEST_WIDE = 16  # fewest numbers from which a wider type is recognised
+SAMPLES, SAMPLE_TOKENS = (
+    16,
+    2048,
+)  # number and size of the samples of a file, compared at every check
 
 
 class _RawFile:
     """A token file; the first read checks the whole file, at about 3 GB/s.
 
-    Such files have no checksum. So changes during a run are detected by size, modification time,
-    samples of the content, and ids outside the vocabulary.
+    Such a file has no checksum. Changes during a run are detected by its size, its modification
+    time, samples of its content, and ids outside the vocabulary.
     """
 
     def __init__(self, path: Path, vocab_size: int) -> None:
@@ -46,14 +49,14 @@ class _RawFile:
             ) from None
         self.path, self.vocab_size, self._row_tokens = path, vocab_size, head.row_tokens
         dtype, count = head.dtype, head.count
-        self._is_bare = dtype is None  # nothing in the file says its type
+        self._is_bare = dtype is None  # the file does not contain its dtype
         if dtype is None or count is None:
             dtype, size = token_dtype(vocab_size), path.stat().st_size
             count = size // dtype.itemsize
             if size % dtype.itemsize:
                 raise UserError(
-                    f"{path} has {size:,} bytes, but with a vocabulary of {vocab_size:,} tokens "
-                    "it needs a multiple of 4. Give the --tokenizer that made it."
+                    f"{path} has {size:,} bytes, which is not a multiple of 4, the size of a token "
+                    f"id for a vocabulary of {vocab_size:,}. Give the --tokenizer that made it."
                 )
         self.numbers = NumberFile(str(path), dtype, count, head.offset)
         self.verified = False
@@ -70,20 +73,20 @@ class _RawFile:
             for tokens in self.numbers.chunks():
                 if place == 0 and self._is_bare and _is_wider(tokens):
                     raise UserError(
-                        f"{self.path} contains numbers of 32 bits or more, but with a "
-                        f"vocabulary of {self.vocab_size:,} tokens a .bin file has 16 bits for "
-                        "each. Write it as uint16, or as .npy."
+                        f"{self.path} contains numbers of 32 bits or more, but for a "
+                        f"vocabulary of {self.vocab_size:,} tokens, a .bin file must have 16-bit "
+                        "numbers. Write it as uint16, or as .npy."
                     )
                 if int(tokens.max()) >= self.vocab_size or int(tokens.min()) < 0:
                     wrong = (tokens < 0) | (tokens >= self.vocab_size)
                     at = int(wrong.argmax())
                     advice = "Give the --tokenizer that made the file."
                     if self._is_bare and tokens.dtype.itemsize == 4:
-                        advice = f"{advice[:-1]}, or write it as uint32 for this one."
+                        advice = f"{advice[:-1]}, or write it as uint32 for this tokenizer."
                     if tokens[at] < 0:
                         advice = "Write the file without this id, which may be padding."
                     raise UserError(
-                        f"{self.path} has token id {tokens[at]} at {self._named(place + at)}, and "
+                        f"{self.path} has token id {tokens[at]} at {self._named(place + at)}, but "
                         f"the vocabulary has {self.vocab_size:,} tokens. {advice}"
                     )
                 place += len(tokens)
@@ -122,7 +125,7 @@ class _RawFile:
             raise self._changed("its content changed")
 
     def _looked_at(self) -> tuple[int, int]:
-        """The file's size in bytes, and its modification time in ns."""
+        """Read the file's size in bytes and its modification time in ns."""
         try:
             status = self.path.stat()
         except OSError as error:
@@ -133,7 +136,7 @@ class _RawFile:
         return status.st_size, status.st_mtime_ns
 
     def _sampled(self) -> bytes:
-        """A hash of evenly spaced pieces of the file, from its beginning to its end."""
+        """Hash evenly spaced samples of the file."""
         content, count = hashlib.sha256(), self.numbers.count
         piece = np.empty(min(SAMPLE_TOKENS, count), self.numbers.dtype)
         for at in np.linspace(0, count - len(piece), SAMPLES).astype(np.int64):
@@ -143,22 +146,22 @@ class _RawFile:
 
     def _changed(self, how: str) -> UserError:
         return UserError(
-            f"{self.path} was changed while it was read: {how}. All steps of a run must see the "
-            "same data: put the file back and run the same command again, or begin a new run."
+            f"{self.path} was changed while it was read: {how}. All steps of a run must read the "
+            "same data: restore the file and run the same command again, or begin a new run."
         )
 
 
 def _is_wider(tokens: np.ndarray) -> bool:
-    """Whether numbers read as uint16 were written with more bits: then every second one is 0."""
+    """Whether numbers read as uint16 have more bits on disk: every second one is then 0."""
     return tokens.dtype.itemsize == 2 and len(tokens) >= FEWEST_WIDE and not tokens[1::2].any()
 
 
 class RawShard(Tokens):
-    """The tokens start .. stop of a file, as a shard; a document begins after every EOS.
+    """The tokens start .. stop of a token file as a shard; a document begins after every EOS.
 
     Args:
-        follows: the previous shard in the split; None for the first shard, where a document always
-            begins.
+        follows: the previous shard in the split; None for the first shard, which always begins a
+            document.
     """
 
     def __init__(
@@ -175,7 +178,7 @@ class RawShard(Tokens):
 
     @property
     def starts(self) -> Int64[np.ndarray, " documents"]:
-        """Start of each document, found by a search on every call, at about 1 GB/s."""
+        """Start of each document; every call searches the tokens, at about 1 GB/s."""
         self.verify()
         found, base = [np.zeros(1 if self.begins_document else 0, np.int64)], 1
         for tokens in self._file.numbers.chunks(self._start, self._start + self.num_tokens - 1):
@@ -185,21 +188,21 @@ class RawShard(Tokens):
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """Path of the token file."""
         return self._file.path
 
     @property
     def first(self) -> int:
-        """Index in the file of the shard's first token."""
+        """Index of the shard's first token in the file."""
         return self._start
 
     @property
     def vocab_size(self) -> int:
-        """Size of the vocabulary; all ids are below it."""
+        """Size of the vocabulary; all ids are below this number."""
         return self._file.vocab_size
 
     def byte_range(self, start: int, stop: int) -> tuple[int, int]:
-        """The bytes of the file that hold the tokens start .. stop."""
+        """Return the range of bytes in the file that contains the tokens start .. stop."""
         numbers = self._file.numbers
         places = (
             numbers.offset + (self._start + at) * numbers.dtype.itemsize for at in (start, stop)
@@ -208,7 +211,7 @@ class RawShard(Tokens):
 
     @property
     def begins_document(self) -> bool:
-        """Whether a document begins at the first token, rather than in an earlier file."""
+        """Whether the first token begins a document; otherwise it continues an earlier file."""
         return self._follows is None or self._follows.ends_document
 
     @property
@@ -223,10 +226,10 @@ class RawShard(Tokens):
         self._file.read(self._start + start, out)
 
     def verify(self) -> None:
-        """Search for ids outside the vocabulary, on the first call.
+        """Check the file for ids outside the vocabulary, on the first call only.
 
         Raises:
-            UserError: there is such an id; the message names the file and the id.
+            UserError: an id is outside the vocabulary; the message names the file and the id.
         """
         self._file.verify()
 
@@ -235,27 +238,27 @@ class RawTokens:
     """Token files with the interface of a `TokenStore`, without index and checksums.
 
     Documents end with the tokenizer's EOS, which for GPT-2 is `<|endoftext|>`. llm.c puts EOS
-    before documents, not after them; this gives the same stream, except that the first "document"
-    is only an EOS and the last one has no EOS. A document may continue in the next file, as in
-    llm.c's files. The rows of a two-dimensional `.npy` are read as one stream, because rows of
-    equal length are more often cut from a stream than documents. nanoGPT's `meta.pkl` is not read.
+    before documents instead of after them. In its files, the first "document" is therefore only an
+    EOS, and the last document has no EOS. A document may continue in the next file. The rows of a
+    two-dimensional `.npy` are read as one stream, because rows of equal length are usually pieces
+    of a stream and not documents. nanoGPT's `meta.pkl` is not read.
 
     Args:
-        paths: files in order. The name of a file decides its split (`data.split.split_of_name`,
-            else "train"); with `validation`, all are "train".
-        tokenizer: the tokenizer that made the ids. With more than 65,536 tokens, nanoGPT's files
-            are read as uint32.
+        paths: files in order. The name of a file decides its split (`data.split.split_of_name`; by
+            default "train"). If `validation` is given, all of them are in "train".
+        tokenizer: the tokenizer that made the ids. If it has more than 65,536 tokens, files of
+            nanoGPT are read as uint32.
         validation: files for the split "validation".
-        validation_fraction: share of the tokens held out if there are no validation files: the
-            stream from `int((1 - fraction) * tokens)` on, or from the next document start if there
-            is one.
+        validation_fraction: share of the tokens to hold out if there are no validation files. The
+            held-out tail of the stream starts at the first document start from `int((1 - fraction)
+            * tokens)` on, or at this position if no document starts there or later.
 
     Attributes:
         paths: files by split.
-        splits: by name; their `num_documents` and `num_bytes` are None.
+        splits: the splits by name; their `num_documents` and `num_bytes` are None.
 
     Raises:
-        UserError: a file has another type or is damaged; no file is left to train on.
+        UserError: a file has another type or is damaged, or no file is left to train on.
     """
 
     holds_pairs = False
@@ -294,14 +297,14 @@ class RawTokens:
         self.splits = {name: split for name, split in whole.items() if split.num_tokens}
 
     def split(self, name: str) -> StoreSplit:
-        """The split `name`; an empty split if there is none."""
+        """Return the split `name`; an empty split if there is none."""
         return self.splits.get(name, StoreSplit([]))
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the files' bytes in order, of their splits, and of the tokenizer.
+        """Hash of the tokenizer, and of the content, order and splits of the files.
 
-        It does not depend on the paths of the files.
+        The hash does not depend on the paths of the files.
         """
         with FileHashes() as file_hash:
             content: dict[str, Any] = {
@@ -332,7 +335,7 @@ def raw_split(parts: Sequence[tuple[Path, int, int]], vocab_size: int, eos_id: i
 
 
 def _cut(split: StoreSplit, fraction: float, eos_id: int) -> int:
-    """Start of the held-out tail of a stream."""
+    """Choose where the held-out tail of a stream starts."""
     at = int((1 - fraction) * split.num_tokens)
     position = max(at - 1, 0)  # a document starts at `at` if the token before it is EOS
     buffer = np.empty(SEARCH_TOKENS, split.dtype)
@@ -349,7 +352,7 @@ def _cut(split: StoreSplit, fraction: float, eos_id: int) -> int:
 def _parts_around(
     files: Sequence[_RawFile], cut: int
 ) -> tuple[list[tuple[_RawFile, int, int]], list[tuple[_RawFile, int, int]]]:
-    """Divide the stream at `cut`; return (file, start, stop) of the parts before and after."""
+    """Divide the stream at `cut`; return (file, start, stop) of the parts before and after it."""
     front, tail, offset = [], [], 0
     for file in files:
         count = file.numbers.count

@@ -1,4 +1,4 @@
-"""Write one shard of a token store; the shard can be read at the same time."""
+"""Write one shard of a token store; its documents can be read before the shard is complete."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ ONES_BYTES = 1 << 20
 
 
 class ShardWriter:
-    """Appends documents to the files of one shard; counts include only complete documents.
+    """Appends documents to the files of one shard. Counts include only complete documents.
 
     Args:
-        name: the shard's files are `name`.tokens, `name`.index, `name`.targets and `name`.origins.
-        state: a result of `state()`; the files are truncated to it.
+        name: name of the shard's files, without the suffixes .tokens, .index, .targets and
+            .origins.
+        state: an earlier result of `state()`; the files are truncated to the sizes at that time.
 
     Raises:
-        UserError: a file is shorter than `state` says.
+        UserError: a file is shorter than `state` requires.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class ShardWriter:
         self.directory, self.name, self.dtype = directory, name, dtype
         self.tokens, self.documents = state["tokens"], state["documents"]
         self.num_bytes, self.targets = state["bytes"], state["target_tokens"]
-        # Tokens of an unfinished document.
+        # Number of tokens of the unfinished document; None if there is none.
         self.pending: int | None = state["pending"]
         self._paths = {
             kind: directory / f"{name}.{kind}" for kind in ("tokens", "index", "targets", "origins")
@@ -57,7 +58,7 @@ class ShardWriter:
             "index": (self.documents + (self.pending is not None)) * 8,
         }
         sizes |= {"targets": self.tokens} if state["has_targets"] else {}
-        if state.get("has_origins"):  # a journal of a version without origins does not say
+        if state.get("has_origins"):  # missing in states of versions without origins
             sizes["origins"] = self.documents * ORIGIN_BYTES
         try:
             for kind, size in sizes.items():
@@ -71,7 +72,7 @@ class ShardWriter:
         """Check a `state` that was read from a file.
 
         Raises:
-            KeyError, TypeError: no writer returned it.
+            KeyError, TypeError: the value is not a result of `state()`.
         """
         hints: dict[str, Any] = {
             "name": str,
@@ -85,7 +86,7 @@ class ShardWriter:
 
     @property
     def paths(self) -> list[Path]:
-        """The shard's files."""
+        """Paths of the shard's files."""
         return [self._paths[kind] for kind in self._files]
 
     def _open(self, kind: str, size: int) -> BufferedRandom:
@@ -106,7 +107,7 @@ class ShardWriter:
         targets: np.ndarray | None,
         origins: np.ndarray | None = None,
     ) -> None:
-        """Append complete documents, given as for `TokenStoreWriter.append`."""
+        """Append complete documents, as in `TokenStoreWriter.append`."""
         self._write_origins(origins)
         starts = self.tokens + np.cumsum(lengths) - lengths
         self._files["index"].write(starts.astype("<u8").tobytes())
@@ -131,7 +132,7 @@ class ShardWriter:
         self.pending += len(ids)
 
     def end_document(self, num_bytes: int, origin: np.ndarray | None = None) -> None:
-        """Complete the unfinished document, whose text has `num_bytes` bytes."""
+        """Complete the unfinished document; its text has `num_bytes` bytes."""
         self._write_origins(origin)
         length = self.pending or 0
         if "targets" in self._files:
@@ -141,7 +142,7 @@ class ShardWriter:
         self.num_bytes += num_bytes
 
     def _write_origins(self, origins: np.ndarray | None) -> None:
-        """Write the origins of documents; a shard has origins for all of its documents or none.
+        """Write the origins of documents. In a shard, all documents have origins or none has.
 
         Raises:
             ValueError: only some documents of the shard have origins.
@@ -151,7 +152,10 @@ class ShardWriter:
         if "origins" not in self._files:
             return
         if origins is None:
-            raise ValueError(f"Some documents of {self.name} have origins and others have none.")
+            raise ValueError(
+                f"Some documents of {self.name} have origins and others have none. Give origins "
+                "for all of them."
+            )
         self._files["origins"].write(np.ascontiguousarray(origins, "<u8").data)
 
     def _write_ones(self, count: int) -> None:
@@ -159,7 +163,7 @@ class ShardWriter:
             self._files["targets"].write(b"\1" * min(ONES_BYTES, count - start))
 
     def drop_document(self) -> None:
-        """Cut the unfinished document off."""
+        """Remove the unfinished document from the files."""
         sizes = {"tokens": self.tokens * self.dtype.itemsize, "index": self.documents * 8}
         for kind, size in sizes.items():
             self._files[kind].truncate(size)
@@ -167,7 +171,7 @@ class ShardWriter:
         self.pending = None
 
     def counts(self) -> dict[str, int]:
-        """Counts of the complete documents, by the names in the manifest."""
+        """Return the counts of the complete documents, by their names in the manifest."""
         return {
             "tokens": self.tokens,
             "documents": self.documents,
@@ -187,14 +191,14 @@ class ShardWriter:
         }
 
     def flush(self, sync: bool = False) -> None:
-        """Flush written data to the operating system, and with `sync` to the disk."""
+        """Flush written data to the operating system, or to the disk if `sync` is true."""
         for file in self._files.values():
             file.flush()
             if sync:
                 os.fsync(file.fileno())
 
     def written(self, begun: bool) -> Tokens:
-        """The complete documents so far, and with `begun` the unfinished one as well."""
+        """Return the documents so far; include the unfinished document if `begun` is true."""
         counts = self.counts()
         if begun and self.pending:
             counts |= {
@@ -207,7 +211,7 @@ class ShardWriter:
     def close(self) -> dict[str, Any] | None:
         """Close the files and return the shard's entry in the manifest.
 
-        A shard without documents is deleted, and has no entry.
+        A shard without documents is deleted and returns None.
         """
         self.flush(sync=True)
         if not self.documents:
@@ -237,7 +241,7 @@ class ShardWriter:
     def abandon(self) -> None:
         """Close the files without completing the shard."""
         for file in self._files.values():
-            with suppress(OSError):  # content that cannot be flushed has not counted yet
+            with suppress(OSError):  # data that cannot be flushed is in no saved state
                 file.close()
 
 

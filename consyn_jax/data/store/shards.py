@@ -1,4 +1,4 @@
-"""Shards of a split: runs of tokens on disk or in memory."""
+"""Shards of a split: contiguous tokens on disk or in memory."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ from consyn_jax.errors import UserError
 
 
 class Tokens(ABC):
-    """A run of tokens that is part of a split.
+    """Contiguous tokens that are part of a split.
 
     Attributes:
         num_tokens: number of tokens.
         num_targets: number of tokens that are targets of the loss.
-        num_documents, num_bytes: number of documents that begin in the run, and the size of their
-            text in UTF-8; None if unknown.
+        num_documents, num_bytes: number of documents that begin in these tokens, and the size of
+            their text in UTF-8 bytes; None if unknown.
         dtype: the type of the tokens.
-        verified: whether `verify` has succeeded.
-        delimiter: once verified, an id that precedes every document start and occurs nowhere else;
-            None if there is no such id. It saves a lookup of document starts.
+        verified: whether the content is known to be valid.
+        delimiter: after `verify`, the id that comes directly before every document start and occurs
+            nowhere else; None if there is no such id. With it, document starts are found without
+            the index.
     """
 
     num_tokens: int
@@ -51,27 +52,27 @@ class Tokens(ABC):
     @property
     @abstractmethod
     def starts(self) -> Int64[np.ndarray, " num_documents"]:
-        """Start of each document in the run, checked; a new memory map if the run is on disk."""
+        """Start of each document, checked; a new memory map if the tokens are on disk."""
 
     @abstractmethod
     def read(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` with the tokens from `start` on, converted to its type."""
+        """Fill `out` with the tokens from `start` on, converted to the dtype of `out`."""
 
     def read_targets(self, start: int, out: np.ndarray) -> None:
         """Fill `out` with the target values of the tokens from `start` on.
 
-        They are 1 for a target of the loss and 0 for other tokens. `GIVEN` marks the first token of
-        a document that needs no BOS before it; this token is only an input. `BETWEEN` separates the
-        two sequences of a pair.
+        A value is 1 for a target of the loss and 0 for other tokens. `GIVEN` marks the first token
+        of a document that needs no BOS; this token is only an input. `BETWEEN` marks the token
+        between the two sequences of a pair.
         """
         out[:] = 1
 
     def peek(self, start: int, out: np.ndarray) -> None:
-        """Read tokens as `read` does, without first checking the run."""
+        """Read tokens as `read` does, without checking the content first."""
         self.read(start, out)
 
     def peek_targets(self, start: int, out: np.ndarray) -> None:
-        """Read targets as `read_targets` does, without first checking the run."""
+        """Read targets as `read_targets` does, without checking the content first."""
         self.read_targets(start, out)
 
     def origins(self) -> UInt64[np.ndarray, "num_documents 3"] | None:
@@ -88,15 +89,15 @@ class Tokens(ABC):
 
 
 class Shard(Tokens):
-    """One shard of a token store: a file of tokens, its index and, for fine-tuning rows, targets.
+    """One shard of a token store: files of tokens, of document starts and, if needed, of targets.
 
-    Opening checks the sizes of the files. The first read checks their checksums and their content,
-    because the store may come from an untrusted source.
+    The constructor checks the sizes of the files. The first read checks their checksums and
+    content, because the store may come from an untrusted source.
 
     Args:
         entry: the shard's entry in the manifest; "targets", "targets_sha256" and "target_tokens"
             are present if some tokens are not targets.
-        holds_pairs: the documents are pairs of answers.
+        holds_pairs: whether the documents are pairs of answers.
 
     Raises:
         UserError: a file is missing or of the wrong size.
@@ -115,12 +116,12 @@ class Shard(Tokens):
         self.verified = self._index_verified = False
 
         def numbers(name: str, dtype: np.dtype[Any], count: int) -> NumberFile:
-            # Strings, because a store has tens of thousands of files and `Path` objects are much
-            # slower.
+            # Use strings, because a store has tens of thousands of files and `Path` objects are
+            # much slower.
             return NumberFile(os.path.join(str(directory), name), dtype, count)  # noqa: PTH118
 
         self._tokens = numbers(entry["file"], self.dtype, self.num_tokens)
-        # int64, not uint64: numpy would compare a uint64 with a signed number as floats.
+        # Use int64, because numpy compares uint64 with signed numbers as floats.
         self._index = numbers(entry["index"], np.dtype("<i8"), entry["documents"])
         self._targets = None
         if "targets" in entry:
@@ -136,7 +137,7 @@ class Shard(Tokens):
 
     @property
     def split_name(self) -> str:
-        """The split that the shard belongs to, from the name of its file."""
+        """Name of the shard's split, taken from the name of its file."""
         return str(self._entry["file"]).rsplit("-", 1)[0]
 
     @property
@@ -153,7 +154,7 @@ class Shard(Tokens):
         self._tokens.read(start, out)
 
     def read_targets(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` with 1 for each token from `start` on that is a target of the loss, else 0."""
+        """Fill `out` with the target values of the tokens from `start` on; see `Tokens`."""
         if self._targets is None:
             out[:] = 1
             return
@@ -166,14 +167,14 @@ class Shard(Tokens):
         self._tokens.read(start, out)
 
     def peek_targets(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` with the targets from `start` on, without checking the file."""
+        """Fill `out` with the target values from `start` on, without checking the file."""
         if self._targets is None:
             out[:] = 1
         else:
             self._targets.read(start, out)
 
     def origins(self) -> UInt64[np.ndarray, "num_documents 3"] | None:
-        """Origin of each document, checked at every call; None in stores without origins.
+        """Read the origin of each document, and check the file at every call; None without origins.
 
         Raises:
             UserError: the file does not match its checksum.
@@ -187,9 +188,9 @@ class Shard(Tokens):
         return self._origins.mapped().reshape(-1, ORIGIN_BYTES // 8)
 
     def verify(self) -> None:
-        """Check all files of the shard, on the first call only, at about 1 GB/s.
+        """Check the files of the shard, on the first call only, at about 1 GB/s.
 
-        The file of origins is checked by `origins` instead, because training does not use it.
+        The file of origins is checked by `origins` instead, because training does not read it.
 
         Raises:
             UserError: a file does not match its checksum, or its content is invalid.
@@ -222,9 +223,10 @@ class Shard(Tokens):
         self._index_verified = True
 
     def _verify_tokens(self) -> None:
-        """Check the tokens, and find out whether the final token is the documents' `delimiter`.
+        """Check the tokens, and find out whether the final token is the `delimiter` of documents.
 
-        One pass computes the checksum, the largest id, and all positions of the final token's id.
+        One pass computes the checksum and the largest id, and finds all occurrences of the final
+        token.
         """
         final = np.empty(1, self.dtype)
         self._tokens.read(self.num_tokens - 1, final)
@@ -244,7 +246,7 @@ class Shard(Tokens):
         # An id outside the vocabulary would silently select a wrong embedding.
         if top >= self._vocab_size:
             raise _damaged(
-                f"{self._tokens.path} has token id {top} and a vocabulary of {self._vocab_size}"
+                f"{self._tokens.path} has token id {top}, but a vocabulary of {self._vocab_size}"
             )
         self.delimiter = int(final[0]) if delimits else None
 
@@ -259,10 +261,12 @@ class Shard(Tokens):
         self._compare(digest, self._targets, "targets_sha256")
         path = self._targets.path
         if top > self._last_mark:
-            raise _damaged(f"{path} has the value {top}, and a token is a target (1) or not (0, 2)")
+            raise _damaged(
+                f"{path} has the value {top}, but the largest allowed is {self._last_mark}"
+            )
         if count != self.num_targets:
             raise _damaged(
-                f"{path} has {count:,} targets where the manifest says {self.num_targets:,}"
+                f"{path} has {count:,} targets, but the manifest says {self.num_targets:,}"
             )
 
     def _compare(self, digest: Any, file: NumberFile, key: str) -> None:
@@ -280,7 +284,7 @@ def _check_size(file: NumberFile) -> None:
         raise _damaged(f"{file.path} is not a file")
     if status.st_size != expected:
         raise _damaged(
-            f"{file.path} has {status.st_size:,} bytes where the manifest says {expected:,}"
+            f"{file.path} has {status.st_size:,} bytes, but the manifest says {expected:,}"
         )
 
 
@@ -293,8 +297,8 @@ class MemoryShard(Tokens):
 
     Args:
         documents: the ids of each document, without BOS.
-        targets: for each document, 1 where a token is a target of the loss, else 0; an added EOS is
-            a target.
+        targets: target values of each document, as in `Tokens.read_targets`; an added EOS is a
+            target.
     """
 
     def __init__(
@@ -334,8 +338,8 @@ class MemoryShard(Tokens):
         out[:] = self._tokens[start : start + len(out)]
 
     def read_targets(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` with 1 for each token from `start` on that is a target of the loss, else 0."""
+        """Fill `out` with the target values of the tokens from `start` on; see `Tokens`."""
         out[:] = 1 if self._targets is None else self._targets[start : start + len(out)]
 
     def verify(self) -> None:
-        """Do nothing: memory needs no check."""
+        """Do nothing, because tokens in memory need no check."""

@@ -1,4 +1,4 @@
-"""A split of a token store, read as one stream of documents."""
+"""Read a split of a token store as one stream of documents."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from consyn_jax.data.store.shards import Tokens
 class StoreSplit:
     """The shards of one split, read as one token stream.
 
-    The documents are in store order, and each ends with EOS.
+    The documents are in the order of the store, and each ends with EOS.
 
     Attributes:
         num_targets: number of tokens that are targets of the loss.
         num_documents: number of documents; None if unknown (raw token files).
-        num_bytes: size of the documents' text in UTF-8; None if unknown for a shard.
+        num_bytes: size of the documents' text in UTF-8 bytes; None if unknown for a shard.
         dtype: a number type that can represent the tokens of all shards.
     """
 
     def __init__(self, shards: Sequence[Tokens]) -> None:
         self.shards = tuple(shards)
-        # Stream positions of the beginning of each shard, and of the end.
+        # Stream position of the start of each shard, followed by the end of the stream.
         self._offsets = [0, *accumulate(shard.num_tokens for shard in shards)]
         self.num_tokens = self._offsets[-1]
         self.num_targets = sum(shard.num_targets for shard in shards)
@@ -53,7 +53,7 @@ class StoreSplit:
             self.shards[number].read(at, part)
 
     def read_targets(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` with 1 for each token from `start` on that is a target of the loss, else 0."""
+        """Fill `out` with the target values from `start` on, as in `Tokens.read_targets`."""
         for number, at, part in self._parts(start, out):
             self.shards[number].read_targets(at, part)
 
@@ -64,11 +64,11 @@ class StoreSplit:
         Bool[np.ndarray, "n width"],
         UInt8[np.ndarray, "n width"] | None,
     ]:
-        """Read windows of the stream from the positions `first` on: (tokens, begins, targets).
+        """Read windows of the stream that start at positions `first`: (tokens, begins, targets).
 
-        Each row of `tokens` starts with the token before the window (0 before the stream). `begins`
-        is true where a document starts. `targets` is None if all tokens are targets. Positions
-        after the end of the stream are 0.
+        Each row of `tokens` starts with the token before the window, or 0 at the start of the
+        stream. `begins` is true where a document starts. `targets` is None if all tokens are
+        targets. Positions after the end of the stream are 0.
         """
         n, starts = len(first), first.tolist()
         stops = [min(start + width, self.num_tokens) for start in starts]
@@ -95,7 +95,7 @@ class StoreSplit:
         Shards are verified in parallel, because hashing releases the interpreter lock.
 
         Raises:
-            UserError: a shard is damaged; the message names the first such shard.
+            UserError: a shard is damaged; the message names the first damaged shard.
         """
         numbers: set[int] = set()
         for start, stop in zip(starts, stops, strict=True):
@@ -112,12 +112,12 @@ class StoreSplit:
         return touched
 
     def touched(self, start: int, stop: int) -> Iterator[tuple[int, int, Tokens]]:
-        """(number, stream position, shard) of the shards that overlap a range, in order."""
+        """Iterate over the shards that overlap a range: (number, stream position, shard)."""
         for number in range(self._number(start), self._number(stop - 1) + 1):
             yield number, self._offsets[number], self.shards[number]
 
     def document_starts(self) -> Iterator[Int64[np.ndarray, " _"]]:
-        """Stream positions where documents start, in order, one shard at a time."""
+        """Iterate over the stream positions of document starts, one array per shard."""
         for shard, offset in zip(self.shards, self._offsets, strict=False):
             yield shard.starts + offset
 
@@ -125,7 +125,7 @@ class StoreSplit:
         return bisect_right(self._offsets, position) - 1
 
     def _parts(self, start: int, out: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(shard number, position in the shard, part of `out`) for each shard in a range."""
+        """Divide `out` among shards: (shard number, position in the shard, part of `out`)."""
         number, length, done = self._number(start), len(out), 0
         while done < length:
             at = start + done - self._offsets[number]
@@ -155,6 +155,6 @@ class StoreSplit:
 
 
 def _sum(numbers: Iterable[int | None]) -> int | None:
-    """The sum of the numbers; None if one of them is None."""
+    """Sum the numbers; None if one of them is None."""
     known = list(numbers)
     return None if None in known else sum(number for number in known if number is not None)

@@ -38,16 +38,16 @@ SHARD_TOKENS = 1 << 24
 class TokenStoreWriter:
     """Writes a token store.
 
-    The directory becomes a store when `finish` returns, or when the `with` block ends without an
-    exception.
+    The directory becomes a store when `finish` returns. At the end of a `with` block, `finish` is
+    called, or the files are deleted after an exception.
 
     Args:
         directory: directory of the store; it must not exist yet, unless `state` is given.
         tokenizer: the tokenizer that made the ids. Its EOS is appended to every document, and a
             copy of the tokenizer is written into the store.
-        shard_tokens: a shard is closed at the first document end after this many tokens.
+        shard_tokens: number of tokens after which a shard is closed at the next end of a document.
         state: a result of `checkpoint()` for an unfinished store in `directory`. Writing resumes
-            from this state, and later content of the files is cut off.
+            from this state, and anything written after it is removed.
 
     Raises:
         UserError: the directory exists or cannot be written.
@@ -63,7 +63,7 @@ class TokenStoreWriter:
         self.directory = Path(directory)
         if state is None and self.directory.exists():
             raise UserError(
-                f"{self.directory} exists already. Choose a new directory for the token store, "
+                f"{self.directory} already exists. Choose a new directory for the token store, "
                 "or delete this one."
             )
         self._tokenizer = tokenizer
@@ -90,7 +90,7 @@ class TokenStoreWriter:
     # --------------------------------------------------------------------------------------- adding
 
     def add(self, split: str, token_ids: Sequence[int], num_bytes: int) -> None:
-        """Append one document: its ids without EOS, and the size of its text in UTF-8 bytes."""
+        """Append a document: its ids without EOS, and the size of its text in UTF-8 bytes."""
         self.add_many(split, [token_ids], [num_bytes])
 
     def add_many(
@@ -102,7 +102,9 @@ class TokenStoreWriter:
             UserError: an id is outside the vocabulary, or the disk is full.
         """
         if len(num_bytes) != len(documents):
-            raise ValueError(f"{len(documents)} documents came with {len(num_bytes)} sizes.")
+            raise ValueError(
+                f"Expected one size per document, not {len(num_bytes)} sizes for {len(documents)}."
+            )
         eos, vocab_size = [self._tokenizer.eos_token_id], self._tokenizer.vocab_size
         lengths = np.fromiter(
             (len(document) + 1 for document in documents), np.int64, len(documents)
@@ -129,15 +131,16 @@ class TokenStoreWriter:
         targets: UInt8[np.ndarray, " tokens"] | None = None,
         origins: Int64[np.ndarray, "documents 3"] | None = None,
     ) -> None:
-        """Append documents that are concatenated in `ids`, each with its EOS, without checks.
+        """Append documents that are concatenated in `ids`, each with its EOS; ids are not checked.
 
         Args:
-            ids: valid ids, which are not checked again.
+            ids: token ids, all in the vocabulary.
             lengths: number of tokens of each document.
             num_bytes: size of each document's text in UTF-8 bytes.
-            targets: 1 where a token is a target of the loss; None if all are.
-            origins: origin of each document, in the format of `manifest.py`; None if unknown. A
-                shard has origins for all of its documents or none.
+            targets: target value of each token, in the format of `manifest.py`; None if all are
+                targets.
+            origins: origin of each document, in the format of `manifest.py`; None if unknown.
+                Either all documents of a shard have origins, or none has.
 
         Raises:
             UserError: the disk is full.
@@ -168,7 +171,7 @@ class TokenStoreWriter:
     def end_document(
         self, split: str, num_bytes: int, origin: Int64[np.ndarray, "3"] | None = None
     ) -> None:
-        """Complete the document whose parts were appended; `origin` is as for `append`."""
+        """Complete the document whose parts were appended; `origin` is as in `append`."""
         with self._writing():
             self._shard(split).end_document(num_bytes, origin)
         self._close_if_full(split)
@@ -182,12 +185,13 @@ class TokenStoreWriter:
         if split not in self._open_shards:
             if not SPLIT_NAME.fullmatch(split):
                 raise UserError(
-                    "The name of a split must consist of lower-case letters, digits and _, but "
-                    f"is {split!r}."
+                    f"The split name {split!r} is not valid. Use lower-case letters, digits and _, "
+                    "and begin with a letter."
                 )
             if self._finished:
                 raise ValueError(
-                    f"The token store {self.directory} is finished; nothing can be added to it."
+                    f"The token store {self.directory} is finished, so nothing can be added to it. "
+                    "Write a new store."
                 )
             name = f"{split}-{len(self._shards.get(split, [])):05d}"
             with self._writing():
@@ -221,7 +225,7 @@ class TokenStoreWriter:
         """Check a `state` that was read from a file, above all its file names.
 
         Raises:
-            KeyError, TypeError, ValueError: no writer returned it.
+            KeyError, TypeError, ValueError: the value is not a result of `checkpoint()`.
         """
         if not fits(state, dict[str, dict[str, Any]]):
             raise TypeError("`shards` or `open` is not an object")
@@ -253,11 +257,11 @@ class TokenStoreWriter:
                 path.unlink()
 
     def snapshot(self, split: str, begun: bool = False) -> StoreSplit:
-        """The documents of a split so far, which can be read while more are added.
+        """Return the documents of a split so far; they can be read while more are added.
 
         Args:
-            begun: whether to include the parts of an unfinished document, which must then not be
-                dropped.
+            begun: whether to include the parts of an unfinished document. If included, the document
+                must not be dropped later.
         """
         if split in self._open_shards:
             with self._writing():
@@ -290,8 +294,8 @@ class TokenStoreWriter:
         """Close the shards and write the manifest, which makes the directory a store.
 
         Args:
-            extra_files: contents of further text files for the store, by name.
-            extra: further entries for the manifest.
+            extra_files: contents of further text files for the store, by file name.
+            extra: further entries of the manifest.
         """
         for split in list(self._open_shards):
             self._close(split)

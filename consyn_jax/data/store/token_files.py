@@ -1,7 +1,7 @@
 """Recognise token files of other programs: nanoGPT's and llm.c's `.bin`, and `.npy`.
 
-Nothing is unpickled: a file that could hold a pickle is refused by its name, by its first bytes, or
-by the type in its header.
+Nothing is unpickled. A file that could contain a pickle is refused by its name, its first bytes or
+the type in its header.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ _LLM_C: dict[int, tuple[int, np.dtype]] = {
 }
 _LLM_C_HEADER_BYTES = 1024
 _NPY_MAGIC = b"\x93NUMPY"
-# NumPy's own limit for the header, a Python literal that is slow to parse when it is long.
+# NumPy's own limit for the header. The header is a Python literal, and long literals are slow to
+# parse.
 _NPY_HEADER_LIMIT = 10_000
 
 
 class UnusableError(Exception):
-    """A fault of a file, as the end of a sentence that begins with the file's name."""
+    """A fault of a file. The message completes a sentence that begins with the file's name."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,12 @@ def read_head(path: Path) -> Head:
     suffix = path.suffix.lower()
     if path.name == "meta.pkl":
         raise UnusableError(
-            "is nanoGPT's vocabulary, which is not needed, in a pickle, which could run code "
-            "when it is opened"
+            "is a pickle with nanoGPT's vocabulary, which is not needed and could run code when it "
+            "is opened"
         )
     if suffix in PICKLES:
         raise UnusableError(
-            f"is not opened, because a {suffix} file can hold a pickle, which could run code"
+            f"is not opened, because a {suffix} file can contain a pickle, which could run code"
         )
     if suffix not in TOKEN_SUFFIXES:
         raise UnusableError("has no suffix of a token file (.bin or .npy)")
@@ -95,25 +96,25 @@ def _bin(head: bytes, size: int) -> Head:
     magic, version, count = struct.unpack("<3i", head[:12]) if len(head) >= 12 else (0, 0, 0)
     if magic not in _LLM_C:
         if size % 2:
-            raise UnusableError(f"has {size:,} bytes, which is not a whole number of tokens")
+            raise UnusableError(f"has {size:,} bytes, an odd number, but tokens have 2 or 4 bytes")
         return Head("nanogpt", None, None, 0)
     expected, dtype = _LLM_C[magic]
     if version != expected:
         raise UnusableError(
             f"has llm.c's magic number {magic} and version {version}, "
-            f"and only version {expected} is known"
+            f"but only version {expected} is supported"
         )
     found = size - _LLM_C_HEADER_BYTES
     if count < 1 or found != count * dtype.itemsize:
         raise UnusableError(
             f"has an llm.c header for {count:,} tokens of {dtype.itemsize} bytes, "
-            f"and {max(found, 0):,} bytes after it"
+            f"but {max(found, 0):,} bytes after it"
         )
     return Head("llm.c", dtype, count, _LLM_C_HEADER_BYTES)
 
 
 def _is_pickle(head: bytes) -> bool:
-    """Whether a file is a zip (what torch.save writes), torch's older format, or a pickle.
+    """Whether a file is a zip archive (as torch.save writes), torch's older format, or a pickle.
 
     A pickle of protocol 4 or 5 is recognised by its first frame.
     """
@@ -130,26 +131,26 @@ def _npy(head: bytes, size: int) -> Head:
             "is not opened, because it contains pickled Python objects, which could run code"
         )
     if dtype.name not in _NPY_TYPES or dtype != dtype.newbyteorder("<"):
-        raise UnusableError(f"holds {dtype}, and tokens are {', '.join(_NPY_TYPES)}, little-endian")
+        raise UnusableError(f"has {dtype}, but token ids are little-endian {', '.join(_NPY_TYPES)}")
     if len(shape) not in (1, 2) or (len(shape) == 2 and fortran_order):
         order = " in Fortran order" if fortran_order else ""
         raise UnusableError(
-            f"has the shape {tuple(shape)}{order}, and tokens have one dimension, or two in C order"
+            f"has the shape {tuple(shape)}{order}, but tokens need one dimension, or two in C order"
         )
     count, found = int(np.prod(shape, dtype=object)), size - offset
     if count < 1 or found != count * dtype.itemsize:
         raise UnusableError(
             f"has a header for {count:,} numbers of {dtype.itemsize} bytes, "
-            f"and {found:,} bytes after it"
+            f"but {found:,} bytes after it"
         )
     return Head("npy", dtype, count, offset, shape[1] if len(shape) == 2 else None)
 
 
 def _npy_header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """(shape, Fortran order, dtype, bytes of the header) of a NumPy file."""
+    """Read the header of a NumPy file: (shape, Fortran order, dtype, bytes of the header)."""
     file, formats = io.BytesIO(head), np.lib.format
     try:
-        with warnings.catch_warnings(action="ignore"):  # about headers that Python 2 wrote
+        with warnings.catch_warnings(action="ignore"):  # for headers that Python 2 wrote
             version = formats.read_magic(file)
             read = (
                 formats.read_array_header_1_0

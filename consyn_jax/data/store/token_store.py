@@ -1,4 +1,4 @@
-"""Read a token store, or several as one; `manifest.py` describes the files."""
+"""Read a token store, or several stores as one. `manifest.py` describes the files."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from consyn_jax.tokenization import BPETokenizer
 class TokenStore:
     """A token store on disk.
 
-    Opening it reads the manifest and the sizes of its files; tokens are read later, in place.
+    The constructor reads the manifest and the sizes of the files. Tokens are read later, in place.
 
     Attributes:
         holds_pairs: whether each document is a pair of answers, in the format of `manifest.py`.
 
     Raises:
-        UserError: it is not a token store, has an unknown version, or is damaged; the message names
-            the file.
+        UserError: the directory is not a token store, has an unknown version, or is damaged. The
+            message names the file.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -45,23 +45,23 @@ class TokenStore:
         }
 
     def split(self, name: str) -> StoreSplit:
-        """The split `name`; an empty split if the store does not have it."""
+        """Return the split `name`; an empty split if the store does not have it."""
         return self.splits.get(name, StoreSplit([]))
 
     @cached_property
     def tokenizer(self) -> BPETokenizer:
-        """The tokenizer that made the tokens, from the store's copy."""
+        """The tokenizer that made the tokens, loaded from the copy in the store."""
         tokenizer = BPETokenizer.from_file(self.directory / "tokenizer")
         if tokenizer.sha256 != self.manifest["tokenizer_sha256"]:
             raise UserError(
-                f"The tokenizer in {self.directory} is not the tokenizer that its manifest "
-                f"names. {AGAIN}"
+                f"The tokenizer in {self.directory} does not match the hash in its "
+                f"manifest. {AGAIN}"
             )
         return tokenizer
 
     @property
     def fingerprint(self) -> str:
-        """A hash of everything that determines the tokens and their order.
+        """Hash of everything that determines the tokens and their order.
 
         Equal stores have equal fingerprints in any directory.
         """
@@ -69,7 +69,7 @@ class TokenStore:
 
 
 def fingerprint_of(manifest: dict[str, Any]) -> str:
-    """The fingerprint of the token store with this manifest."""
+    """Compute the fingerprint of the token store with this manifest."""
     keys = ("tokens", "sha256", "index_sha256", "targets_sha256")
     content = {
         "tokenizer": manifest["tokenizer_sha256"],
@@ -83,10 +83,10 @@ def fingerprint_of(manifest: dict[str, Any]) -> str:
 
 
 class JoinedStores:
-    """Several token stores, read as one by concatenating their documents.
+    """Several token stores, read as the concatenation of their documents.
 
     Raises:
-        UserError: their tokenizers differ, or only some contain pairs of answers.
+        UserError: the tokenizers differ, or only some stores contain pairs of answers.
     """
 
     def __init__(self, stores: Sequence[TokenStore]) -> None:
@@ -97,8 +97,8 @@ class JoinedStores:
             if store.holds_pairs != first.holds_pairs:
                 one, other = (store, first) if store.holds_pairs else (first, store)
                 raise UserError(
-                    f"{one.directory} contains pairs of answers, and {other.directory} does "
-                    "not. Train on each of them in a run of its own."
+                    f"{one.directory} contains pairs of answers, but {other.directory} does "
+                    "not. Train on them in separate runs."
                 )
             if store.manifest["tokenizer_sha256"] != first.manifest["tokenizer_sha256"]:
                 raise UserError(
@@ -112,7 +112,7 @@ class JoinedStores:
         }
 
     def split(self, name: str) -> StoreSplit:
-        """The split `name`, over all stores; an empty split if no store has it."""
+        """Return the split `name` of all stores; an empty split if no store has it."""
         return self.splits.get(name, StoreSplit([]))
 
     @property
@@ -122,6 +122,6 @@ class JoinedStores:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of everything that determines the tokens and their order."""
+        """Hash of everything that determines the tokens and their order."""
         joined = " ".join(store.fingerprint for store in self.stores)
         return hashlib.sha256(joined.encode()).hexdigest()

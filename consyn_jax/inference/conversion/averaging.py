@@ -18,7 +18,7 @@ from consyn_jax.model.parameters import Params
 
 
 def chosen_steps(run: Path, spec: str) -> list[int]:
-    """Return the steps that `--average` means: of the newest N checkpoints, or as listed.
+    """Return the steps that `--average` selects: those of the newest N, or the listed ones.
 
     Raises:
         UserError: The value is neither a number nor a list of steps, or the run lacks a step.
@@ -30,7 +30,10 @@ def chosen_steps(run: Path, spec: str) -> list[int]:
             "most 15 digits each). Give, for example, 5 or 100,200,300."
         )
     if not is_run(run):
-        raise UserError(f"--average needs the checkpoints of a run, and {run} is not a run.")
+        raise UserError(
+            f"--average needs the checkpoints of a run, and {run} is not a run. Give the directory "
+            "of a run."
+        )
     steps, given = run_steps(run), [number for number in numbers if number is not None]
     known = ", ".join(map(str, steps)) or "none"
     if len(given) == 1 and given[0] < 2:
@@ -38,12 +41,18 @@ def chosen_steps(run: Path, spec: str) -> list[int]:
         raise UserError(f"--average {spec} {what}. Use --step for a single checkpoint.")
     if len(given) == 1:
         if given[0] > len(steps):
-            raise UserError(f"--average {spec}: {run} has checkpoints of steps {known} only.")
+            raise UserError(
+                f"--average {spec}: {run} has checkpoints of steps {known} only. Average fewer."
+            )
         return steps[-given[0] :]
     missing = [step for step in given if step not in steps]
     if missing or len(set(given)) < len(given):
-        wrong = f"no checkpoint of step {listed(missing)}" if missing else "a step given twice"
-        raise UserError(f"--average {spec}: there is {wrong}. {run} has: {known}.")
+        wrong = (
+            f"there is no checkpoint of step {listed(missing)}"
+            if missing
+            else "a step is given twice"
+        )
+        raise UserError(f"--average {spec}: {wrong}. {run} has checkpoints of steps {known}.")
     return given
 
 
@@ -51,7 +60,7 @@ def averaged_source(name: str, spec: str) -> ModelSource:
     """Make a source whose weights are the float32 mean of several checkpoints.
 
     Raises:
-        UserError: For the reasons of `chosen_steps`; when loading, if a checkpoint is damaged.
+        UserError: `chosen_steps` refuses the steps. Loading raises it if a checkpoint is damaged.
     """
     steps = chosen_steps(Path(name), spec)
     sources = [find_source(name, step) for step in steps]

@@ -13,10 +13,10 @@ from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.model.parameters import Params
 from consyn_jax.model_config import ModelConfig
 
-ROWS, LENGTH = 2, 64  # of the ids that are compared
-# Largest accepted relative difference of the logits (ratio of root mean squares). Rounding changes
-# a weight by up to 2^-24, 2^-11, 2^-8 and 2^-7; errors add up over layers. A lost or misplaced
-# tensor gives a difference near 1.
+ROWS, LENGTH = 2, 64  # shape of the ids whose logits are compared
+# Largest accepted relative difference of the logits (ratio of root mean squares). Rounding to these
+# types changes a weight by up to 2^-24, 2^-11, 2^-8 and 2^-7, and the errors add up over layers. A
+# lost or misplaced tensor gives a difference near 1.
 TOLERANCE = {"float32": 1e-5, "float16": 0.02, "bfloat16": 0.15, "q8_0": 0.15}
 
 
@@ -53,10 +53,10 @@ def check_logits(before: np.ndarray, after: np.ndarray, dtype: str, where: Path)
     size = float(np.sqrt(np.mean(np.square(before, dtype=np.float64))))
     apart = float(np.sqrt(np.mean(np.square(after.astype(np.float64) - before))))
     share = apart / max(size, 1e-30)
-    if not share <= TOLERANCE[dtype]:  # NaN is not
+    if not share <= TOLERANCE[dtype]:  # also refuses NaN
         raise UserError(
-            f"{where} was not written: read back, its logits differ from the model's by "
-            f"{share:.2g} of their size, more than the {TOLERANCE[dtype]:g} that {dtype} allows. "
-            "The disk or the memory is faulty, or this is a defect; the model is unchanged."
+            f"{where} was not written, because the logits of the new files differ from the model's "
+            f"by {share:.2g} of their size; {dtype} allows {TOLERANCE[dtype]:g}. Try another disk "
+            "or machine, and report a defect if it happens again; the model is unchanged."
         )
     return share

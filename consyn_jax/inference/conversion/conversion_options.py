@@ -46,9 +46,7 @@ class TargetOptions:
     context: int | None = flag(
         None, "with --to gguf: context length to declare, in tokens (the model's)"
     )
-    license: str | None = flag(
-        None, "license stated in the model card, as in apache-2.0 (not stated)"
-    )
+    license: str | None = flag(None, "license to name in the model card, such as apache-2.0 (none)")
     push_to_hub: str | None = flag(
         None, "upload the result to this model repository on the Hugging Face Hub"
     )

@@ -35,7 +35,7 @@ class Conversion:
     """A planned conversion, checked except for the weights.
 
     Attributes:
-        name: Name of the model in its card.
+        name: Name of the model for its model card.
         dtype: The number type to write; None to keep the number types of the source's files.
         exact: The number type that represents the source's weights without rounding.
         shard_bytes: Maximum size of a file of weights.
@@ -114,7 +114,7 @@ def _source(config: ConvertConfig) -> ModelSource:
 
 
 def _check_adapter(source: ModelSource, merge: bool) -> None:
-    """Check that --merge_lora is given exactly for adapters."""
+    """Check that --merge_lora is given for an adapter, and for no other model."""
     if source.base is not None and not merge:
         raise UserError(
             f"{source.name} is an adapter over {source.base}. Add --merge_lora to write the "

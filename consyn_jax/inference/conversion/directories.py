@@ -72,8 +72,8 @@ def write_orbax(directory: Path, source: ModelSource, params: Params, dtype: str
     write_generation_config(directory, config)
     _write_tokenizer(directory, source)
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(config.files.dtype)), params)
-    # Keep the directory after a failure: Orbax finishes abandoned writes later, and would print a
-    # traceback.
+    # After a failed write, Orbax finishes the writes that it has abandoned; without this hook, each
+    # of them prints a traceback.
     report = sys.unraisablehook
     sys.unraisablehook = WithoutAbandonedWork(report)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:

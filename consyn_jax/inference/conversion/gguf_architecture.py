@@ -29,7 +29,7 @@ class Architecture:
         scalings: Supported scalings of the rotary embedding.
         is_interleaved: Whether it rotates pairs (2i, 2i+1), so that rows of queries and keys must
             be reordered.
-        is_square: Whether heads x head_dim must equal the width.
+        is_square: Whether num_heads x head_dim must equal hidden_dim.
     """
 
     name: str
@@ -55,7 +55,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "smollm3": Architecture("smollm3", ("qkv_bias",), is_interleaved=True),
     "phi3": Architecture("phi3", (), ("dynamic", "longrope"), is_square=True),
 }
-SMOLLM3_INTERVAL = 4  # llama.cpp skips rotation in every fourth layer; no key changes that
+SMOLLM3_INTERVAL = 4  # llama.cpp skips rotation in every fourth layer; no GGUF key changes this
 
 
 def architecture_of(config: ModelConfig, context: int) -> Architecture:
@@ -115,7 +115,7 @@ def _reasons(config: ModelConfig, context: int, family: str, own: Architecture) 
             )
         if not scaling.truncate:
             reasons.append(
-                "its yarn always truncates, but this model's does not. Convert it to hf."
+                "its YaRN scaling always truncates, but this model's does not. Convert it to hf."
             )
     return reasons
 
@@ -157,7 +157,7 @@ def model_keys(writer: Any, config: ModelConfig, context: int) -> None:
 
 
 def rope_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
-    """Tensors that divide the rotary frequencies, for scalings without keys in llama.cpp."""
+    """Return divisors of the rotary frequencies, for scalings that have no GGUF key."""
     scaling = config.rope_scaling
     if scaling is None:
         return {}

@@ -39,7 +39,7 @@ SPLITS: Mapping[tuple[str, ...], tuple[str | None, str | None]] = {
     (SPLIT_PATTERN,): ("gpt-4o", None),
     ("digits", GPT2_PATTERN): ("smollm", None),
 }
-LOWEST_SCORE = -1e4  # of tokens that no text becomes
+LOWEST_SCORE = -1e4  # for tokens that no merge produces
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,7 @@ def add_tokenizer(writer: Any, tokenizer: BPETokenizer, config: ModelConfig) -> 
             getattr(writer, f"add_{role}_token_id")(number)
     if ends[2:]:
         notes.append(
-            f"llama.cpp supports at most three tokens that end a text; {listed(ends[2:])} are "
-            "left out"
+            f"llama.cpp supports at most three end-of-text tokens; {listed(ends[2:])} are left out"
         )
     writer.add_add_bos_token(tokenizer.first_id is not None)
     writer.add_add_eos_token(False)
@@ -127,7 +126,7 @@ def _refused(reason: str) -> UserError:
 
 
 def _filled(tokens: dict[int, tuple[str, int]], size: int) -> tuple[list[str], list[int]]:
-    """Texts and types of all ids; an unused id gets a text that no tokenizer output contains."""
+    """List the texts and types of all ids; an unused id gets the text "[PAD<id>]"."""
     rows = [tokens.get(i, (f"[PAD{i}]", UNUSED)) for i in range(size)]
     texts = [text for text, _ in rows]
     if len(set(texts)) < size:
@@ -180,14 +179,14 @@ def _split_name(content: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
         notes.append("llama.cpp does not normalise text to NFC, as this tokenizer does")
     if name == "gpt-4o":
         notes.append(
-            "llama.cpp splits words that have combining marks or inner capitals beyond A-Z at "
-            "other places than this tokenizer"
+            "llama.cpp splits words with combining marks, or with inner capitals beyond A-Z, "
+            "otherwise than this tokenizer"
         )
     return name, tuple(notes)
 
 
 def _steps(part: Mapping[str, Any] | None) -> Iterator[str]:
-    """Iterate over the steps by which a pre-tokenizer splits text; an unknown step by its type."""
+    """Yield the steps by which a pre-tokenizer splits text; an unknown step yields its type."""
     part = part or {}
     kind = part.get("type")
     if kind == "Sequence":
@@ -255,7 +254,7 @@ def _pieces(content: Mapping[str, Any]) -> Iterator[Piece]:
 
 
 def _check_spaces(content: Mapping[str, Any]) -> bool:
-    """Whether a space is put in front of a text.
+    """Find out whether the tokenizer puts a space in front of a text.
 
     Raises:
         UserError: The tokenizer changes text in a way that llama.cpp does not support.

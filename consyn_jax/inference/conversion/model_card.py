@@ -12,14 +12,14 @@ import yaml
 from consyn_jax import __version__
 from consyn_jax.errors import UserError, listed
 from consyn_jax.inference.model_source import ModelSource
-from consyn_jax.model.parameters import layout
+from consyn_jax.model.arithmetic import num_parameters, padding_parameters
 from consyn_jax.model.pretrained.config_json import family_of
 from consyn_jax.training.logging.metrics import read_metrics
 from consyn_jax.training.run.directory import CONFIG
 from consyn_jax.training.run.identity import read_run_config
 
 CARD = "README.md"
-LARGEST_CARD = 1 << 20  # characters that are kept
+LARGEST_CARD = 1 << 20  # characters of the model's own card that are kept
 METRICS = ("train/loss", "eval/loss", "eval/perplexity", "eval/bits_per_byte", "eval/accuracy")
 # Settings of a run to list in the card.
 RECIPE = ("optimizer", "lr", "scheduler", "batch_size", "max_tokens", "mixed_precision", "seed")
@@ -71,10 +71,8 @@ def _plain(value: Any) -> str:
 
 def _size(source: ModelSource, family: str, dtype: str) -> dict[str, Any]:
     config, tokenizer = source.config, source.tokenizer
-    padding = (config.padded_vocab_size - config.vocab_size) * config.hidden_dim
-    padding *= 1 if config.tie_embeddings else 2
     return {
-        "parameters": layout(config).num_parameters - padding,
+        "parameters": num_parameters(config) - padding_parameters(config),
         "layout": family,
         "number type": dtype,
         "layers": config.num_layers,

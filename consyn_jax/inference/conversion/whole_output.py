@@ -31,7 +31,7 @@ def check_target(output: Path, size: int, hub_name: str | None = None) -> None:
     """
     if os.path.lexists(output):
         move = ", or move it away first"
-        if hub_name is not None:  # an upload that was cut off leaves a whole output
+        if hub_name is not None:  # after an interrupted upload, the output is complete
             upload = f"hf upload {hub_name} {quote(str(output))}"
             move = f", move it away first, or upload it with `{upload}`"
         raise UserError(f"--output {output} exists. Name another{move}.")
@@ -55,8 +55,8 @@ def written_aside(output: Path) -> Iterator[Path]:
     """Yield a hidden path beside `output` to write to, and rename it to `output` on success.
 
     Before the renaming, a directory gets a manifest, and the files are flushed to the disk. An
-    error removes the path. After a kill, the path stays under its hidden name, which no command
-    accepts as a model, until the next conversion to `output` removes it.
+    error removes the path. A kill leaves the path behind under its hidden name. No command accepts
+    it as a model, and the next conversion to `output` removes it.
 
     Raises:
         UserError: The output cannot be written.
@@ -107,7 +107,7 @@ def _remove(path: Path) -> None:
 
 
 def _flush_all(path: Path) -> None:
-    """Flush a file, or a directory with a new manifest of its files, to the disk."""
+    """Flush a file to the disk; for a directory, write a manifest and flush all its files."""
     if path.is_dir():
         seal(path)
         return

@@ -61,7 +61,7 @@ class Section:
 
 
 def text_section(name: str, scores: Sequence[TextScores], resamples: int, seed: int) -> Section:
-    """The results for texts.
+    """Build the section with the models' results for texts.
 
     Models may have different tokens, so only bits per byte are compared.
     """
@@ -108,7 +108,7 @@ def _text_notes(scores: TextScores) -> tuple[str, ...]:
 
 
 def task_section(scores: Sequence[TaskScores], resamples: int, seed: int) -> Section:
-    """The results for a task."""
+    """Build the section with the models' results for a task."""
     task, first = scores[0].task, scores[0]
     values: dict[str, list[Value | None]] = {}
     for metric in first.units:

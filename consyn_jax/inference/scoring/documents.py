@@ -21,9 +21,9 @@ from consyn_jax.tokenization import BPETokenizer
 
 
 class TokenDocument(NamedTuple):
-    """The ids of a document, with BOS if the model's texts begin with it, and scoring marks.
+    """The ids of a document, with BOS if the model's texts begin with it.
 
-    A mark is 1 for a token to score.
+    `scored` is 1 for each token to score.
     """
 
     ids: Int32[np.ndarray, " n"]
@@ -129,4 +129,4 @@ def _notes(prepared: Prepared, split: StoreSplit) -> Iterator[str]:
     if unknown := prepared.report.changed.get("unknown"):
         yield f"{unknown:,} tokens are the unknown token"
     if split.num_targets < split.num_tokens:
-        yield "of rows with prompts only the answers are scored"
+        yield "in rows with prompts, only the answers are scored"

@@ -86,7 +86,7 @@ class Evaluation:
 
 
 def _answers(model: Evaluated) -> dict[str, list[dict[str, Any]]]:
-    """The log-likelihood of every answer and every text, by task, in the order of the rows."""
+    """By task: each generated text with its verdicts, then the log-likelihoods of each request."""
     return {
         scores.task.name: [
             {"row": asked.place, "text": text, "right": _judged(asked, text)}
@@ -112,7 +112,7 @@ def _judged(asked: Question, text: str) -> dict[str, bool]:
 
 
 def evaluate_models(config: EvaluateConfig, say: Say) -> Evaluation:
-    """Do all quick checks, then load and score each model.
+    """Make all quick checks, then load and score one model after the other.
 
     Args:
         say: Function that prints a line of progress.

@@ -20,7 +20,7 @@ class EvaluateModelOptions:
     )
     step: int | None = flag(None, "use the checkpoint of this step of each run")
     tokenizer: str | None = flag(
-        None, "tokenizer for models that have none: a path, a hub id, default or bytes"
+        None, "tokenizer for models that have none: a path, a hub id, 'default' or 'bytes'"
     )
     dtype: str = flag(
         "auto",

@@ -18,7 +18,7 @@ WIDTH, HEIGHT, EDGE = 160, 10, 4  # of the drawing of an interval
 
 
 def evaluation_page(content: Mapping[str, Any], sections: Sequence[Section]) -> str:
-    """Make the page from `Evaluation.as_json`.
+    """Return the HTML page of an evaluation, from the result of `Evaluation.as_json`.
 
     Each metric is a row and each model a column. A cell has the value, its interval (also drawn, on
     a scale for the row), the difference from the first model and the share of changed answers.

@@ -158,7 +158,7 @@ def _checked(scorer: Scorer, window: int | None, stride: int | None) -> tuple[in
 def _by_unit(
     sums: list[tuple[int, float, int]], documents: int
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """Nats and number of tokens of each document, or of each window of a single document.
+    """Return nats, numbers of tokens and the unit: per document or, for one only, per window.
 
     Raises:
         UserError: No token is scored.

@@ -1,9 +1,9 @@
 """Windows over long documents, which score every token once with enough context.
 
 As in the guide "Perplexity of fixed-length models" of transformers
-(https://huggingface.co/docs/transformers/perplexity), windows begin at 0, S, 2S, ...; each has W
-tokens, or fewer at the end, and scores the tokens that no earlier window has scored. Nothing
-precedes the first token of a window, so with S = W this token is not scored. lm_eval's
+(https://huggingface.co/docs/transformers/perplexity), a window begins every S tokens (the stride).
+It has W tokens, or fewer at the end, and scores the tokens that no earlier window has scored.
+Nothing precedes the first token of a window, so with S = W this token is not scored. lm_eval's
 `loglikelihood_rolling` has W = context + 1 and S = context.
 """
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 
 class Window(NamedTuple):
-    """The tokens `begin` .. `end` of a document, which are scored from `first` on."""
+    """A window over tokens `begin` to `end` (excluded) of a document; it scores from `first` on."""
 
     begin: int
     end: int

@@ -90,7 +90,7 @@ def continuations(
 
 
 def _take(stream: TextStream, tokens: Sequence[int], last: bool) -> tuple[int, str]:
-    """Push tokens; return how many were used, up to a stop string, and the new text."""
+    """Push tokens up to a stop string; return their number and the new text."""
     new, taken = "", 0
     for token in tokens:
         new += stream.push([token])

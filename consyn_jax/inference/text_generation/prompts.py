@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from consyn_jax.data.sources.row_formats.conversations import (
+    ROLES,
     messages_to_answer,
     no_tools,
     tools_of,
 )
 from consyn_jax.data.sources.row_formats.fields import BadRow, string
-from consyn_jax.errors import UserError, listed, parse_fault, visible
+from consyn_jax.errors import UserError, listed, nearest, parse_fault, visible
 from consyn_jax.model.generation.continuation import prompt_ids
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.tokenization.chat.chat_encoder import ChatEncoder
@@ -170,10 +171,22 @@ class PromptEncoder:
 
     def _chat_ids(self, given: GivenPrompt) -> tuple[str, list[int]]:
         messages = given.messages or []
+        for number, message in enumerate(messages, 1):
+            self._check_role(message["role"], f"in message {number}")
         try:
             return self._chats.prompt(Chat(messages, [False] * len(messages), given.tools or None))
         except TemplateFault as error:
             raise UserError(f"the chat template refuses it: {error}.") from error
+
+    def _check_role(self, role: str, where: str) -> None:
+        """Refuse a role that nobody has trained on: most templates write a marker for any name."""
+        if role in ROLES or any(f"{quote}{role}{quote}" in self._template for quote in "'\""):
+            return
+        known = ", ".join(map(repr, ROLES))
+        raise UserError(
+            f"holds the role {visible(role)!r} {where}, which the chat template does not name"
+            f"{nearest(role, ROLES)} Known: {known}."
+        )
 
 
 def _located(given: GivenPrompt, encode: Callable[[GivenPrompt], Any]) -> Any:
@@ -192,7 +205,7 @@ def check_lengths(prompts: Sequence[EncodedPrompt], context: int) -> None:
     for prompt in _too_long(prompts, context):
         raise UserError(
             f"{prompt.given.where} has {len(prompt.ids):,} tokens, and the model's context is "
-            f"{context:,}. Shorten it."
+            f"{context:,}. Shorten the prompt."
         )
 
 

@@ -64,7 +64,7 @@ def choose_sampling(options: SamplingOptions, defaults: Mapping[str, Any]) -> Sa
     if not values["temperature"] and options.num_return_sequences > 1:
         raise UserError(
             f"--num_return_sequences {options.num_return_sequences} would repeat one text, "
-            "because decoding is greedy. Add --temperature 1, or leave it out."
+            "because decoding is greedy. Add --temperature 1, or leave --num_return_sequences out."
         )
     values |= {name: None for name in FILTERS if values[name] == OFF[name]}
     sampling = _checked({**values, "repetition_penalty": penalty, "seed": options.seed})

@@ -1,8 +1,9 @@
 """Decode a stream of tokens to text, in complete characters and up to a stop string.
 
-A character may span several tokens, and the text of a token may depend on earlier ones
-(SentencePiece drops a space at the beginning, and reads bytes in runs). So new tokens are decoded
-together with earlier ones, and text is released when later tokens can no longer change it.
+A character may span several tokens, and the text of a token may depend on earlier tokens.
+SentencePiece, for example, drops a space at the beginning, and decodes a run of byte tokens as one
+unit. So new tokens are decoded together with earlier tokens, and text is released when later tokens
+can no longer change it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Decoder:
-    """Makes streams for a tokenizer; they share the table of tokens that are single bytes.
+    """Creates text streams for a tokenizer, which share one table of its single-byte tokens.
 
     A run of byte tokens is decoded as a unit: if it is not UTF-8, each byte becomes U+FFFD.
     """

@@ -64,7 +64,7 @@ def generate(
     Returns:
         The prompts with their continuations, in the form of `prompts`. An array has shape
         [B, T + n] with n <= `max_new_tokens`, and its shorter rows are filled with the first end
-        id. Texts have no special tokens in the continuation.
+        id. The continuation of a text contains no special tokens.
 
     Raises:
         UserError: A prompt is empty, an id is outside the vocabulary, prompt and new tokens exceed

@@ -50,8 +50,8 @@ class Slots(NamedTuple):
         active_B: Whether the slot adds tokens; False if it is empty or its text has ended.
         index_B: Number of new tokens so far.
         limit_B: Number of new tokens at which the slot stops.
-        long_B: Row of the tables of `rotations`: 1 if the rotary embedding is the one for texts
-            beyond the limit of `spans_until`, else 0.
+        long_B: Row of the tables of `rotations`: 1 for texts beyond the limit of `spans_until`,
+            otherwise 0.
         keys_B2: Random key from which the slot's tokens are drawn.
         seen_BV: True for tokens that occur in the text; None unless repetition is penalised.
     """
@@ -69,7 +69,9 @@ class Slots(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """Prompts for `prefill`, one per row; a padding row has the number of slots as its slot.
+    """Prompts for `prefill`, one per row.
+
+    A padding row has the number of slots as `slot_P`, so that its results are dropped.
 
     Attributes:
         ids_PT: Token ids, padded at the end.

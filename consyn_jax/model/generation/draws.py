@@ -146,9 +146,9 @@ def filtered(
 def _likeliest(
     logits_BV: jax.Array, kept_BV: jax.Array, best_BM: jax.Array, ids_BM: jax.Array, top_p: Any
 ) -> jax.Array:
-    """Mask of the likeliest tokens whose probabilities just reach the sum `top_p`.
+    """Mask the smallest set of likeliest tokens whose probabilities sum to at least `top_p`.
 
-    Of tokens with equal logits, those with lower ids come first.
+    The mask is True for the tokens of the set. Among equal logits, lower ids come first.
 
     Args:
         kept_BV: Tokens that earlier filters kept; their probabilities are normalised to 1.

@@ -33,13 +33,13 @@ SMALLEST_BUCKET = 16  # tokens
 
 
 class Request(NamedTuple):
-    """A prompt to continue, and how far.
+    """A prompt to continue, with its limit of new tokens.
 
     Attributes:
         ids: Token ids of the prompt, at least one.
         max_tokens: Maximum number of new tokens; prompt and new tokens must fit the context.
         prompt: Index of the prompt, which seeds the draws.
-        sequence: Index of this continuation among those of the same prompt, which also seeds them.
+        sequence: Index of this continuation among those of the prompt; it also seeds the draws.
     """
 
     ids: Sequence[int]
@@ -140,7 +140,7 @@ class Engine:
             check_request(request, self.plan.config.context)
         self._stopped.clear()
         context = self.plan.config.context
-        # Sized by the prompt's bucket, so that other prompts in that bucket can reuse the cache.
+        # Reserve for a prompt's whole bucket, so that later prompts of the bucket reuse the cache.
         needs = (bucket(len(r.ids), context) + r.max_tokens for r in requests)
         self.reserve(min(max(needs, default=0), context))
         waiting = deque(
@@ -222,7 +222,7 @@ class Engine:
                 places[slot] = None
         running = np.array([text is not None for text in places])
         if not running.any() or (waiting and not running.all()):
-            return  # nothing to do, or first fill the places
+            return  # nothing to decode, or free slots to fill first
         enough = running.sum() if waiting else 1
         assert self._slots is not None
         self._slots, tokens, count = decode(

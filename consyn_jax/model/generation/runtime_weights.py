@@ -24,16 +24,16 @@ Weights = dict[str, Any]  # "embedding", "norm", "output" if untied, "layers": a
 
 
 def product(x: jax.Array, w: Any) -> jax.Array:
-    """`x @ w` for an array, an int8 matrix or a matrix with an adapter.
+    """Compute `x @ w`, where `w` is an array, an int8 matrix or a matrix with an adapter.
 
-    The product with an int8 matrix is scaled after the sum.
+    For an int8 matrix, the product is scaled, not the weights.
     """
     if isinstance(w, FrozenMatrix):
         return w.times(x)
     if not isinstance(w, Int8Matrix):
         return linear(x, w)
-    # Makes the weights depend on x; else the compiler would move the dequantisation of all layers
-    # out of the loop, and keep the dequantised weights in memory.
+    # The barrier makes the weights depend on x. Without it, the compiler would dequantise all
+    # layers before the loop, and keep the dequantised weights in memory.
     values, x = jax.lax.optimization_barrier((w.values, x))
     y = jnp.matmul(
         x, values.reshape(x.shape[-1], -1).astype(x.dtype), preferred_element_type=jnp.float32

@@ -22,8 +22,8 @@ from consyn_jax.distributed.mesh import mesh_sizes, on_each_device, split_axes
 # Rows that one program processes in turn. For the preset verse this makes 2,000 programs, and as
 # many partial sums of the scale's gradient. No other value was tried.
 ROWS = 32
-# Elements of a row for each thread, 16 bytes of bf16, unless that takes more than `MAX_WARPS`. No
-# other value was tried.
+# Elements of a row for each thread (16 bytes of bf16), unless a row would then need more than
+# `MAX_WARPS` warps. No other value was tried.
 ELEMENTS = 8
 MAX_WARPS = 16
 
@@ -183,7 +183,7 @@ def _added_norm_forward(scale_ref, x_ref, added_ref, sum_ref, out_ref, *, num_ro
 
     def row_step(row, carry):
         x = load(x_ref.at[row], exists) + load(added_ref.at[row], exists)
-        x = x.astype(sum_ref.dtype).astype(jnp.float32)  # the norm is that of the stored sum
+        x = x.astype(sum_ref.dtype).astype(jnp.float32)  # normalise the rounded sum
         store(sum_ref.at[row], x, exists)
         store(out_ref.at[row], x * jax.lax.rsqrt(jnp.sum(x * x) / dim + eps) * scale, exists)
         return carry

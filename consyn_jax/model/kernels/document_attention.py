@@ -1,11 +1,11 @@
 """Causal attention inside documents, in Pallas for Triton, without a mask or scores in memory.
 
-A query attends to an interval of keys: from the first key of its document or window to its own
-position. So two numbers per token describe the mask, and a block of queries skips blocks of keys
-that are masked for all of them: a row of many documents takes less time than a row of one. Softmax
-and sums are float32. The forward pass is FlashAttention-2 (Dao, 2023). The backward pass has one
-kernel for the gradient of queries, and one for the gradients of keys and values, which sums over
-the query heads of each key head.
+A query attends to an interval of keys, from the first key of its document or window to its own
+position. So two numbers per token describe the mask. A block of queries skips each block of keys
+that is masked for all of its queries, so a row of many documents takes less time than a row of one.
+Softmax and sums are in float32. The forward pass is FlashAttention-2 (Dao, 2023). The backward pass
+has two kernels. One computes the gradient of queries. The other computes the gradients of keys and
+values, and sums them over the query heads of each key head.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from jaxtyping import Array, Float, Int
 
 from consyn_jax.model.rematerialisation import KERNEL_RESIDUALS
 
-# Score of a masked key. It is finite, and a power of two so that scaling does not round it; a block
-# in which all keys are masked then gives no NaN.
+# Score of a masked key. It is finite, so that a block in which all keys are masked gives no NaN,
+# and a power of two, so that scaling does not round it.
 NEVER = -(2.0**100)
 
 
@@ -34,9 +34,10 @@ class Tile:
     """Block sizes and launch parameters of one kernel.
 
     Attributes:
-        own: Number of queries whose result a program computes (keys in the kernel of their
-            gradient).
-        step: Number of keys that a program reads per loop iteration (queries in that kernel).
+        own: Number of queries whose result a program computes. In the kernel of the keys' gradient,
+            the number of keys.
+        step: Number of keys that a program reads per loop iteration. In the kernel of the keys'
+            gradient, the number of queries.
         num_warps: Warps per program.
         num_stages: Stages of the software pipeline.
     """
@@ -156,7 +157,7 @@ def _backward(scale: float, tiles: Tiles, saved: Any, dout: jax.Array) -> Any:
     )(q, k, v, dout, log_sum, correction_BNT, first_key, offset)
 
     tile = tiles.keys
-    head, _, tokens, _ = _query_blocks(tile, H, S, N // K)  # of keys
+    head, _, tokens, _ = _query_blocks(tile, H, S, N // K)  # blocks of keys
     all_queries = pl.BlockSpec((None, T, N // K, H), lambda i, n, b: (b, 0, n, 0))
     sums = pl.BlockSpec((None, N // K, T), lambda i, n, b: (b, n, 0))
     dk, dv = pl.pallas_call(
@@ -177,7 +178,10 @@ _SCALAR = pl.BlockSpec((1,), lambda i, n, b: (0,))
 
 
 def _query_blocks(tile: Tile, H: int, S: int, group: int) -> tuple[pl.BlockSpec, ...]:
-    """Block specs for program (i, n, b): queries of a head, sums, per-token values, all keys."""
+    """Return block specs for four arrays: queries, softmax sums, values per token, all keys.
+
+    Program (i, n, b) has block i of the queries, query head n, and row b of the batch.
+    """
     return (
         pl.BlockSpec((None, tile.own, None, H), lambda i, n, b: (b, i, n, 0)),
         pl.BlockSpec((None, None, tile.own), lambda i, n, b: (b, n, i)),
@@ -204,7 +208,7 @@ def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array
 
 
 class Blocks(NamedTuple):
-    """Range of the blocks that a program reads; no mask is needed in the inner, `whole` range."""
+    """Range of the blocks that a program reads; blocks in the inner `whole` range need no mask."""
 
     start: Any
     stop: Any
@@ -213,7 +217,7 @@ class Blocks(NamedTuple):
 
 
 def _over_blocks(blocks: Blocks, block: Any, carry: Any) -> Any:
-    """Fold `carry` over all blocks by `block(index, carry, masked)`; masked ones come first."""
+    """Fold `carry` over blocks by `block(index, carry, masked)`, first those that need a mask."""
     start, stop, whole_start, whole_stop = blocks
     whole_start = jnp.clip(whole_start, start, stop)
     whole_stop = jnp.clip(whole_stop, whole_start, stop)
@@ -267,7 +271,7 @@ def _forward_kernel(
             at = j * step + jnp.arange(step)[None, :]
             scores = _masked(scores, at, first_key, positions)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-        # Scaled here, because the GPU scales and subtracts in one instruction.
+        # Scores are scaled only here, because the GPU multiplies and subtracts in one instruction.
         shrunk = jnp.exp2((top - new_top) * scale)
         weights = jnp.exp2(scores * scale - (new_top * scale)[:, None])
         acc = acc * shrunk[:, None] + _product(weights.astype(v_ref.dtype), v_ref[keys, :], (1, 0))

@@ -1,7 +1,7 @@
 """RMS norm and rotary embedding of queries or keys in one kernel, in Pallas for Triton.
 
-XLA makes several passes, writes float32 arrays between them, and moves three times the bytes. This
-kernel reads each head once and writes it once, and reads cosines and sines once for all heads of a
+XLA needs several passes with float32 arrays between them, and moves three times as many bytes. This
+kernel reads each head once and writes it once. It reads cosines and sines once for all heads of a
 token. The backward pass recomputes the norm from the input.
 """
 
@@ -20,9 +20,9 @@ from consyn_jax.distributed.mesh import on_each_device
 from consyn_jax.model.kernels.branched_norm import load, store
 from consyn_jax.model.rope import Rope
 
-# Elements that a program processes at once of each half of a head: with heads of 64 these are 32
-# tokens, and 16 bytes of bf16 per thread. On an H200, the speed is within 4 % of the best of seven
-# values.
+# Number of elements of each half of a head that a program processes at once. With heads of 64, this
+# is 32 tokens, and 16 bytes of bf16 per thread. On an H200, the speed is within 4 % of the best of
+# seven values.
 ELEMENTS = 1024
 NUM_WARPS = 4
 
@@ -47,8 +47,8 @@ def norm_rope(
     local = on_each_device(
         lambda *arrays: _norm_rope(*arrays, eps), (axes, (None,), angles, angles), axes
     )
-    # JAX 0.12 cannot accumulate in place the derivative of a shard_map with respect to an argument
-    # that is the same on all devices. The product with 1.0 spares it that.
+    # JAX 0.12 cannot accumulate in place the gradient of a shard_map argument that is replicated on
+    # all devices. Multiplying the scale by 1.0 avoids this accumulation.
     return local(x_BTNH, scale_H * 1.0, *rope)
 
 

@@ -1,7 +1,7 @@
 """Softmax of the logits and gradient of the cross-entropy in one kernel, in Pallas for Triton.
 
-XLA reads the logits four times to compute them. Here a program handles the logits of one token, and
-reads them twice.
+XLA would read the logits four times for this. Here, one program handles one token and reads its
+logits twice.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
-# Logits that a program reads at once: on an H200 the fastest of nine pairs of size and threads.
+# Number of logits that a program reads at once. It was the fastest on an H200 among nine pairs of
+# this number and the number of threads.
 WIDTH = 16384
-# Logit of padding. It is finite, so that a thread with padding only gives no NaN.
+# Logit of padding. It is finite, so that a thread that has only padding gives no NaN.
 NEVER = -(2.0**100)
 LOG2_E = math.log2(math.e)
 
@@ -122,7 +123,7 @@ def _kernel(
 
 
 def _reduce_row(load: Callable, blocks: int, width: int, vocab_size: int, with_mean: bool) -> Any:
-    """Return the largest logit of a row, log(Z) and, `with_mean`, the sum of the logits.
+    """Return the largest logit of a row, log(Z) and, if `with_mean`, the sum of the logits.
 
     Each thread reduces its own logits. The threads' results are combined at the end, so threads
     wait for each other only once.

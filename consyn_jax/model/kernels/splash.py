@@ -1,8 +1,8 @@
 """Attention inside documents on TPUs: JAX's splash attention with this package's masks.
 
-Documents are segment ids. The mask of positions is computed inside the kernel from the queries'
-positions, so no mask is in memory, and blocks of keys that no query of a block sees are skipped.
-The reference is `attention.attend`.
+Documents become segment ids. The kernel computes the causal mask from the queries' positions, so no
+mask is in memory. It skips a block of keys if no query of a block attends to it. The reference is
+`attention.attend`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from consyn_jax.model.rematerialisation import KERNEL_RESIDUALS
 
 BLOCK = 128  # tokens; the lanes of a TPU, which every block must fill
 LARGEST_BLOCK = 512
-ANY_KEY = 2**30  # added to the position of a query that the window does not limit
+ANY_KEY = 2**30  # added to a query's position to switch the window off
 
 
 class SomeWindows(CausalMask):
-    """A causal mask whose window limits only queries at positions below `ANY_KEY`.
+    """A causal mask with a window that can be switched off for each query at run time.
 
-    Whether a layer has the window is known only when the program runs, so no block is skipped for
-    being outside it.
+    A query at position p has the window if the kernel gets p, and none if it gets p + `ANY_KEY`.
+    Whether a layer has the window is known only at run time, so the kernel skips no block because
+    of the window.
     """
 
     def __init__(self, shape: tuple[int, int], window: int):
@@ -65,9 +66,9 @@ def splash_attention(
 
     Args:
         last_BS: the last position of each key's document, which serves as its segment id.
-        window: keys that a query sees at most; None for all.
-        has_window: whether this layer has the window; None if all have it.
-        part: the queries are part number `part` of the sequence's S / T parts.
+        window: length of the sliding window in tokens; None for no window.
+        has_window: whether this layer has the window; None if all layers have it.
+        part: index of the part that has the queries, if the sequence is split into S / T parts.
     """
     _, T, N, H = q_BTNH.shape
     S = k_BSKH.shape[1]
@@ -89,16 +90,16 @@ def splash_attention(
 def _kernel(
     heads: int, T: int, S: int, queries: int, keys: int, window: int | None, some: bool
 ) -> Any:
-    """The kernel of all parts of a sequence; `_part` takes one."""
+    """Build the kernel for all queries of a sequence; `_part` selects those of one part."""
     parts = S // T
     shape = (parts * queries, keys)
     mask: Any = CausalMask(shape)
     if window is not None:
         mask = SomeWindows(shape, window) if some else LocalMask(shape, (window - 1, 0), 0)
-    # queries that pad a part look where its last query looks
+    # Queries that pad a part get the position of its last query, so they need no further blocks.
     local = np.minimum(np.arange(queries), T - 1)
     mask.q_sequence = (T * np.arange(parts)[:, None] + local).ravel().astype(np.int32)
-    if some and window is not None:  # no block is skipped that a layer without the window needs
+    if some and window is not None:  # keep all blocks that a layer without the window needs
         mask.q_sequence += ANY_KEY
     q, k = _block(queries), _block(keys)
     return make_splash_mha(
@@ -118,14 +119,14 @@ def _kernel(
 
 
 def _part(x: Any, part: Any, parts: int) -> Any:
-    """One part of an array of the kernel's: along axis 0 of positions, axis 1 of blocks."""
+    """Select a part of a kernel's array, on axis 0 of positions or on axis 1 of block data."""
     axis = 0 if x.ndim == 1 else 1
     size = x.shape[axis] // parts
     return x if parts == 1 else jax.lax.dynamic_slice_in_dim(x, part * size, size, axis)
 
 
 def _limited(kernel: Any, has_window: jax.Array) -> Any:
-    """The kernel with positions from which its mask sees whether the layer has the window."""
+    """Switch the window of a kernel on if the layer has it, by lowering the queries' positions."""
     less = jnp.where(has_window, ANY_KEY, 0)
     return jax.tree.map(lambda x: x - less if x.ndim == 1 else x, kernel)
 
@@ -135,7 +136,7 @@ def _up_to_blocks(tokens: int) -> int:
 
 
 def _block(tokens: int) -> int:
-    """The largest block that divides `tokens`.
+    """Return the largest block size that divides `tokens`.
 
     >>> _block(2048), _block(384), _block(640)
     (512, 384, 128)
@@ -145,7 +146,7 @@ def _block(tokens: int) -> int:
 
 
 def _padded(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """`x` with its last entry along `axis` repeated, up to `size`."""
+    """Pad `x` to `size` along `axis` by repeating its last entry."""
     if x.shape[axis] == size:
         return x
     widths = [(0, 0)] * x.ndim

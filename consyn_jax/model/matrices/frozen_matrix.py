@@ -99,7 +99,7 @@ def _forward(x: jax.Array, w: Any) -> Any:
 
 def _backward(kept: Any, dy: jax.Array) -> tuple[jax.Array, None]:
     w, like_x = kept
-    # Makes w depend on dy; else the compiler would keep the dense matrix from the forward pass.
+    # The barrier makes w depend on dy. Otherwise the compiler would keep the dequantised matrix.
     w, dy = jax.lax.optimization_barrier((w, dy))
     return jnp.einsum("...f,df->...d", dy, _dense(w, like_x)), None
 

@@ -17,7 +17,7 @@ NF4 = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-BLOCK = 64  # weights with one factor
+BLOCK = 64  # weights that share one scale
 
 
 @jax.tree_util.register_dataclass
@@ -67,8 +67,8 @@ def quantised(w: jax.Array, inputs: int) -> Int8Matrix:
 class Nf4Matrix:
     """A matrix in 4-bit normal floats, quantised in blocks of 64 weights with the same output.
 
-    If the number of inputs is a multiple of 64, bitsandbytes uses the same blocks. Otherwise they
-    differ: here the last block of each output is padded, and there blocks span several outputs.
+    If the number of inputs is a multiple of 64, bitsandbytes uses the same blocks. Otherwise, this
+    class pads the last block of each output, while blocks of bitsandbytes span several outputs.
 
     Attributes:
         codes: Indices into the table `NF4`, uint8 [blocks, 32, outputs...]. Each byte holds two,

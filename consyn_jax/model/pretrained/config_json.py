@@ -150,8 +150,8 @@ def read_config(path: Path) -> ModelConfig:
     """Read the configuration of a model from its directory, or from a config.json.
 
     Args:
-        path: A directory, where generation_config.json is read as well, or a config.json, which
-            gives only the architecture.
+        path: A directory, or a config.json. From a directory, generation_config.json is read as
+            well.
 
     Raises:
         UserError: There is no config.json, the model is not supported, or the directory has links

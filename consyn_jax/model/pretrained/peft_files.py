@@ -190,7 +190,7 @@ def _scale(directory: Path, config: dict[str, Any], module: str, rank: int) -> f
         patterns = config.get("alpha_pattern") or {}
         own = (v for key, v in patterns.items() if _names(key, module))
         alpha = float(next(own, config["lora_alpha"]))
-        int(alpha)  # raises for one without end
+        int(alpha)  # raises if alpha is infinite or NaN
     except (LookupError, TypeError, ArithmeticError, ValueError, AttributeError, re.error) as wrong:
         raise UserError(
             f"{directory / ADAPTER_CONFIG} gives no lora_alpha for {module}: {wrong}. Replace the "
@@ -250,7 +250,7 @@ class _Place(NamedTuple):
 
 
 def _places(config: ModelConfig, options: LoraOptions) -> Iterator[list[_Place]]:
-    """Yield, for each weight tensor with adapters, their positions; in the order of the file."""
+    """Yield the positions of the adapters of each weight tensor, in the order of the file."""
     for tensor in hf_tensors(config):
         parts = [p for p in tensor.parts if p.layer is not None and p.path[-1] in options.targets]
         if parts:

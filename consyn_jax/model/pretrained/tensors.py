@@ -52,7 +52,7 @@ class Part(NamedTuple):
         num_columns = self.shape[1] if len(self.shape) == 2 else 1
         split = next(
             n for n in range(len(self.own_shape)) if math.prod(self.own_shape[:n]) == num_columns
-        )  # the dimensions of the columns come first
+        )  # the parameter's first dimensions are the columns
         columns, of_columns = _span(self.own_shape[:split], index[:split])
         rows, of_rows = _span(self.own_shape[split:], index[split:])
         value = read(rows, columns if len(self.shape) == 2 else None).T

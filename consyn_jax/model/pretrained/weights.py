@@ -68,8 +68,8 @@ def base_directory(base: Base, owner: Path, named: str) -> Path:
             which the adapter was trained.
     """
     if base.name is None or not (Path(base.name).is_dir() or is_elsewhere(base.name)):
-        where = "has no name" if base.name is None else f"{base.name} does not exist"
-        raise UserError(f"{owner} is an adapter, but its base model {where}. Correct {named}.")
+        fault = "has no name" if base.name is None else f"{base.name} does not exist"
+        raise UserError(f"{owner} is an adapter, but its base model {fault}. Change {named}.")
     found = find_model(base.name)
     if is_adapter(found):
         raise UserError(

@@ -1,1 +1,1 @@
-"""Conversations as model text: chat templates, and the turns that are trained on."""
+"""Render conversations with chat templates, and find the turns to train on."""

@@ -1,9 +1,9 @@
-"""Encode conversations to ids and targets, with the same results as transformers.
+"""Encode conversations to ids and targets, with the same ids as transformers.
 
 Special tokens are recognised where the template writes them. The same text inside a message is
-ordinary text, as with `apply_chat_template(sanitize_control_tokens=True)`: before rendering, it is
-put between marks from Unicode's private use area, and text between marks is encoded as ordinary
-text.
+encoded as ordinary text, as with `apply_chat_template(sanitize_control_tokens=True)`. Before
+rendering, such text in messages is put between two marks from Unicode's private use area. After
+rendering, the text between marks is encoded as ordinary text.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _OPEN, _CLOSE = "\U000f0000", "\U000f0001"
 _STRING_ARGUMENTS = re.compile(r"arguments\s+is\s+string")
 _Token = tuple[int, tuple[int, int]]  # id, (start, end) in characters
 _LAST_WORD = re.compile(r"\w+(?=\W*\Z)")
-# Target value of the first token, which is only an input: no BOS precedes a rendered template.
+# Target value of the first token. It is only an input, because no BOS precedes a rendered template.
 GIVEN = 2
 
 
@@ -39,9 +39,9 @@ class EncodedChat:
 
     Attributes:
         text: the text rendered by the template.
-        ids: token ids of the text, as in transformers.
+        ids: token ids of the text, the same as in transformers.
         targets: 1 for tokens of turns that are trained on, 0 for others, `GIVEN` for the first.
-        unwritten: number of messages, tool calls and tools that the template left out.
+        unwritten: number of messages, tool calls and tools that the template omits.
     """
 
     text: str
@@ -50,7 +50,7 @@ class EncodedChat:
     unwritten: int
 
     def first_turn(self) -> tuple[list[int], list[int]]:
-        """The ids before the first turn that is trained on, and the ids of this turn."""
+        """Return the ids before the first turn that is trained on, and the ids of this turn."""
         learned = self.targets == 1
         start = int(learned.argmax())
         stop = start + int(np.append(~learned[start:], True).argmax())
@@ -58,11 +58,11 @@ class EncodedChat:
 
 
 class ChatEncoder:
-    """Renders conversations with a template and encodes them.
+    """Renders conversations with a chat template and encodes them.
 
     Args:
         source: the Jinja template.
-        tool_source: the template for conversations with tools; by default the same template.
+        tool_source: the template for conversations with tools; None for the same template.
 
     Raises:
         UserError: a template is not Jinja.
@@ -100,7 +100,7 @@ class ChatEncoder:
         return EncodedChat(text, ids, targets, _unwritten(chat, written))
 
     def prompt(self, chat: Chat) -> tuple[str, list[int]]:
-        """Text and ids of a conversation, up to the generation prompt for the model's answer.
+        """Render and encode a conversation up to the prompt for the model's answer: (text, ids).
 
         Raises:
             TemplateFault: the template refuses the conversation.
@@ -108,7 +108,7 @@ class ChatEncoder:
         return self._all(chat, generation_prompt=True)[:2]
 
     def whole(self, chat: Chat) -> tuple[str, list[int], int]:
-        """Text and ids of a conversation, and its number of items that the template omits.
+        """Render and encode a whole conversation: (text, ids, number of items that are omitted).
 
         Raises:
             TemplateFault: the template refuses the conversation.
@@ -127,7 +127,7 @@ class ChatEncoder:
         return self._template if chat.tools is None else self._tool_template
 
     def _prepared(self, chat: Chat, template: ChatTemplate) -> tuple[Chat, bool]:
-        """The conversation to render, and whether its special tokens are put between marks."""
+        """Prepare a conversation for rendering; return it, and whether it has marks."""
         takes_strings = bool(_STRING_ARGUMENTS.search(template.source))
         chat = Chat(
             [_with_objects(message, takes_strings) for message in chat.messages],
@@ -149,7 +149,7 @@ class ChatEncoder:
 
     @cached_property
     def _full(self) -> Tokenizer:
-        """The tokenizer that reads special tokens in a text."""
+        """The tokenizer that recognises special tokens in a text."""
         return self._loaded(special=True)
 
     @cached_property
@@ -167,11 +167,11 @@ class ChatEncoder:
         return text, encoding.ids, _targets(encoding.offsets, spans)
 
     def _encode(self, written: str, spans: Spans) -> tuple[str, list[int], np.ndarray]:
-        """Encode as `_encode_whole` does, for a text with marks around ordinary text."""
+        """Encode as `_encode_whole` does, but encode text between marks as ordinary text."""
         texts: list[str] = []
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
-        marks: list[int] = []  # their places in `written`
+        marks: list[int] = []  # positions of marks in `written`
         size = 0
         for at, is_text, piece in _pieces(self._marks, written, marks):
             found = self._piece(piece, is_text) if at else _encoded(self._full, piece)
@@ -188,7 +188,7 @@ class ChatEncoder:
         return "".join(texts), ids, _targets(offsets, kept)
 
     def _piece(self, piece: str, is_text: bool) -> list[_Token]:
-        """Encode a piece from the middle of a text, without a space that tokenizers prepend."""
+        """Encode a piece from the middle of a text, so that no space is added in front."""
         tokenizer = self._plain if is_text else self._full
         newline, found = _encoded(self._full, "\n"), _encoded(tokenizer, "\n" + piece)
         if [index for index, _ in found[: len(newline)]] == [index for index, _ in newline]:
@@ -202,7 +202,7 @@ class ChatEncoder:
         return any(self._special.search(t) or _OPEN in t or _CLOSE in t for t in texts)
 
     def _protected(self, value: Any) -> Any:
-        """A copy of `value` with marks around special tokens in all of its strings, except keys."""
+        """Copy `value`, with marks around special tokens in all of its strings, except keys."""
         if isinstance(value, str):
             value = value.replace(_OPEN, "").replace(_CLOSE, "")
             return self._special.sub(f"{_OPEN}\\g<0>{_CLOSE}", value)
@@ -212,7 +212,7 @@ class ChatEncoder:
 
 
 def special_tokens(tokenizer: BPETokenizer) -> dict[str, str]:
-    """Template variables for special tokens: the text of each token, by role."""
+    """Return the template variables for special tokens: the text of each token, by role."""
     ids = {
         "bos_token": tokenizer.bos_token_id,
         "eos_token": tokenizer.eos_token_id,
@@ -233,7 +233,7 @@ def _encoded(tokenizer: Tokenizer, text: str) -> list[_Token]:
 def _pieces(
     marks: re.Pattern[str], written: str, places: list[int]
 ) -> Sequence[tuple[int, bool, str]]:
-    """Split at marks into (number, is ordinary text, piece); add the marks' offsets to `places`."""
+    """Split at marks: (number, is ordinary text, piece). Append offsets of marks to `places`."""
     found, start = list[tuple[int, bool, str]](), 0
     for match in marks.finditer(written):
         found.append((len(found), False, written[start : match.start()]))
@@ -247,7 +247,7 @@ def _pieces(
 
 
 def _targets(offsets: Sequence[tuple[int, int]], spans: Spans) -> UInt8[np.ndarray, " tokens"]:
-    """Targets of tokens: 1 inside the character spans, by the rule of transformers."""
+    """Compute targets: 1 for tokens inside the character spans, by the rule of transformers."""
     marks = np.zeros(len(offsets), np.uint8)
     stops = np.maximum.accumulate(np.array([stop for _, stop in offsets], np.int64))
 
@@ -266,7 +266,7 @@ def _targets(offsets: Sequence[tuple[int, int]], spans: Spans) -> UInt8[np.ndarr
 
 
 def _strings(value: Any) -> Sequence[str]:
-    """All strings nested in a value, except keys of objects."""
+    """Collect all strings nested in a value, except keys of objects."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, dict | list):
@@ -276,10 +276,11 @@ def _strings(value: Any) -> Sequence[str]:
 
 
 def _with_objects(message: Mapping[str, Any], takes_strings: bool) -> dict[str, Any]:
-    """A message whose tool calls have objects as arguments, instead of JSON strings.
+    """Copy a message, and convert the arguments of its tool calls from JSON strings to objects.
 
-    OpenAI's API returns a JSON string, which most templates would encode a second time; servers
-    decode it before rendering (vLLM's `parse_chat_messages`).
+    OpenAI's API returns arguments as a JSON string, which most templates would encode as JSON
+    again. Servers decode it before rendering (vLLM's `parse_chat_messages`). With `takes_strings`,
+    arguments are left as they are.
     """
     message = dict(message)
     calls = message.get("tool_calls")
@@ -290,7 +291,7 @@ def _with_objects(message: Mapping[str, Any], takes_strings: bool) -> dict[str, 
 
 
 def _decoded(call: Any) -> Any:
-    """A tool call with its arguments as an object, decoded if they are a JSON string."""
+    """Return a tool call with its arguments decoded, if they are a JSON string of an object."""
     if not isinstance(call, dict):
         return call
     function = call.get("function", call)

@@ -1,9 +1,9 @@
 """Add `generation` blocks to published templates, as for TRL's `assistant_only_loss`.
 
-A template is recognised by its lines for the assistant's turns, so that another system prompt or a
-later revision of the rest makes no difference. As in TRL, Qwen3's template is also changed so that
-every turn, not only the last one, begins with its reasoning, as the model writes it.
-Source: trl 1.16, `chat_templates/qwen2_5_training.jinja` and `qwen3_training.jinja`.
+A template is recognised by its lines for the assistant's turns, so the rest may differ, such as the
+system prompt. As in TRL, Qwen3's template is also changed: every turn begins with its reasoning, as
+the model writes it. The original keeps the reasoning only in the last turn. Source: trl 1.16,
+`chat_templates/qwen2_5_training.jinja` and `qwen3_training.jinja`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The template for a model without one: plain-text role markers, which any tokenizer can encode."""
+"""The chat template for models without one; its role markers are plain text."""
 
 PLAIN = """\
 {%- if bos_token is defined and bos_token and bos_token != eos_token %}{{- bos_token }}{% endif %}

@@ -1,9 +1,9 @@
-"""Render chat templates as transformers does, in Jinja's sandbox and within limits.
+"""Render chat templates as transformers does, in Jinja's sandbox and with limits on time and size.
 
-A template comes with a model, so it is an untrusted program. It sees only plain JSON values, cannot
-reach Python's internals, and is stopped if it writes or computes too much. The helpers come from
-`transformers.utils.chat_template_utils`: `raise_exception`, `strftime_now`, `tojson`, `dict`,
-`namespace`, loop controls, and `generation` blocks around what the model itself writes.
+A template comes with a model, so it is an untrusted program. It gets only plain JSON values, cannot
+reach Python's internals, and is stopped if it writes or computes too much. Templates can use the
+helpers of `transformers.utils.chat_template_utils`: `raise_exception`, `strftime_now`, `tojson`,
+`dict`, `namespace`, loop controls, and `generation` blocks around text that the model writes.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from jinja2.utils import Namespace
 
 from consyn_jax.errors import UserError, brief
 
-# The date in every rendering, so that the same rows give the same tokens on any day. Llama 3.2's
-# template writes this date if it has no clock; transformers and TRL supply the current date.
+# The date in all renderings, so that the same rows give the same tokens on any day. It is the
+# default date of Llama 3.2's template. transformers and TRL use the current date instead.
 RENDERED_DAY = datetime.datetime(2024, 7, 26)
 LONGEST_TEXT = 16 << 20  # characters of a rendered conversation
 LONGEST_S = 20.0
-MOST_ITERATIONS = 1_000_000  # of all `range` loops of one rendering
+MOST_ITERATIONS = 1_000_000  # in all `range` loops of one rendering together
 
 
 class TemplateFault(Exception):
-    """The template refuses a conversation, or fails."""
+    """The template refuses a conversation, fails, or exceeds a limit."""
 
 
 def writes_date(source: str) -> bool:
-    """Whether a template writes the current date, which is always rendered as `RENDERED_DAY`."""
+    """Whether a template writes the current date, for which `RENDERED_DAY` is always used."""
     return "strftime_now" in source
 
 
@@ -71,8 +71,8 @@ class ChatTemplate:
         except (jinja2.TemplateSyntaxError, RecursionError) as error:
             line = getattr(error, "lineno", 0)
             raise UserError(
-                f"The chat template is not Jinja: {brief(error)} (line {line}). Give "
-                "another one with --chat_template FILE, or use --chat_template plain."
+                f"The chat template is not valid Jinja: {brief(error)} (line {line}). Give "
+                "another template with --chat_template FILE, or use --chat_template plain."
             ) from error
 
     @property
@@ -150,7 +150,7 @@ class _Count:
 
 
 class _Code(CodeGenerator):
-    """Compiles `a ~ b` to a call of `_Environment.joined`, which checks the length."""
+    """Compiles `a ~ b` to a call of `_Environment.joined`, which limits the length."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.joined((")
@@ -161,7 +161,7 @@ class _Code(CodeGenerator):
 
 
 class _Generation(jinja2.ext.Extension):
-    """Jinja extension for `{% generation %}...{% endgeneration %}`, the model's own text."""
+    """Jinja extension for `{% generation %}...{% endgeneration %}` around the model's own text."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's attribute)
 
@@ -203,7 +203,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     @contextmanager
     def counting(self) -> Iterator[_Count]:
-        """A context that counts the work of one rendering."""
+        """Count the work of one rendering inside a `with` block."""
         self._count = _Count()
         try:
             yield self._count
@@ -211,12 +211,12 @@ class _Environment(ImmutableSandboxedEnvironment):
             self._count = None
 
     def mark(self, length: int) -> None:
-        """Record that the next `length` characters of the text are a generation block."""
+        """Record that the next `length` characters of the rendered text are a generation block."""
         if self._count is not None:
             self._count.blocks.append((self._count.written, self._count.written + length))
 
     def joined(self, parts: tuple[Any, ...]) -> str:
-        """The text of `a ~ b ~ c`."""
+        """Return the text of `a ~ b ~ c`, within the length limit."""
         texts = [str(part) for part in parts]
         self._check_length(sum(map(len, texts)))
         return "".join(texts)
@@ -233,7 +233,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         if operator == "**" and not (abs(left) <= 1 << 32 and abs(right) <= 64):
             raise TemplateFault("it computes a number that is too large")
         if operator == "%" and isinstance(left, str) and any(c.isdigit() for c in left):
-            raise TemplateFault("it formats text with a width")
+            raise TemplateFault("it formats text with a width, which could exceed the length limit")
         result = super().call_binop(context, operator, left, right)
         if isinstance(result, str | list | tuple):
             self._check_length(len(result))
@@ -247,7 +247,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def _check_length(self, length: int) -> None:
         if length > LONGEST_TEXT:
-            raise TemplateFault(f"it makes a text of over {LONGEST_TEXT >> 20} million characters")
+            raise TemplateFault(f"it builds a text of over {LONGEST_TEXT >> 20} million characters")
 
     def _range(self, *args: int) -> range:
         numbers = range(*args)
@@ -281,7 +281,7 @@ def _raise(message: str) -> None:
 
 
 class _Dict:
-    """A function for `dict(...)`: the class has attributes that lead to Python's internals."""
+    """A function for `dict(...)`; the class `dict` would give access to Python's internals."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -292,7 +292,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """`namespace(...)` without attributes that begin with an underscore."""
+    """Jinja's `namespace(...)`, but without attributes that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # a template may name an attribute `self`
         self, args = args[0], args[1:]
@@ -308,4 +308,6 @@ class _Namespace(Namespace):
 
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"{name!r} is not a name for an attribute")
+        raise jinja2.exceptions.SecurityError(
+            f"{name!r} is not allowed as the name of an attribute"
+        )

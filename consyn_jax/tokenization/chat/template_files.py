@@ -17,9 +17,9 @@ DEFAULT, TOOL_USE = "default", "tool_use"
 
 
 def template_in(files: Mapping[str, bytes]) -> str | None:
-    """The chat template in a tokenizer's files; None if there is none.
+    """Find the chat template in a tokenizer's files; None if there is none.
 
-    Of several named templates, it is the one named "default".
+    If there are several named templates, the template named "default" is returned.
 
     Args:
         files: contents of the files by name.
@@ -31,9 +31,9 @@ def template_in(files: Mapping[str, bytes]) -> str | None:
 
 
 def tool_template_in(files: Mapping[str, bytes]) -> str | None:
-    """The template for conversations with tools; None without a separate one.
+    """Find the template for conversations with tools; None without a separate one.
 
-    As in transformers (`get_chat_template`), it is the template named "tool_use".
+    As in transformers (`get_chat_template`), this is the template named "tool_use".
 
     Raises:
         UserError: as for `template_in`.
@@ -42,7 +42,7 @@ def tool_template_in(files: Mapping[str, bytes]) -> str | None:
 
 
 def _named(files: Mapping[str, bytes]) -> dict[str, str]:
-    """The templates by name; a template without a name is "default"."""
+    """Collect the templates by name; a template without a name is "default"."""
     if TEMPLATE in files:
         extra = {
             Path(name).stem: _text(name, data)
@@ -75,10 +75,10 @@ def _text(name: str, content: bytes) -> str:
 
 
 def with_template(files: Mapping[str, bytes], source: str) -> dict[str, bytes]:
-    """A tokenizer's files with another chat template, as transformers 4.43 and later read it.
+    """Return a tokenizer's files with another chat template, stored as transformers 4.43 reads it.
 
-    split_special_tokens is set to false, because otherwise the template's special tokens would be
-    encoded as ordinary text.
+    `split_special_tokens` is set to false, because otherwise special tokens of the template would
+    be encoded as ordinary text.
     """
     changed = {
         name: content

@@ -1,13 +1,13 @@
-"""Find the assistant's turns in a rendered conversation, by blocks or by difference.
+"""Find the assistant's turns in a rendered conversation.
 
-If a template has `generation` blocks, they are the turns. Otherwise a turn is the difference
-between two renderings: the conversation up to and including the turn, and the conversation before
-it with the generation prompt. The difference is exactly the text that the model generates as its
-answer.
+If a template has `generation` blocks, the blocks are the turns. Otherwise, a turn is the difference
+between two renderings. One is the conversation up to and including the turn. The other is the
+conversation before the turn, followed by the generation prompt. The difference is exactly the text
+that the model generates as its answer.
 
-Some templates render earlier turns differently from the last one (Qwen3 and DeepSeek-R1 leave the
-reasoning out of the history). Then every turn is rendered as if it were the last one, so that the
-model is trained on each turn as it would generate it.
+Some templates render earlier turns differently from the last turn: Qwen3 and DeepSeek-R1 leave out
+the reasoning of earlier turns. Then every turn is rendered as if it were the last turn, so that the
+model is trained on exactly the text that it would generate.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Spans = list[tuple[int, int]]
 # Placeholder for a message's text when only the text after it is needed.
 STAND_IN = "a7c1f0e95b3d4826"
 REWRITTEN = (
-    "the ends of earlier turns cannot be found in its text; put the model's text into "
+    "the ends of earlier turns cannot be found in the rendered text; put the model's text into "
     "generation blocks"
 )
 
@@ -73,7 +73,7 @@ def _marked(render: Callable[..., Rendered], chat: Chat) -> tuple[str, Spans]:
         spans += blocks[seen:upto] if chat.learned[i] else []
         seen = upto
     if seen != len(blocks):
-        raise TemplateFault("its generation blocks cannot be assigned to messages")
+        raise TemplateFault("its generation blocks do not correspond to the assistant's messages")
     return text, spans
 
 
@@ -90,7 +90,7 @@ def _by_difference(render: Callable[..., str], chat: Chat) -> tuple[str, Spans]:
 
 
 def _turn(render: Callable[..., str], messages: list[Message], i: int) -> tuple[int, str]:
-    """The text of the conversation up to and including turn `i`, and where the turn starts."""
+    """Render the conversation through turn `i`; return the start of the turn, and the text."""
     after = render(messages[: i + 1])
     if i:
         return _common_length(render(messages[:i], True), after), after
@@ -99,13 +99,14 @@ def _turn(render: Callable[..., str], messages: list[Message], i: int) -> tuple[
     start = after.find(prompt) if prompt and prompt != render(messages[:1], True) else -1
     if start < 0:
         raise TemplateFault(
-            "the beginning of the first message, the assistant's, cannot be found in its text"
+            "the beginning of the first message, which is the assistant's, cannot be found in "
+            "the rendered text"
         )
     return start + len(prompt), after
 
 
 def _turn_by_turn(render: Callable[..., str], chat: Chat) -> tuple[str, Spans]:
-    """Render each turn as if it were the last one, and join the turns with the text between."""
+    """Render each turn as if it were the last one; join the turns and the text between them."""
     messages, text, spans = chat.messages, "", Spans()
     last: int | None = None
     for i, message in enumerate(messages):
@@ -117,14 +118,14 @@ def _turn_by_turn(render: Callable[..., str], chat: Chat) -> tuple[str, Spans]:
             spans.append((len(text), len(text) + len(after) - start))
         text += after[start:]
         last = i
-    assert last is not None  # some turn is learned
+    assert last is not None  # at least one turn is trained on
     if last + 1 < len(messages):
         text += _between(render, messages, last, len(messages))
     return text, spans
 
 
 def _between(render: Callable[..., str], messages: list[Message], a: int, b: int) -> str:
-    """The text between the end of turn `a` and the start of turn `b`, or the end."""
+    """Return the text between the end of turn `a` and the start of turn `b`, or after turn `a`."""
     changed = [dict(message) for message in messages]
     changed[a]["content"] = STAND_IN
     end = _rest(render(changed[: a + 1]))
@@ -139,7 +140,7 @@ def _between(render: Callable[..., str], messages: list[Message], a: int, b: int
 
 
 def _rest(text: str) -> str:
-    """The text after the placeholder of a message."""
+    """Return the text after the placeholder of a message."""
     _, found, rest = text.partition(STAND_IN)
     if not found or STAND_IN in rest:
         raise TemplateFault(REWRITTEN)
@@ -147,7 +148,7 @@ def _rest(text: str) -> str:
 
 
 def _common_length(a: str, b: str) -> int:
-    """Length of the longest common prefix."""
+    """Return the length of the longest common prefix."""
     if b.startswith(a):
         return len(a)
     return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(b))

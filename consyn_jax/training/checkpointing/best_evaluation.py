@@ -27,7 +27,7 @@ class Selection:
     reference: float | None = None
 
     def update(self, metric: str, value: float, step: int, min_delta: float = 0.0) -> bool:
-        """Record an evaluation; return whether it is the best so far, which NaN never is.
+        """Record an evaluation; return whether it is the best so far (never for NaN).
 
         Args:
             min_delta: Smallest improvement that resets early stopping, in units of the metric.

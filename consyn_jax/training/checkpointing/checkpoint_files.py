@@ -17,7 +17,7 @@ STATE = "state"  # the arrays of a checkpoint
 PROVENANCE = "provenance.json"  # of a run, a checkpoint or a model
 # Text after the step in the name of a checkpoint that is being written or removed.
 UNFINISHED = ".orbax-checkpoint-tmp"
-DAMAGED = ".damaged"  # after the step: set aside
+DAMAGED = ".damaged"  # after the step: a damaged checkpoint, kept under another name
 READ_BYTES = 1 << 20
 LARGE = 1 << 30  # bytes
 LARGEST_CHECKSUMS = 1 << 26  # bytes: half a million files
@@ -45,7 +45,7 @@ def saved_steps(directory: Path) -> list[int]:
 
 
 def misnamed(directory: Path) -> Path | None:
-    """Find a directory whose name is a number, but not that of a checkpoint, such as `020`."""
+    """Find a directory named by a number that is not a valid checkpoint name, such as `020`."""
     if not directory.exists():
         return None
     others = (path for path in directory.iterdir() if step_of(path.name) is None)

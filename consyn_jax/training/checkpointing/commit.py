@@ -39,7 +39,9 @@ from consyn_jax.training.checkpointing.orbax_writes import (
 )
 
 RECORD = "run.json"  # the run record of a checkpoint
-BEGUN = ".begun"  # a file in a directory that is being written; Orbax makes a deleted one again
+# A file in a directory that is being written. If the directory was deleted and created again by
+# Orbax, this file is missing.
+BEGUN = ".begun"
 
 
 def unfinished(step: int, mark: str = "") -> str:
@@ -75,8 +77,8 @@ class Written:
     """Bytes that a process wrote for a checkpoint, and the seconds that the disk took.
 
     Attributes:
-        seconds: of the whole write; of its flushes alone on a CPU, where the write has few
-            cores left beside training.
+        seconds: duration of the whole write. On a CPU only that of the flushes to disk, because
+            training slows down the rest of the write.
     """
 
     num_bytes: int
@@ -124,7 +126,7 @@ def write_part(target: Path, futures: list[Any]) -> WrittenPart:
         )
         hashes = dict(zip(names, (each for each, _ in hashed), strict=True))
         return WrittenPart(hashes, written=written)
-    except Exception as error:  # noqa: BLE001 - told to the others, which wait for this one
+    except Exception as error:  # noqa: BLE001 - sent to the other processes, which wait for it
         return WrittenPart(error=deleted(target) or error)
 
 
@@ -170,8 +172,8 @@ def merge_parts(
         files.
 
     Raises:
-        Exception: A process had another error. That process raises its own error, the others raise
-            RuntimeError.
+        Exception: A process had an error of another kind. It raises this error; the other processes
+            raise RuntimeError.
     """
     parts = [json.loads(message) for message in messages]
     if defects := [

@@ -1,4 +1,4 @@
-"""Messages between the processes of a run, which threads other than the main one may send."""
+"""Exchange messages between the processes of a run, from any thread."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 
 from consyn_jax.training.checkpointing.orbax_writes import refusal
 
-# Time that processes wait for the slowest write. JAX reports a dead process earlier.
+# Longest wait for the slowest process's write. JAX reports a dead process earlier.
 TIMEOUT_MS = 6 * 3600 * 1000
 
 _OBJECTS = itertools.count()
@@ -36,7 +36,7 @@ class Exchange:
             client.blocking_key_value_get(f"{self._prefix}/{self._count}/{number}", TIMEOUT_MS)
             for number in range(jax.process_count())
         ]
-        if self._count:  # every process has sent this text, so every process has read the last one
+        if self._count:  # all processes have sent this text, so all have read the previous one
             client.key_value_delete(f"{self._prefix}/{self._count - 1}/{process}")
         self._count += 1
         return texts

@@ -1,6 +1,6 @@
 """`Checkpoints`: asynchronous, atomic, verified checkpoints, which can be restored to any mesh.
 
-Orbax writes and reads the arrays; `commit` makes a directory of written files a checkpoint
+Orbax writes and reads the arrays; `commit` turns the written files into a checkpoint
 (docs/design/checkpoints.md).
 """
 
@@ -55,9 +55,9 @@ class Checkpoints:
 
     Every process of the run must make the same calls in the same order.
 
-    If the system refuses to write a checkpoint, as on a full disk, the run continues without it and
-    `warn` is called once until a save succeeds. The next `save`, `wait` or `close` raises any other
-    error of the background thread.
+    If the operating system refuses to write a checkpoint, for example on a full disk, the run
+    continues, and only the first failure in a row calls `warn`. The next `save`, `wait` or `close`
+    raises any other error of the background thread.
 
     Args:
         keep_last: Number of newest checkpoints to keep.
@@ -106,8 +106,8 @@ class Checkpoints:
         self._hook = WithoutAbandonedWork.install(self)
         found: list[int] = []
         if reason := self._exchange.on_first(lambda: found.extend(saved_steps(self.directory))):
-            raise UserError(f"{self.directory} cannot be read: {reason}.")
-        # All processes use the list of process 0, because network file systems cache directories.
+            raise UserError(f"{self.directory} cannot be read: {reason}. Check the permissions.")
+        # All processes use the list of process 0: other hosts may see an old, cached directory.
         self._steps: list[int] = json.loads(self._exchange.gather(json.dumps(found))[0])
 
     @cached_property
@@ -115,8 +115,7 @@ class Checkpoints:
         # The import takes a second, and a new run needs it only for its first checkpoint.
         import orbax.checkpoint as ocp
 
-        # Weights hardly compress: level 1 takes ten times the CPU time to save 7 % of the
-        # size.
+        # Weights hardly compress: level 1 saves 7 % of the size for ten times the CPU time.
         return ocp.PyTreeCheckpointHandler(use_compression=False)
 
     def steps(self) -> list[int]:
@@ -177,13 +176,13 @@ class Checkpoints:
         return True
 
     def _begin(self, begun: Callable[[], None]) -> None:
-        """Call `begun`; if it raises an error, note that nothing waits for Orbax's write."""
+        """Call `begun`; if it raises an error, note that Orbax's write is abandoned."""
         earlier, self._has_abandoned_work = self._has_abandoned_work, True
         begun()
         self._has_abandoned_work = earlier
 
     def _forget_deleted(self) -> None:
-        """Remove checkpoints from the list of steps that someone has deleted from the disk."""
+        """Update the list of steps if someone has deleted checkpoints from the disk."""
         gone = [step for step in self._steps if not (self.directory / str(step)).is_dir()]
         gone = json.loads(self._exchange.gather(json.dumps(gone))[0])
         self._steps = [step for step in self._steps if step not in gone]
@@ -195,7 +194,7 @@ class Checkpoints:
             )
 
     def _refuse_strangers(self) -> None:
-        """Raise an error if someone has added checkpoints of another run, or with a wrong name."""
+        """Raise an error if there are new checkpoints of another run or with a wrong name."""
         if self._owner is None or jax.process_index() or not self.directory.is_dir():
             return
         for step in sorted({*saved_steps(self.directory)} - {*self._steps}):
@@ -355,7 +354,7 @@ class Checkpoints:
             # The files are intact, but another version of Orbax may have written them.
             self._has_abandoned_work = True
             reason = refusal(error) or brief(error)
-            raise UserError(f"{place} cannot be restored: {reason}.") from error
+            raise UserError(f"{place} cannot be restored: {reason}. {OTHER}") from error
 
     def record(self, step: int) -> dict[str, Any]:
         """Read the run record of `step`; only this file is verified.
@@ -380,7 +379,8 @@ class Checkpoints:
         later = [other for other in self._steps if other > step]
         if reason := self._exchange.on_first(lambda: remove(self.directory, later, self.damaged)):
             raise UserError(
-                f"{self.directory}: checkpoints later than step {step} cannot be removed: {reason}."
+                f"{self.directory}: checkpoints after step {step} cannot be removed: {reason}. "
+                "Remove them, and run the same command again."
             )
         self._steps = [other for other in self._steps if other <= step]
         self._verified -= set(later)  # the resumed run will save these steps again

@@ -23,23 +23,23 @@ import jax
 from consyn_jax.errors import UserError
 
 TASKS = Path("/proc/self/task")  # the threads of this process
-LOW = 15  # priority of a thread, in units of `nice`: 1/28 of a normal one
-LOOK_S = 0.1  # between two looks for new threads
+LOW = 15  # `nice` value of a thread; it then gets 1/28 of a normal thread's CPU time
+LOOK_S = 0.1  # seconds between two checks for new threads
 ABANDONED_S = 0.5
-ALONE_S = 10.0  # for a write that may be waiting for processes that wait for this one
+ALONE_S = 10.0  # seconds to wait for a write before `is_left_alone` abandons it
 
 ORBAX = f"{os.sep}orbax{os.sep}"
 SYSTEM_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")  # in messages of TensorStore
 
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:
-    """Filter for log records: False for those of Orbax, which also logs errors that it raises."""
+    """Filter out log records of Orbax, which logs errors that it also raises."""
     _, error, trace = record.exc_info or (None, None, None)
     places = (record.pathname, *(frame.filename for frame in traceback.extract_tb(trace)))
     return not (SYSTEM_ERROR.search(str(error)) or any(ORBAX in place for place in places))
 
 
-# When one write fails, Orbax abandons the others, and asyncio complains about them.
+# When one write fails, Orbax abandons its other writes, and asyncio logs each of them.
 for _name in ("absl", "asyncio"):
     logging.getLogger(_name).addFilter(_is_not_orbax)
 NEVER_AWAITED = r"coroutine '_?async_serialize.*' was never awaited"
@@ -47,10 +47,10 @@ warnings.filterwarnings("ignore", NEVER_AWAITED, RuntimeWarning)
 
 
 def writing_thread(write: Callable[[], None], name: str) -> threading.Thread:
-    """Create a thread, without starting it; with several processes it is a daemon thread.
+    """Create a thread, without starting it; with several processes, a daemon thread.
 
-    At exit, Python waits for all threads that are not daemons. This thread may never end, and would
-    then defeat `is_left_alone`.
+    At exit, Python waits for all threads that are not daemons. This thread may never end, so after
+    `is_left_alone`, Python would wait forever.
     """
     return threading.Thread(target=write, name=name, daemon=jax.process_count() > 1)
 
@@ -88,8 +88,8 @@ def write_at_low_priority(futures: list[Any]) -> None:
     """Wait for Orbax to write, with its threads at low priority.
 
     On a CPU, these threads compete with training for the cores. TensorStore starts and ends threads
-    as needed, so new ones are looked for repeatedly. Only these are lowered, because a priority
-    cannot be raised again.
+    as needed, so this function checks for new threads repeatedly. It does not change other threads,
+    because a lowered priority cannot be raised again.
     """
     known: set[Path] = set()
     with ThreadPoolExecutor(1) as thread:

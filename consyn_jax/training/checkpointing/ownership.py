@@ -1,4 +1,4 @@
-"""The identity of a run, by which its files are told from files of other runs.
+"""The identity of a run, which distinguishes its files from the files of other runs.
 
 The identity is random, because two runs may have the same configuration. It is stored in
 `run.json`, in every checkpoint, in the lock file, and in the `start` events of metrics.jsonl.
@@ -72,7 +72,7 @@ class RunRecord:
     def is_in(self, path: str) -> bool:
         """Whether a file is this record, byte for byte, as `write` writes it.
 
-        It is asked before each line of the log, so nothing is parsed.
+        This is called before each line of the log, so for speed the file is not parsed.
 
         Raises:
             OSError: The file cannot be read.

@@ -64,10 +64,15 @@ def check_model(place: Path, old: dict[str, str], new: dict[str, str]) -> None:
     names = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
     if names:
         first = "; ".join(
-            f"{name} is {old.get(name, 'nothing')} there and {new.get(name, 'nothing')} here"
+            f"{name} is {old.get(name, 'missing')} in the checkpoint and "
+            f"{new.get(name, 'missing')} in the model"
             for name in names[:3]
         )
-        raise UserError(f"{place} holds another model: {first}{' and so on' if names[3:] else ''}.")
+        more = " and so on" if names[3:] else ""
+        raise UserError(
+            f"{place} holds another model: {first}{more}. Use the model that this checkpoint was "
+            "saved from."
+        )
 
 
 def array_types(state: Any) -> dict[str, str]:

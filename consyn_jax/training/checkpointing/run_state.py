@@ -16,7 +16,7 @@ from consyn_jax.training.optim.schedules import Plateau
 
 @dataclass
 class Progress:
-    """The progress of a run, as far as it does not follow from the configuration.
+    """The progress of a run that does not follow from its configuration.
 
     Attributes:
         clipped: Steps with clipped gradients since the last line of metrics.

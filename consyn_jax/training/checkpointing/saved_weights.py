@@ -18,8 +18,8 @@ from consyn_jax.training.checkpointing.ownership import check_step
 from consyn_jax.training.checkpointing.restoring import array_types, check_model, read_record
 from consyn_jax.training.optim.state import averaged
 
-PARAMS = "params"  # in the state, as the next two are in that of schedule-free training
-WEIGHT, AVERAGED_WITH = "b1", "z"
+PARAMS = "params"  # name of the parameters in the state
+WEIGHT, AVERAGED_WITH = "b1", "z"  # names in the optimizer state of schedule-free training
 
 
 def read_weights(place: Path, like: Params) -> Params:
@@ -37,9 +37,9 @@ def read_weights(place: Path, like: Params) -> Params:
     """
     import orbax.checkpoint as ocp
 
-    place = place.absolute()  # as Orbax wants it
+    place = place.absolute()  # Orbax needs an absolute path
     if reason := damage(place):
-        raise UserError(f"{place} is damaged: {reason}. Take another step.")
+        raise UserError(f"{place} is damaged: {reason}. Give the step of another checkpoint.")
     check_step(place, read_record(place))
     handler = ocp.PyTreeCheckpointHandler()
     try:
@@ -57,7 +57,9 @@ def read_weights(place: Path, like: Params) -> Params:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         # The files are intact, but another version of Orbax may have written them.
         reason = refusal(error) or brief(error)
-        raise UserError(f"{place} cannot be read: {reason}. Take another step.") from error
+        raise UserError(
+            f"{place} cannot be read: {reason}. Give the step of another checkpoint."
+        ) from error
     finally:
         handler.close()
 

@@ -43,11 +43,11 @@ from consyn_jax.training.diagnostics.first_nonfinite import diagnose, locate_fir
 from consyn_jax.training.program import BATCH_DTYPES, PAIR_DTYPES, Program
 from consyn_jax.training.step import Batch, TrainState, dropout_keys
 
-BUNDLES = "nonfinite"  # in a run directory: the bundles by step
+BUNDLES = "nonfinite"  # directory in a run directory; it has one bundle per step
 RECORD, CONFIG, BATCH, STATES = "replay.json", "config.yaml", "batch.npz", "checkpoints"
 FORMAT = 1
-ENCRYPTED = 1  # a flag of a member of a zip file
-LARGEST_RECORD = 1 << 26  # bytes: the sample ids of a batch of a million sequences
+ENCRYPTED = 1  # flag bit of an encrypted file in a zip archive
+LARGEST_RECORD = 1 << 26  # bytes; enough for the sample names of a million sequences
 VERSIONS = ("consyn_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 # ------------------------------------------------------------------------------------------ writing
@@ -90,10 +90,10 @@ def write_bundle(
         state: State before the step; it is not changed.
         batch: Arrays of `Program.batch_dtypes`, and the frozen weights of an adapter run.
         config: Path of the run's config.yaml.
-        warn: Function for a warning if the bundle could not be written.
+        warn: Function that shows a warning if the bundle could not be written.
 
     Returns:
-        Sentences that say where the first non-finite value is, if known, and how to repeat the
+        Sentences that say where the first non-finite value is (if known), and how to repeat the
         step.
     """
     kept = {name: batch[name] for name in program.batch_dtypes}
@@ -170,7 +170,7 @@ def _write_record(place: Path, record: dict[str, Any], where: str | None, text: 
 
 
 def _save_state(directory: Path, state: TrainState, step: int) -> str | None:
-    """Save the state; return the reason of a failure or None, the same in every process."""
+    """Save the state. Return the reason if this fails, else None; all processes return the same."""
     warnings: list[str] = []
     try:
         checkpoints = Checkpoints(directory, warn=warnings.append)
@@ -184,7 +184,7 @@ def _save_state(directory: Path, state: TrainState, step: int) -> str | None:
 
 
 def _on_first_process(work: Callable[[], None]) -> str | None:
-    """Call `work` in process 0; return the reason of its failure or None, in every process."""
+    """Call `work` in process 0. Return, in every process, the reason if it fails, else None."""
     reason = ""
     if is_first():
         try:
@@ -199,9 +199,8 @@ def sample_names(
 ) -> list[list[str]] | None:
     """Name the sequences of a step's batch, [A, B].
 
-    A name is the index of the sequence in the dataset; in a mixture, the name of the source
-    follows. Return None if the data has no fixed order, or is a corpus that is still being
-    prepared.
+    A name has the index of the sequence in the dataset, and in a mixture the name of the source.
+    Return None if the data has no fixed order, or is a corpus that is still being prepared.
 
     Args:
         step: Number of the step, counted from 1.
@@ -309,7 +308,10 @@ def _positive(value: Any) -> int:
 
 
 def _read_batch(file: Path, of_tokens: tuple[int, ...]) -> HostBatch:
-    """Read the arrays of a batch without unpickling; the file's size bounds the memory."""
+    """Read the arrays of a batch without unpickling, and without more memory than the file's size.
+
+    Compressed arrays are refused, because they could expand to any size.
+    """
     batch = {}
     with zipfile.ZipFile(file) as archive:
         are_pairs = any(f"{name}.npy" in archive.namelist() for name in PAIR_DTYPES)

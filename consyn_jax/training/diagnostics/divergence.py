@@ -27,7 +27,7 @@ def report_skipped_step(recorder: Recorder, values: dict[str, float], limit: int
     recorder.event("nonfinite", {"action": "skip", **_details(values)})
     recorder.console.warn(
         f"{_sentence(recorder, values)}; its update is skipped ({int(values['nonfinite'])} in a "
-        f"row, and {limit} end the run)."
+        f"row; the run ends at {limit})."
     )
 
 
@@ -72,7 +72,7 @@ def report_divergence(
         ", or skip such steps with --on_nonfinite skip" if program.max_nonfinite_steps == 1 else ""
     )
     return Diverged(
-        f"{_sentence(recorder, values)}; training has diverged. Lower --lr, lengthen "
+        f"{_sentence(recorder, values)}; training has diverged. Lower --lr, or raise "
         f"--warmup_steps{skip}. {diagnosis}"
     )
 

@@ -28,7 +28,7 @@ class Row:
     """Statistics of the activations in one part of the forward pass, or of one parameter.
 
     Attributes:
-        place: Name of the part or parameter; inside a block, with the index of its layer from 0.
+        place: Name of the part or parameter; inside a block, it includes the layer's index from 0.
         rms: Root mean square of the finite elements.
         largest: Largest magnitude of the finite elements.
         nonfinite: Number of non-finite elements.
@@ -91,7 +91,7 @@ def diagnose(program: Program, state: TrainState, batch: Batch) -> Diagnosis:
 
 
 def _activation_rows(parts: dict[str, Statistics]) -> Iterable[Row]:
-    """Table rows of the activations: embedding, parts of each layer, final norm, and head.
+    """Make rows for the activations: embedding, parts of each layer, final norm, and head.
 
     Each row covers all micro-batches and all chunks of the sequence.
     """
@@ -107,7 +107,7 @@ def _activation_rows(parts: dict[str, Statistics]) -> Iterable[Row]:
 
 
 def _parameter_rows(config: ModelConfig, tree: dict[str, Any]) -> Iterable[Row]:
-    """Table rows of the trained parameters."""
+    """Make rows for the trained parameters, or for their gradients."""
     for name, inner in forward_order(config).items():
         if name in tree and not inner:
             yield _row(name, tree[name])
@@ -136,7 +136,7 @@ def locate_first_nonfinite(
         samples: Name of each sequence of the batch, [A, B].
 
     Returns:
-        The name of the part or parameter, None if everything is finite; and the description.
+        The name of the part or parameter (None if everything is finite), and the description.
     """
     place, text = _origin(found)
     if place is None:
@@ -167,7 +167,7 @@ def _origin(found: Diagnosis) -> tuple[str | None, str]:
     if rows := _nonfinite(found.activations):
         place = rows[0].place
         return place, f"The first non-finite activations are in {place}: {_count(rows[0])}."
-    if rows := _nonfinite(found.gradients):  # the backward pass comes to the last one first
+    if rows := _nonfinite(found.gradients):  # the backward pass computes the last row first
         place = rows[-1].place
         return place, (
             "The forward pass is finite. In the backward pass, the first non-finite gradients are "
@@ -190,8 +190,9 @@ def _origin(found: Diagnosis) -> tuple[str | None, str]:
             "float32."
         )
     return None, (
-        "Repeated, this step is finite. Neither the data nor the weights are the cause, so suspect "
-        "the device or its memory: continue from the last checkpoint on another device."
+        "This step is finite when it is repeated, so neither the data nor the weights are the "
+        "cause. Suspect the device or its memory, and continue from the last checkpoint on "
+        "another device."
     )
 
 

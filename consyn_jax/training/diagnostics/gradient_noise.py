@@ -23,7 +23,7 @@ from consyn_jax.training.inputs.batch_source import BatchSource
 from consyn_jax.training.program import TRAIN_AXES, Program
 from consyn_jax.training.step import Batch, Objective
 
-MICRO_BATCHES = 32  # in one measurement
+MICRO_BATCHES = 32  # per measurement
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def measured_noise(
     step: int,
     micro_batches: int = MICRO_BATCHES,
 ) -> GradientNoise:
-    """Measure the noise, without dropout, on the micro-batches that a run reads after `step`.
+    """Measure the noise on micro-batches that a run reads after `step`. Dropout is turned off.
 
     Args:
         program: Program of the run.
@@ -89,7 +89,8 @@ def measured_noise(
         lambda p, batch: squared_norms(calm.objective, p, batch),
         calm.batch_like(shape, TRAIN_AXES),
     ).compile()
-    first = -(-step * budget.gradient_accumulation_steps // micro_batches)  # nothing seen before
+    # Rounded up, so that training has not read any of these micro-batches.
+    first = -(-step * budget.gradient_accumulation_steps // micro_batches)
     rows = local_rows(mesh, budget.batch_size)
     batches = source.training(first, budget.batch_size, micro_batches, rows)
     with prefetch(batches, depth=1, transform=placer(mesh, TRAIN_AXES)) as ready:
@@ -101,7 +102,7 @@ def measured_noise(
 def squared_norms(
     objective: Objective, params: Params, batch: Batch
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """Compute the gradients of the mean loss, one micro-batch of [A, B, T] at a time.
+    """Compute squared gradient norms of the mean loss, from the micro-batches of [A, B, T].
 
     Returns:
         The mean of the squared norms, the squared norm of the mean gradient, and the mean number of

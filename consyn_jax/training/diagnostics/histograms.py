@@ -20,12 +20,13 @@ MEAN_GRADIENT = "mu"  # optax's name of a first moment
 
 
 class Histogram(NamedTuple):
-    """Counts of the finite values between edges, which go from the lowest to the highest of them.
+    """A histogram of the finite values of an array.
 
     Attributes:
-        counts: [bins].
-        edges: [bins + 1].
-        total, squares: sums of the values and of their squares.
+        counts: Number of values in each bin, [bins].
+        edges: Edges of the bins, [bins + 1], at equal distances from the lowest to the highest
+            value.
+        total, squares: Sums of the values and of their squares.
     """
 
     counts: np.ndarray
@@ -35,11 +36,11 @@ class Histogram(NamedTuple):
 
 
 def histogram_maker(program: Program) -> Callable[[TrainState], dict[str, Histogram]]:
-    """Make the function that takes histograms of a state; all processes must call it together.
+    """Make the function that computes the histograms of a state, by name.
 
-    They are named `weights/q/3`, with the number of the layer, and `gradients/q/3` for the
-    first moments, which are means of the gradients of the last steps. Moments in host memory are
-    left out.
+    All processes must call it together. Names are `weights/q/3`, with the number of the layer, and
+    `gradients/q/3` for first moments, which are means of the gradients of the last steps. Moments
+    in host memory are left out.
     """
     shapes = jax.tree_util.tree_leaves_with_path(program.layout.shapes)
     names = {path: (_name(path), leaf.shape) for path, leaf in shapes}
@@ -74,14 +75,18 @@ def _is_stacked(name: str) -> bool:
 
 
 def _counted(x: Float[Array, "..."], stacked: bool) -> tuple[jax.Array, ...]:
-    """Lowest and highest finite value, counts below 65 edges, sum and sum of squares, by layer."""
+    """Compute statistics of the finite values, by layer.
+
+    They are the lowest and the highest value, the number of values below each inner edge, the
+    number of all values, their sum and their sum of squares.
+    """
     rows = x.astype(jnp.float32).reshape(x.shape[0] if stacked else 1, -1)
     finite = jnp.isfinite(rows)
     low = jnp.min(jnp.where(finite, rows, jnp.inf), axis=1)
     high = jnp.max(jnp.where(finite, rows, -jnp.inf), axis=1)
     kept = jnp.where(finite, rows, 0.0)
 
-    def below(share: Float[Array, ""]) -> jax.Array:  # a pass over the array, without a copy of it
+    def below(share: Float[Array, ""]) -> jax.Array:  # reads the array, but does not copy it
         edge = (low + (high - low) * share)[:, None]
         return jnp.sum(finite & (rows < edge), axis=1, dtype=jnp.int32)
 

@@ -29,7 +29,7 @@ from consyn_jax.training.runtime.memory import compile_to_fit
 from consyn_jax.training.step import TrainState
 
 COMPARED = {"loss": "train/loss", "grad_norm": "train/grad_norm"}
-LOGGED = "train/learning_rate"  # of every logged step, also of one whose loss is not finite
+LOGGED = "train/learning_rate"  # in the line of every logged step, even if the loss is not finite
 
 
 @dataclass
@@ -37,8 +37,8 @@ class Comparison:
     """The logged and the repeated values of one step.
 
     Attributes:
-        logged: Loss and gradient norm from metrics.jsonl, as NaN if the log omits a value because
-            it was not finite; None if the run did not log the step.
+        logged: Loss and gradient norm from metrics.jsonl. The log omits non-finite values; they are
+            NaN here. None if the run did not log the step.
         repeated: Loss and gradient norm of the repeated step.
     """
 
@@ -54,7 +54,7 @@ class Comparison:
 
     @property
     def is_finite(self) -> bool:
-        """Whether the repeated values are finite."""
+        """Whether all values are finite that the repetition of the step has computed."""
         return all(map(math.isfinite, self.repeated.values()))
 
 
@@ -71,7 +71,7 @@ def _apart(logged: float, repeated: float) -> float:
 
 @dataclass
 class RepeatedRun:
-    """Steps of a run that were repeated, from a checkpoint to the requested step.
+    """The result of repeating the steps of a run, from a checkpoint to the requested step.
 
     Attributes:
         start: Step of the checkpoint; 0 for the beginning of the run.
@@ -101,7 +101,8 @@ def repeat_logged_step(
     Args:
         run: Configuration of the run.
         make_parameters: Function that makes the initial parameters of the run on a mesh.
-        make_base: Function that makes the frozen weights of an adapter run, for every batch.
+        make_base: Function that returns the frozen weights of an adapter run, which are added to
+            every batch; an empty dict for other runs.
 
     Raises:
         UserError: The log, the state or the data cannot be read.
@@ -139,7 +140,7 @@ def _compared(step: int, line: dict[str, Any] | None, values: dict[str, float]) 
 
 
 def _after_evaluation(state: TrainState, plateau: Plateau, value: float) -> TrainState:
-    """Return the state after the run's own evaluation, which may have lowered the learning rate."""
+    """Return the state after an evaluation of the run, which may have lowered the learning rate."""
     return state._replace(opt_state=with_rate_scale(state.opt_state, plateau.update(value)))
 
 
@@ -163,6 +164,8 @@ def _state_before(
     if branched is None:
         return program.initial_state(make_parameters(program.mesh)), new, skipped
     if step <= branched:
-        raise UserError(f"This run begins after step {branched:,}. Name the run that it came from.")
+        raise UserError(
+            f"This run begins after step {branched:,} of another run (--decay_from). Name that run."
+        )
     origin = Path(run.saving.output) / CHECKPOINTS
     return *beginning.branch(origin, branched, program.state_like, new), skipped

@@ -1,6 +1,6 @@
 """The learning-rate range test (Smith, 2017).
 
-A short run with a rising learning rate gives a curve of losses, which suggests a peak rate.
+A short run with a rising learning rate gives a curve of losses, from which a peak rate is chosen.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ Curve = list[tuple[float, float]]  # (learning rate, loss in nats per token) of 
 
 NUM_STEPS = 200
 
-FEWEST_STEPS = 20  # with fewer there is no curve
-LEVEL_SHARE = 0.1  # share of the steps at the beginning whose median is the loss before training
-DIVERGED = 1.25  # times the loss before training
-AVERAGE = 0.9  # weight of the past in the running mean that ends the test
+FEWEST_STEPS = 20  # fewer steps are too few for a suggestion
+LEVEL_SHARE = 0.1  # the median loss of this share of first steps is "the loss before training"
+DIVERGED = 1.25  # a mean loss above this multiple of the loss before training has diverged
+AVERAGE = 0.9  # weight of earlier losses in the running mean that is compared with DIVERGED
 WIDTH = 1 / 40  # standard deviation of the smoothing kernel, as a share of the steps
 SIGNIFICANT = 5.0  # standard errors that a fall must exceed
 LEAST_FALL = 1e-3  # share of the loss before training that a fall must exceed
 RULES = {
-    "valley": "midway between steepest and lowest, in the logarithm",
+    "valley": "midway between steepest and lowest, on a log scale",
     "steepest": "where the loss falls fastest",
     "lowest": "where the loss is lowest",
     "lowest / 10": "a tenth of lowest",
@@ -70,7 +70,7 @@ def check_beginning(options: OptimizerOptions) -> None:
 
 
 def rising_rates(optimizer: str, num_steps: int = NUM_STEPS) -> Float[np.ndarray, " steps"]:
-    """Rates that rise by a constant factor over the range that is relevant for `optimizer`.
+    """Return rates that rise by a constant factor over the range that suits `optimizer`.
 
     >>> rising_rates("adamw", 8).round(7).tolist()
     [1e-07, 1e-06, 1e-05, 0.0001, 0.001, 0.01, 0.1, 1.0]
@@ -79,7 +79,7 @@ def rising_rates(optimizer: str, num_steps: int = NUM_STEPS) -> Float[np.ndarray
 
 
 def rising_schedule(rates: Float[np.ndarray, " steps"]) -> optax.Schedule:
-    """A schedule with the rate `rates[i]` at step i."""
+    """Make a schedule with the rate `rates[i]` at step i."""
     table = np.asarray(rates, np.float32)
     return lambda step: jnp.asarray(table)[jnp.minimum(step, len(table) - 1)]
 
@@ -94,9 +94,9 @@ def range_test(
     """Train with rising rates until the rates or the batches are used up, or the loss diverges.
 
     The loss counts as diverged if it or the gradient is not finite, or if its running mean is a
-    quarter above the loss before training, because the model has then lost all that it learned. A
-    multiple of the best loss, such as fastai's factor of four, works less well for losses in nats:
-    a short run that starts at ln V ends above half of ln V.
+    quarter above the loss before training: the model has then lost all that it learned. fastai
+    stops at four times the best loss instead. For losses in nats, that would be too late: a short
+    run starts at ln V and stays above half of ln V, so the threshold would be above 2 ln V.
 
     Args:
         step: Compiled train step whose optimizer has the schedule `rising_schedule(rates)`.
@@ -137,7 +137,7 @@ def measure_curve(
     rates: Float[np.ndarray, " steps"],
     show: Callable[[int, float, float], None],
 ) -> Curve:
-    """Run the range test on training data from the beginning of the data, then close the data.
+    """Run the range test on the first batches of the training data, then close the data.
 
     Args:
         train_step, state, rates: As for `range_test`.
@@ -160,7 +160,7 @@ def measure_curve(
 
 
 def _num_settled(num_steps: int) -> int:
-    """Number of steps at the beginning at which the rate is too low to change the loss."""
+    """Return how many steps at the start have a rate that is too low to change the loss."""
     return max(FEWEST_STEPS // 4, round(LEVEL_SHARE * num_steps))
 
 
@@ -174,9 +174,9 @@ class Suggestion:
     Attributes:
         rate: The suggested peak learning rate; None if no rate lowered the loss.
         reason: A sentence for the user.
-        rule: The rule behind `rate`, a key of `candidates`.
+        rule: The rule that suggests `rate`, a key of `candidates`.
         candidates: Learning rate that each of `RULES` suggests.
-        smoothed: Smoothed losses, where they are finite.
+        smoothed: Smoothed losses, without a last loss that is not finite.
     """
 
     rate: float | None
@@ -226,8 +226,8 @@ def suggest(curve: Curve) -> Suggestion:
         return Suggestion(None, reason, smoothed=smoothed.tolist())
     candidates = _candidates(x, smoothed, lowest)
     reason = (
-        f"The loss fell from {before:.3f} to {smoothed[lowest]:.3f} nats, fastest at "
-        f"{candidates['steepest']:g} and until {candidates['lowest']:g}"
+        f"The loss fell from {before:.3f} to {smoothed[lowest]:.3f} nats. It fell fastest at a "
+        f"rate of {candidates['steepest']:g}, and was lowest at {candidates['lowest']:g}"
     )
     ends_there = is_finite and lowest >= length - 1 - width
     reason += ", where the test ended, so higher rates may be good, too." if ends_there else "."
@@ -237,7 +237,7 @@ def suggest(curve: Curve) -> Suggestion:
 def _candidates(
     x: Float[np.ndarray, " steps"], smoothed: Float[np.ndarray, " steps"], lowest: int
 ) -> dict[str, float]:
-    """The learning rate that each of `RULES` suggests, rounded to two digits."""
+    """Compute the learning rate that each of `RULES` suggests, rounded to two digits."""
     steepest = int(np.argmin(np.gradient(smoothed, x)[: lowest + 1]))
     rates = {
         "valley": 10 ** ((x[steepest] + x[lowest]) / 2),
@@ -249,7 +249,7 @@ def _candidates(
 
 
 def _arrays(curve: Curve) -> tuple[Float[np.ndarray, " steps"], Float[np.ndarray, " steps"]]:
-    """Decimal logarithms of the rates, and the losses."""
+    """Return the decimal logarithms of the rates, and the losses."""
     rates, losses = np.asarray(curve, np.float64).reshape(-1, 2).T
     return np.log10(rates), losses
 
@@ -262,7 +262,7 @@ def _smooth(y: Float[np.ndarray, " steps"], width: float) -> Float[np.ndarray, "
 
 
 def _standard_error(y: Float[np.ndarray, " steps"], width: float) -> float:
-    """Standard error of a smoothed loss, from the losses without trend and outliers."""
+    """Estimate the standard error of a smoothed loss; it ignores trend and outliers in `y`."""
     jumps = np.diff(y)
     noise = 1.4826 * float(np.median(np.abs(jumps - np.median(jumps)))) / math.sqrt(2)
     return noise / math.sqrt(2 * math.sqrt(math.pi) * width)

@@ -11,9 +11,11 @@ from typing import Any
 import jax
 from jax.profiler import ProfileData, StepTraceAnnotation, TraceAnnotation
 
+from consyn_jax.distributed.hardware import bf16_peak, described_gpu
 from consyn_jax.errors import UserError
 from consyn_jax.files import write_whole
-from consyn_jax.training.diagnostics.trace import STEP, Summary, scopes_of, summarise
+from consyn_jax.training.diagnostics.operation_costs import operation_costs
+from consyn_jax.training.diagnostics.trace import COLLECTIVES, STEP, Summary, scopes_of, summarise
 from consyn_jax.training.runtime.watchdog import WAITING
 from consyn_jax.training.step import Batch
 from consyn_jax.validation import parse_profile_steps
@@ -42,12 +44,12 @@ class CompiledStep:
     Attributes:
         text: Function that returns the text of the compiled program.
         flops: FLOPs that the model needs per step on one device.
-        peak: Peak FLOP/s of a device; None if unknown.
+        device_kind: JAX's name of the device, whose rates are looked up.
     """
 
     text: Callable[[], str]
     flops: float
-    peak: float | None
+    device_kind: str
 
 
 def page(summary: Summary, program: CompiledStep, steps: tuple[int, int]) -> str:
@@ -56,10 +58,9 @@ def page(summary: Summary, program: CompiledStep, steps: tuple[int, int]) -> str
     each, idle = summary.total_s / summary.steps, sum(summary.idle.values())
     achieved = program.flops / each
     possible = "the peak of this device is unknown"
-    if program.peak is not None:
+    if (peak := bf16_peak(program.device_kind)) is not None:
         possible = (
-            f"{achieved / program.peak:.1%} of the device's peak of "
-            f"{program.peak / 1e12:,.0f} TFLOP/s in bf16"
+            f"{achieved / peak:.1%} of the device's peak of {peak / 1e12:,.0f} TFLOP/s in bf16"
         )
     together = sum(summary.parts.values())
     lines = [
@@ -72,8 +73,10 @@ def page(summary: Summary, program: CompiledStep, steps: tuple[int, int]) -> str
         "Busy time by part of the model:",
         *(
             f"  {part:<12}{_share(spent, together, summary.steps)} per step"
+            f"{_least(summary, part, spent)}"
             for part, spent in summary.parts.items()
         ),
+        *_what_would_help(summary),
         "",
         f"The {len(summary.largest)} largest kernels:",
         *(
@@ -87,6 +90,35 @@ def page(summary: Summary, program: CompiledStep, steps: tuple[int, int]) -> str
 
 def _share(spent: float, together: float, steps: int) -> str:
     return f"{spent / together:6.1%}  {spent / steps * 1e3:10,.2f} ms"
+
+
+def _least(summary: Summary, part: str, spent: float) -> str:
+    """The least time of a part on this device, and what bounds it; empty if it is unknown."""
+    if part == COLLECTIVES and summary.hidden_share is not None:
+        return f"; {summary.hidden_share:.0%} of it beside other operations"
+    if (least := summary.least.get(part)) is None or not spent:
+        return ""
+    bound = "compute" if least.compute_s > least.memory_s else "memory"
+    return f"; at least {least.total_s / summary.steps * 1e3:,.2f} ms, bound by {bound}"
+
+
+def _what_would_help(summary: Summary) -> list[str]:
+    """The part that loses most against the device's rates, and what its time goes to."""
+    above = {
+        part: spent - summary.least[part].total_s
+        for part, spent in summary.parts.items()
+        if part in summary.least
+    }
+    if not above:
+        return []
+    part = max(above, key=lambda name: above[name])
+    least, each = summary.least[part], above[part] / summary.steps * 1e3
+    cause = (
+        "its matmuls run below the device's peak rate"
+        if least.compute_s > least.memory_s
+        else "its kernels read and write more slowly than the device's memory allows"
+    )
+    return [f"Most is lost in {part}: {each:,.2f} ms per step, because {cause}."]
 
 
 def _idle(summary: Summary) -> str:
@@ -184,7 +216,9 @@ class Profile:
     def _summarise(self) -> None:
         assert self.program is not None
         newest = max(self._directory.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-        summary = summarise(ProfileData.from_file(str(newest)), scopes_of(self.program.text()))
+        text, gpu = self.program.text(), described_gpu(self.program.device_kind)
+        trace = ProfileData.from_file(str(newest))
+        summary = summarise(trace, scopes_of(text), operation_costs(text), gpu)
         text = page(summary, self.program, (self._traced[0], self._traced[-1]))
         write_whole(self._directory / SUMMARY, text)
         together = sum(summary.parts.values())
@@ -193,8 +227,8 @@ class Profile:
         )
         idle = _idle(summary).replace("(", "(idle: ")
         self._tell(text.splitlines()[0])
-        self._tell(f"Busy {summary.busy_s / summary.total_s:.0%} {idle}; of that {shares}.")
-        self._tell(f"More in {self._directory / SUMMARY}; the trace is beside it.")
+        self._tell(f"Busy {summary.busy_s / summary.total_s:.0%} {idle}. Busy time: {shares}.")
+        self._tell(f"The summary is {self._directory / SUMMARY}; the trace is in the same folder.")
 
     def _guard(self, do: Callable[[], None]) -> None:
         try:

@@ -28,8 +28,8 @@ class RepeatedStep:
 
     Attributes:
         metrics: Metrics of the train step, compiled as in the run.
-        mesh: Mesh on which the step was repeated; on another mesh than the run's, the last digits
-            differ.
+        mesh: Mesh on which the step was repeated. If it is not the run's mesh, the last digits of
+            the metrics differ.
         text: Sentences about the first non-finite value.
     """
 
@@ -81,7 +81,7 @@ def repeat_step(
     if under_adapter is not None:
         batch |= base_on(under_adapter, None, program.base_types, program.mesh)
     diagnosis = diagnose(program, state, batch)
-    # last, because it consumes the state
+    # The train step comes last, because it donates the state.
     _, metrics = program.lower_train_step(A, B, T).compile()(state, batch)
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     _, text = locate_first_nonfinite(diagnosis, bundle.samples)

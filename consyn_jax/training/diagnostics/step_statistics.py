@@ -60,8 +60,8 @@ class StepStatistics(NamedTuple):
         activations: Statistics by part of the forward pass, for each of the A micro-batches: [A, L]
             for the blocks, [A, chunks] for the head (chunks of positions), [A] for other parts.
         sequences: Whether each sequence has a non-finite activation.
-        gradients, weights: Trees of statistics in the structure of the parameters; with shape [L]
-            for stacked parameters.
+        gradients, weights: Trees of statistics with the structure of the parameters. For parameters
+            stacked over layers, the statistics have shape [L].
         devices: Whether all weights on each device of the mesh are finite. Replicas of a weight
             should be equal, but a faulty device may differ.
     """

@@ -8,13 +8,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from consyn_jax.distributed.hardware import DescribedGpu
+from consyn_jax.training.diagnostics.operation_costs import Cost
 from consyn_jax.training.runtime.watchdog import EVALUATING, SAVING, WAITING
 
 STEP = "train step"
 # Names of the `jax.named_scope`s in the model and the step, which the compiler attaches to each
 # operation.
 SCOPES = ("attention", "mlp", "head", "norm", "embedding", "optimizer")
-COLLECTIVES, OTHER = "collectives", "other"
+COLLECTIVES, MATMULS, OTHER = "collectives", "matmuls", "other"
+# Parts of kernels whose operation the trace does not name, as in a command buffer (CUDA graph).
+KERNELS = {
+    "document_attention": "attention",
+    "softmax_gradient": "head",
+    "norm_rope|branched_norm|added_norm": "norm",
+    "^nvjet|gemm|cutlass|cublas": MATMULS,
+}
+COMMAND_BUFFER = "command_buffer"
 # Name of a host activity in the trace -> cause of the device's idle time.
 CAUSES = {
     WAITING: WAITING,
@@ -23,7 +33,7 @@ CAUSES = {
     "backend_compile_and_load": "compiling",
 }
 BETWEEN, HOST = "between operations", "host"
-BETWEEN_NS = 20_000.0  # a device that idles for less only waits for the launch of an operation
+BETWEEN_NS = 20_000.0  # shorter idle times count as the launch latency of operations
 LARGEST = 3
 
 _SCOPE = re.compile(rf"\b({'|'.join(SCOPES)})\b")
@@ -66,8 +76,10 @@ class Operation(NamedTuple):
         """The part of the model or step: one of `SCOPES`, collectives, or other."""
         if self.path == COLLECTIVES or _COLLECTIVE.search(f"{self.name} {self.kernel}"):
             return COLLECTIVES
-        found = _SCOPE.findall(self.path)
-        return found[-1] if found else OTHER
+        if found := _SCOPE.findall(self.path):
+            return found[-1]
+        named = (part for kernel, part in KERNELS.items() if re.search(kernel, self.kernel))
+        return next(named, OTHER)
 
 
 @dataclass(frozen=True)
@@ -77,10 +89,13 @@ class Summary:
     Attributes:
         steps: Number of traced steps.
         idle: Idle time by cause.
-        parts: Busy time by part of the model, largest first. If operations run concurrently, each
-            counts.
+        parts: Busy time by part of the model, largest first. Operations that run concurrently each
+            count in full.
         largest: Operations with the longest total time: name, part, seconds and number of
             executions.
+        least: By part, the least seconds that the device needs for its FLOPs and its bytes.
+        hidden_share: Share of the time of collectives in which other operations ran; None without
+            collectives.
     """
 
     device: str
@@ -90,12 +105,35 @@ class Summary:
     idle: dict[str, float]
     parts: dict[str, float]
     largest: tuple[tuple[str, str, float, int], ...]
+    least: dict[str, Least]
+    hidden_share: float | None = None
+
+
+class Least(NamedTuple):
+    """The least time of a part of the model, in seconds.
+
+    Attributes:
+        total_s: Sum over operations of the larger of the following two.
+        compute_s: Time for the FLOPs at the device's peak rate.
+        memory_s: Time for the bytes at the bandwidth of its memory.
+    """
+
+    total_s: float
+    compute_s: float
+    memory_s: float
+
+    def plus(self, cost: Cost, gpu: DescribedGpu) -> Least:
+        """Add one execution of an operation."""
+        compute, memory = cost.flops / gpu.bf16_flops, cost.bytes / gpu.memory_bandwidth
+        return Least(
+            self.total_s + max(compute, memory), self.compute_s + compute, self.memory_s + memory
+        )
 
 
 def scopes_of(program: str) -> dict[str, str]:
     """Map the name of each instruction to its scopes, from the text of a compiled program.
 
-    An exchange between devices has the scope `COLLECTIVES`.
+    Collective operations get the scope `COLLECTIVES`.
 
     >>> scopes_of('  ROOT %dot.1 = f32[8]{0} dot(%a, %b), metadata={op_name="jit(step)/mlp/dot"}')
     {'dot.1': 'jit(step)/mlp/dot'}
@@ -104,12 +142,19 @@ def scopes_of(program: str) -> dict[str, str]:
     return dict(_INSTRUCTION.findall(program)) | dict.fromkeys(collectives, COLLECTIVES)
 
 
-def summarise(trace: Any, scopes: Mapping[str, str]) -> Summary:
+def summarise(
+    trace: Any,
+    scopes: Mapping[str, str],
+    costs: Mapping[str, Cost] | None = None,
+    gpu: DescribedGpu | None = None,
+) -> Summary:
     """Summarise the time of the first device in a trace.
 
     Args:
         trace: A `jax.profiler.ProfileData` in which the host annotates each step as `STEP`.
         scopes: Scopes of each instruction, from `scopes_of`.
+        costs: Work of each instruction, from `operation_costs`.
+        gpu: The rates of the device; None if they are unknown.
 
     Raises:
         ValueError: The trace has no step, or no operation of a device.
@@ -125,19 +170,14 @@ def summarise(trace: Any, scopes: Mapping[str, str]) -> Summary:
     begins = [event.start_ns for event in host if event.name == STEP]
     if not begins:
         raise ValueError("the trace has no step")
-    device, operations = _operations(planes, scopes, min(begins))
+    device, operations = operations_of(planes, scopes, min(begins))
     if not operations:
         raise ValueError("the trace has no operation of a device")
     window = [(min(begins), max(operation.end for operation in operations))]
     busy = _union((operation.begin, operation.end) for operation in operations)
-    parts, kernels = defaultdict[str, float](float), defaultdict[tuple[str, str], list[float]](list)
+    parts = defaultdict[str, float](float)
     for operation in operations:
         parts[operation.part] += operation.own
-        kernels[operation.title, operation.part].append(operation.own)
-    largest = sorted(
-        ((name, part, sum(times) / 1e9, len(times)) for (name, part), times in kernels.items()),
-        key=lambda each: -each[2],
-    )
     return Summary(
         device,
         len(begins),
@@ -145,8 +185,47 @@ def summarise(trace: Any, scopes: Mapping[str, str]) -> Summary:
         _length(busy) / 1e9,
         _seconds(_idle_by_cause(_without(window, busy), host)),
         _seconds(parts),
-        tuple(largest[:LARGEST]),
+        _largest(operations),
+        {} if gpu is None else _least(operations, costs or {}, gpu),
+        _hidden_share(operations),
     )
+
+
+def _hidden_share(operations: Sequence[Operation]) -> float | None:
+    spans: dict[bool, Spans] = {True: [], False: []}
+    for each in operations:
+        spans[each.part == COLLECTIVES].append((each.begin, each.end))
+    collectives = _union(spans[True])
+    if not collectives:
+        return None
+    exposed = _without(collectives, _union(spans[False]))
+    return 1 - _length(exposed) / _length(collectives)
+
+
+def _largest(operations: Iterable[Operation]) -> tuple[tuple[str, str, float, int], ...]:
+    """The operations with the longest total time, as `Summary.largest`."""
+    found = defaultdict[tuple[str, str], list[float]](list)
+    for operation in operations:
+        found[operation.title, operation.part].append(operation.own)
+    largest = sorted(
+        ((name, part, sum(times) / 1e9, len(times)) for (name, part), times in found.items()),
+        key=lambda each: -each[2],
+    )
+    return tuple(largest[:LARGEST])
+
+
+def _least(
+    operations: Sequence[Operation], costs: Mapping[str, Cost], gpu: DescribedGpu
+) -> dict[str, Least]:
+    """The least time of each part; the network bounds collectives, so they have none."""
+    least, before = dict[str, Least](), ""
+    for operation in operations:
+        # One operation may run several kernels, such as a matmul and the sum of its pieces.
+        is_new, before = operation.name != before, operation.name
+        if is_new and operation.name in costs and operation.part != COLLECTIVES:
+            known = least.get(operation.part, Least(0.0, 0.0, 0.0))
+            least[operation.part] = known.plus(costs[operation.name], gpu)
+    return least
 
 
 def _seconds(nanoseconds: Mapping[str, float]) -> dict[str, float]:
@@ -156,7 +235,7 @@ def _seconds(nanoseconds: Mapping[str, float]) -> dict[str, float]:
 
 
 def _idle_by_cause(idle: Spans, host: Iterable[Any]) -> dict[str, float]:
-    """Idle time in ns by cause; where several causes overlap, the first in `CAUSES` counts."""
+    """Compute idle time in ns by cause; where causes overlap, the first in `CAUSES` counts."""
     found = defaultdict[str, float](float)
     found[BETWEEN] = sum(end - begin for begin, end in idle if end - begin < BETWEEN_NS)
     idle = [(begin, end) for begin, end in idle if end - begin >= BETWEEN_NS]
@@ -173,7 +252,7 @@ def _idle_by_cause(idle: Spans, host: Iterable[Any]) -> dict[str, float]:
     return {cause: spent for cause, spent in found.items() if spent}
 
 
-def _operations(
+def operations_of(
     planes: Sequence[Any], scopes: Mapping[str, str], since: float
 ) -> tuple[str, list[Operation]]:
     """Return the name of the first device, and its operations from time `since` on."""
@@ -191,7 +270,7 @@ def _gpu_lines(planes: Sequence[Any]) -> tuple[str, list[list[Event]]] | None:
         return None
     number = min(gpus)
     lines = list(gpus[number].lines)
-    # Each stream of the GPU is a line. Other lines repeat the same by operation, module or step.
+    # Each stream of the GPU is a line. Other lines show the same time by operation, module or step.
     streams = [line for line in lines if _STREAM.match(line.name)] or [
         line for line in lines if line.name == "XLA Ops"
     ]
@@ -220,16 +299,20 @@ def _cpu_lines(planes: Sequence[Any]) -> tuple[str, list[list[Event]]]:
 def _in_line(events: Iterable[Event], scopes: Mapping[str, str]) -> list[Operation]:
     """Return the operations of one thread or stream; `own` excludes the time of nested ones."""
     found: list[Operation] = []
-    around: list[int] = []  # indices in `found` of operations that the next may be inside
+    around: list[int] = []  # indices in `found` of operations that may enclose the next one
     for event, stats in sorted(events, key=lambda each: (each[0].start_ns, -each[0].duration_ns)):
         name = str(stats.get("hlo_op", event.name))
+        if name.startswith(COMMAND_BUFFER):  # XLA names a kernel by its operation, without dots
+            name = ".".join(event.name.rsplit("_", 1))
+            name = name if name in scopes else event.name
         path = scopes.get(name, str(stats.get("tf_op", "")))
         begin, end = event.start_ns, event.start_ns + event.duration_ns
         while around and found[around[-1]].end <= begin:
             around.pop()
         if around:
-            outer = found[around[-1]]
-            found[around[-1]] = outer._replace(own=max(0.0, outer.own - (end - begin)))
+            outer = found[around[-1]]  # or a kernel that ends while this one already begins
+            shared = min(end, outer.end) - begin
+            found[around[-1]] = outer._replace(own=max(0.0, outer.own - shared))
         around.append(len(found))
         found.append(Operation(name, event.name, path, begin, end, end - begin))
     return found
@@ -273,4 +356,4 @@ def _without(spans: Spans, others: Spans) -> Spans:
 
 
 def _length(spans: Spans) -> float:
-    return sum(end - begin for begin, end in spans)
+    return sum((end - begin for begin, end in spans), 0.0)

@@ -14,7 +14,7 @@ from consyn_jax.tokenization.token_ids import NO_TARGETS, are_targets, as_array
 from consyn_jax.training.inputs.content import documents
 
 IGNORED = NO_TARGETS[0]
-COMPARED = 3  # targets; from fewer, it is not judged which tokens the labels are
+COMPARED = 3  # with fewer targets, labels are not checked for being the next tokens
 # Advice for an id that stands for padding, if rows are passed one by one.
 UNPADDED = "leave it out, since rows may have any length"
 USED = ("input_ids", "labels", "segment_ids", "loss_mask", "attention_mask", "position_ids")
@@ -26,8 +26,9 @@ def complete(raw: Any, labels_are_ids: bool | None = None) -> Batch:
     Without labels, the labels are the next tokens of the sequence. Labels that equal the input_ids
     are shifted by one, because transformers' collators make such labels for models that shift them.
     A token is a target if its label is neither -100 nor -1, its loss_mask is true, and it is not
-    padding. Without segment_ids, a row is one document, and `attention_mask` marks its padding;
-    another document begins where `position_ids` restart. Rows of unequal length are padded.
+    padding. Without segment_ids, `attention_mask` marks the padding, and a row is one document,
+    unless `position_ids` restart: each restart begins another document. Rows of unequal length are
+    padded.
 
     Args:
         raw: A mapping such as a dict or a `BatchEncoding`, the input_ids alone, or a pair of
@@ -68,13 +69,13 @@ def are_ids(ids: np.ndarray, labels: np.ndarray) -> bool | None:
     False
     """
     targets = are_targets(labels)
-    if len(np.unique(ids[targets])) < 2:  # one repeated token fits both
+    if len(np.unique(ids[targets])) < 2:  # a repeated token equals both itself and the next token
         return None
     return np.array_equal(labels[targets], ids[targets])
 
 
 def shown_labels(raw: Any) -> bool | None:
-    """Apply `are_ids` to a batch from the caller; None also if the batch has no labels."""
+    """Apply `are_ids` to a batch from the caller. Return None also if the batch has no labels."""
     arrays = _arrays(raw)
     return are_ids(arrays["input_ids"], arrays["labels"]) if "labels" in arrays else None
 
@@ -82,8 +83,8 @@ def shown_labels(raw: Any) -> bool | None:
 def described_labels(batch: Batch, labels_are_ids: bool | None) -> str:
     """Describe the labels for the header; "" if they are the next tokens, as usual.
 
-    Labels count as next tokens if at least half of them are; other labels may be at the end of a
-    document. A collator for masked language models makes labels that are not next tokens.
+    Labels count as next tokens if at least half of them are, because the label at the end of a
+    document may be another token. A collator for masked language models makes other labels.
 
     Args:
         batch: The first batch or row, from `complete`.
@@ -99,14 +100,14 @@ def described_labels(batch: Batch, labels_are_ids: bool | None) -> str:
 
 
 def check_labels_agree(shown: bool | None, known: bool | None, where: str) -> bool | None:
-    """Check that all rows or batches agree whether their labels equal the input_ids.
+    """Check that labels equal the input_ids in all rows or batches, or in none.
 
     Args:
         shown: Result of `are_ids` for these labels.
         known: Result of `are_ids` for earlier labels of the data.
 
     Returns:
-        The result that is known from now on.
+        The result for all labels so far, to pass as `known` in the next call.
 
     Raises:
         UserError: The two results differ.
@@ -136,7 +137,7 @@ class CutRows:
         self._block_size, self._is_said = block_size, False
 
     def look(self, batch: Batch, warn: Callable[[str], None]) -> None:
-        """Warn if a batch that is not cut yet has longer rows."""
+        """Warn if the rows of `batch`, which is not cut yet, are longer than a sequence."""
         tokens = batch["labels"].shape[1]
         if tokens > self._block_size and not self._is_said:
             self._is_said = True
@@ -151,7 +152,7 @@ def check_length(tokens: int, block_size: int, where: str) -> None:
 
     Args:
         tokens: Number of tokens that the model reads; without labels, this is one less than the
-            ids.
+            number of ids.
 
     Raises:
         UserError: The sequence is longer.
@@ -164,7 +165,7 @@ def check_length(tokens: int, block_size: int, where: str) -> None:
 
 
 def check_columns(fields: Mapping[str, Any], first: Mapping[str, Any], where: str) -> None:
-    """Check that a row or batch has labels and masks if the first one has them, and only then.
+    """Check that a row or batch has the same columns as the first one.
 
     Raises:
         UserError: The row or batch differs from the first one.

@@ -10,7 +10,7 @@ import numpy as np
 
 from consyn_jax.tokenization.token_ids import as_array
 
-# At most this many rows are read, because reading all may take longer than training on some.
+# At most this many rows are read, because reading all rows of a large dataset may take hours.
 MOST_ROWS = 100_000
 DIGEST_BYTES = 16
 
@@ -32,7 +32,7 @@ def documents(segments: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 class Fingerprint:
-    """A hash of all added values, in order; None once a value without content was added."""
+    """A hash of all added values, in order; None after a value that cannot be hashed."""
 
     def __init__(self) -> None:
         self._hash, self._is_known = hashlib.blake2b(digest_size=DIGEST_BYTES), True
@@ -58,7 +58,7 @@ class Fingerprint:
             array = as_array(value)
         except (ValueError, TypeError, RuntimeError):  # rows of unequal length, or an object
             array = np.empty(0, object)
-        if array.dtype.kind in "iub":  # 3 is the same number in every type of whole numbers
+        if array.dtype.kind in "iub":  # the hash does not depend on the integer dtype
             array = array.astype(np.int64)
         elif array.dtype.kind == "f":
             array = array.astype(np.float64)
@@ -90,7 +90,7 @@ def fingerprint_of(rows: Any, look: Callable[[int, Any], None] | None = None) ->
 
     Returns:
         The hash; None if a second read gives other content, or if there are more than `MOST_ROWS`
-        rows, because reading them could take hours.
+        rows.
     """
     count = len(rows)
     if not count or (count > MOST_ROWS and look is None):
@@ -103,5 +103,5 @@ def fingerprint_of(rows: Any, look: Callable[[int, Any], None] | None = None) ->
         found.add(row)
         if i == 0:
             first.add(row)
-    again.add(rows[0])  # rows that are drawn at random differ
+    again.add(rows[0])  # differs if rows are drawn at random
     return found.value if first.value == again.value and count <= MOST_ROWS else None

@@ -25,13 +25,13 @@ from consyn_jax.training.inputs.arrays import (
     shown_labels,
 )
 
-LENGTH_MULTIPLE = 8  # tokens, for a length that follows from the data
-SCANNED = 1000  # rows of a dataset that are read before the run, unless they are in memory
+LENGTH_MULTIPLE = 8  # tokens; lengths that follow from the data are rounded up to a multiple
+SCANNED = 1000  # rows that are read before the run; rows in memory are all read
 OWN = ConsynDataset | MixedDataset | PackedSequences | Streamed | FirstWindows
 HARMLESS = (
     "token_type_ids",
     "special_tokens_mask",
-)  # columns of tokenizers
+)  # columns that tokenizers add and training does not need
 
 
 class TokenLists:
@@ -42,7 +42,7 @@ class TokenLists:
 
 
 class Rows(Sequence[Mapping[str, Any]]):
-    """Rows of unequal length, each one sequence: a list, a mapping of columns or a dataset.
+    """Rows of a list, a mapping of columns or a dataset; each row is a sequence of any length.
 
     Args:
         rows: The data.
@@ -108,7 +108,7 @@ class Rows(Sequence[Mapping[str, Any]]):
 class Begun(Iterable[Any]):
     """An iterable of batches or rows whose first item has been read already.
 
-    The first pass yields that item, and then continues.
+    The first pass begins with that item.
 
     Args:
         data: The iterable.
@@ -156,7 +156,7 @@ class Begun(Iterable[Any]):
         check_fields(fields, vocab_size, self.place(i), masked)
 
     def _check_collation(self) -> None:
-        """Refuse torch's default collation, which transposes lists into lists of positions."""
+        """Refuse torch's default collate_fn, which turns rows of lists into a list per position."""
         if getattr(self.collate, "__name__", "") != "default_collate":
             return
         try:
@@ -166,8 +166,8 @@ class Begun(Iterable[Any]):
         values = row.get("input_ids") if isinstance(row, Mapping) else row
         if isinstance(values, list | tuple) and not any(hasattr(v, "ndim") for v in values):
             raise UserError(
-                f"{self.name} has torch's default collate_fn, which turns rows of lists into "
-                "lists of positions. Pass the rows themselves, or convert their lists to tensors."
+                f"{self.name} has torch's default collate_fn, which turns rows of lists into one "
+                "list per position. Pass the rows themselves, or convert their lists to tensors."
             )
 
     def __iter__(self) -> Iterator[Any]:
@@ -191,7 +191,7 @@ class Begun(Iterable[Any]):
 
     @property
     def in_memory(self) -> Sequence[Any]:
-        """All items, if the data is a list; otherwise None."""
+        """All items, if the data is a list; otherwise an empty list."""
         return self._data if isinstance(self._data, list | tuple) else []
 
     @property
@@ -220,7 +220,7 @@ class Begun(Iterable[Any]):
 
     @property
     def natural_length(self) -> int:
-        """Length that holds the sequences of the first batch and of a DataLoader's dataset."""
+        """Length that holds all sequences of the first batch and of a DataLoader's dataset."""
         fields = fields_of(self.first)
         if self.are_rows:
             fields = one_row(fields)
@@ -331,7 +331,7 @@ def _indexable(data: Any, name: str) -> Given:
             "on one document."
         )
     if not isinstance(first, list | tuple) and not hasattr(first, "ndim"):
-        fields_of(first, f"Row 0 of {name}")  # which refuses it
+        fields_of(first, f"Row 0 of {name}")  # raises an error
     if isinstance(first, list | tuple) and any(isinstance(each, list | tuple) for each in first):
         raise UserError(
             f"{name} holds lists of lists of lists. Give one list of ids for each document."

@@ -27,14 +27,15 @@ from consyn_jax.training.inputs.batch_source import BatchSource
 from consyn_jax.training.inputs.content import Fingerprint, fingerprint_of
 from consyn_jax.training.inputs.given import Begun
 
-COLLATED_ROWS = 8  # rows for the fingerprint of a collator
-# Attributes of torch's samplers that are not their own numbers: rows, other samplers, and state.
+COLLATED_ROWS = 8  # number of rows that are collated for the fingerprint of a collator
+# Attributes of torch's samplers that are left out of fingerprints: rows, other samplers, and state.
 ELSEWHERE = ("data_source", "dataset", "sampler", "batch_sampler", "generator", "epoch")
-KEPT_TOKENS = 100_000_000  # of evaluation data that can be read only once: 1.3 GB
+# Limit for evaluation data that can be read only once and is therefore kept in memory: 1.3 GB.
+KEPT_TOKENS = 100_000_000
 
 
 class GivenBatches(BatchSource):
-    """Batches from an iterable of batches, or from an iterable of rows, which are put into batches.
+    """Batches from an iterable of batches or of rows; rows are combined into batches.
 
     The data has no positions, so a resumed run reads and skips the batches of earlier steps. A
     batch with fewer than `batch_size` sequences is filled up with masked rows; a batch with more is
@@ -106,7 +107,7 @@ class GivenBatches(BatchSource):
         """Do nothing; the caller owns the iterable."""
 
     def _endless(self, batch_size: int) -> Iterator[Batch]:
-        """Yield pass after pass; stop if the iterable cannot start again, as a generator."""
+        """Yield the batches of pass after pass; stop after one pass if the data is an iterator."""
         for _ in itertools.count():
             empty = True
             for batch in self._whole_batches():
@@ -188,7 +189,7 @@ def fingerprint_of_batches(batches: Begun) -> str | None:
         return None
     try:
         found = fingerprint_of(rows)
-    except (NotImplementedError, TypeError):  # it can only be iterated over
+    except (NotImplementedError, TypeError):  # the dataset can only be iterated over
         return None
     made = _collated(batches, rows) if found else None
     drawn = _sampler(batches.sampler)
@@ -209,7 +210,7 @@ def _collated(batches: Begun, rows: Any) -> str | None:
 
 
 def _sampler(sampler: Any) -> str | None:
-    """Describe the order of a DataLoader: the classes of its samplers, and their numbers."""
+    """Describe the order of a DataLoader: its samplers' classes, and a hash of their attributes."""
     names, held = [], Fingerprint()
     while sampler is not None:
         names.append(f"{type(sampler).__module__}.{type(sampler).__qualname__}")

@@ -1,4 +1,4 @@
-"""Batches of sequences that can be read by position, so that training can start at any step."""
+"""`BatchSource` for sequences that can be read by position."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class IndexedBatches(BatchSource):
         return (batch for _, batch in loader)
 
     def evaluation(self, batch_size: int, rows: np.ndarray) -> Iterator[Batch]:
-        """Yield the dataset once, in the order of the dataset."""
+        """Yield batches of the dataset once, in its own order."""
         if self.dataset is None:
             raise UserError(
                 "The evaluation data is a corpus that is still being prepared, which has no end "
@@ -77,7 +77,7 @@ class IndexedBatches(BatchSource):
 
 
 def _packing(data: Any) -> str | None:
-    """The packing of the dataset; of several datasets, "whole" if any of them has that packing."""
+    """Return the packing of the data; for a mixture, "whole" if any source has that packing."""
     mixed = getattr(data, "sources", None)
     found = [one.packed for one in mixed.values()] if isinstance(mixed, Mapping) else [data]
     if any(isinstance(packed, WholeDocuments) for packed in found):

@@ -25,7 +25,7 @@ from consyn_jax.training.step import BASE
 
 @dataclass(frozen=True)
 class DeferredModel:
-    """A model whose parameters are not created before the mesh of the run is known.
+    """A model whose parameters are created later, when the mesh of the run is known.
 
     Attributes:
         make: Function that makes the parameters on a mesh, one after the other, and applies a
@@ -53,9 +53,9 @@ def checked(model: Any, tokenizer: Any) -> ConsynLMHeadModel | DeferredModel:
         )
     if not isinstance(model, ConsynLMHeadModel | DeferredModel):
         is_theirs = hasattr(model, "save_pretrained") and not isinstance(model, type)
-        first = "Save it with save_pretrained(DIR), and pass" if is_theirs else "Pass"
+        saved = "Save it with save_pretrained(DIR), and pass" if is_theirs else "Pass"
         raise UserError(
-            f"model is a {type(model).__name__}, not a ConsynLMHeadModel. {first} "
+            f"model is a {type(model).__name__}, not a ConsynLMHeadModel. {saved} "
             "ConsynLMHeadModel.from_pretrained(DIR), or use from_config for new weights."
         )
     if not isinstance(tokenizer, BPETokenizer | None):
@@ -77,7 +77,7 @@ def parameters_on(
     if isinstance(model, DeferredModel):
         return model.make(mesh, convert)
 
-    # A copy, as the step consumes it: the caller's model stays whole until the run ends.
+    # The train step donates its parameters. It gets a copy, so that the caller's model stays valid.
     def place(path: Any, values: jax.Array, where: Any) -> Any:
         keys = tuple(key.key for key in path)
         return convert(keys, jax.device_put(jnp.array(values, jnp.float32), where))
@@ -93,7 +93,7 @@ def base_on(
     types: BaseTypes | None,
     mesh: Mesh,
 ) -> dict[str, Any]:
-    """Make the frozen weights of an adapter run, as an entry of every batch; empty for other runs.
+    """Return the frozen weights of an adapter run, as an entry for every batch; {} for other runs.
 
     Args:
         untrained: Original parameters of a model in memory.
@@ -120,10 +120,9 @@ def give_parameters(
 
 
 def base_of_adapter(model: ConsynLMHeadModel | DeferredModel) -> Base:
-    """The base model of a run's adapter, as adapter_config.json names it.
+    """Return the base model of a run's adapter, as adapter_config.json names it.
 
-    For a model in memory there is no hash, because its weights may have changed since it was
-    loaded.
+    A model in memory gets no hash, because its weights may have changed since it was loaded.
     """
     if isinstance(model, DeferredModel):
         return Base(model.name, model.weights)
@@ -133,7 +132,7 @@ def base_of_adapter(model: ConsynLMHeadModel | DeferredModel) -> Base:
 def weights_of(model: ConsynLMHeadModel | DeferredModel) -> str | None:
     """Fingerprint the weights that a run starts from; None if its seed determines them.
 
-    If this process holds only a part of an array, the array counts by its name and shape only.
+    If this process holds only a part of an array, only the array's name, shape and dtype count.
     """
     if isinstance(model, DeferredModel):
         return model.weights

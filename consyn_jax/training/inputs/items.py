@@ -1,4 +1,4 @@
-"""The caller's rows and documents as datasets of sequences that are read by index."""
+"""Datasets of sequences, read by index, from the caller's rows or documents."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ItemDataset:
 
     Attributes:
         fingerprint: Hash of all rows; None if it cannot be computed.
-        warn: Function that is called once if rows are cut that were not read before the run.
+        warn: Function that is called once, if a row that was not read before the run is cut.
 
     Raises:
         UserError: A row that was read is too long, or has an id outside the vocabulary.
@@ -58,7 +58,7 @@ class ItemDataset:
         return len(self.items)
 
     def rows(self, indices: Any) -> Sequences:
-        """Return the items `indices` as arrays [n, block_size]."""
+        """Return the items at n `indices`, as arrays [n, block_size]."""
         found = [self._row(int(i), self.items[int(i)]) for i in indices]
         return {name: np.concatenate([row[name] for row in found]) for name in found[0]}
 

@@ -32,7 +32,7 @@ class EvalRequests:
     """The tasks of `--eval_requests`, tokenised once for all evaluations of a run.
 
     Attributes:
-        tasks: Tasks by the name in metrics, as in eval/NAME/accuracy.
+        tasks: Tasks by name; metrics are named eval/NAME/accuracy, for example.
         encoded: Requests of each task as token ids.
     """
 
@@ -50,7 +50,7 @@ class EvalRequests:
 
     @property
     def description(self) -> str:
-        """The number of requests, and remarks about those of each task, for the header."""
+        """The number of requests, and notes about each task, for the header."""
         size = counted(sum(task.size for task in self.tasks.values()), "request")
         notes = [
             f"{name}: {note}"
@@ -104,20 +104,21 @@ def read_eval_requests(
         return None
     if tokenizer is None:
         raise UserError(
-            "--eval_requests needs a tokenizer, and this run is on token ids. Leave it out."
+            "--eval_requests needs a tokenizer, but the data of this run is token ids without one. "
+            "Leave --eval_requests out."
         )
     tasks, encoded = dict[str, Task](), dict[str, Encoded]()
     for task in read_tasks(options.eval_requests):
         if task.questions:
             raise UserError(
-                f"{task.questions[0].place} asks for a text, and evaluations of a run score given "
-                "answers only. Move such rows to a file for consyn-evaluate."
+                f"{task.questions[0].place} asks for a text, but evaluations during a run only "
+                "score given answers. Move such rows to a file for consyn-evaluate."
             )
         name = ENDINGS.sub("", task.name)
         if name in tasks:
             raise UserError(
-                f"--eval_requests has two tasks of the name {name}. Rename a file, or give the "
-                "rows a key 'task'."
+                f"--eval_requests has two tasks named {name}. Rename a file, or give the rows a "
+                "key 'task'."
             )
         tasks[name] = task
         encoded[name] = encode_requests(task.requests, tokenizer, config.context)
@@ -132,7 +133,7 @@ def read_eval_requests(
 
 
 def requests_identity(options: EvaluationOptions, source: Any) -> str | None:
-    """Identity of the requests, if one of their metrics selects the best model; otherwise None.
+    """Return the requests' fingerprint if their metric selects the best model; otherwise None.
 
     Args:
         source: Evaluation data with its `requests`; None without evaluations.
@@ -146,6 +147,12 @@ def requests_identity(options: EvaluationOptions, source: Any) -> str | None:
 def request_scorer(
     config: ModelConfig, mesh: Mesh, params: Params, kind: Any, attention: str, batch_size: int
 ) -> Scorer:
-    """Return a function that scores the requests with given parameters, on the mesh of the run."""
+    """Make a scorer of requests for given parameters, on the mesh of the run.
+
+    Args:
+        kind: Dtype of the computation.
+        attention: Attention backend.
+        batch_size: Rows per batch; rounded up to a multiple of the data-parallel devices.
+    """
     share = int(np.prod([mesh.shape[axis] for axis in ("data", "fsdp")]))
     return Scorer(config, params, mesh, kind, attention, math.ceil(batch_size / share) * share)

@@ -1,1 +1,1 @@
-"""Reports of a run: metrics, trackers, console, plots and the final report."""
+"""Record and show a run: metrics, trackers, console, plots and the HTML report."""

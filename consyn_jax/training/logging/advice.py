@@ -1,7 +1,7 @@
-"""Advice from what a run measures: what holds it back, and the flag to try.
+"""Advice derived from a run's measurements: what slows the run down, and which flag to try.
 
-Every rule needs evidence over several lines or evaluations, gives its advice once per run, and
-names what it measured. docs/training.md lists the rules.
+Every rule needs evidence from several lines of metrics or evaluations. It gives its advice once per
+run, and quotes the measurement. docs/training.md lists the rules.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-AT_ONCE = 3  # sentences at one step; others wait for the next line
-# Steps before the loss can be called unchanged, and how little of it counts as that.
+AT_ONCE = 3  # pieces of advice at one step; others wait for the next line of metrics
+# The loss counts as unchanged if, this many steps after warm-up, it has changed by less than this
+# share, and varies less than `STIRRED` times as much as at the beginning.
 UNCHANGED_STEPS, UNCHANGED_SHARE, STIRRED = 200, 0.01, 3.0
 CLIPPED_SHARE, CLIPPED_STEPS = 0.9, 200
 SPIKES, SPIKE_STEPS = 3, 500
 WORSE_SHARE, WORSE_EVALUATIONS = 0.02, 3
 FLAT_SHARE, FLAT_EVALUATIONS = 0.001, 5
-# Shares of the time. Below these seconds of training none of them is judged.
+# Shares of the training time that trigger advice, once training has taken `LEAST_SECONDS`.
 LEAST_SECONDS, WAITING_SHARE, EVALUATING_SHARE, SAVING_SHARE = 60.0, 0.2, 0.3, 0.1
 FULL_SHARE, SPARE_SHARE = 0.95, 0.45  # of the device's memory
 LOW_MFU = 0.2  # half of what small models reach on a GPU
-SLOW_WRITE, LONG_WRITE_S = 50e6, 10.0  # bytes per second, as consyn-doctor judges a disk
-LATE_SHARE, IN_TIME_SHARE = 0.2, 0.05  # of a process's time, waiting for its own data
+SLOW_WRITE, LONG_WRITE_S = 50e6, 10.0  # bytes per second, as in consyn-doctor; seconds
+LATE_SHARE, IN_TIME_SHARE = 0.2, 0.05  # shares of a process's time spent waiting for its own data
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Advice:
     """One piece of advice.
 
     Attributes:
-        about: its name; each is given once in a run.
-        sentence: what was measured, and what to try.
+        about: the name of the advice; advice with the same name is given once per run.
+        sentence: the measurement, and what to try.
     """
 
     about: str
@@ -41,11 +42,11 @@ class Advice:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Settings that advice depends on.
+    """Settings of a run on which advice depends.
 
     Attributes:
-        warmup_steps: steps before the learning rate is at its peak.
-        gradient_checkpointing: its policy; "none" recomputes nothing.
+        warmup_steps: number of steps before the learning rate reaches its peak.
+        gradient_checkpointing: the value of `--gradient_checkpointing`; "none": no recomputation.
     """
 
     total_steps: int
@@ -61,15 +62,15 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Usage:
-    """The time by activity since the first line of this process, and the memory in use.
+    """Time spent by this process since its first line of metrics, and memory in use.
 
     Attributes:
-        seconds: all of the time.
-        waiting, evaluating, saving: seconds of it.
+        seconds: total time.
+        waiting, evaluating, saving: seconds spent on waiting for data, evaluating and saving.
         memory_share: the device's peak memory as a share of what JAX may use; None if unknown.
         mfu: model FLOP/s as a share of the device's peak; None if unknown.
         writes: bytes and seconds of the last two checkpoints.
-        throttled: which GPU lowers its clock and why; empty if none does.
+        throttled: the GPUs that lower their clock, with reasons; empty if none does.
     """
 
     seconds: float
@@ -87,8 +88,8 @@ class ProcessUsage:
     """Measurements of one of several processes.
 
     Attributes:
-        seconds: since its first line.
-        waiting: seconds of them spent waiting for its data.
+        seconds: seconds since the first line of metrics of this process.
+        waiting: seconds that the process has spent waiting for its data.
         throttled: as in `Usage`.
     """
 
@@ -100,17 +101,19 @@ class ProcessUsage:
 
 @dataclass
 class Adviser:
-    """Follows a run and remembers the advice given. Its state is in every checkpoint.
+    """Chooses advice for a run, each piece once. Every checkpoint contains this state.
 
     Attributes:
-        given: names of the advice that was given.
-        first_loss, first_spread: mean and deviation of the first losses; None before there are
-            enough.
-        clipped_since: the step from which on nearly every step was clipped; None if not so now.
-        spikes: steps at which the last loss spikes began.
-        best, train_at_best: the lowest evaluation loss, and the training loss then.
-        newest_step, at_newest_step: the step of the newest advice, and the advice given there.
-        worse, flat: consecutive evaluations clearly above the lowest, and about equal to it.
+        given: names of the advice already given.
+        first_loss, first_spread: mean and standard deviation of the first 20 losses; None before
+            there are 20.
+        clipped_since: the step since which nearly all steps were clipped; None if they are not.
+        spikes: the steps at which recent loss spikes began.
+        best, train_at_best: the lowest evaluation loss, and the training loss at that evaluation.
+        worse: number of consecutive evaluations that show overfitting.
+        flat: number of consecutive evaluations with about the lowest loss.
+        newest_step: the last step that was checked for advice.
+        at_newest_step: number of pieces of advice given at `newest_step`.
     """
 
     given: list[str] = field(default_factory=list)
@@ -128,11 +131,11 @@ class Adviser:
     def line(
         self, step: int, clipped: float, losses: list[float], usage: Usage, facts: RunSettings
     ) -> list[Advice]:
-        """Take in a line of metrics.
+        """Return new advice after a line of metrics.
 
         Args:
-            clipped: share of the steps since the last line whose gradients were clipped.
-            losses: losses of the last steps, up to a hundred.
+            clipped: share of the steps since the previous line in which gradients were clipped.
+            losses: losses of up to 100 recent steps.
         """
         if self.first_loss is None and len(losses) >= 20:
             self.first_loss = statistics.fmean(losses[:20])
@@ -153,7 +156,10 @@ class Adviser:
         )
 
     def processes(self, step: int, usages: Sequence[ProcessUsage]) -> list[Advice]:
-        """Take in the measurements of all processes, which wait for the slowest in every step."""
+        """Return new advice from the measurements of all processes.
+
+        In every step, all processes wait for the slowest one.
+        """
         slow = [
             f"process {i} ({each.host}), {each.throttled}"
             for i, each in enumerate(usages)
@@ -162,7 +168,7 @@ class Adviser:
         return self._new(step, [*_of_lateness(usages), *_of_clocks("; ".join(slow[:3]))])
 
     def spike(self, step: int, facts: RunSettings) -> list[Advice]:
-        """Take in the step at which a loss spike began."""
+        """Return new advice after a loss spike that began at `step`."""
         self.spikes = [*(each for each in self.spikes if each > step - SPIKE_STEPS), step]
         if len(self.spikes) < SPIKES:
             return []
@@ -180,7 +186,12 @@ class Adviser:
     def evaluation(
         self, step: int, loss: float, losses: list[float], facts: RunSettings
     ) -> list[Advice]:
-        """Take in an evaluation loss, with the training losses of the last steps."""
+        """Return new advice after an evaluation.
+
+        Args:
+            loss: evaluation loss.
+            losses: training losses of recent steps.
+        """
         if not losses or not math.isfinite(loss):
             return []
         before, train = self.best, statistics.fmean(losses)
@@ -217,7 +228,7 @@ class Adviser:
                 f"The loss has hardly changed since the beginning: {first:.4g} then, {now:.4g} "
                 "now. The learning rate may be too low; consyn-train --lr_find suggests one.",
             )
-            return  # gradients are large where nothing is learned, and clipped for that reason
+            return  # a model that does not learn has large gradients, so clipping says nothing new
         lasts = since is not None and step >= max(since, facts.warmup_steps) + CLIPPED_STEPS
         if lasts and facts.max_grad_norm is not None:
             yield Advice(
@@ -228,7 +239,10 @@ class Adviser:
             )
 
     def _calm(self, losses: list[float]) -> bool:
-        """Whether the losses vary as at the beginning; a rate that is too high stirs them up."""
+        """Whether the losses vary about as little as at the beginning of the run.
+
+        If they vary more, the learning rate may be too high rather than too low.
+        """
         usual = max(self.first_spread or 0.0, UNCHANGED_SHARE * (self.first_loss or 0.0))
         return statistics.pstdev(losses) < STIRRED * usual
 
@@ -268,15 +282,15 @@ def _of_time(step: int, usage: Usage, facts: RunSettings) -> Iterator[Advice]:
         yield Advice(
             "evaluations too frequent",
             f"{evaluating:.0%} of the time is spent on evaluations. --eval_steps {rarer} would "
-            "bring this to about a tenth, and so would less --validation data.",
+            "lower this to about 10 %; less --validation data also helps.",
         )
-    # best/ and the page are written, too; without a checkpoint so far they were it.
+    # The time for saving includes best/ and the page, so wait for the first checkpoint.
     if saving >= SAVING_SHARE and step > (facts.save_steps or step):
         rarer = math.ceil((facts.save_steps or 0) * saving / (1 - saving) * 49)
         yield Advice(
             "saves too frequent",
             f"{saving:.0%} of the time is spent on writing checkpoints. --save_steps {rarer} "
-            "would bring this to about 2 %, and so may a faster disk.",
+            "would lower this to about 2 %; a faster disk may also help.",
         )
 
 
@@ -287,21 +301,21 @@ def _of_memory(usage: Usage, facts: RunSettings) -> Iterator[Advice]:
     if share >= FULL_SHARE:
         yield Advice(
             "memory nearly full",
-            f"The device's memory is used to {share:.0%}. Half the --batch_size with twice the "
-            "--gradient_accumulation_steps needs less, with the same result.",
+            f"{share:.0%} of the device's memory is used. Halve --batch_size and double "
+            "--gradient_accumulation_steps to use less memory, with the same result.",
         )
     elif share < SPARE_SHARE and facts.gradient_checkpointing != "none":
         yield Advice(
             "recomputation without need",
-            f"Activations are computed twice, though only {share:.0%} of the memory is used. Try "
-            "--gradient_checkpointing none: it is faster where it fits, and computes the same.",
+            f"Activations are recomputed, but only {share:.0%} of the device's memory is used. Try "
+            "--gradient_checkpointing none, which gives the same result and is faster if it fits.",
         )
     elif share < SPARE_SHARE and count > 1 and count % 2 == 0:
         yield Advice(
             "memory to spare",
-            f"Only {share:.0%} of the memory is used. --batch_size {facts.batch_size * 2} "
-            f"--gradient_accumulation_steps {count // 2} computes the same in larger pieces, which "
-            "is faster.",
+            f"Only {share:.0%} of the device's memory is used. Try --batch_size "
+            f"{facts.batch_size * 2} --gradient_accumulation_steps {count // 2}, which is faster "
+            "and gives the same result.",
         )
     elif (
         share < SPARE_SHARE
@@ -312,9 +326,9 @@ def _of_memory(usage: Usage, facts: RunSettings) -> Iterator[Advice]:
     ):
         yield Advice(
             "small batch",
-            f"The device computes at {usage.mfu:.0%} of its peak and uses {share:.0%} of its "
-            f"memory: the batch is small for it. Try --batch_size {facts.batch_size * 2}; a step "
-            "then has twice the tokens, so the run needs fewer steps and perhaps a higher --lr.",
+            f"The batch is small for this device: it computes at {usage.mfu:.0%} of its peak and "
+            f"uses {share:.0%} of its memory. Try --batch_size {facts.batch_size * 2}; with twice "
+            "the tokens in a step, the run needs fewer steps and perhaps a higher --lr.",
         )
 
 
@@ -328,8 +342,8 @@ def _of_writes(usage: Usage) -> Iterator[Advice]:
     yield Advice(
         "slow storage",
         f"The last checkpoints were written at {num_bytes / seconds / 1e6:.2g} MB/s; the newest "
-        f"took {seconds:.0f} s. Give --output on a faster disk (consyn-doctor --output DIR "
-        "measures one), or save less often with --save_steps.",
+        f"took {seconds:.0f} s. Put --output on a faster disk (consyn-doctor --output DIR "
+        "measures a disk), or save less often with a larger --save_steps.",
     )
 
 
@@ -337,9 +351,9 @@ def _of_clocks(throttled: str) -> Iterator[Advice]:
     if throttled:
         yield Advice(
             "a GPU throttles",
-            f"A GPU lowers its clock: {throttled}. The run is as fast as its slowest GPU. Check "
-            "its cooling and power with nvidia-smi -q -d PERFORMANCE, or leave it out with "
-            "CUDA_VISIBLE_DEVICES.",
+            f"A GPU lowers its clock, which slows down the whole run: {throttled}. Check the "
+            "GPU's cooling and power with nvidia-smi -q -d PERFORMANCE, or train without this GPU "
+            "by setting CUDA_VISIBLE_DEVICES.",
         )
 
 
@@ -353,7 +367,7 @@ def _of_lateness(usages: Sequence[ProcessUsage]) -> Iterator[Advice]:
         yield Advice(
             "imbalance between processes",
             f"Process {latest} ({usages[latest].host}) waits {shares[latest]:.0%} of its time for "
-            f"its data, the others {usual:.0%}, and all wait for it in every step. Compare the "
-            "hosts with consyn-doctor --distributed, and give all of them --data on an equally "
-            "fast disk.",
+            f"data, the others {usual:.0%}; all processes wait for this one in every step. Compare "
+            "the hosts with consyn-doctor --distributed, and put --data on an equally fast disk on "
+            "all of them.",
         )

@@ -1,4 +1,4 @@
-"""Curves as inline SVG, for pages that are read without a script."""
+"""Draw curves as inline SVG, for pages that must work without JavaScript."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from consyn_jax.pages import escape
 from consyn_jax.training.logging.curves import Point
 from consyn_jax.training.logging.formats import compact
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 760, 64, 12, 12, 40  # of a chart, and its margins
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 760, 64, 12, 12, 40  # a chart's width and margins in pixels
 
 
 @dataclass(frozen=True)
 class Line:
-    """Points to draw; `look` is the CSS class that styles them."""
+    """A curve to draw; `look` is its CSS class."""
 
     points: list[Point]
     look: str
@@ -34,11 +34,11 @@ class Frame:
     high: float
 
     def x(self, tokens: int | float) -> float:
-        """Pixels from the left."""
+        """The x position, in pixels from the left, of a number of tokens."""
         return round(LEFT + (WIDTH - LEFT - RIGHT) * tokens / self.right, 1)
 
     def y(self, value: float) -> float:
-        """Pixels from the top."""
+        """The y position, in pixels from the top, of a value."""
         span = self.high - self.low
         return round(TOP + (self.height - TOP - BOTTOM) * (self.high - value) / span, 1)
 
@@ -50,15 +50,15 @@ def chart(
     limits: tuple[float, float],
     resumed: Sequence[Point] = (),
 ) -> str:
-    """Draw lines over tokens; the colours come from `CHART_STYLE`.
+    """Draw lines over the number of tokens as HTML; `CHART_STYLE` sets the colours.
 
     Args:
-        limits: the lowest and the highest value shown.
-        resumed: places to mark.
+        limits: the lowest and the highest value of the y axis.
+        resumed: points at which the run was resumed, drawn as vertical lines.
     """
     lines = [line for line in lines if line.points]
     points = [*(point for line in lines for point in line.points), *resumed]
-    half = max(0.5, 0.01 * abs(limits[0]))  # of a range around equal values, however large
+    half = max(0.5, 0.01 * abs(limits[0]))  # half the range to show if the limits are equal
     low, high = limits if limits[1] > limits[0] else (limits[0] - half, limits[0] + half)
     frame = Frame(height, max((point.tokens for point in points), default=0) or 1, low, high)
     legend = "".join(
@@ -100,7 +100,7 @@ def _marks(frame: Frame, resumed: Sequence[Point]) -> Iterable[str]:
 
 
 def _paths(frame: Frame, lines: Sequence[Line]) -> Iterable[str]:
-    """Lines inside an inner svg, which cuts off what is outside the limits."""
+    """Draw the lines in an inner SVG, which clips them at the limits."""
     width, height = WIDTH - LEFT - RIGHT, frame.height - TOP - BOTTOM
     place = f'x="{LEFT}" y="{TOP}" width="{width}" height="{height}"'
     yield f'<svg {place} viewBox="{LEFT} {TOP} {width} {height}">'
@@ -121,7 +121,7 @@ def _dots(frame: Frame, lines: Sequence[Line]) -> Iterable[str]:
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers within a range.
+    """About `count` round numbers from `low` to `high`.
 
     >>> _ticks(0.0, 1.0, 5)
     [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
@@ -137,7 +137,7 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def _tick_texts(ticks: Sequence[float]) -> list[str]:
-    """Numbers with as many digits as tell them apart.
+    """Format numbers with enough digits to distinguish them.
 
     >>> _tick_texts([0.0, 0.5]), _tick_texts([5.552, 5.554]), _tick_texts([0.0, 2e-5])
     (['0', '0.5'], ['5.552', '5.554'], ['0', '2e-5'])

@@ -1,4 +1,4 @@
-"""Look now and then whether a GPU of this process throttles."""
+"""Check regularly whether a GPU of this process throttles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from consyn_jax.distributed.gpu_clocks import HALVED, HOT, read_clocks, reasons_
 from consyn_jax.distributed.visible_gpus import visible_gpus
 
 EVERY_S = 30.0
-IN_A_ROW = 3  # looks at which a GPU must throttle, so that a short peak is not one
+IN_A_ROW = 3  # consecutive checks that must find throttling, so that a short dip does not count
 
 
 def gpus_in_use() -> list[str]:
@@ -20,11 +20,11 @@ def gpus_in_use() -> list[str]:
 
 
 class ClockWatch:
-    """A look at the clocks every half minute, while the next step computes.
+    """Check the clocks of GPUs, at most every half minute.
 
     Args:
-        gpus: their UUIDs.
-        clock: seconds since some moment.
+        gpus: UUIDs of the GPUs.
+        clock: clock in seconds, with any starting point.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class ClockWatch:
         self._found = ""
 
     def throttled(self) -> str:
-        """Name the GPUs that throttled at the last three looks, and why; "" if none did."""
+        """Name the GPUs that throttled in the last three checks, with reasons; "" if none did."""
         if not self._gpus or self._clock() < self._next:
             return self._found
         self._next = self._clock() + EVERY_S

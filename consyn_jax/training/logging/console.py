@@ -1,7 +1,7 @@
 """The output of a run on stderr: header, progress bar, evaluations, warnings, samples and outcome.
 
-On a terminal it is drawn with rich. Anywhere else (a file, CI) it is plain lines without control
-codes. With `quiet` it is only warnings and the final line.
+On a terminal, rich draws the output. In a file or in CI, the output consists of plain lines without
+control codes. With `quiet`, only warnings and the final line are printed.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ EVALUATION_NAMES = {
 
 
 class Console(AbstractContextManager["Console"]):
-    """The view of one run.
+    """Prints the output of one run.
 
-    Leaving this context manager, also by an exception, restores the terminal.
+    It is a context manager, which restores the terminal on exit, also after an exception.
 
     Args:
         quiet: print only warnings and the final line.
-        logging_steps: without a terminal, print the line of a step at multiples of this, and of
-            the first and the last step.
-        file: the text file to print to; None for stderr. A terminal or disk that disappears
-            silences the view and does not end the run.
-        clock: seconds since some moment.
+        logging_steps: without a terminal, print a line for the first step, the last step, and each
+            multiple of this number.
+        file: the text file to print to; None for stderr. If writing to it fails, later output is
+            dropped, and the run continues.
+        clock: clock in seconds, with any starting point.
 
     Attributes:
-        alert: a sentence that the live line shows until the end; empty for none.
+        alert: function that returns a sentence to show below the live line, or "".
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Console(AbstractContextManager["Console"]):
             )
 
     def header(self, rows: Sequence[tuple[str, object]], title: str = "consyn-train") -> None:
-        """A table of names and values that describes the run."""
+        """Print a table of names and values that describes the run."""
         if self._quiet:
             return
         cells = [(visible(name), visible(str(value))) for name, value in rows]
@@ -116,10 +116,10 @@ class Console(AbstractContextManager["Console"]):
         self._rich.print(Panel(table, title=bold, title_align="left", **look))
 
     def start(self, total_steps: int, done: int = 0) -> None:
-        """Begin the live line, which shows compiling until the first step.
+        """Start the live line, which shows "compiling" until the first step.
 
         Args:
-            done: the step that the run resumes from.
+            done: the step from which the run resumes.
         """
         self._total, self._step = total_steps, done
         self._pace, self._trend = _Pace(done, self._clock()), LossTrend()
@@ -132,16 +132,17 @@ class Console(AbstractContextManager["Console"]):
                 get_renderable=self._render,
                 console=self._rich,
                 refresh_per_second=2,
-                # rich must not send the output of a file or pipe to the terminal
+                # If stdout is a file or a pipe, rich must not redirect it to the terminal.
                 redirect_stdout=sys.stdout.isatty(),
             )
             self._live.start(refresh=True)
 
     def enter(self, phase: str, *, is_told: bool = False) -> None:
-        """Show an activity other than steps, and its start; an empty one is a step.
+        """Show that an activity such as an evaluation begins, with the time of day.
 
         Args:
-            is_told: whether to print a line for it if there is no terminal.
+            phase: the activity; "" for training steps, which are not shown.
+            is_told: whether to print a line about the activity if there is no terminal.
         """
         if phase == self._phase:
             return
@@ -158,11 +159,11 @@ class Console(AbstractContextManager["Console"]):
         tokens_per_s: float | int,
         values: Mapping[str, Any] | None = None,
     ) -> None:
-        """Show the state after a step. On a terminal every call moves the bar.
+        """Show the state after a step. On a terminal, every call updates the bar.
 
         Args:
-            loss: nats per token.
-            values: the line of metrics of the step; None for a step without one.
+            loss: training loss, in nats per token.
+            values: the step's line of metrics; None if it has none.
         """
         first, self._step = not self._lines_begun, step
         self._lines_begun, self._phase = True, ""
@@ -179,7 +180,7 @@ class Console(AbstractContextManager["Console"]):
             self._plain(fitted(begin, optional, f"left {left}"))
 
     def _render(self) -> Any:
-        """The live lines, made anew at every refresh, so that the clock runs."""
+        """Draw the live lines; rich calls this at every refresh, so that times are current."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -214,16 +215,16 @@ class Console(AbstractContextManager["Console"]):
         return self._live is not None
 
     def left_s(self) -> float | None:
-        """Seconds that are left at the present pace; None if unknown."""
+        """Estimated seconds until the end of the run; None if unknown."""
         return self._pace.left_s(self._total)
 
     def evaluation(self, values: Mapping[str, Any], best: bool) -> None:
-        """One line for an evaluation, above the bar.
+        """Print a line about an evaluation, above the bar.
 
         Args:
-            values: a line of `metrics.jsonl` with `eval/` keys. Without `step`, it is that of the
-                last step shown.
-            best: whether it is the best so far.
+            values: a line of `metrics.jsonl` with `eval/` keys. If it has no `step`, the last step
+                shown is used.
+            best: whether the evaluation is the best so far.
         """
         if self._quiet:
             return
@@ -235,7 +236,7 @@ class Console(AbstractContextManager["Console"]):
         ]
         self._evaluated = f"{' '.join(parts[1:2])} at {parts[0]}"
         self._best = f"best {self._evaluated}" if best else self._best
-        if best:  # as wide as "eval loss", so that lines stay aligned
+        if best:  # "best eval" is as wide as "eval loss", so the lines stay aligned
             parts[1:2] = [part.replace("eval loss", "best eval") for part in parts[1:2]]
         width = None if self._rich is None else self._rich.width - 1
         lines = ["  ".join(parts)] if width is None else rows(parts, width)
@@ -243,18 +244,18 @@ class Console(AbstractContextManager["Console"]):
             self._line(line, "bold green" if best else "green")
 
     def warn(self, text: str) -> None:
-        """A warning that stands out; also printed with `quiet`."""
+        """Print a highlighted warning, also with `quiet`."""
         self._line(f"warning: {visible(text)}", "bold yellow")
 
     def note(self, text: str) -> None:
-        """A message about something that is in order."""
+        """Print an informational message."""
         if not self._quiet:
             self._line(visible(text), "dim")
 
     def sample(self, text: str, title: str = "sample") -> None:
-        """A text that the model wrote.
+        """Print a text that the model generated.
 
-        Control characters are made visible, as a model may have learned any.
+        Control characters are escaped, because a model may generate any of them.
         """
         if self._quiet:
             return
@@ -268,9 +269,9 @@ class Console(AbstractContextManager["Console"]):
         self._rich.print(Padding(Text(visible(text), "italic"), (0, 0, 0, 2), expand=False))
 
     def finish(self, lines: Sequence[str]) -> None:
-        """End the progress line and print the outcome.
+        """Remove the live line, and print the outcome.
 
-        The last line says where everything is. With `quiet` it is the only one.
+        With `quiet`, only the last of `lines` is printed. It says where the files are.
         """
         self._phase = ""
         self.close()
@@ -283,7 +284,7 @@ class Console(AbstractContextManager["Console"]):
             self._line(visible(line), "bold")
 
     def close(self) -> None:
-        """Restore the terminal: no bar, a cursor. Safe to call twice."""
+        """Remove the bar and show the cursor again. Safe to call twice."""
         live, self._live = self._live, None
         if live is not None:
             live.stop()
@@ -299,7 +300,7 @@ class Console(AbstractContextManager["Console"]):
 
         width = self._rich.width - 1
         for line in text.split("\n"):
-            # Paths stay whole, and commands as they are, so that both can be copied.
+            # Do not break paths, and print commands unchanged, so that both can be copied.
             wrapped = [line] if line.startswith("  ") else _wrapped(line, width)
             for part in wrapped:
                 self._rich.print(Text(part, style), soft_wrap=True)
@@ -315,11 +316,11 @@ def _wrapped(line: str, width: int) -> list[str]:
 
 
 class _Pace:
-    """The pace of steps, evaluations and saves included, and the time that is left.
+    """Estimates the time left from the pace of steps, including evaluations and saves.
 
-    Steps and seconds both decay exponentially before their ratio is taken. One slow evaluation then
-    moves the estimate a little, while an average of ratios would leap. The first step does not
-    count, as it waits for the compiler.
+    The pace is the ratio of two exponentially decaying sums, of steps and of seconds. A slow
+    evaluation changes this ratio only a little; an average of step times would jump. The first step
+    does not count, because it includes compilation.
     """
 
     def __init__(self, step: int, now: float) -> None:
@@ -346,21 +347,24 @@ class _Pace:
 
 
 def show(text: str) -> None:
-    """Print to stdout; characters that its encoding lacks are shown as escapes."""
+    """Print to stdout, with characters that its encoding lacks as escapes."""
     stream = LastingStream(sys.stdout)
     stream.write(text + "\n")
     stream.flush()
 
 
 class LastingStream:
-    """A stream that may disappear: a closed terminal or a full disk must not end a long run."""
+    """A stream that ignores failed writes.
+
+    A closed terminal or a full disk must not end a long run.
+    """
 
     def __init__(self, file: Any) -> None:
         self._file = file
         self.encoding = getattr(file, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
-        """Write the text; after a failure, it and all later text is lost."""
+        """Write the text; after a failure, this and all later text is dropped."""
         try:
             if self._file is not None:
                 self._file.write(
@@ -371,7 +375,7 @@ class LastingStream:
         return len(text)
 
     def flush(self) -> None:
-        """Flush; after a failure, all later text is lost."""
+        """Flush the stream; after a failure, all later text is dropped."""
         try:
             if self._file is not None:
                 self._file.flush()
@@ -379,7 +383,7 @@ class LastingStream:
             self._file = None
 
     def isatty(self) -> bool:
-        """Whether it is a terminal that is still there."""
+        """Whether the stream is a terminal and no write has failed."""
         return self._file is not None and self._file.isatty()
 
     def fileno(self) -> int:

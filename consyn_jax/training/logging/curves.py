@@ -1,4 +1,4 @@
-"""Curves of a run's metrics: points from `metrics.jsonl`, smoothed, and thinned for drawing."""
+"""Read curves from the metrics of a run, smooth them, and thin them for drawing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Metrics = Sequence[Mapping[str, Any]]  # lines of `metrics.jsonl`
 
 @dataclass(frozen=True)
 class Point:
-    """A value at a step, and the tokens and seconds until then."""
+    """A value at a step, with the tokens and seconds from the run's start to this step."""
 
     step: int
     tokens: int
@@ -25,9 +25,9 @@ class Point:
 
 
 def curve(metrics: Metrics, key: str) -> list[Point]:
-    """The finite values of one key, in order; one above 1e300 counts as infinite.
+    """The finite values of a metric, in order; values above 1e300 count as infinite.
 
-    Details of events are left out, as they may repeat a value.
+    Events are left out, because they may repeat a value.
     """
     lines = (
         line
@@ -43,9 +43,10 @@ def curve(metrics: Metrics, key: str) -> list[Point]:
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """Means over a window around each point: a twentieth of the curve, less near its beginning.
+    """Smooth a curve by a centred moving average.
 
-    The usual moving average of the past would show the steep fall at the beginning much too late.
+    The window is a twentieth of the curve, and smaller near the beginning. An average of past
+    values alone would show the steep fall at the beginning much too late.
     """
     sums = [0.0, *itertools.accumulate(point.value for point in points)]
     half = max(1, len(points) // 40)
@@ -58,7 +59,11 @@ def smooth(points: Sequence[Point]) -> list[Point]:
 
 
 def thin(points: Sequence[Point], buckets: int = 300) -> list[Point]:
-    """Keep the lowest and the highest point of each bucket, so that spikes stay visible."""
+    """Thin a curve to the lowest and the highest point of each bucket; spikes stay visible.
+
+    Args:
+        buckets: number of groups of consecutive points.
+    """
     if len(points) <= 2 * buckets:
         return list(points)
     size = math.ceil(len(points) / buckets)
@@ -72,14 +77,15 @@ def thin(points: Sequence[Point], buckets: int = 300) -> list[Point]:
 
 
 def best(points: Sequence[Point]) -> Point | None:
-    """The first of the lowest points."""
+    """The lowest point, the first one if there are several; None if there is no point."""
     return min(points, key=lambda point: point.value, default=None)
 
 
 def loss_limits(train: Sequence[Point], evaluation: Sequence[Point]) -> tuple[float, float]:
     """The range of losses to show.
 
-    The first fiftieth of the training losses is left out, as its fall would flatten the rest.
+    The first fiftieth of the training losses is ignored, because its steep fall would compress the
+    rest of the curve.
     """
     shown = [point.value for point in [*train[len(train) // 50 :], *evaluation]]
     if not shown:

@@ -7,7 +7,7 @@ import shlex
 
 
 def compact(value: float | int, digits: int = 3) -> str:
-    """Format a number with a few digits and a unit.
+    """Format a number with a few digits and a suffix k, M or G.
 
     >>> [compact(v) for v in (0.5, 999.4, 12345.0, 1.26e6, float("nan"))]
     ['0.5', '999', '12.3k', '1.26M', 'nan']
@@ -19,7 +19,7 @@ def compact(value: float | int, digits: int = 3) -> str:
 
 
 def decimals(value: float | int, most: int = 4) -> str:
-    """As many decimals as are useful, at most `most`.
+    """Format a number with fewer decimals the larger it is, and at most `most`.
 
     >>> [decimals(v) for v in (3.21, 24.83, 48213.7, 2e9)]
     ['3.2100', '24.83', '48,214', '2e+09']
@@ -31,7 +31,7 @@ def decimals(value: float | int, most: int = 4) -> str:
 
 
 def typed(command: str, indent: str = "  ", width: int = 79) -> str:
-    r"""A shell command over as many lines as it needs, which can be pasted whole.
+    r"""Break a shell command into lines that can be pasted into a terminal together.
 
     >>> print(typed("consyn-train --config runs/a/config.yaml --max_steps 500", width=46))
       consyn-train --config runs/a/config.yaml \
@@ -48,12 +48,12 @@ def typed(command: str, indent: str = "  ", width: int = 79) -> str:
 
 
 def _words(command: str) -> list[str]:
-    """The words of a command as they were quoted."""
+    """Split a command into words, each quoted for the shell."""
     return [shlex.quote(word) for word in shlex.split(command)]
 
 
 def duration(seconds: float | None) -> str:
-    """Hours, minutes, seconds.
+    """Format a duration as hours, minutes and seconds, with days from 48 hours on.
 
     >>> duration(3725.4), duration(200_000.0), duration(None)
     ('1:02:05', '2 d 7:33:20', '-:--:--')

@@ -1,4 +1,4 @@
-"""`loss.png`: losses and learning rate over the tokens trained on."""
+"""Draw `loss.png`: losses and learning rate over the number of training tokens."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _draw_axes(upper: Axes, lower: Axes, last: Point | None) -> None:
 
 
 def _draw_steps(axes: Axes, tokens_per_step: float) -> None:
-    """Add an axis of steps on top, by dividing the one below: steps vary little in tokens."""
+    """Add a step axis on top. It is exact only if all steps have the same number of tokens."""
     import numpy as np
     from matplotlib.ticker import MaxNLocator
 

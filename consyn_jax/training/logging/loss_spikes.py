@@ -1,4 +1,4 @@
-"""Detection of losses that stand out from those before them."""
+"""Detect spikes: losses far above the losses before them."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import statistics
 from dataclasses import dataclass, field
 
 WINDOW, FEWEST = 100, 20  # the most and the fewest earlier losses to compare with
-# A loss stands out if it is this many median deviations above the median (6.7 standard deviations
-# of a normal distribution) and this share of the median above it. The latter is for losses that
-# hardly differ.
+# A loss is a spike if it exceeds the median of earlier losses by more than both thresholds: this
+# many median absolute deviations (10 are 6.7 standard deviations of a normal distribution), and
+# this share of the median. The second threshold is for losses that hardly vary.
 DEVIATIONS, LEAST_SHARE = 10.0, 0.1
 
 
 @dataclass
 class LossSpikeDetector:
-    """Remembers the last losses and reports the first loss of each spike.
+    """Reports the first loss of each spike, by comparing it with recent losses.
 
-    All of it is in every checkpoint, so that a resumed run reports the same spikes.
+    Every checkpoint contains this state, so that a resumed run reports the same spikes.
 
     Attributes:
-        losses: the newest last.
-        above: whether the last loss stood out.
+        losses: recent losses, the newest last.
+        above: whether the newest loss is part of a spike.
     """
 
     losses: list[float] = field(default_factory=list)
     above: bool = False
 
     def update(self, loss: float) -> float | None:
-        """Add a finite loss; if it begins a spike, return the median before it.
+        """Add a finite loss; if a spike begins with it, return the median of the losses before.
 
         >>> detector = LossSpikeDetector()
         >>> [detector.update(loss) for loss in [2.0, 2.1] * 10 + [7.0, 6.5, 2.0]][-4:]

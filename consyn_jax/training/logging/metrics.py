@@ -1,9 +1,9 @@
-"""`metrics.jsonl`, the record of a run's numbers; trackers only have copies of it.
+"""Write and read `metrics.jsonl`, the log of a run; trackers only have copies of it.
 
-Every line of `metrics.jsonl` is one JSON object that begins with `step`, `tokens` (trained so far)
-and `time_s` (since the run began, over all its starts). JSON has no NaN and no infinities, so such
-a value is written as null, and `nonfinite` in the same line maps its key to "nan", "inf" or "-inf".
-`read_metrics` turns them back into floats.
+Every line is a JSON object that begins with `step`, `tokens` (trained so far) and `time_s` (seconds
+since the run began, over all its starts). JSON has no NaN or infinity, so such a value is written
+as null, and `nonfinite` in the same line maps its key to "nan", "inf" or "-inf". `read_metrics`
+converts these values back to floats.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from consyn_jax.errors import CONTINUES, UserError, remedy
 from consyn_jax.files import make_directory, open_regular, read_whole, write_whole
 
 FILE_NAME = "metrics.jsonl"
-LARGEST_LOG = 1 << 32  # bytes; ten million lines
-LARGEST_NUMBER = 1e300  # a log has none near it, and sums of a few such are still finite
+LARGEST_LOG = 1 << 32  # bytes, about ten million lines
+LARGEST_NUMBER = 1e300  # larger values count as infinite, so that sums stay finite
 
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -36,14 +36,15 @@ _AFTER_STATE = frozenset({"resume", "early_stop", "signal", "end_of_data", "fini
 class MetricsLog(AbstractContextManager["MetricsLog"]):
     """The append-only `metrics.jsonl` of a run directory, and the run's clock.
 
-    Every line is handed to the system at once, and `flush` brings them to the disk. A last line
-    that a kill has torn is cut off on opening. One process writes; others may read at any time. If
-    the file is deleted or replaced meanwhile, it is written anew with all of its lines. If another
-    program changes its content, the next write is refused.
+    Every line is passed to the operating system immediately; `flush` forces all lines to disk. An
+    incomplete last line, left by a killed process, is removed when the file is opened. Only one
+    process writes; other processes may read at any time. If the file is deleted or replaced during
+    the run, all lines are written to a new file. If another program changes its content, the next
+    write raises an error.
 
     Args:
         check: called before every line; it may raise if the directory is gone.
-        warn: called with a sentence if the file was written anew.
+        warn: called with a sentence after the file was written again.
         began: `time.perf_counter()` at the beginning of this start of the run; None for now.
 
     Raises:
@@ -66,14 +67,14 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         self._start_clock(_last_time(lines))
 
     def truncate_from(self, step: int) -> float:
-        """Drop everything after the state of `step`, and continue the clock from there.
+        """Remove all lines written after the checkpoint of `step`, and continue the clock.
 
-        Dropped are lines with a later step, and events at `step` that came after its state
-        (`resume`, `early_stop`, `signal`, `end_of_data`, `finish`). -1 drops everything. The change
-        is atomic and may be repeated.
+        These are the lines of later steps, and events at `step` that follow its checkpoint
+        (`resume`, `early_stop`, `signal`, `end_of_data`, `finish`). With -1, all lines are removed.
+        The change is atomic and may be repeated.
 
         Returns:
-            The seconds until the end of the start that reached `step`, to which the clock adds.
+            The newest time in the log up to `step`, in seconds. The clock continues from it.
         """
         lines = [line for line in _lines(self.path) if line["step"] <= step]
         kept = [
@@ -98,15 +99,14 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         """Append one line: training or evaluation values, or an event with its details.
 
         Args:
-            tokens: trained so far.
-            values: numbers (Python's, or arrays with one element), strings, booleans or None, by
-                key.
+            tokens: number of tokens trained on so far.
+            values: by key: Python numbers, arrays with one element, strings, booleans or None.
 
         Returns:
-            The line as `read_metrics` gives it back.
+            The line as `read_metrics` would return it.
 
         Raises:
-            UserError: the line cannot be written, and the file is left without it; or another
+            UserError: the line cannot be written (the file then stays without it), or another
                 program has changed the file.
         """
         self._check()
@@ -128,12 +128,12 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
                 self._size += len(data)
         except OSError as error:
             self._undo(start, error)
-        if written != len(data):  # a disk that fills up takes a part without an error
+        if written != len(data):  # a disk that becomes full accepts a part without an error
             self._undo(start, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         return line
 
     def flush(self) -> None:
-        """Bring all lines to the disk; may be called from any thread.
+        """Force all lines to disk; any thread may call this.
 
         Raises:
             OSError: the lines cannot be written.
@@ -144,7 +144,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
                 return
             self._checked_size()
             descriptor = os.dup(self._file.fileno())
-        try:  # without the guard: training writes its next lines meanwhile
+        try:  # without the lock, so that training can write lines during the flush
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -155,8 +155,8 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         return self._earlier_s + time.perf_counter() - self._began
 
     def close(self) -> None:
-        """Bring all lines to the disk, and close the file."""
-        with suppress(OSError, UserError):  # the system already has the lines
+        """Force all lines to disk, and close the file."""
+        with suppress(OSError, UserError):  # the operating system already has the lines
             self.flush()
         with self._guard:
             self._file.close()
@@ -170,15 +170,18 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
             self._file = os.fdopen(descriptor, "a+b", buffering=0)
             self._size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
-            raise UserError(f"{self.path} cannot be written: {error.strerror}.") from error
+            raise UserError(
+                f"{self.path} cannot be written: {error.strerror}. Check the disk and the "
+                "permissions."
+            ) from error
 
     def _checked_size(self) -> int:
         size = os.fstat(self._file.fileno()).st_size
         if size != self._size:
             raise UserError(
                 f"{self.path} was changed by another program while the run wrote to it: it has "
-                f"{size:,} bytes and not {self._size:,}. Put the run's own log back, or delete "
-                "the file, and run the same command again."
+                f"{size:,} bytes, not {self._size:,}. Restore the run's own log or delete the "
+                "file, and run the same command again."
             )
         return size
 
@@ -191,7 +194,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         self._file.close()
         _replace(self.path, content)
         self._open()
-        self._warn(f"{self.path} was deleted or replaced, and is written anew with all its lines.")
+        self._warn(f"{self.path} was deleted or replaced. It was written again with all its lines.")
 
     def _start_clock(self, earlier_s: float) -> None:
         now = time.perf_counter() if self._start_began is None else self._start_began
@@ -199,7 +202,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
 
     def _undo(self, size: int, error: OSError) -> NoReturn:
         self._size = size
-        with suppress(OSError):  # the disk may be read-only now; report the first error
+        with suppress(OSError):  # the disk may now be read-only; report only the first error
             os.ftruncate(self._file.fileno(), size)
         raise UserError(
             f"{self.path} cannot be written: {error.strerror}. {remedy(error)}; then the same "
@@ -208,9 +211,9 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, with NaN and infinities as floats.
+    """Read the lines of a `metrics.jsonl`, with NaN and infinities as floats.
 
-    A last line that a kill has torn is left out.
+    An incomplete last line, left by a killed process, is ignored.
 
     Raises:
         UserError: the file does not exist, or a line before the last one is damaged.
@@ -223,7 +226,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def metrics_of(directory: Path) -> list[dict[str, Any]]:
-    """The lines of the `metrics.jsonl` in a run directory; none if it has no such file.
+    """Read the `metrics.jsonl` in a run directory; an empty list if there is no such file.
 
     Raises:
         UserError: the file is damaged.
@@ -233,7 +236,7 @@ def metrics_of(directory: Path) -> list[dict[str, Any]]:
 
 
 def ending(events: Sequence[Mapping[str, Any]]) -> str:
-    """The end of a run in words, by its events: complete, stopped by a signal, or diverged."""
+    """Describe from its events how a run ended, for example "complete" or "stopped by SIGTERM"."""
     match events[-1] if events else {}:
         case {"event": "finish"}:
             return "complete"
@@ -250,9 +253,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}. Check the disk and the permissions."
+        ) from error
     rows = raw.split(b"\n")
-    rows.pop()  # after the last newline there is nothing, or a torn line
+    rows.pop()  # empty, or an incomplete last line
     lines = []
     for number, row in enumerate(rows, 1):
         try:
@@ -268,7 +273,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _rewrite(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Replace the file's content atomically, unless it is the same."""
+    """Replace the file's content atomically, if it differs."""
     data = b"".join(map(_encode, lines))
     is_own = path.exists() and not path.is_symlink() and path.stat().st_nlink == 1
     if not is_own or path.read_bytes() != data:
@@ -280,7 +285,9 @@ def _replace(path: Path, data: bytes) -> None:
         make_directory(path.parent)
         write_whole(path, data)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}. Check the disk and the permissions."
+        ) from error
 
 
 def _encode(line: Mapping[str, Any]) -> bytes:
@@ -310,7 +317,7 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def plain(value: Any) -> Any:
-    """Convert a value for JSON: an array with one element, of any library, becomes a number."""
+    """Convert a value for JSON: an array of any library with one element becomes a number."""
     return value.item() if hasattr(value, "item") else value
 
 

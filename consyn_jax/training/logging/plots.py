@@ -13,14 +13,18 @@ if TYPE_CHECKING:
 
 
 def png(height: float, draw: Callable[[Figure], None]) -> bytes:
-    """A PNG of what `draw` puts on a figure nine inches wide and `height` inches high."""
+    """Make a PNG from a matplotlib figure, nine inches wide and `height` inches high.
+
+    Args:
+        draw: draws on the empty figure.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     image = io.BytesIO()
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the picture does not depend on the user's matplotlibrc
+        matplotlib.rcdefaults()  # ignore the user's matplotlibrc
         figure = Figure(figsize=(9, height), dpi=150, layout="constrained")
         draw(figure)
         FigureCanvasAgg(figure).print_png(image)
@@ -28,10 +32,12 @@ def png(height: float, draw: Callable[[Figure], None]) -> bytes:
 
 
 def bars(eighths: np.ndarray, height: int, top: str, bottom: str) -> list[str]:
-    r"""Lines of text with one bar per column, given in eighths of a line, and an axis below.
+    r"""Draw a bar chart as lines of text, with an axis below.
 
     Args:
-        top, bottom: labels of the first and the last of the `height` lines.
+        eighths: height of the bar in each column, in eighths of a line.
+        height: number of lines of text.
+        top, bottom: labels of the first and the last line.
 
     >>> print("\n".join(bars(np.array([16, 9, 3]), 2, "1", "0")))
             1 ┤█▁

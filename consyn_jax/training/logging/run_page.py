@@ -1,4 +1,4 @@
-"""`report.html`: a run on one page that needs no network, while it runs and afterwards."""
+"""Write `report.html`, a page about a run that needs no network, during and after the run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from consyn_jax.training.logging.live.run_charts import (
 )
 
 EVENT_HEAD, SHOWN_EVENTS = ("step", "event", "after", "details"), 1000
-SHOWN_SAMPLES = 5  # earlier ones are folded
+SHOWN_SAMPLES = 5  # earlier samples are collapsed
 THINNED = (
     "Long curves show the lowest and the highest point of each group of steps, so spikes are not "
     "lost; smoothed curves are means of all points."
@@ -55,10 +55,10 @@ class Status:
     """The state of a run.
 
     Attributes:
-        words: running, complete, and so on, as `metrics.ending` says it.
+        words: "running", or a result of `metrics.ending` such as "complete".
         is_alive: whether the page will be written again.
-        left_s: seconds until the run ends; None if unknown.
-        longest_gap_s: the longest time without a new page so far.
+        left_s: estimated seconds until the run ends; None if unknown.
+        longest_gap_s: longest time so far between two versions of the page, in seconds.
     """
 
     words: str
@@ -84,20 +84,18 @@ def write_report(
 
     Args:
         config: values by flag name, from `flags.flat`.
-        samples: step and text.
-        summary: rows of the result, by label.
-        activities: returns the seconds of each activity until now, by their names in
-            `metrics.jsonl`; called late, so that they count most of the drawing.
+        samples: generated texts, each with its step.
+        summary: newest values by metric.
+        activities: returns the seconds of each activity until now, by key in `metrics.jsonl`. It is
+            called late, so that the seconds include most of the time for this page.
         origins: the origin of each value of the configuration, from `resolve.resolve`.
-        about: rows that say what the run is: its model, devices, data, versions.
+        about: header rows, as (name, text), about model, devices, data and versions.
 
     Raises:
         OSError: the directory cannot be written.
     """
-    shown_samples, newest = _samples(samples), _folded("All newest values", _newest(summary or {}))
-    event_rows = list(_events(history))
-    events = _table(_events_title(history), event_rows, EVENT_HEAD, look="wide events")
-    settings = _configuration(config, origins or {})
+    shown, newest = _samples(samples), _folded("All newest values", _newest(summary or {}))
+    events, settings = _event_table(history), _configuration(config, origins or {})
     spent = activities()
     passed_s = sum(spent.values(), 0.0)
     drawn, resumed = run_charts(history, spent), _resumed(history)
@@ -106,23 +104,32 @@ def write_report(
         header_section(about, duration(passed_s) if spent else ""),
         _tiles(history, passed_s),
         draw_charts(drawn, resumed, THINNED if history.is_thinned else ""),
-        shown_samples,
+        shown,
         _times(spent, history),
         events,
         *settings,
         newest,
         _points(drawn, resumed, status),
     ]
-    page = html_page(
+    page = _page(directory, "\n".join(filter(None, sections)), status)
+    write_whole(directory / PAGE, page.encode("utf-8", "replace"))
+    return directory / PAGE
+
+
+def _page(directory: Path, sections: str, status: Status) -> str:
+    return html_page(
         f"Run {directory.resolve().name}",
         CHART_STYLE + STYLE + HEADER_STYLE + CHART_PAGE_STYLE,
-        "\n".join(filter(None, sections)),
+        sections,
         "metrics.jsonl",
         script=SCRIPT,
         reload_without_script_s=_reload_s(status) if status.is_alive else None,
     )
-    write_whole(directory / PAGE, page.encode("utf-8", "replace"))
-    return directory / PAGE
+
+
+def _event_table(history: History) -> str:
+    rows = list(_events(history))
+    return _table(_events_title(history), rows, EVENT_HEAD, look="wide events")
 
 
 def _newest(summary: Mapping[str, object]) -> str:
@@ -130,7 +137,7 @@ def _newest(summary: Mapping[str, object]) -> str:
 
 
 def _configuration(config: Mapping[str, object], origins: Mapping[str, str]) -> tuple[str, str]:
-    """The values that are not defaults, and all of them folded away."""
+    """Two tables: the values that are not defaults, and a collapsed table of all values."""
     settings = [(name, _cell(value), origins.get(name, "")) for name, value in config.items()]
     chosen = [row for row in settings if row[2] not in ("", "default")]
     head = ("flag", "value", "origin")
@@ -141,7 +148,7 @@ def _configuration(config: Mapping[str, object], origins: Mapping[str, str]) -> 
 
 
 def _points(drawn: Sequence[RunChart], resumed: Sequence[Point], status: Status) -> str:
-    """The script element that holds the numbers of the charts."""
+    """The HTML script element with the points of the charts as JSON."""
     points = points_json(
         drawn,
         resumed,
@@ -154,7 +161,7 @@ def _points(drawn: Sequence[RunChart], resumed: Sequence[Point], status: Status)
 
 
 def _reload_s(status: Status) -> int:
-    """Seconds between two reloads of the page, few enough to show each new version soon."""
+    """Seconds between reloads of the page, short enough to show each new version soon."""
     return round(min(60.0, max(10.0, status.longest_gap_s / 4)))
 
 
@@ -165,7 +172,7 @@ def _state(status: Status, history: History) -> str:
     place = f"step {step:,} of {total:,}{share}{left}"
     words = status.words[:1].upper() + status.words[1:]
     look = "" if status.is_alive or status.words == "complete" else " stopped"
-    news = f"<small id='news'>As of {now()}. This page loads itself again.</small>"
+    news = f"<small id='news'>As of {now()}. This page reloads itself.</small>"
     return (
         f"<section class='state{look}'><b>{escape(words)}</b>: {place}"
         f"{news if status.is_alive else ''}</section>"
@@ -176,7 +183,7 @@ def _tiles(history: History, spent_s: float) -> str:
     """The most important numbers, with a note on each.
 
     Args:
-        spent_s: Time of the run until now; 0 for that of the newest line.
+        spent_s: Seconds of the run until now; 0 to use the time of the newest line.
     """
     tiles: list[tuple[str, str, str]] = []
     if (found := history.at_best) is not None:
@@ -191,7 +198,9 @@ def _tiles(history: History, spent_s: float) -> str:
         tiles.append(("train loss", f"{loss:.4f}", "smoothed, at the end"))
     if history.num_events or history.curves:
         last = history.last
-        tiles.append(("trained on", compact(last["tokens"]), f"tokens, {last['step']:,} steps"))
+        tiles.append(
+            ("trained on", compact(last["tokens"]), f"target tokens, {last['step']:,} steps")
+        )
         passed = duration(spent_s or float(last["time_s"]))
         tiles.append(("time", passed, "from start to now" if spent_s else "at the last line"))
     if speeds := history.values["throughput/tokens_per_s"]:
@@ -214,7 +223,7 @@ def _resumed(history: History) -> list[Point]:
 
 
 def _times(spent: Mapping[str, float], history: History) -> str:
-    """The time by activity, and beside it the throughput."""
+    """Tables of time by activity and of throughput, side by side."""
     times = _table("Time by activity", _time_rows(spent), ("activity", "time", "share"))
     throughput = _table("Throughput", _throughput(history), ("", "median", "range"))
     return f"<div class='pair'>{times}{throughput}</div>"
@@ -230,7 +239,7 @@ def _throughput(history: History) -> list[tuple[str, ...]]:
 
 
 def _time_rows(seconds: Mapping[str, float]) -> list[tuple[str, ...]]:
-    """The time of each activity, and their sum."""
+    """Table rows: the time of each activity, and the sum."""
     total = sum(seconds.values())
     if not total:
         return []
@@ -264,7 +273,7 @@ def _events(history: History) -> Iterable[tuple[str, ...]]:
 
 
 def _samples(samples: Sequence[tuple[int, str]]) -> str:
-    """The newest samples, and the earlier ones folded."""
+    """The newest samples, and a collapsed section with earlier samples."""
     figures = [
         f"<figure><figcaption>step {step:,}</figcaption>"
         f'<pre dir="auto">{escape(text)}</pre></figure>'
@@ -292,7 +301,7 @@ def _table(
 
 
 def _folded(title: str, section: str) -> str:
-    """A section that a click opens."""
+    """A collapsed section, which opens on a click."""
     return f"<details><summary>{escape(title)}</summary>{section}</details>" if section else ""
 
 

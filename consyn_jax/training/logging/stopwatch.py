@@ -1,4 +1,4 @@
-"""Throughput of training between two lines of metrics."""
+"""Measure the throughput of training between two lines of metrics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Lap(NamedTuple):
 
 
 class Stopwatch:
-    """Counts steps, tokens and time since the last lap; pauses do not count.
+    """Counts steps, tokens and time since the last lap, without pauses.
 
     Args:
         step_flops: FLOPs that the model needs for one step on one device.
@@ -34,15 +34,15 @@ class Stopwatch:
         self._began, self._waited_s = time.perf_counter(), 0.0
 
     def count(self, tokens: int) -> None:
-        """Count one step."""
+        """Count one step with this many tokens."""
         self._steps += 1
         self._tokens += tokens
 
     def lap(self, waited_s: float) -> Lap:
-        """End a lap.
+        """End the lap, and return its throughput.
 
         Args:
-            waited_s: total time spent waiting for data so far, over all laps.
+            waited_s: seconds spent waiting for data in all laps so far.
         """
         now = time.perf_counter()
         elapsed = max(now - self._began, 1e-9)
@@ -60,5 +60,5 @@ class Stopwatch:
         return self._tokens / max(time.perf_counter() - self._began, 1e-9)
 
     def pause(self, seconds: float) -> None:
-        """Leave these seconds out."""
+        """Leave these seconds out of the current lap."""
         self._began += seconds

@@ -1,6 +1,6 @@
-"""The copy of a run in a bucket: its content, its owner, and its way to an empty machine.
+"""The copy of a run in a bucket: list it, check its identity, and download it to a new machine.
 
-URL/lease.json              its writer (`remote.lease`)
+URL/lease.json              the process that may write (`remote.lease`)
 URL/markers/STEP.json       written after all files of a checkpoint, removed before any of them
 URL/checkpoints/STEP/...    the files of checkpoints
 URL/best/..., URL/final/... models; their manifest is written last and removed first
@@ -38,19 +38,19 @@ from consyn_jax.training.run.identity import differences, read_run_config
 from consyn_jax.training.run.model_manifest import MANIFEST, disagreement
 
 LEASE, MARKERS = "lease.json", "markers"
-DIGEST = "checksums"  # in a marker: SHA-256 of the checkpoint's CHECKSUMS
+DIGEST = "checksums"  # key in a marker, for the SHA-256 of the checkpoint's file CHECKSUMS
 MODELS = ("best", "final")
-FETCHED = "fetched"  # what is being downloaded, below the run directory
-AT_ONCE = 8  # requests
+FETCHED = "fetched"  # directory for unfinished downloads, in the run directory
+AT_ONCE = 8  # concurrent downloads
 
 
 @dataclass(frozen=True)
 class Contents:
-    """The part of a run that a bucket holds.
+    """The files of a run in a bucket.
 
     Attributes:
-        objects: by name below the URL, without the lease.
-        record: whose run it is; None if it holds none.
+        objects: Stored objects by name, relative to the URL; without the lease.
+        record: Identity of the run; None if there is no run.
     """
 
     objects: dict[str, Stored]
@@ -58,22 +58,22 @@ class Contents:
 
     @cached_property
     def steps(self) -> list[int]:
-        """The steps of whole checkpoints, ascending."""
+        """Steps of the complete checkpoints, ascending."""
         names = (Path(name) for name in self.below(MARKERS))
         return sorted(s for name in names if (s := natural(name.stem)) is not None)
 
     @property
     def models(self) -> list[str]:
-        """The whole models."""
+        """Names of the complete models."""
         return [name for name in MODELS if f"{name}/{MANIFEST}" in self.objects]
 
     @property
     def holds_run(self) -> bool:
-        """Whether there is anything that a new run would lose."""
+        """Whether there is a checkpoint or a model, which a new run would delete."""
         return bool(self.steps or self.models)
 
     def below(self, *directories: str) -> list[str]:
-        """Names of the objects in directories."""
+        """Return the names of the objects in some directories."""
         starts = tuple(f"{each}/" for each in directories)
         return [name for name in self.objects if name.startswith(starts)]
 
@@ -82,7 +82,7 @@ class RemoteRun:
     """The copy of a run below a URL.
 
     Raises:
-        UserError: the URL is none, or the library for its store is not installed.
+        UserError: The URL is invalid, or the library for its store is not installed.
     """
 
     def __init__(self, url: str) -> None:
@@ -93,15 +93,15 @@ class RemoteRun:
         self.lease = Lease(open_bucket(self.place), key, f"--remote {self.place}", holder)
 
     def key(self, name: str) -> str:
-        """The key of a file of the run."""
+        """Return the bucket key of a file, from its name in the run directory."""
         return f"{self.place.key}/{name}" if self.place.key else name
 
     def contents(self) -> Contents:
-        """List what is there.
+        """List the objects in the bucket, and read the identity of the run.
 
         Raises:
-            UserError: it is not a run, or its record is damaged.
-            BucketError: the store does not answer.
+            UserError: The objects are not a run, or its run.json is damaged.
+            BucketError: The store does not answer.
         """
         top = self.key("")
         found = {each.key.removeprefix(top): each for each in self.bucket.find(top)}
@@ -114,21 +114,21 @@ class RemoteRun:
                 record = RunRecord.from_json(json.loads(content[0] if content else b""))
             except (ValueError, TypeError, RecursionError) as error:
                 raise UserError(
-                    f"--remote {self.place}/{RUN_JSON} is damaged, so the owner of what is there "
-                    "is unknown. Put a copy back, or name another --remote."
+                    f"--remote {self.place}/{RUN_JSON} is damaged, so it is unknown which run is "
+                    "there. Restore the file from a copy, or name another --remote."
                 ) from error
         elif found:
             raise UserError(
-                f"--remote {self.place} holds {listed(sorted(found))}, which is no run of "
-                "consyn-train. Name a prefix of its own."
+                f"--remote {self.place} holds {listed(sorted(found))}, but no run of "
+                "consyn-train. Name an unused prefix."
             )
         return Contents(found, record)
 
     def marked(self) -> dict[int, str]:
-        """Digests of the whole checkpoints, by step; "" for a marker that cannot be read.
+        """Read the digests of the complete checkpoints, by step; "" for a damaged marker.
 
         Raises:
-            BucketError: the store does not answer.
+            BucketError: The store does not answer.
         """
         found = {}
         for step in self.contents().steps:
@@ -141,13 +141,13 @@ class RemoteRun:
     def check(
         self, contents: Contents, config: RunConfig, derived: dict[str, Any] | None = None
     ) -> None:
-        """Check that the run of `config` may be written there.
+        """Check that the run of `config` may write to the bucket.
 
         Args:
-            derived: as for `open_run_directory`.
+            derived: As for `open_run_directory`.
 
         Raises:
-            UserError: it holds another run, or --overwrite would delete an input.
+            UserError: The bucket holds another run, or --overwrite would delete an input.
         """
         path = run_path(config)
         if config.saving.overwrite:
@@ -174,7 +174,7 @@ class RemoteRun:
             file = Path(place) / CONFIG
             if CONFIG not in contents.objects:
                 raise UserError(
-                    f"--remote {self.place} holds a run without its {CONFIG}. Put that back, or "
+                    f"--remote {self.place} holds a run without its {CONFIG}. Restore the file, or "
                     "name another --remote."
                 )
             fetch(self.bucket, contents.objects[CONFIG], file)
@@ -206,15 +206,16 @@ class RemoteRun:
     def begin(
         self, path: Path, config: RunConfig, derived: dict[str, Any], say: Callable[[str], None]
     ) -> None:
-        """Take the lease, and bring the run directory to the newest step of both copies.
+        """Acquire the lease, and download the run if the bucket has a newer step than `path`.
 
-        Call it while nobody else may write to the directory.
+        Call this while no other process can write to the directory.
 
         Args:
-            say: called with a sentence about what takes time, or was left out.
+            say: Function that is called with a sentence about slow work or damaged files.
 
         Raises:
-            UserError: another process writes there, or it holds another run, or does not answer.
+            UserError: Another process writes to the bucket, or it holds another run, or the store
+                does not answer.
         """
         with self.explained():
             self.lease.acquire(say)
@@ -235,16 +236,16 @@ class RemoteRun:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Turn errors of the store into `UserError`."""
+        """Return a context that converts errors of the store to `UserError`."""
         try:
             yield
         except BucketError as error:
             raise UserError(
-                f"--remote {self.place} {error}. The same command continues once that is over."
+                f"--remote {self.place} {error}. When this is solved, the same command continues."
             ) from error
 
     def _fetch(self, contents: Contents, path: Path, say: Callable[[str], None]) -> None:
-        """Download the run with its newest whole checkpoint."""
+        """Download the run with its newest intact checkpoint."""
         restore_replaced(path, [FETCHED])
         fresh = aside(path / FETCHED)
         others = set(contents.below(CHECKPOINTS, MARKERS, *MODELS))
@@ -256,13 +257,14 @@ class RemoteRun:
                 say(f"warning: {self.place}/{model} is left out: {reason}.")
                 shutil.rmtree(fresh / model)
         step = self._fetch_checkpoint(contents, fresh, say)
-        # config.yaml without checkpoints is a run that has lost nothing and is fetched again.
+        # checkpoints/ is moved last: if this is interrupted, the directory has no checkpoint, and
+        # the next start downloads the run again.
         entries = sorted(fresh.iterdir(), key=lambda e: (e.name == CHECKPOINTS, e.name != CONFIG))
         for entry in entries:
             entry.rename(path / entry.name)
         fresh.rmdir()
         if step is not None:
-            say(f"The run to step {step:,} was downloaded from {self.place}.")
+            say(f"The run up to step {step:,} was downloaded from {self.place}.")
 
     def _fetch_checkpoint(
         self, contents: Contents, fresh: Path, say: Callable[[str], None]
@@ -292,10 +294,12 @@ class RemoteRun:
                 pass
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete files: first what marks others as whole, last what marks all as a run.
+        """Delete files in this order: markers and manifests, all others, and then run.json.
+
+        An interrupted deletion thus leaves no incomplete checkpoint or model that looks complete.
 
         Raises:
-            BucketError: the store refuses it.
+            BucketError: The store refuses the deletion.
         """
 
         def rank(name: str) -> int:
@@ -310,22 +314,22 @@ class RemoteRun:
                 self.bucket.delete(some)
 
     def release(self) -> None:
-        """End the lease, unless the store does not answer; then it ends by itself."""
+        """Release the lease. If the store does not answer, the lease expires by itself."""
         with suppress(BucketError):
             self.lease.release()
 
 
 def holds_run(path: Path) -> bool:
-    """Whether a run directory has anything that a new run would lose."""
+    """Whether a run directory has a checkpoint or a model, which a new run would delete."""
     models = any((path / name).exists() for name in MODELS)
     return models or bool(saved_steps(path / CHECKPOINTS))
 
 
 def check_remote(config: RunConfig) -> None:
-    """Check `--remote` before slow work; it is compared again once the run has the lease.
+    """Check `--remote` before slow work. `RemoteRun.begin` repeats the check under the lease.
 
     Raises:
-        UserError: it cannot be reached, or holds another run.
+        UserError: The bucket cannot be reached, or holds another run.
     """
     if (remote := _of(config)) is not None:
         with remote.explained():
@@ -337,8 +341,8 @@ def _of(config: RunConfig) -> RemoteRun | None:
         return None
     if config.optimizer.decay_from is not None:
         raise UserError(
-            "--decay_from continues a run that is in --output, and --remote would be another "
-            "run's. Leave --remote out, and copy the directory when the run is done."
+            "--remote does not work with --decay_from, which starts from a run in --output. Leave "
+            "--remote out, and copy the directory when the run is done."
         )
     return RemoteRun(config.saving.remote)
 
@@ -350,14 +354,14 @@ NO_REMOTE: tuple[RemoteRun | None, Fetch] = (None, lambda path: None)
 def open_remote(
     config: RunConfig, derived: dict[str, Any], stack: ExitStack
 ) -> tuple[RemoteRun | None, Fetch]:
-    """The copy of `--remote`, and the function that begins it under the lock of the directory.
+    """Open `--remote`; also return the function that downloads its run into a locked directory.
 
     Args:
-        derived: as for `open_run_directory`.
-        stack: ends the lease.
+        derived: As for `open_run_directory`.
+        stack: Stack that releases the lease.
 
     Raises:
-        UserError: the URL cannot be used.
+        UserError: The URL cannot be used.
     """
     if (remote := _of(config)) is None:
         return NO_REMOTE

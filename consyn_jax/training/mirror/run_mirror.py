@@ -1,7 +1,8 @@
-"""A thread that copies a run directory to a bucket while the run goes on.
+"""A thread that copies a run directory to a bucket during the run.
 
-It only looks at the directory, and nothing waits for it: a checkpoint that has its name is uploaded
-and then marked. A marker comes after the log up to its step, and after the best model up to then.
+The thread only reads the directory, and training never waits for it. When a checkpoint has its
+final name, the thread uploads the log, the models and the checkpoint, and then writes a marker. So
+a marked checkpoint in the bucket always comes with its log and its best model.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from consyn_jax.training.mirror.remote_run import DIGEST, MARKERS, MODELS, Remot
 from consyn_jax.training.run.directory import CHECKPOINTS, ENTRIES, RunDirectory
 from consyn_jax.training.run.model_manifest import MANIFEST
 
-LOOK_S = 1.0  # between two looks for a new checkpoint
-FILES_S = 60.0  # between two uploads of a file that grows, such as the log
-LONGEST_PAUSE_S = 60.0  # after failures; the first pause is a second
-# The end of a run waits for its uploads while they succeed. It gives up after as long as a server
-# needs to restart; what is missing is then uploaded by the next start here.
+LOOK_S = 1.0  # between checks for a new checkpoint
+FILES_S = 60.0  # between uploads of a file that grows, such as the log
+LONGEST_PAUSE_S = 60.0  # limit of the pause after a failure, which doubles with each failure
+# At its end, a run waits for uploads as long as they succeed. It gives up when they have failed for
+# this time, in which a server can restart. The next start on this machine uploads the rest.
 EXIT_S = 120.0
-# Run.json first: it says whose all else is. Links are Weights & Biases' own, which has its copy.
+# run.json is first, because it says which run the other files belong to. wandb/ is left out,
+# because Weights & Biases uploads it.
 PLAIN = (RUN_JSON, *(n for n in ENTRIES if n not in (RUN_JSON, CHECKPOINTS, "wandb", *MODELS)))
 
 
@@ -44,13 +46,14 @@ class _LeaseLost(Exception):
 class RunMirror:
     """Keep the copy of a run up to date until `close`.
 
-    A failure is a warning, and is tried again later; training never waits.
+    A failed upload only causes a warning, and is tried again later. Training never waits.
 
     Args:
-        remote: the copy, whose lease is held.
-        keep: how many of the newest checkpoints to keep there, and multiples of which step.
-        warn, note: called with a sentence, from the thread.
-        moved: called every second while `close` waits.
+        remote: The copy; this process must hold its lease.
+        keep: Number of newest checkpoints to keep in the bucket, and a number of steps: checkpoints
+            at its multiples are kept, too (None for none).
+        warn, note: Functions that the thread calls with a sentence.
+        moved: Function that is called every second while `close` waits.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class RunMirror:
         self._keep, self._warn, self._note, self._moved = keep, warn, note, moved
         self._sent: dict[str, tuple[int, ...]] = {}
         self._models: dict[str, str | None] = {}
-        self._marked: dict[int, str] | None = None  # digests by step; not listed yet
+        self._marked: dict[int, str] | None = None  # digests by step; None until they are read
         self._failing_since: float | None = None
         self._ends_since = 0.0
         self._defect: BaseException | None = None
@@ -102,7 +105,7 @@ class RunMirror:
                 if ends and not self._unmarked():
                     return
             except FileNotFoundError as error:
-                files_at = 0.0  # it was replaced or removed meanwhile, unless the run is over
+                files_at = 0.0  # the run replaced or removed the file, so copy again at once
                 if ends and self._gives_up(error, ends):
                     return
             except (BucketError, OSError) as error:
@@ -116,7 +119,7 @@ class RunMirror:
                 self._stop.wait(pause_s)
 
     def _gives_up(self, error: Exception, ends: bool) -> bool:
-        """Report the first of several failures; whether the end of the run waits no longer."""
+        """Warn of the first failure in a row; return whether to stop waiting at the run's end."""
         place, now = self._remote.place, time.monotonic()
         if self._failing_since is None:
             self._failing_since = now
@@ -129,12 +132,12 @@ class RunMirror:
         return False
 
     def _rest(self) -> str:
-        """The difference between the two copies, as a clause and a sentence."""
+        """Describe what the bucket has, as a clause and a sentence for warnings."""
         newest = max(self._marked or (), default=None)
-        there = "no checkpoint" if newest is None else f"the run to step {newest:,}"
+        there = "no checkpoint" if newest is None else f"the run up to step {newest:,}"
         return (
-            f"it has {there} and not all of {self._path}. The same command uploads the rest from "
-            "here."
+            f"it has {there}, but not all files of {self._path}. The same command uploads the rest "
+            "from here."
         )
 
     def _succeeded(self) -> None:
@@ -143,7 +146,7 @@ class RunMirror:
             self._note(f"Uploads to {self._remote.place} succeed again.")
 
     def _unmarked(self) -> list[int]:
-        """Steps of checkpoints that are to be uploaded, ascending."""
+        """Return the steps of the checkpoints that must be uploaded, ascending."""
         if not self._is_ready():
             return []
         known = self._marked or {}
@@ -152,16 +155,16 @@ class RunMirror:
         return [step for step in steps if step in kept and known.get(step) != self._digest(step)]
 
     def _digest(self, step: int) -> str:
-        """Tell a checkpoint from others of its step, which the run may have taken more than once.
+        """Return a digest that tells a checkpoint from an earlier one of the same step.
 
         Raises:
-            FileNotFoundError: it was removed meanwhile.
+            FileNotFoundError: The checkpoint was removed meanwhile.
         """
         file = self._path / CHECKPOINTS / str(step) / CHECKSUMS
         return hashlib.sha256(file.read_bytes()).hexdigest()
 
     def _is_ready(self) -> bool:
-        """Whether the files in the directory are this run's: they are not at its very beginning."""
+        """Whether the files in the directory belong to this run, and not to an earlier one."""
         if self._directory.lost is not None:
             return False
         try:
@@ -171,13 +174,13 @@ class RunMirror:
         return found is not None and found.run == self._directory.record.run
 
     def _copy(self) -> None:
-        """Upload what is new, once."""
+        """Upload new files, and at most one checkpoint; remove checkpoints that are not kept."""
         if not self._is_ready():
             return
         steps = saved_steps(self._path / CHECKPOINTS)
         if self._marked is None:
             self._marked = self._remote.marked()
-        if steps:  # a run that went back has steps there that its log will not have
+        if steps:  # if the run went back to an earlier step, remove the checkpoints after that step
             here = {step: self._digest(step) for step in steps if step in self._marked}
             marked = self._marked.items()
             self._remove(
@@ -228,7 +231,7 @@ class RunMirror:
                 continue
 
     def _send_model(self, name: str) -> None:
-        """Bring best/ or final/ to what it is here, or remove it."""
+        """Upload best/ or final/ if it has changed; remove it if it no longer exists here."""
         place, mark = self._path / name, f"{name}/{MANIFEST}"
         try:
             manifest = (place / MANIFEST).read_bytes()
@@ -262,10 +265,13 @@ class RunMirror:
         self._marked[step] = digest
 
     def _send_directory(self, place: Path, name: str, besides: str = "") -> set[str]:
-        """Upload all files of a directory that is replaced as a whole, if at all.
+        """Upload all files of a directory, and return their names in the bucket.
+
+        Args:
+            besides: Name of a file to leave out.
 
         Raises:
-            FileNotFoundError: it was replaced or removed meanwhile.
+            FileNotFoundError: The directory was replaced or removed meanwhile.
         """
         before, names = place.stat(), set()
         for file in _files(place):
@@ -290,9 +296,9 @@ class RunMirror:
     # -------------------------------------------------------------------------------------- the end
 
     def close(self) -> None:
-        """Upload the rest, waiting for it as `EXIT_S` says, and end the lease.
+        """Wait until the rest is uploaded, or until uploads fail for `EXIT_S`; release the lease.
 
-        A signal ends the waiting; what it interrupts has ended before.
+        A signal ends the wait. It is not raised again, because the run itself has already ended.
         """
         self._ends_since = time.monotonic()
         self._stop.set()
@@ -304,7 +310,8 @@ class RunMirror:
             if isinstance(stopped, Unsaved):
                 stopped.settle()
             self._warn(
-                f"--remote {self._remote.place} is not waited for after a signal: {self._rest()}"
+                f"After a signal, the run no longer waits for --remote {self._remote.place}: "
+                f"{self._rest()}"
             )
             return
         self._remote.release()
@@ -313,7 +320,7 @@ class RunMirror:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """A file, or the files in a directory, without hidden ones and links."""
+    """Yield a file, or the files in a directory, without hidden files and symbolic links."""
     found = sorted(path.rglob("*")) if path.is_dir() else [path]
     for file in found:
         is_hidden = any(part.startswith(".") for part in file.relative_to(path.parent).parts)
@@ -322,7 +329,7 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def _clause(error: Exception) -> str:
-    """An error as a clause after the name of the bucket."""
+    """Describe an error by a clause that follows the name of the bucket."""
     if isinstance(error, BucketError):
         return str(error)
     refused = error.strerror if isinstance(error, OSError) else None
@@ -334,7 +341,7 @@ def _as_it_is(descriptor: int) -> io.BufferedReader:
 
 
 class _Bounded(io.RawIOBase):
-    """The bytes that a file has now, however it grows while they are read."""
+    """Reads a file up to its size at opening, even if the file grows meanwhile."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor, self._place = descriptor, 0

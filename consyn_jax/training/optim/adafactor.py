@@ -14,8 +14,8 @@ from consyn_jax.optimizer_config import OptimizerOptions
 from consyn_jax.training.optim.groups import Axes, is_matrix, matrix_sides
 from consyn_jax.training.step import is_used
 
-# A matrix with a side shorter than this keeps all of its second moments, which cost little (as in
-# big_vision).
+# Matrices with a side shorter than this are not factored, because their second moments take little
+# memory (as in big_vision).
 SMALLEST_FACTORED = 32
 
 
@@ -36,7 +36,8 @@ def adafactor(options: OptimizerOptions, logical_axes: Params) -> optax.Gradient
             lambda axes, x: x.shape[0] if "layers" in axes else 0, logical_axes, params
         )
         smallest = max(SMALLEST_FACTORED, max(jax.tree.leaves(layers)) + 1)
-        return optax.scale_by_factored_rms(min_dim_size_to_factor=smallest)  # never over the layers
+        # Above the number of layers, so that the axis of layers is never factored.
+        return optax.scale_by_factored_rms(min_dim_size_to_factor=smallest)
 
     def init(params: Any) -> Any:
         return factored(params).init(as_matrices(params))
@@ -56,7 +57,7 @@ def adafactor(options: OptimizerOptions, logical_axes: Params) -> optax.Gradient
 
 
 def _as_matrix(axes: Axes, x: jax.Array) -> jax.Array:
-    """Merge the input and the output dimensions of a matrix, to [(layers,) inputs, outputs]."""
+    """Reshape a matrix to [inputs, outputs], or a stack of them to [layers, inputs, outputs]."""
     if not is_matrix(axes):
         return x
     layers = x.shape[:1] if "layers" in axes else ()

@@ -38,9 +38,8 @@ def _beta2(options: OptimizerOptions) -> Number:
 def _narrow_second_moment(rule: Any, dtype: Any) -> optax.GradientTransformation:
     """Wrap `rule` so that its second moments are stored in `dtype`, with stochastic rounding.
 
-    If they were rounded to nearest, a second moment would stop changing as soon as it changes by
-    less than half of bfloat16's last digit (0.2 %) per step. First moments change faster, and Optax
-    rounds them to nearest.
+    With rounding to nearest, a second moment would freeze once its change per step is below half of
+    bfloat16's last digit (0.2 %). First moments change faster, and Optax rounds them to nearest.
 
     Args:
         rule: Optax transformation whose state has the fields `nu` and `count`.
@@ -63,7 +62,8 @@ def _narrow_second_moment(rule: Any, dtype: Any) -> optax.GradientTransformation
             updates, state._replace(nu=cast(state.nu, jnp.float32)), params
         )
         leaves, tree = jax.tree.flatten(state.nu)
-        key = jax.random.fold_in(jax.random.key(0), state.count)  # a resumed run draws the same
+        # The key depends only on the step and the layer, so a resumed run draws the same numbers.
+        key = jax.random.fold_in(jax.random.key(0), state.count)
         key = key if layer is None else jax.random.fold_in(key, layer)
         keys = jax.random.split(key, len(leaves))
         rounded = [round_stochastically(x, key) for x, key in zip(leaves, keys, strict=True)]
@@ -73,7 +73,7 @@ def _narrow_second_moment(rule: Any, dtype: Any) -> optax.GradientTransformation
 
 
 def round_stochastically(x: Float[Array, "*shape"], key: jax.Array) -> Float[Array, "*shape"]:
-    """Round finite float32 values to bfloat16, randomly up or down, so that the mean stays exact.
+    """Round finite float32 values to bfloat16, randomly up or down; the expected value is exact.
 
     Source: Gupta et al. (2015).
     """

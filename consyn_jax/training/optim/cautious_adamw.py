@@ -1,4 +1,4 @@
-"""Cautious AdamW: Adam, without elements of the update that oppose the gradient in sign."""
+"""Cautious AdamW: Adam that drops elements of its update whose sign differs from the gradient's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from consyn_jax.training.optim.groups import Axes
 
 
 def cautious_adamw(options: OptimizerOptions, logical_axes: Params) -> optax.GradientTransformation:
-    """Optax transformation to Adam's update directions, masked where they would increase the loss.
+    """Optax transformation from gradients to Adam's update directions, masked by their signs.
 
     Source: Liang et al. (2024), algorithm 2. Elements of the direction whose sign differs from that
     of the gradient become 0. If n of d elements remain, they are multiplied by d / (n + 1).

@@ -1,4 +1,4 @@
-"""Groups of parameters, by which weight decay and learning rates can differ."""
+"""Groups of parameters, which can differ in weight decay and learning rate."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def is_block_matrix(axes: Axes) -> bool:
 
 
 def matrix_sides(axes: Axes) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Indices of a matrix's input dimensions, and of its output dimensions.
+    """Return the indices of a matrix's input dimensions, and of its output dimensions.
 
-    One of the two sides is the rank of an adapter; in a matrix without one, it is the residual
+    In a matrix of an adapter, one side is the rank. In other matrices, one side is the residual
     stream.
 
     >>> matrix_sides(("layers", "embed", "heads", "head_dim"))
@@ -100,8 +100,9 @@ def mup_rates(config: ModelConfig, options: OptimizerOptions, logical_axes: Para
     """Return a tree like `logical_axes` with muP's learning-rate factors; None without muP."""
     if options.base is None:
         return None
-    # An orthogonal update is as large in all directions, not in a few as Adam's: its largest
-    # singular value grows with the root of the width (Yang, Simon and Bernstein, 2023).
+    # The factors are for Adam, whose update is large in a few directions. An orthogonal update is
+    # equally large in all directions, so its largest singular value grows only with the square root
+    # of the width (Yang, Simon and Bernstein, 2023).
     orthogonal = (config.hidden_dim / options.base.hidden_dim) ** 0.5
 
     def rate(axes: Axes, factors: MupFactors) -> float:
@@ -133,7 +134,7 @@ def describe_groups(options: OptimizerOptions, shapes: Params, logical_axes: Par
     groups = parameter_groups(logical_axes)
     if options.base is not None:
         base = options.base
-        parts.append(f"rates by muP for {base.hidden_dim} wide, {base.num_layers} layers")
+        parts.append(f"rates by muP from a model {base.hidden_dim} wide, {base.num_layers} layers")
     for name, factor in parse_multipliers(options.lr_multipliers).items():
         members = jax.tree.map(lambda group, name=name: group == name, groups)
         parts.append(f"{name} at {factor:g} x the rate: {count(members)}")

@@ -19,8 +19,8 @@ from consyn_jax.optimizer_config import OptimizerOptions
 from consyn_jax.training.optim.adam import adam
 from consyn_jax.training.optim.groups import is_block_matrix, matrix_sides
 
-# The root mean square of AdamW's updates, so that one rate and one decay suit both (Liu et al.,
-# 2025, section 2.2).
+# Updates get the root mean square of AdamW's updates, so that one learning rate and one weight
+# decay suit both optimizers (Liu et al., 2025, section 2.2).
 UPDATE_RMS = 0.2
 ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)  # Jordan et al. (2024)
 
@@ -40,7 +40,7 @@ def muon(options: OptimizerOptions, logical_axes: Params) -> optax.GradientTrans
         logical_axes,
     )
     directions = optax.chain(
-        scale_by_muon(  # momentum and its norm; the iterations follow, for all matrices together
+        scale_by_muon(  # momentum, normalised; `_orthogonal` then does the Newton-Schulz iterations
             ns_steps=0,
             beta=options.momentum_decay,
             mu_dtype=jnp.dtype(options.moment_dtype),
@@ -52,12 +52,14 @@ def muon(options: OptimizerOptions, logical_axes: Params) -> optax.GradientTrans
 
 
 def _orthogonal(updates: Any, numbers: Any) -> Any:
-    """Orthogonalise matrices of norm 1: on GPUs in bfloat16, those of equal shape at once.
+    """Orthogonalise matrices of norm 1.
 
-    CPUs multiply float32 faster than bfloat16, and matrices one by one as fast as together.
+    On GPUs, this is done in bfloat16, with one batch for all matrices of a shape. CPUs multiply
+    float32 faster than bfloat16, and gain nothing from larger batches.
 
     Args:
-        updates: Arrays of all layers.
+        updates: Normalised momenta; each array has all layers of a parameter.
+        numbers: Input and output dimensions of each array.
     """
     leaves, tree = jax.tree.flatten(updates)
     of_leaves = jax.tree.leaves(numbers, is_leaf=lambda n: isinstance(n, MuonDimensionNumbers))
@@ -78,12 +80,12 @@ def _orthogonal(updates: Any, numbers: Any) -> Any:
 
 
 def _wide(x: Float[Array, "n r c"]) -> Float[Array, "n R C"]:
-    """Transpose matrices with more rows than columns, whose products are then smaller."""
+    """Transpose matrices with more rows than columns, so that x @ x.T is smaller."""
     return x if x.shape[1] <= x.shape[2] else x.mT
 
 
 def _together(matrices: list[jax.Array]) -> list[jax.Array]:
-    """Orthogonalise [n, r, c] in bfloat16, with one product for all matrices of a shape."""
+    """Orthogonalise arrays [n, r, c] in bfloat16, with one batch for all matrices of a shape."""
     found = list(matrices)
     for shape in dict.fromkeys(x.shape[1:] for x in matrices if x.size):
         members = [i for i, x in enumerate(matrices) if x.shape[1:] == shape]
@@ -96,7 +98,7 @@ def _together(matrices: list[jax.Array]) -> list[jax.Array]:
 
 
 def _newton_schulz(x_nrc: Float[Array, "n r c"]) -> Float[Array, "n r c"]:
-    """Iterate on matrices of norm 1, of which each device has its share."""
+    """Apply the Newton-Schulz iterations to n matrices of norm 1, divided among the devices."""
     n, sizes = x_nrc.shape[0], mesh_sizes()
     if x_nrc.size == 0:
         return x_nrc

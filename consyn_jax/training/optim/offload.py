@@ -1,4 +1,4 @@
-"""Optimizer offload: moments are in host memory, and are moved to the device layer by layer."""
+"""Optimizer offload: keep the moments in host memory, and move them to devices layer by layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from consyn_jax.training.optim.skip_nonfinite import updates_state
 from consyn_jax.training.optim.state import of_parameters
 from consyn_jax.training.step import Metrics, TrainState, Update
 
-# Kinds of arrays: a parameter stacked over layers, another parameter, or of no parameter.
+# Kinds of arrays: for a parameter stacked over layers, for another parameter, for no parameter.
 LAYERS, REST, SHARED = "layers", "rest", "shared"
 
 
@@ -29,9 +29,9 @@ def check_offload(optimizer: str, dtype: Any, platform: str) -> None:
         platform: Platform of the devices, as in `jax.Device.platform`.
 
     Raises:
-        UserError: The run computes in float16, where the loss scale keeps a copy of the whole state
-            until it is known whether the step is skipped; or it runs on TPUs, for which the update
-            does not compile.
+        UserError: The run is on TPUs, for which the update does not compile; or the optimizer needs
+            all layers at once; or the run computes in float16, whose loss scale needs a copy of the
+            whole state.
     """
     if platform == "tpu":
         raise UserError(
@@ -82,7 +82,7 @@ class _Part(NamedTuple):
         return jax.lax.dynamic_slice_in_dim(x, self.number, 1) if kind == LAYERS else x
 
     def paste(self, kind: str, x: jax.Array, new: jax.Array) -> jax.Array:
-        """Write the slice back; arrays of no parameter change only with those outside layers."""
+        """Write the slice back. Arrays of no parameter change only in the part without layers."""
         if (kind == LAYERS) != (self.kind == LAYERS):
             return x
         if kind == LAYERS:
@@ -95,7 +95,7 @@ def layerwise_update(rule: optax.GradientTransformation, layout: Layout) -> Upda
 
     The moments of `rule` are in host memory. The device holds those of one layer at a time, or
     those of all parameters outside the layers. In each call, the rule gets a tree with the
-    structure of the whole model, where arrays that are not updated have size 0; so its update of a
+    structure of the whole model, where arrays that are not updated have size 0. So its update of a
     layer must not depend on other layers. A step that does not change the state moves nothing.
     """
     rule = optax.with_extra_args_support(rule)

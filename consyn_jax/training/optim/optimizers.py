@@ -33,7 +33,7 @@ def _lion(options: OptimizerOptions, _: Params) -> optax.GradientTransformation:
 
 
 def _sgd(options: OptimizerOptions, _: Params) -> optax.GradientTransformation:
-    """Optax transformation from gradients to their accumulated sum with momentum."""
+    """Optax transformation from gradients to their momentum; without momentum, the identity."""
     if not is_used(options.momentum_decay):
         return optax.identity()
     dtype = jnp.dtype(options.moment_dtype)
@@ -71,7 +71,7 @@ def build_optimizer(
         schedule: Learning rate as a function of the step.
         rate_factors: muP's factor of each parameter, in the structure of `logical_axes`; None
             without muP.
-        multipliers: Multiplier of the learning rate, by group; None for those of the options.
+        multipliers: Multiplier of the learning rate by group; None for `options.lr_multipliers`.
 
     Raises:
         UserError: `--lr_multipliers` names a group that the model does not have.
@@ -87,7 +87,7 @@ def build_optimizer(
         parts.append(_multiplied(rate_multipliers(multipliers, logical_axes)))
     rule = optax.chain(*parts, optax.scale_by_learning_rate(schedule))
     if options.rule.averages_weights:
-        # This wrapper counts from 1, and the rule inside from 0.
+        # `schedule_free` counts steps from 1, but schedules count from 0.
         rate = (lambda count: schedule(count - 1)) if callable(schedule) else schedule
         rule = schedule_free(rule, rate, b1=options.beta1)
     return optax.chain(rule, scale_by_plateau()) if options.scheduler == "plateau" else rule
@@ -102,7 +102,7 @@ def lr_warning(lr: float, optimizer: str, from_weights: bool, factor: float = 1.
     """Warn if the peak rate is too low for training from scratch, or too high for fine-tuning.
 
     Args:
-        factor: Multiplies the usual rates; above 1 for an adapter.
+        factor: Factor by which the usual rates are multiplied; above 1 for an adapter.
 
     >>> lr_warning(3e-5, "adamw", from_weights=False)
     '--lr 3e-05 is low for training from scratch with adamw; 5e-05 or more is usual. Rates as low as

@@ -84,11 +84,11 @@ class ScheduleRule(NamedTuple):
     """An entry of the table of schedules.
 
     Attributes:
-        shape: Function for the time after warm-up, which falls from 1 to 0.
+        shape: Function that returns the rate after warm-up: 1 for the peak, 0 for the lowest rate.
         has_warmup: Whether the schedule begins with warm-up; otherwise it begins at the peak.
         has_floor: Whether the lowest rate is set by `--min_lr_ratio`; otherwise it is 0.
-        decays_late: Whether only the last fraction `--decay_ratio` of the run is a decay; otherwise
-            all steps after warm-up are.
+        decays_late: Whether the rate decays only in the last fraction `--decay_ratio` of the run;
+            otherwise it decays from the end of warm-up.
     """
 
     shape: Shape
@@ -155,8 +155,9 @@ def build_schedule(options: OptimizerOptions, total_steps: int) -> optax.Schedul
 class RatesAhead:
     """Learning rates by the number of updates, computed on the host for many updates at once.
 
-    One rate takes a dozen calls of JAX, which on a CPU wait for the running step. Blocks begin at
-    multiples of their length, so a resumed run has the same rates to the last bit.
+    Computing one rate takes a dozen calls of JAX, which on a CPU wait for the running step. Blocks
+    of rates begin at multiples of their length, so a resumed run has the same rates to the last
+    bit.
     """
 
     def __init__(self, schedule: optax.Schedule) -> None:
@@ -174,7 +175,7 @@ class RatesAhead:
 
 
 def _host() -> jax.Device | None:
-    """The CPU device, which is free while a GPU computes; None if JAX_PLATFORMS excludes it."""
+    """Return the CPU device, which is free while a GPU computes; None without JAX's CPU backend."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
@@ -182,7 +183,7 @@ def _host() -> jax.Device | None:
 
 
 def decay_end(decay_from: int, decay_ratio: float) -> int:
-    """Return the last step of a run whose last fraction `decay_ratio` begins at `decay_from`.
+    """Return the last step of a run that decays from `decay_from`, for `decay_ratio` of its steps.
 
     >>> decay_end(800, 0.2)
     1000
@@ -271,7 +272,7 @@ class Plateau:
     cooling: int = 0
 
     def update(self, metric: float) -> float:
-        """Take the value of an evaluation, and return the scale from now on.
+        """Process the metric of an evaluation, and return the new `scale`.
 
         A non-finite value never counts as an improvement.
         """

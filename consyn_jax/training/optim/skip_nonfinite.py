@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool
 
 from consyn_jax.training.step import Batch, Metrics, Step, TrainState
 
-HALTED = -1  # the `nonfinite` of a state that no step changes any more
+HALTED = -1  # value of `TrainState.nonfinite` in a frozen state
 
 
 def is_finite(metrics: Metrics) -> Bool[Array, ""]:
@@ -31,16 +31,16 @@ def skip_nonfinite(step: Step, limit: int, keeps_state: bool = False) -> Step:
 
     A step whose loss or gradient norm is not finite leaves the parameters and the optimizer's state
     unchanged, and is counted. After `limit` such steps in a row, the state is frozen: the last of
-    these steps and all later ones return the state before it. So the host can still examine this
-    state, although it reads metrics a step late. Overflows that a smaller loss scale may cure do
-    not count (training/precision.py), except at the smallest scale.
+    these steps and all later steps return the state before that step. So the host can still examine
+    this state, although it reads metrics a step late. In float16, overflows do not count while the
+    loss scale can still be lowered (training/precision.py).
 
     Two metrics change. `nonfinite` is the number of consecutive non-finite steps up to this one,
     and 0 for a finite step. `clipped` is 0 for a non-finite step.
 
     Args:
-        keeps_state: Whether `step` already keeps the parameters and the optimizer's state when
-            `updates_state` is false; a selection here would need memory for two copies of them.
+        keeps_state: Whether `step` itself keeps the parameters and the optimizer's state when
+            `updates_state` is false. To select them here would need memory for two copies.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -34,7 +34,7 @@ def scale_by_plateau() -> optax.GradientTransformation:
 
 
 def with_rate_scale(opt_state: optax.OptState, scale: float) -> optax.OptState:
-    """Replace the factor of the learning rate; its sharding stays, as the compiled step expects."""
+    """Replace the factor of `scale_by_plateau`; keep its sharding for the compiled step."""
 
     def replace(part: Any) -> Any:
         if not isinstance(part, RateScale):
@@ -47,8 +47,8 @@ def with_rate_scale(opt_state: optax.OptState, scale: float) -> optax.OptState:
 def with_update_count(step: Step) -> Step:
     """Wrap `step` so that its metrics include `updates`, the number of updates before the step.
 
-    The number is the optimizer's own count, which does not include skipped steps. The learning rate
-    is not a metric, because it would change the order and the memory of the compiled update.
+    The number is the optimizer's own count, which does not include skipped steps. The step does not
+    return the learning rate instead, because that would change how XLA compiles the update.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

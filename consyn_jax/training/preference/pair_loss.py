@@ -1,10 +1,10 @@
 """The loss of direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290).
 
 A row [2T] of a batch has the chosen sequence in its first half, and the rejected one in its second.
-The log-probability of an answer is the sum over its tokens. The reference is the log-probability of
-the answer under the model that the run started from. The reward of an answer is beta times the
-difference of the two. The loss of a pair is -log sigmoid(reward of the chosen answer - reward of
-the rejected answer), as in TRL's `DPOTrainer` with `loss_type="sigmoid"`.
+The log-probability of an answer is the sum over its tokens. Its reference is its log-probability
+under the model that the run started from. Its reward is beta x (log-probability - reference). The
+loss of a pair is -log sigmoid(reward of the chosen answer - reward of the rejected answer), as in
+TRL's `DPOTrainer` with `loss_type="sigmoid"`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class PairSums(NamedTuple):
         return self.pairs
 
     def means(self, terms: Any) -> dict[str, Any]:
-        """The metrics as means over `terms` pairs, with the names that TRL uses."""
+        """Return the metrics, as means over `terms` pairs, with the names that TRL uses."""
         return {
             "loss": self.loss / terms,
             "rewards/chosen": self.chosen_rewards / terms,
@@ -68,7 +68,7 @@ class PairSums(NamedTuple):
 def pair_objective(
     log_probs_B2: Float[Array, "B 2"], batch: dict[str, Any], beta: float
 ) -> tuple[Float[Array, ""], PairSums]:
-    """The loss summed over the pairs of a micro-batch, and the sums to report.
+    """Compute the loss, summed over the pairs of a micro-batch, and the sums to report.
 
     Args:
         batch: Arrays of the micro-batch, with the reference of each pair. A row without targets is
@@ -95,7 +95,7 @@ def pair_objective(
 
 
 def num_terms(batch: dict[str, Any]) -> Float[Array, ""]:
-    """Number of terms in the objective of a batch: its pairs, or its target tokens."""
+    """Return the number of terms in the objective of a batch: its pairs, or its target tokens."""
     counted = batch["loss_mask"]
     if CHOSEN_REFERENCE in batch:
         counted = jnp.any(counted, axis=-1)
@@ -110,7 +110,7 @@ def answer_log_probs(
     vocab_size: int,
     chunks: Chunks,
 ) -> Float[Array, "B 2"]:
-    """Log-probability of each answer: the sum over the tokens whose mask is true."""
+    """Compute the log-probability of each answer: the sum over the tokens whose mask is true."""
     token_BT = token_log_probs(x_BTD, head_VD, labels_BT, vocab_size, chunks)
     B, T = labels_BT.shape
     return jnp.sum(jnp.where(mask_BT, token_BT, 0.0).reshape(B, 2, T // 2), axis=-1)
@@ -124,7 +124,7 @@ def token_log_probs(
     vocab_size: int,
     chunks: Chunks,
 ) -> Float[Array, "B T"]:
-    """Log-probability of each label under the logits `x @ head.T`, in float32.
+    """Compute the log-probability of each label under the logits `x @ head.T`, in float32.
 
     Neither the forward nor the backward pass holds the logits of all tokens. The backward pass
     computes them again, because the gradient of a token depends on its whole sequence.
@@ -145,13 +145,13 @@ def _forward(x: Any, head: Any, labels: Any, vocab_size: int, chunks: Chunks) ->
 @jax.named_scope("head")
 def _backward(vocab_size: int, chunks: Chunks, saved: Any, cotangent_BT: jax.Array) -> Any:
     x, head, labels = saved
-    # The weights are brought to at most 1, so that a loss scale does not overflow float16.
+    # The weights are divided by the largest, so that a loss scale in them cannot overflow float16.
     largest = jnp.max(jnp.abs(cotangent_BT))
     weights_BT = -cotangent_BT / jnp.where(largest > 0, largest, 1.0)
     _, dx, dhead = on_mesh(
         x, head, labels, weights_BT, vocab_size, Extras(), chunks, with_gradients=True
     )
-    dhead = None if dhead is None else dhead * largest  # it is frozen
+    dhead = None if dhead is None else dhead * largest  # None for a frozen head
     return (dx * largest).astype(x.dtype), dhead, None
 
 

@@ -1,7 +1,8 @@
-"""The reference log-probabilities of a DPO run: those of all answers under the initial model.
+"""The reference of a DPO run: the log-probability of each answer under the initial model.
 
-They are computed once, before step 1, by the same program as in the training step, and are written
-to the run directory. A resumed run reads them from there, because its model has been trained since.
+It is computed once, before step 1, by the same computation as in the training step, and is written
+to the run directory. A resumed run reads it from there, because its model is no longer the initial
+one.
 """
 
 from __future__ import annotations
@@ -49,17 +50,17 @@ def make_ready(
 ) -> None:
     """Load the reference log-probabilities of a run's pairs, or compute them.
 
-    For other objectives than DPO, nothing is done. Every process of a run must call this function.
+    Do nothing if the objective is not DPO. Every process of a run must call this function.
 
     Args:
-        inputs: Inputs of the run; `derived` identifies the data, the tokenizer and the initial
-            weights.
+        inputs: Inputs of the run; `derived` identifies data, tokenizer and initial weights.
         run: Configuration of the run, with micro-batches that fit the devices.
         path: The run directory.
         params: Parameters of the initial model; None for a resumed run.
         base: Frozen weights of the initial model.
-        before_write: Called before the file is written; None to write no file.
-        tick, note: `tick` is called before every batch, `note` with a message before the first.
+        before_write: Function that is called before the file is written; None to write no file.
+        tick: Function that is called before every batch.
+        note: Function that is called with a message before the first batch.
         splits: Names of the splits whose pairs are needed.
 
     Raises:
@@ -79,7 +80,7 @@ def make_ready(
         raise UserError(f"{fault} {RESTORE}")
     if fault:
         total = sum(counts.values())
-        note(f"First, the log-probabilities of {total:,} pairs under the initial model.")
+        note(f"Before step 1: log-probabilities of {total:,} pairs under the initial model.")
         found = {n: _compute(program, run, s, params, base, tick) for n, s in given.items()}
         if before_write is not None and is_first():
             before_write()
@@ -89,7 +90,7 @@ def make_ready(
 
 
 def _look(file: Path, key: str, counts: Mapping[str, int]) -> tuple[Found, str]:
-    """Read the references in a run's file; also return why a process cannot read it, or ""."""
+    """Read a run's reference file; also return why any process cannot read it, or ""."""
     found: Found = {}
     fault = ""
     try:
@@ -116,7 +117,7 @@ def ready_to_evaluate(inputs: RunInputs, path: Path) -> None:
 
 
 def _pairs(source: BatchSource) -> list[PairDataset]:
-    """The datasets of pairs of a source, in the order in which an evaluation reads them."""
+    """Return a source's datasets of pairs, in the order in which an evaluation reads them."""
     dataset = source.dataset if isinstance(source, IndexedBatches) else None
     mixed = getattr(dataset, "sources", None)
     found = [dataset] if mixed is None else [one.packed for one in mixed.values()]
@@ -135,7 +136,7 @@ def _set(source: BatchSource, reference: Float32[np.ndarray, "n 2"] | None) -> N
 
 
 def _key(program: Program, run: RunConfig, derived: Mapping[str, Any]) -> str:
-    """Hash of everything that determines the reference, except for the order of sums."""
+    """Hash everything that determines the reference, except for the order of additions."""
     content = {name: derived.get(name) for name in ("data", "validation", "tokenizer", "weights")}
     content |= {
         "length": run.length,
@@ -159,9 +160,9 @@ def _compute(
     step = program.lower_forward(
         lambda params, batch: program.log_probs(params, batch, batch.get(BASE)),
         {name: like[name] for name in BATCH_DTYPES},
-        NamedSharding(program.mesh, PartitionSpec()),  # every process gets all of the result
+        NamedSharding(program.mesh, PartitionSpec()),  # every process gets all results
     ).compile()
-    gather("compiled")  # a collective waits only for a short time
+    gather("compiled")  # else the step's collectives could time out while others compile
     batches = source.evaluation(batch_size, local_rows(program.mesh, batch_size))
     with prefetch(batches, transform=placer(program.mesh, EVAL_AXES)) as ready:
         for batch in ready:

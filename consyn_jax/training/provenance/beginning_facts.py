@@ -1,4 +1,4 @@
-"""The facts about a run at its start, including the history of earlier starts."""
+"""Facts about a run at its start, including its earlier starts."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _history(
 ) -> tuple[dict[str, Any], list[Any]]:
     """Return the record of the initial weights, and the starts that led to the state at `step`.
 
-    A resumed run copies the record from its first start, because the weights may have moved since.
+    A resumed run copies the record of its first start, because the weights' files may have moved.
     """
     branches = run.optimizer.decay_from == step
     place = (Path(run.saving.output) if branches else path) / CHECKPOINTS / str(step)
@@ -105,7 +105,7 @@ def _history(
         return _initial_weights(run, derived), []
     try:
         found = read_facts(place)
-    except UserError:  # restoring it verifies its checksums and reports the damage
+    except UserError:  # the file is damaged, which the restore of the checkpoint reports
         found = None
     if found is None:
         return _initial_weights(run, derived), [{"step": 0, "code": None, "by": NO_RECORD}]

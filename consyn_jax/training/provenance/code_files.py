@@ -29,7 +29,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40,64}")
 
 @cache
 def code_digests() -> dict[str, str]:
-    """Path of each Python file in this package -> SHA-256."""
+    """Return the SHA-256 of each Python file in this package, by path."""
     return {
         file.relative_to(PACKAGE).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(PACKAGE.rglob("*.py"))
@@ -47,7 +47,7 @@ def combined(digests: dict[str, str]) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python, of this package, and of the libraries that do the computation."""
+    """Return the versions of Python, of this package, and of the libraries that compute."""
     found = {"python": platform.python_version(), "consyn_jax": consyn_jax.__version__}
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
@@ -56,7 +56,7 @@ def library_versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The Git commit of this package's code; None if unknown.
+    """Return the Git commit of this package's code; None if unknown.
 
     If the package was installed from a repository, `direct_url.json` (PEP 610) has the commit. In a
     working tree, `.git` has it. Uncommitted changes are visible only in the hashes of the files.
@@ -72,10 +72,10 @@ def commit() -> str | None:
 
 
 def _commit_of_tree(git: Path) -> str | None:
-    """The commit that is checked out in a repository.
+    """Return the commit that is checked out in a repository.
 
     Args:
-        git: The path `.git`. In a linked working tree, it is a file that contains the path of the
+        git: The path `.git`. In a linked working tree, it is a file with the path of the Git
             directory.
     """
     if git.is_file():

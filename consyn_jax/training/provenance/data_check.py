@@ -103,13 +103,13 @@ def changed_sources(entries: Iterable[dict[str, Any]]) -> dict[str, str]:
 
 def _source_fault(entry: dict[str, Any], file_hash: Callable[[Path], str]) -> str:
     name, kind, digests = entry["name"], entry["kind"], entry["sha256"]
-    if not digests or kind not in READERS:  # a dataset of the Hub, whose name has its commit
+    if not digests or kind not in READERS:  # Hub datasets cannot change: their names have a commit
         return ""
     source = Source(name, kind)
     then = "since the data was prepared; the documents shown are from before the change."
     if kind == SAMPLE:
         is_same = source.reader.identity(name, str)[-1] == digests
-        return "" if is_same else f"The sample of this Python has changed {then}"
+        return "" if is_same else f"The text of --data sample, from this Python, has changed {then}"
     faults, missing = changed_files(dict(zip(source.files, digests, strict=False)), file_hash)
     if missing or len(source.files) != len(digests):
         return f"{name} does not exist here, so it cannot be compared with what was prepared."
@@ -128,8 +128,8 @@ def _check_sources(sources: list[dict[str, Any]], directory: Path, found: Findin
             files = source.files if entry["kind"] in READERS else ()
             if not files and entry["kind"] == SAMPLE:
                 if source.reader.identity(source.name, str)[-1] != digests:
-                    found.differs.append("data: the sample of this Python is not that of the run")
-            elif len(files) != len(digests):  # it is gone, or it is on the Hub
+                    found.differs.append("data: --data sample is another text in this Python")
+            elif len(files) != len(digests):  # the source no longer exists here, or is on the Hub
                 missing.append(Path(entry["name"]))
             else:
                 expected |= dict(zip(files, digests, strict=True))

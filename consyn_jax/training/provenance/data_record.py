@@ -22,8 +22,8 @@ from consyn_jax.data.store.token_store import TokenStore, fingerprint_of
 from consyn_jax.errors import UserError
 from consyn_jax.training.checkpointing.checkpoint_files import PROVENANCE
 
-LISTED_SOURCES = 200  # sources recorded for a store; its sources.json lists all
-# Kinds of order: one shuffled data set, a mixture of several, or one that is not recorded.
+LISTED_SOURCES = 200  # at most this many sources per store are recorded; sources.json lists all
+# Kinds of order: one shuffled dataset, a mixture of several, or an order that is not recorded.
 ONE, MIXTURE, UNKNOWN = "one", "mixture", "unknown"
 
 
@@ -110,7 +110,7 @@ def open_order(record: dict[str, Any], place: Path) -> Order:
         place: Directory with the record, for messages.
 
     Raises:
-        UserError: The data is missing or has changed, or was neither in stores nor in files.
+        UserError: The data is missing or has changed, or the record names no data.
     """
     if record["order"] not in (ONE, MIXTURE):
         raise UserError(
@@ -155,9 +155,9 @@ def _open_stores(source: dict[str, Any]) -> StoreSplit:
         store = TokenStore(directory)
         if store.fingerprint != entry["fingerprint"]:
             raise UserError(
-                f"The token store {directory} has changed since the run: its fingerprint is "
-                f"{store.fingerprint[:16]}, and was {entry['fingerprint'][:16]}. Restore the store "
-                "of the run."
+                f"The token store {directory} has changed since the run: its fingerprint was "
+                f"{entry['fingerprint'][:16]}, and is now {store.fingerprint[:16]}. Restore the "
+                "store of the run."
             )
         shards += store.split(source["split"]).shards
     return StoreSplit(shards)

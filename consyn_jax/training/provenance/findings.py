@@ -1,4 +1,4 @@
-"""The findings of a verification."""
+"""The findings of a verification: what differs from the records, and what agrees."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Findings:
     Attributes:
         differs: Differences. Each line begins with the kind of thing, as in "data: ...".
         unchecked: Things that could not be checked, with the reason.
-        agrees: Things that agree, in the form of `differs`.
+        agrees: Things that agree. Lines have the form of those in `differs`.
     """
 
     differs: list[str] = field(default_factory=list)
@@ -76,7 +76,7 @@ class Findings:
 
 
 def sha256_of(file: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Return the SHA-256 of a file, in hexadecimal digits."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
@@ -90,7 +90,7 @@ def changed_files(
         sha256: Function that returns the SHA-256 of a file, computed or from a cache.
 
     Returns:
-        A clause about each file that differs or cannot be read; and the files that do not exist.
+        A clause about each file that differs or cannot be read, and the files that do not exist.
     """
 
     def look(item: tuple[Path, str]) -> str | None:

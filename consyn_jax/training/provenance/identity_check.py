@@ -1,4 +1,4 @@
-"""Compare the identity of a run in run.json with that in its record and its log."""
+"""Compare the identity of a run in run.json with those in provenance.json and in the log."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def check_identity(place: Path, facts: dict[str, Any] | None, found: Findings) -
         facts: Record of the run; None if there is none that can be read.
 
     Returns:
-        The identity that checkpoints must have: from the record if there is one, otherwise from
-            run.json; None if unknown.
+        The identity that checkpoints must have: from provenance.json if there is one, otherwise
+        from run.json; None if unknown.
     """
     before, owner = len(found.differs), _owner(place, facts, found)
     if owner is None:
@@ -63,13 +63,13 @@ def _check_log(place: Path, owner: RunRecord, found: Findings) -> None:
     ends = max((line["step"] for line in lines), default=0)
     if ends < newest:
         found.differs.append(
-            f"identity: {log} ends at step {ends:,}, and the newest checkpoint is of step "
+            f"identity: {log} ends at step {ends:,}, but the newest checkpoint is of step "
             f"{newest:,}"
         )
 
 
 def _newest(checkpoints: Path) -> int:
-    """The newest step in the records of all checkpoints, whatever their names; 0 for none."""
+    """Return the newest step in any checkpoint's run.json, whatever its directory's name, or 0."""
     if checkpoints.is_symlink() or not checkpoints.is_dir():
         return 0
     places = (checkpoints / str(step) for step in saved_steps(checkpoints))
@@ -92,7 +92,7 @@ def _owner(place: Path, facts: dict[str, Any] | None, found: Findings) -> RunRec
         return RunRecord(run, "")
     if record.run != run:
         found.differs.append(
-            f"identity: {file} has that of run {short(record.run)}, and {PROVENANCE} that of run "
+            f"identity: {file} is of run {short(record.run)}, but {PROVENANCE} is of run "
             f"{short(run)}"
         )
     else:

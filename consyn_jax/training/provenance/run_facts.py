@@ -25,7 +25,7 @@ from consyn_jax.training.provenance.code_files import (
 )
 
 FORMAT = 1
-LARGEST = 1 << 26  # bytes of a provenance.json
+LARGEST = 1 << 26  # maximum size of a provenance.json, in bytes
 TEXT_OR_NONE, WHOLE_OR_NONE = (str, type(None)), (int, type(None))
 _SOURCE = {
     "item": str,
@@ -70,7 +70,7 @@ FLAGS_OF_COMPILERS = (
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Facts about a run that are known when it starts.
+    """The facts about a run that are known when it starts.
 
     Attributes:
         facts: Content of provenance.json, without the step and the hashes of the weights.
@@ -87,7 +87,7 @@ class RunFacts:
         return json.dumps({"format": FORMAT, **about, **self.facts}, indent=1) + "\n"
 
     def made_with(self) -> list[tuple[str, str]]:
-        """Rows of name and value with the versions and the commit of the newest start."""
+        """Make rows (name, value) of the versions and the commit of the newest start."""
         return made_with(self.facts)
 
     def of_checkpoint(self, step: int, files: Mapping[str, str]) -> str:
@@ -145,14 +145,14 @@ def record_start(step: int, code: str, mesh: Mapping[str, int], devices: Sequenc
 
 
 def made_with(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Rows of name and value with the versions and the commit of the newest start in a record."""
+    """Make rows (name, value) of the versions and the commit of the newest start in a record."""
     versions = facts["starts"][-1].get("versions") or {} if facts["starts"] else {}
     said = ", ".join(f"{name} {version}" for name, version in versions.items())
     return [("versions", said), ("commit", str(facts["code"].get("commit") or "unknown"))]
 
 
 def digests_of(directory: Path, leave_out: Collection[Path] = ()) -> dict[str, str]:
-    """Name of each file in a directory -> SHA-256.
+    """Return the SHA-256 of each file in a directory, by relative path.
 
     Hidden files are left out. So are large sparse files, which no run writes.
     """
@@ -185,7 +185,7 @@ def read_facts(directory: Path) -> dict[str, Any] | None:
             f"{place} is damaged: it {parse_fault(error)}. Restore it from a copy."
         ) from error
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        raise UserError(f"{place} is not of a format that this version knows. Restore it.")
+        raise UserError(f"{place} has a format that this version does not know. Restore a copy.")
     if fault := _fault(facts, SHAPE, ""):
         raise UserError(f"{place} is damaged: {fault}. Restore it from a copy.")
     return facts

@@ -1,4 +1,4 @@
-"""Compare a run or a model with its records, by computing all hashes again."""
+"""Compare a run, a checkpoint or a model with its records, by computing all hashes again."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from consyn_jax.training.run.model_manifest import (
 )
 
 MODELS = ("best", "final")
-# Entries of a run in which a link or a pipe is noticed by what reads them.
+# Entries of a run that are read, and whose checks report links and pipes themselves.
 READ = (CONFIG, PROVENANCE, RUN_JSON, FILE_NAME, TOKENIZER, CHECKPOINTS, *MODELS)
 # Facts that all starts of a run share; its stores and files may move between starts.
 LASTING: dict[str, tuple[str, ...]] = {
@@ -89,7 +89,7 @@ def _state_sums(place: Path) -> dict[str, str]:
 
 
 def _damages(place: Path) -> list[str]:
-    return list(filter(None, [damage(place)]))  # a file that is not listed is one
+    return list(filter(None, [damage(place)]))  # `damage` also reports files without a checksum
 
 
 CHECKPOINT = Saved(CHECKSUMS, _damages, lambda place: (), _state_sums)
@@ -120,7 +120,7 @@ def verify_directory(place: Path) -> Findings:
         )
     if facts is None:
         found.unchecked.append(
-            f"code, data, configuration: {place} has no {PROVENANCE} that can be read"
+            f"code, data, configuration: not compared, as {place} has no readable {PROVENANCE}"
         )
         return found
     _check_code(facts, found)
@@ -226,7 +226,7 @@ def _check_saved(
     own, before = None, len(found.differs) if before is None else before
     with found.checking("weights", place):
         if kind is MODEL and not os.path.lexists(place / MANIFEST):
-            if os.path.lexists(place / PROVENANCE):  # they were written together
+            if os.path.lexists(place / PROVENANCE):  # the two files were written together
                 found.differs.append(f"weights: {place / MANIFEST} is missing")
             else:
                 found.unchecked.append(f"weights: {place} has no {MANIFEST}")
@@ -259,7 +259,7 @@ def _compare_record(
     if own.get("weights", {}).get("digest") != weights:
         found.differs.append(f"weights: {place / PROVENANCE} is about other weights")
     if facts is not None:
-        # A record of an earlier start agrees only in the facts that all starts share.
+        # A record of an earlier start need agree only in the facts that all starts share.
         if own["starts"] != facts["starts"]:
             own, facts = _lasting(own), _lasting(facts)
         found.differs += [
@@ -270,7 +270,7 @@ def _compare_record(
 
 
 def _lasting(facts: dict[str, Any]) -> dict[str, Any]:
-    """The part of a record that is the same for all starts of the run."""
+    """Return the part of a record that is the same for all starts of the run."""
     return {
         key: {name: facts[key].get(name) for name in names} if names else facts.get(key)
         for key, names in LASTING.items()
@@ -326,7 +326,7 @@ def _check_configuration(file: Path, recorded: dict[str, Any], found: Findings) 
     lasting = [name for name in values if name not in PER_START_FLAGS and name in known]
     changed = [name for name in lasting if now.get(name) != values[name]]
     found.differs += [
-        f"configuration: {file} has {name} {now.get(name)!r:.60}, and the run had "
+        f"configuration: {file} has {name} {now.get(name)!r:.60}, but the run had "
         f"{values[name]!r:.60}"
         for name in changed
     ]

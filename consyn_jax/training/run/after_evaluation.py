@@ -39,7 +39,8 @@ def record_evaluation(
     best = progress.selection.update(metric, value, progress.step, options.early_stopping_min_delta)
     recorder.console.evaluation(values, best)
     if best:
-        # Log the event first, so that a run that resumes from an earlier step deletes the model.
+        # Log the event before the export. If the run then resumes from an earlier step, it finds
+        # the event, and deletes the model of the later step.
         recorder.event("best", {metric: value})
         export_best()
     if progress.plateau is None:
@@ -47,8 +48,8 @@ def record_evaluation(
     before = progress.plateau.scale
     if progress.plateau.update(value) != before:
         recorder.console.note(
-            f"Plateau at step {progress.step:,}: from here the learning rate is "
-            f"{progress.plateau.scale:g} of the schedule's."
+            f"Plateau at step {progress.step:,}: from now on, the learning rate is "
+            f"{progress.plateau.scale:g} times that of the schedule."
         )
     return line
 

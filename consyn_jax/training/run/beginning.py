@@ -33,7 +33,7 @@ def resume_step(resume: str, directory: RunDirectory, checkpoints: Checkpoints) 
     """The step of the checkpoint to resume from; None for a new run.
 
     Args:
-        resume: Value of `--resume`: a step, or else the newest intact checkpoint is used.
+        resume: Value of `--resume`: a step; any other value selects the newest intact checkpoint.
     """
     step = natural(resume)
     if step is not None:
@@ -42,7 +42,11 @@ def resume_step(resume: str, directory: RunDirectory, checkpoints: Checkpoints) 
 
 
 def from_first(look: Callable[[], str]) -> str:
-    """Send a value from process 0 to all processes of the run, which must all call this."""
+    """Send a value from process 0 to all processes of the run; all of them must call this.
+
+    Args:
+        look: Function that returns the value; only process 0 calls it.
+    """
     return gather(look() if is_first() else "")[0]
 
 
@@ -55,7 +59,7 @@ def is_complete(
     data_is_known: bool,
     warn: Callable[[str], None],
 ) -> bool:
-    """Whether the run is complete: the last step is saved, and so is the work up to event `finish`.
+    """Whether the run is complete: its last step is saved, and the event `finish` is in its log.
 
     Args:
         path: The run directory.
@@ -72,7 +76,7 @@ def is_complete(
     if not is_over(progress, total_steps, options):
         return False
     if reason := from_first(lambda: unfinished(path)):
-        warn(f"The run in {path} took its last step, but {reason}; the work after it is repeated.")
+        warn(f"The run in {path} took its last step, but {reason}. The end of the run is repeated.")
         return False
     if not data_is_known:
         raise UserError(
@@ -148,10 +152,13 @@ def report_smaller_batches(asked: RunConfig, found: RunConfig, console: Console)
 def rewind(
     log: MetricsLog, directory: RunDirectory, step: int, warn: Callable[[str], None]
 ) -> dict[str, int]:
-    """Rewind the log and the best model to `step`; -1 for a new run.
+    """Remove what the run logged after `step`, and a best model from a later step.
+
+    Args:
+        step: Step from which the run resumes; -1 for a new run.
 
     Returns:
-        Details for the event `resume`: the last step of the log, if it is before `step`.
+        Details for the event `resume`: the last step in the log, if the log ends before `step`.
 
     Raises:
         UserError: The log belongs to another run.

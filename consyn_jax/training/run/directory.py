@@ -51,8 +51,8 @@ ENTRIES = (
     "nonfinite",
     "wandb",
 )
-# Flags of one start of the command; config.yaml has their defaults. If a recipe kept --overwrite,
-# it would delete the run that it came from.
+# Flags that apply to one start only; config.yaml records their defaults. If it recorded
+# --overwrite, `consyn-train --config` with this file would delete the run.
 PER_START_FLAGS = (
     "overwrite",
     "overwrite_schedule",
@@ -104,7 +104,7 @@ class RunDirectory:
     lost: UserError | None = None
     place: int | None = None
     # The heartbeat and the commit of a checkpoint call `check` from their own threads.
-    _checked: float = -math.inf  # when a line of the log last had the whole check
+    _checked: float = -math.inf  # time of the last full check before a line of the log
     _guard: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @functools.cached_property
@@ -112,7 +112,7 @@ class RunDirectory:
         return str(self.path)
 
     def _file(self, name: str) -> str:
-        # Files are looked at before each line of the log; making a `Path` takes longer than that.
+        # Files are checked before each line of the log; a `Path` would take longer than the check.
         return f"{self._root}/{name}"
 
     @property
@@ -181,10 +181,11 @@ class RunDirectory:
         self.tokenizer = tokenizer  # set last, as the heartbeat may call `check` meanwhile
 
     def check_for_line(self) -> None:
-        """Check before a line of the log that this process has its lock, and more once a second.
+        """Check before a line of the log that this process still has its lock.
 
-        Another start can take the directory only if the lock was deleted, so nothing is missed. A
-        whole check would take a quarter of the time for recording a step.
+        `check` is called if the lock is lost, and otherwise once a second. It would take a quarter
+        of the time for recording a step. Checking the lock is enough, because another start can
+        take the directory only after the lock was deleted.
 
         Raises:
             UserError: As `check`.
@@ -227,9 +228,8 @@ class RunDirectory:
         if not has_lock and (not self.config or not (self.path / CONFIG).is_file()):
             raise UserError(
                 f"--output {self.path} was deleted or moved while the run wrote to it, so the "
-                "run ends here. Run the same command again to start anew, or move the "
-                "directory back first: the run then continues from its last checkpoint, if it has "
-                "one."
+                "run ends here. Run the same command again to start anew; to continue from the "
+                "last checkpoint, move the directory back first."
             )
         if not self.config:
             return
@@ -257,12 +257,12 @@ class RunDirectory:
                 os.stat(self._root),  # noqa: PTH116
                 os.fstat(self.place),
             )
-        except OSError:  # it is gone, which the lock shows, or does not answer
+        except OSError:  # a missing directory was found by the check of the lock
             return
         if is_other:
-            # It may have taken the place of the run's own since the record was compared.
+            # The other directory may have been moved here after the record was compared.
             if (found := RunRecord.read(self.path)) is not None:
-                self._check_record(found, has_lock=True)  # which names the other run
+                self._check_record(found, has_lock=True)  # its error names the other run
             raise UserError(
                 f"--output {self.path} is not the directory in which the run began, so "
                 "the run ends here. Move the original directory back, and run the same command "
@@ -277,7 +277,7 @@ class RunDirectory:
     def _holds_own_record(self) -> bool:
         try:
             return self.record.is_in(self._file(RUN_JSON))
-        except OSError:  # which reading the record names
+        except OSError:  # `RunRecord.read` reports the error
             return False
 
     def _check_record(self, found: RunRecord | None, has_lock: bool) -> None:
@@ -296,8 +296,8 @@ class RunDirectory:
                 f"{short(own.run)})"
             )
         raise UserError(
-            f"--output {self.path} {what}, so this run ends here, and has not written to the "
-            "directory since. Start this run again with another --output."
+            f"--output {self.path} {what}, so this run ends here and no longer writes to the "
+            "directory. Start this run again with another --output."
         )
 
     def close(self) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-from consyn_jax.config import EvaluationOptions, RunConfig, SavingOptions
+from consyn_jax.config import DataOptions, EvaluationOptions, RunConfig, SavingOptions
+from consyn_jax.data.store.manifest import is_store
 from consyn_jax.errors import Interrupted, UserError
 from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.model.parameters import Params
@@ -28,6 +30,10 @@ from consyn_jax.training.run.model_manifest import disagreement, has_manifest
 from consyn_jax.training.run.recording import Recorder
 
 SAMPLE_TOKENS = 200
+MOST_TEXTS = 4  # named in a command
+TEXTS = "--data TEXT_FILE"
+# Flags of data that consyn-evaluate does not have, without those of splitting and cleaning.
+NOT_OF_EVALUATE = ("prompt_key", "completion_key", "messages_key", "chat_template", "dataset_type")
 
 
 def sample(config: ModelConfig, params: Params, tokenizer: BPETokenizer, seed: int) -> str:
@@ -125,40 +131,57 @@ def _fault(best: Path) -> str:
 
 
 def closing_lines(
-    directory: Path, run: RunConfig, origins: Mapping[str, str], recorder: Recorder
+    directory: Path,
+    run: RunConfig,
+    origins: Mapping[str, str],
+    recorder: Recorder,
+    tokenizer: BPETokenizer | None,
 ) -> list[str]:
     """Sentences about the result: steps and loss, what to type next, and paths of the files.
 
     Args:
         run: Configuration of the run, as given by the user.
         origins: Origin of each value of `run`.
+        tokenizer: Tokenizer of the exported model.
     """
     progress, selection = recorder.progress, recorder.progress.selection
     loss = recorder.last.get("train/loss", math.nan)
-    lines = [f"{progress.step:,} steps, {progress.tokens:,} tokens: loss {loss:.4f}"]
+    lines = [
+        f"{progress.step:,} steps, {progress.tokens:,} target tokens",
+        f"train loss {loss:.4f} in step {progress.step:,} alone; above, a mean of about 20 steps",
+    ]
     if selection.best_value is not None:
         metric = run.evaluation.metric_for_best_model.replace("/", " ")
         lines.append(
             f"best {metric} {selection.best_value:.4f} at step "
             f"{selection.best_step:,}: {directory / 'best'}"
         )
-    lines += ["Next:", *(typed(command) for command in next_commands(directory, run, origins))]
+    is_chat = tokenizer is not None and tokenizer.chat_template is not None
+    commands = next_commands(directory, run, origins, is_chat=is_chat)
+    is_seen = TEXTS not in commands[1] and not _held_out(run.data)
+    advice = " (texts that were not trained on give a better evaluation)" if is_seen else ""
+    lines += [f"Next{advice}:", *map(typed, commands)]
     lines.append(
         f"Everything is in {directory}: final/ (the model), report.html, loss.png, metrics.jsonl."
     )
     return lines
 
 
-def next_commands(directory: Path, run: RunConfig, origins: Mapping[str, str]) -> list[str]:
+def next_commands(
+    directory: Path, run: RunConfig, origins: Mapping[str, str], *, is_chat: bool = False
+) -> list[str]:
     """Commands that use the model, that evaluate it, and that train it twice as long.
 
     The last command is left out for a run from Python, and for a run with --decay_from.
+
+    Args:
+        is_chat: Whether the model has a chat template, so that conversations suit it.
     """
     final = shlex.quote(str(directory / "final"))
-    texts = " ".join(map(shlex.quote, run.data.validation)) or "TEXT_FILE"
+    use = "--interactive" if is_chat else "--prompt 'Once upon a time'"
     commands = [
-        f"consyn-generate {final} --prompt 'Once upon a time'",
-        f"consyn-evaluate {final} --data {texts}",
+        f"consyn-generate {final} {use}",
+        f"consyn-evaluate {final} {_texts(run.data, origins)}",
     ]
     budget = run.budget
     limits = {
@@ -169,11 +192,35 @@ def next_commands(directory: Path, run: RunConfig, origins: Mapping[str, str]) -
     longer = [f"--{name} {_number(2 * n)}" for name, n in limits.items() if n is not None]
     if "keyword" not in origins.values() and run.optimizer.decay_from is None and longer:
         recipe = shlex.quote(str(directory / CONFIG))
-        if any(":" in name for name in run.logging.logging_backend):  # code must be typed again
+        # Classes named only in a file are not imported, so the flag must be typed again.
+        if any(":" in name for name in run.logging.logging_backend):
             longer.append(f"--logging_backend {' '.join(run.logging.logging_backend)}")
         flags = " ".join(longer)
         commands.append(f"consyn-train --config {recipe} {flags} --overwrite_schedule")
     return commands
+
+
+def _held_out(data: DataOptions) -> tuple[str, ...]:
+    """Data that the run has evaluated on and not trained on: consyn-evaluate reads a store's."""
+    return data.validation or tuple(path for path in data.data if is_store(Path(path)))
+
+
+def _texts(data: DataOptions, origins: Mapping[str, str]) -> str:
+    """The flags of consyn-evaluate for the run's own data, or a placeholder if it cannot read it.
+
+    Held-out data is preferred.
+    """
+    texts, defaults = _held_out(data) or data.data, DataOptions()
+    changed = [f.name for f in fields(data) if getattr(data, f.name) != getattr(defaults, f.name)]
+    is_readable = not {*changed} & {*NOT_OF_EVALUATE} and data.row_format != "preference"
+    if "keyword" in origins.values() or len(texts) > MOST_TEXTS or not is_readable:
+        return TEXTS
+    read_as = [
+        f"--{name} {shlex.quote(str(getattr(data, name)))}"
+        for name in ("row_format", "text_key", "document_separator")
+        if name in changed
+    ]
+    return " ".join(["--data", *map(shlex.quote, texts), *read_as])
 
 
 def _number(value: float | int) -> str:

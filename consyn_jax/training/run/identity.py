@@ -17,8 +17,8 @@ from consyn_jax.flags import flags, flat
 from consyn_jax.resolve import resolve
 from consyn_jax.training.run.directory import CONFIG, run_path
 
-# Flags that determine the learning rate at each step, together with the number of steps, which is
-# among the derived values in config.yaml.
+# Flags that determine the learning rate at each step. The rate also depends on the number of steps,
+# which is among the derived values in config.yaml.
 SCHEDULE_FLAGS = {
     "epochs",
     "max_steps",
@@ -34,8 +34,9 @@ SCHEDULE_FLAGS = {
     "decay_shape",
 }
 FROM_DATA = {"packing", "max_tokens"}
-# Further derived values: the config.json and generation_config.json of the model. With them a
-# checkpoint can be read after its origin is gone. The flags show whether they changed.
+# Further derived values: the config.json and generation_config.json of the model. They make it
+# possible to read a checkpoint even if the directory in --model or --checkpoint is gone. They are
+# not compared, because the flags are.
 ARCHITECTURE, GENERATION = "architecture", "generation_config"
 # Values that follow from flags and data, with their names in messages.
 DERIVED_NAMES = {

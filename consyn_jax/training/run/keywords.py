@@ -20,12 +20,15 @@ DEFAULT_RATE = 5e-5  # for adamw
 def given_once(own: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Merge the parameters of `ConsynTrainer`, under their flags' names, with other settings.
 
+    Parameters that are None count as not given.
+
     Raises:
         UserError: A setting is given under both names, or output_dir is not a path.
     """
     if not isinstance(own["output"], str | os.PathLike):
         kind = type(own["output"]).__name__
         raise UserError(f"output_dir must be the path of a directory, not of type {kind}.")
+    own = {name: value for name, value in own.items() if value is not None}
     names = {"epochs": "num_epochs", "lr": "learning_rate", "output": "output_dir"}
     for name in own.keys() & settings.keys():
         if (name, own[name]) != ("output", "./output"):  # the default
@@ -36,15 +39,17 @@ def given_once(own: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_settings(settings: dict[str, Any]) -> None:
-    """Refuse keywords of `train`; those of a mistyped name get the right one named.
+    """Refuse settings given to `train`, which takes none.
 
     Raises:
-        UserError: there is one.
+        UserError: There is a setting. If its name is unknown, the message suggests a similar name.
     """
     if settings:
         resolve(settings, given_as="keyword")
         name = next(iter(settings))
-        raise UserError(f"{name} is a setting of ConsynTrainer, not of train().")
+        raise UserError(
+            f"{name} is a setting of ConsynTrainer, not of train(). Pass it to ConsynTrainer."
+        )
 
 
 def resolve_keywords(

@@ -22,16 +22,16 @@ GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
 TRIES, RETRY_S = 5, 0.1
 # On file systems without locks:
 SETTLE_S = 1.0  # if two processes take the lock at once, the later one has it after this time
-BEAT_S = 15.0  # between two touches of the file by its holder
-WATCH_S = 60.0  # how long to watch for a touch by a holder on another host
+BEAT_S = 15.0  # seconds between two touches of the file by its holder
+WATCH_S = 60.0  # seconds to wait for a touch by a holder on another host
 
 
 class RunLock:
     """Keep all other processes out of a directory, until `release` or the end of this process.
 
     The lock is an advisory lock of the operating system. If the file system has no locks, the
-    content of the file decides. Its holder then counts as gone if it is a process of this host that
-    has ended, or a process of another host that no longer touches the file.
+    process named in the file has the lock. That process loses the lock when it has ended (on this
+    host) or no longer touches the file (on another host).
 
     Attributes:
         holder: Content of the file.
@@ -148,7 +148,7 @@ def is_held(directory: Path) -> bool:
         descriptor = open_regular(directory / LOCK, os.O_RDONLY)
         try:
             return not try_lock(descriptor, shared=True)
-        except OSError:  # no locks here: its content decides
+        except OSError:  # the file system has no locks, so the content of the file decides
             holder = read_holder(directory)
             return bool(holder) and _is_alive(directory / LOCK, holder)
         finally:
@@ -169,8 +169,8 @@ def read_holder(directory: Path) -> str:
 def _locked(file: Path, shared: bool = False) -> int | None:
     """Open and lock the file; None if the file system has no locks.
 
-    This is tried several times, because a process that only checks the lock, or that is releasing
-    it, blocks it for a moment.
+    The attempt is repeated, because another process blocks the lock for a moment while it checks or
+    releases the lock.
     """
     for left in reversed(range(TRIES)):
         descriptor = open_regular(file, os.O_RDWR | (0 if shared else os.O_CREAT))

@@ -109,7 +109,7 @@ def _listed(directory: Path) -> dict[str, dict[str, Any]] | str:
     if not expected:
         return f"{MANIFEST} names no file"
     if outside := [name for name in expected if ".." in Path(name).parts or name.startswith("/")]:
-        return f"{MANIFEST} names {outside[0]}, which is outside"
+        return f"{MANIFEST} names {outside[0]}, which is outside the directory"
     return expected
 
 
@@ -134,6 +134,6 @@ def _difference(directory: Path, name: str, expected: dict[str, Any]) -> str | N
 
 
 def weights_digests(directory: Path) -> dict[str, str]:
-    """SHA-256 of each file of weights, from the manifest of a model that agrees with it."""
+    """SHA-256 of each weights file, as the manifest of an already verified model lists it."""
     files = json.loads((directory / MANIFEST).read_bytes())["files"]
     return {name: entry["sha256"] for name, entry in files.items() if name.endswith(WEIGHTS)}

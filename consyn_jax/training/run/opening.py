@@ -35,7 +35,7 @@ from consyn_jax.training.run.identity import (
 )
 from consyn_jax.training.run.lock import RunLock, read_holder
 
-SHARED_S = 20.0  # until other hosts see a new file, at the latest
+SHARED_S = 20.0  # longest time until other hosts see a new file
 
 
 def open_run_directory(
@@ -55,7 +55,7 @@ def open_run_directory(
         fetch: Called with the directory under its lock; it may bring a run there from elsewhere.
 
     Raises:
-        UserError: It has another run, is in use, cannot be written, or differs by process.
+        UserError: It has another run, is in use, cannot be written, or differs between processes.
     """
     path, process_group = run_path(config), current_process_group()
     if process_group is not None and not write:
@@ -147,7 +147,8 @@ def check_output(config: RunConfig, derived: dict[str, Any] | None = None) -> bo
     steps, requested = _saved_steps(path), natural(saving.resume)
     if requested is not None and requested not in steps:
         raise UserError(f"--resume {requested}: {_no_checkpoint(path, steps)}")
-    # A run that stopped before its first checkpoint loses nothing, so this one may differ.
+    # An existing run without a checkpoint or model has nothing to lose, so a different run may
+    # replace it.
     if old is None or not (steps or (path / "best").exists() or (path / "final").exists()):
         return False
     if saving.resume == "never":
@@ -169,7 +170,7 @@ def check_writable(path: Path) -> None:
     """Check that --output can be created and written, without creating anything.
 
     Raises:
-        UserError: The path is a file or inside of one, may not be written, or has a name that this
+        UserError: The path is a file or inside a file, may not be written, or has a name that this
             locale cannot encode.
     """
     _check_name(path)
@@ -200,7 +201,7 @@ def _check_name(path: Path) -> None:
 
 
 def _check_decay_origin(config: RunConfig, derived: dict[str, Any] | None) -> None:
-    """Check that --output has the run to decay, with a checkpoint at a step of its peak rate."""
+    """Check that --output has the run to decay, and a checkpoint where its rate is at the peak."""
     path, step = Path(config.saving.output), config.optimizer.decay_from
     assert step is not None
     if not (path / CONFIG).is_file():

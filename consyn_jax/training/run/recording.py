@@ -1,4 +1,4 @@
-"""Record a run in its log, by its callbacks, and on the screen."""
+"""Record a run in its log, in its callbacks and trackers, and on the screen."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ class Recorder:
     activities: ActivityClock = field(default_factory=ActivityClock)
     history: History = field(default_factory=History)
     _has_warned_of_no_tokens: bool = False
-    _first_line: dict[str, float] | None = None  # of this process
-    _memory: Mapping[str, int] = field(default_factory=dict)  # at the newest line
+    _first_line: dict[str, float] | None = None  # the first line of metrics of this process
+    _memory: Mapping[str, int] = field(default_factory=dict)  # statistics at the newest line
 
     def metrics(self, values: dict[str, float]) -> dict[str, Any]:
         """Record metrics at the current step.
@@ -118,7 +118,7 @@ class Recorder:
             self.log.flush()
 
     def sources_taken(self) -> dict[str, Any]:
-        """Number of sequences so far from each source of a mixture, for events."""
+        """Number of sequences taken from each source of a mixture; empty without a mixture."""
         order, size = self.lengths.order, self.lengths.sequences_per_step
         if not isinstance(order, Mixture):
             return {}
@@ -147,11 +147,11 @@ class Recorder:
         progress.unlogged += 1
 
     def ended_passes(self, *, resumed: bool = False) -> None:
-        """Record every epoch of a source that ended within the current step.
+        """Record the epochs, of each source of data, that ended within the current step.
 
         Args:
-            resumed: Whether the run resumes from a checkpoint of this step. The events were then
-                cut off with the end of the log, but had been printed.
+            resumed: Whether the run resumes from a checkpoint of this step. The events are then
+                logged again, because the end of the log was removed, but not printed again.
         """
         order, step, size = self.lengths.order, self.progress.step, self.lengths.sequences_per_step
         if order is None or step == 0:
@@ -167,7 +167,7 @@ class Recorder:
                 self.console.note(f"{epoch_of} {passes} is over at step {step:,}.")
 
     def step(self, values: dict[str, float], waited_s: float) -> None:
-        """Record the counted step, if a line of metrics is due.
+        """Record a line of metrics for the step just counted, if a line is due.
 
         Args:
             waited_s: Seconds spent waiting for data so far.
@@ -201,7 +201,7 @@ class Recorder:
         return line
 
     def tell_evaluation(self, line: dict[str, Any], state: TrainState) -> None:
-        """Tell the callbacks of an evaluation, with histograms of the state if they are wanted."""
+        """Pass an evaluation to the callbacks, with histograms of the state if requested."""
         if self.histograms is not None:
             self.callbacks.run.histograms = self.histograms(state)
         self.callbacks.evaluate(line)
@@ -223,7 +223,7 @@ class Recorder:
         )
 
     def _compare_processes(self, usage: Usage) -> None:
-        """Exchange what the processes measured; all of them call it at the same step."""
+        """Exchange measurements between all processes; all of them must call this at one step."""
         own = ProcessUsage(socket.gethostname(), usage.seconds, usage.waiting, usage.throttled)
         texts = gather(json.dumps(asdict(own)))
         everyone = [ProcessUsage(**json.loads(text)) for text in texts]
@@ -235,7 +235,7 @@ class Recorder:
             self.console.note(advice.sentence)
 
     def _line(self, values: dict[str, float], waited_s: float) -> dict[str, float]:
-        """Compose a line of training metrics; non-finite values are left out."""
+        """Build a line of training metrics, without non-finite values."""
         progress, lengths, lap = self.progress, self.lengths, self.stopwatch.lap(waited_s)
         clipped, progress.clipped, progress.unlogged = progress.clipped / progress.unlogged, 0, 0
         rate_scale = 1.0 if progress.plateau is None else progress.plateau.scale
@@ -280,5 +280,5 @@ class Recorder:
 
 
 def memory_stats() -> dict[str, int]:
-    """The first device's own report of its memory; empty if it has none, as on CPUs."""
+    """Memory statistics from the first device; empty if it reports none, as on CPUs."""
     return jax.local_devices()[0].memory_stats() or {}

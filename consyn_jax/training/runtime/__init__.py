@@ -1,1 +1,1 @@
-"""The surroundings of the loop: signals, watchdog, device memory, and compilation cache."""
+"""Signals, watchdog, device memory, and the cache of compiled programs, for the training loop."""

@@ -1,9 +1,9 @@
 """Compiled programs on disk, so that a start loads programs that an earlier start compiled.
 
-The cache is JAX's own, in the user's cache directory. JAX can also limit its size. But then every
-read waits for a lock on the whole directory, and if a process is killed between the two files of an
-entry, nothing is written to the cache any more. So this module tidies the directory instead, once a
-day.
+The cache is JAX's own, in the user's cache directory. JAX can limit the size of the cache, but then
+every read waits for a lock on the whole directory. Also, if a process is killed between the two
+files of an entry, JAX writes nothing more to the cache. So this module limits the size instead, by
+tidying the directory once a day.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LIMIT_BYTES, LIMIT_ENTRIES = 2 << 30, 10_000
 TIDY_EVERY_S = 24 * 3600
 SETTLED_S = 600  # an entry this old is no longer being written
 STAMP = ".tidied"
-# Small programs count too, as a start has dozens of them. -1: of any size.
+# Programs of any compile time and any size (-1) are cached, as a start has dozens of small ones.
 SETTINGS: Mapping[str, float] = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
@@ -47,13 +47,14 @@ def prepare_caches(run_directory: Path, continues: bool) -> list[tuple[str, str]
     """Enable the cache for a run, with the kernels that its earlier starts used.
 
     Args:
-        continues: whether a run in the directory would be resumed.
+        continues: Whether a run in the directory would be resumed.
 
     Returns:
-        Rows of the header: why programs are not kept, and on a GPU which bits are promised.
+        Rows for the header: why programs are not kept, if so; and on a GPU, whether a resumed run
+        has the same bits.
 
     Raises:
-        UserError: the run's record of kernels is damaged.
+        UserError: The run's kernels.json is damaged.
     """
     kept = read_kernels(run_directory) if continues else None
     refusal = enable_compilation_cache(kept)
@@ -63,40 +64,40 @@ def prepare_caches(run_directory: Path, continues: bool) -> list[tuple[str, str]
 
 
 def _promise(kept: KernelChoices | None) -> str:
-    """Say when a resumed run on a GPU has the same bits."""
+    """Describe whether a resumed run on a GPU has the same bits as an uninterrupted run."""
     options: Any = jax.config
     directory, here = options.jax_compilation_cache_dir, made_here()
     differ = "so a resumed run can differ in the last bits"
     if jax.process_count() > 1:
         return f"chosen by each process for itself, {differ}"
     if directory is None or not options.jax_enable_compilation_cache:
-        return f"chosen anew at each start, as compiled programs are not kept, {differ}"
+        return f"chosen again at each start, because compiled programs are not kept, {differ}"
     if kept is None:
         return (
-            f"chosen by timing on this machine and kept in {KERNELS}; a resumed run has the bits "
-            "of one that was never stopped"
+            f"chosen by timing on this machine and kept in {KERNELS}, so a resumed run has the "
+            "same bits as an uninterrupted run"
         )
     if other := [f"{n} {kept.made_with.get(n)}" for n in here if here[n] != kept.made_with.get(n)]:
         return f"those in {KERNELS} were chosen with {', '.join(other)}, {differ}"
     if kept.conflicts(Path(directory) / CHOICES):
-        return f"others than in {KERNELS}, as this process has a cache with others, {differ}"
-    return f"those of {KERNELS}, so the run has the bits of one that was never stopped"
+        return f"not those of {KERNELS}, as this process's cache has other choices, {differ}"
+    return f"those of {KERNELS}, so the run has the same bits as an uninterrupted run"
 
 
 def enable_compilation_cache(kept: KernelChoices | None = None) -> str | None:
-    """Load programs that were compiled before, and store those that are compiled from now on.
+    """Enable JAX's cache: load programs from it, and store those that this process compiles.
 
     If the user has set `jax_compilation_cache_dir` or `jax_enable_compilation_cache` (or their
     environment variables), nothing is changed.
 
     Args:
-        kept: the kernels of the run that is resumed. If this machine has chosen others, its
-            programs are left alone, and the run gets a directory of its own.
+        kept: Kernel choices of the resumed run. If this machine's cache has other choices, the run
+            gets a cache directory of its own.
 
     Returns:
         Reason why the cache cannot be used; None if it is in use, or if the user has set it.
     """
-    # An entry that cannot be read or written only means that the program is compiled again.
+    # If an entry cannot be read or written, the program is just compiled again.
     warnings.filterwarnings(
         "ignore", "Error (reading|writing) persistent compilation cache entry", UserWarning
     )
@@ -157,13 +158,13 @@ def tidy(
 ) -> None:
     """Delete incomplete entries, then the least recently used entries above the limits.
 
-    A program and the choices of its kernels belong together, so choices are deleted only with all
-    programs, if there are too many. Incomplete entries are left by kills. If the directory was
-    tidied within the last day, nothing is done. No error is raised.
+    Killed processes leave incomplete entries. If there are too many kernel choices, all of them are
+    deleted, with all programs, because each program needs its choices. If the directory was tidied
+    within the last day, nothing is done. No error is raised.
     """
     stamp, now = directory / STAMP, time.time()
     with suppress(OSError), stamp.open("a+") as file:
-        # Only one process at a time, as looking at an entry changes its time of last use.
+        # One process at a time, because reading an entry changes its time of last use.
         with suppress(OSError):  # a file system without locks
             if not try_lock(file.fileno()):
                 return

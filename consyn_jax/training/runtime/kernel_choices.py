@@ -1,9 +1,9 @@
 """Kernels that XLA chose by timing on a GPU, kept so that a resumed run uses the same ones.
 
-XLA times several kernels for each matmul and fusion of a program, and JAX keeps the choices beside
-the compiled programs, a small file for each. Another choice sums in another order, so a run that
-is resumed with an empty cache, or on another machine, would differ in the last bits. The run
-directory therefore has a copy in kernels.json: data that select kernels, and no code.
+XLA times several kernels for each matmul and fusion of a program. JAX keeps each choice in a small
+file beside the compiled programs. Another kernel adds in another order, so a run that is resumed
+with an empty cache, or on another machine, would differ in the last bits. The run directory
+therefore has a copy of the choices in kernels.json, which contains no code.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ KERNELS = "kernels.json"
 # JAX's name of the choices' directory, inside that of its compiled programs.
 CHOICES = "xla_gpu_per_fusion_autotune_cache_dir"
 LARGEST, LARGEST_CHOICE, MOST_CHOICES = 1 << 28, 1 << 20, 50_000  # bytes, bytes, files
-# At most device/version/name; older XLA has names alone. Unfinished files begin with a dot, or are
-# in tmp/.
+# Paths are device/version/name, or just name with an older XLA. The names of unfinished files begin
+# with a dot, or the files are in tmp/.
 _NAME = re.compile(r"([\w=+-][\w=+.-]*/){0,2}[\w=+-][\w=+.-]*\.(textproto|pb)")
 
 
 @dataclass(frozen=True)
 class KernelChoices:
-    """The choices of a run.
+    """The kernel choices of a run.
 
     Attributes:
-        made_with: what they depend on besides the program: device and versions.
-        files: content by path in the directory of choices.
+        made_with: Device and versions, on which the choices depend besides the program.
+        files: Content of each file, by path in the directory of choices.
     """
 
     made_with: Mapping[str, str]
@@ -48,14 +48,14 @@ class KernelChoices:
 
     @property
     def digest(self) -> str:
-        """Identify the files."""
+        """Hash of all files."""
         found = hashlib.sha256()
         for name in sorted(self.files):
             found.update(f"{name}\n{len(self.files[name])}\n".encode() + self.files[name])
         return found.hexdigest()
 
     def conflicts(self, directory: Path) -> bool:
-        """Whether a directory of choices has another one for the same kernel."""
+        """Whether a directory has another choice for the same matmul or fusion."""
         found = _read_files(directory)
         return any(found.get(name, content) != content for name, content in self.files.items())
 
@@ -63,7 +63,7 @@ class KernelChoices:
         """Write the choices that a directory lacks.
 
         Raises:
-            OSError: they cannot be written.
+            OSError: The directory cannot be written.
         """
         found = _read_files(directory)
         for name, content in self.files.items():
@@ -73,7 +73,7 @@ class KernelChoices:
 
 
 def made_here() -> dict[str, str]:
-    """Device and versions that choices made in this process depend on."""
+    """Return the device and the versions on which the choices of this process depend."""
     device = jax.local_devices()[0]
     return {
         "device": device.device_kind,
@@ -99,10 +99,10 @@ def _is_choice(name: str) -> bool:
 
 
 def keep_kernels(run_directory: Path) -> None:
-    """Write the choices of this machine to kernels.json, if there are any and one is new.
+    """Write the choices in this machine's cache to kernels.json, if they differ from the file's.
 
     Raises:
-        UserError: the file cannot be written, or is damaged.
+        UserError: The file cannot be written, or is damaged.
     """
     options: Any = jax.config
     programs = options.jax_compilation_cache_dir
@@ -125,10 +125,10 @@ def keep_kernels(run_directory: Path) -> None:
 
 
 def read_kernels(run_directory: Path) -> KernelChoices | None:
-    """The choices in a run directory; None if it has none.
+    """Read the kernel choices in a run directory; None if it has none.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: The file is damaged or cannot be read.
     """
     path = run_directory / KERNELS
     try:

@@ -15,7 +15,7 @@ from consyn_jax.errors import UserError, brief
 from consyn_jax.flags import with_flags
 
 GIB = 2**30
-Compiled = Any  # a jax.stages.Compiled, of which only `memory_analysis` is used here
+Compiled = Any  # a jax.stages.Compiled; this module uses only its `memory_analysis`
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Bytes in all: state and temporary memory."""
+        """Sum of state and temporary memory, in bytes."""
         return self.state + self.temporary
 
 
 def step_memory(compiled: Compiled) -> Memory:
-    """Memory of a compiled step; the state counts once, because it is donated."""
+    """Return the memory of a compiled step; the state counts once, because it is donated."""
     sizes: Any = compiled.memory_analysis()
     return Memory(
         sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
@@ -46,7 +46,7 @@ def step_memory(compiled: Compiled) -> Memory:
 
 
 def device_bytes() -> int:
-    """Bytes that one local device may use; a CPU device has its share of the machine's memory."""
+    """Return the bytes that one local device may use; CPU devices share the machine's memory."""
     stats = jax.local_devices()[0].memory_stats() or {}
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(stats.get("bytes_limit", machine // jax.local_device_count()))
@@ -55,9 +55,10 @@ def device_bytes() -> int:
 def compile_to_fit(
     run: RunConfig, compile: Callable[[RunConfig], Compiled]
 ) -> tuple[RunConfig, Compiled]:
-    """Compile the train step of `run`; with `--auto_batch`, in smaller micro-batches if necessary.
+    """Compile the train step of `run`, and check that it fits the devices.
 
-    The size of micro-batches is halved, and their number doubled, until the step fits.
+    With `--auto_batch`, the size of micro-batches is halved, and their number doubled, until the
+    step fits.
 
     Args:
         compile: Function that compiles the train step of a run.
@@ -73,7 +74,7 @@ def compile_to_fit(
     while (needs := step_memory(compiled)).total > limit:
         smaller, halved = _with_half_batches(run), None
         if run.hardware.auto_batch and smaller is not None:
-            with suppress(UserError):  # the mesh does not divide the smaller batch
+            with suppress(UserError):  # the smaller batch may not be divisible by the mesh
                 halved = compile(smaller)
         if smaller is None or halved is None:
             raise UserError(
@@ -86,7 +87,7 @@ def compile_to_fit(
 
 
 def _with_half_batches(run: RunConfig) -> RunConfig | None:
-    """The same run in twice as many micro-batches of half the size; None if the size is odd."""
+    """Return `run` with twice as many micro-batches of half the size; None if the size is odd."""
     budget = run.budget
     if budget.batch_size % 2:
         return None
@@ -123,7 +124,7 @@ def _alternatives(
         candidates["--moment_dtype bfloat16"] = with_flags(run, {"moment_dtype": "bfloat16"})
     found = []
     for flags, other in candidates.items():
-        # The mesh may not divide the smaller batch, and not every optimizer can be offloaded.
+        # The batch may not be divisible by the mesh, and some optimizers cannot be offloaded.
         with suppress(UserError):
             found.append(f"{flags} needs {_gib(step_memory(compile(other)).total)}")
     return f"Instead, {'; '.join(found)}." if found else "Use a smaller model or more devices."

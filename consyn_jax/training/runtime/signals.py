@@ -1,4 +1,4 @@
-"""Signals and the save clock: all processes of a run stop, or save, after the same step."""
+"""Signals and the save clock; all processes of a run stop, or save, after the same step."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Signals:
     """Records SIGINT, SIGTERM, SIGUSR1 and SIGHUP, which would otherwise end the process.
 
     A second SIGINT or SIGTERM ends the process at once, unless it follows so soon that it is a
-    repeat of the first (`Repeats`). SIGUSR1 is only a warning, and a closing terminal repeats
-    SIGHUP, so these two count neither as first nor as second signal. If SIGHUP is ignored, as under
-    `nohup`, it stays ignored.
+    repeat of the first (`Repeats`). SIGUSR1 and SIGHUP never count as first or second signal in
+    this sense: SIGUSR1 is only a warning, and a closing terminal repeats SIGHUP. If SIGHUP is
+    ignored, as under `nohup`, it stays ignored.
 
     Attributes:
         received: Name of the first signal; None if there was none.
-        is_shown: Function that tells whether the live line shows `message`; it would draw over text
-            that is written here.
+        is_shown: Function that returns whether the console's live line shows `message`. Then this
+            class does not write it to stderr, where the live line would overwrite it.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class Signals:
                 os.write(2, f"\n{self.message()}\n".encode())
 
     def message(self) -> str:
-        """Describe what the first signal leads to; empty before it."""
+        """Say what the run does after the first signal; "" if there was none."""
         if self.received is None:
             return ""
         return (
@@ -92,7 +92,7 @@ def is_shared(mesh: Mesh) -> bool:
 
 
 def signals_like(mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """Shape of the messages in a batch: int32 [devices, 3], with one row per device.
+    """Return the shape of the messages in a batch: int32 [devices, 3], one row per device.
 
     All devices of a process have the same row.
     """
@@ -104,9 +104,9 @@ def signals_like(mesh: Mesh) -> jax.ShapeDtypeStruct:
 def with_signals(step: Step) -> Step:
     """Wrap `step` so that it also sends one message from each process to all processes.
 
-    The batch gets an array `signals` [devices, 3]. A row has the number of the signal that the
-    device's process received; 1 if that process has no data; and the process's request, which is 1
-    for a checkpoint and 2 for the end of the run. The metrics `signalled`, `idle` and `requested`
+    The batch gets an array `signals` [devices, 3]. A row has three numbers from the device's
+    process: the number of the signal that it received (or 0); 1 if it has no data; and its request,
+    1 for a checkpoint or 2 for the end of the run. The metrics `signalled`, `idle` and `requested`
     are the maxima over all devices.
 
     If any process has no data, the step is idle: it leaves the state unchanged. A process that must
@@ -126,7 +126,7 @@ def with_signals(step: Step) -> Step:
 
 
 class StopCoordinator:
-    """Decides when to stop, and when to save by the clock, at the same step in all processes.
+    """Decides after which step all processes stop, or save because `save_minutes` have passed.
 
     A run stops after a signal, or when a callback asks for its end. A single process acts on its
     own signals, clock and callbacks. Several processes exchange messages in every step
@@ -171,7 +171,7 @@ class StopCoordinator:
         self._asked_to_end = True
 
     def restart_save_clock(self) -> None:
-        """Restart the time to the next checkpoint."""
+        """Restart the clock that makes a checkpoint due after `save_minutes`."""
         self._saved_at, self._agreed_to_save = monotonic(), False
 
     @property

@@ -18,7 +18,7 @@ from typing import Any
 from consyn_jax.distributed.process_group import AGAIN, LOST, ProcessGroup
 from consyn_jax.files import open_regular, write_whole
 
-STEP_TIMES = 20  # median step times without progress that are allowed
+STEP_TIMES = 20  # allowed time without progress, in median step times
 SLOW_FACTOR = 6  # compiling, saving and exporting may take this many times longer
 POLL_S = 5.0
 STEPPING, WAITING, EVALUATING, SAVING, COMPILING, FINISHING = (
@@ -41,7 +41,8 @@ class Watchdog:
 
     Args:
         directory: The run directory.
-        minutes: Minimum time without progress after which the run is ended; 0 to never end it.
+        minutes: Minimum time without progress, in minutes, before the run is ended; 0 to never end
+            it.
         process_group: The processes of this run; None if there is only one.
         beat: Function that is called every few seconds.
 
@@ -164,7 +165,7 @@ class Watchdog:
             "still_s": self._still_s,
             "median_step_s": self._median_s,
         }
-        with suppress(OSError):  # the sentence on stderr must come even if the disk is full
+        with suppress(OSError):  # the message on stderr must appear even if the disk is full
             self._directory.mkdir(parents=True, exist_ok=True)
             write_whole(self._directory / f"rank-{self._rank}.json", json.dumps(about) + "\n")
             stacks = self._directory / f"rank-{self._rank}.txt"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LARGEST_EXPONENT = 1.0  # a batch that grows faster than the data is noise in the measurements
+LARGEST_EXPONENT = 1.0  # a larger fitted exponent comes from noisy measurements
 FEWEST = 3  # measurements
 
 

@@ -53,17 +53,17 @@ class LadderOptions:
 
 @dataclass(frozen=True)
 class Budget:
-    """A budget for which to predict: an `amount` of `kind`, one of `BUDGETS`."""
+    """A budget for a prediction: an `amount` of FLOPs or tokens; `kind` is one of `BUDGETS`."""
 
     kind: str
     amount: float
 
 
 def parse_sizes(text: str) -> int | tuple[float, ...]:
-    """Parse `--ladder` into the number of sizes, or into their parameters, ascending.
+    """Parse `--ladder` into the number of sizes, or into the parameters of each size, ascending.
 
     Raises:
-        UserError: the value is neither, or gives too few sizes.
+        UserError: the value has neither form, or gives too few sizes.
 
     >>> parse_sizes("4"), parse_sizes("4e5,1e5,2e5")
     (4, (100000.0, 200000.0, 400000.0))
@@ -134,13 +134,14 @@ def check_ladder(options: LadderOptions, search: tuple[str, ...]) -> None:
 
 
 def check_given(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Check that the user has set no flag that a ladder does not support.
+    """Refuse flags of the user that a ladder does not support.
 
     Args:
         values: values of all flags by name, defaults included.
+        defaults: default of each flag.
 
     Raises:
-        UserError: such a flag is set.
+        UserError: a flag that is not supported has a value other than its default.
     """
     for name, reason in _NOT_HERE.items():
         if values[name] != defaults[name]:

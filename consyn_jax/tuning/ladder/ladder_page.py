@@ -28,7 +28,7 @@ from consyn_jax.tuning.ladder.ladder_results import (
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 320, 64, 16, 12, 40
 STEPS = 60  # of a curve
-BEYOND = 10.0  # how far the chart goes past the largest run, in FLOPs
+BEYOND = 10.0  # the chart ends at this multiple of the largest run's FLOPs
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _tiles(results: LadderResults) -> str:
 
 
 def _losses(results: LadderResults) -> str:
-    """The chart of loss against compute: runs, a curve for each size, and the best of any size."""
+    """The chart of loss against compute: the runs, a curve per size, and the lowest loss."""
     forecast, law = results.forecast, results.forecast.law
     markers = [
         Marker(

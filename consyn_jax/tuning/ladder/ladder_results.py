@@ -12,7 +12,7 @@ from consyn_jax.tuning.ladder.predictions import Forecast, Prediction
 from consyn_jax.tuning.ladder.scaling_law import LossPoint, ScalingLaw, interval
 from consyn_jax.tuning.study_results import aligned
 
-FAR = 100.0  # times the FLOPs of the largest run, from where a prediction needs a warning
+FAR = 100.0  # predictions beyond this multiple of the largest run's FLOPs get a warning
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class LadderResults:
     """A fitted ladder and its predictions.
 
     Attributes:
-        flops: training FLOPs per token, by the parameters of a size.
+        flops: training FLOPs per token of each size, by number of parameters.
         tokens_per_step: tokens per optimizer step, the same in all runs.
         predicted: predictions for verse, stanza and epic, for each budget.
         best: prediction for the best size, for each budget of FLOPs.
@@ -64,9 +64,9 @@ POINT_HEAD = ["parameters", "tokens", "FLOPs", "eval/loss", "fitted", "critical 
 
 
 def point_rows(results: LadderResults) -> list[list[str]]:
-    """Table rows: the loss at the end of each run, and its fitted value if used in the fit.
+    """Table rows: the loss at the end of each run, and the fitted loss if the fit uses the run.
 
-    The critical batch size of a run was measured where its learning rate began to decay.
+    A row also has the critical batch size, measured at the beginning of the run's decay.
     """
     forecast, rows = results.forecast, []
     points = [*forecast.points, *results.left_out]

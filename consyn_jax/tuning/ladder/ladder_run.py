@@ -14,6 +14,7 @@ from consyn_jax.config import RunConfig
 from consyn_jax.errors import UserError
 from consyn_jax.files import make_directory, remove, write_whole
 from consyn_jax.model.arithmetic import train_flops_per_token
+from consyn_jax.prepare_config import HOLD_OUT
 from consyn_jax.training.logging.console import Console, show
 from consyn_jax.training.logging.formats import compact, decimals
 from consyn_jax.training.optim.schedules import count_steps
@@ -39,7 +40,7 @@ from consyn_jax.tuning.tune_options import TuneConfig, scaled_run
 from consyn_jax.tuning.varied_run import Settings, VariedRun
 
 SIZES, PAGE, JSON = "sizes", "ladder.html", "ladder.json"
-PASSES = 4  # up to which repeated data is nearly as good as new (Muennighoff et al., 2023)
+PASSES = 4  # repeated data is nearly as good as new up to here (Muennighoff et al., 2023)
 
 
 class Ladder:
@@ -68,8 +69,7 @@ class Ladder:
         if trainer.eval_source is None:
             raise UserError(
                 "A ladder compares evaluations, but there is no evaluation data: the "
-                "validation split has no document. Give --validation or a larger "
-                "--validation_fraction."
+                f"validation split has no document. {HOLD_OUT}"
             )
         self.vocab_size = trainer.model.config.vocab_size
         self.run_config, origins = scaled_run(varied)
@@ -135,7 +135,7 @@ class Ladder:
         return LadderResults(forecast, self._flops(), tokens, predicted, best, left_out)
 
     def _batches(self) -> list[BatchPoint]:
-        """The noise scales of all sizes, where the gradient exceeded its noise."""
+        """The measured noise scales of all sizes, without points where noise hid the gradient."""
         found = []
         for run in self.runs:
             rung, measured = run.rung, run.noise()
@@ -146,7 +146,7 @@ class Ladder:
         return found
 
     def _flops(self) -> dict[float, float]:
-        """Training FLOPs per token, by the parameters of a size."""
+        """Training FLOPs per token of each size, by number of parameters."""
         models = [model_of(self.run_config.model, r.shape, self.vocab_size) for r in self.rungs]
         length = self.run_config.length
         return {

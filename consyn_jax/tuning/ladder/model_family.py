@@ -13,11 +13,11 @@ from consyn_jax.integers import round_up
 from consyn_jax.model.arithmetic import num_block_parameters, train_flops_per_token
 from consyn_jax.model_config import ModelConfig
 
-MLP_MULTIPLE = 16  # of which the width of feed-forward layers is a multiple
-SIZE_WEIGHT = 5.0  # how much closer the size is to be met than the shape, in logarithms
-SHRINKAGE = 2  # from one size of a ladder to the next smaller one, in parameters
-TARGETS = ("verse", "stanza", "epic")  # whose losses a ladder predicts
-VOCABULARY = 256  # where the vocabulary makes no difference
+MLP_MULTIPLE = 16  # feed-forward widths are multiples of this
+SIZE_WEIGHT = 5.0  # weight of the error in log(size), relative to log(width / depth)
+SHRINKAGE = 2  # ratio of parameters between neighbouring sizes of a ladder
+TARGETS = ("verse", "stanza", "epic")  # presets whose losses a ladder predicts
+VOCABULARY = 256  # vocabulary size for counts that do not depend on it
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,11 @@ def shape_of(options: ModelOptions) -> Shape:
 
 
 def scaled(options: ModelOptions, parameters: float) -> Shape:
-    """Scale a model to the shape closest to a size in parameters without embeddings.
+    """Find the shape of a scaled model with about this many parameters, without embeddings.
 
     Width and depth change by the same factor, as far as whole heads and layers allow. The number of
-    queries per key, and the ratio of feed-forward width to model width, stay the same.
+    query heads per key-value head stays the same, and so does the ratio of feed-forward width to
+    model width.
 
     >>> from consyn_jax.resolve import resolve
     >>> haiku = resolve({"model": "haiku"})[0].model
@@ -112,8 +113,8 @@ def ladder_shapes(options: ModelOptions, sizes: int | Sequence[float]) -> list[S
 
     Args:
         options: the model to scale.
-        sizes: the number of sizes, the largest of which is the model itself; or their parameters,
-            without embeddings.
+        sizes: the number of sizes, with the model itself as the largest; or the number of
+            parameters of each size, without embeddings.
 
     Raises:
         UserError: two sizes give the same shape.
@@ -141,7 +142,7 @@ class Target:
     """A model whose loss is predicted.
 
     Attributes:
-        name: name of the preset that it is or that it is scaled from.
+        name: name of the preset, or of the preset from which the model is scaled.
         parameters: number of parameters, without embeddings.
         flops: training FLOPs per token.
     """
@@ -153,10 +154,10 @@ class Target:
 
 
 def target(name: str, shape: Shape | None, vocab_size: int, length: int) -> Target:
-    """Make the target for a preset, or for a preset in another shape.
+    """Make the target for a preset, or for a preset scaled to `shape`.
 
     Args:
-        length: number of tokens in a sequence.
+        length: number of tokens in a sequence, which determines the FLOPs of attention.
     """
     options = preset(name)
     shape = shape or shape_of(options)

@@ -13,7 +13,7 @@ from consyn_jax.tuning.ladder.ladder_options import Budget
 from consyn_jax.tuning.ladder.model_family import TARGETS, Target, scaled_target, target
 from consyn_jax.tuning.ladder.scaling_law import LossPoint, ScalingLaw, bootstrap, fit, interval
 
-SIZES = np.geomspace(1e4, 1e13, 181)  # among which the best one is sought
+SIZES = np.geomspace(1e4, 1e13, 181)  # candidates for the best size
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Prediction:
 
     Attributes:
         interval: 90 % bootstrap interval of the loss.
-        sizes: for the best size of a budget, its 90 % bootstrap interval; otherwise None.
+        sizes: 90 % bootstrap interval of the size, if it is the best size for a budget; otherwise
+            None.
         batch: critical batch size, in tokens; None if the noise was not measured.
     """
 
@@ -41,7 +42,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A fitted ladder.
+    """A fitted ladder, and the predictions from it.
 
     Args:
         points: losses at the ends of runs.
@@ -74,7 +75,7 @@ class Forecast:
 
     @cached_property
     def error(self) -> float:
-        """The median error of the law at the fitted points, as a share of the loss."""
+        """The law's median relative error at the fitted points."""
         errors = [self.law.loss(p.parameters, p.tokens) / p.loss - 1 for p in self.points]
         return float(np.median(np.abs(errors)))
 
@@ -91,7 +92,7 @@ class Forecast:
         """Predict the losses of verse, stanza and epic for a budget.
 
         Args:
-            budget: the budget; None for `tokens_per_parameter` each.
+            budget: the budget; None for a budget of `tokens_per_parameter` for each model.
         """
         found = []
         for name in TARGETS:
@@ -120,6 +121,6 @@ class Forecast:
 
     @cached_property
     def _family(self) -> tuple[np.ndarray, np.ndarray]:
-        """Parameters of models over the range of sizes, and their training FLOPs per token."""
+        """Number of parameters, and training FLOPs per token, of a model of each of `SIZES`."""
         models = [scaled_target(size, self.vocab_size, self.length) for size in SIZES]
         return np.array([m.parameters for m in models]), np.array([m.flops for m in models])

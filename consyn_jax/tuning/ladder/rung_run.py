@@ -1,4 +1,4 @@
-"""The runs of a size: ordinary runs, which continue after an interruption."""
+"""Train the runs of one size of a ladder: ordinary runs, which resume after an interruption."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from consyn_jax.tuning.shared_programs import SharedPrograms, TrialProgram
 from consyn_jax.tuning.trial_trainer import TrialTrainer
 from consyn_jax.tuning.varied_run import Settings
 
-NOISE = "gradient_noise.json"  # in the longest run: the measurements by step
+NOISE = "gradient_noise.json"  # measurements by step, in the directory of the longest run
 METRIC = "eval/loss"
-BUDGETS = {"epochs", "max_steps", "total_tokens"}  # which may differ, as the steps are compared
+BUDGETS = {"epochs", "max_steps", "total_tokens"}  # not compared: the number of steps is
 SAVE_MINUTES = 5.0  # between checkpoints of a run, unless a flag says otherwise
-ORIGIN = "ladder"  # of values that a size sets
+ORIGIN = "ladder"  # origin of the values that the ladder sets
 
 
 class RungTrainer(TrialTrainer):
@@ -55,7 +55,7 @@ class RungTrainer(TrialTrainer):
         return built._replace(program=replace(built.program, total_steps=self.longest))
 
     def compile_train_step(self, run: RunConfig, schedule: optax.Schedule | None = None) -> Any:
-        """The train step of `run`, compiled unless another run of the size has compiled it."""
+        """Compile the train step of `run`, or reuse that of another run of the size."""
         program = self._build(run, schedule).program
         return self.shared.bound_step(program, run, self.total_steps, self.longest)
 
@@ -99,7 +99,7 @@ class RungRun:
                     self._trainer(start).train()
         except UserError as error:
             raise UserError(f"Size of {self.rung.parameters:,} parameters: {error}") from error
-        for path in self.paths:  # states that no run goes on from
+        for path in self.paths:  # no run continues from these checkpoints
             remove(path / CHECKPOINTS)
 
     def _check_same(self) -> None:
@@ -145,7 +145,7 @@ class RungRun:
         return found
 
     def noise(self) -> dict[int, GradientNoise]:
-        """The measurements so far, by step."""
+        """The gradient noise measured so far, by step."""
         try:
             text = (self.path / NOISE).read_text(encoding="utf-8")
             return {int(step): GradientNoise(**values) for step, values in json.loads(text).items()}
@@ -158,7 +158,10 @@ class RungRun:
             ) from error
 
     def _measure_noise(self, step: int) -> None:
-        """Measure the noise after a step, unless already measured or without its checkpoint."""
+        """Measure the gradient noise after a step, and store it.
+
+        Skip this if the step is already measured or has no checkpoint.
+        """
         found = self.noise()
         if step in found or step not in saved_steps(self.path / CHECKPOINTS):
             return
@@ -175,7 +178,7 @@ class RungRun:
 
     @cached_property
     def _whole(self) -> RungTrainer:
-        """The trainer of the longest run, used for its data and programs."""
+        """The trainer of the longest run, whose data and programs all runs of the size use."""
         return self._trainer(None)
 
     @cached_property
@@ -198,7 +201,7 @@ class RungRun:
         Args:
             decay_from: step of the longest run from which the run starts; None for the longest run.
         """
-        first = self.rung.starts[0]  # and all starts are multiples of it
+        first = self.rung.starts[0]  # all starts are multiples of the first
         return {
             **self.rung.shape.flags,
             "scheduler": "wsd",
@@ -218,7 +221,7 @@ def is_finished(path: Path) -> bool:
 
 
 def with_intervals(run: RunConfig) -> RunConfig:
-    """Set a run's intervals: save also by time; without `--eval_steps`, evaluate at the end."""
+    """Make a run also save by time and, without `--eval_steps`, evaluate only at its end."""
     saving, evaluation = run.saving, replace(run.evaluation, load_best_model_at_end=False)
     if saving.save_minutes is None:
         saving = replace(saving, save_minutes=SAVE_MINUTES)

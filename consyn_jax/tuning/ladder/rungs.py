@@ -1,9 +1,9 @@
-"""Plan the sizes of a ladder, and the runs of each: a long run, and shorter ones from it.
+"""Plan the sizes of a ladder, and the runs of each size: one long run, and shorter runs from it.
 
 While the learning rate is high, the loss hides part of a model's progress, so losses are comparable
-only after a decay. Each size therefore trains once at a constant rate (wsd), and from some of its
-checkpoints a separate run decays the rate (--decay_from). That gives the losses of several lengths
-for little more than the cost of the longest run (Hägele et al., 2024).
+only after a decay. Each size therefore trains once at a constant rate (wsd). Shorter runs start
+from its checkpoints, and decay the rate (--decay_from). This gives the losses of several run
+lengths for little more than the cost of the longest run (Hägele et al., 2024).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from consyn_jax.errors import UserError
 from consyn_jax.training.optim.schedules import decay_end, warmup_length
 from consyn_jax.tuning.ladder.model_family import Shape, model_of, num_body_parameters
 
-LENGTHS = 4  # of the runs of a size, each twice the one before
+LENGTHS = 4  # runs per size, each twice as long as the previous run
 _PARTS = 2 ** (LENGTHS - 1)
-FEWEST_STEPS = 5  # of the shortest run of a size
+FEWEST_STEPS = 5  # fewest steps of the shortest run of a size
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Rung:
 
     @property
     def all_steps(self) -> int:
-        """Number of steps of all runs together; shared steps, before a decay, count once."""
+        """Number of steps of all runs together; steps before a decay are shared and count once."""
         decays = (end - start for start, end in zip(self.starts, self.ends, strict=True))
         return self.starts[-1] + sum(decays)
 
@@ -74,9 +74,9 @@ def plan_rung(run: RunConfig, shape: Shape, tokens_per_parameter: float, most_st
     first = math.floor(steps * stable / _PARTS)
     if first < (fewest := math.ceil(FEWEST_STEPS * stable)):
         raise UserError(
-            f"The budget of the size of {parameters:,} parameters is {steps:,} steps of {tokens:,} "
-            f"tokens, and its {LENGTHS} runs need {math.ceil(fewest * _PARTS / stable)}. Lower "
-            "--batch_size, or raise --tokens_per_parameter or the budget."
+            f"With {parameters:,} parameters, the budget is {steps:,} steps of {tokens:,} tokens, "
+            f"but the {LENGTHS} runs of this size need {math.ceil(fewest * _PARTS / stable)}. "
+            "Lower --batch_size, or raise --tokens_per_parameter or the budget."
         )
     starts = tuple(first * 2**power for power in range(LENGTHS))
     ends = tuple(decay_end(start, options.decay_ratio) for start in starts)
@@ -84,7 +84,7 @@ def plan_rung(run: RunConfig, shape: Shape, tokens_per_parameter: float, most_st
     if warmup > first:
         flag = "warmup_ratio" if options.warmup_steps is None else "warmup_steps"
         raise UserError(
-            f"Warm-up of {warmup} steps is longer than the shortest run of the size of "
-            f"{parameters:,} parameters, whose rate decays after {first}. Lower --{flag}."
+            f"Warm-up of {warmup} steps is too long for the shortest run with {parameters:,} "
+            f"parameters, whose learning rate decays after step {first}. Lower --{flag}."
         )
     return Rung(shape, parameters, starts, ends, tokens)

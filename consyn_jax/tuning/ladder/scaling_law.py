@@ -1,7 +1,8 @@
 """Fit loss as a function of parameters and tokens, with its uncertainty.
 
-L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al., 2022, approach 3): the irreducible loss,
-the excess due to the limited size of N parameters, and the excess due to limited data of D tokens.
+L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al., 2022, approach 3). E is the irreducible
+loss. The other terms are the excess loss of a model with only N parameters, and the excess loss of
+training on only D tokens.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares, nnls
 
-HUBER_DELTA = 1e-3  # of errors in log(loss), as in the paper
-EXPONENTS = np.geomspace(0.05, 1.6, 11)  # of which all pairs are tried as starting points
-STARTS, STARTS_OF_A_DRAW = 6, 2  # the best of them, from which the fit goes on
+HUBER_DELTA = 1e-3  # for errors in log(loss), as in the paper
+EXPONENTS = np.geomspace(0.05, 1.6, 11)  # grid of (alpha, beta) for the starting points
+STARTS, STARTS_OF_A_DRAW = 6, 2  # starting points of a fit, and of a fit to a bootstrap draw
 LOWEST_EXPONENT, HIGHEST_EXPONENT = 0.01, 2.0
 FEWEST_SIZES, FEWEST_POINTS = 3, 6  # a law has five constants
-FEWEST_LEFT = 8  # points without those of few steps; draws of fewer hardly differ
-FEW_STEPS = 100  # below which losses were far from the curve (benchmarks/ladder.py)
+FEW_STEPS = 100  # losses of shorter runs were far from the curve (benchmarks/ladder.py)
+# Fewest points for a fit without shorter runs; bootstrap draws of fewer points hardly differ.
+FEWEST_LEFT = 8
 DRAWS = 200
-COVERED = (0.05, 0.95)  # of the bootstrap's values are within an interval
+COVERED = (0.05, 0.95)  # quantiles of the bootstrap values at the ends of an interval
 Numbers = Any  # a float or an array
 
 
@@ -70,8 +72,8 @@ class ScalingLaw:
 class _Problem:
     """The least-squares problem of the fit: residuals in log(loss), with well-scaled unknowns.
 
-    The unknowns are log E, the logarithms of the other two terms at the middle of the points, alpha
-    and beta.
+    The unknowns are log E, alpha, beta, and the logarithms of the two terms with N and D. These two
+    terms are taken at the middle of the points.
     """
 
     def __init__(self, points: Sequence[LossPoint]) -> None:
@@ -101,7 +103,10 @@ class _Problem:
         return np.stack([e, a, b, -a * self.n, -b * self.d], axis=1)
 
     def starts(self, count: int) -> list[np.ndarray]:
-        """Starting points: the best exponents on a grid; for fixed exponents, L is linear."""
+        """Find starting points: the exponents on a grid that fit best.
+
+        For fixed exponents, L is linear in the other constants, which linear least squares finds.
+        """
         found = []
         one = np.ones_like(self.n)
         for alpha in EXPONENTS:
@@ -142,14 +147,14 @@ class _Problem:
 
 
 def can_fit(points: Sequence[LossPoint]) -> bool:
-    """Whether the points suffice to fit the five constants: several sizes and lengths."""
+    """Whether there are enough points, sizes and run lengths to fit the five constants."""
     sizes, lengths = {p.parameters for p in points}, {p.tokens for p in points}
     enough = len(set(points)) >= FEWEST_POINTS
     return enough and min(len(sizes), len(lengths)) >= FEWEST_SIZES
 
 
 def long_enough(points: Sequence[LossPoint], tokens_per_step: int) -> list[LossPoint]:
-    """The points of runs of at least `FEW_STEPS` steps; all points if too few to fit.
+    """The points of runs with at least `FEW_STEPS` steps; all points if these are too few to fit.
 
     The loss of a shorter run depends more on its number of steps than on its tokens.
     """
@@ -168,9 +173,9 @@ def fit(points: Sequence[LossPoint]) -> ScalingLaw:
 
 
 def bootstrap(points: Sequence[LossPoint], draws: int = DRAWS, seed: int = 0) -> list[ScalingLaw]:
-    """Fit laws to points drawn with replacement; the spread of the laws is the uncertainty.
+    """Fit laws to points drawn with replacement; the spread of the laws shows the uncertainty.
 
-    Draws with too few sizes or lengths are repeated.
+    A draw with too few sizes or run lengths is replaced by another.
     """
     random, laws = np.random.default_rng(seed), list[ScalingLaw]()
     while len(laws) < draws:

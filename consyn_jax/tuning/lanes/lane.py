@@ -1,14 +1,14 @@
 """Lanes: trials that train side by side, with programs that run for all of them at once.
 
 A lane is a thread that works on one trial after the other, with the training loop of
-`consyn-train`. Lanes take turns: only one runs at a time, until it calls a shared program. When all
-lanes have called the program, it runs once, with the states and batches of all lanes, and the turns
-begin again. So evaluations, log, checkpoints, pruning and resuming work as in a single trial, code
-that a lane uses need not be thread-safe, and trials end in a deterministic order.
+`consyn-train`. Lanes take turns: only one lane runs at a time, until it calls a shared program.
+When all lanes have called the program, it runs once, with the states and batches of all lanes, and
+the turns begin again. Evaluations, log, checkpoints, pruning and resuming therefore work as in a
+single trial. Code in a lane need not be thread-safe, and trials end in a deterministic order.
 
-The program stacks the states; outside of it, each lane has its own state. That costs a copy of all
-states in each step. In return, a lane can start a new trial by passing another state, lanes may be
-at different steps, and checkpoints and evaluations use the state of a lane directly.
+The program stacks the states of all lanes; outside the program, each lane has its own state. This
+costs a copy of all states in each step. In return, a lane can start a new trial by passing another
+state, lanes may be at different steps, and checkpoints and evaluations use a lane's state directly.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _raise_failure(lane: Lane) -> None:
 
 
 def _interruption(signal: str, lanes: Sequence[Lane]) -> BaseException:
-    """The common error for all lanes (perhaps none) whose trials a signal has ended."""
+    """Make one error for all lanes whose trials a signal has ended; there may be no such lane."""
     stopped = [lane.error for lane in lanes if lane.error is not None]
     if len(stopped) == 1:
         return stopped[0]

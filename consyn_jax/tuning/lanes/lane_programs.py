@@ -41,12 +41,12 @@ from consyn_jax.tuning.trial_trainer import TrialTrainer
 from consyn_jax.tuning.tune_options import TuneConfig
 from consyn_jax.tuning.varied_run import VariedRun
 
-GROWTH = 1.1  # of the steps a second, for which `auto` doubles the lanes
-FEWEST, MEASURED_S = 4, 1.0  # measured steps, and their time, at least
-# Flags that may vary, except to one value that changes the program; advice for each flag.
+GROWTH = 1.1  # least growth of the steps per second for which `auto` doubles the number of lanes
+FEWEST, MEASURED_S = 4, 1.0  # least number of steps, and of seconds, of a measurement
+# One value of each of these flags needs another program: advice to leave this value out.
 _REMEDIES = {
     **dict.fromkeys(("dropout", "momentum"), "Begin it above 0"),
-    "scheduler": "Take plateau out of it",
+    "scheduler": "Remove plateau from its values",
 }
 
 
@@ -55,8 +55,8 @@ class LanesStep:
     """The train step of all lanes, called with a state (which is donated) and a batch per lane.
 
     Attributes:
-        spare: placeholder states for lanes that have ended; the program needs a state for each
-            lane.
+        spare: placeholder states for lanes that have ended, because the program needs a state for
+            each lane.
     """
 
     compiled: jax.stages.Compiled
@@ -97,7 +97,7 @@ class LanesEvaluation:
 
 @dataclass(frozen=True)
 class LaneCall:
-    """A shared program, in the form in which one lane calls it."""
+    """A shared program as one lane calls it: with the arguments of this lane alone."""
 
     lane: Lane
     program: LanesStep | LanesEvaluation
@@ -153,12 +153,12 @@ class LanePrograms(SharedPrograms):
 def lanes_step(
     shared: SharedPrograms, program: Program, run: RunConfig, numbers: Numbers, lanes: int
 ) -> LanesStep:
-    """The train step of a number of lanes, compiled unless an earlier trial compiled it.
+    """Compile the train step for this number of lanes, or reuse that of an earlier trial.
 
     Args:
-        program: the program of any trial, not yet compiled.
+        program: the program before it is compiled, which is the same for all trials.
         run: the run of this trial.
-        numbers: the numbers of this trial.
+        numbers: hyperparameters of this trial that the compiled step takes as arguments.
 
     Raises:
         UserError: the device has too little memory.
@@ -191,11 +191,14 @@ def _lowered(
     lanes: int,
     places: Any = None,
 ) -> jax.stages.Lowered:
-    """Lower a function of two arguments for tuples of arguments, one entry per lane.
+    """Lower a function of two arguments so that it runs for all lanes.
+
+    The lowered function takes two tuples, with an entry for each lane.
 
     Args:
-        arguments: shapes, dtypes and shardings of the two arguments.
-        places: shardings of the first of two results, which reuses the donated first argument.
+        arguments: shapes, dtypes and shardings of the two arguments of one lane.
+        places: shardings of the first result, if there are two results. This result then reuses the
+            memory of the donated first argument.
     """
 
     def of_lanes(*each: tuple[Any, ...]) -> Any:
@@ -223,8 +226,8 @@ def _zeros(like: Any) -> Any:
 def step_seconds(trainer: TrialTrainer, most: int) -> dict[int, float]:
     """Measure the seconds per step, by number of lanes.
 
-    The numbers of lanes are 1, 2, 4 and so on, as long as each raises the steps per second by the
-    factor `GROWTH` and fits in memory. The last number may have failed to raise it.
+    The number of lanes is doubled, from 1, as long as this fits in memory and raises the steps per
+    second by the factor `GROWTH`. The last number measured may not have raised them enough.
 
     Args:
         trainer: the trainer of any trial.
@@ -243,7 +246,7 @@ def step_seconds(trainer: TrialTrainer, most: int) -> dict[int, float]:
             with explain_out_of_memory():
                 parameters = (trainer.parameters(program.mesh) for _ in range(lanes))
                 found[lanes] = _fastest(step, [program.initial_state(p) for p in parameters], batch)
-        except UserError:  # the memory of the device
+        except UserError:  # the device has too little memory
             if lanes == 1:
                 raise
             break

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
-from consyn_jax.cli.choices.model_choice import weights_note
+from consyn_jax.cli.choices.model_choice import file_notes, weights_note
 from consyn_jax.cli.choices.training_data import training_data
+from consyn_jax.data.preparation.cached_store import prepare
+from consyn_jax.errors import UserError
+from consyn_jax.prepare_config import CorpusOptions
 from consyn_jax.resolve import resolve
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.tokenization.chat.plain_template import PLAIN
@@ -109,3 +112,35 @@ def test_the_weights_that_a_run_begins_with_are_named(tmp_path: Path) -> None:
     assert note(checkpoint=str(model)) == f"initial weights from {model}"
     assert note(model=f"{model}/config.json", seed=3) == "new, drawn with seed 3"
     assert note(model="haiku") == "new, drawn with seed 42"
+
+
+def test_sizes_and_budgets_of_a_file_are_named_where_a_flag_names_the_model() -> None:
+    file = {"model": "haiku", "hidden_dim": 192, "max_steps": 50, "lr": 0.1}
+    said = file_notes(*resolve({"model": "verse"}, file, file_name="a.yaml"))
+    assert said == [("config", "for verse, too, a.yaml sets hidden_dim 192, max_steps 50")]
+    assert file_notes(*resolve({}, file, file_name="a.yaml")) == []
+    assert file_notes(*resolve({"model": "verse"}, {"lr": 0.1}, file_name="a.yaml")) == []
+
+
+def test_a_token_store_is_answered_with_advice_that_works_with_it(tmp_path: Path) -> None:
+    """A store's splits were made with it: the remedy is to prepare it again."""
+    texts = write(tmp_path / "texts.jsonl", *[{"text": f"A text, number {i}."} for i in range(40)])
+    stores = {}
+    for share in (0.0, 0.2):
+        stores[share] = tmp_path / f"store{share}"
+        options = CorpusOptions(data=(str(texts),), tokenizer="bytes", validation_fraction=share)
+        prepare(options, output=stores[share])
+    lines, _ = made(stores[0.0])
+    assert lines["validation"] == [
+        "none: the validation split has no document; prepare the data again with consyn-prepare "
+        "--validation PATH or a larger --validation_fraction"
+    ]
+    assert "validation" not in made(stores[0.2])[0]
+    with pytest.raises(UserError, match=r"a token store.*--validation_fraction 0\.3 has no"):
+        made(stores[0.2], validation_fraction=0.3)
+    lines, _ = made(stores[0.2], validation_fraction=0)
+    assert lines["validation"] == ["none: --validation_fraction is 0"]
+    assert (
+        "give --validation PATH or a larger"
+        in made(texts, validation_fraction=0)[0]["validation"][0]
+    )

@@ -72,7 +72,10 @@ def test_texts_are_cleaned_and_deduplicated_beside_conversations(tmp_path: Path)
     assert prepared.report.noticed == {"markers": 2}
     notes = dict(row_notes(prepared.report, CorpusOptions(), prepared.store.tokenizer))
     assert notes["rows"] == "read 2 as messages, 2 as text"
-    assert notes["chat template"] == "plain-text role markers, exported with the model"
+    assert (
+        notes["chat template"]
+        == "roles are marked by plain text; the template is exported with the model"
+    )
     assert notes["noticed"].startswith("2 rows with a chat model's markers")
     assert json.loads(notes["prompt"]).endswith("<|assistant|>\n")
     assert json.loads(notes["target"]) == "yes<|eos|>"

@@ -53,7 +53,7 @@ def test_a_file_that_only_begins_like_utf_16_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe" + b"\x00\xdc" * 9)
     (tmp_path / "b.txt").write_bytes("abc".encode("utf-16")[:-1])
     (tmp_path / "c.txt.xz").write_bytes(lzma.compress(UTF8)[:-20])
-    with pytest.raises(UserError, match="begins like utf-16-le but is not"):
+    with pytest.raises(UserError, match="has the byte order mark of utf-16-le, but"):
         find_sources([str(tmp_path / "b.txt")])
     with pytest.raises(UserError, match=r"c\.txt\.xz is cut off or damaged"):
         find_sources([str(tmp_path / "c.txt.xz")])

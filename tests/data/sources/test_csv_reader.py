@@ -89,7 +89,7 @@ def test_a_row_of_another_length_is_a_bad_row(tmp_path: Path) -> None:
     path.write_text("text,label\n" + "a,1\n" * 3 + "b\n", encoding="utf-8")
     (block,) = CsvReader().blocks(str(path), START, READING)
     assert (
-        f"{path}:5 has 1 fields where the first line has 2."
+        f"{path}:5 has 1 fields, but the first line has 2."
         in Worker(READING.options, BYTES).work(block).fault
     )
     skipped = Worker(CorpusOptions(on_bad_rows="skip"), BYTES).work(block)
@@ -101,7 +101,9 @@ def test_a_table_without_names_of_columns_is_told_what_to_do(tmp_path: Path) -> 
     path.write_text("what is 1?,one\nwhat is 2?,two\n", encoding="utf-8")
     (block,) = CsvReader().blocks(str(path), START, READING)
     fault = Worker(READING.options, BYTES).work(block).fault
-    assert fault.endswith("if its first line is a row already, put one with names above it.")
+    assert fault.endswith(
+        "if the first line is a row of data, add a line of column names above it."
+    )
     path.write_text("question,answer\n" + path.read_text("utf-8"), encoding="utf-8")
     (block,) = CsvReader().blocks(str(path), START, READING)
     assert (

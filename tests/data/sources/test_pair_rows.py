@@ -91,7 +91,7 @@ def test_tools_and_variables_come_along() -> None:
         ),
         (
             {"chosen": [told("a")], "rejected": [told("b")]},
-            "holds no prompt: the messages of 'chosen' and 'rejected' share none",
+            "holds no prompt, and 'chosen' and 'rejected' do not begin with the same",
         ),
         (
             {"prompt": [user("a")], "chosen": [user("b")], "rejected": [told("b")]},

@@ -245,11 +245,11 @@ def test_likely_pairs_are_named() -> None:
     [
         (
             {"id": "7", "a review": "long enough"},
-            "as in --text_key 'a review', or name the fields with prompt and answer, with "
+            "as in --text_key 'a review', or give the keys of prompt and answer with "
             "--prompt_key and ",
         ),
-        ({"body": "b", "id": 7}, "Name the field that has the text, as in --text_key body."),
-        ({"content": None, "id": None}, "as in --text_key content, or name the fields with"),
+        ({"body": "b", "id": 7}, "Give the key of the text, as in --text_key body."),
+        ({"content": None, "id": None}, "as in --text_key content, or give the keys of"),
         ({"id": 7}, "Give a --row_format, --text_key, --prompt_key, "),
         ({"dialog": [{"role": "user", "content": "q"}]}, "Give --messages_key dialog."),
         ({"dialog": '[{"from": "human", "value": "q"}]'}, "Give --messages_key dialog."),
@@ -492,7 +492,7 @@ NO_ROW = {f"column {i:02d}": 0 for i in range(11)} | {"a" * 100: 0}
             {"messages": [{"role": "narrator", "content": "x"}]},
             RowKeys(),
             "holds the role 'narrator' in message 1 under 'messages'; "
-            "known are 'system', 'developer', 'user', 'assistant', 'tool'.",
+            "known roles: 'system', 'developer', 'user', 'assistant', 'tool'.",
         ),
         (
             {"messages": [{"role": ["user"], "content": "x"}]},

@@ -77,7 +77,7 @@ def test_large_vocabularies_make_nanogpts_tokens_four_bytes(tmp_path: Path) -> N
         file.write(b"12")
     with pytest.raises(
         UserError,
-        match=r"odd\.bin has 18 bytes, but with a vocabulary of 100,000",
+        match=r"odd\.bin has 18 bytes, which is not a multiple of 4, the size",
     ):
         RawTokens([tmp_path / "odd.bin"], Large())
 
@@ -137,7 +137,7 @@ def test_a_bin_of_wider_numbers_is_refused(tmp_path: Path) -> None:
     assert all_of(
         RawTokens([tmp_path / "train.bin"], BYTES, validation_fraction=0.0).split("train")
     )
-    with pytest.raises(UserError, match="or write it as uint32 for this one"):
+    with pytest.raises(UserError, match="or write it as uint32 for this tokenizer"):
         all_of(RawTokens([tmp_path / "train.bin"], Large()).split("train"))
 
 
@@ -253,7 +253,7 @@ def test_ids_outside_the_vocabulary_are_found_on_the_first_read(
     assert PackedDataset(split, 3, BOS, PAD).rows([0])["labels"].tolist() == [[1, 2, 3]]
     for _ in range(2):
         with pytest.raises(
-            UserError, match=rf"{path.name} has token id {wrong} at position \d+, and the "
+            UserError, match=rf"{path.name} has token id {wrong} at position \d+, but the "
         ):
             PackedDataset(split, 4, BOS, PAD).rows([0])
 
@@ -268,9 +268,9 @@ def test_a_wrong_id_is_refused_with_its_place(
     np.save(tmp_path / "b.npy", ids.reshape(4, 2).astype(np.int32))
     np.save(tmp_path / "c.npy", np.where(ids == 300, -1, ids).astype(np.int64))
     for name, words in {
-        "a.bin": "token id 300 at position 4, and the vocabulary has 259",
-        "b.npy": "token id 300 at row 2, column 0, and",
-        "c.npy": "token id -1 at position 4, and",
+        "a.bin": "token id 300 at position 4, but the vocabulary has 259",
+        "b.npy": "token id 300 at row 2, column 0, but",
+        "c.npy": "token id -1 at position 4, but",
     }.items():
         with pytest.raises(UserError, match=f"{name} has {words}"):
             all_of(RawTokens([tmp_path / name], BYTES, validation_fraction=0.0).split("train"))

@@ -67,7 +67,7 @@ def test_suffixes_of_pickles_are_refused(tmp_path: Path, suffix: str) -> None:
     path.write_bytes(np.zeros(8, np.uint16).tobytes())
     assert look(path) == (
         "",
-        f"is not opened, because a {suffix} file can hold a pickle, which could run code",
+        f"is not opened, because a {suffix} file can contain a pickle, which could run code",
     )
     with pytest.raises(UserError, match=rf"tokens\{suffix} is not opened, because"):
         RawTokens([path], BYTES)
@@ -112,8 +112,8 @@ def test_nanogpts_meta_is_refused_with_the_reason(tmp_path: Path) -> None:
     kind, reason = look(tmp_path / "meta.pkl")
     assert not kind
     assert reason == (
-        "is nanoGPT's vocabulary, which is not needed, in a pickle, which could run code "
-        "when it is opened"
+        "is a pickle with nanoGPT's vocabulary, which is not needed and could run code when it "
+        "is opened"
     )
 
 
@@ -125,7 +125,7 @@ def test_nanogpts_meta_is_refused_with_the_reason(tmp_path: Path) -> None:
         (
             "x.bin",
             lambda path, _: path.write_bytes(b"abc"),
-            "has 3 bytes, which is not a whole number of tokens",
+            "has 3 bytes, an odd number, but tokens have 2 or 4 bytes",
         ),
         (
             "x.txt",
@@ -135,27 +135,27 @@ def test_nanogpts_meta_is_refused_with_the_reason(tmp_path: Path) -> None:
         (
             "x.bin",
             lambda path, t: llm_c(path, t, version=2),
-            "has llm.c's magic number 20240520 and version 2, and only version 1 is known",
+            "has llm.c's magic number 20240520 and version 2, but only version 1 is supported",
         ),
         (
             "x.bin",
             lambda path, t: llm_c(path, t, count=11),
-            "has an llm.c header for 11 tokens of 2 bytes, and 20 bytes after it",
+            "has an llm.c header for 11 tokens of 2 bytes, but 20 bytes after it",
         ),
         (
             "x.bin",
             lambda path, t: llm_c(path, t, count=-1),
-            "has an llm.c header for -1 tokens of 2 bytes, and 20 bytes after it",
+            "has an llm.c header for -1 tokens of 2 bytes, but 20 bytes after it",
         ),
         (
             "x.bin",
             lambda path, t: llm_c(path, t[:0]),
-            "has an llm.c header for 0 tokens of 2 bytes, and 0 bytes after it",
+            "has an llm.c header for 0 tokens of 2 bytes, but 0 bytes after it",
         ),
         (
             "x.bin",
             lambda path, _: path.write_bytes(np.array([20240520, 1, 0], np.int32).tobytes()),
-            "for 0 tokens of 2 bytes, and 0 bytes after it",
+            "for 0 tokens of 2 bytes, but 0 bytes after it",
         ),
         (
             "x.npy",
@@ -175,32 +175,32 @@ def test_nanogpts_meta_is_refused_with_the_reason(tmp_path: Path) -> None:
         (
             "x.npy",
             lambda path, t: npy(path, t.astype(float)),
-            "holds float64, and tokens are uint16, uint32, int32, int64, little-endian",
+            "has float64, but token ids are little-endian uint16, uint32, int32, int64",
         ),
         (
             "x.npy",
             lambda path, t: npy(path, t.astype(">i4")),
-            "holds >i4, and tokens are uint16, uint32, int32, int64, little-endian",
+            "has >i4, but token ids are little-endian uint16, uint32, int32, int64",
         ),
         (
             "x.npy",
             lambda path, t: npy(path, t.reshape(1, 2, 5)),
-            "has the shape (1, 2, 5), and tokens have one dimension, or two in C order",
+            "has the shape (1, 2, 5), but tokens need one dimension, or two in C order",
         ),
         (
             "x.npy",
             lambda path, t: npy(path, np.asfortranarray(t.reshape(2, 5))),
-            "in Fortran order, and tokens have one dimension, or two in C order",
+            "in Fortran order, but tokens need one dimension, or two in C order",
         ),
         (
             "x.npy",
             lambda path, t: npy(path, t[:0]),
-            "has a header for 0 numbers of 8 bytes, and 0 bytes after it",
+            "has a header for 0 numbers of 8 bytes, but 0 bytes after it",
         ),
         (
             "x.npy",
             lambda path, t: path.write_bytes(npy(path, t).read_bytes()[:-1]),
-            "has a header for 10 numbers of 8 bytes, and 79 bytes after it",
+            "has a header for 10 numbers of 8 bytes, but 79 bytes after it",
         ),
     ],
 )

@@ -122,7 +122,7 @@ def test_a_directory_that_exists_or_cannot_be_written(
     tmp_path: Path, tokenizer: BPETokenizer
 ) -> None:
     build(tmp_path / "store", tokenizer)
-    with pytest.raises(UserError, match="store exists already"):
+    with pytest.raises(UserError, match="store already exists"):
         TokenStoreWriter(tmp_path / "store", tokenizer)
     with pytest.raises(UserError, match=r"cannot be written to .*: Not a directory"):
         TokenStoreWriter(tmp_path / "store" / "manifest.json" / "inner", tokenizer)
@@ -135,7 +135,7 @@ def test_a_directory_is_no_store_before_it_is_finished(
     writer.add("train", [1, 2, 3], 3)
     with pytest.raises(UserError, match="is not a token store"):
         TokenStore(tmp_path / "store")
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         TokenStoreWriter(tmp_path / "store", tokenizer)
     writer.finish()
     assert documents(TokenStore(tmp_path / "store"), "train") == [[1, 2, 3, tokenizer.eos_token_id]]
@@ -204,14 +204,14 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     [
         (
             lambda m: m.update(version=4),
-            "has format version 4, and this consyn_jax reads 1, 2 and 3",
+            "has format version 4, but this consyn_jax reads 1, 2 and 3",
         ),
         (lambda m: m.update(format="other"), "is not the manifest of a token store"),
         (lambda m: m.update(vocab_size="259"), "vocab_size is '259'"),
         (lambda m: m.update(vocab_size=-1), "vocab_size is -1"),
         (
             lambda m: m.update(dtype="uint32"),
-            "dtype is 'uint32', and a vocabulary of 259 needs uint16",
+            "dtype is 'uint32', but a vocabulary of 259 needs uint16",
         ),
         (lambda m: m.update(splits=[]), "splits is missing"),
         (lambda m: m["splits"]["train"].update(shards=None), "split 'train' has no list of shards"),
@@ -277,7 +277,7 @@ def test_files_of_the_wrong_size_are_named_when_the_store_is_opened(
     file = tmp_path / "store" / "train-00001.tokens"
     file.write_bytes(file.read_bytes()[:-2])
     with pytest.raises(
-        UserError, match=r"train-00001\.tokens has [\d,]+ bytes where the manifest says"
+        UserError, match=r"train-00001\.tokens has [\d,]+ bytes, but the manifest says"
     ):
         TokenStore(tmp_path / "store")
     file.unlink()
@@ -302,7 +302,11 @@ def test_a_changed_byte_is_found_on_the_first_read_of_that_shard(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("validation-00000.tokens", np.full(9, 300, "<u2"), "token id 300 and a vocabulary of 259"),
+        (
+            "validation-00000.tokens",
+            np.full(9, 300, "<u2"),
+            "token id 300, but a vocabulary of 259",
+        ),
         ("validation-00000.index", np.array([5], "<u8"), "do not begin at 0 and increase"),
         ("validation-00000.index", np.array([2**63], "<u8"), "do not begin at 0 and increase"),
     ],
@@ -353,5 +357,5 @@ def test_a_manifest_without_end_is_refused(tmp_path: Path, tokenizer: BPETokeniz
 def test_another_tokenizer_in_the_store_is_refused(tmp_path: Path, tokenizer: BPETokenizer) -> None:
     store = build(tmp_path / "store", tokenizer)
     BPETokenizer.train_from_iterator(TEXTS, 270).save(store.directory / "tokenizer")
-    with pytest.raises(UserError, match="is not the tokenizer that its manifest"):
+    with pytest.raises(UserError, match="does not match the hash in its manifest"):
         _ = TokenStore(store.directory).tokenizer

@@ -134,7 +134,7 @@ def test_a_checkpoint_and_a_mean_of_them(convert: Convert, run: Path) -> None:
         (["{run}", "--output", "x", "--average", "0"], "--average 0 averages nothing"),
         (["{run}", "--output", "x", "--average", "3"], "has checkpoints of steps 2, 4 only"),
         (["{run}", "--output", "x", "--average", "2,3"], "no checkpoint of step 3"),
-        (["{run}", "--output", "x", "--average", "2,2"], "a step given twice"),
+        (["{run}", "--output", "x", "--average", "2,2"], "a step is given twice"),
         (["{run}", "--output", "x", "--average", "1"], "is one checkpoint. Use --step"),
         (["{run}", "--output", "x", "--average", "all"], "neither a number of checkpoints nor"),
         (["{run}/final", "--output", "x", "--average", "2"], "is not a run"),
@@ -181,7 +181,7 @@ def test_what_is_damaged_while_it_is_written_gets_no_name(
     monkeypatch.setattr(directories, f"write_{to}", faulty)
     code, said = convert(model, "--to", to, "--output", "out")
     assert code == 2
-    assert "out was not written: read back, its logits differ" in said
+    assert "out was not written, because the logits of the new files differ" in said
     assert sorted(p.name for p in Path().iterdir()) == ["model"]
 
 

@@ -86,6 +86,24 @@ def test_conversations_end_where_the_model_answers_and_special_text_is_text() ->
         refusing.encode(GivenPrompt("row 1", None, ASKED))
 
 
+def test_a_role_that_no_model_has_learned_is_refused_unless_the_template_names_it() -> None:
+    tokenizer = BPETokenizer.bytes()
+    asked = [*ASKED, {"role": "usr", "content": "Well?"}]
+    with pytest.raises(
+        UserError, match=r"row 1: .* role 'usr' in message 2, .*did you mean user\?"
+    ):
+        PromptEncoder(tokenizer, None).encode(GivenPrompt("row 1", None, asked))
+    named = (
+        "{% for m in messages %}{{ '#' if m.role == 'usr' else m.role }}{{ m.content }}{% endfor %}"
+    )
+    assert (
+        "#Well?" in PromptEncoder(tokenizer, named).encode(GivenPrompt("row 1", None, asked)).text
+    )
+    for role in ("system", "developer", "user", "tool"):
+        known = GivenPrompt("row 1", None, [*ASKED, {"role": role, "content": "Well?"}])
+        assert "Well?" in PromptEncoder(tokenizer, None).encode(known).text
+
+
 def test_an_empty_prompt_begins_a_document_and_a_long_one_is_refused() -> None:
     encoder = PromptEncoder(BPETokenizer.bytes(), None)
     empty, long = (encoder.encode(GivenPrompt("--prompt", text)) for text in ("", "x" * 40))

@@ -98,7 +98,7 @@ def test_prompts_that_do_not_fit_are_refused(params: Params) -> None:
         ([[3, -1]], r"^Prompt 0 has token id -1 in input_ids at position 1, .* any length\.$"),
         ([[3], [-100]], r"^Prompt 1 has -100 in input_ids at position 0"),
         (np.array([[3, 50]]), r"^Prompt 0 has token id 50 .* ends at 49\. Use the tokenizer"),
-        ([[1.5]], r"^Prompt 0 has 1\.5 in input_ids at position 0, and ids are whole numbers"),
+        ([[1.5]], r"^Prompt 0 has 1\.5 in input_ids at position 0, but ids are whole numbers"),
         (np.ones((1, 2), np.float32), r"^Prompt 0 has 1\.0 in input_ids at position 0"),
         ([3, 4], r"^The prompts are one row of ids\. Pass \[ids\]"),
         (jnp.array([3, 4]), r"^The prompts are one row of ids\. Pass \[ids\]"),

@@ -104,7 +104,7 @@ def test_arguments_in_a_string_are_not_encoded_twice() -> None:
         ("{{ raise_exception('no system') }}", "no system"),
         ("{{ messages[9].content + 'x' }}", "no element 9"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
-        ("{{ namespace(_x=1) }}", "not a name"),
+        ("{{ namespace(_x=1) }}", "not allowed as the name"),
         ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "loops"),
         ("{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}", "million"),
         ("{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}", "million"),
@@ -127,13 +127,13 @@ def test_a_template_that_takes_long_is_stopped(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_template_that_is_not_jinja_is_refused() -> None:
-    with pytest.raises(UserError, match=r"not Jinja.*--chat_template"):
+    with pytest.raises(UserError, match=r"not valid Jinja.*--chat_template"):
         ChatTemplate("{% if %}")
     with pytest.raises(UserError) as refused:  # Jinja says three sentences about it
         ChatTemplate("{% for message in messages %}{{ message.content }}")
     assert str(refused.value) == (
-        "The chat template is not Jinja: Unexpected end of template (line 1). Give another one "
-        "with --chat_template FILE, or use --chat_template plain."
+        "The chat template is not valid Jinja: Unexpected end of template (line 1). Give another "
+        "template with --chat_template FILE, or use --chat_template plain."
     )
 
 

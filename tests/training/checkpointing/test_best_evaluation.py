@@ -95,7 +95,10 @@ def test_what_cannot_be_selected_by(given: dict[str, object], message: str) -> N
     "flag",
     [{"early_stopping_patience": 2}, {"load_best_model_at_end": True}, {"scheduler": "plateau"}],
 )
-def test_a_token_store_can_have_a_validation_split_where_no_fraction_is_held_out(
+def test_a_fraction_of_0_turns_evaluations_off_with_a_token_store_too(
     flag: dict[str, object],
 ) -> None:
-    resolve({"data": "tokens", "dataset_type": "sharded", "validation_fraction": 0, **flag})
+    store = {"data": "tokens", "dataset_type": "sharded"}
+    resolve({**store, **flag})
+    with pytest.raises(UserError, match="needs evaluations, and --validation_fraction 0 leaves"):
+        resolve({**store, "validation_fraction": 0, **flag})

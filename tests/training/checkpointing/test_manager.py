@@ -471,19 +471,19 @@ def test_no_checksums_are_too_odd_to_be_answered(saved: Path, data: Any) -> None
     [
         (
             state_of(4, width=16),
-            r"opt_state/0/mu is float32 \[8, 2\] there and float32 \[16, 2\] here; params/w is",
+            r"opt_state/0/mu is float32 \[8, 2\] in the checkpoint and float32 \[16, 2\] in the model; params/w is",
         ),
         (
             state_of(4, dtype=jnp.bfloat16),
-            r"opt_state/0/mu is float32 \[8, 2\] there and bfloat16 \[8, 2\] here",
+            r"opt_state/0/mu is float32 \[8, 2\] in the checkpoint and bfloat16 \[8, 2\] in the model",
         ),
         (
             state_of(4)._replace(params={"w": state_of(4).params["w"], "more": jnp.zeros(2)}),
-            r"params/more is nothing there and float32 \[2\] here\.",
+            r"params/more is missing in the checkpoint and float32 \[2\] in the model\.",
         ),
         (
             state_of(4)._replace(opt_state=()),
-            r"opt_state/0/mu is float32 \[8, 2\] there and nothing here\.",
+            r"opt_state/0/mu is float32 \[8, 2\] in the checkpoint and missing in the model\.",
         ),
     ],
     ids=["shape", "dtype", "more", "less"],

@@ -86,7 +86,7 @@ def test_a_gradient_norm_beyond_float32_and_a_finite_step(
     assert locate_first_nonfinite(found)[0] == "gradient norm"
     where, text = locate_first_nonfinite(diagnosed(lambda params: None))
     assert where is None
-    assert "suspect the device" in text
+    assert "Suspect the device" in text
 
 
 def test_the_backward_pass_is_traced_to_its_source() -> None:

@@ -11,7 +11,7 @@ from jax.profiler import ProfileData
 from consyn_jax.errors import UserError
 from consyn_jax.training.diagnostics import profile
 from consyn_jax.training.diagnostics.profile import CompiledStep, Profile, page
-from consyn_jax.training.diagnostics.trace import STEP, Summary
+from consyn_jax.training.diagnostics.trace import STEP, Least, Summary
 from consyn_jax.validation import parse_profile_steps
 
 pytestmark = pytest.mark.users_compiler
@@ -24,14 +24,19 @@ def test_the_page_has_the_achieved_rate_and_the_shares_of_time() -> None:
         2.0,
         1.5,
         {"host": 0.5},
-        {"mlp": 1.2, "head": 0.4},
+        {"mlp": 1.2, "head": 0.4, "collectives": 0.0},
         (("fusion.7", "mlp", 0.8, 48),),
+        {"mlp": Least(0.9, 0.8, 0.5), "head": Least(0.3, 0.1, 0.3)},
+        0.71,
     )
-    text = page(summary, CompiledStep(str, 400e12, 989e12), (10, 11))
+    text = page(summary, CompiledStep(str, 400e12, "NVIDIA H200"), (10, 11))
     assert "Steps 10 to 11 on gpu:0, 1,000.0 ms each." in text
     assert re.search(r"achieved +400 TFLOP/s: 40.4% of the device's peak of 989 TFLOP/s", text)
     assert re.search(r"busy +75.0%\n +idle +25.0%  \(host 25.0%\)", text)
-    assert re.search(r"mlp +75.0% +600.00 ms per step\n +head +25.0%", text)
+    assert re.search(r"mlp +75.0% +600.00 ms per step; at least 450.00 ms, bound by comp", text)
+    assert re.search(r"head +25.0% +200.00 ms per step; at least 150.00 ms, bound by memory", text)
+    assert re.search(r"collectives +0.0% +0.00 ms per step; 71% of it beside other", text)
+    assert "Most is lost in mlp: 150.00 ms per step, because its matmuls run below the" in text
     assert re.search(
         r"The 1 largest kernels:\n +50.0% +400.00 ms in 24 per step  fusion.7 \(mlp\)", text
     )
@@ -55,7 +60,7 @@ class Profiled:
         """Run steps of a small program, and end the run."""
         with jax.named_scope("mlp"):
             compiled = jax.jit(lambda x: jnp.tanh(x @ x)).lower(jnp.ones((64, 64))).compile()
-        self.profile.program = CompiledStep(compiled.as_text, 2.0 * 64**3, None)
+        self.profile.program = CompiledStep(compiled.as_text, 2.0 * 64**3, "cpu")
         x = jnp.ones((64, 64))
         for number in range(1, steps + 1):
             with self.profile.step(number, x):

@@ -6,8 +6,17 @@ from jax.profiler import ProfileData
 
 from consyn_jax.config import architecture
 from consyn_jax.distributed.auto_mesh import Machine
+from consyn_jax.distributed.hardware import described_gpu
 from consyn_jax.resolve import resolve
-from consyn_jax.training.diagnostics.trace import SCOPES, STEP, Operation, scopes_of, summarise
+from consyn_jax.training.diagnostics.operation_costs import Cost
+from consyn_jax.training.diagnostics.trace import (
+    SCOPES,
+    STEP,
+    Least,
+    Operation,
+    scopes_of,
+    summarise,
+)
 from consyn_jax.training.optim.schedules import build_schedule
 from consyn_jax.training.program import build_program
 from consyn_jax.training.runtime.watchdog import WAITING
@@ -15,6 +24,7 @@ from consyn_jax.training.runtime.watchdog import WAITING
 pytestmark = pytest.mark.users_compiler
 
 MS = 10**9  # picoseconds
+GEMM = ("gemm", 0, 4, "fusion.1")
 # The compiler's scopes of the operations below.
 SCOPE_OF = {
     "fusion.1": "jit(train_step)/jvp()/while/body/attention/dot_general",
@@ -121,6 +131,38 @@ def test_time_inside_a_loop_counts_for_the_operations_in_it() -> None:
     assert found.device == "cpu:0"
     assert found.parts == pytest.approx({"attention": 0.003, "norm": 0.003, "other": 0.002})
     assert found.busy_s == pytest.approx(0.008)
+
+
+def test_a_collective_is_hidden_while_other_operations_run() -> None:
+    streams = {
+        "Stream #1": [("gemm", 0, 4, "fusion.1"), ("gemm", 6, 1, "fusion.1")],
+        "Stream #2": [("ncclDevKernel_AllReduce", 2, 8, "all-reduce.1")],
+    }
+    planes = {"/host:CPU": {"python": [(STEP, 0, 1)]}, "/device:GPU:0": streams}
+    assert summarise(xspace(planes), SCOPE_OF).hidden_share == pytest.approx(3 / 8)
+    alone = {"/host:CPU": {"python": [(STEP, 0, 1)]}, "/device:GPU:0": {"Stream #1": [GEMM]}}
+    assert summarise(xspace(alone), SCOPE_OF).hidden_share is None
+
+
+def test_a_kernel_that_begins_before_the_last_one_ends_counts_from_there() -> None:
+    stream = [("gemm", 0, 4, "fusion.1"), ("gemm", 3, 4, "fusion.1"), ("norm", 7, 1, "fusion.2")]
+    planes = {"/host:CPU": {"python": [(STEP, 0, 1)]}, "/device:GPU:0": {"Stream #1": stream}}
+    found = summarise(xspace(planes), SCOPE_OF)
+    assert found.parts == pytest.approx({"attention": 0.007, "norm": 0.001})
+
+
+def test_the_least_time_of_a_part_is_that_of_its_flops_or_of_its_bytes() -> None:
+    gpu = described_gpu("NVIDIA H200")
+    assert gpu is not None
+    costs = {
+        "fusion.1": Cost(1e-3 * gpu.bf16_flops, round(5e-4 * gpu.memory_bandwidth)),
+        "fusion.2": Cost(0.0, round(2e-3 * gpu.memory_bandwidth)),
+    }
+    found = summarise(xspace(GPU), SCOPE_OF, costs, gpu)
+    # The two kernels of `fusion.2` follow each other, and so belong to one execution.
+    assert found.least["attention"] == pytest.approx(Least(2e-3, 2e-3, 1e-3))
+    assert found.least["norm"] == pytest.approx(Least(2e-3, 0.0, 2e-3))
+    assert set(found.least) == {"attention", "norm"}
 
 
 def test_a_collective_is_recognised_under_any_name() -> None:

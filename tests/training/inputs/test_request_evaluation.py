@@ -147,7 +147,7 @@ def test_a_resumed_run_evaluates_as_one_that_was_not_interrupted(tmp_path: Path)
         ({"prompt": "a", "answer": "b"}, "eval/loss", r"sums.jsonl:14 asks for a text"),
         (REQUESTS[0], "eval/sums/perplexity", "is not a metric of --eval_requests"),
         (REQUESTS[0], "eval/sum/accuracy", "did you mean eval/sums/accuracy?"),
-        ({**REQUESTS[0], "task": "sums"}, "eval/loss", "two tasks of the name sums"),
+        ({**REQUESTS[0], "task": "sums"}, "eval/loss", "two tasks named sums"),
     ],
 )
 def test_mistakes(row: dict[str, Any], metric: str, message: str, tmp_path: Path) -> None:

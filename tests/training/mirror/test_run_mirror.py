@@ -191,7 +191,7 @@ def test_an_empty_machine_gets_the_run_at_its_newest_marked_step(
         name: text for name, text in own.items() if not name.startswith("checkpoints/10")
     }
     assert disagreement(tmp_path / "other" / "best") is None
-    assert said == [f"The run to step 20 was downloaded from {URL}."]
+    assert said == [f"The run up to step 20 was downloaded from {URL}."]
     assert running.warned == []
     assert f"{TOP}lease.json" not in bucket.objects
 
@@ -269,7 +269,7 @@ def test_the_end_waits_for_a_store_that_is_down_and_not_for_ever(
     began = time.monotonic()
     running.mirror.close()
     assert 0.3 <= time.monotonic() - began < 10
-    assert "so it has the run to step 10 and not all of" in running.warned[-1]
+    assert "so it has the run up to step 10, but not all files of" in running.warned[-1]
     bucket.before = lambda name, key: None
     time.sleep(0.7)  # the lease ends by itself
     start(directory).mirror.close()  # the same command
@@ -392,7 +392,7 @@ def test_half_uploads_and_damage_are_passed_over(
     said = fetched(config, tmp_path / "other")
     assert said == [
         f"warning: {URL}/checkpoints/20 is damaged and is skipped: state/d/0 is not what was written.",
-        f"The run to step 10 was downloaded from {URL}.",
+        f"The run up to step 10 was downloaded from {URL}.",
     ]
     assert not (tmp_path / "other" / "best").exists()
     assert not any(key.startswith(f"{TOP}checkpoints/30/") for key in bucket.objects)
@@ -506,7 +506,7 @@ def test_another_run_is_refused_by_name_and_overwritten_when_asked(
 
 def test_what_is_no_run_is_refused(bucket: MemoryBucket, config: RunConfig) -> None:
     bucket._write(f"{TOP}corpus.txt", b"text")
-    with pytest.raises(UserError, match=r"holds corpus.txt, which is no run of consyn-train"):
+    with pytest.raises(UserError, match=r"holds corpus.txt, but no run of consyn-train"):
         check_remote(config)
     bucket._write(f"{TOP}run.json", b"{}")
     with pytest.raises(UserError, match=r"run.json is damaged"):
@@ -521,7 +521,7 @@ def test_a_store_that_does_not_answer_at_the_start_is_a_sentence(
 
     bucket.before = fail
     with pytest.raises(
-        UserError, match=rf"^--remote {URL} cannot be reached \(refused\)\. The same"
+        UserError, match=rf"^--remote {URL} cannot be reached \(refused\)\. When this is solved"
     ):
         check_remote(config)
 
@@ -552,10 +552,11 @@ def test_a_signal_ends_the_wait(
     bucket.before = fail
     running = Mirrored(config, directory, signal)
     running.mirror.close()
-    assert running.warned[-1].startswith(f"--remote {URL} is not waited for after a signal: it has")
+    said = f"After a signal, the run no longer waits for --remote {URL}: it has"
+    assert running.warned[-1].startswith(said)
 
 
 def test_decay_from_has_no_copy(tmp_path: Path) -> None:
     flags = {"decay_from": 10, "scheduler": "wsd", "remote": URL, "output": str(tmp_path / "x")}
-    with pytest.raises(UserError, match="--decay_from continues a run"):
+    with pytest.raises(UserError, match="--remote does not work with --decay_from"):
         check_remote(resolve(flags)[0])

@@ -403,6 +403,18 @@ def test_the_png_is_written(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_the_png_shows_the_whole_run(tmp_path: Path) -> None:
+    drawn: list[np.ndarray] = []
+
+    def schedule(step: Any) -> Any:
+        drawn.append(np.asarray(step))
+        return np.ones(len(step))
+
+    for total in (100, 10_000):
+        write_schedule_plot(schedule, total, tmp_path / "schedule.png")
+        assert (drawn[-1][0], drawn[-1][-1], len(drawn[-1])) == (0, total - 1, min(total, 2000))
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULES)
 def test_rates_ahead_are_those_of_each_update(scheduler: str) -> None:
     config, _ = resolve({"model": "haiku", "scheduler": scheduler, "warmup_steps": 7})

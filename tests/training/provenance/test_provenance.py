@@ -178,7 +178,7 @@ def test_a_changed_value_of_the_configuration_is_named(run: Path) -> None:
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("\nlr: 0.003", "\nlr: 0.004"))
     (only,) = verify_directory(run).differs
-    assert "config.yaml has lr 0.004, and the run had 0.003" in only
+    assert "config.yaml has lr 0.004, but the run had 0.003" in only
     config.write_text(
         (run / "config.yaml").read_text().replace("\nlr: 0.004", "\nlr: 0.003") + "\n"
     )

@@ -201,7 +201,7 @@ def changed(file: Path, **values: Any) -> None:
     [
         (
             lambda run: changed(run / "run.json", run="0" * 32),
-            ["identity: RUN/run.json has that of run 00000000, and provenance.json that of run "],
+            ["identity: RUN/run.json is of run 00000000, but provenance.json is of run "],
         ),
         (
             lambda run: changed(run / "run.json", start="0" * 32),
@@ -220,7 +220,7 @@ def changed(file: Path, **values: Any) -> None:
             lambda run: (run / "metrics.jsonl").write_text(""),
             [
                 "identity: RUN/metrics.jsonl has no start event of the run",
-                "identity: RUN/metrics.jsonl ends at step 0, and the newest checkpoint is of step 2",
+                "identity: RUN/metrics.jsonl ends at step 0, but the newest checkpoint is of step 2",
             ],
         ),
         (

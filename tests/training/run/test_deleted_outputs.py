@@ -145,7 +145,7 @@ def test_a_log_that_is_deleted_or_replaced_is_written_anew_with_all_lines(
         log.write(4, 40, {"train/loss": 0.4})
         assert [line["step"] for line in read_metrics(log.path)] == [1, 2, 3, 4]
     assert len(said) == 1
-    assert said[0].endswith("was deleted or replaced, and is written anew with all its lines.")
+    assert said[0].endswith("was deleted or replaced. It was written again with all its lines.")
 
 
 def test_a_log_writes_nothing_into_a_directory_that_is_gone(

@@ -43,7 +43,11 @@ def test_a_model_agrees_with_its_manifest_and_files_may_be_added(model: Path) ->
         (MANIFEST, b'{"files": {}}', f"{MANIFEST} names no file"),
         (MANIFEST, b'{"files": {"a": 1}}', f"{MANIFEST} is damaged"),
         (MANIFEST, b'{"files": {"config.json": {}}}', None),
-        (MANIFEST, b'{"files": {"../x": {}}}', f"{MANIFEST} names ../x, which is outside"),
+        (
+            MANIFEST,
+            b'{"files": {"../x": {}}}',
+            f"{MANIFEST} names ../x, which is outside the directory",
+        ),
     ],
 )
 def test_what_differs_is_named(

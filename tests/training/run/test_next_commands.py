@@ -14,9 +14,10 @@ from consyn_jax.config import RunConfig
 from consyn_jax.config_file import describe
 from consyn_jax.flags import with_flags
 from consyn_jax.resolve import resolve
+from consyn_jax.training.checkpointing.best_evaluation import Selection
 from consyn_jax.training.checkpointing.manager import Checkpoints
 from consyn_jax.training.checkpointing.run_state import Progress
-from consyn_jax.training.run.ending import interruption, next_commands
+from consyn_jax.training.run.ending import closing_lines, interruption, next_commands
 from consyn_jax.training.run.recording import Recorder
 
 
@@ -56,6 +57,47 @@ def test_a_run_that_no_command_made_is_not_trained_longer_by_one(tmp_path: Path)
     run, origins = resolve({"max_steps": 5}, given_as="keyword")
     assert len(next_commands(tmp_path, run, origins)) == 2
     assert next_commands(tmp_path, run, origins)[1].endswith("--data TEXT_FILE")
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        ({"data": "corpus/"}, "--data corpus/"),
+        ({"data": "corpus/", "validation": ["a b.txt"]}, "--data 'a b.txt'"),
+        ({"data": ["a.jsonl"], "text_key": "body"}, "--data a.jsonl --text_key body"),
+        ({"data": ["a.jsonl"], "messages_key": "turns"}, "--data TEXT_FILE"),
+        ({"data": [f"{i}.txt" for i in range(9)]}, "--data TEXT_FILE"),
+        ({"objective": "dpo", "checkpoint": "there", "data": "pairs.jsonl"}, "--data TEXT_FILE"),
+    ],
+)
+def test_the_data_of_a_run_is_named_where_it_can_be_evaluated(
+    flags: dict[str, Any], shown: str, tmp_path: Path
+) -> None:
+    command = next_commands(tmp_path, *resolve(flags))[1]
+    assert command == f"consyn-evaluate {tmp_path / 'final'} {shown}"
+    assert evaluate.read_arguments(shlex.split(command)[1:]).texts.data
+
+
+def test_a_model_with_a_chat_template_is_talked_to(tmp_path: Path) -> None:
+    first = shlex.split(next_commands(tmp_path, *resolve({}), is_chat=True)[0])
+    assert first == ["consyn-generate", str(tmp_path / "final"), "--interactive"]
+    assert generate.read_arguments(first[1:]).prompts.interactive
+
+
+def test_the_losses_at_the_end_are_told_apart(tmp_path: Path) -> None:
+    selection = Selection(best_value=5.5, best_step=6)
+    progress = Progress(step=7, tokens=1234, selection=selection)
+    recorder = Mock(spec=Recorder, progress=progress, last={"train/loss": 5.25})
+    run, origins = resolve({"data": "corpus/"})
+    lines = closing_lines(tmp_path, run, origins, recorder, None)
+    assert lines[:4] == [
+        "7 steps, 1,234 target tokens",
+        "train loss 5.2500 in step 7 alone; above, a mean of about 20 steps",
+        f"best eval loss 5.5000 at step 6: {tmp_path / 'best'}",
+        "Next (texts that were not trained on give a better evaluation):",
+    ]
+    run, origins = resolve({"data": "corpus/", "validation": "held-out/"})
+    assert "Next:" in closing_lines(tmp_path, run, origins, recorder, None)
 
 
 @pytest.mark.parametrize("is_saved", [True, False])

@@ -149,12 +149,12 @@ def test_the_header_says_which_bits_are_promised(
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    assert "a resumed run has the bits of one that was never stopped" in promise(run)
+    assert "a resumed run has the same bits as an uninterrupted run" in promise(run)
     choose(FILES)
     keep_kernels(run)
-    assert promise(run).startswith("those of kernels.json, so the run has the bits")
+    assert promise(run).startswith("those of kernels.json, so the run has the same bits")
     choose({OLD_NAME: b"another run of this process"})
-    assert "this process has a cache with others" in promise(run)
+    assert "this process's cache has other choices" in promise(run)
     record = read_kernels(run)
     assert record is not None
     other = dataclasses.replace(record, made_with=record.made_with | {"jaxlib": "0.1"})
@@ -163,6 +163,6 @@ def test_the_header_says_which_bits_are_promised(
     )
     assert "were chosen with jaxlib 0.1, so a resumed run can differ" in promise(run)
     jax.config.update("jax_enable_compilation_cache", False)
-    assert "chosen anew at each start" in promise(run)
+    assert "chosen again at each start" in promise(run)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert "chosen by each process for itself" in promise(run)

@@ -87,11 +87,17 @@ def test_other_budgets_limit_a_size() -> None:
 
 def test_a_budget_too_small_for_the_runs_is_refused() -> None:
     run = run_of()
-    with pytest.raises(UserError, match=r"is 39 steps of 2,048 tokens, and its 4 runs need 40\. "):
+    with pytest.raises(
+        UserError, match=r"is 39 steps of 2,048 tokens, but the 4 runs of this size need 40\. "
+    ):
         plan_rung(run, shape_of(run.model), 20, 39)
-    with pytest.raises(UserError, match=r"Warm-up of 11 steps .* after 10. Lower --warmup_steps\."):
+    with pytest.raises(
+        UserError, match=r"Warm-up of 11 steps .* after step 10. Lower --warmup_steps\."
+    ):
         plan_rung(run_of(warmup_steps=11), shape_of(run.model), 20, 100)
-    with pytest.raises(UserError, match=r"Warm-up of 20 steps .* after 10. Lower --warmup_ratio\."):
+    with pytest.raises(
+        UserError, match=r"Warm-up of 20 steps .* after step 10. Lower --warmup_ratio\."
+    ):
         plan_rung(run_of(warmup_ratio=0.2), shape_of(run.model), 20, 100)
 
 

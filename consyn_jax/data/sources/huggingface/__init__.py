@@ -1,1 +1,1 @@
-"""Hugging Face datasets: files, directories of `save_to_disk`, and the Hub."""
+"""Read Hugging Face datasets: files, directories written by `save_to_disk`, and the Hub."""

@@ -1,7 +1,8 @@
 """Read Parquet and Arrow files as tables, starting at any row, and convert tables to Python rows.
 
-Files are read by Parquet row groups and Arrow record batches. Reaching a row reads at most one of
-these, and only one is in memory at a time. Only JSON columns are decoded.
+Files are read by Parquet row group or Arrow record batch. Only one of these is in memory at a time.
+To start at a row, at most one of them is read and partly skipped. Only columns of type JSON are
+decoded.
 """
 
 from __future__ import annotations
@@ -15,20 +16,21 @@ from typing import Any, NamedTuple
 from consyn_jax.errors import UserError, brief
 
 BATCH_ROWS = 256
-# Python objects take several times the memory of the Arrow values they are made from.
+# Bytes of Arrow values. Python objects made from them take several times this memory.
 BATCH_BYTES = 4 << 20
 READ_BYTES = 1 << 20
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 _Read = tuple[Any, Sequence[str], int, int]
-"""(Record batch, all columns of the file, rows skipped before the batch, bytes up to its end.)"""
+"""(Record batch, names of all columns, rows skipped before the batch, bytes up to its end)."""
 
 
 class Part(NamedTuple):
     """Consecutive rows of a file or of a Hub dataset.
 
     Attributes:
-        table: the needed columns; if the file has none of them, all columns, filled with nulls.
+        table: the needed columns. If the file has none of them: all of the file's columns, with
+            nulls instead of their values.
         names: names of all columns of the file.
         bytes_done: bytes of the file read up to the end of this part; 0 while streaming.
         place: the file or dataset, for messages.
@@ -41,7 +43,7 @@ class Part(NamedTuple):
 
 
 def tables(paths: tuple[Path, ...], start: int, columns: Sequence[str]) -> Iterator[Part]:
-    """Read the rows of all files from row `start` on, as parts."""
+    """Read the rows of several files from row `start` on, as parts."""
     before = 0
     for path in paths:
         read = _parquet if path.suffix.lower() == ".parquet" else _arrow
@@ -57,7 +59,7 @@ def tables(paths: tuple[Path, ...], start: int, columns: Sequence[str]) -> Itera
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """Turn pyarrow's errors into a `UserError`."""
+    """Turn errors of pyarrow into a `UserError`."""
     import pyarrow as pa
 
     try:
@@ -67,10 +69,10 @@ def _damage(path: Path) -> Iterator[None]:
             f"{path} cannot be read: {error.strerror or brief(error)}. "
             "Check the path and its permissions."
         ) from error
-    # A UnicodeDecodeError comes from the name of a column.
+    # Damaged names of columns raise a UnicodeDecodeError.
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path} is damaged or cut short: {brief(error)}. Fetch or write the file again."
+            f"{path} is damaged or cut short: {brief(error)}. Download or write the file again."
         ) from error
 
 
@@ -79,7 +81,7 @@ def _parquet(path: Path, start: int, columns: Sequence[str]) -> Iterator[_Read]:
     import pyarrow.parquet as pq
 
     num_bytes = path.stat().st_size
-    # With a buffer and without pre-buffering, a row group is read page by page, not as a whole.
+    # With a buffer and without pre-buffering, pyarrow reads a row group page by page.
     with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES) as file:
         names = file.schema_arrow.names
         chosen = choose(names, columns, path)
@@ -93,8 +95,9 @@ def _parquet(path: Path, start: int, columns: Sequence[str]) -> Iterator[_Read]:
                 done += left
                 yield without_values(names, left), names, skip, num_bytes * done // total
                 continue
-            # The size of all columns is a safe upper bound; reading the size of one column aborts
-            # the process if the file is damaged (pyarrow 26).
+            # The size of all columns is an upper bound for the chosen columns. The size of a single
+            # column is not used, because reading it aborts the process if the file is damaged
+            # (pyarrow 26).
             row_bytes = max(group.total_byte_size, 1)
             num_rows = min(max(BATCH_BYTES * group.num_rows // row_bytes, 1), 4 * BATCH_ROWS)
             unread = skip
@@ -121,7 +124,7 @@ def _arrow(path: Path, start: int, columns: Sequence[str]) -> Iterator[_Read]:
             yield without_values(names, table.num_rows - skip), names, skip, num_bytes
             continue
         table = table.select(chosen)
-        # Check the offsets: a wrong offset in a file would read arbitrary memory.
+        # Check the offsets, because a wrong offset would read arbitrary memory.
         table.validate(full=True)
         yield table.slice(skip), names, skip, num_bytes
 
@@ -129,7 +132,7 @@ def _arrow(path: Path, start: int, columns: Sequence[str]) -> Iterator[_Read]:
 def _record_batches(path: Path) -> Iterator[tuple[Any, int]]:
     """Yield (record batch, bytes up to its end) of an Arrow file.
 
-    The file has the IPC file format, or the stream format, which `datasets` writes.
+    The file has the IPC file format, or the IPC stream format that `datasets` writes.
     """
     import pyarrow as pa
 
@@ -147,11 +150,11 @@ def _record_batches(path: Path) -> Iterator[tuple[Any, int]]:
         end = source.tell()
         source.seek(max(end - len(_END_OF_STREAM), 0))
         if source.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
-            raise pa.ArrowInvalid("the mark at the end of the stream is missing")
+            raise pa.ArrowInvalid("the end-of-stream mark is missing")
 
 
 def choose(names: Sequence[str], columns: Sequence[str], place: Path | str) -> list[str]:
-    """The columns in `names` that are needed for the keys `columns`."""
+    """Return the columns in `names` that are needed for the keys `columns`."""
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"{place} has more than one column {twice[0]!r}. Rename one of them.")
@@ -160,9 +163,9 @@ def choose(names: Sequence[str], columns: Sequence[str], place: Path | str) -> l
 
 
 def without_values(names: Sequence[str], num_rows: int) -> Any:
-    """A table of nulls with all columns, for a file that has no needed column.
+    """Build a table of nulls with all columns, for a file that has none of the needed columns.
 
-    The message about the missing key lists the column names.
+    The message about the missing key can then list the column names.
     """
     import pyarrow as pa
 
@@ -172,7 +175,7 @@ def without_values(names: Sequence[str], num_rows: int) -> Any:
 def pieces(table: Any) -> Iterator[Any]:
     """Split `table` into pieces of at most `BATCH_ROWS` rows and `BATCH_BYTES` bytes.
 
-    Pieces that are too large are halved, down to a single row.
+    A piece with too many bytes is halved repeatedly, down to a single row.
     """
     if table.num_rows > BATCH_ROWS:
         for offset in range(0, table.num_rows, BATCH_ROWS):
@@ -186,7 +189,7 @@ def pieces(table: Any) -> Iterator[Any]:
 
 
 def python_rows(table: Any) -> list[dict[str, Any]]:
-    """The rows of a table as dictionaries, with JSON columns decoded."""
+    """Convert the rows of a table to dictionaries, with JSON columns decoded."""
     made = table.to_pylist()
     for field in table.schema:
         decode = _json_decoder(field.type)
@@ -199,8 +202,8 @@ def python_rows(table: Any) -> list[dict[str, Any]]:
 def _json_decoder(kind: Any) -> Callable[[Any], Any] | None:
     """Make a function that decodes JSON in values of an Arrow type; None if there is no JSON.
 
-    It decodes like `datasets.Json`, the type that `datasets` gives to fields whose structure
-    differs between rows, such as the arguments of tool calls in `messages`.
+    The function decodes as `datasets.Json` does. `datasets` gives this type to fields whose
+    structure differs between rows, such as the arguments of tool calls in `messages`.
     """
     import pyarrow as pa
 

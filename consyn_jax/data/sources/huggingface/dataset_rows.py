@@ -1,7 +1,7 @@
-"""Rows of Parquet files, Arrow files, saved datasets and Hub datasets, starting at any row.
+"""Read rows of Parquet and Arrow files, saved datasets and Hub datasets, starting at any row.
 
-A position is a number of rows, counted over all files in reading order. No code from the data is
-run, and nothing is unpickled.
+A position is the number of rows before it, over all files in reading order. No code from the data
+is run, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class RowBatch:
 
     Attributes:
         rows: a dictionary for each row, by column.
-        position: number of rows up to the end of this batch; `rows(name, position)` continues
-            there.
-        bytes_done: bytes read so far, of `size(name)` in total; 0 while streaming.
+        position: number of rows up to the end of this batch, where `rows(name, position)`
+            continues.
+        bytes_done: number of bytes read so far, out of `size(name)`; 0 while streaming.
         unread: names of columns that were not read, because no option needs them.
     """
 
@@ -45,13 +45,13 @@ class RowBatch:
 def is_dataset(path: Path) -> bool:
     """Whether `path` is a Parquet file, an Arrow file, or a dataset written by `save_to_disk`.
 
-    `PATH:SPLIT` names one split of a saved dataset with several splits.
+    `PATH:SPLIT` is one split of a saved dataset with several splits.
     """
     return _local(str(path)) is not None
 
 
 def files(path: Path) -> tuple[Path, ...]:
-    """The files with the rows of a local `path` (or `PATH:SPLIT`), in reading order.
+    """List the files with the rows of a local `path` or `PATH:SPLIT`, in reading order.
 
     Raises:
         UserError: the split does not exist, or files of a saved dataset are missing or damaged.
@@ -71,8 +71,8 @@ def files(path: Path) -> tuple[Path, ...]:
         place = place / (split or DEFAULT_SPLIT)
     state = saved(place / "state.json")
     if state.get("_indices_data_files") or state.get("_indices_files"):
-        # `datasets` no longer reads these order files, and silently returns the rows in another
-        # order.
+        # These files define the order of the rows. `datasets` no longer reads them, and silently
+        # returns the rows in another order.
         raise UserError(
             f"{place} was saved by an old version of datasets, with the order of its rows in a "
             "separate file. Load it with that version, call flatten_indices, and save it again."
@@ -89,7 +89,7 @@ def files(path: Path) -> tuple[Path, ...]:
 
 
 def other_splits(path: Path) -> tuple[str, ...]:
-    """Splits of a saved dataset besides the default split; none for other paths.
+    """List the splits of a saved dataset besides the default split; none for other paths.
 
     Raises:
         UserError: the list of splits is damaged.
@@ -101,9 +101,9 @@ def other_splits(path: Path) -> tuple[str, ...]:
 
 
 def size(name: str) -> int:
-    """Size of the files of `name` in bytes; for a Hub dataset, of its files in the cache.
+    """Return the size of a dataset's files in bytes; for a Hub dataset, of its files in the cache.
 
-    The size of a Hub dataset is 0 before the download, and if it is streamed.
+    The size of a Hub dataset is 0 before it is downloaded, and while it is streamed.
     """
     found = files(Path(name)) if _local(name) else files_in_cache(hub_name(name))
     return sum(file.stat().st_size for file in found if file.is_file())
@@ -119,13 +119,13 @@ def rows(
     Args:
         name: a local path, `PATH:SPLIT`, or the name of a dataset of the Hub.
         columns: the needed keys. A column is read if its name is a key, or the part of a key before
-            the first dot. If there is no such column, the rows have all columns, with None as
-            values.
-        streaming: read a Hub dataset without storing it on the disk. This has no effect on files,
-            or on a cached copy when the Hub cannot be reached.
+            the first dot. If there is no such column, the rows have all columns, with the value
+            None.
+        streaming: whether to read a Hub dataset without storing it on the disk. This has no effect
+            on local files, or if the Hub cannot be reached and the cached copy is read.
 
     Raises:
-        UserError: a damaged file, or a dataset of the Hub that cannot be reached or read.
+        UserError: a file is damaged, or a Hub dataset cannot be reached or read.
     """
     if _local(name):
         found = tables(files(Path(name)), start, columns)
@@ -151,7 +151,7 @@ def rows(
 
 
 def _local(name: str) -> tuple[Path, str | None] | None:
-    """(file or directory, split) of a local name; None if nothing local has that name."""
+    """Resolve a local name to (file or directory, split); None if there is no such local data."""
     path = Path(name)
     if path.is_dir():
         whole = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()

@@ -1,11 +1,11 @@
-"""Datasets of the Hugging Face Hub: their commits and rows, from the cache or the network.
+"""Find commits of Hugging Face Hub datasets, and read rows from the cache or the network.
 
-`datasets` downloads a dataset into its cache as Arrow files, which are then read like local files.
-`stream` stores nothing on the disk, but must skip all rows before a position. No code from the data
-is run.
+`datasets` downloads a dataset to its cache as Arrow files, which are then read like local files.
+`stream` stores nothing on the disk, but a resumed run has to skip all earlier rows. No code from
+the data is run.
 
-`identity` finds the commit of a dataset once. It returns a name that includes the commit, so the
-hashed commit is also the one that is read.
+`identity` finds the commit of a dataset once, and returns a name that includes the commit. So the
+commit in the cache key is the commit that is read.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def identity(name: str) -> str:
-    """The name of a dataset including its commit, which determines the rows.
+    """Return the name of a dataset including its commit, which determines the rows.
 
-    If the Hub cannot be reached, the commit is the last one seen, or the commit of the newest copy
-    in the cache of `datasets`.
+    If the Hub cannot be reached, the last known commit is used, or the commit of the newest copy in
+    the cache of `datasets`.
 
     Raises:
         UserError: the dataset or revision does not exist, access is denied, or the Hub cannot be
@@ -57,7 +57,7 @@ def identity(name: str) -> str:
 
 
 def other_splits(name: str) -> tuple[str, ...]:
-    """Names of the other splits of the dataset `name`; no rows are read.
+    """List the names of the other splits of the dataset `name`, without reading rows.
 
     If the Hub cannot be reached, the splits of the copy in the cache of `datasets` are listed.
 
@@ -77,7 +77,7 @@ def other_splits(name: str) -> tuple[str, ...]:
 
 
 def downloaded_files(hub: HubName) -> tuple[Path, ...]:
-    """The Arrow files of a dataset, downloaded first if they are not in the cache."""
+    """Return the Arrow files of a dataset; download them first if they are not in the cache."""
     hub, reached = _find(hub)
     with suppress(OutOfReachError):
         if reached:
@@ -89,7 +89,7 @@ def downloaded_files(hub: HubName) -> tuple[Path, ...]:
 
 
 def stream(hub: HubName, start: int, columns: Sequence[str]) -> Iterator[Part]:
-    """Read a dataset straight from the Hub, as `arrow_tables.tables` reads files."""
+    """Read a dataset over the network without storing it, in parts like `arrow_tables.tables`."""
     hub, reached = _find(hub)
     splits = None
     with suppress(OutOfReachError):
@@ -109,7 +109,7 @@ def stream(hub: HubName, start: int, columns: Sequence[str]) -> Iterator[Part]:
                 table = next(batches, None)
         except OutOfReachError as error:
             raise UserError(
-                f"The Hugging Face Hub can no longer be reached while {place} is streamed: "
+                f"The connection to the Hugging Face Hub was lost while {place} was streamed: "
                 f"{error}. Run the same command again."
             ) from error
         if table is None:
@@ -121,9 +121,10 @@ def stream(hub: HubName, start: int, columns: Sequence[str]) -> Iterator[Part]:
 
 
 def _find(hub: HubName) -> tuple[HubName, bool]:
-    """Complete `hub` with its full name and commit; return it and whether the Hub was reached.
+    """Look up the full name and commit of `hub`; also return whether the Hub was reached.
 
-    Without the Hub, the commit is the last one seen; None if there is none.
+    If the Hub cannot be reached, the last known commit is used; if there is none, `hub` is
+    unchanged.
     """
     try:
         with hub_errors(hub):
@@ -132,7 +133,8 @@ def _find(hub: HubName) -> tuple[HubName, bool]:
 
             info = dataset_info(hub.repository, revision=hub.revision, timeout=ANSWER_S)
             if hub.revision is None or not _COMMIT.fullmatch(hub.revision):
-                # Record the revision's commit in the cache, for use offline.
+                # Download a small file, so that the cache records the revision's commit for use
+                # offline.
                 with suppress(EntryNotFoundError):
                     hf_hub_download(
                         info.id, "README.md", repo_type="dataset", revision=hub.revision
@@ -153,11 +155,11 @@ def _find(hub: HubName) -> tuple[HubName, bool]:
 
 
 def _builder(hub: HubName) -> Any:
-    """The `datasets` builder for the repository at a commit."""
+    """Load the `datasets` builder of a dataset at a commit."""
     with hub_errors(hub):
         import datasets
 
-        # The name cannot mean a local directory, which would have been found earlier.
+        # No local directory has this name, because local paths are tried before the Hub.
         place = f"hf://datasets/{hub.repository}"
         try:
             builder = datasets.load_dataset_builder(place, hub.config, revision=hub.revision)
@@ -173,5 +175,5 @@ def _builder(hub: HubName) -> Any:
                 ) from error
             raise
         if builder.hash != hub.revision:
-            raise OutOfReachError("datasets offers another commit from its cache")
+            raise OutOfReachError("datasets returned another commit from its cache")
         return builder

@@ -15,13 +15,13 @@ SHOWN_NAMES = 20
 
 
 def files_in_cache(hub: HubName) -> tuple[Path, ...]:
-    """The Arrow files of a dataset in the cache; none before the dataset is downloaded."""
+    """List the Arrow files of a dataset in the cache; none before it is downloaded."""
     copy = _newest(_copies(hub))
     return cached_files(hub, copy) if copy else ()
 
 
 def cached_copy(hub: HubName) -> Path:
-    """The cache directory to read when the Hub cannot be reached: of the commit, or the newest.
+    """Find the cached copy to read without the Hub: that of the commit of `hub`, or the newest.
 
     Raises:
         UserError: the cache has no copy, or has several configurations and `hub` names none.
@@ -52,7 +52,7 @@ def cached_copy(hub: HubName) -> Path:
 
 
 def cached_files(hub: HubName, directory: Path) -> tuple[Path, ...]:
-    """The Arrow files of a split in a directory of the cache."""
+    """List the Arrow files of a split in a directory of the cache."""
     from datasets.naming import filenames_for_dataset_split
 
     splits = saved(directory / "dataset_info.json").get("splits") or {}
@@ -66,14 +66,14 @@ def cached_files(hub: HubName, directory: Path) -> tuple[Path, ...]:
 
 
 def cached_splits(directory: Path) -> tuple[str, ...]:
-    """The splits in a directory of the cache."""
+    """List the splits in a directory of the cache."""
     return tuple(saved(directory / "dataset_info.json").get("splits") or {})
 
 
 def _copies(hub: HubName) -> list[Path]:
-    """Directories NAME/CONFIG/VERSION/COMMIT in the cache that match `hub`, oldest first.
+    """List the directories NAME/CONFIG/VERSION/COMMIT in the cache that match `hub`, oldest first.
 
-    A tag or branch that was never resolved on this machine matches none.
+    A tag or branch matches none; `hub.revision` must be a commit or None.
     """
     import datasets
     from datasets.naming import camelcase_to_snakecase
@@ -95,9 +95,9 @@ def _copies(hub: HubName) -> list[Path]:
 
 
 def _newest(copies: Sequence[Path]) -> Path | None:
-    """The cached copy of the newest commit.
+    """Choose the cached copy of the newest commit.
 
-    If it has several configurations, the configuration "default" is taken; None without one.
+    If several configurations are cached, "default" is chosen; None without "default".
     """
     last = [path for path in copies if path.name == copies[-1].name]
     default = [path for path in last if path.parent.parent.name == "default"]
@@ -106,22 +106,22 @@ def _newest(copies: Sequence[Path]) -> Path | None:
 
 
 def saved(path: Path, key: str | None = None) -> Any:
-    """Read the object in a JSON file written by `datasets`, or the list under its `key`."""
+    """Read the object in a JSON file that `datasets` wrote, or the list under its `key`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         value = content if key is None else content[key]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{path} is missing or not what save_to_disk writes ({brief(error)}). "
+            f"{path} is missing or was not written by save_to_disk ({brief(error)}). "
             "Save the dataset again."
         ) from error
     if not isinstance(value, dict if key is None else list):
-        raise UserError(f"{path} is not what save_to_disk writes. Save the dataset again.")
+        raise UserError(f"{path} was not written by save_to_disk. Save the dataset again.")
     return value
 
 
 def check_split(hub: HubName, splits: Sequence[str]) -> None:
-    """Raise a `UserError` if a Hub dataset does not have the split that its name chooses."""
+    """Raise a `UserError` if a Hub dataset does not have the split in its name."""
     form = f"{hub.repository}:{hub.config or ''}:SPLIT"
     check_name("split", hub.split, splits, f"The dataset {hub.repository}", form)
 
@@ -130,7 +130,8 @@ def check_name(what: str, name: str, names: Sequence[str], place: str, form: str
     """Check that `name` is among `names`.
 
     Raises:
-        UserError: it is not; the message lists the names, and `form`, the way to choose one.
+        UserError: there is no such name. The message lists the names, and shows how to choose one
+            (`form`).
     """
     if name not in names:
         raise UserError(

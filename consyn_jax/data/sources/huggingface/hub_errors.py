@@ -16,7 +16,7 @@ class OutOfReachError(Exception):
 
 @contextmanager
 def hub_errors(hub: HubName) -> Iterator[None]:
-    """A context that silences the libraries, and raises `UserError` or `OutOfReachError`."""
+    """Silence the libraries in a `with` block, and raise `UserError` or `OutOfReachError`."""
     import datasets
     import huggingface_hub.utils
 
@@ -30,7 +30,7 @@ def hub_errors(hub: HubName) -> Iterator[None]:
             yield
         except (UserError, OutOfReachError):
             raise
-        except Exception as error:  # the libraries pass on the errors of their dependencies
+        except Exception as error:  # the libraries raise errors of their dependencies
             raise _explained(error, hub) from error
 
 
@@ -74,13 +74,13 @@ def _explained(error: Exception, hub: HubName) -> UserError | OutOfReachError:
         return OutOfReachError(brief(error))
     cause = brief(chain[-1] if str(chain[-1]) else error)
     return UserError(
-        f"The dataset {name} cannot be read: {cause}. Correct that, or download its files and give "
-        "their directory."
+        f"The dataset {name} cannot be read: {cause}. Correct the cause, or download the files of "
+        "the dataset and give their directory."
     )
 
 
 def _causes(error: Exception) -> list[Exception]:
-    """`error`, and the chain of errors that led to it."""
+    """Return `error` and the chain of its causes."""
     chain: list[Exception] = []
     cause: BaseException | None = error
     while isinstance(cause, Exception) and cause not in chain:
@@ -91,12 +91,12 @@ def _causes(error: Exception) -> list[Exception]:
 
 
 def _is_out_of_reach(error: Exception) -> bool:
-    """Whether the Hub, or the network on the way to it, did not answer."""
+    """Whether the error means that the Hub or the network did not respond."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     if isinstance(error, HfHubHTTPError):
         return error.response is None or error.response.status_code >= 500
-    # Compare class names, since `huggingface_hub` has used three HTTP libraries so far.
+    # Compare class names, because versions of `huggingface_hub` use three different HTTP libraries.
     transport = any(
         kind.__name__ in ("TransportError", "RequestException") for kind in type(error).__mro__
     )

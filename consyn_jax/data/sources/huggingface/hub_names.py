@@ -1,4 +1,4 @@
-"""Names of datasets of the Hugging Face Hub."""
+"""Parse names of datasets on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _SPLIT = re.compile(r"\w+(\.\w+)*")
 
 @dataclass(frozen=True)
 class HubName:
-    """A dataset of the Hugging Face Hub, as in `owner/name@revision:config:split`.
+    """Name of a dataset on the Hugging Face Hub, as in `owner/name@revision:config:split`.
 
     Attributes:
         repository: `owner/name`, or only `name` for some old datasets.
-        revision: a branch, tag or commit; None: the newest commit of the main branch.
-        config: a configuration of the dataset; None: the default or the only configuration.
-        split: a split of the dataset; None: the default split.
+        revision: a branch, tag or commit; None for the newest commit of the main branch.
+        config: a configuration of the dataset; None for the default or only configuration.
+        split: a split of the dataset.
     """
 
     repository: str
@@ -41,7 +41,7 @@ class HubName:
 
 
 def parse_hub_name(spec: str) -> HubName | None:
-    """Parse `NAME[@REVISION][:CONFIG[:SPLIT]]`; None if no dataset can have that name.
+    """Parse `NAME[@REVISION][:CONFIG[:SPLIT]]`; None if this is not a valid name of a dataset.
 
     CONFIG may be empty. NAME follows the rules of `huggingface_hub.utils.validate_repo_id`.
 
@@ -78,10 +78,10 @@ def names_split(spec: str) -> bool:
 
 
 def hub_name(name: str) -> HubName:
-    """Parse a name as `parse_hub_name` does.
+    """Parse a name as `parse_hub_name` does, or raise an error.
 
     Raises:
-        UserError: no dataset can have that name.
+        UserError: the name is not valid.
     """
     hub = parse_hub_name(name)
     if hub is None:

@@ -1,1 +1,1 @@
-"""Recognise splits, non-data files beside the data, and overlooked structure in text."""
+"""Recognise splits, files that are not data, and fields that reading as text would lose."""

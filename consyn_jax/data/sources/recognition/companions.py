@@ -1,4 +1,4 @@
-"""Recognise files beside the data that are not data: descriptions, licences, scripts, settings."""
+"""Recognise files that are not data but accompany it: descriptions, licences, scripts, settings."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _SCRIPT_NAMES = (
 
 
 def without_companions(found: Sequence[Found]) -> list[Found]:
-    """Mark files that only accompany the data with a reason to leave them out.
+    """Find files that only accompany the data, and give each a reason to leave it out.
 
-    Descriptions and licences accompany rows, tables and `.txt` files in their directory or below
-    it. Scripts and settings accompany rows, tables and text files named after a split, and `.txt`
-    files of at least ten times their size in the same directory (a download script beside its
-    corpus). In a directory of programs, scripts are the data. A file whose path the user gave is
-    always data.
+    Descriptions and licences are left out beside rows, tables and `.txt` files, in the same
+    directory or below. Scripts and settings are left out beside rows, tables and text files named
+    after a split. They are also left out beside `.txt` files of at least ten times their size, as
+    with a download script and its corpus. Otherwise scripts are data, as in a directory of
+    programs. A file whose path the user gave is always data.
     """
     used = [item for item in found if item.is_used]
     data = {item for item in used if not _is_description(item) and not _is_script(item)}
@@ -66,7 +66,7 @@ def _is_description(item: Found) -> bool:
 
 
 def _is_script(item: Found) -> bool:
-    """Whether a file is a script or settings, which can be read only as text."""
+    """Whether a file is a script or contains settings."""
     name = item.inside.name.lower()
     is_script = item.inside.suffix.lower() in _SCRIPTS or name in _SCRIPT_NAMES
     return item.source.kind == TextReader.kind and is_script
@@ -79,19 +79,19 @@ def _is_rows(item: Found) -> bool:
 
 
 def _directories(items: Sequence[Found]) -> set[Path]:
-    """The directories that contain one of the files, directly or in a subdirectory."""
+    """Return the directories that contain one of the files, directly or in a subdirectory."""
     return {parent for item in items for parent in Path(item.source.name).parents}
 
 
 def _corpora(data: Collection[Found], scripts: Sequence[Found]) -> set[Path]:
-    """The directories whose `.txt` files have many times the bytes of their scripts."""
+    """Return the directories whose `.txt` files have `MANY_TIMES` the bytes of the scripts."""
     texts = [item for item in data if inner_suffix(item.inside) == ".txt"]
     of_texts, of_scripts = _sizes(texts), _sizes(scripts)
     return {place for place in of_scripts if of_texts[place] >= MANY_TIMES * of_scripts[place]}
 
 
 def _sizes(items: Sequence[Found]) -> Counter[Path]:
-    """The total size of files by directory, in bytes; a file that was just deleted counts as 0."""
+    """Sum the sizes of files by directory, in bytes; files that no longer exist count as 0."""
     sizes: Counter[Path] = Counter()
     for item in items:
         path = Path(item.source.name)

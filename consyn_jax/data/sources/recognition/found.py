@@ -1,4 +1,4 @@
-"""A path that `--data` matches, before its use is decided."""
+"""A source that a name in `--data` matches, before it is decided how to use it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ class Found:
 
     Attributes:
         source: the file, dataset or store.
-        reason: why it cannot be used; "" if it can.
-        inside: path relative to the given directory or glob; its own name if it was given itself.
-        given: the name in `--data` that matched.
-        is_named: whether the user gave its own path, not a directory or glob.
+        reason: why the source cannot be used; "" if it can be used.
+        inside: path relative to the given directory or glob; the file's own name if its path was
+            given.
+        given: the name in `--data` that the source matches.
+        is_named: whether the user gave the path of the source itself, and not a directory or glob.
     """
 
     source: Source
@@ -28,5 +29,5 @@ class Found:
 
     @property
     def is_used(self) -> bool:
-        """Whether it is used, that is, `reason` is empty."""
+        """Whether the source is used, that is, whether `reason` is empty."""
         return not self.reason

@@ -1,11 +1,12 @@
-"""Recognise splits by names of files and directories, with the rules of Hugging Face `datasets`.
+"""Recognise splits by names of files and directories, by the rules of Hugging Face `datasets`.
 
 The keywords come from `datasets.data_files.SPLIT_KEYWORDS`. A keyword must be a whole word of a
-name, between `-`, `.`, `_`, spaces, digits or the ends. A directory's name applies to everything
-below it, and takes precedence over names of files. Unlike in `datasets`, case is ignored, and of
-two keywords in a name the first counts. Files without a keyword are left out only beside both
-training and held-out data. Only rows, tables and `.txt` files have splits, so that a directory of
-programs is not split by its `test_*.py`.
+name, delimited by `-`, `.`, `_`, spaces, digits or the ends of the name. The name of a directory
+applies to everything below it, and takes precedence over names of files. Unlike in `datasets`, case
+is ignored, and if a name has two keywords, the first counts. A file without a keyword is training
+data, but it is not used if there are both training and held-out files beside it. Only files of
+rows (such as .jsonl), tables and `.txt` files have splits, so a directory of programs is not split
+by its `test_*.py`.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ NO_SPLIT = "has no split in its name, unlike the files beside it"
 
 @dataclasses.dataclass(frozen=True)
 class Parted:
-    """Files for training, files for validation, and unused files with reasons.
+    """Files for training, files for validation, and unused files.
 
     Attributes:
-        train, validation: sorted by their names.
-        rest: files that are not used, each with its reason.
+        train, validation: files of these splits, in the order found.
+        rest: files that are not used, each with a reason.
     """
 
     train: tuple[Found, ...]
@@ -44,13 +45,13 @@ class Parted:
 def by_split(found: Sequence[Found], flag: str) -> Parted:
     """Assign files to splits by their names.
 
-    Files without a split in their name are training data too, unless the same directory has files
-    for training and files for validation or test. If the user gave the paths of all files, and all
-    names say validation or test, they are trained on anyway.
+    Files without a split in their name are training data, unless the same item of `--data` also has
+    files named for training and files named for validation or test. If the user gave the path of
+    every file, and every name says validation or test, all files are training data.
 
     Args:
-        flag: "data" or "validation". For "validation", files of other splits are left out if there
-            are any validation files.
+        flag: "data" or "validation". For "validation", files of other splits are left out if any
+            file is named for validation.
 
     Raises:
         UserError: no file is left to train on.
@@ -92,7 +93,7 @@ def by_split(found: Sequence[Found], flag: str) -> Parted:
 
 
 def carries_split(item: Found) -> bool:
-    """Whether a source's name may determine its split, as for rows, tables and `.txt` files.
+    """Whether the name of a source may determine its split, as for rows, tables and `.txt` files.
 
     Token files are split when they are read, and token stores already have splits.
     """
@@ -102,7 +103,7 @@ def carries_split(item: Found) -> bool:
 
 
 def split_of_path(path: Path) -> str | None:
-    """The split of a file by its path, relative to the directory that the user gave.
+    """Find the split of a file by its path relative to the directory that the user gave.
 
     >>> split_of_path(Path("data/test-00000-of-00001.parquet")), split_of_path(Path("dev/a.txt"))
     ('test', 'validation')
@@ -114,7 +115,7 @@ def split_of_path(path: Path) -> str | None:
 
 
 def _splits(used: Sequence[Found]) -> dict[Found, str | None]:
-    """The split of each file; if several directories are given, their names count as well."""
+    """Find the split of each file; if several directories are given, their names count as well."""
     own = {item.given: split_of_name(Path(item.given).name) for item in used if not item.is_named}
     beside = TRAIN in own.values() and len(own) > 1
     return {

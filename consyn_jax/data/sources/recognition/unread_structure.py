@@ -1,4 +1,4 @@
-"""Detect structure that plain text ignores: ends of documents, tables, rows, notebooks."""
+"""Detect structure that is lost in plain text: ends of documents, tables, rows and notebooks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from consyn_jax.data.sources.text_reader import TextReader
 from consyn_jax.errors import UserError, counted, listed
 from consyn_jax.prepare_config import CorpusOptions
 
-# Markers that programs put between documents: GPT-2 and its successors, Llama 2, Llama 3, Gemma,
-# chat templates.
+# Markers that programs put between documents: those of GPT-2 and its successors, Llama 2, Llama 3,
+# Gemma and chat templates.
 END_MARKERS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>")
-# Limits of the search: bytes in all files together, least bytes in each file, number of files.
+# Limits of the search: bytes of all files together, fewest bytes per file, number of files.
 TOTAL_BYTES, LEAST_BYTES, MOST_FILES = 64 << 20, 1 << 16, 1000
 FEWEST_MARKERS = 2
 TABLE_LINES = 10
@@ -27,7 +27,7 @@ TABLE_LINES = 10
 def unread_structure(
     sources: Sequence[Source], options: CorpusOptions, end_text: str | None = None
 ) -> list[str]:
-    """Name text files whose structure is lost if they are read as plain text, and flags to use.
+    """Describe text files whose structure is lost in plain text, and suggest flags.
 
     Args:
         end_text: the tokenizer's EOS token.
@@ -49,7 +49,7 @@ def _structure(source: Source, markers: Sequence[str], size: int) -> Counter[tup
     try:
         with ByteStream(path) as stream:
             text = stream.read(max(size, LEAST_BYTES))
-    except UserError:  # reading the file for training raises it
+    except UserError:  # reading the file for training raises the same error
         return found
     for marker in markers:
         count = text.count(marker.encode())
@@ -60,7 +60,7 @@ def _structure(source: Source, markers: Sequence[str], size: int) -> Counter[tup
         found["notebook", ""] = 1
     elif _are_rows(lines):
         found["rows", "jsonl"] = 1
-    # Without this, bars in markers would look like column separators.
+    # Look for a table only if no markers were found: their bars look like column separators.
     elif not found and "csv" in READERS and (columns := _columns(lines[: 2 * TABLE_LINES])):
         found["table", "csv"] = columns
     return found
@@ -75,7 +75,7 @@ def _are_rows(lines: Sequence[bytes]) -> bool:
 
 
 def _columns(lines: Sequence[bytes]) -> int:
-    """The number of columns in which most lines agree; 0 if the text is not a table."""
+    """Return the number of columns, if it is the same in all lines; 0 otherwise."""
     if len(lines) < TABLE_LINES:
         return 0
     for delimiter, fewest in ((b"\t", 1), (b",", 2), (b";", 2), (b"|", 2)):

@@ -1,1 +1,1 @@
-"""The formats of fine-tuning rows: one module per family."""
+"""Read the formats of fine-tuning rows, with one module per family of formats."""

@@ -1,8 +1,8 @@
-"""Conversations: OpenAI's `messages`, ShareGPT's `conversations`, and TRL's prompts of messages.
+"""Read conversations: OpenAI's `messages`, ShareGPT's `conversations`, TRL's message prompts.
 
-All become messages for chat templates: objects with a role, and with content, tool calls or both. A
-key whose value is null counts as missing, as in transformers. `weight` is OpenAI's: an assistant
-message of weight 0 does not count in the loss.
+All formats are converted to messages for chat templates: objects with a role, and with content,
+tool calls or both. A key with the value null counts as missing, as in transformers. As in OpenAI's
+format, an assistant message with `weight` 0 does not count in the loss.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ NOTHING = "so there is nothing to train on."
 
 @dataclass(frozen=True)
 class Conversation:
-    """One row as messages for a chat template.
+    """A row as messages for a chat template.
 
     Attributes:
         messages: objects with role, content and the other keys of the row's messages.
@@ -62,7 +62,7 @@ def openai(row: dict, key: str) -> Conversation:
     """Read the conversation under `messages`.
 
     Raises:
-        BadRow: it is malformed, or has no message to train on.
+        BadRow: the row is malformed, or has no message to train on.
     """
     return _conversation(row, messages_of(value_of(row, key), key))
 
@@ -71,7 +71,7 @@ def sharegpt(row: dict, key: str) -> Conversation:
     """Read the conversation under `conversations`, whose messages have `from` and `value`.
 
     Raises:
-        BadRow: it is malformed, or has no message to train on.
+        BadRow: the row is malformed, or has no message to train on.
     """
     found = messages_of(value_of(row, key), key)
     if optional(row, "system") is not None:
@@ -85,10 +85,10 @@ def sharegpt(row: dict, key: str) -> Conversation:
 
 
 def prompt_and_completion(row: dict, prompt: str, completion: str) -> Conversation:
-    """Read a prompt of messages, and its completion: messages, or the assistant's text.
+    """Read a prompt of messages and its completion, which is messages or the assistant's text.
 
     Raises:
-        BadRow: it is malformed, or has no message to train on.
+        BadRow: the row is malformed, or has no message to train on.
     """
     given = [(message, False) for message, _ in messages_of(value_of(row, prompt), prompt)]
     answer = parsed_messages(value_of(row, completion), completion)
@@ -98,7 +98,7 @@ def prompt_and_completion(row: dict, prompt: str, completion: str) -> Conversati
 
 
 def parsed_messages(value: Any, key: str) -> Any:
-    """`value`, decoded from JSON if it is a string with an array, as in a column of a table."""
+    """Decode `value` if it is a string with a JSON array, as in a column of a table."""
     if isinstance(value, str) and value.lstrip()[:2] in ("[{", "[]"):
         return parsed(value, f"under the key {key!r}")
     return value
@@ -128,7 +128,7 @@ def variables_of(row: dict) -> dict[str, Any]:
 
 
 def tools_of(row: dict) -> list[Any] | None:
-    """Read the functions that a conversation may call; OpenAI's older format has `functions`.
+    """Read the functions that a conversation may call, from `tools` or OpenAI's older `functions`.
 
     Raises:
         BadRow: the value is not an array.
@@ -161,13 +161,13 @@ def messages_of(messages: Any, key: str) -> list[tuple[dict[str, Any], bool]]:
 
 
 def messages_to_answer(messages: Any, key: str) -> list[dict[str, Any]]:
-    """Read messages for the model to answer: each must have a role; nulls are removed.
+    """Read messages for the model to answer, and remove nulls. Each message must have a role.
 
-    Roles and other keys are not checked; the template may refuse them.
+    Values of roles are checked with the template, which may refuse other keys.
 
     Raises:
-        BadRow: the value is not an array of messages, a message is malformed, or the last one is
-            the assistant's.
+        BadRow: the value is not an array of messages, a message is malformed, or the last message
+            is the assistant's.
     """
     if not isinstance(messages, list) or not messages:
         found = "an empty array" if messages == [] else json_type(messages)
@@ -184,7 +184,7 @@ def messages_to_answer(messages: Any, key: str) -> list[dict[str, Any]]:
 
 
 def no_tools(row: dict) -> None:
-    """Check that a row whose prompt is text has no tools, which only a template can render.
+    """Refuse tools in a row whose prompt is text, because only a chat template can render tools.
 
     Raises:
         BadRow: the row has tools.
@@ -240,12 +240,12 @@ def _role(role: Any, where: str) -> str:
     known = SYNONYMS.get(role, role) if isinstance(role, str) else None
     if known not in ROLES:
         found = short(role) if isinstance(role, str) else json_type(role)
-        raise BadRow(f"holds the role {found} {where}; known are {', '.join(map(repr, ROLES))}.")
+        raise BadRow(f"holds the role {found} {where}; known roles: {', '.join(map(repr, ROLES))}.")
     return str(known)
 
 
 def _called(content: Any, where: str) -> dict[str, Any]:
-    """Convert a ShareGPT message of role function_call, whose value is JSON of the calls."""
+    """Convert a ShareGPT message of the role function_call; its value is JSON of the calls."""
     calls = parsed(content, f"as function call {where}")
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) for call in calls):
@@ -270,7 +270,7 @@ def _part(part: Any, where: str) -> str:
 
 
 def _check_texts(value: Any, where: str) -> None:
-    """Check every string of a message, such as the arguments of tool calls."""
+    """Check that every string in a message can be encoded, as in the arguments of tool calls."""
     if isinstance(value, str):
         string(value, where, "a string")
         return
@@ -284,7 +284,7 @@ def _check_texts(value: Any, where: str) -> None:
 
 
 def is_conversation(row: dict, key: str) -> bool:
-    """Whether the value at `key` is a list of messages, or a string that looks like its JSON."""
+    """Whether the value at `key` is a list, or a string that begins like a JSON array."""
     if not has(row, key):
         return False
     value = value_of(row, key)

@@ -1,9 +1,9 @@
 """Encode preference pairs to ids and targets, as TRL's `DPOTrainer` does.
 
-The prompt is encoded alone and with each answer. An answer begins where the ids first differ from
-the ids of the prompt alone, at the same position for both answers. This position may be inside the
-prompt: a tokenizer may merge the end of the prompt with the beginning of the answer, and a template
-may render the prompt differently when an answer follows.
+The prompt is encoded alone and with each answer. An answer begins at the first id that differs from
+those of the prompt alone. If this position differs between the answers, the smaller one counts for
+both. It may be inside the prompt. A tokenizer may merge the end of the prompt with the beginning of
+the answer, or a template may render the prompt differently if an answer follows.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from consyn_jax.tokenization.chat.turns import Chat
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A pair as one document, and its unusual features.
+    """A pair encoded as one document, and facts about it to report.
 
     Attributes:
-        document: prompt and chosen answer, a token marked `BETWEEN`, prompt and rejected answer.
-        notices: names of `corpus_report.NOTICES`.
+        document: prompt and chosen answer, then a token with target `BETWEEN`, then prompt and
+            rejected answer.
+        notices: keys of `corpus_report.NOTICES` that apply to the pair.
     """
 
     document: EncodedChat
@@ -41,7 +42,7 @@ def encode_pair(
     """Encode a pair to ids and targets.
 
     Args:
-        chats: function that makes the encoder of conversations, for pairs of messages.
+        chats: function that returns the encoder of conversations; called for pairs of messages.
 
     Raises:
         TemplateFault: the chat template refuses a conversation.
@@ -56,13 +57,11 @@ def encode_pair(
     marks = []
     for answer in answers:
         if len(answer) == size:
-            raise TemplateFault(
-                "it renders no text of an answer, so there would be nothing to train on"
-            )
+            raise TemplateFault("it renders no text of an answer, so there is nothing to train on")
         own = np.ones(len(answer), np.uint8)
         own[:size] = 0
         if not isinstance(pair.prompt, str):
-            own[:1] = GIVEN  # no BOS is put in front of what a template writes
+            own[:1] = GIVEN  # no BOS is put before rendered text
         marks.append(own)
     chosen, rejected = answers
     between = np.array([BETWEEN], np.uint8)
@@ -81,7 +80,7 @@ def encode_pair(
 
 
 def _of_text(pair: Pair, tokenizer: BPETokenizer) -> tuple[list[str], list[list[int]]]:
-    """Encode a pair of texts: each whole text, ids of the prompt, and ids with each answer."""
+    """Encode a pair of texts: (both whole texts, [ids of the prompt, ids with each answer])."""
     assert isinstance(pair.prompt, str)
     texts = [f"{pair.prompt}{answer}" for answer in (pair.chosen, pair.rejected)]
     prompt, *answers = tokenizer.encode_batch([pair.prompt, *texts])
@@ -89,7 +88,7 @@ def _of_text(pair: Pair, tokenizer: BPETokenizer) -> tuple[list[str], list[list[
 
 
 def _of_messages(pair: Pair, chats: ChatEncoder) -> tuple[list[str], list[list[int]], int]:
-    """Encode a pair of messages as `_of_text` does; also count messages the template omits."""
+    """Encode a pair of messages as `_of_text` does; also count messages that the template omits."""
 
     def chat(messages: Messages) -> Chat:
         return Chat(messages, [False] * len(messages), pair.tools, pair.variables)
@@ -107,7 +106,7 @@ def _of_messages(pair: Pair, chats: ChatEncoder) -> tuple[list[str], list[list[i
 
 
 def _common_length(a: list[int], b: list[int]) -> int:
-    """Length of the longest common prefix of two lists of ids.
+    """Return the length of the longest common prefix of two lists of ids.
 
     >>> _common_length([1, 2, 3], [1, 2, 4, 5])
     2

@@ -1,4 +1,4 @@
-"""Read values of a row by key, and describe their faults."""
+"""Read values of a row by their keys, and describe faults of values."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from consyn_jax.errors import listed, parse_fault
 
 REMEDY = "Fix the row, or give --on_bad_rows skip."
 FAULT = "\0"
-"""Prefix of a row that a reader has replaced by a message about the row's fault."""
+"""First character of a string that replaces a faulty row. The fault's description follows."""
 SHOWN_KEYS = 8
 SHOWN_CHARACTERS = 40
 
 
 class BadRow(Exception):
-    """A fault of one row: "has no key 'text'; ...", to be preceded by the row's place.
+    """A fault of one row, such as "has no key 'text'; ...". Messages put the row's place before it.
 
     Args:
-        remedy: a sentence of advice; the default suits any malformed row.
+        remedy: a sentence of advice; the default fits any malformed row.
     """
 
     def __init__(self, fault: str, remedy: str = REMEDY) -> None:
@@ -29,7 +29,7 @@ class BadRow(Exception):
 
 
 class MissingKey(BadRow):
-    """A row lacks the key to read; the message suggests flags that would read the row."""
+    """A row lacks the key to read. The advice suggests flags that would read the row."""
 
 
 def text_of(row: dict, key: str) -> str:
@@ -46,10 +46,10 @@ def text_of(row: dict, key: str) -> str:
 
 
 def string(value: Any, where: str, wanted: str) -> str:
-    """Return `value` if it is text that UTF-8 can encode.
+    """Check that `value` is text that UTF-8 can encode, and return it.
 
     Raises:
-        BadRow: it is not.
+        BadRow: the value is not such text.
     """
     if not isinstance(value, str):
         raise BadRow(f"holds {json_type(value)} {where}, not {wanted}.")
@@ -84,21 +84,21 @@ def value_of(row: dict, key: str) -> Any:
 
 
 def optional(row: dict, key: str) -> Any:
-    """The value of a key; None if the key is missing or its value is an empty string."""
+    """Return the value of a key; None if the key is missing or its value is an empty string."""
     value = row.get(key)
     return None if value == "" else value
 
 
 def missing(row: dict, key: str) -> MissingKey:
-    """Describe the missing key of a row."""
+    """Build the error about a missing key of a row."""
     return MissingKey(f"has no key {key!r}; its keys are {shown(row)}.", flags_for(row))
 
 
 def parsed(value: Any, where: str) -> Any:
-    """`value`, decoded if it is a string of JSON, as in a column of a table.
+    """Decode `value` if it is a string of JSON, as in a column of a table.
 
     Raises:
-        BadRow: it is a string that is not JSON.
+        BadRow: the value is a string that is not JSON.
     """
     if not isinstance(value, str):
         return value
@@ -122,26 +122,26 @@ def decoded(line: str) -> Any:
                 "is a row in Python's notation, not JSON.", "Write the rows with json.dumps."
             ) from None
         fault = f"is broken JSON ({error.msg}, column {error.colno})."
-        if line.strip() in ("{", "["):  # one row over several lines
+        if line.strip() in ("{", "["):  # a row that spans several lines
             raise BadRow(fault, "Write each row on one line.") from None
         raise BadRow(fault) from None
-    except (RecursionError, ValueError) as error:  # ValueError: a number of 5,000 digits
+    except (RecursionError, ValueError) as error:  # ValueError: a number with too many digits
         raise BadRow(f"{parse_fault(error)}.") from None
 
 
 def shown(row: dict) -> str:
-    """The keys of a row, shortened if they are long or many."""
+    """List the keys of a row for a message, shortened if they are long or many."""
     return listed(sorted(map(short, row)), SHOWN_KEYS) or "none"
 
 
 def short(name: Any) -> str:
-    """The `repr` of a value, shortened to fit in a sentence."""
+    """Return the `repr` of a value, shortened to fit in a sentence."""
     text = repr(name)
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
 
 
 def json_type(value: Any) -> str:
-    """The type of a value, with its article."""
+    """Name the JSON type of a value, with an article."""
     names = {
         dict: "an object",
         list: "an array",
@@ -151,5 +151,5 @@ def json_type(value: Any) -> str:
         float: "a number",
         type(None): "null",
     }
-    # Rows of Hugging Face datasets may have values of types that JSON lacks.
+    # Rows of Hugging Face datasets may have values of types that do not exist in JSON.
     return names.get(type(value), f"a value of type {type(value).__name__}")

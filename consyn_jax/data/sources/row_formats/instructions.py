@@ -1,11 +1,11 @@
-"""Rows of a prompt and its answer as plain text: any two fields, and Alpaca's."""
+"""Read rows with a prompt and its answer as plain text, under given keys or in Alpaca's format."""
 
 from __future__ import annotations
 
 from consyn_jax.data.sources.row_formats.fields import BadRow, json_type, text_of
 
-# Taori et al., 2023: https://github.com/tatsu-lab/stanford_alpaca, and the `text` field of
-# tatsu-lab/alpaca, which ends the prompt with a newline.
+# Alpaca's prompts: Taori et al., 2023, https://github.com/tatsu-lab/stanford_alpaca. The newline at
+# the end of the prompt is that of the `text` field in the dataset tatsu-lab/alpaca.
 _OPENING = "Below is an instruction that describes a task"
 _REQUEST = "Write a response that appropriately completes the request."
 ALPACA = f"{_OPENING}. {_REQUEST}\n\n### Instruction:\n{{instruction}}\n\n### Response:\n"
@@ -16,7 +16,7 @@ ALPACA_WITH_INPUT = (
 
 
 def completion(row: dict, prompt_keys: str, completion_key: str) -> tuple[str, str]:
-    """Read (prompt, answer) under the given keys; a blank line joins several prompt texts.
+    """Read (prompt, answer) under the given keys; join several prompt texts by blank lines.
 
     Raises:
         BadRow: a key is missing, or the answer is blank.
@@ -29,11 +29,11 @@ def completion(row: dict, prompt_keys: str, completion_key: str) -> tuple[str, s
 
 
 def alpaca(row: dict) -> tuple[str, str]:
-    """Read (prompt, answer) of an Alpaca row, with the original Alpaca prompt around it.
+    """Read (prompt, answer) of an Alpaca row; the prompt is built by the original template.
 
     Raises:
-        BadRow: a field is missing or not text, or the row has earlier turns, which do not fit the
-            prompt.
+        BadRow: a field is missing or not text, or the row has earlier turns or a system prompt,
+            which the template cannot include.
     """
     for name in ("history", "system"):
         if row.get(name):

@@ -1,11 +1,11 @@
-"""Detect the role markers of chat models in texts that are read as plain text."""
+"""Detect role markers of chat models in data that is read as plain text."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
-# ChatML and Qwen, Llama 3, Llama 2 and Mistral, Gemma, Phi 3 and Zephyr.
+# Markers of ChatML and Qwen, Llama 3, Llama 2 and Mistral, Gemma, Phi 3 and Zephyr.
 KNOWN = (
     *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|eot_id|>", "[INST]", "[/INST]"),
     *("<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
@@ -13,7 +13,7 @@ KNOWN = (
 
 
 def pattern(special_tokens: Iterable[str] = ()) -> re.Pattern[str]:
-    """Make a pattern that finds known markers and a tokenizer's special tokens.
+    """Build a pattern that finds known markers and the special tokens of a tokenizer.
 
     >>> bool(pattern().search("<|im_start|>user"))
     True

@@ -1,4 +1,4 @@
-"""Preference pairs: a prompt with a chosen and a rejected answer, as TRL has them.
+"""Read preference pairs in TRL's formats: a prompt with a chosen and a rejected answer.
 
 {"prompt", "chosen", "rejected"}   texts, or arrays of messages
 {"chosen", "rejected"}             the prompt is the common beginning of both
@@ -29,14 +29,14 @@ from consyn_jax.data.sources.row_formats.fields import (
 )
 
 Messages = list[dict[str, Any]]
-# Fields that have the prompt in some data sets, but are read only if a flag names them.
+# Fields that contain the prompt in some datasets, but are read only if a flag names them.
 LIKELY_PROMPTS = ("question", "instruction", "query", "input")
 CONVERSATIONS = ("messages", "conversations")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt: all three are texts, or all are messages.
+    """A prompt and two answers to it: all three are texts, or all three are messages.
 
     Attributes:
         tools, variables: further values for the chat template.
@@ -53,8 +53,8 @@ def pair(row: dict, prompt_keys: str | None) -> Pair:
     """Read the pair of a row.
 
     Args:
-        prompt_keys: value of `--prompt_key`; None: the key "prompt", or else the common beginning
-            of both answers.
+        prompt_keys: value of `--prompt_key`. If None, the prompt is under the key "prompt", or it
+            is the common beginning of both answers.
 
     Raises:
         BadRow: the row is not a pair, or is malformed.
@@ -79,7 +79,7 @@ def pair(row: dict, prompt_keys: str | None) -> Pair:
 
 
 def shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
-    """Length of the common beginning of both answers, as TRL's `extract_prompt` counts it.
+    """Return the length of the common beginning of both answers, as TRL's `extract_prompt` does.
 
     >>> shared("It is blue", "It is green"), shared([1, 2], [1, 2])
     (5, 1)
@@ -102,7 +102,7 @@ def _answer(value: Any, key: str) -> Any:
 
 
 def _prompt(row: dict, keys: str | None, answers: list[Any]) -> Any:
-    """The prompt under its key; None if it is only at the beginning of the answers."""
+    """Read the prompt under its key; None if it is only at the beginning of the answers."""
     if keys is not None and not has(row, keys):
         return "\n\n".join(text_of(row, name.strip()) for name in keys.split(","))
     if keys is not None or row.get("prompt") is not None:
@@ -137,7 +137,9 @@ def _of_messages(row: dict, prompt: Any, answers: list[Any]) -> tuple[Messages, 
         elif prompt is not None:
             raise BadRow(f"holds {json_type(prompt)} as prompt, not a string or messages.")
     if not given:
-        raise BadRow("holds no prompt: the messages of 'chosen' and 'rejected' share none.")
+        raise BadRow(
+            "holds no prompt, and 'chosen' and 'rejected' do not begin with the same messages."
+        )
     for key, answer in (("chosen", chosen), ("rejected", rejected)):
         if not any(message["role"] == "assistant" for message in answer):
             raise BadRow(f"holds no answer of the role 'assistant' under {key!r} after the prompt.")
@@ -151,14 +153,14 @@ def _spoken(answer: Any, key: str) -> Messages:
     found = messages_of(answer, key)
     if any(message["role"] == "assistant" and not trained for message, trained in found):
         raise BadRow(
-            f"holds an assistant message of weight 0 under {key!r}, but pairs take no weights.",
+            f"holds an assistant message of weight 0 under {key!r}, but pairs cannot have weights.",
             "Remove the weight or the message, or give --on_bad_rows skip.",
         )
     return [message for message, _ in found]
 
 
 def _with_text(given: Messages, prompt: str) -> Messages:
-    """The prompt as messages, the common ones of both answers; `prompt` must be among them."""
+    """Return the prompt as messages: those that both answers share, which must include `prompt`."""
     if not given:
         return [{"role": "user", "content": string(prompt, "as prompt", "a string")}]
     if not any(str(m.get("content", "")).strip() == prompt.strip() for m in given):

@@ -1,4 +1,4 @@
-"""Refuse rows that fine-tuning cannot use as they are, and suggest how to use a part of them."""
+"""Refuse rows that fine-tuning cannot use as they are, and suggest how to use part of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_preference(row: dict) -> None:
         )
     if {"prompt", "completion", "label"} <= row.keys() and isinstance(row["label"], bool):
         raise BadRow(
-            "is a labelled answer (prompt, completion, label), and training would also learn "
+            "is a labelled answer (prompt, completion, label), and training would also use the "
             "bad answers.",
             "Keep only rows whose label is true, and remove the field label.",
         )
@@ -32,7 +32,7 @@ def check_preference(row: dict) -> None:
 
 
 def _chosen(row: dict) -> str:
-    """The flags that train on the chosen answers."""
+    """Return the flags that train on the chosen answers."""
     chosen = row["chosen"]
     if isinstance(chosen, list) and isinstance(row.get("prompt"), list):
         return "--prompt_key prompt --completion_key chosen"
@@ -45,10 +45,10 @@ def _chosen(row: dict) -> str:
 
 
 def unknown(row: dict, text_key: str) -> BadRow:
-    """Describe a row of no known format, with the flags that would read it."""
+    """Build the error about a row of no known format, with flags that would read it."""
     if "input_ids" in row:
         return BadRow(
-            f"holds token ids, and only text is read from rows; its keys are {shown(row)}.",
+            f"holds token ids, but only text is read from rows; its keys are {shown(row)}.",
             "Give the text, write the ids to a .npy or .bin file, or train on them from Python.",
         )
     return missing(row, text_key)

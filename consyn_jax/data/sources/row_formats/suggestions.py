@@ -1,4 +1,4 @@
-"""For a row that lacks the key to read, suggest flags that would read the row."""
+"""Suggest flags that would read a row in which the expected key is missing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shlex
 from typing import Any
 
 LONGEST_SHOWN = 60  # characters of a key in a message
-# Keys of a prompt and its answer that are not recognised without flags.
+# Keys of a prompt and its answer that need flags to be recognised.
 PAIRS = (
     *(("question", "answer"), ("question", "response"), ("query", "response"), ("query", "answer")),
     *(("instruction", "response"), ("instruction", "completion"), ("prompt", "response")),
@@ -16,16 +16,16 @@ PAIRS = (
 # Fields that belong to a prompt in addition to its question or instruction.
 PARTS_OF_PROMPTS = ("context", "passage", "input")
 USUAL_TEXTS = ("content", "body", "document", "article", "story", "markdown", "code")
-# Keys that are read without flags, as `rows.py` decides.
+# Keys that `rows.py` recognises without flags.
 KNOWN = (("instruction", "output"), ("prompt", "completion"), ("text",))
 CHOOSE = (
-    "Give a --row_format, --text_key, --prompt_key, --completion_key or --messages_key that suits "
-    "it."
+    "Give a --row_format, --text_key, --prompt_key, --completion_key or --messages_key that fits "
+    "the row."
 )
 
 
 def flags_for(row: dict) -> str:
-    """A sentence with the flags that would read rows like this one.
+    """Write a sentence with the flags that would read rows like this row.
 
     >>> flags_for({"question": "2 + 2?", "answer": "4"})
     'Give --prompt_key question --completion_key answer.'
@@ -49,7 +49,7 @@ def is_dialogue(value: Any) -> bool:
 
 
 def _flags(row: dict, prefix: str = "") -> str:
-    """Flags that would read `row`, or ""; `prefix` is the path to `row` in an outer row."""
+    """Return flags that would read `row`, or ""; `prefix` is the path to `row` in an outer row."""
     dialogue = _dialogue(row)
     if dialogue is not None:
         usual = not prefix and dialogue in ("messages", "conversations")
@@ -74,14 +74,14 @@ def _flags(row: dict, prefix: str = "") -> str:
 
 
 def _dialogue(row: dict) -> str | None:
-    """The first key with a conversation under it; None if there is none."""
+    """Return the first key with a conversation under it; None if there is none."""
     return next((name for name in row if _is_shown(name) and is_dialogue(row[name])), None)
 
 
 def _text_field(row: dict) -> str:
-    """A sentence that suggests the most likely text field, or "".
+    """Write a sentence that suggests the most likely text field, or "".
 
-    If no column of a table was read, all values are None.
+    All values are None if no column of a table was read.
     """
     usual = [name for name in USUAL_TEXTS if name in row]
     texts = {name: row[name] for name in row if _is_shown(name) and isinstance(row[name], str)}
@@ -89,13 +89,10 @@ def _text_field(row: dict) -> str:
     if not (texts or unread):
         return ""
     likely = max(texts, key=lambda name: len(texts[name])) if texts else (usual or unread)[0]
-    name = f"Name the field that has the text, as in --text_key {shlex.quote(likely)}"
+    name = f"Give the key of the text, as in --text_key {shlex.quote(likely)}"
     if len(texts) + len(unread) == 1:
         return f"{name}."
-    return (
-        f"{name}, or name the fields with prompt and answer, with --prompt_key and "
-        "--completion_key."
-    )
+    return f"{name}, or give the keys of prompt and answer with --prompt_key and --completion_key."
 
 
 def _is_shown(name: Any) -> bool:

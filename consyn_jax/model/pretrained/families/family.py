@@ -59,7 +59,7 @@ class Family:
         return fields
 
     def holds(self, config: ModelConfig) -> bool:
-        """Whether this layout can describe `config`: reading what it writes gives equal fields."""
+        """Whether this layout can describe `config`: writing and reading it keep all fields."""
         sizes = {
             "num_hidden_layers": config.num_layers,
             "max_position_embeddings": config.context,

@@ -28,7 +28,7 @@ def required(key: str, kind: type) -> Option:
 
 
 def optional(key: str, kind: type, default: Callable[[HfConfig], Any]) -> Option:
-    """A field with a default, for when the key is missing, null or zero; `kind` converts it."""
+    """A field that is `default` if its key is missing, null or zero; `kind` converts the value."""
     return Option(key, lambda hf: kind(hf.get(key) or default(hf)))
 
 
@@ -47,5 +47,5 @@ def truth(hf: HfConfig, key: str) -> bool:
 class Unsupported(Exception):
     """config.json has a feature that this decoder lacks.
 
-    The message is a phrase that continues a sentence which begins with "config.json has".
+    The message completes the sentence "config.json has ...".
     """

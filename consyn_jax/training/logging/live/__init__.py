@@ -1,1 +1,1 @@
-"""Views of a run while it runs: history in bounded memory, time by activity, charts."""
+"""Show a run while it trains: history in bounded memory, time by activity, charts."""

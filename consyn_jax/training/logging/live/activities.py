@@ -24,7 +24,7 @@ OF_PHASE = {
 
 
 def key(activity: str) -> str:
-    """The name in `metrics.jsonl` of the seconds of an activity since the run began.
+    """The key in `metrics.jsonl` for the seconds spent on an activity since the run began.
 
     >>> key("data")
     'time/data_s'
@@ -35,11 +35,11 @@ def key(activity: str) -> str:
 class ActivityClock:
     """Assigns every second to one activity, so that the activities add up to the wall time.
 
-    The phases are the watchdog's. A step counts as compute until its metrics are read, and the wait
-    for the next batch as data.
+    An activity is known from the phase that the run reports to the watchdog. A step counts as
+    compute until its metrics are read. Waiting for the next batch counts as data.
 
     Args:
-        clock: seconds since some moment.
+        clock: clock in seconds, with any starting point.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -48,22 +48,26 @@ class ActivityClock:
         self._activity, self._since = "other", clock()
 
     def begin(self, earlier: Mapping[str, float]) -> None:
-        """Restart the clock now.
+        """Start the clock now.
 
         Args:
-            earlier: seconds by activity of earlier starts.
+            earlier: seconds by activity from earlier starts of the run.
         """
         self._seconds = dict.fromkeys(ACTIVITIES, 0.0) | dict(earlier)
         self._since = self._clock()
 
     def enter(self, phase: str) -> None:
-        """Count the time until now for the present activity, and enter a phase of the watchdog."""
+        """Add the time until now to the current activity, and begin a new phase.
+
+        Args:
+            phase: the watchdog's name of the phase.
+        """
         now = self._clock()
         self._seconds[self._activity] += now - self._since
         self._activity, self._since = OF_PHASE.get(phase, "other"), now
 
     def values(self) -> dict[str, float]:
-        """Seconds of each activity since the run began, by their names in `metrics.jsonl`."""
+        """Seconds of each activity since the run began, by key in `metrics.jsonl`."""
         now = self._clock()
         self._seconds[self._activity] += now - self._since
         self._since = now

@@ -1,6 +1,7 @@
-"""The script of `report.html`: it draws the curves, and reloads the page while the run is alive.
+"""The JavaScript of `report.html`: it draws the curves, and reloads the page during the run.
 
-It reads the points from the page itself. Without it the page shows the charts that `charts` drew.
+The script reads the points from the page. Without JavaScript, the page shows the static charts of
+`charts`.
 """
 
 SCRIPT = r"""
@@ -34,7 +35,7 @@ const show = {
   bytes: (v, digits = 3) => units(v, digits, binarySizes),
 };
 const fine = (v, unit) => unit === "number" ? v.toFixed(4) : show[unit](v, 4);
-const labels = (values, format) => {  // with as many digits as tell them apart
+const labels = (values, format) => {  // with enough digits to distinguish them
   let found = [];
   for (let digits = 3; digits < 10; digits++) {
     found = values.map(v => format(v, digits));
@@ -82,7 +83,7 @@ const all = data.charts.flatMap(chart => chart.lines.map(line => line.x));
 const ends = axis => Math.max(...all.map(x => x[axis][x[axis].length - 1] || 0), 0) || 1;
 const range = () =>  // with room for the last dot
   state.from === null ? [0, 1.012 * ends(state.axis)] : [state.from, state.to];
-const reach = (xs, from, to) => {  // the first and the last point to draw
+const reach = (xs, from, to) => {  // indices of the first and the last point to draw
   let first = xs.findIndex(x => x >= from), last = xs.findLastIndex(x => x <= to);
   return first < 0 ? [0, -1] : [Math.max(0, first - 1), Math.min(xs.length - 1, last + 1)];
 };
@@ -153,7 +154,7 @@ const trace = (line, parent, x, y, from, to) => {
     make("circle", { class: line.look, cx, cy, r: line.look === "best" ? 5 : 3 }, parent);
   }
 };
-const shares = (chart, i) => {  // of each activity, between two moments
+const shares = (chart, i) => {  // each activity's share of the time between points i - 1 and i
   const spent = chart.lines.map(line => line.y[i] - (i ? line.y[i - 1] : 0));
   const total = spent.reduce((a, b) => a + b, 0) || 1;
   return spent.map(value => Math.max(0, value) / total);
@@ -189,7 +190,7 @@ const nearest = (xs, at) => {
   for (let i = 1; i < xs.length; i++) if (Math.abs(xs[i] - at) < Math.abs(xs[best] - at)) best = i;
   return best;
 };
-const closest = (figure, at, height) => {  // of many lines the one under the pointer
+const closest = (figure, at, height) => {  // the line nearest to the pointer
   const apart = line => Math.abs(figure.place.y(line.y[nearest(line.x[state.axis], at)]) - height);
   return figure.chart.lines.reduce((a, b) => apart(b) < apart(a) ? b : a);
 };
@@ -276,8 +277,8 @@ if (data.alive) {
   const check = () => {
     const age = Date.now() / 1000 - data.written, quiet = age > data.quiet_s;
     if (quiet)
-      news.textContent = `No news for ${time(Math.round(age))}: the run may have been killed, or` +
-        " be busy with something long.";
+      news.textContent = `No update for ${time(Math.round(age))}: the run may have been killed,` +
+        " or may be in a long operation.";
     const every = quiet ? 300 : data.reload_s;
     const due = (Date.now() - loaded) / 1000 >= every && age < 86400;
     if (due && !dragging && !document.hidden) location.reload();

@@ -1,6 +1,7 @@
-"""The history of a run in bounded memory, kept while it runs and read back when it resumes.
+"""The history of a run's metrics in bounded memory, from which `report.html` is made.
 
-A page is made from it in milliseconds, however many steps there were.
+It is updated during the run, and read from `metrics.jsonl` when the run resumes. Its size is
+bounded, so making the page takes milliseconds even after many steps.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any
 from consyn_jax.training.logging.curves import Point
 from consyn_jax.training.logging.live.activities import ACTIVITIES, key
 
-MOST_BUCKETS = 1500  # of a curve; each has its lowest and its highest point
-MOST_MOMENTS = 240  # at which the time by activity is kept
-MOST_EVENTS = 2000  # the newest ones
+MOST_BUCKETS = 1500  # per curve; a bucket stores its lowest and its highest point
+MOST_MOMENTS = 240  # points in time for which the time by activity is stored
+MOST_EVENTS = 2000  # the newest events are kept
 SPREAD = (  # metrics whose median and range are shown
     "throughput/tokens_per_s",
     "throughput/step_time_s",
@@ -27,13 +28,14 @@ CURVES = ("train/loss", "train/learning_rate", "train/grad_norm", *SPREAD)
 
 
 class BoundedCurve:
-    """A curve as buckets of equally many points, which keep their lowest and their highest point.
+    """A curve stored as the lowest and the highest point of each bucket of consecutive points.
 
-    When there are too many buckets, neighbours are merged in pairs. Spikes thus stay visible.
+    All buckets have the same number of points. When there are too many buckets, neighbours are
+    merged in pairs, so spikes stay visible.
 
     Attributes:
-        size: points of a bucket; 1 as long as nothing is left out.
-        count: points of the curve.
+        size: number of points in a bucket; 1 as long as every point is stored.
+        count: number of points added.
         last: the newest point.
     """
 
@@ -76,7 +78,10 @@ class BoundedCurve:
         return found
 
     def smooth(self) -> list[Point]:
-        """Means over a twentieth of the curve around each bucket, less near its beginning."""
+        """A centred moving average of the curve, with one point per bucket.
+
+        The window is a twentieth of the curve, and smaller near the beginning.
+        """
         sums, counts = [0.0], [0]
         for value, count in self._sums:
             sums.append(sums[-1] + value)
@@ -92,16 +97,16 @@ class BoundedCurve:
 
 
 class History:
-    """The lines of a `metrics.jsonl` as a page needs them.
+    """The content of `metrics.jsonl`, reduced to what the page of a run shows.
 
     Attributes:
-        curves: by metric; every `eval/` metric has one.
-        values: every value of the metrics whose median is shown.
+        curves: curve of each metric, including all `eval/` metrics.
+        values: all values of the metrics whose median is shown.
         events: the newest events.
-        num_events: all events.
-        moments: for some of the lines, their place and the seconds of each activity until then.
+        num_events: number of all events.
+        moments: points in time, each with the seconds spent on each activity until then.
         last: the newest line.
-        at_best: the evaluation with the lowest loss.
+        at_best: line of the evaluation with the lowest loss; None before the first evaluation.
     """
 
     def __init__(self, lines: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -117,7 +122,7 @@ class History:
             self.add(line)
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Add a line as `MetricsLog.write` returns it; values that are not finite are left out."""
+        """Add a line returned by `MetricsLog.write`; non-finite values are left out."""
         self.last = line
         if "event" in line:
             self.num_events += 1
@@ -141,7 +146,7 @@ class History:
         self._add_moment(line)
 
     def _add_moment(self, line: Mapping[str, Any]) -> None:
-        """Keep the time by activity of this line, if enough lines have passed since the last."""
+        """Store this line's time by activity, if enough lines have passed since the last one."""
         if key(ACTIVITIES[0]) not in line:
             return
         if self._skipped:
@@ -155,20 +160,21 @@ class History:
         self.moments.append((place, tuple(line.get(key(name), 0.0) for name in ACTIVITIES)))
 
     def points(self, name: str) -> list[Point]:
-        """The kept points of a metric; none if it was not logged."""
+        """The stored points of a metric; an empty list if it was not logged."""
         return self.curves[name].points() if name in self.curves else []
 
     @property
     def is_thinned(self) -> bool:
-        """Whether some curve has points that are not kept."""
+        """Whether any curve has points that are not stored."""
         return any(curve.size > 1 for curve in self.curves.values())
 
 
 def earlier_activities(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds by activity at the end of a log, for `ActivityClock.begin`.
+    """Seconds by activity until the end of a log, for `ActivityClock.begin`.
 
-    The time after the last line with these values counts as evaluation if one was logged there,
-    otherwise as saving. A log of an older version has none: all of its time is `other`.
+    The time after the last line with these seconds counts as evaluation if an evaluation was logged
+    at its step, otherwise as saving. Logs of older versions lack the seconds; all of their time
+    counts as `other`.
     """
     time_s = max((line["time_s"] for line in lines), default=0.0)
     told = next((line for line in reversed(lines) if key(ACTIVITIES[0]) in line), None)

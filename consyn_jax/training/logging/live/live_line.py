@@ -1,4 +1,4 @@
-"""The text of the live line: the loss with its trend, speed, memory, time, as far as they fit."""
+"""Format the live line: loss and its trend, speed, and other values if there is room."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 from consyn_jax.training.logging.formats import compact
 
-SMOOTHING = 0.95  # a mean over about 20 steps
+SMOOTHING = 0.95  # decay per step of the moving average: about 20 steps
 TREND_STEPS = 100
-SLOW_DATA = 0.05  # a share of waiting that is shown before anything else
-WIDTH = 80  # of a line where the width is unknown
+SLOW_DATA = 0.05  # from this share of time on, the wait for data is shown first
+WIDTH = 80  # columns, if the width of the terminal is unknown
 
 
 class LossTrend:
-    """The smoothed loss, and its change over the last `TREND_STEPS` steps."""
+    """Smooths the loss, and computes its change over the last `TREND_STEPS` steps."""
 
     def __init__(self) -> None:
         self._sum = self._weight = 0.0
@@ -25,7 +25,7 @@ class LossTrend:
         self._recent: deque[float] = deque(maxlen=TREND_STEPS + 1)
 
     def add(self, loss: float) -> None:
-        """Add the loss of a step; one that is not finite leaves the mean as it is."""
+        """Add the loss of a step; a non-finite loss does not change the average."""
         self._newest = loss
         if not math.isfinite(loss):
             return
@@ -34,7 +34,7 @@ class LossTrend:
         self._recent.append(self._sum / self._weight)
 
     def text(self) -> str:
-        """The smoothed loss, with its change once there are ten steps.
+        """The smoothed loss, and from ten steps on also its change.
 
         >>> trend = LossTrend()
         >>> for loss in (3.0, 2.0): trend.add(loss)
@@ -49,7 +49,11 @@ class LossTrend:
 
 
 def details(values: Mapping[str, Any]) -> list[str]:
-    """MFU, waiting for data and memory from the newest line of metrics, by importance."""
+    """MFU, wait for data and memory as texts, the most important first.
+
+    Args:
+        values: the newest line of metrics.
+    """
     parts = []
     mfu, wait = values.get("throughput/mfu"), values.get("throughput/data_wait_fraction")
     memory = values.get("memory/peak_bytes")
@@ -63,7 +67,7 @@ def details(values: Mapping[str, Any]) -> list[str]:
 
 
 def speed(tokens_per_s: float | int) -> str:
-    """Tokens per second.
+    """Format a number of tokens per second.
 
     >>> speed(12_345)
     '12.3k tokens/s'
@@ -72,7 +76,7 @@ def speed(tokens_per_s: float | int) -> str:
 
 
 def fitted(first: Sequence[str], optional: Sequence[str], last: str, width: int = WIDTH) -> str:
-    """Join parts to a line of at most `width` columns, with as many optional parts as fit.
+    """Join parts into one line, with as many optional parts as fit in `width` columns.
 
     >>> fitted(["step 1/2", "loss 1.0"], ["MFU 41%", "a long detail", "2 GiB"], "left 0:01", 48)
     'step 1/2  loss 1.0  MFU 41%  2 GiB  left 0:01'
@@ -85,7 +89,7 @@ def fitted(first: Sequence[str], optional: Sequence[str], last: str, width: int 
 
 
 def rows(parts: Sequence[str], width: int) -> list[str]:
-    """Join parts to lines of at most `width` columns; lines after the first are indented.
+    """Join parts into lines of at most `width` columns; lines after the first are indented.
 
     >>> rows(["step 10", "eval loss 3.2", "perplexity 24.5"], 24)
     ['step 10  eval loss 3.2', '  perplexity 24.5']
@@ -101,5 +105,5 @@ def rows(parts: Sequence[str], width: int) -> list[str]:
 
 
 def now() -> str:
-    """The time of the day."""
+    """The time of day, as text."""
     return time.strftime("%H:%M:%S")

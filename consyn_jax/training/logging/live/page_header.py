@@ -1,4 +1,4 @@
-"""The header of `report.html`: what a stranger needs to know about a run, the rest folded."""
+"""The header of `report.html`: the main facts about a run, and the rest in a collapsed section."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from consyn_jax.pages import escape, unbroken
 
-# Rows of the terminal's header that say how the run computes and not what it is.
+# Header rows about how the run computes; the page collapses them.
 DETAILS = frozenset(
     {
         "attention",
@@ -26,11 +26,11 @@ DETAILS = frozenset(
 
 
 def header_section(about: Sequence[tuple[str, str]], duration: str) -> str:
-    """The header as HTML.
+    """Format the header as HTML.
 
     Args:
-        about: Rows of name and text.
-        duration: Time of the run so far; empty if unknown.
+        about: Header rows, as (name, text).
+        duration: Time of the run so far, as text; "" if unknown.
     """
     first = [row for row in about if row[0] not in DETAILS]
     rest = [row for row in about if row[0] in DETAILS]
@@ -49,10 +49,12 @@ def _rows(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def command_rows(config: Mapping[str, object], origins: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The command that a run was started with, as a row; none for a run from Python.
+    """The command that started a run, as a header row; an empty list for a run from Python.
 
     Args:
-        config, origins: As they were given, before micro-batches were made to fit.
+        config: Values by flag name, as the user gave them. Automatically reduced batch sizes are
+            not included.
+        origins: Origin of each value.
     """
     if not origins or "keyword" in origins.values():
         return []
@@ -70,7 +72,7 @@ def _word(value: object) -> str:
 
 
 def now() -> str:
-    """The time of the day with the date."""
+    """The date and time of day, as text."""
     return time.strftime("%Y-%m-%d %H:%M %z")
 
 

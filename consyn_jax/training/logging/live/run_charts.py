@@ -1,4 +1,4 @@
-"""The charts of a run: what is drawn, as SVG and as the points that the page's script draws."""
+"""The charts of a run, as static SVG and as JSON points for the script of the page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from consyn_jax.training.logging.curves import Point, best, loss_limits, thin
 from consyn_jax.training.logging.live.activities import ACTIVITIES, key
 from consyn_jax.training.logging.live.history import History
 
-STATIC_BUCKETS = 300  # of a curve in the SVG; the script has all that are kept
+STATIC_BUCKETS = 300  # per curve in the static SVG; the script draws all stored points
 OTHER_CURVES = {
     "train/learning_rate": ("Learning rate", "rate"),
     "train/grad_norm": ("Gradient norm, before clipping", "rate"),
@@ -23,7 +23,7 @@ OTHER_CURVES = {
 }
 NOT_DRAWN = {"eval/loss", "eval/perplexity", "eval/bits_per_byte", "eval/tokens"}
 MOST_EVALUATION_CHARTS = 12
-MOST_DOTS = 40  # of a curve; more hide the line
+MOST_DOTS = 40  # points of a curve that are drawn as dots; more dots would hide the line
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class RunChart:
     """One chart.
 
     Attributes:
-        unit: how the script writes values: a key of its `show`.
-        limits: the range of values shown before a zoom; None for that of the data.
-        kind: lines, or stack for shares of the time between two moments.
+        unit: format of the values, a key of `show` in the script.
+        limits: the range of the y axis before a zoom; None for the range of the data.
+        kind: "lines", or "stack" for stacked shares of time.
     """
 
     title: str
@@ -45,10 +45,10 @@ class RunChart:
 
 
 def run_charts(history: History, activities: Mapping[str, float]) -> list[RunChart]:
-    """The charts that the history has points for.
+    """Make the charts for which the history has points.
 
     Args:
-        activities: seconds of each activity until now, by their names in `metrics.jsonl`.
+        activities: seconds of each activity until now, by key in `metrics.jsonl`.
     """
     return [
         *_loss(history),
@@ -115,12 +115,14 @@ def _activities(history: History, now: Mapping[str, float]) -> Iterator[RunChart
 def draw_charts(
     charts: Sequence[RunChart], resumed: Sequence[Point], note: str, legend: str = ""
 ) -> str:
-    """The section of the curves, drawn over tokens; the script draws it again with choices.
+    """Format the charts as an HTML section, with tokens on the x axis.
+
+    In the browser, the script replaces them by charts with zoom and other x axes.
 
     Args:
-        resumed: places to mark.
-        note: a sentence about what is drawn; empty for none.
-        legend: HTML of the legend of all charts; empty if each has its own.
+        resumed: points at which the run was resumed, drawn as vertical lines.
+        note: a sentence about the charts; "" for none.
+        legend: HTML of a legend for all charts; "" if each chart has its own.
     """
     if not charts:
         return ""
@@ -147,10 +149,10 @@ def draw_charts(
 
 
 def points_json(charts: Sequence[RunChart], resumed: Sequence[Point], **about: Any) -> str:
-    """The charts as JSON for the script, safe inside an HTML element.
+    """Format the charts as JSON for the script, escaped for use in an HTML element.
 
     Args:
-        about: further values that the script reads.
+        about: further values for the script.
     """
     drawn = [
         {

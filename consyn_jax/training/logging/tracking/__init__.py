@@ -1,1 +1,1 @@
-"""Observers of a run: the user's own callbacks, and the trackers, which are callbacks too."""
+"""Callbacks that observe a run: the user's own, and trackers such as TensorBoard."""

@@ -1,4 +1,4 @@
-"""`--logging_backend`: the trackers that it names, and the user's classes."""
+"""Load the user's callback classes, which `--logging_backend` names as module:Class."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from consyn_jax.config import LoggingOptions
 from consyn_jax.errors import UserError, nearest
 from consyn_jax.training.logging.tracking.callbacks import Maker, check_methods, shown_place
 
-TYPED = ("flag", "keyword")  # origins of values that the user has typed
+TYPED = ("flag", "keyword")  # origins of values that the user typed
 
 
 def own_classes(backends: Sequence[str]) -> list[str]:
@@ -26,23 +26,22 @@ def own_classes(backends: Sequence[str]) -> list[str]:
 
 
 def load_classes(backends: Sequence[str], origin: str) -> dict[str, type[Any]]:
-    """Import the user's classes among the backends, by their names.
+    """Import the user's classes among the backends, and return them by name.
 
-    Importing runs code, so only a name that the user has typed is imported, and none that a file
-    brought along. Modules are looked for where Python finds them, and then in the working
-    directory.
+    Importing runs code, so a name is imported only if the user typed it, not if it comes from a
+    file. Modules are searched on Python's path, then in the working directory.
 
     Args:
-        origin: where the value of --logging_backend comes from, as `resolve` says it.
+        origin: origin of the value of --logging_backend, from `resolve`.
 
     Raises:
-        UserError: a class cannot be imported, cannot be made without arguments, or is no callback.
+        UserError: a class cannot be imported, needs arguments, or is not a callback.
     """
     names = own_classes(backends)
     if names and origin not in TYPED:
         raise UserError(
-            f"logging_backend ({origin}) names the class {names[0]}, and a class that only a file "
-            f"names is not imported. Add --logging_backend {' '.join(backends)} to the command."
+            f"logging_backend ({origin}) names the class {names[0]}, but a class named only in a "
+            f"file is not imported. Add --logging_backend {' '.join(backends)} to the command."
         )
     return {name: _load(name) for name in names}
 
@@ -50,10 +49,10 @@ def load_classes(backends: Sequence[str], origin: str) -> dict[str, type[Any]]:
 def user_makers(
     options: LoggingOptions, origins: Mapping[str, str], callbacks: Sequence[Any]
 ) -> tuple[Maker, ...]:
-    """Makers of the user's trackers: classes named as backends, and existing `callbacks`.
+    """Name and constructor of each user's callback: named classes, then existing `callbacks`.
 
     Args:
-        origins: where each of the run's values comes from, by flag name.
+        origins: origin of each value of the run, by flag name.
 
     Raises:
         UserError: as for `load_classes`.
@@ -88,7 +87,8 @@ def _load(name: str) -> type[Any]:
         inspect.signature(kind).bind()
     except TypeError as error:
         raise UserError(
-            f"--logging_backend {name} is made without arguments, but {error}. Give them defaults."
+            f"--logging_backend {name} must work without arguments, but {error}. Give them "
+            "defaults."
         ) from error
     return kind
 
@@ -103,10 +103,11 @@ def _imported(module: str, name: str) -> ModuleType:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise _failed(name, error) from error
         raise UserError(
-            f"--logging_backend {name}: there is no module {error.name}. Modules are looked for "
-            f"among the installed ones and in the working directory, {here}."
+            f"--logging_backend {name}: there is no module {error.name}, neither installed nor in "
+            f"the working directory {here}. Check the name, or run the command in the module's "
+            "directory."
         ) from error
-    # The user's code may raise anything.
+    # The user's module may raise any exception.
     except (Exception, SystemExit) as error:
         raise _failed(name, error) from error
 
@@ -119,4 +120,7 @@ def _failed(name: str, error: BaseException) -> UserError:
     ]
     place = f" ({shown_place(outside[-1])})" if outside else ""
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    return UserError(f"--logging_backend {name} cannot be imported: {text}{place}.")
+    return UserError(
+        f"--logging_backend {name} cannot be imported: {text}{place}. Correct the module, or leave "
+        "the class out."
+    )

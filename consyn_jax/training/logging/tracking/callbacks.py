@@ -1,4 +1,4 @@
-"""Callbacks of a run: the interface, what they see of the run, and the calls, which never raise."""
+"""Callbacks of a run: their interface, their view of the run, and calls that never raise."""
 
 from __future__ import annotations
 
@@ -21,66 +21,66 @@ Maker = tuple[
 
 
 class Callback(Protocol):
-    """The methods of a callback. A plain class with any of the four will do, without a base class.
+    """The interface of a callback. Any class with at least one of these methods is a callback.
 
-    They are called in the process that writes the run directory, between two steps: the run waits
-    for them. The first error is reported in one sentence and switches the callback off. After it
-    only `on_end` is called, so that the callback can close what it has opened.
+    The methods are called between two steps, in the process that writes the run directory; training
+    waits for them. After its first error, a callback is switched off with a warning. Then only its
+    `on_end` is called, so that it can close its files.
     """
 
     def on_step(self, run: RunView, values: dict[str, Any]) -> None:
-        """Take in a line of training metrics.
+        """Receive a line of training metrics.
 
-        It is called at the steps that are logged: every `logging_steps`, the first and the last.
+        This is called at the first step, the last step, and every `logging_steps` steps.
 
         Args:
             values: the line of `metrics.jsonl`: `step`, `tokens`, `time_s`, `train/loss`, ...
         """
 
     def on_evaluate(self, run: RunView, values: dict[str, Any]) -> None:
-        """Take in an evaluation. If a sample was drawn with it, `run.samples` has it.
+        """Receive an evaluation. A text generated at the evaluation is in `run.samples`.
 
         Args:
             values: the line of `metrics.jsonl`: `step`, `tokens`, `time_s`, `eval/loss`, ...
         """
 
     def on_save(self, run: RunView, path: Path) -> None:
-        """Take in a directory that is complete on the disk.
+        """Receive the path of a checkpoint or model that was written completely.
 
         Args:
-            path: `checkpoints/STEP`, which a later checkpoint may replace, `best` or `final`, in
-                the run directory.
+            path: in the run directory: `best`, `final` or `checkpoints/STEP`. The run may later
+                delete this checkpoint.
         """
 
     def on_end(self, run: RunView, ending: str) -> None:
-        """Close what is open; called once, however the run ends, unless its process is killed.
+        """Receive the end of the run, once, unless the process is killed.
 
         `report.html` is final by then.
 
         Args:
-            ending: "complete" (early stopping included), "stopped by SIGTERM" or another signal,
-                "diverged", or "ended without a record" for an error.
+            ending: "complete" (also after early stopping), "stopped by SIGTERM" or another signal,
+                "diverged", or "ended without a record" after an error.
         """
 
 
 class RunView:
-    """The run as a callback sees it.
+    """A callback's view of the run.
 
     Args:
-        place: returns the steps and tokens so far.
-        ask_to_stop: asks for the end of the run.
+        place: returns the numbers of steps and tokens so far.
+        ask_to_stop: requests the end of the run.
 
     Attributes:
         directory: the run directory.
-        run_id: the identity of the run, which all of its starts share.
+        run_id: the identity of the run, the same for all its starts.
         config: every setting by flag name.
-        total_steps: the steps of the whole run.
-        resumed_from: the step that this start resumed from; None for a new run.
-        histograms: with `--histograms`, those of the newest evaluation by name (`weights/q/0`),
-            each with `counts`, `edges`, `total` and `squares`; otherwise empty.
-        samples: the texts that the model wrote so far, as `{"step", "tokens", "text"}`.
-        stop_request: the callback that asked first for the end of the run (`by`) and its `reason`;
-            empty if none did.
+        total_steps: number of steps of the whole run.
+        resumed_from: the step from which this start resumed; None for a new run.
+        histograms: with `--histograms`, the histograms of the newest evaluation, by name
+            (`weights/q/0`). Each has `counts`, `edges`, `total` and `squares`. Otherwise empty.
+        samples: the texts generated so far, as `{"step", "tokens", "text"}`.
+        stop_request: the first request of a callback to end the run: the callback's name (`by`) and
+            its `reason`. Empty without a request.
     """
 
     def __init__(
@@ -100,43 +100,43 @@ class RunView:
         self.samples: Sequence[Mapping[str, Any]] = ()
         self.stop_request: Mapping[str, str] = {}
         self._place, self._ask_to_stop = place, ask_to_stop
-        self._called = ""  # the callback that is called now
+        self._called = ""  # name of the callback that is running
 
     @property
     def step(self) -> int:
-        """The steps that were taken and read so far."""
+        """Number of steps whose metrics were read so far."""
         return self._place()[0]
 
     @property
     def tokens(self) -> int:
-        """The tokens of these steps."""
+        """Number of tokens in these steps."""
         return self._place()[1]
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl` so far, read from the file."""
+        """All lines of `metrics.jsonl` so far, read from the file."""
         return metrics_of(self.directory)
 
     def stop(self, reason: str = "") -> None:
-        """End the run after this step or one of the next three, the same in all processes.
+        """End the run at most three steps later, at the same step in all processes.
 
-        The run ends as with early stopping: with a checkpoint, `final/`, the report and the exit
-        code 0. The same command then finds it complete.
+        As after early stopping, the run writes a checkpoint, `final/` and the report, and exits
+        with code 0. Running the same command again then finds the run complete.
 
         Args:
-            reason: printed, and kept in the event `stop` of `metrics.jsonl`.
+            reason: text to print, and to log in the event `stop` of `metrics.jsonl`.
         """
         self.stop_request = self.stop_request or {"by": self._called, "reason": str(reason)}
         self._ask_to_stop()
 
 
 class Callbacks:
-    """Several callbacks as one that never raises.
+    """Calls several callbacks, and never raises their errors.
 
     Args:
-        makers: each makes a callback.
+        makers: name and constructor of each callback.
         warn: called with one sentence about each callback that fails.
-        saved: takes the directories that were completed in the background since the last call.
+        saved: returns the checkpoints that were completed in the background since the last call.
     """
 
     def __init__(
@@ -157,30 +157,30 @@ class Callbacks:
                 self._report(name, make, error)
 
     def tick(self) -> None:
-        """Tell of checkpoints that were completed meanwhile; call it after every step."""
+        """Pass checkpoints completed since the last call to `on_save`; call this every step."""
         for path in self._saved() if self._active else ():
             self.save(path)
 
     def step(self, line: Mapping[str, Any]) -> None:
-        """Tell of a line of training metrics."""
+        """Pass a line of training metrics to `on_step`."""
         self._call("on_step", lambda: dict(line))
 
     def evaluate(self, line: Mapping[str, Any]) -> None:
-        """Tell of an evaluation."""
+        """Pass the line of an evaluation to `on_evaluate`."""
         self._call("on_evaluate", lambda: dict(line))
 
     def save(self, path: Path) -> None:
-        """Tell of a complete directory."""
+        """Pass the path of a complete checkpoint or model to `on_save`."""
         self._call("on_save", lambda: path)
 
     def end(self, ending: str) -> None:
-        """Tell of the end of the run; safe to call twice."""
+        """Pass the end of the run to `on_end`; safe to call twice."""
         self.tick()
         self._call("on_end", lambda: ending)
         failed, self._active, self._failed = self._failed, [], []
         for _, callback in failed:
             if (method := getattr(callback, "on_end", None)) is not None:
-                with suppress(Exception, SystemExit):  # its first error was reported
+                with suppress(Exception, SystemExit):  # its first error was already reported
                     method(self.run, ending)
 
     def _call(self, name: str, value: Callable[[], object]) -> None:
@@ -191,7 +191,7 @@ class Callbacks:
             self.run._called = who
             try:
                 method(self.run, value())
-            # Code of others may raise anything, and none of it may end a run.
+            # A callback may raise any exception, and must not end the run.
             except (Exception, SystemExit) as error:  # noqa: BLE001
                 self._active = [other for other in self._active if other is not entry]
                 self._failed += [entry] if name != "on_end" else []
@@ -201,16 +201,16 @@ class Callbacks:
         text = " ".join(str(error).split()).rstrip(".!")[:LONGEST_REASON]
         reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
         self._warn(
-            f"{what} raised {reason} ({_place_of(called, error)}), so it is switched off; the run "
-            f"and {FILE_NAME} go on."
+            f"{what} raised {reason} ({_place_of(called, error)}). This callback is switched off; "
+            f"the run and {FILE_NAME} continue."
         )
 
 
 def checked_callbacks(callbacks: Any) -> tuple[Any, ...]:
-    """Check the keyword `callbacks`: objects whose methods are called.
+    """Check the keyword `callbacks`, a list of callback objects.
 
     Raises:
-        UserError: it is no list, or one of them is a class, or has methods that are not called.
+        UserError: it is not a list, or an item is a class or not a valid callback.
     """
     if not isinstance(callbacks, (list, tuple)):
         raise UserError(f"callbacks is a {type(callbacks).__name__}. Pass a list of callbacks.")
@@ -230,14 +230,14 @@ def check_methods(callback: Any, name: str) -> None:
         name: the callback's name in messages.
 
     Raises:
-        UserError: it has no method that is called, one of another name that begins with `on_`, or
-            one that takes other arguments.
+        UserError: the callback has no `on_` method, an unknown `on_` method, or a method with wrong
+            arguments.
     """
     found = [method for method in dir(callback) if method.startswith("on_")]
     if other := next((method for method in found if method not in METHODS), None):
         raise UserError(
-            f"{name} has a method {other}, which is never called{nearest(other, METHODS)} Those of "
-            f"a callback are {', '.join(METHODS)}."
+            f"{name} has a method {other}, which is never called{nearest(other, METHODS)} The "
+            f"methods of a callback are {', '.join(METHODS)}."
         )
     if not found:
         raise UserError(f"{name} has none of the methods {', '.join(METHODS)}. Add one.")
@@ -249,12 +249,13 @@ def check_methods(callback: Any, name: str) -> None:
         except TypeError as error:
             takes = ", ".join([*inspect.signature(getattr(Callback, method)).parameters])
             raise UserError(
-                f"{name}: {method} must take ({takes}), and here it has {error}."
+                f"{name}: {method} must take ({takes}), but a call with these fails: {error}. "
+                "Correct its arguments."
             ) from error
 
 
 def _place_of(called: Any, error: BaseException) -> str:
-    """The line of the called code that failed, as file:line."""
+    """The line in the callback's code at which an error arose, as file:line."""
     function = vars(called).get("__init__") if isinstance(called, type) else called
     code = getattr(function, "__code__", None)
     frames = traceback.extract_tb(error.__traceback__)[1:]  # without the call in this file
@@ -265,7 +266,7 @@ def _place_of(called: Any, error: BaseException) -> str:
 
 
 def shown_place(frame: traceback.FrameSummary) -> str:
-    """A frame as file:line, the file relative to the working directory if it is below it."""
+    """Format a frame as file:line; files below the working directory get a relative path."""
     return f"{_short(frame.filename)}:{frame.lineno}"
 
 

@@ -1,4 +1,4 @@
-"""Files of events that TensorBoard reads."""
+"""Write event files for TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from typing import Any
 
 
 class EventFile:
-    """A file of events for TensorBoard, each of which the system has once it is written.
+    """An event file for TensorBoard. `write` passes each event to the operating system immediately.
 
-    tensorboardX's own writers queue events for a thread, which a full disk kills so that training
-    hangs, or flush the disk after each event, which takes longer than a small step.
+    The writers of tensorboardX do not suit long runs. One queues events for a thread; a full disk
+    kills this thread, and training hangs. The other flushes each event to disk, which takes longer
+    than a small step.
     """
 
     def __init__(self, directory: Path) -> None:
-        # Two starts within a second would share a name, and the second would overwrite the first.
+        # The name has nanoseconds, so that two starts within a second get different files.
         now = time.time_ns()
         place = f"{now // 10**9}.{socket.gethostname()}.{os.getpid()}.{now % 10**9:09d}"
         self._file = (directory / f"events.out.tfevents.{place}").open("xb", buffering=0)
@@ -40,11 +41,11 @@ class EventFile:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def flush(self) -> None:
-        """Bring the events to the disk."""
+        """Force all events to disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Bring the events to the disk, and close the file; safe to call twice."""
+        """Force all events to disk, and close the file; safe to call twice."""
         if not self._file.closed:
             self.flush()
             self._file.close()

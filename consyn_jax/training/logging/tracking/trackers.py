@@ -1,7 +1,4 @@
-"""Trackers copy a run's numbers and samples to TensorBoard or Weights & Biases.
-
-They are callbacks (`callbacks.Callback`) like those of users.
-"""
+"""Trackers: callbacks that copy a run's metrics and samples to TensorBoard or Weights & Biases."""
 
 from __future__ import annotations
 
@@ -20,28 +17,28 @@ Table = tuple[list[str], list[list[Any]]]  # names of the columns, and rows
 
 
 class TensorBoardTracker:
-    """Events for TensorBoard in `logs_dir`, in a new file for each start of the run.
+    """Writes events for TensorBoard to `logs_dir`, in a new file for each start of the run.
 
     Args:
-        purge_step: TensorBoard drops the points of earlier files from this step on: the step after
-            the one that the run resumes from. None for a new run.
+        purge_step: first step after the step from which the run resumes; None for a new run.
+            TensorBoard ignores the points of earlier files from `purge_step` on.
     """
 
     def __init__(self, logs_dir: Path, purge_step: int | None = None) -> None:
         self._logs_dir, self._purge_step = logs_dir, purge_step
-        self._newest = -1  # step of the last line of training
-        self._file: EventFile | None = None  # opened for the first event: the import takes seconds
+        self._newest = -1  # step of the last line of training metrics
+        self._file: EventFile | None = None  # opened late, because the import takes seconds
         self._samples = NewSamples(None if purge_step is None else purge_step - 1)
 
     def on_step(self, run: RunView, values: Mapping[str, Any]) -> None:
-        """Write one event with all numbers of the line, and the samples that are new."""
+        """Write an event with all numbers of the line, and events with new samples."""
         self._newest = values["step"]
         self._line(run, values["step"], numbers(values))
 
     def on_evaluate(self, run: RunView, values: Mapping[str, Any]) -> None:
-        """Write one event with the metrics, and one with the histograms."""
+        """Write an event with the metrics, and an event with the histograms if there are any."""
         metrics = numbers(values)
-        if values["step"] == self._newest:  # a line of training has `tokens` and `time_s` there
+        if values["step"] == self._newest:  # `on_step` has written `tokens` and `time_s`
             metrics = {name: value for name, value in metrics.items() if "/" in name}
         self._line(run, values["step"], metrics)
         if run.histograms:
@@ -51,7 +48,7 @@ class TensorBoardTracker:
             self._write(values["step"], Summary(value=shown))
 
     def on_save(self, run: RunView, path: Path) -> None:
-        """Bring the events to the disk, as a power cut would lose what a resume does not repeat."""
+        """Force the events to disk; a run resumed after a power cut does not repeat them."""
         if self._file is not None:
             self._file.flush()
 
@@ -64,7 +61,7 @@ class TensorBoardTracker:
         scalars = [Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
         self._write(step, Summary(value=scalars))
         for sample in self._samples.new(run):
-            # Indented, so that TensorBoard does not read it as Markdown.
+            # Indent the text, so that TensorBoard does not format it as Markdown.
             indented = "\n".join("    " + line for line in sample["text"].splitlines())
             self._text(sample["step"], "sample", indented)
 
@@ -95,7 +92,7 @@ class TensorBoardTracker:
         return file
 
     def _write(self, step: int, summary: Any) -> None:
-        if self._file is not None and not self._logs_dir.is_dir():  # deleted under the run
+        if self._file is not None and not self._logs_dir.is_dir():  # deleted during the run
             self._file.close()
             self._file = None
         if self._file is None:
@@ -104,16 +101,19 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A Weights & Biases run, which begins when this is made; its files are in `directory`/wandb.
+    """Copies a run to Weights & Biases, with local files in `directory`/wandb.
 
-    WANDB_MODE=offline needs neither network nor key. Without a key or a network the run is kept
-    offline, too, and `warn` says how to upload it. A resumed run is the same run there: it gets
-    only the lines that earlier starts have not written or have lost.
+    The constructor starts the W&B run. With WANDB_MODE=offline, neither network nor key is needed.
+    Without a key or a network, the W&B run is also kept offline, and `warn` tells how to upload it.
+    A resumed run continues its W&B run. It sends only lines that earlier starts have not written or
+    have lost.
 
     Args:
         config: every setting by flag name.
-        run_id: the run to continue, from `keep_id` of the earlier start.
-        keep_id: called with the id of the run, to be saved for the next start.
+        run_id: id of the W&B run to continue; None for a new one.
+        resume_step: the step from which the run resumes; None for a new run.
+        keep_id: called with the id of the W&B run, to save it for the next start.
+        warn: called with a sentence if W&B cannot be reached.
     """
 
     def __init__(
@@ -131,11 +131,11 @@ class WandbTracker:
 
         directory.mkdir(parents=True, exist_ok=True)
         self._samples = NewSamples(resume_step)
-        # At the end wandb waits for its uploads, by default without limit: with a dead network it
-        # would keep the job, and its GPUs, alive.
+        # At the end, wandb waits for its uploads, by default without limit. If the network fails,
+        # the job would never end and would block its GPUs.
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")
-        # console off: wandb would otherwise wrap stdout and stderr, and with them the progress bar.
-        # A prompt for a key that is not answered times out.
+        # console="off": otherwise wandb redirects stdout and stderr, which breaks the progress bar.
+        # login_timeout: a prompt for a key without an answer must end.
         settings = wandb.Settings(console="off", quiet=True, login_timeout=60)
         begin = functools.partial(
             wandb.init,
@@ -152,11 +152,11 @@ class WandbTracker:
         except (wandb.errors.Error, TimeoutError) as error:
             self._run = begin(mode="offline")
             warn(
-                f"Weights & Biases: {_sentence(error)} The run is kept offline in "
-                f"{directory / 'wandb'}; `wandb sync` uploads it."
+                f"Weights & Biases: {_sentence(error)} The run is logged offline in "
+                f"{directory / 'wandb'}; upload it later with `wandb sync`."
             )
-        # wandb drops values at steps before its newest, as there are after a resume, so the step is
-        # logged as a value.
+        # Log our step as a value: wandb drops values at steps before its newest step, and a resumed
+        # run has such steps.
         self._run.define_metric("*", step_metric="step")
         keep_id(self._run.id)
         changes = config.get("resume", "auto") != "auto" or bool(config.get("overwrite_schedule"))
@@ -166,8 +166,8 @@ class WandbTracker:
         """Find the rows that earlier starts have written.
 
         Args:
-            run_id: the run that is continued; None for a new one.
-            until: the last step at which their rows still hold; None: they all do.
+            run_id: id of the W&B run to continue; None for a new one.
+            until: last step whose earlier rows are still valid; None if all are valid.
         """
         self._lacks_rows, self._written, self._uploaded = run_id is not None, set[Row](), -1
         if run_id is None:
@@ -181,7 +181,7 @@ class WandbTracker:
             self._uploaded = min(self._uploaded, until)
 
     def on_step(self, run: RunView, values: Mapping[str, Any]) -> None:
-        """Write a row of the history with the numbers of the line, and the samples that are new."""
+        """Log a row with the numbers of the line, and log new samples."""
         import html
 
         import wandb
@@ -198,7 +198,7 @@ class WandbTracker:
             self._run.log({"step": sample["step"], "sample": shown})
 
     def on_evaluate(self, run: RunView, values: Mapping[str, Any]) -> None:
-        """Write a row of the history with the metrics, and one with the histograms."""
+        """Log a row with the metrics, and a row with the histograms if there are any."""
         import wandb
 
         self.on_step(run, values)
@@ -210,12 +210,12 @@ class WandbTracker:
             self._run.log({"step": values["step"], **shown})
 
     def _row(self, line: Mapping[str, Any]) -> None:
-        """Write a line of metrics, unless an earlier start of the run has written it."""
+        """Log a line of metrics, unless an earlier start of the run has written it."""
         if line["step"] > self._uploaded and row_of(line) not in self._written:
             self._run.log({"step": line["step"], **numbers(line)})
 
     def on_end(self, run: RunView, ending: str) -> None:
-        """Send the tables and the report, and wait for at most WANDB_FINISH_TIMEOUT seconds."""
+        """Send the tables and the report, and wait at most WANDB_FINISH_TIMEOUT seconds."""
         import wandb
 
         samples = [[sample[key] for key in SAMPLE] for sample in run.samples]
@@ -245,21 +245,21 @@ class NewSamples:
     """The samples of a run that a tracker has not written yet.
 
     Args:
-        resumed_from: the step up to which an earlier start has written them; None for a new run.
+        resumed_from: step up to which an earlier start has written samples; None for a new run.
     """
 
     def __init__(self, resumed_from: int | None) -> None:
         self._newest = -1 if resumed_from is None else resumed_from
 
     def new(self, run: RunView) -> Iterable[Mapping[str, Any]]:
-        """The samples since the last call."""
+        """Return the samples added since the last call."""
         found = [sample for sample in run.samples if sample["step"] > self._newest]
         self._newest = max([self._newest, *(sample["step"] for sample in found)])
         return found
 
 
 def numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line of metrics without its step; texts, booleans and None are left out."""
+    """The numeric values of a line of metrics, without its step and without booleans."""
     return {
         key: float(value)
         for key, value in line.items()
@@ -276,7 +276,7 @@ def evaluations(history: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def markdown(table: Table) -> str:
-    r"""A table as Markdown.
+    r"""Format a table as Markdown.
 
     >>> print(markdown((["flag", "value"], [["lr", 0.5], ["stop", "a|b"]])))
     | flag | value |
@@ -308,13 +308,15 @@ def tracker_makers(
     keep_id: Callable[[str], None] = lambda run_id: None,
     warn: Callable[[str], None],
 ) -> list[Maker]:
-    """The trackers among the names of `--logging_backend`, for the run in `directory`.
+    """Name and constructor of each tracker that `--logging_backend` names.
 
     Args:
+        backends: the values of `--logging_backend`.
+        directory: the run directory.
         config: every setting by flag name.
-        resume_step: the step that the run resumes from; None for a new run.
-        run_id: Weights & Biases' id of the run that is resumed.
-        keep_id: called with that id, to be saved and given again on resuming.
+        resume_step: the step from which the run resumes; None for a new run.
+        run_id: id of the Weights & Biases run to continue; None for a new one.
+        keep_id: called with the id of the Weights & Biases run, to save it for the next start.
         warn: called with a sentence if Weights & Biases cannot be reached.
     """
     makers: list[Maker] = []
@@ -330,6 +332,6 @@ def tracker_makers(
 
 
 def _sentence(error: BaseException) -> str:
-    """An error's message as one line that ends like a sentence."""
+    """An error's message on one line, with a full stop at the end."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if text.endswith((".", "!", "?")) else text + "."

@@ -1,7 +1,7 @@
-"""The rows of a Weights & Biases run that earlier starts have written, so none is sent twice.
+"""Find the rows that earlier starts have sent to a Weights & Biases run, to send none twice.
 
-wandb keeps rows in blocks of 32 KB until they are full, so a start that was killed may have lost
-its last ones. `metrics.jsonl` has them, and the next start sends those that are missing.
+wandb writes rows to its file in blocks of 32 KB, so a killed process may have lost its last rows.
+The next start reads the missing rows from `metrics.jsonl` and sends them.
 """
 
 from __future__ import annotations
@@ -11,23 +11,27 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-BLOCK, FILE_HEADER, HEAD = 32768, 7, 7  # bytes; a file is a log in the format of LevelDB
-WHOLE, LAST = 1, 4  # kinds of parts that complete a record
+BLOCK, FILE_HEADER, HEAD = 32768, 7, 7  # sizes in bytes in LevelDB's log format
+WHOLE, LAST = 1, 4  # types of fragments that complete a record
 
 Row = tuple[int, bool]
 
 
 def row_of(values: Mapping[str, Any]) -> Row:
-    """The step of a row, and whether it is an evaluation, as both may have the same step."""
+    """The key of a row: its step, and whether it is an evaluation.
+
+    Training metrics and an evaluation may have the same step.
+    """
     return int(values["step"]), any(name.startswith("eval/") for name in values)
 
 
 def written_rows(directory: Path, run_id: str, except_in: Path) -> set[Row]:
-    """The rows of metrics in the files of earlier starts.
+    """Keys of the metric rows in W&B files of earlier starts.
 
     Args:
-        directory: the directory of all W&B runs.
-        except_in: the directory of this start.
+        directory: directory with one subdirectory per start.
+        run_id: id of the W&B run.
+        except_in: subdirectory of this start.
     """
     found: set[Row] = set()
     for path in directory.glob(f"*-{run_id}/run-{run_id}.wandb"):
@@ -41,7 +45,7 @@ def _records(data: bytes) -> Iterator[bytes]:
     """Yield the records of a file, without an incomplete last record."""
     at, record = FILE_HEADER, b""
     while at + HEAD <= len(data):
-        if BLOCK - at % BLOCK < HEAD:  # nothing begins so near the end of a block
+        if BLOCK - at % BLOCK < HEAD:  # too little room for a fragment: the block ends with padding
             at += BLOCK - at % BLOCK
             continue
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
@@ -55,7 +59,7 @@ def _records(data: bytes) -> Iterator[bytes]:
 
 
 def _values(record: bytes) -> dict[str, Any]:
-    """The values of a row of the history; empty for other records."""
+    """The values of a history record; empty for other records."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     parsed = Record()

@@ -285,9 +285,9 @@ def test_dataset_dicts_have_splits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ("{", r"state\.json is missing or not what save_to_disk writes"),
-        ("[]", r"state\.json is not what save_to_disk writes"),
-        ("{}", r"state\.json is missing or not what save_to_disk writes \('_data_files'\)"),
+        ("{", r"state\.json is missing or was not written by save_to_disk"),
+        ("[]", r"state\.json was not written by save_to_disk"),
+        ("{}", r"state\.json is missing or was not written by save_to_disk \('_data_files'\)"),
         (
             '{"_data_files": [{"filename": "../../secret.arrow"}]}',
             r"state\.json names files outside its directory",
@@ -344,7 +344,7 @@ def test_a_truncated_file_is_noticed_wherever_it_ends(tmp_path: Path, kind: str)
         with pytest.raises(
             UserError,
             match=r"data\.(parquet|arrow) is damaged or cut short: .*"
-            r"Fetch or write the file again\.",
+            r"Download or write the file again\.",
         ):
             read(path)
 

@@ -84,7 +84,7 @@ def test_a_failing_callback_is_reported_once_and_the_others_continue(
         if text.strip() == "raise self.error"
     )
     assert said.startswith(f"Recorder.{method} raised {reason} (")
-    assert f"{Path(__file__).name}:{line}), so it is switched off; the run and" in said
+    assert f"{Path(__file__).name}:{line}). This callback is switched off; the run and" in said
 
 
 def test_one_that_cannot_be_made_is_reported_and_an_interrupt_is_not_swallowed() -> None:
@@ -186,7 +186,7 @@ class FewArguments:
         ([Recorder], r"callbacks\[0\] is the class Recorder. Pass Recorder\(\)."),
         ([Recorder(), Wrong()], r"callbacks\[1\] has a method on_log, which is never called"),
         ([object()], r"callbacks\[0\] has none of the methods on_step, on_evaluate, on_save"),
-        ([FewArguments()], r"callbacks\[0\]: on_step must take \(self, run, values\), and"),
+        ([FewArguments()], r"callbacks\[0\]: on_step must take \(self, run, values\), but"),
     ],
 )
 def test_what_would_never_be_called_is_refused(callbacks: Any, said: str) -> None:
@@ -239,9 +239,12 @@ def test_a_class_of_the_working_directory_is_imported(here: Path) -> None:
     [
         ("own_tracker:Trakcer", r"own_tracker.py has no class Trakcer; did you mean Tracker\?"),
         ("own_tracker:function", r"own_tracker.py has no class function"),
-        ("own_tracker:Needs", "is made without arguments, but missing a required argument: 'url'"),
+        (
+            "own_tracker:Needs",
+            "must work without arguments, but missing a required argument: 'url'",
+        ),
         ("own_tracker:Other", "has a method on_epoch_end, which is never called"),
-        ("own_trackers:Tracker", "there is no module own_trackers. Modules are looked for among"),
+        ("own_trackers:Tracker", "there is no module own_trackers, neither installed nor in"),
         ("own_tracker.deep:Tracker", "there is no module own_tracker.deep"),
         (
             "broken_tracker:Tracker",
@@ -263,6 +266,6 @@ def test_a_wrong_name_is_refused_in_one_sentence(name: str, said: str, here: Pat
 
 @pytest.mark.parametrize("origin", ["file run/config.yaml", "default", "preset haiku"])
 def test_code_that_a_file_names_is_not_imported(origin: str, here: Path) -> None:
-    with pytest.raises(UserError, match="a class that only a file names is not imported"):
+    with pytest.raises(UserError, match="a class named only in a file is not imported"):
         load_classes(["exits_tracker:Tracker"], origin)
     assert "exits_tracker" not in sys.modules

@@ -115,7 +115,7 @@ class TestTensorBoard:
         trackers.end("complete")
         assert len(warnings) == 1
         assert warnings[0].startswith("TensorBoard.on_step raised FileExistsError")
-        assert "it is switched off; the run and metrics.jsonl go on." in warnings[0]
+        assert "This callback is switched off; the run and metrics.jsonl continue." in warnings[0]
 
 
 WANDB = """if True:

@@ -1,7 +1,7 @@
-"""Read a compiled program's text: the kernels that run, and the collectives between devices.
+"""Find kernels, collectives and the optimizer's memory traffic in a compiled program's text.
 
-Instructions inside a loop count as often as the loop runs; XLA writes the trip count of every loop
-that comes from `scan`.
+An instruction inside a loop is counted once per iteration. XLA writes the trip count of each loop
+that comes from `scan` into the text.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ Array = tuple[str, tuple[int, ...]]  # dtype, dimensions on one device
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of the program.
+    """One instruction, which is one line of the program's text.
 
     Attributes:
         arrays: its results; an asynchronous start lists its operands before its results.
-        rest: the text from its operands on.
-        in_entry: it is in the program itself, not in a loop, branch or fusion.
+        rest: the rest of the line, from the operands on.
+        in_entry: whether it is in the entry computation, not in a loop, branch or fusion.
         times: how often one run of the program executes it.
-        computation: the computation that it is in.
+        computation: name of the computation that contains it.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Instruction:
 
     @property
     def operands(self) -> list[str]:
-        """Names of the instructions that this one is applied to."""
+        """Names of the instructions whose results are the operands."""
         return _NAME.findall(self.rest.partition(")")[0])
 
     @property
@@ -87,7 +87,7 @@ class Instruction:
 
     @property
     def calls(self) -> Iterator[tuple[str, str]]:
-        """The computations that the instruction runs, with the attribute that names each.
+        """The called computations, as (attribute, name of the computation).
 
         The attributes are `calls`, `to_apply`, `body`, `condition` and `branch_computations`.
         """
@@ -99,15 +99,16 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of collective between devices, of one dtype along the same axes.
+    """All collectives of one kind, of one dtype and along the same axes.
 
     Attributes:
         kind: all-gather, reduce-scatter, all-reduce, all-to-all or collective-permute.
-        axes: the mesh axes along which the devices of a group differ; empty if the mesh was not
-            given or the text is in an unknown form.
-        count: instructions executed in one run of the program.
+        axes: the mesh axes along which the devices communicate; empty if the mesh was not given
+            or the text has an unknown form.
+        count: number of executions in one run of the program.
         payload_bytes: bytes of the whole arrays, after a gather or before a reduction. In a ring
-            of n devices, each sends (n - 1) / n of it; for an all-reduce, twice that.
+            of n devices, each device sends (n - 1) / n of these bytes, or twice as many for an
+            all-reduce.
     """
 
     kind: str
@@ -118,12 +119,12 @@ class Collective:
 
 
 def instructions(program: str) -> list[Instruction]:
-    """All instructions of a compiled program's text (`jax.stages.Compiled.as_text`)."""
+    """Parse all instructions of a compiled program's text (`jax.stages.Compiled.as_text`)."""
     return [instruction for body in computations(program)[0].values() for instruction in body]
 
 
 def computations(program: str) -> tuple[dict[str, list[Instruction]], str]:
-    """The instructions by computation, as scheduled, and the name of the entry computation.
+    """Parse the scheduled instructions of each computation, and the name of the entry computation.
 
     Raises:
         ValueError: the text is not that of a compiled program.
@@ -170,7 +171,7 @@ def _arrays(type_text: str) -> Iterator[Array]:
 
 
 def _executions(bodies: dict[str, list[Instruction]], entry: str) -> dict[str, int]:
-    """Execution count of each computation, from the callers down."""
+    """Count how often one run of the program executes each computation."""
     edges = {
         name: [
             (callee, each.trips if (each.operation, attribute) == ("while", "body") else 1)
@@ -182,7 +183,7 @@ def _executions(bodies: dict[str, list[Instruction]], entry: str) -> dict[str, i
     order: list[str] = []
     seen: set[str] = set()
 
-    def visit(name: str) -> None:  # callees first; computations do not recurse, and nest a few deep
+    def visit(name: str) -> None:  # callees first; calls nest only a few deep
         if name in seen:
             return
         seen.add(name)
@@ -199,21 +200,28 @@ def _executions(bodies: dict[str, list[Instruction]], entry: str) -> dict[str, i
     return times
 
 
-def kernels(program: list[Instruction]) -> dict[str, int]:
-    """Execution counts of the kernels that XLA did not generate itself.
+def kernel_name(instruction: Instruction) -> str:
+    """Name of a kernel that XLA did not generate itself, as in `kernels`; empty for others."""
+    target = re.search(r'custom_call_target="([^"]+)"', instruction.rest)
+    if target is None:
+        return ""
+    triton = "triton" in target[1]
+    own = re.search(r', name = "([^"]+)"', instruction.rest) if triton else None
+    if target[1] == "tpu_custom_call":
+        own = re.match(r"(.*?)(?:\.[\d.]+|\.clone)*$", instruction.name)
+    return (own or target)[1]
 
-    Library kernels are named by their custom-call target, Triton kernels by their own name, and
-    kernels for TPUs by their instruction, which has the kernel's name.
+
+def kernels(program: list[Instruction]) -> dict[str, int]:
+    """Count the executions of each kernel that XLA did not generate itself.
+
+    A library kernel is named by its custom-call target, a Triton kernel by its own name, and a TPU
+    kernel by its instruction, which is named after the kernel.
     """
     found: collections.Counter[str] = collections.Counter()
     for instruction in program:
-        target = re.search(r'custom_call_target="([^"]+)"', instruction.rest)
-        if target is not None:
-            triton = "triton" in target[1]
-            own = re.search(r', name = "([^"]+)"', instruction.rest) if triton else None
-            if target[1] == "tpu_custom_call":
-                own = re.match(r"(.*?)(?:\.[\d.]+|\.clone)*$", instruction.name)
-            found[(own or target)[1]] += instruction.times
+        if name := kernel_name(instruction):
+            found[name] += instruction.times
     return dict(found)
 
 
@@ -221,15 +229,14 @@ _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "whil
 
 
 def update_bytes(program: list[Instruction], sizes: Container[int]) -> int:
-    """Bytes that the optimizer's part of a train step reads and writes.
+    """Count the bytes that the optimizer's part of a train step reads and writes.
 
-    The update consists of the instructions in the program itself that read an array of a
-    parameter's size and are not part of a differentiated function. Instructions that XLA left
-    without the name of a function count if they come after the last loop. Exchanges do not count,
-    nor does an update that is itself a loop.
+    An instruction of the entry computation counts if it reads an array of a parameter's size and
+    is outside the differentiated function. If XLA recorded no function name for it, it counts if
+    it comes after the last loop. Collectives do not count, nor does an update inside a loop.
 
     Args:
-        sizes: the numbers of elements of the parameters' arrays on one device.
+        sizes: number of elements of each parameter's array on one device.
     """
     arrays = {instruction.name: instruction.arrays for instruction in program}
     bodies: dict[str, list[Instruction]] = {}
@@ -249,16 +256,21 @@ def update_bytes(program: list[Instruction], sizes: Container[int]) -> int:
             continue
         if any(math.prod(dimensions) in sizes for _, dimensions in read):
             whole = sum(map(array_bytes, (*read, *instruction.arrays)))
-            total += whole - _unread_bytes(instruction, arrays, bodies)
+            total += whole - unread_bytes(instruction, arrays, bodies)
     return total
 
 
-def _unread_bytes(
+def unread_bytes(
     fusion: Instruction,
     arrays: Mapping[str, tuple[Array, ...]],
     bodies: Mapping[str, list[Instruction]],
 ) -> int:
-    """Bytes of the operands of a fusion that are outside of the slices that it reads."""
+    """Count the bytes of a fusion's operands that the fusion does not read.
+
+    Args:
+        arrays: arrays by name of the instruction.
+        bodies: instructions by computation.
+    """
     unread = 0
     for _, callee in fusion.calls if fusion.operation == "fusion" else ():
         for parameter in bodies[callee]:
@@ -271,20 +283,24 @@ def _unread_bytes(
 
 
 def _sliced_bytes(array: Instruction, body: list[Instruction], whole: int) -> int:
-    """Bytes of the slices that a computation cuts from an array, or `whole` if it reads all."""
+    """Count the bytes that a computation reads by slicing `array`; `whole` if it reads all."""
+    readers = [each for each in body if array.name in each.operands]
     total = 0
-    for reader in (each for each in body if array.name in each.operands):
-        if reader.operation == "slice":
+    for reader in readers:
+        is_first = reader.operands.index(array.name) == 0
+        if reader.operation in ("slice", "dynamic-slice") and is_first:
             total += array_bytes(reader.arrays[0])
         elif reader.operation == "bitcast":
             total += _sliced_bytes(reader, body, whole)
+        elif reader.operation == "dynamic-update-slice" and is_first:
+            continue  # the rest of the array stays where it is
         else:
             return whole
-    return total or whole
+    return total if readers else whole
 
 
 def array_bytes(array: Array) -> int:
-    """The size of an array."""
+    """Return the size of an array in bytes."""
     dtype, dimensions = array
     return BYTES[dtype] * math.prod(dimensions)
 
@@ -292,7 +308,7 @@ def array_bytes(array: Array) -> int:
 def collectives(
     program: list[Instruction], mesh: Mapping[str, int] | None = None
 ) -> list[Collective]:
-    """The collectives of one run of the program, by kind, dtype and axes.
+    """Sum the collectives of one run of the program by kind, dtype and axes.
 
     Args:
         mesh: sizes of the mesh's axes, in the order in which the program numbers the devices.
@@ -309,16 +325,16 @@ def collectives(
 def collectives_of(
     instruction: Instruction, mesh: Mapping[str, int] | None = None
 ) -> list[Collective]:
-    """The collectives that one execution of an instruction performs or starts, one per array.
+    """List the collectives that one execution of an instruction starts, one per array.
 
-    Empty for an instruction that communicates nothing.
+    The list is empty if the instruction is no collective.
     """
     kind = instruction.operation.removesuffix("-start")
     if kind not in _COLLECTIVES:
         return []
     group = first_group(instruction.rest)
     axes = () if mesh is None else _axes(group, mesh)
-    # The results of a synchronous reduce-scatter are parts of the arrays.
+    # A synchronous reduce-scatter lists its result, which is one device's share of the array.
     parts = len(group) if instruction.operation == "reduce-scatter" else 1
     return [
         Collective(kind, array[0], axes, 1, array_bytes(array) * parts)
@@ -327,7 +343,7 @@ def collectives_of(
 
 
 def _whole_arrays(instruction: Instruction, kind: str) -> tuple[Array, ...]:
-    """The arrays of a collective at their full size."""
+    """Return the arrays of a collective whose sizes are the payload."""
     arrays, half = instruction.arrays, len(instruction.arrays) // 2
     asynchronous = instruction.operation.endswith("-start")
     if asynchronous and kind in ("all-gather", "collective-permute"):
@@ -338,10 +354,10 @@ def _whole_arrays(instruction: Instruction, kind: str) -> tuple[Array, ...]:
 
 
 def first_group(rest: str) -> list[int]:
-    """The first group of devices that communicate, or the first pair of a permutation.
+    """Parse the first group of communicating devices, or the first pair of a permutation.
 
-    XLA writes groups as a list, as iota(...) cut into rows ("V2"), or as axes of a mesh of its own
-    ("V3"). Empty if the text has another form.
+    XLA writes groups as a list, as the rows of a reshaped iota ("V2"), or as axes of a mesh in the
+    same attribute ("V3"). The result is empty if the text has another form.
 
     >>> first_group("replica_groups={{0,2},{1,3}}")
     [0, 2]
@@ -376,7 +392,7 @@ def _iota(shape: str, permutation: str | None) -> np.ndarray:
 
 
 def _axes(group: list[int], mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """The axes along which the devices of a group differ."""
+    """Return the mesh axes along which the devices of a group differ."""
     places = np.unravel_index(np.array(group, int), tuple(mesh.values()))
     return tuple(
         axis for axis, place in zip(mesh, places, strict=True) if len(np.unique(place)) > 1
