@@ -48,11 +48,7 @@ from consyn_jax.data.store.store_split import StoreSplit
 from consyn_jax.data.store.token_store import JoinedStores
 from consyn_jax.errors import UserError
 from consyn_jax.files import cache_directory
-<<<<<<< HEAD
-from consyn_jax.prepare_config import CorpusOptions, EngineOptions
-=======
-from consyn_jax.prepare_config import HELD_OUT, CorpusOptions
->>>>>>> main
+from consyn_jax.prepare_config import HELD_OUT, CorpusOptions, EngineOptions
 from consyn_jax.tokenization import BPETokenizer, load_tokenizer
 
 
