@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 from ray_nodes import Nodes, missing, running
 
 from .conftest import cannot_run
-from .test_prepare_faults import SMALL, assert_all_end, assert_same, corpus, files
+from .test_prepare_faults import SMALL, assert_all_end, assert_same, corpus, files, marked
 
 KILLS = int(os.environ.get("CONSYN_RAY_KILLS", "1"))
 RECORD = os.environ.get("CONSYN_RAY_RECORD")
@@ -230,6 +231,22 @@ def test_what_cannot_be_reached_is_named(nodes: Nodes, tmp_path: Path) -> None:
         assert "Traceback" not in complaint
 
 
+def end_agents(mark: str) -> None:
+    """After a kill, wait until Ray's node has ended, and kill its agents, which may stay a while."""
+    until = time.monotonic() + 20
+    while True:
+        left = {pid: Path(f"/proc/{pid}/cmdline") for pid in marked(mark)}
+        names = {pid: path.read_text() if path.exists() else "" for pid, path in left.items()}
+        words = ("raylet/raylet", "gcs_server", "ray::work", "ray::IDLE", "cli.prepare")
+        if not any(word in name for name in names.values() for word in words):
+            break
+        assert time.monotonic() < until, names
+        time.sleep(0.05)
+    for pid in names:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def test_a_ray_of_this_machine_ends_with_the_command(tmp_path: Path) -> None:
     """Also when the command is interrupted or killed."""
     if reason := missing():
@@ -261,5 +278,7 @@ def test_a_ray_of_this_machine_ends_with_the_command(tmp_path: Path) -> None:
         _, complaint = process.communicate(timeout=LONG_S)
         assert process.returncode == code, complaint
         assert "Traceback" not in complaint
+        if number == signal.SIGKILL:
+            end_agents(str(tmp_path))
         assert_all_end(str(tmp_path))
     assert_same(files(tmp_path / "store"), files(tmp_path / "local"))

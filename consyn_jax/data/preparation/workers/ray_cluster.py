@@ -9,12 +9,14 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from consyn_jax.errors import UserError, brief
 from consyn_jax.integers import natural
 
+_MARK = "CONSYN_RAY_OF"  # in the environment of a Ray that this process starts
 LONGEST_S = 20.0  # for an answer of the head node
 _START = (
     "Start Ray on this machine (ray start --head, or ray start --address HEAD:6379 beside others), "
@@ -50,12 +52,29 @@ def connect(address: str | None, processors: int | None) -> Any:
         os.environ.setdefault("RAY_worker_niceness", "0")
         cores = len(os.sched_getaffinity(0))
         found = {"address": "local", "num_cpus": processors or cores, "include_dashboard": False}
+    os.environ[_MARK] = str(os.getpid())
     try:
         with _keeping_sigterm():
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **found)
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         raise _refusal(f"{name} {given}" if given else "", error) from error
+    finally:
+        del os.environ[_MARK]
     return ray
+
+
+def disconnect(ray: Any) -> None:
+    """Leave the cluster; end all processes of a Ray that was started here.
+
+    Its agents get a terminal's Ctrl-C too, and may then stay; those are killed.
+    """
+    ray.shutdown()
+    mark = f"{_MARK}={os.getpid()}".encode()
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # other users' processes, and those that have just ended
+            is_marked = mark in (path / "environ").read_bytes().split(b"\0")
+            if is_marked and int(path.name) != os.getpid():
+                os.kill(int(path.name), signal.SIGKILL)
 
 
 def _named(address: str | None) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from consyn_jax.data.preparation.workers.messages import (
     result_from,
 )
 from consyn_jax.data.preparation.workers.ordered_results import Workers, in_order
-from consyn_jax.data.preparation.workers.ray_cluster import connect
+from consyn_jax.data.preparation.workers.ray_cluster import connect, disconnect
 from consyn_jax.data.preparation.workers.ray_worker import Answer, versions
 from consyn_jax.data.preparation.workers.worker import Result
 from consyn_jax.data.sources.reader import Block
@@ -71,7 +71,7 @@ class RayPool(Workers):
 
     def close(self) -> None:
         """Leave the cluster, which ends all tasks; end a Ray that was started here."""
-        self._ray.shutdown()
+        disconnect(self._ray)
 
     def _submit(self, block: Block) -> _Task:
         head = json.dumps(block_head(block))
