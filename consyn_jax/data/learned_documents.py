@@ -189,10 +189,12 @@ class DocumentFinder:
         begin: int,
         stop: int,
     ) -> None:
-        """Add tokens begin .. stop of a shard to the parts and the target count of their document.
+        """Add a range of tokens to the parts of a document, and count its targets.
 
         Args:
             place: (sequence of the batch, shard number, document number in the shard).
+            begin: token position in the shard at which the range begins.
+            stop: token position in the shard before which the range ends.
         """
         sequence, number, at = place
         shard = packed.split.shards[number]
@@ -211,7 +213,11 @@ class DocumentFinder:
         document.targets += targets
 
     def _begins(self, shard: Tokens, number: int, at: int) -> bool:
-        """Whether the document at index `at` of shard `number` begins there, and not earlier."""
+        """Whether a document begins in this shard, and not in an earlier file.
+
+        Args:
+            at: number of the document in the shard.
+        """
         return at > 0 or not isinstance(shard, RawShard) or shard.begins_document
 
 

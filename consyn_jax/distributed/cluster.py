@@ -30,7 +30,9 @@ class Place(NamedTuple):
 
 
 def find_cluster(options: HardwareOptions) -> Place:
-    """Determine this process's `Place` from the three flags, Slurm, Open MPI or Kubernetes.
+    """Determine this process's `Place` from flags, Slurm, Open MPI or Kubernetes.
+
+    The flags --coordinator_address, --num_processes and --process_id count if all three are given.
 
     Raises:
         UserError: There are neither flags nor a known scheduler, or a value is missing.
@@ -57,10 +59,10 @@ def _is_of_open_mpi() -> bool:
 
 
 def _port_of_step() -> int:
-    """Choose a port for a step of a Slurm job; steps that may share a host get different ports.
+    """Choose the port of process 0 for a step of a Slurm job.
 
-    Steps of one job may share hosts, and so may jobs with close numbers. Step 0 gets the port that
-    JAX would choose.
+    Steps on one host need different ports, so the port depends on the job id and the step number.
+    Step 0 gets the port that JAX would choose.
     """
     job, step = (int(os.environ[f"SLURM_{name}_ID"]) for name in ("JOB", "STEP"))
     return FIRST_PORT + (job + PORTS_APART * step) % PORTS

@@ -289,7 +289,7 @@ def _adapter_memory(
     lora: LoraOptions,
     gpu_bytes: int,
 ) -> MemoryEstimate:
-    """Estimate the memory of a step that trains an adapter; `parameters` includes frozen weights.
+    """Estimate the memory of a train step of an adapter, including the frozen weights.
 
     Args:
         tokens: Tokens per micro-batch on one device.

@@ -28,8 +28,8 @@ class Dropout(NamedTuple):
     def at(self, number: int | Int[Array, ""]) -> Dropout:
         """Derive a dropout with other draws, by folding `number` into the random key.
 
-        The number of a layer turns the dropout of a micro-batch into that of the layer. A constant
-        such as `EMBEDDING` turns the dropout of a layer into that of a site in the layer.
+        Use it twice: on the dropout of a micro-batch with the number of a layer, and on the result
+        with the constant of a site in the layer, such as `MLP_BRANCH`.
         """
         return Dropout(jax.random.fold_in(self.key, number), self.rate)
 

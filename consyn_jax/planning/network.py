@@ -29,9 +29,9 @@ def ring_seconds(
 ) -> float:
     """Seconds of an all-gather or reduce-scatter along axes of the mesh, by a ring.
 
-    Each of the n GPUs sends (n - 1) / n of the payload. If the ring crosses hosts, it can use the
-    network ports of all its GPUs in a host; the slower of link and ports sets the rate. Each hop
-    adds its delay.
+    Each of the n GPUs sends (n - 1) / n of the payload. If the ring crosses hosts, the network
+    ports of its GPUs on a host work in parallel. The rate is that of these ports together, or of
+    the link between two GPUs of a host if the link is slower. Each hop adds its delay.
 
     Args:
         payload: bytes of the whole arrays.
@@ -77,7 +77,10 @@ def _group(axes: Axes, sizes: tuple[tuple[str, int], ...], gpus_per_host: int) -
 def network_of(
     communicated: Iterable[Collective], sizes: Mapping[str, int], topology: GpuTopology
 ) -> dict[Axes, float]:
-    """Seconds of the given collectives by mesh axes; unknown axes count as all axes."""
+    """Estimate the time of collectives in seconds, summed over those along the same mesh axes.
+
+    A collective whose axes are unknown counts as one along all axes.
+    """
     network: dict[Axes, float] = {}
     for found in communicated:
         axes = found.axes or tuple(axis for axis, size in sizes.items() if size > 1)

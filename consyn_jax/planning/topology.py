@@ -68,7 +68,7 @@ class Topology(ABC):
 
     @abstractmethod
     def described_devices(self) -> Sequence[Any]:
-        """Return absent devices for which JAX can compile ahead of time.
+        """Return descriptions of the devices, for which JAX can compile without the hardware.
 
         The process must have started with `aot.environment(self.compiler)`.
         """
@@ -104,7 +104,7 @@ class GpuTopology(Topology):
         return f"{self.hosts} x {self.gpus_per_host} {self.gpu.kind}"
 
     def described_devices(self) -> Sequence[Any]:
-        """Return absent GPUs for which XLA can compile."""
+        """Return descriptions of the GPUs, for which XLA can compile without the hardware."""
         from jax.experimental import topologies
 
         return topologies.get_topology_desc(
@@ -144,7 +144,7 @@ class TpuTopology(Topology):
         return f"{slices} of {shape} chips {name}{devices}"
 
     def described_devices(self) -> Sequence[Any]:
-        """Return absent TPUs for which libtpu can compile."""
+        """Return descriptions of the TPUs, for which libtpu can compile without the hardware."""
         from jax.experimental import topologies
 
         # By default libtpu assumes hosts of 2 x 2 chips, which one chip cannot fill.

@@ -124,7 +124,7 @@ class Lease:
         """Renew the lease; set `lost` if another process has taken it.
 
         Raises:
-            BucketError: the request fails; the lease stays valid until its earlier end.
+            BucketError: the request fails; the lease is not extended.
         """
         with self._guard:
             if self.lost or self._version is None or self._take(self._version):

@@ -249,7 +249,7 @@ class Training:
         """Perform the actions that are due at the end of a step.
 
         Returns:
-            The state, whose rate scale a plateau may have changed; and whether the run is over.
+            The state, in which the learning rate may be lower, and whether the run is over.
         """
         began, is_early_stop = time.perf_counter(), False
         if due.evaluate:
@@ -277,7 +277,7 @@ class Training:
         return state, due.last or ends
 
     def _evaluate(self, state: TrainState) -> TrainState:
-        """Evaluate, select the best model, and set the plateau's rate scale in the state."""
+        """Evaluate, save the best model, and let `--scheduler plateau` lower the learning rate."""
         source = self.inputs.eval_source
         assert source is not None
         if source.sequences == 0:  # known only now if the corpus was still growing

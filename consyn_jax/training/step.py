@@ -151,6 +151,11 @@ def with_dropout(step: Step, seed: int | UInt[Array, ""]) -> Step:
 def dropout_keys(
     seed: int | UInt[Array, ""], step: int | Int[Array, ""], accumulation: int
 ) -> jax.Array:
-    """Return the dropout keys [A] of the micro-batches of the step that follows `step` steps."""
+    """Return the dropout keys [A] of a step, one for each micro-batch.
+
+    Args:
+        step: Number of steps before this step.
+        accumulation: Number of micro-batches, A.
+    """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT), step)
     return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(accumulation))

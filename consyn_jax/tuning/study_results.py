@@ -63,7 +63,7 @@ class StudyResults:
 
     @property
     def saved(self) -> float:
-        """Share of the steps of all ended trials that were saved by pruning and divergence."""
+        """Fraction of the planned steps that ended trials skipped, because they stopped early."""
         ended = [trial for trial in self.trials if trial.steps]
         all_steps = sum(trial.steps for trial in ended)
         return 1 - sum(trial.step for trial in ended) / all_steps if all_steps else 0.0
@@ -129,7 +129,8 @@ def recipe(
 ) -> str:
     """A recipe for `consyn-train --config` with the values of the best trial.
 
-    Values that follow from others are comments, so that another `--model` takes its own.
+    Defaults that depend on other flags are commented out, so that a user who adds another `--model`
+    gets the defaults of that model.
 
     Args:
         run: the configuration with the values of the best trial.

@@ -44,11 +44,11 @@ SAVE_MINUTES = 5.0  # between checkpoints of a trial, unless a flag says otherwi
 
 
 class Tuning:
-    """One start of `consyn-tune`.
+    """One invocation of `consyn-tune` that works on a search.
 
     Args:
-        varied: the run that the trials vary.
-        base: the prepared run with the first values of the search.
+        varied: the user's flags, from which the run of each trial is resolved.
+        base: settings of a run with the first value of each searched flag, with its data prepared.
         trainer_inputs: function that returns the keyword arguments of a trainer, for a run.
 
     Raises:
@@ -93,7 +93,7 @@ class Tuning:
         self.quiet = config.logging.quiet
 
     def run(self) -> StudyResults:
-        """Work on trials until no trial is left to begin, and write the results.
+        """Train trials until their number or their time limit is reached, and write the results.
 
         Raises:
             Interrupted: a signal ended the current trials; the same command continues them.
@@ -125,7 +125,12 @@ class Tuning:
         return found
 
     def _work(self, lanes: int = 1, lane: Lane | None = None) -> None:
-        """Work on one trial after the other, alone or in a lane."""
+        """Train one trial after another.
+
+        Args:
+            lanes: number of lanes, which are threads that train trials side by side.
+            lane: the lane that calls this method; None without lanes.
+        """
         while time.monotonic() < self.deadline and not (lane and lane.signals.received):
             claim = self.study.claim(self.limit)
             if claim is None:
@@ -289,7 +294,11 @@ def _num_evaluations(trainer: ConsynTrainer, options: StudyOptions) -> int:
 
 
 def _limit(options: StudyOptions, points: int) -> float:
-    """The number of trials of the study."""
+    """Maximum number of trials; infinite if only `--time_budget` limits the study.
+
+    Args:
+        points: number of points of the search grid, which limits the grid sampler.
+    """
     if options.sampler == "grid":
         return min(options.trials or points, points)
     if options.trials is not None:

@@ -1,4 +1,4 @@
-"""Counts of a preparation: documents kept and left out by rule, examples, and lengths."""
+"""The report of a preparation: counts and lengths of documents, and examples of dropped ones."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Report:
         documents: number of documents read, including those in `dropped`.
         file_bytes: bytes of the files read, before decompression.
         dropped: number of documents left out, by the names of `RULES`.
-        changed: number of changes, by the names of `CHANGES`; each message of a chat and each part
-            of a long document counts as one text.
+        changed: number of changes, by the names of `CHANGES`. For "normalized", a text is one
+            message of a chat, or one part of a long document.
         noticed: number of documents with an unusual feature, by the names of `NOTICES`.
         formats: number of documents by the format of their rows.
         unread: for each key that a row's format does not use, the number of rows with it; at most
@@ -119,7 +119,12 @@ class Report:
             table[key] = table.get(key, 0) + count
 
     def keep(self, num_bytes: np.ndarray, num_tokens: np.ndarray) -> None:
-        """Add documents that are kept to the histograms: bytes and tokens of each, int [n]."""
+        """Add kept documents to the histograms of lengths.
+
+        Args:
+            num_bytes: length of each document in bytes, int [n].
+            num_tokens: length of each document in tokens, int [n].
+        """
         for lengths, histogram in (
             (num_bytes, self.document_bytes),
             (num_tokens, self.document_tokens),
@@ -169,7 +174,8 @@ def check_leniency(report: Report, options: CorpusOptions) -> None:
     """Refuse a store in which bad rows were skipped or repaired, if `options` make them an error.
 
     Raises:
-        UserError: there were such rows; the message names the first, or counts invalid UTF-8.
+        UserError: there were such rows. The message quotes the first row that was skipped, or says
+            how many places are not UTF-8.
     """
     if options.on_bad_rows == "error" and report.dropped.get("bad row"):
         raise UserError(f"{report.examples['bad row'][0]} Fix the row, or give --on_bad_rows skip.")
@@ -181,9 +187,10 @@ def check_leniency(report: Report, options: CorpusOptions) -> None:
 
 
 def is_as_lenient(report: Report, options: CorpusOptions) -> bool:
-    """Whether rows that are not UTF-8 were treated as `options` would treat them.
+    """Whether a preparation with `options` would treat rows that are not UTF-8 in the same way.
 
-    Also true if `options` make such rows an error; `check_leniency` raises that error.
+    True if there were no such rows. Also true if such rows are an error under `options`, because
+    `check_leniency` then raises that error.
     """
     repaired = "invalid_utf8" in report.changed
     stops = options.on_bad_rows == options.invalid_utf8 == "error"

@@ -260,7 +260,7 @@ class Engine:
         return Piece(text.number, tuple(tokens), ends)
 
     def _requeue(self, places: list[_Text | None], waiting: deque[_Text]) -> None:
-        """Queue texts for a new prefill if their rotary embedding changes, as in transformers."""
+        """Move each text whose rotary embedding changes back to the queue, for a new prefill."""
         for slot, text in enumerate(places):
             if text is not None and len(text.ids) == self._segment_end(text):
                 places[slot] = None

@@ -150,7 +150,12 @@ def _call(
 
 
 def _load_common(scale_ref: Any, num_rows: int, dim: int) -> Any:
-    """Load the scale; return the mask of real columns or None, the number of rows, the scale."""
+    """Load the scale of the norm, and find the columns and rows that this program processes.
+
+    Returns:
+        A mask of the columns that exist in the array (None if all do), the number of rows, and the
+        scale in float32.
+    """
     (width,) = scale_ref.shape
     exists = None if width == dim else jnp.arange(width) < dim
     return exists, jnp.minimum(ROWS, num_rows - pl.program_id(0) * ROWS), load(scale_ref, exists)
@@ -163,7 +168,7 @@ def load(ref: Any, exists: Any) -> jax.Array:
 
 
 def store(ref: Any, value: jax.Array, exists: Any) -> None:
-    """Store in the dtype of `ref`, except elements outside the mask `exists`."""
+    """Store the elements of `value` for which the mask `exists` is true, in the dtype of `ref`."""
     pltriton.store(ref, value.astype(ref.dtype), mask=exists)
 
 

@@ -232,7 +232,7 @@ def check_adapter(directory: Path, adapter: Adapter, config: ModelConfig) -> Non
 
 
 class _Place(NamedTuple):
-    """Position of one parameter's adapter in the adapter of the tensor that holds the parameter.
+    """The part of a tensor's adapter that belongs to one of the parameters in the tensor.
 
     Attributes:
         tensor: The tensor in the files of the base.

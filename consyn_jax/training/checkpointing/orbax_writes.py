@@ -47,16 +47,16 @@ warnings.filterwarnings("ignore", NEVER_AWAITED, RuntimeWarning)
 
 
 def writing_thread(write: Callable[[], None], name: str) -> threading.Thread:
-    """Create a thread, without starting it; with several processes, a daemon thread.
+    """Create the thread that calls `write`, without starting it.
 
-    At exit, Python waits for all threads that are not daemons. This thread may never end, so after
-    `is_left_alone`, Python would wait forever.
+    If the run has several processes, it is a daemon thread. Such a write may be abandoned and never
+    end (see `is_left_alone`), and at exit Python waits for all threads that are not daemons.
     """
     return threading.Thread(target=write, name=name, daemon=jax.process_count() > 1)
 
 
 def is_left_alone(write: threading.Thread | None) -> bool:
-    """Whether to abandon a write, because an error in this process alone ends the run.
+    """Whether to abandon an unfinished write after an error that only this process has.
 
     The write waits for the other processes, which may be waiting for this process in a collective.
     If this process waited for the write, the others would never learn of the error.
@@ -125,8 +125,8 @@ class WithoutAbandonedWork:
     """A `sys.unraisablehook` that ignores errors of reads and writes that Orbax has abandoned.
 
     When one write fails, Orbax abandons the others. They finish after their event loop has closed,
-    and each of them prints a traceback. If warnings are errors, writes that were never started are
-    reported, too.
+    and each of them prints a traceback. If warnings are errors, Python also prints a traceback for
+    each abandoned write that was never started.
 
     Args:
         report: Hook for all other errors.

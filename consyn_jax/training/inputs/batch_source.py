@@ -46,7 +46,7 @@ class BatchSource(ABC):
 
     @property
     def num_bytes(self) -> int | None:
-        """Bytes of the text of these tokens, for bits per byte; None if unknown."""
+        """Bytes of the text in an epoch, for the metric bits per byte; None if unknown."""
         return None
 
     @abstractmethod
@@ -73,7 +73,7 @@ class BatchSource(ABC):
 
 
 def described(**sources: BatchSource | None) -> list[tuple[str, str]]:
-    """Make header rows about the sources that have a description, and about their requests."""
+    """Make header rows from the descriptions of sources and of their evaluation requests."""
     found = []
     for name, source in sources.items():
         if source is not None and source.description:

@@ -93,10 +93,12 @@ def base_on(
     types: BaseTypes | None,
     mesh: Mesh,
 ) -> dict[str, Any]:
-    """Return the frozen weights of an adapter run, as an entry for every batch; {} for other runs.
+    """Return {BASE: frozen weights} for a run that trains an adapter; {} for other runs.
+
+    The caller adds this dict to every batch.
 
     Args:
-        untrained: Original parameters of a model in memory.
+        untrained: Parameters that a model in memory had before training; None for its current ones.
         types: Dtypes of the frozen weights; None without an adapter.
     """
     if types is None:

@@ -40,10 +40,12 @@ class ItemDataset:
 
     Attributes:
         fingerprint: Hash of all rows; None if it cannot be computed.
-        warn: Function that is called once, if a row that was not read before the run is cut.
+        warn: Function that is called with a warning when the first row is cut. Only rows that were
+            not read before the run can be cut.
 
     Raises:
-        UserError: A row that was read is too long, or has an id outside the vocabulary.
+        UserError: A row that was read before the run is too long, or has an id outside the
+            vocabulary.
     """
 
     def __init__(self, items: Rows, block_size: int, vocab_size: int, name: str) -> None:

@@ -57,7 +57,10 @@ def _narrow_second_moment(rule: Any, dtype: Any) -> optax.GradientTransformation
     def update(
         updates: Any, state: Any, params: Any = None, *, layer: Any = None, **_: Any
     ) -> tuple[Any, Any]:
-        """Update all parameters, or those of one layer; each layer has its own random numbers."""
+        """Update all parameters, or those of layer `layer`.
+
+        The random numbers for rounding differ between steps and layers.
+        """
         updates, state = rule.update(
             updates, state._replace(nu=cast(state.nu, jnp.float32)), params
         )

@@ -181,14 +181,14 @@ class RunDirectory:
         self.tokenizer = tokenizer  # set last, as the heartbeat may call `check` meanwhile
 
     def check_for_line(self) -> None:
-        """Check before a line of the log that this process still has its lock.
+        """Check that this process still has its lock, before it writes a line of the log.
 
-        `check` is called if the lock is lost, and otherwise once a second. It would take a quarter
-        of the time for recording a step. Checking the lock is enough, because another start can
-        take the directory only after the lock was deleted.
+        The lock is enough, because another process can take the directory only after the lock was
+        deleted. `check` is called if the lock is lost, and otherwise once a second. To call `check`
+        for every line would take a quarter of the time for recording a step.
 
         Raises:
-            UserError: As `check`.
+            UserError: This process may no longer write to the directory.
         """
         is_old = time.monotonic() - self._checked >= CHECK_S
         if self.lock is not None and (is_old or self.lock.is_lost):

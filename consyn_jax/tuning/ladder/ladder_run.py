@@ -44,11 +44,11 @@ PASSES = 4  # repeated data is nearly as good as new up to here (Muennighoff et 
 
 
 class Ladder:
-    """One start of `consyn-tune --ladder`.
+    """One invocation of `consyn-tune --ladder`.
 
     Args:
-        varied: the base run, which is scaled.
-        base: the prepared run of the largest size.
+        varied: the user's flags, from which the run of each size is resolved.
+        base: settings of the run of the largest size, with its data prepared.
         trainer_inputs: function that returns the keyword arguments of a trainer, for a run.
 
     Raises:

@@ -72,8 +72,8 @@ class ScalingLaw:
 class _Problem:
     """The least-squares problem of the fit: residuals in log(loss), with well-scaled unknowns.
 
-    The unknowns are log E, alpha, beta, and the logarithms of the two terms with N and D. These two
-    terms are taken at the middle of the points.
+    The unknowns are log E, log(A / N^alpha), log(B / D^beta), alpha and beta. In the second and the
+    third, N and D are the geometric means over all points.
     """
 
     def __init__(self, points: Sequence[LossPoint]) -> None:

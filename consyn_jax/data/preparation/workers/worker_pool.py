@@ -68,7 +68,10 @@ class WorkerPool(Workers):
         self._threads = ThreadPoolExecutor(max(count, 1), "data worker")
 
     def results(self, blocks: Iterable[tuple[Any, Block]]) -> Iterator[tuple[Any, Block, Result]]:
-        """As `Workers.results`, with about two blocks per process in progress at a time."""
+        """Process (tag, block) pairs; yield (tag, block, result) in the same order.
+
+        About two blocks per process are in progress at a time.
+        """
         if self._here is not None:
             for tag, block in blocks:
                 yield tag, block, self._here.work(block)

@@ -1,8 +1,8 @@
 """Read Parquet and Arrow files as tables, starting at any row, and convert tables to Python rows.
 
-Files are read by Parquet row group or Arrow record batch. Only one of these is in memory at a time.
-To start at a row, at most one of them is read and partly skipped. Only columns of type JSON are
-decoded.
+Files are read by Parquet row group or Arrow record batch, one at a time. Row groups and record
+batches before the start row are skipped. The one with the start row is read, and its earlier rows
+are dropped. Only columns of type JSON are decoded.
 """
 
 from __future__ import annotations
@@ -154,7 +154,18 @@ def _record_batches(path: Path) -> Iterator[tuple[Any, int]]:
 
 
 def choose(names: Sequence[str], columns: Sequence[str], place: Path | str) -> list[str]:
-    """Return the columns in `names` that are needed for the keys `columns`."""
+    """Select the columns of a file that contain the wanted keys.
+
+    The key "a.b" may be the column "a.b", or a field inside the column "a".
+
+    Args:
+        names: all columns of the file.
+        columns: the wanted keys.
+        place: the file, for messages.
+
+    Raises:
+        UserError: two columns have the same name.
+    """
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"{place} has more than one column {twice[0]!r}. Rename one of them.")

@@ -109,7 +109,7 @@ class RunView:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens in these steps."""
+        """Number of tokens in the steps whose metrics were read so far."""
         return self._place()[1]
 
     @property
@@ -157,7 +157,7 @@ class Callbacks:
                 self._report(name, make, error)
 
     def tick(self) -> None:
-        """Pass checkpoints completed since the last call to `on_save`; call this every step."""
+        """Pass each newly completed checkpoint to `on_save`; call this method every step."""
         for path in self._saved() if self._active else ():
             self.save(path)
 
