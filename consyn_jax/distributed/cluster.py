@@ -32,7 +32,8 @@ class Place(NamedTuple):
 def find_cluster(options: HardwareOptions) -> Place:
     """Determine this process's `Place` from flags, Slurm, Open MPI or Kubernetes.
 
-    The flags --coordinator_address, --num_processes and --process_id count if all three are given.
+    The flags --coordinator_address, --num_processes and --process_id are used if all three are
+    given.
 
     Raises:
         UserError: There are neither flags nor a known scheduler, or a value is missing.

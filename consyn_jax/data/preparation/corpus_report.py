@@ -44,8 +44,8 @@ class Report:
         documents: number of documents read, including those in `dropped`.
         file_bytes: bytes of the files read, before decompression.
         dropped: number of documents left out, by the names of `RULES`.
-        changed: number of changes, by the names of `CHANGES`. For "normalized", a text is one
-            message of a chat, or one part of a long document.
+        changed: number of changes, by the names of `CHANGES`. In "normalized", each message
+            of a chat and each part of a long document counts separately.
         noticed: number of documents with an unusual feature, by the names of `NOTICES`.
         formats: number of documents by the format of their rows.
         unread: for each key that a row's format does not use, the number of rows with it; at most

@@ -49,8 +49,8 @@ warnings.filterwarnings("ignore", NEVER_AWAITED, RuntimeWarning)
 def writing_thread(write: Callable[[], None], name: str) -> threading.Thread:
     """Create the thread that calls `write`, without starting it.
 
-    If the run has several processes, it is a daemon thread. Such a write may be abandoned and never
-    end (see `is_left_alone`), and at exit Python waits for all threads that are not daemons.
+    With several processes, it is a daemon thread, because its write may be abandoned and never end
+    (see `is_left_alone`). At exit, Python would wait for any other thread.
     """
     return threading.Thread(target=write, name=name, daemon=jax.process_count() > 1)
 

@@ -40,8 +40,8 @@ class ItemDataset:
 
     Attributes:
         fingerprint: Hash of all rows; None if it cannot be computed.
-        warn: Function that is called with a warning when the first row is cut. Only rows that were
-            not read before the run can be cut.
+        warn: Function that is called with a warning the first time that a row is cut. Only rows
+            that were not read before the run can be cut.
 
     Raises:
         UserError: A row that was read before the run is too long, or has an id outside the
