@@ -146,7 +146,7 @@ class BPETokenizer:
         """Train a tokenizer. Order of ids: special tokens, 256 bytes in GPT-2's order, merges.
 
         Args:
-            vocab_size: most tokens; fewer are found if the text has few different words.
+            vocab_size: maximum number of tokens; a text with few different words gives fewer.
             pattern: regular expression for words; no token crosses a word boundary.
 
         Raises:
@@ -217,8 +217,8 @@ class BPETokenizer:
 
         Args:
             after: what precedes each text in its document: None (nothing), "token" (a special
-                token) or "text". It decides whether the space is added that some tokenizers put
-                before a document. By default, every text is the beginning of a document.
+                token) or "text". Some tokenizers add a space before a text, and this depends on
+                what precedes it. By default, every text is the beginning of a document.
 
         Raises:
             UserError: a text contains a lone surrogate.
