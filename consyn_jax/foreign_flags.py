@@ -325,7 +325,7 @@ def advise(name: str, value: Any, known: Mapping[str, Flag], style: str) -> str 
 
 
 def _elsewhere(name: str, advice: str | None) -> str | None:
-    """Advice on a flag that `ConsynTrainer` does not take as a keyword; None if there is none."""
+    """Explain how to get the effect of a flag that `ConsynTrainer` lacks; None for other flags."""
     flags = [name] if advice is None else list(named_flags(advice))
     return next((ELSEWHERE[flag] for flag in flags if flag in ELSEWHERE), None)
 

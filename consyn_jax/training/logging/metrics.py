@@ -236,7 +236,7 @@ def metrics_of(directory: Path) -> list[dict[str, Any]]:
 
 
 def ending(events: Sequence[Mapping[str, Any]]) -> str:
-    """Describe the end of a run, such as "complete" or "stopped by SIGTERM", from its events."""
+    """Describe the end of a run with these events: "complete" or "stopped by SIGTERM", say."""
     match events[-1] if events else {}:
         case {"event": "finish"}:
             return "complete"
