@@ -286,7 +286,7 @@ _OFF = ("false", "0", "no", "none", "off")
 
 
 def named_flags(advice: str) -> Iterator[str]:
-    """Iterate over the names of flags in the markers of `advice`."""
+    """Yield the name of each flag in `advice`, where flags are written [NAME] or [NAME VALUE]."""
     return (match[1] for match in _MARKER.finditer(advice))
 
 
@@ -325,13 +325,19 @@ def advise(name: str, value: Any, known: Mapping[str, Flag], style: str) -> str 
 
 
 def _elsewhere(name: str, advice: str | None) -> str | None:
-    """Advice on a flag that is no keyword of `ConsynTrainer`; None for other flags."""
+    """Explain how to get the effect of a flag that `ConsynTrainer` lacks; None for other flags."""
     flags = [name] if advice is None else list(named_flags(advice))
     return next((ELSEWHERE[flag] for flag in flags if flag in ELSEWHERE), None)
 
 
 def _written(match: re.Match[str], value: Any, known: Mapping[str, Flag], style: str) -> str:
-    """Write the flag of one marker with its value, in the given style."""
+    """Write a flag in the given style, for example --epochs 3.
+
+    Args:
+        match: the flag in the text of an advice, written [NAME] or [NAME VALUE]. An asterisk in
+            VALUE stands for the user's value.
+        value: the user's value.
+    """
     name, text = match[1], match[2] or ""
     flag = known.get(name)
     if "*" in text:

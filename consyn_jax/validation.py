@@ -150,7 +150,7 @@ def validate_corpus(options: CorpusOptions) -> None:
 
 
 def _check_ranges(values: Mapping[str, Any]) -> None:
-    """Check the values, by flag name, whose allowed range does not depend on other values."""
+    """Check the flags in `values` whose allowed range does not depend on other flags."""
     given = {name: value for name, value in values.items() if value is not None}
     for name in _ABOVE_0:
         if name in given and given[name] <= 0:

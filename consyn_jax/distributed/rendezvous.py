@@ -118,7 +118,11 @@ def _start(hello: dict[str, Any]) -> str:
 def _await_others(
     address: tuple[str, int], arrive_s: float, hello: dict[str, Any]
 ) -> list[tuple[dict[str, Any], Connection]]:
-    """In process 0, accept the other processes in time; return their greetings and connections."""
+    """In process 0, wait until all other processes have connected or the time is over.
+
+    Returns:
+        The greeting and the connection of each process that has connected.
+    """
     try:
         server = _listen_on(address[1])
     except OSError as error:

@@ -42,7 +42,7 @@ def quantise(
 ) -> Quantised:
     """Divide `x` by `scale` and round to nearest in `dtype`.
 
-    The default scale is that of the largest magnitude in the global array (`scale_of`).
+    By default, the scale is `scale_of(x, dtype)`, computed from the global array.
     """
     scale = scale_of(x, dtype) if scale is None else scale
     return Quantised((x.astype(jnp.float32) * (1 / scale)).astype(dtype), scale)

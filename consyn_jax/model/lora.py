@@ -138,9 +138,9 @@ class BaseTypes(NamedTuple):
 def base_types(options: LoraOptions, compute_dtype: Any) -> BaseTypes | None:
     """Dtypes of the frozen base in a run that computes in `compute_dtype`; None without LoRA.
 
-    If --lora_base_dtype is auto, the base has the compute dtype. This does not change a run in
-    bfloat16, because its matmuls round the weights to bfloat16 anyway. If it is int8 or nf4, the
-    matrices are quantised, and the embeddings have the compute dtype.
+    With --lora_base_dtype auto, the base has the compute dtype. In a run in bfloat16, this does not
+    change the results, because the matmuls round the weights to bfloat16 anyway. With int8 or nf4,
+    the matrices are quantised, and the embeddings have the compute dtype.
     """
     if not options.is_used:
         return None

@@ -340,7 +340,10 @@ def _each_step(plan: Plan) -> str:
 
 
 def _plainest(ways: list[Alternative]) -> list[Alternative]:
-    """Select the cheapest few, without those that extend the changes of another one."""
+    """Select a few variants of a plan, the best first.
+
+    A variant is left out if it has all changes of another variant and more.
+    """
     plain: list[Alternative] = []
     for way in sorted(ways, key=lambda way: (len(way.changes), way.cost)):
         if not any(set(other.changes) <= set(way.changes) for other in plain):

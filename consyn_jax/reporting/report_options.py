@@ -1,4 +1,4 @@
-"""The settings of `consyn-report`, and checks of them that read no file."""
+"""Settings of `consyn-report`, and their validation, which reads no files."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ class BPETokenizer:
         """Train a tokenizer on UTF-8 text files. The vocabulary depends only on the text.
 
         Raises:
-            UserError: a file is missing or not UTF-8, or as for `train_from_iterator`.
+            UserError: a file is missing or not UTF-8, or `train_from_iterator` raises the error.
         """
         paths = [files] if isinstance(files, str | Path) else files
         return cls.train_from_iterator(
@@ -146,7 +146,7 @@ class BPETokenizer:
         """Train a tokenizer. Order of ids: special tokens, 256 bytes in GPT-2's order, merges.
 
         Args:
-            vocab_size: most tokens; fewer are found if the text has few different words.
+            vocab_size: maximum number of tokens; a text with few different words gives fewer.
             pattern: regular expression for words; no token crosses a word boundary.
 
         Raises:
@@ -217,8 +217,8 @@ class BPETokenizer:
 
         Args:
             after: what precedes each text in its document: None (nothing), "token" (a special
-                token) or "text". It decides whether the space is added that some tokenizers put
-                before a document. By default, every text is the beginning of a document.
+                token) or "text". Some tokenizers add a space before a text, and this depends on
+                what precedes it. By default, every text is the beginning of a document.
 
         Raises:
             UserError: a text contains a lone surrogate.
@@ -383,7 +383,7 @@ def load_tokenizer(spec: str | Path) -> BPETokenizer:
     """Load the tokenizer of `--tokenizer`: `default`, `bytes`, a path, a Hub name or a URL.
 
     Raises:
-        UserError: the download fails, or as for `BPETokenizer.from_file`.
+        UserError: the download fails, or `BPETokenizer.from_file` raises the error.
     """
     if spec in ("default", "bytes"):
         return BPETokenizer() if spec == "default" else BPETokenizer.bytes()

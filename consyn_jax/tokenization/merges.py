@@ -54,9 +54,10 @@ def count_words(texts: Iterable[str], pattern: str) -> Counter[bytes]:
 
 
 def _chunks(text: str) -> Iterator[str]:
-    """Split a long text at places where no word of either splitting pattern is cut.
+    """Split a long text into chunks, without cutting a word of GPT2_PATTERN or SPLIT_PATTERN.
 
-    A cut is after a single newline, unless a slash follows, which o200k keeps with the newline.
+    A chunk ends after a single newline. There is no cut between a newline and a slash, because they
+    can belong to one word of SPLIT_PATTERN.
     """
     start = 0
     cut = re.compile(r"(?<=\S)\n(?=[^\s/])")

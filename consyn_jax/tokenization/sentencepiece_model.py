@@ -97,7 +97,7 @@ def sentencepiece_json(data: bytes) -> tuple[str, dict[str, str | None]]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Parse the fields of a message: (field number, value); values are integers or bytes."""
+    """Yield (field number, value) of a protocol buffer; values are integers or bytes."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -143,7 +143,11 @@ def _piece(data: bytes) -> Piece:
 
 
 def _bpe(pieces: list[Piece], unknown: int) -> dict[str, Any]:
-    """Derive the merges: pairs of pieces that together form a piece, by its descending score."""
+    """Build the BPE model of a tokenizer.json.
+
+    Two pieces that form a normal piece when concatenated are a merge. The merges are sorted by the
+    score of the piece that they form, highest first.
+    """
     ids = {piece.text: index for index, piece in enumerate(pieces)}
     mergeable = {p.text for p in pieces if p.kind in (NORMAL, USER_DEFINED, UNUSED)}
     merges: list[tuple[float, int, int, str, str]] = []
@@ -190,9 +194,9 @@ def _split_of_controls(pieces: list[Piece]) -> dict[str, Any]:
 def _user_defined(pieces: list[Piece]) -> dict[str, Any] | None:
     """Build a pre-tokenizer that splits off user-defined pieces; None if there are none.
 
-    If the pieces were added tokens, an extra space would follow them. If there are user-defined
-    pieces, whole words are looked up before merging. So the text of control tokens is split as
-    well.
+    The pieces are not added tokens, because an extra space would follow an added token. With
+    user-defined pieces, a BPE model looks up a whole word before it merges. The pre-tokenizer
+    therefore also splits the text of control tokens, so that it never becomes a control token.
     """
     found = sorted((p.text for p in pieces if p.kind == USER_DEFINED), key=len, reverse=True)
     if not found:

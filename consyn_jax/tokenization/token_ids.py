@@ -43,7 +43,7 @@ def are_targets(labels: np.ndarray) -> np.ndarray:
 
 
 def is_batch(fields: Mapping[str, Any]) -> bool:
-    """Whether the fields have several rows."""
+    """Whether `fields` is a batch of rows, and not a single row."""
     return _is_nested(fields.get("input_ids"))
 
 
@@ -236,7 +236,7 @@ def _check_padding_agrees(row: Mapping[str, Any], where: str) -> None:
 
 
 def _check_direction(ids: np.ndarray, labels: np.ndarray, where: str) -> None:
-    """Check that labels are not shifted the wrong way, to the previous token of each input."""
+    """Raise UserError if the label at each position is the previous token, not the next one."""
     targets = are_targets(labels[1:])
     told = labels[1:][targets]
     is_backward = np.array_equal(told, ids[:-1][targets])

@@ -136,7 +136,7 @@ def show_rates(schedule: optax.Schedule, total_steps: int, path: Path) -> None:
 
 
 def _rank_warnings(lora: LoraOptions, config: ModelConfig) -> Iterator[str]:
-    """Warn of a rank that costs memory and time, and lets the adapter express nothing more."""
+    """Warn of a LoRA rank above the full rank of a matrix, which only costs memory and time."""
     ranks = useful_ranks(config, lora)
     small = [name for name, rank in ranks.items() if lora.rank > rank]
     if small:

@@ -45,13 +45,13 @@ Made = TypeVar("Made")
 
 
 def numbers_of(run: RunConfig, total_steps: int, num_rates: int | None = None) -> Numbers:
-    """The numbers of a run, as arguments of its train step.
+    """The numeric hyperparameters of a run, as arguments of its train step.
 
     Dropout and momentum are left out if they are 0, because the program then has no code for them.
 
     Args:
-        num_rates: length of the array of learning rates, for a program shared with longer runs;
-            rates after the end of the run are not used. None: the number of steps of the run.
+        num_rates: length of the array of learning rates; by default, the number of steps of the
+            run. A longer array, padded with zeros, fits a program shared with longer runs.
     """
     options = run.optimizer
     rates = build_schedule(options, total_steps)(np.arange(total_steps))
@@ -69,7 +69,12 @@ def numbers_of(run: RunConfig, total_steps: int, num_rates: int | None = None) -
 
 
 def with_numbers(program: Program, run: RunConfig, numbers: Numbers) -> Program:
-    """Return `program`, the program of `run`, with other numbers, which may be traced values."""
+    """Replace the numeric hyperparameters of a program.
+
+    Args:
+        program: the program of `run`.
+        numbers: result of `numbers_of`; its values may be traced.
+    """
     rates = numbers[RATES]
     own = {name: numbers[name] for name in _OF_OPTIMIZER if name in numbers}
     axes, options = program.layout.logical_axes, replace(run.optimizer, **own)
@@ -114,7 +119,7 @@ def constants_of(run: RunConfig) -> Hashable:
 
 @dataclass(frozen=True)
 class BoundStep:
-    """A train step bound to the numbers of a trial; it is called like any train step.
+    """A compiled train step that always uses the numeric hyperparameters of one trial.
 
     Attributes:
         compiled: a `jax.stages.Compiled`, or an object with its interface.
@@ -124,7 +129,7 @@ class BoundStep:
     numbers: Numbers
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """Take an optimizer step with the trial's numbers."""
+        """Take an optimizer step with the trial's hyperparameters."""
         return self.compiled(state, batch | {NUMBERS: self.numbers})
 
     def memory_analysis(self) -> Any:
@@ -167,11 +172,14 @@ class SharedPrograms:
     def bound_step(
         self, program: Program, run: RunConfig, total_steps: int, num_rates: int | None = None
     ) -> BoundStep:
-        """The compiled train step of a trial, bound to its numbers.
+        """Compile the train step of a trial, or reuse the step of a trial with the same key.
 
         Args:
             program: the trial's program, not yet compiled.
-            num_rates: as for `numbers_of`.
+            num_rates: length of the array of learning rates; by default, the number of steps.
+
+        Returns:
+            The step, which always uses the numeric hyperparameters of this trial.
         """
         numbers = placed(numbers_of(run, total_steps, num_rates), program.mesh)
         key = program_key(run, program.config, num_rates or total_steps)
@@ -183,11 +191,11 @@ class SharedPrograms:
         return BoundStep(self.once("step", key, make), numbers)
 
     def evaluation(self, program: Program, key: Hashable, batch_size: int, length: int) -> Any:
-        """The compiled evaluation of a batch, for a trial.
+        """Compile the evaluation of a batch, or reuse an evaluation with the same key and shape.
 
         Args:
             program: the trial's program, not yet compiled.
-            key: key of the program.
+            key: result of `program_key` for the trial.
         """
 
         def make() -> jax.stages.Compiled:
@@ -197,14 +205,14 @@ class SharedPrograms:
 
 
 def placed(numbers: Numbers, mesh: Mesh) -> Numbers:
-    """Put the numbers on all devices of a mesh."""
+    """Replicate the numeric hyperparameters of a trial on all devices of a mesh."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     found: Numbers = jax.device_put(numbers, everywhere)
     return found
 
 
 def numbered_step(program: Program, run: RunConfig) -> Step:
-    """A train step that takes the numbers of a trial from its batch."""
+    """A train step that reads the numeric hyperparameters of a trial from `batch[NUMBERS]`."""
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         arrays = {name: values for name, values in batch.items() if name != NUMBERS}
@@ -214,7 +222,7 @@ def numbered_step(program: Program, run: RunConfig) -> Step:
 
 
 def batch_of_step(program: Program, run: RunConfig, numbers: Numbers) -> Batch:
-    """Shapes, dtypes and shardings of the batch of `numbered_step`."""
+    """Shapes, dtypes and shardings of a batch for the train step that `numbered_step` returns."""
     budget = run.budget
     shape = budget.gradient_accumulation_steps, budget.batch_size, run.row_length
     batch = program.batch_like(shape, TRAIN_AXES) | program.base_like
@@ -262,6 +270,6 @@ class TrialProgram(Program):
         return TrainState(step, params, opt_state, nonfinite)
 
     def lower_eval_step(self, batch_size: int, length: int) -> Any:
-        """Lower the evaluation as `Program.lower_eval_step` does, or return a compiled program."""
+        """Return an object whose `compile()` returns the evaluation, compiled once per key."""
         shared, _, key = self._key
         return _Ready(shared.evaluation(self, key, batch_size, length))

@@ -83,7 +83,7 @@ class StudyOptions:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """The settings that `consyn-train` does not have."""
+    """The settings of the search, which only `consyn-tune` has."""
 
     study: StudyOptions = StudyOptions()
     ladder: LadderOptions = LadderOptions()  # noqa: RUF009 - it is frozen
@@ -153,7 +153,7 @@ def scaled_run(run: VariedRun) -> Settings:
 
 
 def largest_size(run: VariedRun, sizes: str) -> Settings:
-    """The run of the largest size of a ladder.
+    """Return the settings of the run with the largest model in `sizes`, the sizes of a ladder.
 
     Raises:
         UserError: the sizes do not suit the model.
@@ -172,10 +172,10 @@ def _split(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 def _with_metric(
     given: Mapping[str, Any], file: Mapping[str, Any], metric: str | None
 ) -> dict[str, Any]:
-    """The flags of a run, with `--metric` as metric of the best model.
+    """Return the flags `given`, with `metric` as the value of `--metric_for_best_model`.
 
     Raises:
-        UserError: `--metric_for_best_model` names another metric.
+        UserError: the user gives another value of `--metric_for_best_model`.
     """
     name = "metric_for_best_model"
     other = given.get(name, file.get(name))
@@ -205,7 +205,7 @@ def seconds(text: str) -> float:
 
 
 def parse_lanes(text: str) -> int | None:
-    """Parse `--vectorize` into the number of lanes, or None for auto.
+    """Parse `--vectorize`: the number of trials that train together, or None for auto.
 
     Raises:
         UserError: the value is neither a number nor auto.

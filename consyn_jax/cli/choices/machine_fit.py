@@ -207,7 +207,10 @@ def _need(
 
 
 def _has_loop(config: RunConfig, choice: ModelChoice) -> bool:
-    """Whether the blocks run in a loop; recomputation then saves memory that `_need` ignores."""
+    """Whether the model has so many layers that its blocks run in a loop.
+
+    In a loop, recomputation saves memory, and the estimate of `_need` is then too high.
+    """
     base = None if config.model.model in PRESETS else choice.base
     return architecture(config.model, base, vocab_size=1).num_layers > CPU_UNROLLED_LAYERS
 

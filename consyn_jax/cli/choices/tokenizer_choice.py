@@ -111,7 +111,11 @@ def with_tokens(shape: ModelConfig, choice: ModelChoice, tokenizer: BPETokenizer
 
 
 def tokenizer_notes(choice: ModelChoice, tokenizer: BPETokenizer) -> list[Note]:
-    """Header lines: how documents begin and end, and how the checkpoint's tokens differ."""
+    """Header lines about the tokenizer.
+
+    They name the tokens that begin and end a document, and warn of text that the tokenizer drops
+    and of a checkpoint that ends texts with another token.
+    """
     names = {role: repr(name) for role, name in tokenizer.special_tokens.items() if name}
     begin = names["bos_token"] if tokenizer.first_id is not None else "no BOS"
     notes = [

@@ -60,8 +60,8 @@ class Spec:
     """All inputs of a preparation.
 
     Attributes:
-        sources: all sources, those of `--validation` first, so that a document in both stays in the
-            validation split.
+        sources: all sources. Those of `--validation` come first: if a document is also in `--data`,
+            the copy in the validation split is kept.
         num_validation: number of sources from `--validation`.
         left_out: files that are not read, each with the reason.
         tokenizer: a tokenizer, or "train:SIZE" to train one on the data.
@@ -96,7 +96,7 @@ class Spec:
     def blocks(
         self, index: int, position: Position, tokenizer: BPETokenizer, single: bool
     ) -> Iterator[tuple[int, Block]]:
-        """Iterate over (source number, block), from a position in source number `index` on."""
+        """Iterate over (source number, block), beginning at `position` in source number `index`."""
         reading = Reading(self.options, tokenizer, single, self.test_fraction, self.streaming)
         for number in range(index, len(self.sources)):
             for block in self.sources[number].blocks(position, reading):
@@ -228,7 +228,10 @@ def _template(given: str, own: str | None) -> str:
 
 
 def _in_key(spec: Spec) -> Any:
-    """The entry of the cache key for the format of conversations."""
+    """Return the part of the cache key that identifies the chat templates.
+
+    It contains their texts, and `RENDERED_DAY` if a template writes the date.
+    """
     templates = [spec.chat_template, *filter(None, [spec.tool_template])]
     if any(map(writes_date, templates)):
         return [*templates, RENDERED_DAY.isoformat()]
@@ -236,7 +239,7 @@ def _in_key(spec: Spec) -> Any:
 
 
 def contents_of(spec: Spec) -> list[list[Any]]:
-    """The identity of each source, from `Reader.identity`, which ends with its file hashes.
+    """Return the `Reader.identity` of each source, a list whose last item is its file hashes.
 
     Raises:
         UserError: a file cannot be read.

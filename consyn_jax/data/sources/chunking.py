@@ -48,8 +48,8 @@ def parts(chunks: Iterable[bytes], tokenizer: BPETokenizer) -> Iterator[tuple[by
 def _cut(data: bytes, tokenizer: BPETokenizer) -> int:
     """Find where to end the first part of `data`, which has `LIMIT` bytes.
 
-    The text around the cut has the same ids in one piece as in two pieces. Text without such a
-    place, such as a megabyte of one letter, is cut anyway, to bound time and memory.
+    The cut must not change the ids of the text around it. If there is no such cut, for example in a
+    megabyte of one letter, the part ends with `data`, to bound time and memory.
     """
     for place in PLACES:
         for tried, match in enumerate(place.finditer(data, PART_BYTES)):

@@ -45,7 +45,7 @@ class CsvReader(Reader):
         return file.text_fault()
 
     def blocks(self, name: str, start: Position, reading: Reading) -> Iterator[Block]:
-        """Read rows as JSON Lines."""
+        """Convert the rows to JSON objects, and yield them in blocks of JSON Lines."""
         csv.field_size_limit(LONGEST_FIELD)
         form = _Form(Path(name))
         with ByteStream(Path(name)) as stream:

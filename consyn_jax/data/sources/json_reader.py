@@ -58,7 +58,7 @@ class JsonReader(Reader):
         return [kind, is_array(Path(name)), hashes]
 
     def blocks(self, name: str, start: Position, reading: Reading) -> Iterator[Block]:
-        """Read rows as JSON Lines."""
+        """Yield the rows in blocks of JSON Lines."""
         with ByteStream(Path(name)) as stream:
             read = _array if is_array(Path(name)) else _lines
             yield from read(name, stream, start)

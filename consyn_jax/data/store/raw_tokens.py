@@ -152,7 +152,7 @@ class _RawFile:
 
 
 def _is_wider(tokens: np.ndarray) -> bool:
-    """Whether numbers read as uint16 have more bits on disk: every second one is then 0."""
+    """Whether numbers read as uint16 are probably wider on disk, as every second one is 0."""
     return tokens.dtype.itemsize == 2 and len(tokens) >= FEWEST_WIDE and not tokens[1::2].any()
 
 
@@ -250,8 +250,8 @@ class RawTokens:
             nanoGPT are read as uint32.
         validation: files for the split "validation".
         validation_fraction: share of the tokens to hold out if there are no validation files. The
-            held-out tail of the stream starts at the first document start from `int((1 - fraction)
-            * tokens)` on, or at this position if no document starts there or later.
+            tail of the stream is held out, from token `int((1 - fraction) * tokens)` on. If a
+            document starts there or later, the tail begins with the first such document.
 
     Attributes:
         paths: files by split.

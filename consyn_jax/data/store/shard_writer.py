@@ -107,7 +107,14 @@ class ShardWriter:
         targets: np.ndarray | None,
         origins: np.ndarray | None = None,
     ) -> None:
-        """Append complete documents, as in `TokenStoreWriter.append`."""
+        """Append complete documents, whose tokens are concatenated in `ids`.
+
+        Args:
+            lengths: number of tokens of each document.
+            num_bytes: size of the texts of all documents, in bytes.
+            targets: target value of each token; None if all tokens are targets.
+            origins: origin of each document; None if unknown.
+        """
         self._write_origins(origins)
         starts = self.tokens + np.cumsum(lengths) - lengths
         self._files["index"].write(starts.astype("<u8").tobytes())

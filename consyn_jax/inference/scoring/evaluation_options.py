@@ -1,4 +1,4 @@
-"""The settings of `consyn-evaluate`, and checks of the settings that read no file."""
+"""Settings of `consyn-evaluate`, and their validation, which reads no files."""
 
 from __future__ import annotations
 
@@ -178,10 +178,14 @@ def validate_evaluation(config: EvaluateConfig) -> None:
 
 
 def refuse_given(options: Any, why: str) -> None:
-    """Refuse the flags of a group that have no effect.
+    """Raise an error if the user sets a flag in a group of flags without effect.
+
+    Args:
+        options: Values of the group of flags.
+        why: The reason, which follows the flag's name in the message.
 
     Raises:
-        UserError: A flag of the group has another value than its default.
+        UserError: A flag of the group differs from its default.
     """
     for each in fields(options):
         if getattr(options, each.name) != each.default:

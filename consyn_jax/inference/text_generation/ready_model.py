@@ -51,7 +51,7 @@ class Runtime:
     description: str
 
     def engine(self, slots: int, sampling: Sampling) -> Engine:
-        """Build an engine that generates up to this many texts at once."""
+        """Build an engine that generates up to `slots` texts at once."""
         ends: Iterable[int] = self.config.eos_token_ids or (self.tokenizer.eos_token_id,)
         return Engine(
             self.config, self.weights, slots, sampling, attention=self.attention, ends=ends

@@ -28,7 +28,7 @@ class Part(NamedTuple):
         layer: Index of the layer; None for a parameter outside the blocks.
         shape: Shape of the rows in torch's layout: [outputs, inputs] or [elements].
         own_shape: Shape of the parameter, or of one of its layers.
-        order: Index in the file of each element of a head; None if the order is the same.
+        order: Index in the file of each element of a head; None if the file has our order.
     """
 
     path: tuple[str, ...]
@@ -78,7 +78,12 @@ class Part(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """Shape of a range of elements to read, and the index of the required ones within it."""
+    """A range of array elements that is read to get a slice of the array.
+
+    Attributes:
+        shape: Shape of the elements that are read.
+        wanted: Index of the slice within these elements.
+    """
 
     shape: tuple[int, ...]
     wanted: tuple[slice, ...]

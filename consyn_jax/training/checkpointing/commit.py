@@ -74,10 +74,10 @@ def remove_unfinished(directory: Path) -> None:
 
 @dataclass(frozen=True)
 class Written:
-    """Bytes that a process wrote for a checkpoint, and the seconds that the disk took.
+    """Size and time of a process's write of a checkpoint.
 
     Attributes:
-        seconds: duration of the whole write. On a CPU only that of the flushes to disk, because
+        seconds: duration of the write. On a CPU, only the flushes to disk are counted, because
             training slows down the rest of the write.
     """
 
@@ -101,7 +101,7 @@ class WrittenPart:
 
     @property
     def defect(self) -> Exception | None:
-        """The error, unless the operating system caused it (such as a full disk); then None."""
+        """The error; None after success, or if the operating system caused it (a full disk)."""
         return None if refusal(self.error) else self.error
 
     def message(self) -> str:
@@ -172,8 +172,8 @@ def merge_parts(
         files.
 
     Raises:
-        Exception: A process had an error of another kind. It raises this error; the other processes
-            raise RuntimeError.
+        Exception: A process had an error that is not from the operating system. This process
+            raises its error; the other processes raise RuntimeError.
     """
     parts = [json.loads(message) for message in messages]
     if defects := [

@@ -142,8 +142,8 @@ class Checkpoints:
             space, or the directory cannot be written.
 
         Raises:
-            UserError: The directory has a checkpoint of another run, or one with the name of a
-                wrong step.
+            UserError: The directory has a checkpoint of another run, or a checkpoint whose name
+                is not its step.
         """
         self.wait()
         self._forget_deleted()

@@ -132,7 +132,7 @@ def _replicated(sharding: Sharding) -> Sharding:
 
 
 def _in_float32(like: Params) -> Params:
-    """Return the same shapes and shardings with dtype float32, in which arrays are stored."""
+    """Return the shapes and shardings of `like` with dtype float32, the dtype on disk."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), like
     )

@@ -85,12 +85,12 @@ class Usage:
 
 @dataclass(frozen=True)
 class ProcessUsage:
-    """Measurements of one of several processes.
+    """Measurements of one process in a run with several processes.
 
     Attributes:
-        seconds: seconds since the first line of metrics of this process.
+        seconds: seconds since this process reached its first line of metrics.
         waiting: seconds that the process has spent waiting for its data.
-        throttled: as in `Usage`.
+        throttled: the GPUs of the process that lower their clock, with reasons; empty if none does.
     """
 
     host: str

@@ -236,7 +236,7 @@ def metrics_of(directory: Path) -> list[dict[str, Any]]:
 
 
 def ending(events: Sequence[Mapping[str, Any]]) -> str:
-    """Describe from its events how a run ended, for example "complete" or "stopped by SIGTERM"."""
+    """Describe the end of a run with these events: "complete" or "stopped by SIGTERM", say."""
     match events[-1] if events else {}:
         case {"event": "finish"}:
             return "complete"

@@ -87,7 +87,7 @@ class RunFacts:
         return json.dumps({"format": FORMAT, **about, **self.facts}, indent=1) + "\n"
 
     def made_with(self) -> list[tuple[str, str]]:
-        """Make rows (name, value) of the versions and the commit of the newest start."""
+        """Make two rows (name, value): software versions and commit at the run's latest start."""
         return made_with(self.facts)
 
     def of_checkpoint(self, step: int, files: Mapping[str, str]) -> str:
@@ -145,7 +145,7 @@ def record_start(step: int, code: str, mesh: Mapping[str, int], devices: Sequenc
 
 
 def made_with(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Make rows (name, value) of the versions and the commit of the newest start in a record."""
+    """Make two rows (name, value): software versions and commit at a run's latest start."""
     versions = facts["starts"][-1].get("versions") or {} if facts["starts"] else {}
     said = ", ".join(f"{name} {version}" for name, version in versions.items())
     return [("versions", said), ("commit", str(facts["code"].get("commit") or "unknown"))]

@@ -220,8 +220,8 @@ def _check_saved(
 
     Args:
         facts: Record of the run, to compare with.
-        before: Number of differences that were found before this checkpoint; by default, all so
-            far.
+        before: Length of `found.differs` before the checks of this checkpoint began; by default,
+            its length now.
     """
     own, before = None, len(found.differs) if before is None else before
     with found.checking("weights", place):

@@ -1,4 +1,4 @@
-"""The side of a Ray task: a worker for each process, made by its first task."""
+"""Code that runs inside a Ray task; the first task in a Ray process creates its worker."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def work(key: str, shared: np.ndarray, head: str, data: bytes) -> Answer:
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of what decides the bytes of a store, by name.
+    """Versions of the software that can change the content of a store, by package name.
 
-    Python has the tables of Unicode. The code counts beside the version of this package, for
-    checkouts of one version with different changes.
+    Python is included because of its Unicode tables. The entry of this package also has a hash of
+    its code, because two checkouts of one version can differ.
     """
     package = Path(consyn_jax.__file__).parent
     code = hashlib.sha256()

@@ -54,10 +54,13 @@ class Result:
     """The result of one block.
 
     Attributes:
-        kept: the documents that pass the rules about single documents.
+        kept: the tokenised documents that no rule drops.
         dropped: (rule, place, beginning of the text) of each document that was left out.
-        changed, noticed, rows_not_utf8: as in `Report`.
-        formats, unread: as in `Report`.
+        changed: number of changes, by kind.
+        rows_not_utf8: number of rows that are not UTF-8, dropped or repaired.
+        noticed: number of documents with an unusual feature, by feature.
+        formats: number of documents, by the format of their row.
+        unread: number of rows with a key that is not used, by key.
         example: format, prompt and target of the first row with a prompt.
         fault: an error that stops the preparation, with its place; "" if there is none.
         is_blank: whether the block is a part of a document and only white space.
@@ -92,8 +95,8 @@ class Worker:
     """Turns blocks into tokens.
 
     Args:
-        single: whether the corpus is one document; a row is then split by position, and its last
-            part is held out.
+        single: whether the corpus is one document. It is then split by position, and its end is
+            held out.
         chat_template: the Jinja template that formats conversations.
         tool_template: the template for conversations with tools, if there is a separate one.
     """
@@ -137,7 +140,7 @@ class Worker:
         return [(self._encoder.split(block, d, d.digests[0]), d.text) for d in documents]
 
     def _documents(self, block: Block) -> tuple[list[Document], Result]:
-        """The cleaned documents that pass the rules about single documents, and the counts."""
+        """Clean the documents of a block; return those that no rule drops, and a `Result`."""
         kept, result = [], Result(EncodedDocuments.none())
         read = self._rows if block.kind == "rows" else self._texts
         try:
@@ -166,7 +169,7 @@ class Worker:
         kind: str,
         result: Result,
     ) -> Document:
-        """Clean a document; by default, rows with prompts are not changed."""
+        """Clean a document. Rows with prompts change only if the user asks for cleaning."""
         if isinstance(content, Conversation | Pair):
             chat = (
                 self._pair(content, result)
@@ -209,7 +212,7 @@ class Worker:
         return ChatEncoder(self.tokenizer, *self._templates)
 
     def _look(self, found: Document, result: Result) -> None:
-        """Count the format of a row, record the first example, and notice markers in plain text."""
+        """Count a row's format, and texts that spell out special tokens; keep the first example."""
         if not found.format:
             return
         result.formats[found.format] = result.formats.get(found.format, 0) + 1
@@ -243,7 +246,7 @@ class Worker:
         return CleanedSegment(texts, segment.trained)
 
     def _cleaned(self, text: str, as_is: bool, result: Result) -> str:
-        """Clean a text; by default, texts of rows with prompts are not changed."""
+        """Clean a text; if `as_is` is true, only the cleaning that the user asks for is done."""
         normalize = self.options.normalize or ("none" if as_is else "nfc")
         controls = self.options.control_characters or ("keep" if as_is else "remove")
         text, counts = clean(text, normalize, controls)
@@ -329,7 +332,7 @@ class Worker:
             result.unread |= dict.fromkeys(block.unread, num_read)
 
     def _cut(self, text: str) -> Iterator[tuple[str, str]]:
-        """(split, text) for the parts of the only document, whose last bytes are held out."""
+        """Split the only document by position, the held-out parts last; yield (split, text)."""
         data, test = text.encode(), self.test_fraction
         held_out = self.options.validation_fraction + test
         ends = [0, cut(data, held_out), cut(data, test), len(data)]

@@ -160,7 +160,15 @@ def _spoken(answer: Any, key: str) -> Messages:
 
 
 def _with_text(given: Messages, prompt: str) -> Messages:
-    """Return the prompt as messages: those that both answers share, which must include `prompt`."""
+    """Return the messages of a prompt: `given`, or one user message if `given` is empty.
+
+    Args:
+        given: the messages with which both answers begin.
+        prompt: the text of the prompt.
+
+    Raises:
+        BadRow: no message in `given` has the text of the prompt.
+    """
     if not given:
         return [{"role": "user", "content": string(prompt, "as prompt", "a string")}]
     if not any(str(m.get("content", "")).strip() == prompt.strip() for m in given):

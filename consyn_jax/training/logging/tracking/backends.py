@@ -49,13 +49,15 @@ def load_classes(backends: Sequence[str], origin: str) -> dict[str, type[Any]]:
 def user_makers(
     options: LoggingOptions, origins: Mapping[str, str], callbacks: Sequence[Any]
 ) -> tuple[Maker, ...]:
-    """Name and constructor of each user's callback: named classes, then existing `callbacks`.
+    """Name and constructor of each callback that the user has chosen.
 
     Args:
+        options: `--logging_backend` names classes; their callbacks come first.
         origins: origin of each value of the run, by flag name.
+        callbacks: callbacks that exist already.
 
     Raises:
-        UserError: as for `load_classes`.
+        UserError: a class cannot be imported, needs arguments, or is not a callback.
     """
     made = [(type(callback).__name__, partial(_itself, callback)) for callback in callbacks]
     classes = load_classes(options.logging_backend, origins["logging_backend"]).values()
