@@ -96,7 +96,10 @@ class PackedSequences(ABC):
         return {name: values[0] for name, values in self.rows([i % len(self)]).items()}
 
     def _unpredicted(self, labels: np.ndarray) -> Bool[np.ndarray, "..."]:
-        """Mark labels that, at the beginning of a document, have no BOS as input."""
+        """Mark labels that the model cannot predict from BOS at the beginning of a document.
+
+        These are all labels if the tokenizer has no BOS, otherwise the labels that are BOS.
+        """
         return np.full(labels.shape, True) if self.bos_id is None else labels == self.bos_id
 
     @property
@@ -281,7 +284,7 @@ class WholeDocuments(PackedSequences):
         return targets
 
     def _layout(self, which: Int64[np.ndarray, " n"]) -> tuple[np.ndarray, _Places]:
-        """Return the numbers of the pieces in sequences `which`, and their places in the batch."""
+        """Return the indices of the pieces in sequences `which`, and their places in the batch."""
         low, counts = self._pieces[which], self._pieces[which + 1] - self._pieces[which]
         row, nth = _numbered(counts)
         pieces = low[row] + nth

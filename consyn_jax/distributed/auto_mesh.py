@@ -32,7 +32,7 @@ class Machine:
 
     @property
     def group_hosts(self) -> int:
-        """Largest number of hosts per copy of the weights, unless the memory requires more."""
+        """Limit on the hosts that share a copy of the weights, unless memory requires more."""
         return GROUP_HOSTS if self.name_of_host == "host" else 1
 
 

@@ -94,7 +94,7 @@ def apply_rope(x_BTNH: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T
 
 
 def partial_order(config: ModelConfig) -> np.ndarray:
-    """Order of a head's elements for a partial rotation: the index in the file of each element.
+    """Index in the weight file of each element of a head that rotates partially.
 
     In the file, the first r elements of a head rotate, in pairs (i, i + r/2). In this package pairs
     are (i, i + H/2), and the rotated pairs come first. The same permutation of queries and keys
@@ -165,7 +165,7 @@ def plain_frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def _known(value: Any) -> Any:
-    """Return a value that `RopeScaling` has checked to be present for this scaling."""
+    """Return `value`, which is not None because `RopeScaling` has checked it."""
     assert value is not None
     return value
 
@@ -190,7 +190,10 @@ def _llama3(plain: np.ndarray, s: RopeScaling, config: ModelConfig, is_long: boo
 
 
 def _yarn(plain: np.ndarray, s: RopeScaling, config: ModelConfig, is_long: bool) -> np.ndarray:
-    """As in `_llama3`, but interpolate linearly in the pair's index (Peng et al., 2023)."""
+    """Divide low frequencies by the factor and keep high ones (YaRN; Peng et al., 2023).
+
+    Between them, interpolate linearly in the index of the pair.
+    """
     dim, original = config.rotary_dim, _known(s.original_max_position_embeddings)
     factor = s.factor or config.context / original
 

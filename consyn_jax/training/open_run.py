@@ -268,7 +268,7 @@ def _measure(recorder: Recorder, inputs: RunInputs, opened: OpenRun) -> None:
 
 
 def _enter(activities: ActivityClock, console: Console, phase: str) -> None:
-    """Start to count the time of a phase of the watchdog, and display the phase."""
+    """Enter a phase of the run: start to count its time, and display its name."""
     activities.enter(phase)
     console.enter("" if phase in (STEPPING, WAITING) else phase, is_told=phase == COMPILING)
 

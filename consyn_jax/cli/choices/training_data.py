@@ -135,7 +135,7 @@ def _prepared(
 
 
 def _check_pairs(config: RunConfig, stores: Sequence[Prepared]) -> None:
-    """Check that token stores contain pairs of answers with --objective dpo, and only then."""
+    """Check that token stores hold pairs of answers if --objective is dpo, and none otherwise."""
     for prepared in stores:
         if prepared.store.holds_pairs == config.trains_on_pairs:
             continue
@@ -219,7 +219,10 @@ def _streamed(settings: Settings, corpus: Growing) -> TrainingData:
 
 
 def _begun(corpus: Growing, config: RunConfig) -> tuple[BPETokenizer, list[Note]]:
-    """The tokenizer to export and header lines about the rows, from the first part of the data."""
+    """Return the tokenizer to export, and header lines about the rows.
+
+    This waits for the first part of the data, because both depend on the format of the rows.
+    """
     from consyn_jax.data.sources.rows import CONVERSATIONS
 
     tokenizer, report = corpus.tokenizer, corpus.beginning()

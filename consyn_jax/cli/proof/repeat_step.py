@@ -64,7 +64,11 @@ def _under_adapter(run: RunConfig, vocab_size: int) -> DeferredModel | None:
 
 
 def _table(title: str, columns: dict[str, Sequence[Row]]) -> Iterator[str]:
-    """Lines of a table with a row for each place in the model, the same places in all columns."""
+    """Yield the lines of a table with a row for each place in the model.
+
+    Args:
+        columns: statistics by name of the column; each column lists the same places.
+    """
     places = [row.place for row in next(iter(columns.values()))]
     width = max(map(len, [title, *places]))
     yield f"\n{title:<{width}}" + "".join(

@@ -58,8 +58,8 @@ class Prepared:
 
     Attributes:
         store: the tokens; `store.tokenizer` made them.
-        used, left_out: the sources that were read, and the files of directories that were left out,
-            each with the reason.
+        used: the sources that were read.
+        left_out: (file, reason) for each file in a given directory that was skipped.
         report: counts of the preparation, empty for data that was tokenised already.
         from_cache: whether the store was already complete in the cache.
         validation: the sources in `used` that are validation data.
@@ -79,7 +79,7 @@ class Prepared:
 
     @property
     def validation_remedy(self) -> str:
-        """Advice for data of which no document is held out for validation."""
+        """Advice for the user if no document is held out for validation."""
         if not self.used[0].is_store:
             return "give --validation PATH or a larger --validation_fraction"
         return (
@@ -157,7 +157,7 @@ class Growing:
         tokenizer: the tokenizer of the store.
         chat_template: the Jinja template that formats conversations.
         key: hash of the data, the rules and the tokenizer; known before the data is read.
-        left_out: files of directories that are not read, each with the reason.
+        left_out: (file, reason) for each file in a given directory that is skipped.
         sources, validation: all sources that are read, and those for validation.
         prepared: the result of `prepare`, once the preparation is complete.
     """
@@ -187,11 +187,11 @@ class Growing:
         The split only grows: the positions of earlier documents do not change.
 
         Args:
-            tokens: wait until the split has this many, or the preparation is complete; None waits
-                until it is complete.
+            tokens: number of tokens to wait for, unless the preparation is complete earlier; None
+                waits for the complete preparation.
 
         Raises:
-            UserError: the preparation failed (a bug raises its own exception).
+            Exception: the preparation failed; this is its error, usually a `UserError`.
             RuntimeError: `close` was called.
         """
         with self._changed:
@@ -337,7 +337,7 @@ def _entry(key: str, options: CorpusOptions) -> Path:
 
 
 def _build(spec: Spec, destination: Destination, publish: Publish | None = None) -> bool:
-    """Make the store, or continue an unfinished one; returns whether it was complete before."""
+    """Make or finish the store; return whether it was already complete."""
     if destination.is_complete() and not destination.preparing.exists():
         return True
     destination.refuse_links()

@@ -29,10 +29,10 @@ _BYTE_ORDER_MARK = "\ufeff"
 def clean(
     text: str, normalize: str = "nfc", control_characters: str = "remove"
 ) -> tuple[str, dict[str, int]]:
-    r"""Clean a text; return it and the counts of the changes.
+    r"""Clean a text; return it with the number of changes of each kind.
 
-    "normalized" is 1 where composition changed the text, "control_characters" the number of
-    characters removed; counts of zero are left out.
+    The kind "control_characters" counts the characters that were removed. The kind "normalized"
+    is 1 if composition changed the text. Kinds without changes are left out.
 
     Cleaning a second time changes nothing. A text that is cut before an ASCII letter can be cleaned
     in parts, because no character composes with an ASCII letter after it.

@@ -57,7 +57,7 @@ class Document:
 
     @property
     def has_prompt(self) -> bool:
-        """Whether the document is a row with a prompt, which is not trained on."""
+        """Whether the document is a row with a prompt that is not trained on."""
         return self.chat is not None or len(self.segments) > 1
 
     @cached_property
@@ -67,10 +67,11 @@ class Document:
 
     @cached_property
     def digests(self) -> list[bytes]:
-        """The digests of the document's parts; a single one if it has several segments.
+        """Digests of the document, for finding exact duplicates.
 
-        Documents with the same text and different targets are not duplicates, so the digest of
-        several segments covers their targets too.
+        A document with a single segment has a digest for each part of its text. Other documents
+        have one digest, which covers the targets too, because documents with the same text and
+        different targets are not duplicates.
         """
         if self.chat is not None:
             return [digest(self.text.encode() + b"\0" + self.chat.targets.tobytes())]
@@ -205,11 +206,12 @@ class _Pieces:
     """The texts of documents, to be tokenised one by one.
 
     Attributes:
-        after: for each text, the kind of its predecessor in the document (`TextEncoder`).
+        texts: the texts, with an empty text in place of each EOS and of each conversation.
+        after: for each text, what precedes it in its document: a value of `Before`.
         trained: for each text, whether its tokens are targets.
-        first: index of the first text of each document.
-        eos_at: indices of entries that stand for EOS.
-        chats: conversations, which are tokenised already, by their index among the texts.
+        first: for each document, the index of its first text.
+        eos_at: indices of the empty texts that EOS replaces.
+        chats: conversations, already tokenised, by the index of the empty text in their place.
     """
 
     def __init__(self) -> None:

@@ -1,9 +1,10 @@
-"""Exact duplicates by digest: 16 bytes of memory each, and a file from which to resume.
+"""Find exact duplicates by digest, with 16 bytes of memory per digest and a file for resuming.
 
 The file is a sequence of records. The journal says how many of them are valid; later ones are cut
-off. In memory, keys are in sorted runs. A run is merged with its predecessor as soon as it is as
-long: a log-structured merge (O'Neil et al. 1996, "The log-structured merge-tree") in memory. So n
-keys are in at most log2(n) runs, a key is moved log2(n) times, and no key is a Python object.
+off. In memory, keys are in sorted runs. While the last run is at least as long as the run before
+it, the two are merged, as in a log-structured merge tree (O'Neil et al. 1996, "The log-structured
+merge-tree"). So n keys are in at most log2(n) runs, a key is moved log2(n) times, and no key is a
+Python object.
 `near_duplicates` keeps its band keys in the same structure.
 """
 
@@ -65,7 +66,10 @@ class ExactDuplicates(Recorded):
             self._runs.add(*_halves(self._records.read(start, min(CHUNK, count - start))))
 
     def first(self, digests: UInt8[np.ndarray, "n 16"]) -> Bool[np.ndarray, " n"]:
-        """Record digests; return True for each that is new, compared with this call's as well."""
+        """Record the new digests; return for each digest whether it is new.
+
+        A digest that repeats an earlier digest of the same call is not new.
+        """
         high, low = _halves(digests)
         order = np.lexsort((low, high))  # stable: of equal digests the earliest comes first
         repeated = np.zeros(len(order), bool)

@@ -18,7 +18,7 @@ from consyn_jax.model.parameters import Params
 
 
 def chosen_steps(run: Path, spec: str) -> list[int]:
-    """Return the steps that `--average` selects: those of the newest N, or the listed ones.
+    """Return the steps of the checkpoints that `--average` selects: the newest N, or those listed.
 
     Raises:
         UserError: The value is neither a number nor a list of steps, or the run lacks a step.
@@ -60,7 +60,8 @@ def averaged_source(name: str, spec: str) -> ModelSource:
     """Make a source whose weights are the float32 mean of several checkpoints.
 
     Raises:
-        UserError: `chosen_steps` refuses the steps. Loading raises it if a checkpoint is damaged.
+        UserError: `spec` is wrong, or the run lacks a step. The source's `load` raises the same
+            error if a checkpoint is damaged.
     """
     steps = chosen_steps(Path(name), spec)
     sources = [find_source(name, step) for step in steps]

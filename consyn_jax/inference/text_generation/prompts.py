@@ -179,7 +179,10 @@ class PromptEncoder:
             raise UserError(f"the chat template refuses it: {error}.") from error
 
     def _check_role(self, role: str, where: str) -> None:
-        """Refuse a role that nobody has trained on: most templates write a marker for any name."""
+        """Refuse a role that is neither a standard role nor named in the chat template.
+
+        Most templates render any role, but the model was not trained on unknown roles.
+        """
         if role in ROLES or any(f"{quote}{role}{quote}" in self._template for quote in "'\""):
             return
         known = ", ".join(map(repr, ROLES))

@@ -205,7 +205,11 @@ def with_generation_config(config: ModelConfig, text: Any, where: str) -> ModelC
 
 
 def write_generation_config(directory: Path, config: ModelConfig) -> None:
-    """Write generation_config.json: the loaded one, or else one with the special tokens' ids."""
+    """Write generation_config.json.
+
+    If the model was loaded with such a file, its text is kept. Otherwise, the new file has the ids
+    of the special tokens.
+    """
     if config.generation_config is not None:
         (directory / GENERATION).write_text(config.generation_config, encoding="utf-8")
         return

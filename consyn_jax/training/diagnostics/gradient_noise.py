@@ -40,9 +40,9 @@ class GradientNoise:
 
     @property
     def scale(self) -> float | None:
-        """The noise scale in tokens; None if the signal is lost in the noise, or there is no noise.
+        """The noise scale in tokens; None if the estimated signal or noise is not positive.
 
-        There is no noise, except for rounding, if every micro-batch contains all of a tiny text.
+        The noise is 0, except for rounding, if the whole text fits in every micro-batch.
         """
         return self.noise / self.signal if min(self.signal, self.noise) > 0 else None
 
@@ -102,7 +102,10 @@ def measured_noise(
 def squared_norms(
     objective: Objective, params: Params, batch: Batch
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """Compute squared gradient norms of the mean loss, from the micro-batches of [A, B, T].
+    """Compute squared gradient norms of the mean loss over the micro-batches of a batch.
+
+    Args:
+        batch: Arrays [A, B, T] of A micro-batches, each with B sequences of T tokens.
 
     Returns:
         The mean of the squared norms, the squared norm of the mean gradient, and the mean number of

@@ -201,14 +201,19 @@ def next_commands(
 
 
 def _held_out(data: DataOptions) -> tuple[str, ...]:
-    """Data that the run has evaluated on and not trained on: consyn-evaluate reads a store's."""
+    """Data with documents on which the run was evaluated but not trained.
+
+    This is the data of `--validation`, or else the token stores in `--data`, because
+    consyn-evaluate reads their validation split.
+    """
     return data.validation or tuple(path for path in data.data if is_store(Path(path)))
 
 
 def _texts(data: DataOptions, origins: Mapping[str, str]) -> str:
-    """The flags of consyn-evaluate for the run's own data, or a placeholder if it cannot read it.
+    """Flags with which consyn-evaluate reads the run's data, preferably held-out data.
 
-    Held-out data is preferred.
+    The result is a placeholder if the run is from Python, or has too many files, or has data that
+    consyn-evaluate cannot read.
     """
     texts, defaults = _held_out(data) or data.data, DataOptions()
     changed = [f.name for f in fields(data) if getattr(data, f.name) != getattr(defaults, f.name)]
@@ -258,7 +263,8 @@ def interruption(
 def _same_command(options: SavingOptions) -> str:
     """Describe the command that continues the run.
 
-    --overwrite would delete the saved state, and --resume STEP would return to that step.
+    It is the same command, but without --overwrite, which would delete the saved state, and with
+    --resume auto instead of --resume STEP, which would go back to that step.
     """
     if options.overwrite:
         return "the same command without --overwrite"

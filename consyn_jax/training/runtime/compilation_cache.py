@@ -50,8 +50,8 @@ def prepare_caches(run_directory: Path, continues: bool) -> list[tuple[str, str]
         continues: Whether a run in the directory would be resumed.
 
     Returns:
-        Rows for the header: why programs are not kept, if so; and on a GPU, whether a resumed run
-        has the same bits.
+        Rows for the header. A row gives the reason if compiled programs cannot be kept. On a GPU,
+        another row tells whether a resumed run has the same bits as an uninterrupted run.
 
     Raises:
         UserError: The run's kernels.json is damaged.
@@ -158,9 +158,9 @@ def tidy(
 ) -> None:
     """Delete incomplete entries, then the least recently used entries above the limits.
 
-    Killed processes leave incomplete entries. If there are too many kernel choices, all of them are
-    deleted, with all programs, because each program needs its choices. If the directory was tidied
-    within the last day, nothing is done. No error is raised.
+    Killed processes leave incomplete entries. If there are too many kernel choices, all choices and
+    all programs are deleted, because a program cannot be used without its kernel choices. If the
+    directory was tidied within the last day, nothing is done. No error is raised.
     """
     stamp, now = directory / STAMP, time.time()
     with suppress(OSError), stamp.open("a+") as file:

@@ -60,7 +60,7 @@ class Budget:
 
 
 def parse_sizes(text: str) -> int | tuple[float, ...]:
-    """Parse `--ladder` into the number of sizes, or into the parameters of each size, ascending.
+    """Parse `--ladder`: return the number of sizes, or the sizes in parameters, ascending.
 
     Raises:
         UserError: the value has neither form, or gives too few sizes.

@@ -97,7 +97,7 @@ class LanesEvaluation:
 
 @dataclass(frozen=True)
 class LaneCall:
-    """A shared program as one lane calls it: with the arguments of this lane alone."""
+    """A program for all lanes that one lane calls with its own arguments."""
 
     lane: Lane
     program: LanesStep | LanesEvaluation
@@ -130,13 +130,13 @@ class LanePrograms(SharedPrograms):
     def bound_step(
         self, program: Program, run: RunConfig, total_steps: int, num_rates: int | None = None
     ) -> BoundStep:
-        """The train step as in `SharedPrograms.bound_step`, but for all lanes at once."""
+        """The compiled train step of all lanes, bound to the hyperparameters of this trial."""
         numbers = placed(numbers_of(run, total_steps, num_rates), program.mesh)
         step = lanes_step(self, program, run, numbers, self._lanes)
         return BoundStep(LaneCall(self._lane, step), numbers)
 
     def evaluation(self, program: Program, key: Hashable, batch_size: int, length: int) -> Any:
-        """The evaluation as in `SharedPrograms.evaluation`, but for all lanes at once."""
+        """The compiled evaluation of all lanes, which this lane calls with its own batch."""
 
         def make() -> LanesEvaluation:
             arguments = (
@@ -226,8 +226,9 @@ def _zeros(like: Any) -> Any:
 def step_seconds(trainer: TrialTrainer, most: int) -> dict[int, float]:
     """Measure the seconds per step, by number of lanes.
 
-    The number of lanes is doubled, from 1, as long as this fits in memory and raises the steps per
-    second by the factor `GROWTH`. The last number measured may not have raised them enough.
+    The number of lanes is doubled, from 1, as long as this fits in memory and raises the total
+    steps per second by the factor `GROWTH`. The result includes the last number of lanes even if
+    its gain was smaller.
 
     Args:
         trainer: the trainer of any trial.
@@ -257,7 +258,10 @@ def step_seconds(trainer: TrialTrainer, most: int) -> dict[int, float]:
 
 
 def pays(seconds: Mapping[int, float], lanes: int) -> bool:
-    """Whether this number of lanes takes sufficiently more steps per second than half as many.
+    """Whether doubling to `lanes` lanes raises the total steps per second by the factor `GROWTH`.
+
+    Args:
+        seconds: time in which every lane takes a step, by number of lanes.
 
     >>> pays({1: 1.0, 2: 1.5}, 2), pays({1: 1.0, 2: 1.9}, 2)
     (True, False)

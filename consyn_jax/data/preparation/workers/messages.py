@@ -65,7 +65,7 @@ def block_head(block: Block) -> Head:
 
 
 def block_from(head: Head, data: bytes) -> Block:
-    """The block of `block_head` and its data."""
+    """Rebuild a block from its data and its head, which `block_head` made."""
     end = tuple(head["end"]) if head["end"] else None
     lists = {name: tuple(head[name]) for name in ("numbers", "unread")}
     return Block(**{**head, **lists, "data": data, "end": end})

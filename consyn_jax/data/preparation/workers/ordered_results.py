@@ -21,7 +21,7 @@ class Workers(AbstractContextManager["Workers"]):
         """Process (tag, block) pairs; yield (tag, block, result) in the same order.
 
         Raises:
-            UserError: the workers ended, and another try would end like this one.
+            UserError: a block cannot be processed, or its worker was killed or lost.
         """
         raise NotImplementedError
 
@@ -34,7 +34,7 @@ class Workers(AbstractContextManager["Workers"]):
 
 
 class Pending(Protocol):
-    """A result to come, such as a `concurrent.futures.Future`."""
+    """A result that may still be computed, such as a `concurrent.futures.Future`."""
 
     def done(self) -> bool:
         """Whether `result` returns at once."""
@@ -52,8 +52,10 @@ def in_order(
     """Yield (tag, block, result) in the order of the blocks.
 
     Args:
-        most: number of blocks that may be in progress, asked before each block.
-        most_bytes: bytes of the blocks that may be in progress; one block may always be.
+        most: function that returns the largest number of blocks in progress; called for each
+            block.
+        most_bytes: largest total size of the blocks in progress, in bytes. A larger block is
+            processed alone.
     """
     pending: deque[tuple[Any, Block, Pending]] = deque()
     size = 0

@@ -2,7 +2,7 @@
 
 A task gets the bytes of its block, because the main process has read them to find the ends of
 documents. So a node needs neither the files nor a shared file system; it needs the same packages.
-Ray starts the task of a lost worker or node again, and makes results again that were lost with it.
+If a worker or node is lost, Ray runs its tasks again, including those whose results were lost.
 """
 
 from __future__ import annotations
@@ -38,15 +38,16 @@ _INSTALL = "Install the versions of this machine on all nodes, and run the same 
 
 
 class RayPool(Workers):
-    """Tasks of Ray.
+    """Workers that are tasks of Ray.
 
     Args:
-        count: number of tasks at a time; None for one on each processor of the cluster.
-        address: as `--ray_address`; None starts a Ray of this machine.
+        count: number of tasks that run at a time; None for one on each processor of the cluster.
+        address: value of `--ray_address`; None for the cluster of RAY_ADDRESS, or else a Ray that
+            is started on this machine.
 
     Raises:
-        UserError: Ray is not installed or cannot be reached; a node has other packages; a task lost
-            its worker again and again.
+        UserError: Ray is not installed or cannot be reached, a node has other versions of packages,
+            or the worker process of a task was killed too often.
     """
 
     def __init__(self, count: int | None, settings: WorkerSettings, address: str | None) -> None:
@@ -66,11 +67,14 @@ class RayPool(Workers):
             raise
 
     def results(self, blocks: Iterable[tuple[Any, Block]]) -> Iterator[tuple[Any, Block, Result]]:
-        """As `Workers.results`, with about two blocks per processor in progress at a time."""
+        """Process (tag, block) pairs; yield (tag, block, result) in the same order.
+
+        About two blocks per processor are in progress at a time.
+        """
         yield from in_order(blocks, self._submit, self._most, MOST_BYTES)
 
     def close(self) -> None:
-        """Leave the cluster, which ends all tasks; end a Ray that was started here."""
+        """Leave the cluster, which ends all tasks; stop Ray if this process started it."""
         disconnect(self._ray)
 
     def _submit(self, block: Block) -> _Task:
@@ -127,7 +131,7 @@ class RayPool(Workers):
 
 
 class _Task:
-    """A result to come of a task: `Pending`."""
+    """The result of a Ray task that may still be running; implements `Pending`."""
 
     def __init__(self, future: Future[Answer], result: Callable[[Future[Answer]], Result]) -> None:
         self._future, self._result = future, result
@@ -142,16 +146,21 @@ class _Task:
 
 
 def _strangers() -> list[str]:
-    """Directories that must not be searched for imports, although Ray adds them.
+    """Directories on Ray's import path from which workers must not import.
 
-    A file json.py in the current directory is the user's, unless this package is there.
+    This is the current directory, unless it contains this package: a user's file json.py in it
+    would replace Python's module json.
     """
     here = str(Path.cwd())
     return [] if here == str(Path(__file__).parents[4]) else [here]
 
 
 def _task(strangers: list[str]) -> Callable[[str, np.ndarray, str, bytes], Answer]:
-    """The function that Ray runs. It is sent whole, so that a node without this package says so."""
+    """Make the function that Ray runs for each block.
+
+    Ray sends the code of a local function to the nodes. So a node that lacks this package can
+    still start the function, and fails with an import error that names the package.
+    """
 
     def work(key: str, shared: np.ndarray, head: str, data: bytes) -> Answer:
         import sys

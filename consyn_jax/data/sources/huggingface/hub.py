@@ -57,9 +57,10 @@ def identity(name: str) -> str:
 
 
 def other_splits(name: str) -> tuple[str, ...]:
-    """List the names of the other splits of the dataset `name`, without reading rows.
+    """Return the full names of all splits of a dataset except the split in `name`.
 
-    If the Hub cannot be reached, the splits of the copy in the cache of `datasets` are listed.
+    No rows are read. If the Hub cannot be reached, the splits are those of the copy in the cache
+    of `datasets`.
 
     Raises:
         UserError: as for `identity`, or the dataset has several configurations.
@@ -89,7 +90,10 @@ def downloaded_files(hub: HubName) -> tuple[Path, ...]:
 
 
 def stream(hub: HubName, start: int, columns: Sequence[str]) -> Iterator[Part]:
-    """Read a dataset over the network without storing it, in parts like `arrow_tables.tables`."""
+    """Read a dataset over the network from row `start` on, without storing it.
+
+    If the Hub cannot be reached, the copy in the cache of `datasets` is read instead.
+    """
     hub, reached = _find(hub)
     splits = None
     with suppress(OutOfReachError):

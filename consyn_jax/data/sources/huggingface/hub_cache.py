@@ -21,7 +21,9 @@ def files_in_cache(hub: HubName) -> tuple[Path, ...]:
 
 
 def cached_copy(hub: HubName) -> Path:
-    """Find the cached copy to read without the Hub: that of the commit of `hub`, or the newest.
+    """Find the cached copy of a dataset to read without the Hub.
+
+    If `hub` names a commit, this is the copy of that commit, otherwise the newest copy.
 
     Raises:
         UserError: the cache has no copy, or has several configurations and `hub` names none.
@@ -106,7 +108,7 @@ def _newest(copies: Sequence[Path]) -> Path | None:
 
 
 def saved(path: Path, key: str | None = None) -> Any:
-    """Read the object in a JSON file that `datasets` wrote, or the list under its `key`."""
+    """Read a JSON file that `datasets` wrote; return its object, or the list at `key` if given."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         value = content if key is None else content[key]
@@ -121,7 +123,7 @@ def saved(path: Path, key: str | None = None) -> Any:
 
 
 def check_split(hub: HubName, splits: Sequence[str]) -> None:
-    """Raise a `UserError` if a Hub dataset does not have the split in its name."""
+    """Raise a `UserError` if a Hub dataset lacks the split that `hub` names."""
     form = f"{hub.repository}:{hub.config or ''}:SPLIT"
     check_name("split", hub.split, splits, f"The dataset {hub.repository}", form)
 

@@ -1,4 +1,4 @@
-"""A source that a name in `--data` matches, before it is decided how to use it."""
+"""A source that matches a name in `--data`, and the reason if it cannot be used."""
 
 from __future__ import annotations
 

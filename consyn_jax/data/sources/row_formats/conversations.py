@@ -245,7 +245,7 @@ def _role(role: Any, where: str) -> str:
 
 
 def _called(content: Any, where: str) -> dict[str, Any]:
-    """Convert a ShareGPT message of the role function_call; its value is JSON of the calls."""
+    """Convert a ShareGPT function_call, whose value is JSON, to a message with tool calls."""
     calls = parsed(content, f"as function call {where}")
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) for call in calls):

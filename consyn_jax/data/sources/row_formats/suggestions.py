@@ -81,7 +81,7 @@ def _dialogue(row: dict) -> str | None:
 def _text_field(row: dict) -> str:
     """Write a sentence that suggests the most likely text field, or "".
 
-    All values are None if no column of a table was read.
+    If `row` is from a table of which no column was read, all its values are None.
     """
     usual = [name for name in USUAL_TEXTS if name in row]
     texts = {name: row[name] for name in row if _is_shown(name) and isinstance(row[name], str)}

@@ -31,7 +31,7 @@ class TensorBoardTracker:
         self._samples = NewSamples(None if purge_step is None else purge_step - 1)
 
     def on_step(self, run: RunView, values: Mapping[str, Any]) -> None:
-        """Write an event with all numbers of the line, and events with new samples."""
+        """Write the numbers in a line of metrics as an event, and new samples as further events."""
         self._newest = values["step"]
         self._line(run, values["step"], numbers(values))
 
@@ -48,7 +48,7 @@ class TensorBoardTracker:
             self._write(values["step"], Summary(value=shown))
 
     def on_save(self, run: RunView, path: Path) -> None:
-        """Force the events to disk; a run resumed after a power cut does not repeat them."""
+        """Flush the events to disk; a run resumed from this checkpoint will not rewrite them."""
         if self._file is not None:
             self._file.flush()
 
@@ -105,8 +105,7 @@ class WandbTracker:
 
     The constructor starts the W&B run. With WANDB_MODE=offline, neither network nor key is needed.
     Without a key or a network, the W&B run is also kept offline, and `warn` tells how to upload it.
-    A resumed run continues its W&B run. It sends only lines that earlier starts have not written or
-    have lost.
+    A resumed run continues its W&B run, and sends only the lines of metrics that are missing there.
 
     Args:
         config: every setting by flag name.
@@ -181,7 +180,7 @@ class WandbTracker:
             self._uploaded = min(self._uploaded, until)
 
     def on_step(self, run: RunView, values: Mapping[str, Any]) -> None:
-        """Log a row with the numbers of the line, and log new samples."""
+        """Log the numbers in a line of metrics as a row, and new samples as further rows."""
         import html
 
         import wandb

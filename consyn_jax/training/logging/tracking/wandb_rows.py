@@ -1,7 +1,8 @@
-"""Find the rows that earlier starts have sent to a Weights & Biases run, to send none twice.
+"""Find the rows that earlier starts have sent to a Weights & Biases run.
 
-wandb writes rows to its file in blocks of 32 KB, so a killed process may have lost its last rows.
-The next start reads the missing rows from `metrics.jsonl` and sends them.
+A resumed run does not send these rows again. wandb writes rows to its file in blocks of 32 KB, so a
+killed process may have lost its last rows. The resumed run reads the lost rows from `metrics.jsonl`
+and sends them.
 """
 
 from __future__ import annotations
