@@ -195,7 +195,7 @@ class RegularisationOptions:
 
     @property
     def trains_on_pairs(self) -> bool:
-        """Whether a row of a batch is a pair of answers, side by side."""
+        """Whether each row of a batch has the two sequences of a preference pair."""
         return self.objective == "dpo"
 
     @property
@@ -390,7 +390,7 @@ class RunConfig:
 
     @property
     def trains_on_pairs(self) -> bool:
-        """Whether a row of a batch is a pair of answers, side by side."""
+        """Whether each row of a batch has the two sequences of a preference pair."""
         return self.regularisation.trains_on_pairs
 
     @property

@@ -1,4 +1,4 @@
-"""`consyn-train --dry_run`: describe a run and its needs, here or on described devices."""
+"""`consyn-train --dry_run`: describe a run, its memory and its time, here or on other devices."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def _answer(question: str, config: RunConfig, origins: dict[str, str]) -> None:
 
 
 def _plan(config: RunConfig, origins: dict[str, str], mode: str) -> None:
-    """Plan a run on the GPUs of `--topology`, which this machine need not have."""
+    """Plan a run for the devices that `--topology` describes; none of them need be present."""
     if mode != "dry_run":
         flag = "--topology" if config.hardware.topology else "--fit"
         raise UserError(f"{flag} needs --dry_run. Add --dry_run, or leave {flag} out.")

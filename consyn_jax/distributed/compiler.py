@@ -85,10 +85,10 @@ def compiler_options(devices: Sequence[Any]) -> Options:
 
 
 def traced_options(devices: Sequence[Any]) -> dict[str, bool | str]:
-    """Options for a program whose operations a profiler's trace is to name; none except on GPUs.
+    """Compiler options that make a profiler's trace show the names of a program's operations.
 
-    XLA otherwise launches most kernels of a step as command buffers (CUDA graphs), and a trace has
-    only the name of the buffer for each of its kernels.
+    Only GPUs need options. By default, XLA launches most GPU kernels of a step as command buffers
+    (CUDA graphs), and a trace shows the name of the buffer for each of its kernels.
     """
     name = "xla_gpu_enable_command_buffer"
     is_gpu = devices[0].platform in ("gpu", "cuda")

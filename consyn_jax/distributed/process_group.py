@@ -1,10 +1,11 @@
 """The processes of a run, and messages between them that do not use JAX.
 
-The processes exchange their progress, short answers, and the reason when all of them must end.
-JAX's own runtime ends a process with a stack trace if another process is missing, starts twice or
-dies. So process 0 listens on the coordinator's address, and every other process keeps one
-connection to process 0. Messages are lines of JSON. JAX is initialised afterwards, on a different
-port. Waiting here has no time limit, because heartbeats show that the other processes are alive.
+The processes exchange short texts and their progress. If one of them fails, it sends the reason to
+the others, and all of them end. JAX's own runtime would end a process with a stack trace if another
+process is missing, starts twice or dies. So process 0 listens on the coordinator's address, and
+every other process keeps one connection to process 0. Messages are lines of JSON. JAX is
+initialised afterwards, on a different port. `gather` waits without a time limit, because heartbeats
+show that the other processes are alive.
 """
 
 from __future__ import annotations
@@ -214,7 +215,10 @@ class ProcessGroup:
             self.await_end(LOST_S)  # the run was already ending for another reason
 
     def await_end(self, seconds: float) -> None:
-        """Wait up to `seconds` for the thread to learn why a process died and to end this one."""
+        """Wait up to `seconds` for the thread to end this process.
+
+        The thread does so when it learns that another process died, and why.
+        """
         self._thread.join(seconds)
 
     def _begin_end(self) -> bool:

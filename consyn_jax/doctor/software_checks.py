@@ -133,7 +133,7 @@ def _devices(software: Software, num_gpus: int) -> Finding:
 
 
 def check_attention(software: Software) -> list[Finding]:
-    """Judge the attention kernel that training would use for heads of size 128, the usual one."""
+    """Judge the attention kernel that training would use for the usual head size, 128."""
     if not software.platform:
         return []
     import jax.numpy as jnp

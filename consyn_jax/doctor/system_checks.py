@@ -66,7 +66,7 @@ def _space(storage: Storage) -> Finding:
 
 
 def _files(storage: Storage) -> Finding | None:
-    """Warn if only few more files can be created; otherwise None."""
+    """Warn if the file system allows few more files; otherwise return None."""
     count = storage.free_files
     if count is None or count >= FEW_FILES:
         return None

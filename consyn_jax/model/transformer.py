@@ -291,8 +291,8 @@ class Decoder(nnx.Module):
     def _merges(norms: Norms, compute: Compute) -> bool:
         """Whether two matmuls that read the same norm are computed as one.
 
-        Not in fp8, where each matrix has its own scale. Not if fsdp shards weights, because the
-        gradient of a single matrix is ready for its collective sooner.
+        They stay separate in fp8, because each matrix has its own scale. They also stay separate if
+        fsdp shards weights, because a single matrix's gradient is ready for its collective sooner.
         """
         return norms.merges and not compute.fp8 and mesh_sizes()["fsdp"] == 1
 

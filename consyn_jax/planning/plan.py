@@ -44,8 +44,8 @@ class Plan:
         time: estimated time of a step; None for TPUs, where estimates were never compared with
             measurements.
         compiled: facts of the compiled step; None if it was not compiled or the compiler refused.
-        refused_bytes: bytes that the step needs on a device, if the compiler refused it because
-            a device has fewer; otherwise None.
+        refused_bytes: bytes that the step needs on a device, if the compiler refused the step for
+            lack of memory; otherwise None.
     """
 
     model: ModelConfig
@@ -99,7 +99,7 @@ def estimate(model: ModelConfig, run: RunConfig, topology: Topology) -> Plan:
 
 
 def compiled(plan: Plan, topology: str) -> Plan:
-    """Compile the train step, and return the plan with the compiler's memory and collectives.
+    """Compile the train step, and add the compiled step's memory and collectives to the plan.
 
     Args:
         topology: the plan's topology as text.
@@ -161,7 +161,7 @@ class Alternative:
 
 
 def alternatives(plan: Plan) -> list[Alternative]:
-    """List the variants of a plan that fit by arithmetic, the cheapest first.
+    """List the variants of a plan whose estimated memory fits, the cheapest first.
 
     A variant has other micro-batches for the same step, another recomputation policy, another mesh,
     or moments in host memory or in bfloat16. The unchanged plan is in the list if it fits.
@@ -181,10 +181,11 @@ def alternatives(plan: Plan) -> list[Alternative]:
 
 
 def adapter_that_fits(plan: Plan) -> Alternative | None:
-    """The cheapest run that trains an adapter instead, over the most exact frozen weights that fit.
+    """Find the cheapest LoRA variant of a plan that fits; None if there is none.
 
-    It is for a run that does not fit with any choice of `alternatives`; None if an adapter does not
-    fit either. The changes contain only what the plan does not have.
+    This is advice for a plan that no other change makes fit. The frozen weights have the most exact
+    of the dtypes that fit: auto, int8 or nf4. The changes are only flags that differ from the
+    plan's.
     """
     lora, rank = plan.run.lora, {}
     if not lora.is_used:
@@ -271,7 +272,7 @@ def fit(plan: Plan, topology: str, *, compile: bool) -> Alternative:
 
 
 def in_memory(adapter: Alternative) -> str:
-    """The flags of an adapter, and the memory that it needs by arithmetic."""
+    """Describe an adapter run by its flags and its estimated memory."""
     run, gib = adapter.plan.run, adapter.plan.total_bytes / 2**30
     over = "" if run.model.checkpoint else ", over the weights that --checkpoint names"
     flags = " ".join(f"--{name} {value}" for name, value in adapter.changes.items())

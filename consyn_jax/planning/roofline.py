@@ -1,10 +1,10 @@
 """Estimate the time of a train step from the rates of matmuls, memory and network.
 
-The estimate is a sum of three times. First, the kernels one after the other, multiplied by a factor
-for losses that the rates do not explain. Second, the part of the collectives that does not overlap
-with kernels. Third, the optimizer. Rates that are not in the table of GPUs are constants here and
-in planning/network.py; docs/design/planning.md has their sources. docs/planning.md compares
-estimates with published runs.
+The estimate adds three times. The first is the total time of the kernels, multiplied by a factor
+for losses that the rates do not explain. The second is the time of collectives that do not overlap
+with kernels. The third is the time of the optimizer. Rates that are not in the table of GPUs are
+constants here and in planning/network.py; docs/design/planning.md has their sources.
+docs/planning.md compares estimates with published runs.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def estimate_step(
 
 
 def stretch_of(work: Workload, topology: GpuTopology) -> float:
-    """Return the time of all kernels relative to the sum of their times at the rates."""
+    """Return the factor by which the kernels take longer in total than their rates predict."""
     return ALONE_STRETCH if work.this_package and topology.num_devices == 1 else STRETCH
 
 
@@ -227,7 +227,7 @@ def _memory_seconds(work: Workload, gpu: DescribedGpu) -> float:
 def _elementwise_bytes(work: Workload) -> Number:
     """Bytes that a block's forward pass reads and writes outside its matmuls.
 
-    They belong to norms, residual sums, rotary embeddings and the gated unit.
+    These are the bytes of norms, residual sums, rotary embeddings and SwiGLU.
     """
     c, tensor = work.model, work.sizes["tensor"]
     stream = 2 * 2 + 2 * 3  # two norms: read, written; two sums: two arrays read, one written

@@ -152,7 +152,10 @@ def _without_prefix(content: Mapping[str, Any]) -> Tokenizer | None:
 
 
 def _unprefixed(part: Any) -> Any:
-    """Change a normalizer or pre-tokenizer to add no space before a text; None removes it."""
+    """Change a normalizer or pre-tokenizer so that it adds no space before a text.
+
+    Returns None if adding the space is its only effect, so that the caller leaves it out.
+    """
     if not isinstance(part, Mapping):
         return part
     kind = part.get("type")

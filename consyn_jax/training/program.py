@@ -161,9 +161,9 @@ class Program:
 
     @property
     def chunks(self) -> Chunks:
-        """The layout of the logits that suits the devices.
+        """The chunk size and memory layout of the logits that suit the devices.
 
-        `CPU_CHUNKS` is for float32 only: in its layout, XLA may lack matmuls of narrower dtypes.
+        On CPUs, only float32 uses `CPU_CHUNKS`: XLA may not support its layout in narrower dtypes.
         """
         device = self.mesh.devices.flat[0]
         is_plain_cpu = device.platform == "cpu" and self.compute.dtype == jnp.float32
@@ -174,16 +174,16 @@ class Program:
 
     @property
     def trains_on_pairs(self) -> bool:
-        """Whether a row of a batch is a pair of answers, one after the other."""
+        """Whether each row of a batch has the two sequences of a preference pair."""
         return self.regularisation.trains_on_pairs
 
     @property
     def batch_dtypes(self) -> dict[str, Any]:
-        """Dtypes of a batch's arrays; those in `PAIR_DTYPES` have one value per row."""
+        """Dtypes of a batch's arrays, by name; arrays in `PAIR_DTYPES` have one value per row."""
         return BATCH_DTYPES | (PAIR_DTYPES if self.trains_on_pairs else {})
 
     def _parts(self, params: Params, batch: Batch, base: Any, dropout: Any = None) -> _Parts:
-        """Compute what losses take: hidden states, head, labels, mask, and vocabulary size."""
+        """Compute the inputs of a loss: hidden states, head, labels, mask, and vocabulary size."""
         whole = self.whole(params, base, batch.get("dropout_key"))
         model: Decoder = nnx.merge(self.layout.graphdef, whole)
         x_BTD = model.hidden(batch["input_ids"], batch["segment_ids"], self.compute, dropout)
@@ -250,7 +250,7 @@ class Program:
         """Make the train step with an update rule; it does not skip non-finite steps.
 
         Args:
-            rule: Update rule. If the run computes in float16, its state must be a `ScaledState`.
+            rule: Update rule. In a float16 run, the state of the rule must be a `ScaledState`.
         """
         is_scaled = self.compute.dtype == jnp.float16
         make = make_scaled_train_step if is_scaled else make_train_step

@@ -168,12 +168,14 @@ class OptunaStudy:
     def _claimed(self, number: int, known: int | None) -> Claim | None:
         """Acquire the lock of a trial, and read its values.
 
+        A process reports the end of its trial before it releases the lock, so a trial that is
+        running although its lock is free was interrupted.
+
         Args:
             known: Optuna's id of a trial that was running; None for a new trial.
 
         Returns:
-            The claim; None if the trial has ended meanwhile. Its process reports the end before it
-            releases the lock.
+            The claim; None if another process has ended the trial meanwhile.
         """
         place = self._claims(number)
         with _usable(place):
@@ -212,7 +214,7 @@ class OptunaStudy:
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        """A context with the lock under which only one process counts, claims and begins trials."""
+        """A lock that a process holds while it counts the trials, and claims or begins one."""
         place = self._place / "asking"
         with _usable(place):
             make_directory(place)

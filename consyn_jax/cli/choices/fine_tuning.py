@@ -46,7 +46,7 @@ def with_length(
 
 
 def with_batch(settings: Settings, num_sequences: int, num_devices: int) -> Settings:
-    """Choose the batch size of a fine-tune, unless the user gave one of its two flags.
+    """Choose the batch size and accumulation of a fine-tune, unless the user set one of them.
 
     Args:
         num_sequences: number of sequences or preference pairs in an epoch.
@@ -64,9 +64,9 @@ def with_batch(settings: Settings, num_sequences: int, num_devices: int) -> Sett
 
 
 def shortest(settings: Settings, context: int | None) -> Settings:
-    """Set the smallest sequence length and batch size that the rows may lead to.
+    """Set the smallest sequence length and batch size that may later be chosen from the rows.
 
-    The rows are not read yet. Settings given by the user stay.
+    The result is for checks before the rows are read. Settings given by the user stay.
 
     Args:
         context: context length of the model, in tokens; None for a preset.

@@ -85,7 +85,9 @@ class PreparedRun:
 def prepared_run(
     settings: Settings, check_directory: Callable[[RunConfig], None]
 ) -> Iterator[PreparedRun]:
-    """Check all input, then prepare the data; streaming stops at the end of the `with` block.
+    """Check all input, then prepare the data for use in a `with` block.
+
+    If the data is streamed, streaming stops at the end of the block.
 
     Args:
         check_directory: function that checks `--output`; called after the checks of the flags and

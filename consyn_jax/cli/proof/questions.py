@@ -12,7 +12,8 @@ def asked(config: RunConfig, mode: str) -> str | None:
     """Return the inspection flag on the command line; None if there is none.
 
     Raises:
-        UserError: the command line has two such flags, such a flag and a mode, or --json alone.
+        UserError: the command line has several inspection flags, an inspection flag and a mode, or
+            --json without an inspection flag.
     """
     found = [name for name in QUESTIONS if getattr(config.proof, name) is not None]
     if config.proof.json and not found:

@@ -86,7 +86,7 @@ class Preparation:
 
     @property
     def is_one_row(self) -> bool:
-        """Whether the corpus was found to be a single row, which was not split by position."""
+        """Whether the corpus turned out to be one row, which must be split by position instead."""
         read = self.report.documents - self.report.dropped.get("empty", 0)
         rows = [source["documents"] for source in self.report.sources if source["kind"] != "text"]
         held_out = self.spec.options.validation_fraction + self.spec.test_fraction
@@ -272,9 +272,9 @@ class Preparation:
             self.report.drop(rule, f"{block.name}:{documents.numbers[at]}", text)
 
     def _write_part(self, index: int, block: Block, part: EncodedDocuments, is_blank: bool) -> int:
-        """Write a part of a long document; return 1 if it completes a document to keep, else 0.
+        """Write a part of a long document; return 1 after the last part of a kept document, else 0.
 
-        The rules are applied at the document's end, and may then remove all of its parts.
+        The rules that drop documents are applied after the last part, and may remove all parts.
         """
         if block.begins:
             beginning = self.tokenizer.decode(part.ids[:EXAMPLE_CHARS].tolist())
@@ -359,10 +359,13 @@ class Duplicates:
         signatures: UInt32[np.ndarray, "n 128"],
         may_repeat: Bool[np.ndarray, " n"],
     ) -> dict[str, Int64[np.ndarray, " m"]]:
-        """Find the documents that repeat an earlier one (indices by rule), and record the others.
+        """Find the documents that repeat an earlier document, and remember all other documents.
 
         Args:
             may_repeat: True for documents that are kept even if they equal an earlier one.
+
+        Returns:
+            Indices of the repeated documents, by the rule that found them.
         """
         found, left = {}, np.arange(len(digests))
         for rule, index in self._indices.items():

@@ -94,7 +94,7 @@ def _tiles(report: Report) -> str:
 
 
 def _documents(report: Report) -> str:
-    """A bar, and a table of the documents before and after each rule, in the order of the rules."""
+    """Make the section on documents: a bar and a table of the documents that each rule left out."""
     rows: list[tuple[object, ...]] = []
     parts, left = [("kept", report.kept, "kept")], report.documents
     for number, rule in enumerate(_rules(report)):
@@ -154,7 +154,11 @@ def _lengths(report: Report) -> str:
 
 
 def _histogram(title: str, counts: Mapping[str, int]) -> str:
-    """Horizontal bars, one for each power of two in the range of lengths, also if empty."""
+    """Draw a histogram of lengths with horizontal bars.
+
+    Each bar counts the lengths from one power of two up to the next. Empty bars between the
+    shortest and the longest length are drawn as well.
+    """
     known = {int(key): count for key, count in counts.items()}
     if not known:
         return ""

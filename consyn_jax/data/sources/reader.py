@@ -123,8 +123,8 @@ class Reading:
 
     Attributes:
         options: the user's flags.
-        tokenizer: the tokenizer. Long documents are cut at places where a cut does not change its
-            ids.
+        tokenizer: the tokenizer. Long documents are cut only at positions where the cut does not
+            change the token ids.
         single: whether the corpus is one document. Its last parts are then held out for validation
             and test.
         test_fraction: share of the text held out for test.
@@ -167,7 +167,7 @@ class Reader(ABC):
         return False
 
     def other_splits(self, path: Path) -> tuple[str, ...]:
-        """List the splits of a directory that is one source, besides its default split."""
+        """List the non-default splits of a directory that is read as one source."""
         return ()
 
     def remote_name(self, name: str) -> str | None:
@@ -179,7 +179,9 @@ class Reader(ABC):
         return None
 
     def remote_splits(self, name: str, remote: str) -> tuple[str, ...]:
-        """List the names of the other splits of remote data; none if `name` includes a split.
+        """List the non-default splits of remote data, as names of sources.
+
+        The list is empty if `name` already selects a split.
 
         Args:
             remote: the result of `remote_name`.
@@ -206,7 +208,7 @@ class Reader(ABC):
         return Path(name).stat().st_size
 
     def identity(self, name: str, file_hash: Callable[[Path], str]) -> list[Any]:
-        """Return the source's entry in the cache key: [kind, is a JSON array, file hashes]."""
+        """Return the source's entry in the cache key: [kind, is_json_array, file_hashes]."""
         return [self.kind, False, [file_hash(file) for file in self.files(name)] or [name]]
 
     def is_one_document(self, options: CorpusOptions) -> bool:

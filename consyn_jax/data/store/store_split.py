@@ -53,7 +53,11 @@ class StoreSplit:
             self.shards[number].read(at, part)
 
     def read_targets(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` with the target values from `start` on, as in `Tokens.read_targets`."""
+        """Fill `out` with the target values of the tokens from stream position `start` on.
+
+        A value is 1 for a target of the loss and 0 for most other tokens; `Tokens.read_targets`
+        describes two more values.
+        """
         for number, at, part in self._parts(start, out):
             self.shards[number].read_targets(at, part)
 

@@ -35,8 +35,8 @@ class SamplingChoice(NamedTuple):
 def choose_sampling(options: SamplingOptions, defaults: Mapping[str, Any]) -> SamplingChoice:
     """Merge the flags with the defaults of the model.
 
-    As in transformers, decoding is greedy if the file does not set do_sample. A flag that filters
-    tokens (--top_k, --top_p, --min_p) then implies sampling at temperature 1.
+    As in transformers, decoding is greedy by default, unless generation_config.json sets do_sample.
+    The flags --top_k, --top_p and --min_p turn on sampling, by default at temperature 1.
 
     Args:
         defaults: The content of generation_config.json.

@@ -41,7 +41,7 @@ class Filters(NamedTuple):
 
 
 class FilterValues(NamedTuple):
-    """Values of the filters, which a compiled program takes as arguments."""
+    """Temperature, top_p, min_p and repetition penalty, as arguments of a compiled program."""
 
     temperature: Any
     top_p: Any

@@ -125,7 +125,10 @@ def _turn_by_turn(render: Callable[..., str], chat: Chat) -> tuple[str, Spans]:
 
 
 def _between(render: Callable[..., str], messages: list[Message], a: int, b: int) -> str:
-    """Return the text between the end of turn `a` and the start of turn `b`, or after turn `a`."""
+    """Return the text between the end of turn `a` and the start of turn `b`.
+
+    If `b` is the number of messages, return all text after turn `a`.
+    """
     changed = [dict(message) for message in messages]
     changed[a]["content"] = STAND_IN
     end = _rest(render(changed[: a + 1]))
@@ -140,7 +143,7 @@ def _between(render: Callable[..., str], messages: list[Message], a: int, b: int
 
 
 def _rest(text: str) -> str:
-    """Return the text after the placeholder of a message."""
+    """Return the part of a rendered text that follows the placeholder `STAND_IN`."""
     _, found, rest = text.partition(STAND_IN)
     if not found or STAND_IN in rest:
         raise TemplateFault(REWRITTEN)

@@ -142,7 +142,12 @@ def _finite_by_device(program: Program, params: Params) -> Bool[Array, " devices
 def _activations(
     program: Program, params: Params, base: Any, batch: Batch
 ) -> tuple[dict[str, Statistics], Bool[Array, " B"]]:
-    """Compute statistics by part of a micro-batch's forward pass, and find non-finite sequences."""
+    """Compute statistics of the activations of a micro-batch.
+
+    Returns:
+        The statistics by part of the model, and whether each sequence has a non-finite hidden
+        state.
+    """
     rate = program.regularisation.dropout
     whole = program.whole(params, base, batch.get("dropout_key"))
     model: Decoder = nnx.merge(program.layout.graphdef, whole)

@@ -75,16 +75,16 @@ def are_ids(ids: np.ndarray, labels: np.ndarray) -> bool | None:
 
 
 def shown_labels(raw: Any) -> bool | None:
-    """Apply `are_ids` to a batch from the caller. Return None also if the batch has no labels."""
+    """Whether the labels of a batch equal its input_ids; None without labels or with too few."""
     arrays = _arrays(raw)
     return are_ids(arrays["input_ids"], arrays["labels"]) if "labels" in arrays else None
 
 
 def described_labels(batch: Batch, labels_are_ids: bool | None) -> str:
-    """Describe the labels for the header; "" if they are the next tokens, as usual.
+    """Describe unusual labels for the run's header; return "" if the labels are the next tokens.
 
-    Labels count as next tokens if at least half of them are, because the label at the end of a
-    document may be another token. A collator for masked language models makes other labels.
+    At least half of the labels must equal the next token, not all: the label at the end of a
+    document may differ. Collators for masked language models make labels that fail this test.
 
     Args:
         batch: The first batch or row, from `complete`.
@@ -180,13 +180,14 @@ def check_columns(fields: Mapping[str, Any], first: Mapping[str, Any], where: st
 
 
 def fields_of(raw: Any, where: str = "A batch") -> Mapping[str, Any]:
-    """Return the arrays of a batch or an item, by name.
+    """Return the arrays of a batch or of a single row, by name.
 
     Args:
-        where: Name of the batch or item in messages.
+        raw: A mapping with input_ids, an array of input_ids, or a tuple (input_ids, labels).
+        where: Name of the batch or row in messages.
 
     Raises:
-        UserError: The item is neither a mapping with input_ids, nor input_ids alone, nor a pair.
+        UserError: `raw` has none of these forms.
     """
     if isinstance(raw, Mapping):
         if raw.get("input_ids") is not None:

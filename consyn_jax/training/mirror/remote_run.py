@@ -144,7 +144,8 @@ class RemoteRun:
         """Check that the run of `config` may write to the bucket.
 
         Args:
-            derived: As for `open_run_directory`.
+            derived: Values that follow from flags and data, see `identity.DERIVED_NAMES`; None if
+                the data is not known yet.
 
         Raises:
             UserError: The bucket holds another run, or --overwrite would delete an input.
@@ -357,7 +358,7 @@ def open_remote(
     """Open `--remote`; also return the function that downloads its run into a locked directory.
 
     Args:
-        derived: As for `open_run_directory`.
+        derived: Values that follow from flags and data, see `identity.DERIVED_NAMES`.
         stack: Stack that releases the lease.
 
     Raises:

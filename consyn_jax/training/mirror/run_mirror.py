@@ -50,8 +50,8 @@ class RunMirror:
 
     Args:
         remote: The copy; this process must hold its lease.
-        keep: Number of newest checkpoints to keep in the bucket, and a number of steps: checkpoints
-            at its multiples are kept, too (None for none).
+        keep: (n, interval). The bucket keeps the n newest checkpoints and, unless `interval` is
+            None, the checkpoints at steps that are multiples of `interval`.
         warn, note: Functions that the thread calls with a sentence.
         moved: Function that is called every second while `close` waits.
     """
@@ -119,7 +119,10 @@ class RunMirror:
                 self._stop.wait(pause_s)
 
     def _gives_up(self, error: Exception, ends: bool) -> bool:
-        """Warn of the first failure in a row; return whether to stop waiting at the run's end."""
+        """Warn of a failure, unless the last attempt failed too; return whether to give up.
+
+        Uploads are given up only after the end of the run, if they fail for `EXIT_S` seconds.
+        """
         place, now = self._remote.place, time.monotonic()
         if self._failing_since is None:
             self._failing_since = now
@@ -132,7 +135,7 @@ class RunMirror:
         return False
 
     def _rest(self) -> str:
-        """Describe what the bucket has, as a clause and a sentence for warnings."""
+        """Complete a warning: a clause on the content of the bucket, and a sentence of advice."""
         newest = max(self._marked or (), default=None)
         there = "no checkpoint" if newest is None else f"the run up to step {newest:,}"
         return (
@@ -231,7 +234,7 @@ class RunMirror:
                 continue
 
     def _send_model(self, name: str) -> None:
-        """Upload best/ or final/ if it has changed; remove it if it no longer exists here."""
+        """Upload best/ or final/ if it has changed; if it was deleted, delete the uploaded copy."""
         place, mark = self._path / name, f"{name}/{MANIFEST}"
         try:
             manifest = (place / MANIFEST).read_bytes()
@@ -296,7 +299,7 @@ class RunMirror:
     # -------------------------------------------------------------------------------------- the end
 
     def close(self) -> None:
-        """Wait until the rest is uploaded, or until uploads fail for `EXIT_S`; release the lease.
+        """Wait until all files are uploaded, or uploads fail for `EXIT_S`; then release the lease.
 
         A signal ends the wait. It is not raised again, because the run itself has already ended.
         """

@@ -116,7 +116,11 @@ class RunLock:
             self._descriptor = None
 
     def _claim(self) -> None:
-        """Take the lock on a file system without locks, if it is free."""
+        """Take the lock by writing the file, on a file system that has no locks of its own.
+
+        Raises:
+            UserError: Another process has the lock.
+        """
         holder = read_holder(self._file.parent)
         if holder and _is_alive(self._file, holder):
             raise _in_use(self._file, holder)

@@ -137,7 +137,7 @@ class Watchdog:
         return f"The stack traces are in {self._directory}. {AGAIN}"
 
     def _compare(self, everyone: list[dict[str, Any]]) -> str:
-        """Describe for which processes the others wait; called in process 0."""
+        """Describe the processes that all others wait for; called in process 0."""
         assert self._process_group is not None
         late = stragglers(everyone)
         if len(late) == len(everyone):

@@ -92,7 +92,11 @@ def scaled(options: ModelOptions, parameters: float) -> Shape:
 
 
 def _candidates(options: ModelOptions, base: Shape, parameters: float) -> Iterator[Shape]:
-    """Candidate shapes: the base, and all widths up to twice the ideal, with fitting depths."""
+    """Yield candidate shapes for a model with about this many parameters.
+
+    They are the base, and shapes with widths from half to twice the width that keeps the base's
+    proportions. For each width, the depths give nearly the wanted number of parameters.
+    """
     yield base
     group = base.num_heads // base.num_kv_heads
     whole = num_body_parameters(model_of(options, base))
@@ -154,7 +158,7 @@ class Target:
 
 
 def target(name: str, shape: Shape | None, vocab_size: int, length: int) -> Target:
-    """Make the target for a preset, or for a preset scaled to `shape`.
+    """Describe a preset, or a preset scaled to `shape`, as a model whose loss is predicted.
 
     Args:
         length: number of tokens in a sequence, which determines the FLOPs of attention.
@@ -172,7 +176,7 @@ def preset(name: str) -> ModelOptions:
 
 
 def scaled_target(parameters: float, vocab_size: int, length: int) -> Target:
-    """Make the target for any size, by scaling the preset nearest to it."""
+    """Describe a model with about this many parameters, scaled from the nearest preset."""
     sizes = {name: target(name, None, vocab_size, length).parameters for name in PRESETS}
     name = min(sizes, key=lambda each: abs(math.log(sizes[each] / parameters)))
     return target(name, scaled(preset(name), parameters), vocab_size, length)

@@ -89,10 +89,11 @@ class Forecast:
         return Prediction(model, tokens, loss, interval(losses), batch, sizes)
 
     def targets(self, budget: Budget | None, tokens_per_parameter: float) -> list[Prediction]:
-        """Predict the losses of verse, stanza and epic for a budget.
+        """Predict the loss of each preset in `TARGETS`, when trained with a budget.
 
         Args:
-            budget: the budget; None for a budget of `tokens_per_parameter` for each model.
+            budget: FLOPs or tokens for each model; None to train each model on
+                `tokens_per_parameter` times as many tokens as it has parameters.
         """
         found = []
         for name in TARGETS:

@@ -61,10 +61,10 @@ class RungTrainer(TrialTrainer):
 
 
 class RungRun:
-    """Train the unfinished runs of a size, and measure the gradient noise.
+    """Train the unfinished runs of one model size of a ladder, and measure the gradient noise.
 
     Args:
-        settings: function that resolves the run with other values, by flag name.
+        settings: function that takes flag values by name, and returns the settings of a run.
         path: directory of the longest run; the directories of the other runs are beside it.
     """
 
@@ -103,10 +103,10 @@ class RungRun:
             remove(path / CHECKPOINTS)
 
     def _check_same(self) -> None:
-        """Check that the longest run, already started, has the same flags and data.
+        """Check that the longest run in the directory was started with the present flags and data.
 
         Raises:
-            UserError: it has other flags or data.
+            UserError: the flags or data differ.
         """
         old, run = read_run_config(self.path / CONFIG), self._whole.run
         derived = self._whole.derived()
@@ -130,7 +130,7 @@ class RungRun:
 
     @property
     def paths(self) -> list[Path]:
-        """The directories of the runs, the shortest first."""
+        """The run directories, from the shortest run to the longest."""
         name = self.path.name
         beside = [self.path.with_name(f"{name}-decay-{start}") for start in self.rung.starts[:-1]]
         return [*beside, self.path]
@@ -178,7 +178,7 @@ class RungRun:
 
     @cached_property
     def _whole(self) -> RungTrainer:
-        """The trainer of the longest run, whose data and programs all runs of the size use."""
+        """The trainer of the longest run; the shorter runs use its data and programs."""
         return self._trainer(None)
 
     @cached_property
@@ -221,7 +221,10 @@ def is_finished(path: Path) -> bool:
 
 
 def with_intervals(run: RunConfig) -> RunConfig:
-    """Make a run also save by time and, without `--eval_steps`, evaluate only at its end."""
+    """Complete a run's intervals: save every `SAVE_MINUTES`, and evaluate only at the end.
+
+    Values given by `--save_minutes` and `--eval_steps` stay. The run does not load its best model.
+    """
     saving, evaluation = run.saving, replace(run.evaluation, load_best_model_at_end=False)
     if saving.save_minutes is None:
         saving = replace(saving, save_minutes=SAVE_MINUTES)

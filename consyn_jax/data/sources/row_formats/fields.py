@@ -17,7 +17,9 @@ SHOWN_CHARACTERS = 40
 
 
 class BadRow(Exception):
-    """A fault of one row, such as "has no key 'text'; ...". Messages put the row's place before it.
+    """A fault of one row, such as "has no key 'text'; ...".
+
+    The text continues a sentence that begins with the file and number of the row.
 
     Args:
         remedy: a sentence of advice; the default fits any malformed row.
