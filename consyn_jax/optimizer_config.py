@@ -103,7 +103,7 @@ OPTIMIZERS = {
 
 
 def _each(value: Callable[[Optimizer], float | None]) -> str:
-    """List, for a flag's help, the optimizers that have a value, as in `0.2 for lion`."""
+    """Format the value for each optimizer that has one, such as "0.2 for lion", for a help text."""
     found = ((name, value(rule)) for name, rule in OPTIMIZERS.items())
     return ", ".join(f"{number:g} for {name}" for name, number in found if number is not None)
 

@@ -155,10 +155,10 @@ def merge(
 def _without_followers(
     file: Mapping[str, Any], origin: str, given: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """Drop the values of a run's config.yaml that follow from its others.
+    """Drop the values in a run's config.yaml that were derived from its other values.
 
-    It lists all values, with the defaults of its model and optimizer, which would override those
-    of another model. In other files, all values are chosen.
+    A run writes all values to config.yaml, including the defaults of its model and optimizer. They
+    would override the defaults of a model given now. Any other config file is returned unchanged.
     """
     if not file.keys() >= {"model", *FOLLOWERS}:
         return file
@@ -170,7 +170,7 @@ def _without_followers(
 
 
 def _chosen(file: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """The values of a config file that do not follow from its other values."""
+    """Select the values in a run's config.yaml that were not derived from its other values."""
     written, _ = merge(RunConfig, ((file, origin),))
     needs_rate = OPTIMIZERS[written["optimizer"]].first_lr is not None
     first = {"checkpoint", *(("lr",) if needs_rate else ())}

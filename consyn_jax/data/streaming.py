@@ -42,7 +42,9 @@ class Streamed:
         self._packed, self._complete = _pack(corpus, StoreSplit([]), block_size), False
 
     def at(self, positions: Int64[np.ndarray, " n"]) -> Sequences:
-        """Read the sequences at the given positions, as arrays [n, block_size]; wait for them.
+        """Read the sequences at the given positions, as arrays [n, block_size].
+
+        The call waits until the corpus has these sequences, or is complete.
 
         Raises:
             UserError: the complete corpus has no training documents.
@@ -71,7 +73,7 @@ class Streamed:
         return packed.rows(np.where(positions < n, first_epoch, ids_at(self.seed, positions, n)))
 
     def passes(self, position: int) -> dict[str, int]:
-        """Return the number of complete epochs before `position`, under the name "".
+        """Return the number of complete epochs before `position`, as {"": number}.
 
         The call waits until it is known whether the corpus continues after the position.
         """

@@ -144,7 +144,11 @@ class HarnessModel:
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Return each text's log-likelihood, in full-context windows; each token counts once."""
+        """Return each text's log-likelihood, the sum over all of its tokens.
+
+        A long text is scored in windows (`rolling_windows`). They may overlap, but each token is
+        scored in one window only.
+        """
         wanted, owners = list[Wanted](), list[int]()
         for number, request in enumerate(requests):
             for window in rolling_windows(

@@ -179,7 +179,7 @@ def _from_directory(name: str, directory: Path, taken: str, run: Path | None = N
 
 
 def _written_as_it_says(directory: Path) -> ModelConfig:
-    """Read the configuration of a model in Orbax format; its number type is in config.json."""
+    """Read the configuration of a model in Orbax format, with the dtype named in config.json."""
     config = read_config(directory)
     original = json.loads(config.files.config)
     return config.saved_as(next((original[key] for key in DTYPE_KEYS if key in original), None))

@@ -274,7 +274,11 @@ def _splash_obstacle(
 
 
 def _kernel_norms(head_dim: int) -> Norms:
-    """Select the fused norm kernels; `norm_rope` needs a power of two from 16 as head width."""
+    """Return the fused norm kernels.
+
+    The kernel `norm_rope` needs a `head_dim` that is a power of two and at least 16. For any other
+    `head_dim`, `norm_then_rope` takes its place.
+    """
     from consyn_jax.model.kernels.branched_norm import branched_norm
     from consyn_jax.model.kernels.norm_rope import norm_rope
 

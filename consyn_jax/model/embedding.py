@@ -73,18 +73,21 @@ def scatter_rows(
 def sum_rows_in_order(
     x_nD: Float[Array, "n D"], at_n: Int[Array, " n"], rows: int
 ) -> Float[Array, "rows D"]:
-    """Compute `scatter_rows` in a fixed order, so that a GPU gives the same bits each time."""
+    """Sum the rows of `x` into a float32 table of zeros, each at its row index in `at`.
+
+    Unlike `scatter_rows`, this adds in a fixed order, so a GPU gives the same bits each time.
+    """
     order_n = jnp.argsort(at_n, stable=True)
     table_VD = jnp.zeros((rows, x_nD.shape[1]))
     return _add_runs(table_VD, x_nD[order_n], at_n[order_n])
 
 
 def _add_runs(table_VD: jax.Array, x_nD: jax.Array, at_n: jax.Array) -> jax.Array:
-    """Add rows to the table; they are sorted by their index in it.
+    """Add each row of `x` to the table, at its row index in `at`; `at` must be sorted.
 
-    A run is a sequence of rows with the same index. Each block of `BLOCK` rows sums its runs by a
-    matmul with a matrix of zeros and ones. If a block begins with the rest of an earlier block's
-    run, the sum of that rest is kept apart. A recursive call adds these sums, one row per block.
+    A run is a sequence of rows with the same index. Rows are divided into blocks of `BLOCK`, and a
+    matmul with a matrix of zeros and ones sums each run within its block. A run that continues from
+    the previous block is not added yet. A recursive call adds these sums, one row per block.
     """
     (n, D), rows = x_nD.shape, table_VD.shape[0]
     block = min(BLOCK, 1 << (n - 1).bit_length())

@@ -80,12 +80,12 @@ class ConsynDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the tokens and their order in the store; a resumed run must find the same."""
+        """Hash of the token ids in store order; a run resumes only with data of the same hash."""
         return self.prepared.store.fingerprint
 
     @property
     def read(self) -> set[str]:
-        """Names of the sources whose documents are in the split, or could be."""
+        """Names of the data sources from which this split can have documents."""
         by_name = {place_of(source) for source in self.prepared.validation}
         if by_name and not self.shuffle:
             return by_name

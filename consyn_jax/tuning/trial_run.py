@@ -1,4 +1,4 @@
-"""Run one trial to its end, also if an earlier process has started it."""
+"""Run one trial of a study to its end, even if an earlier process has started it."""
 
 from __future__ import annotations
 
@@ -86,7 +86,10 @@ class TrialRun:
         return max(self.claim.reported, default=-1) < last and bool(self.claim.trial.should_prune())
 
     def _report(self, step: int, value: float) -> None:
-        """Report an evaluation under its number from 0; pruners compare trials at equal numbers."""
+        """Report the metric of an evaluation to Optuna, with the index of the evaluation.
+
+        Indices start at 0. Pruners compare the metrics of different trials at the same index.
+        """
         number = math.ceil(step / self.eval_steps) - 1
         if number not in self.claim.reported and not math.isnan(value):
             self.claim.trial.report(value, number)

@@ -51,10 +51,12 @@ def separator(options: CorpusOptions) -> bytes:
 
 
 def _whole(name: str, stream: ByteStream, start: Position, reading: Reading) -> Iterator[Block]:
-    """Read a file as one document; with `reading.single`, as one document for each split.
+    """Yield the parts of a file without separators.
 
-    Reading can resume at the start of any part, because the end of a part depends only on the text
-    from there on. The document count of a position is 0 inside the file, and 1 at its end.
+    The file is one document. If it is the whole corpus (`reading.single`), it is cut into one
+    document for each split. Reading can resume after any part, because the division of the rest
+    into parts does not depend on the text before it. `start` is (bytes, documents) before the first
+    part to read; documents is 1 at the end of the file, else 0.
     """
     if start[1]:
         return
@@ -107,7 +109,7 @@ def _character(path: Path, at: int) -> int:
 def _separated(name: str, stream: ByteStream, start: Position, reading: Reading) -> Iterator[Block]:
     """Read blocks of whole documents, each followed by its separator.
 
-    A document of more than `LIMIT` bytes is split into parts, as if it were a file.
+    A document of more than `LIMIT` bytes is split into several blocks.
     """
     stream.skip(start[0])
     at, number = start
@@ -139,7 +141,12 @@ def _separated(name: str, stream: ByteStream, start: Position, reading: Reading)
 def _long(
     name: str, document: _Document, number: int, at: int, reading: Reading
 ) -> Generator[Block, None, int]:
-    """Read one long document in parts; it starts at byte `at`, after `number` documents."""
+    """Yield the parts of one long document; return the offset after its separator.
+
+    Args:
+        number: Number of documents before this one in the file.
+        at: Byte offset of the document in the file.
+    """
     begins = True
     for data, last in parts(document, reading.tokenizer):
         stop = at + len(data)

@@ -178,9 +178,10 @@ _SCALAR = pl.BlockSpec((1,), lambda i, n, b: (0,))
 
 
 def _query_blocks(tile: Tile, H: int, S: int, group: int) -> tuple[pl.BlockSpec, ...]:
-    """Return block specs for four arrays: queries, softmax sums, values per token, all keys.
+    """Return block specs for arrays [B, T, N, H], [B, N, T], [B, T] and [B, S, K, H].
 
-    Program (i, n, b) has block i of the queries, query head n, and row b of the batch.
+    Program (i, n, b) gets block i of the T positions, query head n, and row b of the batch. Of the
+    last array, it gets all S positions of the key head that belongs to query head n.
     """
     return (
         pl.BlockSpec((None, tile.own, None, H), lambda i, n, b: (b, i, n, 0)),
@@ -208,7 +209,7 @@ def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array
 
 
 class Blocks(NamedTuple):
-    """Range of the blocks that a program reads; blocks in the inner `whole` range need no mask."""
+    """Half-open ranges of blocks: all blocks to read, and the `whole` blocks that need no mask."""
 
     start: Any
     stop: Any
@@ -217,7 +218,7 @@ class Blocks(NamedTuple):
 
 
 def _over_blocks(blocks: Blocks, block: Any, carry: Any) -> Any:
-    """Fold `carry` over blocks by `block(index, carry, masked)`, first those that need a mask."""
+    """Update `carry` by `block(index, carry, masked)` for each block; masked blocks come first."""
     start, stop, whole_start, whole_stop = blocks
     whole_start = jnp.clip(whole_start, start, stop)
     whole_stop = jnp.clip(whole_stop, whole_start, stop)
@@ -245,7 +246,7 @@ def _visible_keys(first_key_ref: Any, first: Any, step: int, num_keys: int) -> B
     """The blocks of keys to which a tile of queries attends.
 
     Args:
-        first_key_ref: First key of each query of the tile.
+        first_key_ref: Position of the first key that each query of the tile attends to.
         first: Position of the tile's first query.
         step: Keys per block.
     """
@@ -335,7 +336,7 @@ def _seeing_queries(
     after these keys.
 
     Args:
-        last_query_ref: Position of the last query for each key of the tile.
+        last_query_ref: Position of the last query that attends to each key of the tile.
         first: Position of the tile's first key.
         offset: Position of the device's first query.
         step: Queries per block.

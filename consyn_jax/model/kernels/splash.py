@@ -32,9 +32,9 @@ ANY_KEY = 2**30  # added to a query's position to switch the window off
 class SomeWindows(CausalMask):
     """A causal mask with a window that can be switched off for each query at run time.
 
-    A query at position p has the window if the kernel gets p, and none if it gets p + `ANY_KEY`.
-    Whether a layer has the window is known only at run time, so the kernel skips no block because
-    of the window.
+    For a query at position p, the kernel gets p to apply the window, or p + `ANY_KEY` to ignore it.
+    The blocks to skip are chosen earlier, when the kernel is built. So the kernel also visits the
+    blocks that the window hides.
     """
 
     def __init__(self, shape: tuple[int, int], window: int):
@@ -90,7 +90,7 @@ def splash_attention(
 def _kernel(
     heads: int, T: int, S: int, queries: int, keys: int, window: int | None, some: bool
 ) -> Any:
-    """Build the kernel for all queries of a sequence; `_part` selects those of one part."""
+    """Build the kernel for a whole sequence; `_part` then slices it to a section of the queries."""
     parts = S // T
     shape = (parts * queries, keys)
     mask: Any = CausalMask(shape)
@@ -119,14 +119,21 @@ def _kernel(
 
 
 def _part(x: Any, part: Any, parts: int) -> Any:
-    """Select a part of a kernel's array, on axis 0 of positions or on axis 1 of block data."""
+    """Slice an array of the kernel to one of `parts` equal sections of the queries.
+
+    The query positions are sliced along their only axis, arrays of block data along axis 1.
+    """
     axis = 0 if x.ndim == 1 else 1
     size = x.shape[axis] // parts
     return x if parts == 1 else jax.lax.dynamic_slice_in_dim(x, part * size, size, axis)
 
 
 def _limited(kernel: Any, has_window: jax.Array) -> Any:
-    """Switch the window of a kernel on if the layer has it, by lowering the queries' positions."""
+    """Switch the window of a kernel on if `has_window` is true.
+
+    The kernel is built with the window off: `ANY_KEY` has been added to all query positions.
+    Subtracting it switches the window on.
+    """
     less = jnp.where(has_window, ANY_KEY, 0)
     return jax.tree.map(lambda x: x - less if x.ndim == 1 else x, kernel)
 

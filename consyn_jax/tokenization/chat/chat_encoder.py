@@ -40,7 +40,7 @@ class EncodedChat:
     Attributes:
         text: the text rendered by the template.
         ids: token ids of the text, the same as in transformers.
-        targets: 1 for tokens of turns that are trained on, 0 for others, `GIVEN` for the first.
+        targets: 1 for tokens of turns that are trained on, else 0; the first token has `GIVEN`.
         unwritten: number of messages, tool calls and tools that the template omits.
     """
 
@@ -167,7 +167,10 @@ class ChatEncoder:
         return text, encoding.ids, _targets(encoding.offsets, spans)
 
     def _encode(self, written: str, spans: Spans) -> tuple[str, list[int], np.ndarray]:
-        """Encode as `_encode_whole` does, but encode text between marks as ordinary text."""
+        """Encode a rendered text that has marks: (text without marks, ids, targets).
+
+        Text between two marks is encoded as ordinary text.
+        """
         texts: list[str] = []
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
@@ -233,7 +236,12 @@ def _encoded(tokenizer: Tokenizer, text: str) -> list[_Token]:
 def _pieces(
     marks: re.Pattern[str], written: str, places: list[int]
 ) -> Sequence[tuple[int, bool, str]]:
-    """Split at marks: (number, is ordinary text, piece). Append offsets of marks to `places`."""
+    """Split a rendered text at its marks, and append the offsets of the marks to `places`.
+
+    Returns:
+        The pieces that are not empty: (index, whether it is ordinary text, text). The index also
+        counts empty pieces.
+    """
     found, start = list[tuple[int, bool, str]](), 0
     for match in marks.finditer(written):
         found.append((len(found), False, written[start : match.start()]))
@@ -247,7 +255,11 @@ def _pieces(
 
 
 def _targets(offsets: Sequence[tuple[int, int]], spans: Spans) -> UInt8[np.ndarray, " tokens"]:
-    """Compute targets: 1 for tokens inside the character spans, by the rule of transformers."""
+    """Compute the target of each token: 1 inside the character spans, else 0.
+
+    Characters are matched to tokens as in transformers' `apply_chat_template`. The first token gets
+    `GIVEN`.
+    """
     marks = np.zeros(len(offsets), np.uint8)
     stops = np.maximum.accumulate(np.array([stop for _, stop in offsets], np.int64))
 

@@ -38,9 +38,9 @@ class Histogram(NamedTuple):
 def histogram_maker(program: Program) -> Callable[[TrainState], dict[str, Histogram]]:
     """Make the function that computes the histograms of a state, by name.
 
-    All processes must call it together. Names are `weights/q/3`, with the number of the layer, and
-    `gradients/q/3` for first moments, which are means of the gradients of the last steps. Moments
-    in host memory are left out.
+    All processes must call it together. Examples of names are `weights/q/3` and `gradients/q/3`,
+    where 3 is the index of a layer. Gradients are averages over recent steps: the first moments of
+    the optimizer, unless they are in host memory.
     """
     shapes = jax.tree_util.tree_leaves_with_path(program.layout.shapes)
     names = {path: (_name(path), leaf.shape) for path, leaf in shapes}

@@ -1,4 +1,4 @@
-"""Repeat a logged step of a run from the checkpoint before it; the run directory is only read."""
+"""Repeat a logged step of a run from an earlier checkpoint, without writing to its directory."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Comparison:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all values are finite that the repetition of the step has computed."""
+        """Whether the loss and the gradient norm of the repeated step are finite."""
         return all(map(math.isfinite, self.repeated.values()))
 
 

@@ -103,7 +103,7 @@ def _least(summary: Summary, part: str, spent: float) -> str:
 
 
 def _what_would_help(summary: Summary) -> list[str]:
-    """The part that loses most against the device's rates, and what its time goes to."""
+    """Name the part that exceeds its least time by most, and the cause; empty if unknown."""
     above = {
         part: spent - summary.least[part].total_s
         for part, spent in summary.parts.items()

@@ -110,12 +110,12 @@ class Summary:
 
 
 class Least(NamedTuple):
-    """The least time of a part of the model, in seconds.
+    """Lower bound of the time of a part of the model, in seconds.
 
     Attributes:
-        total_s: Sum over operations of the larger of the following two.
-        compute_s: Time for the FLOPs at the device's peak rate.
-        memory_s: Time for the bytes at the bandwidth of its memory.
+        total_s: Sum over operations of the larger of compute time and memory time.
+        compute_s: Sum of compute times: FLOPs at the device's peak rate.
+        memory_s: Sum of memory times: bytes at the bandwidth of the device's memory.
     """
 
     total_s: float

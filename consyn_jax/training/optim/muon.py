@@ -59,7 +59,7 @@ def _orthogonal(updates: Any, numbers: Any) -> Any:
 
     Args:
         updates: Normalised momenta; each array has all layers of a parameter.
-        numbers: Input and output dimensions of each array.
+        numbers: The input axes and the output axes of each array (`MuonDimensionNumbers`).
     """
     leaves, tree = jax.tree.flatten(updates)
     of_leaves = jax.tree.leaves(numbers, is_leaf=lambda n: isinstance(n, MuonDimensionNumbers))

@@ -183,7 +183,9 @@ def _host() -> jax.Device | None:
 
 
 def decay_end(decay_from: int, decay_ratio: float) -> int:
-    """Return the last step of a run that decays from `decay_from`, for `decay_ratio` of its steps.
+    """Return the last step of a run that decays from step `decay_from` to its end.
+
+    The decay takes the fraction `decay_ratio` of all steps.
 
     >>> decay_end(800, 0.2)
     1000

@@ -30,17 +30,18 @@ def skip_nonfinite(step: Step, limit: int, keeps_state: bool = False) -> Step:
     """Wrap `step` so that non-finite updates are discarded.
 
     A step whose loss or gradient norm is not finite leaves the parameters and the optimizer's state
-    unchanged, and is counted. After `limit` such steps in a row, the state is frozen: the last of
-    these steps and all later steps return the state before that step. So the host can still examine
-    this state, although it reads metrics a step late. In float16, overflows do not count while the
-    loss scale can still be lowered (training/precision.py).
+    unchanged, and is counted. The `limit`-th such step in a row freezes the state: this step and
+    all later steps change nothing, not even the step count. The host reads metrics one step late,
+    and can therefore still examine the state before the `limit`-th step. In float16, overflows do
+    not count while the loss scale can still be lowered (training/precision.py).
 
     Two metrics change. `nonfinite` is the number of consecutive non-finite steps up to this one,
     and 0 for a finite step. `clipped` is 0 for a non-finite step.
 
     Args:
         keeps_state: Whether `step` itself keeps the parameters and the optimizer's state when
-            `updates_state` is false. To select them here would need memory for two copies.
+            `updates_state` is false. Otherwise this wrapper selects between the old and the new
+            arrays, which needs memory for both.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

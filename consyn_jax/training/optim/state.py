@@ -16,7 +16,7 @@ from consyn_jax.training.step import Batch, Metrics, Step, TrainState
 
 
 class RateScale(NamedTuple):
-    """State of the optimizer's last part: the factor of the learning rate that a plateau lowers."""
+    """State of `scale_by_plateau`: the factor by which it multiplies the updates."""
 
     scale: Float[Array, ""]
 

@@ -201,7 +201,11 @@ def _check_name(path: Path) -> None:
 
 
 def _check_decay_origin(config: RunConfig, derived: dict[str, Any] | None) -> None:
-    """Check that --output has the run to decay, and a checkpoint where its rate is at the peak."""
+    """Check that the run in --output can be decayed from the step in --decay_from.
+
+    The flags must be those of that run. The run must have a checkpoint of the step, and its
+    learning rate must be at the peak there.
+    """
     path, step = Path(config.saving.output), config.optimizer.decay_from
     assert step is not None
     if not (path / CONFIG).is_file():

@@ -147,11 +147,11 @@ class Recorder:
         progress.unlogged += 1
 
     def ended_passes(self, *, resumed: bool = False) -> None:
-        """Record the epochs, of each source of data, that ended within the current step.
+        """Record the epochs that ended in the current step, separately for each source of data.
 
         Args:
-            resumed: Whether the run resumes from a checkpoint of this step. The events are then
-                logged again, because the end of the log was removed, but not printed again.
+            resumed: Whether the run resumes from a checkpoint of this step. Resuming has removed
+                these events from the log. They are logged again, but not printed again.
         """
         order, step, size = self.lengths.order, self.progress.step, self.lengths.sequences_per_step
         if order is None or step == 0:

@@ -39,7 +39,7 @@ class KernelChoices:
     """The kernel choices of a run.
 
     Attributes:
-        made_with: Device and versions, on which the choices depend besides the program.
+        made_with: Device and versions with which the choices were made, as from `made_here`.
         files: Content of each file, by path in the directory of choices.
     """
 

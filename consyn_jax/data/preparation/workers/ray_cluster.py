@@ -30,10 +30,11 @@ def connect(address: str | None, processors: int | None) -> Any:
     Args:
         address: HOST:PORT of the head node, or "auto"; None takes the cluster of RAY_ADDRESS, or
             else starts a Ray of this machine, without a dashboard and without usage statistics.
-        processors: number of tasks at a time of a Ray that is started here; None for one per core.
+        processors: number of concurrent tasks if a Ray is started here; None for one per core.
 
     Raises:
-        UserError: Ray is not installed, no cluster answers, or it has other versions.
+        UserError: Ray is not installed, or no cluster with the same versions of Ray and Python
+            accepts the connection.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
@@ -66,7 +67,8 @@ def connect(address: str | None, processors: int | None) -> Any:
 def disconnect(ray: Any) -> None:
     """Leave the cluster; end all processes of a Ray that was started here.
 
-    Its agents get a terminal's Ctrl-C too, and may then stay; those are killed.
+    Ctrl-C in a terminal also reaches the processes of this Ray. Some of them may then survive its
+    shutdown, and are killed.
     """
     ray.shutdown()
     mark = f"{_MARK}={os.getpid()}".encode()
@@ -78,7 +80,10 @@ def disconnect(ray: Any) -> None:
 
 
 def _named(address: str | None) -> tuple[str, str]:
-    """The flag or variable that names the cluster, and its address; "" to start Ray here."""
+    """Return the name of the flag or variable that gives the cluster's address, and the address.
+
+    The address is "" if a Ray is to be started on this machine.
+    """
     if address:
         return "--ray_address", address
     given = os.environ.get("RAY_ADDRESS", "")
@@ -104,7 +109,7 @@ def _check(name: str, address: str) -> None:
 
 
 def _refusal(place: str, error: Exception) -> UserError:
-    """The sentence for an error of `ray.init`.
+    """Turn an error of `ray.init` into an error with a message for the user.
 
     Args:
         place: the name and the address of the cluster; empty for a Ray of this machine.

@@ -18,7 +18,7 @@ from consyn_jax.model_config import ModelConfig
 
 
 def _rotates(hf: HfConfig) -> list[bool]:
-    """Whether each layer has a rotary embedding; despite its name, no_rope_layers has 1 for yes."""
+    """Whether each layer uses RoPE; despite its name, no_rope_layers has a 1 if a layer does."""
     num_layers = int(hf["num_hidden_layers"])
     given = hf.get("no_rope_layers")
     if given is None:

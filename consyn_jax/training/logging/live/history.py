@@ -170,11 +170,11 @@ class History:
 
 
 def earlier_activities(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds by activity until the end of a log, for `ActivityClock.begin`.
+    """Compute the seconds spent on each activity in a whole log, for `ActivityClock.begin`.
 
-    The time after the last line with these seconds counts as evaluation if an evaluation was logged
-    at its step, otherwise as saving. Logs of older versions lack the seconds; all of their time
-    counts as `other`.
+    Metric lines have the seconds spent on each activity so far. The time after the last such line
+    counts as evaluation if an evaluation was logged at its step, otherwise as saving. Older logs
+    have no seconds by activity; all of their time counts as `other`.
     """
     time_s = max((line["time_s"] for line in lines), default=0.0)
     told = next((line for line in reversed(lines) if key(ACTIVITIES[0]) in line), None)
