@@ -140,7 +140,9 @@ def score_task(
     encoded: Encoded,
     progress: Callable[[int, int], None] | None = None,
 ) -> TaskScores:
-    """Score all given answers of a task; leave its questions out.
+    """Score the given answers of all requests of a task.
+
+    The questions of the task are left out, because their answers have to be generated.
 
     Args:
         encoded: The requests of the task, from `encode_requests`.

@@ -165,10 +165,10 @@ def _encoded(texts: Sequence[str], tokenizer: Callable[[], Any]) -> list[list[in
 
 
 def prompt_ids(text: str, tokenizer: BPETokenizer) -> list[int]:
-    """Encode a prompt, preceded by the first token of a document if the tokenizer adds one.
+    """Encode a prompt, after the tokenizer's first token of a document, if there is one.
 
-    An empty prompt becomes that token, or else BOS, or else EOS, because in training data without
-    BOS each document follows an EOS.
+    An empty prompt becomes a single token: the first token of a document, otherwise BOS, otherwise
+    EOS. EOS is suitable because each document in the training data follows the EOS of another.
     """
     begin = [] if tokenizer.first_id is None else [tokenizer.first_id]
     first = (tokenizer.first_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
