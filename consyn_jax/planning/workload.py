@@ -24,8 +24,8 @@ class Workload:
         host_moments: whether moments are in host memory and copied to the GPU and back each step.
         fp8: whether the matmuls of the blocks are in 8 bits.
         this_package: whether this package runs the step, and not another training program. The
-            attention kernel of this package masks other documents. Each document is assumed to
-            fill its sequence.
+            attention kernel of this package masks attention between documents. Each document is
+            assumed to fill its sequence.
         gpu_bytes: memory of the GPU if it is in the hardware table, otherwise 0.
     """
 

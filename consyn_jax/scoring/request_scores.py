@@ -75,7 +75,7 @@ class TaskScores:
 
     @property
     def _written(self) -> dict[str, list[tuple[Question, str]]]:
-        """For each metric, the questions that it judges, with the generated texts."""
+        """The questions to which each metric applies, with their generated texts."""
         pairs = list(zip(self.task.questions, self.texts, strict=True))
         found = {
             metric: [pair for pair in pairs if metric == "exact_match" or has_number(pair[0])]

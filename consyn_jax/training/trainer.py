@@ -188,7 +188,7 @@ class ConsynTrainer:
 
         Args:
             run: This trainer's configuration, possibly with another batch, memory or precision.
-            schedule: As for `build`.
+            schedule: Learning-rate schedule; None for that of the run.
         """
         program = self._build(run, schedule).program
         is_traced = run.logging.profile_steps is not None

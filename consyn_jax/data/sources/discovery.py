@@ -141,7 +141,7 @@ def _inside(name: str, found: Path, place: Path) -> Path:
 
 
 def _beginning(name: str) -> Path:
-    """Return an existing path unchanged; shorten a pattern to the path before its first wildcard.
+    """Return the path before the first wildcard of a pattern; return an existing path whole.
 
     The split of a file is recognised only by the names below this path.
 

@@ -70,7 +70,7 @@ class MatmulFlops:
         self._bodies, self._known = bodies, dict[str, int]()
 
     def of(self, each: Instruction, arrays: Mapping[str, tuple[Array, ...]]) -> int:
-        """FLOPs of one execution of an instruction; loops count as nothing.
+        """FLOPs of one execution of an instruction; a loop counts as 0.
 
         Args:
             arrays: Arrays by name of the instructions of the same computation.

@@ -83,7 +83,7 @@ def differences(
 ) -> list[str]:
     """Describe the differences between a run with the config.yaml `old` and this run.
 
-    Settings that do not affect the trained weights are ignored. `check_schedule` compares the
+    Settings that do not affect the result of training are ignored. `check_schedule` compares the
     learning rates.
     """
     # YAML has no tuples
@@ -120,8 +120,8 @@ def _packing_differences(
 ) -> list[str]:
     """Compare the packing of sequences in the config.yaml `old` and in this run.
 
-    Without --packing, the packing is among the derived values. Older runs recorded the flag's
-    default, `cut`, instead.
+    If --packing is not given, a run records its packing among the derived values. Older runs
+    recorded the flag's default, `cut`, instead.
     """
     before = old.get("packing") or old[DERIVED].get("packing")
     now = new["packing"] or derived.get("packing")
