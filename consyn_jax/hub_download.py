@@ -95,7 +95,7 @@ def _check_path(repository: str, fault: str) -> None:
     """Refuse a hub id whose `owner` is a local directory: it is more likely a mistyped path.
 
     Args:
-        fault: what is wrong with the hub id, as the end of the clause "as a model of the Hub it".
+        fault: what is wrong with the hub id, such as "is not there"; part of the message.
     """
     parent = Path(repository).parent
     if parent.is_dir():

@@ -211,8 +211,8 @@ def read(
     """Parse a command line into a configuration, the origins of its values, and a mode.
 
     Args:
-        resolve: merges flags and the content of a `--config` file, as `resolve.resolve` does.
-        modes: help texts, by name, of flags that replace the command's usual work.
+        resolve: function that merges the flags with the content of a `--config` file.
+        modes: names and help texts of the flags that replace the command's usual work.
 
     Returns:
         The configuration, the origin of each value, and the mode: one of `modes`, or "" for the

@@ -1,7 +1,7 @@
 """Find kernels, collectives and the optimizer's memory traffic in a compiled program's text.
 
-An instruction inside a loop is counted once per iteration. XLA writes the trip count of each loop
-that comes from `scan` into the text.
+An instruction inside a loop is counted once per iteration. The text contains the trip count of each
+loop that was a `scan` in JAX.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def _executions(bodies: dict[str, list[Instruction]], entry: str) -> dict[str, i
 
 
 def kernel_name(instruction: Instruction) -> str:
-    """Name of a kernel that XLA did not generate itself, as in `kernels`; empty for others."""
+    """Name of the kernel that a custom call runs; empty for other instructions."""
     target = re.search(r'custom_call_target="([^"]+)"', instruction.rest)
     if target is None:
         return ""
@@ -343,7 +343,7 @@ def collectives_of(
 
 
 def _whole_arrays(instruction: Instruction, kind: str) -> tuple[Array, ...]:
-    """Return the arrays of a collective whose sizes are the payload."""
+    """Select the arrays that make up the payload of a collective."""
     arrays, half = instruction.arrays, len(instruction.arrays) // 2
     asynchronous = instruction.operation.endswith("-start")
     if asynchronous and kind in ("all-gather", "collective-permute"):

@@ -1,4 +1,4 @@
-"""Judge the clocks of several hosts, and the network between them."""
+"""Check the clocks of several hosts, and the network between them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ APART_S, BROKEN_S = 0.5, 300.0
 
 
 def check_hosts(processes: Sequence[Process]) -> list[Finding]:
-    """Judge the clocks relative to process 0's, and the connections between all hosts."""
+    """Check that all clocks agree with process 0's, and that all hosts can connect."""
     return [_clocks(processes), _network(processes)]
 
 

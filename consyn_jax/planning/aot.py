@@ -272,7 +272,7 @@ def refused_bytes(message: str) -> int | None:
 def build(model: ModelConfig, run: RunConfig, topology: Topology) -> Built:
     """Build the programs that `consyn-train` would run on this topology.
 
-    The process must have started with `environment()`.
+    The process must have been started with the environment variables of `environment()`.
 
     Raises:
         UserError: the mesh or batch of the run does not suit the topology's devices.
@@ -336,12 +336,12 @@ def summary(built: Built, compiled: Any, topology: Topology) -> CompiledProgram:
 
 
 def _local_size(leaf: Any) -> int:
-    """Count the elements on one device of an array, given as a shape with a sharding."""
+    """Count the elements of an array's shard, from the shape and the sharding."""
     return math.prod(leaf.sharding.shard_shape(leaf.shape))
 
 
 def _local_bytes(tree: Any) -> int:
-    """Count the bytes on one device of arrays, given as shapes with shardings."""
+    """Count the bytes that arrays take on one device, from their shapes and shardings."""
     import jax
 
     return sum(_local_size(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

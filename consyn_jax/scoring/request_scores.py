@@ -75,7 +75,7 @@ class TaskScores:
 
     @property
     def _written(self) -> dict[str, list[tuple[Question, str]]]:
-        """For each metric, the questions that it judges, with the generated texts."""
+        """The questions to which each metric applies, with their generated texts."""
         pairs = list(zip(self.task.questions, self.texts, strict=True))
         found = {
             metric: [pair for pair in pairs if metric == "exact_match" or has_number(pair[0])]
@@ -140,7 +140,9 @@ def score_task(
     encoded: Encoded,
     progress: Callable[[int, int], None] | None = None,
 ) -> TaskScores:
-    """Score all given answers of a task; leave its questions out.
+    """Score the given answers of all requests of a task.
+
+    The questions of the task are left out, because their answers have to be generated.
 
     Args:
         encoded: The requests of the task, from `encode_requests`.

@@ -104,7 +104,8 @@ def _parts(given: Any) -> Sequence[Any]:
 def check_held_out(training: Any, evaluation: Any) -> None:
     """Check that evaluation data of `get_dataset` was held out from the training data.
 
-    Documents are held out by a share, so two calls with different shares of the same files overlap.
+    A call of `get_dataset` holds out a fraction of the documents. If two calls with the same files
+    have different fractions, a document can be in the training data and in the evaluation data.
 
     Raises:
         UserError: both have been prepared from the same source, but differently.

@@ -264,7 +264,7 @@ def _on_device(x, head, labels, mask, *, sizes, vocab_size, extras, chunks, with
 
 
 def gathered_head(x, head, sizes: dict[str, int], vocab_size: int, chunks: Chunks):
-    """Return the head with all columns in the dtype of `x`, and this device's `Vocabulary`."""
+    """Gather the head along D and cast it like `x`; also return this device's `Vocabulary`."""
     weight, mesh_axes = head.astype(x.dtype), split_axes(sizes, "vocab")
     if embed_axes := split_axes(sizes, "embed"):
         weight = jax.lax.all_gather(weight, embed_axes, axis=1, tiled=True)

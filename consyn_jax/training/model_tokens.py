@@ -1,4 +1,4 @@
-"""Choose the tokenizer of a run from Python, and the ids that begin, end and pad documents."""
+"""Choose the tokenizer for `ConsynTrainer`, and the ids that begin, end and pad documents."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ class ConsynTrainer:
 
         Args:
             run: This trainer's configuration, possibly with another batch, memory or precision.
-            schedule: As for `build`.
+            schedule: Learning-rate schedule; None for that of the run.
         """
         program = self._build(run, schedule).program
         is_traced = run.logging.profile_steps is not None
@@ -240,7 +240,7 @@ class ConsynTrainer:
 
     @cached_property
     def _untrained(self) -> Params | None:
-        """Original parameters of a model in memory, for an adapter run; otherwise None."""
+        """Base weights of an adapter run whose model is in memory; None for all other runs."""
         if not self.run.lora.is_used or isinstance(self.model, DeferredModel):
             return None
         return self.model.parameters

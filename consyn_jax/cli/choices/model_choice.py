@@ -184,7 +184,10 @@ def weights_note(options: ModelOptions, origin: str, seed: int) -> tuple[str, st
 
 
 def file_notes(config: RunConfig, origins: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The header line about sizes and budget that a config file sets for a model of a flag."""
+    """Return a header line with sizes and budget from a config file, if a flag names the model.
+
+    The line says that the file's values also apply to this model. Otherwise the list is empty.
+    """
     groups = (config.model, config.budget)
     names = [f.name for group in groups for f in fields(group) if f.name not in _NOT_SIZES]
     names.append("max_tokens")

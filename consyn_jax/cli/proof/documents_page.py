@@ -57,7 +57,11 @@ class SourceChanges:
         self._changed: dict[str, str] = {}
 
     def among(self, documents: Iterable[LearnedDocument]) -> list[str]:
-        """Names of changed source files of `documents`, which the finder has just found."""
+        """Return the names of the documents' source files that changed.
+
+        Args:
+            documents: documents that this object's `DocumentFinder` has found.
+        """
         from consyn_jax.training.provenance.data_check import changed_sources
 
         used = self._finder.used_sources
@@ -115,7 +119,7 @@ def as_json(documents: Sequence[LearnedDocument]) -> list[dict[str, Any]]:
 
 
 def lines(step: int, documents: Sequence[LearnedDocument]) -> Iterator[str]:
-    """A heading, and a line for each document, the largest share first."""
+    """Yield a heading, then a line per document, by decreasing share of the training targets."""
     targets = sum(document.targets for document in documents)
     yield f"Step {step:,}: {counted(len(documents), 'document')}, {targets:,} training targets"
     for document in sorted(documents, key=lambda document: -document.share):

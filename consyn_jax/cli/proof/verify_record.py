@@ -12,7 +12,9 @@ from consyn_jax.errors import Differs, counted, in_line
 
 
 def verify(config: RunConfig) -> None:
-    """Print a line for each part of the record: it differs, could not be checked, or agrees.
+    """Compare a run or a model with its records, and print a line for each part of a record.
+
+    The line says that the part differs, was not checked, or agrees.
 
     Raises:
         UserError: `--verify` names neither a run nor a model.

@@ -23,7 +23,7 @@ JOURNAL = "journal.json"
 
 @dataclass
 class LongDocument:
-    """A document that is read in parts, up to the last part read.
+    """The state of a document that is read in parts, after the newest part.
 
     Attributes:
         split: the split that the document is written to.
@@ -32,7 +32,7 @@ class LongDocument:
         digests: digests of the parts.
         signature: element-wise minimum of the parts' signatures; None if near duplicates are not
             searched for.
-        begin: first byte of the document's text in the source.
+        begin: offset of the document's text in the source, in bytes.
     """
 
     split: str
@@ -71,7 +71,7 @@ class LongDocument:
 
 @dataclass
 class Journal:
-    """The state of a preparation between two blocks.
+    """The state of a data preparation after a block of input, from which it can be resumed.
 
     Attributes:
         key: hash of the store's content (`preparation_spec.key_of`).
@@ -79,7 +79,8 @@ class Journal:
         source, position: number of the source, and position in it, where reading continues.
         long: the long document that the next block continues; None if there is none.
         writer: the `state` of the `TokenStoreWriter`.
-        seen, near: numbers of valid records in the files of digests and of signatures.
+        seen: number of valid records in the file `digests`.
+        near: number of valid records in the file `signatures`.
     """
 
     key: str

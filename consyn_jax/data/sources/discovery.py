@@ -107,7 +107,7 @@ def _check_alike(sources: Iterable[Source], flag: str) -> None:
 
 
 def _found_by(name: str, dataset_type: str, flag: str, invalid_utf8: str) -> Iterator[Found]:
-    """Find the sources that `name` matches; each has a reason to leave it out, or ""."""
+    """Find the sources that `name` matches; an unusable source is included, with a `reason`."""
     if is_bucket_url(name):
         name = str(local_copy(name))
     if name == SAMPLE:
@@ -141,7 +141,9 @@ def _inside(name: str, found: Path, place: Path) -> Path:
 
 
 def _beginning(name: str) -> Path:
-    """Return the directory at the beginning of a path or pattern. Names below it decide the splits.
+    """Return the path before the first wildcard of a pattern; return an existing path whole.
+
+    The split of a file is recognised only by the names below this path.
 
     >>> _beginning("test/*/a.txt"), _beginning("corpus")
     (PosixPath('test'), PosixPath('corpus'))

@@ -208,7 +208,7 @@ def _answered(prompt: str, answer: str) -> tuple[Segment, ...]:
 
 
 def _format(row: dict, keys: RowKeys) -> str:
-    """Choose the format of a row by the keys in flags, or otherwise by the keys of the row.
+    """Choose the format of a row by the keys that flags name, or otherwise by its own keys.
 
     Raises:
         BadRow: no format matches, or the matching format cannot be trained on.

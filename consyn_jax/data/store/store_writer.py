@@ -222,7 +222,7 @@ class TokenStoreWriter:
 
     @staticmethod
     def check_state(state: dict[str, Any]) -> None:
-        """Check a `state` that was read from a file, above all its file names.
+        """Check a `state` that was read from a file, in particular the file names in it.
 
         Raises:
             KeyError, TypeError, ValueError: the value is not a result of `checkpoint()`.

@@ -86,7 +86,11 @@ class Evaluation:
 
 
 def _answers(model: Evaluated) -> dict[str, list[dict[str, Any]]]:
-    """By task: each generated text with its verdicts, then the log-likelihoods of each request."""
+    """Return records of a model's answers, by task.
+
+    Questions come before requests. The record of a question has the generated text and whether it
+    is right. The record of a request has the log-likelihood of each answer.
+    """
     return {
         scores.task.name: [
             {"row": asked.place, "text": text, "right": _judged(asked, text)}
@@ -106,7 +110,7 @@ def _answers(model: Evaluated) -> dict[str, list[dict[str, Any]]]:
 
 
 def _judged(asked: Question, text: str) -> dict[str, bool]:
-    """For each metric that judges a question, whether the text is correct."""
+    """Return, by metric, whether the text answers the question correctly."""
     metrics = TAKEN if has_number(asked) else ("exact_match",)
     return {metric: is_right(metric, asked, text) for metric in metrics}
 

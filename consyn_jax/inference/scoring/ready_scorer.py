@@ -54,10 +54,11 @@ def load_scorer(
 
 
 def scoring_mesh(config: ModelConfig, text: str, weight_bytes: int) -> dict[str, int]:
-    """Choose the mesh of `--mesh`, as sizes of its axes.
+    """Choose the size of each mesh axis.
 
     Args:
-        weight_bytes: Bytes of one weight.
+        text: Value of `--mesh`.
+        weight_bytes: Bytes per parameter.
 
     Raises:
         UserError: The mesh does not fit the devices or the model.

@@ -71,14 +71,16 @@ class Slots(NamedTuple):
 class Prompts(NamedTuple):
     """Prompts for `prefill`, one per row.
 
-    A padding row has the number of slots as `slot_P`, so that its results are dropped.
+    In a padding row, `slot_P` equals the number of slots. No slot has this index, so the results of
+    the row are dropped.
 
     Attributes:
         ids_PT: Token ids, padded at the end.
         length_P: Number of ids without padding.
         slot_P: Index of the slot to fill.
         index_P, limit_P, long_P: As in `Slots`.
-        prompt_P, sequence_P: Numbers of the request, from which its random key is derived.
+        prompt_P: Index of the prompt, for the row's random key.
+        sequence_P: Index among the sequences of the same prompt, for the row's random key.
     """
 
     ids_PT: Any

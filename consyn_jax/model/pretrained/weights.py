@@ -85,7 +85,7 @@ def base_directory(base: Base, owner: Path, named: str) -> Path:
 
 
 def base_of(directory: Path, adapter: Adapter) -> Path:
-    """Find the base model of the adapter in `directory`, as in `base_directory`."""
+    """Find the base model of the adapter in `directory`, and check that the base is unchanged."""
     named = f"base_model_name_or_path in {directory / ADAPTER_CONFIG}"
     return base_directory(adapter.base, directory, named)
 

@@ -37,7 +37,7 @@ class TemplateFault(Exception):
 
 
 def writes_date(source: str) -> bool:
-    """Whether a template writes the current date, for which `RENDERED_DAY` is always used."""
+    """Whether a template writes the current date; it always gets `RENDERED_DAY` instead."""
     return "strftime_now" in source
 
 

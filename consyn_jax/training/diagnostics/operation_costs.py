@@ -30,8 +30,9 @@ class Cost(NamedTuple):
     """The work of one execution of an operation.
 
     Attributes:
-        flops: FLOPs of its matmuls. Those of 8 bits count as half, since GPUs run them at twice the
-            rate. Attention counts as causal, without documents.
+        flops: FLOPs of its matmuls. A matmul in 8 bits counts as half, since GPUs run it at twice
+            the rate. Attention counts as causal over the whole sequence, even if the sequence
+            contains several documents.
         bytes: What it must read and write: its operands and results, without unread slices.
     """
 
@@ -59,7 +60,7 @@ def operation_costs(program: str) -> dict[str, Cost]:
 
 
 class MatmulFlops:
-    """FLOPs of the matmuls of a program, also of those in fusions.
+    """FLOPs of the matmuls of a program, including matmuls inside fusions.
 
     Args:
         bodies: Instructions by computation, from `computations`.
@@ -69,7 +70,7 @@ class MatmulFlops:
         self._bodies, self._known = bodies, dict[str, int]()
 
     def of(self, each: Instruction, arrays: Mapping[str, tuple[Array, ...]]) -> int:
-        """FLOPs of one execution of an instruction; loops count as nothing.
+        """FLOPs of one execution of an instruction; a loop counts as 0.
 
         Args:
             arrays: Arrays by name of the instructions of the same computation.
@@ -114,7 +115,7 @@ def _bytes(
 
 
 def _written_bytes(each: Instruction, bodies: Mapping[str, list[Instruction]]) -> int:
-    """Bytes of the results; of a fusion that updates a part of an array, only that part."""
+    """Count the bytes of the results; a fusion that updates a slice writes only the slice."""
     for _, callee in each.calls if each.operation == "fusion" else ():
         *before, root = bodies[callee]
         if root.operation == "dynamic-update-slice":

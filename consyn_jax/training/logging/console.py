@@ -244,7 +244,7 @@ class Console(AbstractContextManager["Console"]):
             self._line(line, "bold green" if best else "green")
 
     def warn(self, text: str) -> None:
-        """Print a highlighted warning, also with `quiet`."""
+        """Print a highlighted warning, even if `quiet` is set."""
         self._line(f"warning: {visible(text)}", "bold yellow")
 
     def note(self, text: str) -> None:
@@ -347,7 +347,7 @@ class _Pace:
 
 
 def show(text: str) -> None:
-    """Print to stdout, with characters that its encoding lacks as escapes."""
+    """Print to stdout; replace characters that its encoding lacks with escapes."""
     stream = LastingStream(sys.stdout)
     stream.write(text + "\n")
     stream.flush()

@@ -82,7 +82,11 @@ class _Part(NamedTuple):
         return jax.lax.dynamic_slice_in_dim(x, self.number, 1) if kind == LAYERS else x
 
     def paste(self, kind: str, x: jax.Array, new: jax.Array) -> jax.Array:
-        """Write the slice back. Arrays of no parameter change only in the part without layers."""
+        """Return `x` with its slice for this part replaced by `new`.
+
+        An array of kind `SHARED`, such as a step counter, changes only in the part with the
+        parameters outside the layers.
+        """
         if (kind == LAYERS) != (self.kind == LAYERS):
             return x
         if kind == LAYERS:
@@ -96,7 +100,8 @@ def layerwise_update(rule: optax.GradientTransformation, layout: Layout) -> Upda
     The moments of `rule` are in host memory. The device holds those of one layer at a time, or
     those of all parameters outside the layers. In each call, the rule gets a tree with the
     structure of the whole model, where arrays that are not updated have size 0. So its update of a
-    layer must not depend on other layers. A step that does not change the state moves nothing.
+    layer must not depend on other layers. If a step does not change the state, nothing is copied
+    between host and device.
     """
     rule = optax.with_extra_args_support(rule)
     kinds = map_axes(lambda axes: LAYERS if LAYERS in axes else REST, layout.logical_axes)

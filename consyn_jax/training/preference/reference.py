@@ -90,7 +90,11 @@ def make_ready(
 
 
 def _look(file: Path, key: str, counts: Mapping[str, int]) -> tuple[Found, str]:
-    """Read a run's reference file; also return why any process cannot read it, or ""."""
+    """Read a run's reference file in every process.
+
+    Returns:
+        The references, and the first error of all processes; "" if there is no error.
+    """
     found: Found = {}
     fault = ""
     try:
@@ -136,7 +140,10 @@ def _set(source: BatchSource, reference: Float32[np.ndarray, "n 2"] | None) -> N
 
 
 def _key(program: Program, run: RunConfig, derived: Mapping[str, Any]) -> str:
-    """Hash everything that determines the reference, except for the order of additions."""
+    """Hash everything that determines the reference log-probabilities.
+
+    Settings that change only the order of additions, and so only rounding errors, are left out.
+    """
     content = {name: derived.get(name) for name in ("data", "validation", "tokenizer", "weights")}
     content |= {
         "length": run.length,

@@ -1,4 +1,4 @@
-"""The code that determines the numbers of a run: this package and the libraries that it uses."""
+"""The code that determines the results of a run: this package and the libraries that it uses."""
 
 from __future__ import annotations
 

@@ -122,8 +122,8 @@ def branch(
 ) -> tuple[TrainState, Progress]:
     """Restore the state of another run at `step`, for a new run that continues from there.
 
-    The checkpoints of the other run are only read, because it may still be training. The new run
-    does not use its best model.
+    The other run may still be training, so its checkpoints are only read. The other run's best
+    evaluation does not count for the new run.
 
     Args:
         directory: Directory of the other run's checkpoints.
@@ -231,7 +231,7 @@ def open_callbacks(
 
 
 def recorded_summary(path: Path) -> dict[str, float | int]:
-    """The newest value of every metric in a `metrics.jsonl`, with the last step and its tokens."""
+    """The newest value of every metric in a `metrics.jsonl`, and its last `step` and `tokens`."""
     last = read_metrics(path)[-1]
     return {**last_values(path), "step": last["step"], "tokens": last["tokens"]}
 

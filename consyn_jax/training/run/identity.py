@@ -83,7 +83,8 @@ def differences(
 ) -> list[str]:
     """Describe the differences between a run with the config.yaml `old` and this run.
 
-    Only differences in the mathematics count. Learning rates are compared by `check_schedule`.
+    Settings that do not affect the result of training are ignored. `check_schedule` compares the
+    learning rates.
     """
     # YAML has no tuples
     new = {
@@ -117,7 +118,11 @@ def differences(
 def _packing_differences(
     old: dict[str, Any], new: dict[str, Any], derived: dict[str, Any]
 ) -> list[str]:
-    """Compare how sequences were and are packed; for older runs, the recorded default is `cut`."""
+    """Compare the packing of sequences in the config.yaml `old` and in this run.
+
+    If --packing is not given, a run records its packing among the derived values. Older runs
+    recorded the flag's default, `cut`, instead.
+    """
     before = old.get("packing") or old[DERIVED].get("packing")
     now = new["packing"] or derived.get("packing")
     if before is None or now is None or before == now:

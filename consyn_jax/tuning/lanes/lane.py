@@ -26,24 +26,31 @@ class LanesProgram(Protocol):
     """A program that runs for all lanes at once.
 
     Attributes:
-        waits: whether the program runs only when no lane calls a program of another kind.
+        waits: whether this program runs after all called programs whose `waits` is False.
     """
 
     waits: bool
 
     def __call__(self, calls: Mapping[int, tuple[Any, ...]]) -> Mapping[int, Any]:
-        """Run for the lanes with these numbers and arguments; return a result for each lane."""
+        """Run once for all calls.
+
+        Args:
+            calls: arguments of each call, by number of the lane.
+
+        Returns:
+            The result of each call, by number of the lane.
+        """
 
 
 class _Closed(BaseException):
-    """Ends the trial of a lane because another lane has failed."""
+    """Exception that ends the trial of a lane because another lane has failed."""
 
 
 class Lane:
     """A thread that works on trials, and runs only in its turn.
 
     Args:
-        signals: signals received by the process, for the runs of this lane.
+        signals: record of the signals that the process received; the lane's trials read it.
 
     Attributes:
         program: the program that the lane has called and waits for; None if the lane has ended.
@@ -73,7 +80,11 @@ class Lane:
         return result
 
     def go_on(self, result: Any = None) -> None:
-        """Give the lane its turn, with the result of its call, and wait for the end of the turn."""
+        """Start or resume the lane, and wait for the end of its turn.
+
+        Args:
+            result: result of the lane's call of a program; None for the first turn.
+        """
         self.program, self.arguments, self._result = None, (), result
         del result
         if self._thread.ident is None:
@@ -141,7 +152,7 @@ def _raise_failure(lane: Lane) -> None:
 
 
 def _interruption(signal: str, lanes: Sequence[Lane]) -> BaseException:
-    """Make one error for all lanes whose trials a signal has ended; there may be no such lane."""
+    """Build the error after a signal; it says how many trials the signal ended, if any."""
     stopped = [lane.error for lane in lanes if lane.error is not None]
     if len(stopped) == 1:
         return stopped[0]

@@ -84,7 +84,7 @@ def _directories(items: Sequence[Found]) -> set[Path]:
 
 
 def _corpora(data: Collection[Found], scripts: Sequence[Found]) -> set[Path]:
-    """Return the directories whose `.txt` files have `MANY_TIMES` the bytes of the scripts."""
+    """Return directories whose `.txt` files are at least `MANY_TIMES` as large as the scripts."""
     texts = [item for item in data if inner_suffix(item.inside) == ".txt"]
     of_texts, of_scripts = _sizes(texts), _sizes(scripts)
     return {place for place in of_scripts if of_texts[place] >= MANY_TIMES * of_scripts[place]}

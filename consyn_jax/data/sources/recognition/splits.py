@@ -45,9 +45,10 @@ class Parted:
 def by_split(found: Sequence[Found], flag: str) -> Parted:
     """Assign files to splits by their names.
 
-    Files without a split in their name are training data, unless the same item of `--data` also has
-    files named for training and files named for validation or test. If the user gave the path of
-    every file, and every name says validation or test, all files are training data.
+    A file without a split in its name is training data. It is left out, however, if the same item
+    of `--data` has files named for training and also files named for validation or test. If the
+    user gave the path of every file, and every name says validation or test, all files are training
+    data.
 
     Args:
         flag: "data" or "validation". For "validation", files of other splits are left out if any

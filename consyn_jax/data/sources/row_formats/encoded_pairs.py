@@ -1,9 +1,9 @@
 """Encode preference pairs to ids and targets, as TRL's `DPOTrainer` does.
 
 The prompt is encoded alone and with each answer. An answer begins at the first id that differs from
-those of the prompt alone. If this position differs between the answers, the smaller one counts for
-both. It may be inside the prompt. A tokenizer may merge the end of the prompt with the beginning of
-the answer, or a template may render the prompt differently if an answer follows.
+those of the prompt alone. If the two answers begin at different positions, the smaller position
+counts for both. An answer may begin inside the prompt, because a tokenizer may merge the end of the
+prompt with the answer, and a template may render the prompt differently if an answer follows.
 """
 
 from __future__ import annotations
@@ -80,7 +80,12 @@ def encode_pair(
 
 
 def _of_text(pair: Pair, tokenizer: BPETokenizer) -> tuple[list[str], list[list[int]]]:
-    """Encode a pair of texts: (both whole texts, [ids of the prompt, ids with each answer])."""
+    """Encode a pair of texts.
+
+    Returns:
+        The text of the prompt with each answer; and three lists of ids: of the prompt alone, of
+        the prompt with the chosen answer, and of the prompt with the rejected answer.
+    """
     assert isinstance(pair.prompt, str)
     texts = [f"{pair.prompt}{answer}" for answer in (pair.chosen, pair.rejected)]
     prompt, *answers = tokenizer.encode_batch([pair.prompt, *texts])
@@ -88,7 +93,13 @@ def _of_text(pair: Pair, tokenizer: BPETokenizer) -> tuple[list[str], list[list[
 
 
 def _of_messages(pair: Pair, chats: ChatEncoder) -> tuple[list[str], list[list[int]], int]:
-    """Encode a pair of messages as `_of_text` does; also count messages that the template omits."""
+    """Encode a pair of conversations.
+
+    Returns:
+        The rendered text of the prompt with each answer; three lists of ids: of the prompt alone,
+        of the prompt with the chosen answer, and of the prompt with the rejected answer; and the
+        number of messages that the template omits.
+    """
 
     def chat(messages: Messages) -> Chat:
         return Chat(messages, [False] * len(messages), pair.tools, pair.variables)

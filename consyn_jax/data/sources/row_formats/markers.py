@@ -13,7 +13,7 @@ KNOWN = (
 
 
 def pattern(special_tokens: Iterable[str] = ()) -> re.Pattern[str]:
-    """Build a pattern that finds known markers and the special tokens of a tokenizer.
+    """Build a pattern that finds the role markers of chat models, and a tokenizer's special tokens.
 
     >>> bool(pattern().search("<|im_start|>user"))
     True
