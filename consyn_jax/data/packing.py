@@ -1,12 +1,13 @@
-"""Pack documents into sequences of fixed length; every token is a label once per epoch.
+"""Pack documents into sequences of fixed length; a token is a label at most once per epoch.
 
 At stream position p, the label is tokens[p] and the input is tokens[p - 1]. Where a document
 begins, the input is BOS instead. So the model predicts the first token of a document from BOS, and
 predicts its EOS. EOS is never an input.
 
 Some tokenizers have no BOS (Qwen), and some documents already contain BOS (a chat rendered with a
-model's template). In both cases, the first token of the document is only an input. The position
-where this token would be a label is masked like padding, and is a segment of its own.
+model's template). In both cases, the first token of the document is not predicted: it is only the
+input for the second. The position before it has no label, is masked like padding, and is a segment
+of its own.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ def linear(
     Args:
         w: [D, F], where D or F may stand for several dimensions, as for heads.
         recast: Whether the backward pass casts the float32 `w` again. Otherwise the forward pass
-            saves a 16-bit copy, which takes half the weights' memory. Set it to False if the
-            backward pass repeats the forward pass: a second cast would gather sharded weights
-            twice.
+            saves a 16-bit copy, which takes half the weights' memory. Set it to False under
+            rematerialisation: the repeated forward pass casts `w` already, and another cast would
+            gather sharded weights twice.
     """
     return x @ _matrix(x, w)
 

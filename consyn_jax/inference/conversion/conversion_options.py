@@ -44,7 +44,7 @@ class TargetOptions:
     )
     shard_size: str = flag("5GB", "with --to hf: maximum size of a weights file, as in 500MB")
     context: int | None = flag(
-        None, "with --to gguf: context length to declare, in tokens (the model's)"
+        None, "with --to gguf: context length to declare, in tokens (the model's own)"
     )
     license: str | None = flag(None, "license to name in the model card, such as apache-2.0 (none)")
     push_to_hub: str | None = flag(

@@ -88,8 +88,8 @@ class Evaluation:
 def _answers(model: Evaluated) -> dict[str, list[dict[str, Any]]]:
     """Return records of a model's answers, by task.
 
-    Questions come before requests. The record of a question has the generated text and whether it
-    is right. The record of a request has the log-likelihood of each answer.
+    First come the questions that the model answers by generating: the text, and whether it is
+    right. Then come those with given answers: the log-likelihood of each.
     """
     return {
         scores.task.name: [

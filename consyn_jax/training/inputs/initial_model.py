@@ -98,7 +98,7 @@ def base_on(
     The caller adds this dict to every batch.
 
     Args:
-        untrained: Parameters that a model in memory had before training; None for its current ones.
+        untrained: Parameters of a model in memory before this training; None for its present ones.
         types: Dtypes of the frozen weights; None without an adapter.
     """
     if types is None:

@@ -151,7 +151,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
 
     @property
     def time_s(self) -> float:
-        """Seconds since the run began, over all its starts."""
+        """Seconds that the run has taken, summed over its starts, without the time between them."""
         return self._earlier_s + time.perf_counter() - self._began
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Write `report.html`, a page about a run that needs no network, during and after the run."""
+"""Write `report.html`, a page about a run, which loads nothing from the network."""
 
 from __future__ import annotations
 

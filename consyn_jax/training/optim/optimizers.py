@@ -61,7 +61,7 @@ def build_optimizer(
     rate_factors: Any = None,
     multipliers: Mapping[str, Number] | None = None,
 ) -> optax.GradientTransformation:
-    """Build the optimizer that resolved options describe.
+    """Build the optimizer from resolved options.
 
     The update of a parameter p is -rate x multiplier x (factor x direction + weight_decay x p). The
     decay is decoupled from the gradient (Loshchilov and Hutter, 2019), and applies only to

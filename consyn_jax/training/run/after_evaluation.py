@@ -20,7 +20,7 @@ def record_evaluation(
     recorder: Recorder,
     export_best: Callable[[], None],
 ) -> dict[str, Any]:
-    """Record an evaluation, export the model if it is the best so far, and update the plateau.
+    """Record an evaluation, export the best model so far, and inform the plateau schedule.
 
     Returns:
         The line of the log; empty in processes that do not write.

@@ -20,8 +20,8 @@ _NOT_HERE = {
     "checkpoint": "all sizes start from new weights",
     "lora_rank": "all sizes start from new weights",
     "early_stopping_patience": "every run must reach its last step",
-    "save_steps": "a ladder saves checkpoints where its shorter runs start",
-    "keep_every": "a ladder saves checkpoints where its shorter runs start",
+    "save_steps": "a ladder saves a checkpoint at each step from which a shorter run starts",
+    "keep_every": "a ladder saves a checkpoint at each step from which a shorter run starts",
     **dict.fromkeys(
         ("trials", "time_budget", "sampler", "pruner", "vectorize", "storage"), "it is for --search"
     ),

@@ -25,7 +25,7 @@ class Family:
         block: Name of each parameter of a block -> name of its tensor. Parameters with the same
             tensor are concatenated in it, in this order.
         defaults: Values of keys that config.json may omit, as in transformers.
-        renewed: Replaces keys that older versions of transformers wrote by the current ones.
+        renewed: Renames keys of older versions of transformers to the current ones.
         rotates_in_part: Whether the layout supports rotating only a part of each head.
     """
 
