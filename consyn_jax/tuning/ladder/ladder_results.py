@@ -163,8 +163,8 @@ def notes(results: LadderResults) -> list[str]:
         )
     if results.forecast.batch is None:
         said.append(
-            "The critical batch size is unknown: in too few measurements, the gradient "
-            "exceeded its noise."
+            "The critical batch size is unknown: the gradient exceeded its noise in too few of the "
+            "measurements."
         )
     return said
 
