@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from consyn_jax.cli.choices.fine_tuning import LONGEST_TEXT, Settings, with_batch, with_length
 from consyn_jax.cli.choices.row_notes import row_notes
 from consyn_jax.config import DataOptions, RunConfig
 from consyn_jax.errors import UserError, counted, listed
-from consyn_jax.prepare_config import CorpusOptions
+from consyn_jax.prepare_config import HELD_OUT, CorpusOptions
 
 if TYPE_CHECKING:
     from consyn_jax.data.pairs import PairDataset
@@ -110,6 +111,22 @@ def training_data(
         yield _streamed(settings, corpus)
 
 
+def _items(options: CorpusOptions, parts: Sequence[tuple[str, ...]]) -> Iterator[CorpusOptions]:
+    """Yield the options of each item of a mixture.
+
+    A token store has its own splits, so `validation_fraction` is for the other items. If all items
+    are stores, it stays, and preparing them refuses it.
+    """
+    from consyn_jax.data.store.manifest import is_store
+
+    stores = [all(is_store(Path(path)) for path in part) for part in parts]
+    for part, has_splits in zip(parts, stores, strict=True):
+        each = dataclasses.replace(options, data=part)
+        if has_splits and not all(stores):
+            each = dataclasses.replace(each, validation_fraction=HELD_OUT)
+        yield each
+
+
 def _prepared(
     settings: Settings,
     options: CorpusOptions,
@@ -118,10 +135,7 @@ def _prepared(
 ) -> TrainingData:
     """Prepare one token store for all of `--data`, or one for each item of a mixture."""
     config, _ = settings
-    stores = [
-        _prepare(config, dataclasses.replace(options, data=part), tokenizer)
-        for part in _parts(config.data)
-    ]
+    stores = [_prepare(config, each, tokenizer) for each in _items(options, _parts(config.data))]
     _check_pairs(config, stores)
     notes = [note for prepared in stores for note in _notes(prepared, options)]
     if context is not None:

@@ -19,10 +19,12 @@ from consyn_jax.training.logging.live.chart_script import CHART_PAGE_STYLE, SCRI
 from consyn_jax.training.logging.live.history import History
 from consyn_jax.training.logging.live.page_header import HEADER_STYLE, header_section, now
 from consyn_jax.training.logging.live.run_charts import (
-    RunChart,
-    draw_charts,
-    points_json,
+    activity_chart,
+    chart_points,
+    draw_figures,
+    join_points,
     run_charts,
+    section_of,
 )
 
 EVENT_HEAD, SHOWN_EVENTS = ("step", "event", "after", "details"), 1000
@@ -96,20 +98,22 @@ def write_report(
     """
     shown, newest = _samples(samples), _folded("All newest values", _newest(summary or {}))
     events, settings = _event_table(history), _configuration(config, origins or {})
+    charts, resumed = run_charts(history), _resumed(history)
+    figures, points = draw_figures(charts, resumed), chart_points(charts)
     spent = activities()
-    passed_s = sum(spent.values(), 0.0)
-    drawn, resumed = run_charts(history, spent), _resumed(history)
+    passed_s, last = sum(spent.values(), 0.0), activity_chart(history, spent)
+    figures += draw_figures(last, resumed, first=len(charts))
     sections = [
         _state(status, history),
         header_section(about, duration(passed_s) if spent else ""),
         _tiles(history, passed_s),
-        draw_charts(drawn, resumed, THINNED if history.is_thinned else ""),
+        section_of(figures, THINNED if history.is_thinned else ""),
         shown,
         _times(spent, history),
         events,
         *settings,
         newest,
-        _points(drawn, resumed, status),
+        _points([*points, *chart_points(last)], resumed, status),
     ]
     page = _page(directory, "\n".join(filter(None, sections)), status)
     write_whole(directory / PAGE, page.encode("utf-8", "replace"))
@@ -147,10 +151,10 @@ def _configuration(config: Mapping[str, object], origins: Mapping[str, str]) -> 
     )
 
 
-def _points(drawn: Sequence[RunChart], resumed: Sequence[Point], status: Status) -> str:
+def _points(charts: Sequence[str], resumed: Sequence[Point], status: Status) -> str:
     """The HTML script element with the points of the charts as JSON."""
-    points = points_json(
-        drawn,
+    points = join_points(
+        charts,
         resumed,
         alive=status.is_alive,
         written=round(time.time(), 1),

@@ -44,18 +44,9 @@ class RunChart:
     kind: str = "lines"
 
 
-def run_charts(history: History, activities: Mapping[str, float]) -> list[RunChart]:
-    """Make the charts for which the history has points.
-
-    Args:
-        activities: seconds of each activity until now, by key in `metrics.jsonl`.
-    """
-    return [
-        *_loss(history),
-        *_evaluations(history),
-        *_others(history),
-        *_activities(history, activities),
-    ]
+def run_charts(history: History) -> list[RunChart]:
+    """Make the charts for which the history has points, except that of the time by activity."""
+    return [*_loss(history), *_evaluations(history), *_others(history)]
 
 
 def _loss(history: History) -> Iterator[RunChart]:
@@ -98,18 +89,23 @@ def _from_zero(points: Sequence[Point]) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, low + 0.5)
 
 
-def _activities(history: History, now: Mapping[str, float]) -> Iterator[RunChart]:
+def activity_chart(history: History, now: Mapping[str, float]) -> list[RunChart]:
+    """Make the chart of the time by activity; none if the history has no moment.
+
+    Args:
+        now: seconds of each activity until now, by key in `metrics.jsonl`.
+    """
     last = history.last
     place = Point(last["step"], last["tokens"], 0.0, float(last["time_s"]))
     seconds = tuple(now.get(key(name), 0.0) for name in ACTIVITIES)
     moments = [*history.moments, (place, seconds)]
     if len(moments) < 2:
-        return
+        return []
     lines = [
         Line([Point(p.step, p.tokens, values[i], p.time_s) for p, values in moments], name, name)
         for i, name in enumerate(ACTIVITIES)
     ]
-    yield RunChart("Time by activity, as shares", "share", lines, 170, (0.0, 1.0), "stack")
+    return [RunChart("Time by activity, as shares", "share", lines, 170, (0.0, 1.0), "stack")]
 
 
 def draw_charts(
@@ -117,20 +113,31 @@ def draw_charts(
 ) -> str:
     """Format the charts as an HTML section, with tokens on the x axis.
 
-    In the browser, the script replaces them by charts with zoom and other x axes.
-
     Args:
         resumed: points at which the run was resumed, drawn as vertical lines.
         note: a sentence about the charts; "" for none.
         legend: HTML of a legend for all charts; "" if each chart has its own.
     """
-    if not charts:
-        return ""
+    return section_of(draw_figures(charts, resumed, has_legend=not legend), note, legend)
+
+
+def draw_figures(
+    charts: Sequence[RunChart], resumed: Sequence[Point], *, has_legend: bool = True, first: int = 0
+) -> list[str]:
+    """Format each chart as an HTML figure, with tokens on the x axis.
+
+    In the browser, the script replaces them by charts with zoom and other x axes.
+
+    Args:
+        resumed: points at which the run was resumed, drawn as vertical lines.
+        has_legend: whether a chart of several lines has a legend.
+        first: number of the first of these charts on the page.
+    """
     figures = []
-    for i, each in enumerate(charts):
-        has_legend = sum(bool(line.points) for line in each.lines) > 1 and not legend
+    for i, each in enumerate(charts, first):
+        is_labelled = has_legend and sum(bool(line.points) for line in each.lines) > 1
         lines = [
-            Line(thin(x.points, STATIC_BUCKETS), x.look, x.label if has_legend else "", x.dots)
+            Line(thin(x.points, STATIC_BUCKETS), x.look, x.label if is_labelled else "", x.dots)
             for x in each.lines
         ]
         drawn = chart(each.title, lines, each.height, each.limits or (0.0, 1.0), resumed)
@@ -138,6 +145,13 @@ def draw_charts(
         look += " tall" if each.height > 200 else ""
         read = "<p class='read'></p>"
         figures.append(f'<figure class="{look}" id="chart{i}">{drawn}{read}</figure>')
+    return figures
+
+
+def section_of(figures: Sequence[str], note: str, legend: str = "") -> str:
+    """Join figures to an HTML section with a choice of the x axis; empty without figures."""
+    if not figures:
+        return ""
     buttons = "".join(
         f'<button type="button" data-by="{axis}" aria-pressed="false">{name}</button>'
         for axis, name in (("step", "Steps"), ("tokens", "Tokens"), ("time", "Time"))
@@ -154,20 +168,35 @@ def points_json(charts: Sequence[RunChart], resumed: Sequence[Point], **about: A
     Args:
         about: further values for the script.
     """
-    drawn = [
-        {
-            "title": each.title,
-            "unit": each.unit,
-            "kind": each.kind,
-            "height": each.height,
-            "limits": each.limits,
-            "lines": [_line(line) for line in each.lines if line.points],
-        }
+    return join_points(chart_points(charts), resumed, **about)
+
+
+def chart_points(charts: Sequence[RunChart]) -> list[str]:
+    """Format each chart as JSON, for `join_points`."""
+    return [
+        _json(
+            {
+                "title": each.title,
+                "unit": each.unit,
+                "kind": each.kind,
+                "height": each.height,
+                "limits": each.limits,
+                "lines": [_line(line) for line in each.lines if line.points],
+            }
+        )
         for each in charts
     ]
+
+
+def join_points(charts: Sequence[str], resumed: Sequence[Point], **about: Any) -> str:
+    """Join charts that are formatted as JSON to the JSON of a page, as `points_json`."""
     marks = [{"step": p.step, "tokens": p.tokens, "time": p.time_s} for p in resumed]
-    text = json.dumps({"charts": drawn, "marks": marks, **about}, separators=(",", ":"))
-    return text.replace("<", "\\u003c")
+    rest = _json({"marks": marks, **about})
+    return f'{{"charts":[{",".join(charts)}],{rest[1:]}'
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _line(line: Line) -> dict[str, Any]:
