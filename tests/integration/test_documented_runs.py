@@ -44,7 +44,7 @@ ELSEWHERE = {
     "allenai/c4": "the Hub: tests/data/sources/huggingface/test_hub.py",
     "--push_to_hub": "the Hub: tests/inference/conversion/test_hub_upload.py",
     "--distributed": "several processes: tests/integration/test_processes.py",
-    "--ray_address": "a Ray cluster: tests/integration/test_ray.py",
+    "--engine ray": "Ray: tests/integration/test_ray.py",
     "s3://": "buckets: tests/integration/test_buckets.py",
     "--watch": "a server that does not end: tests/reporting/test_runs_page.py",
     "OUTPUT/nonfinite": "a diverged run: tests/integration/test_nonfinite.py",
