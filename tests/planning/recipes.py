@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -14,7 +16,7 @@ from consyn_jax.config import RunConfig, architecture
 from consyn_jax.config_file import read_config_file
 from consyn_jax.distributed.compiled import Instruction, instructions
 from consyn_jax.model_config import ModelConfig
-from consyn_jax.planning.aot import CompiledProgram, compile_train_step
+from consyn_jax.planning.aot import CompiledProgram, compile_train_step, environment
 from consyn_jax.resolve import resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -66,6 +68,21 @@ def attention_calls(kernels: dict[str, int]) -> tuple[int, ...]:
     names = [f"document_attention_{kernel}" for kernel in ("forward", "queries", "keys")]
     assert {name for name in kernels if "attention" in name or "fmha" in name} == set(names)
     return tuple(kernels[name] for name in names)
+
+
+def run_apart(code: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process that can compile for absent devices.
+
+    It has no cache of programs: a program from there gives no warning, and a compiler without a
+    device cannot read it.
+    """
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment() | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
 
 
 class Dumped(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from analyses import array_shapes, matmul_flops, with_length_twice
-from recipes import attention_calls, compiled, compiled_instructions, recipe
+from recipes import attention_calls, compiled, compiled_instructions, recipe, run_apart
 
 from consyn_jax.config import RunConfig, architecture
 from consyn_jax.distributed.auto_mesh import FITS
@@ -257,14 +257,7 @@ jax.jit(lambda x: jax.lax.with_sharding_constraint(x * 2, columns)).lower(like).
 
 def test_the_partitioners_warning_is_found() -> None:
     """Rows over one axis that become columns over another give one."""
-    done = subprocess.run(
-        [sys.executable, "-c", RESHARDS],
-        # A program from the cache of an earlier run would give no warning.
-        env=aot.environment() | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_apart(RESHARDS)
     assert len(aot.resharded(done.stderr)) == 1
     assert aot.resharded(done.stderr)[0].startswith("[SPMD] Involuntary full rematerialization. ")
 

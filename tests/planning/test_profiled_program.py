@@ -1,13 +1,9 @@
 """What `--profile_steps` reads from the program of a GPU."""
 
-import subprocess
-import sys
-
 import pytest
-from recipes import VERSE, compiled_instructions, compiled_text, recipe
+from recipes import VERSE, compiled_instructions, compiled_text, recipe, run_apart
 
 from consyn_jax.model.arithmetic import train_flops_per_token
-from consyn_jax.planning import aot
 from consyn_jax.training.diagnostics.operation_costs import operation_costs
 
 pytestmark = pytest.mark.usefixtures("cuda_packages")
@@ -21,14 +17,7 @@ print(traced_options(parse_topology("h200:1x1").described_devices()))
 
 
 def test_the_compiler_knows_how_to_leave_command_buffers_out() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", OPTIONS],
-        # A compiler without a device cannot read a program from the cache.
-        env=aot.environment() | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_apart(OPTIONS)
     assert done.stdout == "{'xla_gpu_enable_command_buffer': ''}\n"
 
 

@@ -172,7 +172,8 @@ def _expand(name: str, dataset_type: str, flag: str) -> Sequence[Path | Source]:
         if reader.is_source(path):
             return [Source(str(path), reader.kind)]
     if glob.has_magic(name):
-        found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (the pattern may be absolute)
+        # Not `Path.glob`, because the pattern may be absolute.
+        found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
         if not found:
             raise UserError(
                 f"The pattern {name} in --{flag} matches no file. Correct it; a pattern without "

@@ -148,7 +148,7 @@ def closing_lines(
     loss = recorder.last.get("train/loss", math.nan)
     lines = [
         f"{progress.step:,} steps, {progress.tokens:,} target tokens",
-        f"train loss {loss:.4f} in step {progress.step:,} alone; above, a mean of about 20 steps",
+        f"train loss {loss:.4f} in step {progress.step:,} (lines above: means of about 20 steps)",
     ]
     if selection.best_value is not None:
         metric = run.evaluation.metric_for_best_model.replace("/", " ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -17,17 +18,17 @@ class Workers(AbstractContextManager["Workers"]):
     The result is a function of the block, so a store does not depend on the kind of the workers.
     """
 
+    @abstractmethod
     def results(self, blocks: Iterable[tuple[Any, Block]]) -> Iterator[tuple[Any, Block, Result]]:
         """Process (tag, block) pairs; yield (tag, block, result) in the same order.
 
         Raises:
             UserError: a block cannot be processed, or its worker was killed or lost.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """End the workers; blocks in progress are lost."""
-        raise NotImplementedError
 
     def __exit__(self, *_: object) -> None:
         self.close()
