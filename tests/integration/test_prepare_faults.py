@@ -162,8 +162,11 @@ def marked(mark: str) -> list[int]:
 
 def assert_all_end(mark: str, seconds: float = 20) -> None:
     until = time.monotonic() + seconds
-    while marked(mark):
-        assert time.monotonic() < until, "a process outlives the main process"
+    while left := marked(mark):
+        if time.monotonic() > until:
+            names = [Path(f"/proc/{pid}/cmdline") for pid in left]
+            shown = [name.read_text().replace("\0", " ") for name in names if name.exists()]
+            raise AssertionError(f"processes outlive the main process: {shown}")
         time.sleep(0.02)
 
 

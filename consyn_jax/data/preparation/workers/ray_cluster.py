@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from consyn_jax.integers import natural
 
 _MARK = "CONSYN_RAY_OF"  # in the environment of a Ray that this process starts
 LONGEST_S = 20.0  # for an answer of the head node
+_REFUSALS = (ConnectionError, RuntimeError, ValueError, OSError)  # of `ray.init`, beside Ray's own
 _START = (
     "Start Ray on this machine (ray start --head, or ray start --address HEAD:6379 beside others), "
     "or leave --ray_address out for a Ray of this machine alone."
@@ -57,8 +59,12 @@ def connect(address: str | None, processors: int | None) -> Any:
     try:
         with _keeping_sigterm():
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **found)
-    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
-        raise _refusal(f"{name} {given}" if given else "", error) from error
+    except BaseException as error:
+        # An interrupted or failed start leaves processes that `ray.shutdown` does not know of.
+        disconnect(ray)
+        if isinstance(error, (*_REFUSALS, ray.exceptions.RayError)):
+            raise _refusal(f"{name} {given}" if given else "", error) from error
+        raise
     finally:
         del os.environ[_MARK]
     return ray
@@ -71,12 +77,21 @@ def disconnect(ray: Any) -> None:
     shutdown, and are killed.
     """
     ray.shutdown()
-    mark = f"{_MARK}={os.getpid()}".encode()
+    while left := _started_here():  # again, as one of them may just have started another
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def _started_here() -> list[int]:
+    """Processes of a Ray that this process started."""
+    mark, found = f"{_MARK}={os.getpid()}".encode(), []
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # other users' processes, and those that have just ended
-            is_marked = mark in (path / "environ").read_bytes().split(b"\0")
-            if is_marked and int(path.name) != os.getpid():
-                os.kill(int(path.name), signal.SIGKILL)
+            if mark in (path / "environ").read_bytes().split(b"\0"):
+                found.append(int(path.name))
+    return [pid for pid in found if pid != os.getpid()]
 
 
 def _named(address: str | None) -> tuple[str, str]:
