@@ -98,7 +98,7 @@ class ModelOptions:
 def architecture(
     options: ModelOptions, base: ModelConfig | None = None, **tokens: int | None
 ) -> ModelConfig:
-    """Build an architecture from the options of a preset, or from `base` changed by the options.
+    """Build an architecture from `options` alone, or from `base` changed by `options`.
 
     Args:
         base: architecture read from `--model` or `--checkpoint`; None for a preset.
@@ -240,10 +240,10 @@ class HardwareOptions:
     )
     mesh: str = flag(
         "auto",
-        "devices per mesh axis, as in data=2,fsdp=4,context=1,tensor=1; auto: fits the machine",
+        "axis sizes such as data=2,fsdp=4,context=1,tensor=1; auto: a mesh that fits the machine",
     )
     topology: str | None = flag(
-        None, "with --dry_run: plan for these GPUs or TPUs, not this machine: h200:1x8, v5e:2x4"
+        None, "with --dry_run: plan for these GPUs or TPUs, such as h200:1x8 or v5e:2x4"
     )
     fit: str | None = flag(
         None,
@@ -315,7 +315,7 @@ class SavingOptions:
     keep_every: int | None = flag(None, "also keep checkpoints whose step is a multiple of this")
     resume: str = flag(
         "auto",
-        "auto: continue from the newest checkpoint; never: only a new run; STEP: from this step",
+        "auto: continue from the newest checkpoint; STEP: from this one; never: continue no run",
     )
     remote: str | None = flag(None, "s3:// or gs:// URL where a copy of the run is kept")
     overwrite: bool = flag(False, "delete the run in --output and --remote and start a new one")

@@ -25,7 +25,8 @@ class CorpusOptions:
     validation: tuple[str, ...] = flag((), "validation data, instead of a share of --data")
     validation_fraction: float = flag(
         HELD_OUT,
-        "share of the documents held out for validation (of a single long text: its last part)",
+        "share of the documents held out for validation; from a single long text, the last part "
+        "is held out",
     )
     dataset_type: str = flag(
         "auto",
@@ -73,21 +74,21 @@ class CorpusOptions:
     )
     normalize: str | None = flag(
         None,
-        "Unicode normal form of the text (nfc; none for rows with prompts)",
+        "Unicode normal form of the text (nfc; for rows with prompts: none)",
         choices=("nfc", "none"),
     )
     control_characters: str | None = flag(
         None,
-        "what to do with control characters other than tab and line ends (remove; keep in rows "
-        "with prompts)",
+        "what to do with control characters other than tab and line ends (remove; for rows with "
+        "prompts: keep)",
         choices=("remove", "keep"),
     )
     min_chars: int = flag(1, "leave out documents with fewer characters")
     max_chars: int | None = flag(None, "leave out documents with more characters")
     deduplicate: bool | None = flag(
         None,
-        "keep only the first of several documents with the same text (true; false for rows with "
-        "prompts)",
+        "keep only the first of several documents with the same text (true; for rows with "
+        "prompts: false)",
     )
     near_duplicates: float | None = flag(
         None,
@@ -116,8 +117,8 @@ class EngineOptions:
     )
     ray_address: str | None = flag(
         None,
-        "HOST:PORT of a Ray cluster's head node, or auto for the cluster of this machine "
-        "(RAY_ADDRESS, or a Ray of this machine alone)",
+        "HOST:PORT of a Ray cluster's head node; auto: the cluster that this machine belongs to "
+        "(the variable RAY_ADDRESS; if it is not set, a Ray is started on this machine)",
     )
 
 

@@ -85,8 +85,8 @@ def report(findings: Sequence[Finding], *, as_json: bool) -> None:
         print(visible("\n".join(lines(findings))))
     if failing:
         raise UserError(
-            f"Not fit for training: {listed(failing, 8)}. Follow the advice under the lines with "
-            "fail, and run consyn-doctor again."
+            f"Not fit for training: {listed(failing, 8)}. Follow the advice below each line "
+            "marked fail, and run consyn-doctor again."
         )
 
 

@@ -94,8 +94,8 @@ class DocumentFinder:
         sequences_per_step: number of sequences over all micro-batches and processes.
 
     Attributes:
-        used_sources: for the sources of all documents found so far, their entries in sources.json,
-            by name.
+        used_sources: the entries in sources.json for the sources of all documents found so far, by
+            name of the source.
     """
 
     def __init__(self, order: Order, sequences_per_step: int) -> None:

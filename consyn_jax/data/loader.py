@@ -78,7 +78,7 @@ class Shuffled:
         return self.dataset.rows(ids_at(self.seed, positions, len(self.dataset), self.shuffle))
 
     def passes(self, position: int) -> dict[str, int]:
-        """Return {"": the number of complete epochs before `position`}."""
+        """Return the number of complete epochs before `position`; the only key is ""."""
         return {"": position // len(self.dataset)}
 
 

@@ -50,8 +50,8 @@ class Pieces(NamedTuple):
 class PackedSequences(ABC):
     """A split of the data as sequences of equal length.
 
-    The loss counts the labels where "loss_mask" is true. In fine-tuning rows these are the targets;
-    in other data, all tokens. Tokens that are not targets are still inputs, so their "segment_ids"
+    The loss counts the labels where "loss_mask" is true: the targets in fine-tuning rows, and all
+    tokens in other data. Tokens that are not targets are still inputs, so their "segment_ids"
     are above 0. Only padding has segment 0.
 
     Args:
@@ -99,7 +99,8 @@ class PackedSequences(ABC):
     def _unpredicted(self, labels: np.ndarray) -> Bool[np.ndarray, "..."]:
         """Mark labels that the model cannot predict from BOS at the beginning of a document.
 
-        These are all labels if the tokenizer has no BOS, otherwise the labels that are BOS.
+        If the tokenizer has no BOS, these are all labels. Otherwise, they are the labels that are
+        BOS themselves.
         """
         return np.full(labels.shape, True) if self.bos_id is None else labels == self.bos_id
 

@@ -217,7 +217,7 @@ class ProcessGroup:
     def await_end(self, seconds: float) -> None:
         """Wait up to `seconds` for the thread to end this process.
 
-        The thread does so when it learns that another process died, and why.
+        The thread does so when it learns that another process has died.
         """
         self._thread.join(seconds)
 

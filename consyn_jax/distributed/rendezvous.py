@@ -202,8 +202,8 @@ def _check_numbers(
     for other in others:
         if other["num_processes"] != count:
             raise UserError(
-                f"{_name(other)} has --num_processes {other['num_processes']}, and process 0 has "
-                f"{count}. Give all the same --num_processes."
+                f"{_name(other)} has --num_processes {other['num_processes']}, but process 0 has "
+                f"{count}. Give all processes the same --num_processes."
             )
     by_number: dict[int, list[dict[str, Any]]] = {}
     for each in (hello, *others):

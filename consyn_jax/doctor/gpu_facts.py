@@ -47,7 +47,7 @@ class DriverState:
     Attributes:
         version: as in "580.65.06"; empty if no driver is loaded.
         cuda: the newest CUDA that the driver's library supports; None if unknown.
-        problem: why NVML could not be queried; empty if it was.
+        problem: why NVML could not be queried; empty if it could be.
         devices: number of device files of GPUs (`/dev/nvidia0` and so on).
         on_the_bus: number of NVIDIA GPUs on the PCI bus; a container sees all, usable or not.
     """

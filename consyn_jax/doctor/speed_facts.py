@@ -41,7 +41,7 @@ class Speed:
         kind: the device's name.
         matmul_flops: FLOP/s, counting a product of n x n as 2 n^3.
         copy_bandwidth: bytes per second, the sum of reads and writes.
-        problem: why the device could not be measured; empty if it was.
+        problem: why the device could not be measured; empty if it could be.
     """
 
     kind: str

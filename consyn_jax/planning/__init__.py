@@ -1,1 +1,1 @@
-"""Plan the memory and time of a run on absent machines."""
+"""Plan the memory and time of a run for machines that are not at hand."""

@@ -1,9 +1,9 @@
 """Estimate the time of a train step from the rates of matmuls, memory and network.
 
-The estimate adds three times. The first is the total time of the kernels, multiplied by a factor
-for losses that the rates do not explain. The second is the time of collectives that do not overlap
-with kernels. The third is the time of the optimizer. Rates that are not in the table of GPUs are
-constants here and in planning/network.py; docs/design/planning.md has their sources.
+The estimate is the sum of three times. The first is the total time of the kernels, multiplied by a
+factor for delays that the rates do not explain. The second is the time of collectives that do not
+overlap with kernels. The third is the time of the optimizer. Rates that are not in the table of
+GPUs are constants here and in planning/network.py; docs/design/planning.md has their sources.
 docs/planning.md compares estimates with published runs.
 """
 

@@ -78,7 +78,7 @@ def parse(text: str, flag: str = "") -> BucketUrl:
         flag: name of the flag with this value, for messages; "" if unknown.
 
     Raises:
-        UserError: the text is not a valid bucket URL. The message hides a user name or key in it.
+        UserError: the text is not a valid bucket URL. The message hides user names and keys.
     """
     match, place = _URL.fullmatch(text), f"--{flag} {shown(text)}" if flag else shown(text)
     scheme = "" if match is None else match[1].lower()
@@ -98,8 +98,8 @@ def parse(text: str, flag: str = "") -> BucketUrl:
     is_plain = key.isprintable() and all(part not in ("", ".", "..") for part in key.split("/"))
     if key and (not is_plain or len(key.encode(errors="replace")) > MOST_KEY_BYTES):
         raise UserError(
-            f"{place} has a path that is not valid for a file. Write it in printable characters, "
-            f"without //, . or .. between its parts, and in at most {MOST_KEY_BYTES} bytes."
+            f"{place} has a path that is not valid for a file. Use printable characters, no empty "
+            f"part, no . or .. as a part, and at most {MOST_KEY_BYTES} bytes."
         )
     return BucketUrl(scheme, bucket, key)
 
@@ -121,7 +121,7 @@ def understood(values: Mapping[str, Any]) -> dict[str, Any]:
         values: values of all flags, by name.
 
     Returns:
-        New values of the flags that accept URLs of data or models, or local paths.
+        New values of the flags in `READ` and `LOCAL`.
 
     Raises:
         UserError: a flag has a URL that it does not accept.
@@ -144,8 +144,8 @@ def _understood(name: str, value: Any) -> Any:
     if name in LOCAL:
         raise UserError(
             f"--{name} {shown(value)} is a URL, but --{name} needs a path on this machine. Give a "
-            "path; consyn-train --remote URL copies a run to a bucket, and the bucket's own tools "
-            "copy other files."
+            "path. To copy a run to a bucket, use consyn-train --remote URL; to copy other files, "
+            "use the bucket's own tools."
         )
     scheme = value.partition(":")[0].lower()
     if scheme == HUB:
@@ -153,7 +153,7 @@ def _understood(name: str, value: Any) -> Any:
     if scheme not in BUCKETS:
         raise UserError(
             f"--{name} {shown(value)}: {scheme}:// is not supported; s3://, gs:// and hf:// are. "
-            "Download the data, and give its path (consyn-train --remote writes to buckets)."
+            "Download the data, and give its path."
         )
     parse(value, name)
     return value

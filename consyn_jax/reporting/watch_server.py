@@ -88,7 +88,7 @@ class Watched:
 
 
 def open_server(top: Path, port: int) -> ThreadingHTTPServer:
-    """Build the server, which this machine only can reach; `serve_forever` starts it.
+    """Build the server, which only this machine can reach; `serve_forever` starts it.
 
     Raises:
         UserError: `top` is not a directory, or the port cannot be used.

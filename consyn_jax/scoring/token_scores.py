@@ -43,7 +43,7 @@ def token_scores(
     labels_BT: Int[Array, "B T"],
     vocab_size: int,
 ) -> TokenScores:
-    """Scores of the labels under the logits `x @ head.T`, on the mesh in context.
+    """Scores of the labels under the logits `x @ head.T`, on the current mesh.
 
     Logits are computed for some tokens at a time, so that a long batch needs little memory.
 

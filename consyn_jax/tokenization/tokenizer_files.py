@@ -180,8 +180,8 @@ def _declared(config: Mapping[str, Any]) -> dict[int, AddedToken]:
 def add_declared(tokenizer: Tokenizer, declared: Mapping[int, AddedToken]) -> None:
     """Add to the tokenizer the tokens that only tokenizer_config.json declares.
 
-    As in transformers, they are added in the order of their ids. If the two files differ about a
-    token, tokenizer_config.json takes precedence.
+    As in transformers, they are added in the order of their ids. If tokenizer.json describes a
+    token differently, tokenizer_config.json takes precedence.
 
     Raises:
         UserError: a token would get an id other than the declared id.
@@ -200,7 +200,11 @@ def add_declared(tokenizer: Tokenizer, declared: Mapping[int, AddedToken]) -> No
 
 
 def _converted(directory: Path, found: list[str]) -> tuple[str, dict[str, str | None]]:
-    """Convert other vocabulary files with transformers; return the tokenizer.json and the roles."""
+    """Convert a vocabulary such as `vocab.json` with transformers.
+
+    Returns:
+        The text of the tokenizer.json, and the special tokens by role.
+    """
     what = f"{directory} has no {JSON}, only {listed(found, 4)}"
     try:
         from transformers import AutoTokenizer

@@ -64,7 +64,7 @@ class RunInputs:
         warnings: Warnings to print before the run begins.
         make_parameters: Function that makes the trainable parameters, placed on a mesh. The
             training state then owns them.
-        make_base: Function that returns the frozen weights of an adapter run, which are added to
+        make_base: Function that returns the frozen weights of an adapter run, as further entries of
             every batch; an empty dict for other runs.
         files: Format in which best/ and final/ are written and read.
         compile_train_step: Function that compiles the train step of `run`, or of the same run in
@@ -240,7 +240,7 @@ def _open_callbacks(
 
 
 def _advised(inputs: RunInputs) -> RunSettings:
-    """Collect the settings on which advice depends."""
+    """Collect the settings on which the advice printed during the run depends."""
     run, total_steps = inputs.run, inputs.lengths.total_steps
     optimizer, budget = run.optimizer, run.budget
     return RunSettings(
@@ -294,8 +294,8 @@ def open_run(inputs: RunInputs, stack: ExitStack) -> OpenRun:
     )
     if directory.is_adopted:
         console.note(
-            f"The run in {path} was started by a version that gave runs no identity, so it gets "
-            "one now."
+            f"The run in {path} was started by an older version, which gave runs no id, so it gets "
+            "an id now."
         )
     if remote is not None:
         keep, say = (saving.keep_last, saving.keep_every), (console.warn, console.note)

@@ -78,12 +78,12 @@ class ConsynTrainer:
 
     Args:
         model: A `ConsynLMHeadModel`, or a `DeferredModel`.
-        train_dataloader: A dataset of `get_dataset`, a `MixedDataset`, a list or array of token ids
-            for each document, rows or columns with input_ids, or an iterable of batches.
+        train_dataloader: A dataset of `get_dataset`; a `MixedDataset`; documents, each a list or
+            array of token ids; rows or columns with input_ids; or an iterable of batches.
         eval_dataloader: Evaluation data of the same kinds; None for no evaluation.
-        num_epochs, max_steps: Budget; the smaller one applies. 3 epochs if neither is given.
+        num_epochs, max_steps: Limits; the first one reached ends training. By default, 3 epochs.
         learning_rate: Peak learning rate; by default 5e-5 for adamw.
-        tokenizer: Tokenizer for samples and to save; not needed for data of `get_dataset`.
+        tokenizer: Tokenizer that makes samples and is saved; optional for data of `get_dataset`.
         run: A resolved configuration and the origins of its values, as `consyn-train` makes them.
             All arguments that are settings are then ignored.
         notes: Rows of name and value for the header, which is printed at the start.
@@ -94,7 +94,7 @@ class ConsynTrainer:
         UserError: A setting or the data is wrong; `train` checks devices and directories.
     """
 
-    began: float | None = None  # `time.perf_counter()` when the run began; None if at `train`
+    began: float | None = None  # `time.perf_counter()` at the start; None if `train` is the start
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 """Compiled programs shared by trials that differ only in numbers, such as the learning rate.
 
 In `consyn-train`, learning rates, decay, betas, clipping, dropout and seed are constants of the
-train step. Here they are arrays in its batch, under `NUMBERS`. The step comes from the same code:
-`Program.train_step` of a program whose numbers are arguments.
+train step. Here they are arrays in the batch, under the key `NUMBERS`. The code is the same:
+`with_numbers` puts these arrays into a `Program`, which then makes its usual train step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from consyn_jax.training.run.identity import SCHEDULE_FLAGS
 from consyn_jax.training.step import Batch, Metrics, Step, TrainState, is_used
 from consyn_jax.validation import parse_multipliers
 
-NUMBERS = "numbers"  # in a batch: the numbers of the trial, by flag, and its rates
+NUMBERS = "numbers"  # key in a batch: a trial's numeric hyperparameters by flag, and its rates
 RATES = "rates"  # the learning rate of each update [steps]
 MULTIPLIERS = "lr_multipliers"  # by group
 Numbers = dict[str, Any]
@@ -270,6 +270,9 @@ class TrialProgram(Program):
         return TrainState(step, params, opt_state, nonfinite)
 
     def lower_eval_step(self, batch_size: int, length: int) -> Any:
-        """Return an object whose `compile()` returns the evaluation, compiled once per key."""
+        """Return an object whose `compile()` returns the compiled evaluation.
+
+        Trials with the same key share one compiled evaluation.
+        """
         shared, _, key = self._key
         return _Ready(shared.evaluation(self, key, batch_size, length))

@@ -37,6 +37,6 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def delete_study(output: Path) -> None:
-    """Delete the files of a study, and no others, in its directory."""
+    """Delete the files of a study from its directory; other files stay."""
     for name in (PAGE, RECIPE, TRIALS_DIRECTORY, STUDY):
         remove(output / name)

@@ -119,9 +119,9 @@ class Tuning:
         trainer = TrialTrainer(self.shared, [], **self.trainer_inputs(self.base))
         seconds = step_seconds(trainer, most)
         found = max((n for n in seconds if pays(seconds, n)), default=1)
-        told = ", ".join(f"{n} in {duration:.3g} s" for n, duration in seconds.items())
+        told = ", ".join(f"{duration:.3g} s with {n}" for n, duration in seconds.items())
         with Console(quiet=self.quiet) as console:
-            console.note(f"Trials side by side: {found}, by the time of a step: {told}.")
+            console.note(f"Trials side by side: {found}. Measured time of a step: {told}.")
         return found
 
     def _work(self, lanes: int = 1, lane: Lane | None = None) -> None:

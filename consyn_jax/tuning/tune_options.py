@@ -1,4 +1,7 @@
-"""The settings of `consyn-tune`: settings of a run, and of the search. JAX is not imported."""
+"""The settings of `consyn-tune`: those of the runs and those of the search.
+
+JAX is not imported, so that `consyn-tune --help` is quick.
+"""
 
 from __future__ import annotations
 
@@ -60,8 +63,7 @@ class StudyOptions:
     )
     time_budget: str | None = flag(
         None,
-        "begin no new trial when this time has passed since the start of the command, as "
-        "in 90s, 30m, 8h or 2d",
+        "start no new trial once the command has run this long, such as 90s, 30m, 8h or 2d",
     )
     metric: str | None = flag(None, "evaluation metric to optimise (from --metric_for_best_model)")
     sampler: str = flag(
@@ -76,8 +78,8 @@ class StudyOptions:
     )
     storage: str | None = flag(
         None,
-        "URL of a database for the study, to use processes on several hosts, which must also "
-        "share --output (a journal file in --output)",
+        "URL of the database that stores the study, for processes on several hosts; all hosts "
+        "must share --output (a journal file in --output)",
     )
 
 

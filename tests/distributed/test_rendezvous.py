@@ -60,7 +60,9 @@ def test_different_numbers_of_processes() -> None:
         first = threads.submit(together, 0, count=2, port=port, arrive_s=SHORT)
         second = threads.submit(together, 2, count=3, port=port, arrive_s=SHORT)
         assert first.result() == second.result()
-    words = "has --num_processes 3, and process 0 has 2. Give all the same --num_processes."
+    words = (
+        "has --num_processes 3, but process 0 has 2. Give all processes the same --num_processes."
+    )
     assert words in first.result()[0]
 
 

@@ -177,7 +177,9 @@ def test_a_run_of_a_version_without_identities_and_manifests_goes_on(
     flags = [flag for flag in FLAGS if flag != "--quiet"]
     again = here(run.path, *flags, "--data", corpus)
     assert again.code == 0, again.said
-    assert "was started by a version that gave runs no identity, so it gets one now" in again.said
+    assert (
+        "was started by an older version, which gave runs no id, so it gets an id now" in again.said
+    )
     assert "was exported by an older version, without a manifest" in again.said
     assert again.weights == whole.weights
     assert "This run is complete" in here(run.path, *FLAGS, "--data", corpus).said

@@ -223,7 +223,7 @@ class _Pieces:
         self.chats: dict[int, EncodedChat] = {}
 
     def add(self, document: Document, begun: bool, ended: bool) -> None:
-        """Add a document; `begun` and `ended` are as for `DocumentEncoder._ids`."""
+        """Add a document; `begun` and `ended`: whether it includes its beginning and its end."""
         self.first.append(len(self.texts))
         if document.chat is not None:
             self.chats[len(self.texts)] = document.chat

@@ -1,8 +1,8 @@
 """Split long documents into parts of about a megabyte, at places that no token spans.
 
-So a document of any length can be cleaned and tokenised in bounded memory and by several processes,
-with the same ids as in one piece. The cuts depend only on the text, so equal documents from
-different files have equal parts.
+So a document of any length can be cleaned and tokenised in bounded memory and by several processes.
+The ids are the same as for the whole document. The cuts depend only on the text, so equal documents
+from different files have equal parts.
 """
 
 from __future__ import annotations

@@ -218,7 +218,7 @@ class ShardWriter:
     def close(self) -> dict[str, Any] | None:
         """Close the files and return the shard's entry in the manifest.
 
-        A shard without documents is deleted and returns None.
+        If the shard has no documents, delete its files and return None.
         """
         self.flush(sync=True)
         if not self.documents:

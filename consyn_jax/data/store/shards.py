@@ -52,7 +52,10 @@ class Tokens(ABC):
     @property
     @abstractmethod
     def starts(self) -> Int64[np.ndarray, " num_documents"]:
-        """Start of each document, checked; a new memory map if the tokens are on disk."""
+        """Token position at which each document starts; the positions have been checked.
+
+        If the tokens are on disk, each access makes a new memory map.
+        """
 
     @abstractmethod
     def read(self, start: int, out: np.ndarray) -> None:
@@ -218,7 +221,7 @@ class Shard(Tokens):
         self._compare(digest, self._index, "index_sha256")
         if not rising or last >= self.num_tokens:
             raise _damaged(
-                f"the positions of documents in {self._index.path} do not begin at 0 and increase"
+                f"the document starts in {self._index.path} do not begin at 0, or do not increase"
             )
         self._index_verified = True
 
@@ -246,7 +249,8 @@ class Shard(Tokens):
         # An id outside the vocabulary would silently select a wrong embedding.
         if top >= self._vocab_size:
             raise _damaged(
-                f"{self._tokens.path} has token id {top}, but a vocabulary of {self._vocab_size}"
+                f"{self._tokens.path} has token id {top} outside the vocabulary of "
+                f"{self._vocab_size}"
             )
         self.delimiter = int(final[0]) if delimits else None
 

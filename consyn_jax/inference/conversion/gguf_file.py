@@ -90,7 +90,7 @@ def write_gguf(
         about: Values of the metadata "name" and "license".
 
     Returns:
-        Sentences about differences in llama.cpp.
+        Sentences on how the file or llama.cpp differs from the model.
 
     Raises:
         UserError: llama.cpp cannot run this model or its tokenizer, or a value is too large for
@@ -109,7 +109,7 @@ def write_gguf(
     types = [type_of(tensor, dtype) for tensor in hf_tensors(config)]
     if dtype == "q8_0" and "F16" in types:
         coarser = counted(types.count("F16"), "tensor")
-        notes = (*notes, f"{coarser} with rows that are not a multiple of {BLOCK} are in F16")
+        notes = (*notes, f"{coarser} whose row length is not a multiple of {BLOCK} are in F16")
     return notes
 
 

@@ -52,7 +52,7 @@ class Vocabulary:
         merges: Merges of a "gpt2" vocabulary.
         scores: Scores of a "llama" vocabulary.
         adds_space: Whether a space is put in front of a text.
-        notes: Sentences about differences in llama.cpp.
+        notes: Sentences about differences between llama.cpp and the tokenizer.
     """
 
     model: str
@@ -74,7 +74,7 @@ def vocabulary(tokenizer: BPETokenizer, size: int) -> Vocabulary:
     content = json.loads(tokenizer.to_json())
     kind = content["model"].get("type", "BPE")
     if kind != "BPE":
-        raise _refused(f"it is a {kind} model, but only BPE can be written")
+        raise _refused(f"the tokenizer is a {kind} model, but only BPE can be converted")
     if content["model"].get("byte_fallback") or not _has_bytes(content):
         return _sentencepiece(tokenizer, content, size)
     return _byte_level(content, size)
@@ -131,7 +131,7 @@ def _filled(tokens: dict[int, tuple[str, int]], size: int) -> tuple[list[str], l
     texts = [text for text, _ in rows]
     if len(set(texts)) < size:
         twice = next(text for number, text in enumerate(texts) if text in texts[:number])
-        raise _refused(f"two of its ids have the text {twice!r}")
+        raise _refused(f"two ids have the text {twice!r}")
     return texts, [kind for _, kind in rows]
 
 
@@ -156,7 +156,7 @@ def _byte_level(content: Mapping[str, Any], size: int) -> Vocabulary:
 
 
 def _split_name(content: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """The name of the pre-tokenizer, and notes about differences in llama.cpp."""
+    """The name of the pre-tokenizer, and notes on how llama.cpp differs from the tokenizer."""
     steps = tuple(_steps(content.get("pre_tokenizer")))
     if steps not in SPLITS:
         raise _refused(
@@ -165,22 +165,22 @@ def _split_name(content: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     normalizer = content.get("normalizer") or {}
     kinds = [part["type"] for part in normalizer.get("normalizers", [normalizer]) if part]
     if set(kinds) - {"NFC"}:
-        raise _refused(f"it changes text before splitting ({', '.join(kinds)})")
+        raise _refused(f"the tokenizer changes text before splitting it ({', '.join(kinds)})")
     ignores = bool(content["model"].get("ignore_merges"))
     name = SPLITS[steps][ignores]
     if name is None:
         raise _refused(
-            "it looks up whole words in its vocabulary before it merges"
+            "the tokenizer looks up whole words in its vocabulary before merging"
             if ignores
-            else "it applies merges to words that are themselves tokens"
+            else "the tokenizer applies merges to words that are themselves tokens"
         )
     notes = []
     if kinds:
-        notes.append("llama.cpp does not normalise text to NFC, as this tokenizer does")
+        notes.append("this tokenizer normalises text to NFC, but llama.cpp does not")
     if name == "gpt-4o":
         notes.append(
             "llama.cpp splits words with combining marks, or with inner capitals beyond A-Z, "
-            "otherwise than this tokenizer"
+            "differently from this tokenizer"
         )
     return name, tuple(notes)
 
@@ -247,7 +247,7 @@ def _pieces(content: Mapping[str, Any]) -> Iterator[Piece]:
         if {text[:cut], text[cut:]} <= usable and (text[:cut], text[cut:]) not in known
     ]
     if ranks != sorted(ranks) or missing:
-        raise _refused("the order of its merges cannot be expressed by scores of tokens")
+        raise _refused("the order of the merges cannot be expressed by scores of tokens")
     for text, _ in sorted(model["vocab"].items(), key=lambda item: item[1]):
         is_byte = len(text) == 6 and text.startswith("<0x") and text.endswith(">")
         kind = BYTE if is_byte else NORMAL
@@ -269,14 +269,16 @@ def _check_spaces(content: Mapping[str, Any]) -> bool:
         elif step["type"] == "Replace" and step["content"] == SPACE:
             replaces = replaces or step["pattern"] == {"String": " "}
         else:
-            raise _refused(f"it changes text before it splits it (normalizer {step['type']})")
+            raise _refused(
+                f"the tokenizer changes text before splitting it (normalizer {step['type']})"
+            )
     if splitter.get("type") == "Metaspace":
         replaces = splitter["replacement"] == SPACE
         adds = adds or splitter.get("prepend_scheme", "always") != "never"
         if splitter.get("split", True):
-            raise _refused("it splits text at spaces before it merges")
+            raise _refused("the tokenizer splits text at spaces before merging")
     elif splitter:
-        raise _refused(f"it splits text by {splitter.get('type')} before it merges")
+        raise _refused(f"the tokenizer splits text by {splitter.get('type')} before merging")
     if not replaces:
-        raise _refused(f"it does not write spaces as {SPACE}")
+        raise _refused(f"the tokenizer does not write spaces as {SPACE}")
     return adds

@@ -1,4 +1,4 @@
-"""Write `--output`: JSON Lines in the order of the prompts, renamed when complete."""
+"""Write `--output` as JSON Lines, in the order of the prompts."""
 
 from __future__ import annotations
 

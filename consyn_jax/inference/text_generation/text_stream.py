@@ -19,7 +19,7 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Decoder:
-    """Creates text streams for a tokenizer, which share one table of its single-byte tokens.
+    """Creates the text streams of a tokenizer; all share one table of its single-byte tokens.
 
     A run of byte tokens is decoded as a unit: if it is not UTF-8, each byte becomes U+FFFD.
     """

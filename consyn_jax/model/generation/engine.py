@@ -156,7 +156,7 @@ class Engine:
         self._stopped.add(request)
 
     def reserve(self, tokens: int) -> None:
-        """Grow the KV cache to texts of this many tokens, unless it is already large enough."""
+        """Grow the KV cache to hold texts of `tokens` tokens, unless it is already large enough."""
         config, weights = self.plan.config, self._weights
         size = min(round_up(bucket(max(tokens, 1), config.context), 8), config.context)
         if size > self._size:
@@ -260,7 +260,7 @@ class Engine:
         return Piece(text.number, tuple(tokens), ends)
 
     def _requeue(self, places: list[_Text | None], waiting: deque[_Text]) -> None:
-        """Move each text whose rotary embedding changes back to the queue, for a new prefill."""
+        """Return texts to the queue for a new prefill when their rotary embedding changes."""
         for slot, text in enumerate(places):
             if text is not None and len(text.ids) == self._segment_end(text):
                 places[slot] = None
@@ -302,6 +302,6 @@ def check_request(request: Request, context: int) -> None:
         )
     if T + request.max_tokens > context:
         raise UserError(
-            f"{where} has {T:,} tokens, which with {request.max_tokens:,} new ones exceed the "
+            f"{where} has {T:,} tokens, and with {request.max_tokens:,} new tokens it exceeds the "
             f"model's context of {context:,}. Ask for at most {context - T:,} new tokens."
         )

@@ -16,9 +16,9 @@ class Selection:
 
     Attributes:
         best_value, best_step: Value and step of the best evaluation; None before the first.
-        stale: Number of evaluations since `reference` was last improved by more than `min_delta`.
-        reference: Value with which early stopping compares. An improvement by less than `min_delta`
-            gives a new best model, but does not change the reference.
+        stale: Number of evaluations since `reference` last changed.
+        reference: Value that an evaluation must improve by more than `min_delta` to count for early
+            stopping. A smaller improvement gives a new best model, but does not change `reference`.
     """
 
     best_value: float | None = None

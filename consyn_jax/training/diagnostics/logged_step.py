@@ -101,7 +101,7 @@ def repeat_logged_step(
     Args:
         run: Configuration of the run.
         make_parameters: Function that makes the initial parameters of the run on a mesh.
-        make_base: Function that returns the frozen weights of an adapter run, which are added to
+        make_base: Function that returns the frozen weights of an adapter run, as further entries of
             every batch; an empty dict for other runs.
 
     Raises:
@@ -165,7 +165,8 @@ def _state_before(
         return program.initial_state(make_parameters(program.mesh)), new, skipped
     if step <= branched:
         raise UserError(
-            f"This run begins after step {branched:,} of another run (--decay_from). Name that run."
+            f"This run begins after step {branched:,} of another run (--decay_from). Give the "
+            "directory of that run."
         )
     origin = Path(run.saving.output) / CHECKPOINTS
     return *beginning.branch(origin, branched, program.state_like, new), skipped

@@ -93,10 +93,11 @@ def range_test(
 ) -> Curve:
     """Train with rising rates until the rates or the batches are used up, or the loss diverges.
 
-    The loss counts as diverged if it or the gradient is not finite, or if its running mean is a
-    quarter above the loss before training: the model has then lost all that it learned. fastai
-    stops at four times the best loss instead. For losses in nats, that would be too late: a short
-    run starts at ln V and stays above half of ln V, so the threshold would be above 2 ln V.
+    The loss has diverged if it or the gradient is not finite. It has also diverged if its running
+    mean exceeds 1.25 times the loss before training, because the model has then lost all that it
+    learned. fastai stops at four times the best loss instead. For losses in nats, that would be too
+    late: a short run starts at ln V and stays above half of ln V, so the threshold would be above
+    2 ln V.
 
     Args:
         step: Compiled train step whose optimizer has the schedule `rising_schedule(rates)`.
@@ -176,7 +177,7 @@ class Suggestion:
         reason: A sentence for the user.
         rule: The rule that suggests `rate`, a key of `candidates`.
         candidates: Learning rate that each of `RULES` suggests.
-        smoothed: Smoothed losses, without a last loss that is not finite.
+        smoothed: Smoothed losses. If the last loss is not finite, it is left out.
     """
 
     rate: float | None
@@ -196,8 +197,8 @@ def suggest(curve: Curve) -> Suggestion:
     - "steepest", as in Lightning: the rate at which the loss falls fastest.
     - "lowest / 10", fastai's first rule: a tenth of the rate with the lowest loss.
     - "valley", fastai's later rule: a rate midway along the descent. Here, the descent begins where
-      it is steepest. In fastai it begins at the start of the curve, so that the result depends on
-      the first rate that was tried.
+      it is steepest. In fastai it begins at the start of the curve, which makes the result depend
+      on the first rate that was tried.
 
     The first two rules suggest rates that are several times too low for a model with random
     weights, in which the loss falls fastest while the model learns which tokens are frequent.
@@ -262,7 +263,7 @@ def _smooth(y: Float[np.ndarray, " steps"], width: float) -> Float[np.ndarray, "
 
 
 def _standard_error(y: Float[np.ndarray, " steps"], width: float) -> float:
-    """Estimate the standard error of a smoothed loss; it ignores trend and outliers in `y`."""
+    """Estimate the standard error of a smoothed loss, without effects of trend and outliers."""
     jumps = np.diff(y)
     noise = 1.4826 * float(np.median(np.abs(jumps - np.median(jumps)))) / math.sqrt(2)
     return noise / math.sqrt(2 * math.sqrt(math.pi) * width)

@@ -93,7 +93,7 @@ class Summary:
             count in full.
         largest: Operations with the longest total time: name, part, seconds and number of
             executions.
-        least: By part, the least seconds that the device needs for its FLOPs and its bytes.
+        least: Lower bound of the time of each part, from its FLOPs and the bytes that it moves.
         hidden_share: Share of the time of collectives in which other operations ran; None without
             collectives.
     """
@@ -217,7 +217,7 @@ def _largest(operations: Iterable[Operation]) -> tuple[tuple[str, str, float, in
 def _least(
     operations: Sequence[Operation], costs: Mapping[str, Cost], gpu: DescribedGpu
 ) -> dict[str, Least]:
-    """The least time of each part; the network bounds collectives, so they have none."""
+    """The lower bound of each part's time, except for collectives, which the network limits."""
     least, before = dict[str, Least](), ""
     for operation in operations:
         # One operation may run several kernels, such as a matmul and the sum of its pieces.

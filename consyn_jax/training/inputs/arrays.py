@@ -61,7 +61,7 @@ def complete(raw: Any, labels_are_ids: bool | None = None) -> Batch:
 
 
 def are_ids(ids: np.ndarray, labels: np.ndarray) -> bool | None:
-    """Whether the labels equal the input_ids, without a shift; None if these arrays do not show it.
+    """Whether the labels equal the input_ids, without a shift; None if this cannot be told.
 
     >>> are_ids(np.array([5, 6, 7]), np.array([-100, 6, 7]))
     True
@@ -75,7 +75,7 @@ def are_ids(ids: np.ndarray, labels: np.ndarray) -> bool | None:
 
 
 def shown_labels(raw: Any) -> bool | None:
-    """Whether the labels of a batch equal its input_ids; None without labels or with too few."""
+    """Whether the labels of a batch equal its input_ids; None if this cannot be told."""
     arrays = _arrays(raw)
     return are_ids(arrays["input_ids"], arrays["labels"]) if "labels" in arrays else None
 
@@ -83,8 +83,8 @@ def shown_labels(raw: Any) -> bool | None:
 def described_labels(batch: Batch, labels_are_ids: bool | None) -> str:
     """Describe unusual labels for the run's header; return "" if the labels are the next tokens.
 
-    At least half of the labels must equal the next token, not all: the label at the end of a
-    document may differ. Collators for masked language models make labels that fail this test.
+    Labels are unusual if more than half of them differ from the next token. Some may differ, such
+    as the label at the end of a document. Collators for masked language models make unusual labels.
 
     Args:
         batch: The first batch or row, from `complete`.

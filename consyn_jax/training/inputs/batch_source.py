@@ -73,7 +73,7 @@ class BatchSource(ABC):
 
 
 def described(**sources: BatchSource | None) -> list[tuple[str, str]]:
-    """Make header rows from the descriptions of sources and of their evaluation requests."""
+    """Describe sources and their evaluation requests, in rows of the run's header."""
     found = []
     for name, source in sources.items():
         if source is not None and source.description:

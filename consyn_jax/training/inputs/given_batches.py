@@ -42,8 +42,8 @@ class GivenBatches(BatchSource):
     split. Shorter rows are filled up with masked tokens.
 
     Args:
-        batch_size: Sequences per batch. Micro-batches may be smaller if their size divides this, as
-            with `--auto_batch`.
+        batch_size: Sequences per batch. Micro-batches may be smaller if their size divides
+            `batch_size`, as with `--auto_batch`.
         block_size: Tokens per sequence.
         vocab_size: Size of the vocabulary; all ids must be below it.
 

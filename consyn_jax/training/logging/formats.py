@@ -19,7 +19,7 @@ def compact(value: float | int, digits: int = 3) -> str:
 
 
 def decimals(value: float | int, most: int = 4) -> str:
-    """Format a number with fewer decimals the larger it is, and at most `most`.
+    """Format a number with at most `most` decimals; larger numbers get fewer.
 
     >>> [decimals(v) for v in (3.21, 24.83, 48213.7, 2e9)]
     ['3.2100', '24.83', '48,214', '2e+09']

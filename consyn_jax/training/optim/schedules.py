@@ -214,7 +214,7 @@ def count_steps(
     tokens_per_sequence: int,
     sequences_per_epoch: int | None,
 ) -> int:
-    """Count the steps of a run: the smallest of its budgets, or the end of its decay.
+    """Count the steps to the first limit of a run; with `--decay_from`, to the end of the decay.
 
     Args:
         tokens_per_sequence: Tokens in a row of a batch.

@@ -62,7 +62,7 @@ def stops_early(progress: Progress, options: EvaluationOptions) -> bool:
 
 
 def is_over(progress: Progress, total_steps: int, options: EvaluationOptions) -> bool:
-    """Whether the run has no steps left: by the budget, by early stopping, or by a callback.
+    """Whether the budget, early stopping or a callback has ended the run.
 
     Args:
         total_steps: Total steps of the budget. A run that a callback ended continues if the budget

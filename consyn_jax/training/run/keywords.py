@@ -42,7 +42,7 @@ def refuse_settings(settings: dict[str, Any]) -> None:
     """Refuse settings given to `train`, which takes none.
 
     Raises:
-        UserError: There is a setting. If its name is unknown, the message suggests a similar name.
+        UserError: A setting is given. If its name is unknown, the message suggests a similar name.
     """
     if settings:
         resolve(settings, given_as="keyword")

@@ -62,7 +62,7 @@ def has_manifest(directory: Path) -> bool:
 
 
 def disagreement(directory: Path) -> str | None:
-    """Find the first difference between a model and its manifest, as a clause; None if they agree.
+    """Describe the first difference between a model and its manifest; None if they agree.
 
     All files in the manifest are read. Files that are not in the manifest are ignored.
     """
@@ -70,7 +70,7 @@ def disagreement(directory: Path) -> str | None:
 
 
 def disagreements(directory: Path) -> Iterator[str]:
-    """Find all differences between a model and its manifest, each as a clause."""
+    """Describe all differences between a model and its manifest, one per file."""
     expected = _listed(directory)
     if isinstance(expected, str):
         yield expected
@@ -81,7 +81,7 @@ def disagreements(directory: Path) -> Iterator[str]:
 
 
 def added(directory: Path) -> Iterator[str]:
-    """Find files in a model's directory that are not in its manifest, each as a clause.
+    """Report each file in a model's directory that is not in its manifest.
 
     Hidden files are left out, because file managers and downloads create them.
     """
@@ -95,7 +95,7 @@ def added(directory: Path) -> Iterator[str]:
 
 
 def _listed(directory: Path) -> dict[str, dict[str, Any]] | str:
-    """Read the entries of a manifest, by file; or return a clause that says why it is unusable."""
+    """Read the entries of a manifest, by file; if it is unusable, return the reason."""
     try:
         with open(directory / MANIFEST, "rb", opener=open_regular) as opened:
             files = json.loads(opened.read(LARGEST))["files"]

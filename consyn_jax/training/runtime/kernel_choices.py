@@ -1,7 +1,7 @@
 """Kernels that XLA chose by timing on a GPU, kept so that a resumed run uses the same ones.
 
 XLA times several kernels for each matmul and fusion of a program. JAX keeps each choice in a small
-file beside the compiled programs. Another kernel adds in another order, so a run that is resumed
+file beside the compiled programs. Another kernel sums in another order, so a run that is resumed
 with an empty cache, or on another machine, would differ in the last bits. The run directory
 therefore has a copy of the choices in kernels.json, which contains no code.
 """
@@ -39,7 +39,7 @@ class KernelChoices:
     """The kernel choices of a run.
 
     Attributes:
-        made_with: Device and versions with which the choices were made, as from `made_here`.
+        made_with: Device and versions with which the choices were made, in the form of `made_here`.
         files: Content of each file, by path in the directory of choices.
     """
 
@@ -73,7 +73,7 @@ class KernelChoices:
 
 
 def made_here() -> dict[str, str]:
-    """Return the device and the versions on which the choices of this process depend."""
+    """Return this process's device and versions, on which its kernel choices depend."""
     device = jax.local_devices()[0]
     return {
         "device": device.device_kind,

@@ -1,4 +1,4 @@
-"""The settings of `consyn-tune --ladder`, with checks that read no data. JAX is not imported."""
+"""The settings of `consyn-tune --ladder`, and checks that need neither data nor JAX."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class LadderOptions:
     )
     predict: tuple[str, ...] = flag(
         (),
-        "with --ladder: budgets for which to predict losses and the best model size, as "
-        "flops=1e20 or tokens=20e9 (--tokens_per_parameter for each of verse, stanza and epic)",
+        "with --ladder: budgets for which to predict losses and the best model size, such as "
+        "flops=1e20 or tokens=20e9 (for verse, stanza and epic: --tokens_per_parameter)",
     )
 
 
@@ -148,8 +148,8 @@ def check_given(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
             raise UserError(f"--{name} does not work with --ladder: {reason}. Leave it out.")
     if values["scheduler"] not in ("wsd", defaults["scheduler"]):
         raise UserError(
-            f"--scheduler {values['scheduler']} does not work with --ladder, whose shorter runs "
-            "start from a constant learning rate, as wsd has. Leave --scheduler out."
+            f"--scheduler {values['scheduler']} does not work with --ladder, because shorter runs "
+            "begin where the learning rate of wsd is constant. Leave --scheduler out."
         )
 
 

@@ -1,4 +1,7 @@
-"""Shared programs of lanes: the train step and the evaluation of a trial, mapped by `jax.vmap`."""
+"""Compile the train step and the evaluation for all lanes at once, with `jax.vmap`.
+
+A lane is a thread that trains one trial after another (see `lane.py`).
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ from consyn_jax.tuning.varied_run import VariedRun
 
 GROWTH = 1.1  # least growth of the steps per second for which `auto` doubles the number of lanes
 FEWEST, MEASURED_S = 4, 1.0  # least number of steps, and of seconds, of a measurement
-# One value of each of these flags needs another program: advice to leave this value out.
+# Flags with one value that needs another program, and advice to leave this value out.
 _REMEDIES = {
     **dict.fromkeys(("dropout", "momentum"), "Begin it above 0"),
     "scheduler": "Remove plateau from its values",
@@ -97,7 +100,7 @@ class LanesEvaluation:
 
 @dataclass(frozen=True)
 class LaneCall:
-    """A program for all lanes that one lane calls with its own arguments."""
+    """A lane's part in a program that runs for all lanes at once."""
 
     lane: Lane
     program: LanesStep | LanesEvaluation
@@ -153,10 +156,10 @@ class LanePrograms(SharedPrograms):
 def lanes_step(
     shared: SharedPrograms, program: Program, run: RunConfig, numbers: Numbers, lanes: int
 ) -> LanesStep:
-    """Compile the train step for this number of lanes, or reuse that of an earlier trial.
+    """Compile the train step for this number of lanes, or reuse the step of an earlier trial.
 
     Args:
-        program: the program before it is compiled, which is the same for all trials.
+        program: the program to compile; it is the same for all trials.
         run: the run of this trial.
         numbers: hyperparameters of this trial that the compiled step takes as arguments.
 
@@ -270,7 +273,7 @@ def pays(seconds: Mapping[int, float], lanes: int) -> bool:
 
 
 def _fastest(step: LanesStep, states: list[Any], batch: Batch) -> float:
-    """Seconds per step, of the fastest of several steps."""
+    """Time several steps, and return the seconds of the fastest."""
     times: list[float] = []
     while len(times) < FEWEST or sum(times) < MEASURED_S:
         began = time.perf_counter()

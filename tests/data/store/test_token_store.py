@@ -305,10 +305,10 @@ def test_a_changed_byte_is_found_on_the_first_read_of_that_shard(
         (
             "validation-00000.tokens",
             np.full(9, 300, "<u2"),
-            "token id 300, but a vocabulary of 259",
+            "token id 300 outside the vocabulary of 259",
         ),
-        ("validation-00000.index", np.array([5], "<u8"), "do not begin at 0 and increase"),
-        ("validation-00000.index", np.array([2**63], "<u8"), "do not begin at 0 and increase"),
+        ("validation-00000.index", np.array([5], "<u8"), "do not begin at 0, or"),
+        ("validation-00000.index", np.array([2**63], "<u8"), "do not begin at 0, or"),
     ],
 )
 def test_content_is_checked_even_if_the_checksums_fit(

@@ -87,7 +87,7 @@ def test_prompts_that_do_not_fit_are_refused(params: Params) -> None:
     model = ConsynLMHeadModel.from_parameters(CONFIG, params)
     with pytest.raises(UserError, match="Prompt 0 is empty"):
         model.generate(jnp.zeros((1, 0), jnp.int32), 4)
-    message = r"5 tokens, which with 28 new ones exceed the model's context of 32\. Ask for at most 27 new tokens\."
+    message = r"5 tokens, and with 28 new tokens it exceeds the model's context of 32\. Ask for at most 27 new tokens\."
     with pytest.raises(UserError, match=message):
         model.generate(PROMPT, 28)
 

@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match="Prompt 0 is empty"):
         texts(made, [Request([], 4)])
     with pytest.raises(
-        UserError, match=r"60 tokens, which with 5 new ones exceed the model's context of 64"
+        UserError, match=r"60 tokens, and with 5 new tokens it exceeds the model's context of 64"
     ):
         texts(made, [Request([1] * 60, 5)])
 

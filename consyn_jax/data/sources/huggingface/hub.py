@@ -4,8 +4,9 @@
 `stream` stores nothing on the disk, but a resumed run has to skip all earlier rows. No code from
 the data is run.
 
-`identity` finds the commit of a dataset once, and returns a name that includes the commit. So the
-commit in the cache key is the commit that is read.
+`identity` finds the commit of a dataset once, and returns a name that includes the commit. The
+rows are read by this name, which is also part of the token store's cache key. So the store cannot
+have the rows of another commit.
 """
 
 from __future__ import annotations

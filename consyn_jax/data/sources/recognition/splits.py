@@ -1,12 +1,12 @@
-"""Recognise splits by names of files and directories, by the rules of Hugging Face `datasets`.
+"""Recognise splits by names of files and directories, as Hugging Face `datasets` does.
 
 The keywords come from `datasets.data_files.SPLIT_KEYWORDS`. A keyword must be a whole word of a
 name, delimited by `-`, `.`, `_`, spaces, digits or the ends of the name. The name of a directory
 applies to everything below it, and takes precedence over names of files. Unlike in `datasets`, case
 is ignored, and if a name has two keywords, the first counts. A file without a keyword is training
 data, but it is not used if there are both training and held-out files beside it. Only files of
-rows (such as .jsonl), tables and `.txt` files have splits, so a directory of programs is not split
-by its `test_*.py`.
+rows (such as .jsonl), tables and `.txt` files have splits, so `test_*.py` in a directory of
+programs is not test data.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from consyn_jax.data.sources.token_reader import TokenReader
 from consyn_jax.data.split import TEST, TRAIN, VALIDATION, split_of_name
 from consyn_jax.errors import UserError
 
-IS_TEST = "is test data by its name"
-IS_VALIDATION = "is validation data by its name"
+IS_TEST = "is named as test data"
+IS_VALIDATION = "is named as validation data"
 NO_SPLIT = "has no split in its name, unlike the files beside it"
 
 
@@ -81,8 +81,8 @@ def by_split(found: Sequence[Found], flag: str) -> Parted:
     ]
     if used and not train:
         raise UserError(
-            f"No file in --{flag} is training data by its name ({used[0].source.name} is "
-            f"{splits[used[0]]} data). Give the paths of the files to train on them."
+            f"All files in --{flag} are named as validation or test data, for example "
+            f"{used[0].source.name}. To train on them, give the path of each file."
         )
     validation = [item for item in used if splits[item] == VALIDATION]
     others = [
@@ -130,6 +130,6 @@ def _splits(used: Sequence[Found]) -> dict[Found, str | None]:
 
 
 def _other(split: str | None) -> str:
-    return {TEST: IS_TEST, VALIDATION: IS_VALIDATION, TRAIN: "is training data by its name"}.get(
+    return {TEST: IS_TEST, VALIDATION: IS_VALIDATION, TRAIN: "is named as training data"}.get(
         split or "", NO_SPLIT
     )

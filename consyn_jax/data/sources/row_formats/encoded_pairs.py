@@ -57,7 +57,9 @@ def encode_pair(
     marks = []
     for answer in answers:
         if len(answer) == size:
-            raise TemplateFault("it renders no text of an answer, so there is nothing to train on")
+            raise TemplateFault(
+                "it leaves out the text of an answer, so there is nothing to train on"
+            )
         own = np.ones(len(answer), np.uint8)
         own[:size] = 0
         if not isinstance(pair.prompt, str):

@@ -81,7 +81,7 @@ def _dialogue(row: dict) -> str | None:
 def _text_field(row: dict) -> str:
     """Write a sentence that suggests the most likely text field, or "".
 
-    If `row` is from a table of which no column was read, all its values are None.
+    If the columns of a table were not read, all values of `row` are None.
     """
     usual = [name for name in USUAL_TEXTS if name in row]
     texts = {name: row[name] for name in row if _is_shown(name) and isinstance(row[name], str)}

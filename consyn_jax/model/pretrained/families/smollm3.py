@@ -1,4 +1,4 @@
-"""The smollm3 layout: llama with layers without rotary embedding, and windows on some layers."""
+"""The smollm3 layout: llama, in which only some layers have rotary embedding or a window."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from consyn_jax.model_config import ModelConfig
 
 
 def _rotates(hf: HfConfig) -> list[bool]:
-    """Whether each layer uses RoPE; despite its name, no_rope_layers has a 1 if a layer does."""
+    """Whether each layer uses RoPE; despite its name, no_rope_layers has a 1 for such layers."""
     num_layers = int(hf["num_hidden_layers"])
     given = hf.get("no_rope_layers")
     if given is None:

@@ -31,7 +31,7 @@ class RunChart:
     """One chart.
 
     Attributes:
-        unit: format of the values, a key of `show` in the script.
+        unit: number format of the values, by its name in the script of the page.
         limits: the range of the y axis before a zoom; None for the range of the data.
         kind: "lines", or "stack" for stacked shares of time.
     """
@@ -45,7 +45,7 @@ class RunChart:
 
 
 def run_charts(history: History) -> list[RunChart]:
-    """Make the charts for which the history has points, except that of the time by activity."""
+    """Make all charts for which the history has points, except the chart of activities."""
     return [*_loss(history), *_evaluations(history), *_others(history)]
 
 
@@ -90,7 +90,7 @@ def _from_zero(points: Sequence[Point]) -> tuple[float, float]:
 
 
 def activity_chart(history: History, now: Mapping[str, float]) -> list[RunChart]:
-    """Make the chart of the time by activity; none if the history has no moment.
+    """Make the chart of the share of time spent on each activity; none before the first records.
 
     Args:
         now: seconds of each activity until now, by key in `metrics.jsonl`.
@@ -126,12 +126,12 @@ def draw_figures(
 ) -> list[str]:
     """Format each chart as an HTML figure, with tokens on the x axis.
 
-    In the browser, the script replaces them by charts with zoom and other x axes.
+    In the browser, the script replaces the figures by charts with zoom and other x axes.
 
     Args:
         resumed: points at which the run was resumed, drawn as vertical lines.
         has_legend: whether a chart of several lines has a legend.
-        first: number of the first of these charts on the page.
+        first: number of the first chart, for the ids of the HTML elements.
     """
     figures = []
     for i, each in enumerate(charts, first):
@@ -149,7 +149,7 @@ def draw_figures(
 
 
 def section_of(figures: Sequence[str], note: str, legend: str = "") -> str:
-    """Join figures to an HTML section with a choice of the x axis; empty without figures."""
+    """Join figures into an HTML section with buttons for the x axis; empty without figures."""
     if not figures:
         return ""
     buttons = "".join(
@@ -189,7 +189,7 @@ def chart_points(charts: Sequence[RunChart]) -> list[str]:
 
 
 def join_points(charts: Sequence[str], resumed: Sequence[Point], **about: Any) -> str:
-    """Join charts that are formatted as JSON to the JSON of a page, as `points_json`."""
+    """Build the JSON of `points_json` from charts that `chart_points` has formatted."""
     marks = [{"step": p.step, "tokens": p.tokens, "time": p.time_s} for p in resumed]
     rest = _json({"marks": marks, **about})
     return f'{{"charts":[{",".join(charts)}],{rest[1:]}'

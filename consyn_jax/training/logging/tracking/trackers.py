@@ -166,7 +166,7 @@ class WandbTracker:
 
         Args:
             run_id: id of the W&B run to continue; None for a new one.
-            until: last step whose earlier rows are still valid; None if all are valid.
+            until: last step whose rows count as written; None if all rows count.
         """
         self._lacks_rows, self._written, self._uploaded = run_id is not None, set[Row](), -1
         if run_id is None:

@@ -158,7 +158,9 @@ def test_a_file_that_is_named_is_read_whatever_its_name(tmp_path: Path) -> None:
     assert found[TRAIN] == ["train.jsonl", "more.jsonl"]
     (tmp_path / "only").mkdir()
     make(tmp_path / "only", "test-0.jsonl")
-    with pytest.raises(UserError, match=r"No file in --data is training data by its name"):
+    with pytest.raises(
+        UserError, match=r"All files in --data are named as validation or test data"
+    ):
         find_sources([str(tmp_path / "only")])
 
 
