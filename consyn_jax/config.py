@@ -132,14 +132,14 @@ class DataOptions(CorpusOptions):
     packing: str | None = flag(
         None,
         "cut: join all documents and cut the result into sequences; whole: fill each sequence "
-        "with whole documents (whole for rows with prompts, otherwise cut)",
+        "with whole documents (for rows with prompts: whole; otherwise: cut)",
         choices=("cut", "whole"),
         math=True,
     )
     on_long_rows: str | None = flag(
         None,
-        "what --packing whole does with a row longer than a sequence (truncate rows with "
-        "prompts, and continue other documents in the next sequence)",
+        "what --packing whole does with a row longer than a sequence (for rows with prompts: "
+        "truncate; other documents are continued in the next sequence)",
         choices=("truncate", "drop", "error"),
         math=True,
     )

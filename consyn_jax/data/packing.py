@@ -181,8 +181,9 @@ class WholeDocuments(PackedSequences):
         """Assign the documents to sequences.
 
         Args:
-            on_long: treatment of a document longer than `block_size`: "continue" it in further
-                sequences, "truncate" or "drop" it, or raise an "error".
+            on_long: what to do with a document longer than `block_size`: "continue" goes on in
+                further sequences; "truncate" cuts off its end; "drop" leaves it out; "error" raises
+                an error.
 
         Raises:
             UserError: a document is too long, and `on_long` is "error".

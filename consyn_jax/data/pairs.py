@@ -50,9 +50,9 @@ class PairDataset(PackedSequences):
 
     Args:
         block_size: number of labels of a sequence; a row has twice as many.
-        on_long: treatment of a longer sequence: "truncate" its end, as TRL's `keep_start` does,
-            "drop" the pair, or raise an "error". A pair is also dropped if truncation would remove
-            a whole answer.
+        on_long: what to do with a longer sequence: "truncate" cuts off its end, as TRL's
+            `keep_start` does; "drop" leaves the pair out; "error" raises an error. A pair is also
+            dropped if truncation would remove a whole answer.
 
     Attributes:
         num_long: number of pairs with a sequence longer than `block_size`.

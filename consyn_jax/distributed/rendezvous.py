@@ -37,8 +37,8 @@ def meet(
 
     Raises:
         UserError: A process was started twice, or `answer` raised the error. Every process raises
-            the same message. A process of another launch that connects by mistake raises an error
-            of its own, and process 0 keeps waiting for its own processes.
+            the same message. If a process of another launch connects by mistake, only that process
+            raises an error, and process 0 keeps waiting for the missing ones.
         ProcessMissing: Process 0 does not answer, or other processes did not connect. Every process
             raises the same message.
     """

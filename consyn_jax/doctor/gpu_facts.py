@@ -96,11 +96,11 @@ def _gpu(nvml: Any, handle: Any) -> GpuState:
     def ask(function: Callable[..., Any], *args: Any) -> Any:
         try:
             return function(handle, *args)
-        except nvml.NVMLError:  # not every GPU has everything
+        except nvml.NVMLError:  # not every GPU supports every query
             return None
 
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    ecc = ask(nvml.nvmlDeviceGetEccMode)  # now, and after the next start
+    ecc = ask(nvml.nvmlDeviceGetEccMode)  # (the mode now, the mode after a restart)
     remapped = ask(nvml.nvmlDeviceGetRemappedRows) or (None,) * 4
     links = [ask(nvml.nvmlDeviceGetNvLinkState, i) for i in range(nvml.NVML_NVLINK_MAX_LINKS)]
     return GpuState(

@@ -73,8 +73,8 @@ class StepTime:
             multiplied by the factor of `stretch_of`.
         optimizer: the update, the sum of the micro-batches' gradients, and the transfer of moments
             in host memory.
-        network: collectives by mesh axes, and transfers of activations to host memory, including
-            the part that overlaps with kernels.
+        network: seconds of collectives, by mesh axes, and of transfers of activations to host
+            memory. The part that overlaps with kernels is included.
         exposed: the part of the network's time that adds to the step.
     """
 

@@ -55,7 +55,7 @@ class Watched:
     def __init__(self, top: Path) -> None:
         self.top = top
         self._kept: dict[Path, tuple[tuple[int, int], RecordedRun]] = {}
-        self._lock = Lock()  # requests come in threads
+        self._lock = Lock()  # each request runs in its own thread
 
     def page(self) -> str:
         """Return the HTML page of all runs; the run with the newest log comes first."""

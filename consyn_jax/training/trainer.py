@@ -172,7 +172,7 @@ class ConsynTrainer:
         """Build the programs of this run on the local devices, without compiling them.
 
         Args:
-            schedule: Learning-rate schedule; None for that of the run.
+            schedule: Learning-rate schedule; by default, the schedule of the run.
         """
         if self.eval_source is None and (needs := what_needs_evaluations(self.run)):
             remedy = "Give eval_dataloader." if "keyword" in self.origins.values() else HOLD_OUT
@@ -188,7 +188,7 @@ class ConsynTrainer:
 
         Args:
             run: This trainer's configuration, possibly with another batch, memory or precision.
-            schedule: Learning-rate schedule; None for that of the run.
+            schedule: Learning-rate schedule; by default, the schedule of the run.
         """
         program = self._build(run, schedule).program
         is_traced = run.logging.profile_steps is not None

@@ -46,7 +46,7 @@ class TrialTrainer(ConsynTrainer):
         return built._replace(program=own)
 
     def compile_train_step(self, run: RunConfig, schedule: optax.Schedule | None = None) -> Any:
-        """Compile the train step of `run`, or reuse that of another trial."""
+        """Compile the train step of `run`, or reuse the step of another trial."""
         return self.shared.bound_step(self._build(run, schedule).program, run, self.total_steps)
 
     def run_inputs(self) -> RunInputs:

@@ -310,7 +310,7 @@ def _in_line(events: Iterable[Event], scopes: Mapping[str, str]) -> list[Operati
         while around and found[around[-1]].end <= begin:
             around.pop()
         if around:
-            outer = found[around[-1]]  # or a kernel that ends while this one already begins
+            outer = found[around[-1]]  # or a kernel that overlaps with the start of this one
             shared = min(end, outer.end) - begin
             found[around[-1]] = outer._replace(own=max(0.0, outer.own - shared))
         around.append(len(found))

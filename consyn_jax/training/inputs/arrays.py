@@ -14,7 +14,7 @@ from consyn_jax.tokenization.token_ids import NO_TARGETS, are_targets, as_array
 from consyn_jax.training.inputs.content import documents
 
 IGNORED = NO_TARGETS[0]
-COMPARED = 3  # with fewer targets, labels are not checked for being the next tokens
+COMPARED = 3  # least number of targets for a check that labels are the next tokens
 # Advice for an id that stands for padding, if rows are passed one by one.
 UNPADDED = "leave it out, since rows may have any length"
 USED = ("input_ids", "labels", "segment_ids", "loss_mask", "attention_mask", "position_ids")

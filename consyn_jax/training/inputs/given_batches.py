@@ -92,7 +92,7 @@ class GivenBatches(BatchSource):
     def training(
         self, start_step: int, batch_size: int, accumulation: int, rows: np.ndarray
     ) -> Iterator[Batch]:
-        """Yield batches of the iterable, after skipping those of steps before `start_step`."""
+        """Skip the batches of earlier steps, and yield the batches from `start_step` on."""
         micro = itertools.islice(self._endless(batch_size), start_step * accumulation, None)
         while len(group := list(itertools.islice(micro, accumulation))) == accumulation:
             yield {name: np.stack([batch[name][rows] for batch in group]) for name in group[0]}

@@ -37,8 +37,8 @@ class LadderOptions:
     ladder: str | None = flag(
         None,
         "instead of --search: train models of several sizes, and predict the loss of larger "
-        f"ones; N: number of sizes, the largest of which is --model ({RUNGS}); SIZE,...: sizes "
-        "in parameters without embeddings, as in 1e5,2e5,4e5",
+        f"ones; N: number of sizes, up to that of --model (the bare flag means {RUNGS}); "
+        "SIZE,...: sizes in parameters without embeddings, such as 1e5,2e5,4e5",
         const=str(RUNGS),
     )
     tokens_per_parameter: float = flag(

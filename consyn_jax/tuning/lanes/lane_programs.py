@@ -44,8 +44,8 @@ from consyn_jax.tuning.trial_trainer import TrialTrainer
 from consyn_jax.tuning.tune_options import TuneConfig
 from consyn_jax.tuning.varied_run import VariedRun
 
-GROWTH = 1.1  # least growth of the steps per second for which `auto` doubles the number of lanes
-FEWEST, MEASURED_S = 4, 1.0  # least number of steps, and of seconds, of a measurement
+GROWTH = 1.1  # `auto` doubles the lanes if the steps per second grow by at least this factor
+FEWEST, MEASURED_S = 4, 1.0  # a measurement takes at least this many steps and seconds
 # Flags with one value that needs another program, and advice to leave this value out.
 _REMEDIES = {
     **dict.fromkeys(("dropout", "momentum"), "Begin it above 0"),

@@ -134,7 +134,7 @@ class WandbTracker:
         # the job would never end and would block its GPUs.
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")
         # console="off": otherwise wandb redirects stdout and stderr, which breaks the progress bar.
-        # login_timeout: a prompt for a key without an answer must end.
+        # login_timeout: otherwise wandb waits for ever for a user who types the key.
         settings = wandb.Settings(console="off", quiet=True, login_timeout=60)
         begin = functools.partial(
             wandb.init,
