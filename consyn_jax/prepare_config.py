@@ -8,7 +8,7 @@ from consyn_jax.flags import flag
 
 HELD_OUT = 0.01  # default share of the documents
 HOLD_OUT = (  # advice for a run without evaluation data
-    "Give --validation or a larger --validation_fraction. If --data is a token store, prepare it "
+    "Give --validation or a larger --validation_fraction; if --data is a token store, prepare it "
     "again with one of these flags."
 )
 

@@ -144,8 +144,8 @@ def _understood(name: str, value: Any) -> Any:
     if name in LOCAL:
         raise UserError(
             f"--{name} {shown(value)} is a URL, but --{name} needs a path on this machine. Give a "
-            "path. To copy a run to a bucket, use consyn-train --remote URL; to copy other files, "
-            "use the bucket's own tools."
+            "path; use consyn-train --remote URL to copy a run to a bucket, and the bucket's own "
+            "tools to copy other files."
         )
     scheme = value.partition(":")[0].lower()
     if scheme == HUB:
