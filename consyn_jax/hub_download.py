@@ -74,7 +74,7 @@ def download(name: str, patterns: Sequence[str]) -> Path:
         ) from error
     except RevisionNotFoundError as error:
         raise UserError(
-            f"{repository} has no revision {revision!r}. Give a branch, a tag or a commit of it."
+            f"{repository} has no revision {revision!r}. Give one of its branches, tags or commits."
         ) from error
     except RepositoryNotFoundError as error:
         _check_path(repository, "is not there")

@@ -157,8 +157,9 @@ def _without_followers(
 ) -> Mapping[str, Any]:
     """Drop the values in a run's config.yaml that were derived from its other values.
 
-    A run writes all values to config.yaml, including the defaults of its model and optimizer. They
-    would override the defaults of a model given now. Any other config file is returned unchanged.
+    A run writes all values to config.yaml, including the defaults of its model and optimizer. These
+    would override the defaults of another model that the user gives. Any other config file is
+    returned unchanged.
     """
     if not file.keys() >= {"model", *FOLLOWERS}:
         return file
@@ -298,7 +299,7 @@ def _check_objective(config: RunConfig) -> None:
     """Check that the flags suit `--objective`.
 
     Raises:
-        UserError: a flag has no effect or no meaning with it.
+        UserError: a flag has no effect with this objective, or cannot be used with it.
     """
     options, data = config.regularisation, config.data
     if not config.trains_on_pairs:

@@ -152,8 +152,8 @@ def check_packages(compiler: str = "cuda") -> None:
     devices, extra, _ = COMPILERS[compiler]
     if not packages_are_there(compiler):
         raise UserError(
-            f"Compiling for {devices} needs the packages of the extra {extra}, on a machine with "
-            f"or without such devices. Install them with: pip install 'consyn_jax[{extra}]'."
+            f"Compiling for {devices} needs no device, but the packages of the extra {extra}. "
+            f"Install them with: pip install 'consyn_jax[{extra}]'."
         )
 
 

@@ -347,7 +347,7 @@ class _Pace:
 
 
 def show(text: str) -> None:
-    """Print to stdout; replace characters that its encoding lacks with escapes."""
+    """Print to stdout; escape characters that are not in the encoding of stdout."""
     stream = LastingStream(sys.stdout)
     stream.write(text + "\n")
     stream.flush()
