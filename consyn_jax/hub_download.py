@@ -101,7 +101,7 @@ def _check_path(repository: str, fault: str) -> None:
     if parent.is_dir():
         beside = listed(sorted(path.name for path in parent.iterdir()), 5)
         raise UserError(
-            f"{repository} does not exist, and as a model of the Hugging Face Hub it {fault}. "
+            f"{repository} does not exist here, and on the Hugging Face Hub it {fault}. "
             f"Correct the path or the name; the directory {parent} contains "
             f"{beside or 'nothing'}."
         )

@@ -127,7 +127,7 @@ def merge(
     """Override the defaults of `tree` by each of `sources` in turn; later sources win.
 
     Args:
-        sources: pairs of values by flag name and the name of their origin.
+        sources: pairs (values by flag name, name of their origin).
 
     Returns:
         All values by flag name, and the origin of each.
@@ -205,7 +205,7 @@ def _fill(values: dict[str, Any], origins: dict[str, str]) -> None:
 
 
 def _fill_recipe(values: dict[str, Any], origins: dict[str, str]) -> None:
-    """Fill in missing values from the fine-tuning recipe or else the model's recipe."""
+    """Fill in missing values from the recipes of the model, fine-tuning and LoRA; the last wins."""
     recipe, origin = PRESETS.get(values["model"], OTHER_RECIPE), _recipe_origin(values["model"])
     named = {name: (value, origin) for name, value in recipe.items() if values[name] is None}
     if values["checkpoint"] is not None:

@@ -177,7 +177,7 @@ def compile_train_step(
     Args:
         run: the resolved run.
         topology: the devices as text, such as "h200:1x8" (one host with eight H200).
-        text_file: file for the text of the compiled program; None writes none.
+        text_file: file for the text of the compiled program; None to write none.
 
     Raises:
         UserError: the compiler's packages are missing, or the mesh or batch does not suit the

@@ -29,7 +29,7 @@ def read_text(path: Path) -> str:
         if (size := path.stat().st_size) > LARGEST_TEXT:
             raise UserError(
                 f"{path} has {size:,} bytes, but such a file has at most {LARGEST_TEXT:,}. Remove "
-                "it, or replace it by the right file."
+                "it, or replace it with the right file."
             )
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:

@@ -117,7 +117,8 @@ class MixedDataset:
 
     Args:
         sources: The datasets by name. The names appear in events and in the header of a run.
-        weights: Weight of each source. Its share of the training sequences is proportional to it.
+        weights: Weight of each source, proportional to the source's share of the training
+            sequences.
         seed: Seed of the order; the seeds of the sources are not used.
 
     Attributes:

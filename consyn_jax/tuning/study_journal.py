@@ -20,7 +20,7 @@ from consyn_jax.tuning.study_results import OUTCOME, OUTCOMES, STEP, STEPS
 
 LOCK = JOURNAL + ".lock"  # Optuna's lock file, a link to the journal
 LEFT_S = 1.0  # a lock that is not a link to the journal counts as left over after this time
-AGAIN = "Replace it by a good copy, or delete the study with --overwrite."
+AGAIN = "Replace it with a good copy, or delete the study with --overwrite."
 
 
 def refuse_links(output: Path) -> None:

@@ -163,7 +163,7 @@ class Console(AbstractContextManager["Console"]):
 
         Args:
             loss: training loss, in nats per token.
-            values: the step's line of metrics; None if it has none.
+            values: the step's line of metrics; None if the step has none.
         """
         first, self._step = not self._lines_begun, step
         self._lines_begun, self._phase = True, ""

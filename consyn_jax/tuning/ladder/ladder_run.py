@@ -253,7 +253,7 @@ class Ladder:
 
 
 def _most_steps(run: RunConfig, epochs: float | None, sequences: int | None) -> float:
-    """Maximum steps of a run by the user's budgets."""
+    """Maximum number of steps that the user's budgets allow a run."""
     budget = replace(run.budget, epochs=epochs)
     if (budget.epochs, budget.max_steps, budget.total_tokens) == (None, None, None):
         return math.inf

@@ -100,8 +100,8 @@ class RayPool(Workers):
             raise UserError(f"Node {head['node']} of the Ray cluster has {found}. {_INSTALL}")
         if not head["fault"]:
             return result_from(head, arrays)
-        # A fault ends the preparation. It is found again here, since its line is looked up in the
-        # file, which a node need not have.
+        # A fault ends the preparation. Process the block again on this machine, because a message
+        # with the line of the fault needs the file, which a node may not have.
         return self._settings.worker().work(block)
 
     @contextmanager

@@ -77,7 +77,7 @@ def sharegpt(row: dict, key: str) -> Conversation:
     if optional(row, "system") is not None:
         if found and found[0][0]["role"] == "system":
             raise BadRow(
-                f"holds a system prompt under 'system' and another as first message of {key!r}.",
+                f"holds a system prompt under 'system' and as the first message of {key!r}.",
                 "Leave one of them out, or give --on_bad_rows skip.",
             )
         found.insert(0, ({"role": "system", "content": text_of(row, "system")}, False))
