@@ -74,7 +74,7 @@ def download(name: str, patterns: Sequence[str]) -> Path:
         ) from error
     except RevisionNotFoundError as error:
         raise UserError(
-            f"{repository} has no revision {revision!r}. Give a branch, a tag or a commit of it."
+            f"{repository} has no revision {revision!r}. Give one of its branches, tags or commits."
         ) from error
     except RepositoryNotFoundError as error:
         _check_path(repository, "is not there")
@@ -101,7 +101,7 @@ def _check_path(repository: str, fault: str) -> None:
     if parent.is_dir():
         beside = listed(sorted(path.name for path in parent.iterdir()), 5)
         raise UserError(
-            f"{repository} does not exist, and as a model of the Hugging Face Hub it {fault}. "
+            f"{repository} does not exist here, and on the Hugging Face Hub it {fault}. "
             f"Correct the path or the name; the directory {parent} contains "
             f"{beside or 'nothing'}."
         )

@@ -60,20 +60,22 @@ class RopeScaling:
                 f"{', '.join(ROPE_TYPES)}."
             )
         if not isinstance(self.truncate, bool):
-            raise UserError("Rotary scaling: `truncate` must be true or false.")
+            raise UserError("The rotary scaling's `truncate` must be true or false.")
         for name in ROPE_TYPES[self.rope_type]:
             if not getattr(self, name):
-                raise UserError(f"Rotary scaling {self.rope_type} needs a value for {name}.")
+                raise UserError(f"The rotary scaling {self.rope_type!r} needs a value for {name}.")
         for name, value in vars(self).items():
             numbers = value if isinstance(value, tuple) else (value,)
             for number in numbers if name not in ("rope_type", "truncate") else ():
                 if number is not None and not (_is_number(number) and number > 0):
                     raise UserError(
-                        f"Rotary scaling {self.rope_type} has {name} {number!r}, which must be a "
-                        "number above 0."
+                        f"The rotary scaling {self.rope_type!r} has {name} {number!r}, which must "
+                        "be a number above 0."
                     )
         if self.rope_type == "llama3" and self.high_freq_factor == self.low_freq_factor:
-            raise UserError("Rotary scaling llama3 needs a high_freq_factor above low_freq_factor.")
+            raise UserError(
+                "The rotary scaling 'llama3' needs a high_freq_factor above low_freq_factor."
+            )
 
 
 def _is_number(value: object) -> bool:
@@ -214,23 +216,23 @@ class ModelConfig:
         dim, scaling = self.rotary_dim, self.rope_scaling
         if not 0 < self.rotary_fraction <= 1 or dim < 2 or dim % 2:
             raise UserError(
-                f"A share of {self.rotary_fraction} of the {self.head_dim} elements of a head "
-                "is to be rotated, but this is not an even number of at least 2. Change "
+                f"partial_rotary_factor is {self.rotary_fraction}, but it must rotate an even "
+                f"number of the {self.head_dim} elements of a head, at least 2. Change "
                 "partial_rotary_factor or --head_dim."
             )
         if scaling is None:
             return
         if scaling.rope_type == "dynamic" and dim == 2:
             raise UserError(
-                "Rotary scaling dynamic needs more than 2 rotated elements in a head. Raise "
+                "The rotary scaling 'dynamic' needs more than 2 rotated elements in a head. Raise "
                 "--head_dim or partial_rotary_factor."
             )
         for name in ("short_factor", "long_factor"):
             count = len(getattr(scaling, name))
             if scaling.rope_type == "longrope" and count != dim // 2:
                 raise UserError(
-                    f"Rotary scaling longrope has {count} values in {name}, but a head of this "
-                    f"model rotates {dim // 2} pairs. Give one value for each pair."
+                    f"The rotary scaling 'longrope' has {count} values in {name}, but a head of "
+                    f"this model rotates {dim // 2} pairs. Give one value for each pair."
                 )
 
     def saved_as(self, dtype: str | None) -> ModelConfig:
@@ -286,7 +288,7 @@ class LoraOptions:
     )
     lora_alpha: float | None = flag(
         None,
-        "the adapter's output is multiplied by lora_alpha / lora_rank (twice the rank)",
+        "scale of the adapter: its output is multiplied by lora_alpha / lora_rank (twice the rank)",
         math=True,
     )
     lora_targets: tuple[str, ...] = flag(

@@ -127,7 +127,7 @@ def merge(
     """Override the defaults of `tree` by each of `sources` in turn; later sources win.
 
     Args:
-        sources: pairs of values by flag name and the name of their origin.
+        sources: pairs (values by flag name, name of their origin).
 
     Returns:
         All values by flag name, and the origin of each.
@@ -157,8 +157,9 @@ def _without_followers(
 ) -> Mapping[str, Any]:
     """Drop the values in a run's config.yaml that were derived from its other values.
 
-    A run writes all values to config.yaml, including the defaults of its model and optimizer. They
-    would override the defaults of a model given now. Any other config file is returned unchanged.
+    A run writes all values to config.yaml, including the defaults of its model and optimizer. These
+    would override the defaults of another model that the user gives. Any other config file is
+    returned unchanged.
     """
     if not file.keys() >= {"model", *FOLLOWERS}:
         return file
@@ -204,7 +205,7 @@ def _fill(values: dict[str, Any], origins: dict[str, str]) -> None:
 
 
 def _fill_recipe(values: dict[str, Any], origins: dict[str, str]) -> None:
-    """Fill in missing values from the fine-tuning recipe or else the model's recipe."""
+    """Fill in missing values from the recipes of the model, fine-tuning and LoRA; the last wins."""
     recipe, origin = PRESETS.get(values["model"], OTHER_RECIPE), _recipe_origin(values["model"])
     named = {name: (value, origin) for name, value in recipe.items() if values[name] is None}
     if values["checkpoint"] is not None:
@@ -298,7 +299,7 @@ def _check_objective(config: RunConfig) -> None:
     """Check that the flags suit `--objective`.
 
     Raises:
-        UserError: a flag has no effect or no meaning with it.
+        UserError: a flag has no effect with this objective, or cannot be used with it.
     """
     options, data = config.regularisation, config.data
     if not config.trains_on_pairs:

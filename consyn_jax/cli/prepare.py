@@ -1,4 +1,4 @@
-"""`consyn-prepare`: turn documents into a token store: clean, split and tokenise, with a report."""
+"""`consyn-prepare`: clean, split and tokenise documents into a token store."""
 
 from __future__ import annotations
 
@@ -207,7 +207,9 @@ def _header(config: PrepareConfig) -> list[tuple[str, str]]:
         f"{data.min_chars:,} characters or more": data.min_chars > 1,
         f"at most {data.max_chars or 0:,} characters": data.max_chars is not None,
         "exact duplicates left out": data.deduplicate in (None, True),
-        f"near duplicates from {data.near_duplicates or 0:g} left out": data.near_duplicates,
+        f"near duplicates (similarity from {data.near_duplicates or 0:g}) left out": (
+            data.near_duplicates
+        ),
     }
     fraction = f"{data.validation_fraction:.3g} of the documents, or files with validation names"
     validation = listed(data.validation) or (fraction if data.validation_fraction else "none")

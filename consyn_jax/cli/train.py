@@ -27,8 +27,7 @@ Train a decoder language model: text in, a model that transformers loads out.
 Without flags: the 124 M parameter model on text that comes with Python."""
 USAGE = "[--config FILE] [--model NAME] [--data PATH] [FLAG ...]"
 MODES = arguments.MODES | {
-    "dry_run": "print the run's settings and its needs of memory and time, plot the learning rate, "
-    "and stop",
+    "dry_run": "print the settings, memory and time of the run, plot the learning rate, and stop",
     "lr_find": "train for 200 steps at rising learning rates, suggest a learning rate, and stop",
 }
 COMMON = (  # the flags of a short --help
@@ -105,7 +104,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[RunConfig, dict[str, str], str]
 
 
 def _answer(question: str, config: RunConfig, origins: dict[str, str]) -> None:
-    """Run the inspection that the flags name; it changes nothing in the run's directory."""
+    """Inspect a run, as the flag `question` says, without changing its directory."""
     if question == "verify":
         from consyn_jax.cli.proof.verify_record import verify
 

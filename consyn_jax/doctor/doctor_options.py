@@ -9,7 +9,7 @@ from consyn_jax.flags import flag
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """The checks to make, and the form of the answer."""
+    """The checks to make, and the format of the output."""
 
     output: str = flag(
         "./output", "directory whose disk is checked; it need not exist, and is not created"

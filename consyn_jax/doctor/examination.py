@@ -38,7 +38,11 @@ def examine(config: DoctorConfig) -> list[Finding]:
     """
     if config.hosts.distributed:
         return _examine_hosts(config)
-    alone = Finding("hosts", INFO, "n/a: one process; --distributed compares clocks and network")
+    alone = Finding(
+        "hosts",
+        INFO,
+        "not compared; --distributed compares the clocks of several hosts and tests the network",
+    )
     return [*examine_machine(config), alone]
 
 
@@ -65,7 +69,7 @@ def examine_machine(config: DoctorConfig) -> list[Finding]:
 
 
 def _measured(driver: DriverState) -> tuple[list[Speed], tuple[ClockState, ...]]:
-    """Measure the speed of every device, and the clocks of all GPUs meanwhile."""
+    """Measure the speed of every device and, at the same time, the clocks of all GPUs."""
     import jax
 
     seen: list[tuple[ClockState, ...]] = []
@@ -110,7 +114,8 @@ def _examine_hosts(config: DoctorConfig) -> list[Finding]:
         )
     except ProcessMissing as missing:
         advice = (
-            "Correct that and start all processes again; the lines above are about this host only."
+            "Correct this fault, and start all processes again. The lines above are about this "
+            "host only."
         )
         return [*examine_machine(config), Finding("network", FAIL, str(missing), advice)]
     between = check_hosts(read_hosts(group))

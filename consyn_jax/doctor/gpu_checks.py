@@ -148,8 +148,8 @@ def _links(gpus: Sequence[GpuState]) -> Finding | None:
         return None
     partly = [i for i, gpu in enumerate(gpus) if gpu.links_up and gpu.links_down]
     advice = (
-        "Run nvidia-smi nvlink --status, and restart nvidia-fabricmanager or have the hardware "
-        "checked."
+        "Run nvidia-smi nvlink --status, and restart nvidia-fabricmanager. If links stay down, "
+        "have the hardware checked."
     )
     if partly:
         each = [f"GPU {i}: {gpus[i].links_down} of {_all(gpus[i])} down" for i in partly]

@@ -54,7 +54,7 @@ def _names(group: ProcessGroup) -> list[str]:
 
 
 def _offsets(group: ProcessGroup) -> tuple[float, float]:
-    """Return this clock minus process 0's and the uncertainty of the difference, in seconds.
+    """Return how far this clock is ahead of process 0's, and the uncertainty, in seconds.
 
     Each process reads its clock when a gather returns. The gather returns in this process and in
     process 0 at times that differ by at most the duration of the gather.

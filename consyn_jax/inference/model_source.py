@@ -112,7 +112,7 @@ def _tokenizer_directory(source: ModelSource) -> Path | None:
 def find_source(name: str | Path, step: int | None = None) -> ModelSource:
     """Find the model that a user names.
 
-    For a run, this is its final/, or else best/, or else its newest checkpoint.
+    For a run, this is final/ if it exists, otherwise best/, otherwise the newest checkpoint.
 
     Args:
         name: A directory in the Hugging Face layout, a run directory, a checkpoint directory

@@ -112,7 +112,7 @@ def causal_attention(
         inside: The document of each token; None if each row is one document.
         backend: A key of `BACKENDS`.
         sliding_window: Length of the window in tokens; None for no window.
-        has_window: Whether this layer has the window, if layers differ in it.
+        has_window: Whether this layer uses the window; None if all layers do.
         dropout: Dropout of the attention weights, for backends that support it.
     """
     chosen = BACKENDS[backend]
@@ -177,7 +177,7 @@ class Visible(NamedTuple):
         S: Number of keys; they cover the whole sequence.
         inside: First position of each query's document, and last position of each key's document.
         sliding_window: Length of the window in tokens; None for no window.
-        has_window: Whether this layer has the window, if layers differ in it.
+        has_window: Whether this layer uses the window; None if all layers do.
     """
 
     part: Int[Array, ""] | int
@@ -254,12 +254,12 @@ def _kernel_obstacle(
     elif not runs_triton(platform, compute_capability):
         obstacle = f"needs compute capability 8.0, and this GPU has {compute_capability}"
     elif head_dim > 128 or head_dim % 8:
-        obstacle = f"takes heads up to 128 wide in multiples of 8, not {head_dim}"
+        obstacle = f"needs a head_dim that is a multiple of 8 and at most 128, not {head_dim}"
     elif dropout:
-        obstacle = "has no dropout with the same draws on every mesh"
+        obstacle = "cannot draw the same dropout mask on every mesh"
     return obstacle and (
         f"fused attention {obstacle}; plain XLA is slower, "
-        "and its memory grows with the square of the sequence"
+        "and its memory grows with the square of the sequence length"
     )
 
 
@@ -269,7 +269,8 @@ def _splash_obstacle(
     if not dropout:
         return None
     return (
-        "splash attention has no dropout; plain XLA's memory grows with the square of the sequence"
+        "splash attention has no dropout; plain XLA's memory grows with the square of the "
+        "sequence length"
     )
 
 

@@ -65,7 +65,7 @@ def scatter_rows(
     """Sum the rows of `x` into a float32 table of zeros, each at its row index in `at`.
 
     Rows with an index outside the table are dropped. A GPU would use atomic operations, which add
-    the rows in another order each time.
+    the rows in a different order each time.
     """
     return jnp.zeros((rows, x_nD.shape[1])).at[at_n].add(x_nD.astype(jnp.float32), mode="drop")
 
@@ -75,7 +75,7 @@ def sum_rows_in_order(
 ) -> Float[Array, "rows D"]:
     """Sum the rows of `x` into a float32 table of zeros, each at its row index in `at`.
 
-    Unlike `scatter_rows`, this adds in a fixed order, so a GPU gives the same bits each time.
+    Unlike `scatter_rows`, this adds in a fixed order, so results on a GPU are bit-identical.
     """
     order_n = jnp.argsort(at_n, stable=True)
     table_VD = jnp.zeros((rows, x_nD.shape[1]))
@@ -86,8 +86,9 @@ def _add_runs(table_VD: jax.Array, x_nD: jax.Array, at_n: jax.Array) -> jax.Arra
     """Add each row of `x` to the table, at its row index in `at`; `at` must be sorted.
 
     A run is a sequence of rows with the same index. Rows are divided into blocks of `BLOCK`, and a
-    matmul with a matrix of zeros and ones sums each run within its block. A run that continues from
-    the previous block is not added yet. A recursive call adds these sums, one row per block.
+    matmul with a matrix of zeros and ones sums each run within its block. The sum of a run
+    that continues from the previous block is not added here. A recursive call, with one row per
+    block, adds it.
     """
     (n, D), rows = x_nD.shape, table_VD.shape[0]
     block = min(BLOCK, 1 << (n - 1).bit_length())

@@ -152,8 +152,8 @@ def check_packages(compiler: str = "cuda") -> None:
     devices, extra, _ = COMPILERS[compiler]
     if not packages_are_there(compiler):
         raise UserError(
-            f"Compiling for {devices} needs the packages of the extra {extra}, on a machine with "
-            f"or without such devices. Install them with: pip install 'consyn_jax[{extra}]'."
+            f"Compiling for {devices} needs no device, but the packages of the extra {extra}. "
+            f"Install them with: pip install 'consyn_jax[{extra}]'."
         )
 
 
@@ -177,7 +177,7 @@ def compile_train_step(
     Args:
         run: the resolved run.
         topology: the devices as text, such as "h200:1x8" (one host with eight H200).
-        text_file: file for the text of the compiled program; None writes none.
+        text_file: file for the text of the compiled program; None to write none.
 
     Raises:
         UserError: the compiler's packages are missing, or the mesh or batch does not suit the

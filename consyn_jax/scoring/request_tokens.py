@@ -26,7 +26,8 @@ class Encoded:
     """Requests as token ids.
 
     Attributes:
-        wanted: The sequences to score, in the order of the requests and their pairs.
+        wanted: The sequences to score, one per context and continuation, in the order of the
+            requests.
         cut: Number of contexts that were truncated at their beginning to fit the model.
         changed: Number of contexts whose ids change when the continuation follows.
         context: The model's context length, in tokens.
@@ -47,7 +48,9 @@ class Encoded:
                 f"model's {self.context:,} tokens"
             )
         if self.changed:
-            notes.append(f"{self.changed:,} contexts share a token with their continuation")
+            notes.append(
+                f"{self.changed:,} contexts are tokenised differently when the continuation follows"
+            )
         return notes
 
 

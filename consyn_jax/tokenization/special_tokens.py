@@ -16,7 +16,9 @@ from consyn_jax.errors import UserError
 PAD, BOS, EOS = SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>")
 
 Roles = Mapping[str, str | None]
-"""Role -> token, or None if no token has the role. The tokenizer.json decides missing roles."""
+"""Role -> token, or None if no token has the role. For a role that is not a key, the tokenizer.json
+decides.
+"""
 
 # Names in published tokenizers. The first name that is an added special token is used.
 # fmt: off
@@ -71,11 +73,12 @@ def find_special_tokens(
 def begins_documents(content: Mapping[str, Any], roles: Roles, add_bos: bool | None) -> bool:
     """Whether to put BOS before documents.
 
-    True if the tokenizer itself puts BOS before texts. Also true if BOS is the same token as EOS,
-    as in GPT-2, because in its pretraining every document follows an EOS.
+    True if the tokenizer itself puts BOS before texts. Also true if BOS is the same token as EOS:
+    in the pretraining data of such models, as of GPT-2, every document follows an EOS.
 
     Args:
-        add_bos: `add_bos_token` of tokenizer_config.json, which overrides the post-processor.
+        add_bos: `add_bos_token` of tokenizer_config.json, which overrides the post-processor; None
+            if it is not set.
     """
     bos = roles["bos_token"]
     if bos is None or bos == roles["eos_token"]:

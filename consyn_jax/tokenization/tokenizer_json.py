@@ -29,7 +29,7 @@ def read_text(path: Path) -> str:
         if (size := path.stat().st_size) > LARGEST_TEXT:
             raise UserError(
                 f"{path} has {size:,} bytes, but such a file has at most {LARGEST_TEXT:,}. Remove "
-                "it, or replace it by the right file."
+                "it, or replace it with the right file."
             )
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -61,8 +61,9 @@ def parse(json_text: str) -> Tokenizer:
     is_bpe = kind == "BPE" and isinstance(vocabulary, dict) and "merges" in (model or {})
     if not is_bpe and not (kind == "Unigram" and isinstance(vocabulary, list)):
         raise UserError(
-            "This is not a BPE or Unigram tokenizer.json: its 'model' must have that type, and "
-            "'vocab' (BPE also 'merges'). Give a BPE or Unigram tokenizer."
+            "This is not a BPE or Unigram tokenizer.json: its 'model' must have the type BPE with "
+            "'vocab' and 'merges', or the type Unigram with 'vocab'. Give a BPE or Unigram "
+            "tokenizer."
         )
     try:
         return Tokenizer.from_str(json_text)

@@ -1,4 +1,4 @@
-"""`ConsynDataset` and `MixedDataset`, the datasets of the command line and of the Python API.
+"""`ConsynDataset` and `MixedDataset`, on which the commands and the Python API train.
 
 `get_dataset` makes a `ConsynDataset` in one call. This module does not import JAX.
 """
@@ -85,7 +85,7 @@ class ConsynDataset:
 
     @property
     def read(self) -> set[str]:
-        """Names of the data sources from which this split can have documents."""
+        """Names of the data sources whose documents can be in this split."""
         by_name = {place_of(source) for source in self.prepared.validation}
         if by_name and not self.shuffle:
             return by_name
@@ -117,7 +117,8 @@ class MixedDataset:
 
     Args:
         sources: The datasets by name. The names appear in events and in the header of a run.
-        weights: Weight of each source. Its share of the training sequences is proportional to it.
+        weights: Weight of each source, proportional to the source's share of the training
+            sequences.
         seed: Seed of the order; the seeds of the sources are not used.
 
     Attributes:
@@ -135,7 +136,7 @@ class MixedDataset:
             raise UserError("A mixture needs at least one dataset.")
         if not isinstance(sources, Mapping) or isinstance(weights, Mapping):
             raise UserError(
-                "A mixture takes datasets by name and a list of weights in their order, as in "
+                "A mixture takes datasets by name and a list of weights in the same order, as in "
                 'MixedDataset({"a": one, "b": two}, [3, 1], seed=42).'
             )
         self.sources, self.weights = dict(sources), weights

@@ -142,8 +142,8 @@ def _rank_warnings(lora: LoraOptions, config: ModelConfig) -> Iterator[str]:
     if small:
         names = listed([name for name in LORA_TARGETS if name.removesuffix("_proj") in small], 7)
         yield (
-            f"--lora_rank {lora.rank} is more than an update of {names} can have: their shorter "
-            f"side is {min(ranks.values())}. Lower --lora_rank; the usual ones are 8 to 64."
+            f"--lora_rank {lora.rank} is above the full rank of {names}, whose shorter side is "
+            f"{min(ranks.values())}. Lower --lora_rank; common ranks are 8 to 64."
         )
 
 
@@ -177,6 +177,6 @@ def warnings(run: RunConfig, built: Built, lengths: Lengths) -> Iterator[str]:
     batch_size, epoch = run.budget.batch_size, lengths.sequences_per_epoch
     if run.budget.total_tokens is None and epoch is not None and batch_size > epoch:
         yield (
-            f"One batch has {batch_size} sequences, but the whole data has only {epoch}, so each "
+            f"One batch has {batch_size} sequences, but the data has only {epoch}, so each "
             "step trains on some of them twice. Lower --batch_size."
         )

@@ -179,7 +179,7 @@ class Program:
 
     @property
     def batch_dtypes(self) -> dict[str, Any]:
-        """Dtypes of a batch's arrays, by name; arrays in `PAIR_DTYPES` have one value per row."""
+        """Dtypes of a batch's arrays by name, including those that only pairs have."""
         return BATCH_DTYPES | (PAIR_DTYPES if self.trains_on_pairs else {})
 
     def _parts(self, params: Params, batch: Batch, base: Any, dropout: Any = None) -> _Parts:
@@ -247,7 +247,7 @@ class Program:
         return TrainState(step, params, opt_state, nonfinite)
 
     def step(self, rule: optax.GradientTransformation, max_grad_norm: Number) -> Step:
-        """Make the train step with an update rule; it does not skip non-finite steps.
+        """Make the train step for an update rule, without skipping of non-finite steps.
 
         Args:
             rule: Update rule. In a float16 run, the state of the rule must be a `ScaledState`.
@@ -257,7 +257,7 @@ class Program:
         return self._of_objective(lambda objective: make(objective, rule, max_grad_norm))
 
     def _of_objective(self, make: Callable[[Objective], Step]) -> Step:
-        """Make a step that passes frozen weights and dropout keys to the objective, if needed."""
+        """Make a step whose objective gets the frozen weights and dropout keys, if any."""
         step = make(self.objective)
         if self.lora.is_used:
 

@@ -20,7 +20,7 @@ from consyn_jax.tuning.study_results import OUTCOME, OUTCOMES, STEP, STEPS
 
 LOCK = JOURNAL + ".lock"  # Optuna's lock file, a link to the journal
 LEFT_S = 1.0  # a lock that is not a link to the journal counts as left over after this time
-AGAIN = "Replace it by a good copy, or delete the study with --overwrite."
+AGAIN = "Replace it with a good copy, or delete the study with --overwrite."
 
 
 def refuse_links(output: Path) -> None:
@@ -82,9 +82,9 @@ def _remove_left_lock(lock: Path, file: str) -> None:
 
 
 def cut_torn_line(file: Path, lock: Any) -> None:
-    """Cut off an incomplete last line of a journal, as a full disk leaves it.
+    """Cut off an incomplete last line of a journal, which is left if the disk is full.
 
-    Optuna ignores an incomplete line while it is the last, and refuses the journal afterwards.
+    Optuna ignores such a line, but refuses the journal once another line follows it.
 
     Args:
         lock: Optuna's lock, which a process holds while it writes a line.

@@ -63,7 +63,7 @@ class StudyResults:
 
     @property
     def saved(self) -> float:
-        """Fraction of the planned steps that ended trials skipped, because they stopped early."""
+        """Fraction of the planned steps of ended trials that early stopping saved."""
         ended = [trial for trial in self.trials if trial.steps]
         all_steps = sum(trial.steps for trial in ended)
         return 1 - sum(trial.step for trial in ended) / all_steps if all_steps else 0.0

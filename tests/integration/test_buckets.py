@@ -292,7 +292,7 @@ def test_a_server_that_is_down_at_the_end_is_waited_for_and_not_for_ever(
     server.gate.mode = "down"
     (tmp_path / "one" / "go").touch()
     assert child.wait() == 0, child.said
-    assert "The same command uploads the rest from here." in child.said
+    assert "To upload the rest, run the same command again on this machine." in child.said
     server.gate.mode = "open"
     assert newest_mark(server, "end") < STEPS
     again = start(nursery, server, tmp_path / "one", "end")

@@ -130,7 +130,7 @@ def test_scores_are_scaled_by_the_root_of_the_head_dim() -> None:
             "xla",
             "needs compute capability 8.0, and this GPU has 7.5",
         ),
-        ("gpu", jnp.bfloat16, 256, "9.0", "xla", "up to 128 wide in multiples of 8, not 256"),
+        ("gpu", jnp.bfloat16, 256, "9.0", "xla", "a multiple of 8 and at most 128, not 256"),
         ("gpu", jnp.bfloat16, 20, "9.0", "xla", "not 20"),
     ],
 )

@@ -179,7 +179,7 @@ def test_an_architecture_survives_json(config: ModelConfig) -> None:
         ({"num_layers": 3}, "which sets the window separately for each of its 4 layers"),
         ({"sliding_window": None}, "its size is not set. Give --sliding_window"),
         ({"rotary_fraction": 0.4}, "of the 8 elements of a head"),
-        ({"rotary_fraction": 1.5}, "A share of 1.5 of the"),
+        ({"rotary_fraction": 1.5}, "partial_rotary_factor is 1.5, but"),
         ({"rope_scaling": replace(LONG, long_factor=(1.0,))}, "rotates 4 pairs"),
         (
             {"rotary_fraction": 0.25, "rope_scaling": DYNAMIC.rope_scaling},

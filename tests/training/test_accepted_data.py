@@ -329,7 +329,7 @@ def test_a_growing_corpus_has_an_order_and_no_length() -> None:
     assert next(source.training(1, 4, 2, ALL))["labels"].shape == (2, 4, 8)
     assert held_out.sequences == 0
     assert list(held_out.evaluation(4, ALL)) == []
-    with pytest.raises(UserError, match=r"Pass its consyn_jax\.data\.streaming\.FirstWindows"):
+    with pytest.raises(UserError, match=r"Pass consyn_jax\.data\.streaming\.FirstWindows\("):
         source.evaluation(4, ALL)
     with pytest.raises(UserError, match="is a FirstWindows, which is for evaluation"):
         held_out.training(0, 4, 1, ALL)

@@ -93,8 +93,8 @@ def test_a_rank_that_no_update_can_have_is_warned_of(tmp_path: Path) -> None:
 
     assert warned(32) == []
     assert warned(33) == [
-        "--lora_rank 33 is more than an update of k_proj, v_proj can have: their shorter side is "
-        "32. Lower --lora_rank; the usual ones are 8 to 64."
+        "--lora_rank 33 is above the full rank of k_proj, v_proj, whose shorter side is "
+        "32. Lower --lora_rank; common ranks are 8 to 64."
     ]
     (all_matrices,) = warned(4096)
     assert "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in all_matrices

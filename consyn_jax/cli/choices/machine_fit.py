@@ -173,7 +173,7 @@ def _batches(config: RunConfig, changes: dict[str, Any]) -> Iterator[dict[str, A
 
 
 def _smaller_models(config: RunConfig, choice: ModelChoice) -> Iterator[dict[str, Any]]:
-    """Candidates with smaller presets, the largest first; none if the run starts from weights."""
+    """Candidates with smaller presets, the largest first; none if the run loads weights."""
     names = list(PRESETS)
     if config.model.model in names and choice.weights is None:
         for name in reversed(names[: names.index(config.model.model)]):
@@ -209,7 +209,7 @@ def _need(
 def _has_loop(config: RunConfig, choice: ModelChoice) -> bool:
     """Whether the model has so many layers that its blocks run in a loop.
 
-    In a loop, recomputation saves memory, and the estimate of `_need` is then too high.
+    If they do, recomputation saves memory, so the estimate of `_need` is too high.
     """
     base = None if config.model.model in PRESETS else choice.base
     return architecture(config.model, base, vocab_size=1).num_layers > CPU_UNROLLED_LAYERS

@@ -67,7 +67,8 @@ def choose_tokenizer(
         return chosen
     if chosen.sha256 != own.sha256:
         raise UserError(
-            f"{misfit} was trained with another tokenizer. Leave --tokenizer out to use that one."
+            f"{misfit} was trained with another tokenizer. Leave --tokenizer out to use the "
+            "checkpoint's tokenizer."
         )
     return own
 

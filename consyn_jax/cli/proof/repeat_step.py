@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def replay(config: RunConfig, origins: dict[str, str]) -> None:
-    """Repeat the step in the directory `--replay`, and print its metrics and diagnosis.
+    """Repeat the step recorded in the directory `--replay`; print its metrics and diagnosis.
 
     Args:
         config: the configuration from the command line. Its flags, such as the mesh, override the
             recorded settings.
 
     Raises:
-        UserError: the bundle is missing or damaged, or does not fit the devices.
+        UserError: the recorded step is missing or damaged, or does not fit the devices.
     """
     from consyn_jax.config_file import read_config_file
     from consyn_jax.training.diagnostics.bundle import CONFIG, read_bundle

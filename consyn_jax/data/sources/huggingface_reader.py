@@ -31,7 +31,7 @@ class HuggingFaceReader(Reader):
         return dataset_rows.is_dataset(path)
 
     def other_splits(self, path: Path) -> tuple[str, ...]:
-        """List the splits of a saved `DatasetDict` besides train, which are read as PATH:SPLIT."""
+        """List the splits of a saved `DatasetDict` other than train; PATH:SPLIT reads one."""
         return dataset_rows.other_splits(path)
 
     def remote_name(self, name: str) -> str | None:
@@ -39,7 +39,7 @@ class HuggingFaceReader(Reader):
         return hub.identity(name) if parse_hub_name(name) else None
 
     def remote_splits(self, name: str, remote: str) -> tuple[str, ...]:
-        """List the names of the splits of a Hub dataset besides train."""
+        """List the splits of a Hub dataset other than train, as names of sources."""
         return () if names_split(name) else hub.other_splits(remote)
 
     def files(self, name: str) -> tuple[Path, ...]:

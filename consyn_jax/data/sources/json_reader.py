@@ -49,7 +49,7 @@ class JsonReader(Reader):
             return None
         no_rows = "is JSON but not rows (neither JSON Lines of two or more rows nor one array)"
         if found := INNER_ROWS.match(file.head.lstrip()):
-            no_rows += f"; they may be the array under {found[1].decode(errors='replace')!r}"
+            no_rows += f"; its rows may be the array under {found[1].decode(errors='replace')!r}"
         return file.text_fault() or no_rows
 
     def identity(self, name: str, file_hash: Callable[[Path], str]) -> list[Any]:

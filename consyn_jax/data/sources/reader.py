@@ -42,8 +42,8 @@ HEAD_BYTES = 65_536
 BLOCK_BYTES = 1 << 20
 
 Position = tuple[int, int]
-"""Two counts before a position in a source. The first counts bytes of the decompressed file, or
-rows of a Hugging Face dataset. The second counts documents or lines.
+"""A position in a source, as two counts of what precedes it. The first counts bytes of the
+decompressed file, or rows of a Hugging Face dataset. The second counts documents or lines.
 """
 START: Position = (0, 0)
 
@@ -156,9 +156,11 @@ class Reader(ABC):
     suffixes: ClassVar[tuple[str, ...]] = ()
 
     def recognise(self, file: Candidate) -> str | None:
-        """Recognise a regular file: None if it has another type, "" if it is usable, or its fault.
+        """Recognise a regular file.
 
-        A fault, such as "is empty", completes a sentence that begins with the name of the file.
+        Returns:
+            None if the file has another type, "" if it is usable, otherwise its fault. A fault,
+            such as "is empty", completes a sentence that begins with the name of the file.
         """
         return None
 
@@ -196,7 +198,7 @@ class Reader(ABC):
         return self.noun
 
     def files(self, name: str) -> tuple[Path, ...]:
-        """List the files whose bytes determine the data; none if the name alone determines it."""
+        """List the files whose bytes determine the data; empty if the name alone identifies it."""
         return (Path(name),)
 
     def size(self, name: str) -> int:

@@ -59,12 +59,12 @@ class Source:
         except OSError as error:
             raise UserError(
                 f"{self.name} can no longer be read: {error.strerror}. Restore the file, and do "
-                "not change data while they are read."
+                "not change data while it is read."
             ) from error
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files whose bytes determine the data; none if the name alone determines it."""
+        """The files whose bytes determine the data; empty if the name alone identifies it."""
         return self.reader.files(self.name)
 
     @property

@@ -152,7 +152,7 @@ class _RawFile:
 
 
 def _is_wider(tokens: np.ndarray) -> bool:
-    """Whether numbers read as uint16 are probably wider on disk, as every second one is 0."""
+    """Whether numbers read as uint16 are probably wider on disk, because every second one is 0."""
     return tokens.dtype.itemsize == 2 and len(tokens) >= FEWEST_WIDE and not tokens[1::2].any()
 
 
@@ -277,7 +277,7 @@ class RawTokens:
             self.paths[split or TRAIN].append(path)
         if not self.paths[TRAIN]:
             raise UserError(
-                "All token files are validation or test data by their names (for example "
+                "The names of all token files mark them as validation or test data (for example "
                 f"{paths[0]}). Give files to train on as well."
             )
         files = {

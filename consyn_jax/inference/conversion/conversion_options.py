@@ -16,8 +16,8 @@ class SourceOptions:
 
     model: str | None = flag(
         None,
-        "the model (--model may be left out): a model directory, a run (its final/, or else "
-        "best/, or else its newest checkpoint), RUN/checkpoints/STEP, or a hub id",
+        "a model directory, a run (final/ if it exists, otherwise best/, otherwise the newest "
+        "checkpoint), RUN/checkpoints/STEP, or a hub id; the name of this flag may be left out",
     )
     step: int | None = flag(None, "use the checkpoint of this step of the run")
     average: str | None = flag(

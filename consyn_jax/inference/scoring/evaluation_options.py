@@ -15,8 +15,9 @@ class EvaluateModelOptions:
 
     model: tuple[str, ...] = flag(
         (),
-        "models to compare (--model may be left out): model directories, runs (their final/, "
-        "or else best/, or else newest checkpoint), RUN/checkpoints/STEP, or hub ids",
+        "models to compare: model directories, runs (final/ if it exists, otherwise best/, "
+        "otherwise the newest checkpoint), RUN/checkpoints/STEP, or hub ids; the name of this "
+        "flag may be left out",
     )
     step: int | None = flag(None, "use the checkpoint of this step of each run")
     tokenizer: str | None = flag(
@@ -78,8 +79,8 @@ class EvaluateRequestOptions:
 
     requests: tuple[str, ...] = flag(
         (),
-        "JSON Lines files; each row has context and continuation, or context, choices and "
-        "gold, or prompt (or messages) and answer",
+        "JSON Lines files; each row has the keys (context, continuation), (context, choices, "
+        "gold), (prompt, answer) or (messages, answer)",
     )
 
 
@@ -110,7 +111,7 @@ class EvaluateResultOptions:
     bootstrap: int = flag(
         1000, "number of bootstrap resamples for the 95 % intervals; 0: no intervals"
     )
-    seed: int = flag(0, "seed of the resamples, and of the sampling with --temperature")
+    seed: int = flag(0, "seed of the bootstrap, and of the sampling with --temperature")
     quiet: bool = flag(False, "show no progress")
 
 
@@ -178,7 +179,7 @@ def validate_evaluation(config: EvaluateConfig) -> None:
 
 
 def refuse_given(options: Any, why: str) -> None:
-    """Raise an error if the user sets a flag in a group of flags without effect.
+    """Raise an error if the user sets a flag of a group that has no effect.
 
     Args:
         options: Values of the group of flags.

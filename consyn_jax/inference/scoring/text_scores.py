@@ -158,15 +158,17 @@ def _checked(scorer: Scorer, window: int | None, stride: int | None) -> tuple[in
 def _by_unit(
     sums: list[tuple[int, float, int]], documents: int
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """Return nats, numbers of tokens and the unit: per document or, for one only, per window.
+    """Return nats and numbers of tokens, each per unit, and the name of the unit.
+
+    The unit is a document, or a window if there is only one document.
 
     Raises:
         UserError: No token is scored.
     """
     if not sum(number for _, _, number in sums):
         raise UserError(
-            "No token of --data can be scored: each text has only one token, or no token to "
-            "score. Give longer texts."
+            "No token of --data can be scored: each text has only one token, or no target of the "
+            "loss. Give longer texts."
         )
     owners = np.array([owner for owner, _, _ in sums], np.int64)
     nats = np.array([value for _, value, _ in sums], np.float64)

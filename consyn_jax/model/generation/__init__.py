@@ -1,1 +1,1 @@
-"""Text generation with a KV cache of fixed size, in slots that each extend one text."""
+"""Text generation with a KV cache of fixed size; each slot of the cache holds one text."""

@@ -165,10 +165,10 @@ def _encoded(texts: Sequence[str], tokenizer: Callable[[], Any]) -> list[list[in
 
 
 def prompt_ids(text: str, tokenizer: BPETokenizer) -> list[int]:
-    """Encode a prompt; if the tokenizer begins every document with a token, put it in front.
+    """Encode a prompt, beginning with the first token of documents if the tokenizer has one.
 
-    An empty prompt becomes a single token: this token, otherwise BOS, otherwise EOS. In training
-    data without BOS, each document follows an EOS.
+    An empty prompt becomes a single token: the first token of documents, otherwise BOS, otherwise
+    EOS. In training data without BOS, each document follows an EOS.
     """
     begin = [] if tokenizer.first_id is None else [tokenizer.first_id]
     first = (tokenizer.first_id, tokenizer.bos_token_id, tokenizer.eos_token_id)

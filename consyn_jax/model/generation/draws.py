@@ -24,8 +24,8 @@ MAX_SEED = 2**32 - 1
 class Filters(NamedTuple):
     """The set of active filters.
 
-    A program is compiled for one set of active filters. Except for `top_k`, it takes the values of
-    the filters as arguments (`FilterValues`), so other values need no new compilation.
+    A program is compiled for one set of active filters and one `top_k`. The values of the other
+    filters are its arguments (`FilterValues`), so changing them needs no new compilation.
 
     Attributes:
         draws: Whether the token is sampled; otherwise the likeliest one is chosen.
@@ -196,7 +196,7 @@ def draw(
     """Sample one token per row from filtered logits; without `filters.draws`, take the likeliest.
 
     Args:
-        index_B: Index of the token among the new tokens of its text, which is folded into the key.
+        index_B: Index of the token among the new tokens of its text. It is folded into the key.
     """
     if not filters.draws:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)

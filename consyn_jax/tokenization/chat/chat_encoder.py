@@ -40,7 +40,8 @@ class EncodedChat:
     Attributes:
         text: the text rendered by the template.
         ids: token ids of the text, the same as in transformers.
-        targets: 1 for tokens of turns that are trained on, else 0; the first token has `GIVEN`.
+        targets: 1 for tokens of turns that are trained on, otherwise 0. The first token has
+            `GIVEN`, because it is only an input.
         unwritten: number of messages, tool calls and tools that the template omits.
     """
 
@@ -127,7 +128,7 @@ class ChatEncoder:
         return self._template if chat.tools is None else self._tool_template
 
     def _prepared(self, chat: Chat, template: ChatTemplate) -> tuple[Chat, bool]:
-        """Prepare a conversation for rendering; return it, and whether it has marks."""
+        """Prepare a conversation for rendering; also return whether it holds special tokens."""
         takes_strings = bool(_STRING_ARGUMENTS.search(template.source))
         chat = Chat(
             [_with_objects(message, takes_strings) for message in chat.messages],
@@ -258,7 +259,7 @@ def _targets(offsets: Sequence[tuple[int, int]], spans: Spans) -> UInt8[np.ndarr
     """Compute the target of each token: 1 inside the character spans, else 0.
 
     Characters are matched to tokens as in transformers' `apply_chat_template`. The first token gets
-    `GIVEN`.
+    `GIVEN`, because it is only an input.
     """
     marks = np.zeros(len(offsets), np.uint8)
     stops = np.maximum.accumulate(np.array([stop for _, stop in offsets], np.int64))

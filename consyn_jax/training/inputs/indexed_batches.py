@@ -40,7 +40,7 @@ class IndexedBatches(BatchSource):
 
     @property
     def tokens(self) -> int | None:
-        """Number of tokens in the dataset, if it counts them."""
+        """Number of tokens in the dataset; None if it is unknown."""
         return getattr(self.dataset, "num_tokens", None)
 
     @property
@@ -66,13 +66,13 @@ class IndexedBatches(BatchSource):
         """Yield batches of the dataset once, in its own order."""
         if self.dataset is None:
             raise UserError(
-                "The evaluation data is a corpus that is still being prepared, which has no end "
-                "yet. Pass its consyn_jax.data.streaming.FirstWindows."
+                "The evaluation data is a corpus that is still being prepared, so it has no end "
+                "yet. Pass consyn_jax.data.streaming.FirstWindows(corpus, block_size)."
             )
         return evaluation_batches(self.dataset, batch_size, rows)
 
     def close(self) -> None:
-        """Stop the preparation of a growing corpus, if there is one."""
+        """Stop the preparation of a corpus that is still being prepared, if there is one."""
         self._close()
 
 

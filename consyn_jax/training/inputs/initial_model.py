@@ -69,7 +69,7 @@ def checked(model: Any, tokenizer: Any) -> ConsynLMHeadModel | DeferredModel:
 def parameters_on(
     model: ConsynLMHeadModel | DeferredModel, mesh: Mesh, convert: Convert = unchanged
 ) -> Params:
-    """Copy the model's current parameters to a mesh in float32, for the train step to consume.
+    """Copy the model's current parameters to a mesh in float32; the train step donates the copy.
 
     Args:
         convert: Function that converts each parameter before the next one is made.
@@ -98,7 +98,8 @@ def base_on(
     The caller adds this dict to every batch.
 
     Args:
-        untrained: Parameters of a model in memory before this training; None for its present ones.
+        untrained: Parameters that a model in memory had before this training; None to use its
+            current ones.
         types: Dtypes of the frozen weights; None without an adapter.
     """
     if types is None:
@@ -122,9 +123,9 @@ def give_parameters(
 
 
 def base_of_adapter(model: ConsynLMHeadModel | DeferredModel) -> Base:
-    """Return the base model of a run's adapter, as adapter_config.json names it.
+    """Return the base model that adapter_config.json names for the adapter of a run.
 
-    A model in memory gets no hash, because its weights may have changed since it was loaded.
+    A base in memory has no hash, because its weights may have changed since it was loaded.
     """
     if isinstance(model, DeferredModel):
         return Base(model.name, model.weights)

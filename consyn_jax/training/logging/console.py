@@ -163,7 +163,7 @@ class Console(AbstractContextManager["Console"]):
 
         Args:
             loss: training loss, in nats per token.
-            values: the step's line of metrics; None if it has none.
+            values: the step's line of metrics; None if the step has none.
         """
         first, self._step = not self._lines_begun, step
         self._lines_begun, self._phase = True, ""
@@ -347,7 +347,7 @@ class _Pace:
 
 
 def show(text: str) -> None:
-    """Print to stdout; replace characters that its encoding lacks with escapes."""
+    """Print to stdout; escape characters that are not in the encoding of stdout."""
     stream = LastingStream(sys.stdout)
     stream.write(text + "\n")
     stream.flush()

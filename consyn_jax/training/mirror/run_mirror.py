@@ -135,12 +135,12 @@ class RunMirror:
         return False
 
     def _rest(self) -> str:
-        """Complete a warning: a clause on the content of the bucket, and a sentence of advice."""
+        """Return the end of a warning: what the bucket has, and how to upload the rest."""
         newest = max(self._marked or (), default=None)
         there = "no checkpoint" if newest is None else f"the run up to step {newest:,}"
         return (
-            f"it has {there}, but not all files of {self._path}. The same command uploads the rest "
-            "from here."
+            f"it has {there}, but not all files of {self._path}. To upload the rest, run the same "
+            "command again on this machine."
         )
 
     def _succeeded(self) -> None:
@@ -158,7 +158,7 @@ class RunMirror:
         return [step for step in steps if step in kept and known.get(step) != self._digest(step)]
 
     def _digest(self, step: int) -> str:
-        """Return a digest that tells a checkpoint from an earlier one of the same step.
+        """Return a hash that distinguishes a checkpoint from an earlier one of the same step.
 
         Raises:
             FileNotFoundError: The checkpoint was removed meanwhile.
@@ -299,9 +299,10 @@ class RunMirror:
     # -------------------------------------------------------------------------------------- the end
 
     def close(self) -> None:
-        """Wait until all files are uploaded, or uploads fail for `EXIT_S`; then release the lease.
+        """Wait for the uploads, then release the lease.
 
-        A signal ends the wait. It is not raised again, because the run itself has already ended.
+        The wait ends when all files are uploaded, when uploads have failed for `EXIT_S` seconds, or
+        at a signal. The signal is not raised again, because the run itself has already ended.
         """
         self._ends_since = time.monotonic()
         self._stop.set()
@@ -336,7 +337,7 @@ def _clause(error: Exception) -> str:
     if isinstance(error, BucketError):
         return str(error)
     refused = error.strerror if isinstance(error, OSError) else None
-    return f"misses a file that cannot be read here ({refused or error})"
+    return f"lacks a file that this process cannot read ({refused or error})"
 
 
 def _as_it_is(descriptor: int) -> io.BufferedReader:

@@ -52,10 +52,11 @@ def open_run_directory(
     Args:
         derived: Values that follow from flags and data, see `identity.DERIVED_NAMES`.
         write: Whether this process may create and delete files.
-        fetch: Called with the directory under its lock; it may bring a run there from elsewhere.
+        fetch: Called with the directory under its lock; it may copy a run into the directory.
 
     Raises:
-        UserError: It has another run, is in use, cannot be written, or differs between processes.
+        UserError: The directory has another run, is in use, cannot be written, or differs between
+            processes.
     """
     path, process_group = run_path(config), current_process_group()
     if process_group is not None and not write:

@@ -36,7 +36,8 @@ LIMIT_BYTES, LIMIT_ENTRIES = 2 << 30, 10_000
 TIDY_EVERY_S = 24 * 3600
 SETTLED_S = 600  # an entry this old is no longer being written
 STAMP = ".tidied"
-# Programs of any compile time and any size (-1) are cached, as a start has dozens of small ones.
+# Programs of any compile time and any size (-1) are cached, because a start has dozens of
+# small ones.
 SETTINGS: Mapping[str, float] = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
@@ -44,14 +45,14 @@ SETTINGS: Mapping[str, float] = {
 
 
 def prepare_caches(run_directory: Path, continues: bool) -> list[tuple[str, str]]:
-    """Enable the cache for a run, with the kernels that its earlier starts used.
+    """Enable the cache for a run, with the kernels that its earlier starts chose.
 
     Args:
         continues: Whether a run in the directory would be resumed.
 
     Returns:
         Rows for the header. A row gives the reason if compiled programs cannot be kept. On a GPU,
-        another row tells whether a resumed run has the same bits as an uninterrupted run.
+        another row says whether a resumed run gives the same bits as an uninterrupted run.
 
     Raises:
         UserError: The run's kernels.json is damaged.
@@ -64,24 +65,24 @@ def prepare_caches(run_directory: Path, continues: bool) -> list[tuple[str, str]
 
 
 def _promise(kept: KernelChoices | None) -> str:
-    """Describe whether a resumed run on a GPU has the same bits as an uninterrupted run."""
+    """Say whether a resumed run on a GPU gives the same bits as an uninterrupted run."""
     options: Any = jax.config
     directory, here = options.jax_compilation_cache_dir, made_here()
     differ = "so a resumed run can differ in the last bits"
     if jax.process_count() > 1:
-        return f"chosen by each process for itself, {differ}"
+        return f"each process chooses its own, {differ}"
     if directory is None or not options.jax_enable_compilation_cache:
-        return f"chosen again at each start, because compiled programs are not kept, {differ}"
+        return f"chosen again at each start (compiled programs are not kept), {differ}"
     if kept is None:
         return (
-            f"chosen by timing on this machine and kept in {KERNELS}, so a resumed run has the "
-            "same bits as an uninterrupted run"
+            f"chosen by timing on this machine and kept in {KERNELS}, so a resumed run gives "
+            "the same bits as an uninterrupted run"
         )
     if other := [f"{n} {kept.made_with.get(n)}" for n in here if here[n] != kept.made_with.get(n)]:
-        return f"those in {KERNELS} were chosen with {', '.join(other)}, {differ}"
+        return f"the choices in {KERNELS} were made with {', '.join(other)}, {differ}"
     if kept.conflicts(Path(directory) / CHOICES):
-        return f"not those of {KERNELS}, as this process's cache has other choices, {differ}"
-    return f"those of {KERNELS}, so the run has the same bits as an uninterrupted run"
+        return f"this process's cache has other choices than {KERNELS}, {differ}"
+    return f"those of {KERNELS}, so the run gives the same bits as an uninterrupted run"
 
 
 def enable_compilation_cache(kept: KernelChoices | None = None) -> str | None:
@@ -108,14 +109,14 @@ def enable_compilation_cache(kept: KernelChoices | None = None) -> str | None:
     if kept is not None and kept.conflicts(directory / CHOICES):
         directory = directory.with_name(f"{directory.name}-{kept.digest[:16]}")
     if reason := _refusal(directory):
-        return f"not kept, as {directory} {reason}"
+        return f"not kept, because {directory} {reason}"
     if jax.process_index() == 0:  # JAX writes to the cache in this process only
         tidy(directory)
         if kept is not None:
             try:
                 kept.put(directory / CHOICES)
             except OSError as error:
-                return f"not kept, as {directory} cannot be written ({error.strerror})"
+                return f"not kept, because {directory} cannot be written ({error.strerror})"
     for name, value in SETTINGS.items():
         if name.upper() not in os.environ:
             jax.config.update(name, value)
@@ -138,7 +139,7 @@ def _processor() -> str:
 
 
 def _refusal(directory: Path) -> str | None:
-    """Create `directory`; return why it is not fit or not safe for programs, or None."""
+    """Create `directory` for programs; return the reason if it is unusable or unsafe."""
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         found = directory.stat()

@@ -33,14 +33,14 @@ class Signals:
     """Records SIGINT, SIGTERM, SIGUSR1 and SIGHUP, which would otherwise end the process.
 
     A second SIGINT or SIGTERM ends the process at once, unless it follows so soon that it is a
-    repeat of the first (`Repeats`). SIGUSR1 and SIGHUP never count as first or second signal in
-    this sense: SIGUSR1 is only a warning, and a closing terminal repeats SIGHUP. If SIGHUP is
-    ignored, as under `nohup`, it stays ignored.
+    repeat of the first (`Repeats`). SIGUSR1 and SIGHUP do not count here: SIGUSR1 is only a
+    warning, and a closing terminal may send SIGHUP several times. If SIGHUP is ignored, as under
+    `nohup`, it stays ignored.
 
     Attributes:
         received: Name of the first signal; None if there was none.
-        is_shown: Function that returns whether the console's live line shows `message`. Then this
-            class does not write it to stderr, where the live line would overwrite it.
+        is_shown: Function that returns whether the console's live line shows `message`. If it does,
+            the message is not written to stderr, where the live line would overwrite it.
     """
 
     def __init__(self) -> None:
@@ -78,8 +78,8 @@ class Signals:
         if self.received is None:
             return ""
         return (
-            f"{self.received}: the run will save after this step and stop. A second signal, "
-            f"after {REPEAT_S:.0f} seconds, stops it at once, without saving."
+            f"{self.received}: the run will save after this step and stop. A second signal at "
+            f"least {REPEAT_S:.0f} seconds later stops it at once, without saving."
         )
 
 
@@ -130,8 +130,8 @@ class StopCoordinator:
 
     A run stops after a signal, or when a callback asks for its end. A single process acts on its
     own signals, clock and callbacks. Several processes exchange messages in every step
-    (`with_signals`), and act only on the messages that they read from the step's metrics, so all of
-    them act after the same step. Only the save clock and the callbacks of process 0 count.
+    (`with_signals`). They act only on messages from the step's metrics, so all of them act after
+    the same step. Only the save clock and the callbacks of process 0 count.
 
     Args:
         save_minutes: Minutes between two checkpoints; None for no save clock.

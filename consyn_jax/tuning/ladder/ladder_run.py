@@ -135,7 +135,7 @@ class Ladder:
         return LadderResults(forecast, self._flops(), tokens, predicted, best, left_out)
 
     def _batches(self) -> list[BatchPoint]:
-        """The measured noise scales of all sizes, without points where noise hid the gradient."""
+        """The noise scales of all sizes, without points at which none could be measured."""
         found = []
         for run in self.runs:
             rung, measured = run.rung, run.noise()
@@ -200,7 +200,7 @@ class Ladder:
                 f"up to about {PASSES} passes, repeated data is nearly as good as new data."
                 if self.passes <= PASSES
                 else f"after about {PASSES} passes, repeated data is clearly worse than new "
-                "data, so predictions hold only for data that is repeated as often."
+                "data, so predictions hold only for the same number of passes."
             )
             said.append(
                 f"The largest size reads the training data {self.passes:.1f} times; {worth}"
@@ -253,7 +253,7 @@ class Ladder:
 
 
 def _most_steps(run: RunConfig, epochs: float | None, sequences: int | None) -> float:
-    """Maximum steps of a run by the user's budgets."""
+    """Maximum number of steps that the user's budgets allow a run."""
     budget = replace(run.budget, epochs=epochs)
     if (budget.epochs, budget.max_steps, budget.total_tokens) == (None, None, None):
         return math.inf

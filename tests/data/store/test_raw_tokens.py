@@ -173,7 +173,7 @@ def test_names_decide_the_split_unless_validation_files_are_given(tmp_path: Path
         "validation": [5],
     }
     with pytest.raises(
-        UserError, match=r"All token files are validation or test data by their names \(.*val\.bin"
+        UserError, match=r"all token files mark them as validation or test data \(.*val\.bin"
     ):
         RawTokens(paths[1:3], BYTES)
 

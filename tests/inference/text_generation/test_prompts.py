@@ -46,7 +46,7 @@ def test_lines_and_rows_are_prompts(tmp_path: Path) -> None:
         ({"prompt": 3}, "line 2 holds a number under the key .prompt., not a string"),
         ({"messages": []}, "line 2 holds an empty array under the key .messages."),
         ({"messages": ["x"]}, "line 2 has no role in message 1"),
-        ({"messages": [{"role": "user"}]}, "line 2 has no text as content in message 1"),
+        ({"messages": [{"role": "user"}]}, "line 2 has neither text under 'content' nor"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "nothing to answer"),
         ({"messages": ASKED, "tools": {"a": 1}}, "holds an object under the key 'tools', not an"),
         ({"messages": ASKED, "tools": False}, "holds true or false under the key 'tools'"),

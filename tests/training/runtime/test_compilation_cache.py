@@ -107,7 +107,7 @@ def test_a_directory_that_others_can_write_is_refused(programs: Path) -> None:
     [place] = programs.iterdir()
     jax.config.update("jax_compilation_cache_dir", None)
     place.chmod(0o777)
-    assert enable_compilation_cache() == f"not kept, as {place} can be written by others"
+    assert enable_compilation_cache() == f"not kept, because {place} can be written by others"
     assert jax.config.jax_compilation_cache_dir is None
 
 

@@ -149,10 +149,10 @@ def test_the_header_says_which_bits_are_promised(
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    assert "a resumed run has the same bits as an uninterrupted run" in promise(run)
+    assert "a resumed run gives the same bits as an uninterrupted run" in promise(run)
     choose(FILES)
     keep_kernels(run)
-    assert promise(run).startswith("those of kernels.json, so the run has the same bits")
+    assert promise(run).startswith("those of kernels.json, so the run gives the same bits")
     choose({OLD_NAME: b"another run of this process"})
     assert "this process's cache has other choices" in promise(run)
     record = read_kernels(run)
@@ -161,8 +161,8 @@ def test_the_header_says_which_bits_are_promised(
     monkeypatch.setattr(
         "consyn_jax.training.runtime.compilation_cache.read_kernels", lambda _: other
     )
-    assert "were chosen with jaxlib 0.1, so a resumed run can differ" in promise(run)
+    assert "were made with jaxlib 0.1, so a resumed run can differ" in promise(run)
     jax.config.update("jax_enable_compilation_cache", False)
     assert "chosen again at each start" in promise(run)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert "chosen by each process for itself" in promise(run)
+    assert "each process chooses its own" in promise(run)

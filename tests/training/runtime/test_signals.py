@@ -87,8 +87,8 @@ def heard(sent: list[str]) -> str:
     if not signals:
         return ""
     return (
-        f"\n{signals[0]}: the run will save after this step and stop. A second signal, after 2 "
-        "seconds, stops it at once, without saving.\n"
+        f"\n{signals[0]}: the run will save after this step and stop. A second signal at least "
+        "2 seconds later stops it at once, without saving.\n"
     )
 
 

@@ -42,8 +42,8 @@ class RayPool(Workers):
 
     Args:
         count: number of tasks that run at a time; None for one on each processor of the cluster.
-        address: value of `--ray_address`; None for the cluster of RAY_ADDRESS, or else a Ray that
-            is started on this machine.
+        address: value of `--ray_address`. If it is None, Ray connects to the cluster in RAY_ADDRESS
+            or, if that is not set, starts on this machine.
 
     Raises:
         UserError: Ray is not installed or cannot be reached, a node has other versions of packages,
@@ -100,8 +100,8 @@ class RayPool(Workers):
             raise UserError(f"Node {head['node']} of the Ray cluster has {found}. {_INSTALL}")
         if not head["fault"]:
             return result_from(head, arrays)
-        # A fault ends the preparation. It is found again here, since its line is looked up in the
-        # file, which a node need not have.
+        # A fault ends the preparation. Process the block again on this machine, because a message
+        # with the line of the fault needs the file, which a node may not have.
         return self._settings.worker().work(block)
 
     @contextmanager
@@ -148,8 +148,8 @@ class _Task:
 def _strangers() -> list[str]:
     """Directories on Ray's import path from which workers must not import.
 
-    This is the current directory, unless it contains this package: a user's file json.py in it
-    would replace Python's module json.
+    This is the current directory, unless it contains this package. Otherwise a user's json.py in
+    the current directory would replace Python's module json.
     """
     here = str(Path.cwd())
     return [] if here == str(Path(__file__).parents[4]) else [here]

@@ -212,7 +212,7 @@ class Worker:
         return ChatEncoder(self.tokenizer, *self._templates)
 
     def _look(self, found: Document, result: Result) -> None:
-        """Count a row's format, and texts that spell out special tokens; keep the first example."""
+        """Record a row's format, special tokens spelled out in its text, and the first example."""
         if not found.format:
             return
         result.formats[found.format] = result.formats.get(found.format, 0) + 1
@@ -246,7 +246,7 @@ class Worker:
         return CleanedSegment(texts, segment.trained)
 
     def _cleaned(self, text: str, as_is: bool, result: Result) -> str:
-        """Clean a text; if `as_is` is true, only the cleaning that the user asks for is done."""
+        """Clean a text; with `as_is`, apply only the steps that the user's flags turn on."""
         normalize = self.options.normalize or ("none" if as_is else "nfc")
         controls = self.options.control_characters or ("keep" if as_is else "remove")
         text, counts = clean(text, normalize, controls)
@@ -332,7 +332,7 @@ class Worker:
             result.unread |= dict.fromkeys(block.unread, num_read)
 
     def _cut(self, text: str) -> Iterator[tuple[str, str]]:
-        """Split the only document by position, the held-out parts last; yield (split, text)."""
+        """Split a one-document corpus by position; yield (split, text) for each part."""
         data, test = text.encode(), self.test_fraction
         held_out = self.options.validation_fraction + test
         ends = [0, cut(data, held_out), cut(data, test), len(data)]

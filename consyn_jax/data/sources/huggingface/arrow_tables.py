@@ -77,7 +77,7 @@ def _damage(path: Path) -> Iterator[None]:
 
 
 def _parquet(path: Path, start: int, columns: Sequence[str]) -> Iterator[_Read]:
-    """Read a Parquet file from row `start` on; earlier row groups are not read."""
+    """Read a Parquet file from row `start` on; row groups before that row are not read."""
     import pyarrow.parquet as pq
 
     num_bytes = path.stat().st_size
@@ -111,7 +111,7 @@ def _parquet(path: Path, start: int, columns: Sequence[str]) -> Iterator[_Read]:
 
 
 def _arrow(path: Path, start: int, columns: Sequence[str]) -> Iterator[_Read]:
-    """Read an Arrow file from row `start` on; earlier record batches are not read."""
+    """Read an Arrow file from row `start` on; record batches before that row are not read."""
     chosen: list[str] | None = None
     names: list[str] = []
     for table, num_bytes in _record_batches(path):

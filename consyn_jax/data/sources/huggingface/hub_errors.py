@@ -16,7 +16,12 @@ class OutOfReachError(Exception):
 
 @contextmanager
 def hub_errors(hub: HubName) -> Iterator[None]:
-    """Silence the libraries in a `with` block, and raise `UserError` or `OutOfReachError`."""
+    """Silence the Hugging Face libraries in a `with` block, and translate their errors.
+
+    Raises:
+        OutOfReachError: the Hub or the network did not respond.
+        UserError: any other error of the libraries.
+    """
     import datasets
     import huggingface_hub.utils
 
@@ -57,7 +62,7 @@ def _explained(error: Exception, hub: HubName) -> UserError | OutOfReachError:
     if has(RevisionNotFoundError):
         return UserError(
             f"The dataset {name} has no revision {hub.revision!r}. "
-            "Give a branch, a tag or a commit of it."
+            "Give one of its branches, tags or commits."
         )
     if has(RepositoryNotFoundError, DatasetNotFoundError):
         return UserError(

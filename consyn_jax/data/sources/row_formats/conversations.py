@@ -77,7 +77,7 @@ def sharegpt(row: dict, key: str) -> Conversation:
     if optional(row, "system") is not None:
         if found and found[0][0]["role"] == "system":
             raise BadRow(
-                f"holds a system prompt under 'system' and another as first message of {key!r}.",
+                f"holds a system prompt under 'system' and as the first message of {key!r}.",
                 "Leave one of them out, or give --on_bad_rows skip.",
             )
         found.insert(0, ({"role": "system", "content": text_of(row, "system")}, False))
@@ -163,7 +163,7 @@ def messages_of(messages: Any, key: str) -> list[tuple[dict[str, Any], bool]]:
 def messages_to_answer(messages: Any, key: str) -> list[dict[str, Any]]:
     """Read messages for the model to answer, and remove nulls. Each message must have a role.
 
-    Values of roles are checked with the template, which may refuse other keys.
+    Whether the chat template knows a role is checked when the messages are rendered.
 
     Raises:
         BadRow: the value is not an array of messages, a message is malformed, or the last message
@@ -176,7 +176,10 @@ def messages_to_answer(messages: Any, key: str) -> list[dict[str, Any]]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BadRow(f"has no role in message {number} under {key!r}.")
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            raise BadRow(f"has no text as content in message {number} under {key!r}.")
+            raise BadRow(
+                f"has neither text under 'content' nor tool calls in message {number} under "
+                f"{key!r}."
+            )
         _check_texts(message, f"in message {number} under {key!r}")
     if messages[-1]["role"] == "assistant":
         raise BadRow("ends with a message of the assistant, so there is nothing to answer.")
@@ -270,7 +273,7 @@ def _part(part: Any, where: str) -> str:
 
 
 def _check_texts(value: Any, where: str) -> None:
-    """Check that every string in a message can be encoded, as in the arguments of tool calls."""
+    """Check that all strings in a message can be encoded, also those in tool calls."""
     if isinstance(value, str):
         string(value, where, "a string")
         return

@@ -202,7 +202,7 @@ class Callbacks:
         reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
         self._warn(
             f"{what} raised {reason} ({_place_of(called, error)}). This callback is switched off; "
-            f"the run and {FILE_NAME} continue."
+            f"the run and {FILE_NAME} are not affected."
         )
 
 

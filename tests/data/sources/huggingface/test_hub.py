@@ -394,7 +394,7 @@ def test_errors_of_the_hub_are_explained(tmp_path: Path, hub: str) -> None:
         ("rows", f"owner/gated@{MAIN}", 0, ("text",)): gated,
         ("identity", "owner/plain@new"): (
             "UserError: The dataset owner/plain has no revision 'new'. "
-            "Give a branch, a tag or a commit of it."
+            "Give one of its branches, tags or commits."
         ),
         ("rows", "owner/script", 0, ("text",)): script,
         ("rows", "owner/script", 0, ("text",), True): script,

@@ -115,7 +115,7 @@ class TestTensorBoard:
         trackers.end("complete")
         assert len(warnings) == 1
         assert warnings[0].startswith("TensorBoard.on_step raised FileExistsError")
-        assert "This callback is switched off; the run and metrics.jsonl continue." in warnings[0]
+        assert "switched off; the run and metrics.jsonl are not affected." in warnings[0]
 
 
 WANDB = """if True:
