@@ -70,7 +70,8 @@ def validate(config: RunConfig) -> None:
     backends = config.logging.logging_backend
     if "none" in backends and len(backends) > 1:
         raise UserError(
-            f"--logging_backend {' '.join(backends)} combines none with a tracker. Leave one out."
+            f"--logging_backend {' '.join(backends)}: none turns off all trackers. Leave none out, "
+            "or leave the other values out."
         )
     check_processes(config.hardware)
     resume = config.saving.resume
@@ -243,7 +244,7 @@ def _check_evaluation(config: RunConfig) -> None:
 
 
 def what_needs_evaluations(config: RunConfig) -> str | None:
-    """The first flag of a run that has no effect without evaluations; None if there is none."""
+    """Return the first given flag that needs evaluations; None if no given flag needs them."""
     if config.evaluation.early_stopping_patience is not None:
         return "--early_stopping_patience"
     if config.evaluation.load_best_model_at_end:

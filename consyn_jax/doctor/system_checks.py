@@ -58,15 +58,15 @@ def _space(storage: Storage) -> Finding:
         return Finding("disk space", FAIL, found, advice)
     if storage.free < LITTLE_FREE:
         advice = (
-            "Plan 12 bytes per parameter for each checkpoint, and for one more during a save; "
-            "--keep_last 1 keeps fewer checkpoints."
+            "A checkpoint takes 12 bytes per parameter, and a save needs room for one more "
+            "checkpoint. --keep_last 1 keeps fewer checkpoints."
         )
         return Finding("disk space", WARN, found, advice)
     return Finding("disk space", PASS, found)
 
 
 def _files(storage: Storage) -> Finding | None:
-    """Warn if the file system allows few more files; otherwise return None."""
+    """Warn if only a few more files can be created; otherwise return None."""
     count = storage.free_files
     if count is None or count >= FEW_FILES:
         return None

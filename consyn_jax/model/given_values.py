@@ -17,7 +17,7 @@ from consyn_jax.model_config import ModelConfig
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.tokenization.token_ids import as_array, check_fields, check_input_ids
 
-UNPADDED = "leave it out and pass lists, since prompts may have any length"
+UNPADDED = "pass lists without padding, because prompts may have any length"
 MASKED = "put any id of the vocabulary there and 0 in segment_ids"
 
 

@@ -383,7 +383,7 @@ def load_tokenizer(spec: str | Path) -> BPETokenizer:
     """Load the tokenizer of `--tokenizer`: `default`, `bytes`, a path, a Hub name or a URL.
 
     Raises:
-        UserError: the download fails, or `BPETokenizer.from_file` raises the error.
+        UserError: the download fails, or the tokenizer cannot be used, as in `from_file`.
     """
     if spec in ("default", "bytes"):
         return BPETokenizer() if spec == "default" else BPETokenizer.bytes()

@@ -208,7 +208,9 @@ class Growing:
                 self._changed.wait()
 
     def beginning(self) -> Report:
-        """Wait for the first part of the data; return its counts, or the final counts if complete.
+        """Wait for the first part of the data, and return its counts.
+
+        If the preparation is complete, these are the counts of all data.
 
         Raises:
             UserError: the preparation failed.
@@ -303,9 +305,9 @@ def _given(
     sources, left_out = corpus.sources, (*corpus.left_out, *held_out.left_out)
     if options.validation_fraction not in (HELD_OUT, 0.0):
         raise UserError(
-            f"--data {name} is a token store, whose splits were made with it, so "
-            f"--validation_fraction {options.validation_fraction} has no effect. Give it to "
-            "consyn-prepare and prepare the data again, or leave it out."
+            f"--data {name} is a token store, which is split already, so --validation_fraction "
+            f"{options.validation_fraction} has no effect. Prepare the data again with "
+            "consyn-prepare --validation_fraction, or leave the flag out."
         )
     stores = [TokenStore(source.name) for source in sources]
     if tokenizer is not None and tokenizer.sha256 != stores[0].manifest["tokenizer_sha256"]:

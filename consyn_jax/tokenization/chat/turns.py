@@ -23,8 +23,8 @@ Spans = list[tuple[int, int]]
 # Placeholder for a message's text when only the text after it is needed.
 STAND_IN = "a7c1f0e95b3d4826"
 REWRITTEN = (
-    "the ends of earlier turns cannot be found in the rendered text; put the model's text into "
-    "generation blocks"
+    "the ends of earlier turns cannot be found in the rendered text; enclose the assistant's text "
+    "in generation blocks"
 )
 
 

@@ -100,7 +100,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
 
         Args:
             tokens: number of tokens trained on so far.
-            values: by key: Python numbers, arrays with one element, strings, booleans or None.
+            values: Python numbers, arrays with one element, strings, booleans or None, by key.
 
         Returns:
             The line as `read_metrics` would return it.
@@ -236,7 +236,7 @@ def metrics_of(directory: Path) -> list[dict[str, Any]]:
 
 
 def ending(events: Sequence[Mapping[str, Any]]) -> str:
-    """Describe the end of a run with these events: "complete" or "stopped by SIGTERM", say."""
+    """Describe how a run with these events ended, such as "complete" or "stopped by SIGTERM"."""
     match events[-1] if events else {}:
         case {"event": "finish"}:
             return "complete"

@@ -142,7 +142,7 @@ def _of_messages(row: dict, prompt: Any, answers: list[Any]) -> tuple[Messages, 
         )
     for key, answer in (("chosen", chosen), ("rejected", rejected)):
         if not any(message["role"] == "assistant" for message in answer):
-            raise BadRow(f"holds no answer of the role 'assistant' under {key!r} after the prompt.")
+            raise BadRow(f"holds no message of the role 'assistant' after the prompt in {key!r}.")
     return given, chosen, rejected
 
 
