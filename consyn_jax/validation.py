@@ -97,7 +97,8 @@ def validate_preparation(config: PrepareConfig) -> None:
     engine, address = config.workers.engine, config.workers.ray_address
     if engine != "ray" and address is not None:
         raise UserError(
-            f"--ray_address {address} needs --engine ray. Add it, or leave --ray_address out."
+            f"--ray_address {address} needs --engine ray. Add --engine ray, or leave "
+            "--ray_address out."
         )
     if engine == "ray" and config.data.num_workers == 0:
         raise UserError(
@@ -128,7 +129,7 @@ def validate_corpus(options: CorpusOptions) -> None:
     if options.max_chars is not None and options.max_chars < options.min_chars:
         raise UserError(
             f"--max_chars {options.max_chars} is below --min_chars {options.min_chars}, so no "
-            "document would be left. Raise the first or lower the second."
+            "document would be left. Raise --max_chars or lower --min_chars."
         )
     if not 0 <= options.validation_fraction < 1:
         raise UserError(

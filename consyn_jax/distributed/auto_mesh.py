@@ -53,7 +53,7 @@ def choose_mesh(
     """Choose the axis sizes of the mesh: fsdp shards the weights, data replicates them.
 
     - A model that would fit on one device is sharded inside each host, where the links are fast
-      and the gathers are small. The hosts have replicas.
+      and the gathers are small. Each host has a replica.
     - A larger model is sharded over groups of up to 8 hosts, because gathering its weights over the
       network is faster than summing its gradients over more replicas.
     - A model that does not fit in such a group is sharded over as many hosts as it needs.

@@ -112,8 +112,8 @@ def _tokenizer_directory(source: ModelSource) -> Path | None:
 def find_source(name: str | Path, step: int | None = None) -> ModelSource:
     """Find the model that a user names.
 
-    In a run directory, this is the model in final/. If there is none, it is the model in best/, and
-    then the newest checkpoint.
+    In a run directory, this is the model in final/. If there is none, it is the model in best/, or
+    else the newest checkpoint.
 
     Args:
         name: A directory in the Hugging Face layout, a run directory, a checkpoint directory

@@ -78,7 +78,7 @@ def _fits(array: np.ndarray) -> bool:
 
 
 def _parts(prompt: Any) -> Sequence[Any]:
-    """Return the elements of a prompt that is a list or tuple; otherwise the prompt in a list."""
+    """Return a list or tuple as it is, and any other prompt in a list."""
     return prompt if isinstance(prompt, list | tuple) else [prompt]
 
 

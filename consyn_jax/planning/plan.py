@@ -32,7 +32,7 @@ from consyn_jax.training.trainer import ConsynTrainer
 from consyn_jax.validation import validate
 
 MAX_COMPILED = 4  # candidates that one search compiles
-ADAPTER_RANK = 16  # of an adapter that is suggested
+ADAPTER_RANK = 16  # LoRA rank of a suggested adapter
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes that one device needs, from the compiler or else estimated by arithmetic."""
+        """Bytes that one device needs: the compiler's number if there is one, else an estimate."""
         if self.refused_bytes is not None:
             return self.refused_bytes
         return self.work.memory.total if self.compiled is None else self.compiled.total_bytes
@@ -197,7 +197,7 @@ def adapter_that_fits(plan: Plan) -> Alternative | None:
         try:
             validate(run)
             other = estimate(plan.model, run, plan.topology)
-        except UserError:  # an adapter does not go together with other flags of the run
+        except UserError:  # an adapter cannot be combined with other flags of the run
             return None
         if found := alternatives(other):
             return Alternative(changes | found[0].changes, found[0].plan)

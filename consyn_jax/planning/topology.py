@@ -130,7 +130,7 @@ class TpuTopology(Topology):
 
     @property
     def machine(self) -> Machine:
-        """Slices (in place of hosts), devices per slice, and memory of a device."""
+        """Slices (which count as hosts), devices per slice, and memory of a device."""
         devices = math.prod(self.shape) * self.tpu.devices_per_chip
         return Machine(self.slices, devices, self.tpu.memory_bytes, name_of_host="slice")
 

@@ -68,7 +68,7 @@ class Task:
         if not self.unused:
             return []
         keys = listed([f"{key} ({count:,})" for key, count in self.unused.items()], SHOWN_KEYS)
-        return [f"keys that are not read (and how many rows have each): {keys}"]
+        return [f"unread keys, and the number of rows with each: {keys}"]
 
 
 def read_tasks(files: tuple[str, ...]) -> list[Task]:

@@ -143,7 +143,7 @@ class BPETokenizer:
         pattern: str = SPLIT_PATTERN,
         special_tokens: Sequence[str] = SPECIAL_TOKENS,
     ) -> BPETokenizer:
-        """Train a tokenizer. Order of ids: special tokens, 256 bytes in GPT-2's order, merges.
+        """Train a tokenizer. Its ids are special tokens, 256 bytes in GPT-2's order, then merges.
 
         Args:
             vocab_size: maximum number of tokens; a text with few different words gives fewer.
@@ -265,10 +265,7 @@ class BPETokenizer:
 
     @property
     def first_id(self) -> int | None:
-        """Id of the token to put before every document; None for no token.
-
-        It is also None if the tokenizer has a BOS that it does not put before texts.
-        """
+        """Id of BOS if the tokenizer puts it before every document, otherwise None."""
         return self.bos_token_id if self._begins else None
 
     @property

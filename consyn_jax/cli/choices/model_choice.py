@@ -204,7 +204,7 @@ def file_notes(config: RunConfig, origins: Mapping[str, str]) -> list[tuple[str,
 def deferred_model(
     config: RunConfig, choice: ModelChoice, vocab_size: int, with_tokens: Tokens
 ) -> DeferredModel:
-    """The model to train, with new weights or the weights of `--checkpoint`, loaded when needed.
+    """The model to train, whose weights (new, or of `--checkpoint`) are made when needed.
 
     Args:
         vocab_size: vocabulary size of new weights.

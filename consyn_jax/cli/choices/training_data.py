@@ -75,13 +75,13 @@ def check_data(data: DataOptions) -> bool:
         if f.name not in USED_WITH_TOKENS and given != f.default:
             raise UserError(
                 f"--data {data.data[0]} is tokenised already, so --{f.name} has no effect. Leave "
-                "it out, or give it to consyn-prepare."
+                "the flag out, or give it to consyn-prepare."
             )
     return True
 
 
 def _parts(data: DataOptions) -> list[tuple[str, ...]]:
-    """Group the items of `--data` by token store: with weights, each item has its own store."""
+    """Group the items of `--data` by store: one store per item of a mixture, else one for all."""
     return [(item,) for item in data.data] if data.data_weights else [data.data]
 
 

@@ -2,8 +2,8 @@
 
 Stages: sources, blocks, documents, cleaning, duplicates, splits, token ids, shards. Workers process
 single documents. The main process reads, drops duplicates and writes in document order, so the
-store does not depend on the number of workers. Every few seconds a journal records how far the
-store is valid. If the preparation is killed, the next one cuts the store back to that point,
+store does not depend on the number of workers. Every few seconds a journal records how much of
+the store is valid. If the preparation is killed, the next one cuts the store back to that point,
 continues from there, and ends with the same bytes.
 
 This module prints nothing: `Prepared` has the facts for the user, and `progress` is called during
@@ -208,9 +208,7 @@ class Growing:
                 self._changed.wait()
 
     def beginning(self) -> Report:
-        """Wait for the first part of the data, and return its counts.
-
-        If the preparation is complete, these are the counts of all data.
+        """Wait for the first part, and return its counts; after the end, the counts of all data.
 
         Raises:
             UserError: the preparation failed.

@@ -1,11 +1,10 @@
 """Find exact duplicates by digest, with 16 bytes of memory per digest and a file for resuming.
 
-The file is a sequence of records. The journal says how many of them are valid; later ones are cut
-off. In memory, keys are in sorted runs. While the last run is at least as long as the run before
-it, the two are merged, as in a log-structured merge tree (O'Neil et al. 1996, "The log-structured
-merge-tree"). So n keys are in at most log2(n) runs, a key is moved log2(n) times, and no key is a
-Python object.
-`near_duplicates` keeps its band keys in the same structure.
+The file is a sequence of records. The journal says how many records are valid; later records are
+cut off. In memory, keys are in sorted runs (arrays, not Python objects). While the last run is at
+least as long as the run before it, the two are merged, as in a log-structured merge tree (O'Neil et
+al. 1996, "The log-structured merge-tree"). So n keys are in at most log2(n) runs, and a key is
+moved at most log2(n) times. `near_duplicates` keeps its band keys in the same structure.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class ExactDuplicates(Recorded):
 
     Args:
         path: the file, created if missing.
-        count: number of valid digests in the file; later ones are cut off.
+        count: number of valid digests in the file; later digests are cut off.
 
     Raises:
         ValueError: the file holds fewer digests than `count`.
@@ -94,7 +93,7 @@ def _halves(
 
 
 class SortedRuns:
-    """Pairs of a 64-bit key and a value, found by key.
+    """An index of values by 64-bit key, held in memory as sorted runs.
 
     Keys may repeat; the order of the values of equal keys is not defined.
 
@@ -156,7 +155,7 @@ class RecordFile:
     Args:
         path: the file, created if missing.
         size: bytes of a record.
-        count: number of valid records; later ones are cut off.
+        count: number of valid records; later records are cut off.
 
     Raises:
         ValueError: the file holds fewer records than `count`.

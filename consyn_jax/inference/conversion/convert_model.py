@@ -118,7 +118,7 @@ def _check_adapter(source: ModelSource, merge: bool) -> None:
     if source.base is not None and not merge:
         raise UserError(
             f"{source.name} is an adapter over {source.base}. Add --merge_lora to write the "
-            "merged model; the adapter's files already have PEFT's layout."
+            "merged model. An adapter alone needs no conversion: its files have PEFT's layout."
         )
     if merge and source.base is None:
         raise UserError(
@@ -127,7 +127,7 @@ def _check_adapter(source: ModelSource, merge: bool) -> None:
 
 
 def _check_manifest(directory: Path) -> None:
-    """Check a model against the manifest of its export; checkpoints are verified when read."""
+    """Check an exported model against its manifest; a checkpoint is verified when it is read."""
     if has_manifest(directory) and (reason := disagreement(directory)):
         raise UserError(
             f"{directory} is damaged: {reason}. Use another model of the run, or delete its "

@@ -96,7 +96,7 @@ def _kernel(
     mask: Any = CausalMask(shape)
     if window is not None:
         mask = SomeWindows(shape, window) if some else LocalMask(shape, (window - 1, 0), 0)
-    # Queries that pad a part get the position of its last query, so they need no further blocks.
+    # Padding queries get the position of the last real query, so they need no further blocks.
     local = np.minimum(np.arange(queries), T - 1)
     mask.q_sequence = (T * np.arange(parts)[:, None] + local).ravel().astype(np.int32)
     if some and window is not None:  # keep all blocks that a layer without the window needs

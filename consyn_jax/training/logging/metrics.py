@@ -1,9 +1,9 @@
 """Write and read `metrics.jsonl`, the log of a run; trackers only have copies of it.
 
 Every line is a JSON object that begins with `step`, `tokens` (trained so far) and `time_s` (seconds
-since the run began, over all its starts). JSON has no NaN or infinity, so such a value is written
-as null, and `nonfinite` in the same line maps its key to "nan", "inf" or "-inf". `read_metrics`
-converts these values back to floats.
+that the run has taken, summed over its starts). JSON has no NaN or infinity, so such a value is
+written as null, and `nonfinite` in the same line maps its key to "nan", "inf" or "-inf".
+`read_metrics` converts these values back to floats.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
             The line as `read_metrics` would return it.
 
         Raises:
-            UserError: the line cannot be written (the file then stays without it), or another
-                program has changed the file.
+            UserError: the line cannot be written, and is not in the file; or another program has
+                changed the file.
         """
         self._check()
         with self._guard:

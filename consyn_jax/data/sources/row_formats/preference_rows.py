@@ -62,8 +62,8 @@ def pair(row: dict, prompt_keys: str | None) -> Pair:
     for key in ("chosen", "rejected"):
         if row.get(key) is None:
             raise BadRow(
-                f"has no key {key!r}; its keys are {shown(row)}, and --objective dpo trains on "
-                "pairs of a chosen and a rejected answer.",
+                f"has no key {key!r}; its keys are {shown(row)}. --objective dpo needs a chosen "
+                "and a rejected answer in each row.",
                 "Leave --objective dpo out for rows without pairs, or give --on_bad_rows skip.",
             )
     answers = [_answer(row[key], key) for key in ("chosen", "rejected")]
