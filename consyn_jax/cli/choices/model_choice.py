@@ -198,7 +198,7 @@ def file_notes(config: RunConfig, origins: Mapping[str, str]) -> list[tuple[str,
         return []
     listed = ", ".join(f"{name} {values[name]}" for name in of_file)
     place = origins[of_file[0]].removeprefix("file ")
-    return [("config", f"for {config.model.model}, too, {place} sets {listed}")]
+    return [("config", f"{place} sets {listed}, also for {config.model.model}")]
 
 
 def deferred_model(

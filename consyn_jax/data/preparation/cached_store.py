@@ -159,7 +159,7 @@ class Growing:
         key: hash of the data, the rules and the tokenizer; known before the data is read.
         left_out: (file, reason) for each file in a given directory that is skipped.
         sources, validation: all sources that are read, and those for validation.
-        prepared: the result of `prepare`, once the preparation is complete.
+        prepared: the result of `prepare`; None until the preparation is complete.
     """
 
     def __init__(self, spec: Spec, destination: Destination) -> None:

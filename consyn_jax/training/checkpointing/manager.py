@@ -258,7 +258,7 @@ class Checkpoints:
         futures: list[Any],
         error: Exception | None,
     ) -> str | None:
-        """Commit a checkpoint, once every process has written its share of the arrays.
+        """Commit a checkpoint, after every process has written its share of the arrays.
 
         Returns:
             A sentence about an error of the operating system, the same in every process; None after
