@@ -291,7 +291,7 @@ def strays(
             yield (
                 path,
                 f"{path} has {path.stat().st_size:,} bytes, too many for this kind of file. "
-                "Remove it, or replace it by the right one.",
+                "Remove it, or replace it by the right file.",
             )
 
 

@@ -70,7 +70,8 @@ def validate(config: RunConfig) -> None:
     backends = config.logging.logging_backend
     if "none" in backends and len(backends) > 1:
         raise UserError(
-            f"--logging_backend {' '.join(backends)} combines none with a tracker. Leave one out."
+            f"--logging_backend {' '.join(backends)}: none turns off all trackers. Leave none out, "
+            "or leave the other values out."
         )
     check_processes(config.hardware)
     resume = config.saving.resume
@@ -96,7 +97,8 @@ def validate_preparation(config: PrepareConfig) -> None:
     engine, address = config.workers.engine, config.workers.ray_address
     if engine != "ray" and address is not None:
         raise UserError(
-            f"--ray_address {address} needs --engine ray. Add it, or leave --ray_address out."
+            f"--ray_address {address} needs --engine ray. Add --engine ray, or leave "
+            "--ray_address out."
         )
     if engine == "ray" and config.data.num_workers == 0:
         raise UserError(
@@ -127,7 +129,7 @@ def validate_corpus(options: CorpusOptions) -> None:
     if options.max_chars is not None and options.max_chars < options.min_chars:
         raise UserError(
             f"--max_chars {options.max_chars} is below --min_chars {options.min_chars}, so no "
-            "document would be left. Raise the first or lower the second."
+            "document would be left. Raise --max_chars or lower --min_chars."
         )
     if not 0 <= options.validation_fraction < 1:
         raise UserError(
@@ -243,7 +245,7 @@ def _check_evaluation(config: RunConfig) -> None:
 
 
 def what_needs_evaluations(config: RunConfig) -> str | None:
-    """The first flag of a run that has no effect without evaluations; None if there is none."""
+    """Return the first given flag that needs evaluations; None if no given flag needs them."""
     if config.evaluation.early_stopping_patience is not None:
         return "--early_stopping_patience"
     if config.evaluation.load_best_model_at_end:

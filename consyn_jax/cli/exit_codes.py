@@ -150,9 +150,9 @@ def _unwinding_on_sigterm() -> Iterator[None]:
 
 
 def _without_signals(report: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Make a `sys.unraisablehook` that passes all errors to `report` except signals.
+    """Make a `sys.unraisablehook` that reports all errors except the exceptions of signals.
 
-    A signal whose exception is swallowed is not reported, because it is sent again.
+    They need no report: a signal whose exception is swallowed is sent again.
     """
 
     def hook(unraisable: Any) -> None:
@@ -196,7 +196,7 @@ class _Unwinding:
         self._defer(number)
 
     def _defer(self, number: int) -> None:
-        """Send the signal again after `DEFERRED_S` seconds, unless the command ends before."""
+        """Send the signal again after `DEFERRED_S` seconds, unless the command ends earlier."""
         if not self.is_over:
             self._deferred = number
             threading.Thread(target=self._again, args=(number,), daemon=True).start()

@@ -17,8 +17,8 @@ from consyn_jax.tuning.varied_run import VariedRun
 
 DESCRIPTION = """\
 Search for the flag values of consyn-train that give the best metric. The trials
-of a study share data and compiled programs. With --ladder instead, train a
-model in a few small sizes, and predict the loss of larger sizes."""
+of a study share data and compiled programs. The flag --ladder trains a model in
+a few small sizes instead, and predicts the loss of larger sizes."""
 USAGE = "--search FLAG=VALUES ... | --ladder [N|SIZES] [FLAG ...]"
 COMMON = (  # the flags of a short --help
     *("model", "data", "validation", "tokenizer", "max_steps", "batch_size", "eval_steps"),
@@ -60,7 +60,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def read_arguments(argv: Sequence[str]) -> tuple[TuneConfig, dict[str, str], str]:
-    """Parse a command line into the settings, the origins of their values, and a mode or "".
+    """Parse a command line as `arguments.read` does.
 
     Raises:
         UserError: an unknown flag, an invalid value, or an unreadable `--config` file.

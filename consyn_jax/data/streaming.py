@@ -2,9 +2,9 @@
 
 The sequence at a position depends only on the position, the seed and the content of the finished
 store. In the first epoch, windows are shuffled within blocks of `BLOCK_WINDOWS` consecutive
-windows. A block is read once all of it is in the store. Later epochs are shuffled as a whole, as
-without streaming. A run on a finished store therefore sees the same sequences, and a resumed run
-continues exactly, however far the preparation is.
+windows. A block is read when all of it is in the store. Later epochs are shuffled as a whole, as
+without streaming. A run on a finished store therefore sees the same sequences. A resumed run
+continues with the same sequences, whether or not the preparation is complete.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VALIDATION_WINDOWS = 256
 
 
 class Streamed:
-    """The training sequences of a growing corpus, as an endless order (`loader.Order`).
+    """An endless order (`loader.Order`) of the training sequences of a growing corpus.
 
     Args:
         block_size: number of tokens in a window.
@@ -73,7 +73,7 @@ class Streamed:
         return packed.rows(np.where(positions < n, first_epoch, ids_at(self.seed, positions, n)))
 
     def passes(self, position: int) -> dict[str, int]:
-        """Return the number of complete epochs before `position`, as {"": number}.
+        """Return {"": the number of complete epochs before `position`}.
 
         The call waits until it is known whether the corpus continues after the position.
         """

@@ -32,7 +32,7 @@ class Machine:
 
     @property
     def group_hosts(self) -> int:
-        """Limit on the hosts that share a copy of the weights, unless memory requires more."""
+        """Maximum number of hosts that share a copy of the weights, if their memory is enough."""
         return GROUP_HOSTS if self.name_of_host == "host" else 1
 
 
@@ -53,14 +53,15 @@ def choose_mesh(
     """Choose the axis sizes of the mesh: fsdp shards the weights, data replicates them.
 
     - A model that would fit on one device is sharded inside each host, where the links are fast
-      and the gathers small, and replicated across hosts.
+      and the gathers are small. Each host has a replica.
     - A larger model is sharded over groups of up to 8 hosts, because gathering its weights over the
       network is faster than summing its gradients over more replicas.
     - A model that does not fit in such a group is sharded over as many hosts as it needs.
 
-    With fewer sequences than devices, several devices of one host share each sequence. They split
-    the tokens of the sequence (context). This replicates the weights. If the replicas do not fit,
-    the devices split attention heads and feed-forward layers instead (tensor).
+    With fewer sequences than devices, several devices of one host share each sequence. The axis
+    `context` splits the tokens of the sequence, and each of these devices has the same weights. If
+    these weights do not fit, the axis `tensor` splits attention heads and feed-forward layers
+    instead.
 
     Args:
         hidden_dim: Width of the model; the size of fsdp must divide it.
@@ -71,8 +72,8 @@ def choose_mesh(
 
     >>> splits, needs = {"context": 2048, "tensor": 8}, lambda sizes: 64 // sizes["fsdp"]
     >>> choose_mesh(Machine(4, 8, 80), 4096, needs, 32, splits)
-    MeshChoice(sizes={'data': 4, 'fsdp': 8, 'context': 1, 'tensor': 1}, reason='weights split inside
-    each of 4 hosts and copied across them')
+    MeshChoice(sizes={'data': 4, 'fsdp': 8, 'context': 1, 'tensor': 1}, reason='each of 4 hosts
+    has a copy of the weights, split over its devices')
     >>> choose_mesh(Machine(16, 8, 20), 4096, needs, 128, splits).reason
     'weights split over groups of 8 hosts, because one device could not hold them, and copied
     across 2 such groups'
@@ -126,7 +127,7 @@ def _reason(machine: Machine, copies: int, alone: bool) -> str:
     if hosts == 1:
         return f"weights split over {per_host} devices" if per_host > 1 else "one device"
     if copies == hosts:
-        return f"weights split inside each of {hosts} {name} and copied across them"
+        return f"each of {hosts} {name} has a copy of the weights, split over its devices"
     requires = alone or machine.group_hosts == 1
     why = "as the memory requires" if requires else "because one device could not hold them"
     if copies == 1:

@@ -42,7 +42,7 @@ def _plugin(software: Software) -> Finding:
     shown = listed([f"{name} {version}" for name, version in software.plugins.items()])
     if len(software.plugins) > 1:
         spare = list(software.plugins)[1]
-        advice = f"Keep one: pip uninstall {spare} {spare.replace('plugin', 'pjrt')}."
+        advice = f"Keep one plugin: pip uninstall {spare} {spare.replace('plugin', 'pjrt')}."
         return Finding("CUDA plugin", FAIL, f"two are installed: {shown}", advice)
     (version,) = software.plugins.values()
     if _numbers(version) != _numbers(software.jaxlib):
@@ -75,7 +75,7 @@ def _packages(software: Software) -> Finding:
             if names
         )
         return Finding("CUDA packages", FAIL, found, f"Install them again: {_install(software)}.")
-    return Finding("CUDA packages", PASS, f"all {len(packages)} that the plugin asks for")
+    return Finding("CUDA packages", PASS, f"all {len(packages)} packages that the plugin requires")
 
 
 def _cudnn(software: Software) -> Finding:
@@ -123,7 +123,7 @@ def _devices(software: Software, num_gpus: int) -> Finding:
     if num_gpus > seen:
         found += f", and the driver shows {num_gpus} GPU{'' if num_gpus == 1 else 's'}"
         if limits:
-            advice = f"Unset {limits[0].partition('=')[0]} if the run should use all of them."
+            advice = f"Unset {limits[0].partition('=')[0]} if the run should use all GPUs."
             return Finding("devices", WARN, f"{found}; {', '.join(limits)}", advice)
         advice = (
             "Correct what fails above; python -c 'import jax; jax.devices()' prints the reason."

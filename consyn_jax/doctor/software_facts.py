@@ -1,4 +1,4 @@
-"""Read the versions of JAX, its CUDA plugin and CUDA's packages, installed and loaded."""
+"""Read the installed versions of JAX, its plugins and CUDA's packages, and the loaded cuDNN."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Software:
     Attributes:
         plugins: versions of JAX's CUDA plugins by name.
         cuda_packages: packages that the first plugin requires if CUDA comes from pip.
-        platform: the platform that JAX uses, as in "cpu" or "gpu"; empty if it has none.
+        platform: the platform that JAX uses, such as "cpu" or "gpu"; empty if JAX finds none.
         problem: why JAX finds no device; empty if it finds one.
         device_kinds: the kind of each device of this process.
-        cudnn: the loaded version as cuDNN's number (92801 is 9.28.1); None if not loaded.
-        cudnn_built: the number of the version that the plugin was built with, or None.
+        cudnn: version of the loaded cuDNN as a number (92801 is 9.28.1); None if not loaded.
+        cudnn_built: version of cuDNN that the plugin was built with; None if unknown.
         environment: variables that select devices and libraries, with their values.
     """
 

@@ -6,7 +6,7 @@ from consyn_jax.doctor.machine_findings import FAIL, INFO, PASS, WARN, Finding, 
 from consyn_jax.doctor.system_facts import MISSING, SHARED_BY_ALL, Limits, Storage
 
 # A checkpoint takes 12 bytes per parameter: haiku 40 MB, verse 1.5 GB, stanza 16 GB. A save needs
-# room for one checkpoint more.
+# room for one more checkpoint.
 LEAST_FREE, LITTLE_FREE = 1e9, 20e9  # bytes
 LEAST_FILES, FEW_FILES = 1_000, 100_000  # files that can still be created
 SLOW_WRITE = 50e6  # bytes per second; a checkpoint of verse then takes half a minute
@@ -18,7 +18,7 @@ VOLATILE = {"tmpfs": "a reboot", "ramfs": "a reboot", "overlay": "the container"
 
 
 def check_storage(storage: Storage) -> list[Finding]:
-    """Judge the disk's free space, permanence, speed and locks."""
+    """Judge the disk: its free space, its speed, its locks, and whether its files last."""
     where = storage.directory
     if storage.refusal and storage.free >= LEAST_FREE:
         return [
@@ -58,15 +58,15 @@ def _space(storage: Storage) -> Finding:
         return Finding("disk space", FAIL, found, advice)
     if storage.free < LITTLE_FREE:
         advice = (
-            "Plan 12 bytes per parameter for each checkpoint, and for one more during a save; "
-            "--keep_last 1 keeps fewer checkpoints."
+            "A checkpoint takes 12 bytes per parameter, and a save needs room for one more "
+            "checkpoint. --keep_last 1 keeps fewer checkpoints."
         )
         return Finding("disk space", WARN, found, advice)
     return Finding("disk space", PASS, found)
 
 
 def _files(storage: Storage) -> Finding | None:
-    """Warn if the file system allows few more files; otherwise return None."""
+    """Warn if only a few more files can be created; otherwise return None."""
     count = storage.free_files
     if count is None or count >= FEW_FILES:
         return None
@@ -87,7 +87,7 @@ def _locks(storage: Storage) -> Finding:
     if storage.locks == MISSING:
         advice = (
             "Do not start two runs with the same --output; without file locks, a run notices "
-            "another one only after some seconds."
+            "another run only after some seconds."
         )
         return Finding("file locks", WARN, f"none ({storage.kind})", advice)
     if storage.locks == SHARED_BY_ALL:

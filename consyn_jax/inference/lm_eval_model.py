@@ -93,7 +93,10 @@ class HarnessModel:
         return self._own.eos_token_id if bos is None else bos
 
     def _encode(self, text: str, begins: bool = True) -> list[int]:
-        """Encode a text with its special tokens, after BOS if the model's texts begin with it."""
+        """Encode a text, in which special tokens are recognised, and put the first token before it.
+
+        The first token is BOS, if the tokenizer begins texts with it; `begins` = False omits it.
+        """
         ids: list[int] = self._tokens.encode(text, add_special_tokens=False).ids if text else []
         first = self._own.first_id
         if not begins or first is None or ids[:1] == [first]:

@@ -148,8 +148,8 @@ class ConsynLMHeadModel(Decoder):
     def take_over(self, params: Params) -> None:
         """Replace the values of the parameters with `params`.
 
-        The dtypes of the model stay. So do its shardings, unless an array is split over several
-        processes: then the model takes the sharding of `params`.
+        The model keeps its dtypes and shardings. Only an array that is split over several processes
+        keeps the sharding that it has in `params`.
         """
 
         def like(value: jax.Array, old: jax.Array) -> jax.Array:

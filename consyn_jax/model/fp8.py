@@ -26,9 +26,9 @@ class Quantised(NamedTuple):
 def scale_of(x: Float[Array, "..."], dtype: Any) -> Float[Array, ""]:
     """The smallest power of two by which to divide `x`, so that it fits the range of `dtype`.
 
-    Division by a power of two does not round, so quantising an array twice, or from another dtype,
-    gives the same values. The scale is NaN if `x` is not finite, because some devices would
-    round infinity to the largest finite number.
+    Division by a power of two does not round. So quantising an array a second time, or after a
+    lossless cast, gives the same values. The scale is NaN if `x` is not finite, because some
+    devices would round infinity to the largest finite number.
     """
     largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
     digits, exponent = jnp.frexp(largest)

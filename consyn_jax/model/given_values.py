@@ -17,7 +17,7 @@ from consyn_jax.model_config import ModelConfig
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.tokenization.token_ids import as_array, check_fields, check_input_ids
 
-UNPADDED = "leave it out and pass lists, since prompts may have any length"
+UNPADDED = "pass lists without padding, because prompts may have any length"
 MASKED = "put any id of the vocabulary there and 0 in segment_ids"
 
 
@@ -78,7 +78,7 @@ def _fits(array: np.ndarray) -> bool:
 
 
 def _parts(prompt: Any) -> Sequence[Any]:
-    """Return the elements of a prompt that is a list or tuple; otherwise the prompt in a list."""
+    """Return a list or tuple as it is, and any other prompt in a list."""
     return prompt if isinstance(prompt, list | tuple) else [prompt]
 
 

@@ -44,14 +44,17 @@ BLOCK_PARTS = ("attention", "MLP", "residual stream")
 
 
 class LayerKinds(NamedTuple):
-    """Settings that can differ between layers, one value per layer; None if all layers agree."""
+    """Whether each layer has a sliding window, and whether it applies RoPE.
+
+    A field is None if all layers have the same value.
+    """
 
     has_window_L: Bool[Array, " L"] | None
     rotates_L: Bool[Array, " L"] | None
 
 
 def layer_kinds(config: ModelConfig) -> LayerKinds:
-    """Windows and rotations as arrays over the layers, so that one loop runs all layers."""
+    """Return the settings of each layer as arrays, so that one loop can run all layers."""
     windows = rotates = None
     if config.window_layers is not None:
         windows = jnp.array(config.window_layers)
@@ -292,7 +295,7 @@ class Decoder(nnx.Module):
         """Whether two matmuls that read the same norm are computed as one.
 
         They stay separate in fp8, because each matrix has its own scale. They also stay separate if
-        fsdp shards weights, because a single matrix's gradient is ready for its collective sooner.
+        fsdp shards the weights, because the collective of one gradient can then start earlier.
         """
         return norms.merges and not compute.fp8 and mesh_sizes()["fsdp"] == 1
 

@@ -32,7 +32,7 @@ from consyn_jax.training.trainer import ConsynTrainer
 from consyn_jax.validation import validate
 
 MAX_COMPILED = 4  # candidates that one search compiles
-ADAPTER_RANK = 16  # of an adapter that is suggested
+ADAPTER_RANK = 16  # LoRA rank of a suggested adapter
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes that one device needs, from the compiler or else estimated by arithmetic."""
+        """Bytes that one device needs: the compiler's number if there is one, else an estimate."""
         if self.refused_bytes is not None:
             return self.refused_bytes
         return self.work.memory.total if self.compiled is None else self.compiled.total_bytes
@@ -151,8 +151,9 @@ class Alternative:
     def cost(self) -> tuple[bool, float, int]:
         """Sort key of a variant; the smallest is the best.
 
-        Variants that do not round the moments come first, then shorter steps, then fewer changes.
-        Without estimated times, steps are ordered by recomputation, then by micro-batches.
+        Variants that keep the dtype of the moments come first. Then the step with the shorter
+        estimated time wins, and then the variant with fewer changes. If times are unknown, less
+        recomputation counts as shorter, and then fewer micro-batches.
         """
         time, work = self.plan.time, self.plan.work
         recomputed = REMAT_POLICIES.index(work.remat)  # from none to most
@@ -163,8 +164,9 @@ class Alternative:
 def alternatives(plan: Plan) -> list[Alternative]:
     """List the variants of a plan whose estimated memory fits, the cheapest first.
 
-    A variant has other micro-batches for the same step, another recomputation policy, another mesh,
-    or moments in host memory or in bfloat16. The unchanged plan is in the list if it fits.
+    A variant differs in the size of micro-batches (the batch of a step is the same), the
+    recomputation policy, the mesh, or the place and dtype of the optimizer's moments. The unchanged
+    plan is in the list if it fits.
     """
     found = []
     for choice in product(
@@ -183,9 +185,8 @@ def alternatives(plan: Plan) -> list[Alternative]:
 def adapter_that_fits(plan: Plan) -> Alternative | None:
     """Find the cheapest LoRA variant of a plan that fits; None if there is none.
 
-    This is advice for a plan that no other change makes fit. The frozen weights have the most exact
-    of the dtypes that fit: auto, int8 or nf4. The changes are only flags that differ from the
-    plan's.
+    This is advice for a plan of which no other variant fits. Of the dtypes auto, int8 and nf4, the
+    frozen weights have the most exact one that fits.
     """
     lora, rank = plan.run.lora, {}
     if not lora.is_used:
@@ -196,7 +197,7 @@ def adapter_that_fits(plan: Plan) -> Alternative | None:
         try:
             validate(run)
             other = estimate(plan.model, run, plan.topology)
-        except UserError:  # an adapter does not go together with other flags of the run
+        except UserError:  # an adapter cannot be combined with other flags of the run
             return None
         if found := alternatives(other):
             return Alternative(changes | found[0].changes, found[0].plan)
@@ -266,8 +267,9 @@ def fit(plan: Plan, topology: str, *, compile: bool) -> Alternative:
     adapter = adapter_that_fits(plan)
     remedy = "" if adapter is None else f", or train only an adapter: {in_memory(adapter)}"
     raise UserError(
-        f"No choice of micro-batch, recomputation, mesh, or place and type of the moments makes "
-        f"this run fit {topology}. Use more or larger devices, or a smaller model{remedy}."
+        f"This run does not fit {topology} with any micro-batch size, recomputation, mesh, or "
+        "place and type of the optimizer's moments. Use more or larger devices, or a smaller "
+        f"model{remedy}."
     )
 
 

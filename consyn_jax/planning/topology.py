@@ -43,7 +43,7 @@ _TARGET = """
 
 
 class Topology(ABC):
-    """A machine, present or absent, for which JAX can compile.
+    """A machine for which JAX can compile, whether or not it is this machine.
 
     Attributes:
         compiler: a key of `aot.COMPILERS`.
@@ -130,7 +130,7 @@ class TpuTopology(Topology):
 
     @property
     def machine(self) -> Machine:
-        """Slices (in place of hosts), devices per slice, and memory of a device."""
+        """Slices (which count as hosts), devices per slice, and memory of a device."""
         devices = math.prod(self.shape) * self.tpu.devices_per_chip
         return Machine(self.slices, devices, self.tpu.memory_bytes, name_of_host="slice")
 
@@ -210,7 +210,7 @@ def _tpus(tpu: Tpu, numbers: tuple[int, ...], text: str) -> TpuTopology:
     if chips > tpu.max_chips:
         raise UserError(
             f"The topology {text!r} has {chips:,} chips in a slice, and {tpu.key} has at most "
-            f"{tpu.max_chips:,}. Use several slices: {tpu.key}:{one}x2 is two."
+            f"{tpu.max_chips:,}. Use several slices, as in {tpu.key}:{one}x2 for two slices."
         )
     if chips > 1 and any(size % 2 for size in shape[:2]):
         raise UserError(

@@ -86,7 +86,7 @@ def _objects(bucket: Bucket, place: BucketUrl, names: tuple[str, ...]) -> tuple[
 
 
 def _files(found: list[Stored]) -> list[Stored]:
-    """Remove the empty objects by which web consoles represent directories."""
+    """Leave out empty objects, which web consoles create to represent directories."""
     return [each for each in found if not each.key.endswith("/")]
 
 

@@ -27,7 +27,9 @@ class ReportRunOptions:
 class ReportPageOptions:
     """Place where the page is written or served."""
 
-    output: str | None = flag(None, "file of the page; an older one is replaced (comparison.html)")
+    output: str | None = flag(
+        None, "file for the page, replacing an existing file (comparison.html)"
+    )
     port: int | None = flag(
         None, "port of the --watch page, which only this machine can open; 0: any free port (6060)"
     )
@@ -58,8 +60,8 @@ def validate_report(config: ReportConfig) -> None:
             raise UserError("--watch writes no file, so --output has no use. Leave it out.")
         if page.port is not None and not 0 <= page.port <= LARGEST_PORT:
             raise UserError(
-                f"--port {page.port} is not in 0 to {LARGEST_PORT}. Name another, or 0 for any "
-                "free port."
+                f"--port {page.port} is not in 0 to {LARGEST_PORT}. Give another port, or 0 for "
+                "any free port."
             )
         return
     if page.port is not None:

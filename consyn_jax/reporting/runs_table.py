@@ -25,7 +25,7 @@ def as_lines(runs: Sequence[RecordedRun]) -> list[str]:
 def _in_blocks(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Align the columns, and split a table wider than `WIDTH` characters into several blocks.
 
-    Each block repeats the first column and has at least one other, even if that exceeds `WIDTH`.
+    Each block has the first column and at least one other column, even if they exceed `WIDTH`.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     numeric = [all(_is_number(row[n]) for row in rows[1:]) for n in range(len(widths))]

@@ -134,5 +134,6 @@ def open_server(top: Path, port: int) -> ThreadingHTTPServer:
         return ThreadingHTTPServer((HERE, port), Handler)
     except OSError as error:
         raise UserError(
-            f"--port {port} cannot be used: {error.strerror}. Name another, or 0 for a free one."
+            f"--port {port} cannot be used: {error.strerror}. Give another port, or 0 for any free "
+            "port."
         ) from error

@@ -68,7 +68,7 @@ class Task:
         if not self.unused:
             return []
         keys = listed([f"{key} ({count:,})" for key, count in self.unused.items()], SHOWN_KEYS)
-        return [f"keys that are not read, with their number of rows: {keys}"]
+        return [f"unread keys, and the number of rows with each: {keys}"]
 
 
 def read_tasks(files: tuple[str, ...]) -> list[Task]:
@@ -153,7 +153,7 @@ def _request(row: dict[str, Any], place: str) -> Request:
     answers = [text_of(row, key)] if key == "continuation" else _texts(row, key)
     if "contexts" in row:
         if key != "continuation":
-            raise BadRow(f"has contexts and {key}; contexts go with one continuation.")
+            raise BadRow(f"has contexts and {key}; a row with contexts needs the key continuation.")
         contexts = _texts(row, "contexts")
         answers *= len(contexts)
     else:

@@ -25,7 +25,9 @@ PROBES = ("a" * 64 + "!", "A" * 64 + "\n", "0" * 64 + "x", " " * 64 + ".", "aA0 
 
 
 def probe(encode: Callable[[Sequence[str]], object]) -> None:
-    """Encode short texts on which nested repetitions take exponential time.
+    """Test a tokenizer's regular expressions on short texts.
+
+    An expression with nested repetitions takes exponential time on these texts.
 
     Raises:
         UserError: a regular expression does not finish in time, or the library panics.

@@ -143,7 +143,7 @@ class BPETokenizer:
         pattern: str = SPLIT_PATTERN,
         special_tokens: Sequence[str] = SPECIAL_TOKENS,
     ) -> BPETokenizer:
-        """Train a tokenizer. Order of ids: special tokens, 256 bytes in GPT-2's order, merges.
+        """Train a tokenizer. Its ids are special tokens, 256 bytes in GPT-2's order, then merges.
 
         Args:
             vocab_size: maximum number of tokens; a text with few different words gives fewer.
@@ -265,10 +265,7 @@ class BPETokenizer:
 
     @property
     def first_id(self) -> int | None:
-        """Id of the token to put before every document; None for no token.
-
-        It is also None if the tokenizer has a BOS that it does not put before texts.
-        """
+        """Id of BOS if the tokenizer puts it before every document, otherwise None."""
         return self.bos_token_id if self._begins else None
 
     @property
@@ -383,7 +380,7 @@ def load_tokenizer(spec: str | Path) -> BPETokenizer:
     """Load the tokenizer of `--tokenizer`: `default`, `bytes`, a path, a Hub name or a URL.
 
     Raises:
-        UserError: the download fails, or `BPETokenizer.from_file` raises the error.
+        UserError: the download fails, or the tokenizer cannot be used, as in `from_file`.
     """
     if spec in ("default", "bytes"):
         return BPETokenizer() if spec == "default" else BPETokenizer.bytes()

@@ -23,7 +23,7 @@ COLUMNS = {
     "segment_ids": "Number the documents of a row from 1, and give 0 for padding.",
     "position_ids": "Count the tokens of each document from 0, or leave position_ids out.",
 }
-MASKED = "put any id there, and mark it with 0 in an attention_mask, which every batch must have"
+MASKED = "put any id there, and give every batch an attention_mask with 0 at padding"
 
 
 def as_array(values: Any) -> np.ndarray:
@@ -139,7 +139,7 @@ def check_input_ids(
 
 
 def _rows(given: Mapping[str, Any], place: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Iterate over the rows of a batch, each with its name for messages, or over a single row."""
+    """Yield (name for messages, fields) for each row of a batch, or for the single row given."""
     if not is_batch(given):
         yield place, given
         return

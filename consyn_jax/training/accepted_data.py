@@ -166,5 +166,5 @@ def _check_block_size(tokens: int, block_size: int) -> None:
     if tokens != block_size:
         raise UserError(
             f"The dataset has sequences of {tokens} tokens, and max_tokens is {block_size}. Leave "
-            "max_tokens out, or make the dataset with that block_size."
+            f"max_tokens out, or make the dataset with block_size={block_size}."
         )

@@ -35,7 +35,7 @@ class LossSums(NamedTuple):
         return self.tokens
 
     def means(self, terms: Any) -> dict[str, Any]:
-        """Return the training metrics, as means over `terms` terms."""
+        """Return the training metrics: the sums divided by `terms`, the number of terms."""
         return {"loss": self.nll / terms}
 
 
@@ -61,7 +61,7 @@ class Chunks(NamedTuple):
     Attributes:
         elements: Maximum number of logits in memory on a device; 0 to use `logits_at_once`.
         vocab_first: Whether logits are [V, n] rather than [n, V].
-        kernel: Whether training uses the fused GPU kernel where the vocabulary is not sharded.
+        kernel: Whether training uses the fused GPU kernel if the vocabulary is not sharded.
         head_is_frozen: Whether the output embedding (the head) needs no gradient.
         gpu_bytes: Memory of the GPU; 0 if unknown.
     """
@@ -97,9 +97,9 @@ class Vocabulary(NamedTuple):
     """The section of the vocabulary on one device, and the layout of the logits.
 
     Attributes:
-        size: Number of words in the whole vocabulary, without padding.
-        words_V: Ids of this device's words, including padding.
-        padded: Whether the head has rows that pad the vocabulary.
+        size: Number of tokens in the whole vocabulary, without padding.
+        words_V: Token ids of this device's section, including padding.
+        padded: Whether the head has padding rows at the end of the vocabulary.
         mesh_axes: Mesh axes over which the vocabulary is sharded.
         axis: Axis of the vocabulary in the logits: 0 if they are [V, n], 1 if they are [n, V].
     """
@@ -111,11 +111,11 @@ class Vocabulary(NamedTuple):
     axis: int
 
     def from_tokens(self, a_n: jax.Array) -> jax.Array:
-        """Reshape an array of one value per token, so that it broadcasts against logits."""
+        """Reshape an array of one value per token, so that it broadcasts to logits."""
         return jnp.expand_dims(a_n, self.axis)
 
     def from_words(self, a_V: jax.Array) -> jax.Array:
-        """Reshape an array of one value per word, so that it broadcasts against logits."""
+        """Reshape an array of one value per vocabulary entry, so that it broadcasts to logits."""
         return jnp.expand_dims(a_V, 1 - self.axis)
 
 
@@ -145,8 +145,8 @@ def head_loss(
 
     Only `nll` of the result is differentiable. Matmuls run in the dtype of `x`; sums and the
     softmax are float32. In bfloat16, a device needs memory for the results, for a copy of the head,
-    and for 6 bytes per logit of a chunk (tests/planning). The head's float32 gradient stays in
-    memory from the forward pass on.
+    and for 6 bytes per logit of a chunk (as measured in tests/planning). The head's float32
+    gradient stays in memory from the forward pass on.
     """
     nll, sums = head_objective(x_BTD, head_VD, labels_BT, mask_BT, vocab_size, Extras(), chunks)
     return sums._replace(nll=nll)

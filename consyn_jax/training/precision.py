@@ -64,7 +64,7 @@ def choose_precision(
         UserError: fp8 is requested on a GPU without 8-bit matmuls.
 
     >>> choose_precision("auto", "gpu", "7.0", "Tesla V100").reason
-    'float16 over float32 weights: the Tesla V100 multiplies float16 faster than float32, and has no
+    'float16 with float32 weights: the Tesla V100 multiplies float16 faster than float32, and has no
     bfloat16'
     """
     device = f"the {device_kind or platform}" if platform != "cpu" else "a CPU"
@@ -75,7 +75,7 @@ def choose_precision(
         usual = f"the default for {device} is {jnp.dtype(_DTYPES[best]).name}"
         reason = f"as requested; {reason if best == 'no' else usual}"
     dtype = _DTYPES[best if wanted == "auto" else wanted]
-    weights = "" if dtype == jnp.float32 else " over float32 weights"
+    weights = "" if dtype == jnp.float32 else " with float32 weights"
     return PrecisionChoice(dtype, f"{jnp.dtype(dtype).name}{weights}: {reason}")
 
 
@@ -85,20 +85,20 @@ def _best(device: str, platform: str, compute_capability: str) -> tuple[str, str
         return "bf16", f"{device} multiplies bfloat16 at full rate"
     major = int(compute_capability.split(".")[0]) if compute_capability[:1].isdigit() else 8
     if platform not in ("gpu", "cuda"):
-        return "no", f"{device} gains nothing from a narrower type"
+        return "no", f"{device} gains nothing from 16-bit types"
     if major >= 8:
         return "bf16", f"{device} multiplies bfloat16 at full rate"
     if major == 7:
         return "fp16", f"{device} multiplies float16 faster than float32, and has no bfloat16"
     return (
         "no",
-        f"{device} has compute capability {compute_capability}, and narrower types are fast from "
-        "7.0 on",
+        f"{device} has compute capability {compute_capability}, and 16-bit types are fast only "
+        "from 7.0 on",
     )
 
 
 def _fp8(device: str, platform: str, compute_capability: str) -> PrecisionChoice:
-    matmuls = "bfloat16 over float32 weights, the matmuls of the blocks in 8 bits: as requested;"
+    matmuls = "bfloat16 with float32 weights, the matmuls of the blocks in 8 bits: as requested;"
     if platform == "cpu":
         reason = f"{matmuls} {device} only simulates 8-bit matmuls, so they are not faster"
         return PrecisionChoice(jnp.bfloat16, reason, fp8=True)

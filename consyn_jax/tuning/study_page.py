@@ -144,7 +144,7 @@ def _place(dimension: Dimension, value: Any) -> float:
 
 
 def _value(dimension: Dimension, place: float) -> float:
-    """The value at a position on a range's axis, the inverse of `_place`."""
+    """The value of a numeric flag at a position from 0 to 1; the inverse of `_place`."""
     low, high = dimension.low, dimension.high
     if dimension.is_log:
         return float(low * (high / low) ** place)

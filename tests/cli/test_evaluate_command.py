@@ -65,7 +65,7 @@ def test_two_models_side_by_side(
     assert "sums.jsonl (3 requests)" in printed.out
     assert "of answers changed" in printed.out
     assert "1 of 5 contexts truncated on the left to the model's 64 tokens" in printed.out
-    assert "keys that are not read, with their number of rows: id (1)" in printed.out
+    assert "unread keys, and the number of rows with each: id (1)" in printed.out
     assert "150 tokens scored in windows of 64, stride 32" in printed.out
     content = json.loads(output.read_text())
     text, sums = content["sections"]
@@ -126,7 +126,7 @@ def test_keys_that_are_not_read_are_counted_for_questions_alone(
     assert main([models[0], *flags, "--bootstrap", "0"]) == 0
     said = capsys.readouterr().out
     assert said.count("keys that are not read") == 1
-    assert "keys that are not read, with their number of rows: id (2)" in said
+    assert "unread keys, and the number of rows with each: id (2)" in said
     assert " and 1 more" in said
 
 

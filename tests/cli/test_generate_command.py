@@ -81,7 +81,7 @@ def test_texts_of_a_file_and_the_same_from_python(
     assert "6 texts with " in err
     assert "temperature 1, top_k 50" in err
     assert "no chat template" in err
-    assert "keys that are not read, with their number of rows: id (2)" in err
+    assert "unread keys, and the number of rows with each: id (2)" in err
     alone = ConsynLMHeadModel.from_pretrained(model).generate(
         "c", CONFIG.context - 2, temperature=1.0, top_k=50
     )

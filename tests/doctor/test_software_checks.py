@@ -46,7 +46,7 @@ def test_a_good_installation_passes() -> None:
     assert bad(found) == {}
     assert found["JAX"].found == "0.10.2, jaxlib 0.10.2, Python 3.11.7"
     assert found["cuDNN"].found == "9.28.1; JAX is built with 9.12.0"
-    assert found["CUDA packages"].found == "all 3 that the plugin asks for"
+    assert found["CUDA packages"].found == "all 3 packages that the plugin requires"
     assert found["devices"].found == "8 x NVIDIA H100 80GB HBM3 (gpu)"
 
 

@@ -108,8 +108,8 @@ def test_another_number_of_steps_must_be_asked_for(
     refused = here(tmp_path / "run", *longer)
     assert refused.code == 2
     assert (
-        "holds a run with another schedule: --max_steps was 10 and is 15. Add --overwrite_schedule "
-        "to continue with the new one (learning rate 0.00" in refused.said
+        "holds a run with another schedule: --max_steps was 10 and is 15. The learning rate would "
+        "be 0.00" in refused.said
     )
     assert "at step 10 of 15" in refused.said
     went_on = here(tmp_path / "run", *longer, "--overwrite_schedule")
@@ -119,7 +119,7 @@ def test_another_number_of_steps_must_be_asked_for(
         "the new number of steps is the run's own now"
     )
     assert (
-        "is at step 15 already, beyond the 12 steps asked for."
+        "is already at step 15, past the 12 steps requested."
         in here(tmp_path / "run", *first, "--max_steps", "12", "--overwrite_schedule").said
     )
 

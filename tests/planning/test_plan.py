@@ -120,7 +120,7 @@ def test_the_page_of_a_plan() -> None:
     for line in (
         "stanza: 1,333,895,168 parameters, 24 layers",
         "2 x 8 NVIDIA H200",
-        "data=2, fsdp=8 (weights split inside each of 2 hosts and copied across them)",
+        "data=2, fsdp=8 (each of 2 hosts has a copy of the weights, split over its devices)",
         "524,288 tokens: 64 sequences of 4,096, 2 micro-batches; recomputed: none",
         "% of its peak",
         "49,592 steps, 26.00 billion tokens: ",
@@ -223,7 +223,7 @@ def test_fit_takes_the_fastest_even_where_the_run_already_fits() -> None:
     assert plan.fits
     assert best.changes["gradient_checkpointing"] == "none"
     assert best.plan.time.total < 0.85 * plan.time.total
-    with pytest.raises(UserError, match=r"No choice of micro-batch, .* fit rtx4090:1x1"):
+    with pytest.raises(UserError, match=r"does not fit rtx4090:1x1 with any micro-batch size"):
         fit(planned("epic", "rtx4090:1x1"), "rtx4090:1x1", compile=False)
 
 

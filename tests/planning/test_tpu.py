@@ -140,7 +140,8 @@ def test_a_plan_by_arithmetic_names_the_extra_and_gives_no_time(
     text = capsys.readouterr().out
     assert "pip install 'consyn_jax[tpu]'" in text
     assert "2 slices of 2x2x2 chips v5p (TPU v5)" in text
-    assert "data=2, fsdp=8 (weights split inside each of 2 slices and copied across them)" in text
+    reason = "each of 2 slices has a copy of the weights, split over its devices"
+    assert f"data=2, fsdp=8 ({reason})" in text
     assert "no time is given" in text
     assert "budget     1,000 steps, 0.03 billion tokens\n" in text
     assert "tokens/s" not in text

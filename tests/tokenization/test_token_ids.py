@@ -10,9 +10,7 @@ from consyn_jax.errors import UserError
 from consyn_jax.tokenization.token_ids import check_fields
 
 TOKENIZER = r"vocabulary ends at 259\. Use the tokenizer that the model was made with\.$"
-PADDING = (
-    r"put any id there, and mark it with 0 in an attention_mask, which every batch must have\.$"
-)
+PADDING = r"put any id there, and give every batch an attention_mask with 0 at padding\.$"
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [1, 5000, 2]}, r"^Row 3 has token id 5,000 in input_ids at position 1, "),
     ({"input_ids": [1, 260]}, TOKENIZER),

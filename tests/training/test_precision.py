@@ -73,7 +73,7 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
             "9.0",
             "NVIDIA H100",
             jnp.bfloat16,
-            "bfloat16 over float32 weights: the NVIDIA H100 multiplies bfloat16 at full rate",
+            "bfloat16 with float32 weights: the NVIDIA H100 multiplies bfloat16 at full rate",
         ),
         (
             "auto",
@@ -81,7 +81,7 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
             "8.6",
             "RTX 3090",
             jnp.bfloat16,
-            "bfloat16 over float32 weights: the RTX 3090 multiplies bfloat16 at full rate",
+            "bfloat16 with float32 weights: the RTX 3090 multiplies bfloat16 at full rate",
         ),
         (
             "auto",
@@ -89,7 +89,7 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
             "10.0",
             "B200",
             jnp.bfloat16,
-            "bfloat16 over float32 weights: the B200 multiplies bfloat16 at full rate",
+            "bfloat16 with float32 weights: the B200 multiplies bfloat16 at full rate",
         ),
         (
             "auto",
@@ -97,7 +97,7 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
             "7.5",
             "T4",
             jnp.float16,
-            "float16 over float32 weights: the T4 multiplies float16 faster than float32, and has no "
+            "float16 with float32 weights: the T4 multiplies float16 faster than float32, and has no "
             "bfloat16",
         ),
         (
@@ -106,7 +106,7 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
             "6.1",
             "P40",
             jnp.float32,
-            "float32: the P40 has compute capability 6.1, and narrower types are fast from 7.0 on",
+            "float32: the P40 has compute capability 6.1, and 16-bit types are fast only from 7.0 on",
         ),
         (
             "auto",
@@ -114,7 +114,7 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
             "",
             "",
             jnp.bfloat16,
-            "bfloat16 over float32 weights: the gpu multiplies bfloat16 at full rate",
+            "bfloat16 with float32 weights: the gpu multiplies bfloat16 at full rate",
         ),
         (
             "auto",
@@ -122,7 +122,7 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
             "",
             "cpu",
             jnp.float32,
-            "float32: a CPU gains nothing from a narrower type",
+            "float32: a CPU gains nothing from 16-bit types",
         ),
         (
             "no",
@@ -138,7 +138,7 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
             "",
             "cpu",
             jnp.float16,
-            "float16 over float32 weights: as requested; a CPU gains nothing from a narrower type",
+            "float16 with float32 weights: as requested; a CPU gains nothing from 16-bit types",
         ),
         (
             "bf16",
@@ -146,7 +146,7 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
             "9.0",
             "H100",
             jnp.bfloat16,
-            "bfloat16 over float32 weights: the H100 multiplies bfloat16 at full rate",
+            "bfloat16 with float32 weights: the H100 multiplies bfloat16 at full rate",
         ),
         (
             "bf16",
@@ -154,7 +154,7 @@ def program(dtype: Any, mesh: Mesh | None = None, **regularisation: float) -> Pr
             "7.0",
             "V100",
             jnp.bfloat16,
-            "bfloat16 over float32 weights: as requested; the default for the V100 is float16",
+            "bfloat16 with float32 weights: as requested; the default for the V100 is float16",
         ),
     ],
 )
@@ -180,7 +180,7 @@ def test_fp8_is_for_ada_and_later_and_a_cpu_simulates_it(
     choice = choose_precision("fp8", platform, capability, kind)
     assert (choice.dtype, choice.fp8) == (jnp.bfloat16, True)
     assert choice.reason.startswith(
-        "bfloat16 over float32 weights, the matmuls of the blocks in 8 bits: as requested; "
+        "bfloat16 with float32 weights, the matmuls of the blocks in 8 bits: as requested; "
     )
 
 

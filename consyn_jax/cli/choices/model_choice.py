@@ -184,9 +184,10 @@ def weights_note(options: ModelOptions, origin: str, seed: int) -> tuple[str, st
 
 
 def file_notes(config: RunConfig, origins: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return a header line with sizes and budget from a config file, if a flag names the model.
+    """Return a header line that lists the sizes and the budget set by the config file.
 
-    The line says that the file's values also apply to this model. Otherwise the list is empty.
+    The user needs it if a flag names another model: these values apply to that model, too. The list
+    is empty if no flag names a model, or the file sets no such value.
     """
     groups = (config.model, config.budget)
     names = [f.name for group in groups for f in fields(group) if f.name not in _NOT_SIZES]
@@ -197,13 +198,13 @@ def file_notes(config: RunConfig, origins: Mapping[str, str]) -> list[tuple[str,
         return []
     listed = ", ".join(f"{name} {values[name]}" for name in of_file)
     place = origins[of_file[0]].removeprefix("file ")
-    return [("config", f"for {config.model.model}, too, {place} sets {listed}")]
+    return [("config", f"{place} sets {listed}, also for {config.model.model}")]
 
 
 def deferred_model(
     config: RunConfig, choice: ModelChoice, vocab_size: int, with_tokens: Tokens
 ) -> DeferredModel:
-    """The model to train, with new weights or the weights of `--checkpoint`, loaded when needed.
+    """The model to train, whose weights (new, or of `--checkpoint`) are made when needed.
 
     Args:
         vocab_size: vocabulary size of new weights.

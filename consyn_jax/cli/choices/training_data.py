@@ -75,13 +75,13 @@ def check_data(data: DataOptions) -> bool:
         if f.name not in USED_WITH_TOKENS and given != f.default:
             raise UserError(
                 f"--data {data.data[0]} is tokenised already, so --{f.name} has no effect. Leave "
-                "it out, or give it to consyn-prepare."
+                "the flag out, or give it to consyn-prepare."
             )
     return True
 
 
 def _parts(data: DataOptions) -> list[tuple[str, ...]]:
-    """Group the items of `--data` by token store: with weights, each item has its own store."""
+    """Group the items of `--data` by store: one store per item of a mixture, else one for all."""
     return [(item,) for item in data.data] if data.data_weights else [data.data]
 
 
@@ -114,8 +114,8 @@ def training_data(
 def _items(options: CorpusOptions, parts: Sequence[tuple[str, ...]]) -> Iterator[CorpusOptions]:
     """Yield the options of each item of a mixture.
 
-    A token store has its own splits, so `validation_fraction` is for the other items. If all items
-    are stores, it stays, and preparing them refuses it.
+    A token store already has splits, so its options get the default `validation_fraction`. If all
+    items are stores, they keep the user's value, and `prepare` refuses it.
     """
     from consyn_jax.data.store.manifest import is_store
 
@@ -298,7 +298,7 @@ def _notes(prepared: Prepared, options: CorpusOptions) -> list[Note]:
 
 
 def left_out_files(files: Sequence[tuple[str, str]]) -> str:
-    """Text about files left out: for each reason, their number and the first names."""
+    """Describe the files left out: their number, and for each reason the first file names."""
     reasons: dict[str, list[str]] = {}
     for name, reason in files:
         reasons.setdefault(reason, []).append(name)
@@ -312,7 +312,7 @@ def left_out_files(files: Sequence[tuple[str, str]]) -> str:
 def noticed(
     sources: Sequence[Source], options: CorpusOptions, tokenizer: BPETokenizer
 ) -> list[Note]:
-    """Header lines about text files whose structure is ignored, with flags that would read it."""
+    """Header lines about structure in text files that is not read, and the flags to read it."""
     from consyn_jax.data.sources.recognition.unread_structure import unread_structure
 
     end_text = tokenizer.decode([tokenizer.eos_token_id], False)

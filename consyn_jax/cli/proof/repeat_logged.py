@@ -137,7 +137,7 @@ def _documents(
 
 
 def _surroundings(place: Path, step: int, mesh: dict[str, int]) -> list[str]:
-    """Names of recorded facts that differ between this start and the start that ran the step."""
+    """Names of recorded facts (code, devices, mesh) that changed since the step was first run."""
     import jax
 
     from consyn_jax.training.provenance.code_files import code_digests, combined
@@ -165,7 +165,7 @@ def _verdict(again: RepeatedRun, others: list[str]) -> tuple[bool, str]:
     if worst == 0 and all(step.is_finite for step in compared):
         return True, f"{which} with the log, bit for bit."
     if worst == 0:
-        return True, f"{which} with the log; non-finite values are logged without digits."
+        return True, f"{which} with the log. Values that are not finite have no digits to compare."
     changed = f"  Different from the run: {', '.join(others)}." if others else ""
     if worst <= CLOSE and (others or jax.default_backend() != "cpu"):
         return True, f"{which} with the log within {worst:.1g}.{changed}"
@@ -176,7 +176,7 @@ def _verdict(again: RepeatedRun, others: list[str]) -> tuple[bool, str]:
 def _which(compared: list[Comparison], last: Comparison) -> str:
     """Name the compared steps, as the beginning of a sentence that ends in "agree"."""
     if last.logged is None:
-        about = f"The run did not log step {last.step:,}; the steps before it that it logged "
+        about = f"The run did not log step {last.step:,}; the logged steps before that "
         return f"{about}({', '.join(f'{step.step:,}' for step in compared)}) agree"
     others = f", and of {counted(len(compared) - 1, 'step')} before it," if compared[1:] else ""
     return f"Loss and gradient norm of step {last.step:,}{others} agree"

@@ -2,8 +2,8 @@
 
 Stages: sources, blocks, documents, cleaning, duplicates, splits, token ids, shards. Workers process
 single documents. The main process reads, drops duplicates and writes in document order, so the
-store does not depend on the number of workers. Every few seconds a journal records how far the
-store is valid. If the preparation is killed, the next one cuts the store back to that point,
+store does not depend on the number of workers. Every few seconds a journal records how much of
+the store is valid. If the preparation is killed, the next one cuts the store back to that point,
 continues from there, and ends with the same bytes.
 
 This module prints nothing: `Prepared` has the facts for the user, and `progress` is called during
@@ -159,7 +159,7 @@ class Growing:
         key: hash of the data, the rules and the tokenizer; known before the data is read.
         left_out: (file, reason) for each file in a given directory that is skipped.
         sources, validation: all sources that are read, and those for validation.
-        prepared: the result of `prepare`, once the preparation is complete.
+        prepared: the result of `prepare`; None until the preparation is complete.
     """
 
     def __init__(self, spec: Spec, destination: Destination) -> None:
@@ -208,7 +208,7 @@ class Growing:
                 self._changed.wait()
 
     def beginning(self) -> Report:
-        """Wait for the first part of the data; return its counts, or the final counts if complete.
+        """Wait for the first part, and return its counts; after the end, the counts of all data.
 
         Raises:
             UserError: the preparation failed.
@@ -303,9 +303,9 @@ def _given(
     sources, left_out = corpus.sources, (*corpus.left_out, *held_out.left_out)
     if options.validation_fraction not in (HELD_OUT, 0.0):
         raise UserError(
-            f"--data {name} is a token store, whose splits were made with it, so "
-            f"--validation_fraction {options.validation_fraction} has no effect. Give it to "
-            "consyn-prepare and prepare the data again, or leave it out."
+            f"--data {name} is a token store, which is split already, so --validation_fraction "
+            f"{options.validation_fraction} has no effect. Prepare the data again with "
+            "consyn-prepare --validation_fraction, or leave the flag out."
         )
     stores = [TokenStore(source.name) for source in sources]
     if tokenizer is not None and tokenizer.sha256 != stores[0].manifest["tokenizer_sha256"]:

@@ -7,12 +7,12 @@
                            ends with EOS
     SPLIT-00000.index      little-endian uint64: start of each document in the shard
     SPLIT-00000.targets    only for shards where some tokens are not targets; uint8: 1 for a target
-                           of the loss, 2 for the first token of a document that needs no BOS in
-                           front of it, 0 for other tokens
+                           of the loss, 0 for other tokens. The first token of a document has 2 if
+                           the document needs no BOS in front of it
     SPLIT-00000.origins    only in stores that were prepared from sources; three little-endian
-                           uint64 for each document. The first is the number of its source in
-                           sources.json. The others are its row and 0, or the range (begin, end)
-                           of its text in bytes of the decompressed source
+                           uint64 for each document. The first is the index of its source in
+                           sources.json. The others are the number of its row and 0; or, for text,
+                           the byte offsets of its begin and end in the decompressed source
     sources.json           the sources, in order: name, kind, SHA-256 of each file
 
 In version 3, each document is a pair of answers to the same prompt: prompt and chosen answer, then
@@ -112,7 +112,7 @@ def has_manifest(directory: Path) -> bool:
 
 
 def delete_store(directory: Path) -> None:
-    """Delete the files of a finished or unfinished token store, and its directory if then empty.
+    """Delete the files of a token store, finished or not, and its directory if nothing is left.
 
     The entries that mark a directory as a store are deleted last, so that an interrupted deletion
     can be repeated.

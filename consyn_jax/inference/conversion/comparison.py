@@ -55,8 +55,8 @@ def check_logits(before: np.ndarray, after: np.ndarray, dtype: str, where: Path)
     share = apart / max(size, 1e-30)
     if not share <= TOLERANCE[dtype]:  # also refuses NaN
         raise UserError(
-            f"{where} was not written, because the logits of the new files differ from the model's "
-            f"by {share:.2g} of their size; {dtype} allows {TOLERANCE[dtype]:g}. Try another disk "
-            "or machine, and report a defect if it happens again; the model is unchanged."
+            f"{where} was not written: the logits of the new files have a relative error of "
+            f"{share:.2g}, but {dtype} allows only {TOLERANCE[dtype]:g}. The source model is "
+            "unchanged. Try another disk or machine, and report a defect if it happens again."
         )
     return share

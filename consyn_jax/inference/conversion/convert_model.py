@@ -51,7 +51,7 @@ class Conversion:
 
     @property
     def written_dtype(self) -> str:
-        """The number type of most written weights."""
+        """The number type of the written weights, from --dtype or from the source's files."""
         return self.dtype or self.source.config.files.dtype
 
 
@@ -118,7 +118,7 @@ def _check_adapter(source: ModelSource, merge: bool) -> None:
     if source.base is not None and not merge:
         raise UserError(
             f"{source.name} is an adapter over {source.base}. Add --merge_lora to write the "
-            "merged model; the adapter's files already have PEFT's layout."
+            "merged model. An adapter alone needs no conversion: its files have PEFT's layout."
         )
     if merge and source.base is None:
         raise UserError(
@@ -127,7 +127,7 @@ def _check_adapter(source: ModelSource, merge: bool) -> None:
 
 
 def _check_manifest(directory: Path) -> None:
-    """Check a model against the manifest of its export; checkpoints are verified when read."""
+    """Check an exported model against its manifest; a checkpoint is verified when it is read."""
     if has_manifest(directory) and (reason := disagreement(directory)):
         raise UserError(
             f"{directory} is damaged: {reason}. Use another model of the run, or delete its "
@@ -178,8 +178,8 @@ def convert(plan: Conversion, say: Say) -> None:
         share = check_logits(before, _read_back(plan, aside), rounded, plan.output)
     for note in notes:
         say(f"note: {note}")
-    agreement = "the same logits" if share == 0 else f"logits within {share:.1e} of their size"
-    say(f"wrote {plan.output} ({_size(plan.output)}); read back, it gives {agreement}")
+    agreement = "the same logits" if share == 0 else f"logits with a relative error of {share:.1e}"
+    say(f"wrote {plan.output} ({_size(plan.output)}); the written model gives {agreement}")
     if plan.options.push_to_hub is not None:
         say(f"uploaded to {push(plan.output, plan.options.push_to_hub, card)}")
 

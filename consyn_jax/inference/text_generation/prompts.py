@@ -80,7 +80,7 @@ def unread_keys(prompts: Sequence[GivenPrompt]) -> list[str]:
     """A note about keys that are not read, with the number of rows that have them."""
     counts = Counter(key for prompt in prompts for key in sorted(prompt.unread))
     named = listed([f"{visible(key)} ({count:,})" for key, count in counts.most_common()], 5)
-    return [f"keys that are not read, with their number of rows: {named}"] if counts else []
+    return [f"unread keys, and the number of rows with each: {named}"] if counts else []
 
 
 def _file_prompts(path: Path) -> list[GivenPrompt]:

@@ -32,9 +32,9 @@ ANY_KEY = 2**30  # added to a query's position to switch the window off
 class SomeWindows(CausalMask):
     """A causal mask with a window that can be switched off for each query at run time.
 
-    For a query at position p, the kernel gets p to apply the window, or p + `ANY_KEY` to ignore it.
-    The blocks to skip are chosen earlier, when the kernel is built. So the kernel also visits the
-    blocks that the window hides.
+    To apply the window to a query, pass its position p to the kernel; to ignore the window, pass
+    p + `ANY_KEY`. The blocks to skip are chosen earlier, when the kernel is built. So the kernel
+    also visits the blocks that the window hides.
     """
 
     def __init__(self, shape: tuple[int, int], window: int):
@@ -96,7 +96,7 @@ def _kernel(
     mask: Any = CausalMask(shape)
     if window is not None:
         mask = SomeWindows(shape, window) if some else LocalMask(shape, (window - 1, 0), 0)
-    # Queries that pad a part get the position of its last query, so they need no further blocks.
+    # Padding queries get the position of the last real query, so they need no further blocks.
     local = np.minimum(np.arange(queries), T - 1)
     mask.q_sequence = (T * np.arange(parts)[:, None] + local).ravel().astype(np.int32)
     if some and window is not None:  # keep all blocks that a layer without the window needs

@@ -86,7 +86,7 @@ def weights_hash(directory: Path) -> str:
 
 
 class Header(NamedTuple):
-    """Dtype of a tensor, as safetensors names it ("BF16"), and shape."""
+    """Shape of a tensor, and its dtype as safetensors names it ("BF16")."""
 
     dtype: str
     shape: tuple[int, ...]

@@ -23,8 +23,8 @@ Spans = list[tuple[int, int]]
 # Placeholder for a message's text when only the text after it is needed.
 STAND_IN = "a7c1f0e95b3d4826"
 REWRITTEN = (
-    "the ends of earlier turns cannot be found in the rendered text; put the model's text into "
-    "generation blocks"
+    "the ends of earlier turns cannot be found in the rendered text; enclose the assistant's text "
+    "in generation blocks"
 )
 
 
@@ -90,7 +90,7 @@ def _by_difference(render: Callable[..., str], chat: Chat) -> tuple[str, Spans]:
 
 
 def _turn(render: Callable[..., str], messages: list[Message], i: int) -> tuple[int, str]:
-    """Render the conversation through turn `i`; return the start of the turn, and the text."""
+    """Render all messages up to and including turn `i`; return the turn's start and the text."""
     after = render(messages[: i + 1])
     if i:
         return _common_length(render(messages[:i], True), after), after

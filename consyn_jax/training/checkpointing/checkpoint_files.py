@@ -17,7 +17,7 @@ STATE = "state"  # the arrays of a checkpoint
 PROVENANCE = "provenance.json"  # of a run, a checkpoint or a model
 # Text after the step in the name of a checkpoint that is being written or removed.
 UNFINISHED = ".orbax-checkpoint-tmp"
-DAMAGED = ".damaged"  # after the step: a damaged checkpoint, kept under another name
+DAMAGED = ".damaged"  # after the step, in the new name of a damaged checkpoint
 READ_BYTES = 1 << 20
 LARGE = 1 << 30  # bytes
 LARGEST_CHECKSUMS = 1 << 26  # bytes: half a million files

@@ -194,7 +194,7 @@ class Checkpoints:
             )
 
     def _refuse_strangers(self) -> None:
-        """Raise an error if there are new checkpoints of another run or with a wrong name."""
+        """Raise an error if a new checkpoint belongs to another run or has a wrong name."""
         if self._owner is None or jax.process_index() or not self.directory.is_dir():
             return
         for step in sorted({*saved_steps(self.directory)} - {*self._steps}):
@@ -258,7 +258,7 @@ class Checkpoints:
         futures: list[Any],
         error: Exception | None,
     ) -> str | None:
-        """Commit a checkpoint, once every process has written its share of the arrays.
+        """Commit a checkpoint, after every process has written its share of the arrays.
 
         Returns:
             A sentence about an error of the operating system, the same in every process; None after

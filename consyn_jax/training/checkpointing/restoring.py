@@ -13,7 +13,7 @@ from consyn_jax.training.checkpointing.checkpoint_files import STATE, damage
 from consyn_jax.training.checkpointing.commit import RECORD
 from consyn_jax.training.step import TrainState
 
-OTHER = "Resume from another one with --resume STEP."
+OTHER = "Resume from another checkpoint with --resume STEP."
 
 
 def read_record(place: Path) -> dict[str, Any]:

@@ -52,8 +52,8 @@ class Progress:
             return checked(cls, record)
         except (TypeError, KeyError) as error:
             raise UserError(
-                f"The record of this checkpoint is damaged ({error}). Resume from another one with "
-                "--resume STEP."
+                f"The record of this checkpoint is damaged ({error}). Resume from another "
+                "checkpoint with --resume STEP."
             ) from error
 
 

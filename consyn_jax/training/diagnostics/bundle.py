@@ -199,7 +199,7 @@ def sample_names(
 ) -> list[list[str]] | None:
     """Name the sequences of a step's batch, [A, B].
 
-    A name has the index of the sequence in the dataset, and in a mixture the name of the source.
+    A name contains the index of the sequence in its dataset; in a mixture, also the source's name.
     Return None if the data has no fixed order, or is a corpus that is still being prepared.
 
     Args:
@@ -254,7 +254,7 @@ def read_bundle(path: Path) -> Bundle:
         )
     if found := irregular(path):
         raise UserError(
-            f"--replay {path} is not read, as {found[0]} is {found[1]}. Put the file itself there."
+            f"--replay {path} is not read: {found[0]} is {found[1]}. Put the file itself there."
         )
     try:
         return _read_bundle(path)

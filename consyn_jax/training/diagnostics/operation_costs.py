@@ -17,8 +17,8 @@ from consyn_jax.distributed.compiled import (
 )
 
 _CONTRACTED = re.compile(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)')
-# Matmuls of a [T, T] matrix in each kernel of attention: scores and values; then what the backward
-# pass computes anew.
+# Number of matmuls with a [T, T] matrix in each attention kernel. The forward pass has two, for
+# scores and values. Both backward kernels recompute the scores.
 ATTENTION_MATMULS = {
     "document_attention_forward": 2,
     "document_attention_queries": 3,
@@ -96,7 +96,7 @@ class MatmulFlops:
 
 
 def _attention_flops(each: Instruction, arrays: Mapping[str, tuple[Array, ...]]) -> int:
-    """FLOPs of a kernel of attention, whose first operand is the queries [B, T, N, H]."""
+    """FLOPs of an attention kernel, whose first operand is the queries [B, T, N, H]."""
     matmuls = ATTENTION_MATMULS.get(kernel_name(each))
     if matmuls is None:
         return 0

@@ -93,9 +93,12 @@ def _share(spent: float, together: float, steps: int) -> str:
 
 
 def _least(summary: Summary, part: str, spent: float) -> str:
-    """The least time of a part on this device, and what bounds it; empty if it is unknown."""
+    """Lower bound of a part's time on this device, and what sets it; empty if unknown.
+
+    Collectives have no bound; the share of them that overlaps other operations is given instead.
+    """
     if part == COLLECTIVES and summary.hidden_share is not None:
-        return f"; {summary.hidden_share:.0%} of it beside other operations"
+        return f"; {summary.hidden_share:.0%} of it overlaps other operations"
     if (least := summary.least.get(part)) is None or not spent:
         return ""
     bound = "compute" if least.compute_s > least.memory_s else "memory"
@@ -103,7 +106,10 @@ def _least(summary: Summary, part: str, spent: float) -> str:
 
 
 def _what_would_help(summary: Summary) -> list[str]:
-    """Name the part that exceeds its least time by most, and the cause; empty if unknown."""
+    """Name the part that loses the most time over its lower bound, and the cause.
+
+    The list is empty if no lower bound is known.
+    """
     above = {
         part: spent - summary.least[part].total_s
         for part, spent in summary.parts.items()
@@ -118,7 +124,7 @@ def _what_would_help(summary: Summary) -> list[str]:
         if least.compute_s > least.memory_s
         else "its kernels read and write more slowly than the device's memory allows"
     )
-    return [f"Most is lost in {part}: {each:,.2f} ms per step, because {cause}."]
+    return [f"{part} loses the most time: {each:,.2f} ms per step, because {cause}."]
 
 
 def _idle(summary: Summary) -> str:
@@ -237,7 +243,7 @@ class Profile:
         except Exception as error:  # noqa: BLE001
             self._wanted = None
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            self._warn(f"The profile of these steps failed; the run continues. {reason}")
+            self._warn(f"Profiling failed; the run continues. {reason}")
 
 
 def activity(name: str) -> TraceAnnotation:

@@ -98,7 +98,7 @@ class Rows(Sequence[Mapping[str, Any]]):
         return round_up(self.longest, LENGTH_MULTIPLE)
 
     def describe(self, block_size: int) -> str:
-        """Describe the rows for the header of a run."""
+        """Describe the rows in a line for the header that a run prints."""
         labels = described_labels(complete(one_row(self[0])), self.labels_are_ids)
         unused = f"; not used: {', '.join(self.unused)}" if self.unused else ""
         empty = f"; {self.empty:,} without tokens" if self.empty else ""
@@ -220,7 +220,10 @@ class Begun(Iterable[Any]):
 
     @property
     def natural_length(self) -> int:
-        """Length that holds all sequences of the first batch and of a DataLoader's dataset."""
+        """Length of the longest known sequence, rounded up.
+
+        It looks at the first batch, and at a DataLoader's dataset of rows.
+        """
         fields = fields_of(self.first)
         if self.are_rows:
             fields = one_row(fields)
@@ -275,8 +278,9 @@ def _columns(data: Mapping[str, Any], name: str) -> Given:
     if "input_ids" not in data:
         splits = [key for key, value in data.items() if not isinstance(value, str)]
         raise UserError(
-            f"{name} has no 'input_ids' but {listed(sorted(map(repr, data)))}. Pass tokenised "
-            f"data, or one split, such as {name}=data[{splits[0] if splits else 'train'!r}]."
+            f"{name} has no 'input_ids'; its keys are {listed(sorted(map(repr, data)))}. Pass "
+            "tokenised data, or one split, such as "
+            f"{name}=data[{splits[0] if splits else 'train'!r}]."
         )
     columns = {key: values for key, values in data.items() if values is not None}
     if not len(columns.get("input_ids", [])):

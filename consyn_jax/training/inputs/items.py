@@ -72,7 +72,7 @@ class ItemDataset:
     def _check(self, i: int, item: Any) -> None:
         where = f"Row {i} of {self._name}"
         if is_batch(item):
-            raise UserError(f"{where} holds several rows. Give each of them by itself.")
+            raise UserError(f"{where} holds several rows. Give each row separately.")
         check_fields(item, self._vocab_size, where, UNPADDED)
         check_columns(item, self._first, where)
         if item.get("labels") is not None:

@@ -27,7 +27,7 @@ class LossSpikeDetector:
     above: bool = False
 
     def update(self, loss: float) -> float | None:
-        """Add a finite loss; if a spike begins with it, return the median of the losses before.
+        """Add a finite loss; if a spike begins with it, return the median of the recent losses.
 
         >>> detector = LossSpikeDetector()
         >>> [detector.update(loss) for loss in [2.0, 2.1] * 10 + [7.0, 6.5, 2.0]][-4:]

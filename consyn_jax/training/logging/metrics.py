@@ -1,9 +1,9 @@
 """Write and read `metrics.jsonl`, the log of a run; trackers only have copies of it.
 
 Every line is a JSON object that begins with `step`, `tokens` (trained so far) and `time_s` (seconds
-since the run began, over all its starts). JSON has no NaN or infinity, so such a value is written
-as null, and `nonfinite` in the same line maps its key to "nan", "inf" or "-inf". `read_metrics`
-converts these values back to floats.
+that the run has taken, summed over its starts). JSON has no NaN or infinity, so such a value is
+written as null, and `nonfinite` in the same line maps its key to "nan", "inf" or "-inf".
+`read_metrics` converts these values back to floats.
 """
 
 from __future__ import annotations
@@ -100,14 +100,14 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
 
         Args:
             tokens: number of tokens trained on so far.
-            values: by key: Python numbers, arrays with one element, strings, booleans or None.
+            values: Python numbers, arrays with one element, strings, booleans or None, by key.
 
         Returns:
             The line as `read_metrics` would return it.
 
         Raises:
-            UserError: the line cannot be written (the file then stays without it), or another
-                program has changed the file.
+            UserError: the line cannot be written, and is not in the file; or another program has
+                changed the file.
         """
         self._check()
         with self._guard:
@@ -236,7 +236,7 @@ def metrics_of(directory: Path) -> list[dict[str, Any]]:
 
 
 def ending(events: Sequence[Mapping[str, Any]]) -> str:
-    """Describe the end of a run with these events: "complete" or "stopped by SIGTERM", say."""
+    """Describe how a run with these events ended, such as "complete" or "stopped by SIGTERM"."""
     match events[-1] if events else {}:
         case {"event": "finish"}:
             return "complete"

@@ -88,8 +88,9 @@ def write_report(
         config: values by flag name, from `flags.flat`.
         samples: generated texts, each with its step.
         summary: newest values by metric.
-        activities: returns the seconds of each activity until now, by key in `metrics.jsonl`. It is
-            called late, so that the seconds include most of the time for this page.
+        activities: function that returns the seconds of each activity so far, by key in
+            `metrics.jsonl`. It is called last, so that most of the time spent on writing this page
+            is included.
         origins: the origin of each value of the configuration, from `resolve.resolve`.
         about: header rows, as (name, text), about model, devices, data and versions.
 
@@ -263,7 +264,7 @@ def _events_title(history: History) -> str:
     shown = min(len(history.events), SHOWN_EVENTS)
     if shown == history.num_events:
         return "Events, the newest first"
-    return f"Events, the newest {shown:,} of {history.num_events:,}, the last first"
+    return f"Events, the newest {shown:,} of {history.num_events:,}, the newest first"
 
 
 def _events(history: History) -> Iterable[tuple[str, ...]]:

@@ -36,7 +36,7 @@ def adafactor(options: OptimizerOptions, logical_axes: Params) -> optax.Gradient
             lambda axes, x: x.shape[0] if "layers" in axes else 0, logical_axes, params
         )
         smallest = max(SMALLEST_FACTORED, max(jax.tree.leaves(layers)) + 1)
-        # Above the number of layers, so that the axis of layers is never factored.
+        # Larger than the number of layers, so that the axis of layers is never factored.
         return optax.scale_by_factored_rms(min_dim_size_to_factor=smallest)
 
     def init(params: Any) -> Any:

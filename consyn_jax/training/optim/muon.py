@@ -54,8 +54,9 @@ def muon(options: OptimizerOptions, logical_axes: Params) -> optax.GradientTrans
 def _orthogonal(updates: Any, numbers: Any) -> Any:
     """Orthogonalise matrices of norm 1.
 
-    On GPUs, this is done in bfloat16, with one batch for all matrices of a shape. CPUs multiply
-    float32 faster than bfloat16, and gain nothing from larger batches.
+    GPUs compute in bfloat16, with one batch for all matrices of the same shape. CPUs compute in
+    float32, one array at a time: they multiply float32 faster than bfloat16, and larger batches
+    gain nothing.
 
     Args:
         updates: Normalised momenta; each array has all layers of a parameter.
@@ -85,7 +86,7 @@ def _wide(x: Float[Array, "n r c"]) -> Float[Array, "n R C"]:
 
 
 def _together(matrices: list[jax.Array]) -> list[jax.Array]:
-    """Orthogonalise arrays [n, r, c] in bfloat16, with one batch for all matrices of a shape."""
+    """Orthogonalise arrays [n, r, c] in bfloat16, with one batch per matrix shape."""
     found = list(matrices)
     for shape in dict.fromkeys(x.shape[1:] for x in matrices if x.size):
         members = [i for i, x in enumerate(matrices) if x.shape[1:] == shape]

@@ -93,7 +93,7 @@ def _look(file: Path, key: str, counts: Mapping[str, int]) -> tuple[Found, str]:
     """Read a run's reference file in every process.
 
     Returns:
-        The references, and the first error of all processes; "" if there is no error.
+        The reference log-probabilities, and the first error of any process ("" if there is none).
     """
     found: Found = {}
     fault = ""
@@ -169,7 +169,7 @@ def _compute(
         {name: like[name] for name in BATCH_DTYPES},
         NamedSharding(program.mesh, PartitionSpec()),  # every process gets all results
     ).compile()
-    gather("compiled")  # else the step's collectives could time out while others compile
+    gather("compiled")  # otherwise collectives could time out while others compile
     batches = source.evaluation(batch_size, local_rows(program.mesh, batch_size))
     with prefetch(batches, transform=placer(program.mesh, EVAL_AXES)) as ready:
         for batch in ready:
@@ -199,7 +199,7 @@ def _write(file: Path, key: str, found: Found) -> None:
 
 
 def _read(file: Path, key: str, counts: Mapping[str, int]) -> Found:
-    """Read the references from a run's file.
+    """Read the reference log-probabilities from a run's file.
 
     Raises:
         UserError: The file is missing or damaged, or was computed with other data, weights, lengths

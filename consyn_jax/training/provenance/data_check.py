@@ -37,7 +37,7 @@ def check_data(data: dict[str, Any], found: Findings) -> None:
         found: Findings, to which the results are added.
     """
     if "sources" not in data:
-        found.unchecked.append("data: it was streamed, or passed in Python")
+        found.unchecked.append("data: not recorded, because it was streamed, or passed in Python")
         return
     for source in data["sources"]:
         if "stores" in source:
@@ -109,7 +109,7 @@ def _source_fault(entry: dict[str, Any], file_hash: Callable[[Path], str]) -> st
     then = "since the data was prepared; the documents shown are from before the change."
     if kind == SAMPLE:
         is_same = source.reader.identity(name, str)[-1] == digests
-        return "" if is_same else f"The text of --data sample, from this Python, has changed {then}"
+        return "" if is_same else f"--data sample is text of Python itself, and has changed {then}"
     faults, missing = changed_files(dict(zip(source.files, digests, strict=False)), file_hash)
     if missing or len(source.files) != len(digests):
         return f"{name} does not exist here, so it cannot be compared with what was prepared."
@@ -128,7 +128,7 @@ def _check_sources(sources: list[dict[str, Any]], directory: Path, found: Findin
             files = source.files if entry["kind"] in READERS else ()
             if not files and entry["kind"] == SAMPLE:
                 if source.reader.identity(source.name, str)[-1] != digests:
-                    found.differs.append("data: --data sample is another text in this Python")
+                    found.differs.append("data: --data sample is other text in this Python version")
             elif len(files) != len(digests):  # the source no longer exists here, or is on the Hub
                 missing.append(Path(entry["name"]))
             else:

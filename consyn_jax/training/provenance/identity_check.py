@@ -69,7 +69,10 @@ def _check_log(place: Path, owner: RunRecord, found: Findings) -> None:
 
 
 def _newest(checkpoints: Path) -> int:
-    """Return the newest step in any checkpoint's run.json, whatever its directory's name, or 0."""
+    """Return the largest step in the run.json of any checkpoint; 0 if there is none.
+
+    The steps in directory names are not used, because a directory can be renamed.
+    """
     if checkpoints.is_symlink() or not checkpoints.is_dir():
         return 0
     places = (checkpoints / str(step) for step in saved_steps(checkpoints))

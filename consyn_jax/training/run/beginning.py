@@ -80,14 +80,16 @@ def is_complete(
         return False
     if not data_is_known:
         raise UserError(
-            f"The run in {path} is complete, but this data is an iterator or varies, so it cannot "
-            "be compared with the data of that run. Pass another output_dir, or overwrite=True."
+            f"The run in {path} is complete. This data is an iterator or random, so it cannot be "
+            "compared with the data of that run. Pass another output_dir, or overwrite=True."
         )
     return True
 
 
 def unfinished(path: Path) -> str:
-    """Describe what is missing at the end of a run, as a clause; "" if nothing is missing.
+    """Describe which part of the work after the last step is missing; "" if none is.
+
+    The result is a clause, such as "final has no model".
 
     Raises:
         UserError: The log is damaged.
@@ -139,7 +141,7 @@ def branch(
 
 
 def report_smaller_batches(asked: RunConfig, found: RunConfig, console: Console) -> None:
-    """Report that micro-batches were made smaller to fit the devices, if they were."""
+    """If micro-batches were made smaller to fit the devices, say so."""
     budget = found.budget
     if budget.batch_size != asked.budget.batch_size:
         console.note(

@@ -175,9 +175,8 @@ def check_schedule(
     ]
     raise UserError(
         f"--output {run_path(config)} holds a run with another schedule: {'; '.join(changed)}. "
-        "Add --overwrite_schedule to continue with the new one (learning rate "
-        f"{float(after(step)):.3g} instead of {float(before(step)):.3g} at step {step:,} of "
-        f"{total:,}, and {float(after(total - 1)):.3g} instead of "
-        f"{float(before(old_total - 1)):.3g} at the end), name another directory, or use the old "
-        "values."
+        f"The learning rate would be {float(after(step)):.3g} instead of {float(before(step)):.3g} "
+        f"at step {step:,} of {total:,}, and {float(after(total - 1)):.3g} instead of "
+        f"{float(before(old_total - 1)):.3g} at the end. Use the old values, name another "
+        "directory, or add --overwrite_schedule to change the schedule."
     )

@@ -20,7 +20,7 @@ class BatchPoint:
         parameters: number of parameters of the model, without embeddings.
         tokens: number of tokens trained on at the measurement.
         scale: the noise scale, in tokens.
-        run_tokens: total tokens of the run whose learning rate begins to decay at the measurement.
+        run_tokens: number of tokens at the end of the run whose learning rate decays from here on.
     """
 
     parameters: float

@@ -133,9 +133,7 @@ def _batches(results: LadderResults) -> str:
     places = np.geomspace(min(m.x for m in markers), BEYOND * max(m.x for m in markers), STEPS)
     curves = [Curve([(float(x), law.tokens(float(x))) for x in places], "eval")]
     legend = [("eval", "fitted"), ("best", "measured")]
-    chart = _chart(
-        "critical batch size in tokens, by tokens trained on", markers, curves, legend, compact
-    )
+    chart = _chart("critical batch size against training tokens", markers, curves, legend, compact)
     note = (
         "The critical batch size is measured as the gradient's simple noise scale. Below it, "
         "doubling the batch nearly halves the number of steps; above it, more tokens per step "

@@ -60,8 +60,8 @@ def plan_rung(run: RunConfig, shape: Shape, tokens_per_parameter: float, most_st
     """Plan the runs of a size.
 
     Args:
-        run: a run with the batch size and the schedule of all sizes.
-        most_steps: maximum number of steps of a run, by its other budgets.
+        run: the configuration from which all sizes take the batch size and the schedule.
+        most_steps: maximum number of steps of a run, from the flags that limit its length.
 
     Raises:
         UserError: the budget is too small.

@@ -117,11 +117,11 @@ def test_the_weights_that_a_run_begins_with_are_named(tmp_path: Path) -> None:
 def test_sizes_and_budgets_of_a_file_are_named_where_a_flag_names_the_model() -> None:
     file = {"model": "haiku", "hidden_dim": 192, "max_steps": 50, "lr": 0.1}
     said = file_notes(*resolve({"model": "verse"}, file, file_name="a.yaml"))
-    assert said == [("config", "for verse, too, a.yaml sets hidden_dim 192, max_steps 50")]
+    assert said == [("config", "a.yaml sets hidden_dim 192, max_steps 50, also for verse")]
     assert file_notes(*resolve({}, file, file_name="a.yaml")) == []
     tuned = {"max_tokens": 64, "batch_size": 2}  # chosen from rows, for another checkpoint
     said = file_notes(*resolve({"checkpoint": "there"}, tuned, file_name="a.yaml"))
-    assert said == [("config", "for there, too, a.yaml sets batch_size 2, max_tokens 64")]
+    assert said == [("config", "a.yaml sets batch_size 2, max_tokens 64, also for there")]
     assert file_notes(*resolve({"model": "verse"}, {"lr": 0.1}, file_name="a.yaml")) == []
 
 

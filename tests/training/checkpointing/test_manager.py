@@ -267,7 +267,7 @@ def test_a_damaged_one_is_named_and_the_one_before_it_is_used(
     assert warnings[0].startswith(f"{copied / '6'} is damaged and is skipped: ")
     assert file == "sums" or str(victim.relative_to(copied / "6")) in warnings[0]
     with pytest.raises(
-        UserError, match=r"/6 is damaged: .*\. Resume from another one with --resume STEP\."
+        UserError, match=r"/6 is damaged: .*\. Resume from another checkpoint with --resume STEP\."
     ):
         checkpoints.restore(6, like(state_of(6)))
     jax.tree.map(

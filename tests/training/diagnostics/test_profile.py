@@ -35,8 +35,8 @@ def test_the_page_has_the_achieved_rate_and_the_shares_of_time() -> None:
     assert re.search(r"busy +75.0%\n +idle +25.0%  \(host 25.0%\)", text)
     assert re.search(r"mlp +75.0% +600.00 ms per step; at least 450.00 ms, bound by comp", text)
     assert re.search(r"head +25.0% +200.00 ms per step; at least 150.00 ms, bound by memory", text)
-    assert re.search(r"collectives +0.0% +0.00 ms per step; 71% of it beside other", text)
-    assert "Most is lost in mlp: 150.00 ms per step, because its matmuls run below the" in text
+    assert re.search(r"collectives +0.0% +0.00 ms per step; 71% of it overlaps other", text)
+    assert "mlp loses the most time: 150.00 ms per step, because its matmuls run below the" in text
     assert re.search(
         r"The 1 largest kernels:\n +50.0% +400.00 ms in 24 per step  fusion.7 \(mlp\)", text
     )
@@ -121,7 +121,7 @@ def test_a_failing_profiler_is_reported_once_and_steps_continue(
     profiled = Profiled((2, 3), tmp_path)
     profiled.run(5)
     assert profiled.warnings == [
-        "The profile of these steps failed; the run continues. OSError: no space left on device"
+        "Profiling failed; the run continues. OSError: no space left on device"
     ]
     assert profiled.notes == []
     monkeypatch.undo()

@@ -119,7 +119,7 @@ def test_a_run_says_what_is_not_read_and_what_is_cut(tmp_path: Path) -> None:
     rows = [*REQUESTS, {"context": "a" * 99, "continuation": " b", "id": 3, "task": "next"}]
     made = trainer(tmp_path / "run", written(tmp_path / "sums.jsonl", rows))
     said = "14 requests in 2 tasks; next: 1 of 2 contexts truncated on the left to the model's 32 "
-    said += "tokens; next: keys that are not read, with their number of rows: id (1)"
+    said += "tokens; next: unread keys, and the number of rows with each: id (1)"
     assert ("requests", said) in described(evaluation=made.eval_source)
 
 

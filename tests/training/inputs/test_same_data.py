@@ -228,5 +228,5 @@ def test_initial_weights_belong_to_a_run(tmp_path: Path) -> None:
         return ConsynTrainer(model(0), iter(BATCHES), output_dir=tmp_path / output, **settings)
 
     generated("iterator").train()
-    with pytest.raises(UserError, match="is complete, but this data is an iterator or varies"):
+    with pytest.raises(UserError, match=r"is complete\. This data is an iterator or random"):
         generated("iterator").train()

@@ -304,9 +304,7 @@ def test_a_step_that_is_not_what_the_log_says(
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert command("--output", run, "--replay_step", 10) == 4
     told = capsys.readouterr()
-    assert (
-        "The run did not log step 10; the steps before it that it logged (9) disagree" in told.out
-    )
+    assert "The run did not log step 10; the logged steps before that (9) disagree" in told.out
     assert "a.jsonl, row " in told.out
     assert "does not match its log" in told.err
 

@@ -395,7 +395,7 @@ def test_the_steps_before_a_repeated_one_are_counted() -> None:
     worse = [*steps[:3], _compared(12, line, values | {"loss": 3.0})]
     assert "disagree with the log by up to 0.5" in _verdict(RepeatedRun(8, worse, {}), [])[1]
     silent = _verdict(RepeatedRun(8, [*steps[:2], _compared(12, None, values)], {}), [])[1]
-    assert "did not log step 12; the steps before it that it logged (9, 10) agree" in silent
+    assert "did not log step 12; the logged steps before that (9, 10) agree" in silent
 
 
 def test_a_large_sparse_file_is_not_hashed(tmp_path: Path) -> None:

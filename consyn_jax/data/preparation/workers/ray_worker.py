@@ -1,4 +1,4 @@
-"""Code that runs inside a Ray task; the first task in a Ray process creates its worker."""
+"""Code that runs inside a Ray task; the first task in a Ray process creates the worker."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from consyn_jax.data.preparation.workers.messages import (
 from consyn_jax.data.preparation.workers.worker import Worker
 
 Answer = tuple[Head, list[np.ndarray]]
-"""A result as `result_head` makes it; or "node" and "differ", the versions that are not those of
-the main process.
+"""The result of a block, from `result_head`. If versions differ from those of the main process, it
+has the keys "node" (this host) and "differ" (these versions) instead.
 """
 
 _workers: dict[str, Worker] = {}

@@ -38,11 +38,11 @@ _SCRIPT_NAMES = (
 def without_companions(found: Sequence[Found]) -> list[Found]:
     """Find files that only accompany the data, and give each a reason to leave it out.
 
-    Descriptions and licences are left out beside rows, tables and `.txt` files, in the same
-    directory or below. Scripts and settings are left out beside rows, tables and text files named
-    after a split. They are also left out beside `.txt` files of at least ten times their size, as
-    with a download script and its corpus. Otherwise scripts are data, as in a directory of
-    programs. A file whose path the user gave is always data.
+    A description or licence is left out if its directory, or a directory below it, has rows, tables
+    or `.txt` files. A script or settings file is left out if there are rows, tables or text files
+    named after a split. It is also left out if the `.txt` files in its directory are at least ten
+    times as large, as with a download script and its corpus. Otherwise scripts are data, as in a
+    directory of programs. A file whose path the user gave is always data.
     """
     used = [item for item in found if item.is_used]
     data = {item for item in used if not _is_description(item) and not _is_script(item)}
@@ -84,7 +84,7 @@ def _directories(items: Sequence[Found]) -> set[Path]:
 
 
 def _corpora(data: Collection[Found], scripts: Sequence[Found]) -> set[Path]:
-    """Return directories whose `.txt` files are at least `MANY_TIMES` as large as the scripts."""
+    """Return directories whose `.txt` files are `MANY_TIMES` times as large as the scripts."""
     texts = [item for item in data if inner_suffix(item.inside) == ".txt"]
     of_texts, of_scripts = _sizes(texts), _sizes(scripts)
     return {place for place in of_scripts if of_texts[place] >= MANY_TIMES * of_scripts[place]}

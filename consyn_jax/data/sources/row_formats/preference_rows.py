@@ -62,8 +62,8 @@ def pair(row: dict, prompt_keys: str | None) -> Pair:
     for key in ("chosen", "rejected"):
         if row.get(key) is None:
             raise BadRow(
-                f"has no key {key!r}; its keys are {shown(row)}, and --objective dpo trains on "
-                "pairs of a chosen and a rejected answer.",
+                f"has no key {key!r}; its keys are {shown(row)}. --objective dpo needs a chosen "
+                "and a rejected answer in each row.",
                 "Leave --objective dpo out for rows without pairs, or give --on_bad_rows skip.",
             )
     answers = [_answer(row[key], key) for key in ("chosen", "rejected")]
@@ -142,7 +142,7 @@ def _of_messages(row: dict, prompt: Any, answers: list[Any]) -> tuple[Messages, 
         )
     for key, answer in (("chosen", chosen), ("rejected", rejected)):
         if not any(message["role"] == "assistant" for message in answer):
-            raise BadRow(f"holds no answer of the role 'assistant' under {key!r} after the prompt.")
+            raise BadRow(f"holds no message of the role 'assistant' after the prompt in {key!r}.")
     return given, chosen, rejected
 
 

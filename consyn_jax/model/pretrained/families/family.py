@@ -19,13 +19,13 @@ class Family:
     Attributes:
         model_type: The layout's value of model_type in config.json.
         architecture: Name of the model class in transformers.
-        read: Reads from a config.json the fields of `ModelConfig` that not all families have.
-            Raises `Unsupported`, or the errors of `Option.read`.
-        write: Returns the keys and values of config.json for these fields.
+        read: Function that reads a config.json and returns the fields of `ModelConfig` that only
+            some families have. Raises `Unsupported`, or the errors of `Option.read`.
+        write: Function that returns the keys and values of config.json for these fields.
         block: Name of each parameter of a block -> name of its tensor. Parameters with the same
             tensor are concatenated in it, in this order.
         defaults: Values of keys that config.json may omit, as in transformers.
-        renewed: Renames keys of older versions of transformers to the current ones.
+        renewed: Function that renames keys of older versions of transformers to the current names.
         rotates_in_part: Whether the layout supports rotating only a part of each head.
     """
 
