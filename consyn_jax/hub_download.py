@@ -77,7 +77,7 @@ def download(name: str, patterns: Sequence[str]) -> Path:
             f"{repository} has no revision {revision!r}. Give a branch, a tag or a commit of it."
         ) from error
     except RepositoryNotFoundError as error:
-        _check_path(repository, "is not there")
+        _check_path(repository, "does not exist")
         raise UserError(
             f"{repository} is not a directory, and the Hugging Face Hub has no public model of "
             "this name. Check the name; for a private model, log in with `hf auth login`."
@@ -95,14 +95,14 @@ def _check_path(repository: str, fault: str) -> None:
     """Refuse a hub id whose `owner` is a local directory: it is more likely a mistyped path.
 
     Args:
-        fault: what is wrong with the hub id, such as "is not there"; part of the message.
+        fault: what is wrong with the hub id, such as "does not exist"; part of the message.
     """
     parent = Path(repository).parent
     if parent.is_dir():
         beside = listed(sorted(path.name for path in parent.iterdir()), 5)
         raise UserError(
-            f"{repository} does not exist, and as a model of the Hugging Face Hub it {fault}. "
-            f"Correct the path or the name; the directory {parent} contains "
+            f"{repository} is not a local path, and the Hugging Face Hub model of that name "
+            f"{fault}. Correct the path or the name; the directory {parent} contains "
             f"{beside or 'nothing'}."
         )
 

@@ -117,7 +117,7 @@ class EngineOptions:
     ray_address: str | None = flag(
         None,
         "HOST:PORT of a Ray cluster's head node, or auto for the cluster of this machine "
-        "(RAY_ADDRESS, or a Ray of this machine alone)",
+        "(RAY_ADDRESS, or a local Ray instance)",
     )
 
 

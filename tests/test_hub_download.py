@@ -169,6 +169,6 @@ def test_a_mistyped_path_is_answered_with_what_is_there(
     with pytest.raises(UserError) as refused:
         choose_model(resolve({"checkpoint": "models/qwen"})[0].model)
     assert str(refused.value) == (
-        "models/qwen does not exist, and as a model of the Hugging Face Hub it cannot be reached "
-        "(offline). Correct the path or the name; the directory models contains qwen3."
+        "models/qwen is not a local path, and the Hugging Face Hub model of that name cannot be "
+        "reached (offline). Correct the path or the name; the directory models contains qwen3."
     )

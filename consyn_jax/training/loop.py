@@ -1,6 +1,6 @@
 """The training loop, from a new state or a checkpoint to the trained model and its report.
 
-All side effects of a run are ordered in this module.
+This module determines the order of all side effects of a run.
 """
 
 from __future__ import annotations

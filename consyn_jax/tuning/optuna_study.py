@@ -168,8 +168,8 @@ class OptunaStudy:
     def _claimed(self, number: int, known: int | None) -> Claim | None:
         """Acquire the lock of a trial, and read its values.
 
-        A process reports the end of its trial before it releases the lock, so a trial that is
-        running although its lock is free was interrupted.
+        A process reports the end of its trial to Optuna before it releases the lock. If Optuna says
+        that a trial is running, but its lock is free, the trial was interrupted.
 
         Args:
             known: Optuna's id of a trial that was running; None for a new trial.

@@ -32,7 +32,7 @@ Note = tuple[str, str]  # a line of the header: its name and its text
 
 
 class TrainingData(NamedTuple):
-    """Datasets for `ConsynTrainer`, and header lines about them.
+    """Datasets for `ConsynTrainer`, and lines about them for the header that the run prints.
 
     Attributes:
         settings: the configuration and the origins of its values, including values chosen from the

@@ -93,7 +93,10 @@ def _check_tensors(directory: Path, config: ModelConfig, found: Mapping[str, Hea
             "Download the model again, or correct config.json, which may belong to another model."
         )
         if missing == [HEAD]:
-            hint = "Set tie_word_embeddings to true in config.json if it is the input embedding."
+            hint = (
+                "Set tie_word_embeddings to true in config.json if the model uses the input "
+                "embedding as its output embedding."
+            )
         lacking = f"{counted(len(missing), 'tensor')}: {listed(missing)}"
         raise UserError(f"{directory} lacks {lacking}. {hint}")
     for name, shape in expected.items():

@@ -90,10 +90,11 @@ class LiveReport:
     # ------------------------------------------------------------------------------------- samples
 
     def time_for_sample(self) -> str:
-        """Return "yes" if another sample keeps within `SAMPLE_SHARE` of the run's time, else "".
+        """Return "yes" if `SAMPLE_SHARE` of the run's time is enough for another sample, else "".
 
-        The first sample, which waits for the compiler, is always allowed. Later samples are assumed
-        to take a tenth of its time, until one has been measured.
+        The first sample is always allowed, and not counted, because it waits for the compiler. The
+        second sample is assumed to take a tenth of the first one's time. Each later sample is
+        assumed to take as long as the previous one.
         """
         passed = self._clock() - self._began
         in_time = self._sample_spent_s + self._sample_s <= SAMPLE_SHARE * passed

@@ -42,8 +42,8 @@ class RayPool(Workers):
 
     Args:
         count: number of tasks that run at a time; None for one on each processor of the cluster.
-        address: value of `--ray_address`; None for the cluster of RAY_ADDRESS, or else a Ray that
-            is started on this machine.
+        address: value of `--ray_address`; None for the cluster of RAY_ADDRESS or, if this is not
+            set, a local Ray instance.
 
     Raises:
         UserError: Ray is not installed or cannot be reached, a node has other versions of packages,
