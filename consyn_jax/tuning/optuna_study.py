@@ -193,7 +193,7 @@ class OptunaStudy:
             self.study.sampler = self._sampler(number)
             if known is None:
                 trial = self.study.ask()
-            else:  # the killed process had drawn all values or some of them
+            else:  # the interrupted process may have drawn some or all values
                 trial = self._optuna.trial.Trial(self.study, known)
             assert trial.number == number
             values = {dimension.name: self._suggest(trial, dimension) for dimension in self._space}

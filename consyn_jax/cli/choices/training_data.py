@@ -114,8 +114,8 @@ def training_data(
 def _items(options: CorpusOptions, parts: Sequence[tuple[str, ...]]) -> Iterator[CorpusOptions]:
     """Yield the options of each item of a mixture.
 
-    A token store has its own splits, so `validation_fraction` is for the other items. If all items
-    are stores, it stays, and preparing them refuses it.
+    A token store has its own splits, so `validation_fraction` is only for the other items. If all
+    items are stores, it stays in their options, and preparing them raises an error.
     """
     from consyn_jax.data.store.manifest import is_store
 
@@ -235,7 +235,8 @@ def _streamed(settings: Settings, corpus: Growing) -> TrainingData:
 def _begun(corpus: Growing, config: RunConfig) -> tuple[BPETokenizer, list[Note]]:
     """Return the tokenizer to export, and header lines about the rows.
 
-    This waits for the first part of the data, because both depend on the format of the rows.
+    Wait for the first part of the data, because the chat template of the tokenizer and the lines
+    depend on the format of the rows.
     """
     from consyn_jax.data.sources.rows import CONVERSATIONS
 

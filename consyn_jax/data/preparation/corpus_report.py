@@ -87,7 +87,7 @@ class Report:
         """
         report = cls(**saved)
         check_types(report)
-        report.in_order()  # which knows the names of the tables
+        report.in_order()  # raises an error if a table is damaged
         for source in report.sources:
             for name in ("documents", "kept"):
                 if type(source[name]) is not int:
@@ -115,7 +115,7 @@ class Report:
         table = getattr(self, name)
         for key, count in counts.items():
             if name == "unread" and key not in table and len(table) == UNREAD_KEYS:
-                continue  # rows may have keys of their own, without end
+                continue  # each row may have new keys
             table[key] = table.get(key, 0) + count
 
     def keep(self, num_bytes: np.ndarray, num_tokens: np.ndarray) -> None:

@@ -27,7 +27,7 @@ from consyn_jax.files import irregular, open_regular, read_whole, try_lock
 from consyn_jax.prepare_config import CorpusOptions
 
 LOCK_POLL_SECONDS = 0.2
-LOCK_TRIES = 10  # to open the lock file, which another process may just be removing
+LOCK_TRIES = 10  # attempts to open the lock file while another process removes it
 
 # States of a directory, compared with the store to make.
 ABSENT, COMPLETE, OTHER, DAMAGED = "absent", "complete", "other", "damaged"
@@ -154,7 +154,7 @@ class Destination:
     def remove_fragment(self) -> None:
         """After a failure, remove an unfinished store that cannot be continued."""
         if not (self.preparing / JOURNAL).exists() and not (self.directory / MANIFEST).exists():
-            with suppress(OSError):  # where nothing can be written, nothing can be deleted
+            with suppress(OSError):  # the directory cannot be written
                 delete_store(self.directory)
 
     @contextmanager

@@ -223,7 +223,7 @@ def _template(given: str, own: str | None) -> str:
         source = PLAIN if own is None else own
     else:
         source = PLAIN if given == "plain" else read_template(given)
-    ChatTemplate(source)  # raises for what is not Jinja
+    ChatTemplate(source)  # raises an error if the text is not Jinja
     return source
 
 

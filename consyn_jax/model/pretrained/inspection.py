@@ -24,7 +24,7 @@ from consyn_jax.model_config import ModelConfig
 
 # Dtypes that can be trained, by their names in safetensors.
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-# Ending of tensors that older versions of transformers saved, but that are computed today.
+# Suffix of tensors that older versions of transformers saved, and newer versions compute.
 COMPUTED = ".rotary_emb.inv_freq"
 HEAD, EMBEDDING = OUTSIDE_BLOCKS["output"], OUTSIDE_BLOCKS["embedding"]
 

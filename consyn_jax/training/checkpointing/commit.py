@@ -101,7 +101,7 @@ class WrittenPart:
 
     @property
     def defect(self) -> Exception | None:
-        """The error; None without an error, or if it is from the operating system (a full disk)."""
+        """The error, if there is one and the operating system did not cause it (a full disk)."""
         return None if refusal(self.error) else self.error
 
     def message(self) -> str:

@@ -16,9 +16,9 @@ from consyn_jax.training.run.directory import RunDirectory
 from consyn_jax.training.run.recording import Recorder
 
 SAMPLES = "samples.jsonl"
-PAGE_SHARE = 0.005  # of the run's time that writing pages may take
-SAMPLE_SHARE = 0.01  # of the run's time that samples at evaluations may take
-TICK_S = 60.0  # age of the page, in seconds, from which it is also written after a step
+PAGE_SHARE = 0.005  # share of the run's time that writing pages may take
+SAMPLE_SHARE = 0.01  # share of the run's time that samples at evaluations may take
+TICK_S = 60.0  # a page of this age is written again after a step
 
 
 class LiveReport:

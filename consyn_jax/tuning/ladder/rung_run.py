@@ -31,8 +31,8 @@ from consyn_jax.tuning.varied_run import Settings
 
 NOISE = "gradient_noise.json"  # measurements by step, in the directory of the longest run
 METRIC = "eval/loss"
-BUDGETS = {"epochs", "max_steps", "total_tokens"}  # not compared: the number of steps is
-SAVE_MINUTES = 5.0  # between checkpoints of a run, unless a flag says otherwise
+BUDGETS = {"epochs", "max_steps", "total_tokens"}  # not compared, because the number of steps is
+SAVE_MINUTES = 5.0  # default of --save_minutes for the runs of a ladder
 ORIGIN = "ladder"  # origin of the values that the ladder sets
 
 

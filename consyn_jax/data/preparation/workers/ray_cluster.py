@@ -18,7 +18,7 @@ from consyn_jax.errors import UserError, brief
 from consyn_jax.integers import natural
 
 _MARK = "CONSYN_RAY_OF"  # in the environment of a Ray instance started here
-LONGEST_S = 20.0  # for an answer of the head node
+LONGEST_S = 20.0  # longest wait for an answer of the head node
 _REFUSALS = (ConnectionError, RuntimeError, ValueError, OSError)  # of `ray.init`, beside Ray's own
 _START = (
     "Start Ray on this machine (ray start --head, or ray start --address HEAD:6379 to join a "
@@ -52,7 +52,8 @@ def connect(address: str | None, processors: int | None) -> Any:
         _check(name, given)
         found: dict[str, Any] = {"address": given}
     else:
-        # Ray's own niceness of 15 keeps a node's other work alive; here the workers are the work.
+        # By default, Ray lowers the priority of its workers (niceness 15) in favour of other work.
+        # Here the workers do the main work.
         os.environ.setdefault("RAY_worker_niceness", "0")
         cores = len(os.sched_getaffinity(0))
         found = {"address": "local", "num_cpus": processors or cores, "include_dashboard": False}
