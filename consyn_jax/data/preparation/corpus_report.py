@@ -87,7 +87,7 @@ class Report:
         """
         report = cls(**saved)
         check_types(report)
-        report.in_order()  # raises an error if a table is damaged
+        report.in_order()  # raises an error for unknown names in the tables
         for source in report.sources:
             for name in ("documents", "kept"):
                 if type(source[name]) is not int:

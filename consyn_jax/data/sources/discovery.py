@@ -156,7 +156,7 @@ def _beginning(name: str) -> Path:
 
 
 def _expand(name: str, dataset_type: str, flag: str) -> Sequence[Path | Source]:
-    """Expand a name as in a shell; a name that is not a path, such as a dataset, is a `Source`."""
+    """Expand a name to paths, as a shell does; the name of a dataset gives a `Source` instead."""
     path = Path(name).expanduser()
     try:
         exists = path.exists()

@@ -54,8 +54,7 @@ def check_data(data: dict[str, Any], found: Findings) -> None:
 def _note_missing(missing: list[Path], found: Findings) -> None:
     if missing:
         more = f" and {counted(len(missing) - 1, 'more file')}" if missing[1:] else ""
-        verb = "do" if missing[1:] else "does"
-        found.unchecked.append(f"data: {missing[0]}{more} {verb} not exist here")
+        found.unchecked.append(f"data: not found here: {missing[0]}{more}")
 
 
 def _check_store(store: dict[str, Any], found: Findings) -> None:
