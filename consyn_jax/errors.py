@@ -113,7 +113,7 @@ def unsaved(error: KeyboardInterrupt) -> tuple[int, str]:
 def brief(error: BaseException) -> str:
     """The first sentence of another library's message, on one line, without its full stop.
 
-    The rest is cut, so that our message around it has at most two sentences.
+    The rest is cut, so that our message that quotes it has at most two sentences.
 
     >>> brief(ValueError("No footer. Either the file is damaged or it is something else."))
     'No footer'

@@ -242,7 +242,7 @@ ELSEWHERE: Mapping[str, str] = {
     "validation": "pass validation data as eval_dataloader=, for example get_dataset(PATH)",
     "validation_fraction": "pass get_dataset(PATH, split='validation') as eval_dataloader=",
     "data_weights": "pass a MixedDataset as train_dataloader=",
-    "streaming": "only the command consyn-train starts before its data is tokenised",
+    "streaming": "use the command consyn-train, which can train while it tokenises the data",
     **dict.fromkeys(("topology", "fit"), "use consyn-train --dry_run with this flag"),
     "replay": "use the command consyn-train with this flag",
     **dict.fromkeys(

@@ -77,7 +77,7 @@ def download(name: str, patterns: Sequence[str]) -> Path:
             f"{repository} has no revision {revision!r}. Give one of its branches, tags or commits."
         ) from error
     except RepositoryNotFoundError as error:
-        _check_path(repository, "is not there")
+        _check_path(repository, "does not exist")
         raise UserError(
             f"{repository} is not a directory, and the Hugging Face Hub has no public model of "
             "this name. Check the name; for a private model, log in with `hf auth login`."
@@ -95,7 +95,7 @@ def _check_path(repository: str, fault: str) -> None:
     """Refuse a hub id whose `owner` is a local directory: it is more likely a mistyped path.
 
     Args:
-        fault: what is wrong with the hub id, such as "is not there"; part of the message.
+        fault: what is wrong with the hub id, such as "does not exist"; part of the message.
     """
     parent = Path(repository).parent
     if parent.is_dir():

@@ -127,7 +127,7 @@ class OptimizerOptions:
     )
     lr_multipliers: str | None = flag(
         None,
-        "factors on --lr for groups of parameters, as in embedding=2,head=0.5; groups: "
+        "factors that multiply --lr for groups of parameters, as in embedding=2,head=0.5; groups: "
         f"{', '.join(PARAMETER_GROUPS)}",
         math=True,
     )
@@ -202,8 +202,8 @@ class OptimizerOptions:
     decay_shape: str = flag("sqrt", "shape of wsd's decay", choices=DECAY_SHAPES, math=True)
     decay_from: int | None = flag(
         None,
-        "start a new run in OUTPUT-decay-STEP from this checkpoint (a step) of the wsd or "
-        "constant run in --output, and decay the learning rate over --decay_ratio of the steps",
+        "start a new run in OUTPUT-decay-STEP from the checkpoint of this step in --output, which "
+        "is a wsd or constant run; decay the learning rate over --decay_ratio of the steps",
         math=True,
     )
     plateau_factor: float = flag(

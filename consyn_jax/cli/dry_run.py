@@ -19,7 +19,7 @@ def plan(config: RunConfig, origins: dict[str, str], choice: ModelChoice) -> Non
     Neither data nor devices are accessed.
 
     Raises:
-        UserError: an impossible topology, mesh or batch, or nothing fits.
+        UserError: the topology, mesh or batch is impossible; or `--fit` finds nothing that fits.
     """
     from consyn_jax.planning.aot import packages_are_there
     from consyn_jax.planning.plan import compiled, estimate, fit

@@ -231,9 +231,9 @@ _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "whil
 def update_bytes(program: list[Instruction], sizes: Container[int]) -> int:
     """Count the bytes that the optimizer's part of a train step reads and writes.
 
-    An instruction of the entry computation counts if it reads an array of a parameter's size and
-    is outside the differentiated function. If XLA recorded no function name for it, it counts if
-    it comes after the last loop. Collectives do not count, nor does an update inside a loop.
+    An instruction counts if it is in the entry computation, reads an array of a parameter's size,
+    and is outside the differentiated function. Where XLA recorded no function name, instructions
+    after the last loop count as outside. Collectives and updates inside a loop do not count.
 
     Args:
         sizes: number of elements of each parameter's array on one device.

@@ -174,8 +174,9 @@ class MemoryEstimate:
         moments: Bytes of the optimizer's moments.
         gradients: Bytes of the float32 gradients, which are summed over micro-batches.
         activations: Bytes of the activations that all blocks save for the backward pass.
-        working: Bytes of temporary memory at the peak of the step. The peak is either the backward
-            pass of one block, or the loss with its logits, before the micro-batch has gradients.
+        working: Bytes of temporary memory at the peak of the step. The peak is either in the
+            backward pass of one block, or in the loss, when the micro-batch has logits but no
+            gradients yet.
     """
 
     parameters: int

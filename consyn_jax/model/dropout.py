@@ -28,8 +28,9 @@ class Dropout(NamedTuple):
     def at(self, number: int | Int[Array, ""]) -> Dropout:
         """Derive a dropout with other draws, by folding `number` into the random key.
 
-        For a site in a layer, this is called twice: on the dropout of the micro-batch with the
-        number of the layer, and then on the result with the constant of the site (`MLP_BRANCH`).
+        Two calls derive the dropout of a site in a layer. The first call takes the dropout of the
+        micro-batch and the number of the layer. The second call takes the result and the constant
+        of the site, such as `MLP_BRANCH`.
         """
         return Dropout(jax.random.fold_in(self.key, number), self.rate)
 

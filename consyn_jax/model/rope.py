@@ -24,13 +24,13 @@ Span = int | Int[Array, "B T"]  # a document's length in tokens, or one for each
 
 
 def rope_table(positions: Int[Array, "B T"], length: int, head_dim: int, theta: float) -> Rope:
-    """Float32 cosines and sines of the rotation angles, for heads that rotate fully.
+    """Float32 cosines and sines of the rotation angles, for heads in which all elements rotate.
 
     They are read from a table with a row per position, because XLA on CPUs would otherwise
     recompute a cosine wherever it is used.
 
     Args:
-        length: Upper bound of the positions, the length of the table.
+        length: Number of rows of the table; all positions are below it.
         theta: Base of the rotary embedding.
     """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)

@@ -77,7 +77,7 @@ def _group(axes: Axes, sizes: tuple[tuple[str, int], ...], gpus_per_host: int) -
 def network_of(
     communicated: Iterable[Collective], sizes: Mapping[str, int], topology: GpuTopology
 ) -> dict[Axes, float]:
-    """Estimate the time of collectives in seconds, summed over those along the same mesh axes.
+    """Estimate the seconds that collectives take, as one sum for each set of mesh axes.
 
     A collective whose axes are unknown counts as one along all axes.
     """

@@ -185,7 +185,7 @@ def _total(size: int, limit: int, verdict: str) -> str:
 def _collectives(plan: Plan) -> Iterator[str]:
     if plan.compiled is None:
         if plan.time is not None:
-            yield "collectives  not compiled; network in the step time below is an estimate"
+            yield "collectives  not compiled; their time is estimated below, under network"
         else:
             yield "collectives  n/a, because the program was not compiled"
         return
@@ -235,7 +235,7 @@ def _time(plan: Plan, time: StepTime, assumptions: bool) -> Iterator[str]:
     if collectives:
         yield f"  {'network':<12} {in_seconds(time.exposed):>10}   exposed part of {collectives}"
     if plan.run.hardware.mixed_precision == "no":
-        yield "  THIS RUN is in float32, several times slower than this estimate for bfloat16"
+        yield "  THIS RUN is in float32, and several times slower than this estimate for bfloat16"
     if not assumptions:
         yield "  --verbose lists the assumptions"
         return
@@ -248,8 +248,8 @@ def _assumptions(gpu: DescribedGpu, precision: str, stretch: float) -> Iterator[
     yield "bfloat16, with attention in a fused kernel"
     if precision == "fp8":
         yield (
-            f"8-bit matmuls in the blocks at {roofline.FP8_SPEEDUP} x the rate below (from data "
-            f"sheets); activations as large as in bfloat16"
+            f"matmuls of the blocks in 8 bits, at {roofline.FP8_SPEEDUP} x the rate below (from "
+            f"data sheets); activations take as much memory as in bfloat16"
         )
     bandwidth = gpu.memory_bandwidth * roofline.MEMORY_EFFICIENCY / 1e12
     yield (
@@ -261,17 +261,20 @@ def _assumptions(gpu: DescribedGpu, precision: str, stretch: float) -> Iterator[
         for width, share in roofline.ATTENTION_EFFICIENCY.items()
     )
     yield (
-        f"attention at {attention}; {roofline.DOCUMENT_SHARE:.0%} of that inside documents, "
-        f"which are assumed to be as long as a sequence"
+        f"attention at {attention}; attention inside documents at {roofline.DOCUMENT_SHARE:.0%} of "
+        f"these rates, with documents as long as a sequence"
     )
     link = gpu.link_bandwidth * network.LINK_EFFICIENCY / 1e9
     ports = gpu.network_bandwidth * network.LINK_EFFICIENCY / 1e9
     yield f"links at {link:.0f} GB/s inside a host, {ports:.3g} GB/s per GPU between hosts"
     yield (
         f"collectives of weights and gradients overlap with at most {roofline.OVERLAP:.0%} of the "
-        f"kernels' time, and slow the kernels by {roofline.CONTENTION:.0%} of the overlap"
+        f"kernels' time; each second of overlap delays the kernels by {roofline.CONTENTION:.1f} s"
     )
-    yield f"all kernels together take {stretch} x the sum of their times; sources: docs/planning.md"
+    yield (
+        f"times of kernels multiplied by {stretch}, for launches, gaps and lowered clocks; "
+        f"sources: docs/planning.md"
+    )
 
 
 def _budget(plan: Plan) -> Iterator[str]:
@@ -326,7 +329,7 @@ def _ways_out(plan: Plan) -> Iterator[str]:
         if (adapter := adapter_that_fits(plan)) is not None:
             yield f"an adapter would fit: {in_memory(adapter)}"
         return
-    yield "what would fit, cheapest first, by arithmetic (--fit compiles it and writes a recipe)"
+    yield "what would fit, cheapest first, by arithmetic (--fit also compiles, and writes a recipe)"
     for way in _plainest(ways):
         other = "   (rounded moments change the result)" if "moment_dtype" in way.changes else ""
         yield (

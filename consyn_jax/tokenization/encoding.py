@@ -26,7 +26,10 @@ Before = str | None
 
 
 class TextEncoder:
-    """Encodes texts without special tokens, considering what precedes them in their document."""
+    """Encodes texts, and adds no special tokens.
+
+    The ids of a text may depend on what precedes it in its document.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Build the encoder of a tokenizer that `switch_off_changes` has prepared.

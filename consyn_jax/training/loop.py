@@ -1,6 +1,6 @@
 """The training loop, from a new state or a checkpoint to the trained model and its report.
 
-All side effects of a run are ordered in this module.
+This module determines the order of all side effects of a run.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Training:
             origin = Path(inputs.run.saving.output) / CHECKPOINTS
             state, self.progress = beginning.branch(origin, decay_from, like, self.progress)
         else:
-            gather("begins")  # else Gloo's comparison of a caller's model could time out
+            gather("begins")  # otherwise Gloo's comparison of a caller's model could time out
             state = self.program.initial_state(inputs.make_parameters(self.program.mesh))
         self.facts = write_beginning(inputs, self.opened, self.progress.step)
         self.progress.run = self.directory.record.run
@@ -156,8 +156,8 @@ class Training:
         self.run_config, train_step = compiling.result()
         self.report.config = flat(self.run_config)
         beginning.report_smaller_batches(self.inputs.run, self.run_config, self.console)
-        gather("compiled")  # else the step's collectives could time out while others compile
-        gc.freeze()  # else each collection takes 0.2 s for a million objects of imported modules
+        gather("compiled")  # otherwise collectives could time out while others compile
+        gc.freeze()  # otherwise each collection visits a million objects of modules, in 0.2 s
         self.stack.callback(gc.unfreeze)
         params = state.params if self.resumed is None else None
         calls = self.directory.check, self._end_at_a_signal, self.console.note
@@ -181,7 +181,7 @@ class Training:
             try:
                 return self._loop(state, train_step, ready, like)
             finally:
-                source.close()  # else `prefetch` would join a thread that may wait for data
+                source.close()  # otherwise `prefetch` would join a thread that may wait for data
 
     def _loop(
         self,

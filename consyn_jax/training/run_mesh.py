@@ -21,9 +21,9 @@ from consyn_jax.training.runtime.memory import device_bytes
 def this_machine() -> Machine:
     """Describe this machine as JAX sees it; all processes get the same answer.
 
-    A host is a group of devices with fast links; several processes may share it. The result is
-    cached, because threads that compile programs call this function at any time, while `gather`
-    must be called in the same order in all processes.
+    A host is a group of devices with fast links; several processes may share it. All processes must
+    call `gather` in the same order, but threads that compile programs call this function at any
+    time. So its result is cached.
     """
     hosts = len({getattr(device, "slice_index", 0) for device in jax.devices()})
     if jax.device_count() % hosts:  # hosts of different sizes count as one

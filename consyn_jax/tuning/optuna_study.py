@@ -168,8 +168,8 @@ class OptunaStudy:
     def _claimed(self, number: int, known: int | None) -> Claim | None:
         """Acquire the lock of a trial, and read its values.
 
-        A process reports the end of its trial before it releases the lock, so a trial that is
-        running although its lock is free was interrupted.
+        A process reports the end of its trial to Optuna before it releases the lock. If Optuna says
+        that a trial is running, but its lock is free, the trial was interrupted.
 
         Args:
             known: Optuna's id of a trial that was running; None for a new trial.
@@ -193,7 +193,7 @@ class OptunaStudy:
             self.study.sampler = self._sampler(number)
             if known is None:
                 trial = self.study.ask()
-            else:  # the killed process had drawn all values or some of them
+            else:  # the interrupted process may have drawn some or all values
                 trial = self._optuna.trial.Trial(self.study, known)
             assert trial.number == number
             values = {dimension.name: self._suggest(trial, dimension) for dimension in self._space}

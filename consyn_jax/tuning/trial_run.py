@@ -27,7 +27,7 @@ class TrialRun:
         metric: the name of the metric that the study optimises.
         maximize: whether a larger value is better.
         path: the run directory.
-        trainer: trainer of the trial. It is not used if an earlier process has taken all steps.
+        trainer: trainer of the trial. It is not used if an earlier process has done all steps.
     """
 
     study: OptunaStudy

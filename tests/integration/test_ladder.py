@@ -165,7 +165,7 @@ def test_a_mistake_that_only_the_plan_shows_comes_before_the_first_size(
         (["--max_steps", 39], "is 39 steps of 256 tokens, but the 4 runs of this size need 40."),
         (["--epochs", 1], "tokens, but the 4 runs of this size need 40."),
         (["--warmup_steps", 5], "Warm-up of 5 steps is too long for the shortest run"),
-        (["--ladder", "3.3e3,3.4e3,1e5"], "has no two sizes around 3,400 parameters"),
+        (["--ladder", "3.3e3,3.4e3,1e5"], "same shape for two sizes near 3,400 parameters"),
     ):
         assert tune.main(flags(corpus, output, *more)) == 2
         assert sentence in capfd.readouterr().err

@@ -41,7 +41,7 @@ class PreparedRun:
 
     Attributes:
         choice: architectures and weights of the run.
-        data: datasets and their header lines.
+        data: datasets, and lines about them for the header that the run prints.
         exported: tokenizer to write into the directory of each exported model.
     """
 

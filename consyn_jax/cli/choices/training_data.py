@@ -32,7 +32,7 @@ Note = tuple[str, str]  # a line of the header: its name and its text
 
 
 class TrainingData(NamedTuple):
-    """Datasets for `ConsynTrainer`, and header lines about them.
+    """Datasets for `ConsynTrainer`, and lines about them for the header that the run prints.
 
     Attributes:
         settings: the configuration and the origins of its values, including values chosen from the
@@ -235,7 +235,8 @@ def _streamed(settings: Settings, corpus: Growing) -> TrainingData:
 def _begun(corpus: Growing, config: RunConfig) -> tuple[BPETokenizer, list[Note]]:
     """Return the tokenizer to export, and header lines about the rows.
 
-    This waits for the first part of the data, because both depend on the format of the rows.
+    Wait for the first part of the data, because the chat template of the tokenizer and the lines
+    depend on the format of the rows.
     """
     from consyn_jax.data.sources.rows import CONVERSATIONS
 

@@ -86,7 +86,7 @@ class Preparation:
 
     @property
     def is_one_row(self) -> bool:
-        """Whether the corpus turned out to be one row, which must be split by position instead."""
+        """Whether the corpus turned out to be one row, so that it must be split by position."""
         read = self.report.documents - self.report.dropped.get("empty", 0)
         rows = [source["documents"] for source in self.report.sources if source["kind"] != "text"]
         held_out = self.spec.options.validation_fraction + self.spec.test_fraction

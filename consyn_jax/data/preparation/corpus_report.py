@@ -23,14 +23,14 @@ CHANGES = {
     "invalid_utf8": "places that were not UTF-8, replaced by U+FFFD",
     "normalized": "texts converted to the Unicode normal form",
     "control_characters": "control characters removed",
-    "unknown": "places for which the tokenizer has no token, trained on as its unknown token",
+    "unknown": "places that the tokenizer cannot encode, replaced by its unknown token",
 }
 NOTICES = {
     "unwritten": "conversations with messages, tool calls or tools that the chat template leaves "
     "out",
     "equal": "pairs whose chosen and rejected answers are equal, so that nothing is learned",
-    "prompt_end": "pairs whose prompt has other tokens at its end when an answer follows; these "
-    "tokens count as part of the answers",
+    "prompt_end": "pairs in which the last tokens of the prompt change when an answer follows; "
+    "these tokens count as part of the answers",
     "markers": "rows with a chat model's markers, which are read as plain text; give such rows as "
     "messages",
 }
@@ -38,7 +38,7 @@ NOTICES = {
 
 @dataclass
 class Report:
-    """Counts of one preparation; without times, so that equal inputs give equal reports.
+    """Counts of one preparation. It has no times, so that equal inputs give equal reports.
 
     Attributes:
         documents: number of documents read, including those in `dropped`.
@@ -87,7 +87,7 @@ class Report:
         """
         report = cls(**saved)
         check_types(report)
-        report.in_order()  # which knows the names of the tables
+        report.in_order()  # raises an error for unknown names in the tables
         for source in report.sources:
             for name in ("documents", "kept"):
                 if type(source[name]) is not int:
@@ -115,7 +115,7 @@ class Report:
         table = getattr(self, name)
         for key, count in counts.items():
             if name == "unread" and key not in table and len(table) == UNREAD_KEYS:
-                continue  # rows may have keys of their own, without end
+                continue  # each row may have new keys
             table[key] = table.get(key, 0) + count
 
     def keep(self, num_bytes: np.ndarray, num_tokens: np.ndarray) -> None:
@@ -189,8 +189,8 @@ def check_leniency(report: Report, options: CorpusOptions) -> None:
 def is_as_lenient(report: Report, options: CorpusOptions) -> bool:
     """Whether a preparation with `options` would treat rows that are not UTF-8 in the same way.
 
-    True if there were no such rows. Also true if such rows are an error under `options`, because
-    `check_leniency` then raises that error.
+    True if there were no such rows. Also true if `options` make such rows an error: then
+    `check_leniency` raises this error.
     """
     repaired = "invalid_utf8" in report.changed
     stops = options.on_bad_rows == options.invalid_utf8 == "error"

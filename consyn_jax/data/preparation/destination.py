@@ -27,7 +27,7 @@ from consyn_jax.files import irregular, open_regular, read_whole, try_lock
 from consyn_jax.prepare_config import CorpusOptions
 
 LOCK_POLL_SECONDS = 0.2
-LOCK_TRIES = 10  # to open the lock file, which another process may just be removing
+LOCK_TRIES = 10  # attempts to open the lock file while another process removes it
 
 # States of a directory, compared with the store to make.
 ABSENT, COMPLETE, OTHER, DAMAGED = "absent", "complete", "other", "damaged"
@@ -40,8 +40,8 @@ class Destination:
     """The directory of one store.
 
     In the cache, a damaged or outdated entry is rebuilt, and if another process is making the same
-    store, this process waits. In a directory that the user named, both are errors, so that no user
-    data is lost.
+    store, this process waits. In a directory that the user named, each of these cases is an error,
+    so that no user data is lost.
 
     Attributes:
         key: hash of the store's content (`preparation_spec.key_of`), which is its name in the
@@ -55,14 +55,14 @@ class Destination:
 
     @property
     def preparing(self) -> Path:
-        """The directory of the files that only an unfinished store has."""
+        """The directory for files that only an unfinished store needs."""
         return self.directory / PREPARING
 
     def is_complete(self) -> bool:
         """Whether the store exists and is complete.
 
         Raises:
-            UserError: the user's directory contains another store, or a damaged one.
+            UserError: the user's directory contains another store or a damaged store.
         """
         found = self._look()
         if self.in_cache or found in (ABSENT, COMPLETE):
@@ -73,8 +73,8 @@ class Destination:
                 "give another --output."
             )
         raise UserError(
-            f"{self.directory} contains a token store of other data, or made by other rules. "
-            "Give another --output, or delete this store with --overwrite."
+            f"{self.directory} contains a token store that was made from other data or with other "
+            "settings. Give another --output, or delete this store with --overwrite."
         )
 
     def _look(self) -> str:
@@ -108,8 +108,8 @@ class Destination:
         """The journal of an earlier process that was making this store; None if there is none.
 
         Raises:
-            UserError: the journal cannot be read, or the user's directory contains another
-                unfinished store or a damaged one.
+            UserError: the journal cannot be read; or, in the user's directory, it is damaged or
+                belongs to another store.
         """
         path = self.preparing / JOURNAL
         try:
@@ -133,8 +133,8 @@ class Destination:
         if self.in_cache:
             return None
         raise UserError(
-            f"{self.directory} contains an unfinished preparation of other data or with other "
-            "rules. Give another --output, or delete it with --overwrite."
+            f"{self.directory} contains an unfinished token store, made from other data or with "
+            "other settings. Give another --output, or delete this store with --overwrite."
         )
 
     def remove_manifest(self) -> None:
@@ -154,21 +154,21 @@ class Destination:
     def remove_fragment(self) -> None:
         """After a failure, remove an unfinished store that cannot be continued."""
         if not (self.preparing / JOURNAL).exists() and not (self.directory / MANIFEST).exists():
-            with suppress(OSError):  # where nothing can be written, nothing can be deleted
+            with suppress(OSError):  # the directory cannot be written
                 delete_store(self.directory)
 
     @contextmanager
     def locked(self, stop: Callable[[], bool]) -> Iterator[None]:
         """Lock the store against other processes that prepare it.
 
-        The kernel releases the lock however this process ends.
+        The kernel releases the lock when this process ends, even if the process is killed.
 
         Args:
             stop: called while waiting for another process; the wait ends if it returns true.
 
         Raises:
-            UserError: the directory cannot be written, or it is the user's and another process uses
-                it.
+            UserError: the directory cannot be written; or it is the user's directory, and another
+                process is preparing a store there.
             Stopped: `stop` returned true.
         """
         lock = self._wait_for_lock(stop)
@@ -230,12 +230,12 @@ class Destination:
 
 
 def check_output(directory: Path) -> None:
-    """Refuse a directory that contains other files than a token store's, to protect them.
+    """Refuse a directory that contains anything but a token store, so that no file is lost.
 
-    Whether a store there has the same data is checked later (`Destination.is_complete`).
+    `Destination.is_complete` checks later whether a store there was made from the same data.
 
     Raises:
-        UserError: the directory contains anything but a complete or unfinished token store.
+        UserError: the directory has files, and is not a complete or unfinished token store.
     """
     names = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
     if names and not _is_ours(directory):

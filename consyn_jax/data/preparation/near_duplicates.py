@@ -5,8 +5,8 @@ permutations. The share of equal entries of two signatures estimates the Jaccard
 two sets (Broder 1997, "On the resemblance and containment of documents") with a standard deviation
 of sqrt(s (1 - s) / 128), 0.035 at 0.8. The permutations are multiplications of 32-bit hashes by odd
 numbers, applied to about a thousand hashes at a time. One-permutation hashing (Li, Owen and Zhang
-2012) would save only a sixth of the time, because finding and hashing words takes the most; it also
-needs densification and has a larger error for short documents.
+2012) would save only a sixth of the time, because finding and hashing words takes most of it. It
+also needs densification, and has a larger error for short documents.
 
 The signature is cut into bands of rows. A document is compared only with documents that agree with
 it in all rows of some band, which happens with probability 1 - (1 - s^rows)^bands (Leskovec,
@@ -93,10 +93,12 @@ def bands_and_rows(threshold: float) -> tuple[int, int]:
 class NearDuplicates(Recorded):
     """An index of the signatures of all documents kept so far.
 
-    Memory is 12 bytes per band and kept document (216 at a threshold of 0.8), and twice that while
-    the longest runs are merged; the signatures, 512 bytes per kept document, stay in the file. In a
-    corpus made from a template, whose documents are similar but below the threshold, each document
-    is compared with a share of all earlier ones, so time grows quadratically.
+    The index takes 12 bytes of memory per band for each kept document, which is 216 bytes per
+    document at a threshold of 0.8. It takes twice as much while its largest parts are merged. The
+    signatures (512 bytes per kept document) stay in the file.
+
+    In a corpus made from a template, many documents are similar, but below the threshold. Each
+    document is then compared with a share of all earlier documents, so time grows quadratically.
 
     Args:
         path: the file, created if missing.

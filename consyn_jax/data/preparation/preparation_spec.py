@@ -117,8 +117,8 @@ def find(options: CorpusOptions) -> tuple[Corpus, Corpus]:
     """Find the sources of `--data` and of `--validation`.
 
     A file in both is used only for validation: `--data DIR --validation DIR/valid.txt` must not
-    train on valid.txt. Without `--validation`, files of `--data` whose names say validation are
-    used for it, unless `--validation_fraction` is 0.
+    train on valid.txt. Without `--validation`, files of `--data` whose names mark them as
+    validation data are used for validation, unless `--validation_fraction` is 0.
 
     Raises:
         UserError: data is missing or unusable, or an option is out of its range.
@@ -142,15 +142,15 @@ def find(options: CorpusOptions) -> tuple[Corpus, Corpus]:
     sharded = {source.kind == "sharded" for source in (*corpus.sources, *held_out.sources)}
     if len(sharded) > 1:
         raise UserError(
-            "Only one of --data and --validation is tokenised. Give both as text or rows, or "
-            "both as files of tokens."
+            "One of --data and --validation has files of tokens, and the other has text or rows. "
+            "Give the same kind for both."
         )
     reserved = set(map(place_of, held_out.sources))
     kept = tuple(source for source in corpus.sources if place_of(source) not in reserved)
     if not kept:
         raise UserError(
-            "--validation names all of --data, so nothing is left to train on. Give other files to "
-            "one of them."
+            "--validation names all of --data, so nothing is left to train on. Give other files "
+            "for --data or --validation."
         )
     left_out = [*corpus.left_out, *((s.name, "") for s in corpus.sources if s not in kept)]
     reasons = tuple(
@@ -177,7 +177,7 @@ def build_spec(
     test_fraction: float,
     progress: Progress | None,
 ) -> Spec:
-    """Build the specification from the result of `find`; load the tokenizer unless it is trained.
+    """Build the specification from the result of `find`; load the tokenizer if it exists already.
 
     Args:
         tokenizer: used instead of the tokenizer that the options name.
@@ -223,7 +223,7 @@ def _template(given: str, own: str | None) -> str:
         source = PLAIN if own is None else own
     else:
         source = PLAIN if given == "plain" else read_template(given)
-    ChatTemplate(source)  # raises for what is not Jinja
+    ChatTemplate(source)  # raises an error if the text is not Jinja
     return source
 
 
@@ -239,7 +239,7 @@ def _in_key(spec: Spec) -> Any:
 
 
 def contents_of(spec: Spec) -> list[list[Any]]:
-    """Return the `Reader.identity` of each source, a list whose last item is its file hashes.
+    """Return the `Reader.identity` of each source: a list that ends with the hashes of its files.
 
     Raises:
         UserError: a file cannot be read.

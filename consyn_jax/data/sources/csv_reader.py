@@ -30,8 +30,8 @@ HEADLESS = "; if the first line is a row of data, add a line of column names abo
 class CsvReader(Reader):
     """CSV and TSV files, which may be compressed; their first line has the column names.
 
-    The delimiter is the most frequent of `DELIMITERS` in the first line. In a .tsv file whose first
-    line has a tab, it is the tab. Fields in double quotes may contain line breaks. In a file with
+    The delimiter is the most frequent of `DELIMITERS` in the first line. It is the tab in a .tsv
+    file whose first line has a tab. Fields in double quotes may contain line breaks. In a file with
     unpaired quotes, quotes are ordinary characters.
     """
 

@@ -49,7 +49,7 @@ class Corpus:
     """The sources in reading order, and the files that were left out, each with a reason.
 
     Attributes:
-        validation: sources that their names mark as validation data.
+        validation: sources whose names say that they are validation data.
     """
 
     sources: tuple[Source, ...]
@@ -156,7 +156,7 @@ def _beginning(name: str) -> Path:
 
 
 def _expand(name: str, dataset_type: str, flag: str) -> Sequence[Path | Source]:
-    """Expand a name to paths, as in a shell, or to sources that are not paths."""
+    """Expand a name to paths, as a shell does; the name of a dataset gives a `Source` instead."""
     path = Path(name).expanduser()
     try:
         exists = path.exists()

@@ -1,4 +1,4 @@
-"""The reader of `--data sample`, which is text that is part of Python."""
+"""The reader of `--data sample`: the texts of Python's `help()`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SampleReader(Reader):
     kind, noun, unit = SAMPLE, "text", SAMPLE
 
     def files(self, name: str) -> tuple[Path, ...]:
-        """Return no files, because the texts are part of Python."""
+        """Return no files, because the texts are in a module of Python."""
         return ()
 
     def size(self, name: str) -> int:
@@ -28,7 +28,7 @@ class SampleReader(Reader):
         return sum(len(text.encode()) for text in sample_texts())
 
     def identity(self, name: str, file_hash: Callable[[Path], str]) -> list[Any]:
-        """Return the kind and a hash of the texts."""
+        """Return the entry in the cache key: [kind, False, [hash of all texts]]."""
         return [SAMPLE, False, [hashlib.sha256("\0".join(sample_texts()).encode()).hexdigest()]]
 
     def blocks(self, name: str, start: Position, reading: Reading) -> Iterator[Block]:

@@ -55,8 +55,11 @@ def _whole(name: str, stream: ByteStream, start: Position, reading: Reading) -> 
 
     The file is one document. If it is the whole corpus (`reading.single`), it is cut into one
     document for each split. Reading can resume after any part, because the division of the rest
-    into parts does not depend on the text before it. `start` is (bytes, documents) before the first
-    part to read; documents is 1 at the end of the file, else 0.
+    into parts does not depend on the text before it.
+
+    Args:
+        start: (bytes before the first part to read, number of finished documents). The number is 1
+            at the end of the file, and 0 before that.
     """
     if start[1]:
         return

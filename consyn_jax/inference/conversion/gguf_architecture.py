@@ -76,7 +76,7 @@ def _reasons(config: ModelConfig, context: int, family: str, own: Architecture) 
     window = config.sliding_window
     if window is not None and window < context:
         reasons.append(
-            f"it has no sliding window for this layout, but the model has one of {window:,} "
+            f"it has no sliding window for this layout, but the model's window is {window:,} "
             f"tokens. Give --context {window}: up to this length, the results agree."
         )
     for name, what in (
@@ -88,8 +88,8 @@ def _reasons(config: ModelConfig, context: int, family: str, own: Architecture) 
             reasons.append(f"it reads no biases of {what} for this layout. Convert it to hf.")
     if own.is_square and config.num_heads * config.head_dim != config.hidden_dim:
         reasons.append(
-            f"its heads must together be as wide as the model, but {config.num_heads} heads of "
-            f"{config.head_dim} are not {config.hidden_dim}. Convert it to hf."
+            f"its heads must together be as wide as the model, but {config.num_heads} heads x "
+            f"{config.head_dim} is not {config.hidden_dim}. Convert it to hf."
         )
     rotates = config.rotary_layers or (True,) * config.num_layers
     known = [

@@ -63,7 +63,7 @@ class Section:
 def text_section(name: str, scores: Sequence[TextScores], resamples: int, seed: int) -> Section:
     """Build the section with the models' results for texts.
 
-    Models may have different tokens, so only bits per byte are compared.
+    Models may have different tokenizers, so differences are given only for bits per byte.
     """
     metrics = list(dict.fromkeys(metric for each in scores for metric in each.metrics))
     values: dict[str, list[Value | None]] = {}

@@ -88,8 +88,9 @@ class Evaluation:
 def _answers(model: Evaluated) -> dict[str, list[dict[str, Any]]]:
     """Return records of a model's answers, by task.
 
-    First come the questions that the model answers by generating: the text, and whether it is
-    right. Then come those with given answers: the log-likelihood of each.
+    Records of questions that the model answers by generating have the text, and whether it is
+    right. Then follow records of questions with given answers, which have the log-likelihood of
+    each answer.
     """
     return {
         scores.task.name: [
@@ -225,13 +226,13 @@ def evaluation_tokenizer(source: ModelSource, given: str | None) -> BPETokenizer
     chosen = load_tokenizer(given)
     if own is not None and own.sha256 != chosen.sha256:
         raise UserError(
-            f"--tokenizer {given} is not the tokenizer of {source.name}, which comes with one. "
+            f"--tokenizer {given} differs from the tokenizer that is stored with {source.name}. "
             "Leave --tokenizer out."
         )
     if chosen.vocab_size > source.config.vocab_size:
         raise UserError(
-            f"--tokenizer {given} has {chosen.vocab_size:,} tokens, but {source.name} only "
-            f"{source.config.vocab_size:,}. Give the tokenizer that it was trained with."
+            f"--tokenizer {given} has {chosen.vocab_size:,} tokens, but {source.name} has "
+            f"only {source.config.vocab_size:,}. Give the tokenizer that it was trained with."
         )
     return chosen
 
@@ -240,7 +241,7 @@ def check_files(results: EvaluateResultOptions) -> None:
     """Check early that `--output` and `--page` can be written.
 
     Raises:
-        UserError: One of them is a directory, or is in a directory that does not exist.
+        UserError: A path is a directory, or is in a directory that does not exist.
     """
     for flag, name in (("output", results.output), ("page", results.page)):
         if name is not None and Path(name).is_dir():

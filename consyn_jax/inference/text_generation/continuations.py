@@ -23,7 +23,7 @@ class Wish:
         max_tokens: Maximum number of new tokens; fewer if the context is full earlier.
         sequences: Number of continuations of each prompt.
         stop: Stop strings, which end a continuation and are left out of it.
-        streams: Whether to yield new text as soon as possible.
+        streams: Whether to yield new text every few tokens, and not only in larger pieces.
     """
 
     max_tokens: int
@@ -36,7 +36,7 @@ class Update(NamedTuple):
     """New text of a continuation.
 
     Attributes:
-        prompt, sequence: Index of the prompt, and of the continuation of that prompt, from 0.
+        prompt, sequence: Index of the prompt, and of this continuation among its continuations.
         new: Text added since the last update.
         text: The complete text so far.
         tokens: Number of tokens of `text`.

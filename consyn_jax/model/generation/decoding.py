@@ -1,8 +1,8 @@
 """The two compiled programs of generation: prefill and decode.
 
 Prefill puts prompts into slots; decode adds tokens to all slots. Each slot has its own position,
-up to which its queries attend to the cache. Both programs choose the next token on the device, so
-one call of decode can add many tokens.
+and its queries attend to the cache up to this position. Both programs choose the next token on the
+device, so one call of decode can add many tokens.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def spread(mesh: Mesh | None, x: jax.Array, *logical_axes: str | None) -> jax.Ar
 def rotations(config: ModelConfig, size: int) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the rotary embedding, each [X, S, h].
 
-    X is 2 if texts beyond the limit of `spans_until` have other angles, which are in the second
-    row; otherwise X is 1.
+    X is 1, or 2 if texts beyond the limit of `spans_until` have other angles. Row 1 then has the
+    angles of these texts.
     """
     limit, positions = spans_until(config), jnp.arange(size)[None]
     spans = [size] if limit is None or size <= limit else [limit, limit + 1]

@@ -209,7 +209,12 @@ def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array
 
 
 class Blocks(NamedTuple):
-    """Half-open ranges of blocks: all blocks to read, and the `whole` blocks that need no mask."""
+    """Two half-open ranges of blocks.
+
+    Attributes:
+        start, stop: Range of the blocks to read.
+        whole_start, whole_stop: Range of the blocks that need no mask.
+    """
 
     start: Any
     stop: Any

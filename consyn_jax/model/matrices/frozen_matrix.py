@@ -20,7 +20,7 @@ INPUTS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FrozenMatrix:
-    """A frozen matrix with an optional adapter, which a block uses in place of an array.
+    """A frozen weight matrix of a block, with an optional adapter.
 
     Attributes:
         base: The frozen matrix, as an array or quantised.

@@ -54,7 +54,7 @@ def family_of(config: ModelConfig) -> Family:
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     """The content of `config.json` for transformers, vLLM and llama.cpp.
 
-    If the model was loaded from a config.json, its content is kept, except for changed values.
+    For a model loaded from a config.json, keep the content of that file, except changed values.
     """
     family, original = family_of(config), json.loads(config.files.config)
     kept = {key: value for key, value in original.items() if key not in DROPPED}

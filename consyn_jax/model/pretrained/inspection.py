@@ -24,7 +24,7 @@ from consyn_jax.model_config import ModelConfig
 
 # Dtypes that can be trained, by their names in safetensors.
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-# Ending of tensors that older versions of transformers saved, but that are computed today.
+# Suffix of tensors that older versions of transformers saved, and newer versions compute.
 COMPUTED = ".rotary_emb.inv_freq"
 HEAD, EMBEDDING = OUTSIDE_BLOCKS["output"], OUTSIDE_BLOCKS["embedding"]
 
@@ -93,7 +93,10 @@ def _check_tensors(directory: Path, config: ModelConfig, found: Mapping[str, Hea
             "Download the model again, or correct config.json, which may belong to another model."
         )
         if missing == [HEAD]:
-            hint = "Set tie_word_embeddings to true in config.json if it is the input embedding."
+            hint = (
+                "Set tie_word_embeddings to true in config.json if the model uses the input "
+                "embedding as its output embedding."
+            )
         lacking = f"{counted(len(missing), 'tensor')}: {listed(missing)}"
         raise UserError(f"{directory} lacks {lacking}. {hint}")
     for name, shape in expected.items():

@@ -27,8 +27,9 @@ class Part(NamedTuple):
         path: Keys of the parameter in the tree of parameters.
         layer: Index of the layer; None for a parameter outside the blocks.
         shape: Shape of the rows in torch's layout: [outputs, inputs] or [elements].
-        own_shape: Shape of the parameter, or of one of its layers.
-        order: Index in the file of each element of a head; None if the file has our order.
+        own_shape: Shape of the parameter, or of one layer of a stacked parameter.
+        order: For each element of a head in the parameter, its index in the file; None if the
+            order is the same.
     """
 
     path: tuple[str, ...]
@@ -40,12 +41,12 @@ class Part(NamedTuple):
     def read(
         self, read: Callable[[slice, slice | None], np.ndarray], index: tuple[slice, ...]
     ) -> np.ndarray:
-        """Read the slice `index` of the parameter, or of its layer, in the dtype of the file.
+        """Read a slice of the parameter, or of one layer of it, in the dtype of the file.
 
         Args:
-            read: Reads a slice of this part's rows and a slice of its columns, which is None for a
-                vector.
-            index: Slices with a start and a stop, one per dimension of the parameter.
+            read: Function that reads from the tensor. It takes a slice of this part's rows, and a
+                slice of the columns (None if the tensor is a vector).
+            index: The slice to read: a start and a stop for each dimension of `own_shape`.
         """
         if self.layer is None:
             return self._padded(read, index)

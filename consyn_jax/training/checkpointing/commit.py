@@ -101,7 +101,7 @@ class WrittenPart:
 
     @property
     def defect(self) -> Exception | None:
-        """The error; None after success, or if the operating system caused it (a full disk)."""
+        """The error, if there is one and the operating system did not cause it (a full disk)."""
         return None if refusal(self.error) else self.error
 
     def message(self) -> str:
@@ -151,8 +151,8 @@ def deleted(target: Path) -> OSError | None:
 def discard(target: Path) -> None:
     """Remove the files of a failed write.
 
-    If the directory was deleted during the write, Orbax may have created parents of it again; these
-    are removed if they are empty.
+    If the directory was deleted during the write, Orbax may have created its parent directories
+    again. They are removed if they are empty.
     """
     was_deleted = deleted(target) is not None
     shutil.rmtree(target, ignore_errors=True)
@@ -168,12 +168,11 @@ def merge_parts(
     """Combine the results of all processes.
 
     Returns:
-        An error of the operating system in any process, as text, or None; and the hashes of all
-        files.
+        The operating system's error in any process, as text, or None; and the hashes of all files.
 
     Raises:
-        Exception: A process had an error that is not from the operating system. This process
-            raises its error; the other processes raise RuntimeError.
+        Exception: A process had an error that the operating system did not cause. The process with
+            the error raises it; the other processes raise RuntimeError.
     """
     parts = [json.loads(message) for message in messages]
     if defects := [

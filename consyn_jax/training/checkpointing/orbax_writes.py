@@ -50,7 +50,7 @@ def writing_thread(write: Callable[[], None], name: str) -> threading.Thread:
     """Create the thread that calls `write`, without starting it.
 
     With several processes, it is a daemon thread, because its write may be abandoned and never end
-    (see `is_left_alone`). At exit, Python would wait for any other thread.
+    (see `is_left_alone`). At exit, Python does not wait for daemon threads.
     """
     return threading.Thread(target=write, name=name, daemon=jax.process_count() > 1)
 

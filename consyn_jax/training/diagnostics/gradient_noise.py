@@ -42,7 +42,7 @@ class GradientNoise:
     def scale(self) -> float | None:
         """The noise scale in tokens; None if the estimated signal or noise is not positive.
 
-        The noise is 0, except for rounding, if the whole text fits in every micro-batch.
+        The noise is 0, except for rounding, if all micro-batches contain the same text.
         """
         return self.noise / self.signal if min(self.signal, self.noise) > 0 else None
 
@@ -53,8 +53,8 @@ def gradient_noise(
     """Estimate signal and noise from the gradients of micro-batches.
 
     The squared norm of a gradient over b tokens has the expected value |G|^2 + tr(S) / b, so two
-    values of b determine both. The tokens of a sequence are not independent; they count as the
-    smaller number of independent tokens that would give as much noise.
+    values of b determine |G|^2 and tr(S). This formula is for independent tokens. Tokens of one
+    sequence are correlated and have more noise, which the estimate of tr(S) includes.
 
     Args:
         mean_square: Mean of the micro-batches' squared gradient norms.

@@ -27,7 +27,7 @@ class RepeatedStep:
     """The result of repeating the step of a bundle.
 
     Attributes:
-        metrics: Metrics of the train step, compiled as in the run.
+        metrics: Metrics of the train step, which is compiled as in the run.
         mesh: Mesh on which the step was repeated. If it is not the run's mesh, the last digits of
             the metrics differ.
         text: Sentences about the first non-finite value.

@@ -100,7 +100,7 @@ class RemoteRun:
         """List the objects in the bucket, and read the identity of the run.
 
         Raises:
-            UserError: The objects are not a run, or its run.json is damaged.
+            UserError: There are objects but no run, or run.json is damaged.
             BucketError: The store does not answer.
         """
         top = self.key("")
@@ -355,7 +355,7 @@ NO_REMOTE: tuple[RemoteRun | None, Fetch] = (None, lambda path: None)
 def open_remote(
     config: RunConfig, derived: dict[str, Any], stack: ExitStack
 ) -> tuple[RemoteRun | None, Fetch]:
-    """Open `--remote`; also return the function that downloads its run into a locked directory.
+    """Return the run of `--remote`, and a function that downloads it into a locked directory.
 
     Args:
         derived: Values that follow from flags and data, see `identity.DERIVED_NAMES`.

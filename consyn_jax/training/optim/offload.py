@@ -76,7 +76,7 @@ class _Part(NamedTuple):
         return REST if self.number is None else LAYERS
 
     def cut(self, kind: str, x: jax.Array) -> jax.Array:
-        """Return the slice of an array that belongs to this part, or an empty array."""
+        """Return this part's slice of an array; an empty array if it has none."""
         if kind not in (self.kind, SHARED):
             return jnp.zeros((0, *x.shape[1:]), x.dtype)
         return jax.lax.dynamic_slice_in_dim(x, self.number, 1) if kind == LAYERS else x

@@ -1,4 +1,4 @@
-"""Facts about a run at its start, including its earlier starts."""
+"""Gather the facts that are recorded when a run starts or resumes."""
 
 from __future__ import annotations
 

@@ -54,13 +54,13 @@ def check_data(data: dict[str, Any], found: Findings) -> None:
 def _note_missing(missing: list[Path], found: Findings) -> None:
     if missing:
         more = f" and {counted(len(missing) - 1, 'more file')}" if missing[1:] else ""
-        found.unchecked.append(f"data: {missing[0]}{more}: does not exist here")
+        found.unchecked.append(f"data: not found here: {missing[0]}{more}")
 
 
 def _check_store(store: dict[str, Any], found: Findings) -> None:
     directory = Path(store["directory"])
     if not directory.is_dir():
-        found.unchecked.append(f"data: {directory}: does not exist here")
+        found.unchecked.append(f"data: {directory} does not exist here")
         return
     stray = dict(strays(directory, READ))
     found.differs += [f"data: {sentences}" for sentences in stray.values()]

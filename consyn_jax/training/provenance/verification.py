@@ -220,8 +220,8 @@ def _check_saved(
 
     Args:
         facts: Record of the run, to compare with.
-        before: Length of `found.differs` before the checks of this checkpoint began; by default,
-            its length now.
+        before: Length of `found.differs` before the first check of this checkpoint; by default,
+            its length when this function is called.
     """
     own, before = None, len(found.differs) if before is None else before
     with found.checking("weights", place):
@@ -280,7 +280,7 @@ def _lasting(facts: dict[str, Any]) -> dict[str, Any]:
 def _check_initial_weights(recorded: dict[str, Any], found: Findings) -> None:
     origin, digest = Path(recorded["from"]), recorded["digest"]
     if digest is None:
-        found.unchecked.append(f"initial weights: they follow from {recorded['from']} and the code")
+        found.unchecked.append(f"initial weights: from {recorded['from']}, without a recorded hash")
     elif "step" in recorded and (origin / PROVENANCE).is_file():
         own = read_facts(origin) or {}
         is_same = own.get("weights", {}).get("digest") == digest
@@ -291,7 +291,7 @@ def _check_initial_weights(recorded: dict[str, Any], found: Findings) -> None:
         now = hashlib.sha256(" ".join(hashes).encode()).hexdigest()
         _note_initial(now == digest, origin, found)
     else:
-        found.unchecked.append(f"initial weights: {recorded['from']}: does not exist here")
+        found.unchecked.append(f"initial weights: {recorded['from']} cannot be read here")
 
 
 def _note_initial(is_same: bool, origin: Path, found: Findings) -> None:

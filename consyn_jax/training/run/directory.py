@@ -184,8 +184,8 @@ class RunDirectory:
         """Check that this process still has its lock, before it writes a line of the log.
 
         The lock is enough, because another process can take the directory only after the lock was
-        deleted. `check` is called if the lock is lost, and otherwise once a second. To call `check`
-        for every line would take a quarter of the time for recording a step.
+        deleted. `check` is called if the lock is lost, and otherwise once a second. If it were
+        called for every line, it would take a quarter of the time that recording a step takes.
 
         Raises:
             UserError: This process may no longer write to the directory.

@@ -148,7 +148,8 @@ def closing_lines(
     loss = recorder.last.get("train/loss", math.nan)
     lines = [
         f"{progress.step:,} steps, {progress.tokens:,} target tokens",
-        f"train loss {loss:.4f} in step {progress.step:,} (lines above: means of about 20 steps)",
+        f"train loss {loss:.4f} in step {progress.step:,} "
+        "(the lines above show means of about 20 steps)",
     ]
     if selection.best_value is not None:
         metric = run.evaluation.metric_for_best_model.replace("/", " ")
@@ -172,7 +173,7 @@ def next_commands(
 ) -> list[str]:
     """Commands that use the model, that evaluate it, and that train it twice as long.
 
-    The last command is left out for a run from Python, and for a run with --decay_from.
+    The last command is left out for runs started from Python, and for runs with --decay_from.
 
     Args:
         is_chat: Whether the model has a chat template, so that conversations suit it.
@@ -203,8 +204,8 @@ def next_commands(
 def _held_out(data: DataOptions) -> tuple[str, ...]:
     """Data with documents on which the run was evaluated but not trained.
 
-    This is the data of `--validation`, or else the token stores in `--data`, because
-    consyn-evaluate reads their validation split.
+    These are the files of `--validation`; without it, the token stores in `--data`, of which
+    consyn-evaluate reads only the validation split.
     """
     return data.validation or tuple(path for path in data.data if is_store(Path(path)))
 
@@ -212,8 +213,8 @@ def _held_out(data: DataOptions) -> tuple[str, ...]:
 def _texts(data: DataOptions, origins: Mapping[str, str]) -> str:
     """Flags with which consyn-evaluate reads the run's data, preferably held-out data.
 
-    The result is a placeholder if the run is from Python, or has too many files, or has data that
-    consyn-evaluate cannot read.
+    The result is a placeholder if the run was started from Python, if it has too many files, or if
+    consyn-evaluate cannot read its data.
     """
     texts, defaults = _held_out(data) or data.data, DataOptions()
     changed = [f.name for f in fields(data) if getattr(data, f.name) != getattr(defaults, f.name)]
@@ -235,7 +236,7 @@ def _number(value: float | int) -> str:
 def interruption(
     signal: str, checkpoints: Checkpoints, recorder: Recorder, run: RunConfig
 ) -> Interrupted:
-    """Record the signal that ends the run, after its checkpoint is written.
+    """Wait until the last checkpoint is written, then record the signal that ends the run.
 
     Returns:
         The error to raise.

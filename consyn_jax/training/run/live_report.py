@@ -16,9 +16,9 @@ from consyn_jax.training.run.directory import RunDirectory
 from consyn_jax.training.run.recording import Recorder
 
 SAMPLES = "samples.jsonl"
-PAGE_SHARE = 0.005  # of the run's time that writing pages may take
-SAMPLE_SHARE = 0.01  # of the run's time that samples at evaluations may take
-TICK_S = 60.0  # age of the page, in seconds, from which it is also written after a step
+PAGE_SHARE = 0.005  # share of the run's time that writing pages may take
+SAMPLE_SHARE = 0.01  # share of the run's time that samples at evaluations may take
+TICK_S = 60.0  # a page of this age is written again after a step
 
 
 class LiveReport:
@@ -90,10 +90,11 @@ class LiveReport:
     # ------------------------------------------------------------------------------------- samples
 
     def time_for_sample(self) -> str:
-        """Return "yes" if another sample keeps within `SAMPLE_SHARE` of the run's time, else "".
+        """Return "yes" if `SAMPLE_SHARE` of the run's time is enough for another sample, else "".
 
-        The first sample, which waits for the compiler, is always allowed. Later samples are assumed
-        to take a tenth of its time, until one has been measured.
+        The first sample is always allowed, and not counted, because it waits for the compiler. The
+        second sample is assumed to take a tenth of the first one's time. Each later sample is
+        assumed to take as long as the previous one.
         """
         passed = self._clock() - self._began
         in_time = self._sample_spent_s + self._sample_s <= SAMPLE_SHARE * passed

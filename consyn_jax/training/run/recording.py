@@ -56,8 +56,8 @@ class Recorder:
         log: The log; None in processes that do not write one.
         callbacks: Callbacks, including trackers; none in processes that do not write.
         last: Newest value of every metric.
-        learning_rate: Function from a number of updates to the learning rate, without the factor of
-            a plateau.
+        learning_rate: Function from a number of updates to the learning rate, before `--scheduler
+            plateau` lowers it.
         settings: Settings on which advice depends.
         writes: Bytes and seconds of the last two checkpoints.
         histograms: Function that makes histograms of a state; None if they are not wanted.
@@ -207,7 +207,7 @@ class Recorder:
         self.callbacks.evaluate(line)
 
     def _usage(self, line: dict[str, float]) -> Usage:
-        """Time by activity since the first line of this process, and memory of its device."""
+        """Time by activity since this process's first line of metrics, and its device's memory."""
         self._first_line = first = self._first_line or line
         spent = {name: line[key(name)] - first[key(name)] for name in ACTIVITIES}
         limit = self._memory.get("bytes_limit")
@@ -223,7 +223,7 @@ class Recorder:
         )
 
     def _compare_processes(self, usage: Usage) -> None:
-        """Exchange measurements between all processes; all of them must call this at one step."""
+        """Exchange measurements between all processes, which must call this at the same step."""
         own = ProcessUsage(socket.gethostname(), usage.seconds, usage.waiting, usage.throttled)
         texts = gather(json.dumps(asdict(own)))
         everyone = [ProcessUsage(**json.loads(text)) for text in texts]

@@ -60,9 +60,9 @@ def shape_of(options: ModelOptions) -> Shape:
     model = architecture(options, vocab_size=VOCABULARY)
     if model.num_heads * model.head_dim != model.hidden_dim:
         raise UserError(
-            "--ladder does not change --head_dim, so the heads must be as wide together as the "
-            f"model, but {model.num_heads} heads of {model.head_dim} are not --hidden_dim "
-            f"{model.hidden_dim}. Change one of these flags."
+            "--ladder does not change --head_dim, so --num_heads x --head_dim must equal "
+            f"--hidden_dim, but {model.num_heads} x {model.head_dim} is not {model.hidden_dim}. "
+            "Change one of these flags."
         )
     names = Shape.__dataclass_fields__
     return Shape(**{name: getattr(model, name) for name in names})
@@ -94,8 +94,8 @@ def scaled(options: ModelOptions, parameters: float) -> Shape:
 def _candidates(options: ModelOptions, base: Shape, parameters: float) -> Iterator[Shape]:
     """Yield candidate shapes for a model with about this many parameters.
 
-    They are the base, and shapes with widths from half to twice the width that keeps the base's
-    proportions. For each width, the depths give nearly the wanted number of parameters.
+    The first is the base. The others have widths from half to twice the ideal width, which keeps
+    the base's proportions, and depths that give nearly the wanted number of parameters.
     """
     yield base
     group = base.num_heads // base.num_kv_heads
@@ -133,9 +133,9 @@ def ladder_shapes(options: ModelOptions, sizes: int | Sequence[float]) -> list[S
             model_of(options, found[-1])
         ):
             raise UserError(
-                f"--ladder: with heads of {shape.head_dim}, --model {options.model} has no two "
-                f"sizes around {size:,.0f} parameters. Give sizes further apart, or a smaller "
-                "--head_dim."
+                f"--ladder: with --head_dim {shape.head_dim}, --model {options.model} has the same "
+                f"shape for two sizes near {size:,.0f} parameters. Give sizes further apart, or a "
+                "smaller --head_dim."
             )
         found.append(shape)
     return found

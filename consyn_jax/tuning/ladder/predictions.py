@@ -22,8 +22,7 @@ class Prediction:
 
     Attributes:
         interval: 90 % bootstrap interval of the loss.
-        sizes: 90 % bootstrap interval of the size, if it is the best size for a budget; otherwise
-            None.
+        sizes: 90 % bootstrap interval of the best size for a budget; None if the size was given.
         batch: critical batch size, in tokens; None if the noise was not measured.
     """
 
@@ -122,6 +121,6 @@ class Forecast:
 
     @cached_property
     def _family(self) -> tuple[np.ndarray, np.ndarray]:
-        """Number of parameters, and training FLOPs per token, of a model of each of `SIZES`."""
+        """Parameters, and training FLOPs per token, of the models with the sizes `SIZES`."""
         models = [scaled_target(size, self.vocab_size, self.length) for size in SIZES]
         return np.array([m.parameters for m in models]), np.array([m.flops for m in models])

@@ -31,13 +31,13 @@ from consyn_jax.tuning.varied_run import Settings
 
 NOISE = "gradient_noise.json"  # measurements by step, in the directory of the longest run
 METRIC = "eval/loss"
-BUDGETS = {"epochs", "max_steps", "total_tokens"}  # not compared: the number of steps is
-SAVE_MINUTES = 5.0  # between checkpoints of a run, unless a flag says otherwise
+BUDGETS = {"epochs", "max_steps", "total_tokens"}  # not compared, because the number of steps is
+SAVE_MINUTES = 5.0  # default of --save_minutes for the runs of a ladder
 ORIGIN = "ladder"  # origin of the values that the ladder sets
 
 
 class RungTrainer(TrialTrainer):
-    """Train one of the runs of a size, with the compiled programs of the longest run.
+    """Train one run of a model size, with the compiled programs of the longest run of this size.
 
     Args:
         longest: number of steps of the longest run.
@@ -55,7 +55,7 @@ class RungTrainer(TrialTrainer):
         return built._replace(program=replace(built.program, total_steps=self.longest))
 
     def compile_train_step(self, run: RunConfig, schedule: optax.Schedule | None = None) -> Any:
-        """Compile the train step of `run`, or reuse that of another run of the size."""
+        """Compile the train step of `run`, or reuse the one of another run of this model size."""
         program = self._build(run, schedule).program
         return self.shared.bound_step(program, run, self.total_steps, self.longest)
 
@@ -153,8 +153,8 @@ class RungRun:
             return {}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{self.path / NOISE} cannot be read ({type(error).__name__}). Delete it; it is "
-                "measured again if the run still has its checkpoints."
+                f"{self.path / NOISE} cannot be read ({type(error).__name__}). Delete this "
+                "file; the noise is measured again if the run still has its checkpoints."
             ) from error
 
     def _measure_noise(self, step: int) -> None:
@@ -221,9 +221,10 @@ def is_finished(path: Path) -> bool:
 
 
 def with_intervals(run: RunConfig) -> RunConfig:
-    """Complete a run's intervals: save every `SAVE_MINUTES`, and evaluate only at the end.
+    """Make the run save every `SAVE_MINUTES`, and evaluate only at the end.
 
-    Values given by `--save_minutes` and `--eval_steps` stay. The run does not load its best model.
+    `--save_minutes` and `--eval_steps` take precedence. The run exports its last model, not its
+    best.
     """
     saving, evaluation = run.saving, replace(run.evaluation, load_best_model_at_end=False)
     if saving.save_minutes is None:

@@ -72,8 +72,8 @@ class ScalingLaw:
 class _Problem:
     """The least-squares problem of the fit: residuals in log(loss), with well-scaled unknowns.
 
-    The unknowns are log E, log(A / N^alpha), log(B / D^beta), alpha and beta. In the second and the
-    third, N and D are the geometric means over all points.
+    The unknowns are log E, log(A / N^alpha), log(B / D^beta), alpha and beta, where N and D are the
+    geometric means over all points.
     """
 
     def __init__(self, points: Sequence[LossPoint]) -> None:
@@ -103,9 +103,10 @@ class _Problem:
         return np.stack([e, a, b, -a * self.n, -b * self.d], axis=1)
 
     def starts(self, count: int) -> list[np.ndarray]:
-        """Find starting points: the exponents on a grid that fit best.
+        """Find starting points: the pairs of exponents that fit best, out of a grid.
 
-        For fixed exponents, L is linear in the other constants, which linear least squares finds.
+        For fixed exponents, the loss is linear in the other constants, and linear least squares
+        finds them.
         """
         found = []
         one = np.ones_like(self.n)
@@ -119,7 +120,7 @@ class _Problem:
         return [start for _, start in found[:count]]
 
     def solved(self, starts: Sequence[np.ndarray]) -> tuple[float, np.ndarray]:
-        """Minimise the Huber loss from these starting points; return its minimum and unknowns."""
+        """Minimise the Huber loss from each starting point; return the lowest and its unknowns."""
         best: tuple[float, np.ndarray] | None = None
         margin = 1e-6
         for start in starts:

@@ -152,7 +152,7 @@ def _raise_failure(lane: Lane) -> None:
 
 
 def _interruption(signal: str, lanes: Sequence[Lane]) -> BaseException:
-    """Build the error after a signal; it says how many trials the signal ended, if any."""
+    """Build the error after a signal; its message has the number of interrupted trials."""
     stopped = [lane.error for lane in lanes if lane.error is not None]
     if len(stopped) == 1:
         return stopped[0]

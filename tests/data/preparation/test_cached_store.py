@@ -281,7 +281,7 @@ def test_a_token_store_given_as_data_is_used_in_place(tmp_path: Path) -> None:
         prepare(str(tmp_path / "store"), "train:300")
     with pytest.raises(UserError, match="has its own validation split"):
         prepare(str(tmp_path / "store"), validation=["sample"])
-    with pytest.raises(UserError, match="Only one of --data and --validation is tokenised"):
+    with pytest.raises(UserError, match="One of --data and --validation has files of tokens"):
         prepare("sample", "bytes", validation=[str(tmp_path / "store")])
 
 

@@ -59,11 +59,11 @@ WRITTEN = {
     ),
 }
 REFUSED = {
-    "qwen3 window": "no sliding window for this layout, but the model has one of 5 tokens. Give --",
+    "qwen3 window": "no sliding window for this layout, but the model's window is 5 tokens. Give --",
     "mistral": "no sliding window for this layout",
     "ministral": "no sliding window for this layout",
     "smollm3": "no sliding window for this layout",
-    "qwen2": "heads must together be as wide as the model, but 4 heads of 16 are not 32",
+    "qwen2": "heads must together be as wide as the model, but 4 heads x 16 is not 32",
     "phi3": "heads must together be as wide as the model",
 }
 

@@ -121,7 +121,7 @@ def test_a_run_that_goes_on_elsewhere_agrees_with_its_records(
     assert facts["initial_weights"] == first["initial_weights"]
     found = verify_directory(tmp_path / "run")
     assert found.differs == []
-    assert f"initial weights: {tmp_path / 'base'}: does not exist here" in found.unchecked
+    assert f"initial weights: {tmp_path / 'base'} cannot be read here" in found.unchecked
     edit(tmp_path / "run", lambda facts: facts["data"].update(digest="0", seed=7))
     (only,) = {
         line.partition(" differ in ")[2] for line in verify_directory(tmp_path / "run").differs

@@ -92,7 +92,7 @@ def test_the_losses_at_the_end_are_told_apart(tmp_path: Path) -> None:
     lines = closing_lines(tmp_path, run, origins, recorder, None)
     assert lines[:4] == [
         "7 steps, 1,234 target tokens",
-        "train loss 5.2500 in step 7 (lines above: means of about 20 steps)",
+        "train loss 5.2500 in step 7 (the lines above show means of about 20 steps)",
         f"best eval loss 5.5000 at step 6: {tmp_path / 'best'}",
         "Next:",
     ]

@@ -58,13 +58,13 @@ def test_a_target_is_its_preset() -> None:
 
 
 def test_sizes_that_are_the_same_are_refused() -> None:
-    with pytest.raises(UserError, match="has no two sizes around 14,500 parameters"):
+    with pytest.raises(UserError, match="same shape for two sizes near 14,500 parameters"):
         ladder_shapes(run_of().model, (14_000.0, 14_500.0, 1e6))
 
 
 def test_a_model_whose_heads_do_not_make_up_its_width_is_refused() -> None:
     options = run_of(hidden_dim=128, num_heads=2, head_dim=32).model
-    with pytest.raises(UserError, match="2 heads of 32 are not --hidden_dim 128"):
+    with pytest.raises(UserError, match="2 x 32 is not 128"):
         scaled(options, 1e5)
 
 

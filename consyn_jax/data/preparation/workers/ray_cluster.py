@@ -1,4 +1,4 @@
-"""Connecting to a Ray cluster, or starting a Ray of this machine."""
+"""Connect to a Ray cluster, or start a local Ray instance."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from typing import Any
 from consyn_jax.errors import UserError, brief
 from consyn_jax.integers import natural
 
-_MARK = "CONSYN_RAY_OF"  # in the environment of a Ray that this process starts
-LONGEST_S = 20.0  # for an answer of the head node
+_MARK = "CONSYN_RAY_OF"  # in the environment of a Ray instance started here
+LONGEST_S = 20.0  # longest wait for an answer of the head node
 _REFUSALS = (ConnectionError, RuntimeError, ValueError, OSError)  # of `ray.init`, beside Ray's own
 _START = (
-    "Start Ray on this machine (ray start --head, or ray start --address HEAD:6379 beside others), "
-    "or leave --ray_address out for a Ray of this machine alone."
+    "Start Ray on this machine (ray start --head, or ray start --address HEAD:6379 to join a "
+    "cluster), or leave --ray_address out to start a local Ray instance."
 )
 
 
@@ -30,9 +30,10 @@ def connect(address: str | None, processors: int | None) -> Any:
     """The module `ray`, connected to a cluster.
 
     Args:
-        address: HOST:PORT of the head node, or "auto"; None takes the cluster of RAY_ADDRESS, or
-            else starts a Ray of this machine, without a dashboard and without usage statistics.
-        processors: number of concurrent tasks if a Ray is started here; None for one per core.
+        address: HOST:PORT of the head node, or "auto". None means the cluster of RAY_ADDRESS; if
+            this is not set, a local Ray instance is started, without dashboard and usage
+            statistics.
+        processors: number of concurrent tasks in a local Ray instance; None for one per core.
 
     Raises:
         UserError: Ray is not installed, or no cluster with the same versions of Ray and Python
@@ -51,7 +52,8 @@ def connect(address: str | None, processors: int | None) -> Any:
         _check(name, given)
         found: dict[str, Any] = {"address": given}
     else:
-        # Ray's own niceness of 15 keeps a node's other work alive; here the workers are the work.
+        # By default, Ray lowers the priority of its workers (niceness 15) in favour of other work.
+        # Here the workers do the main work.
         os.environ.setdefault("RAY_worker_niceness", "0")
         cores = len(os.sched_getaffinity(0))
         found = {"address": "local", "num_cpus": processors or cores, "include_dashboard": False}
@@ -71,13 +73,13 @@ def connect(address: str | None, processors: int | None) -> Any:
 
 
 def disconnect(ray: Any) -> None:
-    """Leave the cluster; end all processes of a Ray that was started here.
+    """Leave the cluster; end all processes of a local Ray instance.
 
-    Ctrl-C in a terminal also reaches the processes of this Ray. Some of them may then survive its
-    shutdown, and are killed.
+    Ctrl-C in a terminal also reaches these processes. Some of them may then survive Ray's shutdown,
+    and are killed.
     """
     ray.shutdown()
-    while left := _started_here():  # again, as one of them may just have started another
+    while left := _started_here():  # again, because a process may just have started another
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -85,7 +87,7 @@ def disconnect(ray: Any) -> None:
 
 
 def _started_here() -> list[int]:
-    """Processes of a Ray that this process started."""
+    """List the processes of the Ray instance that this process started."""
     mark, found = f"{_MARK}={os.getpid()}".encode(), []
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # other users' processes, and those that have just ended
@@ -97,7 +99,7 @@ def _started_here() -> list[int]:
 def _named(address: str | None) -> tuple[str, str]:
     """Return the name of the flag or variable that gives the cluster's address, and the address.
 
-    The address is "" if a Ray is to be started on this machine.
+    The address is "" if a local Ray instance is to be started.
     """
     if address:
         return "--ray_address", address
@@ -106,7 +108,13 @@ def _named(address: str | None) -> tuple[str, str]:
 
 
 def _check(name: str, address: str) -> None:
-    """Ask whether anything listens at an address; Ray itself tries for a minute, and may abort."""
+    """Check that a server listens at an address.
+
+    Without this check, `ray.init` tries to connect for a minute, and may abort the process.
+
+    Raises:
+        UserError: the address is invalid, or no server listens there.
+    """
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
@@ -127,7 +135,7 @@ def _refusal(place: str, error: Exception) -> UserError:
     """Turn an error of `ray.init` into an error with a message for the user.
 
     Args:
-        place: the name and the address of the cluster; empty for a Ray of this machine.
+        place: the name and the address of the cluster; empty for a local Ray instance.
     """
     text = " ".join(str(error).split())
     if "Version mismatch" in text:
@@ -140,14 +148,14 @@ def _refusal(place: str, error: Exception) -> UserError:
         )
     if not place:
         return UserError(
-            f"A Ray of this machine cannot be started: {brief(error)}. Leave --engine ray out to "
-            "work without."
+            f"A local Ray instance cannot be started: {brief(error)}. Leave --engine ray out to "
+            "work without Ray."
         )
     if place.endswith(" auto"):
         return UserError(f"No Ray cluster answers at {place}: {brief(error)}. {_START}")
     return UserError(
-        f"Ray at {place} refused this machine: {brief(error)}. It takes machines that are nodes of "
-        "the cluster (ray start --address HEAD:PORT) and have its token (RAY_AUTH_MODE=token and "
+        f"Ray at {place} refused this machine: {brief(error)}. Make it a node of the cluster (ray "
+        "start --address HEAD:PORT), with the cluster's token (RAY_AUTH_MODE=token, and "
         "RAY_AUTH_TOKEN_PATH as on the head node)."
     )
 

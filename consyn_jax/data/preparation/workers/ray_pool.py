@@ -30,9 +30,9 @@ from consyn_jax.data.preparation.workers.worker import Result
 from consyn_jax.data.sources.reader import Block
 from consyn_jax.errors import UserError, brief, listed
 
-RETRIES = 5  # of a task, each after its worker or its node was lost
-MOST_BYTES = 512 << 20  # of blocks in progress, in the object store of the main process's node
-LOOK_SECONDS = 10.0  # between two looks at how many processors the cluster has by now
+RETRIES = 5  # retries of a task whose worker or node was lost
+MOST_BYTES = 512 << 20  # size of all blocks in progress, in the object store of this node
+LOOK_SECONDS = 10.0  # time between two counts of the cluster's processors
 
 _INSTALL = "Install the versions of this machine on all nodes, and run the same command again."
 

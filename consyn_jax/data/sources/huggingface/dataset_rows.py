@@ -122,7 +122,7 @@ def rows(
             the first dot. If there is no such column, the rows have all columns, with the value
             None.
         streaming: whether to read a Hub dataset without storing it on the disk. This has no effect
-            on local files, or if the Hub cannot be reached and the cached copy is read.
+            on local files. If the Hub cannot be reached, the cached copy is read.
 
     Raises:
         UserError: a file is damaged, or a Hub dataset cannot be reached or read.

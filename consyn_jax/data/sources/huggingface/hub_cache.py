@@ -15,13 +15,13 @@ SHOWN_NAMES = 20
 
 
 def files_in_cache(hub: HubName) -> tuple[Path, ...]:
-    """List the Arrow files of a dataset in the cache; none before it is downloaded."""
+    """List the Arrow files of a dataset in the cache; empty if it is not downloaded yet."""
     copy = _newest(_copies(hub))
     return cached_files(hub, copy) if copy else ()
 
 
 def cached_copy(hub: HubName) -> Path:
-    """Find the cached copy of a dataset to read without the Hub.
+    """Find the cached copy of a dataset, for use when the Hub cannot be reached.
 
     If `hub` names a commit, this is the copy of that commit, otherwise the newest copy.
 
@@ -99,7 +99,8 @@ def _copies(hub: HubName) -> list[Path]:
 def _newest(copies: Sequence[Path]) -> Path | None:
     """Choose the cached copy of the newest commit.
 
-    If several configurations are cached, "default" is chosen; None without "default".
+    If several configurations of this commit are cached, choose "default"; return None if
+    "default" is not among them.
     """
     last = [path for path in copies if path.name == copies[-1].name]
     default = [path for path in last if path.parent.parent.name == "default"]

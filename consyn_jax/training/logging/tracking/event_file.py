@@ -14,9 +14,9 @@ from typing import Any
 class EventFile:
     """An event file for TensorBoard. `write` passes each event to the operating system immediately.
 
-    The writers of tensorboardX do not suit long runs. One queues events for a thread; a full disk
-    kills this thread, and training hangs. The other flushes each event to disk, which takes longer
-    than a small step.
+    The writers of tensorboardX do not suit long runs. `EventFileWriter` queues events for a thread;
+    a full disk kills this thread, and training hangs. `EventsWriter` passes events on only when it
+    flushes them to disk, which takes longer than a small step.
     """
 
     def __init__(self, directory: Path) -> None:
