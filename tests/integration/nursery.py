@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -143,13 +144,16 @@ class Child:
         return self.code
 
     def signal(self, number: signal.Signals) -> None:
-        os.kill(self.pid, number)
+        """Send a signal, unless the process has ended."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def stop(self) -> None:
         """Send SIGSTOP, and wait until no thread runs: on a busy machine that takes a while."""
         self.signal(signal.SIGSTOP)
-        while self.alive and any(map(runs, Path(f"/proc/{self.pid}/task").iterdir())):
-            time.sleep(0.001)
+        with suppress(FileNotFoundError):  # it has ended
+            while self.alive and any(map(runs, Path(f"/proc/{self.pid}/task").iterdir())):
+                time.sleep(0.001)
 
 
 class Nursery:
