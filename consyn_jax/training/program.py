@@ -247,7 +247,7 @@ class Program:
         return TrainState(step, params, opt_state, nonfinite)
 
     def step(self, rule: optax.GradientTransformation, max_grad_norm: Number) -> Step:
-        """Make the train step for an update rule, without skipping of non-finite steps.
+        """Make the train step for an update rule; non-finite steps are not skipped.
 
         Args:
             rule: Update rule. In a float16 run, the state of the rule must be a `ScaledState`.
