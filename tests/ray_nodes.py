@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from free_ports import free_port
+
 HOST = "127.0.0.1"
 STARTS_S = 90.0
 OBJECT_STORE_BYTES = 200_000_000
@@ -45,10 +47,7 @@ class Nodes:
         self.processors = processors
         self.mark = secrets.token_hex(8)
         self.place, self._started = place, list[subprocess.Popen[bytes]]()
-        with socket.socket() as free:
-            free.bind((HOST, 0))
-            port = free.getsockname()[1]
-        self.address = f"{HOST}:{port}"
+        self.address = f"{HOST}:{free_port()}"
         (place / "token").write_text(secrets.token_hex(32))
         self.environment = {
             **os.environ,

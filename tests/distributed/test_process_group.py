@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from threads import close, free_port, together
+from free_ports import free_port
+from threads import close, together
 
 from consyn_jax.distributed.process_group import AGAIN, LOST, ProcessGroup
 

@@ -4,7 +4,6 @@ process imports it, and forks."""
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 import pytest
+from free_ports import free_port
 
 MODEL = [
     "--model",
@@ -271,8 +271,3 @@ def trained(path: Path, steps: int, child: Child) -> None:
         assert child.alive, f"ended with {child.code}: {child.said}"
         assert time.monotonic() < deadline, child.said
         time.sleep(0.01)
-
-
-def free_port() -> int:
-    with socket.create_server(("", 0)) as server:
-        return int(server.getsockname()[1])

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from free_ports import free_port
 from transformers import AutoModelForCausalLM
 
 from consyn_jax.distributed.process_group import AGAIN, LOST
 
 from .conftest import Run
-from .nursery import FLAGS, SLOW, Child, Nursery, free_port, trained
+from .nursery import FLAGS, SLOW, Child, Nursery, trained
 
 OFTEN = ["--eval_steps", "3", "--save_steps", "2"]
 EARLY = [
