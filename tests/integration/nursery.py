@@ -56,6 +56,18 @@ def batch(self, step):
 loader.BatchLoader.batch = batch
 """
 
+# No batch after that of a step, counted from 0, before there is a file.
+HELD = """
+import os, time
+from consyn_jax.data import loader
+read = loader.BatchLoader.batch
+def held(self, step):
+    while step > {step} and not os.path.exists({until!r}):
+        time.sleep(0.02)
+    return read(self, step)
+loader.BatchLoader.batch = held
+"""
+
 ONE = """
 from consyn_jax.distributed import launch
 def and_then(place, *more, meet=launch.meet):
@@ -132,7 +144,7 @@ class Child:
     def said(self) -> str:
         return self.output.read_text()
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 240) -> int:
         """The exit code; killed, and an error, where it takes longer."""
         deadline = time.monotonic() + seconds
         while self.alive:
@@ -264,9 +276,14 @@ def of_process(number: int, before: str) -> str:
     return ONE.format(number=number, before=before)
 
 
+def held(step: int, until: Path) -> str:
+    """Python for a run that gets no batch after that of `step`, counted from 0, without a file."""
+    return HELD.format(step=step, until=str(until))
+
+
 def trained(path: Path, steps: int, child: Child) -> None:
     """Wait until the run in `path`, which `child` writes, has logged so many steps."""
-    metrics, deadline = path / "metrics.jsonl", time.monotonic() + 120
+    metrics, deadline = path / "metrics.jsonl", time.monotonic() + 240
     while not metrics.exists() or metrics.read_text().count('"train/loss"') < steps:
         assert child.alive, f"ended with {child.code}: {child.said}"
         assert time.monotonic() < deadline, child.said
