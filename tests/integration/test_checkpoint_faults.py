@@ -63,7 +63,7 @@ def python(
 
 
 def said(process: "subprocess.Popen[str]") -> str:
-    out, err = process.communicate(timeout=280)
+    out, err = process.communicate(timeout=600)
     assert err == ""
     assert process.returncode == 0, out
     return out
@@ -378,7 +378,7 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[st
     place = tmp_path_factory.mktemp("two")
     port = free_port()
     processes = [python(TWO, place, number, port, JAX_NUM_CPU_DEVICES="2") for number in (0, 1)]
-    done = [process.communicate(timeout=280) for process in processes]
+    done = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(
         err for _, err in done
     )

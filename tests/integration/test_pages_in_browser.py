@@ -143,7 +143,8 @@ def _wait_for_curves(page: Path) -> None:
 
 
 def _lines(directory: Path) -> list[dict[str, Any]]:
-    text = (directory / "metrics.jsonl").read_text()
+    # A run that goes on may be writing the last one.
+    text = (directory / "metrics.jsonl").read_text().rpartition("\n")[0]
     lines = [json.loads(line) for line in text.splitlines()]
     return [line for line in lines if "event" not in line]
 
@@ -241,11 +242,19 @@ def _is_sorted(browser: Browser) -> None:
     assert browser.evaluate(column) == ["30", "1,000,000"]
 
 
+def _is_old(browser: Browser) -> bool:
+    """Whether the page has not been loaded again, which may be happening at this moment."""
+    try:
+        return bool(browser.evaluate("window.old === true"))
+    except RuntimeError:
+        return True
+
+
 def _reloads_itself(browser: Browser) -> None:
     """After its time the page of a live run is loaded anew; that time is skipped here."""
     assert browser.evaluate("data.alive")
     browser.evaluate("window.old = true, loaded = Date.now(), Date.now = () => loaded + 70000, 0")
-    until = time.monotonic() + 30
-    while browser.evaluate("window.old === true"):
+    until = time.monotonic() + 240
+    while _is_old(browser):
         assert time.monotonic() < until, "the page was not loaded again"
         time.sleep(0.2)
