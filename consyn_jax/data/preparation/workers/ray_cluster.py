@@ -19,6 +19,7 @@ from consyn_jax.integers import natural
 
 _MARK = "CONSYN_RAY_OF"  # in the environment of a Ray instance started here
 LONGEST_S = 20.0  # longest wait for an answer of the head node
+ALARM_S = 3.0  # from a SIGTERM to the alarm with which Ray aborts the process
 _REFUSALS = (ConnectionError, RuntimeError, ValueError, OSError)  # of `ray.init`, beside Ray's own
 _START = (
     "Start Ray on this machine (ray start --head, or ray start --address HEAD:6379 to join a "
@@ -78,12 +79,15 @@ def disconnect(ray: Any) -> None:
     Ctrl-C in a terminal also reaches these processes. Some of them may then survive Ray's shutdown,
     and are killed.
     """
-    ray.shutdown()
-    while left := _started_here():  # again, because a process may just have started another
-        for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
+    try:
+        with _keeping_sigterm():
+            ray.shutdown()
+    finally:  # also if a second signal interrupts Ray's shutdown
+        while left := _started_here():  # again, because a process may just have started another
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
 
 
 def _started_here() -> list[int]:
@@ -162,16 +166,31 @@ def _refusal(place: str, error: Exception) -> UserError:
 
 @contextmanager
 def _keeping_sigterm() -> Iterator[None]:
-    """Keep this program's own handler of SIGTERM, which `ray.init` replaces by `sys.exit`."""
+    """Keep this program's own handling of SIGTERM.
+
+    `ray.init` replaces the handler by `sys.exit`, and below it installs another one in C++, which
+    sets an alarm that aborts the process three seconds after the signal. `ray.shutdown` leaves the
+    signal without a handler.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler, came = signal.getsignal(signal.SIGTERM), False
+    handler, came, is_over = signal.getsignal(signal.SIGTERM), False, threading.Event()
+    canceller = threading.Thread(target=_cancel_alarms, args=(is_over,), daemon=True)
+    canceller.start()
     try:
         yield
     except SystemExit:
         came = True
     finally:
         signal.signal(signal.SIGTERM, handler)
+        is_over.set()
+        canceller.join()
     if came:
         signal.raise_signal(signal.SIGTERM)
+
+
+def _cancel_alarms(is_over: threading.Event) -> None:
+    while not is_over.wait(ALARM_S / 10):
+        signal.alarm(0)
+    signal.alarm(0)

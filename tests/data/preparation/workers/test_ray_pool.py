@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -54,6 +55,7 @@ class FakeRay(types.ModuleType):
         return {"CPU": 3.0}
 
     def shutdown(self) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as Ray leaves it
         self.calls.append("shutdown")
 
     def remote(self, **options: Any) -> Callable[..., Any]:
@@ -213,11 +215,41 @@ def test_sigterm_stays_ours(ray: FakeRay) -> None:
         ray_cluster.connect(None, None)
         assert signal.getsignal(signal.SIGTERM) is ours
         assert came == []
+        ray_cluster.disconnect(ray)
+        assert signal.getsignal(signal.SIGTERM) is ours
         ray.on_init = lambda: sys.exit(15)
         ray_cluster.connect(None, None)
         assert came == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_the_alarm_of_rays_handler_is_cancelled(ray: FakeRay) -> None:
+    """Three seconds after a SIGTERM it would abort a process that ends Ray on a busy machine."""
+
+    def alarmed() -> None:
+        signal.alarm(100)
+        until = time.monotonic() + 60
+        while signal.getitimer(signal.ITIMER_REAL)[0]:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+    ray.on_init = alarmed
+    ray_cluster.connect(None, None)
+
+
+def test_a_second_signal_while_ray_ends_leaves_no_process(
+    ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ray, "shutdown", interrupted)
+    own = {**os.environ, ray_cluster._MARK: str(os.getpid())}
+    with subprocess.Popen(["sleep", "600"], env=own) as left:
+        with pytest.raises(KeyboardInterrupt):
+            ray_cluster.disconnect(ray)
+        assert left.wait(120) == -signal.SIGKILL
 
 
 def test_a_node_with_other_packages_is_named(
