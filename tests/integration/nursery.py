@@ -56,6 +56,24 @@ def batch(self, step):
 loader.BatchLoader.batch = batch
 """
 
+# For the thread that reads: wait until the main thread waits for data, and has done so for so long,
+# or waits for the end of this thread.
+MAIN_WAITS = """
+import sys, threading, time
+def main_waits(seconds):
+    since = time.monotonic()
+    while time.monotonic() < since + seconds:
+        frame, names = sys._current_frames()[threading.main_thread().ident], set()
+        while frame is not None:
+            names.add(frame.f_code.co_name)
+            frame = frame.f_back
+        if "_end_thread" in names:
+            return
+        if "_next_item" not in names:
+            since = time.monotonic()
+        time.sleep(0.01)
+"""
+
 # No batch after that of a step, counted from 0, before there is a file.
 HELD = """
 import os, time

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import Run
-from .nursery import MODEL, Nursery, of_process
+from .nursery import MAIN_WAITS, MODEL, Nursery, of_process
 
 pytestmark = pytest.mark.slow
 
@@ -93,6 +93,11 @@ loader.BatchLoader.batch = batch
     )
 
 
+def late_data(seconds: float) -> str:
+    """Every batch comes so long after the run has begun to wait for it, however slow its steps are."""
+    return slow_data(seconds).replace("time.sleep(", "main_waits(") + MAIN_WAITS
+
+
 def slow_steps(seconds: float) -> str:
     return (
         SOON
@@ -109,7 +114,7 @@ recording.Recorder.count = slowly
 
 
 def test_waiting_for_data(advised: Advised) -> None:
-    assert advised(40, before=slow_data(0.1)) == ["waiting for data"]
+    assert advised(20, before=late_data(0.5)) == ["waiting for data"]
     # The next batch is ready when the step is over.
     assert advised(40, before=slow_data(0.1) + slow_steps(0.3)) == []
 
@@ -252,7 +257,7 @@ def test_slow_storage(advised: Advised) -> None:
 def test_imbalance_between_processes(
     late: str, expected: list[str], nursery: Nursery, stories: Path, tmp_path: Path
 ) -> None:
-    slow = slow_data(0.8)  # longer than a step over gloo takes beside other load
+    slow = late_data(0.8)
     before = SOON + (slow if late == "all" else of_process(1, slow))
     flags = [*FLAGS, *RARELY, "--max_steps", 25, "--data", stories, "--output", tmp_path / "run"]
     children = nursery.together(*flags, before=before)

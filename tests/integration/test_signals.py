@@ -16,30 +16,22 @@ import numpy as np
 import pytest
 
 from .conftest import Run
-from .nursery import FLAGS, Child, Nursery, of_process
+from .nursery import FLAGS, MAIN_WAITS, Child, Nursery, of_process
 
 OFTEN = ["--eval_steps", "6", "--save_steps", "9"]
 LIMIT_S = 30  # from the signal to the exit, besides what a whole run takes on this machine now
 
 # Code that makes a process send itself a signal in some phase.
-SELF = """
-import os, signal, sys, tempfile, threading, time
+SELF = (
+    MAIN_WAITS
+    + """
+import os, signal, tempfile
 from consyn_jax.data import loader
 from consyn_jax.training import loop, trainer
 from consyn_jax.training.checkpointing import manager
 sent = threading.Event()
-
-def main_waits():
-    # Wait until the main thread has been waiting for data for half a second.
-    seen = 0
-    while seen < 10:
-        time.sleep(0.05)
-        frame, names = sys._current_frames()[threading.main_thread().ident], set()
-        while frame is not None:
-            names.add(frame.f_code.co_name)
-            frame = frame.f_back
-        seen = seen + 1 if "_next_item" in names else 0
 """
+)
 WRAP = """
 inner = {place}
 def then_signal(*args, **more):
@@ -92,7 +84,7 @@ EVALUATING = signalling("loop.Training._evaluate", name="SIGUSR1")
 SAVING = signalling("manager.Checkpoints._commit_on_all", when="args[1] == 9", times=2) + HELD
 # For the batch of step 13.
 WAITING = signalling(
-    "loader.BatchLoader.batch", when="args[1] == 12", first="main_waits()", late=5, name="SIGINT"
+    "loader.BatchLoader.batch", when="args[1] == 12", first="main_waits(0.5)", late=5, name="SIGINT"
 )
 
 

@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from consyn_jax.integers import natural
 _MARK = "CONSYN_RAY_OF"  # in the environment of a Ray instance started here
 LONGEST_S = 20.0  # longest wait for an answer of the head node
 ALARM_S = 3.0  # from a SIGTERM to the alarm with which Ray aborts the process
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # that end a command
 _REFUSALS = (ConnectionError, RuntimeError, ValueError, OSError)  # of `ray.init`, beside Ray's own
 _START = (
     "Start Ray on this machine (ray start --head, or ray start --address HEAD:6379 to join a "
@@ -60,7 +61,7 @@ def connect(address: str | None, processors: int | None) -> Any:
         found = {"address": "local", "num_cpus": processors or cores, "include_dashboard": False}
     os.environ[_MARK] = str(os.getpid())
     try:
-        with _keeping_sigterm():
+        with _holding_signals():
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **found)
     except BaseException as error:
         # An interrupted or failed start leaves processes that `ray.shutdown` does not know of.
@@ -79,10 +80,8 @@ def disconnect(ray: Any) -> None:
     Ctrl-C in a terminal also reaches these processes. Some of them may then survive Ray's shutdown,
     and are killed.
     """
-    try:
-        with _keeping_sigterm():
-            ray.shutdown()
-    finally:  # also if a second signal interrupts Ray's shutdown
+    with _holding_signals():
+        ray.shutdown()
         while left := _started_here():  # again, because a process may just have started another
             for pid in left:
                 with suppress(ProcessLookupError):
@@ -165,29 +164,41 @@ def _refusal(place: str, error: Exception) -> UserError:
 
 
 @contextmanager
-def _keeping_sigterm() -> Iterator[None]:
-    """Keep this program's own handling of SIGTERM.
+def _holding_signals() -> Iterator[None]:
+    """Note signals while Ray starts or ends, and send the first one again afterwards.
 
-    `ray.init` replaces the handler by `sys.exit`, and below it installs another one in C++, which
-    sets an alarm that aborts the process three seconds after the signal. `ray.shutdown` leaves the
-    signal without a handler.
+    An exception in the middle of `ray.init` leaves Ray half started, and the process crashes when
+    it ends. Ray also has its own ways with SIGTERM: `ray.init` replaces the handler by `sys.exit`,
+    and installs another one in C++, which sets an alarm that aborts the process three seconds after
+    the signal; `ray.shutdown` leaves no handler.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler, came, is_over = signal.getsignal(signal.SIGTERM), False, threading.Event()
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    handlers = {number: ours for number, ours in handlers.items() if callable(ours)}
+    came: list[int] = []
+    for number in handlers:
+        signal.signal(number, lambda number, _: came.append(number))
+    install, is_over = signal.signal, threading.Event()
     canceller = threading.Thread(target=_cancel_alarms, args=(is_over,), daemon=True)
     canceller.start()
     try:
+        signal.signal = _except_for(handlers, install)
         yield
-    except SystemExit:
-        came = True
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        signal.signal = install
+        for number, ours in handlers.items():
+            signal.signal(number, ours)
         is_over.set()
         canceller.join()
     if came:
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(came[0])
+
+
+def _except_for(numbers: Container[int], install: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a `signal.signal` that does nothing for some signals."""
+    return lambda number, handler: None if number in numbers else install(number, handler)
 
 
 def _cancel_alarms(is_over: threading.Event) -> None:

@@ -207,8 +207,9 @@ def test_a_cluster_that_cannot_be_joined(
 
 
 def test_sigterm_stays_ours(ray: FakeRay) -> None:
-    """Also when it comes while Ray starts, whose handler would end the process with another code."""
+    """Also when it comes while Ray starts, which no exception may interrupt."""
     came: list[int] = []
+    seen: list[Any] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
     try:
         ours = signal.getsignal(signal.SIGTERM)
@@ -217,8 +218,9 @@ def test_sigterm_stays_ours(ray: FakeRay) -> None:
         assert came == []
         ray_cluster.disconnect(ray)
         assert signal.getsignal(signal.SIGTERM) is ours
-        ray.on_init = lambda: sys.exit(15)
+        ray.on_init = lambda: seen.append((signal.raise_signal(signal.SIGTERM), [*came]))
         ray_cluster.connect(None, None)
+        assert seen == [(None, [])]
         assert came == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -241,10 +243,7 @@ def test_the_alarm_of_rays_handler_is_cancelled(ray: FakeRay) -> None:
 def test_a_second_signal_while_ray_ends_leaves_no_process(
     ray: FakeRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted() -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ray, "shutdown", interrupted)
+    monkeypatch.setattr(ray, "shutdown", lambda: signal.raise_signal(signal.SIGINT))
     own = {**os.environ, ray_cluster._MARK: str(os.getpid())}
     with subprocess.Popen(["sleep", "600"], env=own) as left:
         with pytest.raises(KeyboardInterrupt):
