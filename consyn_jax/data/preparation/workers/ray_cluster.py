@@ -66,7 +66,9 @@ def connect(address: str | None, processors: int | None) -> Any:
     except BaseException as error:
         # An interrupted or failed start leaves processes that `ray.shutdown` does not know of.
         disconnect(ray)
-        if isinstance(error, (*_REFUSALS, ray.exceptions.RayError)):
+        known = (*_REFUSALS, ray.exceptions.RayError)
+        # Ray raises a plain Exception if a node does not start within its time.
+        if type(error) is Exception or isinstance(error, known):
             raise _refusal(f"{name} {given}" if given else "", error) from error
         raise
     finally:

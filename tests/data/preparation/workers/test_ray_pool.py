@@ -186,6 +186,7 @@ def test_a_defect_keeps_its_traceback(ray: FakeRay, data: Path, tmp_path: Path) 
         ),
         (ConnectionError("Failed to connect"), "node1:1", "Ray at --ray_address node1:1 refused"),
         (OSError("No room"), None, "A local Ray instance cannot be started: No room. Leave"),
+        (Exception("It timed out"), None, "A local Ray instance cannot be started: It timed out"),
     ],
 )
 def test_a_cluster_that_cannot_be_joined(
