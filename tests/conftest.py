@@ -16,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 # Matrices are small, and the threads of two test processes wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("WANDB__SERVICE_WAIT", "240")  # seconds for its process to start
 
 # Compiled programs are kept: for the other worker, for processes that tests start, and for the
 # next time the tests run. JAX's key of an entry has the versions, the flags and the program.

@@ -18,11 +18,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from free_ports import free_port
+
 HOST = "127.0.0.1"
-STARTS_S = 90.0
+STARTS_S = 240.0
 OBJECT_STORE_BYTES = 200_000_000
-# A lost node is noticed within two seconds, not within twenty.
-HEALTH = {"period_ms": "500", "timeout_ms": "1000", "failure_threshold": "3"}
+# A killed node, which refuses connections, is noticed within two seconds, not within twenty. A slow
+# one may take its time to answer.
+HEALTH = {"period_ms": "500", "timeout_ms": "60000", "failure_threshold": "3"}
 WAITS = """
 import logging, sys, time, ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level=logging.ERROR)
@@ -45,10 +48,7 @@ class Nodes:
         self.processors = processors
         self.mark = secrets.token_hex(8)
         self.place, self._started = place, list[subprocess.Popen[bytes]]()
-        with socket.socket() as free:
-            free.bind((HOST, 0))
-            port = free.getsockname()[1]
-        self.address = f"{HOST}:{port}"
+        self.address = f"{HOST}:{free_port()}"
         (place / "token").write_text(secrets.token_hex(32))
         self.environment = {
             **os.environ,
@@ -131,11 +131,12 @@ class Nodes:
     def kill(self, mark: str) -> None:
         """Kill the raylet of a node, and let the rest of the node die of it."""
         for pid in self.processes(mark, "raylet/raylet"):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Kill all processes of the cluster."""
-        until = time.monotonic() + 30
+        until = time.monotonic() + STARTS_S
         while found := self.processes(self.mark):
             for pid in found:
                 with suppress(ProcessLookupError):

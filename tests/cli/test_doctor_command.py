@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from free_ports import free_port
 
 from consyn_jax.cli import doctor
 from consyn_jax.doctor import examination
@@ -88,8 +89,7 @@ def test_two_processes_report_once(
 
     monkeypatch.setattr(examination, "examine_machine", machine)
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
-    with socket.create_server(("", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
 
     def one(number: int) -> list[Finding]:
         argv = ["--distributed", "--coordinator_address", f"localhost:{port}"]

@@ -356,7 +356,7 @@ class TestSignals:
         while not Path("stopped/preparing/journal.json").exists() and running.poll() is None:
             time.sleep(0.02)
         running.send_signal(number)
-        _, err = running.communicate(timeout=60)
+        _, err = running.communicate(timeout=240)
         assert running.returncode == 75, err
         assert err.endswith("Run the same command again to continue.\n")
         assert "Traceback" not in err

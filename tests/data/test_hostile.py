@@ -980,7 +980,7 @@ def test_the_command_prints_one_message_and_exits_with_two(tmp_path: Path) -> No
         [sys.executable, "-c", COMMANDS, json.dumps(commands)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")

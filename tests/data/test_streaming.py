@@ -168,7 +168,7 @@ def test_a_block_is_read_as_soon_as_it_is_complete() -> None:
         time.sleep(0.05)
         assert not first.done()
         corpus.add([np.array([9])])
-        assert first.result(5)["labels"].shape == (1, WIDTH)
+        assert first.result(120)["labels"].shape == (1, WIDTH)
         assert order.passes(BLOCK - 1) == {"": 0}
         asked = len(corpus.asked)
         order.at(np.arange(BLOCK))
@@ -177,7 +177,7 @@ def test_a_block_is_read_as_soon_as_it_is_complete() -> None:
         time.sleep(0.05)
         assert not end.done(), "it is not known yet whether the data ends there"
         corpus.end()
-        assert end.result(5) == {"": 1}
+        assert end.result(120) == {"": 1}
 
 
 @given(stop=st.integers(0, 12), accumulation=st.sampled_from([1, 2, 4]))
@@ -208,10 +208,10 @@ def test_an_error_of_the_preparation_is_raised_in_the_consumer() -> None:
     corpus.add([np.full(BLOCK * WIDTH, 7)])
     read = consume(corpus)
     assert [next(read)[0], next(read)[0]] == [0, 1]
-    threading.Timer(0.05, corpus.end, [UserError("corpus.jsonl:7 is broken JSON.")]).start()
+    threading.Timer(0.5, corpus.end, [UserError("corpus.jsonl:7 is broken JSON.")]).start()
     with pytest.raises(UserError, match=r"corpus\.jsonl:7"):
         next(read)
-    assert 0.02 < read.wait_s < 5, "waiting for the corpus is waiting for data"
+    assert 0.02 < read.wait_s < 60, "waiting for the corpus is waiting for data"
 
 
 def test_close_ends_waiting() -> None:
@@ -222,7 +222,7 @@ def test_close_ends_waiting() -> None:
     corpus.close()
     began = time.monotonic()
     read.close()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 60
     assert threading.active_count() == before
 
 

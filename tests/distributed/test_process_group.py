@@ -1,6 +1,7 @@
 """A group of processes without JAX: gathering, notes, and how one ends the others."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from threads import close, free_port, together
+from free_ports import free_port
+from threads import close, together
 
 from consyn_jax.distributed.process_group import AGAIN, LOST, ProcessGroup
 
@@ -43,8 +45,8 @@ import consyn_jax.distributed.process_group as p
 from consyn_jax.distributed.cluster import Place
 from consyn_jax.distributed.rendezvous import meet
 port, count, number, deed = *map(int, sys.argv[1:4]), sys.argv[4]
-p.BEAT_S, p.LOST_S = 0.2, 1.5
-group, _ = meet(Place(("localhost", port), count, number), 40.0, None, lambda abouts: None, "consyn-train")
+p.BEAT_S, p.LOST_S = 0.2, 4.0
+group, _ = meet(Place(("localhost", port), count, number), 120.0, None, lambda abouts: None, "consyn-train")
 group.describe = lambda everyone: f"late: {everyone}"
 def before_end(stuck):
     alone = number == 0 and any(each.closed for each in group._connections.values())
@@ -60,7 +62,7 @@ match deed:
         group.fail(2, "--data x is not there.")
         os._exit(2)
     case "stick": group.stuck()
-time.sleep(20)
+time.sleep(240)
 """
 
 
@@ -80,15 +82,16 @@ def outcomes(deed: str, by: int, count: int = 3) -> list[tuple[int, str, str]]:
     for number in sorted(range(count), key=lambda number: number == by):
         if number == by and deed == "freeze":
             processes[number].send_signal(signal.SIGKILL)
-        out, err = processes[number].communicate(timeout=30)
+        out, err = processes[number].communicate(timeout=240)
         err = err.replace(f"pid {processes[by].pid} on {socket.gethostname()}", "PID")
+        err = re.sub(r"(?<=no heartbeat for )\d+ s", "N s", err)  # the limit, or more beside load
         found[number] = (processes[number].returncode, out, err)
     return found
 
 
 @pytest.mark.parametrize("by", [0, 1])
 @pytest.mark.parametrize(
-    ("deed", "words"), [("die", "is gone"), ("freeze", "has sent no heartbeat for 2 s")]
+    ("deed", "words"), [("die", "is gone"), ("freeze", "has sent no heartbeat for N s")]
 )
 def test_a_dead_or_frozen_process_ends_the_others_and_is_named(
     deed: str, words: str, by: int

@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
-from threads import close, free_port, together
+from free_ports import free_port
+from threads import close, together
 
 from consyn_jax.errors import UserError
 

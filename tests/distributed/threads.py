@@ -1,19 +1,15 @@
 """A process group whose members are threads of one process."""
 
-import socket
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+from free_ports import free_port
 
 from consyn_jax.distributed.cluster import Place
 from consyn_jax.distributed.process_group import ProcessGroup
 from consyn_jax.distributed.rendezvous import meet
 from consyn_jax.errors import ProcessMissing, UserError
-
-
-def free_port() -> int:
-    with socket.create_server(("", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def together(

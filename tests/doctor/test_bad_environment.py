@@ -7,7 +7,6 @@ file system without locks are played by modules that Python finds first.
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from free_ports import free_port
 
 ALONE = ("unshare", "-m") if os.geteuid() == 0 else ("unshare", "-rm")
 
@@ -131,12 +131,10 @@ def test_clocks_that_are_apart(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import time\nreal = time.time\ntime.time = lambda: real() + 600\n"
     )
-    with socket.create_server(("", 0)) as free:
-        port = free.getsockname()[1]
     path = os.environ.get("PYTHONPATH", str(Path.cwd()))
     command: list[Any] = [sys.executable, "-m", "consyn_jax.cli.doctor", "--quick", "--json"]
     command += ["--output", tmp_path, "--distributed", "--num_processes", "2"]
-    command += ["--coordinator_address", f"localhost:{port}", "--process_id"]
+    command += ["--coordinator_address", f"localhost:{free_port()}", "--process_id"]
     both = [
         subprocess.Popen(
             [*command, str(number)],

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 Command = Callable[[list[str]], int]
-WALL_S = 90.0
+WALL_S = 300.0
 ROOM = 64 << 30  # bytes of address space
 
 

@@ -126,7 +126,7 @@ def process(home: Path) -> Callable[..., Run]:
             capture_output=True,
             text=True,
             env={**os.environ, **env},
-            timeout=240,
+            timeout=600,
             check=False,
         )
         assert done.stdout == "", "what a person reads goes to stderr"

@@ -4,7 +4,6 @@ process imports it, and forks."""
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 import pytest
+from free_ports import free_port
 
 MODEL = [
     "--model",
@@ -54,6 +54,36 @@ def batch(self, step):
     time.sleep(1 if step > 5 else 0)
     return inner(self, step)
 loader.BatchLoader.batch = batch
+"""
+
+# For the thread that reads: wait until the main thread waits for data, and has done so for so long,
+# or waits for the end of this thread.
+MAIN_WAITS = """
+import sys, threading, time
+def main_waits(seconds):
+    since = time.monotonic()
+    while time.monotonic() < since + seconds:
+        frame, names = sys._current_frames()[threading.main_thread().ident], set()
+        while frame is not None:
+            names.add(frame.f_code.co_name)
+            frame = frame.f_back
+        if "_end_thread" in names:
+            return
+        if "_next_item" not in names:
+            since = time.monotonic()
+        time.sleep(0.01)
+"""
+
+# No batch after that of a step, counted from 0, before there is a file.
+HELD = """
+import os, time
+from consyn_jax.data import loader
+read = loader.BatchLoader.batch
+def held(self, step):
+    while step > {step} and not os.path.exists({until!r}):
+        time.sleep(0.02)
+    return read(self, step)
+loader.BatchLoader.batch = held
 """
 
 ONE = """
@@ -132,7 +162,7 @@ class Child:
     def said(self) -> str:
         return self.output.read_text()
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 240) -> int:
         """The exit code; killed, and an error, where it takes longer."""
         deadline = time.monotonic() + seconds
         while self.alive:
@@ -264,15 +294,15 @@ def of_process(number: int, before: str) -> str:
     return ONE.format(number=number, before=before)
 
 
+def held(step: int, until: Path) -> str:
+    """Python for a run that gets no batch after that of `step`, counted from 0, without a file."""
+    return HELD.format(step=step, until=str(until))
+
+
 def trained(path: Path, steps: int, child: Child) -> None:
     """Wait until the run in `path`, which `child` writes, has logged so many steps."""
-    metrics, deadline = path / "metrics.jsonl", time.monotonic() + 120
+    metrics, deadline = path / "metrics.jsonl", time.monotonic() + 240
     while not metrics.exists() or metrics.read_text().count('"train/loss"') < steps:
         assert child.alive, f"ended with {child.code}: {child.said}"
         assert time.monotonic() < deadline, child.said
         time.sleep(0.01)
-
-
-def free_port() -> int:
-    with socket.create_server(("", 0)) as server:
-        return int(server.getsockname()[1])

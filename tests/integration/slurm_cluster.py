@@ -18,11 +18,11 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from .nursery import free_port
+from free_ports import free_port
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
 NODES = 4
-STARTS_S = 60
+STARTS_S = 240
 # `cred_expire` is also how long a requeued job waits, which is two minutes by default.
 CONFIGURATION = """ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -46,6 +46,8 @@ PreemptMode=REQUEUE
 GresTypes=gpu
 ReturnToService=2
 MinJobAge=3600
+MessageTimeout=60
+TCPTimeout=30
 """
 # In place of the installed command: it says its number, and some jobs are slow or crash.
 COMMAND = """#!{python}
@@ -252,12 +254,12 @@ class Job:
 
     def trained(self, path: Path, steps: int) -> None:
         """Wait until the run in `path` has logged so many steps."""
-        metrics, deadline = path / "metrics.jsonl", time.monotonic() + 200
+        metrics, deadline = path / "metrics.jsonl", time.monotonic() + 600
         while not metrics.exists() or metrics.read_text().count('"train/loss"') < steps:
             assert time.monotonic() < deadline, self.said
             time.sleep(0.05)
 
-    def ended(self, seconds: float = 400) -> tuple[str, str, int]:
+    def ended(self, seconds: float = 900) -> tuple[str, str, int]:
         """State, exit code and number of restarts, once the job is not requeued any more."""
         deadline = time.monotonic() + seconds
         while (state := self.shown("JobState")) not in ("COMPLETED", "FAILED", "CANCELLED"):

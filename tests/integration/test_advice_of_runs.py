@@ -1,7 +1,7 @@
 """Each piece of advice from a small run that calls for it, and none from one near it.
 
-Only the least time to judge is shortened. What only a GPU can report is faked where it is read:
-the memory of a device, its peak rate, and NVML.
+Only the least time to judge is shortened, or made endless for runs whose time is not judged. What
+only a GPU can report is faked where it is read: the memory of a device, its peak rate, and NVML.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import Run
-from .nursery import MODEL, Nursery, of_process
+from .nursery import MAIN_WAITS, MODEL, Nursery, of_process
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +55,7 @@ def advised(nursery: Nursery, stories: Path, tmp_path: Path) -> Advised:
     ) -> list[str]:
         path = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
         all_flags = [*FLAGS, *RARELY, "--data", data, "--max_steps", steps, *flags]
-        child = nursery.start(*all_flags, "--output", path, devices=1, before=before or "")
+        child = nursery.start(*all_flags, "--output", path, devices=1, before=before or NEVER)
         assert child.wait() == 0, child.said
         found = [line for line in Run(path, 0, "").lines if line.get("event") == "advice"]
         said = " ".join(child.said.split())
@@ -65,7 +65,13 @@ def advised(nursery: Nursery, stories: Path, tmp_path: Path) -> Advised:
     return train
 
 
-# Python for a run whose shares of the time are judged: it is short, and parts of it are slow.
+# Python for a run whose shares of the time are not judged, however long it takes beside other load.
+NEVER = """
+from consyn_jax.training.logging import advice
+advice.LEAST_SECONDS = float("inf")
+"""
+# Python for a run whose shares of the time are judged: it is short, and parts of it are slow, so
+# slow that the rest takes a small share on a busy machine, too.
 SOON = """
 from consyn_jax.training.logging import advice
 advice.LEAST_SECONDS = 1.0
@@ -87,6 +93,11 @@ loader.BatchLoader.batch = batch
     )
 
 
+def late_data(seconds: float) -> str:
+    """Every batch comes so long after the run has begun to wait for it, however slow its steps are."""
+    return slow_data(seconds).replace("time.sleep(", "main_waits(") + MAIN_WAITS
+
+
 def slow_steps(seconds: float) -> str:
     return (
         SOON
@@ -103,9 +114,9 @@ recording.Recorder.count = slowly
 
 
 def test_waiting_for_data(advised: Advised) -> None:
-    assert advised(40, before=slow_data(0.1)) == ["waiting for data"]
+    assert advised(20, before=late_data(0.5)) == ["waiting for data"]
     # The next batch is ready when the step is over.
-    assert advised(40, before=slow_data(0.1) + slow_steps(0.15)) == []
+    assert advised(40, before=slow_data(0.1) + slow_steps(0.3)) == []
 
 
 def device(used: float, peak: float | None = None) -> str:
@@ -208,25 +219,22 @@ def test_evaluations_too_frequent(advised: Advised, tmp_path: Path) -> None:
     held_out = write(tmp_path / "held-out.jsonl", [words(600, -1)])
     flags = ["--validation", held_out, "--eval_steps"]
     assert advised(40, *flags, 2, before=slow_steps(0.01)) == ["evaluations too frequent"]
-    assert advised(80, *flags, 60, before=slow_steps(0.2)) == []
+    assert advised(80, *flags, 60, before=slow_steps(0.3)) == []
 
 
 def test_saves_too_frequent(advised: Advised) -> None:
     assert advised(60, "--save_steps", 1, before=slow_steps(0.03)) == ["saves too frequent"]
-    assert advised(60, "--save_steps", 30, before=slow_steps(0.03)) == []
+    assert advised(60, "--save_steps", 30, before=slow_steps(0.3)) == []
 
 
-def slow_disk(seconds: float) -> str:
-    """A disk whose flushes take long; the run itself does not wait for them.
-
-    Steps are so slow that saves take little of the time on a busy machine, too.
-    """
+def slow_disk(seconds: float, step_s: float) -> str:
+    """A disk whose flushes take long; the run itself does not wait for them."""
     return (
-        slow_steps(0.25)
+        slow_steps(step_s)
         + f"""
 import os
 from consyn_jax.training.checkpointing import commit
-advice.LONG_WRITE_S = 0.3
+advice.LONG_WRITE_S = 2.0
 flush = os.fsync
 def fsync(descriptor):
     if "ocdbt.process_0/d/" in os.readlink("/proc/self/fd/" + str(descriptor)):
@@ -238,8 +246,8 @@ commit.os.fsync = fsync
 
 
 def test_slow_storage(advised: Advised) -> None:
-    assert "slow storage" in advised(40, "--save_steps", 13, before=slow_disk(0.4))
-    assert advised(40, "--save_steps", 13, before=slow_disk(0.0)) == []
+    assert "slow storage" in advised(40, "--save_steps", 13, before=slow_disk(2.2, 0.25))
+    assert advised(40, "--save_steps", 13, before=slow_disk(0.0, 0.6)) == []
 
 
 @pytest.mark.parametrize(
@@ -249,7 +257,7 @@ def test_slow_storage(advised: Advised) -> None:
 def test_imbalance_between_processes(
     late: str, expected: list[str], nursery: Nursery, stories: Path, tmp_path: Path
 ) -> None:
-    slow = slow_data(0.8)  # longer than a step over gloo takes beside other load
+    slow = late_data(0.8)
     before = SOON + (slow if late == "all" else of_process(1, slow))
     flags = [*FLAGS, *RARELY, "--max_steps", 25, "--data", stories, "--output", tmp_path / "run"]
     children = nursery.together(*flags, before=before)

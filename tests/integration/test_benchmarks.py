@@ -25,7 +25,6 @@ def gpu_report(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-@pytest.mark.timeout(900)
 def test_a_rehearsal_runs_all_parts(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     command = [

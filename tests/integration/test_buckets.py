@@ -39,7 +39,7 @@ os.environ.update({environment!r})
 from consyn_jax.data import loader
 from consyn_jax.remote import lease
 from consyn_jax.training.mirror import run_mirror
-lease.LEASE_S, lease.RENEW_S, lease.MARGIN_S = 2.0, 0.4, 0.4
+lease.LEASE_S, lease.RENEW_S, lease.MARGIN_S = 6.0, 0.4, 1.0
 run_mirror.LOOK_S, run_mirror.FILES_S, run_mirror.LONGEST_PAUSE_S = 0.05, 0.3, 0.5
 run_mirror.EXIT_S = {exit_s}
 inner = loader.BatchLoader.batch
@@ -51,7 +51,7 @@ def batch(self, step):
 loader.BatchLoader.batch = batch
 """
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240 + 30 * KILLS)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900 + 60 * KILLS)]
 SCHEMES = ("s3", "gs")
 WHEN = ("beginning", "step", "upload", "mark")
 
@@ -99,7 +99,7 @@ def start(
     key: str,
     *flags: object,
     step_s: float = STEP_S,
-    exit_s: float = 20.0,
+    exit_s: float = 120.0,
     environment: dict[str, str] | None = None,
     held: int = NEVER,
 ) -> Child:
@@ -126,7 +126,7 @@ def last_step(path: Path) -> int:
 
 
 def await_step(child: Child, path: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while last_step(path) < step:
         assert child.alive, child.said
         assert time.monotonic() < deadline, child.said
@@ -139,7 +139,7 @@ def newest_mark(server: Server, key: str) -> int:
 
 
 def await_mark(child: Child, server: Server, key: str, step: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while newest_mark(server, key) < step:
         assert child.alive, child.said
         assert time.monotonic() < deadline, child.said
@@ -148,7 +148,7 @@ def await_mark(child: Child, server: Server, key: str, step: int) -> None:
 
 def await_upload(child: Child, server: Server, key: str, marked: int) -> None:
     """Wait until a checkpoint after step `marked` is being uploaded, or until it just was."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while True:
         steps = [int(name.split("/")[0]) for name in there(server, f"{key}/checkpoints")]
         if max([0, *steps]) > marked:
@@ -158,7 +158,7 @@ def await_upload(child: Child, server: Server, key: str, marked: int) -> None:
 
 
 def await_said(child: Child, text: str, times: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while child.said.count(text) < times:
         assert child.alive, child.said
         assert time.monotonic() < deadline, child.said

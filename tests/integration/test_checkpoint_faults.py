@@ -7,7 +7,6 @@ In CI a short version; with CONSYN_TEST_FULL=1 twenty random moments and every c
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from free_ports import free_port
 from jax.sharding import NamedSharding, PartitionSpec
 
 from consyn_jax.distributed.mesh import build_mesh
@@ -63,7 +63,7 @@ def python(
 
 
 def said(process: "subprocess.Popen[str]") -> str:
-    out, err = process.communicate(timeout=280)
+    out, err = process.communicate(timeout=600)
     assert err == ""
     assert process.returncode == 0, out
     return out
@@ -376,11 +376,9 @@ multihost_utils.sync_global_devices("end")
 def by_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]]]:
     """What two processes of two devices each wrote, and what they said."""
     place = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [python(TWO, place, number, port, JAX_NUM_CPU_DEVICES="2") for number in (0, 1)]
-    done = [process.communicate(timeout=280) for process in processes]
+    done = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(
         err for _, err in done
     )

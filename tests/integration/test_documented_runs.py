@@ -28,7 +28,7 @@ from consyn_jax.model_config import ModelConfig
 from consyn_jax.resolve import preset_architecture
 from consyn_jax.training import dataset as datasets
 
-pytestmark = [pytest.mark.slow, pytest.mark.torch, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.torch]
 
 SMALL = ["--hidden_dim", "32", "--num_layers", "1", "--num_heads", "2", "--num_kv_heads", "2"]
 SMALL += ["--head_dim", "16", "--mlp_dim", "64"]

@@ -131,7 +131,7 @@ def run_script(text: str, folder: Path, corpus: Path) -> Run:
     command = [sys.executable, "script.py", str(corpus)]
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=folder, env=env, timeout=240, check=False
+        command, capture_output=True, text=True, cwd=folder, env=env, timeout=600, check=False
     )
     return Run(folder / "output", done.returncode, done.stderr)
 

@@ -12,18 +12,20 @@ from consyn_jax.training.run.lock import LOCK, RunLock
 
 from .nursery import FLAGS, Child, Nursery, trained
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.slow
 
 SAVING = [*FLAGS, "--save_steps", "2"]
-# So slow that there is time to do something to it, and quick to look at its directory.
+# Held until something has been done to it; then slow, and quick to look at its directory.
 STEPS = """
-import time
+import pathlib, time
 from consyn_jax.data import loader
 from consyn_jax.training.runtime import watchdog
 watchdog.POLL_S = 0.2
 inner = loader.BatchLoader.batch
 def batch(self, step):
-    time.sleep(0.5 if step > 6 else 0)
+    while step > 7 and not pathlib.Path({done!r}).exists():
+        time.sleep(0.02)
+    time.sleep(0.5 if step > 7 else 0)
     return inner(self, step)
 loader.BatchLoader.batch = batch
 """
@@ -36,7 +38,8 @@ finish = manager.Checkpoints._finish
 def slow(self, step, *rest):
     if step >= 6:
         pathlib.Path({mark!r}).touch()
-        time.sleep(2)
+        while not pathlib.Path({done!r}).exists():
+            time.sleep(0.02)
     return finish(self, step, *rest)
 manager.Checkpoints._finish = slow
 """
@@ -68,7 +71,7 @@ def await_moment(path: Path, moment: str, children: list[Child], mark: Path) -> 
     if moment == "stepping":
         trained(path, 7, children[0])
         return
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not mark.exists():
         assert children[0].alive, children[0].said
         assert time.monotonic() < deadline
@@ -104,8 +107,8 @@ def test_it_ends_and_touches_nothing_more(
     corpus: Path,
     tmp_path: Path,
 ) -> None:
-    path, mark = tmp_path / "run", tmp_path / "mark"
-    before = STEPS if moment == "stepping" else SAVES.format(mark=str(mark))
+    path, mark, done = tmp_path / "run", tmp_path / "mark", tmp_path / "done"
+    before = (STEPS if moment == "stepping" else SAVES).format(mark=str(mark), done=str(done))
     flags = [*SAVING, "--data", corpus, "--output", path]
     children = (
         [nursery.start(*flags, before=before)]
@@ -130,9 +133,10 @@ def test_it_ends_and_touches_nothing_more(
     else:
         shutil.copyfile(other / "metrics.jsonl", path / "metrics.jsonl")
     then = content(path)
+    done.touch()
     for child in children:
         child.signal(signal.SIGCONT)
-    assert [child.wait(60) for child in children] == [2] * processes, [c.said for c in children]
+    assert [child.wait() for child in children] == [2] * processes, [c.said for c in children]
     for child in children:
         assert said in child.said
         assert "Traceback" not in child.said

@@ -22,8 +22,9 @@ def start(*flags: object, before: str = "") -> subprocess.Popen[str]:
     """Two processes of one device each, under `mpirun`."""
     if shutil.which("mpirun") is None:
         cannot_run("Open MPI is not installed: no mpirun")
-    # Seconds from a TERM until the processes have it, and from then until they are killed.
-    patience = ["--mca", "odls_base_sigkill_timeout", "4"]
+    # Seconds from a TERM until the processes have it, and from then until they are killed. The run
+    # has far more left.
+    patience = ["--mca", "odls_base_sigkill_timeout", "10"]
     options = ["--allow-run-as-root", "--oversubscribe", *patience, "-n", "2"]
     command = [sys.executable, "-c", before + PROGRAM, *map(str, flags), "--distributed"]
     own = {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
@@ -43,20 +44,22 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     """After TERM, mpirun returns its own code and not that of the processes."""
     flags = [*FLAGS, "--eval_steps", "3", "--data", corpus, "--output"]
     with start(*flags, tmp_path / "whole") as process:
-        said = process.communicate()[0]
+        said = process.communicate(timeout=240)[0]
     assert process.returncode == 0, said
-    with start(*flags, tmp_path / "run", before=SLOW) as process:
-        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    with start(
+        *flags, tmp_path / "run", before=SLOW.replace("sleep(1 if", "sleep(3 if")
+    ) as process:
+        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 240
         while not metrics.exists() or metrics.read_text().count('"train/loss"') < 6:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(number)
-        said = process.communicate()[0]
+        said = process.communicate(timeout=240)[0]
     assert process.returncode == code, said
     assert f"{number.name} at step" in said
     with start(*flags, tmp_path / "run") as process:
-        said = process.communicate()[0]
+        said = process.communicate(timeout=240)[0]
     assert process.returncode == 0, said
     whole, run = (Run(tmp_path / name, 0, said) for name in ("whole", "run"))
     assert run.events.count("resume") == 1

@@ -57,7 +57,6 @@ def test_lr_find_trains_on_pairs(story_model: Path, pairs: dict[str, Path], tmp_
     assert found["losses"][0] == pytest.approx(math.log(2), rel=1e-2)
 
 
-@pytest.mark.timeout(900)
 def test_100_steps_raise_the_margin_of_held_out_pairs(
     story_model: Path, pairs: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from .conftest import Run, cannot_run
-from .nursery import FLAGS, Nursery
-from .test_power_cuts import UNHURRIED, copied, mounted, refusal
+from .nursery import FLAGS, Nursery, held
+from .test_power_cuts import copied, mounted, refusal
 
 pytestmark = pytest.mark.slow
 
@@ -43,14 +43,16 @@ def test_it_ends_with_one_sentence_and_goes_on_once_it_can_be_written(
         if not os.access(trigger, os.W_OK):
             cannot_run(f"{trigger} cannot be written here")
         path = place / "run"
-        child = nursery.start(*run, "--output", path, before=UNHURRIED)
-        deadline = time.monotonic() + 120
+        told = tmp_path / "told"
+        child = nursery.start(*run, "--output", path, before=held(6, told))
+        deadline = time.monotonic() + 240
         while not (path / "checkpoints" / "6").is_dir():
             assert child.alive, child.said
             assert time.monotonic() < deadline
             time.sleep(0.05)
         trigger.write_text("1")
-        assert child.wait(60) == 2, child.said
+        told.touch()
+        assert child.wait() == 2, child.said
         said = child.said.strip().splitlines()
         # ext4 answers a write that it had begun before with an input/output error.
         assert re.search("Read-only file system|Input/output error", said[-1]), child.said
@@ -59,7 +61,7 @@ def test_it_ends_with_one_sentence_and_goes_on_once_it_can_be_written(
     # Another process's mount namespace may still hold the first file system.
     with mounted(copied(image, tmp_path / "again"), tmp_path / "disk") as place:
         child = nursery.start(*run, "--output", place / "run")
-        assert child.wait(120) == 0, child.said
+        assert child.wait() == 0, child.said
         found = Run(place / "run", 0, child.said)
         assert [line["step"] for line in found.lines if "train/loss" in line] == list(range(1, 31))
         assert "resume" in found.events

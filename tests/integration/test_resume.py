@@ -134,7 +134,7 @@ def test_a_process_that_is_terminated(
 ) -> None:
     path = tmp_path / "run"
     with start([*FLAGS, "--data", corpus, "--output", path]) as running:
-        metrics, deadline = path / "metrics.jsonl", time.monotonic() + 120
+        metrics, deadline = path / "metrics.jsonl", time.monotonic() + 240
         while (
             running.poll() is None
             and time.monotonic() < deadline
@@ -142,7 +142,7 @@ def test_a_process_that_is_terminated(
         ):
             time.sleep(0.005)
         running.send_signal(signal.SIGTERM)
-        _, said = running.communicate(timeout=120)
+        _, said = running.communicate(timeout=240)
     assert running.returncode == 75, said
     assert "Traceback" not in said
     assert Run(path, 75, said).lines[-1]["step"] < 20
@@ -248,7 +248,7 @@ def test_a_signal_while_data_is_prepared_leaves_nothing_half_made(
         "32",
     ]
     with start(flags, **env) as running:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while (
             running.poll() is None
             and time.monotonic() < deadline
@@ -256,7 +256,7 @@ def test_a_signal_while_data_is_prepared_leaves_nothing_half_made(
         ):
             time.sleep(0.005)
         running.send_signal(signal.SIGTERM)
-        _, said = running.communicate(timeout=120)
+        _, said = running.communicate(timeout=240)
     assert (running.returncode, said) == (
         143,
         "consyn-train: SIGTERM came before there was anything to save.\n",

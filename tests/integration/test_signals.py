@@ -16,37 +16,58 @@ import numpy as np
 import pytest
 
 from .conftest import Run
-from .nursery import FLAGS, Child, Nursery, of_process
+from .nursery import FLAGS, MAIN_WAITS, Child, Nursery, of_process
 
 OFTEN = ["--eval_steps", "6", "--save_steps", "9"]
 LIMIT_S = 30  # from the signal to the exit, besides what a whole run takes on this machine now
 
 # Code that makes a process send itself a signal in some phase.
-SELF = """
-import os, signal, tempfile, time
+SELF = (
+    MAIN_WAITS
+    + """
+import os, signal, tempfile
 from consyn_jax.data import loader
 from consyn_jax.training import loop, trainer
 from consyn_jax.training.checkpointing import manager
+sent = threading.Event()
 """
+)
 WRAP = """
 inner = {place}
 def then_signal(*args, **more):
     if {when}:
-        time.sleep({late})
+        {first}
         open(f"{{tempfile.gettempdir()}}/signalled-{{os.getpid()}}", "w").close()
         for _ in range({times}):
             os.kill(os.getpid(), signal.{name})
             time.sleep(0.003)
+        sent.set()
         time.sleep({late})
     return inner(*args, **more)
 {place} = then_signal
 """
+# No batch for the second step after the save before the signal has come.
+HELD = """
+read = loader.BatchLoader.batch
+def held(self, step):
+    if step > 9:
+        sent.wait()
+    return read(self, step)
+loader.BatchLoader.batch = held
+"""
 
 
 def signalling(
-    place: str, *, when: str = "True", late: float = 0, name: str = "SIGTERM", times: int = 1
+    place: str,
+    *,
+    when: str = "True",
+    first: str = "pass",
+    late: float = 0,
+    name: str = "SIGTERM",
+    times: int = 1,
 ) -> str:
-    return SELF + WRAP.format(place=place, when=when, late=late, name=name, times=times)
+    about = {"when": when, "first": first, "late": late, "name": name, "times": times}
+    return SELF + WRAP.format(place=place, **about)
 
 
 # A command whose terminal is its own, as that of a shell is.
@@ -60,10 +81,11 @@ sys.exit(main(sys.argv[1:]))
 # Twice, as Slurm sends it at the time limit.
 COMPILING = signalling("trainer.ConsynTrainer.compile_train_step", times=2)
 EVALUATING = signalling("loop.Training._evaluate", name="SIGUSR1")
-SAVING = signalling("manager.Checkpoints._commit_on_all", when="args[1] == 9", times=2)
+SAVING = signalling("manager.Checkpoints._commit_on_all", when="args[1] == 9", times=2) + HELD
+# For the batch of step 13.
 WAITING = signalling(
-    "loader.BatchLoader.batch", when="args[1] == 12", late=5, name="SIGINT"
-)  # for the batch of step 13
+    "loader.BatchLoader.batch", when="args[1] == 12", first="main_waits(0.5)", late=5, name="SIGINT"
+)
 
 
 def ended(child: Child, limit_s: float) -> int:
@@ -142,7 +164,7 @@ def test_a_closed_terminal(corpus: Path, tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.close(terminal)
-    assert child.wait(120) == 75
+    assert child.wait(240) == 75
     stopped = Run(path, 75, "")
     assert (stopped.lines[-1]["event"], stopped.lines[-1]["signal"]) == ("signal", "SIGHUP")
     assert (path / "checkpoints" / str(stopped.lines[-1]["step"])).is_dir()

@@ -17,7 +17,7 @@ from .conftest import Run, cannot_run
 from .nursery import FLAGS
 from .slurm_cluster import COUNTS, TRAINS, Job, SlurmCluster, missing_programs
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "slurm" / "train.sbatch"
 OPTIONS = "--cpus-per-task=1 --gpus-per-node=1 --time=10 --nodelist="

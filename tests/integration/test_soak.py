@@ -27,7 +27,7 @@ import pytest
 from consyn_jax.distributed.process_group import LOST
 
 from .conftest import MODEL, Run
-from .nursery import DEVICES, Child, Nursery
+from .nursery import DEVICES, Child, Nursery, held
 
 KILLS = int(os.environ.get("CONSYN_SOAK_KILLS", "3"))
 RECORD = os.environ.get("CONSYN_SOAK_RECORD")
@@ -59,7 +59,7 @@ FLAGS += [
 ]
 TWO = "two processes"
 
-pytestmark = pytest.mark.timeout(200 + 60 * KILLS)
+pytestmark = pytest.mark.timeout(900 + 120 * KILLS)
 
 # Which sample stands at which position, by number and by content, as each process reads it.
 NOTING = """
@@ -85,12 +85,20 @@ class Survivor:
     facts: dict[str, Any]
 
 
-def launched(nursery: Nursery, corpus: Path, path: Path, kind: str) -> list[Child]:
-    """The run in `path` goes on: on so many devices, or in two processes."""
+def launched(
+    nursery: Nursery, corpus: Path, path: Path, kind: str, *, ends: bool = True
+) -> list[Child]:
+    """The run in `path` goes on: on so many devices, or in two processes.
+
+    Args:
+        ends: otherwise it gets no data for its last steps, and waits to be killed.
+    """
     flags, before = (
         [*FLAGS, "--data", corpus, "--output", path],
         NOTING.format(file=str(path) + ".samples"),
     )
+    if not ends:
+        before += held(STEPS - 4, path.with_name("never"))
     return (
         nursery.together(*flags, before=before)
         if kind == TWO
@@ -121,12 +129,10 @@ def await_moment(
     if chance.random() < 0.25:
         time.sleep(chance.uniform(0, START_S))
         return
-    deadline = time.monotonic() + 120
-    while (
-        all(child.alive for child in children)
-        and (changed(metrics) == before or last_step(metrics) < target)
-        and time.monotonic() < deadline
-    ):
+    deadline = time.monotonic() + 240
+    while changed(metrics) == before or last_step(metrics) < target:
+        assert all(child.alive for child in children), [child.said for child in children]
+        assert time.monotonic() < deadline, [child.said for child in children]
         time.sleep(0.002)
     time.sleep(chance.uniform(0, LATE_S))
 
@@ -145,7 +151,7 @@ def killed_over_and_over(
     for n in range(KILLS):
         lived.append(next(kinds))
         before = changed(metrics)
-        children = launched(nursery, corpus, path, lived[-1])
+        children = launched(nursery, corpus, path, lived[-1], ends=False)
         await_moment(
             metrics,
             before,
@@ -157,7 +163,7 @@ def killed_over_and_over(
         assert all(child.alive for child in children), [child.said for child in children]
         victim.signal(signal.SIGKILL)
         for child in children:
-            assert child.wait(60) in (
+            assert child.wait() in (
                 (-signal.SIGKILL,) if child is victim else (LOST, -signal.SIGABRT)
             ), child.said
         died.append(last_step(metrics))

@@ -7,7 +7,7 @@ import pytest
 
 from .nursery import FLAGS, Nursery
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 SECRETS = ("wandb-key-5f1c9a", "hf_hub_token_77d2e0")
 WATCHED = """

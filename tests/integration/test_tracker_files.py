@@ -38,6 +38,7 @@ def resumed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     keep = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     path = os.environ.get("PYTHONPATH", str(Path.cwd()))
     own = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "PYTHONPATH": path}
+    own["WANDB__SERVICE_WAIT"] = "240"  # seconds for its process to start
     for code in (-signal.SIGKILL, 0):
         done = subprocess.run(
             command(*flags), cwd=here, env=keep | own, capture_output=True, text=True, check=False

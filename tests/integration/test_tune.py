@@ -151,7 +151,7 @@ def test_kills_and_two_processes_lose_and_repeat_no_trial(
         assert sorted(seen) == list(range(len(seen)))
         assert Counter(seen.values())["RUNNING"] <= 1
     both = [nursery.start(*given, command="tune", devices=1) for _ in range(2)]
-    assert [process.wait(280) for process in both] == [0, 0], [child.said for child in both]
+    assert [process.wait(600) for process in both] == [0, 0], [child.said for child in both]
     assert trials(output) == dict.fromkeys(range(total), "COMPLETE")
     names = sorted(path.name for path in (output / "trials").iterdir())
     assert names == [f"{number:04}" for number in range(total)]
@@ -188,7 +188,7 @@ def test_lanes_that_are_killed_lose_and_repeat_no_trial(
         assert sorted(found) == list(range(len(found)))
         assert Counter(found.values())["RUNNING"] <= 3
     both = [nursery.start(*given, command="tune", devices=1) for _ in range(2)]
-    assert [process.wait(280) for process in both] == [0, 0], [child.said for child in both]
+    assert [process.wait(600) for process in both] == [0, 0], [child.said for child in both]
     assert trials(output) == dict.fromkeys(range(total), "COMPLETE")
     for number in range(total):
         lines = metrics(output / "trials" / f"{number:04}")
@@ -215,7 +215,7 @@ def test_a_signal_saves_every_lane_and_the_same_command_goes_on(
     assert "SIGTERM: 3 trials were running" in process.said
     assert trials(output) == dict.fromkeys(range(3), "RUNNING")
     again = nursery.start(*given, "--vectorize", "auto", command="tune", devices=1)
-    assert again.wait(280) == 0, again.said
+    assert again.wait(600) == 0, again.said
     assert "Trials side by side: " in again.said
     assert trials(output) == dict.fromkeys(range(3), "COMPLETE")
     assert all("resume" in log.read_text() for log in logs)
@@ -240,6 +240,6 @@ def test_a_signal_saves_the_trial_and_the_same_command_goes_on(
     assert re.search(r"SIGTERM at step \d+: the state is saved", process.said)
     assert trials(output) == {0: "RUNNING"}
     again = nursery.start(*given, command="tune", devices=1)
-    assert again.wait(280) == 0, again.said
+    assert again.wait(600) == 0, again.said
     assert trials(output) == {0: "COMPLETE"}
     assert "resume" in log.read_text()

@@ -31,8 +31,8 @@ def test_a_panic_is_a_sentence_and_other_errors_stay() -> None:
 def test_a_call_that_does_not_end_is_given_up() -> None:
     began = time.monotonic()
     with pytest.raises(UserError, match="did not finish a text within"):
-        bounded(lambda: time.sleep(3), 0.1)
-    assert time.monotonic() - began < 2
+        bounded(lambda: time.sleep(100), 0.1)
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize("expression", [r"(?:\w+\s?)+$", r"(?:[a-z]+0?)+$"])
@@ -64,4 +64,4 @@ def test_expressions_with_nested_repetitions(
         UserError, match=r"did not finish a text within|makes the tokenizers library fail"
     ):
         BPETokenizer(json.dumps(content))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60  # for ever without a limit

@@ -101,7 +101,7 @@ def test_counting_in_chunks_changes_nothing(pattern: str, text: str) -> None:
 
 
 def test_one_endless_word_is_learned_in_linear_time() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     tokenizer = BPETokenizer.train_from_iterator(["xyzzy" * 100_000], 300)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert tokenizer.decode(tokenizer.encode("xyzzy" * 1000)) == "xyzzy" * 1000

@@ -215,7 +215,7 @@ def test_a_hard_link_to_another_file_is_not_written_to(tmp_path: Path) -> None:
     assert elsewhere.read_text() == "precious, without an end of line"
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("target", ["/nowhere/study/journal.log", "journal.log.lock", None])
 def test_a_lock_that_was_left_is_removed(tmp_path: Path, target: str | None) -> None:
     """Optuna waits for a link to nowhere for ever, as one is after a kill and a move."""

@@ -109,7 +109,7 @@ def test_processes_at_the_same_time_make_one_store(tmp_path: Path, empty_cache: 
         )
         for _ in range(3)
     ]
-    outputs = [process.communicate(timeout=60) for process in racing]
+    outputs = [process.communicate(timeout=240) for process in racing]
     assert [process.returncode for process in racing] == [0, 0, 0], outputs
     assert len({out for out, _ in outputs}) == 1
     assert len(list((empty_cache / "stores").iterdir())) == 1

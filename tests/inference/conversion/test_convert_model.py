@@ -253,7 +253,7 @@ def test_killed_while_writing(convert: Convert, model: Path, number: int) -> Non
         assert child.poll() is None, child.stderr and child.stderr.read()
         time.sleep(0.05)
     child.send_signal(number)
-    _, said = child.communicate(timeout=60)
+    _, said = child.communicate(timeout=240)
     assert "Traceback" not in said
     assert not Path("out").exists()
     assert Path(".out.new").exists() == (number == signal.SIGKILL)

@@ -117,7 +117,7 @@ def test_a_killed_push_shows_nothing_or_all_and_a_repeat_completes_it(
 
         server.at = kill
         child.append(subprocess.Popen([sys.executable, "-c", PUSH, str(tmp_path)], env=environment))
-        assert child[0].wait(120) == -signal.SIGKILL, moment
+        assert child[0].wait(240) == -signal.SIGKILL, moment
         server.settle()
         visible = server.files.get("me/model", {})
         is_sent = request_of == "/commit/" and moment in ("read", "done")

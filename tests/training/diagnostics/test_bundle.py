@@ -81,7 +81,7 @@ def test_damaged_and_missing_records_are_refused(bundle: Path, tmp_path: Path) -
         assert "is damaged" in damaged(bundle, tmp_path / f"json{number}", replay=content)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["batch.npz", "config.yaml", "checkpoints"])
 @pytest.mark.parametrize("kind", ["link", "pipe"])
 def test_links_and_pipes_in_a_bundle_are_named(

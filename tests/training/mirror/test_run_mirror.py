@@ -29,7 +29,7 @@ from consyn_jax.training.run.model_manifest import MANIFEST, disagreement, seal
 
 URL = "s3://bucket/runs/one"
 TOP = "runs/one/"
-WAITS_S = 20.0
+WAITS_S = 120.0
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +38,9 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
         (run_mirror, "LOOK_S", 0.01),
         (run_mirror, "FILES_S", 0.05),
         (run_mirror, "LONGEST_PAUSE_S", 0.05),
-        (lease, "LEASE_S", 0.6),
+        (lease, "LEASE_S", 2.0),
         (lease, "RENEW_S", 0.1),
-        (lease, "MARGIN_S", 0.1),
+        (lease, "MARGIN_S", 0.2),
     ]:
         monkeypatch.setattr(module, name, value)
 
@@ -268,11 +268,10 @@ def test_the_end_waits_for_a_store_that_is_down_and_not_for_ever(
     checkpoint(directory, 20)
     began = time.monotonic()
     running.mirror.close()
-    assert 0.3 <= time.monotonic() - began < 10
+    assert 0.3 <= time.monotonic() - began < 60
     assert "so it has the run up to step 10, but not all files of" in running.warned[-1]
     bucket.before = lambda name, key: None
-    time.sleep(0.7)  # the lease ends by itself
-    start(directory).mirror.close()  # the same command
+    start(directory).mirror.close()  # the same command, which waits for the end of the lease
     assert marked(bucket) == [10, 20]
 
 

@@ -12,6 +12,7 @@ from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.model_config import ModelConfig
 from consyn_jax.training import ConsynTrainer
 from consyn_jax.training.logging import advice
+from consyn_jax.training.run import recording
 
 pytestmark = pytest.mark.slow
 SMALL = ModelConfig(
@@ -28,6 +29,12 @@ SMALL = ModelConfig(
     eos_token_id=2,
     pad_token_id=0,
 )
+
+
+@pytest.fixture(autouse=True)
+def without_judging_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a run takes beside other load."""
+    monkeypatch.setattr(advice, "LEAST_SECONDS", float("inf"))
 
 
 def rows(count: int, seed: int, high: int = 64) -> list[dict[str, Any]]:
@@ -81,6 +88,11 @@ def test_waiting_and_evaluating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     many = rows(400, 2, high=9)
     often = {"max_steps": 12, "eval_steps": 1}
     assert "evaluations too frequent" in advised(tmp_path / "often", data, many, **often)
+    # The steps take so long that the rest takes a small share on a busy machine, too.
+    count = recording.Recorder.count
+    monkeypatch.setattr(
+        recording.Recorder, "count", lambda self, values: (time.sleep(0.05), count(self, values))
+    )
     rarely = advised(tmp_path / "rarely", data, rows(8, 2, high=9), max_steps=100, eval_steps=50)
     assert "evaluations too frequent" not in rarely
     assert "waiting for data" not in rarely

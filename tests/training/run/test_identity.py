@@ -76,7 +76,7 @@ def test_a_config_yaml_of_any_size_is_not_read_whole(tmp_path: Path) -> None:
         read_run_config(tmp_path / "config.yaml")
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_a_config_yaml_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     """Found by the search for trees of strangers: --replay_step had no end."""
     os.mkfifo(tmp_path / "config.yaml")

@@ -25,8 +25,8 @@ import sys, time
 from pathlib import Path
 from consyn_jax.training.run.lock import RunLock
 RunLock(Path(sys.argv[1]))
-print()
-time.sleep(60)
+print(flush=True)
+time.sleep(600)
 """
 
 
@@ -180,26 +180,31 @@ def test_a_process_of_another_host_holds_it_as_long_as_it_touches_the_file(
 
 
 TAKE = """
-import errno, fcntl, sys, time
+import errno, fcntl, sys
 from pathlib import Path
 from consyn_jax.training.run.lock import RunLock, UserError
 def flock(*_): raise OSError(errno.ENOLCK, "No locks available")
 fcntl.flock = flock
 try:
     RunLock(Path(sys.argv[1]))
-    print("has it")
+    print("has it", flush=True)
 except UserError as refused:
-    print(str(refused).partition(":")[0])
-time.sleep(3)
+    print(str(refused).partition(":")[0], flush=True)
+sys.stdin.read()
 """
 
 
 def test_of_two_processes_that_take_it_at_once_one_has_it(tmp_path: Path) -> None:
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", TAKE, str(tmp_path)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", TAKE, str(tmp_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for _ in range(2)
     ]
-    outputs = [process.communicate(timeout=60)[0].strip() for process in both]
+    outputs = [process.stdout.readline().strip() for process in both if process.stdout]
+    for process in both:  # they hold it until both have tried
+        process.communicate(timeout=240)
     assert sorted(outputs) == [f"--output {tmp_path} is in use by another process", "has it"]

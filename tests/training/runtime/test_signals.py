@@ -98,7 +98,7 @@ def test_the_second_signal_ends_at_once_and_a_warning_is_none() -> None:
         [sys.executable, "-c", PROCESS, given],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=True,
     )
     assert json.loads(done.stdout) == [

@@ -98,7 +98,7 @@ def start(path: Path, minutes: float, still_s: float) -> "subprocess.Popen[str]"
 
 def test_a_run_without_progress_ends_with_its_stacks(tmp_path: Path) -> None:
     with start(tmp_path, 0.02, 60) as process:
-        _, output = process.communicate(timeout=60)
+        _, output = process.communicate(timeout=240)
     assert process.returncode == LOST
     assert output.startswith("\nconsyn-train: No progress for ")
     assert output.endswith(
@@ -121,7 +121,7 @@ def test_a_run_without_progress_ends_with_its_stacks(tmp_path: Path) -> None:
 
 def test_with_0_minutes_it_only_beats(tmp_path: Path) -> None:
     with start(tmp_path, 0, 1) as process:
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=240)
     assert (process.returncode, output, errors) == (0, "beats\n", "")
     assert not (tmp_path / "stacks").exists()
 
@@ -140,7 +140,8 @@ def test_time_while_the_process_was_stopped_does_not_count(
         clock.now += 3600  # the lid was closed
         time.sleep(0.3)
         assert not ended
-        for _ in range(20):
+        deadline = time.monotonic() + 120
+        while not ended:
+            assert time.monotonic() < deadline
             clock.now += 0.1
             time.sleep(0.1)
-        assert ended

@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from consyn_jax.integers import natural
 
 _MARK = "CONSYN_RAY_OF"  # in the environment of a Ray instance started here
 LONGEST_S = 20.0  # longest wait for an answer of the head node
+ALARM_S = 3.0  # from a SIGTERM to the alarm with which Ray aborts the process
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # that end a command
 _REFUSALS = (ConnectionError, RuntimeError, ValueError, OSError)  # of `ray.init`, beside Ray's own
 _START = (
     "Start Ray on this machine (ray start --head, or ray start --address HEAD:6379 to join a "
@@ -59,12 +61,14 @@ def connect(address: str | None, processors: int | None) -> Any:
         found = {"address": "local", "num_cpus": processors or cores, "include_dashboard": False}
     os.environ[_MARK] = str(os.getpid())
     try:
-        with _keeping_sigterm():
+        with _holding_signals():
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **found)
     except BaseException as error:
         # An interrupted or failed start leaves processes that `ray.shutdown` does not know of.
         disconnect(ray)
-        if isinstance(error, (*_REFUSALS, ray.exceptions.RayError)):
+        known = (*_REFUSALS, ray.exceptions.RayError)
+        # Ray raises a plain Exception if a node does not start within its time.
+        if type(error) is Exception or isinstance(error, known):
             raise _refusal(f"{name} {given}" if given else "", error) from error
         raise
     finally:
@@ -78,12 +82,13 @@ def disconnect(ray: Any) -> None:
     Ctrl-C in a terminal also reaches these processes. Some of them may then survive Ray's shutdown,
     and are killed.
     """
-    ray.shutdown()
-    while left := _started_here():  # again, because a process may just have started another
-        for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
+    with _holding_signals():
+        ray.shutdown()
+        while left := _started_here():  # again, because a process may just have started another
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
 
 
 def _started_here() -> list[int]:
@@ -161,17 +166,44 @@ def _refusal(place: str, error: Exception) -> UserError:
 
 
 @contextmanager
-def _keeping_sigterm() -> Iterator[None]:
-    """Keep this program's own handler of SIGTERM, which `ray.init` replaces by `sys.exit`."""
+def _holding_signals() -> Iterator[None]:
+    """Note signals while Ray starts or ends, and send the first one again afterwards.
+
+    An exception in the middle of `ray.init` leaves Ray half started, and the process crashes when
+    it ends. Ray also has its own ways with SIGTERM: `ray.init` replaces the handler by `sys.exit`,
+    and installs another one in C++, which sets an alarm that aborts the process three seconds after
+    the signal; `ray.shutdown` leaves no handler.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler, came = signal.getsignal(signal.SIGTERM), False
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    handlers = {number: ours for number, ours in handlers.items() if callable(ours)}
+    came: list[int] = []
+    for number in handlers:
+        signal.signal(number, lambda number, _: came.append(number))
+    install, is_over = signal.signal, threading.Event()
+    canceller = threading.Thread(target=_cancel_alarms, args=(is_over,), daemon=True)
+    canceller.start()
     try:
+        signal.signal = _except_for(handlers, install)
         yield
-    except SystemExit:
-        came = True
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        signal.signal = install
+        for number, ours in handlers.items():
+            signal.signal(number, ours)
+        is_over.set()
+        canceller.join()
     if came:
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(came[0])
+
+
+def _except_for(numbers: Container[int], install: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a `signal.signal` that does nothing for some signals."""
+    return lambda number, handler: None if number in numbers else install(number, handler)
+
+
+def _cancel_alarms(is_over: threading.Event) -> None:
+    while not is_over.wait(ALARM_S / 10):
+        signal.alarm(0)
+    signal.alarm(0)

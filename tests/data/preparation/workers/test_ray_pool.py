@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -54,6 +55,7 @@ class FakeRay(types.ModuleType):
         return {"CPU": 3.0}
 
     def shutdown(self) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as Ray leaves it
         self.calls.append("shutdown")
 
     def remote(self, **options: Any) -> Callable[..., Any]:
@@ -184,6 +186,7 @@ def test_a_defect_keeps_its_traceback(ray: FakeRay, data: Path, tmp_path: Path) 
         ),
         (ConnectionError("Failed to connect"), "node1:1", "Ray at --ray_address node1:1 refused"),
         (OSError("No room"), None, "A local Ray instance cannot be started: No room. Leave"),
+        (Exception("It timed out"), None, "A local Ray instance cannot be started: It timed out"),
     ],
 )
 def test_a_cluster_that_cannot_be_joined(
@@ -205,19 +208,48 @@ def test_a_cluster_that_cannot_be_joined(
 
 
 def test_sigterm_stays_ours(ray: FakeRay) -> None:
-    """Also when it comes while Ray starts, whose handler would end the process with another code."""
+    """Also when it comes while Ray starts, which no exception may interrupt."""
     came: list[int] = []
+    seen: list[Any] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
     try:
         ours = signal.getsignal(signal.SIGTERM)
         ray_cluster.connect(None, None)
         assert signal.getsignal(signal.SIGTERM) is ours
         assert came == []
-        ray.on_init = lambda: sys.exit(15)
+        ray_cluster.disconnect(ray)
+        assert signal.getsignal(signal.SIGTERM) is ours
+        ray.on_init = lambda: seen.append((signal.raise_signal(signal.SIGTERM), [*came]))
         ray_cluster.connect(None, None)
+        assert seen == [(None, [])]
         assert came == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_the_alarm_of_rays_handler_is_cancelled(ray: FakeRay) -> None:
+    """Three seconds after a SIGTERM it would abort a process that ends Ray on a busy machine."""
+
+    def alarmed() -> None:
+        signal.alarm(100)
+        until = time.monotonic() + 60
+        while signal.getitimer(signal.ITIMER_REAL)[0]:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+    ray.on_init = alarmed
+    ray_cluster.connect(None, None)
+
+
+def test_a_second_signal_while_ray_ends_leaves_no_process(
+    ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "shutdown", lambda: signal.raise_signal(signal.SIGINT))
+    own = {**os.environ, ray_cluster._MARK: str(os.getpid())}
+    with subprocess.Popen(["sleep", "600"], env=own) as left:
+        with pytest.raises(KeyboardInterrupt):
+            ray_cluster.disconnect(ray)
+        assert left.wait(120) == -signal.SIGKILL
 
 
 def test_a_node_with_other_packages_is_named(

@@ -162,6 +162,7 @@ class TestWandb:
         """What a start prints: the id of the run, and the number of warnings with them."""
         keep = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
         own = {"HOME": str(directory), "WANDB__DISABLE_STATS": "true"}
+        own["WANDB__SERVICE_WAIT"] = "240"  # seconds for its process to start
         done = subprocess.run(
             [sys.executable, "-c", WANDB, json.dumps({"directory": str(directory), **order})],
             env={**keep, **own, **environment},
