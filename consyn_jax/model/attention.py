@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from consyn_jax.distributed.hardware import runs_triton
 from consyn_jax.distributed.mesh import mesh_sizes, on_each_device
 from consyn_jax.model.dropout import Dropout
+from consyn_jax.model.fp8.operands import REFERENCE, Writers
 from consyn_jax.model.norms import NORMS, Norms, norm_then_rope
 from consyn_jax.model.rematerialisation import ATTENTION_OUTPUT, KERNEL_RESIDUALS
 
@@ -300,6 +301,7 @@ class Backend:
             by default its output. Rematerialisation policies that do not recompute attention save
             the arrays with these names.
         norms: Returns the norms that blocks use with this backend, given the width of a head.
+        writers: Returns the writers of 8-bit operands that blocks use with this backend, in fp8.
         drops_weights: Whether `attend` supports dropout of the attention weights, by `drop`.
     """
 
@@ -308,6 +310,7 @@ class Backend:
     description: str
     saved_names: tuple[str, ...] = (ATTENTION_OUTPUT,)
     norms: Callable[[int], Norms] = lambda head_dim: NORMS
+    writers: Callable[[], Writers] = lambda: REFERENCE
     drops_weights: bool = False
     platforms: tuple[str, ...] = ()
 

@@ -341,7 +341,7 @@ def test_the_recipe_that_fit_finds_fits_as_compiled() -> None:
 CUBLAS = """
 import json
 import jax, jax.numpy as jnp
-from consyn_jax.model.fp8 import fp8_linear
+from consyn_jax.model.fp8.products import fp8_linear
 from consyn_jax.distributed.compiled import instructions, kernels
 from consyn_jax.planning.topology import parse_topology
 
