@@ -287,6 +287,20 @@ def _kernel_norms(head_dim: int) -> Norms:
     return Norms(branched_norm, norm_rope if fits else norm_then_rope, merges=True)
 
 
+def _kernel_writers() -> Writers:
+    """Return the kernels that write 8-bit operands."""
+    from consyn_jax.model.kernels.branched_norm import branched_norm_gradients
+    from consyn_jax.model.kernels.eight_bit_norm import eight_bit_norm
+    from consyn_jax.model.kernels.eight_bit_swiglu import (
+        eight_bit_swiglu,
+        eight_bit_swiglu_gradients,
+    )
+
+    return Writers(
+        eight_bit_norm, branched_norm_gradients, eight_bit_swiglu, eight_bit_swiglu_gradients
+    )
+
+
 @dataclass(frozen=True)
 class Backend:
     """An implementation of attention, and the properties that the rest of the model uses.
@@ -323,6 +337,7 @@ BACKENDS = {
         "this package's kernel",
         saved_names=(KERNEL_RESIDUALS,),
         norms=_kernel_norms,
+        writers=_kernel_writers,
         platforms=("gpu", "cuda"),
     ),
     "splash": Backend(
