@@ -194,8 +194,8 @@ def _holding_signals() -> Iterator[None]:
             signal.signal(number, ours)
         is_over.set()
         canceller.join()
-    if came:
-        signal.raise_signal(came[0])
+        if came:
+            signal.raise_signal(came[0])
 
 
 def _except_for(numbers: Container[int], install: Callable[..., Any]) -> Callable[..., Any]:
