@@ -96,7 +96,7 @@ def _call(scale_D: Any, scale: Any, arrays: tuple[jax.Array, ...], eps: float) -
 
 def _kernel(norm_ref, scale_ref, *refs, num_rows, dim, columns, eps):
     *in_refs, values_ref, transposed_ref, largest_ref = refs
-    x_ref, added_ref, sum_ref = in_refs if len(in_refs) == 3 else (in_refs[0], None, None)
+    x_ref, *sums = in_refs  # `sums`: what is added to x, and where the sum is written
     exists_row = pl.program_id(0) * ROWS + jnp.arange(ROWS) < num_rows
     steps = norm_ref.shape[0] // columns
 
@@ -109,7 +109,8 @@ def _kernel(norm_ref, scale_ref, *refs, num_rows, dim, columns, eps):
     def add_squares(j, squares):
         at, _, exists = tile(j)
         x = load(x_ref.at[:, at], exists)
-        if added_ref is not None:
+        if sums:
+            added_ref, sum_ref = sums
             x = x + load(added_ref.at[:, at], exists)
             x = x.astype(sum_ref.dtype).astype(jnp.float32)  # normalise the rounded sum
             store(sum_ref.at[:, at], x, exists)
@@ -118,9 +119,9 @@ def _kernel(norm_ref, scale_ref, *refs, num_rows, dim, columns, eps):
     squares = jax.lax.fori_loop(0, steps, add_squares, jnp.zeros((ROWS,), jnp.float32))
     factor = jax.lax.rsqrt(squares / dim + eps)
     inverse = 1 / scale_ref[0]
-    if sum_ref is not None:
+    if sums:
         pltriton.debug_barrier()  # threads read what other threads of this program have written
-        x_ref = sum_ref
+        _, x_ref = sums
 
     def write(j, largest):
         at, exists_column, exists = tile(j)
