@@ -119,6 +119,11 @@ class EngineOptions:
         "HOST:PORT of a Ray cluster's head node, or auto for the cluster of this machine "
         "(RAY_ADDRESS, or a Ray of this machine alone)",
     )
+    shared_directory: str | None = flag(
+        None,
+        "directory on storage that all nodes share, as --data and --output are: with --engine ray, "
+        "all nodes write, not only this process",
+    )
 
 
 @dataclass(frozen=True)

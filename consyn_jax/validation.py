@@ -98,6 +98,11 @@ def validate_preparation(config: PrepareConfig) -> None:
         raise UserError(
             f"--ray_address {address} needs --engine ray. Add it, or leave --ray_address out."
         )
+    if engine != "ray" and config.workers.shared_directory is not None:
+        raise UserError(
+            f"--shared_directory {config.workers.shared_directory} needs --engine ray. Add it, or "
+            "leave --shared_directory out."
+        )
     if engine == "ray" and config.data.num_workers == 0:
         raise UserError(
             "--num_workers 0 leaves no tasks to --engine ray. Give the number of tasks at a time, "
