@@ -56,9 +56,9 @@ def write_segment(job: Job, segment: int) -> None:
             for index, block in segment_blocks(job, segment):
                 rows.add(index, block, worker.work(block))
         table = rows.table()
-        draft.save(**table)
         whole = np.flatnonzero(table["flags"] & PART == 0)
         draft.save(
+            **table,
             **compared(
                 job,
                 document_ids(segment, whole),

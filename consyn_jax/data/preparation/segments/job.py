@@ -13,10 +13,11 @@ import json
 import os
 import shutil
 import socket
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ from consyn_jax.errors import UserError
 from consyn_jax.files import aside, flush, make_directory, write_whole
 from consyn_jax.tokenization import BPETokenizer
 
-JOB, STARTS, RESULT = "job.json", "starts.json", "result.json"
+JOB, STARTS = "job.json", "starts.json"
+RESULT, ARRAYS = "result.json", "arrays.bin"  # of a task
+ALIGNED = 64
 
 Start = tuple[int, Position]
 """Number of a source, and a position in it: where a segment begins."""
@@ -162,12 +165,12 @@ class Job:
 
     def array(self, phase: str, number: int, name: str) -> np.ndarray:
         """An array that a task wrote, as a memory map."""
-        path = self.place(phase, number) / f"{name}.npy"
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-
-    def has(self, phase: str, number: int, name: str) -> bool:
-        """Whether a task wrote this array."""
-        return (self.place(phase, number) / f"{name}.npy").exists()
+        path = self.place(phase, number) / ARRAYS
+        status = path.stat()
+        dtype, shape, offset = _contents(path, status.st_ino, status.st_mtime_ns)[name]
+        if 0 in shape:
+            return np.zeros(shape, dtype)
+        return np.memmap(path, dtype, "r", offset, tuple(shape)).view(np.ndarray)
 
     @contextmanager
     def writing(self, phase: str, number: int) -> Iterator[Draft]:
@@ -207,16 +210,35 @@ class Draft:
         self.path, self.result = path, dict[str, Any]()
 
     def save(self, **arrays: np.ndarray) -> None:
-        """Write arrays under their names."""
-        for name, array in arrays.items():
-            with (self.path / f"{name}.npy").open("xb") as file:
-                np.save(file, array, allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
+        """Write all arrays of the task, under their names, to one file.
+
+        Their names, types, shapes and places are at its end, and the size of this list as the last
+        eight bytes.
+        """
+        contents = {}
+        with (self.path / ARRAYS).open("xb") as file:
+            for name, array in arrays.items():
+                file.write(bytes(-file.tell() % ALIGNED))
+                contents[name] = [array.dtype.str, array.shape, file.tell()]
+                file.write(np.ascontiguousarray(array).data)
+            listed = json.dumps(contents).encode()
+            file.write(listed + struct.pack("<Q", len(listed)))
+            file.flush()
+            os.fsync(file.fileno())
 
     def finish(self) -> None:
         """Write the values of `result`, and flush all names to the disk."""
         write_whole(self.path / RESULT, json.dumps(self.result))
+
+
+@lru_cache(maxsize=1 << 12)
+def _contents(path: Path, inode: int, changed_ns: int) -> dict[str, Any]:
+    """The list at the end of a file of arrays; other arguments than the path identify the file."""
+    with path.open("rb") as file:
+        file.seek(-8, os.SEEK_END)
+        (size,) = struct.unpack("<Q", file.read(8))
+        file.seek(-8 - size, os.SEEK_END)
+        return json.loads(file.read(size))
 
 
 def document_ids(segment: int, rows: np.ndarray) -> np.ndarray:
