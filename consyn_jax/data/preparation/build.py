@@ -326,9 +326,7 @@ class Preparation:
 
 def text_bytes(spec: Spec) -> int:
     """Number of bytes of all sources; a dataset that is not downloaded yet has no stable size."""
-    return sum(
-        source.num_bytes for source in spec.sources if source.files or source.kind == SAMPLE
-    )
+    return sum(source.num_bytes for source in spec.sources if source.files or source.kind == SAMPLE)
 
 
 class Duplicates:

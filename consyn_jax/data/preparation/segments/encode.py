@@ -6,7 +6,8 @@ long document, in the order of the corpus. They have the names of `EncodedDocume
     origins  origin of each row, as in `store/manifest.py`
     flags    PART, BEGINS, LAST and BLANK
 
-`partitions.py` describes the arrays that duplicates are found by. The tokens are in `ids.bin`; `targets.bin` exists if some are not targets.
+`partitions.py` describes the arrays that duplicates are found by. The tokens are in `ids.bin`;
+`targets.bin` exists if some are not targets.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from consyn_jax.errors import UserError
 PART, BEGINS, LAST, BLANK = 1, 2, 4, 8
 IDS, TARGETS = "ids.bin", "targets.bin"
 TABLE = ("numbers", "lengths", "num_bytes", "num_chars", "digests", "splits", "signatures")
-_EMPTY = {
+_EMPTY: dict[str, np.ndarray] = {
     **{name: np.zeros(0, np.int64) for name in ("numbers", "lengths", "num_bytes", "num_chars")},
     "digests": np.zeros((0, DIGEST_BYTES), np.uint8),
     "splits": np.zeros(0, np.uint8),
@@ -65,7 +66,7 @@ def write_segment(job: Job, segment: int) -> None:
                 table["digests"][whole],
                 table["signatures"][whole] if job.threshold is not None else None,
                 rows.may_repeat()[whole],
-            )
+            ),
         )
         draft.result = rows.result()
 
@@ -100,7 +101,7 @@ class _Rows:
             origins = np.array([[index, block.offset, block.offset + len(block.data)]])
         flags = BEGINS * block.begins | LAST * block.last | PART * (not whole)
         flags |= BLANK * result.is_blank
-        columns = {
+        columns: dict[str, np.ndarray] = {
             **{name: getattr(kept, name) for name in TABLE},
             "origins": origins,
             "flags": np.full(len(kept.numbers), flags, np.uint8),

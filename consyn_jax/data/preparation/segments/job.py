@@ -156,7 +156,8 @@ class Job:
 
     def done(self, phase: str) -> set[int]:
         """Numbers of the finished tasks of a phase."""
-        names = os.listdir(self.root / phase) if (self.root / phase).is_dir() else []
+        place = self.root / phase
+        names = [path.name for path in place.iterdir()] if place.is_dir() else []
         return {int(name) for name in names if name.isdigit()}
 
     def result(self, phase: str, number: int) -> Any:

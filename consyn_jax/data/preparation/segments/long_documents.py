@@ -18,7 +18,7 @@ from consyn_jax.data.preparation.corpus_report import RULES
 from consyn_jax.data.preparation.encoded_documents import EncodedDocuments
 from consyn_jax.data.preparation.journal import LongDocument
 from consyn_jax.data.preparation.near_duplicates import EMPTY, PERMUTATIONS
-from consyn_jax.data.preparation.segments.encode import BEGINS, BLANK, LAST, PART, TABLE
+from consyn_jax.data.preparation.segments.encode import BEGINS, BLANK, PART, TABLE
 from consyn_jax.data.preparation.segments.job import Job, document_ids
 from consyn_jax.data.preparation.segments.partitions import compared
 from consyn_jax.data.split import DIGEST_BYTES, SPLITS, joined_digest

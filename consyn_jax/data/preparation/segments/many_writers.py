@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -147,9 +146,10 @@ class ManyWriters:
         write_shards_plan(job, shards)
         self._forget_missing_shards(len(shards))
         run("shards", len(shards), "write")
-        state.writer["shards"] = entries = {}
+        entries: dict[str, list[Any]] = {}
         for number, (split, *_) in enumerate(shards):
             entries.setdefault(SPLITS[split], []).append(job.result("shards", number))
+        state.writer["shards"] = entries
         state.report.file_bytes = text_bytes(spec)
         return state
 
@@ -238,7 +238,9 @@ class ManyWriters:
         job = self._job
         for number in job.done("shards"):
             entry: dict[str, Any] = job.result("shards", number)
-            files = [entry[kind] for kind in ("file", "index", "targets", "origins") if kind in entry]
+            files = [
+                entry[kind] for kind in ("file", "index", "targets", "origins") if kind in entry
+            ]
             if number >= count or not all((job.output / name).is_file() for name in files):
                 shutil.rmtree(job.place("shards", number))
 
@@ -248,19 +250,13 @@ def _may_continue(old: Job, new: Job) -> bool:
 
     They may differ in what is done with bad rows, if there were none so far.
     """
-    lenient = {"on_bad_rows": "", "invalid_utf8": ""}
-    settings = [
-        dataclasses.replace(
-            job.settings, options=dataclasses.replace(job.settings.options, **lenient)
-        )
-        for job in (old, new)
-    ]
-    alike = [
-        json.loads(dataclasses.replace(job, settings=each).to_json())
-        for job, each in zip((old, new), settings, strict=True)
-    ]
-    return alike[0] == alike[1] and all(
+
+    def compared(job: Job) -> str:
+        options = dataclasses.replace(job.settings.options, on_bad_rows="", invalid_utf8="")
+        settings = dataclasses.replace(job.settings, options=options)
+        return dataclasses.replace(job, settings=settings).to_json()
+
+    return compared(old) == compared(new) and all(
         is_as_lenient(Report(**old.result("segments", n)["report"]), new.settings.options)
         for n in old.done("segments")
     )
-

@@ -32,7 +32,7 @@ def compared(
         signatures: None if near duplicates stay.
         may_repeat: True for documents that are kept even if they equal an earlier one.
     """
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     if job.drops_duplicates:
         chosen = np.flatnonzero(~may_repeat)
         high = np.ascontiguousarray(digests[chosen]).view(np.uint64)[:, 0]

@@ -35,9 +35,7 @@ def write_cuts(job: Job, number: int) -> None:
     blocks end depend on where reading began.
     """
     source, settings = job.sources[number], job.settings
-    reading = Reading(
-        settings.options, settings.tokenizer, settings.single, settings.test_fraction
-    )
+    reading = Reading(settings.options, settings.tokenizer, settings.single, settings.test_fraction)
     check_seen(source)
     positions: list[Position] = []
     start: Position | None = START if source.reader.can_seek(source.name) else None

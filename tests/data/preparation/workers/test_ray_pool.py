@@ -252,7 +252,7 @@ def test_the_users_directory_is_not_searched_for_imports(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.setattr(ray_worker, "work", lambda *given: (given, list(sys.path)))
-    _, path = ray_pool._task(ray_pool._strangers())("key", None, "head", b"")  # type: ignore[arg-type]
+    _, path = ray_pool._task(ray_cluster.strangers())("key", None, "head", b"")  # type: ignore[arg-type]
     assert str(tmp_path) not in path
 
 
